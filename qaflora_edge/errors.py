@@ -1,0 +1,101 @@
+"""Every expected failure, as one tree.
+
+    QafloraError
+    ├── InputFileError            a file is missing, truncated, corrupted, or not what it claims
+    │   ├── GgufFileError
+    │   ├── SafetensorsFileError
+    │   └── PeftConfigError
+    ├── UnsupportedAdapterError   a PEFT feature that a plain LoRA cannot represent
+    ├── AdapterMismatchError      adapter and base do not belong together
+    ├── BundleError               bundle.json or its folder is wrong
+    │   └── ChecksumError         a file is not the one that was recorded
+    ├── RegistryError             an unknown model name, or a registry that cannot be read
+    │   └── DownloadError         a file could not be fetched whole
+    ├── LibraryError              the native library is missing, stock, or of another version
+    ├── BackendError              the native library reported a failure
+    ├── PromptError               a prompt is empty or longer than the context
+    ├── ChatTemplateError         the base has no usable chat template
+    ├── WeightsError              weights of the wrong shape, NaN or infinite
+    ├── StrategyError             an unknown strategy, lens, pool or adapter name
+    ├── OptionError               an engine or sampling option out of its range
+    └── BusyError                 an Engine was used by two threads at once, or after close
+
+A message has four parts: what failed, which file, tensor or field, what was found and what
+was expected, and what to do next.
+"""
+
+
+class QafloraError(Exception):
+    """Base of every failure that a user can cause or cure."""
+
+
+class InputFileError(QafloraError):
+    """A file is missing, truncated, corrupted, or not what it claims to be."""
+
+
+class GgufFileError(InputFileError):
+    """A GGUF file cannot be read as what it is used for."""
+
+
+class SafetensorsFileError(InputFileError):
+    """A safetensors file cannot be read."""
+
+
+class PeftConfigError(InputFileError):
+    """An adapter_config.json cannot be read, or a field of it is wrong."""
+
+
+class UnsupportedAdapterError(QafloraError):
+    """An adapter uses a PEFT feature that a plain LoRA cannot represent."""
+
+
+class AdapterMismatchError(QafloraError):
+    """An adapter does not fit the base it is used with."""
+
+
+class BundleError(QafloraError):
+    """A bundle's description or folder is wrong."""
+
+
+class ChecksumError(BundleError):
+    """A file of a bundle is not the one that was recorded."""
+
+
+class RegistryError(QafloraError):
+    """A model name is not in the registry, or the registry cannot be read."""
+
+
+class DownloadError(RegistryError):
+    """A file could not be fetched whole."""
+
+
+class LibraryError(QafloraError):
+    """The native library is missing, not patched, or of another version."""
+
+
+class BackendError(QafloraError):
+    """The native library reported a failure; the message is its own."""
+
+
+class PromptError(QafloraError):
+    """A prompt is empty or longer than the context."""
+
+
+class ChatTemplateError(QafloraError):
+    """The base has no usable chat template and one is needed."""
+
+
+class WeightsError(QafloraError):
+    """Fusion weights have the wrong shape, or are NaN or infinite."""
+
+
+class StrategyError(QafloraError):
+    """A strategy, lens, pool or adapter name is not known."""
+
+
+class OptionError(QafloraError):
+    """An engine or sampling option is out of its range."""
+
+
+class BusyError(QafloraError):
+    """An Engine was used by two threads at once, or after it was closed."""
