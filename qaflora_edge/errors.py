@@ -5,6 +5,7 @@
     │   ├── GgufFileError
     │   ├── SafetensorsFileError
     │   └── PeftConfigError
+    ├── OutputFileError           a file cannot be written, or the disk is full
     ├── UnsupportedAdapterError   a PEFT feature that a plain LoRA cannot represent
     ├── AdapterMismatchError      adapter and base do not belong together
     ├── BundleError               bundle.json or its folder is wrong
@@ -43,6 +44,10 @@ class SafetensorsFileError(InputFileError):
 
 class PeftConfigError(InputFileError):
     """An adapter_config.json cannot be read, or a field of it is wrong."""
+
+
+class OutputFileError(QafloraError):
+    """A file cannot be written where it was asked for."""
 
 
 class UnsupportedAdapterError(QafloraError):

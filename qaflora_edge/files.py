@@ -1,0 +1,181 @@
+"""Files: written whole or not at all, hashed, and kept inside their folder."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path, PureWindowsPath
+
+from .errors import BundleError, InputFileError, OutputFileError
+
+Progress = Callable[[int], None]
+
+HASH_CHUNK_BYTES = 1 << 20
+PACKAGE_DIR = Path(__file__).resolve().parent
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path that becomes `path` when the block succeeds.
+
+    The temporary file lies in the same folder, keeps the suffix (writers choose their format by
+    it), follows the umask, and is removed when the block fails. Raises OutputFileError when the
+    folder cannot be written to or the disk is full.
+    """
+    path = Path(path)
+    temporary = _create_beside(path)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise OutputFileError(
+                f"Cannot write {path}: the disk is full. Free some space and try again."
+            ) from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _create_beside(path: Path) -> Path:
+    name = f".tmp-{secrets.token_hex(6)}-{path.stem[:100]}{path.suffix[:50]}"
+    temporary = path.parent / name
+    if path.is_dir():
+        raise OutputFileError(
+            f"Cannot write {path}: it is a folder and a file was expected. Choose another name."
+        )
+    try:
+        # 0o666 lets the umask decide, as for any file a user makes.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot write {path}: the folder {path.parent} does not take a new file "
+            f"({error.strerror}). Create the folder, or choose one that you can write to."
+        ) from error
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system offers it."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Tell whether the system ran out of space or quota."""
+    return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text with the given line ends, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) -> str:
+    """Hash a file; `progress` is told the bytes done so far.
+
+    Raises InputFileError when the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    done_bytes = 0
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                done_bytes += len(chunk)
+                if progress is not None:
+                    progress(done_bytes)
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot hash {os.fspath(path)}: reading it failed ({error.strerror}). "
+            "Check that the file exists and that you may read it."
+        ) from error
+    return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """Name the folder for downloads and fetched sources; it may not exist yet."""
+    if chosen := os.environ.get("QAFLORA_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local or Path.home() / "AppData" / "Local") / "qaflora-edge"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "qaflora-edge"
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says that a relative value is to be ignored.
+    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    return root / "qaflora-edge"
+
+
+def safe_join(folder: str | os.PathLike[str], relative: str) -> Path:
+    """Join a path written in a bundle to the bundle's folder.
+
+    The file need not exist. Raises BundleError when the path is absolute, climbs with `..`, leads
+    out through a link, or names something that is neither a file nor a folder.
+    """
+    reason = _unsafe_reason(relative)
+    if reason:
+        raise _unsafe(folder, relative, reason)
+    joined = Path(folder) / relative
+    if not joined.resolve().is_relative_to(Path(folder).resolve()):
+        raise _unsafe(folder, relative, "a link in it leads out of the bundle")
+    try:
+        mode = joined.stat().st_mode
+    except FileNotFoundError:
+        return joined
+    except OSError as error:
+        raise _unsafe(folder, relative, f"it cannot be examined ({error.strerror})") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise _unsafe(folder, relative, "it is neither a file nor a folder")
+    return joined
+
+
+def _unsafe_reason(relative: str) -> str | None:
+    windows = PureWindowsPath(relative)  # a bundle made here may be opened there
+    if not relative.strip():
+        return "it is empty"
+    if "\0" in relative:
+        return "it contains a null character"
+    if relative.startswith(("/", "\\")) or windows.drive or windows.is_absolute():
+        return "it is absolute"
+    if ".." in windows.parts:
+        return "it contains '..'"
+    return None
+
+
+def _unsafe(folder: str | os.PathLike[str], relative: str, reason: str) -> BundleError:
+    return BundleError(
+        f"Refused the path {relative!r} in bundle {os.fspath(folder)}: {reason}; expected a "
+        "relative path to a file inside the bundle. Copy the file into the bundle's folder and "
+        "correct the path in bundle.json."
+    )
+
+
+def package_data(name: str) -> Path:
+    """Find a file that ships with the package, such as `models/registry.json`.
+
+    An installed package carries it beside its modules, a source checkout at its top level.
+    """
+    candidates = (PACKAGE_DIR / name, PACKAGE_DIR.parent / name)
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    places = " or ".join(str(candidate) for candidate in candidates)
+    raise InputFileError(
+        f"Cannot find {name}, which ships with qaflora-edge: neither {places} exists. "
+        "Install the package again."
+    )
