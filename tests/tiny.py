@@ -1,0 +1,390 @@
+"""Tiny random models and adapters as real files, built in milliseconds.
+
+The bases load and run in llama.cpp; the PEFT folders carry PEFT's own names; the adapter files
+carry upstream's. Everything follows from the seed. No code of the package is used here, so that
+these files can stand beside it as an independent witness.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# One merge a line, in order of rank; "Ġ" is a space as GPT-2 writes it.
+MERGES = ("t h", "i n", "e r", "Ġ t", "Ġt h", "th e", "o n", "Ġ a", "r e", "Ġth e", "in g", "a n")
+CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+BOS, EOS = "<|endoftext|>", "<|im_end|>"
+
+# HF module name -> GGUF tensor stem, for all three architectures.
+PROJECTIONS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+STEMS = tuple(PROJECTIONS.values())
+HF_TARGETS = tuple(name.split(".")[1] for name in PROJECTIONS)
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    """A base file, its dimensions, and its weights as float32 [n_out, n_in] or [n]."""
+
+    path: Path
+    arch: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    n_head_dim: int
+    n_ff: int
+    n_vocab: int
+    tied: bool
+    tokens: tuple[str, ...]
+    tensors: Mapping[str, F32]
+
+    def shape(self, stem: str) -> tuple[int, int]:
+        """Give (n_out, n_in) of a projection such as `attn_q`, in GGUF's or HF's order alike."""
+        n_q, n_kv = self.n_head * self.n_head_dim, self.n_head_kv * self.n_head_dim
+        return {
+            "attn_q": (n_q, self.n_embd),
+            "attn_k": (n_kv, self.n_embd),
+            "attn_v": (n_kv, self.n_embd),
+            "attn_output": (self.n_embd, n_q),
+            "ffn_gate": (self.n_ff, self.n_embd),
+            "ffn_up": (self.n_ff, self.n_embd),
+            "ffn_down": (self.n_embd, self.n_ff),
+        }[stem]
+
+
+@dataclass(frozen=True)
+class TinyAdapter:
+    """An adapter file and its values as the file holds them, dequantised.
+
+    a  base tensor name -> float32 [rank, n_in]; of token_embd [n_vocab, rank]
+    b  base tensor name -> float32 [n_out, rank]; of token_embd [n_embd, rank]
+    """
+
+    path: Path
+    rank: int
+    alpha: float
+    a: Mapping[str, F32]
+    b: Mapping[str, F32]
+
+    def delta(self, name: str) -> NDArray[np.float64]:
+        """Give what the adapter adds to a base tensor: float64 [n_out, n_in]."""
+        a, b = self.a[name].astype(np.float64), self.b[name].astype(np.float64)
+        return self.alpha / b.shape[1] * (a @ b.T if name == "token_embd.weight" else b @ a)
+
+
+def byte_tokens() -> list[str]:
+    """Name the 256 bytes as GPT-2 does: printable ones as themselves, the rest from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable}
+    names |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    return [names[byte] for byte in range(256)]
+
+
+def write_tiny_base(
+    path: str | Path,
+    arch: str = "llama",
+    *,
+    n_layer: int = 3,
+    n_embd: int = 64,
+    n_head: int = 4,
+    n_head_kv: int = 2,
+    n_head_dim: int | None = None,
+    n_ff: int = 96,
+    n_ctx: int = 512,
+    seed: int = 0,
+    tied: bool = True,
+    chat_template: str | None = CHATML,
+    add_bos: bool = False,
+    dtype: str = "f32",
+) -> TinyBase:
+    """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16 or q8_0 is for matrices."""
+    path = Path(path)
+    tokens = (*byte_tokens(), *(merge.replace(" ", "") for merge in MERGES), *CONTROLS)
+    base = TinyBase(
+        path=path,
+        arch=arch,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        n_head_dim=n_head_dim or n_embd // n_head,
+        n_ff=n_ff,
+        n_vocab=len(tokens),
+        tied=tied,
+        tokens=tokens,
+        tensors={},
+    )
+    tensors = _base_tensors(base, np.random.default_rng(seed))
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name(f"tiny {arch} {seed}")
+    _add_hparams(writer, base, n_ctx)
+    _add_vocabulary(writer, base, chat_template, add_bos)
+    stored = {name: _add_tensor(writer, name, array, dtype) for name, array in tensors.items()}
+    _finish(writer)
+    return TinyBase(**{**vars(base), "tensors": stored})
+
+
+def _base_tensors(base: TinyBase, rng: np.random.Generator) -> dict[str, F32]:
+    """Draw weights so that activations and logits have a spread of one to three."""
+
+    def matrix(n_out: int, n_in: int, gain: float = 1.0) -> F32:
+        return (gain * rng.standard_normal((n_out, n_in)) / np.sqrt(n_in)).astype(np.float32)
+
+    def norm(n: int) -> F32:
+        return (1.0 + 0.1 * rng.standard_normal(n)).astype(np.float32)
+
+    tensors = {"token_embd.weight": matrix(base.n_vocab, base.n_embd, gain=2.0)}
+    for layer in range(base.n_layer):
+        block = f"blk.{layer}."
+        tensors[f"{block}attn_norm.weight"] = norm(base.n_embd)
+        tensors[f"{block}ffn_norm.weight"] = norm(base.n_embd)
+        for stem in STEMS:
+            tensors[f"{block}{stem}.weight"] = matrix(*base.shape(stem))
+        if base.arch == "qwen2":
+            for stem in ("attn_q", "attn_k", "attn_v"):
+                bias = 0.1 * rng.standard_normal(base.shape(stem)[0])
+                tensors[f"{block}{stem}.bias"] = bias.astype(np.float32)
+        if base.arch == "gemma3":
+            tensors[f"{block}attn_q_norm.weight"] = norm(base.n_head_dim)
+            tensors[f"{block}attn_k_norm.weight"] = norm(base.n_head_dim)
+            tensors[f"{block}post_attention_norm.weight"] = norm(base.n_embd)
+            tensors[f"{block}post_ffw_norm.weight"] = norm(base.n_embd)
+    tensors["output_norm.weight"] = norm(base.n_embd)
+    if not base.tied:
+        tensors["output.weight"] = matrix(base.n_vocab, base.n_embd, gain=2.0)
+    return tensors
+
+
+def _add_hparams(writer: gguf.GGUFWriter, base: TinyBase, n_ctx: int) -> None:
+    writer.add_block_count(base.n_layer)
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(base.n_embd)
+    writer.add_feed_forward_length(base.n_ff)
+    writer.add_head_count(base.n_head)
+    writer.add_head_count_kv(base.n_head_kv)
+    writer.add_key_length(base.n_head_dim)
+    writer.add_value_length(base.n_head_dim)
+    writer.add_rope_dimension_count(base.n_head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(base.n_vocab)
+    if base.arch == "gemma3":
+        writer.add_sliding_window(512)
+
+
+def _add_vocabulary(
+    writer: gguf.GGUFWriter, base: TinyBase, chat_template: str | None, add_bos: bool
+) -> None:
+    kinds = [
+        gguf.TokenType.CONTROL if token in CONTROLS else gguf.TokenType.NORMAL
+        for token in base.tokens
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(list(base.tokens))
+    writer.add_token_types(kinds)
+    writer.add_token_merges(list(MERGES))
+    writer.add_bos_token_id(base.tokens.index(BOS))
+    writer.add_eos_token_id(base.tokens.index(EOS))
+    writer.add_add_bos_token(add_bos)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F32:
+    """Add one tensor and return the values that a reader will get."""
+    if array.ndim == 1 or dtype == "f32":
+        writer.add_tensor(name, array)
+        return array
+    if dtype == "f16":
+        writer.add_tensor(name, array.astype(np.float16))
+        return array.astype(np.float16).astype(np.float32)
+    kind = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "bf16": gguf.GGMLQuantizationType.BF16}[dtype]
+    data = gguf.quants.quantize(array, kind)
+    writer.add_tensor(name, data, raw_dtype=kind)
+    return gguf.quants.dequantize(data, kind)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def random_pair(
+    rng: np.random.Generator, shape: tuple[int, int], rank: int, strength: float
+) -> tuple[F32, F32]:
+    """Draw A [rank, n_in] and B [n_out, rank]; B A has entries of about `strength`/sqrt(n_in)."""
+    n_out, n_in = shape
+    a = rng.standard_normal((rank, n_in)) / np.sqrt(n_in)
+    b = strength * rng.standard_normal((n_out, rank)) / np.sqrt(rank)
+    return a.astype(np.float32), b.astype(np.float32)
+
+
+def write_tiny_adapter(
+    path: str | Path,
+    base: TinyBase,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    targets: Sequence[str] = STEMS,
+    layers: Sequence[int] | None = None,
+    outtype: str = "f32",
+    seed: int = 1,
+    strength: float = 0.3,
+) -> TinyAdapter:
+    """Write an adapter GGUF for `base`, on the named stems (such as `attn_q`) of each layer.
+
+    `output` and `token_embd` may be named too; their tensors follow upstream's convention, in
+    which token_embd has A stored as [n_vocab, rank] and B as [n_embd, rank].
+    """
+    path = Path(path)
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, base.arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_name(f"tiny adapter {seed}")
+    names = [
+        f"blk.{layer}.{stem}.weight"
+        for layer in (range(base.n_layer) if layers is None else layers)
+        for stem in targets
+        if stem in STEMS
+    ]
+    names += [f"{stem}.weight" for stem in ("token_embd", "output") if stem in targets]
+    a_stored, b_stored = {}, {}
+    for name in names:
+        stem = name.split(".")[-2]
+        if stem == "token_embd":  # delta of a row is B A^T[token]: [n_embd, rank] x [rank]
+            a, b = random_pair(rng, (base.n_embd, base.n_vocab), rank, strength)
+            a = np.ascontiguousarray(np.sqrt(base.n_vocab / rank) * a.T, dtype=np.float32)
+        else:
+            shape = (base.n_vocab, base.n_embd) if stem == "output" else base.shape(stem)
+            a, b = random_pair(rng, shape, rank, strength)
+        kind_b = outtype if b.shape[1] % 32 == 0 or outtype != "q8_0" else "f16"
+        kind_a = outtype if a.shape[1] % 32 == 0 or outtype != "q8_0" else "f16"
+        a_stored[name] = _add_tensor(writer, f"{name}.lora_a", a, kind_a)
+        b_stored[name] = _add_tensor(writer, f"{name}.lora_b", b, kind_b)
+    _finish(writer)
+    return TinyAdapter(path=path, rank=rank, alpha=float(alpha), a=a_stored, b=b_stored)
+
+
+def write_tiny_peft(
+    folder: str | Path,
+    base: TinyBase,
+    *,
+    rank: int = 4,
+    alpha: float = 8,
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    targets: Sequence[str] = HF_TARGETS,
+    layers: Sequence[int] | None = None,
+    dtype: str = "F32",
+    seed: int = 2,
+    strength: float = 0.3,
+    prefix: str = "model.layers",
+    config: Mapping[str, object] | None = None,
+) -> Path:
+    """Write a PEFT folder for `base`: adapter_config.json and adapter_model.safetensors.
+
+    `config` overrides single fields. `targets` may also name `lm_head` and `embed_tokens`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    shapes = {
+        f"{prefix}.{layer}.{module}": base.shape(stem)
+        for layer in (range(base.n_layer) if layers is None else layers)
+        for module, stem in PROJECTIONS.items()
+        if module.split(".")[1] in targets
+    }
+    if "lm_head" in targets:
+        shapes["lm_head"] = (base.n_vocab, base.n_embd)
+    tensors: dict[str, F32] = {}
+    for module, shape in shapes.items():
+        a, b = random_pair(rng, shape, _rank_of(module, rank, rank_pattern or {}), strength)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    if "embed_tokens" in targets:
+        module = f"{prefix.removesuffix('layers')}embed_tokens"
+        own_rank = _rank_of(module, rank, rank_pattern or {})
+        a, b = random_pair(rng, (base.n_embd, base.n_vocab), own_rank, strength)
+        tensors[f"base_model.model.{module}.lora_embedding_A"] = a
+        tensors[f"base_model.model.{module}.lora_embedding_B"] = b
+    fields: dict[str, object] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiny",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": use_rslora,
+        "use_dora": False,
+        "rank_pattern": dict(rank_pattern or {}),
+        "alpha_pattern": dict(alpha_pattern or {}),
+        "modules_to_save": None,
+        **(config or {}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+    write_safetensors(folder / "adapter_model.safetensors", tensors, dtype)
+    return folder
+
+
+def _rank_of(module: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
+    matching = (r for key, r in rank_pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module))
+    return next(matching, rank)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, F32], dtype: str = "F32") -> None:
+    """Write float32 arrays as F32, F16 or BF16 (rounded to nearest even)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    chunks, offset = [], 0
+    for name, array in tensors.items():
+        data = _encode(array, dtype)
+        shape, end = list(array.shape), offset + len(data)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        chunks.append(data)
+        offset = end
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
+
+
+def _encode(array: F32, dtype: str) -> bytes:
+    if dtype == "F32":
+        return array.astype("<f4").tobytes()
+    if dtype == "F16":
+        return array.astype("<f2").tobytes()
+    if dtype != "BF16":
+        raise ValueError(f"no such dtype: {dtype}")
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return rounded.astype("<u2").tobytes()
