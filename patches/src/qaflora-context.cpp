@@ -1,0 +1,175 @@
+// The C interface of a context: making one, its weights, its captured states.
+// shapes: numpy order
+
+#include "qaflora-context.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+
+#ifndef QAFLORA_BUILD_INFO
+#error "QAFLORA_BUILD_INFO must name the llama.cpp commit and the patches"
+#endif
+
+int32_t qaflora_abi_version(void) {
+    return QAFLORA_ABI_VERSION;
+}
+
+const char * qaflora_build_info(void) {
+    return QAFLORA_BUILD_INFO;
+}
+
+//
+// making a context
+//
+
+// llama_context_params has no room for us: the constructor picks the state up from here
+static thread_local std::shared_ptr<qaflora_context> g_pending;
+
+std::shared_ptr<qaflora_context> qaflora_context_pending() {
+    return g_pending;
+}
+
+static std::shared_ptr<qaflora_context> make_context(const llama_model & model, const qaflora_pack & pack, uint32_t n_seq_max, uint32_t flags) {
+    auto qf = std::make_shared<qaflora_context>();
+    qf->pack    = &pack;
+    qf->flags   = flags;
+    qf->n_layer = pack.n_layer;
+    qf->n_embd  = model.hparams.n_embd;
+    qf->module_used.assign(pack.modules.size(), false);
+    qf->weights.assign(n_seq_max, std::vector<float>((size_t) pack.n_adapter*pack.n_layer, 0.0f));
+    if (qf->is_probe()) {
+        qf->states.assign(n_seq_max, std::vector<double>((size_t) qf->n_layer*qf->n_embd, 0.0));
+    }
+    qf->n_row.assign(n_seq_max, 0);
+    return qf;
+}
+
+// the reservation built the graphs that decoding will use: say now what they cannot honour
+static std::string unsupported(const llama_context & ctx, const qaflora_context & qf) {
+    if (!qf.graph_error.empty()) {
+        return qf.graph_error;
+    }
+    for (size_t i = 0; i < qf.module_used.size(); ++i) {
+        const auto & m = qf.pack->modules[i];
+        if (!qf.module_used[i] && !(qf.is_probe() && m.w == qf.pack->model->output)) {
+            return qaflora_format("'%s' is adapted, but architecture '%s' does not multiply with it where adapters can enter; leave it out of the adapter",
+                                  m.name.c_str(), llm_arch_name(ctx.get_model().arch));
+        }
+    }
+    if (qf.is_probe() && qf.n_captured != qf.n_layer) {
+        return qaflora_format("architecture '%s' shows the output of %d of %d blocks; its states cannot be captured",
+                              llm_arch_name(ctx.get_model().arch), qf.n_captured, qf.n_layer);
+    }
+    return "";
+}
+
+llama_context * qaflora_context_init(llama_model * model, const llama_context_params * params, qaflora_pack * pack, uint32_t flags) {
+    try {
+        if (!model || !params || !pack || pack->model != model) {
+            qaflora_set_error("a context needs the model that its adapters were loaded for");
+            return nullptr;
+        }
+        g_pending = make_context(*model, *pack, std::max(1u, params->n_seq_max), flags);
+        llama_context * ctx = llama_init_from_model(model, *params);
+        const auto qf = std::move(g_pending);
+        g_pending.reset();
+        if (!ctx) {
+            qaflora_set_error("the context could not be made: not enough memory for this context size, or options that do not fit the model");
+            return nullptr;
+        }
+        const std::string why = unsupported(*ctx, *qf);
+        if (!why.empty()) {
+            llama_free(ctx);
+            qaflora_set_error(why);
+            return nullptr;
+        }
+        return ctx;
+    } catch (const std::exception & err) {
+        g_pending.reset();
+        qaflora_set_error(err.what());
+        return nullptr;
+    }
+}
+
+//
+// weights and states
+//
+
+// the state of ctx if seq_id is one of its sequences, else null with an error
+static qaflora_context * checked(llama_context * ctx, llama_seq_id seq_id) {
+    qaflora_context * qf = ctx ? ctx->qaflora.get() : nullptr;
+    if (!qf) {
+        qaflora_set_error("this context was not made by qaflora_context_init");
+        return nullptr;
+    }
+    if (seq_id < 0 || seq_id >= (llama_seq_id) qf->weights.size()) {
+        qaflora_set_error(qaflora_format("sequence %d does not exist, the context has %zu", seq_id, qf->weights.size()));
+        return nullptr;
+    }
+    return qf;
+}
+
+int32_t qaflora_set_weights(llama_context * ctx, llama_seq_id seq_id, const float * weights, int64_t n_weight) {
+    qaflora_context * qf = checked(ctx, seq_id);
+    if (!qf) {
+        return 0;
+    }
+    auto & dst = qf->weights[seq_id];
+    if (n_weight != (int64_t) dst.size()) {
+        qaflora_set_error(qaflora_format("%lld weights given, expected %zu: one per adapter and layer", (long long) n_weight, dst.size()));
+        return 0;
+    }
+    for (int64_t i = 0; i < n_weight; ++i) {
+        if (!std::isfinite(weights[i])) {
+            qaflora_set_error(qaflora_format("weight %lld is not finite", (long long) i));
+            return 0;
+        }
+    }
+    std::copy(weights, weights + n_weight, dst.begin());
+    return 1;
+}
+
+int32_t qaflora_capture_begin(llama_context * ctx, enum qaflora_capture capture) {
+    qaflora_context * qf = checked(ctx, 0);
+    if (!qf) {
+        return 0;
+    }
+    if (!qf->is_probe()) {
+        qaflora_set_error("this context captures no states; make it with QAFLORA_CONTEXT_PROBE");
+        return 0;
+    }
+    qf->capture = capture;
+    for (auto & s : qf->states) {
+        std::fill(s.begin(), s.end(), 0.0);
+    }
+    std::fill(qf->n_row.begin(), qf->n_row.end(), 0);
+    return 1;
+}
+
+int32_t qaflora_get_states(llama_context * ctx, llama_seq_id seq_id, float * states, int64_t n_state) {
+    qaflora_context * qf = checked(ctx, seq_id);
+    if (!qf) {
+        return 0;
+    }
+    if (!qf->is_probe() || qf->n_row[seq_id] == 0) {
+        qaflora_set_error(qaflora_format("no states were captured for sequence %d", seq_id));
+        return 0;
+    }
+    const auto & src = qf->states[seq_id];
+    if (n_state != (int64_t) src.size()) {
+        qaflora_set_error(qaflora_format("room for %lld state values, expected %zu", (long long) n_state, src.size()));
+        return 0;
+    }
+    const double scale = qf->capture == QAFLORA_CAPTURE_MEAN ? 1.0/qf->n_row[seq_id] : 1.0;
+    for (int64_t i = 0; i < n_state; ++i) {
+        states[i] = (float) (src[i]*scale);
+    }
+    return 1;
+}
+
+qaflora_stats qaflora_get_stats(llama_context * ctx) {
+    return ctx && ctx->qaflora ? ctx->qaflora->stats : qaflora_stats {};
+}

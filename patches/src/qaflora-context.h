@@ -1,0 +1,36 @@
+// The state that one llama_context keeps for us.
+// shapes: numpy order
+
+#pragma once
+
+#include "qaflora-hooks.h"
+#include "qaflora-pack.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+struct qaflora_lens_state; // scheduler of the lens, made when first used
+
+struct qaflora_context {
+    const qaflora_pack * pack = nullptr;
+    uint32_t flags   = 0;
+    int32_t  n_layer = 0;
+    int32_t  n_embd  = 0;
+
+    std::vector<std::vector<float>> weights; // [n_seq_max][n_adapter*n_layer]
+
+    qaflora_capture capture = QAFLORA_CAPTURE_LAST;
+    std::vector<std::vector<double>> states; // [n_seq_max][n_layer*n_embd], the last row or a sum of rows
+    std::vector<int64_t>             n_row;  // [n_seq_max] rows seen
+
+    qaflora_stats stats = {};
+    std::vector<bool> module_used; // [n_module] whether a graph multiplied with it
+    int32_t       n_captured = 0; // blocks whose output the last graph captures
+    std::string   graph_error;    // why the last graph cannot honour the pack, or empty
+
+    std::shared_ptr<qaflora_lens_state> lens;
+
+    bool is_probe() const        { return flags & QAFLORA_CONTEXT_PROBE; }
+    bool is_differential() const { return flags & QAFLORA_CONTEXT_DIFFERENTIAL; }
+};

@@ -1,0 +1,360 @@
+// The hooks: how adapters enter llama.cpp's graphs.
+// shapes: ggml order, ne[0] first
+
+#include "qaflora-context.h"
+
+#include "llama-context.h"
+#include "llama-graph.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+// bits of the graph key
+enum {
+    GRAPH_DIFFERENTIAL     = 1, // rows of all tokens form [.., n_seq] with the base first
+    GRAPH_DIFFERENTIAL_OUT = 2, // so do the output rows
+};
+
+//
+// graph input: weights, and which row follows which sequence
+//
+
+struct qaflora_graph_input : public llm_graph_input_i {
+    qaflora_graph_input(const qaflora_context & qf, const llm_graph_context & gctx) :
+        qf(qf), n_slot(gctx.ubatch.n_seqs_unq), n_token(gctx.n_tokens), n_output(gctx.n_outputs),
+        key(qaflora_graph_key(qf, gctx.ubatch, gctx.n_outputs)),
+        captured(qf.n_layer, nullptr), group_product(qf.pack ? qf.pack->groups.size() : 0) {}
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    // the shapes depend on nothing but llm_graph_params and the graph key
+    bool can_reuse(const llm_graph_params &) override { return true; }
+
+    const qaflora_context & qf;
+    const int64_t  n_slot; // distinct sequences
+    const int64_t  n_token;
+    const int64_t  n_output;
+    const uint64_t key;
+
+    // weight of each rank row: F32 [rank, n_slot, n_layer], one tensor per layout and device
+    std::map<std::pair<int32_t, ggml_backend_dev_t>, ggml_tensor *> weights;
+
+    ggml_tensor * slot_token  = nullptr; // I32 [n_token]   which slot each token belongs to
+    ggml_tensor * slot_output = nullptr; // I32 [n_output]  the same for output rows
+    ggml_tensor * output_rows = nullptr; // I32 [n_output]  token of each output row
+
+    std::vector<ggml_tensor *> captured; // [n_layer] of F32 [n_embd, n_output]
+
+    // while the graph is built: what is shared between modules
+    std::map<std::tuple<int32_t, int32_t, bool>, ggml_tensor *> row_weights; // (layout, il, is_output)
+    struct product { const ggml_tensor * cur = nullptr; ggml_tensor * t = nullptr; };
+    std::vector<product> group_product; // [n_group]
+
+private:
+    void set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) const;
+};
+
+static int32_t slot_of(const llama_ubatch & ubatch, uint32_t i) {
+    return ubatch.seq_idx[ubatch.seq_id[i][0]];
+}
+
+void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) const {
+    const auto & segments = qf.pack->layouts[layout].segments;
+    std::vector<float> data;
+    data.reserve(ggml_nelements(dst));
+    for (int32_t il = 0; il < qf.n_layer; ++il) {
+        for (int64_t s = 0; s < n_slot; ++s) {
+            const auto & w = qf.weights[ubatch.seq_id_unq[s]];
+            for (const auto & seg : segments) {
+                data.insert(data.end(), seg.rank, w[seg.ia*qf.n_layer + il]*seg.scale);
+            }
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+}
+
+void qaflora_graph_input::set_input(const llama_ubatch * ubatch) {
+    for (const auto & [key, dst] : weights) {
+        if (dst->buffer) {
+            set_weights(key.first, dst, *ubatch);
+        }
+    }
+
+    std::vector<int32_t> tokens, outputs, rows;
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        tokens.push_back(slot_of(*ubatch, i));
+        if (ubatch->output[i]) {
+            outputs.push_back(tokens.back());
+            rows.push_back(i);
+        }
+    }
+    const auto set = [](ggml_tensor * dst, const std::vector<int32_t> & data) {
+        if (dst && dst->buffer && !data.empty()) {
+            GGML_ASSERT(ggml_nelements(dst) == (int64_t) data.size());
+            ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+        }
+    };
+    set(slot_token,  tokens);
+    set(slot_output, outputs);
+    set(output_rows, rows);
+}
+
+static qaflora_graph_input * find_input(const llm_graph_result & res) {
+    for (const auto & inp : res.inputs) {
+        if (auto * found = dynamic_cast<qaflora_graph_input *>(inp.get())) {
+            return found;
+        }
+    }
+    return nullptr;
+}
+
+static qaflora_graph_input & get_input(const llm_graph_context & gctx) {
+    qaflora_graph_input * inp = find_input(*gctx.res);
+    if (!inp) {
+        inp = new qaflora_graph_input(*gctx.qaflora, gctx);
+        gctx.res->add_input(llm_graph_input_ptr(inp));
+        gctx.qaflora->stats.n_graph_built++;
+    }
+    return *inp;
+}
+
+static ggml_tensor * new_index(const llm_graph_context & gctx, int64_t n, const char * name) {
+    ggml_tensor * res = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I32, n);
+    ggml_set_name(res, name);
+    ggml_set_input(res);
+    return res;
+}
+
+static ggml_backend_t find_backend(ggml_backend_sched_t sched, ggml_backend_dev_t dev) {
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_get_device(backend) == dev) {
+            return backend;
+        }
+    }
+    return nullptr;
+}
+
+// where a module's products are computed: the device that holds its A
+static ggml_backend_dev_t device_of(const ggml_tensor * a) {
+    return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(a->buffer));
+}
+
+// weights of one layer: [rank, n_slot], next to the matrices that use them
+static ggml_tensor * layer_weights(const llm_graph_context & gctx, qaflora_graph_input & inp, int32_t layout, int32_t il, ggml_backend_dev_t dev) {
+    ggml_tensor *& all = inp.weights[{ layout, dev }];
+    if (!all) {
+        all = ggml_new_tensor_3d(gctx.ctx0, GGML_TYPE_F32, inp.qf.pack->layouts[layout].rank, inp.n_slot, inp.qf.n_layer);
+        ggml_format_name(all, "qaflora_weights_%d", layout);
+        ggml_set_input(all);
+        if (ggml_backend_t backend = find_backend(gctx.sched, dev)) {
+            ggml_backend_sched_set_tensor_backend(gctx.sched, all, backend);
+        }
+    }
+    return ggml_view_2d(gctx.ctx0, all, all->ne[0], all->ne[1], all->nb[1], il*all->nb[2]);
+}
+
+// weights of each of n_row rows: [rank, n_row], or [rank, 1] when all rows are of one sequence
+static ggml_tensor * rows_weights(const llm_graph_context & gctx, qaflora_graph_input & inp, int32_t layout, int32_t il, int64_t n_row, const ggml_tensor * a) {
+    const bool is_output = n_row != inp.n_token;
+    ggml_tensor *& res = inp.row_weights[{ layout, il, is_output }];
+    if (res) {
+        return res;
+    }
+    res = layer_weights(gctx, inp, layout, il, device_of(a));
+    if (inp.n_slot > 1) {
+        ggml_tensor *& slot = is_output ? inp.slot_output : inp.slot_token;
+        if (!slot) {
+            slot = new_index(gctx, n_row, is_output ? "qaflora_slot_output" : "qaflora_slot_token");
+        }
+        res = ggml_get_rows(gctx.ctx0, res, slot);
+    }
+    return res;
+}
+
+//
+// hooks
+//
+
+bool qaflora_has_logits(const qaflora_context & qf) {
+    return !qf.is_probe();
+}
+
+uint32_t qaflora_n_nodes(const qaflora_context & qf) {
+    // per module: two products, weighting, sum, views; differential: 13 more per matrix; two per captured layer
+    const uint32_t n_module = qf.pack ? (uint32_t) qf.pack->modules.size() : 0;
+    return 10u*n_module + (qf.is_differential() ? 16u*(8u*qf.n_layer + 2u) : 0u) + 4u*qf.n_layer + 64u;
+}
+
+// whether output rows are spread evenly over the sequences, in the order of the sequences
+static bool is_balanced(const llama_ubatch & ubatch, uint32_t n_outputs) {
+    const uint32_t n_seq = ubatch.n_seqs_unq;
+    if (n_outputs == 0 || n_outputs % n_seq != 0) {
+        return false;
+    }
+    for (uint32_t s = 0; s < n_seq; ++s) {
+        uint32_t n = 0;
+        for (uint32_t t = 0; t < ubatch.n_seq_tokens; ++t) {
+            n += ubatch.output[s*ubatch.n_seq_tokens + t] != 0;
+        }
+        if (n != n_outputs/n_seq) {
+            return false;
+        }
+    }
+    return true;
+}
+
+uint64_t qaflora_graph_key(const qaflora_context & qf, const llama_ubatch & ubatch, uint32_t n_outputs) {
+    if (!qf.is_differential() || !ubatch.equal_seqs() || ubatch.n_seqs_unq < 2 ||
+        ubatch.n_seqs_unq*ubatch.n_seq_tokens != ubatch.n_tokens || ubatch.seq_id_unq[0] != 0) {
+        return 0;
+    }
+    return GRAPH_DIFFERENTIAL | (is_balanced(ubatch, n_outputs) ? GRAPH_DIFFERENTIAL_OUT : 0);
+}
+
+// rows of cur as [ne0, n_row / n_seq, n_seq] when the product is taken differentially, else null
+static ggml_tensor * as_sequences(const llm_graph_context & gctx, const qaflora_graph_input & inp, ggml_tensor * cur) {
+    const int64_t n_row = ggml_nrows(cur);
+    const bool is_token  = n_row == inp.n_token  && (inp.key & GRAPH_DIFFERENTIAL);
+    const bool is_output = n_row == inp.n_output && (inp.key & GRAPH_DIFFERENTIAL_OUT);
+    if ((!is_token && !is_output) || !ggml_is_contiguous(cur)) {
+        return nullptr;
+    }
+    return ggml_reshape_3d(gctx.ctx0, cur, cur->ne[0], n_row/inp.n_slot, inp.n_slot);
+}
+
+static ggml_tensor * first_sequence(ggml_context * ctx, ggml_tensor * x) {
+    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], 1, x->nb[1], x->nb[2], 0);
+}
+
+static ggml_tensor * other_sequences(ggml_context * ctx, ggml_tensor * x) {
+    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], x->ne[2] - 1, x->nb[1], x->nb[2], x->nb[2]);
+}
+
+ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
+    if (!gctx.qaflora->is_differential()) {
+        return res;
+    }
+    qaflora_graph_input & inp = get_input(gctx);
+    ggml_context * ctx = gctx.ctx0;
+    ggml_tensor * x = as_sequences(gctx, inp, cur);
+    if (!x) {
+        return res;
+    }
+    // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
+    ggml_tensor * x0 = first_sequence(ctx, x);
+    ggml_tensor * d  = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
+    ggml_tensor * y  = ggml_mul_mat(ctx, w, ggml_reshape_2d(ctx, d, x->ne[0], x->ne[1]*x->ne[2]));
+    y = ggml_reshape_3d(ctx, y, y->ne[0], x->ne[1], x->ne[2]);
+    ggml_tensor * y0 = first_sequence(ctx, y);
+    y = ggml_concat(ctx, y0, ggml_add(ctx, other_sequences(ctx, y), y0), 2);
+    return ggml_reshape_4d(ctx, y, res->ne[0], res->ne[1], res->ne[2], res->ne[3]);
+}
+
+// A cur, weighted: [rank, n_row]
+static ggml_tensor * weighted_rank(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * a, int32_t layout, int32_t il, ggml_tensor * cur) {
+    ggml_context * ctx = gctx.ctx0;
+    ggml_tensor * t = ggml_mul_mat(ctx, a, cur);
+    const int64_t n_row = ggml_nrows(t);
+    t = ggml_reshape_2d(ctx, t, t->ne[0], n_row);
+    return ggml_mul(ctx, t, rows_weights(gctx, inp, layout, il, n_row, a));
+}
+
+// one row: the modules of a group share one product, each takes its part of it
+static ggml_tensor * shared_rank(const llm_graph_context & gctx, qaflora_graph_input & inp, const qaflora_module & m, ggml_tensor * cur) {
+    const auto & g = inp.qf.pack->groups[m.group];
+    auto & product = inp.group_product[m.group];
+    if (product.cur != cur) {
+        product = { cur, weighted_rank(gctx, inp, g.a, g.layout, m.il, cur) };
+    }
+    if (m.a->ne[1] == g.a->ne[1]) {
+        return product.t;
+    }
+    return ggml_view_1d(gctx.ctx0, product.t, m.a->ne[1], m.offset*sizeof(float));
+}
+
+ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
+    const qaflora_context & qf = *gctx.qaflora;
+    qaflora_graph_input & inp = get_input(gctx);
+    if (qf.is_probe() && w == gctx.qaflora->pack->model->output) {
+        return cur; // no logits: the head's product stays out of the graph
+    }
+    const auto it = qf.pack->by_weight.find(w);
+    if (it == qf.pack->by_weight.end()) {
+        return res;
+    }
+    const qaflora_module & m = qf.pack->modules[it->second];
+    const int64_t n_row = ggml_nrows(cur);
+    if (inp.n_slot > 1 && n_row != inp.n_token && n_row != inp.n_output) {
+        gctx.qaflora->graph_error = qaflora_format("'%s' is multiplied with %lld rows, neither the %lld tokens nor the %lld outputs",
+            m.name.c_str(), (long long) n_row, (long long) inp.n_token, (long long) inp.n_output);
+        return res;
+    }
+    gctx.qaflora->module_used[it->second] = true;
+    ggml_tensor * t = inp.n_slot == 1 && n_row == 1 ? shared_rank(gctx, inp, m, cur) : weighted_rank(gctx, inp, m.a, m.layout, m.il, cur);
+    ggml_tensor * delta = ggml_mul_mat(gctx.ctx0, m.b, t);
+    return ggml_add(gctx.ctx0, res, ggml_reshape_4d(gctx.ctx0, delta, res->ne[0], res->ne[1], res->ne[2], res->ne[3]));
+}
+
+ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * tokens, ggml_tensor * res) {
+    const qaflora_context & qf = *gctx.qaflora;
+    if (qf.pack->embd < 0 || w != qf.pack->modules[qf.pack->embd].w) {
+        return res;
+    }
+    qaflora_graph_input & inp = get_input(gctx);
+    const qaflora_module & m = qf.pack->modules[qf.pack->embd];
+    gctx.qaflora->module_used[qf.pack->embd] = true;
+    ggml_tensor * t = ggml_get_rows(gctx.ctx0, m.a, tokens);
+    t = ggml_mul(gctx.ctx0, t, rows_weights(gctx, inp, m.layout, m.il, ggml_nrows(t), m.a));
+    return ggml_add(gctx.ctx0, res, ggml_mul_mat(gctx.ctx0, m.b, t));
+}
+
+void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, const char * name, int il) {
+    // llama.cpp 0c1e5709: the dense architectures name every block's output l_out
+    if (!gctx.qaflora->is_probe() || il < 0 || il >= gctx.qaflora->n_layer || strcmp(name, "l_out") != 0 || gctx.n_outputs == 0) {
+        return;
+    }
+    qaflora_graph_input & inp = get_input(gctx);
+    if (cur->ne[1] != gctx.n_outputs) {
+        if (!inp.output_rows) {
+            inp.output_rows = new_index(gctx, gctx.n_outputs, "qaflora_output_rows");
+        }
+        cur = ggml_get_rows(gctx.ctx0, cur, inp.output_rows);
+    }
+    ggml_set_output(cur);
+    ggml_build_forward_expand(gctx.gf, cur);
+    inp.captured[il] = cur;
+    gctx.qaflora->n_captured = std::count_if(inp.captured.begin(), inp.captured.end(), [](const ggml_tensor * t) { return t; });
+}
+
+void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const llama_ubatch & ubatch, ggml_backend_sched_t sched) {
+    qf.stats.n_decoded++;
+    const qaflora_graph_input * inp = find_input(res);
+    if (!qf.is_probe() || !inp || inp->n_output == 0) {
+        return;
+    }
+    ggml_backend_sched_synchronize(sched);
+
+    std::vector<llama_seq_id> seq_of_row;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (ubatch.output[i]) {
+            seq_of_row.push_back(ubatch.seq_id[i][0]);
+        }
+    }
+    std::vector<float> rows(inp->n_output*qf.n_embd);
+    for (int32_t il = 0; il < qf.n_layer; ++il) {
+        ggml_backend_tensor_get(inp->captured[il], rows.data(), 0, rows.size()*sizeof(float));
+        for (size_t i = 0; i < seq_of_row.size(); ++i) {
+            double * dst = qf.states[seq_of_row[i]].data() + (size_t) il*qf.n_embd;
+            const float * src = rows.data() + i*qf.n_embd;
+            for (int32_t j = 0; j < qf.n_embd; ++j) {
+                dst[j] = qf.capture == QAFLORA_CAPTURE_MEAN ? dst[j] + src[j] : src[j];
+            }
+        }
+    }
+    for (const llama_seq_id seq_id : seq_of_row) {
+        qf.n_row[seq_id]++;
+    }
+}

@@ -1,0 +1,39 @@
+// What llama.cpp calls, see patches/0001-call-qaflora-hooks.patch.
+// shapes: ggml order, ne[0] first
+
+#pragma once
+
+#include "llama.h"
+#include "ggml-backend.h"
+
+#include <cstdint>
+#include <memory>
+
+struct llama_ubatch;
+struct llm_graph_context;
+class  llm_graph_result;
+struct qaflora_context;
+
+// the state for the llama_context under construction on this thread, or null
+std::shared_ptr<qaflora_context> qaflora_context_pending();
+
+bool     qaflora_has_logits(const qaflora_context & qf);
+uint32_t qaflora_n_nodes   (const qaflora_context & qf);
+
+// what decides the graph's topology beside llm_graph_params
+uint64_t qaflora_graph_key(const qaflora_context & qf, const llama_ubatch & ubatch, uint32_t n_outputs);
+
+// res = W cur [n_out, n_row]; returns it, or the differential product in its place
+ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res);
+
+// returns res + sum over adapters of weight * scale * B (A cur)
+ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res);
+
+// the same for the token embedding: res [n_embd, n_token]
+ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * tokens, ggml_tensor * res);
+
+// keeps cur if it is a block's output and states are captured
+void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, const char * name, int il);
+
+// after a micro-batch: copies captured states to the host
+void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const llama_ubatch & ubatch, ggml_backend_sched_t sched);

@@ -1,0 +1,337 @@
+// The lens: states through the base's head, and how far two of them are apart.
+// shapes: numpy order, but for ggml_new_tensor
+
+#include "qaflora-context.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <thread>
+
+// logits held at once; bounds the memory of the lens for any vocabulary
+static const size_t LENS_LOGITS_BYTES = 64u << 20;
+
+//
+// final norm, on the host in float64
+//
+
+struct final_norm {
+    std::vector<float> weight; // [n_embd] or empty
+    std::vector<float> bias;   // [n_embd] or empty
+    bool   is_rms = true;
+    double eps    = 0.0;
+
+    explicit final_norm(const llama_model & model) {
+        weight = to_host(model.output_norm);
+        bias   = to_host(model.output_norm_b);
+        // llama.cpp 0c1e5709, llama-model.cpp: an architecture reads the epsilon of the norm that it uses
+        is_rms = model.hparams.f_norm_rms_eps > 0.0f;
+        eps    = is_rms ? model.hparams.f_norm_rms_eps : model.hparams.f_norm_eps;
+    }
+
+    static std::vector<float> to_host(const ggml_tensor * t) {
+        if (!t) {
+            return {};
+        }
+        if (t->type != GGML_TYPE_F32) {
+            throw std::runtime_error(qaflora_format("'%s' is %s, expected F32", t->name, ggml_type_name(t->type)));
+        }
+        std::vector<float> data(ggml_nelements(t));
+        ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
+        return data;
+    }
+
+    void apply(const float * x, double * y, int64_t n) const {
+        double mean = 0.0;
+        double sq   = 0.0;
+        for (int64_t i = 0; i < n && !is_rms; ++i) {
+            mean += x[i];
+        }
+        mean /= n;
+        for (int64_t i = 0; i < n; ++i) {
+            sq += (x[i] - mean)*(x[i] - mean);
+        }
+        const double scale = 1.0/std::sqrt(sq/n + eps);
+        for (int64_t i = 0; i < n; ++i) {
+            y[i] = (x[i] - mean)*scale*(weight.empty() ? 1.0 : weight[i]) + (bias.empty() ? 0.0 : bias[i]);
+        }
+    }
+};
+
+//
+// projection: logits of rows, on the device that holds the head
+//
+
+struct qaflora_lens_state {
+    ggml_backend_sched_ptr sched;
+    std::vector<uint8_t>   meta;
+    std::vector<float>     host; // logits [n_row, n_vocab] when the device's memory cannot be read in place
+
+    explicit qaflora_lens_state(ggml_backend_sched_t shared) {
+        std::vector<ggml_backend_t> backends;
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(shared); ++i) {
+            backends.push_back(ggml_backend_sched_get_backend(shared, i));
+        }
+        sched.reset(ggml_backend_sched_new(backends.data(), nullptr, backends.size(), 64, false, false));
+        meta.resize(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false));
+    }
+
+    static void set_n_threads(ggml_backend_t backend, int n_threads) {
+        ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+        ggml_backend_reg_t reg = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+        auto * fn = reg ? (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads") : nullptr;
+        if (fn) {
+            fn(backend, n_threads);
+        }
+    }
+
+    // logits [n_row, n_vocab]; valid until the next call
+    const float * project(const llama_context & ctx, const float * rows, int32_t n_row) {
+        const llama_model & model = ctx.get_model();
+        ggml_context_ptr gctx { ggml_init({ meta.size(), meta.data(), true }) };
+        ggml_tensor * x = ggml_new_tensor_2d(gctx.get(), GGML_TYPE_F32, model.hparams.n_embd, n_row);
+        ggml_set_input(x);
+        ggml_tensor * z = ggml_mul_mat(gctx.get(), model.output, x);
+        if (model.output_s) {
+            z = ggml_mul(gctx.get(), z, model.output_s);
+        }
+        ggml_set_output(z);
+        ggml_cgraph * gf = ggml_new_graph_custom(gctx.get(), 64, false);
+        ggml_build_forward_expand(gf, z);
+
+        ggml_backend_sched_reset(sched.get());
+        if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
+            throw std::runtime_error("no memory for the lens");
+        }
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched.get()); ++i) {
+            set_n_threads(ggml_backend_sched_get_backend(sched.get(), i), ctx.n_threads_batch());
+        }
+        ggml_backend_tensor_set(x, rows, 0, ggml_nbytes(x));
+        if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("the lens could not be computed");
+        }
+        if (ggml_backend_buffer_is_host(z->buffer)) {
+            return (const float *) z->data;
+        }
+        host.resize(ggml_nelements(z));
+        ggml_backend_tensor_get(z, host.data(), 0, ggml_nbytes(z));
+        return host.data();
+    }
+};
+
+static qaflora_lens_state & lens_of(const llama_context & ctx, qaflora_context & qf) {
+    if (!ctx.get_model().output) {
+        throw std::runtime_error("the base has no head to project states with");
+    }
+    if (!qf.lens) {
+        qf.lens = std::make_shared<qaflora_lens_state>(ctx.get_sched());
+    }
+    return *qf.lens;
+}
+
+static int32_t rows_at_once(int64_t n_vocab) {
+    return (int32_t) std::max<size_t>(1, LENS_LOGITS_BYTES/(n_vocab*sizeof(float)));
+}
+
+//
+// divergence
+//
+
+static const int N_LANE = 16; // independent sums, so that the compiler can use vectors
+
+// exp(x) - 1 - x for |x| < 1/2 by its series, and exp(x) - 1 - x elsewhere: no cancellation either way
+static inline float expm1_minus(float x) {
+    // exp(x) = 2^n exp(r), |r| <= ln2/2
+    const float xc = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
+    const float n  = std::floor(xc*1.44269504f + 0.5f);
+    const float r  = (xc - n*0.693359375f) + n*2.12194440e-4f;
+    float p = 1.0f/5040.0f;
+    p = p*r + 1.0f/720.0f;
+    p = p*r + 1.0f/120.0f;
+    p = p*r + 1.0f/24.0f;
+    p = p*r + 1.0f/6.0f;
+    p = p*r + 0.5f;
+    p = p*r + 1.0f;
+    p = p*r + 1.0f;
+    const int32_t bits = ((int32_t) n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof(scale));
+    const float large = p*scale - 1.0f - x;
+
+    float q = 1.0f/362880.0f;
+    q = q*x + 1.0f/40320.0f;
+    q = q*x + 1.0f/5040.0f;
+    q = q*x + 1.0f/720.0f;
+    q = q*x + 1.0f/120.0f;
+    q = q*x + 1.0f/24.0f;
+    q = q*x + 1.0f/6.0f;
+    q = q*x + 0.5f;
+    const float small = q*x*x;
+
+    return std::fabs(x) < 0.5f ? small : large;
+}
+
+// sum over v of f(v), in float32 lanes that are emptied into a float64 often
+template <typename F> static double lane_sum(int64_t n, F f) {
+    double sum = 0.0;
+    int64_t v = 0;
+    while (v + N_LANE <= n) {
+        float lane[N_LANE] = {};
+        const int64_t end = std::min<int64_t>(n - N_LANE, v + 64*N_LANE);
+        for (; v <= end; v += N_LANE) {
+            for (int j = 0; j < N_LANE; ++j) {
+                lane[j] += f(v + j);
+            }
+        }
+        for (int j = 0; j < N_LANE; ++j) {
+            sum += lane[j];
+        }
+    }
+    for (; v < n; ++v) {
+        sum += f(v);
+    }
+    return sum;
+}
+
+// p [n]: softmax of z [n]
+static void softmax(const float * z, float * p, int64_t n) {
+    const float z_max = *std::max_element(z, z + n);
+    const double sum = lane_sum(n, [&](int64_t v) {
+        const float x = z[v] - z_max;
+        p[v] = expm1_minus(x) + 1.0f + x;
+        return p[v];
+    });
+    const float scale = (float) (1.0/sum);
+    for (int64_t v = 0; v < n; ++v) {
+        p[v] *= scale;
+    }
+}
+
+// KL(p || q) for q = softmax(log p + d): log1p(sum_v p_v (expm1(u_v) - u_v)), u = d - sum_v p_v d_v.
+// Every term is >= 0, so that nothing cancels.
+static double divergence(const float * p, const float * d, int64_t n) {
+    const float mean = (float) lane_sum(n, [&](int64_t v) { return p[v]*d[v]; });
+    return std::log1p(lane_sum(n, [&](int64_t v) { return p[v]*expm1_minus(d[v] - mean); }));
+}
+
+static void run_parallel(int n_threads, int32_t n_task, const std::function<void(int32_t)> & task) {
+    n_threads = std::max(1, std::min<int>(n_threads, n_task));
+    const auto work = [&](int ith) {
+        for (int32_t i = ith; i < n_task; i += n_threads) {
+            task(i);
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int ith = 1; ith < n_threads; ++ith) {
+        threads.emplace_back(work, ith);
+    }
+    work(0);
+    for (auto & t : threads) {
+        t.join();
+    }
+}
+
+// rows [1 + n_adapter, n_embd] of one layer: what the head sees of the base, and how each adapter moves it
+static void lens_rows(const final_norm & norm, bool is_normed, int32_t n_adapter, int32_t n_embd, size_t stride,
+                      const float * base, const float * adapted, float * rows) {
+    std::vector<double> x0(n_embd), x(n_embd);
+    const auto see = [&](const float * state, std::vector<double> & y) {
+        if (is_normed) {
+            norm.apply(state, y.data(), n_embd);
+        } else {
+            std::copy(state, state + n_embd, y.begin());
+        }
+    };
+    see(base, x0);
+    std::copy(x0.begin(), x0.end(), rows);
+    for (int32_t ia = 0; ia < n_adapter; ++ia) {
+        see(adapted + ia*stride, x);
+        for (int32_t i = 0; i < n_embd; ++i) {
+            rows[(size_t) (1 + ia)*n_embd + i] = (float) (x[i] - x0[i]);
+        }
+    }
+}
+
+int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t n_adapter, const float * base, const float * adapted, float * div) {
+    try {
+        if (!ctx || !ctx->qaflora) {
+            throw std::runtime_error("this context was not made by qaflora_context_init");
+        }
+        qaflora_context & qf = *ctx->qaflora;
+        qaflora_lens_state & state = lens_of(*ctx, qf);
+        const final_norm norm(ctx->get_model());
+        const int64_t n_vocab = ctx->get_model().output->ne[1];
+        const int32_t n_row   = 1 + n_adapter;
+        const int32_t n_chunk = std::max(1, rows_at_once(n_vocab)/n_row); // layers
+        const size_t  stride  = (size_t) qf.n_layer*qf.n_embd;
+
+        std::vector<float> rows((size_t) n_chunk*n_row*qf.n_embd);
+        std::vector<float> probs((size_t) std::min<int32_t>(n_chunk, qf.n_layer)*n_vocab);
+        for (int32_t il0 = 0; il0 < qf.n_layer; il0 += n_chunk) {
+            const int32_t n = std::min(n_chunk, qf.n_layer - il0);
+            for (int32_t i = 0; i < n; ++i) {
+                const int32_t il = il0 + i;
+                const bool is_normed = lens == QAFLORA_LENS_NORM || il == qf.n_layer - 1;
+                lens_rows(norm, is_normed, n_adapter, qf.n_embd, stride, base + (size_t) il*qf.n_embd, adapted + (size_t) il*qf.n_embd,
+                          rows.data() + (size_t) i*n_row*qf.n_embd);
+            }
+            const float * logits = state.project(*ctx, rows.data(), n*n_row);
+            run_parallel(ctx->n_threads_batch(), n, [&](int32_t i) {
+                const float * z = logits + (size_t) i*n_row*n_vocab;
+                float * p = probs.data() + (size_t) i*n_vocab;
+                softmax(z, p, n_vocab);
+                for (int32_t ia = 0; ia < n_adapter; ++ia) {
+                    div[(size_t) ia*qf.n_layer + il0 + i] = (float) divergence(p, z + (size_t) (1 + ia)*n_vocab, n_vocab);
+                }
+            });
+        }
+        return 1;
+    } catch (const std::exception & err) {
+        qaflora_set_error(err.what());
+        return 0;
+    }
+}
+
+int32_t qaflora_project(llama_context * ctx, int32_t n_row, const float * rows, float * logits) {
+    try {
+        if (!ctx || !ctx->qaflora) {
+            throw std::runtime_error("this context was not made by qaflora_context_init");
+        }
+        qaflora_lens_state & state = lens_of(*ctx, *ctx->qaflora);
+        const int64_t n_vocab = ctx->get_model().output->ne[1];
+        const int32_t n_chunk = rows_at_once(n_vocab);
+        for (int32_t i = 0; i < n_row; i += n_chunk) {
+            const int32_t n = std::min(n_chunk, n_row - i);
+            const float * z = state.project(*ctx, rows + (size_t) i*ctx->qaflora->n_embd, n);
+            std::copy(z, z + n*n_vocab, logits + i*n_vocab);
+        }
+        return 1;
+    } catch (const std::exception & err) {
+        qaflora_set_error(err.what());
+        return 0;
+    }
+}
+
+int32_t qaflora_final_norm(llama_context * ctx, int32_t n_row, const float * rows, float * normed) {
+    try {
+        if (!ctx || !ctx->qaflora) {
+            throw std::runtime_error("this context was not made by qaflora_context_init");
+        }
+        const int32_t n_embd = ctx->qaflora->n_embd;
+        const final_norm norm(ctx->get_model());
+        std::vector<double> y(n_embd);
+        for (int32_t i = 0; i < n_row; ++i) {
+            norm.apply(rows + (size_t) i*n_embd, y.data(), n_embd);
+            std::copy(y.begin(), y.end(), normed + (size_t) i*n_embd);
+        }
+        return 1;
+    } catch (const std::exception & err) {
+        qaflora_set_error(err.what());
+        return 0;
+    }
+}

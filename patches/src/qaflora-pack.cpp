@@ -1,0 +1,467 @@
+#include "qaflora-pack.h"
+
+#include "llama-mmap.h"
+#include "llama-model.h"
+
+#include "gguf.h"
+
+#include <cmath>
+#include <cstdarg>
+#include <cstring>
+#include <map>
+#include <set>
+#include <stdexcept>
+
+//
+// errors
+//
+
+static thread_local std::string g_error;
+
+void qaflora_set_error(const std::string & message) {
+    g_error = message;
+}
+
+const char * qaflora_last_error(void) {
+    return g_error.c_str();
+}
+
+std::string qaflora_format(const char * fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    char buf[1024];
+    vsnprintf(buf, sizeof(buf), fmt, args);
+    va_end(args);
+    return buf;
+}
+
+[[noreturn]] static void fail(const std::string & message) {
+    throw std::runtime_error(message);
+}
+
+//
+// one adapter file
+//
+
+struct adapter_pair {
+    const ggml_tensor * a = nullptr;
+    const ggml_tensor * b = nullptr;
+};
+
+struct adapter_file {
+    std::string path;
+    float       alpha = 0.0f;
+
+    ggml_context_ptr            meta;
+    gguf_context_ptr            gguf;
+    std::unique_ptr<llama_file> file;
+    std::map<std::string, adapter_pair> pairs; // by the base's tensor name
+
+    std::vector<uint8_t> read(const ggml_tensor * t) const {
+        const size_t offset = gguf_get_data_offset(gguf.get()) +
+                              gguf_get_tensor_offset(gguf.get(), gguf_find_tensor(gguf.get(), t->name));
+        const size_t size   = ggml_nbytes(t);
+        if (offset + size < offset || offset + size > file->size()) {
+            fail(qaflora_format("%s: tensor '%s' ends at byte %zu but the file has %zu; fetch or convert it again",
+                                path.c_str(), t->name, offset + size, file->size()));
+        }
+        std::vector<uint8_t> data(size);
+        file->seek(offset, SEEK_SET);
+        file->read_raw(data.data(), size);
+        return data;
+    }
+};
+
+static std::string gguf_str(const gguf_context * ctx, const char * key) {
+    const int64_t id = gguf_find_key(ctx, key);
+    return id >= 0 && gguf_get_kv_type(ctx, id) == GGUF_TYPE_STRING ? gguf_get_val_str(ctx, id) : "";
+}
+
+static void expect_str(const adapter_file & f, const char * key, const std::string & expected) {
+    const std::string found = gguf_str(f.gguf.get(), key);
+    if (found != expected) {
+        fail(qaflora_format("%s: %s is '%s', expected '%s'; use an adapter converted for this base",
+                            f.path.c_str(), key, found.c_str(), expected.c_str()));
+    }
+}
+
+static bool strip_suffix(std::string & s, const char * suffix) {
+    const size_t n = strlen(suffix);
+    if (s.size() < n || s.compare(s.size() - n, n, suffix) != 0) {
+        return false;
+    }
+    s.resize(s.size() - n);
+    return true;
+}
+
+static adapter_file open_adapter(const llama_model & model, const char * path) {
+    adapter_file f;
+    f.path = path;
+
+    ggml_context * meta = nullptr;
+    f.gguf.reset(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
+    f.meta.reset(meta);
+    if (!f.gguf) {
+        fail(qaflora_format("%s: not a readable GGUF file; convert or fetch it again", path));
+    }
+    f.file = std::make_unique<llama_file>(path, "rb");
+
+    expect_str(f, "general.type", "adapter");
+    expect_str(f, "general.architecture", llm_arch_name(model.arch));
+    expect_str(f, "adapter.type", "lora");
+
+    const int64_t id = gguf_find_key(f.gguf.get(), "adapter.lora.alpha");
+    f.alpha = id >= 0 && gguf_get_kv_type(f.gguf.get(), id) == GGUF_TYPE_FLOAT32 ? gguf_get_val_f32(f.gguf.get(), id) : 0.0f;
+    if (!std::isfinite(f.alpha) || f.alpha == 0.0f) {
+        fail(qaflora_format("%s: adapter.lora.alpha is missing, zero or not finite; convert the adapter again", path));
+    }
+    if (gguf_find_key(f.gguf.get(), "adapter.alora.invocation_tokens") >= 0) {
+        fail(qaflora_format("%s: is an activated LoRA (aLoRA), which cannot be fused; use a plain LoRA", path));
+    }
+
+    for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
+        std::string name(t->name);
+        if (strip_suffix(name, ".lora_a")) {
+            f.pairs[name].a = t;
+        } else if (strip_suffix(name, ".lora_b")) {
+            f.pairs[name].b = t;
+        } else {
+            fail(qaflora_format("%s: tensor '%s' is neither lora_a nor lora_b; only plain LoRA can be fused", path, t->name));
+        }
+    }
+    if (f.pairs.empty()) {
+        fail(qaflora_format("%s: has no LoRA tensors; convert the adapter again", path));
+    }
+    return f;
+}
+
+//
+// the base's side
+//
+
+static ggml_tensor * base_tensor(const llama_model & model, const std::string & name) {
+    if (name == "output.weight") {
+        return model.output; // under a tied head the base stores no tensor of this name
+    }
+    return const_cast<ggml_tensor *>(model.get_tensor(name.c_str()));
+}
+
+static int32_t layer_of(const std::string & name, int32_t n_layer) {
+    int32_t il = -1;
+    if (sscanf(name.c_str(), "blk.%d.", &il) == 1 && il >= 0 && il < n_layer) {
+        return il;
+    }
+    if (name == "token_embd.weight") {
+        return 0;
+    }
+    if (name == "output.weight") {
+        return n_layer - 1;
+    }
+    return -1;
+}
+
+static void check_pair(const adapter_file & f, const std::string & name, const adapter_pair & p, const ggml_tensor * w) {
+    if (!p.a || !p.b) {
+        fail(qaflora_format("%s: '%s' has no %s; convert the adapter again", f.path.c_str(), name.c_str(), p.a ? "lora_b" : "lora_a"));
+    }
+    if (!w) {
+        fail(qaflora_format("%s: '%s' is not a tensor of the base; use the base that the adapter was trained on", f.path.c_str(), name.c_str()));
+    }
+    if (w->ne[2] != 1 || p.a->ne[2] != 1 || p.b->ne[2] != 1) {
+        fail(qaflora_format("%s: '%s' adapts stacked expert matrices, which have no weights per layer here; use a base without experts",
+                            f.path.c_str(), name.c_str()));
+    }
+    if (w->type == GGML_TYPE_NVFP4) {
+        fail(qaflora_format("%s: '%s' is NVFP4 in the base, which cannot carry adapters; use another quantisation", f.path.c_str(), name.c_str()));
+    }
+    const bool    is_embd = name == "token_embd.weight";
+    const int64_t rank_a  = is_embd ? p.a->ne[0] : p.a->ne[1];
+    const int64_t n_in    = is_embd ? p.a->ne[1] : p.a->ne[0];
+    const int64_t w_in    = is_embd ? w->ne[1] : w->ne[0];
+    const int64_t w_out   = is_embd ? w->ne[0] : w->ne[1];
+    if (rank_a != p.b->ne[0] || rank_a < 1) {
+        fail(qaflora_format("%s: '%s' has rank %lld in lora_a and %lld in lora_b; convert the adapter again",
+                            f.path.c_str(), name.c_str(), (long long) rank_a, (long long) p.b->ne[0]));
+    }
+    if (n_in != w_in || p.b->ne[1] != w_out) {
+        fail(qaflora_format("%s: '%s' is [%lld, %lld], the base has [%lld, %lld]; use the base that the adapter was trained on",
+                            f.path.c_str(), name.c_str(), (long long) p.b->ne[1], (long long) n_in, (long long) w_out, (long long) w_in));
+    }
+}
+
+// where the adapters of w live: beside w, but never in a buffer that repacks its tensors
+static ggml_backend_buffer_type_t adapter_buft(const ggml_tensor * w) {
+    ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(w->buffer);
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+    if (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+        return ggml_backend_cpu_buffer_type();
+    }
+    return buft;
+}
+
+// modules that read the same activations: q, k and v; gate and up. 0: reads its own
+static int input_kind(const std::string & name) {
+    for (const char * part : { ".attn_q.", ".attn_k.", ".attn_v." }) {
+        if (name.find(part) != std::string::npos) {
+            return 1;
+        }
+    }
+    for (const char * part : { ".ffn_gate.", ".ffn_up." }) {
+        if (name.find(part) != std::string::npos) {
+            return 2;
+        }
+    }
+    return 0;
+}
+
+//
+// stacking
+//
+
+struct pack_builder {
+    qaflora_pack & pack;
+    const std::vector<adapter_file> & files;
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_of;
+    size_t n_tensor_max = 0;
+
+    ggml_context * ctx_for(ggml_backend_buffer_type_t buft) {
+        auto it = ctx_of.find(buft);
+        if (it == ctx_of.end()) {
+            ggml_context * ctx = ggml_init({ n_tensor_max*ggml_tensor_overhead(), nullptr, true });
+            if (!ctx) {
+                fail("out of memory for the adapters' tensors");
+            }
+            pack.ctxs.emplace_back(ctx);
+            it = ctx_of.emplace(buft, ctx).first;
+        }
+        return it->second;
+    }
+
+    int32_t find_layout(const std::vector<qaflora_segment> & segments) {
+        for (size_t i = 0; i < pack.layouts.size(); ++i) {
+            if (pack.layouts[i].segments == segments) {
+                return (int32_t) i;
+            }
+        }
+        qaflora_layout layout;
+        layout.segments = segments;
+        for (const auto & s : segments) {
+            layout.rank += s.rank;
+        }
+        pack.layouts.push_back(layout);
+        return (int32_t) pack.layouts.size() - 1;
+    }
+
+    // stacked as they are when all have one type, else as F32
+    ggml_type common_type(const std::vector<std::string> & names, bool is_a) const {
+        ggml_type type = GGML_TYPE_COUNT;
+        for (const auto & f : files) {
+            for (const auto & name : names) {
+                auto it = f.pairs.find(name);
+                if (it == f.pairs.end()) {
+                    continue;
+                }
+                const ggml_type t = is_a ? it->second.a->type : it->second.b->type;
+                if (type != GGML_TYPE_COUNT && type != t) {
+                    return GGML_TYPE_F32;
+                }
+                type = t;
+            }
+        }
+        return type;
+    }
+
+    qaflora_module make_module(const std::string & name) {
+        qaflora_module m;
+        m.name = name;
+        m.w    = base_tensor(*pack.model, name);
+        m.il   = layer_of(name, pack.n_layer);
+        std::vector<qaflora_segment> segments;
+        for (size_t ia = 0; ia < files.size(); ++ia) {
+            auto it = files[ia].pairs.find(name);
+            if (it != files[ia].pairs.end()) {
+                const int64_t rank = it->second.b->ne[0];
+                segments.push_back({ (int32_t) ia, rank, files[ia].alpha/rank });
+            }
+        }
+        m.layout = find_layout(segments);
+        return m;
+    }
+
+    void add_group(const std::vector<std::string> & names) {
+        qaflora_group g;
+        std::vector<qaflora_module>  modules;
+        std::vector<qaflora_segment> segments;
+        for (const auto & name : names) {
+            qaflora_module m = make_module(name);
+            const auto & layout = pack.layouts[m.layout];
+            m.group  = (int32_t) pack.groups.size();
+            for (const auto & s : segments) {
+                m.offset += s.rank;
+            }
+            segments.insert(segments.end(), layout.segments.begin(), layout.segments.end());
+            modules.push_back(m);
+        }
+        g.il     = modules[0].il;
+        g.layout = find_layout(segments);
+
+        ggml_context * ctx = ctx_for(adapter_buft(modules[0].w));
+        g.a = ggml_new_tensor_2d(ctx, common_type(names, true), modules[0].w->ne[0], pack.layouts[g.layout].rank);
+        ggml_format_name(g.a, "%s.qaflora_a", names[0].c_str());
+        for (auto & m : modules) {
+            const int64_t rank = pack.layouts[m.layout].rank;
+            m.a = ggml_view_2d(ctx, g.a, g.a->ne[0], rank, g.a->nb[1], m.offset*g.a->nb[1]);
+            m.b = ggml_new_tensor_2d(ctx, common_type({ m.name }, false), rank, m.w->ne[1]);
+            ggml_format_name(m.b, "%s.qaflora_b", m.name.c_str());
+            pack.by_weight[m.w] = (int32_t) pack.modules.size();
+            pack.modules.push_back(m);
+        }
+        pack.groups.push_back(g);
+    }
+
+    void add_embd() {
+        qaflora_module m = make_module("token_embd.weight");
+        const int64_t rank = pack.layouts[m.layout].rank;
+        ggml_context * ctx = ctx_for(adapter_buft(m.w));
+        m.a = ggml_new_tensor_2d(ctx, common_type({ m.name }, true),  rank, m.w->ne[1]);
+        m.b = ggml_new_tensor_2d(ctx, common_type({ m.name }, false), rank, m.w->ne[0]);
+        ggml_set_name(m.a, "token_embd.qaflora_a");
+        ggml_set_name(m.b, "token_embd.qaflora_b");
+        pack.embd = (int32_t) pack.modules.size();
+        pack.modules.push_back(m);
+    }
+
+    void allocate() {
+        for (const auto & [buft, ctx] : ctx_of) {
+            ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
+            if (!buf) {
+                fail(qaflora_format("no memory for the adapters on %s; use fewer or smaller adapters", ggml_backend_buft_name(buft)));
+            }
+            ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            pack.bufs.push_back(std::move(buf));
+        }
+    }
+
+    // the rows of src as dst's type
+    static std::vector<uint8_t> as_type(std::vector<uint8_t> data, const ggml_tensor * src, ggml_type type) {
+        if (src->type == type) {
+            return data;
+        }
+        const int64_t n = ggml_nelements(src);
+        std::vector<uint8_t> res(n*sizeof(float));
+        ggml_get_type_traits(src->type)->to_float(data.data(), (float *) res.data(), n);
+        return res;
+    }
+
+    // rows of all adapters below each other
+    void fill_rows(const qaflora_module & m) {
+        size_t offset = 0;
+        for (const auto & s : pack.layouts[m.layout].segments) {
+            const auto & f = files[s.ia];
+            const ggml_tensor * t = f.pairs.at(m.name).a;
+            const auto data = as_type(f.read(t), t, m.a->type);
+            ggml_backend_tensor_set(m.a, data.data(), offset, data.size());
+            offset += data.size();
+        }
+    }
+
+    // rows of all adapters beside each other
+    void fill_columns(const qaflora_module & m, ggml_tensor * dst, bool is_a) {
+        std::vector<uint8_t> stacked(ggml_nbytes(dst));
+        const size_t dst_row = ggml_row_size(dst->type, dst->ne[0]);
+        size_t offset = 0;
+        for (const auto & s : pack.layouts[m.layout].segments) {
+            const auto & f = files[s.ia];
+            const auto & p = f.pairs.at(m.name);
+            const ggml_tensor * t = is_a ? p.a : p.b;
+            const auto data = as_type(f.read(t), t, dst->type);
+            const size_t src_row = ggml_row_size(dst->type, s.rank);
+            for (int64_t ir = 0; ir < dst->ne[1]; ++ir) {
+                memcpy(stacked.data() + ir*dst_row + offset, data.data() + ir*src_row, src_row);
+            }
+            offset += src_row;
+        }
+        ggml_backend_tensor_set(dst, stacked.data(), 0, stacked.size());
+    }
+
+    void fill() {
+        for (const auto & m : pack.modules) {
+            if (m.group < 0) {
+                fill_columns(m, m.a, true);
+            } else {
+                fill_rows(m);
+            }
+            fill_columns(m, m.b, false);
+        }
+    }
+
+    void build() {
+        std::set<std::string> names;
+        for (const auto & f : files) {
+            for (const auto & [name, p] : f.pairs) {
+                const ggml_tensor * w = base_tensor(*pack.model, name);
+                check_pair(f, name, p, w);
+                if (layer_of(name, pack.n_layer) < 0) {
+                    fail(qaflora_format("%s: '%s' belongs to no block, so that no layer's weights apply; leave it out of the adapter",
+                                        f.path.c_str(), name.c_str()));
+                }
+                names.insert(name);
+            }
+        }
+        n_tensor_max = 4*names.size() + 4;
+
+        using shared_input = std::tuple<int32_t, int, int64_t, ggml_backend_buffer_type_t>;
+        std::map<shared_input, std::vector<std::string>> shared;
+        for (const auto & name : names) {
+            const int kind = input_kind(name);
+            if (name == "token_embd.weight") {
+                add_embd();
+            } else if (kind == 0) {
+                add_group({ name });
+            } else {
+                const ggml_tensor * w = base_tensor(*pack.model, name);
+                shared[{ layer_of(name, pack.n_layer), kind, w->ne[0], adapter_buft(w) }].push_back(name);
+            }
+        }
+        for (const auto & it : shared) {
+            add_group(it.second);
+        }
+        allocate();
+        fill();
+    }
+};
+
+qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths, int32_t n_adapter) {
+    try {
+        if (!model || n_adapter < 0) {
+            fail("a pack needs a model");
+        }
+        auto pack = std::make_unique<qaflora_pack>();
+        pack->model     = model;
+        pack->n_adapter = n_adapter;
+        pack->n_layer   = model->hparams.n_layer();
+
+        std::vector<adapter_file> files;
+        for (int32_t ia = 0; ia < n_adapter; ++ia) {
+            files.push_back(open_adapter(*model, paths[ia]));
+        }
+        pack_builder { *pack, files, {}, 0 }.build();
+        return pack.release();
+    } catch (const std::exception & err) {
+        qaflora_set_error(err.what());
+        return nullptr;
+    }
+}
+
+void qaflora_pack_free(qaflora_pack * pack) {
+    delete pack;
+}
+
+int64_t qaflora_pack_size_bytes(const qaflora_pack * pack) {
+    int64_t size = 0;
+    for (const auto & buf : pack->bufs) {
+        size += ggml_backend_buffer_get_size(buf.get());
+    }
+    return size;
+}

@@ -1,0 +1,70 @@
+// Adapters of one model, stacked along the rank axis.
+// shapes: ggml order, ne[0] first
+
+#pragma once
+
+#include "qaflora.h"
+
+#include "ggml-cpp.h"
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+// one adapter's share of a stacked rank axis
+struct qaflora_segment {
+    int32_t ia;
+    int64_t rank;
+    float   scale; // alpha/rank
+
+    bool operator==(const qaflora_segment & other) const {
+        return ia == other.ia && rank == other.rank && scale == other.scale;
+    }
+};
+
+// how a rank axis is divided; many modules share one
+struct qaflora_layout {
+    std::vector<qaflora_segment> segments;
+    int64_t rank = 0; // sum over segments
+};
+
+// one adapted matrix of the base
+struct qaflora_module {
+    std::string   name;
+    ggml_tensor * w = nullptr;
+    int32_t       il = 0;      // the layer whose weights it follows
+    int32_t       layout = -1;
+    int32_t       group  = -1;
+    int64_t       offset = 0;  // of its rows in the group's A
+    ggml_tensor * a = nullptr; // [n_in, rank], rows of the group's A; of the embedding [rank, n_vocab]
+    ggml_tensor * b = nullptr; // [rank, n_out]
+};
+
+// modules that read the same input, so that one product serves all their A
+struct qaflora_group {
+    int32_t       il = 0;
+    int32_t       layout = -1;
+    ggml_tensor * a = nullptr; // [n_in, sum of the modules' ranks]
+};
+
+struct qaflora_pack {
+    llama_model * model = nullptr;
+    int32_t n_adapter = 0;
+    int32_t n_layer   = 0;
+
+    std::vector<qaflora_layout> layouts;
+    std::vector<qaflora_group>  groups;
+    std::vector<qaflora_module> modules;
+    std::unordered_map<const ggml_tensor *, int32_t> by_weight; // index in modules, the embedding apart
+    int32_t embd = -1;                                          // index in modules, or -1
+
+    std::vector<ggml_context_ptr>        ctxs;
+    std::vector<ggml_backend_buffer_ptr> bufs;
+};
+
+// sets qaflora_last_error()
+void qaflora_set_error(const std::string & message);
+
+// format like printf into a std::string
+std::string qaflora_format(const char * fmt, ...);

@@ -1,0 +1,79 @@
+// qaflora-edge: several LoRA adapters on one context, weighted per sequence and per layer.
+// shapes in this file: numpy order, last axis contiguous
+//
+// Functions that can fail return 0 or a null pointer on failure, unless said otherwise, and
+// leave a sentence in qaflora_last_error().
+
+#pragma once
+
+#include "llama.h"
+
+#include <stdint.h>
+
+#define QAFLORA_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct qaflora_pack;
+
+enum qaflora_context_flags {
+    QAFLORA_CONTEXT_PROBE        = 1, // states are captured and no logits are computed
+    QAFLORA_CONTEXT_DIFFERENTIAL = 2, // sequence 0 is the base: others add W (x_j - x_0) to its products
+};
+
+enum qaflora_capture {
+    QAFLORA_CAPTURE_LAST = 0, // the last output row of each sequence
+    QAFLORA_CAPTURE_MEAN = 1, // the mean over the output rows of each sequence
+};
+
+enum qaflora_lens {
+    QAFLORA_LENS_RAW  = 0, // the head sees raw states, final-normed at the last layer only
+    QAFLORA_LENS_NORM = 1, // the head sees final-normed states at every layer
+};
+
+struct qaflora_stats {
+    int64_t n_graph_built; // graphs built by this context, those of a reservation included
+    int64_t n_decoded;     // micro-batches computed by this context
+};
+
+LLAMA_API int32_t      qaflora_abi_version(void);
+LLAMA_API const char * qaflora_build_info (void); // "llama.cpp COMMIT, patches HASH"
+LLAMA_API const char * qaflora_last_error (void); // of the calling thread, never null
+
+// Reads n_adapter adapter files (none is allowed) and stacks them along the rank axis, beside the base's weights.
+// The model must outlive the pack, the pack every context made with it.
+LLAMA_API struct qaflora_pack * qaflora_pack_init(struct llama_model * model, const char * const * paths, int32_t n_adapter);
+LLAMA_API void                  qaflora_pack_free(struct qaflora_pack * pack);
+LLAMA_API int64_t               qaflora_pack_size_bytes(const struct qaflora_pack * pack);
+
+// A context whose sequences use the pack; all weights start at 0. Free it with llama_free.
+LLAMA_API struct llama_context * qaflora_context_init(struct llama_model * model, const struct llama_context_params * params,
+                                                      struct qaflora_pack * pack, uint32_t flags);
+
+// weights [n_adapter, n_layer] of one sequence, used from the next llama_decode on. Returns 1 on success.
+LLAMA_API int32_t qaflora_set_weights(struct llama_context * ctx, llama_seq_id seq_id, const float * weights, int64_t n_weight);
+
+// Forget captured states and capture in this way from now on. Returns 1 on success.
+LLAMA_API int32_t qaflora_capture_begin(struct llama_context * ctx, enum qaflora_capture capture);
+
+// states [n_layer, n_embd] of one sequence after each block. Returns 1 on success.
+LLAMA_API int32_t qaflora_get_states(struct llama_context * ctx, llama_seq_id seq_id, float * states, int64_t n_state);
+
+// divergence [n_adapter, n_layer] = KL(base || adapter) in nats of the next-token distributions that the
+// base's head gives to the states base [n_layer, n_embd] and adapted [n_adapter, n_layer, n_embd]. Returns 1 on success.
+LLAMA_API int32_t qaflora_divergence(struct llama_context * ctx, enum qaflora_lens lens, int32_t n_adapter,
+                                     const float * base, const float * adapted, float * divergence);
+
+// logits [n_row, n_vocab] = head of the rows [n_row, n_embd], as they are. Returns 1 on success.
+LLAMA_API int32_t qaflora_project(struct llama_context * ctx, int32_t n_row, const float * rows, float * logits);
+
+// normed [n_row, n_embd] = the base's final norm of rows. Returns 1 on success.
+LLAMA_API int32_t qaflora_final_norm(struct llama_context * ctx, int32_t n_row, const float * rows, float * normed);
+
+LLAMA_API struct qaflora_stats qaflora_get_stats(struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif

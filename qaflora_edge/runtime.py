@@ -1,0 +1,351 @@
+"""What the native library holds: a model, a pack of adapters, contexts. Each has close().
+
+Nothing here knows what a strategy or a bundle is: token ids and weights go in, states and
+logits come out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge import native
+from qaflora_edge.errors import BackendError, GgufFileError, OptionError
+
+F32 = NDArray[np.float32]
+
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # llama_cpp's GGML_TYPE_*
+_LOG_LEVEL_ERROR = 3
+_errors: deque[str] = deque(maxlen=4)
+_log_callback: Any = None
+
+
+def _library() -> tuple[Any, Any]:
+    """The binding and our functions, with the library's log kept off the terminal."""
+    global _log_callback
+    binding, functions = native.load()
+    if _log_callback is None:
+
+        @binding.llama_log_callback
+        def keep_errors(level: int, text: bytes, _: object) -> None:
+            if level == _LOG_LEVEL_ERROR:
+                _errors.append(text.decode("utf-8", "replace").strip())
+
+        _log_callback = keep_errors
+        binding.llama_log_set(_log_callback, None)
+    return binding, functions
+
+
+def _floats(array: F32) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+class _Handle:
+    """Something of the library that is freed once."""
+
+    _pointer: Any = None
+
+    def close(self) -> None:
+        if self._pointer is not None:
+            pointer, self._pointer = self._pointer, None
+            self._free(pointer)
+
+    def _free(self, pointer: Any) -> None:
+        raise NotImplementedError
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Model(_Handle):
+    """A base, memory-mapped and shared by all contexts.
+
+    Raises GgufFileError when the file cannot be loaded.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, gpu_layers: int | None = None) -> None:
+        self.path = Path(path)
+        self._lib, self._functions = _library()
+        if not self.path.is_file():
+            raise GgufFileError(
+                f"The base {self.path} does not exist; give the path of a GGUF file, "
+                "or fetch one with `qaflora pull`."
+            )
+        params = self._lib.llama_model_default_params()
+        if gpu_layers is not None:
+            params.n_gpu_layers = gpu_layers
+        _errors.clear()
+        self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._pointer:
+            self._pointer = None
+            raise GgufFileError(
+                f"The base {self.path} cannot be loaded: {'; '.join(_errors) or 'no reason given'}. "
+                "Fetch or convert it again."
+            )
+        self.vocab = self._lib.llama_model_get_vocab(self._pointer)
+        self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
+        self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
+        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
+        self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
+
+    def _free(self, pointer: Any) -> None:
+        self._lib.llama_model_free(pointer)
+
+    def metadata(self, key: str) -> str | None:
+        """One scalar of the GGUF's metadata as text, or None."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._lib.llama_model_meta_val_str(self._pointer, key.encode(), buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = n + 1
+
+    @property
+    def chat_template(self) -> str | None:
+        text = self._lib.llama_model_chat_template(self._pointer, None)
+        return text.decode("utf-8", "replace") if text else None
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of text; add_special adds BOS where the vocabulary asks for it."""
+        data = text.encode("utf-8")
+        size = len(data) + 8
+        while True:
+            tokens = (ctypes.c_int32 * size)()
+            n = self._lib.llama_tokenize(
+                self.vocab, data, len(data), tokens, size, add_special, parse_special
+            )
+            if n >= 0:
+                return list(tokens[:n])
+            size = -n
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes a token stands for; control tokens are empty unless special."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends a generation."""
+        return bool(self._lib.llama_vocab_is_eog(self.vocab, token))
+
+
+class Pack(_Handle):
+    """Adapter files, stacked along the rank axis beside the base's weights.
+
+    Raises BackendError naming the file and tensor that does not fit.
+    """
+
+    def __init__(self, model: Model, paths: Sequence[str | os.PathLike[str]]) -> None:
+        self._model = model
+        self._functions = model._functions
+        self.n_adapter = len(paths)
+        array = (ctypes.c_char_p * len(paths))(*(os.fsencode(path) for path in paths))
+        self._pointer = self._functions.pack_init(model._pointer, array, len(paths))
+        if not self._pointer:
+            raise BackendError(f"Adapters cannot be loaded: {native.last_error()}.")
+
+    def _free(self, pointer: Any) -> None:
+        self._functions.pack_free(pointer)
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self._functions.pack_size_bytes(self._pointer))
+
+
+class Context(_Handle):
+    """Sequences of one base with one pack; every sequence has its own weights, 0 at first.
+
+    n_ctx        tokens that each sequence can hold
+    probe        capture states and compute no logits
+    differential see method: sequence 0 is the base, the others run the same tokens
+
+    Raises BackendError when the context cannot be made.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pack: Pack,
+        *,
+        n_ctx: int,
+        n_seq: int = 1,
+        threads: int | None = None,
+        kv_type: str = "f16",
+        flash_attn: bool = True,
+        probe: bool = False,
+        differential: bool = False,
+    ) -> None:
+        if kv_type not in KV_TYPES:
+            raise OptionError(
+                f"Option kv_type is {kv_type!r}, expected one of {', '.join(KV_TYPES)}."
+            )
+        self._model, self._pack = model, pack
+        self._lib, self._functions = model._lib, model._functions
+        self.n_seq, self.n_ctx = n_seq, n_ctx
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq
+        params.n_batch = n_ctx * n_seq
+        params.n_ubatch = min(params.n_ubatch, params.n_batch)
+        params.n_seq_max = n_seq
+        params.n_outputs_max = 0 if probe else n_seq
+        params.n_threads = params.n_threads_batch = threads or default_threads()
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.flash_attn_type = 1 if flash_attn else 0
+        params.kv_unified = False
+        params.no_perf = False
+        flags = (native.CONTEXT_PROBE if probe else 0) | (
+            native.CONTEXT_DIFFERENTIAL if differential else 0
+        )
+        _errors.clear()
+        self._pointer = self._functions.context_init(
+            model._pointer, ctypes.byref(params), pack._pointer, flags
+        )
+        if not self._pointer:
+            raise BackendError(
+                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {native.last_error()}."
+                + (f" llama.cpp says: {'; '.join(_errors)}." if _errors else "")
+            )
+        self._memory = self._lib.llama_get_memory(self._pointer)
+
+    def _free(self, pointer: Any) -> None:
+        self._lib.llama_free(pointer)
+
+    def clear(self) -> None:
+        """Forget all tokens of all sequences."""
+        self._lib.llama_memory_clear(self._memory, False)
+
+    def set_weights(self, weights: F32, *, seq: int = 0) -> None:
+        """Weigh adapters for one sequence from the next decode on.
+
+        weights  [n_adapter, n_layer]
+        """
+        array = np.ascontiguousarray(weights, dtype=np.float32)
+        if not self._functions.set_weights(self._pointer, seq, _floats(array), array.size):
+            raise BackendError(f"Weights cannot be set: {native.last_error()}.")
+
+    def decode(self, tokens: Sequence[int], *, start: int = 0, outputs: str = "last") -> None:
+        """Run the same tokens through every sequence, from position start on.
+
+        outputs  "last" token or "all" tokens of each sequence
+
+        Raises BackendError when llama_decode fails.
+        """
+        n = len(tokens)
+        batch = self._lib.llama_batch_init(n * self.n_seq, 0, 1)
+        try:
+            batch.n_tokens = n * self.n_seq
+            for seq in range(self.n_seq):
+                for i, token in enumerate(tokens):
+                    row = seq * n + i
+                    batch.token[row] = token
+                    batch.pos[row] = start + i
+                    batch.n_seq_id[row] = 1
+                    batch.seq_id[row][0] = seq
+                    batch.logits[row] = outputs == "all" or i == n - 1
+            code = self._lib.llama_decode(self._pointer, batch)
+        finally:
+            self._lib.llama_batch_free(batch)
+        if code != 0:
+            reason = "; ".join(_errors) or "no reason given"
+            raise BackendError(f"llama_decode failed with code {code}: {reason}.")
+
+    def logits(self) -> F32:
+        """float32 [n_vocab] of the last token decoded."""
+        pointer = self._lib.llama_get_logits_ith(self._pointer, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,)).copy()
+
+    def sample(self, sampler: Any) -> int:
+        """A token drawn by a llama_sampler chain from the last token's logits."""
+        return int(self._lib.llama_sampler_sample(sampler, self._pointer, -1))
+
+    def capture_begin(self, pool: str = "last") -> None:
+        """Forget captured states; keep the "last" output row, or the "mean" of all rows."""
+        if not self._functions.capture_begin(self._pointer, native.CAPTURE[pool]):
+            raise BackendError(f"States cannot be captured: {native.last_error()}.")
+
+    def states(self, seq: int) -> F32:
+        """float32 [n_layer, n_embd] of one sequence after each block."""
+        states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+        if not self._functions.get_states(self._pointer, seq, _floats(states), states.size):
+            raise BackendError(f"States cannot be read: {native.last_error()}.")
+        return states
+
+    def divergence(self, base: F32, adapted: F32, lens: str) -> F32:
+        """KL of the base's next-token distribution to each adapter's, in nats.
+
+        base     [n_layer, n_embd]             states without adapter
+        adapted  [n_adapter, n_layer, n_embd]  states with one adapter each
+        returns  float32 [n_adapter, n_layer], >= 0
+        """
+        base = np.ascontiguousarray(base, np.float32)
+        adapted = np.ascontiguousarray(adapted, np.float32)
+        result = np.zeros(adapted.shape[:2], np.float32)
+        if not self._functions.divergence(
+            self._pointer,
+            native.LENS[lens],
+            len(adapted),
+            _floats(base),
+            _floats(adapted),
+            _floats(result),
+        ):
+            raise BackendError(f"Divergences cannot be computed: {native.last_error()}.")
+        return result
+
+    def project(self, rows: F32) -> F32:
+        """Logits [n_row, n_vocab] that the base's head gives to rows [n_row, n_embd]."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        logits = np.empty((len(rows), self._model.n_vocab), np.float32)
+        if not self._functions.project(self._pointer, len(rows), _floats(rows), _floats(logits)):
+            raise BackendError(f"Rows cannot be projected: {native.last_error()}.")
+        return logits
+
+    def final_norm(self, rows: F32) -> F32:
+        """The base's final norm of rows [n_row, n_embd], the same shape."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        normed = np.empty_like(rows)
+        if not self._functions.final_norm(self._pointer, len(rows), _floats(rows), _floats(normed)):
+            raise BackendError(f"Rows cannot be normed: {native.last_error()}.")
+        return normed
+
+    @property
+    def n_graph_built(self) -> int:
+        """Graphs this context has built so far, those of reservations included."""
+        return int(self._functions.get_stats(self._pointer).n_graph_built)
+
+    @property
+    def n_decoded(self) -> int:
+        """Micro-batches this context has computed so far."""
+        return int(self._functions.get_stats(self._pointer).n_decoded)
+
+
+def default_threads() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
