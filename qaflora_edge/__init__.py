@@ -1,0 +1,27 @@
+"""qaflora-edge: several LoRA adapters at once, weighed per query and layer, on a quantised base.
+
+Importing this package loads no native library; the first Engine does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qaflora_edge.engine import Engine
+    from qaflora_edge.errors import QafloraError
+    from qaflora_edge.fusion import FusionWeights
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "FusionWeights", "QafloraError", "__version__"]
+
+_HOME = {
+    "Engine": "qaflora_edge.engine",
+    "FusionWeights": "qaflora_edge.fusion",
+    "QafloraError": "qaflora_edge.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

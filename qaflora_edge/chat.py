@@ -1,0 +1,147 @@
+"""Conversations: the base's own chat template, and the OpenAI shape of answers.
+
+What a person typed is data. A control token spelt out in a message stays text.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qaflora_edge.errors import ChatTemplateError, PromptError
+from qaflora_edge.generate import Generation
+from qaflora_edge.runtime import Model
+
+Message = Mapping[str, Any]
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise PromptError("The conversation is empty; give at least one message.")
+    for i, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise PromptError(
+                    f"Message {i} has {key} = {message.get(key)!r}, expected a text, "
+                    'as in {"role": "user", "content": "How many ...?"}.'
+                )
+
+
+def _control_texts(model: Model, text: str) -> set[str]:
+    """Spelt-out control tokens that the tokeniser would take for real ones."""
+    tokens = model.tokenize(text, add_special=False, parse_special=True)
+    return {
+        model.piece(token, special=True).decode("utf-8", "replace")
+        for token in tokens
+        if model._lib.llama_vocab_is_control(model.vocab, token)
+    }
+
+
+def _hide_controls(
+    model: Model, messages: Sequence[Message]
+) -> tuple[list[Message], dict[str, str]]:
+    """Messages with control texts replaced by marks, and what each mark stands for."""
+    everything = "".join(str(message["content"]) for message in messages)
+    controls = sorted(_control_texts(model, everything), key=len, reverse=True)
+    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
+    marks = {next(unused): control for control in controls if control in everything}
+    hidden = []
+    for message in messages:
+        content = message["content"]
+        for mark, control in marks.items():
+            content = content.replace(control, mark)
+        hidden.append({**message, "content": content})
+    return hidden, marks
+
+
+def _render(model: Model, messages: Sequence[Message]) -> str:
+    template = model.chat_template
+    if not template:
+        raise ChatTemplateError(
+            f"The base {model.path.name} has no chat template (tokenizer.chat_template is "
+            "missing); give the prompt as plain text (--raw-prompt), or use an instruct model."
+        )
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    lib = model._lib
+
+    def special(token: int) -> str:
+        return "" if token < 0 else model.piece(token, special=True).decode("utf-8", "replace")
+
+    try:
+        formatter = Jinja2ChatFormatter(
+            template=template,
+            eos_token=special(lib.llama_vocab_eos(model.vocab)),
+            bos_token=special(lib.llama_vocab_bos(model.vocab)),
+        )
+        return str(formatter(messages=list(messages)).prompt)  # type: ignore[arg-type]
+    except Exception as err:  # a template is a program of the file's author: anything may come
+        raise ChatTemplateError(
+            f"The chat template of {model.path.name} refused the conversation: {err}. "
+            "Give the prompt as plain text (--raw-prompt), or change the messages."
+        ) from err
+
+
+def chat_tokens(model: Model, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation under the base's template, ready for an answer.
+
+    Raises ChatTemplateError without a usable template, PromptError for malformed messages.
+    """
+    _check_messages(messages)
+    hidden, marks = _hide_controls(model, messages)
+    text = _render(model, hidden)
+
+    tokens: list[int] = []
+    plain = ""
+    for char in text:
+        if char in marks:
+            tokens += model.tokenize(plain, add_special=False, parse_special=True)
+            tokens += model.tokenize(marks[char], add_special=False, parse_special=False)
+            plain = ""
+        else:
+            plain += char
+    tokens += model.tokenize(plain, add_special=False, parse_special=True)
+
+    bos = model._lib.llama_vocab_bos(model.vocab)
+    if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
+        tokens.insert(0, bos)
+    return tokens
+
+
+def completion_dict(model_name: str, generation: Generation) -> dict[str, Any]:
+    """A whole answer in the shape of OpenAI's chat completions."""
+    text = generation.text()
+    return {
+        "id": f"chatcmpl-{uuid.uuid4()}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model_name,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": generation.finish_reason,
+            }
+        ],
+        "usage": generation.usage,
+    }
+
+
+def completion_chunks(model_name: str, generation: Generation) -> Iterator[dict[str, Any]]:
+    """The same as a stream of chunks: the role, then pieces, then the reason of the end."""
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4()}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model_name,
+    }
+
+    def chunk(delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+    yield chunk({"role": "assistant"})
+    for piece in generation:
+        yield chunk({"content": piece})
+    yield chunk({}, generation.finish_reason)

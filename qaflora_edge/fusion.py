@@ -1,0 +1,255 @@
+"""From divergences to fusion weights: numbers only, no files and no library.
+
+The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). `kl_divergence` is the numpy reference of
+what the library computes through the quantised head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qaflora_edge.errors import StrategyError, WeightsError
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+LENSES = ("norm", "raw")
+POOLS = ("last", "mean")
+STRATEGIES = ("qa-flora", "calibrated", "cosine", "euclidean", "static", "single", "manual", "base")
+PROBED = ("qa-flora", "calibrated", "cosine", "euclidean")  # these run the query first
+DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
+
+# Divergences below this are float32 rounding of the states, not an adapter's effect.
+DIVERGENCE_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class FusionWeights:
+    """What one query's adapters weigh, and why.
+
+    adapters       names, in the order of the first axis
+    weights        float32 [n_adapter, n_layer]
+    divergence     float32 [n_adapter, n_layer] in the strategy's own measure (nats of KL for
+                   qa-flora and calibrated), or None when the strategy does not look at the query
+    prompt_tokens  tokens of the query
+    probe_ms       time of the probe in milliseconds, 0 without one
+    """
+
+    adapters: tuple[str, ...]
+    weights: F32
+    divergence: F32 | None = None
+    strategy: str = "manual"
+    lens: str = DEFAULT_LENS
+    pool: str = DEFAULT_POOL
+    prompt_tokens: int = 0
+    probe_ms: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `qaflora weights --json` prints."""
+        return {
+            "adapters": list(self.adapters),
+            "strategy": self.strategy,
+            "lens": self.lens,
+            "pool": self.pool,
+            "n_layer": int(self.weights.shape[1]),
+            "prompt_tokens": self.prompt_tokens,
+            "divergence": None if self.divergence is None else _rows(self.divergence),
+            "weights": _rows(self.weights),
+            "probe_ms": round(self.probe_ms, 3),
+        }
+
+
+def _rows(array: F32) -> list[list[float]]:
+    return [[float(value) for value in row] for row in array]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A parsed strategy: its kind, and what `single:` and `manual:` name.
+
+    manual  adapter name -> weight; adapters that are not named weigh 0
+    """
+
+    kind: str
+    single: str | None = None
+    manual: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_probed(self) -> bool:
+        return self.kind in PROBED
+
+
+def parse_strategy(text: str, adapters: Sequence[str]) -> Strategy:
+    """Read qa-flora, calibrated, cosine, euclidean, static, base, single:NAME or manual:NAME=W,...
+
+    Raises StrategyError for an unknown strategy or adapter, WeightsError for a weight that is
+    no finite number.
+    """
+    kind, colon, argument = text.partition(":")
+    if kind not in STRATEGIES or bool(colon) != (kind in ("single", "manual")):
+        raise StrategyError(
+            f"Strategy {text!r} is not known; expected one of qa-flora, calibrated, cosine, "
+            "euclidean, static, base, single:NAME or manual:NAME=W,NAME=W."
+        )
+    if kind == "single":
+        return Strategy(kind, single=_known(argument, adapters, text))
+    if kind == "manual":
+        return Strategy(kind, manual=_parse_manual(argument, adapters, text))
+    return Strategy(kind)
+
+
+def _known(name: str, adapters: Sequence[str], where: str) -> str:
+    if name not in adapters:
+        raise StrategyError(
+            f"Strategy {where!r} names the adapter {name!r}, which is not loaded; "
+            f"expected one of: {', '.join(adapters) or 'none is loaded'}."
+        )
+    return name
+
+
+def _parse_manual(argument: str, adapters: Sequence[str], where: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for item in argument.split(","):
+        name, equals, number = item.partition("=")
+        _known(name, adapters, where)
+        if name in weights:
+            raise StrategyError(f"Strategy {where!r} names the adapter {name!r} twice.")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise WeightsError(
+                f"Strategy {where!r}: the weight of {name!r} is {number!r}, expected a number "
+                "as in manual:math=0.7,es=0.3."
+            ) from None
+        if not np.isfinite(weights[name]):
+            raise WeightsError(
+                f"Strategy {where!r}: the weight of {name!r} is {number}, expected a finite number."
+            )
+    return weights
+
+
+def check_choice(what: str, value: str, choices: Sequence[str]) -> str:
+    """value, if it is one of choices; StrategyError otherwise."""
+    if value not in choices:
+        raise StrategyError(f"The {what} {value!r} is not known; expected {' or '.join(choices)}.")
+    return value
+
+
+def check_weights(weights: ArrayLike, adapters: Sequence[str], n_layer: int) -> F32:
+    """weights as float32 [n_adapter, n_layer].
+
+    Raises WeightsError for another shape, or for values that are NaN or infinite.
+    """
+    try:
+        array = np.asarray(weights, dtype=np.float32)
+    except (TypeError, ValueError) as err:
+        raise WeightsError(f"Weights are not an array of numbers: {err}.") from err
+    if array.shape != (len(adapters), n_layer):
+        raise WeightsError(
+            f"Weights have the shape {list(array.shape)}, expected [{len(adapters)}, {n_layer}]: "
+            f"one row for each of {', '.join(adapters) or 'no adapters'}, one column per layer."
+        )
+    if not np.isfinite(array).all():
+        ia, il = (int(index[0]) for index in np.nonzero(~np.isfinite(array)))
+        raise WeightsError(
+            f"The weight of {adapters[ia]!r} at layer {il} is {array[ia, il]}, "
+            "expected a finite number."
+        )
+    return array
+
+
+def fixed_weights(strategy: Strategy, adapters: Sequence[str], n_layer: int) -> F32:
+    """Weights [n_adapter, n_layer] of a strategy that does not look at the query."""
+    weights = np.zeros((len(adapters), n_layer), np.float32)
+    if strategy.kind == "static" and adapters:
+        weights[:] = 1.0 / len(adapters)
+    elif strategy.kind == "single":
+        weights[list(adapters).index(str(strategy.single))] = 1.0
+    elif strategy.kind == "manual":
+        for name, weight in strategy.manual.items():
+            weights[list(adapters).index(name)] = weight
+    return weights
+
+
+def normalise(divergence: ArrayLike) -> F32:
+    """Weigh each adapter by its share of a layer's divergence.
+
+    divergence  [n_adapter, n_layer]  >= 0
+    returns     [n_adapter, n_layer]  >= 0; each column sums to 1, to 1/n_adapter each where
+                                      all divergences are below the numerical floor
+    """
+    div = np.asarray(divergence, dtype=np.float64)
+    div = np.where(div < DIVERGENCE_FLOOR, 0.0, div)
+    total = div.sum(axis=0, keepdims=True)
+    n_adapter = max(1, div.shape[0])
+    with np.errstate(invalid="ignore"):
+        share = div / np.where(total > 0.0, total, 1.0)
+    return np.where(total > 0.0, share, 1.0 / n_adapter).astype(np.float32)
+
+
+def calibrate(divergence: ArrayLike, typical: ArrayLike) -> F64:
+    """Divergences relative to each adapter's typical one.
+
+    divergence  [n_adapter, n_layer]
+    typical     [n_adapter, n_layer]  > 0, geometric mean over neutral prompts
+    returns     [n_adapter, n_layer]; 0 where the divergence is below the numerical floor
+    """
+    div = np.asarray(divergence, dtype=np.float64)
+    relative = div / np.asarray(typical, dtype=np.float64)
+    return np.where(div < DIVERGENCE_FLOOR, 0.0, relative)
+
+
+def typical_divergence(divergences: ArrayLike) -> F64:
+    """Geometric mean over prompts: exp(mean log(div + 1e-12)).
+
+    divergences  [n_prompt, n_adapter, n_layer]
+    returns      [n_adapter, n_layer]  > 0
+    """
+    div = np.asarray(divergences, dtype=np.float64)
+    return np.asarray(np.exp(np.log(div + DIVERGENCE_FLOOR).mean(axis=0)))
+
+
+def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F32:
+    """1 - cos of the states: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd].
+
+    Computed as |a/|a| - b/|b||^2 / 2, which does not cancel when the two are close.
+    """
+    a = np.asarray(base, np.float64)
+    b = np.asarray(adapted, np.float64)
+    a = a / np.linalg.norm(a, axis=-1, keepdims=True)
+    b = b / np.linalg.norm(b, axis=-1, keepdims=True)
+    return np.asarray(((a - b) ** 2).sum(axis=-1) / 2.0).astype(np.float32)
+
+
+def euclidean_distance(base: ArrayLike, adapted: ArrayLike) -> F32:
+    """|h_j - h|: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd]."""
+    difference = np.asarray(adapted, np.float64) - np.asarray(base, np.float64)
+    return np.asarray(np.linalg.norm(difference, axis=-1)).astype(np.float32)
+
+
+def kl_divergence(base_logits: ArrayLike, difference: ArrayLike) -> F64:
+    """KL(p || q) in nats, p = softmax(base_logits), q = softmax(base_logits + difference).
+
+    base_logits  [..., n_vocab]
+    difference   [..., n_vocab]  logits under the adapter minus base logits
+
+    With m = sum_v p_v d_v and u = d - m: KL = log1p(sum_v p_v (expm1(u_v) - u_v)). Every term
+    is >= 0, so nothing cancels.
+    """
+    z = np.asarray(base_logits, np.float64)
+    d = np.asarray(difference, np.float64)
+    p = np.exp(z - z.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    u = d - (p * d).sum(axis=-1, keepdims=True)
+    return np.asarray(np.log1p((p * _expm1_minus(u)).sum(axis=-1)))
+
+
+def _expm1_minus(u: F64) -> F64:
+    """expm1(u) - u, by its series where that is small."""
+    series = u * u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u / 720))))
+    return np.where(np.abs(u) < 1e-2, series, np.expm1(u) - u)

@@ -1,0 +1,208 @@
+"""Tokens to text: sampling, stop strings, whole UTF-8 characters.
+
+The heart is an iterator; joining, printing and streaming are wrappers around it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qaflora_edge.errors import OptionError
+from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.runtime import Context, Model
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when to stop.
+
+    max_tokens   None: until the context is full
+    temperature  0: greedy
+    seed         None: a new one each time
+    stop         texts that end the answer; they are not part of it
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 0, ">= 0"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), ">= 0"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**32 - 1, "from 0 to 4294967294"),
+            ("stop", all(self.stop), "texts that are not empty"),
+        )
+        for name, is_good, expected in checks:
+            if not is_good:
+                raise OptionError(f"Option {name} is {getattr(self, name)!r}, expected {expected}.")
+
+
+@dataclass
+class Timings:
+    """Milliseconds spent, and the speed of generation (tokens decoded after the first)."""
+
+    probe_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    n_decoded: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e3 * self.n_decoded / self.decode_ms if self.decode_ms > 0 else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        return {
+            "probe_ms": round(self.probe_ms, 3),
+            "prefill_ms": round(self.prefill_ms, 3),
+            "decode_ms": round(self.decode_ms, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+        }
+
+
+class StopFilter:
+    """Passes text on as soon as it can no longer be the beginning of a stop text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown now, once text has arrived."""
+        held = self._held + text
+        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self._held, self.is_stopped = "", True
+            return held[: min(found)]
+        n = self._n_undecided(held)
+        self._held = held[len(held) - n :]
+        return held[: len(held) - n]
+
+    def flush(self) -> str:
+        """What was held back, once no more text will come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _n_undecided(self, held: str) -> int:
+        longest = min(len(held), max((len(stop) for stop in self._stops), default=1) - 1)
+        for n in range(longest, 0, -1):
+            if any(stop.startswith(held[-n:]) for stop in self._stops):
+                return n
+        return 0
+
+
+@dataclass
+class Generation(Iterator[str]):
+    """An answer as it is generated: an iterator over pieces of text.
+
+    finish_reason  None while it runs, then "stop" (end of generation, or a stop text) or
+                   "length" (max_tokens, or the context is full)
+    """
+
+    fusion: FusionWeights
+    n_prompt: int
+    timings: Timings = field(default_factory=Timings)
+    n_completion: int = 0
+    finish_reason: str | None = None
+    _pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def text(self) -> str:
+        """The rest of the answer, joined."""
+        return "".join(self)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.n_prompt,
+            "completion_tokens": self.n_completion,
+            "total_tokens": self.n_prompt + self.n_completion,
+        }
+
+
+class Sampler:
+    """A llama_sampler chain, freed by close()."""
+
+    def __init__(self, lib: Any, sampling: Sampling) -> None:
+        self._lib = lib
+        self.pointer = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if sampling.temperature == 0.0:
+            self._add(lib.llama_sampler_init_greedy())
+            return
+        if sampling.top_p < 1.0:
+            self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+        self._add(lib.llama_sampler_init_temp(sampling.temperature))
+        self._add(
+            lib.llama_sampler_init_dist(0xFFFFFFFF if sampling.seed is None else sampling.seed)
+        )
+
+    def _add(self, sampler: Any) -> None:
+        self._lib.llama_sampler_chain_add(self.pointer, sampler)
+
+    def close(self) -> None:
+        if self.pointer is not None:
+            self._lib.llama_sampler_free(self.pointer)
+            self.pointer = None
+
+
+def generate_tokens(
+    model: Model,
+    context: Context,
+    sampling: Sampling,
+    generation: Generation,
+    check: Callable[[], None],
+) -> Iterator[int]:
+    """Tokens that follow what the context holds, until an end token or a limit.
+
+    check  called before the context is used again after a pause; raises to stop
+    """
+    n_max = context.n_ctx - generation.n_prompt + 1
+    if sampling.max_tokens is not None:
+        n_max = min(n_max, sampling.max_tokens)
+    sampler = Sampler(model._lib, sampling)
+    try:
+        for i in range(n_max):
+            check()
+            start = time.perf_counter()
+            token = context.sample(sampler.pointer)
+            if model.is_end(token):
+                generation.finish_reason = "stop"
+                return
+            generation.n_completion += 1
+            if i + 1 < n_max:
+                context.decode([token], start=generation.n_prompt + i)
+                generation.timings.n_decoded += 1
+                generation.timings.decode_ms += 1e3 * (time.perf_counter() - start)
+            yield token
+        generation.finish_reason = "length"
+    finally:
+        sampler.close()
+
+
+def generate_text(
+    tokens: Iterator[int], model: Model, stops: Sequence[str], generation: Generation
+) -> Iterator[str]:
+    """Pieces of text of whole characters; ends before the first stop text."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stop_filter = StopFilter(stops)
+    for token in tokens:
+        piece = stop_filter.feed(decoder.decode(model.piece(token)))
+        if piece:
+            yield piece
+        if stop_filter.is_stopped:
+            generation.finish_reason = "stop"
+            return
+    # Bytes still in the decoder are a character that was never finished: they are dropped.
+    rest = stop_filter.flush()
+    if rest:
+        yield rest
