@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
 
-from .errors import BundleError, InputFileError, OutputFileError
+from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
 
 Progress = Callable[[int], None]
 

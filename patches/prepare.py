@@ -1,0 +1,264 @@
+"""Prepare the patched source of llama.cpp and print the folder it lies in.
+
+    python patches/prepare.py
+
+The pinned source archive is fetched (or taken from QAFLORA_SOURCE_ARCHIVE), checked, unpacked
+into a pristine folder, and patched there. The folder's name is a hash of the pin and of every
+patch, so a changed patch never meets an old tree; a folder that was edited by hand is refused.
+Needs git and pip, and nothing else beyond Python itself.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+PATCHES = Path(__file__).resolve().parent
+sys.path.insert(0, str(PATCHES.parent))
+sys.path.insert(0, str(PATCHES))
+
+import strict  # noqa: E402
+from strict import PrepareError  # noqa: E402
+
+from qaflora_edge.errors import QafloraError  # noqa: E402
+from qaflora_edge.files import cache_dir, sha256_file, write_text_atomic  # noqa: E402
+
+STAMP = ".qaflora-stamp.json"
+# What a build of the libraries reads; tests, tools, models and documents stay in the archive.
+WANTED = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor")
+MAX_TREE_BYTES = 512 << 20
+MAX_TREE_FILES = 20_000
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What `patches/UPSTREAM` says."""
+
+    package: str
+    version: str
+    archive_sha256: str
+    llama_cpp_path: str
+    llama_cpp_commit: str
+
+    @property
+    def archive_name(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}.tar.gz"
+
+
+def read_pin(patches: Path = PATCHES) -> Pin:
+    """Read the pin. Raises PrepareError when it is missing or incomplete."""
+    path = patches / "UPSTREAM"
+    try:
+        return Pin(**tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise PrepareError(
+            f"Cannot read the pin {path}: {error}. Expected TOML with exactly the fields "
+            f"{', '.join(Pin.__annotations__)}. Restore the file from the repository."
+        ) from error
+
+
+def read_series(patches: Path = PATCHES) -> list[Path]:
+    """List the patches in the order in which they are applied."""
+    series = patches / "series"
+    try:
+        lines = series.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PrepareError(
+            f"Cannot read {series}: {error.strerror}. Restore the file from the repository."
+        ) from error
+    names = [name for line in lines if (name := line.partition("#")[0].strip())]
+    for name in names:
+        if not (patches / name).is_file():
+            raise PrepareError(
+                f"{series} names {name}, but there is no such patch beside it. "
+                "Add the patch or take its line out."
+            )
+    return [patches / name for name in names]
+
+
+def tree_key(pin: Pin, series: list[Path]) -> str:
+    """Hash everything that decides what the prepared tree contains."""
+    digest = hashlib.sha256(repr((pin, WANTED)).encode())
+    for patch in series:
+        digest.update(f"\0{patch.name}\0".encode() + patch.read_bytes())
+    return digest.hexdigest()
+
+
+def find_archive(pin: Pin, cache: Path) -> Path:
+    """Give the checked source archive: the caller's, the cached one, or a fresh download."""
+    if given := os.environ.get("QAFLORA_SOURCE_ARCHIVE"):
+        check_archive(pin, Path(given), "Set QAFLORA_SOURCE_ARCHIVE to the right file or unset it.")
+        return Path(given)
+    archive = cache / "sources" / pin.archive_name
+    if archive.is_file() and sha256_file(archive) == pin.archive_sha256:
+        return archive
+    download_archive(pin, archive)
+    return archive
+
+
+def check_archive(pin: Pin, archive: Path, advice: str) -> None:
+    """Raise PrepareError unless the archive is the pinned one."""
+    found = sha256_file(archive)
+    if found != pin.archive_sha256:
+        raise PrepareError(
+            f"The source archive {archive} is not {pin.package} {pin.version}: its sha256 is "
+            f"{found}, expected {pin.archive_sha256}. {advice}"
+        )
+
+
+def download_archive(pin: Pin, archive: Path) -> None:
+    """Fetch the source archive with pip, check it, and only then give it its name."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=archive.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary", pin.package, "--dest", folder]
+        if importlib.util.find_spec("scikit_build_core"):
+            # pip asks the package for its metadata; this spares it a build environment.
+            command.append("--no-build-isolation")
+        result = subprocess.run([*command, f"{pin.package}=={pin.version}"])
+        fetched = Path(folder) / pin.archive_name
+        if result.returncode != 0 or not fetched.is_file():
+            raise PrepareError(
+                f"Could not fetch the source archive {pin.archive_name} of llama.cpp: "
+                f"'{' '.join(command)} {pin.package}=={pin.version}' gave exit code "
+                f"{result.returncode} and no such file; its own message is above. Check the "
+                "network, or set QAFLORA_SOURCE_ARCHIVE to a copy of the archive."
+            )
+        check_archive(pin, fetched, "Nothing was built. Check where pip takes packages from.")
+        os.replace(fetched, archive)
+
+
+def extract(pin: Pin, archive: Path, tree: Path) -> None:
+    """Unpack the wanted part of llama.cpp into the empty folder `tree`."""
+    root = PurePosixPath(pin.archive_name.removesuffix(".tar.gz")) / pin.llama_cpp_path
+    n_file = n_bytes = 0
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            if not name.is_relative_to(root) or member.isdir():
+                continue
+            relative = name.relative_to(root)
+            if not relative.parts or relative.parts[0] not in WANTED:
+                continue
+            n_file, n_bytes = n_file + 1, n_bytes + member.size
+            reason = unsafe_reason(member, name, n_file, n_bytes)
+            if reason:
+                raise PrepareError(
+                    f"The source archive {archive} holds {member.name!r}, which {reason}. "
+                    "Nothing was built. Fetch the archive again."
+                )
+            write_member(tar, member, tree / relative)
+    if not (tree / "CMakeLists.txt").is_file():
+        raise PrepareError(
+            f"The source archive {archive} has no {root}/CMakeLists.txt; expected llama.cpp "
+            "there. Correct llama_cpp_path in patches/UPSTREAM."
+        )
+
+
+def unsafe_reason(
+    member: tarfile.TarInfo, name: PurePosixPath, n_file: int, n_bytes: int
+) -> str | None:
+    """Say what is wrong with a member of the archive, if anything is."""
+    if not member.isreg():
+        return "is neither a plain file nor a folder"
+    if name.is_absolute() or ".." in name.parts or "\\" in member.name:
+        return "leads out of the folder it is unpacked into"
+    if n_file > MAX_TREE_FILES or n_bytes > MAX_TREE_BYTES:
+        return f"is over the limit of {MAX_TREE_FILES} files or {MAX_TREE_BYTES} bytes"
+    return None
+
+
+def write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    """Write one member, with its own time so that a tree made again rebuilds nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = tar.extractfile(member)
+    assert content is not None  # it is a plain file
+    with content, path.open("xb") as file:
+        shutil.copyfileobj(content, file)
+    os.utime(path, (member.mtime, member.mtime))
+
+
+def hash_tree(tree: Path) -> dict[str, str]:
+    """Hash every file of a tree but the stamp: path -> sha256."""
+    paths = sorted(path for path in tree.rglob("*") if path.is_file() and path.name != STAMP)
+    return {path.relative_to(tree).as_posix(): sha256_file(path) for path in paths}
+
+
+def is_prepared(tree: Path, key: str) -> bool:
+    """Tell whether a finished tree is there; refuse one that was changed since."""
+    try:
+        stamp = json.loads((tree / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if stamp.get("key") != key:
+        return False
+    recorded, found = stamp["files"], hash_tree(tree)
+    changed = sorted(
+        name for name in recorded.keys() | found if recorded.get(name) != found.get(name)
+    )
+    if changed:
+        raise PrepareError(
+            f"The prepared source {tree} was changed after it was made: {len(changed)} files "
+            f"differ from the stamp, the first is {changed[0]}. Expected it untouched. Put your "
+            "change into a patch, then delete that folder and try again."
+        )
+    return True
+
+
+def prepare(cache: Path | None = None, patches: Path = PATCHES) -> Path:
+    """Give the folder of the patched source, making it if needed."""
+    cache = cache_dir() if cache is None else cache
+    pin, series = read_pin(patches), read_series(patches)
+    key = tree_key(pin, series)
+    tree = cache / "sources" / f"llama.cpp-{pin.llama_cpp_commit[:8]}-{key[:16]}"
+    if not is_prepared(tree, key):
+        archive = find_archive(pin, cache)
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=tree.parent) as folder:
+            fresh = Path(folder) / "llama.cpp"
+            make_tree(pin, series, key, archive, fresh)
+            publish(fresh, tree, key)
+    return tree
+
+
+def make_tree(pin: Pin, series: list[Path], key: str, archive: Path, fresh: Path) -> None:
+    """Unpack, patch and stamp a tree in a folder that nobody else uses."""
+    fresh.mkdir()
+    extract(pin, archive, fresh)
+    for patch in series:
+        strict.apply(patch, fresh)
+    stamp = {"key": key, "patches": [patch.name for patch in series], "files": hash_tree(fresh)}
+    write_text_atomic(fresh / STAMP, json.dumps(stamp, indent=0, sort_keys=True) + "\n")
+
+
+def publish(fresh: Path, tree: Path, key: str) -> None:
+    """Move a finished tree to its name; another process may have been first."""
+    if tree.exists() and not is_prepared(tree, key):
+        os.replace(tree, fresh.with_name("unfinished"))  # goes with the temporary folder
+    try:
+        os.replace(fresh, tree)
+    except OSError:
+        if not is_prepared(tree, key):
+            raise
+
+
+def main() -> int:
+    """Print the folder; on failure say why on stderr and return 1."""
+    try:
+        print(prepare())
+    except (PrepareError, QafloraError) as error:
+        print(f"patches/prepare.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
