@@ -70,6 +70,7 @@ void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const l
             for (const auto & seg : segments) {
                 data.insert(data.end(), seg.rank, w[seg.ia*qf.n_layer + il]*seg.scale);
             }
+            data.resize((il*n_slot + s + 1)*dst->ne[0], 0.0f);
         }
     }
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));

@@ -5,6 +5,7 @@
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstring>
@@ -38,6 +39,8 @@ std::string qaflora_format(const char * fmt, ...) {
 [[noreturn]] static void fail(const std::string & message) {
     throw std::runtime_error(message);
 }
+
+static const int64_t RANK_STEP = 64;
 
 //
 // one adapter file
@@ -214,6 +217,12 @@ static int input_kind(const std::string & name) {
     return 0;
 }
 
+// The dot products of the CPU take 64 numbers at a time and the rest one by one, which costs more than
+// multiplying zeros (llama.cpp 0c1e5709, ggml-cpu vec.cpp ggml_vec_dot_f16). Quantised rows are whole blocks already.
+static int64_t padded_rank(int64_t rank, ggml_type type) {
+    return ggml_blck_size(type) > 1 ? rank : GGML_PAD(rank, RANK_STEP);
+}
+
 //
 // stacking
 //
@@ -238,18 +247,21 @@ struct pack_builder {
         return it->second;
     }
 
-    int32_t find_layout(const std::vector<qaflora_segment> & segments) {
+    static int64_t stacked_rank(const std::vector<qaflora_segment> & segments) {
+        int64_t rank = 0;
+        for (const auto & s : segments) {
+            rank += s.rank;
+        }
+        return rank;
+    }
+
+    int32_t find_layout(const std::vector<qaflora_segment> & segments, int64_t rank) {
         for (size_t i = 0; i < pack.layouts.size(); ++i) {
-            if (pack.layouts[i].segments == segments) {
+            if (pack.layouts[i].segments == segments && pack.layouts[i].rank == rank) {
                 return (int32_t) i;
             }
         }
-        qaflora_layout layout;
-        layout.segments = segments;
-        for (const auto & s : segments) {
-            layout.rank += s.rank;
-        }
-        pack.layouts.push_back(layout);
+        pack.layouts.push_back({ segments, rank });
         return (int32_t) pack.layouts.size() - 1;
     }
 
@@ -285,26 +297,26 @@ struct pack_builder {
                 segments.push_back({ (int32_t) ia, rank, files[ia].alpha/rank });
             }
         }
-        m.layout = find_layout(segments);
+        m.layout = find_layout(segments, padded_rank(stacked_rank(segments), common_type({ name }, false)));
         return m;
     }
 
     void add_group(const std::vector<std::string> & names) {
         qaflora_group g;
+        int64_t rank = 0;
         std::vector<qaflora_module>  modules;
         std::vector<qaflora_segment> segments;
         for (const auto & name : names) {
             qaflora_module m = make_module(name);
             const auto & layout = pack.layouts[m.layout];
             m.group  = (int32_t) pack.groups.size();
-            for (const auto & s : segments) {
-                m.offset += s.rank;
-            }
+            m.offset = stacked_rank(segments);
+            rank = std::max(rank, m.offset + layout.rank);
             segments.insert(segments.end(), layout.segments.begin(), layout.segments.end());
             modules.push_back(m);
         }
         g.il     = modules[0].il;
-        g.layout = find_layout(segments);
+        g.layout = find_layout(segments, rank);
 
         ggml_context * ctx = ctx_for(adapter_buft(modules[0].w));
         g.a = ggml_new_tensor_2d(ctx, common_type(names, true), modules[0].w->ne[0], pack.layouts[g.layout].rank);
@@ -338,6 +350,7 @@ struct pack_builder {
             if (!buf) {
                 fail(qaflora_format("no memory for the adapters on %s; use fewer or smaller adapters", ggml_backend_buft_name(buft)));
             }
+            ggml_backend_buffer_clear(buf.get(), 0);
             ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             pack.bufs.push_back(std::move(buf));
         }

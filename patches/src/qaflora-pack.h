@@ -26,7 +26,7 @@ struct qaflora_segment {
 // how a rank axis is divided; many modules share one
 struct qaflora_layout {
     std::vector<qaflora_segment> segments;
-    int64_t rank = 0; // sum over segments
+    int64_t rank = 0; // sum over segments, and rows of zeros up to what the modules' B expect
 };
 
 // one adapted matrix of the base
@@ -38,14 +38,14 @@ struct qaflora_module {
     int32_t       group  = -1;
     int64_t       offset = 0;  // of its rows in the group's A
     ggml_tensor * a = nullptr; // [n_in, rank], rows of the group's A; of the embedding [rank, n_vocab]
-    ggml_tensor * b = nullptr; // [rank, n_out]
+    ggml_tensor * b = nullptr; // [rank, n_out]; the columns beyond the segments are zeros
 };
 
 // modules that read the same input, so that one product serves all their A
 struct qaflora_group {
     int32_t       il = 0;
     int32_t       layout = -1;
-    ggml_tensor * a = nullptr; // [n_in, sum of the modules' ranks]
+    ggml_tensor * a = nullptr; // [n_in, rank]: the segments of all modules, then rows of zeros
 };
 
 struct qaflora_pack {
