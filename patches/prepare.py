@@ -1,6 +1,7 @@
 """Prepare the patched source of llama.cpp and print the folder it lies in.
 
-    python patches/prepare.py
+    python patches/prepare.py             the patched source
+    python patches/prepare.py --archive   only the archive of the binding, checked
 
 The pinned source archive is fetched (or taken from QAFLORA_SOURCE_ARCHIVE), checked, unpacked
 into a pristine folder, and patched there. The folder's name is a hash of the pin and of every
@@ -250,10 +251,13 @@ def publish(fresh: Path, tree: Path, key: str) -> None:
             raise
 
 
-def main() -> int:
-    """Print the folder; on failure say why on stderr and return 1."""
+def main(arguments: list[str]) -> int:
+    """Print what was asked for; on failure say why on stderr and return 1."""
+    if arguments not in ([], ["--archive"]):
+        print("usage: python patches/prepare.py [--archive]", file=sys.stderr)
+        return 2
     try:
-        print(prepare())
+        print(find_archive(read_pin(), cache_dir()) if arguments else prepare())
     except (PrepareError, QafloraError) as error:
         print(f"patches/prepare.py: {error}", file=sys.stderr)
         return 1
@@ -261,4 +265,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
