@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
 from qaflora_edge.chat import Message, chat_tokens, completion_chunks, completion_dict
 from qaflora_edge.errors import BusyError, OptionError, PromptError, StrategyError
-from qaflora_edge.fusion import FusionWeights, Strategy
+from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import (
     Generation,
     Sampling,
@@ -24,17 +24,13 @@ from qaflora_edge.generate import (
     generate_text,
     generate_tokens,
 )
+from qaflora_edge.probe import Prober
 from qaflora_edge.runtime import KV_TYPES, Context, Model, Pack
+from qaflora_edge.weigh import Typical, Weigher, Weights
 
 F32 = NDArray[np.float32]
 Prompt = str | Sequence[int]
-Weights = FusionWeights | ArrayLike | str | None
 Path_ = str | os.PathLike[str]
-
-# adapter -> lens -> typical divergence of each layer, as bundle.json stores it
-Typical = Mapping[str, Mapping[str, Sequence[float]]]
-
-_PROBE_CTX_MIN = 256  # tokens; a probe context grows by doubling up to n_ctx
 
 
 class Engine:
@@ -71,11 +67,10 @@ class Engine:
         self._thread_lock = threading.Lock()
         self._is_closed = True  # until everything below has worked
         self._resources: list[Any] = []
-        self._probe: Context | None = None
         self._turn = 0
         _check_options(n_ctx, threads, kv_type)
 
-        self._typical: Typical = {}
+        typical: Typical = {}
         defaults: Mapping[str, str] = {}
         if bundle is not None:
             if base is not None or adapters is not None:
@@ -86,26 +81,29 @@ class Engine:
 
             loaded = load_bundle(Path(bundle))
             base, adapters = loaded.base_path, loaded.adapter_paths
-            self._typical, defaults = loaded.typical, loaded.fusion_defaults
+            typical, defaults = loaded.typical, loaded.fusion_defaults
         elif base is None:
             raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
 
-        self.adapters: tuple[str, ...] = tuple(adapters or {})
-        self.strategy = strategy or defaults.get("strategy", fuse.DEFAULT_STRATEGY)
-        self.lens = fuse.check_choice(
-            "lens", lens or defaults.get("lens", fuse.DEFAULT_LENS), fuse.LENSES
-        )
-        self.pool = fuse.check_choice(
-            "pool", pool or defaults.get("pool", fuse.DEFAULT_POOL), fuse.POOLS
+        self._weigher = Weigher(
+            adapters=tuple(adapters or {}),
+            strategy=strategy or defaults.get("strategy", fuse.DEFAULT_STRATEGY),
+            lens=lens or defaults.get("lens", fuse.DEFAULT_LENS),
+            pool=pool or defaults.get("pool", fuse.DEFAULT_POOL),
+            typical=typical,
         )
         self.seed, self.n_ctx = seed, n_ctx
-        self._options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
-        self._parse(self.strategy)
 
         try:
             self._model = self._keep(Model(base, gpu_layers=gpu_layers))
             self._pack = self._keep(Pack(self._model, list((adapters or {}).values())))
-            self._main = self._keep(Context(self._model, self._pack, n_ctx=n_ctx, **self._options))
+            options: dict[str, Any] = {
+                "threads": threads,
+                "kv_type": kv_type,
+                "flash_attn": flash_attn,
+            }
+            self._main = self._keep(Context(self._model, self._pack, n_ctx=n_ctx, **options))
+            self._probe = self._keep(Prober(self._model, self._pack, options))
         except BaseException:
             self._free()
             raise
@@ -118,9 +116,6 @@ class Engine:
         return resource
 
     def _free(self) -> None:
-        if self._probe is not None:
-            self._probe.close()
-            self._probe = None
         while self._resources:
             self._resources.pop().close()
 
@@ -131,7 +126,7 @@ class Engine:
                 self._is_closed = True
                 self._free()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,6 +147,11 @@ class Engine:
             self._thread_lock.release()
 
     # facts
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters, in the order of every first axis."""
+        return self._weigher.adapters
 
     @property
     def n_layer(self) -> int:
@@ -221,7 +221,7 @@ class Engine:
         Returns FusionWeights with weights and divergence, float32 [n_adapter, n_layer].
         """
         with self._in_use():
-            return self._weigh(strategy, self._tokens(prompt, parse_special))
+            return self._weigher.weigh(strategy, self._tokens(prompt, parse_special), self._probe)
 
     def hidden_states(
         self, prompt: Prompt, *, adapter: str | None = None, parse_special: bool = False
@@ -237,8 +237,8 @@ class Engine:
                     f"The adapter {adapter!r} is not loaded; expected one of: "
                     f"{', '.join(self.adapters) or 'none is loaded'}."
                 )
-            states = self._states(tokens, "last")
-            return states[0 if adapter is None else 1 + self.adapters.index(adapter)]
+            states = self._probe.states(tokens, "last")
+            return states[0 if adapter is None else 1 + self.adapters.index(adapter)].copy()
 
     def logits(
         self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False
@@ -246,116 +246,8 @@ class Engine:
         """Logits of the token after the prompt: float32 [n_vocab]."""
         with self._in_use():
             tokens = self._tokens(prompt, parse_special)
-            self._prefill(tokens, self._weigh(weights, tokens))
+            self._prefill(tokens, self._weigher.weigh(weights, tokens, self._probe))
             return self._main.logits()
-
-    def _parse(self, text: str) -> Strategy:
-        strategy = fuse.parse_strategy(text, self.adapters)
-        if strategy.kind == "calibrated":
-            self._check_calibrated()
-        return strategy
-
-    def _check_calibrated(self) -> None:
-        if self.pool != "last":
-            raise StrategyError(
-                f"Strategy calibrated needs pool last, found {self.pool}: typical divergences "
-                "are measured at the last token."
-            )
-        missing = [name for name in self.adapters if self.lens not in self._typical.get(name, {})]
-        if missing:
-            raise StrategyError(
-                f"Strategy calibrated needs typical divergences, missing for {', '.join(missing)} "
-                f"with lens {self.lens}; use a bundle made by `qaflora bundle create`."
-            )
-
-    def _weigh(self, weights: Weights, tokens: list[int]) -> FusionWeights:
-        if isinstance(weights, FusionWeights):
-            if weights.adapters != self.adapters:
-                raise StrategyError(
-                    f"The weights are for the adapters {', '.join(weights.adapters)}, loaded are "
-                    f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
-                )
-            fuse.check_weights(weights.weights, self.adapters, self.n_layer)
-            return weights
-        if weights is not None and not isinstance(weights, str):
-            array = fuse.check_weights(weights, self.adapters, self.n_layer)
-            return self._fusion(array, None, "manual", tokens)
-        text = weights or self.strategy
-        strategy = self._parse(text)
-        if not strategy.is_probed or not self.adapters:
-            array = fuse.fixed_weights(strategy, self.adapters, self.n_layer)
-            return self._fusion(array, None, text, tokens)
-        start = time.perf_counter()
-        divergence = self._divergence(tokens, strategy.kind)
-        relevance: ArrayLike = divergence
-        if strategy.kind == "calibrated":
-            typical = [self._typical[name][self.lens] for name in self.adapters]
-            relevance = fuse.calibrate(divergence, typical)
-        array = fuse.normalise(relevance)
-        probe_ms = 1e3 * (time.perf_counter() - start)
-        return self._fusion(array, divergence, text, tokens, probe_ms)
-
-    def _fusion(
-        self,
-        weights: F32,
-        divergence: F32 | None,
-        strategy: str,
-        tokens: list[int],
-        probe_ms: float = 0.0,
-    ) -> FusionWeights:
-        return FusionWeights(
-            adapters=self.adapters,
-            weights=weights,
-            divergence=divergence,
-            strategy=strategy,
-            lens=self.lens,
-            pool=self.pool,
-            prompt_tokens=len(tokens),
-            probe_ms=probe_ms,
-        )
-
-    def _divergence(self, tokens: list[int], kind: str) -> F32:
-        """How far each adapter moves the base: [n_adapter, n_layer]."""
-        states = self._states(tokens, self.pool)
-        if kind == "cosine":
-            return fuse.cosine_distance(states[0], states[1:])
-        if kind == "euclidean":
-            return fuse.euclidean_distance(states[0], states[1:])
-        return self._probe_context(len(tokens)).divergence(states[0], states[1:], self.lens)
-
-    def _states(self, tokens: list[int], pool: str) -> F32:
-        """States [1 + n_adapter, n_layer, n_embd]: the base, then each adapter alone."""
-        context = self._probe_context(len(tokens))
-        context.clear()
-        context.capture_begin(pool)
-        context.decode(tokens, outputs="last" if pool == "last" else "all")
-        return np.stack([context.states(seq) for seq in range(context.n_seq)])
-
-    def _probe_context(self, n_token: int) -> Context:
-        """A context with room for n_token tokens of the base and of each adapter alone."""
-        if self._probe is not None and self._probe.n_ctx >= n_token:
-            return self._probe
-        n_ctx = _PROBE_CTX_MIN
-        while n_ctx < n_token:
-            n_ctx *= 2
-        if self._probe is not None:
-            self._probe.close()
-            self._probe = None
-        probe = Context(
-            self._model,
-            self._pack,
-            n_ctx=n_ctx,
-            n_seq=1 + len(self.adapters),
-            probe=True,
-            differential=True,
-            **self._options,
-        )
-        for ia in range(len(self.adapters)):
-            alone = np.zeros((len(self.adapters), self.n_layer), np.float32)
-            alone[ia] = 1.0
-            probe.set_weights(alone, seq=1 + ia)
-        self._probe = probe
-        return probe
 
     def typical_divergence(
         self, prompts: Sequence[str], progress: Callable[[int, int], None] | None = None
@@ -369,15 +261,9 @@ class Engine:
         measured: dict[str, list[F32]] = {lens: [] for lens in fuse.LENSES}
         with self._in_use():
             for done, prompt in enumerate(prompts, 1):
-                tokens = (
-                    self._checked(chat_tokens(self._model, [{"role": "user", "content": prompt}]))
-                    if self.has_chat_template
-                    else self._tokens(prompt, False)
-                )
-                states = self._states(tokens, "last")
-                context = self._probe_context(len(tokens))
+                tokens = self._query(prompt)
                 for lens in fuse.LENSES:
-                    measured[lens].append(context.divergence(states[0], states[1:], lens))
+                    measured[lens].append(self._probe.divergence(tokens, "qa-flora", lens, "last"))
                 if progress is not None:
                     progress(done, len(prompts))
         typical = {lens: fuse.typical_divergence(measured[lens]) for lens in fuse.LENSES}
@@ -385,6 +271,12 @@ class Engine:
             name: {lens: [float(x) for x in typical[lens][ia]] for lens in fuse.LENSES}
             for ia, name in enumerate(self.adapters)
         }
+
+    def _query(self, text: str) -> list[int]:
+        """One message in chat form when the base has a template, else as text."""
+        if not self.has_chat_template:
+            return self._tokens(text, parse_special=False)
+        return self._checked(chat_tokens(self._model, [{"role": "user", "content": text}]))
 
     # answers
 
@@ -448,7 +340,7 @@ class Engine:
         self._main.decode(tokens)
 
     def _begin(self, tokens: list[int], weights: Weights, sampling: Sampling) -> Generation:
-        fusion = self._weigh(weights, tokens)
+        fusion = self._weigher.weigh(weights, tokens, self._probe)
         start = time.perf_counter()
         self._prefill(tokens, fusion)
         timings = Timings(fusion.probe_ms, 1e3 * (time.perf_counter() - start))

@@ -115,7 +115,7 @@ def _known(name: str, adapters: Sequence[str], where: str) -> str:
 def _parse_manual(argument: str, adapters: Sequence[str], where: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for item in argument.split(","):
-        name, equals, number = item.partition("=")
+        name, _, number = item.partition("=")
         _known(name, adapters, where)
         if name in weights:
             raise StrategyError(f"Strategy {where!r} names the adapter {name!r} twice.")
