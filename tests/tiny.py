@@ -117,8 +117,12 @@ def write_tiny_base(
     chat_template: str | None = CHATML,
     add_bos: bool = False,
     dtype: str = "f32",
+    replace: Mapping[str, F32] | None = None,
 ) -> TinyBase:
-    """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16 or q8_0 is for matrices."""
+    """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16 or q8_0 is for matrices.
+
+    replace  tensors to write in place of the random ones, such as merged weights
+    """
     path = Path(path)
     tokens = (*byte_tokens(), *(merge.replace(" ", "") for merge in MERGES), *CONTROLS)
     base = TinyBase(
@@ -135,7 +139,7 @@ def write_tiny_base(
         tokens=tokens,
         tensors={},
     )
-    tensors = _base_tensors(base, np.random.default_rng(seed))
+    tensors = _base_tensors(base, np.random.default_rng(seed)) | dict(replace or {})
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"tiny {arch} {seed}")
     _add_hparams(writer, base, n_ctx)

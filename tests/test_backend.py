@@ -1,0 +1,385 @@
+"""The native backend against oracles that do not use it: merged bases and stock llama.cpp."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from stock import StockContext, write_merged, write_slice
+from tiny import STEMS, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import fusion
+from qaflora_edge.errors import BackendError, OptionError
+from qaflora_edge.runtime import Context, Model, Pack
+
+F32 = NDArray[np.float32]
+EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
+TOKENS = [72, 101, 261, 32, 113, 117, 101, 115, 116, 262, 111, 102, 97, 266, 32, 107]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> TinyBase:
+    return write_tiny_base(tmp_path / "base.gguf")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
+    """Three adapters of different rank, alpha and targets."""
+    return [
+        write_tiny_adapter(tmp_path / "a.gguf", base, rank=4, alpha=8, seed=1),
+        write_tiny_adapter(tmp_path / "b.gguf", base, rank=7, alpha=3, seed=2, targets=STEMS[:4]),
+        write_tiny_adapter(
+            tmp_path / "c.gguf", base, rank=2, alpha=4, seed=3, targets=("attn_k", "ffn_down")
+        ),
+    ]
+
+
+@pytest.fixture
+def weights(base: TinyBase) -> F32:
+    """Some weights [3, n_layer], one of them 0, one above 1, one negative."""
+    array = np.random.default_rng(7).random((3, base.n_layer)).astype(np.float32)
+    array[0, 0], array[1, 1], array[2, 2] = 0.0, 1.7, -0.4
+    return array
+
+
+def load(base: TinyBase, adapters: Sequence[TinyAdapter]) -> tuple[Model, Pack]:
+    model = Model(base.path)
+    return model, Pack(model, [adapter.path for adapter in adapters])
+
+
+def fused_logits(
+    base: TinyBase, adapters: Sequence[TinyAdapter], weights: F32, tokens: Sequence[int] = TOKENS
+) -> F32:
+    """Prompt in one batch, then the last token alone: both shapes of a graph."""
+    model, pack = load(base, adapters)
+    with Context(model, pack, n_ctx=64, **EXACT) as context:
+        context.set_weights(weights)
+        context.decode(tokens[:-1])
+        context.decode(tokens[-1:], start=len(tokens) - 1)
+        return context.logits()
+
+
+def stock_logits(base: TinyBase, paths: Sequence[Path] = (), scales: Sequence[float] = ()) -> F32:
+    model = Model(base.path)
+    stock = StockContext(model)
+    if paths:
+        stock.set_adapters(paths, scales)
+    stock.decode(TOKENS[:-1])
+    logits = stock.decode(TOKENS[-1:])
+    stock.close()
+    return logits
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_fused_logits_equal_a_merged_base(tmp_path: Path, arch: str, weights: F32) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", arch)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank)
+        for rank in (4, 16, 5)
+    ]
+    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
+    fused = fused_logits(base, adapters, weights)
+    assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
+    # float32 sums of another order over three layers; logits are of size 1 to 5
+    np.testing.assert_allclose(fused, stock_logits(merged), atol=1e-4, rtol=0)
+
+
+def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weights: F32) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", tied=False)
+    targets = ("token_embd", "output", "attn_q")
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank, targets=targets)
+        for rank in (4, 3, 8)
+    ]
+    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, tied=False)
+    np.testing.assert_allclose(
+        fused_logits(base, adapters, weights), stock_logits(merged), atol=1e-4, rtol=0
+    )
+
+
+def test_sliced_adapters_on_the_stock_path_agree(
+    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter], weights: F32
+) -> None:
+    paths, scales = [], []
+    for ia, adapter in enumerate(adapters):
+        for il in range(base.n_layer):
+            path = write_slice(tmp_path / f"{ia}-{il}.gguf", base, adapter, il)
+            paths.append(path)
+            scales.append(float(weights[ia, il]))
+    fused = fused_logits(base, adapters, weights)
+    np.testing.assert_allclose(fused, stock_logits(base, paths, scales), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("ia", [0, 1, 2])
+def test_one_hot_weights_equal_stock_lora(
+    base: TinyBase, adapters: list[TinyAdapter], ia: int
+) -> None:
+    weights = np.zeros((3, base.n_layer), np.float32)
+    weights[ia] = 1.0
+    np.testing.assert_allclose(
+        fused_logits(base, adapters, weights),
+        stock_logits(base, [adapters[ia].path], [1.0]),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_zero_weights_equal_the_base_bit_for_bit(
+    base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    weights = np.zeros((3, base.n_layer), np.float32)
+    assert np.array_equal(fused_logits(base, adapters, weights), stock_logits(base))
+    assert np.array_equal(fused_logits(base, [], weights[:0]), stock_logits(base))
+
+
+def test_changed_weights_equal_a_fresh_run_bit_for_bit(
+    base: TinyBase, adapters: list[TinyAdapter], weights: F32
+) -> None:
+    model, pack = load(base, adapters)
+    with Context(model, pack, n_ctx=64, **EXACT) as context:
+        context.set_weights(weights[::-1])
+        context.decode(TOKENS)
+        context.clear()
+        context.set_weights(weights)
+        context.decode(TOKENS[:-1])
+        context.decode(TOKENS[-1:], start=len(TOKENS) - 1)
+        assert np.array_equal(context.logits(), fused_logits(base, adapters, weights))
+
+
+def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAdapter]) -> None:
+    rng = np.random.default_rng(0)
+    model, pack = load(base, adapters)
+    with Context(model, pack, n_ctx=128, **EXACT) as context:
+        context.decode(TOKENS[:1])
+        n_built, n_decoded = context.n_graph_built, context.n_decoded
+        for i in range(100):
+            context.set_weights(rng.random((3, base.n_layer)).astype(np.float32))
+            context.decode([TOKENS[i % len(TOKENS)]], start=1 + i)
+        assert context.n_decoded - n_decoded == 100
+        assert context.n_graph_built == n_built
+    # beside it, llama.cpp's own adapters: every changed scale makes a new graph
+    stock = StockContext(model, n_ctx=128)
+    stock.set_adapters([adapter.path for adapter in adapters], [0.1, 0.1, 0.1])
+    stock.decode(TOKENS[:1])
+    before = stock.n_reused
+    for i in range(100):
+        stock.set_scales(rng.random(3).tolist())
+        stock.decode([TOKENS[i % len(TOKENS)]])
+    assert stock.n_reused == before
+    stock.close()
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("rank", [16, 32])
+def test_stored_types_are_used_as_they_are(
+    tmp_path: Path, base: TinyBase, outtype: str, rank: int
+) -> None:
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=rank, seed=seed, outtype=outtype)
+        for seed in (1, 2)
+    ]
+    for ia in (0, 1):
+        weights = np.zeros((2, base.n_layer), np.float32)
+        weights[ia] = 1.0
+        # the kernels round activations to the stored type: the same rounding on both paths,
+        # but for sums of another length
+        np.testing.assert_allclose(
+            fused_logits(base, adapters, weights),
+            stock_logits(base, [adapters[ia].path], [1.0]),
+            atol=2e-2,
+            rtol=0,
+        )
+
+
+def test_mixed_types_are_widened(tmp_path: Path, base: TinyBase) -> None:
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{kind}.gguf", base, rank=4, seed=4, outtype=kind)
+        for kind in ("f32", "f16")
+    ]
+    weights = np.full((2, base.n_layer), 0.5, np.float32)
+    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
+    np.testing.assert_allclose(
+        fused_logits(base, adapters, weights), stock_logits(merged), atol=1e-4, rtol=0
+    )
+
+
+# the probe
+
+
+def one_hot(n_adapter: int, n_layer: int, ia: int) -> F32:
+    weights = np.zeros((n_adapter, n_layer), np.float32)
+    weights[ia] = 1.0
+    return weights
+
+
+def probe_states(
+    base: TinyBase,
+    adapters: Sequence[TinyAdapter],
+    tokens: Sequence[int],
+    *,
+    differential: bool,
+    pool: str = "last",
+    n_ctx: int = 64,
+) -> F32:
+    model, pack = load(base, adapters)
+    options = {**EXACT, "probe": True, "differential": differential}
+    with Context(model, pack, n_ctx=n_ctx, n_seq=1 + len(adapters), **options) as context:
+        for ia in range(len(adapters)):
+            context.set_weights(one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)
+        context.capture_begin(pool)
+        context.decode(tokens, outputs="last" if pool == "last" else "all")
+        return np.stack([context.states(seq) for seq in range(context.n_seq)])
+
+
+def single_states(base: TinyBase, adapters: Sequence[TinyAdapter], tokens: Sequence[int]) -> F32:
+    """The same states, one sequence at a time, one token at a time: [n_token, 1 + k, ...]."""
+    model, pack = load(base, adapters)
+    rows = []
+    with Context(model, pack, n_ctx=len(tokens), probe=True, **EXACT) as context:
+        for ia in range(-1, len(adapters)):
+            weights = np.zeros((len(adapters), base.n_layer), np.float32)
+            if ia >= 0:
+                weights[ia] = 1.0
+            context.clear()
+            context.set_weights(weights)
+            per_token = []
+            for i, token in enumerate(tokens):
+                context.capture_begin()
+                context.decode([token], start=i)
+                per_token.append(context.states(0))
+            rows.append(per_token)
+    return np.swapaxes(np.array(rows, np.float32), 0, 1)
+
+
+@pytest.mark.parametrize("differential", [False, True])
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_probe_states_equal_separate_passes(
+    base: TinyBase, adapters: list[TinyAdapter], differential: bool, pool: str
+) -> None:
+    probed = probe_states(base, adapters, TOKENS, differential=differential, pool=pool)
+    single = single_states(base, adapters, TOKENS)
+    expected = single[-1] if pool == "last" else single.mean(axis=0)
+    np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_prompt_longer_than_a_micro_batch(tmp_path: Path, pool: str) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
+    adapters = [write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed) for seed in (1, 2)]
+    tokens = np.random.default_rng(5).integers(0, 256, 700).tolist()  # 3 x 700 > 512
+    long = probe_states(base, adapters, tokens, differential=True, pool=pool, n_ctx=1024)
+    single = single_states(base, adapters, tokens)
+    expected = single[-1] if pool == "last" else single.mean(axis=0)
+    np.testing.assert_allclose(long, expected, atol=5e-5, rtol=1e-4)
+
+
+def test_last_state_gives_the_logits(base: TinyBase, adapters: list[TinyAdapter]) -> None:
+    model, pack = load(base, adapters)
+    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+        context.capture_begin()
+        context.decode(TOKENS)
+        logits = context.project(context.final_norm(context.states(0)[-1:]))[0]
+    np.testing.assert_allclose(logits, stock_logits(base), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+def test_differential_probe_is_at_least_as_close(tmp_path: Path, dtype: str) -> None:
+    """On a quantised base the difference of states keeps more of its digits."""
+    base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
+    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.01)
+        for seed in (1, 2)
+    ]
+    truth = probe_states(exact, adapters, TOKENS, differential=False)
+    truth = truth[1:] - truth[:1]
+    errors = []
+    for differential in (False, True):
+        states = probe_states(base, adapters, TOKENS, differential=differential)
+        errors.append(np.abs(states[1:] - states[:1] - truth).mean() / np.abs(truth).mean())
+    if dtype == "f32":
+        assert max(errors) < 1e-3
+    else:
+        assert errors[1] < errors[0] / 3
+
+
+# the lens
+
+
+@pytest.mark.parametrize("lens", ["raw", "norm"])
+@pytest.mark.parametrize("strength", [0.3, 1e-3])
+def test_divergence_equals_the_numpy_reference(
+    tmp_path: Path, base: TinyBase, lens: str, strength: float
+) -> None:
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=strength)
+        for seed in (1, 2)
+    ]
+    states = probe_states(base, adapters, TOKENS, differential=True)
+    model, pack = load(base, adapters)
+    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+        found = context.divergence(states[0], states[1:], lens)
+    head = base.tensors["token_embd.weight"].astype(np.float64)
+    gain = base.tensors["output_norm.weight"].astype(np.float64)
+    seen = states.astype(np.float64)
+    normed = gain * seen / np.sqrt((seen**2).mean(axis=-1, keepdims=True) + 1e-6)
+    if lens == "norm":
+        seen = normed
+    else:
+        seen[:, -1] = normed[:, -1]
+    logits = seen @ head.T
+    expected = fusion.kl_divergence(logits[0], logits[1:] - logits[0])
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
+
+
+# failures
+
+
+def test_pack_names_what_does_not_fit(
+    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    wide = write_tiny_base(tmp_path / "wide.gguf", n_embd=96, n_head=6, n_head_kv=3)
+    model = Model(wide.path)
+    with pytest.raises(BackendError) as caught:
+        Pack(model, [adapters[2].path])
+    assert str(caught.value) == (
+        f"Adapters cannot be loaded: {adapters[2].path}: 'blk.0.attn_k.weight' is [32, 64], "
+        "the base has [48, 96]; use the base that the adapter was trained on."
+    )
+    with pytest.raises(BackendError, match=r"general\.type is '', expected 'adapter'"):
+        Pack(model, [wide.path])
+    (tmp_path / "noise.gguf").write_bytes(b"noise")
+    with pytest.raises(BackendError, match=r"noise\.gguf: not a readable GGUF file"):
+        Pack(model, [tmp_path / "noise.gguf"])
+
+
+def test_truncated_adapter_is_refused(
+    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(adapters[0].path.read_bytes()[:-100])
+    with pytest.raises(BackendError, match="short.gguf"):
+        Pack(Model(base.path), [short])
+
+
+def test_weights_of_the_wrong_size_or_value_are_refused(
+    base: TinyBase, adapters: list[TinyAdapter], weights: F32
+) -> None:
+    model, pack = load(base, adapters)
+    with Context(model, pack, n_ctx=64, **EXACT) as context:
+        with pytest.raises(BackendError, match="6 weights given, expected 9"):
+            context.set_weights(weights[:2])
+        weights[1, 1] = np.nan
+        with pytest.raises(BackendError, match="weight 4 is not finite"):
+            context.set_weights(weights)
+        with pytest.raises(BackendError, match="sequence 1 does not exist, the context has 1"):
+            context.set_weights(np.zeros((3, base.n_layer), np.float32), seq=1)
+        with pytest.raises(BackendError, match="captures no states"):
+            context.capture_begin()
+
+
+def test_unknown_kv_type_is_refused(base: TinyBase) -> None:
+    model, pack = load(base, [])
+    with pytest.raises(OptionError, match="kv_type is 'q3', expected one of f32, f16, q8_0"):
+        Context(model, pack, n_ctx=64, kv_type="q3")
