@@ -131,7 +131,8 @@ def safe_join(folder: str | os.PathLike[str], relative: str) -> Path:
     if reason:
         raise _unsafe(folder, relative, reason)
     joined = Path(folder) / relative
-    if not joined.resolve().is_relative_to(Path(folder).resolve()):
+    # Unlike Path.resolve, realpath raises nothing for a loop of links; stat below reports it.
+    if not Path(os.path.realpath(joined)).is_relative_to(os.path.realpath(folder)):
         raise _unsafe(folder, relative, "a link in it leads out of the bundle")
     try:
         mode = joined.stat().st_mode
