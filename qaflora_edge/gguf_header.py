@@ -16,8 +16,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from .errors import GgufFileError, InputFileError
-from .gguf_parse import GgufCursor, MetadataValue, TensorInfo
+from qaflora_edge.errors import GgufFileError, InputFileError
+from qaflora_edge.gguf_parse import GgufCursor, MetadataValue, TensorInfo
 
 F32 = NDArray[np.float32]
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from .errors import GgufFileError
+from qaflora_edge.errors import GgufFileError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
