@@ -1,0 +1,364 @@
+"""The pin, and the tool that makes the patched source: strict, atomic, never fooled."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "".join(f"line {number}\n" for number in range(1, 31))
+PATCH = """\
+Subject: Call the hook
+
+Why: a test
+
+diff --git a/src/a.cpp b/src/a.cpp
+--- a/src/a.cpp
++++ b/src/a.cpp
+@@ -9,5 +9,6 @@ somewhere
+ line 9
+ line 10
+ line 11
++hook();
+ line 12
+ line 13
+"""
+
+
+class Project:
+    """A small checkout: its own patches, archive and cache, and the real tool."""
+
+    def __init__(self, folder: Path, members: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.patches = folder / "patches"
+        self.cache = folder / "cache"
+        self.archive = folder / "up_stream-1.0.tar.gz"
+        self.patches.mkdir(parents=True)
+        for name in ("prepare.py", "strict.py"):
+            (self.patches / name).write_bytes((ROOT / "patches" / name).read_bytes())
+        (folder / "qaflora_edge").mkdir()
+        for name in ("__init__.py", "errors.py", "files.py"):
+            source = ROOT / "qaflora_edge" / name
+            (folder / "qaflora_edge" / name).write_bytes(source.read_bytes())
+        self.write_archive({"CMakeLists.txt": "project(x)\n", "src/a.cpp": TEXT} | (members or {}))
+        self.write_patch(PATCH)
+
+    def write_archive(self, members: dict[str, str]) -> None:
+        with tarfile.open(self.archive, "w:gz") as tar:
+            for name, text in members.items():
+                member = tarfile.TarInfo(f"up_stream-1.0/vendor/llama.cpp/{name}")
+                member.size, member.mtime = len(text), 1_000_000_000
+                tar.addfile(member, io.BytesIO(text.encode()))
+        self.write_pin(sha256(self.archive.read_bytes()).hexdigest())
+
+    def write_pin(self, archive_sha256: str) -> None:
+        (self.patches / "UPSTREAM").write_text(
+            'package = "up-stream"\nversion = "1.0"\n'
+            f'archive_sha256 = "{archive_sha256}"\n'
+            'llama_cpp_path = "vendor/llama.cpp"\nllama_cpp_commit = "0123456789ab"\n'
+        )
+
+    def write_patch(self, text: str) -> None:
+        (self.patches / "0001-hook.patch").write_text(text)
+        (self.patches / "series").write_text("# applied in this order\n0001-hook.patch\n")
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        # -S: no site-packages, so the tool really needs nothing beyond Python (and pip).
+        command = [sys.executable, "-S", str(self.patches / "prepare.py"), *arguments]
+        env = {
+            "PATH": os.environ["PATH"],
+            "QAFLORA_CACHE": str(self.cache),
+            "QAFLORA_SOURCE_ARCHIVE": str(self.archive),
+        } | env
+        return subprocess.run(
+            command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=60
+        )
+
+    def prepare(self, **env: str) -> Path:
+        result = self.run(**env)
+        assert result.returncode == 0, result.stderr
+        return Path(result.stdout.strip())
+
+    def failure(self, **env: str) -> str:
+        result = self.run(**env)
+        assert result.returncode == 1, result.stderr
+        assert result.stdout == ""
+        assert "Traceback" not in result.stderr
+        left = list((self.cache / "sources").glob("llama.cpp-*")) if self.cache.exists() else []
+        assert left == []
+        return result.stderr.strip()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
+
+
+# --- the pin ----------------------------------------------------------------------------------
+
+
+def test_pin_is_the_binding_that_pyproject_asks_for_and_that_is_installed() -> None:
+    pin = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    requirements = [
+        text for text in pyproject["project"]["dependencies"] if text.startswith("llama-cpp-python")
+    ]
+    assert requirements == [f"{pin['package']}=={pin['version']}"]
+    assert version(pin["package"]) == pin["version"]
+
+
+def test_pin_stands_in_no_other_file_than_upstream_and_the_patch_headers() -> None:
+    pin = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
+    files = [ROOT / "CMakeLists.txt", ROOT / "Makefile", *(ROOT / "patches").glob("*.py")]
+    for path in files:
+        for value in (pin["version"], pin["llama_cpp_commit"][:8], pin["archive_sha256"][:8]):
+            assert value not in path.read_text(), f"{path} repeats {value}"
+
+
+def test_every_patch_is_in_the_series_and_has_a_complete_header() -> None:
+    series = (ROOT / "patches" / "series").read_text().split()
+    patches = sorted((ROOT / "patches").glob("*.patch"))
+    assert series == [patch.name for patch in patches]
+    pin = tomllib.loads((ROOT / "patches" / "UPSTREAM").read_text())
+    for patch in patches:
+        header = patch.read_text().partition("diff --git")[0]
+        for name in ("Why", "Forwarded", "Touches", "Proof", "Remove-when", "Last-checked"):
+            assert re.search(rf"^{name}: \S", header, re.MULTILINE), f"{patch.name} lacks {name}"
+        assert pin["llama_cpp_commit"] in header
+
+
+def test_patches_only_add_lines() -> None:
+    for patch in (ROOT / "patches").glob("*.patch"):
+        body = patch.read_text().partition("diff --git")[2]
+        removed = re.findall(r"^-(?!-- a/).*", body, re.MULTILINE)
+        assert removed == []
+
+
+# --- preparing --------------------------------------------------------------------------------
+
+
+def test_prepare_gives_a_patched_tree_and_keeps_it(project: Project) -> None:
+    tree = project.prepare()
+    lines = (tree / "src" / "a.cpp").read_text().splitlines()
+    assert lines[11] == "hook();"
+    assert "\n".join(lines[:11] + lines[12:]) + "\n" == TEXT
+    assert (tree / "CMakeLists.txt").stat().st_mtime == 1_000_000_000
+    before = (tree / "src" / "a.cpp").stat().st_mtime_ns
+    assert project.prepare() == tree
+    assert (tree / "src" / "a.cpp").stat().st_mtime_ns == before
+    assert [path.name for path in tree.parent.iterdir()] == [tree.name]
+
+
+def test_prepare_takes_only_what_a_build_reads(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", {"models/big.gguf": "x", "ggml/src/g.c": "y"})
+    tree = project.prepare()
+    assert (tree / "ggml" / "src" / "g.c").read_text() == "y"
+    assert not (tree / "models").exists()
+
+
+def test_prepare_works_offline_from_a_cached_archive(project: Project) -> None:
+    sources = project.cache / "sources"
+    sources.mkdir(parents=True)
+    (sources / project.archive.name).write_bytes(project.archive.read_bytes())
+    tree = project.prepare(QAFLORA_SOURCE_ARCHIVE="", PIP_NO_INDEX="1")
+    assert "hook();" in (tree / "src" / "a.cpp").read_text()
+    result = project.run("--archive", QAFLORA_SOURCE_ARCHIVE="", PIP_NO_INDEX="1")
+    assert result.stdout.strip() == str(sources / project.archive.name)
+
+
+def test_a_changed_patch_gets_a_tree_of_its_own(project: Project) -> None:
+    first = project.prepare()
+    project.write_patch(PATCH.replace("hook();", "other_hook();"))
+    second = project.prepare()
+    assert first != second
+    assert "other_hook();" in (second / "src" / "a.cpp").read_text()
+    assert "other_hook();" not in (first / "src" / "a.cpp").read_text()
+
+
+@pytest.mark.parametrize("settings", ["repository", "environment", "user"])
+def test_git_surroundings_do_not_change_the_result(project: Project, settings: str) -> None:
+    env = {}
+    if settings == "repository":  # git apply then skips the patch and returns 0
+        subprocess.run(["git", "init", "-q", str(project.folder)], check=True)
+    elif settings == "environment":
+        subprocess.run(["git", "init", "-q", str(project.folder / "other")], check=True)
+        env = {"GIT_DIR": str(project.folder / "other" / ".git"), "GIT_PREFIX": "sub/"}
+    else:
+        (project.folder / ".gitconfig").write_text("[apply]\n\twhitespace = error-all\n")
+        project.write_patch(PATCH.replace("+hook();", "+hook();   "))
+        env = {"HOME": str(project.folder)}
+    tree = project.prepare(**env)
+    assert "hook();" in (tree / "src" / "a.cpp").read_text()
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "add"])
+def test_a_tree_that_was_changed_by_hand_is_refused(project: Project, change: str) -> None:
+    tree = project.prepare()
+    path = tree / "src" / ("new.cpp" if change == "add" else "a.cpp")
+    if change == "remove":
+        path.unlink()
+    else:
+        path.write_text("changed\n")
+    result = project.run()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.strip() == (
+        f"patches/prepare.py: The prepared source {tree} was changed after it was made: 1 files "
+        f"differ from the stamp, the first is src/{path.name}. Expected it untouched. Put your "
+        "change into a patch, then delete that folder and try again."
+    )
+
+
+@pytest.mark.parametrize("stamp", [None, "", "{}", '{"key": "of another tree"}'])
+def test_a_tree_without_its_stamp_is_made_again(project: Project, stamp: str | None) -> None:
+    tree = project.prepare()
+    (tree / "src" / "a.cpp").write_text("half\n")
+    stamp_path = tree / ".qaflora-stamp.json"
+    if stamp is None:
+        stamp_path.unlink()
+    else:
+        stamp_path.write_text(stamp)
+    assert project.prepare() == tree
+    assert "hook();" in (tree / "src" / "a.cpp").read_text()
+    assert json.loads(stamp_path.read_text())["patches"] == ["0001-hook.patch"]
+
+
+def test_two_at_once_end_with_one_good_tree(project: Project) -> None:
+    command = [sys.executable, "-S", str(project.patches / "prepare.py")]
+    env = os.environ | {
+        "QAFLORA_CACHE": str(project.cache),
+        "QAFLORA_SOURCE_ARCHIVE": str(project.archive),
+    }
+    running = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(4)]
+    outputs = {process.communicate(timeout=60)[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0, 0]
+    assert len(outputs) == 1
+    assert len(list((project.cache / "sources").iterdir())) == 1
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+def test_a_hunk_that_fits_elsewhere_is_refused(project: Project) -> None:
+    project.write_patch(PATCH.replace("@@ -9,5 +9,6 @@", "@@ -7,5 +7,6 @@"))
+    assert project.failure() == (
+        f"patches/prepare.py: The patch {project.patches / '0001-hook.patch'} does not fit "
+        "src/a.cpp: line 7 is 'line 7', expected 'line 9'. A hunk that fits elsewhere or nearly "
+        "is refused; make the patch again on the pinned source."
+    )
+
+
+def test_git_itself_would_have_moved_that_hunk(project: Project, tmp_path: Path) -> None:
+    """The check above is needed: without it the moved hunk is applied."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.cpp").write_text(TEXT)
+    project.write_patch(PATCH.replace("@@ -9,5 +9,6 @@", "@@ -7,5 +7,6 @@"))
+    command = ["git", "apply", str(project.patches / "0001-hook.patch")]
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    assert "hook();" in (tmp_path / "src" / "a.cpp").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("line 10\n", "line ten\n", "line 10 is 'line 10', expected 'line ten'"),
+        ("src/a.cpp", "src/none.cpp", "edits src/none.cpp, which llama.cpp does not have"),
+        ("b/src/a.cpp\n@@", "b/../a.cpp\n@@", "names 'b/../a.cpp'; expected b/ and a path"),
+        (" line 13\n", "", "ends inside the hunk"),
+        ("--- a/", "new file mode 100644\n--- a/", "expected edits in place only"),
+        (PATCH.partition("@@")[1] + PATCH.partition("@@")[2], "", "names a file without a hunk"),
+        (PATCH, "only words\n", "changes nothing"),
+    ],
+)
+def test_other_patches_that_do_not_fit_are_refused(
+    project: Project, old: str, new: str, message: str
+) -> None:
+    assert old in PATCH
+    project.write_patch(PATCH.replace(old, new))
+    assert message in project.failure()
+
+
+def test_an_applied_patch_does_not_fit_again(project: Project) -> None:
+    (project.patches / "series").write_text("0001-hook.patch\n0001-hook.patch\n")
+    assert "does not fit src/a.cpp" in project.failure()
+
+
+def test_a_wrong_archive_is_refused(project: Project) -> None:
+    project.write_pin("0" * 64)
+    found = sha256(project.archive.read_bytes()).hexdigest()
+    assert project.failure() == (
+        f"patches/prepare.py: The source archive {project.archive} is not up-stream 1.0: its "
+        f"sha256 is {found}, expected {'0' * 64}. Set QAFLORA_SOURCE_ARCHIVE to the right file "
+        "or unset it."
+    )
+
+
+def test_a_missing_archive_is_named(project: Project) -> None:
+    assert "/no/such: reading it failed" in project.failure(QAFLORA_SOURCE_ARCHIVE="/no/such")
+
+
+def test_a_failed_download_says_what_to_do(project: Project) -> None:
+    env = {"QAFLORA_SOURCE_ARCHIVE": "", "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    command = [sys.executable, str(project.patches / "prepare.py")]
+    result = subprocess.run(
+        command,
+        env={"PATH": os.environ["PATH"], "QAFLORA_CACHE": str(project.cache)} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert "Could not fetch the source archive up_stream-1.0.tar.gz" in result.stderr
+    assert "set QAFLORA_SOURCE_ARCHIVE to a copy" in result.stderr
+    assert list((project.cache / "sources").iterdir()) == []
+
+
+@pytest.mark.parametrize("attack", ["climb", "link", "device"])
+def test_an_archive_that_leads_out_is_refused(project: Project, attack: str) -> None:
+    root = "up_stream-1.0/vendor/llama.cpp"
+    with tarfile.open(project.archive, "w:gz") as tar:
+        name = f"{root}/src/../../../../escaped" if attack == "climb" else f"{root}/src/a.cpp"
+        member = tarfile.TarInfo(name)
+        if attack == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        elif attack == "device":
+            member.type = tarfile.CHRTYPE
+        tar.addfile(member, io.BytesIO(b""))
+    project.write_pin(sha256(project.archive.read_bytes()).hexdigest())
+    message = project.failure()
+    assert "which leads out of" in message or "is neither a plain file nor a folder" in message
+    assert not list(project.folder.rglob("escaped"))
+
+
+def test_an_archive_without_llama_cpp_is_refused(project: Project) -> None:
+    project.write_archive({"src/a.cpp": TEXT})
+    assert "has no up_stream-1.0/vendor/llama.cpp/CMakeLists.txt" in project.failure()
+
+
+def test_an_incomplete_pin_is_refused(project: Project) -> None:
+    (project.patches / "UPSTREAM").write_text('package = "up-stream"\n')
+    assert "Expected TOML with exactly the fields package, version," in project.failure()
+
+
+def test_a_series_that_names_no_patch_is_refused(project: Project) -> None:
+    (project.patches / "series").write_text("0002-none.patch\n")
+    assert "names 0002-none.patch, but there is no such patch" in project.failure()
+
+
+def test_missing_git_is_named(project: Project, tmp_path: Path) -> None:
+    assert "the command 'git' was not found" in project.failure(PATH=str(tmp_path))
+
+
+def test_the_tool_knows_its_usage(project: Project) -> None:
+    result = project.run("--nonsense")
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
