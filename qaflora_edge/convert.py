@@ -1,0 +1,205 @@
+"""Convert a PEFT folder to an adapter GGUF that stock llama.cpp loads too.
+
+`convert_plan` says where each module goes; here its values are turned and written, one module in
+memory at a time.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qaflora_edge.convert_plan import PlannedModule, plan_modules
+from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError
+from qaflora_edge.files import atomic_path
+from qaflora_edge.gguf_header import F32, read_gguf_header
+from qaflora_edge.peft import read_peft
+
+Progress = Callable[[int, int], None]  # modules done, modules in all
+
+OUTTYPES = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+LARGEST_VALUE = {
+    GGMLQuantizationType.F32: 3.4028234e38,
+    GGMLQuantizationType.F16: 65504.0,
+    GGMLQuantizationType.BF16: 3.3895313e38,
+    GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
+}
+_Q8_0_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class ConvertedAdapter:
+    """What was written. `n_rescaled` modules carry a part of their scale in B."""
+
+    path: Path
+    architecture: str
+    alpha: float
+    rank: int
+    targets: tuple[str, ...]
+    n_module: int
+    n_rescaled: int
+    size_bytes: int
+
+
+def convert_adapter(
+    peft_dir: str | os.PathLike[str],
+    base_gguf: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    *,
+    outtype: str = "f16",
+    progress: Progress | None = None,
+) -> ConvertedAdapter:
+    """Convert a PEFT folder for a base; the file is written whole or not at all.
+
+    Raises InputFileError and its kinds for damaged input, UnsupportedAdapterError for what a
+    plain LoRA cannot represent, AdapterMismatchError for another base.
+    """
+    if outtype not in OUTTYPES:
+        raise OptionError(
+            f"Cannot convert {os.fspath(peft_dir)}: the output type is {outtype!r}; expected "
+            f"{', '.join(OUTTYPES)}."
+        )
+    out_path = Path(out_path)
+    header = read_gguf_header(base_gguf)
+    if out_path.exists() and out_path.samefile(header.path):
+        raise OutputFileError(
+            f"Cannot write {out_path}: it is the base itself. Choose another name."
+        )
+    adapter = read_peft(peft_dir)
+    alpha, modules = plan_modules(adapter, header)
+    name = adapter.folder.resolve().name
+    with atomic_path(out_path) as temporary:
+        try:
+            _write(
+                temporary, header.architecture, name, alpha, modules, OUTTYPES[outtype], progress
+            )
+        except OSError as error:
+            raise OutputFileError(
+                f"Cannot write {out_path}: writing failed ({error}). "
+                "Check that there is space left and try again."
+            ) from error
+    return ConvertedAdapter(
+        path=out_path,
+        architecture=header.architecture,
+        alpha=alpha,
+        rank=max(module.source.rank for module in modules),
+        targets=tuple(sorted({module.kind for module in modules})),
+        n_module=len(modules),
+        n_rescaled=sum(module.factor != 1.0 for module in modules),
+        size_bytes=out_path.stat().st_size,
+    )
+
+
+def permute_rows(b: F32, n_head: int) -> F32:
+    """Reorder q's or k's output rows from HF's rope (halves) to ggml's (pairs).
+
+    b        [n_out, rank]  rows of a head: first halves, then second halves
+    returns  [n_out, rank]  rows of a head: pairs of first and second half
+    """
+    n_out, rank = b.shape
+    return b.reshape(n_head, 2, n_out // n_head // 2, rank).swapaxes(1, 2).reshape(n_out, rank)
+
+
+def convert_module(module: PlannedModule, a: F32, b: F32) -> tuple[F32, F32]:
+    """Give A and B as the GGUF holds them.
+
+    a        [rank, n_in]   of an embedding [rank, n_vocab]
+    b        [n_out, rank]
+    returns  A [rank, n_in], of an embedding [n_vocab, rank]; B [n_out, rank] scaled and permuted
+    """
+    if module.factor != 1.0:
+        with np.errstate(over="ignore"):  # _check_range finds what became infinite
+            b = b * np.float32(module.factor)
+    if module.n_head is not None:
+        b = permute_rows(b, module.n_head)
+    if module.source.is_embedding:
+        # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
+        a = a.T
+    return np.ascontiguousarray(a), np.ascontiguousarray(b)
+
+
+def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Fall back to F16 where rows do not divide into blocks, as upstream's converter does."""
+    if wanted == GGMLQuantizationType.Q8_0 and n_row % _Q8_0_BLOCK:
+        return GGMLQuantizationType.F16
+    return wanted
+
+
+def encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
+    """Turn float32 values into what the file stores: floats, or bytes of blocks."""
+    if kind == GGMLQuantizationType.F32:
+        return values
+    if kind == GGMLQuantizationType.F16:
+        return values.astype(np.float16)
+    encoded: NDArray[Any] = gguf.quants.quantize(values, kind)
+    return encoded
+
+
+def _write(
+    path: Path,
+    architecture: str,
+    name: str,
+    alpha: float,
+    modules: Sequence[PlannedModule],
+    wanted: GGMLQuantizationType,
+    progress: Progress | None,
+) -> None:
+    """Write the file with one module's values in memory at a time."""
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        # The keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py.
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_name(name)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for module in modules:
+            for tensor_name, shape in _stored_shapes(module).items():
+                kind = stored_type(shape[-1], wanted)
+                n_bytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+                writer.add_tensor_info(tensor_name, shape, np.dtype(np.float32), n_bytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for index, module in enumerate(modules):
+            a, b = convert_module(module, module.source.read_a(), module.source.read_b())
+            for values, side in ((a, "a"), (b, "b")):
+                kind = stored_type(values.shape[-1], wanted)
+                _check_range(module, side, values, kind)
+                writer.write_tensor_data(encode(values, kind))
+            if progress is not None:
+                progress(index + 1, len(modules))
+    finally:
+        writer.close()
+
+
+def _stored_shapes(module: PlannedModule) -> dict[str, tuple[int, int]]:
+    source = module.source
+    a_shape = (source.n_in, source.rank) if source.is_embedding else (source.rank, source.n_in)
+    return {
+        f"{module.base_name}.lora_a": a_shape,
+        f"{module.base_name}.lora_b": (source.n_out, source.rank),
+    }
+
+
+def _check_range(module: PlannedModule, side: str, values: F32, kind: GGMLQuantizationType) -> None:
+    """Refuse values that the stored type cannot hold."""
+    largest = float(np.abs(values).max())
+    if largest > LARGEST_VALUE[kind]:
+        raise UnsupportedAdapterError(
+            f"Cannot convert module {module.source.name} of {module.source.b.path}: the largest "
+            f"value of lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
+            "Choose output type f32, or check the adapter's alpha."
+        )
