@@ -253,6 +253,7 @@ def _check_regex(path: Path, field: str, key: str) -> None:
         )
         raise _wrong(path, f"a pattern in {field}", key, expected)
     try:
+        re.compile(key)  # alone first, for the position in the message
         _compile(key)
     except (re.error, RecursionError, OverflowError) as error:
         raise _wrong(

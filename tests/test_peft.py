@@ -1,0 +1,430 @@
+"""The PEFT reader, against PEFT itself and against damaged or richer adapters."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf
+import numpy as np
+import pytest
+import tiny
+
+from qaflora_edge.errors import (
+    InputFileError,
+    PeftConfigError,
+    SafetensorsFileError,
+    UnsupportedAdapterError,
+)
+from qaflora_edge.peft import read_peft
+
+A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+PAIR = {A0: np.ones((4, 64), np.float32), B0: np.ones((64, 4), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tiny.TinyBase:
+    return tiny.write_tiny_base(tmp_path_factory.mktemp("base") / "base.gguf", tied=False)
+
+
+def write_pair(folder: Path, tensors: dict[str, Any] | None = None, **config: Any) -> Path:
+    """Write a folder with one module, or with other tensors."""
+    folder.mkdir(exist_ok=True)
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors or PAIR)
+    return folder
+
+
+def refusal(kind: type[Exception], folder: Path) -> str:
+    """Give the message of the expected error, raised exactly as this class."""
+    with pytest.raises(kind) as caught:
+        read_peft(folder)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+# --- what PEFT itself says -------------------------------------------------------------------
+
+PATTERNS: list[dict[str, Any]] = [
+    {},
+    {"use_rslora": True},
+    {
+        "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2, r"model\.layers\.2\..*": 6},
+        "alpha_pattern": {r"layers\.[01]\.mlp\.(gate|up)_proj": 3, "k_proj": 32, "_proj": 5},
+    },
+    {
+        "use_rslora": True,
+        "lora_alpha": 6,
+        "rank_pattern": {".*mlp.*": 2, "o_proj": 7, "v_proj|self_attn.k_proj": 3},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 1, "o_proj|v_proj": 2.5},
+    },
+]
+
+
+@pytest.mark.parametrize("options", PATTERNS)
+def test_rank_and_scale_equal_those_of_peft(
+    tmp_path: Path, base: tiny.TinyBase, options: dict[str, Any]
+) -> None:
+    expected = hf.lora_layers(hf.peft_model(base, tmp_path, **options))
+    adapter = read_peft(tmp_path)
+    assert adapter.modules.keys() == expected.keys()
+    for name, module in expected.items():
+        ours = adapter.modules[name]
+        assert ours.scale == module.scaling["default"]
+        assert ours.rank == module.r["default"]
+        np.testing.assert_array_equal(ours.read_a(), module.lora_A["default"].weight.detach())
+        np.testing.assert_array_equal(ours.read_b(), module.lora_B["default"].weight.detach())
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_values_equal_those_of_safetensors(tmp_path: Path, base: tiny.TinyBase, dtype: str) -> None:
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, dtype=dtype)
+    expected = load_file(folder / "adapter_model.safetensors")
+    adapter = read_peft(folder)
+    assert 2 * len(adapter.modules) == len(expected) == 42
+    for name, module in adapter.modules.items():
+        for side, values in (("A", module.read_a()), ("B", module.read_b())):
+            theirs = expected[f"base_model.model.{name}.lora_{side}.weight"].float().numpy()
+            assert values.dtype == np.float32
+            np.testing.assert_array_equal(values, theirs)
+
+
+def test_defaults_are_those_of_peft(tmp_path: Path) -> None:
+    pair = {A0: np.ones((8, 64), np.float32), B0: np.ones((64, 8), np.float32)}
+    folder = write_pair(tmp_path / "a", pair)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (module,) = read_peft(folder).modules.values()
+    assert (module.rank, module.scale) == (8, 1.0)
+
+
+def test_every_form_of_targets_is_taken_from_the_tensors(
+    tmp_path: Path, base: tiny.TinyBase
+) -> None:
+    for targets in (None, "all-linear", [], ["q_proj"], r".*\.q_proj"):
+        config = {"target_modules": targets, "layers_to_transform": [1], "layers_pattern": "layers"}
+        folder = tiny.write_tiny_peft(
+            tmp_path / "a", base, targets=["q_proj"], layers=[1], config=config
+        )
+        assert list(read_peft(folder).modules) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_embedding_and_copies_of_its_base_weight_are_understood(
+    tmp_path: Path, base: tiny.TinyBase
+) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["embed_tokens", "lm_head"])
+    adapter = read_peft(folder)
+    embedding, head = adapter.modules["model.embed_tokens"], adapter.modules["lm_head"]
+    assert embedding.is_embedding
+    assert not head.is_embedding
+    assert (embedding.n_in, embedding.n_out) == (base.n_vocab, base.n_embd)
+    assert (head.n_in, head.n_out) == (base.n_embd, base.n_vocab)
+    copy = {**PAIR, A0.replace("lora_A", "base_layer"): np.ones((64, 64), np.float32)}
+    assert len(read_peft(write_pair(tmp_path / "b", copy)).modules) == 1
+
+
+def test_shards_are_joined(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "a")
+    (module,) = read_peft(folder).modules.values()
+    np.testing.assert_array_equal(module.read_b(), PAIR[B0])
+
+
+def write_shards(folder: Path, **changes: str) -> Path:
+    write_pair(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    files = {A0: "adapter_model-1.safetensors", B0: "adapter_model-2.safetensors"}
+    for name, file in files.items():
+        tiny.write_safetensors(folder / file, {name: PAIR[name]})
+    index = {"metadata": {}, "weight_map": {**files, **changes}}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+# --- features refused by name ----------------------------------------------------------------
+
+MERGE = "Merge the adapter into its base, or train a plain LoRA."
+PLAIN = "Train a plain LoRA."
+FEATURES: list[tuple[str, Any, str, str, str]] = [
+    ("use_dora", True, "True", "DoRA also rescales the base's weights", MERGE),
+    ("bias", "all", "'all'", "trained biases are not low-rank", 'Train with bias="none".'),
+    ("bias", "lora_only", "'lora_only'", "trained biases are not low-rank",
+     'Train with bias="none".'),
+    ("lora_bias", True, "True", "a bias on B is not low-rank", "Train with lora_bias=False."),
+    ("modules_to_save", ["lm_head"], "['lm_head']",
+     "these modules were trained whole and are not low-rank",
+     "Train them with LoRA (target_modules) or leave them out."),
+    ("layer_replication", [[0, 2], [1, 3]], "[[0, 2], [1, 3]]",
+     "the adapter is for a base with repeated layers",
+     "Use an adapter that was trained on the base as it is."),
+    ("trainable_token_indices", {"embed_tokens": [1]}, "{'embed_tokens': [1]}",
+     "single trained token embeddings are not low-rank",
+     "Train without it, or merge the adapter into its base."),
+    ("target_parameters", ["mlp.experts.gate_up_proj"], "['mlp.experts.gate_up_proj']",
+     "LoRA on bare parameters (as of experts) cannot be applied per layer",
+     "Train with target_modules."),
+    ("alora_invocation_tokens", [1, 2], "[1, 2]",
+     "an activated LoRA acts only after certain tokens", PLAIN),
+    ("fan_in_fan_out", True, "True",
+     "the base's weights are taken as transposed, which no supported base has",
+     "Set it to false if the adapter is for linear layers, as of Llama, Qwen2 or Gemma 3."),
+    ("megatron_config", {"x": 1}, "{'x': 1}",
+     "Megatron's parallel layers are split over devices",
+     "Save the adapter from unsplit layers."),
+    ("use_qalora", True, "True", "QA-LoRA pools its input in groups", PLAIN),
+    ("use_bdlora", {"nblocks": 2}, "{'nblocks': 2}",
+     "block-diagonal LoRA is stored in blocks", PLAIN),
+    ("arrow_config", {"top_k": 3}, "{'top_k': 3}",
+     "Arrow routes between other adapters", "Give those adapters."),
+    ("kasa_config", {"beta": 1}, "{'beta': 1}", "KaSA also truncates the base's weights", MERGE),
+    ("monteclora_config", {"n": 1}, "{'n': 1}", "MonteCLoRA samples its weights", PLAIN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value", "shown", "reason", "advice"), FEATURES)
+def test_feature_is_refused_by_name(
+    tmp_path: Path, field: str, value: object, shown: str, reason: str, advice: str
+) -> None:
+    folder = write_pair(tmp_path / "a", **{field: value})
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: {field} is {shown}; {reason}, and a plain "
+        f"LoRA cannot represent it. {advice}"
+    )
+
+
+def test_features_that_are_off_are_no_obstacle(tmp_path: Path) -> None:
+    for off in (None, False, [], {}):
+        config = {field: off for field, *_ in FEATURES}
+        assert read_peft(write_pair(tmp_path / "a", **config)).modules
+
+
+def test_other_peft_types_are_refused_by_name(tmp_path: Path) -> None:
+    folder = write_pair(tmp_path / "a", peft_type="IA3")
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: peft_type is 'IA3'; only 'LORA' can be "
+        f"represented. {MERGE}"
+    )
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_initialisation_that_changes_the_base_is_refused(tmp_path: Path, init: str) -> None:
+    folder = write_pair(tmp_path / "a", init_lora_weights=init)
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: init_lora_weights is {init!r}; this "
+        "initialisation changes the base's weights too, and the adapter alone does not fit the "
+        "unchanged base. Save it with PEFT's "
+        "save_pretrained(path_initial_model_for_weight_conversion=...)."
+    )
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path: Path, init: object) -> None:
+    assert read_peft(write_pair(tmp_path / "a", init_lora_weights=init)).modules
+
+
+def test_tied_embedding_and_head_are_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
+    config = {"ensure_weight_tying": True}
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["lm_head"], config=config)
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: ensure_weight_tying is true and module "
+        "lm_head has a LoRA; one LoRA shared by embedding and head cannot be represented. Train "
+        "without it, or leave these modules out."
+    )
+    folder = tiny.write_tiny_peft(tmp_path / "b", base, targets=["q_proj"], config=config)
+    assert read_peft(folder).modules
+
+
+FOREIGN = {
+    "base_model.model.model.norm.weight": "a norm's weight",
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector":
+        "a DoRA magnitude vector",
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": "a bias",
+    "base_model.model.model.layers.0.self_attn.q_proj.bias": "a bias",
+    "base_model.model.model.embed_tokens.weight": "a whole weight matrix",
+    "base_model.model.lm_head.base_layer.weight": "a whole weight matrix",
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta":
+        "single trained token embeddings",
+    "base_model.model.prompt": "not known here",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_tensor_of_another_kind_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = write_pair(tmp_path / "a", {**PAIR, name: np.ones(64, np.float32)})
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_model.safetensors'}: tensor {name} is {FOREIGN[name]}; "
+        "expected only lora_A and lora_B, for a plain LoRA cannot represent more. Train a plain "
+        "LoRA, or merge the adapter into its base."
+    )
+
+
+def test_lora_on_a_convolution_is_refused(tmp_path: Path) -> None:
+    pair = {A0: np.ones((4, 3, 3, 3), np.float32), B0: PAIR[B0]}
+    folder = write_pair(tmp_path / "a", pair)
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_model.safetensors'}: tensor {A0} has shape [4, 3, 3, 3]; "
+        "expected a matrix. Only LoRA on linear layers and embeddings can be represented."
+    )
+
+
+# --- files that are missing, damaged, or do not belong together --------------------------------
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    assert refusal(InputFileError, folder) == (
+        f"Cannot read the adapter {folder}: it does not exist; expected a PEFT folder with "
+        "adapter_config.json and adapter_model.safetensors. Check the path."
+    )
+    folder.mkdir()
+    assert refusal(InputFileError, folder) == (
+        f"Cannot read {folder / 'adapter_config.json'}: opening it failed (No such file or "
+        "directory); expected the description of a PEFT adapter. Give the folder that PEFT's "
+        "save_pretrained wrote."
+    )
+    write_pair(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    assert refusal(InputFileError, folder) == (
+        f"Cannot read the adapter {folder}: adapter_model.safetensors is missing. "
+        "Give the folder that PEFT's save_pretrained wrote."
+    )
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    assert refusal(InputFileError, folder) == (
+        f"Cannot read the adapter {folder}: it has adapter_model.bin, and pickles are not opened "
+        "because they can run code; expected adapter_model.safetensors. Load it with PEFT and save "
+        "it with save_pretrained(..., safe_serialization=True)."
+    )
+
+
+RANKS = "a whole number from 1 to 16384"
+ALPHAS = "a number from 1e-30 to 1e+30, or minus such"
+REGEX = "patterns of up to 256 characters and 3 repeats, and no repeated group"
+FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"peft_type": None}, "peft_type", "missing", '"LORA"'),
+    ({"peft_type": 3}, "peft_type", "3", '"LORA"'),
+    ({"r": 0}, "r", "0", RANKS),
+    ({"r": "4"}, "r", "'4'", RANKS),
+    ({"r": True}, "r", "True", RANKS),
+    ({"r": 4.0}, "r", "4.0", RANKS),
+    ({"r": 10**30}, "r", str(10**30), RANKS),
+    ({"lora_alpha": None}, "lora_alpha", "missing", ALPHAS),
+    ({"lora_alpha": 0}, "lora_alpha", "0", ALPHAS),
+    ({"lora_alpha": "8"}, "lora_alpha", "'8'", ALPHAS),
+    ({"lora_alpha": 1e300}, "lora_alpha", "1e+300", ALPHAS),
+    ({"use_rslora": "yes"}, "use_rslora", "'yes'", "true or false"),
+    ({"rank_pattern": [1]}, "rank_pattern", "[1]", "an object of up to 16384 patterns"),
+    ({"rank_pattern": {"q": -1}}, "rank_pattern['q']", "-1", RANKS),
+    ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q']", "'x'", ALPHAS),
+    ({"rank_pattern": {"(a+)+": 1}}, "a pattern in rank_pattern", "'(a+)+'", REGEX),
+    ({"rank_pattern": {".*.*.*.*": 1}}, "a pattern in rank_pattern", "'.*.*.*.*'", REGEX),
+    ({"alpha_pattern": {"[": 1}}, "a pattern in alpha_pattern", "'['",
+     "a regular expression (unterminated character set at position 0)"),
+    ({"base_model_name_or_path": 1}, "base_model_name_or_path", "1", "a name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "field", "found", "expected"), FIELDS)
+def test_wrong_field_is_named(
+    tmp_path: Path, config: dict[str, Any], field: str, found: str, expected: str
+) -> None:
+    folder = write_pair(tmp_path / "a", **config)
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: {field} is {found}; expected {expected}. "
+        "Correct the file, or save the adapter again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"r": 1, "r": 2}', "the key 'r' is given twice"),
+        (b"[]", "it holds a list, not an object"),
+        (b'{"lora_alpha": NaN}', "the value NaN is not JSON"),
+        (b'{"r": 1', "Expecting ',' delimiter: line 1 column 8 (char 7)"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b'{"a":' + b"[" * 200_000, "it is nested too deeply"),
+    ],
+)
+def test_config_that_is_no_json_object_is_refused(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    folder = write_pair(tmp_path / "a")
+    (folder / "adapter_config.json").write_bytes(content)
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot read {folder / 'adapter_config.json'}: it is not a JSON object ({reason}). "
+        "Fetch or save the adapter again."
+    )
+
+
+def test_config_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    folder = write_pair(tmp_path / "a", padding="x" * (1 << 22))
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot read {folder / 'adapter_config.json'}: it is longer than 4194304 bytes; expected "
+        "a few kilobytes. Fetch or save the adapter again."
+    )
+
+
+def test_module_without_its_other_half_is_refused(tmp_path: Path) -> None:
+    folder = write_pair(tmp_path / "a", {A0: PAIR[A0]})
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot use {folder / 'adapter_model.safetensors'}: module "
+        "model.layers.0.self_attn.q_proj has lora_A but no lora_B; expected both. "
+        "The file is incomplete; save the adapter again."
+    )
+
+
+def test_rank_must_be_the_same_in_both_files(tmp_path: Path) -> None:
+    folder = write_pair(tmp_path / "a", rank_pattern={"q_proj": 8})
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: module model.layers.0.self_attn.q_proj has "
+        "rank 8 by r and rank_pattern, but lora_A is [4, 64] and lora_B [64, 4]; expected "
+        "[8, n_in] and [n_out, 8]. The two files do not belong together; save the adapter again."
+    )
+
+
+def test_adapter_without_lora_is_refused(tmp_path: Path) -> None:
+    folder = write_pair(tmp_path / "a")
+    tiny.write_safetensors(folder / "adapter_model.safetensors", {})
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot use the adapter {folder}: its weights hold no lora_A or lora_B; expected a "
+        "trained LoRA. Save the adapter again."
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtype: str) -> None:
+    b = PAIR[B0].copy()
+    b[3, 1] = bad
+    folder = write_pair(tmp_path / "a")
+    tiny.write_safetensors(folder / "adapter_model.safetensors", {A0: PAIR[A0], B0: b}, dtype)
+    (module,) = read_peft(folder).modules.values()
+    with pytest.raises(SafetensorsFileError) as caught:
+        module.read_b()
+    assert str(caught.value) == (
+        f"Cannot use tensor {B0} of {folder / 'adapter_model.safetensors'}: 1 of its 256 values "
+        "are NaN or infinite; expected finite numbers. The training diverged or the file is "
+        "corrupted; use an earlier checkpoint or fetch it again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "found", "expected"),
+    [
+        ({B0: "../x.safetensors"}, "a file in weight_map", "'../x.safetensors'",
+         "a .safetensors file beside it"),
+        ({B0: "adapter_model-1.safetensors"}, f"tensor {B0}", "missing",
+         "in adapter_model-1.safetensors"),
+        ({"more": "adapter_model-1.safetensors"}, "tensor more", "missing",
+         "in adapter_model-1.safetensors"),
+    ],
+)  # fmt: skip
+def test_index_that_does_not_fit_its_files_is_refused(
+    tmp_path: Path, changes: dict[str, str], field: str, found: str, expected: str
+) -> None:
+    folder = write_shards(tmp_path / "a", **changes)
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot read {folder / 'adapter_model.safetensors.index.json'}: {field} is {found}; "
+        f"expected {expected}. The index and the files do not belong together; fetch or save the "
+        "adapter again."
+    )
