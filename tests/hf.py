@@ -11,7 +11,8 @@ import tiny
 def peft_model(base: tiny.TinyBase, folder: Path, **lora: Any) -> Any:
     """Make a float32 PEFT model of a tiny base's dimensions, with random A and B, and save it.
 
-    Its base weights are random too: only A, B and their scale are of interest.
+    Its base weights are random too: only A, B and their scale are of interest. What PEFT reads
+    back is returned.
     """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -44,7 +45,8 @@ def peft_model(base: tiny.TinyBase, folder: Path, **lora: Any) -> Any:
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(folder)
-    return model
+        # Loaded anew, for PEFT writes the patterns sorted and their order decides.
+        return peft.PeftModel.from_pretrained(getattr(transformers, model_class)(config), folder)
 
 
 def lora_layers(model: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ PATTERNS: list[dict[str, Any]] = [
     {},
     {"use_rslora": True},
     {
-        "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2, r"model\.layers\.2\..*": 6},
+        "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2, r"model\.layers\.2\.mlp.*": 6},
         "alpha_pattern": {r"layers\.[01]\.mlp\.(gate|up)_proj": 3, "k_proj": 32, "_proj": 5},
     },
     {
