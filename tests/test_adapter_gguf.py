@@ -1,0 +1,272 @@
+"""Inspection of adapter GGUFs, and their check against a base."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+
+from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
+from qaflora_edge.gguf_header import read_gguf_header
+
+Q0 = "blk.0.attn_q.weight"
+PAIR = {f"{Q0}.lora_a": (4, 64), f"{Q0}.lora_b": (64, 4)}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> tiny.TinyBase:
+    return tiny.write_tiny_base(tmp_path / "base.gguf")
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]], **fields: Any) -> Path:
+    """Write an adapter of zeros; a field of None is left out."""
+    values: dict[str, Any] = {"kind": "adapter", "adapter": "lora", "alpha": 8.0, "arch": "llama"}
+    values |= fields
+    writer = gguf.GGUFWriter(path, values["arch"])
+    if values["kind"] is not None:
+        writer.add_type(values["kind"])
+    if values["adapter"] is not None:
+        writer.add_string("adapter.type", values["adapter"])
+    if values["alpha"] is not None:
+        add = writer.add_uint32 if isinstance(values["alpha"], int) else writer.add_float32
+        add("adapter.lora.alpha", values["alpha"])
+    if "tokens" in values:
+        writer.add_array("adapter.alora.invocation_tokens", values["tokens"])
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _read_and_check(path: Path, base: tiny.TinyBase | None) -> None:
+    info = read_adapter_gguf(path)
+    if base is not None:
+        check_adapter(info, read_gguf_header(base.path))
+
+
+def refusal(kind: type[Exception], path: Path, base: tiny.TinyBase | None = None) -> str:
+    """Give the message of the expected error, of reading or, with a base, of the check."""
+    with pytest.raises(kind) as caught:
+        _read_and_check(path, base)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+def test_what_was_written_is_read(tmp_path: Path, arch: str, outtype: str) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False)
+    targets = ("ffn_down", "attn_q", "output", "token_embd")
+    adapter = tiny.write_tiny_adapter(
+        tmp_path / "a.gguf", base, rank=6, alpha=12.5, targets=targets, outtype=outtype, seed=4
+    )
+    info = read_adapter_gguf(adapter.path)
+    check_adapter(info, read_gguf_header(base.path))
+    assert isinstance(info, AdapterInfo)
+    assert (info.name, info.architecture) == ("tiny adapter 4", arch)
+    assert (info.alpha, info.rank) == (12.5, 6)
+    assert info.targets == ("attn_q", "ffn_down", "output", "token_embd")
+    assert info.ranks == dict.fromkeys(adapter.b, 6)
+    assert {name: tensor.shape for name, tensor in info.tensors.items()} == {
+        f"{name}.lora_{side}": values.shape
+        for side, arrays in (("a", adapter.a), ("b", adapter.b))
+        for name, values in arrays.items()
+    }
+
+
+def test_rank_is_the_largest_of_the_modules(tmp_path: Path, base: tiny.TinyBase) -> None:
+    shapes = {**PAIR, "blk.1.attn_q.weight.lora_a": (7, 64), "blk.1.attn_q.weight.lora_b": (64, 7)}
+    info = read_adapter_gguf(write(tmp_path / "a.gguf", shapes))
+    check_adapter(info, read_gguf_header(base.path))
+    assert info.rank == 7
+    assert info.ranks == {Q0: 4, "blk.1.attn_q.weight": 7}
+
+
+def test_name_defaults_to_that_of_the_file(tmp_path: Path) -> None:
+    assert read_adapter_gguf(write(tmp_path / "math.gguf", PAIR)).name == "math"
+
+
+def test_head_of_a_tied_base_is_accepted(tmp_path: Path, base: tiny.TinyBase) -> None:
+    assert base.tied
+    adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=["output"])
+    check_adapter(read_adapter_gguf(adapter.path), read_gguf_header(base.path))
+
+
+# --- files that are no sound adapters -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "found", "expected"),
+    [
+        ({"kind": None}, "general.type", "missing", "adapter"),
+        ({"kind": "model"}, "general.type", "'model'", "adapter"),
+        ({"adapter": None}, "adapter.type", "missing", "lora"),
+        ({"adapter": "control"}, "adapter.type", "'control'", "lora"),
+    ],
+)
+def test_file_of_another_kind_is_refused(
+    tmp_path: Path, fields: dict[str, Any], key: str, found: str, expected: str
+) -> None:
+    path = write(tmp_path / "a.gguf", PAIR, **fields)
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use {path} as an adapter: metadata field {key} is {found}; expected "
+        f"{expected!r}. Give an adapter GGUF, as `qaflora convert` writes it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("alpha", "found"),
+    [(None, "missing"), (0.0, "0.0"), (float("nan"), "nan"), (float("inf"), "inf"), (8, "8")],
+)
+def test_alpha_must_be_a_number_other_than_zero(tmp_path: Path, alpha: object, found: str) -> None:
+    path = write(tmp_path / "a.gguf", PAIR, alpha=alpha)
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use adapter {path}: metadata field adapter.lora.alpha is {found}; expected a "
+        "float other than 0, for it scales the adapter. Convert the adapter again."
+    )
+
+
+def test_activated_lora_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", PAIR, tokens=[1, 2])
+    assert refusal(UnsupportedAdapterError, path) == (
+        f"Cannot use adapter {path}: metadata field adapter.alora.invocation_tokens makes it an "
+        "activated LoRA, which acts only after certain tokens; expected a plain LoRA. "
+        "Train a plain LoRA."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blk.0.attn_norm.weight", "a norm"),
+        ("blk.0.attn_q.bias", "neither lora_a nor lora_b"),
+        (Q0, "neither lora_a nor lora_b"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
+    path = write(tmp_path / "a.gguf", {**PAIR, name: (64,)})
+    assert refusal(UnsupportedAdapterError, path) == (
+        f"Cannot use adapter {path}: tensor {name} is {kind}; expected pairs of lora_a and lora_b "
+        "only, for a plain LoRA cannot represent more. Convert a plain LoRA."
+    )
+
+
+@pytest.mark.parametrize(("present", "missing"), [("a", "b"), ("b", "a")])
+def test_half_of_a_pair_is_refused(tmp_path: Path, present: str, missing: str) -> None:
+    name = f"{Q0}.lora_{present}"
+    path = write(tmp_path / "a.gguf", {name: PAIR[name]})
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use adapter {path}: tensor {Q0}.lora_{missing} is missing and {name} is there; "
+        "expected both. Convert the adapter again."
+    )
+
+
+def test_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", {})
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use adapter {path}: it has no tensors; expected pairs of lora_a and lora_b. "
+        "Convert the adapter again."
+    )
+
+
+def test_a_and_b_must_have_one_rank(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", {f"{Q0}.lora_a": (5, 64), f"{Q0}.lora_b": (64, 4)})
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use adapter {path}: {Q0}.lora_a is [5, 64] and lora_b [64, 4], of ranks 5 and 4; "
+        "expected [rank, n_in] and [n_out, rank]. Convert the adapter again."
+    )
+    path = write(
+        tmp_path / "b.gguf",
+        {"token_embd.weight.lora_a": (4, 271), "token_embd.weight.lora_b": (64, 4)},
+    )
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use adapter {path}: token_embd.weight.lora_a is [4, 271] and lora_b [64, 4], of "
+        "ranks 271 and 4; expected [n_vocab, rank] and [n_embd, rank]. Convert the adapter again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((2, 4, 64), "expert matrices are not supported"), ((64,), "not a matrix")],
+)
+def test_tensors_must_be_matrices(tmp_path: Path, shape: tuple[int, ...], reason: str) -> None:
+    path = write(tmp_path / "a.gguf", {f"{Q0}.lora_a": shape, f"{Q0}.lora_b": (64, 4)})
+    assert refusal(UnsupportedAdapterError, path) == (
+        f"Cannot use adapter {path}: tensor {Q0}.lora_a has shape {list(shape)}; expected two "
+        f"dimensions ({reason}). Use an adapter of plain linear layers."
+    )
+
+
+def test_rank_has_a_limit(tmp_path: Path) -> None:
+    shapes = {f"{Q0}.lora_a": (16385, 1), f"{Q0}.lora_b": (1, 16385)}
+    path = write(tmp_path / "a.gguf", shapes)
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use adapter {path}: {Q0} has rank 16385; expected at most 16384. "
+        "Convert the adapter again."
+    )
+
+
+# --- adapters for another base --------------------------------------------------------------
+
+TRAINED = "Use an adapter that was trained on this base."
+
+
+def test_other_architecture_is_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
+    path = write(tmp_path / "a.gguf", PAIR, arch="qwen2")
+    assert refusal(AdapterMismatchError, path, base) == (
+        f"Cannot use adapter {path} with base {base.path}: the adapter is for architecture "
+        f"'qwen2', the base is 'llama'. {TRAINED}"
+    )
+
+
+def test_tensor_that_the_base_lacks_is_named(tmp_path: Path, base: tiny.TinyBase) -> None:
+    name = "blk.3.attn_q.weight"
+    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (64, 4)})
+    assert refusal(AdapterMismatchError, path, base) == (
+        f"Cannot use adapter {path} with base {base.path}: it adapts tensor {name}, which the base "
+        f"lacks. {TRAINED}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b", "found", "expected"),
+    [
+        (Q0, (4, 96), (64, 4), [64, 96], [64, 64]),
+        (Q0, (4, 64), (32, 4), [32, 64], [64, 64]),
+        ("blk.0.attn_norm.weight", (4, 64), (64, 4), [64, 64], [64]),
+        ("output.weight", (4, 64), (64, 4), [64, 64], [271, 64]),
+        ("token_embd.weight", (270, 4), (64, 4), [270, 64], [271, 64]),
+    ],
+)
+def test_shape_that_does_not_fit_the_base_is_named(
+    tmp_path: Path,
+    base: tiny.TinyBase,
+    name: str,
+    a: tuple[int, int],
+    b: tuple[int, int],
+    found: list[int],
+    expected: list[int],
+) -> None:
+    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": a, f"{name}.lora_b": b})
+    assert refusal(AdapterMismatchError, path, base) == (
+        f"Cannot use adapter {path} with base {base.path}: it adapts {name} as shape {found}, and "
+        f"the base's is {expected}. {TRAINED}"
+    )
+
+
+def test_expert_matrices_of_the_base_are_refused(tmp_path: Path) -> None:
+    name = "blk.0.ffn_up_exps.weight"
+    base = write(tmp_path / "base.gguf", {name: (2, 96, 64)})
+    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (96, 4)})
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        check_adapter(read_adapter_gguf(path), read_gguf_header(base))
+    assert str(caught.value) == (
+        f"Cannot use adapter {path} with base {base}: {name} holds experts, shape [2, 96, 64]; "
+        "expected a matrix. Use an adapter of plain linear layers."
+    )

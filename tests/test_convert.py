@@ -1,0 +1,439 @@
+"""Conversion of PEFT adapters, against PEFT's own deltas and an independent permutation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import hf
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+
+from qaflora_edge.adapter_gguf import check_adapter, read_adapter_gguf
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    OptionError,
+    OutputFileError,
+    UnsupportedAdapterError,
+)
+from qaflora_edge.gguf_header import read_gguf_header
+
+F64 = NDArray[np.float64]
+MakeBase = Callable[..., tiny.TinyBase]
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> MakeBase:
+    def make(arch: str = "llama", **options: Any) -> tiny.TinyBase:
+        return tiny.write_tiny_base(tmp_path / f"{arch}.gguf", arch, **options)
+
+    return make
+
+
+def stored(path: Path) -> dict[str, NDArray[np.float32]]:
+    """Read an adapter with gguf's own reader: tensor name -> float32 values."""
+    return {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def alpha_of(path: Path) -> float:
+    return float(gguf.GGUFReader(path).fields["adapter.lora.alpha"].contents())
+
+
+def runtime_delta(path: Path, base_name: str) -> F64:
+    """Give what llama.cpp adds to a base tensor: alpha / rank * B A. float64 [n_out, n_in]"""
+    tensors = stored(path)
+    a = tensors[f"{base_name}.lora_a"].astype(np.float64)
+    b = tensors[f"{base_name}.lora_b"].astype(np.float64)
+    delta: F64 = alpha_of(path) / b.shape[1] * (a @ b.T if "token_embd" in base_name else b @ a)
+    return delta
+
+
+def rope_order(n_out: int, n_head: int) -> list[int]:
+    """Give HF's row for each row of a llama GGUF, written out row by row.
+
+    HF rotates row i of a head with row i + half; ggml rotates neighbours.
+    """
+    n_dim = n_out // n_head
+    order = []
+    for head in range(n_head):
+        for pair in range(n_dim // 2):
+            order += [head * n_dim + pair, head * n_dim + pair + n_dim // 2]
+    return order
+
+
+def expected_deltas(base: tiny.TinyBase, model: Any) -> dict[str, F64]:
+    """Take the deltas from PEFT and put their rows in the base's order."""
+    deltas = {}
+    for name, layer in hf.lora_layers(model).items():
+        delta = layer.get_delta_weight("default").detach().double().numpy()
+        if name in ("lm_head", "model.embed_tokens"):
+            deltas["output.weight" if name == "lm_head" else "token_embd.weight"] = delta
+            continue
+        _, _, index, module = name.split(".", 3)
+        stem = tiny.PROJECTIONS[module]
+        if base.arch == "llama" and stem in ("attn_q", "attn_k"):
+            n_head = base.n_head if stem == "attn_q" else base.n_head_kv
+            delta = delta[rope_order(len(delta), n_head)]
+        deltas[f"blk.{index}.{stem}.weight"] = delta
+    return deltas
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 6},
+    "patterns": {
+        "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {r"layers\.[01]\.mlp\.gate_proj": 3, "k_proj": 33},
+    },
+    "rslora and patterns": {
+        "use_rslora": True,
+        "rank_pattern": {".*mlp.*": 2, "o_proj": 7},
+        "alpha_pattern": {"v_proj": 2.5},
+    },
+}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_delta_equals_that_of_peft(
+    tmp_path: Path, make_base: MakeBase, arch: str, case: str
+) -> None:
+    base = make_base(arch)
+    model = hf.peft_model(base, tmp_path / "peft", **OPTIONS[case])
+    out = tmp_path / "out.gguf"
+    convert_adapter(tmp_path / "peft", base.path, out, outtype="f32")
+    expected = expected_deltas(base, model)
+    assert len(stored(out)) == 2 * len(expected) == 42
+    for name, delta in expected.items():
+        assert delta.shape == base.tensors[name].shape
+        # PEFT multiplies in float32: rounding of a sum of at most 8 products.
+        np.testing.assert_allclose(runtime_delta(out, name), delta, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_equal_those_of_peft(
+    tmp_path: Path, make_base: MakeBase, tied: bool
+) -> None:
+    base = make_base("qwen2", tied=tied)
+    targets = ["embed_tokens", "lm_head"] if not tied else ["embed_tokens"]
+    model = hf.peft_model(base, tmp_path / "peft", target_modules=targets, use_rslora=True)
+    out = tmp_path / "out.gguf"
+    converted = convert_adapter(tmp_path / "peft", base.path, out, outtype="f32")
+    expected = expected_deltas(base, model)
+    assert converted.targets == ("output", "token_embd")[tied:]
+    for name, delta in expected.items():
+        assert delta.shape == (base.n_vocab, base.n_embd)
+        np.testing.assert_allclose(runtime_delta(out, name), delta, rtol=2e-6, atol=1e-7)
+
+
+def test_head_of_a_tied_base_keeps_its_own_name(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base("llama", tied=True)
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["lm_head"])
+    convert_adapter(folder, base.path, tmp_path / "out.gguf")
+    assert list(stored(tmp_path / "out.gguf")) == ["output.weight.lora_a", "output.weight.lora_b"]
+
+
+@pytest.mark.parametrize("case", ["plain", "rslora"])
+def test_uniform_scale_leaves_values_untouched(
+    tmp_path: Path, make_base: MakeBase, case: str
+) -> None:
+    base = make_base("qwen2")
+    layers = hf.lora_layers(hf.peft_model(base, tmp_path / "peft", **OPTIONS[case]))
+    out = tmp_path / "out.gguf"
+    converted = convert_adapter(tmp_path / "peft", base.path, out, outtype="f32")
+    assert converted.n_rescaled == 0
+    tensors = stored(out)
+    for name, layer in layers.items():
+        stem = f"blk.{name.split('.')[2]}.{tiny.PROJECTIONS[name.split('.', 3)[3]]}.weight"
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        np.testing.assert_array_equal(tensors[f"{stem}.lora_a"], a.detach().numpy())
+        np.testing.assert_array_equal(tensors[f"{stem}.lora_b"], b.detach().numpy())
+
+
+def test_alpha_is_that_of_most_modules(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(
+        tmp_path / "a", base, alpha=8, alpha_pattern={"q_proj": 5, "k_proj": 7}
+    )
+    converted = convert_adapter(folder, base.path, tmp_path / "out.gguf")
+    assert (converted.alpha, converted.n_rescaled, converted.n_module) == (8.0, 6, 21)
+    assert alpha_of(tmp_path / "out.gguf") == 8.0
+
+
+TYPES = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize(
+    ("outtype", "rank", "type_a", "type_b"),
+    [
+        ("f32", 4, TYPES.F32, TYPES.F32),
+        ("f16", 4, TYPES.F16, TYPES.F16),
+        ("bf16", 4, TYPES.BF16, TYPES.BF16),
+        ("q8_0", 4, TYPES.Q8_0, TYPES.F16),  # rows of B are one rank wide, not whole blocks
+        ("q8_0", 32, TYPES.Q8_0, TYPES.Q8_0),
+    ],
+)
+def test_types_are_those_of_upstream_and_round_by_their_precision(
+    tmp_path: Path, make_base: MakeBase, outtype: str, rank: int, type_a: Any, type_b: Any
+) -> None:
+    base = make_base("qwen2")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=rank)
+    convert_adapter(folder, base.path, tmp_path / "f32.gguf", outtype="f32")
+    convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype=outtype)
+    exact = stored(tmp_path / "f32.gguf")
+    # Half a step: 2^-11 of a value in f16, 2^-8 in bf16, 1/254 of a block's largest in q8_0.
+    step = {TYPES.F32: 0.0, TYPES.F16: 2**-11, TYPES.BF16: 2**-8, TYPES.Q8_0: 1 / 250}
+    for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors:
+        kind = type_a if tensor.name.endswith("lora_a") else type_b
+        assert tensor.tensor_type == kind
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        error = np.abs(values - exact[tensor.name]).max()
+        assert error <= step[kind] * np.abs(exact[tensor.name]).max()
+
+
+def test_metadata_are_those_that_llama_cpp_reads(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base("gemma3")
+    folder = tiny.write_tiny_peft(tmp_path / "spanish", base, alpha=16)
+    convert_adapter(folder, base.path, tmp_path / "out.gguf")
+    fields = {
+        key: value.contents()
+        for key, value in gguf.GGUFReader(tmp_path / "out.gguf").fields.items()
+        if not key.startswith("GGUF.")
+    }
+    assert fields == {
+        "general.architecture": "gemma3",
+        "general.type": "adapter",
+        "general.name": "spanish",
+        "general.quantization_version": 2,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 16.0,
+    }
+
+
+def test_same_input_gives_same_bytes(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha_pattern={"q_proj": 3})
+    convert_adapter(folder, base.path, tmp_path / "one.gguf")
+    convert_adapter(folder, base.path, tmp_path / "two.gguf")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers"])
+def test_names_inside_a_multimodal_gemma_are_understood(
+    tmp_path: Path, make_base: MakeBase, prefix: str
+) -> None:
+    base = make_base("gemma3")
+    plain = tiny.write_tiny_peft(tmp_path / "x" / "a", base)
+    nested = tiny.write_tiny_peft(tmp_path / "y" / "a", base, prefix=prefix)
+    convert_adapter(plain, base.path, tmp_path / "plain.gguf")
+    convert_adapter(nested, base.path, tmp_path / "nested.gguf")
+    assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "nested.gguf").read_bytes()
+
+
+def test_written_file_passes_our_own_check(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base("llama", dtype="q8_0")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=5, targets=["q_proj", "down_proj"])
+    converted = convert_adapter(folder, base.path, tmp_path / "out.gguf")
+    info = read_adapter_gguf(converted.path)
+    check_adapter(info, read_gguf_header(base.path))
+    assert info.targets == converted.targets == ("attn_q", "ffn_down")
+    assert info.rank == converted.rank == 5
+    assert info.alpha == converted.alpha
+    assert converted.size_bytes == converted.path.stat().st_size
+
+
+def test_progress_counts_modules(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"])
+    seen: list[tuple[int, int]] = []
+    convert_adapter(
+        folder, base.path, tmp_path / "out.gguf", progress=lambda *done: seen.append(done)
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- refusals, each leaving the disk as it was ---------------------------------------------------
+
+
+def refusal(kind: type[Exception], folder: Path, base: Path, **options: Any) -> str:
+    """Convert over an older file, expect an error, and check that nothing changed."""
+    out = folder.parent / "out.gguf"
+    out.write_bytes(b"older")
+    before = sorted(folder.parent.iterdir())
+    with pytest.raises(kind) as caught:
+        convert_adapter(folder, base, out, **options)
+    assert type(caught.value) is kind
+    assert out.read_bytes() == b"older"
+    assert sorted(folder.parent.iterdir()) == before
+    return str(caught.value)
+
+
+def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    other = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(other, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert refusal(UnsupportedAdapterError, folder, other) == (
+        f"Cannot convert an adapter for {other}: its architecture is 'mamba'; supported are llama, "
+        "qwen2, gemma3. Convert it with llama.cpp's convert_lora_to_gguf.py and use the adapter "
+        "GGUF."
+    )
+
+
+def test_adapter_with_more_layers_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", make_base("llama", n_layer=5))
+    base = make_base("llama", n_layer=3)
+    assert refusal(AdapterMismatchError, folder, base.path) == (
+        f"Cannot convert {folder} for {base.path}: module model.layers.3.self_attn.q_proj is in "
+        "layer 3, and the base has layers 0 to 2. The adapter is for another base "
+        "(adapter_config.json says 'tiny')."
+    )
+
+
+def test_adapter_of_another_width_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", make_base("llama", n_embd=96))
+    base = make_base("llama")
+    assert refusal(AdapterMismatchError, folder, base.path) == (
+        f"Cannot convert {folder} for {base.path}: module model.layers.0.self_attn.q_proj is for a "
+        "weight of shape [96, 96], and blk.0.attn_q.weight of the base is [64, 64]. The adapter is "
+        "for another base (adapter_config.json says 'tiny')."
+    )
+
+
+def test_tensor_that_the_base_lacks_is_named(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"])
+    fused = tmp_path / "fused.gguf"
+    writer = gguf.GGUFWriter(fused, "llama")
+    writer.add_block_count(3)
+    writer.add_head_count(4)
+    writer.add_tensor("token_embd.weight", base.tensors["token_embd.weight"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert refusal(AdapterMismatchError, folder, fused) == (
+        f"Cannot convert {folder} for {fused}: module model.layers.0.self_attn.q_proj needs tensor "
+        "blk.0.attn_q.weight, which the base lacks. The adapter is for another base "
+        "(adapter_config.json says 'tiny')."
+    )
+
+
+def test_module_outside_the_language_model_is_named(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base("gemma3")
+    prefix = "model.vision_tower.layers"
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, prefix=prefix, targets=["q_proj"])
+    assert refusal(UnsupportedAdapterError, folder, base.path) == (
+        f"Cannot convert {folder}: module {prefix}.0.self_attn.q_proj has no counterpart in a "
+        "gemma3 GGUF; expected projections of the language model's layers, embed_tokens or "
+        "lm_head. The adapter may be for another base (adapter_config.json says 'tiny'), or was "
+        "trained on parts that a GGUF lacks."
+    )
+
+
+def test_two_modules_for_one_tensor_are_refused(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base("gemma3")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
+    names = ["model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"]
+    a, b = np.ones((4, 64), np.float32), np.ones((64, 4), np.float32)
+    tensors = {}
+    for name in names:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
+    assert refusal(UnsupportedAdapterError, folder, base.path) == (
+        f"Cannot convert {folder}: modules {names[0]} and {names[1]} both name blk.0.attn_q.weight "
+        "of the base; expected one LoRA for each. Save it again."
+    )
+
+
+def test_lora_of_the_wrong_kind_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
+    name = "base_model.model.model.embed_tokens"
+    tensors = {
+        f"{name}.lora_A.weight": np.ones((4, base.n_embd), np.float32),
+        f"{name}.lora_B.weight": np.ones((base.n_vocab, 4), np.float32),
+    }
+    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
+    assert refusal(UnsupportedAdapterError, folder, base.path) == (
+        f"Cannot convert {folder}: module model.embed_tokens has LoRA of a linear layer, and "
+        "token_embd.weight of the base is not one. Train a plain LoRA."
+    )
+
+
+def test_value_too_large_for_the_type_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base("qwen2")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], strength=0.0)
+    module = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"base_model.model.{module}.lora_A.weight": np.ones((4, 64), np.float32),
+        f"base_model.model.{module}.lora_B.weight": np.full((64, 4), 7e4, np.float32),
+    }
+    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
+    assert refusal(UnsupportedAdapterError, folder, base.path) == (
+        f"Cannot convert module {module} of {folder / 'adapter_model.safetensors'}: the largest "
+        "value of lora_B is 70000, more than F16 holds. Choose output type f32, or check the "
+        "adapter's alpha."
+    )
+    convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype="bf16")
+
+
+def test_unknown_output_type_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    assert refusal(OptionError, folder, base.path, outtype="q4_0") == (
+        f"Cannot convert {folder}: the output type is 'q4_0'; expected f32, f16, bf16, q8_0."
+    )
+
+
+def test_base_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    before = base.path.read_bytes()
+    with pytest.raises(OutputFileError) as caught:
+        convert_adapter(folder, base.path, base.path)
+    assert str(caught.value) == (
+        f"Cannot write {base.path}: it is the base itself. Choose another name."
+    )
+    assert base.path.read_bytes() == before
+
+
+def test_interruption_leaves_nothing_half_written(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        convert_adapter(folder, base.path, tmp_path / "out.gguf", progress=interrupt)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_full_disk_is_named(
+    tmp_path: Path, make_base: MakeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+
+    def fail(*_: object) -> None:
+        raise OSError("4096 requested and 512 written")  # as numpy's tofile says it
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
+    message = refusal(OutputFileError, folder, base.path)
+    assert message == (
+        f"Cannot write {tmp_path / 'out.gguf'}: writing failed (4096 requested and 512 written). "
+        "Check that there is space left and try again."
+    )
