@@ -1,5 +1,6 @@
 """Inspection of adapter GGUFs, and their check against a base."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def base(tmp_path: Path) -> tiny.TinyBase:
     return tiny.write_tiny_base(tmp_path / "base.gguf")
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], **fields: Any) -> Path:
+def write(path: Path, shapes: Mapping[str, tuple[int, ...]], **fields: Any) -> Path:
     """Write an adapter of zeros; a field of None is left out."""
     values: dict[str, Any] = {"kind": "adapter", "adapter": "lora", "alpha": 8.0, "arch": "llama"}
     values |= fields

@@ -301,7 +301,7 @@ def test_random_damage_never_leads_to_another_error(tmp_path: Path) -> None:
     whole = make(ARCH, words, entries=(entry("t", [2, 4], 0, 0),), data=bytes(32))
     rng = random.Random(0)
     n_refused = 0
-    for _ in range(1000):
+    for _ in range(400):
         damaged = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             damaged[rng.randrange(len(damaged))] = rng.choice((0, 1, 8, 9, 127, 255))
@@ -310,7 +310,7 @@ def test_random_damage_never_leads_to_another_error(tmp_path: Path) -> None:
             read_gguf_header(path)
         except GgufFileError:
             n_refused += 1
-    assert n_refused > 500
+    assert n_refused > 200
 
 
 def test_missing_and_empty_files_and_folders_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The PEFT reader, against PEFT itself and against damaged or richer adapters."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tiny.TinyBase:
     return tiny.write_tiny_base(tmp_path_factory.mktemp("base") / "base.gguf", tied=False)
 
 
-def write_pair(folder: Path, tensors: dict[str, Any] | None = None, **config: Any) -> Path:
+def write_pair(folder: Path, tensors: Mapping[str, Any] | None = None, **config: Any) -> Path:
     """Write a folder with one module, or with other tensors."""
     folder.mkdir(exist_ok=True)
     fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
@@ -183,7 +184,7 @@ FEATURES: list[tuple[str, Any, str, str, str]] = [
 
 @pytest.mark.parametrize(("field", "value", "shown", "reason", "advice"), FEATURES)
 def test_feature_is_refused_by_name(
-    tmp_path: Path, field: str, value: object, shown: str, reason: str, advice: str
+    tmp_path: Path, field: str, value: Any, shown: str, reason: str, advice: str
 ) -> None:
     folder = write_pair(tmp_path / "a", **{field: value})
     assert refusal(UnsupportedAdapterError, folder) == (
@@ -193,8 +194,9 @@ def test_feature_is_refused_by_name(
 
 
 def test_features_that_are_off_are_no_obstacle(tmp_path: Path) -> None:
-    for off in (None, False, [], {}):
-        config = {field: off for field, *_ in FEATURES}
+    switched_off: tuple[Any, ...] = (None, False, [], {})
+    for off in switched_off:
+        config: dict[str, Any] = {field: off for field, *_ in FEATURES}
         assert read_peft(write_pair(tmp_path / "a", **config)).modules
 
 
@@ -218,7 +220,7 @@ def test_initialisation_that_changes_the_base_is_refused(tmp_path: Path, init: s
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
-def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path: Path, init: object) -> None:
+def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path: Path, init: Any) -> None:
     assert read_peft(write_pair(tmp_path / "a", init_lora_weights=init)).modules
 
 

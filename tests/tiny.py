@@ -89,7 +89,9 @@ class TinyAdapter:
     def delta(self, name: str) -> NDArray[np.float64]:
         """Give what the adapter adds to a base tensor: float64 [n_out, n_in]."""
         a, b = self.a[name].astype(np.float64), self.b[name].astype(np.float64)
-        return self.alpha / b.shape[1] * (a @ b.T if name == "token_embd.weight" else b @ a)
+        product = a @ b.T if name == "token_embd.weight" else b @ a
+        delta: NDArray[np.float64] = self.alpha / b.shape[1] * product
+        return delta
 
 
 def byte_tokens() -> list[str]:
@@ -153,7 +155,8 @@ def _base_tensors(base: TinyBase, rng: np.random.Generator) -> dict[str, F32]:
     """Draw weights so that activations and logits have a spread of one to three."""
 
     def matrix(n_out: int, n_in: int, gain: float = 1.0) -> F32:
-        return (gain * rng.standard_normal((n_out, n_in)) / np.sqrt(n_in)).astype(np.float32)
+        drawn = gain * rng.standard_normal((n_out, n_in)) / np.sqrt(n_in)
+        return np.asarray(drawn, dtype=np.float32)
 
     def norm(n: int) -> F32:
         return (1.0 + 0.1 * rng.standard_normal(n)).astype(np.float32)
@@ -227,7 +230,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F
     kind = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "bf16": gguf.GGMLQuantizationType.BF16}[dtype]
     data = gguf.quants.quantize(array, kind)
     writer.add_tensor(name, data, raw_dtype=kind)
-    return gguf.quants.dequantize(data, kind)
+    values: F32 = gguf.quants.dequantize(data, kind)
+    return values
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:
