@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from qaflora_edge import download, registry
@@ -121,7 +122,8 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     for name, value in shop.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(registry, "package_data", lambda name: shop.registry)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The client reads the environment when it is imported, which another test may have done.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     yield shop
     assert list(shop.cache.glob("models/.tmp-*")) == [], "a temporary file was left behind"
 
