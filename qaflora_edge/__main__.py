@@ -1,0 +1,5 @@
+"""`python -m qaflora_edge` is `qaflora`."""
+
+from qaflora_edge.cli import main
+
+main(prog_name="qaflora")

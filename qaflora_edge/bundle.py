@@ -1,0 +1,227 @@
+"""Bundles: a folder with bundle.json and the adapters for one base.
+
+    bundle.json
+    adapters/NAME.gguf
+
+Loading compares every file with its record and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.bundle_create import create_bundle
+from qaflora_edge.bundle_format import (
+    BUNDLE_FILE,
+    MAX_BUNDLE_BYTES,
+    AdapterRecord,
+    BaseRecord,
+    BundleText,
+    parse_bundle,
+)
+from qaflora_edge.checksums import check_file
+from qaflora_edge.errors import BundleError
+from qaflora_edge.files import safe_join
+from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.references import pulled_base
+
+__all__ = ["Bundle", "create_bundle", "describe", "find_base", "load_bundle", "verify_bundle"]
+
+# Called with what is being read, the bytes done and the bytes in all.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are the recorded ones.
+
+    adapter_paths     name -> adapter GGUF, in the bundle's order
+    typical           adapter -> lens -> typical divergence of each layer, n_layer numbers
+    fusion_defaults   strategy, lens and pool
+    description_dict  bundle.json as it is, unknown keys included
+    """
+
+    folder: Path
+    base_path: Path
+    adapter_paths: dict[str, Path]
+    typical: Mapping[str, Mapping[str, list[float]]] = field(repr=False)
+    fusion_defaults: Mapping[str, str]
+    description_dict: Mapping[str, Any] = field(repr=False)
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle, find its base, and compare every file with its record.
+
+    A file is hashed when this state of it (path, size, time) was not hashed before.
+
+    Raises BundleError for a wrong description or folder, ChecksumError for a file that is not
+    the recorded one, AdapterMismatchError for an adapter of another base.
+    """
+    return _load(folder, always_hash=False, progress=None)
+
+
+def verify_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
+    """Load a bundle and hash all of its files again, the base included."""
+    return _load(folder, always_hash=True, progress=progress)
+
+
+def read_bundle_text(folder: Path) -> BundleText:
+    """Read bundle.json alone; no other file need be there.
+
+    Raises BundleError.
+    """
+    if not folder.is_dir():
+        found = "it is a file" if folder.exists() else "it does not exist"
+        raise BundleError(
+            f"Cannot open the bundle {folder}: {found}, expected a folder with {BUNDLE_FILE}. "
+            "Give the folder of a bundle, or make one with `qaflora bundle create`."
+        )
+    path = safe_join(folder, BUNDLE_FILE)
+    if not path.is_file():
+        raise BundleError(
+            f"Cannot open the bundle {folder}: there is no file {BUNDLE_FILE} in it. "
+            "Give the folder of a bundle, or make one with `qaflora bundle create`."
+        )
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BUNDLE_BYTES + 1)
+    except OSError as error:
+        raise BundleError(
+            f"Cannot open the bundle {folder}: reading {BUNDLE_FILE} failed ({error.strerror}). "
+            "Check that you may read it."
+        ) from error
+    return parse_bundle(data, str(path))
+
+
+def find_base(folder: Path, base: BaseRecord) -> Path | None:
+    """The base's file: where bundle.json says, else where `qaflora pull` puts it, else None."""
+    if base.file:
+        path = folder / base.file  # an absolute file stays absolute
+        with contextlib.suppress(ValueError, OSError):  # a name that no file can have
+            if path.is_file():
+                return path
+    return pulled_base(base.registry, base.hub)
+
+
+def describe(folder: Path) -> str:
+    """A bundle's description as lines to read; its files need not be there."""
+    text = read_bundle_text(folder)
+    base = text.base
+    base_path = find_base(folder, base)
+    where = str(base_path) if base_path else f"not here: {_how_to_get(folder, base)}"
+    lines = [
+        f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
+        f"licence    {text.license or 'not stated'}",
+        f"base       {base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
+        f"vocabulary {base.n_vocab}, {base.size_bytes / 1e6:.0f} MB",
+        f"           {where}",
+        f"fusion     {text.fusion['strategy']}, lens {text.fusion['lens']}, "
+        f"pool {text.fusion['pool']}"
+        + (", calibrated" if all(a.name in text.typical for a in text.adapters) else ""),
+        f"adapters   {len(text.adapters)}",
+    ]
+    for adapter in text.adapters:
+        lines.append(
+            f"  {adapter.name:<8} rank {adapter.rank}, alpha {adapter.alpha:g}, on "
+            f"{', '.join(adapter.targets)}"
+        )
+        notes = [adapter.description, adapter.source, adapter.license]
+        if any(notes):
+            lines.append(f"  {'':<8} {'; '.join(note for note in notes if note)}")
+    return "\n".join(lines)
+
+
+def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bundle:
+    text = read_bundle_text(folder)
+    where = str(folder / BUNDLE_FILE)
+    adapter_paths = {adapter.name: _adapter_path(folder, adapter) for adapter in text.adapters}
+    base_path = find_base(folder, text.base)
+    if base_path is None:
+        raise BundleError(
+            f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
+            f"{text.base.size_bytes} bytes) is not here. {_how_to_get(folder, text.base)}."
+        )
+
+    def check(path: Path, what: str, sha256: str, size_bytes: int | None, advice: str) -> None:
+        total = path.stat().st_size
+        check_file(
+            path,
+            what=what,
+            sha256=sha256,
+            size_bytes=size_bytes,
+            recorded_in=where,
+            advice=advice,
+            always_hash=always_hash,
+            progress=None if progress is None else lambda done: progress(what, done, total),
+        )
+
+    base = text.base
+    check(base_path, "The base", base.sha256, base.size_bytes, "Fetch the base again.")
+    header = read_gguf_header(base_path)
+    _check_base_shape(where, base, header)
+    for adapter in text.adapters:
+        path, what = adapter_paths[adapter.name], f"The adapter {adapter.name}"
+        check(path, what, adapter.sha256, adapter.size_bytes, "Copy the bundle again.")
+        info = read_adapter_gguf(path)
+        check_adapter(info, header)
+        _check_adapter_record(where, adapter, info)
+    return Bundle(
+        folder=folder,
+        base_path=base_path,
+        adapter_paths=adapter_paths,
+        typical=text.typical,
+        fusion_defaults=text.fusion,
+        description_dict=text.raw,
+    )
+
+
+def _how_to_get(folder: Path, base: BaseRecord) -> str:
+    looked = f"{folder / base.file} does not exist" if base.file else ""
+    name = base.registry or base.hub
+    if name:
+        get = f"fetch it with `qaflora pull {name}`"
+    else:
+        get = f"put a file with the SHA-256 {base.sha256} there, or correct base.file"
+    return f"{looked}; {get}" if looked else get[0].upper() + get[1:]
+
+
+def _adapter_path(folder: Path, adapter: AdapterRecord) -> Path:
+    path = safe_join(folder, adapter.file)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise BundleError(
+            f"Cannot open the bundle {folder}: the file of adapter {adapter.name}, {path}, "
+            f"{found}; expected the file that {BUNDLE_FILE} names. Copy the bundle again."
+        )
+    return path
+
+
+def _check_base_shape(where: str, base: BaseRecord, header: GgufHeader) -> None:
+    for key in ("architecture", "n_layer", "n_embd", "n_vocab"):
+        found, expected = getattr(base, key), getattr(header, key)
+        if found != expected:
+            raise BundleError(
+                f"Cannot use {where}: field base.{key} is {found}, expected {expected} as in "
+                f"the base {header.path}. Create the bundle again with `qaflora bundle create`."
+            )
+
+
+def _check_adapter_record(where: str, adapter: AdapterRecord, info: AdapterInfo) -> None:
+    facts = (
+        ("rank", adapter.rank, info.rank, adapter.rank == info.rank),
+        ("alpha", adapter.alpha, info.alpha, math.isclose(adapter.alpha, info.alpha, rel_tol=1e-6)),
+        ("targets", *(sorted(set(t)) for t in (adapter.targets, info.targets)), None),
+    )
+    for key, found, expected, is_same in facts:
+        if not (found == expected if is_same is None else is_same):
+            raise BundleError(
+                f"Cannot use {where}: field {key} of adapter {adapter.name} is {found}, expected "
+                f"{expected} as in {info.path}. Create the bundle again with "
+                "`qaflora bundle create`."
+            )

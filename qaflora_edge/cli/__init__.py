@@ -1,0 +1,117 @@
+"""The command `qaflora`: a thin layer over the package, one file per verb, loaded when used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from qaflora_edge import __version__
+from qaflora_edge.errors import QafloraError
+
+# Verb -> its line in `qaflora --help`. The first line of a command's own help says the same.
+VERBS = {
+    "run": "Answer a prompt with the weighed adapters.",
+    "chat": "Talk with the weighed adapters.",
+    "weights": "Show what each adapter weighs for a prompt.",
+    "bundle": "Make, show and verify bundles.",
+    "convert": "Convert a PEFT adapter to an adapter GGUF.",
+    "pull": "Fetch a model or a bundle.",
+    "models": "List the models that can be pulled.",
+    "bench": "Measure speed on this machine.",
+    "doctor": "Report the library, the devices and the versions.",
+}
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+class VerbGroup(click.Group):
+    """Imports a verb's module when the verb is used, and turns failures into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"qaflora_edge.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _leave_quietly()
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        _prepare_streams()
+        try:
+            with _termination_unwinds():
+                code = super().main(*args, **kwargs)
+        except QafloraError as error:
+            click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
+            sys.exit(EXIT_FAILED)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            sys.exit(EXIT_INTERRUPTED)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _prepare_streams() -> None:
+    """Let text that a terminal's encoding lacks be shown as `?` instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _termination_unwinds() -> Any:
+    """Turn SIGTERM into an exit that removes temporary files on its way."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: its owner decides about signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _leave_quietly() -> None:
+    """End without a word: whoever read the output has seen enough."""
+    with contextlib.suppress(OSError, ValueError):
+        # Python flushes stdout once more at its end, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+@click.group(
+    cls=VerbGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExample:\n  qaflora pull smollm2-135m-instruct\n  qaflora run models/demo 'Hello'",
+)
+@click.version_option(__version__, prog_name="qaflora")
+def main() -> None:
+    """Several LoRA adapters at once on a quantised base, weighed anew for each query.
+
+    DIR is the folder of a bundle: one base and its adapters (see `qaflora bundle create`).
+    """

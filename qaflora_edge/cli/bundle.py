@@ -1,0 +1,182 @@
+"""qaflora bundle create, show and verify"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qaflora_edge.cli.convert import OUTTYPES
+from qaflora_edge.cli.options import LENSES, POOLS, bundle_folder, example
+from qaflora_edge.cli.progress import progress_bars
+
+NOTES = ("source", "license", "description")
+
+
+@click.group()
+def bundle() -> None:
+    """Make, show and verify bundles.
+
+    A bundle is a folder with bundle.json and adapters/NAME.gguf for one base. It can be copied,
+    zipped or put on a hub.
+    """
+
+
+def _pairs(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[str, str]]:
+    pairs = []
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            raise click.BadParameter(f"{value!r} is not of the form {param.metavar}.")
+        pairs.append((name, text))
+    return pairs
+
+
+@bundle.command(
+    epilog=example(
+        """
+        qaflora bundle create my-bundle --base base.gguf \\
+            --adapter math=peft/math --adapter es=es.gguf
+        """
+    )
+)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--base",
+    required=True,
+    metavar="BASE.gguf",
+    help="The base, or the name of a registry model that was pulled. The name makes a bundle "
+    "that works on any machine that has pulled it.",
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    metavar="NAME=PATH",
+    callback=_pairs,
+    help="An adapter: a PEFT folder, which is converted, or an adapter .gguf; repeatable.",
+)
+@click.option("--name", help="The bundle's name.  [default: the folder's]")
+@click.option("--description", default="", help="What the bundle is for.")
+@click.option("--license", default="", help="The licence of the bundle.")
+@click.option(
+    "--outtype",
+    type=click.Choice(OUTTYPES),
+    default="f16",
+    show_default=True,
+    help="Type of converted adapters.",
+)
+@click.option("--strategy", default="qa-flora", show_default=True, help="Used by default.")
+@click.option("--lens", type=click.Choice(LENSES), default="norm", show_default=True)
+@click.option("--pool", type=click.Choice(POOLS), default="last", show_default=True)
+@click.option(
+    "--adapter-source",
+    multiple=True,
+    metavar="NAME=TEXT",
+    callback=_pairs,
+    help="Where an adapter comes from.",
+)
+@click.option(
+    "--adapter-license",
+    multiple=True,
+    metavar="NAME=TEXT",
+    callback=_pairs,
+    help="An adapter's licence.",
+)
+@click.option(
+    "--adapter-description",
+    multiple=True,
+    metavar="NAME=TEXT",
+    callback=_pairs,
+    help="What an adapter was trained for.",
+)
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    show_default=True,
+    help="Measure typical divergences, which the strategy calibrated needs.",
+)
+def create(
+    folder: Path,
+    base: str,
+    adapters: list[tuple[str, str]],
+    name: str | None,
+    description: str,
+    license: str,
+    outtype: str,
+    strategy: str,
+    lens: str,
+    pool: str,
+    adapter_source: list[tuple[str, str]],
+    adapter_license: list[tuple[str, str]],
+    adapter_description: list[tuple[str, str]],
+    calibrate: bool,
+) -> None:
+    """Make a bundle from a base and adapters.
+
+    DIR must not exist. It appears when everything has worked; when something fails, nothing is
+    left behind.
+    """
+    from qaflora_edge.bundle import create_bundle
+
+    notes: dict[str, dict[str, str]] = {}
+    given = (adapter_source, adapter_license, adapter_description)
+    for key, pairs in zip(NOTES, given, strict=True):
+        for adapter, text in pairs:
+            notes.setdefault(adapter, {})[key] = text
+    with progress_bars() as progress:
+        create_bundle(
+            folder,
+            base,
+            adapters,
+            name=name,
+            description=description,
+            license=license,
+            outtype=outtype,
+            strategy=strategy,
+            lens=lens,
+            pool=pool,
+            notes=notes,
+            calibrate=calibrate,
+            progress=progress,
+        )
+    click.echo(f"Created the bundle {folder} with {len(adapters)} adapters.", err=True)
+
+
+@bundle.command(epilog=example("qaflora bundle show models/demo"))
+@click.argument("folder", metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
+def show(folder: str, as_json: bool) -> None:
+    """Show what a bundle says of itself.
+
+    The files need not be there: nothing is hashed or loaded.
+    """
+    from qaflora_edge.bundle import describe, find_base, read_bundle_text
+
+    path = bundle_folder(folder)
+    if as_json:
+        text = read_bundle_text(path)
+        base_path = find_base(path, text.base)
+        shown = {**text.raw, "base_path": None if base_path is None else str(base_path)}
+        click.echo(json.dumps(shown, ensure_ascii=False))
+        return
+    click.echo(describe(path))
+
+
+@bundle.command(epilog=example("qaflora bundle verify models/demo"))
+@click.argument("folder", metavar="DIR")
+def verify(folder: str) -> None:
+    """Hash every file of a bundle again and check all shapes.
+
+    Includes the base. Ends with exit code 1 and the first difference when there is one.
+    """
+    from qaflora_edge.bundle import verify_bundle
+
+    with progress_bars() as progress:
+        verified = verify_bundle(bundle_folder(folder), progress)
+    n_adapter = len(verified.adapter_paths)
+    click.echo(f"{verified.folder}: the base and {n_adapter} adapters are the recorded ones.")

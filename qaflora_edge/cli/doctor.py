@@ -1,0 +1,148 @@
+"""qaflora doctor"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qaflora_edge import __version__
+from qaflora_edge.cli.options import example
+from qaflora_edge.errors import LibraryError
+
+PACKAGES = ("llama-cpp-python", "numpy", "gguf", "huggingface-hub", "click")
+DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta")  # ggml_backend_dev_type
+
+
+@click.command(epilog=example("qaflora doctor --json"))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Report the library, the devices and the versions.
+
+    Exit code 1 when the native library is missing or is not the right one; the rest of the report
+    is printed even then.
+    """
+    error: LibraryError | None = None
+    try:
+        library = library_facts()
+    except LibraryError as err:
+        error = err
+        library = {"ok": False, "folder": _library_folder(), "error": str(err)}
+    report = {"library": library, **package_facts()}
+    click.echo(json.dumps(report) if as_json else _lines(report))
+    if error is not None:
+        raise error
+
+
+def _library_folder() -> str:
+    from qaflora_edge import native
+
+    return str(native.library_dir())
+
+
+def library_facts() -> dict[str, Any]:
+    """What the loaded library says of itself.
+
+    Raises LibraryError when it cannot be loaded.
+    """
+    from qaflora_edge import native, runtime
+
+    binding, functions = native.load()
+    runtime._library()  # keeps the library's log off the terminal
+    lib = binding._lib
+    return {
+        "ok": True,
+        "file": str(lib._name),
+        "abi_version": functions.abi_version(),
+        "build_info": functions.build_info().decode("utf-8", "replace"),
+        "devices": _devices(_ggml(lib)),
+        "gpu_offload": bool(binding.llama_supports_gpu_offload()),
+        "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
+    }
+
+
+def package_facts() -> dict[str, Any]:
+    """Versions of qaflora-edge, Python and what it stands on; the machine; the cache."""
+    from qaflora_edge.files import cache_dir
+
+    return {
+        "versions": {
+            "qaflora-edge": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "platform": platform.platform(),
+        "cache": str(cache_dir()),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _ggml(lib: Any) -> Any:
+    """The library with ggml's device registry: libllama's own dependencies, or ggml.dll."""
+    if sys.platform == "win32":
+        return ctypes.CDLL(str(Path(lib._name).parent / "ggml.dll"))
+    return lib
+
+
+def _devices(ggml: Any) -> list[dict[str, Any]]:
+    count, get = ggml.ggml_backend_dev_count, ggml.ggml_backend_dev_get
+    count.restype, count.argtypes = ctypes.c_size_t, []
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    return [_device(ggml, get(index)) for index in range(count())]
+
+
+def _device(ggml: Any, device: int) -> dict[str, Any]:
+    name, text = ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description
+    kind, memory = ggml.ggml_backend_dev_type, ggml.ggml_backend_dev_memory
+    for function in (name, text):
+        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    kind.restype, kind.argtypes = ctypes.c_int, [ctypes.c_void_p]
+    sizes = ctypes.POINTER(ctypes.c_size_t)
+    memory.restype, memory.argtypes = None, [ctypes.c_void_p, sizes, sizes]
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    memory(device, ctypes.byref(free), ctypes.byref(total))
+    number = kind(device)
+    return {
+        "name": name(device).decode("utf-8", "replace"),
+        "description": text(device).decode("utf-8", "replace"),
+        "type": DEVICE_TYPES[number] if 0 <= number < len(DEVICE_TYPES) else str(number),
+        "memory_free_bytes": free.value,
+        "memory_total_bytes": total.value,
+    }
+
+
+def _lines(report: dict[str, Any]) -> str:
+    library = report["library"]
+    lines = []
+    if library["ok"]:
+        lines += [
+            f"library    {library['file']}",
+            f"ABI        {library['abi_version']}",
+            f"built from {library['build_info']}",
+            f"offload    {'to a GPU' if library['gpu_offload'] else 'none (a CPU build)'}",
+        ]
+        for device in library["devices"]:
+            total_gb = device["memory_total_bytes"] / 1e9
+            lines.append(
+                f"device     {device['name']} ({device['type']}): {device['description']}, "
+                f"{total_gb:.1f} GB"
+            )
+        lines.append(f"features   {library['features']}")
+    else:
+        lines.append(f"library    not usable, looked for in {library['folder']}")
+    for name, version in report["versions"].items():
+        lines.append(f"{name:<16} {version or 'not installed'}")
+    lines += [f"platform   {report['platform']}", f"cache      {report['cache']}"]
+    return "\n".join(lines)

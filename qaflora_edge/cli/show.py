@@ -1,0 +1,86 @@
+"""Fusion weights as text for a terminal: means, and a strip with one sign per layer."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from qaflora_edge.fusion import FusionWeights
+
+BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "0123456789"
+COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
+
+
+def can_show(text: str, encoding: str | None) -> bool:
+    """Tell whether an encoding has every sign of a text."""
+    try:
+        text.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def strip(weights: list[float], signs: str) -> str:
+    """One sign per layer: the first for 0, the last for 1 (and beyond)."""
+    return "".join(signs[max(0, min(len(signs) - 1, int(w * len(signs))))] for w in weights)
+
+
+def mean_weights(fusion: FusionWeights) -> dict[str, float]:
+    """Adapter -> mean weight over layers."""
+    means = fusion.weights.mean(axis=1)
+    return {name: float(mean) for name, mean in zip(fusion.adapters, means, strict=True)}
+
+
+def mix_line(fusion: FusionWeights) -> str:
+    """The mean weights in one line, such as `math 0.52, es 0.26`."""
+    means = mean_weights(fusion)
+    return ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) or "no adapters"
+
+
+def strips(fusion: FusionWeights, encoding: str | None) -> list[str]:
+    """A line per adapter: name, mean weight, and a strip over the layers."""
+    signs = BLOCKS if can_show(BLOCKS, encoding) else DIGITS
+    width = max((len(name) for name in fusion.adapters), default=0)
+    rows = zip(mean_weights(fusion).items(), fusion.weights.tolist(), strict=True)
+    return [
+        f"{name:<{width}}  {mean:5.2f}  "
+        + paint(strip(weights, signs), COLOURS[index % len(COLOURS)])
+        for index, ((name, mean), weights) in enumerate(rows)
+    ]
+
+
+def weights_table(fusion: FusionWeights, encoding: str | None) -> str:
+    """What `qaflora weights` prints."""
+    n_layer = fusion.weights.shape[1]
+    dot = "·" if can_show("·", encoding) else "-"
+    facts = [f"strategy {fusion.strategy}", f"{fusion.prompt_tokens} prompt tokens"]
+    if fusion.divergence is not None:
+        facts.insert(1, f"lens {fusion.lens}, pool {fusion.pool}")
+        facts.append(f"probe {fusion.probe_ms:.0f} ms")
+    lines = [f" {dot} ".join(facts), ""]
+    if not fusion.adapters:
+        return "\n".join([*lines, "The bundle has no adapters: the base answers alone."])
+    width = max(7, *(len(name) for name in fusion.adapters))
+    header = f"{'adapter':<{width}}   mean    max at layer"
+    if fusion.divergence is not None:
+        header += "  divergence"
+    lines.append(f"{header}  layer 0 to {n_layer - 1}")
+    signs = BLOCKS if can_show(BLOCKS, encoding) else DIGITS
+    for index, name in enumerate(fusion.adapters):
+        row = fusion.weights[index]
+        at = int(row.argmax())
+        line = f"{name:<{width}}  {row.mean():5.2f}  {row[at]:5.2f} {at:>8}"
+        if fusion.divergence is not None:
+            line += f"  {fusion.divergence[index].mean():>10.3g}"
+        shown = paint(strip(row.tolist(), signs), COLOURS[index % len(COLOURS)])
+        lines.append(f"{line}  {shown}")
+    lines += ["", f"A strip shows one weight per layer, from 0 ({signs[0]}) to 1 ({signs[-1]})."]
+    return "\n".join(lines)
+
+
+def paint(text: str, colour: str) -> str:
+    """Colour a text, unless NO_COLOR asks for none; click drops colour off a terminal."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, fg=colour)
