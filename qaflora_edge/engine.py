@@ -258,7 +258,7 @@ class Engine:
         progress  called with (prompts done, prompts in all)
         returns   adapter -> lens -> geometric mean of the divergence at each layer
         """
-        measured: dict[str, list[F32]] = {lens: [] for lens in fuse.LENSES}
+        measured: dict[str, list[NDArray[np.float64]]] = {lens: [] for lens in fuse.LENSES}
         with self._in_use():
             for done, prompt in enumerate(prompts, 1):
                 tokens = self._query(prompt)

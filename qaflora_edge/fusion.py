@@ -24,8 +24,9 @@ STRATEGIES = ("qa-flora", "calibrated", "cosine", "euclidean", "static", "single
 PROBED = ("qa-flora", "calibrated", "cosine", "euclidean")  # these run the query first
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
-# Divergences below this are float32 rounding of the states, not an adapter's effect.
-DIVERGENCE_FLOOR = 1e-12
+# Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
+DIVERGENCE_FLOOR = 1e-30
+_TYPICAL_EPS = 1e-12  # nats, see typical_divergence
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,10 @@ def typical_divergence(divergences: ArrayLike) -> F64:
     returns      [n_adapter, n_layer]  > 0
     """
     div = np.asarray(divergences, dtype=np.float64)
-    return np.asarray(np.exp(np.log(div + DIVERGENCE_FLOOR).mean(axis=0)))
+    return np.asarray(np.exp(np.log(div + _TYPICAL_EPS).mean(axis=0)))
 
 
-def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F32:
+def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
     """1 - cos of the states: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd].
 
     Computed as |a/|a| - b/|b||^2 / 2, which does not cancel when the two are close.
@@ -223,13 +224,13 @@ def cosine_distance(base: ArrayLike, adapted: ArrayLike) -> F32:
     b = np.asarray(adapted, np.float64)
     a = a / np.linalg.norm(a, axis=-1, keepdims=True)
     b = b / np.linalg.norm(b, axis=-1, keepdims=True)
-    return np.asarray(((a - b) ** 2).sum(axis=-1) / 2.0).astype(np.float32)
+    return np.asarray(((a - b) ** 2).sum(axis=-1) / 2.0)
 
 
-def euclidean_distance(base: ArrayLike, adapted: ArrayLike) -> F32:
+def euclidean_distance(base: ArrayLike, adapted: ArrayLike) -> F64:
     """|h_j - h|: base [n_layer, n_embd], adapted [n_adapter, n_layer, n_embd]."""
     difference = np.asarray(adapted, np.float64) - np.asarray(base, np.float64)
-    return np.asarray(np.linalg.norm(difference, axis=-1)).astype(np.float32)
+    return np.asarray(np.linalg.norm(difference, axis=-1))
 
 
 def kl_divergence(base_logits: ArrayLike, difference: ArrayLike) -> F64:
@@ -239,14 +240,20 @@ def kl_divergence(base_logits: ArrayLike, difference: ArrayLike) -> F64:
     difference   [..., n_vocab]  logits under the adapter minus base logits
 
     With m = sum_v p_v d_v and u = d - m: KL = log1p(sum_v p_v (expm1(u_v) - u_v)). Every term
-    is >= 0, so nothing cancels.
+    is >= 0, so nothing cancels. A constant in d changes nothing; d is taken as 0 at the likeliest
+    token, so that u keeps its digits where p is almost all on it.
     """
     z = np.asarray(base_logits, np.float64)
     d = np.asarray(difference, np.float64)
     p = np.exp(z - z.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
+    d = d - np.take_along_axis(d, np.broadcast_to(_argmax(z), (*d.shape[:-1], 1)), axis=-1)
     u = d - (p * d).sum(axis=-1, keepdims=True)
     return np.asarray(np.log1p((p * _expm1_minus(u)).sum(axis=-1)))
+
+
+def _argmax(z: F64) -> NDArray[np.intp]:
+    return np.asarray(z.argmax(axis=-1, keepdims=True))
 
 
 def _expm1_minus(u: F64) -> F64:

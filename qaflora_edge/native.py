@@ -32,6 +32,7 @@ class Stats(ctypes.Structure):
 
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
+_DOUBLES = ctypes.POINTER(ctypes.c_double)
 _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "qaflora_abi_version": (ctypes.c_int32, []),
     "qaflora_build_info": (ctypes.c_char_p, []),
@@ -57,7 +58,7 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     ),
     "qaflora_divergence": (
         ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, _FLOATS, _FLOATS, _FLOATS],
+        [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, _FLOATS, _FLOATS, _DOUBLES],
     ),
     "qaflora_project": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, _FLOATS, _FLOATS]),
     "qaflora_final_norm": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, _FLOATS, _FLOATS]),

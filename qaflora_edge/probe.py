@@ -12,6 +12,7 @@ from qaflora_edge import fusion as fuse
 from qaflora_edge.runtime import Context, Model, Pack
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 _N_CTX_MIN = 256  # tokens; the context grows by doubling
 
@@ -54,8 +55,8 @@ class Prober:
         self._last = (key, pool, states)
         return states
 
-    def divergence(self, tokens: Sequence[int], kind: str, lens: str, pool: str) -> F32:
-        """How far each adapter moves the base: float32 [n_adapter, n_layer].
+    def divergence(self, tokens: Sequence[int], kind: str, lens: str, pool: str) -> F64:
+        """How far each adapter moves the base: float64 [n_adapter, n_layer].
 
         kind  "cosine" and "euclidean" distances of states, else KL in nats through the lens
         """

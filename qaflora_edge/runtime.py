@@ -21,6 +21,7 @@ from qaflora_edge import native
 from qaflora_edge.errors import BackendError, GgufFileError, OptionError
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # llama_cpp's GGML_TYPE_*
 _LOG_LEVEL_ERROR = 3
@@ -296,23 +297,23 @@ class Context(_Handle):
             raise BackendError(f"States cannot be read: {native.last_error()}.")
         return states
 
-    def divergence(self, base: F32, adapted: F32, lens: str) -> F32:
+    def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
         """KL of the base's next-token distribution to each adapter's, in nats.
 
         base     [n_layer, n_embd]             states without adapter
         adapted  [n_adapter, n_layer, n_embd]  states with one adapter each
-        returns  float32 [n_adapter, n_layer], >= 0
+        returns  float64 [n_adapter, n_layer], >= 0
         """
         base = np.ascontiguousarray(base, np.float32)
         adapted = np.ascontiguousarray(adapted, np.float32)
-        result = np.zeros(adapted.shape[:2], np.float32)
+        result = np.zeros(adapted.shape[:2], np.float64)
         if not self._functions.divergence(
             self._pointer,
             native.LENS[lens],
             len(adapted),
             _floats(base),
             _floats(adapted),
-            _floats(result),
+            result.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
         ):
             raise BackendError(f"Divergences cannot be computed: {native.last_error()}.")
         return result

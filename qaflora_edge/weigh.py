@@ -86,7 +86,7 @@ class Weigher:
             relevance = fuse.calibrate(divergence, typical)
         array = fuse.normalise(relevance)
         probe_ms = 1e3 * (time.perf_counter() - start)
-        return self._fusion(array, text, tokens, divergence, probe_ms)
+        return self._fusion(array, text, tokens, divergence.astype(np.float32), probe_ms)
 
     def _fusion(
         self,

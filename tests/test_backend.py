@@ -359,7 +359,7 @@ def test_truncated_adapter_is_refused(
 ) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(adapters[0].path.read_bytes()[:-100])
-    with pytest.raises(BackendError, match="short.gguf"):
+    with pytest.raises(BackendError, match=r"short\.gguf"):
         Pack(Model(base.path), [short])
 
 

@@ -64,7 +64,7 @@ LLAMA_API int32_t qaflora_get_states(struct llama_context * ctx, llama_seq_id se
 // divergence [n_adapter, n_layer] = KL(base || adapter) in nats of the next-token distributions that the
 // base's head gives to the states base [n_layer, n_embd] and adapted [n_adapter, n_layer, n_embd]. Returns 1 on success.
 LLAMA_API int32_t qaflora_divergence(struct llama_context * ctx, enum qaflora_lens lens, int32_t n_adapter,
-                                     const float * base, const float * adapted, float * divergence);
+                                     const float * base, const float * adapted, double * divergence);
 
 // logits [n_row, n_vocab] = head of the rows [n_row, n_embd], as they are. Returns 1 on success.
 LLAMA_API int32_t qaflora_project(struct llama_context * ctx, int32_t n_row, const float * rows, float * logits);

@@ -1,0 +1,202 @@
+"""The method written once more on transformers and PEFT, sharing no code with the package.
+
+The base is the GGUF's own weights, dequantised by transformers; adapters are PEFT folders.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GgufConfig
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+HF_MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def dequantise(source: Path, target: Path) -> Path:
+    """Copy a GGUF with every tensor as F32; the vocabulary and all fields stay."""
+    reader = gguf.GGUFReader(source)
+    arch = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, arch)
+    for field in reader.fields.values():
+        skip = field.name.startswith("GGUF.") or field.name == "general.architecture"
+        if not skip:
+            kinds = field.types
+            sub_type = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        writer.add_tensor(tensor.name, array.astype(np.float32).reshape(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def peft_from_gguf(adapter: Path, folder: Path, n_head: int, n_head_kv: int) -> Path:
+    """A PEFT folder with the values of an adapter GGUF of the llama architecture."""
+    reader = gguf.GGUFReader(adapter)
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    tensors, rank = {}, 0
+    for tensor in reader.tensors:
+        _, layer, stem, _, part = tensor.name.split(".")
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if part == "lora_b" and stem in ("attn_q", "attn_k"):
+            array = _unpermute(array, n_head if stem == "attn_q" else n_head_kv)
+        rank = array.shape[1] if part == "lora_b" else rank
+        name = f"model.layers.{layer}.{HF_MODULES[stem]}.lora_{part[-1].upper()}.weight"
+        tensors[f"base_model.model.{name}"] = torch.from_numpy(np.ascontiguousarray(array))
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "r": rank,
+        "lora_alpha": alpha,
+        "bias": "none",
+        "target_modules": [name.split(".")[1] for name in HF_MODULES.values()],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _unpermute(rows: F32, n_head: int) -> F32:
+    """From llama.cpp's order of a head's rows (interleaved pairs) to the two halves of HF's."""
+    n_row = rows.shape[0]
+    paired = rows.reshape(n_head, n_row // n_head // 2, 2, -1)
+    return paired.swapaxes(1, 2).reshape(rows.shape)
+
+
+class Reference:
+    """A dequantised base with PEFT adapters, float32 on the CPU.
+
+    adapters  name -> PEFT folder
+    """
+
+    def __init__(self, base: Path, adapters: dict[str, Path]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.parent,
+            gguf_file=base.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            attn_implementation="eager",
+        )
+        self.adapters = adapters
+        for i, (name, folder) in enumerate(adapters.items()):
+            if i == 0:
+                self.model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            else:
+                self.model.load_adapter(folder, adapter_name=name)
+        self.model.eval()
+        self.causal = self.model.base_model.model
+        self.layers = self.causal.model.layers
+
+    @torch.inference_mode()
+    def states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
+        """States of the last token after each block [n_layer, n_embd], and logits [n_vocab]."""
+        kept: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_hook(
+                lambda _module, _inputs, output: kept.append(
+                    (output[0] if isinstance(output, tuple) else output)[0, -1]
+                )
+            )
+            for layer in self.layers
+        ]
+        ids = torch.tensor([list(tokens)])
+        try:
+            if adapter is None:
+                with self.model.disable_adapter():
+                    logits = self.model(input_ids=ids).logits[0, -1]
+            else:
+                self.model.set_adapter(adapter)
+                logits = self.model(input_ids=ids).logits[0, -1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(kept).double().numpy(), logits.numpy()
+
+    def weights(self, tokens: Sequence[int]) -> dict[str, F64]:
+        """lens -> weights [n_adapter, n_layer], from float32 states, in float64."""
+        base, _ = self.states(tokens, None)
+        adapted = [self.states(tokens, name)[0] for name in self.adapters]
+        return {lens: self._weights(base, np.stack(adapted), lens) for lens in ("norm", "raw")}
+
+    def _weights(self, base: F64, adapted: F64, lens: str) -> F64:
+        head = self.causal.lm_head.weight.detach().double()
+        norm = self.causal.model.norm
+        gain, eps = norm.weight.detach().double().numpy(), norm.variance_epsilon
+
+        def logits(states: F64) -> F64:
+            seen = gain * states / np.sqrt((states**2).mean(axis=-1, keepdims=True) + eps)
+            if lens == "raw":
+                seen = np.concatenate([states[:-1], seen[-1:]])
+            return (torch.from_numpy(seen) @ head.T).numpy()
+
+        z = logits(base)
+        likeliest = z.argmax(axis=-1)[:, None]
+        p = np.exp(z - z.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+
+        def divergence(states: F64) -> F64:
+            # KL = log sum p e^d - sum p d, for d shifted so that it is 0 at the likeliest token
+            d = logits(states) - z
+            d -= np.take_along_axis(d, likeliest, axis=-1)
+            return np.log1p((p * np.expm1(d)).sum(axis=-1)) - (p * d).sum(axis=-1)
+
+        divergences = np.maximum([divergence(states) for states in adapted], 0.0)
+        return divergences / divergences.sum(axis=0, keepdims=True)
+
+    @torch.inference_mode()
+    def greedy(self, tokens: Sequence[int], weights: NDArray[np.floating], n: int) -> list[int]:
+        """n tokens that follow under weights [n_adapter, n_layer], merged into the base."""
+        undo = self._merge(weights)
+        try:
+            with self.model.disable_adapter():
+                out = self.causal.generate(
+                    input_ids=torch.tensor([list(tokens)]),
+                    max_new_tokens=n,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            return [int(token) for token in out[0, len(tokens) :]]
+        finally:
+            for parameter, original in undo:
+                parameter.copy_(original)
+
+    def _merge(
+        self, weights: NDArray[np.floating]
+    ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        undo = []
+        for ia, folder in enumerate(self.adapters.values()):
+            tensors = load_file(folder / "adapter_model.safetensors")
+            config = json.loads((folder / "adapter_config.json").read_text())
+            scale = config["lora_alpha"] / config["r"]
+            for il, layer in enumerate(self.layers):
+                for module in HF_MODULES.values():
+                    key = f"base_model.model.model.layers.{il}.{module}.lora_"
+                    a, b = (tensors[f"{key}{part}.weight"].double() for part in "AB")
+                    parameter = layer.get_submodule(module).base_layer.weight
+                    undo.append((parameter, parameter.detach().clone()))
+                    parameter += (float(weights[ia, il]) * scale * (b @ a)).float()
+        return undo[::-1]

@@ -1,0 +1,142 @@
+"""Strategies and the arithmetic of weights, against textbook formulas in high precision."""
+
+from decimal import Decimal, getcontext
+
+import numpy as np
+import pytest
+
+from qaflora_edge import fusion
+from qaflora_edge.errors import StrategyError, WeightsError
+
+NAMES = ("math", "es")
+
+
+def test_weights_are_shares_of_the_divergence() -> None:
+    weights = fusion.normalise([[3.0, 0.0, 1e-20], [1.0, 2.0, 3e-20]])
+    np.testing.assert_allclose(weights, [[0.75, 0.0, 0.25], [0.25, 1.0, 0.75]], rtol=1e-6)
+
+
+def test_layer_without_divergence_is_shared_evenly() -> None:
+    weights = fusion.normalise([[0.0, 1e-35, 1.0], [0.0, 0.0, 1.0]])
+    assert weights.tolist() == [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
+
+
+def test_single_adapter_weighs_one_everywhere() -> None:
+    assert fusion.normalise([[0.0, 1e-9, 4.0]]).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_no_adapter_gives_no_weights() -> None:
+    assert fusion.normalise(np.zeros((0, 4))).shape == (0, 4)
+
+
+def textbook_kl(z: list[float], d: list[float]) -> float:
+    """KL(softmax(z) || softmax(z + d)) as sum p (log p - log q), with 60 digits."""
+    getcontext().prec = 60
+    p = [Decimal(x).exp() for x in z]
+    q = [(Decimal(x) + Decimal(y)).exp() for x, y in zip(z, d, strict=True)]
+    p_sum, q_sum = sum(p), sum(q)
+    terms = (a / p_sum * ((a / p_sum).ln() - (b / q_sum).ln()) for a, b in zip(p, q, strict=True))
+    return float(sum(terms))
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e-1, 1e-4, 1e-9])
+@pytest.mark.parametrize("sharpness", [0.5, 5.0, 40.0])
+def test_kl_equals_the_textbook_in_sixty_digits(scale: float, sharpness: float) -> None:
+    rng = np.random.default_rng(0)
+    z = (sharpness * rng.standard_normal(30)).tolist()
+    d = (scale * rng.standard_normal(30)).tolist()
+    expected = textbook_kl(z, d)
+    assert fusion.kl_divergence(z, d) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kl_ignores_a_constant_and_is_zero_without_difference() -> None:
+    z = np.random.default_rng(1).standard_normal((4, 50))
+    assert fusion.kl_divergence(z, np.full_like(z, 7.0)).tolist() == [0.0] * 4
+
+
+def test_distances_equal_their_definitions() -> None:
+    rng = np.random.default_rng(2)
+    base, adapted = rng.standard_normal((3, 8)), rng.standard_normal((2, 3, 8))
+    norms = np.linalg.norm(base, axis=-1) * np.linalg.norm(adapted, axis=-1)
+    cosine = 1 - (base * adapted).sum(axis=-1) / norms
+    np.testing.assert_allclose(fusion.cosine_distance(base, adapted), cosine, rtol=1e-5)
+    euclidean = np.sqrt(((base - adapted) ** 2).sum(axis=-1))
+    np.testing.assert_allclose(fusion.euclidean_distance(base, adapted), euclidean, rtol=1e-6)
+    assert not fusion.cosine_distance(base, base[None]).any()
+
+
+def test_typical_is_a_geometric_mean_and_calibrating_by_it_levels_strength() -> None:
+    divergences = np.array([[[1.0], [100.0]], [[4.0], [400.0]]])  # two prompts, two adapters
+    typical = fusion.typical_divergence(divergences)
+    np.testing.assert_allclose(typical, [[2.0], [200.0]], rtol=1e-9)
+    relative = fusion.calibrate([[2.0], [200.0]], typical)
+    np.testing.assert_allclose(fusion.normalise(relative), [[0.5], [0.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("static", [[0.5, 0.5], [0.5, 0.5]]),
+        ("base", [[0.0, 0.0], [0.0, 0.0]]),
+        ("single:es", [[0.0, 0.0], [1.0, 1.0]]),
+        ("manual:es=1.5,math=-0.25", [[-0.25, -0.25], [1.5, 1.5]]),
+        ("manual:math=2", [[2.0, 2.0], [0.0, 0.0]]),
+    ],
+)
+def test_fixed_strategies(text: str, expected: list[list[float]]) -> None:
+    strategy = fusion.parse_strategy(text, NAMES)
+    assert not strategy.is_probed
+    assert fusion.fixed_weights(strategy, NAMES, 2).tolist() == expected
+
+
+@pytest.mark.parametrize("text", ["qa-flora", "calibrated", "cosine", "euclidean"])
+def test_probed_strategies(text: str) -> None:
+    assert fusion.parse_strategy(text, NAMES).is_probed
+
+
+@pytest.mark.parametrize(
+    "text", ["", "kl", "single", "manual", "base:math", "qa-flora:x", "QA-FLORA"]
+)
+def test_unknown_strategy_is_refused(text: str) -> None:
+    with pytest.raises(StrategyError) as caught:
+        fusion.parse_strategy(text, NAMES)
+    assert str(caught.value) == (
+        f"Strategy {text!r} is not known; expected one of qa-flora, calibrated, cosine, "
+        "euclidean, static, base, single:NAME or manual:NAME=W,NAME=W."
+    )
+
+
+def test_unknown_adapter_is_refused() -> None:
+    with pytest.raises(StrategyError) as caught:
+        fusion.parse_strategy("single:med", NAMES)
+    assert str(caught.value) == (
+        "Strategy 'single:med' names the adapter 'med', which is not loaded; "
+        "expected one of: math, es."
+    )
+    with pytest.raises(StrategyError, match="names the adapter 'math' twice"):
+        fusion.parse_strategy("manual:math=1,math=2", NAMES)
+
+
+@pytest.mark.parametrize("number", ["", "much", "nan", "inf"])
+def test_manual_weight_that_is_no_number_is_refused(number: str) -> None:
+    with pytest.raises(WeightsError, match="the weight of 'es' is"):
+        fusion.parse_strategy(f"manual:es={number}", NAMES)
+
+
+def test_weights_of_another_shape_are_refused() -> None:
+    with pytest.raises(WeightsError) as caught:
+        fusion.check_weights(np.zeros((2, 3)), NAMES, 4)
+    assert str(caught.value) == (
+        "Weights have the shape [2, 3], expected [2, 4]: one row for each of math, es, "
+        "one column per layer."
+    )
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    weights = np.zeros((2, 4))
+    weights[1, 2] = np.inf
+    with pytest.raises(WeightsError) as caught:
+        fusion.check_weights(weights, NAMES, 4)
+    assert str(caught.value) == ("The weight of 'es' at layer 2 is inf, expected a finite number.")
+    with pytest.raises(WeightsError, match="not an array of numbers"):
+        fusion.check_weights([["a", "b"]], NAMES, 2)

@@ -1,0 +1,156 @@
+"""Text from tokens: stop texts, whole characters, sampling."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine
+from qaflora_edge.errors import OptionError
+from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.generate import Generation, Sampling, StopFilter, generate_text
+from qaflora_edge.runtime import Model
+
+
+def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:
+    stop_filter = StopFilter(stops)
+    shown = []
+    for piece in pieces:
+        shown.append(stop_filter.feed(piece))
+        if stop_filter.is_stopped:
+            return shown, True
+    return [*shown, stop_filter.flush()], False
+
+
+def test_stop_text_across_pieces_is_cut_off() -> None:
+    assert feed(("END",), ["one E", "N", "D two"]) == (["one ", "", ""], True)
+
+
+def test_text_that_only_begins_like_a_stop_is_shown() -> None:
+    assert feed(("END",), ["one E", "NTER", " E"]) == (["one ", "ENTER", " ", "E"], False)
+
+
+def test_earliest_of_several_stops_wins() -> None:
+    assert feed(("two", "on"), ["zero one two"]) == (["zero "], True)
+
+
+def test_without_stops_everything_passes_at_once() -> None:
+    assert feed((), ["a", "b"]) == (["a", "b", ""], False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[Model]:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    with Model(base.path) as model:
+        yield model
+
+
+def as_text(model: Model, data: bytes, stops: tuple[str, ...] = ()) -> list[str]:
+    """Pieces of text for a stream of single-byte tokens."""
+    token_of = {model.piece(token): token for token in range(256)}
+    generation = Generation(FusionWeights((), weights=None), 0)  # type: ignore[arg-type]
+    tokens = iter([token_of[bytes([byte])] for byte in data])
+    return list(generate_text(tokens, model, stops, generation))
+
+
+def test_characters_of_several_bytes_are_never_cut(model: Model) -> None:
+    text = "ñandú 你好 🎉"
+    pieces = as_text(model, text.encode())
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert len(pieces) == len(text)
+
+
+def test_unfinished_character_at_the_end_is_dropped(model: Model) -> None:
+    assert "".join(as_text(model, "día 🎉".encode()[:-2])) == "día "
+
+
+def test_stop_text_of_several_bytes_is_found(model: Model) -> None:
+    assert "".join(as_text(model, "uno 好 dos".encode(), ("好",))) == "uno "
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    base = write_tiny_base(tmp_path / "tiny.gguf")
+    adapters = {
+        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, seed=seed).path
+        for seed, name in enumerate(("a", "b"))
+    }
+    with Engine(base=base.path, adapters=adapters, n_ctx=64) as engine:
+        yield engine
+
+
+def test_sampling_repeats_with_a_seed_and_varies_without(engine: Engine) -> None:
+    def sample(seed: int | None) -> str:
+        options = {"temperature": 1.5, "top_p": 0.95, "seed": seed, "max_tokens": 24}
+        return engine.generate("the king", **options).text()
+
+    assert sample(11) == sample(11)
+    assert len({sample(seed) for seed in range(6)}) > 1
+    assert len({sample(None) for _ in range(6)}) > 1
+
+
+def test_greedy_ignores_the_seed(engine: Engine) -> None:
+    answers = {engine.generate("the king", seed=seed, max_tokens=12).text() for seed in range(3)}
+    assert len(answers) == 1
+
+
+def test_max_tokens_ends_by_length(engine: Engine) -> None:
+    generation = engine.generate("the king", max_tokens=5)
+    text = generation.text()
+    assert generation.finish_reason == "length"
+    assert generation.usage["completion_tokens"] == 5
+    assert engine.generate("the king", max_tokens=0).text() == ""
+    # a shorter answer is a prefix of a longer one
+    assert engine.generate("the king", max_tokens=9).text().startswith(text)
+
+
+def test_full_context_ends_by_length(engine: Engine) -> None:
+    generation = engine.generate("the king of the thing", seed=1)
+    generation.text()
+    if generation.finish_reason == "length":
+        assert generation.usage["total_tokens"] == engine.n_ctx + 1
+    else:
+        assert generation.usage["total_tokens"] <= engine.n_ctx
+
+
+def test_stop_string_ends_the_answer(engine: Engine) -> None:
+    whole = engine.generate("the king", max_tokens=20).text()
+    stop = whole[3:5]
+    generation = engine.generate("the king", max_tokens=20, stop=stop)
+    assert generation.text() == whole[: whole.index(stop)]
+    assert generation.finish_reason == "stop"
+
+
+def test_end_token_ends_the_answer(tmp_path: Path) -> None:
+    """A base whose head always prefers the end token answers with nothing."""
+    plain = write_tiny_base(tmp_path / "plain.gguf", tied=False)
+    head = plain.tensors["output.weight"].copy()
+    with Engine(base=plain.path, n_ctx=64) as engine:
+        state = engine.hidden_states("the king")[-1]
+    gain = plain.tensors["output_norm.weight"]
+    head[plain.tokens.index("<|im_end|>")] = 10.0 * gain * state
+    base = write_tiny_base(tmp_path / "ends.gguf", tied=False, replace={"output.weight": head})
+    with Engine(base=base.path, n_ctx=64) as engine:
+        generation = engine.generate("the king", max_tokens=8)
+        assert generation.text() == ""
+        assert generation.finish_reason == "stop"
+        assert generation.usage["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("max_tokens", -1, ">= 0"),
+        ("temperature", -0.5, ">= 0"),
+        ("temperature", float("nan"), ">= 0"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("seed", 2**32, "from 0 to 4294967294"),
+        ("stop", ("",), "texts that are not empty"),
+    ],
+)
+def test_sampling_option_out_of_range_is_refused(option: str, value: object, expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Sampling(**{option: value})  # type: ignore[arg-type]
+    assert str(caught.value) == f"Option {option} is {value!r}, expected {expected}."

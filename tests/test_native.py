@@ -1,0 +1,90 @@
+"""Which library is loaded, and what is refused. Each case has a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qaflora_edge import native
+
+LOAD = """
+from qaflora_edge import native
+from qaflora_edge.errors import LibraryError
+try:
+    native.load()
+except LibraryError as err:
+    print("refused:", err)
+else:
+    print("loaded")
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A copy of the installed library's folder, to be damaged."""
+    folder = tmp_path / "lib"
+    shutil.copytree(native.library_dir(), folder)
+    return folder
+
+
+def test_patched_library_is_loaded() -> None:
+    assert run(LOAD) == "loaded"
+    _, functions = native.load()
+    assert functions.abi_version() == native.ABI_VERSION
+
+
+def test_missing_library_is_named(tmp_path: Path) -> None:
+    said = run(LOAD, QAFLORA_LIB_PATH=str(tmp_path))
+    assert said.startswith("refused: The native library is missing: ")
+    assert str(tmp_path) in said
+    assert "QAFLORA_LIB_PATH" in said
+
+
+def test_stock_library_is_refused_by_name(library: Path) -> None:
+    """A stock library exports every function but ours."""
+    path = library / native._library_name()
+    data = path.read_bytes()
+    assert b"qaflora_abi_version" in data
+    path.unlink()  # never write into a file that a link may share
+    path.write_bytes(data.replace(b"qaflora_abi_version", b"nobody__abi_version"))
+    said = run(LOAD, QAFLORA_LIB_PATH=str(library))
+    assert said.startswith(f"refused: {path} is a stock llama.cpp: it has no qaflora_abi_version")
+
+
+def test_another_abi_version_is_refused_by_name() -> None:
+    code = LOAD.replace("try:", "native.ABI_VERSION += 1\ntry:")
+    path = native.library_dir() / native._library_name()
+    said = run(code)
+    assert said.startswith(f"refused: {path} has qaflora_abi_version 1, expected 2;")
+
+
+def test_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
+    (tmp_path / native._library_name()).write_bytes(b"not a library")
+    said = run(LOAD, QAFLORA_LIB_PATH=str(tmp_path))
+    assert said.startswith(
+        f"refused: The native library {tmp_path / native._library_name()} cannot"
+    )
+
+
+def test_import_of_the_package_loads_no_library_and_no_numpy() -> None:
+    code = "import qaflora_edge, sys; print('llama_cpp' in sys.modules, 'numpy' in sys.modules)"
+    assert run(code) == "False False"
+
+
+def test_environment_is_left_as_it_was() -> None:
+    code = LOAD + "import os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
+    assert run(code, LLAMA_CPP_LIB_PATH="/somewhere").splitlines() == ["loaded", "/somewhere"]
