@@ -235,7 +235,11 @@ def test_no_network_is_told_soon(tmp_path: Path) -> None:
 def test_a_model_of_the_registry_comes_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
     content = b"GGUF" + bytes(20_000)
     hub.listed["owner/models"] = {"a.gguf": content}
-    entry = {"description": "", "file": "mine.gguf", "sha256": sha256(content).hexdigest()}
+    entry: dict[str, Any] = {
+        "description": "",
+        "file": "mine.gguf",
+        "sha256": sha256(content).hexdigest(),
+    }
     entry |= {"size_bytes": len(content), "architecture": "llama", "kind": "base", "license": "MIT"}
     source = {"type": "hub", "repo": "owner/models", "revision": COMMIT, "file": "a.gguf"}
     path = tmp_path / "registry.json"

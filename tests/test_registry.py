@@ -30,7 +30,7 @@ def write_wheel(folder: Path, number: int, content: bytes) -> Path:
     """Write a wheel that carries `content`, as a packaging tool would."""
     name, info = f"fake_part{number}", f"fake_part{number}-1.0.dist-info"
     path = folder / f"{name}-1.0-py3-none-any.whl"
-    files = {
+    files: dict[str, bytes | str] = {
         f"{name}/data.bin": content,
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
         "Requires-Dist: something-that-does-not-exist\n",
@@ -329,7 +329,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(DownloadError, match=r"has 0 MiB free and .* needs 1 MiB\. Free some space"):
         registry.fetch_model("fake")
     assert shop.parts == []
