@@ -1,0 +1,137 @@
+"""SmolLM2 with three trained adapters, against transformers and PEFT on the dequantised base."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import Reference, dequantise, peft_from_gguf
+
+from qaflora_edge import Engine
+from qaflora_edge.convert import convert_adapter
+
+NAMES = ("math", "es", "med")
+DEMO = Path(__file__).parents[1] / "models" / "demo" / "adapters"
+N_HEAD, N_HEAD_KV = 9, 3  # of SmolLM2-135M
+
+PROMPTS = [
+    "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
+    "Sara buys 3 pens at 2 dollars each and pays with a 10 dollar note. How much change?",
+    "What is 17 times 6?",
+    "A farmer has 12 cows and sells a third of them. How many are left?",
+    "¿Cuál es la capital de Francia?",
+    "Escribe una frase sobre la playa en verano.",
+    "Traduce al español: the room was clean and quiet.",
+    "¿Cuántas manzanas quedan si como tres de diez?",
+    "Which vitamin prevents scurvy?\nA. Vitamin A\nB. Vitamin B\nC. Vitamin C\nD. Vitamin D",
+    "A patient has chest pain and a raised troponin. What is the most likely diagnosis?",
+    "Which nerve is compressed in the carpal tunnel?",
+    "¿Qué órgano produce la insulina?",
+    "Name three rivers of Europe.",
+    "Explain in one sentence why the sky is blue.",
+    "Write a short poem about a cat.",
+    "Who wrote Don Quixote?",
+    "List the months that have 30 days.",
+    "Wie spät ist es?",
+    "Give me a recipe for pancakes.",
+    "What does a compiler do?",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reference")
+
+
+@pytest.fixture(scope="module")
+def peft_folders(folder: Path) -> dict[str, Path]:
+    return {
+        name: peft_from_gguf(DEMO / f"{name}.gguf", folder / name, N_HEAD, N_HEAD_KV)
+        for name in NAMES
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: Path, peft_folders: dict[str, Path]) -> Reference:
+    return Reference(smollm2, peft_folders)
+
+
+@pytest.fixture(scope="module")
+def exact(smollm2: Path, folder: Path, peft_folders: dict[str, Path]) -> Iterator[Engine]:
+    """F32 base, F32 adapters from our own converter, F32 KV, no flash attention."""
+    base = dequantise(smollm2, folder / "f32.gguf")
+    adapters = {
+        name: convert_adapter(path, base, folder / f"{name}.gguf", outtype="f32").path
+        for name, path in peft_folders.items()
+    }
+    with Engine(base=base, adapters=adapters, kv_type="f32", flash_attn=False) as engine:
+        yield engine
+
+
+def queries(engine: Engine) -> list[list[int]]:
+    """Half of the prompts in chat form, half as plain text."""
+    return [
+        engine.chat_tokens([{"role": "user", "content": text}]) if i % 2 else engine.tokenize(text)
+        for i, text in enumerate(PROMPTS)
+    ]
+
+
+def test_tokens_equal_the_reference_tokeniser(smollm2: Path, exact: Engine) -> None:
+    from transformers import AutoTokenizer
+
+    tokeniser = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    for text in PROMPTS:
+        assert exact.tokenize(text) == tokeniser(text, add_special_tokens=False).input_ids
+        messages = [{"role": "user", "content": text}]
+        chat = tokeniser.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        expected = tokeniser(chat, add_special_tokens=False).input_ids
+        assert exact.chat_tokens(messages) == expected
+
+
+def test_states_and_logits_equal_the_reference(exact: Engine, reference: Reference) -> None:
+    for tokens in queries(exact)[:6]:
+        for adapter in (None, *NAMES):
+            expected, expected_logits = reference.states(tokens, adapter)
+            found = exact.hidden_states(tokens, adapter=adapter)
+            error = np.abs(found - expected).max(axis=-1) / np.abs(expected).max(axis=-1)
+            assert error.max() < 1e-4
+            strategy = "base" if adapter is None else f"single:{adapter}"
+            logits = exact.logits(tokens, weights=strategy)
+            np.testing.assert_allclose(logits, expected_logits, atol=2e-3, rtol=0)
+
+
+def test_weights_equal_the_reference(exact: Engine, reference: Reference, folder: Path) -> None:
+    """All twenty prompts under lens norm; raw layers are ill-conditioned, hence the wider limit."""
+    expected = [reference.weights(tokens) for tokens in queries(exact)]
+    for tokens, wanted in zip(queries(exact), expected, strict=True):
+        assert np.abs(exact.weights(tokens).weights - wanted["norm"]).max() < 1e-3
+    adapters = {name: folder / f"{name}.gguf" for name in NAMES}
+    options = {"kv_type": "f32", "flash_attn": False, "lens": "raw"}
+    with Engine(base=folder / "f32.gguf", adapters=adapters, **options) as engine:
+        for tokens, wanted in zip(queries(exact), expected, strict=True):
+            assert np.abs(engine.weights(tokens).weights - wanted["raw"]).max() < 1e-2
+
+
+def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Reference) -> None:
+    """32 tokens under fused weights, for every prompt."""
+    for tokens in queries(exact):
+        fusion = exact.weights(tokens)
+        expected = reference.greedy(tokens, fusion.weights, 32)
+        ends = [i for i, token in enumerate(expected) if exact._model.is_end(token)]
+        expected = expected[: ends[0]] if ends else expected
+        text = b"".join(exact._model.piece(token) for token in expected)
+        answer = exact.generate(tokens, weights=fusion, max_tokens=32)
+        assert text.decode("utf-8", "replace").rstrip("\ufffd") == answer.text().rstrip("\ufffd")
+        assert answer.n_completion == len(expected)
+
+
+def test_default_settings_stay_close_to_the_reference(smollm2: Path, reference: Reference) -> None:
+    """Q4_1 kernels round activations to 8 bits, and the KV cache is f16: a wider limit."""
+    adapters = {name: DEMO / f"{name}.gguf" for name in NAMES}
+    with Engine(base=smollm2, adapters=adapters) as engine:
+        errors = [
+            np.abs(engine.weights(tokens).weights - reference.weights(tokens)["norm"])
+            for tokens in queries(engine)[:10]
+        ]
+    assert np.mean(errors) < 0.02
+    assert np.max(errors) < 0.15
