@@ -148,13 +148,16 @@ def _run_pip(part: PackagePart, incoming: Path, report: Report) -> None:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file
         )
+    seen_bytes = 0
     try:
         while True:
             try:
                 exit_code = process.wait(POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                report(min(_folder_bytes(incoming), part.size_bytes))
+                # pip may hold a second copy for a moment, and a part is done only when checked.
+                seen_bytes = max(seen_bytes, min(_folder_bytes(incoming), part.size_bytes - 1))
+                report(seen_bytes)
     except BaseException:
         _stop(process)
         raise
