@@ -1,11 +1,17 @@
 """Shared fixtures. Nothing here loads a library or fetches a file before a test asks for it."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 import qaflora_edge
 from qaflora_edge import registry
+
+
+def pytest_configure() -> None:
+    """Keep the checkout off the path of `python -c` that a test runs, as it is off ours."""
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def pytest_report_header() -> str:
