@@ -137,34 +137,29 @@ class Reference:
 
     def weights(self, tokens: Sequence[int]) -> dict[str, F64]:
         """lens -> weights [n_adapter, n_layer], from float32 states, in float64."""
-        base, _ = self.states(tokens, None)
-        adapted = [self.states(tokens, name)[0] for name in self.adapters]
-        return {lens: self._weights(base, np.stack(adapted), lens) for lens in ("norm", "raw")}
+        states = torch.from_numpy(
+            np.stack([self.states(tokens, name)[0] for name in (None, *self.adapters)])
+        )
+        return {lens: self._weights(states, lens).numpy() for lens in ("norm", "raw")}
 
-    def _weights(self, base: F64, adapted: F64, lens: str) -> F64:
-        head = self.causal.lm_head.weight.detach().double()
+    def _weights(self, states: torch.Tensor, lens: str) -> torch.Tensor:
+        """states [1 + n_adapter, n_layer, n_embd] -> weights [n_adapter, n_layer]."""
         norm = self.causal.model.norm
-        gain, eps = norm.weight.detach().double().numpy(), norm.variance_epsilon
-
-        def logits(states: F64) -> F64:
-            seen = gain * states / np.sqrt((states**2).mean(axis=-1, keepdims=True) + eps)
-            if lens == "raw":
-                seen = np.concatenate([states[:-1], seen[-1:]])
-            return (torch.from_numpy(seen) @ head.T).numpy()
-
-        z = logits(base)
-        likeliest = z.argmax(axis=-1)[:, None]
-        p = np.exp(z - z.max(axis=-1, keepdims=True))
-        p /= p.sum(axis=-1, keepdims=True)
-
-        def divergence(states: F64) -> F64:
+        rms = states.square().mean(dim=-1, keepdim=True).add(norm.variance_epsilon).sqrt()
+        normed = norm.weight.detach().double() * states / rms
+        seen = normed if lens == "norm" else torch.cat([states[:, :-1], normed[:, -1:]], dim=1)
+        head = self.causal.lm_head.weight.detach().double()
+        divergences = torch.empty(len(self.adapters), states.shape[1], dtype=torch.float64)
+        for il in range(states.shape[1]):
+            logits = seen[:, il] @ head.T
+            z, likeliest = logits[0], int(logits[0].argmax())
+            p = z.softmax(dim=-1)
             # KL = log sum p e^d - sum p d, for d shifted so that it is 0 at the likeliest token
-            d = logits(states) - z
-            d -= np.take_along_axis(d, likeliest, axis=-1)
-            return np.log1p((p * np.expm1(d)).sum(axis=-1)) - (p * d).sum(axis=-1)
-
-        divergences = np.maximum([divergence(states) for states in adapted], 0.0)
-        return divergences / divergences.sum(axis=0, keepdims=True)
+            d = logits[1:] - z
+            d -= d[:, likeliest : likeliest + 1].clone()
+            divergences[:, il] = (p * d.expm1()).sum(dim=-1).log1p() - (p * d).sum(dim=-1)
+        divergences.clamp_(min=0.0)
+        return divergences / divergences.sum(dim=0, keepdim=True)
 
     @torch.inference_mode()
     def greedy(self, tokens: Sequence[int], weights: NDArray[np.floating], n: int) -> list[int]:

@@ -12,6 +12,8 @@ from qaflora_edge.convert import convert_adapter
 
 NAMES = ("math", "es", "med")
 DEMO = Path(__file__).parents[1] / "models" / "demo" / "adapters"
+# transformers and peft warn of each other's ways; nothing of ours is called there.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 N_HEAD, N_HEAD_KV = 9, 3  # of SmolLM2-135M
 
 PROMPTS = [
@@ -101,20 +103,19 @@ def test_states_and_logits_equal_the_reference(exact: Engine, reference: Referen
 
 
 def test_weights_equal_the_reference(exact: Engine, reference: Reference, folder: Path) -> None:
-    """All twenty prompts under lens norm; raw layers are ill-conditioned, hence the wider limit."""
-    expected = [reference.weights(tokens) for tokens in queries(exact)]
-    for tokens, wanted in zip(queries(exact), expected, strict=True):
-        assert np.abs(exact.weights(tokens).weights - wanted["norm"]).max() < 1e-3
+    """Both lenses; raw layers are ill-conditioned (one token has all probability)."""
     adapters = {name: folder / f"{name}.gguf" for name in NAMES}
     options = {"kv_type": "f32", "flash_attn": False, "lens": "raw"}
-    with Engine(base=folder / "f32.gguf", adapters=adapters, **options) as engine:
-        for tokens, wanted in zip(queries(exact), expected, strict=True):
-            assert np.abs(engine.weights(tokens).weights - wanted["raw"]).max() < 1e-2
+    with Engine(base=folder / "f32.gguf", adapters=adapters, **options) as raw:
+        for tokens in queries(exact):
+            expected = reference.weights(tokens)
+            assert np.abs(exact.weights(tokens).weights - expected["norm"]).max() < 1e-3
+            assert np.abs(raw.weights(tokens).weights - expected["raw"]).max() < 1e-2
 
 
 def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Reference) -> None:
-    """32 tokens under fused weights, for every prompt."""
-    for tokens in queries(exact):
+    """32 tokens under fused weights, for every fourth prompt."""
+    for tokens in queries(exact)[::4]:
         fusion = exact.weights(tokens)
         expected = reference.greedy(tokens, fusion.weights, 32)
         ends = [i for i, token in enumerate(expected) if exact._model.is_end(token)]
@@ -131,7 +132,7 @@ def test_default_settings_stay_close_to_the_reference(smollm2: Path, reference: 
     with Engine(base=smollm2, adapters=adapters) as engine:
         errors = [
             np.abs(engine.weights(tokens).weights - reference.weights(tokens)["norm"])
-            for tokens in queries(engine)[:10]
+            for tokens in queries(engine)[::3]
         ]
     assert np.mean(errors) < 0.02
     assert np.max(errors) < 0.15
