@@ -47,7 +47,7 @@ def _hide_controls(
     controls = sorted(_control_texts(model, everything), key=len, reverse=True)
     unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
     marks = {next(unused): control for control in controls if control in everything}
-    hidden = []
+    hidden: list[Message] = []
     for message in messages:
         content = message["content"]
         for mark, control in marks.items():
@@ -76,7 +76,7 @@ def _render(model: Model, messages: Sequence[Message]) -> str:
             eos_token=special(lib.llama_vocab_eos(model.vocab)),
             bos_token=special(lib.llama_vocab_bos(model.vocab)),
         )
-        return str(formatter(messages=list(messages)).prompt)  # type: ignore[arg-type]
+        return str(formatter(messages=list(messages)).prompt)
     except Exception as err:  # a template is a program of the file's author: anything may come
         raise ChatTemplateError(
             f"The chat template of {model.path.name} refused the conversation: {err}. "

@@ -95,15 +95,17 @@ class Engine:
         self.seed, self.n_ctx = seed, n_ctx
 
         try:
-            self._model = self._keep(Model(base, gpu_layers=gpu_layers))
-            self._pack = self._keep(Pack(self._model, list((adapters or {}).values())))
+            self._model: Model = self._keep(Model(base, gpu_layers=gpu_layers))
+            self._pack: Pack = self._keep(Pack(self._model, list((adapters or {}).values())))
             options: dict[str, Any] = {
                 "threads": threads,
                 "kv_type": kv_type,
                 "flash_attn": flash_attn,
             }
-            self._main = self._keep(Context(self._model, self._pack, n_ctx=n_ctx, **options))
-            self._probe = self._keep(Prober(self._model, self._pack, options))
+            self._main: Context = self._keep(
+                Context(self._model, self._pack, n_ctx=n_ctx, **options)
+            )
+            self._probe: Prober = self._keep(Prober(self._model, self._pack, options))
         except BaseException:
             self._free()
             raise
@@ -237,8 +239,8 @@ class Engine:
                     f"The adapter {adapter!r} is not loaded; expected one of: "
                     f"{', '.join(self.adapters) or 'none is loaded'}."
                 )
-            states = self._probe.states(tokens, "last")
-            return states[0 if adapter is None else 1 + self.adapters.index(adapter)].copy()
+            row = 0 if adapter is None else 1 + self.adapters.index(adapter)
+            return np.array(self._probe.states(tokens, "last")[row])
 
     def logits(
         self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False

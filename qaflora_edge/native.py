@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -85,7 +86,7 @@ def _import_binding(folder: Path) -> ModuleType:
     previous = os.environ.get("LLAMA_CPP_LIB_PATH")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
     try:
-        import llama_cpp.llama_cpp as binding
+        binding = import_module("llama_cpp.llama_cpp")
     except ImportError as err:
         raise LibraryError(
             f"llama-cpp-python cannot be imported ({err}); {_INSTALL_ADVICE} with its dependencies."
@@ -141,4 +142,4 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
 def last_error() -> str:
     """What the library said of its last failure on this thread."""
     _, functions = load()
-    return functions.last_error().decode("utf-8", "replace")
+    return str(functions.last_error(), "utf-8", "replace")

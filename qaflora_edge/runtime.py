@@ -35,12 +35,11 @@ def _library() -> tuple[Any, Any]:
     binding, functions = native.load()
     if _log_callback is None:
 
-        @binding.llama_log_callback
         def keep_errors(level: int, text: bytes, _: object) -> None:
             if level == _LOG_LEVEL_ERROR:
                 _errors.append(text.decode("utf-8", "replace").strip())
 
-        _log_callback = keep_errors
+        _log_callback = binding.llama_log_callback(keep_errors)
         binding.llama_log_set(_log_callback, None)
     return binding, functions
 
@@ -98,9 +97,9 @@ class Model(_Handle):
         self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._pointer:
             self._pointer = None
+            reason = "; ".join(_errors) or "no reason given"
             raise GgufFileError(
-                f"The base {self.path} cannot be loaded: {'; '.join(_errors) or 'no reason given'}. "
-                "Fetch or convert it again."
+                f"The base {self.path} cannot be loaded: {reason}. Fetch or convert it again."
             )
         self.vocab = self._lib.llama_model_get_vocab(self._pointer)
         self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
