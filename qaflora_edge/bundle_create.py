@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge import fusion as fuse
+from qaflora_edge import registry
 from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
 from qaflora_edge.bundle_format import BUNDLE_FILE, FORMAT, MAX_ADAPTERS, NAME_PATTERN, NAME_RULE
 from qaflora_edge.checksums import remember_hash
@@ -21,7 +22,6 @@ from qaflora_edge.files import is_disk_full, sha256_file, write_text_atomic
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.neutral import neutral_prompts, prompts_sha256
 from qaflora_edge.references import model_name, pulled_model
-from qaflora_edge.registry import load_registry
 
 # Called with what is being done, the steps (or bytes) done and those in all.
 Progress = Callable[[str, int, int], None]
@@ -125,7 +125,7 @@ def _find_base(base: Path_) -> tuple[Path, str | None]:
     if path.is_file():
         return path, None
     name = os.fspath(base)
-    if name in load_registry():
+    if name in registry.load_registry():
         pulled = pulled_model(name)
         if pulled is None:
             raise GgufFileError(

@@ -110,12 +110,9 @@ def _prompt(engine: Engine, n_token: int) -> list[int]:
     """Everyday text in many languages, cut or repeated to a number of tokens."""
     from qaflora_edge.neutral import neutral_prompts
 
-    text = "\n".join(neutral_prompts())
-    tokens: list[int] = engine.tokenize(text[:200])
-    for start in range(200, len(text), 200):
-        if len(tokens) >= n_token:
-            break
-        tokens += engine.tokenize(text[start : start + 200])
+    # A character makes at most four tokens, and a prompt must fit the context.
+    text = "\n".join(neutral_prompts())[: max(1, (engine.n_ctx - 1) // 4)]
+    tokens = engine.tokenize(text)
     while len(tokens) < n_token:
         tokens += tokens
     return tokens[:n_token]

@@ -1,0 +1,51 @@
+"""Tiny bundles as real folders, and a look at a folder that shows any change."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from qaflora_edge.bundle import create_bundle
+
+
+@dataclass(frozen=True)
+class TinyBundle:
+    """A bundle of the adapters `math` (converted from PEFT) and `es` (copied), and its sources."""
+
+    folder: Path
+    base: tiny.TinyBase
+    peft: Path
+    adapter: tiny.TinyAdapter
+
+
+def make_sources(place: Path, **base_options: Any) -> TinyBundle:
+    """Write a base, a PEFT folder and an adapter GGUF; the bundle's folder is not made."""
+    base = tiny.write_tiny_base(place / "base.gguf", **base_options)
+    peft = tiny.write_tiny_peft(place / "peft", base)
+    adapter = tiny.write_tiny_adapter(place / "es.gguf", base, rank=8)
+    return TinyBundle(place / "bundle", base, peft, adapter)
+
+
+def make_bundle(place: Path, *, calibrate: bool = False, **base_options: Any) -> TinyBundle:
+    """Write the sources and make the bundle; without calibration that loads no library."""
+    made = make_sources(place, **base_options)
+    create_bundle(
+        made.folder,
+        made.base.path,
+        {"math": made.peft, "es": made.adapter.path},
+        name="tiny",
+        calibrate=calibrate,
+    )
+    return made
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every path below a folder, hidden ones included, with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else ""
+        for path in sorted(folder.rglob("*"))
+    }

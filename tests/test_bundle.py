@@ -1,0 +1,624 @@
+"""Bundles: made whole or not at all, loaded only when every file is the recorded one."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from bundles import TinyBundle, make_bundle, make_sources, snapshot
+
+from qaflora_edge import Engine, QafloraError, checksums, registry
+from qaflora_edge import fusion as fuse
+from qaflora_edge.bundle import create_bundle, describe, load_bundle, verify_bundle
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    BundleError,
+    ChecksumError,
+    GgufFileError,
+    InputFileError,
+    OutputFileError,
+    StrategyError,
+)
+from qaflora_edge.neutral import neutral_prompts, prompts_sha256
+
+Raw = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> TinyBundle:
+    return make_bundle(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("calibrated"), calibrate=True)
+
+
+def read(folder: Path) -> Raw:
+    raw: Raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    return raw
+
+
+def rewrite(folder: Path, change: Callable[[Raw], object]) -> None:
+    raw = read(folder)
+    change(raw)
+    (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# making
+
+
+def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
+    raw = read(made.folder)
+    assert raw["format"] == "qaflora-bundle/1"
+    assert raw["base"] == {
+        "architecture": "llama",
+        "n_layer": 3,
+        "n_embd": 64,
+        "n_vocab": made.base.n_vocab,
+        "sha256": sha256(made.base.path),
+        "size_bytes": made.base.path.stat().st_size,
+        "file": str(made.base.path),
+    }
+    assert [adapter["name"] for adapter in raw["adapters"]] == ["math", "es"]
+    for adapter in raw["adapters"]:
+        assert adapter["sha256"] == sha256(made.folder / adapter["file"])
+    assert [adapter["rank"] for adapter in raw["adapters"]] == [4, 8]
+    assert set(raw["adapters"][1]["targets"]) == set(tiny.STEMS)
+    assert raw["fusion"] == {"strategy": "qa-flora", "lens": "norm", "pool": "last"}
+
+
+def test_adapters_are_converted_or_copied(made: TinyBundle, tmp_path: Path) -> None:
+    convert_adapter(made.peft, made.base.path, tmp_path / "math.gguf", outtype="f16")
+    assert sha256(made.folder / "adapters/math.gguf") == sha256(tmp_path / "math.gguf")
+    assert sha256(made.folder / "adapters/es.gguf") == sha256(made.adapter.path)
+
+
+def test_bundle_round_trip(calibrated: TinyBundle) -> None:
+    bundle = load_bundle(calibrated.folder)
+    assert bundle.base_path == calibrated.base.path
+    assert list(bundle.adapter_paths) == ["math", "es"]
+    assert bundle.fusion_defaults == {"strategy": "qa-flora", "lens": "norm", "pool": "last"}
+    assert bundle.description_dict == read(calibrated.folder)
+    assert {lens: len(values) for lens, values in bundle.typical["es"].items()} == {
+        "norm": 3,
+        "raw": 3,
+    }
+
+
+def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
+    bundle = load_bundle(calibrated.folder)
+    prompts = neutral_prompts()
+    with Engine(base=bundle.base_path, adapters=bundle.adapter_paths, n_ctx=512) as engine:
+        measured = engine.typical_divergence(prompts)
+    for name in ("math", "es"):
+        for lens in fuse.LENSES:
+            np.testing.assert_allclose(bundle.typical[name][lens], measured[name][lens], rtol=1e-6)
+    recorded = read(calibrated.folder)["fusion"]["typical_prompts"]
+    text = "".join(prompt + "\n" for prompt in prompts)
+    assert recorded == {
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "n_prompt": len(prompts),
+    }
+
+
+def test_calibrated_weights_follow_the_bundle(calibrated: TinyBundle) -> None:
+    with Engine(calibrated.folder, n_ctx=128) as engine:
+        plain = engine.weights("the thing on a ring")
+        weighed = engine.weights("the thing on a ring", strategy="calibrated")
+    typical = np.array([load_bundle(calibrated.folder).typical[n]["norm"] for n in ("math", "es")])
+    assert plain.divergence is not None
+    relevance = plain.divergence / typical
+    np.testing.assert_allclose(weighed.weights, relevance / relevance.sum(axis=0), rtol=1e-5)
+
+
+def test_neutral_prompts_are_many_and_short() -> None:
+    prompts = neutral_prompts()
+    assert len(prompts) == len(set(prompts)) >= 20
+    assert all(0 < len(prompt) < 200 for prompt in prompts)
+    assert prompts_sha256(prompts) != prompts_sha256(prompts[::-1])
+
+
+def test_missing_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GgufFileError) as caught:
+        create_bundle(tmp_path / "b", tmp_path / "no.gguf", {})
+    assert str(caught.value) == (
+        f"The base {tmp_path / 'no.gguf'} does not exist; give a GGUF file, or the name of a "
+        "model from `qaflora models` that was pulled."
+    )
+
+
+def test_existing_target_is_refused(made: TinyBundle) -> None:
+    before = snapshot(made.folder.parent)
+    with pytest.raises(OutputFileError) as caught:
+        create_bundle(made.folder, made.base.path, {"es": made.adapter.path}, calibrate=False)
+    assert str(caught.value) == (
+        f"Cannot create the bundle {made.folder}: there is something of that name already. "
+        "Choose another name, or remove it first."
+    )
+    assert snapshot(made.folder.parent) == before
+
+
+def test_missing_parent_is_refused(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    with pytest.raises(OutputFileError, match="does not take a new folder"):
+        create_bundle(tmp_path / "no/bundle", sources.base.path, {"es": sources.adapter.path})
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "é", "a" * 65, "a b", "-x", "a\n"])
+def test_bad_adapter_names_are_refused(tmp_path: Path, name: str) -> None:
+    sources = make_sources(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(BundleError, match="cannot be used; expected 1 to 64 letters"):
+        create_bundle(sources.folder, sources.base.path, {name: sources.adapter.path})
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("second", ["es", "ES"])
+def test_duplicate_adapter_names_are_refused(tmp_path: Path, second: str) -> None:
+    sources = make_sources(tmp_path)
+    with pytest.raises(BundleError) as caught:
+        create_bundle(
+            sources.folder,
+            sources.base.path,
+            [("es", sources.adapter.path), (second, sources.peft)],
+        )
+    assert str(caught.value) == (
+        f"The adapter name {second!r} is given twice (capital letters make no difference: "
+        "names become file names); give each adapter a name of its own."
+    )
+
+
+def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    other = tiny.write_tiny_base(tmp_path / "other.gguf", n_embd=32)
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(sources.adapter.path.read_bytes()[:-100])
+    before = snapshot(tmp_path)
+    attempts: list[tuple[type[QafloraError], Path, Path, dict[str, Any]]] = [
+        (AdapterMismatchError, other.path, sources.adapter.path, {}),
+        (AdapterMismatchError, other.path, sources.peft, {}),
+        (GgufFileError, sources.base.path, truncated, {}),
+        (InputFileError, sources.base.path, tmp_path / "missing", {}),
+        (StrategyError, sources.base.path, sources.peft, {"strategy": "single:no"}),
+        (StrategyError, sources.base.path, sources.peft, {"lens": "wide"}),
+        (BundleError, sources.base.path, sources.peft, {"notes": {"no": {"source": "x"}}}),
+    ]
+    for error, base, adapter, options in attempts:
+        with pytest.raises(error):
+            create_bundle(
+                sources.folder, base, {"a": sources.adapter.path, "b": adapter}, **options
+            )
+        assert snapshot(tmp_path) == before
+
+
+def test_a_damaged_adapter_is_named_by_its_own_path(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"no GGUF at all")
+    with pytest.raises(GgufFileError, match=str(damaged)):
+        create_bundle(sources.folder, sources.base.path, {"a": damaged})
+
+
+STOPPED_HALFWAY = """
+import sys, time
+import qaflora_edge.bundle_create as bundle_create
+from qaflora_edge.cli import main
+
+def wait(*args):
+    print("halfway", flush=True)
+    time.sleep(60)
+
+bundle_create._measure = wait
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows ends processes without a signal")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_killed_creation_leaves_no_bundle(tmp_path: Path, number: int, code: int) -> None:
+    sources = make_sources(tmp_path)
+    before = snapshot(tmp_path)
+    command = ["bundle", "create", str(sources.folder), "--base", str(sources.base.path)]
+    command += ["--adapter", f"es={sources.adapter.path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED_HALFWAY, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "halfway\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert not sources.folder.exists()
+    if number != signal.SIGKILL:  # nobody can tidy up after that; the name is not taken
+        assert snapshot(tmp_path) == before
+
+
+# loading
+
+
+def test_unknown_keys_are_kept(made: TinyBundle) -> None:
+    rewrite(made.folder, lambda raw: raw.update(colour="blue"))
+    assert load_bundle(made.folder).description_dict["colour"] == "blue"
+
+
+def test_loading_changes_nothing(made: TinyBundle) -> None:
+    before = snapshot(made.folder.parent)
+    load_bundle(made.folder)
+    verify_bundle(made.folder)
+    describe(made.folder)
+    assert snapshot(made.folder.parent) == before
+
+
+def test_describe_needs_no_other_file(made: TinyBundle) -> None:
+    made.base.path.unlink()
+    (made.folder / "adapters/es.gguf").unlink()
+    text = describe(made.folder)
+    assert "tiny" in text
+    assert "rank 8, alpha 8" in text
+    assert f"not here: {made.base.path} does not exist" in text
+
+
+def flip_last_byte(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("open_bundle", [load_bundle, verify_bundle])
+def test_changed_adapter_is_refused(
+    made: TinyBundle, open_bundle: Callable[[Path], object]
+) -> None:
+    open_bundle(made.folder)
+    path = made.folder / "adapters/es.gguf"
+    recorded = sha256(path)
+    flip_last_byte(path)
+    before = snapshot(made.folder.parent)
+    with pytest.raises(ChecksumError) as caught:
+        open_bundle(made.folder)
+    assert str(caught.value) == (
+        f"The adapter es is not the file that was recorded: {path} has the SHA-256 "
+        f"{sha256(path)}, expected {recorded} as {made.folder / 'bundle.json'} says. "
+        "Copy the bundle again."
+    )
+    assert snapshot(made.folder.parent) == before
+
+
+def test_changed_base_is_refused(made: TinyBundle) -> None:
+    with made.base.path.open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ChecksumError) as caught:
+        load_bundle(made.folder)
+    size_bytes = made.base.path.stat().st_size
+    assert str(caught.value) == (
+        f"The base is not the file that was recorded: {made.base.path} has {size_bytes} bytes, "
+        f"expected {size_bytes - 1} as {made.folder / 'bundle.json'} says. Fetch the base again."
+    )
+
+
+def test_adapter_of_another_base_is_refused(made: TinyBundle, tmp_path: Path) -> None:
+    other = tiny.write_tiny_base(tmp_path / "other.gguf", "qwen2")
+    path = made.folder / "adapters/es.gguf"
+    tiny.write_tiny_adapter(path, other)
+
+    def record(raw: Raw) -> None:
+        raw["adapters"][1].update(sha256=sha256(path), size_bytes=path.stat().st_size)
+
+    rewrite(made.folder, record)
+    with pytest.raises(AdapterMismatchError, match="architecture 'qwen2', the base is 'llama'"):
+        load_bundle(made.folder)
+
+
+def test_base_may_be_relative(made: TinyBundle) -> None:
+    rewrite(made.folder, lambda raw: raw["base"].update(file="../base.gguf"))
+    assert load_bundle(made.folder).base_path.samefile(made.base.path)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, base: Path) -> registry.Model:
+    model = registry.Model(
+        name="tiny-model",
+        description="",
+        file="tiny-model.gguf",
+        sha256=sha256(base),
+        size_bytes=base.stat().st_size,
+        architecture="llama",
+        kind="chat",
+        license="MIT",
+        sources=(),
+    )
+    monkeypatch.setattr(registry, "load_registry", lambda path=None: {model.name: model})
+    return model
+
+
+def test_bundle_can_move_to_a_machine_with_the_pulled_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = make_sources(tmp_path)
+    model = register(monkeypatch, sources.base.path)
+    create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path}, calibrate=False)
+    assert read(sources.folder)["base"]["registry"] == "tiny-model"
+    models = registry.models_dir()
+    models.mkdir(parents=True)
+    sources.base.path.rename(models / model.file)
+    assert load_bundle(sources.folder).base_path == models / model.file
+
+    (models / model.file).unlink()
+    with pytest.raises(BundleError) as caught:
+        load_bundle(sources.folder)
+    assert str(caught.value) == (
+        f"Cannot open the bundle {sources.folder}: its base (llama, {model.size_bytes} bytes) is "
+        f"not here. {sources.base.path} does not exist; fetch it with `qaflora pull tiny-model`."
+    )
+
+
+def test_base_by_name_leaves_no_path_in_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = make_sources(tmp_path)
+    model = register(monkeypatch, sources.base.path)
+    with pytest.raises(GgufFileError) as caught:
+        create_bundle(sources.folder, "tiny-model", {"es": sources.adapter.path})
+    assert str(caught.value) == (
+        "The base tiny-model is in the registry but not on this machine; "
+        "fetch it with `qaflora pull tiny-model`."
+    )
+    registry.models_dir().mkdir(parents=True)
+    sources.base.path.rename(registry.models_dir() / model.file)
+    create_bundle(sources.folder, "tiny-model", {"es": sources.adapter.path}, calibrate=False)
+    assert "file" not in read(sources.folder)["base"]
+    assert str(tmp_path) not in (sources.folder / "bundle.json").read_text()
+    load_bundle(sources.folder)
+
+
+# a hostile bundle.json
+
+
+def set_base(**fields: Any) -> Callable[[Raw], object]:
+    return lambda raw: raw["base"].update(fields)
+
+
+def set_adapter(**fields: Any) -> Callable[[Raw], object]:
+    return lambda raw: raw["adapters"][0].update(fields)
+
+
+def set_typical(value: Any) -> Callable[[Raw], object]:
+    return lambda raw: raw["fusion"].update(typical=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(format="other/1"), 'format is "other/1", expected "qaflora-bundle'),
+        (lambda raw: raw.pop("format"), "field format is missing"),
+        (lambda raw: raw.update(base=[]), "field base is [], expected an object"),
+        (lambda raw: raw.pop("base"), "field base is missing, expected an object"),
+        (lambda raw: raw.update(name=3), "field name is 3, expected a text"),
+        (lambda raw: raw.update(adapters={}), "field adapters is {}, expected a list"),
+        (lambda raw: raw.update(adapters=[1]), "field adapters[0] is 1, expected an object"),
+        (lambda raw: raw["adapters"].append(raw["adapters"][0]), "adapters[2].name is"),
+        (set_base(n_layer=True), "base.n_layer is true, expected a whole number from 1 to 1024"),
+        (set_base(n_layer=10**9), "base.n_layer is 1000000000, expected"),
+        (set_base(n_layer=4), "field base.n_layer is 4, expected 3 as in the base"),
+        (set_base(n_vocab=-1), "base.n_vocab is -1, expected"),
+        (set_base(architecture=""), 'base.architecture is "", expected a text'),
+        (set_base(sha256="AB"), 'base.sha256 is "AB", expected 64 digits 0-9a-f'),
+        (set_base(size_bytes=1.5), "base.size_bytes is 1.5, expected a whole number"),
+        (set_base(file=7), "base.file is 7, expected a text"),
+        (set_base(file="a\0b"), "its base (llama"),
+        (set_base(file="x" * 5000), "its base (llama"),
+        (set_base(registry="x`; rm -rf /`"), "base.registry is"),
+        (set_base(hub="no"), "base.hub is"),
+        (set_adapter(name="../x"), 'adapters[0].name is "../x", expected 1 to 64 letters'),
+        (set_adapter(name="ES"), "adapters[1].name is"),
+        (set_adapter(rank=0), "adapters[0].rank is 0, expected a whole number"),
+        (set_adapter(rank=9), "field rank of adapter math is 9, expected 4 as in"),
+        (set_adapter(alpha="8"), 'adapters[0].alpha is "8", expected a finite number'),
+        (set_adapter(alpha=10**400), "adapters[0].alpha is 1000"),
+        (set_adapter(alpha=2.0), "field alpha of adapter math is 2.0, expected 8.0 as in"),
+        (set_adapter(targets="q"), "adapters[0].targets is"),
+        (set_adapter(targets=[1]), "adapters[0].targets is [1], expected a list of texts"),
+        (set_adapter(targets=["attn_q"]), "field targets of adapter math is ['attn_q']"),
+        (set_adapter(sha256=None), "adapters[0].sha256 is null"),
+        (set_adapter(file=""), 'adapters[0].file is "", expected a text'),
+        (set_adapter(license=[]), "adapters[0].license is [], expected a text"),
+        (lambda raw: raw.update(fusion=1), "field fusion is 1, expected an object"),
+        (lambda raw: raw["fusion"].update(strategy="best"), 'fusion.strategy is "best"'),
+        (lambda raw: raw["fusion"].update(strategy="single:no"), 'fusion.strategy is "single:no"'),
+        (lambda raw: raw["fusion"].update(lens="wide"), 'fusion.lens is "wide", expected one of'),
+        (lambda raw: raw["fusion"].update(pool=[]), "fusion.pool is [], expected one of"),
+        (set_typical([]), "fusion.typical is [], expected an object"),
+        (set_typical({"no": {}}), "fusion.typical.no is {}, expected only adapters"),
+        (set_typical({"es": []}), "fusion.typical.es is [], expected an object"),
+        (
+            set_typical({"es": {"norm": [1, 2]}}),
+            "fusion.typical.es.norm is a list of 2, expected 3",
+        ),
+        (set_typical({"es": {"raw": [1, 2, 0]}}), "fusion.typical.es.raw[2] is 0, expected a fin"),
+        (set_typical({"es": {"raw": [1, "x", 2]}}), 'fusion.typical.es.raw[1] is "x"'),
+    ],
+)
+def test_wrong_field_is_named(
+    made: TinyBundle, change: Callable[[Raw], object], message: str
+) -> None:
+    rewrite(made.folder, change)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(made.folder)
+    assert message in str(caught.value)
+    assert str(made.folder) in str(caught.value)
+    assert len(str(caught.value)) < 6000
+
+
+def test_wrong_field_full_message(made: TinyBundle) -> None:
+    rewrite(made.folder, set_adapter(rank="x" * 1000))
+    with pytest.raises(BundleError) as caught:
+        load_bundle(made.folder)
+    assert str(caught.value) == (
+        f"Cannot use {made.folder / 'bundle.json'}: field adapters[0].rank is "
+        f'"{"x" * 76}..., expected a whole number from 1 to {1 << 62}. '
+        "Correct the file, or create the bundle again with `qaflora bundle create`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "it is not JSON in UTF-8"),
+        (b"\xff\xfe{}", "it is not JSON in UTF-8"),
+        (b'{"format": ', "it is not JSON in UTF-8"),
+        (b"[]", "it holds [], expected an object"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"a": NaN}', "it contains NaN, expected finite numbers only"),
+        (b'{"a": -Infinity}', "it contains -Infinity"),
+        (b'{"a": {"b": 1, "b": 2}}', 'the key "b" is there twice in one object'),
+        (b'{"a": ' + b"9" * 5000 + b"}", "it is not JSON in UTF-8"),
+        (b" " * ((8 << 20) + 1), "it has more than 8388608 bytes"),
+    ],
+)
+def test_broken_json_is_refused(made: TinyBundle, data: bytes, message: str) -> None:
+    (made.folder / "bundle.json").write_bytes(data)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(made.folder)
+    assert message in str(caught.value)
+    assert str(made.folder / "bundle.json") in str(caught.value)
+
+
+def test_many_keys_are_read_in_good_time(made: TinyBundle) -> None:
+    keys = ",".join(f'"k{index}":0' for index in range(200_000))
+    (made.folder / "bundle.json").write_text("{" + keys + "}")
+    start = time.perf_counter()
+    with pytest.raises(BundleError, match="field format is missing"):
+        load_bundle(made.folder)
+    assert time.perf_counter() - start < 5  # quadratic work would take minutes
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("/etc/passwd", "it is absolute"),
+        ("C:\\windows\\x", "it is absolute"),
+        ("../es.gguf", "it contains '..'"),
+        ("adapters/../../es.gguf", "it contains '..'"),
+        ("adapters", "is a folder"),
+        ("adapters/none.gguf", "does not exist"),
+        ("out.gguf", "a link in it leads out of the bundle"),
+    ],
+)
+def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str) -> None:
+    if file == "out.gguf":
+        (made.folder / file).symlink_to(made.adapter.path)
+    rewrite(made.folder, set_adapter(file=file))
+    with pytest.raises(BundleError, match=message):
+        load_bundle(made.folder)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, found in (("none", "it does not exist"), ("file", "it is a file")):
+        with pytest.raises(BundleError) as caught:
+            load_bundle(tmp_path / name)
+        assert str(caught.value) == (
+            f"Cannot open the bundle {tmp_path / name}: {found}, expected a folder with "
+            "bundle.json. Give the folder of a bundle, or make one with `qaflora bundle create`."
+        )
+    with pytest.raises(BundleError) as caught:
+        load_bundle(tmp_path / "empty")
+    assert str(caught.value) == (
+        f"Cannot open the bundle {tmp_path / 'empty'}: there is no file bundle.json in it. "
+        "Give the folder of a bundle, or make one with `qaflora bundle create`."
+    )
+
+
+# checked hashes
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files that were hashed while checking records."""
+    names: list[str] = []
+    original = checksums.sha256_file
+
+    def count(path: Path, progress: Any = None) -> str:
+        names.append(path.name)
+        return original(path, progress)
+
+    monkeypatch.setattr(checksums, "sha256_file", count)
+    return names
+
+
+def make_old(made: TinyBundle) -> None:
+    """Age the files: a state younger than the clock's grain is never remembered."""
+    hour_ago = time.time() - 3600
+    for path in (made.base.path, *(made.folder / "adapters").iterdir()):
+        os.utime(path, (hour_ago, hour_ago))
+
+
+ALL = ["base.gguf", "math.gguf", "es.gguf"]
+
+
+def test_a_file_is_hashed_once(made: TinyBundle, hashed: list[str]) -> None:
+    make_old(made)
+    load_bundle(made.folder)
+    assert hashed == ALL
+    load_bundle(made.folder)
+    assert hashed == ALL
+    verify_bundle(made.folder)
+    assert hashed == ALL * 2
+    os.utime(made.base.path)
+    load_bundle(made.folder)
+    assert hashed == [*ALL * 2, "base.gguf"]
+
+
+def test_a_young_file_is_hashed_each_time(made: TinyBundle, hashed: list[str]) -> None:
+    load_bundle(made.folder)
+    load_bundle(made.folder)
+    assert hashed == ALL * 2
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"x": 1}', b"\xff", b"[" * 100_000])
+def test_broken_memory_means_hashing_again(
+    made: TinyBundle, hashed: list[str], content: bytes
+) -> None:
+    make_old(made)
+    load_bundle(made.folder)
+    memory = Path(os.environ["QAFLORA_CACHE"]) / "checked.json"
+    assert memory.exists()
+    memory.write_bytes(content)
+    load_bundle(made.folder)
+    assert hashed == ALL * 2
+
+
+def test_no_place_for_the_memory_is_no_failure(
+    made: TinyBundle, hashed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "taken"))
+    make_old(made)
+    load_bundle(made.folder)
+    load_bundle(made.folder)
+    assert hashed == ALL * 2

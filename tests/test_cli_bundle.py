@@ -1,0 +1,125 @@
+"""qaflora bundle create, show, verify, and qaflora convert"""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from bundles import TinyBundle, make_bundle, make_sources, snapshot
+from click.testing import CliRunner, Result
+
+from qaflora_edge.adapter_gguf import read_adapter_gguf
+from qaflora_edge.bundle import load_bundle
+from qaflora_edge.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def qaflora(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def create(made: TinyBundle, *more: object) -> Result:
+    adapters = ("--adapter", f"math={made.peft}", "--adapter", f"es={made.adapter.path}")
+    return qaflora("bundle", "create", made.folder, "--base", made.base.path, *adapters, *more)
+
+
+def test_create_makes_a_calibrated_bundle(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    result = create(made)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Created the bundle {made.folder} with 2 adapters.\n"
+    assert set(load_bundle(made.folder).typical) == {"math", "es"}
+
+
+def test_create_records_what_it_is_told(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    result = create(
+        made,
+        *("--no-calibrate", "--outtype", "f32", "--name", "N", "--description", "D"),
+        *("--license", "L", "--strategy", "single:es", "--lens", "raw", "--pool", "mean"),
+        *("--adapter-source", "es=S=1", "--adapter-license", "es=AL"),
+        *("--adapter-description", "math=AD"),
+    )
+    assert result.exit_code == 0
+    raw = load_bundle(made.folder).description_dict
+    assert (raw["name"], raw["description"], raw["license"]) == ("N", "D", "L")
+    assert raw["fusion"] == {"strategy": "single:es", "lens": "raw", "pool": "mean"}
+    math, es = raw["adapters"]
+    assert (es["source"], es["license"], es["description"]) == ("S=1", "AL", "")
+    assert (math["source"], math["description"]) == ("peft", "AD")
+    tensors = read_adapter_gguf(made.folder / "adapters/math.gguf").tensors
+    assert {info.ggml_type.name for info in tensors.values()} == {"F32"}
+
+
+def test_create_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    before = snapshot(tmp_path)
+    result = create(made, "--adapter", f"med={tmp_path / 'none'}")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: The adapter {tmp_path / 'none'} does not exist; expected a PEFT folder "
+        "(adapter_config.json and adapter_model.safetensors) or an adapter GGUF.\n"
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_create_refuses_a_name_given_twice(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    result = create(made, "--adapter", f"es={made.peft}")
+    assert result.exit_code == 1
+    assert "The adapter name 'es' is given twice" in result.stderr
+
+
+def test_show_and_its_json(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    result = qaflora("bundle", "show", made.folder)
+    assert result.exit_code == 0
+    assert "rank 4, alpha 8, on attn_k" in result.stdout
+    shown = json.loads(qaflora("bundle", "show", made.folder, "--json").stdout)
+    assert shown.pop("base_path") == str(made.base.path)
+    assert shown == json.loads((made.folder / "bundle.json").read_text())
+
+
+def test_show_of_no_bundle_fails(tmp_path: Path) -> None:
+    result = qaflora("bundle", "show", tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: Cannot open the bundle {tmp_path}: there is no file")
+
+
+def test_verify(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    result = qaflora("bundle", "verify", made.folder)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"{made.folder}: the base and 2 adapters are the recorded ones.\n"
+
+
+def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    data = made.base.path.read_bytes()
+    made.base.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    result = qaflora("bundle", "verify", made.folder)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Error: The base is not the file that was recorded:" in result.stderr
+
+
+def test_convert(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    out = tmp_path / "out.gguf"
+    result = qaflora("convert", made.peft, "--base", made.base.path, "-o", out, "--outtype", "f32")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith(f"Wrote {out} (")
+    assert read_adapter_gguf(out).rank == 4
+
+
+def test_convert_refuses_dora_and_writes_nothing(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf")
+    peft = tiny.write_tiny_peft(tmp_path / "peft", base, config={"use_dora": True})
+    before = snapshot(tmp_path)
+    result = qaflora("convert", peft, "--base", base.path, "-o", tmp_path / "out.gguf")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "use_dora" in result.stderr
+    assert snapshot(tmp_path) == before

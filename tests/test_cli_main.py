@@ -1,0 +1,188 @@
+"""The command as a whole: help, exit codes, streams, signals, and what is imported when."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner
+
+from qaflora_edge import __version__
+from qaflora_edge.cli import VERBS, main
+
+QAFLORA = [sys.executable, "-m", "qaflora_edge"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("main"))
+
+
+def commands() -> list[list[str]]:
+    """Every command as the words that name it."""
+    found = []
+    context = click.Context(main)
+    for verb in VERBS:
+        command = main.get_command(context, verb)
+        assert command is not None
+        found.append([verb])
+        if isinstance(command, click.Group):
+            found += [[verb, sub] for sub in command.list_commands(context)]
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_has_sentences_and_an_example(words: list[str]) -> None:
+    result = CliRunner().invoke(main, [*words, "--help"])
+    assert result.exit_code == 0
+    group = words == ["bundle"]
+    assert group or f"Example:\n    qaflora {' '.join(words)}" in result.stdout
+    assert result.stdout.splitlines()[2].rstrip().endswith(".")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_listed_line_is_the_first_of_the_help(verb: str) -> None:
+    command = main.get_command(click.Context(main), verb)
+    assert command is not None
+    assert command.help is not None
+    assert command.help.splitlines()[0] == VERBS[verb]
+    assert f"{verb:<8} {VERBS[verb]}" in CliRunner().invoke(main, ["--help"]).stdout
+
+
+def test_shared_options_are_the_same_everywhere() -> None:
+    names = (
+        "--strategy --lens --pool --raw-prompt --ctx --kv-type --no-flash-attn --threads "
+        "--gpu-layers --max-tokens --temp --top-p --seed --stop"
+    )
+    for verb in ("weights", "run", "chat", "bench"):
+        shown = CliRunner().invoke(main, [verb, "--help"]).stdout.split()
+        assert set(names.split()) <= set(shown)
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"qaflora, version {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["no-such-verb"],
+        ["run"],
+        ["run", "DIR", "hi", "--lens", "wide"],
+        ["run", "DIR", "hi", "--temp", "-1"],
+        ["run", "DIR", "hi", "--top-p", "0"],
+        ["run", "DIR", "hi", "--ctx", "0"],
+        ["run", "DIR", "hi", "--kv-type", "f8"],
+        ["weights", "DIR", "hi", "--plot", "weights.gif"],
+        ["bundle", "create", "DIR", "--base", "x", "--adapter", "nameonly"],
+        ["convert", "DIR", "-o", "x.gguf"],
+    ],
+)
+def test_wrong_usage_is_2(args: list[str]) -> None:
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage:" in result.stderr
+
+
+def test_expected_failure_is_1_with_one_paragraph(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "none"), "hi"])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"Error: Cannot open the bundle {tmp_path / 'none'}: it does not exist, expected a folder "
+        "with bundle.json. Give the folder of a bundle, or make one with `qaflora bundle create`.\n"
+    )
+
+
+LOADED = """
+import json, sys
+{work}
+heavy = [name for name in ("numpy", "gguf", "llama_cpp", "huggingface_hub", "jinja2", "matplotlib")
+         if name in sys.modules]
+print(json.dumps(heavy))
+"""
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "import qaflora_edge",
+        "import qaflora_edge.cli",
+        "from click.testing import CliRunner; from qaflora_edge.cli import main; "
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0",
+        "from click.testing import CliRunner; from qaflora_edge.cli import main; "
+        "assert CliRunner().invoke(main, ['run', '--help']).exit_code == 0",
+    ],
+)
+def test_help_imports_nothing_heavy(work: str) -> None:
+    code = LOADED.format(work=work)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stderr, json.loads(result.stdout)) == ("", [])
+
+
+def test_streams_do_not_mix(made: TinyBundle) -> None:
+    args = ["run", str(made.folder), "the thing", "--max-tokens", "4"]
+    result = subprocess.run([*QAFLORA, *args], capture_output=True)
+    assert result.returncode == 0
+    assert result.stdout.endswith(b"\n")
+    assert b"tok/s" not in result.stdout
+    assert b"tok/s" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and pipes are POSIX ones")
+def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
+    args = ["run", str(made.folder), "the thing", "--max-tokens", "400"]
+    process = subprocess.Popen(
+        [*QAFLORA, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=30), errors) == (0, "")
+
+
+STOPPED_WHILE_ANSWERING = """
+import os, signal, sys
+from qaflora_edge.generate import Generation
+from qaflora_edge.cli import main
+
+next_piece = Generation.__next__
+count = 0
+
+def interrupted(self):
+    global count
+    count += 1
+    if count == 4:
+        signal.raise_signal(signal.SIGINT)
+    return next_piece(self)
+
+Generation.__next__ = interrupted
+main(sys.argv[1:])
+"""
+
+
+def test_interrupt_is_130(made: TinyBundle) -> None:
+    args = ["run", str(made.folder), "the thing", "--max-tokens", "400"]
+    result = subprocess.run(
+        [sys.executable, "-c", STOPPED_WHILE_ANSWERING, *args], capture_output=True, text=True
+    )
+    assert result.returncode == 130
+    assert result.stdout.endswith("\n")
+    assert "Traceback" not in result.stderr
+
+
+def test_signs_that_the_terminal_lacks_are_replaced(made: TinyBundle) -> None:
+    args = ["weights", str(made.folder), "¿qué?", "--strategy", "static"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([*QAFLORA, *args], capture_output=True, env=environment)
+    assert result.returncode == 0
+    result.stdout.decode("ascii")
