@@ -144,7 +144,7 @@ def create(
             calibrate=calibrate,
             progress=progress,
         )
-    click.echo(f"Created the bundle {folder} with {len(adapters)} adapters.", err=True)
+    click.echo(f"Created the bundle {folder} with {_counted(len(adapters))}.", err=True)
 
 
 @bundle.command(epilog=example("qaflora bundle show models/demo"))
@@ -178,5 +178,9 @@ def verify(folder: str) -> None:
 
     with progress_bars() as progress:
         verified = verify_bundle(bundle_folder(folder), progress)
-    n_adapter = len(verified.adapter_paths)
-    click.echo(f"{verified.folder}: the base and {n_adapter} adapters are the recorded ones.")
+    adapters = _counted(len(verified.adapter_paths))
+    click.echo(f"{verified.folder}: the base and {adapters} are the recorded ones.")
+
+
+def _counted(n_adapter: int) -> str:
+    return "1 adapter" if n_adapter == 1 else f"{n_adapter} adapters"
