@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
-from qaflora_edge.bundle_create import create_bundle
 from qaflora_edge.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
@@ -31,7 +30,7 @@ from qaflora_edge.files import safe_join
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.references import pulled_base
 
-__all__ = ["Bundle", "create_bundle", "describe", "find_base", "load_bundle", "verify_bundle"]
+__all__ = ["Bundle", "describe", "find_base", "load_bundle", "verify_bundle"]
 
 # Called with what is being read, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]

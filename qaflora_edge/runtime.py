@@ -29,7 +29,7 @@ _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
 
 
-def _library() -> tuple[Any, Any]:
+def library() -> tuple[Any, Any]:
     """The binding and our functions, with the library's log kept off the terminal."""
     global _log_callback
     binding, functions = native.load()
@@ -84,7 +84,7 @@ class Model(_Handle):
 
     def __init__(self, path: str | os.PathLike[str], *, gpu_layers: int | None = None) -> None:
         self.path = Path(path)
-        self._lib, self._functions = _library()
+        self._lib, self._functions = library()
         if not self.path.is_file():
             raise GgufFileError(
                 f"The base {self.path} does not exist; give the path of a GGUF file, "

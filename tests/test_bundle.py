@@ -18,7 +18,8 @@ from bundles import TinyBundle, make_bundle, make_sources, snapshot
 
 from qaflora_edge import Engine, QafloraError, checksums, registry
 from qaflora_edge import fusion as fuse
-from qaflora_edge.bundle import create_bundle, describe, load_bundle, verify_bundle
+from qaflora_edge.bundle import describe, load_bundle, verify_bundle
+from qaflora_edge.bundle_create import create_bundle
 from qaflora_edge.convert import convert_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,

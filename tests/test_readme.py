@@ -14,13 +14,13 @@ def readme(checkout: Path) -> str:
     return (checkout / "README.md").read_text(encoding="utf-8")
 
 
-def tested_commands() -> list[str]:
+def readme_commands() -> list[str]:
     text = readme(Path(__file__).resolve().parents[1])
     block = text.split("<!-- tested -->")[1].split("Your own adapters")[0]
     return [line.strip() for line in block.splitlines() if line.startswith("    qaflora ")]
 
 
-@pytest.mark.parametrize("command", tested_commands())
+@pytest.mark.parametrize("command", readme_commands())
 def test_command_of_the_readme_runs(command: str, checkout: Path, smollm2: Path) -> None:
     program = f'"{Path(sys.executable).parent}/qaflora"'
     line = command.replace("qaflora", program, 1)
@@ -32,7 +32,7 @@ def test_command_of_the_readme_runs(command: str, checkout: Path, smollm2: Path)
 
 
 def test_there_are_commands_to_test() -> None:
-    assert len(tested_commands()) == 5
+    assert len(readme_commands()) == 5
 
 
 def test_python_of_the_readme_runs(checkout: Path, smollm2: Path) -> None:

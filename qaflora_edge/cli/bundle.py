@@ -121,7 +121,7 @@ def create(
     DIR must not exist. It appears when everything has worked; when something fails, nothing is
     left behind.
     """
-    from qaflora_edge.bundle import create_bundle
+    from qaflora_edge.bundle_create import create_bundle
 
     notes: dict[str, dict[str, str]] = {}
     given = (adapter_source, adapter_license, adapter_description)

@@ -54,7 +54,7 @@ def library_facts() -> dict[str, Any]:
     from qaflora_edge import native, runtime
 
     binding, functions = native.load()
-    runtime._library()  # keeps the library's log off the terminal
+    runtime.library()  # keeps the library's log off the terminal
     lib = binding._lib
     return {
         "ok": True,
