@@ -15,6 +15,7 @@ from qaflora_edge.generate import Generation
 from qaflora_edge.runtime import Model
 
 Message = Mapping[str, Any]
+_ATTR_UNKNOWN = 1  # llama.h LLAMA_TOKEN_ATTR_UNKNOWN: parsed as special, like control tokens
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
@@ -36,6 +37,7 @@ def _control_texts(model: Model, text: str) -> set[str]:
         model.piece(token, special=True).decode("utf-8", "replace")
         for token in tokens
         if model._lib.llama_vocab_is_control(model.vocab, token)
+        or model._lib.llama_vocab_get_attr(model.vocab, token) & _ATTR_UNKNOWN
     }
 
 
@@ -43,16 +45,21 @@ def _hide_controls(
     model: Model, messages: Sequence[Message]
 ) -> tuple[list[Message], dict[str, str]]:
     """Messages with control texts replaced by marks, and what each mark stands for."""
-    everything = "".join(str(message["content"]) for message in messages)
+    everything = "".join(
+        value for message in messages for value in message.values() if isinstance(value, str)
+    )
     controls = sorted(_control_texts(model, everything), key=len, reverse=True)
     unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
     marks = {next(unused): control for control in controls if control in everything}
     hidden: list[Message] = []
     for message in messages:
-        content = message["content"]
-        for mark, control in marks.items():
-            content = content.replace(control, mark)
-        hidden.append({**message, "content": content})
+        safe = dict(message)
+        for key, value in message.items():
+            if isinstance(value, str):
+                for mark, control in marks.items():
+                    value = value.replace(control, mark)
+                safe[key] = value
+        hidden.append(safe)
     return hidden, marks
 
 

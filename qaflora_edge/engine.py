@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +26,12 @@ from qaflora_edge.generate import (
     generate_tokens,
 )
 from qaflora_edge.probe import Prober
-from qaflora_edge.runtime import KV_TYPES, Context, Model, Pack
+from qaflora_edge.runtime import KV_TYPES, MAX_CTX, MAX_THREADS, Context, Model, Pack
 from qaflora_edge.weigh import Typical, Weigher, Weights
 
 F32 = NDArray[np.float32]
 Prompt = str | Sequence[int]
+_THREADS_RANGE = f"a number of threads from 1 to {MAX_THREADS}"
 Path_ = str | os.PathLike[str]
 
 
@@ -67,6 +69,9 @@ class Engine:
         self._thread_lock = threading.Lock()
         self._is_closed = True  # until everything below has worked
         self._resources: list[Any] = []
+        # An Engine that nobody closed: contexts are freed before the model that they use.
+        self._finalizer = weakref.finalize(self, _free, self._resources)
+        self._finalizer.atexit = False
         self._turn = 0
         _check_options(n_ctx, threads, kv_type)
 
@@ -107,7 +112,7 @@ class Engine:
             )
             self._probe: Prober = self._keep(Prober(self._model, self._pack, options))
         except BaseException:
-            self._free()
+            _free(self._resources)
             raise
         self._is_closed = False
 
@@ -117,16 +122,12 @@ class Engine:
         self._resources.append(resource)
         return resource
 
-    def _free(self) -> None:
-        while self._resources:
-            self._resources.pop().close()
-
     def close(self) -> None:
         """Free the model, the adapters and all contexts. A second call does nothing."""
         if not self._is_closed:
             with self._in_use():
                 self._is_closed = True
-                self._free()
+                _free(self._resources)
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +171,7 @@ class Engine:
     @property
     def name(self) -> str:
         """The base's own name, or its file name."""
-        return str(self._model.metadata("general.name") or self._model.path.name)
+        return self._model.name
 
     # prompts
 
@@ -358,23 +359,34 @@ class Engine:
 
         generated = generate_tokens(self._model, self._main, sampling, generation, check)
         pieces = generate_text(generated, self._model, sampling.stop, generation)
-        generation._pieces = self._guarded(pieces)
+        generation._pieces = _Guarded(pieces, self._in_use)
         return generation
 
-    def _guarded(self, pieces: Iterator[str]) -> Iterator[str]:
-        """The same pieces; the Engine is in use only while one is being made."""
-        while True:
-            with self._in_use():
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+
+def _free(resources: list[Any]) -> None:
+    """Close in reverse order of making."""
+    while resources:
+        resources.pop().close()
+
+
+class _Guarded(Iterator[str]):
+    """Pieces of text; the Engine is in use only while one is being made."""
+
+    def __init__(self, pieces: Iterator[str], in_use: Callable[[], Any]) -> None:
+        self._pieces, self._in_use = pieces, in_use
+
+    def __next__(self) -> str:
+        with self._in_use():
+            piece = next(self._pieces, None)
+        if piece is None:
+            raise StopIteration
+        return piece
 
 
 def _check_options(n_ctx: int, threads: int | None, kv_type: str) -> None:
     checks = (
-        ("n_ctx", n_ctx, n_ctx >= 1, "a number of tokens from 1 on"),
-        ("threads", threads, threads is None or threads >= 1, "a number of threads from 1 on"),
+        ("n_ctx", n_ctx, 1 <= n_ctx <= MAX_CTX, f"a number of tokens from 1 to {MAX_CTX}"),
+        ("threads", threads, threads is None or 1 <= threads <= MAX_THREADS, _THREADS_RANGE),
         ("kv_type", kv_type, kv_type in KV_TYPES, f"one of {', '.join(KV_TYPES)}"),
     )
     for name, value, is_good, expected in checks:

@@ -127,7 +127,7 @@ def _parse_manual(argument: str, adapters: Sequence[str], where: str) -> dict[st
                 f"Strategy {where!r}: the weight of {name!r} is {number!r}, expected a number "
                 "as in manual:math=0.7,es=0.3."
             ) from None
-        if not np.isfinite(weights[name]):
+        if not abs(weights[name]) <= float(np.finfo(np.float32).max):
             raise WeightsError(
                 f"Strategy {where!r}: the weight of {name!r} is {number}, expected a finite number."
             )

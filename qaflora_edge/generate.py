@@ -15,13 +15,15 @@ from qaflora_edge.errors import OptionError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.runtime import Context, Model
 
+_COLDEST = 1e-6  # temperatures below overflow float32 logits
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen and when to stop.
 
     max_tokens   None: until the context is full
-    temperature  0: greedy
+    temperature  0, or below 1e-6: greedy
     seed         None: a new one each time
     stop         texts that end the answer; they are not part of it
     """
@@ -136,7 +138,7 @@ class Sampler:
     def __init__(self, lib: Any, sampling: Sampling) -> None:
         self._lib = lib
         self.pointer = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        if sampling.temperature == 0.0:
+        if sampling.temperature < _COLDEST:
             self._add(lib.llama_sampler_init_greedy())
             return
         if sampling.top_p < 1.0:

@@ -18,13 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import native
-from qaflora_edge.errors import BackendError, GgufFileError, OptionError
+from qaflora_edge.errors import BackendError, GgufFileError, OptionError, PromptError
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # llama_cpp's GGML_TYPE_*
+MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
+MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 _LOG_LEVEL_ERROR = 3
+_VOCAB_TYPE_NONE = 0
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
 
@@ -49,7 +52,10 @@ def _floats(array: F32) -> Any:
 
 
 class _Handle:
-    """Something of the library that is freed once."""
+    """Something of the library that is freed once, by close().
+
+    There is no __del__: a garbage collector may take a model before its contexts.
+    """
 
     _pointer: Any = None
 
@@ -70,9 +76,6 @@ class _Handle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 
@@ -102,6 +105,15 @@ class Model(_Handle):
                 f"The base {self.path} cannot be loaded: {reason}. Fetch or convert it again."
             )
         self.vocab = self._lib.llama_model_get_vocab(self._pointer)
+        if self._lib.llama_vocab_type(self.vocab) == _VOCAB_TYPE_NONE:
+            self.close()
+            raise GgufFileError(
+                f"The base {self.path} has no vocabulary (tokenizer.ggml.model is 'none'); "
+                "use a GGUF with its tokeniser."
+            )
+        self.name = self.metadata("general.name") or self.path.name
+        template = self._lib.llama_model_chat_template(self._pointer, None)
+        self.chat_template = template.decode("utf-8", "replace") if template else None
         self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
         self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
@@ -122,14 +134,18 @@ class Model(_Handle):
                 return buffer.value.decode("utf-8", "replace")
             size = n + 1
 
-    @property
-    def chat_template(self) -> str | None:
-        text = self._lib.llama_model_chat_template(self._pointer, None)
-        return text.decode("utf-8", "replace") if text else None
-
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of text; add_special adds BOS where the vocabulary asks for it."""
-        data = text.encode("utf-8")
+        """Token ids of text; add_special adds BOS where the vocabulary asks for it.
+
+        Raises PromptError for text with lone surrogates.
+        """
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as err:
+            raise PromptError(
+                f"Character {err.start} of the prompt is {text[err.start]!r}, expected text that "
+                "UTF-8 can write; decode the prompt from its bytes again."
+            ) from err
         size = len(data) + 8
         while True:
             tokens = (ctypes.c_int32 * size)()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -352,6 +353,25 @@ def test_pack_names_what_does_not_fit(
     (tmp_path / "noise.gguf").write_bytes(b"noise")
     with pytest.raises(BackendError, match=r"noise\.gguf: not a readable GGUF file"):
         Pack(model, [tmp_path / "noise.gguf"])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32])
+def test_adapter_of_a_type_without_numbers_is_refused(
+    tmp_path: Path, base: TinyBase, dtype: type
+) -> None:
+    path = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((4, 64), dtype))
+    writer.add_tensor("blk.0.attn_q.weight.lora_b", np.ones((64, 4), dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BackendError, match="expected F32, F16, BF16 or a quantised type"):
+        Pack(Model(base.path), [path])
 
 
 def test_truncated_adapter_is_refused(

@@ -1,5 +1,6 @@
 """The Python interface: weights, states, logits, answers, conversations, failures."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from qaflora_edge.errors import (
     WeightsError,
 )
 from qaflora_edge.fusion import kl_divergence
+from qaflora_edge.runtime import Context, Model, Pack
 
 PROMPT = "the king is in the air"
 NAMES = ("math", "es", "med")
@@ -184,6 +186,11 @@ def test_control_tokens_typed_into_a_message_stay_text(engine: Engine, base: Tin
     assert content.encode() in pieces
 
 
+def test_control_tokens_in_a_role_stay_text(engine: Engine, base: TinyBase) -> None:
+    tokens = engine.chat_tokens([{"role": "user<|im_end|>", "content": "a"}])
+    assert tokens.count(base.tokens.index("<|im_end|>")) == 1
+
+
 def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
     engine: Engine, base: TinyBase
 ) -> None:
@@ -231,6 +238,52 @@ def test_empty_and_long_prompts_are_refused(engine: Engine) -> None:
         engine.logits([0, 9999])
     with pytest.raises(PromptError, match="at least one token"):
         engine.logits([])
+
+
+def test_prompt_that_is_no_unicode_text_is_refused(engine: Engine) -> None:
+    with pytest.raises(PromptError) as caught:
+        engine.logits("h\udcff")
+    assert str(caught.value) == (
+        "Character 1 of the prompt is '\\udcff', expected text that UTF-8 can write; decode the "
+        "prompt from its bytes again."
+    )
+
+
+def test_weights_beyond_float32_are_refused(engine: Engine) -> None:
+    with pytest.raises(WeightsError, match="the weight of 'es' is 1e300, expected a finite"):
+        engine.weights(PROMPT, strategy="manual:es=1e300")
+
+
+def test_coldest_temperature_is_greedy(engine: Engine) -> None:
+    greedy = engine.generate(PROMPT, max_tokens=8).text()
+    assert engine.generate(PROMPT, max_tokens=8, temperature=1e-40).text() == greedy
+
+
+def test_answer_read_by_two_threads_says_so(engine: Engine) -> None:
+    answer = engine.generate(PROMPT, max_tokens=9)
+    with engine._in_use(), pytest.raises(BusyError, match="in use by another thread"):
+        next(answer)
+    assert answer.text()
+
+
+def test_engine_in_a_cycle_frees_contexts_before_the_model(
+    base: TinyBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[str] = []
+    for kind in (Model, Pack, Context):
+        original = kind._free
+
+        def note(self: object, pointer: object, original: object = original) -> None:
+            freed.append(type(self).__name__)
+            original(self, pointer)  # type: ignore[operator]
+
+        monkeypatch.setattr(kind, "_free", note)
+    engine = Engine(base=base.path)
+    answer = engine.generate(PROMPT, max_tokens=9)
+    next(answer)
+    del engine, answer
+    gc.collect()
+    assert freed == ["Context", "Pack", "Model"]
 
 
 def test_bad_weights_are_refused(engine: Engine) -> None:
@@ -296,8 +349,13 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path, adapters: dict[str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_ctx": 0}, "Option n_ctx is 0, expected a number of tokens from 1 on."),
-        ({"threads": 0}, "Option threads is 0, expected a number of threads from 1 on."),
+        ({"n_ctx": 0}, "Option n_ctx is 0, expected a number of tokens from 1 to 16777216."),
+        (
+            {"n_ctx": 2**32 + 1},
+            "Option n_ctx is 4294967297, expected a number of tokens from 1 to 16777216.",
+        ),
+        ({"threads": 0}, "Option threads is 0, expected a number of threads from 1 to 512."),
+        ({"threads": 513}, "Option threads is 513, expected a number of threads from 1 to 512."),
         ({"kv_type": "q4"}, "Option kv_type is 'q4', expected one of f32, f16, q8_0."),
     ],
 )
@@ -349,6 +407,7 @@ def test_answer_that_was_overtaken_says_so(engine: Engine) -> None:
 
 def test_closed_engine_says_so(base: TinyBase) -> None:
     engine = Engine(base=base.path)
+    name = engine.name
     answer = engine.generate(PROMPT, max_tokens=9)
     engine.close()
     engine.close()
@@ -356,3 +415,4 @@ def test_closed_engine_says_so(base: TinyBase) -> None:
         engine.weights(PROMPT)
     with pytest.raises(BusyError, match="closed"):
         next(answer)
+    assert (engine.name, engine.has_chat_template) == (name, True)

@@ -68,7 +68,7 @@ void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const l
         for (int64_t s = 0; s < n_slot; ++s) {
             const auto & w = qf.weights[ubatch.seq_id_unq[s]];
             for (const auto & seg : segments) {
-                data.insert(data.end(), seg.rank, w[seg.ia*qf.n_layer + il]*seg.scale);
+                data.insert(data.end(), seg.rank, seg.ia < 0 ? 0.0f : w[seg.ia*qf.n_layer + il]*seg.scale);
             }
             data.resize((il*n_slot + s + 1)*dst->ne[0], 0.0f);
         }
@@ -248,6 +248,9 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
     ggml_tensor * x0 = first_sequence(ctx, x);
     ggml_tensor * d  = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
     ggml_tensor * y  = ggml_mul_mat(ctx, w, ggml_reshape_2d(ctx, d, x->ne[0], x->ne[1]*x->ne[2]));
+    if (gctx.prec_policy) {
+        gctx.prec_policy->apply(y);
+    }
     y = ggml_reshape_3d(ctx, y, y->ne[0], x->ne[1], x->ne[2]);
     ggml_tensor * y0 = first_sequence(ctx, y);
     y = ggml_concat(ctx, y0, ggml_add(ctx, other_sequences(ctx, y), y0), 2);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 // logits held at once; bounds the memory of the lens for any vocabulary
@@ -241,8 +242,16 @@ static void run_parallel(int n_threads, int32_t n_task, const std::function<void
         }
     };
     std::vector<std::thread> threads;
-    for (int ith = 1; ith < n_threads; ++ith) {
-        threads.emplace_back(work, ith);
+    threads.reserve(n_threads);
+    int ith = 1;
+    try {
+        for (; ith < n_threads; ++ith) {
+            threads.emplace_back(work, ith);
+        }
+    } catch (const std::system_error &) {
+        for (; ith < n_threads; ++ith) {
+            work(ith); // no more threads to be had: this one does their share
+        }
     }
     work(0);
     for (auto & t : threads) {

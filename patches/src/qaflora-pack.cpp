@@ -40,7 +40,8 @@ std::string qaflora_format(const char * fmt, ...) {
     throw std::runtime_error(message);
 }
 
-static const int64_t RANK_STEP = 64;
+static const int64_t RANK_STEP   = 64;
+static const int64_t OFFSET_STEP = 4; // floats: GPU kernels load vectors of them
 
 //
 // one adapter file
@@ -146,6 +147,9 @@ static ggml_tensor * base_tensor(const llama_model & model, const std::string & 
     if (name == "output.weight") {
         return model.output; // under a tied head the base stores no tensor of this name
     }
+    if (name == "token_embd.weight") {
+        return model.tok_embd; // a tied head may be a second tensor of this name
+    }
     return const_cast<ggml_tensor *>(model.get_tensor(name.c_str()));
 }
 
@@ -170,7 +174,16 @@ static void check_pair(const adapter_file & f, const std::string & name, const a
     if (!w) {
         fail(qaflora_format("%s: '%s' is not a tensor of the base; use the base that the adapter was trained on", f.path.c_str(), name.c_str()));
     }
-    if (w->ne[2] != 1 || p.a->ne[2] != 1 || p.b->ne[2] != 1) {
+    for (const ggml_tensor * t : { p.a, p.b }) {
+        if (t->type != GGML_TYPE_F32 && !ggml_get_type_traits(t->type)->to_float) {
+            fail(qaflora_format("%s: '%s' is of type %s, expected F32, F16, BF16 or a quantised type; convert the adapter again",
+                                f.path.c_str(), t->name, ggml_type_name(t->type)));
+        }
+        if (t->ne[3] != 1) {
+            fail(qaflora_format("%s: '%s' has four dimensions, expected two; convert the adapter again", f.path.c_str(), t->name));
+        }
+    }
+    if (w->ne[2] != 1 || w->ne[3] != 1 || p.a->ne[2] != 1 || p.b->ne[2] != 1) {
         fail(qaflora_format("%s: '%s' adapts stacked expert matrices, which have no weights per layer here; use a base without experts",
                             f.path.c_str(), name.c_str()));
     }
@@ -310,7 +323,11 @@ struct pack_builder {
             qaflora_module m = make_module(name);
             const auto & layout = pack.layouts[m.layout];
             m.group  = (int32_t) pack.groups.size();
-            m.offset = stacked_rank(segments);
+            const int64_t used = stacked_rank(segments);
+            m.offset = GGML_PAD(used, OFFSET_STEP);
+            if (m.offset > used) {
+                segments.push_back({ -1, m.offset - used, 0.0f });
+            }
             rank = std::max(rank, m.offset + layout.rank);
             segments.insert(segments.end(), layout.segments.begin(), layout.segments.end());
             modules.push_back(m);

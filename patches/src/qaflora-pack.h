@@ -14,7 +14,7 @@
 
 // one adapter's share of a stacked rank axis
 struct qaflora_segment {
-    int32_t ia;
+    int32_t ia; // -1: a gap of rows that weigh 0
     int64_t rank;
     float   scale; // alpha/rank
 
