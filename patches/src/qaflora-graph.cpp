@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <map>
 
 // bits of the graph key
@@ -41,6 +42,9 @@ struct qaflora_graph_input : public llm_graph_input_i {
     // weight of each rank row: F32 [rank, n_slot, n_layer], one tensor per layout and device
     std::map<std::pair<int32_t, ggml_backend_dev_t>, ggml_tensor *> weights;
 
+    // the same for the CPU's kernels: F32 [n_adapter, n_slot, n_layer]
+    ggml_tensor * cpu_weights = nullptr;
+
     ggml_tensor * slot_token  = nullptr; // I32 [n_token]   which slot each token belongs to
     ggml_tensor * slot_output = nullptr; // I32 [n_output]  the same for output rows
     ggml_tensor * output_rows = nullptr; // I32 [n_output]  token of each output row
@@ -51,8 +55,10 @@ struct qaflora_graph_input : public llm_graph_input_i {
     std::map<std::tuple<int32_t, int32_t, bool>, ggml_tensor *> row_weights; // (layout, il, is_output)
     struct product { const ggml_tensor * cur = nullptr; ggml_tensor * t = nullptr; };
     std::vector<product> group_product; // [n_group]
+    product difference;                 // of a differential product, the last one
 
 private:
+    void set_cpu_weights(const llama_ubatch & ubatch) const;
     void set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) const;
 };
 
@@ -76,7 +82,25 @@ void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const l
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
 }
 
+void qaflora_graph_input::set_cpu_weights(const llama_ubatch & ubatch) const {
+    const int64_t n_adapter = cpu_weights->ne[0];
+    std::vector<float> data;
+    data.reserve(ggml_nelements(cpu_weights));
+    for (int32_t il = 0; il < qf.n_layer; ++il) {
+        for (int64_t s = 0; s < n_slot; ++s) {
+            const auto & w = qf.weights[ubatch.seq_id_unq[s]];
+            for (int64_t ia = 0; ia < n_adapter; ++ia) {
+                data.push_back(w[ia*qf.n_layer + il]);
+            }
+        }
+    }
+    ggml_backend_tensor_set(cpu_weights, data.data(), 0, ggml_nbytes(cpu_weights));
+}
+
 void qaflora_graph_input::set_input(const llama_ubatch * ubatch) {
+    if (cpu_weights && cpu_weights->buffer) {
+        set_cpu_weights(*ubatch);
+    }
     for (const auto & [key, dst] : weights) {
         if (dst->buffer) {
             set_weights(key.first, dst, *ubatch);
@@ -143,6 +167,19 @@ static ggml_backend_dev_t device_of(const ggml_tensor * a) {
     return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(a->buffer));
 }
 
+// which slot each of n_row rows belongs to, or null when there is but one
+static ggml_tensor * slots_of(const llm_graph_context & gctx, qaflora_graph_input & inp, int64_t n_row) {
+    if (inp.n_slot == 1) {
+        return nullptr;
+    }
+    const bool is_output = n_row != inp.n_token;
+    ggml_tensor *& slot = is_output ? inp.slot_output : inp.slot_token;
+    if (!slot) {
+        slot = new_index(gctx, n_row, is_output ? "qaflora_slot_output" : "qaflora_slot_token");
+    }
+    return slot;
+}
+
 // weights of one layer: [rank, n_slot], next to the matrices that use them
 static ggml_tensor * layer_weights(const llm_graph_context & gctx, qaflora_graph_input & inp, int32_t layout, int32_t il, ggml_backend_dev_t dev) {
     ggml_tensor *& all = inp.weights[{ layout, dev }];
@@ -165,14 +202,37 @@ static ggml_tensor * rows_weights(const llm_graph_context & gctx, qaflora_graph_
         return res;
     }
     res = layer_weights(gctx, inp, layout, il, device_of(a));
-    if (inp.n_slot > 1) {
-        ggml_tensor *& slot = is_output ? inp.slot_output : inp.slot_token;
-        if (!slot) {
-            slot = new_index(gctx, n_row, is_output ? "qaflora_slot_output" : "qaflora_slot_token");
-        }
+    if (ggml_tensor * slot = slots_of(gctx, inp, n_row)) {
         res = ggml_get_rows(gctx.ctx0, res, slot);
     }
     return res;
+}
+
+// an operation of the CPU: dst has the shape of like, or is like where nothing else computes
+static ggml_tensor * cpu_op(const llm_graph_context & gctx, ggml_custom_op_t op, ggml_tensor * like, std::initializer_list<ggml_tensor *> more,
+                            const void * userdata, bool is_inplace) {
+    std::vector<ggml_tensor *> src;
+    for (ggml_tensor * t : more) {
+        if (t) {
+            src.push_back(t);
+        }
+    }
+    // between devices the source may be a copy
+    if (is_inplace && ggml_backend_sched_get_n_backends(gctx.sched) == 1) {
+        return ggml_custom_inplace(gctx.ctx0, like, src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
+    }
+    src.insert(src.begin(), like);
+    return ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, like->ne[0], like->ne[1], like->ne[2], like->ne[3],
+                          src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
+}
+
+static ggml_tensor * cpu_weights(const llm_graph_context & gctx, qaflora_graph_input & inp) {
+    if (!inp.cpu_weights) {
+        inp.cpu_weights = ggml_new_tensor_3d(gctx.ctx0, GGML_TYPE_F32, inp.qf.pack->n_adapter, inp.n_slot, inp.qf.n_layer);
+        ggml_set_name(inp.cpu_weights, "qaflora_weights");
+        ggml_set_input(inp.cpu_weights);
+    }
+    return inp.cpu_weights;
 }
 
 //
@@ -234,6 +294,25 @@ static ggml_tensor * other_sequences(ggml_context * ctx, ggml_tensor * x) {
     return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], x->ne[2] - 1, x->nb[1], x->nb[2], x->nb[2]);
 }
 
+static bool has_kernels(const qaflora_context & qf, const ggml_tensor * w) {
+    return qf.pack->kernels && qaflora_is_on_cpu(w);
+}
+
+// x_0 of the base, x_j - x_0 of the others
+static ggml_tensor * subtract_base(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w, ggml_tensor * cur, ggml_tensor * x) {
+    if (inp.difference.cur != cur) {
+        ggml_tensor * d;
+        if (has_kernels(inp.qf, w)) {
+            d = cpu_op(gctx, qaflora_op_subtract_base, x, {}, inp.qf.pack->kernels, false);
+        } else {
+            ggml_tensor * x0 = first_sequence(gctx.ctx0, x);
+            d = ggml_concat(gctx.ctx0, x0, ggml_sub(gctx.ctx0, other_sequences(gctx.ctx0, x), x0), 2);
+        }
+        inp.difference = { cur, d };
+    }
+    return inp.difference.t;
+}
+
 ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
     if (!gctx.qaflora->is_differential()) {
         return res;
@@ -245,9 +324,11 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
         return res;
     }
     // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
-    ggml_tensor * x0 = first_sequence(ctx, x);
-    ggml_tensor * d  = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
-    ggml_tensor * y  = ggml_mul_mat(ctx, w, ggml_reshape_2d(ctx, d, x->ne[0], x->ne[1]*x->ne[2]));
+    ggml_tensor * d = subtract_base(gctx, inp, w, cur, x);
+    ggml_tensor * y = ggml_mul_mat(ctx, w, ggml_reshape_4d(ctx, d, cur->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]));
+    if (has_kernels(inp.qf, w)) {
+        return y; // qaflora_mm_delta() adds y_0
+    }
     if (gctx.prec_policy) {
         gctx.prec_policy->apply(y);
     }
@@ -255,6 +336,34 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
     ggml_tensor * y0 = first_sequence(ctx, y);
     y = ggml_concat(ctx, y0, ggml_add(ctx, other_sequences(ctx, y), y0), 2);
     return ggml_reshape_4d(ctx, y, res->ne[0], res->ne[1], res->ne[2], res->ne[3]);
+}
+
+// weight * scale * A cur of all modules of the group: [n_rank, n_row]
+static ggml_tensor * cpu_product(const llm_graph_context & gctx, qaflora_graph_input & inp, int32_t group, ggml_tensor * cur) {
+    auto & product = inp.group_product[group];
+    if (product.cur != cur) {
+        const auto & g = inp.qf.pack->groups[group].cpu;
+        const int64_t n_row = ggml_nrows(cur);
+        std::vector<ggml_tensor *> src = { ggml_is_contiguous(cur) ? cur : ggml_cont(gctx.ctx0, cur), cpu_weights(gctx, inp) };
+        if (ggml_tensor * slot = slots_of(gctx, inp, n_row)) {
+            src.push_back(slot);
+        }
+        product = { cur, ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, g.n_rank, n_row, 1, 1, src.data(), (int) src.size(),
+                                        qaflora_op_product, GGML_N_TASKS_MAX, const_cast<qaflora_cpu_group *>(&g)) };
+    }
+    return product.t;
+}
+
+static ggml_tensor * cpu_delta(const llm_graph_context & gctx, qaflora_graph_input & inp, const qaflora_module * m, ggml_tensor * cur, ggml_tensor * res) {
+    const ggml_tensor * x = inp.qf.is_differential() ? as_sequences(gctx, inp, cur) : nullptr;
+    ggml_tensor * y = x ? ggml_reshape_3d(gctx.ctx0, res, res->ne[0], x->ne[1], x->ne[2]) : res;
+    if (m) {
+        y = cpu_op(gctx, x ? qaflora_op_delta_differential : qaflora_op_delta, y,
+                   { cpu_product(gctx, inp, m->group, cur), cpu_weights(gctx, inp), slots_of(gctx, inp, ggml_nrows(cur)) }, &m->cpu, true);
+    } else if (x) {
+        y = cpu_op(gctx, qaflora_op_base_differential, y, {}, inp.qf.pack->kernels, true);
+    }
+    return x ? ggml_reshape_4d(gctx.ctx0, y, res->ne[0], res->ne[1], res->ne[2], res->ne[3]) : y;
 }
 
 // A cur, weighted: [rank, n_row]
@@ -287,7 +396,7 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
     }
     const auto it = qf.pack->by_weight.find(w);
     if (it == qf.pack->by_weight.end()) {
-        return res;
+        return has_kernels(qf, w) ? cpu_delta(gctx, inp, nullptr, cur, res) : res;
     }
     const qaflora_module & m = qf.pack->modules[it->second];
     const int64_t n_row = ggml_nrows(cur);
@@ -297,7 +406,11 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
         return res;
     }
     gctx.qaflora->module_used[it->second] = true;
-    ggml_tensor * t = inp.n_slot == 1 && n_row == 1 ? shared_rank(gctx, inp, m, cur) : weighted_rank(gctx, inp, m.a, m.layout, m.il, cur);
+    if (!m.cpu.segments.empty()) {
+        return cpu_delta(gctx, inp, &m, cur, res);
+    }
+    const bool is_shared = inp.n_slot == 1 && n_row == 1;
+    ggml_tensor * t = is_shared ? shared_rank(gctx, inp, m, cur) : weighted_rank(gctx, inp, m.a, m.layout, m.il, cur);
     ggml_tensor * delta = ggml_mul_mat(gctx.ctx0, m.b, t);
     return ggml_add(gctx.ctx0, res, ggml_reshape_4d(gctx.ctx0, delta, res->ne[0], res->ne[1], res->ne[2], res->ne[3]));
 }

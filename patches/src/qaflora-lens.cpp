@@ -143,97 +143,6 @@ static int32_t rows_at_once(int64_t n_vocab) {
 // divergence
 //
 
-// float64 throughout: under lens raw, probabilities go down to 1e-200 and still decide a layer
-
-static const int N_LANE = 8; // independent sums, so that the compiler can use vectors
-
-// exp(x) to a few units in the last place; below 1e-307 it is 1e-307
-static inline double exp_double(double x) {
-    const double magic = 6755399441055744.0; // 1.5*2^52: adding it rounds, and leaves n in the low bits
-    x = x < -708.0 ? -708.0 : x > 708.0 ? 708.0 : x;
-    const double t = x*1.4426950408889634 + magic;
-    const double n = t - magic;
-    const double r = (x - n*6.93147180369123816490e-01) - n*1.90821492927058770002e-10; // |r| <= ln2/2
-    double p = 1.0/479001600.0;
-    p = p*r + 1.0/39916800.0;
-    p = p*r + 1.0/3628800.0;
-    p = p*r + 1.0/362880.0;
-    p = p*r + 1.0/40320.0;
-    p = p*r + 1.0/5040.0;
-    p = p*r + 1.0/720.0;
-    p = p*r + 1.0/120.0;
-    p = p*r + 1.0/24.0;
-    p = p*r + 1.0/6.0;
-    p = p*r + 0.5;
-    p = p*r + 1.0;
-    p = p*r + 1.0;
-    uint64_t bits, shift;
-    memcpy(&bits,  &p, sizeof(bits));
-    memcpy(&shift, &t, sizeof(shift));
-    bits += shift << 52; // p*2^n
-    double res;
-    memcpy(&res, &bits, sizeof(res));
-    return res;
-}
-
-// exp(x) - 1 - x, by its series for |x| < 1/2: no cancellation either way
-static inline double expm1_minus(double x) {
-    double q = 1.0/6227020800.0;
-    q = q*x + 1.0/479001600.0;
-    q = q*x + 1.0/39916800.0;
-    q = q*x + 1.0/3628800.0;
-    q = q*x + 1.0/362880.0;
-    q = q*x + 1.0/40320.0;
-    q = q*x + 1.0/5040.0;
-    q = q*x + 1.0/720.0;
-    q = q*x + 1.0/120.0;
-    q = q*x + 1.0/24.0;
-    q = q*x + 1.0/6.0;
-    q = q*x + 0.5;
-    const double small = q*x*x;
-    const double large = exp_double(x) - 1.0 - x;
-    return std::fabs(x) < 0.5 ? small : large;
-}
-
-// sum over v of f(v)
-template <typename F> static double lane_sum(int64_t n, F f) {
-    double lane[N_LANE] = {};
-    int64_t v = 0;
-    for (; v + N_LANE <= n; v += N_LANE) {
-        for (int j = 0; j < N_LANE; ++j) {
-            lane[j] += f(v + j);
-        }
-    }
-    double sum = 0.0;
-    for (; v < n; ++v) {
-        sum += f(v);
-    }
-    for (int j = 0; j < N_LANE; ++j) {
-        sum += lane[j];
-    }
-    return sum;
-}
-
-// p [n]: softmax of z [n]; returns the likeliest v
-static int64_t softmax(const float * z, double * p, int64_t n) {
-    const int64_t v_max = std::max_element(z, z + n) - z;
-    const double z_max = z[v_max];
-    const double sum = lane_sum(n, [&](int64_t v) { return p[v] = exp_double(z[v] - z_max); });
-    for (int64_t v = 0; v < n; ++v) {
-        p[v] /= sum;
-    }
-    return v_max;
-}
-
-// KL(p || q) for q = softmax(log p + d): log1p(sum_v p_v (expm1(u_v) - u_v)), u = d - sum_v p_v d_v.
-// Every term is >= 0, so that nothing cancels. A constant added to d changes nothing: with d = 0 where p is largest,
-// u keeps its digits even where p is almost all on one token.
-static double divergence(const double * p, const float * d, int64_t n, int64_t v_max) {
-    const double d_max = d[v_max];
-    const double mean  = lane_sum(n, [&](int64_t v) { return p[v]*(d[v] - d_max); });
-    return std::log1p(lane_sum(n, [&](int64_t v) { return p[v]*expm1_minus((d[v] - d_max) - mean); }));
-}
-
 static void run_parallel(int n_threads, int32_t n_task, const std::function<void(int32_t)> & task) {
     n_threads = std::max(1, std::min<int>(n_threads, n_task));
     const auto work = [&](int ith) {
@@ -292,6 +201,7 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         const int32_t n_row   = 1 + n_adapter;
         const int32_t n_chunk = std::max(1, rows_at_once(n_vocab)/n_row); // layers
         const size_t  stride  = (size_t) qf.n_layer*qf.n_embd;
+        const qaflora_kernels & kernels = qaflora_best_kernels();
 
         std::vector<float> rows((size_t) n_chunk*n_row*qf.n_embd);
         std::vector<double> probs((size_t) std::min<int32_t>(n_chunk, qf.n_layer)*n_vocab);
@@ -307,9 +217,9 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
             run_parallel(ctx->n_threads_batch(), n, [&](int32_t i) {
                 const float * z = logits + (size_t) i*n_row*n_vocab;
                 double * p = probs.data() + (size_t) i*n_vocab;
-                const int64_t v_max = softmax(z, p, n_vocab);
+                const int64_t v_max = kernels.softmax(z, p, n_vocab);
                 for (int32_t ia = 0; ia < n_adapter; ++ia) {
-                    div[(size_t) ia*qf.n_layer + il0 + i] = divergence(p, z + (size_t) (1 + ia)*n_vocab, n_vocab, v_max);
+                    div[(size_t) ia*qf.n_layer + il0 + i] = kernels.divergence(p, z + (size_t) (1 + ia)*n_vocab, n_vocab, v_max);
                 }
             });
         }

@@ -13,6 +13,10 @@
 #include <set>
 #include <stdexcept>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 //
 // errors
 //
@@ -215,6 +219,24 @@ static ggml_backend_buffer_type_t adapter_buft(const ggml_tensor * w) {
     return buft;
 }
 
+bool qaflora_is_on_cpu(const ggml_tensor * w) {
+    return adapter_buft(w) == ggml_backend_cpu_buffer_type();
+}
+
+// how the CPU's kernels store numbers of a type: the others become F32
+static qaflora_cpu_type cpu_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F16:  return QAFLORA_CPU_F16;
+        case GGML_TYPE_BF16: return QAFLORA_CPU_BF16;
+        case GGML_TYPE_Q8_0: return QAFLORA_CPU_Q8_0;
+        default:             return QAFLORA_CPU_F32;
+    }
+}
+
+static ggml_type stored_type(ggml_type type) {
+    return cpu_type(type) == QAFLORA_CPU_F32 ? GGML_TYPE_F32 : type;
+}
+
 // modules that read the same activations: q, k and v; gate and up. 0: reads its own
 static int input_kind(const std::string & name) {
     for (const char * part : { ".attn_q.", ".attn_k.", ".attn_v." }) {
@@ -236,6 +258,24 @@ static int64_t padded_rank(int64_t rank, ggml_type type) {
     return ggml_blck_size(type) > 1 ? rank : GGML_PAD(rank, RANK_STEP);
 }
 
+// Adapters are read from front to back for every token: with large pages there are fewer addresses to translate.
+static void use_huge_pages(ggml_backend_buffer_t buf) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (!ggml_backend_buffer_is_host(buf)) {
+        return;
+    }
+    const uintptr_t page  = 2u << 20;
+    const uintptr_t base  = (uintptr_t) ggml_backend_buffer_get_base(buf);
+    const uintptr_t begin = GGML_PAD(base, page);
+    const uintptr_t end   = (base + ggml_backend_buffer_get_size(buf))/page*page;
+    if (begin < end) {
+        madvise((void *) begin, end - begin, MADV_HUGEPAGE); // advice: nothing is lost where it is not taken
+    }
+#else
+    GGML_UNUSED(buf);
+#endif
+}
+
 //
 // stacking
 //
@@ -246,6 +286,10 @@ struct pack_builder {
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_of;
     size_t n_tensor_max = 0;
+
+    // tensors of the CPU's segments until they have addresses
+    struct cpu_pair { int32_t module; size_t segment; ggml_tensor * a; ggml_tensor * b; };
+    std::vector<cpu_pair> cpu_pairs;
 
     ggml_context * ctx_for(ggml_backend_buffer_type_t buft) {
         auto it = ctx_of.find(buft);
@@ -314,7 +358,79 @@ struct pack_builder {
         return m;
     }
 
+    // every adapter keeps its own A and panels of B: of those that weigh 0 nothing is read
+    void add_cpu_group(const std::vector<std::string> & names) {
+        qaflora_group g;
+        g.cpu.kernels = pack.kernels;
+        std::vector<qaflora_module> modules;
+        for (const auto & name : names) {
+            qaflora_module m;
+            m.name  = name;
+            m.w     = base_tensor(*pack.model, name);
+            m.il    = layer_of(name, pack.n_layer);
+            m.group = (int32_t) pack.groups.size();
+            m.cpu.kernels = pack.kernels;
+            m.cpu.il      = m.il;
+            m.cpu.n_out   = m.w->ne[1];
+            for (size_t ia = 0; ia < files.size(); ++ia) {
+                auto it = files[ia].pairs.find(name);
+                if (it == files[ia].pairs.end()) {
+                    continue;
+                }
+                const adapter_pair & p = it->second;
+                qaflora_cpu_segment s;
+                s.ia     = (int32_t) ia;
+                s.rank   = p.b->ne[0];
+                s.scale  = files[ia].alpha/s.rank;
+                s.offset = g.cpu.n_rank;
+                s.type_a = cpu_type(p.a->type);
+                s.type_b = cpu_type(p.b->type);
+                g.cpu.n_rank += s.rank;
+
+                ggml_context * ctx = ctx_for(adapter_buft(m.w));
+                ggml_tensor * a = ggml_new_tensor_2d(ctx, stored_type(p.a->type), m.w->ne[0], s.rank);
+                ggml_tensor * b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank));
+                cpu_pairs.push_back({ (int32_t) pack.modules.size(), m.cpu.segments.size(), a, b });
+                m.cpu.segments.push_back(s);
+            }
+            g.il       = m.il;
+            g.cpu.n_in = m.w->ne[0];
+            pack.by_weight[m.w] = (int32_t) pack.modules.size();
+            pack.modules.push_back(m);
+        }
+        g.cpu.il = g.il;
+        for (size_t i = 0; i < names.size(); ++i) {
+            pack.modules[pack.modules.size() - 1 - i].cpu.n_rank = g.cpu.n_rank;
+        }
+        pack.groups.push_back(g);
+    }
+
+    void fill_cpu() {
+        for (const auto & pair : cpu_pairs) {
+            auto & m = pack.modules[pair.module];
+            auto & s = m.cpu.segments[pair.segment];
+            const auto & f = files[s.ia];
+            const auto & p = f.pairs.at(m.name);
+            const auto a = as_type(f.read(p.a), p.a, pair.a->type);
+            const auto b = as_type(f.read(p.b), p.b, stored_type(p.b->type));
+            memcpy(pair.a->data, a.data(), a.size());
+            qaflora_make_panels(s.type_b, m.cpu.n_out, s.rank, b.data(), (uint8_t *) pair.b->data);
+            s.a = (const uint8_t *) pair.a->data;
+            s.b = (const uint8_t *) pair.b->data;
+        }
+        for (const auto & m : pack.modules) {
+            if (m.group >= 0) {
+                auto & segments = pack.groups[m.group].cpu.segments;
+                segments.insert(segments.end(), m.cpu.segments.begin(), m.cpu.segments.end());
+            }
+        }
+    }
+
     void add_group(const std::vector<std::string> & names) {
+        if (pack.kernels && qaflora_is_on_cpu(base_tensor(*pack.model, names[0]))) {
+            add_cpu_group(names);
+            return;
+        }
         qaflora_group g;
         int64_t rank = 0;
         std::vector<qaflora_module>  modules;
@@ -367,6 +483,7 @@ struct pack_builder {
             if (!buf) {
                 fail(qaflora_format("no memory for the adapters on %s; use fewer or smaller adapters", ggml_backend_buft_name(buft)));
             }
+            use_huge_pages(buf.get());
             ggml_backend_buffer_clear(buf.get(), 0);
             ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             pack.bufs.push_back(std::move(buf));
@@ -417,6 +534,9 @@ struct pack_builder {
 
     void fill() {
         for (const auto & m : pack.modules) {
+            if (!m.cpu.segments.empty()) {
+                continue;
+            }
             if (m.group < 0) {
                 fill_columns(m, m.a, true);
             } else {
@@ -424,6 +544,7 @@ struct pack_builder {
             }
             fill_columns(m, m.b, false);
         }
+        fill_cpu();
     }
 
     void build() {
@@ -440,6 +561,9 @@ struct pack_builder {
             }
         }
         n_tensor_max = 4*names.size() + 4;
+        for (const auto & f : files) {
+            n_tensor_max += 2*f.pairs.size();
+        }
 
         using shared_input = std::tuple<int32_t, int, int64_t, ggml_backend_buffer_type_t>;
         std::map<shared_input, std::vector<std::string>> shared;
@@ -471,12 +595,15 @@ qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths
         pack->model     = model;
         pack->n_adapter = n_adapter;
         pack->n_layer   = model->hparams.n_layer();
+        if (qaflora_has_kernels()) {
+            pack->kernels = &qaflora_best_kernels();
+        }
 
         std::vector<adapter_file> files;
         for (int32_t ia = 0; ia < n_adapter; ++ia) {
             files.push_back(open_adapter(*model, paths[ia]));
         }
-        pack_builder { *pack, files, {}, 0 }.build();
+        pack_builder { *pack, files, {}, 0, {} }.build();
         return pack.release();
     } catch (const std::exception & err) {
         qaflora_set_error(err.what());

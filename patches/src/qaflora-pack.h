@@ -4,6 +4,7 @@
 #pragma once
 
 #include "qaflora.h"
+#include "qaflora-cpu.h"
 
 #include "ggml-cpp.h"
 
@@ -29,13 +30,32 @@ struct qaflora_layout {
     int64_t rank = 0; // sum over segments, and rows of zeros up to what the modules' B expect
 };
 
+// what the CPU's operations need of a module and of a group; without segments the module is not on the CPU
+struct qaflora_cpu_module {
+    const qaflora_kernels * kernels = nullptr;
+    int32_t il     = 0;
+    int64_t n_out  = 0;
+    int64_t n_rank = 0; // of the group
+    std::vector<qaflora_cpu_segment> segments;
+};
+
+struct qaflora_cpu_group {
+    const qaflora_kernels * kernels = nullptr;
+    int32_t il     = 0;
+    int64_t n_in   = 0;
+    int64_t n_rank = 0;
+    std::vector<qaflora_cpu_segment> segments; // those of its modules
+};
+
 // one adapted matrix of the base
 struct qaflora_module {
     std::string   name;
     ggml_tensor * w = nullptr;
     int32_t       il = 0;      // the layer whose weights it follows
-    int32_t       layout = -1;
     int32_t       group  = -1;
+    qaflora_cpu_module cpu;    // on the CPU the following is empty
+
+    int32_t       layout = -1;
     int64_t       offset = 0;  // of its rows in the group's A
     ggml_tensor * a = nullptr; // [n_in, rank], rows of the group's A; of the embedding [rank, n_vocab]
     ggml_tensor * b = nullptr; // [rank, n_out]; the columns beyond the segments are zeros
@@ -44,6 +64,8 @@ struct qaflora_module {
 // modules that read the same input, so that one product serves all their A
 struct qaflora_group {
     int32_t       il = 0;
+    qaflora_cpu_group cpu;     // on the CPU the following is empty
+
     int32_t       layout = -1;
     ggml_tensor * a = nullptr; // [n_in, rank]: the segments of all modules, then rows of zeros
 };
@@ -52,6 +74,7 @@ struct qaflora_pack {
     llama_model * model = nullptr;
     int32_t n_adapter = 0;
     int32_t n_layer   = 0;
+    const qaflora_kernels * kernels = nullptr; // null: ggml's operations on the CPU as well
 
     std::vector<qaflora_layout> layouts;
     std::vector<qaflora_group>  groups;
@@ -62,6 +85,9 @@ struct qaflora_pack {
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 };
+
+// whether w is computed on the CPU
+bool qaflora_is_on_cpu(const ggml_tensor * w);
 
 // sets qaflora_last_error()
 void qaflora_set_error(const std::string & message);

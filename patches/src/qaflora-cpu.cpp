@@ -1,0 +1,171 @@
+// Adapters on the CPU: choosing kernels, storing B, and ggml's view of it all.
+// shapes: numpy order, last axis contiguous
+
+#include "qaflora-pack.h"
+
+#include "ggml.h"
+
+#define QAFLORA_ISA qaflora_portable
+#if defined(__ARM_NEON) && defined(__aarch64__)
+#define QAFLORA_ISA_NAME "neon"
+#else
+#define QAFLORA_ISA_NAME "portable"
+#endif
+#include "qaflora-cpu-isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#endif
+
+//
+// choosing
+//
+
+static bool cpu_has_avx2() {
+#if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+    return IsProcessorFeaturePresent(40 /* PF_AVX2_INSTRUCTIONS_AVAILABLE */);
+#elif defined(__x86_64__) || defined(__i386__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+static bool cpu_has_avx512() {
+#if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+    return IsProcessorFeaturePresent(41 /* PF_AVX512F_INSTRUCTIONS_AVAILABLE */);
+#elif defined(__x86_64__) || defined(__i386__)
+    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
+#endif
+}
+
+static std::string asked_for() {
+    const char * name = getenv("QAFLORA_CPU_KERNELS");
+    return name ? name : "";
+}
+
+static const qaflora_kernels & choose(const std::string & name) {
+    const qaflora_kernels * found[] = {
+        cpu_has_avx512() ? qaflora_kernels_avx512() : nullptr,
+        cpu_has_avx2()   ? qaflora_kernels_avx2()   : nullptr,
+        &qaflora_portable::kernels,
+    };
+    std::string names = "ggml";
+    for (const auto * kernels : found) {
+        if (kernels && (name.empty() || name == "ggml" || name == kernels->name)) {
+            return *kernels;
+        }
+        names += kernels ? std::string(", ") + kernels->name : "";
+    }
+    throw std::runtime_error(qaflora_format("QAFLORA_CPU_KERNELS is '%s', expected one of %s; unset it for the fastest", name.c_str(), names.c_str()));
+}
+
+const qaflora_kernels & qaflora_best_kernels() {
+    return choose(asked_for());
+}
+
+bool qaflora_has_kernels() {
+    return asked_for() != "ggml";
+}
+
+//
+// panels
+//
+
+size_t qaflora_panel_size(qaflora_cpu_type type, int64_t n_out, int64_t rank) {
+    const int64_t n_panel = (n_out + QAFLORA_PANEL - 1)/QAFLORA_PANEL;
+    return n_panel*qaflora_portable::panel_size(type, rank);
+}
+
+template <typename V>
+static void transpose(int64_t n_out, int64_t rank, const V * rows, V * panels) {
+    for (int64_t o = 0; o < n_out; ++o) {
+        V * panel = panels + o/QAFLORA_PANEL*rank*QAFLORA_PANEL + o % QAFLORA_PANEL;
+        for (int64_t r = 0; r < rank; ++r) {
+            panel[r*QAFLORA_PANEL] = rows[o*rank + r];
+        }
+    }
+}
+
+static void transpose_q8_0(int64_t n_out, int64_t rank, const uint8_t * rows, uint8_t * panels) {
+    using q8 = qaflora_portable::q8_0_numbers;
+    const int64_t n_block = rank/q8::BLOCK;
+    for (int64_t o = 0; o < n_out; ++o) {
+        for (int64_t ib = 0; ib < n_block; ++ib) {
+            const uint8_t * src = rows + (o*n_block + ib)*q8::BLOCK_SIZE;
+            uint8_t * dst = panels + (o/QAFLORA_PANEL*n_block + ib)*q8::PANEL_SIZE;
+            memcpy(dst + 2*(o % QAFLORA_PANEL), src, 2);
+            for (int r = 0; r < q8::BLOCK; ++r) {
+                dst[2*QAFLORA_PANEL + r*QAFLORA_PANEL + o % QAFLORA_PANEL] = src[2 + r];
+            }
+        }
+    }
+}
+
+void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, const uint8_t * rows, uint8_t * panels) {
+    memset(panels, 0, qaflora_panel_size(type, n_out, rank));
+    switch (type) {
+        case QAFLORA_CPU_F32:  transpose(n_out, rank, (const uint32_t *) rows, (uint32_t *) panels); break;
+        case QAFLORA_CPU_F16:
+        case QAFLORA_CPU_BF16: transpose(n_out, rank, (const uint16_t *) rows, (uint16_t *) panels); break;
+        case QAFLORA_CPU_Q8_0: transpose_q8_0(n_out, rank, rows, panels); break;
+    }
+}
+
+//
+// operations
+//
+
+// weights [n_layer, n_slot, n_adapter] and slots of the rows
+static qaflora_cpu_rows rows_of(int64_t n_row, const ggml_tensor * weights, const ggml_tensor * slot, int32_t il) {
+    qaflora_cpu_rows rows;
+    rows.n_row     = n_row;
+    rows.slot      = slot ? (const int32_t *) slot->data : nullptr;
+    rows.n_adapter = weights->ne[0];
+    rows.weights   = (const float *) ((const char *) weights->data + il*weights->nb[2]);
+    return rows;
+}
+
+void qaflora_op_product(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & g = *(const qaflora_cpu_group *) userdata;
+    const qaflora_rank_product p = { g.segments.data(), (int64_t) g.segments.size(), g.n_in, g.n_rank };
+    g.kernels->rank_product(p, rows_of(ggml_nrows(dst), dst->src[1], dst->src[2], g.il),
+                            (const float *) dst->src[0]->data, (float *) dst->data, ith, nth);
+}
+
+static void op_delta(ggml_tensor * dst, int64_t n_base, int ith, int nth, void * userdata) {
+    const auto & m = *(const qaflora_cpu_module *) userdata;
+    const qaflora_delta d = { m.segments.data(), (int64_t) m.segments.size(), m.n_out, m.n_rank };
+    m.kernels->add_delta(d, rows_of(ggml_nrows(dst), dst->src[2], dst->src[3], m.il), (const float *) dst->src[1]->data,
+                         (const float *) dst->src[0]->data, (float *) dst->data, n_base, ith, nth);
+}
+
+void qaflora_op_delta(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    op_delta(dst, 0, ith, nth, userdata);
+}
+
+void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    op_delta(dst, dst->ne[1], ith, nth, userdata);
+}
+
+void qaflora_op_base_differential(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & kernels = *(const qaflora_kernels *) userdata;
+    qaflora_delta d;
+    d.n_out = dst->ne[0];
+    qaflora_cpu_rows rows;
+    rows.n_row = ggml_nrows(dst);
+    kernels.add_delta(d, rows, nullptr, (const float *) dst->src[0]->data, (float *) dst->data, dst->ne[1], ith, nth);
+}
+
+void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & kernels = *(const qaflora_kernels *) userdata;
+    kernels.subtract_base((const float *) dst->src[0]->data, (float *) dst->data, dst->ne[0], ggml_nrows(dst), dst->ne[1], ith, nth);
+}

@@ -1,0 +1,104 @@
+// Adapters on the CPU: the products and sums that ggml would need four operations for, in two.
+// shapes: numpy order, last axis contiguous
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct ggml_tensor;
+
+// B is stored in panels of so many outputs
+#define QAFLORA_PANEL 32
+
+// how the numbers of A or B are stored
+enum qaflora_cpu_type {
+    QAFLORA_CPU_F32,
+    QAFLORA_CPU_F16,
+    QAFLORA_CPU_BF16,
+    QAFLORA_CPU_Q8_0,
+};
+
+// one adapter's share of one matrix of the base
+struct qaflora_cpu_segment {
+    int32_t          ia     = 0;    // adapter
+    float            scale  = 0.0f; // alpha/rank
+    int64_t          rank   = 0;
+    int64_t          offset = 0;    // of its columns in t, see below
+    qaflora_cpu_type type_a = QAFLORA_CPU_F32;
+    qaflora_cpu_type type_b = QAFLORA_CPU_F32;
+    const uint8_t *  a = nullptr;   // [rank, n_in] in ggml's rows
+    const uint8_t *  b = nullptr;   // [n_panel, rank, QAFLORA_PANEL]; Q8_0: see qaflora_panel_size()
+};
+
+// Which rows weigh adapters how. A weight of 0 costs nothing: neither products nor memory are touched.
+struct qaflora_cpu_rows {
+    int64_t         n_row     = 0;
+    const int32_t * slot      = nullptr; // [n_row], or null: all rows are of slot 0
+    int64_t         n_adapter = 0;
+    const float *   weights   = nullptr; // [n_slot, n_adapter]
+};
+
+// t [n_row, n_rank]: weight * scale * A x of every segment, each at its offset; columns of weight 0 are left as they are
+struct qaflora_rank_product {
+    const qaflora_cpu_segment * segments = nullptr;
+    int64_t n_segment = 0;
+    int64_t n_in      = 0;
+    int64_t n_rank    = 0;
+};
+
+// y [n_row, n_out] = src + sum over segments of B t
+struct qaflora_delta {
+    const qaflora_cpu_segment * segments = nullptr;
+    int64_t n_segment = 0;
+    int64_t n_out     = 0;
+    int64_t n_rank    = 0; // columns of t
+};
+
+// The functions below, for one instruction set. Thread ith of nth does its share.
+struct qaflora_kernels {
+    const char * name;
+
+    void (*rank_product)(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const float * x, float * t, int ith, int nth);
+
+    // n_base > 0: the first n_base rows are the base's, and row i adds row i % n_base of src to its own.
+    // y may be src.
+    void (*add_delta)(const qaflora_delta & d, const qaflora_cpu_rows & rows, const float * t, const float * src, float * y,
+                      int64_t n_base, int ith, int nth);
+
+    // d [n_row, n] = x for the first n_base rows, x - (row i % n_base of x) for the others
+    void (*subtract_base)(const float * x, float * d, int64_t n, int64_t n_row, int64_t n_base, int ith, int nth);
+
+    // p [n]: softmax of z [n]; returns the likeliest index
+    int64_t (*softmax)(const float * z, double * p, int64_t n);
+
+    // KL(p || q) in nats for q = softmax(log p + d); i_max is the likeliest index of p
+    double (*divergence)(const double * p, const float * d, int64_t n, int64_t i_max);
+};
+
+// null where they were not compiled
+const qaflora_kernels * qaflora_kernels_avx2();
+const qaflora_kernels * qaflora_kernels_avx512();
+
+// The fastest of this processor, or the one that the environment variable QAFLORA_CPU_KERNELS names
+// (avx512, avx2, portable); throws std::runtime_error if this processor or build lacks it.
+const qaflora_kernels & qaflora_best_kernels();
+
+// false under QAFLORA_CPU_KERNELS=ggml: ggml's own operations are used, as on a GPU
+bool qaflora_has_kernels();
+
+// bytes of B [n_out, rank] in panels. Of Q8_0 a panel has for each 32 ranks F16 scales [QAFLORA_PANEL], then int8 [32, QAFLORA_PANEL].
+size_t qaflora_panel_size(qaflora_cpu_type type, int64_t n_out, int64_t rank);
+
+// rows: [n_out, rank] in ggml's rows
+void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, const uint8_t * rows, uint8_t * panels);
+
+// ggml_custom_op_t
+//   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_group
+//   delta:   src y, t [n_row, n_rank], weights, slot or none. userdata qaflora_cpu_module
+//   *_differential: y is [n_slot, n_row/n_slot, n_out]; base sum has no adapter, and y alone as source
+void qaflora_op_product           (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_delta             (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);
