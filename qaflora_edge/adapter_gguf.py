@@ -11,9 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    GgufFileError,
+    InputFileError,
+    UnsupportedAdapterError,
+)
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.gguf_parse import TensorInfo
+
+F32 = NDArray[np.float32]
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -77,6 +87,30 @@ def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
         )
     for base_name in info.ranks:
         _check_module(info, header, base_name)
+
+
+def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
+    """One module of an adapter: A [rank, n_in] and B [n_out, rank] as float32, and its scale.
+
+    base_name  the base's tensor, one of info.ranks
+
+    Raises InputFileError when the file cannot be read any more.
+    """
+    from gguf.quants import dequantize
+
+    matrices = []
+    for side in "ab":
+        tensor = info.tensors[f"{base_name}.lora_{side}"]
+        try:
+            data = np.fromfile(info.path, np.uint8, count=tensor.n_bytes, offset=tensor.offset)
+        except OSError as error:
+            raise InputFileError(
+                f"Cannot read {tensor.name} of {info.path}: {error.strerror}; expected the file "
+                "that was loaded. Put it back and try again."
+            ) from error
+        matrix = dequantize(data, tensor.ggml_type)
+        matrices.append(np.asarray(matrix, np.float32).reshape(tensor.shape))
+    return matrices[0], matrices[1], info.alpha / info.ranks[base_name]
 
 
 def _check_kind(header: GgufHeader) -> None:

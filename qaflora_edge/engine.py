@@ -44,6 +44,8 @@ class Engine:
     gpu_layers  layers offloaded where the library was built with a GPU backend
     kv_type   f16, f32 or q8_0
     strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
+    probe_tail  0, or how many tokens at a prompt's end the adapters are probed over, on top of
+              what the base read before: faster for long prompts, and no longer exact
     seed      of sampled answers, when a call gives none
 
     An Engine is used by one thread at a time; a second one gets BusyError. Every failure is a
@@ -64,6 +66,7 @@ class Engine:
         strategy: str | None = None,
         lens: str | None = None,
         pool: str | None = None,
+        probe_tail: int = 0,
         seed: int | None = None,
     ) -> None:
         self._thread_lock = threading.Lock()
@@ -73,7 +76,7 @@ class Engine:
         self._finalizer = weakref.finalize(self, _free, self._resources)
         self._finalizer.atexit = False
         self._turn = 0
-        _check_options(n_ctx, threads, kv_type)
+        _check_options(n_ctx, threads, kv_type, probe_tail)
 
         typical: Typical = {}
         defaults: Mapping[str, str] = {}
@@ -110,7 +113,9 @@ class Engine:
             self._main: Context = self._keep(
                 Context(self._model, self._pack, n_ctx=n_ctx, **options)
             )
-            self._probe: Prober = self._keep(Prober(self._model, self._pack, options))
+            self._probe: Prober = self._keep(
+                Prober(self._model, self._pack, options, tail=probe_tail)
+            )
         except BaseException:
             _free(self._resources)
             raise
@@ -294,8 +299,12 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         parse_special: bool = False,
+        keep_history: bool = False,
     ) -> Generation:
         """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
+
+        keep_history  what the prompt shares with the last prompt and answer is not read again,
+                      but stays as it was read under the weights of its own turn
 
         The prompt is weighed and read before this returns; tokens follow as they are asked for.
         A later call on this Engine ends the iterator with BusyError.
@@ -308,7 +317,8 @@ class Engine:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
         with self._in_use():
-            return self._begin(self._tokens(prompt, parse_special), weights, sampling)
+            tokens = self._tokens(prompt, parse_special)
+            return self._begin(tokens, weights, sampling, keep_history)
 
     def chat(
         self,
@@ -321,8 +331,12 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        keep_history: bool = False,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
-        """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True."""
+        """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
+
+        keep_history  see generate
+        """
         generation = self.generate(
             self.chat_tokens(messages),
             weights=weights,
@@ -331,21 +345,30 @@ class Engine:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            keep_history=keep_history,
         )
         if stream:
             return completion_chunks(self.name, generation)
         return completion_dict(self.name, generation)
 
-    def _prefill(self, tokens: list[int], fusion: FusionWeights) -> None:
+    def _prefill(
+        self, tokens: list[int], fusion: FusionWeights, keep_history: bool = False
+    ) -> None:
         self._turn += 1
-        self._main.clear()
+        n_kept = 0
+        if keep_history:
+            n_kept = self._main.keep_common(tokens)
+        else:
+            self._main.clear()
         self._main.set_weights(fusion.weights)
-        self._main.decode(tokens)
+        self._main.decode(tokens[n_kept:], start=n_kept)
 
-    def _begin(self, tokens: list[int], weights: Weights, sampling: Sampling) -> Generation:
+    def _begin(
+        self, tokens: list[int], weights: Weights, sampling: Sampling, keep_history: bool
+    ) -> Generation:
         fusion = self._weigher.weigh(weights, tokens, self._probe)
         start = time.perf_counter()
-        self._prefill(tokens, fusion)
+        self._prefill(tokens, fusion, keep_history)
         timings = Timings(fusion.probe_ms, 1e3 * (time.perf_counter() - start))
         generation = Generation(fusion, len(tokens), timings)
         turn = self._turn
@@ -383,11 +406,12 @@ class _Guarded(Iterator[str]):
         return piece
 
 
-def _check_options(n_ctx: int, threads: int | None, kv_type: str) -> None:
+def _check_options(n_ctx: int, threads: int | None, kv_type: str, probe_tail: int) -> None:
     checks = (
         ("n_ctx", n_ctx, 1 <= n_ctx <= MAX_CTX, f"a number of tokens from 1 to {MAX_CTX}"),
         ("threads", threads, threads is None or 1 <= threads <= MAX_THREADS, _THREADS_RANGE),
         ("kv_type", kv_type, kv_type in KV_TYPES, f"one of {', '.join(KV_TYPES)}"),
+        ("probe_tail", probe_tail, probe_tail >= 0, "0 (off) or a number of tokens"),
     )
     for name, value, is_good, expected in checks:
         if not is_good:

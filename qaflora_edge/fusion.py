@@ -20,8 +20,11 @@ F64 = NDArray[np.float64]
 
 LENSES = ("norm", "raw")
 POOLS = ("last", "mean")
-STRATEGIES = ("qa-flora", "calibrated", "cosine", "euclidean", "static", "single", "manual", "base")
-PROBED = ("qa-flora", "calibrated", "cosine", "euclidean")  # these run the query first
+STRATEGIES = (
+    *("qa-flora", "calibrated", "cosine", "euclidean", "norm"),
+    *("static", "single", "manual", "base"),
+)
+PROBED = STRATEGIES[:5]  # these run the query first
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
 # Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
@@ -71,14 +74,16 @@ def _rows(array: F32) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A parsed strategy: its kind, and what `single:` and `manual:` name.
+    """A parsed strategy: its kind, and what `single:`, `manual:` and `norm:` name.
 
     manual  adapter name -> weight; adapters that are not named weigh 0
+    top     of `norm:N`: how many adapters weigh more than 0; None for all
     """
 
     kind: str
     single: str | None = None
     manual: Mapping[str, float] = field(default_factory=dict)
+    top: int | None = None
 
     @property
     def is_probed(self) -> bool:
@@ -86,17 +91,19 @@ class Strategy:
 
 
 def parse_strategy(text: str, adapters: Sequence[str]) -> Strategy:
-    """Read qa-flora, calibrated, cosine, euclidean, static, base, single:NAME or manual:NAME=W,...
+    """Read a strategy's name and what follows its colon, as in single:NAME or manual:NAME=W,...
 
     Raises StrategyError for an unknown strategy or adapter, WeightsError for a weight that is
     no finite number.
     """
     kind, colon, argument = text.partition(":")
-    if kind not in STRATEGIES or bool(colon) != (kind in ("single", "manual")):
+    if kind not in STRATEGIES or (kind != "norm" and bool(colon) != (kind in ("single", "manual"))):
         raise StrategyError(
             f"Strategy {text!r} is not known; expected one of qa-flora, calibrated, cosine, "
-            "euclidean, static, base, single:NAME or manual:NAME=W,NAME=W."
+            "euclidean, norm, norm:N, static, base, single:NAME or manual:NAME=W,NAME=W."
         )
+    if kind == "norm" and colon:
+        return Strategy(kind, top=_parse_top(argument, text))
     if kind == "single":
         return Strategy(kind, single=_known(argument, adapters, text))
     if kind == "manual":
@@ -111,6 +118,15 @@ def _known(name: str, adapters: Sequence[str], where: str) -> str:
             f"expected one of: {', '.join(adapters) or 'none is loaded'}."
         )
     return name
+
+
+def _parse_top(argument: str, where: str) -> int:
+    if not argument.isascii() or not argument.isdigit() or int(argument) < 1:
+        raise StrategyError(
+            f"Strategy {where!r}: {argument!r} is no number of adapters, expected norm or norm:N "
+            "with N from 1."
+        )
+    return int(argument)
 
 
 def _parse_manual(argument: str, adapters: Sequence[str], where: str) -> dict[str, float]:
@@ -191,6 +207,18 @@ def normalise(divergence: ArrayLike) -> F32:
     with np.errstate(invalid="ignore"):
         share = div / np.where(total > 0.0, total, 1.0)
     return np.where(total > 0.0, share, 1.0 / n_adapter).astype(np.float32)
+
+
+def normalise_top(scores: ArrayLike, top: int | None) -> F32:
+    """Weigh each adapter by its share of the `top` largest scores, the others 0.
+
+    scores   [n_adapter]  >= 0
+    returns  [n_adapter]  >= 0, sums to 1; 1/n_adapter each where all scores are 0
+    """
+    kept = np.asarray(scores, dtype=np.float64).copy()
+    if top is not None:
+        kept[np.argsort(-kept, kind="stable")[top:]] = 0.0
+    return normalise(kept[:, None])[:, 0]
 
 
 def calibrate(divergence: ArrayLike, typical: ArrayLike) -> F64:

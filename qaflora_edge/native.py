@@ -16,10 +16,11 @@ from types import ModuleType, SimpleNamespace
 
 from qaflora_edge.errors import LibraryError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 CONTEXT_PROBE = 1
 CONTEXT_DIFFERENTIAL = 2
+CONTEXT_INPUTS = 4
 CAPTURE = {"last": 0, "mean": 1}
 LENS = {"raw": 0, "norm": 1}
 
@@ -29,7 +30,12 @@ _INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-de
 class Stats(ctypes.Structure):
     """struct qaflora_stats: counters of one context."""
 
-    _fields_ = [("n_graph_built", ctypes.c_int64), ("n_decoded", ctypes.c_int64)]
+    _fields_ = [
+        ("n_graph_built", ctypes.c_int64),
+        ("n_decoded", ctypes.c_int64),
+        ("lens_us", ctypes.c_int64),
+        ("divergence_us", ctypes.c_int64),
+    ]
 
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -54,6 +60,10 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     ),
     "qaflora_capture_begin": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
     "qaflora_get_states": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
+    ),
+    "qaflora_get_inputs": (
         ctypes.c_int32,
         [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
     ),

@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
+from qaflora_edge.query_projection import QueryProjections
 from qaflora_edge.runtime import Context, Model, Pack
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-_N_CTX_MIN = 256  # tokens; the context grows by doubling
+_N_CTX_MIN = 256  # tokens; a context grows by doubling
+
+
+@dataclass(frozen=True)
+class ProbeTimings:
+    """Where the last probe's time went, in milliseconds; 0 for what it did not need."""
+
+    forward_ms: float = 0.0
+    lens_ms: float = 0.0
+    divergence_ms: float = 0.0
 
 
 class Prober:
     """Sequences of one context: the base first, then each adapter alone at weight 1.
 
-    The context is made when first needed and replaced by a larger one for a longer query. The
-    states of the last query are kept, so that two measures of one query cost one pass.
+    tail  0, or how many tokens at the query's end the adapters run over: those before it are
+          read by the base alone, and adapters attend to what the base made of them
+
+    The context is made when first needed and replaced by a larger one for a longer query. A query
+    that goes on where the last one ended costs its new tokens only. The states of the last query
+    are kept, so that two measures of one query cost one pass.
     """
 
-    def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
-        self._model, self._pack, self._options = model, pack, options
+    def __init__(self, model: Model, pack: Pack, options: dict[str, Any], *, tail: int = 0) -> None:
+        self._model, self._pack, self._options, self._tail = model, pack, options, tail
         self._context: Context | None = None
+        self._is_exact = True  # whether the adapters themselves read all that they hold
+        self._base: Context | None = None  # for what needs the base alone
+        self._projections: QueryProjections | None = None
         self._last: tuple[tuple[int, ...], str, F32] | None = None
+        self.timings = ProbeTimings()
 
     @property
     def n_layer(self) -> int:
         return self._model.n_layer
 
     def close(self) -> None:
-        if self._context is not None:
-            self._context.close()
-            self._context = None
-        self._last = None
+        for context in (self._context, self._base):
+            if context is not None:
+                context.close()
+        self._context = self._base = self._last = None
 
     def states(self, tokens: Sequence[int], pool: str) -> F32:
         """States after each block: float32 [1 + n_adapter, n_layer, n_embd], the base first.
@@ -47,12 +67,19 @@ class Prober:
         key = tuple(tokens)
         if self._last is not None and self._last[:2] == (key, pool):
             return self._last[2]
+        start = time.perf_counter()
         context = self._room_for(len(tokens))
-        context.clear()
         context.capture_begin(pool)
-        context.decode(tokens, outputs="last" if pool == "last" else "all")
+        if pool == "mean":
+            self._read(context, tokens, n_kept=0, outputs="all")
+        elif 0 < self._tail < len(tokens):
+            self._read_tail(context, tokens)
+        else:
+            n_kept = _n_going_on(context, tokens, len(tokens) - 1) if self._is_exact else 0
+            self._read(context, tokens, n_kept=n_kept)
         states = np.stack([context.states(seq) for seq in range(context.n_seq)])
         self._last = (key, pool, states)
+        self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
 
     def divergence(self, tokens: Sequence[int], kind: str, lens: str, pool: str) -> F64:
@@ -60,33 +87,89 @@ class Prober:
 
         kind  "cosine" and "euclidean" distances of states, else KL in nats through the lens
         """
+        self.timings = ProbeTimings()
         states = self.states(tokens, pool)
         if kind == "cosine":
             return fuse.cosine_distance(states[0], states[1:])
         if kind == "euclidean":
             return fuse.euclidean_distance(states[0], states[1:])
-        return self._room_for(len(tokens)).divergence(states[0], states[1:], lens)
+        context = self._room_for(len(tokens))
+        before = context.lens_ms
+        divergence = context.divergence(states[0], states[1:], lens)
+        lens_ms, divergence_ms = np.subtract(context.lens_ms, before)
+        self.timings = ProbeTimings(self.timings.forward_ms, float(lens_ms), float(divergence_ms))
+        return divergence
+
+    def scores(self, tokens: Sequence[int]) -> F64:
+        """How much each adapter adds to a late query projection: float64 [n_adapter].
+
+        |scale B A x| for the last token's x in one pass of the base alone (after LoGo,
+        arXiv 2511.07129).
+
+        Raises StrategyError when the adapters have no query projection in common.
+        """
+        start = time.perf_counter()
+        if self._projections is None:
+            self._projections = QueryProjections(self._pack.paths, self._model.n_layer)
+        if self._base is None or self._base.n_ctx < len(tokens):
+            if self._base is not None:
+                self._base.close()
+                self._base = None
+            self._base = self._make(len(tokens), n_seq=1, inputs=True)
+        self._base.capture_begin()
+        n_kept = _n_going_on(self._base, tokens, len(tokens) - 1)
+        self._base.decode(tokens[n_kept:], start=n_kept)
+        scores = self._projections.scores(self._base.inputs(0))
+        self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
+        return scores
+
+    def _read(
+        self, context: Context, tokens: Sequence[int], *, n_kept: int, outputs: str = "last"
+    ) -> None:
+        if n_kept == 0:
+            context.clear()
+        self._is_exact = True
+        context.decode(tokens[n_kept:], start=n_kept, outputs=outputs)
+
+    def _read_tail(self, context: Context, tokens: Sequence[int]) -> None:
+        n_head = len(tokens) - self._tail
+        n_kept = _n_going_on(context, tokens, n_head)
+        if n_kept < n_head:
+            context.decode(tokens[n_kept:n_head], start=n_kept, outputs="none", n_seq=1)
+        context.copy_first()
+        self._is_exact = False
+        context.decode(tokens[n_head:], start=n_head)
 
     def _room_for(self, n_token: int) -> Context:
         if self._context is not None and self._context.n_ctx >= n_token:
             return self._context
-        n_ctx = _N_CTX_MIN
-        while n_ctx < n_token:
-            n_ctx *= 2
-        self.close()
+        if self._context is not None:
+            self._context.close()
+            self._context = None
         n_adapter = self._pack.n_adapter
-        context = Context(
-            self._model,
-            self._pack,
-            n_ctx=n_ctx,
-            n_seq=1 + n_adapter,
-            probe=True,
-            differential=n_adapter > 0,
-            **self._options,
-        )
+        context = self._make(n_token, n_seq=1 + n_adapter, differential=n_adapter > 0)
         for ia in range(n_adapter):
             alone = np.zeros((n_adapter, self._model.n_layer), np.float32)
             alone[ia] = 1.0
             context.set_weights(alone, seq=1 + ia)
         self._context = context
         return context
+
+    def _make(self, n_token: int, **kwargs: Any) -> Context:
+        n_ctx = _N_CTX_MIN
+        while n_ctx < n_token:
+            n_ctx *= 2
+        return Context(self._model, self._pack, n_ctx=n_ctx, probe=True, **kwargs, **self._options)
+
+
+def _n_going_on(context: Context, tokens: Sequence[int], n_most: int) -> int:
+    """How many tokens, n_most at most, need not be read again; what is held besides is forgotten.
+
+    Only a query that begins with all of the last one's tokens is taken to go on. Another query's
+    weights do not depend on what was asked before, not even in their last digits.
+    """
+    held = context.tokens
+    if len(held) >= len(tokens) or list(tokens[: len(held)]) != held:
+        context.clear()
+        return 0
+    return context.keep_common(tokens[: n_most + 1])

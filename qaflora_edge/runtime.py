@@ -118,6 +118,7 @@ class Model(_Handle):
         self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
+        self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
 
     def _free(self, pointer: Any) -> None:
         self._lib.llama_model_free(pointer)
@@ -181,6 +182,7 @@ class Pack(_Handle):
         self._model = model
         self._functions = model._functions
         self.n_adapter = len(paths)
+        self.paths = tuple(Path(path) for path in paths)
         array = (ctypes.c_char_p * len(paths))(*(os.fsencode(path) for path in paths))
         self._pointer = self._functions.pack_init(model._pointer, array, len(paths))
         if not self._pointer:
@@ -200,6 +202,9 @@ class Context(_Handle):
     n_ctx        tokens that each sequence can hold
     probe        capture states and compute no logits
     differential see method: sequence 0 is the base, the others run the same tokens
+    inputs       of a probe: capture what query projections read as well
+
+    `tokens` is what sequence 0 holds; positions count from 0.
 
     Raises BackendError when the context cannot be made.
     """
@@ -216,6 +221,7 @@ class Context(_Handle):
         flash_attn: bool = True,
         probe: bool = False,
         differential: bool = False,
+        inputs: bool = False,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise OptionError(
@@ -224,6 +230,7 @@ class Context(_Handle):
         self._model, self._pack = model, pack
         self._lib, self._functions = model._lib, model._functions
         self.n_seq, self.n_ctx = n_seq, n_ctx
+        self.tokens: list[int] = []
         params = self._lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_batch = n_ctx * n_seq
@@ -235,8 +242,10 @@ class Context(_Handle):
         params.flash_attn_type = 1 if flash_attn else 0
         params.kv_unified = False
         params.no_perf = False
-        flags = (native.CONTEXT_PROBE if probe else 0) | (
-            native.CONTEXT_DIFFERENTIAL if differential else 0
+        flags = (
+            (native.CONTEXT_PROBE if probe else 0)
+            | (native.CONTEXT_DIFFERENTIAL if differential else 0)
+            | (native.CONTEXT_INPUTS if inputs else 0)
         )
         _errors.clear()
         self._pointer = self._functions.context_init(
@@ -255,6 +264,32 @@ class Context(_Handle):
     def clear(self) -> None:
         """Forget all tokens of all sequences."""
         self._lib.llama_memory_clear(self._memory, False)
+        self.tokens = []
+
+    def keep_common(self, tokens: Sequence[int]) -> int:
+        """Keep what all sequences hold of a prompt's beginning, and forget the rest.
+
+        returns  how many tokens are kept: at most all but the last one, and 0 where the memory
+                 cannot forget its end (sliding windows that have moved on)
+        """
+        n = 0
+        while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
+            n += 1
+        window_start = max(0, n - self._model.n_swa)
+        if self._model.n_swa and (
+            self._lib.llama_memory_seq_pos_min(self._memory, 0) > window_start
+        ):
+            n = 0
+        if n == 0 or not self._lib.llama_memory_seq_rm(self._memory, -1, n, -1):
+            self.clear()
+            return 0
+        del self.tokens[n:]
+        return n
+
+    def copy_first(self) -> None:
+        """Let all sequences hold what the first one does."""
+        for seq in range(1, self.n_seq):
+            self._lib.llama_memory_seq_cp(self._memory, 0, seq, -1, -1)
 
     def set_weights(self, weights: F32, *, seq: int = 0) -> None:
         """Weigh adapters for one sequence from the next decode on.
@@ -265,29 +300,39 @@ class Context(_Handle):
         if not self._functions.set_weights(self._pointer, seq, _floats(array), array.size):
             raise BackendError(f"Weights cannot be set: {native.last_error()}.")
 
-    def decode(self, tokens: Sequence[int], *, start: int = 0, outputs: str = "last") -> None:
-        """Run the same tokens through every sequence, from position start on.
+    def decode(
+        self,
+        tokens: Sequence[int],
+        *,
+        start: int = 0,
+        outputs: str = "last",
+        n_seq: int | None = None,
+    ) -> None:
+        """Run the same tokens through the sequences, from position start on.
 
-        outputs  "last" token or "all" tokens of each sequence
+        outputs  "last" token or "all" tokens of each sequence, or "none"
+        n_seq    only the first so many sequences
 
-        Raises BackendError when llama_decode fails.
+        Raises BackendError when llama_decode fails; the sequences are empty then.
         """
-        n = len(tokens)
-        batch = self._lib.llama_batch_init(n * self.n_seq, 0, 1)
+        n, n_seq = len(tokens), n_seq or self.n_seq
+        batch = self._lib.llama_batch_init(n * n_seq, 0, 1)
         try:
-            batch.n_tokens = n * self.n_seq
-            for seq in range(self.n_seq):
+            batch.n_tokens = n * n_seq
+            for seq in range(n_seq):
                 for i, token in enumerate(tokens):
                     row = seq * n + i
                     batch.token[row] = token
                     batch.pos[row] = start + i
                     batch.n_seq_id[row] = 1
                     batch.seq_id[row][0] = seq
-                    batch.logits[row] = outputs == "all" or i == n - 1
+                    batch.logits[row] = outputs == "all" or (outputs == "last" and i == n - 1)
             code = self._lib.llama_decode(self._pointer, batch)
         finally:
             self._lib.llama_batch_free(batch)
+        self.tokens[start:] = tokens
         if code != 0:
+            self.clear()
             reason = "; ".join(_errors) or "no reason given"
             raise BackendError(f"llama_decode failed with code {code}: {reason}.")
 
@@ -311,6 +356,13 @@ class Context(_Handle):
         if not self._functions.get_states(self._pointer, seq, _floats(states), states.size):
             raise BackendError(f"States cannot be read: {native.last_error()}.")
         return states
+
+    def inputs(self, seq: int) -> F32:
+        """float32 [n_layer, n_embd]: what the query projections read for the last output row."""
+        inputs = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+        if not self._functions.get_inputs(self._pointer, seq, _floats(inputs), inputs.size):
+            raise BackendError(f"Inputs cannot be read: {native.last_error()}.")
+        return inputs
 
     def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
         """KL of the base's next-token distribution to each adapter's, in nats.
@@ -348,6 +400,12 @@ class Context(_Handle):
         if not self._functions.final_norm(self._pointer, len(rows), _floats(rows), _floats(normed)):
             raise BackendError(f"Rows cannot be normed: {native.last_error()}.")
         return normed
+
+    @property
+    def lens_ms(self) -> tuple[float, float]:
+        """Milliseconds so far in divergence(): projecting states, and what follows."""
+        stats = self._functions.get_stats(self._pointer)
+        return stats.lens_us / 1e3, stats.divergence_us / 1e3
 
     @property
     def n_graph_built(self) -> int:

@@ -78,6 +78,8 @@ class Weigher:
         strategy = self.parse(text)
         if not strategy.is_probed or not self.adapters:
             return self._fusion(fuse.fixed_weights(strategy, self.adapters, n_layer), text, tokens)
+        if strategy.kind == "norm":
+            return self._weigh_by_norm(strategy, text, tokens, prober)
         start = time.perf_counter()
         divergence = prober.divergence(tokens, strategy.kind, self.lens, self.pool)
         relevance: ArrayLike = divergence
@@ -87,6 +89,20 @@ class Weigher:
         array = fuse.normalise(relevance)
         probe_ms = 1e3 * (time.perf_counter() - start)
         return self._fusion(array, text, tokens, divergence.astype(np.float32), probe_ms)
+
+    def _weigh_by_norm(
+        self, strategy: Strategy, text: str, tokens: Sequence[int], prober: Prober
+    ) -> FusionWeights:
+        """One weight per adapter, the same at every layer; so is what it is made from."""
+        start = time.perf_counter()
+        scores = prober.scores(tokens)
+        weights = fuse.normalise_top(scores, strategy.top)
+        probe_ms = 1e3 * (time.perf_counter() - start)
+        array, divergence = (
+            np.repeat(column.astype(np.float32)[:, None], prober.n_layer, axis=1)
+            for column in (weights, scores)
+        )
+        return self._fusion(array, text, tokens, divergence, probe_ms)
 
     def _fusion(
         self,

@@ -43,6 +43,9 @@ static std::shared_ptr<qaflora_context> make_context(const llama_model & model, 
     if (qf->is_probe()) {
         qf->states.assign(n_seq_max, std::vector<double>((size_t) qf->n_layer*qf->n_embd, 0.0));
     }
+    if (qf->has_inputs()) {
+        qf->inputs.assign(n_seq_max, std::vector<float>((size_t) qf->n_layer*qf->n_embd, 0.0f));
+    }
     qf->n_row.assign(n_seq_max, 0);
     return qf;
 }
@@ -62,6 +65,10 @@ static std::string unsupported(const llama_context & ctx, const qaflora_context 
     if (qf.is_probe() && qf.n_captured != qf.n_layer) {
         return qaflora_format("architecture '%s' shows the output of %d of %d blocks; its states cannot be captured",
                               llm_arch_name(ctx.get_model().arch), qf.n_captured, qf.n_layer);
+    }
+    if (qf.has_inputs() && qf.n_captured_input != qf.n_layer) {
+        return qaflora_format("architecture '%s' has a query projection of its own in %d of %d blocks; the inputs of all are needed",
+                              llm_arch_name(ctx.get_model().arch), qf.n_captured_input, qf.n_layer);
     }
     return "";
 }
@@ -167,6 +174,24 @@ int32_t qaflora_get_states(llama_context * ctx, llama_seq_id seq_id, float * sta
     for (int64_t i = 0; i < n_state; ++i) {
         states[i] = (float) (src[i]*scale);
     }
+    return 1;
+}
+
+int32_t qaflora_get_inputs(llama_context * ctx, llama_seq_id seq_id, float * inputs, int64_t n_input) {
+    qaflora_context * qf = checked(ctx, seq_id);
+    if (!qf) {
+        return 0;
+    }
+    if (!qf->has_inputs() || qf->n_row[seq_id] == 0) {
+        qaflora_set_error(qaflora_format("no inputs were captured for sequence %d", seq_id));
+        return 0;
+    }
+    const auto & src = qf->inputs[seq_id];
+    if (n_input != (int64_t) src.size()) {
+        qaflora_set_error(qaflora_format("room for %lld input values, expected %zu", (long long) n_input, src.size()));
+        return 0;
+    }
+    std::copy(src.begin(), src.end(), inputs);
     return 1;
 }
 

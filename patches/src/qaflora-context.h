@@ -23,14 +23,17 @@ struct qaflora_context {
     qaflora_capture capture = QAFLORA_CAPTURE_LAST;
     std::vector<std::vector<double>> states; // [n_seq_max][n_layer*n_embd], the last row or a sum of rows
     std::vector<int64_t>             n_row;  // [n_seq_max] rows seen
+    std::vector<std::vector<float>>  inputs; // [n_seq_max][n_layer*n_embd] of the query projections, the last row
 
     qaflora_stats stats = {};
     std::vector<bool> module_used; // [n_module] whether a graph multiplied with it
     int32_t       n_captured = 0; // blocks whose output the last graph captures
+    int32_t       n_captured_input = 0; // the same for query projections
     std::string   graph_error;    // why the last graph cannot honour the pack, or empty
 
     std::shared_ptr<qaflora_lens_state> lens;
 
     bool is_probe() const        { return flags & QAFLORA_CONTEXT_PROBE; }
     bool is_differential() const { return flags & QAFLORA_CONTEXT_DIFFERENTIAL; }
+    bool has_inputs() const      { return is_probe() && (flags & QAFLORA_CONTEXT_INPUTS); }
 };

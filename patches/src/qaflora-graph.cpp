@@ -26,7 +26,7 @@ struct qaflora_graph_input : public llm_graph_input_i {
     qaflora_graph_input(const qaflora_context & qf, const llm_graph_context & gctx) :
         qf(qf), n_slot(gctx.ubatch.n_seqs_unq), n_token(gctx.n_tokens), n_output(gctx.n_outputs),
         key(qaflora_graph_key(qf, gctx.ubatch, gctx.n_outputs)),
-        captured(qf.n_layer, nullptr), group_product(qf.pack ? qf.pack->groups.size() : 0) {}
+        captured(qf.n_layer, nullptr), captured_input(qf.n_layer, nullptr), group_product(qf.pack ? qf.pack->groups.size() : 0) {}
 
     void set_input(const llama_ubatch * ubatch) override;
 
@@ -49,7 +49,8 @@ struct qaflora_graph_input : public llm_graph_input_i {
     ggml_tensor * slot_output = nullptr; // I32 [n_output]  the same for output rows
     ggml_tensor * output_rows = nullptr; // I32 [n_output]  token of each output row
 
-    std::vector<ggml_tensor *> captured; // [n_layer] of F32 [n_embd, n_output]
+    std::vector<ggml_tensor *> captured;       // [n_layer] of F32 [n_embd, n_output]
+    std::vector<ggml_tensor *> captured_input; // the same for what query projections read
 
     // while the graph is built: what is shared between modules
     std::map<std::tuple<int32_t, int32_t, bool>, ggml_tensor *> row_weights; // (layout, il, is_output)
@@ -388,11 +389,42 @@ static ggml_tensor * shared_rank(const llm_graph_context & gctx, qaflora_graph_i
     return ggml_view_1d(gctx.ctx0, product.t, m.a->ne[1], m.offset*sizeof(float));
 }
 
+// output rows of cur, kept until they are read
+static ggml_tensor * captured_rows(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * cur) {
+    if (cur->ne[1] != gctx.n_outputs) {
+        if (!inp.output_rows) {
+            inp.output_rows = new_index(gctx, gctx.n_outputs, "qaflora_output_rows");
+        }
+        cur = ggml_get_rows(gctx.ctx0, cur, inp.output_rows);
+    }
+    ggml_set_output(cur);
+    ggml_build_forward_expand(gctx.gf, cur);
+    return cur;
+}
+
+static int32_t count(const std::vector<ggml_tensor *> & captured) {
+    return (int32_t) std::count_if(captured.begin(), captured.end(), [](const ggml_tensor * t) { return t; });
+}
+
+static void capture_input(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w, ggml_tensor * cur) {
+    const auto & layers = gctx.qaflora->pack->model->layers;
+    for (int32_t il = 0; il < inp.qf.n_layer; ++il) {
+        if (w == layers[il].wq || w == layers[il].wqkv) {
+            inp.captured_input[il] = captured_rows(gctx, inp, cur);
+            gctx.qaflora->n_captured_input = count(inp.captured_input);
+            return;
+        }
+    }
+}
+
 ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
     const qaflora_context & qf = *gctx.qaflora;
     qaflora_graph_input & inp = get_input(gctx);
     if (qf.is_probe() && w == gctx.qaflora->pack->model->output) {
         return cur; // no logits: the head's product stays out of the graph
+    }
+    if (qf.has_inputs() && gctx.n_outputs > 0 && cur->ne[0] == qf.n_embd) {
+        capture_input(gctx, inp, w, cur);
     }
     const auto it = qf.pack->by_weight.find(w);
     if (it == qf.pack->by_weight.end()) {
@@ -434,16 +466,8 @@ void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, co
         return;
     }
     qaflora_graph_input & inp = get_input(gctx);
-    if (cur->ne[1] != gctx.n_outputs) {
-        if (!inp.output_rows) {
-            inp.output_rows = new_index(gctx, gctx.n_outputs, "qaflora_output_rows");
-        }
-        cur = ggml_get_rows(gctx.ctx0, cur, inp.output_rows);
-    }
-    ggml_set_output(cur);
-    ggml_build_forward_expand(gctx.gf, cur);
-    inp.captured[il] = cur;
-    gctx.qaflora->n_captured = std::count_if(inp.captured.begin(), inp.captured.end(), [](const ggml_tensor * t) { return t; });
+    inp.captured[il] = captured_rows(gctx, inp, cur);
+    gctx.qaflora->n_captured = count(inp.captured);
 }
 
 void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const llama_ubatch & ubatch, ggml_backend_sched_t sched) {
@@ -469,6 +493,12 @@ void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const l
             for (int32_t j = 0; j < qf.n_embd; ++j) {
                 dst[j] = qf.capture == QAFLORA_CAPTURE_MEAN ? dst[j] + src[j] : src[j];
             }
+        }
+    }
+    for (int32_t il = 0; il < qf.n_layer && qf.has_inputs(); ++il) {
+        ggml_backend_tensor_get(inp->captured_input[il], rows.data(), 0, rows.size()*sizeof(float));
+        for (size_t i = 0; i < seq_of_row.size(); ++i) {
+            std::copy_n(rows.data() + i*qf.n_embd, qf.n_embd, qf.inputs[seq_of_row[i]].data() + (size_t) il*qf.n_embd);
         }
     }
     for (const llama_seq_id seq_id : seq_of_row) {

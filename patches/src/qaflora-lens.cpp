@@ -213,7 +213,9 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
                 lens_rows(norm, is_normed, n_adapter, qf.n_embd, stride, base + (size_t) il*qf.n_embd, adapted + (size_t) il*qf.n_embd,
                           rows.data() + (size_t) i*n_row*qf.n_embd);
             }
+            const int64_t t_start = ggml_time_us();
             const float * logits = state.project(*ctx, rows.data(), n*n_row);
+            const int64_t t_projected = ggml_time_us();
             run_parallel(ctx->n_threads_batch(), n, [&](int32_t i) {
                 const float * z = logits + (size_t) i*n_row*n_vocab;
                 double * p = probs.data() + (size_t) i*n_vocab;
@@ -222,6 +224,8 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
                     div[(size_t) ia*qf.n_layer + il0 + i] = kernels.divergence(p, z + (size_t) (1 + ia)*n_vocab, n_vocab, v_max);
                 }
             });
+            qf.stats.lens_us       += t_projected - t_start;
+            qf.stats.divergence_us += ggml_time_us() - t_projected;
         }
         return 1;
     } catch (const std::exception & err) {

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define QAFLORA_ABI_VERSION 1
+#define QAFLORA_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,6 +21,7 @@ struct qaflora_pack;
 enum qaflora_context_flags {
     QAFLORA_CONTEXT_PROBE        = 1, // states are captured and no logits are computed
     QAFLORA_CONTEXT_DIFFERENTIAL = 2, // sequence 0 is the base: others add W (x_j - x_0) to its products
+    QAFLORA_CONTEXT_INPUTS       = 4, // of a probe: what the query projections read is captured as well
 };
 
 enum qaflora_capture {
@@ -36,6 +37,8 @@ enum qaflora_lens {
 struct qaflora_stats {
     int64_t n_graph_built; // graphs built by this context, those of a reservation included
     int64_t n_decoded;     // micro-batches computed by this context
+    int64_t lens_us;       // spent in qaflora_divergence() on projecting, in microseconds
+    int64_t divergence_us; // and on what follows
 };
 
 LLAMA_API int32_t      qaflora_abi_version(void);
@@ -60,6 +63,10 @@ LLAMA_API int32_t qaflora_capture_begin(struct llama_context * ctx, enum qaflora
 
 // states [n_layer, n_embd] of one sequence after each block. Returns 1 on success.
 LLAMA_API int32_t qaflora_get_states(struct llama_context * ctx, llama_seq_id seq_id, float * states, int64_t n_state);
+
+// inputs [n_layer, n_embd] of the query projections for the last output row of one sequence; needs
+// QAFLORA_CONTEXT_INPUTS. Returns 1 on success.
+LLAMA_API int32_t qaflora_get_inputs(struct llama_context * ctx, llama_seq_id seq_id, float * inputs, int64_t n_input);
 
 // divergence [n_adapter, n_layer] = KL(base || adapter) in nats of the next-token distributions that the
 // base's head gives to the states base [n_layer, n_embd] and adapted [n_adapter, n_layer, n_embd]. Returns 1 on success.

@@ -34,8 +34,14 @@ Message = dict[str, str]
     )
 )
 @click.argument("bundle", metavar="DIR")
+@click.option(
+    "--keep-history",
+    is_flag=True,
+    help="Read only what is new in each turn; earlier turns stay as they were read, each under its "
+    "own weights.",
+)
 @shared_options
-def chat(bundle: str, options: SharedOptions) -> None:
+def chat(bundle: str, keep_history: bool, options: SharedOptions) -> None:
     """Talk with the weighed adapters.
 
     Each answer is weighed anew for the conversation so far; a line on stderr tells the mix and the
@@ -50,7 +56,7 @@ def chat(bundle: str, options: SharedOptions) -> None:
         messages: list[Message] = []
         while (line := _read_line()) is not None:
             if line.strip():
-                _turn(engine, options, messages, line)
+                _turn(engine, options, messages, line, keep_history)
 
 
 def _read_line() -> str | None:
@@ -69,7 +75,13 @@ def _read_line() -> str | None:
         return None
 
 
-def _turn(engine: Engine, options: SharedOptions, messages: list[Message], line: str) -> None:
+def _turn(
+    engine: Engine,
+    options: SharedOptions,
+    messages: list[Message],
+    line: str,
+    keep_history: bool,
+) -> None:
     """Answer one line; the messages grow by the question and its answer."""
     sampling = options.sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, top_p=TOP_P)
     try:
@@ -83,7 +95,7 @@ def _turn(engine: Engine, options: SharedOptions, messages: list[Message], line:
     pieces: list[str] = []
     answer: Generation | None = None
     try:
-        answer = engine.generate(tokens, **sampling)
+        answer = engine.generate(tokens, keep_history=keep_history, **sampling)
         for piece in answer:
             pieces.append(piece)
             click.echo(piece, nl=False)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LENSES, POOLS, KV_TYPES = ("norm", "raw"), ("last", "mean"), ("f16", "f32", "q8_0")
 STRATEGY_HELP = (
-    "How adapters are weighed: qa-flora, calibrated, cosine, euclidean, static, "
+    "How adapters are weighed: qa-flora, calibrated, cosine, euclidean, norm, norm:N, static, "
     "single:NAME, base, or manual:NAME=W,NAME=W.  [default: the bundle's]"
 )
 
@@ -32,6 +32,7 @@ class SharedOptions:
     strategy: str | None
     lens: str | None
     pool: str | None
+    probe_tail: int
     raw_prompt: bool
     ctx: int
     kv_type: str
@@ -55,6 +56,7 @@ class SharedOptions:
             "flash_attn": not self.no_flash_attn,
             "lens": self.lens,
             "pool": self.pool,
+            "probe_tail": self.probe_tail,
             "seed": self.seed,
         }
 
@@ -81,6 +83,14 @@ _OPTIONS = (
         type=click.Choice(POOLS),
         help="Weigh by the last token of the prompt, or by the mean of all.  "
         "[default: the bundle's, else last]",
+    ),
+    click.option(
+        "--probe-tail",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="N",
+        help="Probe adapters over the last N tokens only, after the base has read the others: "
+        "faster for long prompts, not exact.  [default: all tokens]",
     ),
     click.option("--raw-prompt", is_flag=True, help="Take the prompt as it is: no chat template."),
     click.option(
