@@ -193,7 +193,73 @@ def test_stored_types_are_used_as_they_are(
         )
 
 
-def test_mixed_types_are_widened(tmp_path: Path, base: TinyBase) -> None:
+KERNELS = ["ggml", "portable", "avx2", "avx512"]
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> None:
+    """Ask for kernels; a processor or build without them skips the test."""
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
+    try:
+        Pack(Model(base.path), []).close()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("rank", [5, 32])
+def test_every_kernel_agrees_with_a_merged_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, outtype: str, rank: int
+) -> None:
+    """Widths that no panel, vector or tile divides; prompts that no tile divides."""
+    n_ff = 224 if outtype == "q8_0" else 90
+    base = write_tiny_base(tmp_path / "base.gguf", n_ff=n_ff)
+    use_kernels(monkeypatch, base, kernels)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=rank, seed=seed, outtype=outtype)
+        for seed in (1, 2, 3)
+    ]
+    weights = np.random.default_rng(1).random((3, base.n_layer)).astype(np.float32)
+    weights[1, 0] = weights[0, 1] = 0.0
+    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_ff=n_ff)
+    # ggml rounds activations to the type of A and B, down to 8 bits; our kernels do not
+    atol = {"f32": 1e-4, "q8_0": 1e-1}.get(outtype, 2e-2) if kernels == "ggml" else 1e-4
+    np.testing.assert_allclose(
+        fused_logits(base, adapters, weights), stock_logits(merged), atol=atol, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("n", [3, 29])
+def test_every_kernel_agrees_on_the_probe(
+    monkeypatch: pytest.MonkeyPatch,
+    base: TinyBase,
+    adapters: list[TinyAdapter],
+    kernels: str,
+    n: int,
+) -> None:
+    tokens = (TOKENS * 2)[:n]
+    expected = single_states(base, adapters, tokens)[-1]
+    use_kernels(monkeypatch, base, kernels)
+    for differential in (False, True):
+        probed = probe_states(base, adapters, tokens, differential=differential)
+        np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
+    model, pack = load(base, adapters)
+    found = []
+    for name in ("portable", kernels):
+        monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
+        with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+            found.append(context.divergence(probed[0], probed[1:], "norm"))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
+
+
+def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, base: TinyBase) -> None:
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", "sse9")
+    with pytest.raises(BackendError, match="QAFLORA_CPU_KERNELS is 'sse9', expected one of ggml,"):
+        Pack(Model(base.path), [])
+
+
+def test_mixed_types_are_fused(tmp_path: Path, base: TinyBase) -> None:
     adapters = [
         write_tiny_adapter(tmp_path / f"{kind}.gguf", base, rank=4, seed=4, outtype=kind)
         for kind in ("f32", "f16")

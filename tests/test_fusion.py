@@ -102,7 +102,7 @@ def test_unknown_strategy_is_refused(text: str) -> None:
         fusion.parse_strategy(text, NAMES)
     assert str(caught.value) == (
         f"Strategy {text!r} is not known; expected one of qa-flora, calibrated, cosine, "
-        "euclidean, static, base, single:NAME or manual:NAME=W,NAME=W."
+        "euclidean, norm, norm:N, static, base, single:NAME or manual:NAME=W,NAME=W."
     )
 
 

@@ -1,0 +1,241 @@
+"""The probe over several queries: turns of a chat, a short tail, one pass for all adapters."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine, fusion
+from qaflora_edge.errors import OptionError, StrategyError
+from qaflora_edge.probe import Prober
+from qaflora_edge.runtime import Context, Model, Pack
+
+F32 = NDArray[np.float32]
+EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
+TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> TinyBase:
+    """gemma3 attends over a sliding window in some layers."""
+    return write_tiny_base(tmp_path / "base.gguf", request.param)
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
+    return [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=3 + seed, seed=seed)
+        for seed in (1, 2)
+    ]
+
+
+def prober(base: TinyBase, adapters: Sequence[TinyAdapter], *, tail: int = 0) -> Prober:
+    model = Model(base.path)
+    return Prober(model, Pack(model, [adapter.path for adapter in adapters]), EXACT, tail=tail)
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens times sequences of every decode from now on."""
+    counts: list[int] = []
+    decode = Context.decode
+
+    def counting(self: Context, tokens: Sequence[int], **kwargs: object) -> None:
+        counts.append(len(tokens) * (kwargs.get("n_seq") or self.n_seq))
+        decode(self, tokens, **kwargs)
+
+    monkeypatch.setattr(Context, "decode", counting)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["qa-flora", "cosine"])
+def test_a_turn_costs_its_new_tokens(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter], kind: str
+) -> None:
+    going_on = prober(base, adapters)
+    going_on.divergence(TOKENS[:20], kind, "norm", "last")
+    counts = count_decoded(monkeypatch)
+    for n in (35, 36, 60):
+        found = going_on.divergence(TOKENS[:n], kind, "norm", "last")
+        fresh = prober(base, adapters).divergence(TOKENS[:n], kind, "norm", "last")
+        np.testing.assert_allclose(found, fresh, rtol=1e-3, atol=1e-9)
+    assert counts == [15 * 3, 35 * 3, 1 * 3, 36 * 3, 24 * 3, 60 * 3]
+    going_on.close()
+
+
+def test_another_query_is_read_from_its_beginning(
+    base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    """Even one that shares its beginning: its weights are the same bits whatever came before."""
+    query = [*TOKENS[:20], 7, 8, 9]
+    fresh = prober(base, adapters).divergence(query, "qa-flora", "norm", "last")
+    second = prober(base, adapters)
+    for tokens in (TOKENS[:30], TOKENS[1:6], [*query, 5]):
+        second.divergence(tokens, "qa-flora", "norm", "last")
+        assert np.array_equal(second.divergence(query, "qa-flora", "norm", "last"), fresh)
+
+
+def test_the_mean_over_a_prompt_is_never_a_part_of_it(
+    base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    going_on = prober(base, adapters)
+    going_on.states(TOKENS[:20], "mean")
+    assert np.array_equal(
+        going_on.states(TOKENS[:30], "mean"), prober(base, adapters).states(TOKENS[:30], "mean")
+    )
+
+
+def tail_states(base: TinyBase, adapters: Sequence[TinyAdapter], n: int, tail: int) -> F32:
+    """One sequence at a time: the base reads the head, then weights change."""
+    model = Model(base.path)
+    pack = Pack(model, [adapter.path for adapter in adapters])
+    states = []
+    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+        for ia in range(-1, len(adapters)):
+            weights = np.zeros((len(adapters), base.n_layer), np.float32)
+            context.clear()
+            context.set_weights(weights)
+            context.capture_begin()
+            context.decode(TOKENS[: n - tail], outputs="none")
+            if ia >= 0:
+                weights[ia] = 1.0
+            context.set_weights(weights)
+            context.decode(TOKENS[n - tail : n], start=n - tail)
+            states.append(context.states(0))
+    return np.stack(states)
+
+
+def test_tail_runs_adapters_on_top_of_the_base(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    short = prober(base, adapters, tail=8)
+    counts = count_decoded(monkeypatch)
+    # gemma3's GELU is a table of float16 in llama.cpp: a last digit may fall to its next entry
+    atol = 2e-4 if base.arch == "gemma3" else 2e-5
+    # a turn shorter than the tail, one that is longer, another query
+    for n, expected in ((30, [22, 24]), (33, [24]), (60, [19, 24]), (20, [12, 24])):
+        counts.clear()
+        found = short.states(TOKENS[:n], "last")
+        assert counts == expected
+        np.testing.assert_allclose(
+            found, tail_states(base, adapters, n, 8), atol=atol, rtol=1e-4, err_msg=str(n)
+        )
+    exact = prober(base, adapters).states(TOKENS[:20], "last")
+    assert np.abs(short.states(TOKENS[:20], "last") - exact)[1:].max() > 1e-3  # no longer exact
+    whole = prober(base, adapters).states(TOKENS[:8], "last")
+    assert np.array_equal(short.states(TOKENS[:8], "last"), whole)
+
+
+def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int) -> F32:
+    """What the query projection reads: the norm of the state that the block before left."""
+    states = prober(base, adapters).states(TOKENS, "last")[0, layer - 1].astype(np.float64)
+    reader = gguf.GGUFReader(base.path)
+    gain = next(t.data for t in reader.tensors if t.name == f"blk.{layer}.attn_norm.weight")
+    return gain * states / np.sqrt((states**2).mean() + 1e-6)
+
+
+def test_norm_scores_are_what_adapters_add_to_the_last_query_projection(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    probe = prober(base, adapters)
+    counts = count_decoded(monkeypatch)
+    scores = probe.scores(TOKENS)
+    assert counts == [len(TOKENS)]  # one pass for all adapters
+    x = attn_norm_input(base, adapters, base.n_layer - 1)
+    name = f"blk.{base.n_layer - 1}.attn_q.weight"
+    expected = [np.linalg.norm(adapter.delta(name) @ x) for adapter in adapters]
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+def test_norm_weights_are_shares_of_the_scores(base: TinyBase, adapters: list[TinyAdapter]) -> None:
+    paths = {"math": adapters[0].path, "es": adapters[1].path}
+    with Engine(base=base.path, adapters=paths, n_ctx=128) as engine:
+        found = engine.weights(TOKENS, strategy="norm")
+        assert found.strategy == "norm"
+        np.testing.assert_allclose(found.weights.sum(axis=0), 1.0, rtol=1e-6)
+        assert (found.weights == found.weights[:, :1]).all()  # one weight per adapter
+        np.testing.assert_allclose(
+            found.weights, found.divergence / found.divergence.sum(axis=0), rtol=1e-6
+        )
+        first = engine.weights(TOKENS, strategy="norm:1")
+        assert first.weights[:, 0].tolist() == (found.weights[:, 0] > 0.5).tolist()
+        with pytest.raises(StrategyError, match="'0' is no number of adapters"):
+            engine.weights(TOKENS, strategy="norm:0")
+
+
+def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    both = [
+        write_tiny_adapter(tmp_path / "a.gguf", base, targets=("attn_q",), layers=(0, 1)),
+        write_tiny_adapter(tmp_path / "b.gguf", base, targets=("attn_q", "ffn_up")),
+    ]
+    x = attn_norm_input(base, both, 1)  # the last block that both adapt
+    expected = [np.linalg.norm(a.delta("blk.1.attn_q.weight") @ x) for a in both]
+    np.testing.assert_allclose(prober(base, both).scores(TOKENS), expected, rtol=1e-4)
+    without = write_tiny_adapter(tmp_path / "c.gguf", base, targets=("ffn_up",))
+    with pytest.raises(StrategyError, match=r"no block's is adapted by all of them \(.*c\.gguf\)"):
+        prober(base, [both[0], without]).scores(TOKENS)
+
+
+def test_top_scores() -> None:
+    assert fusion.normalise_top([3.0, 1.0, 4.0], None).tolist() == [0.375, 0.125, 0.5]
+    np.testing.assert_allclose(fusion.normalise_top([3.0, 1.0, 4.0], 2), [3 / 7, 0, 4 / 7])
+    assert fusion.normalise_top([0.0, 0.0], 1).tolist() == [0.5, 0.5]
+
+
+# the fused sequence
+
+
+def two_turns(base: TinyBase, adapters: Sequence[TinyAdapter], w1: F32, w2: F32) -> F32:
+    """Logits when the first 20 tokens were read under w1 and the others under w2."""
+    model = Model(base.path)
+    pack = Pack(model, [adapter.path for adapter in adapters])
+    with Context(model, pack, n_ctx=64, **EXACT) as context:
+        context.set_weights(w1)
+        context.decode(TOKENS[:20])
+        context.set_weights(w2)
+        context.decode(TOKENS[20:40], start=20)
+        return context.logits()
+
+
+def test_keep_history_leaves_earlier_turns_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    rng = np.random.default_rng(0)
+    w1, w2 = (rng.random((2, base.n_layer)).astype(np.float32) for _ in range(2))
+    paths = {"math": adapters[0].path, "es": adapters[1].path}
+    options = {"kv_type": "f32", "flash_attn": False}
+    with Engine(base=base.path, adapters=paths, n_ctx=64, **options) as engine:
+        for keep in (True, False):
+            engine.generate(TOKENS[:20], weights=w1, max_tokens=1).text()
+            counts = count_decoded(monkeypatch)
+            engine.generate(TOKENS[:40], weights=w2, max_tokens=1, keep_history=keep).text()
+            assert counts[0] == (20 if keep else 40)
+            found = engine._main.logits()
+            fresh = engine.logits(TOKENS[:40], weights=w2)
+            expected = two_turns(base, adapters, w1, w2) if keep else fresh
+            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+            assert keep == (np.abs(found - fresh).max() > 1e-3)
+
+
+def test_keep_history_forgets_what_the_prompt_does_not_share(
+    base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    paths = {"math": adapters[0].path, "es": adapters[1].path}
+    with Engine(base=base.path, adapters=paths, n_ctx=64, strategy="static") as engine:
+        engine.generate(TOKENS[:30], max_tokens=9).text()
+        query = [*TOKENS[:10], 1, 2, 3]
+        engine.generate(query, max_tokens=1, keep_history=True)
+        assert engine._main.tokens == query
+        found = engine._main.logits()
+        np.testing.assert_allclose(found, engine.logits(query), atol=2e-3, rtol=0)
+        again = engine.generate(query, max_tokens=4, keep_history=True).text()
+        assert again == engine.generate(query, max_tokens=4).text()
+
+
+def test_a_negative_tail_is_refused(base: TinyBase) -> None:
+    with pytest.raises(OptionError, match="probe_tail is -1, expected 0 \\(off\\) or a number"):
+        Engine(base=base.path, probe_tail=-1)
