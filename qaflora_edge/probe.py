@@ -43,6 +43,7 @@ class Prober:
     def __init__(self, model: Model, pack: Pack, options: dict[str, Any], *, tail: int = 0) -> None:
         self._model, self._pack, self._options, self._tail = model, pack, options, tail
         self._context: Context | None = None
+        self._pool = "last"  # what the context has room for; "mean" includes it
         self._is_exact = True  # whether the adapters themselves read all that they hold
         self._base: Context | None = None  # for what needs the base alone
         self._projections: QueryProjections | None = None
@@ -68,7 +69,7 @@ class Prober:
         if self._last is not None and self._last[:2] == (key, pool):
             return self._last[2]
         start = time.perf_counter()
-        context = self._room_for(len(tokens))
+        context = self._room_for(len(tokens), pool)
         context.capture_begin(pool)
         if pool == "mean":
             self._read(context, tokens, n_kept=0, outputs="all")
@@ -93,7 +94,7 @@ class Prober:
             return fuse.cosine_distance(states[0], states[1:])
         if kind == "euclidean":
             return fuse.euclidean_distance(states[0], states[1:])
-        context = self._room_for(len(tokens))
+        context = self._room_for(len(tokens), pool)
         before = context.lens_ms
         divergence = context.divergence(states[0], states[1:], lens)
         lens_ms, divergence_ms = np.subtract(context.lens_ms, before)
@@ -140,14 +141,19 @@ class Prober:
         self._is_exact = False
         context.decode(tokens[n_head:], start=n_head)
 
-    def _room_for(self, n_token: int) -> Context:
-        if self._context is not None and self._context.n_ctx >= n_token:
-            return self._context
+    def _room_for(self, n_token: int, pool: str) -> Context:
         if self._context is not None:
+            if self._context.n_ctx >= n_token and pool in (self._pool, "last"):
+                return self._context
             self._context.close()
             self._context = None
-        n_adapter = self._pack.n_adapter
-        context = self._make(n_token, n_seq=1 + n_adapter, differential=n_adapter > 0)
+        n_adapter, self._pool = self._pack.n_adapter, pool
+        context = self._make(
+            n_token,
+            n_seq=1 + n_adapter,
+            differential=n_adapter > 0,
+            all_outputs=pool == "mean",
+        )
         for ia in range(n_adapter):
             alone = np.zeros((n_adapter, self._model.n_layer), np.float32)
             alone[ia] = 1.0

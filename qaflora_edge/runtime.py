@@ -203,6 +203,7 @@ class Context(_Handle):
     probe        capture states and compute no logits
     differential see method: sequence 0 is the base, the others run the same tokens
     inputs       of a probe: capture what query projections read as well
+    all_outputs  of a probe: decode(outputs="all") will be asked for, which takes more memory
 
     `tokens` is what sequence 0 holds; positions count from 0.
 
@@ -222,6 +223,7 @@ class Context(_Handle):
         probe: bool = False,
         differential: bool = False,
         inputs: bool = False,
+        all_outputs: bool = False,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise OptionError(
@@ -236,7 +238,7 @@ class Context(_Handle):
         params.n_batch = n_ctx * n_seq
         params.n_ubatch = min(params.n_ubatch, params.n_batch)
         params.n_seq_max = n_seq
-        params.n_outputs_max = 0 if probe else n_seq
+        params.n_outputs_max = 0 if all_outputs else n_seq
         params.n_threads = params.n_threads_batch = threads or default_threads()
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.flash_attn_type = 1 if flash_attn else 0

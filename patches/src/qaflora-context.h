@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-struct qaflora_lens_state; // scheduler of the lens, made when first used
+struct qaflora_lens_state; // what the lens computes with, made when first used
 
 struct qaflora_context {
     const qaflora_pack * pack = nullptr;
@@ -32,6 +32,7 @@ struct qaflora_context {
     std::string   graph_error;    // why the last graph cannot honour the pack, or empty
 
     std::shared_ptr<qaflora_lens_state> lens;
+    uint64_t n_lens = 0; // times that it was used
 
     bool is_probe() const        { return flags & QAFLORA_CONTEXT_PROBE; }
     bool is_differential() const { return flags & QAFLORA_CONTEXT_DIFFERENTIAL; }

@@ -16,6 +16,7 @@
 enum {
     GRAPH_DIFFERENTIAL     = 1, // rows of all tokens form [.., n_seq] with the base first
     GRAPH_DIFFERENTIAL_OUT = 2, // so do the output rows
+    GRAPH_KEY_BITS         = 2, // above them: how often the lens was used
 };
 
 //
@@ -269,11 +270,12 @@ static bool is_balanced(const llama_ubatch & ubatch, uint32_t n_outputs) {
 }
 
 uint64_t qaflora_graph_key(const qaflora_context & qf, const llama_ubatch & ubatch, uint32_t n_outputs) {
+    const uint64_t key = qf.n_lens << GRAPH_KEY_BITS;
     if (!qf.is_differential() || !ubatch.equal_seqs() || ubatch.n_seqs_unq < 2 ||
         ubatch.n_seqs_unq*ubatch.n_seq_tokens != ubatch.n_tokens || ubatch.seq_id_unq[0] != 0) {
-        return 0;
+        return key;
     }
-    return GRAPH_DIFFERENTIAL | (is_balanced(ubatch, n_outputs) ? GRAPH_DIFFERENTIAL_OUT : 0);
+    return key | GRAPH_DIFFERENTIAL | (is_balanced(ubatch, n_outputs) ? GRAPH_DIFFERENTIAL_OUT : 0);
 }
 
 // rows of cur as [ne0, n_row / n_seq, n_seq] when the product is taken differentially, else null

@@ -15,7 +15,7 @@
 #include <thread>
 
 // logits held at once; bounds the memory of the lens for any vocabulary
-static const size_t LENS_LOGITS_BYTES = 64u << 20;
+static const size_t LENS_LOGITS_BYTES = 24u << 20;
 
 //
 // final norm, on the host in float64
@@ -69,18 +69,10 @@ struct final_norm {
 //
 
 struct qaflora_lens_state {
-    ggml_backend_sched_ptr sched;
-    std::vector<uint8_t>   meta;
-    std::vector<float>     host; // logits [n_row, n_vocab] when the device's memory cannot be read in place
+    std::vector<uint8_t> meta;
+    std::vector<float>   host; // logits [n_row, n_vocab] when the device's memory cannot be read in place
 
-    explicit qaflora_lens_state(ggml_backend_sched_t shared) {
-        std::vector<ggml_backend_t> backends;
-        for (int i = 0; i < ggml_backend_sched_get_n_backends(shared); ++i) {
-            backends.push_back(ggml_backend_sched_get_backend(shared, i));
-        }
-        sched.reset(ggml_backend_sched_new(backends.data(), nullptr, backends.size(), 64, false, false));
-        meta.resize(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false));
-    }
+    qaflora_lens_state() : meta(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false)) {}
 
     static void set_n_threads(ggml_backend_t backend, int n_threads) {
         ggml_backend_dev_t dev = ggml_backend_get_device(backend);
@@ -91,7 +83,7 @@ struct qaflora_lens_state {
         }
     }
 
-    // logits [n_row, n_vocab]; valid until the next call
+    // logits [n_row, n_vocab]; valid until the next call, or the next llama_decode: they lie in the memory that it computes in
     const float * project(const llama_context & ctx, const float * rows, int32_t n_row) {
         const llama_model & model = ctx.get_model();
         ggml_context_ptr gctx { ggml_init({ meta.size(), meta.data(), true }) };
@@ -105,15 +97,16 @@ struct qaflora_lens_state {
         ggml_cgraph * gf = ggml_new_graph_custom(gctx.get(), 64, false);
         ggml_build_forward_expand(gf, z);
 
-        ggml_backend_sched_reset(sched.get());
-        if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
+        ggml_backend_sched_t sched = ctx.get_sched();
+        ggml_backend_sched_reset(sched);
+        if (!ggml_backend_sched_alloc_graph(sched, gf)) {
             throw std::runtime_error("no memory for the lens");
         }
-        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched.get()); ++i) {
-            set_n_threads(ggml_backend_sched_get_backend(sched.get(), i), ctx.n_threads_batch());
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+            set_n_threads(ggml_backend_sched_get_backend(sched, i), ctx.n_threads_batch());
         }
         ggml_backend_tensor_set(x, rows, 0, ggml_nbytes(x));
-        if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        if (ggml_backend_sched_graph_compute(sched, gf) != GGML_STATUS_SUCCESS) {
             throw std::runtime_error("the lens could not be computed");
         }
         if (ggml_backend_buffer_is_host(z->buffer)) {
@@ -125,13 +118,15 @@ struct qaflora_lens_state {
     }
 };
 
-static qaflora_lens_state & lens_of(const llama_context & ctx, qaflora_context & qf) {
+static qaflora_lens_state & lens_of(llama_context & ctx, qaflora_context & qf) {
     if (!ctx.get_model().output) {
         throw std::runtime_error("the base has no head to project states with");
     }
     if (!qf.lens) {
-        qf.lens = std::make_shared<qaflora_lens_state>(ctx.get_sched());
+        qf.lens = std::make_shared<qaflora_lens_state>();
     }
+    ctx.synchronize();
+    qf.n_lens++; // the last graph's memory is taken: it cannot be used again
     return *qf.lens;
 }
 
@@ -143,11 +138,12 @@ static int32_t rows_at_once(int64_t n_vocab) {
 // divergence
 //
 
-static void run_parallel(int n_threads, int32_t n_task, const std::function<void(int32_t)> & task) {
+// task(i, ith) for each i, on n_threads threads numbered ith
+static void run_parallel(int n_threads, int32_t n_task, const std::function<void(int32_t, int)> & task) {
     n_threads = std::max(1, std::min<int>(n_threads, n_task));
     const auto work = [&](int ith) {
         for (int32_t i = ith; i < n_task; i += n_threads) {
-            task(i);
+            task(i, ith);
         }
     };
     std::vector<std::thread> threads;
@@ -199,12 +195,16 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         const final_norm norm(ctx->get_model());
         const int64_t n_vocab = ctx->get_model().output->ne[1];
         const int32_t n_row   = 1 + n_adapter;
-        const int32_t n_chunk = std::max(1, rows_at_once(n_vocab)/n_row); // layers
+        const int     n_threads = ctx->n_threads_batch();
+        int32_t n_chunk = std::min(qf.n_layer, std::max(1, rows_at_once(n_vocab)/n_row)); // layers
+        if (n_chunk > n_threads) {
+            n_chunk -= n_chunk % n_threads; // no thread waits for another's last layer
+        }
         const size_t  stride  = (size_t) qf.n_layer*qf.n_embd;
         const qaflora_kernels & kernels = qaflora_best_kernels();
 
         std::vector<float> rows((size_t) n_chunk*n_row*qf.n_embd);
-        std::vector<double> probs((size_t) std::min<int32_t>(n_chunk, qf.n_layer)*n_vocab);
+        std::vector<double> probs((size_t) std::min<int>(n_chunk, n_threads)*n_vocab); // of each thread
         for (int32_t il0 = 0; il0 < qf.n_layer; il0 += n_chunk) {
             const int32_t n = std::min(n_chunk, qf.n_layer - il0);
             for (int32_t i = 0; i < n; ++i) {
@@ -216,9 +216,9 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
             const int64_t t_start = ggml_time_us();
             const float * logits = state.project(*ctx, rows.data(), n*n_row);
             const int64_t t_projected = ggml_time_us();
-            run_parallel(ctx->n_threads_batch(), n, [&](int32_t i) {
+            run_parallel(n_threads, n, [&](int32_t i, int ith) {
                 const float * z = logits + (size_t) i*n_row*n_vocab;
-                double * p = probs.data() + (size_t) i*n_vocab;
+                double * p = probs.data() + (size_t) ith*n_vocab;
                 const int64_t v_max = kernels.softmax(z, p, n_vocab);
                 for (int32_t ia = 0; ia < n_adapter; ++ia) {
                     div[(size_t) ia*qf.n_layer + il0 + i] = kernels.divergence(p, z + (size_t) (1 + ia)*n_vocab, n_vocab, v_max);
