@@ -13,9 +13,12 @@
 #endif
 #include "qaflora-cpu-isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
 #define WIN32_LEAN_AND_MEAN
@@ -152,7 +155,16 @@ void qaflora_op_delta(ggml_tensor * dst, int ith, int nth, void * userdata) {
     op_delta(dst, 0, ith, nth, userdata);
 }
 
+// y of a differential product may have rows more: the rest of base rows that were split
+static void add_rest(const qaflora_kernels & kernels, ggml_tensor * dst, const ggml_tensor * rows, int ith, int nth) {
+    if (rows) {
+        float * y = (float *) dst->src[0]->data;
+        kernels.add_rows(y, y + ggml_nelements(dst), (const int32_t *) rows->data, rows->ne[0], dst->ne[0], ith, nth);
+    }
+}
+
 void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    add_rest(*((const qaflora_cpu_module *) userdata)->kernels, dst, dst->src[4], ith, nth);
     op_delta(dst, dst->ne[1], ith, nth, userdata);
 }
 
@@ -162,10 +174,42 @@ void qaflora_op_base_differential(ggml_tensor * dst, int ith, int nth, void * us
     d.n_out = dst->ne[0];
     qaflora_cpu_rows rows;
     rows.n_row = ggml_nrows(dst);
+    add_rest(kernels, dst, dst->src[1], ith, nth);
     kernels.add_delta(d, rows, nullptr, (const float *) dst->src[0]->data, (float *) dst->data, dst->ne[1], ith, nth);
 }
 
 void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & kernels = *(const qaflora_kernels *) userdata;
-    kernels.subtract_base((const float *) dst->src[0]->data, (float *) dst->data, dst->ne[0], ggml_nrows(dst), dst->ne[1], ith, nth);
+    const auto & diff = *(const qaflora_cpu_difference *) userdata;
+    const ggml_tensor * src  = dst->src[0];
+    const ggml_tensor * rows = dst->src[1];
+    const int64_t n     = src->ne[0];
+    const int64_t n_row = ggml_nrows(src);
+    const float * x = (const float *) src->data;
+    float * d = (float *) dst->data;
+    diff.kernels->subtract_base(x, d, n, n_row, src->ne[1], ith, nth);
+    for (int64_t i = 0; rows && i < rows->ne[0]; ++i) {
+        const int32_t row = ((const int32_t *) rows->data)[i];
+        // the thread that wrote the row
+        if (row >= n_row*ith/nth && row < n_row*(ith + 1)/nth) {
+            diff.kernels->split(diff.rounding, x + row*n, d + row*n, d + (n_row + i)*n, n);
+        }
+    }
+}
+
+void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int, void * userdata) {
+    if (ith > 0) {
+        return;
+    }
+    const auto & diff = *(const qaflora_cpu_difference *) userdata;
+    const ggml_tensor * x = dst->src[0];
+    std::vector<std::pair<float, int32_t>> power;
+    for (int64_t i = 0; i < x->ne[1]; ++i) {
+        power.emplace_back(diff.kernels->rounding_power(diff.rounding, (const float *) x->data + i*x->ne[0], x->ne[0]), (int32_t) i);
+    }
+    std::partial_sort(power.begin(), power.begin() + dst->ne[0], power.end(), [](const auto & a, const auto & b) {
+        return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
+    for (int64_t i = 0; i < dst->ne[0]; ++i) {
+        ((int32_t *) dst->data)[i] = power[i].second;
+    }
 }

@@ -39,6 +39,12 @@ struct qaflora_cpu_rows {
     const float *   weights   = nullptr; // [n_slot, n_adapter]
 };
 
+// How ggml's products on the CPU round activations to 8 bits (llama.cpp 0c1e5709: quantize_row_q8_0_ref, _q8_1_ref, _q8_K_ref)
+struct qaflora_rounding {
+    int64_t block     = 0;     // numbers that share a scale: the largest of them is 127 steps; 0: no rounding
+    bool    f16_scale = false; // the step itself is rounded to F16
+};
+
 // t [n_row, n_rank]: weight * scale * A x of every segment, each at its offset; columns of weight 0 are left as they are
 struct qaflora_rank_product {
     const qaflora_cpu_segment * segments = nullptr;
@@ -55,6 +61,12 @@ struct qaflora_delta {
     int64_t n_rank    = 0; // columns of t
 };
 
+// what x_j - x_0 is taken for
+struct qaflora_cpu_difference {
+    const struct qaflora_kernels * kernels = nullptr;
+    qaflora_rounding rounding;
+};
+
 // The functions below, for one instruction set. Thread ith of nth does its share.
 struct qaflora_kernels {
     const char * name;
@@ -68,6 +80,15 @@ struct qaflora_kernels {
 
     // d [n_row, n] = x for the first n_base rows, x - (row i % n_base of x) for the others
     void (*subtract_base)(const float * x, float * d, int64_t n, int64_t n_row, int64_t n_base, int ith, int nth);
+
+    // power of the rounding error of a row x [n] that is rounded to 8 bits in blocks
+    float (*rounding_power)(const qaflora_rounding & rounding, const float * x, int64_t n);
+
+    // x [n] = rounded + rest, where rounded is what is left unchanged by rounding
+    void (*split)(const qaflora_rounding & rounding, const float * x, float * rounded, float * rest, int64_t n);
+
+    // row rows[i] of y [.., n_out] += row i of more [n_rows, n_out]; threads divide n_out as in add_delta
+    void (*add_rows)(float * y, const float * more, const int32_t * rows, int64_t n_rows, int64_t n_out, int ith, int nth);
 
     // p [n]: softmax of z [n]; returns the likeliest index
     int64_t (*softmax)(const float * z, double * p, int64_t n);
@@ -96,9 +117,13 @@ void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, con
 // ggml_custom_op_t
 //   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_group
 //   delta:   src y, t [n_row, n_rank], weights, slot or none. userdata qaflora_cpu_module
-//   *_differential: y is [n_slot, n_row/n_slot, n_out]; base sum has no adapter, and y alone as source
+//   *_differential: y is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
+//            rows I32 [n]: then y has n rows more, to be added to these
+//   subtract_base: x, rows or none. userdata qaflora_cpu_difference
+//   coarsest_rows: x; dst I32 [n]: rows of the base whose rounding loses most. userdata qaflora_cpu_difference
 void qaflora_op_product           (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_delta             (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_coarsest_rows     (ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -23,6 +23,10 @@ enum {
 // graph input: weights, and which row follows which sequence
 //
 
+// rows of the base that are split, see rounding_of(): so many, or this share of them
+static const int64_t N_SPLIT_MIN = 8;
+static const int64_t SPLIT_SHARE = 8;
+
 struct qaflora_graph_input : public llm_graph_input_i {
     qaflora_graph_input(const qaflora_context & qf, const llm_graph_context & gctx) :
         qf(qf), n_slot(gctx.ubatch.n_seqs_unq), n_token(gctx.n_tokens), n_output(gctx.n_outputs),
@@ -57,7 +61,12 @@ struct qaflora_graph_input : public llm_graph_input_i {
     std::map<std::tuple<int32_t, int32_t, bool>, ggml_tensor *> row_weights; // (layout, il, is_output)
     struct product { const ggml_tensor * cur = nullptr; ggml_tensor * t = nullptr; };
     std::vector<product> group_product; // [n_group]
-    product difference;                 // of a differential product, the last one
+    struct difference {
+        const ggml_tensor * cur = nullptr;
+        ggml_tensor * d     = nullptr;
+        ggml_tensor * split = nullptr; // rows of the base that d has in two parts
+    };
+    difference last_difference;
 
 private:
     void set_cpu_weights(const llama_ubatch & ubatch) const;
@@ -210,21 +219,20 @@ static ggml_tensor * rows_weights(const llm_graph_context & gctx, qaflora_graph_
     return res;
 }
 
-// an operation of the CPU: dst has the shape of like, or is like where nothing else computes
-static ggml_tensor * cpu_op(const llm_graph_context & gctx, ggml_custom_op_t op, ggml_tensor * like, std::initializer_list<ggml_tensor *> more,
-                            const void * userdata, bool is_inplace) {
+// an operation of the CPU on y, in place where nothing else computes; whole: what y is a view of
+static ggml_tensor * cpu_op(const llm_graph_context & gctx, ggml_custom_op_t op, ggml_tensor * y, std::initializer_list<ggml_tensor *> more,
+                            const void * userdata, ggml_tensor * whole = nullptr) {
     std::vector<ggml_tensor *> src;
     for (ggml_tensor * t : more) {
         if (t) {
             src.push_back(t);
         }
     }
-    // between devices the source may be a copy
-    if (is_inplace && ggml_backend_sched_get_n_backends(gctx.sched) == 1) {
-        return ggml_custom_inplace(gctx.ctx0, like, src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
+    if (ggml_backend_sched_get_n_backends(gctx.sched) == 1) {
+        return ggml_custom_inplace(gctx.ctx0, y, src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
     }
-    src.insert(src.begin(), like);
-    return ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, like->ne[0], like->ne[1], like->ne[2], like->ne[3],
+    src.insert(src.begin(), whole ? whole : y); // between devices this may be a copy
+    return ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, y->ne[0], y->ne[1], y->ne[2], y->ne[3],
                           src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
 }
 
@@ -301,19 +309,69 @@ static bool has_kernels(const qaflora_context & qf, const ggml_tensor * w) {
     return qf.pack->kernels && qaflora_is_on_cpu(w);
 }
 
-// x_0 of the base, x_j - x_0 of the others
-static ggml_tensor * subtract_base(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w, ggml_tensor * cur, ggml_tensor * x) {
-    if (inp.difference.cur != cur) {
-        ggml_tensor * d;
-        if (has_kernels(inp.qf, w)) {
-            d = cpu_op(gctx, qaflora_op_subtract_base, x, {}, inp.qf.pack->kernels, false);
-        } else {
-            ggml_tensor * x0 = first_sequence(gctx.ctx0, x);
-            d = ggml_concat(gctx.ctx0, x0, ggml_sub(gctx.ctx0, other_sequences(gctx.ctx0, x), x0), 2);
-        }
-        inp.difference = { cur, d };
+// How the products with w round activations, if base rows are to be split for them: where a token's activations are
+// a thousand times those of others, as some models make them before ffn_down, rounding in blocks of 256 takes the small
+// ones away, and the base that the adapters are compared with is no longer the base.
+static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, const ggml_tensor * w) {
+    const auto & layers = qf.pack->model->layers;
+    const bool is_down = std::any_of(layers.begin(), layers.end(), [&](const llama_layer & layer) { return layer.ffn_down == w; });
+    if (!is_down || !has_kernels(qf, w)) {
+        return nullptr;
     }
-    return inp.difference.t;
+    switch (w->type) {
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_IQ4_NL:
+            return &qf.pack->rounded_32;
+        case GGML_TYPE_Q2_K:
+        case GGML_TYPE_Q3_K:
+        case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_K:
+        case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ4_XS:
+        case GGML_TYPE_IQ3_S:
+        case GGML_TYPE_IQ3_XXS:
+        case GGML_TYPE_IQ2_S:
+        case GGML_TYPE_IQ2_XS:
+        case GGML_TYPE_IQ2_XXS:
+        case GGML_TYPE_IQ1_S:
+        case GGML_TYPE_IQ1_M:
+            return &qf.pack->rounded_256;
+        default:
+            return nullptr;
+    }
+}
+
+// x_0 of the base, x_j - x_0 of the others [n_in, n_row]; then the rest of the base rows that are split
+static qaflora_graph_input::difference subtract_base(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w,
+                                                     ggml_tensor * cur, ggml_tensor * x) {
+    ggml_context * ctx = gctx.ctx0;
+    auto & diff = inp.last_difference;
+    if (diff.cur == cur) {
+        return diff;
+    }
+    diff = { cur, nullptr, nullptr };
+    if (!has_kernels(inp.qf, w)) {
+        ggml_tensor * x0 = first_sequence(ctx, x);
+        diff.d = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
+        return diff;
+    }
+    const qaflora_cpu_difference * how = rounding_of(inp.qf, w);
+    std::vector<ggml_tensor *> src = { x };
+    if (how) {
+        const int64_t n_split = std::min<int64_t>(x->ne[1], std::max<int64_t>(N_SPLIT_MIN, x->ne[1]/SPLIT_SHARE));
+        diff.split = ggml_custom_4d(ctx, GGML_TYPE_I32, n_split, 1, 1, 1, src.data(), 1, qaflora_op_coarsest_rows, 1,
+                                    const_cast<qaflora_cpu_difference *>(how));
+        src.push_back(diff.split);
+    } else {
+        how = &inp.qf.pack->plain;
+    }
+    diff.d = ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], ggml_nrows(x) + (diff.split ? diff.split->ne[0] : 0), 1, 1,
+                            src.data(), (int) src.size(), qaflora_op_subtract_base, GGML_N_TASKS_MAX, const_cast<qaflora_cpu_difference *>(how));
+    return diff;
 }
 
 ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
@@ -327,11 +385,11 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
         return res;
     }
     // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
-    ggml_tensor * d = subtract_base(gctx, inp, w, cur, x);
-    ggml_tensor * y = ggml_mul_mat(ctx, w, ggml_reshape_4d(ctx, d, cur->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]));
+    const auto diff = subtract_base(gctx, inp, w, cur, x);
     if (has_kernels(inp.qf, w)) {
-        return y; // qaflora_mm_delta() adds y_0
+        return ggml_mul_mat(ctx, w, diff.d); // qaflora_mm_delta() adds y_0
     }
+    ggml_tensor * y = ggml_mul_mat(ctx, w, ggml_reshape_2d(ctx, diff.d, x->ne[0], x->ne[1]*x->ne[2]));
     if (gctx.prec_policy) {
         gctx.prec_policy->apply(y);
     }
@@ -358,15 +416,24 @@ static ggml_tensor * cpu_product(const llm_graph_context & gctx, qaflora_graph_i
 }
 
 static ggml_tensor * cpu_delta(const llm_graph_context & gctx, qaflora_graph_input & inp, const qaflora_module * m, ggml_tensor * cur, ggml_tensor * res) {
-    const ggml_tensor * x = inp.qf.is_differential() ? as_sequences(gctx, inp, cur) : nullptr;
-    ggml_tensor * y = x ? ggml_reshape_3d(gctx.ctx0, res, res->ne[0], x->ne[1], x->ne[2]) : res;
-    if (m) {
-        y = cpu_op(gctx, x ? qaflora_op_delta_differential : qaflora_op_delta, y,
-                   { cpu_product(gctx, inp, m->group, cur), cpu_weights(gctx, inp), slots_of(gctx, inp, ggml_nrows(cur)) }, &m->cpu, true);
-    } else if (x) {
-        y = cpu_op(gctx, qaflora_op_base_differential, y, {}, inp.qf.pack->kernels, true);
+    if (m && !(inp.qf.is_differential() && as_sequences(gctx, inp, cur))) {
+        return cpu_op(gctx, qaflora_op_delta, res,
+                      { cpu_product(gctx, inp, m->group, cur), cpu_weights(gctx, inp), slots_of(gctx, inp, ggml_nrows(cur)) }, &m->cpu);
     }
-    return x ? ggml_reshape_4d(gctx.ctx0, y, res->ne[0], res->ne[1], res->ne[2], res->ne[3]) : y;
+    if (!inp.qf.is_differential() || !as_sequences(gctx, inp, cur)) {
+        return res;
+    }
+    // res has the rows of cur, and below them those that were split
+    const int64_t n_base = ggml_nrows(cur)/inp.n_slot;
+    ggml_tensor * y = ggml_view_3d(gctx.ctx0, res, res->ne[0], n_base, inp.n_slot, res->nb[1], n_base*res->nb[1], 0);
+    ggml_tensor * split = inp.last_difference.split;
+    if (m) {
+        y = cpu_op(gctx, qaflora_op_delta_differential, y,
+                   { cpu_product(gctx, inp, m->group, cur), cpu_weights(gctx, inp), slots_of(gctx, inp, ggml_nrows(cur)), split }, &m->cpu, res);
+    } else {
+        y = cpu_op(gctx, qaflora_op_base_differential, y, { split }, inp.qf.pack->kernels, res);
+    }
+    return ggml_reshape_4d(gctx.ctx0, y, res->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
 }
 
 // A cur, weighted: [rank, n_row]

@@ -596,7 +596,10 @@ qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths
         pack->n_adapter = n_adapter;
         pack->n_layer   = model->hparams.n_layer();
         if (qaflora_has_kernels()) {
-            pack->kernels = &qaflora_best_kernels();
+            pack->kernels     = &qaflora_best_kernels();
+            pack->plain       = { pack->kernels, { 0, false } };
+            pack->rounded_32  = { pack->kernels, { 32, true } };
+            pack->rounded_256 = { pack->kernels, { 256, false } };
         }
 
         std::vector<adapter_file> files;

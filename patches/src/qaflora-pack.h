@@ -75,6 +75,9 @@ struct qaflora_pack {
     int32_t n_adapter = 0;
     int32_t n_layer   = 0;
     const qaflora_kernels * kernels = nullptr; // null: ggml's operations on the CPU as well
+    qaflora_cpu_difference plain;    // for products that are not split
+    qaflora_cpu_difference rounded_32;  // for weights whose products round in blocks of 32
+    qaflora_cpu_difference rounded_256; // and of 256
 
     std::vector<qaflora_layout> layouts;
     std::vector<qaflora_group>  groups;
