@@ -26,7 +26,7 @@ F64 = NDArray[np.float64]
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # llama_cpp's GGML_TYPE_*
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
-_LOG_LEVEL_ERROR = 3
+_LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _VOCAB_TYPE_NONE = 0
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
@@ -233,6 +233,7 @@ class Context(_Handle):
         self._lib, self._functions = model._lib, model._functions
         self.n_seq, self.n_ctx = n_seq, n_ctx
         self.tokens: list[int] = []
+        self._has_all_outputs = all_outputs
         params = self._lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_batch = n_ctx * n_seq
@@ -317,6 +318,8 @@ class Context(_Handle):
 
         Raises BackendError when llama_decode fails; the sequences are empty then.
         """
+        if outputs == "all" and not self._has_all_outputs:
+            raise BackendError("This context has no room for all outputs; make it with all_outputs.")
         n, n_seq = len(tokens), n_seq or self.n_seq
         batch = self._lib.llama_batch_init(n * n_seq, 0, 1)
         try:

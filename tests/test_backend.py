@@ -291,6 +291,7 @@ def probe_states(
 ) -> F32:
     model, pack = load(base, adapters)
     options = {**EXACT, "probe": True, "differential": differential}
+    options["all_outputs"] = pool == "mean"
     with Context(model, pack, n_ctx=n_ctx, n_seq=1 + len(adapters), **options) as context:
         for ia in range(len(adapters)):
             context.set_weights(one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)

@@ -559,8 +559,9 @@ static void split(const qaflora_rounding & rounding, const float * x, float * ro
             step = round_f16(step);
         }
         for (int64_t j = i; j < i + rounding.block; ++j) {
-            rounded[j] = rintf(x[j]*inverse)*step;
-            rest[j]    = x[j] - rounded[j];
+            const float xj = x[j]; // rounded may be x
+            rounded[j] = rintf(xj*inverse)*step;
+            rest[j]    = xj - rounded[j];
         }
     }
 }
@@ -614,8 +615,8 @@ static inline double exp_double(double x) {
     return res;
 }
 
-// exp(x) - 1 - x, by its series for |x| < 1/2: no cancellation either way
-static inline double expm1_minus(double x) {
+// exp(x) - 1 - x for |x| < 1/2, by its series
+static inline double expm1_minus_series(double x) {
     double q = 1.0/6227020800.0;
     q = q*x + 1.0/479001600.0;
     q = q*x + 1.0/39916800.0;
@@ -628,7 +629,12 @@ static inline double expm1_minus(double x) {
     q = q*x + 1.0/24.0;
     q = q*x + 1.0/6.0;
     q = q*x + 0.5;
-    const double small = q*x*x;
+    return q*x*x;
+}
+
+// the same for any x: no cancellation either way
+static inline double expm1_minus(double x) {
+    const double small = expm1_minus_series(x);
     const double large = exp_double(x) - 1.0 - x;
     return (x < 0.0 ? -x : x) < 0.5 ? small : large;
 }
@@ -641,7 +647,24 @@ static inline double lanes_sum(const double * lane) {
     return sum;
 }
 
-static int64_t softmax(const float * z, double * p, int64_t n) {
+// sums so far, with p and c taken from a token that is likelier than all before
+static void move_reference(qaflora_divergence_sums & sums, int64_t n_adapter, double z_max, const float * d, int64_t stride) {
+    const double scale = sums.s > 0.0 ? exp(sums.z_max - z_max) : 0.0;
+    sums.z_max = z_max;
+    sums.s *= scale;
+    for (int64_t ia = 0; ia < n_adapter; ++ia) {
+        qaflora_divergence_sums::adapter & a = sums.adapters[ia];
+        const double c     = d[ia*stride];
+        const double delta = a.c - c; // u grows by it
+        const double first = a.first*scale;
+        const double rest  = a.rest*scale;
+        a.c     = c;
+        a.first = first + delta*sums.s;
+        a.rest  = sums.s > 0.0 ? exp(delta)*rest + expm1(delta)*first + expm1_minus(delta)*sums.s : 0.0;
+    }
+}
+
+static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p) {
     float lane_max[N_LANE];
     for (int j = 0; j < N_LANE; ++j) {
         lane_max[j] = z[0];
@@ -659,62 +682,65 @@ static int64_t softmax(const float * z, double * p, int64_t n) {
     for (int j = 0; j < N_LANE; ++j) {
         z_max = lane_max[j] > z_max ? lane_max[j] : z_max;
     }
-    int64_t i_max = 0;
-    while (i_max < n - 1 && z[i_max] != z_max) {
-        ++i_max;
+    if (sums.s == 0.0 || z_max > sums.z_max) {
+        int64_t i_max = 0;
+        while (i_max < n - 1 && z[i_max] != z_max) {
+            ++i_max;
+        }
+        move_reference(sums, n_adapter, z_max, d + i_max, stride);
     }
     double lane[N_LANE] = {};
     for (v = 0; v + N_LANE <= n; v += N_LANE) {
         for (int j = 0; j < N_LANE; ++j) {
-            const double e = exp_double((double) z[v + j] - z_max);
+            const double e = exp_double((double) z[v + j] - sums.z_max);
             p[v + j] = e;
             lane[j] += e;
         }
     }
-    double sum = lanes_sum(lane);
+    double s = lanes_sum(lane);
     for (; v < n; ++v) {
-        p[v] = exp_double((double) z[v] - z_max);
-        sum += p[v];
+        p[v] = exp_double((double) z[v] - sums.z_max);
+        s += p[v];
     }
-    const double scale = 1.0/sum;
-    for (v = 0; v < n; ++v) {
-        p[v] *= scale;
-    }
-    return i_max;
-}
-
-// log1p(sum_v p_v (expm1(u_v) - u_v)), u = d - sum_v p_v d_v. Every term is >= 0, so that nothing cancels. A constant
-// added to d changes nothing: with d = 0 where p is largest, u keeps its digits even where p is almost all on one token.
-static double divergence(const double * p, const float * d, int64_t n, int64_t i_max) {
-    const double d_max = d[i_max];
-    double lane[N_LANE] = {};
-    int64_t v = 0;
-    for (; v + N_LANE <= n; v += N_LANE) {
-        for (int j = 0; j < N_LANE; ++j) {
-            lane[j] += p[v + j]*((double) d[v + j] - d_max);
+    sums.s += s;
+    for (int64_t ia = 0; ia < n_adapter; ++ia) {
+        qaflora_divergence_sums::adapter & a = sums.adapters[ia];
+        const float * dj = d + ia*stride;
+        double lane_first[N_LANE] = {};
+        double lane_rest [N_LANE] = {};
+        for (v = 0; v + N_LANE <= n; v += N_LANE) {
+            double u[N_LANE];
+            double largest = 0.0;
+            for (int j = 0; j < N_LANE; ++j) {
+                u[j] = (double) dj[v + j] - a.c;
+                lane_first[j] += p[v + j]*u[j];
+                const double size = u[j] < 0.0 ? -u[j] : u[j];
+                largest = size > largest ? size : largest;
+            }
+            if (largest < 0.5) {
+                for (int j = 0; j < N_LANE; ++j) {
+                    lane_rest[j] += p[v + j]*expm1_minus_series(u[j]);
+                }
+            } else {
+                for (int j = 0; j < N_LANE; ++j) {
+                    lane_rest[j] += p[v + j]*expm1_minus(u[j]);
+                }
+            }
         }
-    }
-    double mean = lanes_sum(lane);
-    for (; v < n; ++v) {
-        mean += p[v]*((double) d[v] - d_max);
-    }
-    for (int j = 0; j < N_LANE; ++j) {
-        lane[j] = 0.0;
-    }
-    for (v = 0; v + N_LANE <= n; v += N_LANE) {
-        for (int j = 0; j < N_LANE; ++j) {
-            lane[j] += p[v + j]*expm1_minus(((double) d[v + j] - d_max) - mean);
+        double first = lanes_sum(lane_first);
+        double rest  = lanes_sum(lane_rest);
+        for (; v < n; ++v) {
+            const double u = (double) dj[v] - a.c;
+            first += p[v]*u;
+            rest  += p[v]*expm1_minus(u);
         }
+        a.first += first;
+        a.rest  += rest;
     }
-    double sum = lanes_sum(lane);
-    for (; v < n; ++v) {
-        sum += p[v]*expm1_minus(((double) d[v] - d_max) - mean);
-    }
-    return log1p(sum);
 }
 
 static const qaflora_kernels kernels = {
-    QAFLORA_ISA_NAME, rank_product, add_delta, subtract_base, rounding_power, split, add_rows, softmax, divergence
+    QAFLORA_ISA_NAME, rank_product, add_delta, subtract_base, rounding_power, split, add_rows, accumulate
 };
 
 } // namespace QAFLORA_ISA

@@ -14,6 +14,7 @@
 #include "qaflora-cpu-isa.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -123,6 +124,15 @@ void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, con
     }
 }
 
+double qaflora_divergence_sums::divergence(int64_t ia) const {
+    const double first = adapters[ia].first/s;
+    const double rest  = adapters[ia].rest/s;
+    // log1p(first + rest) - first: by its series where the two would cancel
+    const double sum = first + rest;
+    const double small = std::fabs(sum) < 1e-3 ? sum*sum*(-1.0/2 + sum*(1.0/3 + sum*(-1.0/4 + sum*(1.0/5 - sum/6)))) : std::log1p(sum) - sum;
+    return std::max(0.0, rest + small);
+}
+
 //
 // operations
 //
@@ -159,7 +169,7 @@ void qaflora_op_delta(ggml_tensor * dst, int ith, int nth, void * userdata) {
 static void add_rest(const qaflora_kernels & kernels, ggml_tensor * dst, const ggml_tensor * rows, int ith, int nth) {
     if (rows) {
         float * y = (float *) dst->src[0]->data;
-        kernels.add_rows(y, y + ggml_nelements(dst), (const int32_t *) rows->data, rows->ne[0], dst->ne[0], ith, nth);
+        kernels.add_rows(y, y + ggml_nelements(dst), (const int32_t *) rows->data, ggml_nelements(rows), dst->ne[0], ith, nth);
     }
 }
 
@@ -182,34 +192,56 @@ void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userda
     const auto & diff = *(const qaflora_cpu_difference *) userdata;
     const ggml_tensor * src  = dst->src[0];
     const ggml_tensor * rows = dst->src[1];
-    const int64_t n     = src->ne[0];
-    const int64_t n_row = ggml_nrows(src);
+    const int64_t n      = src->ne[0];
+    const int64_t n_base = src->ne[1];
+    const int64_t n_row  = ggml_nrows(src);
     const float * x = (const float *) src->data;
     float * d = (float *) dst->data;
-    diff.kernels->subtract_base(x, d, n, n_row, src->ne[1], ith, nth);
-    for (int64_t i = 0; rows && i < rows->ne[0]; ++i) {
+    diff.kernels->subtract_base(x, d, n, n_row, n_base, ith, nth);
+    for (int64_t i = 0; rows && i < ggml_nelements(rows); ++i) {
         const int32_t row = ((const int32_t *) rows->data)[i];
         // the thread that wrote the row
         if (row >= n_row*ith/nth && row < n_row*(ith + 1)/nth) {
-            diff.kernels->split(diff.rounding, x + row*n, d + row*n, d + (n_row + i)*n, n);
+            diff.kernels->split(diff.rounding, d + row*n, d + row*n, d + (n_row + i)*n, n);
         }
     }
 }
 
-void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int, void * userdata) {
-    if (ith > 0) {
-        return;
-    }
+// Of Qwen2.5-0.5B and its four trained adapters, errors of a weight on 20 queries (worst / mean, lens norm): without splitting
+// 0.353 / 0.0055, eight rows of the base 0.063 / 0.0030, and the last one of each adapter 0.028 / 0.0018.
+int64_t qaflora_n_split(int64_t slot, int64_t n_base) {
+    return std::min<int64_t>(n_base, slot == 0 ? 8 : 1);
+}
+
+void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & diff = *(const qaflora_cpu_difference *) userdata;
-    const ggml_tensor * x = dst->src[0];
-    std::vector<std::pair<float, int32_t>> power;
-    for (int64_t i = 0; i < x->ne[1]; ++i) {
-        power.emplace_back(diff.kernels->rounding_power(diff.rounding, (const float *) x->data + i*x->ne[0], x->ne[0]), (int32_t) i);
-    }
-    std::partial_sort(power.begin(), power.begin() + dst->ne[0], power.end(), [](const auto & a, const auto & b) {
-        return a.first != b.first ? a.first > b.first : a.second < b.second;
-    });
-    for (int64_t i = 0; i < dst->ne[0]; ++i) {
-        ((int32_t *) dst->data)[i] = power[i].second;
+    const ggml_tensor * src = dst->src[0];
+    const int64_t n      = src->ne[0];
+    const int64_t n_base = src->ne[1];
+    const float * x = (const float *) src->data;
+    std::vector<float> d(n);
+    std::vector<std::pair<float, int32_t>> power(n_base);
+    const int64_t n_first = qaflora_n_split(0, n_base);
+    const int64_t n_other = qaflora_n_split(1, n_base);
+    for (int64_t is = ith; is < src->ne[2]; is += nth) {
+        for (int64_t i = 0; i < n_base; ++i) {
+            const int64_t row = is*n_base + i;
+            const float * xi = x + row*n;
+            if (is > 0) {
+                for (int64_t j = 0; j < n; ++j) {
+                    d[j] = xi[j] - x[i*n + j];
+                }
+                xi = d.data();
+            }
+            power[i] = { diff.kernels->rounding_power(diff.rounding, xi, n), (int32_t) row };
+        }
+        power.back().first = INFINITY; // the last row of a query is the one whose state is asked for
+        const int64_t n_split = is == 0 ? n_first : n_other;
+        std::partial_sort(power.begin(), power.begin() + n_split, power.end(), [](const auto & a, const auto & b) {
+            return a.first != b.first ? a.first > b.first : a.second < b.second;
+        });
+        for (int64_t i = 0; i < n_split; ++i) {
+            ((int32_t *) dst->data)[(is == 0 ? 0 : n_first + (is - 1)*n_other) + i] = power[i].second;
+        }
     }
 }

@@ -61,6 +61,21 @@ struct qaflora_delta {
     int64_t n_rank    = 0; // columns of t
 };
 
+// KL(p || q_j), p = softmax(z), q_j = softmax(z + d_j), from sums over a vocabulary that is seen slice by slice.
+// With u = d - c for any c: KL = log1p(sum p u + sum p (expm1(u) - u)) - sum p u. c is d where p is largest so far: most of p
+// then adds nothing, and u keeps its digits even where p is almost all on one token.
+struct qaflora_divergence_sums {
+    double z_max = 0.0; // largest z so far
+    double s     = 0.0; // sum of exp(z - z_max); 0: nothing was seen
+    struct adapter {
+        double c     = 0.0;
+        double first = 0.0; // sum of exp(z - z_max) u
+        double rest  = 0.0; // sum of exp(z - z_max) (expm1(u) - u)
+    } * adapters = nullptr; // [n_adapter]
+
+    double divergence(int64_t ia) const;
+};
+
 // what x_j - x_0 is taken for
 struct qaflora_cpu_difference {
     const struct qaflora_kernels * kernels = nullptr;
@@ -90,11 +105,8 @@ struct qaflora_kernels {
     // row rows[i] of y [.., n_out] += row i of more [n_rows, n_out]; threads divide n_out as in add_delta
     void (*add_rows)(float * y, const float * more, const int32_t * rows, int64_t n_rows, int64_t n_out, int ith, int nth);
 
-    // p [n]: softmax of z [n]; returns the likeliest index
-    int64_t (*softmax)(const float * z, double * p, int64_t n);
-
-    // KL(p || q) in nats for q = softmax(log p + d); i_max is the likeliest index of p
-    double (*divergence)(const double * p, const float * d, int64_t n, int64_t i_max);
+    // one more slice of a vocabulary: logits of the base z [n], their differences d [n_adapter, stride]; p [n] is room to work in
+    void (*accumulate)(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p);
 };
 
 // null where they were not compiled
@@ -120,10 +132,12 @@ void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, con
 //   *_differential: y is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
 //            rows I32 [n]: then y has n rows more, to be added to these
 //   subtract_base: x, rows or none. userdata qaflora_cpu_difference
-//   coarsest_rows: x; dst I32 [n]: rows of the base whose rounding loses most. userdata qaflora_cpu_difference
+//   coarsest_rows: x [n_slot, n_base, n_in]; dst I32: rows whose rounding loses most, qaflora_n_split() of each slot.
+//            userdata qaflora_cpu_difference
 void qaflora_op_product           (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_delta             (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);
+int64_t qaflora_n_split(int64_t slot, int64_t n_base); // of n_base rows
 void qaflora_op_coarsest_rows     (ggml_tensor * dst, int ith, int nth, void * userdata);

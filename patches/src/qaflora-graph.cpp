@@ -23,9 +23,8 @@ enum {
 // graph input: weights, and which row follows which sequence
 //
 
-// rows of the base that are split, see rounding_of(): so many, or this share of them
-static const int64_t N_SPLIT_MIN = 8;
-static const int64_t SPLIT_SHARE = 8;
+// tokens of a query of which all products split rows, see rounding_of()
+static const int64_t N_SHORT = 16;
 
 struct qaflora_graph_input : public llm_graph_input_i {
     qaflora_graph_input(const qaflora_context & qf, const llm_graph_context & gctx) :
@@ -64,7 +63,7 @@ struct qaflora_graph_input : public llm_graph_input_i {
     struct difference {
         const ggml_tensor * cur = nullptr;
         ggml_tensor * d     = nullptr;
-        ggml_tensor * split = nullptr; // rows of the base that d has in two parts
+        ggml_tensor * split = nullptr; // rows that d has in two parts
     };
     difference last_difference;
 
@@ -309,13 +308,16 @@ static bool has_kernels(const qaflora_context & qf, const ggml_tensor * w) {
     return qf.pack->kernels && qaflora_is_on_cpu(w);
 }
 
-// How the products with w round activations, if base rows are to be split for them: where a token's activations are
-// a thousand times those of others, as some models make them before ffn_down, rounding in blocks of 256 takes the small
-// ones away, and the base that the adapters are compared with is no longer the base.
-static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, const ggml_tensor * w) {
+// How the products with w round activations, if rows are to be split for them. Where a token's activations are hundreds of
+// times those of others, as some models make them before ffn_down, rounding to 8 bits takes the small ones away, and what
+// the adapters are compared with is no longer the base. All products of a short query, where few tokens decide; of a longer
+// one those that were seen to matter at a small share of the cost.
+static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, const ggml_tensor * w, int64_t n_base) {
     const auto & layers = qf.pack->model->layers;
-    const bool is_down = std::any_of(layers.begin(), layers.end(), [&](const llama_layer & layer) { return layer.ffn_down == w; });
-    if (!is_down || !has_kernels(qf, w)) {
+    const bool is_sensitive = std::any_of(layers.begin(), layers.end(), [&](const llama_layer & l) {
+        return w == l.ffn_down || w == l.wq || w == l.wk || w == l.wv || w == l.wqkv;
+    });
+    if (!has_kernels(qf, w) || (n_base > N_SHORT && !is_sensitive)) {
         return nullptr;
     }
     switch (w->type) {
@@ -345,7 +347,7 @@ static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, co
     }
 }
 
-// x_0 of the base, x_j - x_0 of the others [n_in, n_row]; then the rest of the base rows that are split
+// x_0 of the base, x_j - x_0 of the others [n_in, n_row]; then the rest of the rows that are split
 static qaflora_graph_input::difference subtract_base(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w,
                                                      ggml_tensor * cur, ggml_tensor * x) {
     ggml_context * ctx = gctx.ctx0;
@@ -359,17 +361,17 @@ static qaflora_graph_input::difference subtract_base(const llm_graph_context & g
         diff.d = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
         return diff;
     }
-    const qaflora_cpu_difference * how = rounding_of(inp.qf, w);
+    const qaflora_cpu_difference * how = rounding_of(inp.qf, w, x->ne[1]);
     std::vector<ggml_tensor *> src = { x };
     if (how) {
-        const int64_t n_split = std::min<int64_t>(x->ne[1], std::max<int64_t>(N_SPLIT_MIN, x->ne[1]/SPLIT_SHARE));
-        diff.split = ggml_custom_4d(ctx, GGML_TYPE_I32, n_split, 1, 1, 1, src.data(), 1, qaflora_op_coarsest_rows, 1,
+        const int64_t n_split = qaflora_n_split(0, x->ne[1]) + (x->ne[2] - 1)*qaflora_n_split(1, x->ne[1]);
+        diff.split = ggml_custom_4d(ctx, GGML_TYPE_I32, n_split, 1, 1, 1, src.data(), 1, qaflora_op_coarsest_rows, GGML_N_TASKS_MAX,
                                     const_cast<qaflora_cpu_difference *>(how));
         src.push_back(diff.split);
     } else {
         how = &inp.qf.pack->plain;
     }
-    diff.d = ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], ggml_nrows(x) + (diff.split ? diff.split->ne[0] : 0), 1, 1,
+    diff.d = ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], ggml_nrows(x) + (diff.split ? ggml_nelements(diff.split) : 0), 1, 1,
                             src.data(), (int) src.size(), qaflora_op_subtract_base, GGML_N_TASKS_MAX, const_cast<qaflora_cpu_difference *>(how));
     return diff;
 }

@@ -14,8 +14,10 @@
 #include <system_error>
 #include <thread>
 
-// logits held at once; bounds the memory of the lens for any vocabulary
-static const size_t LENS_LOGITS_BYTES = 24u << 20;
+// logits and rows held at once: they bound the memory of the lens for any vocabulary and depth
+static const size_t  LENS_LOGITS_BYTES = 12u << 20;
+static const int32_t LENS_ROWS         = 256;
+static const int64_t SLICE_STEP        = 1024; // tokens: where a slice begins is aligned for every device
 
 //
 // final norm, on the host in float64
@@ -83,13 +85,18 @@ struct qaflora_lens_state {
         }
     }
 
-    // logits [n_row, n_vocab]; valid until the next call, or the next llama_decode: they lie in the memory that it computes in
-    const float * project(const llama_context & ctx, const float * rows, int32_t n_row) {
+    // logits [n_row, n] of the tokens v0 to v0 + n; valid until the next call, or the next llama_decode: they lie in the
+    // memory that it computes in
+    const float * project(const llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n) {
         const llama_model & model = ctx.get_model();
+        ggml_tensor * w = model.output;
         ggml_context_ptr gctx { ggml_init({ meta.size(), meta.data(), true }) };
         ggml_tensor * x = ggml_new_tensor_2d(gctx.get(), GGML_TYPE_F32, model.hparams.n_embd, n_row);
         ggml_set_input(x);
-        ggml_tensor * z = ggml_mul_mat(gctx.get(), model.output, x);
+        if (n < w->ne[1]) {
+            w = ggml_view_2d(gctx.get(), w, w->ne[0], n, w->nb[1], v0*w->nb[1]);
+        }
+        ggml_tensor * z = ggml_mul_mat(gctx.get(), w, x);
         if (model.output_s) {
             z = ggml_mul(gctx.get(), z, model.output_s);
         }
@@ -130,8 +137,17 @@ static qaflora_lens_state & lens_of(llama_context & ctx, qaflora_context & qf) {
     return *qf.lens;
 }
 
-static int32_t rows_at_once(int64_t n_vocab) {
-    return (int32_t) std::max<size_t>(1, LENS_LOGITS_BYTES/(n_vocab*sizeof(float)));
+// Tokens of the vocabulary that are projected at once, so that the logits of n_row rows stay small: all of them where the
+// head is stored in an order of its own, as repacked buffers do, and rows cannot be told apart.
+static int64_t tokens_at_once(const llama_model & model, int64_t n_row) {
+    const ggml_tensor * w = model.output;
+    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer));
+    const bool is_gpu = dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_ACCEL;
+    if ((!is_gpu && !ggml_backend_buffer_is_host(w->buffer)) || (model.output_s && ggml_nelements(model.output_s) > 1)) {
+        return w->ne[1];
+    }
+    const int64_t n = LENS_LOGITS_BYTES/(n_row*sizeof(float))/SLICE_STEP*SLICE_STEP;
+    return std::min(w->ne[1], std::max(n, SLICE_STEP));
 }
 
 //
@@ -193,18 +209,16 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         qaflora_context & qf = *ctx->qaflora;
         qaflora_lens_state & state = lens_of(*ctx, qf);
         const final_norm norm(ctx->get_model());
-        const int64_t n_vocab = ctx->get_model().output->ne[1];
-        const int32_t n_row   = 1 + n_adapter;
-        const int     n_threads = ctx->n_threads_batch();
-        int32_t n_chunk = std::min(qf.n_layer, std::max(1, rows_at_once(n_vocab)/n_row)); // layers
-        if (n_chunk > n_threads) {
-            n_chunk -= n_chunk % n_threads; // no thread waits for another's last layer
-        }
-        const size_t  stride  = (size_t) qf.n_layer*qf.n_embd;
         const qaflora_kernels & kernels = qaflora_best_kernels();
+        const int     n_threads = ctx->n_threads_batch();
+        const int64_t n_vocab   = ctx->get_model().output->ne[1];
+        const int32_t n_row     = 1 + n_adapter;
+        const int32_t n_chunk   = std::min(qf.n_layer, std::max(1, LENS_ROWS/n_row)); // layers
+        const int64_t n_slice   = tokens_at_once(ctx->get_model(), (int64_t) n_chunk*n_row);
+        const size_t  stride    = (size_t) qf.n_layer*qf.n_embd;
 
-        std::vector<float> rows((size_t) n_chunk*n_row*qf.n_embd);
-        std::vector<double> probs((size_t) std::min<int>(n_chunk, n_threads)*n_vocab); // of each thread
+        std::vector<float>  rows((size_t) n_chunk*n_row*qf.n_embd);
+        std::vector<double> probs((size_t) std::min<int>(n_chunk, n_threads)*n_slice); // of each thread
         for (int32_t il0 = 0; il0 < qf.n_layer; il0 += n_chunk) {
             const int32_t n = std::min(n_chunk, qf.n_layer - il0);
             for (int32_t i = 0; i < n; ++i) {
@@ -213,19 +227,28 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
                 lens_rows(norm, is_normed, n_adapter, qf.n_embd, stride, base + (size_t) il*qf.n_embd, adapted + (size_t) il*qf.n_embd,
                           rows.data() + (size_t) i*n_row*qf.n_embd);
             }
-            const int64_t t_start = ggml_time_us();
-            const float * logits = state.project(*ctx, rows.data(), n*n_row);
-            const int64_t t_projected = ggml_time_us();
-            run_parallel(n_threads, n, [&](int32_t i, int ith) {
-                const float * z = logits + (size_t) i*n_row*n_vocab;
-                double * p = probs.data() + (size_t) ith*n_vocab;
-                const int64_t v_max = kernels.softmax(z, p, n_vocab);
+            std::vector<qaflora_divergence_sums::adapter> adapters((size_t) n*n_adapter);
+            std::vector<qaflora_divergence_sums> sums(n);
+            for (int32_t i = 0; i < n; ++i) {
+                sums[i].adapters = adapters.data() + (size_t) i*n_adapter;
+            }
+            for (int64_t v0 = 0; v0 < n_vocab; v0 += n_slice) {
+                const int64_t n_token = std::min(n_slice, n_vocab - v0);
+                const int64_t t_start = ggml_time_us();
+                const float * logits = state.project(*ctx, rows.data(), n*n_row, v0, n_token);
+                const int64_t t_projected = ggml_time_us();
+                run_parallel(n_threads, n, [&](int32_t i, int ith) {
+                    const float * z = logits + (size_t) i*n_row*n_token;
+                    kernels.accumulate(sums[i], n_adapter, z, z + n_token, n_token, n_token, probs.data() + (size_t) ith*n_slice);
+                });
+                qf.stats.lens_us       += t_projected - t_start;
+                qf.stats.divergence_us += ggml_time_us() - t_projected;
+            }
+            for (int32_t i = 0; i < n; ++i) {
                 for (int32_t ia = 0; ia < n_adapter; ++ia) {
-                    div[(size_t) ia*qf.n_layer + il0 + i] = kernels.divergence(p, z + (size_t) (1 + ia)*n_vocab, n_vocab, v_max);
+                    div[(size_t) ia*qf.n_layer + il0 + i] = sums[i].divergence(ia);
                 }
-            });
-            qf.stats.lens_us       += t_projected - t_start;
-            qf.stats.divergence_us += ggml_time_us() - t_projected;
+            }
         }
         return 1;
     } catch (const std::exception & err) {
@@ -241,10 +264,10 @@ int32_t qaflora_project(llama_context * ctx, int32_t n_row, const float * rows, 
         }
         qaflora_lens_state & state = lens_of(*ctx, *ctx->qaflora);
         const int64_t n_vocab = ctx->get_model().output->ne[1];
-        const int32_t n_chunk = rows_at_once(n_vocab);
+        const int32_t n_chunk = (int32_t) std::max<size_t>(1, LENS_LOGITS_BYTES/(n_vocab*sizeof(float)));
         for (int32_t i = 0; i < n_row; i += n_chunk) {
             const int32_t n = std::min(n_chunk, n_row - i);
-            const float * z = state.project(*ctx, rows + (size_t) i*ctx->qaflora->n_embd, n);
+            const float * z = state.project(*ctx, rows + (size_t) i*ctx->qaflora->n_embd, n, 0, n_vocab);
             std::copy(z, z + n*n_vocab, logits + i*n_vocab);
         }
         return 1;
