@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 from bundles import TinyBundle, make_bundle
@@ -9,7 +11,10 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge.cli import main
 
-SMALL = ("--repeat", "2", "--prompt-tokens", "40", "--max-tokens", "6", "--ctx", "64")
+SMALL = (
+    *("--repeat", "3", "--prompt-tokens", "40", "--max-tokens", "6", "--ctx", "64"),
+    *("--k", "1,3", "--turn-tokens", "40,8", "--probe-tail", "8", "--threads", "1"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,41 +22,214 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     return make_bundle(tmp_path_factory.mktemp("bench"))
 
 
+@pytest.fixture(scope="module")
+def shown(made: TinyBundle) -> dict[str, Any]:
+    """What --json prints of all parts, at two lengths; 3 adapters are one more than there are."""
+    result = bench(made, *SMALL, "--prompt-tokens", "20", "--probe-k", "3", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    shown: dict[str, Any] = json.loads(result.stdout)
+    return shown
+
+
 def bench(made: TinyBundle, *args: str) -> Result:
     return CliRunner().invoke(main, ["bench", str(made.folder), *args])
 
 
-def test_json_has_medians_of_each_part(made: TinyBundle) -> None:
-    result = bench(made, *SMALL, "--json")
-    assert (result.exit_code, result.stderr) == (0, "")
-    shown = json.loads(result.stdout)
-    assert (shown["adapters"], shown["repeat"]) == (["math", "es"], 2)
-    assert (shown["prompt_tokens"], shown["max_tokens"]) == (40, 6)
-    medians = shown["medians"]
-    assert set(medians) == {"base", "single", "fused", "probe"}
-    for name in ("base", "single", "fused"):
-        assert medians[name]["decode_tokens"] == 5  # the first of 6 comes from the prefill
-        assert medians[name]["decode_tokens_per_second"] > 0
-        assert medians[name]["prefill_tokens_per_second"] > 0
-    probe = medians["probe"]
-    assert probe["probe_ms"] > 0
-    assert probe["states_ms"] > 0
+def rows(shown: dict[str, Any], part: str, **facts: object) -> list[dict[str, Any]]:
+    return [row for row in shown[part] if all(row[key] == facts[key] for key in facts)]
+
+
+def test_json_says_what_was_measured_where(shown: dict[str, Any], made: TinyBundle) -> None:
+    assert (shown["adapters"], shown["repeat"], shown["threads"]) == (["math", "es"], 3, 1)
+    assert (shown["prompt_tokens"], shown["max_tokens"], shown["k"]) == ([40, 20], 6, [1, 3])
+    assert shown["parts"] == ["decode", "change", "ttft", "turn", "memory"]
+    assert shown["base_file"]["size_bytes"] == made.base.path.stat().st_size
+    assert [file["rank"] for file in shown["adapter_files"]] == [4, 8]
+    assert [file["types"] for file in shown["adapter_files"]] == [["F16"], ["F32"]]
+    assert shown["machine"]["cpu"]
+    assert shown["library"]["ok"]
+    assert shown["versions"]["qaflora-edge"]
+
+
+def test_decode_rows_follow_from_their_runs(shown: dict[str, Any]) -> None:
+    whos = [("base", 0), ("stock", 1), ("ours", 1), ("stock", 3), ("ours", 3)]
+    found = [(row["prompt_tokens"], row["contestant"], row["k"]) for row in shown["decode"]]
+    assert found == [(length, *who) for length in (40, 20) for who in whos]
+    for row in shown["decode"]:
+        assert [run["n_decoded"] for run in row["runs"]] == [6, 6, 6]
+        for what, n_token in (("decode", 6), ("prefill", row["prompt_tokens"])):
+            key = f"{what}_tokens_per_second"
+            speeds = [1e3 * n_token / run[f"{what}_ms"] for run in row["runs"]]
+            assert row[key]["median"] == pytest.approx(median(speeds))
+            assert (row[key]["min"], row[key]["max"]) == pytest.approx((min(speeds), max(speeds)))
+
+
+def test_ratios_are_quotients_within_a_round(shown: dict[str, Any]) -> None:
+    for row in rows(shown, "decode", contestant="ours"):
+        length = row["prompt_tokens"]
+        (base,) = rows(shown, "decode", contestant="base", prompt_tokens=length)
+        (stock,) = rows(shown, "decode", contestant="stock", prompt_tokens=length, k=row["k"])
+        for what in ("decode", "prefill"):
+            for name, other in (("base", base), ("stock", stock)):
+                quotients = [
+                    theirs[f"{what}_ms"] / own[f"{what}_ms"]
+                    for own, theirs in zip(row["runs"], other["runs"], strict=True)
+                ]
+                assert row[f"{what}_of_{name}"]["median"] == pytest.approx(median(quotients))
+    for row in shown["ttft"]:
+        (plain,) = rows(shown, "ttft", method="plain", prompt_tokens=row["prompt_tokens"])
+        if row is not plain:
+            pairs = zip(row["runs"], plain["runs"], strict=True)
+            quotients = [own["ttft_ms"] / other["ttft_ms"] for own, other in pairs]
+            assert row["of_plain"]["median"] == pytest.approx(median(quotients))
+
+
+def test_stock_and_ours_compute_the_same(shown: dict[str, Any]) -> None:
+    # F32 weights, logits of a spread of 3; the KV cache is F16, whose rounding is 5e-4.
+    for row in rows(shown, "decode", contestant="ours"):
+        assert 0 < row["logits_difference"] < 2e-2
+
+
+def test_new_weights_build_no_graph(shown: dict[str, Any]) -> None:
+    whos = [(row["contestant"], row["k"]) for row in shown["change"]]
+    assert whos == [("stock", 1), ("ours", 1), ("stock", 3), ("ours", 3)]
+    for row in shown["change"]:
+        n_change = row["n_change"] * len(row["runs"])
+        assert row["n_graph_built"] == (n_change if row["contestant"] == "stock" else 0)
+        for run in row["runs"]:
+            assert run["extra_ms"] == pytest.approx(run["changed_ms"] - run["plain_ms"])
+            assert run["cost_ms"] == pytest.approx(run["set_ms"] + run["extra_ms"])
+
+
+def test_first_token_is_probe_and_prefill(shown: dict[str, Any]) -> None:
+    methods = ["plain", "qa-flora", "cosine", "norm", "tail"]
+    assert [row["method"] for row in rows(shown, "ttft", prompt_tokens=20)] == methods
+    for row in shown["ttft"]:
+        assert row["k"] == (0 if row["method"] == "plain" else 3)
+        for run in row["runs"]:
+            if row["method"] == "plain":
+                continue
+            assert run["ttft_ms"] == pytest.approx(run["probe_ms"] + run["prefill_ms"])
+            split = run["forward_ms"] + run["lens_ms"] + run["divergence_ms"]
+            assert 0 < split <= run["probe_ms"]
+            assert (run["divergence_ms"] > 0) == (row["method"] in ("qa-flora", "tail"))
+
+
+def test_deviation_of_a_tail(shown: dict[str, Any]) -> None:
+    (row,) = rows(shown, "ttft", prompt_tokens=40, method="tail")
+    assert 0 < row["deviation_mean"] < row["deviation_worst"] < 1
+    assert row["deviation_worst"] == max(run["deviation_worst"] for run in row["runs"])
+
+
+def test_a_tail_as_long_as_the_prompt_is_exact(made: TinyBundle) -> None:
+    result = bench(made, *SMALL, "--probe-tail", "40", "--only", "ttft", "--json")
+    (row,) = rows(json.loads(result.stdout), "ttft", method="tail")
+    assert row["deviation_worst"] == 0
+
+
+def test_second_turn_weighs_as_afresh(shown: dict[str, Any]) -> None:
+    (row,) = shown["turn"]
+    assert (row["history_tokens"], row["new_tokens"], row["k"]) == (40, 8, 3)
+    quotients = [run["turn_ms"] / run["fresh_ms"] for run in row["runs"]]
+    assert row["of_fresh"]["median"] == pytest.approx(median(quotients))
+    assert row["deviation_worst"] < 1e-2  # the F16 KV of other batches
+
+
+def test_memory_is_split_into_its_parts(shown: dict[str, Any], made: TinyBundle) -> None:
+    memory = shown["memory"]
+    parts = [memory[f"{part}_bytes"] for part in ("base", "kv_main", "kv_probe", "adapters")]
+    assert memory["peak_bytes"] == sum(parts) + memory["excess_bytes"]
+    assert 0 < memory["python_bytes"] < memory["peak_bytes"]
+    assert memory["base_bytes"] == made.base.path.stat().st_size
+    # F16 keys and values of 256 cells, which is llama.cpp's step; saved ones add 8 to 12 bytes.
+    base = made.base
+    exact = 256 * base.n_layer * 2 * 2 * base.n_head_kv * base.n_head_dim
+    assert exact < memory["kv_main_bytes"] <= exact + 256 * 12
+    assert memory["kv_probe_bytes"] == 3 * memory["kv_main_bytes"]  # base and two adapters
 
 
 def test_table_to_read(made: TinyBundle) -> None:
-    result = bench(made, *SMALL)
-    assert result.exit_code == 0
-    assert "one adapter (math)" in result.stdout
-    assert "2 adapters fused" in result.stdout
-    assert "medians of 2 interleaved runs" in result.stdout
+    result = bench(made, *SMALL, "--probe-k", "1")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for text in (
+        "tiny llama 0, 0.",
+        "adapters: math (rank 4, F16), es (rank 8, F32)",
+        "medians of 3 interleaved runs",
+        "k > 2: the bundle's adapters are loaded again, each copy for itself",
+        "prompt 40 tokens",
+        "stock k=3",
+        "ours k=3",
+        "new weights",
+        "time to first token, prompt 40 tokens, 1 adapter\n",
+        "--probe-tail 8",
+        "second turn of a chat, 40 tokens of history and 8 new, 1 adapter\n",
+        "peak memory",
+    ):
+        assert text in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()[4:]) <= 110
 
 
-def test_too_small_a_context_is_told(made: TinyBundle) -> None:
-    result = bench(made, *SMALL[:-1], "45")
+def test_only_the_parts_asked_for(made: TinyBundle) -> None:
+    result = bench(made, *SMALL, "--only", "turn,change", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["parts"] == ["change", "turn"]
+    assert not {"decode", "ttft", "memory"} & set(shown)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--k", "0"), "'--k': '0' is not a list of numbers from 1 to 255."),
+        (("--k", "1,x"), "'--k': '1,x' is not a list of numbers from 1 to 255."),
+        (("--k", ""), "'--k': '' is not a list of numbers from 1 to 255."),
+        (("--k", "256"), "'--k': '256' is not a list of numbers from 1 to 255."),
+        (("--turn-tokens", "300"), "'--turn-tokens': '300' has 1 numbers, expected 2."),
+        (
+            ("--only", "decode,speed"),
+            "'--only': 'speed' is not one of decode, change, ttft, turn, memory.",
+        ),
+    ],
+)
+def test_wrong_usage_is_told(made: TinyBundle, args: tuple[str, ...], expected: str) -> None:
+    result = bench(made, *SMALL, *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith(f"Error: Invalid value for {expected}\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (
+            ("--ctx", "45"),
+            "Option --ctx is 45, expected at least 46: 40 tokens of prompt and 6 of answer. "
+            "Raise --ctx, or lower --prompt-tokens or --max-tokens.",
+        ),
+        (
+            ("--turn-tokens", "60,5"),
+            "Option --ctx is 64, expected at least 65: 60 tokens of a chat and 5 of its next "
+            "message. Raise --ctx, lower --turn-tokens, or leave out turn with --only.",
+        ),
+        (
+            ("--max-tokens", "0"),
+            "Option --max-tokens is 0, expected at least 1: decoding is measured. Raise it.",
+        ),
+    ],
+)
+def test_option_out_of_range_is_told(
+    made: TinyBundle, args: tuple[str, ...], expected: str
+) -> None:
+    result = bench(made, *SMALL, *args)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Error: {expected}\n"
+
+
+def test_strategy_that_cannot_be_followed_is_told(made: TinyBundle) -> None:
+    result = bench(made, *SMALL, "--strategy", "calibrated")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "Error: Option --ctx is 45, expected at least 46: 40 tokens of prompt and 6 of answer. "
-        "Raise --ctx, or lower --prompt-tokens or --max-tokens.\n"
+        "Error: The run whose memory is measured ended with code 1, expected 0; it said: Strategy "
+        "calibrated needs typical divergences, missing for math, es with lens norm; use a bundle "
+        "made by `qaflora bundle create`. Try the same options with `qaflora run`.\n"
     )
 
 

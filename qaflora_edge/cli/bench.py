@@ -2,36 +2,93 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, example, shared_options
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
-    from qaflora_edge.engine import Engine
+    from qaflora_edge.bench import Plan
+    from qaflora_edge.bundle import Bundle
 
-DECODE_TOKENS, PROMPT_TOKENS, REPEAT = 64, 128, 5
+PARTS = ("decode", "change", "ttft", "turn", "memory")
+DECODE_TOKENS, PROMPT_TOKENS, REPEAT = 64, (42, 512), 5
+KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
+TURN_TOKENS, PROBE_TAIL = "300,30", 16
+
+
+Callback = Callable[[click.Context, click.Parameter, str], Any]
+
+
+def _numbers(low: int, high: int, *, n: int | None = None) -> Callback:
+    """Read n whole numbers from low to high, as in 1,2,4; without n, any that differ."""
+
+    def read(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+        items = [item.strip() for item in value.split(",")]
+        if not all(
+            re.fullmatch(r"[0-9]{1,9}", item) and low <= int(item) <= high for item in items
+        ):
+            raise click.BadParameter(f"{value!r} is not a list of numbers from {low} to {high}.")
+        if n is not None and len(items) != n:
+            raise click.BadParameter(f"{value!r} has {len(items)} numbers, expected {n}.")
+        numbers = tuple(int(item) for item in items)
+        return numbers if n is not None else tuple(dict.fromkeys(numbers))
+
+    return read
+
+
+def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(PARTS)}.")
+    return tuple(part for part in PARTS if part in names)
 
 
 @click.command(
     epilog=example(
         """
         qaflora bench models/demo
-        qaflora bench models/demo --repeat 9 --prompt-tokens 256 --json
+        qaflora bench models/demo --k 3 --prompt-tokens 128 --only decode,ttft
+        qaflora bench models/demo --repeat 9 --json
         """
     )
 )
 @click.argument("bundle", metavar="DIR")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every run.")
+@click.option(
+    "--only",
+    callback=_parts,
+    metavar="PART,PART",
+    default=",".join(PARTS),
+    show_default=True,
+    help="Measure these parts only.",
+)
+@click.option(
+    "--k",
+    "ks",
+    callback=_numbers(1, MAX_K),
+    metavar="N,N",
+    default=KS,
+    show_default=True,
+    help="Numbers of adapters that decode. Beyond those of the bundle, its adapters are loaded "
+    "again, each copy for itself, which costs what other adapters would.",
+)
+@click.option(
+    "--probe-k",
+    type=click.IntRange(1, MAX_K),
+    metavar="N",
+    help="Adapters that are probed, in the parts ttft and turn.  [default: the bundle's]",
+)
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
@@ -42,175 +99,219 @@ DECODE_TOKENS, PROMPT_TOKENS, REPEAT = 64, 128, 5
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=2),
+    multiple=True,
     default=PROMPT_TOKENS,
+    help=f"Tokens of the prompt; repeatable.  [default: {' and '.join(map(str, PROMPT_TOKENS))}]",
+)
+@click.option(
+    "--turn-tokens",
+    callback=_numbers(1, 2**24, n=2),
+    metavar="HISTORY,NEW",
+    default=TURN_TOKENS,
     show_default=True,
-    help="Tokens of the prompt.",
+    help="Tokens of a chat so far, and of its next message.",
 )
 @shared_options
 def bench(
-    bundle: str, as_json: bool, repeat: int, prompt_tokens: int, options: SharedOptions
+    bundle: str,
+    as_json: bool,
+    only: tuple[str, ...],
+    ks: tuple[int, ...],
+    probe_k: int | None,
+    repeat: int,
+    prompt_tokens: tuple[int, ...],
+    turn_tokens: tuple[int, int],
+    options: SharedOptions,
 ) -> None:
     """Measure speed on this machine.
 
-    Three engines run the same prompt in turn: the base alone, with the first adapter, and with all
-    adapters fused at equal weights. Decoding is greedy, --max-tokens long (64 by default) or
-    shorter where the base ends its answer. The probe is timed apart: the pass that reads the
-    states, and the rest (projection through the head, divergences).
+    In one process and in turn: the base alone as llama.cpp runs it, --k adapters through
+    llama.cpp's own llama_set_adapters_lora, and as many fused by us. All read the same prompt and
+    decode the same tokens after it (--max-tokens, 64 by default); every round has a new prompt.
+    Ratios are taken within a round, then the median. Both kinds of adapters weigh 1/k.
+
+    decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
+    the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
+    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail
+    (16 by default). turn: the probe of a chat's second turn. memory: the peak of one `qaflora run`
+    with --ctx, --strategy and the longest prompt, in a process of its own.
     """
+    from qaflora_edge.bundle import load_bundle
+
     n_decode = DECODE_TOKENS if options.max_tokens is None else options.max_tokens
-    if options.ctx < prompt_tokens + n_decode:
+    lengths = tuple(dict.fromkeys(prompt_tokens))
+    _check_tokens(options.ctx, max(lengths), n_decode, turn_tokens if "turn" in only else None)
+    loaded = load_bundle(bundle_folder(bundle))
+    if not loaded.adapter_paths:
+        raise BundleError(
+            f"Cannot measure the bundle {loaded.folder}: it has no adapters, expected at least "
+            "one. Give a bundle with adapters."
+        )
+    plan = _plan(loaded, options, ks, probe_k, repeat, lengths, n_decode, turn_tokens)
+    result = _facts(loaded, plan, options) | {"parts": list(only)}
+    result |= _measured(loaded, plan, options, only)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    from qaflora_edge.cli.bench_table import table
+
+    click.echo(table(result))
+
+
+def _check_tokens(
+    ctx: int, n_prompt: int, n_decode: int, turn_tokens: tuple[int, int] | None
+) -> None:
+    if n_decode < 1:
         raise OptionError(
-            f"Option --ctx is {options.ctx}, expected at least {prompt_tokens + n_decode}: "
-            f"{prompt_tokens} tokens of prompt and {n_decode} of answer. Raise --ctx, or lower "
+            "Option --max-tokens is 0, expected at least 1: decoding is measured. Raise it."
+        )
+    if ctx < n_prompt + n_decode:
+        raise OptionError(
+            f"Option --ctx is {ctx}, expected at least {n_prompt + n_decode}: "
+            f"{n_prompt} tokens of prompt and {n_decode} of answer. Raise --ctx, or lower "
             "--prompt-tokens or --max-tokens."
         )
-    with contextlib.ExitStack() as stack:
-        engines = _engines(bundle, options, stack)
-        fused = engines["fused"]
-        tokens = _prompt(fused, prompt_tokens)
-        steps: list[tuple[str, Callable[[], Mapping[str, float]]]] = [
-            (name, _answer_step(engine, tokens, n_decode)) for name, engine in engines.items()
-        ]
-        if fused.adapters:
-            steps.append(("probe", _probe_step(fused, tokens, options.strategy)))
-        measured = _measure(steps, repeat)
-        result: dict[str, Any] = {
-            "base": fused.name,
-            "adapters": list(fused.adapters),
-            "prompt_tokens": prompt_tokens,
-            "max_tokens": n_decode,
-            "repeat": repeat,
-            "threads": options.threads or _default_threads(),
-            "medians": {name: _medians(runs) for name, runs in measured.items()},
-        }
-    click.echo(json.dumps(result) if as_json else _lines(result))
-
-
-def _engines(bundle: str, options: SharedOptions, stack: contextlib.ExitStack) -> dict[str, Engine]:
-    from qaflora_edge.bundle import load_bundle
-    from qaflora_edge.engine import Engine
-
-    loaded = load_bundle(bundle_folder(bundle))
-    paths = loaded.adapter_paths
-    sets = {"base": {}, "single": dict(list(paths.items())[:1])} if paths else {}
-    engines = {
-        name: stack.enter_context(
-            Engine(base=loaded.base_path, adapters=adapters, strategy="static", **options.engine)
+    if turn_tokens is not None and ctx < sum(turn_tokens):
+        raise OptionError(
+            f"Option --ctx is {ctx}, expected at least {sum(turn_tokens)}: {turn_tokens[0]} "
+            f"tokens of a chat and {turn_tokens[1]} of its next message. Raise --ctx, lower "
+            "--turn-tokens, or leave out turn with --only."
         )
-        for name, adapters in sets.items()
-    }
-    # The fused one is opened as a bundle: the probe may be asked for the calibrated strategy.
-    engines["fused"] = stack.enter_context(
-        Engine(loaded.folder, strategy=options.strategy, **options.engine)
+
+
+def _plan(
+    loaded: Bundle,
+    options: SharedOptions,
+    ks: tuple[int, ...],
+    probe_k: int | None,
+    repeat: int,
+    lengths: tuple[int, ...],
+    n_decode: int,
+    turn_tokens: tuple[int, int],
+) -> Plan:
+    from qaflora_edge import fusion
+    from qaflora_edge.bench import Plan
+
+    defaults = loaded.fusion_defaults
+    return Plan(
+        repeat=repeat,
+        lengths=lengths,
+        n_decode=n_decode,
+        ks=ks,
+        probe_k=probe_k or len(loaded.adapter_paths),
+        tail=options.probe_tail or PROBE_TAIL,
+        turn=turn_tokens,
+        lens=options.lens or defaults.get("lens", fusion.DEFAULT_LENS),
+        pool=options.pool or defaults.get("pool", fusion.DEFAULT_POOL),
     )
-    return engines
 
 
-def _prompt(engine: Engine, n_token: int) -> list[int]:
-    """Everyday text in many languages, cut or repeated to a number of tokens."""
-    from qaflora_edge.neutral import neutral_prompts
+def _measured(
+    loaded: Bundle, plan: Plan, options: SharedOptions, only: tuple[str, ...]
+) -> dict[str, Any]:
+    """What each part gives: rows, and an object for memory; and the base's own facts."""
+    from qaflora_edge import bench as measure
+    from qaflora_edge.bench_memory import measure_memory
+    from qaflora_edge.bench_rig import Prompts, Rig
 
-    # A character makes at most four tokens, and a prompt must fit the context.
-    text = "\n".join(neutral_prompts())[: max(1, (engine.n_ctx - 1) // 4)]
-    tokens = engine.tokenize(text)
-    while len(tokens) < n_token:
-        tokens += tokens
-    return tokens[:n_token]
-
-
-def _answer_step(
-    engine: Engine, tokens: Sequence[int], n_decode: int
-) -> Callable[[], Mapping[str, float]]:
-    def step() -> Mapping[str, float]:
-        # Weights given: what is timed here is reading and answering, not weighing.
-        answer = engine.generate(tokens, weights="static", max_tokens=n_decode)
-        answer.text()
-        timings = answer.timings
-        return {
-            "prefill_ms": timings.prefill_ms,
-            "prefill_tokens_per_second": 1e3 * len(tokens) / timings.prefill_ms,
-            "decode_ms": timings.decode_ms,
-            "decode_tokens": timings.n_decoded,
-            "decode_tokens_per_second": timings.tokens_per_second,
-        }
-
-    return step
-
-
-def _probe_step(
-    engine: Engine, tokens: Sequence[int], strategy: str | None
-) -> Callable[[], Mapping[str, float]]:
-    def step() -> Mapping[str, float]:
-        engine.hidden_states(tokens[:-1])  # an Engine keeps the states of its last query
-        probe_ms = engine.weights(tokens, strategy=strategy).probe_ms
-        engine.hidden_states(tokens[:-1])
-        start = time.perf_counter()
-        engine.hidden_states(tokens)  # the same pass as the probe's, and nothing after it
-        states_ms = 1e3 * (time.perf_counter() - start)
-        return {
-            "probe_ms": probe_ms,
-            "states_ms": states_ms,
-            "rest_ms": max(0.0, probe_ms - states_ms),
-        }
-
-    return step
+    engine = options.engine
+    rig = Rig(
+        loaded.base_path,
+        loaded.adapter_paths,
+        n_ctx=max(plan.lengths) + plan.n_decode,
+        gpu_layers=options.gpu_layers,
+        options={name: engine[name] for name in ("threads", "kv_type", "flash_attn")},
+    )
+    measures = {
+        "decode": measure.measure_decode,
+        "change": measure.measure_change,
+        "ttft": measure.measure_ttft,
+        "turn": measure.measure_turn,
+    }
+    with rig, progress_bars() as tell:
+        prompts = Prompts(rig.model, options.seed or 0)
+        result: dict[str, Any] = {"base": rig.model.name}
+        if "memory" in only:  # first, for it is short and may refuse an option
+            tokens = prompts.draw(max(plan.lengths))
+            memory = measure_memory(
+                loaded.folder,
+                tokens,
+                max_tokens=plan.n_decode,
+                strategy=options.strategy,
+                engine=engine,
+            )
+            result["memory"] = {"prompt_tokens": len(tokens), "n_ctx": options.ctx, **memory}
+        for part in only:
+            if part in measures:
+                result[part] = measures[part](rig, plan, prompts, tell)
+    return result
 
 
-def _measure(
-    steps: Sequence[tuple[str, Callable[[], Mapping[str, float]]]], repeat: int
-) -> dict[str, list[Mapping[str, float]]]:
-    """Run all steps in turn, `repeat` times, after one round that is thrown away."""
-    measured: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-    with progress_bars() as tell:
-        for index in range(1 + repeat):
-            for name, step in steps:
-                run = step()
-                if index:
-                    measured[name].append(run)
-            if tell is not None:
-                tell("runs", index + 1, 1 + repeat)
-    return measured
-
-
-def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
-
-
-def _default_threads() -> int:
+def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]:
+    """The machine, the library, the files and the options."""
+    from qaflora_edge.cli.doctor import library_facts, package_facts
+    from qaflora_edge.gguf_header import read_gguf_header
     from qaflora_edge.runtime import default_threads
 
-    return default_threads()
-
-
-def _lines(result: Mapping[str, Any]) -> str:
-    medians = result["medians"]
-    lines = [
-        f"{result['base']}; adapters: {', '.join(result['adapters']) or 'none'}",
-        f"{result['prompt_tokens']} tokens of prompt, {result['threads']} threads, "
-        f"medians of {result['repeat']} interleaved runs",
-        "",
-        f"{'':<22}  decode tok/s  of base  tokens  prefill tok/s",
-    ]
-    labels = {
-        "base": "base",
-        "single": f"one adapter ({result['adapters'][0]})" if result["adapters"] else "",
-        "fused": f"{len(result['adapters'])} adapters fused",
+    header = read_gguf_header(loaded.base_path)
+    packages = package_facts()
+    return {
+        "adapters": list(loaded.adapter_paths),
+        "prompt_tokens": list(plan.lengths),
+        "max_tokens": plan.n_decode,
+        "repeat": plan.repeat,
+        "k": list(plan.ks),
+        "probe_k": plan.probe_k,
+        "probe_tail": plan.tail,
+        "turn_tokens": list(plan.turn),
+        "lens": plan.lens,
+        "pool": plan.pool,
+        "seed": options.seed or 0,
+        "threads": options.threads or default_threads(),
+        "ctx": options.ctx,
+        "kv_type": options.kv_type,
+        "flash_attn": not options.no_flash_attn,
+        "gpu_layers": options.gpu_layers,
+        "strategy": options.strategy or loaded.fusion_defaults.get("strategy"),
+        "base_file": {
+            "path": str(loaded.base_path),
+            "size_bytes": header.size_bytes,
+            "architecture": header.architecture,
+            "n_layer": header.n_layer,
+            "n_embd": header.n_embd,
+            "n_vocab": header.n_vocab,
+        },
+        "adapter_files": [_adapter_facts(*item) for item in loaded.adapter_paths.items()],
+        "machine": {
+            "cpu": _cpu_model(),
+            "n_cpu": default_threads(),
+            "platform": packages["platform"],
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+        "library": library_facts(),
+        "versions": packages["versions"],
     }
-    base = medians.get("base", medians["fused"])["decode_tokens_per_second"]
-    for name, label in labels.items():
-        if name not in medians:
-            continue
-        row = medians[name]
-        ratio = row["decode_tokens_per_second"] / base if base else 0.0
-        lines.append(
-            f"{label:<22}  {row['decode_tokens_per_second']:12.1f}  {ratio:7.2f}  "
-            f"{row['decode_tokens']:6.0f}  {row['prefill_tokens_per_second']:13.1f}"
-        )
-    if "probe" in medians:
-        probe = medians["probe"]
-        lines += [
-            "",
-            f"probe {probe['probe_ms']:.1f} ms: states {probe['states_ms']:.1f} ms, "
-            f"rest {probe['rest_ms']:.1f} ms",
-        ]
-    return "\n".join(lines)
+
+
+def _adapter_facts(name: str, path: Path) -> dict[str, Any]:
+    from qaflora_edge.adapter_gguf import read_adapter_gguf
+
+    info = read_adapter_gguf(path)
+    return {
+        "name": name,
+        "rank": info.rank,
+        "alpha": info.alpha,
+        "targets": list(info.targets),
+        "types": sorted({tensor.ggml_type.name for tensor in info.tensors.values()}),
+        "size_bytes": path.stat().st_size,
+    }
+
+
+def _cpu_model() -> str:
+    """The CPU's own name where Linux tells it, else what Python knows of it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return match[1].strip() if match else platform.processor() or platform.machine()
