@@ -615,8 +615,8 @@ static inline double exp_double(double x) {
     return res;
 }
 
-// exp(x) - 1 - x for |x| < 1/2, by its series
-static inline double expm1_minus_series(double x) {
+// exp(x) - 1 - x, by its series for |x| < 1/2: no cancellation either way
+static inline double expm1_minus(double x) {
     double q = 1.0/6227020800.0;
     q = q*x + 1.0/479001600.0;
     q = q*x + 1.0/39916800.0;
@@ -629,12 +629,7 @@ static inline double expm1_minus_series(double x) {
     q = q*x + 1.0/24.0;
     q = q*x + 1.0/6.0;
     q = q*x + 0.5;
-    return q*x*x;
-}
-
-// the same for any x: no cancellation either way
-static inline double expm1_minus(double x) {
-    const double small = expm1_minus_series(x);
+    const double small = q*x*x;
     const double large = exp_double(x) - 1.0 - x;
     return (x < 0.0 ? -x : x) < 0.5 ? small : large;
 }
@@ -709,22 +704,10 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
         double lane_first[N_LANE] = {};
         double lane_rest [N_LANE] = {};
         for (v = 0; v + N_LANE <= n; v += N_LANE) {
-            double u[N_LANE];
-            double largest = 0.0;
             for (int j = 0; j < N_LANE; ++j) {
-                u[j] = (double) dj[v + j] - a.c;
-                lane_first[j] += p[v + j]*u[j];
-                const double size = u[j] < 0.0 ? -u[j] : u[j];
-                largest = size > largest ? size : largest;
-            }
-            if (largest < 0.5) {
-                for (int j = 0; j < N_LANE; ++j) {
-                    lane_rest[j] += p[v + j]*expm1_minus_series(u[j]);
-                }
-            } else {
-                for (int j = 0; j < N_LANE; ++j) {
-                    lane_rest[j] += p[v + j]*expm1_minus(u[j]);
-                }
+                const double u = (double) dj[v + j] - a.c;
+                lane_first[j] += p[v + j]*u;
+                lane_rest [j] += p[v + j]*expm1_minus(u);
             }
         }
         double first = lanes_sum(lane_first);
