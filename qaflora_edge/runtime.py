@@ -319,7 +319,9 @@ class Context(_Handle):
         Raises BackendError when llama_decode fails; the sequences are empty then.
         """
         if outputs == "all" and not self._has_all_outputs:
-            raise BackendError("This context has no room for all outputs; make it with all_outputs.")
+            raise BackendError(
+                "This context has no room for all outputs; make it with all_outputs."
+            )
         n, n_seq = len(tokens), n_seq or self.n_seq
         batch = self._lib.llama_batch_init(n * n_seq, 0, 1)
         try:
