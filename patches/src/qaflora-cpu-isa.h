@@ -683,9 +683,9 @@ static int64_t softmax(const float * z, double * p, int64_t n) {
     return i_max;
 }
 
-// log1p(sum_v p_v (expm1(u_v) - u_v)), u = d - sum_v p_v d_v. Every term is >= 0, so that nothing cancels. A constant
+// log1p(sum_v p_v (expm1(u_v) - u_v)), u = unit*(d - sum_v p_v d_v). Every term is >= 0, so that nothing cancels. A constant
 // added to d changes nothing: with d = 0 where p is largest, u keeps its digits even where p is almost all on one token.
-static double divergence(const double * p, const float * d, int64_t n, int64_t i_max) {
+static double divergence(const double * p, const float * d, double unit, int64_t n, int64_t i_max) {
     const double d_max = d[i_max];
     double lane[N_LANE] = {};
     int64_t v = 0;
@@ -703,12 +703,12 @@ static double divergence(const double * p, const float * d, int64_t n, int64_t i
     }
     for (v = 0; v + N_LANE <= n; v += N_LANE) {
         for (int j = 0; j < N_LANE; ++j) {
-            lane[j] += p[v + j]*expm1_minus(((double) d[v + j] - d_max) - mean);
+            lane[j] += p[v + j]*expm1_minus(unit*(((double) d[v + j] - d_max) - mean));
         }
     }
     double sum = lanes_sum(lane);
     for (; v < n; ++v) {
-        sum += p[v]*expm1_minus(((double) d[v] - d_max) - mean);
+        sum += p[v]*expm1_minus(unit*(((double) d[v] - d_max) - mean));
     }
     return log1p(sum);
 }

@@ -93,8 +93,8 @@ struct qaflora_kernels {
     // p [n]: softmax of z [n]; returns the likeliest index
     int64_t (*softmax)(const float * z, double * p, int64_t n);
 
-    // KL(p || q) in nats for q = softmax(log p + d); i_max is the likeliest index of p
-    double (*divergence)(const double * p, const float * d, int64_t n, int64_t i_max);
+    // KL(p || q) in nats for q = softmax(log p + unit*d); i_max is the likeliest index of p
+    double (*divergence)(const double * p, const float * d, double unit, int64_t n, int64_t i_max);
 };
 
 // null where they were not compiled
