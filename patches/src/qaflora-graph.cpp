@@ -29,7 +29,7 @@ static const int64_t SPLIT_SHARE = 8;
 
 struct qaflora_graph_input : public llm_graph_input_i {
     qaflora_graph_input(const qaflora_context & qf, const llm_graph_context & gctx) :
-        qf(qf), n_slot(gctx.ubatch.n_seqs_unq), n_token(gctx.n_tokens), n_output(gctx.n_outputs),
+        qf(qf), sched(gctx.sched), n_slot(gctx.ubatch.n_seqs_unq), n_token(gctx.n_tokens), n_output(gctx.n_outputs),
         key(qaflora_graph_key(qf, gctx.ubatch, gctx.n_outputs)),
         captured(qf.n_layer, nullptr), captured_input(qf.n_layer, nullptr), group_product(qf.pack ? qf.pack->groups.size() : 0) {}
 
@@ -39,6 +39,7 @@ struct qaflora_graph_input : public llm_graph_input_i {
     bool can_reuse(const llm_graph_params &) override { return true; }
 
     const qaflora_context & qf;
+    ggml_backend_sched_t sched;
     const int64_t  n_slot; // distinct sequences
     const int64_t  n_token;
     const int64_t  n_output;
@@ -109,6 +110,11 @@ void qaflora_graph_input::set_cpu_weights(const llama_ubatch & ubatch) const {
 }
 
 void qaflora_graph_input::set_input(const llama_ubatch * ubatch) {
+    if (qf.pack->is_offloaded()) {
+        // a device may still read the memory of these weights: llama.cpp 0c1e5709, llama-context.cpp process_ubatch
+        // waits only under pipeline parallelism, for its own inputs lie on the host
+        ggml_backend_sched_synchronize(sched);
+    }
     if (cpu_weights && cpu_weights->buffer) {
         set_cpu_weights(*ubatch);
     }
