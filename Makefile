@@ -30,9 +30,10 @@ test-vulkan:
 # Twice: with what makes kernels inexact turned off, and as users run it. Device 0 is named, for a
 # software driver is passed over unless it is.
 vulkan-tests: export GGML_VK_VISIBLE_DEVICES ?= 0
+vulkan-tests: export QAFLORA_TEST_DEVICE := Vulkan
 vulkan-tests: $(DONE)/package $(DONE)/pytest
-	QAFLORA_TEST_VULKAN=1 GGML_VK_DISABLE_F16=1 GGML_VK_DISABLE_FUSION=1 $(BIN)/pytest tests/test_vulkan.py
-	QAFLORA_TEST_VULKAN=1 $(BIN)/pytest tests/test_vulkan.py
+	GGML_VK_DISABLE_F16=1 GGML_VK_DISABLE_FUSION=1 $(BIN)/pytest tests/test_device.py
+	$(BIN)/pytest tests/test_device.py
 
 lint: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/ruff check
