@@ -1,8 +1,10 @@
 # Two commands: `make demo` and `make test`. Each makes what is missing and repeats nothing.
+# `make test-vulkan` builds for Vulkan beside them and tests that.
 # Options for llama.cpp go in CMAKE_ARGS, such as `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
 
 PYTHON ?= python3
 VENV := .venv
+BUILD := build
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DONE := $(VENV)/.done
@@ -10,7 +12,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test lint clean FORCE
+.PHONY: demo test test-vulkan vulkan-tests lint clean FORCE
 
 demo: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
@@ -20,6 +22,19 @@ demo: $(DONE)/package
 test: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/pytest
 
+# The Vulkan build has an environment and a build folder of its own, so that neither disturbs the other.
+test-vulkan:
+	@.ci/vulkan-needs
+	$(MAKE) VENV=.venv-vulkan BUILD=build/vulkan CMAKE_ARGS="$(CMAKE_ARGS) -DGGML_VULKAN=on" vulkan-tests
+
+# Twice: with what makes kernels inexact turned off, and as users run it. Device 0 is named, for a
+# software driver is passed over unless it is.
+vulkan-tests: export GGML_VK_VISIBLE_DEVICES ?= 0
+vulkan-tests: export QAFLORA_TEST_DEVICE := Vulkan
+vulkan-tests: $(DONE)/package $(DONE)/pytest
+	GGML_VK_DISABLE_F16=1 GGML_VK_DISABLE_FUSION=1 $(BIN)/pytest tests/test_device.py
+	$(BIN)/pytest tests/test_device.py
+
 lint: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -27,7 +42,7 @@ lint: $(DONE)/package $(DONE)/test-tools
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-vulkan
 
 $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,12 +58,16 @@ $(DONE)/binding: $(DONE)/venv patches/UPSTREAM
 	@touch $@
 
 $(DONE)/package: $(DONE)/binding $(DONE)/cmake-args $(PACKAGE_FILES)
-	$(PIP) install .
+	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' .
 	@touch $@
 
 # Plain `torch` is what pip's configuration makes it; the tests need only a CPU build.
 $(DONE)/test-tools: pyproject.toml | $(DONE)/package
-	$(PIP) install '.[test]'
+	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[test]'
+	@touch $@
+
+$(DONE)/pytest: $(DONE)/venv
+	$(PIP) install 'pytest>=8.2'
 	@touch $@
 
 # Other build options are a reason to build again. The value comes by the environment, quoted.

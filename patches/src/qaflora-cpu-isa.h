@@ -649,7 +649,7 @@ static void move_reference(qaflora_divergence_sums & sums, int64_t n_adapter, do
     sums.s *= scale;
     for (int64_t ia = 0; ia < n_adapter; ++ia) {
         qaflora_divergence_sums::adapter & a = sums.adapters[ia];
-        const double c     = d[ia*stride];
+        const double c     = a.unit*d[ia*stride];
         const double delta = a.c - c; // u grows by it
         const double first = a.first*scale;
         const double rest  = a.rest*scale;
@@ -701,11 +701,13 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
     for (int64_t ia = 0; ia < n_adapter; ++ia) {
         qaflora_divergence_sums::adapter & a = sums.adapters[ia];
         const float * dj = d + ia*stride;
+        const double unit = a.unit;
+        const double c    = a.c;
         double lane_first[N_LANE] = {};
         double lane_rest [N_LANE] = {};
         for (v = 0; v + N_LANE <= n; v += N_LANE) {
             for (int j = 0; j < N_LANE; ++j) {
-                const double u = (double) dj[v + j] - a.c;
+                const double u = unit*dj[v + j] - c;
                 lane_first[j] += p[v + j]*u;
                 lane_rest [j] += p[v + j]*expm1_minus(u);
             }
@@ -713,7 +715,7 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
         double first = lanes_sum(lane_first);
         double rest  = lanes_sum(lane_rest);
         for (; v < n; ++v) {
-            const double u = (double) dj[v] - a.c;
+            const double u = unit*dj[v] - c;
             first += p[v]*u;
             rest  += p[v]*expm1_minus(u);
         }

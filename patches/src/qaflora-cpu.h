@@ -68,6 +68,7 @@ struct qaflora_divergence_sums {
     double z_max = 0.0; // largest z so far
     double s     = 0.0; // sum of exp(z - z_max); 0: nothing was seen
     struct adapter {
+        double unit  = 1.0; // of the d that accumulate() is given
         double c     = 0.0;
         double first = 0.0; // sum of exp(z - z_max) u
         double rest  = 0.0; // sum of exp(z - z_max) (expm1(u) - u)

@@ -28,7 +28,7 @@ static const int64_t N_SHORT = 16;
 
 struct qaflora_graph_input : public llm_graph_input_i {
     qaflora_graph_input(const qaflora_context & qf, const llm_graph_context & gctx) :
-        qf(qf), n_slot(gctx.ubatch.n_seqs_unq), n_token(gctx.n_tokens), n_output(gctx.n_outputs),
+        qf(qf), sched(gctx.sched), n_slot(gctx.ubatch.n_seqs_unq), n_token(gctx.n_tokens), n_output(gctx.n_outputs),
         key(qaflora_graph_key(qf, gctx.ubatch, gctx.n_outputs)),
         captured(qf.n_layer, nullptr), captured_input(qf.n_layer, nullptr), group_product(qf.pack ? qf.pack->groups.size() : 0) {}
 
@@ -38,6 +38,7 @@ struct qaflora_graph_input : public llm_graph_input_i {
     bool can_reuse(const llm_graph_params &) override { return true; }
 
     const qaflora_context & qf;
+    ggml_backend_sched_t sched;
     const int64_t  n_slot; // distinct sequences
     const int64_t  n_token;
     const int64_t  n_output;
@@ -108,6 +109,11 @@ void qaflora_graph_input::set_cpu_weights(const llama_ubatch & ubatch) const {
 }
 
 void qaflora_graph_input::set_input(const llama_ubatch * ubatch) {
+    if (qf.pack->is_offloaded()) {
+        // a device may still read the memory of these weights: llama.cpp 0c1e5709, llama-context.cpp process_ubatch
+        // waits only under pipeline parallelism, for its own inputs lie on the host
+        ggml_backend_sched_synchronize(sched);
+    }
     if (cpu_weights && cpu_weights->buffer) {
         set_cpu_weights(*ubatch);
     }
@@ -438,10 +444,17 @@ static ggml_tensor * cpu_delta(const llm_graph_context & gctx, qaflora_graph_inp
     return ggml_reshape_4d(gctx.ctx0, y, res->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
 }
 
+// sums in F32: GPU kernels may sum in F16, and an overflow there would be NaN at weight 0
+static ggml_tensor * exact_mul_mat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+    ggml_tensor * res = ggml_mul_mat(ctx, a, b);
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+    return res;
+}
+
 // A cur, weighted: [rank, n_row]
 static ggml_tensor * weighted_rank(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * a, int32_t layout, int32_t il, ggml_tensor * cur) {
     ggml_context * ctx = gctx.ctx0;
-    ggml_tensor * t = ggml_mul_mat(ctx, a, cur);
+    ggml_tensor * t = exact_mul_mat(ctx, a, cur);
     const int64_t n_row = ggml_nrows(t);
     t = ggml_reshape_2d(ctx, t, t->ne[0], n_row);
     return ggml_mul(ctx, t, rows_weights(gctx, inp, layout, il, n_row, a));
@@ -514,7 +527,7 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
     }
     const bool is_shared = inp.n_slot == 1 && n_row == 1;
     ggml_tensor * t = is_shared ? shared_rank(gctx, inp, m, cur) : weighted_rank(gctx, inp, m.a, m.layout, m.il, cur);
-    ggml_tensor * delta = ggml_mul_mat(gctx.ctx0, m.b, t);
+    ggml_tensor * delta = exact_mul_mat(gctx.ctx0, m.b, t);
     return ggml_add(gctx.ctx0, res, ggml_reshape_4d(gctx.ctx0, delta, res->ne[0], res->ne[1], res->ne[2], res->ne[3]));
 }
 
@@ -528,7 +541,7 @@ ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w
     gctx.qaflora->module_used[qf.pack->embd] = true;
     ggml_tensor * t = ggml_get_rows(gctx.ctx0, m.a, tokens);
     t = ggml_mul(gctx.ctx0, t, rows_weights(gctx, inp, m.layout, m.il, ggml_nrows(t), m.a));
-    return ggml_add(gctx.ctx0, res, ggml_mul_mat(gctx.ctx0, m.b, t));
+    return ggml_add(gctx.ctx0, res, exact_mul_mat(gctx.ctx0, m.b, t));
 }
 
 void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, const char * name, int il) {

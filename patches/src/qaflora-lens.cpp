@@ -97,6 +97,7 @@ struct qaflora_lens_state {
             w = ggml_view_2d(gctx.get(), w, w->ne[0], n, w->nb[1], v0*w->nb[1]);
         }
         ggml_tensor * z = ggml_mul_mat(gctx.get(), w, x);
+        ggml_prec_set_acc(z, GGML_PREC_F32);
         if (model.output_s) {
             z = ggml_mul(gctx.get(), z, model.output_s);
         }
@@ -180,9 +181,11 @@ static void run_parallel(int n_threads, int32_t n_task, const std::function<void
     }
 }
 
-// rows [1 + n_adapter, n_embd] of one layer: what the head sees of the base, and how each adapter moves it
+// rows [1 + n_adapter, n_embd] of one layer: what the head sees of the base, and how each adapter moves it, divided by
+// units [1 + n_adapter]. A unit is a power of two, so that nothing is rounded, and leaves values below 1: kernels that
+// take F16, or scales in F16 for blocks of 8 bits, have few digits left for values below 1e-4.
 static void lens_rows(const final_norm & norm, bool is_normed, int32_t n_adapter, int32_t n_embd, size_t stride,
-                      const float * base, const float * adapted, float * rows) {
+                      const float * base, const float * adapted, float * rows, double * units) {
     std::vector<double> x0(n_embd), x(n_embd);
     const auto see = [&](const float * state, std::vector<double> & y) {
         if (is_normed) {
@@ -193,10 +196,19 @@ static void lens_rows(const final_norm & norm, bool is_normed, int32_t n_adapter
     };
     see(base, x0);
     std::copy(x0.begin(), x0.end(), rows);
+    units[0] = 1.0;
     for (int32_t ia = 0; ia < n_adapter; ++ia) {
         see(adapted + ia*stride, x);
+        double largest = 0.0;
         for (int32_t i = 0; i < n_embd; ++i) {
-            rows[(size_t) (1 + ia)*n_embd + i] = (float) (x[i] - x0[i]);
+            x[i] -= x0[i];
+            largest = std::max(largest, std::fabs(x[i]));
+        }
+        int exponent = 0;
+        std::frexp(largest, &exponent);
+        units[1 + ia] = std::ldexp(1.0, exponent);
+        for (int32_t i = 0; i < n_embd; ++i) {
+            rows[(size_t) (1 + ia)*n_embd + i] = (float) (x[i]/units[1 + ia]);
         }
     }
 }
@@ -218,6 +230,7 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         const size_t  stride    = (size_t) qf.n_layer*qf.n_embd;
 
         std::vector<float>  rows((size_t) n_chunk*n_row*qf.n_embd);
+        std::vector<double> units((size_t) n_chunk*n_row);
         std::vector<double> probs((size_t) std::min<int>(n_chunk, n_threads)*n_slice); // of each thread
         for (int32_t il0 = 0; il0 < qf.n_layer; il0 += n_chunk) {
             const int32_t n = std::min(n_chunk, qf.n_layer - il0);
@@ -225,12 +238,15 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
                 const int32_t il = il0 + i;
                 const bool is_normed = lens == QAFLORA_LENS_NORM || il == qf.n_layer - 1;
                 lens_rows(norm, is_normed, n_adapter, qf.n_embd, stride, base + (size_t) il*qf.n_embd, adapted + (size_t) il*qf.n_embd,
-                          rows.data() + (size_t) i*n_row*qf.n_embd);
+                          rows.data() + (size_t) i*n_row*qf.n_embd, units.data() + (size_t) i*n_row);
             }
             std::vector<qaflora_divergence_sums::adapter> adapters((size_t) n*n_adapter);
             std::vector<qaflora_divergence_sums> sums(n);
             for (int32_t i = 0; i < n; ++i) {
                 sums[i].adapters = adapters.data() + (size_t) i*n_adapter;
+                for (int32_t ia = 0; ia < n_adapter; ++ia) {
+                    sums[i].adapters[ia].unit = units[(size_t) i*n_row + 1 + ia];
+                }
             }
             for (int64_t v0 = 0; v0 < n_vocab; v0 += n_slice) {
                 const int64_t n_token = std::min(n_slice, n_vocab - v0);

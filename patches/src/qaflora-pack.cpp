@@ -45,7 +45,7 @@ std::string qaflora_format(const char * fmt, ...) {
 }
 
 static const int64_t RANK_STEP   = 64;
-static const int64_t OFFSET_STEP = 4; // floats: GPU kernels load vectors of them
+static const int64_t OFFSET_STEP = 4; // floats: GPU kernels load vectors of them; see offset_step()
 
 //
 // one adapter file
@@ -209,11 +209,11 @@ static void check_pair(const adapter_file & f, const std::string & name, const a
     }
 }
 
-// where the adapters of w live: beside w, but never in a buffer that repacks its tensors
+// where the adapters of w live: beside w, but never in a buffer that repacks its tensors; a device's pinned host memory is the host's
 static ggml_backend_buffer_type_t adapter_buft(const ggml_tensor * w) {
     ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(w->buffer);
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-    if (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+    if (!dev || ggml_backend_buft_is_host(buft) || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_ACCEL) {
         return ggml_backend_cpu_buffer_type();
     }
     return buft;
@@ -274,6 +274,19 @@ static void use_huge_pages(ggml_backend_buffer_t buf) {
 #else
     GGML_UNUSED(buf);
 #endif
+}
+
+// Rows between the starts of a group's modules. A device takes a view of A, and of its product, only where it starts at a
+// multiple of the device's alignment (llama.cpp 0c1e5709, ggml-vulkan.cpp ggml_vk_tensor_subbuffer aborts otherwise).
+static int64_t offset_step(ggml_backend_buffer_type_t buft, size_t row_bytes) {
+    int64_t step = OFFSET_STEP;
+    if (!ggml_backend_buft_is_host(buft)) {
+        const size_t align = ggml_backend_buft_get_alignment(buft); // a power of two
+        while (step*sizeof(float) % align != 0 || step*row_bytes % align != 0) {
+            step *= 2;
+        }
+    }
+    return step;
 }
 
 //
@@ -431,6 +444,10 @@ struct pack_builder {
             add_cpu_group(names);
             return;
         }
+        const ggml_backend_buffer_type_t buft = adapter_buft(base_tensor(*pack.model, names[0]));
+        const ggml_type type_a = common_type(names, true);
+        const int64_t n_in = base_tensor(*pack.model, names[0])->ne[0];
+        const int64_t step = offset_step(buft, ggml_row_size(type_a, n_in));
         qaflora_group g;
         int64_t rank = 0;
         std::vector<qaflora_module>  modules;
@@ -440,7 +457,7 @@ struct pack_builder {
             const auto & layout = pack.layouts[m.layout];
             m.group  = (int32_t) pack.groups.size();
             const int64_t used = stacked_rank(segments);
-            m.offset = GGML_PAD(used, OFFSET_STEP);
+            m.offset = GGML_PAD(used, step);
             if (m.offset > used) {
                 segments.push_back({ -1, m.offset - used, 0.0f });
             }
@@ -451,8 +468,8 @@ struct pack_builder {
         g.il     = modules[0].il;
         g.layout = find_layout(segments, rank);
 
-        ggml_context * ctx = ctx_for(adapter_buft(modules[0].w));
-        g.a = ggml_new_tensor_2d(ctx, common_type(names, true), modules[0].w->ne[0], pack.layouts[g.layout].rank);
+        ggml_context * ctx = ctx_for(buft);
+        g.a = ggml_new_tensor_2d(ctx, type_a, n_in, pack.layouts[g.layout].rank);
         ggml_format_name(g.a, "%s.qaflora_a", names[0].c_str());
         for (auto & m : modules) {
             const int64_t rank = pack.layouts[m.layout].rank;

@@ -8,6 +8,7 @@
 
 #include "ggml-cpp.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -87,6 +88,11 @@ struct qaflora_pack {
 
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
+
+    // whether a device other than the host's holds some of the adapters
+    bool is_offloaded() const {
+        return std::any_of(bufs.begin(), bufs.end(), [](const auto & buf) { return !ggml_backend_buffer_is_host(buf.get()); });
+    }
 };
 
 // whether w is computed on the CPU

@@ -1,0 +1,275 @@
+"""The backend's claims once more, with layers on a device: `make test-vulkan`.
+
+QAFLORA_TEST_DEVICE is how the device's name begins in `qaflora doctor`: Vulkan, CUDA, MTL. The
+limits are known to hold for Vulkan only.
+
+The oracles run on the CPU. Where a token is decoded alone, the device's kernels compute in F32 and
+the limits are those of the CPU's tests. In a batch, Vulkan's attention rounds to F16 (llama.cpp
+0c1e5709, ggml-vulkan.cpp ggml_vk_mul_mat_q_f16), and by default its matrix products do too.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import test_backend as cpu
+from numpy.typing import NDArray
+from stock import write_merged
+from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine, runtime
+from qaflora_edge.runtime import Context
+
+F32 = NDArray[np.float32]
+TOKENS = cpu.TOKENS
+STEP = 1e-4  # float32 sums of another order; logits are of size 1 to 5
+# of logits and states after a batch, three blocks of F16 rounding later
+BATCH = 5e-3 if "GGML_VK_DISABLE_F16" in os.environ else 5e-2
+IS_FUSED = "GGML_VK_DISABLE_FUSION" not in os.environ
+ALL, SOME = 99, 2  # of three layers: all of them; the last one and the head
+
+DEVICE = os.environ.get("QAFLORA_TEST_DEVICE", "")
+
+pytestmark = pytest.mark.skipif(not DEVICE, reason="needs a build for a device: make test-vulkan")
+base, adapters, weights = cpu.base, cpu.adapters, cpu.weights
+
+
+@pytest.fixture(params=[ALL, SOME], ids=["all-layers", "some-layers"])
+def gpu_layers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def stepwise_logits(
+    base: TinyBase, adapters: Sequence[TinyAdapter], weights: F32, gpu_layers: int
+) -> F32:
+    """Logits after TOKENS, decoded one by one."""
+    model, pack = cpu.load(base, adapters, gpu_layers)
+    with Context(model, pack, n_ctx=64, **cpu.EXACT) as context:
+        context.set_weights(weights)
+        for i, token in enumerate(TOKENS):
+            context.decode([token], start=i)
+        return context.logits()
+
+
+def assert_near(found: NDArray[np.floating], expected: NDArray[np.floating], atol: float) -> None:
+    np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What the library logs during a test."""
+    binding, _ = runtime.library()
+    lines: list[str] = []
+    callback = binding.llama_log_callback(lambda _level, text, _data: lines.append(text.decode()))
+    binding.llama_log_set(callback, None)
+    yield lines
+    binding.llama_log_set(runtime._log_callback, None)
+
+
+def test_layers_lie_on_the_device(
+    base: TinyBase, adapters: list[TinyAdapter], gpu_layers: int, log: list[str]
+) -> None:
+    cpu.load(base, adapters, gpu_layers)
+    said = "".join(log)
+    assert f"using device {DEVICE}" in said, f"no device {DEVICE}; `qaflora doctor` lists them"
+    assert f"offloaded {min(gpu_layers, base.n_layer + 1)}/{base.n_layer + 1} layers to GPU" in said
+
+
+# logits
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, gpu_layers) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", arch)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank)
+        for rank in (4, 16, 5)
+    ]
+    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
+    expected = cpu.stock_logits(merged)
+    assert np.abs(expected - cpu.stock_logits(base)).max() > 0.1  # the adapters do something
+    # the CPU reads gemma3's GELU from a table of F16 (ggml-cpu vec.h ggml_vec_gelu_f32)
+    atol = BATCH if arch == "gemma3" else STEP
+    assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, atol)
+    assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected, BATCH)
+
+
+def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path, weights, gpu_layers) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", tied=False)
+    targets = ("token_embd", "output", "attn_q")
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank, targets=targets)
+        for rank in (4, 3, 8)
+    ]
+    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, tied=False)
+    expected = cpu.stock_logits(merged)
+    assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, STEP)
+    assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected, BATCH)
+
+
+@pytest.mark.parametrize("ia", [0, 1, 2])
+def test_one_hot_weights_equal_stock_lora(base, adapters, ia, gpu_layers) -> None:
+    weights = cpu.one_hot(3, base.n_layer, ia)
+    expected = cpu.stock_logits(base, [adapters[ia].path], [1.0])
+    assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, STEP)
+    stock = cpu.stock_logits(base, [adapters[ia].path], [1.0], gpu_layers=gpu_layers)
+    assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), stock, BATCH)
+
+
+def test_zero_weights_equal_the_base(base, adapters, gpu_layers) -> None:
+    """Bit for bit, unless the device fuses a sum into the next norm, which orders it anew."""
+    weights = np.zeros((3, base.n_layer), np.float32)
+    found = cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers)
+    expected = cpu.stock_logits(base, gpu_layers=gpu_layers)
+    if IS_FUSED:
+        assert_near(found, expected, BATCH)
+    else:
+        assert np.array_equal(found, expected)
+    nothing = cpu.fused_logits(base, [], weights[:0], gpu_layers=gpu_layers)
+    assert np.array_equal(nothing, expected)
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+def test_stored_types_equal_a_merged_base(tmp_path, base, outtype, gpu_layers) -> None:
+    """Merged from the values that the files hold: the device does not round activations to them."""
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=32, seed=seed, outtype=outtype)
+        for seed in (1, 2)
+    ]
+    weights = np.random.default_rng(3).random((2, base.n_layer)).astype(np.float32)
+    expected = cpu.stock_logits(write_merged(tmp_path / "merged.gguf", base, adapters, weights))
+    # the CPU's kernels round to the stored type where its layers are
+    atol = STEP if gpu_layers == ALL else 5e-2
+    assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, atol)
+
+
+def test_each_sequence_has_its_own_weights(base, adapters, weights, gpu_layers) -> None:
+    model, pack = cpu.load(base, adapters, gpu_layers)
+    sets = [weights, weights[::-1], 0 * weights]
+    with Context(model, pack, n_ctx=64, n_seq=3, **cpu.EXACT) as context:
+        for seq, each in enumerate(sets):
+            context.set_weights(each, seq=seq)
+        for i, token in enumerate(TOKENS):
+            context.decode([token], start=i)
+        for seq, each in enumerate(sets):
+            pointer = context._lib.llama_get_logits_ith(context._pointer, seq)
+            found = np.ctypeslib.as_array(pointer, shape=(base.n_vocab,))
+            assert_near(found, cpu.fused_logits(base, adapters, each), STEP)
+
+
+# weights as inputs of a graph that a device may still be running
+
+
+def test_changing_weights_builds_no_graph(base, adapters, gpu_layers) -> None:
+    """And every step follows its own weights: nothing is read in between that would wait."""
+    rng = np.random.default_rng(0)
+    changes = rng.random((101, 3, base.n_layer)).astype(np.float32)
+    found = []
+    for layers in (gpu_layers, 0):
+        model, pack = cpu.load(base, adapters, layers)
+        with Context(model, pack, n_ctx=128, **cpu.EXACT) as context:
+            for i, weights in enumerate(changes):
+                context.set_weights(weights)
+                context.decode([TOKENS[i % len(TOKENS)]], start=i)
+                if i == 0:
+                    n_built, n_decoded = context.n_graph_built, context.n_decoded
+            assert context.n_decoded - n_decoded == 100
+            assert context.n_graph_built == n_built
+            found.append(context.logits())
+    assert_near(found[0], found[1], STEP)
+
+
+def test_changed_weights_equal_a_fresh_run_bit_for_bit(base, adapters, weights, gpu_layers) -> None:
+    model, pack = cpu.load(base, adapters, gpu_layers)
+    with Context(model, pack, n_ctx=64, **cpu.EXACT) as context:
+        context.set_weights(weights[::-1])
+        context.decode(TOKENS)
+        context.clear()
+        context.set_weights(weights)
+        context.decode(TOKENS[:-1])
+        context.decode(TOKENS[-1:], start=len(TOKENS) - 1)
+        fresh = cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers)
+        assert np.array_equal(context.logits(), fresh)
+
+
+# the probe and the lens
+
+
+def stepwise_states(base: TinyBase, adapters: Sequence[TinyAdapter], gpu_layers: int) -> F32:
+    """States after TOKENS, one token of every sequence at a time: [1 + k, n_layer, n_embd]."""
+    model, pack = cpu.load(base, adapters, gpu_layers)
+    options = {**cpu.EXACT, "probe": True, "differential": True}
+    with Context(model, pack, n_ctx=64, n_seq=1 + len(adapters), **options) as context:
+        for ia in range(len(adapters)):
+            context.set_weights(cpu.one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)
+        for i, token in enumerate(TOKENS):
+            context.capture_begin()
+            context.decode([token], start=i)
+        return np.stack([context.states(seq) for seq in range(context.n_seq)])
+
+
+def test_probe_states_equal_separate_passes(base, adapters, gpu_layers) -> None:
+    single = cpu.single_states(base, adapters, TOKENS)
+    assert_near(stepwise_states(base, adapters, gpu_layers), single[-1], STEP)
+    for differential in (False, True):
+        for pool, expected in (("last", single[-1]), ("mean", single.mean(axis=0))):
+            found = cpu.probe_states(
+                base, adapters, TOKENS, differential=differential, pool=pool, gpu_layers=gpu_layers
+            )
+            assert_near(found, expected, BATCH)
+
+
+def test_prompt_longer_than_a_micro_batch(tmp_path, gpu_layers) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
+    adapters = [write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed) for seed in (1, 2)]
+    tokens = np.random.default_rng(5).integers(0, 256, 700).tolist()  # 3 x 700 > 512
+    single = cpu.single_states(base, adapters, tokens)
+    found = cpu.probe_states(
+        base, adapters, tokens, differential=True, n_ctx=1024, gpu_layers=gpu_layers
+    )
+    assert_near(found, single[-1], 2 * BATCH)
+
+
+def test_differential_probe_keeps_weak_adapters(tmp_path, gpu_layers) -> None:
+    """What an adapter of a hundredth of the strength does, on a quantised base, in one batch."""
+    base = write_tiny_base(tmp_path / "base.gguf", dtype="q8_0")
+    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.01)
+        for seed in (1, 2)
+    ]
+    truth = cpu.single_states(exact, adapters, TOKENS)[-1]
+    truth = truth[1:] - truth[:1]
+    states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=gpu_layers)
+    error = np.abs(states[1:] - states[:1] - truth).mean() / np.abs(truth).mean()
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("lens", ["raw", "norm"])
+@pytest.mark.parametrize("strength", [0.3, 1e-3])
+def test_divergence_equals_the_numpy_reference(tmp_path, base, lens, strength, gpu_layers) -> None:
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=strength)
+        for seed in (1, 2)
+    ]
+    states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=gpu_layers)
+    model, pack = cpu.load(base, adapters, gpu_layers)
+    with Context(model, pack, n_ctx=64, probe=True, **cpu.EXACT) as context:
+        found = context.divergence(states[0], states[1:], lens)
+    # the head's products round both factors to F16 by default
+    rtol = 2e-4 if "GGML_VK_DISABLE_F16" in os.environ else 1e-2
+    np.testing.assert_allclose(found, cpu.reference_divergence(base, states, lens), rtol=rtol)
+
+
+def test_engine_agrees_with_the_cpu_at_default_settings(base, adapters, gpu_layers) -> None:
+    """F16 KV cache and flash attention on both."""
+    files = {name: adapter.path for name, adapter in zip("abc", adapters, strict=True)}
+    with (
+        Engine(base=base.path, adapters=files, gpu_layers=gpu_layers) as device,
+        Engine(base=base.path, adapters=files, gpu_layers=0) as host,
+    ):
+        found, expected = device.weights(TOKENS), host.weights(TOKENS)
+        assert_near(found.weights, expected.weights, 0.02)
+        logits = host.logits(TOKENS, weights=expected)
+        assert_near(device.logits(TOKENS, weights=expected), logits, 5e-2)
