@@ -385,6 +385,27 @@ def test_differential_probe_is_at_least_as_close(tmp_path: Path, dtype: str) -> 
         assert errors[1] < errors[0] / 3
 
 
+def test_massive_activations_leave_the_base_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One unit a hundred times the others before ffn_down: 8 bits would round the others away."""
+    plain = write_tiny_base(tmp_path / "plain.gguf")
+    replace = {name: tensor.copy() for name, tensor in plain.tensors.items()}
+    for il in range(plain.n_layer):
+        replace[f"blk.{il}.ffn_up.weight"][5] *= 100.0
+        replace[f"blk.{il}.ffn_down.weight"][:, 5] *= 0.01
+    base = write_tiny_base(tmp_path / "base.gguf", dtype="q8_0", replace=replace)
+    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
+    adapters = [write_tiny_adapter(tmp_path / "a.gguf", base, strength=0.01)]
+    truth = probe_states(exact, adapters, TOKENS[:12], differential=False)
+    errors = []
+    for kernels in ("ggml", ""):  # ggml's operations split no rows
+        monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+        states = probe_states(base, adapters, TOKENS[:12], differential=True)
+        errors.append(np.abs(states[0] - truth[0]).mean())
+    assert errors[1] < errors[0] / 5
+
+
 # the lens
 
 

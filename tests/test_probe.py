@@ -66,6 +66,30 @@ def test_a_turn_costs_its_new_tokens(
     going_on.close()
 
 
+def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
+    """The window has moved on: an end that is forgotten takes tokens with it that are needed."""
+    base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16, n_ctx=2048)
+    adapters = [write_tiny_adapter(tmp_path / "a.gguf", base)]
+    tokens = np.random.default_rng(4).integers(0, 256, 1500).tolist()
+    going_on = prober(base, adapters)
+    short = prober(base, adapters, tail=300)
+    for n in (600, 900, 1000, 1500):
+        found = going_on.divergence(tokens[:n], "qa-flora", "norm", "last")
+        fresh = prober(base, adapters).divergence(tokens[:n], "qa-flora", "norm", "last")
+        np.testing.assert_allclose(found, fresh, rtol=1e-2, atol=1e-9)
+        # trimmed to what precedes the tail each time
+        found = short.states(tokens[:n], "last")
+        fresh = prober(base, adapters, tail=300).states(tokens[:n], "last")
+        np.testing.assert_allclose(found, fresh, rtol=1e-3, atol=1e-3)
+    kept = Engine(base=base.path, adapters={"a": adapters[0].path}, n_ctx=2048, strategy="static")
+    with kept as engine:
+        engine.generate(tokens, max_tokens=1)
+        query = [*tokens[:1200], 1, 2, 3]  # forgets 300 tokens, more than the window
+        engine.generate(query, max_tokens=1, keep_history=True)
+        found = engine._main.logits()
+        np.testing.assert_allclose(found, engine.logits(query), atol=2e-2, rtol=0)
+
+
 def test_another_query_is_read_from_its_beginning(
     base: TinyBase, adapters: list[TinyAdapter]
 ) -> None:

@@ -119,10 +119,12 @@ def write_tiny_base(
     chat_template: str | None = CHATML,
     add_bos: bool = False,
     dtype: str = "f32",
+    window: int = 512,
     replace: Mapping[str, F32] | None = None,
 ) -> TinyBase:
     """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16 or q8_0 is for matrices.
 
+    window   tokens that some layers of gemma3 attend to
     replace  tensors to write in place of the random ones, such as merged weights
     """
     path = Path(path)
@@ -144,7 +146,7 @@ def write_tiny_base(
     tensors = _base_tensors(base, np.random.default_rng(seed)) | dict(replace or {})
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"tiny {arch} {seed}")
-    _add_hparams(writer, base, n_ctx)
+    _add_hparams(writer, base, n_ctx, window)
     _add_vocabulary(writer, base, chat_template, add_bos)
     stored = {name: _add_tensor(writer, name, array, dtype) for name, array in tensors.items()}
     _finish(writer)
@@ -183,7 +185,7 @@ def _base_tensors(base: TinyBase, rng: np.random.Generator) -> dict[str, F32]:
     return tensors
 
 
-def _add_hparams(writer: gguf.GGUFWriter, base: TinyBase, n_ctx: int) -> None:
+def _add_hparams(writer: gguf.GGUFWriter, base: TinyBase, n_ctx: int, window: int) -> None:
     writer.add_block_count(base.n_layer)
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(base.n_embd)
@@ -197,7 +199,7 @@ def _add_hparams(writer: gguf.GGUFWriter, base: TinyBase, n_ctx: int) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(base.n_vocab)
     if base.arch == "gemma3":
-        writer.add_sliding_window(512)
+        writer.add_sliding_window(window)
 
 
 def _add_vocabulary(

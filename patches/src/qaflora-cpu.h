@@ -115,7 +115,7 @@ const qaflora_kernels * qaflora_kernels_avx2();
 const qaflora_kernels * qaflora_kernels_avx512();
 
 // The fastest of this processor, or the one that the environment variable QAFLORA_CPU_KERNELS names
-// (avx512, avx2, portable); throws std::runtime_error if this processor or build lacks it.
+// (avx512, avx2, neon, portable); throws std::runtime_error if this processor or build lacks it.
 const qaflora_kernels & qaflora_best_kernels();
 
 // false under QAFLORA_CPU_KERNELS=ggml: ggml's own operations are used, as on a GPU
