@@ -28,6 +28,7 @@ MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _VOCAB_TYPE_NONE = 0
+N_UBATCH = 256  # tokens computed at once; twice as many were no faster and take more memory
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
 
@@ -237,7 +238,7 @@ class Context(_Handle):
         params = self._lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_batch = n_ctx * n_seq
-        params.n_ubatch = min(params.n_ubatch, params.n_batch)
+        params.n_ubatch = min(N_UBATCH, params.n_batch)
         params.n_seq_max = n_seq
         params.n_outputs_max = 0 if all_outputs else n_seq
         params.n_threads = params.n_threads_batch = threads or default_threads()

@@ -184,23 +184,12 @@ struct bf16_numbers {
     static vec    panel(const uint8_t * p, int64_t r, int o) { return v_load_bf16((const uint16_t *) p + r*QAFLORA_PANEL + o); }
 };
 
+// rows of A have F32 scales first, then the numbers: see qaflora_row_size()
 struct q8_0_numbers {
     enum { BLOCK = 32, BLOCK_SIZE = 34, PANEL_SIZE = 2*QAFLORA_PANEL + BLOCK*QAFLORA_PANEL };
 
-    static float scale(const uint8_t * block) {
-        uint16_t h;
-        memcpy(&h, block, sizeof(h));
-        return f16_to_f32(h);
-    }
-    static size_t row_size(int64_t n) { return n/BLOCK*BLOCK_SIZE; }
-    static float  at  (const uint8_t * row, int64_t i) {
-        const uint8_t * block = row + i/BLOCK*BLOCK_SIZE;
-        return scale(block)*(float) (int8_t) block[2 + i%BLOCK];
-    }
-    static vec    load(const uint8_t * row, int64_t i) {
-        const uint8_t * block = row + i/BLOCK*BLOCK_SIZE;
-        return v_mul(v_set1(scale(block)), v_load_i8((const int8_t *) block + 2 + i%BLOCK));
-    }
+    static size_t         row_size(int64_t n) { return n/BLOCK*4 + n; }
+    static const int8_t * numbers (const uint8_t * row, int64_t n) { return (const int8_t *) row + n/BLOCK*4; }
     static vec    panel(const uint8_t * p, int64_t r, int o) {
         const uint8_t * block = p + r/BLOCK*PANEL_SIZE;
         return v_mul(v_load_f16((const uint16_t *) block + o),
@@ -269,15 +258,68 @@ static inline void dot_tile(const uint8_t * a, const float * x, int64_t n, float
     }
 }
 
+// the same for rows of Q8_0, whose length is a multiple of the block
+template <int NA, int NX>
+static inline void dot_tile_q8_0(const uint8_t * a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
+    enum { BLOCK = q8_0_numbers::BLOCK, NB = BLOCK/W };
+    const size_t stride = q8_0_numbers::row_size(n);
+    vec acc[NA][NX];
+    for (int m = 0; m < NA; ++m) {
+        for (int i = 0; i < NX; ++i) {
+            acc[m][i] = v_zero();
+        }
+    }
+    for (int64_t ib = 0; ib < n/BLOCK; ++ib) {
+        vec vx[NX][NB];
+        for (int i = 0; i < NX; ++i) {
+            for (int v = 0; v < NB; ++v) {
+                vx[i][v] = v_load(x + i*n + ib*BLOCK + v*W);
+            }
+        }
+        for (int m = 0; m < NA; ++m) {
+            const int8_t * q = q8_0_numbers::numbers(a + m*stride, n) + ib*BLOCK;
+            vec vq[NB];
+            for (int v = 0; v < NB; ++v) {
+                vq[v] = v_load_i8(q + v*W);
+            }
+            const vec scale = v_set1(((const float *) (a + m*stride))[ib]);
+            for (int i = 0; i < NX; ++i) {
+                vec sum = v_mul(vq[0], vx[i][0]);
+                for (int v = 1; v < NB; ++v) {
+                    sum = v_fma(vq[v], vx[i][v], sum);
+                }
+                acc[m][i] = v_fma(scale, sum, acc[m][i]);
+            }
+        }
+    }
+    for (int m = 0; m < NA; ++m) {
+        for (int i = 0; i < NX; ++i) {
+            t[i*n_rank + m] = weight*v_sum(acc[m][i]);
+        }
+    }
+}
+
+template <typename T, int NA, int NX> struct dot {
+    static void tile(const uint8_t * a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
+        dot_tile<T, NA, NX>(a, x, n, weight, t, n_rank);
+    }
+};
+
+template <int NA, int NX> struct dot<q8_0_numbers, NA, NX> {
+    static void tile(const uint8_t * a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
+        dot_tile_q8_0<NA, NX>(a, x, n, weight, t, n_rank);
+    }
+};
+
 template <typename T, int NX>
 static void dot_rows(const uint8_t * a, int64_t n_a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
     const size_t stride = T::row_size(n);
     int64_t m = 0;
     for (; m + 4 <= n_a; m += 4) {
-        dot_tile<T, 4, NX>(a + m*stride, x, n, weight, t + m, n_rank);
+        dot<T, 4, NX>::tile(a + m*stride, x, n, weight, t + m, n_rank);
     }
     for (; m < n_a; ++m) {
-        dot_tile<T, 1, NX>(a + m*stride, x, n, weight, t + m, n_rank);
+        dot<T, 1, NX>::tile(a + m*stride, x, n, weight, t + m, n_rank);
     }
 }
 

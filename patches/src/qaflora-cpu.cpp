@@ -81,8 +81,39 @@ bool qaflora_has_kernels() {
 }
 
 //
-// panels
+// rows and panels
 //
+
+size_t qaflora_row_size(qaflora_cpu_type type, int64_t n_in) {
+    using namespace qaflora_portable;
+    switch (type) {
+        case QAFLORA_CPU_F32:  return f32_numbers ::row_size(n_in);
+        case QAFLORA_CPU_F16:  return f16_numbers ::row_size(n_in);
+        case QAFLORA_CPU_BF16: return bf16_numbers::row_size(n_in);
+        case QAFLORA_CPU_Q8_0: return q8_0_numbers::row_size(n_in);
+    }
+    return 0;
+}
+
+void qaflora_make_rows(qaflora_cpu_type type, int64_t rank, int64_t n_in, const uint8_t * rows, uint8_t * dst) {
+    using q8 = qaflora_portable::q8_0_numbers;
+    const size_t row_size = qaflora_row_size(type, n_in);
+    if (type != QAFLORA_CPU_Q8_0) {
+        memcpy(dst, rows, rank*row_size);
+        return;
+    }
+    const int64_t n_block = n_in/q8::BLOCK;
+    for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t ib = 0; ib < n_block; ++ib) {
+            const uint8_t * block = rows + (r*n_block + ib)*q8::BLOCK_SIZE;
+            uint16_t h;
+            memcpy(&h, block, sizeof(h));
+            const float scale = qaflora_portable::f16_to_f32(h);
+            memcpy(dst + r*row_size + ib*4, &scale, sizeof(scale));
+            memcpy(dst + r*row_size + n_block*4 + ib*q8::BLOCK, block + 2, q8::BLOCK);
+        }
+    }
+}
 
 size_t qaflora_panel_size(qaflora_cpu_type type, int64_t n_out, int64_t rank) {
     const int64_t n_panel = (n_out + QAFLORA_PANEL - 1)/QAFLORA_PANEL;

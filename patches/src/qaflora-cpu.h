@@ -27,7 +27,7 @@ struct qaflora_cpu_segment {
     int64_t          offset = 0;    // of its columns in t, see below
     qaflora_cpu_type type_a = QAFLORA_CPU_F32;
     qaflora_cpu_type type_b = QAFLORA_CPU_F32;
-    const uint8_t *  a = nullptr;   // [rank, n_in] in ggml's rows
+    const uint8_t *  a = nullptr;   // [rank, n_in]; Q8_0: see qaflora_row_size()
     const uint8_t *  b = nullptr;   // [n_panel, rank, QAFLORA_PANEL]; Q8_0: see qaflora_panel_size()
 };
 
@@ -120,6 +120,12 @@ const qaflora_kernels & qaflora_best_kernels();
 
 // false under QAFLORA_CPU_KERNELS=ggml: ggml's own operations are used, as on a GPU
 bool qaflora_has_kernels();
+
+// bytes of a row of A [rank, n_in]. As ggml's, but for Q8_0: F32 scales of blocks of 32, then int8.
+size_t qaflora_row_size(qaflora_cpu_type type, int64_t n_in);
+
+// rows: [rank, n_in] in ggml's rows
+void qaflora_make_rows(qaflora_cpu_type type, int64_t rank, int64_t n_in, const uint8_t * rows, uint8_t * dst);
 
 // bytes of B [n_out, rank] in panels. Of Q8_0 a panel has for each 32 ranks F16 scales [QAFLORA_PANEL], then int8 [32, QAFLORA_PANEL].
 size_t qaflora_panel_size(qaflora_cpu_type type, int64_t n_out, int64_t rank);

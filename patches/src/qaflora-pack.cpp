@@ -401,7 +401,7 @@ struct pack_builder {
                 g.cpu.n_rank += s.rank;
 
                 ggml_context * ctx = ctx_for(adapter_buft(m.w));
-                ggml_tensor * a = ggml_new_tensor_2d(ctx, stored_type(p.a->type), m.w->ne[0], s.rank);
+                ggml_tensor * a = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, s.rank*qaflora_row_size(s.type_a, m.w->ne[0]));
                 ggml_tensor * b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank));
                 cpu_pairs.push_back({ (int32_t) pack.modules.size(), m.cpu.segments.size(), a, b });
                 m.cpu.segments.push_back(s);
@@ -424,9 +424,9 @@ struct pack_builder {
             auto & s = m.cpu.segments[pair.segment];
             const auto & f = files[s.ia];
             const auto & p = f.pairs.at(m.name);
-            const auto a = as_type(f.read(p.a), p.a, pair.a->type);
+            const auto a = as_type(f.read(p.a), p.a, stored_type(p.a->type));
             const auto b = as_type(f.read(p.b), p.b, stored_type(p.b->type));
-            memcpy(pair.a->data, a.data(), a.size());
+            qaflora_make_rows(s.type_a, s.rank, m.w->ne[0], a.data(), (uint8_t *) pair.a->data);
             qaflora_make_panels(s.type_b, m.cpu.n_out, s.rank, b.data(), (uint8_t *) pair.b->data);
             s.a = (const uint8_t *) pair.a->data;
             s.b = (const uint8_t *) pair.b->data;
