@@ -144,6 +144,19 @@ enum { DOT_ROWS = 2, SUM_ROWS = 2 };
 
 enum { NV = QAFLORA_PANEL/W };
 
+// Adapters are read once a token, in runs too short for the processor to foresee: what comes so many bytes later is asked for now.
+enum { PREFETCH = 4096 };
+
+static inline void v_prefetch(const void * p) {
+#if defined(__GNUC__)
+    __builtin_prefetch((const char *) p + PREFETCH);
+#elif defined(__AVX2__)
+    _mm_prefetch((const char *) p + PREFETCH, _MM_HINT_T0);
+#else
+    (void) p;
+#endif
+}
+
 // to the nearest F16, for numbers that F16 holds without denormals
 static inline float round_f16(float x) {
     uint32_t bits;
@@ -163,6 +176,7 @@ struct f32_numbers {
     static float  at  (const uint8_t * row, int64_t i) { return ((const float *) row)[i]; }
     static vec    load(const uint8_t * row, int64_t i) { return v_load((const float *) row + i); }
     static vec    panel(const uint8_t * p, int64_t r, int o) { return v_load((const float *) p + r*QAFLORA_PANEL + o); }
+    static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*4; }
 };
 
 struct f16_numbers {
@@ -170,6 +184,7 @@ struct f16_numbers {
     static float  at  (const uint8_t * row, int64_t i) { return f16_to_f32(((const uint16_t *) row)[i]); }
     static vec    load(const uint8_t * row, int64_t i) { return v_load_f16((const uint16_t *) row + i); }
     static vec    panel(const uint8_t * p, int64_t r, int o) { return v_load_f16((const uint16_t *) p + r*QAFLORA_PANEL + o); }
+    static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*2; }
 };
 
 struct bf16_numbers {
@@ -182,6 +197,7 @@ struct bf16_numbers {
     }
     static vec    load(const uint8_t * row, int64_t i) { return v_load_bf16((const uint16_t *) row + i); }
     static vec    panel(const uint8_t * p, int64_t r, int o) { return v_load_bf16((const uint16_t *) p + r*QAFLORA_PANEL + o); }
+    static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*2; }
 };
 
 // rows of A have F32 scales first, then the numbers: see qaflora_row_size()
@@ -189,6 +205,7 @@ struct q8_0_numbers {
     enum { BLOCK = 32, BLOCK_SIZE = 34, PANEL_SIZE = 2*QAFLORA_PANEL + BLOCK*QAFLORA_PANEL };
 
     static size_t         row_size(int64_t n) { return n/BLOCK*4 + n; }
+    static size_t         panel_offset(int64_t r) { return r/BLOCK*PANEL_SIZE + r%BLOCK*QAFLORA_PANEL; }
     static const int8_t * numbers (const uint8_t * row, int64_t n) { return (const int8_t *) row + n/BLOCK*4; }
     static vec    panel(const uint8_t * p, int64_t r, int o) {
         const uint8_t * block = p + r/BLOCK*PANEL_SIZE;
@@ -240,6 +257,11 @@ static inline void dot_tile(const uint8_t * a, const float * x, int64_t n, float
         for (int m = 0; m < NA; ++m) {
             va[m] = T::load(a + m*stride, j);
         }
+        if (NX == 1 && j % 32 == 0) {
+            for (int m = 0; m < NA; ++m) {
+                v_prefetch(a + m*stride + T::row_size(j));
+            }
+        }
         for (int i = 0; i < NX; ++i) {
             const vec vx = v_load(x + i*n + j);
             for (int m = 0; m < NA; ++m) {
@@ -278,6 +300,9 @@ static inline void dot_tile_q8_0(const uint8_t * a, const float * x, int64_t n, 
         }
         for (int m = 0; m < NA; ++m) {
             const int8_t * q = q8_0_numbers::numbers(a + m*stride, n) + ib*BLOCK;
+            if (NX == 1 && ib % 2 == 0) {
+                v_prefetch(q);
+            }
             vec vq[NB];
             for (int v = 0; v < NB; ++v) {
                 vq[v] = v_load_i8(q + v*W);
@@ -428,6 +453,7 @@ static inline void add_panel_row(vec (&acc)[1][NV], const uint8_t * panel, int64
     int64_t r = 0;
     for (; r + 4 <= rank; r += 4) {
         for (int u = 0; u < 4; ++u) {
+            v_prefetch(panel + T::panel_offset(r + u));
             const vec w = v_set1(t[r + u]);
             for (int v = 0; v < NV; ++v) {
                 part[u][v] = v_fma(T::panel(panel, r + u, v*W), w, part[u][v]);

@@ -375,7 +375,8 @@ struct pack_builder {
     void add_cpu_group(const std::vector<std::string> & names) {
         qaflora_group g;
         g.cpu.kernels = pack.kernels;
-        std::vector<qaflora_module> modules;
+        ggml_context * ctx = ctx_for(adapter_buft(base_tensor(*pack.model, names[0])));
+        const size_t first_pair = cpu_pairs.size();
         for (const auto & name : names) {
             qaflora_module m;
             m.name  = name;
@@ -400,16 +401,20 @@ struct pack_builder {
                 s.type_b = cpu_type(p.b->type);
                 g.cpu.n_rank += s.rank;
 
-                ggml_context * ctx = ctx_for(adapter_buft(m.w));
                 ggml_tensor * a = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, s.rank*qaflora_row_size(s.type_a, m.w->ne[0]));
-                ggml_tensor * b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank));
-                cpu_pairs.push_back({ (int32_t) pack.modules.size(), m.cpu.segments.size(), a, b });
+                cpu_pairs.push_back({ (int32_t) pack.modules.size(), m.cpu.segments.size(), a, nullptr });
                 m.cpu.segments.push_back(s);
             }
             g.il       = m.il;
             g.cpu.n_in = m.w->ne[0];
             pack.by_weight[m.w] = (int32_t) pack.modules.size();
             pack.modules.push_back(m);
+        }
+        // in the order in which they are read: all A of the group, then B
+        for (size_t i = first_pair; i < cpu_pairs.size(); ++i) {
+            const auto & m = pack.modules[cpu_pairs[i].module].cpu;
+            const auto & s = m.segments[cpu_pairs[i].segment];
+            cpu_pairs[i].b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, qaflora_panel_size(s.type_b, m.n_out, s.rank));
         }
         g.cpu.il = g.il;
         for (size_t i = 0; i < names.size(); ++i) {
