@@ -14,7 +14,7 @@ from qaflora_edge.bench_rig import Prompts, Rig
 from qaflora_edge.errors import BackendError, OptionError
 
 OPTIONS = {"threads": 1, "kv_type": "f32", "flash_attn": False}
-FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_ubatch", "llama_n_seq_max", "llama_n_threads")
+FACTS = ("llama_n_ctx", "llama_n_batch", "llama_n_seq_max", "llama_n_threads")
 
 
 @pytest.fixture(scope="module")
