@@ -38,7 +38,7 @@ static inline vec   v_load_bf16(const uint16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
 }
 static inline vec   v_load_i8(const int8_t * p)  { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
-static inline float f16_to_f32(uint16_t h)       { return _cvtsh_ss(h); }
+static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
 enum { DOT_ROWS = 4, SUM_ROWS = 8 };
 
@@ -64,7 +64,7 @@ static inline vec   v_load_bf16(const uint16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
 }
 static inline vec   v_load_i8(const int8_t * p)  { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
-static inline float f16_to_f32(uint16_t h)       { return _cvtsh_ss(h); }
+static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
 enum { DOT_ROWS = 2, SUM_ROWS = 2 };
 
@@ -710,6 +710,12 @@ static inline double lanes_sum(const double * lane) {
     return sum;
 }
 
+// A token that is e^400 times likelier than in the base counts as one that is e^400 times: sums stay finite, and such a
+// divergence is far beyond any other.
+static inline double bounded(double u) {
+    return u > 400.0 ? 400.0 : u;
+}
+
 // sums so far, with p and c taken from a token that is likelier than all before
 static void move_reference(qaflora_divergence_sums & sums, int64_t n_adapter, double z_max, const float * d, int64_t stride) {
     const double scale = sums.s > 0.0 ? exp(sums.z_max - z_max) : 0.0;
@@ -723,7 +729,8 @@ static void move_reference(qaflora_divergence_sums & sums, int64_t n_adapter, do
         const double rest  = a.rest*scale;
         a.c     = c;
         a.first = first + delta*sums.s;
-        a.rest  = sums.s > 0.0 ? exp(delta)*rest + expm1(delta)*first + expm1_minus(delta)*sums.s : 0.0;
+        const double moved = sums.s > 0.0 ? exp(delta)*rest + expm1(delta)*first + expm1_minus(delta)*sums.s : 0.0;
+        a.rest  = moved < 1e250 ? moved : 1e250;
     }
 }
 
@@ -775,7 +782,7 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
         double lane_rest [N_LANE] = {};
         for (v = 0; v + N_LANE <= n; v += N_LANE) {
             for (int j = 0; j < N_LANE; ++j) {
-                const double u = unit*dj[v + j] - c;
+                const double u = bounded(unit*dj[v + j] - c);
                 lane_first[j] += p[v + j]*u;
                 lane_rest [j] += p[v + j]*expm1_minus(u);
             }
@@ -783,7 +790,7 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
         double first = lanes_sum(lane_first);
         double rest  = lanes_sum(lane_rest);
         for (; v < n; ++v) {
-            const double u = unit*dj[v] - c;
+            const double u = bounded(unit*dj[v] - c);
             first += p[v]*u;
             rest  += p[v]*expm1_minus(u);
         }

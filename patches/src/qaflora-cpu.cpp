@@ -158,8 +158,11 @@ void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, con
 double qaflora_divergence_sums::divergence(int64_t ia) const {
     const double first = adapters[ia].first/s;
     const double rest  = adapters[ia].rest/s;
-    // log1p(first + rest) - first: by its series where the two would cancel
     const double sum = first + rest;
+    if (sum > 1.0) {
+        return std::max(0.0, std::log1p(sum) - first); // rest has no digits left for what follows
+    }
+    // log1p(sum) - first: by its series where the two would cancel
     const double small = std::fabs(sum) < 1e-3 ? sum*sum*(-1.0/2 + sum*(1.0/3 + sum*(-1.0/4 + sum*(1.0/5 - sum/6)))) : std::log1p(sum) - sum;
     return std::max(0.0, rest + small);
 }
