@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
+from qaflora_edge.errors import BackendError
 from qaflora_edge.query_projection import QueryProjections
 from qaflora_edge.runtime import Context, Model, Pack
 
@@ -79,6 +80,7 @@ class Prober:
             n_kept = _n_going_on(context, tokens, len(tokens) - 1) if self._is_exact else 0
             self._read(context, tokens, n_kept=n_kept)
         states = np.stack([context.states(seq) for seq in range(context.n_seq)])
+        self._check_finite(states)
         self._last = (key, pool, states)
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
@@ -123,6 +125,16 @@ class Prober:
         scores = self._projections.scores(self._base.inputs(0))
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return scores
+
+    def _check_finite(self, states: F32) -> None:
+        if np.isfinite(states).all():
+            return
+        seq, layer = (int(index[0]) for index in np.nonzero(~np.isfinite(states))[:2])
+        path = self._pack.paths[seq - 1] if seq else self._model.path
+        raise BackendError(
+            f"The state after block {layer} is NaN or infinite with {path}, expected finite "
+            "numbers; convert or fetch it again, or leave it out."
+        )
 
     def _read(
         self, context: Context, tokens: Sequence[int], *, n_kept: int, outputs: str = "last"

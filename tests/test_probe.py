@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, fusion
-from qaflora_edge.errors import OptionError, StrategyError
+from qaflora_edge.errors import BackendError, OptionError, StrategyError
 from qaflora_edge.probe import Prober
 from qaflora_edge.runtime import Context, Model, Pack
 
@@ -263,3 +263,14 @@ def test_keep_history_forgets_what_the_prompt_does_not_share(
 def test_a_negative_tail_is_refused(base: TinyBase) -> None:
     with pytest.raises(OptionError, match="probe_tail is -1, expected 0 \\(off\\) or a number"):
         Engine(base=base.path, probe_tail=-1)
+
+
+def test_a_state_that_is_no_number_is_reported(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    adapter = write_tiny_adapter(tmp_path / "a.gguf", base, outtype="f32")
+    reader = gguf.GGUFReader(adapter.path, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight.lora_b")
+    tensor.data[:] = np.nan
+    del tensor, reader
+    with pytest.raises(BackendError, match=r"after block 1 is NaN or infinite with .*a\.gguf"):
+        prober(base, [adapter]).divergence(TOKENS, "qa-flora", "norm", "last")

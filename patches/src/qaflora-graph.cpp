@@ -63,6 +63,7 @@ struct qaflora_graph_input : public llm_graph_input_i {
     std::vector<product> group_product; // [n_group]
     struct difference {
         const ggml_tensor * cur = nullptr;
+        bool          is_cpu = false; // of the weights that it is multiplied with
         ggml_tensor * d     = nullptr;
         ggml_tensor * split = nullptr; // rows that d has in two parts
     };
@@ -358,11 +359,12 @@ static qaflora_graph_input::difference subtract_base(const llm_graph_context & g
                                                      ggml_tensor * cur, ggml_tensor * x) {
     ggml_context * ctx = gctx.ctx0;
     auto & diff = inp.last_difference;
-    if (diff.cur == cur) {
+    const bool is_cpu = has_kernels(inp.qf, w);
+    if (diff.cur == cur && diff.is_cpu == is_cpu) {
         return diff;
     }
-    diff = { cur, nullptr, nullptr };
-    if (!has_kernels(inp.qf, w)) {
+    diff = { cur, is_cpu, nullptr, nullptr };
+    if (!is_cpu) {
         ggml_tensor * x0 = first_sequence(ctx, x);
         diff.d = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
         return diff;
