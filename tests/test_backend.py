@@ -406,6 +406,16 @@ def test_massive_activations_leave_the_base_as_it_is(
     assert errors[1] < errors[0] / 5
 
 
+def test_probe_of_a_head_with_a_bias(tmp_path: Path) -> None:
+    """A probe has no logits for upstream to add the head's bias to."""
+    plain = write_tiny_base(tmp_path / "plain.gguf", "qwen2")
+    bias = {"output.bias": np.ones(plain.n_vocab, np.float32)}
+    base = write_tiny_base(tmp_path / "base.gguf", "qwen2", replace=bias)
+    adapters = [write_tiny_adapter(tmp_path / "a.gguf", base)]
+    states = probe_states(base, adapters, TOKENS, differential=True)
+    np.testing.assert_array_equal(states, probe_states(plain, adapters, TOKENS, differential=True))
+
+
 # the lens
 
 

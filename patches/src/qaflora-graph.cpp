@@ -503,11 +503,20 @@ static void capture_input(const llm_graph_context & gctx, qaflora_graph_input & 
     }
 }
 
+// Memory that nobody writes or reads, in the shape of one row of logits: architectures add biases of the head to it, or write into it.
+static ggml_tensor * no_logits(const llm_graph_context & gctx, const ggml_tensor * head) {
+    ggml_tensor * res = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, head->ne[1], 1);
+    ggml_set_name(res, "qaflora_no_logits");
+    ggml_set_input(res);
+    return res;
+}
+
 ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
     const qaflora_context & qf = *gctx.qaflora;
     qaflora_graph_input & inp = get_input(gctx);
     if (qf.is_probe() && w == gctx.qaflora->pack->model->output) {
-        return cur; // no logits: the head's product stays out of the graph
+        ggml_build_forward_expand(gctx.gf, cur); // upstream sets inputs that lead here
+        return no_logits(gctx, w); // the head's product stays out of the graph
     }
     if (qf.has_inputs() && gctx.n_outputs > 0 && cur->ne[0] == qf.n_embd) {
         capture_input(gctx, inp, w, cur);
