@@ -710,27 +710,54 @@ static inline double lanes_sum(const double * lane) {
     return sum;
 }
 
-// A token that is e^400 times likelier than in the base counts as one that is e^400 times: sums stay finite, and such a
-// divergence is far beyond any other.
-static inline double bounded(double u) {
-    return u > 400.0 ? 400.0 : u;
+// beyond it, exp(u) is kept by its logarithm
+static const double FAR = 300.0;
+
+// s: as it was when rest and first were
+static void go_far(qaflora_divergence_sums::adapter & a, double s) {
+    if (a.far == 0.0) {
+        a.far     = a.rest + a.first + s; // 0 where nothing was seen
+        a.far_max = 0.0;
+        a.rest    = 0.0;
+    }
+}
+
+// one more slice of far
+static void add_far(const qaflora_divergence_sums & sums, qaflora_divergence_sums::adapter & a, const float * z, const float * d, int64_t n) {
+    double max = -INFINITY;
+    for (int64_t v = 0; v < n; ++v) {
+        const double e = (z[v] - sums.z_max) + (a.unit*d[v] - a.c);
+        max = e > max ? e : max;
+    }
+    if (a.far == 0.0 || max > a.far_max) {
+        a.far    *= exp_double(a.far_max - max);
+        a.far_max = max;
+    }
+    for (int64_t v = 0; v < n; ++v) {
+        a.far += exp_double((z[v] - sums.z_max) + (a.unit*d[v] - a.c) - a.far_max);
+    }
 }
 
 // sums so far, with p and c taken from a token that is likelier than all before
 static void move_reference(qaflora_divergence_sums & sums, int64_t n_adapter, double z_max, const float * d, int64_t stride) {
     const double scale = sums.s > 0.0 ? exp(sums.z_max - z_max) : 0.0;
+    const double moved = sums.s > 0.0 ? sums.z_max - z_max : 0.0;
+    const double s_before = sums.s;
     sums.z_max = z_max;
     sums.s *= scale;
     for (int64_t ia = 0; ia < n_adapter; ++ia) {
         qaflora_divergence_sums::adapter & a = sums.adapters[ia];
         const double c     = a.unit*d[ia*stride];
         const double delta = a.c - c; // u grows by it
+        if (delta > FAR) {
+            go_far(a, s_before);
+        }
+        a.far_max += delta + moved;
         const double first = a.first*scale;
         const double rest  = a.rest*scale;
         a.c     = c;
         a.first = first + delta*sums.s;
-        const double moved = sums.s > 0.0 ? exp(delta)*rest + expm1(delta)*first + expm1_minus(delta)*sums.s : 0.0;
-        a.rest  = moved < 1e250 ? moved : 1e250;
+        a.rest  = sums.s > 0.0 && a.far == 0.0 ? exp(delta)*rest + expm1(delta)*first + expm1_minus(delta)*sums.s : 0.0;
     }
 }
 
@@ -772,6 +799,7 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
         p[v] = exp_double((double) z[v] - sums.z_max);
         s += p[v];
     }
+    const double s_before = sums.s;
     sums.s += s;
     for (int64_t ia = 0; ia < n_adapter; ++ia) {
         qaflora_divergence_sums::adapter & a = sums.adapters[ia];
@@ -780,22 +808,36 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
         const double c    = a.c;
         double lane_first[N_LANE] = {};
         double lane_rest [N_LANE] = {};
+        double lane_u    [N_LANE] = {};
         for (v = 0; v + N_LANE <= n; v += N_LANE) {
             for (int j = 0; j < N_LANE; ++j) {
-                const double u = bounded(unit*dj[v + j] - c);
+                const double u = unit*dj[v + j] - c;
                 lane_first[j] += p[v + j]*u;
                 lane_rest [j] += p[v + j]*expm1_minus(u);
+                lane_u    [j]  = u > lane_u[j] ? u : lane_u[j];
             }
         }
         double first = lanes_sum(lane_first);
         double rest  = lanes_sum(lane_rest);
+        double u_max = 0.0;
+        for (int j = 0; j < N_LANE; ++j) {
+            u_max = lane_u[j] > u_max ? lane_u[j] : u_max;
+        }
         for (; v < n; ++v) {
-            const double u = bounded(unit*dj[v] - c);
+            const double u = unit*dj[v] - c;
             first += p[v]*u;
             rest  += p[v]*expm1_minus(u);
+            u_max  = u > u_max ? u : u_max;
+        }
+        if (u_max > FAR || a.rest > 1e130) {
+            go_far(a, s_before);
         }
         a.first += first;
-        a.rest  += rest;
+        if (u_max > FAR || a.far != 0.0) {
+            add_far(sums, a, z, dj, n);
+        } else {
+            a.rest += rest;
+        }
     }
 }
 

@@ -262,7 +262,12 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
             }
             for (int32_t i = 0; i < n; ++i) {
                 for (int32_t ia = 0; ia < n_adapter; ++ia) {
-                    div[(size_t) ia*qf.n_layer + il0 + i] = sums[i].divergence(ia);
+                    const double divergence = sums[i].divergence(ia);
+                    if (!std::isfinite(divergence)) {
+                        throw std::runtime_error(qaflora_format("adapter %d moves the state after block %d by more than can be measured, "
+                            "or one of the two is not finite; leave it out, or convert it again", ia, il0 + i));
+                    }
+                    div[(size_t) ia*qf.n_layer + il0 + i] = divergence;
                 }
             }
         }
