@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.neutral import neutral_prompts
 from qaflora_edge.probe import Prober
-from qaflora_edge.runtime import KV_TYPES, Context, Model, Pack, _errors, default_threads
+from qaflora_edge.runtime import Context, Model, Pack, context_params, said
 
 F32 = NDArray[np.float32]
 
@@ -27,7 +28,7 @@ class StockContext(Context):
 
     adapters  of llama_adapter_lora_init; none for the base alone
 
-    Its parameters are those of a Context with one sequence.
+    Its parameters are those of a Context with one sequence, but for llama.cpp's own micro-batch.
     """
 
     def __init__(
@@ -43,22 +44,14 @@ class StockContext(Context):
         self._model, self._lib = model, model._lib
         self.n_seq, self.n_ctx = 1, n_ctx
         self.tokens: list[int] = []
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = min(params.n_ubatch, n_ctx)
-        params.n_seq_max = params.n_outputs_max = 1
-        params.n_threads = params.n_threads_batch = threads or default_threads()
-        params.type_k = params.type_v = KV_TYPES[kv_type]
-        params.flash_attn_type = 1 if flash_attn else 0
-        params.kv_unified = False
-        params.no_perf = False
-        _errors.clear()
+        params = context_params(
+            self._lib, n_token=n_ctx, threads=threads, kv_type=kv_type, flash_attn=flash_attn
+        )
         self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
         if self._pointer is None:
-            reason = "; ".join(_errors) or "no reason given"
             raise BackendError(
                 f"A context of {n_ctx} tokens without our adapters cannot be made. "
-                f"llama.cpp says: {reason}."
+                f"llama.cpp says: {said()}."
             )
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._n_adapter = len(adapters)
@@ -173,7 +166,7 @@ class Rig:
         return context
 
     def _load_lora(self, path: Path) -> Any:
-        lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, str(path).encode())
+        lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))
         if not lora:
             raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
         return lora

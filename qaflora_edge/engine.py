@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
 from qaflora_edge.chat import Message, chat_tokens, completion_chunks, completion_dict
-from qaflora_edge.errors import BusyError, OptionError, PromptError, StrategyError
+from qaflora_edge.errors import BackendError, BusyError, OptionError, PromptError, StrategyError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import (
     Generation,
@@ -362,6 +362,13 @@ class Engine:
             self._main.clear()
         self._main.set_weights(fusion.weights)
         self._main.decode(tokens[n_kept:], start=n_kept)
+        if np.isnan(self._main.logits()).any():
+            self._main.clear()
+            raise BackendError(
+                "The logits after the prompt are NaN, expected numbers: an adapter that weighs "
+                f"more than 0 here ({', '.join(fusion.adapters) or 'none'}), or the base, is "
+                "damaged. Convert or fetch it again, or leave it out."
+            )
 
     def _begin(
         self, tokens: list[int], weights: Weights, sampling: Sampling, keep_history: bool

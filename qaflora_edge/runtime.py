@@ -48,6 +48,37 @@ def library() -> tuple[Any, Any]:
     return binding, functions
 
 
+def said() -> str:
+    """What llama.cpp gave as the reasons of its last failure."""
+    return "; ".join(_errors) or "no reason given"
+
+
+def context_params(
+    lib: Any,
+    *,
+    n_token: int,
+    n_seq: int = 1,
+    threads: int | None = None,
+    kv_type: str = "f16",
+    flash_attn: bool = True,
+) -> Any:
+    """llama_context_params, and the reasons of earlier failures forgotten.
+
+    n_token  that all sequences together can hold, and that one batch can have
+    """
+    _errors.clear()
+    params = lib.llama_context_default_params()
+    params.n_ctx = params.n_batch = n_token
+    params.n_ubatch = min(params.n_ubatch, n_token)
+    params.n_seq_max = params.n_outputs_max = n_seq
+    params.n_threads = params.n_threads_batch = threads or default_threads()
+    params.type_k = params.type_v = KV_TYPES[kv_type]
+    params.flash_attn_type = 1 if flash_attn else 0
+    params.kv_unified = False
+    params.no_perf = False
+    return params
+
+
 def _floats(array: F32) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
@@ -101,9 +132,8 @@ class Model(_Handle):
         self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._pointer:
             self._pointer = None
-            reason = "; ".join(_errors) or "no reason given"
             raise GgufFileError(
-                f"The base {self.path} cannot be loaded: {reason}. Fetch or convert it again."
+                f"The base {self.path} cannot be loaded: {said()}. Fetch or convert it again."
             )
         self.vocab = self._lib.llama_model_get_vocab(self._pointer)
         if self._lib.llama_vocab_type(self.vocab) == _VOCAB_TYPE_NONE:
@@ -235,30 +265,29 @@ class Context(_Handle):
         self.n_seq, self.n_ctx = n_seq, n_ctx
         self.tokens: list[int] = []
         self._has_all_outputs = all_outputs
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq
-        params.n_batch = n_ctx * n_seq
+        params = context_params(
+            self._lib,
+            n_token=n_ctx * n_seq,
+            n_seq=n_seq,
+            threads=threads,
+            kv_type=kv_type,
+            flash_attn=flash_attn,
+        )
         params.n_ubatch = min(N_UBATCH, params.n_batch)
-        params.n_seq_max = n_seq
-        params.n_outputs_max = 0 if all_outputs else n_seq
-        params.n_threads = params.n_threads_batch = threads or default_threads()
-        params.type_k = params.type_v = KV_TYPES[kv_type]
-        params.flash_attn_type = 1 if flash_attn else 0
-        params.kv_unified = False
-        params.no_perf = False
+        if all_outputs:
+            params.n_outputs_max = 0  # llama.cpp's own limit
         flags = (
             (native.CONTEXT_PROBE if probe else 0)
             | (native.CONTEXT_DIFFERENTIAL if differential else 0)
             | (native.CONTEXT_INPUTS if inputs else 0)
         )
-        _errors.clear()
         self._pointer = self._functions.context_init(
             model._pointer, ctypes.byref(params), pack._pointer, flags
         )
         if not self._pointer:
             raise BackendError(
                 f"A context of {n_seq} x {n_ctx} tokens cannot be made: {native.last_error()}."
-                + (f" llama.cpp says: {'; '.join(_errors)}." if _errors else "")
+                + (f" llama.cpp says: {said()}." if _errors else "")
             )
         self._memory = self._lib.llama_get_memory(self._pointer)
 
@@ -341,8 +370,7 @@ class Context(_Handle):
         self.tokens[start:] = tokens
         if code != 0:
             self.clear()
-            reason = "; ".join(_errors) or "no reason given"
-            raise BackendError(f"llama_decode failed with code {code}: {reason}.")
+            raise BackendError(f"llama_decode failed with code {code}: {said()}.")
 
     def logits(self) -> F32:
         """float32 [n_vocab] of the last token decoded."""

@@ -99,7 +99,8 @@ def test_fused_logits_equal_a_merged_base(tmp_path: Path, arch: str, weights: F3
     np.testing.assert_allclose(fused, stock_logits(merged), atol=1e-4, rtol=0)
 
 
-def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weights: F32) -> None:
+def with_adapted_ends(tmp_path: Path, weights: F32) -> tuple[TinyBase, list[TinyAdapter], F32]:
+    """A base, adapters on its embedding and head, and the logits of the two merged."""
     base = write_tiny_base(tmp_path / "base.gguf", tied=False)
     targets = ("token_embd", "output", "attn_q")
     adapters = [
@@ -107,9 +108,12 @@ def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weig
         for rank in (4, 3, 8)
     ]
     merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, tied=False)
-    np.testing.assert_allclose(
-        fused_logits(base, adapters, weights), stock_logits(merged), atol=1e-4, rtol=0
-    )
+    return base, adapters, stock_logits(merged)
+
+
+def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weights: F32) -> None:
+    base, adapters, expected = with_adapted_ends(tmp_path, weights)
+    np.testing.assert_allclose(fused_logits(base, adapters, weights), expected, atol=1e-4, rtol=0)
 
 
 def test_sliced_adapters_on_the_stock_path_agree(
@@ -433,6 +437,13 @@ def reference_divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.f
     return fusion.kl_divergence(logits[0], logits[1:] - logits[0])
 
 
+def divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
+    """What the library makes of states [1 + n_adapter, n_layer, n_embd], the base first."""
+    model, pack = load(base, [])
+    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+        return context.divergence(states[0], states[1:], lens)
+
+
 @pytest.mark.parametrize("lens", ["raw", "norm"])
 @pytest.mark.parametrize("strength", [0.3, 1e-3])
 def test_divergence_equals_the_numpy_reference(
@@ -443,9 +454,7 @@ def test_divergence_equals_the_numpy_reference(
         for seed in (1, 2)
     ]
     states = probe_states(base, adapters, TOKENS, differential=True)
-    model, pack = load(base, adapters)
-    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
-        found = context.divergence(states[0], states[1:], lens)
+    found = divergence(base, states, lens)
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=2e-4)
 
 
@@ -458,9 +467,7 @@ def test_quantised_head_keeps_weak_adapters(tmp_path: Path, lens: str) -> None:
         for seed in (1, 2)
     ]
     states = probe_states(base, adapters, TOKENS, differential=True)
-    model, pack = load(base, adapters)
-    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
-        found = context.divergence(states[0], states[1:], lens)
+    found = divergence(base, states, lens)
     # 8-bit rounding of activations that no longer depends on their size
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=1.2e-2)
 
@@ -471,9 +478,7 @@ def test_divergence_of_states_that_are_far_apart(base: TinyBase, size: float) ->
     rng = np.random.default_rng(5)
     states = rng.standard_normal((3, base.n_layer, base.n_embd)).astype(np.float32)
     states[1:] *= size
-    model, pack = load(base, [])
-    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
-        found = context.divergence(states[0], states[1:], "raw")[:, :-1]
+    found = divergence(base, states, "raw")[:, :-1]
     logits = states[:, :-1].astype(np.float64) @ base.tensors["token_embd.weight"].T
     log_p = logits - logits.max(axis=-1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=-1, keepdims=True))
@@ -485,12 +490,8 @@ def test_divergence_of_states_that_are_far_apart(base: TinyBase, size: float) ->
 def test_divergence_that_is_not_finite_is_reported(base: TinyBase) -> None:
     states = np.ones((3, base.n_layer, base.n_embd), np.float32)
     states[2, 1, 5] = np.nan
-    model, pack = load(base, [])
-    with (
-        Context(model, pack, n_ctx=64, probe=True, **EXACT) as context,
-        pytest.raises(BackendError) as caught,
-    ):
-        context.divergence(states[0], states[1:], "norm")
+    with pytest.raises(BackendError) as caught:
+        divergence(base, states, "norm")
     assert str(caught.value) == (
         "Divergences cannot be computed: adapter 1 moves the state after block 1 by more than can "
         "be measured, or one of the two is not finite; leave it out, or convert it again."

@@ -96,14 +96,7 @@ def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, gpu_layers) -
 
 
 def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path, weights, gpu_layers) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf", tied=False)
-    targets = ("token_embd", "output", "attn_q")
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank, targets=targets)
-        for rank in (4, 3, 8)
-    ]
-    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, tied=False)
-    expected = cpu.stock_logits(merged)
+    base, adapters, expected = cpu.with_adapted_ends(tmp_path, weights)
     assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, STEP)
     assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected, BATCH)
 

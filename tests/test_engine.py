@@ -90,6 +90,19 @@ def test_weights_do_not_depend_on_what_was_asked_before(engine: Engine) -> None:
     assert np.array_equal(engine.weights(PROMPT).divergence, first.divergence)
 
 
+@pytest.mark.parametrize("strategy", ["static", "manual:huge=1", "norm"])
+def test_logits_that_are_no_numbers_are_reported(
+    base: TinyBase, tmp_path: Path, strategy: str
+) -> None:
+    """These strategies run no adapter before the answer does."""
+    huge = write_tiny_adapter(tmp_path / "huge.gguf", base, strength=1e30).path
+    with Engine(base=base.path, adapters={"huge": huge}, n_ctx=64) as engine:
+        for call in (engine.generate, engine.logits):
+            with pytest.raises(BackendError, match=r"NaN, expected numbers: .*\(huge\), or the"):
+                call(PROMPT, weights=strategy)
+        assert engine.generate(PROMPT, weights="base", max_tokens=2).text()
+
+
 @pytest.mark.parametrize("strategy", ["cosine", "euclidean"])
 def test_distances_need_no_head(engine: Engine, strategy: str) -> None:
     fusion = engine.weights(PROMPT, strategy=strategy)

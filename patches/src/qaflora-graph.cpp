@@ -292,15 +292,12 @@ uint64_t qaflora_graph_key(const qaflora_context & qf, const llama_ubatch & ubat
     return key | GRAPH_DIFFERENTIAL | (is_balanced(ubatch, n_outputs) ? GRAPH_DIFFERENTIAL_OUT : 0);
 }
 
-// rows of cur as [ne0, n_row / n_seq, n_seq] when the product is taken differentially, else null
-static ggml_tensor * as_sequences(const llm_graph_context & gctx, const qaflora_graph_input & inp, ggml_tensor * cur) {
+// whether the product with cur is taken differentially
+static bool is_differential(const qaflora_graph_input & inp, const ggml_tensor * cur) {
     const int64_t n_row = ggml_nrows(cur);
     const bool is_token  = n_row == inp.n_token  && (inp.key & GRAPH_DIFFERENTIAL);
     const bool is_output = n_row == inp.n_output && (inp.key & GRAPH_DIFFERENTIAL_OUT);
-    if ((!is_token && !is_output) || !ggml_is_contiguous(cur)) {
-        return nullptr;
-    }
-    return ggml_reshape_3d(gctx.ctx0, cur, cur->ne[0], n_row/inp.n_slot, inp.n_slot);
+    return (is_token || is_output) && ggml_is_contiguous(cur);
 }
 
 static ggml_tensor * first_sequence(ggml_context * ctx, ggml_tensor * x) {
@@ -385,15 +382,12 @@ static qaflora_graph_input::difference subtract_base(const llm_graph_context & g
 }
 
 ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
-    if (!gctx.qaflora->is_differential()) {
-        return res;
-    }
     qaflora_graph_input & inp = get_input(gctx);
-    ggml_context * ctx = gctx.ctx0;
-    ggml_tensor * x = as_sequences(gctx, inp, cur);
-    if (!x) {
+    if (!is_differential(inp, cur)) {
         return res;
     }
+    ggml_context * ctx = gctx.ctx0;
+    ggml_tensor * x = ggml_reshape_3d(ctx, cur, cur->ne[0], ggml_nrows(cur)/inp.n_slot, inp.n_slot);
     // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
     const auto diff = subtract_base(gctx, inp, w, cur, x);
     if (has_kernels(inp.qf, w)) {
@@ -426,12 +420,9 @@ static ggml_tensor * cpu_product(const llm_graph_context & gctx, qaflora_graph_i
 }
 
 static ggml_tensor * cpu_delta(const llm_graph_context & gctx, qaflora_graph_input & inp, const qaflora_module * m, ggml_tensor * cur, ggml_tensor * res) {
-    if (m && !(inp.qf.is_differential() && as_sequences(gctx, inp, cur))) {
-        return cpu_op(gctx, qaflora_op_delta, res,
-                      { cpu_product(gctx, inp, m->group, cur), cpu_weights(gctx, inp), slots_of(gctx, inp, ggml_nrows(cur)) }, &m->cpu);
-    }
-    if (!inp.qf.is_differential() || !as_sequences(gctx, inp, cur)) {
-        return res;
+    if (!is_differential(inp, cur)) {
+        return !m ? res : cpu_op(gctx, qaflora_op_delta, res,
+            { cpu_product(gctx, inp, m->group, cur), cpu_weights(gctx, inp), slots_of(gctx, inp, ggml_nrows(cur)) }, &m->cpu);
     }
     // res has the rows of cur, and below them those that were split
     const int64_t n_base = ggml_nrows(cur)/inp.n_slot;
