@@ -108,11 +108,6 @@ REFUSALS: Mapping[str, _Refusal] = {
         "an activated LoRA acts only after certain tokens",
         "Train a plain LoRA.",
     ),
-    "fan_in_fan_out": (
-        _is_set,
-        "the base's weights are taken as transposed, which no supported base has",
-        "Set it to false if the adapter is for linear layers, as of Llama, Qwen2 or Gemma 3.",
-    ),
     "megatron_config": (
         _is_set,
         "Megatron's parallel layers are split over devices",
@@ -135,6 +130,10 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_FILE
     fields = _read_fields(path)
     _check_supported(path, fields)
+    # It says that the base's weight is stored as [n_in, n_out], as Conv1D of GPT-2 does; PEFT 0.21
+    # corrects it by the layer (lora/layer.py dispatch_default). A and B are as for a linear layer
+    # all the same, and a GGUF holds every weight as [n_out, n_in].
+    _flag(path, fields, "fan_in_fan_out")
     return PeftConfig(
         path=path,
         rank=_rank(path, "r", fields.get("r", 8)),  # the defaults are PEFT's own

@@ -78,6 +78,15 @@ def test_rank_and_scale_equal_those_of_peft(
         np.testing.assert_array_equal(ours.read_b(), module.lora_B["default"].weight.detach())
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_layers_with_transposed_weights_have_the_same_a_and_b(tmp_path: Path, flag: bool) -> None:
+    layer = hf.conv1d_lora(tmp_path, n_in=12, n_out=20, fan_in_fan_out=flag)
+    (module,) = read_peft(tmp_path).modules.values()
+    delta = layer.get_delta_weight("default").detach().numpy()  # to a weight of [n_in, n_out]
+    assert delta.shape == (module.n_in, module.n_out) == (12, 20)
+    np.testing.assert_allclose(module.scale * module.read_b() @ module.read_a(), delta.T, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_values_equal_those_of_safetensors(tmp_path: Path, base: tiny.TinyBase, dtype: str) -> None:
     load_file = pytest.importorskip("safetensors.torch").load_file
@@ -166,9 +175,6 @@ FEATURES: list[tuple[str, Any, str, str, str]] = [
      "Train with target_modules."),
     ("alora_invocation_tokens", [1, 2], "[1, 2]",
      "an activated LoRA acts only after certain tokens", PLAIN),
-    ("fan_in_fan_out", True, "True",
-     "the base's weights are taken as transposed, which no supported base has",
-     "Set it to false if the adapter is for linear layers, as of Llama, Qwen2 or Gemma 3."),
     ("megatron_config", {"x": 1}, "{'x': 1}",
      "Megatron's parallel layers are split over devices",
      "Save the adapter from unsplit layers."),
@@ -314,6 +320,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"lora_alpha": "8"}, "lora_alpha", "'8'", ALPHAS),
     ({"lora_alpha": 1e300}, "lora_alpha", "1e+300", ALPHAS),
     ({"use_rslora": "yes"}, "use_rslora", "'yes'", "true or false"),
+    ({"fan_in_fan_out": 1}, "fan_in_fan_out", "1", "true or false"),
     ({"rank_pattern": [1]}, "rank_pattern", "[1]", "an object of up to 16384 patterns"),
     ({"rank_pattern": {"q": -1}}, "rank_pattern['q']", "-1", RANKS),
     ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q']", "'x'", ALPHAS),
