@@ -1,0 +1,199 @@
+"""README and docs/ as they stand: every command and every script of them is run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import tiny
+from pages import RUN, Block, escaped_commands, page_paths, read_blocks
+
+import qaflora_edge
+from qaflora_edge.cli import VERBS, main
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.files import cache_dir
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PAGES = page_paths(CHECKOUT)
+BLOCK_SECONDS = 300
+PROMPTS = "How many legs do three dogs have?\n¿Qué es un río?\nName a fruit.\n"
+
+
+def page_id(page: Path) -> str:
+    return page.name
+
+
+def describe(done: subprocess.CompletedProcess[str]) -> str:
+    return f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    """What the commands of the pages find: a bundle, a base, adapters and prompts."""
+    folder = tmp_path_factory.mktemp("pages")
+    base = tiny.TinyBase(  # dimensions of SmolLM2 135M, which the PEFT folders are made for
+        path=smollm2,
+        arch="llama",
+        n_layer=30,
+        n_embd=576,
+        n_head=9,
+        n_head_kv=3,
+        n_head_dim=64,
+        n_ff=1536,
+        n_vocab=49152,
+        tied=True,
+        tokens=(),
+        tensors={},
+    )
+    (folder / "base.gguf").symlink_to(smollm2)
+    for seed, name in enumerate(("math", "es")):
+        tiny.write_tiny_peft(
+            folder / "peft" / name,
+            base,
+            targets=("q_proj", "v_proj"),
+            seed=seed,
+            strength=0.05,
+            config={"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+        )
+    convert_adapter(folder / "peft/math", smollm2, folder / "adapter.gguf")
+    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    return folder
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Commands replace files and never write into them, so a second name is enough."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, material: Path) -> Path:
+    """A folder of its own for the blocks of one page."""
+    folder = tmp_path / "page"
+    shutil.copytree(material, folder, symlinks=True, copy_function=link_or_copy)
+    shutil.copytree(CHECKOUT / "models/demo", folder / "models/demo", copy_function=link_or_copy)
+    return folder
+
+
+def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block as a user would, with a home of its own and no network."""
+    home.mkdir(exist_ok=True)
+    names = ("QAFLORA_", "HF_", "LLM_", "XDG_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(home),
+        "QAFLORA_CACHE": str(cache_dir()),
+        "HF_HUB_OFFLINE": "1",
+        "TERM": "dumb",
+        "GOMP_SPINCOUNT": "0",
+    }
+    script = home / f"block-{block.line}"
+    script.write_text(block.text, encoding="utf-8")
+    program = {"sh": ["bash", "-e", "-o", "pipefail"], "python": [sys.executable]}[block.language]
+    return subprocess.run(
+        [*program, str(script)],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=BLOCK_SECONDS,
+    )
+
+
+def runnable(page: Path) -> list[Block]:
+    blocks = read_blocks(page.read_text(encoding="utf-8"))
+    return [block for block in blocks if block.language in RUN and block.not_run is None]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
+def test_blocks_of_the_page_run(page: Path, scratch: Path, tmp_path: Path) -> None:
+    for block in runnable(page):
+        done = run_block(block, scratch, tmp_path / "home")
+        assert done.returncode == 0, f"{page.name}:{block.line}: {describe(done)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_command_of_the_page_escapes(page: Path) -> None:
+    assert escaped_commands(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_of_the_page_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(r'src="([^":]+)"', text)
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert missing == []
+
+
+def command_options(words: list[str]) -> tuple[str, set[str]] | None:
+    """The command that words begin with and all of its options, or None when there is none."""
+    command: click.Command | None = main
+    context = click.Context(main)
+    name = "qaflora"
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name, command = f"{name} {words[0]}", command.get_command(context, words.pop(0))
+    if command is None:
+        return None
+    options = {"--help", "-h"}
+    for parameter in command.get_params(context):
+        options |= {*parameter.opts, *parameter.secondary_opts}
+    return name, options
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_named_in_the_text_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for line in re.findall(r"`(?:[A-Z_]+=\S+ )?qaflora ([^`]+)`", text):
+        words = line.split()
+        found = command_options(words)
+        assert found is not None, f"{page.name} names `qaflora {line}`, which is no command"
+        name, options = found
+        named = {word.partition("=")[0] for word in words if re.fullmatch("--[a-z].*", word)}
+        assert named <= options, f"{page.name} gives {name} options that it does not have"
+
+
+def test_readme_names_every_verb(checkout: Path) -> None:
+    text = (checkout / "README.md").read_text(encoding="utf-8")
+    assert [verb for verb in VERBS if f"qaflora {verb}" not in text] == []
+
+
+def test_changelog_begins_with_this_version(checkout: Path) -> None:
+    text = (checkout / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert text.split("## ")[1].split()[0] == qaflora_edge.__version__
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("```bash\nqaflora doctor\n```\n", ["1: a block of bash; use sh, or text for a sample"]),
+        ("```\nhello\n```\n", ["1: a block of no language; use sh, or text for a sample"]),
+        ("Try:\n\n    qaflora doctor\n", ["3: a command in an indented block: qaflora doctor"]),
+        (
+            "```text\n$ qaflora doctor\nlibrary\n```\n",
+            ["1: a command in a block of text: $ qaflora doctor"],
+        ),
+        ("```text\nfetch it with `qaflora pull x`\n```\n", []),
+        ("```sh\nqaflora doctor\n```\n", []),
+        ("<!-- not run: it needs a GPU -->\n```sh\nqaflora doctor\n```\n", []),
+    ],
+)
+def test_escape_is_found(text: str, found: list[str]) -> None:
+    assert escaped_commands(text)[: len(found) or 1] == found
+
+
+def test_reason_and_place_of_a_block_are_read() -> None:
+    text = "Words.\n\n<!-- not run: a GPU -->\n```sh\na\n```\n\n```sh\nb\n```\n"
+    assert read_blocks(text) == [Block(4, "sh", "a\n", "a GPU"), Block(8, "sh", "b\n", None)]
+
+
+def test_block_without_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="line 3 has no end"):
+        read_blocks("Words.\n\n```sh\nqaflora doctor\n")
