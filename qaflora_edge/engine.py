@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,6 +101,7 @@ class Engine:
             pool=pool or defaults.get("pool", fuse.DEFAULT_POOL),
             typical=typical,
         )
+        self._loaded = self._weigher.adapters
         self.seed, self.n_ctx = seed, n_ctx
 
         try:
@@ -158,8 +160,18 @@ class Engine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters, in the order of every first axis."""
+        """Names of the adapters in use, in the order of every first axis."""
         return self._weigher.adapters
+
+    @property
+    def loaded_adapters(self) -> tuple[str, ...]:
+        """Names of all adapters, those that are not in use included."""
+        return self._loaded
+
+    @property
+    def strategy(self) -> str:
+        """The strategy of calls that name none."""
+        return self._weigher.strategy
 
     @property
     def n_layer(self) -> int:
@@ -177,6 +189,35 @@ class Engine:
     def name(self) -> str:
         """The base's own name, or its file name."""
         return self._model.name
+
+    # choices
+
+    def use_adapters(self, names: Sequence[str]) -> None:
+        """Weigh only these adapters from now on; the others are neither probed nor applied.
+
+        names  in any order; the order of the first axes stays that of `loaded_adapters`
+
+        Raises StrategyError for an unknown name, or when the strategy names another adapter.
+        """
+        unknown = [name for name in names if name not in self._loaded]
+        if unknown:
+            raise StrategyError(
+                f"The adapter {unknown[0]!r} is not loaded; expected names out of: "
+                f"{', '.join(self._loaded) or 'none is loaded'}."
+            )
+        rows = [row for row, name in enumerate(self._loaded) if name in names]
+        with self._in_use():
+            adapters = tuple(self._loaded[row] for row in rows)
+            self._weigher = replace(self._weigher, adapters=adapters)
+            self._probe.use(rows)
+
+    def use_strategy(self, strategy: str) -> None:
+        """Weigh by this strategy from now on, where a call names none.
+
+        Raises StrategyError when it is unknown or cannot be followed here.
+        """
+        with self._in_use():
+            self._weigher = replace(self._weigher, strategy=strategy)
 
     # prompts
 
@@ -360,7 +401,9 @@ class Engine:
             n_kept = self._main.keep_common(tokens)
         else:
             self._main.clear()
-        self._main.set_weights(fusion.weights)
+        weights = np.zeros((len(self._loaded), self.n_layer), np.float32)
+        weights[[self._loaded.index(name) for name in self.adapters]] = fusion.weights
+        self._main.set_weights(weights)
         self._main.decode(tokens[n_kept:], start=n_kept)
         if np.isnan(self._main.logits()).any():
             self._main.clear()

@@ -43,6 +43,7 @@ class Prober:
 
     def __init__(self, model: Model, pack: Pack, options: dict[str, Any], *, tail: int = 0) -> None:
         self._model, self._pack, self._options, self._tail = model, pack, options, tail
+        self._rows = tuple(range(pack.n_adapter))  # of the pack, that are probed
         self._context: Context | None = None
         self._pool = "last"  # what the context has room for; "mean" includes it
         self._is_exact = True  # whether the adapters themselves read all that they hold
@@ -60,6 +61,12 @@ class Prober:
             if context is not None:
                 context.close()
         self._context = self._base = self._last = None
+
+    def use(self, rows: Sequence[int]) -> None:
+        """Probe only these adapters of the pack from now on: every first axis is theirs."""
+        if tuple(rows) != self._rows:
+            self.close()
+            self._rows, self._projections = tuple(rows), None
 
     def states(self, tokens: Sequence[int], pool: str) -> F32:
         """States after each block: float32 [1 + n_adapter, n_layer, n_embd], the base first.
@@ -113,7 +120,8 @@ class Prober:
         """
         start = time.perf_counter()
         if self._projections is None:
-            self._projections = QueryProjections(self._pack.paths, self._model.n_layer)
+            paths = [self._pack.paths[row] for row in self._rows]
+            self._projections = QueryProjections(paths, self._model.n_layer)
         if self._base is None or self._base.n_ctx < len(tokens):
             if self._base is not None:
                 self._base.close()
@@ -130,7 +138,7 @@ class Prober:
         if np.isfinite(states).all():
             return
         seq, layer = (int(index[0]) for index in np.nonzero(~np.isfinite(states))[:2])
-        path = self._pack.paths[seq - 1] if seq else self._model.path
+        path = self._pack.paths[self._rows[seq - 1]] if seq else self._model.path
         raise BackendError(
             f"The state after block {layer} is NaN or infinite with {path}, expected finite "
             "numbers; convert or fetch it again, or leave it out."
@@ -159,16 +167,16 @@ class Prober:
                 return self._context
             self._context.close()
             self._context = None
-        n_adapter, self._pool = self._pack.n_adapter, pool
+        n_adapter, self._pool = len(self._rows), pool
         context = self._make(
             n_token,
             n_seq=1 + n_adapter,
             differential=n_adapter > 0,
             all_outputs=pool == "mean",
         )
-        for ia in range(n_adapter):
-            alone = np.zeros((n_adapter, self._model.n_layer), np.float32)
-            alone[ia] = 1.0
+        for ia, row in enumerate(self._rows):
+            alone = np.zeros((self._pack.n_adapter, self._model.n_layer), np.float32)
+            alone[row] = 1.0
             context.set_weights(alone, seq=1 + ia)
         self._context = context
         return context

@@ -429,3 +429,64 @@ def test_closed_engine_says_so(base: TinyBase) -> None:
     with pytest.raises(BusyError, match="closed"):
         next(answer)
     assert (engine.name, engine.has_chat_template) == (name, True)
+
+
+# adapters in use
+
+
+@pytest.mark.parametrize("strategy", ["qa-flora", "cosine", "norm", "static", "single:es"])
+def test_adapters_out_of_use_are_as_if_they_were_not_there(
+    engine: Engine, base: TinyBase, adapters: dict[str, Path], strategy: str
+) -> None:
+    engine.weights(PROMPT)  # probed with all before
+    engine.use_adapters(["med", "es"])
+    assert engine.adapters == ("es", "med")
+    assert engine.loaded_adapters == NAMES
+    only = {name: adapters[name] for name in ("es", "med")}
+    with Engine(
+        base=base.path, adapters=only, n_ctx=128, kv_type="f32", flash_attn=False
+    ) as expected:
+        ours = engine.weights(PROMPT, strategy=strategy)
+        theirs = expected.weights(PROMPT, strategy=strategy)
+        assert ours.adapters == theirs.adapters == ("es", "med")
+        # Both batches hold the same sequences, and what weighs 0 is not computed: exact.
+        np.testing.assert_array_equal(ours.weights, theirs.weights)
+        np.testing.assert_array_equal(
+            engine.logits(PROMPT, weights=strategy), expected.logits(PROMPT, weights=strategy)
+        )
+    engine.use_adapters(NAMES)
+    assert engine.weights(PROMPT).weights.shape == (3, base.n_layer)
+
+
+def test_adapters_out_of_use_are_not_probed(engine: Engine) -> None:
+    def n_probed() -> int:
+        engine.weights(PROMPT)
+        context = engine._probe._context
+        assert context is not None
+        return context.n_seq
+
+    assert n_probed() == 4
+    engine.use_adapters(["es"])
+    assert n_probed() == 2
+
+
+def test_no_adapter_in_use_is_the_base(engine: Engine) -> None:
+    base_logits = engine.logits(PROMPT, weights="base")
+    engine.use_adapters([])
+    np.testing.assert_array_equal(engine.logits(PROMPT), base_logits)
+    assert engine.weights(PROMPT).weights.shape == (0, engine.n_layer)
+
+
+def test_use_refuses_what_is_unknown_and_changes_nothing(engine: Engine) -> None:
+    with pytest.raises(StrategyError) as failure:
+        engine.use_adapters(["es", "law"])
+    assert str(failure.value) == (
+        "The adapter 'law' is not loaded; expected names out of: math, es, med."
+    )
+    with pytest.raises(StrategyError, match="Strategy 'best' is not known"):
+        engine.use_strategy("best")
+    engine.use_strategy("single:math")
+    with pytest.raises(StrategyError, match="'single:math' names the adapter 'math', which is not"):
+        engine.use_adapters(["es"])
+    assert engine.adapters == NAMES
+    assert engine.weights(PROMPT).weights[:, 0].tolist() == [1.0, 0.0, 0.0]
