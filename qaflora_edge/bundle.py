@@ -24,7 +24,7 @@ from qaflora_edge.bundle_format import (
     BundleText,
     parse_bundle,
 )
-from qaflora_edge.checksums import check_file
+from qaflora_edge.checksums import FileState, check_file
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import safe_join
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
@@ -44,6 +44,7 @@ class Bundle:
     typical           adapter -> lens -> typical divergence of each layer, n_layer numbers
     fusion_defaults   strategy, lens and pool
     description_dict  bundle.json as it is, unknown keys included
+    states            each checked file -> its state then, for check_unchanged after its use
     """
 
     folder: Path
@@ -52,12 +53,13 @@ class Bundle:
     typical: Mapping[str, Mapping[str, list[float]]] = field(repr=False)
     fusion_defaults: Mapping[str, str]
     description_dict: Mapping[str, Any] = field(repr=False)
+    states: Mapping[Path, FileState] = field(repr=False)
 
 
 def load_bundle(folder: Path) -> Bundle:
     """Read a bundle, find its base, and compare every file with its record.
 
-    A file is hashed when this state of it (path, size, time) was not hashed before.
+    A file is hashed when this state of it (see checksums.py) was not hashed before.
 
     Raises BundleError for a wrong description or folder, ChecksumError for a file that is not
     the recorded one, AdapterMismatchError for an adapter of another base.
@@ -147,9 +149,11 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
             f"{text.base.size_bytes} bytes) is not here. {_how_to_get(folder, text.base)}."
         )
 
+    states: dict[Path, FileState] = {}
+
     def check(path: Path, what: str, sha256: str, size_bytes: int | None, advice: str) -> None:
         total = path.stat().st_size
-        check_file(
+        states[path] = check_file(
             path,
             what=what,
             sha256=sha256,
@@ -177,6 +181,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
         typical=text.typical,
         fusion_defaults=text.fusion,
         description_dict=text.raw,
+        states=states,
     )
 
 

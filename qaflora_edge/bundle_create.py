@@ -15,7 +15,7 @@ from qaflora_edge import fusion as fuse
 from qaflora_edge import registry
 from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
 from qaflora_edge.bundle_format import BUNDLE_FILE, FORMAT, MAX_ADAPTERS, NAME_PATTERN, NAME_RULE
-from qaflora_edge.checksums import remember_hash
+from qaflora_edge.checksums import hash_file
 from qaflora_edge.convert import convert_adapter
 from qaflora_edge.errors import BundleError, GgufFileError, InputFileError, OutputFileError
 from qaflora_edge.files import is_disk_full, sha256_file, write_text_atomic
@@ -143,8 +143,7 @@ def _base_record(
     path: Path, registry_name: str | None, header: GgufHeader, tell: Progress
 ) -> dict[str, Any]:
     size_bytes = path.stat().st_size
-    sha256 = sha256_file(path, lambda done: tell("base", done, size_bytes))
-    remember_hash(path, sha256)
+    sha256 = hash_file(path, lambda done: tell("base", done, size_bytes))
     record: dict[str, Any] = {
         "architecture": header.architecture,
         "n_layer": header.n_layer,

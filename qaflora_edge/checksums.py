@@ -1,7 +1,9 @@
 """Recorded checksums: sizes are compared always, a hash once per state of a file.
 
-Which files were hashed is remembered in the cache folder as (path, size, mtime). The memory may be
-lost, broken or read-only at any time: then files are hashed again.
+Which files were hashed is remembered in the cache folder with their state: inode, size, and the
+times of the last change of content and of anything else. A program can set back the first of these
+times, not the second. The memory may be lost, broken or read-only at any time: then files are
+hashed again.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from qaflora_edge.errors import ChecksumError, QafloraError
@@ -18,8 +21,10 @@ from qaflora_edge.files import Progress, cache_dir, sha256_file, write_text_atom
 MEMORY_FILE = "checked.json"
 MAX_MEMORY_BYTES = 4 << 20
 MAX_REMEMBERED = 1000
-# A file changed twice within the clock's grain shows one mtime: too young to be remembered.
+# A file changed twice within the clock's grain shows one time: too young to be remembered.
 YOUNG_NS = 2_000_000_000
+
+FileState = tuple[int, int, int, int]  # inode, size, mtime, ctime; times in ns
 
 
 def check_file(
@@ -32,44 +37,74 @@ def check_file(
     advice: str,
     always_hash: bool = False,
     progress: Progress | None = None,
-) -> None:
-    """Compare a file with its record.
+) -> FileState:
+    """Compare a file with its record; give the state that was compared.
 
     what  the file's role in messages, such as "the adapter math"
 
-    Raises ChecksumError when the size or the hash differs, InputFileError when it cannot be read.
+    Raises ChecksumError when the size or the hash differs, or the file changes meanwhile,
+    InputFileError when it cannot be read.
     """
+    started_ns = time.time_ns()
     before = _state(path)
-    if before is not None and size_bytes is not None and before[0] != size_bytes:
+    if before is not None and size_bytes is not None and before[1] != size_bytes:
         raise ChecksumError(
-            f"{what} is not the file that was recorded: {path} has {before[0]} bytes, "
+            f"{what} is not the file that was recorded: {path} has {before[1]} bytes, "
             f"expected {size_bytes} as {recorded_in} says. {advice}"
         )
-    key = str(path.resolve())
-    if not always_hash and before is not None and _recall(key, before) == sha256:
-        return
+    if not always_hash and before is not None and _recall(path, before) == sha256:
+        return before
     found = sha256_file(path, progress)
     if found != sha256:
         raise ChecksumError(
             f"{what} is not the file that was recorded: {path} has the SHA-256 {found}, "
             f"expected {sha256} as {recorded_in} says. {advice}"
         )
-    if before is not None and before == _state(path):
-        _remember(key, before, found)
+    if before is None:
+        raise _changed(path)
+    check_unchanged({path: before})
+    _remember(path, before, found, started_ns)
+    return before
 
 
-def remember_hash(path: Path, sha256: str) -> None:
-    """Note a hash that was just computed, so that the next load need not compute it."""
-    if (state := _state(path)) is not None:
-        _remember(str(path.resolve()), state, sha256)
+def check_unchanged(states: Mapping[Path, FileState]) -> None:
+    """Compare files with the states they were in when they were checked.
+
+    Raises ChecksumError naming the first that was written, replaced or renamed since.
+    """
+    for path, state in states.items():
+        if _state(path) != state:
+            raise _changed(path)
 
 
-def _state(path: Path) -> tuple[int, int] | None:
+def hash_file(path: Path, progress: Progress | None = None) -> str:
+    """Hash a file and note the hash, so that the next load need not compute it.
+
+    Raises ChecksumError when the file changes meanwhile, InputFileError when it cannot be read.
+    """
+    started_ns = time.time_ns()
+    before = _state(path)
+    found = sha256_file(path, progress)
+    if before is None:
+        raise _changed(path)
+    check_unchanged({path: before})
+    _remember(path, before, found, started_ns)
+    return found
+
+
+def _changed(path: Path) -> ChecksumError:
+    return ChecksumError(
+        f"The file {path} was changed or replaced while it was being read; expected one that "
+        "stays as it is. Wait until nothing writes to it, and try again."
+    )
+
+
+def _state(path: Path) -> FileState | None:
     try:
         status = os.stat(path)
     except OSError:
         return None  # hashing will say what is wrong
-    return status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read_memory() -> dict[str, list[object]]:
@@ -83,17 +118,19 @@ def _read_memory() -> dict[str, list[object]]:
     return memory if isinstance(memory, dict) else {}
 
 
-def _recall(key: str, state: tuple[int, int]) -> object:
-    entry = _read_memory().get(key)
-    if isinstance(entry, list) and len(entry) == 3 and entry[:2] == list(state):
-        return entry[2]
+def _recall(path: Path, state: FileState) -> object:
+    entry = _read_memory().get(str(path.resolve()))
+    if isinstance(entry, list) and entry[:-1] == list(state):
+        return entry[-1]
     return None
 
 
-def _remember(key: str, state: tuple[int, int], sha256: str) -> None:
-    if time.time_ns() - state[1] < YOUNG_NS:
+def _remember(path: Path, state: FileState, sha256: str, started_ns: int) -> None:
+    """Note a hash whose computation began at started_ns, when the file was in this state."""
+    if started_ns - max(state[2:]) < YOUNG_NS:
         return
     memory = _read_memory()
+    key = str(path.resolve())
     memory.pop(key, None)
     memory[key] = [*state, sha256]
     recent = dict(list(memory.items())[-MAX_REMEMBERED:])

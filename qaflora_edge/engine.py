@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
 from qaflora_edge.chat import Message, chat_tokens, completion_chunks, completion_dict
+from qaflora_edge.checksums import FileState, check_unchanged
 from qaflora_edge.errors import BackendError, BusyError, OptionError, PromptError, StrategyError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import (
@@ -81,6 +82,7 @@ class Engine:
 
         typical: Typical = {}
         defaults: Mapping[str, str] = {}
+        states: Mapping[Path, FileState] = {}
         if bundle is not None:
             if base is not None or adapters is not None:
                 raise OptionError(
@@ -90,7 +92,7 @@ class Engine:
 
             loaded = load_bundle(Path(bundle))
             base, adapters = loaded.base_path, loaded.adapter_paths
-            typical, defaults = loaded.typical, loaded.fusion_defaults
+            typical, defaults, states = loaded.typical, loaded.fusion_defaults, loaded.states
         elif base is None:
             raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
 
@@ -118,6 +120,7 @@ class Engine:
             self._probe: Prober = self._keep(
                 Prober(self._model, self._pack, options, tail=probe_tail)
             )
+            check_unchanged(states)  # llama.cpp opened the files by name, after they were checked
         except BaseException:
             _free(self._resources)
             raise

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from bundles import TinyBundle, make_bundle, make_sources, snapshot
 
-from qaflora_edge import Engine, QafloraError, checksums, registry
+from qaflora_edge import Engine, QafloraError, checksums, engine, registry
 from qaflora_edge import fusion as fuse
 from qaflora_edge.bundle import describe, load_bundle, verify_bundle
 from qaflora_edge.bundle_create import create_bundle
@@ -572,18 +572,17 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def make_old(made: TinyBundle) -> None:
-    """Age the files: a state younger than the clock's grain is never remembered."""
-    hour_ago = time.time() - 3600
-    for path in (made.base.path, *(made.folder / "adapters").iterdir()):
-        os.utime(path, (hour_ago, hour_ago))
+@pytest.fixture
+def _no_file_is_young(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this a file must not have been touched for two seconds to be remembered."""
+    monkeypatch.setattr(checksums, "YOUNG_NS", -1 << 62)
 
 
 ALL = ["base.gguf", "math.gguf", "es.gguf"]
 
 
+@pytest.mark.usefixtures("_no_file_is_young")
 def test_a_file_is_hashed_once(made: TinyBundle, hashed: list[str]) -> None:
-    make_old(made)
     load_bundle(made.folder)
     assert hashed == ALL
     load_bundle(made.folder)
@@ -595,17 +594,86 @@ def test_a_file_is_hashed_once(made: TinyBundle, hashed: list[str]) -> None:
     assert hashed == [*ALL * 2, "base.gguf"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows keeps no time of the last change")
+@pytest.mark.usefixtures("_no_file_is_young")
+def test_a_change_that_sets_back_the_time_is_found(made: TinyBundle) -> None:
+    load_bundle(made.folder)
+    path = made.folder / "adapters/es.gguf"
+    status = path.stat()
+    flip_last_byte(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    with pytest.raises(ChecksumError, match="The adapter es is not the file that was recorded"):
+        load_bundle(made.folder)
+
+
 def test_a_young_file_is_hashed_each_time(made: TinyBundle, hashed: list[str]) -> None:
     load_bundle(made.folder)
     load_bundle(made.folder)
     assert hashed == ALL * 2
 
 
+def test_age_counts_from_before_the_hashing(
+    made: TinyBundle, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow hash must not make a file old: it may have changed within the grain of its time."""
+    start = made.base.path.stat().st_ctime_ns
+    clock = iter(range(start, start + 10**12, 3 * 10**9))
+    monkeypatch.setattr(checksums.time, "time_ns", lambda: next(clock))
+    checksums.hash_file(made.base.path)  # begun at the moment of the change, ended 3 s later
+    checksums.hash_file(made.base.path)  # begun 3 s after it
+    load_bundle(made.folder)
+    assert hashed == ["base.gguf", "base.gguf", "math.gguf", "es.gguf"]
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_refused(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checksums.sha256_file
+
+    def replace_after(path: Path, progress: Any = None) -> str:
+        found = original(path, progress)
+        other = path.with_suffix(".new")
+        other.write_bytes(path.read_bytes())
+        other.replace(path)
+        return found
+
+    monkeypatch.setattr(checksums, "sha256_file", replace_after)
+    with pytest.raises(ChecksumError) as caught:
+        load_bundle(made.folder)
+    assert str(caught.value) == (
+        f"The file {made.base.path} was changed or replaced while it was being read; expected "
+        "one that stays as it is. Wait until nothing writes to it, and try again."
+    )
+
+
+def test_a_file_swapped_between_check_and_use_is_refused(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine opens by name what was checked by name; swapped and swapped back is found too."""
+    path = made.folder / "adapters/es.gguf"
+    kept, other = path.with_suffix(".kept"), path.with_suffix(".other")
+    other.write_bytes(path.read_bytes())
+    original = engine.Pack
+
+    def swap(*args: Any) -> Any:
+        path.rename(kept)
+        other.rename(path)
+        pack = original(*args)
+        path.rename(other)
+        kept.rename(path)
+        return pack
+
+    monkeypatch.setattr(engine, "Pack", swap)
+    with pytest.raises(ChecksumError, match=f"{path} was changed or replaced while it was being"):
+        Engine(made.folder, n_ctx=64)
+
+
+@pytest.mark.usefixtures("_no_file_is_young")
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"x": 1}', b"\xff", b"[" * 100_000])
 def test_broken_memory_means_hashing_again(
     made: TinyBundle, hashed: list[str], content: bytes
 ) -> None:
-    make_old(made)
     load_bundle(made.folder)
     memory = Path(os.environ["QAFLORA_CACHE"]) / "checked.json"
     assert memory.exists()
@@ -614,12 +682,12 @@ def test_broken_memory_means_hashing_again(
     assert hashed == ALL * 2
 
 
+@pytest.mark.usefixtures("_no_file_is_young")
 def test_no_place_for_the_memory_is_no_failure(
     made: TinyBundle, hashed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "taken"))
-    make_old(made)
     load_bundle(made.folder)
     load_bundle(made.folder)
     assert hashed == ALL * 2
