@@ -1,6 +1,6 @@
 """Convert a PEFT folder to an adapter GGUF that stock llama.cpp loads too.
 
-`convert_plan` says where each module goes; here its values are turned and written, one module in
+`convert_plan` says where each module goes; here its values are turned and written, one tensor in
 memory at a time.
 """
 
@@ -21,6 +21,7 @@ from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapter
 from qaflora_edge.files import atomic_path
 from qaflora_edge.gguf_header import F32, read_gguf_header
 from qaflora_edge.peft import read_peft
+from qaflora_edge.safetensors_file import PIECE_BYTES
 
 Progress = Callable[[int, int], None]  # modules done, modules in all
 
@@ -112,22 +113,25 @@ def permute_rows(b: F32, n_head: int) -> F32:
     return b.reshape(n_head, 2, n_out // n_head // 2, rank).swapaxes(1, 2).reshape(n_out, rank)
 
 
-def convert_module(module: PlannedModule, a: F32, b: F32) -> tuple[F32, F32]:
-    """Give A and B as the GGUF holds them.
+def converted_a(module: PlannedModule) -> F32:
+    """Read A as the GGUF holds it.
 
-    a        [rank, n_in]   of an embedding [rank, n_vocab]
-    b        [n_out, rank]
-    returns  A [rank, n_in], of an embedding [n_vocab, rank]; B [n_out, rank] scaled and permuted
+    returns  [rank, n_in], of an embedding [n_vocab, rank]
     """
+    # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
+    return module.source.read_a(transposed=module.source.is_embedding)
+
+
+def converted_b(module: PlannedModule) -> F32:
+    """Read B as the GGUF holds it.
+
+    returns  [n_out, rank]  scaled and permuted
+    """
+    b = module.source.read_b()
     if module.factor != 1.0:
         with np.errstate(over="ignore"):  # _check_range finds what became infinite
-            b = b * np.float32(module.factor)
-    if module.n_head is not None:
-        b = permute_rows(b, module.n_head)
-    if module.source.is_embedding:
-        # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
-        a = a.T
-    return np.ascontiguousarray(a), np.ascontiguousarray(b)
+            b *= np.float32(module.factor)
+    return b if module.n_head is None else permute_rows(b, module.n_head)
 
 
 def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -138,12 +142,20 @@ def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationTyp
 
 
 def encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
-    """Turn float32 values into what the file stores: floats, or bytes of blocks."""
+    """Turn float32 values into what the file stores: floats, or bytes of blocks.
+
+    values  [n_row, n]
+    """
     if kind == GGMLQuantizationType.F32:
         return values
     if kind == GGMLQuantizationType.F16:
         return values.astype(np.float16)
-    encoded: NDArray[Any] = gguf.quants.quantize(values, kind)
+    # By slices of rows, for gguf makes several copies of what it is given.
+    encoded = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
+    n_piece_row = max(1, PIECE_BYTES // (4 * values.shape[-1]))
+    for begin in range(0, len(values), n_piece_row):
+        piece = slice(begin, begin + n_piece_row)
+        encoded[piece] = gguf.quants.quantize(values[piece], kind)
     return encoded
 
 
@@ -156,7 +168,7 @@ def _write(
     wanted: GGMLQuantizationType,
     progress: Progress | None,
 ) -> None:
-    """Write the file with one module's values in memory at a time."""
+    """Write the file with one tensor's values in memory at a time."""
     writer = gguf.GGUFWriter(path, architecture)
     try:
         # The keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py.
@@ -174,15 +186,24 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for index, module in enumerate(modules):
-            a, b = convert_module(module, module.source.read_a(), module.source.read_b())
-            for values, side in ((a, "a"), (b, "b")):
-                kind = stored_type(values.shape[-1], wanted)
-                _check_range(module, side, values, kind)
-                writer.write_tensor_data(encode(values, kind))
+            _write_tensor(writer, module, "a", converted_a(module), wanted)
+            _write_tensor(writer, module, "b", converted_b(module), wanted)
             if progress is not None:
                 progress(index + 1, len(modules))
     finally:
         writer.close()
+
+
+def _write_tensor(
+    writer: gguf.GGUFWriter,
+    module: PlannedModule,
+    side: str,
+    values: F32,
+    wanted: GGMLQuantizationType,
+) -> None:
+    kind = stored_type(values.shape[-1], wanted)
+    _check_range(module, side, values, kind)
+    writer.write_tensor_data(encode(values, kind))
 
 
 def _stored_shapes(module: PlannedModule) -> dict[str, tuple[int, int]]:
@@ -196,7 +217,7 @@ def _stored_shapes(module: PlannedModule) -> dict[str, tuple[int, int]]:
 
 def _check_range(module: PlannedModule, side: str, values: F32, kind: GGMLQuantizationType) -> None:
     """Refuse values that the stored type cannot hold."""
-    largest = float(np.abs(values).max())
+    largest = max(float(values.max()), -float(values.min()))
     if largest > LARGEST_VALUE[kind]:
         raise UnsupportedAdapterError(
             f"Cannot convert module {module.source.name} of {module.source.b.path}: the largest "

@@ -60,9 +60,9 @@ class PeftModule:
     a: StoredTensor
     b: StoredTensor
 
-    def read_a(self) -> F32:
-        """returns  [rank, n_in]  float32, finite"""
-        return self.a.read()
+    def read_a(self, *, transposed: bool = False) -> F32:
+        """returns  [rank, n_in], transposed [n_in, rank]  float32, finite"""
+        return self.a.read(transposed=transposed)
 
     def read_b(self) -> F32:
         """returns  [n_out, rank]  float32, finite"""

@@ -8,7 +8,7 @@ to the bytes, tensors side by side without holes from the header to the end of t
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,6 +21,7 @@ from qaflora_edge.errors import InputFileError, SafetensorsFileError
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
 MAX_NAME_LENGTH = 256
 MAX_DIMS = 8
+PIECE_BYTES = 1 << 18  # that are read and turned at a time
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -47,10 +48,10 @@ class StoredTensor:
     offset: int
     n_bytes: int
 
-    def read(self) -> F32:
-        """Read the values.
+    def read(self, *, transposed: bool = False) -> F32:
+        """Read the values, a slice of rows at a time so that they are in memory once.
 
-        returns  [*shape]  float32, finite
+        returns  [*shape]  float32, finite; the dimensions in reverse when transposed
 
         Raises SafetensorsFileError when the type is no float or a value is NaN or infinite.
         """
@@ -59,9 +60,17 @@ class StoredTensor:
                 f"Cannot use tensor {self.name} of {self.path}: its dtype is {self.dtype}; "
                 f"expected {', '.join(FLOAT_DTYPES)}. Save the adapter in one of these."
             )
-        values = _to_float32(self._read_bytes(), self.dtype).reshape(self.shape)
-        if not np.isfinite(values).all():
-            n_bad = int(values.size - np.isfinite(values).sum())
+        values = np.empty(self.shape[::-1] if transposed else self.shape, np.float32)
+        n_row = self.shape[0] if self.shape else 1
+        rows = np.atleast_1d(values.T if transposed else values)
+        n_bad = 0
+        begin = 0
+        for piece in self._pieces(n_row):
+            end = begin + len(piece)
+            rows[begin:end] = piece.reshape(rows[begin:end].shape)
+            n_bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
+            begin = end
+        if n_bad:
             raise SafetensorsFileError(
                 f"Cannot use tensor {self.name} of {self.path}: {n_bad} of its {values.size} "
                 "values are NaN or infinite; expected finite numbers. The training diverged or "
@@ -69,25 +78,36 @@ class StoredTensor:
             )
         return values
 
-    def _read_bytes(self) -> bytes:
+    def _pieces(self, n_row: int) -> Iterator[F32]:
+        """Give the values as float32 [some rows, n], from the first row to the last."""
+        row_bytes = self.n_bytes // max(1, n_row)
+        if row_bytes == 0:
+            return
+        n_piece_row = max(1, PIECE_BYTES // row_bytes)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
-                raw = file.read(self.n_bytes)
+                for begin in range(0, n_row, n_piece_row):
+                    n_bytes = min(n_piece_row, n_row - begin) * row_bytes
+                    raw = file.read(n_bytes)
+                    self._check_length(begin * row_bytes + len(raw), begin * row_bytes + n_bytes)
+                    yield _to_float32(raw, self.dtype).reshape(len(raw) // row_bytes, -1)
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        if len(raw) != self.n_bytes:
+
+    def _check_length(self, n_read: int, n_expected: int) -> None:
+        if n_read != n_expected:
             raise SafetensorsFileError(
-                f"Cannot read tensor {self.name} of {self.path}: the file gave {len(raw)} bytes "
+                f"Cannot read tensor {self.name} of {self.path}: the file gave {n_read} bytes "
                 f"and {self.n_bytes} were expected; it changed while it was open. Try again."
             )
-        return raw
 
 
 def _to_float32(raw: bytes, dtype: str) -> F32:
+    """returns  [n]  float32, which may be a view of `raw`"""
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32)
+    return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
