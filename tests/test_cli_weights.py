@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.cli.show import BLOCKS, strip, strips, weights_table
+from qaflora_edge.cli.show import BLOCKS, strip, strips
 from qaflora_edge.fusion import FusionWeights
 
 PROMPT = "the thing on a ring"
@@ -67,19 +67,36 @@ def test_stdin_is_the_same_prompt(made: TinyBundle) -> None:
     assert piped["weights"] == given["weights"]
 
 
-def test_table(made: TinyBundle) -> None:
+def test_heatmap_is_printed(made: TinyBundle) -> None:
     result = weights(made, PROMPT, "--strategy", "manual:math=0.25,es=1")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0].startswith("strategy manual:math=0.25,es=1 · ")
-    assert lines[3].split() == ["math", "0.25", "0.25", "0", "▃▃▃"]
-    assert lines[4].split() == ["es", "1.00", "1.00", "0", "███"]
+    assert lines[3].split() == ["math", "0.25", "▃▃▃▃▃▃▃▃▃"]
+    assert lines[4].split() == ["es", "1.00", "█████████"]
+    assert "es    0–2" in lines
 
 
-def test_table_of_a_probed_strategy_shows_divergence(made: TinyBundle) -> None:
+def test_heatmap_of_a_probed_strategy_shows_divergence(made: TinyBundle) -> None:
     result = weights(made, PROMPT, "--strategy", "calibrated")
     assert "lens norm, pool last" in result.stdout
     assert "divergence" in result.stdout
+
+
+def test_heatmap_fits_the_terminal(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    result = weights(made, PROMPT)
+    assert max(len(line) for line in result.stdout.splitlines()) <= 24
+
+
+def test_colour_can_be_forced_into_a_pipe(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[97;48;5;" in weights(made, PROMPT).stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in weights(made, PROMPT).stdout
 
 
 FUSION = FusionWeights(("math", "es"), np.array([[0, 0.5, 1], [1, 0.5, -1]], np.float32))
@@ -91,10 +108,8 @@ def test_strip_signs_from_0_to_1() -> None:
 
 
 def test_terminal_without_unicode_gets_digits() -> None:
-    table = weights_table(FUSION, "ascii")
-    table.encode("ascii")
-    assert "059" in table
-    assert "▁▅█" in weights_table(FUSION, "utf-8")
+    assert "059" in strips(FUSION, "ascii")[0]
+    assert "▁▅█" in strips(FUSION, "utf-8")[0]
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "0123456789"
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
+EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight
 
 
 def can_show(text: str, encoding: str | None) -> bool:
@@ -38,6 +39,32 @@ def mix_line(fusion: FusionWeights) -> str:
     """The mean weights in one line, such as `math 0.52, es 0.26`."""
     means = mean_weights(fusion)
     return ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) or "no adapters"
+
+
+def leading_layers(fusion: FusionWeights) -> list[list[int]]:
+    """The layers at which each adapter weighs more than every other: a list per adapter.
+
+    Weights that differ by less than 1e-6 count as equal, and then no adapter leads the layer.
+    """
+    leads: list[list[int]] = [[] for _ in fusion.adapters]
+    for layer, column in enumerate(fusion.weights.T.tolist()):
+        largest = max(column, default=0.0)
+        near = [index for index, weight in enumerate(column) if largest - weight < EQUAL]
+        if len(near) == 1 and largest > 0:
+            leads[near[0]].append(layer)
+    return leads
+
+
+def layer_ranges(layers: list[int], dash: str) -> str:
+    """Layers in ascending order as text, such as `0–3, 7`; `none` without any."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer, layer))
+    shown = (f"{a}" if a == b else f"{a}{dash}{b}" for a, b in runs)
+    return ", ".join(shown) or "none"
 
 
 def strips(fusion: FusionWeights, encoding: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def weights(
     if as_json:
         click.echo(json.dumps(fusion.to_dict()))
         return
-    from qaflora_edge.cli.show import weights_table
+    from qaflora_edge.cli.heatmap import heatmap, terminal_colour
 
-    click.echo(weights_table(fusion, sys.stdout.encoding))
+    width = shutil.get_terminal_size().columns
+    colour = terminal_colour(sys.stdout)
+    click.echo(
+        heatmap(fusion, width=width, encoding=sys.stdout.encoding, colour=colour), color=True
+    )
