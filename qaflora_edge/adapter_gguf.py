@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from qaflora_edge.errors import (
     AdapterMismatchError,
     GgufFileError,
-    InputFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.gguf_parse import TensorInfo
+from qaflora_edge.gguf_header import GgufHeader, read_gguf_header, read_values
+from qaflora_edge.gguf_parse import TensorInfo, brief
 
 F32 = NDArray[np.float32]
 
@@ -96,28 +95,15 @@ def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
 
     Raises InputFileError when the file cannot be read any more.
     """
-    from gguf.quants import dequantize
-
-    matrices = []
-    for side in "ab":
-        tensor = info.tensors[f"{base_name}.lora_{side}"]
-        try:
-            data = np.fromfile(info.path, np.uint8, count=tensor.n_bytes, offset=tensor.offset)
-        except OSError as error:
-            raise InputFileError(
-                f"Cannot read {tensor.name} of {info.path}: {error.strerror}; expected the file "
-                "that was loaded. Put it back and try again."
-            ) from error
-        matrix = dequantize(data, tensor.ggml_type)
-        matrices.append(np.asarray(matrix, np.float32).reshape(tensor.shape))
-    return matrices[0], matrices[1], info.alpha / info.ranks[base_name]
+    a, b = (read_values(info.path, info.tensors[f"{base_name}.lora_{side}"]) for side in "ab")
+    return a, b, info.alpha / info.ranks[base_name]
 
 
 def _check_kind(header: GgufHeader) -> None:
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = header.metadata.get(key)
         if value != expected:
-            found = "missing" if value is None else repr(value)
+            found = "missing" if value is None else brief(value)
             raise GgufFileError(
                 f"Cannot use {header.path} as an adapter: metadata field {key} is {found}; "
                 f"expected {expected!r}. Give an adapter GGUF, as `qaflora convert` writes it."
@@ -136,7 +122,7 @@ def _alpha(header: GgufHeader) -> float:
         return value
     raise GgufFileError(
         f"Cannot use adapter {header.path}: metadata field adapter.lora.alpha is "
-        f"{'missing' if value is None else repr(value)}; expected a float other than 0, for it "
+        f"{'missing' if value is None else brief(value)}; expected a float other than 0, for it "
         "scales the adapter. Convert the adapter again."
     )
 

@@ -26,7 +26,7 @@ from qaflora_edge.bundle_format import (
 )
 from qaflora_edge.checksums import FileState, check_file
 from qaflora_edge.errors import BundleError
-from qaflora_edge.files import safe_join
+from qaflora_edge.files import open_input, safe_join
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.references import pulled_base
 
@@ -90,7 +90,7 @@ def read_bundle_text(folder: Path) -> BundleText:
             "Give the folder of a bundle, or make one with `qaflora bundle create`."
         )
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             data = file.read(MAX_BUNDLE_BYTES + 1)
     except OSError as error:
         raise BundleError(

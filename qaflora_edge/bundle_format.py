@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from qaflora_edge import fusion as fuse
 from qaflora_edge.errors import BundleError, RegistryError, StrategyError, WeightsError
 from qaflora_edge.hub import parse_hub_ref
+from qaflora_edge.json_text import read_json_object
 
 FORMAT = "qaflora-bundle/1"
 BUNDLE_FILE = "bundle.json"
@@ -113,34 +114,12 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
 
 
 def _parse_json(data: bytes, where: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise BundleError(
-                    f"Cannot read {where}: the key {_show(key)} is there twice in one object, "
-                    f"expected once. {_ADVICE}"
-                )
-            found[key] = value
-        return found
-
-    def refuse(constant: str) -> NoReturn:
-        raise BundleError(
-            f"Cannot read {where}: it contains {constant}, expected finite numbers only. {_ADVICE}"
-        )
-
     try:
-        root = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError too
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return read_json_object(data)
+    except ValueError as error:  # errors of JSON and UTF-8 too
         raise BundleError(
-            f"Cannot read {where}: it is not JSON in UTF-8 ({reason}). {_ADVICE}"
+            f"Cannot read {where}: it is not a JSON object in UTF-8 ({error}). {_ADVICE}"
         ) from error
-    if not isinstance(root, dict):
-        raise BundleError(
-            f"Cannot read {where}: it holds {_show(root)}, expected an object. {_ADVICE}"
-        )
-    return root
 
 
 class _Fields:

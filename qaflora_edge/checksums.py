@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qaflora_edge.errors import ChecksumError, QafloraError
-from qaflora_edge.files import Progress, cache_dir, sha256_file, write_text_atomic
+from qaflora_edge.files import Progress, cache_dir, open_input, sha256_file, write_text_atomic
 
 MEMORY_FILE = "checked.json"
 MAX_MEMORY_BYTES = 4 << 20
@@ -110,7 +110,7 @@ def _state(path: Path) -> FileState | None:
 def _read_memory() -> dict[str, list[object]]:
     path = cache_dir() / MEMORY_FILE
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             data = file.read(MAX_MEMORY_BYTES + 1)
         memory = json.loads(data) if len(data) <= MAX_MEMORY_BYTES else {}
     except (OSError, ValueError, RecursionError):

@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
+from typing import BinaryIO
 
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
 
@@ -16,6 +17,39 @@ Progress = Callable[[int], None]
 
 HASH_CHUNK_BYTES = 1 << 20
 PACKAGE_DIR = Path(__file__).resolve().parent
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_input(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file to read.
+
+    A named pipe or a device would make a reader wait for ever or never end. Raises OSError for
+    what is no regular file; the reader says what it expected.
+    """
+    # O_NONBLOCK: opening a pipe does not wait for its writer. Files are read as ever.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "the path has a null character") from error
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 @contextlib.contextmanager
@@ -92,7 +126,7 @@ def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) 
     digest = hashlib.sha256()
     done_bytes = 0
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             while chunk := file.read(HASH_CHUNK_BYTES):
                 digest.update(chunk)
                 done_bytes += len(chunk)

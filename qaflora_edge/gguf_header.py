@@ -4,8 +4,6 @@ Ours because gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts w
 itself. Here vocabularies are stepped over, and every count, length and offset is checked first.
 """
 
-import contextlib
-import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +15,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.gguf_parse import GgufCursor, MetadataValue, TensorInfo
+from qaflora_edge.files import open_input
+from qaflora_edge.gguf_parse import GgufCursor, MetadataValue, TensorInfo, brief
 
 F32 = NDArray[np.float32]
+
+MAX_LAYERS = 1024  # twice llama.cpp's own limit
+MAX_COUNT = 1 << 24  # of other dimensions
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class GgufHeader:
 
     @property
     def n_layer(self) -> int:
-        return self._count("block_count")
+        return self._count("block_count", MAX_LAYERS)
 
     @property
     def n_embd(self) -> int:
@@ -62,17 +64,18 @@ class GgufHeader:
             )
         return info.shape[0]
 
-    def _count(self, field: str) -> int:
+    def _count(self, field: str, largest: int = MAX_COUNT) -> int:
         """Give a positive whole number of the architecture, such as `block_count`."""
         key = f"{self.architecture}.{field}"
         value = self.metadata.get(key)
         if isinstance(value, tuple) and value and len(set(value)) == 1:
             value = value[0]  # given per layer, and the same in all
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
             return value
         raise GgufFileError(
             f"Cannot use {self.path}: metadata field {key} is "
-            f"{'missing' if value is None else repr(value)}; expected one positive whole number. "
+            f"{'missing' if value is None else brief(value)}; expected one whole number from 1 to "
+            f"{largest}. "
             "Use the GGUF of a language model as base."
         )
 
@@ -84,26 +87,24 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     corrupted, or lies about a size.
     """
     path = Path(path)
-    with contextlib.ExitStack() as stack:
-        try:
-            if not path.is_file():
-                what = "is not a file" if path.exists() else "does not exist"
-                raise InputFileError(
-                    f"Cannot read {path}: it {what}; expected a GGUF file. Check the path."
-                )
-            size_bytes = path.stat().st_size
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise InputFileError(
+                f"Cannot read {path}: it {what}; expected a GGUF file. Check the path."
+            )
+        with open_input(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes == 0:
                 raise GgufFileError(
                     f"Cannot read {path}: it is empty; expected a GGUF file. Fetch it again."
                 )
-            file = stack.enter_context(path.open("rb"))
-            data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except OSError as error:
-            raise InputFileError(
-                f"Cannot read {path}: opening it failed ({error.strerror}). "
-                "Check that you may read it."
-            ) from error
-        parsed = GgufCursor(path, data).read_header()
+            parsed = GgufCursor(path, file, size_bytes).read_header()
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read {path}: opening or reading it failed ({error.strerror}). "
+            "Check that you may read it."
+        ) from error
     return GgufHeader(**vars(parsed), path=path, size_bytes=size_bytes)
 
 
@@ -112,18 +113,29 @@ def read_tensor(header: GgufHeader, name: str) -> F32:
 
     returns  [*shape]  float32, of the shape that the header gives
     """
-    info = header.tensors[name]
+    return read_values(header.path, header.tensors[name])
+
+
+def read_values(path: Path, info: TensorInfo) -> F32:
+    """Read the tensor of a header that was read before.
+
+    returns  [*shape]  float32; of some types it can be NaN or infinite
+
+    Raises InputFileError when the file is gone, GgufFileError when it changed or the type has no
+    floats.
+    """
     try:
-        with header.path.open("rb") as file:
+        with open_input(path) as file:
             file.seek(info.offset)
             raw = file.read(info.n_bytes)
     except OSError as error:
         raise InputFileError(
-            f"Cannot read tensor {name} of {header.path}: reading failed ({error.strerror})."
+            f"Cannot read tensor {info.name} of {path}: reading failed ({error.strerror}); "
+            "expected the file that was read before. Put it back and try again."
         ) from error
     if len(raw) != info.n_bytes:
         raise GgufFileError(
-            f"Cannot read tensor {name} of {header.path}: the file gave {len(raw)} bytes and "
+            f"Cannot read tensor {info.name} of {path}: the file gave {len(raw)} bytes and "
             f"{info.n_bytes} were expected; it changed while it was open. Try again."
         )
     n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
@@ -137,7 +149,7 @@ def read_tensor(header: GgufHeader, name: str) -> F32:
         values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
     except NotImplementedError as error:
         raise GgufFileError(
-            f"Cannot read tensor {name} of {header.path}: its type {info.ggml_type.name} cannot "
+            f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "
             "be turned into floats here. Use a file of another quantisation."
         ) from error
     return values

@@ -1,14 +1,16 @@
 """Step through the header of a GGUF file with every count, length and offset checked.
 
-A vocabulary is stepped over, not kept. The format's limits and ours stand at the top.
+A vocabulary is stepped over, not kept. The format's limits and ours stand at the top; together
+they bound the memory and the time that any file can take. The file is read and not mapped: a
+mapped file that someone shortens meanwhile would end the process.
 """
 
-import mmap
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -18,14 +20,18 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
-MAX_METADATA = 1 << 16  # keys in a file
-MAX_TENSORS = 1 << 20
+MAX_HEADER_BYTES = 1 << 26  # the longest vocabularies have 20 MB
+MAX_METADATA = 1 << 12  # keys in a file; models have less than a hundred
+MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_STRING_BYTES = 1 << 24  # of a metadata value
+MAX_ARCHITECTURE_LENGTH = 64
 MAX_ARRAY_LENGTH = 1 << 24
 MAX_KEPT_ARRAY = 1 << 12  # numbers; longer arrays are stepped over
 MAX_TENSOR_NAME_BYTES = 63  # llama.cpp 0c1e5709, ggml.h GGML_MAX_NAME
 MAX_DIMS = 4
+
+READ_BYTES = 1 << 20  # read at once
 
 SCALARS = {
     0: struct.Struct("<B"),
@@ -77,13 +83,23 @@ class ParsedHeader:
     data_offset: int
 
 
-class GgufCursor:
-    """Steps through the mapped bytes of one file; every step is checked against its end."""
+def brief(value: object) -> str:
+    """Show a value of a file in a message: short, on one line, however long or deep it is."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+
+class GgufCursor:
+    """Steps through the bytes of one file; every step is checked against its end.
+
+    data  what was read of the file so far, from its beginning
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, size_bytes: int) -> None:
         self.path = path
-        self.data = data
-        self.size_bytes = len(data)
+        self.file = file
+        self.data = bytearray()
+        self.size_bytes = size_bytes
         self.position = 0
 
     def fail(self, field: str, found: str, expected: str) -> NoReturn:
@@ -101,8 +117,23 @@ class GgufCursor:
                 f"{begin} were expected, {self.size_bytes - begin} are left. "
                 "The file is truncated or corrupted; fetch or convert it again."
             )
+        self.load(begin + n_bytes, field)
         self.position = begin + n_bytes
         return begin
+
+    def load(self, end: int, field: str) -> None:
+        """Read the file up to `end`, which lies inside it."""
+        if end > MAX_HEADER_BYTES:
+            found = f"longer than {MAX_HEADER_BYTES} bytes, of which {field} is a part"
+            self.fail("the header", found, "a shorter one")
+        while len(self.data) < end:
+            chunk = self.file.read(READ_BYTES)
+            if not chunk:
+                raise GgufFileError(
+                    f"Cannot read {self.path}: it had {self.size_bytes} bytes and became shorter "
+                    f"while {field} was read, at byte {len(self.data)}. Try again."
+                )
+            self.data += chunk
 
     def scalar(self, form: struct.Struct, field: str) -> Scalar:
         (value,) = form.unpack_from(self.data, self.take(form.size, field))
@@ -117,7 +148,7 @@ class GgufCursor:
     def text(self, limit: int, field: str, *, strict: bool) -> str:
         n_bytes = self.count(U64, limit, f"the length of {field}")
         begin = self.take(n_bytes, field)
-        raw = self.data[begin : begin + n_bytes]
+        raw = bytes(self.data[begin : begin + n_bytes])
         try:
             return raw.decode("utf-8", errors="strict" if strict else "replace")
         except UnicodeDecodeError:
@@ -129,13 +160,16 @@ class GgufCursor:
         metadata = self.read_metadata(n_metadata)
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str) or not architecture:
-            found = "missing" if architecture is None else repr(architecture)
+            found = "missing" if architecture is None else brief(architecture)
             self.fail("metadata field general.architecture", found, "the name of an architecture")
+        if len(architecture) > MAX_ARCHITECTURE_LENGTH:
+            found, expected = f"{len(architecture)} characters long", f"{MAX_ARCHITECTURE_LENGTH}"
+            self.fail("metadata field general.architecture", found, f"at most {expected}")
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         is_power = isinstance(alignment, int) and alignment > 0 and alignment.bit_count() == 1
         if not isinstance(alignment, int) or not is_power or alignment > MAX_ALIGNMENT:
             expected = f"a power of two up to {MAX_ALIGNMENT}"
-            self.fail("metadata field general.alignment", repr(alignment), expected)
+            self.fail("metadata field general.alignment", brief(alignment), expected)
         self.check_not_split(metadata)
         tensors = self.read_tensors(n_tensor, alignment)
         return ParsedHeader(architecture, metadata, tensors, self.data_offset(alignment))
@@ -143,7 +177,7 @@ class GgufCursor:
     def read_preamble(self) -> int:
         """Check magic and version, and give the number of tensors."""
         begin = self.take(4, "the magic bytes")
-        magic = self.data[begin : begin + 4]
+        magic = bytes(self.data[begin : begin + 4])
         if magic != MAGIC:
             raise GgufFileError(
                 f"Cannot read {self.path}: its first bytes are {magic!r}; expected {MAGIC!r}. "
@@ -166,7 +200,7 @@ class GgufCursor:
         metadata: dict[str, MetadataValue] = {}
         for index in range(n_metadata):
             key = self.text(MAX_KEY_BYTES, f"the name of metadata field {index}", strict=True)
-            field = f"metadata field {key!r}"
+            field = f"metadata field {brief(key)}"
             if key in metadata:
                 self.fail(field, "given twice", "every field once")
             metadata[key] = self.read_value(int(self.scalar(U32, f"the type of {field}")), field)
@@ -195,21 +229,22 @@ class GgufCursor:
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""
-        data, size_bytes, position = self.data, self.size_bytes, self.position
+        data, position = self.data, self.position
         unpack_length = U64.unpack_from
-        last_begin = size_bytes - U64.size
         for _ in range(length):
-            if position > last_begin:
-                break
+            if position + U64.size > len(data):
+                self.load_strings(position + U64.size, length, field)
             position += U64.size + unpack_length(data, position)[0]
-        else:
-            if position <= size_bytes:
-                self.position = position
-                return
-        raise GgufFileError(
-            f"Cannot read {self.path}: the file ends inside {field}, an array of {length} strings. "
-            "The file is truncated or corrupted; fetch or convert it again."
-        )
+        self.load_strings(position, length, field)
+        self.position = position
+
+    def load_strings(self, end: int, length: int, field: str) -> None:
+        if end > self.size_bytes:
+            raise GgufFileError(
+                f"Cannot read {self.path}: the file ends inside {field}, an array of {length} "
+                "strings. The file is truncated or corrupted; fetch or convert it again."
+            )
+        self.load(end, field)
 
     def check_not_split(self, metadata: Mapping[str, MetadataValue]) -> None:
         n_split = metadata.get("split.count", 0)

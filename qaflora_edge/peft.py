@@ -13,13 +13,10 @@ from qaflora_edge.errors import (
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
+from qaflora_edge.files import open_input
+from qaflora_edge.json_text import read_json_object
 from qaflora_edge.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
-from qaflora_edge.safetensors_file import (
-    F32,
-    StoredTensor,
-    read_json_object,
-    read_safetensors,
-)
+from qaflora_edge.safetensors_file import F32, StoredTensor, read_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
@@ -139,7 +136,7 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             data = file.read(MAX_INDEX_BYTES + 1)
     except OSError as error:
         raise InputFileError(f"Cannot read {path}: {error.strerror}. Check the file.") from error

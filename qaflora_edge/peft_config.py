@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import InputFileError, PeftConfigError, UnsupportedAdapterError
-from qaflora_edge.safetensors_file import read_json_object
+from qaflora_edge.files import open_input
+from qaflora_edge.json_text import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 22
@@ -148,7 +149,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 def _read_fields(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise InputFileError(

@@ -5,7 +5,6 @@ file and the tensor. The header is checked as the format demands: known dtypes, 
 to the bytes, tensors side by side without holes from the header to the end of the file.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,10 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
+from qaflora_edge.files import open_input
+from qaflora_edge.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
 MAX_NAME_LENGTH = 256
 MAX_DIMS = 8
+MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
+MAX_COUNT = (1 << 63) - 1  # of a dimension or an offset
 PIECE_BYTES = 1 << 18  # that are read and turned at a time
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -31,10 +34,6 @@ DTYPE_BYTES = {
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 F32 = NDArray[np.float32]
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object names a key twice; never leaves this package's readers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,12 @@ class StoredTensor:
             raise SafetensorsFileError(
                 f"Cannot use tensor {self.name} of {self.path}: its dtype is {self.dtype}; "
                 f"expected {', '.join(FLOAT_DTYPES)}. Save the adapter in one of these."
+            )
+        if self.n_bytes > MAX_READ_BYTES:
+            raise SafetensorsFileError(
+                f"Cannot use tensor {self.name} of {self.path}: it has {self.n_bytes} bytes; "
+                f"expected at most {MAX_READ_BYTES}, which no matrix of a LoRA exceeds. "
+                "Check that it is a plain LoRA."
             )
         values = np.empty(self.shape[::-1] if transposed else self.shape, np.float32)
         n_row = self.shape[0] if self.shape else 1
@@ -85,7 +90,7 @@ class StoredTensor:
             return
         n_piece_row = max(1, PIECE_BYTES // row_bytes)
         try:
-            with self.path.open("rb") as file:
+            with open_input(self.path) as file:
                 file.seek(self.offset)
                 for begin in range(0, n_row, n_piece_row):
                     n_bytes = min(n_piece_row, n_row - begin) * row_bytes
@@ -117,7 +122,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             n_header = int.from_bytes(_read_exactly(file.read(8), 8, path), "little")
             if n_header > MAX_HEADER_BYTES:
@@ -134,29 +139,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     }
     _check_places(path, tensors, 8 + n_header, size_bytes)
     return tensors
-
-
-def read_json_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no key twice, no NaN. Raises ValueError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise DuplicateKeyError(f"the key {key[:80]!r} is given twice")
-            found[key] = value
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"the value {constant} is not JSON")
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, not an object")
-    return value
 
 
 def _parse_header(path: Path, header_bytes: bytes) -> dict[str, Any]:
@@ -200,7 +182,9 @@ def _parse_entry(
 
 
 def _is_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item <= MAX_COUNT for item in value
+    )
 
 
 def _check_places(

@@ -13,6 +13,7 @@ from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
 from qaflora_edge.files import (
     atomic_path,
     cache_dir,
+    open_input,
     package_data,
     safe_join,
     sha256_file,
@@ -224,3 +225,47 @@ def test_package_data_finds_what_ships() -> None:
     assert package_data("models/registry.json").is_file()
     with pytest.raises(InputFileError, match=r"Cannot find no/such, which ships with"):
         package_data("no/such")
+
+
+def test_open_input_reads_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    with open_input(tmp_path / "a") as file:
+        assert file.read() == b"abc"
+
+
+@POSIX
+def test_open_input_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="it is a named pipe, not a file"):
+            open_input(tmp_path / name)
+    with pytest.raises(OSError, match="it is a device, not a file"):
+        open_input("/dev/zero")
+    with pytest.raises(IsADirectoryError, match="Is a directory"):
+        open_input(tmp_path)
+    with pytest.raises(OSError, match="the path has a null character"):
+        open_input("a\0b")
+
+
+@POSIX
+def test_hash_of_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputFileError) as caught:
+        sha256_file(tmp_path / "pipe")
+    assert str(caught.value) == (
+        f"Cannot hash {tmp_path / 'pipe'}: reading it failed (it is a named pipe, not a file). "
+        "Check that the file exists and that you may read it."
+    )
+
+
+@POSIX
+def test_open_input_leaves_no_handle_behind(tmp_path: Path) -> None:
+    handles = Path("/proc/self/fd")
+    if not handles.exists():
+        pytest.skip("this system has no /proc/self/fd to count handles in")
+    n_before = len(os.listdir(handles))
+    for _ in range(20):
+        with pytest.raises(OSError, match="Is a directory"):
+            open_input(tmp_path)
+    assert len(os.listdir(handles)) == n_before

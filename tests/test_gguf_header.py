@@ -11,7 +11,13 @@ import tiny
 
 from qaflora_edge.errors import GgufFileError, InputFileError
 from qaflora_edge.gguf_header import read_gguf_header, read_tensor
-from qaflora_edge.gguf_parse import MAX_ARRAY_LENGTH, MAX_TENSORS, SkippedArray
+from qaflora_edge.gguf_parse import (
+    MAX_ARRAY_LENGTH,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    GgufCursor,
+    SkippedArray,
+)
 
 
 def text(value: str | bytes) -> bytes:
@@ -101,7 +107,7 @@ def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
         _ = read_gguf_header(path).n_head_kv
     assert str(caught.value) == (
         f"Cannot use {path}: metadata field llama.attention.head_count_kv is (2, 4, 2); expected "
-        "one positive whole number. Use the GGUF of a language model as base."
+        "one whole number from 1 to 16777216. Use the GGUF of a language model as base."
     )
 
 
@@ -150,7 +156,7 @@ HOSTILE = {
     ),
     "number of fields": (
         make(ARCH, n_field=1 << 40),
-        f"the number of metadata fields is {1 << 40}; expected at most 65536. {CORRUPT}",
+        f"the number of metadata fields is {1 << 40}; expected at most 4096. {CORRUPT}",
     ),
     "length of a key": (
         make(struct.pack("<Q", 1 << 62)),
@@ -268,6 +274,58 @@ def test_tensor_past_the_end_is_refused(tmp_path: Path, dims: list[int]) -> None
     assert str(caught.value) == (
         f"Cannot read {path}: tensor 't' ends at byte {end}, and the file has {size_bytes}. "
         "The file is truncated or corrupted; fetch or convert it again."
+    )
+
+
+def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(make(field("general.architecture", 8, text("x" * 100_000))))
+    with pytest.raises(GgufFileError) as caught:
+        read_gguf_header(path)
+    assert str(caught.value) == (
+        f"Cannot read {path}: metadata field general.architecture is 100000 characters long; "
+        f"expected at most 64. {CORRUPT}"
+    )
+    path.write_bytes(make(field("k" * 60_000, 13, b"")))
+    with pytest.raises(GgufFileError) as caught:
+        read_gguf_header(path)
+    assert len(str(caught.value)) < len(str(path)) + 250
+
+
+def test_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    head = make(ARCH, field("words", 9, struct.pack("<IQ", 8, 2) + struct.pack("<Q", 1 << 40)))
+    with path.open("wb") as file:  # a sparse file
+        file.write(head)
+        file.truncate(1 << 41)
+    with pytest.raises(GgufFileError) as caught:
+        read_gguf_header(path)
+    assert str(caught.value) == (
+        f"Cannot read {path}: the header is longer than {MAX_HEADER_BYTES} bytes, of which "
+        f"metadata field 'words' is a part; expected a shorter one. {CORRUPT}"
+    )
+
+
+def test_absurd_number_of_layers_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(make(ARCH, field("llama.block_count", 4, struct.pack("<I", 1 << 31))))
+    with pytest.raises(GgufFileError) as caught:
+        _ = read_gguf_header(path).n_layer
+    assert str(caught.value) == (
+        f"Cannot use {path}: metadata field llama.block_count is {1 << 31}; expected one whole "
+        "number from 1 to 1024. Use the GGUF of a language model as base."
+    )
+
+
+def test_file_that_shrinks_while_its_header_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(make(ARCH))
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file, pytest.raises(GgufFileError) as caught:
+        GgufCursor(path, file, size_bytes + 100).take(size_bytes + 1, "the header")
+    assert str(caught.value) == (
+        f"Cannot read {path}: it had {size_bytes + 100} bytes and became shorter while the header "
+        f"was read, at byte {size_bytes}. Try again."
     )
 
 

@@ -1,6 +1,7 @@
 """The safetensors reader against files that lie. That it reads true ones right: test_peft.py."""
 
 import json
+import os
 import re
 import tracemalloc
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qaflora_edge.errors import SafetensorsFileError
+from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.safetensors_file import MAX_HEADER_BYTES, PIECE_BYTES, read_safetensors
 
 
@@ -45,6 +46,9 @@ ATTACKS: dict[str, tuple[bytes, str, str, str]] = {
     "overflowing shape": (raw(one(shape=[1 << 40, 1 << 40]), bytes(8)),
                           "the size in bytes of tensor t", "8",
                           f"{1 << 82} for F32 [{1 << 40}, {1 << 40}]"),
+    "dimension of thousands of digits": (
+        raw(b'{"t":{"dtype":"F32","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,8]}}', bytes(8)),
+        "the shape of tensor t", "[" + "9" * 79, "a list of up to 8 whole numbers"),
     "offsets": (raw(one(offsets=[8, 0]), bytes(8)), "data_offsets of tensor t", "[8, 0]",
                 "two offsets, begin and end"),
     "one offset": (raw(one(offsets=[8]), bytes(8)), "data_offsets of tensor t", "[8]",
@@ -122,3 +126,29 @@ def test_memory_holds_the_values_once(tmp_path: Path) -> None:
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak_bytes < values.nbytes + 8 * PIECE_BYTES
+
+
+def test_matrix_larger_than_any_lora_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    n_bytes = 1 << 33
+    header = raw(one(shape=[n_bytes // 4], offsets=[0, n_bytes]))
+    with path.open("wb") as file:  # a sparse file: it says 8 GiB and takes a few blocks
+        file.write(header)
+        file.truncate(len(header) + n_bytes)
+    with pytest.raises(SafetensorsFileError) as caught:
+        read_safetensors(path)["t"].read()
+    assert str(caught.value) == (
+        f"Cannot use tensor t of {path}: it has {n_bytes} bytes; expected at most {1 << 32}, which "
+        "no matrix of a LoRA exceeds. Check that it is a plain LoRA."
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX")
+def test_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputFileError) as caught:
+        read_safetensors(tmp_path / "pipe")
+    assert str(caught.value) == (
+        f"Cannot read {tmp_path / 'pipe'}: opening or reading it failed (it is a named pipe, not a "
+        "file). Check that it exists and that you may read it."
+    )

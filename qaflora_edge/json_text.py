@@ -1,0 +1,67 @@
+"""Read JSON that may come from anywhere: strict, and bounded in memory and depth."""
+
+import json
+import math
+from typing import Any
+
+MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
+MAX_JSON_DEPTH = 64
+
+
+def read_json_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no key twice, finite numbers only.
+
+    Raises ValueError with the reason.
+    """
+    # Commas in texts are counted too: the bound is for memory, not for exactness.
+    n_value = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if n_value > MAX_JSON_VALUES:
+        raise ValueError(f"it has about {n_value} values, and {MAX_JSON_VALUES} are the most")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_finite,
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    _check_depth(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} is given twice")
+        found[key] = value
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"the value {constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:80]} is too large")
+    return value
+
+
+def _check_depth(value: object) -> None:
+    """Go down level by level, for a deep value breaks whoever walks it by recursion."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
