@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qaflora_edge.errors import ChatTemplateError, PromptError
+from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
 from qaflora_edge.generate import Generation
 from qaflora_edge.runtime import Model
 
@@ -115,6 +115,28 @@ def chat_tokens(model: Model, messages: Sequence[Message]) -> list[int]:
     if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
         tokens.insert(0, bos)
     return tokens
+
+
+def response_schema(response_format: Mapping[str, Any] | None) -> Any:
+    """The JSON schema that OpenAI's response_format asks for, or None for free text.
+
+    Raises OptionError when it is none of text, json_object and json_schema.
+    """
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = response_format.get("schema")  # as llama-cpp-python has it
+        return {"type": "object"} if schema is None else schema
+    wrapped = response_format.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(wrapped, Mapping) or not isinstance(wrapped.get("schema"), Mapping):
+        raise OptionError(
+            f"Option response_format is {response_format!r}, expected {{'type': 'json_object'}} or "
+            "{'type': 'json_schema', 'json_schema': {'schema': ...}}."
+        )
+    return wrapped["schema"]
 
 
 def completion_dict(model_name: str, generation: Generation) -> dict[str, Any]:

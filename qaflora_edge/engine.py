@@ -16,19 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
-from qaflora_edge.chat import Message, chat_tokens, completion_chunks, completion_dict
+from qaflora_edge.chat import (
+    Message,
+    chat_tokens,
+    completion_chunks,
+    completion_dict,
+    response_schema,
+)
 from qaflora_edge.checksums import FileState, check_unchanged
 from qaflora_edge.errors import BackendError, BusyError, OptionError, PromptError, StrategyError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import (
     Generation,
-    Sampling,
     Timings,
     generate_text,
     generate_tokens,
 )
 from qaflora_edge.probe import Prober
 from qaflora_edge.runtime import KV_TYPES, MAX_CTX, MAX_THREADS, Context, Model, Pack
+from qaflora_edge.sampling import Sampler, Sampling, grammar_text
 from qaflora_edge.weigh import Typical, Weigher, Weights
 
 F32 = NDArray[np.float32]
@@ -342,11 +348,15 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        grammar: str | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
         parse_special: bool = False,
         keep_history: bool = False,
     ) -> Generation:
         """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
 
+        grammar       GBNF text that the answer follows, with the start `root`
+        json_schema   the answer is JSON that is valid under this schema; True: any JSON
         keep_history  what the prompt shares with the last prompt and answer is not read again,
                       but stays as it was read under the weights of its own turn
 
@@ -359,6 +369,7 @@ class Engine:
             top_p=top_p,
             seed=self.seed if seed is None else seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            grammar=grammar_text(grammar, json_schema),
         )
         with self._in_use():
             tokens = self._tokens(prompt, parse_special)
@@ -375,11 +386,15 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        grammar: str | None = None,
+        response_format: Mapping[str, Any] | None = None,
         keep_history: bool = False,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
 
-        keep_history  see generate
+        response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema":
+                         {"schema": ...}}
+        grammar, keep_history  see generate
         """
         generation = self.generate(
             self.chat_tokens(messages),
@@ -389,6 +404,8 @@ class Engine:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            grammar=grammar,
+            json_schema=response_schema(response_format),
             keep_history=keep_history,
         )
         if stream:
@@ -419,6 +436,7 @@ class Engine:
     def _begin(
         self, tokens: list[int], weights: Weights, sampling: Sampling, keep_history: bool
     ) -> Generation:
+        sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
         fusion = self._weigher.weigh(weights, tokens, self._probe)
         start = time.perf_counter()
         self._prefill(tokens, fusion, keep_history)
@@ -433,7 +451,7 @@ class Engine:
                     "in between. Finish an answer before the next call, or make a second Engine."
                 )
 
-        generated = generate_tokens(self._model, self._main, sampling, generation, check)
+        generated = generate_tokens(self._model, self._main, sampler, generation, check)
         pieces = generate_text(generated, self._model, sampling.stop, generation)
         generation._pieces = _Guarded(pieces, self._in_use)
         return generation

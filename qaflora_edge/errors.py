@@ -19,6 +19,7 @@
     ├── WeightsError              weights of the wrong shape, NaN or infinite
     ├── StrategyError             an unknown strategy, lens, pool or adapter name
     ├── OptionError               an engine or sampling option out of its range
+    ├── GrammarError              a grammar or a JSON schema that cannot be followed
     └── BusyError                 an Engine was used by two threads at once, or after close
 
 A message has four parts: what failed, which file, tensor or field, what was found and what
@@ -100,6 +101,10 @@ class StrategyError(QafloraError):
 
 class OptionError(QafloraError):
     """An engine or sampling option is out of its range."""
+
+
+class GrammarError(QafloraError):
+    """A grammar or a JSON schema cannot be read, or asks for what cannot be followed."""
 
 
 class BusyError(QafloraError):

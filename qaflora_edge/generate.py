@@ -9,42 +9,10 @@ import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from qaflora_edge.errors import OptionError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.runtime import Context, Model
-
-_COLDEST = 1e-6  # temperatures below overflow float32 logits
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen and when to stop.
-
-    max_tokens   None: until the context is full
-    temperature  0, or below 1e-6: greedy
-    seed         None: a new one each time
-    stop         texts that end the answer; they are not part of it
-    """
-
-    max_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 0, ">= 0"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), ">= 0"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**32 - 1, "from 0 to 4294967294"),
-            ("stop", all(self.stop), "texts that are not empty"),
-        )
-        for name, is_good, expected in checks:
-            if not is_good:
-                raise OptionError(f"Option {name} is {getattr(self, name)!r}, expected {expected}.")
+from qaflora_edge.sampling import Sampler
 
 
 @dataclass
@@ -132,35 +100,10 @@ class Generation(Iterator[str]):
         }
 
 
-class Sampler:
-    """A llama_sampler chain, freed by close()."""
-
-    def __init__(self, lib: Any, sampling: Sampling) -> None:
-        self._lib = lib
-        self.pointer = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        if sampling.temperature < _COLDEST:
-            self._add(lib.llama_sampler_init_greedy())
-            return
-        if sampling.top_p < 1.0:
-            self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
-        self._add(lib.llama_sampler_init_temp(sampling.temperature))
-        self._add(
-            lib.llama_sampler_init_dist(0xFFFFFFFF if sampling.seed is None else sampling.seed)
-        )
-
-    def _add(self, sampler: Any) -> None:
-        self._lib.llama_sampler_chain_add(self.pointer, sampler)
-
-    def close(self) -> None:
-        if self.pointer is not None:
-            self._lib.llama_sampler_free(self.pointer)
-            self.pointer = None
-
-
 def generate_tokens(
     model: Model,
     context: Context,
-    sampling: Sampling,
+    sampler: Sampler,
     generation: Generation,
     check: Callable[[], None],
 ) -> Iterator[int]:
@@ -169,14 +112,13 @@ def generate_tokens(
     check  called before the context is used again after a pause; raises to stop
     """
     n_max = context.n_ctx - generation.n_prompt + 1
-    if sampling.max_tokens is not None:
-        n_max = min(n_max, sampling.max_tokens)
-    sampler = Sampler(model._lib, sampling)
+    if sampler.sampling.max_tokens is not None:
+        n_max = min(n_max, sampler.sampling.max_tokens)
     try:
         for i in range(n_max):
             check()
             start = time.perf_counter()
-            token = context.sample(sampler.pointer)
+            token = sampler.sample(context)
             if model.is_end(token):
                 generation.finish_reason = "stop"
                 return

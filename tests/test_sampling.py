@@ -1,0 +1,135 @@
+"""Choosing tokens under a grammar, through the Engine."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+from tiny import write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine
+from qaflora_edge.errors import BackendError, GrammarError, OptionError
+
+PROMPT = "the king is in the air"
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ana", "Bo"]}, "age": {"type": "integer", "minimum": 1}},
+    "required": ["name", "age"],
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    place = tmp_path_factory.mktemp("sampling")
+    base = write_tiny_base(place / "base.gguf")
+    adapters = {"a": write_tiny_adapter(place / "a.gguf", base).path}
+    with Engine(base=base.path, adapters=adapters, n_ctx=256) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_answer_follows_the_grammar_and_ends(engine: Engine, temperature: float) -> None:
+    grammar = 'root ::= "[" ("ab" | "ñ你"){1,5} "]"'
+    for seed in range(5):
+        options = {"temperature": temperature, "top_p": 0.9, "seed": seed, "max_tokens": 100}
+        answer = engine.generate(PROMPT, grammar=grammar, **options)
+        assert re.fullmatch(r"\[(ab|ñ你){1,5}\]", answer.text())
+        assert answer.finish_reason == "stop"
+    # what the base would not say by itself
+    assert not engine.generate(PROMPT, max_tokens=8).text().startswith("[")
+
+
+def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine: Engine) -> None:
+    tokens = engine.tokenize(PROMPT)
+    fusion = engine.weights(PROMPT)
+    allowed = [engine.tokenize(char)[0] for char in "aeiou"]
+    expected = ""
+    for _ in range(6):
+        logits = engine.logits(tokens, weights=fusion)
+        best = max(allowed, key=lambda token: logits[token])
+        tokens.append(best)
+        expected += "aeiou"[allowed.index(best)]
+    answer = engine.generate(PROMPT, grammar="root ::= [aeiou]{6}", weights=fusion)
+    assert answer.text() == expected
+    assert (answer.finish_reason, answer.n_completion) == ("stop", 6)
+
+
+def test_seed_repeats_an_answer_under_a_grammar(engine: Engine) -> None:
+    def draw(seed: int) -> str:
+        options = {"temperature": 2.0, "seed": seed, "max_tokens": 12}
+        return engine.generate(PROMPT, grammar="root ::= [a-z]+", **options).text()
+
+    assert draw(4) == draw(4)
+    assert len({draw(seed) for seed in range(5)}) > 1
+
+
+def test_answer_under_a_schema_is_valid_json(engine: Engine) -> None:
+    answer = engine.generate(PROMPT, json_schema=PERSON, max_tokens=200)
+    value = json.loads(answer.text())
+    assert value["name"] in ("Ana", "Bo")
+    assert value["age"] >= 1
+    assert answer.finish_reason == "stop"
+    for response_format in (
+        {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+        {"type": "json_object", "schema": PERSON},
+    ):
+        reply = engine.chat(
+            [{"role": "user", "content": "who?"}], response_format=response_format, max_tokens=200
+        )
+        assert set(json.loads(reply["choices"][0]["message"]["content"])) == {"name", "age"}
+
+
+def test_limits_and_stop_texts_cut_an_answer_under_a_grammar(engine: Engine) -> None:
+    short = engine.generate(PROMPT, json_schema=PERSON, max_tokens=4)
+    assert (len(short.text()) > 0, short.finish_reason) == (True, "length")
+    stopped = engine.generate(PROMPT, grammar='root ::= "one" "two" "three"', stop="two")
+    assert (stopped.text(), stopped.finish_reason) == ("one", "stop")
+
+
+def test_control_tokens_never_pass_for_their_text(engine: Engine) -> None:
+    """`<|im_start|>` is a token whose text the grammar would take, and which writes nothing."""
+    answer = engine.generate(PROMPT, grammar='root ::= "<|im_start|>"', max_tokens=40)
+    assert answer.text() == "<|im_start|>"
+    assert answer.n_completion > 1
+
+
+def test_grammar_that_no_token_can_follow_is_reported(engine: Engine) -> None:
+    """No token writes the character U+0000."""
+    with pytest.raises(BackendError) as caught:
+        engine.generate(PROMPT, grammar='root ::= "a" "\\x00"').text()
+    assert str(caught.value) == (
+        "No token of the base's vocabulary can follow here under the grammar, expected at least "
+        "one; allow other characters at this place of the grammar."
+    )
+    assert engine.generate(PROMPT, max_tokens=2).text()
+
+
+def test_bad_grammar_is_refused_before_the_work(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._probe, "states", None)  # would fail
+    with pytest.raises(GrammarError) as caught:
+        engine.generate(PROMPT, grammar="root ::= (", weights="qa-flora")
+    assert str(caught.value) == (
+        "The grammar, line 1, column 11: found the end; expected an item, | or )."
+    )
+    with pytest.raises(GrammarError, match="The JSON schema, at #: the keyword 'not'"):
+        engine.generate(PROMPT, json_schema={"not": {}})
+
+
+def test_grammar_and_schema_together_are_refused(engine: Engine) -> None:
+    with pytest.raises(OptionError) as caught:
+        engine.generate(PROMPT, grammar='root ::= "a"', json_schema=True)
+    assert str(caught.value) == (
+        "Options grammar and a JSON schema are both given; give one or the other."
+    )
+
+
+@pytest.mark.parametrize("wrong", [{}, {"type": "xml"}, {"type": "json_schema"}, "json"])
+def test_unknown_response_format_is_refused(engine: Engine, wrong: object) -> None:
+    with pytest.raises(OptionError) as caught:
+        engine.chat([{"role": "user", "content": "a"}], response_format=wrong)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        f"Option response_format is {wrong!r}, expected {{'type': 'json_object'}} or "
+        "{'type': 'json_schema', 'json_schema': {'schema': ...}}."
+    )
