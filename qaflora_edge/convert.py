@@ -103,16 +103,6 @@ def convert_adapter(
     )
 
 
-def permute_rows(b: F32, n_head: int) -> F32:
-    """Reorder q's or k's output rows from HF's rope (halves) to ggml's (pairs).
-
-    b        [n_out, rank]  rows of a head: first halves, then second halves
-    returns  [n_out, rank]  rows of a head: pairs of first and second half
-    """
-    n_out, rank = b.shape
-    return b.reshape(n_head, 2, n_out // n_head // 2, rank).swapaxes(1, 2).reshape(n_out, rank)
-
-
 def converted_a(module: PlannedModule) -> F32:
     """Read A as the GGUF holds it.
 
@@ -125,13 +115,13 @@ def converted_a(module: PlannedModule) -> F32:
 def converted_b(module: PlannedModule) -> F32:
     """Read B as the GGUF holds it.
 
-    returns  [n_out, rank]  scaled and permuted
+    returns  [n_out, rank]  scaled, in the order of the tensor's rows
     """
     b = module.source.read_b()
     if module.factor != 1.0:
         with np.errstate(over="ignore"):  # _check_range finds what became infinite
             b *= np.float32(module.factor)
-    return b if module.n_head is None else permute_rows(b, module.n_head)
+    return b if module.rows is None else b[module.rows]
 
 
 def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -211,7 +201,7 @@ def _stored_shapes(module: PlannedModule) -> dict[str, tuple[int, int]]:
     a_shape = (source.n_in, source.rank) if source.is_embedding else (source.rank, source.n_in)
     return {
         f"{module.base_name}.lora_a": a_shape,
-        f"{module.base_name}.lora_b": (source.n_out, source.rank),
+        f"{module.base_name}.lora_b": (module.n_out, source.rank),
     }
 
 

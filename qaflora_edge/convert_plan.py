@@ -1,87 +1,74 @@
-"""Plan a conversion: where each module of a PEFT adapter goes, and with which scale. No I/O.
-
-A new architecture is a line in ARCHITECTURES.
-"""
+"""Plan a conversion: where each module of a PEFT adapter goes, and with which scale. No I/O."""
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gguf
 import numpy as np
 
-from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
+from qaflora_edge.architectures import (
+    ARCHITECTURES,
+    Layout,
+    LayoutError,
+    Rows,
+)
+from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
 from qaflora_edge.gguf_header import GgufHeader
 from qaflora_edge.peft import PeftAdapter, PeftModule
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one architecture's HF names and rows become GGUF's.
-
-    model_arch  gguf's name table to use
-    permutes    rows of q and k are stored in the order of ggml's rope
-    prefixes    a start of HF's module names -> what the name table expects
-    """
-
-    model_arch: gguf.MODEL_ARCH
-    permutes: bool = False
-    prefixes: Mapping[str, str] | None = None
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    # llama.cpp 0c1e5709, conversion/llama.py LlamaModel.modify_tensors
-    "llama": Architecture(gguf.MODEL_ARCH.LLAMA, permutes=True),
-    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2),
-    "gemma3": Architecture(
-        gguf.MODEL_ARCH.GEMMA3,
-        prefixes={
-            "model.language_model.": "model.",
-            "language_model.model.": "model.",
-            "language_model.lm_head": "lm_head",
-        },
-    ),
+# A language model inside a multimodal one, and what its modules are called on their own.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head": "lm_head",
+    "model.text_model.": "model.",
 }
+_EXPERT = re.compile(r"\.experts?(\.|$)")
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One module on its way: where it goes and what its B is multiplied by."""
+    """One tensor of the base, and the module whose delta it takes.
+
+    factor  what B is multiplied by
+    rows    [n_out]  the row of the source's B for each of the tensor's; None: all as they are
+    """
 
     source: PeftModule
     base_name: str  # such as blk.0.attn_q.weight
     factor: float
-    n_head: int | None  # rows of B are permuted by so many heads
+    rows: Rows | None
 
     @property
     def kind(self) -> str:
         return self.base_name.split(".")[-2]
 
+    @property
+    def n_out(self) -> int:
+        return self.source.n_out if self.rows is None else len(self.rows)
+
 
 def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[PlannedModule]]:
     """Name every module for the base, check that it fits, and choose the file's one alpha."""
-    architecture = ARCHITECTURES.get(header.architecture)
-    if architecture is None:
-        raise UnsupportedAdapterError(
-            f"Cannot convert an adapter for {header.path}: its architecture is "
-            f"{header.architecture!r}; supported are {', '.join(ARCHITECTURES)}. "
-            "Convert it with llama.cpp's convert_lora_to_gguf.py and use the adapter GGUF."
-        )
-    names = _base_names(adapter, header, architecture)
+    layout = _reviewed_layout(header)
+    name_map = _tensor_names(header)
     alpha = common_alpha(list(adapter.modules.values()))
-    modules = [
-        PlannedModule(
-            source=module,
-            base_name=names[module.name],
-            factor=scale_factor(module.scale, module.rank, alpha),
-            n_head=_permuted_heads(names[module.name], header) if architecture.permutes else None,
-        )
-        for module in adapter.modules.values()
-    ]
-    for module in modules:
-        _check_shape(adapter, module, header)
-    return alpha, sorted(modules, key=lambda module: _natural_key(module.base_name))
+    planned: dict[str, PlannedModule] = {}
+    for module in adapter.modules.values():
+        factor = scale_factor(module.scale, module.rank, alpha)
+        for base_name, rows in _places(adapter, module, header, layout, name_map):
+            if base_name in planned:
+                raise UnsupportedAdapterError(
+                    f"Cannot convert {adapter.folder}: modules {planned[base_name].source.name} "
+                    f"and {module.name} both name {base_name} of the base; expected one LoRA for "
+                    "each. Save it again."
+                )
+            planned[base_name] = PlannedModule(module, base_name, factor, rows)
+            _check_shape(adapter, planned[base_name], header)
+    return alpha, sorted(planned.values(), key=lambda module: _natural_key(module.base_name))
 
 
 def common_alpha(modules: Sequence[PeftModule]) -> float:
@@ -100,46 +87,91 @@ def scale_factor(scale: float, rank: int, alpha: float) -> float:
     return scale * rank / alpha
 
 
-def _base_names(
-    adapter: PeftAdapter, header: GgufHeader, architecture: Architecture
-) -> dict[str, str]:
-    """Map each module of the adapter to the base's tensor, such as blk.0.attn_q.weight."""
-    name_map = gguf.get_tensor_name_map(architecture.model_arch, header.n_layer)
-    names: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for module in adapter.modules.values():
-        hf_name = _canonical(module.name, architecture)
-        stem = name_map.get_name(hf_name)
-        if stem is None:
-            raise _unknown_module(adapter, module, hf_name, header)
-        if module.is_embedding != (stem == "token_embd"):
-            kind = "an embedding" if module.is_embedding else "a linear layer"
-            raise UnsupportedAdapterError(
-                f"Cannot convert {adapter.folder}: module {module.name} has LoRA of {kind}, and "
-                f"{stem}.weight of the base is not one. Train a plain LoRA."
-            )
-        if stem in taken:
-            raise UnsupportedAdapterError(
-                f"Cannot convert {adapter.folder}: modules {taken[stem]} and {module.name} both "
-                f"name {stem}.weight of the base; expected one LoRA for each. Save it again."
-            )
-        taken[stem] = module.name
-        names[module.name] = f"{stem}.weight"
+def _reviewed_layout(header: GgufHeader) -> Layout:
+    if header.architecture in ARCHITECTURES:
+        return ARCHITECTURES[header.architecture]
+    raise UnsupportedAdapterError(
+        f"Cannot convert an adapter for {header.path}: how its architecture "
+        f"{header.architecture!r} lays out its weights was not reviewed; expected one of "
+        f"{', '.join(ARCHITECTURES)}. Convert it with llama.cpp's convert_lora_to_gguf.py and use "
+        "the adapter GGUF."
+    )
+
+
+def _tensor_names(header: GgufHeader) -> gguf.TensorNameMap:
+    """Give gguf's map from HF's names to those of the base's tensors."""
+    model_arch = next(
+        (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None
+    )
+    if model_arch is None:
+        raise UnsupportedAdapterError(
+            f"Cannot convert an adapter for {header.path}: the installed gguf package does not "
+            f"know its architecture {header.architecture!r}. Install a newer gguf."
+        )
+    return gguf.get_tensor_name_map(model_arch, header.n_layer)
+
+
+def _places(
+    adapter: PeftAdapter,
+    module: PeftModule,
+    header: GgufHeader,
+    layout: Layout,
+    name_map: gguf.TensorNameMap,
+) -> list[tuple[str, Rows | None]]:
+    """Give the tensors of the base that a module goes to, and the rows that each takes."""
+    if _EXPERT.search(module.name):
+        raise _experts_refused(adapter, module)
+    block, stem = _mapped(adapter, module, header, name_map)
+    if module.is_embedding != (stem == "token_embd"):
+        kind = "an embedding" if module.is_embedding else "a linear layer"
+        raise UnsupportedAdapterError(
+            f"Cannot convert {adapter.folder}: module {module.name} has LoRA of {kind}, and "
+            f"{stem}.weight of the base is not one. Train a plain LoRA."
+        )
+    try:
+        parts = layout(stem, header, module.n_out)
+    except LayoutError as error:
+        raise AdapterMismatchError(
+            f"Cannot convert {adapter.folder} for {header.path}: module {module.name} has {error}. "
+            f"The adapter is for another base{_trained_on(adapter)}."
+        ) from error
+    return [(f"{block}{part.stem}.weight", part.rows) for part in parts]
+
+
+def _mapped(
+    adapter: PeftAdapter, module: PeftModule, header: GgufHeader, name_map: gguf.TensorNameMap
+) -> tuple[str, str]:
+    """Give the start and the stem of a module's tensor: "blk.0.", "attn_q"."""
+    for hf_name in _spellings(module.name):
+        # Some of gguf's maps leave out a head that is tied, and adapters of it fit nevertheless.
+        name = name_map.get_name(hf_name) or {"lm_head": "output"}.get(hf_name)
+        if name:
+            block, _, stem = name.rpartition(".")
+            return (f"{block}." if block else "", stem)
+    raise _unknown_module(adapter, module, header)
+
+
+def _spellings(name: str) -> list[str]:
+    """Give a module's name, and what it is called in a model of text alone."""
+    names = [name]
+    for prefix, replacement in _PREFIXES.items():
+        if name.startswith(prefix):
+            names.append(replacement + name.removeprefix(prefix))
     return names
 
 
-def _canonical(name: str, architecture: Architecture) -> str:
-    for prefix, replacement in (architecture.prefixes or {}).items():
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return name
+def _experts_refused(adapter: PeftAdapter, module: PeftModule) -> QafloraError:
+    return UnsupportedAdapterError(
+        f"Cannot convert {adapter.folder}: module {module.name} has LoRA of experts, which a GGUF "
+        "stacks into one tensor per layer; adapters of those have no weight per layer here. Train "
+        "only the attention's projections (and shared experts), or merge the adapter into its base."
+    )
 
 
-def _unknown_module(
-    adapter: PeftAdapter, module: PeftModule, hf_name: str, header: GgufHeader
-) -> Exception:
-    layer = re.match(r"model\.layers\.(\d{1,9})\.", hf_name)
-    if layer and int(layer[1]) >= header.n_layer:
+def _unknown_module(adapter: PeftAdapter, module: PeftModule, header: GgufHeader) -> QafloraError:
+    layer = _LAYER.search(f".{module.name}")
+    is_text = not re.search(r"(^|[._])(vision|visual|audio)", module.name)
+    if layer and is_text and int(layer[1]) >= header.n_layer:
         return AdapterMismatchError(
             f"Cannot convert {adapter.folder} for {header.path}: module {module.name} is in layer "
             f"{layer[1]}, and the base has layers 0 to {header.n_layer - 1}. "
@@ -158,36 +190,40 @@ def _trained_on(adapter: PeftAdapter) -> str:
     return f" (adapter_config.json says {name[:200]!r})" if name else ""
 
 
-def _permuted_heads(base_name: str, header: GgufHeader) -> int | None:
-    kind = base_name.split(".")[-2]
-    return {"attn_q": header.n_head, "attn_k": header.n_head_kv}.get(kind)
-
-
 def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader) -> None:
     source = module.source
     expected_name = module.base_name
     if expected_name == "output.weight" and expected_name not in header.tensors:
         expected_name = "token_embd.weight"  # a tied head
     info = header.tensors.get(expected_name)
-    shape = (source.n_in, source.n_out) if source.is_embedding else (source.n_out, source.n_in)
+    shape = (source.n_in, module.n_out) if source.is_embedding else (module.n_out, source.n_in)
     if info is None:
-        raise AdapterMismatchError(
-            f"Cannot convert {adapter.folder} for {header.path}: module {source.name} needs tensor "
-            f"{expected_name}, which the base lacks. "
-            f"The adapter is for another base{_trained_on(adapter)}."
-        )
+        raise _missing_tensor(adapter, module, header)
+    if len(info.shape) == 3:
+        raise _experts_refused(adapter, source)
     if info.shape != shape:
         raise AdapterMismatchError(
             f"Cannot convert {adapter.folder} for {header.path}: module {source.name} is for a "
             f"weight of shape {list(shape)}, and {expected_name} of the base is "
             f"{list(info.shape)}. The adapter is for another base{_trained_on(adapter)}."
         )
-    if module.n_head is not None and source.n_out % (2 * module.n_head):
-        raise AdapterMismatchError(
-            f"Cannot convert {adapter.folder} for {header.path}: {expected_name} has "
-            f"{source.n_out} rows, which {module.n_head} heads cannot share in pairs. "
-            "The base's head count is wrong; fetch or convert the base again."
+
+
+def _missing_tensor(
+    adapter: PeftAdapter, module: PlannedModule, header: GgufHeader
+) -> QafloraError:
+    fused = re.sub(r"\.attn_[qkv]\.", ".attn_qkv.", module.base_name)
+    if fused != module.base_name and fused in header.tensors:
+        return UnsupportedAdapterError(
+            f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} needs "
+            f"tensor {module.base_name}, and the base holds q, k and v as one, {fused}. Use a base "
+            "that was converted without --fuse-qkv."
         )
+    return AdapterMismatchError(
+        f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} needs "
+        f"tensor {module.base_name}, which the base lacks. "
+        f"The adapter is for another base{_trained_on(adapter)}."
+    )
 
 
 def _natural_key(base_name: str) -> tuple[int, str]:

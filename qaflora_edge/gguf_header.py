@@ -54,6 +54,10 @@ class GgufHeader:
         return self._count("attention.head_count_kv")
 
     @property
+    def n_rotary(self) -> int:
+        return self._count("rope.dimension_count")
+
+    @property
     def n_vocab(self) -> int:
         info = self.tensors.get("token_embd.weight")
         if info is None or len(info.shape) != 2:

@@ -12,6 +12,7 @@ import tiny
 from numpy.typing import NDArray
 
 from qaflora_edge.adapter_gguf import check_adapter, read_adapter_gguf
+from qaflora_edge.architectures import ARCHITECTURES
 from qaflora_edge.convert import convert_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,
@@ -283,9 +284,9 @@ def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) 
     writer.write_kv_data_to_file()
     writer.close()
     assert refusal(UnsupportedAdapterError, folder, other) == (
-        f"Cannot convert an adapter for {other}: its architecture is 'mamba'; supported are llama, "
-        "qwen2, gemma3. Convert it with llama.cpp's convert_lora_to_gguf.py and use the adapter "
-        "GGUF."
+        f"Cannot convert an adapter for {other}: how its architecture 'mamba' lays out its "
+        f"weights was not reviewed; expected one of {', '.join(ARCHITECTURES)}. Convert it with "
+        "llama.cpp's convert_lora_to_gguf.py and use the adapter GGUF."
     )
 
 
