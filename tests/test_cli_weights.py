@@ -1,8 +1,9 @@
 """qaflora weights: table, JSON, pictures"""
 
+import csv
 import importlib.util
+import io
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,112 @@ def test_colour_can_be_forced_into_a_pipe(
     assert "\x1b" not in weights(made, PROMPT).stdout
 
 
+LINES = "the thing on a ring\n\n   \nin the ring: a 'thing', \"the\"\r\n=1+1\n"
+TEXTS = ["the thing on a ring", "in the ring: a 'thing', \"the\"", "=1+1"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_bytes(LINES.encode())
+    return path
+
+
+def without_time(shown: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in shown.items() if key != "probe_ms"}
+
+
+def test_prompts_print_the_contracts_object_a_line_each(made: TinyBundle, prompts: Path) -> None:
+    result = weights(made, "--prompts", prompts, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    shown = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [item.pop("prompt") for item in shown] == TEXTS
+    alone = [json.loads(weights(made, text, "--json").stdout) for text in TEXTS]
+    assert [without_time(item) for item in shown] == [without_time(item) for item in alone]
+    piped = weights(made, "--prompts", "-", "--json", stdin=LINES)
+    assert [json.loads(line)["weights"] for line in piped.stdout.splitlines()] == [
+        item["weights"] for item in alone
+    ]
+
+
+def test_prompts_can_have_names(made: TinyBundle, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "a\\nb", "name": "two lines"}\n\n{"prompt": "the\u2028thing"}\n', "utf-8"
+    )
+    shown = [
+        json.loads(line) for line in weights(made, "--prompts", path, "--json").stdout.splitlines()
+    ]
+    assert [(item["prompt"], item.get("name")) for item in shown] == [
+        ("a\nb", "two lines"),
+        ("the\u2028thing", None),
+    ]
+    rows = list(csv.DictReader(io.StringIO(weights(made, "--prompts", path, "--csv").stdout)))
+    assert {row["prompt"] for row in rows} == {"two lines", "the\u2028thing"}
+
+
+def test_csv_is_the_long_form_of_json(made: TinyBundle, prompts: Path) -> None:
+    result = weights(made, "--prompts", prompts, "--csv")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("prompt,layer,adapter,weight,divergence\n")
+    shown = weights(made, "--prompts", prompts, "--json").stdout.splitlines()
+    by_prompt = {item["prompt"]: item for item in map(json.loads, shown)}
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert len(rows) == 3 * 3 * 2
+    for row in rows:
+        item = by_prompt[row["prompt"]]
+        index, layer = item["adapters"].index(row["adapter"]), int(row["layer"])
+        for key, name in (("weight", "weights"), ("divergence", "divergence")):
+            assert np.float32(row[key]) == np.float32(item[name][index][layer])
+
+
+def test_csv_is_utf8_and_empty_where_nothing_was_measured(made: TinyBundle) -> None:
+    result = weights(made, "¿qué?", "--csv", "--strategy", "static")
+    assert result.stdout_bytes.decode("utf-8").splitlines()[1] == "¿qué?,0,math,0.5,"
+
+
+def test_prompts_are_compared_side_by_side(
+    made: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = weights(made, "--prompts", prompts).stdout
+    (titles,) = [line for line in shown.splitlines() if "1 the thing" in line]
+    assert "2 in the ring" in titles
+    assert "3 =1+1" in titles
+    assert len([line for line in shown.splitlines() if line.startswith("math  ")]) == 1
+
+
+def test_prompts_are_drawn_a_panel_each(made: TinyBundle, prompts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights.html"
+    assert weights(made, "--prompts", prompts, "--plot", path).exit_code == 0
+    assert path.read_text("utf-8").count("<section>") == 3
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
+    made: TinyBundle, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("short\n" + "long " * 200 + "\n")
+    result = weights(made, "--prompts", path, "--json", "--ctx", 64)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: {path}, line 2: The prompt has ")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        (PROMPT, "--prompts", "prompts.txt"),
+        (PROMPT, "--json", "--csv"),
+        (PROMPT, "--plot", "weights.pdf"),
+    ],
+)
+def test_wrong_usage_is_2(made: TinyBundle, args: tuple[str, ...]) -> None:
+    result = weights(made, *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage: " in result.stderr
+
+
 FUSION = FusionWeights(("math", "es"), np.array([[0, 0.5, 1], [1, 0.5, -1]], np.float32))
 
 
@@ -119,38 +226,36 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[" not in strips(FUSION, "utf-8")[0]
 
 
-def test_plot_svg(made: TinyBundle, tmp_path: Path) -> None:
-    path = tmp_path / "weights.svg"
+@pytest.mark.parametrize("suffix", ["svg", "html", "PNG"])
+def test_plot_is_written_beside_the_other_outputs(
+    suffix: str, made: TinyBundle, tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights.{suffix}"
     result = weights(made, PROMPT, "--plot", path, "--json")
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)["adapters"] == ["math", "es"]
-    root = ElementTree.parse(path).getroot()
-    titles = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
-    assert len(titles) == 2 * 3
+    assert (result.exit_code, result.stderr) == (0, "")
     shown = json.loads(result.stdout)["weights"]
-    assert titles[0] == f"math, layer 0: {shown[0][0]:.3f}"
-
-
-def test_plot_html_stands_alone(made: TinyBundle, tmp_path: Path) -> None:
-    path = tmp_path / "weights.html"
-    assert weights(made, PROMPT, "--plot", path).exit_code == 0
-    text = path.read_text(encoding="utf-8")
-    assert text.count("<td>") == 2 * 4
-    assert "<svg" in text
-    assert "src=" not in text
-    assert "href=" not in text
-
-
-def test_plot_png(made: TinyBundle, tmp_path: Path) -> None:
-    path = tmp_path / "weights.png"
-    result = weights(made, PROMPT, "--plot", path)
-    if importlib.util.find_spec("matplotlib") is not None:
+    if suffix == "PNG":
         assert path.read_bytes().startswith(b"\x89PNG")
-        return
+    else:
+        text = path.read_text(encoding="utf-8")
+        assert text.count('class="cell"') == 2 * 3
+        assert f"math, layer 0\nweight {shown[0][0]:.3f}\n" in text
+
+
+def test_missing_matplotlib_is_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    path = tmp_path / "weights.png"
+    args = ["weights", str(tmp_path / "no-such-bundle"), PROMPT, "--plot", str(path)]
+    result = CliRunner().invoke(main, args)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         f"Error: Cannot write {path}: PNG needs matplotlib, which is not installed. Install it "
-        "with `pip install qaflora-edge[plot]`, or name a file that ends in .svg or .html.\n"
+        "with `pip install 'qaflora-edge[plot]'`, or name a file that ends in .svg or .html.\n"
     )
     assert not path.exists()
 

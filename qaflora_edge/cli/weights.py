@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,8 +21,16 @@ from qaflora_edge.cli.options import (
     read_prompt,
     shared_options,
 )
+from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.prompts import Prompt, read_prompts
+from qaflora_edge.errors import PromptError
+
+if TYPE_CHECKING:
+    from qaflora_edge.engine import Engine
+    from qaflora_edge.fusion import FusionWeights
 
 PLOT_SUFFIXES = (".png", ".html", ".svg")
+CSV_HEAD = ("prompt", "layer", "adapter", "weight", "divergence")
 
 
 def _check_plot(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -31,47 +43,141 @@ def _check_plot(ctx: click.Context, param: click.Parameter, value: Path | None) 
     epilog=example(
         """
         qaflora weights models/demo "Cuatro cajas tienen 12 huevos cada una. ¿Cuántos hay?"
-        qaflora weights models/demo - --plot weights.svg < question.txt
+        qaflora weights models/demo --prompts prompts.txt --plot weights.html
+        qaflora weights models/demo - --csv < question.txt > weights.csv
         """
     )
 )
 @click.argument("bundle", metavar="DIR")
-@click.argument("prompt")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompts",
+    "prompts_path",
+    metavar="FILE",
+    help="Weigh each prompt of FILE instead of PROMPT: one a line, or in a .jsonl file one object "
+    'with "prompt" and perhaps "name" a line. `-` reads lines from stdin.',
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, with --prompts one a line."
+)
+@click.option(
+    "--csv", "as_csv", is_flag=True, help=f"Print CSV with the columns {', '.join(CSV_HEAD)}."
+)
 @click.option(
     "--plot",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     callback=_check_plot,
-    help="Draw the weights to FILE.png, FILE.html or FILE.svg.",
+    help="Draw the weights, a panel per prompt, to FILE.png (needs matplotlib), FILE.svg or a "
+    "FILE.html that stands alone.",
 )
 @shared_options
 def weights(
-    bundle: str, prompt: str, as_json: bool, plot: Path | None, options: SharedOptions
+    bundle: str,
+    prompt: str | None,
+    prompts_path: str | None,
+    as_json: bool,
+    as_csv: bool,
+    plot: Path | None,
+    options: SharedOptions,
 ) -> None:
     """Show what each adapter weighs for a prompt.
 
-    Prints the mean weight of each adapter and a strip with its weight at every layer. PROMPT `-`
-    reads stdin. Nothing is generated, so the sampling options have no effect here.
+    Prints a heatmap of adapters and layers, the mean weight of each adapter and the layers at which
+    it weighs most; several prompts are shown side by side where the terminal is wide enough. PROMPT
+    `-` reads stdin. Nothing is generated, so the sampling options have no effect here.
     """
-    text = read_prompt(prompt)
+    if (prompt is None) == (prompts_path is None):
+        raise click.UsageError("Give either PROMPT or --prompts FILE.")
+    if as_json and as_csv:
+        raise click.UsageError("Give --json or --csv, not both.")
+    if prompts_path is not None:
+        prompts = read_prompts(prompts_path)
+    else:
+        prompts = [Prompt(read_prompt(str(prompt)))]
     if plot is not None:
         from qaflora_edge.cli.plot import check_can_plot
 
-        check_can_plot(plot)
+        check_can_plot(plot, len(prompts))
+    weighed = []
+    if as_csv:
+        _print_csv([CSV_HEAD])
     with open_engine(bundle, options) as engine:
-        fusion = engine.weights(prompt_tokens(engine, text, options))
+        for asked, fusion in _weigh(engine, prompts, options):
+            weighed.append((asked, fusion))
+            if as_json:
+                facts = fusion.to_dict() if prompt is not None else _named_dict(asked, fusion)
+                click.echo(json.dumps(facts))
+            elif as_csv:
+                _print_csv(csv_rows(asked, fusion))
     if plot is not None:
         from qaflora_edge.cli.plot import write_plot
 
-        write_plot(plot, fusion)
-    if as_json:
-        click.echo(json.dumps(fusion.to_dict()))
-        return
-    from qaflora_edge.cli.heatmap import heatmap, terminal_colour
+        write_plot(plot, weighed)
+    if not as_json and not as_csv:
+        _print_heatmap(weighed)
 
-    width = shutil.get_terminal_size().columns
+
+def _weigh(
+    engine: Engine, prompts: Sequence[Prompt], options: SharedOptions
+) -> Iterator[tuple[Prompt, FusionWeights]]:
+    """Weigh every prompt, once all of them were found to fit."""
+    queries = [_query(engine, prompt, options) for prompt in prompts]
+    with progress_bars() as tell:
+        for done, (prompt, tokens) in enumerate(zip(prompts, queries, strict=True), 1):
+            fusion = engine.weights(tokens)
+            if tell is not None and len(prompts) > 1:
+                tell("Weighing", done, len(prompts))
+            yield prompt, fusion
+
+
+def _query(engine: Engine, prompt: Prompt, options: SharedOptions) -> list[int]:
+    """A prompt's token ids; a failure says which line of the file it was."""
+    try:
+        return prompt_tokens(engine, prompt.text, options)
+    except PromptError as error:
+        if prompt.where is None:
+            raise
+        raise PromptError(f"{prompt.where}: {error}") from error
+
+
+def _named_dict(prompt: Prompt, fusion: FusionWeights) -> dict[str, Any]:
+    """The contract's object, with the prompt in front."""
+    name = {} if prompt.name is None else {"name": prompt.name}
+    return {"prompt": prompt.text, **name, **fusion.to_dict()}
+
+
+def csv_rows(prompt: Prompt, fusion: FusionWeights) -> list[tuple[Any, ...]]:
+    """A row per layer and adapter; the divergence is empty where none was measured."""
+    n_layer = fusion.weights.shape[1]
+    return [
+        (
+            prompt.name or prompt.text,
+            layer,
+            name,
+            fusion.weights[index, layer],
+            "" if fusion.divergence is None else fusion.divergence[index, layer],
+        )
+        for layer in range(n_layer)
+        for index, name in enumerate(fusion.adapters)
+    ]
+
+
+def _print_csv(rows: Sequence[Sequence[Any]]) -> None:
+    """Write CSV in UTF-8, whatever a terminal's encoding is: it is for tools."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    click.echo(text.getvalue().encode("utf-8"), nl=False)
+
+
+def _print_heatmap(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> None:
+    from qaflora_edge.cli.heatmap import compare, heatmap, terminal_colour
+
+    width, encoding = shutil.get_terminal_size().columns, sys.stdout.encoding
     colour = terminal_colour(sys.stdout)
-    click.echo(
-        heatmap(fusion, width=width, encoding=sys.stdout.encoding, colour=colour), color=True
-    )
+    if len(weighed) == 1:
+        text = heatmap(weighed[0][1], width=width, encoding=encoding, colour=colour)
+    else:
+        labelled = [(prompt.label, fusion) for prompt, fusion in weighed]
+        text = compare(labelled, width=width, encoding=encoding, colour=colour)
+    click.echo(text, color=True)

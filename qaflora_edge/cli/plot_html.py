@@ -1,0 +1,153 @@
+"""Fusion weights as one HTML file that stands alone: no file, font or host beside it is asked.
+
+Pointing at a cell, tapping it or walking to it with the arrow keys shows weight and divergence;
+without scripts the cells' titles and the tables still say everything. The policy in the page's head
+lets nothing run but the one script below, whatever the prompts and names in it contain.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from qaflora_edge.cli.heatmap import scale_top
+from qaflora_edge.cli.plot_svg import (
+    clean,
+    crop,
+    facts,
+    legend,
+    min_weight,
+    panel,
+    panel_size,
+    unit,
+)
+from qaflora_edge.cli.show import layer_ranges, leading_layers
+
+if TYPE_CHECKING:
+    from qaflora_edge.cli.prompts import Prompt
+    from qaflora_edge.fusion import FusionWeights
+
+TITLE_CHARS, PROMPT_CHARS = 90, 400
+TITLE = "Weight of each adapter at each layer"
+INK = "var(--ink)"
+
+
+def html(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> str:
+    """The page: for each prompt a heatmap, a table of its adapters, and all numbers."""
+    fusions = [fusion for _, fusion in weighed]
+    top = scale_top(fusions)
+    script = _asset("weights.js")
+    style = f"{_asset('weights.css')}main {{ --panel: {panel_size(fusions[0])[0]}px; }}\n"
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    head = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        '<meta name="referrer" content="no-referrer">',
+        "<title>qaflora weights</title>",
+        f"<style>{style}</style>",
+        "</head>",
+        "<body>",
+        f"<header><h1>{TITLE}</h1>",
+        f"<p>{clean(facts(fusions))}. Point at a cell, tap it, or use the arrow keys.</p>",
+        '<svg class="legend" width="440" height="16" viewBox="0 0 440 16" role="img" '
+        f'aria-label="Scale: weight 0 to {top:g}">',
+        *legend(top, min_weight(fusions), ink=INK),
+        "</svg></header>",
+        "<main>",
+    ]
+    body = [
+        line
+        for number, (prompt, fusion) in enumerate(weighed, 1)
+        for line in _section(number, prompt, fusion, top)
+    ]
+    tail = [
+        "</main>",
+        '<div id="tip" role="status" aria-live="polite" hidden></div>',
+        f"<script>{script}</script>",
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join([*head, *body, *tail]) + "\n"
+
+
+def _asset(name: str) -> str:
+    text = (files("qaflora_edge.cli") / "assets" / name).read_text(encoding="utf-8")
+    return "\n" + text.replace("\r\n", "\n")
+
+
+def _hash(text: str) -> str:
+    """The source expression of a policy that allows exactly this text."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+def _section(number: int, prompt: Prompt, fusion: FusionWeights, top: float) -> list[str]:
+    width, height = panel_size(fusion)
+    title = crop(prompt.label, TITLE_CHARS)
+    lines = [
+        "<section>",
+        f'<h2 dir="auto">{number}. {clean(title)}</h2>',
+    ]
+    if title != " ".join(prompt.text.split()):
+        shown = f'<p class="prompt" dir="auto">{clean(prompt.text)}</p>'
+        if len(prompt.text) > PROMPT_CHARS:
+            shown = f"<details><summary>The whole prompt</summary>{shown}</details>"
+        lines.append(shown)
+    lines += [
+        '<div class="wide">',
+        f'<svg class="map" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'role="img" aria-label="Weights, a row per adapter and a column per layer">',
+        *panel(fusion, top, ink=INK, paper="var(--paper)"),
+        "</svg></div>",
+        *_adapter_table(fusion),
+        *_number_table(fusion),
+        "</section>",
+    ]
+    return lines
+
+
+def _adapter_table(fusion: FusionWeights) -> list[str]:
+    head = "<th>adapter</th><th>mean weight</th>"
+    if fusion.divergence is not None:
+        head += f"<th>mean divergence{f',{unit(fusion)}' if unit(fusion) else ''}</th>"
+    rows = []
+    for row, (name, layers) in enumerate(zip(fusion.adapters, leading_layers(fusion), strict=True)):
+        cells = f"<td>{float(fusion.weights[row].mean()):.3f}</td>"
+        if fusion.divergence is not None:
+            cells += f"<td>{float(fusion.divergence[row].mean()):.3g}</td>"
+        cells += f'<td class="layers">{layer_ranges(layers, "–")}</td>'
+        rows.append(f'<tr><th scope="row">{clean(name)}</th>{cells}</tr>')
+    head += '<th class="layers">weighs most at layers</th>'
+    return ['<div class="wide"><table>', f"<tr>{head}</tr>", *rows, "</table></div>"]
+
+
+def _number_table(fusion: FusionWeights) -> list[str]:
+    n_adapter, n_layer = fusion.weights.shape
+    n_column = 1 if fusion.divergence is None else 2
+    names = "".join(
+        f'<th scope="colgroup" colspan="{n_column}">{clean(name)}</th>' for name in fusion.adapters
+    )
+    kinds = "<th>weight</th>" + ("<th>divergence</th>" if n_column == 2 else "")
+    lines = [
+        '<details class="numbers"><summary>All numbers</summary><div class="wide"><table>',
+        f'<tr><th rowspan="2">layer</th>{names}</tr><tr>{kinds * n_adapter}</tr>',
+    ]
+    for layer in range(n_layer):
+        cells = ""
+        for row in range(n_adapter):
+            cells += f"<td>{float(fusion.weights[row, layer]):.4f}</td>"
+            if fusion.divergence is not None:
+                cells += f"<td>{float(fusion.divergence[row, layer]):.4g}</td>"
+        lines.append(f'<tr><th scope="row">{layer}</th>{cells}</tr>')
+    return [*lines, "</table></div></details>"]

@@ -1,0 +1,136 @@
+"""A file of prompts: a line each, or JSON lines that can name them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge.errors import InputFileError
+
+FILE_BYTES_MAX = 16 << 20
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+KEYS = ("prompt", "name")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, a name for it, and for messages the file and line that it is from."""
+
+    text: str
+    name: str | None = None
+    where: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, or else the text on one line."""
+        return self.name or " ".join(self.text.split())
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Read a file of prompts; `-` is stdin. Blank lines are skipped.
+
+    A file that ends in .jsonl or .ndjson holds one JSON object a line, with `prompt` and perhaps
+    `name`; any other holds one prompt a line. Raises InputFileError.
+    """
+    shown = "stdin" if path == "-" else path
+    text = _decode(_read(path, shown), shown)
+    is_json = Path(path).suffix.lower() in JSON_SUFFIXES
+    prompts = []
+    # Not splitlines: U+2028 and others may stand inside a prompt or a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{shown}, line {number}"
+            line = line.removesuffix("\r")
+            prompts.append(_parse(line, where) if is_json else Prompt(line, where=where))
+    if not prompts:
+        raise InputFileError(
+            f"Cannot use the prompts in {shown}: it has no line that is not blank, expected one "
+            "prompt a line. Write a prompt into it."
+        )
+    return prompts
+
+
+def _read(path: str, shown: str) -> bytes:
+    try:
+        if path == "-":
+            data = sys.stdin.buffer.read(FILE_BYTES_MAX + 1)
+        else:
+            with open(path, "rb") as file:
+                data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read {shown}: {error.strerror or error}. Check that the file exists and that "
+            "you may read it."
+        ) from error
+    if len(data) > FILE_BYTES_MAX:
+        raise InputFileError(
+            f"Cannot read {shown}: it is larger than {FILE_BYTES_MAX >> 20} MiB, the most that is "
+            "read as text. Split it, or check that it is the right file."
+        )
+    return data
+
+
+def _decode(data: bytes, shown: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputFileError(
+            f"Cannot read {shown}: it is not UTF-8 ({error.reason} at byte {error.start}), "
+            "expected text in UTF-8. Convert it, for example with iconv."
+        ) from error
+
+
+def read_text(path: str) -> str:
+    """Read a file of UTF-8 text; a byte order mark is dropped. Raises InputFileError."""
+    return _decode(_read(path, path), path)
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputFileError(
+            f"Cannot read {where}: it is no JSON ({error}), expected an object such as "
+            '{"prompt": "...", "name": "..."}. Correct the line.'
+        ) from error
+    if not isinstance(found, dict):
+        raise _wrong(where, "the line", f"a JSON {_kind(found)}", "an object")
+    for key in found:
+        if key not in KEYS:
+            raise _wrong(where, f"the key {key!r}", "there", 'only "prompt" and "name"')
+    for key in KEYS:
+        value = found.get(key)
+        if key == "name" and value is None:
+            continue
+        if not isinstance(value, str) or not value.strip():
+            raise _wrong(where, f'"{key}"', _kind(value), "a text that is not empty")
+        if not _is_unicode(value):
+            raise _wrong(where, f'"{key}"', "half of a surrogate pair", "Unicode text")
+    return Prompt(found["prompt"], found.get("name"), where)
+
+
+def _wrong(where: str, what: str, found: str, expected: str) -> InputFileError:
+    return InputFileError(
+        f"Cannot read {where}: {what} is {found}, expected {expected}. Correct the line."
+    )
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if isinstance(value, str):
+        return "an empty text"
+    return {bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}[
+        type(value)
+    ]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

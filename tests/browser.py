@@ -1,0 +1,129 @@
+"""A headless Chromium, driven over WebDriver with the standard library alone."""
+
+import base64
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run "
+    "--disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage"
+)
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver's name for a reference
+
+
+def missing() -> str:
+    """Why there is no browser to test with; empty when there is one."""
+    if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+        return "chromium is not installed"
+    return "" if shutil.which("chromedriver") else "chromedriver is not installed"
+
+
+class Browser:
+    """One window. Every call waits for the page to have done it."""
+
+    def __init__(self, address: str, profile: Path, *, is_dark: bool) -> None:
+        binary = shutil.which("chromium") or shutil.which("chromium-browser")
+        scheme = f"--blink-settings=preferredColorScheme={0 if is_dark else 1}"
+        options = {
+            "binary": binary,
+            "args": [*FLAGS.split(), f"--user-data-dir={profile}", scheme],
+        }
+        wanted = {
+            "alwaysMatch": {
+                "goog:chromeOptions": options,
+                "goog:loggingPrefs": {"browser": "ALL"},
+            }
+        }
+        self._address = address
+        value = self._send("POST", "/session", {"capabilities": wanted})
+        self._session = f"/session/{value['sessionId']}"
+
+    def _send(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._address + path, data=data, method=method)
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RuntimeError(json.load(error)["value"]["message"]) from error
+
+    def send(self, method: str, path: str, body: Any = None) -> Any:
+        return self._send(method, self._session + path, body)
+
+    def open(self, page: Path, width: int = 1000, height: int = 800) -> None:
+        self.send("POST", "/window/rect", {"width": width, "height": height})
+        self.send("POST", "/url", {"url": page.as_uri()})
+
+    def run(self, script: str, *args: Any) -> Any:
+        return self.send("POST", "/execute/sync", {"script": script, "args": args})
+
+    def find(self, selector: str) -> dict[str, str]:
+        found: dict[str, str] = self.send(
+            "POST", "/element", {"using": "css selector", "value": selector}
+        )
+        return found
+
+    def point(self, selector: str, kind: str = "mouse", *, press: bool = False) -> None:
+        """Move a mouse or a finger to the middle of an element, and press if asked to."""
+        steps: list[dict[str, Any]] = [
+            {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": self.find(selector)}
+        ]
+        if press:
+            steps += [
+                {"type": "pointerDown", "button": 0},
+                {"type": "pause", "duration": 20},
+                {"type": "pointerUp", "button": 0},
+            ]
+        pointer = {"type": "pointer", "id": kind, "parameters": {"pointerType": kind}}
+        self.send("POST", "/actions", {"actions": [{**pointer, "actions": steps}]})
+
+    def press(self, *keys: str) -> None:
+        """Press keys one after the other: letters, or WebDriver's code points for others."""
+        steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.send(
+            "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]}
+        )
+
+    def log(self) -> list[str]:
+        """What the console said since the last call, policy violations included."""
+        return [entry["message"] for entry in self.send("POST", "/se/log", {"type": "browser"})]
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.send("GET", "/screenshot")))
+
+    def close(self) -> None:
+        self.send("DELETE", "")
+
+
+@contextlib.contextmanager
+def browser(place: Path, *, is_dark: bool = False) -> Iterator[Browser]:
+    """Start chromedriver on a free port, and a browser with a new profile below `place`."""
+    driver = subprocess.Popen(
+        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert driver.stdout is not None
+    try:
+        for line in driver.stdout:
+            if found := re.search(r"successfully on port (\d+)", line):
+                break
+        else:
+            raise RuntimeError("chromedriver named no port")
+        window = Browser(f"http://127.0.0.1:{found[1]}", place / "profile", is_dark=is_dark)
+        try:
+            yield window
+        finally:
+            window.close()
+    finally:
+        driver.terminate()
+        driver.wait(timeout=20)
+        driver.stdout.close()

@@ -1,0 +1,82 @@
+"""Files of prompts: lines, JSON lines, and what is wrong with a file or a line of it."""
+
+from pathlib import Path
+
+import pytest
+
+from qaflora_edge.cli import prompts
+from qaflora_edge.cli.prompts import Prompt, read_prompts
+from qaflora_edge.errors import InputFileError
+
+
+def message(path: Path | str) -> str:
+    with pytest.raises(InputFileError) as caught:
+        read_prompts(str(path))
+    return str(caught.value)
+
+
+def test_lines(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffone  two\r\n\n  \n¿qué? \u2028 still\n".encode())
+    assert read_prompts(str(path)) == [
+        Prompt("one  two", None, f"{path}, line 1"),
+        Prompt("¿qué? \u2028 still", None, f"{path}, line 4"),
+    ]
+    assert read_prompts(str(path))[0].label == "one two"
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "p.JSONL"
+    path.write_text('{"prompt": "a\\nb", "name": "n"}\n{"name": null, "prompt": "c"}')
+    assert read_prompts(str(path)) == [
+        Prompt("a\nb", "n", f"{path}, line 1"),
+        Prompt("c", None, f"{path}, line 2"),
+    ]
+    assert [prompt.label for prompt in read_prompts(str(path))] == ["n", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('["a"]', "the line is a JSON list, expected an object"),
+        ("3", "the line is a JSON number, expected an object"),
+        ("{}", '"prompt" is missing, expected a text that is not empty'),
+        ('{"prompt": 7}', '"prompt" is number, expected a text that is not empty'),
+        ('{"prompt": " "}', '"prompt" is an empty text, expected a text that is not empty'),
+        ('{"prompt": "a", "name": ""}', '"name" is an empty text, expected a text that is not e'),
+        ('{"prompt": "a", "nmae": "b"}', "the key 'nmae' is there, expected only \"prompt\" and"),
+        ('{"prompt": "\\ud800"}', '"prompt" is half of a surrogate pair, expected Unicode text'),
+        ('{"prompt": "a"', "it is no JSON (Expecting ',' delimiter: line 1 column 15 (char 14))"),
+        ("[" * 200_000, "it is no JSON (maximum recursion depth exceeded"),
+    ],
+)
+def test_bad_lines_are_named(line: str, wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line + "\n")
+    shown = message(path)
+    assert shown.startswith(f"Cannot read {path}, line 2: {wrong}")
+    assert shown.endswith("Correct the line.")
+
+
+def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.txt"
+    assert message(path) == (
+        f"Cannot read {path}: No such file or directory. Check that the file exists and that you "
+        "may read it."
+    )
+    path.write_bytes(b"\n \r\n")
+    assert message(path) == (
+        f"Cannot use the prompts in {path}: it has no line that is not blank, expected one prompt "
+        "a line. Write a prompt into it."
+    )
+    path.write_bytes(b"ab\xff")
+    assert message(path) == (
+        f"Cannot read {path}: it is not UTF-8 (invalid start byte at byte 2), expected text in "
+        "UTF-8. Convert it, for example with iconv."
+    )
+    monkeypatch.setattr(prompts, "FILE_BYTES_MAX", 1 << 20)
+    path.write_bytes(b"a" * ((1 << 20) + 1))
+    assert message(path) == (
+        f"Cannot read {path}: it is larger than 1 MiB, the most that is read as text. Split it, "
+        "or check that it is the right file."
+    )
