@@ -28,6 +28,7 @@ from qaflora_edge.checksums import FileState, check_file
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import open_input, safe_join
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.hub_cache import link_roots
 from qaflora_edge.references import pulled_base
 
 __all__ = ["Bundle", "describe", "find_base", "load_bundle", "verify_bundle"]
@@ -83,7 +84,7 @@ def read_bundle_text(folder: Path) -> BundleText:
             f"Cannot open the bundle {folder}: {found}, expected a folder with {BUNDLE_FILE}. "
             "Give the folder of a bundle, or make one with `qaflora bundle create`."
         )
-    path = safe_join(folder, BUNDLE_FILE)
+    path = safe_join(folder, BUNDLE_FILE, link_roots(folder))
     if not path.is_file():
         raise BundleError(
             f"Cannot open the bundle {folder}: there is no file {BUNDLE_FILE} in it. "
@@ -196,7 +197,7 @@ def _how_to_get(folder: Path, base: BaseRecord) -> str:
 
 
 def _adapter_path(folder: Path, adapter: AdapterRecord) -> Path:
-    path = safe_join(folder, adapter.file)
+    path = safe_join(folder, adapter.file, link_roots(folder))
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise BundleError(

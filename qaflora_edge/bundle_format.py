@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from qaflora_edge import fusion as fuse
 from qaflora_edge.errors import BundleError, RegistryError, StrategyError, WeightsError
-from qaflora_edge.hub import parse_hub_ref
+from qaflora_edge.files import unsafe_reason
+from qaflora_edge.hub_ref import parse_hub_ref
 from qaflora_edge.json_text import read_json_object
 
 FORMAT = "qaflora-bundle/1"
@@ -61,6 +62,7 @@ class AdapterRecord:
     source: str
     license: str
     description: str
+    hub: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,14 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
         typical=_parse_typical(fusion, names, base.n_layer),
         raw=root.raw,
     )
+
+
+def packed_files(text: BundleText) -> tuple[str, ...]:
+    """The files that belong into a bundle's folder besides bundle.json, as it names them."""
+    files = dict.fromkeys(adapter.file for adapter in text.adapters)
+    if text.base.file is not None and unsafe_reason(text.base.file) is None:
+        files[text.base.file] = None
+    return tuple(files)
 
 
 def _parse_json(data: bytes, where: str) -> dict[str, Any]:
@@ -180,14 +190,9 @@ class _Fields:
 
 
 def _parse_base(base: _Fields) -> BaseRecord:
-    registry, hub = base.optional_text("registry"), base.optional_text("hub")
+    registry = base.optional_text("registry")
     if registry is not None and not NAME_PATTERN.fullmatch(registry):
         base.fail("registry", "a name of the registry (see `qaflora models`)")
-    if hub is not None:
-        try:
-            parse_hub_ref(hub)
-        except RegistryError as error:  # the field is a fact of this file
-            base.fail("hub", f"a Hub reference ({error})")
     return BaseRecord(
         architecture=base.text("architecture"),
         n_layer=base.count("n_layer", MAX_LAYERS),
@@ -197,8 +202,18 @@ def _parse_base(base: _Fields) -> BaseRecord:
         size_bytes=base.count("size_bytes"),
         file=base.optional_text("file"),
         registry=registry,
-        hub=hub,
+        hub=_parse_hub(base),
     )
+
+
+def _parse_hub(fields: _Fields) -> str | None:
+    hub = fields.optional_text("hub")
+    if hub is not None:
+        try:
+            parse_hub_ref(hub)
+        except RegistryError as error:  # the field is a fact of this file
+            fields.fail("hub", f"a Hub reference ({error})")
+    return hub
 
 
 def _parse_adapters(root: _Fields) -> tuple[AdapterRecord, ...]:
@@ -235,6 +250,7 @@ def _parse_adapter(fields: _Fields) -> AdapterRecord:
         source=fields.text("source", default=""),
         license=fields.text("license", default=""),
         description=fields.text("description", default=""),
+        hub=_parse_hub(fields),
     )
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qaflora_edge.errors import DownloadError
 from qaflora_edge.files import HASH_CHUNK_BYTES
+from qaflora_edge.hub_client import hub_errors, hub_progress
 
 Report = Callable[[int], None]
 
@@ -231,46 +231,6 @@ def _fetch_hub_file(source: HubSource, folder: Path, size_bytes: int, report: Re
             tqdm_class=hub_progress(report),
         )
     return Path(path)
-
-
-@contextlib.contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into a DownloadError."""
-    try:
-        yield
-    # The client passes on errors of its network library, whose classes changed with its versions.
-    except Exception as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise DownloadError(
-            f"the Hub did not give {what} ({type(error).__name__}: {first_line})"
-        ) from error
-
-
-def hub_progress(report: Report) -> type[Any]:
-    """Make a silent progress bar for the Hub's client that reports the bytes so far."""
-    from tqdm import tqdm
-
-    done_bytes = 0
-
-    class SilentBar(tqdm):  # type: ignore[type-arg, misc, unused-ignore]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
-            is_bytes = options.get("unit") == "B"
-            super().__init__(*args, **{**options, "disable": True})
-            self.is_bytes = is_bytes
-            self.count(options.get("initial") or 0)
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self.count(n or 0)
-            return None
-
-        def count(self, n_bytes: float) -> None:
-            nonlocal done_bytes
-            if self.is_bytes:
-                done_bytes += int(n_bytes)
-                report(done_bytes)
-
-    return SilentBar
 
 
 def _read_chunks(path: Path) -> Iterator[bytes]:

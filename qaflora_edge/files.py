@@ -7,7 +7,7 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
@@ -155,18 +155,23 @@ def cache_dir() -> Path:
     return root / "qaflora-edge"
 
 
-def safe_join(folder: str | os.PathLike[str], relative: str) -> Path:
+def safe_join(
+    folder: str | os.PathLike[str], relative: str, link_roots: Sequence[Path] = ()
+) -> Path:
     """Join a path written in a bundle to the bundle's folder.
+
+    link_roots  other folders that a link may lead to
 
     The file need not exist. Raises BundleError when the path is absolute, climbs with `..`, leads
     out through a link, or names something that is neither a file nor a folder.
     """
-    reason = _unsafe_reason(relative)
+    reason = unsafe_reason(relative)
     if reason:
         raise _unsafe(folder, relative, reason)
     joined = Path(folder) / relative
     # Unlike Path.resolve, realpath raises nothing for a loop of links; stat below reports it.
-    if not Path(os.path.realpath(joined)).is_relative_to(os.path.realpath(folder)):
+    real = Path(os.path.realpath(joined))
+    if not any(real.is_relative_to(os.path.realpath(root)) for root in (folder, *link_roots)):
         raise _unsafe(folder, relative, "a link in it leads out of the bundle")
     try:
         mode = joined.stat().st_mode
@@ -179,7 +184,8 @@ def safe_join(folder: str | os.PathLike[str], relative: str) -> Path:
     return joined
 
 
-def _unsafe_reason(relative: str) -> str | None:
+def unsafe_reason(relative: str) -> str | None:
+    """Say why a path written in a bundle could lead out of it; None when it cannot by itself."""
     windows = PureWindowsPath(relative)  # a bundle made here may be opened there
     if not relative.strip():
         return "it is empty"

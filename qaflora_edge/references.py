@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from qaflora_edge import hub, registry
+from qaflora_edge import hub, hub_cache, registry
+from qaflora_edge.bundle_format import BUNDLE_FILE, BaseRecord
+from qaflora_edge.checksums import check_file
+from qaflora_edge.errors import BundleError
 
 
 def pulled_model(name: str) -> Path | None:
@@ -23,5 +27,35 @@ def pulled_base(registry_name: str | None, hub_ref: str | None) -> Path | None:
     """Where `qaflora pull` has put a base, else None."""
     path = pulled_model(registry_name) if registry_name else None
     if path is None and hub_ref:
-        path = hub.pulled_path(hub_ref)
+        path = hub_cache.pulled_path(hub_ref)
+    return path
+
+
+def fetch_base(
+    folder: Path, base: BaseRecord, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Fetch the base of the bundle in a folder from where bundle.json says.
+
+    Raises BundleError when it says only a file, ChecksumError when what came is another file,
+    DownloadError when it does not come.
+    """
+    where = folder / BUNDLE_FILE
+    if base.registry in registry.load_registry():
+        path = registry.fetch_model(str(base.registry), progress=progress)
+    elif base.hub:
+        path = hub.fetch_hub(base.hub, progress=progress)
+    else:
+        raise BundleError(
+            f"Cannot fetch the base of {where}: it says neither base.registry nor base.hub; "
+            f"expected one of them. Put a file with the SHA-256 {base.sha256} there and name it "
+            "in base.file."
+        )
+    check_file(
+        path,
+        what="The base",
+        sha256=base.sha256,
+        size_bytes=base.size_bytes,
+        recorded_in=str(where),
+        advice="Ask the owner of the bundle for its base.",
+    )
     return path

@@ -1,9 +1,12 @@
 """Shared fixtures. Nothing here loads a library or fetches a file before a test asks for it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from hubs import FakeHub
 
 import qaflora_edge
 from qaflora_edge import registry
@@ -29,3 +32,41 @@ def smollm2() -> Path:
 def checkout() -> Path:
     """The source checkout that these tests lie in."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A stand-in of the Hub on this machine, empty."""
+    with FakeHub() as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def hub_cache(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Let this process use that Hub, with no token and an empty cache, which is given.
+
+    The Hub's library reads the environment once, when it is imported; so what it read is replaced.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf"
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    yield home / "hub"
+    huggingface_hub.close_session()

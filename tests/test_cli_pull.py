@@ -1,14 +1,20 @@
 """qaflora pull and qaflora models, off the network"""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from bundles import snapshot
+from bundles import make_bundle, snapshot
 from click.testing import CliRunner, Result
+from hubs import FakeHub
 
 from qaflora_edge import registry
+from qaflora_edge.bundle import load_bundle
 from qaflora_edge.cli import main
+from qaflora_edge.errors import BundleError
+
+ADAPTERS = ("adapters/math.gguf", "adapters/es.gguf")
 
 
 @pytest.fixture(autouse=True)
@@ -17,8 +23,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def qaflora(*args: str) -> Result:
-    return CliRunner().invoke(main, list(args))
+def qaflora(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 def place(name: str) -> Path:
@@ -63,9 +69,82 @@ def test_pull_of_no_reference_fails(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == {}
 
 
-def test_pull_of_a_pulled_hub_file_prints_its_place(cache: Path) -> None:
-    path = cache / "hub-files" / "owner--name" / "base.gguf"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"x")
-    result = qaflora("pull", "owner/name/base.gguf")
-    assert (result.exit_code, result.stdout) == (0, f"{path}\n")
+def test_pull_from_the_hub(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    commit = hub.put("owner/name", {"base.gguf": b"GGUF base"})
+    path = hub_cache / "models--owner--name" / "snapshots" / commit / "base.gguf"
+    for _ in range(2):
+        result = qaflora("pull", "owner/name/base.gguf")
+        assert (result.exit_code, result.stdout, result.stderr) == (0, f"{path}\n", "")
+    result = qaflora("pull", f"owner/name@{commit}", "--to", tmp_path / "to")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'to' / 'base.gguf'}\n")
+    commit = hub.put("owner/name", {"base.gguf": b"GGUF newer"})
+    assert qaflora("pull", "owner/name/base.gguf").stdout == f"{path}\n"
+    result = qaflora("pull", "owner/name/base.gguf", "--update")
+    assert Path(result.stdout.strip()).read_bytes() == b"GGUF newer"
+
+
+def hub_bundle(server: FakeHub, place: Path, **base_fields: str) -> bytes:
+    """Put a bundle and its base on the Hub, as owner/bundle and owner/base; give the base."""
+    place.mkdir()
+    made = make_bundle(place)
+    base = made.base.path.read_bytes()
+    server.put("owner/base", {"base.gguf": base})
+    raw = json.loads((made.folder / "bundle.json").read_text())
+    del raw["base"]["file"]
+    raw["base"].update(base_fields)
+    adapters = {path: (made.folder / path).read_bytes() for path in ADAPTERS}
+    server.put("owner/bundle", {"bundle.json": json.dumps(raw).encode(), **adapters})
+    made.base.path.unlink()
+    return base
+
+
+def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    base = hub_bundle(hub, tmp_path / "made", hub="owner/base/base.gguf")
+    folder = Path(qaflora("pull", "owner/bundle").stdout.strip())
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert str(caught.value) == (
+        f"Cannot open the bundle {folder}: its base (llama, {len(base)} bytes) is not here. "
+        "Fetch it with `qaflora pull owner/base/base.gguf`."
+    )
+    result = qaflora("pull", "owner/bundle", "--with-base")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{folder}\n", "")
+    loaded = load_bundle(folder)
+    assert loaded.base_path.is_relative_to(hub_cache)
+    hub.requests.clear()
+    assert qaflora("pull", "owner/bundle", "--with-base").exit_code == 0
+    assert hub.requests == []
+    verified = qaflora("bundle", "verify", "owner/bundle")
+    assert verified.stdout == f"{folder}: the base and 2 adapters are the recorded ones.\n"
+
+
+def test_pull_with_a_base_that_is_another_file(
+    hub: FakeHub, hub_cache: Path, tmp_path: Path
+) -> None:
+    hub_bundle(hub, tmp_path / "made", hub="owner/base/base.gguf")
+    hub.put("owner/base", {"base.gguf": b"GGUF another"})
+    result = qaflora("pull", "owner/bundle", "--with-base")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Error: The base is not the file that was recorded:" in result.stderr
+    assert "Ask the owner of the bundle for its base." in result.stderr
+
+
+def test_pull_with_a_base_that_is_nowhere(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    base = hub_bundle(hub, tmp_path / "made")
+    result = qaflora("pull", "owner/bundle", "--with-base")
+    folder = Path(qaflora("pull", "owner/bundle").stdout.strip())
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"Error: Cannot fetch the base of {folder / 'bundle.json'}: it says neither base.registry "
+        "nor base.hub; expected one of them. Put a file with the SHA-256 "
+        f"{sha256(base).hexdigest()} there and name it in base.file.\n"
+    )
+
+
+def test_a_bundle_that_was_not_pulled_is_named_with_the_command() -> None:
+    result = qaflora("bundle", "show", "owner/bundle")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: Cannot open the bundle owner/bundle: there is no such folder, and it was not "
+        "pulled. Fetch it with `qaflora pull owner/bundle`, or give the folder of a bundle.\n"
+    )

@@ -1,127 +1,64 @@
-"""Bundles and files from a Hub: a small server on this machine speaks the Hub's protocol."""
+"""Bundles, adapters and files from a Hub: a small server on this machine speaks its protocol."""
 
 import json
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
+from bundles import TinyBundle, make_bundle
+from hubs import TOKEN, FakeHub
 
-from qaflora_edge.errors import RegistryError
-from qaflora_edge.hub import HubRef, parse_hub_ref, pulled_path
+from qaflora_edge.bundle import load_bundle, verify_bundle
+from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
+from qaflora_edge.hub import fetch_hub
+from qaflora_edge.hub_cache import pulled_path
+from qaflora_edge.hub_ref import HubRef, parse_hub_ref
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-BUNDLE = {
-    "bundle.json": b'{"format": "qaflora-bundle/1"}',
-    "adapters/math.gguf": b"GGUF" + bytes(5000),
-    "README.md": b"# A bundle",
-    "training/curve.png": b"not wanted",
-}
-
-
-class FakeHub(ThreadingHTTPServer):
-    """Repositories by name; `served` may differ from what is listed."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FakeHubHandler)
-        self.listed: dict[str, dict[str, bytes]] = {"owner/bundle": dict(BUNDLE)}
-        self.served: dict[str, bytes] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+PICTURE = "training/curve.png"
+REPO_DIR = "models--owner--bundle"
 
 
-class FakeHubHandler(BaseHTTPRequestHandler):
-    server: FakeHub
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/"):
-            self.send_listing("/".join(path.split("/")[3:5]))
-        elif "/resolve/" in path:
-            repo, _, rest = path[1:].partition("/resolve/")
-            self.send_file(repo, rest.partition("/")[2])
-        else:
-            self.answer(404, b"")
-
-    def send_listing(self, repo: str) -> None:
-        if repo not in self.server.listed:
-            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        siblings = []
-        for name, content in self.server.listed[repo].items():
-            sibling: dict[str, Any] = {"rfilename": name, "size": len(content)}
-            if name.endswith(".gguf"):
-                digest = sha256(content).hexdigest()
-                sibling["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 1}
-            siblings.append(sibling)
-        answer = {"id": repo, "sha": COMMIT, "siblings": siblings}
-        return self.answer(200, json.dumps(answer).encode())
-
-    def send_file(self, repo: str, name: str) -> None:
-        content = self.server.served.get(name, self.server.listed.get(repo, {}).get(name))
-        if content is None:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        tag = sha256(content).hexdigest()
-        return self.answer(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{tag}"'})
-
-    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def made(tmp_path: Path) -> TinyBundle:
+    (tmp_path / "made").mkdir()
+    return make_bundle(tmp_path / "made")
 
 
-def pull(hub_url: str, cache: Path, ref: str, to: Path | None = None) -> dict[str, Any]:
-    """Pull in a process of its own: the client reads HF_ENDPOINT once, when it is imported."""
-    script = textwrap.dedent("""
-        import json, sys
-        from qaflora_edge.errors import QafloraError
-        from qaflora_edge.hub import fetch_hub_bundle
-        seen = []
-        try:
-            path = fetch_hub_bundle(sys.argv[1], sys.argv[2] or None,
-                                    progress=lambda *numbers: seen.append(numbers))
-            print(json.dumps({"path": str(path), "seen": seen}))
-        except QafloraError as error:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-    """)
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub_url, "QAFLORA_CACHE": str(cache), "HF_HOME": str(cache / "hf")}
-    command = [sys.executable, "-c", script, ref, str(to or "")]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # no progress bar of the client
-    answer: dict[str, Any] = json.loads(result.stdout)
-    return answer
+@pytest.fixture
+def files(made: TinyBundle) -> dict[str, bytes]:
+    """What a repository of the bundle holds: the bundle, its card, and what is no part of it."""
+    found = folder_files(made.folder)
+    return found | {"README.md": b"# A bundle\n", PICTURE: b"not wanted", "old.gguf": b"GGUF old"}
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def downloads(hub: FakeHub) -> list[str]:
+    """The files whose content was asked for, with the range."""
+    return [
+        request.partition("/resolve/")[2].partition("/")[2]
+        for request in hub.requests
+        if request.startswith("GET") and "/resolve/" in request
+    ]
+
+
+# references
 
 
 @pytest.mark.parametrize(
@@ -133,131 +70,455 @@ def pull(hub_url: str, cache: Path, ref: str, to: Path | None = None) -> dict[st
         ("owner/name/sub/a b.gguf@refs/pr/1", HubRef("owner/name", "sub/a b.gguf", "refs/pr/1")),
     ],
 )
-def test_a_reference_is_read(text: str, expected: HubRef) -> None:
+def test_reference_forms(text: str, expected: HubRef) -> None:
     assert parse_hub_ref(text) == expected
-
-
-@pytest.mark.parametrize("text", ["name", "../name", "owner/..", "/a/b", "a/b/c", "a/b@", ""])
-def test_another_form_is_refused(text: str) -> None:
-    with pytest.raises(RegistryError, match=r"expected owner/name, owner/name/file\.gguf"):
-        parse_hub_ref(text)
-
-
-def test_a_bundle_is_pulled_once(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answer = pull(hub.url, tmp_path, "owner/bundle")
-    folder = Path(answer["path"])
-    assert folder == tmp_path / "hub" / "owner--bundle"
-    files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    assert files == {name: BUNDLE[name] for name in BUNDLE if not name.endswith(".png")}
-    total = sum(len(content) for content in files.values())
-    assert answer["seen"][-1] == [total, total]
-    done = [pair[0] for pair in answer["seen"]]
-    assert done == sorted(done)
-    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path))
-    assert pulled_path("owner/bundle") == folder
-    assert pulled_path("owner/other") is None
-    hub.listed.clear()
-    assert pull(hub.url, tmp_path, "owner/bundle")["path"] == str(folder)
-
-
-def test_a_single_gguf_joins_a_folder(hub: FakeHub, tmp_path: Path) -> None:
-    hub.listed["owner/models"] = {"q4/a.gguf": b"GGUF a", "q8/b.gguf": b"GGUF b"}
-    to = tmp_path / "here"
-    to.mkdir()
-    (to / "other").touch()
-    answer = pull(hub.url, tmp_path, "owner/models/q4/a.gguf", to)
-    assert answer["path"] == str(to / "a.gguf")
-    assert (to / "a.gguf").read_bytes() == b"GGUF a"
-
-
-def test_several_gguf_files_need_a_name(hub: FakeHub, tmp_path: Path) -> None:
-    hub.listed["owner/models"] = {"a.gguf": b"GGUF a", "b.gguf": b"GGUF b"}
-    assert pull(hub.url, tmp_path, "owner/models") == {
-        "error": "DownloadError",
-        "message": "Could not pull owner/models: expected bundle.json or exactly one .gguf file in "
-        "owner/models; it has 2 files, and its .gguf files are: a.gguf, b.gguf. A file is named as "
-        "owner/name/file.gguf. Check the name, the network, and for a private repository the "
-        "environment variable HF_TOKEN; then try again.",
-    }
-
-
-def test_a_folder_that_is_in_use_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    (tmp_path / "mine").touch()
-    answer = pull(hub.url, tmp_path, "owner/bundle", tmp_path)
-    assert answer["error"] == "OutputFileError"
-    assert "it exists already and is not an empty folder" in answer["message"]
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert str(expected) == text
 
 
 @pytest.mark.parametrize(
-    ("served", "problem"),
+    "text",
     [
-        (b"GGUF" + bytes(4999), "came with 5003 bytes, the Hub lists 5004."),
-        (b"GGUF" + bytes(4999) + b"x", "came with sha256 "),
+        *("name", "owner/name/folder", "../name", "owner/..", "owner/name@", "a/b/c\\d.gguf", ""),
+        *("a/b/../c.gguf", "a/b//c.gguf", "a/b@../../x", "a/b@/etc", "a/b@x/"),
     ],
 )
-def test_a_wrong_file_leaves_no_bundle(
-    hub: FakeHub, tmp_path: Path, served: bytes, problem: str
+def test_other_forms_are_refused(text: str) -> None:
+    with pytest.raises(RegistryError) as caught:
+        parse_hub_ref(text)
+    assert str(caught.value) == (
+        f"Cannot use {text!r} as a Hugging Face Hub reference; expected owner/name, "
+        "owner/name/file.gguf, or one of them with @revision. "
+        "See 'qaflora models' for names that need no owner."
+    )
+
+
+# the cache that is shared with other tools
+
+
+def test_a_bundle_is_used_where_the_hubs_cache_has_it(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes]
 ) -> None:
-    hub.served["adapters/math.gguf"] = served
-    answer = pull(hub.url, tmp_path, "owner/bundle")
-    assert answer["error"] == "DownloadError"
-    assert problem in answer["message"]
-    assert list((tmp_path / "hub").iterdir()) == []
+    commit = hub.put("owner/bundle", files)
+    seen: list[tuple[int, int]] = []
+    folder = fetch_hub("owner/bundle", progress=lambda *numbers: seen.append(numbers))
+    assert folder == hub_cache / REPO_DIR / "snapshots" / commit
+    wanted = {name: content for name, content in files.items() if name not in (PICTURE, "old.gguf")}
+    assert folder_files(folder) == wanted
+    assert set(load_bundle(folder).adapter_paths) == {"math", "es"}
+    total = sum(len(content) for content in wanted.values())
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_a_file_name_that_leads_out_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    hub.listed["owner/bundle"]["../../out.json"] = b"{}"
-    answer = pull(hub.url, tmp_path, "owner/bundle")
-    assert answer["error"] == "BundleError"
-    assert "it contains '..'" in answer["message"]
-    assert not list(tmp_path.rglob("out.json"))
+def test_other_tools_find_what_was_pulled_and_we_what_they_pulled(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes]
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    hub.put("owner/bundle", files)
+    folder = fetch_hub("owner/bundle")
+    found = hf_hub_download("owner/bundle", "adapters/es.gguf", local_files_only=True)
+    assert Path(found) == folder / "adapters/es.gguf"
+
+    hub.put("owner/theirs", files)
+    for name in ("bundle.json", "adapters/math.gguf"):
+        hf_hub_download("owner/theirs", name)
+    assert pulled_path("owner/theirs") is None  # one adapter is not here yet
+    hf_hub_download("owner/theirs", "adapters/es.gguf")
+    hub.requests.clear()
+    assert load_bundle(fetch_hub("owner/theirs")).adapter_paths
+    assert hub.requests == []
 
 
-def test_a_repository_that_does_not_exist_is_named(hub: FakeHub, tmp_path: Path) -> None:
-    answer = pull(hub.url, tmp_path, "owner/none")
-    assert answer["error"] == "DownloadError"
-    assert "Could not pull owner/none: the Hub did not give the list of files" in answer["message"]
+def test_what_is_here_is_not_asked_for_again_but_updated_on_request(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes]
+) -> None:
+    first = fetch_hub_at(hub, files, "first")
+    second_commit = hub.put("owner/bundle", {**files, "README.md": b"# Newer\n"})
+    hub.requests.clear()
+    assert fetch_hub("owner/bundle") == first
+    assert hub.requests == []
+    second = fetch_hub("owner/bundle", update=True)
+    assert second.name == second_commit
+    assert (second / "README.md").read_bytes() == b"# Newer\n"
+    assert downloads(hub) == ["README.md"]  # the other blobs are there
+    assert fetch_hub("owner/bundle") == second
+
+
+def fetch_hub_at(hub: FakeHub, files: dict[str, bytes], message: str) -> Path:
+    hub.put("owner/bundle", files, message=message)
+    return fetch_hub("owner/bundle")
+
+
+def test_a_revision_is_pinned(hub: FakeHub, hub_cache: Path, files: dict[str, bytes]) -> None:
+    old = hub.put("owner/bundle", {**files, "README.md": b"old"})
+    hub.repos["owner/bundle"].branches["v1"] = old
+    new = hub.put("owner/bundle", files)
+    assert fetch_hub("owner/bundle@v1").name == old
+    assert fetch_hub(f"owner/bundle@{old}").name == old
+    assert fetch_hub("owner/bundle").name == new
+    assert pulled_path("owner/bundle@v1") == fetch_hub(f"owner/bundle@{old}")
+
+
+def test_a_branch_that_moves_meanwhile_is_told(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qaflora_edge import hub as module
+
+    old = hub.put("owner/bundle", files)
+    original = module._fetch
+
+    def move(*args: Any) -> Path:
+        path = original(*args)
+        hub.put("owner/bundle", {**files, "README.md": b"new"})
+        return path
+
+    monkeypatch.setattr(module, "_fetch", move)
+    with pytest.raises(DownloadError) as caught:
+        fetch_hub("owner/bundle")
+    assert str(caught.value) == (
+        "Could not pull owner/bundle: main of owner/bundle moved while it was fetched, expected "
+        f"it at {old}. Pull again."
+    )
+    monkeypatch.undo()
+
+
+def test_links_of_a_snapshot_stay_in_the_hubs_cache(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put("owner/bundle", files)
+    folder = fetch_hub("owner/bundle")
+    secret = tmp_path / "secret.gguf"
+    secret.write_bytes(files["adapters/es.gguf"])
+    (folder / "adapters/es.gguf").unlink()
+    (folder / "adapters/es.gguf").symlink_to(secret)
+    with pytest.raises(BundleError, match="a link in it leads out of the bundle"):
+        load_bundle(folder)
+
+
+def test_a_folder_that_only_looks_like_the_hubs_cache_has_no_such_right(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put("owner/bundle", files)
+    folder = fetch_hub("owner/bundle")
+    load_bundle(folder)
+    (tmp_path / "unpacked").mkdir()
+    (hub_cache / REPO_DIR).rename(tmp_path / "unpacked" / REPO_DIR)
+    moved = tmp_path / "unpacked" / REPO_DIR / "snapshots" / folder.name
+    assert (moved / "adapters/es.gguf").is_file()
+    with pytest.raises(BundleError, match="a link in it leads out of the bundle"):
+        load_bundle(moved)
+
+
+# a folder of the user's
+
+
+def test_a_bundle_is_fetched_into_a_folder(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put("owner/bundle", files)
+    to = tmp_path / "here" / "mine"
+    assert fetch_hub("owner/bundle", to) == to
+    assert set(folder_files(to)) == set(files) - {PICTURE, "old.gguf"}
+    assert not any(path.is_symlink() for path in to.rglob("*"))
+    verify_bundle(to)
+    assert [path.name for path in to.parent.iterdir()] == ["mine"]
+
+
+def test_a_single_gguf_joins_a_folder(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    hub.put("owner/models", {"q4/a.gguf": b"GGUF a", "q8/b.gguf": b"GGUF b"})
+    to = tmp_path / "here"
+    to.mkdir()
+    (to / "other").touch()
+    assert fetch_hub("owner/models/q4/a.gguf", to) == to / "a.gguf"
+    assert folder_files(to) == {"a.gguf": b"GGUF a", "other": b""}
+    path = fetch_hub("owner/models/q8/b.gguf")
+    assert path.is_relative_to(hub_cache)
+    assert path.read_bytes() == b"GGUF b"
+
+
+def test_a_folder_that_is_in_use_is_refused(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    to = tmp_path / "taken"
+    to.mkdir()
+    (to / "mine").touch()
+    with pytest.raises(OutputFileError) as caught:
+        fetch_hub("owner/bundle", to)
+    assert str(caught.value) == (
+        f"Cannot pull owner/bundle to {to}: it exists already and is not an empty folder. "
+        "Name another folder with --to, or remove that one."
+    )
+    assert hub.requests == []
+
+
+# adapters
+
+
+def test_a_peft_adapter_is_a_folder(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
+    files = folder_files(made.peft) | {"README.md": b"# An adapter\n"}
+    hub.put("owner/math", files | {"optimizer.pt": b"x", "checkpoint-1/adapter_config.json": b""})
+    folder = fetch_hub("owner/math")
+    assert folder_files(folder) == files
+    assert pulled_path("owner/math") == folder
+    (folder / "adapter_model.safetensors").unlink()
+    assert pulled_path("owner/math") is None
+
+
+def test_a_sharded_adapter_needs_all_shards(hub: FakeHub, hub_cache: Path) -> None:
+    shards = {f"adapter_model-0000{n}-of-00002.safetensors": b"shard" for n in (1, 2)}
+    index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors.index.json": index, **shards}
+    hub.put("owner/math", files)
+    folder = fetch_hub("owner/math")
+    assert folder_files(folder) == files
+    (folder / next(iter(shards))).unlink()
+    assert pulled_path("owner/math") is None
+    assert fetch_hub("owner/math") == folder
+    assert folder_files(folder) == files
+
+
+def test_a_pickled_adapter_is_refused(hub: FakeHub, hub_cache: Path) -> None:
+    hub.put("owner/math", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
+    with pytest.raises(DownloadError) as caught:
+        fetch_hub("owner/math")
+    assert str(caught.value) == (
+        "Could not pull owner/math: expected adapter_model.safetensors beside adapter_config.json "
+        "in owner/math; there is none but adapter_model.bin, a pickle. "
+        "Ask its owner to save the adapter as safetensors."
+    )
+    assert downloads(hub) == []
+
+
+def test_several_gguf_files_need_a_name(hub: FakeHub, hub_cache: Path) -> None:
+    hub.put("owner/models", {"a.gguf": b"GGUF a", "b.gguf": b"GGUF b"})
+    with pytest.raises(DownloadError) as caught:
+        fetch_hub("owner/models")
+    assert str(caught.value) == (
+        "Could not pull owner/models: expected bundle.json, adapter_config.json or exactly one "
+        ".gguf file in owner/models; it has 2 files, and its .gguf files are: a.gguf, b.gguf. "
+        "Name one file as owner/name/file.gguf."
+    )
+
+
+# interrupted and wrong
+
+
+@pytest.mark.parametrize("to", [None, "mine"])
+def test_a_dropped_connection_goes_on_where_it_stopped(
+    hub: FakeHub,
+    hub_cache: Path,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to: str | None,
+) -> None:
+    from huggingface_hub import constants
+
+    # The library counts what came in pieces of this size; its own are larger than our files.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.put("owner/bundle", files)
+    hub.cut["adapters/es.gguf"] = [3000]
+    folder = fetch_hub("owner/bundle", to and tmp_path / to)
+    assert (folder / "adapters/es.gguf").read_bytes() == files["adapters/es.gguf"]
+    assert [name for name in downloads(hub) if "es.gguf" in name] == [
+        "adapters/es.gguf",
+        "adapters/es.gguf bytes=3000-",
+    ]
+
+
+@pytest.mark.parametrize("to", [None, "mine"])
+def test_another_attempt_goes_on_with_the_whole_files(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path, to: str | None
+) -> None:
+    target = to and tmp_path / to
+    hub.put("owner/bundle", files)
+    hub.served["adapters/es.gguf"] = files["adapters/es.gguf"][:-1] + b"?"
+    with pytest.raises(DownloadError) as caught:
+        fetch_hub("owner/bundle", target)
+    found, listed = (
+        sha256(content["adapters/es.gguf"]).hexdigest() for content in (hub.served, files)
+    )
+    assert str(caught.value) == (
+        f"Could not pull owner/bundle: adapters/es.gguf came with sha256 {found}, the Hub lists "
+        f"{listed}. It was thrown away; try again."
+    )
+    assert pulled_path("owner/bundle") is None
+    assert target is None or not target.exists()
+    hub.served.clear()
+    hub.requests.clear()
+    folder = fetch_hub("owner/bundle", target)
+    assert "adapters/es.gguf" in downloads(hub)
+    assert "adapters/math.gguf" not in downloads(hub)
+    verify_bundle(folder)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_wrong_small_file_is_refused(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes]
+) -> None:
+    hub.put("owner/bundle", files)
+    hub.served["bundle.json"] = files["bundle.json"].replace(b'"alpha": 8', b'"alpha": 9')
+    with pytest.raises(DownloadError, match=r"bundle\.json came with git sha1"):
+        fetch_hub("owner/bundle")
+
+
+def test_a_wrong_size_is_refused(hub: FakeHub, hub_cache: Path, files: dict[str, bytes]) -> None:
+    hub.put("owner/bundle", files)
+    hub.served["adapters/es.gguf"] = files["adapters/es.gguf"][:-4]
+    n_bytes = len(files["adapters/es.gguf"])
+    with pytest.raises(DownloadError, match=f"with {n_bytes - 4} bytes, the Hub lists {n_bytes}"):
+        fetch_hub("owner/bundle")
+
+
+def test_a_repository_that_contradicts_its_bundle_json_is_refused(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes]
+) -> None:
+    other = {**files, "adapters/es.gguf": b"GGUF of another"}
+    hub.put("owner/bundle", other)
+    with pytest.raises(DownloadError) as caught:
+        fetch_hub("owner/bundle")
+    found, recorded = (
+        sha256(content["adapters/es.gguf"]).hexdigest() for content in (other, files)
+    )
+    assert str(caught.value) == (
+        f"Could not pull owner/bundle: its adapters/es.gguf has the SHA-256 {found}, expected "
+        f"{recorded} as its bundle.json says. Ask its owner to push the bundle again."
+    )
+    assert downloads(hub) == ["bundle.json"]
+
+
+def test_a_missing_adapter_is_named(hub: FakeHub, hub_cache: Path, files: dict[str, bytes]) -> None:
+    del files["adapters/es.gguf"]
+    hub.put("owner/bundle", files)
+    with pytest.raises(DownloadError, match=r"names adapters/es\.gguf, which owner/bundle does"):
+        fetch_hub("owner/bundle")
+
+
+@pytest.mark.parametrize("to", [None, "mine"])
+def test_a_file_name_that_leads_out_is_refused(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path, to: str | None
+) -> None:
+    raw = json.loads(files["bundle.json"])
+    raw["adapters"][1]["file"] = "../../es.gguf"
+    content = {"bundle.json": json.dumps(raw).encode(), "../../es.gguf": files["adapters/es.gguf"]}
+    hub.put("owner/bundle", {**files, **content})
+    with pytest.raises(BundleError, match=r"it contains '\.\.'"):
+        fetch_hub("owner/bundle", to and tmp_path / to)
+
+
+def test_a_broken_bundle_json_is_named(hub: FakeHub, hub_cache: Path) -> None:
+    hub.put("owner/bundle", {"bundle.json": b'{"format": "other"}'})
+    with pytest.raises(BundleError, match=r"Cannot use bundle\.json of owner/bundle: field format"):
+        fetch_hub("owner/bundle")
+
+
+# refusals
+
+
+def refusal(ref: str) -> str:
+    with pytest.raises(DownloadError) as caught:
+        fetch_hub(ref)
+    return str(caught.value)
+
+
+def test_refusals_say_what_to_do(
+    hub: FakeHub, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "give a token that may read it, with `hf auth login` or in HF_TOKEN."
+    absent = (
+        "the Hub did not give the list of files of {}: it does not exist, or is private and your "
+        f"token does not open it. Check the name; for a private repository {token}"
+    )
+    hub.put("owner/a", {"a.gguf": b"GGUF"})
+    assert refusal("owner/none") == "Could not pull owner/none: " + absent.format("owner/none")
+    assert refusal("owner/a@v9") == (
+        "Could not pull owner/a@v9: the Hub did not give the list of files of owner/a: it has no "
+        "such revision. Give a branch, a tag or a commit after @."
+    )
+    hub.repos["owner/a"].access = "gated"
+    assert refusal("owner/a") == (
+        "Could not pull owner/a: the Hub did not give the list of files of owner/a: it is gated, "
+        f"and you have no access to it. Ask for access on its page, then {token}"
+    )
+    hub.repos["owner/a"].access = "private"
+    assert refusal("owner/a") == "Could not pull owner/a: " + absent.format("owner/a")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert fetch_hub("owner/a").read_bytes() == b"GGUF"
+
+
+def process(script: str, *args: object, hub_url: str, home: Path, **env: str) -> str:
+    """Run a script in a process that finds the Hub by the environment; give its output."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    clean |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **env}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stderr) == (0, "")  # no progress bar of the library either
+    return result.stdout
+
+
+PULL = """
+    import sys
+    from qaflora_edge.errors import QafloraError
+    from qaflora_edge.hub import fetch_hub
+    for ref in sys.argv[1:]:
+        try:
+            print(fetch_hub(ref))
+        except QafloraError as error:
+            print(error)
+"""
+
+
+def test_offline_mode_takes_what_is_here(
+    hub: FakeHub, tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    commit = hub.put("owner/bundle", files)
+    hub.put("owner/other", files)
+    home = tmp_path / "home"
+    folder = process(PULL, "owner/bundle", hub_url=hub.url, home=home)
+    assert folder == f"{home / 'hub' / REPO_DIR / 'snapshots' / commit}\n"
+    hub.requests.clear()
+    offline = {"hub_url": hub.url, "home": home, "HF_HUB_OFFLINE": "1"}
+    output = process(PULL, "owner/bundle", "owner/other", **offline)
+    assert output == folder + (
+        "Could not pull owner/other: the Hub did not give the list of files of owner/other: "
+        "HF_HUB_OFFLINE is set, and it is not in the cache. "
+        "Unset it, or name what was pulled before.\n"
+    )
+    assert hub.requests == []
 
 
 def test_no_network_is_told_soon(tmp_path: Path) -> None:
-    answer = pull("http://127.0.0.1:9", tmp_path, "owner/bundle")
-    assert answer["error"] == "DownloadError"
-    assert "Check the name, the network" in answer["message"]
+    output = process(PULL, "owner/bundle", hub_url="http://127.0.0.1:9", home=tmp_path)
+    assert output.startswith("Could not pull owner/bundle: the Hub did not give the list of files")
+    assert output.endswith("Check the network and try again.\n")
 
 
 def test_a_model_of_the_registry_comes_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
     content = b"GGUF" + bytes(20_000)
-    hub.listed["owner/models"] = {"a.gguf": content}
+    commit = hub.put("owner/models", {"a.gguf": content})
     entry: dict[str, Any] = {
         "description": "",
         "file": "mine.gguf",
         "sha256": sha256(content).hexdigest(),
     }
     entry |= {"size_bytes": len(content), "architecture": "llama", "kind": "base", "license": "MIT"}
-    source = {"type": "hub", "repo": "owner/models", "revision": COMMIT, "file": "a.gguf"}
+    source = {"type": "hub", "repo": "owner/models", "revision": commit, "file": "a.gguf"}
     path = tmp_path / "registry.json"
     models = {"fake": {**entry, "sources": [source]}}
     path.write_text(json.dumps({"format": "qaflora-registry/1", "models": models}))
-    script = textwrap.dedent("""
+    script = """
         import pathlib, sys
         from qaflora_edge import registry
         registry.package_data = lambda name: pathlib.Path(sys.argv[1])
         seen = []
         print(registry.fetch_model("fake", progress=lambda *numbers: seen.append(numbers)))
         print(seen[-1])
-    """)
-    env = os.environ | {"HF_ENDPOINT": hub.url, "QAFLORA_CACHE": str(tmp_path / "cache")}
-    env["HF_HOME"] = str(tmp_path / "hf")
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(path)], env=env, capture_output=True, text=True
-    )
+    """
+    output = process(script, path, hub_url=hub.url, home=tmp_path / "hf")
     target = tmp_path / "cache" / "models" / "mine.gguf"
-    assert (result.stdout, result.stderr) == (f"{target}\n({len(content)}, {len(content)})\n", "")
+    assert output == f"{target}\n({len(content)}, {len(content)})\n"
     assert target.read_bytes() == content

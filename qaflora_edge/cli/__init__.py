@@ -22,7 +22,7 @@ VERBS = {
     "weights": "Show what each adapter weighs for a prompt.",
     "bundle": "Make, show and verify bundles.",
     "convert": "Convert a PEFT adapter to an adapter GGUF.",
-    "pull": "Fetch a model or a bundle.",
+    "pull": "Fetch a model, an adapter or a bundle.",
     "models": "List the models that can be pulled.",
     "bench": "Measure speed on this machine.",
     "doctor": "Report the library, the devices and the versions.",

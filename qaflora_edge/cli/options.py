@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import textwrap
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.errors import PromptError, RegistryError
+from qaflora_edge.errors import BundleError, PromptError, RegistryError
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -162,12 +161,18 @@ def bundle_folder(text: str) -> Path:
     folder = Path(text)
     if folder.exists():
         return folder
-    from qaflora_edge import hub
+    from qaflora_edge import hub_cache
 
-    # What is no reference at all is reported as the missing folder that it is.
-    with contextlib.suppress(RegistryError):
-        return hub.pulled_path(text) or folder
-    return folder
+    try:
+        pulled = hub_cache.pulled_path(text)
+    except RegistryError:
+        return folder  # no reference at all: reported as the missing folder that it is
+    if pulled is None:
+        raise BundleError(
+            f"Cannot open the bundle {text}: there is no such folder, and it was not pulled. "
+            f"Fetch it with `qaflora pull {text}`, or give the folder of a bundle."
+        )
+    return pulled
 
 
 def open_engine(bundle: str, options: SharedOptions) -> Engine:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +16,8 @@ from qaflora_edge.cli.progress import progress_bars
     epilog=example(
         """
         qaflora pull smollm2-135m-instruct
-        qaflora pull owner/my-bundle --to my-bundle
+        qaflora pull owner/my-bundle --with-base
+        qaflora pull owner/my-bundle@v1 --to my-bundle
         """
     )
 )
@@ -25,17 +28,41 @@ from qaflora_edge.cli.progress import progress_bars
     type=click.Path(file_okay=False, path_type=Path),
     help="The folder that gets it.  [default: the cache]",
 )
-def pull(ref: str, to: Path | None) -> None:
-    """Fetch a model or a bundle.
+@click.option(
+    "--with-base", is_flag=True, help="Fetch the base of a bundle too, when it is not here."
+)
+@click.option(
+    "--update", is_flag=True, help="Ask the Hub for a newer commit than the one that is here."
+)
+def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
+    """Fetch a model, an adapter or a bundle.
 
     REF is a name from `qaflora models`, or a Hugging Face Hub repository as owner/name or
-    owner/name/file.gguf. What is here already is not fetched again. Prints where it is.
+    owner/name/file.gguf, each with @revision where one is to be pinned. Without --to it goes to
+    the Hub's own cache, shared with other tools. What is here already is not fetched again.
+    Prints where it is.
     """
-    from qaflora_edge.hub import fetch_hub_bundle
+    from qaflora_edge.hub import fetch_hub
     from qaflora_edge.registry import fetch_model, load_registry
 
-    is_hub = ref not in load_registry() and "/" in ref
     with progress_bars() as tell:
-        report = None if tell is None else lambda done, total: tell(ref, done, total)
-        path = (fetch_hub_bundle if is_hub else fetch_model)(ref, to=to, progress=report)
+
+        def report(what: str) -> Any:
+            return None if tell is None else lambda done, total: tell(what, done, total)
+
+        if ref in load_registry() or "/" not in ref:
+            path = fetch_model(ref, to=to, progress=report(ref))
+        else:
+            path = fetch_hub(ref, to=to, update=update, progress=report(ref))
+            if with_base:
+                _fetch_base(path, report)
     click.echo(str(path))
+
+
+def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
+    from qaflora_edge.bundle import find_base, read_bundle_text
+    from qaflora_edge.references import fetch_base
+
+    base = read_bundle_text(folder).base
+    if find_base(folder, base) is None:
+        fetch_base(folder, base, report("base"))

@@ -1,0 +1,56 @@
+"""References to the Hugging Face Hub: read and written, nothing looked up."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qaflora_edge.errors import RegistryError
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_REF = re.compile(
+    rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[^@\\]+\.gguf))?(?:@(?P<revision>[A-Za-z0-9._/-]+))?"
+)
+_REPO = re.compile(rf"{_NAME}/{_NAME}")
+
+
+@dataclass(frozen=True)
+class HubRef:
+    """What a user names: `owner/name`, `owner/name/file.gguf`, each with `@revision` or without."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+    def __str__(self) -> str:
+        return (
+            self.repo
+            + (f"/{self.file}" if self.file else "")
+            + (f"@{self.revision}" if self.revision else "")
+        )
+
+
+def parse_hub_ref(text: str) -> HubRef:
+    """Read a Hub reference. Raises RegistryError when it has another form."""
+    match = _REF.fullmatch(text)
+    if match is None or not all(_is_plain(match[part]) for part in ("file", "revision")):
+        raise RegistryError(
+            f"Cannot use {text!r} as a Hugging Face Hub reference; expected owner/name, "
+            "owner/name/file.gguf, or one of them with @revision. "
+            "See 'qaflora models' for names that need no owner."
+        )
+    return HubRef(match["repo"], match["file"], match["revision"])
+
+
+def parse_repo(text: str) -> str:
+    """Read the name of a repository. Raises RegistryError when it is no `owner/name`."""
+    if not _REPO.fullmatch(text):
+        raise RegistryError(
+            f"Cannot use {text!r} as the name of a Hub repository; expected owner/name."
+        )
+    return text
+
+
+def _is_plain(path: str | None) -> bool:
+    """Tell whether a part becomes a path that stays where it is put."""
+    return path is None or all(part not in ("", ".", "..") for part in path.split("/"))

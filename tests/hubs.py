@@ -1,0 +1,318 @@
+"""A stand-in of the Hub: the part of its HTTP interface that its own library uses.
+
+Written from the library's requests, not from our code. Contents move by HTTP and LFS; the library's
+other protocol for large files (Xet) is turned off in the tests.
+"""
+
+import base64
+import json
+import re
+from dataclasses import dataclass, field
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_token_of_the_tests"
+LARGE = (".gguf", ".safetensors", ".bin")
+
+
+@dataclass
+class Repo:
+    """Commits by name: each a whole set of files. `access` is public, private or gated."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    access: str = "public"
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def commit(self, files: dict[str, bytes], message: str = "", branch: str = "main") -> str:
+        """Make a commit that holds just these files; give its name."""
+        name = sha1(f"{len(self.commits)}{sorted(files)}{message}".encode()).hexdigest()
+        self.commits[name] = dict(files)
+        self.branches[branch] = name
+        self.messages.append(message)
+        return name
+
+    def find(self, revision: str) -> str | None:
+        name = self.branches.get(revision, revision)
+        return name if name in self.commits else None
+
+
+class FakeHub(ThreadingHTTPServer):
+    """Repositories by name.
+
+    served    file name -> what is sent in place of what is listed
+    cut       file name -> the connection drops after so many bytes, once for each number
+    requests  what was asked for, as "METHOD path" with the range where there was one
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, Repo] = {}
+        self.served: dict[str, bytes] = {}
+        self.cut: dict[str, list[int]] = {}
+        self.requests: list[str] = []
+        self.objects: dict[str, bytes] = {}
+        self.card_problem = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def put(self, repo: str, files: dict[str, bytes], **options: Any) -> str:
+        """Commit files to a repository, which is made when it is missing."""
+        return self.repos.setdefault(repo, Repo()).commit(files, **options)
+
+    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
+        found = self.repos[repo]
+        return found.commits[found.branches.get(revision, revision)]
+
+    def asked(self, start: str) -> int:
+        return sum(request.startswith(start) for request in self.requests)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (BrokenPipeError, ConnectionResetError):  # a client that was killed
+            self.close_connection = True
+
+    def do_HEAD(self) -> None:
+        self.route()
+
+    def do_GET(self) -> None:
+        self.route()
+
+    def do_POST(self) -> None:
+        self.route()
+
+    def do_PUT(self) -> None:
+        self.route()
+
+    def route(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(length)
+        path = urlsplit(self.path).path
+        wanted = self.headers.get("Range")
+        self.server.requests.append(f"{self.command} {path}" + (f" {wanted}" if wanted else ""))
+        for method, pattern, answer in _ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in method:
+                return answer(self, *(unquote(part) for part in match.groups()))
+        return self.answer(404, {"error": "no such address"})
+
+    # who may do what
+
+    def has_token(self) -> bool:
+        return bool(self.headers.get("Authorization") == f"Bearer {TOKEN}")
+
+    def open_repo(self, name: str, *, write: bool = False) -> Repo | None:
+        """The repository, or None when the refusal was answered."""
+        repo = self.server.repos.get(name)
+        is_hidden = repo is None or (repo.access == "private" and not self.has_token())
+        if is_hidden or (write and not self.has_token()):
+            missing = {"X-Error-Code": "RepoNotFound"}
+            self.answer(404 if self.has_token() else 401, {"error": "Not found"}, missing)
+            return None
+        if repo is not None and repo.access == "gated" and not self.has_token():
+            self.answer(401, {"error": "Restricted"}, {"X-Error-Code": "GatedRepo"})
+            return None
+        return repo
+
+    def find_commit(self, repo: Repo, revision: str) -> str | None:
+        commit = repo.find(revision)
+        if commit is None:
+            self.answer(404, {"error": "Invalid rev"}, {"X-Error-Code": "RevisionNotFound"})
+        return commit
+
+    # reading
+
+    def send_info(self, name: str, revision: str = "main") -> None:
+        repo = self.open_repo(name)
+        if repo is None or (commit := self.find_commit(repo, revision)) is None:
+            return
+        siblings = [_sibling(*item) for item in repo.commits[commit].items()]
+        card = repo.card or None
+        self.answer(
+            200,
+            {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "cardData": card},
+        )
+
+    def send_file(self, name: str, revision: str, file: str) -> None:
+        repo = self.open_repo(name)
+        if repo is None or (commit := self.find_commit(repo, revision)) is None:
+            return
+        listed = repo.commits[commit].get(file)
+        headers = {"X-Repo-Commit": commit}
+        if listed is None:
+            self.answer(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
+            return
+        content = self.server.served.get(file, listed)
+        if file.endswith(LARGE):
+            headers["X-Linked-ETag"] = f'"{sha256(listed).hexdigest()}"'
+            headers["X-Linked-Size"] = str(len(content))
+        headers |= {"ETag": f'"{_git_sha1(listed)}"', "Accept-Ranges": "bytes"}
+        start = 0
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start = int(match[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cuts = self.server.cut.get(file)
+        stop = cuts.pop(0) if cuts and self.command == "GET" else None
+        self.answer(206 if start else 200, content[start:], headers, stop)
+
+    # writing
+
+    def create_repo(self) -> None:
+        wanted = json.loads(self.body)
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if not self.has_token():
+            return self.answer(401, {"error": "Invalid username or password."})
+        url = {"url": f"{self.server.url}/{name}", "name": name, "id": name}
+        if name in self.server.repos:
+            return self.answer(409, {"error": "You already created this model repo", **url})
+        is_private = wanted.get("visibility") == "private" or wanted.get("private") is True
+        self.server.repos[name] = Repo(access="private" if is_private else "public")
+        self.server.repos[name].commit({".gitattributes": b"*.gguf filter=lfs\n"}, "initial commit")
+        return self.answer(200, url)
+
+    def create_branch(self, name: str, branch: str) -> None:
+        repo = self.open_repo(name, write=True)
+        if repo is None:
+            return
+        if branch in repo.branches:
+            self.answer(409, {"error": "Reference already exists"})
+            return
+        repo.branches[branch] = repo.branches["main"]
+        self.answer(200, {})
+
+    def check_card(self) -> None:
+        problem = self.server.card_problem
+        if not json.loads(self.body)["content"].startswith("---\n"):
+            self.answer(200, {"errors": [], "warnings": [{"message": "empty or missing yaml"}]})
+        elif problem:
+            self.answer(400, {"errors": [{"message": problem}], "warnings": []})
+        else:
+            self.answer(200, {"errors": [], "warnings": []})
+
+    def send_modes(self, name: str, revision: str) -> None:
+        repo = self.open_repo(name, write=True)
+        if repo is None or (commit := self.find_commit(repo, revision)) is None:
+            return
+        there = repo.commits[commit]
+        files = []
+        for file in json.loads(self.body)["files"]:
+            path = file["path"]
+            is_large = path.endswith(LARGE)
+            oid = None
+            if path in there:
+                oid = sha256(there[path]).hexdigest() if is_large else _git_sha1(there[path])
+            mode = "lfs" if is_large else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.answer(200, {"files": files})
+
+    def send_batch(self, name: str) -> None:
+        if self.open_repo(name, write=True) is None:
+            return
+        objects = []
+        for wanted in json.loads(self.body)["objects"]:
+            entry: dict[str, Any] = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.server.objects:
+                upload = {"href": f"{self.server.url}/objects/{wanted['oid']}"}
+                verify = {"href": f"{self.server.url}/verify/{wanted['oid']}"}
+                entry["actions"] = {"upload": upload, "verify": verify}
+            objects.append(entry)
+        self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def store_object(self, oid: str) -> None:
+        if sha256(self.body).hexdigest() != oid:
+            return self.answer(400, {"error": "not the object of that name"})
+        self.server.objects[oid] = self.body
+        return self.answer(200, b"")
+
+    def verify_object(self, oid: str) -> None:
+        size = json.loads(self.body)["size"]
+        is_there = len(self.server.objects.get(oid, b"")) == size
+        self.answer(200 if is_there else 404, {})
+
+    def make_commit(self, name: str, revision: str) -> None:
+        repo = self.open_repo(name, write=True)
+        if repo is None or (parent := self.find_commit(repo, revision)) is None:
+            return
+        items = [json.loads(line) for line in self.body.splitlines()]
+        header = items[0]["value"]
+        if header.get("parentCommit") not in (None, parent):
+            self.answer(412, {"error": "A commit has happened since. Please refresh."})
+            return
+        files = dict(repo.commits[parent])
+        for item in items[1:]:
+            value = item["value"]
+            if item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+            else:
+                del files[value["path"]]
+        oid = repo.commit(files, header["summary"], revision)
+        self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{oid}", "commitOid": oid})
+
+    # answering
+
+    def answer(
+        self,
+        status: int,
+        content: bytes | dict[str, Any],
+        headers: dict[str, str] | None = None,
+        stop: int | None = None,
+    ) -> None:
+        """Answer; `stop` drops the connection after so many bytes."""
+        if isinstance(content, dict):
+            content = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[:stop])
+            if stop is not None:
+                self.close_connection = True
+
+
+def _git_sha1(content: bytes) -> str:
+    return sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _sibling(name: str, content: bytes) -> dict[str, Any]:
+    sibling: dict[str, Any] = {"rfilename": name, "size": len(content)}
+    sibling["blobId"] = _git_sha1(content)
+    if name.endswith(LARGE):
+        digest = sha256(content).hexdigest()
+        sibling["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
+    return sibling
+
+
+_REPO = "([^/]+/[^/]+)"
+_ROUTES: tuple[tuple[str, str, Any], ...] = (
+    ("GET", f"/api/models/{_REPO}", _Handler.send_info),
+    ("GET", f"/api/models/{_REPO}/revision/([^/]+)", _Handler.send_info),
+    ("GET HEAD", f"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.send_file),
+    ("POST", "/api/repos/create", _Handler.create_repo),
+    ("POST", "/api/validate-yaml", _Handler.check_card),
+    ("POST", f"/api/models/{_REPO}/branch/([^/]+)", _Handler.create_branch),
+    ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _Handler.send_modes),
+    ("POST", f"/{_REPO}\\.git/info/lfs/objects/batch", _Handler.send_batch),
+    ("PUT", "/objects/([0-9a-f]{64})", _Handler.store_object),
+    ("POST", "/verify/([0-9a-f]{64})", _Handler.verify_object),
+    ("POST", f"/api/models/{_REPO}/commit/([^/]+)", _Handler.make_commit),
+)
