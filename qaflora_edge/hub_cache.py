@@ -9,13 +9,14 @@ The environment variables HF_HOME and HF_HUB_CACHE move it, as for every tool th
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 
 from qaflora_edge.bundle_format import BUNDLE_FILE, MAX_BUNDLE_BYTES, packed_files, parse_bundle
 from qaflora_edge.errors import BundleError
+from qaflora_edge.files import open_input
 from qaflora_edge.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.json_text import read_json_object
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
@@ -87,7 +88,7 @@ def link_roots(folder: Path) -> tuple[Path, ...]:
 
 def _is_whole_bundle(snapshot: Path) -> bool:
     try:
-        with (snapshot / BUNDLE_FILE).open("rb") as file:
+        with open_input(snapshot / BUNDLE_FILE) as file:
             text = parse_bundle(file.read(MAX_BUNDLE_BYTES + 1), BUNDLE_FILE)
     except (OSError, BundleError):
         return False
@@ -98,8 +99,10 @@ def _is_whole_peft(snapshot: Path) -> bool:
     if any((snapshot / name).is_file() for name in PEFT_WEIGHTS):
         return True
     try:
-        with (snapshot / PEFT_INDEX).open("rb") as file:
-            names = set(json.loads(file.read(MAX_INDEX_BYTES))["weight_map"].values())
-        return all((snapshot / name).is_file() for name in names)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with open_input(snapshot / PEFT_INDEX) as file:
+            shards = read_json_object(file.read(MAX_INDEX_BYTES)).get("weight_map")
+    except (OSError, ValueError):
         return False
+    return isinstance(shards, dict) and all(
+        isinstance(name, str) and (snapshot / name).is_file() for name in shards.values()
+    )
