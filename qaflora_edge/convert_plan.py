@@ -16,7 +16,7 @@ from qaflora_edge.architectures import (
 )
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
 from qaflora_edge.gguf_header import GgufHeader
-from qaflora_edge.peft import PeftAdapter, PeftModule
+from qaflora_edge.peft_module import PeftAdapter, PeftModule
 
 # A language model inside a multimodal one, and what its modules are called on their own.
 _PREFIXES = {
@@ -54,6 +54,7 @@ class PlannedModule:
 def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[PlannedModule]]:
     """Name every module for the base, check that it fits, and choose the file's one alpha."""
     layout = _reviewed_layout(header)
+    _check_biases(adapter, header)
     name_map = _tensor_names(header)
     alpha = common_alpha(list(adapter.modules.values()))
     planned: dict[str, PlannedModule] = {}
@@ -96,6 +97,17 @@ def _reviewed_layout(header: GgufHeader) -> Layout:
         f"{', '.join(ARCHITECTURES)}. Convert it with llama.cpp's convert_lora_to_gguf.py and use "
         "the adapter GGUF."
     )
+
+
+def _check_biases(adapter: PeftAdapter, header: GgufHeader) -> None:
+    """Refuse trained biases that the adapter's file lacks; a base without biases has none."""
+    bias = next((name for name in header.tensors if name.endswith(".bias")), None)
+    if adapter.config.bias != "none" and bias is not None:
+        raise UnsupportedAdapterError(
+            f"Cannot convert {adapter.folder} for {header.path}: bias is {adapter.config.bias!r} "
+            f"in its config, so biases such as {bias} of the base were trained, and no file holds "
+            'them; expected "none". Train with bias="none".'
+        )
 
 
 def _tensor_names(header: GgufHeader) -> gguf.TensorNameMap:

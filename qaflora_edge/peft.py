@@ -1,163 +1,58 @@
-"""Read a PEFT folder: adapter_config.json beside adapter_model.safetensors. No torch is needed."""
+"""Read a PEFT folder: adapter_config.json beside adapter_model.safetensors. No torch is needed.
+
+A folder of MLX is told by its config and read by `mlx`.
+"""
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from qaflora_edge.errors import (
-    InputFileError,
     PeftConfigError,
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.files import open_input
-from qaflora_edge.json_text import read_json_object
-from qaflora_edge.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
-from qaflora_edge.safetensors_file import F32, StoredTensor, read_safetensors
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-INDEX_FILE = "adapter_model.safetensors.index.json"
-PICKLE_FILE = "adapter_model.bin"
-MAX_INDEX_BYTES = 1 << 24
-MAX_SHARDS = 1000
+from qaflora_edge.mlx import is_mlx, read_mlx
+from qaflora_edge.peft_config import CONFIG_FILE, PeftConfig, parse_config, read_fields
+from qaflora_edge.peft_files import adapter_folder, read_weights
+from qaflora_edge.peft_module import PeftAdapter, PeftModule, check_matrix
+from qaflora_edge.peft_refusals import tensor_kind
+from qaflora_edge.safetensors_file import StoredTensor
 
 _PREFIX = "base_model.model."
-_LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?")
-# Tensors of known features, refused by name: end of the tensor's name -> the feature.
-_FOREIGN = {
-    ".lora_magnitude_vector": "a DoRA magnitude vector",
-    ".lora_magnitude_vector.weight": "a DoRA magnitude vector",
-    ".lora_A.bias": "a bias",
-    ".lora_B.bias": "a bias",
-    ".bias": "a bias",
-    "norm.weight": "a norm's weight",
-    ".trainable_tokens_delta": "single trained token embeddings",
-    ".lora_E": "AdaLoRA's singular values",
-    ".lora_diag": "KaSA's singular values",
-    ".weight": "a whole weight matrix",
-}
-
-
-@dataclass(frozen=True)
-class PeftModule:
-    """One projection of an adapter; its delta to the base's weight is scale * B A.
-
-    For an embedding n_in is the vocabulary and the delta is transposed, as in PEFT.
-    """
-
-    name: str
-    rank: int
-    n_in: int
-    n_out: int
-    scale: float
-    is_embedding: bool
-    a: StoredTensor
-    b: StoredTensor
-
-    def read_a(self, *, transposed: bool = False) -> F32:
-        """returns  [rank, n_in], transposed [n_in, rank]  float32, finite"""
-        return self.a.read(transposed=transposed)
-
-    def read_b(self) -> F32:
-        """returns  [n_out, rank]  float32, finite"""
-        return self.b.read()
-
-
-@dataclass(frozen=True)
-class PeftAdapter:
-    """A checked PEFT folder; the values are read when asked for."""
-
-    folder: Path
-    config: PeftConfig
-    modules: Mapping[str, PeftModule]
+# What torch.compile, DDP and FSDP put into the names of a model that is saved inside them.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# PEFT leaves out the adapter's name where it saves one adapter; a whole state has it in each key.
+_LORA_NAME = re.compile(
+    r"(?P<module>.+)\.(?:"
+    r"lora_(?P<part>[AB])(?:\.weight|\.(?P<adapter>[^.]+)\.weight)?"
+    r"|lora_embedding_(?P<embedding_part>[AB])(?:\.weight|\.(?P<embedding_adapter>[^.]+))?)"
+)
 
 
 def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
-    """Read and check a PEFT folder.
+    """Read and check a PEFT folder, or one of MLX.
 
     Raises InputFileError and its kinds when a file is missing or damaged,
     UnsupportedAdapterError when the adapter is more than a plain LoRA.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise InputFileError(
-            f"Cannot read the adapter {folder}: it {what}; expected a PEFT folder with "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}. Check the path."
-        )
-    config = read_peft_config(folder)
-    tensors = _read_weights(folder)
-    modules = _pair_tensors(folder, config, tensors)
+    folder = adapter_folder(folder)
+    fields = read_fields(folder)
+    if is_mlx(fields):
+        return read_mlx(folder, fields)
+    config = parse_config(folder / CONFIG_FILE, fields)
+    modules = _pair_tensors(folder, config, read_weights(folder))
     if config.ties_weights:
         _check_not_tied(config, modules)
     return PeftAdapter(folder, config, modules)
 
 
-def _read_weights(folder: Path) -> dict[str, StoredTensor]:
-    if (folder / WEIGHTS_FILE).is_file():
-        return read_safetensors(folder / WEIGHTS_FILE)
-    if (folder / INDEX_FILE).is_file():
-        return _read_shards(folder)
-    if (folder / PICKLE_FILE).is_file():
-        raise InputFileError(
-            f"Cannot read the adapter {folder}: it has {PICKLE_FILE}, and pickles are not opened "
-            f"because they can run code; expected {WEIGHTS_FILE}. Load it with PEFT and save it "
-            "with save_pretrained(..., safe_serialization=True)."
-        )
-    raise InputFileError(
-        f"Cannot read the adapter {folder}: {WEIGHTS_FILE} is missing. "
-        "Give the folder that PEFT's save_pretrained wrote."
-    )
-
-
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    path = folder / INDEX_FILE
-    weight_map = _read_weight_map(path)
-    files = sorted(set(weight_map.values()))
-    if len(files) > MAX_SHARDS:
-        _fail_index(path, "the number of files", str(len(files)), f"at most {MAX_SHARDS}")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", file):
-            _fail_index(path, "a file in weight_map", repr(file), "a .safetensors file beside it")
-        for name, tensor in read_safetensors(folder / file).items():
-            if weight_map.get(name) != file:
-                found = f"in {file}"
-                _fail_index(path, f"tensor {name}", found, f"in {weight_map.get(name, 'no file')}")
-            tensors[name] = tensor
-    for name, file in weight_map.items():
-        if name not in tensors:
-            _fail_index(path, f"tensor {name}", "missing", f"in {file}")
-    return tensors
-
-
-def _read_weight_map(path: Path) -> dict[str, str]:
-    try:
-        with open_input(path) as file:
-            data = file.read(MAX_INDEX_BYTES + 1)
-    except OSError as error:
-        raise InputFileError(f"Cannot read {path}: {error.strerror}. Check the file.") from error
-    if len(data) > MAX_INDEX_BYTES:
-        _fail_index(path, "its length", "too large", f"at most {MAX_INDEX_BYTES} bytes")
-    try:
-        weight_map = read_json_object(data).get("weight_map")
-    except ValueError as error:
-        _fail_index(path, "its content", f"not JSON ({error})", "an object")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
-        _fail_index(path, "weight_map", repr(weight_map)[:80], "names of tensors and their files")
-    return weight_map
-
-
-def _fail_index(path: Path, field: str, found: str, expected: str) -> NoReturn:
-    raise SafetensorsFileError(
-        f"Cannot read {path}: {field} is {found}; expected {expected}. "
-        "The index and the files do not belong together; fetch or save the adapter again."
-    )
+def module_name(name: str) -> str:
+    """Strip what PEFT and other wrappers put before and into the name of a tensor."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    plain = ".".join(parts).removeprefix(f"module.{_PREFIX}").removeprefix(_PREFIX)
+    return plain.removeprefix(_PREFIX)  # PEFT in PEFT, as some trainers save it
 
 
 def _pair_tensors(
@@ -165,20 +60,23 @@ def _pair_tensors(
 ) -> dict[str, PeftModule]:
     parts: dict[str, dict[str, StoredTensor]] = {}
     embeddings: set[str] = set()
+    adapters: set[str] = set()
     copies: list[StoredTensor] = []
     for name, tensor in tensors.items():
-        match = _LORA_NAME.fullmatch(name.removeprefix(_PREFIX))
+        match = _LORA_NAME.fullmatch(module_name(name))
         if match is None:
             copies.append(tensor)
             continue
-        module = match["module"]
-        if match["part"] in parts.setdefault(module, {}):
+        adapters.add(match["adapter"] or match["embedding_adapter"] or "")
+        _check_one_adapter(tensor, adapters)
+        module, part = match["module"], match["part"] or match["embedding_part"]
+        if part in parts.setdefault(module, {}):
             raise SafetensorsFileError(
-                f"Cannot use {tensor.path}: module {module} has two tensors for lora_"
-                f"{match['part']}; expected one. Save the adapter again."
+                f"Cannot use {tensor.path}: module {module} has two tensors for lora_{part}; "
+                "expected one. Save the adapter again."
             )
-        parts[module][match["part"]] = tensor
-        if match["embedding"]:
+        parts[module][part] = tensor
+        if match["embedding_part"]:
             embeddings.add(module)
     for tensor in copies:
         _check_copy(tensor, parts)
@@ -193,14 +91,21 @@ def _pair_tensors(
     }
 
 
+def _check_one_adapter(tensor: StoredTensor, adapters: set[str]) -> None:
+    if len(adapters) > 1:
+        names = ", ".join(repr(name) if name else "one without a name" for name in sorted(adapters))
+        raise UnsupportedAdapterError(
+            f"Cannot use {tensor.path}: its tensors belong to several adapters, {names}; expected "
+            "one. Load it with PEFT and save each with save_pretrained(selected_adapters=[...])."
+        )
+
+
 def _check_copy(tensor: StoredTensor, parts: Mapping[str, object]) -> None:
     """Let pass the copy of the base's own weight that PEFT saves beside LoRA on embeddings."""
-    module = tensor.name.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
-    if tensor.name.endswith(".base_layer.weight") and module in parts:
+    name = module_name(tensor.name)
+    if name.endswith(".base_layer.weight") and name.removesuffix(".base_layer.weight") in parts:
         return
-    kind = next(
-        (kind for end, kind in _FOREIGN.items() if tensor.name.endswith(end)), "not known here"
-    )
+    kind = tensor_kind(name)
     raise UnsupportedAdapterError(
         f"Cannot use {tensor.path}: tensor {tensor.name} is {kind}; expected only lora_A and "
         "lora_B, for a plain LoRA cannot represent more. Train a plain LoRA, or merge the adapter "
@@ -220,11 +125,8 @@ def _make_module(
         )
     a, b = pair["A"], pair["B"]
     for tensor in (a, b):
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
-            raise UnsupportedAdapterError(
-                f"Cannot use {tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}; "
-                "expected a matrix. Only LoRA on linear layers and embeddings can be represented."
-            )
+        check_matrix(tensor)
+    config.check_target(module)
     rank = config.rank_of(module)
     if not a.shape[0] == b.shape[1] == rank:
         raise PeftConfigError(

@@ -359,7 +359,9 @@ def test_two_modules_for_one_tensor_are_refused(tmp_path: Path, make_base: MakeB
 
 def test_lora_of_the_wrong_kind_is_refused(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base()
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
+    folder = tiny.write_tiny_peft(
+        tmp_path / "a", base, targets=["q_proj"], config={"target_modules": None}
+    )
     name = "base_model.model.model.embed_tokens"
     tensors = {
         f"{name}.lora_A.weight": np.ones((4, base.n_embd), np.float32),
@@ -438,3 +440,16 @@ def test_full_disk_is_named(
         f"Cannot write {tmp_path / 'out.gguf'}: writing failed (4096 requested and 512 written). "
         "Check that there is space left and try again."
     )
+
+
+def test_biases_that_were_trained_but_not_saved_are_refused(
+    tmp_path: Path, make_base: MakeBase
+) -> None:
+    base = make_base("qwen2")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, config={"bias": "all"})
+    assert refusal(UnsupportedAdapterError, folder, base.path) == (
+        f"Cannot convert {folder} for {base.path}: bias is 'all' in its config, so biases such as "
+        'blk.0.attn_q.bias of the base were trained, and no file holds them; expected "none". '
+        'Train with bias="none".'
+    )
+    convert_adapter(folder, make_base("llama").path, tmp_path / "out.gguf")  # it has no biases

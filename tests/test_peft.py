@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from qaflora_edge import peft_refusals
 from qaflora_edge.errors import (
     InputFileError,
     PeftConfigError,
@@ -17,6 +18,7 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.peft import read_peft
+from qaflora_edge.peft_config import parse_config
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -134,6 +136,134 @@ def test_embedding_and_copies_of_its_base_weight_are_understood(
     assert len(read_peft(write_pair(tmp_path / "b", copy)).modules) == 1
 
 
+NAMES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.11.mlp.up_proj",
+    "model.layers.1.mlp.experts.0.up_proj",
+    "transformer.h.1.attn.c_attn",
+    "layers.1.q_proj",
+    "lm_head",
+    "q_proj",
+]
+RULES: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["self_attn.q_proj", "lm_head", "model.layers.11.mlp.up_proj"]},
+    {"target_modules": ["_proj"]},
+    {"target_modules": r".*\.[qu]p?_proj"},
+    {"target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj"},
+    {"target_modules": "q_proj"},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*experts.*"},
+    {"target_modules": ["q_proj", "up_proj", "c_attn"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj", "up_proj", "lm_head"], "layers_to_transform": [0, 11]},
+    {"target_modules": ["q_proj", "up_proj", "c_attn"], "layers_to_transform": [1],
+     "layers_pattern": "h"},
+    {"target_modules": ["q_proj", "up_proj", "c_attn"], "layers_to_transform": [1],
+     "layers_pattern": ["h", "layers"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_targets_are_those_of_peft(tmp_path: Path, rule: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    exists = pytest.importorskip("peft.tuners.tuners_utils").check_target_module_exists
+    fields = {"peft_type": "LORA", **rule}
+    ours = parse_config(tmp_path, fields).targets
+    theirs = peft.LoraConfig(**rule)
+    assert [ours.allows(name) for name in NAMES] == [bool(exists(theirs, name)) for name in NAMES]
+
+
+def test_module_that_the_config_does_not_adapt_is_refused(tmp_path: Path) -> None:
+    for rule in (
+        {"target_modules": ["k_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "exclude_modules": ".*q_proj"},
+    ):
+        folder = write_pair(tmp_path / "a", **rule)
+        assert refusal(PeftConfigError, folder) == (
+            f"Cannot use {folder / 'adapter_config.json'}: module model.layers.0.self_attn.q_proj "
+            "has tensors, but target_modules, exclude_modules and layers_to_transform do not name "
+            "it; expected every module that has tensors. The two files do not belong together; "
+            "save the adapter again, or correct this one if the tensors are right."
+        )
+
+
+def test_expression_that_cannot_be_matched_safely_is_left_to_the_tensors(tmp_path: Path) -> None:
+    for expression in (r"(?:.*?)+x", r".*?a.*?b.*?c.*?d", "["):
+        assert read_peft(write_pair(tmp_path / "a", target_modules=expression)).modules
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_that_do_not_exist_are_no_obstacle(tmp_path: Path, bias: str) -> None:
+    assert read_peft(write_pair(tmp_path / "a", bias=bias)).config.bias == bias
+
+
+def test_adapters_in_subfolders_are_found_by_name(tmp_path: Path, base: tiny.TinyBase) -> None:
+    hf.save_named_adapters(base, tmp_path / "both", ["math", "es"])
+    for name in ("math", "es"):
+        assert len(read_peft(tmp_path / "both" / name).modules) == 3 * 7
+    assert refusal(InputFileError, tmp_path / "both") == (
+        f"Cannot read the adapter {tmp_path / 'both'}: it holds 2 adapters in sub-folders, es, "
+        f"math; expected one. Give one of them, such as {tmp_path / 'both' / 'es'}."
+    )
+    hf.save_named_adapters(base, tmp_path / "one", ["math"])
+    assert read_peft(tmp_path / "one").folder == tmp_path / "one" / "math"
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_names_of_a_whole_state_are_understood(
+    tmp_path: Path, base: tiny.TinyBase, targets: list[str]
+) -> None:
+    """As `model.state_dict()` has them, with the adapter's name and what wrappers put in."""
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=targets)
+    plain = read_peft(folder)
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    tensors = load_file(folder / "adapter_model.safetensors")
+    state = {
+        "module.base_model.model.model._orig_mod." + name.removeprefix("base_model.model.model."):
+            values
+        for name, values in tensors.items()
+    }  # fmt: skip
+    state = {
+        f"{name.removesuffix('.weight')}.math.weight" if name.endswith(".weight")
+        else f"{name}.math": values
+        for name, values in state.items()
+    }  # fmt: skip
+    tiny.write_safetensors(folder / "adapter_model.safetensors", state)
+    named = read_peft(folder)
+    assert named.modules.keys() == plain.modules.keys()
+    nested = {f"base_model.model.{name}": values for name, values in tensors.items()}
+    tiny.write_safetensors(folder / "adapter_model.safetensors", nested)
+    assert read_peft(folder).modules.keys() == plain.modules.keys()
+
+
+def test_several_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    other = {name.replace(".weight", ".es.weight"): values for name, values in PAIR.items()}
+    folder = write_pair(tmp_path / "a", {**PAIR, **other})
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_model.safetensors'}: its tensors belong to several "
+        "adapters, one without a name, 'es'; expected one. Load it with PEFT and save each with "
+        "save_pretrained(selected_adapters=[...])."
+    )
+
+
+def test_files_and_fields_of_trainers_are_no_obstacle(tmp_path: Path) -> None:
+    """As unsloth and axolotl leave them beside an adapter."""
+    folder = write_pair(
+        tmp_path / "a",
+        auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
+        unsloth_fixed=True,
+        loftq_config={},
+        qalora_group_size=16,
+        revision="unsloth",
+    )
+    for name in ("adapter_model.bin", "tokenizer.json", "training_args.bin", "README.md"):
+        (folder / name).write_bytes(b"x")
+    write_pair(folder / "checkpoint-5")
+    assert read_peft(folder).folder == folder
+
+
 def test_shards_are_joined(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "a")
     (module,) = read_peft(folder).modules.values()
@@ -155,11 +285,12 @@ def write_shards(folder: Path, **changes: str) -> Path:
 
 MERGE = "Merge the adapter into its base, or train a plain LoRA."
 PLAIN = "Train a plain LoRA."
+DELTA = "its change of the weights is no product of two small matrices"
+APPROXIMATE = (
+    "Merge it into its base, train a plain LoRA, or approximate it with PEFT's save_as_lora."
+)
 FEATURES: list[tuple[str, Any, str, str, str]] = [
     ("use_dora", True, "True", "DoRA also rescales the base's weights", MERGE),
-    ("bias", "all", "'all'", "trained biases are not low-rank", 'Train with bias="none".'),
-    ("bias", "lora_only", "'lora_only'", "trained biases are not low-rank",
-     'Train with bias="none".'),
     ("lora_bias", True, "True", "a bias on B is not low-rank", "Train with lora_bias=False."),
     ("modules_to_save", ["lm_head"], "['lm_head']",
      "these modules were trained whole and are not low-rank",
@@ -206,12 +337,33 @@ def test_features_that_are_off_are_no_obstacle(tmp_path: Path) -> None:
         assert read_peft(write_pair(tmp_path / "a", **config)).modules
 
 
-def test_other_peft_types_are_refused_by_name(tmp_path: Path) -> None:
-    folder = write_pair(tmp_path / "a", peft_type="IA3")
+TYPES = {
+    "IA3": ("it rescales activations", MERGE),
+    "LOHA": (DELTA, APPROXIMATE),
+    "LOKR": (DELTA, APPROXIMATE),
+    "ADALORA": ("its singular values stand between A and B", MERGE),
+    "VERA": ("it scales random matrices that the base's layers share", MERGE),
+    "BOFT": ("it rotates the base's weights", MERGE),
+    "PREFIX_TUNING": ("it trains a prompt and no weights", PLAIN),
+    "XLORA": ("it routes between several LoRAs", "Give those LoRAs, one by one."),
+    "SOMETHING_NEW": ("only LoRA can be represented", MERGE),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    reason, advice = TYPES[kind]
+    folder = write_pair(tmp_path / "a", peft_type=kind)
     assert refusal(UnsupportedAdapterError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: peft_type is 'IA3'; only 'LORA' can be "
-        f"represented. {MERGE}"
+        f"Cannot use {folder / 'adapter_config.json'}: peft_type is {kind!r}; expected 'LORA', for "
+        f"{reason}. {advice}"
     )
+
+
+def test_types_that_are_named_are_those_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    known = {kind.value for kind in peft.PeftType}
+    assert peft_refusals.TYPES.keys() <= known
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
@@ -225,7 +377,7 @@ def test_initialisation_that_changes_the_base_is_refused(tmp_path: Path, init: s
     )
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path: Path, init: Any) -> None:
     assert read_peft(write_pair(tmp_path / "a", init_lora_weights=init)).modules
 
@@ -252,6 +404,14 @@ FOREIGN = {
     "base_model.model.lm_head.base_layer.weight": "a whole weight matrix",
     "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta":
         "single trained token embeddings",
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.math.weight":
+        "a DoRA magnitude vector",
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.math":
+        "a DoRA magnitude vector",
+    "base_model.model.lm_head.modules_to_save.math.weight": "a module that was trained whole",
+    "base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a": "a part of LoHa",
+    "base_model.model.transformer.h.0.ln_1.weight": "a norm's weight",
+    "prompt_embeddings": "a trained prompt",
     "base_model.model.prompt": "not known here",
 }  # fmt: skip
 
@@ -306,7 +466,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 RANKS = "a whole number from 1 to 16384"
 ALPHAS = "a number from 1e-30 to 1e+30, or minus such"
-REGEX = "patterns of up to 256 characters and 3 repeats, and no repeated group"
+REGEX = "patterns of up to 256 characters, 3 repeats and 4096 choices, and no repeated group"
 FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"peft_type": None}, "peft_type", "missing", '"LORA"'),
     ({"peft_type": 3}, "peft_type", "3", '"LORA"'),
@@ -328,6 +488,18 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"rank_pattern": {".*.*.*.*": 1}}, "a pattern in rank_pattern", "'.*.*.*.*'", REGEX),
     ({"alpha_pattern": {"[": 1}}, "a pattern in alpha_pattern", "'['",
      "a regular expression (unterminated character set at position 0)"),
+    ({"rank_pattern": {"a?" * 20 + "a" * 20: 1}}, "a pattern in rank_pattern",
+     repr("a?" * 20 + "a" * 20), REGEX),
+    ({"rank_pattern": {"(a|aa)" * 20: 1}}, "a pattern in rank_pattern",
+     repr("(a|aa)" * 20)[:77] + "...", REGEX),
+    ({"target_modules": 3}, "target_modules", "3", "a text or a list of names"),
+    ({"target_modules": [3]}, "target_modules", "[3]", "a text or a list of names"),
+    ({"exclude_modules": {"q": 1}}, "exclude_modules", "{'q': 1}", "a text or a list of names"),
+    ({"layers_pattern": 2}, "layers_pattern", "2", "a text or a list of names"),
+    ({"layers_to_transform": "1"}, "layers_to_transform", "'1'", "a layer or a list of layers"),
+    ({"layers_to_transform": [0.5]}, "layers_to_transform", "[0.5]",
+     "a layer or a list of layers"),
+    ({"bias": "some"}, "bias", "'some'", "'none', 'all' or 'lora_only'"),
     ({"base_model_name_or_path": 1}, "base_model_name_or_path", "1", "a name"),
 ]  # fmt: skip
 

@@ -1,0 +1,240 @@
+"""Adapters of MLX, against the formula of its own LoRALinear.fuse."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.errors import (
+    InputFileError,
+    PeftConfigError,
+    SafetensorsFileError,
+    UnsupportedAdapterError,
+)
+from qaflora_edge.peft import read_peft
+
+Q0 = "model.layers.0.self_attn.q_proj"
+PAIR = {f"{Q0}.lora_a": np.ones((64, 4), np.float32), f"{Q0}.lora_b": np.ones((4, 64), np.float32)}
+
+
+def write_mlx(folder: Path, tensors: Mapping[str, Any] | None = None, **config: Any) -> Path:
+    """Write a folder as mlx_lm.lora does; a field of None is left out."""
+    folder.mkdir(exist_ok=True)
+    fields = {
+        "adapter_path": "adapters",
+        "fine_tune_type": "lora",
+        "lora_parameters": {"rank": 4, "dropout": 0.0, "scale": 20.0},
+        "model": "mlx-community/Tiny-4bit",
+        "num_layers": 16,
+        **config,
+    }
+    fields = {name: value for name, value in fields.items() if value is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(fields, indent=4))
+    tiny.write_safetensors(folder / "adapters.safetensors", PAIR if tensors is None else tensors)
+    return folder
+
+
+def random_pairs(base: tiny.TinyBase, layers: list[int]) -> dict[str, NDArray[np.float32]]:
+    """Draw lora_a [n_in, rank] and lora_b [rank, n_out] for every projection of some layers."""
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for layer in layers:
+        for module, stem in tiny.PROJECTIONS.items():
+            n_out, n_in = base.shape(stem)
+            name = f"model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_a"] = rng.standard_normal((n_in, 4)).astype(np.float32)
+            tensors[f"{name}.lora_b"] = rng.standard_normal((4, n_out)).astype(np.float32)
+    return tensors
+
+
+@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "k_proj", "v_proj", "o_proj", "mlp"]])
+def test_delta_equals_what_mlx_fuses(tmp_path: Path, keys: list[str] | None) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
+    tensors = random_pairs(base, [1, 2])
+    if keys is not None:
+        tensors = {name: values for name, values in tensors.items() if "self_attn" in name}
+    parameters = {"rank": 4, "dropout": 0.0, "scale": 20.0, "keys": keys}
+    folder = write_mlx(tmp_path / "a", tensors, lora_parameters=parameters)
+    convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype="f32")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    stored = {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    assert len(stored) == len(tensors)
+    for name in tensors:
+        if not name.endswith(".lora_a"):
+            continue
+        module = name.removesuffix(".lora_a")
+        a, b = (tensors[f"{module}.lora_{side}"].astype(np.float64) for side in "ab")
+        expected = (20.0 * b.T) @ a.T  # mlx-lm d78bf58e, tuner/lora.py LoRALinear.fuse
+        _, _, layer, projection = module.split(".", 3)
+        stem = f"blk.{layer}.{tiny.PROJECTIONS[projection]}.weight"
+        delta = alpha / 4 * stored[f"{stem}.lora_b"] @ stored[f"{stem}.lora_a"]
+        np.testing.assert_allclose(delta, expected, rtol=1e-12, atol=1e-9)
+
+
+def test_fields_of_the_config_are_read(tmp_path: Path) -> None:
+    adapter = read_peft(write_mlx(tmp_path / "a"))
+    (module,) = adapter.modules.values()
+    assert (module.name, module.rank, module.scale) == (Q0, 4, 20.0)
+    assert (module.n_in, module.n_out) == (64, 64)
+    assert adapter.config.base_name == "mlx-community/Tiny-4bit"
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "reason"),
+    [
+        ({"fine_tune_type": "dora"}, "dora", "DoRA also rescales the base's weights"),
+        ({"fine_tune_type": None, "use_dora": True}, "dora",
+         "DoRA also rescales the base's weights"),
+        ({"fine_tune_type": "full"}, "full",
+         "whole matrices were trained, which are not low-rank"),
+    ],
+)  # fmt: skip
+def test_other_fine_tunes_are_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], kind: str, reason: str
+) -> None:
+    folder = write_mlx(tmp_path / "a", **config)
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: fine_tune_type is {kind!r}; {reason}, and a "
+        "plain LoRA cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a plain "
+        "LoRA."
+    )
+
+
+RANKS = "a whole number from 1 to 16384"
+ALPHAS = "a number from 1e-30 to 1e+30, or minus such"
+FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"fine_tune_type": "loha"}, "fine_tune_type", "'loha'", "'lora'"),
+    ({"lora_parameters": None}, "lora_parameters", "missing", "an object with rank and scale"),
+    ({"lora_parameters": {"scale": 2.0}}, "lora_parameters.rank", "missing", RANKS),
+    ({"lora_parameters": {"rank": 4}}, "lora_parameters.scale", "missing", ALPHAS),
+    ({"lora_parameters": {"rank": 4, "scale": 1.0, "keys": 3}}, "lora_parameters.keys", "3",
+     "a text or a list of names"),
+    ({"model": 3}, "model", "3", "a name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "field", "found", "expected"), FIELDS)
+def test_wrong_field_is_named(
+    tmp_path: Path, config: dict[str, Any], field: str, found: str, expected: str
+) -> None:
+    folder = write_mlx(tmp_path / "a", **config)
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: {field} is {found}; expected {expected}. "
+        "Correct the file, or save the adapter again."
+    )
+
+
+def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:
+    parameters = {"rank": 4, "alpha": 16.0, "scale": 10.0}
+    folder = write_mlx(tmp_path / "a", lora_parameters=parameters)
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: lora_parameters.alpha is 16.0 beside scale; "
+        "MLX used it until June 2024 and ignores it since, so the scale cannot be known; expected "
+        "none, or 4 as the rank. Remove alpha if a later version trained the adapter; else "
+        "multiply scale by alpha / rank and remove it."
+    )
+    parameters["alpha"] = 4.0
+    (module,) = read_peft(write_mlx(folder, lora_parameters=parameters)).modules.values()
+    assert module.scale == 10.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (f"{Q0}.m", "a DoRA magnitude vector"),
+        ("model.norm.weight", "a norm's weight"),
+        (f"{Q0}.weight", "a whole weight matrix"),
+        (f"{Q0}.scales", "not known here"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
+    folder = write_mlx(tmp_path / "a", {**PAIR, name: np.ones(64, np.float32)})
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapters.safetensors'}: tensor {name} is {kind}; expected only "
+        "lora_a and lora_b, for a plain LoRA cannot represent more. Train a plain LoRA."
+    )
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.switch_mlp.up_proj.lora_a"
+    folder = write_mlx(tmp_path / "a", {name: np.ones((2, 4, 64), np.float32)})
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapters.safetensors'}: tensor {name} has shape [2, 4, 64]; "
+        "expected a matrix. Only LoRA on linear layers and embeddings can be represented."
+    )
+
+
+def test_embeddings_are_refused(tmp_path: Path) -> None:
+    name = "model.embed_tokens"
+    tensors = {f"{name}.lora_a": np.ones((99, 4)), f"{name}.lora_b": np.ones((4, 64))}
+    folder = write_mlx(
+        tmp_path / "a", {key: value.astype(np.float32) for key, value in tensors.items()}
+    )
+    assert refusal(UnsupportedAdapterError, folder) == (
+        f"Cannot use {folder / 'adapters.safetensors'}: module {name} is an embedding with a LoRA, "
+        "which MLX applies to a tied head as well; expected LoRA on linear layers. Train without "
+        "it."
+    )
+
+
+def test_module_that_the_config_does_not_adapt_is_refused(tmp_path: Path) -> None:
+    parameters = {"rank": 4, "scale": 1.0, "keys": ["self_attn.v_proj"]}
+    folder = write_mlx(tmp_path / "a", lora_parameters=parameters)
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: module {Q0} has tensors, but "
+        "lora_parameters.keys do not name it; expected every module that has tensors. The two "
+        "files do not belong together; save the adapter again, or correct this one if the tensors "
+        "are right."
+    )
+
+
+def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "a", {f"{Q0}.lora_b": PAIR[f"{Q0}.lora_b"]})
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot use {folder / 'adapters.safetensors'}: module {Q0} has lora_b but no lora_a; "
+        "expected both. The file is incomplete; save the adapter again."
+    )
+
+
+def test_rank_must_be_the_same_in_both_files(tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "a", lora_parameters={"rank": 8, "scale": 1.0})
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: module {Q0} has rank 8 by lora_parameters, "
+        "but lora_a is [64, 4] and lora_b [4, 64]; expected [n_in, 8] and [8, n_out]. The two "
+        "files do not belong together; save the adapter again."
+    )
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "a", {})
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot use the adapter {folder}: its weights hold no lora_a or lora_b; expected a "
+        "trained LoRA. Save the adapter again."
+    )
+    (folder / "adapters.safetensors").unlink()
+    assert refusal(InputFileError, folder) == (
+        f"Cannot read the adapter {folder}: adapters.safetensors is missing, which belongs to an "
+        "adapter_config.json of MLX. Give the folder that mlx_lm.lora wrote."
+    )
+    (folder / "adapters.npz").write_bytes(b"PK")
+    assert refusal(InputFileError, folder) == (
+        f"Cannot read the adapter {folder}: it has adapters.npz, the format of early MLX; expected "
+        "adapters.safetensors. Load it with mlx.core.load and save it with "
+        "mlx.core.save_safetensors."
+    )
+
+
+def refusal(kind: type[Exception], folder: Path) -> str:
+    """Give the message of the expected error, raised exactly as this class."""
+    with pytest.raises(kind) as caught:
+        read_peft(folder)
+    assert type(caught.value) is kind
+    return str(caught.value)
