@@ -4,7 +4,8 @@
     ├── InputFileError            a file is missing, truncated, corrupted, or not what it claims
     │   ├── GgufFileError
     │   ├── SafetensorsFileError
-    │   └── PeftConfigError
+    │   ├── PeftConfigError
+    │   └── SessionFileError
     ├── OutputFileError           a file cannot be written, or the disk is full
     ├── UnsupportedAdapterError   a PEFT feature that a plain LoRA cannot represent
     ├── AdapterMismatchError      adapter and base do not belong together
@@ -45,6 +46,10 @@ class SafetensorsFileError(InputFileError):
 
 class PeftConfigError(InputFileError):
     """An adapter_config.json cannot be read, or a field of it is wrong."""
+
+
+class SessionFileError(InputFileError):
+    """A saved chat cannot be read."""
 
 
 class OutputFileError(QafloraError):

@@ -1,0 +1,103 @@
+"""Markdown rendered while it arrives: whole blocks for good, the last one live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+
+from qaflora_edge.cli.chat.live import LiveLines
+from qaflora_edge.cli.chat.markdown import block_starts, render_block
+from qaflora_edge.cli.chat.signs import visible
+
+_REDRAW_S = 0.08
+_LOAD = 5  # a redraw is followed by a pause of at least so many times its own duration
+
+
+class MarkdownStream:
+    """An answer on a terminal.
+
+    A block (a paragraph, a list, code, a table) is printed once and for all when the next one has
+    begun. The one that still grows is redrawn below, its end only where it is taller than the
+    screen, and printed whole at its end.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        ascii_only: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._console, self._ascii_only, self._clock = console, ascii_only, clock
+        self._live = LiveLines(console.file, lambda: (console.size.width, console.size.height))
+        self._source = ""  # of blocks that are not printed for good
+        self._has_block = False
+        self._is_changed = False
+        self._redraw_at = 0.0
+
+    def wait(self, line: str) -> None:
+        """Show a passing line until the answer begins."""
+        if not self._has_block and not self._source.strip():
+            self._live.update([], [line[: self._width]])
+
+    def feed(self, text: str) -> None:
+        """Take more of the answer."""
+        self._source += visible(text, has_signs=not self._ascii_only)
+        self._is_changed = True
+        self.tick()
+
+    def tick(self) -> None:
+        """Redraw, if there is something new and it is time."""
+        start = self._clock()
+        if self._is_changed and start >= self._redraw_at:
+            for_good = self._take_whole_blocks()
+            self._live.update(for_good, self._rendered(self._source))
+            self._is_changed = False
+            now = self._clock()
+            self._redraw_at = now + max(_REDRAW_S, _LOAD * (now - start))
+
+    def finish(self) -> None:
+        """Print the rest for good."""
+        for_good = self._take_whole_blocks()
+        self._live.update([*for_good, *self._rendered(self._source)], [])
+        self._source = ""
+
+    @property
+    def _width(self) -> int:
+        # The last column stays free: terminals disagree about the width of some signs.
+        return max(1, self._console.size.width - 1)
+
+    def _take_whole_blocks(self) -> list[str]:
+        """Lines of the blocks that nothing can change any more, which leave the source.
+
+        Only whole lines tell that a new block has begun: `2` may yet become `2.`, an item of the
+        list above it.
+        """
+        rows = self._source.split("\n")
+        starts = block_starts("\n".join(rows[:-1]))
+        lines: list[str] = []
+        for start, end in zip(starts, starts[1:], strict=False):
+            lines += self._rendered("\n".join(rows[start:end]))
+            self._has_block = self._has_block or bool(lines)
+        if len(starts) > 1:
+            self._source = "\n".join(rows[starts[-1] :])
+        return lines
+
+    def _rendered(self, source: str) -> list[str]:
+        """Blocks as lines, with a blank one before each but the first of the answer."""
+        rows = source.split("\n")
+        starts = block_starts(source)
+        lines: list[str] = []
+        has_block = self._has_block
+        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            block = render_block(
+                self._console,
+                "\n".join(rows[start:end]),
+                self._width,
+                ascii_only=self._ascii_only,
+            )
+            lines += ["", *block] if has_block and block else block
+            has_block = has_block or bool(block)
+        return lines
