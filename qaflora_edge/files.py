@@ -155,9 +155,25 @@ def cache_dir() -> Path:
     return root / "qaflora-edge"
 
 
+<<<<<<< HEAD
 def safe_join(
     folder: str | os.PathLike[str], relative: str, link_roots: Sequence[Path] = ()
 ) -> Path:
+=======
+def data_dir() -> Path:
+    """Name the folder for what a user would miss, such as a history; it may not exist yet."""
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local or Path.home() / "AppData" / "Local") / "qaflora-edge"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "qaflora-edge"
+    xdg = os.environ.get("XDG_DATA_HOME", "")
+    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local" / "share"
+    return root / "qaflora-edge"
+
+
+def safe_join(folder: str | os.PathLike[str], relative: str) -> Path:
+>>>>>>> b9a325c (wip2)
     """Join a path written in a bundle to the bundle's folder.
 
     link_roots  other folders that a link may lead to

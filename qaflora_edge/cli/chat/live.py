@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import IO
 
 from rich.cells import cell_len
 
@@ -20,7 +20,7 @@ class LiveLines:
     size  gives (columns, rows) of the terminal as it is now
     """
 
-    def __init__(self, file: TextIO, size: Callable[[], tuple[int, int]]) -> None:
+    def __init__(self, file: IO[str], size: Callable[[], tuple[int, int]]) -> None:
         self._file, self._size = file, size
         self._drawn: list[str] = []
 

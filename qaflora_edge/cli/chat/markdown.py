@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from pygments.token import Comment, Keyword, Name, Number, Operator, String
+from pygments.token import (  # type: ignore[import-untyped]
+    Comment,
+    Keyword,
+    Name,
+    Number,
+    Operator,
+    String,
+)
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
 from rich.segment import Segment, Segments
@@ -45,8 +53,8 @@ _CODE = ANSISyntaxTheme(
         Number: Style(color="cyan"),
     }
 )
-# No HTML and no definitions of links: they would not be shown. No underlined headings: `Steps:` would become one for as
-# long as only the first `-` of the list below it has arrived.
+# No HTML and no definitions of links: they would not be shown. No underlined headings: `Steps:`
+# would become one for as long as only the first `-` of the list below it has arrived.
 _PARSER = (
     MarkdownIt("commonmark", {"html": False})
     .enable(["strikethrough", "table"])
@@ -96,7 +104,7 @@ class _CodeBlock(CodeBlock):
 class _Answer(Markdown):
     """Markdown as we read it."""
 
-    elements: dict[str, type[MarkdownElement]] = {  # noqa: RUF012  (rich's own attribute)
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,
         "heading_open": _Heading,
         "fence": _CodeBlock,

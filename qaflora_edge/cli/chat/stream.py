@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -78,7 +79,7 @@ class MarkdownStream:
         rows = self._source.split("\n")
         starts = block_starts("\n".join(rows[:-1]))
         lines: list[str] = []
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             lines += self._rendered("\n".join(rows[start:end]))
             self._has_block = self._has_block or bool(lines)
         if len(starts) > 1:

@@ -1,0 +1,197 @@
+"""qaflora chat"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qaflora_edge.cli.options import (
+    SharedOptions,
+    bundle_folder,
+    example,
+    open_engine,
+    shared_options,
+)
+from qaflora_edge.errors import QafloraError
+
+if TYPE_CHECKING:
+    from qaflora_edge.cli.chat.plain_input import PlainInput
+    from qaflora_edge.cli.chat.reply import Reply
+    from qaflora_edge.cli.chat.session import ChatSession
+    from qaflora_edge.cli.chat.terminal_input import TerminalInput
+    from qaflora_edge.cli.chat.view import View
+
+MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
+
+
+@click.command(
+    epilog=example(
+        """
+        qaflora chat models/demo
+        qaflora chat models/demo --strategy calibrated --temp 0
+        qaflora chat models/demo --system "Answer in one sentence." --load talk.json
+        """
+    )
+)
+@click.argument("bundle", metavar="DIR")
+@click.option("--system", metavar="TEXT", help="The system prompt; /system changes it.")
+@click.option(
+    "--load",
+    "load_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Go on with a conversation that /save wrote to FILE.",
+)
+@click.option(
+    "--keep-history",
+    is_flag=True,
+    help="Read only what is new in each turn; earlier turns stay as they were read, each under its "
+    "own weights.",
+)
+@click.option(
+    "--plain",
+    is_flag=True,
+    help="No escape codes, no line editing, no rendered Markdown.  [default: so off a terminal]",
+)
+@shared_options
+def chat(
+    bundle: str,
+    system: str | None,
+    load_path: Path | None,
+    keep_history: bool,
+    plain: bool,
+    options: SharedOptions,
+) -> None:
+    """Talk with the weighed adapters.
+
+    Each answer is weighed anew for the conversation so far; a line on stderr tells the speed and
+    the mix. A line that begins with a slash is a command; /help lists them. Ctrl-C stops an answer,
+    Ctrl-D leaves. When the context is full the oldest turns drop out. Sampled at temperature 0.7
+    and top-p 0.95 unless --temp and --top-p say otherwise.
+
+    In a pipe each line of stdin is a message, and stdout has the answers alone.
+    """
+    from qaflora_edge.cli.chat.session import ChatSession
+    from qaflora_edge.session_file import bundle_identity
+
+    identity = bundle_identity(bundle_folder(bundle))
+    with open_engine(bundle, options) as engine:
+        session = ChatSession(
+            engine,
+            identity,
+            sampling=options.sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, top_p=TOP_P),
+            raw_prompt=options.raw_prompt,
+            keep_history=keep_history,
+        )
+        session.check()
+        _Chat(session, is_plain=plain or not _is_capable()).run(system, load_path)
+
+
+def _is_capable() -> bool:
+    """Whether stdin and stdout are a terminal that can move its cursor."""
+    if os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt":
+        return False
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+class _Chat:
+    """Reads, answers and shows, until the user leaves."""
+
+    def __init__(self, session: ChatSession, *, is_plain: bool) -> None:
+        from qaflora_edge.cli.chat.commands import Commands
+
+        self._session, self._is_plain = session, is_plain
+        self._view: View
+        self._input: PlainInput | TerminalInput
+        if is_plain:
+            from qaflora_edge.cli.chat.plain_input import PlainInput
+            from qaflora_edge.cli.chat.view import PlainView
+
+            self._view, self._input = PlainView(), PlainInput()
+        else:
+            from qaflora_edge.cli.chat.terminal_input import TerminalInput
+            from qaflora_edge.cli.chat.view import TerminalView
+
+            self._view, self._input = TerminalView(), TerminalInput(session)
+            if self._input.why_no_history:
+                self._view.note(f"the history is not kept: {self._input.why_no_history}")
+        self._commands = Commands(session, self._view, self.ask)
+
+    def run(self, system: str | None, load_path: Path | None) -> None:
+        from qaflora_edge.cli.chat.commands import LeaveChat
+
+        if load_path is not None:
+            self._commands.load_file(load_path)
+        if system is not None:
+            self._session.set_system(system)
+        if sys.stdin.isatty():
+            self._view.note(*self._session.title)
+            self._view.done()
+        try:
+            while (line := self._read()) is not None:
+                if line.startswith("/") and not line.startswith("//"):
+                    self._commands.run(line.rstrip())
+                    self._view.done()
+                elif line.strip():
+                    self.ask(line[1:] if line.startswith("//") else line)
+                    self._view.done()
+        except LeaveChat:
+            pass
+
+    def _read(self) -> str | None:
+        """The next message or command; Ctrl-C empties the line that is being typed."""
+        while True:
+            try:
+                return self._input.read()
+            except KeyboardInterrupt:
+                if self._is_plain:
+                    raise
+
+    def ask(self, question: str, *, is_retry: bool = False) -> bool:
+        """Answer a question and tell how; False if it could not be asked."""
+        try:
+            self._answer(question, is_retry)
+        except QafloraError as error:  # this question cannot be answered; the next one may
+            self._view.error(error)
+            return False
+        return True
+
+    def _answer(self, question: str, is_retry: bool) -> None:
+        from qaflora_edge.cli.chat.reply import Reply, interrupts_call
+
+        session, view = self._session, self._view
+        n_before = session.conversation.n_dropped
+        begin = session.prepare(question, is_retry=is_retry)
+        if n_dropped := session.conversation.n_dropped - n_before:
+            turns = "turn is" if n_dropped == 1 else f"{n_dropped} turns are"
+            view.note(f"the context is full: the oldest {turns} no longer read")
+        reply = Reply(begin, lambda: None)
+        with view.answering(), interrupts_call(reply.stop), reply:
+            view.begin()
+            try:
+                for piece in reply.pieces(lambda: view.tick(reply)):
+                    view.piece(piece)
+            finally:
+                view.end()
+        reason = session.conclude(question, reply)
+        view.status(_status(session, reply, reason), session.fusion)
+
+
+def _status(session: ChatSession, reply: Reply, reason: str) -> list[str]:
+    """How an answer ended and how fast it was."""
+    generation = reply.generation
+    parts = []
+    if reason == "cancelled":
+        parts.append("stopped")
+    elif reason == "length" and generation is not None:
+        is_full = session.is_full(generation)
+        parts.append("cut: the context is full" if is_full else "cut at --max-tokens")
+    if generation is not None and generation.timings.n_decoded:
+        parts.append(f"{generation.timings.tokens_per_second:.1f} tok/s")
+    if reply.first_ms is not None:
+        parts.append(f"first token {reply.first_ms / 1e3:.2f} s")
+    return parts

@@ -1,0 +1,178 @@
+"""One chat with one Engine: what is asked, undone, switched, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qaflora_edge.conversation import Conversation, Message, Turn
+from qaflora_edge.errors import PromptError, QafloraError, StrategyError
+from qaflora_edge.session_file import BundleIdentity, Session, load_session, save_session
+
+if TYPE_CHECKING:
+    from qaflora_edge.cli.chat.reply import Reply
+    from qaflora_edge.engine import Engine
+    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.generate import Generation
+
+_N_SEED = 2**32 - 1  # seeds run from 0 to one below it
+
+
+class ChatSession:
+    """A conversation, the Engine that answers it, and how.
+
+    sampling  keywords of Engine.generate; a retry adds to the seed, or it would change nothing
+    fusion    the weights of the last answer, if there was one
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        identity: BundleIdentity,
+        *,
+        sampling: dict[str, Any],
+        raw_prompt: bool = False,
+        keep_history: bool = False,
+    ) -> None:
+        self.engine, self.identity = engine, identity
+        self.conversation = Conversation()
+        self.fusion: FusionWeights | None = None
+        self._sampling, self._raw_prompt = sampling, raw_prompt
+        self._keep_history = keep_history
+        self._n_retry = 0
+
+    @property
+    def title(self) -> tuple[str, str, str]:
+        """The base, its adapters and the strategy, in words."""
+        names = ", ".join(self.engine.adapters) or "no adapters"
+        return self.engine.name, names, f"strategy {self.engine.strategy}"
+
+    def check(self) -> None:
+        """Raises ChatTemplateError when the base has no usable template and one is needed."""
+        if not self._raw_prompt:
+            self.engine.chat_tokens([{"role": "user", "content": "?"}])
+
+    # turns
+
+    def prepare(self, question: str, *, is_retry: bool = False) -> Callable[[], Generation]:
+        """What makes the answer to a question, which is then not yet part of the conversation.
+
+        Turns that have no room beside it drop out (`conversation.n_dropped`).
+
+        Raises PromptError when the question cannot be asked.
+        """
+        check_text(question)
+        self._n_retry = self._n_retry + 1 if is_retry else 0
+        n_ctx = self.engine.n_ctx
+        room = min(self._sampling["max_tokens"], n_ctx // 4)
+        tokens = self.conversation.fit(question, self._tokens, n_ctx - room)
+        sampling = dict(self._sampling)
+        if self.engine.seed is not None:
+            sampling["seed"] = (self.engine.seed + self._n_retry) % _N_SEED
+        return lambda: self.engine.generate(tokens, keep_history=self._keep_history, **sampling)
+
+    def conclude(self, question: str, reply: Reply) -> str:
+        """Add a question and what was answered to it; gives the reason of the answer's end."""
+        generation = reply.generation
+        reason = "cancelled" if reply.is_stopped or generation is None else None
+        reason = reason or (generation and generation.finish_reason) or "cancelled"
+        self.conversation.turns.append(Turn(question, reply.text, reason))
+        self.fusion = None if generation is None else generation.fusion
+        return reason
+
+    def is_full(self, generation: Generation) -> bool:
+        """Whether an answer ended because the context has no room for more."""
+        return generation.n_prompt + generation.n_completion > self.engine.n_ctx
+
+    def _tokens(self, messages: list[Message]) -> list[int]:
+        if self._raw_prompt:
+            text = "\n".join(message["content"] for message in messages) + "\n"
+            return self.engine.tokenize(text)
+        return self.engine.chat_tokens(messages)
+
+    # how it is answered
+
+    def set_system(self, text: str | None) -> None:
+        """Change the system prompt of the whole conversation, from the next turn on.
+
+        Raises a QafloraError, and changes nothing, when the base's template takes none or the
+        context is too small for it.
+        """
+        self._check_system(text)
+        self.conversation.system = text
+
+    def _check_system(self, text: str | None) -> None:
+        if text is None:
+            return
+        check_text(text)
+        n_ctx = self.engine.n_ctx
+        if len(self._tokens(Conversation(system=text).messages("?"))) > n_ctx - n_ctx // 4:
+            raise PromptError(
+                f"The system prompt leaves less than a quarter of the context of {n_ctx} tokens, "
+                "expected more room for questions and answers. Shorten it, or raise the context "
+                "(--ctx)."
+            )
+
+    def switch(self, names: list[str], *, is_on: bool) -> None:
+        """Take adapters into use, or out of it; all of them where none is named.
+
+        Raises StrategyError for an unknown name.
+        """
+        loaded = self.engine.loaded_adapters
+        unknown = [name for name in names if name not in loaded]
+        if unknown:
+            raise StrategyError(
+                f"The adapter {unknown[0]!r} is not in this bundle; expected one of: "
+                f"{', '.join(loaded) or 'none is there'}. See /adapters."
+            )
+        chosen = set(names or loaded)
+        in_use = set(self.engine.adapters)
+        self.engine.use_adapters(sorted(in_use | chosen if is_on else in_use - chosen))
+
+    # files
+
+    def save(self, path: Path) -> None:
+        """Write the session file. Raises OutputFileError."""
+        engine = self.engine
+        session = Session(self.identity, self.conversation, engine.strategy, engine.adapters)
+        save_session(path, session)
+
+    def load(self, path: Path) -> list[str]:
+        """Go on with a saved conversation; gives warnings. Raises SessionFileError."""
+        session = load_session(path)
+        differences = session.bundle.differences(self.identity)
+        self._check_system(session.conversation.system)
+        self.conversation, self.fusion = session.conversation, None
+        warnings = [f"saved with another bundle: {', '.join(differences)}"] if differences else []
+        return warnings + self._follow(session)
+
+    def _follow(self, session: Session) -> list[str]:
+        """Answer as the saved session did, as far as this bundle can."""
+        off = set(session.bundle.adapters) - set(session.adapters)
+        names = [name for name in self.engine.loaded_adapters if name not in off]
+        before = self.engine.strategy, self.engine.adapters
+        try:
+            self._use(session.strategy, names)
+        except QafloraError as error:
+            self._use(*before)
+            return [f"its strategy is not used here: {error}"]
+        return []
+
+    def _use(self, strategy: str, names: Sequence[str]) -> None:
+        self.engine.use_strategy("base")  # which fits any adapters
+        self.engine.use_adapters(names)
+        self.engine.use_strategy(strategy)
+
+
+def check_text(text: str) -> None:
+    """Raises PromptError for a text that is empty or that UTF-8 cannot write."""
+    if not text.strip():
+        raise PromptError("The message is empty; type at least one character.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of a pipe that were no UTF-8
+        raise PromptError(
+            f"The message is not UTF-8 (at character {error.start}); expected text in UTF-8. "
+            "Convert it, for example with iconv."
+        ) from error

@@ -1,0 +1,217 @@
+"""What a chat shows: plainly, for pipes and dumb terminals, or with Markdown on a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+import click
+
+from qaflora_edge.cli.chat.signs import has_signs, visible
+from qaflora_edge.cli.show import mean_weights, paint
+
+if TYPE_CHECKING:
+    from qaflora_edge.cli.chat.reply import Reply
+    from qaflora_edge.fusion import FusionWeights
+
+_WAIT_S = 0.4  # nothing is said about a shorter wait
+
+
+class View(Protocol):
+    """Answers go to stdout, everything else to stderr."""
+
+    @property
+    def width(self) -> int: ...
+    def answering(self) -> AbstractContextManager[None]: ...
+    def begin(self) -> None: ...
+    def piece(self, text: str) -> None: ...
+    def tick(self, reply: Reply) -> None: ...
+    def end(self) -> None: ...
+    def note(self, *parts: str) -> None: ...
+    def error(self, error: Exception) -> None: ...
+    def show(self, text: str) -> None: ...
+    def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None: ...
+    def weights(self, fusion: FusionWeights) -> None: ...
+    def keys(self) -> None: ...
+    def done(self) -> None: ...
+
+
+class PlainView:
+    """No escape codes at all."""
+
+    def __init__(self) -> None:
+        self._is_tty = sys.stdout.isatty()
+
+    @property
+    def width(self) -> int:
+        return _width(sys.stderr.isatty())
+
+    def answering(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self) -> None:
+        pass
+
+    def piece(self, text: str) -> None:
+        # A file gets the answer as it is; a terminal none of its control characters.
+        click.echo(visible(text, has_signs=False) if self._is_tty else text, nl=False)
+
+    def tick(self, reply: Reply) -> None:
+        pass
+
+    def end(self) -> None:
+        click.echo()
+
+    def note(self, *parts: str) -> None:
+        text = visible("; ".join(parts), has_signs=False)
+        click.echo(f"[{text}]", err=True, color=False)
+
+    def error(self, error: Exception) -> None:
+        text = visible(one_line(str(error)), has_signs=False)
+        click.echo(f"Error: {text}", err=True, color=False)
+
+    def show(self, text: str) -> None:
+        click.echo(text, err=True, color=False)
+
+    def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
+        mix = [] if fusion is None else ["  ".join(mix_parts(fusion))]
+        self.note(*parts, *mix)
+
+    def weights(self, fusion: FusionWeights) -> None:
+        from qaflora_edge.cli.heatmap import heatmap
+
+        self.show(heatmap(fusion, width=self.width, encoding=sys.stderr.encoding))
+
+    def keys(self) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+
+class TerminalView:
+    """Markdown as it streams, dim notes, colours unless NO_COLOR forbids them."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        from qaflora_edge.cli.chat.markdown import THEME
+
+        self._console = Console(theme=THEME, highlight=False)
+        self._has_signs = has_signs(sys.stdout.encoding)
+
+    @property
+    def width(self) -> int:
+        return self._console.size.width
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Keep keys that are typed meanwhile off the screen; they are there for the next input."""
+        return _silent_keys()
+
+    def begin(self) -> None:
+        from qaflora_edge.cli.chat.stream import MarkdownStream
+
+        click.echo()
+        self._stream = MarkdownStream(self._console, ascii_only=not self._has_signs)
+
+    def piece(self, text: str) -> None:
+        self._stream.feed(text)
+
+    def tick(self, reply: Reply) -> None:
+        if reply.first_ms is None and reply.elapsed_s > _WAIT_S:
+            what = "stopping" if reply.is_stopped else "reading"
+            dots = "…" if self._has_signs else "..."
+            self._stream.wait(f"{what}{dots} {reply.elapsed_s:.0f} s")
+        self._stream.tick()
+
+    def end(self) -> None:
+        self._stream.finish()
+
+    def note(self, *parts: str) -> None:
+        self._dim(parts)
+
+    def error(self, error: Exception) -> None:
+        text = visible(f"Error: {one_line(str(error))}", has_signs=self._has_signs)
+        click.echo(paint(text, "red"), err=True)
+
+    def show(self, text: str) -> None:
+        click.echo(text, err=True)
+
+    def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
+        self._dim(parts, [] if fusion is None else mix_parts(fusion))
+
+    def weights(self, fusion: FusionWeights) -> None:
+        from qaflora_edge.cli.heatmap import heatmap, terminal_colour
+
+        colour = terminal_colour(sys.stderr)
+        text = heatmap(fusion, width=self.width, encoding=sys.stderr.encoding, colour=colour)
+        self.show(text)
+
+    def keys(self) -> None:
+        """The keys of an input with line editing, in words."""
+        parts = ("Enter: send", "Alt-Enter or Ctrl-J: new line", "Ctrl-C: stop an answer")
+        self._dim([*parts, "Ctrl-D: leave"])
+
+    def done(self) -> None:
+        """Leave a line free below what was shown."""
+        click.echo(err=True)
+
+    def _dim(self, parts: Sequence[str], mix: Sequence[str] = ()) -> None:
+        """Parts with dots between them and the mix, broken between parts where the line ends."""
+        dot = " · " if self._has_signs else " - "
+        lines = flow([*parts, *mix], [dot] * len(parts) + ["  "] * len(mix), self.width)
+        for line in lines:
+            click.echo(click.style(visible(line, has_signs=self._has_signs), dim=True), err=True)
+
+
+def flow(parts: Sequence[str], gaps: Sequence[str], width: int) -> list[str]:
+    """Parts in lines of at most width columns; gaps[i] stands behind part i, within a line."""
+    from rich.cells import cell_len
+
+    lines = [parts[0]] if parts else []
+    for gap, part in zip(gaps, parts[1:], strict=False):
+        if cell_len(lines[-1] + gap + part) <= width:
+            lines[-1] += gap + part
+        else:
+            lines.append(part)
+    return lines
+
+
+def mix_parts(fusion: FusionWeights) -> list[str]:
+    """The mean weight of each adapter, the largest first, such as `math 61 %`."""
+    means = sorted(mean_weights(fusion).items(), key=lambda item: -item[1])
+    return [f"{name} {100 * mean:.0f} %" for name, mean in means] or ["no adapters"]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+@contextmanager
+def _silent_keys() -> Iterator[None]:
+    try:
+        import termios
+    except ImportError:  # Windows echoes nothing by itself
+        yield
+        return
+    keys = sys.stdin.fileno()
+    before = termios.tcgetattr(keys)
+    silent = list(before)
+    silent[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(keys, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keys, termios.TCSADRAIN, before)
+
+
+def _width(is_tty: bool) -> int:
+    if not is_tty:
+        return 80
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
