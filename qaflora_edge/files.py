@@ -155,11 +155,6 @@ def cache_dir() -> Path:
     return root / "qaflora-edge"
 
 
-<<<<<<< HEAD
-def safe_join(
-    folder: str | os.PathLike[str], relative: str, link_roots: Sequence[Path] = ()
-) -> Path:
-=======
 def data_dir() -> Path:
     """Name the folder for what a user would miss, such as a history; it may not exist yet."""
     if sys.platform == "win32":
@@ -172,8 +167,9 @@ def data_dir() -> Path:
     return root / "qaflora-edge"
 
 
-def safe_join(folder: str | os.PathLike[str], relative: str) -> Path:
->>>>>>> b9a325c (wip2)
+def safe_join(
+    folder: str | os.PathLike[str], relative: str, link_roots: Sequence[Path] = ()
+) -> Path:
     """Join a path written in a bundle to the bundle's folder.
 
     link_roots  other folders that a link may lead to
