@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
+from qaflora_edge.answers import Answers
 from qaflora_edge.chat import (
     Message,
     chat_tokens,
@@ -24,21 +21,17 @@ from qaflora_edge.chat import (
     response_schema,
 )
 from qaflora_edge.checksums import FileState, check_unchanged
-from qaflora_edge.errors import BackendError, BusyError, OptionError, PromptError, StrategyError
+from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.fusion import FusionWeights
-from qaflora_edge.generate import (
-    Generation,
-    Timings,
-    generate_text,
-    generate_tokens,
-)
+from qaflora_edge.generate import Generation
+from qaflora_edge.lifetime import Lifetime
 from qaflora_edge.probe import Prober
+from qaflora_edge.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.runtime import KV_TYPES, MAX_CTX, MAX_THREADS, Context, Model, Pack
 from qaflora_edge.sampling import Sampler, Sampling, grammar_text
-from qaflora_edge.weigh import Typical, Weigher, Weights
+from qaflora_edge.weigh import Typical, Weigher, Weights, measure_typical
 
 F32 = NDArray[np.float32]
-Prompt = str | Sequence[int]
 _THREADS_RANGE = f"a number of threads from 1 to {MAX_THREADS}"
 Path_ = str | os.PathLike[str]
 
@@ -77,14 +70,8 @@ class Engine:
         probe_tail: int = 0,
         seed: int | None = None,
     ) -> None:
-        self._thread_lock = threading.Lock()
-        self._is_closed = True  # until everything below has worked
-        self._resources: list[Any] = []
-        # An Engine that nobody closed: contexts are freed before the model that they use.
-        self._finalizer = weakref.finalize(self, _free, self._resources)
-        self._finalizer.atexit = False
-        self._turn = 0
         _check_options(n_ctx, threads, kv_type, probe_tail)
+        self._lifetime = Lifetime(self)
 
         typical: Typical = {}
         defaults: Mapping[str, str] = {}
@@ -111,59 +98,55 @@ class Engine:
         )
         self._loaded = self._weigher.adapters
         self.seed, self.n_ctx = seed, n_ctx
-
+        options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         try:
-            self._model: Model = self._keep(Model(base, gpu_layers=gpu_layers))
-            self._pack: Pack = self._keep(Pack(self._model, list((adapters or {}).values())))
-            options: dict[str, Any] = {
-                "threads": threads,
-                "kv_type": kv_type,
-                "flash_attn": flash_attn,
-            }
-            self._main: Context = self._keep(
-                Context(self._model, self._pack, n_ctx=n_ctx, **options)
-            )
-            self._probe: Prober = self._keep(
-                Prober(self._model, self._pack, options, tail=probe_tail)
-            )
+            self._load(base, list((adapters or {}).values()), gpu_layers, probe_tail, options)
             check_unchanged(states)  # llama.cpp opened the files by name, after they were checked
         except BaseException:
-            _free(self._resources)
+            self._lifetime.close()
             raise
-        self._is_closed = False
 
     # life
 
-    def _keep(self, resource: Any) -> Any:
-        self._resources.append(resource)
-        return resource
+    def _load(
+        self,
+        base: Path_,
+        adapters: Sequence[Path_],
+        gpu_layers: int | None,
+        probe_tail: int,
+        options: dict[str, Any],
+    ) -> None:
+        keep, stop = self._lifetime.keep, self._lifetime.stop
+        self._model = keep(Model(base, gpu_layers=gpu_layers))
+        self._pack = keep(Pack(self._model, list(adapters)))
+        self._main = keep(Context(self._model, self._pack, n_ctx=self.n_ctx, stop=stop, **options))
+        self._probe = keep(
+            Prober(self._model, self._pack, {**options, "stop": stop}, tail=probe_tail)
+        )
+        self._answers = Answers(self._model, self._main, self._loaded, self._lifetime)
 
     def close(self) -> None:
-        """Free the model, the adapters and all contexts. A second call does nothing."""
-        if not self._is_closed:
-            with self._in_use():
-                self._is_closed = True
-                _free(self._resources)
+        """Free the model, the adapters and all contexts. A second call does nothing.
+
+        Raises BusyError while another thread uses the Engine: cancel() its call, and wait for it.
+        """
+        self._lifetime.close()
+
+    def cancel(self) -> None:
+        """End what the Engine does now; any thread may call it, and it returns at once.
+
+        An answer that is generated ends with finish_reason "cancelled", and keeps its text so far.
+        A call that weighs or reads a prompt raises CancelledError. Nothing else happens: the next
+        call works as ever. Without work to end, it does nothing.
+        """
+        self._lifetime.stop.set()
+        self._answers.cancel()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        if not self._thread_lock.acquire(blocking=False):
-            raise BusyError(
-                "This Engine is in use by another thread; an Engine serves one thread at a time. "
-                "Wait for the other call, or make a second Engine."
-            )
-        try:
-            if self._is_closed:
-                raise BusyError("This Engine is closed; make a new one.")
-            yield
-        finally:
-            self._thread_lock.release()
 
     # facts
 
@@ -215,7 +198,7 @@ class Engine:
                 f"{', '.join(self._loaded) or 'none is loaded'}."
             )
         rows = [row for row, name in enumerate(self._loaded) if name in names]
-        with self._in_use():
+        with self._lifetime.in_use():
             adapters = tuple(self._loaded[row] for row in rows)
             self._weigher = replace(self._weigher, adapters=adapters)
             self._probe.use(rows)
@@ -225,7 +208,7 @@ class Engine:
 
         Raises StrategyError when it is unknown or cannot be followed here.
         """
-        with self._in_use():
+        with self._lifetime.in_use():
             self._weigher = replace(self._weigher, strategy=strategy)
 
     # prompts
@@ -235,39 +218,19 @@ class Engine:
 
         Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
         """
-        with self._in_use():
+        with self._lifetime.in_use():
             return self._tokens(prompt, parse_special)
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation under the base's chat template."""
-        with self._in_use():
-            return self._checked(chat_tokens(self._model, messages))
+        with self._lifetime.in_use():
+            return self._chat_tokens(messages)
 
     def _tokens(self, prompt: Prompt, parse_special: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise PromptError("The prompt is empty; give at least one character.")
-            tokens = self._model.tokenize(prompt, add_special=True, parse_special=parse_special)
-        else:
-            tokens = [int(token) for token in prompt]
-        return self._checked(tokens)
+        return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
 
-    def _checked(self, tokens: list[int]) -> list[int]:
-        if not tokens:
-            raise PromptError("The prompt is empty; give at least one token.")
-        if len(tokens) > self.n_ctx:
-            raise PromptError(
-                f"The prompt has {len(tokens)} tokens, the context {self.n_ctx}; shorten it, "
-                f"or raise the context (--ctx, n_ctx; this base was trained for "
-                f"{self._model.n_ctx_train})."
-            )
-        for i, token in enumerate(tokens):
-            if not 0 <= token < self._model.n_vocab:
-                raise PromptError(
-                    f"Token {i} of the prompt is {token}, expected an id from 0 to "
-                    f"{self._model.n_vocab - 1}."
-                )
-        return tokens
+    def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        return checked_tokens(self._model, chat_tokens(self._model, messages), self.n_ctx)
 
     # weights
 
@@ -278,7 +241,7 @@ class Engine:
 
         Returns FusionWeights with weights and divergence, float32 [n_adapter, n_layer].
         """
-        with self._in_use():
+        with self._lifetime.new_work():
             return self._weigher.weigh(strategy, self._tokens(prompt, parse_special), self._probe)
 
     def hidden_states(
@@ -288,7 +251,7 @@ class Engine:
 
         adapter  the one adapter that is on, at weight 1; None for the base alone
         """
-        with self._in_use():
+        with self._lifetime.new_work():
             tokens = self._tokens(prompt, parse_special)
             if adapter is not None and adapter not in self.adapters:
                 raise StrategyError(
@@ -302,9 +265,9 @@ class Engine:
         self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False
     ) -> F32:
         """Logits of the token after the prompt: float32 [n_vocab]."""
-        with self._in_use():
+        with self._lifetime.new_work():
             tokens = self._tokens(prompt, parse_special)
-            self._prefill(tokens, self._weigher.weigh(weights, tokens, self._probe))
+            self._answers.read(tokens, self._weigher.weigh(weights, tokens, self._probe))
             return self._main.logits()
 
     def typical_divergence(
@@ -316,25 +279,15 @@ class Engine:
         progress  called with (prompts done, prompts in all)
         returns   adapter -> lens -> geometric mean of the divergence at each layer
         """
-        measured: dict[str, list[NDArray[np.float64]]] = {lens: [] for lens in fuse.LENSES}
-        with self._in_use():
-            for done, prompt in enumerate(prompts, 1):
-                tokens = self._query(prompt)
-                for lens in fuse.LENSES:
-                    measured[lens].append(self._probe.divergence(tokens, "qa-flora", lens, "last"))
-                if progress is not None:
-                    progress(done, len(prompts))
-        typical = {lens: fuse.typical_divergence(measured[lens]) for lens in fuse.LENSES}
-        return {
-            name: {lens: [float(x) for x in typical[lens][ia]] for lens in fuse.LENSES}
-            for ia, name in enumerate(self.adapters)
-        }
+        with self._lifetime.new_work():
+            queries = [self._query(prompt) for prompt in prompts]
+            return measure_typical(self._probe, self.adapters, queries, progress)
 
     def _query(self, text: str) -> list[int]:
         """One message in chat form when the base has a template, else as text."""
         if not self.has_chat_template:
             return self._tokens(text, parse_special=False)
-        return self._checked(chat_tokens(self._model, [{"role": "user", "content": text}]))
+        return self._chat_tokens([{"role": "user", "content": text}])
 
     # answers
 
@@ -352,6 +305,7 @@ class Engine:
         json_schema: Mapping[str, Any] | bool | None = None,
         parse_special: bool = False,
         keep_history: bool = False,
+        on_weights: Callable[[FusionWeights], None] | None = None,
     ) -> Generation:
         """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
 
@@ -359,6 +313,7 @@ class Engine:
         json_schema   the answer is JSON that is valid under this schema; True: any JSON
         keep_history  what the prompt shares with the last prompt and answer is not read again,
                       but stays as it was read under the weights of its own turn
+        on_weights    called with the weights once they are known, before the prompt is read
 
         The prompt is weighed and read before this returns; tokens follow as they are asked for.
         A later call on this Engine ends the iterator with BusyError.
@@ -371,9 +326,15 @@ class Engine:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             grammar=grammar_text(grammar, json_schema),
         )
-        with self._in_use():
+        with self._lifetime.new_work():
             tokens = self._tokens(prompt, parse_special)
-            return self._begin(tokens, weights, sampling, keep_history)
+            sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
+            fusion = self._weigher.weigh(weights, tokens, self._probe)
+            if on_weights is not None:
+                on_weights(fusion)
+            answer = self._answers.begin(tokens, fusion, sampler, keep_history=keep_history)
+            answer._engine = self
+            return answer
 
     def chat(
         self,
@@ -389,12 +350,13 @@ class Engine:
         grammar: str | None = None,
         response_format: Mapping[str, Any] | None = None,
         keep_history: bool = False,
+        on_weights: Callable[[FusionWeights], None] | None = None,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
 
         response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema":
                          {"schema": ...}}
-        grammar, keep_history  see generate
+        grammar, keep_history, on_weights  see generate
         """
         generation = self.generate(
             self.chat_tokens(messages),
@@ -407,74 +369,11 @@ class Engine:
             grammar=grammar,
             json_schema=response_schema(response_format),
             keep_history=keep_history,
+            on_weights=on_weights,
         )
         if stream:
             return completion_chunks(self.name, generation)
         return completion_dict(self.name, generation)
-
-    def _prefill(
-        self, tokens: list[int], fusion: FusionWeights, keep_history: bool = False
-    ) -> None:
-        self._turn += 1
-        n_kept = 0
-        if keep_history:
-            n_kept = self._main.keep_common(tokens)
-        else:
-            self._main.clear()
-        weights = np.zeros((len(self._loaded), self.n_layer), np.float32)
-        weights[[self._loaded.index(name) for name in self.adapters]] = fusion.weights
-        self._main.set_weights(weights)
-        self._main.decode(tokens[n_kept:], start=n_kept)
-        if np.isnan(self._main.logits()).any():
-            self._main.clear()
-            raise BackendError(
-                "The logits after the prompt are NaN, expected numbers: an adapter that weighs "
-                f"more than 0 here ({', '.join(fusion.adapters) or 'none'}), or the base, is "
-                "damaged. Convert or fetch it again, or leave it out."
-            )
-
-    def _begin(
-        self, tokens: list[int], weights: Weights, sampling: Sampling, keep_history: bool
-    ) -> Generation:
-        sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
-        fusion = self._weigher.weigh(weights, tokens, self._probe)
-        start = time.perf_counter()
-        self._prefill(tokens, fusion, keep_history)
-        timings = Timings(fusion.probe_ms, 1e3 * (time.perf_counter() - start))
-        generation = Generation(fusion, len(tokens), timings)
-        turn = self._turn
-
-        def check() -> None:
-            if self._is_closed or self._turn != turn:
-                raise BusyError(
-                    "This answer cannot go on: its Engine was closed or answered another prompt "
-                    "in between. Finish an answer before the next call, or make a second Engine."
-                )
-
-        generated = generate_tokens(self._model, self._main, sampler, generation, check)
-        pieces = generate_text(generated, self._model, sampling.stop, generation)
-        generation._pieces = _Guarded(pieces, self._in_use)
-        return generation
-
-
-def _free(resources: list[Any]) -> None:
-    """Close in reverse order of making."""
-    while resources:
-        resources.pop().close()
-
-
-class _Guarded(Iterator[str]):
-    """Pieces of text; the Engine is in use only while one is being made."""
-
-    def __init__(self, pieces: Iterator[str], in_use: Callable[[], Any]) -> None:
-        self._pieces, self._in_use = pieces, in_use
-
-    def __next__(self) -> str:
-        with self._in_use():
-            piece = next(self._pieces, None)
-        if piece is None:
-            raise StopIteration
-        return piece
 
 
 def _check_options(n_ctx: int, threads: int | None, kv_type: str, probe_tail: int) -> None:

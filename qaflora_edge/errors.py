@@ -21,6 +21,7 @@
     ├── StrategyError             an unknown strategy, lens, pool or adapter name
     ├── OptionError               an engine or sampling option out of its range
     ├── GrammarError              a grammar or a JSON schema that cannot be followed
+    ├── CancelledError            a call was ended by Engine.cancel before there was an answer
     └── BusyError                 an Engine was used by two threads at once, or after close
 
 A message has four parts: what failed, which file, tensor or field, what was found and what
@@ -110,6 +111,10 @@ class OptionError(QafloraError):
 
 class GrammarError(QafloraError):
     """A grammar or a JSON schema cannot be read, or asks for what cannot be followed."""
+
+
+class CancelledError(QafloraError):
+    """A call was ended by Engine.cancel before there was an answer."""
 
 
 class BusyError(QafloraError):

@@ -74,7 +74,7 @@ class Generation(Iterator[str]):
     """An answer as it is generated: an iterator over pieces of text.
 
     finish_reason  None while it runs, then "stop" (end of generation, or a stop text) or
-                   "length" (max_tokens, or the context is full)
+                   "length" (max_tokens, or the context is full) or "cancelled" (Engine.cancel)
     """
 
     fusion: FusionWeights
@@ -83,6 +83,7 @@ class Generation(Iterator[str]):
     n_completion: int = 0
     finish_reason: str | None = None
     _pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+    _engine: object = field(default=None, repr=False)  # lives as long as its answer
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -105,18 +106,20 @@ def generate_tokens(
     context: Context,
     sampler: Sampler,
     generation: Generation,
-    check: Callable[[], None],
+    goes_on: Callable[[], bool],
 ) -> Iterator[int]:
     """Tokens that follow what the context holds, until an end token or a limit.
 
-    check  called before the context is used again after a pause; raises to stop
+    goes_on  called before the context is used again after a pause; False once it was cancelled
     """
     n_max = context.n_ctx - generation.n_prompt + 1
     if sampler.sampling.max_tokens is not None:
         n_max = min(n_max, sampler.sampling.max_tokens)
     try:
         for i in range(n_max):
-            check()
+            if not goes_on():
+                generation.finish_reason = "cancelled"
+                return
             start = time.perf_counter()
             token = sampler.sample(context)
             if model.is_end(token):

@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import native
-from qaflora_edge.errors import BackendError, GgufFileError, OptionError, PromptError
+from qaflora_edge.errors import (
+    BackendError,
+    CancelledError,
+    GgufFileError,
+    OptionError,
+    PromptError,
+)
+from qaflora_edge.stop import Stop
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -28,6 +35,7 @@ MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _VOCAB_TYPE_NONE = 0
+_DECODE_ABORTED = 2  # llama.h llama_decode
 N_UBATCH = 256  # tokens computed at once; twice as many were no faster and take more memory
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
@@ -235,6 +243,7 @@ class Context(_Handle):
     differential see method: sequence 0 is the base, the others run the same tokens
     inputs       of a probe: capture what query projections read as well
     all_outputs  of a probe: decode(outputs="all") will be asked for, which takes more memory
+    stop         when it is set, decode() ends
 
     `tokens` is what sequence 0 holds; positions count from 0.
 
@@ -255,6 +264,7 @@ class Context(_Handle):
         differential: bool = False,
         inputs: bool = False,
         all_outputs: bool = False,
+        stop: Stop | None = None,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise OptionError(
@@ -290,6 +300,9 @@ class Context(_Handle):
                 + (f" llama.cpp says: {said()}." if _errors else "")
             )
         self._memory = self._lib.llama_get_memory(self._pointer)
+        self._stop = stop
+        if stop is not None:
+            stop.watch(self._lib, self._pointer)
 
     def _free(self, pointer: Any) -> None:
         self._lib.llama_free(pointer)
@@ -346,7 +359,8 @@ class Context(_Handle):
         outputs  "last" token or "all" tokens of each sequence, or "none"
         n_seq    only the first so many sequences
 
-        Raises BackendError when llama_decode fails; the sequences are empty then.
+        Raises BackendError when llama_decode fails, CancelledError when it was told to stop; the
+        sequences are empty then.
         """
         if outputs == "all" and not self._has_all_outputs:
             raise BackendError(
@@ -370,6 +384,11 @@ class Context(_Handle):
         self.tokens[start:] = tokens
         if code != 0:
             self.clear()
+            if code == _DECODE_ABORTED and self._stop is not None and self._stop.is_set:
+                raise CancelledError(
+                    "The call was cancelled (Engine.cancel) while a prompt was read, before there "
+                    "was an answer; ask again."
+                )
             raise BackendError(f"llama_decode failed with code {code}: {said()}.")
 
     def logits(self) -> F32:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,3 +122,28 @@ class Weigher:
             prompt_tokens=len(tokens),
             probe_ms=probe_ms,
         )
+
+
+def measure_typical(
+    prober: Prober,
+    adapters: Sequence[str],
+    queries: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Measure each adapter against itself, for the strategy `calibrated`.
+
+    queries   token ids of each neutral query
+    progress  called with (queries done, queries in all)
+    returns   adapter -> lens -> geometric mean of the divergence at each layer
+    """
+    measured: dict[str, list[NDArray[np.float64]]] = {lens: [] for lens in fuse.LENSES}
+    for done, tokens in enumerate(queries, 1):
+        for lens in fuse.LENSES:
+            measured[lens].append(prober.divergence(tokens, "qa-flora", lens, "last"))
+        if progress is not None:
+            progress(done, len(queries))
+    typical = {lens: fuse.typical_divergence(measured[lens]) for lens in fuse.LENSES}
+    return {
+        name: {lens: [float(x) for x in typical[lens][ia]] for lens in fuse.LENSES}
+        for ia, name in enumerate(adapters)
+    }

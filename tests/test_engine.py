@@ -274,7 +274,7 @@ def test_coldest_temperature_is_greedy(engine: Engine) -> None:
 
 def test_answer_read_by_two_threads_says_so(engine: Engine) -> None:
     answer = engine.generate(PROMPT, max_tokens=9)
-    with engine._in_use(), pytest.raises(BusyError, match="in use by another thread"):
+    with engine._lifetime.in_use(), pytest.raises(BusyError, match="in use by another thread"):
         next(answer)
     assert answer.text()
 
@@ -396,7 +396,7 @@ def test_second_thread_is_told_so(engine: Engine) -> None:
         except QafloraError as err:
             caught.append(err)
 
-    with engine._in_use():
+    with engine._lifetime.in_use():
         thread = threading.Thread(target=call)
         thread.start()
         thread.join()

@@ -1,0 +1,104 @@
+"""Answers: prompts read under weights, and what is generated after them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.errors import BackendError, BusyError
+from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.generate import Generation, Timings, generate_text, generate_tokens
+from qaflora_edge.lifetime import Lifetime
+from qaflora_edge.runtime import Context, Model
+from qaflora_edge.sampling import Sampler
+
+
+class Answers:
+    """The context that answers; the last prompt that it read is the one that it can go on with.
+
+    loaded  names of all adapters of the pack, of which a FusionWeights may have some
+    """
+
+    def __init__(
+        self, model: Model, context: Context, loaded: Sequence[str], lifetime: Lifetime
+    ) -> None:
+        self._model, self._context, self._loaded = model, context, tuple(loaded)
+        self._lifetime = lifetime
+        self._turn = self._cancelled = 0
+
+    def read(
+        self, tokens: Sequence[int], fusion: FusionWeights, *, keep_history: bool = False
+    ) -> None:
+        """Read a prompt under weights.
+
+        Raises BackendError when the logits after it are NaN.
+        """
+        self._turn += 1
+        n_kept = 0
+        if keep_history:
+            n_kept = self._context.keep_common(tokens)
+        else:
+            self._context.clear()
+        weights = np.zeros((len(self._loaded), self._model.n_layer), np.float32)
+        weights[[self._loaded.index(name) for name in fusion.adapters]] = fusion.weights
+        self._context.set_weights(weights)
+        self._context.decode(tokens[n_kept:], start=n_kept)
+        if np.isnan(self._context.logits()).any():
+            self._context.clear()
+            raise BackendError(
+                "The logits after the prompt are NaN, expected numbers: an adapter that weighs "
+                f"more than 0 here ({', '.join(fusion.adapters) or 'none'}), or the base, is "
+                "damaged. Convert or fetch it again, or leave it out."
+            )
+
+    def begin(
+        self,
+        tokens: Sequence[int],
+        fusion: FusionWeights,
+        sampler: Sampler,
+        *,
+        keep_history: bool,
+    ) -> Generation:
+        """Read a prompt; the answer comes as it is asked for."""
+        start = time.perf_counter()
+        self.read(tokens, fusion, keep_history=keep_history)
+        timings = Timings(fusion.probe_ms, 1e3 * (time.perf_counter() - start))
+        generation = Generation(fusion, len(tokens), timings)
+        generated = generate_tokens(
+            self._model, self._context, sampler, generation, self._goes_on(self._turn)
+        )
+        pieces = generate_text(generated, self._model, sampler.sampling.stop, generation)
+        generation._pieces = _Guarded(pieces, self._lifetime.in_use)
+        return generation
+
+    def cancel(self) -> None:
+        """End the answer that goes on, if any; another thread may be waiting for its text."""
+        self._cancelled = self._turn
+
+    def _goes_on(self, turn: int) -> Callable[[], bool]:
+        def goes_on() -> bool:
+            if self._lifetime.is_closed or self._turn != turn:
+                raise BusyError(
+                    "This answer cannot go on: its Engine was closed or answered another prompt "
+                    "in between. Finish an answer before the next call, or make a second Engine."
+                )
+            return self._cancelled != turn
+
+        return goes_on
+
+
+class _Guarded(Iterator[str]):
+    """Pieces of text; the Engine is in use only while one is being made."""
+
+    def __init__(self, pieces: Iterator[str], in_use: Callable[[], Any]) -> None:
+        self._pieces, self._in_use = pieces, in_use
+
+    def __next__(self) -> str:
+        with self._in_use():
+            piece = next(self._pieces, None)
+        if piece is None:
+            raise StopIteration
+        return piece

@@ -1,0 +1,42 @@
+"""Prompts: text or token ids, checked against the context and the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qaflora_edge.errors import PromptError
+from qaflora_edge.runtime import Model
+
+Prompt = str | Sequence[int]
+
+
+def prompt_tokens(model: Model, prompt: Prompt, n_ctx: int, *, parse_special: bool) -> list[int]:
+    """Token ids of text as it is, with BOS where the base asks for it, or of ids.
+
+    Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise PromptError("The prompt is empty; give at least one character.")
+        tokens = model.tokenize(prompt, add_special=True, parse_special=parse_special)
+    else:
+        tokens = [int(token) for token in prompt]
+    return checked_tokens(model, tokens, n_ctx)
+
+
+def checked_tokens(model: Model, tokens: list[int], n_ctx: int) -> list[int]:
+    """The same tokens; PromptError when there are none, too many, or one is out of range."""
+    if not tokens:
+        raise PromptError("The prompt is empty; give at least one token.")
+    if len(tokens) > n_ctx:
+        raise PromptError(
+            f"The prompt has {len(tokens)} tokens, the context {n_ctx}; shorten it, "
+            f"or raise the context (--ctx, n_ctx; this base was trained for "
+            f"{model.n_ctx_train})."
+        )
+    for i, token in enumerate(tokens):
+        if not 0 <= token < model.n_vocab:
+            raise PromptError(
+                f"Token {i} of the prompt is {token}, expected an id from 0 to {model.n_vocab - 1}."
+            )
+    return tokens

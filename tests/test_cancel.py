@@ -1,0 +1,110 @@
+"""Engine.cancel from another thread, and the callback with the weights."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.errors import BusyError, CancelledError
+
+LONG = "the king " * 120
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    place = tmp_path_factory.mktemp("cancel")
+    base = write_tiny_base(place / "base.gguf", n_ctx=1024)
+    adapters = {"a": write_tiny_adapter(place / "a.gguf", base).path}
+    with Engine(base=base.path, adapters=adapters, n_ctx=1024) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("context", ["probe", "main"])
+def test_cancel_ends_the_reading_of_a_prompt(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, context: str
+) -> None:
+    """Cancelled from another thread once the context is at work: between two calls of Python."""
+    expected = engine.weights(LONG).divergence
+    engine.weights("something else")
+    strategy = "qa-flora" if context == "probe" else "static"
+    decode = engine._model._lib.llama_decode
+    asked = threading.Event()
+
+    def cancelled_meanwhile(*args: object) -> int:
+        thread = threading.Thread(target=lambda: (engine.cancel(), asked.set()))
+        thread.start()
+        asked.wait()
+        return int(decode(*args))
+
+    monkeypatch.setattr(engine._model._lib, "llama_decode", cancelled_meanwhile)
+    with pytest.raises(CancelledError) as caught:
+        engine.generate(LONG, weights=strategy)
+    assert str(caught.value) == (
+        "The call was cancelled (Engine.cancel) while a prompt was read, before there was an "
+        "answer; ask again."
+    )
+    monkeypatch.undo()
+    assert np.array_equal(engine.weights(LONG).divergence, expected)
+    assert engine.generate(LONG, weights=strategy, max_tokens=3).n_prompt > 200
+
+
+def test_cancel_ends_an_answer_and_keeps_its_text(engine: Engine) -> None:
+    whole = engine.generate("the king", max_tokens=30).text()
+    answer = engine.generate("the king", max_tokens=30)
+    pieces = [next(answer), next(answer)]
+    thread = threading.Thread(target=engine.cancel)
+    thread.start()
+    thread.join()
+    assert list(answer) == []
+    assert answer.finish_reason == "cancelled"
+    assert whole.startswith("".join(pieces))
+    assert engine.generate("the king", max_tokens=30).text() == whole
+
+
+def test_cancelled_chat_says_so(engine: Engine) -> None:
+    chunks = engine.chat([{"role": "user", "content": "a"}], stream=True, max_tokens=50)
+    next(chunks)
+    next(chunks)
+    engine.cancel()
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "cancelled"
+
+
+def test_cancel_without_work_does_nothing(engine: Engine) -> None:
+    engine.cancel()
+    assert engine.generate("the king", max_tokens=3).text()
+    done = engine.generate("the king", max_tokens=3)
+    done.text()
+    engine.cancel()
+    assert done.finish_reason == "length"
+    assert engine.weights("the king").adapters == ("a",)
+
+
+def test_cancel_after_close_does_nothing(tmp_path: Path) -> None:
+    engine = Engine(base=write_tiny_base(tmp_path / "base.gguf").path)
+    engine.close()
+    engine.cancel()
+
+
+def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
+    engine.generate("before", max_tokens=1).text()
+    held = list(engine._main.tokens)
+    told: list[FusionWeights] = []
+
+    def on_weights(fusion: FusionWeights) -> None:
+        assert engine._main.tokens == held
+        with pytest.raises(BusyError):
+            engine.weights("another")
+        told.append(fusion)
+
+    answer = engine.generate("one more", max_tokens=2, on_weights=on_weights)
+    assert told == [answer.fusion]
+    assert engine._main.tokens != held
+
+
+def test_answer_keeps_its_engine_alive(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    assert len(list(Engine(base=base.path).generate("the king", max_tokens=5))) > 1
