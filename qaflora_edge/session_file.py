@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 from qaflora_edge.bundle import read_bundle_text
 from qaflora_edge.conversation import FINISH_REASONS, Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
-from qaflora_edge.files import write_text_atomic
+from qaflora_edge.files import open_input, write_text_atomic
 
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
@@ -76,11 +75,11 @@ def save_session(path: Path, session: Session) -> None:
 
     Raises OutputFileError when something else is there, or the file cannot be written.
     """
-    found = _not_a_file(path)
-    if found != _MISSING and (found is not None or not _is_session_file(path)):
+    found = _obstacle(path)
+    if found is not None:
         raise OutputFileError(
-            f"Cannot save the session to {path}: {found or 'it is another kind of file'}, expected "
-            "no file or an older session file. Choose another name."
+            f"Cannot save the session to {path}: {found}, expected no file or an older session "
+            "file. Choose another name."
         )
     messages: list[dict[str, str]] = list(session.conversation.messages())
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -117,42 +116,28 @@ def load_session(path: Path) -> Session:
     )
 
 
-_MISSING = "it does not exist"
-
-
-def _not_a_file(path: Path) -> str | None:
-    """Why a path cannot be read as a file, in words; None if it can: pipes may never end."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return _MISSING
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        return f"it cannot be examined ({getattr(error, 'strerror', None) or error})"
-    return None if stat.S_ISREG(mode) else "it is no ordinary file"
-
-
-def _is_session_file(path: Path) -> bool:
+def _obstacle(path: Path) -> str | None:
+    """What is in the way of a file, in words; None for nothing or an older session."""
     try:
         _read(path)
-    except SessionFileError:
-        return False
-    return True
+    except SessionFileError as error:
+        reason = error.__cause__
+        if isinstance(reason, FileNotFoundError):
+            return None
+        if isinstance(reason, OSError):
+            return f"it cannot be replaced ({reason.strerror})"
+        return "it is another kind of file"
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found = _not_a_file(path)
-    if found is not None:
-        raise SessionFileError(
-            f"Cannot load the session {path}: {found}, expected a file written by /save. "
-            "Check the name."
-        )
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             data = file.read(MAX_SESSION_BYTES + 1)
     except OSError as error:
         raise SessionFileError(
-            f"Cannot load the session {path}: reading it failed ({error.strerror}), expected a "
-            "file written by /save. Check that you may read it."
+            f"Cannot load the session {path}: it cannot be read ({error.strerror}), expected a "
+            "file written by /save. Check the name, and that you may read it."
         ) from error
     if len(data) > MAX_SESSION_BYTES:
         raise SessionFileError(

@@ -66,13 +66,15 @@ def test_saving_spares_other_files(path: Path, tmp_path: Path) -> None:
         "older session file. Choose another name."
     )
     assert path.read_text(encoding="utf-8") == '{"format": "mine"}'
-    with pytest.raises(OutputFileError, match="it is no ordinary file, expected no file or"):
+    with pytest.raises(
+        OutputFileError, match=r"it cannot be replaced \(Is a directory\), expected"
+    ):
         save_session(tmp_path, SESSION)
     with pytest.raises(OutputFileError, match="does not take a new file"):
         save_session(tmp_path / "missing" / "talk.json", SESSION)
-    with pytest.raises(OutputFileError, match=r"cannot be examined .*null"):
+    with pytest.raises(OutputFileError, match=r"cannot be replaced .*null"):
         save_session(tmp_path / "a\0b", SESSION)
-    with pytest.raises(OutputFileError, match=r"cannot be examined .*too long"):
+    with pytest.raises(OutputFileError, match=r"cannot be replaced .*too long"):
         save_session(tmp_path / ("x" * 300), SESSION)
     assert sorted(os.listdir(tmp_path)) == ["talk.json"]
 
@@ -152,13 +154,13 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     with pytest.raises(SessionFileError) as failure:
         load_session(tmp_path / "none.json")
     assert str(failure.value) == (
-        f"Cannot load the session {tmp_path}/none.json: it does not exist, expected a file written "
-        "by /save. Check the name."
+        f"Cannot load the session {tmp_path}/none.json: it cannot be read (No such file or "
+        "directory), expected a file written by /save. Check the name, and that you may read it."
     )
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for place in (pipe, tmp_path):
-        with pytest.raises(SessionFileError, match="it is no ordinary file"):
+        with pytest.raises(SessionFileError, match=r"Is a directory|it is a named pipe"):
             load_session(place)
 
 

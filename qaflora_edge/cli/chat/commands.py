@@ -117,9 +117,9 @@ class Commands:
     def undo(self, argument: str) -> None:
         turn = self.session.conversation.undo()
         self.session.fusion = None
-        text = "" if turn is None else " ".join(turn.question.split())
-        short = text if len(text) <= 40 else f"{text[:37]}..."
-        self.view.note("nothing has been asked yet" if turn is None else f"taken back: {short}")
+        self.view.note(
+            "nothing has been asked yet" if turn is None else f"taken back: {_short(turn.question)}"
+        )
 
     def save(self, argument: str) -> None:
         path = _path(argument, "save")
@@ -135,9 +135,10 @@ class Commands:
         for warning in self.session.load(path):
             self.view.note(f"warning: {warning}")
         turns = self.session.conversation.turns
-        self.view.note(f"{len(turns)} {'turn' if len(turns) == 1 else 'turns'} loaded from {path}")
+        parts = [f"{len(turns)} {'turn' if len(turns) == 1 else 'turns'} loaded from {path}"]
         if turns:
-            self.view.note(f"the last question was: {' '.join(turns[-1].question.split())[:200]}")
+            parts.append(f"the last question was: {_short(turns[-1].question)}")
+        self.view.note(*parts)
 
     def quit(self, argument: str) -> None:
         raise LeaveChat
@@ -170,6 +171,12 @@ COMMANDS = {
     "help": Command("", "Show this list.", Commands.help),
     "quit": Command("", "Leave, as Ctrl-D does.", Commands.quit),
 }
+
+
+def _short(text: str) -> str:
+    """A text on one line of at most 40 characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _path(argument: str, name: str) -> Path:

@@ -12,6 +12,8 @@ class PlainInput:
 
     def __init__(self) -> None:
         self._is_tty = sys.stdin.isatty()
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is told so
 
     def read(self) -> str | None:
         """The next line, or None at the end of the input."""
