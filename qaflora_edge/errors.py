@@ -19,6 +19,7 @@
     ├── ChatTemplateError         the base has no usable chat template
     ├── WeightsError              weights of the wrong shape, NaN or infinite
     ├── StrategyError             an unknown strategy, lens, pool or adapter name
+    ├── SettingsError             the settings file cannot be read, or a key of it is wrong
     ├── OptionError               an engine or sampling option out of its range
     ├── GrammarError              a grammar or a JSON schema that cannot be followed
     ├── CancelledError            a call was ended by Engine.cancel before there was an answer
@@ -103,6 +104,10 @@ class WeightsError(QafloraError):
 
 class StrategyError(QafloraError):
     """A strategy, lens, pool or adapter name is not known."""
+
+
+class SettingsError(QafloraError):
+    """The settings file cannot be read, or a key of it is wrong."""
 
 
 class OptionError(QafloraError):

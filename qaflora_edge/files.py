@@ -12,6 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
+from qaflora_edge.settings import cache_setting
 
 Progress = Callable[[int], None]
 
@@ -141,9 +142,12 @@ def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) 
 
 
 def cache_dir() -> Path:
-    """Name the folder for downloads and fetched sources; it may not exist yet."""
-    if chosen := os.environ.get("QAFLORA_CACHE"):
-        return Path(chosen).expanduser().absolute()
+    """Name the folder for downloads and fetched sources; it may not exist yet.
+
+    Raises SettingsError when the settings file, which may name it, cannot be read.
+    """
+    if chosen := cache_setting():
+        return chosen
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
         return Path(local or Path.home() / "AppData" / "Local") / "qaflora-edge"

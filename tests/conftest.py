@@ -10,11 +10,23 @@ from hubs import FakeHub
 
 import qaflora_edge
 from qaflora_edge import registry
+from qaflora_edge.cli.setting_table import SHARED, SHARED_TABLES, variables
+from qaflora_edge.files import cache_dir
 
 
 def pytest_configure() -> None:
-    """Keep the checkout off the path of `python -c` that a test runs, as it is off ours."""
+    """Keep the checkout off the path of `python -c` that a test runs, as it is off ours.
+
+    The cache of the user serves the tests; other settings of theirs would change them.
+    """
     os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ["QAFLORA_CACHE"] = str(cache_dir())
+    os.environ["QAFLORA_CONFIG"] = os.devnull
+    os.environ.pop("QAFLORA_BUNDLES", None)
+    for key in SHARED:
+        for table in (None, *SHARED_TABLES):
+            for name in variables(key, table):
+                os.environ.pop(name, None)
 
 
 def pytest_report_header() -> str:

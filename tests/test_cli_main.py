@@ -50,7 +50,8 @@ def test_listed_line_is_the_first_of_the_help(verb: str) -> None:
     assert command is not None
     assert command.help is not None
     assert command.help.splitlines()[0] == VERBS[verb]
-    assert f"{verb:<8} {VERBS[verb]}" in CliRunner().invoke(main, ["--help"]).stdout
+    width = max(map(len, VERBS))
+    assert f"  {verb:<{width}}  {VERBS[verb]}\n" in CliRunner().invoke(main, ["--help"]).stdout
 
 
 def test_shared_options_are_the_same_everywhere() -> None:

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import QafloraError
@@ -26,6 +27,8 @@ VERBS = {
     "models": "List the models that can be pulled.",
     "bench": "Measure speed on this machine.",
     "doctor": "Report the library, the devices and the versions.",
+    "settings": "Show what is set by environment and settings file.",
+    "completion": "Print or install completion for a shell.",
 }
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -39,8 +42,11 @@ class VerbGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
+        from qaflora_edge.cli import setting_table
+
         module = importlib.import_module(f"qaflora_edge.cli.{cmd_name}")
         command: click.Command = getattr(module, cmd_name)
+        setting_table.attach_variables(cmd_name, command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -56,6 +62,8 @@ class VerbGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        if "_QAFLORA_COMPLETE" in os.environ:
+            from qaflora_edge.cli import complete  # noqa: F401  (tells click of our bash)
         _prepare_streams()
         try:
             with _termination_unwinds():
@@ -64,11 +72,25 @@ class VerbGroup(click.Group):
             click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
             sys.exit(EXIT_FAILED)
         except click.ClickException as error:
-            error.show()
+            _with_variable(error).show()
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             sys.exit(EXIT_INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_variable(error: click.ClickException) -> click.ClickException:
+    """A usage error that says so when the wrong value came from the environment."""
+    if not (isinstance(error, click.BadParameter) and error.ctx and error.param):
+        return error
+    if error.ctx.get_parameter_source(error.param.name or "") is not ParameterSource.ENVIRONMENT:
+        return error
+    names = error.param.envvar or ()
+    variable = next(
+        name for name in ([names] if isinstance(names, str) else names) if os.environ.get(name)
+    )
+    message = f"{error.message} It is the environment variable {variable}; correct or unset it."
+    return click.BadParameter(message, error.ctx, error.param, error.param_hint)
 
 
 def _prepare_streams() -> None:
@@ -110,8 +132,15 @@ def _leave_quietly() -> None:
     epilog="\b\nExample:\n  qaflora pull smollm2-135m-instruct\n  qaflora run models/demo 'Hello'",
 )
 @click.version_option(__version__, prog_name="qaflora")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Several LoRA adapters at once on a quantised base, weighed anew for each query.
 
     DIR is the folder of a bundle: one base and its adapters (see `qaflora bundle create`).
     """
+    verb = ctx.invoked_subcommand or ""
+    command = main.get_command(ctx, verb)
+    if command is not None and verb != "completion":  # which has to work in any case
+        from qaflora_edge.cli.setting_table import file_defaults
+
+        ctx.default_map = {verb: file_defaults(verb, command)}

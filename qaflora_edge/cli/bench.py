@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.options import SharedOptions, bundle_folder, example, shared_options
+from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, example, shared_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import BundleError, OptionError
 
@@ -63,7 +63,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
         """
     )
 )
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every run.")
 @click.option(
     "--only",

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qaflora_edge.cli.convert import OUTTYPES
-from qaflora_edge.cli.options import LENSES, POOLS, bundle_folder, example
+from qaflora_edge.cli.options import BUNDLE, LENSES, POOLS, bundle_folder, completed_by, example
 from qaflora_edge.cli.progress import progress_bars
 
 NOTES = ("source", "license", "description")
@@ -70,9 +70,27 @@ def _pairs(
     show_default=True,
     help="Type of converted adapters.",
 )
-@click.option("--strategy", default="qa-flora", show_default=True, help="Used by default.")
-@click.option("--lens", type=click.Choice(LENSES), default="norm", show_default=True)
-@click.option("--pool", type=click.Choice(POOLS), default="last", show_default=True)
+@click.option(
+    "--strategy",
+    default="qa-flora",
+    show_default=True,
+    shell_complete=completed_by("complete_strategy"),
+    help="Used by default.",
+)
+@click.option(
+    "--lens",
+    type=click.Choice(LENSES),
+    default="norm",
+    show_default=True,
+    help="How a layer's state is read by default.",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(POOLS),
+    default="last",
+    show_default=True,
+    help="The token or tokens that are weighed by default.",
+)
 @click.option(
     "--adapter-source",
     multiple=True,
@@ -148,7 +166,7 @@ def create(
 
 
 @bundle.command(epilog=example("qaflora bundle show models/demo"))
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
 def show(folder: str, as_json: bool) -> None:
     """Show what a bundle says of itself.
@@ -168,7 +186,7 @@ def show(folder: str, as_json: bool) -> None:
 
 
 @bundle.command(epilog=example("qaflora bundle verify models/demo"))
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", **BUNDLE)
 def verify(folder: str) -> None:
     """Hash every file of a bundle again and check all shapes.
 

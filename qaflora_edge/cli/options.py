@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli.progress import waiting
 from qaflora_edge.errors import BundleError, PromptError, RegistryError
 
 if TYPE_CHECKING:
@@ -69,8 +70,27 @@ class SharedOptions:
         }
 
 
+def completed_by(name: str) -> Callable[..., Any]:
+    """A function of `complete`, imported when a shell asks."""
+
+    def complete(ctx: click.Context, param: click.Parameter, word: str) -> Any:
+        from qaflora_edge.cli import complete as functions
+
+        return getattr(functions, name)(ctx, param, word)
+
+    return complete
+
+
+# Keywords of click.argument for DIR.
+BUNDLE: dict[str, Any] = {"metavar": "DIR", "shell_complete": completed_by("complete_bundle")}
+
 _OPTIONS = (
-    click.option("--strategy", metavar="NAME", help=STRATEGY_HELP),
+    click.option(
+        "--strategy",
+        metavar="NAME",
+        shell_complete=completed_by("complete_strategy"),
+        help=STRATEGY_HELP,
+    ),
     click.option(
         "--lens",
         type=click.Choice(LENSES),
@@ -91,7 +111,11 @@ _OPTIONS = (
         help="Probe adapters over the last N tokens only, after the base has read the others: "
         "faster for long prompts, not exact.  [default: all tokens]",
     ),
-    click.option("--raw-prompt", is_flag=True, help="Take the prompt as it is: no chat template."),
+    click.option(
+        "--raw-prompt/--no-raw-prompt",
+        default=False,
+        help="Take the prompt as it is: no chat template.",
+    ),
     click.option(
         "--ctx",
         type=click.IntRange(min=1),
@@ -106,7 +130,7 @@ _OPTIONS = (
         show_default=True,
         help="Type of the KV cache.",
     ),
-    click.option("--no-flash-attn", is_flag=True, help="Do not use flash attention."),
+    click.option("--no-flash-attn/--flash-attn", default=False, help="Do not use flash attention."),
     click.option(
         "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]"
     ),
@@ -157,11 +181,15 @@ def example(text: str) -> str:
 
 
 def bundle_folder(text: str) -> Path:
-    """The bundle that DIR names: a folder, or a Hub repository that was pulled."""
+    """The bundle that DIR names: a folder, a name in the setting `bundles`, or what was pulled."""
     folder = Path(text)
     if folder.exists():
         return folder
     from qaflora_edge import hub_cache
+    from qaflora_edge.bundle_names import named_bundles
+
+    if named := named_bundles().get(text):
+        return named
 
     try:
         pulled = hub_cache.pulled_path(text)
@@ -176,10 +204,12 @@ def bundle_folder(text: str) -> Path:
 
 
 def open_engine(bundle: str, options: SharedOptions) -> Engine:
-    """An Engine for a bundle."""
+    """An Engine for a bundle; on a terminal a line is shown when it takes long."""
     from qaflora_edge.engine import Engine
 
-    return Engine(bundle_folder(bundle), strategy=options.strategy, **options.engine)
+    folder = bundle_folder(bundle)
+    with waiting(f"Loading {folder}"):
+        return Engine(folder, strategy=options.strategy, **options.engine)
 
 
 def read_prompt(text: str) -> str:

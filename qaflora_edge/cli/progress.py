@@ -1,8 +1,11 @@
-"""Progress bars on stderr, on a terminal only."""
+"""Progress on stderr, on a terminal only: bars for what is counted, a line for what is not."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +14,19 @@ import click
 
 Tell = Callable[[str, int, int], None]
 
+PATIENCE_SECONDS = 1.0  # what is quicker needs no word
+TURN_SECONDS = 0.25
+
+
+def is_shown() -> bool:
+    """Tell whether stderr is a terminal that can take back what it shows."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
 
 @contextmanager
 def progress_bars() -> Iterator[Tell | None]:
     """Give a function that draws a bar for each thing it is told of; None off a terminal."""
-    if not sys.stderr.isatty():
+    if not is_shown():
         yield None
         return
     bars = _Bars()
@@ -34,7 +45,7 @@ class _Bars:
         self._done = 0
 
     def tell(self, what: str, done: int, total: int) -> None:
-        if what != self._label:
+        if what != self._label or done < self._done:
             self.finish()
             self._label, self._done = what, 0
             self._bar = click.progressbar(length=max(1, total), label=what, file=sys.stderr)
@@ -46,3 +57,41 @@ class _Bars:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar, self._label = None, ""
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show a line with the seconds so far while the block takes long, and take it back after."""
+    if not is_shown():
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_tell_seconds, args=(what, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tell_seconds(what: str, done: threading.Event) -> None:
+    start = time.monotonic()
+    if done.wait(PATIENCE_SECONDS):
+        return
+    width = _columns() - len(" ... 000 s ")
+    label = what if len(what) <= width else f"...{what[-max(1, width - 3) :]}"
+    shown = ""
+    while True:
+        shown = f"{label} ... {time.monotonic() - start:.0f} s"
+        click.echo(f"\r{shown}", nl=False, err=True)
+        if done.wait(TURN_SECONDS):
+            break
+    click.echo(f"\r{' ' * len(shown)}\r", nl=False, err=True)
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 80

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import completed_by, example
 from qaflora_edge.cli.progress import progress_bars
 
 
@@ -21,7 +21,7 @@ from qaflora_edge.cli.progress import progress_bars
         """
     )
 )
-@click.argument("ref")
+@click.argument("ref", shell_complete=completed_by("complete_model"))
 @click.option(
     "--to",
     metavar="DIR",

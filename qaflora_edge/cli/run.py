@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli.options import (
+    BUNDLE,
     SharedOptions,
     example,
     open_engine,
@@ -30,7 +31,7 @@ MAX_TOKENS = 512
         """
     )
 )
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", **BUNDLE)
 @click.argument("prompt")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @shared_options

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli.options import (
+    BUNDLE,
     SharedOptions,
     example,
     open_engine,
@@ -48,7 +49,7 @@ def _check_plot(ctx: click.Context, param: click.Parameter, value: Path | None) 
         """
     )
 )
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", **BUNDLE)
 @click.argument("prompt", required=False)
 @click.option(
     "--prompts",

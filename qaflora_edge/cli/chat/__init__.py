@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.cli.options import (
+    BUNDLE,
     SharedOptions,
     bundle_folder,
     example,
@@ -37,7 +38,7 @@ MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
         """
     )
 )
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", **BUNDLE)
 @click.option("--system", metavar="TEXT", help="The system prompt; /system changes it.")
 @click.option(
     "--load",
@@ -47,14 +48,14 @@ MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
     help="Go on with a conversation that /save wrote to FILE.",
 )
 @click.option(
-    "--keep-history",
-    is_flag=True,
+    "--keep-history/--no-keep-history",
+    default=False,
     help="Read only what is new in each turn; earlier turns stay as they were read, each under its "
     "own weights.",
 )
 @click.option(
-    "--plain",
-    is_flag=True,
+    "--plain/--no-plain",
+    default=False,
     help="No escape codes, no line editing, no rendered Markdown.  [default: so off a terminal]",
 )
 @shared_options

@@ -1,0 +1,190 @@
+"""Completion at the shell's prompt: what may follow, and the scripts that ask for it.
+
+Nothing here loads a model, and a broken bundle or settings file suggests nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    add_completion_class,
+    get_completion_class,
+    split_arg_string,
+)
+
+SHELLS = ("bash", "zsh", "fish")
+VARIABLE = "_QAFLORA_COMPLETE"
+PLAIN_STRATEGIES = ("qa-flora", "calibrated", "cosine", "euclidean", "norm", "static", "base")
+MAX_ENTRIES = 1000
+
+# Bash cuts words at : and = too. So it passes the line up to the cursor, and says with $2 how
+# much of the last word it will replace.
+_BASH = """\
+%(complete_func)s() {
+    local line
+    COMPREPLY=()
+    while IFS= read -r line; do
+        case $line in
+            dir) compopt -o dirnames ;;
+            file) compopt -o default ;;
+            plain,*)
+                COMPREPLY+=("${line#plain,}")
+                [[ $line == *[=:,/] ]] && compopt -o nospace
+                ;;
+        esac
+    done < <(COMP_WORDS="${COMP_LINE:0:COMP_POINT}" COMP_LAST="$2" \\
+        %(complete_var)s=bash_complete "$1" 2>/dev/null)
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+
+class _Bash(BashComplete):
+    """Bash, with words that hold : and = taken whole."""
+
+    source_template = _BASH
+
+    def source(self) -> str:
+        return self.source_template % self.source_vars()
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ["COMP_WORDS"]
+        words = split_arg_string(line)[1:]
+        if line.endswith(" ") and not line.endswith("\\ "):
+            return words, ""
+        return words[:-1], words[-1] if words else ""
+
+    def complete(self) -> str:
+        args, word = self.get_completion_args()
+        last = (split_arg_string(os.environ.get("COMP_LAST", "")) or [""])[0]
+        value = word.partition("=")[2] if re.match("--?[a-z-]+=", word) else word
+        n_kept = len(value) - len(last) if value.endswith(last) else 0
+        lines = []
+        for item in self.get_completions(args, word):
+            is_plain = item.type == "plain"
+            lines.append(f"plain,{escaped(item.value[n_kept:])}" if is_plain else item.type)
+        return "\n".join(lines)
+
+
+def escaped(word: str) -> str:
+    """A word as bash reads it back, with a backslash before what it would take for its own."""
+    return re.sub(r"""([\s"'\\$`!&|;<>()*?\[\]{}#~])""", r"\\\1", word)
+
+
+add_completion_class(_Bash)
+
+
+def script(shell: str) -> str:
+    """The script that sets completion up in a shell."""
+    from qaflora_edge.cli import main
+
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    return shell_class(main, {}, "qaflora", VARIABLE).source()
+
+
+def complete_bundle(
+    ctx: click.Context, param: click.Parameter, word: str
+) -> list[CompletionItem[str]]:
+    """Bundles for DIR: folders near what is typed, and names from the setting `bundles`."""
+    from qaflora_edge.bundle_names import named_bundles
+    from qaflora_edge.errors import QafloraError
+
+    found = _folders_near(word)
+    with contextlib.suppress(QafloraError):
+        found += [name for name in named_bundles() if name.startswith(word)]
+    return _items(found) or [CompletionItem(word, type="dir")]
+
+
+def _folders_near(word: str) -> list[str]:
+    """Bundles whose path begins with `word`, at that depth or one below, written as typed."""
+    from qaflora_edge.bundle_names import bundles_in, is_bundle
+
+    head, slash, tail = word.rpartition("/")
+    folder = Path(head + slash).expanduser() if head + slash else Path()
+    found = []
+    try:
+        entries = sorted(itertools.islice(folder.iterdir(), MAX_ENTRIES))
+    except (OSError, RuntimeError):  # RuntimeError: ~ of a user who does not exist
+        return []
+    for entry in entries:
+        is_hidden = entry.name.startswith(".") and not tail.startswith(".")
+        if is_hidden or not entry.name.startswith(tail):
+            continue
+        shown = head + slash + entry.name
+        if is_bundle(entry):
+            found.append(shown)
+        else:
+            found += [f"{shown}/{inner.name}" for inner in bundles_in(entry)]
+    return found
+
+
+def complete_strategy(
+    ctx: click.Context, param: click.Parameter, word: str
+) -> list[CompletionItem[str]]:
+    """Strategies; after `single:` and `manual:` the adapters of the bundle on the line."""
+    names = bundle_adapters(ctx)
+    kind, colon, rest = word.partition(":")
+    if colon and kind == "single":
+        return _items(f"single:{name}" for name in names if name.startswith(rest))
+    if colon and kind == "manual":
+        done, comma, last = rest.rpartition(",")
+        used = {pair.partition("=")[0] for pair in done.split(",")}
+        left = [name for name in names if name not in used and name.startswith(last)]
+        return _items(f"manual:{done}{comma}{name}=" for name in left)
+    return _items(s for s in (*PLAIN_STRATEGIES, "single:", "manual:") if s.startswith(word))
+
+
+def complete_adapter(
+    ctx: click.Context, param: click.Parameter, word: str
+) -> list[CompletionItem[str]]:
+    """Names of the adapters of the bundle on the line."""
+    return _items(name for name in bundle_adapters(ctx) if name.startswith(word))
+
+
+def complete_model(
+    ctx: click.Context, param: click.Parameter, word: str
+) -> list[CompletionItem[str]]:
+    """Names of the registry's models."""
+    import json
+
+    from qaflora_edge.errors import QafloraError
+    from qaflora_edge.files import package_data
+
+    try:
+        text = package_data("models/registry.json").read_text(encoding="utf-8")
+        names = list(json.loads(text)["models"])
+    except (QafloraError, OSError, ValueError, KeyError, TypeError):
+        return []
+    return _items(name for name in names if name.startswith(word))
+
+
+def bundle_adapters(ctx: click.Context) -> list[str]:
+    """The adapters of the bundle that stands on the line already; none without one."""
+    from qaflora_edge.bundle_names import adapter_names, named_bundles
+    from qaflora_edge.errors import QafloraError
+
+    given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
+    # Click leaves arguments unnamed when the option before the cursor has no value yet.
+    text = next(iter([*given, *ctx.args]), None)
+    if text is None:
+        return []
+    names = adapter_names(Path(text))
+    if not names:
+        with contextlib.suppress(QafloraError):
+            folder = named_bundles().get(str(text))
+            names = adapter_names(folder) if folder else []
+    return names
+
+
+def _items(values: Iterable[str]) -> list[CompletionItem[str]]:
+    return [CompletionItem(value) for value in values]

@@ -1,0 +1,124 @@
+"""The user's settings file: where it is, and what the library itself takes from it.
+
+The file is TOML. Most of its keys are options of commands, which `qaflora_edge.cli.settings`
+checks; `cache` and `bundles` are for the library as well and are checked here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge.errors import SettingsError
+
+FOLDER, FILE = "qaflora-edge", "config.toml"
+MAX_SETTINGS_BYTES = 1 << 20
+LIBRARY_KEYS = ("cache", "bundles")
+
+
+def settings_path() -> Path:
+    """Name the settings file; it may not exist."""
+    if chosen := os.environ.get("QAFLORA_CONFIG"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "win32":
+        roaming = os.environ.get("APPDATA")
+        return Path(roaming or Path.home() / "AppData" / "Roaming") / FOLDER / FILE
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / FOLDER / FILE
+    xdg = os.environ.get("XDG_CONFIG_HOME", "")
+    # The XDG specification says that a relative value is to be ignored.
+    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".config"
+    return root / FOLDER / FILE
+
+
+def read_settings() -> dict[str, Any]:
+    """Read the settings file; no file means no settings, unless QAFLORA_CONFIG names it.
+
+    Raises SettingsError when it cannot be read, is no TOML, or has a wrong `cache` or `bundles`.
+    """
+    path = settings_path()
+    if str(path) == os.devnull or not (path.exists() or os.environ.get("QAFLORA_CONFIG")):
+        return {}
+    settings = _read_toml(path)
+    if "cache" in settings and not _is_text(settings["cache"]):
+        raise wrong_value(path, "cache", settings["cache"], "the path of a folder, as a text")
+    places = settings.get("bundles", [])
+    if not (isinstance(places, list) and all(_is_text(place) for place in places)):
+        raise wrong_value(path, "bundles", places, "a list of paths of folders, as texts")
+    return settings
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        found = "it is no plain file" if path.exists() else "it does not exist"
+        raise SettingsError(
+            f"Cannot read the settings in {path}: {found}, expected a TOML file. "
+            "Correct or unset the environment variable QAFLORA_CONFIG."
+        )
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SETTINGS_BYTES + 1)
+        if len(data) > MAX_SETTINGS_BYTES:
+            raise SettingsError(
+                f"Cannot read the settings in {path}: it has more than {MAX_SETTINGS_BYTES} "
+                "bytes, expected a short TOML file. Correct or remove it."
+            )
+        return tomllib.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"Cannot read the settings in {path}: {error.strerror}, expected a file that you may "
+            "read. Correct its permissions, or remove it."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(
+            f"Cannot read the settings in {path}: {error}; expected TOML in UTF-8, with lines such "
+            'as strategy = "calibrated". Correct or remove the file.'
+        ) from error
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
+def wrong_value(path: Path, key: str, found: object, expected: str) -> SettingsError:
+    """The error for a key with a value that it cannot have."""
+    return SettingsError(
+        f"Cannot use the settings in {path}: the key {key} is {found!r}, expected {expected}. "
+        "Correct it, or remove it for the default."
+    )
+
+
+def unknown_key(path: Path, key: str, known: Iterable[str]) -> SettingsError:
+    """The error for a key that is no setting, with the nearest one that is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=1)
+    meant = f"Did you mean {near[0]}? Correct the key" if near else "Correct the key"
+    return SettingsError(
+        f"Cannot use the settings in {path}: there is no key {key!r} here, expected one of "
+        f"{', '.join(names)}. {meant}, or remove it."
+    )
+
+
+def cache_setting() -> Path | None:
+    """The folder for downloads that the user chose: by environment, else by file, else None."""
+    if chosen := os.environ.get("QAFLORA_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    text = read_settings().get("cache")
+    return None if text is None else _from_file(text)
+
+
+def bundle_places() -> list[Path]:
+    """Folders that hold bundles, or are bundles, as the user named them; they may not exist."""
+    if chosen := os.environ.get("QAFLORA_BUNDLES"):
+        return [Path(text).expanduser().absolute() for text in chosen.split(os.pathsep) if text]
+    return [_from_file(text) for text in read_settings().get("bundles", [])]
+
+
+def _from_file(text: str) -> Path:
+    """A path of the settings file; a relative one starts at the file's own folder."""
+    return settings_path().parent / Path(text).expanduser()

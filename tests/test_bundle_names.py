@@ -1,0 +1,45 @@
+"""Bundles by name, found in the places of the setting `bundles`."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qaflora_edge.bundle_names import adapter_names, bundles_in, named_bundles
+
+
+def make(folder: Path, *adapters: str) -> Path:
+    folder.mkdir(parents=True)
+    content = {"adapters": [{"name": name} for name in adapters]}
+    (folder / "bundle.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_places_are_bundles_or_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = make(tmp_path / "shelf/one"), make(tmp_path / "shelf/two")
+    (tmp_path / "shelf/empty").mkdir()
+    alone, other_one = make(tmp_path / "alone"), make(tmp_path / "later/one")
+    places = [tmp_path / "shelf", alone, other_one.parent, tmp_path / "missing"]
+    monkeypatch.setenv("QAFLORA_BUNDLES", os.pathsep.join(map(str, places)))
+    assert named_bundles() == {"one": one, "two": two, "alone": alone}
+
+
+def test_no_places_no_bundles() -> None:
+    assert named_bundles() == {}
+
+
+def test_adapters_are_those_of_bundle_json(tmp_path: Path) -> None:
+    assert adapter_names(make(tmp_path / "bundle", "math", "es")) == ["math", "es"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"adapters": 3}', '{"adapters": [{}]}', "[" * 100_000])
+def test_broken_bundle_json_suggests_nothing(tmp_path: Path, text: str) -> None:
+    make(tmp_path / "bundle")
+    (tmp_path / "bundle/bundle.json").write_text(text, encoding="utf-8")
+    assert adapter_names(tmp_path / "bundle") == []
+
+
+def test_folder_that_is_none_suggests_nothing(tmp_path: Path) -> None:
+    assert bundles_in(tmp_path / "missing") == []
+    assert adapter_names(tmp_path / "missing") == []

@@ -1,0 +1,271 @@
+"""Settings of the commands: who wins, what is refused, and the table of the documents."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner
+
+from qaflora_edge.cli import main
+from qaflora_edge.cli.setting_table import (
+    OWN_KEYS,
+    SHARED_TABLES,
+    all_settings,
+    shared_settings,
+)
+from qaflora_edge.errors import SettingsError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("settings"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text("", encoding="utf-8")
+    monkeypatch.setenv("QAFLORA_CONFIG", str(path))
+    return path
+
+
+def weighed(folder: Path, *args: str) -> str:
+    """The strategy that `qaflora weights` uses."""
+    result = CliRunner().invoke(main, ["weights", str(folder), "the thing", "--json", *args])
+    assert result.exit_code == 0, result.stderr
+    strategy: str = json.loads(result.stdout)["strategy"]
+    return strategy
+
+
+def test_command_line_wins_over_environment_over_file_over_bundle(
+    made: TinyBundle, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert weighed(made.folder) == "qa-flora"
+    config.write_text('strategy = "cosine"\n', encoding="utf-8")
+    assert weighed(made.folder) == "cosine"
+    config.write_text('strategy = "cosine"\n[weights]\nstrategy = "static"\n', encoding="utf-8")
+    assert weighed(made.folder) == "static"
+    monkeypatch.setenv("QAFLORA_STRATEGY", "norm")
+    assert weighed(made.folder) == "norm"
+    monkeypatch.setenv("QAFLORA_WEIGHTS_STRATEGY", "single:es")
+    assert weighed(made.folder) == "single:es"
+    assert weighed(made.folder, "--strategy", "single:math") == "single:math"
+
+
+def test_table_of_another_command_changes_nothing(made: TinyBundle, config: Path) -> None:
+    config.write_text('[chat]\nstrategy = "static"\n', encoding="utf-8")
+    assert weighed(made.folder) == "qa-flora"
+
+
+def test_every_shared_option_can_be_set_in_each_way(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(
+        'strategy = "norm"\nlens = "raw"\npool = "mean"\nprobe_tail = 3\nraw_prompt = true\n'
+        'ctx = 64\nkv_type = "f32"\nno_flash_attn = true\nthreads = 2\ngpu_layers = 0\n'
+        'max_tokens = 5\ntemp = 1\ntop_p = 0.5\nseed = 7\nstop = ["a b", "c"]\n',
+        encoding="utf-8",
+    )
+    read = vars(shared_settings("run"))
+    assert read == {
+        "strategy": "norm",
+        "lens": "raw",
+        "pool": "mean",
+        "probe_tail": 3,
+        "raw_prompt": True,
+        "ctx": 64,
+        "kv_type": "f32",
+        "no_flash_attn": True,
+        "threads": 2,
+        "gpu_layers": 0,
+        "max_tokens": 5,
+        "temp": 1.0,
+        "top_p": 0.5,
+        "seed": 7,
+        "stop": ("a b", "c"),
+    }
+    config.write_text("", encoding="utf-8")
+    for name, value in read.items():
+        if name != "stop":
+            monkeypatch.setenv(f"QAFLORA_{name}".upper(), str(value))
+    assert vars(shared_settings("run")) == read | {"stop": ()}
+
+
+def test_flag_of_the_file_is_taken_back_on_the_command_line(made: TinyBundle, config: Path) -> None:
+    def prompt_tokens(*args: str) -> int:
+        result = CliRunner().invoke(main, ["weights", str(made.folder), "hi", "--json", *args])
+        return int(json.loads(result.stdout)["prompt_tokens"])
+
+    in_chat_form = prompt_tokens()
+    config.write_text("raw_prompt = true\n", encoding="utf-8")
+    assert prompt_tokens() < in_chat_form
+    assert prompt_tokens("--no-raw-prompt") == in_chat_form
+
+
+def test_own_key_of_a_command(made: TinyBundle, config: Path, tmp_path: Path) -> None:
+    def size(name: str) -> int:
+        args = ["convert", str(made.peft), "--base", str(made.base.path), "-o", tmp_path / name]
+        assert CliRunner().invoke(main, list(map(str, args))).exit_code == 0
+        return (tmp_path / name).stat().st_size
+
+    as_f16 = size("a.gguf")
+    config.write_text('[convert]\nouttype = "f32"\n', encoding="utf-8")
+    assert size("b.gguf") > 1.5 * as_f16
+
+
+def test_bundle_by_name(made: TinyBundle, config: Path) -> None:
+    config.write_text(f"bundles = [{json.dumps(str(made.folder.parent))}]\n", encoding="utf-8")
+    result = CliRunner().invoke(main, ["bundle", "show", made.folder.name])
+    assert (result.exit_code, result.stdout[:4]) == (0, "tiny")
+
+
+WRONG = [
+    (
+        'stratgy = "norm"',
+        "there is no key 'stratgy' here, expected one of ",
+        "Did you mean strategy? Correct the key, or remove it.",
+    ),
+    (
+        "[chat]\ntmp = 1",
+        "there is no key 'chat.tmp' here, expected one of chat.ctx, ",
+        "Did you mean chat.temp? Correct the key, or remove it.",
+    ),
+    ("[zzzz]\nx = 1", "there is no key 'zzzz' here", ". Correct the key, or remove it."),
+    ("chat = 3", "the key chat is 3, expected a table, as in [chat]. ", "Correct it"),
+    ('threads = "4"', "the key threads is '4', expected a whole number from 1 up. ", "Correct it"),
+    ("threads = true", "the key threads is True, expected a whole number from 1 up", ""),
+    ("ctx = 1.5", "the key ctx is 1.5, expected a whole number from 1 up", ""),
+    ("temp = -1", "the key temp is -1, expected a number from 0 up", ""),
+    ("temp = nan", "the key temp is nan, expected a number from 0 up", ""),
+    ("top_p = 0", "the key top_p is 0, expected a number above 0 to 1", ""),
+    ("seed = 4294967295", "expected a whole number from 0 to 4294967294", ""),
+    ('lens = "wide"', "the key lens is 'wide', expected one of norm, raw", ""),
+    ('raw_prompt = "yes"', "the key raw_prompt is 'yes', expected true or false", ""),
+    ('stop = "x"', "the key stop is 'x', expected a list of texts", ""),
+    ("[run]\nctx = 0", "the key run.ctx is 0, expected a whole number from 1 up", ""),
+    (
+        '[convert]\nouttype = "f8"',
+        "the key convert.outtype is 'f8', expected one of f32, f16, bf16, q8_0",
+        "",
+    ),
+    ("strategy = 1", "the key strategy is 1, expected a text", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "told", "advice"), WRONG)
+def test_wrong_setting_is_refused(config: Path, text: str, told: str, advice: str) -> None:
+    config.write_text(text, encoding="utf-8")
+    args = ["convert", "x", "--base", "y", "-o", "z"] if "convert" in text else ["models"]
+    result = CliRunner().invoke(main, args)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: Cannot use the settings in {config}: ")
+    assert told in result.stderr
+    assert advice in result.stderr
+
+
+def test_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_TEMP", "hot")
+    result = CliRunner().invoke(main, ["run", "DIR", "hi"])
+    assert result.exit_code == 2
+    assert result.stderr.endswith(
+        "Error: Invalid value for '--temp': 'hot' is not a valid float range. It is the "
+        "environment variable QAFLORA_TEMP; correct or unset it.\n"
+    )
+
+
+def test_help_and_completion_work_with_a_broken_file(config: Path) -> None:
+    config.write_text("=", encoding="utf-8")
+    for args in (["--help"], ["--version"], ["completion", "bash"]):
+        assert CliRunner().invoke(main, args).exit_code == 0
+
+
+def test_settings_are_shown_with_their_origin(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text('lens = "raw"\n[convert]\nouttype = "f32"\n', encoding="utf-8")
+    monkeypatch.setenv("QAFLORA_THREADS", "3")
+    shown = json.loads(CliRunner().invoke(main, ["settings", "--json"]).stdout)
+    assert (shown["file"], shown["exists"]) == (str(config), True)
+    assert shown["settings"]["lens"] == {"value": "raw", "from": str(config)}
+    assert shown["settings"]["convert.outtype"] == {"value": "f32", "from": str(config)}
+    assert shown["settings"]["threads"] == {"value": "3", "from": "QAFLORA_THREADS"}
+    assert shown["settings"]["ctx"] == {"value": None, "from": "default"}
+    lines = CliRunner().invoke(main, ["settings"]).stdout.splitlines()
+    assert lines[0] == str(config)
+    assert [line.split() for line in lines if line.startswith(("lens", "threads", "ctx"))] == [
+        ["lens", '"raw"', "the", "file"],
+        ["ctx", "-", "default"],
+        ["threads", '"3"', "QAFLORA_THREADS"],
+    ]
+
+
+def test_settings_fail_with_the_file(config: Path) -> None:
+    config.write_text("=", encoding="utf-8")
+    result = CliRunner().invoke(main, ["settings"])
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+def test_tables_are_commands_with_these_options() -> None:
+    context = click.Context(main)
+    for table, keys in OWN_KEYS.items():
+        command = main.get_command(context, table)
+        assert command is not None
+        assert set(keys) <= {param.name for param in command.params}
+    for table in SHARED_TABLES:
+        command = main.get_command(context, table)
+        if table != "llm":
+            assert command is not None
+            assert {"strategy", "stop"} <= {param.name for param in command.params}
+
+
+def expected_table() -> str:
+    lines = ["| key | environment | value | meaning |", "|---|---|---|---|"]
+    for row in all_settings():
+        key = f"`{row.key}`" if row.key else ""
+        names = ", ".join(f"`{name}`" for name in row.variables)
+        lines.append(f"| {key} | {names} | {row.kind} | {row.meaning} |")
+    return "\n".join(lines)
+
+
+def test_table_of_the_documents_is_the_codes(checkout: Path) -> None:
+    text = (checkout / "docs/settings.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in text.splitlines() if line.startswith("| "))
+    assert table.replace("\n", "\n|---|---|---|---|\n", 1) == expected_table()
+
+
+def test_no_variable_of_the_code_is_missing_in_the_table(checkout: Path) -> None:
+    """Variables are read by name in Python, C++ and the build; the tests' own are not for users."""
+    known = {name for row in all_settings() for name in row.variables}
+    found: set[str] = set()
+    for pattern in ("qaflora_edge/**/*.py", "patches/**/*.py", "patches/src/*"):
+        for path in checkout.glob(pattern):
+            read = r"(?:getenv\(|environ\.get\(|environ\[)\"(QAFLORA_[A-Z_]+)\""
+            found |= set(re.findall(read, path.read_text(encoding="utf-8")))
+    assert "QAFLORA_CPU_KERNELS" in found
+    assert found <= known
+
+
+def test_library_reads_no_options_from_the_file(made: TinyBundle, config: Path) -> None:
+    """A program that uses Engine gets what it asked for, whatever the user's settings."""
+    config.write_text('strategy = "static"\n', encoding="utf-8")
+    code = (
+        "from qaflora_edge import Engine\n"
+        f"with Engine({str(made.folder)!r}, n_ctx=64) as engine:\n"
+        "    print(engine.weights('the thing').strategy)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert (done.stderr, done.stdout) == ("", "qa-flora\n")
+
+
+def test_shared_settings_raise_for_a_wrong_file(config: Path) -> None:
+    config.write_text("[llm]\nctx = 0\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"the key llm\.ctx is 0"):
+        shared_settings("llm")

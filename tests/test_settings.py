@@ -1,0 +1,131 @@
+"""The settings file: where it is, what it may hold, and what a wrong one is told."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from qaflora_edge import files
+from qaflora_edge.errors import SettingsError
+from qaflora_edge.settings import bundle_places, cache_setting, read_settings, settings_path
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "config.toml"
+    monkeypatch.setenv("QAFLORA_CONFIG", str(path))
+    monkeypatch.delenv("QAFLORA_CACHE", raising=False)
+    return path
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the XDG folders are for others")
+def test_file_lies_in_the_users_config_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QAFLORA_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert settings_path() == tmp_path / "qaflora-edge/config.toml"
+    assert read_settings() == {}
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings_path() == tmp_path / ".config/qaflora-edge/config.toml"
+
+
+def test_null_device_means_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CONFIG", os.devnull)
+    assert read_settings() == {}
+
+
+def test_values_are_read(config: Path) -> None:
+    config.write_text('strategy = "norm"\n[chat]\ntemp = 1\n', encoding="utf-8")
+    assert read_settings() == {"strategy": "norm", "chat": {"temp": 1}}
+
+
+def test_cache_is_the_environments_then_the_files(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text('cache = "models"\n', encoding="utf-8")
+    assert files.cache_dir() == cache_setting() == config.parent / "models"
+    monkeypatch.setenv("QAFLORA_CACHE", "/elsewhere")
+    assert files.cache_dir() == Path("/elsewhere")
+
+
+def test_bundle_places_are_the_environments_then_the_files(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config.write_text('bundles = ["~/bundles", "near", "/far"]\n', encoding="utf-8")
+    assert bundle_places() == [
+        Path("/home/me/bundles").expanduser(),
+        config.parent / "near",
+        Path("/far"),
+    ]
+    monkeypatch.setenv("QAFLORA_BUNDLES", os.pathsep.join(["/a", "/b"]))
+    assert bundle_places() == [Path("/a"), Path("/b")]
+
+
+def message(config: Path) -> str:
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    return str(caught.value).replace(str(config), "FILE")
+
+
+def test_missing_file_that_was_named(config: Path) -> None:
+    assert message(config) == (
+        "Cannot read the settings in FILE: it does not exist, expected a TOML file. Correct or "
+        "unset the environment variable QAFLORA_CONFIG."
+    )
+
+
+def test_folder_is_no_file(config: Path) -> None:
+    config.mkdir()
+    assert "it is no plain file, expected a TOML file" in message(config)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_named_pipe_is_not_waited_for(config: Path) -> None:
+    os.mkfifo(config)
+    assert "it is no plain file" in message(config)
+
+
+def test_text_that_is_no_toml(config: Path) -> None:
+    config.write_text("strategy = norm\n", encoding="utf-8")
+    text = message(config)
+    assert text.startswith("Cannot read the settings in FILE: ")
+    assert "line 1" in text
+    assert text.endswith(
+        'expected TOML in UTF-8, with lines such as strategy = "calibrated". Correct or remove '
+        "the file."
+    )
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"a = " + b"[" * 100_000])
+def test_bytes_that_are_no_toml(config: Path, data: bytes) -> None:
+    config.write_bytes(data)
+    assert "expected TOML in UTF-8" in message(config)
+
+
+def test_file_without_end(config: Path) -> None:
+    config.write_bytes(b"#" * ((1 << 20) + 1))
+    assert message(config) == (
+        "Cannot read the settings in FILE: it has more than 1048576 bytes, expected a short TOML "
+        "file. Correct or remove it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("cache = 3", "cache is 3, expected the path of a folder, as a text"),
+        ('cache = ""', "cache is '', expected the path of a folder, as a text"),
+        ('bundles = "x"', "bundles is 'x', expected a list of paths of folders, as texts"),
+        ("bundles = [1]", "bundles is [1], expected a list of paths of folders, as texts"),
+    ],
+)
+def test_library_keys_of_the_wrong_type(config: Path, line: str, told: str) -> None:
+    config.write_text(line, encoding="utf-8")
+    assert message(config) == (
+        f"Cannot use the settings in FILE: the key {told}. Correct it, or remove it for the "
+        "default."
+    )
