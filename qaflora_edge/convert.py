@@ -22,8 +22,9 @@ from qaflora_edge.files import atomic_path
 from qaflora_edge.gguf_header import F32, read_gguf_header
 from qaflora_edge.peft import read_peft
 from qaflora_edge.safetensors_file import PIECE_BYTES
+from qaflora_edge.verify import ModuleCheck, verify_conversion
 
-Progress = Callable[[int, int], None]  # modules done, modules in all
+Progress = Callable[[int, int], None]  # steps done, steps in all: modules written and verified
 
 OUTTYPES = {
     "f32": GGMLQuantizationType.F32,
@@ -52,6 +53,7 @@ class ConvertedAdapter:
     n_module: int
     n_rescaled: int
     size_bytes: int
+    checks: tuple[ModuleCheck, ...] = ()  # of a conversion that was verified
 
 
 def convert_adapter(
@@ -60,11 +62,15 @@ def convert_adapter(
     out_path: str | os.PathLike[str],
     *,
     outtype: str = "f16",
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> ConvertedAdapter:
     """Convert a PEFT folder for a base; the file is written whole or not at all.
 
-    Raises InputFileError and its kinds for damaged input, UnsupportedAdapterError for what a
+    verify  read the file back before it takes its name, and compare each module with its source
+
+    Raises ConversionError when a module differs by more than rounding explains,
+    InputFileError and its kinds for damaged input, UnsupportedAdapterError for what a
     plain LoRA cannot represent, AdapterMismatchError for another base.
     """
     if outtype not in OUTTYPES:
@@ -81,16 +87,25 @@ def convert_adapter(
     adapter = read_peft(peft_dir)
     alpha, modules = plan_modules(adapter, header)
     name = adapter.folder.resolve().name
+    n_step = len(modules) * (2 if verify else 1)
+
+    def tell(n_done: int) -> None:
+        if progress is not None:
+            progress(n_done, n_step)
+
+    checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:
         try:
-            _write(
-                temporary, header.architecture, name, alpha, modules, OUTTYPES[outtype], progress
-            )
+            _write(temporary, header.architecture, name, alpha, modules, OUTTYPES[outtype], tell)
         except OSError as error:
             raise OutputFileError(
                 f"Cannot write {out_path}: writing failed ({error}). "
                 "Check that there is space left and try again."
             ) from error
+        if verify:
+            checks = verify_conversion(
+                temporary, header, modules, lambda n_done: tell(len(modules) + n_done)
+            )
     return ConvertedAdapter(
         path=out_path,
         architecture=header.architecture,
@@ -100,6 +115,7 @@ def convert_adapter(
         n_module=len(modules),
         n_rescaled=sum(module.factor != 1.0 for module in modules),
         size_bytes=out_path.stat().st_size,
+        checks=checks,
     )
 
 
@@ -156,7 +172,7 @@ def _write(
     alpha: float,
     modules: Sequence[PlannedModule],
     wanted: GGMLQuantizationType,
-    progress: Progress | None,
+    tell: Callable[[int], None],
 ) -> None:
     """Write the file with one tensor's values in memory at a time."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -178,8 +194,7 @@ def _write(
         for index, module in enumerate(modules):
             _write_tensor(writer, module, "a", converted_a(module), wanted)
             _write_tensor(writer, module, "b", converted_b(module), wanted)
-            if progress is not None:
-                progress(index + 1, len(modules))
+            tell(index + 1)
     finally:
         writer.close()
 

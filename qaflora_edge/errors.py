@@ -7,6 +7,7 @@
     │   ├── PeftConfigError
     │   └── SessionFileError
     ├── OutputFileError           a file cannot be written, or the disk is full
+    │   └── ConversionError       a converted file does not say what its source says
     ├── UnsupportedAdapterError   a PEFT feature that a plain LoRA cannot represent
     ├── AdapterMismatchError      adapter and base do not belong together
     ├── BundleError               bundle.json or its folder is wrong
@@ -28,6 +29,8 @@
 A message has four parts: what failed, which file, tensor or field, what was found and what
 was expected, and what to do next.
 """
+
+from collections.abc import Sequence
 
 
 class QafloraError(Exception):
@@ -56,6 +59,14 @@ class SessionFileError(InputFileError):
 
 class OutputFileError(QafloraError):
     """A file cannot be written where it was asked for."""
+
+
+class ConversionError(OutputFileError):
+    """A converted file does not say what its source says; `checks` has what was compared."""
+
+    def __init__(self, message: str, checks: Sequence[object]) -> None:
+        super().__init__(message)
+        self.checks = checks
 
 
 class UnsupportedAdapterError(QafloraError):

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qaflora_edge.cli.options import example
+from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.errors import ConversionError
+
+if TYPE_CHECKING:
+    from qaflora_edge.convert import ConvertedAdapter
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -14,7 +25,7 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 @click.command(
     epilog=example(
         """
-        qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf
+        qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify
         """
     )
 )
@@ -41,13 +52,62 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
     show_default=True,
     help="Type of the adapter's tensors.",
 )
-def convert(peft_dir: Path, base: Path, output: Path, outtype: str) -> None:
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the file back, and report for each module the largest difference of its delta from "
+    "the source. The file is kept only if rounding to its type explains them all.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout."
+)
+def convert(
+    peft_dir: Path, base: Path, output: Path, outtype: str, verify: bool, as_json: bool
+) -> None:
     """Convert a PEFT adapter to an adapter GGUF.
 
-    PEFT_DIR holds adapter_config.json and adapter_model.safetensors. A feature that a plain LoRA
-    cannot represent is refused by its name, and nothing is written then.
+    PEFT_DIR holds adapter_config.json and adapter_model.safetensors, as PEFT, unsloth, axolotl and
+    others save them, or adapters.safetensors of MLX. Of a folder with one sub-folder for each
+    adapter, give PEFT_DIR/NAME. A feature that a plain LoRA cannot represent is refused by its
+    name, and nothing is written then.
     """
     from qaflora_edge.convert import convert_adapter
 
-    convert_adapter(peft_dir, base, output, outtype=outtype)
-    click.echo(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB).", err=True)
+    label = "Converting and verifying" if verify else "Converting"
+    try:
+        with progress_bars() as tell:
+            progress = functools.partial(tell, label) if tell else None
+            converted = convert_adapter(
+                peft_dir, base, output, outtype=outtype, verify=verify, progress=progress
+            )
+    except ConversionError as error:
+        _show_checks(error.checks, None, as_json)
+        raise
+    _show_checks(converted.checks, converted, as_json)
+    click.echo(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).", err=True)
+
+
+def _show_checks(checks: Sequence[Any], converted: ConvertedAdapter | None, as_json: bool) -> None:
+    """Print what was compared, and with JSON what was written."""
+    if as_json:
+        report: dict[str, Any] = {} if converted is None else asdict(converted)
+        report["path"] = str(report["path"]) if report else None
+        report["checks"] = [{**asdict(check), "is_right": check.is_right} for check in checks]
+        click.echo(json.dumps(_finite(report), ensure_ascii=False, allow_nan=False))
+        return
+    if checks:
+        click.echo(f"{'largest':>10} {'relative':>10} {'of allowed':>10}  module")
+    for check in checks:
+        click.echo(
+            f"{check.largest_difference:10.3g} {check.relative_difference:10.3g} "
+            f"{check.of_allowed:10.1%}  {check.module}"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """Put null in place of numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,102 @@
+"""qaflora convert"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner, Result
+
+from qaflora_edge import convert
+from qaflora_edge.cli import main
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, ["convert", *map(str, args)])
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> tiny.TinyBase:
+    return tiny.write_tiny_base(tmp_path / "base.gguf")
+
+
+def test_help_shows_an_example() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf" in result.output
+
+
+def test_file_is_written_and_named(tmp_path: Path, base: tiny.TinyBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    out = tmp_path / "out.gguf"
+    result = run(folder, "--base", base.path, "-o", out, "--outtype", "f32")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
+
+
+def test_verify_reports_each_module(tmp_path: Path, base: tiny.TinyBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "o_proj"], layers=[1])
+    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify")
+    assert result.exit_code == 0
+    head, *lines = result.stdout.splitlines()
+    assert head.split() == ["largest", "relative", "of", "allowed", "module"]
+    names = [f"model.layers.1.self_attn.{name}" for name in ("o_proj", "q_proj")]
+    assert [line.split()[-1] for line in lines] == names
+    assert all(0 < float(line.split()[0]) < 1e-3 for line in lines)
+
+
+def test_json_says_what_was_written(tmp_path: Path, base: tiny.TinyBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], rank=8)
+    out = tmp_path / "out.gguf"
+    result = run(folder, "--base", base.path, "-o", out, "--verify", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    checks = report.pop("checks")
+    assert report == {
+        "path": str(out),
+        "architecture": "llama",
+        "alpha": 8.0,
+        "rank": 8,
+        "targets": ["attn_q"],
+        "n_module": 3,
+        "n_rescaled": 0,
+        "size_bytes": out.stat().st_size,
+    }
+    assert [check["tensor"] for check in checks] == [f"blk.{i}.attn_q.weight" for i in range(3)]
+    assert all(check["is_right"] and 0 < check["of_allowed"] < 1 for check in checks)
+
+
+@pytest.mark.parametrize("value", [2.0, np.nan])
+def test_wrong_conversion_is_reported_with_exit_code_1(
+    tmp_path: Path, base: tiny.TinyBase, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
+    encode = convert.encode
+
+    def wrong(values: Any, kind: Any) -> Any:
+        encoded = encode(values, kind)
+        encoded[0, 0] = value
+        return encoded
+
+    monkeypatch.setattr(convert, "encode", wrong)
+    out = tmp_path / "out.gguf"
+    result = run(folder, "--base", base.path, "-o", out, "--verify", "--json")
+    assert result.exit_code == 1
+    assert "The conversion is wrong: 1 of 1 modules differ" in result.stderr
+    report = json.loads(result.stdout)
+    assert report["path"] is None
+    (check,) = report["checks"]
+    assert not check["is_right"]
+    assert (check["of_allowed"] is None) == np.isnan(value)
+    assert not out.exists()
+
+
+def test_feature_that_cannot_be_represented_is_named(tmp_path: Path, base: tiny.TinyBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, config={"use_dora": True})
+    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify")
+    assert result.exit_code == 1
+    assert "use_dora is True; DoRA also rescales the base's weights" in result.stderr
+    assert not (tmp_path / "out.gguf").exists()

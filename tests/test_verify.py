@@ -1,0 +1,205 @@
+"""Verification of a conversion: what is right passes, what is wrong is found and not kept."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+
+from qaflora_edge import convert
+from qaflora_edge.architectures import ARCHITECTURES
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert_plan import PlannedModule, plan_modules
+from qaflora_edge.errors import ConversionError
+from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.peft import read_peft
+from qaflora_edge.verify import _source_rows, verify_conversion
+
+MODULES = 3 * 7
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("rank", [3, 64])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_what_was_converted_is_within_rounding(
+    tmp_path: Path, arch: str, rank: int, outtype: str
+) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False)
+    folder = tiny.write_tiny_peft(
+        tmp_path / "a",
+        base,
+        rank=rank,
+        targets=[*tiny.HF_TARGETS, "embed_tokens", "lm_head"],
+        use_rslora=True,
+        alpha_pattern={"q_proj": 5, "down_proj": 0.25},
+    )
+    steps: list[tuple[int, int]] = []
+    converted = convert_adapter(
+        folder,
+        base.path,
+        tmp_path / "out.gguf",
+        outtype=outtype,
+        verify=True,
+        progress=lambda *step: steps.append(step),
+    )
+    n_module = MODULES + 2
+    assert steps == [(done, 2 * n_module) for done in range(1, 2 * n_module + 1)]
+    assert len(converted.checks) == n_module
+    assert {check.module for check in converted.checks} == read_peft(folder).modules.keys()
+    for check in converted.checks:
+        assert 0 <= check.of_allowed <= 1
+        assert check.is_right
+        # The bound must be near enough to find mistakes: rounding uses a good part of it.
+        if outtype != "f32" and rank == 3:
+            assert check.of_allowed > 0.05
+
+
+def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha=6, targets=["v_proj"])
+    converted = convert_adapter(
+        folder, base.path, tmp_path / "out.gguf", outtype="bf16", verify=True
+    )
+    stored = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+        for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    }
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    source = load_file(folder / "adapter_model.safetensors")
+    for layer, check in enumerate(converted.checks):
+        name, stem = f"model.layers.{layer}.self_attn.v_proj", f"blk.{layer}.attn_v.weight"
+        assert (check.module, check.tensor) == (name, stem)
+        a, b = (
+            source[f"base_model.model.{name}.lora_{side}.weight"].astype(np.float64)
+            for side in "AB"
+        )
+        delta = 6 / 4 * b @ a
+        difference = np.abs(
+            6 / 4 * stored[f"{stem}.lora_b"] @ stored[f"{stem}.lora_a"] - delta
+        ).max()
+        assert check.largest_difference == pytest.approx(difference, rel=1e-9)
+        assert check.relative_difference == pytest.approx(difference / np.abs(delta).max())
+
+
+def test_an_adapter_that_does_nothing_is_right(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, strength=0.0)
+    converted = convert_adapter(folder, base.path, tmp_path / "out.gguf", verify=True)
+    assert {check.of_allowed for check in converted.checks} == {0.0}
+
+
+# --- mistakes of the writing code ---------------------------------------------------------------
+
+Change = Callable[[Any], Any]
+MISTAKES: dict[str, tuple[str, Change]] = {
+    "rows in HF's order": ("converted_b", lambda b: b[np.argsort(b[:, 0], kind="stable")]),
+    "two rows swapped": ("converted_b", lambda b: b[[1, 0, *range(2, len(b))]]),
+    "scale off by a hundredth": ("converted_b", lambda b: b * np.float32(1.01)),
+    "sign": ("converted_b", lambda b: -b),
+    "ranks of A reversed": ("converted_a", lambda a: a[::-1]),
+    "columns of A rolled": ("converted_a", lambda a: np.roll(a, 1, axis=1)),
+    "one value lost": ("converted_a", lambda a: np.where(a == a.max(), 0, a)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0"])
+def test_mistake_is_found_and_the_older_file_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, outtype: str
+) -> None:
+    name, change = MISTAKES[mistake]
+    base = tiny.write_tiny_base(tmp_path / "base.gguf")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "up_proj"], layers=[0])
+    original = getattr(convert, name)
+
+    def wrong(module: PlannedModule) -> Any:
+        values = original(module)
+        if module.kind == "attn_q":
+            values = np.ascontiguousarray(change(values), dtype=np.float32)
+        return values
+
+    monkeypatch.setattr(convert, name, wrong)
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"older")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConversionError) as caught:
+        convert_adapter(folder, base.path, out, outtype=outtype, verify=True)
+    assert out.read_bytes() == b"older"
+    assert sorted(tmp_path.iterdir()) == before
+    right, wrong_check = sorted(caught.value.checks, key=lambda check: check.of_allowed)
+    assert right.is_right
+    assert right.tensor == "blk.0.ffn_up.weight"
+    assert not wrong_check.is_right
+    assert str(caught.value) == (
+        f"The conversion is wrong: 1 of 2 modules differ from {folder}, most of all "
+        "model.layers.0.self_attn.q_proj (blk.0.attn_q.weight), by "
+        f"{wrong_check.largest_difference:.3g}, {wrong_check.of_allowed:.3g} times what rounding "
+        "explains; expected at most once. Nothing was kept; please report this."
+    )
+
+
+def test_missing_module_is_found(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    header = read_gguf_header(base.path)
+    _, modules = plan_modules(read_peft(folder), header)
+    convert_adapter(folder, base.path, tmp_path / "out.gguf")
+    verify_conversion(tmp_path / "out.gguf", header, modules)
+    with pytest.raises(ConversionError) as caught:
+        verify_conversion(tmp_path / "out.gguf", header, modules[1:])
+    assert str(caught.value) == (
+        f"The conversion is wrong: tensor {modules[0].base_name} is there in the file; expected "
+        "the 20 modules of the adapter. Nothing was kept; please report this."
+    )
+
+
+def test_number_that_is_none_is_wrong(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
+    header = read_gguf_header(base.path)
+    _, modules = plan_modules(read_peft(folder), header)
+    path = tmp_path / "out.gguf"
+    convert_adapter(folder, base.path, path, outtype="f32")
+    info = read_gguf_header(path).tensors["blk.0.attn_q.weight.lora_b"]
+    data = bytearray(path.read_bytes())
+    data[info.offset : info.offset + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ConversionError) as caught:
+        verify_conversion(path, header, modules)
+    (check,) = caught.value.checks
+    assert np.isnan(check.of_allowed)
+    assert not check.is_right
+
+
+# --- the order of rows, told twice --------------------------------------------------------------
+
+METADATA = {
+    "block_count": 1,
+    "attention.head_count": 12,
+    "attention.head_count_kv": 4,
+    "rope.dimension_count": 8,
+    "rope.dimension_sections": (2, 1, 1, 0),
+    "embedding_length": 192,
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_order_of_rows_is_that_of_the_plan(tmp_path: Path, arch: str) -> None:
+    """Both were written from llama.cpp's converter, in different terms."""
+    metadata = {f"{arch}.{name}": value for name, value in METADATA.items()}
+    header = GgufHeader(tmp_path, arch, metadata, {}, 0, 0)
+    base = tiny.write_tiny_base(tmp_path / "base.gguf")
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
+    (source,) = read_peft(folder).modules.values()
+    for stem, n_head in (("attn_q", 12), ("attn_k", 4), ("attn_qkv", 20), ("ffn_up", 20)):
+        n_out = 16 * n_head
+        (part,) = ARCHITECTURES[arch](stem, header, n_out)
+        module = PlannedModule(
+            replace(source, n_out=n_out), f"blk.0.{part.stem}.weight", 1.0, part.rows
+        )
+        expected = np.arange(n_out) if part.rows is None else part.rows
+        np.testing.assert_array_equal(_source_rows(header, module), expected)
