@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge import fusion as fuse
-from qaflora_edge import registry
-from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
-from qaflora_edge.bundle_format import BUNDLE_FILE, FORMAT, MAX_ADAPTERS, NAME_PATTERN, NAME_RULE
+from qaflora_edge.bundle_format import FORMAT
+from qaflora_edge.bundle_source import BaseSource, find_adapter, find_base
+from qaflora_edge.bundle_write import (
+    Path_,
+    Progress,
+    adapter_record,
+    check_names,
+    measure_typical,
+    prompts_record,
+    put_adapter,
+    write_bundle_json,
+)
 from qaflora_edge.checksums import hash_file
-from qaflora_edge.convert import convert_adapter
-from qaflora_edge.errors import BundleError, GgufFileError, InputFileError, OutputFileError
-from qaflora_edge.files import is_disk_full, sha256_file, write_text_atomic
+from qaflora_edge.errors import BundleError, OutputFileError
+from qaflora_edge.files import is_disk_full
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.neutral import neutral_prompts, prompts_sha256
-from qaflora_edge.references import model_name, pulled_model
-
-# Called with what is being done, the steps (or bytes) done and those in all.
-Progress = Callable[[str, int, int], None]
-Path_ = str | os.PathLike[str]
-
-_CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
+from qaflora_edge.references import model_name
 
 
 def create_bundle(
@@ -48,9 +48,10 @@ def create_bundle(
 ) -> Path:
     """Make the folder of a new bundle.
 
-    base       a GGUF file, or the name of a registry model that was pulled; only the name is
-               recorded then, so the bundle works wherever that model is pulled
-    adapters   name -> a PEFT folder, which is converted, or an adapter GGUF, which is copied
+    base       a GGUF file, the name of a registry model that was pulled, or a Hub reference; only
+               the name is recorded then, so the bundle works wherever that base is pulled
+    adapters   name -> a PEFT folder, which is converted, an adapter GGUF, which is copied, or a
+               Hub reference to one of them, which is recorded with its commit
     outtype    of converted adapters: f32, f16, bf16 or q8_0
     strategy, lens, pool  what an Engine takes by default
     notes      adapter name -> source, license, description
@@ -61,28 +62,32 @@ def create_bundle(
     """
     folder = Path(folder)
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
-    _check_names([adapter_name for adapter_name, _ in pairs], notes or {})
-    fuse.parse_strategy(strategy, [adapter_name for adapter_name, _ in pairs])
+    names = [adapter_name for adapter_name, _ in pairs]
+    check_names(names)
+    _check_notes(names, notes or {})
+    fuse.parse_strategy(strategy, names)
     fuse.check_choice("lens", lens, fuse.LENSES)
     fuse.check_choice("pool", pool, fuse.POOLS)
     tell = progress or (lambda what, done, total: None)
-    base_path, registry_name = _find_base(base)
-    header = read_gguf_header(base_path)
     with _new_folder(folder) as temporary:
-        base_record = _base_record(base_path, registry_name, header, tell)
+        base_source = find_base(base, tell)
+        header = read_gguf_header(base_source.path)
+        sources = [find_adapter(source, tell) for _, source in pairs]
+        base_record = _base_record(base_source, header, tell)
         (temporary / "adapters").mkdir()
         records = []
-        for done, (adapter_name, source) in enumerate(pairs):
+        for done, (adapter_name, source) in enumerate(zip(names, sources, strict=True)):
             tell("adapters", done, len(pairs))
             file = f"adapters/{adapter_name}.gguf"
-            info = _put_adapter(Path(source), temporary / file, base_path, header, outtype)
+            info = put_adapter(source, temporary / file, base_source.path, header, outtype)
             note = (notes or {}).get(adapter_name, {})
-            records.append(_adapter_record(adapter_name, file, info, Path(source), note))
+            records.append(adapter_record(adapter_name, file, info, source, note))
         tell("adapters", len(pairs), len(pairs))
         fusion: dict[str, Any] = {"strategy": strategy, "lens": lens, "pool": pool}
         if calibrate and pairs:
             paths = {record["name"]: temporary / record["file"] for record in records}
-            fusion |= _measure(base_path, paths, tell)
+            fusion["typical"] = measure_typical(base_source.path, paths, tell)
+            fusion["typical_prompts"] = prompts_record()
         text = {
             "format": FORMAT,
             "name": name or folder.resolve().name,
@@ -92,25 +97,11 @@ def create_bundle(
             "adapters": records,
             "fusion": fusion,
         }
-        write_text_atomic(temporary / BUNDLE_FILE, _dump(text))
+        write_bundle_json(temporary, text)
     return folder
 
 
-def _check_names(names: list[str], notes: Mapping[str, Any]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if not NAME_PATTERN.fullmatch(name):
-            raise BundleError(f"The adapter name {name!r} cannot be used; expected {NAME_RULE}.")
-        if name.lower() in seen:
-            raise BundleError(
-                f"The adapter name {name!r} is given twice (capital letters make no difference: "
-                "names become file names); give each adapter a name of its own."
-            )
-        seen.add(name.lower())
-    if len(names) > MAX_ADAPTERS:
-        raise BundleError(
-            f"{len(names)} adapters are too many for one bundle; expected at most {MAX_ADAPTERS}."
-        )
+def _check_notes(names: list[str], notes: Mapping[str, Any]) -> None:
     for name in notes:
         if name not in names:
             raise BundleError(
@@ -119,29 +110,8 @@ def _check_names(names: list[str], notes: Mapping[str, Any]) -> None:
             )
 
 
-def _find_base(base: Path_) -> tuple[Path, str | None]:
-    """The base's file, and its registry name when it was given by that."""
-    path = Path(base)
-    if path.is_file():
-        return path, None
-    name = os.fspath(base)
-    if name in registry.load_registry():
-        pulled = pulled_model(name)
-        if pulled is None:
-            raise GgufFileError(
-                f"The base {name} is in the registry but not on this machine; "
-                f"fetch it with `qaflora pull {name}`."
-            )
-        return pulled, name
-    raise GgufFileError(
-        f"The base {path} does not exist; give a GGUF file, or the name of a model from "
-        "`qaflora models` that was pulled."
-    )
-
-
-def _base_record(
-    path: Path, registry_name: str | None, header: GgufHeader, tell: Progress
-) -> dict[str, Any]:
+def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict[str, Any]:
+    path = source.path
     size_bytes = path.stat().st_size
     sha256 = hash_file(path, lambda done: tell("base", done, size_bytes))
     record: dict[str, Any] = {
@@ -152,89 +122,13 @@ def _base_record(
         "sha256": sha256,
         "size_bytes": size_bytes,
     }
-    if registry_name is None:
+    if source.registry is None and source.hub is None:
         record["file"] = str(path.absolute())
-        registry_name = model_name(sha256)
-    if registry_name is not None:
+    if registry_name := source.registry or model_name(sha256):
         record["registry"] = registry_name
+    if source.hub is not None:
+        record["hub"] = source.hub
     return record
-
-
-def _put_adapter(
-    source: Path, target: Path, base_path: Path, header: GgufHeader, outtype: str
-) -> AdapterInfo:
-    """Convert or copy one adapter to its place in the bundle, and check it against the base."""
-    if source.is_dir():
-        convert_adapter(source, base_path, target, outtype=outtype)
-    elif source.is_file():
-        _copy(source, target)
-    else:
-        raise InputFileError(
-            f"The adapter {source} does not exist; expected a PEFT folder "
-            "(adapter_config.json and adapter_model.safetensors) or an adapter GGUF."
-        )
-    try:
-        info = read_adapter_gguf(target)
-    except GgufFileError:
-        if source.is_file():
-            read_adapter_gguf(source)  # the same failure, naming the file the user knows
-        raise
-    check_adapter(info, header)
-    return info
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        if is_disk_full(error):
-            raise OutputFileError(
-                f"Cannot copy the adapter {source} into the bundle: the disk is full. "
-                "Free some space and try again."
-            ) from error
-        raise InputFileError(
-            f"Cannot copy the adapter {source} into the bundle ({error.strerror}). "
-            "Check that you may read it."
-        ) from error
-
-
-def _adapter_record(
-    name: str, file: str, info: AdapterInfo, source: Path, note: Mapping[str, str]
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "file": file,
-        "sha256": sha256_file(info.path),
-        "size_bytes": Path(info.path).stat().st_size,
-        "rank": info.rank,
-        "alpha": info.alpha,
-        "targets": list(info.targets),
-        "source": note.get("source", source.resolve().name),
-        "license": note.get("license", ""),
-        "description": note.get("description", ""),
-    }
-
-
-def _measure(base_path: Path, adapters: Mapping[str, Path], tell: Progress) -> dict[str, Any]:
-    """Typical divergences of each adapter over the neutral prompts (method.md section 7)."""
-    from qaflora_edge.engine import Engine
-
-    prompts = neutral_prompts()
-    with Engine(base=base_path, adapters=adapters, n_ctx=_CALIBRATION_CTX) as engine:
-        typical = engine.typical_divergence(
-            prompts, lambda done, total: tell("calibration", done, total)
-        )
-    return {
-        "typical": {
-            name: {lens: [float(f"{value:.9g}") for value in values] for lens, values in by.items()}
-            for name, by in typical.items()
-        },
-        "typical_prompts": {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts)},
-    }
-
-
-def _dump(text: Mapping[str, Any]) -> str:
-    return json.dumps(text, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager

@@ -63,11 +63,13 @@ def convert_adapter(
     *,
     outtype: str = "f16",
     verify: bool = False,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> ConvertedAdapter:
     """Convert a PEFT folder for a base; the file is written whole or not at all.
 
     verify  read the file back before it takes its name, and compare each module with its source
+    name    what the file calls the adapter, by default the folder's name
 
     Raises ConversionError when a module differs by more than rounding explains,
     InputFileError and its kinds for damaged input, UnsupportedAdapterError for what a
@@ -86,7 +88,7 @@ def convert_adapter(
         )
     adapter = read_peft(peft_dir)
     alpha, modules = plan_modules(adapter, header)
-    name = adapter.folder.resolve().name
+    name = name or adapter.folder.resolve().name
     n_step = len(modules) * (2 if verify else 1)
 
     def tell(n_done: int) -> None:

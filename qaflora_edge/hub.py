@@ -10,7 +10,6 @@ import glob
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha1, sha256
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from qaflora_edge.files import HASH_CHUNK_BYTES, cache_dir, safe_join, sha256_fi
 from qaflora_edge.hub_cache import (
     PEFT_CONFIG,
     PEFT_INDEX,
+    cached_snapshot,
     hub_cache_dir,
     is_commit,
     pulled_path,
@@ -41,15 +41,6 @@ MAX_BYTES = 64 << 30
 # Fetched beside what a bundle or an adapter is made of.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 PICKLE_FILE = "adapter_model.bin"
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """What came: a folder or a file, the reference with its commit, and its card's licence."""
-
-    path: Path
-    pinned: str
-    license: str
 
 
 def fetch_hub(
@@ -69,28 +60,26 @@ def fetch_hub(
     """
     if to is None and not update and (pulled := pulled_path(ref)):
         return pulled
-    return fetch_pinned(ref, to, progress=progress).path
-
-
-def fetch_pinned(
-    ref: str, to: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
-) -> Fetched:
-    """Fetch as fetch_hub does, always asking the Hub which commit the reference means now."""
     parsed = parse_hub_ref(ref)
     try:
-        if to is None:
-            listing = list_files(parsed)
-            path = _fetch(parsed, listing, None, progress)
-            _check_ref(parsed, listing, path)
-        else:
-            folder = Path(to)
-            _check_free(ref, parsed, folder)
-            listing = list_files(parsed)
-            path = _fetch_into(parsed, listing, folder, progress)
+        if to is not None:
+            _check_free(ref, parsed, Path(to))
+            return _fetch_into(parsed, list_files(parsed), Path(to), progress)
+        listing = list_files(parsed)
+        path = _fetch(parsed, listing, None, progress)
+        _check_ref(parsed, listing, path)
+        return path
     except DownloadError as error:
         raise DownloadError(f"Could not pull {ref}: {error}") from error
-    pinned = HubRef(parsed.repo, parsed.file, listing.commit)
-    return Fetched(path, str(pinned), listing.license)
+
+
+def fetch_pinned(ref: str, *, progress: Progress | None = None) -> tuple[Path, str]:
+    """Fetch as fetch_hub does; give the path, and the reference with the commit it means here."""
+    path = fetch_hub(ref, progress=progress)
+    parsed = parse_hub_ref(ref)
+    snapshot = cached_snapshot(parsed)
+    assert snapshot is not None  # fetch_hub gave a path in it
+    return path, str(HubRef(parsed.repo, parsed.file, snapshot.name))
 
 
 def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:

@@ -33,11 +33,10 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubListing:
-    """The files of a repository at one commit, and the licence that its card names."""
+    """The files of a repository at one commit."""
 
     commit: str
     files: tuple[HubFile, ...]
-    license: str
 
     def file(self, name: str) -> HubFile | None:
         return next((file for file in self.files if file.name == name), None)
@@ -55,9 +54,7 @@ def list_files(ref: HubRef) -> HubListing:
         raise DownloadError(
             f"the Hub did not say which commit of {ref.repo} it lists; expected one. Try again."
         )
-    license = info.card_data.get("license") if info.card_data else None
-    files = tuple(_hub_file(sibling) for sibling in info.siblings or [])
-    return HubListing(info.sha, files, license if isinstance(license, str) else "")
+    return HubListing(info.sha, tuple(_hub_file(sibling) for sibling in info.siblings or []))
 
 
 def _hub_file(sibling: Any) -> HubFile:

@@ -229,7 +229,7 @@ def wait(*args):
     print("halfway", flush=True)
     time.sleep(60)
 
-bundle_create._measure = wait
+bundle_create.measure_typical = wait
 main(sys.argv[1:])
 """
 

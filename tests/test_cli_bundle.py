@@ -62,7 +62,8 @@ def test_create_fails_and_leaves_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr == (
         f"Error: The adapter {tmp_path / 'none'} does not exist; expected a PEFT folder "
-        "(adapter_config.json and adapter_model.safetensors) or an adapter GGUF.\n"
+        "(adapter_config.json and adapter_model.safetensors), an adapter GGUF, or a Hub reference "
+        "as owner/name.\n"
     )
     assert snapshot(tmp_path) == before
 
@@ -123,3 +124,42 @@ def test_convert_refuses_dora_and_writes_nothing(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert "use_dora" in result.stderr
     assert snapshot(tmp_path) == before
+
+
+def test_add_rename_and_remove(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    pairs = (f"law={made.peft}", f"med={made.adapter.path}")
+    result = qaflora("bundle", "add", made.folder, *pairs, "--no-calibrate", "--license", "MIT")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == (
+        f"Added the adapter law to {made.folder}.\nAdded the adapter med to {made.folder}.\n"
+    )
+    assert load_bundle(made.folder).description_dict["adapters"][2]["license"] == "MIT"
+    result = qaflora("bundle", "rename", made.folder, "med", "medicine")
+    assert result.stderr == f"Renamed the adapter med of {made.folder} to medicine.\n"
+    result = qaflora("bundle", "remove", made.folder, "law", "--strategy", "single:medicine")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Removed the adapter law from {made.folder}.\n"
+    loaded = load_bundle(made.folder)
+    assert list(loaded.adapter_paths) == ["math", "es", "medicine"]
+    assert loaded.fusion_defaults["strategy"] == "single:medicine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("add", "es=none.gguf"), ("remove", "law"), ("rename", "law", "x"), ("rename", "es", "math")],
+)
+def test_failed_changes_change_nothing(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    made = make_bundle(tmp_path)
+    before = snapshot(tmp_path)
+    verb, *rest = arguments
+    result = qaflora("bundle", verb, made.folder, *rest)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert snapshot(tmp_path) == before
+
+
+def test_add_wants_a_name(tmp_path: Path) -> None:
+    result = qaflora("bundle", "add", tmp_path, "peft/math")
+    assert result.exit_code == 2
+    assert "'peft/math' is not of the form NAME=PATH." in result.stderr

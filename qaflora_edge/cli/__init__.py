@@ -21,7 +21,7 @@ VERBS = {
     "run": "Answer a prompt with the weighed adapters.",
     "chat": "Talk with the weighed adapters.",
     "weights": "Show what each adapter weighs for a prompt.",
-    "bundle": "Make, show and verify bundles.",
+    "bundle": "Make, change, show and verify bundles.",
     "convert": "Convert a PEFT adapter to an adapter GGUF.",
     "pull": "Fetch a model, an adapter or a bundle.",
     "models": "List the models that can be pulled.",

@@ -1,4 +1,4 @@
-"""qaflora bundle create, show and verify"""
+"""qaflora bundle create, add, remove, rename, show and verify"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTES = ("source", "license", "description")
 
 @click.group()
 def bundle() -> None:
-    """Make, show and verify bundles.
+    """Make, change, show and verify bundles.
 
     A bundle is a folder with bundle.json and adapters/NAME.gguf for one base. It can be copied,
     zipped or put on a hub.
@@ -48,8 +48,8 @@ def _pairs(
     "--base",
     required=True,
     metavar="BASE.gguf",
-    help="The base, or the name of a registry model that was pulled. The name makes a bundle "
-    "that works on any machine that has pulled it.",
+    help="The base, the name of a registry model that was pulled, or a Hub reference "
+    "(owner/name/file.gguf). A name makes a bundle that works on any machine that has pulled it.",
 )
 @click.option(
     "--adapter",
@@ -58,7 +58,8 @@ def _pairs(
     required=True,
     metavar="NAME=PATH",
     callback=_pairs,
-    help="An adapter: a PEFT folder, which is converted, or an adapter .gguf; repeatable.",
+    help="An adapter: a PEFT folder, which is converted, an adapter .gguf, or a Hub reference to "
+    "one of them (owner/name, with @revision to pin it); repeatable.",
 )
 @click.option("--name", help="The bundle's name.  [default: the folder's]")
 @click.option("--description", default="", help="What the bundle is for.")
@@ -163,6 +164,88 @@ def create(
             progress=progress,
         )
     click.echo(f"Created the bundle {folder} with {_counted(len(adapters))}.", err=True)
+
+
+@bundle.command(
+    epilog=example(
+        """
+        qaflora bundle add my-bundle med=peft/med
+        qaflora bundle add my-bundle law=owner/law-lora@v1
+        """
+    )
+)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
+@click.option(
+    "--outtype",
+    type=click.Choice(OUTTYPES),
+    default="f16",
+    show_default=True,
+    help="Type of a converted adapter.",
+)
+@click.option("--source", metavar="TEXT", help="Where it comes from.")
+@click.option("--license", metavar="TEXT", help="Its licence.")
+@click.option("--description", metavar="TEXT", help="What it was trained for.")
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    show_default=True,
+    help="Measure its typical divergence, which the strategy calibrated needs.",
+)
+def add(
+    folder: Path,
+    pairs: list[tuple[str, str]],
+    outtype: str,
+    source: str | None,
+    license: str | None,
+    description: str | None,
+    calibrate: bool,
+) -> None:
+    """Add adapters to a bundle.
+
+    PATH is what `qaflora bundle create --adapter` takes. The bundle changes in one step for each
+    adapter, when all has worked; when something fails, it is as it was.
+    """
+    from qaflora_edge.bundle_edit import add_adapter
+
+    given = zip(NOTES, (source, license, description), strict=True)
+    note = {key: text for key, text in given if text is not None}
+    for name, path in pairs:
+        with progress_bars() as progress:
+            add_adapter(
+                folder,
+                name,
+                path,
+                outtype=outtype,
+                note=note,
+                calibrate=calibrate,
+                progress=progress,
+            )
+        click.echo(f"Added the adapter {name} to {folder}.", err=True)
+
+
+@bundle.command(epilog=example("qaflora bundle remove my-bundle med"))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("name")
+@click.option("--strategy", help="Used by default from now on.  [default: as it is]")
+def remove(folder: Path, name: str, strategy: str | None) -> None:
+    """Remove an adapter from a bundle, with its file."""
+    from qaflora_edge.bundle_edit import remove_adapter
+
+    remove_adapter(folder, name, strategy=strategy)
+    click.echo(f"Removed the adapter {name} from {folder}.", err=True)
+
+
+@bundle.command(epilog=example("qaflora bundle rename my-bundle med medicine"))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("old")
+@click.argument("new")
+def rename(folder: Path, old: str, new: str) -> None:
+    """Rename an adapter of a bundle, with its file."""
+    from qaflora_edge.bundle_edit import rename_adapter
+
+    rename_adapter(folder, old, new)
+    click.echo(f"Renamed the adapter {old} of {folder} to {new}.", err=True)
 
 
 @bundle.command(epilog=example("qaflora bundle show models/demo"))

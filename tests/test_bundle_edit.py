@@ -1,0 +1,382 @@
+"""Adapters added, removed and renamed: the bundle is the old one or the new one, never between."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from bundles import TinyBundle, make_bundle, snapshot
+from hubs import FakeHub
+
+from qaflora_edge import Engine, QafloraError
+from qaflora_edge import bundle_edit as edit
+from qaflora_edge.adapter_gguf import read_adapter_gguf
+from qaflora_edge.bundle import load_bundle, verify_bundle
+from qaflora_edge.bundle_edit import add_adapter, remove_adapter, rename_adapter
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    BundleError,
+    DownloadError,
+    GgufFileError,
+    InputFileError,
+    StrategyError,
+)
+from qaflora_edge.hub import fetch_hub
+
+Raw = dict[str, Any]
+TYPICAL = {"raw": [1.0, 2.0, 3.0], "norm": [4.0, 5.0, 6.0]}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> TinyBundle:
+    return make_bundle(tmp_path)
+
+
+def read(folder: Path) -> Raw:
+    raw: Raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    return raw
+
+
+def rewrite(folder: Path, change: Callable[[Raw], object]) -> None:
+    raw = read(folder)
+    change(raw)
+    (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
+
+
+def set_fusion(folder: Path, **fields: Any) -> None:
+    rewrite(folder, lambda raw: raw["fusion"].update(fields))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# adding
+
+
+def test_added_adapters_are_as_if_created_with_them(made: TinyBundle, tmp_path: Path) -> None:
+    add_adapter(made.folder, "law", made.peft, outtype="f32", calibrate=False)
+    add_adapter(
+        made.folder,
+        "med",
+        made.adapter.path,
+        note={"license": "MIT", "source": "S", "description": "D"},
+        calibrate=False,
+    )
+    bundle = verify_bundle(made.folder)
+    assert list(bundle.adapter_paths) == ["math", "es", "law", "med"]
+    assert bundle.adapter_paths["med"].read_bytes() == made.adapter.path.read_bytes()
+    law = read_adapter_gguf(bundle.adapter_paths["law"])
+    assert {info.ggml_type.name for info in law.tensors.values()} == {"F32"}
+    record = read(made.folder)["adapters"][3]
+    assert (record["source"], record["license"], record["description"]) == ("S", "MIT", "D")
+    assert names_in(made.folder) == {
+        "bundle.json",
+        *(f"adapters/{name}.gguf" for name in bundle.adapter_paths),
+    }
+
+
+def test_adding_measures_what_was_not_measured(made: TinyBundle, tmp_path: Path) -> None:
+    add_adapter(made.folder, "med", made.adapter.path)
+    all_measured = read(made.folder)["fusion"]
+    assert set(all_measured["typical"]) == {"math", "es", "med"}  # the bundle had no measurements
+    whole = make_bundle_with_calibration(tmp_path / "whole")
+    assert all_measured["typical_prompts"] == read(whole)["fusion"]["typical_prompts"]
+    for name in ("math", "es"):
+        for lens in ("raw", "norm"):
+            # Another number of sequences sums in another order, which an F16 cache magnifies.
+            np.testing.assert_allclose(
+                all_measured["typical"][name][lens],
+                read(whole)["fusion"]["typical"][name][lens],
+                rtol=5e-3,
+            )
+    with Engine(made.folder, n_ctx=64, strategy="calibrated") as engine:
+        assert engine.weights("the thing").weights.shape == (3, 3)
+
+
+def make_bundle_with_calibration(place: Path) -> Path:
+    place.mkdir()
+    return make_bundle(place, calibrate=True).folder
+
+
+def test_adding_keeps_true_measurements_and_drops_others(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[set[str]] = []
+
+    def measure(base: Path, adapters: dict[str, Path], tell: object) -> Raw:
+        measured.append(set(adapters))
+        assert all(path.is_file() for path in adapters.values())
+        return dict.fromkeys(adapters, TYPICAL)
+
+    monkeypatch.setattr(edit, "measure_typical", measure)
+    add_adapter(made.folder, "a", made.adapter.path)
+    add_adapter(made.folder, "b", made.adapter.path)
+    set_fusion(made.folder, typical_prompts={"sha256": "0" * 64, "n_prompt": 3})
+    add_adapter(made.folder, "c", made.adapter.path)  # the others were measured on other prompts
+    add_adapter(made.folder, "d", made.adapter.path, calibrate=False)
+    assert measured == [{"math", "es", "a"}, {"b"}, {"math", "es", "a", "b", "c"}]
+    assert set(load_bundle(made.folder).typical) == {"math", "es", "a", "b", "c"}
+
+
+def test_unknown_keys_and_order_are_kept(made: TinyBundle) -> None:
+    def change(raw: Raw) -> None:
+        raw["colour"] = {"a": [1, None]}
+        raw["adapters"][0]["shape"] = "round"
+        raw["fusion"]["more"] = "é"
+
+    rewrite(made.folder, change)
+    before = read(made.folder)
+    add_adapter(made.folder, "med", made.adapter.path, calibrate=False)
+    rename_adapter(made.folder, "med", "law")
+    remove_adapter(made.folder, "law")
+    assert json.dumps(read(made.folder)) == json.dumps(before)
+
+
+def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
+    files = {path.name: path.read_bytes() for path in made.peft.iterdir()}
+    card = b"---\ntags: [x]\nlicense: apache-2.0\n---\n# Maths\n"
+    commit = hub.put("owner/maths", {**files, "README.md": card})
+    hub.put("owner/one", {"one.gguf": made.adapter.path.read_bytes()})
+    hub.repos["owner/maths"].branches["v1"] = commit
+    add_adapter(made.folder, "a", "owner/maths@v1", calibrate=False)
+    add_adapter(made.folder, "b", "owner/one", calibrate=False)
+    a, b = read(made.folder)["adapters"][2:]
+    assert (a["hub"], a["source"], a["license"]) == (
+        f"owner/maths@{commit}",
+        f"owner/maths@{commit}",
+        "apache-2.0",
+    )
+    assert b["hub"] == f"owner/one@{hub.repos['owner/one'].branches['main']}"
+    bundle = verify_bundle(made.folder)
+    assert read_adapter_gguf(bundle.adapter_paths["a"]).name == "maths"
+    math = bundle.adapter_paths["math"]
+    assert (
+        read_adapter_gguf(math).tensors.keys()
+        == read_adapter_gguf(bundle.adapter_paths["a"]).tensors.keys()
+    )
+    hub.requests.clear()
+    add_adapter(made.folder, "c", "owner/one", calibrate=False)
+    assert hub.requests == []  # it is here
+
+
+def test_what_the_hub_does_not_have_changes_nothing(
+    hub: FakeHub, hub_cache: Path, made: TinyBundle
+) -> None:
+    files = {
+        path.relative_to(made.folder).as_posix(): path.read_bytes()
+        for path in made.folder.rglob("*.*")
+    }
+    hub.put("owner/bundle", files)
+    before = snapshot(made.folder)
+    with pytest.raises(DownloadError) as missing:
+        add_adapter(made.folder, "a", "owner/none")
+    assert str(missing.value).startswith(
+        "There is no file or folder owner/none here. Could not pull owner/none: the Hub did not"
+    )
+    with pytest.raises(InputFileError) as bundle:
+        add_adapter(made.folder, "a", "owner/bundle")
+    assert str(bundle.value) == (
+        "The adapter owner/bundle is a bundle, expected one adapter. "
+        "Name one of its files, as owner/bundle/adapters/NAME.gguf."
+    )
+    hub.requests.clear()
+    with pytest.raises(InputFileError, match=r"The adapter folder/a\.gguf does not exist"):
+        add_adapter(made.folder, "a", "folder/a.gguf")  # a path, not a repository
+    assert hub.requests == []
+    assert snapshot(made.folder) == before
+
+
+def test_failed_adding_leaves_the_bundle_as_it_was(made: TinyBundle, tmp_path: Path) -> None:
+    other = tiny.write_tiny_base(tmp_path / "other.gguf", n_embd=32)
+    foreign = tiny.write_tiny_adapter(tmp_path / "foreign.gguf", other)
+    foreign_peft = tiny.write_tiny_peft(tmp_path / "foreign-peft", other)
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(made.adapter.path.read_bytes()[:-100])
+    before = snapshot(tmp_path)
+    attempts: list[tuple[type[QafloraError], str, Path]] = [
+        (AdapterMismatchError, "a", foreign.path),
+        (AdapterMismatchError, "a", foreign_peft),
+        (GgufFileError, "a", truncated),
+        (InputFileError, "a", tmp_path / "none"),
+        (BundleError, "a/b", made.adapter.path),
+        (BundleError, "ES", made.adapter.path),
+    ]
+    for error, name, source in attempts:
+        with pytest.raises(error):
+            add_adapter(made.folder, name, source)
+        assert snapshot(tmp_path) == before
+
+
+def test_a_file_of_the_users_is_not_overwritten(made: TinyBundle) -> None:
+    mine = made.folder / "adapters/med.gguf"
+    mine.write_bytes(b"mine")
+    for attempt in (
+        lambda: add_adapter(made.folder, "med", made.adapter.path),
+        lambda: rename_adapter(made.folder, "es", "med"),
+    ):
+        with pytest.raises(BundleError) as caught:
+            attempt()
+        assert str(caught.value) == (
+            f"Cannot put an adapter med into {made.folder}: the file {mine} is there already, and "
+            "it is not this adapter's. Remove it, or choose another name."
+        )
+    assert mine.read_bytes() == b"mine"
+    load_bundle(made.folder)
+
+
+# removing and renaming
+
+
+def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
+    set_fusion(made.folder, typical={"es": TYPICAL, "math": TYPICAL})
+    remove_adapter(made.folder, "es")
+    bundle = verify_bundle(made.folder)
+    assert list(bundle.adapter_paths) == ["math"]
+    assert set(bundle.typical) == {"math"}
+    assert names_in(made.folder) == {"bundle.json", "adapters/math.gguf"}
+    remove_adapter(made.folder, "math")
+    assert load_bundle(made.folder).adapter_paths == {}
+
+
+def test_a_broken_adapter_can_be_removed(made: TinyBundle) -> None:
+    (made.folder / "adapters/es.gguf").unlink()
+    rewrite(made.folder, lambda raw: raw["adapters"][0].update(file="../out.gguf"))
+    remove_adapter(made.folder, "es")
+    remove_adapter(made.folder, "math")
+    load_bundle(made.folder)
+
+
+def test_a_file_of_two_adapters_stays_for_the_other(made: TinyBundle) -> None:
+    twin = {**read(made.folder)["adapters"][1], "name": "twin"}
+    rewrite(made.folder, lambda raw: raw["adapters"].append(twin))
+    remove_adapter(made.folder, "es")
+    assert list(verify_bundle(made.folder).adapter_paths) == ["math", "twin"]
+
+
+def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) -> None:
+    set_fusion(made.folder, strategy="manual:es=1,math=0.5")
+    before = snapshot(made.folder)
+    with pytest.raises(BundleError) as caught:
+        remove_adapter(made.folder, "es")
+    assert str(caught.value) == (
+        f"Cannot remove the adapter es from {made.folder}: the bundle's strategy "
+        "'manual:es=1,math=0.5' names it. Give it another with --strategy."
+    )
+    with pytest.raises(StrategyError):
+        remove_adapter(made.folder, "es", strategy="single:es")
+    assert snapshot(made.folder) == before
+    remove_adapter(made.folder, "es", strategy="single:math")
+    assert load_bundle(made.folder).fusion_defaults["strategy"] == "single:math"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "renamed"),
+    [
+        ("single:es", "single:spanish"),
+        ("single:math", "single:math"),
+        ("manual:es=1,math=0.5", "manual:spanish=1,math=0.5"),
+        ("norm:1", "norm:1"),
+    ],
+)
+def test_a_renamed_adapter_keeps_its_place(made: TinyBundle, strategy: str, renamed: str) -> None:
+    set_fusion(made.folder, strategy=strategy, typical={"es": TYPICAL})
+    old = (made.folder / "adapters/es.gguf").read_bytes()
+    rename_adapter(made.folder, "es", "spanish")
+    bundle = verify_bundle(made.folder)
+    assert list(bundle.adapter_paths) == ["math", "spanish"]
+    assert bundle.adapter_paths["spanish"].read_bytes() == old
+    assert bundle.fusion_defaults["strategy"] == renamed
+    assert bundle.typical == {"spanish": TYPICAL}
+    assert names_in(made.folder) == {
+        "bundle.json",
+        "adapters/math.gguf",
+        "adapters/spanish.gguf",
+    }
+
+
+def test_a_change_of_capitals_keeps_the_file(made: TinyBundle) -> None:
+    rename_adapter(made.folder, "es", "ES")
+    assert load_bundle(made.folder).adapter_paths["ES"].name == "es.gguf"
+
+
+def test_a_disk_without_links_gets_a_copy(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    rename_adapter(made.folder, "es", "spanish")
+    verify_bundle(made.folder)
+    assert "adapters/es.gguf" not in names_in(made.folder)
+
+
+def test_names_that_are_not_there_or_taken(made: TinyBundle) -> None:
+    before = snapshot(made.folder)
+    missing = f"The bundle {made.folder} has no adapter 'no'; expected one of: math, es."
+    for attempt in (
+        lambda: remove_adapter(made.folder, "no"),
+        lambda: rename_adapter(made.folder, "no", "x"),
+    ):
+        with pytest.raises(BundleError) as caught:
+            attempt()
+        assert str(caught.value) == missing
+    for new in ("math", "MATH", "../x"):
+        with pytest.raises(BundleError):
+            rename_adapter(made.folder, "es", new)
+    assert snapshot(made.folder) == before
+
+
+def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
+    files = {
+        path.relative_to(made.folder).as_posix(): path.read_bytes()
+        for path in made.folder.rglob("*.*")
+    }
+    hub.put("owner/bundle", files)
+    folder = fetch_hub("owner/bundle")
+    with pytest.raises(BundleError) as caught:
+        remove_adapter(folder, "es")
+    assert str(caught.value) == (
+        f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools share. "
+        "Fetch a copy of your own with `qaflora pull REF --to DIR`."
+    )
+
+
+# what a crash leaves
+
+
+def test_left_overs_are_removed_and_nothing_else(made: TinyBundle) -> None:
+    (made.folder / "adapters/.tmp-0123456789ab-med.gguf").write_bytes(b"half")
+    (made.folder / ".tmp-0123456789ab-bundle.json").write_bytes(b"half")
+    (made.folder / "adapters/orphan.gguf").write_bytes(b"of an edit that was killed")
+    (made.folder / "adapters/mine.gguf").write_bytes(b"mine")
+    (made.folder / "notes.gguf").write_bytes(b"mine too")
+    files = ["adapters/orphan.gguf", "adapters/es.gguf", "../base.gguf", "notes.gguf", "a\0b"]
+    (made.folder / ".unfinished.json").write_text(json.dumps({"files": files}))
+    rename_adapter(made.folder, "math", "maths")
+    assert names_in(made.folder) == {
+        "bundle.json",
+        "notes.gguf",
+        "adapters/es.gguf",
+        "adapters/maths.gguf",
+        "adapters/mine.gguf",
+    }
+    assert made.base.path.exists()
+    verify_bundle(made.folder)
+
+
+@pytest.mark.parametrize("note", [b"", b"[]", b'{"files": 3}', b'{"files": [3]}', b"\xff"])
+def test_a_broken_note_is_thrown_away(made: TinyBundle, note: bytes) -> None:
+    (made.folder / ".unfinished.json").write_bytes(note)
+    remove_adapter(made.folder, "es")
+    assert names_in(made.folder) == {"bundle.json", "adapters/math.gguf"}
