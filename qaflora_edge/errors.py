@@ -24,6 +24,7 @@
     ├── OptionError               an engine or sampling option out of its range
     ├── GrammarError              a grammar or a JSON schema that cannot be followed
     ├── CancelledError            a call was ended by Engine.cancel before there was an answer
+    ├── IncompleteAnswerError     an answer was cut before the grammar that it follows ended
     └── BusyError                 an Engine was used by two threads at once, or after close
 
 A message has four parts: what failed, which file, tensor or field, what was found and what
@@ -131,6 +132,10 @@ class GrammarError(QafloraError):
 
 class CancelledError(QafloraError):
     """A call was ended by Engine.cancel before there was an answer."""
+
+
+class IncompleteAnswerError(QafloraError):
+    """An answer was cut before the grammar or JSON schema that it follows ended."""
 
 
 class BusyError(QafloraError):

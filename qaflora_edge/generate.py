@@ -75,6 +75,7 @@ class Generation(Iterator[str]):
 
     finish_reason  None while it runs, then "stop" (end of generation, or a stop text) or
                    "length" (max_tokens, or the context is full) or "cancelled" (Engine.cancel)
+    is_whole       False when "length" cut it where the grammar that it follows expects more
     """
 
     fusion: FusionWeights
@@ -82,6 +83,7 @@ class Generation(Iterator[str]):
     timings: Timings = field(default_factory=Timings)
     n_completion: int = 0
     finish_reason: str | None = None
+    is_whole: bool = True
     _pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
     _engine: object = field(default=None, repr=False)  # lives as long as its answer
 
@@ -132,6 +134,7 @@ def generate_tokens(
                 generation.timings.decode_ms += 1e3 * (time.perf_counter() - start)
             yield token
         generation.finish_reason = "length"
+        generation.is_whole = sampler.can_end()
     finally:
         sampler.close()
 

@@ -148,6 +148,13 @@ class Sampler:
         # Python refuses a surrogate at its third byte only; by then there is no way on.
         return bool(piece) and not b"\xed\xa0" <= open_bytes < b"\xee"
 
+    def can_end(self) -> bool:
+        """Whether what was drawn so far is whole under the grammar; True without one."""
+        if self._grammar is None:
+            return True
+        ends = (token for token in range(self._model.n_vocab) if self._model.is_end(token))
+        return any(self._allows(token) for token in ends)
+
     def _sample_allowed(self, context: Context) -> int:
         logits = context.logits()
         candidates = np.zeros(len(logits), _CANDIDATE)

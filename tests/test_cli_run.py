@@ -1,14 +1,22 @@
 """qaflora run"""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 
-from qaflora_edge import Engine, hub
+from qaflora_edge import Engine, hub_cache
 from qaflora_edge.cli import main
+from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.weigh import Weigher
 
 PROMPT = "the thing on a ring"
 
@@ -18,8 +26,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     return make_bundle(tmp_path_factory.mktemp("run"))
 
 
-def run(folder: object, *args: object) -> Result:
-    return CliRunner().invoke(main, ["run", str(folder), *(str(arg) for arg in args)])
+def run(folder: object, *args: object, stdin: str | None = None) -> Result:
+    words = ["run", str(folder), *(str(arg) for arg in args)]
+    return CliRunner().invoke(main, words, input=stdin)
 
 
 def answer(made: TinyBundle, prompt: str | None = None, **options: object) -> str:
@@ -110,11 +119,261 @@ def test_missing_base_is_told(tmp_path: Path) -> None:
     assert f"{made.base.path} does not exist; put a file with the SHA-256" in result.stderr
 
 
-def test_dir_may_be_a_pulled_hub_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
-    made = make_bundle(tmp_path)
-    assert run("owner/name", PROMPT).exit_code == 1
-    place = hub.hub_dir(hub.parse_hub_ref("owner/name"))
-    place.parent.mkdir(parents=True)
-    made.folder.rename(place)
+def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled: dict[str, Path] = {}
+    monkeypatch.setattr(hub_cache, "pulled_path", pulled.get)
+    missing = run("owner/name", PROMPT)
+    assert missing.exit_code == 1
+    assert missing.stderr == (
+        "Error: Cannot open the bundle owner/name: there is no such folder, and it was not pulled. "
+        "Fetch it with `qaflora pull owner/name`, or give the folder of a bundle.\n"
+    )
+    pulled["owner/name"] = made.folder
     assert run("owner/name", PROMPT, "--max-tokens", 2).exit_code == 0
+
+
+# prompts from files
+
+
+def prompt_of(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, *args: object, stdin: str = ""
+) -> str:
+    """The text that the chat template is given as the last message."""
+    seen: list[list[dict[str, str]]] = []
+    chat_tokens = Engine.chat_tokens
+
+    def spy(engine: Engine, messages: list[dict[str, str]], **more: object) -> list[int]:
+        seen.append(messages)
+        return chat_tokens(engine, messages, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "chat_tokens", spy)
+    result = run(made.folder, *args, "--max-tokens", 1, stdin=stdin)
+    assert (result.exit_code, len(seen)) == (0, 1), result.stderr
+    return seen[0][-1]["content"]
+
+
+def test_prompt_from_files_and_stdin(
+    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_bytes("\ufeffone\r\n".encode())
+    second.write_text("two\n\n")
+    assert prompt_of(made, monkeypatch, "--file", first) == "one"
+    assert prompt_of(made, monkeypatch, "Sum up:", "--file", first) == "Sum up:\n\none"
+    assert (
+        prompt_of(made, monkeypatch, "x", "--file", second, "--file", first) == "x\n\ntwo\n\n\none"
+    )
+    assert prompt_of(made, monkeypatch, "x", "--file", "-", stdin="doc\n") == "x\n\ndoc"
+    assert prompt_of(made, monkeypatch, "-", "--file", first, stdin="in\n") == "in\n\none"
+    assert prompt_of(made, monkeypatch, "-", stdin="-\n") == "-"
+
+
+def test_system_message_comes_first(made: TinyBundle) -> None:
+    with Engine(made.folder) as engine:
+        tokens = engine.chat_tokens(
+            [{"role": "system", "content": "the ring"}, {"role": "user", "content": PROMPT}]
+        )
+        expected = engine.generate(tokens, max_tokens=8).text()
+    result = run(made.folder, PROMPT, "--system", "the ring", "--max-tokens", 8)
+    assert result.stdout == expected + "\n"
+    assert expected != answer(made, max_tokens=8)
+
+
+# grammars
+
+DATE = 'root ::= [0-9]{4} "-" [0-9]{2}\n'
+SCHEMA = {
+    "type": "object",
+    "properties": {"on": {"type": "boolean"}, "kind": {"enum": ["ring", "thing"]}},
+    "required": ["on", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("grammar") / "date.gbnf"
+    path.write_text(DATE)
+    return path
+
+
+def test_answer_follows_a_grammar(made: TinyBundle, grammar: Path) -> None:
+    for seed in range(3):
+        sampled = ("--temp", 1, "--seed", seed)
+        result = run(made.folder, PROMPT, "--grammar", grammar, *sampled)
+        assert (result.exit_code, result.stdout[-1]) == (0, "\n")
+        assert re.fullmatch(r"\d{4}-\d{2}\n", result.stdout)
+
+
+def test_answer_is_valid_under_a_schema(made: TinyBundle, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    for seed in range(3):
+        sampled = ("--temp", 1, "--seed", seed)
+        result = run(made.folder, PROMPT, "--json-schema", path, *sampled)
+        assert result.exit_code == 0
+        jsonschema.validate(json.loads(result.stdout), SCHEMA)
+        shown = json.loads(
+            run(made.folder, PROMPT, "--json-schema", path, "--json", *sampled).stdout
+        )
+        assert json.loads(shown["text"]) == json.loads(result.stdout)
+        assert shown["finish_reason"] == "stop"
+
+
+def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, grammar: Path) -> None:
+    cut = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5)
+    assert cut.exit_code == 1
+    assert re.fullmatch(r"\d{4}-\n", cut.stdout)
+    assert cut.stderr.splitlines()[-1] == (
+        f"Error: The answer is not whole: cut after 5 tokens, where {grammar} expects more. Raise "
+        "--max-tokens, and --ctx where the context is full, or allow only shorter answers."
+    )
+    as_json = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5, "--json")
+    assert as_json.exit_code == 1
+    assert json.loads(as_json.stdout)["finish_reason"] == "length"
+    several = run(
+        made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5, "--n", 2, "--temp", 1
+    )
+    assert several.exit_code == 1
+    assert "Error: 2 of 2 answers are not whole: cut after 5 tokens" in several.stderr
+
+
+def test_answer_cut_where_its_grammar_may_end_is_whole(made: TinyBundle, grammar: Path) -> None:
+    """Seven characters, each a token of the tiny vocabulary: nothing may follow."""
+    result = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 7)
+    assert result.exit_code == 0
+    assert "cut at the limit of tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "wrong"),
+    [
+        ("--grammar", 'root ::= "a', "The grammar {path}, line 1, column 10"),
+        ("--grammar", 'start ::= "a"', "The grammar {path}"),
+        ("--json-schema", '{"type": "txt"}', "The JSON schema {path}, at #"),
+        ("--json-schema", '{"type": ', "Cannot read the JSON schema {path}: Expecting value: line"),
+        ("--json-schema", "[]", "Cannot read the JSON schema {path}: it holds a list, not an obj"),
+    ],
+)
+def test_bad_grammar_is_named_before_the_model_is_loaded(
+    option: str, text: str, wrong: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "grammar"
+    path.write_text(text)
+    result = run(tmp_path / "no-bundle", PROMPT, option, path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert wrong.format(path=path) in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--grammar", "--json-schema", "--file"])
+def test_missing_file_is_named(option: str, tmp_path: Path) -> None:
+    path = tmp_path / "none"
+    result = run(tmp_path / "no-bundle", PROMPT, option, path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"Error: Cannot read {path}: No such file or directory. Check that the file exists and "
+        "that you may read it.\n"
+    )
+
+
+# several answers
+
+
+def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_probed = 0
+    weigh = Weigher.weigh
+
+    def counted(weigher: Weigher, weights: object, *more: object) -> FusionWeights:
+        nonlocal n_probed
+        n_probed += weights is None
+        return weigh(weigher, weights, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Weigher, "weigh", counted)
+    sampled = ("--temp", 1.5, "--max-tokens", 8)
+    result = run(made.folder, PROMPT, *sampled, "--seed", 5, "--n", 3, "--json")
+    assert (result.exit_code, result.stderr, n_probed) == (0, "", 1)
+    shown = json.loads(result.stdout)
+    assert set(shown) == {"answers", "fusion"}
+    texts = [item["text"] for item in shown["answers"]]
+    alone = [
+        json.loads(run(made.folder, PROMPT, *sampled, "--seed", seed, "--json").stdout)
+        for seed in (5, 6, 7)
+    ]
+    assert texts == [item["text"] for item in alone]
+    assert len(set(texts)) == 3
+    assert shown["fusion"]["weights"] == alone[0]["fusion"]["weights"]
+    assert [item["usage"] for item in shown["answers"]] == [item["usage"] for item in alone]
+    for item in shown["answers"]:
+        assert set(item) == set(alone[0]) - {"fusion"}
+    assert shown["answers"][0]["timings"]["probe_ms"] > 0
+    assert shown["answers"][1]["timings"]["probe_ms"] == 0
+    plain = run(made.folder, PROMPT, *sampled, "--seed", 5, "--n", 3)
+    assert plain.stdout == "\n\n".join(texts) + "\n"
+    assert re.findall(r"^answer (\d of 3) \[", plain.stderr, re.M) == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+# usage, streams
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Give PROMPT or --file FILE."),
+        (["-", "--file", "-"], "stdin (`-`) can be read only once."),
+        ([PROMPT, "--json-schema", "a", "--grammar", "b"], "Give --json-schema or --grammar, not"),
+        ([PROMPT, "--json-schema", "a", "--stop", "}"], "--stop would cut the JSON of --json-"),
+        ([PROMPT, "--system", "a", "--raw-prompt"], "--system needs the chat template, which"),
+        ([PROMPT, "--n", "2"], "--n needs --temp above 0: without it the answers would all"),
+        ([PROMPT, "--n", "2", "--temp", "0"], "--n needs --temp above 0"),
+        ([PROMPT, "--n", "0"], "0 is not in the range"),
+    ],
+)
+def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None:
+    result = run(tmp_path / "no-bundle", *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+QAFLORA = [sys.executable, "-m", "qaflora_edge"]
+SUMMARY = (
+    r"\[math 0\.\d\d, es 0\.\d\d; probe \d+ ms; prefill \d+ ms; 8 tokens at [\d.]+ tok/s; "
+    r"cut at the limit of tokens\]\n"
+)
+
+
+def test_transcript_of_a_pipe(made: TinyBundle) -> None:
+    """Byte for byte: the answer and its line end on stdout, one line on stderr, no escapes."""
+    expected = answer(made, max_tokens=8)
+    command = [*QAFLORA, "run", str(made.folder), "-", "--max-tokens", "8"]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    done = subprocess.run(
+        command, input=PROMPT.encode() + b"\n", capture_output=True, env=environment
+    )
+    assert done.returncode == 0
+    assert done.stdout == expected.encode() + b"\n"
+    assert re.fullmatch(SUMMARY, done.stderr.decode())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize("options", ["", "--json", "--temp 1 --n 3"])
+def test_reader_that_has_enough_ends_it_quietly(options: str, made: TinyBundle) -> None:
+    line = (
+        f"'{sys.executable}' -m qaflora_edge run '{made.folder}' '{PROMPT}' --max-tokens 200 "
+        f'{options} 2> errors | head -c 3; echo " ${{PIPESTATUS[0]}}"; cat errors'
+    )
+    done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=made.folder.parent)
+    assert (done.stdout[3:], done.stderr) == (b" 0\n", b"")
+
+
+def test_json_is_escaped_where_the_output_lacks_a_character(made: TinyBundle) -> None:
+    command = [*QAFLORA, "run", str(made.folder), "x", "--grammar", "-", "--json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        command, input='root ::= "¿ñ?"'.encode(), capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("ascii"))["text"] == "¿ñ?"

@@ -226,6 +226,11 @@ def read_prompt(text: str) -> str:
                 "expected text in UTF-8. Convert it, for example with iconv."
             ) from error
         text = text.removesuffix("\n").removesuffix("\r")
+    return check_prompt(text)
+
+
+def check_prompt(text: str) -> str:
+    """The text itself. Raises PromptError when it is empty or no Unicode text."""
     if not text.strip():
         raise PromptError("The prompt is empty; give at least one character.")
     try:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,17 +14,22 @@ import click
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
+    check_prompt,
     example,
     open_engine,
     prompt_tokens,
     read_prompt,
     shared_options,
 )
+from qaflora_edge.cli.prompts import read_text
+from qaflora_edge.cli.show import can_show
 
 if TYPE_CHECKING:
+    from qaflora_edge.engine import Engine
     from qaflora_edge.generate import Generation
 
-MAX_TOKENS = 512
+MAX_TOKENS, ANSWERS_MAX = 512, 100
+SEED_END = 2**32 - 1
 
 
 @click.command(
@@ -28,28 +37,194 @@ MAX_TOKENS = 512
         """
         qaflora run models/demo "A shirt costs 12 dollars. What do seven shirts cost?"
         qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json
+        qaflora run models/demo "Name a country." --json-schema country.json > answer.json
+        git diff | qaflora run models/demo "What does this change?" --file -
         """
     )
 )
 @click.argument("bundle", **BUNDLE)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option(
+    "--file",
+    "paths",
+    multiple=True,
+    metavar="FILE",
+    help="Put the text of FILE behind PROMPT, or take it as the prompt; `-` is stdin; repeatable.",
+)
+@click.option("--system", metavar="TEXT", help="Say this first, as the system's message.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.option(
+    "--json-schema",
+    "schema_path",
+    metavar="FILE",
+    help="Answer in JSON that is valid under the JSON schema in FILE.",
+)
+@click.option(
+    "--grammar",
+    "grammar_path",
+    metavar="FILE",
+    help="Answer under the grammar in FILE, in llama.cpp's notation (GBNF).",
+)
+@click.option(
+    "--n",
+    "n_answer",
+    type=click.IntRange(1, ANSWERS_MAX),
+    default=1,
+    show_default=True,
+    help="How many answers, drawn with different seeds; needs --temp.",
+)
 @shared_options
-def run(bundle: str, prompt: str, as_json: bool, options: SharedOptions) -> None:
+def run(
+    bundle: str,
+    prompt: str | None,
+    paths: tuple[str, ...],
+    system: str | None,
+    as_json: bool,
+    schema_path: str | None,
+    grammar_path: str | None,
+    n_answer: int,
+    options: SharedOptions,
+) -> None:
     """Answer a prompt with the weighed adapters.
 
     The answer goes to stdout as it is generated, everything else to stderr. PROMPT `-` reads
     stdin. Greedy unless --temp is given; at most 512 tokens unless --max-tokens says otherwise.
+    An answer that the limit cuts before its schema or grammar ended is printed, and the exit
+    code is 1.
     """
-    text = read_prompt(prompt)
+    _check_usage(prompt, paths, system, (schema_path, grammar_path), n_answer, options)
+    text = _whole_prompt(prompt, paths)
     sampling = options.sampling(max_tokens=MAX_TOKENS, temperature=0.0, top_p=1.0)
+    sampling["grammar"] = _read_grammar(schema_path, grammar_path)
     with open_engine(bundle, options) as engine:
-        answer = engine.generate(prompt_tokens(engine, text, options), **sampling)
+        tokens = _tokens(engine, text, system, options)
+        if n_answer == 1:
+            answers = [engine.generate(tokens, **sampling)]
+            if as_json:
+                _print_json(answer_dict(answers[0]))
+            else:
+                stream_answer(answers[0])
+                click.echo(summary_line(answers[0]), err=True)
+        else:
+            answers = _print_answers(engine, tokens, sampling, options.seed, n_answer, as_json)
+    _check_whole(answers, schema_path or grammar_path)
+
+
+def _check_usage(
+    prompt: str | None,
+    paths: tuple[str, ...],
+    system: str | None,
+    grammars: tuple[str | None, str | None],
+    n_answer: int,
+    options: SharedOptions,
+) -> None:
+    if prompt is None and not paths:
+        raise click.UsageError("Give PROMPT or --file FILE.")
+    if [prompt, *paths].count("-") > 1:
+        raise click.UsageError("stdin (`-`) can be read only once.")
+    if None not in grammars:
+        raise click.UsageError("Give --json-schema or --grammar, not both.")
+    if grammars[0] is not None and options.stop:
+        raise click.UsageError("--stop would cut the JSON of --json-schema.")
+    if system is not None and options.raw_prompt:
+        raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
+    if n_answer > 1 and not options.temp:
+        raise click.UsageError(
+            "--n needs --temp above 0: without it the answers would all be the same."
+        )
+
+
+def _whole_prompt(prompt: str | None, paths: tuple[str, ...]) -> str:
+    """PROMPT and the files behind it, with an empty line between each two."""
+    parts = [] if prompt is None else [read_prompt(prompt)]
+    parts += [read_text(path).removesuffix("\n").removesuffix("\r") for path in paths]
+    return check_prompt("\n\n".join(parts))
+
+
+def _read_grammar(schema_path: str | None, grammar_path: str | None) -> str | None:
+    """The grammar of the answer, checked before a model is loaded; messages name the file."""
+    if grammar_path is not None:
+        from qaflora_edge.gbnf import check_gbnf
+
+        text = read_text(grammar_path)
+        check_gbnf(text, source=f"The grammar {grammar_path}")
+        return text
+    if schema_path is None:
+        return None
+    from qaflora_edge.errors import GrammarError
+    from qaflora_edge.json_schema import json_schema_to_gbnf
+    from qaflora_edge.json_text import read_json_object
+
+    data = read_text(schema_path).encode("utf-8")
+    try:
+        schema = read_json_object(data)
+    except ValueError as error:
+        raise GrammarError(
+            f"Cannot read the JSON schema {schema_path}: {error}. Expected a JSON object, such as "
+            '{"type": "object"}; correct the file.'
+        ) from error
+    return json_schema_to_gbnf(schema, source=f"The JSON schema {schema_path}")
+
+
+def _tokens(engine: Engine, text: str, system: str | None, options: SharedOptions) -> list[int]:
+    if system is None:
+        return prompt_tokens(engine, text, options)
+    roles = (("system", system), ("user", text))
+    return engine.chat_tokens([{"role": role, "content": content} for role, content in roles])
+
+
+def _print_answers(
+    engine: Engine,
+    tokens: list[int],
+    sampling: dict[str, Any],
+    seed: int | None,
+    n_answer: int,
+    as_json: bool,
+) -> list[Generation]:
+    """Several answers to a prompt that is weighed and read once, printed as they come."""
+    answers: list[Generation] = []
+    shown: list[dict[str, Any]] = []
+    for number, answer in enumerate(_generate_all(engine, tokens, sampling, seed, n_answer)):
         if as_json:
-            click.echo(json.dumps(answer_dict(answer), ensure_ascii=False))
-            return
-        stream_answer(answer)
-        click.echo(summary_line(answer), err=True)
+            shown.append(answer_dict(answer, with_fusion=False))
+        else:
+            if number > 0:
+                click.echo()
+            stream_answer(answer)
+            click.echo(f"answer {number + 1} of {n_answer} {summary_line(answer)}", err=True)
+        answers.append(answer)
+    if as_json:
+        _print_json({"answers": shown, "fusion": answers[0].fusion.to_dict()})
+    return answers
+
+
+def _generate_all(
+    engine: Engine, tokens: list[int], sampling: dict[str, Any], seed: int | None, n_answer: int
+) -> Iterator[Generation]:
+    """Each answer with the next seed; the later ones find weights and prompt in place."""
+    seed = secrets.randbelow(SEED_END) if seed is None else seed
+    first = engine.generate(tokens, seed=seed, **sampling)
+    yield first
+    weights = replace(first.fusion, probe_ms=0.0)  # nothing is probed for them
+    for number in range(1, n_answer):
+        next_seed = (seed + number) % SEED_END
+        yield engine.generate(
+            tokens, weights=weights, keep_history=True, seed=next_seed, **sampling
+        )
+
+
+def _check_whole(answers: list[Generation], path: str | None) -> None:
+    """Raises IncompleteAnswerError when a limit cut what a schema or grammar expected."""
+    cut = [answer for answer in answers if not answer.is_whole]
+    if not cut:
+        return
+    from qaflora_edge.errors import IncompleteAnswerError
+
+    which = "The answer is" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers are"
+    raise IncompleteAnswerError(
+        f"{which} not whole: cut after {cut[0].n_completion} tokens, where {path} expects more. "
+        "Raise --max-tokens, and --ctx where the context is full, or allow only shorter answers."
+    )
 
 
 def stream_answer(answer: Generation) -> None:
@@ -61,7 +236,13 @@ def stream_answer(answer: Generation) -> None:
         click.echo()
 
 
-def answer_dict(answer: Generation) -> dict[str, Any]:
+def _print_json(value: dict[str, Any]) -> None:
+    """Print JSON on one line; escaped where the output's encoding lacks a character."""
+    text = json.dumps(value, ensure_ascii=False)
+    click.echo(text if can_show(text, sys.stdout.encoding) else json.dumps(value))
+
+
+def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
     """The object that `qaflora run --json` prints; takes the whole answer first."""
     text = answer.text()
     return {
@@ -71,7 +252,7 @@ def answer_dict(answer: Generation) -> dict[str, Any]:
             "prompt_tokens": answer.n_prompt,
             "completion_tokens": answer.n_completion,
         },
-        "fusion": answer.fusion.to_dict(),
+        **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
         "timings": answer.timings.to_dict(),
     }
 
