@@ -1,4 +1,4 @@
-"""Bundles by name: those in the folders of the setting `bundles`, looked up without a model."""
+"""Bundles by name: those in the places of the setting `bundles`, and those that were pulled."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ def named_bundles() -> dict[str, Path]:
     for place in bundle_places():
         for folder in [place] if is_bundle(place) else bundles_in(place):
             found.setdefault(folder.name, folder)
+    return found
+
+
+def pulled_bundles() -> dict[str, Path]:
+    """owner/name -> folder of every bundle that `qaflora pull` has fetched whole."""
+    from qaflora_edge import hub_cache
+    from qaflora_edge.errors import RegistryError
+    from qaflora_edge.hub_ref import parse_hub_ref
+
+    found = {}
+    for cached in sorted(hub_cache.hub_cache_dir().glob("models--*--*")):
+        name = cached.name.removeprefix("models--").replace("--", "/")
+        try:
+            snapshot = hub_cache.cached_snapshot(parse_hub_ref(name))
+        except RegistryError:
+            continue
+        if snapshot is not None and is_bundle(snapshot) and hub_cache.pulled_path(name):
+            found[name] = snapshot
     return found
 
 

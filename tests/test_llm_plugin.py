@@ -1,0 +1,197 @@
+"""The plugin for the program `llm`: its own command line, run on a tiny bundle."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from bundles import TinyBundle, make_bundle
+
+llm = pytest.importorskip("llm", reason="the extra llm is not installed")
+from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart  # noqa: E402
+
+from qaflora_edge import Engine  # noqa: E402
+from qaflora_edge.errors import PromptError  # noqa: E402
+from qaflora_edge.llm_plugin import chat_message  # noqa: E402
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture
+def run(made: TinyBundle, tmp_path: Path) -> Run:
+    """Run `llm` with a home of its own and the tiny bundle in the setting `bundles`."""
+
+    def call(*args: str, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "LLM_USER_PATH": str(tmp_path / "llm"),
+            "QAFLORA_BUNDLES": str(made.folder.parent),
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "QAFLORA_CTX": "256",
+            **more,
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "llm", *args],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
+    return call
+
+
+def logged(run: Run) -> dict[str, Any]:
+    """The last answer as `llm` has logged it."""
+    (entry,) = json.loads(run("logs", "--json", "-n", "1").stdout)
+    return dict(entry)
+
+
+def own_answer(made: TinyBundle, messages: list[dict[str, str]], **options: Any) -> str:
+    with Engine(made.folder, n_ctx=256) as engine:
+        return engine.generate(engine.chat_tokens(messages), **options).text()
+
+
+def test_bundles_are_models(run: Run) -> None:
+    listed = run("models", "--options", "-m", "qaflora/bundle")
+    assert listed.returncode == 0, listed.stderr
+    assert "BundleModel: qaflora/bundle" in listed.stdout
+    assert "How adapters are weighed" in listed.stdout
+
+
+def test_answer_is_the_engines_and_its_weights_are_logged(made: TinyBundle, run: Run) -> None:
+    done = run("-m", "qaflora/bundle", "the thing", "-o", "max_tokens", "6")
+    assert done.returncode == 0, done.stderr
+    user = {"role": "user", "content": "the thing"}
+    assert done.stdout == own_answer(made, [user], max_tokens=6) + "\n"
+    entry = logged(run)
+    answer = entry["response_json"]
+    assert entry["model"] == "qaflora/bundle"
+    assert answer["finish_reason"] == "length"
+    assert answer["fusion"]["adapters"] == ["math", "es"]
+    assert len(answer["fusion"]["weights"][0]) == made.base.n_layer
+    assert entry["output_tokens"] == 6
+    assert entry["input_tokens"] == answer["fusion"]["prompt_tokens"]
+
+
+def test_system_prompt_and_options_reach_the_engine(made: TinyBundle, run: Run) -> None:
+    options = {"temperature": "0.9", "seed": "5", "max_tokens": "8", "strategy": "single:es"}
+    flags = [part for name, value in options.items() for part in ("-o", name, value)]
+    done = run("-m", "qaflora/bundle", "the thing", "-s", "on and on", *flags)
+    assert done.returncode == 0, done.stderr
+    messages = [
+        {"role": "system", "content": "on and on"},
+        {"role": "user", "content": "the thing"},
+    ]
+    expected = own_answer(
+        made, messages, temperature=0.9, seed=5, max_tokens=8, weights="single:es"
+    )
+    assert done.stdout == expected + "\n"
+    assert logged(run)["response_json"]["fusion"]["strategy"] == "single:es"
+
+
+def test_conversation_goes_on(made: TinyBundle, run: Run) -> None:
+    first = run("-m", "qaflora/bundle", "the thing", "-o", "max_tokens", "4").stdout
+    second = run("-c", "and on", "-o", "max_tokens", "4")
+    assert second.returncode == 0, second.stderr
+    messages = [
+        {"role": "user", "content": "the thing"},
+        {"role": "assistant", "content": first.removesuffix("\n")},
+        {"role": "user", "content": "and on"},
+    ]
+    assert second.stdout == own_answer(made, messages, max_tokens=4) + "\n"
+
+
+def test_schema_shapes_the_answer(run: Run) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}, "yes": {"type": "boolean"}},
+        "required": ["n", "yes"],
+        "additionalProperties": False,
+    }
+    done = run("-m", "qaflora/bundle", "the thing", "--schema", json.dumps(schema))
+    assert done.returncode == 0, done.stderr
+    jsonschema.validate(json.loads(done.stdout), schema)
+
+
+def test_settings_hold_where_no_option_is_given(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('strategy = "norm"\n[llm]\nmax_tokens = 3\n', encoding="utf-8")
+    done = run("-m", "qaflora/bundle", "the thing", QAFLORA_CONFIG=str(config))
+    assert done.returncode == 0, done.stderr
+    entry = logged(run)
+    assert (entry["output_tokens"], entry["response_json"]["fusion"]["strategy"]) == (3, "norm")
+
+
+def test_failure_is_told(run: Run) -> None:
+    done = run("-m", "qaflora/bundle", "the thing", "-o", "strategy", "single:nobody")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nobody" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_broken_settings_leave_the_other_models(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("=", encoding="utf-8")
+    done = run("models", QAFLORA_CONFIG=str(config), QAFLORA_BUNDLES="")
+    assert done.returncode == 0
+    assert "OpenAI" in done.stdout
+    assert done.stderr.startswith(f"qaflora: no models: Cannot read the settings in {config}: ")
+
+
+def test_start_of_llm_loads_no_engine(made: TinyBundle) -> None:
+    code = (
+        "import json, sys, llm\n"
+        "names = [model.model_id for model in llm.get_models()]\n"
+        "heavy = {'gguf', 'llama_cpp', 'qaflora_edge.engine'} & set(sys.modules)\n"
+        "print(json.dumps(['qaflora/bundle' in names, sorted(heavy)]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "QAFLORA_BUNDLES": str(made.folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout) == [True, []], done.stderr
+
+
+def test_engine_stays_open_until_another_is_asked_for(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qaflora_edge import llm_plugin
+
+    monkeypatch.setenv("QAFLORA_CTX", "128")
+    monkeypatch.setenv("QAFLORA_MAX_TOKENS", "2")
+    model = llm_plugin.BundleModel("tiny", made.folder)
+    conversation = model.conversation()
+    conversation.prompt("the thing").text()
+    (first,) = llm_plugin._open.values()
+    conversation.prompt("and on").text()
+    assert list(llm_plugin._open.values()) == [first]
+    conversation.prompt("and on", lens="raw").text()
+    (second,) = llm_plugin._open.values()
+    assert second is not first
+    llm_plugin.close_all()
+    assert llm_plugin._open == {}
+
+
+def test_messages_become_text() -> None:
+    parts = [ReasoningPart(text="hm"), TextPart(text="a"), TextPart(text="b")]
+    message = Message(role="assistant", parts=parts)
+    assert chat_message(message) == {"role": "assistant", "content": "ab"}
+    with pytest.raises(PromptError) as caught:
+        chat_message(Message(role="assistant", parts=[ToolCallPart(name="f")]))
+    assert str(caught.value) == (
+        "A message of the assistant holds a ToolCallPart, expected text: a bundle reads text only. "
+        "Begin a new conversation, or use another model."
+    )
