@@ -222,7 +222,7 @@ def _fetch_hub_file(source: HubSource, folder: Path, size_bytes: int, report: Re
     from huggingface_hub import hf_hub_download
 
     check_space(folder, size_bytes, Path(source.file))
-    with hub_errors(str(source)):
+    with hub_errors(f"the Hub did not give {source}"):
         path = hf_hub_download(
             source.repo,
             source.file,

@@ -13,7 +13,8 @@
     ├── BundleError               bundle.json or its folder is wrong
     │   └── ChecksumError         a file is not the one that was recorded
     ├── RegistryError             an unknown model name, or a registry that cannot be read
-    │   └── DownloadError         a file could not be fetched whole
+    │   ├── DownloadError         a file could not be fetched whole
+    │   └── UploadError           the Hub did not take what was pushed
     ├── LibraryError              the native library is missing, stock, or of another version
     ├── BackendError              the native library reported a failure
     ├── PromptError               a prompt is empty or longer than the context
@@ -92,6 +93,10 @@ class RegistryError(QafloraError):
 
 class DownloadError(RegistryError):
     """A file could not be fetched whole."""
+
+
+class UploadError(RegistryError):
+    """The Hub did not take what was pushed."""
 
 
 class LibraryError(QafloraError):

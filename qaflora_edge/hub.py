@@ -243,7 +243,7 @@ def _download(
     from huggingface_hub import hf_hub_download
 
     safe_join(local_dir or hub_cache_dir(), file.name)  # a repository's file names are not ours
-    with hub_errors(f"{file.name} of {ref.repo}"):
+    with hub_errors(f"the Hub did not give {file.name} of {ref.repo}"):
         path = Path(
             hf_hub_download(
                 ref.repo,
@@ -303,7 +303,7 @@ def _check_ref(ref: HubRef, listing: HubListing, path: Path) -> None:
         name = BUNDLE_FILE if (path / BUNDLE_FILE).exists() else PEFT_CONFIG
     elif ref.file:
         name = ref.file
-    with hub_errors(f"{revision} of {ref.repo}"):
+    with hub_errors(f"the Hub did not give {revision} of {ref.repo}"):
         noted = Path(hf_hub_download(ref.repo, name, revision=revision))
     if noted.absolute() != (path / name if path.is_dir() else path).absolute():
         raise DownloadError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError
+from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
 from qaflora_edge.files import is_disk_full
 from qaflora_edge.hub_ref import HubRef
 
@@ -46,7 +46,7 @@ def list_files(ref: HubRef) -> HubListing:
     """Ask the Hub what a repository holds at a revision. Raises DownloadError."""
     from huggingface_hub import HfApi
 
-    with hub_errors(f"the list of files of {ref.repo}"):
+    with hub_errors(f"the Hub did not give the list of files of {ref.repo}"):
         info = HfApi().model_info(
             ref.repo, revision=ref.revision, files_metadata=True, timeout=LIST_TIMEOUT_SECONDS
         )
@@ -64,10 +64,10 @@ def _hub_file(sibling: Any) -> HubFile:
 
 
 @contextlib.contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn whatever the Hub's library raises into a DownloadError that says what to do.
+def hub_errors(failure: str, kind: type[RegistryError] = DownloadError) -> Iterator[None]:
+    """Turn whatever the Hub's library raises into an error of ours that says what to do.
 
-    what  what the Hub was asked for
+    failure  what the Hub did not do, such as "the Hub did not give a.gguf"
     """
     try:
         yield
@@ -77,16 +77,19 @@ def hub_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and is_disk_full(error):
             raise OutputFileError(
-                f"Cannot store {what}: the disk is full. Free some space and try again."
+                f"Cannot store a file of the Hub: the disk is full ({failure}). "
+                "Free some space and try again."
             ) from error
         reason, advice = _reason(error)
-        raise DownloadError(f"the Hub did not give {what}: {reason}. {advice}.") from error
+        raise kind(f"{failure}: {reason}. {advice}.") from error
 
 
 def _reason(error: Exception) -> tuple[str, str]:
     """Say what an error of the Hub's library means, and what to do."""
     from huggingface_hub import errors
 
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)  # what an upload in a thread failed of
     if isinstance(error, errors.GatedRepoError):
         return (
             "it is gated, and you have no access to it",
@@ -109,7 +112,11 @@ def _reason(error: Exception) -> tuple[str, str]:
             f"it refused the token (HTTP {error.response.status_code})",
             "Check the token with `hf auth whoami`; writing needs a token that may write",
         )
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 412:
+        return "it was changed meanwhile", "Look at what is there now, and try again"
     lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, ValueError):  # what was sent is wrong: the Hub says where
+        return " ".join(line.strip() for line in lines if line.strip()), "Correct it and try again"
     return f"{type(error).__name__}: {lines[0].rstrip('. ')}", "Check the network and try again"
 
 

@@ -25,7 +25,6 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     access: str = "public"
-    card: dict[str, Any] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], message: str = "", branch: str = "main") -> str:
         """Make a commit that holds just these files; give its name."""
@@ -45,6 +44,7 @@ class FakeHub(ThreadingHTTPServer):
 
     served    file name -> what is sent in place of what is listed
     cut       file name -> the connection drops after so many bytes, once for each number
+    refused   a content that is not taken
     requests  what was asked for, as "METHOD path" with the range where there was one
     """
 
@@ -58,6 +58,7 @@ class FakeHub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.objects: dict[str, bytes] = {}
         self.card_problem = ""
+        self.refused = b""
 
     @property
     def url(self) -> str:
@@ -143,11 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None or (commit := self.find_commit(repo, revision)) is None:
             return
         siblings = [_sibling(*item) for item in repo.commits[commit].items()]
-        card = repo.card or None
-        self.answer(
-            200,
-            {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "cardData": card},
-        )
+        info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+        self.answer(200, info | {"private": repo.access == "private"})
 
     def send_file(self, name: str, revision: str, file: str) -> None:
         repo = self.open_repo(name)
@@ -235,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def store_object(self, oid: str) -> None:
+        if self.body == self.server.refused:
+            return self.answer(403, {"error": "Forbidden"})
         if sha256(self.body).hexdigest() != oid:
             return self.answer(400, {"error": "not the object of that name"})
         self.server.objects[oid] = self.body

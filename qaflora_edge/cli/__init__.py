@@ -24,6 +24,7 @@ VERBS = {
     "bundle": "Make, change, show and verify bundles.",
     "convert": "Convert a PEFT adapter to an adapter GGUF.",
     "pull": "Fetch a model, an adapter or a bundle.",
+    "push": "Push a bundle or an adapter to the Hub.",
     "models": "List the models that can be pulled.",
     "bench": "Measure speed on this machine.",
     "doctor": "Report the library, the devices and the versions.",

@@ -1,0 +1,63 @@
+"""qaflora push"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from qaflora_edge.cli.options import example
+from qaflora_edge.cli.progress import progress_bars
+
+
+@click.command(
+    epilog=example(
+        """
+        qaflora push my-bundle owner/my-bundle --private
+        qaflora push math.gguf owner/math-lora --message "Two more epochs"
+        """
+    )
+)
+@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--revision", metavar="BRANCH", help="The branch that gets it.  [default: main]")
+@click.option("--message", metavar="TEXT", help="What the commit says.")
+@click.option(
+    "--base-hub",
+    metavar="REF",
+    help="Where others find the base, as owner/name/file.gguf, when the bundle does not say.",
+)
+def push(
+    path: Path,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+    base_hub: str | None,
+) -> None:
+    """Push a bundle or an adapter to the Hub.
+
+    PATH is a bundle's folder, a PEFT folder or an adapter .gguf. It is checked first, and goes as
+    one commit: the files that belong to it, and a card when there is none. The token is the one of
+    `hf auth login` or HF_TOKEN. Prints the reference that pins the commit.
+    """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from qaflora_edge.push import push as push_path
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # the Hub's library draws them anywhere
+    with progress_bars() as progress:
+        pushed = push_path(
+            path,
+            repo,
+            private=private,
+            revision=revision,
+            message=message,
+            base_hub=base_hub,
+            progress=progress,
+        )
+    click.echo(f"Pushed {', '.join(pushed.files)}: {pushed.url}", err=True)
+    click.echo(pushed.pinned)

@@ -1,0 +1,302 @@
+"""Bundles and adapters pushed to a stand-in of the Hub, and pulled back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner, Result
+from hubs import TOKEN, FakeHub, Repo
+
+from qaflora_edge.bundle import load_bundle, verify_bundle
+from qaflora_edge.cli import main
+from qaflora_edge.errors import (
+    BundleError,
+    ChecksumError,
+    GgufFileError,
+    InputFileError,
+    QafloraError,
+    RegistryError,
+    UploadError,
+)
+from qaflora_edge.hub import fetch_hub
+from qaflora_edge.push import push
+
+# The Hub's library itself uploads with what its network library calls outdated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+ADAPTERS = {"adapters/math.gguf", "adapters/es.gguf"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def signed_in(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hub is used with a token that may write."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub_cache
+
+
+@pytest.fixture
+def made(tmp_path: Path, hub: FakeHub) -> TinyBundle:
+    """A bundle whose base is on the Hub as owner/base/base.gguf, and here."""
+    (tmp_path / "made").mkdir()
+    made = make_bundle(tmp_path / "made")
+    hub.put("owner/base", {"base.gguf": made.base.path.read_bytes()})
+    rewrite(made.folder, hub="owner/base/base.gguf", license="MIT")
+    return made
+
+
+def rewrite(folder: Path, *, license: str = "", **base: Any) -> None:
+    raw = json.loads((folder / "bundle.json").read_text())
+    raw["base"].update(base)
+    raw["license"] = license
+    (folder / "bundle.json").write_text(json.dumps(raw))
+
+
+def head_of(card: bytes) -> dict[str, Any]:
+    head: dict[str, Any] = yaml.safe_load(card.decode().split("---\n")[1])
+    return head
+
+
+def test_a_bundle_comes_back_as_it_went(
+    hub: FakeHub, signed_in: Path, made: TinyBundle, tmp_path: Path
+) -> None:
+    (made.folder / ".env").write_text("SECRET=1")
+    (made.folder / "train.log").write_text("losses")
+    (made.folder / "LICENSE").write_text("MIT")
+    pushed = push(made.folder, "me/mine", message="The first")
+    files = hub.files("me/mine")
+    assert set(files) == {".gitattributes", "README.md", "LICENSE", "bundle.json", *ADAPTERS}
+    assert pushed.files == tuple(sorted(set(files) - {".gitattributes"}))
+    assert hub.repos["me/mine"].messages == ["initial commit", "The first"]
+    assert pushed.pinned == f"me/mine@{hub.repos['me/mine'].branches['main']}"
+    assert str(tmp_path).encode() not in files["bundle.json"]  # where the base lies here
+
+    folder = fetch_hub(pushed.pinned)
+    fetch_hub("owner/base/base.gguf")
+    assert set(verify_bundle(folder).adapter_paths) == {"math", "es"}
+    pulled, own = (load_bundle(place).description_dict for place in (folder, made.folder))
+    assert {**own, "base": {**own["base"], "file": None}} == {
+        **pulled,
+        "base": {**pulled["base"], "file": None},
+    }
+
+
+def test_the_card_says_what_it_is(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    raw = json.loads((made.folder / "bundle.json").read_text())
+    raw["adapters"][0]["description"] = "Sums | and\n<b>more</b> `x` [a](b)"
+    (made.folder / "bundle.json").write_text(json.dumps(raw))
+    push(made.folder, "me/mine")
+    card = hub.files("me/mine")["README.md"]
+    assert head_of(card) == {
+        "library_name": "qaflora-edge",
+        "license": "mit",
+        "base_model": "owner/base",
+        "base_model_relation": "adapter",
+        "tags": ["qaflora", "lora", "gguf"],
+    }
+    text = card.decode()
+    assert "qaflora pull me/mine --with-base\n" in text
+    row = next(line for line in text.splitlines() if line.startswith("| math |"))
+    assert "Sums \\| and &lt;b>more&lt;/b> \\`x\\` \\[a](b)" in row
+    assert "| es | 8 |" in text
+
+
+def test_a_card_is_not_replaced(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    push(made.folder, "me/mine")
+    mine = {**hub.files("me/mine"), "README.md": b"---\ntags: [x]\n---\nWritten by hand\n"}
+    hub.put("me/mine", mine)
+    push(made.folder, "me/mine")
+    assert hub.files("me/mine")["README.md"].endswith(b"Written by hand\n")
+    (made.folder / "README.md").write_bytes(b"---\ntags: [y]\n---\nFrom the folder\n")
+    push(made.folder, "me/mine")
+    assert hub.files("me/mine")["README.md"].endswith(b"From the folder\n")
+
+
+def test_a_branch_gets_it(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    push(made.folder, "me/mine", revision="try/1")
+    assert "bundle.json" in hub.files("me/mine", "try/1")
+    assert "bundle.json" not in hub.files("me/mine")
+    assert fetch_hub("me/mine@try/1")
+
+
+def test_an_adapter_of_each_kind(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    (made.peft / "optimizer.pt").write_text("x")
+    push(made.peft, "me/maths")
+    files = set(hub.files("me/maths"))
+    assert files == {
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    push(made.adapter.path, "me/spanish")
+    assert hub.files("me/spanish")["es.gguf"] == made.adapter.path.read_bytes()
+    for repo in ("me/maths", "me/spanish"):
+        card = hub.files(repo)["README.md"]
+        assert head_of(card)["library_name"] == "qaflora-edge"
+        assert f"={repo}\n" in card.decode()
+        assert fetch_hub(repo)
+
+
+def test_a_base_is_named_and_compared(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    rewrite(made.folder, hub=None)
+    with pytest.raises(BundleError) as caught:
+        push(made.folder, "me/mine")
+    assert str(caught.value) == (
+        f"Cannot push the bundle {made.folder}: nobody else could find its base, which "
+        "bundle.json names as a file of this machine; expected base.registry or base.hub. "
+        "Say where it is with --base-hub owner/name/file.gguf."
+    )
+    before = (made.folder / "bundle.json").read_bytes()
+    push(made.folder, "me/mine", base_hub="owner/base/base.gguf")
+    assert (made.folder / "bundle.json").read_bytes() == before
+    commit = hub.repos["owner/base"].branches["main"]
+    base = json.loads(hub.files("me/mine")["bundle.json"])["base"]
+    assert base["hub"] == f"owner/base/base.gguf@{commit}"
+    assert "file" not in base
+
+    sha256 = base["sha256"]
+    hub.put("owner/base", {"base.gguf": b"GGUF other"})
+    for ref, found in (("owner/base/base.gguf", "the SHA-256 "), ("owner/base", "no such file")):
+        with pytest.raises(BundleError) as caught:
+            push(made.folder, "me/mine", base_hub=ref)
+        assert f"Cannot name {ref} as the base: the Hub has {found}" in str(caught.value)
+        assert f"expected {sha256}. Give the file that the bundle was made with" in str(
+            caught.value
+        )
+
+
+def test_what_is_not_right_is_not_sent(
+    hub: FakeHub, signed_in: Path, made: TinyBundle, tmp_path: Path
+) -> None:
+    hub.requests.clear()
+    path = made.folder / "adapters/es.gguf"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    config = made.peft / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "base_model_name_or_path": str(tmp_path / "base")}))
+    attempts: list[tuple[type[QafloraError], Path, str, dict[str, Any]]] = [
+        (ChecksumError, made.folder, "me/mine", {}),
+        (InputFileError, made.peft, "me/mine", {}),
+        (GgufFileError, made.base.path, "me/mine", {}),
+        (InputFileError, tmp_path / "none", "me/mine", {}),
+        (RegistryError, made.adapter.path, "mine", {}),
+        (BundleError, made.adapter.path, "me/mine", {"base_hub": "owner/base/base.gguf"}),
+    ]
+    for kind, what, repo, options in attempts:
+        with pytest.raises(kind):
+            push(what, repo, **options)
+    assert hub.requests == []
+    with pytest.raises(InputFileError) as caught:
+        push(made.peft, "me/mine")
+    assert str(caught.value) == (
+        f"Cannot push {made.peft}: field base_model_name_or_path of adapter_config.json is "
+        f"{str(tmp_path / 'base')!r}, a place on this machine; expected nothing that is yours "
+        "alone. Correct the field."
+    )
+
+
+def refusal(made: TinyBundle, **options: Any) -> str:
+    with pytest.raises(UploadError) as caught:
+        push(made.adapter.path, "me/mine", **options)
+    message = str(caught.value)
+    start = f"Could not push {made.adapter.path} to me/mine: "
+    assert message.startswith(start)
+    return message.removeprefix(start)
+
+
+def test_a_failed_upload_says_why(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    hub.refused = made.adapter.path.read_bytes()
+    assert refusal(made) == (
+        "the Hub did not take the files for me/mine: it refused the token (HTTP 403). "
+        "Check the token with `hf auth whoami`; writing needs a token that may write."
+    )
+
+
+def test_no_token(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
+    assert refusal(made) == (
+        "the Hub did not make me/mine: it refused the token (HTTP 401). "
+        "Check the token with `hf auth whoami`; writing needs a token that may write."
+    )
+    assert "me/mine" not in hub.repos
+
+
+def test_private_means_private(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    push(made.adapter.path, "me/secret", private=True)
+    assert hub.repos["me/secret"].access == "private"
+    hub.put("me/mine", {"x.txt": b""})
+    assert refusal(made, private=True) == (
+        "it exists and is public, expected a private one. Make it private on its page, leave "
+        "--private out, or name another."
+    )
+    assert set(hub.files("me/mine")) == {"x.txt"}
+
+
+def test_a_card_that_the_hub_refuses(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    hub.card_problem = '"license" must be one of [...]'
+    assert refusal(made) == (
+        "the Hub did not take the files for me/mine: Invalid metadata in README.md. - "
+        '"license" must be one of [...]. Correct it and try again.'
+    )
+
+
+def test_someone_else_pushed_meanwhile(
+    hub: FakeHub, signed_in: Path, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put("me/mine", {"x.txt": b""})
+    original = Repo.find
+
+    def find(self: Repo, revision: str) -> str | None:
+        if hub.requests[-1].startswith("POST /api/models/me/mine/commit"):
+            self.commit({"x.txt": b"theirs"})
+        return original(self, revision)
+
+    monkeypatch.setattr(Repo, "find", find)
+    assert refusal(made) == (
+        "the Hub did not take the files for me/mine: it was changed meanwhile. "
+        "Look at what is there now, and try again."
+    )
+
+
+def test_what_arrived_is_compared(
+    hub: FakeHub, signed_in: Path, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Repo.commit
+
+    def commit(self: Repo, files: dict[str, bytes], *args: Any) -> str:
+        if "es.gguf" in files:
+            files["es.gguf"] = b"GGUF of another"
+        return original(self, files, *args)
+
+    monkeypatch.setattr(Repo, "commit", commit)
+    assert "es.gguf of me/mine@" in (message := refusal(made))
+    assert message.endswith("Was it changed meanwhile? Push again.")
+
+
+def qaflora(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def test_the_command(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
+    result = qaflora("push", made.folder, "me/mine", "--private", "--message", "Mine")
+    assert result.exit_code == 0, result.stderr
+    commit = hub.repos["me/mine"].branches["main"]
+    assert result.stdout == f"me/mine@{commit}\n"
+    assert result.stderr == (
+        "Pushed README.md, adapters/es.gguf, adapters/math.gguf, bundle.json: "
+        f"{hub.url}/me/mine/commit/{commit}\n"
+    )
+    assert hub.repos["me/mine"].messages[-1] == "Mine"
+
+
+def test_the_command_fails(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    result = qaflora("push", tmp_path, "me/mine")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: Cannot read ")
