@@ -1,7 +1,7 @@
 """Convert a PEFT folder to an adapter GGUF that stock llama.cpp loads too.
 
-`convert_plan` says where each module goes; here its values are turned and written, one tensor in
-memory at a time.
+`convert_plan` says where each module goes and `encode` turns its values; here the file is written,
+one encoded tensor in memory at a time.
 """
 
 import math
@@ -9,36 +9,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from numpy.typing import NDArray
 
 from qaflora_edge.convert_plan import PlannedModule, plan_modules
-from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError
+from qaflora_edge.encode import OUTTYPES, encoded_tensor, stored_shape, stored_type
+from qaflora_edge.errors import OptionError, OutputFileError
 from qaflora_edge.files import atomic_path
-from qaflora_edge.gguf_header import F32, read_gguf_header
+from qaflora_edge.gguf_header import read_gguf_header
 from qaflora_edge.peft import read_peft
-from qaflora_edge.safetensors_file import PIECE_BYTES
 from qaflora_edge.verify import ModuleCheck, verify_conversion
 
 Progress = Callable[[int, int], None]  # steps done, steps in all: modules written and verified
-
-OUTTYPES = {
-    "f32": GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16,
-    "bf16": GGMLQuantizationType.BF16,
-    "q8_0": GGMLQuantizationType.Q8_0,
-}
-LARGEST_VALUE = {
-    GGMLQuantizationType.F32: 3.4028234e38,
-    GGMLQuantizationType.F16: 65504.0,
-    GGMLQuantizationType.BF16: 3.3895313e38,
-    GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
-}
-_Q8_0_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -121,52 +105,6 @@ def convert_adapter(
     )
 
 
-def converted_a(module: PlannedModule) -> F32:
-    """Read A as the GGUF holds it.
-
-    returns  [rank, n_in], of an embedding [n_vocab, rank]
-    """
-    # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
-    return module.source.read_a(transposed=module.source.is_embedding)
-
-
-def converted_b(module: PlannedModule) -> F32:
-    """Read B as the GGUF holds it.
-
-    returns  [n_out, rank]  scaled, in the order of the tensor's rows
-    """
-    b = module.source.read_b()
-    if module.factor != 1.0:
-        with np.errstate(over="ignore"):  # _check_range finds what became infinite
-            b *= np.float32(module.factor)
-    return b if module.rows is None else b[module.rows]
-
-
-def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Fall back to F16 where rows do not divide into blocks, as upstream's converter does."""
-    if wanted == GGMLQuantizationType.Q8_0 and n_row % _Q8_0_BLOCK:
-        return GGMLQuantizationType.F16
-    return wanted
-
-
-def encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
-    """Turn float32 values into what the file stores: floats, or bytes of blocks.
-
-    values  [n_row, n]
-    """
-    if kind == GGMLQuantizationType.F32:
-        return values
-    if kind == GGMLQuantizationType.F16:
-        return values.astype(np.float16)
-    # By slices of rows, for gguf makes several copies of what it is given.
-    encoded = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
-    n_piece_row = max(1, PIECE_BYTES // (4 * values.shape[-1]))
-    for begin in range(0, len(values), n_piece_row):
-        piece = slice(begin, begin + n_piece_row)
-        encoded[piece] = gguf.quants.quantize(values[piece], kind)
-    return encoded
-
-
 def _write(
     path: Path,
     architecture: str,
@@ -176,7 +114,7 @@ def _write(
     wanted: GGMLQuantizationType,
     tell: Callable[[int], None],
 ) -> None:
-    """Write the file with one tensor's values in memory at a time."""
+    """Write the file with one encoded tensor in memory at a time."""
     writer = gguf.GGUFWriter(path, architecture)
     try:
         # The keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py.
@@ -186,48 +124,18 @@ def _write(
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for module in modules:
-            for tensor_name, shape in _stored_shapes(module).items():
+            for side in "ab":
+                shape = stored_shape(module, side)
                 kind = stored_type(shape[-1], wanted)
                 n_bytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
-                writer.add_tensor_info(tensor_name, shape, np.dtype(np.float32), n_bytes, kind)
+                name = f"{module.base_name}.lora_{side}"
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for index, module in enumerate(modules):
-            _write_tensor(writer, module, "a", converted_a(module), wanted)
-            _write_tensor(writer, module, "b", converted_b(module), wanted)
+            for side in "ab":
+                writer.write_tensor_data(encoded_tensor(module, side, wanted))
             tell(index + 1)
     finally:
         writer.close()
-
-
-def _write_tensor(
-    writer: gguf.GGUFWriter,
-    module: PlannedModule,
-    side: str,
-    values: F32,
-    wanted: GGMLQuantizationType,
-) -> None:
-    kind = stored_type(values.shape[-1], wanted)
-    _check_range(module, side, values, kind)
-    writer.write_tensor_data(encode(values, kind))
-
-
-def _stored_shapes(module: PlannedModule) -> dict[str, tuple[int, int]]:
-    source = module.source
-    a_shape = (source.n_in, source.rank) if source.is_embedding else (source.rank, source.n_in)
-    return {
-        f"{module.base_name}.lora_a": a_shape,
-        f"{module.base_name}.lora_b": (module.n_out, source.rank),
-    }
-
-
-def _check_range(module: PlannedModule, side: str, values: F32, kind: GGMLQuantizationType) -> None:
-    """Refuse values that the stored type cannot hold."""
-    largest = max(float(values.max()), -float(values.min()))
-    if largest > LARGEST_VALUE[kind]:
-        raise UnsupportedAdapterError(
-            f"Cannot convert module {module.source.name} of {module.source.b.path}: the largest "
-            f"value of lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
-            "Choose output type f32, or check the adapter's alpha."
-        )

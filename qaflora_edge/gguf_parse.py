@@ -92,13 +92,15 @@ def brief(value: object) -> str:
 class GgufCursor:
     """Steps through the bytes of one file; every step is checked against its end.
 
-    data  what was read of the file so far, from its beginning
+    data       what was read and not yet stepped over; a vocabulary is never in memory whole
+    n_dropped  bytes of the file before it
     """
 
     def __init__(self, path: Path, file: BinaryIO, size_bytes: int) -> None:
         self.path = path
         self.file = file
         self.data = bytearray()
+        self.n_dropped = 0
         self.size_bytes = size_bytes
         self.position = 0
 
@@ -109,7 +111,7 @@ class GgufCursor:
         )
 
     def take(self, n_bytes: int, field: str) -> int:
-        """Step over bytes and give where they began."""
+        """Step over bytes and give where they begin in `data`."""
         begin = self.position
         if n_bytes > self.size_bytes - begin:
             raise GgufFileError(
@@ -119,19 +121,25 @@ class GgufCursor:
             )
         self.load(begin + n_bytes, field)
         self.position = begin + n_bytes
-        return begin
+        return begin - self.n_dropped
 
     def load(self, end: int, field: str) -> None:
-        """Read the file up to `end`, which lies inside it."""
+        """Read the file up to `end`, which lies inside it, and drop what was stepped over."""
         if end > MAX_HEADER_BYTES:
             found = f"longer than {MAX_HEADER_BYTES} bytes, of which {field} is a part"
             self.fail("the header", found, "a shorter one")
-        while len(self.data) < end:
+        if self.n_dropped + len(self.data) >= end:
+            return
+        n_used = min(len(self.data), self.position - self.n_dropped)
+        del self.data[:n_used]
+        self.n_dropped += n_used
+        while self.n_dropped + len(self.data) < end:
             chunk = self.file.read(READ_BYTES)
             if not chunk:
                 raise GgufFileError(
                     f"Cannot read {self.path}: it had {self.size_bytes} bytes and became shorter "
-                    f"while {field} was read, at byte {len(self.data)}. Try again."
+                    f"while {field} was read, at byte "
+                    f"{self.n_dropped + len(self.data)}. Try again."
                 )
             self.data += chunk
 
@@ -224,19 +232,22 @@ class GgufCursor:
         begin = self.take(length * form.size, field)
         if length > MAX_KEPT_ARRAY:
             return SkippedArray(length)
-        raw = self.data[begin : self.position]
+        raw = self.data[begin : begin + length * form.size]
         return tuple(value for (value,) in form.iter_unpack(raw)) if raw else ()
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""
-        data, position = self.data, self.position
+        data, index = self.data, self.position - self.n_dropped
         unpack_length = U64.unpack_from
         for _ in range(length):
-            if position + U64.size > len(data):
-                self.load_strings(position + U64.size, length, field)
-            position += U64.size + unpack_length(data, position)[0]
-        self.load_strings(position, length, field)
-        self.position = position
+            if index + U64.size > len(data):
+                self.position = self.n_dropped + index
+                self.load_strings(self.position + U64.size, length, field)
+                index = self.position - self.n_dropped
+            index += U64.size + unpack_length(data, index)[0]
+        end = self.n_dropped + index
+        self.load_strings(end, length, field)
+        self.position = end
 
     def load_strings(self, end: int, length: int, field: str) -> None:
         if end > self.size_bytes:

@@ -24,7 +24,7 @@ MAX_NAME_LENGTH = 256
 MAX_DIMS = 8
 MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
 MAX_COUNT = (1 << 63) - 1  # of a dimension or an offset
-PIECE_BYTES = 1 << 18  # that are read and turned at a time
+PIECE_VALUES = 1 << 15  # that are read and turned at a time
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -54,6 +54,36 @@ class StoredTensor:
 
         Raises SafetensorsFileError when the type is no float or a value is NaN or infinite.
         """
+        self._check_readable()
+        values = np.empty(self.shape[::-1] if transposed else self.shape, np.float32)
+        rows = np.atleast_1d(values.T if transposed else values)
+        for begin, piece in self.pieces():
+            place = rows[begin : begin + len(piece)]
+            place[...] = piece.reshape(place.shape)
+        return values
+
+    def pieces(self) -> Iterator[tuple[int, F32]]:
+        """Read the values by slices of rows: the first row of each, and float32 [some rows, n].
+
+        Raises SafetensorsFileError, of values that are not finite after the last slice.
+        """
+        self._check_readable()
+        n_row = self.shape[0] if self.shape else 1
+        n_value = math.prod(self.shape)
+        n_piece_row = max(1, PIECE_VALUES * n_row // max(1, n_value))
+        n_bad = 0
+        for begin, raw in self._raw_pieces(n_row, n_piece_row):
+            piece = _to_float32(raw, self.dtype).reshape(-1, n_value // n_row)
+            n_bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
+            yield begin, piece
+        if n_bad:
+            raise SafetensorsFileError(
+                f"Cannot use tensor {self.name} of {self.path}: {n_bad} of its {n_value} "
+                "values are NaN or infinite; expected finite numbers. The training diverged or "
+                "the file is corrupted; use an earlier checkpoint or fetch it again."
+            )
+
+    def _check_readable(self) -> None:
         if self.dtype not in FLOAT_DTYPES:
             raise SafetensorsFileError(
                 f"Cannot use tensor {self.name} of {self.path}: its dtype is {self.dtype}; "
@@ -65,38 +95,19 @@ class StoredTensor:
                 f"expected at most {MAX_READ_BYTES}, which no matrix of a LoRA exceeds. "
                 "Check that it is a plain LoRA."
             )
-        values = np.empty(self.shape[::-1] if transposed else self.shape, np.float32)
-        n_row = self.shape[0] if self.shape else 1
-        rows = np.atleast_1d(values.T if transposed else values)
-        n_bad = 0
-        begin = 0
-        for piece in self._pieces(n_row):
-            end = begin + len(piece)
-            rows[begin:end] = piece.reshape(rows[begin:end].shape)
-            n_bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
-            begin = end
-        if n_bad:
-            raise SafetensorsFileError(
-                f"Cannot use tensor {self.name} of {self.path}: {n_bad} of its {values.size} "
-                "values are NaN or infinite; expected finite numbers. The training diverged or "
-                "the file is corrupted; use an earlier checkpoint or fetch it again."
-            )
-        return values
 
-    def _pieces(self, n_row: int) -> Iterator[F32]:
-        """Give the values as float32 [some rows, n], from the first row to the last."""
-        row_bytes = self.n_bytes // max(1, n_row)
-        if row_bytes == 0:
+    def _raw_pieces(self, n_row: int, n_piece_row: int) -> Iterator[tuple[int, bytes]]:
+        if self.n_bytes == 0:
             return
-        n_piece_row = max(1, PIECE_BYTES // row_bytes)
+        row_bytes = self.n_bytes // n_row
         try:
             with open_input(self.path) as file:
                 file.seek(self.offset)
                 for begin in range(0, n_row, n_piece_row):
-                    n_bytes = min(n_piece_row, n_row - begin) * row_bytes
-                    raw = file.read(n_bytes)
-                    self._check_length(begin * row_bytes + len(raw), begin * row_bytes + n_bytes)
-                    yield _to_float32(raw, self.dtype).reshape(len(raw) // row_bytes, -1)
+                    end = min(begin + n_piece_row, n_row)
+                    raw = file.read((end - begin) * row_bytes)
+                    self._check_length(begin * row_bytes + len(raw), end * row_bytes)
+                    yield begin, raw
         except OSError as error:
             raise _unreadable(self.path, error) from error
 

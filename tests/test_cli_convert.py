@@ -74,14 +74,14 @@ def test_wrong_conversion_is_reported_with_exit_code_1(
     tmp_path: Path, base: tiny.TinyBase, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
-    encode = convert.encode
+    original = convert.encoded_tensor
 
-    def wrong(values: Any, kind: Any) -> Any:
-        encoded = encode(values, kind)
+    def wrong(*args: Any) -> Any:
+        encoded = original(*args)
         encoded[0, 0] = value
         return encoded
 
-    monkeypatch.setattr(convert, "encode", wrong)
+    monkeypatch.setattr(convert, "encoded_tensor", wrong)
     out = tmp_path / "out.gguf"
     result = run(folder, "--base", base.path, "-o", out, "--verify", "--json")
     assert result.exit_code == 1

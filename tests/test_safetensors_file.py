@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.safetensors_file import MAX_HEADER_BYTES, PIECE_BYTES, read_safetensors
+from qaflora_edge.safetensors_file import MAX_HEADER_BYTES, PIECE_VALUES, read_safetensors
 
 
 def raw(header: object, data: bytes = b"", n_header: int | None = None) -> bytes:
@@ -125,7 +125,7 @@ def test_memory_holds_the_values_once(tmp_path: Path) -> None:
         values = tensor.read(transposed=transposed)
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak_bytes < values.nbytes + 8 * PIECE_BYTES
+        assert peak_bytes < values.nbytes + 32 * PIECE_VALUES
 
 
 def test_matrix_larger_than_any_lora_is_not_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from qaflora_edge import convert
 from qaflora_edge.architectures import ARCHITECTURES
 from qaflora_edge.convert import convert_adapter
 from qaflora_edge.convert_plan import PlannedModule, plan_modules
+from qaflora_edge.encode import stored_shape, stored_type
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.peft import read_peft
@@ -96,13 +97,13 @@ def test_an_adapter_that_does_nothing_is_right(tmp_path: Path) -> None:
 
 Change = Callable[[Any], Any]
 MISTAKES: dict[str, tuple[str, Change]] = {
-    "rows in HF's order": ("converted_b", lambda b: b[np.argsort(b[:, 0], kind="stable")]),
-    "two rows swapped": ("converted_b", lambda b: b[[1, 0, *range(2, len(b))]]),
-    "scale off by a hundredth": ("converted_b", lambda b: b * np.float32(1.01)),
-    "sign": ("converted_b", lambda b: -b),
-    "ranks of A reversed": ("converted_a", lambda a: a[::-1]),
-    "columns of A rolled": ("converted_a", lambda a: np.roll(a, 1, axis=1)),
-    "one value lost": ("converted_a", lambda a: np.where(a == a.max(), 0, a)),
+    "rows in HF's order": ("b", lambda b: b[np.argsort(b[:, 0], kind="stable")]),
+    "two rows swapped": ("b", lambda b: b[[1, 0, *range(2, len(b))]]),
+    "scale off by a hundredth": ("b", lambda b: b * np.float32(1.01)),
+    "sign": ("b", lambda b: -b),
+    "ranks of A reversed": ("a", lambda a: a[::-1]),
+    "columns of A rolled": ("a", lambda a: np.roll(a, 1, axis=1)),
+    "one value lost": ("a", lambda a: np.where(a == a.max(), 0, a)),
 }
 
 
@@ -111,18 +112,20 @@ MISTAKES: dict[str, tuple[str, Change]] = {
 def test_mistake_is_found_and_the_older_file_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, outtype: str
 ) -> None:
-    name, change = MISTAKES[mistake]
+    wrong_side, change = MISTAKES[mistake]
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "up_proj"], layers=[0])
-    original = getattr(convert, name)
+    original = convert.encoded_tensor
 
-    def wrong(module: PlannedModule) -> Any:
-        values = original(module)
-        if module.kind == "attn_q":
-            values = np.ascontiguousarray(change(values), dtype=np.float32)
-        return values
+    def wrong(module: PlannedModule, side: str, wanted: Any) -> Any:
+        encoded = original(module, side, wanted)
+        if module.kind != "attn_q" or side != wrong_side:
+            return encoded
+        kind = stored_type(stored_shape(module, side)[-1], wanted)
+        values = gguf.quants.dequantize(encoded, kind).astype(np.float32)
+        return gguf.quants.quantize(np.ascontiguousarray(change(values), np.float32), kind)
 
-    monkeypatch.setattr(convert, name, wrong)
+    monkeypatch.setattr(convert, "encoded_tensor", wrong)
     out = tmp_path / "out.gguf"
     out.write_bytes(b"older")
     before = sorted(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""Turn one module's values into what an adapter GGUF holds: scaled, in the base's order, encoded.
+
+Values go from the source to the encoded tensor by slices of rows, so that of a large tensor no
+more than the encoded one is in memory.
+"""
+
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qaflora_edge.convert_plan import PlannedModule
+from qaflora_edge.errors import UnsupportedAdapterError
+from qaflora_edge.safetensors_file import F32
+
+OUTTYPES = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+LARGEST_VALUE = {
+    GGMLQuantizationType.F32: 3.4028234e38,
+    GGMLQuantizationType.F16: 65504.0,
+    GGMLQuantizationType.BF16: 3.3895313e38,
+    GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
+}
+_Q8_0_BLOCK = 32
+_FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+
+
+def stored_shape(module: PlannedModule, side: str) -> tuple[int, int]:
+    """Give the shape of lora_a or lora_b in the file, in numpy order."""
+    source = module.source
+    if side == "b":
+        return module.n_out, source.rank
+    # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
+    return (source.n_in, source.rank) if source.is_embedding else (source.rank, source.n_in)
+
+
+def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Fall back to F16 where rows do not divide into blocks, as upstream's converter does."""
+    if wanted == GGMLQuantizationType.Q8_0 and n_row % _Q8_0_BLOCK:
+        return GGMLQuantizationType.F16
+    return wanted
+
+
+def encoded_tensor(module: PlannedModule, side: str, wanted: GGMLQuantizationType) -> NDArray[Any]:
+    """Read, turn and encode lora_a or lora_b of a module.
+
+    returns  [n_row, n]  floats, or the bytes of their blocks, as the file holds them
+
+    Raises UnsupportedAdapterError for values that the type cannot hold.
+    """
+    source = module.source
+    tensor = source.a if side == "a" else source.b
+    is_turned = source.is_transposed != (side == "a" and source.is_embedding)
+    shape = stored_shape(module, side)
+    kind = stored_type(shape[-1], wanted)
+    encoded = np.empty(gguf.quant_shape_to_byte_shape(shape, kind), np.uint8).view(
+        _FLOATS.get(kind, np.uint8)
+    )
+    # The values of a tensor that is turned lie in columns, and its rows are whole only at the end.
+    pieces = [(0, tensor.read(transposed=True))] if is_turned else tensor.pieces()
+    places = _places(module) if side == "b" else None
+    largest = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
+        for begin, piece in pieces:
+            if side == "b" and module.factor != 1.0:
+                piece = piece * np.float32(module.factor)
+            largest = max(largest, float(piece.max()), -float(piece.min()))
+            if places is None:
+                encoded[begin : begin + len(piece)] = _encode(piece, kind)
+            else:
+                place = places[begin : begin + len(piece)]
+                encoded[place[place >= 0]] = _encode(piece[place >= 0], kind)
+    if largest > LARGEST_VALUE[kind]:
+        raise UnsupportedAdapterError(
+            f"Cannot convert module {source.name} of {tensor.path}: the largest value of "
+            f"lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
+            "Choose output type f32, or check the adapter's alpha."
+        )
+    return encoded
+
+
+def _places(module: PlannedModule) -> NDArray[np.int64] | None:
+    """Give the row of the file for each row of the source's B; -1 for those of other tensors.
+
+    returns  [n_out of the source], or None where all keep their order
+    """
+    if module.rows is None:
+        return None
+    places = np.full(module.source.n_out, -1)
+    places[module.rows] = np.arange(len(module.rows))
+    return places
+
+
+def _encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
+    """values  [n_row, n]  float32"""
+    if kind in _FLOATS:
+        return values.astype(_FLOATS[kind], copy=False)
+    encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+    return encoded
