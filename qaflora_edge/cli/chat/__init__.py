@@ -170,7 +170,7 @@ class _Chat:
         if n_dropped := session.conversation.n_dropped - n_before:
             turns = "turn is" if n_dropped == 1 else f"{n_dropped} turns are"
             view.note(f"the context is full: the oldest {turns} no longer read")
-        reply = Reply(begin)
+        reply = Reply(begin, session.engine.cancel)
         with view.answering(), interrupts_call(reply.stop), reply:
             view.begin()
             try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import IO
 
 from rich.cells import cell_len
+from wcwidth import wcwidth
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -30,7 +32,7 @@ class LiveLines:
         Both are lines without line ends; of live lines the last ones that fit are shown.
         """
         columns, n_row = self._size()
-        live = list(live[-max(1, n_row - 2) :])
+        live = [_cropped(line, columns) for line in live[-max(1, n_row - 2) :]]
         lines = [*for_good, *live]
         n_same = 0
         for old, new in zip(self._drawn, lines, strict=False):
@@ -57,6 +59,18 @@ class LiveLines:
         """Escapes that bring the cursor to the beginning of a drawn line and erase what follows."""
         n_up = sum(_n_row(line, columns) for line in self._drawn[index:]) - 1
         return "\r" + (f"\x1b[{n_up}A" if n_up else "") + "\x1b[J"
+
+
+def _cropped(line: str, columns: int) -> str:
+    """A line that takes one row on every terminal.
+
+    Some draw the parts of an emoji side by side. What is cut here is whole once it is for good.
+    """
+    text = _ESCAPE.sub("", line)
+    columns_at = list(itertools.accumulate(max(0, wcwidth(char)) for char in text))
+    if not text or columns_at[-1] <= columns:
+        return line
+    return text[: sum(column <= columns for column in columns_at)]
 
 
 def _n_row(line: str, columns: int) -> int:

@@ -21,6 +21,7 @@ class Reply:
     """Pieces of text from an answer that can be stopped at any time.
 
     begin       weighs and reads the prompt; called in the thread
+    cancel      makes the Engine return early, if it is at work; any thread may call it
     text        the pieces given so far
     first_ms    from the beginning to the first piece; None before it
     is_stopped  whether stop() ended it
@@ -28,11 +29,11 @@ class Reply:
     To be used in a `with`: the thread has ended when the block is left.
     """
 
-    def __init__(self, begin: Callable[[], Generation]) -> None:
+    def __init__(self, begin: Callable[[], Generation], cancel: Callable[[], None]) -> None:
         self.generation: Generation | None = None
         self.text = ""
         self.first_ms: float | None = None
-        self._begin = begin
+        self._begin, self._cancel = begin, cancel
         self._stop = threading.Event()
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -59,6 +60,7 @@ class Reply:
     def stop(self) -> None:
         """End the answer as soon as can be; what was not given yet is not part of it."""
         self._stop.set()
+        self._cancel()
 
     def pieces(self, tick: Callable[[], None]) -> Iterator[str]:
         """The pieces as they come; tick is called in between, some 20 times a second.
@@ -69,6 +71,8 @@ class Reply:
             try:
                 piece = self._pieces.get(timeout=_TICK_S)
             except queue.Empty:
+                if self.is_stopped:
+                    self._cancel()  # again: the first one may have come before the work
                 tick()
                 continue
             if piece is None:

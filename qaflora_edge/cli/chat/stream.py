@@ -89,10 +89,9 @@ class MarkdownStream:
     def _rendered(self, source: str) -> list[str]:
         """Blocks as lines, with a blank one before each but the first of the answer."""
         rows = source.split("\n")
-        starts = block_starts(source)
         lines: list[str] = []
         has_block = self._has_block
-        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        for start, end in itertools.pairwise([*block_starts(source), len(rows)]):
             block = render_block(
                 self._console,
                 "\n".join(rows[start:end]),
