@@ -35,13 +35,64 @@ def commands() -> list[list[str]]:
     return found
 
 
+def find_command(words: list[str]) -> click.Command:
+    """The command that words name."""
+    context = click.Context(main)
+    command: click.Command | None = main
+    for word in words:
+        assert isinstance(command, click.Group)
+        command = command.get_command(context, word)
+    assert command is not None
+    return command
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_help_has_sentences_and_an_example(words: list[str]) -> None:
+def test_help_has_sentences_an_example_and_exit_codes(words: list[str]) -> None:
     result = CliRunner().invoke(main, [*words, "--help"])
     assert result.exit_code == 0
-    group = words == ["bundle"]
-    assert group or f"Example:\n    qaflora {' '.join(words)}" in result.stdout
     assert result.stdout.splitlines()[2].rstrip().endswith(".")
+    if words != ["bundle"]:
+        assert f"Example:\n    qaflora {' '.join(words)}" in result.stdout
+        assert "  Exit codes:\n    0    it worked\n" in result.stdout
+
+
+@pytest.mark.parametrize("words", [[], *commands()], ids=" ".join)
+def test_help_fits_a_terminal(words: list[str]) -> None:
+    """Examples apart, which are to be copied and so are not wrapped."""
+    lines = CliRunner().invoke(main, [*words, "--help"]).stdout.splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.startswith("    ")] == []
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_option_has_a_sentence(words: list[str]) -> None:
+    for param in find_command(words).get_params(click.Context(main)):
+        if isinstance(param, click.Option):
+            sentence = (param.help or "").partition("  [")[0]
+            assert sentence.endswith("."), (words, param.name)
+            assert not sentence[0].islower(), (words, param.name)
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_argument_is_explained(words: list[str]) -> None:
+    """DIR is explained by `qaflora --help`, for it is the same everywhere."""
+    command = find_command(words)
+    for param in command.params:
+        if isinstance(param, click.Argument):
+            name = (param.metavar or param.name or "").upper()
+            text = " ".join((command.help or "").split()) + " ".join(
+                param.help or "" for param in command.params if isinstance(param, click.Option)
+            )
+            assert name == "DIR" or name in text, (words, name)
+
+
+def test_help_names_the_settings_of_a_command() -> None:
+    text = " ".join(CliRunner().invoke(main, ["run", "--help"]).stdout.split())
+    assert (
+        "--temp is set by the variable QAFLORA_RUN_TEMP, or QAFLORA_TEMP for all commands, and by "
+        "the key temp of the settings file, in its table [run] or above all tables; likewise "
+        "--strategy, --lens, --pool,"
+    ) in text
+    assert "Environment and files" not in CliRunner().invoke(main, ["doctor", "--help"]).stdout
 
 
 @pytest.mark.parametrize("verb", VERBS)

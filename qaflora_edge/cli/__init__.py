@@ -127,10 +127,27 @@ def _leave_quietly() -> None:
     sys.exit(0)
 
 
+EPILOG = """\
+\b
+Example:
+  qaflora pull smollm2-135m-instruct
+  qaflora run models/demo "How many legs do three dogs have?"
+  qaflora weights models/demo "How many legs do three dogs have?"
+
+\b
+Environment:
+  QAFLORA_CONFIG  the settings file to read instead of the usual one
+  QAFLORA_CACHE   the folder for downloads
+  QAFLORA_...     any shared option, as QAFLORA_THREADS=4; see `qaflora settings`
+  NO_COLOR        no colours
+
+`qaflora COMMAND --help` explains a command, with its exit codes."""
+
+
 @click.group(
     cls=VerbGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="\b\nExample:\n  qaflora pull smollm2-135m-instruct\n  qaflora run models/demo 'Hello'",
+    epilog=EPILOG,
 )
 @click.version_option(__version__, prog_name="qaflora")
 @click.pass_context

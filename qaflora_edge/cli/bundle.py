@@ -174,7 +174,7 @@ def create(
         """
     )
 )
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), **BUNDLE)
 @click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
 @click.option(
     "--outtype",
@@ -203,8 +203,9 @@ def add(
 ) -> None:
     """Add adapters to a bundle.
 
-    PATH is what `qaflora bundle create --adapter` takes. The bundle changes in one step for each
-    adapter, when all has worked; when something fails, it is as it was.
+    NAME=PATH gives an adapter its name in the bundle; PATH is what `qaflora bundle create
+    --adapter` takes. The bundle changes in one step for each adapter, when all has worked; when
+    something fails, it is as it was.
     """
     from qaflora_edge.bundle_edit import add_adapter
 
@@ -225,11 +226,14 @@ def add(
 
 
 @bundle.command(epilog=example("qaflora bundle remove my-bundle med"))
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path), **BUNDLE)
+@click.argument("name", shell_complete=completed_by("complete_adapter"))
 @click.option("--strategy", help="Used by default from now on.  [default: as it is]")
 def remove(folder: Path, name: str, strategy: str | None) -> None:
-    """Remove an adapter from a bundle, with its file."""
+    """Remove an adapter from a bundle, with its file.
+
+    NAME is the adapter's name in the bundle.
+    """
     from qaflora_edge.bundle_edit import remove_adapter
 
     remove_adapter(folder, name, strategy=strategy)
@@ -237,11 +241,14 @@ def remove(folder: Path, name: str, strategy: str | None) -> None:
 
 
 @bundle.command(epilog=example("qaflora bundle rename my-bundle med medicine"))
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("old")
+@click.argument("folder", type=click.Path(path_type=Path), **BUNDLE)
+@click.argument("old", shell_complete=completed_by("complete_adapter"))
 @click.argument("new")
 def rename(folder: Path, old: str, new: str) -> None:
-    """Rename an adapter of a bundle, with its file."""
+    """Rename an adapter of a bundle, with its file.
+
+    OLD is the adapter's name, NEW the one it gets.
+    """
     from qaflora_edge.bundle_edit import rename_adapter
 
     rename_adapter(folder, old, new)

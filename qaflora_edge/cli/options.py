@@ -175,9 +175,18 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
+EXIT_CODES = """\
+Exit codes:
+  0    it worked
+  1    an expected failure: stderr says what failed, and what to do
+  2    wrong usage
+  130  ended by Ctrl-C"""
+
+
 def example(text: str) -> str:
-    """An epilog that shows how a command is used, its lines kept as they are."""
-    return "\b\nExample:\n" + textwrap.indent(textwrap.dedent(text).strip(), "  ")
+    """An epilog that shows how a command is used, its lines kept as they are, and how it ends."""
+    lines = textwrap.indent(textwrap.dedent(text).strip(), "  ")
+    return f"\b\nExample:\n{lines}\n\n\b\n{EXIT_CODES}"
 
 
 def bundle_folder(text: str) -> Path:

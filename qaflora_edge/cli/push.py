@@ -39,8 +39,9 @@ def push(
 ) -> None:
     """Push a bundle or an adapter to the Hub.
 
-    PATH is a bundle's folder, a PEFT folder or an adapter .gguf. It is checked first, and goes as
-    one commit: the files that belong to it, and a card when there is none. The token is the one of
+    PATH is a bundle's folder, a PEFT folder or an adapter .gguf, OWNER/NAME the repository, which
+    is made when there is none. PATH is checked first, and goes as one commit: the files that
+    belong to it, and a card when there is none. The token is the one of
     `hf auth login` or HF_TOKEN. Prints the reference that pins the commit.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars

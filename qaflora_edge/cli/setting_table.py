@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,11 +216,32 @@ def file_defaults(verb: str, command: click.Command) -> dict[str, Any]:
 
 
 def attach_variables(verb: str, command: click.Command) -> None:
-    """Let the environment set the options of a command that can be set."""
+    """Let the environment set the options of a command that can be set, and its help say so."""
     options = options_by_name(command)
-    for key in table_keys(verb):
-        if names := variables(key, verb):
-            options[key].envvar = list(names)
+    keys = [key for key in table_keys(verb) if variables(key, verb)]
+    for key in keys:
+        options[key].envvar = list(variables(key, verb))
+    if keys and _NOTE not in (command.epilog or ""):
+        lines = textwrap.fill(_help_note(verb, keys), 76, break_on_hyphens=False)
+        command.epilog = f"{command.epilog}\n\n\b\n{_NOTE}\n{textwrap.indent(lines, '  ')}"
+
+
+_NOTE = "Environment and files:"
+
+
+def _help_note(verb: str, keys: list[str]) -> str:
+    """What the help of a command says of its settings: one as example, the others by name."""
+    key = "temp" if "temp" in keys else keys[0]
+    own, *shared = variables(key, verb)
+    others = ", ".join(f"--{other.replace('_', '-')}" for other in keys if other != key)
+    return (
+        f"--{key.replace('_', '-')} is set by the variable {own}"
+        + (f", or {shared[0]} for all commands," if shared else "")
+        + f" and by the key {key} of the settings file, in its table [{verb}]"
+        + (" or above all tables" if shared else "")
+        + (f"; likewise {others}" if others else "")
+        + ". `qaflora settings` shows the file and what is set."
+    )
 
 
 def shared_settings(table: str) -> SharedOptions:

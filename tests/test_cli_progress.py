@@ -1,0 +1,112 @@
+"""Bars and waiting lines: on terminals that can take them back, and nowhere else."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundles import TinyBundle, make_sources
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX ones")
+
+# Shortened, so that a test does not wait for what takes long.
+WAITING = """
+import time
+from qaflora_edge.cli import progress
+progress.PATIENCE_SECONDS, progress.TURN_SECONDS = {patience}, 0.05
+with progress.waiting("Loading " + "x" * {length}):
+    time.sleep(0.4)
+print("done")
+"""
+BARS = """
+from qaflora_edge.cli.progress import progress_bars
+with progress_bars() as tell:
+    for done in (0, 5, 10):
+        if tell is not None:
+            tell("first", done, 10)
+    for done in (0, 3):
+        if tell is not None:
+            tell("second", done, 3)
+print("done")
+"""
+
+
+def on_terminal(args: list[str], **environment: str) -> str:
+    """What a terminal is sent by a command whose stdout and stderr it is."""
+    controller, terminal = os.openpty()
+    process = subprocess.Popen(
+        args,
+        stdout=terminal,
+        stderr=terminal,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", **environment},
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(controller, 4096):
+            shown += chunk
+    except OSError:  # Linux's end of a terminal whose other side is closed
+        pass
+    os.close(controller)
+    assert process.wait(timeout=60) == 0, shown
+    return shown.decode("utf-8")
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_wait_is_shown_and_taken_back() -> None:
+    shown = on_terminal(python(WAITING.format(patience=0.1, length=5)))
+    assert "\rLoading xxxxx ... 0 s" in shown
+    assert re.search(r"\r +\rdone\r\n$", shown)
+
+
+def test_long_label_stays_on_its_line() -> None:
+    shown = on_terminal(python(WAITING.format(patience=0.1, length=300)))
+    lines = [line for line in shown.split("\r") if "..." in line]
+    assert lines
+    assert max(map(len, lines)) < 80
+    assert lines[0].startswith("...xxx")
+
+
+def test_short_wait_is_not_shown() -> None:
+    assert on_terminal(python(WAITING.format(patience=30, length=5))) == "done\r\n"
+
+
+def test_each_label_has_its_bar() -> None:
+    shown = on_terminal(python(BARS))
+    assert re.search(r"first  \[#+\]  100%", shown)
+    assert re.search(r"second  \[#+\]  100%", shown)
+
+
+@pytest.mark.parametrize("code", [WAITING.format(patience=0.1, length=5), BARS])
+def test_dumb_terminal_and_pipe_get_nothing(code: str) -> None:
+    assert on_terminal(python(code), TERM="dumb") == "done\r\n"
+    piped = subprocess.run(python(code), capture_output=True, text=True)
+    assert (piped.stdout, piped.stderr) == ("done\n", "")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> TinyBundle:
+    return make_sources(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "label"),
+    [
+        (["convert", "{peft}", "--base", "{base}", "-o", "{place}/out.gguf"], r"\[#+\]  100%"),
+        (
+            ["bundle", "create", "{place}/b", "--base", "{base}", "--adapter", "m={peft}"],
+            r"\[#+\]  100%",
+        ),
+    ],
+    ids=["convert", "bundle create"],
+)
+def test_long_work_has_a_bar(args: list[str], label: str, made: TinyBundle) -> None:
+    places = {"peft": made.peft, "base": made.base.path, "place": made.folder.parent}
+    command = [sys.executable, "-m", "qaflora_edge", *(part.format(**places) for part in args)]
+    assert re.search(label, on_terminal(command))
