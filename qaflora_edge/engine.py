@@ -13,18 +13,14 @@ from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
 from qaflora_edge.answers import Answers
-from qaflora_edge.chat import (
-    Message,
-    chat_tokens,
-    completion_chunks,
-    completion_dict,
-    response_schema,
-)
+from qaflora_edge.chat import chat_tokens
 from qaflora_edge.checksums import FileState, check_unchanged
+from qaflora_edge.completions import completion_chunks, completion_dict, response_schema
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import Generation
 from qaflora_edge.lifetime import Lifetime
+from qaflora_edge.messages import Message
 from qaflora_edge.probe import Prober
 from qaflora_edge.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.runtime import KV_TYPES, MAX_CTX, MAX_THREADS, Context, Model, Pack

@@ -10,6 +10,8 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +37,9 @@ MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _VOCAB_TYPE_NONE = 0
+# llama.h enum llama_token_attr
+_ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
+_ATTR_LSTRIP, _ATTR_RSTRIP = 1 << 7, 1 << 8
 _DECODE_ABORTED = 2  # llama.h llama_decode
 N_UBATCH = 256  # tokens computed at once; twice as many were no faster and take more memory
 _errors: deque[str] = deque(maxlen=4)
@@ -119,6 +124,29 @@ class _Handle:
         self.close()
 
 
+@dataclass(frozen=True)
+class SpecialToken:
+    """A token that llama.cpp finds in text by its spelling, before it splits the rest."""
+
+    id: int
+    text: str
+    attributes: int  # llama.h llama_token_attr
+    is_control: bool  # control tokens, and all that end an answer
+
+    @property
+    def is_parsed_on_demand(self) -> bool:
+        """Whether it is found with parse_special only; others are found always."""
+        return bool(self.attributes & (_ATTR_UNKNOWN | _ATTR_CONTROL))
+
+    @property
+    def strips_left(self) -> bool:
+        return bool(self.attributes & _ATTR_LSTRIP)
+
+    @property
+    def strips_right(self) -> bool:
+        return bool(self.attributes & _ATTR_RSTRIP)
+
+
 class Model(_Handle):
     """A base, memory-mapped and shared by all contexts.
 
@@ -173,6 +201,18 @@ class Model(_Handle):
             if n < size:
                 return buffer.value.decode("utf-8", "replace")
             size = n + 1
+
+    @cached_property
+    def special_tokens(self) -> tuple[SpecialToken, ...]:
+        """Control, unknown and user-defined tokens, and those that end an answer; longest first."""
+        found = []
+        for token in range(self.n_vocab):
+            attributes = int(self._lib.llama_vocab_get_attr(self.vocab, token))
+            is_control = bool(attributes & (_ATTR_UNKNOWN | _ATTR_CONTROL)) or self.is_end(token)
+            if is_control or attributes & _ATTR_USER_DEFINED:
+                text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
+                found.append(SpecialToken(token, text, attributes, is_control))
+        return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of text; add_special adds BOS where the vocabulary asks for it.

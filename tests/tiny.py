@@ -72,6 +72,12 @@ class TinyBase:
         }[stem]
 
 
+def spm_tokens() -> list[str]:
+    """A SentencePiece vocabulary: the unknown token, the bytes, printable ASCII and the space."""
+    ascii_tokens = [chr(code) for code in range(0x21, 0x7F)]
+    return ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *ascii_tokens]
+
+
 @dataclass(frozen=True)
 class TinyAdapter:
     """An adapter file and its values as the file holds them, dequantised.
@@ -121,14 +127,20 @@ def write_tiny_base(
     dtype: str = "f32",
     window: int = 512,
     replace: Mapping[str, F32] | None = None,
+    spm: bool = False,
+    user_defined: Sequence[str] = (),
 ) -> TinyBase:
     """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16 or q8_0 is for matrices.
 
     window   tokens that some layers of gemma3 attend to
     replace  tensors to write in place of the random ones, such as merged weights
+    spm      a SentencePiece vocabulary, as gemma's and Llama 2's, in place of GPT-2's
+    user_defined  further tokens that are found in text by their spelling
     """
     path = Path(path)
-    tokens = (*byte_tokens(), *(merge.replace(" ", "") for merge in MERGES), *CONTROLS)
+    merges = tuple(merge.replace(" ", "").replace("Ġ", "▁" if spm else "Ġ") for merge in MERGES)
+    plain = (*spm_tokens(), *merges) if spm else (*byte_tokens(), *merges)
+    tokens = (*plain, *CONTROLS, *user_defined)
     base = TinyBase(
         path=path,
         arch=arch,
@@ -147,7 +159,7 @@ def write_tiny_base(
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"tiny {arch} {seed}")
     _add_hparams(writer, base, n_ctx, window)
-    _add_vocabulary(writer, base, chat_template, add_bos)
+    _add_vocabulary(writer, base, chat_template, add_bos, spm, user_defined)
     stored = {name: _add_tensor(writer, name, array, dtype) for name, array in tensors.items()}
     _finish(writer)
     return TinyBase(**{**vars(base), "tensors": stored})
@@ -203,17 +215,31 @@ def _add_hparams(writer: gguf.GGUFWriter, base: TinyBase, n_ctx: int, window: in
 
 
 def _add_vocabulary(
-    writer: gguf.GGUFWriter, base: TinyBase, chat_template: str | None, add_bos: bool
+    writer: gguf.GGUFWriter,
+    base: TinyBase,
+    chat_template: str | None,
+    add_bos: bool,
+    spm: bool,
+    user_defined: Sequence[str],
 ) -> None:
-    kinds = [
-        gguf.TokenType.CONTROL if token in CONTROLS else gguf.TokenType.NORMAL
-        for token in base.tokens
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    def kind(token: str) -> gguf.TokenType:
+        if token in CONTROLS:
+            return gguf.TokenType.CONTROL
+        if token in user_defined:
+            return gguf.TokenType.USER_DEFINED
+        if spm and token == "<unk>":
+            return gguf.TokenType.UNKNOWN
+        return gguf.TokenType.BYTE if spm and len(token) == 6 else gguf.TokenType.NORMAL
+
+    writer.add_tokenizer_model("llama" if spm else "gpt2")
+    if not spm:
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(list(MERGES))
     writer.add_token_list(list(base.tokens))
-    writer.add_token_types(kinds)
-    writer.add_token_merges(list(MERGES))
+    writer.add_token_types([kind(token) for token in base.tokens])
+    if spm:
+        writer.add_token_scores([-float(i) for i, _ in enumerate(base.tokens)])
+        writer.add_unk_token_id(0)
     writer.add_bos_token_id(base.tokens.index(BOS))
     writer.add_eos_token_id(base.tokens.index(EOS))
     writer.add_add_bos_token(add_bos)

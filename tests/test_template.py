@@ -1,0 +1,218 @@
+"""Chat templates are programs out of a file: they see little, and they end."""
+# ruff: noqa: E501  (a table of templates and what they write)
+
+import time
+import tracemalloc
+from pathlib import Path
+
+import jinja2
+import pytest
+from jinja2.sandbox import SecurityError
+from tiny import CHATML, write_tiny_base
+
+from qaflora_edge.chat import chat_tokens
+from qaflora_edge.errors import ChatTemplateError
+from qaflora_edge.runtime import Model
+from qaflora_edge.template import TemplateLimit, TemplateRefused, literal_text, render, variables
+
+MESSAGES = [
+    {"role": "system", "content": " be kind "},
+    {"role": "user", "content": "hi <b>"},
+    {"role": "assistant", "content": "<think>x</think>yo"},
+    {"role": "user", "content": "bye"},
+]
+
+
+def rendered(template: str, **more: object) -> str:
+    return render(template, bos_token="<s>", eos_token="</s>", messages=MESSAGES, **more)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ bos_token }}{{ messages | length }}{{ eos_token }}", "<s>4</s>"),
+        ("{{ messages[0].content | trim }}|{{ messages[0]['content'].strip() }}", "be kind|be kind"),
+        ("{% for m in messages[1:] %}{{ loop.index0 }}{{ m.role }} {% endfor %}", "0user 1assistant 2user "),
+        ("{% set ns = namespace(x='') %}{% for m in messages %}{% set ns.x = ns.x ~ m.role[0] %}"
+         "{% endfor %}{{ ns.x }}", "suau"),
+        ("{{ messages[2].content.split('</think>')[-1] }}", "yo"),
+        ("{{ {'ä': [1, None, '<']} | tojson }}", '{"ä": [1, null, "<"]}'),
+        ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
+        ("{% macro f(x, y='!') %}{{ x }}{{ y }}{% endmacro %}{{ f('a') }}{{ f('b', y='?') }}", "a!b?"),
+        ("{% if messages[0].role == 'system' and tools is not defined %}yes{% endif %}", "yes"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('+') }}",
+         "hi <b>+bye"),
+        ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}.{% endfor %}", "..."),
+        ("{% generation %}said{% endgeneration %}", "said"),
+        ("{% for k, v in {'b': 2, 'a': 1} | dictsort %}{{ k }}{{ v }}{% endfor %}", "a1b2"),
+        ("{% for k, v in {'b': 2}.items() %}{{ k }}{{ v }}{% endfor %}{{ {'a': 3}.get('a') }}", "b23"),
+        ("{{ 'a%sb' % 3 }}{{ 'x' * 3 }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 'q' in 'aq' }}", "a3bxxx332True"),
+        ("{{ messages[::-1][0].content }}{{ range(3) | list }}{{ missing }}", "bye[0, 1, 2]"),
+        ("{{ 'a\nb' | indent(2) }}{{ 'aXa' | replace('X', '-') }}", "a\n  ba-a"),
+        ("{{ strftime_now('%Y')[:2] }}", time.strftime("%Y")[:2]),
+        ("{% for m in messages %}\n  {%- if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n"
+         "{% endfor %}", "hi <b>\nbye\n"),
+        ("{% for x in [[1], [2]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "12"),
+        ("{{ messages[1].content is string }}{{ messages is iterable }}{{ 1 is number }}", "TrueTrueTrue"),
+    ],
+)  # fmt: skip
+def test_what_templates_use_works(template: str, text: str) -> None:
+    assert rendered(template) == text
+
+
+BIG = "{% set ns = namespace(x='aaaaaaaa', y=['a'], z=['a'], n=3) %}{% for i in range(60) %}"
+HOSTILE = [
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "{% for a in range(10**9) %}{% endfor %}",
+    "{{ 'a' * 10**9 }}",
+    "{{ 'a' * 1000000000 }}",
+    "{{ [1] * 1000000000 }}",
+    "{{ 9**9**9 }}",
+    "{{ 9**999999 }}",
+    BIG + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    BIG + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    BIG + "{% set ns.x = ns.x | replace('a', 'aaaa') %}{% endfor %}",
+    BIG + "{% set ns.x = ns.x.replace('a', 'aaaa') %}{% endfor %}",
+    BIG + "{% set ns.x = ns.x.join(ns.x) %}{% endfor %}",
+    BIG + "{% set ns.x = ns.x | join(ns.x) %}{% endfor %}",
+    BIG + "{% set ns.y = ns.y + ns.y %}{% endfor %}",
+    BIG + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y }}",
+    BIG + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y | tojson }}",
+    BIG + "{% set ns.y = {1: ns.y, 2: ns.y} %}{% endfor %}{{ ns.y.items() }}",
+    BIG + "{% set ns.y = [ns.y, ns.y] %}{% set ns.z = [ns.z, ns.z] %}{% endfor %}"
+    "{{ ns.y == ns.z }}",
+    BIG + "{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
+    "{% set x %}{% for i in range(100000) %}" + "y" * 50000 + "{% endfor %}{% endset %}",
+    "{% macro f() %}{% for i in range(100000) %}" + "y" * 50000 + "{% endfor %}{% endmacro %}"
+    "{% set z = f() %}",
+    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%*d' % (1000000000, 1) }}",
+    "{{ 'a\nb' | indent(1000000000) }}",
+    "{{ [1] | tojson(indent=1000000000) }}",
+    "{{ strftime_now('%1000000000Y') }}",
+    "{% set big = 'x' * 100000 %}{% for i in range(100000) %}{{ 'y' in big }}{% endfor %}",
+    "{% set big = range(100000) %}{% for i in range(100000) %}{% set q = big | sort %}{% endfor %}",
+    "{% set big = range(100000) %}{{ [" + "big[:], " * 300 + "] | length }}",
+    "{% set x = 'a' * 500000 %}{{ [" + "(x ~ x), " * 300 + "] | length }}",
+    "{% set x = 'a' * 500000 %}{{ ((((x ~ x) ~ (x ~ x)) ~ ((x ~ x) ~ (x ~ x))) ~ x) | length }}",
+    "{% for i in range(9000) %}{{ 'ab' | list | select('in', 'x' * 100000) | list }}{% endfor %}",
+    "{{ dict.fromkeys(range(10**9)) }}",
+    "{{ 'a' | join(range(10**9)) }}",
+    "x" * 70000,
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_hostile_template_is_stopped_soon(template: str) -> None:
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        with pytest.raises(TemplateLimit):
+            rendered(template)
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - start < 20  # tracing makes it several times slower
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ 'a'.center(1000000000) }}",
+        "{{ 'a'.ljust(1000000000) }}",
+        "{{ 'a'.zfill(1000000000) }}",
+        "{{ 'a'.expandtabs(1000000000) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__.x }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ (1).bit_length() }}",
+        "{{ messages | groupby('__class__') }}",
+    ],
+)
+def test_methods_that_no_template_needs_are_out_of_reach(template: str) -> None:
+    with pytest.raises((SecurityError, jinja2.UndefinedError)):
+        rendered(template)
+
+
+@pytest.mark.parametrize(
+    "name", ["center", "batch", "slice", "attr", "format", "xmlattr", "random", "pprint"]
+)
+def test_filters_that_no_template_needs_are_unknown(name: str) -> None:
+    with pytest.raises(jinja2.TemplateAssertionError, match=f"No filter named '{name}'"):
+        rendered("{{ messages | " + name + " }}")
+
+
+def test_nothing_is_computed_while_a_template_is_compiled() -> None:
+    """Behind a condition that is false, nothing of this is ever run."""
+    assert rendered("{% if false %}{{ 'a' * 10**10 }}{{ 9**9**9 }}{% endif %}-") == "-"
+    folded = "{{ 'aaaaaaaa'" + " | replace('a', 'aaaaaaaa')" * 12 + " }}"
+    assert rendered("{% if false %}" + folded + "{% endif %}-") == "-"
+
+
+def test_long_conversations_have_room() -> None:
+    messages = [
+        {"role": role, "content": "word " * 200}
+        for _ in range(300)
+        for role in ("user", "assistant")
+    ]
+    template = (
+        "{% for m in messages %}{% if loop.index0 == messages | length - 1 %}!{% endif %}"
+        "<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}"
+    )
+    text = render(template, bos_token="", eos_token="", messages=messages)
+    assert text.count("word") == 120_000
+
+
+REFUSALS = [
+    ("{{ raise_exception('roles must alternate!') }}", "roles must alternate!"),
+    ("{{ 'a' * 10**9 }}", "more text or more steps than a conversation needs"),
+    ("{% if %}", "line 1: Expected an expression, got 'end of statement block'"),
+    ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "too many expressions in each other"),
+    ("{% include 'x' %}", "no loader for this environment specified"),
+    ("{{ messages | center }}", "line 1: No filter named 'center'"),
+    ("{{ lipsum() }}", "'lipsum' is undefined"),
+]
+
+
+@pytest.mark.parametrize(("template", "reason"), REFUSALS)
+def test_refusal_is_told_with_its_reason(tmp_path: Path, template: str, reason: str) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", chat_template=template)
+    with Model(base.path) as model, pytest.raises(ChatTemplateError) as caught:
+        chat_tokens(model, MESSAGES)
+    assert str(caught.value) == (
+        f"The chat template of base.gguf refused the conversation: {reason}. "
+        "Give the prompt as plain text (--raw-prompt), or change the messages."
+    )
+
+
+def test_own_refusal_of_a_template_is_its_own_error() -> None:
+    with pytest.raises(TemplateRefused, match="no system"):
+        rendered("{{ raise_exception('no system') }}")
+
+
+def test_literal_text_and_variables_of_a_template() -> None:
+    assert "<|im_end|>" in literal_text(CHATML)
+    assert "'x'" not in literal_text("{{ 'x' }}")
+    assert "x" in literal_text("{{ 'x' }}")
+    assert variables(CHATML) == {"messages", "add_generation_prompt"}
+
+
+def test_templates_agree_with_transformers(smollm2: Path) -> None:
+    """The same text as transformers' own environment makes of the base's template."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with Model(smollm2) as model:
+        template = model.chat_template
+    for messages in (MESSAGES, MESSAGES[1:], MESSAGES[1:2]):
+        expected, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, bos_token="<s>"
+        )
+        found = render(template, bos_token="<s>", eos_token="</s>", messages=messages)
+        assert found == expected[0]
