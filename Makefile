@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Each makes what is missing and repeats nothing.
-# `make test-vulkan` builds for Vulkan beside them and tests that.
+# `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` with sanitizers.
+# `make fuzz MINUTES=5` gives every reader damaged files.
 # Options for llama.cpp go in CMAKE_ARGS, such as `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-vulkan vulkan-tests bench-convert lint clean FORCE
+.PHONY: demo test test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint clean FORCE
 
 demo: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
@@ -35,6 +36,23 @@ vulkan-tests: $(DONE)/package $(DONE)/pytest
 	GGML_VK_DISABLE_F16=1 GGML_VK_DISABLE_FUSION=1 $(BIN)/pytest tests/test_device.py
 	$(BIN)/pytest tests/test_device.py
 
+# The library with address and undefined-behaviour sanitizers, and asserts, in an environment of its
+# own. Not stripped, so that a report names functions.
+test-asan:
+	$(MAKE) VENV=.venv-asan BUILD=build/asan INSTALL_OPTIONS='-C install.strip=false' \
+	    CMAKE_ARGS="$(CMAKE_ARGS) $(ASAN_ARGS)" asan-tests
+
+ASAN_ARGS := $(foreach part,GGML LLAMA,$(foreach kind,ADDRESS UNDEFINED,-D$(part)_SANITIZE_$(kind)=on)) \
+    $(foreach language,C CXX,'-DCMAKE_$(language)_FLAGS_RELEASE=-O1 -g1 -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS')
+
+asan-tests: $(DONE)/package $(DONE)/pytest
+	$(BIN)/python tests/sanitized.py $(BIN)/pytest tests/test_backend.py tests/test_probe.py
+
+# Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
+MINUTES ?= 5
+fuzz: $(DONE)/package
+	PYTHONPATH=tests $(BIN)/python -P -m fuzz.run --minutes $(MINUTES) $(TARGETS)
+
 # A rank-64 adapter of an 8B Llama: seconds and peak memory (336 MB in the temporary folder).
 bench-convert: $(DONE)/package
 	$(BIN)/python benchmarks/convert.py
@@ -46,7 +64,7 @@ lint: $(DONE)/package $(DONE)/test-tools
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:
-	rm -rf $(VENV) .venv-vulkan
+	rm -rf $(VENV) .venv-vulkan .venv-asan
 
 $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,7 +80,7 @@ $(DONE)/binding: $(DONE)/venv patches/UPSTREAM
 	@touch $@
 
 $(DONE)/package: $(DONE)/binding $(DONE)/cmake-args $(PACKAGE_FILES)
-	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' .
+	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' $(INSTALL_OPTIONS) .
 	@touch $@
 
 # Plain `torch` is what pip's configuration makes it; the tests need only a CPU build.

@@ -150,7 +150,8 @@ def read_values(path: Path, info: TensorInfo) -> F32:
     if info.ggml_type == GGMLQuantizationType.F16:
         return rows.view("<f2").astype(np.float32)
     try:
-        values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
+        with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
+            values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
     except NotImplementedError as error:
         raise GgufFileError(
             f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "

@@ -1,0 +1,112 @@
+"""Fuzz every reader for some minutes: `make fuzz MINUTES=5`.
+
+Prints the number of cases per reader and every finding; exits with 1 when there is one. A finding
+is kept in tests/fuzz/findings, from where the tests replay it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fuzz.targets import TARGETS
+from fuzz.worker import FINDINGS, SECONDS_UNTIL_KILLED, read_case, save_finding
+
+N_CASE_UNBOUNDED = 1 << 62
+SECONDS_TO_START = 60
+
+
+def fuzz_target(
+    name: str, seconds: float, seed: int, findings: Path, n_case: int = N_CASE_UNBOUNDED
+) -> dict[str, Any]:
+    """Feed one reader; a worker that dies is a finding, and another one goes on.
+
+    returns  n_case, n_outcome, n_accepted, and the folders of findings
+    """
+    total: dict[str, Any] = {"n_case": 0, "outcomes": set(), "n_accepted": 0, "findings": []}
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and total["n_case"] < n_case:
+        with tempfile.TemporaryDirectory(prefix="qaflora-fuzz-") as work_name:
+            work = Path(work_name)
+            problem = _run_worker(name, work, seed, left, n_case - total["n_case"])
+            report = _read_report(work)
+            total["n_case"] += report["n_case"]
+            total["outcomes"] |= set(report["outcomes"])
+            total["n_accepted"] += report["outcomes"].get("accepted", 0)
+            kept = [
+                save_finding(name, read_case(Path(found)), _reason(Path(found)), findings)
+                for found in report["findings"]
+            ]
+            if problem:
+                kept.append(save_finding(name, read_case(work / "case"), problem, findings))
+            total["findings"] += [folder for folder in kept if folder not in total["findings"]]
+        seed += 1
+    return {**total, "n_outcome": len(total.pop("outcomes"))}
+
+
+def _run_worker(name: str, work: Path, seed: int, seconds: float, n_case: int) -> str | None:
+    """Run one worker to its end. returns  how it died, or None"""
+    command = [sys.executable, "-P", "-m", "fuzz.worker"]
+    command += [name, str(work), str(seed), str(seconds), str(n_case)]
+    env = os.environ | {
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "QAFLORA_CACHE": str(work / "cache"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    try:
+        result = subprocess.run(
+            command,
+            env=env,
+            capture_output=True,
+            timeout=seconds + SECONDS_TO_START + SECONDS_UNTIL_KILLED,
+        )
+    except subprocess.TimeoutExpired as error:
+        return f"the worker did not end\n{(error.stderr or b'').decode('utf-8', 'replace')[-4000:]}"
+    if result.returncode == 0:
+        return None
+    text = result.stderr.decode("utf-8", "replace")[-4000:]
+    if not (work / "report.json").exists():  # it fed nothing: the fuzzer is at fault
+        raise RuntimeError(f"The worker of {name} did not start:\n{text}")
+    return f"the worker ended with {result.returncode}\n{text}"
+
+
+def _read_report(work: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((work / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _reason(folder: Path) -> str:
+    return (folder / "reason.txt").read_text(encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0, help="over all readers together")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed, the same cases")
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
+    options = parser.parse_args()
+    seed = int(time.time()) if options.seed is None else options.seed
+    print(f"seed {seed}, {options.minutes:g} minutes over {len(options.targets)} readers")
+    print(f"{'reader':<14}{'cases':>10}{'accepted':>10}{'outcomes':>10}{'findings':>10}")
+    n_case = n_finding = 0
+    for name in options.targets:
+        found = fuzz_target(name, 60 * options.minutes / len(options.targets), seed, FINDINGS)
+        n_case, n_finding = n_case + found["n_case"], n_finding + len(found["findings"])
+        print(
+            f"{name:<14}{found['n_case']:>10}{found['n_accepted']:>10}{found['n_outcome']:>10}"
+            f"{len(found['findings']):>10}",
+            flush=True,
+        )
+        for folder in found["findings"]:
+            print(f"  {folder}: {_reason(folder).strip().splitlines()[-1]}", flush=True)
+    print(f"{'all':<14}{n_case:>10} cases, {n_finding} findings")
+    return 1 if n_finding else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""What is fuzzed: a folder of seeds for each reader, and what the reader must do with damage.
+
+A check returns when the reader accepted a case and raises a QafloraError when it refused it.
+Whatever else it raises is a finding, as are a crash, a hang and too much memory.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+
+from fuzz.mutate import Case
+from qaflora_edge.adapter_gguf import check_adapter, read_adapter_gguf, read_pair
+from qaflora_edge.bundle import load_bundle
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.gbnf import check_gbnf
+from qaflora_edge.gguf_header import read_gguf_header, read_tensor
+from qaflora_edge.json_schema import json_schema_to_gbnf
+from qaflora_edge.peft import read_peft
+from qaflora_edge.peft_config import parse_config, read_fields
+from qaflora_edge.safetensors_file import read_safetensors
+from qaflora_edge.session_file import load_session
+
+MODULES = ("model.layers.0.self_attn.q_proj", "a" * 60 + "b", "lm_head")
+SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_head_kv": 1, "n_ff": 32}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader: cases to begin with, made in an empty folder, and the check of a case.
+
+    check  takes the folder of a case, and a folder with the undamaged seeds
+    """
+
+    seeds: Callable[[Path], list[Case]]
+    check: Callable[[Path, Path], None]
+
+
+def _read_case(folder: Path) -> Case:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@cache
+def _base(place: Path) -> tiny.TinyBase:
+    return tiny.write_tiny_base(place / "base.gguf", **SMALL)
+
+
+def _adapters(place: Path) -> list[Case]:
+    base = _base(place)
+    options: tuple[Mapping[str, Any], ...] = (
+        {"targets": ("attn_q",), "layers": (0,), "rank": 2},
+        {"targets": ("token_embd", "output", "ffn_down"), "rank": 3, "outtype": "f16"},
+        {"targets": ("attn_k", "attn_v"), "rank": 32, "outtype": "q8_0"},
+    )
+    cases = []
+    for option in options:
+        adapter = tiny.write_tiny_adapter(place / "adapter.gguf", base, **option)
+        cases.append({"a.gguf": adapter.path.read_bytes()})
+    return cases
+
+
+def _pefts(place: Path) -> list[Case]:
+    base = _base(place)
+    options: tuple[Mapping[str, Any], ...] = (
+        {"targets": ("q_proj",), "layers": (0,), "rank": 2},
+        {"targets": ("k_proj", "embed_tokens"), "use_rslora": True, "dtype": "BF16", "rank": 2},
+        {
+            "targets": ("q_proj", "down_proj"),
+            "rank_pattern": {"q_proj": 3, r"layers\.(0|1)\.mlp\.down_proj": 5},
+            "alpha_pattern": {".*q_proj": 16.0},
+            "dtype": "F16",
+        },
+    )
+    return [
+        _read_case(tiny.write_tiny_peft(place / f"peft{index}", base, **option))
+        for index, option in enumerate(options)
+    ]
+
+
+def _parts_of_pefts(suffix: str) -> Callable[[Path], list[Case]]:
+    def seeds(place: Path) -> list[Case]:
+        return [
+            {name: data for name, data in case.items() if name.endswith(suffix)}
+            for case in _pefts(place)
+        ]
+
+    return seeds
+
+
+def _shards(place: Path) -> list[Case]:
+    """Two shards and their index, as PEFT splits large adapters."""
+    case = _pefts(place)[0]
+    config = case["adapter_config.json"]
+    files, weight_map = {}, {}
+    for index, side in enumerate("AB"):
+        name = f"base_model.model.{MODULES[0]}.lora_{side}.weight"
+        shape = (2, 32) if side == "A" else (32, 2)
+        file = f"adapter_model-0000{index + 1}-of-00002.safetensors"
+        tiny.write_safetensors(place / file, {name: np.ones(shape, np.float32)})
+        files[file], weight_map[name] = (place / file).read_bytes(), file
+    content = json.dumps({"metadata": {"total_size": 512}, "weight_map": weight_map}).encode()
+    index_file = "adapter_model.safetensors.index.json"
+    return [{"adapter_config.json": config, index_file: content, **files}]
+
+
+def _mlx(place: Path) -> list[Case]:
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{MODULES[0]}.lora_a": rng.standard_normal((32, 4)).astype(np.float32),
+        f"{MODULES[0]}.lora_b": rng.standard_normal((4, 32)).astype(np.float32),
+    }
+    tiny.write_safetensors(place / "adapters.safetensors", tensors)
+    config = {
+        "fine_tune_type": "lora",
+        "model": "tiny",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]},
+    }
+    weights = (place / "adapters.safetensors").read_bytes()
+    return [{"adapter_config.json": json.dumps(config).encode(), "adapters.safetensors": weights}]
+
+
+def _sessions(place: Path) -> list[Case]:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi", "finish_reason": "stop"},
+    ]
+    bundle = {"name": "demo", "base_sha256": "0" * 64, "adapters": {"math": "1" * 64}}
+    session = {
+        "format": "qaflora-session/1",
+        "bundle": bundle,
+        "strategy": "qa-flora",
+        "adapters": ["math"],
+        "messages": messages,
+    }
+    return [{"session.json": json.dumps(session).encode()}]
+
+
+def _schemas(place: Path) -> list[Case]:
+    item = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": -3, "maximum": 99}},
+    }
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 8},
+            "kind": {"enum": ["a", "b", 1, None]},
+            "items": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 3},
+        },
+        "required": ["name"],
+        "additionalProperties": False,
+        "$defs": {"item": item},
+    }
+    return [{"schema.json": json.dumps(schema).encode()}]
+
+
+def _bases(place: Path) -> list[Case]:
+    options: tuple[Mapping[str, Any], ...] = (
+        {},
+        {"arch": "qwen2", "tied": False, "dtype": "q8_0"},
+    )
+    paths = [place / f"base{index}.gguf" for index in range(len(options))]
+    for path, option in zip(paths, options, strict=True):
+        tiny.write_tiny_base(path, **{**SMALL, "n_layer": 1, **option})
+    return [{"a.gguf": path.read_bytes()} for path in paths]
+
+
+def _bundles(place: Path) -> list[Case]:
+    from qaflora_edge.bundle_create import create_bundle
+
+    base = _base(place)
+    adapter = tiny.write_tiny_adapter(place / "es.gguf", base, layers=(0,), targets=("attn_q",))
+    create_bundle(place / "bundle", base.path, {"es": adapter.path}, name="tiny", calibrate=False)
+    text = json.loads((place / "bundle/bundle.json").read_bytes())
+    text["fusion"]["typical"] = {"es": {"norm": [0.5, 1.0], "raw": [0.25, 2.0]}}
+    return [{**_read_case(place / "bundle"), "bundle.json": json.dumps(text).encode()}]
+
+
+# --- checks ---------------------------------------------------------------------------------
+
+
+def _check_safetensors(folder: Path, place: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        for tensor in read_safetensors(path).values():
+            values = tensor.read()
+            assert values.shape == tensor.shape
+            assert np.isfinite(values).all()
+
+
+def _check_config(folder: Path, place: Path) -> None:
+    config = parse_config(folder / "adapter_config.json", read_fields(folder))
+    for module in MODULES:
+        assert 1 <= config.rank_of(module) <= 1 << 14
+        assert np.isfinite(np.float32(config.scale_of(module)))
+
+
+def _check_peft(folder: Path, place: Path) -> None:
+    for module in read_peft(folder).modules.values():
+        assert module.read_a().shape == (module.rank, module.n_in)
+        assert module.read_b().shape == (module.n_out, module.rank)
+
+
+def _check_adapter(folder: Path, place: Path) -> None:
+    info = read_adapter_gguf(folder / "a.gguf")
+    check_adapter(info, read_gguf_header(place / "base.gguf"))
+    for name in info.ranks:
+        a, b, _ = read_pair(info, name)
+        assert a.ndim == b.ndim == 2
+
+
+def _check_base(folder: Path, place: Path) -> None:
+    header = read_gguf_header(folder / "a.gguf")
+    counts = (header.n_layer, header.n_embd, header.n_head, header.n_head_kv, header.n_vocab)
+    assert min(counts) >= 1
+    for name, info in header.tensors.items():
+        assert read_tensor(header, name).shape == info.shape
+
+
+def _check_bundle(folder: Path, place: Path) -> None:
+    bundle = load_bundle(folder)
+    inside = folder.resolve()
+    for path in bundle.adapter_paths.values():
+        assert path.resolve().is_relative_to(inside)
+
+
+def _check_convert(folder: Path, place: Path) -> None:
+    """What is converted can be read again and fits; a refusal leaves no file."""
+    out = place / "converted.gguf"
+    out.unlink(missing_ok=True)
+    try:
+        convert_adapter(folder, place / "base.gguf", out)
+    except BaseException:
+        assert not out.exists()
+        raise
+    finally:
+        assert not list(place.glob(".tmp-*"))
+    check_adapter(read_adapter_gguf(out), read_gguf_header(place / "base.gguf"))
+
+
+def _check_session(folder: Path, place: Path) -> None:
+    load_session(folder / "session.json").conversation.messages()
+
+
+def _check_schema(folder: Path, place: Path) -> None:
+    """A schema that is taken becomes a grammar that is taken."""
+    try:
+        schema = json.loads((folder / "schema.json").read_bytes())
+    except (ValueError, RecursionError):
+        return  # JSON is not read by what is tested here
+    check_gbnf(json_schema_to_gbnf(schema))
+
+
+def _check_native_adapter(folder: Path, place: Path) -> None:
+    """An adapter that we accept is loaded and used by the library without harm."""
+    from fuzz.native import use_adapter
+
+    _check_adapter(folder, place)
+    use_adapter(place / "base.gguf", folder / "a.gguf")
+
+
+TARGETS: Mapping[str, Target] = {
+    "safetensors": Target(_parts_of_pefts(".safetensors"), _check_safetensors),
+    "config": Target(_parts_of_pefts(".json"), _check_config),
+    "peft": Target(_pefts, _check_peft),
+    "mlx": Target(_mlx, _check_peft),
+    "shards": Target(_shards, _check_peft),
+    "convert": Target(_pefts, _check_convert),
+    "adapter": Target(_adapters, _check_adapter),
+    "base": Target(_bases, _check_base),
+    "bundle": Target(_bundles, _check_bundle),
+    "session": Target(_sessions, _check_session),
+    "schema": Target(_schemas, _check_schema),
+    "native": Target(_adapters, _check_native_adapter),
+}
