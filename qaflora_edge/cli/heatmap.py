@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from qaflora_edge.cli.show import BLOCKS, can_show, layer_ranges, leading_layers
+from qaflora_edge.cli.show import BLOCKS, EQUAL, can_show, layer_ranges, leading_layers
 
 if TYPE_CHECKING:
     from qaflora_edge.fusion import FusionWeights
@@ -31,7 +31,6 @@ TICK = 5  # a label at every fifth layer
 NAME_MAX, CELL_MAX, MEAN = 20, 3, 4  # columns
 GAP = 2
 TABLE_MIN = 60  # columns below which adapters' lines are not set as a table
-TOP_MIN = 1 / 8  # the finest scale
 
 
 def terminal_colour(stream: Any, environ: Mapping[str, str] = os.environ) -> Colour:
@@ -122,14 +121,17 @@ def facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
 
 
 def scale_top(fusions: Sequence[FusionWeights]) -> float:
-    """The weight at the strong end of the scale: a power of two that no weight exceeds.
+    """The weight at the strong end of the scale: the largest one, rounded up.
 
-    Eight adapters share a sum of 1, and on a scale up to 1 all of them would look alike.
+    It is a tenth up to 1, then a whole number. Eight adapters share a sum of 1, and on a scale up
+    to 1 all of them would look alike.
     """
     largest = max((float(f.weights.max()) for f in fusions if f.weights.size), default=1.0)
     if largest <= 0.0:
         return 1.0
-    return max(TOP_MIN, 2.0 ** math.ceil(math.log2(largest) - 1e-6))
+    if largest < 1.0:
+        return math.ceil((largest - EQUAL) * 10) / 10 or 0.1
+    return float(math.ceil(largest - EQUAL))
 
 
 def ramp_colour(share: float) -> tuple[int, int, int]:
@@ -229,7 +231,7 @@ class Pen:
     def legend(self, n_layer: int, width: int) -> str:
         """What the cells mean."""
         steps = {"none": len(self._signs), "256": len(RAMP_256), "truecolor": 16}
-        n_step = max(2, min(steps[self._colour], width - len("weight 0  0.125")))
+        n_step = max(2, min(steps[self._colour], width - len("weight 0  0.1")))
         share = n_step - 1 if self._colour == "truecolor" else n_step
         ramp = self.cells([self.top * step / share for step in range(n_step)], 1)
         lines = [f"weight 0 {ramp} {self.top:g}"]

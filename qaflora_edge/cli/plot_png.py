@@ -39,7 +39,7 @@ def png(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> bytes:
     FigureCanvasAgg(figure)
     grid = list(figure.subplots(n_row, n_column, squeeze=False).flat)
     colours = LinearSegmentedColormap.from_list("weights", [PAPER, INK])
-    n_char = int(panel[0] * 11)
+    n_char = int(panel[0] * 13)
     images = [
         _panel(axes, prompt, fusion, top, colours, n_char)
         for axes, (prompt, fusion) in zip(grid, weighed, strict=False)

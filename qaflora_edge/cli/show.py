@@ -1,4 +1,4 @@
-"""Fusion weights as text for a terminal: means, and a strip with one sign per layer."""
+"""Fusion weights in words and as strips with one sign per layer."""
 
 from __future__ import annotations
 
@@ -77,35 +77,6 @@ def strips(fusion: FusionWeights, encoding: str | None) -> list[str]:
         + paint(strip(weights, signs), COLOURS[index % len(COLOURS)])
         for index, ((name, mean), weights) in enumerate(rows)
     ]
-
-
-def weights_table(fusion: FusionWeights, encoding: str | None) -> str:
-    """What `qaflora weights` prints."""
-    n_layer = fusion.weights.shape[1]
-    dot = "·" if can_show("·", encoding) else "-"
-    facts = [f"strategy {fusion.strategy}", f"{fusion.prompt_tokens} prompt tokens"]
-    if fusion.divergence is not None:
-        facts.insert(1, f"lens {fusion.lens}, pool {fusion.pool}")
-        facts.append(f"probe {fusion.probe_ms:.0f} ms")
-    lines = [f" {dot} ".join(facts), ""]
-    if not fusion.adapters:
-        return "\n".join([*lines, "The bundle has no adapters: the base answers alone."])
-    width = max(7, *(len(name) for name in fusion.adapters))
-    header = f"{'adapter':<{width}}   mean    max at layer"
-    if fusion.divergence is not None:
-        header += "  divergence"
-    lines.append(f"{header}  layer 0 to {n_layer - 1}")
-    signs = BLOCKS if can_show(BLOCKS, encoding) else DIGITS
-    for index, name in enumerate(fusion.adapters):
-        row = fusion.weights[index]
-        at = int(row.argmax())
-        line = f"{name:<{width}}  {row.mean():5.2f}  {row[at]:5.2f} {at:>8}"
-        if fusion.divergence is not None:
-            line += f"  {fusion.divergence[index].mean():>10.3g}"
-        shown = paint(strip(row.tolist(), signs), COLOURS[index % len(COLOURS)])
-        lines.append(f"{line}  {shown}")
-    lines += ["", f"A strip shows one weight per layer, from 0 ({signs[0]}) to 1 ({signs[-1]})."]
-    return "\n".join(lines)
 
 
 def paint(text: str, colour: str) -> str:
