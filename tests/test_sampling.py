@@ -93,6 +93,28 @@ def test_control_tokens_never_pass_for_their_text(engine: Engine) -> None:
     assert answer.n_completion > 1
 
 
+@pytest.mark.parametrize(
+    ("grammar", "max_tokens", "is_whole"),
+    [
+        ('root ::= "ñ" [0-9]*', 1, False),  # half of a character
+        ('root ::= "ñ" [0-9]*', 2, True),
+        ('root ::= "ñ" [0-9]*', 4, True),  # more may follow, and need not
+        ('root ::= "ñ" [0-9] "."', 3, False),
+        ('root ::= "ñ" [0-9] "."', 4, True),
+        ('root ::= "ñ" [0-9] "."', None, True),
+        (None, 2, True),
+    ],
+)
+def test_answer_is_whole_where_its_grammar_may_end(
+    grammar: str | None, max_tokens: int | None, is_whole: bool, engine: Engine
+) -> None:
+    """Bytes and digits are tokens of their own in the tiny vocabulary."""
+    answer = engine.generate(PROMPT, grammar=grammar, max_tokens=max_tokens or 60)
+    answer.text()
+    assert answer.finish_reason == ("length" if max_tokens else "stop")
+    assert answer.is_whole == is_whole
+
+
 def test_grammar_that_no_token_can_follow_is_reported(engine: Engine) -> None:
     """No token writes the character U+0000."""
     with pytest.raises(BackendError) as caught:
