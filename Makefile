@@ -53,7 +53,7 @@ MINUTES ?= 5
 fuzz: $(DONE)/package
 	PYTHONPATH=tests $(BIN)/python -P -m fuzz.run --minutes $(MINUTES) $(TARGETS)
 
-# A rank-64 adapter of an 8B Llama: seconds and peak memory (336 MB in the temporary folder).
+# A rank-64 adapter of an 8B Llama: seconds and peak memory (needs 0.7 GB of temporary space).
 bench-convert: $(DONE)/package
 	$(BIN)/python benchmarks/convert.py
 

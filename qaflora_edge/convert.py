@@ -4,7 +4,6 @@
 one encoded tensor in memory at a time.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from qaflora_edge.convert_plan import PlannedModule, plan_modules
-from qaflora_edge.encode import OUTTYPES, encoded_tensor, stored_shape, stored_type
+from qaflora_edge.encode import OUTTYPES, encoded_tensor, stored_bytes, stored_shape, stored_type
 from qaflora_edge.errors import OptionError, OutputFileError
 from qaflora_edge.files import atomic_path
 from qaflora_edge.gguf_header import read_gguf_header
@@ -127,15 +126,17 @@ def _write(
             for side in "ab":
                 shape = stored_shape(module, side)
                 kind = stored_type(shape[-1], wanted)
-                n_bytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+                n_bytes = stored_bytes(module, side, wanted)
                 name = f"{module.base_name}.lora_{side}"
                 writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        sizes = [stored_bytes(module, side, wanted) for module in modules for side in "ab"]
+        buffer = np.empty(max(sizes), np.uint8)
         for index, module in enumerate(modules):
             for side in "ab":
-                writer.write_tensor_data(encoded_tensor(module, side, wanted))
+                writer.write_tensor_data(encoded_tensor(module, side, wanted, buffer))
             tell(index + 1)
     finally:
         writer.close()

@@ -4,6 +4,8 @@ Values go from the source to the encoded tensor by slices of rows, so that of a 
 more than the encoded one is in memory.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.convert_plan import PlannedModule
 from qaflora_edge.errors import UnsupportedAdapterError
-from qaflora_edge.safetensors_file import F32
+from qaflora_edge.safetensors_file import F32, PIECE_VALUES
 
 OUTTYPES = {
     "f32": GGMLQuantizationType.F32,
@@ -47,10 +49,19 @@ def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationTyp
     return wanted
 
 
-def encoded_tensor(module: PlannedModule, side: str, wanted: GGMLQuantizationType) -> NDArray[Any]:
+def stored_bytes(module: PlannedModule, side: str, wanted: GGMLQuantizationType) -> int:
+    """Give the size of lora_a or lora_b in the file."""
+    shape = stored_shape(module, side)
+    return math.prod(gguf.quant_shape_to_byte_shape(shape, stored_type(shape[-1], wanted)))
+
+
+def encoded_tensor(
+    module: PlannedModule, side: str, wanted: GGMLQuantizationType, buffer: NDArray[np.uint8]
+) -> NDArray[Any]:
     """Read, turn and encode lora_a or lora_b of a module.
 
-    returns  [n_row, n]  floats, or the bytes of their blocks, as the file holds them
+    buffer   [stored_bytes or more]  is used again for each tensor, so that memory stays whole
+    returns  [n_row, n]  floats, or the bytes of their blocks, as the file holds them; in `buffer`
 
     Raises UnsupportedAdapterError for values that the type cannot hold.
     """
@@ -59,11 +70,10 @@ def encoded_tensor(module: PlannedModule, side: str, wanted: GGMLQuantizationTyp
     is_turned = source.is_transposed != (side == "a" and source.is_embedding)
     shape = stored_shape(module, side)
     kind = stored_type(shape[-1], wanted)
-    encoded = np.empty(gguf.quant_shape_to_byte_shape(shape, kind), np.uint8).view(
-        _FLOATS.get(kind, np.uint8)
-    )
-    # The values of a tensor that is turned lie in columns, and its rows are whole only at the end.
-    pieces = [(0, tensor.read(transposed=True))] if is_turned else tensor.pieces()
+    raw = buffer[: stored_bytes(module, side, wanted)]
+    encoded = raw.view(_FLOATS.get(kind, np.uint8)).reshape(shape[0], -1)
+    # The rows of a tensor that is turned lie in columns, and are whole only when all is read.
+    pieces = _slices(tensor.read(transposed=True)) if is_turned else tensor.pieces()
     places = _places(module) if side == "b" else None
     largest = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
@@ -97,9 +107,18 @@ def _places(module: PlannedModule) -> NDArray[np.int64] | None:
     return places
 
 
+def _slices(values: F32) -> Iterator[tuple[int, F32]]:
+    """Cut values into slices of rows: the first row of each, and [some rows, n]."""
+    n_row = max(1, PIECE_VALUES // values.shape[1])
+    for begin in range(0, len(values), n_row):
+        yield begin, values[begin : begin + n_row]
+
+
 def _encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
-    """values  [n_row, n]  float32"""
+    """values  [n_row, n]  float32, of whole blocks"""
     if kind in _FLOATS:
         return values.astype(_FLOATS[kind], copy=False)
-    encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+    # As one row: gguf steps over rows in Python, and blocks are the same either way.
+    flat = np.ascontiguousarray(values).reshape(1, -1)
+    encoded: NDArray[Any] = gguf.quants.quantize(flat, kind).reshape(len(values), -1)
     return encoded

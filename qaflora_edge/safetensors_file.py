@@ -24,7 +24,7 @@ MAX_NAME_LENGTH = 256
 MAX_DIMS = 8
 MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
 MAX_COUNT = (1 << 63) - 1  # of a dimension or an offset
-PIECE_VALUES = 1 << 15  # that are read and turned at a time
+PIECE_VALUES = 1 << 14  # that are read and turned at a time
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -122,7 +122,9 @@ class StoredTensor:
 def _to_float32(raw: bytes, dtype: str) -> F32:
     """returns  [n]  float32, which may be a view of `raw`"""
     if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        bits = np.frombuffer(raw, "<u2").astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)
 
 

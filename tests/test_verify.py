@@ -117,8 +117,8 @@ def test_mistake_is_found_and_the_older_file_kept(
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "up_proj"], layers=[0])
     original = convert.encoded_tensor
 
-    def wrong(module: PlannedModule, side: str, wanted: Any) -> Any:
-        encoded = original(module, side, wanted)
+    def wrong(module: PlannedModule, side: str, wanted: Any, buffer: Any) -> Any:
+        encoded = original(module, side, wanted, buffer)
         if module.kind != "attn_q" or side != wrong_side:
             return encoded
         kind = stored_type(stored_shape(module, side)[-1], wanted)
