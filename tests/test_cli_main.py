@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +202,34 @@ def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
     errors = process.stderr.read()
     process.stderr.close()
     assert (process.wait(timeout=30), errors) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("args", [["--max-tokens", "4"], ["--max-tokens", "4", "--json"]])
+def test_full_disk_behind_stdout_is_told(args: list[str], made: TinyBundle) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [*QAFLORA, "run", str(made.folder), "the thing", *args]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: Cannot write the output: the disk is full. Free some space and try again.\n",
+    )
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("closed", "prompt", "code"), [("<&-", "-", 1), (">&-", "hi", 0), ("2>&-", "hi", 0)]
+)
+def test_closed_streams_are_empty_ones(
+    closed: str, prompt: str, code: int, made: TinyBundle
+) -> None:
+    command = shlex.join([*QAFLORA, "run", str(made.folder), prompt, "--max-tokens", "4"])
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert bool(done.stdout) == (closed == "2>&-")
+    if closed == "<&-":
+        assert done.stderr == "Error: The prompt is empty; give at least one character.\n"
 
 
 STOPPED_WHILE_ANSWERING = """

@@ -369,6 +369,23 @@ def test_reader_that_has_enough_ends_it_quietly(options: str, made: TinyBundle) 
     assert (done.stdout[3:], done.stderr) == (b" 0\n", b"")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX ones")
+def test_answer_moves_no_cursor_of_a_terminal(made: TinyBundle, tmp_path: Path) -> None:
+    import pty
+
+    path = tmp_path / "escape.gbnf"
+    path.write_text('root ::= "a\\x1b[2Jb\\x07"\n')
+    command = [*QAFLORA, "run", str(made.folder), "x", "--grammar", str(path)]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    shown = os.read(ours, 1000)
+    os.close(ours)
+    assert (done.returncode, shown) == (0, b"a?[2Jb?\r\n")
+    piped = subprocess.run(command, capture_output=True)
+    assert piped.stdout == b"a\x1b[2Jb\x07\n"
+
+
 def test_json_is_escaped_where_the_output_lacks_a_character(made: TinyBundle) -> None:
     command = [*QAFLORA, "run", str(made.folder), "x", "--grammar", "-", "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

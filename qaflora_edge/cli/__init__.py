@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from qaflora_edge import __version__
 from qaflora_edge.errors import QafloraError
+from qaflora_edge.files import is_disk_full
 
 # Verb -> its line in `qaflora --help`. The first line of a command's own help says the same.
 VERBS = {
@@ -77,6 +78,16 @@ class VerbGroup(click.Group):
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             sys.exit(EXIT_INTERRUPTED)
+        except OSError as error:
+            # Files say so themselves (files.atomic_path); what is left is stdout.
+            if not is_disk_full(error):
+                raise
+            _drop_output()
+            click.echo(
+                "Error: Cannot write the output: the disk is full. Free some space and try again.",
+                err=True,
+            )
+            sys.exit(EXIT_FAILED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -95,7 +106,13 @@ def _with_variable(error: click.ClickException) -> click.ClickException:
 
 
 def _prepare_streams() -> None:
-    """Let text that a terminal's encoding lacks be shown as `?` instead of ending the command."""
+    """Let text that a terminal's encoding lacks be shown as `?` instead of ending the command.
+
+    A stream that the caller closed is an empty one.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -121,10 +138,14 @@ def _termination_unwinds() -> Any:
 
 def _leave_quietly() -> None:
     """End without a word: whoever read the output has seen enough."""
-    with contextlib.suppress(OSError, ValueError):
-        # Python flushes stdout once more at its end, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     sys.exit(0)
+
+
+def _drop_output() -> None:
+    """Send stdout nowhere: Python flushes it once more at its end, which would fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 EPILOG = """\

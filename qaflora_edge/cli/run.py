@@ -228,10 +228,16 @@ def _check_whole(answers: list[Generation], path: str | None) -> None:
 
 
 def stream_answer(answer: Generation) -> None:
-    """Write an answer to stdout piece by piece, and end its line however it ends."""
+    """Write an answer to stdout piece by piece, and end its line however it ends.
+
+    A terminal gets none of its control characters; a pipe or a file gets it as it is.
+    """
+    from qaflora_edge.cli.chat.signs import visible
+
+    is_terminal = sys.stdout.isatty()
     try:
         for piece in answer:
-            click.echo(piece, nl=False)
+            click.echo(visible(piece, has_signs=False) if is_terminal else piece, nl=False)
     finally:
         click.echo()
 
