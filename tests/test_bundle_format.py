@@ -1,0 +1,182 @@
+"""The JSON Schema of bundle.json and the reader: each refuses what the other refuses.
+
+The schema is judged by jsonschema, which shares no code with the reader.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from bundles import make_bundle
+
+from qaflora_edge.bundle_format import parse_bundle
+from qaflora_edge.errors import BundleError
+from qaflora_edge.files import package_data, unsafe_reason
+
+Raw = dict[str, Any]
+Place = tuple[str | int, ...]
+MISSING = object()
+
+VALUES = (
+    *(MISSING, None, True, False, 0, 1, -1, 3, 1.5, 1e-300, 2**62, 2**62 + 1, 10**400, -(10**400)),
+    *(
+        "",
+        " ",
+        "x",
+        "x\n",
+        "é",
+        "a/b",
+        "a\\b",
+        "../x",
+        "a/../b",
+        "/x",
+        "\\x",
+        "C:x",
+        "a\0b",
+        "a..b",
+    ),
+    *("x" * 64, "x" * 65, "x" * 100_001, "0" * 64, "0" * 64 + "\n", "A" * 64, "..", ".", "-x"),
+    *("owner/name", "owner/name/a.gguf", "owner/name/a/b.gguf@v1", "owner/name@", "owner/name\n"),
+    *(
+        "owner/name@a/../b",
+        "owner/../a.gguf",
+        "owner/name//a.gguf",
+        "o/n/a.txt",
+        "o/n@a@b",
+        "o/n@/x",
+    ),
+    *("qa-flora", "norm", "norm:2", "norm:0", "norm:x", "single:math", "single:", "single"),
+    *(
+        "manual:math=1",
+        "manual:math=0.5,es=2",
+        "manual:math",
+        "base",
+        "raw",
+        "mean",
+        "best",
+        "base\n",
+    ),
+    *([], [1], ["x"], [None], [[]], ["x"] * 1025, {}, {"x": 1}, [{}]),
+)
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json.loads(package_data("data/bundle.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
+    """A bundle.json with every field that there is."""
+    made = make_bundle(tmp_path_factory.mktemp("format"))
+    found: Raw = json.loads((made.folder / "bundle.json").read_text())
+    found["base"] |= {"registry": "tiny", "hub": "owner/name/base.gguf@v1"}
+    found["adapters"][0]["hub"] = "owner/name"
+    found["fusion"]["typical"] = {"math": {"raw": [1.0, 2, 0.5], "norm": [1.0, 2, 0.5]}}
+    found["fusion"]["typical_prompts"] = {"sha256": "0" * 64, "n_prompt": 3}
+    return found
+
+
+def reader_takes(raw: Raw) -> bool:
+    try:
+        text = parse_bundle(json.dumps(raw).encode(), "bundle.json")
+    except BundleError:
+        return False
+    return all(unsafe_reason(adapter.file) is None for adapter in text.adapters)
+
+
+def places(value: Any, place: Place = ()) -> Iterator[Place]:
+    """Every place of a document that can be changed; of a list the first."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value[:1]):
+            yield (*place, key)
+            yield from places(inner, (*place, key))
+
+
+def changed(raw: Raw, place: Place, value: Any) -> Raw:
+    document = copy.deepcopy(raw)
+    inner: Any = document
+    for key in place[:-1]:
+        inner = inner[key]
+    if value is MISSING:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return document
+
+
+def only_the_reader_knows(place: Place, value: Any) -> bool:
+    """Rules between fields, which a schema cannot state; docs/bundle-format.md lists them."""
+    if place == ("base", "n_layer"):
+        return value in (1, 2)  # not the number of layers that were measured
+    if place[-1] == "name" and place[0] == "adapters":
+        return place[1] == 0 and isinstance(value, str)  # measurements name no adapter then
+    if place == ("fusion", "strategy"):
+        return isinstance(value, str) and "x" in value  # an adapter that is not there
+    if place == ("adapters",) or place == ("adapters", 0):
+        return value in ([], MISSING)  # measurements name no adapter then
+    if place == ("fusion", "typical"):
+        return value == {"x": {}}
+    return place[:2] == ("fusion", "typical") and len(place) >= 4 and value in (MISSING, [1])
+
+
+def test_real_bundles_are_valid(validator: Any, raw: Raw, checkout: Path, tmp_path: Path) -> None:
+    made = make_bundle(tmp_path, calibrate=True)
+    for path in (checkout / "models/demo/bundle.json", made.folder / "bundle.json"):
+        validator.validate(json.loads(path.read_text(encoding="utf-8")))
+    validator.validate(raw)
+    assert reader_takes(raw)
+    minimal = {key: raw[key] for key in ("format", "base", "adapters")}
+    for document in (minimal, {**raw, "colour": {"any": [1]}}, {**minimal, "adapters": []}):
+        validator.validate(document)
+        assert reader_takes(document)
+
+
+def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
+    """Each field in turn becomes each of many values, or is left out."""
+    n_refused, differing = 0, []
+    for place in places(raw):
+        for value in VALUES:
+            document = changed(raw, place, value)
+            by_schema, by_reader = validator.is_valid(document), reader_takes(document)
+            n_refused += not by_reader
+            if by_schema != by_reader and not (by_schema and only_the_reader_knows(place, value)):
+                differing.append((place, str(value)[:40], by_schema, by_reader))
+    assert differing == []
+    assert n_refused > 1000
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("adapters", 1, "name"), "MATH"),  # twice, for capitals make no difference
+        (("fusion", "strategy"), "single:no"),
+        (("fusion", "typical"), {"no": {}}),
+        (("fusion", "typical", "math", "raw"), [1.0, 2.0]),  # 3 layers
+        (("base", "n_layer"), 3.0),  # a whole number is written without a point
+    ],
+)
+def test_rules_that_a_schema_cannot_state(
+    validator: Any, raw: Raw, place: Place, value: Any
+) -> None:
+    document = changed(raw, place, value)
+    assert validator.is_valid(document)
+    assert not reader_takes(document)
+
+
+@pytest.mark.parametrize("limit", [256, 257])
+def test_the_most_adapters(validator: Any, raw: Raw, limit: int) -> None:
+    one = raw["adapters"][1]
+    fusion = {"strategy": "qa-flora"}
+    document = {
+        **raw,
+        "fusion": fusion,
+        "adapters": [{**one, "name": f"a{n}"} for n in range(limit)],
+    }
+    assert validator.is_valid(document) == reader_takes(document) == (limit == 256)
