@@ -44,7 +44,7 @@ def columns(line: str) -> int:
 
 
 @pytest.mark.parametrize("colour", ["none", "256", "truecolor"])
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", None])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "no-such", None])
 @pytest.mark.parametrize("width", [20, 40, 79, 80, 81, 120, 200])
 def test_every_line_fits(width: int, encoding: str | None, colour: str) -> None:
     cases = [
@@ -63,7 +63,7 @@ def test_every_line_fits(width: int, encoding: str | None, colour: str) -> None:
             colour=colour,  # type: ignore[arg-type]
         )
         for text in (shown, both):
-            text.encode(encoding or "ascii")
+            text.encode("ascii" if encoding in ("no-such", None) else str(encoding))
             assert max(columns(line) for line in text.splitlines()) <= width
             assert ("\x1b" in text) == (colour != "none")
 
@@ -147,6 +147,20 @@ def test_negative_weights_are_marked() -> None:
 )  # fmt: skip
 def test_scale_ends_at_a_round_number_that_no_weight_exceeds(largest: float, top: float) -> None:
     assert scale_top([exact([largest, 0.0]), exact([0.0, 0.0])]) == pytest.approx(top, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weight", "mean"),
+    [(0.256, "0.26"), (-0.25, "-0.2"), (12.34, "12.3"), (-12.34, " -12"), (123.4, " 123"),
+     (12345, ">999"), (-1234, "<-99")],
+)  # fmt: skip
+def test_means_keep_the_columns_straight(weight: float, mean: str) -> None:
+    for shown in (
+        heatmap(exact([weight] * 2), width=80, encoding="utf-8"),
+        compare([("a", exact([weight] * 2)), ("b", exact([weight] * 2))], width=80, encoding=None),
+    ):
+        row = next(line for line in shown.splitlines() if line.startswith("math"))
+        assert row.startswith(f"math  {mean}  ")
 
 
 def test_layers_led() -> None:

@@ -59,7 +59,7 @@ def heatmap(
     more every line fits; names are cut where they have to be.
     """
     pen = Pen([fusion], encoding, colour)
-    lines = [pen.wrap(facts(fusion, pen), width), ""]
+    lines = [pen.wrap(_facts(fusion, pen), width), ""]
     if not fusion.adapters:
         text = "There are no adapters: the base answers alone."
         return "\n".join([*lines, pen.wrap(text, width)])
@@ -82,7 +82,7 @@ def compare(
     fusions = [fusion for _, fusion in labelled]
     pen = Pen(fusions, encoding, colour)
     first = fusions[0]
-    lines = [pen.wrap(facts(first, pen, is_shared=True), width), ""]
+    lines = [pen.wrap(_facts(first, pen, is_shared=True), width), ""]
     if not first.adapters:
         text = "There are no adapters: the base answers every prompt alone."
         return "\n".join([*lines, pen.wrap(text, width)])
@@ -108,7 +108,7 @@ def compare(
     return "\n".join([*lines, "", pen.legend(n_layer, width)])
 
 
-def facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
+def _facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
     """How the weights came about; `is_shared` leaves out what differs between queries."""
     parts = [f"strategy {fusion.strategy}"]
     if fusion.divergence is not None:
@@ -157,7 +157,8 @@ class Pen:
     def __init__(
         self, fusions: Sequence[FusionWeights], encoding: str | None, colour: Colour
     ) -> None:
-        self._encoding, self._colour = encoding or "ascii", colour
+        self._encoding = encoding if encoding and can_show("", encoding) else "ascii"
+        self._colour = colour
         self._signs = BLOCKS if can_show(BLOCKS, encoding) else ASCII_RAMP
         self.top = scale_top(fusions)
         self._lowest = min((float(f.weights.min()) for f in fusions if f.weights.size), default=0.0)
@@ -256,12 +257,12 @@ def _bands(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:
     lines: list[str] = []
     for start in range(0, n_layer, n_beside):
         layers = range(start, min(n_layer, start + n_beside))
-        head = "mean" if start == 0 else "    "
+        head = "mean" if start == 0 else " " * MEAN
         lines.append(f"{' ' * (left - MEAN - 2 * GAP)}  {head}  {_ticks(layers, cell)}".rstrip())
         for name, row in zip(names, fusion.weights, strict=True):
-            mean = f"{float(row.mean()):4.2f}" if start == 0 else "    "
+            mean = _mean(row) if start == 0 else " " * MEAN
             drawn = pen.cells(row[layers.start : layers.stop].tolist(), cell)
-            lines.append(f"{name}  {mean[:5]}  {drawn}")
+            lines.append(f"{name}  {mean}  {drawn}")
     return lines
 
 
@@ -283,9 +284,18 @@ def _beside(
     ]
     for index, name in enumerate(names):
         rows = [fusion.weights[index] for fusion in fusions]
-        panels = [f"{float(row.mean()):4.2f}{gap}{pen.cells(row.tolist(), cell)}" for row in rows]
+        panels = [f"{_mean(row)}{gap}{pen.cells(row.tolist(), cell)}" for row in rows]
         lines.append(name + "".join(gap + panel for panel in panels))
     return lines
+
+
+def _mean(row: Any) -> str:
+    """The mean of an adapter's weights [n_layer] in `MEAN` columns, with what digits fit."""
+    mean = float(row.mean())
+    for n_digit in (2, 1, 0):
+        if len(text := f"{mean:.{n_digit}f}") <= MEAN:
+            return text.rjust(MEAN)
+    return ">999" if mean > 0 else "<-99"
 
 
 def _ticks(layers: range, cell: int) -> str:
