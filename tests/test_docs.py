@@ -24,7 +24,7 @@ PROMPTS = "How many legs do three dogs have?\n¿Qué es un río?\nName a fruit.\
 
 
 def page_id(page: Path) -> str:
-    return page.name
+    return str(page.relative_to(CHECKOUT))
 
 
 def describe(done: subprocess.CompletedProcess[str]) -> str:
@@ -128,7 +128,9 @@ def test_no_command_of_the_page_escapes(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_of_the_page_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(r'src="([^":]+)"', text)
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(
+        r'src(?:set)?="([^":]+)"', text
+    )
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert missing == []
 
