@@ -11,6 +11,7 @@ from qaflora_edge import template as templates
 from qaflora_edge.errors import ChatTemplateError, QafloraError
 from qaflora_edge.messages import Message, checked_messages
 from qaflora_edge.runtime import Model
+from qaflora_edge.tools import BEGIN
 from qaflora_edge.typed import TypedText
 
 
@@ -70,6 +71,12 @@ def _check_tools(model: Model, template: str) -> None:
         raise ChatTemplateError(
             f"The chat template of {model.path.name} knows no tools (it never reads `tools`), "
             "expected one that does, as Qwen2.5's; ask without tools, or use such a base."
+        )
+    if BEGIN not in templates.literal_text(template):
+        raise ChatTemplateError(
+            f"The chat template of {model.path.name} has tools be called in a form that we do not "
+            f"read (it never writes {BEGIN}), expected Qwen2.5's; ask without tools, or use such a "
+            "base."
         )
 
 

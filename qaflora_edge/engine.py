@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from qaflora_edge.answers import Answers
 from qaflora_edge.chat import chat_tokens
 from qaflora_edge.checksums import FileState, check_unchanged
 from qaflora_edge.completions import completion_chunks, completion_dict, response_schema
+from qaflora_edge.engine_options import check_options
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import Generation
@@ -23,12 +25,12 @@ from qaflora_edge.lifetime import Lifetime
 from qaflora_edge.messages import Message
 from qaflora_edge.probe import Prober
 from qaflora_edge.prompts import Prompt, checked_tokens, prompt_tokens
-from qaflora_edge.runtime import KV_TYPES, MAX_CTX, MAX_THREADS, Context, Model, Pack
-from qaflora_edge.sampling import Sampler, Sampling, grammar_text
+from qaflora_edge.runtime import Context, Model, Pack
+from qaflora_edge.sampling import MAX_SEED, Sampler, Sampling, grammar_text
+from qaflora_edge.tools import chosen_tools
 from qaflora_edge.weigh import Typical, Weigher, Weights, measure_typical
 
 F32 = NDArray[np.float32]
-_THREADS_RANGE = f"a number of threads from 1 to {MAX_THREADS}"
 Path_ = str | os.PathLike[str]
 
 
@@ -66,7 +68,7 @@ class Engine:
         probe_tail: int = 0,
         seed: int | None = None,
     ) -> None:
-        _check_options(n_ctx, threads, kv_type, probe_tail)
+        check_options(n_ctx, threads, kv_type, probe_tail)
         self._lifetime = Lifetime(self)
 
         typical: Typical = {}
@@ -217,16 +219,20 @@ class Engine:
         with self._lifetime.in_use():
             return self._tokens(prompt, parse_special)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def chat_tokens(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a conversation under the base's chat template."""
         with self._lifetime.in_use():
-            return self._chat_tokens(messages)
+            return self._chat_tokens(messages, tools)
 
     def _tokens(self, prompt: Prompt, parse_special: bool) -> list[int]:
         return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
 
-    def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        return checked_tokens(self._model, chat_tokens(self._model, messages), self.n_ctx)
+    def _chat_tokens(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        return checked_tokens(
+            self._model, chat_tokens(self._model, messages, tools=tools), self.n_ctx
+        )
 
     # weights
 
@@ -332,53 +338,65 @@ class Engine:
             answer._engine = self
             return answer
 
+    def answers(
+        self, prompt: Prompt, n: int, *, seed: int | None = None, **options: Any
+    ) -> Iterator[Generation]:
+        """Answer a prompt n times, one after another; it is weighed and read once.
+
+        seed     of the first answer; the others have the next numbers
+        options  as generate takes them
+        """
+        if n < 1:
+            raise OptionError(f"Option n is {n}, expected a number of answers from 1 on.")
+        first = self.seed if seed is None else seed
+        weights = options.pop("weights", None)
+        for i in range(n):
+            own_seed = None if first is None else (first + i) % MAX_SEED
+            answer = self.generate(prompt, weights=weights, seed=own_seed, **options)
+            yield answer
+            # The same weights: what the context holds of the prompt is what it would read again.
+            weights = replace(answer.fusion, probe_ms=0.0)
+            options |= {"keep_history": True, "on_weights": None}
+
     def chat(
         self,
         messages: Sequence[Message],
         *,
         stream: bool = False,
-        weights: Weights = None,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        grammar: str | None = None,
+        n: int = 1,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         response_format: Mapping[str, Any] | None = None,
-        keep_history: bool = False,
-        on_weights: Callable[[FusionWeights], None] | None = None,
+        stream_options: Mapping[str, Any] | None = None,
+        grammar: str | None = None,
+        **options: Any,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
 
+        n                answers (choices); the conversation is weighed and read once
+        tools, tool_choice  for bases whose template reads tools and that write <tool_call>
         response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema":
                          {"schema": ...}}
-        grammar, keep_history, on_weights  see generate
+        stream_options   {"include_usage": True} ends the chunks with one of the usage
+        options          as generate takes them: weights, max_tokens, temperature, top_p, seed,
+                         stop, keep_history, on_weights
+
+        The conversation is weighed and read before this returns.
         """
-        generation = self.generate(
-            self.chat_tokens(messages),
-            weights=weights,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            grammar=grammar,
-            json_schema=response_schema(response_format),
-            keep_history=keep_history,
-            on_weights=on_weights,
-        )
-        if stream:
-            return completion_chunks(self.name, generation)
-        return completion_dict(self.name, generation)
-
-
-def _check_options(n_ctx: int, threads: int | None, kv_type: str, probe_tail: int) -> None:
-    checks = (
-        ("n_ctx", n_ctx, 1 <= n_ctx <= MAX_CTX, f"a number of tokens from 1 to {MAX_CTX}"),
-        ("threads", threads, threads is None or 1 <= threads <= MAX_THREADS, _THREADS_RANGE),
-        ("kv_type", kv_type, kv_type in KV_TYPES, f"one of {', '.join(KV_TYPES)}"),
-        ("probe_tail", probe_tail, probe_tail >= 0, "0 (off) or a number of tokens"),
-    )
-    for name, value, is_good, expected in checks:
-        if not is_good:
-            raise OptionError(f"Option {name} is {value!r}, expected {expected}.")
+        schema = response_schema(response_format)
+        told, call_grammar = chosen_tools(tools, tool_choice)
+        if call_grammar is not None:
+            if grammar is not None or schema is not None:
+                raise OptionError(
+                    "Options tool_choice and grammar or response_format are both given; an answer "
+                    "follows one of them."
+                )
+            grammar = call_grammar
+        with self._lifetime.in_use():
+            tokens = self._chat_tokens(messages, told)
+        answers = self.answers(tokens, n, grammar=grammar, json_schema=schema, **options)
+        answers = itertools.chain([next(answers)], answers)
+        if not stream:
+            return completion_dict(self.name, answers, has_tools=bool(told))
+        usage = bool((stream_options or {}).get("include_usage"))
+        return completion_chunks(self.name, answers, has_tools=bool(told), include_usage=usage)

@@ -16,6 +16,7 @@ from qaflora_edge.gbnf import ROOT, check_gbnf
 from qaflora_edge.json_schema import json_schema_to_gbnf
 from qaflora_edge.runtime import Context, Model, said
 
+MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 _COLDEST = 1e-6  # temperatures below overflow float32 logits
 # llama.h struct llama_token_data
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -44,7 +45,7 @@ class Sampling:
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 0, ">= 0"),
             ("temperature", 0.0 <= self.temperature < float("inf"), ">= 0"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**32 - 1, "from 0 to 4294967294"),
+            ("seed", self.seed is None or 0 <= self.seed < MAX_SEED, "from 0 to 4294967294"),
             ("stop", all(self.stop), "texts that are not empty"),
         )
         for name, is_good, expected in checks:
@@ -90,9 +91,7 @@ class Sampler:
         if sampling.top_p < 1.0:
             self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
         self._add(lib.llama_sampler_init_temp(sampling.temperature))
-        self._add(
-            lib.llama_sampler_init_dist(0xFFFFFFFF if sampling.seed is None else sampling.seed)
-        )
+        self._add(lib.llama_sampler_init_dist(MAX_SEED if sampling.seed is None else sampling.seed))
 
     def _add(self, sampler: Any) -> None:
         self._lib.llama_sampler_chain_add(self._chain, sampler)

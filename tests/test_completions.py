@@ -1,0 +1,223 @@
+"""Engine.chat in OpenAI's shape: choices, chunks, usage, tools."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+from tiny import CHATML, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine
+from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
+from qaflora_edge.tools import CallFilter, parse_calls
+
+QWEN = (
+    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}"
+    "{% endfor %}\nCall one as <tool_call>{...}</tool_call><|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls %}<tool_call>\n{{ call.function.name }} "
+    "{{ call.function.arguments | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather <|im_end|>",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Lima", "Oslo"]}, "days": {"$ref": "#/$defs/n"}},
+            "required": ["city", "days"],
+            "$defs": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
+        },
+    },
+}
+TIME = {"type": "function", "function": {"name": "time"}}
+USER = [{"role": "user", "content": "the thing?"}]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    place = tmp_path_factory.mktemp("completions")
+    base = write_tiny_base(
+        place / "base.gguf", chat_template=QWEN, n_ctx=2048, user_defined=("<tool_call>",)
+    )
+    adapters = {"a": write_tiny_adapter(place / "a.gguf", base).path}
+    with Engine(base=base.path, adapters=adapters, n_ctx=1024) as engine:
+        yield engine
+
+
+def text_of(chunks: list[dict[str, Any]], index: int = 0) -> str:
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    return "".join(c["delta"].get("content", "") for c in choices if c["index"] == index)
+
+
+def test_chunks_belong_together_and_end_with_the_usage(engine: Engine) -> None:
+    whole = engine.chat(USER, max_tokens=6)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(engine.chat(USER, max_tokens=6, **options))
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], whole["usage"])
+    assert text_of(chunks) == whole["choices"][0]["message"]["content"]
+    assert "usage" not in next(iter(engine.chat(USER, max_tokens=1, stream=True)))
+    assert whole["id"] != chunks[0]["id"]
+
+
+def test_several_choices_cost_one_reading(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    single = [
+        engine.chat(USER, max_tokens=8, temperature=1.0, seed=seed)["choices"][0]["message"]
+        for seed in (5, 6, 7)
+    ]
+    sizes: list[int] = []
+    decode = engine._main.decode
+    monkeypatch.setattr(
+        engine._main,
+        "decode",
+        lambda tokens, **kw: (sizes.append(len(tokens)), decode(tokens, **kw)),
+    )
+    whole = engine.chat(USER, n=3, max_tokens=8, temperature=1.0, seed=5)
+    assert [choice["message"] for choice in whole["choices"]] == single
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    n_prompt = whole["usage"]["prompt_tokens"]
+    assert (sizes[0], max(sizes[1:])) == (n_prompt, 1)
+    assert whole["usage"]["total_tokens"] == n_prompt + whole["usage"]["completion_tokens"]
+    chunks = list(engine.chat(USER, n=3, max_tokens=8, temperature=1.0, seed=5, stream=True))
+    assert [text_of(chunks, i) for i in range(3)] == [message["content"] for message in single]
+    with pytest.raises(OptionError) as caught:
+        engine.chat(USER, n=0)
+    assert str(caught.value) == "Option n is 0, expected a number of answers from 1 on."
+
+
+def test_content_may_come_in_parts(engine: Engine) -> None:
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "thing?"}]
+    assert engine.chat_tokens([{"role": "user", "content": parts}]) == engine.chat_tokens(USER)
+    with pytest.raises(PromptError, match=r"Message 0 has content = .*image_url"):
+        engine.chat_tokens([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
+    with pytest.raises(PromptError, match="Message 0 has role = None, expected a text"):
+        engine.chat_tokens([{"content": "a"}])
+    with pytest.raises(PromptError, match="Message 0 is 'a', expected a text"):
+        engine.chat_tokens(["a"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ({"type": "function", "function": {"name": "weather"}}, {"weather"}),
+        ("required", {"weather", "time"}),
+    ],
+)
+def test_tool_that_has_to_be_called_is_called(engine: Engine, choice: Any, names: set[str]) -> None:
+    for seed in range(2):
+        options = {"tools": [WEATHER, TIME], "tool_choice": choice, "seed": seed, "stop": ["\x7f"]}
+        options |= {"temperature": 1.0, "max_tokens": 120}
+        choice_made = engine.chat(USER, **options)["choices"][0]
+        if choice_made["finish_reason"] == "length":
+            continue  # a random base may write a number of arguments without end
+        assert choice_made["finish_reason"] == "tool_calls"
+        assert choice_made["message"]["content"] is None
+        (call,) = choice_made["message"]["tool_calls"]
+        assert call["id"].startswith("call_")
+        assert call["function"]["name"] in names
+        arguments = json.loads(call["function"]["arguments"])
+        if call["function"]["name"] == "weather":
+            jsonschema.validate(arguments, WEATHER["function"]["parameters"])
+        chunks = list(engine.chat(USER, stream=True, **options))
+        delta = next(
+            c["choices"][0]["delta"] for c in chunks if "tool_calls" in c["choices"][0]["delta"]
+        )
+        assert delta["tool_calls"][0]["function"] == call["function"]
+        assert text_of(chunks) == ""
+        assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_named_tool_is_always_called(engine: Engine) -> None:
+    choice = {"type": "function", "function": {"name": "weather"}}
+    made = engine.chat(USER, tools=[WEATHER], tool_choice=choice, max_tokens=300)["choices"][0]
+    assert made["finish_reason"] == "tool_calls"
+    arguments = json.loads(made["message"]["tool_calls"][0]["function"]["arguments"])
+    jsonschema.validate(arguments, WEATHER["function"]["parameters"])
+
+
+def test_tools_reach_the_template_as_data(engine: Engine) -> None:
+    tokens = engine.chat_tokens(USER, tools=[WEATHER])
+    text = b"".join(engine._model.piece(token, special=True) for token in tokens).decode()
+    assert '"name": "weather"' in text
+    controls = [t for t in engine._model.special_tokens if t.text == "<|im_end|>"]
+    assert tokens.count(controls[0].id) == 2  # the system's and the user's; not the description's
+    assert engine.chat_tokens(USER, tools=[]) == engine.chat_tokens(USER)
+
+
+def test_calls_and_results_go_back_into_the_conversation(engine: Engine) -> None:
+    call = {"id": "c", "type": "function"}
+    call["function"] = {"name": "weather", "arguments": '{"city": "Lima"}'}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": '{"c": 21}'},
+    ]
+    tokens = engine.chat_tokens(messages)
+    text = b"".join(engine._model.piece(token, special=True) for token in tokens).decode()
+    assert '<tool_call>\nweather {"city": "Lima"}\n</tool_call>' in text
+    for wrong in ("x", {"function": {}}, {"function": {"name": "a", "arguments": "{"}}):
+        with pytest.raises(PromptError, match=r"Message 0 has the tool call .*, expected"):
+            engine.chat_tokens([{"role": "assistant", "tool_calls": [wrong]}])
+
+
+def test_calls_are_read_out_of_text() -> None:
+    text = 'Let me see.\n<tool_call>\n{"name": "a", "arguments": {"é": 1}}\n</tool_call>\n'
+    rest, calls = parse_calls(text + '<tool_call>{"name": "b"}')
+    assert rest == "Let me see."
+    assert [call["function"] for call in calls] == [
+        {"name": "a", "arguments": '{"é": 1}'},
+        {"name": "b", "arguments": "{}"},
+    ]
+    for broken in (
+        "<tool_call>{</tool_call>",
+        "<tool_call>[1]",
+        " plain ",
+        '<tool_call>{"name": 1}',
+    ):
+        assert parse_calls(broken) == (broken, [])
+
+
+def test_text_is_shown_until_a_call_begins() -> None:
+    call_filter = CallFilter()
+    shown = [
+        call_filter.feed(piece) for piece in ("a <", "b> <tool", "_", "call>{", "}</tool_call>")
+    ]
+    assert shown == ["a ", "<b> ", "", "", ""]
+    assert call_filter.held == "<tool_call>{}</tool_call>"
+
+
+def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
+    with pytest.raises(OptionError) as caught:
+        engine.chat(USER, tools=["x"])  # type: ignore[list-item]
+    assert str(caught.value) == (
+        "Option tools has 'x', expected {'type': 'function', 'function': "
+        "{'name': ..., 'description': ..., 'parameters': a JSON schema}}."
+    )
+    with pytest.raises(OptionError) as caught:
+        engine.chat(USER, tools=[TIME], tool_choice="always")
+    assert str(caught.value) == (
+        "Option tool_choice is 'always', expected auto, none, required, or {'type': 'function', "
+        "'function': {'name': ...}} with a name out of: time."
+    )
+    with pytest.raises(OptionError, match="with a name out of: none is given"):
+        engine.chat(USER, tool_choice="required")
+    with pytest.raises(OptionError, match="an answer follows one of them"):
+        engine.chat(USER, tools=[TIME], tool_choice="required", grammar='root ::= "a"')
+    none = engine.chat(USER, tools=[TIME], tool_choice="none", max_tokens=4)
+    assert none["choices"][0]["message"] == engine.chat(USER, max_tokens=4)["choices"][0]["message"]
+
+
+def test_template_without_tool_call_is_refused(engine: Engine, monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine._model, "chat_template", CHATML + "{% if tools %}T{% endif %}")
+    with pytest.raises(ChatTemplateError) as caught:
+        engine.chat(USER, tools=[TIME])
+    assert str(caught.value) == (
+        "The chat template of base.gguf has tools be called in a form that we do not read (it "
+        "never writes <tool_call>), expected Qwen2.5's; ask without tools, or use such a base."
+    )
