@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
 
 from qaflora_edge.convert_plan import PlannedModule, plan_modules
 from qaflora_edge.encode import OUTTYPES, encoded_tensor, stored_bytes, stored_shape, stored_type
@@ -136,7 +138,19 @@ def _write(
         buffer = np.empty(max(sizes), np.uint8)
         for index, module in enumerate(modules):
             for side in "ab":
-                writer.write_tensor_data(encoded_tensor(module, side, wanted, buffer))
+                _write_data(writer, encoded_tensor(module, side, wanted, buffer))
             tell(index + 1)
     finally:
         writer.close()
+
+
+def _write_data(writer: gguf.GGUFWriter, data: NDArray[Any]) -> None:
+    """Write the data of the next tensor.
+
+    gguf's write_tensor_data uses numpy's tofile, which is silent about a full disk when it has a
+    few kilobytes to write.
+    """
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(np.ascontiguousarray(data, data.dtype.newbyteorder("<")))
+    writer.write_padding(file, data.nbytes)

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
@@ -17,6 +19,7 @@ from qaflora_edge.settings import cache_setting
 Progress = Callable[[int], None]
 
 HASH_CHUNK_BYTES = 1 << 20
+LEFT_OVER_SECONDS = 60
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 
@@ -58,28 +61,33 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path that becomes `path` when the block succeeds.
 
     The temporary file lies in the same folder, keeps the suffix (writers choose their format by
-    it), follows the umask, and is removed when the block fails. Raises OutputFileError when the
-    folder cannot be written to or the disk is full.
+    it), follows the umask, and is removed when the block fails, or by the next writer of `path`
+    when this process is killed. Raises OutputFileError when the folder cannot be written to or
+    the disk is full.
     """
     path = Path(path)
-    temporary = _create_beside(path)
+    _remove_left_overs(path)
+    temporary, handle = _create_beside(path)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _put_in_place(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the failure itself is what the user should read
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and is_disk_full(error):
             raise OutputFileError(
                 f"Cannot write {path}: the disk is full. Free some space and try again."
             ) from error
         raise
+    finally:
+        if handle is not None:
+            os.close(handle)
     _sync_folder(path.parent)
 
 
-def _create_beside(path: Path) -> Path:
-    name = f".tmp-{secrets.token_hex(6)}-{path.stem[:100]}{path.suffix[:50]}"
+def _create_beside(path: Path) -> tuple[Path, int | None]:
+    """Make the temporary file. returns  it, and a handle that locks it while it is written"""
+    name = f".tmp-{secrets.token_hex(6)}-{_short_name(path)}"
     temporary = path.parent / name
     if path.is_dir():
         raise OutputFileError(
@@ -87,13 +95,65 @@ def _create_beside(path: Path) -> Path:
         )
     try:
         # 0o666 lets the umask decide, as for any file a user makes.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except OSError as error:
         raise OutputFileError(
             f"Cannot write {path}: the folder {path.parent} does not take a new file "
             f"({error.strerror}). Create the folder, or choose one that you can write to."
         ) from error
-    return temporary
+    if _lock(handle):
+        return temporary, handle
+    os.close(handle)
+    return temporary, None
+
+
+def _short_name(path: Path) -> str:
+    return f"{path.stem[:100]}{path.suffix[:50]}"
+
+
+def _lock(handle: int) -> bool:
+    """Take the lock of a file that is being written; False where it is taken or there are none."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_left_overs(path: Path) -> None:
+    """Remove temporary files of `path` whose writers were killed: nobody holds their lock."""
+    name = re.compile(rf"\.tmp-[0-9a-f]{{12}}-{re.escape(_short_name(path))}", re.DOTALL)
+    with contextlib.suppress(OSError):  # they do no harm where they cannot be removed
+        for entry in os.scandir(path.parent):
+            if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                # A writer locks its file a moment after making it.
+                if time.time() - entry.stat().st_mtime < LEFT_OVER_SECONDS:
+                    continue
+                handle = os.open(entry.path, os.O_RDONLY)
+                try:
+                    if _lock(handle):
+                        os.unlink(entry.path)
+                finally:
+                    os.close(handle)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    try:
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise OutputFileError(
+            f"Cannot write {path}: putting the finished file in its place failed "
+            f"({error.strerror}); what was there before is unchanged. Check the disk and that you "
+            f"may write to {path.parent}, and try again."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

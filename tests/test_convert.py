@@ -1,5 +1,6 @@
 """Conversion of PEFT adapters, against PEFT's own deltas and an independent permutation."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -432,13 +433,13 @@ def test_full_disk_is_named(
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
 
     def fail(*_: object) -> None:
-        raise OSError("4096 requested and 512 written")  # as numpy's tofile says it
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_padding", fail)
     message = refusal(OutputFileError, folder, base.path)
     assert message == (
-        f"Cannot write {tmp_path / 'out.gguf'}: writing failed (4096 requested and 512 written). "
-        "Check that there is space left and try again."
+        f"Cannot write {tmp_path / 'out.gguf'}: writing failed ([Errno 28] No space "
+        "left on device). Check that there is space left and try again."
     )
 
 

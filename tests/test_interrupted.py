@@ -1,0 +1,118 @@
+"""Killed or failing at any moment, a writer leaves the old file or the whole new one."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from qaflora_edge import files
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.errors import OutputFileError
+from qaflora_edge.files import write_text_atomic
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="fork, SIGKILL and file locks are POSIX")
+
+
+@POSIX
+def test_conversion_killed_at_every_step_is_never_half_there(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "kill_points", str(tmp_path)],
+        env=env,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    for name, found in json.loads(result.stdout).items():
+        assert found["n_step"] > 30, name
+        assert found["half"] == 0, name
+        assert found["before"] > 20, name
+        assert found["whole"] >= 2, name  # the end, and the steps after the file has its name
+        assert found["left_over"] > 10, name  # it was killed while it wrote, too
+
+
+@POSIX
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    left_over = tmp_path / ".tmp-0123456789ab-a.gguf"
+    others = [tmp_path / ".tmp-0123456789ab-b.gguf", tmp_path / ".tmp-x-a.gguf"]
+    for path in (left_over, *others):
+        path.write_text("half")
+        os.utime(path, (0, time.time() - 2 * files.LEFT_OVER_SECONDS))
+    young = tmp_path / ".tmp-ba9876543210-a.gguf"
+    young.write_text("half")
+    write_text_atomic(tmp_path / "a.gguf", "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.gguf", young, *others])
+
+
+@POSIX
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    with files.atomic_path(tmp_path / "a.gguf") as temporary:
+        temporary.write_text("one")
+        os.utime(temporary, (0, time.time() - 2 * files.LEFT_OVER_SECONDS))
+        write_text_atomic(tmp_path / "a.gguf", "two")
+        assert temporary.read_text() == "one"
+    assert (tmp_path / "a.gguf").read_text() == "one"
+    assert os.listdir(tmp_path) == ["a.gguf"]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOSPC])
+def test_failure_at_the_end_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, code: int
+) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", n_layer=1)
+    peft = tiny.write_tiny_peft(tmp_path / "peft", base, targets=("q_proj",))
+    out = tmp_path / "out" / "math.gguf"
+    out.parent.mkdir()
+    out.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, function, fail)
+    with pytest.raises(OutputFileError) as caught:
+        convert_adapter(peft, base.path, out)
+    assert str(caught.value) == (
+        f"Cannot write {out}: the disk is full. Free some space and try again."
+        if code == errno.ENOSPC
+        else f"Cannot write {out}: putting the finished file in its place failed "
+        f"({os.strerror(code)}); what was there before is unchanged. Check the disk and that you "
+        f"may write to {out.parent}, and try again."
+    )
+    assert out.read_text() == "old"
+    assert os.listdir(out.parent) == ["math.gguf"]
+
+
+@POSIX
+def test_disk_that_fills_up_while_writing_is_reported(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: writing fails in the middle."""
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", n_layer=1)
+    peft = tiny.write_tiny_peft(tmp_path / "peft", base)
+    out = tmp_path / "out" / "math.gguf"
+    out.parent.mkdir()
+    script = (
+        "import resource, signal, sys\n"
+        "from qaflora_edge.convert import convert_adapter\n"
+        "from qaflora_edge.errors import OutputFileError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    convert_adapter(*sys.argv[1:])\n"
+        "except OutputFileError as error:\n"
+        "    print(error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(peft), str(base.path), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout.startswith(f"Cannot write {out}: writing failed ("), result.stderr
+    assert "File too large" in result.stdout
+    assert os.listdir(out.parent) == []
