@@ -29,7 +29,11 @@ PREFIX = "QAFLORA_"
 # Tables that take the shared options; `llm` is the plugin for the program of that name.
 SHARED_TABLES = ("run", "chat", "weights", "bench", "llm")
 # Options of one command that can be set in its table.
-OWN_KEYS = {"chat": ("system", "keep_history", "plain"), "convert": ("outtype",)}
+OWN_KEYS = {
+    "run": ("system",),
+    "chat": ("system", "keep_history", "plain"),
+    "convert": ("outtype",),
+}
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN_KEYS)))
 
 
@@ -210,7 +214,7 @@ def file_defaults(verb: str, command: click.Command) -> dict[str, Any]:
     found: dict[str, Any] = (shared if verb in SHARED_TABLES else {}) | settings.get(verb, {})
     options = options_by_name(command)
     for key in OWN_KEYS.get(verb, ()):
-        if key in found:
+        if key in found and key in options:
             _check(settings_path(), f"{verb}.{key}", options[key], found[key])
     return found
 
@@ -218,7 +222,7 @@ def file_defaults(verb: str, command: click.Command) -> dict[str, Any]:
 def attach_variables(verb: str, command: click.Command) -> None:
     """Let the environment set the options of a command that can be set, and its help say so."""
     options = options_by_name(command)
-    keys = [key for key in table_keys(verb) if variables(key, verb)]
+    keys = [key for key in table_keys(verb) if key in options and variables(key, verb)]
     for key in keys:
         options[key].envvar = list(variables(key, verb))
     if keys and _NOTE not in (command.epilog or ""):
