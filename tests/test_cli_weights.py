@@ -4,6 +4,10 @@ import csv
 import importlib.util
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +104,34 @@ def test_colour_can_be_forced_into_a_pipe(
     assert "\x1b" not in weights(made, PROMPT).stdout
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX ones")
+def test_terminal_gets_its_colours_and_its_width(made: TinyBundle) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    hidden = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "COLORTERM"}
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    command = [sys.executable, "-m", "qaflora_edge", "weights", str(made.folder), PROMPT]
+    done = subprocess.run(
+        command,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env={**environment, "TERM": "xterm-256color"},
+    )
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "\x1b[97;48;5;" in shown
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 30
+    assert len(lines) > 8
+
+
 LINES = "the thing on a ring\n\n   \nin the ring: a 'thing', \"the\"\r\n=1+1\n"
 TEXTS = ["the thing on a ring", "in the ring: a 'thing', \"the\"", "=1+1"]
 
@@ -186,9 +218,10 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
 ) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("short\n" + "long " * 200 + "\n")
-    result = weights(made, "--prompts", path, "--json", "--ctx", 64)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"Error: {path}, line 2: The prompt has ")
+    for form in ("--json", "--csv"):
+        result = weights(made, "--prompts", path, form, "--ctx", 64)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"Error: {path}, line 2: The prompt has ")
 
 
 @pytest.mark.parametrize(

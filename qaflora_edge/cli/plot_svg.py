@@ -39,8 +39,7 @@ def svg(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> str:
     height = TITLE_TOP + n_row * (panel_height + MARGIN) + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-family="{escape(FONT)}" font-size="13" fill="{TEXT}" '
-        'color-scheme="light">',
+        f'height="{height}" font-family="{escape(FONT)}" font-size="13" fill="{TEXT}">',
         f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
         text(MARGIN, 26, "Weight of each adapter at each layer", size=16),
         text(MARGIN, 46, facts(fusions), colour=QUIET),

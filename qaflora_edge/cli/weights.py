@@ -101,10 +101,11 @@ def weights(
 
         check_can_plot(plot, len(prompts))
     weighed = []
-    if as_csv:
-        _print_csv([CSV_HEAD])
     with open_engine(bundle, options) as engine:
-        for asked, fusion in _weigh(engine, prompts, options):
+        queries = [_query(engine, asked, options) for asked in prompts]  # all fit, or none is shown
+        if as_csv:
+            _print_csv([CSV_HEAD])
+        for asked, fusion in zip(prompts, _weigh(engine, queries), strict=True):
             weighed.append((asked, fusion))
             if as_json:
                 facts = fusion.to_dict() if prompt is not None else _named_dict(asked, fusion)
@@ -119,17 +120,13 @@ def weights(
         _print_heatmap(weighed)
 
 
-def _weigh(
-    engine: Engine, prompts: Sequence[Prompt], options: SharedOptions
-) -> Iterator[tuple[Prompt, FusionWeights]]:
-    """Weigh every prompt, once all of them were found to fit."""
-    queries = [_query(engine, prompt, options) for prompt in prompts]
+def _weigh(engine: Engine, queries: Sequence[list[int]]) -> Iterator[FusionWeights]:
     with progress_bars() as tell:
-        for done, (prompt, tokens) in enumerate(zip(prompts, queries, strict=True), 1):
+        for done, tokens in enumerate(queries, 1):
             fusion = engine.weights(tokens)
-            if tell is not None and len(prompts) > 1:
-                tell("Weighing", done, len(prompts))
-            yield prompt, fusion
+            if tell is not None and len(queries) > 1:
+                tell("Weighing", done, len(queries))
+            yield fusion
 
 
 def _query(engine: Engine, prompt: Prompt, options: SharedOptions) -> list[int]:
