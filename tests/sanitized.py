@@ -1,0 +1,83 @@
+"""Run a command with the sanitizers' runtimes loaded, and judge what they report.
+
+    python tests/sanitized.py .venv-asan/bin/pytest tests/test_backend.py
+
+Python itself is not instrumented, so the runtime is preloaded. A report about memory or undefined
+behaviour fails, but for KNOWN, each with its reason. Leaks count where our libraries allocated: the
+interpreter keeps much until its end, and that is no concern of these tests.
+
+The library is built with its asserts. ggml has some against values that are no numbers, so tests
+that compute with such values on purpose cannot run here; the Makefile leaves them out.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# A part of a report -> why it is let pass. They are upstream's, at the pin of patches/UPSTREAM.
+KNOWN: dict[str, str] = {}
+# Frames of our libraries: by the source's path, as symbols are found, or by the library's.
+OURS = re.compile(r"^\s+#\d+ .*(/llama\.cpp-\w|/patches/src/|/libllama|/libggml)", re.MULTILINE)
+
+
+def preloaded(names: Sequence[str] = ("libasan.so", "libstdc++.so")) -> str:
+    """Find the runtimes of the compiler. libstdc++ too: ASan must see its throw at the start."""
+    compiler = os.environ.get("CXX", "c++")
+    paths = []
+    for name in names:
+        command = [compiler, f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not os.path.isabs(path):
+            sys.exit(f"{compiler} has no {name}; install the sanitizers of GCC, or set CXX=g++.")
+        paths.append(path)
+    return " ".join(paths)
+
+
+def environment(logs: Path) -> dict[str, str]:
+    return {
+        "LD_PRELOAD": preloaded(),
+        # Huge allocations must fail as they would elsewhere: hostile files ask for them.
+        "ASAN_OPTIONS": f"detect_leaks=1:allocator_may_return_null=1:log_path={logs}/asan",
+        "LSAN_OPTIONS": "exitcode=0:max_leaks=0:report_objects=0",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={logs}/ubsan",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def split_reports(text: str) -> list[str]:
+    """Take a log apart: one report for each error, and for each leak."""
+    starts = r"(?m)^(?===\d+==ERROR|\S+: runtime error:|Direct leak|Indirect leak)"
+    return [part for part in re.split(starts, text) if part.strip().strip("=")]
+
+
+def is_problem(report: str) -> bool:
+    if any(part in report for part in KNOWN):
+        return False
+    if "runtime error:" in report:
+        return True
+    if report.startswith(("Direct leak", "Indirect leak")):
+        return OURS.search(report) is not None
+    return "ERROR: LeakSanitizer: detected" not in report
+
+
+def main(command: list[str]) -> int:
+    with tempfile.TemporaryDirectory(prefix="qaflora-sanitizers-") as folder:
+        code = subprocess.run(command, env=os.environ | environment(Path(folder))).returncode
+        reports = [
+            report
+            for path in sorted(Path(folder).iterdir())
+            for report in split_reports(path.read_text("utf-8", "replace"))
+        ]
+    problems = sorted({report for report in reports if is_problem(report)})
+    for report in problems:
+        print(report, file=sys.stderr)
+    print(f"sanitizers: {len(reports)} reports, {len(problems)} of them problems; exit code {code}")
+    return code or (1 if problems else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
