@@ -12,21 +12,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from qaflora_edge.bypassed import is_bypassed
 from qaflora_edge.errors import (
     AdapterMismatchError,
     GgufFileError,
     UnsupportedAdapterError,
 )
 from qaflora_edge.gguf_header import GgufHeader, read_gguf_header, read_values
-from qaflora_edge.gguf_parse import TensorInfo, brief
+from qaflora_edge.gguf_parse import Double, TensorInfo, brief
 
 F32 = NDArray[np.float32]
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 MAX_RANK = 1 << 14
+# Types of numbers that llama.cpp 0c1e5709 does not turn into floats, ggml.c type_traits.
+NO_FLOATS = (
+    GGMLQuantizationType.I8,
+    GGMLQuantizationType.I16,
+    GGMLQuantizationType.I32,
+    GGMLQuantizationType.I64,
+    GGMLQuantizationType.F64,
+    GGMLQuantizationType.Q8_1,
+    GGMLQuantizationType.Q8_K,
+)
 
 _LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
 
@@ -118,12 +130,16 @@ def _check_kind(header: GgufHeader) -> None:
 
 def _alpha(header: GgufHeader) -> float:
     value = header.metadata.get("adapter.lora.alpha")
-    if isinstance(value, float) and math.isfinite(value) and value != 0.0:
+    is_double = isinstance(value, Double)
+    if isinstance(value, float) and not is_double and math.isfinite(value) and value != 0.0:
         return value
+    kind = " of 64 bits" if is_double else ""
+    # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
     raise GgufFileError(
         f"Cannot use adapter {header.path}: metadata field adapter.lora.alpha is "
-        f"{'missing' if value is None else brief(value)}; expected a float other than 0, for it "
-        "scales the adapter. Convert the adapter again."
+        f"{'missing' if value is None else brief(value)}{kind}; expected a float of 32 bits other "
+        "than 0, for alpha / rank is the adapter's scale and llama.cpp takes 1 without it. Convert "
+        "the adapter again."
     )
 
 
@@ -139,6 +155,7 @@ def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
                 "lora_a and lora_b only, for a plain LoRA cannot represent more. Convert a plain "
                 "LoRA."
             )
+        _check_type(header, info)
         pairs.setdefault(match["base"], {})[match["side"]] = info
     for base, pair in pairs.items():
         if len(pair) == 1:
@@ -184,12 +201,34 @@ def _rank(header: GgufHeader, base: str, pair: Mapping[str, TensorInfo]) -> int:
     return rank
 
 
+def _check_type(header: GgufHeader, info: TensorInfo) -> None:
+    if info.ggml_type in NO_FLOATS:
+        raise GgufFileError(
+            f"Cannot use adapter {header.path}: tensor {info.name} is of type "
+            f"{info.ggml_type.name}; expected F32, F16, BF16 or a quantised type. Convert the "
+            "adapter again."
+        )
+
+
 def _kind(base_name: str) -> str:
     """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
     return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
 
 
 def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None:
+    if is_bypassed(header.architecture, base_name):
+        raise UnsupportedAdapterError(
+            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}, which "
+            f"llama.cpp computes without adapters for {header.architecture}, and this part would "
+            "be ignored; expected tensors that it adapts. Train without this module, or merge the "
+            "adapter into its base."
+        )
+    if not re.match(r"blk\.\d+\.", base_name) and base_name not in (EMBEDDING, HEAD):
+        raise UnsupportedAdapterError(
+            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}, which "
+            "belongs to no layer, so that no layer's weight applies; expected blk.N., "
+            f"{EMBEDDING} or {HEAD}. Train without this module."
+        )
     tensor = header.tensors.get(base_name)
     if tensor is None and base_name == HEAD:
         tensor = header.tensors.get(EMBEDDING)  # a tied head

@@ -46,10 +46,14 @@ SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-STRING, ARRAY = 8, 9
+STRING, ARRAY, DOUBLE = 8, 9, 12
 U32, U64 = SCALARS[4], SCALARS[10]
 
 Scalar = int | float | bool
+
+
+class Double(float):
+    """A number of 64 bits; llama.cpp takes only 32 where it expects a float."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,8 @@ class GgufCursor:
 
     def read_value(self, kind: int, field: str) -> MetadataValue:
         if kind in SCALARS:
-            return self.scalar(SCALARS[kind], field)
+            value = self.scalar(SCALARS[kind], field)
+            return Double(value) if kind == DOUBLE else value
         if kind == STRING:
             return self.text(MAX_STRING_BYTES, field, strict=False)
         if kind != ARRAY:

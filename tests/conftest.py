@@ -1,6 +1,8 @@
 """Shared fixtures. Nothing here loads a library or fetches a file before a test asks for it."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -82,3 +84,13 @@ def hub_cache(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(variable, raising=False)
     yield home / "hub"
     huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_source(checkout: Path) -> Path:
+    """The pinned source of llama.cpp, as a build takes it."""
+    prepare = [sys.executable, "-S", str(checkout / "patches" / "prepare.py")]
+    done = subprocess.run(prepare, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the pinned source of llama.cpp is not here: {done.stderr.strip()[-200:]}")
+    return Path(done.stdout.strip())

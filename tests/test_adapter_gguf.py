@@ -1,5 +1,6 @@
 """Inspection of adapter GGUFs, and their check against a base."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.adapter_gguf import NO_FLOATS, AdapterInfo, check_adapter, read_adapter_gguf
 from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
 from qaflora_edge.gguf_header import read_gguf_header
 
@@ -32,7 +33,9 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], **fields: Any) -> P
     if values["adapter"] is not None:
         writer.add_string("adapter.type", values["adapter"])
     if values["alpha"] is not None:
-        add = writer.add_uint32 if isinstance(values["alpha"], int) else writer.add_float32
+        add = {int: writer.add_uint32, np.float64: writer.add_float64}.get(
+            type(values["alpha"]), writer.add_float32
+        )
         add("adapter.lora.alpha", values["alpha"])
     if "tokens" in values:
         writer.add_array("adapter.alora.invocation_tokens", values["tokens"])
@@ -123,13 +126,21 @@ def test_file_of_another_kind_is_refused(
 
 @pytest.mark.parametrize(
     ("alpha", "found"),
-    [(None, "missing"), (0.0, "0.0"), (float("nan"), "nan"), (float("inf"), "inf"), (8, "8")],
+    [
+        (None, "missing"),
+        (0.0, "0.0"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (8, "8"),
+        (np.float64(8), "8.0 of 64 bits"),
+    ],
 )
 def test_alpha_must_be_a_number_other_than_zero(tmp_path: Path, alpha: object, found: str) -> None:
     path = write(tmp_path / "a.gguf", PAIR, alpha=alpha)
     assert refusal(GgufFileError, path) == (
         f"Cannot use adapter {path}: metadata field adapter.lora.alpha is {found}; expected a "
-        "float other than 0, for it scales the adapter. Convert the adapter again."
+        "float of 32 bits other than 0, for alpha / rank is the adapter's scale and llama.cpp "
+        "takes 1 without it. Convert the adapter again."
     )
 
 
@@ -240,7 +251,6 @@ def test_tensor_that_the_base_lacks_is_named(tmp_path: Path, base: tiny.TinyBase
     [
         (Q0, (4, 96), (64, 4), [64, 96], [64, 64]),
         (Q0, (4, 64), (32, 4), [32, 64], [64, 64]),
-        ("blk.0.attn_norm.weight", (4, 64), (64, 4), [64, 64], [64]),
         ("output.weight", (4, 64), (64, 4), [64, 64], [271, 64]),
         ("token_embd.weight", (270, 4), (64, 4), [270, 64], [271, 64]),
     ],
@@ -270,4 +280,62 @@ def test_expert_matrices_of_the_base_are_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"Cannot use adapter {path} with base {base}: {name} holds experts, shape [2, 96, 64]; "
         "expected a matrix. Use an adapter of plain linear layers."
+    )
+
+
+# --- what llama.cpp would ignore, or stop at ------------------------------------------------------
+
+
+def test_tensor_that_llama_cpp_ignores_is_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
+    name = "blk.0.attn_norm.weight"
+    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (64, 4)})
+    assert refusal(UnsupportedAdapterError, path, base) == (
+        f"Cannot use adapter {path} with base {base.path}: it adapts {name}, which llama.cpp "
+        "computes without adapters for llama, and this part would be ignored; expected tensors "
+        "that it adapts. Train without this module, or merge the adapter into its base."
+    )
+
+
+def test_tensor_of_no_layer_is_refused(tmp_path: Path, base: tiny.TinyBase) -> None:
+    name = "per_layer_model_proj.weight"
+    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (64, 4)})
+    assert refusal(UnsupportedAdapterError, path, base) == (
+        f"Cannot use adapter {path} with base {base.path}: it adapts {name}, which belongs to no "
+        "layer, so that no layer's weight applies; expected blk.N., token_embd.weight or "
+        "output.weight. Train without this module."
+    )
+
+
+def test_types_without_floats_are_those_of_llama_cpp(llama_cpp_source: Path) -> None:
+    text = (llama_cpp_source / "ggml" / "src" / "ggml.c").read_text("utf-8")
+    traits = re.findall(r"\n    \[GGML_TYPE_(\w+)\] = \{(.*?)\n    \}", text, re.DOTALL)
+    assert len(traits) > 30
+    types = gguf.GGMLQuantizationType
+    expected = {
+        types[name]
+        for name, body in traits
+        if ".to_float" not in body and name in types.__members__ and name != "F32"
+    }
+    assert set(NO_FLOATS) == expected
+
+
+@pytest.mark.parametrize("kind", ["I32", "F64", "Q8_K"])
+def test_type_that_holds_no_floats_is_refused(tmp_path: Path, kind: str) -> None:
+    raw_type = gguf.GGMLQuantizationType[kind]
+    n_block, block_bytes = gguf.GGML_QUANT_SIZES[raw_type]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    data = np.zeros((4, 256 // n_block * block_bytes), np.uint8)
+    writer.add_tensor(f"{Q0}.lora_a", data, raw_dtype=raw_type)
+    writer.add_tensor(f"{Q0}.lora_b", np.zeros((64, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = tmp_path / "a.gguf"
+    assert refusal(GgufFileError, path) == (
+        f"Cannot use adapter {path}: tensor {Q0}.lora_a is of type {kind}; expected F32, F16, BF16 "
+        "or a quantised type. Convert the adapter again."
     )
