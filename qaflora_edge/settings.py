@@ -21,10 +21,15 @@ MAX_SETTINGS_BYTES = 1 << 20
 LIBRARY_KEYS = ("cache", "bundles")
 
 
+def expanded(text: str) -> Path:
+    """A path with `~` for the home of the user; that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def settings_path() -> Path:
     """Name the settings file; it may not exist."""
     if chosen := os.environ.get("QAFLORA_CONFIG"):
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen).absolute()
     if sys.platform == "win32":
         roaming = os.environ.get("APPDATA")
         return Path(roaming or Path.home() / "AppData" / "Roaming") / FOLDER / FILE
@@ -42,7 +47,7 @@ def read_settings() -> dict[str, Any]:
     Raises SettingsError when it cannot be read, is no TOML, or has a wrong `cache` or `bundles`.
     """
     path = settings_path()
-    if str(path) == os.devnull or not (path.exists() or os.environ.get("QAFLORA_CONFIG")):
+    if str(path) == os.devnull or not (os.path.exists(path) or os.environ.get("QAFLORA_CONFIG")):
         return {}
     settings = _read_toml(path)
     if "cache" in settings and not _is_text(settings["cache"]):
@@ -54,8 +59,8 @@ def read_settings() -> dict[str, Any]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        found = "it is no plain file" if path.exists() else "it does not exist"
+    if not os.path.isfile(path):
+        found = "it is no plain file" if os.path.exists(path) else "it does not exist"
         raise SettingsError(
             f"Cannot read the settings in {path}: {found}, expected a TOML file. "
             "Correct or unset the environment variable QAFLORA_CONFIG."
@@ -107,7 +112,7 @@ def unknown_key(path: Path, key: str, known: Iterable[str]) -> SettingsError:
 def cache_setting() -> Path | None:
     """The folder for downloads that the user chose: by environment, else by file, else None."""
     if chosen := os.environ.get("QAFLORA_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen).absolute()
     text = read_settings().get("cache")
     return None if text is None else _from_file(text)
 
@@ -115,10 +120,10 @@ def cache_setting() -> Path | None:
 def bundle_places() -> list[Path]:
     """Folders that hold bundles, or are bundles, as the user named them; they may not exist."""
     if chosen := os.environ.get("QAFLORA_BUNDLES"):
-        return [Path(text).expanduser().absolute() for text in chosen.split(os.pathsep) if text]
+        return [expanded(text).absolute() for text in chosen.split(os.pathsep) if text]
     return [_from_file(text) for text in read_settings().get("bundles", [])]
 
 
 def _from_file(text: str) -> Path:
     """A path of the settings file; a relative one starts at the file's own folder."""
-    return settings_path().parent / Path(text).expanduser()
+    return settings_path().parent / expanded(text)

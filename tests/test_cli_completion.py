@@ -79,6 +79,12 @@ def test_bundles_one_folder_below_are_suggested(made: TinyBundle, tmp_path: Path
     assert suggested(made, f"qaflora run {tmp_path}/shelf/") == [f"plain,{tmp_path}/shelf/mine"]
 
 
+def test_home_is_looked_into_and_stays_as_typed(made: TinyBundle, tmp_path: Path) -> None:
+    shutil.copytree(made.folder, tmp_path / "mine")
+    assert suggested(made, "qaflora run ~/m", HOME=str(tmp_path)) == ["plain,~/mine"]
+    assert suggested(made, "qaflora run ~no-such-user/m") == ["dir"]
+
+
 def test_bundles_by_name_are_suggested(made: TinyBundle, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path / "named")
     place = {"QAFLORA_BUNDLES": str(tmp_path)}
@@ -140,6 +146,8 @@ OWN_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
+# All words: what follows them is the next prompt.
+PRINTED = b"<end>(?:<[^<>]*>)*(?=[\r\n\x1b])"
 HOME_KEY, ENTER = b"\x01", b"\r"
 
 
@@ -164,13 +172,13 @@ def completed(shell: str, keys: str, made: TinyBundle, home: Path) -> list[str]:
         os.write(controller, f"{setup}; echo rea''dy\r".encode())
         read_until(controller, b"[\r\n]ready\r")
         os.write(controller, keys.encode() + HOME_KEY + b"printf '<%s>' en''d " + ENTER)
-        text = read_until(controller, b"<end>[^\r\n]*>")
+        text = read_until(controller, PRINTED)
     finally:
         process.kill()
         process.wait()
         os.close(controller)
-    shown = re.findall("<end>([^\r\n]*>)", text.decode("utf-8", "replace"))[-1]
-    return re.findall("<([^>]*)>", shown)
+    printed = re.findall(PRINTED, text)[-1].decode("utf-8")
+    return re.findall("<([^>]*)>", printed)[1:]
 
 
 def read_until(terminal: int, pattern: bytes) -> bytes:

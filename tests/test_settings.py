@@ -32,6 +32,11 @@ def test_file_lies_in_the_users_config_folder(
     assert settings_path() == tmp_path / ".config/qaflora-edge/config.toml"
 
 
+def test_home_of_an_unknown_user_is_a_folder_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CONFIG", "~no-such-user/config.toml")
+    assert settings_path() == Path.cwd() / "~no-such-user/config.toml"
+
+
 def test_null_device_means_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAFLORA_CONFIG", os.devnull)
     assert read_settings() == {}

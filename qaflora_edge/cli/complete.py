@@ -76,8 +76,11 @@ class _Bash(BashComplete):
 
 
 def escaped(word: str) -> str:
-    """A word as bash reads it back, with a backslash before what it would take for its own."""
-    return re.sub(r"""([\s"'\\$`!&|;<>()*?\[\]{}#~])""", r"\\\1", word)
+    """A word as bash reads it back, with a backslash before what it would take for its own.
+
+    Not before ~, which stands at the beginning only where the user has typed it.
+    """
+    return re.sub(r"""([\s"'\\$`!&|;<>()*?\[\]{}#])""", r"\\\1", word)
 
 
 add_completion_class(_Bash)
@@ -108,13 +111,14 @@ def complete_bundle(
 def _folders_near(word: str) -> list[str]:
     """Bundles whose path begins with `word`, at that depth or one below, written as typed."""
     from qaflora_edge.bundle_names import bundles_in, is_bundle
+    from qaflora_edge.settings import expanded
 
     head, slash, tail = word.rpartition("/")
-    folder = Path(head + slash).expanduser() if head + slash else Path()
+    folder = expanded(head + slash) if head + slash else Path()
     found = []
     try:
         entries = sorted(itertools.islice(folder.iterdir(), MAX_ENTRIES))
-    except (OSError, RuntimeError):  # RuntimeError: ~ of a user who does not exist
+    except OSError:
         return []
     for entry in entries:
         is_hidden = entry.name.startswith(".") and not tail.startswith(".")
