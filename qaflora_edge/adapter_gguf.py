@@ -7,7 +7,7 @@ without a word; so everything is checked here before a library sees the file.
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,29 @@ def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
         )
     for base_name in info.ranks:
         _check_module(info, header, base_name)
+
+
+def check_files(base: str | os.PathLike[str], adapters: Iterable[str | os.PathLike[str]]) -> None:
+    """Check a base and its adapters, before the library sees them. Raises as the checks do."""
+    header = read_gguf_header(base)
+    for path in adapters:
+        check_adapter(read_adapter_gguf(path), header)
+
+
+def check_values(info: AdapterInfo) -> None:
+    """Check that every value of an adapter is a finite number, one tensor in memory at a time.
+
+    Raises GgufFileError naming the tensor.
+    """
+    for tensor in info.tensors.values():
+        values = read_values(info.path, tensor)
+        n_bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+        if n_bad:
+            raise GgufFileError(
+                f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of tensor "
+                f"{tensor.name} are NaN or infinite; expected finite numbers. The training "
+                "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
+            )
 
 
 def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:

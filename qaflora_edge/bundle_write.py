@@ -9,7 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.adapter_gguf import (
+    AdapterInfo,
+    check_adapter,
+    check_values,
+    read_adapter_gguf,
+)
 from qaflora_edge.bundle_format import BUNDLE_FILE, MAX_ADAPTERS, NAME_PATTERN, NAME_RULE
 from qaflora_edge.bundle_source import AdapterSource
 from qaflora_edge.convert import convert_adapter
@@ -53,9 +58,11 @@ def put_adapter(
         _copy(source.path, target)
     try:
         info = read_adapter_gguf(target)
+        if not source.path.is_dir():  # what was converted has been checked on its way
+            check_values(info)
     except GgufFileError:
-        if source.path.is_file():
-            read_adapter_gguf(source.path)  # the same failure, naming the file the user knows
+        if source.path.is_file():  # the same failure, naming the file the user knows
+            check_values(read_adapter_gguf(source.path))
         raise
     check_adapter(info, header)
     return info

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
+from qaflora_edge.adapter_gguf import check_files
 from qaflora_edge.answers import Answers
 from qaflora_edge.chat import chat_tokens
 from qaflora_edge.checksums import FileState, check_unchanged
@@ -86,6 +87,8 @@ class Engine:
             typical, defaults, states = loaded.typical, loaded.fusion_defaults, loaded.states
         elif base is None:
             raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
+        else:
+            check_files(base, (adapters or {}).values())
 
         self._weigher = Weigher(
             adapters=tuple(adapters or {}),

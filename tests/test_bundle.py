@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from bundles import TinyBundle, make_bundle, make_sources, snapshot
 
 from qaflora_edge import Engine, QafloraError, checksums, engine, registry
 from qaflora_edge import fusion as fuse
+from qaflora_edge.adapter_gguf import read_adapter_gguf
 from qaflora_edge.bundle import describe, load_bundle, verify_bundle
 from qaflora_edge.bundle_create import create_bundle
 from qaflora_edge.convert import convert_adapter
@@ -210,6 +212,26 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
                 sources.folder, base, {"a": sources.adapter.path, "b": adapter}, **options
             )
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_holds_no_numbers_is_refused(tmp_path: Path, value: float) -> None:
+    sources = make_sources(tmp_path)
+    info = read_adapter_gguf(sources.adapter.path)
+    tensor = info.tensors["blk.1.ffn_up.weight.lora_b"]
+    with sources.adapter.path.open("rb+") as file:
+        file.seek(tensor.offset + 8)
+        file.write(struct.pack("<f", value))
+    with pytest.raises(GgufFileError) as caught:
+        create_bundle(
+            sources.folder, sources.base.path, {"es": sources.adapter.path}, calibrate=False
+        )
+    assert str(caught.value) == (
+        f"Cannot use adapter {sources.adapter.path}: 1 of the {96 * 8} values of tensor "
+        "blk.1.ffn_up.weight.lora_b are NaN or infinite; expected finite numbers. The training "
+        "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
+    )
+    assert not sources.folder.exists()
 
 
 def test_a_damaged_adapter_is_named_by_its_own_path(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import tiny
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
 
@@ -268,3 +270,16 @@ def test_signs_that_the_terminal_lacks_are_replaced(made: TinyBundle) -> None:
     result = subprocess.run([*QAFLORA, *args], capture_output=True, env=environment)
     assert result.returncode == 0
     result.stdout.decode("ascii")
+
+
+def test_names_in_a_file_cannot_command_the_terminal(made: TinyBundle, tmp_path: Path) -> None:
+    peft = tiny.write_tiny_peft(tmp_path / "peft", made.base)
+    name = "x\x1b]0;title\x07\u202e\n.weight"
+    tiny.write_safetensors(
+        peft / "adapter_model.safetensors", {name: np.ones((2, 2), dtype=np.float32)}
+    )
+    args = ["convert", str(peft), "--base", str(made.base.path), "-o", str(tmp_path / "a.gguf")]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 1
+    assert "x\\x1b]0;title\\x07\\u202e .weight" in result.stderr
+    assert all(char.isprintable() for char in result.stderr.rstrip("\n"))

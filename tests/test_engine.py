@@ -11,10 +11,12 @@ from tiny import TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights, QafloraError
 from qaflora_edge.errors import (
+    AdapterMismatchError,
     BackendError,
     BusyError,
     ChatTemplateError,
     GgufFileError,
+    InputFileError,
     OptionError,
     PromptError,
     StrategyError,
@@ -345,17 +347,21 @@ def test_malformed_messages_are_refused(engine: Engine) -> None:
         engine.chat([{"role": "user", "content": None}])
 
 
-def test_missing_and_broken_files_are_refused(tmp_path: Path, adapters: dict[str, Path]) -> None:
-    with pytest.raises(GgufFileError, match=r"gone\.gguf does not exist"):
+def test_missing_and_broken_files_are_refused(tmp_path: Path, base: TinyBase) -> None:
+    with pytest.raises(InputFileError, match=r"gone\.gguf: it does not exist"):
         Engine(base=tmp_path / "gone.gguf")
     (tmp_path / "noise.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(GgufFileError, match=r"noise\.gguf cannot be loaded"):
+    with pytest.raises(GgufFileError, match=r"noise\.gguf: it is written for a big-endian"):
         Engine(base=tmp_path / "noise.gguf")
+    with pytest.raises(GgufFileError, match=r"noise\.gguf: it is written for a big-endian"):
+        Engine(base=base.path, adapters={"noise": tmp_path / "noise.gguf"})
 
 
 def test_adapter_of_another_base_is_refused(tmp_path: Path, adapters: dict[str, Path]) -> None:
     other = write_tiny_base(tmp_path / "other.gguf", "qwen2")
-    with pytest.raises(BackendError, match=r"general\.architecture is 'llama', expected 'qwen2'"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"for architecture 'llama', the base is 'qwen2'"
+    ):
         Engine(base=other.path, adapters=adapters)
 
 

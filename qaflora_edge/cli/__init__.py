@@ -71,7 +71,7 @@ class VerbGroup(click.Group):
             with _termination_unwinds():
                 code = super().main(*args, **kwargs)
         except QafloraError as error:
-            click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
+            click.echo(f"Error: {_one_line(str(error))}", err=True)
             sys.exit(EXIT_FAILED)
         except click.ClickException as error:
             _with_variable(error).show()
@@ -103,6 +103,12 @@ def _with_variable(error: click.ClickException) -> click.ClickException:
     )
     message = f"{error.message} It is the environment variable {variable}; correct or unset it."
     return click.BadParameter(message, error.ctx, error.param, error.param_hint)
+
+
+def _one_line(message: str) -> str:
+    """Join lines and spell control characters: names out of a file may hold a terminal's commands."""
+    text = " ".join(message.splitlines())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _prepare_streams() -> None:
