@@ -106,7 +106,7 @@ def _with_variable(error: click.ClickException) -> click.ClickException:
 
 
 def _one_line(message: str) -> str:
-    """Join lines and spell control characters: names out of a file may hold a terminal's commands."""
+    """Join lines and spell control characters: a name in a file may command a terminal."""
     text = " ".join(message.splitlines())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
