@@ -67,11 +67,9 @@ def read_mlx(folder: Path, fields: Mapping[str, Any]) -> PeftAdapter:
         targets=TargetRule(targets=keys, fields="lora_parameters.keys"),
         base_name=check_name(path, "model", fields.get("model")),
     )
-    tensors = _read_weights(folder)
-    modules = {
-        name: _make_module(config, scale, name, pair)
-        for name, pair in _pair_tensors(folder, tensors).items()
-    }
+    pairs = _pair_tensors(folder, _read_weights(folder))
+    config.check_work(pairs)
+    modules = {name: _make_module(config, scale, name, pair) for name, pair in pairs.items()}
     return PeftAdapter(folder, config, modules)
 
 

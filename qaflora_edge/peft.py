@@ -85,6 +85,7 @@ def _pair_tensors(
             f"Cannot use the adapter {folder}: its weights hold no lora_A or lora_B; expected a "
             "trained LoRA. Save the adapter again."
         )
+    config.check_work(parts)
     return {
         module: _make_module(config, module, pair, is_embedding=module in embeddings)
         for module, pair in parts.items()

@@ -5,7 +5,7 @@ A feature of PEFT that a plain LoRA cannot represent is refused by its own name.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from qaflora_edge.peft_patterns import (
     MAX_PATTERN_LENGTH,
     MAX_PATTERNS,
     MAX_REPEATS,
+    MAX_WORK,
     TargetRule,
     compile_key,
     is_bounded,
+    match_work,
     matching_key,
 )
 from qaflora_edge.peft_refusals import FIELDS, is_set, type_refusal
@@ -64,6 +66,18 @@ class PeftConfig:
         """Give alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def check_work(self, modules: Collection[str]) -> None:
+        """Refuse patterns that would take very long to match with these modules."""
+        n_char = max(map(len, modules), default=0)
+        keys = [*self.rank_pattern, *self.alpha_pattern]
+        work = self.targets.work(n_char) + sum(match_work(key, n_char, n_repeat=1) for key in keys)
+        if work * len(modules) > MAX_WORK:
+            raise PeftConfigError(
+                f"Cannot use {self.path}: matching its patterns with {len(modules)} modules takes "
+                f"up to {work * len(modules)} steps; expected at most {MAX_WORK}. Write the "
+                "patterns with fewer repeats and alternatives, or save the adapter again."
+            )
 
     def check_target(self, module: str) -> None:
         """Refuse a module that has tensors but is not adapted by the config, as in PEFT."""

@@ -1,6 +1,7 @@
 """Match names of modules by the patterns of a PEFT config, in bounded time."""
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ MAX_PATTERNS = 1 << 14
 MAX_PATTERN_LENGTH = 256
 MAX_REPEATS = 3  # of unbounded repeats in a pattern, so that matching cannot take for ever
 MAX_CHOICES = 1 << 12  # ways through a pattern's alternatives and optional parts
+MAX_WORK = 1 << 31  # steps of matching all patterns of a config with all modules; half a minute
 
 _UNBOUNDED = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -16,18 +18,33 @@ _IN_BRACKETS = re.compile(r"\[\^?\]?[^\]]*\]")
 
 
 def is_bounded(pattern: str) -> bool:
-    """Tell whether matching a name surely ends soon: no repeated group, few repeats and choices.
+    """Tell whether matching a name surely ends: no repeated group, few repeats and choices.
 
     An expression may otherwise take time that is exponential in its length.
     """
     if len(pattern) > MAX_PATTERN_LENGTH:
         return False
-    plain = _IN_BRACKETS.sub(".", re.sub(r"\\.", ".", pattern, flags=re.DOTALL))
+    plain = _plain(pattern)
     return (
         _REPEATED_GROUP.search(plain) is None
         and len(_UNBOUNDED.findall(plain)) <= MAX_REPEATS
         and _n_choice(plain) <= MAX_CHOICES
     )
+
+
+def match_work(pattern: str, n_char: int, *, n_repeat: int = 0) -> int:
+    """Bound the steps of matching a bounded pattern with a name: choices times places of repeats.
+
+    n_repeat  unbounded repeats that are put around the pattern
+    """
+    plain = _plain(pattern)
+    n_repeat += len(_UNBOUNDED.findall(plain))
+    return _n_choice(plain) * math.comb(n_char + n_repeat, n_repeat)
+
+
+def _plain(pattern: str) -> str:
+    """Put a dot in place of escaped signs and of sets, whose signs have no meaning."""
+    return _IN_BRACKETS.sub(".", re.sub(r"\\.", ".", pattern, flags=re.DOTALL))
 
 
 def _n_choice(plain: str) -> int:
@@ -93,6 +110,18 @@ class TargetRule:
         if is_named is None or isinstance(self.targets, str) or module in self.targets:
             return is_named is not False
         return is_named and self._is_in_layers(module)
+
+    def work(self, n_char: int) -> int:
+        """Bound the steps of telling it for a name of `n_char` characters."""
+        rules = [rule for rule in (self.targets, self.excluded) if rule is not None]
+        return sum(
+            len(rule)
+            if isinstance(rule, tuple)
+            else match_work(rule, n_char)
+            if is_bounded(rule)
+            else 0
+            for rule in rules
+        )
 
     def _is_in_layers(self, module: str) -> bool:
         if self.layers is None:

@@ -1,6 +1,7 @@
 """The PEFT reader, against PEFT itself and against damaged or richer adapters."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -561,6 +562,25 @@ def test_rank_must_be_the_same_in_both_files(tmp_path: Path) -> None:
         "rank 8 by r and rank_pattern, but lora_A is [4, 64] and lora_B [64, 4]; expected "
         "[8, n_in] and [n_out, 8]. The two files do not belong together; save the adapter again."
     )
+
+
+def test_patterns_that_take_long_with_many_modules_are_refused(tmp_path: Path) -> None:
+    a, b = np.ones((4, 8), np.float32), np.ones((8, 4), np.float32)
+    tensors = {}
+    for layer in range(100):
+        name = f"base_model.model.{'a' * 150}.{layer}.q_proj"
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    slow = "(a|aa)(a|aa)(a|aa).*a.*a.*x"
+    folder = write_pair(tmp_path / "a", tensors, rank_pattern={slow: 4})
+    with pytest.raises(PeftConfigError) as caught:
+        read_peft(folder)
+    steps = 8 * math.comb(160 + 4, 4) * 100
+    assert str(caught.value) == (
+        f"Cannot use {folder / 'adapter_config.json'}: matching its patterns with 100 modules "
+        f"takes up to {steps} steps; expected at most {1 << 31}. Write the patterns with fewer "
+        "repeats and alternatives, or save the adapter again."
+    )
+    assert len(read_peft(write_pair(folder, tensors, rank_pattern={".*a.*x": 4})).modules) == 100
 
 
 def test_adapter_without_lora_is_refused(tmp_path: Path) -> None:
