@@ -13,7 +13,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint clean FORCE
+.PHONY: demo test test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table clean FORCE
 
 demo: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
@@ -64,6 +64,10 @@ lint: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# What converting does for each architecture and feature, found anew: the tables in docs/convert.md.
+convert-table: $(DONE)/package $(DONE)/test-tools
+	$(BIN)/python tests/convert_table.py
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:

@@ -79,7 +79,7 @@ def _pair_tensors(
         if match["embedding_part"]:
             embeddings.add(module)
     for tensor in copies:
-        _check_copy(tensor, parts)
+        _check_copy(config, tensor, parts)
     if not parts:
         raise SafetensorsFileError(
             f"Cannot use the adapter {folder}: its weights hold no lora_A or lora_B; expected a "
@@ -101,10 +101,12 @@ def _check_one_adapter(tensor: StoredTensor, adapters: set[str]) -> None:
         )
 
 
-def _check_copy(tensor: StoredTensor, parts: Mapping[str, object]) -> None:
-    """Let pass the copy of the base's own weight that PEFT saves beside LoRA on embeddings."""
+def _check_copy(config: PeftConfig, tensor: StoredTensor, parts: Mapping[str, object]) -> None:
+    """Let pass the copies of the base's own tensors that PEFT saves beside LoRA on embeddings."""
     name = module_name(tensor.name)
-    if name.endswith(".base_layer.weight") and name.removesuffix(".base_layer.weight") in parts:
+    module, _, part = name.rpartition(".base_layer.")
+    is_untrained = part == "weight" or (part == "bias" and config.bias == "none")
+    if module in parts and is_untrained:
         return
     kind = tensor_kind(name)
     raise UnsupportedAdapterError(

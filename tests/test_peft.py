@@ -134,7 +134,15 @@ def test_embedding_and_copies_of_its_base_weight_are_understood(
     assert (embedding.n_in, embedding.n_out) == (base.n_vocab, base.n_embd)
     assert (head.n_in, head.n_out) == (base.n_embd, base.n_vocab)
     copy = {**PAIR, A0.replace("lora_A", "base_layer"): np.ones((64, 64), np.float32)}
+    copy[A0.replace("lora_A.weight", "base_layer.bias")] = np.ones(64, np.float32)
     assert len(read_peft(write_pair(tmp_path / "b", copy)).modules) == 1
+
+
+def test_bias_of_a_base_layer_is_a_trained_one_where_biases_were_trained(tmp_path: Path) -> None:
+    name = A0.replace("lora_A.weight", "base_layer.bias")
+    tensors = {**PAIR, name: np.ones(64, np.float32)}
+    folder = write_pair(tmp_path / "a", tensors, bias="all")
+    assert f"tensor {name} is a bias" in refusal(UnsupportedAdapterError, folder)
 
 
 NAMES = [

@@ -1,0 +1,197 @@
+"""What converting does for each family and feature, found by trying; as a table for the docs.
+
+    python tests/convert_table.py        writes it into docs/convert.md (`make convert-table`)
+
+A row is found by `Findings.row`: "exact" where logits, or states, are those of transformers and
+peft; "refused" where converting or the runtime says so with one of our errors. What is converted
+and wrong is neither: the finding fails.
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import gguf
+import numpy as np
+import zoo
+from families import FAMILIES, Family
+from features import FEATURES, outcome
+from numpy.typing import NDArray
+from stock import StockContext
+
+from qaflora_edge import Engine
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.errors import BackendError, UnsupportedAdapterError
+from qaflora_edge.files import cache_dir
+from qaflora_edge.runtime import Model
+
+F32 = NDArray[np.float32]
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "convert.md"
+BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->"
+EXACT, REFUSED = "exact", "refused"
+COLUMNS = ("projections", "scales", "embedding", "head", "probe", "norm", "llama.cpp", "upstream")
+
+
+class Findings:
+    """Specimens of some families, and what was found of them."""
+
+    def __init__(self, families: Iterable[Family], upstream: Path, folder: Path) -> None:
+        self._specimens = zoo.build(families, upstream, folder)
+
+    def row(self, family: str) -> dict[str, str]:
+        """Find a row's cells: column -> cell. A wrong result raises AssertionError."""
+        specimen = self._specimens[family]
+        found = dict.fromkeys(COLUMNS, REFUSED)
+        files = {}
+        for adapter in zoo.ADAPTERS:
+            path = specimen.folder / f"{adapter}.gguf"
+            with suppress(UnsupportedAdapterError):
+                convert_adapter(specimen.peft(adapter), specimen.base, path, outtype="f32")
+                files[adapter] = path
+        with _engine(specimen, files) as engine:
+            found |= dict.fromkeys(files, EXACT)
+            _check_logits(specimen, engine)
+            with suppress(BackendError):
+                _check_probe(specimen, engine)
+                found["probe"] = EXACT
+        with suppress(BackendError):
+            _check_norm(specimen, files["projections"])
+            found["norm"] = EXACT
+        _check_stock(specimen, files["projections"])
+        found["llama.cpp"] = EXACT
+        found["upstream"] = _compare_upstream(specimen, files)
+        return found
+
+
+def _engine(specimen: zoo.Specimen, files: Mapping[str, Path]) -> Engine:
+    return Engine(
+        base=specimen.base, adapters=files, n_ctx=64, kv_type="f32", flash_attn=False, threads=1
+    )
+
+
+def _check_logits(specimen: zoo.Specimen, engine: Engine) -> None:
+    """Compare the base's, each adapter's and a mix per layer with transformers and peft."""
+    assert_near(specimen, engine.logits(zoo.TOKENS, weights="base"), "base")
+    for index, adapter in enumerate(engine.adapters):
+        weights = np.zeros((len(engine.adapters), engine.n_layer), np.float32)
+        weights[index] = 1.0
+        assert_near(specimen, engine.logits(zoo.TOKENS, weights=weights), adapter)
+        if adapter == "projections":
+            weights[index] = zoo.LAYER_WEIGHTS
+            assert_near(specimen, engine.logits(zoo.TOKENS, weights=weights), "per layer")
+
+
+def _check_probe(specimen: zoo.Specimen, engine: Engine) -> None:
+    """Compare captured states, and see that the lens finds what moved them."""
+    states = engine.hidden_states(zoo.TOKENS, adapter="projections")
+    error = np.abs(states - specimen.states).max() / np.abs(specimen.states).max()
+    assert error <= specimen.family.tolerance, f"states differ by {error:.1e}"
+    weights = engine.weights(zoo.TOKENS).weights
+    np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-6)
+    assert np.all(weights[engine.adapters.index("projections")] > 0.01)
+
+
+def _check_norm(specimen: zoo.Specimen, path: Path) -> None:
+    with _engine(specimen, {"it": path}) as engine:
+        weights = engine.weights(zoo.TOKENS, strategy="norm").weights
+    assert np.all(weights == 1.0)  # of the one adapter there is
+
+
+def _check_stock(specimen: zoo.Specimen, path: Path) -> None:
+    with Model(specimen.base) as model:
+        context = StockContext(model, n_ctx=64)
+        try:
+            context.set_adapters([path], [1.0])
+            assert_near(specimen, context.decode(zoo.TOKENS), "projections")
+        finally:
+            context.close()
+
+
+def assert_near(specimen: zoo.Specimen, logits: F32, which: str) -> None:
+    """Compare logits with the reference, and see that the adapter made a difference to it."""
+    expected = specimen.logits[which]
+    scale, tolerance = np.abs(expected).max(), specimen.family.tolerance
+    error = np.abs(logits - expected).max() / scale
+    assert error <= tolerance, f"{which}: logits differ by {error:.1e} of the largest"
+    if which != "base":
+        effect = np.abs(expected - specimen.logits["base"]).max() / scale
+        assert effect > 5 * tolerance, f"{which}: the adapter moves logits by {effect:.1e} only"
+
+
+def _compare_upstream(specimen: zoo.Specimen, files: Mapping[str, Path]) -> str:
+    """Compare with upstream's tensors, of the adapters that we convert."""
+    found = {}
+    for adapter, path in files.items():
+        if adapter not in zoo.UPSTREAM:
+            continue
+        theirs = specimen.upstream(adapter)
+        if not theirs.exists():
+            found[adapter] = "stops"
+            continue
+        ours, tensors = stored(path), stored(theirs)
+        if not tensors:
+            found[adapter] = "left out"
+            continue
+        assert tensors.keys() == ours.keys()
+        if any(not np.array_equal(tensors[name], ours[name]) for name in ours):
+            found[adapter] = "other values"
+    return ", ".join(f"{adapter}: {what}" for adapter, what in found.items()) or "same"
+
+
+def stored(path: Path) -> dict[str, F32]:
+    """Read an adapter with gguf's own reader: tensor name -> float32 values."""
+    return {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def committed(name: str) -> list[list[str]]:
+    """Read the cells of one of the page's tables, without its header."""
+    text = PAGE.read_text(encoding="utf-8")
+    block = text.partition(BEGIN.format(name))[2].partition(END.format(name))[0]
+    lines = [line.strip().removeprefix("| ").removesuffix(" |") for line in block.splitlines()]
+    return [line.split(" | ") for line in lines[2:]]
+
+
+def architecture_rows(findings: Findings, families: Iterable[Family]) -> list[tuple[str, ...]]:
+    """Find the rows of the table of architectures."""
+    rows = []
+    for family in families:
+        cells = findings.row(family.name)
+        rows.append((family.arch, family.name, *(cells[column] for column in COLUMNS)))
+    return rows
+
+
+def feature_row(name: str, folder: Path) -> tuple[str, ...]:
+    """Find one row of the table of PEFT's features."""
+    feature = FEATURES[name]
+    return (name, outcome(feature, folder), feature.advice or "–")
+
+
+def write(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Put a table in its place in the page."""
+    lines = [header, ["---"] * len(header), *rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    begin, end = BEGIN.format(name), END.format(name)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    PAGE.write_text(f"{before}{begin}{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Fill the page's tables."""
+    archive = zoo.find_archive(PAGE.parents[1] / "patches", cache_dir())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        upstream = zoo.unpack_upstream(archive, folder / "upstream")
+        families = FAMILIES.values()
+        rows = architecture_rows(Findings(families, upstream, folder), families)
+        write("architectures", ("architecture", "model", *COLUMNS), rows)
+        rows = [feature_row(feature, folder) for feature in FEATURES]
+        write("features", ("feature", "outcome", "what to do instead"), rows)
+
+
+if __name__ == "__main__":
+    main()

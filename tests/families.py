@@ -1,0 +1,317 @@
+"""Families of models that transformers can make tiny, one or more for each architecture.
+
+Rows of the table in docs/convert.md. Widths are the least that every family's own rules allow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# llama.cpp looks GELU up in a table of float16, and some of its other kernels round as well: bases
+# without any adapter are then this far from transformers, relative to the largest logit.
+EXACT = 1e-5
+ROUNDED = 3e-3
+COARSE = 2e-2  # gpt-oss
+
+
+@dataclass(frozen=True)
+class Family:
+    """One class of transformers, and what the converters need to know of it.
+
+    name      a row's first column
+    arch      the GGUF's general.architecture
+    model     transformers' class; `config` is that of its configuration
+    targets   ends of the names of the modules to adapt; None: every linear layer but experts
+    restored  fields of config.json that upstream reads and transformers does not write
+    upstream  why upstream's adapter is another, if it is
+    """
+
+    name: str
+    arch: str
+    model: str
+    config: str
+    options: Mapping[str, Any]
+    tolerance: float = EXACT
+    targets: tuple[str, ...] | None = None
+    restored: Mapping[str, Any] = field(default_factory=dict)
+    upstream: str = ""
+
+
+N_VOCAB = 271
+_IDS = {"vocab_size": N_VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_LLAMA = {
+    **_IDS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_HEAD = {**_LLAMA, "head_dim": 16}
+_MHA = {**_LLAMA, "num_key_value_heads": 4}
+_WINDOW = {"sliding_window": 64}
+_GEMMA = {**_HEAD, **_WINDOW, "query_pre_attn_scalar": 16}
+_GPT = {**_IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_FALCON = {
+    **_IDS,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bias": False,
+    "alibi": False,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GRANITE = {
+    **_LLAMA,
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_EYE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+_CLIP = {**_EYE, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+_QWEN_EYE = {"depth": 1, "num_heads": 2}
+_MROPE = {"mrope_section": [2, 3, 3]}
+
+
+def _family(name: str, arch: str, model: str, options: Mapping[str, Any], **more: Any) -> Family:
+    stem = model.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
+    return Family(name, arch, model, more.pop("config", f"{stem}Config"), options, **more)
+
+
+_ALL = [
+    _family("Llama", "llama", "LlamaForCausalLM", _LLAMA),
+    _family("Mistral", "llama", "MistralForCausalLM", {**_LLAMA, "sliding_window": None}),
+    _family("Mixtral", "llama", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}),
+    _family(
+        "LLaVA (Llama)",
+        "llama",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "model_type": "llama"},
+            "vision_config": {**_CLIP, "model_type": "clip_vision_model"},
+        },
+    ),
+    _family("Qwen2", "qwen2", "Qwen2ForCausalLM", _LLAMA),
+    _family(
+        "Qwen2-MoE",
+        "qwen2moe",
+        "Qwen2MoeForCausalLM",
+        {**_LLAMA, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64},
+    ),
+    _family(
+        "Qwen2-VL",
+        "qwen2vl",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "rope_scaling": {"type": "mrope", **_MROPE}},
+            "vision_config": {**_QWEN_EYE, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+        },
+        tolerance=ROUNDED,
+    ),
+    _family(
+        "Qwen2.5-VL",
+        "qwen2vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "rope_scaling": {"type": "mrope", **_MROPE}},
+            "vision_config": {**_QWEN_EYE, **_EYE, "out_hidden_size": 64},
+        },
+        config="Qwen2_5_VLConfig",
+        tolerance=ROUNDED,
+    ),
+    _family("Qwen3", "qwen3", "Qwen3ForCausalLM", _HEAD),
+    _family(
+        "Qwen3-MoE",
+        "qwen3moe",
+        "Qwen3MoeForCausalLM",
+        {**_HEAD, **_EXPERTS, "num_experts": 4, "norm_topk_prob": True},
+    ),
+    _family(
+        "Qwen3-VL",
+        "qwen3vl",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {
+                **_HEAD,
+                "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, **_MROPE},
+            },
+            "vision_config": {
+                **_QWEN_EYE,
+                **_EYE,
+                "out_hidden_size": 64,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+        tolerance=ROUNDED,
+    ),
+    _family("Gemma", "gemma", "GemmaForCausalLM", _HEAD, tolerance=ROUNDED),
+    _family("Gemma 2", "gemma2", "Gemma2ForCausalLM", _GEMMA, tolerance=ROUNDED),
+    _family(
+        "Gemma 3",
+        "gemma3",
+        "Gemma3ForCausalLM",
+        _GEMMA,
+        config="Gemma3TextConfig",
+        tolerance=ROUNDED,
+    ),
+    _family(
+        "Gemma 3, multimodal",
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        {"text_config": _GEMMA, "vision_config": _CLIP},
+        tolerance=ROUNDED,
+    ),
+    _family(
+        "Phi-2", "phi2", "PhiForCausalLM", {**_MHA, "intermediate_size": 256}, tolerance=ROUNDED
+    ),
+    _family(
+        "Phi-3", "phi3", "Phi3ForCausalLM", {**_LLAMA, "original_max_position_embeddings": 128}
+    ),
+    _family(
+        "GPT-2",
+        "gpt2",
+        "GPT2LMHeadModel",
+        {**_GPT, "n_ctx": 128},
+        config="GPT2Config",
+        tolerance=ROUNDED,
+        upstream="it swaps A and B of Conv1D layers",
+    ),
+    _family(
+        "GPT-NeoX",
+        "gptneox",
+        "GPTNeoXForCausalLM",
+        {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"},
+        tolerance=ROUNDED,
+        restored={"rotary_pct": 0.25},
+    ),
+    _family(
+        "BLOOM",
+        "bloom",
+        "BloomForCausalLM",
+        {**_IDS, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        tolerance=ROUNDED,
+    ),
+    _family(
+        "Falcon, one key",
+        "falcon",
+        "FalconForCausalLM",
+        {**_FALCON, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True},
+        tolerance=ROUNDED,
+        restored={"num_kv_heads": None},
+    ),
+    _family(
+        "Falcon, groups",
+        "falcon",
+        "FalconForCausalLM",
+        {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True},
+        tolerance=ROUNDED,
+    ),
+    _family(
+        "MPT",
+        "mpt",
+        "MptForCausalLM",
+        {
+            **_IDS,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 128,
+            "expansion_ratio": 2,
+        },
+        tolerance=ROUNDED,
+        restored={"architectures": ["MPTForCausalLM"]},
+    ),
+    _family("StarCoder", "starcoder", "GPTBigCodeForCausalLM", _GPT, tolerance=ROUNDED),
+    _family("StarCoder2", "starcoder2", "Starcoder2ForCausalLM", _LLAMA, tolerance=ROUNDED),
+    _family("StableLM", "stablelm", "StableLmForCausalLM", _MHA),
+    _family("Nemotron", "nemotron", "NemotronForCausalLM", _HEAD),
+    _family("Command R", "command-r", "CohereForCausalLM", _LLAMA),
+    _family(
+        "Command R7B",
+        "cohere2",
+        "Cohere2ForCausalLM",
+        {**_LLAMA, **_WINDOW},
+        restored={"rotary_pct": 1.0},
+    ),
+    _family("OLMo", "olmo", "OlmoForCausalLM", _LLAMA),
+    _family("OLMo 2", "olmo2", "Olmo2ForCausalLM", _LLAMA),
+    _family("OLMo 3", "olmo2", "Olmo3ForCausalLM", {**_LLAMA, **_WINDOW}),
+    _family(
+        "OLMoE", "olmoe", "OlmoeForCausalLM", {**_MHA, "num_experts": 4, "num_experts_per_tok": 2}
+    ),
+    _family("Granite", "granite", "GraniteForCausalLM", _GRANITE),
+    _family(
+        "Granite MoE",
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    _family("GLM", "chatglm", "GlmForCausalLM", _HEAD, tolerance=ROUNDED),
+    _family("GLM-4", "glm4", "Glm4ForCausalLM", _HEAD),
+    _family(
+        "GLM-4V",
+        "glm4",
+        "Glm4vForConditionalGeneration",
+        {
+            "image_token_id": 1,
+            "video_token_id": 2,
+            "image_start_token_id": 3,
+            "image_end_token_id": 4,
+            "video_start_token_id": 5,
+            "video_end_token_id": 6,
+            "text_config": {
+                **_HEAD,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                    "mrope_section": [2, 1, 1],
+                },
+            },
+            "vision_config": {
+                **_QWEN_EYE,
+                **_EYE,
+                "out_hidden_size": 64,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        },
+        upstream="it stops with an assertion",
+    ),
+    _family(
+        "GLM-4.5",
+        "glm4moe",
+        "Glm4MoeForCausalLM",
+        {**_HEAD, **_EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1},
+        targets=_ATTENTION,
+    ),
+    _family("ERNIE 4.5", "ernie4_5", "Ernie4_5ForCausalLM", _HEAD),
+    _family("EXAONE 4", "exaone4", "Exaone4ForCausalLM", {**_HEAD, **_WINDOW}),
+    _family("SmolLM3", "smollm3", "SmolLM3ForCausalLM", _LLAMA),
+    _family("Hunyuan", "hunyuan-dense", "HunYuanDenseV1ForCausalLM", _HEAD),
+    _family("Seed-OSS", "seed_oss", "SeedOssForCausalLM", _HEAD),
+    _family("Apertus", "apertus", "ApertusForCausalLM", _LLAMA),
+    _family("Arcee", "arcee", "ArceeForCausalLM", _LLAMA),
+    _family("Jais 2", "jais2", "Jais2ForCausalLM", _HEAD),
+    _family(
+        "gpt-oss",
+        "gpt-oss",
+        "GptOssForCausalLM",
+        {**_HEAD, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+        tolerance=COARSE,
+    ),
+    _family(
+        "LFM2",
+        "lfm2",
+        "Lfm2ForCausalLM",
+        {
+            **_LLAMA,
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+]
+FAMILIES = {family.name: family for family in _ALL}

@@ -1,0 +1,183 @@
+"""Every architecture that adapters are converted for, against transformers, PEFT and upstream.
+
+The oracle of logits and states is transformers with PEFT in float32; bases, and the tensors that
+ours are compared with, come from llama.cpp's converters at the pin. docs/convert.md holds what
+`convert_table` finds; a row that is no longer true fails its test.
+"""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+
+from qaflora_edge.architectures import ARCHITECTURES, LayoutError, grouped_rows, rope_rows
+from qaflora_edge.convert import convert_adapter
+from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
+from qaflora_edge.files import cache_dir
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import convert_table
+import zoo
+from families import FAMILIES
+from features import FEATURES
+
+
+@pytest.fixture(scope="session")
+def findings(
+    request: pytest.FixtureRequest, checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> convert_table.Findings:
+    """Specimens of the families whose rows are asked for, made at once."""
+    archive = zoo.find_archive(checkout / "patches", cache_dir())
+    if not archive.is_file():
+        pytest.skip(f"the source archive that a build fetches is not at {archive}")
+    folder = tmp_path_factory.mktemp("zoo")
+    wanted = {
+        item.callspec.params["family"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and "findings" in item.fixturenames
+    }
+    families = [family for name, family in FAMILIES.items() if name in wanted]
+    upstream = zoo.unpack_upstream(archive, folder / "upstream")
+    return convert_table.Findings(families, upstream, folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_row_of_the_table_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
+    (row,) = convert_table.architecture_rows(findings, [FAMILIES[family]])
+    assert list(row) in convert_table.committed("architectures")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature_of_peft_is_what_the_table_says(tmp_path: Path, feature: str) -> None:
+    row = convert_table.feature_row(feature, tmp_path)
+    assert list(row) in convert_table.committed("features")
+
+
+def test_tables_have_every_family_architecture_and_feature() -> None:
+    rows = convert_table.committed("architectures")
+    assert [row[1] for row in rows] == list(FAMILIES)
+    assert {row[0] for row in rows} == set(ARCHITECTURES)
+    assert [row[0] for row in convert_table.committed("features")] == list(FEATURES)
+
+
+def test_installed_gguf_knows_every_architecture() -> None:
+    assert set(ARCHITECTURES) <= set(gguf.MODEL_ARCH_NAMES.values())
+
+
+def test_rope_pairs_a_row_with_the_one_half_a_head_later() -> None:
+    assert rope_rows(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_groups_are_taken_apart_in_order() -> None:
+    # Two groups of two queries, a key and a value, each of two rows.
+    q, k, v = grouped_rows(16, 4, 2)
+    assert q.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert k.tolist() == [4, 5, 12, 13]
+    assert v.tolist() == [6, 7, 14, 15]
+
+
+@pytest.mark.parametrize(("n_out", "n_head"), [(10, 4), (12, 4), (6, 2)])
+def test_rows_that_heads_cannot_share_are_refused(n_out: int, n_head: int) -> None:
+    with pytest.raises(LayoutError):
+        rope_rows(n_out, n_head)
+
+
+def write_base(path: Path, arch: str, tensors: dict[str, tuple[int, ...]], n_head: int) -> Path:
+    """Write a base of one layer with tensors of zeros; its shapes are what is of interest."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(1)
+    writer.add_head_count(n_head)
+    for name, shape in tensors.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_peft(folder: Path, module: str, n_out: int, n_in: int) -> Path:
+    """Write a PEFT folder with one module."""
+    base = tiny.write_tiny_base(folder.with_suffix(".gguf"))
+    config = {"target_modules": [module]}
+    tiny.write_tiny_peft(folder, base, targets=["q_proj"], layers=[0], config=config)
+    a, b = np.ones((4, n_in), np.float32), np.ones((n_out, 4), np.float32)
+    name = f"base_model.model.{module}"
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
+    return folder
+
+
+def test_rows_that_do_not_fit_the_head_count_are_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", "llama", {"blk.0.attn_q.weight": (60, 64)}, 8)
+    folder = write_peft(tmp_path / "a", "model.layers.0.self_attn.q_proj", 60, 64)
+    with pytest.raises(AdapterMismatchError) as caught:
+        convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: module model.layers.0.self_attn.q_proj has 60 rows, "
+        "which 8 heads cannot share in pairs. The adapter is for another base "
+        "(adapter_config.json says 'tiny')."
+    )
+
+
+def test_fused_projections_of_a_base_are_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", "qwen2", {"blk.0.attn_qkv.weight": (96, 64)}, 4)
+    folder = write_peft(tmp_path / "a", "model.layers.0.self_attn.k_proj", 32, 64)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: module model.layers.0.self_attn.k_proj needs tensor "
+        "blk.0.attn_k.weight, and the base holds q, k and v as one, blk.0.attn_qkv.weight. Use a "
+        "base that was converted without --fuse-qkv."
+    )
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.0.mlp.experts.3.gate_proj",
+        "model.layers.0.block_sparse_moe.experts.0.w1",
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.experts.base_layer",
+        "model.layers.0.mlp.experts.gate_proj",
+    ],
+)
+def test_experts_are_refused_by_name(tmp_path: Path, module: str) -> None:
+    tensors = {"blk.0.ffn_gate_exps.weight": (4, 32, 64)}
+    base = write_base(tmp_path / "base.gguf", "qwen3moe", tensors, 4)
+    folder = write_peft(tmp_path / "a", module, 32, 64)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert str(caught.value) == (
+        f"Cannot convert {folder}: module {module} has LoRA of experts, which a GGUF stacks into "
+        "one tensor per layer; adapters of those have no weight per layer here. Train only the "
+        "attention's projections (and shared experts), or merge the adapter into its base."
+    )
+
+
+def test_router_of_a_mixture_is_a_plain_module(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", "llama", {"blk.0.ffn_gate_inp.weight": (4, 64)}, 4)
+    folder = write_peft(tmp_path / "a", "model.layers.0.block_sparse_moe.gate", 4, 64)
+    converted = convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert converted.targets == ("ffn_gate_inp",)
+
+
+def test_architecture_that_gguf_does_not_know_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base.gguf", "qwen2", {"blk.0.attn_k.weight": (32, 64)}, 4)
+    folder = write_peft(tmp_path / "a", "model.layers.0.self_attn.k_proj", 32, 64)
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {gguf.MODEL_ARCH.LLAMA: "llama"})
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert str(caught.value) == (
+        f"Cannot convert an adapter for {base}: the installed gguf package does not know its "
+        "architecture 'qwen2'. Install a newer gguf."
+    )

@@ -1,0 +1,81 @@
+"""llama.cpp's own converters at the pin, run in a process of their own: the oracle of conversion.
+
+    python upstream_convert.py TREE JOBS.json
+
+TREE is llama.cpp with conversion/, gguf-py/ and convert_lora_to_gguf.py. JOBS lists objects with
+`hf` (a folder that transformers wrote), `out`, for an adapter `peft`, and for a base `tokens` and
+`merges` of a byte-level vocabulary. A job's failure is written beside `out` as `.error`.
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def convert_base(job: dict[str, Any]) -> None:
+    """Write a float32 base, with a vocabulary of our own in place of a tokeniser's files."""
+    import gguf
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+
+    hf = Path(job["hf"])
+    hparams = ModelBase.load_hparams(hf, False)
+    model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
+
+    class WithTokens(model_class):  # type: ignore[misc, valid-type]
+        model_arch = model_class.model_arch
+
+        def set_vocab(self) -> None:
+            writer, tokens = self.gguf_writer, job["tokens"]
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre("gpt-2")
+            writer.add_token_list(tokens)
+            kinds = [gguf.TokenType.NORMAL] * len(tokens)
+            kinds[-job["n_control"] :] = [gguf.TokenType.CONTROL] * job["n_control"]
+            writer.add_token_types(kinds)
+            writer.add_token_merges(job["merges"])
+            writer.add_bos_token_id(len(tokens) - 1)
+            writer.add_eos_token_id(len(tokens) - 1)
+            writer.add_add_bos_token(False)
+
+    WithTokens(hf, gguf.LlamaFileType.ALL_F32, Path(job["out"]), eager=True).write()
+
+
+def restore_fields(load: Any) -> Any:
+    """Wrap load_hparams: fields that this transformers no longer writes, from `upstream.json`."""
+
+    def load_hparams(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
+        hparams: dict[str, Any] = load(folder, is_mistral_format)
+        if (folder / "upstream.json").is_file():
+            hparams |= json.loads((folder / "upstream.json").read_text("utf-8"))
+        return {name: value for name, value in hparams.items() if value is not None}
+
+    return staticmethod(load_hparams)
+
+
+def convert_adapter(tree: Path, job: dict[str, Any]) -> None:
+    """Run convert_lora_to_gguf.py as its command line would."""
+    script = str(tree / "convert_lora_to_gguf.py")
+    options = ["--outtype", job["outtype"], "--base", job["hf"], "--outfile", job["out"]]
+    sys.argv = [script, *options, job["peft"]]
+    runpy.run_path(script, run_name="__main__")
+
+
+def main(tree: Path, jobs: Path) -> None:
+    sys.path[:0] = [str(tree), str(tree / "gguf-py")]
+    from conversion import ModelBase
+
+    ModelBase.load_hparams = restore_fields(ModelBase.load_hparams)  # type: ignore[method-assign]
+    for job in json.loads(jobs.read_text(encoding="utf-8")):
+        try:
+            if "peft" in job:
+                convert_adapter(tree, job)
+            else:
+                convert_base(job)
+        except (Exception, SystemExit) as error:
+            Path(job["out"] + ".error").write_text(f"{type(error).__name__}: {error}", "utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
