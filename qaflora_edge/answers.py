@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,10 +68,11 @@ class Answers:
         self.read(tokens, fusion, keep_history=keep_history)
         timings = Timings(fusion.probe_ms, 1e3 * (time.perf_counter() - start))
         generation = Generation(fusion, len(tokens), timings)
-        generated = generate_tokens(
-            self._model, self._context, sampler, generation, self._goes_on(self._turn)
-        )
-        pieces = generate_text(generated, self._model, sampler.sampling.stop, generation)
+        # Not a cycle, so that an answer that is dropped frees what it holds at once.
+        own = weakref.proxy(generation)
+        goes_on = self._goes_on(self._turn)
+        generated = generate_tokens(self._model, self._context, sampler, own, goes_on)
+        pieces = generate_text(generated, self._model, sampler.sampling.stop, own)
         generation._pieces = _Guarded(pieces, self._lifetime.in_use)
         return generation
 

@@ -233,9 +233,8 @@ class Engine:
         return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
 
     def _chat_tokens(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
-        return checked_tokens(
-            self._model, chat_tokens(self._model, messages, tools=tools), self.n_ctx
-        )
+        tokens = chat_tokens(self._model, messages, tools=tools)
+        return checked_tokens(self._model, tokens, self.n_ctx)
 
     # weights
 
@@ -311,6 +310,7 @@ class Engine:
         parse_special: bool = False,
         keep_history: bool = False,
         on_weights: Callable[[FusionWeights], None] | None = None,
+        **more: Any,
     ) -> Generation:
         """Answer a prompt: an iterator over pieces of text, greedy unless temperature > 0.
 
@@ -319,6 +319,7 @@ class Engine:
         keep_history  what the prompt shares with the last prompt and answer is not read again,
                       but stays as it was read under the weights of its own turn
         on_weights    called with the weights once they are known, before the prompt is read
+        more          top_k, min_p, repeat_penalty, ...: see sampling.Sampling
 
         The prompt is weighed and read before this returns; tokens follow as they are asked for.
         A later call on this Engine ends the iterator with BusyError.
@@ -330,6 +331,7 @@ class Engine:
             seed=self.seed if seed is None else seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             grammar=grammar_text(grammar, json_schema),
+            **more,
         )
         with self._lifetime.new_work():
             tokens = self._tokens(prompt, parse_special)
@@ -391,12 +393,10 @@ class Engine:
         if call_grammar is not None:
             if grammar is not None or schema is not None:
                 raise OptionError(
-                    "Options tool_choice and grammar or response_format are both given; an answer "
-                    "follows one of them."
+                    "Options tool_choice and grammar or response_format are given; choose one."
                 )
             grammar = call_grammar
-        with self._lifetime.in_use():
-            tokens = self._chat_tokens(messages, told)
+        tokens = self.chat_tokens(messages, tools=told)
         answers = self.answers(tokens, n, grammar=grammar, json_schema=schema, **options)
         answers = itertools.chain([next(answers)], answers)
         if not stream:

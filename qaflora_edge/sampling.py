@@ -17,6 +17,7 @@ from qaflora_edge.json_schema import json_schema_to_gbnf
 from qaflora_edge.runtime import Context, Model, said
 
 MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
+_N_PENALISED = 64  # tokens
 _COLDEST = 1e-6  # temperatures below overflow float32 logits
 # llama.h struct llama_token_data
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -31,6 +32,10 @@ class Sampling:
     seed         None: a new one each time
     stop         texts that end the answer; they are not part of it
     grammar      a GBNF text that the answer follows, or None
+    top_k        draw from so many likeliest tokens; 0: all
+    min_p        draw from tokens at least so likely as this part of the likeliest
+    repeat_penalty, frequency_penalty, presence_penalty  for tokens among the last 64 of the answer;
+                 1, 0 and 0: none
     """
 
     max_tokens: int | None = None
@@ -39,6 +44,11 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     grammar: str | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         checks = (
@@ -46,6 +56,11 @@ class Sampling:
             ("temperature", 0.0 <= self.temperature < float("inf"), ">= 0"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("seed", self.seed is None or 0 <= self.seed < MAX_SEED, "from 0 to 4294967294"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
+            ("repeat_penalty", 0.0 < self.repeat_penalty < 100.0, "above 0 and below 100"),
+            ("frequency_penalty", abs(self.frequency_penalty) < 100.0, "within ±100"),
+            ("presence_penalty", abs(self.presence_penalty) < 100.0, "within ±100"),
             ("stop", all(self.stop), "texts that are not empty"),
         )
         for name, is_good, expected in checks:
@@ -85,11 +100,24 @@ class Sampler:
 
     def _fill_chain(self) -> None:
         lib, sampling = self._lib, self.sampling
+        penalties = (
+            sampling.repeat_penalty,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+        )
+        if penalties != (1.0, 0.0, 0.0):
+            self._add(
+                lib.llama_sampler_init_penalties(self._model.n_vocab, _N_PENALISED, *penalties)
+            )
         if sampling.temperature < _COLDEST:
             self._add(lib.llama_sampler_init_greedy())
             return
+        if sampling.top_k > 0:
+            self._add(lib.llama_sampler_init_top_k(sampling.top_k))
         if sampling.top_p < 1.0:
             self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p > 0.0:
+            self._add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
         self._add(lib.llama_sampler_init_temp(sampling.temperature))
         self._add(lib.llama_sampler_init_dist(MAX_SEED if sampling.seed is None else sampling.seed))
 
@@ -111,13 +139,18 @@ class Sampler:
 
         Raises BackendError when no token of the vocabulary can follow under the grammar.
         """
-        token = context.sample(self._chain)
         if self._grammar is None:
-            return token
+            return context.sample(self._chain)
+        logits = context.logits()
+        candidates = np.zeros(len(logits), _CANDIDATE)
+        candidates["id"] = np.arange(len(logits))
+        candidates["logit"] = logits
+        token = self._draw(candidates.copy())
         # Most tokens are allowed, and one is checked much faster than all of them.
         if not self._allows(token):
-            token = self._sample_allowed(context)
+            token = self._draw_allowed(candidates)
         self._lib.llama_sampler_accept(self._grammar, token)
+        self._lib.llama_sampler_accept(self._chain, token)
         self._decoder.decode(self._model.piece(token))
         return token
 
@@ -154,15 +187,13 @@ class Sampler:
         ends = (token for token in range(self._model.n_vocab) if self._model.is_end(token))
         return any(self._allows(token) for token in ends)
 
-    def _sample_allowed(self, context: Context) -> int:
-        logits = context.logits()
-        candidates = np.zeros(len(logits), _CANDIDATE)
-        candidates["id"] = np.arange(len(logits))
-        candidates["logit"] = logits
+    def _draw(self, candidates: np.ndarray[Any, Any]) -> int:
+        return int(candidates["id"][self._apply(self._chain, candidates)])
+
+    def _draw_allowed(self, candidates: np.ndarray[Any, Any]) -> int:
         self._apply(self._grammar, candidates)
         while np.isfinite(candidates["logit"]).any():
-            drawn = candidates[np.isfinite(candidates["logit"])]
-            token = int(drawn["id"][self._apply(self._chain, drawn)])
+            token = self._draw(candidates[np.isfinite(candidates["logit"])])
             if self._is_written(token):
                 return token
             candidates["logit"][token] = -np.inf

@@ -43,9 +43,6 @@ class Chance:
         noise = 2 * self._random.standard_normal(self._model.n_vocab)
         return (noise + lean * self._closing).astype(np.float32)
 
-    def sample(self, chain: object) -> int:
-        return int(self.logits().argmax())
-
 
 def write_text(model: Model, grammar: str, seed: int) -> str:
     """A text by chance under a grammar; the native sampler says what may come next."""

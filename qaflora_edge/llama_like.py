@@ -1,0 +1,290 @@
+"""Llama: an Engine with the methods of llama-cpp-python's Llama.
+
+Code written for that class runs on a bundle by changing where Llama comes from. What cannot be
+done is refused by name, and never ignored; what only steers speed or memory is taken and unused.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from qaflora_edge.engine import Engine
+from qaflora_edge.errors import OptionError
+from qaflora_edge.generate import Generation
+from qaflora_edge.sampling import MAX_SEED
+
+# Of Llama(): what changes no answer, and what has to stay at these values (the default first).
+_UNUSED = frozenset(
+    {"n_batch", "n_ubatch", "n_threads_batch", "use_mmap", "use_mlock", "verbose", "f16_kv"}
+    | {"last_n_tokens_size", "n_parts", "offload_kqv", "numa", "main_gpu", "op_offload"}
+)
+_FIXED = {
+    "logits_all": (False,),
+    "vocab_only": (False,),
+    "embedding": (False,),
+    "lora_path": (None,),
+    "lora_base": (None,),
+    "chat_format": (None, "chat_template.default"),
+    "chat_handler": (None,),
+    "draft_model": (None,),
+    "rope_freq_base": (0.0, None, 10000.0),  # the last ones are what LangChain always gives
+    "rope_freq_scale": (0.0, None, 1.0),
+}
+# Of create_completion() and create_chat_completion().
+_FIXED_IN_CALLS = {
+    "suffix": (None, ""),
+    "logprobs": (None, False),
+    "top_logprobs": (None,),
+    "typical_p": (1.0,),
+    "tfs_z": (1.0,),
+    "mirostat_mode": (0,),
+    "stopping_criteria": (None,),
+    "logits_processor": (None,),
+    "logit_bias": (None,),
+    "functions": (None,),
+    "function_call": (None,),
+}
+_UNUSED_IN_CALLS = frozenset({"model", "mirostat_tau", "mirostat_eta"})
+
+
+class Llama:
+    """A bundle that answers as llama-cpp-python's Llama does, each prompt weighed anew.
+
+    model_path    a bundle folder, or a base GGUF
+    n_ctx         tokens of prompt and answer together
+    n_gpu_layers, n_threads, seed, flash_attn  as there
+    engine_options  further options of Engine: adapters (for a base GGUF), strategy, lens, pool, ...
+
+    `engine` is the Engine behind it. Raises OptionError for options that it cannot follow.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        n_ctx: int = 512,
+        n_gpu_layers: int = 0,
+        n_threads: int | None = None,
+        seed: int = MAX_SEED,
+        flash_attn: bool = True,
+        engine_options: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        _check("Llama", others, _UNUSED, _FIXED)
+        self.model_path = os.fspath(model_path)
+        is_bundle = Path(model_path).is_dir()
+        self.engine = Engine(
+            model_path if is_bundle else None,
+            base=None if is_bundle else model_path,
+            n_ctx=n_ctx,
+            gpu_layers=n_gpu_layers,
+            threads=n_threads,
+            flash_attn=flash_attn,
+            seed=_seed(seed),
+            **(engine_options or {}),
+        )
+
+    def close(self) -> None:
+        """Free everything."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # answers
+
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 16,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        top_k: int = 40,
+        stop: str | Sequence[str] | None = (),
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int | None = None,
+        grammar: Any = None,
+        echo: bool = False,
+        stream: bool = False,
+        **others: Any,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Go on with a text. Control tokens spelt out in it are control tokens, as there."""
+        _check("create_completion", others, _UNUSED_IN_CALLS, _FIXED_IN_CALLS)
+        generation = self.engine.generate(
+            prompt,
+            parse_special=True,
+            max_tokens=_max_tokens(max_tokens),
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            top_k=top_k,
+            stop=stop or (),
+            repeat_penalty=repeat_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            seed=_seed(seed),
+            grammar=_grammar(grammar),
+        )
+        start = self._text(prompt) if echo else ""
+        if stream:
+            return _text_chunks(self.model_path, generation, start)
+        return _text_dict(self.model_path, generation, start)
+
+    __call__ = create_completion
+
+    def create_chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.2,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        top_k: int = 40,
+        stop: str | Sequence[str] | None = (),
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int | None = None,
+        grammar: Any = None,
+        response_format: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **others: Any,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Answer a conversation under the base's chat template; see Engine.chat."""
+        _check("create_chat_completion", others, _UNUSED_IN_CALLS, _FIXED_IN_CALLS)
+        return self.engine.chat(
+            messages,
+            stream=stream,
+            tools=tools,
+            tool_choice=tool_choice,
+            response_format=response_format,
+            grammar=_grammar(grammar),
+            max_tokens=_max_tokens(max_tokens),
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            top_k=top_k,
+            stop=stop or (),
+            repeat_penalty=repeat_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            seed=_seed(seed),
+        )
+
+    # tokens
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 text."""
+        return self.engine._model.tokenize(
+            text.decode("utf-8"), add_special=add_bos, parse_special=special
+        )
+
+    def detokenize(
+        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
+    ) -> bytes:
+        """The text of tokens, without the space that a vocabulary puts before the first word."""
+        text = b"".join(self.engine._model.piece(token, special=special) for token in tokens)
+        is_begin = not prev_tokens and bool(tokens) and tokens[0] == self.token_bos()
+        return text[1:] if is_begin and text[:1] == b" " else text
+
+    def _text(self, prompt: str | Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8")
+
+    def n_ctx(self) -> int:
+        return self.engine.n_ctx
+
+    def n_vocab(self) -> int:
+        return self.engine.n_vocab
+
+    def n_embd(self) -> int:
+        return int(self.engine._model.n_embd)
+
+    def token_bos(self) -> int:
+        return int(self.engine._model._lib.llama_vocab_bos(self.engine._model.vocab))
+
+    def token_eos(self) -> int:
+        return int(self.engine._model._lib.llama_vocab_eos(self.engine._model.vocab))
+
+    def token_nl(self) -> int:
+        return int(self.engine._model._lib.llama_vocab_nl(self.engine._model.vocab))
+
+    def set_seed(self, seed: int) -> None:
+        """The seed of calls that give none."""
+        self.engine.seed = _seed(seed)
+
+    def reset(self) -> None:
+        """Nothing: each call reads its prompt anew."""
+
+
+def _check(
+    method: str,
+    options: Mapping[str, Any],
+    unused: frozenset[str],
+    fixed: Mapping[str, tuple[Any, ...]],
+) -> None:
+    for name, value in options.items():
+        if name in unused or (name in fixed and any(value == each for each in fixed[name])):
+            continue
+        expected = repr(fixed[name][0]) if name in fixed else "no such option"
+        raise OptionError(
+            f"Option {name} of {method} is {value!r}, expected {expected}: it cannot be followed "
+            "here. Leave it out, or use llama-cpp-python's own Llama."
+        )
+
+
+def _max_tokens(max_tokens: int | None) -> int | None:
+    return None if max_tokens is None or max_tokens <= 0 else max_tokens
+
+
+def _seed(seed: int | None) -> int | None:
+    """None for llama.cpp's "a new one each time", which is also -1."""
+    return None if seed is None or seed in (-1, MAX_SEED) else seed
+
+
+def _grammar(grammar: Any) -> str | None:
+    """The text of a LlamaGrammar, or GBNF text."""
+    return grammar if grammar is None or isinstance(grammar, str) else str(grammar._grammar)
+
+
+def _text_chunk(head: dict[str, Any], text: str, reason: str | None) -> dict[str, Any]:
+    choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
+    return {**head, "choices": [choice]}
+
+
+def _head(model_name: str) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{uuid.uuid4()}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model_name,
+    }
+
+
+def _text_dict(model_name: str, generation: Generation, start: str) -> dict[str, Any]:
+    text = start + generation.text()
+    chunk = _text_chunk(_head(model_name), text, generation.finish_reason)
+    return {**chunk, "usage": generation.usage}
+
+
+def _text_chunks(model_name: str, generation: Generation, start: str) -> Iterator[dict[str, Any]]:
+    head = _head(model_name)
+    if start:
+        yield _text_chunk(head, start, None)
+    for piece in generation:
+        yield _text_chunk(head, piece, None)
+    yield _text_chunk(head, "", generation.finish_reason)

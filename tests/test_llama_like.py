@@ -1,0 +1,209 @@
+"""Code written for llama-cpp-python's Llama runs on a bundle."""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from bundles import TinyBundle, make_bundle
+
+from qaflora_edge import Engine, Llama
+from qaflora_edge.errors import OptionError
+
+# What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.
+LANGCHAIN_INIT = {
+    "rope_freq_scale": 1.0,
+    "rope_freq_base": 10000.0,
+    "lora_path": None,
+    "lora_base": None,
+    "n_ctx": 256,
+    "n_parts": -1,
+    "seed": -1,
+    "f16_kv": True,
+    "logits_all": False,
+    "vocab_only": False,
+    "use_mlock": False,
+    "n_threads": 1,
+    "n_batch": 8,
+    "use_mmap": True,
+    "last_n_tokens_size": 64,
+    "verbose": True,
+}
+LANGCHAIN_CALL = {
+    "suffix": None,
+    "max_tokens": 8,
+    "temperature": 0.8,
+    "top_p": 0.95,
+    "logprobs": None,
+    "echo": False,
+    "repeat_penalty": 1.1,
+    "top_k": 40,
+    "stop": [],
+}
+USER = [{"role": "user", "content": "the thing?"}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def llama(made: TinyBundle) -> Iterator[Llama]:
+    with Llama(str(made.folder), n_ctx=256, seed=3) as llama:
+        yield llama
+
+
+def test_completion_has_the_shape_of_the_original(llama: Llama) -> None:
+    whole = llama("the king", max_tokens=6, temperature=0)
+    assert set(whole) == {"id", "object", "created", "model", "choices", "usage"}
+    assert whole["object"] == "text_completion"
+    (choice,) = whole["choices"]
+    assert set(choice) == {"text", "index", "logprobs", "finish_reason"}
+    assert choice["text"] == llama.engine.generate("the king", max_tokens=6).text()
+    assert whole["usage"]["completion_tokens"] == 6
+    chunks = list(llama("the king", max_tokens=6, temperature=0, stream=True))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"] == "length"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    echoed = llama("the king", max_tokens=6, temperature=0, echo=True)
+    assert echoed["choices"][0]["text"] == "the king" + choice["text"]
+    tokens = llama.tokenize(b"the king")
+    assert llama(tokens, max_tokens=6, temperature=0)["choices"][0]["text"] == choice["text"]
+
+
+def test_chat_completion_is_the_engines(llama: Llama) -> None:
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
+    found = llama.create_chat_completion(USER, **options)
+    expected = llama.engine.chat(USER, max_tokens=6)
+    assert found["choices"] == expected["choices"]
+    chunks = llama.create_chat_completion(messages=USER, stream=True, **options)
+    assert next(iter(chunks))["object"] == "chat.completion.chunk"
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    response_format = {"type": "json_object", "schema": schema}
+    found = llama.create_chat_completion(USER, response_format=response_format, max_tokens=99)
+    assert json.loads(found["choices"][0]["message"]["content"])["n"] in (1, 2)
+
+
+def test_grammar_objects_of_the_original_are_taken(llama: Llama) -> None:
+    from llama_cpp import LlamaGrammar
+
+    grammar = LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    for each in (grammar, 'root ::= "yes" | "no"'):
+        assert llama("is it?", grammar=each)["choices"][0]["text"] in ("yes", "no")
+
+
+def test_tokens_go_back_and_forth(llama: Llama, made: TinyBundle) -> None:
+    tokens = llama.tokenize("ñandú <|im_end|>".encode(), special=True)
+    assert tokens[-1] == made.base.tokens.index("<|im_end|>")
+    assert llama.detokenize(tokens, special=True) == "ñandú <|im_end|>".encode()
+    assert llama.detokenize(tokens) == "ñandú ".encode()
+    assert (llama.n_ctx(), llama.n_vocab()) == (256, len(made.base.tokens))
+    assert llama.n_embd() == made.base.n_embd
+    assert llama.token_bos() == made.base.tokens.index("<|endoftext|>")
+    assert llama.token_eos() == made.base.tokens.index("<|im_end|>")
+    assert llama.token_nl() >= 0
+    llama.reset()
+
+
+def test_seeds_repeat_answers(llama: Llama) -> None:
+    def text(**options: Any) -> str:
+        return str(llama("the king", temperature=1.5, **options)["choices"][0]["text"])
+
+    assert text(seed=5) == text(seed=5) != text(seed=6)
+    assert text() == text(seed=3)
+    llama.set_seed(5)
+    assert text() == text(seed=5)
+    llama.set_seed(-1)
+    assert len({text() for _ in range(5)}) > 1
+
+
+def test_penalties_and_cuts_reach_the_sampler(llama: Llama) -> None:
+    def text(**options: Any) -> str:
+        fixed = {"max_tokens": 40, "temperature": 0, "top_p": 1.0, "min_p": 0.0, "top_k": 0}
+        return str(llama("the king", **{**fixed, **options})["choices"][0]["text"])
+
+    greedy = text()
+    assert text(temperature=1.5, top_k=1) == greedy
+    assert text(temperature=1.5, min_p=1.0) == greedy
+    assert text(temperature=1.5, seed=1) != greedy
+    for name in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
+        assert len(set(text(**{name: 50.0}))) > len(set(greedy))
+
+
+def test_call_pattern_of_langchain_works(made: TinyBundle) -> None:
+    with Llama(str(made.folder), **LANGCHAIN_INIT, n_gpu_layers=0) as llama:
+        result = llama(prompt="the king", **LANGCHAIN_CALL)
+        assert result["choices"][0]["text"]
+        parts = list(llama(prompt="the king", stream=True, **LANGCHAIN_CALL))
+        assert all(part["choices"][0].get("logprobs") is None for part in parts)
+        params = {
+            key: LANGCHAIN_CALL[key] for key in LANGCHAIN_CALL if key not in ("suffix", "echo")
+        }
+        result = llama.create_chat_completion(messages=USER, **params)
+        assert result["choices"][0]["message"]["role"] == "assistant"
+        assert llama.engine.weights("the king").adapters == ("math", "es")
+
+
+def test_langchain_itself_works(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("langchain_community", reason="langchain-community is not installed")
+    import llama_cpp
+    from langchain_community.chat_models import ChatLlamaCpp
+    from langchain_community.llms import LlamaCpp
+
+    monkeypatch.setattr(llama_cpp, "Llama", Llama)  # the one line
+    options: dict[str, Any] = {"model_path": str(made.folder), "n_ctx": 256, "max_tokens": 8}
+    llm = LlamaCpp(**options, temperature=0.0, repeat_penalty=1.0)
+    with Engine(made.folder) as engine:
+        assert llm.invoke("the king") == engine.generate("the king", max_tokens=8).text()
+        assert "".join(llm.stream("the king")) == llm.invoke("the king")
+        chat = ChatLlamaCpp(**options, temperature=0.0, repeat_penalty=1.0)
+        expected = engine.chat(USER, max_tokens=8)["choices"][0]["message"]["content"]
+        assert chat.invoke("the thing?").content == expected
+    llm.client.close()
+    chat.client.close()
+
+
+def test_base_alone_and_further_options(made: TinyBundle) -> None:
+    adapters = {"es": made.adapter.path}
+    with Llama(made.base.path, engine_options={"adapters": adapters}, n_ctx=64) as llama:
+        assert llama.engine.adapters == ("es",)
+    with Llama(made.folder, engine_options={"strategy": "static"}) as llama:
+        assert llama.engine.strategy == "static"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "expected"),
+    [
+        ({"logits_all": True}, "logits_all", "False"),
+        ({"rope_freq_base": 1e6}, "rope_freq_base", "0.0"),
+        ({"lora_path": "x.gguf"}, "lora_path", "None"),
+        ({"chat_format": "chatml"}, "chat_format", "None"),
+        ({"n_contexts": 3}, "n_contexts", "no such option"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    made: TinyBundle, options: dict[str, Any], name: str, expected: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        Llama(made.folder, **options)
+    assert str(caught.value) == (
+        f"Option {name} of Llama is {options[name]!r}, expected {expected}: it cannot be followed "
+        "here. Leave it out, or use llama-cpp-python's own Llama."
+    )
+
+
+@pytest.mark.parametrize("name", ["logprobs", "mirostat_mode", "logit_bias", "suffix", "functions"])
+def test_calls_that_cannot_be_followed_are_refused(llama: Llama, name: str) -> None:
+    for call, first in ((llama.create_completion, "a"), (llama.create_chat_completion, USER)):
+        with pytest.raises(OptionError, match=f"Option {name} of .* is 2, expected"):
+            call(first, **{name: 2})  # type: ignore[arg-type]
+
+
+def test_importing_it_loads_no_library() -> None:
+    import subprocess
+
+    code = "import sys, qaflora_edge; print('llama_cpp' in sys.modules, 'jinja2' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == "False False\n"
