@@ -1,0 +1,187 @@
+"""Killed at many moments, nothing that is half-written is taken for whole."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import tiny
+from bundles import make_bundle
+from hubs import FakeHub
+
+SMALL = {"targets": ("q_proj",), "layers": (0,), "rank": 2}
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has neither fork nor SIGKILL")
+
+
+def killed(script: str, *args: object, most: int, **env: str) -> dict[str, int]:
+    """Run a script that defines `action` and `check`; give what at_many_points counted."""
+    program = f"""
+import json, sys
+from pathlib import Path
+from killed import at_many_points
+start, place, most = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+{textwrap.dedent(script)}
+print(json.dumps(at_many_points(start, place, action, check, most)))
+"""
+    start, place, *rest = args
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(start), str(place), str(most), *map(str, rest)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    counted: dict[str, int] = json.loads(result.stdout)
+    return counted
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base, a PEFT folder, an adapter GGUF and a bundle, all relative."""
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
+    start = tmp_path / "start"
+    start.mkdir()
+    made = make_bundle(start, n_layer=1)
+    tiny.write_tiny_peft(made.peft, made.base, **SMALL)
+    raw = json.loads((made.folder / "bundle.json").read_text())
+    raw["base"]["file"] = "../base.gguf"
+    (made.folder / "bundle.json").write_text(json.dumps(raw))
+    (tmp_path / "place").mkdir()
+    return start
+
+
+def test_create(start: Path, tmp_path: Path) -> None:
+    counted = killed(
+        """
+        from qaflora_edge.bundle import verify_bundle
+        from qaflora_edge.bundle_create import create_bundle
+
+        def action(copy):
+            create_bundle(
+                copy / "new",
+                copy / "base.gguf",
+                {"a": copy / "peft", "b": copy / "es.gguf"},
+                calibrate=False,
+            )
+
+        def check(copy):
+            if not (copy / "new").exists():
+                return False
+            assert list(verify_bundle(copy / "new").adapter_paths) == ["a", "b"]
+            return True
+        """,
+        start,
+        tmp_path / "place",
+        most=30,
+    )
+    assert counted["killed"] > 20
+
+
+EDIT = """
+import filelock  # once, not in every fork
+
+from qaflora_edge import bundle_edit
+from qaflora_edge.bundle import verify_bundle
+
+def action(copy):
+    {action}
+
+def check(copy):
+    folder = copy / "bundle"
+    names = list(verify_bundle(folder).adapter_paths)
+    assert names in (["math", "es"], {names})
+    return names == {names}
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "names"),
+    [
+        (
+            'bundle_edit.add_adapter(copy / "bundle", "c", copy / "peft", calibrate=False)',
+            ["math", "es", "c"],
+        ),
+        ('bundle_edit.remove_adapter(copy / "bundle", "es")', ["math"]),
+        ('bundle_edit.rename_adapter(copy / "bundle", "es", "spanish")', ["math", "spanish"]),
+    ],
+)
+def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> None:
+    script = EDIT.format(action=action, names=names)
+    counted = killed(script, start, tmp_path / "place", most=30)
+    assert counted["killed"] > 15
+    assert 0 < counted["done"] < counted["killed"]  # killed on either side of the one step
+
+
+PULL = """
+from qaflora_edge.bundle import verify_bundle
+from qaflora_edge.hub import fetch_hub
+from qaflora_edge.hub_cache import pulled_path
+from huggingface_hub import HfApi, constants, hf_hub_download  # once, not in every fork
+
+def home(copy):
+    constants.HF_HUB_CACHE = str(copy / "hub")
+
+def check_whole(folder):
+    assert list(verify_bundle(folder).adapter_paths) == ["math", "es"]
+"""
+
+INTO_THE_CACHE = (
+    PULL
+    + """
+def action(copy):
+    home(copy)
+    fetch_hub("owner/bundle")
+
+def check(copy):
+    home(copy)
+    folder = pulled_path("owner/bundle")
+    if folder is None:
+        return False
+    check_whole(folder)
+    return True
+"""
+)
+
+INTO_A_FOLDER = (
+    PULL
+    + """
+def action(copy):
+    home(copy)
+    fetch_hub("owner/bundle", copy / "mine")
+
+def check(copy):
+    folder = copy / "mine"
+    if not folder.exists():
+        return False
+    check_whole(folder)
+    return True
+"""
+)
+
+
+@pytest.mark.parametrize("script", [INTO_THE_CACHE, INTO_A_FOLDER], ids=["cache", "folder"])
+def test_pull(hub: FakeHub, start: Path, tmp_path: Path, script: str) -> None:
+    bundle = start / "bundle"
+    raw = json.loads((bundle / "bundle.json").read_text())
+    raw["base"]["file"] = str(start / "base.gguf")
+    files = {
+        f"adapters/{name}": (bundle / "adapters" / name).read_bytes()
+        for name in ("math.gguf", "es.gguf")
+    }
+    hub.put("owner/bundle", {"bundle.json": json.dumps(raw).encode(), **files})
+    (tmp_path / "empty").mkdir()
+    counted = killed(
+        script,
+        tmp_path / "empty",
+        tmp_path / "place",
+        most=12,
+        HF_ENDPOINT=hub.url,
+        HF_HOME=str(tmp_path / "hf"),
+        HF_HUB_DISABLE_XET="1",
+    )
+    assert counted["killed"] >= 10
