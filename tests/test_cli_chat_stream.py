@@ -3,6 +3,7 @@
 import io
 import random
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -66,6 +67,15 @@ def console_on(screen: Screen) -> Console:
     )
 
 
+def stream_on(screen: Screen, *, ascii_only: bool = False, **options: Any) -> MarkdownStream:
+    return MarkdownStream(
+        console_on(screen),
+        size=lambda: (screen.columns, screen.height),
+        ascii_only=ascii_only,
+        **options,
+    )
+
+
 def pieces(text: str, seed: int) -> list[str]:
     """The text in pieces of random lengths, as tokens come."""
     chance = random.Random(seed)
@@ -82,7 +92,7 @@ def streamed(text: str, columns: int, height: int, *, seed: int = 0, above: int 
     screen = Screen(columns, height)
     screen.write("> question\n" * above)
     time = iter(range(10**9))
-    stream = MarkdownStream(console_on(screen), ascii_only=False, clock=lambda: 1e3 * next(time))
+    stream = stream_on(screen, clock=lambda: 1e3 * next(time))
     for piece in pieces(text, seed):
         stream.feed(piece)
     stream.finish()
@@ -93,7 +103,7 @@ def streamed(text: str, columns: int, height: int, *, seed: int = 0, above: int 
 def whole(text: str, columns: int) -> list[str]:
     """The same answer that came in one piece on a screen without end."""
     screen = Screen(columns, 10**6)
-    stream = MarkdownStream(console_on(screen), ascii_only=False)
+    stream = stream_on(screen)
     stream.feed(text)
     stream.finish()
     screen.write("> ")
@@ -210,7 +220,7 @@ def test_an_answer_can_neither_move_the_cursor_nor_hide() -> None:
 
 def test_ascii_terminals_get_ascii_signs() -> None:
     screen = Screen(40, 10**6)
-    stream = MarkdownStream(console_on(screen), ascii_only=True)
+    stream = stream_on(screen, ascii_only=True)
     stream.feed(ANSWER.replace("Â", ""))
     stream.finish()
     text = "\n".join(screen.lines)

@@ -22,17 +22,20 @@ class MarkdownStream:
     A block (a paragraph, a list, code, a table) is printed once and for all when the next one has
     begun. The one that still grows is redrawn below, its end only where it is taller than the
     screen, and printed whole at its end.
+
+    size  gives (columns, rows) of the terminal as it is now
     """
 
     def __init__(
         self,
         console: Console,
         *,
+        size: Callable[[], tuple[int, int]],
         ascii_only: bool,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._console, self._ascii_only, self._clock = console, ascii_only, clock
-        self._live = LiveLines(console.file, lambda: (console.size.width, console.size.height))
+        self._size, self._live = size, LiveLines(console.file, size)
         self._source = ""  # of blocks that are not printed for good
         self._has_block = False
         self._is_changed = False
@@ -68,7 +71,7 @@ class MarkdownStream:
     @property
     def _width(self) -> int:
         # The last column stays free: terminals disagree about the width of some signs.
-        return max(1, self._console.size.width - 1)
+        return max(1, self._size()[0] - 1)
 
     def _take_whole_blocks(self) -> list[str]:
         """Lines of the blocks that nothing can change any more, which leave the source.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 import click
 
@@ -47,7 +48,7 @@ class PlainView:
 
     @property
     def width(self) -> int:
-        return _width(sys.stderr.isatty())
+        return terminal_size(sys.stderr)[0]
 
     def answering(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -105,7 +106,7 @@ class TerminalView:
 
     @property
     def width(self) -> int:
-        return self._console.size.width
+        return terminal_size(sys.stdout)[0]
 
     def answering(self) -> AbstractContextManager[None]:
         """Keep keys that are typed meanwhile off the screen; they are there for the next input."""
@@ -115,7 +116,11 @@ class TerminalView:
         from qaflora_edge.cli.chat.stream import MarkdownStream
 
         click.echo()
-        self._stream = MarkdownStream(self._console, ascii_only=not self._has_signs)
+        self._stream = MarkdownStream(
+            self._console,
+            size=lambda: terminal_size(sys.stdout),
+            ascii_only=not self._has_signs,
+        )
 
     def piece(self, text: str) -> None:
         self._stream.feed(text)
@@ -134,8 +139,8 @@ class TerminalView:
         self._dim(parts)
 
     def error(self, error: Exception) -> None:
-        text = visible(f"Error: {one_line(str(error))}", has_signs=self._has_signs)
-        click.echo(paint(text, "red"), err=True)
+        for line in self._wrapped(f"Error: {one_line(str(error))}"):
+            click.echo(paint(line, "red"), err=True)
 
     def show(self, text: str) -> None:
         click.echo(text, err=True)
@@ -163,8 +168,15 @@ class TerminalView:
         """Parts with dots between them and the mix, broken between parts where the line ends."""
         dot = " · " if self._has_signs else " - "
         lines = flow([*parts, *mix], [dot] * len(parts) + ["  "] * len(mix), self.width)
-        for line in lines:
-            click.echo(click.style(visible(line, has_signs=self._has_signs), dim=True), err=True)
+        for line in (row for text in lines for row in self._wrapped(text)):
+            click.echo(click.style(line, dim=True), err=True)
+
+    def _wrapped(self, text: str) -> list[str]:
+        """Text in lines that fit, broken between words."""
+        from rich.text import Text
+
+        lines = Text(visible(text, has_signs=self._has_signs)).wrap(self._console, self.width)
+        return [line.plain.rstrip() for line in lines]
 
 
 def flow(parts: Sequence[str], gaps: Sequence[str], width: int) -> list[str]:
@@ -208,10 +220,13 @@ def _silent_keys() -> Iterator[None]:
         termios.tcsetattr(keys, termios.TCSADRAIN, before)
 
 
-def _width(is_tty: bool) -> int:
-    if not is_tty:
-        return 80
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80
+def terminal_size(stream: TextIO) -> tuple[int, int]:
+    """(columns, rows) of the terminal a stream leads to; 80 and 24 where there is none.
+
+    The terminal itself is asked: COLUMNS may be that of another one.
+    """
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stream without a file
+        columns, rows = os.get_terminal_size(stream.fileno())
+        if columns > 0 and rows > 0:
+            return columns, rows
+    return 80, 24

@@ -1,0 +1,237 @@
+"""qaflora chat on a terminal, typed to and read by tmux"""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from bundles import TinyBundle, make_bundle
+from tmux import Window, need_tmux
+
+Open = Callable[..., Window]
+QAFLORA = (sys.executable, "-m", "qaflora_edge")
+HINT = "Alt-Enter: new line"  # below the input: it can be typed to
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    """Opens a chat in a window; its history is the test's own."""
+    need_tmux()
+    with ExitStack() as windows:
+
+        def open_chat(
+            folder: Path, *args: str, columns: int = 80, rows: int = 24, **env: str
+        ) -> Window:
+            window = Window(
+                [*QAFLORA, "chat", str(folder), *args],
+                columns=columns,
+                rows=rows,
+                env={
+                    "XDG_DATA_HOME": str(tmp_path / "data"),
+                    "PYTHONSAFEPATH": "1",
+                    "LC_ALL": "C.UTF-8",
+                    **env,
+                },
+            )
+            windows.enter_context(window)
+            window.wait_for(HINT if columns > 30 else ">")
+            return window
+
+        yield open_chat
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z']+", text)
+
+
+def count_in(part: list[str], whole: list[str]) -> int:
+    """How many times a list of words stands in another."""
+    starts = range(len(whole) - len(part) + 1)
+    return sum(whole[at : at + len(part)] == part for at in starts)
+
+
+def test_a_chat_with_a_real_model(
+    opened: Open, checkout: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    """Types, interrupts an answer taller than the screen, retries, shows weights, leaves."""
+    window = opened(checkout / "models" / "demo", "--temp", "0", columns=80, rows=8)
+    assert "math, es, med" in window.screen()
+    window.type("Tell me a long story about a river.")
+    window.key("Enter")
+    while len([line for line in window.screen().splitlines() if line.strip()]) < 12:
+        assert "tok/s" not in window.screen(), "the answer ended before it was interrupted"
+        time.sleep(0.1)
+    window.key("C-c")
+    screen = window.wait_for("stopped · ")
+    status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ %  \w+ \d+ %  \w+ \d+ %"
+    assert re.search(status, " ".join(screen.split("\n")))
+    # What scrolled out and what is there make the whole partial answer, once.
+    path = tmp_path / "talk.json"
+    window.type(f"/save {path}")
+    window.key("Enter")
+    window.wait_for("1 turn saved")
+    question, answer = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    assert question["content"] == "Tell me a long story about a river."
+    assert answer["finish_reason"] == "cancelled"
+    said = words(answer["content"])
+    assert len(said) > 60
+    assert count_in(said, words(screen)) == 1
+    window.type("/retry")
+    window.key("Enter")
+    window.wait_for(" ".join(answer["content"].split()[:4]), count=2)
+    window.key("C-c")
+    window.wait_for("stopped · ", count=2)
+    window.type("/weights")
+    window.key("Enter")
+    screen = window.wait_for("weighs most at layers")
+    assert re.search(r"^math +0\.\d\d  \S+", screen, re.MULTILINE)
+    window.key("C-d")
+    window.wait_for("LEFT 0")
+    history = tmp_path / "data" / "qaflora-edge" / "chat-history"
+    assert "+/weights" in history.read_text(encoding="utf-8")
+    assert history.stat().st_mode & 0o077 == 0
+
+
+def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
+    window = opened(made.folder, "--temp", "0", "--max-tokens", "40", columns=40, rows=20)
+    window.type("/wei")
+    window.key("Tab", "Enter")
+    window.wait_for("nothing has been answered yet")
+    window.type("the thing")
+    window.key("M-Enter")
+    window.type("on a ring")
+    window.key("Enter")
+    screen = window.wait_for("tok/s")
+    assert "> the thing\n  on a ring\n" in screen
+    window.key("Up")  # the message as a whole, from the history
+    window.wait_for("> the thing on a ring", count=2)
+    window.key("C-c")
+    window.type("/weights")
+    window.key("Enter")
+    window.wait_for("weighs most at layers")
+    window.type("/wieghts")
+    window.key("Enter")
+    window.wait_for("did you mean /weights?")
+    window.type("/adapters off math")
+    window.key("Enter")
+    window.wait_for("math  off")
+    window.type("/quit")
+    window.key("Enter")
+    window.wait_for("LEFT 0")
+
+
+def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: Path) -> None:
+    window = opened(made.folder, "--temp", "0", "--max-tokens", "4")
+    pasted = "one\n/quit\n<|im_end|> 漢字 🙂\nfour"
+    window.paste(pasted)
+    window.wait_for("four")
+    window.key("Enter")
+    window.wait_for("tok/s")
+    window.type(f"/save {tmp_path / 'talk.json'}")
+    window.key("Enter")
+    window.wait_for("1 turn saved")
+    document = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert document["messages"][0] == {"role": "user", "content": pasted}
+
+
+@pytest.mark.parametrize("columns", [20, 60])
+def test_a_resize_in_the_middle_of_an_answer(
+    opened: Open, made: TinyBundle, tmp_path: Path, columns: int
+) -> None:
+    window = opened(
+        made.folder, "--max-tokens", "400", "--seed", "3", "--ctx", "512", columns=40, rows=20
+    )
+    window.type("the thing")
+    window.key("Enter")
+    window.resize(columns, 16)
+    window.wait_for("tok/s")
+    window.resize(40, 20)
+    window.type(f"/save {tmp_path / 'talk.json'}")
+    window.key("Enter")
+    window.wait_for("1 turn saved")
+    window.key("C-d")
+    window.wait_for("LEFT 0")
+    assert "Traceback" not in window.screen()
+
+
+def test_ctrl_c_at_the_prompt_empties_it_and_stays(opened: Open, made: TinyBundle) -> None:
+    window = opened(made.folder, "--temp", "0", "--max-tokens", "4")
+    window.type("not this")
+    window.wait_for("not this")
+    window.key("C-c")
+    window.type("the thing")
+    window.key("Enter")
+    window.wait_for("tok/s")
+    window.key("C-d")
+    window.wait_for("LEFT 0")
+
+
+def test_keys_typed_during_an_answer_are_there_for_the_next_message(
+    opened: Open, made: TinyBundle
+) -> None:
+    window = opened(made.folder, "--temp", "0", "--max-tokens", "200", "--ctx", "512")
+    window.type("the thing")
+    window.key("Enter")
+    window.type("/help")
+    screen = window.wait_for("> /help")
+    assert screen.count("/help") == 2  # there, and in the hint
+    window.key("Enter")
+    window.wait_for("Take back the last question")
+
+
+def on_a_pty(command: list[str], typed: bytes, **env: str) -> bytes:
+    """All bytes that a command writes to a terminal it is typed to."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "PYTHONUTF8": "1", **env},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    os.write(ours, typed)
+    written = b""
+    while True:
+        try:
+            data = os.read(ours, 1 << 16)
+        except OSError:  # the other side was closed
+            break
+        if not data:
+            break
+        written += data
+    os.close(ours)
+    assert process.wait() == 0, written.decode()
+    return written
+
+
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [
+        (["--plain"], {"TERM": "xterm-256color"}),
+        ([], {"TERM": "dumb"}),
+        ([], {"TERM": ""}),
+    ],
+)
+def test_plain_terminals_get_no_escape_codes(
+    made: TinyBundle, args: list[str], env: dict[str, str]
+) -> None:
+    command = [*QAFLORA, "chat", str(made.folder), "--temp", "0", "--max-tokens", "8", *args]
+    written = on_a_pty(command, b"the thing\n/weights\n/help\n/nothing\n\x04", **env)
+    assert b"\x1b" not in written
+    assert b"weighs most at layers" in written
+    assert b"tok/s" in written
+    assert written.count(b"> ") == 5

@@ -1,0 +1,87 @@
+"""A command in a tmux window of its own: typed to, resized, and its screen read."""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+PATIENCE_S = 240.0  # machines that run tests may be busy with other things
+
+
+def need_tmux() -> None:
+    """Skip a test where there is no tmux."""
+    if shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed")
+
+
+class Window:
+    """A tmux server with one window; what the command leaves with is shown as `LEFT 0`."""
+
+    def __init__(
+        self, command: Sequence[str], *, columns: int, rows: int, env: Mapping[str, str]
+    ) -> None:
+        self._folder = tempfile.mkdtemp(prefix="qaflora-tmux-")  # a socket's path must be short
+        settings = " ".join(f"{name}={quote(value)}" for name, value in env.items())
+        line = f"{settings} {' '.join(map(quote, command))}; echo LEFT $?; sleep 600"
+        size = ["-x", str(columns), "-y", str(rows)]
+        config = Path(self._folder, "config")
+        config.write_text("set -g status off\nset -g default-terminal screen-256color\n")
+        self._tmux("-f", str(config), "new-session", "-d", *size, "sh", "-c", line)
+
+    def _tmux(self, *args: str) -> str:
+        return subprocess.run(
+            ["tmux", "-S", f"{self._folder}/socket", *args],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._tmux("kill-server")
+        shutil.rmtree(self._folder)
+
+    def type(self, text: str) -> None:
+        self._tmux("send-keys", "-l", text)
+
+    def key(self, *names: str) -> None:
+        self._tmux("send-keys", *names)
+
+    def paste(self, text: str) -> None:
+        """As a terminal pastes: marked as such where the program asked for it."""
+        self._tmux("set-buffer", text)
+        self._tmux("paste-buffer", "-p", "-r")
+
+    def resize(self, columns: int, rows: int) -> None:
+        self._tmux("resize-window", "-x", str(columns), "-y", str(rows))
+
+    def screen(self) -> str:
+        """What is on the screen, and above it what scrolled out."""
+        return self._tmux("capture-pane", "-p", "-S", "-")
+
+    def visible(self) -> str:
+        """What is on the screen."""
+        return self._tmux("capture-pane", "-p")
+
+    def wait_for(self, text: str, *, count: int = 1) -> str:
+        """The screen, once a text is on it so many times, wherever its lines break."""
+        end = time.monotonic() + PATIENCE_S
+        text = " ".join(text.split())
+        while " ".join((screen := self.screen()).split()).count(text) < count:
+            assert time.monotonic() < end, f"{text!r} did not come; the screen is\n{screen}"
+            time.sleep(0.1)
+        return screen
