@@ -2,11 +2,19 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from bundles import make_bundle
 
-from qaflora_edge.bundle_names import adapter_names, bundles_in, named_bundles
+from qaflora_edge import hub_cache
+from qaflora_edge.bundle_names import (
+    adapter_names,
+    bundles_in,
+    named_bundles,
+    pulled_bundles,
+)
 
 
 def make(folder: Path, *adapters: str) -> Path:
@@ -43,3 +51,20 @@ def test_broken_bundle_json_suggests_nothing(tmp_path: Path, text: str) -> None:
 def test_folder_that_is_none_suggests_nothing(tmp_path: Path) -> None:
     assert bundles_in(tmp_path / "missing") == []
     assert adapter_names(tmp_path / "missing") == []
+
+
+def test_pulled_bundles_have_their_repositorys_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, commit = make_bundle(tmp_path), "0123456789" * 4
+    repo = tmp_path / "hub/models--owner--mine"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit, encoding="ascii")
+    shutil.copytree(made.folder, repo / "snapshots" / commit)
+    shutil.copytree(repo, tmp_path / "hub/models--owner--cut")
+    cut = tmp_path / "hub/models--owner--cut/snapshots" / commit
+    (cut / "adapters/es.gguf").unlink()
+    (tmp_path / "hub/models--owner--no.bundle/refs").mkdir(parents=True)
+    (tmp_path / "hub/models--odd name--x").mkdir()
+    monkeypatch.setattr(hub_cache, "hub_cache_dir", lambda: tmp_path / "hub")
+    assert pulled_bundles() == {"owner/mine": repo / "snapshots" / commit}
