@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,11 +77,13 @@ def chat(
 
     In a pipe each line of stdin is a message, and stdout has the answers alone.
     """
+    from qaflora_edge.cli.chat.keys import silent_keys
     from qaflora_edge.cli.chat.session import ChatSession
     from qaflora_edge.session_file import bundle_identity
 
     identity = bundle_identity(bundle_folder(bundle))
-    with open_engine(bundle, options) as engine:
+    is_plain = plain or not _is_capable()
+    with nullcontext() if is_plain else silent_keys(), open_engine(bundle, options) as engine:
         session = ChatSession(
             engine,
             identity,
@@ -89,7 +92,7 @@ def chat(
             keep_history=keep_history,
         )
         session.check()
-        _Chat(session, is_plain=plain or not _is_capable()).run(system, load_path)
+        _Chat(session, is_plain=is_plain).run(system, load_path)
 
 
 def _is_capable() -> bool:
@@ -171,7 +174,7 @@ class _Chat:
             turns = "turn is" if n_dropped == 1 else f"{n_dropped} turns are"
             view.note(f"the context is full: the oldest {turns} no longer read")
         reply = Reply(begin, session.engine.cancel)
-        with view.answering(), interrupts_call(reply.stop), reply:
+        with interrupts_call(reply.stop), reply:
             view.begin()
             try:
                 for piece in reply.pieces(lambda: view.tick(reply)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 import click
@@ -26,7 +25,6 @@ class View(Protocol):
 
     @property
     def width(self) -> int: ...
-    def answering(self) -> AbstractContextManager[None]: ...
     def begin(self) -> None: ...
     def piece(self, text: str) -> None: ...
     def tick(self, reply: Reply) -> None: ...
@@ -49,9 +47,6 @@ class PlainView:
     @property
     def width(self) -> int:
         return terminal_size(sys.stderr)[0]
-
-    def answering(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def begin(self) -> None:
         pass
@@ -107,10 +102,6 @@ class TerminalView:
     @property
     def width(self) -> int:
         return terminal_size(sys.stdout)[0]
-
-    def answering(self) -> AbstractContextManager[None]:
-        """Keep keys that are typed meanwhile off the screen; they are there for the next input."""
-        return _silent_keys()
 
     def begin(self) -> None:
         from qaflora_edge.cli.chat.stream import MarkdownStream
@@ -200,24 +191,6 @@ def mix_parts(fusion: FusionWeights) -> list[str]:
 
 def one_line(text: str) -> str:
     return " ".join(text.splitlines())
-
-
-@contextmanager
-def _silent_keys() -> Iterator[None]:
-    try:
-        import termios
-    except ImportError:  # Windows echoes nothing by itself
-        yield
-        return
-    keys = sys.stdin.fileno()
-    before = termios.tcgetattr(keys)
-    silent = list(before)
-    silent[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(keys, termios.TCSADRAIN, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(keys, termios.TCSADRAIN, before)
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
