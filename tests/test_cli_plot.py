@@ -183,11 +183,12 @@ def test_png_shows_the_weights(tmp_path: Path) -> None:
 
 
 def test_png_of_many_prompts_and_layers_stays_in_bounds(tmp_path: Path) -> None:
-    items = [weighed(f"prompt {i} $x$", "a$b", "日本", seed=i, n_layer=126) for i in range(7)]
+    items = [weighed(f"prompt {i} $x$", "a$b", "日本", seed=i, n_layer=126) for i in range(3)]
     write_plot(tmp_path / "w.png", items)
     height, width, _ = pixels(tmp_path / "w.png").shape
     assert max(height, width) < 30_000
-    assert height > 1000
+    assert height > 700
+    assert width > 126 * 20
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
