@@ -6,6 +6,7 @@ A step is a call that opens, writes, flushes, moves or removes. The process is f
 one, so that hundreds of points take seconds; it is run apart from pytest, which has threads.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import tiny
 
+from qaflora_edge import registry
 from qaflora_edge.convert import convert_adapter
 
 STEPS = {"open", "write", "writelines", "tofile", "truncate", "flush", "close", "fsync", "flock"}
@@ -51,30 +53,69 @@ def run_until(action: Callable[[], object], n_step: int) -> bool:
     return True
 
 
-def kill_conversions(place: Path) -> dict[str, object]:
-    """Kill a conversion at every step, with nothing and with an older file at its target."""
+def kill_everywhere(
+    write: Callable[[Path], object], out: Path, before: bytes | None, whole: bytes
+) -> dict[str, int]:
+    """Kill the writing of a file at every step, in a new folder each time; count what is there.
+
+    before  what the file holds at first, None for no file
+    """
+    states = {"n_step": 0, "before": 0, "whole": 0, "half": 0, "left_over": 0}
+    is_done = False
+    while not is_done:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
+        if before is not None:
+            out.write_bytes(before)
+        is_done = run_until(lambda: write(out), states["n_step"])
+        content = out.read_bytes() if out.exists() else None
+        states["before" if content == before else "whole" if content == whole else "half"] += 1
+        states["left_over"] += any(path != out for path in out.parent.iterdir())
+        states["n_step"] += 1
+    return states
+
+
+def kill_conversions(place: Path) -> dict[str, dict[str, int]]:
+    """Kill a conversion, with nothing and with an older file at its target."""
     base = tiny.write_tiny_base(place / "base.gguf", n_layer=1)
     peft = tiny.write_tiny_peft(place / "peft", base, targets=("q_proj", "down_proj"))
     whole = convert_adapter(peft, base.path, place / "whole.gguf").path.read_bytes()
-    found: dict[str, object] = {}
-    for name, before in (("absent", None), ("older", b"an older file")):
-        folder = place / name
-        states = {"before": 0, "whole": 0, "half": 0, "left_over": 0}
-        n_step, is_done = 0, False
-        while not is_done:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            out = folder / "math.gguf"
-            if before is not None:
-                out.write_bytes(before)
-            is_done = run_until(lambda out=out: convert_adapter(peft, base.path, out), n_step)
-            content = out.read_bytes() if out.exists() else None
-            states["before" if content == before else "whole" if content == whole else "half"] += 1
-            states["left_over"] += any(path != out for path in folder.iterdir())
-            n_step += 1
-        found[name] = {"n_step": n_step, **states}
-    return found
+
+    def convert(out: Path) -> None:
+        convert_adapter(peft, base.path, out)
+
+    return {
+        "convert": kill_everywhere(convert, place / "absent/math.gguf", None, whole),
+        "convert over a file": kill_everywhere(convert, place / "older/math.gguf", b"old", whole),
+    }
+
+
+def kill_pulls(place: Path) -> dict[str, dict[str, int]]:
+    """Kill a pull to a folder of a model that the cache has."""
+    whole = bytes(range(256)) * 20_000  # some chunks
+    os.environ["QAFLORA_CACHE"] = str(place / "cache")
+    (place / "cache" / "models").mkdir(parents=True)
+    (place / "cache" / "models" / "fake.gguf").write_bytes(whole)
+    entry = {
+        "description": "a model",
+        "file": "fake.gguf",
+        "sha256": hashlib.sha256(whole).hexdigest(),
+        "size_bytes": len(whole),
+        "architecture": "llama",
+        "kind": "base",
+        "license": "MIT",
+        "sources": [],
+    }
+    models = {"format": "qaflora-registry/1", "models": {"fake": entry}}
+    (place / "registry.json").write_text(json.dumps(models), encoding="utf-8")
+    registry.package_data = lambda name: place / "registry.json"
+
+    def pull(out: Path) -> None:
+        registry.fetch_model("fake", to=out.parent)
+
+    return {"pull": kill_everywhere(pull, place / "models/fake.gguf", None, whole)}
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill_conversions(Path(sys.argv[1]))))
+    folder = Path(sys.argv[1])
+    print(json.dumps(kill_conversions(folder) | kill_pulls(folder)))

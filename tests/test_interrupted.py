@@ -20,7 +20,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="fork, SIGKILL and file lo
 
 
 @POSIX
-def test_conversion_killed_at_every_step_is_never_half_there(tmp_path: Path) -> None:
+def test_writer_killed_at_every_step_leaves_nothing_half_done(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run(
         [sys.executable, "-P", "-m", "kill_points", str(tmp_path)],
@@ -30,11 +30,11 @@ def test_conversion_killed_at_every_step_is_never_half_there(tmp_path: Path) -> 
     )
     assert result.returncode == 0, result.stderr.decode()
     for name, found in json.loads(result.stdout).items():
-        assert found["n_step"] > 30, name
+        assert found["n_step"] > 15, name
         assert found["half"] == 0, name
-        assert found["before"] > 20, name
+        assert found["before"] > 10, name
         assert found["whole"] >= 2, name  # the end, and the steps after the file has its name
-        assert found["left_over"] > 10, name  # it was killed while it wrote, too
+        assert found["left_over"] > 5, name  # it was killed while it wrote, too
 
 
 @POSIX
