@@ -33,6 +33,10 @@ class StockContext:
         self.pointer = self._lib.llama_init_from_model(model._pointer, params)
         assert self.pointer
 
+    def can_load(self, path: Path) -> bool:
+        """Whether llama.cpp's own code takes an adapter."""
+        return bool(self._lib.llama_adapter_lora_init(self._model._pointer, str(path).encode()))
+
     def set_adapters(self, paths: Sequence[Path], scales: Sequence[float]) -> None:
         adapters = [
             self._lib.llama_adapter_lora_init(self._model._pointer, str(path).encode())

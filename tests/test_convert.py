@@ -226,7 +226,10 @@ def test_same_input_gives_same_bytes(tmp_path: Path, make_base: MakeBase) -> Non
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.language_model.layers", "language_model.model.layers", "model.text_model.layers"],
+)
 def test_names_inside_a_multimodal_gemma_are_understood(
     tmp_path: Path, make_base: MakeBase, prefix: str
 ) -> None:
