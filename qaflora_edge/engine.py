@@ -392,9 +392,8 @@ class Engine:
         told, call_grammar = chosen_tools(tools, tool_choice)
         if call_grammar is not None:
             if grammar is not None or schema is not None:
-                raise OptionError(
-                    "Options tool_choice and grammar or response_format are given; choose one."
-                )
+                given = "Options tool_choice and grammar or response_format are given"
+                raise OptionError(f"{given}, expected one of them; leave the others out.")
             grammar = call_grammar
         tokens = self.chat_tokens(messages, tools=told)
         answers = self.answers(tokens, n, grammar=grammar, json_schema=schema, **options)

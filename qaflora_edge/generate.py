@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from qaflora_edge.errors import CancelledError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.runtime import Context, Model
 from qaflora_edge.sampling import Sampler
@@ -129,7 +130,12 @@ def generate_tokens(
                 return
             generation.n_completion += 1
             if i + 1 < n_max:
-                context.decode([token], start=generation.n_prompt + i)
+                try:
+                    context.decode([token], start=generation.n_prompt + i)
+                except CancelledError:  # the token is chosen; what would follow it is not known
+                    generation.finish_reason = "cancelled"
+                    yield token
+                    return
                 generation.timings.n_decoded += 1
                 generation.timings.decode_ms += 1e3 * (time.perf_counter() - start)
             yield token

@@ -207,7 +207,7 @@ def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
     )
     with pytest.raises(OptionError, match="with a name out of: none is given"):
         engine.chat(USER, tool_choice="required")
-    with pytest.raises(OptionError, match="or response_format are given; choose one"):
+    with pytest.raises(OptionError, match="are given, expected one of them; leave"):
         engine.chat(USER, tools=[TIME], tool_choice="required", grammar='root ::= "a"')
     none = engine.chat(USER, tools=[TIME], tool_choice="none", max_tokens=4)
     assert none["choices"][0]["message"] == engine.chat(USER, max_tokens=4)["choices"][0]["message"]
