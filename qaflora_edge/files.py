@@ -127,8 +127,9 @@ def _lock(handle: int) -> bool:
 def _remove_left_overs(path: Path) -> None:
     """Remove temporary files of `path` whose writers were killed: nobody holds their lock."""
     name = re.compile(rf"\.tmp-[0-9a-f]{{12}}-{re.escape(_short_name(path))}", re.DOTALL)
-    with contextlib.suppress(OSError):  # they do no harm where they cannot be removed
-        for entry in os.scandir(path.parent):
+    # They do no harm where they cannot be removed.
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
             if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 # A writer locks its file a moment after making it.
                 if time.time() - entry.stat().st_mtime < LEFT_OVER_SECONDS:
