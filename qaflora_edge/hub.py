@@ -115,7 +115,7 @@ def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progre
             return target
     except OSError as error:
         raise OutputFileError(
-            f"Cannot pull {ref} to {folder}: writing there failed ({error.strerror}). "
+            f"Cannot pull {ref} to {folder}: writing there failed ({error.strerror or error}). "
             "Check that there is space and that you may write, or name another folder with --to."
         ) from error
 
@@ -145,7 +145,11 @@ def _fetch(
             f"it has {len(wanted)} files of {total_bytes} bytes together, over the limits of "
             f"{MAX_FILES} files and {MAX_BYTES} bytes. Fetch it with another tool."
         )
-    check_space(_existing(local_dir or hub_cache_dir()), total_bytes, Path(ref.repo))
+    here = local_dir or cached_snapshot(HubRef(ref.repo, None, listing.commit))
+    missing_bytes = sum(
+        file.size_bytes for file in wanted if here is None or not (here / file.name).is_file()
+    )
+    check_space(_existing(local_dir or hub_cache_dir()), missing_bytes, Path(ref.repo))
     done_bytes, paths = 0, {}
     for file in wanted:
 

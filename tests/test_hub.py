@@ -180,7 +180,6 @@ def test_a_branch_that_moves_meanwhile_is_told(
         "Could not pull owner/bundle: main of owner/bundle moved while it was fetched, expected "
         f"it at {old}. Pull again."
     )
-    monkeypatch.undo()
 
 
 def test_links_of_a_snapshot_stay_in_the_hubs_cache(
@@ -409,6 +408,25 @@ def test_a_broken_bundle_json_is_named(hub: FakeHub, hub_cache: Path) -> None:
     hub.put("owner/bundle", {"bundle.json": b'{"format": "other"}'})
     with pytest.raises(BundleError, match=r"Cannot use bundle\.json of owner/bundle: field format"):
         fetch_hub("owner/bundle")
+
+
+def test_space_is_asked_for_what_is_missing(
+    hub: FakeHub,
+    hub_cache: Path,
+    files: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qaflora_edge import hub as module
+
+    asked: list[int] = []
+    monkeypatch.setattr(
+        module, "check_space", lambda folder, n_bytes, target: asked.append(n_bytes)
+    )
+    hub.put("owner/bundle", files)
+    fetch_hub("owner/bundle")
+    fetch_hub("owner/bundle", update=True)
+    parts = ("adapters/math.gguf", "adapters/es.gguf", "README.md")
+    assert asked == [sum(len(files[name]) for name in parts), 0]  # bundle.json was read before
 
 
 # refusals
