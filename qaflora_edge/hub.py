@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from hashlib import sha1, sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qaflora_edge.bundle_format import (
     BUNDLE_FILE,
@@ -52,7 +52,7 @@ def fetch_hub(
 ) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
-    to      a folder that does not exist yet or is empty, of a single GGUF any folder; without it
+    to      a folder that does not exist yet or is empty, of a named GGUF any folder; without it
             the Hub's cache, and what was pulled there before is given without asking the Hub
     update  ask the Hub even so, for the newest commit of the branch
 
@@ -99,6 +99,8 @@ def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progre
     from filelock import FileLock
 
     folder = folder.absolute()
+    if ref.file and (target := _already_there(ref, listing, folder)):
+        return target
     partial = folder.parent / f".{folder.name[:100]}.{listing.commit[:12]}.partial"
     lock = cache_dir() / "locks" / f"pull-{sha256(os.fsencode(folder)).hexdigest()[:16]}.lock"
     try:
@@ -118,6 +120,21 @@ def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progre
             f"Cannot pull {ref} to {folder}: writing there failed ({error.strerror or error}). "
             "Check that there is space and that you may write, or name another folder with --to."
         ) from error
+
+
+def _already_there(ref: HubRef, listing: HubListing, folder: Path) -> Path | None:
+    """The named file in the user's folder, when it is there. Raises when another one is."""
+    (file,) = _choose(ref, listing)
+    target = folder / PurePosixPath(file.name).name
+    if not target.exists():
+        return None
+    problem = _problem(target, file) if target.is_file() else "is a folder"
+    if problem is not None:
+        raise OutputFileError(
+            f"Cannot pull {ref} to {folder}: there is another {target.name}, which {problem}. "
+            "Name another folder with --to, or remove it."
+        )
+    return target
 
 
 def _publish(path: Path, folder: Path) -> Path:
@@ -259,14 +276,14 @@ def _download(
         )
     if problem := _problem(path, file):
         _discard(path)
-        raise DownloadError(f"{file.name} {problem}. It was thrown away; try again.")
+        raise DownloadError(f"{file.name}, as it came, {problem}. It was thrown away; try again.")
     return path
 
 
 def _problem(path: Path, file: HubFile) -> str | None:
     size_bytes = path.stat().st_size
     if size_bytes != file.size_bytes:
-        return f"came with {size_bytes} bytes, the Hub lists {file.size_bytes}"
+        return f"has {size_bytes} bytes, the Hub lists {file.size_bytes}"
     if file.sha256 is not None:
         found = sha256_file(path)
         return None if found == file.sha256 else _other_hash("sha256", found, file.sha256)
@@ -277,7 +294,7 @@ def _problem(path: Path, file: HubFile) -> str | None:
 
 
 def _other_hash(kind: str, found: str, expected: str) -> str:
-    return f"came with {kind} {found}, the Hub lists {expected}"
+    return f"has {kind} {found}, the Hub lists {expected}"
 
 
 def _git_sha1(path: Path, size_bytes: int) -> str:

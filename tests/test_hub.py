@@ -231,6 +231,17 @@ def test_a_single_gguf_joins_a_folder(hub: FakeHub, hub_cache: Path, tmp_path: P
     (to / "other").touch()
     assert fetch_hub("owner/models/q4/a.gguf", to) == to / "a.gguf"
     assert folder_files(to) == {"a.gguf": b"GGUF a", "other": b""}
+    hub.requests.clear()
+    assert fetch_hub("owner/models/q4/a.gguf", to) == to / "a.gguf"
+    assert downloads(hub) == []
+    (to / "a.gguf").write_bytes(b"mine")
+    with pytest.raises(OutputFileError) as caught:
+        fetch_hub("owner/models/q4/a.gguf", to)
+    assert str(caught.value) == (
+        f"Cannot pull owner/models/q4/a.gguf to {to}: there is another a.gguf, which has 4 bytes, "
+        "the Hub lists 6. Name another folder with --to, or remove it."
+    )
+    assert (to / "a.gguf").read_bytes() == b"mine"
     path = fetch_hub("owner/models/q8/b.gguf")
     assert path.is_relative_to(hub_cache)
     assert path.read_bytes() == b"GGUF b"
@@ -337,8 +348,8 @@ def test_another_attempt_goes_on_with_the_whole_files(
         sha256(content["adapters/es.gguf"]).hexdigest() for content in (hub.served, files)
     )
     assert str(caught.value) == (
-        f"Could not pull owner/bundle: adapters/es.gguf came with sha256 {found}, the Hub lists "
-        f"{listed}. It was thrown away; try again."
+        f"Could not pull owner/bundle: adapters/es.gguf, as it came, has sha256 {found}, "
+        f"the Hub lists {listed}. It was thrown away; try again."
     )
     assert pulled_path("owner/bundle") is None
     assert target is None or not target.exists()
@@ -356,7 +367,7 @@ def test_a_wrong_small_file_is_refused(
 ) -> None:
     hub.put("owner/bundle", files)
     hub.served["bundle.json"] = files["bundle.json"].replace(b'"alpha": 8', b'"alpha": 9')
-    with pytest.raises(DownloadError, match=r"bundle\.json came with git sha1"):
+    with pytest.raises(DownloadError, match=r"bundle\.json, as it came, has git sha1"):
         fetch_hub("owner/bundle")
 
 
@@ -364,7 +375,7 @@ def test_a_wrong_size_is_refused(hub: FakeHub, hub_cache: Path, files: dict[str,
     hub.put("owner/bundle", files)
     hub.served["adapters/es.gguf"] = files["adapters/es.gguf"][:-4]
     n_bytes = len(files["adapters/es.gguf"])
-    with pytest.raises(DownloadError, match=f"with {n_bytes - 4} bytes, the Hub lists {n_bytes}"):
+    with pytest.raises(DownloadError, match=f"has {n_bytes - 4} bytes, the Hub lists {n_bytes}"):
         fetch_hub("owner/bundle")
 
 
