@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
@@ -77,11 +77,15 @@ class Window:
         """What is on the screen."""
         return self._tmux("capture-pane", "-p")
 
-    def wait_for(self, text: str, *, count: int = 1) -> str:
-        """The screen, once a text is on it so many times, wherever its lines break."""
+    def wait_until(self, is_there: Callable[[str], object], what: str) -> str:
+        """The screen, once it is as it should be."""
         end = time.monotonic() + PATIENCE_S
-        text = " ".join(text.split())
-        while " ".join((screen := self.screen()).split()).count(text) < count:
-            assert time.monotonic() < end, f"{text!r} did not come; the screen is\n{screen}"
+        while not is_there(screen := self.screen()):
+            assert time.monotonic() < end, f"{what} did not come; the screen is\n{screen}"
             time.sleep(0.1)
         return screen
+
+    def wait_for(self, text: str, *, count: int = 1) -> str:
+        """The screen, once a text is on it so many times, wherever its lines break."""
+        text = " ".join(text.split())
+        return self.wait_until(lambda screen: " ".join(screen.split()).count(text) >= count, text)

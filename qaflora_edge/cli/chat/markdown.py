@@ -30,7 +30,7 @@ THEME = Theme(
     {
         "markdown.h1": Style(bold=True, underline=True),
         **{f"markdown.h{level}": Style(bold=True) for level in range(2, 7)},
-        "markdown.code": Style(color="magenta"),
+        "markdown.code": Style(color="cyan"),
         "markdown.item.bullet": Style(bold=True),
         "markdown.item.number": Style(bold=True),
         "markdown.block_quote": Style(italic=True),
@@ -44,13 +44,13 @@ THEME = Theme(
 _CODE = ANSISyntaxTheme(
     {
         Comment: Style(dim=True, italic=True),
-        Keyword: Style(color="magenta"),
-        Operator.Word: Style(color="magenta"),
+        Keyword: Style(color="cyan"),
+        Operator.Word: Style(color="cyan"),
         Name.Function: Style(color="blue", bold=True),
         Name.Class: Style(color="blue", bold=True),
-        Name.Decorator: Style(color="cyan"),
+        Name.Decorator: Style(color="magenta"),
         String: Style(color="green"),
-        Number: Style(color="cyan"),
+        Number: Style(color="magenta"),
     }
 )
 # No HTML and no definitions of links: they would not be shown. No underlined headings: `Steps:`
