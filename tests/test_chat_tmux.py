@@ -113,7 +113,9 @@ def test_a_chat_with_a_real_model(
 def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
     window = opened(made.folder, "--temp", "0", "--max-tokens", "40", columns=40, rows=20)
     window.type("/wei")
-    window.key("Tab", "Enter")
+    window.key("Tab")
+    window.wait_for("> /weights")
+    window.key("Enter")
     window.wait_for("nothing has been answered yet")
     window.type("the thing")
     window.key("M-Enter")
