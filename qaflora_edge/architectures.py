@@ -7,7 +7,6 @@ An architecture that is not in ARCHITECTURES was not reviewed, and is refused.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,20 +16,9 @@ from qaflora_edge.gguf_header import GgufHeader
 Rows = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A tensor that takes rows of a module.
-
-    stem  such as attn_q
-    rows  [n_row]  the module's row for each row of the tensor; None: all rows as they are
-    """
-
-    stem: str
-    rows: Rows | None = None
-
-
-# From the GGUF's stem of a module (attn_q), the base and the module's n_out to its parts.
-Layout = Callable[[str, GgufHeader, int], list[Part]]
+# From the GGUF's stem of a module (attn_q), the base and the module's n_out to the module's row for
+# each of the tensor's; None: all rows as they are.
+Layout = Callable[[str, GgufHeader, int], Rows | None]
 
 
 class LayoutError(ValueError):
@@ -59,26 +47,25 @@ def grouped_rows(n_out: int, n_head: int, n_head_kv: int) -> tuple[Rows, Rows, R
     return rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)
 
 
-def as_is(stem: str, header: GgufHeader, n_out: int) -> list[Part]:
-    """Every module is one tensor, and its rows keep their order."""
-    return [Part(stem)]
+def as_is(stem: str, header: GgufHeader, n_out: int) -> Rows | None:
+    """Rows of every module keep their order."""
+    return None
 
 
-def rope_pairs(stem: str, header: GgufHeader, n_out: int) -> list[Part]:
+def rope_pairs(stem: str, header: GgufHeader, n_out: int) -> Rows | None:
     """Rows of q and k are in the order of ggml's rope."""
     if stem == "attn_q":
-        return [Part(stem, rope_rows(n_out, header.n_head))]
+        return rope_rows(n_out, header.n_head)
     if stem == "attn_k":
-        return [Part(stem, rope_rows(n_out, header.n_head_kv))]
-    return [Part(stem)]
+        return rope_rows(n_out, header.n_head_kv)
+    return None
 
 
-def grouped_qkv(stem: str, header: GgufHeader, n_out: int) -> list[Part]:
+def grouped_qkv(stem: str, header: GgufHeader, n_out: int) -> Rows | None:
     """The fused projection has all of q, then k, then v, where HF has them group by group."""
     if stem == "attn_qkv":
-        rows = np.concatenate(grouped_rows(n_out, header.n_head, header.n_head_kv))
-        return [Part(stem, rows)]
-    return [Part(stem)]
+        return np.concatenate(grouped_rows(n_out, header.n_head, header.n_head_kv))
+    return None
 
 
 def neox_rows(n_out: int, n_head: int, n_rotary: int) -> Rows:
@@ -96,14 +83,14 @@ def neox_rows(n_out: int, n_head: int, n_rotary: int) -> Rows:
     return np.concatenate([turned[:, ::2], turned[:, 1::2], rows[:, n_rotary:]], axis=1).reshape(-1)
 
 
-def glm4_rows(stem: str, header: GgufHeader, n_out: int) -> list[Part]:
+def glm4_rows(stem: str, header: GgufHeader, n_out: int) -> Rows | None:
     """Rows of q and k are turned where the rope has sections, as of multimodal models."""
     if f"{header.architecture}.rope.dimension_sections" in header.metadata:
         if stem == "attn_q":
-            return [Part(stem, neox_rows(n_out, header.n_head, header.n_rotary))]
+            return neox_rows(n_out, header.n_head, header.n_rotary)
         if stem == "attn_k":
-            return [Part(stem, neox_rows(n_out, header.n_head_kv, header.n_rotary))]
-    return [Part(stem)]
+            return neox_rows(n_out, header.n_head_kv, header.n_rotary)
+    return None
 
 
 # general.architecture -> how its modules lie. Each was read, and is proven by the tests.

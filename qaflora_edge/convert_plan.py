@@ -46,10 +46,6 @@ class PlannedModule:
     def kind(self) -> str:
         return self.base_name.split(".")[-2]
 
-    @property
-    def n_out(self) -> int:
-        return self.source.n_out if self.rows is None else len(self.rows)
-
 
 def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[PlannedModule]]:
     """Name every module for the base, check that it fits, and choose the file's one alpha."""
@@ -60,15 +56,15 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
     planned: dict[str, PlannedModule] = {}
     for module in adapter.modules.values():
         factor = scale_factor(module.scale, module.rank, alpha)
-        for base_name, rows in _places(adapter, module, header, layout, name_map):
-            if base_name in planned:
-                raise UnsupportedAdapterError(
-                    f"Cannot convert {adapter.folder}: modules {planned[base_name].source.name} "
-                    f"and {module.name} both name {base_name} of the base; expected one LoRA for "
-                    "each. Save it again."
-                )
-            planned[base_name] = PlannedModule(module, base_name, factor, rows)
-            _check_shape(adapter, planned[base_name], header)
+        base_name, rows = _place(adapter, module, header, layout, name_map)
+        if base_name in planned:
+            raise UnsupportedAdapterError(
+                f"Cannot convert {adapter.folder}: modules {planned[base_name].source.name} "
+                f"and {module.name} both name {base_name} of the base; expected one LoRA for "
+                "each. Save it again."
+            )
+        planned[base_name] = PlannedModule(module, base_name, factor, rows)
+        _check_shape(adapter, planned[base_name], header)
     return alpha, sorted(planned.values(), key=lambda module: _natural_key(module.base_name))
 
 
@@ -123,17 +119,18 @@ def _tensor_names(header: GgufHeader) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(model_arch, header.n_layer)
 
 
-def _places(
+def _place(
     adapter: PeftAdapter,
     module: PeftModule,
     header: GgufHeader,
     layout: Layout,
     name_map: gguf.TensorNameMap,
-) -> list[tuple[str, Rows | None]]:
-    """Give the tensors of the base that a module goes to, and the rows that each takes."""
+) -> tuple[str, Rows | None]:
+    """Give the tensor of the base that a module goes to, and the order of its rows there."""
     if _EXPERT.search(module.name):
         raise _experts_refused(adapter, module)
-    block, stem = _mapped(adapter, module, header, name_map)
+    name = _mapped(adapter, module, header, name_map)
+    stem = name.rpartition(".")[2]
     if module.is_embedding != (stem == "token_embd"):
         kind = "an embedding" if module.is_embedding else "a linear layer"
         raise UnsupportedAdapterError(
@@ -141,25 +138,23 @@ def _places(
             f"{stem}.weight of the base is not one. Train a plain LoRA."
         )
     try:
-        parts = layout(stem, header, module.n_out)
+        return f"{name}.weight", layout(stem, header, module.n_out)
     except LayoutError as error:
         raise AdapterMismatchError(
             f"Cannot convert {adapter.folder} for {header.path}: module {module.name} has {error}. "
             f"The adapter is for another base{_trained_on(adapter)}."
         ) from error
-    return [(f"{block}{part.stem}.weight", part.rows) for part in parts]
 
 
 def _mapped(
     adapter: PeftAdapter, module: PeftModule, header: GgufHeader, name_map: gguf.TensorNameMap
-) -> tuple[str, str]:
-    """Give the start and the stem of a module's tensor: "blk.0.", "attn_q"."""
+) -> str:
+    """Give the name of a module's tensor, such as blk.0.attn_q."""
     for hf_name in _spellings(module.name):
         # Some of gguf's maps leave out a head that is tied, and adapters of it fit nevertheless.
-        name = name_map.get_name(hf_name) or {"lm_head": "output"}.get(hf_name)
+        name: str | None = name_map.get_name(hf_name) or {"lm_head": "output"}.get(hf_name)
         if name:
-            block, _, stem = name.rpartition(".")
-            return (f"{block}." if block else "", stem)
+            return name
     raise _unknown_module(adapter, module, header)
 
 
@@ -208,7 +203,7 @@ def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader
     if expected_name == "output.weight" and expected_name not in header.tensors:
         expected_name = "token_embd.weight"  # a tied head
     info = header.tensors.get(expected_name)
-    shape = (source.n_in, module.n_out) if source.is_embedding else (module.n_out, source.n_in)
+    shape = (source.n_in, source.n_out) if source.is_embedding else (source.n_out, source.n_in)
     if info is None:
         raise _missing_tensor(adapter, module, header)
     if len(info.shape) == 3:

@@ -167,7 +167,7 @@ def _source_rows(header: GgufHeader, module: PlannedModule) -> NDArray[np.int64]
     returns  [n_out]
     """
     architecture, stem = header.architecture, module.kind
-    row = np.arange(module.n_out)
+    row = np.arange(module.source.n_out)
     if stem == "attn_qkv" and architecture in _GROUPED_QKV:
         return _grouped_row(row, header.n_head, header.n_head_kv)
     if stem not in ("attn_q", "attn_k"):
