@@ -199,3 +199,9 @@ def test_reason_and_place_of_a_block_are_read() -> None:
 def test_block_without_end_is_refused() -> None:
     with pytest.raises(ValueError, match="line 3 has no end"):
         read_blocks("Words.\n\n```sh\nqaflora doctor\n")
+
+
+def test_index_names_every_page(checkout: Path) -> None:
+    index = (checkout / "docs/README.md").read_text(encoding="utf-8")
+    pages = [page.name for page in (checkout / "docs").glob("*.md") if page.name != "README.md"]
+    assert [name for name in pages if f"({name})" not in index] == []

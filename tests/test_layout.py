@@ -1,0 +1,56 @@
+"""The table of modules in CONTRIBUTING is the package, and imports point upwards in it only."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from layout import imports, module_paths, table_rows
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+MODULES = module_paths(CHECKOUT / "qaflora_edge")
+ROWS = table_rows((CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+ORDER = [name for row in ROWS for name in row]
+
+
+def test_table_has_every_module_once() -> None:
+    assert sorted(ORDER) == sorted([*MODULES, "cli/"])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_what_stands_before_it(name: str) -> None:
+    known = {"cli" if before == "cli/" else before for before in ORDER[: ORDER.index(name)]}
+    assert (imports(MODULES[name]) & {*MODULES, "cli"}) - {name} - known == set()
+
+
+def test_imports_are_found_at_the_top_and_later(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "from qaflora_edge import hub, files as f\n"
+        "from qaflora_edge.cli.show import strips\n"
+        "import qaflora_edge.errors\n"
+        "if TYPE_CHECKING:\n"
+        "    from qaflora_edge.engine import Engine\n"
+        "def late():\n"
+        "    from qaflora_edge.probe import Prober\n",
+        encoding="utf-8",
+    )
+    assert imports(path) == {"hub", "files", "cli", "errors", "probe"}
+
+
+def test_import_of_the_package_is_quick_and_loads_no_library() -> None:
+    """CPU time, which other work on the machine does not change; the start of Python is not it."""
+    code = (
+        "import os, sys\n"
+        "before = sum(os.times()[:2])\n"
+        "import qaflora_edge\n"
+        "print(sum(os.times()[:2]) - before, 'llama_cpp' in sys.modules)\n"
+    )
+    times = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds, is_loaded = done.stdout.split()
+        assert is_loaded == "False"
+        times.append(float(seconds))
+    assert min(times) < 0.1
