@@ -28,7 +28,7 @@ from qaflora_edge.probe import Prober
 from qaflora_edge.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.runtime import Context, Model, Pack
 from qaflora_edge.sampling import MAX_SEED, Sampler, Sampling, grammar_text
-from qaflora_edge.tools import chosen_tools
+from qaflora_edge.tools import chosen_tools, one_form
 from qaflora_edge.weigh import Typical, Weigher, Weights, measure_typical
 
 F32 = NDArray[np.float32]
@@ -390,11 +390,7 @@ class Engine:
         """
         schema = response_schema(response_format)
         told, call_grammar = chosen_tools(tools, tool_choice)
-        if call_grammar is not None:
-            if grammar is not None or schema is not None:
-                given = "Options tool_choice and grammar or response_format are given"
-                raise OptionError(f"{given}, expected one of them; leave the others out.")
-            grammar = call_grammar
+        grammar = one_form(grammar, schema, call_grammar)
         tokens = self.chat_tokens(messages, tools=told)
         answers = self.answers(tokens, n, grammar=grammar, json_schema=schema, **options)
         answers = itertools.chain([next(answers)], answers)

@@ -42,6 +42,18 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], st
     return checked, _call_grammar(named[:1])
 
 
+def one_form(grammar: str | None, schema: Any, call_grammar: str | None) -> str | None:
+    """The grammar of an answer, its own or that of a call; OptionError when both are asked for."""
+    if call_grammar is None:
+        return grammar
+    if grammar is not None or schema is not None:
+        raise OptionError(
+            "Options tool_choice and grammar or response_format are given, expected one of them; "
+            "leave the others out."
+        )
+    return call_grammar
+
+
 def _checked(tool: Any) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if (
