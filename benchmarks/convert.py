@@ -40,11 +40,12 @@ def peak():
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-floor, begin = peak(), time.perf_counter()
+floor, begin, cpu = peak(), time.perf_counter(), time.process_time()
 convert_adapter(*sys.argv[1:4], outtype=sys.argv[4], verify=sys.argv[5] == "True")
-seconds = time.perf_counter() - begin
+seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
 assert "torch" not in sys.modules
-print(json.dumps({"seconds": seconds, "floor_bytes": floor, "peak_bytes": peak()}))
+times = {"seconds": seconds, "cpu_seconds": cpu}
+print(json.dumps({**times, "floor_bytes": floor, "peak_bytes": peak()}))
 """
 
 
@@ -149,7 +150,8 @@ def main() -> None:
     print(
         f"{options.layers} layers of an 8B Llama, rank {options.rank}, {options.dtype} to "
         f"{options.outtype}: {mb['adapter_bytes']:.0f} MB to {mb['output_bytes']:.0f} MB\n"
-        f"median of {options.runs}: {result['seconds']:.2f} s; peak {mb['peak_bytes']:.1f} MB, "
+        f"median of {options.runs}: {result['seconds']:.2f} s "
+        f"({result['cpu_seconds']:.2f} s of a CPU); peak {mb['peak_bytes']:.1f} MB, "
         f"{mb['over_floor_bytes']:.1f} MB over the interpreter's {mb['floor_bytes']:.1f} MB\n"
         f"largest pair {mb['largest_pair_bytes']:.2f} MB, its output buffer "
         f"{mb['output_buffer_bytes']:.2f} MB: {result['pairs_beyond_buffer']:.2f} pairs beyond the "

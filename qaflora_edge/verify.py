@@ -20,7 +20,7 @@ from qaflora_edge.gguf_header import GgufHeader
 
 F64 = NDArray[np.float64]
 
-N_ENTRY = 1 << 18  # of a delta that are in memory at a time
+N_ENTRY = 1 << 20  # of a delta that are in memory at a time
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
 # The largest error of rounding a value, relative to it, and the smallest for tiny ones.
 _ROUNDING = {
