@@ -5,7 +5,7 @@ file as a runtime reads it, and compared entry by entry. How rows were reordered
 once more, row by row, and not taken from the code that reordered them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from qaflora_edge.gguf_header import GgufHeader
 
 F64 = NDArray[np.float64]
 
-N_ENTRY = 1 << 20  # of a delta that are in memory at a time
+TILE_ROWS, TILE_COLUMNS = 256, 512  # of a delta that are in memory at a time
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
 # The largest error of rounding a value, relative to it, and the smallest for tiny ones.
 _ROUNDING = {
@@ -112,12 +112,11 @@ def _check_module(info: AdapterInfo, header: GgufHeader, module: PlannedModule) 
     allowed = scale * _allowed(right, left * (source.scale / scale), kinds, source.is_embedding)
 
     largest_difference, largest, of_allowed = 0.0, 0.0, 0.0
-    n_piece_row = max(1, N_ENTRY // right.shape[1])
-    for begin in range(0, len(left), n_piece_row):
-        rows = slice(begin, begin + n_piece_row)
-        delta = source.scale * left[rows] @ right
+    for rows, columns in _tiles(len(left), right.shape[1]):
+        delta = source.scale * left[rows] @ right[:, columns]
         with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-            difference = np.abs(scale * stored_left[rows] @ stored_right - delta).max(axis=1)
+            stored = scale * stored_left[rows] @ stored_right[:, columns]
+            difference = np.abs(stored - delta).max(axis=1)
             share = np.where(difference == 0, 0.0, difference / np.abs(allowed[rows]))
         # np.maximum keeps NaN, which max() may drop.
         largest_difference = np.maximum(largest_difference, difference.max())
@@ -130,6 +129,13 @@ def _check_module(info: AdapterInfo, header: GgufHeader, module: PlannedModule) 
         relative_difference=float(largest_difference / largest) if largest else 0.0,
         of_allowed=float(of_allowed),
     )
+
+
+def _tiles(n_row: int, n_column: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into tiles that lie in a core's cache, products and all."""
+    for row in range(0, n_row, TILE_ROWS):
+        for column in range(0, n_column, TILE_COLUMNS):
+            yield slice(row, row + TILE_ROWS), slice(column, column + TILE_COLUMNS)
 
 
 def _allowed(
