@@ -33,8 +33,9 @@ class Reply:
         self.generation: Generation | None = None
         self.text = ""
         self.first_ms: float | None = None
+        self.is_stopped = False
+        self._is_over = False
         self._begin, self._cancel = begin, cancel
-        self._stop = threading.Event()
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._start = time.perf_counter()
@@ -45,22 +46,23 @@ class Reply:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread.is_alive():
+        if not self._is_over:
             self.stop()
+            while self._thread.is_alive():
+                self._cancel()
+                self._thread.join(_TICK_S)
         self._thread.join()
-
-    @property
-    def is_stopped(self) -> bool:
-        return self._stop.is_set()
 
     @property
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start
 
     def stop(self) -> None:
-        """End the answer as soon as can be; what was not given yet is not part of it."""
-        self._stop.set()
-        self._cancel()
+        """End the answer within a tick; what was not given yet is not part of it.
+
+        It takes no lock, so that a signal may call it at any time.
+        """
+        self.is_stopped = True
 
     def pieces(self, tick: Callable[[], None]) -> Iterator[str]:
         """The pieces as they come; tick is called in between, some 20 times a second.
@@ -68,14 +70,15 @@ class Reply:
         Raises what the Engine raised, unless it was stopped.
         """
         while True:
+            if self.is_stopped:
+                self._cancel()  # again and again: the first may come before the Engine is at work
             try:
                 piece = self._pieces.get(timeout=_TICK_S)
             except queue.Empty:
-                if self.is_stopped:
-                    self._cancel()  # again: the first one may have come before the work
                 tick()
                 continue
             if piece is None:
+                self._is_over = True
                 break
             if self.is_stopped:
                 continue
