@@ -29,7 +29,8 @@ class Window:
     ) -> None:
         self._folder = tempfile.mkdtemp(prefix="qaflora-tmux-")  # a socket's path must be short
         settings = " ".join(f"{name}={quote(value)}" for name, value in env.items())
-        line = f"{settings} {' '.join(map(quote, command))}; echo LEFT $?; sleep 600"
+        # Ctrl-C reaches the shell too, which would leave without a word.
+        line = f"trap : INT; {settings} {' '.join(map(quote, command))}; echo LEFT $?; sleep 600"
         size = ["-x", str(columns), "-y", str(rows)]
         config = Path(self._folder, "config")
         config.write_text("set -g status off\nset -g default-terminal screen-256color\n")
