@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import Generation, Timings, generate_text, generate_tokens
 from qaflora_edge.lifetime import Lifetime
-from qaflora_edge.runtime import Context, Model
 from qaflora_edge.sampling import Sampler
 
 

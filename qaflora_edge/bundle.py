@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
-from qaflora_edge.bundle_format import (
+from qaflora_edge.errors import BundleError
+from qaflora_edge.files import open_input, safe_join
+from qaflora_edge.formats.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
     AdapterRecord,
@@ -24,12 +26,10 @@ from qaflora_edge.bundle_format import (
     BundleText,
     parse_bundle,
 )
-from qaflora_edge.checksums import FileState, check_file
-from qaflora_edge.errors import BundleError
-from qaflora_edge.files import open_input, safe_join
-from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.hub_cache import link_roots
-from qaflora_edge.references import pulled_base
+from qaflora_edge.formats.checksums import FileState, check_file
+from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.hub.cache import link_roots
+from qaflora_edge.hub.references import pulled_base
 
 __all__ = ["Bundle", "describe", "find_base", "load_bundle", "verify_bundle"]
 

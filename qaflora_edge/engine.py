@@ -13,22 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
-from qaflora_edge.adapter_gguf import check_files
 from qaflora_edge.answers import Answers
-from qaflora_edge.chat import chat_tokens
-from qaflora_edge.checksums import FileState, check_unchanged
-from qaflora_edge.completions import completion_chunks, completion_dict, response_schema
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.chat.completions import completion_chunks, completion_dict, response_schema
+from qaflora_edge.chat.messages import Message
+from qaflora_edge.chat.tokens import chat_tokens
+from qaflora_edge.chat.tools import chosen_tools, one_form
 from qaflora_edge.engine_options import check_options
 from qaflora_edge.errors import OptionError, StrategyError
+from qaflora_edge.formats.adapter_gguf import check_files
+from qaflora_edge.formats.checksums import FileState, check_unchanged
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import Generation
 from qaflora_edge.lifetime import Lifetime
-from qaflora_edge.messages import Message
 from qaflora_edge.probe import Prober
 from qaflora_edge.prompts import Prompt, checked_tokens, prompt_tokens
-from qaflora_edge.runtime import Context, Model, Pack
 from qaflora_edge.sampling import MAX_SEED, Sampler, Sampling, grammar_text
-from qaflora_edge.tools import chosen_tools, one_form
 from qaflora_edge.weigh import Typical, Weigher, Weights, measure_typical
 
 F32 = NDArray[np.float32]

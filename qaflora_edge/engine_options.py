@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qaflora_edge.backend.context import KV_TYPES, MAX_CTX, MAX_THREADS
 from qaflora_edge.errors import OptionError
-from qaflora_edge.runtime import KV_TYPES, MAX_CTX, MAX_THREADS
 
 _THREADS_RANGE = f"a number of threads from 1 to {MAX_THREADS}"
 

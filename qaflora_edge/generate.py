@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.fusion import FusionWeights
-from qaflora_edge.runtime import Context, Model
 from qaflora_edge.sampling import Sampler
 
 

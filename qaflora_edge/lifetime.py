@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BusyError
-from qaflora_edge.stop import Stop
 
 T = TypeVar("T")
 

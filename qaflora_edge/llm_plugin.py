@@ -16,8 +16,8 @@ import llm
 from llm.parts import Message, ReasoningPart, TextPart
 from pydantic import Field
 
-from qaflora_edge.bundle_names import named_bundles, pulled_bundles
 from qaflora_edge.errors import PromptError, QafloraError
+from qaflora_edge.hub.bundle_names import named_bundles, pulled_bundles
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.options import SharedOptions

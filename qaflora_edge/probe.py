@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.query_projection import QueryProjections
-from qaflora_edge.runtime import Context, Model, Pack
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import PromptError
-from qaflora_edge.runtime import Model
 
 Prompt = str | Sequence[int]
 

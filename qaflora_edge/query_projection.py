@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.library import said
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, GrammarError, OptionError
-from qaflora_edge.gbnf import ROOT, check_gbnf
-from qaflora_edge.json_schema import json_schema_to_gbnf
-from qaflora_edge.runtime import Context, Model, said
+from qaflora_edge.grammar.gbnf import ROOT, check_gbnf
+from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
 
 MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 _N_PENALISED = 64  # tokens

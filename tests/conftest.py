@@ -11,9 +11,9 @@ import pytest
 from hubs import FakeHub
 
 import qaflora_edge
-from qaflora_edge import registry
 from qaflora_edge.cli.setting_table import SHARED, SHARED_TABLES, variables
 from qaflora_edge.files import cache_dir
+from qaflora_edge.hub import registry
 
 
 def pytest_configure() -> None:

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from stock import StockContext
 
 from qaflora_edge import Engine
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.backend.model import Model
+from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import BackendError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
-from qaflora_edge.runtime import Model
 
 F32 = NDArray[np.float32]
 

@@ -12,7 +12,7 @@ import tiny
 import zoo
 from families import FAMILIES
 
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import UnsupportedAdapterError
 
 MERGE = "merge it into the base, or train a plain LoRA"

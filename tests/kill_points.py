@@ -17,8 +17,8 @@ from pathlib import Path
 
 import tiny
 
-from qaflora_edge import registry
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.hub import registry
 
 STEPS = {"open", "write", "writelines", "tofile", "truncate", "flush", "close", "fsync", "flock"}
 STEPS |= {"replace", "rename", "unlink", "mkdir", "seek", "scandir"}

@@ -8,22 +8,25 @@ PACKAGE = "qaflora_edge"
 
 
 def module_paths(package: Path) -> dict[str, Path]:
-    """Name -> file of every module beside the command line, which stands below all of them."""
-    paths = sorted(package.glob("*.py"))
-    return {path.stem: path for path in paths if not path.stem.startswith("__")}
+    """Name -> file of every module but the command line's; in a folder `formats.json_text`."""
+    paths = [path for path in sorted(package.rglob("*.py")) if not path.stem.startswith("__")]
+    parts = {path: path.relative_to(package).with_suffix("").parts for path in paths}
+    return {".".join(part): path for path, part in parts.items() if part[0] != "cli"}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of the package that a module imports when it runs, at its top or later."""
+    """What a module imports of the package when it runs, at its top or later: dotted names."""
     found: set[str] = set()
     for node in _running(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             head, _, rest = node.module.partition(".")
             if head == PACKAGE:
-                found |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
+                # A name may be a module of a folder or something in a module; both are given.
+                found |= {rest} if rest else set()
+                found |= {f"{rest}.{alias.name}".lstrip(".") for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = (alias.name.split(".") for alias in node.names)
-            found |= {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
+            names = (alias.name.partition(".") for alias in node.names)
+            found |= {rest for head, _, rest in names if head == PACKAGE and rest}
     return found
 
 
@@ -38,7 +41,15 @@ def _running(tree: ast.AST) -> list[ast.AST]:
 
 
 def table_rows(contributing: str) -> list[list[str]]:
-    """The modules of each row of the table in CONTRIBUTING, top to bottom."""
+    """The modules of each row of the table in CONTRIBUTING, top to bottom.
+
+    A row that begins with a folder, as `formats/`, has the modules of that folder.
+    """
     table = contributing.split("| module | what it holds |")[1].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    return [re.findall(r"`([a-z_/]+)`", row) for row in rows]
+    found = []
+    for names in (re.findall(r"`([a-z_/]+)`", row) for row in rows):
+        is_folder = names[0].endswith("/") and len(names) > 1
+        prefix = names[0].replace("/", ".") if is_folder else ""
+        found.append([prefix + name for name in names[is_folder:]])
+    return found

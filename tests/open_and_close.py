@@ -9,7 +9,7 @@ from pathlib import Path
 import tiny
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.runtime import Model, Pack
+from qaflora_edge.backend.model import Model, Pack
 
 N_CYCLE = 3
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tiny import TinyAdapter, TinyBase, write_tiny_base
 
-from qaflora_edge import native
-from qaflora_edge.runtime import Model
+from qaflora_edge.backend import native
+from qaflora_edge.backend.model import Model
 
 F32 = NDArray[np.float32]
 

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
-from qaflora_edge.adapter_gguf import NO_FLOATS, AdapterInfo, check_adapter, read_adapter_gguf
 from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
-from qaflora_edge.gguf_header import read_gguf_header
+from qaflora_edge.formats.adapter_gguf import (
+    NO_FLOATS,
+    AdapterInfo,
+    check_adapter,
+    read_adapter_gguf,
+)
+from qaflora_edge.formats.gguf_header import read_gguf_header
 
 Q0 = "blk.0.attn_q.weight"
 PAIR = {f"{Q0}.lora_a": (4, 64), f"{Q0}.lora_b": (64, 4)}

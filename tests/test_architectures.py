@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from qaflora_edge.architectures import ARCHITECTURES, LayoutError, grouped_rows, rope_rows
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.convert.architectures import ARCHITECTURES, LayoutError, grouped_rows, rope_rows
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 

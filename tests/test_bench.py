@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from qaflora_edge.bench import Plan, _methods, ratios, spread
-from qaflora_edge.bench_memory import measure_memory
-from qaflora_edge.bench_rig import Prompts, Rig
+from qaflora_edge.bench.measure import Plan, _methods, ratios, spread
+from qaflora_edge.bench.memory import measure_memory
+from qaflora_edge.bench.rig import Prompts, Rig
 from qaflora_edge.errors import BackendError, OptionError
 
 OPTIONS = {"threads": 1, "kv_type": "f32", "flash_attn": False}

@@ -17,12 +17,12 @@ import pytest
 import tiny
 from bundles import TinyBundle, make_bundle, make_sources, snapshot
 
-from qaflora_edge import Engine, QafloraError, checksums, engine, registry
+from qaflora_edge import Engine, QafloraError, engine
 from qaflora_edge import fusion as fuse
-from qaflora_edge.adapter_gguf import read_adapter_gguf
+from qaflora_edge.authoring.create import create_bundle
+from qaflora_edge.authoring.neutral import neutral_prompts, prompts_sha256
 from qaflora_edge.bundle import describe, load_bundle, verify_bundle
-from qaflora_edge.bundle_create import create_bundle
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,
@@ -32,7 +32,9 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
-from qaflora_edge.neutral import neutral_prompts, prompts_sha256
+from qaflora_edge.formats import checksums
+from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.hub import registry
 
 Raw = dict[str, Any]
 
@@ -244,7 +246,7 @@ def test_a_damaged_adapter_is_named_by_its_own_path(tmp_path: Path) -> None:
 
 STOPPED_HALFWAY = """
 import sys, time
-import qaflora_edge.bundle_create as bundle_create
+import qaflora_edge.authoring.create as bundle_create
 from qaflora_edge.cli import main
 
 def wait(*args):

@@ -13,10 +13,9 @@ from bundles import TinyBundle, make_bundle, snapshot
 from hubs import FakeHub
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge import bundle_edit as edit
-from qaflora_edge.adapter_gguf import read_adapter_gguf
+from qaflora_edge.authoring import edit
+from qaflora_edge.authoring.edit import add_adapter, remove_adapter, rename_adapter
 from qaflora_edge.bundle import load_bundle, verify_bundle
-from qaflora_edge.bundle_edit import add_adapter, remove_adapter, rename_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,
@@ -25,7 +24,8 @@ from qaflora_edge.errors import (
     InputFileError,
     StrategyError,
 )
-from qaflora_edge.hub import fetch_hub
+from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.hub.pull import fetch_hub
 
 Raw = dict[str, Any]
 TYPICAL = {"raw": [1.0, 2.0, 3.0], "norm": [4.0, 5.0, 6.0]}

@@ -13,9 +13,9 @@ import jsonschema
 import pytest
 from bundles import make_bundle
 
-from qaflora_edge.bundle_format import parse_bundle
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data, unsafe_reason
+from qaflora_edge.formats.bundle_format import parse_bundle
 
 Raw = dict[str, Any]
 Place = tuple[str | int, ...]

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
-from qaflora_edge import convert
 from qaflora_edge.cli import main
+from qaflora_edge.convert import adapter as convert
 
 
 def run(*args: object) -> Result:

@@ -9,10 +9,10 @@ from bundles import make_bundle, snapshot
 from click.testing import CliRunner, Result
 from hubs import FakeHub
 
-from qaflora_edge import registry
 from qaflora_edge.bundle import load_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError
+from qaflora_edge.hub import registry
 
 ADAPTERS = ("adapters/math.gguf", "adapters/es.gguf")
 

@@ -13,9 +13,10 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 
-from qaflora_edge import Engine, hub_cache
+from qaflora_edge import Engine
 from qaflora_edge.cli import main
 from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.hub import cache as hub_cache
 from qaflora_edge.weigh import Weigher
 
 PROMPT = "the thing on a ring"

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from qaflora_edge.conversation import Conversation, Message, Turn
+from qaflora_edge.chat.conversation import Conversation, Message, Turn
 from qaflora_edge.errors import PromptError
 
 N_CTX = 100

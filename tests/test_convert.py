@@ -12,16 +12,16 @@ import pytest
 import tiny
 from numpy.typing import NDArray
 
-from qaflora_edge.adapter_gguf import check_adapter, read_adapter_gguf
-from qaflora_edge.architectures import ARCHITECTURES
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.convert.architectures import ARCHITECTURES
 from qaflora_edge.errors import (
     AdapterMismatchError,
     OptionError,
     OutputFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.gguf_header import read_gguf_header
+from qaflora_edge.formats.adapter_gguf import check_adapter, read_adapter_gguf
+from qaflora_edge.formats.gguf_header import read_gguf_header
 
 F64 = NDArray[np.float64]
 MakeBase = Callable[..., tiny.TinyBase]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from stock import write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
-from qaflora_edge import Engine, runtime
-from qaflora_edge.runtime import Context
+from qaflora_edge import Engine
+from qaflora_edge.backend import library
+from qaflora_edge.backend.context import Context
 
 F32 = NDArray[np.float32]
 TOKENS = cpu.TOKENS
@@ -59,12 +60,12 @@ def assert_near(found: NDArray[np.floating], expected: NDArray[np.floating], ato
 @pytest.fixture
 def log() -> Iterator[list[str]]:
     """What the library logs during a test."""
-    binding, _ = runtime.library()
+    binding, _ = library.library()
     lines: list[str] = []
     callback = binding.llama_log_callback(lambda _level, text, _data: lines.append(text.decode()))
     binding.llama_log_set(callback, None)
     yield lines
-    binding.llama_log_set(runtime._log_callback, None)
+    binding.llama_log_set(library._log_callback, None)
 
 
 def test_layers_lie_on_the_device(

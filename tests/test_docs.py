@@ -14,7 +14,7 @@ from pages import RUN, Block, escaped_commands, page_paths, read_blocks
 
 import qaflora_edge
 from qaflora_edge.cli import VERBS, main
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.files import cache_dir
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,8 @@ import pytest
 from tiny import TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights, QafloraError
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import (
     AdapterMismatchError,
     BackendError,
@@ -23,7 +25,6 @@ from qaflora_edge.errors import (
     WeightsError,
 )
 from qaflora_edge.fusion import kl_divergence
-from qaflora_edge.runtime import Context, Model, Pack
 
 PROMPT = "the king is in the air"
 NAMES = ("math", "es", "med")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 from tiny import write_tiny_base
 
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
-from qaflora_edge.gbnf import check_gbnf
-from qaflora_edge.runtime import Model
+from qaflora_edge.grammar.gbnf import check_gbnf
 from qaflora_edge.sampling import Sampler, Sampling
 
 GOOD = [

@@ -7,10 +7,10 @@ import pytest
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import OptionError
 from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import Generation, StopFilter, generate_text
-from qaflora_edge.runtime import Model
 from qaflora_edge.sampling import Sampling
 
 

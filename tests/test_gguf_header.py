@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.gguf_header import read_gguf_header, read_tensor
-from qaflora_edge.gguf_parse import (
+from qaflora_edge.formats.gguf_header import read_gguf_header, read_tensor
+from qaflora_edge.formats.gguf_parse import (
     MAX_ARRAY_LENGTH,
     MAX_HEADER_BYTES,
     MAX_TENSORS,

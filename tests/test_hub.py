@@ -15,9 +15,9 @@ from hubs import TOKEN, FakeHub
 
 from qaflora_edge.bundle import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
-from qaflora_edge.hub import fetch_hub
-from qaflora_edge.hub_cache import pulled_path
-from qaflora_edge.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.hub.cache import pulled_path
+from qaflora_edge.hub.pull import fetch_hub
 
 PICTURE = "training/curve.png"
 REPO_DIR = "models--owner--bundle"
@@ -163,7 +163,7 @@ def test_a_revision_is_pinned(hub: FakeHub, hub_cache: Path, files: dict[str, by
 def test_a_branch_that_moves_meanwhile_is_told(
     hub: FakeHub, hub_cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qaflora_edge import hub as module
+    from qaflora_edge.hub import pull as module
 
     old = hub.put("owner/bundle", files)
     original = module._fetch
@@ -427,7 +427,7 @@ def test_space_is_asked_for_what_is_missing(
     files: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qaflora_edge import hub as module
+    from qaflora_edge.hub import pull as module
 
     asked: list[int] = []
     monkeypatch.setattr(
@@ -492,7 +492,7 @@ def process(script: str, *args: object, hub_url: str, home: Path, **env: str) ->
 PULL = """
     import sys
     from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub import fetch_hub
+    from qaflora_edge.hub.pull import fetch_hub
     for ref in sys.argv[1:]:
         try:
             print(fetch_hub(ref))
@@ -541,7 +541,7 @@ def test_a_model_of_the_registry_comes_from_the_hub(hub: FakeHub, tmp_path: Path
     path.write_text(json.dumps({"format": "qaflora-registry/1", "models": models}))
     script = """
         import pathlib, sys
-        from qaflora_edge import registry
+        from qaflora_edge.hub import registry
         registry.package_data = lambda name: pathlib.Path(sys.argv[1])
         seen = []
         print(registry.fetch_model("fake", progress=lambda *numbers: seen.append(numbers)))

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from qaflora_edge import files
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import write_text_atomic
 
@@ -98,7 +98,7 @@ def test_disk_that_fills_up_while_writing_is_reported(tmp_path: Path) -> None:
     out.parent.mkdir()
     script = (
         "import resource, signal, sys\n"
-        "from qaflora_edge.convert import convert_adapter\n"
+        "from qaflora_edge.convert.adapter import convert_adapter\n"
         "from qaflora_edge.errors import OutputFileError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tiny import write_tiny_base
 
+from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
-from qaflora_edge.gbnf import check_gbnf
-from qaflora_edge.json_schema import json_schema_to_gbnf
-from qaflora_edge.runtime import Model
+from qaflora_edge.grammar.gbnf import check_gbnf
+from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
 from qaflora_edge.sampling import Sampler, Sampling
 
 

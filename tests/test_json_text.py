@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qaflora_edge.json_text import MAX_JSON_DEPTH, MAX_JSON_VALUES, read_json_object
+from qaflora_edge.formats.json_text import MAX_JSON_DEPTH, MAX_JSON_VALUES, read_json_object
 
 
 def test_object_is_read_as_the_standard_library_does() -> None:

@@ -59,7 +59,7 @@ def test_create(start: Path, tmp_path: Path) -> None:
     counted = killed(
         """
         from qaflora_edge.bundle import verify_bundle
-        from qaflora_edge.bundle_create import create_bundle
+        from qaflora_edge.authoring.create import create_bundle
 
         def action(copy):
             create_bundle(
@@ -85,7 +85,7 @@ def test_create(start: Path, tmp_path: Path) -> None:
 EDIT = """
 import filelock  # once, not in every fork
 
-from qaflora_edge import bundle_edit
+from qaflora_edge.authoring import edit as bundle_edit
 from qaflora_edge.bundle import verify_bundle
 
 def action(copy):
@@ -119,8 +119,8 @@ def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> 
 
 PULL = """
 from qaflora_edge.bundle import verify_bundle
-from qaflora_edge.hub import fetch_hub
-from qaflora_edge.hub_cache import pulled_path
+from qaflora_edge.hub.pull import fetch_hub
+from qaflora_edge.hub.cache import pulled_path
 from huggingface_hub import HfApi, constants, hf_hub_download  # once, not in every fork
 
 def home(copy):

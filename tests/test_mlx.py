@@ -11,14 +11,14 @@ import pytest
 import tiny
 from numpy.typing import NDArray
 
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     InputFileError,
     PeftConfigError,
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.peft import read_peft
+from qaflora_edge.peft.folder import read_peft
 
 Q0 = "model.layers.0.self_attn.q_proj"
 PAIR = {f"{Q0}.lora_a": np.ones((64, 4), np.float32), f"{Q0}.lora_b": np.ones((4, 64), np.float32)}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qaflora_edge import native
+from qaflora_edge.backend import native
 
 LOAD = """
-from qaflora_edge import native
+from qaflora_edge.backend import native
 from qaflora_edge.errors import LibraryError
 try:
     native.load()

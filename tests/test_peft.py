@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import tiny
 
-from qaflora_edge import peft_refusals
 from qaflora_edge.errors import (
     InputFileError,
     PeftConfigError,
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.peft import read_peft
-from qaflora_edge.peft_config import parse_config
+from qaflora_edge.peft import refusals as peft_refusals
+from qaflora_edge.peft.config import parse_config
+from qaflora_edge.peft.folder import read_peft
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, fusion
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, OptionError, StrategyError
 from qaflora_edge.probe import Prober
-from qaflora_edge.runtime import Context, Model, Pack
 
 F32 = NDArray[np.float32]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}

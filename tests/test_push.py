@@ -10,6 +10,7 @@ from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 from hubs import TOKEN, FakeHub, Repo
 
+from qaflora_edge.authoring.push import push
 from qaflora_edge.bundle import load_bundle, verify_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.errors import (
@@ -21,8 +22,7 @@ from qaflora_edge.errors import (
     RegistryError,
     UploadError,
 )
-from qaflora_edge.hub import fetch_hub
-from qaflora_edge.push import push
+from qaflora_edge.hub.pull import fetch_hub
 
 # The Hub's library itself uploads with what its network library calls outdated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

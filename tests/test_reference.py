@@ -8,7 +8,7 @@ import pytest
 from reference import Reference, dequantise, peft_from_gguf
 
 from qaflora_edge import Engine
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 
 NAMES = ("math", "es", "med")
 DEMO = Path(__file__).parents[1] / "models" / "demo" / "adapters"

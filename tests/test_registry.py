@@ -19,8 +19,8 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from qaflora_edge import download, registry
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
+from qaflora_edge.hub import download, registry
 
 PARTS = [bytes(range(256)) * 40, b"second" * 1000]
 CONTENT = b"".join(PARTS)
@@ -105,7 +105,7 @@ class Shop:
         """Fetch in another process that kills itself once so many bytes are there."""
         script = textwrap.dedent(f"""
             import os, pathlib, signal
-            from qaflora_edge import registry
+            from qaflora_edge.hub import registry
             registry.package_data = lambda name: pathlib.Path({str(self.registry)!r})
             def progress(done, total):
                 if done >= {at_bytes}:
@@ -344,7 +344,7 @@ def test_a_folder_that_cannot_be_made_is_named(shop: Shop, tmp_path: Path) -> No
 def test_two_processes_fetch_once(shop: Shop) -> None:
     script = textwrap.dedent(f"""
         import pathlib
-        from qaflora_edge import registry
+        from qaflora_edge.hub import registry
         registry.package_data = lambda name: pathlib.Path({str(shop.registry)!r})
         calls = []
         registry.fetch_model("fake", progress=lambda done, total: calls.append(done))

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from qaflora_edge.conversation import Conversation, Turn
-from qaflora_edge.errors import OutputFileError, SessionFileError
-from qaflora_edge.session_file import (
+from qaflora_edge.chat.conversation import Conversation, Turn
+from qaflora_edge.chat.session_file import (
     MAX_SESSION_BYTES,
     BundleIdentity,
     Session,
     load_session,
     save_session,
 )
+from qaflora_edge.errors import OutputFileError, SessionFileError
 
 IDENTITY = BundleIdentity("demo", "ab" * 32, {"math": "cd" * 32, "es": "ef" * 32})
 TURNS = [

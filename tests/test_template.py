@@ -10,10 +10,16 @@ import pytest
 from jinja2.sandbox import SecurityError
 from tiny import CHATML, write_tiny_base
 
-from qaflora_edge.chat import chat_tokens
+from qaflora_edge.backend.model import Model
+from qaflora_edge.chat.template import (
+    TemplateLimit,
+    TemplateRefused,
+    literal_text,
+    render,
+    variables,
+)
+from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.errors import ChatTemplateError
-from qaflora_edge.runtime import Model
-from qaflora_edge.template import TemplateLimit, TemplateRefused, literal_text, render, variables
 
 MESSAGES = [
     {"role": "system", "content": " be kind "},

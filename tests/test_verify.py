@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import tiny
 
-from qaflora_edge import convert
-from qaflora_edge.architectures import ARCHITECTURES
-from qaflora_edge.convert import convert_adapter
-from qaflora_edge.convert_plan import PlannedModule, plan_modules
-from qaflora_edge.encode import stored_shape, stored_type
+from qaflora_edge.convert import adapter as convert
+from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.convert.architectures import ARCHITECTURES
+from qaflora_edge.convert.encode import stored_shape, stored_type
+from qaflora_edge.convert.plan import PlannedModule, plan_modules
+from qaflora_edge.convert.verify import _source_rows, verify_conversion
 from qaflora_edge.errors import ConversionError
-from qaflora_edge.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.peft import read_peft
-from qaflora_edge.verify import _source_rows, verify_conversion
+from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.peft.folder import read_peft
 
 MODULES = 3 * 7
 

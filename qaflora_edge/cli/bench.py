@@ -17,7 +17,7 @@ from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
-    from qaflora_edge.bench import Plan
+    from qaflora_edge.bench.measure import Plan
     from qaflora_edge.bundle import Bundle
 
 PARTS = ("decode", "change", "ttft", "turn", "memory")
@@ -190,7 +190,7 @@ def _plan(
     turn_tokens: tuple[int, int],
 ) -> Plan:
     from qaflora_edge import fusion
-    from qaflora_edge.bench import Plan
+    from qaflora_edge.bench.measure import Plan
 
     defaults = loaded.fusion_defaults
     return Plan(
@@ -210,9 +210,9 @@ def _measured(
     loaded: Bundle, plan: Plan, options: SharedOptions, only: tuple[str, ...]
 ) -> dict[str, Any]:
     """What each part gives: rows, and an object for memory; and the base's own facts."""
-    from qaflora_edge import bench as measure
-    from qaflora_edge.bench_memory import measure_memory
-    from qaflora_edge.bench_rig import Prompts, Rig
+    from qaflora_edge.bench import measure
+    from qaflora_edge.bench.memory import measure_memory
+    from qaflora_edge.bench.rig import Prompts, Rig
 
     engine = options.engine
     rig = Rig(
@@ -249,9 +249,9 @@ def _measured(
 
 def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
+    from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import library_facts, package_facts
-    from qaflora_edge.gguf_header import read_gguf_header
-    from qaflora_edge.runtime import default_threads
+    from qaflora_edge.formats.gguf_header import read_gguf_header
 
     header = read_gguf_header(loaded.base_path)
     packages = package_facts()
@@ -294,7 +294,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
 
 
 def _adapter_facts(name: str, path: Path) -> dict[str, Any]:
-    from qaflora_edge.adapter_gguf import read_adapter_gguf
+    from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 
     info = read_adapter_gguf(path)
     return {

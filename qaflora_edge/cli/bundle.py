@@ -140,7 +140,7 @@ def create(
     DIR must not exist. It appears when everything has worked; when something fails, nothing is
     left behind.
     """
-    from qaflora_edge.bundle_create import create_bundle
+    from qaflora_edge.authoring.create import create_bundle
 
     notes: dict[str, dict[str, str]] = {}
     given = (adapter_source, adapter_license, adapter_description)
@@ -207,7 +207,7 @@ def add(
     --adapter` takes. The bundle changes in one step for each adapter, when all has worked; when
     something fails, it is as it was.
     """
-    from qaflora_edge.bundle_edit import add_adapter
+    from qaflora_edge.authoring.edit import add_adapter
 
     given = zip(NOTES, (source, license, description), strict=True)
     note = {key: text for key, text in given if text is not None}
@@ -234,7 +234,7 @@ def remove(folder: Path, name: str, strategy: str | None) -> None:
 
     NAME is the adapter's name in the bundle.
     """
-    from qaflora_edge.bundle_edit import remove_adapter
+    from qaflora_edge.authoring.edit import remove_adapter
 
     remove_adapter(folder, name, strategy=strategy)
     click.echo(f"Removed the adapter {name} from {folder}.", err=True)
@@ -249,7 +249,7 @@ def rename(folder: Path, old: str, new: str) -> None:
 
     OLD is the adapter's name, NEW the one it gets.
     """
-    from qaflora_edge.bundle_edit import rename_adapter
+    from qaflora_edge.authoring.edit import rename_adapter
 
     rename_adapter(folder, old, new)
     click.echo(f"Renamed the adapter {old} of {folder} to {new}.", err=True)

@@ -99,8 +99,8 @@ def complete_bundle(
     ctx: click.Context, param: click.Parameter, word: str
 ) -> list[CompletionItem[str]]:
     """Bundles for DIR: folders near what is typed, and names from the setting `bundles`."""
-    from qaflora_edge.bundle_names import named_bundles
     from qaflora_edge.errors import QafloraError
+    from qaflora_edge.hub.bundle_names import named_bundles
 
     found = _folders_near(word)
     with contextlib.suppress(QafloraError):
@@ -110,7 +110,7 @@ def complete_bundle(
 
 def _folders_near(word: str) -> list[str]:
     """Bundles whose path begins with `word`, at that depth or one below, written as typed."""
-    from qaflora_edge.bundle_names import bundles_in, is_bundle
+    from qaflora_edge.hub.bundle_names import bundles_in, is_bundle
     from qaflora_edge.settings import expanded
 
     head, slash, tail = word.rpartition("/")
@@ -174,8 +174,8 @@ def complete_model(
 
 def bundle_adapters(ctx: click.Context) -> list[str]:
     """The adapters of the bundle that stands on the line already; none without one."""
-    from qaflora_edge.bundle_names import adapter_names, named_bundles
     from qaflora_edge.errors import QafloraError
+    from qaflora_edge.hub.bundle_names import adapter_names, named_bundles
 
     given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
     # Click leaves arguments unnamed when the option before the cursor has no value yet.

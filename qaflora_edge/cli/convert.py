@@ -17,7 +17,7 @@ from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError
 
 if TYPE_CHECKING:
-    from qaflora_edge.convert import ConvertedAdapter
+    from qaflora_edge.convert.adapter import ConvertedAdapter
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -71,7 +71,7 @@ def convert(
     adapter, give PEFT_DIR/NAME. A feature that a plain LoRA cannot represent is refused by its
     name, and nothing is written then.
     """
-    from qaflora_edge.convert import convert_adapter
+    from qaflora_edge.convert.adapter import convert_adapter
 
     label = "Converting and verifying" if verify else "Converting"
     try:

@@ -41,7 +41,7 @@ def doctor(as_json: bool) -> None:
 
 
 def _library_folder() -> str:
-    from qaflora_edge import native
+    from qaflora_edge.backend import native
 
     return str(native.library_dir())
 
@@ -51,10 +51,10 @@ def library_facts() -> dict[str, Any]:
 
     Raises LibraryError when it cannot be loaded.
     """
-    from qaflora_edge import native, runtime
+    from qaflora_edge.backend import library, native
 
     binding, functions = native.load()
-    runtime.library()  # keeps the library's log off the terminal
+    library.library()  # keeps the library's log off the terminal
     lib = binding._lib
     return {
         "ok": True,

@@ -194,8 +194,8 @@ def bundle_folder(text: str) -> Path:
     folder = Path(text)
     if folder.exists():
         return folder
-    from qaflora_edge import hub_cache
-    from qaflora_edge.bundle_names import named_bundles
+    from qaflora_edge.hub import cache as hub_cache
+    from qaflora_edge.hub.bundle_names import named_bundles
 
     if named := named_bundles().get(text):
         return named

@@ -42,8 +42,8 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     the Hub's own cache, shared with other tools. What is here already is not fetched again.
     Prints where it is.
     """
-    from qaflora_edge.hub import fetch_hub
-    from qaflora_edge.registry import fetch_model, load_registry
+    from qaflora_edge.hub.pull import fetch_hub
+    from qaflora_edge.hub.registry import fetch_model, load_registry
 
     with progress_bars() as tell:
 
@@ -61,7 +61,7 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
 
 def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
     from qaflora_edge.bundle import find_base, read_bundle_text
-    from qaflora_edge.references import fetch_base
+    from qaflora_edge.hub.references import fetch_base
 
     base = read_bundle_text(folder).base
     if find_base(folder, base) is None:

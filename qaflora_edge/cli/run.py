@@ -144,7 +144,7 @@ def _whole_prompt(prompt: str | None, paths: tuple[str, ...]) -> str:
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> str | None:
     """The grammar of the answer, checked before a model is loaded; messages name the file."""
     if grammar_path is not None:
-        from qaflora_edge.gbnf import check_gbnf
+        from qaflora_edge.grammar.gbnf import check_gbnf
 
         text = read_text(grammar_path)
         check_gbnf(text, source=f"The grammar {grammar_path}")
@@ -152,8 +152,8 @@ def _read_grammar(schema_path: str | None, grammar_path: str | None) -> str | No
     if schema_path is None:
         return None
     from qaflora_edge.errors import GrammarError
-    from qaflora_edge.json_schema import json_schema_to_gbnf
-    from qaflora_edge.json_text import read_json_object
+    from qaflora_edge.formats.json_text import read_json_object
+    from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
 
     data = read_text(schema_path).encode("utf-8")
     try:

@@ -15,16 +15,16 @@ import numpy as np
 import tiny
 
 from fuzz.mutate import Case
-from qaflora_edge.adapter_gguf import check_adapter, read_adapter_gguf, read_pair
 from qaflora_edge.bundle import load_bundle
-from qaflora_edge.convert import convert_adapter
-from qaflora_edge.gbnf import check_gbnf
-from qaflora_edge.gguf_header import read_gguf_header, read_tensor
-from qaflora_edge.json_schema import json_schema_to_gbnf
-from qaflora_edge.peft import read_peft
-from qaflora_edge.peft_config import parse_config, read_fields
-from qaflora_edge.safetensors_file import read_safetensors
-from qaflora_edge.session_file import load_session
+from qaflora_edge.chat.session_file import load_session
+from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.formats.adapter_gguf import check_adapter, read_adapter_gguf, read_pair
+from qaflora_edge.formats.gguf_header import read_gguf_header, read_tensor
+from qaflora_edge.formats.safetensors_file import read_safetensors
+from qaflora_edge.grammar.gbnf import check_gbnf
+from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
+from qaflora_edge.peft.config import parse_config, read_fields
+from qaflora_edge.peft.folder import read_peft
 
 MODULES = ("model.layers.0.self_attn.q_proj", "a" * 60 + "b", "lm_head")
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_head_kv": 1, "n_ff": 32}
@@ -177,7 +177,7 @@ def _bases(place: Path) -> list[Case]:
 
 
 def _bundles(place: Path) -> list[Case]:
-    from qaflora_edge.bundle_create import create_bundle
+    from qaflora_edge.authoring.create import create_bundle
 
     base = _base(place)
     adapter = tiny.write_tiny_adapter(place / "es.gguf", base, layers=(0,), targets=("attn_q",))

@@ -77,9 +77,9 @@ def chat(
 
     In a pipe each line of stdin is a message, and stdout has the answers alone.
     """
+    from qaflora_edge.chat.session_file import bundle_identity
     from qaflora_edge.cli.chat.keys import silent_keys
     from qaflora_edge.cli.chat.session import ChatSession
-    from qaflora_edge.session_file import bundle_identity
 
     identity = bundle_identity(bundle_folder(bundle))
     is_plain = plain or not _is_capable()

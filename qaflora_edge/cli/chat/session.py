@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaflora_edge.conversation import Conversation, Message, Turn
+from qaflora_edge.chat.conversation import Conversation, Message, Turn
+from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
-from qaflora_edge.session_file import BundleIdentity, Session, load_session, save_session
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply

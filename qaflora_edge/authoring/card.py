@@ -1,0 +1,100 @@
+"""The card of a pushed repository, README.md: what it holds and how it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qaflora_edge.formats.adapter_gguf import AdapterInfo
+from qaflora_edge.formats.bundle_format import BundleText
+from qaflora_edge.formats.hub_ref import parse_hub_ref
+from qaflora_edge.peft.module import PeftAdapter
+
+LIBRARY = "qaflora-edge"
+# Licences as bundles name them -> the Hub's names. Others are stated in the text only.
+LICENSES = {
+    name.lower(): name.lower()
+    for name in ("MIT", "Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC0-1.0", "BSD-3-Clause")
+}
+
+
+def bundle_card(text: BundleText, repo: str) -> str:
+    """The card of a bundle."""
+    base = text.base
+    base_model = parse_hub_ref(base.hub).repo if base.hub else None
+    rows = [
+        (a.name, str(a.rank), ", ".join(a.targets), a.description, a.source, a.license)
+        for a in text.adapters
+    ]
+    lines = [
+        *_head(text.license, base_model),
+        f"# {_line(text.name) or repo}",
+        "",
+        *([_line(text.description), ""] if text.description else []),
+        f"A bundle for {LIBRARY}: LoRA adapters for one quantised base, mixed anew for each "
+        "question and layer.",
+        "",
+        *_code(f"qaflora pull {repo} --with-base", f'qaflora run {repo} "A question"'),
+        *_table(("adapter", "rank", "modules", "trained for", "source", "licence"), rows),
+        f"The base: {base.architecture}, {base.n_layer} layers, {base.size_bytes} bytes, SHA-256 "
+        f"`{base.sha256}`" + (f", from `{base.hub or base.registry}`." if base_model else "."),
+        "",
+        f"Licence: {_line(text.license) or 'not stated'}. The base has its own.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def gguf_card(info: AdapterInfo, repo: str) -> str:
+    """The card of a single adapter GGUF."""
+    facts = (info.path.name, str(info.rank), f"{info.alpha:g}", ", ".join(info.targets))
+    return _adapter_card(repo, info.architecture, ("file", "rank", "alpha", "modules"), facts, None)
+
+
+def peft_card(adapter: PeftAdapter, repo: str) -> str:
+    """The card of a PEFT adapter."""
+    config = adapter.config
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.modules})
+    facts = (str(config.rank), f"{config.alpha:g}", ", ".join(kinds))
+    return _adapter_card(repo, "PEFT", ("rank", "alpha", "modules"), facts, config.base_name)
+
+
+def _adapter_card(
+    repo: str, kind: str, head: Sequence[str], facts: Sequence[str], base_model: str | None
+) -> str:
+    name = repo.partition("/")[2]
+    is_repo = base_model is not None and base_model.count("/") == 1
+    lines = [
+        *_head("", base_model if is_repo else None),
+        f"# {name}",
+        "",
+        f"A LoRA adapter ({_line(kind)}) that {LIBRARY} mixes with others for each question.",
+        "",
+        *_code(f"qaflora bundle create my-bundle --base BASE.gguf --adapter {name}={repo}"),
+        *_table(head, [facts]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(license: str, base_model: str | None) -> list[str]:
+    fields: Mapping[str, str | None] = {
+        "library_name": LIBRARY,
+        "license": LICENSES.get(license.strip().lower()),
+        "base_model": base_model,
+        "base_model_relation": "adapter" if base_model else None,
+        "tags": "[qaflora, lora, gguf]",
+    }
+    return ["---", *(f"{key}: {value}" for key, value in fields.items() if value), "---", ""]
+
+
+def _code(*commands: str) -> list[str]:
+    return ["```sh", f"pip install {LIBRARY}", *commands, "```", ""]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [*("| " + " | ".join(map(_line, line)) + " |" for line in lines), ""]
+
+
+def _line(text: str) -> str:
+    """A text of a bundle as one line of Markdown that cannot become anything else."""
+    flat = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return flat.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")

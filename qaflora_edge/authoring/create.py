@@ -1,0 +1,160 @@
+"""Make a bundle: convert or copy adapters, measure them, write bundle.json. All or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge import fusion as fuse
+from qaflora_edge.authoring.source import BaseSource, find_adapter, find_base
+from qaflora_edge.authoring.write import (
+    Path_,
+    Progress,
+    adapter_record,
+    check_names,
+    measure_typical,
+    prompts_record,
+    put_adapter,
+    write_bundle_json,
+)
+from qaflora_edge.errors import BundleError, OutputFileError
+from qaflora_edge.files import is_disk_full
+from qaflora_edge.formats.bundle_format import FORMAT
+from qaflora_edge.formats.checksums import hash_file
+from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.hub.references import model_name
+
+
+def create_bundle(
+    folder: Path_,
+    base: Path_,
+    adapters: Mapping[str, Path_] | Iterable[tuple[str, Path_]],
+    *,
+    name: str | None = None,
+    description: str = "",
+    license: str = "",
+    outtype: str = "f16",
+    strategy: str = fuse.DEFAULT_STRATEGY,
+    lens: str = fuse.DEFAULT_LENS,
+    pool: str = fuse.DEFAULT_POOL,
+    notes: Mapping[str, Mapping[str, str]] | None = None,
+    calibrate: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Make the folder of a new bundle.
+
+    base       a GGUF file, the name of a registry model that was pulled, or a Hub reference; only
+               the name is recorded then, so the bundle works wherever that base is pulled
+    adapters   name -> a PEFT folder, which is converted, an adapter GGUF, which is copied, or a
+               Hub reference to one of them, which is recorded with its commit
+    outtype    of converted adapters: f32, f16, bf16 or q8_0
+    strategy, lens, pool  what an Engine takes by default
+    notes      adapter name -> source, license, description
+    calibrate  measure typical divergences (needs the native library)
+    returns    the folder
+
+    Raises a QafloraError and leaves nothing behind when anything fails.
+    """
+    folder = Path(folder)
+    pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+    names = [adapter_name for adapter_name, _ in pairs]
+    check_names(names)
+    _check_notes(names, notes or {})
+    fuse.parse_strategy(strategy, names)
+    fuse.check_choice("lens", lens, fuse.LENSES)
+    fuse.check_choice("pool", pool, fuse.POOLS)
+    tell = progress or (lambda what, done, total: None)
+    with _new_folder(folder) as temporary:
+        base_source = find_base(base, tell)
+        header = read_gguf_header(base_source.path)
+        sources = [find_adapter(source, tell) for _, source in pairs]
+        base_record = _base_record(base_source, header, tell)
+        (temporary / "adapters").mkdir()
+        records = []
+        for done, (adapter_name, source) in enumerate(zip(names, sources, strict=True)):
+            tell("adapters", done, len(pairs))
+            file = f"adapters/{adapter_name}.gguf"
+            info = put_adapter(source, temporary / file, base_source.path, header, outtype)
+            note = (notes or {}).get(adapter_name, {})
+            records.append(adapter_record(adapter_name, file, info, source, note))
+        tell("adapters", len(pairs), len(pairs))
+        fusion: dict[str, Any] = {"strategy": strategy, "lens": lens, "pool": pool}
+        if calibrate and pairs:
+            paths = {record["name"]: temporary / record["file"] for record in records}
+            fusion["typical"] = measure_typical(base_source.path, paths, tell)
+            fusion["typical_prompts"] = prompts_record()
+        text = {
+            "format": FORMAT,
+            "name": name or folder.resolve().name,
+            "description": description,
+            "license": license,
+            "base": base_record,
+            "adapters": records,
+            "fusion": fusion,
+        }
+        write_bundle_json(temporary, text)
+    return folder
+
+
+def _check_notes(names: list[str], notes: Mapping[str, Any]) -> None:
+    for name in notes:
+        if name not in names:
+            raise BundleError(
+                f"A note is given for the adapter {name!r}, which is not in the bundle; "
+                f"expected one of: {', '.join(names) or 'it has no adapters'}."
+            )
+
+
+def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict[str, Any]:
+    path = source.path
+    size_bytes = path.stat().st_size
+    sha256 = hash_file(path, lambda done: tell("base", done, size_bytes))
+    record: dict[str, Any] = {
+        "architecture": header.architecture,
+        "n_layer": header.n_layer,
+        "n_embd": header.n_embd,
+        "n_vocab": header.n_vocab,
+        "sha256": sha256,
+        "size_bytes": size_bytes,
+    }
+    if source.registry is None and source.hub is None:
+        record["file"] = str(path.absolute())
+    if registry_name := source.registry or model_name(sha256):
+        record["registry"] = registry_name
+    if source.hub is not None:
+        record["hub"] = source.hub
+    return record
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder` when the block succeeds."""
+    if folder.exists() or folder.is_symlink():
+        raise OutputFileError(
+            f"Cannot create the bundle {folder}: there is something of that name already. "
+            "Choose another name, or remove it first."
+        )
+    temporary = folder.parent / f".tmp-{secrets.token_hex(6)}-{folder.name[:100]}"
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot create the bundle {folder}: the folder {folder.parent} does not take a new "
+            f"folder ({error.strerror}). Create it, or choose one that you can write to."
+        ) from error
+    try:
+        yield temporary
+        os.rename(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise OutputFileError(
+                f"Cannot create the bundle {folder}: the disk is full. "
+                "Free some space and try again."
+            ) from error
+        raise

@@ -1,0 +1,265 @@
+"""Add, remove and rename adapters of a bundle: bundle.json is replaced last, in one step.
+
+Files that a step may leave unused are first named in a note beside bundle.json. Whoever edits the
+bundle next, after a crash too, removes those that bundle.json does not name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge import fusion as fuse
+from qaflora_edge.authoring.source import find_adapter
+from qaflora_edge.authoring.write import (
+    Path_,
+    Progress,
+    adapter_record,
+    check_names,
+    measure_typical,
+    prompts_record,
+    put_adapter,
+    write_bundle_json,
+)
+from qaflora_edge.bundle import load_bundle, read_bundle_text
+from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
+from qaflora_edge.files import atomic_path, cache_dir, open_input, safe_join, write_text_atomic
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, parse_bundle
+from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.hub.cache import link_roots
+
+UNFINISHED_FILE = ".unfinished.json"
+MAX_UNFINISHED_BYTES = 1 << 16
+
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.*")
+
+
+def add_adapter(
+    folder: Path_,
+    name: str,
+    source: Path_,
+    *,
+    outtype: str = "f16",
+    note: Mapping[str, str] | None = None,
+    calibrate: bool = True,
+    progress: Progress | None = None,
+) -> None:
+    """Add an adapter to a bundle.
+
+    source     a PEFT folder, an adapter GGUF, or a Hub reference to one of them
+    outtype    of a converted adapter: f32, f16, bf16 or q8_0
+    note       source, license, description
+    calibrate  measure it, and the others where they were not measured on the same prompts
+
+    Raises a QafloraError and leaves the bundle as it was when anything fails.
+    """
+    folder = Path(folder)
+    tell = progress or (lambda what, done, total: None)
+    with _editing(folder) as text:
+        loaded = load_bundle(folder)
+        check_names([*loaded.adapter_paths, name])
+        found = find_adapter(source, tell)
+        file = _new_file(folder, name)
+        _note_unfinished(folder, [file])
+        header = read_gguf_header(loaded.base_path)
+        info = put_adapter(found, folder / file, loaded.base_path, header, outtype)
+        raw = _copy(text.raw)
+        raw["adapters"].append(adapter_record(name, file, info, found, note or {}))
+        if calibrate:
+            paths = {**loaded.adapter_paths, name: folder / file}
+            _calibrate(raw, loaded.base_path, paths, tell)
+        _replace(folder, raw)
+
+
+def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> None:
+    """Remove an adapter from a bundle; its own files need not be whole.
+
+    strategy  what an Engine takes by default from now on
+
+    Raises BundleError when there is no such adapter, or when the bundle's strategy names it.
+    """
+    folder = Path(folder)
+    with _editing(folder) as text:
+        index = _index(folder, text, name)
+        raw = _copy(text.raw)
+        del raw["adapters"][index]
+        left = [adapter.name for adapter in text.adapters if adapter.name != name]
+        if strategy is not None:
+            fuse.parse_strategy(strategy, left)
+            raw.setdefault("fusion", {})["strategy"] = strategy
+        try:
+            fuse.parse_strategy(raw.get("fusion", {}).get("strategy", fuse.DEFAULT_STRATEGY), left)
+        except StrategyError as error:
+            raise BundleError(
+                f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "
+                f"{text.fusion['strategy']!r} names it. Give it another with --strategy."
+            ) from error
+        raw.get("fusion", {}).get("typical", {}).pop(name, None)
+        _note_unfinished(folder, [text.adapters[index].file])
+        _replace(folder, raw)
+
+
+def rename_adapter(folder: Path_, old: str, new: str) -> None:
+    """Rename an adapter of a bundle, in its strategy and measurements too.
+
+    Its file is renamed when it has the adapter's name. Raises BundleError when there is no such
+    adapter, or when the new name cannot be used.
+    """
+    folder = Path(folder)
+    with _editing(folder) as text:
+        index = _index(folder, text, old)
+        check_names([*(a.name for a in text.adapters if a.name != old), new])
+        raw = _copy(text.raw)
+        record = raw["adapters"][index]
+        record["name"] = new
+        fusion = raw.get("fusion", {})
+        if old in fusion.get("typical", {}):
+            items = fusion["typical"].items()
+            fusion["typical"] = {new if key == old else key: value for key, value in items}
+        if "strategy" in fusion:
+            fusion["strategy"] = _renamed_strategy(fusion["strategy"], old, new)
+        # On a disk that knows no capitals the two would be one file.
+        if record["file"] == f"adapters/{old}.gguf" and old.lower() != new.lower():
+            record["file"] = _new_file(folder, new)
+            _note_unfinished(folder, [text.adapters[index].file, record["file"]])
+            _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
+        _replace(folder, raw)
+
+
+@contextlib.contextmanager
+def _editing(folder: Path) -> Iterator[BundleText]:
+    """Hold a bundle for one edit, and remove afterwards what bundle.json does not need."""
+    from filelock import FileLock
+
+    text = read_bundle_text(folder)
+    if link_roots(folder):
+        raise BundleError(
+            f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools "
+            "share. Fetch a copy of your own with `qaflora pull REF --to DIR`."
+        )
+    locks = cache_dir() / "locks"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot make the folder {locks}: {error.strerror}. Name another with the environment "
+            "variable QAFLORA_CACHE."
+        ) from error
+    key = sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    with FileLock(locks / f"bundle-{key}.lock"):
+        text = read_bundle_text(folder)
+        _tidy(folder)
+        try:
+            yield text
+        finally:
+            _tidy(folder)
+
+
+def _replace(folder: Path, raw: dict[str, Any]) -> None:
+    """Put the new description in place; what could not be read again is not written."""
+    parse_bundle(json.dumps(raw).encode(), str(folder / BUNDLE_FILE))
+    write_bundle_json(folder, raw)
+
+
+def _copy(raw: Mapping[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = json.loads(json.dumps(raw))
+    return copied
+
+
+def _index(folder: Path, text: BundleText, name: str) -> int:
+    names = [adapter.name for adapter in text.adapters]
+    if name not in names:
+        raise BundleError(
+            f"The bundle {folder} has no adapter {name!r}; expected one of: "
+            f"{', '.join(names) or 'it has none'}."
+        )
+    return names.index(name)
+
+
+def _new_file(folder: Path, name: str) -> str:
+    """A place for an adapter's file. Raises BundleError when something is there."""
+    file = f"adapters/{name}.gguf"
+    path = safe_join(folder, file)
+    if path.exists():
+        raise BundleError(
+            f"Cannot put an adapter {name} into {folder}: the file {path} is there already, and "
+            "it is not this adapter's. Remove it, or choose another name."
+        )
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot make the folder {path.parent}: {error.strerror}. Check that you may write to "
+            "the bundle."
+        ) from error
+    return file
+
+
+def _link(old_path: Path, new_path: Path) -> None:
+    """Give a file a second name; where the disk knows no such thing, a copy."""
+    try:
+        os.link(old_path, new_path)
+    except OSError:
+        with atomic_path(new_path) as temporary:
+            shutil.copyfile(old_path, temporary)
+
+
+def _renamed_strategy(strategy: str, old: str, new: str) -> str:
+    kind, _, argument = strategy.partition(":")
+    if kind == "single":
+        return f"single:{new if argument == old else argument}"
+    if kind != "manual":
+        return strategy
+    pairs = [item.partition("=") for item in argument.split(",")]
+    return "manual:" + ",".join(
+        f"{new if name == old else name}={weight}" for name, _, weight in pairs
+    )
+
+
+def _calibrate(
+    raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], tell: Progress
+) -> None:
+    """Measure the adapters that were not measured on the prompts of now."""
+    fusion, prompts = raw.setdefault("fusion", {}), prompts_record()
+    if fusion.get("typical_prompts") != prompts:
+        fusion["typical"] = {}
+    typical = fusion.setdefault("typical", {})
+    missing = {name: path for name, path in paths.items() if name not in typical}
+    typical |= measure_typical(base_path, missing, tell)
+    fusion["typical_prompts"] = prompts
+
+
+def _note_unfinished(folder: Path, files: Sequence[str]) -> None:
+    write_text_atomic(folder / UNFINISHED_FILE, json.dumps({"files": list(files)}) + "\n")
+
+
+def _tidy(folder: Path) -> None:
+    """Remove temporary files, and the noted files that bundle.json does not name."""
+    named = {folder / adapter.file for adapter in read_bundle_text(folder).adapters}
+    for file in _unfinished(folder):
+        with contextlib.suppress(BundleError):  # the note of a bundle from elsewhere
+            path = safe_join(folder, file)
+            if path not in named and path.parent == folder / "adapters" and path.suffix == ".gguf":
+                path.unlink(missing_ok=True)
+    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+    for place in (folder.resolve(), folder / "adapters"):
+        for path in place.iterdir() if place.is_dir() and not place.is_symlink() else ():
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+
+
+def _unfinished(folder: Path) -> list[str]:
+    try:
+        with open_input(folder / UNFINISHED_FILE) as file:
+            files = read_json_object(file.read(MAX_UNFINISHED_BYTES)).get("files")
+    except (OSError, ValueError):
+        return []
+    return [file for file in files if isinstance(file, str)] if isinstance(files, list) else []

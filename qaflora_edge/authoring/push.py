@@ -1,0 +1,213 @@
+"""Push a bundle or an adapter to the Hugging Face Hub: checked before, one commit, checked after.
+
+Only the files that belong to it go there, and no path of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from qaflora_edge.authoring.card import bundle_card, gguf_card, peft_card
+from qaflora_edge.bundle import verify_bundle
+from qaflora_edge.errors import BundleError, InputFileError, UploadError
+from qaflora_edge.files import safe_join, sha256_file, unsafe_reason
+from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, packed_files, parse_bundle
+from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref, parse_repo
+from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.hub.cache import PEFT_CONFIG, PEFT_INDEX, link_roots
+from qaflora_edge.hub.client import hub_errors, list_files
+from qaflora_edge.hub.pull import DOCUMENTS
+from qaflora_edge.peft.folder import read_peft
+
+Progress = Callable[[str, int, int], None]  # what is checked, bytes done, bytes in all
+Content = Path | bytes
+
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did: the commit's address, the reference that pins it, and the files in it."""
+
+    url: str
+    pinned: str
+    files: tuple[str, ...]
+
+
+def push(
+    path: str | os.PathLike[str],
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    base_hub: str | None = None,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Push a bundle's folder, a PEFT folder or an adapter GGUF to a repository as one commit.
+
+    repo      owner/name; it is made when it does not exist
+    private   make it private; refused when it exists and is public
+    revision  a branch, which is made when it does not exist; by default main
+    base_hub  where others find a bundle's base, as owner/name/file.gguf, when it does not say
+
+    Raises a QafloraError before anything is sent when the files are not what they should be,
+    UploadError when the Hub does not take them.
+    """
+    parse_repo(repo)
+    path = Path(path)
+    files, make_card = _collect(path, repo, base_hub, progress)
+    expected = {name: _sha256(content) for name, content in files.items()}
+    try:
+        return _send(files, make_card, expected, repo, private, revision, message)
+    except UploadError as error:
+        raise UploadError(f"Could not push {path} to {repo}: {error}") from error
+
+
+def _collect(
+    path: Path, repo: str, base_hub: str | None, progress: Progress | None
+) -> tuple[dict[str, Content], Callable[[], str]]:
+    """Check what is to be pushed; give its files by name, and a way to make a card."""
+    if (path / BUNDLE_FILE).exists():
+        text = _check_bundle(path, base_hub, progress)
+        return _bundle_files(path, text), lambda: bundle_card(text, repo)
+    if base_hub is not None:
+        raise BundleError(
+            f"Cannot push {path} with a base: it is no bundle, expected {BUNDLE_FILE} in it. "
+            "Leave --base-hub out."
+        )
+    if path.is_dir():
+        adapter = read_peft(path)
+        _check_config(adapter.folder / PEFT_CONFIG)
+        return _peft_files(adapter.folder), lambda: peft_card(adapter, repo)
+    info = read_adapter_gguf(path)
+    return {path.name: path}, lambda: gguf_card(info, repo)
+
+
+def _check_bundle(path: Path, base_hub: str | None, progress: Progress | None) -> BundleText:
+    """Verify a bundle; give its description as it is to be pushed, with no path of this machine."""
+    raw: dict[str, Any] = json.loads(json.dumps(verify_bundle(path, progress).description_dict))
+    base = raw["base"]
+    if unsafe_reason(base.get("file") or "") is not None:
+        base.pop("file", None)
+    if base_hub is not None:
+        base["hub"] = _check_base(base_hub, base["sha256"])
+    if not any(base.get(key) for key in ("file", "registry", "hub")):
+        raise BundleError(
+            f"Cannot push the bundle {path}: nobody else could find its base, which "
+            f"{BUNDLE_FILE} names as a file of this machine; expected base.registry or base.hub. "
+            "Say where it is with --base-hub owner/name/file.gguf."
+        )
+    return parse_bundle(json.dumps(raw).encode(), str(path / BUNDLE_FILE))
+
+
+def _check_base(base_hub: str, sha256: str) -> str:
+    """Pin a Hub reference to a base. Raises BundleError when the Hub has another file there."""
+    ref = parse_hub_ref(base_hub)
+    listing = list_files(ref)
+    found = None if ref.file is None else listing.file(ref.file)
+    if found is None or found.sha256 != sha256:
+        what = "no such file" if found is None else f"the SHA-256 {found.sha256}"
+        raise BundleError(
+            f"Cannot name {base_hub} as the base: the Hub has {what} there, expected {sha256}. "
+            "Give the file that the bundle was made with, as owner/name/file.gguf."
+        )
+    return str(HubRef(ref.repo, ref.file, listing.commit))
+
+
+def _bundle_files(folder: Path, text: BundleText) -> dict[str, Content]:
+    content = json.dumps(text.raw, indent=2, ensure_ascii=False) + "\n"
+    files: dict[str, Content] = {BUNDLE_FILE: content.encode("utf-8")}
+    roots = link_roots(folder)
+    for name in packed_files(text):
+        files[name] = safe_join(folder, name, roots)
+    return files | _documents(folder)
+
+
+def _peft_files(folder: Path) -> dict[str, Content]:
+    names = [PEFT_CONFIG, *(path.name for path in sorted(folder.glob("adapter*.safetensors")))]
+    if (folder / PEFT_INDEX).exists():
+        names.append(PEFT_INDEX)
+    return {name: folder / name for name in names} | _documents(folder)
+
+
+def _documents(folder: Path) -> dict[str, Content]:
+    roots = link_roots(folder)
+    return {name: safe_join(folder, name, roots) for name in DOCUMENTS if (folder / name).is_file()}
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a training configuration that names a place on this machine."""
+    for key, value in read_json_object(path.read_bytes()).items():
+        if not isinstance(value, str):
+            continue
+        if os.path.isabs(value) or PureWindowsPath(value).drive or value.startswith("~"):
+            raise InputFileError(
+                f"Cannot push {path.parent}: field {key} of {path.name} is {value!r}, a place on "
+                "this machine; expected nothing that is yours alone. Correct the field."
+            )
+
+
+def _sha256(content: Content) -> str | None:
+    return sha256_file(content) if isinstance(content, Path) else None
+
+
+def _send(
+    files: dict[str, Content],
+    make_card: Callable[[], str],
+    expected: dict[str, str | None],
+    repo: str,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, branch = HfApi(), revision or "main"
+    with hub_errors(f"the Hub did not make {repo}", UploadError):
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if branch != "main":
+            api.create_branch(repo, branch=branch, exist_ok=True)
+        info = api.model_info(repo, revision=branch)
+    if private and not info.private:
+        raise UploadError(
+            "it exists and is public, expected a private one. Make it private on its page, leave "
+            "--private out, or name another."
+        )
+    there = {sibling.rfilename for sibling in info.siblings or []}
+    if CARD_FILE not in files and CARD_FILE not in there:
+        files[CARD_FILE] = make_card().encode("utf-8")
+    operations = [
+        CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
+        for name, content in files.items()
+    ]
+    with hub_errors(f"the Hub did not take the files for {repo}", UploadError):
+        commit = api.create_commit(
+            repo,
+            operations,
+            commit_message=message or f"Push with qaflora: {', '.join(sorted(files))}"[:200],
+            revision=branch,
+            parent_commit=info.sha,
+        )
+    pinned = HubRef(repo, None, commit.oid)
+    _check_sent(pinned, expected)
+    return Pushed(commit.commit_url, str(pinned), tuple(sorted(files)))
+
+
+def _check_sent(pinned: HubRef, expected: dict[str, str | None]) -> None:
+    """Compare what the Hub lists now with the files that were checked."""
+    listing = list_files(pinned)
+    for name, sha256 in expected.items():
+        file = listing.file(name)
+        if file is None or (file.sha256 is not None and file.sha256 != sha256):
+            found = "it is missing" if file is None else f"its SHA-256 is {file.sha256}"
+            raise UploadError(
+                f"{name} of {pinned} is not what was sent: {found}, expected {sha256}. "
+                "Was it changed meanwhile? Push again."
+            )

@@ -1,0 +1,126 @@
+"""Where the base and the adapters of a new bundle come from: files here, a name, or the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qaflora_edge.errors import DownloadError, GgufFileError, InputFileError, RegistryError
+from qaflora_edge.files import open_input
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE
+from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.hub import registry
+from qaflora_edge.hub.pull import fetch_pinned
+from qaflora_edge.hub.references import pulled_model
+
+Path_ = str | os.PathLike[str]
+Progress = Callable[[str, int, int], None]
+
+CARD_FILE = "README.md"
+MAX_CARD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base's file here, and the registry name or the pinned Hub reference it was given by."""
+
+    path: Path
+    registry: str | None = None
+    hub: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter's PEFT folder or GGUF here, its name, its licence, its pinned Hub reference."""
+
+    path: Path
+    name: str
+    license: str = ""
+    hub: str | None = None
+
+
+def find_base(base: Path_, tell: Progress) -> BaseSource:
+    """Find a base by its file, its registry name, or its Hub reference, which is fetched.
+
+    Raises GgufFileError when it is none of them, DownloadError when the Hub does not give it.
+    """
+    path = Path(base)
+    if path.is_file():
+        return BaseSource(path)
+    name = os.fspath(base)
+    if name in registry.load_registry():
+        pulled = pulled_model(name)
+        if pulled is None:
+            raise GgufFileError(
+                f"The base {name} is in the registry but not on this machine; "
+                f"fetch it with `qaflora pull {name}`."
+            )
+        return BaseSource(pulled, registry=name)
+    if _hub_ref(name) is None:
+        raise GgufFileError(
+            f"The base {path} does not exist; give a GGUF file, the name of a model from "
+            "`qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
+        )
+    path, pinned = _fetch(name, tell)
+    if not path.is_file():
+        raise GgufFileError(
+            f"The base {name} is a folder of files, expected one GGUF file. "
+            "Name it as owner/name/file.gguf."
+        )
+    return BaseSource(path, hub=pinned)
+
+
+def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
+    """Find an adapter by its folder or file, or by its Hub reference, which is fetched.
+
+    Raises InputFileError when it is neither, DownloadError when the Hub does not give it.
+    """
+    path = Path(source)
+    if path.exists():
+        return AdapterSource(path, path.resolve().name, _card_license(path))
+    name = os.fspath(source)
+    ref = _hub_ref(name)
+    if ref is None:
+        raise InputFileError(
+            f"The adapter {path} does not exist; expected a PEFT folder (adapter_config.json and "
+            "adapter_model.safetensors), an adapter GGUF, or a Hub reference as owner/name."
+        )
+    path, pinned = _fetch(name, tell)
+    if (path / BUNDLE_FILE).exists():
+        raise InputFileError(
+            f"The adapter {name} is a bundle, expected one adapter. "
+            f"Name one of its files, as {ref.repo}/adapters/NAME.gguf."
+        )
+    return AdapterSource(path, ref.repo.partition("/")[2], _card_license(path), pinned)
+
+
+def _card_license(path: Path) -> str:
+    """The licence that the card of an adapter's folder states in its head, else ""."""
+    try:
+        with open_input(path / CARD_FILE) as file:
+            card = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    head = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    stated = head and re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", head[1], re.MULTILINE)
+    return stated[1] if stated else ""
+
+
+def _hub_ref(text: str) -> HubRef | None:
+    """Read a Hub reference; None when it has another form, such as folder/file.gguf."""
+    if text.endswith(".gguf") and text.count("/") < 2:
+        return None
+    try:
+        return parse_hub_ref(text)
+    except RegistryError:
+        return None
+
+
+def _fetch(name: str, tell: Progress) -> tuple[Path, str]:
+    try:
+        return fetch_pinned(name, progress=lambda done, total: tell(name, done, total))
+    except DownloadError as error:
+        raise DownloadError(f"There is no file or folder {name} here. {error}") from error

@@ -1,0 +1,143 @@
+"""What making and editing a bundle have in common: adapter files, their records, measurements."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge.authoring.neutral import neutral_prompts, prompts_sha256
+from qaflora_edge.authoring.source import AdapterSource
+from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.errors import BundleError, GgufFileError, InputFileError, OutputFileError
+from qaflora_edge.files import atomic_path, is_disk_full, open_input, sha256_file, write_text_atomic
+from qaflora_edge.formats.adapter_gguf import (
+    AdapterInfo,
+    check_adapter,
+    check_values,
+    read_adapter_gguf,
+)
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE, MAX_ADAPTERS, NAME_PATTERN, NAME_RULE
+from qaflora_edge.formats.gguf_header import GgufHeader
+
+# Called with what is being done, the steps (or bytes) done and those in all.
+Progress = Callable[[str, int, int], None]
+Path_ = str | os.PathLike[str]
+
+CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check that names can be adapters of one bundle. Raises BundleError."""
+    seen: set[str] = set()
+    for name in names:
+        if not NAME_PATTERN.fullmatch(name):
+            raise BundleError(f"The adapter name {name!r} cannot be used; expected {NAME_RULE}.")
+        if name.lower() in seen:
+            raise BundleError(
+                f"The adapter name {name!r} is given twice (capital letters make no difference: "
+                "names become file names); give each adapter a name of its own."
+            )
+        seen.add(name.lower())
+    if len(names) > MAX_ADAPTERS:
+        raise BundleError(
+            f"{len(names)} adapters are too many for one bundle; expected at most {MAX_ADAPTERS}."
+        )
+
+
+def put_adapter(
+    source: AdapterSource, target: Path, base_path: Path, header: GgufHeader, outtype: str
+) -> AdapterInfo:
+    """Convert or copy one adapter to its place in a bundle, and check it against the base."""
+    if source.path.is_dir():
+        convert_adapter(source.path, base_path, target, outtype=outtype, name=source.name)
+    else:
+        _copy(source.path, target)
+    try:
+        info = read_adapter_gguf(target)
+        if not source.path.is_dir():  # what was converted has been checked on its way
+            check_values(info)
+    except GgufFileError:
+        if source.path.is_file():  # the same failure, naming the file the user knows
+            check_values(read_adapter_gguf(source.path))
+        raise
+    check_adapter(info, header)
+    return info
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        with (
+            open_input(source) as file,
+            atomic_path(target) as temporary,
+            temporary.open("wb") as copy,
+        ):
+            shutil.copyfileobj(file, copy, 1 << 20)
+    except OSError as error:
+        if is_disk_full(error):
+            raise OutputFileError(
+                f"Cannot copy the adapter {source} into the bundle: the disk is full. "
+                "Free some space and try again."
+            ) from error
+        raise InputFileError(
+            f"Cannot copy the adapter {source} into the bundle ({error.strerror}). "
+            "Check that you may read it."
+        ) from error
+
+
+def adapter_record(
+    name: str, file: str, info: AdapterInfo, source: AdapterSource, note: Mapping[str, str]
+) -> dict[str, Any]:
+    """What bundle.json says of an adapter.
+
+    note  may have source, license and description
+    """
+    record = {
+        "name": name,
+        "file": file,
+        "sha256": sha256_file(info.path),
+        "size_bytes": Path(info.path).stat().st_size,
+        "rank": info.rank,
+        "alpha": info.alpha,
+        "targets": list(info.targets),
+        "source": note.get("source", source.hub or source.name),
+        "license": note.get("license", source.license),
+        "description": note.get("description", ""),
+    }
+    if source.hub is not None:
+        record["hub"] = source.hub
+    return record
+
+
+def prompts_record() -> dict[str, Any]:
+    """The neutral prompts that typical divergences are measured on now."""
+    prompts = neutral_prompts()
+    return {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts)}
+
+
+def measure_typical(
+    base_path: Path, adapters: Mapping[str, Path], tell: Progress
+) -> dict[str, dict[str, list[float]]]:
+    """Typical divergences of each adapter over the neutral prompts (method.md section 7).
+
+    returns  adapter -> lens -> n_layer numbers
+    """
+    from qaflora_edge.engine import Engine
+
+    with Engine(base=base_path, adapters=adapters, n_ctx=CALIBRATION_CTX) as engine:
+        typical = engine.typical_divergence(
+            neutral_prompts(), lambda done, total: tell("calibration", done, total)
+        )
+    return {
+        name: {lens: [float(f"{value:.9g}") for value in values] for lens, values in by.items()}
+        for name, by in typical.items()
+    }
+
+
+def write_bundle_json(folder: Path, text: Mapping[str, Any]) -> None:
+    """Replace a bundle's description, whole or not at all."""
+    content = json.dumps(text, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text_atomic(folder / BUNDLE_FILE, content)

@@ -1,0 +1,171 @@
+"""What is loaded once and shared by all contexts: a base, and its adapters as one pack."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge.backend import native
+from qaflora_edge.backend.library import Handle, forget_said, library, said
+from qaflora_edge.errors import BackendError, GgufFileError, PromptError
+
+_VOCAB_TYPE_NONE = 0
+# llama.h enum llama_token_attr
+_ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
+_ATTR_LSTRIP, _ATTR_RSTRIP = 1 << 7, 1 << 8
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A token that llama.cpp finds in text by its spelling, before it splits the rest."""
+
+    id: int
+    text: str
+    attributes: int  # llama.h llama_token_attr
+    is_control: bool  # control tokens, and all that end an answer
+
+    @property
+    def is_parsed_on_demand(self) -> bool:
+        """Whether it is found with parse_special only; others are found always."""
+        return bool(self.attributes & (_ATTR_UNKNOWN | _ATTR_CONTROL))
+
+    @property
+    def strips_left(self) -> bool:
+        return bool(self.attributes & _ATTR_LSTRIP)
+
+    @property
+    def strips_right(self) -> bool:
+        return bool(self.attributes & _ATTR_RSTRIP)
+
+
+class Model(Handle):
+    """A base, memory-mapped and shared by all contexts.
+
+    Raises GgufFileError when the file cannot be loaded.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, gpu_layers: int | None = None) -> None:
+        self.path = Path(path)
+        self._lib, self._functions = library()
+        if not self.path.is_file():
+            raise GgufFileError(
+                f"The base {self.path} does not exist; give the path of a GGUF file, "
+                "or fetch one with `qaflora pull`."
+            )
+        params = self._lib.llama_model_default_params()
+        if gpu_layers is not None:
+            params.n_gpu_layers = gpu_layers
+        forget_said()
+        self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._pointer:
+            self._pointer = None
+            raise GgufFileError(
+                f"The base {self.path} cannot be loaded: {said()}. Fetch or convert it again."
+            )
+        self.vocab = self._lib.llama_model_get_vocab(self._pointer)
+        if self._lib.llama_vocab_type(self.vocab) == _VOCAB_TYPE_NONE:
+            self.close()
+            raise GgufFileError(
+                f"The base {self.path} has no vocabulary (tokenizer.ggml.model is 'none'); "
+                "use a GGUF with its tokeniser."
+            )
+        self.name = self.metadata("general.name") or self.path.name
+        template = self._lib.llama_model_chat_template(self._pointer, None)
+        self.chat_template = template.decode("utf-8", "replace") if template else None
+        self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
+        self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
+        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
+        self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
+        self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
+
+    def _free(self, pointer: Any) -> None:
+        self._lib.llama_model_free(pointer)
+
+    def metadata(self, key: str) -> str | None:
+        """One scalar of the GGUF's metadata as text, or None."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._lib.llama_model_meta_val_str(self._pointer, key.encode(), buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = n + 1
+
+    @cached_property
+    def special_tokens(self) -> tuple[SpecialToken, ...]:
+        """Control, unknown and user-defined tokens, and those that end an answer; longest first."""
+        found = []
+        for token in range(self.n_vocab):
+            attributes = int(self._lib.llama_vocab_get_attr(self.vocab, token))
+            is_control = bool(attributes & (_ATTR_UNKNOWN | _ATTR_CONTROL)) or self.is_end(token)
+            if is_control or attributes & _ATTR_USER_DEFINED:
+                text = self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
+                found.append(SpecialToken(token, text, attributes, is_control))
+        return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of text; add_special adds BOS where the vocabulary asks for it.
+
+        Raises PromptError for text with lone surrogates.
+        """
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as err:
+            raise PromptError(
+                f"Character {err.start} of the prompt is {text[err.start]!r}, expected text that "
+                "UTF-8 can write; decode the prompt from its bytes again."
+            ) from err
+        size = len(data) + 8
+        while True:
+            tokens = (ctypes.c_int32 * size)()
+            n = self._lib.llama_tokenize(
+                self.vocab, data, len(data), tokens, size, add_special, parse_special
+            )
+            if n >= 0:
+                return list(tokens[:n])
+            size = -n
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes a token stands for; control tokens are empty unless special."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends a generation."""
+        return bool(self._lib.llama_vocab_is_eog(self.vocab, token))
+
+
+class Pack(Handle):
+    """Adapter files, stacked along the rank axis beside the base's weights.
+
+    Raises BackendError naming the file and tensor that does not fit.
+    """
+
+    def __init__(self, model: Model, paths: Sequence[str | os.PathLike[str]]) -> None:
+        self._model = model
+        self._functions = model._functions
+        self.n_adapter = len(paths)
+        self.paths = tuple(Path(path) for path in paths)
+        array = (ctypes.c_char_p * len(paths))(*(os.fsencode(path) for path in paths))
+        self._pointer = self._functions.pack_init(model._pointer, array, len(paths))
+        if not self._pointer:
+            raise BackendError(f"Adapters cannot be loaded: {native.last_error()}.")
+
+    def _free(self, pointer: Any) -> None:
+        self._functions.pack_free(pointer)
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self._functions.pack_size_bytes(self._pointer))

@@ -1,0 +1,155 @@
+"""Find and load the patched library; declare what it adds to llama.cpp.
+
+llama_cpp reads LLAMA_CPP_LIB_PATH once, when it is imported, and binds every symbol then. So
+this module sets the variable, imports llama_cpp, and refuses a library without our ABI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+from qaflora_edge.errors import LibraryError
+
+ABI_VERSION = 2
+
+CONTEXT_PROBE = 1
+CONTEXT_DIFFERENTIAL = 2
+CONTEXT_INPUTS = 4
+CAPTURE = {"last": 0, "mean": 1}
+LENS = {"raw": 0, "norm": 1}
+
+_INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-deps qaflora-edge)"
+
+
+class Stats(ctypes.Structure):
+    """struct qaflora_stats: counters of one context."""
+
+    _fields_ = [
+        ("n_graph_built", ctypes.c_int64),
+        ("n_decoded", ctypes.c_int64),
+        ("lens_us", ctypes.c_int64),
+        ("divergence_us", ctypes.c_int64),
+    ]
+
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+_DOUBLES = ctypes.POINTER(ctypes.c_double)
+_PROTOTYPES: dict[str, tuple[object, list[object]]] = {
+    "qaflora_abi_version": (ctypes.c_int32, []),
+    "qaflora_build_info": (ctypes.c_char_p, []),
+    "qaflora_last_error": (ctypes.c_char_p, []),
+    "qaflora_pack_init": (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_int32],
+    ),
+    "qaflora_pack_free": (None, [ctypes.c_void_p]),
+    "qaflora_pack_size_bytes": (ctypes.c_int64, [ctypes.c_void_p]),
+    "qaflora_context_init": (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32],
+    ),
+    "qaflora_set_weights": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
+    ),
+    "qaflora_capture_begin": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+    "qaflora_get_states": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
+    ),
+    "qaflora_get_inputs": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
+    ),
+    "qaflora_divergence": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, _FLOATS, _FLOATS, _DOUBLES],
+    ),
+    "qaflora_project": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, _FLOATS, _FLOATS]),
+    "qaflora_final_norm": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, _FLOATS, _FLOATS]),
+    "qaflora_get_stats": (Stats, [ctypes.c_void_p]),
+}
+
+
+def library_dir() -> Path:
+    """The folder of the patched library: QAFLORA_LIB_PATH, or lib/ beside this file."""
+    override = os.environ.get("QAFLORA_LIB_PATH")
+    return Path(override) if override else Path(__file__).parents[1] / "lib"
+
+
+def _library_name() -> str:
+    return {"win32": "llama.dll", "darwin": "libllama.dylib"}.get(sys.platform, "libllama.so")
+
+
+def _import_binding(folder: Path) -> ModuleType:
+    if not (folder / _library_name()).is_file():
+        raise LibraryError(
+            f"The native library is missing: {folder / _library_name()} does not exist; "
+            f"{_INSTALL_ADVICE}, or set QAFLORA_LIB_PATH to the folder that holds it."
+        )
+    previous = os.environ.get("LLAMA_CPP_LIB_PATH")
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    try:
+        binding = import_module("llama_cpp.llama_cpp")
+    except ImportError as err:
+        raise LibraryError(
+            f"llama-cpp-python cannot be imported ({err}); {_INSTALL_ADVICE} with its dependencies."
+        ) from err
+    except (RuntimeError, AttributeError, OSError) as err:
+        raise LibraryError(
+            f"The native library {folder / _library_name()} cannot be loaded ({err}); "
+            f"{_INSTALL_ADVICE}."
+        ) from err
+    finally:
+        if previous is None:
+            del os.environ["LLAMA_CPP_LIB_PATH"]
+        else:
+            os.environ["LLAMA_CPP_LIB_PATH"] = previous
+    return binding
+
+
+def _declare(lib: ctypes.CDLL) -> SimpleNamespace:
+    functions = SimpleNamespace()
+    for name, (restype, argtypes) in _PROTOTYPES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+        setattr(functions, name.removeprefix("qaflora_"), function)
+    return functions
+
+
+@cache
+def load() -> tuple[ModuleType, SimpleNamespace]:
+    """Load the library once per process.
+
+    returns  (llama_cpp.llama_cpp, our functions without their qaflora_ prefix)
+
+    Raises LibraryError when the library is missing, stock, or of another ABI version; it names
+    the file that was loaded.
+    """
+    binding = _import_binding(library_dir())
+    loaded = binding._lib._name
+    if not hasattr(binding._lib, "qaflora_abi_version"):
+        raise LibraryError(
+            f"{loaded} is a stock llama.cpp: it has no qaflora_abi_version, expected "
+            f"{ABI_VERSION}. If llama_cpp was imported before qaflora_edge, import qaflora_edge's "
+            f"Engine first; else {_INSTALL_ADVICE}."
+        )
+    found = binding._lib.qaflora_abi_version()
+    if found != ABI_VERSION:
+        raise LibraryError(
+            f"{loaded} has qaflora_abi_version {found}, expected {ABI_VERSION}; {_INSTALL_ADVICE}."
+        )
+    binding.llama_backend_init()
+    return binding, _declare(binding._lib)
+
+
+def last_error() -> str:
+    """What the library said of its last failure on this thread."""
+    _, functions = load()
+    return str(functions.last_error(), "utf-8", "replace")

@@ -1,0 +1,1 @@
+"""What `qaflora bench` measures."""

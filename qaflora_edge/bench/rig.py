@@ -1,0 +1,216 @@
+"""What `qaflora bench` compares: the base, llama.cpp's own adapters, and ours, on one model."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.authoring.neutral import neutral_prompts
+from qaflora_edge.backend.context import Context, context_params
+from qaflora_edge.backend.library import said
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.errors import BackendError, OptionError
+from qaflora_edge.probe import Prober
+
+F32 = NDArray[np.float32]
+
+_N_DRAW = 1000  # tries to find a prompt that shares no beginning with those drawn before
+
+
+class StockContext(Context):
+    """A context as llama.cpp makes it: no pack, one scale per adapter.
+
+    adapters  of llama_adapter_lora_init; none for the base alone
+
+    Its parameters are those of a Context with one sequence, but for llama.cpp's own micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        adapters: Sequence[Any],
+        *,
+        n_ctx: int,
+        threads: int | None = None,
+        kv_type: str = "f16",
+        flash_attn: bool = True,
+    ) -> None:
+        self._model, self._lib = model, model._lib
+        self.n_seq, self.n_ctx = 1, n_ctx
+        self.tokens: list[int] = []
+        params = context_params(
+            self._lib, n_token=n_ctx, threads=threads, kv_type=kv_type, flash_attn=flash_attn
+        )
+        self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
+        if self._pointer is None:
+            raise BackendError(
+                f"A context of {n_ctx} tokens without our adapters cannot be made. "
+                f"llama.cpp says: {said()}."
+            )
+        self._memory = self._lib.llama_get_memory(self._pointer)
+        self._n_adapter = len(adapters)
+        self._adapters = (ctypes.c_void_p * len(adapters))(
+            *(ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters)
+        )
+        self.set_scales(np.full(len(adapters), 1.0 / max(1, len(adapters)), np.float32))
+
+    def set_scales(self, scales: F32) -> None:
+        """Scale adapters from the next decode on.
+
+        scales  [n_adapter]
+        """
+        if self._n_adapter == 0:
+            return
+        pointers = ctypes.cast(self._adapters, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
+        array = (ctypes.c_float * self._n_adapter)(*scales)
+        code = self._lib.llama_set_adapters_lora(self._pointer, pointers, self._n_adapter, array)
+        if code != 0:
+            raise BackendError(f"llama_set_adapters_lora failed with code {code}.")
+
+    @property
+    def n_reused(self) -> int:
+        """Micro-batches so far that were computed with the graph of the one before."""
+        return int(self._lib.llama_perf_context(self._pointer).n_reused)
+
+
+class Rig:
+    """One base and all that is measured on it; made when first asked for, freed by close().
+
+    adapter_paths  name -> adapter GGUF; more than these are had by loading them again, each copy
+                   for itself, so that it costs what another adapter would
+    n_ctx          tokens that the contexts which answer can hold
+    options        threads, kv_type and flash_attn of every context
+    """
+
+    def __init__(
+        self,
+        base_path: Path,
+        adapter_paths: Mapping[str, Path],
+        *,
+        n_ctx: int,
+        gpu_layers: int | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._paths, self._n_ctx, self._options = dict(adapter_paths), n_ctx, options
+        self._base: StockContext | None = None
+        self._loras: list[Any] = []  # the model frees them
+        self._packs: dict[int, Pack] = {}
+        self._stock: dict[int, StockContext] = {}
+        self._ours: dict[int, Context] = {}
+        self._open = contextlib.ExitStack()
+        self.model = Model(base_path, gpu_layers=gpu_layers)
+        self._open.callback(self.model.close)
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def names(self, k: int) -> tuple[str, ...]:
+        """Names of k adapters; that of a copy ends in its number, as in math#2."""
+        names, n = list(self._paths), len(self._paths)
+        return tuple(names[i % n] + (f"#{1 + i // n}" if i >= n else "") for i in range(k))
+
+    def paths(self, k: int) -> list[Path]:
+        paths = list(self._paths.values())
+        return [paths[i % len(paths)] for i in range(k)]
+
+    def base(self) -> StockContext:
+        """The base alone, without any of us."""
+        if self._base is None:
+            self._base = self._stock_context([])
+        return self._base
+
+    def stock(self, k: int) -> StockContext:
+        """k adapters at scale 1/k through llama_set_adapters_lora."""
+        if k not in self._stock:
+            for path in self.paths(k)[len(self._loras) :]:
+                self._loras.append(self._load_lora(path))
+            self._stock[k] = self._stock_context(self._loras[:k])
+        return self._stock[k]
+
+    def ours(self, k: int) -> Context:
+        """k adapters of one pack, at weight 1/k in every layer."""
+        if k not in self._ours:
+            context = Context(self.model, self._pack(k), n_ctx=self._n_ctx, **self._options)
+            self._open.callback(context.close)
+            context.set_weights(np.full((k, self.model.n_layer), 1.0 / k, np.float32))
+            self._ours[k] = context
+        return self._ours[k]
+
+    def prober(self, k: int, *, tail: int = 0) -> Prober:
+        """A new Prober of k adapters, which knows nothing of what others read."""
+        prober = Prober(self.model, self._pack(k), self._options, tail=tail)
+        self._open.callback(prober.close)
+        return prober
+
+    def _pack(self, k: int) -> Pack:
+        if k not in self._packs:
+            self._packs[k] = Pack(self.model, self.paths(k))
+            self._open.callback(self._packs[k].close)
+        return self._packs[k]
+
+    def _stock_context(self, loras: Sequence[Any]) -> StockContext:
+        context = StockContext(self.model, loras, n_ctx=self._n_ctx, **self._options)
+        self._open.callback(context.close)
+        return context
+
+    def _load_lora(self, path: Path) -> Any:
+        lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))
+        if not lora:
+            raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
+        return lora
+
+
+class Prompts:
+    """Draws prompts of everyday text in many languages, none of which begins with another.
+
+    So nothing that was read for one prompt can be used again for the next.
+    """
+
+    def __init__(self, model: Model, seed: int) -> None:
+        self._model, self._random = model, random.Random(seed)
+        self._start = model.tokenize("", add_special=True, parse_special=False)[:1]
+        self._drawn: list[list[int]] = []
+
+    def draw(self, n_token: int) -> list[int]:
+        """Token ids, from the middle of a sentence on, after BOS where the base asks for it."""
+        for _ in range(_N_DRAW):
+            tokens = self._text(n_token)
+            if not any(_is_beginning(tokens, other) for other in self._drawn):
+                self._drawn.append(tokens)
+                return tokens
+        raise OptionError(
+            f"No more different prompts of {n_token} tokens were found; raise --prompt-tokens "
+            "or lower --repeat."
+        )
+
+    def _text(self, n_token: int) -> list[int]:
+        tokens: list[int] = []
+        n_skip: int | None = None
+        while n_skip is None or len(tokens) < n_skip + n_token:
+            prompts = neutral_prompts()
+            self._random.shuffle(prompts)
+            tokens += self._model.tokenize(
+                "\n".join(prompts) + "\n", add_special=False, parse_special=False
+            )
+            n_skip = self._random.randrange(len(tokens)) if n_skip is None else n_skip
+        return (self._start + tokens[n_skip:])[:n_token]
+
+
+def _is_beginning(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether one of the two begins with the other."""
+    n = min(len(a), len(b))
+    return list(a[:n]) == list(b[:n])

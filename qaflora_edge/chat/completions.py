@@ -1,0 +1,122 @@
+"""Answers in the shape of OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from qaflora_edge.chat.tools import CallFilter, parse_calls
+from qaflora_edge.errors import OptionError
+from qaflora_edge.generate import Generation
+
+
+def response_schema(response_format: Mapping[str, Any] | None) -> Any:
+    """The JSON schema that OpenAI's response_format asks for, or None for free text.
+
+    Raises OptionError when it is none of text, json_object and json_schema.
+    """
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = response_format.get("schema")  # as llama-cpp-python has it
+        return {"type": "object"} if schema is None else schema
+    wrapped = response_format.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(wrapped, Mapping) or not isinstance(wrapped.get("schema"), Mapping):
+        raise OptionError(
+            f"Option response_format is {response_format!r}, expected {{'type': 'json_object'}} or "
+            "{'type': 'json_schema', 'json_schema': {'schema': ...}}."
+        )
+    return wrapped["schema"]
+
+
+def completion_dict(
+    model_name: str, answers: Iterable[Generation], *, has_tools: bool = False
+) -> dict[str, Any]:
+    """Whole answers in the shape of OpenAI's chat completions; each answer is a choice."""
+    choices, usages = [], []
+    for index, generation in enumerate(answers):
+        text = generation.text()
+        calls: list[dict[str, Any]] = []
+        if has_tools:
+            text, calls = parse_calls(text)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        reason = _reason(generation, calls)
+        choices.append({"index": index, "message": message, "finish_reason": reason})
+        usages.append(generation.usage)
+    head = _head(model_name, "chat.completion")
+    return {**head, "choices": choices, "usage": _usage(usages)}
+
+
+def completion_chunks(
+    model_name: str,
+    answers: Iterable[Generation],
+    *,
+    has_tools: bool = False,
+    include_usage: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """The same as a stream of chunks: the role, then pieces, then the reason of the end.
+
+    Choices come one after another. A tool call comes whole, at the end of its choice.
+    """
+    head = _head(model_name, "chat.completion.chunk")
+    if include_usage:
+        head["usage"] = None
+    usages = []
+    for index, generation in enumerate(answers):
+        for delta, reason in _deltas(generation, has_tools):
+            yield {**head, "choices": [{"index": index, "delta": delta, "finish_reason": reason}]}
+        usages.append(generation.usage)
+    if include_usage:
+        yield {**head, "choices": [], "usage": _usage(usages)}
+
+
+def _deltas(generation: Generation, has_tools: bool) -> Iterator[tuple[dict[str, Any], str | None]]:
+    yield {"role": "assistant"}, None
+    calls: list[dict[str, Any]] = []
+    if not has_tools:
+        for piece in generation:
+            yield {"content": piece}, None
+    else:
+        call_filter = CallFilter()
+        for piece in generation:
+            if shown := call_filter.feed(piece):
+                yield {"content": shown}, None
+        text, calls = parse_calls(call_filter.held)
+        if text:
+            yield {"content": text}, None
+        if calls:
+            yield {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}, None
+    yield {}, _reason(generation, calls)
+
+
+def _reason(generation: Generation, calls: list[dict[str, Any]]) -> str | None:
+    return (
+        "tool_calls" if calls and generation.finish_reason == "stop" else (generation.finish_reason)
+    )
+
+
+def _usage(usages: list[dict[str, int]]) -> dict[str, int]:
+    """The prompt is read once for all choices."""
+    n_prompt = usages[0]["prompt_tokens"]
+    n_completion = sum(usage["completion_tokens"] for usage in usages)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+    }
+
+
+def _head(model_name: str, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{uuid.uuid4()}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model_name,
+    }

@@ -1,0 +1,136 @@
+"""Tools in OpenAI's shape, for bases that write <tool_call>{...}</tool_call> (Qwen, Hermes)."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qaflora_edge.errors import OptionError
+from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+_CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)", re.DOTALL)
+
+
+def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], str | None]:
+    """The tools that the base is told of, and the grammar of a call that it has to make.
+
+    tool_choice  None or "auto", "none", "required", or {"type": "function", "function":
+                 {"name": ...}}
+
+    Raises OptionError for what is no tool, or a choice that is not among them.
+    """
+    checked = [_checked(tool) for tool in tools or ()]
+    if tool_choice == "none" or (not checked and tool_choice in (None, "auto")):
+        return [], None
+    if tool_choice in (None, "auto"):
+        return checked, None
+    if tool_choice == "required" and checked:
+        return checked, _call_grammar(checked)
+    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    named = [tool for tool in checked if tool["function"]["name"] == name]
+    if not named:
+        names = ", ".join(tool["function"]["name"] for tool in checked) or "none is given"
+        raise OptionError(
+            f"Option tool_choice is {tool_choice!r}, expected auto, none, required, or "
+            f"{{'type': 'function', 'function': {{'name': ...}}}} with a name out of: {names}."
+        )
+    return checked, _call_grammar(named[:1])
+
+
+def one_form(grammar: str | None, schema: Any, call_grammar: str | None) -> str | None:
+    """The grammar of an answer, its own or that of a call; OptionError when both are asked for."""
+    if call_grammar is None:
+        return grammar
+    if grammar is not None or schema is not None:
+        raise OptionError(
+            "Options tool_choice and grammar or response_format are given, expected one of them; "
+            "leave the others out."
+        )
+    return call_grammar
+
+
+def _checked(tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if (
+        not isinstance(function, Mapping)
+        or not isinstance(function.get("name"), str)
+        or not isinstance(function.get("parameters", {}), Mapping)
+    ):
+        raise OptionError(
+            f"Option tools has {tool!r}, expected {{'type': 'function', 'function': "
+            "{'name': ..., 'description': ..., 'parameters': a JSON schema}}."
+        )
+    return {"type": "function", "function": dict(function)}
+
+
+def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
+    """One call of one of these tools, with arguments by its schema."""
+    calls, definitions = [], {}
+    for tool in tools:
+        parameters = dict(tool["function"].get("parameters") or {"type": "object"})
+        definitions.update(parameters.get("$defs", {}))
+        name = {"const": tool["function"]["name"]}
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": name, "arguments": parameters},
+                "required": ["name", "arguments"],
+            }
+        )
+    schema = {"anyOf": calls, "$defs": definitions}
+    grammar = json_schema_to_gbnf(schema, source="The parameters of tools")
+    return f'root ::= "{BEGIN}\\n" call "\\n{END}"\n' + grammar.replace("root ::=", "call ::=", 1)
+
+
+class CallFilter:
+    """Passes text on until a tool call begins; the rest is kept for parse_calls()."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def feed(self, text: str) -> str:
+        """What may be shown now, once text has arrived."""
+        self.held += text
+        at = self.held.find(BEGIN)
+        if at < 0:
+            at = len(self.held)
+            for n in range(1, len(BEGIN)):
+                if self.held.endswith(BEGIN[:n]):
+                    at = len(self.held) - n
+        shown, self.held = self.held[:at], self.held[at:]
+        return shown
+
+
+def parse_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """An answer without its tool calls, and the calls; a call that is no JSON stays text."""
+    calls = []
+
+    def take(match: re.Match[str]) -> str:
+        call = _parsed(match[1])
+        if call is None:
+            return match[0]
+        calls.append(call)
+        return ""
+
+    rest = _CALL.sub(take, text)
+    return (rest.strip() if calls else rest), calls
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
+    return {
+        "id": f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }

@@ -1,0 +1,172 @@
+"""What people typed stays text: kept apart from what a template writes, through rendering.
+
+A mark, a character that occurs nowhere else, follows every typed character that a control token
+could begin with. It travels with its character through whatever a template does: strip, split,
+slice, join, upper, tojson. Once the text is rendered, a control token's text in which a typed
+character stands is text; only what the template wrote itself is a control token.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qaflora_edge.backend.model import Model, SpecialToken
+from qaflora_edge.errors import PromptError
+
+MAX_DEPTH = 32  # lists and objects in a message
+
+
+class TypedText:
+    """The marks of one conversation.
+
+    template_text  what the template may write; the user-defined tokens in it, such as
+                   <tool_call>, are kept from people as control tokens are
+    typed          messages, tools and whatever else comes from outside
+    """
+
+    def __init__(self, model: Model, template_text: str, typed: Any) -> None:
+        self._model = model
+        self._guarded = [
+            token
+            for token in model.special_tokens
+            if token.text and (token.is_control or token.text in template_text)
+        ]
+        firsts = "".join({re.escape(token.text[0]) for token in self._guarded})
+        said = [token.text for token in self._guarded if not token.is_control]
+        self._any = re.compile(f"[{firsts}]" if firsts else "(?!)")
+        # What an assistant said is its own: <think> and <tool_call> in it are tokens again.
+        self._control = re.compile("".join(f"(?!{re.escape(x)})" for x in said) + self._any.pattern)
+        self._mark = _unused({*template_text}.union(*_strings(typed, 0)))
+
+    def marked(self, value: Any, *, is_assistant: bool = False) -> Any:
+        """The same value with marks in all its texts, keys included."""
+        if isinstance(value, str):
+            pattern = self._control if is_assistant else self._any
+            return pattern.sub(lambda match: match[0] + self._mark, value)
+        if isinstance(value, Mapping):
+            return {
+                self.marked(key, is_assistant=is_assistant): self.marked(
+                    each, is_assistant=is_assistant
+                )
+                for key, each in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [self.marked(each, is_assistant=is_assistant) for each in value]
+        return value
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a rendered text with marks."""
+        parts = text.split(self._mark)
+        plain = "".join(parts)
+        typed, at = [], 0
+        for part in parts[:-1]:
+            at += len(part)
+            typed.append(at - 1)
+
+        def is_typed(start: int, token: SpecialToken) -> bool:
+            i = bisect_left(typed, start)
+            return i < len(typed) and typed[i] < start + len(token.text)
+
+        if not any(
+            is_typed(at, token)
+            for token in self._guarded
+            for at in _places(plain, token.text, 0, len(plain))
+        ):
+            return self._model.tokenize(plain, add_special=False, parse_special=True)
+        return self._apart(plain, is_typed)
+
+    def _apart(self, plain: str, is_typed: Any) -> list[int]:
+        """As llama.cpp parses special tokens (0c1e5709, llama-vocab.cpp tokenizer_st_partition).
+
+        The longest come first; but those in which a typed character stands are left as text.
+        """
+        fragments: list[int | tuple[int, int]] = [(0, len(plain))]
+        for token in self._model.special_tokens:
+            if token.text:
+                fragments = [
+                    piece
+                    for fragment in fragments
+                    for piece in (
+                        [fragment]
+                        if isinstance(fragment, int)
+                        else _cut(plain, fragment, token, is_typed)
+                    )
+                ]
+        tokens: list[int] = []
+        for fragment in fragments:
+            if isinstance(fragment, int):
+                tokens.append(fragment)
+            else:
+                for text in self._runs(plain, *fragment, is_typed):
+                    tokens += self._model.tokenize(text, add_special=False, parse_special=False)
+        return tokens
+
+    def _runs(self, plain: str, start: int, end: int, is_typed: Any) -> Iterator[str]:
+        """Text in pieces in which no guarded token is whole that llama.cpp would parse anyway."""
+        cuts = {
+            at + 1
+            for token in self._guarded
+            if not token.is_parsed_on_demand
+            for at in _places(plain, token.text, start, end)
+            if is_typed(at, token)
+        }
+        for cut in [*sorted(cuts), end]:
+            if start < cut:
+                yield plain[start:cut]
+            start = cut
+
+
+def _cut(
+    plain: str, fragment: tuple[int, int], token: SpecialToken, is_typed: Any
+) -> Iterator[int | tuple[int, int]]:
+    """A fragment without the places of one token, and the token at these places."""
+    start, end = fragment
+    for at in _places(plain, token.text, start, end):
+        if at < start or is_typed(at, token):
+            continue
+        left = len(plain[start:at].rstrip()) + start if token.strips_left else at
+        if start < left:
+            yield (start, left)
+        yield token.id
+        start = at + len(token.text)
+        if token.strips_right:
+            start += len(plain[start:end]) - len(plain[start:end].lstrip())
+    if start < end:
+        yield (start, end)
+
+
+def _places(plain: str, text: str, start: int, end: int) -> Iterator[int]:
+    while (at := plain.find(text, start, end)) >= 0:
+        yield at
+        start = at + 1
+
+
+def _strings(value: Any, depth: int) -> Iterator[str]:
+    if depth > MAX_DEPTH:
+        raise PromptError(
+            f"A message has more than {MAX_DEPTH} lists and objects in each other; make it flatter."
+        )
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _strings(key, depth + 1)
+            yield from _strings(each, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _strings(each, depth + 1)
+
+
+def _unused(used: set[str]) -> str:
+    """A private-use character that is not among those used."""
+    for codes in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
+        for code in codes:
+            if chr(code) not in used:
+                return chr(code)
+    raise PromptError(
+        "The conversation has every private-use character of Unicode, expected at least one that "
+        "is free for our own use; remove one."
+    )

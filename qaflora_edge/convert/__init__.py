@@ -1,0 +1,1 @@
+"""From an adapter folder to an adapter GGUF, exactly, and back again to prove it."""

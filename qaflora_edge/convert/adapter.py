@@ -1,0 +1,162 @@
+"""Convert a PEFT folder to an adapter GGUF that stock llama.cpp loads too.
+
+`convert_plan` says where each module goes and `encode` turns its values; here the file is written,
+one encoded tensor in memory at a time.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qaflora_edge.convert.encode import (
+    OUTTYPES,
+    encoded_tensor,
+    stored_bytes,
+    stored_shape,
+    stored_type,
+)
+from qaflora_edge.convert.plan import PlannedModule, plan_modules
+from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
+from qaflora_edge.errors import OptionError, OutputFileError
+from qaflora_edge.files import atomic_path
+from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.peft.folder import read_peft
+
+Progress = Callable[[int, int], None]  # steps done, steps in all: modules written and verified
+
+
+@dataclass(frozen=True)
+class ConvertedAdapter:
+    """What was written. `n_rescaled` modules carry a part of their scale in B."""
+
+    path: Path
+    architecture: str
+    alpha: float
+    rank: int
+    targets: tuple[str, ...]
+    n_module: int
+    n_rescaled: int
+    size_bytes: int
+    checks: tuple[ModuleCheck, ...] = ()  # of a conversion that was verified
+
+
+def convert_adapter(
+    peft_dir: str | os.PathLike[str],
+    base_gguf: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    *,
+    outtype: str = "f16",
+    verify: bool = False,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> ConvertedAdapter:
+    """Convert a PEFT folder for a base; the file is written whole or not at all.
+
+    verify  read the file back before it takes its name, and compare each module with its source
+    name    what the file calls the adapter, by default the folder's name
+
+    Raises ConversionError when a module differs by more than rounding explains,
+    InputFileError and its kinds for damaged input, UnsupportedAdapterError for what a
+    plain LoRA cannot represent, AdapterMismatchError for another base.
+    """
+    if outtype not in OUTTYPES:
+        raise OptionError(
+            f"Cannot convert {os.fspath(peft_dir)}: the output type is {outtype!r}; expected "
+            f"{', '.join(OUTTYPES)}."
+        )
+    out_path = Path(out_path)
+    header = read_gguf_header(base_gguf)
+    if out_path.exists() and out_path.samefile(header.path):
+        raise OutputFileError(
+            f"Cannot write {out_path}: it is the base itself. Choose another name."
+        )
+    adapter = read_peft(peft_dir)
+    alpha, modules = plan_modules(adapter, header)
+    name = name or adapter.folder.resolve().name
+    n_step = len(modules) * (2 if verify else 1)
+
+    def tell(n_done: int) -> None:
+        if progress is not None:
+            progress(n_done, n_step)
+
+    checks: tuple[ModuleCheck, ...] = ()
+    with atomic_path(out_path) as temporary:
+        try:
+            _write(temporary, header.architecture, name, alpha, modules, OUTTYPES[outtype], tell)
+        except OSError as error:
+            raise OutputFileError(
+                f"Cannot write {out_path}: writing failed ({error}). "
+                "Check that there is space left and try again."
+            ) from error
+        if verify:
+            checks = verify_conversion(
+                temporary, header, modules, lambda n_done: tell(len(modules) + n_done)
+            )
+    return ConvertedAdapter(
+        path=out_path,
+        architecture=header.architecture,
+        alpha=alpha,
+        rank=max(module.source.rank for module in modules),
+        targets=tuple(sorted({module.kind for module in modules})),
+        n_module=len(modules),
+        n_rescaled=sum(module.factor != 1.0 for module in modules),
+        size_bytes=out_path.stat().st_size,
+        checks=checks,
+    )
+
+
+def _write(
+    path: Path,
+    architecture: str,
+    name: str,
+    alpha: float,
+    modules: Sequence[PlannedModule],
+    wanted: GGMLQuantizationType,
+    tell: Callable[[int], None],
+) -> None:
+    """Write the file with one encoded tensor in memory at a time."""
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        # The keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py.
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_name(name)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for module in modules:
+            for side in "ab":
+                shape = stored_shape(module, side)
+                kind = stored_type(shape[-1], wanted)
+                n_bytes = stored_bytes(module, side, wanted)
+                name = f"{module.base_name}.lora_{side}"
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        sizes = [stored_bytes(module, side, wanted) for module in modules for side in "ab"]
+        buffer = np.empty(max(sizes), np.uint8)
+        for index, module in enumerate(modules):
+            for side in "ab":
+                _write_data(writer, encoded_tensor(module, side, wanted, buffer))
+            tell(index + 1)
+    finally:
+        writer.close()
+
+
+def _write_data(writer: gguf.GGUFWriter, data: NDArray[Any]) -> None:
+    """Write the data of the next tensor.
+
+    gguf's write_tensor_data uses numpy's tofile, which is silent about a full disk when it has a
+    few kilobytes to write.
+    """
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(np.ascontiguousarray(data, data.dtype.newbyteorder("<")))
+    writer.write_padding(file, data.nbytes)

@@ -1,0 +1,124 @@
+"""Turn one module's values into what an adapter GGUF holds: scaled, in the base's order, encoded.
+
+Values go from the source to the encoded tensor by slices of rows, so that of a large tensor no
+more than the encoded one is in memory.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qaflora_edge.convert.plan import PlannedModule
+from qaflora_edge.errors import UnsupportedAdapterError
+from qaflora_edge.formats.safetensors_file import F32, PIECE_VALUES
+
+OUTTYPES = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+LARGEST_VALUE = {
+    GGMLQuantizationType.F32: 3.4028234e38,
+    GGMLQuantizationType.F16: 65504.0,
+    GGMLQuantizationType.BF16: 3.3895313e38,
+    GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
+}
+_Q8_0_BLOCK = 32
+_FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+
+
+def stored_shape(module: PlannedModule, side: str) -> tuple[int, int]:
+    """Give the shape of lora_a or lora_b in the file, in numpy order."""
+    source = module.source
+    if side == "b":
+        return source.n_out, source.rank
+    # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
+    return (source.n_in, source.rank) if source.is_embedding else (source.rank, source.n_in)
+
+
+def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Fall back to F16 where rows do not divide into blocks, as upstream's converter does."""
+    if wanted == GGMLQuantizationType.Q8_0 and n_row % _Q8_0_BLOCK:
+        return GGMLQuantizationType.F16
+    return wanted
+
+
+def stored_bytes(module: PlannedModule, side: str, wanted: GGMLQuantizationType) -> int:
+    """Give the size of lora_a or lora_b in the file."""
+    shape = stored_shape(module, side)
+    return math.prod(gguf.quant_shape_to_byte_shape(shape, stored_type(shape[-1], wanted)))
+
+
+def encoded_tensor(
+    module: PlannedModule, side: str, wanted: GGMLQuantizationType, buffer: NDArray[np.uint8]
+) -> NDArray[Any]:
+    """Read, turn and encode lora_a or lora_b of a module.
+
+    buffer   [stored_bytes or more]  is used again for each tensor, so that memory stays whole
+    returns  [n_row, n]  floats, or the bytes of their blocks, as the file holds them; in `buffer`
+
+    Raises UnsupportedAdapterError for values that the type cannot hold.
+    """
+    source = module.source
+    tensor = source.a if side == "a" else source.b
+    is_turned = source.is_transposed != (side == "a" and source.is_embedding)
+    shape = stored_shape(module, side)
+    kind = stored_type(shape[-1], wanted)
+    raw = buffer[: stored_bytes(module, side, wanted)]
+    encoded = raw.view(_FLOATS.get(kind, np.uint8)).reshape(shape[0], -1)
+    # The rows of a tensor that is turned lie in columns, and are whole only when all is read.
+    pieces = _slices(tensor.read(transposed=True)) if is_turned else tensor.pieces()
+    places = _places(module) if side == "b" else None
+    largest = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
+        for begin, piece in pieces:
+            if side == "b" and module.factor != 1.0:
+                piece = piece * np.float32(module.factor)
+            largest = max(largest, float(piece.max()), -float(piece.min()))
+            if places is None:
+                encoded[begin : begin + len(piece)] = _encode(piece, kind)
+            else:
+                place = places[begin : begin + len(piece)]
+                encoded[place[place >= 0]] = _encode(piece[place >= 0], kind)
+    if largest > LARGEST_VALUE[kind]:
+        raise UnsupportedAdapterError(
+            f"Cannot convert module {source.name} of {tensor.path}: the largest value of "
+            f"lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
+            "Choose output type f32, or check the adapter's alpha."
+        )
+    return encoded
+
+
+def _places(module: PlannedModule) -> NDArray[np.int64] | None:
+    """Give the row of the file for each row of the source's B; -1 for those of other tensors.
+
+    returns  [n_out of the source], or None where all keep their order
+    """
+    if module.rows is None:
+        return None
+    places = np.full(module.source.n_out, -1)
+    places[module.rows] = np.arange(len(module.rows))
+    return places
+
+
+def _slices(values: F32) -> Iterator[tuple[int, F32]]:
+    """Cut values into slices of rows: the first row of each, and [some rows, n]."""
+    n_row = max(1, PIECE_VALUES // values.shape[1])
+    for begin in range(0, len(values), n_row):
+        yield begin, values[begin : begin + n_row]
+
+
+def _encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
+    """values  [n_row, n]  float32, of whole blocks"""
+    if kind in _FLOATS:
+        return values.astype(_FLOATS[kind], copy=False)
+    # As one row: gguf steps over rows in Python, and blocks are the same either way.
+    flat = np.ascontiguousarray(values).reshape(1, -1)
+    encoded: NDArray[Any] = gguf.quants.quantize(flat, kind).reshape(len(values), -1)
+    return encoded

@@ -1,0 +1,238 @@
+"""Plan a conversion: where each module of a PEFT adapter goes, and with which scale. No I/O."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+
+from qaflora_edge.convert.architectures import (
+    ARCHITECTURES,
+    Layout,
+    LayoutError,
+    Rows,
+)
+from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
+from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.peft.module import PeftAdapter, PeftModule
+
+# A language model inside a multimodal one, and what its modules are called on their own.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head": "lm_head",
+    "model.text_model.": "model.",
+}
+_EXPERT = re.compile(r"\.experts?(\.|$)")
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,9})\.")
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One tensor of the base, and the module whose delta it takes.
+
+    factor  what B is multiplied by
+    rows    [n_out]  the row of the source's B for each of the tensor's; None: all as they are
+    """
+
+    source: PeftModule
+    base_name: str  # such as blk.0.attn_q.weight
+    factor: float
+    rows: Rows | None
+
+    @property
+    def kind(self) -> str:
+        return self.base_name.split(".")[-2]
+
+
+def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[PlannedModule]]:
+    """Name every module for the base, check that it fits, and choose the file's one alpha."""
+    layout = _reviewed_layout(header)
+    _check_biases(adapter, header)
+    name_map = _tensor_names(header)
+    alpha = common_alpha(list(adapter.modules.values()))
+    planned: dict[str, PlannedModule] = {}
+    for module in adapter.modules.values():
+        factor = scale_factor(module.scale, module.rank, alpha)
+        base_name, rows = _place(adapter, module, header, layout, name_map)
+        if base_name in planned:
+            raise UnsupportedAdapterError(
+                f"Cannot convert {adapter.folder}: modules {planned[base_name].source.name} "
+                f"and {module.name} both name {base_name} of the base; expected one LoRA for "
+                "each. Save it again."
+            )
+        planned[base_name] = PlannedModule(module, base_name, factor, rows)
+        _check_shape(adapter, planned[base_name], header)
+    return alpha, sorted(planned.values(), key=lambda module: _natural_key(module.base_name))
+
+
+def common_alpha(modules: Sequence[PeftModule]) -> float:
+    """Choose the alpha under which most modules need no change; a float32 value.
+
+    A GGUF holds one alpha, and the runtime's scale is alpha / rank of the tensor.
+    """
+    counts = Counter(float(np.float32(module.scale * module.rank)) for module in modules)
+    return max(counts, key=lambda alpha: (counts[alpha], alpha))
+
+
+def scale_factor(scale: float, rank: int, alpha: float) -> float:
+    """Give what B is multiplied by so that alpha / rank gives `scale`; exactly 1 if it does."""
+    if float(np.float32(scale * rank)) == alpha:
+        return 1.0
+    return scale * rank / alpha
+
+
+def _reviewed_layout(header: GgufHeader) -> Layout:
+    if header.architecture in ARCHITECTURES:
+        return ARCHITECTURES[header.architecture]
+    raise UnsupportedAdapterError(
+        f"Cannot convert an adapter for {header.path}: how its architecture "
+        f"{header.architecture!r} lays out its weights was not reviewed; expected one of "
+        f"{', '.join(ARCHITECTURES)}. Convert it with llama.cpp's convert_lora_to_gguf.py and use "
+        "the adapter GGUF."
+    )
+
+
+def _check_biases(adapter: PeftAdapter, header: GgufHeader) -> None:
+    """Refuse trained biases that the adapter's file lacks; a base without biases has none."""
+    bias = next((name for name in header.tensors if name.endswith(".bias")), None)
+    if adapter.config.bias != "none" and bias is not None:
+        raise UnsupportedAdapterError(
+            f"Cannot convert {adapter.folder} for {header.path}: bias is {adapter.config.bias!r} "
+            f"in its config, so biases such as {bias} of the base were trained, and no file holds "
+            'them; expected "none". Train with bias="none".'
+        )
+
+
+def _tensor_names(header: GgufHeader) -> gguf.TensorNameMap:
+    """Give gguf's map from HF's names to those of the base's tensors."""
+    model_arch = next(
+        (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None
+    )
+    if model_arch is None:
+        raise UnsupportedAdapterError(
+            f"Cannot convert an adapter for {header.path}: the installed gguf package does not "
+            f"know its architecture {header.architecture!r}. Install a newer gguf."
+        )
+    return gguf.get_tensor_name_map(model_arch, header.n_layer)
+
+
+def _place(
+    adapter: PeftAdapter,
+    module: PeftModule,
+    header: GgufHeader,
+    layout: Layout,
+    name_map: gguf.TensorNameMap,
+) -> tuple[str, Rows | None]:
+    """Give the tensor of the base that a module goes to, and the order of its rows there."""
+    if _EXPERT.search(module.name):
+        raise _experts_refused(adapter, module)
+    name = _mapped(adapter, module, header, name_map)
+    stem = name.rpartition(".")[2]
+    if module.is_embedding != (stem == "token_embd"):
+        kind = "an embedding" if module.is_embedding else "a linear layer"
+        raise UnsupportedAdapterError(
+            f"Cannot convert {adapter.folder}: module {module.name} has LoRA of {kind}, and "
+            f"{stem}.weight of the base is not one. Train a plain LoRA."
+        )
+    try:
+        return f"{name}.weight", layout(stem, header, module.n_out)
+    except LayoutError as error:
+        raise AdapterMismatchError(
+            f"Cannot convert {adapter.folder} for {header.path}: module {module.name} has {error}. "
+            f"The adapter is for another base{_trained_on(adapter)}."
+        ) from error
+
+
+def _mapped(
+    adapter: PeftAdapter, module: PeftModule, header: GgufHeader, name_map: gguf.TensorNameMap
+) -> str:
+    """Give the name of a module's tensor, such as blk.0.attn_q."""
+    for hf_name in _spellings(module.name):
+        # Some of gguf's maps leave out a head that is tied, and adapters of it fit nevertheless.
+        name: str | None = name_map.get_name(hf_name) or {"lm_head": "output"}.get(hf_name)
+        if name:
+            return name
+    raise _unknown_module(adapter, module, header)
+
+
+def _spellings(name: str) -> list[str]:
+    """Give a module's name, and what it is called in a model of text alone."""
+    names = [name]
+    for prefix, replacement in _PREFIXES.items():
+        if name.startswith(prefix):
+            names.append(replacement + name.removeprefix(prefix))
+    return names
+
+
+def _experts_refused(adapter: PeftAdapter, module: PeftModule) -> QafloraError:
+    return UnsupportedAdapterError(
+        f"Cannot convert {adapter.folder}: module {module.name} has LoRA of experts, which a GGUF "
+        "stacks into one tensor per layer; adapters of those have no weight per layer here. Train "
+        "only the attention's projections (and shared experts), or merge the adapter into its base."
+    )
+
+
+def _unknown_module(adapter: PeftAdapter, module: PeftModule, header: GgufHeader) -> QafloraError:
+    layer = _LAYER.search(f".{module.name}")
+    is_text = not re.search(r"(^|[._])(vision|visual|audio)", module.name)
+    if layer and is_text and int(layer[1]) >= header.n_layer:
+        return AdapterMismatchError(
+            f"Cannot convert {adapter.folder} for {header.path}: module {module.name} is in layer "
+            f"{layer[1]}, and the base has layers 0 to {header.n_layer - 1}. "
+            f"The adapter is for another base{_trained_on(adapter)}."
+        )
+    return UnsupportedAdapterError(
+        f"Cannot convert {adapter.folder}: module {module.name} has no counterpart in a "
+        f"{header.architecture} GGUF; expected projections of the language model's layers, "
+        f"embed_tokens or lm_head. The adapter may be for another base{_trained_on(adapter)}, or "
+        "was trained on parts that a GGUF lacks."
+    )
+
+
+def _trained_on(adapter: PeftAdapter) -> str:
+    name = adapter.config.base_name
+    return f" (adapter_config.json says {name[:200]!r})" if name else ""
+
+
+def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader) -> None:
+    source = module.source
+    expected_name = module.base_name
+    if expected_name == "output.weight" and expected_name not in header.tensors:
+        expected_name = "token_embd.weight"  # a tied head
+    info = header.tensors.get(expected_name)
+    shape = (source.n_in, source.n_out) if source.is_embedding else (source.n_out, source.n_in)
+    if info is None:
+        raise _missing_tensor(adapter, module, header)
+    if len(info.shape) == 3:
+        raise _experts_refused(adapter, source)
+    if info.shape != shape:
+        raise AdapterMismatchError(
+            f"Cannot convert {adapter.folder} for {header.path}: module {source.name} is for a "
+            f"weight of shape {list(shape)}, and {expected_name} of the base is "
+            f"{list(info.shape)}. The adapter is for another base{_trained_on(adapter)}."
+        )
+
+
+def _missing_tensor(
+    adapter: PeftAdapter, module: PlannedModule, header: GgufHeader
+) -> QafloraError:
+    fused = re.sub(r"\.attn_[qkv]\.", ".attn_qkv.", module.base_name)
+    if fused != module.base_name and fused in header.tensors:
+        return UnsupportedAdapterError(
+            f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} needs "
+            f"tensor {module.base_name}, and the base holds q, k and v as one, {fused}. Use a base "
+            "that was converted without --fuse-qkv."
+        )
+    return AdapterMismatchError(
+        f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} needs "
+        f"tensor {module.base_name}, which the base lacks. "
+        f"The adapter is for another base{_trained_on(adapter)}."
+    )
+
+
+def _natural_key(base_name: str) -> tuple[int, str]:
+    parts = base_name.split(".")
+    return (int(parts[1]), parts[2]) if parts[0] == "blk" else (-1, base_name)

@@ -1,0 +1,203 @@
+"""Verify a conversion: does the file that was written say what the PEFT adapter says?
+
+The delta `scale * B A` of each module is computed twice in float64, from the source and from the
+file as a runtime reads it, and compared entry by entry. How rows were reordered is worked out here
+once more, row by row, and not taken from the code that reordered them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qaflora_edge.convert.plan import PlannedModule
+from qaflora_edge.errors import ConversionError
+from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
+from qaflora_edge.formats.gguf_header import GgufHeader
+
+F64 = NDArray[np.float64]
+
+TILE_ROWS, TILE_COLUMNS = 256, 512  # of a delta that are in memory at a time
+FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
+# The largest error of rounding a value, relative to it, and the smallest for tiny ones.
+_ROUNDING = {
+    GGMLQuantizationType.F32: (0.0, 0.0),
+    GGMLQuantizationType.F16: (2.0**-11, 2.0**-25),
+    GGMLQuantizationType.BF16: (2.0**-8, 2.0**-134),
+}
+# Half a step of 1/127 of the block's largest, and a step that is itself rounded to float16.
+_Q8_0_ROUNDING = (0.5 / 127 + 2.0**-11, 127 * 2.0**-25)
+
+# What llama.cpp 0c1e5709, conversion/*.py, does to rows, told a second time: see architectures.
+_PAIRED_ROPE = ("llama", "arcee", "granite", "granitemoe", "olmo", "smollm3")
+_GROUPED_QKV = ("bloom", "falcon", "gptneox")
+_HALVED_ROPE = ("glm4",)
+
+
+@dataclass(frozen=True)
+class ModuleCheck:
+    """How far one module of the file is from its source.
+
+    largest_difference   of an entry of the delta
+    relative_difference  the same, relative to the delta's largest entry
+    of_allowed           the largest difference relative to what rounding explains; above 1 is wrong
+    """
+
+    module: str
+    tensor: str
+    largest_difference: float
+    relative_difference: float
+    of_allowed: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.of_allowed <= 1.0  # False for NaN
+
+
+def verify_conversion(
+    path: Path,
+    header: GgufHeader,
+    modules: Sequence[PlannedModule],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[ModuleCheck, ...]:
+    """Compare the file of a conversion with its source, module by module.
+
+    path      the adapter GGUF that was written
+    header    of the base
+    progress  is told the modules done
+
+    Raises ConversionError when a module is missing, added, or further from its source than the
+    rounding to the file's types explains; its `checks` has all of them.
+    """
+    info = read_adapter_gguf(path)
+    names = {module.base_name for module in modules}
+    if info.ranks.keys() != names:
+        odd = sorted(info.ranks.keys() ^ names)[0]
+        found = "missing" if odd in names else "there"
+        raise ConversionError(
+            f"The conversion is wrong: tensor {odd} is {found} in the file; expected the "
+            f"{len(names)} modules of the adapter. Nothing was kept; please report this.",
+            (),
+        )
+    checks = []
+    for index, module in enumerate(modules):
+        checks.append(_check_module(info, header, module))
+        if progress is not None:
+            progress(index + 1)
+    wrong = [check for check in checks if not check.is_right]
+    if wrong:
+        worst = max(wrong, key=lambda check: np.nan_to_num(check.of_allowed, nan=np.inf))
+        raise ConversionError(
+            f"The conversion is wrong: {len(wrong)} of {len(checks)} modules differ from "
+            f"{modules[0].source.a.path.parent}, most of all {worst.module} ({worst.tensor}), by "
+            f"{worst.largest_difference:.3g}, {worst.of_allowed:.3g} times what rounding explains; "
+            "expected at most once. Nothing was kept; please report this.",
+            tuple(checks),
+        )
+    return tuple(checks)
+
+
+def _check_module(info: AdapterInfo, header: GgufHeader, module: PlannedModule) -> ModuleCheck:
+    source = module.source
+    right = source.read_a().astype(np.float64)  # [rank, n_in]
+    left = source.read_b()[_source_rows(header, module)].astype(np.float64)  # [n_out, rank]
+    stored_a, stored_b, scale = read_pair(info, module.base_name)
+    if source.is_embedding:
+        stored_a = stored_a.T
+    stored_right, stored_left = stored_a.astype(np.float64), stored_b.astype(np.float64)
+    kinds = [info.tensors[f"{module.base_name}.lora_{side}"].ggml_type for side in "ab"]
+    allowed = scale * _allowed(right, left * (source.scale / scale), kinds, source.is_embedding)
+
+    largest_difference, largest, of_allowed = 0.0, 0.0, 0.0
+    for rows, columns in _tiles(len(left), right.shape[1]):
+        delta = source.scale * left[rows] @ right[:, columns]
+        with np.errstate(all="ignore"):  # a file that is wrong may hold anything
+            stored = scale * stored_left[rows] @ stored_right[:, columns]
+            difference = np.abs(stored - delta).max(axis=1)
+            share = np.where(difference == 0, 0.0, difference / np.abs(allowed[rows]))
+        # np.maximum keeps NaN, which max() may drop.
+        largest_difference = np.maximum(largest_difference, difference.max())
+        largest = np.maximum(largest, np.abs(delta).max())
+        of_allowed = np.maximum(of_allowed, share.max())
+    return ModuleCheck(
+        module=source.name,
+        tensor=module.base_name,
+        largest_difference=float(largest_difference),
+        relative_difference=float(largest_difference / largest) if largest else 0.0,
+        of_allowed=float(of_allowed),
+    )
+
+
+def _tiles(n_row: int, n_column: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into tiles that lie in a core's cache, products and all."""
+    for row in range(0, n_row, TILE_ROWS):
+        for column in range(0, n_column, TILE_COLUMNS):
+            yield slice(row, row + TILE_ROWS), slice(column, column + TILE_COLUMNS)
+
+
+def _allowed(
+    right: F64, left: F64, kinds: Sequence[GGMLQuantizationType], is_embedding: bool
+) -> F64:
+    """Bound the change of each row of `left @ right` by rounding both to the file's types.
+
+    right    [rank, n_in]
+    left     [n_out, rank]
+    returns  [n_out]  the largest change of an entry of the row
+    """
+    # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
+    error_right = _rounding(right, kinds[0], axis=0 if is_embedding else 1).max(axis=1)  # [rank]
+    error_left = _rounding(left, kinds[1], axis=1)  # [n_out, rank]
+    allowed: F64 = (np.abs(left) + error_left) @ error_right
+    allowed += error_left @ np.abs(right).max(axis=1)
+    return allowed
+
+
+def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
+    """returns  [*values.shape]  the largest error of storing each value as `kind`"""
+    size = np.abs(values)
+    if kind == GGMLQuantizationType.Q8_0:
+        relative, smallest = _Q8_0_ROUNDING
+        rounded = np.broadcast_to(size.max(axis=axis, keepdims=True), size.shape) * relative
+    else:
+        relative, smallest = _ROUNDING[kind]
+        rounded = size * relative
+    return rounded + smallest + size * FLOAT32_ROUNDING
+
+
+def _source_rows(header: GgufHeader, module: PlannedModule) -> NDArray[np.int64]:
+    """Give the source's row for each row of the tensor, by plain arithmetic.
+
+    returns  [n_out]
+    """
+    architecture, stem = header.architecture, module.kind
+    row = np.arange(module.source.n_out)
+    if stem == "attn_qkv" and architecture in _GROUPED_QKV:
+        return _grouped_row(row, header.n_head, header.n_head_kv)
+    if stem not in ("attn_q", "attn_k"):
+        return row
+    n_dim = len(row) // (header.n_head if stem == "attn_q" else header.n_head_kv)
+    head, dim = row - row % n_dim, row % n_dim
+    if architecture in _PAIRED_ROPE:  # 0, half, 1, half + 1, ...
+        return head + dim // 2 + dim % 2 * (n_dim // 2)
+    if architecture in _HALVED_ROPE and f"{architecture}.rope.dimension_sections" in (
+        header.metadata
+    ):  # 0, 2, 4, ..., 1, 3, 5, ... of the dimensions that are rotated
+        half = header.n_rotary // 2
+        turned = np.where(dim < half, 2 * dim, 2 * (dim - half) + 1)
+        return head + np.where(dim < header.n_rotary, turned, dim)
+    return row
+
+
+def _grouped_row(row: NDArray[np.int64], n_head: int, n_head_kv: int) -> NDArray[np.int64]:
+    """Of all q, then all k, then all v, where the source has them by groups: q ... q k v."""
+    n_shared = n_head // n_head_kv
+    n_dim = len(row) // (n_head + 2 * n_head_kv)
+    head, dim = row // n_dim, row % n_dim
+    in_key, in_value = head - n_head, head - n_head - n_head_kv
+    group = np.select([head < n_head, in_value < 0], [head // n_shared, in_key], in_value)
+    place = np.select([head < n_head, in_value < 0], [head % n_shared, n_shared], n_shared + 1)
+    rows: NDArray[np.int64] = (group * (n_shared + 2) + place) * n_dim + dim
+    return rows

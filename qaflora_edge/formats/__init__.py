@@ -1,0 +1,1 @@
+"""Files and texts that may come from anywhere, read with every field checked and sizes bounded."""

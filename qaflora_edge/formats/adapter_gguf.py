@@ -1,0 +1,275 @@
+"""Read what an adapter GGUF says of itself, and check it against the base it is for.
+
+llama.cpp accepts an adapter whose experts do not fit and writes out of bounds, and drops norms
+without a word; so everything is checked here before a library sees the file.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    GgufFileError,
+    UnsupportedAdapterError,
+)
+from qaflora_edge.formats.bypassed import is_bypassed
+from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header, read_values
+from qaflora_edge.formats.gguf_parse import Double, TensorInfo, brief
+
+F32 = NDArray[np.float32]
+
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
+MAX_RANK = 1 << 14
+# Types of numbers that llama.cpp 0c1e5709 does not turn into floats, ggml.c type_traits.
+NO_FLOATS = (
+    GGMLQuantizationType.I8,
+    GGMLQuantizationType.I16,
+    GGMLQuantizationType.I32,
+    GGMLQuantizationType.I64,
+    GGMLQuantizationType.F64,
+    GGMLQuantizationType.Q8_1,
+    GGMLQuantizationType.Q8_K,
+)
+
+_LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter GGUF.
+
+    rank     the largest of its modules; `ranks` has each by base tensor name
+    targets  kinds of modules, sorted, such as attn_q, ffn_down, output
+    tensors  name in the file -> shape in numpy order, type and place
+    """
+
+    path: Path
+    name: str
+    architecture: str
+    alpha: float
+    rank: int
+    ranks: Mapping[str, int]
+    targets: tuple[str, ...]
+    tensors: Mapping[str, TensorInfo]
+
+
+def read_adapter_gguf(path: str | os.PathLike[str]) -> AdapterInfo:
+    """Read an adapter GGUF and check that it is whole in itself.
+
+    Raises InputFileError or GgufFileError when the file is damaged or no adapter,
+    UnsupportedAdapterError when it is more than a plain LoRA.
+    """
+    header = read_gguf_header(path)
+    _check_kind(header)
+    pairs = _pair_tensors(header)
+    ranks = {base: _rank(header, base, pair) for base, pair in pairs.items()}
+    name = header.metadata.get("general.name")
+    return AdapterInfo(
+        path=header.path,
+        name=name if isinstance(name, str) else header.path.stem,
+        architecture=header.architecture,
+        alpha=_alpha(header),
+        rank=max(ranks.values()),
+        ranks=ranks,
+        targets=tuple(sorted({_kind(base) for base in pairs})),
+        tensors=header.tensors,
+    )
+
+
+def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
+    """Check that every module of an adapter fits the base.
+
+    Raises AdapterMismatchError naming the tensor, UnsupportedAdapterError for expert matrices.
+    """
+    if info.architecture != header.architecture:
+        raise AdapterMismatchError(
+            f"Cannot use adapter {info.path} with base {header.path}: the adapter is for "
+            f"architecture {info.architecture!r}, the base is {header.architecture!r}. "
+            "Use an adapter that was trained on this base."
+        )
+    for base_name in info.ranks:
+        _check_module(info, header, base_name)
+
+
+def check_files(base: str | os.PathLike[str], adapters: Iterable[str | os.PathLike[str]]) -> None:
+    """Check a base and its adapters, before the library sees them. Raises as the checks do."""
+    header = read_gguf_header(base)
+    for path in adapters:
+        check_adapter(read_adapter_gguf(path), header)
+
+
+def check_values(info: AdapterInfo) -> None:
+    """Check that every value of an adapter is a finite number, one tensor in memory at a time.
+
+    Raises GgufFileError naming the tensor.
+    """
+    for tensor in info.tensors.values():
+        values = read_values(info.path, tensor)
+        n_bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+        if n_bad:
+            raise GgufFileError(
+                f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of tensor "
+                f"{tensor.name} are NaN or infinite; expected finite numbers. The training "
+                "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
+            )
+
+
+def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
+    """One module of an adapter: A [rank, n_in] and B [n_out, rank] as float32, and its scale.
+
+    base_name  the base's tensor, one of info.ranks
+
+    Raises InputFileError when the file cannot be read any more.
+    """
+    a, b = (read_values(info.path, info.tensors[f"{base_name}.lora_{side}"]) for side in "ab")
+    return a, b, info.alpha / info.ranks[base_name]
+
+
+def _check_kind(header: GgufHeader) -> None:
+    for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
+        value = header.metadata.get(key)
+        if value != expected:
+            found = "missing" if value is None else brief(value)
+            raise GgufFileError(
+                f"Cannot use {header.path} as an adapter: metadata field {key} is {found}; "
+                f"expected {expected!r}. Give an adapter GGUF, as `qaflora convert` writes it."
+            )
+    if "adapter.alora.invocation_tokens" in header.metadata:
+        raise UnsupportedAdapterError(
+            f"Cannot use adapter {header.path}: metadata field adapter.alora.invocation_tokens "
+            "makes it an activated LoRA, which acts only after certain tokens; expected a plain "
+            "LoRA. Train a plain LoRA."
+        )
+
+
+def _alpha(header: GgufHeader) -> float:
+    value = header.metadata.get("adapter.lora.alpha")
+    is_double = isinstance(value, Double)
+    if isinstance(value, float) and not is_double and math.isfinite(value) and value != 0.0:
+        return value
+    kind = " of 64 bits" if is_double else ""
+    # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
+    raise GgufFileError(
+        f"Cannot use adapter {header.path}: metadata field adapter.lora.alpha is "
+        f"{'missing' if value is None else brief(value)}{kind}; expected a float of 32 bits other "
+        "than 0, for alpha / rank is the adapter's scale and llama.cpp takes 1 without it. Convert "
+        "the adapter again."
+    )
+
+
+def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
+    """Pair A and B by the base tensor's name."""
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in header.tensors.items():
+        match = _LORA_NAME.fullmatch(name)
+        if match is None:
+            kind = "a norm" if "norm" in name else "neither lora_a nor lora_b"
+            raise UnsupportedAdapterError(
+                f"Cannot use adapter {header.path}: tensor {name} is {kind}; expected pairs of "
+                "lora_a and lora_b only, for a plain LoRA cannot represent more. Convert a plain "
+                "LoRA."
+            )
+        _check_type(header, info)
+        pairs.setdefault(match["base"], {})[match["side"]] = info
+    for base, pair in pairs.items():
+        if len(pair) == 1:
+            (present,) = pair
+            missing = "b" if present == "a" else "a"
+            raise GgufFileError(
+                f"Cannot use adapter {header.path}: tensor {base}.lora_{missing} is missing and "
+                f"{base}.lora_{present} is there; expected both. Convert the adapter again."
+            )
+    if not pairs:
+        raise GgufFileError(
+            f"Cannot use adapter {header.path}: it has no tensors; expected pairs of lora_a and "
+            "lora_b. Convert the adapter again."
+        )
+    return pairs
+
+
+def _rank(header: GgufHeader, base: str, pair: Mapping[str, TensorInfo]) -> int:
+    """Give the rank of a module; A and B must agree on it."""
+    for info in pair.values():
+        if len(info.shape) != 2:
+            kind = "expert matrices are not supported" if len(info.shape) == 3 else "not a matrix"
+            raise UnsupportedAdapterError(
+                f"Cannot use adapter {header.path}: tensor {info.name} has shape "
+                f"{list(info.shape)}; expected two dimensions ({kind}). Use an adapter of plain "
+                "linear layers."
+            )
+    a, b = pair["a"].shape, pair["b"].shape
+    rank, rank_axis = b[1], 1 if base == EMBEDDING else 0
+    if a[rank_axis] != rank:
+        expected = "[n_vocab, rank] and [n_embd, rank]"
+        raise GgufFileError(
+            f"Cannot use adapter {header.path}: {base}.lora_a is {list(a)} and lora_b {list(b)}, "
+            f"of ranks {a[rank_axis]} and {rank}; expected "
+            f"{expected if base == EMBEDDING else '[rank, n_in] and [n_out, rank]'}. "
+            "Convert the adapter again."
+        )
+    if rank > MAX_RANK:
+        raise GgufFileError(
+            f"Cannot use adapter {header.path}: {base} has rank {rank}; expected at most "
+            f"{MAX_RANK}. Convert the adapter again."
+        )
+    return rank
+
+
+def _check_type(header: GgufHeader, info: TensorInfo) -> None:
+    if info.ggml_type in NO_FLOATS:
+        raise GgufFileError(
+            f"Cannot use adapter {header.path}: tensor {info.name} is of type "
+            f"{info.ggml_type.name}; expected F32, F16, BF16 or a quantised type. Convert the "
+            "adapter again."
+        )
+
+
+def _kind(base_name: str) -> str:
+    """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
+    return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
+
+
+def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None:
+    if is_bypassed(header.architecture, base_name):
+        raise UnsupportedAdapterError(
+            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}, which "
+            f"llama.cpp computes without adapters for {header.architecture}, and this part would "
+            "be ignored; expected tensors that it adapts. Train without this module, or merge the "
+            "adapter into its base."
+        )
+    if not re.match(r"blk\.\d+\.", base_name) and base_name not in (EMBEDDING, HEAD):
+        raise UnsupportedAdapterError(
+            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}, which "
+            "belongs to no layer, so that no layer's weight applies; expected blk.N., "
+            f"{EMBEDDING} or {HEAD}. Train without this module."
+        )
+    tensor = header.tensors.get(base_name)
+    if tensor is None and base_name == HEAD:
+        tensor = header.tensors.get(EMBEDDING)  # a tied head
+    if tensor is None:
+        raise AdapterMismatchError(
+            f"Cannot use adapter {info.path} with base {header.path}: it adapts tensor "
+            f"{base_name}, which the base lacks. Use an adapter that was trained on this base."
+        )
+    if len(tensor.shape) == 3:
+        raise UnsupportedAdapterError(
+            f"Cannot use adapter {info.path} with base {header.path}: {base_name} holds experts, "
+            f"shape {list(tensor.shape)}; expected a matrix. Use an adapter of plain linear layers."
+        )
+    a, b = (info.tensors[f"{base_name}.lora_{side}"].shape for side in "ab")
+    shape = (a[0], b[0]) if base_name == EMBEDDING else (b[0], a[1])
+    if shape != tensor.shape:
+        raise AdapterMismatchError(
+            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name} as "
+            f"shape {list(shape)}, and the base's is {list(tensor.shape)}. "
+            "Use an adapter that was trained on this base."
+        )

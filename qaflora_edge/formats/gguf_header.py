@@ -1,0 +1,160 @@
+"""Read the header of a GGUF file: metadata, and where each tensor lies.
+
+Ours because gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts what a file says of
+itself. Here vocabularies are stepped over, and every count, length and offset is checked first.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qaflora_edge.errors import GgufFileError, InputFileError
+from qaflora_edge.files import open_input
+from qaflora_edge.formats.gguf_parse import GgufCursor, MetadataValue, TensorInfo, brief
+
+F32 = NDArray[np.float32]
+
+MAX_LAYERS = 1024  # twice llama.cpp's own limit
+MAX_COUNT = 1 << 24  # of other dimensions
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says about itself, checked against its size."""
+
+    path: Path
+    architecture: str
+    metadata: Mapping[str, MetadataValue]
+    tensors: Mapping[str, TensorInfo]
+    data_offset: int
+    size_bytes: int
+
+    @property
+    def n_layer(self) -> int:
+        return self._count("block_count", MAX_LAYERS)
+
+    @property
+    def n_embd(self) -> int:
+        return self._count("embedding_length")
+
+    @property
+    def n_head(self) -> int:
+        return self._count("attention.head_count")
+
+    @property
+    def n_head_kv(self) -> int:
+        if f"{self.architecture}.attention.head_count_kv" not in self.metadata:
+            return self.n_head
+        return self._count("attention.head_count_kv")
+
+    @property
+    def n_rotary(self) -> int:
+        return self._count("rope.dimension_count")
+
+    @property
+    def n_vocab(self) -> int:
+        info = self.tensors.get("token_embd.weight")
+        if info is None or len(info.shape) != 2:
+            raise GgufFileError(
+                f"Cannot tell the vocabulary's size of {self.path}: tensor token_embd.weight is "
+                f"{'missing' if info is None else f'of shape {list(info.shape)}'}; expected "
+                "[n_vocab, n_embd]. Use the GGUF of a language model as base."
+            )
+        return info.shape[0]
+
+    def _count(self, field: str, largest: int = MAX_COUNT) -> int:
+        """Give a positive whole number of the architecture, such as `block_count`."""
+        key = f"{self.architecture}.{field}"
+        value = self.metadata.get(key)
+        if isinstance(value, tuple) and value and len(set(value)) == 1:
+            value = value[0]  # given per layer, and the same in all
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
+            return value
+        raise GgufFileError(
+            f"Cannot use {self.path}: metadata field {key} is "
+            f"{'missing' if value is None else brief(value)}; expected one whole number from 1 to "
+            f"{largest}. "
+            "Use the GGUF of a language model as base."
+        )
+
+
+def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
+    """Read and check the header of a GGUF file.
+
+    Raises InputFileError when the file cannot be opened, GgufFileError when it is truncated,
+    corrupted, or lies about a size.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise InputFileError(
+                f"Cannot read {path}: it {what}; expected a GGUF file. Check the path."
+            )
+        with open_input(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes == 0:
+                raise GgufFileError(
+                    f"Cannot read {path}: it is empty; expected a GGUF file. Fetch it again."
+                )
+            parsed = GgufCursor(path, file, size_bytes).read_header()
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read {path}: opening or reading it failed ({error.strerror}). "
+            "Check that you may read it."
+        ) from error
+    return GgufHeader(**vars(parsed), path=path, size_bytes=size_bytes)
+
+
+def read_tensor(header: GgufHeader, name: str) -> F32:
+    """Read one tensor and dequantise it.
+
+    returns  [*shape]  float32, of the shape that the header gives
+    """
+    return read_values(header.path, header.tensors[name])
+
+
+def read_values(path: Path, info: TensorInfo) -> F32:
+    """Read the tensor of a header that was read before.
+
+    returns  [*shape]  float32; of some types it can be NaN or infinite
+
+    Raises InputFileError when the file is gone, GgufFileError when it changed or the type has no
+    floats.
+    """
+    try:
+        with open_input(path) as file:
+            file.seek(info.offset)
+            raw = file.read(info.n_bytes)
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read tensor {info.name} of {path}: reading failed ({error.strerror}); "
+            "expected the file that was read before. Put it back and try again."
+        ) from error
+    if len(raw) != info.n_bytes:
+        raise GgufFileError(
+            f"Cannot read tensor {info.name} of {path}: the file gave {len(raw)} bytes and "
+            f"{info.n_bytes} were expected; it changed while it was open. Try again."
+        )
+    n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
+    row_bytes = info.shape[-1] // n_block * block_bytes
+    rows = np.frombuffer(raw, np.uint8).reshape(*info.shape[:-1], row_bytes)
+    if info.ggml_type == GGMLQuantizationType.F32:
+        return rows.view("<f4").astype(np.float32)
+    if info.ggml_type == GGMLQuantizationType.F16:
+        return rows.view("<f2").astype(np.float32)
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
+            values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
+    except NotImplementedError as error:
+        raise GgufFileError(
+            f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "
+            "be turned into floats here. Use a file of another quantisation."
+        ) from error
+    return values

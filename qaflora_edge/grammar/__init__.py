@@ -1,0 +1,1 @@
+"""Grammars that answers follow: GBNF, and JSON schemas turned into it."""

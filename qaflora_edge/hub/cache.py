@@ -1,0 +1,113 @@
+"""The Hub's cache on this machine, shared with other tools: looked up, never written here.
+
+    models--OWNER--NAME/refs/REVISION          the commit that a branch or tag was last seen at
+    models--OWNER--NAME/snapshots/COMMIT/FILE  a link to ../../blobs/HASH, or the file itself
+
+The environment variables HF_HOME and HF_HUB_CACHE move it, as for every tool that uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+from qaflora_edge.errors import BundleError
+from qaflora_edge.files import open_input
+from qaflora_edge.formats.bundle_format import (
+    BUNDLE_FILE,
+    MAX_BUNDLE_BYTES,
+    packed_files,
+    parse_bundle,
+)
+from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.formats.json_text import read_json_object
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
+PEFT_INDEX = "adapter_model.safetensors.index.json"
+MAX_INDEX_BYTES = 1 << 24
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def hub_cache_dir() -> Path:
+    """Name the folder that the Hub's own library caches in."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def is_commit(revision: str) -> bool:
+    """Tell whether a revision names one commit for ever."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def cached_snapshot(ref: HubRef) -> Path | None:
+    """The folder of a reference's files in the cache, whole or not; None when there is none."""
+    repo_dir = hub_cache_dir() / f"models--{ref.repo.replace('/', '--')}"
+    commit = ref.revision or "main"
+    if not is_commit(commit):
+        try:
+            commit = (repo_dir / "refs" / commit).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return None
+    snapshot = repo_dir / "snapshots" / commit
+    return snapshot if is_commit(commit) and snapshot.is_dir() else None
+
+
+def pulled_path(text: str) -> Path | None:
+    """Where a reference's files are, when all of them are here; else None.
+
+    A bundle and a PEFT adapter are folders, anything else is one GGUF file.
+    """
+    ref = parse_hub_ref(text)
+    snapshot = cached_snapshot(ref)
+    if snapshot is None:
+        return None
+    if ref.file:
+        path = snapshot / ref.file
+        return path if path.is_file() else None
+    if (snapshot / BUNDLE_FILE).is_file():
+        return snapshot if _is_whole_bundle(snapshot) else None
+    if (snapshot / PEFT_CONFIG).is_file():
+        return snapshot if _is_whole_peft(snapshot) else None
+    files = list(snapshot.rglob("*.gguf"))
+    return files[0] if len(files) == 1 and files[0].is_file() else None
+
+
+def link_roots(folder: Path) -> tuple[Path, ...]:
+    """Where links in a folder may lead to besides itself.
+
+    Nowhere, unless it is a snapshot in the Hub's cache: its files are links into that cache.
+    """
+    snapshot = folder.absolute()
+    if snapshot.parent.name != "snapshots" or not is_commit(snapshot.name):
+        return ()
+    repo_dir, cache = snapshot.parents[1], hub_cache_dir()
+    with contextlib.suppress(OSError):
+        if repo_dir.name.startswith("models--") and repo_dir.parent.samefile(cache):
+            return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
+    return ()
+
+
+def _is_whole_bundle(snapshot: Path) -> bool:
+    try:
+        with open_input(snapshot / BUNDLE_FILE) as file:
+            text = parse_bundle(file.read(MAX_BUNDLE_BYTES + 1), BUNDLE_FILE)
+    except (OSError, BundleError):
+        return False
+    return all((snapshot / name).is_file() for name in packed_files(text))
+
+
+def _is_whole_peft(snapshot: Path) -> bool:
+    if any((snapshot / name).is_file() for name in PEFT_WEIGHTS):
+        return True
+    try:
+        with open_input(snapshot / PEFT_INDEX) as file:
+            shards = read_json_object(file.read(MAX_INDEX_BYTES)).get("weight_map")
+    except (OSError, ValueError):
+        return False
+    return isinstance(shards, dict) and all(
+        isinstance(name, str) and (snapshot / name).is_file() for name in shards.values()
+    )

@@ -1,0 +1,147 @@
+"""Talk with the Hub through its own library: its listings, its progress, its failures.
+
+The library brings the token (HF_TOKEN, or what `hf auth login` stored), the endpoint, retries and
+the cache; it is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
+from qaflora_edge.files import is_disk_full
+from qaflora_edge.formats.hub_ref import HubRef
+
+Report = Callable[[int], None]  # bytes done
+
+LIST_TIMEOUT_SECONDS = 30
+_TOKEN_ADVICE = "give a token that may read it, with `hf auth login` or in HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository; sha256 for large files, git_sha1 for the others."""
+
+    name: str
+    size_bytes: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+@dataclass(frozen=True)
+class HubListing:
+    """The files of a repository at one commit."""
+
+    commit: str
+    files: tuple[HubFile, ...]
+
+    def file(self, name: str) -> HubFile | None:
+        return next((file for file in self.files if file.name == name), None)
+
+
+def list_files(ref: HubRef) -> HubListing:
+    """Ask the Hub what a repository holds at a revision. Raises DownloadError."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"the Hub did not give the list of files of {ref.repo}"):
+        info = HfApi().model_info(
+            ref.repo, revision=ref.revision, files_metadata=True, timeout=LIST_TIMEOUT_SECONDS
+        )
+    if not info.sha:
+        raise DownloadError(
+            f"the Hub did not say which commit of {ref.repo} it lists; expected one. Try again."
+        )
+    return HubListing(info.sha, tuple(_hub_file(sibling) for sibling in info.siblings or []))
+
+
+def _hub_file(sibling: Any) -> HubFile:
+    if sibling.lfs:
+        return HubFile(sibling.rfilename, sibling.lfs.size, sibling.lfs.sha256, None)
+    return HubFile(sibling.rfilename, sibling.size or 0, None, sibling.blob_id)
+
+
+@contextlib.contextmanager
+def hub_errors(failure: str, kind: type[RegistryError] = DownloadError) -> Iterator[None]:
+    """Turn whatever the Hub's library raises into an error of ours that says what to do.
+
+    failure  what the Hub did not do, such as "the Hub did not give a.gguf"
+    """
+    try:
+        yield
+    except QafloraError:
+        raise
+    # The library passes on errors of its network library, whose classes changed with its versions.
+    except Exception as error:
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise OutputFileError(
+                f"Cannot store a file of the Hub: the disk is full ({failure}). "
+                "Free some space and try again."
+            ) from error
+        reason, advice = _reason(error)
+        raise kind(f"{failure}: {reason}. {advice}.") from error
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Say what an error of the Hub's library means, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)  # what an upload in a thread failed of
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            "it is gated, and you have no access to it",
+            f"Ask for access on its page, then {_TOKEN_ADVICE}",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "it does not exist, or is private and your token does not open it",
+            f"Check the name; for a private repository {_TOKEN_ADVICE}",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision", "Give a branch, a tag or a commit after @"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return (
+            "HF_HUB_OFFLINE is set, and it is not in the cache",
+            "Unset it, or name what was pulled before",
+        )
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return (
+            f"it refused the token (HTTP {error.response.status_code})",
+            "Check the token with `hf auth whoami`; writing needs a token that may write",
+        )
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 412:
+        return "it was changed meanwhile", "Look at what is there now, and try again"
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, ValueError):  # what was sent is wrong: the Hub says where
+        return " ".join(line.strip() for line in lines if line.strip()), "Correct it and try again"
+    return f"{type(error).__name__}: {lines[0].rstrip('. ')}", "Check the network and try again"
+
+
+def hub_progress(report: Report) -> type[Any]:
+    """Make a silent progress bar for the Hub's library that reports the bytes so far."""
+    from tqdm import tqdm
+
+    done_bytes = 0
+
+    class SilentBar(tqdm):  # type: ignore[type-arg, misc, unused-ignore]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            is_bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "disable": True})
+            self.is_bytes = is_bytes
+            self.count(options.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.count(n or 0)
+            return None
+
+        def count(self, n_bytes: float) -> None:
+            nonlocal done_bytes
+            if self.is_bytes:
+                done_bytes += int(n_bytes)
+                report(done_bytes)
+
+    return SilentBar

@@ -1,0 +1,338 @@
+"""Fetch a bundle, an adapter or a single GGUF file from the Hugging Face Hub.
+
+Without a folder of the user's it goes to the Hub's own cache, which other tools share, and is used
+there. A file gets its name when it is whole; what is whole is not fetched again.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha1, sha256
+from pathlib import Path, PurePosixPath
+
+from qaflora_edge.errors import DownloadError, OutputFileError
+from qaflora_edge.files import HASH_CHUNK_BYTES, cache_dir, safe_join, sha256_file
+from qaflora_edge.formats.bundle_format import (
+    BUNDLE_FILE,
+    MAX_BUNDLE_BYTES,
+    BundleText,
+    packed_files,
+    parse_bundle,
+)
+from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.hub.cache import (
+    PEFT_CONFIG,
+    PEFT_INDEX,
+    cached_snapshot,
+    hub_cache_dir,
+    is_commit,
+    pulled_path,
+)
+from qaflora_edge.hub.client import HubFile, HubListing, hub_errors, hub_progress, list_files
+from qaflora_edge.hub.download import check_space
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+MAX_FILES = 500
+MAX_BYTES = 64 << 30
+# Fetched beside what a bundle or an adapter is made of.
+DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+PICKLE_FILE = "adapter_model.bin"
+
+
+def fetch_hub(
+    ref: str,
+    to: str | os.PathLike[str] | None = None,
+    *,
+    update: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
+
+    to      a folder that does not exist yet or is empty, of a named GGUF any folder; without it
+            the Hub's cache, and what was pulled there before is given without asking the Hub
+    update  ask the Hub even so, for the newest commit of the branch
+
+    Raises DownloadError when the Hub does not give it, BundleError for a broken bundle.json.
+    """
+    if to is None and not update and (pulled := pulled_path(ref)):
+        return pulled
+    parsed = parse_hub_ref(ref)
+    try:
+        if to is not None:
+            _check_free(ref, parsed, Path(to))
+            return _fetch_into(parsed, list_files(parsed), Path(to), progress)
+        listing = list_files(parsed)
+        path = _fetch(parsed, listing, None, progress)
+        _check_ref(parsed, listing, path)
+        return path
+    except DownloadError as error:
+        raise DownloadError(f"Could not pull {ref}: {error}") from error
+
+
+def fetch_pinned(ref: str, *, progress: Progress | None = None) -> tuple[Path, str]:
+    """Fetch as fetch_hub does; give the path, and the reference with the commit it means here."""
+    path = fetch_hub(ref, progress=progress)
+    parsed = parse_hub_ref(ref)
+    snapshot = cached_snapshot(parsed)
+    assert snapshot is not None  # fetch_hub gave a path in it
+    return path, str(HubRef(parsed.repo, parsed.file, snapshot.name))
+
+
+def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
+    """A single named file may join others; a bundle or an adapter needs a folder of its own."""
+    if folder.exists() and (not folder.is_dir() or (not parsed.file and any(folder.iterdir()))):
+        raise OutputFileError(
+            f"Cannot pull {ref} to {folder}: it exists already and is not an empty folder. "
+            "Name another folder with --to, or remove that one."
+        )
+
+
+def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progress | None) -> Path:
+    """Fetch into a hidden folder beside, and give the folder its name when all is there.
+
+    The hidden one stays when fetching fails, so that the next attempt goes on with its files.
+    """
+    from filelock import FileLock
+
+    folder = folder.absolute()
+    if ref.file and (target := _already_there(ref, listing, folder)):
+        return target
+    partial = folder.parent / f".{folder.name[:100]}.{listing.commit[:12]}.partial"
+    lock = cache_dir() / "locks" / f"pull-{sha256(os.fsencode(folder)).hexdigest()[:16]}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            path = _fetch(ref, listing, partial, progress)
+            shutil.rmtree(partial / ".cache", ignore_errors=True)  # of the Hub's library
+            target = _publish(path, folder)
+            for left_over in folder.parent.glob(
+                f"{glob.escape(f'.{folder.name[:100]}.')}*.partial"
+            ):
+                shutil.rmtree(left_over, ignore_errors=True)
+            return target
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot pull {ref} to {folder}: writing there failed ({error.strerror or error}). "
+            "Check that there is space and that you may write, or name another folder with --to."
+        ) from error
+
+
+def _already_there(ref: HubRef, listing: HubListing, folder: Path) -> Path | None:
+    """The named file in the user's folder, when it is there. Raises when another one is."""
+    (file,) = _choose(ref, listing)
+    target = folder / PurePosixPath(file.name).name
+    if not target.exists():
+        return None
+    problem = _problem(target, file) if target.is_file() else "is a folder"
+    if problem is not None:
+        raise OutputFileError(
+            f"Cannot pull {ref} to {folder}: there is another {target.name}, which {problem}. "
+            "Name another folder with --to, or remove it."
+        )
+    return target
+
+
+def _publish(path: Path, folder: Path) -> Path:
+    if path.is_dir():
+        if folder.is_dir():
+            folder.rmdir()  # it is empty; Windows does not rename onto a folder
+        os.replace(path, folder)
+        return folder
+    folder.mkdir(exist_ok=True)
+    os.replace(path, folder / path.name)
+    return folder / path.name
+
+
+def _fetch(
+    ref: HubRef, listing: HubListing, local_dir: Path | None, progress: Progress | None
+) -> Path:
+    """Fetch what a reference names; give its folder, or its file when it is one GGUF."""
+    wanted, text = _choose(ref, listing), None
+    if any(file.name == BUNDLE_FILE for file in wanted):
+        text = _read_bundle(ref, listing, local_dir)
+        wanted = _choose_packed(ref, listing, text)
+    total_bytes = sum(file.size_bytes for file in wanted)
+    if len(wanted) > MAX_FILES or total_bytes > MAX_BYTES:
+        raise DownloadError(
+            f"it has {len(wanted)} files of {total_bytes} bytes together, over the limits of "
+            f"{MAX_FILES} files and {MAX_BYTES} bytes. Fetch it with another tool."
+        )
+    here = local_dir or cached_snapshot(HubRef(ref.repo, None, listing.commit))
+    missing_bytes = sum(
+        file.size_bytes for file in wanted if here is None or not (here / file.name).is_file()
+    )
+    check_space(_existing(local_dir or hub_cache_dir()), missing_bytes, Path(ref.repo))
+    done_bytes, paths = 0, {}
+    for file in wanted:
+
+        def report(file_bytes: int, start_bytes: int = done_bytes) -> None:
+            if progress is not None:
+                progress(min(start_bytes + file_bytes, total_bytes), total_bytes)
+
+        paths[file.name] = _download(ref, listing.commit, file, local_dir, report)
+        done_bytes += file.size_bytes
+        report(0, done_bytes)
+    path = next(iter(paths.values()))
+    if len(wanted) == 1 and path.suffix == ".gguf":
+        return path
+    name = BUNDLE_FILE if text is not None else PEFT_CONFIG
+    return paths[name].parent
+
+
+def _choose(ref: HubRef, listing: HubListing) -> list[HubFile]:
+    """Choose one GGUF file, bundle.json, or the files of a PEFT adapter."""
+    if ref.file:
+        wanted = [file for file in listing.files if file.name == ref.file]
+    elif bundle := listing.file(BUNDLE_FILE):
+        return [bundle]
+    elif listing.file(PEFT_CONFIG):
+        return _choose_peft(ref, listing)
+    else:
+        wanted = [file for file in listing.files if file.name.endswith(".gguf")]
+    if len(wanted) == 1:
+        return wanted
+    expected = ref.file or f"{BUNDLE_FILE}, {PEFT_CONFIG} or exactly one .gguf file"
+    ggufs = [file.name for file in listing.files if file.name.endswith(".gguf")]
+    raise DownloadError(
+        f"expected {expected} in {ref.repo}; it has {len(listing.files)} files, and its .gguf "
+        f"files are: {', '.join(ggufs[:10]) or 'none'}. Name one file as owner/name/file.gguf."
+    )
+
+
+def _choose_peft(ref: HubRef, listing: HubListing) -> list[HubFile]:
+    weights = [
+        file
+        for file in listing.files
+        if file.name.endswith(".safetensors")
+        and file.name.startswith("adapter")
+        and "/" not in file.name
+    ]
+    if not weights:
+        pickled = f" but {PICKLE_FILE}, a pickle" if listing.file(PICKLE_FILE) else ""
+        raise DownloadError(
+            f"expected adapter_model.safetensors beside {PEFT_CONFIG} in {ref.repo}; there is "
+            f"none{pickled}. Ask its owner to save the adapter as safetensors."
+        )
+    named = [listing.file(name) for name in (PEFT_CONFIG, PEFT_INDEX, *DOCUMENTS)]
+    return weights + [file for file in named if file is not None]
+
+
+def _read_bundle(ref: HubRef, listing: HubListing, local_dir: Path | None) -> BundleText:
+    file = listing.file(BUNDLE_FILE)
+    assert file is not None
+    if file.size_bytes > MAX_BUNDLE_BYTES:
+        raise DownloadError(
+            f"its {BUNDLE_FILE} has {file.size_bytes} bytes, expected at most {MAX_BUNDLE_BYTES}. "
+            "Name another repository."
+        )
+    path = _download(ref, listing.commit, file, local_dir, lambda done_bytes: None)
+    return parse_bundle(path.read_bytes(), f"{BUNDLE_FILE} of {ref.repo}")
+
+
+def _choose_packed(ref: HubRef, listing: HubListing, text: BundleText) -> list[HubFile]:
+    """The files that bundle.json names, which must be the recorded ones, and the documents."""
+    recorded = {adapter.file: adapter.sha256 for adapter in text.adapters}
+    if text.base.file:
+        recorded.setdefault(text.base.file, text.base.sha256)
+    wanted = []
+    for name in packed_files(text):
+        file = listing.file(name)
+        if file is None:
+            raise DownloadError(
+                f"its {BUNDLE_FILE} names {name}, which {ref.repo} does not have. "
+                "Ask its owner to push the bundle again."
+            )
+        if file.sha256 not in (None, recorded[name]):
+            raise DownloadError(
+                f"its {name} has the SHA-256 {file.sha256}, expected {recorded[name]} as its "
+                f"{BUNDLE_FILE} says. Ask its owner to push the bundle again."
+            )
+        wanted.append(file)
+    named = [listing.file(name) for name in (BUNDLE_FILE, *DOCUMENTS)]
+    return wanted + [file for file in named if file is not None]
+
+
+def _download(
+    ref: HubRef, commit: str, file: HubFile, local_dir: Path | None, report: Callable[[int], None]
+) -> Path:
+    """Fetch one file, unless it is here, and compare it with what the Hub lists."""
+    from huggingface_hub import hf_hub_download
+
+    safe_join(local_dir or hub_cache_dir(), file.name)  # a repository's file names are not ours
+    with hub_errors(f"the Hub did not give {file.name} of {ref.repo}"):
+        path = Path(
+            hf_hub_download(
+                ref.repo,
+                file.name,
+                revision=commit,
+                local_dir=local_dir,
+                tqdm_class=hub_progress(report),
+            )
+        )
+    if problem := _problem(path, file):
+        _discard(path)
+        raise DownloadError(f"{file.name}, as it came, {problem}. It was thrown away; try again.")
+    return path
+
+
+def _problem(path: Path, file: HubFile) -> str | None:
+    size_bytes = path.stat().st_size
+    if size_bytes != file.size_bytes:
+        return f"has {size_bytes} bytes, the Hub lists {file.size_bytes}"
+    if file.sha256 is not None:
+        found = sha256_file(path)
+        return None if found == file.sha256 else _other_hash("sha256", found, file.sha256)
+    if file.git_sha1 is not None:
+        found = _git_sha1(path, size_bytes)
+        return None if found == file.git_sha1 else _other_hash("git sha1", found, file.git_sha1)
+    return None
+
+
+def _other_hash(kind: str, found: str, expected: str) -> str:
+    return f"has {kind} {found}, the Hub lists {expected}"
+
+
+def _git_sha1(path: Path, size_bytes: int) -> str:
+    digest = sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _discard(path: Path) -> None:
+    """Remove a wrong file, in the cache the blob that its name links to as well."""
+    target = path.resolve()
+    path.unlink()
+    target.unlink(missing_ok=True)
+
+
+def _check_ref(ref: HubRef, listing: HubListing, path: Path) -> None:
+    """Let the Hub's library note in its cache which commit a branch or tag means."""
+    from huggingface_hub import hf_hub_download
+
+    revision = ref.revision or "main"
+    if is_commit(revision):
+        return
+    name = path.name
+    if path.is_dir():
+        name = BUNDLE_FILE if (path / BUNDLE_FILE).exists() else PEFT_CONFIG
+    elif ref.file:
+        name = ref.file
+    with hub_errors(f"the Hub did not give {revision} of {ref.repo}"):
+        noted = Path(hf_hub_download(ref.repo, name, revision=revision))
+    if noted.absolute() != (path / name if path.is_dir() else path).absolute():
+        raise DownloadError(
+            f"{revision} of {ref.repo} moved while it was fetched, expected it at "
+            f"{listing.commit}. Pull again."
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,0 +1,54 @@
+"""One LoRA as its folder holds it, whoever wrote the folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qaflora_edge.errors import UnsupportedAdapterError
+from qaflora_edge.formats.safetensors_file import F32, StoredTensor
+from qaflora_edge.peft.config import PeftConfig
+
+
+@dataclass(frozen=True)
+class PeftModule:
+    """One projection of an adapter; its delta to the base's weight is scale * B A.
+
+    For an embedding n_in is the vocabulary and the delta is transposed, as in PEFT.
+    `is_transposed`: the file holds A as [n_in, rank] and B as [rank, n_out].
+    """
+
+    name: str
+    rank: int
+    n_in: int
+    n_out: int
+    scale: float
+    is_embedding: bool
+    a: StoredTensor
+    b: StoredTensor
+    is_transposed: bool = False
+
+    def read_a(self, *, transposed: bool = False) -> F32:
+        """returns  [rank, n_in], transposed [n_in, rank]  float32, finite"""
+        return self.a.read(transposed=transposed != self.is_transposed)
+
+    def read_b(self) -> F32:
+        """returns  [n_out, rank]  float32, finite"""
+        return self.b.read(transposed=self.is_transposed)
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A checked folder; the values are read when asked for."""
+
+    folder: Path
+    config: PeftConfig
+    modules: Mapping[str, PeftModule]
+
+
+def check_matrix(tensor: StoredTensor) -> None:
+    """Refuse what is no matrix, such as LoRA on a convolution or on experts."""
+    if len(tensor.shape) != 2 or 0 in tensor.shape:
+        raise UnsupportedAdapterError(
+            f"Cannot use {tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}; "
+            "expected a matrix. Only LoRA on linear layers and embeddings can be represented."
+        )
