@@ -147,8 +147,8 @@ def test_missing_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GgufFileError) as caught:
         create_bundle(tmp_path / "b", tmp_path / "no.gguf", {})
     assert str(caught.value) == (
-        f"The base {tmp_path / 'no.gguf'} does not exist; give a GGUF file, or the name of a "
-        "model from `qaflora models` that was pulled."
+        f"The base {tmp_path / 'no.gguf'} does not exist; give a GGUF file, the name of a "
+        "model from `qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
     )
 
 
