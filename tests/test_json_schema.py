@@ -269,6 +269,8 @@ REFUSED = [
     ({"anyOf": [False]}, "#", "'anyOf' fits nothing"),
     ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "#/oneOf", "a value may fit both 0 and"),
     ({"oneOf": [{"$ref": "#"}, {}]}, "#/oneOf", "a value may fit both 0 and 1"),
+    ({"oneOf": [{"type": [["x"]]}, {}]}, "#/oneOf/0", "'type' is [['x']]; expected of object"),
+    ({"oneOf": [{"type": "object", "required": 5}] * 2}, "#/oneOf/0", "'required' is 5; expected"),
     ({"enum": []}, "#", "'enum' is []; expected a list of values"),
     ({"enum": ["a"], "minLength": 2}, "#", "'minLength' beside const or enum is not supported"),
     ({"enum": ["a"], "type": "null"}, "#", "no value fits type, const and enum"),

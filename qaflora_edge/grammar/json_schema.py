@@ -51,11 +51,6 @@ def json_schema_to_gbnf(schema: Any, *, source: str = "The JSON schema") -> str:
     return _Converter(schema, source).grammar()
 
 
-def json_object_gbnf() -> str:
-    """A grammar of any JSON object."""
-    return json_schema_to_gbnf({"type": "object"})
-
-
 class _Converter:
     """Rules by name; each place in the schema that is visited becomes one or a few."""
 
@@ -93,10 +88,11 @@ class _Converter:
             raise self._fail(place, f"found {_short(schema)}", "expected a schema (an object)")
         keys = set(schema) - _NOTES
         if "$ref" in keys:
-            return self._alone(keys, "$ref", place) or self._reference(schema["$ref"], place, depth)
+            self._check_alone(keys, "$ref", place)
+            return self._reference(schema["$ref"], place, depth)
         for key in ("anyOf", "oneOf", "allOf"):
             if key in keys:
-                self._alone(keys, key, place)
+                self._check_alone(keys, key, place)
                 return self._combined(schema[key], key, place, depth)
         if "const" in keys or "enum" in keys:
             return self._constants(schema, keys, place)
@@ -111,12 +107,11 @@ class _Converter:
         options = [self._typed(kind, schema, place, depth) for kind in kinds]
         return options[0] if len(options) == 1 else f"({' | '.join(options)})"
 
-    def _alone(self, keys: set[str], key: str, place: str) -> str:
+    def _check_alone(self, keys: set[str], key: str, place: str) -> None:
         for other in sorted(keys - {key}):
             raise self._fail(
                 place, f"{key!r} beside {other!r} is not supported", "put them into one schema"
             )
-        return ""
 
     def _kinds(self, schema: Mapping[str, Any], keys: set[str], place: str) -> Sequence[str]:
         """The types a value may have; by its keywords where `type` is missing."""
@@ -178,13 +173,13 @@ class _Converter:
             raise self._fail(place, f"{key!r} is {_short(schemas)}", "expected a list of schemas")
         if key == "allOf" and len(schemas) > 1:
             raise self._fail(place, "'allOf' of several schemas is not supported", "join them")
-        if key == "oneOf":
-            self._check_apart(schemas, place)
         options = [
             self._visit(each, f"{place}/{key}/{i}", depth + 1)
             for i, each in enumerate(schemas)
             if each is not False
         ]
+        if key == "oneOf":  # now that each is known to be a schema
+            self._check_apart(schemas, place)
         if not options:
             raise self._fail(
                 place, f"{key!r} fits nothing", "expected one schema that is not false"
