@@ -133,6 +133,38 @@ def test_tool_that_has_to_be_called_is_called(engine: Engine, choice: Any, names
         assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_each_tool_has_its_own_definitions(engine: Engine) -> None:
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "parameters": {
+                    "type": "object",
+                    "properties": {"x": {"$ref": "#/$defs/n"}, "more": {"$ref": "#"}},
+                    "required": ["x"],
+                    "$defs": {"n": {"enum": values}},
+                },
+            },
+        }
+        for name, values in (("a", [1, 2]), ("b", ["c", "d"]))
+    ]
+    called = set()
+    for seed in range(4):
+        options = {"tool_choice": "required", "temperature": 1.0, "seed": seed, "max_tokens": 150}
+        answer = engine.chat(USER, tools=tools, **options)["choices"][0]["message"]
+        for call in answer.get("tool_calls", ()):
+            function = call["function"]
+            (parameters,) = (
+                tool["function"]["parameters"]
+                for tool in tools
+                if tool["function"]["name"] == function["name"]
+            )
+            jsonschema.validate(json.loads(function["arguments"]), parameters)
+            called.add(function["name"])
+    assert called == {"a", "b"}
+
+
 def test_named_tool_is_always_called(engine: Engine) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
     made = engine.chat(USER, tools=[WEATHER], tool_choice=choice, max_tokens=300)["choices"][0]

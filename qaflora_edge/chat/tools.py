@@ -70,10 +70,10 @@ def _checked(tool: Any) -> dict[str, Any]:
 
 def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
     """One call of one of these tools, with arguments by its schema."""
-    calls, definitions = [], {}
-    for tool in tools:
-        parameters = dict(tool["function"].get("parameters") or {"type": "object"})
-        definitions.update(parameters.get("$defs", {}))
+    calls = []
+    for i, tool in enumerate(tools):
+        parameters = tool["function"].get("parameters") or {"type": "object"}
+        parameters = _moved(parameters, f"#/anyOf/{i}/properties/arguments")
         name = {"const": tool["function"]["name"]}
         calls.append(
             {
@@ -82,9 +82,21 @@ def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
                 "required": ["name", "arguments"],
             }
         )
-    schema = {"anyOf": calls, "$defs": definitions}
-    grammar = json_schema_to_gbnf(schema, source="The parameters of tools")
+    grammar = json_schema_to_gbnf({"anyOf": calls}, source="The parameters of tools")
     return f'root ::= "{BEGIN}\\n" call "\\n{END}"\n' + grammar.replace("root ::=", "call ::=", 1)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references, from `#` on, are read at another place of a larger schema."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved
 
 
 class CallFilter:
