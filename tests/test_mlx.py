@@ -134,15 +134,23 @@ def test_wrong_field_is_named(
 
 def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:
     parameters = {"rank": 4, "alpha": 16.0, "scale": 10.0}
-    folder = write_mlx(tmp_path / "a", lora_parameters=parameters)
+    folder = write_mlx(tmp_path / "a", lora_parameters=parameters, fine_tune_type=None)
     assert refusal(PeftConfigError, folder) == (
         f"Cannot use {folder / 'adapter_config.json'}: lora_parameters.alpha is 16.0 beside scale; "
-        "MLX used it until June 2024 and ignores it since, so the scale cannot be known; expected "
-        "none, or 4 as the rank. Remove alpha if a later version trained the adapter; else "
-        "multiply scale by alpha / rank and remove it."
+        "MLX used it until June 2024 and ignores it since, and without fine_tune_type the scale "
+        "cannot be known; expected none, or 4 as the rank. Remove alpha if a later version trained "
+        "the adapter; else multiply scale by alpha / rank and remove it."
     )
     parameters["alpha"] = 4.0
-    (module,) = read_peft(write_mlx(folder, lora_parameters=parameters)).modules.values()
+    write_mlx(folder, lora_parameters=parameters, fine_tune_type=None)
+    (module,) = read_peft(folder).modules.values()
+    assert module.scale == 10.0
+
+
+def test_alpha_that_mlx_wrote_and_ignored_is_ignored(tmp_path: Path) -> None:
+    """The defaults of mlx_lm.lora from September 2024 to April 2025."""
+    parameters = {"rank": 4, "alpha": 16, "dropout": 0.0, "scale": 10.0}
+    (module,) = read_peft(write_mlx(tmp_path / "a", lora_parameters=parameters)).modules.values()
     assert module.scale == 10.0
 
 

@@ -58,7 +58,7 @@ def read_mlx(folder: Path, fields: Mapping[str, Any]) -> PeftAdapter:
         raise wrong_field(path, "lora_parameters", parameters, "an object with rank and scale")
     rank = check_rank(path, "lora_parameters.rank", parameters.get("rank"))
     scale = check_alpha(path, "lora_parameters.scale", parameters.get("scale"))
-    _check_old_alpha(path, parameters, rank)
+    _check_old_alpha(path, fields, parameters, rank)
     keys = check_names(path, "lora_parameters.keys", parameters.get("keys"))
     config = PeftConfig(
         path=path,
@@ -90,19 +90,22 @@ def _check_plain(path: Path, fields: Mapping[str, Any]) -> None:
         raise wrong_field(path, "fine_tune_type", kind, "'lora'")
 
 
-def _check_old_alpha(path: Path, parameters: Mapping[str, Any], rank: int) -> None:
+def _check_old_alpha(
+    path: Path, fields: Mapping[str, Any], parameters: Mapping[str, Any], rank: int
+) -> None:
     """Refuse a scale that depends on the version that trained the adapter.
 
-    Before mlx-examples 57b16724, June 2024, the factor was scale * alpha / rank; later versions
-    ignore alpha, and a config with it may be of either.
+    Before mlx-lm 57b16724, June 2024, the factor was scale * alpha / rank; later versions ignore
+    alpha, but wrote their default of 16 until 191d81d1, April 2025. fine_tune_type tells them
+    apart: it came in September 2024. A config with alpha and without it may be of either.
     """
     alpha = parameters.get("alpha")
-    if alpha is not None and alpha != rank:
+    if "fine_tune_type" not in fields and alpha is not None and alpha != rank:
         raise PeftConfigError(
             f"Cannot use {path}: lora_parameters.alpha is {alpha!r} beside scale; MLX used it "
-            f"until June 2024 and ignores it since, so the scale cannot be known; expected none, "
-            f"or {rank} as the rank. Remove alpha if a later version trained the adapter; else "
-            "multiply scale by alpha / rank and remove it."
+            f"until June 2024 and ignores it since, and without fine_tune_type the scale cannot be "
+            f"known; expected none, or {rank} as the rank. Remove alpha if a later version trained "
+            "the adapter; else multiply scale by alpha / rank and remove it."
         )
 
 
