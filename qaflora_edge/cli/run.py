@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from qaflora_edge.generate import Generation
 
 MAX_TOKENS, ANSWERS_MAX = 512, 100
-SEED_END = 2**32 - 1
 
 
 @click.command(
@@ -106,7 +102,7 @@ def run(
                 stream_answer(answers[0])
                 click.echo(summary_line(answers[0]), err=True)
         else:
-            answers = _print_answers(engine, tokens, sampling, options.seed, n_answer, as_json)
+            answers = _print_answers(engine, tokens, sampling, n_answer, as_json)
     _check_whole(answers, schema_path or grammar_path)
 
 
@@ -174,17 +170,12 @@ def _tokens(engine: Engine, text: str, system: str | None, options: SharedOption
 
 
 def _print_answers(
-    engine: Engine,
-    tokens: list[int],
-    sampling: dict[str, Any],
-    seed: int | None,
-    n_answer: int,
-    as_json: bool,
+    engine: Engine, tokens: list[int], sampling: dict[str, Any], n_answer: int, as_json: bool
 ) -> list[Generation]:
     """Several answers to a prompt that is weighed and read once, printed as they come."""
     answers: list[Generation] = []
     shown: list[dict[str, Any]] = []
-    for number, answer in enumerate(_generate_all(engine, tokens, sampling, seed, n_answer)):
+    for number, answer in enumerate(engine.answers(tokens, n_answer, **sampling)):
         if as_json:
             shown.append(answer_dict(answer, with_fusion=False))
         else:
@@ -196,21 +187,6 @@ def _print_answers(
     if as_json:
         _print_json({"answers": shown, "fusion": answers[0].fusion.to_dict()})
     return answers
-
-
-def _generate_all(
-    engine: Engine, tokens: list[int], sampling: dict[str, Any], seed: int | None, n_answer: int
-) -> Iterator[Generation]:
-    """Each answer with the next seed; the later ones find weights and prompt in place."""
-    seed = secrets.randbelow(SEED_END) if seed is None else seed
-    first = engine.generate(tokens, seed=seed, **sampling)
-    yield first
-    weights = replace(first.fusion, probe_ms=0.0)  # nothing is probed for them
-    for number in range(1, n_answer):
-        next_seed = (seed + number) % SEED_END
-        yield engine.generate(
-            tokens, weights=weights, keep_history=True, seed=next_seed, **sampling
-        )
 
 
 def _check_whole(answers: list[Generation], path: str | None) -> None:

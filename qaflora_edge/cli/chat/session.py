@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from qaflora_edge.chat.conversation import Conversation, Message, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
+from qaflora_edge.sampling import MAX_SEED
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply
     from qaflora_edge.engine import Engine
     from qaflora_edge.fusion import FusionWeights
     from qaflora_edge.generate import Generation
-
-_N_SEED = 2**32 - 1  # seeds run from 0 to one below it
 
 
 class ChatSession:
@@ -69,7 +68,7 @@ class ChatSession:
         tokens = self.conversation.fit(question, self._tokens, n_ctx - room)
         sampling = dict(self._sampling)
         if self.engine.seed is not None:
-            sampling["seed"] = (self.engine.seed + self._n_retry) % _N_SEED
+            sampling["seed"] = (self.engine.seed + self._n_retry) % MAX_SEED
         return lambda: self.engine.generate(tokens, keep_history=self._keep_history, **sampling)
 
     def conclude(self, question: str, reply: Reply) -> str:
