@@ -18,7 +18,7 @@ from qaflora_edge.cli.heatmap import (
     scale_top,
     terminal_colour,
 )
-from qaflora_edge.cli.show import BLOCKS, layer_ranges, leading_layers
+from qaflora_edge.cli.show import BLOCKS, layer_ranges, leading_layers, paint
 from qaflora_edge.fusion import FusionWeights
 
 HOSTILE = "es\x1b[31m\nred\r\u202eback"
@@ -255,3 +255,10 @@ def test_colour_follows_the_terminal(
     environ: dict[str, str], is_terminal: bool, colour: str
 ) -> None:
     assert terminal_colour(Stream(is_terminal), environ) == colour
+
+
+def test_paint_respects_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert paint("text", "red") == "\x1b[31mtext\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert paint("text", "red") == "text"

@@ -17,7 +17,6 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.cli.show import BLOCKS, strip, strips
 from qaflora_edge.fusion import FusionWeights
 
 PROMPT = "the thing on a ring"
@@ -240,23 +239,6 @@ def test_wrong_usage_is_2(made: TinyBundle, args: tuple[str, ...]) -> None:
 
 
 FUSION = FusionWeights(("math", "es"), np.array([[0, 0.5, 1], [1, 0.5, -1]], np.float32))
-
-
-def test_strip_signs_from_0_to_1() -> None:
-    assert strip([-1.0, 0.0, 0.124, 0.126, 0.99, 1.0, 9.0], BLOCKS) == "▁▁▁▂███"
-    assert strip([0.0, 0.05, 0.15, 0.5, 1.0], "0123456789") == "00159"
-
-
-def test_terminal_without_unicode_gets_digits() -> None:
-    assert "059" in strips(FUSION, "ascii")[0]
-    assert "▁▅█" in strips(FUSION, "utf-8")[0]
-
-
-def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[" in strips(FUSION, "utf-8")[0]
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[" not in strips(FUSION, "utf-8")[0]
 
 
 @pytest.mark.parametrize("suffix", ["svg", "html", "PNG"])

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.formats.gguf_header import read_gguf_header, read_tensor
+from qaflora_edge.formats.gguf_header import read_gguf_header, read_values
 from qaflora_edge.formats.gguf_parse import (
     MAX_ARRAY_LENGTH,
     MAX_HEADER_BYTES,
@@ -70,7 +70,7 @@ def test_header_and_values_equal_those_of_the_gguf_package(
         assert info.shape == tuple(int(dim) for dim in tensor.shape[::-1])
         assert (info.offset, info.n_bytes) == (tensor.data_offset, tensor.n_bytes)
         assert info.ggml_type == tensor.tensor_type
-        values = read_tensor(header, tensor.name)
+        values = read_values(header.path, info)
         assert values.dtype == np.float32
         np.testing.assert_array_equal(values, base.tensors[tensor.name])
     for key, value in header.metadata.items():
@@ -398,7 +398,7 @@ def test_file_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
     with base.path.open("rb+") as file:
         file.truncate(info.offset + 8)
     with pytest.raises(GgufFileError) as caught:
-        read_tensor(header, "output_norm.weight")
+        read_values(header.path, info)
     assert str(caught.value) == (
         f"Cannot read tensor output_norm.weight of {base.path}: the file gave 8 bytes and 256 were "
         "expected; it changed while it was open. Try again."
@@ -408,8 +408,9 @@ def test_file_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
 def test_type_that_cannot_become_floats_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(make(ARCH, entries=(entry("t", [32], 9, 0),), data=bytes(64)))  # Q8_1
+    info = read_gguf_header(path).tensors["t"]
     with pytest.raises(GgufFileError) as caught:
-        read_tensor(read_gguf_header(path), "t")
+        read_values(path, info)
     assert str(caught.value) == (
         f"Cannot read tensor t of {path}: its type Q8_1 cannot be turned into floats here. "
         "Use a file of another quantisation."

@@ -6,7 +6,12 @@ import time
 
 import pytest
 
-from qaflora_edge.formats.json_text import MAX_JSON_DEPTH, MAX_JSON_VALUES, read_json_object
+from qaflora_edge.formats.json_text import (
+    MAX_JSON_DEPTH,
+    MAX_JSON_VALUES,
+    is_unicode,
+    read_json_object,
+)
 
 
 def test_object_is_read_as_the_standard_library_does() -> None:
@@ -46,3 +51,8 @@ def test_many_values_are_refused_before_they_take_memory() -> None:
     with pytest.raises(ValueError, match=f"^{reason}$"):
         read_json_object(data)
     assert time.perf_counter() - start < 1  # nothing was parsed
+
+
+def test_half_a_character_is_no_unicode() -> None:
+    assert is_unicode("\U0001f600 é")
+    assert not is_unicode(read_json_object(b'{"a": "\\ud83d"}')["a"])

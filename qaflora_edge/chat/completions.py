@@ -97,9 +97,8 @@ def _deltas(generation: Generation, has_tools: bool) -> Iterator[tuple[dict[str,
 
 
 def _reason(generation: Generation, calls: list[dict[str, Any]]) -> str | None:
-    return (
-        "tool_calls" if calls and generation.finish_reason == "stop" else (generation.finish_reason)
-    )
+    is_call = bool(calls) and generation.finish_reason == "stop"
+    return "tool_calls" if is_call else generation.finish_reason
 
 
 def _usage(usages: list[dict[str, int]]) -> dict[str, int]:

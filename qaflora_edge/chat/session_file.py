@@ -21,6 +21,7 @@ from qaflora_edge.bundle import read_bundle_text
 from qaflora_edge.chat.conversation import FINISH_REASONS, Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
 from qaflora_edge.files import open_input, write_text_atomic
+from qaflora_edge.formats.json_text import is_unicode
 
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
@@ -106,7 +107,7 @@ def load_session(path: Path) -> Session:
         adapters={name: adapters.text(name) for name in adapters.values},
     )
     in_use = fields.list("adapters")
-    if not all(isinstance(name, str) and _is_text(name) for name in in_use):
+    if not all(isinstance(name, str) and is_unicode(name) for name in in_use):
         fields.fail("adapters", "a list of names", in_use)
     return Session(
         bundle=identity,
@@ -209,7 +210,7 @@ class _Fields:
 
     def text(self, key: str) -> str:
         value = self.values.get(key)
-        if not isinstance(value, str) or not _is_text(value):
+        if not isinstance(value, str) or not is_unicode(value):
             self.fail(key, "a text", value)
         return value
 
@@ -221,15 +222,6 @@ class _Fields:
 
     def object(self, key: str) -> _Fields:
         return _Fields(self.path, self.values.get(key), f"{self._prefix}{key}.")
-
-
-def _is_text(value: str) -> bool:
-    """Whether UTF-8 can write it; JSON's escapes may spell half a character."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _show(value: Any) -> str:

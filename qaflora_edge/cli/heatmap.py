@@ -134,6 +134,11 @@ def scale_top(fusions: Sequence[FusionWeights]) -> float:
     return float(math.ceil(largest - EQUAL))
 
 
+def min_weight(fusions: Sequence[FusionWeights]) -> float:
+    """The lowest weight of all queries."""
+    return min((float(f.weights.min()) for f in fusions if f.weights.size), default=0.0)
+
+
 def ramp_colour(share: float) -> tuple[int, int, int]:
     """RGB at a share of the scale, 0 to 1."""
     at = min(1.0, share) * (len(RAMP) - 1)
@@ -161,7 +166,7 @@ class Pen:
         self._colour = colour
         self._signs = BLOCKS if can_show(BLOCKS, encoding) else ASCII_RAMP
         self.top = scale_top(fusions)
-        self._lowest = min((float(f.weights.min()) for f in fusions if f.weights.size), default=0.0)
+        self._lowest = min_weight(fusions)
         self.dot = self.sign("·", "-")
 
     def sign(self, text: str, instead: str) -> str:

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from qaflora_edge.cli.heatmap import scale_top
+from qaflora_edge.cli.heatmap import min_weight, scale_top
 from qaflora_edge.cli.plot_svg import (
     clean,
     crop,
     facts,
     legend,
-    min_weight,
     panel,
     panel_size,
     unit,

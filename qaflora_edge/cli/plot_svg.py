@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from qaflora_edge.cli.heatmap import TICK, scale_top
+from qaflora_edge.cli.heatmap import TICK, min_weight, scale_top
 from qaflora_edge.cli.show import leading_layers
 
 if TYPE_CHECKING:
@@ -146,11 +146,6 @@ def facts(fusions: Sequence[FusionWeights]) -> str:
     if len(fusions) == 1:
         parts.append(f"{first.prompt_tokens} prompt tokens")
     return ", ".join(parts)
-
-
-def min_weight(fusions: Sequence[FusionWeights]) -> float:
-    """The lowest weight of all queries."""
-    return min((float(f.weights.min()) for f in fusions if f.weights.size), default=0.0)
 
 
 def crop(label: str, n_char: int) -> str:

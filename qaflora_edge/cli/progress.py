@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from qaflora_edge.cli.show import terminal_size
+
 Tell = Callable[[str, int, int], None]
 
 PATIENCE_SECONDS = 1.0  # what is quicker needs no word
@@ -79,7 +81,7 @@ def _tell_seconds(what: str, done: threading.Event) -> None:
     start = time.monotonic()
     if done.wait(PATIENCE_SECONDS):
         return
-    width = _columns() - len(" ... 000 s ")
+    width = terminal_size(sys.stderr)[0] - len(" ... 000 s ")
     label = what if len(what) <= width else f"...{what[-max(1, width - 3) :]}"
     shown = ""
     while True:
@@ -88,10 +90,3 @@ def _tell_seconds(what: str, done: threading.Event) -> None:
         if done.wait(TURN_SECONDS):
             break
     click.echo(f"\r{' ' * len(shown)}\r", nl=False, err=True)
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import InputFileError
+from qaflora_edge.formats.json_text import is_unicode
 
 FILE_BYTES_MAX = 16 << 20
 JSON_SUFFIXES = (".jsonl", ".ndjson")
@@ -107,7 +108,7 @@ def _parse(line: str, where: str) -> Prompt:
             continue
         if not isinstance(value, str) or not value.strip():
             raise _wrong(where, f'"{key}"', _kind(value), "a text that is not empty")
-        if not _is_unicode(value):
+        if not is_unicode(value):
             raise _wrong(where, f'"{key}"', "half of a surrogate pair", "Unicode text")
     return Prompt(found["prompt"], found.get("name"), where)
 
@@ -126,11 +127,3 @@ def _kind(value: Any) -> str:
     return {bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}[
         type(value)
     ]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

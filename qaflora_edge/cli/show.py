@@ -1,17 +1,17 @@
-"""Fusion weights in words and as strips with one sign per layer."""
+"""Fusion weights in words, and what a terminal can show."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 if TYPE_CHECKING:
     from qaflora_edge.fusion import FusionWeights
 
-BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "0123456789"
-COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
+BLOCKS = "▁▂▃▄▅▆▇█"
 EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight
 
 
@@ -22,11 +22,6 @@ def can_show(text: str, encoding: str | None) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def strip(weights: list[float], signs: str) -> str:
-    """One sign per layer: the first for 0, the last for 1 (and beyond)."""
-    return "".join(signs[max(0, min(len(signs) - 1, int(w * len(signs))))] for w in weights)
 
 
 def mean_weights(fusion: FusionWeights) -> dict[str, float]:
@@ -67,18 +62,18 @@ def layer_ranges(layers: list[int], dash: str) -> str:
     return ", ".join(shown) or "none"
 
 
-def strips(fusion: FusionWeights, encoding: str | None) -> list[str]:
-    """A line per adapter: name, mean weight, and a strip over the layers."""
-    signs = BLOCKS if can_show(BLOCKS, encoding) else DIGITS
-    width = max((len(name) for name in fusion.adapters), default=0)
-    rows = zip(mean_weights(fusion).items(), fusion.weights.tolist(), strict=True)
-    return [
-        f"{name:<{width}}  {mean:5.2f}  "
-        + paint(strip(weights, signs), COLOURS[index % len(COLOURS)])
-        for index, ((name, mean), weights) in enumerate(rows)
-    ]
-
-
 def paint(text: str, colour: str) -> str:
     """Colour a text, unless NO_COLOR asks for none; click drops colour off a terminal."""
     return text if os.environ.get("NO_COLOR") else click.style(text, fg=colour)
+
+
+def terminal_size(stream: TextIO) -> tuple[int, int]:
+    """(columns, rows) of the terminal a stream leads to; 80 and 24 where there is none.
+
+    The terminal itself is asked: COLUMNS may be that of another one.
+    """
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stream without a file
+        columns, rows = os.get_terminal_size(stream.fileno())
+        if columns > 0 and rows > 0:
+            return columns, rows
+    return 80, 24

@@ -1,6 +1,6 @@
 """Convert a PEFT folder to an adapter GGUF that stock llama.cpp loads too.
 
-`convert_plan` says where each module goes and `encode` turns its values; here the file is written,
+`plan` says where each module goes and `encode` turns its values; here the file is written,
 one encoded tensor in memory at a time.
 """
 
@@ -135,8 +135,8 @@ def _write(
                 shape = stored_shape(module, side)
                 kind = stored_type(shape[-1], wanted)
                 n_bytes = stored_bytes(module, side, wanted)
-                name = f"{module.base_name}.lora_{side}"
-                writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, kind)
+                tensor = f"{module.base_name}.lora_{side}"
+                writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

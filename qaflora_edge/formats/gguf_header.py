@@ -112,14 +112,6 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     return GgufHeader(**vars(parsed), path=path, size_bytes=size_bytes)
 
 
-def read_tensor(header: GgufHeader, name: str) -> F32:
-    """Read one tensor and dequantise it.
-
-    returns  [*shape]  float32, of the shape that the header gives
-    """
-    return read_values(header.path, header.tensors[name])
-
-
 def read_values(path: Path, info: TensorInfo) -> F32:
     """Read the tensor of a header that was read before.
 

@@ -32,6 +32,15 @@ def read_json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether UTF-8 can write a text; JSON's escapes may spell half a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:

@@ -19,7 +19,7 @@ from qaflora_edge.bundle import load_bundle
 from qaflora_edge.chat.session_file import load_session
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.formats.adapter_gguf import check_adapter, read_adapter_gguf, read_pair
-from qaflora_edge.formats.gguf_header import read_gguf_header, read_tensor
+from qaflora_edge.formats.gguf_header import read_gguf_header, read_values
 from qaflora_edge.formats.safetensors_file import read_safetensors
 from qaflora_edge.grammar.gbnf import check_gbnf
 from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
@@ -223,8 +223,8 @@ def _check_base(folder: Path, place: Path) -> None:
     header = read_gguf_header(folder / "a.gguf")
     counts = (header.n_layer, header.n_embd, header.n_head, header.n_head_kv, header.n_vocab)
     assert min(counts) >= 1
-    for name, info in header.tensors.items():
-        assert read_tensor(header, name).shape == info.shape
+    for info in header.tensors.values():
+        assert read_values(header.path, info).shape == info.shape
 
 
 def _check_bundle(folder: Path, place: Path) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
 from qaflora_edge.cli.chat.signs import has_signs, visible
-from qaflora_edge.cli.show import mean_weights, paint
+from qaflora_edge.cli.show import mean_weights, paint, terminal_size
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply
@@ -191,15 +189,3 @@ def mix_parts(fusion: FusionWeights) -> list[str]:
 
 def one_line(text: str) -> str:
     return " ".join(text.splitlines())
-
-
-def terminal_size(stream: TextIO) -> tuple[int, int]:
-    """(columns, rows) of the terminal a stream leads to; 80 and 24 where there is none.
-
-    The terminal itself is asked: COLUMNS may be that of another one.
-    """
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a stream without a file
-        columns, rows = os.get_terminal_size(stream.fileno())
-        if columns > 0 and rows > 0:
-            return columns, rows
-    return 80, 24
