@@ -16,6 +16,7 @@ from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.architectures import ARCHITECTURES, LayoutError, grouped_rows, rope_rows
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
+from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -181,3 +182,12 @@ def test_architecture_that_gguf_does_not_know_is_named(
         f"Cannot convert an adapter for {base}: the installed gguf package does not know its "
         "architecture 'qwen2'. Install a newer gguf."
     )
+
+
+def test_targets_are_named_as_in_the_file(tmp_path: Path) -> None:
+    tensors = {"blk.0.shortconv.in_proj.weight": (192, 64)}
+    base = write_base(tmp_path / "base.gguf", "lfm2", tensors, 4)
+    folder = write_peft(tmp_path / "a", "model.layers.0.conv.in_proj", 192, 64)
+    converted = convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert converted.targets == ("shortconv.in_proj",)
+    assert read_adapter_gguf(converted.path).targets == converted.targets

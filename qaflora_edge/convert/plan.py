@@ -15,6 +15,7 @@ from qaflora_edge.convert.architectures import (
     Rows,
 )
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
+from qaflora_edge.formats.bypassed import module_kind
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
 
@@ -44,7 +45,7 @@ class PlannedModule:
 
     @property
     def kind(self) -> str:
-        return self.base_name.split(".")[-2]
+        return module_kind(self.base_name)
 
 
 def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[PlannedModule]]:

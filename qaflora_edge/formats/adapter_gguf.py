@@ -20,7 +20,7 @@ from qaflora_edge.errors import (
     GgufFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.formats.bypassed import is_bypassed
+from qaflora_edge.formats.bypassed import is_bypassed, module_kind
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header, read_values
 from qaflora_edge.formats.gguf_parse import Double, TensorInfo, brief
 
@@ -80,7 +80,7 @@ def read_adapter_gguf(path: str | os.PathLike[str]) -> AdapterInfo:
         alpha=_alpha(header),
         rank=max(ranks.values()),
         ranks=ranks,
-        targets=tuple(sorted({_kind(base) for base in pairs})),
+        targets=tuple(sorted({module_kind(base) for base in pairs})),
         tensors=header.tensors,
     )
 
@@ -231,11 +231,6 @@ def _check_type(header: GgufHeader, info: TensorInfo) -> None:
             f"{info.ggml_type.name}; expected F32, F16, BF16 or a quantised type. Convert the "
             "adapter again."
         )
-
-
-def _kind(base_name: str) -> str:
-    """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
-    return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
 
 
 def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None:

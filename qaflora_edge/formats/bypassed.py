@@ -58,12 +58,17 @@ BYPASSED: Mapping[str, tuple[str, ...]] = {
 _NOT_MULTIPLIED = re.compile(r"(conv|conv1d|_norm|rel_b)$|_embd$|^rope_freqs$|^token_types$")
 
 
+def module_kind(base_name: str) -> str:
+    """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
+    return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
+
+
 def is_bypassed(architecture: str, base_name: str) -> bool:
     """Tell whether a LoRA on a tensor of a base would be ignored.
 
     base_name  such as blk.0.attn_q_a.weight
     """
-    kind = re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
+    kind = module_kind(base_name)
     if kind in BYPASSED.get(architecture, ()):
         return True
     return base_name != "token_embd.weight" and _NOT_MULTIPLIED.search(kind) is not None
