@@ -20,9 +20,11 @@ from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, packed_files, parse_bundle
 from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref, parse_repo
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.hub.cache import PEFT_CONFIG, PEFT_INDEX, link_roots
+from qaflora_edge.hub.cache import link_roots
 from qaflora_edge.hub.client import hub_errors, list_files
 from qaflora_edge.hub.pull import DOCUMENTS
+from qaflora_edge.peft.config import CONFIG_FILE
+from qaflora_edge.peft.files import INDEX_FILE
 from qaflora_edge.peft.folder import read_peft
 
 Progress = Callable[[str, int, int], None]  # what is checked, bytes done, bytes in all
@@ -84,7 +86,7 @@ def _collect(
         )
     if path.is_dir():
         adapter = read_peft(path)
-        _check_config(adapter.folder / PEFT_CONFIG)
+        _check_config(adapter.folder / CONFIG_FILE)
         return _peft_files(adapter.folder), lambda: peft_card(adapter, repo)
     info = read_adapter_gguf(path)
     return {path.name: path}, lambda: gguf_card(info, repo)
@@ -131,9 +133,9 @@ def _bundle_files(folder: Path, text: BundleText) -> dict[str, Content]:
 
 
 def _peft_files(folder: Path) -> dict[str, Content]:
-    names = [PEFT_CONFIG, *(path.name for path in sorted(folder.glob("adapter*.safetensors")))]
-    if (folder / PEFT_INDEX).exists():
-        names.append(PEFT_INDEX)
+    names = [CONFIG_FILE, *(path.name for path in sorted(folder.glob("adapter*.safetensors")))]
+    if (folder / INDEX_FILE).exists():
+        names.append(INDEX_FILE)
     return {name: folder / name for name in names} | _documents(folder)
 
 

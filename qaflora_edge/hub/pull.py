@@ -14,7 +14,7 @@ from hashlib import sha1, sha256
 from pathlib import Path, PurePosixPath
 
 from qaflora_edge.errors import DownloadError, OutputFileError
-from qaflora_edge.files import HASH_CHUNK_BYTES, cache_dir, safe_join, sha256_file
+from qaflora_edge.files import cache_dir, safe_join, sha256_file
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
@@ -24,15 +24,15 @@ from qaflora_edge.formats.bundle_format import (
 )
 from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
 from qaflora_edge.hub.cache import (
-    PEFT_CONFIG,
-    PEFT_INDEX,
     cached_snapshot,
     hub_cache_dir,
     is_commit,
     pulled_path,
 )
 from qaflora_edge.hub.client import HubFile, HubListing, hub_errors, hub_progress, list_files
-from qaflora_edge.hub.download import check_space
+from qaflora_edge.hub.download import check_space, read_chunks
+from qaflora_edge.peft.config import CONFIG_FILE
+from qaflora_edge.peft.files import INDEX_FILE, PICKLE_FILE, WEIGHTS_FILE
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -40,7 +40,6 @@ MAX_FILES = 500
 MAX_BYTES = 64 << 30
 # Fetched beside what a bundle or an adapter is made of.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
-PICKLE_FILE = "adapter_model.bin"
 
 
 def fetch_hub(
@@ -180,7 +179,7 @@ def _fetch(
     path = next(iter(paths.values()))
     if len(wanted) == 1 and path.suffix == ".gguf":
         return path
-    name = BUNDLE_FILE if text is not None else PEFT_CONFIG
+    name = BUNDLE_FILE if text is not None else CONFIG_FILE
     return paths[name].parent
 
 
@@ -190,13 +189,13 @@ def _choose(ref: HubRef, listing: HubListing) -> list[HubFile]:
         wanted = [file for file in listing.files if file.name == ref.file]
     elif bundle := listing.file(BUNDLE_FILE):
         return [bundle]
-    elif listing.file(PEFT_CONFIG):
+    elif listing.file(CONFIG_FILE):
         return _choose_peft(ref, listing)
     else:
         wanted = [file for file in listing.files if file.name.endswith(".gguf")]
     if len(wanted) == 1:
         return wanted
-    expected = ref.file or f"{BUNDLE_FILE}, {PEFT_CONFIG} or exactly one .gguf file"
+    expected = ref.file or f"{BUNDLE_FILE}, {CONFIG_FILE} or exactly one .gguf file"
     ggufs = [file.name for file in listing.files if file.name.endswith(".gguf")]
     raise DownloadError(
         f"expected {expected} in {ref.repo}; it has {len(listing.files)} files, and its .gguf "
@@ -215,10 +214,10 @@ def _choose_peft(ref: HubRef, listing: HubListing) -> list[HubFile]:
     if not weights:
         pickled = f" but {PICKLE_FILE}, a pickle" if listing.file(PICKLE_FILE) else ""
         raise DownloadError(
-            f"expected adapter_model.safetensors beside {PEFT_CONFIG} in {ref.repo}; there is "
+            f"expected {WEIGHTS_FILE} beside {CONFIG_FILE} in {ref.repo}; there is "
             f"none{pickled}. Ask its owner to save the adapter as safetensors."
         )
-    named = [listing.file(name) for name in (PEFT_CONFIG, PEFT_INDEX, *DOCUMENTS)]
+    named = [listing.file(name) for name in (CONFIG_FILE, INDEX_FILE, *DOCUMENTS)]
     return weights + [file for file in named if file is not None]
 
 
@@ -299,9 +298,8 @@ def _other_hash(kind: str, found: str, expected: str) -> str:
 
 def _git_sha1(path: Path, size_bytes: int) -> str:
     digest = sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
+    for chunk in read_chunks(path):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -321,7 +319,7 @@ def _check_ref(ref: HubRef, listing: HubListing, path: Path) -> None:
         return
     name = path.name
     if path.is_dir():
-        name = BUNDLE_FILE if (path / BUNDLE_FILE).exists() else PEFT_CONFIG
+        name = BUNDLE_FILE if (path / BUNDLE_FILE).exists() else CONFIG_FILE
     elif ref.file:
         name = ref.file
     with hub_errors(f"the Hub did not give {revision} of {ref.repo}"):

