@@ -32,7 +32,7 @@ OUT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
 # What the measured process runs: argv is a request. VmHWM knows no parent's peak; ru_maxrss does.
 CHILD = """
 import json, re, resource, sys, time
-from qaflora_edge.convert import convert_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 def peak():
     try:
         status = open("/proc/self/status").read()

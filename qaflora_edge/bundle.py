@@ -60,7 +60,7 @@ class Bundle:
 def load_bundle(folder: Path) -> Bundle:
     """Read a bundle, find its base, and compare every file with its record.
 
-    A file is hashed when this state of it (see checksums.py) was not hashed before.
+    A file is hashed when this state of it (see formats.checksums) was not hashed before.
 
     Raises BundleError for a wrong description or folder, ChecksumError for a file that is not
     the recorded one, AdapterMismatchError for an adapter of another base.
