@@ -105,7 +105,7 @@ def measure(folder: Path, runs: int, outtype: str, verify: bool) -> list[dict[st
     request = [folder / "adapter", folder / "base.gguf", folder / "out.gguf", outtype, verify]
     command = [sys.executable, "-c", CHILD, *map(str, request)]
     return [
-        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         for _ in range(runs)
     ]
 

@@ -28,6 +28,7 @@ _PREFIXES = {
 }
 _EXPERT = re.compile(r"\.experts?(\.|$)")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,9})\.")
+_BLOCK = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def _check_biases(adapter: PeftAdapter, header: GgufHeader) -> None:
 
 
 def _tensor_names(header: GgufHeader) -> gguf.TensorNameMap:
-    """Give gguf's map from HF's names to those of the base's tensors."""
+    """Give gguf's map from HF's names to those of the base's tensors, of block 0 for all blocks.
+
+    That of all blocks would take megabytes.
+    """
     model_arch = next(
         (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None
     )
@@ -117,7 +121,19 @@ def _tensor_names(header: GgufHeader) -> gguf.TensorNameMap:
             f"Cannot convert an adapter for {header.path}: the installed gguf package does not "
             f"know its architecture {header.architecture!r}. Install a newer gguf."
         )
-    return gguf.get_tensor_name_map(model_arch, header.n_layer)
+    return gguf.get_tensor_name_map(model_arch, 1)
+
+
+def tensor_name(name_map: gguf.TensorNameMap, n_layer: int, hf_name: str) -> str | None:
+    """Look HF's name up in the map of block 0; None for an unknown one."""
+    block = _BLOCK.search(hf_name)
+    if block is None:
+        name: str | None = name_map.get_name(hf_name)
+        return name
+    if int(block[0]) >= n_layer:
+        return None
+    name = name_map.get_name(f"{hf_name[: block.start()]}0{hf_name[block.end() :]}")
+    return name and name.replace("blk.0.", f"blk.{block[0]}.", 1)
 
 
 def _place(
@@ -153,7 +169,7 @@ def _mapped(
     """Give the name of a module's tensor, such as blk.0.attn_q."""
     for hf_name in _spellings(module.name):
         # Some of gguf's maps leave out a head that is tied, and adapters of it fit nevertheless.
-        name: str | None = name_map.get_name(hf_name) or {"lm_head": "output"}.get(hf_name)
+        name = tensor_name(name_map, header.n_layer, hf_name) or {"lm_head": "output"}.get(hf_name)
         if name:
             return name
     raise _unknown_module(adapter, module, header)
