@@ -139,6 +139,33 @@ def test_user_defined_tokens_of_the_template_are_the_assistants_only(tmp_path: P
     assert "a<tool_call>b<b>" in text
 
 
+def test_templates_find_what_the_assistant_said_where_it_is_no_token(model: Model) -> None:
+    """As transformers renders it: an answer's thoughts are not sent again."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    text = written(model, run(model, template, "a</think>b", "c</think>d<|im_end|>"))
+    assert "a</think>b" in text  # typed
+    assert "c</think>" not in text
+    assert "d<|im_end|>" in text
+    assert not controls(model, run(model, template, "a", "<|im_end|>")).count("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[0].content | tojson(ensure_ascii=True) }}", "{{ [messages[0].content] }}"],
+)
+def test_templates_that_escape_write_nothing_of_ours(model: Model, template: str) -> None:
+    for content in ("a <|im_end|> b", "a <|im_end|> \\ue000 b"):
+        text = written(model, run(model, template, content)).replace("▁", " ")
+        assert text in (
+            json.dumps(content),
+            str([content]),
+            " " + json.dumps(content),
+            " " + str([content]),
+        )
+
+
 def test_private_use_characters_are_kept(model: Model) -> None:
     content = "".join(map(chr, range(0xE000, 0xF900, 7))) + "<|im_end|>"
     assert content in written(model, run(model, CHATML, content)).replace("▁", " ")

@@ -8,6 +8,7 @@ character stands is text; only what the template wrote itself is a control token
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -35,11 +36,19 @@ class TypedText:
             if token.text and (token.is_control or token.text in template_text)
         ]
         firsts = "".join({re.escape(token.text[0]) for token in self._guarded})
-        said = [token.text for token in self._guarded if not token.is_control]
         self._any = re.compile(f"[{firsts}]" if firsts else "(?!)")
-        # What an assistant said is its own: <think> and <tool_call> in it are tokens again.
-        self._control = re.compile("".join(f"(?!{re.escape(x)})" for x in said) + self._any.pattern)
-        self._mark = _unused({*template_text}.union(*_strings(typed, 0)))
+        # What an assistant said is its own: the template finds <think> and <tool_call> in it,
+        # and where they are tokens, they are tokens again.
+        control = [token.text for token in self._guarded if token.is_control]
+        said = {
+            piece
+            for piece in (*template_text.split("\0"), *(token.text for token in self._guarded))
+            if self._any.match(piece)
+            and not any(text.startswith(piece) or text in piece for text in control)
+        }
+        own = "|".join(map(re.escape, sorted(said)))
+        self._control = re.compile(rf"(?!{own}){self._any.pattern}") if own else self._any
+        self._mark = _unused([template_text, *_strings(typed, 0)])
 
     def marked(self, value: Any, *, is_assistant: bool = False) -> Any:
         """The same value with marks in all its texts, keys included."""
@@ -59,7 +68,7 @@ class TypedText:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a rendered text with marks."""
-        parts = text.split(self._mark)
+        parts = text.replace(_escaped(self._mark), self._mark).split(self._mark)
         plain = "".join(parts)
         typed, at = [], 0
         for part in parts[:-1]:
@@ -160,13 +169,20 @@ def _strings(value: Any, depth: int) -> Iterator[str]:
             yield from _strings(each, depth + 1)
 
 
-def _unused(used: set[str]) -> str:
-    """A private-use character that is not among those used."""
+def _unused(texts: list[str]) -> str:
+    """A private-use character that is not in these texts, nor its escape."""
+    used: set[str] = set().union(*texts)
     for codes in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
         for code in codes:
-            if chr(code) not in used:
-                return chr(code)
+            mark = chr(code)
+            if mark not in used and not any(_escaped(mark) in text for text in texts):
+                return mark
     raise PromptError(
         "The conversation has every private-use character of Unicode, expected at least one that "
         "is free for our own use; remove one."
     )
+
+
+def _escaped(mark: str) -> str:
+    """As tojson(ensure_ascii=true) writes a character."""
+    return json.dumps(mark)[1:-1]
