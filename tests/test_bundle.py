@@ -244,8 +244,9 @@ def test_a_damaged_adapter_is_named_by_its_own_path(tmp_path: Path) -> None:
         create_bundle(sources.folder, sources.base.path, {"a": damaged})
 
 
+# A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
 STOPPED_HALFWAY = """
-import sys, time
+import signal, sys, time
 import qaflora_edge.authoring.create as bundle_create
 from qaflora_edge.cli import main
 
@@ -253,6 +254,7 @@ def wait(*args):
     print("halfway", flush=True)
     time.sleep(60)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 bundle_create.measure_typical = wait
 main(sys.argv[1:])
 """
