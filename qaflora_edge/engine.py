@@ -201,8 +201,7 @@ class Engine:
             )
         rows = [row for row, name in enumerate(self._loaded) if name in names]
         with self._lifetime.in_use():
-            adapters = tuple(self._loaded[row] for row in rows)
-            self._weigher = replace(self._weigher, adapters=adapters)
+            self._weigher = replace(self._weigher, adapters=tuple(self._loaded[i] for i in rows))
             self._probe.use(rows)
 
     def use_strategy(self, strategy: str) -> None:

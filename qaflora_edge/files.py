@@ -86,7 +86,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _create_beside(path: Path) -> tuple[Path, int | None]:
-    """Make the temporary file. returns  it, and a handle that locks it while it is written"""
+    """Make the temporary file; give it, and a handle that locks it while it is written."""
     name = f".tmp-{secrets.token_hex(6)}-{_short_name(path)}"
     temporary = path.parent / name
     if path.is_dir():

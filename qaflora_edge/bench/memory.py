@@ -131,6 +131,7 @@ def _state_bytes(context: Context) -> int:
 
 
 def main() -> None:
+    """Answer the request on stdin."""
     try:
         measured = _measure(json.load(sys.stdin))
     except QafloraError as error:

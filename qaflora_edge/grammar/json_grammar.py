@@ -41,6 +41,7 @@ JSON_RULES = {
 
 
 def joined(parts: list[str]) -> str:
+    """Expressions one after another, with commas between them."""
     return ' "," ws '.join(f"{part} ws" for part in parts)
 
 

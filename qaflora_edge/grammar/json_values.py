@@ -7,6 +7,7 @@ from typing import Any
 
 
 def is_of(value: Any, kind: str) -> bool:
+    """Whether a value is of a JSON schema's type."""
     if kind == "integer":
         return isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
     if kind == "number":

@@ -177,6 +177,7 @@ def _brief(value: object) -> str:
 
 
 def wrong_field(path: Path, field: str, found: object, expected: str) -> PeftConfigError:
+    """The error for a field with a value that it cannot have."""
     what = "missing" if found is None else _brief(found)
     return PeftConfigError(
         f"Cannot use {path}: {field} is {what}; expected {expected}. "
@@ -192,12 +193,14 @@ def _flag(path: Path, fields: Mapping[str, Any], field: str) -> bool:
 
 
 def check_rank(path: Path, field: str, value: object) -> int:
+    """Give a rank. Raises PeftConfigError for what is none, as the other checks here do."""
     if type(value) is int and 1 <= value <= MAX_RANK:
         return value
     raise wrong_field(path, field, value, f"a whole number from 1 to {MAX_RANK}")
 
 
 def check_alpha(path: Path, field: str, value: Any) -> float:
+    """Give an alpha, or a scale, that a float32 holds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # A GGUF keeps alpha as a float32, and 0 would mean "no scale" there.
     if is_number and MIN_ALPHA <= abs(value) <= MAX_ALPHA:
@@ -285,6 +288,7 @@ def _bias(path: Path, fields: Mapping[str, Any]) -> str:
 
 
 def check_name(path: Path, field: str, value: object) -> str | None:
+    """Give a name; None where there is none."""
     if value is not None and not isinstance(value, str):
         raise wrong_field(path, field, value, "a name")
     return value

@@ -101,7 +101,10 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         with open_input(path) as file:
             data = file.read(MAX_INDEX_BYTES + 1)
     except OSError as error:
-        raise InputFileError(f"Cannot read {path}: {error.strerror}. Check the file.") from error
+        raise InputFileError(
+            f"Cannot read {path}: opening or reading it failed ({error.strerror}); expected the "
+            "list of the adapter's files. Check that you may read it."
+        ) from error
     if len(data) > MAX_INDEX_BYTES:
         _fail_index(path, "its length", "too large", f"at most {MAX_INDEX_BYTES} bytes")
     try:

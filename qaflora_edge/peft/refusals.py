@@ -8,6 +8,7 @@ MERGE = "Merge the adapter into its base, or train a plain LoRA."
 
 
 def is_set(value: object) -> bool:
+    """Tell whether a field asks for something."""
     return value not in (None, False, "", [], {})
 
 

@@ -188,4 +188,5 @@ def mix_parts(fusion: FusionWeights) -> list[str]:
 
 
 def one_line(text: str) -> str:
+    """A text with spaces in place of line ends."""
     return " ".join(text.splitlines())
