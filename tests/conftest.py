@@ -1,6 +1,7 @@
 """Shared fixtures. Nothing here loads a library or fetches a file before a test asks for it."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from qaflora_edge.hub import registry
 def pytest_configure() -> None:
     """Keep the checkout off the path of `python -c` that a test runs, as it is off ours.
 
-    The cache of the user serves the tests; other settings of theirs would change them.
+    The cache of the user serves the tests; other settings of theirs would change them. A shell lets
+    what it starts in the background ignore Ctrl-C, and so would all that the tests start.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["QAFLORA_CACHE"] = str(cache_dir())
     os.environ["QAFLORA_CONFIG"] = os.devnull
