@@ -13,6 +13,7 @@ from tiny import write_tiny_base
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
 from qaflora_edge.grammar.gbnf import check_gbnf
+from qaflora_edge.grammar.json_grammar import FORMATS
 from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
 from qaflora_edge.sampling import Sampler, Sampling
 
@@ -91,13 +92,16 @@ class Draw:
                 {"type": "string"},
                 {"type": "string", "minLength": low},
                 {"type": "string", "minLength": low, "maxLength": low + self.random.randrange(5)},
-                {"type": "string", "format": self.random.choice(["date", "time", "uuid"])},
+                {"type": "string", "format": self.random.choice(sorted(FORMATS))},
+                {"type": "string", "format": "unknown", "x-order": 1, "nullable": True},
                 {"maxLength": 3, "type": "string"},
             ]
         )
 
     def _number(self, depth: int) -> Any:
-        return self.random.choice([{"type": "number"}, {"type": "number", "minimum": 0}])
+        bounds = self._integer(depth)
+        keys = self.random.sample(sorted(set(bounds) - {"type"}), self.random.randrange(3))
+        return {"type": "number", "format": "double"} | {key: bounds[key] for key in keys}
 
     def _integer(self, depth: int) -> Any:
         low = self.random.choice([0, 1, 7, 99, -5, -120, 12345, -(10**15)])
@@ -210,6 +214,41 @@ def test_integer_ranges_are_exact(model: Model) -> None:
             assert is_taken(model, grammar, str(number)) == (low <= number <= high), (low, high)
 
 
+def test_number_ranges_are_exact(model: Model) -> None:
+    """Numbers around the bounds are taken exactly when jsonschema finds them valid."""
+    draw = random.Random(7)
+    for _ in range(12):
+        low = draw.randint(-12, 11)
+        schema = {
+            "type": "number",
+            draw.choice(["minimum", "exclusiveMinimum"]): low,
+            draw.choice(["maximum", "exclusiveMaximum"]): low + draw.randint(1, 12),
+        }
+        del schema[draw.choice(["type", *schema])]
+        schema["type"] = "number"
+        grammar = json_schema_to_gbnf(schema)
+        bounds = {bound for key, bound in schema.items() if key != "type"} | {0}
+        for bound in bounds:
+            for text in (
+                f"{bound + i}{end}" for i in range(-2, 3) for end in ("", ".0", ".5", ".01")
+            ):
+                number = float(text)
+                is_valid = jsonschema.Draft202012Validator(schema).is_valid(number)
+                if number != 0 or not text.startswith("-"):
+                    assert is_taken(model, grammar, text) == is_valid, (schema, text)
+
+
+@pytest.mark.parametrize("digits", [1, 5, 9, 14, 15])
+def test_no_fraction_is_rounded_onto_a_bound(model: Model, digits: int) -> None:
+    high = 10**digits
+    grammar = json_schema_to_gbnf({"type": "number", "exclusiveMaximum": high})
+    text = f"{high - 1}."
+    while is_taken(model, grammar, f"{text}9"):
+        text += "9"
+    assert text[-1] == "9"
+    assert float(text) < high
+
+
 def is_taken(model: Model, grammar: str, text: str) -> bool:
     """Whether the native sampler takes a whole text, token by token."""
     sampler = Sampler(model, Sampling(grammar=grammar))
@@ -235,6 +274,15 @@ def is_taken(model: Model, grammar: str, text: str) -> bool:
         ({"oneOf": [{"type": "null"}, {"type": ["integer", "string"]}]}, "null"),
         ({"type": ["string", "null"], "enum": ["x", 3, None]}, "null"),
         ({"type": "array", "minItems": 1, "maxItems": 2}, "[1, 2]"),
+        ({"type": "string", "format": "path", "maxLength": 5000}, '"a/b"'),
+        (
+            {"type": "string", "format": "uri", "maxLength": 2083},
+            '"https://a-b.example.org/c?d=e#f"',
+        ),
+        ({"type": "string", "format": "email"}, '"first.last+tag@example.org"'),
+        ({"format": "duration", "type": "string"}, '"P3DT4H5M"'),
+        ({"type": "integer", "maximum": 2**53 - 1, "minimum": 1 - 2**53}, "-12"),
+        ({"type": "integer", "format": "int32", "minimum": 1.0}, "1"),
     ],
 )
 def test_good_texts_are_taken(model: Model, schema: Any, text: str) -> None:
@@ -246,20 +294,21 @@ REFUSED = [
     ({"type": "string", "pattern": "^a"}, "#", "the keyword 'pattern' is not supported here"),
     ({"pattern": "a"}, "#", "the keyword 'pattern' is not supported here"),
     ({"type": "number", "multipleOf": 2}, "#", "the keyword 'multipleOf' is not supported here"),
-    ({"type": "number", "maximum": 2}, "#", "the keyword 'maximum' is not supported here"),
-    ({"type": "number", "minimum": 2}, "#", "minimum of a number is not supported"),
+    ({"type": "number", "maximum": 2.5}, "#", "'maximum' is 2.5; expected a whole number"),
+    ({"type": "number", "minimum": 2, "exclusiveMaximum": 2}, "#", "no number lies between 2"),
+    ({"type": "number", "minimum": True}, "#", "'minimum' is True; expected a whole number"),
+    ({"type": "number", "minimum": 10**16}, "#", "the bound 10000000000000000; expected one"),
     ({"type": "array", "uniqueItems": True}, "#", "the keyword 'uniqueItems' is not supported"),
     ({"type": "array", "contains": {}}, "#", "the keyword 'contains' is not supported here"),
     ({"type": "object", "patternProperties": {}}, "#", "the keyword 'patternProperties' is not"),
     ({"not": {}}, "#", "the keyword 'not' is not supported here"),
     ({"if": {}, "then": {}}, "#", "the keyword 'if' is not supported here"),
     ({"properties": {"a": {"type": "text"}}}, "#/properties/a", "'type' is 'text'; expected of"),
-    ({"items": {"format": "email"}}, "#/items", "'format' is 'email'; expected of date, time"),
-    ({"type": "string", "format": "date", "minLength": 3}, "#", "'format' beside a length"),
-    ({"type": "array", "maxItems": 9999}, "#", "'maxItems' is 9999; expected a number from 0"),
+    ({"format": "date", "maxLength": 9}, "#", "'format' is 'date', of 10 to 10 characters, beside"),
+    ({"type": "array", "minItems": 9999}, "#", "'minItems' is 9999; expected a number from 0"),
     ({"type": "array", "minItems": True}, "#", "'minItems' is True; expected a number from 0"),
     ({"type": "string", "minLength": 3, "maxLength": 2}, "#", "'minLength' is 3, 'maxLength' is"),
-    ({"type": "integer", "minimum": 0.5}, "#", "'minimum' is 0.5; expected an integer within"),
+    ({"type": "integer", "minimum": 0.5}, "#", "'minimum' is 0.5; expected a whole number"),
     ({"type": "integer", "minimum": 3, "maximum": 2}, "#", "no integer lies from 3 to 2"),
     ({"$ref": "https://example.org/s"}, "#", "'$ref' is 'https://example.org/s'; expected a place"),
     ({"$ref": "#/$defs/x"}, "#", "'$ref' is '#/$defs/x'; expected a place that exists"),

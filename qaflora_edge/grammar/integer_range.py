@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _N_DIGIT = 16
+LARGEST = 10**_N_DIGIT - 1
 
 
 def integer_range(low: int | None, high: int | None) -> str:
@@ -10,19 +11,18 @@ def integer_range(low: int | None, high: int | None) -> str:
 
     low <= high where both are given, and both within 16 digits.
     """
-    limit = 10**_N_DIGIT - 1
-    low = -limit if low is None else low
-    high = limit if high is None else high
+    low = -LARGEST if low is None else low
+    high = LARGEST if high is None else high
     options = []
     if low < 0:
-        magnitudes = _naturals(max(1, -high), -low)
+        magnitudes = naturals(max(1, -high), -low)
         options.append(f'"-" ({magnitudes})')
     if high >= 0:
-        options.append(_naturals(max(0, low), high))
+        options.append(naturals(max(0, low), high))
     return " | ".join(options)
 
 
-def _naturals(low: int, high: int) -> str:
+def naturals(low: int, high: int) -> str:
     """Alternatives for low to high, each of one number of digits."""
     options = []
     for n_digit in range(len(str(low)), len(str(high)) + 1):

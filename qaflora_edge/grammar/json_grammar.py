@@ -18,11 +18,32 @@ _TIME = (
     '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,6})? '
     '("Z" | [+-] ([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9])'
 )
+_OCTET = '("25" [0-5] | "2" [0-4] [0-9] | "1" [0-9] [0-9] | [1-9]? [0-9])'
+_LABEL = '[A-Za-z0-9]{1,16} ("-" [A-Za-z0-9]{1,16}){0,2}'
+_HOST = f'{_LABEL} ("." {_LABEL}){{0,2}} "." [A-Za-z]{{2,6}}'
+_COUNT = '("0" | [1-9] [0-9]{0,2})'
+_HOURS = (
+    f'{_COUNT} "H" ({_COUNT} "M")? ({_COUNT} "S")? | {_COUNT} "M" ({_COUNT} "S")? | {_COUNT} "S"'
+)
+# Of each format: its rule, and its least and most characters. Others are notes.
 FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f'{_DATE} "T" {_TIME}',
-    "uuid": r'[0-9a-f]{8} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{12}',
+    "date": (_DATE, 10, 10),
+    "time": (_TIME, 9, 21),
+    "date-time": (f'{_DATE} "T" {_TIME}', 20, 32),
+    "duration": (f'"P" ({_COUNT} "D" ("T" ({_HOURS}))? | "T" ({_HOURS}))', 3, 18),
+    "uuid": (
+        r'[0-9a-f]{8} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{12}',
+        36,
+        36,
+    ),
+    "email": (f'[A-Za-z0-9]{{1,16}} ([._+-] [A-Za-z0-9]{{1,16}}){{0,2}} "@" {_HOST}', 6, 210),
+    "ipv4": (' "." '.join([_OCTET] * 4), 7, 15),
+    "uri": (
+        f'"http" "s"? "://" {_HOST} ("/" [A-Za-z0-9._~-]{{0,40}}){{0,10}} '
+        '("?" [A-Za-z0-9._~=&+-]{1,100})? ("#" [A-Za-z0-9._~-]{1,40})?',
+        11,
+        719,
+    ),
 }
 # Numbers that a float64 holds; strings are written as they are, without needless escapes.
 JSON_RULES = {

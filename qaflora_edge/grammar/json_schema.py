@@ -1,8 +1,9 @@
 """From a JSON schema to a grammar: what follows the grammar is valid under the schema.
 
-Every keyword is either followed or refused by name; none is ignored. The grammar may allow less
-than the schema does (properties come in the schema's order, and only those that are named unless
-additionalProperties is given), never more.
+Every keyword that restricts is either followed or refused by name; notes for readers, unknown
+formats among them, restrict nothing. The grammar may allow less than the schema does (properties
+come in the schema's order, and only those that are named unless additionalProperties is given),
+never more.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from qaflora_edge.grammar.json_grammar import (
     other_key,
 )
 from qaflora_edge.grammar.json_values import are_apart, is_of, is_same
+from qaflora_edge.grammar.number_range import number_range
 
 MAX_DEPTH = 64
-MAX_ITEMS = 1000  # of minItems, maxItems, minLength, maxLength
+MAX_ITEMS = 1000  # of arrays, and characters of strings whose number is bounded
+MAX_BOUND = 10**15  # of numbers
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _NOTES = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
-    | {"$schema", "$id", "$comment", "$defs", "definitions"}
+    | {"$schema", "$id", "$anchor", "$comment", "$defs", "definitions"}
+    | {"contentEncoding", "contentMediaType", "contentSchema"}
+    | {"example", "externalDocs", "discriminator", "nullable", "xml"}  # OpenAPI's
 )
 _KEYWORDS = {
     "object": frozenset({"properties", "required", "additionalProperties"}),
@@ -86,7 +91,7 @@ class _Converter:
             raise self._fail(place, "found false, which nothing fits", "leave it out")
         if not isinstance(schema, Mapping):
             raise self._fail(place, f"found {_short(schema)}", "expected a schema (an object)")
-        keys = set(schema) - _NOTES
+        keys = {key for key in schema if key not in _NOTES and not str(key).startswith("x-")}
         if "$ref" in keys:
             self._check_alone(keys, "$ref", place)
             return self._reference(schema["$ref"], place, depth)
@@ -97,9 +102,9 @@ class _Converter:
         if "const" in keys or "enum" in keys:
             return self._constants(schema, keys, place)
         kinds = self._kinds(schema, keys, place)
-        known = frozenset({"type"}).union(*(_KEYWORDS.get(kind, ()) for kind in kinds))
-        if "number" in kinds:
-            known |= {"minimum"}
+        known = {"type", "format"}.union(
+            *(_KEYWORDS.get("integer" if kind == "number" else kind, ()) for kind in kinds)
+        )
         for key in sorted(keys - known):
             raise self._fail(place, f"the keyword {key!r} is not supported here", "leave it out")
         if kinds == _TYPES:
@@ -297,14 +302,15 @@ class _Converter:
     def _string(self, schema: Mapping[str, Any], place: str) -> str:
         low, high = self._range(schema, "minLength", "maxLength", place)
         form = schema.get("format")
-        if form is not None:
-            if not isinstance(form, str) or form not in FORMATS:
+        if isinstance(form, str) and form in FORMATS:
+            rule, least, most = FORMATS[form]
+            if low > least or (high is not None and high < most):
                 raise self._fail(
-                    place, f"'format' is {_short(form)}", f"expected of {', '.join(FORMATS)}"
+                    place,
+                    f"'format' is {form!r}, of {least} to {most} characters, beside a length",
+                    "leave the length out",
                 )
-            if low or high is not None:
-                raise self._fail(place, "'format' beside a length is not supported", "keep one")
-            return self._name(rf'"\"" {FORMATS[form]} "\""')
+            return self._name(rf'"\"" {rule} "\""')
         if low == 0 and high is None:
             return "string"
         return self._name(rf'"\"" char{{{low},{"" if high is None else high}}} "\""')
@@ -316,54 +322,63 @@ class _Converter:
         for key, value in ((least, low), (most, high)):
             if value is None and key not in schema:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ITEMS:
+            most_here = MAX_ITEMS if key == least else float("inf")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most_here:
                 raise self._fail(
                     place, f"{key!r} is {_short(value)}", f"expected a number from 0 to {MAX_ITEMS}"
                 )
         if high is not None and low > high:
             raise self._fail(place, f"{least!r} is {low}, {most!r} is {high}", "expected no more")
-        return low, high
+        return low, None if high is None else min(high, MAX_ITEMS)
 
     def _integer(self, schema: Mapping[str, Any], place: str) -> str:
-        low, high = (
-            self._bound(schema, *keys, place)
-            for keys in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1))
-        )
+        low, is_above, high, is_below = self._bounds(schema, place)
+        low = low if low is None else low + is_above
+        high = high if high is None else high - is_below
         if low is None and high is None:
             return "integer"
         if low is not None and high is not None and low > high:
             raise self._fail(place, f"no integer lies from {low} to {high}", "widen the range")
         return self._name(integer_range(low, high))
 
-    def _bound(
-        self, schema: Mapping[str, Any], key: str, exclusive: str, step: int, place: str
-    ) -> int | None:
-        bounds = []
-        for name, offset in ((key, 0), (exclusive, step)):
-            if name not in schema:
-                continue
-            value = schema[name]
-            if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 10**15:
-                raise self._fail(
-                    place, f"{name!r} is {_short(value)}", "expected an integer within ±10**15"
-                )
-            bounds.append(value + offset)
-        if not bounds:
-            return None
-        return max(bounds) if step > 0 else min(bounds)
-
     def _number(self, schema: Mapping[str, Any], place: str) -> str:
-        """Numbers of any size, or from 0 on."""
-        bounds = _KEYWORDS["integer"] & set(schema)
-        if not bounds:
+        low, is_above, high, is_below = self._bounds(schema, place)
+        if low is None and high is None:
             return "number"
-        if bounds == {"minimum"} and schema["minimum"] == 0 and schema["minimum"] is not False:
-            return self._name(JSON_RULES["number"].removeprefix('"-"? '))
-        raise self._fail(
-            place,
-            f"{', '.join(sorted(bounds))} of a number is not supported",
-            "expected minimum 0, or an integer",
+        if low is not None and high is not None and low + (is_above or is_below) > high:
+            raise self._fail(place, f"no number lies between {low} and {high}", "widen the range")
+        return self._name(number_range(low, high, is_above=is_above, is_below=is_below))
+
+    def _bounds(
+        self, schema: Mapping[str, Any], place: str
+    ) -> tuple[int | None, bool, int | None, bool]:
+        """Least and most, and whether each of them is out itself; what is wider is cut."""
+        low, is_above = max(self._bound(schema, "Minimum", place), default=(None, False))
+        high, is_below = min(
+            self._bound(schema, "Maximum", place),
+            key=lambda bound: (bound[0], not bound[1]),
+            default=(None, False),
         )
+        if low is not None and low < -MAX_BOUND:
+            low, is_above = -MAX_BOUND, False
+        if high is not None and high > MAX_BOUND:
+            high, is_below = MAX_BOUND, False
+        for value in (low, high):
+            if value is not None and abs(value) > MAX_BOUND:
+                raise self._fail(place, f"the bound {value}", f"expected one within ±{MAX_BOUND}")
+        return low, is_above, high, is_below
+
+    def _bound(self, schema: Mapping[str, Any], name: str, place: str) -> list[tuple[int, bool]]:
+        bounds = []
+        for key, is_out in ((name.lower(), False), (f"exclusive{name}", True)):
+            if key in schema:
+                value = schema[key]
+                if not is_of(value, "integer"):
+                    raise self._fail(
+                        place, f"{key!r} is {_short(value)}", "expected a whole number"
+                    )
+                bounds.append((int(value), is_out))
+        return bounds
 
 
 def _short(value: Any) -> str:
