@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,34 @@ def test_interrupt_is_130(made: TinyBundle) -> None:
     assert result.returncode == 130
     assert result.stdout.endswith("\n")
     assert "Traceback" not in result.stderr
+
+
+STOPPED_WHILE_LOADING = """
+import signal, sys
+from qaflora_edge.backend import library
+from qaflora_edge.cli import main
+
+class Level:
+    count = 0
+
+    def __eq__(self, other):  # in the function that llama.cpp calls to say something
+        Level.count += 1
+        if Level.count == 3:
+            signal.raise_signal(int(sys.argv[1]))
+        return False
+
+library._LOG_LEVEL_ERROR = Level()
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_while_llama_cpp_logs_is_not_lost(made: TinyBundle, number: int, code: int) -> None:
+    args = [str(int(number)), "run", str(made.folder), "the thing", "--max-tokens", "400"]
+    result = subprocess.run(
+        [sys.executable, "-c", STOPPED_WHILE_LOADING, *args], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr.strip()) == (code, "")
 
 
 def test_signs_that_the_terminal_lacks_are_replaced(made: TinyBundle) -> None:

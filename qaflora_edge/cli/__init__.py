@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import sys
-from types import FrameType
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from qaflora_edge import __version__
+from qaflora_edge.cli.signals import signals_unwind
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.files import is_disk_full
 
@@ -68,7 +67,7 @@ class VerbGroup(click.Group):
             from qaflora_edge.cli import complete  # noqa: F401  (tells click of our bash)
         _prepare_streams()
         try:
-            with _termination_unwinds():
+            with signals_unwind():
                 code = super().main(*args, **kwargs)
         except QafloraError as error:
             click.echo(f"Error: {_one_line(str(error))}", err=True)
@@ -122,24 +121,6 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-@contextlib.contextmanager
-def _termination_unwinds() -> Any:
-    """Turn SIGTERM into an exit that removes temporary files on its way."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: its owner decides about signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _leave_quietly() -> None:
