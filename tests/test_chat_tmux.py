@@ -186,6 +186,37 @@ def test_ctrl_c_at_the_prompt_empties_it_and_stays(opened: Open, made: TinyBundl
     window.wait_for("LEFT 0")
 
 
+def test_ctrl_c_at_the_prompt_of_a_plain_chat_stays_too(opened: Open, made: TinyBundle) -> None:
+    window = opened(made.folder, columns=30, TERM="dumb")
+    window.type("not this")
+    window.wait_for("not this")
+    window.key("C-c")
+    window.wait_for("> not this^C >")
+    window.key("C-d")
+    window.wait_for("LEFT 0")
+
+
+@pytest.mark.parametrize("term", ["screen-256color", "dumb"])
+def test_more_ctrl_c_than_an_answer_needs_keep_the_chat(
+    opened: Open, made: TinyBundle, tmp_path: Path, term: str
+) -> None:
+    """They arrive while it ends, between it and the prompt, and at the prompt."""
+    window = opened(made.folder, "--max-tokens", "400", "--ctx", "512", columns=30, TERM=term)
+    n_turn = 6
+    for number in range(1, n_turn + 1):
+        window.type("the thing")
+        window.key("Enter")
+        window.wait_for("> the thing", count=number)
+        for _ in range(8):
+            window.key("C-c")
+        window.wait_for("stopped", count=number)
+    window.type(f"/save {tmp_path / 'talk.json'}")
+    window.key("Enter")
+    window.wait_for(f"{n_turn} turns saved")
+    window.key("C-d")
+    window.wait_for("LEFT 0")
+
+
 def test_keys_typed_during_an_answer_are_there_for_the_next_message(
     opened: Open, made: TinyBundle
 ) -> None:

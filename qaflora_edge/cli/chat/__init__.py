@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,7 +108,7 @@ class _Chat:
     def __init__(self, session: ChatSession, *, is_plain: bool) -> None:
         from qaflora_edge.cli.chat.commands import Commands
 
-        self._session, self._is_plain = session, is_plain
+        self._session = session
         self._view: View
         self._input: PlainInput | TerminalInput
         if is_plain:
@@ -127,6 +127,7 @@ class _Chat:
 
     def run(self, system: str | None, load_path: Path | None) -> None:
         from qaflora_edge.cli.chat.commands import LeaveChat
+        from qaflora_edge.cli.chat.reply import interrupts_call
 
         if load_path is not None:
             self._commands.load_file(load_path)
@@ -135,25 +136,16 @@ class _Chat:
         if sys.stdin.isatty():
             self._view.note(*self._session.title)
             self._view.done()
-        try:
-            while (line := self._read()) is not None:
+        # Whoever presses Ctrl-C once more than an answer needs stays: inputs take it by themselves.
+        stays = interrupts_call(lambda: None) if sys.stdin.isatty() else nullcontext()
+        with stays, suppress(LeaveChat):
+            while (line := self._input.read()) is not None:
                 if line.startswith("/") and not line.startswith("//"):
                     self._commands.run(line.rstrip())
                     self._view.done()
                 elif line.strip():
                     self.ask(line[1:] if line.startswith("//") else line)
                     self._view.done()
-        except LeaveChat:
-            pass
-
-    def _read(self) -> str | None:
-        """The next message or command; Ctrl-C empties the line that is being typed."""
-        while True:
-            try:
-                return self._input.read()
-            except KeyboardInterrupt:
-                if self._is_plain:
-                    raise
 
     def ask(self, question: str, *, is_retry: bool = False) -> bool:
         """Answer a question and tell how; False if it could not be asked."""

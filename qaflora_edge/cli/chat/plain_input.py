@@ -6,6 +6,8 @@ import sys
 
 import click
 
+from qaflora_edge.cli.chat.reply import interrupts_call
+
 
 class PlainInput:
     """Reads lines from stdin; a terminal is shown where to type."""
@@ -16,12 +18,29 @@ class PlainInput:
             sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is told so
 
     def read(self) -> str | None:
-        """The next line, or None at the end of the input."""
-        if self._is_tty:
+        """The next line, or None at the end of the input.
+
+        Ctrl-C takes back the line that is being typed; off a terminal it raises KeyboardInterrupt.
+        """
+        if not self._is_tty:
+            return _line()
+        while True:
             click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            if self._is_tty:
+            try:
+                with interrupts_call(_interrupt):
+                    line = _line()
+            except KeyboardInterrupt:
                 click.echo(err=True)
-            return None
-        return line.removesuffix("\n").removesuffix("\r")
+                continue
+            if line is None:
+                click.echo(err=True)
+            return line
+
+
+def _line() -> str | None:
+    line = sys.stdin.readline()
+    return line.removesuffix("\n").removesuffix("\r") if line else None
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt

@@ -51,11 +51,14 @@ class TerminalInput:
         )
 
     def read(self) -> str | None:
-        """The next message, or None at Ctrl-D. Raises KeyboardInterrupt at Ctrl-C."""
-        try:
-            return self._prompts.prompt("> ")
-        except EOFError:
-            return None
+        """The next message, or None at Ctrl-D. Ctrl-C takes back what is being typed."""
+        while True:
+            try:
+                return self._prompts.prompt("> ")
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return None
 
 
 def _hint() -> AnyFormattedText:
