@@ -264,12 +264,15 @@ def shared_settings(table: str) -> SharedOptions:
     return chosen
 
 
-def origin(row: Setting) -> tuple[Any, str]:
-    """The value of a setting and where it comes from: a variable, the file, or `default`."""
+def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
+    """The value of a setting and where it comes from: a variable, the file, or `default`.
+
+    settings  what the file says, as file_settings gives it
+    """
     for variable in row.variables:
         if value := os.environ.get(variable):
             return value, variable
-    found: Any = file_settings()
+    found: Any = settings
     for part in (row.key or "").split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return (None, "default") if found is None else (found, str(settings_path()))

@@ -21,7 +21,7 @@ def settings(as_json: bool) -> None:
     from qaflora_edge.settings import settings_path
 
     path, found = settings_path(), file_settings()
-    rows = [(row, *origin(row)) for row in all_settings()]
+    rows = [(row, *origin(row, found)) for row in all_settings()]
     if as_json:
         entries = {
             row.key or row.variables[0]: {"value": value, "from": source}
