@@ -209,13 +209,13 @@ def normalise(divergence: ArrayLike) -> F32:
     return np.where(total > 0.0, share, 1.0 / n_adapter).astype(np.float32)
 
 
-def normalise_top(scores: ArrayLike, top: int | None) -> F32:
-    """Weigh each adapter by its share of the `top` largest scores, the others 0.
+def normalise_top(norms: ArrayLike, top: int | None) -> F32:
+    """Weigh each adapter by its share of the `top` largest norms, the others 0.
 
-    scores   [n_adapter]  >= 0
-    returns  [n_adapter]  >= 0, sums to 1; 1/n_adapter each where all scores are 0
+    norms    [n_adapter]  >= 0
+    returns  [n_adapter]  >= 0, sums to 1; 1/n_adapter each where all norms are 0
     """
-    kept = np.asarray(scores, dtype=np.float64).copy()
+    kept = np.asarray(norms, dtype=np.float64).copy()
     if top is not None:
         kept[np.argsort(-kept, kind="stable")[top:]] = 0.0
     return normalise(kept[:, None])[:, 0]

@@ -111,7 +111,7 @@ class Prober:
         self.timings = ProbeTimings(self.timings.forward_ms, float(lens_ms), float(divergence_ms))
         return divergence
 
-    def scores(self, tokens: Sequence[int]) -> F64:
+    def norms(self, tokens: Sequence[int]) -> F64:
         """How much each adapter adds to a late query projection: float64 [n_adapter].
 
         |scale B A x| for the last token's x in one pass of the base alone (after LoGo,
@@ -131,9 +131,9 @@ class Prober:
         self._base.capture_begin()
         n_kept = _n_going_on(self._base, tokens, len(tokens) - 1)
         self._base.decode(tokens[n_kept:], start=n_kept)
-        scores = self._projections.scores(self._base.inputs(0))
+        norms = self._projections.norms(self._base.inputs(0))
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
-        return scores
+        return norms
 
     def _check_finite(self, states: F32) -> None:
         if np.isfinite(states).all():

@@ -28,7 +28,7 @@ class QueryProjections:
         self.layer, name = _last_common(infos, n_layer)
         self._pairs = [read_pair(info, name) for info in infos]
 
-    def scores(self, inputs: F32) -> F64:
+    def norms(self, inputs: F32) -> F64:
         """|scale B A x| of each adapter: float64 [n_adapter].
 
         inputs  [n_layer, n_embd]  x at every layer

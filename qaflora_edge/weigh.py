@@ -95,12 +95,12 @@ class Weigher:
     ) -> FusionWeights:
         """One weight per adapter, the same at every layer; so is what it is made from."""
         start = time.perf_counter()
-        scores = prober.scores(tokens)
-        weights = fuse.normalise_top(scores, strategy.top)
+        norms = prober.norms(tokens)
+        weights = fuse.normalise_top(norms, strategy.top)
         probe_ms = 1e3 * (time.perf_counter() - start)
         array, divergence = (
             np.repeat(column.astype(np.float32)[:, None], prober.n_layer, axis=1)
-            for column in (weights, scores)
+            for column in (weights, norms)
         )
         return self._fusion(array, text, tokens, divergence, probe_ms)
 

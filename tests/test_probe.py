@@ -167,12 +167,12 @@ def test_norm_scores_are_what_adapters_add_to_the_last_query_projection(
 ) -> None:
     probe = prober(base, adapters)
     counts = count_decoded(monkeypatch)
-    scores = probe.scores(TOKENS)
+    norms = probe.norms(TOKENS)
     assert counts == [len(TOKENS)]  # one pass for all adapters
     x = attn_norm_input(base, adapters, base.n_layer - 1)
     name = f"blk.{base.n_layer - 1}.attn_q.weight"
     expected = [np.linalg.norm(adapter.delta(name) @ x) for adapter in adapters]
-    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+    np.testing.assert_allclose(norms, expected, rtol=1e-4)
 
 
 def test_norm_weights_are_shares_of_the_scores(base: TinyBase, adapters: list[TinyAdapter]) -> None:
@@ -199,10 +199,10 @@ def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
     ]
     x = attn_norm_input(base, both, 1)  # the last block that both adapt
     expected = [np.linalg.norm(a.delta("blk.1.attn_q.weight") @ x) for a in both]
-    np.testing.assert_allclose(prober(base, both).scores(TOKENS), expected, rtol=1e-4)
+    np.testing.assert_allclose(prober(base, both).norms(TOKENS), expected, rtol=1e-4)
     without = write_tiny_adapter(tmp_path / "c.gguf", base, targets=("ffn_up",))
     with pytest.raises(StrategyError, match=r"no block's is adapted by all of them \(.*c\.gguf\)"):
-        prober(base, [both[0], without]).scores(TOKENS)
+        prober(base, [both[0], without]).norms(TOKENS)
 
 
 def test_top_scores() -> None:
