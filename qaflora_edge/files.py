@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import time
@@ -66,7 +67,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     the disk is full.
     """
     path = Path(path)
-    _remove_left_overs(path)
+    remove_left_overs(
+        path.parent, re.compile(rf"\.tmp-[0-9a-f]{{12}}-{re.escape(_short_name(path))}", re.DOTALL)
+    )
     temporary, handle = _create_beside(path)
     try:
         yield temporary
@@ -95,49 +98,54 @@ def _create_beside(path: Path) -> tuple[Path, int | None]:
         )
     try:
         # 0o666 lets the umask decide, as for any file a user makes.
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         raise OutputFileError(
             f"Cannot write {path}: the folder {path.parent} does not take a new file "
             f"({error.strerror}). Create the folder, or choose one that you can write to."
         ) from error
-    if _lock(handle):
-        return temporary, handle
-    os.close(handle)
-    return temporary, None
+    return temporary, lock_path(temporary)
 
 
 def _short_name(path: Path) -> str:
     return f"{path.stem[:100]}{path.suffix[:50]}"
 
 
-def _lock(handle: int) -> bool:
-    """Take the lock of a file that is being written; False where it is taken or there are none."""
+def lock_path(path: str | os.PathLike[str]) -> int | None:
+    """Lock a file or folder that is being written; None where it is locked or there are no locks.
+
+    returns  a handle, whose lock goes when it is closed or the process ends
+    """
     if sys.platform == "win32":
-        return False
+        return None
     import fcntl
 
     try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return False
-    return True
+        os.close(handle)
+        return None
+    return handle
 
 
-def _remove_left_overs(path: Path) -> None:
-    """Remove temporary files of `path` whose writers were killed: nobody holds their lock."""
-    name = re.compile(rf"\.tmp-[0-9a-f]{{12}}-{re.escape(_short_name(path))}", re.DOTALL)
+def remove_left_overs(folder: Path, name: re.Pattern[str], *, are_folders: bool = False) -> None:
+    """Remove temporary files, or folders, whose writers were killed: nobody holds their lock."""
     # They do no harm where they cannot be removed.
-    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                # A writer locks its file a moment after making it.
-                if time.time() - entry.stat().st_mtime < LEFT_OVER_SECONDS:
-                    continue
-                handle = os.open(entry.path, os.O_RDONLY)
+            is_kind = entry.is_dir if are_folders else entry.is_file
+            if not name.fullmatch(entry.name) or not is_kind(follow_symlinks=False):
+                continue
+            if time.time() - entry.stat().st_mtime < LEFT_OVER_SECONDS:
+                continue  # a writer locks what it made a moment later
+            handle = lock_path(entry.path)
+            if handle is not None:
                 try:
-                    if _lock(handle):
-                        os.unlink(entry.path)
+                    shutil.rmtree(entry.path) if are_folders else os.unlink(entry.path)
                 finally:
                     os.close(handle)
 

@@ -32,6 +32,7 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
+from qaflora_edge.files import LEFT_OVER_SECONDS
 from qaflora_edge.formats import checksums
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.hub import registry
@@ -283,6 +284,35 @@ def test_killed_creation_leaves_no_bundle(tmp_path: Path, number: int, code: int
     assert not sources.folder.exists()
     if number != signal.SIGKILL:  # nobody can tidy up after that; the name is not taken
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file locks are POSIX")
+def test_what_a_killed_creation_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    command = ["bundle", "create", str(sources.folder), "--base", str(sources.base.path)]
+    command += ["--adapter", f"es={sources.adapter.path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED_HALFWAY, *command], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "halfway\n"
+    (temporary,) = tmp_path.glob(".tmp-*-bundle")
+    others = [tmp_path / ".tmp-x-bundle", tmp_path / ".tmp-0123456789ab-file"]
+    others[0].mkdir()
+    others[1].write_text("a file")
+
+    def create(name: str) -> None:
+        for path in (temporary, *others):
+            os.utime(path, (0, time.time() - 2 * LEFT_OVER_SECONDS))
+        create_bundle(tmp_path / name, sources.base.path, {}, calibrate=False)
+
+    create("while it runs")
+    assert temporary.exists()
+    process.kill()
+    process.communicate(timeout=30)
+    create("after it was killed")
+    assert not temporary.exists()
+    assert all(path.exists() for path in others)
 
 
 # loading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +24,13 @@ from qaflora_edge.authoring.write import (
     write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import is_disk_full
+from qaflora_edge.files import is_disk_full, lock_path, remove_left_overs
 from qaflora_edge.formats.bundle_format import FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.hub.references import model_name
+
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.+", re.DOTALL)
 
 
 def create_bundle(
@@ -133,12 +136,16 @@ def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `folder` when the block succeeds."""
+    """Give a temporary folder that becomes `folder` when the block succeeds.
+
+    Those of creations beside it that were killed are removed.
+    """
     if folder.exists() or folder.is_symlink():
         raise OutputFileError(
             f"Cannot create the bundle {folder}: there is something of that name already. "
             "Choose another name, or remove it first."
         )
+    remove_left_overs(folder.parent, _TEMPORARY, are_folders=True)
     temporary = folder.parent / f".tmp-{secrets.token_hex(6)}-{folder.name[:100]}"
     try:
         temporary.mkdir()
@@ -147,6 +154,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             f"Cannot create the bundle {folder}: the folder {folder.parent} does not take a new "
             f"folder ({error.strerror}). Create it, or choose one that you can write to."
         ) from error
+    handle = lock_path(temporary)
     try:
         yield temporary
         os.rename(temporary, folder)
@@ -158,3 +166,6 @@ def _new_folder(folder: Path) -> Iterator[Path]:
                 "Free some space and try again."
             ) from error
         raise
+    finally:
+        if handle is not None:
+            os.close(handle)
