@@ -17,7 +17,7 @@ from typing import Any
 
 # Names of built-in functions and methods; Python code reaches files through these.
 TOUCHING = {
-    *("open", "write", "writelines", "tofile", "truncate", "fsync", "close", "flock"),
+    *("open", "write", "writelines", "tofile", "truncate", "flush", "fsync", "close", "flock"),
     *("replace", "rename", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "rmtree"),
     *("utime", "chmod", "sendfile", "copy_file_range"),
 }
@@ -83,7 +83,8 @@ def at_many_points(
     n_call = run(lambda: action(copy))
     assert n_call is not None
     assert check(copy)
-    moments = sorted({1 + index * n_call // most for index in range(most)})
+    most = min(most, n_call)
+    moments = [1 + index * n_call // most for index in range(most)]
     n_killed = n_done = 0
     for moment in moments:
         copy = shutil.copytree(start, place / f"killed-{moment}", symlinks=True)

@@ -13,6 +13,7 @@ from bundles import make_bundle
 from hubs import FakeHub
 
 SMALL = {"targets": ("q_proj",), "layers": (0,), "rank": 2}
+EVERY = 1 << 20  # moments
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has neither fork nor SIGKILL")
 
@@ -53,6 +54,78 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (made.folder / "bundle.json").write_text(json.dumps(raw))
     (tmp_path / "place").mkdir()
     return start
+
+
+CONVERT = """
+from qaflora_edge.convert.adapter import convert_adapter
+
+convert_adapter(start / "peft", start / "base.gguf", start / "whole.gguf")
+whole = (start / "whole.gguf").read_bytes()
+
+def action(copy):
+    convert_adapter(copy / "peft", copy / "base.gguf", copy / "out" / "math.gguf")
+
+def check(copy):
+    out = copy / "out" / "math.gguf"
+    content = out.read_bytes() if out.exists() else None
+    assert content in (BEFORE, whole)
+    return content == whole
+"""
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_convert(start: Path, tmp_path: Path, before: bytes | None) -> None:
+    (start / "out").mkdir()
+    if before is not None:
+        (start / "out" / "math.gguf").write_bytes(before)
+    script = f"BEFORE = {before!r}\n{CONVERT}"
+    counted = killed(script, start, tmp_path / "place", most=EVERY)
+    assert counted["killed"] == counted["calls"] > 15
+    assert 0 < counted["done"] < counted["killed"]  # killed on either side of the one step
+
+
+PULL_A_MODEL = """
+import hashlib, json
+from qaflora_edge.hub import registry
+
+whole = (start / "models" / "fake.gguf").read_bytes()
+entry = {
+    "description": "a model",
+    "file": "fake.gguf",
+    "sha256": hashlib.sha256(whole).hexdigest(),
+    "size_bytes": len(whole),
+    "architecture": "llama",
+    "kind": "base",
+    "license": "MIT",
+    "sources": [],
+}
+(place / "registry.json").write_text(
+    json.dumps({"format": "qaflora-registry/1", "models": {"fake": entry}})
+)
+registry.package_data = lambda name: place / "registry.json"
+
+def action(copy):
+    registry.fetch_model("fake", to=copy / "mine")
+
+def check(copy):
+    pulled = copy / "mine" / "fake.gguf"
+    if not pulled.exists():
+        return False
+    assert pulled.read_bytes() == whole
+    return True
+"""
+
+
+def test_pull_of_a_model_that_the_cache_has(tmp_path: Path) -> None:
+    """Every attempt copies it from there into a folder of its own."""
+    cache = tmp_path / "cache"
+    (cache / "models").mkdir(parents=True)
+    (cache / "models" / "fake.gguf").write_bytes(bytes(range(256)) * 20_000)  # some chunks
+    (tmp_path / "place").mkdir()
+    place, env = tmp_path / "place", {"QAFLORA_CACHE": str(cache)}
+    counted = killed(PULL_A_MODEL, cache, place, most=EVERY, **env)
+    assert counted["killed"] == counted["calls"] > 15
+    assert 0 < counted["done"] < counted["killed"]
 
 
 def test_create(start: Path, tmp_path: Path) -> None:
