@@ -81,6 +81,11 @@ class Answers:
         """End the answer that goes on, if any; another thread may be waiting for its text."""
         self._cancelled = self._turn
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether cancel() was called since the last prompt was read."""
+        return self._cancelled == self._turn
+
     def _goes_on(self, turn: int) -> Callable[[], bool]:
         def goes_on() -> bool:
             if self._lifetime.is_closed or self._turn != turn:

@@ -78,9 +78,8 @@ class Engine:
         states: Mapping[Path, FileState] = {}
         if bundle is not None:
             if base is not None or adapters is not None:
-                raise OptionError(
-                    "Engine got a bundle and also base or adapters; give one or the other."
-                )
+                both = "Engine got a bundle and also base or adapters; give one or the other."
+                raise OptionError(both)
             from qaflora_edge.bundle import load_bundle
 
             loaded = load_bundle(Path(bundle))
@@ -346,7 +345,7 @@ class Engine:
     def answers(
         self, prompt: Prompt, n: int, *, seed: int | None = None, **options: Any
     ) -> Iterator[Generation]:
-        """Answer a prompt n times, one after another; it is weighed and read once.
+        """Answer a prompt n times, weighed and read once; after cancel() no further answer comes.
 
         seed     of the first answer; the others have the next numbers
         options  as generate takes them
@@ -359,6 +358,8 @@ class Engine:
             own_seed = None if first is None else (first + i) % MAX_SEED
             answer = self.generate(prompt, weights=weights, seed=own_seed, **options)
             yield answer
+            if self._answers.is_cancelled:
+                return
             # The same weights: what the context holds of the prompt is what it would read again.
             weights = replace(answer.fusion, probe_ms=0.0)
             options |= {"keep_history": True, "on_weights": None}
@@ -380,8 +381,7 @@ class Engine:
 
         n                answers (choices); the conversation is weighed and read once
         tools, tool_choice  for bases whose template reads tools and that write <tool_call>
-        response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema":
-                         {"schema": ...}}
+        response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema": ...}
         stream_options   {"include_usage": True} ends the chunks with one of the usage
         options          as generate takes them: weights, max_tokens, temperature, top_p, seed,
                          stop, keep_history, on_weights

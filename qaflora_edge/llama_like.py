@@ -22,6 +22,7 @@ from qaflora_edge.sampling import MAX_SEED
 _UNUSED = frozenset(
     {"n_batch", "n_ubatch", "n_threads_batch", "use_mmap", "use_mlock", "verbose", "f16_kv"}
     | {"last_n_tokens_size", "n_parts", "offload_kqv", "numa", "main_gpu", "op_offload"}
+    | {"split_mode", "tensor_split", "swa_full", "no_perf", "lora_scale"}
 )
 _FIXED = {
     "logits_all": (False,),
@@ -34,6 +35,19 @@ _FIXED = {
     "draft_model": (None,),
     "rope_freq_base": (0.0, None, 10000.0),  # the last ones are what LangChain always gives
     "rope_freq_scale": (0.0, None, 1.0),
+    "rope_scaling_type": (-1,),
+    "yarn_ext_factor": (-1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_beta_fast": (32.0,),
+    "yarn_beta_slow": (1.0,),
+    "yarn_orig_ctx": (0,),
+    "pooling_type": (-1,),
+    "attention_type": (-1,),
+    "kv_overrides": (None,),
+    "tokenizer": (None,),
+    "type_k": (None,),  # engine_options={"kv_type": ...}
+    "type_v": (None,),
+    "spm_infill": (False,),
 }
 # Of create_completion() and create_chat_completion().
 _FIXED_IN_CALLS = {
@@ -45,7 +59,7 @@ _FIXED_IN_CALLS = {
     "mirostat_mode": (0,),
     "stopping_criteria": (None,),
     "logits_processor": (None,),
-    "logit_bias": (None,),
+    "logit_bias": (None, {}),
     "functions": (None,),
     "function_call": (None,),
 }
@@ -83,7 +97,7 @@ class Llama:
             base=None if is_bundle else model_path,
             n_ctx=n_ctx,
             gpu_layers=n_gpu_layers,
-            threads=n_threads,
+            threads=n_threads or None,
             flash_attn=flash_attn,
             seed=_seed(seed),
             **(engine_options or {}),
@@ -129,7 +143,7 @@ class Llama:
             temperature=temperature,
             top_p=top_p,
             min_p=min_p,
-            top_k=top_k,
+            top_k=max(0, top_k),
             stop=stop or (),
             repeat_penalty=repeat_penalty,
             frequency_penalty=frequency_penalty,
@@ -178,7 +192,7 @@ class Llama:
             temperature=temperature,
             top_p=top_p,
             min_p=min_p,
-            top_k=top_k,
+            top_k=max(0, top_k),
             stop=stop or (),
             repeat_penalty=repeat_penalty,
             frequency_penalty=frequency_penalty,

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.backend.context import Context
 from qaflora_edge.errors import BusyError, CancelledError
 
 LONG = "the king " * 120
@@ -52,6 +54,27 @@ def test_cancel_ends_the_reading_of_a_prompt(
     assert engine.generate(LONG, weights=strategy, max_tokens=3).n_prompt > 200
 
 
+@pytest.mark.parametrize("lens", ["raw", "norm"])
+def test_cancel_ends_the_weighing_in_its_lens_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lens: str
+) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    adapters = {"a": write_tiny_adapter(tmp_path / "a.gguf", base).path}
+    with Engine(base=base.path, adapters=adapters, lens=lens) as engine:
+        expected = engine.weights("the king").divergence
+        divergence = Context.divergence
+
+        def cancelled_before(*args: Any) -> Any:
+            engine.cancel()
+            return divergence(*args)
+
+        monkeypatch.setattr(Context, "divergence", cancelled_before)
+        with pytest.raises(CancelledError):
+            engine.weights("the queen")
+        monkeypatch.undo()
+        assert np.array_equal(engine.weights("the king").divergence, expected)
+
+
 def test_cancel_ends_an_answer_and_keeps_its_text(engine: Engine) -> None:
     whole = engine.generate("the king", max_tokens=30).text()
     answer = engine.generate("the king", max_tokens=30)
@@ -91,6 +114,19 @@ def test_cancelled_chat_says_so(engine: Engine) -> None:
     next(chunks)
     engine.cancel()
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "cancelled"
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bool) -> None:
+    found = []
+    for answer in engine.answers("the king", 3, max_tokens=5):
+        next(answer)
+        if is_done:
+            answer.text()
+        engine.cancel()
+        answer.text()
+        found.append(answer.finish_reason)
+    assert found == ["length" if is_done else "cancelled"]
 
 
 def test_cancel_without_work_does_nothing(engine: Engine) -> None:

@@ -174,6 +174,7 @@ def test_chat_answers_in_openai_shape(engine: Engine) -> None:
     answer = engine.chat(messages, max_tokens=6)
     choice = answer["choices"][0]
     assert answer["object"] == "chat.completion"
+    assert list(choice) == ["index", "message", "logprobs", "finish_reason"]
     assert choice["message"]["role"] == "assistant"
     assert choice["finish_reason"] in ("stop", "length")
     usage = answer["usage"]

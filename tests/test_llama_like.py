@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from bundles import TinyBundle, make_bundle
 
 from qaflora_edge import Engine, Llama
 from qaflora_edge.errors import OptionError
+from qaflora_edge.sampling import MAX_SEED
 
 # What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.
 LANGCHAIN_INIT = {
@@ -199,6 +201,40 @@ def test_calls_that_cannot_be_followed_are_refused(llama: Llama, name: str) -> N
     for call, first in ((llama.create_completion, "a"), (llama.create_chat_completion, USER)):
         with pytest.raises(OptionError, match=f"Option {name} of .* is 2, expected"):
             call(first, **{name: 2})  # type: ignore[arg-type]
+
+
+def original_defaults(method: str) -> dict[str, Any]:
+    """Parameters of a method of llama-cpp-python's own Llama, and their defaults."""
+    import ast
+    import importlib.util
+
+    package = importlib.util.find_spec("llama_cpp")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    tree = ast.parse((Path(package.submodule_search_locations[0]) / "llama.py").read_text("utf-8"))
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    args = next(node.args for node in functions if node.name == method)
+    names = [*args.args[len(args.args) - len(args.defaults) :], *args.kwonlyargs]
+    constants = {
+        "llama_cpp.LLAMA_DEFAULT_SEED": MAX_SEED,
+        "llama_cpp.LLAMA_SPLIT_MODE_LAYER": 1,
+        "llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED": -1,
+        "llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED": -1,
+        "llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED": -1,
+    }
+    return {
+        name.arg: constants.get(text) if text in constants else ast.literal_eval(text)
+        for name, default in zip(names, [*args.defaults, *args.kw_defaults], strict=True)
+        if (text := ast.unparse(default) if default else "None")
+    }
+
+
+def test_every_default_of_the_original_is_taken(made: TinyBundle) -> None:
+    with Llama(made.folder, **original_defaults("__init__")) as llama:
+        for method, first in (("create_completion", "a"), ("create_chat_completion", USER)):
+            options = original_defaults(method)
+            assert len(options) > 20
+            assert getattr(llama, method)(first, **(options | {"max_tokens": 2, "top_k": -1}))
 
 
 def test_importing_it_loads_no_library() -> None:

@@ -204,12 +204,17 @@ class Context(Handle):
         self.tokens[start:] = tokens
         if code != 0:
             self.clear()
-            if code == _DECODE_ABORTED and self._stop is not None and self._stop.is_set:
-                raise CancelledError(
-                    "The call was cancelled (Engine.cancel) while a prompt was read, before there "
-                    "was an answer; ask again."
-                )
+            if code == _DECODE_ABORTED:
+                self._check_cancelled()
             raise BackendError(f"llama_decode failed with code {code}: {said()}.")
+
+    def _check_cancelled(self) -> None:
+        """Raise CancelledError where work failed because it was told to stop."""
+        if self._stop is not None and self._stop.is_set:
+            raise CancelledError(
+                "The call was cancelled (Engine.cancel) while a prompt was read, before there "
+                "was an answer; ask again."
+            )
 
     def logits(self) -> F32:
         """float32 [n_vocab] of the last token decoded."""
@@ -257,6 +262,7 @@ class Context(Handle):
             _floats(adapted),
             result.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
         ):
+            self._check_cancelled()
             raise BackendError(f"Divergences cannot be computed: {native.last_error()}.")
         return result
 
@@ -265,6 +271,7 @@ class Context(Handle):
         rows = np.ascontiguousarray(rows, np.float32)
         logits = np.empty((len(rows), self._model.n_vocab), np.float32)
         if not self._functions.project(self._pointer, len(rows), _floats(rows), _floats(logits)):
+            self._check_cancelled()
             raise BackendError(f"Rows cannot be projected: {native.last_error()}.")
         return logits
 
@@ -273,6 +280,7 @@ class Context(Handle):
         rows = np.ascontiguousarray(rows, np.float32)
         normed = np.empty_like(rows)
         if not self._functions.final_norm(self._pointer, len(rows), _floats(rows), _floats(normed)):
+            self._check_cancelled()
             raise BackendError(f"Rows cannot be normed: {native.last_error()}.")
         return normed
 

@@ -48,7 +48,9 @@ def completion_dict(
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
         reason = _reason(generation, calls)
-        choices.append({"index": index, "message": message, "finish_reason": reason})
+        choices.append(
+            {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        )
         usages.append(generation.usage)
     head = _head(model_name, "chat.completion")
     return {**head, "choices": choices, "usage": _usage(usages)}
@@ -71,7 +73,8 @@ def completion_chunks(
     usages = []
     for index, generation in enumerate(answers):
         for delta, reason in _deltas(generation, has_tools):
-            yield {**head, "choices": [{"index": index, "delta": delta, "finish_reason": reason}]}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+            yield {**head, "choices": [choice]}
         usages.append(generation.usage)
     if include_usage:
         yield {**head, "choices": [], "usage": _usage(usages)}
