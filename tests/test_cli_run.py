@@ -221,6 +221,19 @@ def test_answer_is_valid_under_a_schema(made: TinyBundle, tmp_path: Path) -> Non
         assert shown["finish_reason"] == "stop"
 
 
+def test_a_stop_out_of_the_settings_cuts_no_json(
+    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, settings = tmp_path / "schema.json", tmp_path / "config.toml"
+    path.write_text(json.dumps(SCHEMA))
+    settings.write_text('stop = ["\\"", "{"]\n')
+    monkeypatch.setenv("QAFLORA_CONFIG", str(settings))
+    result = run(made.folder, PROMPT, "--json-schema", path)
+    assert result.exit_code == 0
+    jsonschema.validate(json.loads(result.stdout), SCHEMA)
+    assert run(made.folder, PROMPT, "--json-schema", path, "--stop", "x").exit_code == 2
+
+
 def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, grammar: Path) -> None:
     cut = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5)
     assert cut.exit_code == 1

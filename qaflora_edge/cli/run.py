@@ -92,6 +92,8 @@ def run(
     text = _whole_prompt(prompt, paths)
     sampling = options.sampling(max_tokens=MAX_TOKENS, temperature=0.0, top_p=1.0)
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)
+    if schema_path is not None:
+        sampling["stop"] = ()  # one out of the settings is meant for prose
     with open_engine(bundle, options) as engine:
         tokens = _tokens(engine, text, system, options)
         if n_answer == 1:
@@ -120,7 +122,7 @@ def _check_usage(
         raise click.UsageError("stdin (`-`) can be read only once.")
     if None not in grammars:
         raise click.UsageError("Give --json-schema or --grammar, not both.")
-    if grammars[0] is not None and options.stop:
+    if grammars[0] is not None and _is_typed("stop"):
         raise click.UsageError("--stop would cut the JSON of --json-schema.")
     if system is not None and options.raw_prompt:
         raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
@@ -128,6 +130,12 @@ def _check_usage(
         raise click.UsageError(
             "--n needs --temp above 0: without it the answers would all be the same."
         )
+
+
+def _is_typed(name: str) -> bool:
+    """Whether an option stands on the command line, and not in the user's settings."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _whole_prompt(prompt: str | None, paths: tuple[str, ...]) -> str:
