@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
@@ -13,17 +13,18 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import AnyFormattedText
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
 from qaflora_edge.cli.chat.commands import completions
-from qaflora_edge.files import data_dir
+from qaflora_edge.cli.chat.history import open_history
+from qaflora_edge.cli.show import terminal_size
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.session import ChatSession
 
+_MENU_ROWS = 5
 _HINTS = ("Alt-Enter: new line", "/help", "Ctrl-D: leave")
 _STYLE = Style.from_dict(
     {"bottom-toolbar": "noreverse fg:default bg:default", "bottom-toolbar.text": "", "hint": "dim"}
@@ -34,7 +35,7 @@ class TerminalInput:
     """Reads messages from the user. `why_no_history` tells why the history is not kept, if so."""
 
     def __init__(self, session: ChatSession) -> None:
-        history, self.why_no_history = _history()
+        history, self.why_no_history = open_history()
         is_command = Condition(lambda: get_app().current_buffer.text.startswith("/"))
         self._prompts: PromptSession[str] = PromptSession(
             history=history,
@@ -42,7 +43,6 @@ class TerminalInput:
             key_bindings=_keys(),
             completer=_SlashCompleter(session),
             complete_while_typing=is_command,
-            reserve_space_for_menu=5,
             prompt_continuation="  ",
             bottom_toolbar=_hint,
             style=_STYLE,
@@ -54,7 +54,9 @@ class TerminalInput:
         """The next message, or None at Ctrl-D. Ctrl-C takes back what is being typed."""
         while True:
             try:
-                return self._prompts.prompt("> ")
+                # A menu never takes the room of what is typed and of the hint below.
+                n_menu = max(0, min(_MENU_ROWS, terminal_size(sys.stdout)[1] - 3))
+                return self._prompts.prompt("> ", reserve_space_for_menu=n_menu)
             except KeyboardInterrupt:
                 continue
             except EOFError:
@@ -107,20 +109,3 @@ class _SlashCompleter(Completer):
                 return
         for candidate in completions(text, self._session):
             yield Completion(candidate, start_position=-len(text.split(" ")[-1]))
-
-
-def _history() -> tuple[History, str | None]:
-    """The history file, which only its owner may read, or why there is none."""
-    path = data_dir() / "chat-history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
-        _check_regular(path)
-    except OSError as error:
-        return InMemoryHistory(), f"{path} cannot be used ({error.strerror})"
-    return FileHistory(str(path)), None
-
-
-def _check_regular(path: Path) -> None:
-    if not path.is_file():
-        raise OSError(0, "it is no ordinary file")
