@@ -205,6 +205,21 @@ def test_settings_are_shown_with_their_origin(
     ]
 
 
+def test_options_of_one_command_are_shown_where_they_are_set(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text("[run]\ntemp = 0.5\nmax_tokens = 3\n", encoding="utf-8")
+    monkeypatch.setenv("QAFLORA_RUN_TEMP", "0.7")
+    lines = CliRunner().invoke(main, ["settings"]).stdout.splitlines()
+    assert [line.split() for line in lines[-2:]] == [
+        ["run.max_tokens", "3", "the", "file"],
+        ["run.temp", '"0.7"', "QAFLORA_RUN_TEMP"],
+    ]
+    shown = json.loads(CliRunner().invoke(main, ["settings", "--json"]).stdout)["settings"]
+    assert shown["run.temp"] == {"value": "0.7", "from": "QAFLORA_RUN_TEMP"}
+    assert "chat.temp" not in shown
+
+
 def test_settings_fail_with_the_file(config: Path) -> None:
     config.write_text("=", encoding="utf-8")
     result = CliRunner().invoke(main, ["settings"])

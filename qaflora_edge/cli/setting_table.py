@@ -118,6 +118,15 @@ def all_settings() -> list[Setting]:
     return [*rows, *ENVIRONMENT_SETTINGS]
 
 
+def command_settings() -> list[Setting]:
+    """What all commands share, as set for one command alone, such as run.temp."""
+    return [
+        Setting(f"{table}.{key}", variables(key, table)[:1], expected(option), option.help or "")
+        for table in SHARED_TABLES
+        for key, option in SHARED.items()
+    ]
+
+
 def _setting(key: str, table: str | None, option: click.Option) -> Setting:
     meaning = (option.help or "").partition("  [")[0]
     name = f"{table}.{key}" if table else key

@@ -14,14 +14,21 @@ from qaflora_edge.cli.options import example
 def settings(as_json: bool) -> None:
     """Show what is set by environment and settings file.
 
-    Names each setting with its value and where that comes from. Tables such as [chat] set options
-    of one command; they are checked, and shown by --json. The file need not exist.
+    Names each setting with its value and where that comes from; last come options that are set for
+    one command alone, as in a table such as [chat]. The file need not exist.
     """
-    from qaflora_edge.cli.setting_table import all_settings, file_settings, origin
+    from qaflora_edge.cli.setting_table import (
+        all_settings,
+        command_settings,
+        file_settings,
+        origin,
+    )
     from qaflora_edge.settings import settings_path
 
     path, found = settings_path(), file_settings()
     rows = [(row, *origin(row, found)) for row in all_settings()]
+    own = [(row, *origin(row, found)) for row in command_settings()]
+    rows += [row for row in own if row[2] != "default"]
     if as_json:
         entries = {
             row.key or row.variables[0]: {"value": value, "from": source}
