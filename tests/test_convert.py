@@ -403,6 +403,19 @@ def test_unknown_output_type_is_refused(tmp_path: Path, make_base: MakeBase) -> 
     )
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_source_is_never_overwritten(tmp_path: Path, make_base: MakeBase, name: str) -> None:
+    base = make_base()
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    before = (folder / name).read_bytes()
+    with pytest.raises(OutputFileError) as caught:
+        convert_adapter(folder, base.path, folder / name)
+    assert str(caught.value) == (
+        f"Cannot write {folder / name}: it is a file of the adapter. Choose another name."
+    )
+    assert (folder / name).read_bytes() == before
+
+
 def test_base_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)

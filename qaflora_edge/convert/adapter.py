@@ -5,7 +5,7 @@ one encoded tensor in memory at a time.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,12 @@ def convert_adapter(
         )
     out_path = Path(out_path)
     header = read_gguf_header(base_gguf)
-    if out_path.exists() and out_path.samefile(header.path):
-        raise OutputFileError(
-            f"Cannot write {out_path}: it is the base itself. Choose another name."
-        )
+    _check_is_no_source(out_path, "the base itself", [header.path])
     adapter = read_peft(peft_dir)
+    sources = {
+        tensor.path for module in adapter.modules.values() for tensor in (module.a, module.b)
+    }
+    _check_is_no_source(out_path, "a file of the adapter", [adapter.config.path, *sources])
     alpha, modules = plan_modules(adapter, header)
     name = name or adapter.folder.resolve().name
     n_step = len(modules) * (2 if verify else 1)
@@ -110,6 +111,11 @@ def convert_adapter(
         size_bytes=out_path.stat().st_size,
         checks=checks,
     )
+
+
+def _check_is_no_source(out_path: Path, what: str, sources: Iterable[Path]) -> None:
+    if out_path.exists() and any(out_path.samefile(source) for source in sources):
+        raise OutputFileError(f"Cannot write {out_path}: it is {what}. Choose another name.")
 
 
 def _write(
