@@ -25,7 +25,7 @@ from qaflora_edge.peft.patterns import (
     match_work,
     matching_key,
 )
-from qaflora_edge.peft.refusals import FIELDS, is_set, type_refusal
+from qaflora_edge.peft.refusals import FIELDS, MERGE, is_set, type_refusal
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 22
@@ -36,6 +36,7 @@ MIN_ALPHA, MAX_ALPHA = 1e-30, 1e30  # magnitudes that a float32 holds with room 
 
 # Named initialisations that leave the base as it is; others subtract their start from the base.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,13 @@ def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
             )
     init = fields.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in PLAIN_INITS):
+        # What PEFT 0.21 converts, tuners/lora/model.py; of LoftQ it knows no unchanged base.
+        is_converted = str(init).lower().startswith(("pissa", "corda", "olora", "lora_ga"))
+        advice = CONVERT if is_converted else MERGE
         raise UnsupportedAdapterError(
             f"Cannot use {path}: init_lora_weights is {_brief(init)}; this initialisation changes "
-            "the base's weights too, and the adapter alone does not fit the unchanged base. Save "
-            "it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            "the base's weights too, and the adapter alone does not fit the unchanged base. "
+            f"{advice}"
         )
 
 
