@@ -109,6 +109,7 @@ class Reference:
         self.model.eval()
         self.causal = self.model.base_model.model
         self.layers = self.causal.model.layers
+        self.head = self.causal.lm_head.weight.detach().double()
 
     @torch.inference_mode()
     def states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
@@ -148,10 +149,10 @@ class Reference:
         rms = states.square().mean(dim=-1, keepdim=True).add(norm.variance_epsilon).sqrt()
         normed = norm.weight.detach().double() * states / rms
         seen = normed if lens == "norm" else torch.cat([states[:, :-1], normed[:, -1:]], dim=1)
-        head = self.causal.lm_head.weight.detach().double()
+        all_logits = seen @ self.head.T  # all layers at once: the head is large
         divergences = torch.empty(len(self.adapters), states.shape[1], dtype=torch.float64)
         for il in range(states.shape[1]):
-            logits = seen[:, il] @ head.T
+            logits = all_logits[:, il]
             z, likeliest = logits[0], int(logits[0].argmax())
             p = z.softmax(dim=-1)
             # KL = log sum p e^d - sum p d, for d shifted so that it is 0 at the likeliest token
