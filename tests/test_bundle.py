@@ -245,6 +245,14 @@ def test_a_damaged_adapter_is_named_by_its_own_path(tmp_path: Path) -> None:
         create_bundle(sources.folder, sources.base.path, {"a": damaged})
 
 
+def test_an_adapter_of_another_base_is_named_by_its_own_path(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    other = tiny.write_tiny_base(tmp_path / "other.gguf", "qwen2")
+    wrong = tiny.write_tiny_adapter(tmp_path / "wrong.gguf", other).path
+    with pytest.raises(AdapterMismatchError, match=f"Cannot use adapter {wrong} with base"):
+        create_bundle(sources.folder, sources.base.path, {"a": wrong}, calibrate=False)
+
+
 STOPPED_HALFWAY = """
 import sys, time
 import qaflora_edge.authoring.create as bundle_create

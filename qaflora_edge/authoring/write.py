@@ -12,7 +12,14 @@ from typing import Any
 from qaflora_edge.authoring.neutral import neutral_prompts, prompts_sha256
 from qaflora_edge.authoring.source import AdapterSource
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.errors import BundleError, GgufFileError, InputFileError, OutputFileError
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    BundleError,
+    GgufFileError,
+    InputFileError,
+    OutputFileError,
+    UnsupportedAdapterError,
+)
 from qaflora_edge.files import atomic_path, is_disk_full, open_input, sha256_file, write_text_atomic
 from qaflora_edge.formats.adapter_gguf import (
     AdapterInfo,
@@ -57,13 +64,18 @@ def put_adapter(
     else:
         _copy(source.path, target)
     try:
-        info = read_adapter_gguf(target)
-        if not source.path.is_dir():  # what was converted has been checked on its way
-            check_values(info)
-    except GgufFileError:
+        return _checked(target, header, are_values_known=source.path.is_dir())
+    except (AdapterMismatchError, GgufFileError, UnsupportedAdapterError):
         if source.path.is_file():  # the same failure, naming the file the user knows
-            check_values(read_adapter_gguf(source.path))
+            _checked(source.path, header, are_values_known=False)
         raise
+
+
+def _checked(path: Path, header: GgufHeader, *, are_values_known: bool) -> AdapterInfo:
+    """Check an adapter GGUF; what was converted had its values checked on its way."""
+    info = read_adapter_gguf(path)
+    if not are_values_known:
+        check_values(info)
     check_adapter(info, header)
     return info
 
