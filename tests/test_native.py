@@ -47,6 +47,30 @@ def test_patched_library_is_loaded() -> None:
     assert functions.abi_version() == native.ABI_VERSION
 
 
+def spin_count(**environment: str) -> str:
+    """GCC's OpenMP says what it took, when it is loaded and asked to."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD + "\nimport os; print(os.environ.get('GOMP_SPINCOUNT'))"],
+        env={"PATH": os.environ["PATH"], "OMP_DISPLAY_ENV": "verbose", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("the library was not built with GCC's OpenMP")
+    assert done.stdout.split() == ["loaded", environment.get("GOMP_SPINCOUNT", "None")]
+    return done.stderr.split("GOMP_SPINCOUNT = '")[1].split("'")[0]
+
+
+def test_threads_do_not_spin_for_long() -> None:
+    assert spin_count() == str(native.SPIN_COUNT)
+
+
+def test_spinning_is_the_users_choice() -> None:
+    assert spin_count(GOMP_SPINCOUNT="77") == "77"
+    assert spin_count(OMP_WAIT_POLICY="passive") == "0"
+
+
 def test_missing_library_is_named(tmp_path: Path) -> None:
     said = run(LOAD, QAFLORA_LIB_PATH=str(tmp_path))
     assert said.startswith("refused: The native library is missing: ")

@@ -6,9 +6,11 @@ this module sets the variable, imports llama_cpp, and refuses a library without 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +25,11 @@ CONTEXT_DIFFERENTIAL = 2
 CONTEXT_INPUTS = 4
 CAPTURE = {"last": 0, "mean": 1}
 LENS = {"raw": 0, "norm": 1}
+
+# How long a thread of GCC's OpenMP looks for the others at a barrier before it sleeps. Its own
+# default, 300,000, keeps cores busy that another program waits for; without any, every one of the
+# thousands of barriers of a token costs a wake-up. docs/performance.md has the figures.
+SPIN_COUNT = 10_000
 
 _INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-deps qaflora-edge)"
 
@@ -93,10 +100,12 @@ def _import_binding(folder: Path) -> ModuleType:
             f"The native library is missing: {folder / _library_name()} does not exist; "
             f"{_INSTALL_ADVICE}, or set QAFLORA_LIB_PATH to the folder that holds it."
         )
-    previous = os.environ.get("LLAMA_CPP_LIB_PATH")
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    wanted = {"LLAMA_CPP_LIB_PATH": str(folder)}
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        wanted["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
     try:
-        binding = import_module("llama_cpp.llama_cpp")
+        with _environment(wanted):
+            binding = import_module("llama_cpp.llama_cpp")
     except ImportError as err:
         raise LibraryError(
             f"llama-cpp-python cannot be imported ({err}); {_INSTALL_ADVICE} with its dependencies."
@@ -106,12 +115,22 @@ def _import_binding(folder: Path) -> ModuleType:
             f"The native library {folder / _library_name()} cannot be loaded ({err}); "
             f"{_INSTALL_ADVICE}."
         ) from err
-    finally:
-        if previous is None:
-            del os.environ["LLAMA_CPP_LIB_PATH"]
-        else:
-            os.environ["LLAMA_CPP_LIB_PATH"] = previous
     return binding
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for what a library reads once, as it is loaded; they are put back after."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _declare(lib: ctypes.CDLL) -> SimpleNamespace:
