@@ -74,6 +74,17 @@ _EYE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 _CLIP = {**_EYE, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
 _QWEN_EYE = {"depth": 1, "num_heads": 2}
 _MROPE = {"mrope_section": [2, 3, 3]}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 
 
 def _family(name: str, arch: str, model: str, options: Mapping[str, Any], **more: Any) -> Family:
@@ -93,6 +104,23 @@ _ALL = [
             "text_config": {**_LLAMA, "model_type": "llama"},
             "vision_config": {**_CLIP, "model_type": "clip_vision_model"},
         },
+    ),
+    _family(
+        "Ministral 3",
+        "mistral3",
+        "Ministral3ForCausalLM",
+        {**_HEAD, "sliding_window": None, "rope_parameters": _YARN},
+        upstream="its inner class, which writes, knows of no adapter",
+    ),
+    _family(
+        "Mistral Small 3.1",
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        {
+            "text_config": {**_HEAD, "model_type": "mistral", "sliding_window": None},
+            "vision_config": {**_CLIP, "model_type": "pixtral", "head_dim": 16},
+        },
+        upstream="its inner class, which writes, knows of no adapter",
     ),
     _family("Qwen2", "qwen2", "Qwen2ForCausalLM", _LLAMA),
     _family(

@@ -23,23 +23,24 @@ def convert_base(job: dict[str, Any]) -> None:
     hparams = ModelBase.load_hparams(hf, False)
     model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
 
-    class WithTokens(model_class):  # type: ignore[misc, valid-type]
-        model_arch = model_class.model_arch
+    model = model_class(hf, gguf.LlamaFileType.ALL_F32, Path(job["out"]), eager=True)
+    writes = getattr(model, "impl", model)  # of mistral3, whose class only chooses another
 
-        def set_vocab(self) -> None:
-            writer, tokens = self.gguf_writer, job["tokens"]
-            writer.add_tokenizer_model("gpt2")
-            writer.add_tokenizer_pre("gpt-2")
-            writer.add_token_list(tokens)
-            kinds = [gguf.TokenType.NORMAL] * len(tokens)
-            kinds[-job["n_control"] :] = [gguf.TokenType.CONTROL] * job["n_control"]
-            writer.add_token_types(kinds)
-            writer.add_token_merges(job["merges"])
-            writer.add_bos_token_id(len(tokens) - 1)
-            writer.add_eos_token_id(len(tokens) - 1)
-            writer.add_add_bos_token(False)
+    def set_vocab() -> None:
+        writer, tokens = writes.gguf_writer, job["tokens"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        kinds = [gguf.TokenType.NORMAL] * len(tokens)
+        kinds[-job["n_control"] :] = [gguf.TokenType.CONTROL] * job["n_control"]
+        writer.add_token_types(kinds)
+        writer.add_token_merges(job["merges"])
+        writer.add_bos_token_id(len(tokens) - 1)
+        writer.add_eos_token_id(len(tokens) - 1)
+        writer.add_add_bos_token(False)
 
-    WithTokens(hf, gguf.LlamaFileType.ALL_F32, Path(job["out"]), eager=True).write()
+    writes.set_vocab = set_vocab
+    model.write()
 
 
 def restore_fields(load: Any) -> Any:

@@ -118,6 +118,7 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "jais2": as_is,
     "lfm2": as_is,
     "llama": rope_pairs,
+    "mistral3": rope_pairs,
     "mpt": as_is,
     "nemotron": as_is,
     "olmo": rope_pairs,
