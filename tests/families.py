@@ -198,6 +198,22 @@ _ALL = [
         tolerance=ROUNDED,
     ),
     _family(
+        "Gemma 4, dense",
+        "gemma4",
+        "Gemma4ForCausalLM",
+        {
+            **_HEAD,
+            **_WINDOW,
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": 16,
+            "final_logit_softcapping": 30.0,  # llama.cpp's, where a config has none
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        config="Gemma4TextConfig",
+        tolerance=ROUNDED,
+        restored={"global_head_dim": 16, "moe_intermediate_size": 0},
+    ),
+    _family(
         "Phi-2", "phi2", "PhiForCausalLM", {**_MHA, "intermediate_size": 256}, tolerance=ROUNDED
     ),
     _family(

@@ -110,6 +110,7 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "gemma": as_is,
     "gemma2": as_is,
     "gemma3": as_is,
+    "gemma4": as_is,
     "glm4": glm4_rows,
     "glm4moe": as_is,
     "gpt-oss": as_is,
