@@ -32,7 +32,7 @@ _ROUNDING = {
 _Q8_0_ROUNDING = (0.5 / 127 + 2.0**-11, 127 * 2.0**-25)
 
 # What llama.cpp 0c1e5709, conversion/*.py, does to rows, told a second time: see architectures.
-_PAIRED_ROPE = ("llama", "arcee", "granite", "granitemoe", "olmo", "smollm3")
+_PAIRED_ROPE = ("llama", "arcee", "granite", "granitemoe", "mistral3", "olmo", "smollm3")
 _GROUPED_QKV = ("bloom", "falcon", "gptneox")
 _HALVED_ROPE = ("glm4",)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
@@ -56,11 +58,25 @@ class TerminalInput:
             try:
                 # A menu never takes the room of what is typed and of the hint below.
                 n_menu = max(0, min(_MENU_ROWS, terminal_size(sys.stdout)[1] - 3))
-                return self._prompts.prompt("> ", reserve_space_for_menu=n_menu)
+                with _no_interrupt():
+                    return self._prompts.prompt("> ", reserve_space_for_menu=n_menu)
             except KeyboardInterrupt:
                 continue
             except EOFError:
                 return None
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ignore Ctrl-C where prompt_toolkit does not read it as a key: as it begins and ends.
+
+    Its event loop can be closed only once, and a KeyboardInterrupt there would end the chat.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _hint() -> AnyFormattedText:
@@ -77,6 +93,12 @@ def _hint() -> AnyFormattedText:
 def _keys() -> KeyBindings:
     """Enter sends; Alt-Enter (or Escape, then Enter) and Ctrl-J begin a new line."""
     keys = KeyBindings()
+
+    @keys.add("c-c")
+    @keys.add("<sigint>")
+    def _(event: KeyPressEvent) -> None:
+        # The prompt stays: ended and begun anew, a second Ctrl-C could meet a closed event loop.
+        event.current_buffer.reset()
 
     @keys.add("enter")
     def _(event: KeyPressEvent) -> None:
