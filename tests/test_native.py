@@ -51,14 +51,15 @@ def spin_count(**environment: str) -> str:
     """GCC's OpenMP says what it took, when it is loaded and asked to."""
     done = subprocess.run(
         [sys.executable, "-c", LOAD + "\nimport os; print(os.environ.get('GOMP_SPINCOUNT'))"],
-        env={"PATH": os.environ["PATH"], "OMP_DISPLAY_ENV": "verbose", **environment},
+        env={"PATH": os.environ["PATH"], "PYTHONSAFEPATH": "1", "OMP_DISPLAY_ENV": "verbose"}
+        | environment,
         capture_output=True,
         text=True,
         check=True,
     )
+    assert done.stdout.split() == ["loaded", environment.get("GOMP_SPINCOUNT", "None")]
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("the library was not built with GCC's OpenMP")
-    assert done.stdout.split() == ["loaded", environment.get("GOMP_SPINCOUNT", "None")]
     return done.stderr.split("GOMP_SPINCOUNT = '")[1].split("'")[0]
 
 
