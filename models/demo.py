@@ -16,7 +16,8 @@ from pathlib import Path
 import click
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.cli.show import strips
+from qaflora_edge.cli.heatmap import heatmap
+from qaflora_edge.cli.show import terminal_size
 
 BUNDLE = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS = 96
@@ -63,9 +64,8 @@ def ask(engine: Engine, what: str, question: str) -> None:
     )
     for strategy in ("qa-flora", "calibrated"):
         fusion = engine.weights(tokens, strategy=strategy)
-        say(f"{strategy}: mean weight, and the weight at layers 0 to {engine.n_layer - 1}")
-        for line in strips(fusion, sys.stdout.encoding):
-            say(f"  {line}")
+        width, _ = terminal_size(sys.stdout)
+        say(heatmap(fusion, width=width, encoding=sys.stdout.encoding) + "\n")
 
 
 def say(text: str) -> None:

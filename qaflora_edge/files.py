@@ -276,6 +276,8 @@ def unsafe_reason(relative: str) -> str | None:
         return "it is empty"
     if "\0" in relative:
         return "it contains a null character"
+    if any("\ud800" <= sign <= "\udfff" for sign in relative):
+        return "it contains half a character (a lone surrogate), which no file name has"
     if relative.startswith(("/", "\\")) or windows.drive or windows.is_absolute():
         return "it is absolute"
     if ".." in windows.parts:

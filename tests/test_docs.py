@@ -167,6 +167,18 @@ def test_readme_names_every_verb(checkout: Path) -> None:
     assert [verb for verb in VERBS if f"qaflora {verb}" not in text] == []
 
 
+def test_the_demo_answers_and_shows_the_weights(checkout: Path, smollm2: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(checkout / "models/demo.py")],
+        env={**os.environ, "GOMP_SPINCOUNT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=BLOCK_SECONDS,
+    )
+    assert done.returncode == 0, describe(done)
+    assert done.stdout.count("weighs most at layers") == 6  # three questions, two strategies
+
+
 def test_changelog_begins_with_this_version(checkout: Path) -> None:
     text = (checkout / "CHANGELOG.md").read_text(encoding="utf-8")
     assert text.split("## ")[1].split()[0] == qaflora_edge.__version__

@@ -175,6 +175,7 @@ def test_safe_join_accepts_files_inside(tmp_path: Path) -> None:
         ("a/../../b", "it contains '..'"),
         ("a\\..\\b", "it contains '..'"),
         ("a\0b", "it contains a null character"),
+        ("a\ud800b", "it contains half a character (a lone surrogate), which no file name has"),
     ],
 )
 def test_safe_join_refuses_paths_that_lead_out(tmp_path: Path, relative: str, reason: str) -> None:
