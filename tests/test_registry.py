@@ -239,6 +239,25 @@ def test_a_broken_part_is_fetched_again_and_alone(shop: Shop, damage: str) -> No
     assert registry.fetch_model("fake").read_bytes() == CONTENT
 
 
+def test_a_folder_that_pip_removes_while_we_look_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "work" / "pip-unpack-1"
+    gone.mkdir(parents=True)
+    (gone / "part.whl").write_bytes(bytes(100))
+    (tmp_path / "work" / "whole.whl").write_bytes(bytes(23))
+    scandir = os.scandir
+
+    def scan_too_late(folder: str | os.PathLike[str] = ".") -> object:
+        if Path(folder) == gone:
+            shutil.rmtree(gone)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan_too_late)
+    assert download.folder_bytes(tmp_path) == 23
+    assert not gone.exists()
+
+
 def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
     shop.remove_wheel(2)
     with pytest.raises(DownloadError) as caught:

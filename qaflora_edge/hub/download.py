@@ -156,7 +156,7 @@ def _run_pip(part: PackagePart, incoming: Path, report: Report) -> None:
                 break
             except subprocess.TimeoutExpired:
                 # pip may hold a second copy for a moment, and a part is done only when checked.
-                seen_bytes = max(seen_bytes, min(_folder_bytes(incoming), part.size_bytes - 1))
+                seen_bytes = max(seen_bytes, min(folder_bytes(incoming), part.size_bytes - 1))
                 report(seen_bytes)
     except BaseException:
         _stop(process)
@@ -178,11 +178,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all that is in `folder`, where pip moves and removes things meanwhile."""
     total_bytes = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves files while we look
-            total_bytes += path.stat().st_size
+    for parent, _, names in os.walk(folder):  # passes over a folder that is gone; rglob raises
+        for name in names:
+            with contextlib.suppress(OSError):
+                total_bytes += os.stat(os.path.join(parent, name)).st_size
     return total_bytes
 
 
