@@ -248,9 +248,10 @@ def test_a_folder_that_pip_removes_while_we_look_is_passed_over(
     (tmp_path / "work" / "whole.whl").write_bytes(bytes(23))
     scandir = os.scandir
 
-    def scan_too_late(folder: str | os.PathLike[str] = ".") -> object:
-        if Path(folder) == gone:
-            shutil.rmtree(gone)
+    def scan_too_late(folder: str | int) -> object:
+        if folder == str(gone):
+            (gone / "part.whl").unlink()
+            gone.rmdir()
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", scan_too_late)
