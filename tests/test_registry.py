@@ -248,8 +248,8 @@ def test_a_folder_that_pip_removes_while_we_look_is_passed_over(
     (tmp_path / "work" / "whole.whl").write_bytes(bytes(23))
     scandir = os.scandir
 
-    def scan_too_late(folder: str | int) -> object:
-        if folder == str(gone):
+    def scan_too_late(folder: object) -> object:
+        if str(folder) == str(gone):
             (gone / "part.whl").unlink()
             gone.rmdir()
         return scandir(folder)
