@@ -24,7 +24,13 @@ LEFT_OVER_SECONDS = 60
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 
+# What to do with a file that is_lfs_pointer.
+LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+
 _KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -49,12 +55,37 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-            raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+            raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a file")
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
         raise
+
+
+def what_is_at(path: str | os.PathLike[str]) -> str:
+    """Say what is at a path, as "does not exist" or "is a folder".
+
+    Path.exists and its like raise where the system cannot look: a name that is too long, a folder
+    that may not be entered. os.path.exists says no there, and this says why.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be examined ({error.strerror})"
+    except ValueError:
+        return "cannot be examined (the path has a null character)"
+    return f"is {_kind(mode)}"
+
+
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is what git leaves in place of a large one where Git LFS is missing."""
+    try:
+        with open_input(path) as file:
+            return file.read(len(_LFS_START)) == _LFS_START
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -92,10 +123,7 @@ def _create_beside(path: Path) -> tuple[Path, int | None]:
     """Make the temporary file; give it, and a handle that locks it while it is written."""
     name = f".tmp-{secrets.token_hex(6)}-{_short_name(path)}"
     temporary = path.parent / name
-    if path.is_dir():
-        raise OutputFileError(
-            f"Cannot write {path}: it is a folder and a file was expected. Choose another name."
-        )
+    _check_replaceable(path)
     try:
         # 0o666 lets the umask decide, as for any file a user makes.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -105,6 +133,23 @@ def _create_beside(path: Path) -> tuple[Path, int | None]:
             f"({error.strerror}). Create the folder, or choose one that you can write to."
         ) from error
     return temporary, lock_path(temporary)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to put a file where something else is: /dev/null would be a file from then on."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # nothing is there, or making the file says what is wrong
+    if not stat.S_ISREG(mode):
+        raise OutputFileError(
+            f"Cannot write {path}: it is {_kind(mode)} and a file was expected. "
+            "Choose another name."
+        )
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 def _short_name(path: Path) -> str:
@@ -180,6 +225,11 @@ def _sync_folder(folder: Path) -> None:
 def is_disk_full(error: OSError) -> bool:
     """Tell whether the system ran out of space or quota."""
     return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def readable(name: str) -> str:
+    """Give a file's name as text for a file or a message; what is no UTF-8 becomes a sign."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:

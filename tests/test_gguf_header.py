@@ -141,6 +141,11 @@ HOSTILE = {
         "its first bytes are b'PK\\x03\\x04'; expected b'GGUF'. It is not a GGUF file; check the "
         "path, or convert the model to GGUF.",
     ),
+    "git lfs": (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n".encode(),
+        "it is a Git LFS pointer; expected the file that it stands for. Run `git lfs install` and "
+        "`git lfs pull` in its folder, or fetch the file itself.",
+    ),
     "version": (
         make(ARCH, version=1),
         "it is GGUF version 1; expected version 2 or 3. Fetch or convert it again.",

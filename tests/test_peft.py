@@ -214,7 +214,7 @@ def test_adapters_in_subfolders_are_found_by_name(tmp_path: Path, base: tiny.Tin
         assert len(read_peft(tmp_path / "both" / name).modules) == 3 * 7
     assert refusal(InputFileError, tmp_path / "both") == (
         f"Cannot read the adapter {tmp_path / 'both'}: it holds 2 adapters in sub-folders, es, "
-        f"math; expected one. Give one of them, such as {tmp_path / 'both' / 'es'}."
+        f"math; expected one. Give one of them, such as {tmp_path / 'both' / 'math'}."
     )
     hf.save_named_adapters(base, tmp_path / "one", ["math"])
     assert read_peft(tmp_path / "one").folder == tmp_path / "one" / "math"
@@ -432,10 +432,51 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_tensor_of_another_kind_is_refused_by_name(tmp_path: Path, name: str) -> None:
     folder = write_pair(tmp_path / "a", {**PAIR, name: np.ones(64, np.float32)})
+    advice = "Train a plain LoRA, or merge the adapter into its base."
+    if FOREIGN[name] == "a whole weight matrix":
+        advice = (
+            "PEFT saves these whole where the vocabulary was resized or an embedding is a target. "
+            "If they were not trained, save the adapter again with "
+            "save_pretrained(save_embedding_layers=False); else merge it into its base."
+        )
     assert refusal(UnsupportedAdapterError, folder) == (
         f"Cannot use {folder / 'adapter_model.safetensors'}: tensor {name} is {FOREIGN[name]}; "
-        "expected only lora_A and lora_B, for a plain LoRA cannot represent more. Train a plain "
-        "LoRA, or merge the adapter into its base."
+        f"expected only lora_A and lora_B, for a plain LoRA cannot represent more. {advice}"
+    )
+
+
+def test_embeddings_that_peft_saved_whole_can_be_left_out(
+    tmp_path: Path, base: tiny.TinyBase
+) -> None:
+    model = hf.peft_model(base, tmp_path / "plain", target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    message = refusal(UnsupportedAdapterError, tmp_path / "whole")
+    assert "save_pretrained(save_embedding_layers=False)" in message
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    assert len(read_peft(tmp_path / "again").modules) == 3
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 64)])
+def test_matrix_that_was_not_gathered_is_told(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    folder = write_pair(tmp_path / "a", {**PAIR, A0: np.zeros(shape, np.float32)})
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot use {folder / 'adapter_model.safetensors'}: tensor {A0} is empty, of shape "
+        f"{list(shape)}; expected a matrix. DeepSpeed ZeRO-3 and FSDP leave such files where the "
+        "parts of a matrix were not gathered before saving: save the adapter again with them "
+        "gathered, for ZeRO-3 with stage3_gather_16bit_weights_on_model_save."
+    )
+
+
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
+    folder = write_pair(tmp_path / "a")
+    (folder / "adapter_model.safetensors").write_text(LFS_POINTER)
+    assert refusal(SafetensorsFileError, folder) == (
+        f"Cannot read {folder / 'adapter_model.safetensors'}: it is a Git LFS pointer; expected "
+        "the file that it stands for. Run `git lfs install` and `git lfs pull` in its folder, or "
+        "fetch the file itself."
     )
 
 
@@ -459,9 +500,8 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     )
     folder.mkdir()
     assert refusal(InputFileError, folder) == (
-        f"Cannot read {folder / 'adapter_config.json'}: opening it failed (No such file or "
-        "directory); expected the description of a PEFT adapter. Give the folder that PEFT's "
-        "save_pretrained wrote."
+        f"Cannot read the adapter {folder}: adapter_config.json is missing; expected a PEFT "
+        "folder. Give the folder that PEFT's save_pretrained wrote."
     )
     write_pair(folder)
     (folder / "adapter_model.safetensors").unlink()
@@ -474,6 +514,74 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
         f"Cannot read the adapter {folder}: it has adapter_model.bin, and pickles are not opened "
         "because they can run code; expected adapter_model.safetensors. Load it with PEFT and save "
         "it with save_pretrained(..., safe_serialization=True)."
+    )
+
+
+def test_what_is_no_adapter_is_told_from_what_it_is(tmp_path: Path) -> None:
+    folder = write_pair(tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    head = "expected a PEFT folder with adapter_config.json and adapter_model.safetensors. "
+    assert refusal(InputFileError, weights) == (
+        f"Cannot read the adapter {weights}: it is a file; {head}Give {folder}."
+    )
+    gguf = tmp_path / "a.gguf"
+    gguf.write_bytes(b"GGUF")
+    assert refusal(InputFileError, gguf) == (
+        f"Cannot read the adapter {gguf}: it is a file; {head}A GGUF is not converted: put an "
+        "adapter GGUF in a bundle as it is, with `qaflora bundle create`."
+    )
+    long = tmp_path / ("x" * 300)
+    assert refusal(InputFileError, long) == (
+        f"Cannot read the adapter {long}: it cannot be examined (File name too long); {head}"
+        "Check the path."
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (
+            ["bundle.json", "adapters/math.gguf"],
+            "It is a bundle; of a bundle give one file, such as {}/adapters/NAME.gguf.",
+        ),
+        (["math.gguf"], "Of an adapter GGUF give the file, such as {}/math.gguf."),
+        (
+            ["adapter_model.safetensors"],
+            "Without it nobody knows the scale of adapter_model.safetensors: fetch or save it as "
+            "well, with PEFT's save_pretrained.",
+        ),
+        (
+            ["config.json", "model.safetensors"],
+            "It holds a whole model: a merged adapter is no adapter any more. Give the folder that "
+            "was merged, or make the model itself a base with llama.cpp's convert_hf_to_gguf.py.",
+        ),
+        (
+            ["run/checkpoint-9/adapter_config.json", "run/checkpoint-10/adapter_config.json"],
+            "There is one in {}/run/checkpoint-10; give that.",
+        ),
+    ],
+)
+def test_folder_without_an_adapter_is_told_from_what_it_holds(
+    tmp_path: Path, files: list[str], advice: str
+) -> None:
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert refusal(InputFileError, tmp_path) == (
+        f"Cannot read the adapter {tmp_path}: adapter_config.json is missing; expected a PEFT "
+        f"folder. {advice.format(tmp_path)}"
+    )
+
+
+def test_of_checkpoints_the_last_is_suggested(tmp_path: Path) -> None:
+    for step in (50, 100, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        write_pair(tmp_path / f"checkpoint-{step}")
+    assert refusal(InputFileError, tmp_path) == (
+        f"Cannot read the adapter {tmp_path}: it holds 3 adapters in sub-folders, checkpoint-50, "
+        "checkpoint-100, checkpoint-1000; expected one. Give one of them, such as "
+        f"{tmp_path / 'checkpoint-1000'}."
     )
 
 

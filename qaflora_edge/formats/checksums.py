@@ -16,7 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qaflora_edge.errors import ChecksumError, QafloraError
-from qaflora_edge.files import Progress, cache_dir, open_input, sha256_file, write_text_atomic
+from qaflora_edge.files import (
+    LFS_ADVICE,
+    Progress,
+    cache_dir,
+    is_lfs_pointer,
+    open_input,
+    sha256_file,
+    write_text_atomic,
+)
 
 MEMORY_FILE = "checked.json"
 MAX_MEMORY_BYTES = 4 << 20
@@ -48,6 +56,8 @@ def check_file(
     started_ns = time.time_ns()
     before = _state(path)
     if before is not None and size_bytes is not None and before[1] != size_bytes:
+        if is_lfs_pointer(path):
+            advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
         raise ChecksumError(
             f"{what} is not the file that was recorded: {path} has {before[1]} bytes, "
             f"expected {size_bytes} as {recorded_in} says. {advice}"

@@ -15,6 +15,7 @@ from typing import BinaryIO, NoReturn
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qaflora_edge.errors import GgufFileError
+from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -190,6 +191,11 @@ class GgufCursor:
         """Check magic and version, and give the number of tensors."""
         begin = self.take(4, "the magic bytes")
         magic = bytes(self.data[begin : begin + 4])
+        if magic != MAGIC and is_lfs_pointer(self.path):
+            raise GgufFileError(
+                f"Cannot read {self.path}: it is a Git LFS pointer; expected the file that it "
+                f"stands for. {LFS_ADVICE}"
+            )
         if magic != MAGIC:
             raise GgufFileError(
                 f"Cannot read {self.path}: its first bytes are {magic!r}; expected {MAGIC!r}. "

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.files import open_input
+from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer, open_input
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
@@ -134,6 +134,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     Raises InputFileError when it cannot be opened, SafetensorsFileError when it is not sound.
     """
     path = Path(path)
+    if is_lfs_pointer(path):
+        raise SafetensorsFileError(
+            f"Cannot read {path}: it is a Git LFS pointer; expected the file that it stands for. "
+            f"{LFS_ADVICE}"
+        )
     try:
         with open_input(path) as file:
             size_bytes = os.fstat(file.fileno()).st_size

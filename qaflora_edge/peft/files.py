@@ -1,12 +1,14 @@
 """Find the files of an adapter in its folder, and read the headers of its weights."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
 from typing import NoReturn
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.files import open_input
+from qaflora_edge.files import open_input, what_is_at
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.formats.safetensors_file import StoredTensor, read_safetensors
 from qaflora_edge.peft.config import CONFIG_FILE
@@ -17,6 +19,7 @@ PICKLE_FILE = "adapter_model.bin"
 MAX_INDEX_BYTES = 1 << 24
 MAX_SHARDS = 1000
 MAX_SUBFOLDERS = 1000
+MAX_SEARCHED = 50  # sub-folders that are searched for advice
 
 
 def adapter_folder(folder: str | os.PathLike[str]) -> Path:
@@ -27,34 +30,104 @@ def adapter_folder(folder: str | os.PathLike[str]) -> Path:
     Raises InputFileError when there is none, or when there are several to choose from.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
         raise InputFileError(
-            f"Cannot read the adapter {folder}: it {what}; expected a PEFT folder with "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}. Check the path."
+            f"Cannot read the adapter {folder}: it {what_is_at(folder)}; expected a PEFT folder "
+            f"with {CONFIG_FILE} and {WEIGHTS_FILE}. {_advice_for_file(folder)}"
         )
-    if (folder / CONFIG_FILE).exists():
+    if os.path.exists(folder / CONFIG_FILE):
         return folder
     inside = _subfolders(folder)
     if len(inside) > 1:
         names = ", ".join(sub.name for sub in inside[:10]) + (", ..." if len(inside) > 10 else "")
         raise InputFileError(
             f"Cannot read the adapter {folder}: it holds {len(inside)} adapters in sub-folders, "
-            f"{names}; expected one. Give one of them, such as {inside[0]}."
+            f"{names}; expected one. Give one of them, such as {inside[-1]}."
         )
-    return inside[0] if inside else folder
+    if not inside:
+        raise InputFileError(
+            f"Cannot read the adapter {folder}: {CONFIG_FILE} is missing; expected a PEFT folder. "
+            f"{_advice_for_folder(folder)}"
+        )
+    return inside[0]
+
+
+def check_no_part(path: Path) -> None:
+    """Refuse a file of a PEFT folder that is given in place of the folder."""
+    if os.path.isfile(path) and path.suffix != ".gguf" and _is_adapter(path.parent):
+        raise InputFileError(
+            f"Cannot read the adapter {path}: it is a file of a PEFT folder; expected the folder. "
+            f"{_advice_for_file(path)}"
+        )
+
+
+def _advice_for_file(path: Path) -> str:
+    """What to do instead of giving a path that is no folder."""
+    if not os.path.isfile(path):
+        return "Check the path."
+    if path.suffix == ".gguf":
+        return (
+            "A GGUF is not converted: put an adapter GGUF in a bundle as it is, with `qaflora "
+            "bundle create`."
+        )
+    return f"Give {path.parent}." if _is_adapter(path.parent) else "Give the folder that it is in."
+
+
+def _advice_for_folder(folder: Path) -> str:
+    """What to do with a folder that is no adapter, by what it holds."""
+    if deeper := _deeper(folder):
+        return f"There is one in {deeper}; give that."
+    if os.path.isfile(folder / BUNDLE_FILE):
+        place = folder / "adapters" / "NAME.gguf"
+        return f"It is a bundle; of a bundle give one file, such as {place}."
+    if os.path.isfile(folder / WEIGHTS_FILE):
+        return (
+            f"Without it nobody knows the scale of {WEIGHTS_FILE}: fetch or save it as well, with "
+            "PEFT's save_pretrained."
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"Of an adapter GGUF give the file, such as {ggufs[0]}."
+    if os.path.isfile(folder / "config.json"):
+        return (
+            "It holds a whole model: a merged adapter is no adapter any more. Give the folder that "
+            "was merged, or make the model itself a base with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return "Give the folder that PEFT's save_pretrained wrote."
+
+
+def _deeper(folder: Path) -> Path | None:
+    """An adapter two levels down, as trainers nest them in runs and checkpoints."""
+    for sub in reversed(_entries(folder)[:MAX_SEARCHED]):
+        with contextlib.suppress(InputFileError):  # one that may not be read
+            if inside := _subfolders(sub):
+                return inside[-1]
+    return None
 
 
 def _subfolders(folder: Path) -> list[Path]:
+    """The sub-folders that are adapters, checkpoint-9 before checkpoint-10."""
+    return [sub for sub in _entries(folder) if _is_adapter(sub)]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return os.path.isfile(folder / CONFIG_FILE)
+
+
+def _entries(folder: Path) -> list[Path]:
     try:
-        entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        entries = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except OSError as error:
         raise InputFileError(
             f"Cannot read the adapter {folder}: listing it failed ({error.strerror}); expected a "
             "PEFT folder. Check that you may read it."
         ) from error
-    inside = (folder / name for name in entries[:MAX_SUBFOLDERS])
-    return [sub for sub in inside if (sub / CONFIG_FILE).is_file()]
+    return [folder / name for name in sorted(entries, key=_natural)[:MAX_SUBFOLDERS]]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by their value."""
+    parts = re.split(r"(\d{1,18})", name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 def read_weights(folder: Path) -> dict[str, StoredTensor]:

@@ -109,10 +109,16 @@ def _check_copy(config: PeftConfig, tensor: StoredTensor, parts: Mapping[str, ob
     if module in parts and is_untrained:
         return
     kind = tensor_kind(name)
+    advice = "Train a plain LoRA, or merge the adapter into its base."
+    if re.search(r"(^|\.)(embed_tokens|lm_head)(\.base_layer)?\.weight$", name):
+        advice = (
+            "PEFT saves these whole where the vocabulary was resized or an embedding is a target. "
+            "If they were not trained, save the adapter again with "
+            "save_pretrained(save_embedding_layers=False); else merge it into its base."
+        )
     raise UnsupportedAdapterError(
         f"Cannot use {tensor.path}: tensor {tensor.name} is {kind}; expected only lora_A and "
-        "lora_B, for a plain LoRA cannot represent more. Train a plain LoRA, or merge the adapter "
-        "into its base."
+        f"lora_B, for a plain LoRA cannot represent more. {advice}"
     )
 
 

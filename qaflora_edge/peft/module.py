@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaflora_edge.errors import UnsupportedAdapterError
+from qaflora_edge.errors import SafetensorsFileError, UnsupportedAdapterError
 from qaflora_edge.formats.safetensors_file import F32, StoredTensor
 from qaflora_edge.peft.config import PeftConfig
 
@@ -47,7 +47,14 @@ class PeftAdapter:
 
 def check_matrix(tensor: StoredTensor) -> None:
     """Refuse what is no matrix, such as LoRA on a convolution or on experts."""
-    if len(tensor.shape) != 2 or 0 in tensor.shape:
+    if tensor.n_bytes == 0:
+        raise SafetensorsFileError(
+            f"Cannot use {tensor.path}: tensor {tensor.name} is empty, of shape "
+            f"{list(tensor.shape)}; expected a matrix. DeepSpeed ZeRO-3 and FSDP leave such files "
+            "where the parts of a matrix were not gathered before saving: save the adapter again "
+            "with them gathered, for ZeRO-3 with stage3_gather_16bit_weights_on_model_save."
+        )
+    if len(tensor.shape) != 2:
         raise UnsupportedAdapterError(
             f"Cannot use {tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}; "
             "expected a matrix. Only LoRA on linear layers and embeddings can be represented."
