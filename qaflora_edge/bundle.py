@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import BundleError
-from qaflora_edge.files import open_input, safe_join
+from qaflora_edge.files import open_input, safe_join, what_is_at
 from qaflora_edge.formats.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
@@ -78,11 +79,10 @@ def read_bundle_text(folder: Path) -> BundleText:
 
     Raises BundleError.
     """
-    if not folder.is_dir():
-        found = "it is a file" if folder.exists() else "it does not exist"
+    if not os.path.isdir(folder):
         raise BundleError(
-            f"Cannot open the bundle {folder}: {found}, expected a folder with {BUNDLE_FILE}. "
-            "Give the folder of a bundle, or make one with `qaflora bundle create`."
+            f"Cannot open the bundle {folder}: it {what_is_at(folder)}, expected a folder with "
+            f"{BUNDLE_FILE}. Give the folder of a bundle, or make one with `qaflora bundle create`."
         )
     path = safe_join(folder, BUNDLE_FILE, link_roots(folder))
     if not path.is_file():

@@ -1,5 +1,6 @@
 """Bundles: made whole or not at all, loaded only when every file is the recorded one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny
@@ -150,6 +152,65 @@ def test_missing_base_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"The base {tmp_path / 'no.gguf'} does not exist; give a GGUF file, the name of a "
         "model from `qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
+    )
+
+
+def test_a_base_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GgufFileError, match=r"^The base .* is a folder; give a GGUF file, "):
+        create_bundle(tmp_path / "b", tmp_path, {})
+
+
+def test_the_home_folder_is_found_behind_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = make_sources(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    create_bundle(
+        sources.folder, "~/base.gguf", {"math": "~/peft", "es": "~/es.gguf"}, calibrate=False
+    )
+    assert verify_bundle(sources.folder).base_path == sources.base.path
+    with pytest.raises(InputFileError, match=r"^The adapter ~nobody0/x does not exist; "):
+        create_bundle(tmp_path / "b", sources.base.path, {"a": "~nobody0/x"})
+
+
+def test_a_file_of_a_peft_folder_is_refused(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    path = sources.peft / "adapter_model.safetensors"
+    with pytest.raises(InputFileError) as caught:
+        create_bundle(sources.folder, sources.base.path, {"math": path})
+    assert str(caught.value) == (
+        f"Cannot read the adapter {path}: it is a file of a PEFT folder; expected the folder. "
+        f"Give {sources.peft}."
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names that are no UTF-8")
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    peft = sources.peft.rename(tmp_path / os.fsdecode(b"m\xff"))
+    folder = create_bundle(
+        tmp_path / os.fsdecode(b"b\xff"), sources.base.path, {"math": peft}, calibrate=False
+    )
+    raw = load_bundle(folder).description_dict
+    assert (raw["name"], raw["adapters"][0]["source"]) == ("b\ufffd", "m\ufffd")
+    base = sources.base.path.rename(tmp_path / os.fsdecode(b"b\xff.gguf"))
+    with pytest.raises(BundleError, match="its path is not UTF-8"):
+        create_bundle(tmp_path / "b", base, {"math": peft}, calibrate=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_full_disk_names_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = make_sources(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_padding", fail)
+    with pytest.raises(OutputFileError) as caught:
+        create_bundle(sources.folder, sources.base.path, {"math": sources.peft}, calibrate=False)
+    assert str(caught.value) == (
+        f"Cannot create the bundle {sources.folder}: the disk is full. "
+        "Free some space and try again."
     )
 
 
@@ -370,6 +431,20 @@ def test_changed_adapter_is_refused(
         "Copy the bundle again."
     )
     assert snapshot(made.folder.parent) == before
+
+
+def test_a_bundle_that_was_cloned_without_git_lfs_is_told(made: TinyBundle) -> None:
+    path = made.folder / "adapters/es.gguf"
+    size_bytes = path.stat().st_size
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\n")
+    with pytest.raises(ChecksumError) as caught:
+        load_bundle(made.folder)
+    assert str(caught.value) == (
+        f"The adapter es is not the file that was recorded: {path} has {path.stat().st_size} "
+        f"bytes, expected {size_bytes} as {made.folder / 'bundle.json'} says. It is a Git LFS "
+        "pointer, which stands for the file. Run `git lfs install` and `git lfs pull` in its "
+        "folder, or fetch the file itself."
+    )
 
 
 def test_changed_base_is_refused(made: TinyBundle) -> None:

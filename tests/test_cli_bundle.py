@@ -163,3 +163,39 @@ def test_add_wants_a_name(tmp_path: Path) -> None:
     result = qaflora("bundle", "add", tmp_path, "peft/math")
     assert result.exit_code == 2
     assert "'peft/math' is not of the form NAME=PATH." in result.stderr
+
+
+LONG = "x" * 300  # longer than any file's name may be
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", LONG, "hi"),
+        ("bundle", "show", LONG),
+        ("bundle", "verify", LONG),
+        ("bundle", "add", LONG, "a=b"),
+        ("bundle", "add", "BUNDLE", f"a={LONG}"),
+        ("bundle", "remove", LONG, "a"),
+        ("bundle", "create", LONG, "--base", "BASE", "--adapter", "a=PEFT"),
+        ("bundle", "create", "new", "--base", LONG, "--adapter", "a=PEFT"),
+        ("bundle", "create", "new", "--base", "BASE", "--adapter", f"a={LONG}"),
+        ("convert", LONG, "--base", "BASE", "-o", "a.gguf"),
+        ("convert", "PEFT", "--base", "BASE", "-o", LONG),
+        ("push", LONG, "me/mine"),
+    ],
+)
+def test_a_name_that_is_too_long_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    made = make_bundle(tmp_path)
+    places = {"BUNDLE": made.folder, "BASE": made.base.path, "PEFT": made.peft}
+    for word, place in places.items():
+        arguments = tuple(argument.replace(word, str(place)) for argument in arguments)
+    before = snapshot(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = qaflora(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert LONG in result.stderr
+    assert snapshot(tmp_path) == before

@@ -454,8 +454,7 @@ def test_full_disk_is_named(
     monkeypatch.setattr(gguf.GGUFWriter, "write_padding", fail)
     message = refusal(OutputFileError, folder, base.path)
     assert message == (
-        f"Cannot write {tmp_path / 'out.gguf'}: writing failed ([Errno 28] No space "
-        "left on device). Check that there is space left and try again."
+        f"Cannot write {tmp_path / 'out.gguf'}: the disk is full. Free some space and try again."
     )
 
 

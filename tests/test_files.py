@@ -82,6 +82,28 @@ def test_atomic_path_refuses_a_folder_as_target(tmp_path: Path) -> None:
         write_text_atomic(tmp_path, "x")
 
 
+@POSIX
+def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name, kind in {"pipe": "a named pipe", "link": "a device"}.items():
+        path = tmp_path / name
+        with pytest.raises(OutputFileError) as caught:
+            write_text_atomic(path, "x")
+        assert str(caught.value) == (
+            f"Cannot write {path}: it is {kind} and a file was expected. Choose another name."
+        )
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_atomic_path_names_a_name_that_is_too_long(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 300)
+    with pytest.raises(OutputFileError, match="does not take a new file"):
+        write_text_atomic(folder / "a", "x")
+
+
 def test_atomic_path_reports_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "a"
 

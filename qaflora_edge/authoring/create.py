@@ -24,8 +24,8 @@ from qaflora_edge.authoring.write import (
     write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import is_disk_full, lock_path, remove_left_overs
-from qaflora_edge.formats.bundle_format import FORMAT
+from qaflora_edge.files import is_disk_full, lock_path, readable, remove_left_overs, what_is_at
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.hub.references import model_name
@@ -93,7 +93,7 @@ def create_bundle(
             fusion["typical_prompts"] = prompts_record()
         text = {
             "format": FORMAT,
-            "name": name or folder.resolve().name,
+            "name": name or readable(folder.resolve().name),
             "description": description,
             "license": license,
             "base": base_record,
@@ -126,12 +126,23 @@ def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict
         "size_bytes": size_bytes,
     }
     if source.registry is None and source.hub is None:
-        record["file"] = str(path.absolute())
+        record["file"] = _recordable(path.absolute())
     if registry_name := source.registry or model_name(sha256):
         record["registry"] = registry_name
     if source.hub is not None:
         record["hub"] = source.hub
     return record
+
+
+def _recordable(path: Path) -> str:
+    """A path as text of bundle.json. Raises BundleError when it is no text."""
+    if readable(str(path)) != str(path):
+        raise BundleError(
+            f"Cannot record the base {path} in {BUNDLE_FILE}: its path is not UTF-8, and JSON "
+            "holds nothing else; expected a path that is. Rename the file or its folder, or give "
+            "the base by a name of `qaflora models`."
+        )
+    return str(path)
 
 
 @contextlib.contextmanager
@@ -140,10 +151,14 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
     Those of creations beside it that were killed are removed.
     """
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise OutputFileError(
             f"Cannot create the bundle {folder}: there is something of that name already. "
             "Choose another name, or remove it first."
+        )
+    if (what := what_is_at(folder)) != "does not exist":
+        raise OutputFileError(
+            f"Cannot create the bundle {folder}: it {what}. Choose another name or place."
         )
     remove_left_overs(folder.parent, _TEMPORARY, are_folders=True)
     temporary = folder.parent / f".tmp-{secrets.token_hex(6)}-{folder.name[:100]}"
@@ -160,7 +175,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         os.rename(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and is_disk_full(error):
+        reason = error.__cause__ if isinstance(error, OutputFileError) else error
+        if isinstance(reason, OSError) and is_disk_full(reason):
             raise OutputFileError(
                 f"Cannot create the bundle {folder}: the disk is full. "
                 "Free some space and try again."

@@ -76,7 +76,7 @@ def _collect(
     path: Path, repo: str, base_hub: str | None, progress: Progress | None
 ) -> tuple[dict[str, Content], Callable[[], str]]:
     """Check what is to be pushed; give its files by name, and a way to make a card."""
-    if (path / BUNDLE_FILE).exists():
+    if os.path.exists(path / BUNDLE_FILE):
         text = _check_bundle(path, base_hub, progress)
         return _bundle_files(path, text), lambda: bundle_card(text, repo)
     if base_hub is not None:
@@ -84,7 +84,7 @@ def _collect(
             f"Cannot push {path} with a base: it is no bundle, expected {BUNDLE_FILE} in it. "
             "Leave --base-hub out."
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         adapter = read_peft(path)
         _check_config(adapter.folder / CONFIG_FILE)
         return _peft_files(adapter.folder), lambda: peft_card(adapter, repo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qaflora_edge.errors import DownloadError, GgufFileError, InputFileError, RegistryError
-from qaflora_edge.files import open_input
+from qaflora_edge.files import open_input, readable, what_is_at
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE
 from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
 from qaflora_edge.hub import registry
 from qaflora_edge.hub.pull import fetch_pinned
 from qaflora_edge.hub.references import pulled_model
+from qaflora_edge.peft.files import check_no_part
 
 Path_ = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -47,10 +49,9 @@ def find_base(base: Path_, tell: Progress) -> BaseSource:
 
     Raises GgufFileError when it is none of them, DownloadError when the Hub does not give it.
     """
-    path = Path(base)
-    if path.is_file():
+    path, name = _local(base), os.fspath(base)
+    if os.path.isfile(path):
         return BaseSource(path)
-    name = os.fspath(base)
     if name in registry.load_registry():
         pulled = pulled_model(name)
         if pulled is None:
@@ -59,9 +60,9 @@ def find_base(base: Path_, tell: Progress) -> BaseSource:
                 f"fetch it with `qaflora pull {name}`."
             )
         return BaseSource(pulled, registry=name)
-    if _hub_ref(name) is None:
+    if os.path.exists(path) or _hub_ref(name) is None:
         raise GgufFileError(
-            f"The base {path} does not exist; give a GGUF file, the name of a model from "
+            f"The base {path} {what_is_at(path)}; give a GGUF file, the name of a model from "
             "`qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
         )
     path, pinned = _fetch(name, tell)
@@ -78,15 +79,15 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
 
     Raises InputFileError when it is neither, DownloadError when the Hub does not give it.
     """
-    path = Path(source)
-    if path.exists():
-        return AdapterSource(path, path.resolve().name, _card_license(path))
-    name = os.fspath(source)
+    path, name = _local(source), os.fspath(source)
+    if os.path.exists(path):
+        check_no_part(path)
+        return AdapterSource(path, readable(path.resolve().name), _card_license(path))
     ref = _hub_ref(name)
     if ref is None:
         raise InputFileError(
-            f"The adapter {path} does not exist; expected a PEFT folder (adapter_config.json and "
-            "adapter_model.safetensors), an adapter GGUF, or a Hub reference as owner/name."
+            f"The adapter {path} {what_is_at(path)}; expected a PEFT folder (adapter_config.json "
+            "and adapter_model.safetensors), an adapter GGUF, or a Hub reference as owner/name."
         )
     path, pinned = _fetch(name, tell)
     if (path / BUNDLE_FILE).exists():
@@ -95,6 +96,15 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
             f"Name one of its files, as {ref.repo}/adapters/NAME.gguf."
         )
     return AdapterSource(path, ref.repo.partition("/")[2], _card_license(path), pinned)
+
+
+def _local(text: Path_) -> Path:
+    """A path as given, or with the home folder for the ~ that a shell leaves behind NAME=."""
+    path = Path(text)
+    if not os.path.exists(path) and path.parts[:1] and path.parts[0].startswith("~"):
+        with contextlib.suppress(RuntimeError):  # of a user that is not there
+            return path.expanduser()
+    return path
 
 
 def _card_license(path: Path) -> str:

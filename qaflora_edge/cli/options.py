@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -192,7 +193,7 @@ def example(text: str) -> str:
 def bundle_folder(text: str) -> Path:
     """The bundle that DIR names: a folder, a name in the setting `bundles`, or what was pulled."""
     folder = Path(text)
-    if folder.exists():
+    if os.path.exists(folder):
         return folder
     from qaflora_edge.hub import cache as hub_cache
     from qaflora_edge.hub.bundle_names import named_bundles

@@ -25,7 +25,7 @@ from qaflora_edge.convert.encode import (
 from qaflora_edge.convert.plan import PlannedModule, plan_modules
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError
-from qaflora_edge.files import atomic_path
+from qaflora_edge.files import atomic_path, is_disk_full, readable
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.peft.folder import read_peft
 
@@ -80,7 +80,7 @@ def convert_adapter(
     }
     _check_is_no_source(out_path, "a file of the adapter", [adapter.config.path, *sources])
     alpha, modules = plan_modules(adapter, header)
-    name = name or adapter.folder.resolve().name
+    name = readable(name or adapter.folder.resolve().name)
     n_step = len(modules) * (2 if verify else 1)
 
     def tell(n_done: int) -> None:
@@ -92,9 +92,10 @@ def convert_adapter(
         try:
             _write(temporary, header.architecture, name, alpha, modules, OUTTYPES[outtype], tell)
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise OutputFileError(
-                f"Cannot write {out_path}: writing failed ({error}). "
-                "Check that there is space left and try again."
+                f"Cannot write {out_path}: writing failed ({error}). Check the disk and try again."
             ) from error
         if verify:
             checks = verify_conversion(
@@ -114,7 +115,7 @@ def convert_adapter(
 
 
 def _check_is_no_source(out_path: Path, what: str, sources: Iterable[Path]) -> None:
-    if out_path.exists() and any(out_path.samefile(source) for source in sources):
+    if os.path.exists(out_path) and any(out_path.samefile(source) for source in sources):
         raise OutputFileError(f"Cannot write {out_path}: it is {what}. Choose another name.")
 
 

@@ -83,7 +83,9 @@ def fetch_pinned(ref: str, *, progress: Progress | None = None) -> tuple[Path, s
 
 def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
     """A single named file may join others; a bundle or an adapter needs a folder of its own."""
-    if folder.exists() and (not folder.is_dir() or (not parsed.file and any(folder.iterdir()))):
+    if os.path.exists(folder) and (
+        not folder.is_dir() or (not parsed.file and any(folder.iterdir()))
+    ):
         raise OutputFileError(
             f"Cannot pull {ref} to {folder}: it exists already and is not an empty folder. "
             "Name another folder with --to, or remove that one."
@@ -333,4 +335,4 @@ def _check_ref(ref: HubRef, listing: HubListing, path: Path) -> None:
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))
