@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge import fusion as fuse
-from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.context import Context, Held
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.query_projection import QueryProjections
@@ -78,7 +78,7 @@ class Prober:
         if self._last is not None and self._last[:2] == (key, pool):
             return self._last[2]
         start = time.perf_counter()
-        context = self._room_for(len(tokens), pool)
+        context = self._room_for(tokens, pool)
         context.capture_begin(pool)
         if pool == "mean":
             self._read(context, tokens, n_kept=0, outputs="all")
@@ -104,7 +104,7 @@ class Prober:
             return fuse.cosine_distance(states[0], states[1:])
         if kind == "euclidean":
             return fuse.euclidean_distance(states[0], states[1:])
-        context = self._room_for(len(tokens), pool)
+        context = self._room_for(tokens, pool)
         before = context.lens_ms
         divergence = context.divergence(states[0], states[1:], lens)
         lens_ms, divergence_ms = np.subtract(context.lens_ms, before)
@@ -124,10 +124,8 @@ class Prober:
             paths = [self._pack.paths[row] for row in self._rows]
             self._projections = QueryProjections(paths, self._model.n_layer)
         if self._base is None or self._base.n_ctx < len(tokens):
-            if self._base is not None:
-                self._base.close()
-                self._base = None
-            self._base = self._make(len(tokens), n_seq=1, inputs=True)
+            held, self._base = _closed(self._base, tokens), None
+            self._base = self._make(len(tokens), held, n_seq=1, inputs=True)
         self._base.capture_begin()
         n_kept = _n_going_on(self._base, tokens, len(tokens) - 1)
         self._base.decode(tokens[n_kept:], start=n_kept)
@@ -162,15 +160,16 @@ class Prober:
         self._is_exact = False
         context.decode(tokens[n_head:], start=n_head)
 
-    def _room_for(self, n_token: int, pool: str) -> Context:
-        if self._context is not None:
-            if self._context.n_ctx >= n_token and pool in (self._pool, "last"):
-                return self._context
-            self._context.close()
-            self._context = None
+    def _room_for(self, tokens: Sequence[int], pool: str) -> Context:
+        if self._context is not None and (
+            self._context.n_ctx >= len(tokens) and pool in (self._pool, "last")
+        ):
+            return self._context
+        held, self._context = _closed(self._context, tokens), None
         n_adapter, self._pool = len(self._rows), pool
         context = self._make(
-            n_token,
+            len(tokens),
+            held,
             n_seq=1 + n_adapter,
             differential=n_adapter > 0,
             all_outputs=pool == "mean",
@@ -182,11 +181,34 @@ class Prober:
         self._context = context
         return context
 
-    def _make(self, n_token: int, **kwargs: Any) -> Context:
+    def _make(self, n_token: int, held: Held | None, **kwargs: Any) -> Context:
         n_ctx = _N_CTX_MIN
         while n_ctx < n_token:
             n_ctx *= 2
-        return Context(self._model, self._pack, n_ctx=n_ctx, probe=True, **kwargs, **self._options)
+        context = Context(
+            self._model, self._pack, n_ctx=n_ctx, probe=True, **kwargs, **self._options
+        )
+        try:
+            if held is not None:
+                context.hold(held)
+        except BackendError:
+            context.close()
+            raise
+        return context
+
+
+def _closed(context: Context | None, tokens: Sequence[int]) -> Held | None:
+    """Close a context that has too little room; gives what it held, if a query goes on from it."""
+    if context is None:
+        return None
+    held = context.held() if _goes_on(context, tokens) else None
+    context.close()
+    return held
+
+
+def _goes_on(context: Context, tokens: Sequence[int]) -> bool:
+    held = context.tokens
+    return 0 < len(held) < len(tokens) and list(tokens[: len(held)]) == held
 
 
 def _n_going_on(context: Context, tokens: Sequence[int], n_most: int) -> int:
@@ -195,8 +217,7 @@ def _n_going_on(context: Context, tokens: Sequence[int], n_most: int) -> int:
     Only a query that begins with all of the last one's tokens is taken to go on. Another query's
     weights do not depend on what was asked before, not even in their last digits.
     """
-    held = context.tokens
-    if len(held) >= len(tokens) or list(tokens[: len(held)]) != held:
+    if not _goes_on(context, tokens):
         context.clear()
         return 0
     return context.keep_common(tokens[: n_most + 1])

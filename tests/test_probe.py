@@ -1,6 +1,7 @@
 """The probe over several queries: turns of a chat, a short tail, one pass for all adapters."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -89,6 +90,46 @@ def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
         engine.generate(query, max_tokens=1, keep_history=True)
         found = engine._main.logits()
         np.testing.assert_allclose(found, engine.logits(query), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_turn_that_needs_a_larger_context_costs_its_new_tokens_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str, kv_type: str
+) -> None:
+    """What was read moves into the larger context as it is, of all sequences."""
+    base = write_tiny_base(tmp_path / "base.gguf", architecture, window=64, n_ctx=2048)
+    adapters = [write_tiny_adapter(tmp_path / f"{i}.gguf", base, seed=i) for i in (1, 2)]
+    model = Model(base.path)
+    pack = Pack(model, [adapter.path for adapter in adapters])
+    options = EXACT | {"kv_type": kv_type, "flash_attn": kv_type == "f16"}
+    tokens = np.random.default_rng(5).integers(0, 256, 700).tolist()
+    counts = count_decoded(monkeypatch)
+    found: dict[int, list[F32]] = {}
+    for n_first in (256, 1024):  # tokens that there is room for at first
+        monkeypatch.setattr("qaflora_edge.probe._N_CTX_MIN", n_first)
+        prober = Prober(model, pack, options)
+        found[n_first] = [prober.states(tokens[:n], "last") for n in (200, 250, 300, 700)]
+        found[n_first] += [prober.norms(tokens[:n]) for n in (200, 300)]
+        prober.close()
+    for moved, stayed in zip(found[256], found[1024], strict=True):
+        # Cells may lie in another order there, in which sums are rounded otherwise.
+        np.testing.assert_allclose(moved, stayed, rtol=1e-3, atol=2e-3)
+    assert counts == [*(n * 3 for n in (200, 50, 50, 400)), 200, 100] * 2
+
+
+def test_what_another_context_held_is_checked(base: TinyBase, adapters: list[TinyAdapter]) -> None:
+    model = Model(base.path)
+    pack = Pack(model, [adapter.path for adapter in adapters])
+    with Context(model, pack, n_ctx=64, **EXACT) as context:
+        context.decode(TOKENS[:20])
+        held = context.held()
+        damaged = replace(held, sequences=[held.sequences[0][:-100]])
+        with pytest.raises(BackendError, match="What was read before cannot be taken over: 0 of"):
+            context.hold(damaged)
+        assert context.tokens == []
+        context.hold(held)
+        assert context.tokens == TOKENS[:20]
 
 
 def test_another_query_is_read_from_its_beginning(

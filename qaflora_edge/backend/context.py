@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,14 @@ def context_params(
     params.kv_unified = False
     params.no_perf = False
     return params
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the sequences of a context held: token ids, and uint8 [n_byte] of each sequence."""
+
+    tokens: list[int]
+    sequences: list[NDArray[np.uint8]]
 
 
 class Context(Handle):
@@ -156,6 +165,35 @@ class Context(Handle):
         """Let all sequences hold what the first one does."""
         for seq in range(1, self.n_seq):
             self._lib.llama_memory_seq_cp(self._memory, 0, seq, -1, -1)
+
+    def held(self) -> Held:
+        """A copy of what the sequences hold, for a context of the same shape with more room."""
+        sequences = []
+        for seq in range(self.n_seq):
+            data = np.empty(self._lib.llama_state_seq_get_size(self._pointer, seq), np.uint8)
+            n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
+            if n != data.size:
+                raise BackendError(
+                    f"What was read cannot be copied: {n} of {data.size} bytes came."
+                )
+            sequences.append(data)
+        return Held(list(self.tokens), sequences)
+
+    def hold(self, held: Held) -> None:
+        """Hold what another context held, in place of what is here.
+
+        Raises BackendError, and holds nothing, when that is not of this shape.
+        """
+        self.clear()
+        for seq, data in enumerate(held.sequences):
+            n = self._lib.llama_state_seq_set_data(self._pointer, _bytes(data), data.size, seq)
+            if n != data.size:
+                self.clear()
+                raise BackendError(
+                    f"What was read before cannot be taken over: {n} of {data.size} bytes of "
+                    f"sequence {seq} went in: {said()}."
+                )
+        self.tokens = list(held.tokens)
 
     def set_weights(self, weights: F32, *, seq: int = 0) -> None:
         """Weigh adapters for one sequence from the next decode on.
@@ -306,6 +344,10 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def _bytes(array: NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _floats(array: F32) -> Any:
