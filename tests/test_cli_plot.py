@@ -137,7 +137,7 @@ def test_html_tables_hold_every_number() -> None:
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     item = weighed(HOSTILE, HOSTILE, "b")
     item = (Prompt(HOSTILE, name=HOSTILE), item[1])
-    clean = HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd")
+    clean = HOSTILE.replace("\x00", "\\x00").replace("\x1b", "\\x1b")
     page = Page(html([item]))
     plain = Page(html([weighed("x", "a", "b")]))
     # The prompt itself is one more paragraph, for its name is the title.

@@ -38,10 +38,11 @@ def check_can_plot(path: Path, n_prompt: int) -> None:
         )
 
 
-def write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]]) -> None:
+def write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]]) -> str:
     """Draw a panel per prompt; the suffix chooses .svg, .html or .png.
 
-    The same weights give the same bytes. Raises OutputFileError, also when there is no adapter.
+    Returns what to tell the user of the picture, or "". The same weights give the same bytes, and
+    with PNG the same fonts have to be there. Raises OutputFileError, also when there is no adapter.
     """
     if not weighed[0][1].adapters:
         raise OutputFileError(
@@ -52,10 +53,11 @@ def write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]]) -> N
     if suffix == ".png":
         from qaflora_edge.cli.plot_png import png
 
-        data = png(weighed)
+        data, missing = png(weighed)
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
-    elif suffix == ".html":
+        return _note_on_fonts(path, missing)
+    if suffix == ".html":
         from qaflora_edge.cli.plot_html import html
 
         write_text_atomic(path, html(weighed))
@@ -63,3 +65,15 @@ def write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]]) -> N
         from qaflora_edge.cli.plot_svg import svg
 
         write_text_atomic(path, svg(weighed))
+    return ""
+
+
+def _note_on_fonts(path: Path, missing: str) -> str:
+    if not missing:
+        return ""
+    shown = missing if len(missing) <= 10 else f"{missing[:10]}…"
+    return (
+        f"Note: no font found here has {len(missing)} of the characters in {path} ({shown}); □ "
+        "stands for them. Install one that has, such as Noto Sans CJK, or write .html or .svg, "
+        "which leave fonts to the viewer."
+    )

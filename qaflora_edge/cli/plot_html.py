@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from qaflora_edge.cli.heatmap import min_weight, scale_top
 from qaflora_edge.cli.plot_svg import (
     clean,
-    crop,
     facts,
     legend,
     panel,
     panel_size,
     unit,
 )
+from qaflora_edge.cli.plot_text import crop, spelt
 from qaflora_edge.cli.show import layer_ranges, leading_layers
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _section(number: int, prompt: Prompt, fusion: FusionWeights, top: float) -> 
         "<section>",
         f'<h2 dir="auto">{number}. {clean(title)}</h2>',
     ]
-    if title != " ".join(prompt.text.split()):
+    if title != spelt(" ".join(prompt.text.split())):
         shown = f'<p class="prompt" dir="auto">{clean(prompt.text)}</p>'
         if len(prompt.text) > PROMPT_CHARS:
             shown = f"<details><summary>The whole prompt</summary>{shown}</details>"

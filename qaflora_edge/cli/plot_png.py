@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qaflora_edge.cli.heatmap import scale_top
-from qaflora_edge.cli.plot_svg import INK, LABEL_MAX, PAPER, QUIET, crop, facts, n_columns
+from qaflora_edge.cli.plot_fonts import fonts_for
+from qaflora_edge.cli.plot_svg import INK, PAPER, QUIET, facts, n_columns, panel_title, short_name
+from qaflora_edge.cli.plot_text import one_line, wrap
 from qaflora_edge.cli.show import leading_layers, mean_weights
 
 if TYPE_CHECKING:
@@ -19,32 +20,60 @@ if TYPE_CHECKING:
     from qaflora_edge.fusion import FusionWeights
 
 DPI, PIXELS_MAX = 150, 30_000  # the second is what common viewers still open
-LAYER_INCHES, ROW_INCHES, WIDTH_INCHES_MAX = 0.15, 0.3, 22.0
+LAYER_INCHES, ROW_INCHES, LINE_INCHES, WIDTH_INCHES_MAX = 0.15, 0.3, 0.17, 22.0
+TITLE_LINES, TITLE_POINTS, NAME_POINTS = 2, 9, 8
 
 
-def png(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> bytes:
-    """A panel per prompt, all on one scale."""
+def png(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> tuple[bytes, str]:
+    """A panel per prompt, all on one scale; and the characters that no font here has."""
+    from matplotlib import rc_context
+
+    fusions = [fusion for _, fusion in weighed]
+    titles = [
+        one_line(panel_title(index, prompt, len(weighed)))
+        for index, (prompt, _) in enumerate(weighed)
+    ]
+    names = [short_name(name) for name in fusions[0].adapters]
+    fonts = fonts_for("".join([*titles, *names, "…"]))
+    titles, names = [fonts.shown(title) for title in titles], [fonts.shown(name) for name in names]
+    with rc_context({"font.family": list(fonts.families)}):
+        data = _draw(fusions, titles, names)
+    return data, "".join(sorted(fonts.missing))
+
+
+def _draw(fusions: list[FusionWeights], titles: list[str], names: list[str]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    fusions = [fusion for _, fusion in weighed]
     top = scale_top(fusions)
     n_adapter, n_layer = fusions[0].weights.shape
-    panel = max(4.5, 2.0 + LAYER_INCHES * n_layer), 0.9 + ROW_INCHES * max(1, n_adapter)
-    n_column = n_columns(len(weighed), int(WIDTH_INCHES_MAX // panel[0]))
-    n_row = math.ceil(len(weighed) / n_column)
-    size = panel[0] * n_column, panel[1] * n_row + 1.2
-    figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
-    FigureCanvasAgg(figure)
+    width = max(4.5, 2.0 + LAYER_INCHES * n_layer)
+    figure = Figure(layout="constrained", facecolor=PAPER, dpi=DPI)
+    canvas = FigureCanvasAgg(figure)
+    names_width = max(_inches(canvas, name, NAME_POINTS) for name in names)
+    wrapped = [
+        wrap(
+            title,
+            width - names_width - 0.3,
+            lambda text: _inches(canvas, text, TITLE_POINTS),
+            n_line=TITLE_LINES,
+        )
+        for title in titles
+    ]
+    n_line = max(len(lines) for lines in wrapped)
+    height = 0.9 + ROW_INCHES * n_adapter + LINE_INCHES * (n_line - 1)
+    n_column = n_columns(len(fusions), int(WIDTH_INCHES_MAX // width))
+    n_row = math.ceil(len(fusions) / n_column)
+    size = width * n_column, height * n_row + 1.2
+    figure.set_size_inches(size)
     grid = list(figure.subplots(n_row, n_column, squeeze=False).flat)
     colours = LinearSegmentedColormap.from_list("weights", [PAPER, INK])
-    n_char = int(panel[0] * 13)
     images = [
-        _panel(axes, prompt, fusion, top, colours, n_char)
-        for axes, (prompt, fusion) in zip(grid, weighed, strict=False)
+        _panel(axes, "\n".join(lines), names, fusion, top, colours)
+        for axes, lines, fusion in zip(grid, wrapped, fusions, strict=False)
     ]
-    for axes in grid[len(weighed) :]:
+    for axes in grid[len(fusions) :]:
         axes.set_axis_off()
     figure.suptitle(f"Weight of each adapter at each layer\n{facts(fusions)}", fontsize=11)
     bar = figure.colorbar(
@@ -53,29 +82,37 @@ def png(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> bytes:
     bar.set_label("weight; a dot: weighs most at this layer", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A character that the font lacks is drawn as a box, which says it as well.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        dpi = min(DPI, PIXELS_MAX / max(size))
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    dpi = min(DPI, PIXELS_MAX / max(size))
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 
+def _inches(canvas: Any, text: str, points: int) -> float:
+    """How wide a text is drawn."""
+    from matplotlib.font_manager import FontProperties
+
+    renderer = canvas.get_renderer()
+    width, _, _ = renderer.get_text_width_height_descent(
+        text, FontProperties(size=points), ismath=False
+    )
+    return float(width) / DPI
+
+
 def _panel(
-    axes: Any, prompt: Prompt, fusion: FusionWeights, top: float, colours: Any, n_char: int
+    axes: Any, title: str, names: list[str], fusion: FusionWeights, top: float, colours: Any
 ) -> Any:
     n_adapter, n_layer = fusion.weights.shape
     image = axes.imshow(
         fusion.weights, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="nearest"
     )
-    axes.set_yticks(range(n_adapter), [crop(name, LABEL_MAX) for name in fusion.adapters])
+    axes.set_yticks(range(n_adapter), names)
     axes.set_xticks(range(0, n_layer, 5))
     axes.set_yticks(np.arange(n_adapter + 1) - 0.5, minor=True)
     axes.set_xticks(np.arange(n_layer + 1) - 0.5, minor=True)
     axes.grid(which="minor", color=PAPER, linewidth=1)
-    axes.tick_params(which="both", length=0, labelsize=8)
+    axes.tick_params(which="both", length=0, labelsize=NAME_POINTS)
     axes.spines[:].set_visible(False)
-    axes.set_title(crop(prompt.label, n_char), fontsize=9, loc="left", parse_math=False)
+    axes.set_title(title, fontsize=TITLE_POINTS, loc="left", parse_math=False)
     axes.set_xlabel("layer", fontsize=8, color=QUIET)
     # A dollar sign in a name is no formula.
     for label in axes.get_yticklabels():

@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from qaflora_edge.cli.heatmap import TICK, min_weight, scale_top
+from qaflora_edge.cli.plot_text import crop, len_pixels, spelt
 from qaflora_edge.cli.show import leading_layers
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 INK, PAPER, TEXT, QUIET = "#0b4f8a", "#ffffff", "#1b1f24", "#57606a"
 CELL_WIDTH, CELL_HEIGHT = 18, 26
-CHAR_WIDTH = 7.5  # of 13 px text, on the wide side
-MARGIN, LABEL_MAX, TITLE_TOP = 16, 24, 58
+MARGIN, NAME_WIDTH_MAX, TITLE_TOP = 16, 180, 58
 MEAN_WIDTH = 52
 COLUMNS_WIDTH_MAX = 1600
 FONT = "system-ui, -apple-system, 'Segoe UI', sans-serif"
@@ -47,7 +47,7 @@ def svg(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> str:
     for index, (prompt, fusion) in enumerate(weighed):
         x = MARGIN + index % n_column * (panel_width + MARGIN)
         y = TITLE_TOP + index // n_column * (panel_height + MARGIN)
-        title = crop(prompt.label, int(panel_width / CHAR_WIDTH))
+        title = crop(panel_title(index, prompt, len(weighed)), panel_width, len_pixels)
         parts += [
             f'<g transform="translate({x} {y})">',
             text(0, 14, title),
@@ -85,7 +85,7 @@ def panel(fusion: FusionWeights, top: float, *, ink: str = INK, paper: str = PAP
     for row, name in enumerate(fusion.adapters):
         y = row * CELL_HEIGHT
         parts.append('<g class="row">')
-        parts.append(text(left - 8, y + 17, crop(name, LABEL_MAX), anchor="end"))
+        parts.append(text(left - 8, y + 17, short_name(name), anchor="end"))
         parts += [
             _cell(fusion, row, layer, left + layer * CELL_WIDTH, y, top, ink)
             for layer in range(n_layer)
@@ -148,17 +148,19 @@ def facts(fusions: Sequence[FusionWeights]) -> str:
     return ", ".join(parts)
 
 
-def crop(label: str, n_char: int) -> str:
-    """A label of at most `n_char` characters on one line."""
-    label = " ".join(label.split())
-    return label if len(label) <= n_char else label[: n_char - 1] + "…"
+def panel_title(index: int, prompt: Prompt, n_prompt: int) -> str:
+    """What stands above a panel: its prompt, with a number where there are several."""
+    return prompt.label if n_prompt == 1 else f"{index + 1}. {prompt.label}"
+
+
+def short_name(name: str) -> str:
+    """An adapter's name as it stands before its row."""
+    return crop(name, NAME_WIDTH_MAX, len_pixels)
 
 
 def clean(text: str) -> str:
-    """A text for HTML or XML: escaped, and without the characters that XML forbids."""
-    is_allowed = (c in "\t\n" or " " <= c < "\ufffe" or c > "\uffff" for c in text)
-    shown = "".join(c if good else "\ufffd" for c, good in zip(text, is_allowed, strict=True))
-    return escape(shown)
+    """A text for HTML or XML: escaped, and with what XML forbids or what turns text spelt out."""
+    return escape(spelt(text))
 
 
 def text(
@@ -171,8 +173,8 @@ def text(
 
 
 def _left(fusion: FusionWeights) -> int:
-    longest = max((len(crop(name, LABEL_MAX)) for name in fusion.adapters), default=4)
-    return math.ceil(longest * CHAR_WIDTH) + 12
+    longest = max((len_pixels(short_name(name)) for name in fusion.adapters), default=30)
+    return math.ceil(longest) + 12
 
 
 def _cell(fusion: FusionWeights, row: int, layer: int, x: int, y: int, top: float, ink: str) -> str:

@@ -115,7 +115,8 @@ def weights(
     if plot is not None:
         from qaflora_edge.cli.plot import write_plot
 
-        write_plot(plot, weighed)
+        if note := write_plot(plot, weighed):
+            click.echo(note, err=True)
     if not as_json and not as_csv:
         _print_heatmap(weighed)
 
