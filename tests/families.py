@@ -75,10 +75,27 @@ _GRANITE = {
     "logits_scaling": 4.0,
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LINEAR_ATTENTION = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 _EYE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 _CLIP = {**_EYE, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
 _QWEN_EYE = {"depth": 1, "num_heads": 2}
 _MROPE = {"mrope_section": [2, 3, 3]}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+_INTERLEAVED = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+_QWEN35 = {**_HEAD, **_LINEAR, "rope_parameters": _INTERLEAVED}
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -179,6 +196,29 @@ _ALL = [
             },
         },
         tolerance=ROUNDED,
+    ),
+    _family(
+        "Qwen3-Next",
+        "qwen3next",
+        "Qwen3NextForCausalLM",
+        {
+            **_HEAD,
+            **_LINEAR,
+            **_EXPERTS,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 32,
+        },
+        targets=(*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
+        upstream="it cannot take in_proj_qkvz apart",
+    ),
+    _family("Qwen3.5", "qwen35", "Qwen3_5ForCausalLM", _QWEN35, config="Qwen3_5TextConfig"),
+    _family(
+        "Qwen3.5 MoE",
+        "qwen35moe",
+        "Qwen3_5MoeForCausalLM",
+        {**_QWEN35, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32},
+        config="Qwen3_5MoeTextConfig",
+        targets=(*_ATTENTION, *_LINEAR_ATTENTION),
     ),
     _family("Gemma", "gemma", "GemmaForCausalLM", _HEAD, tolerance=ROUNDED),
     _family("Gemma 2", "gemma2", "Gemma2ForCausalLM", _GEMMA, tolerance=ROUNDED),
@@ -354,6 +394,15 @@ _ALL = [
         },
         targets=_ATTENTION,
     ),
+    _family(
+        "PaddleOCR-VL",
+        "paddleocr",
+        "PaddleOCRVLForConditionalGeneration",
+        {
+            "text_config": {**_HEAD, "rope_scaling": {"rope_type": "default", **_MROPE}},
+            "vision_config": {**_EYE, "num_hidden_layers": 1},
+        },
+    ),
     _family("EXAONE 4", "exaone4", "Exaone4ForCausalLM", {**_HEAD, **_WINDOW}),
     _family(
         "EXAONE MoE",
@@ -412,6 +461,20 @@ _ALL = [
         restored={"scoring_func": "sigmoid"},
     ),
     _family(
+        "DBRX",
+        "dbrx",
+        "DbrxForCausalLM",
+        {
+            "vocab_size": N_VOCAB,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 128,
+            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        },
+    ),
+    _family(
         "MiniMax-M2",
         "minimax-m2",
         "MiniMaxM2ForCausalLM",
@@ -428,6 +491,19 @@ _ALL = [
             "layer_types": ["conv", "full_attention"],
             "block_auto_adjust_ff_dim": False,
         },
+    ),
+    _family(
+        "LFM2 MoE",
+        "lfm2moe",
+        "Lfm2MoeForCausalLM",
+        {
+            **_LLAMA,
+            **_EXPERTS,
+            "num_experts": 4,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention"],
+        },
+        upstream="it leaves the head out",
     ),
 ]
 FAMILIES = {family.name: family for family in _ALL}

@@ -13,7 +13,8 @@ import pytest
 import tiny
 
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.architectures import ARCHITECTURES, LayoutError, grouped_rows, rope_rows
+from qaflora_edge.convert.architectures import ARCHITECTURES
+from qaflora_edge.convert.layouts import LayoutError, grouped_rows, rope_rows
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf

@@ -15,7 +15,8 @@ from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.architectures import ARCHITECTURES
 from qaflora_edge.convert.encode import stored_shape, stored_type
 from qaflora_edge.convert.plan import PlannedModule, plan_modules
-from qaflora_edge.convert.verify import _source_rows, verify_conversion
+from qaflora_edge.convert.source_order import source_columns, source_rows
+from qaflora_edge.convert.verify import verify_conversion
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.peft.folder import read_peft
@@ -187,6 +188,21 @@ METADATA = {
     "rope.dimension_count": 8,
     "rope.dimension_sections": (2, 1, 1, 0),
     "embedding_length": 192,
+    "ssm.group_count": 4,
+    "ssm.time_step_rank": 12,
+    "ssm.state_size": 8,
+    "ssm.inner_size": 96,
+}
+
+
+# What modules are called in HF's models, where a layout takes them apart.
+FUSED = {
+    "qwen3next": {"ssm_in": "linear_attn.in_proj_qkvz"},
+}
+# Stems, and rows as metadata has them: heads of 32, and of linear attention 4 keys with 12 values.
+STEMS = {
+    **{"attn_q": 32 * 12, "attn_k": 32 * 4, "attn_qkv": 32 * 20, "ffn_up": 32 * 20},
+    **{"ssm_in": 2 * (4 * 8 + 96), "attn_gate": 96, "ssm_beta": 12, "ssm_out": 40},
 }
 
 
@@ -198,9 +214,14 @@ def test_order_of_rows_is_that_of_the_plan(tmp_path: Path, arch: str) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     (source,) = read_peft(folder).modules.values()
-    for stem, n_head in (("attn_q", 12), ("attn_k", 4), ("attn_qkv", 20), ("ffn_up", 20)):
-        n_out = 16 * n_head
-        rows = ARCHITECTURES[arch](stem, header, n_out)
-        module = PlannedModule(replace(source, n_out=n_out), f"blk.0.{stem}.weight", 1.0, rows)
-        expected = np.arange(n_out) if rows is None else rows
-        np.testing.assert_array_equal(_source_rows(header, module), expected)
+    for stem, n_out in STEMS.items():
+        name = f"model.layers.0.{FUSED.get(arch, {}).get(stem, stem)}"
+        module_source = replace(source, name=name, n_out=n_out, n_in=96)
+        for part in ARCHITECTURES[arch](f"blk.0.{stem}", header, (n_out, 96)):
+            module = PlannedModule(
+                module_source, f"{part.tensor}.weight", 1.0, part.rows, part.columns
+            )
+            rows = np.arange(n_out) if part.rows is None else part.rows
+            columns = np.arange(96) if part.columns is None else part.columns
+            np.testing.assert_array_equal(source_rows(header, module), rows)
+            np.testing.assert_array_equal(source_columns(header, module), columns)

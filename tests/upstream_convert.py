@@ -67,6 +67,7 @@ def main(tree: Path, jobs: Path) -> None:
     sys.path[:0] = [str(tree), str(tree / "gguf-py")]
     from conversion import ModelBase
 
+    ModelBase.no_mtp = True  # as with --no-mtp: transformers writes no blocks of that kind
     ModelBase.load_hparams = restore_fields(ModelBase.load_hparams)  # type: ignore[method-assign]
     for job in json.loads(jobs.read_text(encoding="utf-8")):
         try:

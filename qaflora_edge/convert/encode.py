@@ -37,7 +37,7 @@ def stored_shape(module: PlannedModule, side: str) -> tuple[int, int]:
     """Give the shape of lora_a or lora_b in the file, in numpy order."""
     source = module.source
     if side == "b":
-        return source.n_out, source.rank
+        return module.n_out, source.rank
     # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
     return (source.n_in, source.rank) if source.is_embedding else (source.rank, source.n_in)
 
@@ -80,6 +80,8 @@ def encoded_tensor(
         for begin, piece in pieces:
             if side == "b" and module.factor != 1.0:
                 piece = piece * np.float32(module.factor)
+            if side == "a" and module.columns is not None:
+                piece = piece[:, module.columns]
             largest = max(largest, float(piece.max()), -float(piece.min()))
             if places is None:
                 encoded[begin : begin + len(piece)] = _encode(piece, kind)

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
-from qaflora_edge.convert.architectures import (
-    ARCHITECTURES,
-    Layout,
-    LayoutError,
-    Rows,
-)
+from qaflora_edge.convert.architectures import ARCHITECTURES
+from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
 from qaflora_edge.formats.bypassed import module_kind
 from qaflora_edge.formats.gguf_header import GgufHeader
@@ -35,14 +31,20 @@ _BLOCK = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
 class PlannedModule:
     """One tensor of the base, and the module whose delta it takes.
 
-    factor  what B is multiplied by
-    rows    [n_out]  the row of the source's B for each of the tensor's; None: all as they are
+    factor   what B is multiplied by
+    rows     [n_out]  the row of the source's B for each of the tensor's; None: all as they are
+    columns  [n_in]   the column of the source's A for each of the tensor's; None: all as they are
     """
 
     source: PeftModule
     base_name: str  # such as blk.0.attn_q.weight
     factor: float
-    rows: Rows | None
+    rows: Index | None = None
+    columns: Index | None = None
+
+    @property
+    def n_out(self) -> int:
+        return self.source.n_out if self.rows is None else len(self.rows)
 
     @property
     def kind(self) -> str:
@@ -58,15 +60,16 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
     planned: dict[str, PlannedModule] = {}
     for module in adapter.modules.values():
         factor = scale_factor(module.scale, module.rank, alpha)
-        base_name, rows = _place(adapter, module, header, layout, name_map)
-        if base_name in planned:
-            raise UnsupportedAdapterError(
-                f"Cannot convert {adapter.folder}: modules {planned[base_name].source.name} "
-                f"and {module.name} both name {base_name} of the base; expected one LoRA for "
-                "each. Save it again."
-            )
-        planned[base_name] = PlannedModule(module, base_name, factor, rows)
-        _check_shape(adapter, planned[base_name], header)
+        for part in _place(adapter, module, header, layout, name_map):
+            base_name = f"{part.tensor}.weight"
+            if base_name in planned:
+                raise UnsupportedAdapterError(
+                    f"Cannot convert {adapter.folder}: modules {planned[base_name].source.name} "
+                    f"and {module.name} both name {base_name} of the base; expected one LoRA for "
+                    "each. Save it again."
+                )
+            planned[base_name] = PlannedModule(module, base_name, factor, part.rows, part.columns)
+            _check_shape(adapter, planned[base_name], header)
     return alpha, sorted(planned.values(), key=lambda module: _natural_key(module.base_name))
 
 
@@ -142,8 +145,8 @@ def _place(
     header: GgufHeader,
     layout: Layout,
     name_map: gguf.TensorNameMap,
-) -> tuple[str, Rows | None]:
-    """Give the tensor of the base that a module goes to, and the order of its rows there."""
+) -> tuple[Part, ...]:
+    """Give the tensors of the base that a module goes to, and the order of its rows there."""
     if _EXPERT.search(module.name):
         raise _experts_refused(adapter, module)
     name = _mapped(adapter, module, header, name_map)
@@ -155,7 +158,7 @@ def _place(
             f"{stem}.weight of the base is not one. Train a plain LoRA."
         )
     try:
-        return f"{name}.weight", layout(stem, header, module.n_out)
+        return layout(name, header, (module.n_out, module.n_in))
     except LayoutError as error:
         raise AdapterMismatchError(
             f"Cannot convert {adapter.folder} for {header.path}: module {module.name} has {error}. "
@@ -220,7 +223,7 @@ def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader
     if expected_name == "output.weight" and expected_name not in header.tensors:
         expected_name = "token_embd.weight"  # a tied head
     info = header.tensors.get(expected_name)
-    shape = (source.n_in, source.n_out) if source.is_embedding else (source.n_out, source.n_in)
+    shape = (source.n_in, module.n_out) if source.is_embedding else (module.n_out, source.n_in)
     if info is None:
         raise _missing_tensor(adapter, module, header)
     if len(info.shape) == 3:

@@ -1,8 +1,8 @@
 """Verify a conversion: does the file that was written say what the PEFT adapter says?
 
 The delta `scale * B A` of each module is computed twice in float64, from the source and from the
-file as a runtime reads it, and compared entry by entry. How rows were reordered is worked out here
-once more, row by row, and not taken from the code that reordered them.
+file as a runtime reads it, and compared entry by entry. How rows were reordered is worked out once
+more (`source_order`), and not taken from the code that reordered them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.convert.plan import PlannedModule
+from qaflora_edge.convert.source_order import source_columns, source_rows
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.formats.gguf_header import GgufHeader
@@ -30,11 +31,6 @@ _ROUNDING = {
 }
 # Half a step of 1/127 of the block's largest, and a step that is itself rounded to float16.
 _Q8_0_ROUNDING = (0.5 / 127 + 2.0**-11, 127 * 2.0**-25)
-
-# What llama.cpp 0c1e5709, conversion/*.py, does to rows, told a second time: see architectures.
-_PAIRED_ROPE = ("llama", "arcee", "granite", "granitemoe", "mistral3", "olmo", "smollm3")
-_GROUPED_QKV = ("bloom", "falcon", "gptneox")
-_HALVED_ROPE = ("glm4",)
 
 
 @dataclass(frozen=True)
@@ -102,8 +98,8 @@ def verify_conversion(
 
 def _check_module(info: AdapterInfo, header: GgufHeader, module: PlannedModule) -> ModuleCheck:
     source = module.source
-    right = source.read_a().astype(np.float64)  # [rank, n_in]
-    left = source.read_b()[_source_rows(header, module)].astype(np.float64)  # [n_out, rank]
+    right = source.read_a()[:, source_columns(header, module)].astype(np.float64)  # [rank, n_in]
+    left = source.read_b()[source_rows(header, module)].astype(np.float64)  # [n_out, rank]
     stored_a, stored_b, scale = read_pair(info, module.base_name)
     if source.is_embedding:
         stored_a = stored_a.T
@@ -165,39 +161,3 @@ def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
         relative, smallest = _ROUNDING[kind]
         rounded = size * relative
     return rounded + smallest + size * FLOAT32_ROUNDING
-
-
-def _source_rows(header: GgufHeader, module: PlannedModule) -> NDArray[np.int64]:
-    """Give the source's row for each row of the tensor, by plain arithmetic.
-
-    returns  [n_out]
-    """
-    architecture, stem = header.architecture, module.kind
-    row = np.arange(module.source.n_out)
-    if stem == "attn_qkv" and architecture in _GROUPED_QKV:
-        return _grouped_row(row, header.n_head, header.n_head_kv)
-    if stem not in ("attn_q", "attn_k"):
-        return row
-    n_dim = len(row) // (header.n_head if stem == "attn_q" else header.n_head_kv)
-    head, dim = row - row % n_dim, row % n_dim
-    if architecture in _PAIRED_ROPE:  # 0, half, 1, half + 1, ...
-        return head + dim // 2 + dim % 2 * (n_dim // 2)
-    if architecture in _HALVED_ROPE and f"{architecture}.rope.dimension_sections" in (
-        header.metadata
-    ):  # 0, 2, 4, ..., 1, 3, 5, ... of the dimensions that are rotated
-        half = header.n_rotary // 2
-        turned = np.where(dim < half, 2 * dim, 2 * (dim - half) + 1)
-        return head + np.where(dim < header.n_rotary, turned, dim)
-    return row
-
-
-def _grouped_row(row: NDArray[np.int64], n_head: int, n_head_kv: int) -> NDArray[np.int64]:
-    """Of all q, then all k, then all v, where the source has them by groups: q ... q k v."""
-    n_shared = n_head // n_head_kv
-    n_dim = len(row) // (n_head + 2 * n_head_kv)
-    head, dim = row // n_dim, row % n_dim
-    in_key, in_value = head - n_head, head - n_head - n_head_kv
-    group = np.select([head < n_head, in_value < 0], [head // n_shared, in_key], in_value)
-    place = np.select([head < n_head, in_value < 0], [head % n_shared, n_shared], n_shared + 1)
-    rows: NDArray[np.int64] = (group * (n_shared + 2) + place) * n_dim + dim
-    return rows

@@ -53,6 +53,10 @@ class GgufHeader:
             return self.n_head
         return self._count("attention.head_count_kv")
 
+    def n_ssm(self, field: str) -> int:
+        """Give a count of the recurrent layers, such as `state_size`."""
+        return self._count(f"ssm.{field}")
+
     @property
     def n_rotary(self) -> int:
         return self._count("rope.dimension_count")
@@ -72,8 +76,8 @@ class GgufHeader:
         """Give a positive whole number of the architecture, such as `block_count`."""
         key = f"{self.architecture}.{field}"
         value = self.metadata.get(key)
-        if isinstance(value, tuple) and value and len(set(value)) == 1:
-            value = value[0]  # given per layer, and the same in all
+        if isinstance(value, tuple) and len(set(value) - {0}) == 1:
+            value = max(value)  # given per layer: the same in all, or 0 in those that have none
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
             return value
         raise GgufFileError(
