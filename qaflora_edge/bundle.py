@@ -147,7 +147,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
     if base_path is None:
         raise BundleError(
             f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
-            f"{text.base.size_bytes} bytes) is not here. {_how_to_get(folder, text.base)}."
+            f"{text.base.size_bytes} bytes) is not here; {_how_to_get(folder, text.base)}."
         )
 
     states: dict[Path, FileState] = {}
@@ -193,7 +193,7 @@ def _how_to_get(folder: Path, base: BaseRecord) -> str:
         get = f"fetch it with `qaflora pull {name}`"
     else:
         get = f"put a file with the SHA-256 {base.sha256} there, or correct base.file"
-    return f"{looked}; {get}" if looked else get[0].upper() + get[1:]
+    return f"{looked}; {get}" if looked else get
 
 
 def _adapter_path(folder: Path, adapter: AdapterRecord) -> Path:

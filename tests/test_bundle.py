@@ -510,7 +510,7 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
         load_bundle(sources.folder)
     assert str(caught.value) == (
         f"Cannot open the bundle {sources.folder}: its base (llama, {model.size_bytes} bytes) is "
-        f"not here. {sources.base.path} does not exist; fetch it with `qaflora pull tiny-model`."
+        f"not here; {sources.base.path} does not exist; fetch it with `qaflora pull tiny-model`."
     )
 
 

@@ -104,8 +104,8 @@ def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> No
     with pytest.raises(BundleError) as caught:
         load_bundle(folder)
     assert str(caught.value) == (
-        f"Cannot open the bundle {folder}: its base (llama, {len(base)} bytes) is not here. "
-        "Fetch it with `qaflora pull owner/base/base.gguf`."
+        f"Cannot open the bundle {folder}: its base (llama, {len(base)} bytes) is not here; "
+        "fetch it with `qaflora pull owner/base/base.gguf`."
     )
     result = qaflora("pull", "owner/bundle", "--with-base")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{folder}\n", "")
@@ -114,6 +114,8 @@ def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> No
     hub.requests.clear()
     assert qaflora("pull", "owner/bundle", "--with-base").exit_code == 0
     assert hub.requests == []
+    address = f"https://huggingface.co/owner/bundle/tree/{folder.name}"
+    assert qaflora("pull", address).stdout == f"{folder}\n"
     verified = qaflora("bundle", "verify", "owner/bundle")
     assert verified.stdout == f"{folder}: the base and 2 adapters are the recorded ones.\n"
 

@@ -15,7 +15,7 @@ from hubs import TOKEN, FakeHub
 
 from qaflora_edge.bundle import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
-from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub.cache import pulled_path
 from qaflora_edge.hub.pull import fetch_hub
 
@@ -73,6 +73,35 @@ def downloads(hub: FakeHub) -> list[str]:
 def test_reference_forms(text: str, expected: HubRef) -> None:
     assert parse_hub_ref(text) == expected
     assert str(expected) == text
+
+
+@pytest.mark.parametrize(
+    ("address", "ref"),
+    [
+        ("https://huggingface.co/owner/name", "owner/name"),
+        ("https://huggingface.co/owner/name/", "owner/name"),
+        ("huggingface.co/owner/name/tree/main", "owner/name"),
+        ("https://hf.co/owner/name/tree/v1.0", "owner/name@v1.0"),
+        ("https://huggingface.co/owner/name/tree/refs%2Fpr%2F1", "owner/name@refs/pr/1"),
+        ("https://huggingface.co/owner/name/blob/main/q/a%20b.gguf", "owner/name/q/a b.gguf"),
+        (
+            "https://huggingface.co/owner/name/resolve/v1/a.gguf?download=true#x",
+            "owner/name/a.gguf@v1",
+        ),
+        ("https://huggingface.co/owner/name/blob/main/../../x.gguf", None),
+        ("https://huggingface.co/owner/name/discussions/1", None),
+        ("https://example.com/owner/name", None),
+        ("owner/name", "owner/name"),
+        ("a name", None),
+    ],
+)
+def test_addresses_of_pages_are_references(address: str, ref: str | None) -> None:
+    if ref is not None:
+        assert from_address(address) == ref
+        assert parse_hub_ref(ref)
+        return
+    with pytest.raises(RegistryError):
+        parse_hub_ref(from_address(address))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +289,49 @@ def test_a_folder_that_is_in_use_is_refused(hub: FakeHub, hub_cache: Path, tmp_p
     assert hub.requests == []
 
 
+def test_what_is_there_already_is_compared(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], made: TinyBundle, tmp_path: Path
+) -> None:
+    hub.put("owner/bundle", files)
+    hub.put("owner/math", folder_files(made.peft))
+    for ref, broken in (
+        ("owner/bundle", "adapters/es.gguf"),
+        ("owner/math", "adapter_config.json"),
+    ):
+        folder = fetch_hub(ref, tmp_path / "to" / ref)
+        (folder / "notes.txt").write_text("mine")
+        hub.requests.clear()
+        assert fetch_hub(ref, folder) == folder
+        assert downloads(hub) == []
+        changed = (folder / broken).read_bytes()[:-1] + b"x"
+        (folder / broken).write_bytes(changed)
+        with pytest.raises(OutputFileError) as caught:
+            fetch_hub(ref, folder)
+        assert f"not what the Hub has at {hub.repos[ref].branches['main']}: {broken} has " in str(
+            caught.value
+        )
+        (folder / broken).unlink()
+        with pytest.raises(OutputFileError, match=f"{broken} is missing|not an empty folder"):
+            fetch_hub(ref, folder)
+        assert (folder / "notes.txt").read_text() == "mine"
+
+
 # adapters
+
+
+def test_an_adapter_further_down_is_told(hub: FakeHub, hub_cache: Path) -> None:
+    hub.put("owner/runs", {"run/checkpoint-9/adapter_config.json": b"{}", "README.md": b"x"})
+    assert refusal("owner/runs@main") == (
+        "Could not pull owner/runs@main: expected bundle.json, adapter_config.json or exactly one "
+        ".gguf file in owner/runs; it has 2 files, and its .gguf files are: none. There is an "
+        "adapter in run/checkpoint-9: fetch it with `hf download owner/runs --revision main "
+        "--include 'run/checkpoint-9/*' --local-dir DIR` and give DIR/run/checkpoint-9."
+    )
+    hub.put("owner/whole", {"config.json": b"{}", "model.safetensors": b"x"})
+    assert refusal("owner/whole").endswith(
+        "It is a whole model for transformers; a base has to be a GGUF: search the Hub for one of "
+        "the same name, or convert it with llama.cpp's convert_hf_to_gguf.py."
+    )
 
 
 def test_a_peft_adapter_is_a_folder(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
@@ -474,6 +545,16 @@ def test_refusals_say_what_to_do(
     assert fetch_hub("owner/a").read_bytes() == b"GGUF"
 
 
+def test_a_cache_that_cannot_be_used_is_no_matter_of_the_network(
+    hub: FakeHub, hub_cache: Path
+) -> None:
+    hub.put("owner/a", {"a.gguf": b"GGUF"})
+    hub_cache.parent.write_text("a file where a folder should be")
+    assert refusal("owner/a").endswith(
+        "Check that you may use this place, or move the Hub's cache with HF_HOME."
+    )
+
+
 def process(script: str, *args: object, hub_url: str, home: Path, **env: str) -> str:
     """Run a script in a process that finds the Hub by the environment; give its output."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -514,8 +595,8 @@ def test_offline_mode_takes_what_is_here(
     output = process(PULL, "owner/bundle", "owner/other", **offline)
     assert output == folder + (
         "Could not pull owner/other: the Hub did not give the list of files of owner/other: "
-        "HF_HUB_OFFLINE is set, and it is not in the cache. "
-        "Unset it, or name what was pulled before.\n"
+        "HF_HUB_OFFLINE is set, and this has to ask the Hub. "
+        "Unset it, or use what was pulled before, without --to and --update.\n"
     )
     assert hub.requests == []
 

@@ -140,7 +140,9 @@ def test_an_adapter_of_each_kind(hub: FakeHub, signed_in: Path, made: TinyBundle
     assert hub.files("me/spanish")["es.gguf"] == made.adapter.path.read_bytes()
     for repo in ("me/maths", "me/spanish"):
         card = hub.files(repo)["README.md"]
-        assert head_of(card)["library_name"] == "qaflora-edge"
+        is_peft = repo == "me/maths"
+        assert head_of(card)["library_name"] == ("peft" if is_peft else "qaflora-edge")
+        assert ("gguf" in head_of(card)["tags"]) != is_peft
         assert f"={repo}\n" in card.decode()
         assert fetch_hub(repo)
 
@@ -222,10 +224,33 @@ def test_a_failed_upload_says_why(hub: FakeHub, signed_in: Path, made: TinyBundl
 
 def test_no_token(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
     assert refusal(made) == (
-        "the Hub did not make me/mine: it refused the token (HTTP 401). "
-        "Check the token with `hf auth whoami`; writing needs a token that may write."
+        "the Hub did not make me/mine: it asks for a token, and there is none. "
+        "Give one with `hf auth login` or in HF_TOKEN; writing needs one that may write."
     )
     assert "me/mine" not in hub.repos
+
+
+@pytest.mark.parametrize(
+    ("base", "stated"), [("owner/base", "owner/base"), ("./base", None), ("base", None)]
+)
+def test_only_a_repository_is_stated_as_base_model(
+    hub: FakeHub, signed_in: Path, made: TinyBundle, base: str, stated: str | None
+) -> None:
+    path = made.peft / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(config))
+    push(made.peft, "me/maths")
+    assert head_of(hub.files("me/maths")["README.md"]).get("base_model") == stated
+
+
+def test_the_card_names_a_base_of_the_registry(
+    hub: FakeHub, signed_in: Path, made: TinyBundle
+) -> None:
+    rewrite(made.folder, hub=None, registry="tiny-model")
+    push(made.folder, "me/mine")
+    card = hub.files("me/mine")["README.md"].decode()
+    assert ", from `tiny-model`." in card
+    assert "base_model" not in head_of(card.encode())
 
 
 def test_private_means_private(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.formats.bundle_format import BundleText
-from qaflora_edge.formats.hub_ref import parse_hub_ref
+from qaflora_edge.formats.hub_ref import is_repo, parse_hub_ref
 from qaflora_edge.peft.module import PeftAdapter
 
 LIBRARY = "qaflora-edge"
@@ -36,7 +36,8 @@ def bundle_card(text: BundleText, repo: str) -> str:
         *_code(f"qaflora pull {repo} --with-base", f'qaflora run {repo} "A question"'),
         *_table(("adapter", "rank", "modules", "trained for", "source", "licence"), rows),
         f"The base: {base.architecture}, {base.n_layer} layers, {base.size_bytes} bytes, SHA-256 "
-        f"`{base.sha256}`" + (f", from `{base.hub or base.registry}`." if base_model else "."),
+        f"`{base.sha256}`"
+        + (f", from `{place}`." if (place := base.hub or base.registry) else "."),
         "",
         f"Licence: {_line(text.license) or 'not stated'}. The base has its own.",
     ]
@@ -46,7 +47,8 @@ def bundle_card(text: BundleText, repo: str) -> str:
 def gguf_card(info: AdapterInfo, repo: str) -> str:
     """The card of a single adapter GGUF."""
     facts = (info.path.name, str(info.rank), f"{info.alpha:g}", ", ".join(info.targets))
-    return _adapter_card(repo, info.architecture, ("file", "rank", "alpha", "modules"), facts, None)
+    names = ("file", "rank", "alpha", "modules")
+    return _adapter_card(repo, info.architecture, _head("", None), names, facts)
 
 
 def peft_card(adapter: PeftAdapter, repo: str) -> str:
@@ -54,33 +56,42 @@ def peft_card(adapter: PeftAdapter, repo: str) -> str:
     config = adapter.config
     kinds = sorted({name.rpartition(".")[2] for name in adapter.modules})
     facts = (str(config.rank), f"{config.alpha:g}", ", ".join(kinds))
-    return _adapter_card(repo, "PEFT", ("rank", "alpha", "modules"), facts, config.base_name)
+    head = _head("", config.base_name, library="peft", tags="[lora, qaflora]")
+    return _adapter_card(repo, "PEFT", head, ("rank", "alpha", "modules"), facts)
 
 
 def _adapter_card(
-    repo: str, kind: str, head: Sequence[str], facts: Sequence[str], base_model: str | None
+    repo: str, kind: str, head: Sequence[str], names: Sequence[str], facts: Sequence[str]
 ) -> str:
     name = repo.partition("/")[2]
-    is_repo = base_model is not None and base_model.count("/") == 1
     lines = [
-        *_head("", base_model if is_repo else None),
+        *head,
         f"# {name}",
         "",
         f"A LoRA adapter ({_line(kind)}) that {LIBRARY} mixes with others for each question.",
         "",
         *_code(f"qaflora bundle create my-bundle --base BASE.gguf --adapter {name}={repo}"),
-        *_table(head, [facts]),
+        *_table(names, [facts]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _head(license: str, base_model: str | None) -> list[str]:
+def _head(
+    license: str,
+    base_model: str | None,
+    *,
+    library: str = LIBRARY,
+    tags: str = "[qaflora, lora, gguf]",
+) -> list[str]:
+    """The YAML that the Hub reads; it refuses a base_model that is no repository's name."""
+    if base_model is not None and not is_repo(base_model):
+        base_model = None
     fields: Mapping[str, str | None] = {
-        "library_name": LIBRARY,
+        "library_name": library,
         "license": LICENSES.get(license.strip().lower()),
         "base_model": base_model,
         "base_model_relation": "adapter" if base_model else None,
-        "tags": "[qaflora, lora, gguf]",
+        "tags": tags,
     }
     return ["---", *(f"{key}: {value}" for key, value in fields.items() if value), "---", ""]
 

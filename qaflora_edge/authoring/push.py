@@ -18,7 +18,7 @@ from qaflora_edge.errors import BundleError, InputFileError, UploadError
 from qaflora_edge.files import safe_join, sha256_file, unsafe_reason
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, packed_files, parse_bundle
-from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref, parse_repo
+from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref, parse_repo
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.hub.cache import link_roots
 from qaflora_edge.hub.client import hub_errors, list_files
@@ -62,7 +62,7 @@ def push(
     Raises a QafloraError before anything is sent when the files are not what they should be,
     UploadError when the Hub does not take them.
     """
-    parse_repo(repo)
+    repo = parse_repo(from_address(repo))
     path = Path(path)
     files, make_card = _collect(path, repo, base_hub, progress)
     expected = {name: _sha256(content) for name, content in files.items()}
@@ -111,7 +111,7 @@ def _check_bundle(path: Path, base_hub: str | None, progress: Progress | None) -
 
 def _check_base(base_hub: str, sha256: str) -> str:
     """Pin a Hub reference to a base. Raises BundleError when the Hub has another file there."""
-    ref = parse_hub_ref(base_hub)
+    ref = parse_hub_ref(from_address(base_hub))
     listing = list_files(ref)
     found = None if ref.file is None else listing.file(ref.file)
     if found is None or found.sha256 != sha256:

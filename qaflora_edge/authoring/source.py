@@ -12,7 +12,7 @@ from pathlib import Path
 from qaflora_edge.errors import DownloadError, GgufFileError, InputFileError, RegistryError
 from qaflora_edge.files import open_input, readable, what_is_at
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE
-from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub import registry
 from qaflora_edge.hub.pull import fetch_pinned
 from qaflora_edge.hub.references import pulled_model
@@ -49,7 +49,7 @@ def find_base(base: Path_, tell: Progress) -> BaseSource:
 
     Raises GgufFileError when it is none of them, DownloadError when the Hub does not give it.
     """
-    path, name = _local(base), os.fspath(base)
+    path, name = _local(base), from_address(os.fspath(base))
     if os.path.isfile(path):
         return BaseSource(path)
     if name in registry.load_registry():
@@ -79,7 +79,7 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
 
     Raises InputFileError when it is neither, DownloadError when the Hub does not give it.
     """
-    path, name = _local(source), os.fspath(source)
+    path, name = _local(source), from_address(os.fspath(source))
     if os.path.exists(path):
         check_no_part(path)
         return AdapterSource(path, readable(path.resolve().name), _card_license(path))

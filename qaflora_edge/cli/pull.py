@@ -38,13 +38,16 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     """Fetch a model, an adapter or a bundle.
 
     REF is a name from `qaflora models`, or a Hugging Face Hub repository as owner/name or
-    owner/name/file.gguf, each with @revision where one is to be pinned. Without --to it goes to
+    owner/name/file.gguf, each with @revision where one is to be pinned; the address of its page
+    will do as well. Without --to it goes to
     the Hub's own cache, shared with other tools. What is here already is not fetched again.
     Prints where it is.
     """
+    from qaflora_edge.formats.hub_ref import from_address
     from qaflora_edge.hub.pull import fetch_hub
     from qaflora_edge.hub.registry import fetch_model, load_registry
 
+    ref = from_address(ref)
     with progress_bars() as tell:
 
         def report(what: str) -> Any:

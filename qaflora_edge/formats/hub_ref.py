@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from qaflora_edge.errors import RegistryError
 
@@ -12,6 +13,10 @@ _REF = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[^@\\]+\.gguf))?(?:@(?P<revision>[A-Za-z0-9._/-]+))?"
 )
 _REPO = re.compile(rf"{_NAME}/{_NAME}")
+_ADDRESS = re.compile(
+    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{_NAME}/{_NAME})"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?P<path>/[^?#]*)?)?/?(?:[?#].*)?"
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,29 @@ def parse_hub_ref(text: str) -> HubRef:
     return HubRef(match["repo"], match["file"], match["revision"])
 
 
+def from_address(text: str) -> str:
+    """Turn the address of a Hub page, as a browser has it, into a reference.
+
+    Other text is given as it is, and what an address names beyond a repository, a revision and a
+    file stays in it for parse_hub_ref to refuse.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        return text
+    path = (match["path"] or "").removeprefix("/")
+    revision = unquote(match["revision"] or "")
+    is_pinned = revision not in ("", "main")
+    return match["repo"] + (f"/{unquote(path)}" if path else "") + (f"@{revision}" * is_pinned)
+
+
+def is_repo(text: str) -> bool:
+    """Tell whether a text can be the name of a repository."""
+    return _REPO.fullmatch(text) is not None
+
+
 def parse_repo(text: str) -> str:
     """Read the name of a repository. Raises RegistryError when it is no `owner/name`."""
-    if not _REPO.fullmatch(text):
+    if not is_repo(text):
         raise RegistryError(
             f"Cannot use {text!r} as the name of a Hub repository; expected owner/name."
         )

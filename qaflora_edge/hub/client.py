@@ -86,6 +86,7 @@ def hub_errors(failure: str, kind: type[RegistryError] = DownloadError) -> Itera
 
 def _reason(error: Exception) -> tuple[str, str]:
     """Say what an error of the Hub's library means, and what to do."""
+    import huggingface_hub
     from huggingface_hub import errors
 
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
@@ -104,10 +105,15 @@ def _reason(error: Exception) -> tuple[str, str]:
         return "it has no such revision", "Give a branch, a tag or a commit after @"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE is set, and it is not in the cache",
-            "Unset it, or name what was pulled before",
+            "HF_HUB_OFFLINE is set, and this has to ask the Hub",
+            "Unset it, or use what was pulled before, without --to and --update",
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        if huggingface_hub.get_token() is None:
+            return (
+                "it asks for a token, and there is none",
+                "Give one with `hf auth login` or in HF_TOKEN; writing needs one that may write",
+            )
         return (
             f"it refused the token (HTTP {error.response.status_code})",
             "Check the token with `hf auth whoami`; writing needs a token that may write",
@@ -117,7 +123,10 @@ def _reason(error: Exception) -> tuple[str, str]:
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, ValueError):  # what was sent is wrong: the Hub says where
         return " ".join(line.strip() for line in lines if line.strip()), "Correct it and try again"
-    return f"{type(error).__name__}: {lines[0].rstrip('. ')}", "Check the network and try again"
+    advice = "Check the network and try again"
+    if isinstance(error, OSError) and error.filename is not None:
+        advice = "Check that you may use this place, or move the Hub's cache with HF_HOME"
+    return f"{type(error).__name__}: {lines[0].rstrip('. ')}", advice
 
 
 def hub_progress(report: Report) -> type[Any]:

@@ -82,10 +82,14 @@ def fetch_pinned(ref: str, *, progress: Progress | None = None) -> tuple[Path, s
 
 
 def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
-    """A single named file may join others; a bundle or an adapter needs a folder of its own."""
-    if os.path.exists(folder) and (
-        not folder.is_dir() or (not parsed.file and any(folder.iterdir()))
-    ):
+    """A single named file may join others; a bundle or an adapter needs a folder of its own.
+
+    What may be the same bundle or adapter, fetched before, is compared later.
+    """
+    if not os.path.exists(folder):
+        return
+    is_like = any(os.path.isfile(folder / name) for name in (BUNDLE_FILE, CONFIG_FILE))
+    if not folder.is_dir() or (not parsed.file and any(folder.iterdir()) and not is_like):
         raise OutputFileError(
             f"Cannot pull {ref} to {folder}: it exists already and is not an empty folder. "
             "Name another folder with --to, or remove that one."
@@ -102,6 +106,9 @@ def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progre
     folder = folder.absolute()
     if ref.file and (target := _already_there(ref, listing, folder)):
         return target
+    if not ref.file and os.path.isdir(folder) and any(folder.iterdir()):
+        _check_same(ref, listing, folder)
+        return folder
     partial = folder.parent / f".{folder.name[:100]}.{listing.commit[:12]}.partial"
     lock = cache_dir() / "locks" / f"pull-{sha256(os.fsencode(folder)).hexdigest()[:16]}.lock"
     try:
@@ -138,6 +145,29 @@ def _already_there(ref: HubRef, listing: HubListing, folder: Path) -> Path | Non
     return target
 
 
+def _check_same(ref: HubRef, listing: HubListing, folder: Path) -> None:
+    """Compare a folder with what is to be fetched. Raises when they differ."""
+    wanted = _choose(ref, listing)
+    problem = _first_problem(folder, wanted)
+    if problem is None and any(file.name == BUNDLE_FILE for file in wanted):
+        text = parse_bundle((folder / BUNDLE_FILE).read_bytes(), str(folder / BUNDLE_FILE))
+        problem = _first_problem(folder, _choose_packed(ref, listing, text))
+    if problem is not None:
+        raise OutputFileError(
+            f"Cannot pull {ref} to {folder}: it is not an empty folder, and not what the Hub has "
+            f"at {listing.commit}: {problem}. Name another folder with --to, or remove that one."
+        )
+
+
+def _first_problem(folder: Path, wanted: list[HubFile]) -> str | None:
+    for file in wanted:
+        path = safe_join(folder, file.name)
+        found = _problem(path, file) if path.is_file() else "is missing"
+        if found is not None:
+            return f"{file.name} {found}"
+    return None
+
+
 def _publish(path: Path, folder: Path) -> Path:
     if path.is_dir():
         if folder.is_dir():
@@ -167,7 +197,8 @@ def _fetch(
     missing_bytes = sum(
         file.size_bytes for file in wanted if here is None or not (here / file.name).is_file()
     )
-    check_space(_existing(local_dir or hub_cache_dir()), missing_bytes, Path(ref.repo))
+    place = local_dir.parent if local_dir else hub_cache_dir()
+    check_space(_existing(place), missing_bytes, Path(ref.repo))
     done_bytes, paths = 0, {}
     for file in wanted:
 
@@ -201,8 +232,28 @@ def _choose(ref: HubRef, listing: HubListing) -> list[HubFile]:
     ggufs = [file.name for file in listing.files if file.name.endswith(".gguf")]
     raise DownloadError(
         f"expected {expected} in {ref.repo}; it has {len(listing.files)} files, and its .gguf "
-        f"files are: {', '.join(ggufs[:10]) or 'none'}. Name one file as owner/name/file.gguf."
+        f"files are: {', '.join(ggufs[:10]) or 'none'}. {_advice(ref, listing, ggufs)}"
     )
+
+
+def _advice(ref: HubRef, listing: HubListing, ggufs: list[str]) -> str:
+    """What to do with a repository that is none of ours, by what it holds."""
+    if ggufs:
+        return "Name one file as owner/name/file.gguf."
+    revision = f"--revision {ref.revision} " if ref.revision else ""
+    inside = [file.name for file in listing.files if file.name.endswith(f"/{CONFIG_FILE}")]
+    if inside:
+        place = inside[-1].removesuffix(f"/{CONFIG_FILE}")
+        return (
+            f"There is an adapter in {place}: fetch it with `hf download {ref.repo} {revision}"
+            f"--include '{place}/*' --local-dir DIR` and give DIR/{place}."
+        )
+    if listing.file("config.json"):
+        return (
+            "It is a whole model for transformers; a base has to be a GGUF: search the Hub for one "
+            "of the same name, or convert it with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return "Check the name."
 
 
 def _choose_peft(ref: HubRef, listing: HubListing) -> list[HubFile]:
