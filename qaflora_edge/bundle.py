@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import BundleError
-from qaflora_edge.files import open_input, safe_join, what_is_at
+from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
 from qaflora_edge.formats.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
@@ -120,7 +120,9 @@ def describe(folder: Path) -> str:
     lines = [
         f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
         f"licence    {text.license or 'not stated'}",
-        f"base       {base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
+        "base       "
+        + (f"{base.name}: " if base.name else "")
+        + f"{base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
         f"vocabulary {base.n_vocab}, {base.size_bytes / 1e6:.0f} MB",
         f"           {where}",
         f"fusion     {text.fusion['strategy']}, lens {text.fusion['lens']}, "
@@ -134,9 +136,11 @@ def describe(folder: Path) -> str:
             f"{', '.join(adapter.targets)}"
         )
         notes = [adapter.description, adapter.source, adapter.license]
+        if adapter.trained_on:
+            lines.append(f"  {'':<8} trained on {adapter.trained_on}")
         if any(notes):
             lines.append(f"  {'':<8} {'; '.join(note for note in notes if note)}")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bundle:

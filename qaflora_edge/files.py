@@ -232,6 +232,12 @@ def readable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def one_line(text: str) -> str:
+    """Join lines and spell control characters: a text in a file may command a terminal."""
+    joined = " ".join(text.splitlines())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text with the given line ends, whole or not at all."""
     with atomic_path(path) as temporary:

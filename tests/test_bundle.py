@@ -83,6 +83,7 @@ def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
         "n_layer": 3,
         "n_embd": 64,
         "n_vocab": made.base.n_vocab,
+        "name": "tiny llama 0",
         "sha256": sha256(made.base.path),
         "size_bytes": made.base.path.stat().st_size,
         "file": str(made.base.path),
@@ -407,6 +408,37 @@ def test_describe_needs_no_other_file(made: TinyBundle) -> None:
     assert "tiny" in text
     assert "rank 8, alpha 8" in text
     assert f"not here: {made.base.path} does not exist" in text
+
+
+def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
+    def record(raw: Raw) -> None:
+        raw["description"] = "ends\x1b[2J\nhere"
+        raw["base"]["name"] = "base \u202e"
+        raw["adapters"][1]["source"] = "\x07"
+
+    rewrite(made.folder, record)
+    lines = describe(made.folder).splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert lines[0] == r"tiny: ends\x1b[2J here"
+    assert lines[2].startswith(r"base       base \u202e: llama, 3 layers")
+
+
+def test_what_an_adapter_was_trained_on_is_recorded(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    config = {"base_model_name_or_path": "owner/base-model"}
+    mine = {"base_model_name_or_path": str(tmp_path)}
+    peft = tiny.write_tiny_peft(tmp_path / "a", sources.base, config=config)
+    convert_adapter(peft, sources.base.path, tmp_path / "b.gguf")
+    adapters = {
+        "a": peft,
+        "b": tmp_path / "b.gguf",
+        "c": tiny.write_tiny_peft(tmp_path / "c", sources.base, config=mine),
+        "d": sources.adapter.path,
+    }
+    create_bundle(sources.folder, sources.base.path, adapters, calibrate=False)
+    found = {raw["name"]: raw.get("trained_on") for raw in read(sources.folder)["adapters"]}
+    assert found == {"a": "owner/base-model", "b": "owner/base-model", "c": None, "d": None}
+    assert describe(sources.folder).count("  trained on owner/base-model") == 2
 
 
 def flip_last_byte(path: Path) -> None:

@@ -77,7 +77,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     made = make_bundle(tmp_path_factory.mktemp("format"))
     found: Raw = json.loads((made.folder / "bundle.json").read_text())
     found["base"] |= {"registry": "tiny", "hub": "owner/name/base.gguf@v1"}
-    found["adapters"][0]["hub"] = "owner/name"
+    found["adapters"][0] |= {"hub": "owner/name", "trained_on": "owner/model"}
     found["fusion"]["typical"] = {"math": {"raw": [1.0, 2, 0.5], "norm": [1.0, 2, 0.5]}}
     found["fusion"]["typical_prompts"] = {"sha256": "0" * 64, "n_prompt": 3}
     return found

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner, Result
+from hubs import FakeHub
 
 from qaflora_edge.cli import main
 from qaflora_edge.convert import adapter as convert
@@ -37,6 +38,47 @@ def test_file_is_written_and_named(tmp_path: Path, base: tiny.TinyBase) -> None:
     assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
 
 
+def test_both_bases_are_named(tmp_path: Path, base: tiny.TinyBase) -> None:
+    config = {"base_model_name_or_path": "owner/other"}
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
+    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf")
+    assert result.stderr.splitlines()[1:] == [
+        "Its config says that it was trained on owner/other; the base calls itself 'tiny llama 0'."
+    ]
+
+
+def test_names_on_the_hub_are_fetched(
+    hub: FakeHub, hub_cache: Path, tmp_path: Path, base: tiny.TinyBase
+) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "math", base)
+    hub.put("owner/math", {path.name: path.read_bytes() for path in folder.iterdir()})
+    hub.put("owner/base", {"q8/base.gguf": base.path.read_bytes()})
+    here, there = tmp_path / "here.gguf", tmp_path / "there.gguf"
+    assert run(folder, "--base", base.path, "-o", here).exit_code == 0
+    result = run("owner/math", "--base", "owner/base/q8/base.gguf", "-o", there, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["path"]) == (0, str(there))
+    assert there.read_bytes() == here.read_bytes()
+
+
+def test_what_cannot_be_converted_is_told(tmp_path: Path, base: tiny.TinyBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base)
+    adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base)
+    out = tmp_path / "out.gguf"
+    result = run(folder, "--base", "smollm2-135", "-o", out)
+    assert "The base smollm2-135 does not exist; give a GGUF file" in result.stderr
+    result = run(folder, "--base", adapter.path, "-o", out)
+    assert result.stderr == (
+        f"Error: Cannot use {adapter.path} as a base: metadata field general.type is 'adapter'; "
+        "expected the GGUF of a language model. Give the base that the adapter is for.\n"
+    )
+    result = run(adapter.path, "--base", base.path, "-o", out)
+    assert "A GGUF is not converted: put an adapter GGUF in a bundle as it is" in result.stderr
+    result = run(folder, "--base", base.path, "-o", "-")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "a file is needed, stdout will not do" in result.stderr
+    assert not out.exists()
+
+
 def test_verify_reports_each_module(tmp_path: Path, base: tiny.TinyBase) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "o_proj"], layers=[1])
     result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify")
@@ -64,6 +106,8 @@ def test_json_says_what_was_written(tmp_path: Path, base: tiny.TinyBase) -> None
         "n_module": 3,
         "n_rescaled": 0,
         "size_bytes": out.stat().st_size,
+        "trained_on": None,
+        "base_name": "tiny llama 0",
     }
     assert [check["tensor"] for check in checks] == [f"blk.{i}.attn_q.weight" for i in range(3)]
     assert all(check["is_right"] and 0 < check["of_allowed"] < 1 for check in checks)

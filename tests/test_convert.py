@@ -218,6 +218,29 @@ def test_metadata_are_those_that_llama_cpp_reads(tmp_path: Path, make_base: Make
     }
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "is_named"),
+    [("owner/model-7B", True), ("/home/me/model", False), ("./m", False)],
+)
+def test_the_base_it_was_trained_on_is_named(
+    tmp_path: Path, make_base: MakeBase, trained_on: str, is_named: bool
+) -> None:
+    base = make_base()
+    config = {"base_model_name_or_path": trained_on}
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
+    converted = convert_adapter(folder, base.path, tmp_path / "out.gguf")
+    assert converted.trained_on == (trained_on if is_named else None)
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    found = {key: fields[key].contents() for key in fields if key.startswith("general.base_model")}
+    expected = {
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "model-7B",
+        "general.base_model.0.organization": "owner",
+        "general.base_model.0.repo_url": "https://huggingface.co/owner/model-7B",
+    }
+    assert found == (expected if is_named else {})
+
+
 def test_same_input_gives_same_bytes(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha_pattern={"q_proj": 3})

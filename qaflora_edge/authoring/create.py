@@ -30,6 +30,8 @@ from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.hub.references import model_name
 
+MAX_NAME_CHARS = 200  # of what a base's file calls itself
+
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.+", re.DOTALL)
 
 
@@ -125,6 +127,8 @@ def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict
         "sha256": sha256,
         "size_bytes": size_bytes,
     }
+    if header.name is not None:
+        record["name"] = header.name[:MAX_NAME_CHARS]
     if source.registry is None and source.hub is None:
         record["file"] = _recordable(path.absolute())
     if registry_name := source.registry or model_name(sha256):

@@ -119,6 +119,8 @@ def adapter_record(
         "license": note.get("license", source.license),
         "description": note.get("description", ""),
     }
+    if info.trained_on is not None:
+        record["trained_on"] = info.trained_on
     if source.hub is not None:
         record["hub"] = source.hub
     return record

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from qaflora_edge import __version__
 from qaflora_edge.cli.signals import signals_unwind
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.files import is_disk_full
+from qaflora_edge.files import is_disk_full, one_line
 
 # Verb -> its line in `qaflora --help`. The first line of a command's own help says the same.
 VERBS = {
@@ -70,7 +70,7 @@ class VerbGroup(click.Group):
             with signals_unwind():
                 code = super().main(*args, **kwargs)
         except QafloraError as error:
-            click.echo(f"Error: {_one_line(str(error))}", err=True)
+            click.echo(f"Error: {one_line(str(error))}", err=True)
             sys.exit(EXIT_FAILED)
         except click.ClickException as error:
             _with_variable(error).show()
@@ -102,12 +102,6 @@ def _with_variable(error: click.ClickException) -> click.ClickException:
     )
     message = f"{error.message} It is the environment variable {variable}; correct or unset it."
     return click.BadParameter(message, error.ctx, error.param, error.param_hint)
-
-
-def _one_line(message: str) -> str:
-    """Join lines and spell control characters: a name in a file may command a terminal."""
-    text = " ".join(message.splitlines())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _prepare_streams() -> None:

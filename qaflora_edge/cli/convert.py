@@ -29,13 +29,13 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
         """
     )
 )
-@click.argument("peft_dir", type=click.Path(path_type=Path))
+@click.argument("peft_dir")
 @click.option(
     "--base",
     required=True,
     metavar="BASE.gguf",
-    type=click.Path(path_type=Path),
-    help="The base that the adapter was trained on.",
+    help="The base that the adapter was trained on: a file, the name of a registry model that was "
+    "pulled, or a Hub reference (owner/name/file.gguf).",
 )
 @click.option(
     "-o",
@@ -62,29 +62,45 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
     "--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout."
 )
 def convert(
-    peft_dir: Path, base: Path, output: Path, outtype: str, verify: bool, as_json: bool
+    peft_dir: str, base: str, output: Path, outtype: str, verify: bool, as_json: bool
 ) -> None:
     """Convert a PEFT adapter to an adapter GGUF.
 
     PEFT_DIR holds adapter_config.json and adapter_model.safetensors, as PEFT, unsloth, axolotl and
     others save them, or adapters.safetensors of MLX. Of a folder with one sub-folder for each
-    adapter, give PEFT_DIR/NAME. A feature that a plain LoRA cannot represent is refused by its
-    name, and nothing is written then.
+    adapter, give PEFT_DIR/NAME. A Hub reference (owner/name) is fetched first. A feature that a
+    plain LoRA cannot represent is refused by its name, and nothing is written then.
     """
+    from qaflora_edge.authoring.source import find_adapter, find_base
     from qaflora_edge.convert.adapter import convert_adapter
 
+    if str(output) == "-":
+        raise click.BadParameter("a file is needed, stdout will not do", param_hint="-o")
     label = "Converting and verifying" if verify else "Converting"
     try:
         with progress_bars() as tell:
-            progress = functools.partial(tell, label) if tell else None
+            source = find_adapter(peft_dir, tell or _tell_nobody)
             converted = convert_adapter(
-                peft_dir, base, output, outtype=outtype, verify=verify, progress=progress
+                source.path,
+                find_base(base, tell or _tell_nobody).path,
+                output,
+                outtype=outtype,
+                verify=verify,
+                name=source.name if source.hub else None,
+                progress=functools.partial(tell, label) if tell else None,
             )
     except ConversionError as error:
         _show_checks(error.checks, None, as_json)
         raise
     _show_checks(converted.checks, converted, as_json)
     click.echo(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).", err=True)
+    if converted.trained_on and converted.base_name:
+        names = f"{converted.trained_on}; the base calls itself {converted.base_name[:200]!r}"
+        click.echo(f"Its config says that it was trained on {names}.", err=True)
+
+
+def _tell_nobody(what: str, done: int, total: int) -> None:
+    """Progress that is not shown."""
 
 
 def _show_checks(checks: Sequence[Any], converted: ConvertedAdapter | None, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError
 from qaflora_edge.files import atomic_path, is_disk_full, readable
 from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.formats.hub_ref import is_repo
 from qaflora_edge.peft.folder import read_peft
 
 Progress = Callable[[int, int], None]  # steps done, steps in all: modules written and verified
@@ -44,6 +45,8 @@ class ConvertedAdapter:
     n_module: int
     n_rescaled: int
     size_bytes: int
+    trained_on: str | None = None  # the base's repository, by the adapter's config
+    base_name: str | None = None  # what the base's file calls itself
     checks: tuple[ModuleCheck, ...] = ()  # of a conversion that was verified
 
 
@@ -81,7 +84,10 @@ def convert_adapter(
     _check_is_no_source(out_path, "a file of the adapter", [adapter.config.path, *sources])
     alpha, modules = plan_modules(adapter, header)
     name = readable(name or adapter.folder.resolve().name)
-    n_step = len(modules) * (2 if verify else 1)
+    trained_on = adapter.config.base_name
+    if trained_on is not None and not is_repo(trained_on):
+        trained_on = None  # a folder of whoever trained it
+    n_step, kind = len(modules) * (2 if verify else 1), OUTTYPES[outtype]
 
     def tell(n_done: int) -> None:
         if progress is not None:
@@ -90,7 +96,7 @@ def convert_adapter(
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:
         try:
-            _write(temporary, header.architecture, name, alpha, modules, OUTTYPES[outtype], tell)
+            _write(temporary, header.architecture, name, trained_on, alpha, modules, kind, tell)
         except OSError as error:
             if is_disk_full(error):
                 raise
@@ -110,6 +116,8 @@ def convert_adapter(
         n_module=len(modules),
         n_rescaled=sum(module.factor != 1.0 for module in modules),
         size_bytes=out_path.stat().st_size,
+        trained_on=trained_on,
+        base_name=header.name,
         checks=checks,
     )
 
@@ -123,6 +131,7 @@ def _write(
     path: Path,
     architecture: str,
     name: str,
+    trained_on: str | None,
     alpha: float,
     modules: Sequence[PlannedModule],
     wanted: GGMLQuantizationType,
@@ -135,6 +144,8 @@ def _write(
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_name(name)
+        if trained_on is not None:
+            _add_base_model(writer, trained_on)
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for module in modules:
@@ -155,6 +166,15 @@ def _write(
             tell(index + 1)
     finally:
         writer.close()
+
+
+def _add_base_model(writer: gguf.GGUFWriter, repo: str) -> None:
+    """Name what it was trained on, as upstream does where the folder's card says it."""
+    owner, _, name = repo.partition("/")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, name)
+    writer.add_base_model_organization(0, owner)
+    writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo}")
 
 
 def _write_data(writer: gguf.GGUFWriter, data: NDArray[Any]) -> None:

@@ -23,6 +23,7 @@ from qaflora_edge.errors import (
 from qaflora_edge.formats.bypassed import is_bypassed, module_kind
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header, read_values
 from qaflora_edge.formats.gguf_parse import Double, TensorInfo, brief
+from qaflora_edge.formats.hub_ref import from_address, is_repo
 
 F32 = NDArray[np.float32]
 
@@ -49,6 +50,7 @@ class AdapterInfo:
 
     rank     the largest of its modules; `ranks` has each by base tensor name
     targets  kinds of modules, sorted, such as attn_q, ffn_down, output
+    trained_on  the repository of its base, where the file names one
     tensors  name in the file -> shape in numpy order, type and place
     """
 
@@ -60,6 +62,7 @@ class AdapterInfo:
     ranks: Mapping[str, int]
     targets: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
+    trained_on: str | None = None
 
 
 def read_adapter_gguf(path: str | os.PathLike[str]) -> AdapterInfo:
@@ -72,16 +75,16 @@ def read_adapter_gguf(path: str | os.PathLike[str]) -> AdapterInfo:
     _check_kind(header)
     pairs = _pair_tensors(header)
     ranks = {base: _rank(header, base, pair) for base, pair in pairs.items()}
-    name = header.metadata.get("general.name")
     return AdapterInfo(
         path=header.path,
-        name=name if isinstance(name, str) else header.path.stem,
+        name=header.name or header.path.stem,
         architecture=header.architecture,
         alpha=_alpha(header),
         rank=max(ranks.values()),
         ranks=ranks,
         targets=tuple(sorted({module_kind(base) for base in pairs})),
         tensors=header.tensors,
+        trained_on=_trained_on(header),
     )
 
 
@@ -149,6 +152,12 @@ def _check_kind(header: GgufHeader) -> None:
             "makes it an activated LoRA, which acts only after certain tokens; expected a plain "
             "LoRA. Train a plain LoRA."
         )
+
+
+def _trained_on(header: GgufHeader) -> str | None:
+    url = header.metadata.get("general.base_model.0.repo_url")
+    repo = from_address(url) if isinstance(url, str) else ""
+    return repo if is_repo(repo) else None
 
 
 def _alpha(header: GgufHeader) -> float:

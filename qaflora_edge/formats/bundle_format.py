@@ -46,6 +46,7 @@ class BaseRecord:
     file: str | None = None
     registry: str | None = None
     hub: str | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class AdapterRecord:
     license: str
     description: str
     hub: str | None = None
+    trained_on: str = ""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def _parse_base(base: _Fields) -> BaseRecord:
         file=base.optional_text("file"),
         registry=registry,
         hub=_parse_hub(base),
+        name=base.text("name", default=""),
     )
 
 
@@ -251,6 +254,7 @@ def _parse_adapter(fields: _Fields) -> AdapterRecord:
         license=fields.text("license", default=""),
         description=fields.text("description", default=""),
         hub=_parse_hub(fields),
+        trained_on=fields.text("trained_on", default=""),
     )
 
 

@@ -36,6 +36,12 @@ class GgufHeader:
     size_bytes: int
 
     @property
+    def name(self) -> str | None:
+        """What the file calls itself."""
+        name = self.metadata.get("general.name")
+        return name if isinstance(name, str) and name.strip() else None
+
+    @property
     def n_layer(self) -> int:
         return self._count("block_count", MAX_LAYERS)
 
@@ -80,6 +86,12 @@ class GgufHeader:
             value = max(value)  # given per layer: the same in all, or 0 in those that have none
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
             return value
+        kind = self.metadata.get("general.type", "model")
+        if kind != "model":
+            raise GgufFileError(
+                f"Cannot use {self.path} as a base: metadata field general.type is {brief(kind)}; "
+                "expected the GGUF of a language model. Give the base that the adapter is for."
+            )
         raise GgufFileError(
             f"Cannot use {self.path}: metadata field {key} is "
             f"{'missing' if value is None else brief(value)}; expected one whole number from 1 to "

@@ -8,6 +8,8 @@ from urllib.parse import unquote
 
 from qaflora_edge.errors import RegistryError
 
+MAX_REPO_CHARS = 200  # the Hub allows 96 for a name
+
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REF = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[^@\\]+\.gguf))?(?:@(?P<revision>[A-Za-z0-9._/-]+))?"
@@ -64,7 +66,7 @@ def from_address(text: str) -> str:
 
 def is_repo(text: str) -> bool:
     """Tell whether a text can be the name of a repository."""
-    return _REPO.fullmatch(text) is not None
+    return len(text) <= MAX_REPO_CHARS and _REPO.fullmatch(text) is not None
 
 
 def parse_repo(text: str) -> str:
