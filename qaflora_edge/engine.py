@@ -16,11 +16,12 @@ from qaflora_edge import fusion as fuse
 from qaflora_edge.answers import Answers
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.chat.call_options import openai_options
 from qaflora_edge.chat.completions import completion_chunks, completion_dict, response_schema
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.chat.tools import chosen_tools, one_form
-from qaflora_edge.engine_options import check_options
+from qaflora_edge.engine_options import check_answers, check_options
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.formats.adapter_gguf import check_files
 from qaflora_edge.formats.checksums import FileState, check_unchanged
@@ -29,7 +30,7 @@ from qaflora_edge.generate import Generation
 from qaflora_edge.lifetime import Lifetime
 from qaflora_edge.probe import Prober
 from qaflora_edge.prompts import Prompt, checked_tokens, prompt_tokens
-from qaflora_edge.sampling import MAX_SEED, Sampler, Sampling, grammar_text
+from qaflora_edge.sampling import MAX_SEED, Sampler, grammar_text, make_sampling
 from qaflora_edge.weigh import Typical, Weigher, Weights, measure_typical
 
 F32 = NDArray[np.float32]
@@ -323,12 +324,12 @@ class Engine:
         The prompt is weighed and read before this returns; tokens follow as they are asked for.
         A later call on this Engine ends the iterator with BusyError.
         """
-        sampling = Sampling(
+        sampling = make_sampling(
+            stop,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=self.seed if seed is None else seed,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
             grammar=grammar_text(grammar, json_schema),
             **more,
         )
@@ -350,9 +351,8 @@ class Engine:
         seed     of the first answer; the others have the next numbers
         options  as generate takes them
         """
-        if n < 1:
-            raise OptionError(f"Option n is {n}, expected a number of answers from 1 on.")
         first = self.seed if seed is None else seed
+        check_answers(n, first)
         weights = options.pop("weights", None)
         for i in range(n):
             own_seed = None if first is None else (first + i) % MAX_SEED
@@ -383,8 +383,7 @@ class Engine:
         tools, tool_choice  for bases whose template reads tools and that write <tool_call>
         response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema": ...}
         stream_options   {"include_usage": True} ends the chunks with one of the usage
-        options          as generate takes them: weights, max_tokens, temperature, top_p, seed,
-                         stop, keep_history, on_weights
+        options          as generate takes them, and OpenAI's others where they change nothing
 
         The conversation is weighed and read before this returns.
         """
@@ -392,7 +391,8 @@ class Engine:
         told, call_grammar = chosen_tools(tools, tool_choice)
         grammar = one_form(grammar, schema, call_grammar)
         tokens = self.chat_tokens(messages, tools=told)
-        answers = self.answers(tokens, n, grammar=grammar, json_schema=schema, **options)
+        options = {**openai_options(options), "grammar": grammar, "json_schema": schema}
+        answers = self.answers(tokens, n, **options)
         answers = itertools.chain([next(answers)], answers)
         if not stream:
             return completion_dict(self.name, answers, has_tools=bool(told))

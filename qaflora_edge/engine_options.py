@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from qaflora_edge.backend.context import KV_TYPES, MAX_CTX, MAX_THREADS
 from qaflora_edge.errors import OptionError
+from qaflora_edge.sampling import MAX_SEED
 
 _THREADS_RANGE = f"a number of threads from 1 to {MAX_THREADS}"
 
@@ -19,3 +22,11 @@ def check_options(n_ctx: int, threads: int | None, kv_type: str, probe_tail: int
     for name, value, is_good, expected in checks:
         if not is_good:
             raise OptionError(f"Option {name} is {value!r}, expected {expected}.")
+
+
+def check_answers(n: object, seed: object) -> None:
+    """Raise OptionError unless n is a number of answers, and seed a seed or None."""
+    if isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 1:
+        raise OptionError(f"Option n is {n!r}, expected a number of answers from 1 on.")
+    if seed is not None and not (isinstance(seed, Integral) and 0 <= int(seed) < MAX_SEED):
+        raise OptionError(f"Option seed is {seed!r}, expected from 0 to {MAX_SEED - 1}.")

@@ -10,11 +10,14 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
+from qaflora_edge.backend import native
+from qaflora_edge.chat.call_options import check_fixed
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import OptionError
 from qaflora_edge.generate import Generation
 from qaflora_edge.sampling import MAX_SEED
 
@@ -89,7 +92,7 @@ class Llama:
         engine_options: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
-        _check("Llama", others, _UNUSED, _FIXED)
+        check_fixed("Llama", others, _FIXED, unused=_UNUSED)
         self.model_path = os.fspath(model_path)
         is_bundle = Path(model_path).is_dir()
         self.engine = Engine(
@@ -135,7 +138,7 @@ class Llama:
         **others: Any,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Go on with a text. Control tokens spelt out in it are control tokens, as there."""
-        _check("create_completion", others, _UNUSED_IN_CALLS, _FIXED_IN_CALLS)
+        check_fixed("create_completion", others, _FIXED_IN_CALLS, unused=_UNUSED_IN_CALLS)
         generation = self.engine.generate(
             prompt,
             parse_special=True,
@@ -180,7 +183,7 @@ class Llama:
         **others: Any,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer a conversation under the base's chat template; see Engine.chat."""
-        _check("create_chat_completion", others, _UNUSED_IN_CALLS, _FIXED_IN_CALLS)
+        check_fixed("create_chat_completion", others, _FIXED_IN_CALLS, unused=_UNUSED_IN_CALLS)
         return self.engine.chat(
             messages,
             stream=stream,
@@ -201,6 +204,11 @@ class Llama:
         )
 
     # tokens
+
+    @property
+    def context_params(self) -> SimpleNamespace:
+        """The one of llama.cpp's context parameters that others read (LlamaIndex does): n_ctx."""
+        return SimpleNamespace(n_ctx=self.engine.n_ctx)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of UTF-8 text."""
@@ -245,20 +253,13 @@ class Llama:
         """Nothing: each call reads its prompt anew."""
 
 
-def _check(
-    method: str,
-    options: Mapping[str, Any],
-    unused: frozenset[str],
-    fixed: Mapping[str, tuple[Any, ...]],
-) -> None:
-    for name, value in options.items():
-        if name in unused or (name in fixed and any(value == each for each in fixed[name])):
-            continue
-        expected = repr(fixed[name][0]) if name in fixed else "no such option"
-        raise OptionError(
-            f"Option {name} of {method} is {value!r}, expected {expected}: it cannot be followed "
-            "here. Leave it out, or use llama-cpp-python's own Llama."
-        )
+def replace_llama_cpp() -> None:
+    """Let `llama_cpp.Llama` be this Llama, for LangChain, LlamaIndex and others that make one.
+
+    Call it before such a program is imported. Raises LibraryError as the first Engine does.
+    """
+    native.load()  # llama_cpp binds the library that it finds when it is first imported
+    import_module("llama_cpp").Llama = Llama  # type: ignore[attr-defined]
 
 
 def _max_tokens(max_tokens: int | None) -> int | None:

@@ -6,7 +6,8 @@ import codecs
 import ctypes
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,13 @@ class Sampling:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            expected, kind = _KINDS[field.name]
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise OptionError(f"Option {field.name} is {value!r}, expected {expected}.")
         checks = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 0, ">= 0"),
             ("temperature", 0.0 <= self.temperature < float("inf"), ">= 0"),
@@ -68,6 +76,38 @@ class Sampling:
         for name, is_good, expected in checks:
             if not is_good:
                 raise OptionError(f"Option {name} is {getattr(self, name)!r}, expected {expected}.")
+
+
+_KINDS: dict[str, tuple[str, type]] = {
+    "max_tokens": ("a whole number or None", Integral),
+    "temperature": ("a number", Real),
+    "top_p": ("a number", Real),
+    "seed": ("a whole number or None", Integral),
+    "stop": ("texts", tuple),
+    "grammar": ("GBNF text or None", str),
+    "top_k": ("a whole number", Integral),
+    "min_p": ("a number", Real),
+    "repeat_penalty": ("a number", Real),
+    "frequency_penalty": ("a number", Real),
+    "presence_penalty": ("a number", Real),
+}
+
+
+def make_sampling(stop: Any, **options: Any) -> Sampling:
+    """Sampling of options as a caller gave them: stop as one text, several or None.
+
+    Raises OptionError for one that does not exist, or has a wrong value.
+    """
+    for name, value in options.items():
+        if name not in _KINDS:
+            raise OptionError(
+                f"Option {name} is {value!r}, expected no such option; those of sampling are "
+                f"{', '.join(_KINDS)}."
+            )
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(text, str) for text in stops):
+        raise OptionError(f"Option stop is {stop!r}, expected a text or a list of texts.")
+    return Sampling(stop=tuple(stops), **options)
 
 
 def grammar_text(grammar: str | None, json_schema: Mapping[str, Any] | bool | None) -> str | None:

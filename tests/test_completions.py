@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from tiny import CHATML, write_tiny_adapter, write_tiny_base
 
@@ -253,3 +254,82 @@ def test_template_without_tool_call_is_refused(engine: Engine, monkeypatch: Any)
         "The chat template of base.gguf has tools be called in a form that we do not read (it "
         "never writes <tool_call>), expected Qwen2.5's; ask without tools, or use such a base."
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_own_types_take_every_field(engine: Engine, stream: bool) -> None:
+    """Oracle: the classes of the package openai, in which a field that it lacks is an extra."""
+    types = pytest.importorskip("openai.types.chat", reason="the package openai is not installed")
+
+    def check(model: Any) -> None:
+        assert not getattr(model, "model_extra", None)
+        values = model if isinstance(model, list) else getattr(model, "__dict__", {}).values()
+        for value in values:
+            check(value)
+
+    found = engine.chat(
+        USER,
+        n=2,
+        temperature=1.0,
+        max_tokens=3,
+        stream=stream,
+        stream_options={"include_usage": True},
+    )
+    if stream:
+        for chunk in found:
+            check(types.ChatCompletionChunk.model_validate(chunk))
+    else:
+        check(types.ChatCompletion.model_validate(found))
+
+
+def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
+    def text(**options: Any) -> str:
+        return str(engine.chat(USER, **options)["choices"][0]["message"]["content"])
+
+    expected = text(max_tokens=4)
+    nulls = dict.fromkeys(("temperature", "top_p", "stop", "logprobs", "logit_bias"))
+    assert text(max_completion_tokens=4, model="gpt", user="me", **nulls) == expected
+    assert text(max_tokens=4, max_completion_tokens=4, frequency_penalty=None) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"logprobs": True},
+            "Option logprobs of chat is True, expected None: it cannot be followed here. Leave it "
+            "out.",
+        ),
+        (
+            {"max_tokens": 3, "max_completion_tokens": 4},
+            "Options max_tokens and max_completion_tokens are 3 and 4, expected one of them; leave "
+            "the other out.",
+        ),
+        (
+            {"max_token": 3},
+            "Option max_token is 3, expected no such option; those of sampling are max_tokens, "
+            "temperature, top_p, seed, stop, grammar, top_k, min_p, repeat_penalty, "
+            "frequency_penalty, presence_penalty.",
+        ),
+        ({"max_tokens": "3"}, "Option max_tokens is '3', expected a whole number or None."),
+        ({"temperature": "hot"}, "Option temperature is 'hot', expected a number."),
+        ({"top_k": True}, "Option top_k is True, expected a whole number."),
+        ({"stop": 3}, "Option stop is 3, expected a text or a list of texts."),
+        ({"stop": ["a", 3]}, "Option stop is ['a', 3], expected a text or a list of texts."),
+        ({"stop": [""]}, "Option stop is ('',), expected texts that are not empty."),
+        ({"seed": -1}, "Option seed is -1, expected from 0 to 4294967294."),
+        ({"seed": 1.5}, "Option seed is 1.5, expected from 0 to 4294967294."),
+        ({"n": 1.5}, "Option n is 1.5, expected a number of answers from 1 on."),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused(
+    engine: Engine, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        engine.chat(USER, **options)
+    assert str(caught.value) == message
+
+
+def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:
+    options = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int32(1)}
+    assert engine.generate("the king", **options).text()

@@ -1,8 +1,10 @@
 """Code written for llama-cpp-python's Llama runs on a bundle."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from bundles import TinyBundle, make_bundle
 
 from qaflora_edge import Engine, Llama
 from qaflora_edge.errors import OptionError
+from qaflora_edge.llama_like import replace_llama_cpp
 from qaflora_edge.sampling import MAX_SEED
 
 # What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.
@@ -154,7 +157,8 @@ def test_langchain_itself_works(made: TinyBundle, monkeypatch: pytest.MonkeyPatc
     from langchain_community.chat_models import ChatLlamaCpp
     from langchain_community.llms import LlamaCpp
 
-    monkeypatch.setattr(llama_cpp, "Llama", Llama)  # the one line
+    monkeypatch.setattr(llama_cpp, "Llama", llama_cpp.Llama)  # put back at the end
+    replace_llama_cpp()
     options: dict[str, Any] = {"model_path": str(made.folder), "n_ctx": 256, "max_tokens": 8}
     llm = LlamaCpp(**options, temperature=0.0, repeat_penalty=1.0)
     with Engine(made.folder) as engine:
@@ -165,6 +169,41 @@ def test_langchain_itself_works(made: TinyBundle, monkeypatch: pytest.MonkeyPatc
         assert chat.invoke("the thing?").content == expected
     llm.client.close()
     chat.client.close()
+
+
+def test_llama_index_itself_works(made: TinyBundle) -> None:
+    if find_spec("llama_index") is None:  # importing it here would import llama_cpp
+        pytest.skip("llama-index-llms-llama-cpp is not installed")
+    code = (
+        "import sys; from qaflora_edge.llama_like import replace_llama_cpp; replace_llama_cpp()\n"
+        "from llama_index.llms.llama_cpp import LlamaCPP\n"
+        "llm = LlamaCPP(model_path=sys.argv[1], context_window=256, max_new_tokens=8, "
+        "temperature=0.0, verbose=False, generate_kwargs={'top_p': 1.0}, "
+        "completion_to_prompt=str, messages_to_prompt=str)\n"
+        "assert llm.metadata.context_window == 256\n"
+        "text = llm.complete('the king').text\n"
+        "assert list(llm.stream_complete('the king'))[-1].text == text\n"
+        "print(repr(text))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(made.folder)], capture_output=True, text=True, check=True
+    )
+    with Engine(made.folder) as engine:
+        assert done.stdout == f"{engine.generate('the king', max_tokens=8).text()!r}\n"
+
+
+def test_llama_cpp_is_replaced_in_a_fresh_process(made: TinyBundle) -> None:
+    """Without a library of its own, llama_cpp cannot be imported first."""
+    code = (
+        "import sys; from qaflora_edge.llama_like import Llama, replace_llama_cpp\n"
+        "replace_llama_cpp(); import llama_cpp; assert llama_cpp.Llama is Llama\n"
+        "with llama_cpp.Llama(model_path=sys.argv[1], n_ctx=64) as llama:\n"
+        "    print(llama.context_params.n_ctx, len(llama('the king', max_tokens=2)['choices']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(made.folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "64 1\n"
 
 
 def test_base_alone_and_further_options(made: TinyBundle) -> None:
@@ -192,7 +231,7 @@ def test_what_cannot_be_followed_is_refused(
         Llama(made.folder, **options)
     assert str(caught.value) == (
         f"Option {name} of Llama is {options[name]!r}, expected {expected}: it cannot be followed "
-        "here. Leave it out, or use llama-cpp-python's own Llama."
+        "here. Leave it out."
     )
 
 
