@@ -15,9 +15,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import zoo
-from families import FAMILIES, Family
+from families import FAMILIES, AnyFamily
 from features import FEATURES, outcome
 from numpy.typing import NDArray
+from specimen import ADAPTERS, TOKENS, UPSTREAM, Specimen
 from stock import StockContext
 
 from qaflora_edge import Engine
@@ -30,14 +31,14 @@ F32 = NDArray[np.float32]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "convert.md"
 BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->"
-EXACT, REFUSED = "exact", "refused"
+EXACT, REFUSED, ABSENT = "exact", "refused", "–"
 COLUMNS = ("projections", "scales", "embedding", "head", "probe", "norm", "llama.cpp", "upstream")
 
 
 class Findings:
     """Specimens of some families, and what was found of them."""
 
-    def __init__(self, families: Iterable[Family], upstream: Path, folder: Path) -> None:
+    def __init__(self, families: Iterable[AnyFamily], upstream: Path, folder: Path) -> None:
         self._specimens = zoo.build(families, upstream, folder)
 
     def row(self, family: str) -> dict[str, str]:
@@ -45,10 +46,15 @@ class Findings:
         specimen = self._specimens[family]
         found = dict.fromkeys(COLUMNS, REFUSED)
         files = {}
-        for adapter in zoo.ADAPTERS:
+        for adapter in ADAPTERS:
+            if not specimen.peft(adapter).exists():
+                found[adapter] = ABSENT
+                continue
             path = specimen.folder / f"{adapter}.gguf"
             with suppress(UnsupportedAdapterError):
-                convert_adapter(specimen.peft(adapter), specimen.base, path, outtype="f32")
+                convert_adapter(
+                    specimen.peft(adapter), specimen.base, path, outtype="f32", verify=True
+                )
                 files[adapter] = path
         with _engine(specimen, files) as engine:
             found |= dict.fromkeys(files, EXACT)
@@ -64,41 +70,41 @@ class Findings:
         return found
 
 
-def _engine(specimen: zoo.Specimen, files: Mapping[str, Path]) -> Engine:
+def _engine(specimen: Specimen, files: Mapping[str, Path]) -> Engine:
     return Engine(
         base=specimen.base, adapters=files, n_ctx=64, kv_type="f32", flash_attn=False, threads=1
     )
 
 
-def _check_logits(specimen: zoo.Specimen, engine: Engine) -> None:
+def _check_logits(specimen: Specimen, engine: Engine) -> None:
     """Compare the base's, each adapter's and a mix per layer with transformers and peft."""
-    assert_near(specimen, engine.logits(zoo.TOKENS, weights="base"), "base")
+    assert_near(specimen, engine.logits(TOKENS, weights="base"), "base")
     for index, adapter in enumerate(engine.adapters):
         weights = np.zeros((len(engine.adapters), engine.n_layer), np.float32)
         weights[index] = 1.0
-        assert_near(specimen, engine.logits(zoo.TOKENS, weights=weights), adapter)
+        assert_near(specimen, engine.logits(TOKENS, weights=weights), adapter)
         if adapter == "projections":
             weights[index] = zoo.LAYER_WEIGHTS
-            assert_near(specimen, engine.logits(zoo.TOKENS, weights=weights), "per layer")
+            assert_near(specimen, engine.logits(TOKENS, weights=weights), "per layer")
 
 
-def _check_probe(specimen: zoo.Specimen, engine: Engine) -> None:
+def _check_probe(specimen: Specimen, engine: Engine) -> None:
     """Compare captured states, and see that the lens finds what moved them."""
-    states = engine.hidden_states(zoo.TOKENS, adapter="projections")
+    states = engine.hidden_states(TOKENS, adapter="projections")
     error = np.abs(states - specimen.states).max() / np.abs(specimen.states).max()
     assert error <= specimen.family.tolerance, f"states differ by {error:.1e}"
-    weights = engine.weights(zoo.TOKENS).weights
+    weights = engine.weights(TOKENS).weights
     np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-6)
     assert np.all(weights[engine.adapters.index("projections")] > 0.01)
 
 
-def _check_norm(specimen: zoo.Specimen, path: Path) -> None:
+def _check_norm(specimen: Specimen, path: Path) -> None:
     with _engine(specimen, {"it": path}) as engine:
-        weights = engine.weights(zoo.TOKENS, strategy="norm").weights
+        weights = engine.weights(TOKENS, strategy="norm").weights
     assert np.all(weights == 1.0)  # of the one adapter there is
 
 
-def _check_stock(specimen: zoo.Specimen, files: Mapping[str, Path]) -> str:
+def _check_stock(specimen: Specimen, files: Mapping[str, Path]) -> str:
     """Load the files with llama.cpp's own code, and compare the logits of those that it loads."""
     is_tied = "output.weight" not in {t.name for t in gguf.GGUFReader(specimen.base).tensors}
     # Under a tied head, build_lora_mm applies the embedding's A to the head and aborts.
@@ -110,7 +116,7 @@ def _check_stock(specimen: zoo.Specimen, files: Mapping[str, Path]) -> str:
             try:
                 if context.can_load(files[adapter]):
                     context.set_adapters([files[adapter]], [1.0])
-                    assert_near(specimen, context.decode(zoo.TOKENS), adapter)
+                    assert_near(specimen, context.decode(TOKENS), adapter)
                 else:
                     unloaded.append(adapter)
             finally:
@@ -118,7 +124,7 @@ def _check_stock(specimen: zoo.Specimen, files: Mapping[str, Path]) -> str:
     return ", ".join([EXACT, *(f"{adapter}: not loaded" for adapter in sorted(unloaded))])
 
 
-def assert_near(specimen: zoo.Specimen, logits: F32, which: str) -> None:
+def assert_near(specimen: Specimen, logits: F32, which: str) -> None:
     """Compare logits with the reference, and see that the adapter made a difference to it."""
     expected = specimen.logits[which]
     scale, tolerance = np.abs(expected).max(), specimen.family.tolerance
@@ -129,11 +135,11 @@ def assert_near(specimen: zoo.Specimen, logits: F32, which: str) -> None:
         assert effect > 5 * tolerance, f"{which}: the adapter moves logits by {effect:.1e} only"
 
 
-def _compare_upstream(specimen: zoo.Specimen, files: Mapping[str, Path]) -> str:
+def _compare_upstream(specimen: Specimen, files: Mapping[str, Path]) -> str:
     """Compare with upstream's tensors, of the adapters that we convert."""
     found = {}
     for adapter, path in files.items():
-        if adapter not in zoo.UPSTREAM:
+        if adapter not in UPSTREAM:
             continue
         theirs = specimen.upstream(adapter)
         if not theirs.exists():
@@ -165,7 +171,7 @@ def committed(name: str) -> list[list[str]]:
     return [line.split(" | ") for line in lines[2:]]
 
 
-def architecture_rows(findings: Findings, families: Iterable[Family]) -> list[tuple[str, ...]]:
+def architecture_rows(findings: Findings, families: Iterable[AnyFamily]) -> list[tuple[str, ...]]:
     """Find the rows of the table of architectures."""
     rows = []
     for family in families:

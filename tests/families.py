@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# llama.cpp looks GELU up in a table of float16, and some of its other kernels round as well: bases
-# without any adapter are then this far from transformers, relative to the largest logit.
-EXACT = 1e-5
-ROUNDED = 3e-3
+from checkpoints import EXACT, ROUNDED, Checkpoint
+from published import PUBLISHED
+
 COARSE = 2e-2  # gpt-oss
 
 
@@ -506,4 +505,5 @@ _ALL = [
         upstream="it leaves the head out",
     ),
 ]
-FAMILIES = {family.name: family for family in _ALL}
+AnyFamily = Family | Checkpoint
+FAMILIES: Mapping[str, AnyFamily] = {family.name: family for family in (*_ALL, *PUBLISHED)}

@@ -14,10 +14,22 @@ import tiny
 
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.architectures import ARCHITECTURES
-from qaflora_edge.convert.layouts import LayoutError, grouped_rows, rope_rows
+from qaflora_edge.convert.layouts import (
+    Layout,
+    LayoutError,
+    grouped_rope_pairs,
+    grouped_rows,
+    halves,
+    packed_rope_pairs,
+    qwen3next_rows,
+    qwen35_rows,
+    rope_rows,
+    tiled_rows,
+)
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats.gguf_header import GgufHeader
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -89,6 +101,35 @@ def test_groups_are_taken_apart_in_order() -> None:
 def test_rows_that_heads_cannot_share_are_refused(n_out: int, n_head: int) -> None:
     with pytest.raises(LayoutError):
         rope_rows(n_out, n_head)
+
+
+def test_values_are_tiled_over_the_keys() -> None:
+    # Two keys with two values each: HF has k0v0 k0v1 k1v0 k1v1.
+    assert tiled_rows(8, 2, 4).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("layout", "stem", "shape"),
+    [
+        (packed_rope_pairs, "attn_qkv", (33, 64)),
+        (grouped_rope_pairs, "attn_qkv", (33, 64)),
+        (qwen3next_rows, "ssm_in", (95, 64)),
+        (qwen35_rows, "attn_qkv", (33, 64)),
+        (qwen35_rows, "ssm_out", (64, 33)),
+        (halves(ffn_gate_up=("ffn_gate", "ffn_up")), "ffn_gate_up", (33, 64)),
+    ],
+)
+def test_rows_that_tensors_cannot_share_are_refused(
+    tmp_path: Path, layout: Layout, stem: str, shape: tuple[int, int]
+) -> None:
+    counts = {
+        **{"attention.head_count": 4, "attention.head_count_kv": 2, "ssm.group_count": 2},
+        **{"ssm.time_step_rank": 4, "ssm.state_size": 8, "ssm.inner_size": 32},
+    }
+    metadata = {f"it.{name}": value for name, value in counts.items()}
+    header = GgufHeader(tmp_path, "it", metadata, {}, 0, 0)
+    with pytest.raises(LayoutError, match="cannot share"):
+        layout(f"blk.0.{stem}", header, shape)
 
 
 def write_base(path: Path, arch: str, tensors: dict[str, tuple[int, ...]], n_head: int) -> Path:

@@ -96,6 +96,13 @@ def test_head_count_kv_defaults_to_head_count(tmp_path: Path) -> None:
     assert read_gguf_header(path).n_head_kv == 9
 
 
+def test_count_given_per_layer_is_that_of_the_layers_that_have_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    array = struct.pack("<IQ3I", 4, 3, 0, 2, 2)
+    path.write_bytes(make(ARCH, field("llama.attention.head_count_kv", 9, array)))
+    assert read_gguf_header(path).n_head_kv == 2
+
+
 def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     array = struct.pack("<IQ3I", 4, 3, 2, 2, 2)

@@ -197,11 +197,22 @@ METADATA = {
 
 # What modules are called in HF's models, where a layout takes them apart.
 FUSED = {
+    "bailingmoe": {"attn_qkv": "attention.query_key_value"},
+    "internlm2": {"attn_qkv": "attention.wqkv"},
+    "openelm": {"ffn_gate_up": "ffn.proj_1"},
+    "refact": {"attn_kv": "attn.kv", "ffn_gate_up": "mlp.gate_up_proj"},
     "qwen3next": {"ssm_in": "linear_attn.in_proj_qkvz"},
 }
 # Stems, and rows as metadata has them: heads of 32, and of linear attention 4 keys with 12 values.
 STEMS = {
-    **{"attn_q": 32 * 12, "attn_k": 32 * 4, "attn_qkv": 32 * 20, "ffn_up": 32 * 20},
+    **{
+        "attn_q": 32 * 12,
+        "attn_k": 32 * 4,
+        "attn_qkv": 32 * 20,
+        "ffn_up": 32 * 20,
+        "ffn_gate_up": 96,
+        "attn_kv": 96,
+    },
     **{"ssm_in": 2 * (4 * 8 + 96), "attn_gate": 96, "ssm_beta": 12, "ssm_out": 40},
 }
 

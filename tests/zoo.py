@@ -11,47 +11,16 @@ import sys
 import tarfile
 import tomllib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import numpy as np
-import tiny
 import torch
-from families import Family
-from numpy.typing import NDArray
-
-F32 = NDArray[np.float32]
-
-TOKENS = [5, 17, 99, 3, 250, 77, 34, 120, 8, 61, 200, 11]
-ADAPTERS = ("projections", "scales", "embedding", "head")
-UPSTREAM = {"projections", "embedding", "head"}  # upstream reads nothing that makes scales differ
-LAYER_WEIGHTS = (0.25, -0.75)  # of the two layers
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """One family's files and what transformers and peft say of them.
-
-    logits  "base", an adapter, or "per layer" -> [n_vocab] after TOKENS
-    states  [n_layer, n_embd] of the last token after each block, under "projections"
-    """
-
-    family: Family
-    folder: Path
-    logits: Mapping[str, F32]
-    states: F32
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "base.gguf"
-
-    def peft(self, adapter: str) -> Path:
-        return self.folder / "peft" / adapter
-
-    def upstream(self, adapter: str) -> Path:
-        return self.folder / f"upstream-{adapter}.gguf"
+from checkpoints import Checkpoint
+from families import AnyFamily, Family
+from specimen import F32, LAYER_WEIGHTS, TOKENS, Specimen, adapter_jobs, base_job
 
 
 def find_archive(patches: Path, cache: Path) -> Path:
@@ -74,7 +43,7 @@ def unpack_upstream(archive: Path, folder: Path) -> Path:
     return folder
 
 
-def build(families: Iterable[Family], upstream: Path, folder: Path) -> dict[str, Specimen]:
+def build(families: Iterable[AnyFamily], upstream: Path, folder: Path) -> dict[str, Specimen]:
     """Make every family's specimen, with one run of upstream's converters for all of them."""
     torch.set_num_threads(1)  # threads cost more than they bring at these sizes
     specimens = {}
@@ -82,9 +51,13 @@ def build(families: Iterable[Family], upstream: Path, folder: Path) -> dict[str,
     with warnings.catch_warnings():  # of peft and transformers about themselves
         warnings.simplefilter("ignore")
         for index, family in enumerate(families):
-            specimen = _build_one(family, folder / f"{index}")
+            if isinstance(family, Checkpoint):
+                specimen = checkpoints.write(family, folder / f"{index}")
+                jobs += checkpoints.jobs(specimen)
+            else:
+                specimen = _build_one(family, folder / f"{index}")
+                jobs += [base_job(specimen.hf, specimen.base), *adapter_jobs(specimen)]
             specimens[family.name] = specimen
-            jobs += _jobs(specimen)
     jobs_path = folder / "jobs.json"
     jobs_path.write_text(json.dumps(jobs), encoding="utf-8")
     script = Path(__file__).with_name("upstream_convert.py")
@@ -95,33 +68,12 @@ def build(families: Iterable[Family], upstream: Path, folder: Path) -> dict[str,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for specimen in specimens.values():
+    for name, specimen in specimens.items():
         error = specimen.base.with_name("base.gguf.error")
-        assert not error.exists(), f"{specimen.family.name}: {error.read_text('utf-8')}"
+        assert not error.exists(), f"{name}: {error.read_text('utf-8')}"
+        if isinstance(specimen.family, Checkpoint):
+            specimens[name] = checkpoints.measured(specimen)
     return specimens
-
-
-def _jobs(specimen: Specimen) -> list[dict[str, object]]:
-    hf = str(specimen.folder / "hf")
-    tokens = [*tiny.byte_tokens(), *(merge.replace(" ", "") for merge in tiny.MERGES)]
-    base = {
-        "hf": hf,
-        "out": str(specimen.base),
-        "tokens": [*tokens, *tiny.CONTROLS],
-        "n_control": len(tiny.CONTROLS),
-        "merges": list(tiny.MERGES),
-    }
-    adapters = [
-        {
-            "hf": hf,
-            "out": str(specimen.upstream(adapter)),
-            "peft": str(specimen.peft(adapter)),
-            "outtype": "f32",
-        }
-        for adapter in ADAPTERS
-        if adapter in UPSTREAM
-    ]
-    return [base, *adapters]
 
 
 def make_model(family: Family) -> Any:

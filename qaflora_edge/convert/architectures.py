@@ -10,23 +10,32 @@ from qaflora_edge.convert.layouts import (
     as_is,
     glm4_rows,
     grouped_qkv,
+    grouped_rope_pairs,
+    halves,
+    packed_rope_pairs,
     qwen3next_rows,
     qwen35_rows,
     rope_pairs,
 )
 
+_GATE_UP = ("ffn_gate", "ffn_up")
+
 # general.architecture -> how its modules lie. Each was read, and is proven by the tests.
 ARCHITECTURES: Mapping[str, Layout] = {
     "apertus": as_is,
     "arcee": rope_pairs,
+    "bailingmoe": packed_rope_pairs,
     "bloom": grouped_qkv,
     "chatglm": as_is,
+    "codeshell": as_is,
     "cohere2": as_is,
     "command-r": as_is,
     "dbrx": as_is,
+    "deepseek": rope_pairs,
     "dots1": as_is,
     "ernie4_5": as_is,
     "ernie4_5-moe": as_is,
+    "exaone": as_is,
     "exaone-moe": as_is,
     "exaone4": as_is,
     "falcon": grouped_qkv,
@@ -43,10 +52,13 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "granitemoe": rope_pairs,
     "hunyuan-dense": as_is,
     "hunyuan-moe": as_is,
+    "internlm2": grouped_rope_pairs,
     "jais2": as_is,
     "lfm2": as_is,
     "lfm2moe": as_is,
     "llama": rope_pairs,
+    "maincoder": as_is,
+    "minicpm": rope_pairs,
     "minimax-m2": as_is,
     "mistral3": rope_pairs,
     "mpt": as_is,
@@ -54,9 +66,14 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "olmo": rope_pairs,
     "olmo2": as_is,
     "olmoe": as_is,
+    "openelm": halves(ffn_gate_up=_GATE_UP),
+    "orion": as_is,
     "paddleocr": as_is,
+    "pangu-embedded": as_is,
     "phi2": as_is,
     "phi3": as_is,
+    "plamo3": as_is,
+    "qwen": as_is,
     "qwen2": as_is,
     "qwen2moe": as_is,
     "qwen2vl": as_is,
@@ -66,9 +83,20 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "qwen3moe": as_is,
     "qwen3next": qwen3next_rows,
     "qwen3vl": as_is,
+    "refact": halves(attn_kv=("attn_k", "attn_v"), ffn_gate_up=_GATE_UP),
     "seed_oss": as_is,
     "smollm3": rope_pairs,
     "stablelm": as_is,
     "starcoder": as_is,
     "starcoder2": as_is,
+    "xverse": rope_pairs,
+}
+
+# Names that gguf's map lacks, for llama.cpp's converter takes these modules apart before it looks
+# them up: general.architecture -> HF's name within a block -> the stem that a layout is asked for.
+UNMAPPED: Mapping[str, Mapping[str, str]] = {
+    "bailingmoe": {"attention.query_key_value": "attn_qkv"},
+    "internlm2": {"attention.wqkv": "attn_qkv"},
+    "openelm": {"ffn.proj_1": "ffn_gate_up"},
+    "refact": {"attn.q": "attn_q", "attn.kv": "attn_kv", "mlp.gate_up_proj": "ffn_gate_up"},
 }

@@ -6,7 +6,7 @@ Here is what was read in llama.cpp 0c1e5709, conversion/*.py (every `modify_tens
 compared with it by the tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +119,38 @@ def glm4_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Pa
     return (Part(name),)
 
 
+def packed_rope_pairs(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+    """HF's one projection has q, then k, then v; q and k are in the order of ggml's rope."""
+    if not name.endswith(".attn_qkv"):
+        return rope_pairs(name, header, shape)
+    n_head, n_head_kv = header.n_head, header.n_head_kv
+    if shape[0] % (n_head + 2 * n_head_kv):
+        raise LayoutError(
+            f"{shape[0]} rows, which {n_head} heads and {n_head_kv} keys cannot share"
+        )
+    n_dim = shape[0] // (n_head + 2 * n_head_kv)
+    rows = np.split(np.arange(shape[0]), [n_head * n_dim, (n_head + n_head_kv) * n_dim])
+    return _q_k_v(name, header, rows)
+
+
+def grouped_rope_pairs(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+    """HF's one projection has q, k and v group by group; rows as of `packed_rope_pairs`."""
+    if not name.endswith(".attn_qkv"):
+        return rope_pairs(name, header, shape)
+    return _q_k_v(name, header, grouped_rows(shape[0], header.n_head, header.n_head_kv))
+
+
+def _q_k_v(name: str, header: GgufHeader, rows: Sequence[Index]) -> tuple[Part, ...]:
+    """rows  [n_out] of each  where HF has q, k and v"""
+    block = name.removesuffix("attn_qkv")
+    q, k, v = rows
+    return (
+        Part(f"{block}attn_q", q[rope_rows(len(q), header.n_head)]),
+        Part(f"{block}attn_k", k[rope_rows(len(k), header.n_head_kv)]),
+        Part(f"{block}attn_v", v),
+    )
+
+
 def qwen3next_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
     """Linear attention's first projection has a key's q, k, values and their gates together."""
     if not name.endswith(".ssm_in"):
@@ -145,3 +177,18 @@ def qwen35_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[
     n_before = 2 * n_key * header.n_ssm("state_size") if stem == "attn_qkv" else 0  # q and k
     values = n_before + tiled_rows(max(shape[0] - n_before, 0), n_key, n_value)
     return (Part(name, np.concatenate([np.arange(n_before), values])),)
+
+
+def halves(**fused: tuple[str, str]) -> Layout:
+    """Make a layout that cuts each of some fused stems into two tensors of one size."""
+
+    def cut(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+        block, _, stem = name.rpartition(".")
+        if stem not in fused:
+            return (Part(name),)
+        if shape[0] % 2:
+            raise LayoutError(f"{shape[0]} rows, which two tensors cannot share")
+        rows = np.arange(shape[0]).reshape(2, -1)
+        return tuple(Part(f"{block}.{part}", rows[i]) for i, part in enumerate(fused[stem]))
+
+    return cut

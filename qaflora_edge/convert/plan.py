@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
-from qaflora_edge.convert.architectures import ARCHITECTURES
+from qaflora_edge.convert.architectures import ARCHITECTURES, UNMAPPED
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
 from qaflora_edge.formats.bypassed import module_kind
@@ -173,9 +173,19 @@ def _mapped(
     for hf_name in _spellings(module.name):
         # Some of gguf's maps leave out a head that is tied, and adapters of it fit nevertheless.
         name = tensor_name(name_map, header.n_layer, hf_name) or {"lm_head": "output"}.get(hf_name)
+        name = name or _unmapped_name(header, hf_name)
         if name:
             return name
     raise _unknown_module(adapter, module, header)
+
+
+def _unmapped_name(header: GgufHeader, hf_name: str) -> str | None:
+    """Look up a module that gguf's map lacks, for it is taken apart: blk.0.attn_qkv."""
+    block = _BLOCK.search(hf_name)
+    if block is None or int(block[0]) >= header.n_layer:
+        return None
+    stem = UNMAPPED.get(header.architecture, {}).get(hf_name[block.end() + 1 :])
+    return stem and f"blk.{block[0]}.{stem}"
 
 
 def _spellings(name: str) -> list[str]:

@@ -12,9 +12,15 @@ from qaflora_edge.formats.gguf_header import GgufHeader
 
 Index = NDArray[np.int64]
 
-_PAIRED_ROPE = ("llama", "arcee", "granite", "granitemoe", "mistral3", "olmo", "smollm3")
+_PAIRED_ROPE = (
+    *("llama", "arcee", "bailingmoe", "deepseek", "granite", "granitemoe"),
+    *("internlm2", "minicpm", "mistral3", "olmo", "smollm3", "xverse"),
+)
 _HALVED_ROPE = ("glm4",)
 _GROUPED_QKV = ("bloom", "falcon", "gptneox")
+_PACKED = {"bailingmoe": "query_key_value"}
+_SECOND = {"proj_1": "ffn_up", "kv": "attn_v", "gate_up_proj": "ffn_up"}  # of two halves
+_GROUPED = {"internlm2": "wqkv"}
 _TILED = ("qwen35", "qwen35moe")
 
 
@@ -33,7 +39,17 @@ def source_rows(header: GgufHeader, module: PlannedModule) -> Index:
         tiled = n_before + _tiled_place(row - n_before, n_out - n_before, header)
         return np.where(row < n_before, row, tiled)
     if stem in ("attn_q", "attn_k"):
-        return _turned(row, header, header.n_head if stem == "attn_q" else header.n_head_kv)
+        row = _turned(row, header, header.n_head if stem == "attn_q" else header.n_head_kv)
+    if module.source.n_out == 2 * n_out and stem == _SECOND.get(name):
+        row = n_out + row
+    if name in (_PACKED.get(architecture), _GROUPED.get(architecture)):
+        n_dim = module.source.n_out // (header.n_head + 2 * header.n_head_kv)
+        n_before = {"attn_q": 0, "attn_k": header.n_head}.get(
+            stem, header.n_head + header.n_head_kv
+        )
+        row = n_before * n_dim + row
+        if name == _GROUPED.get(architecture):
+            return _grouped_row(row, module.source.n_out, header.n_head, header.n_head_kv)
     return row
 
 

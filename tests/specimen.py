@@ -1,0 +1,82 @@
+"""What the table of architectures is found from: one family's files, and what a reference says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tiny
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+TOKENS = [5, 17, 99, 3, 250, 77, 34, 120, 8, 61, 200, 11]
+ADAPTERS = ("projections", "scales", "embedding", "head")
+UPSTREAM = {"projections", "embedding", "head"}  # upstream reads nothing that makes scales differ
+LAYER_WEIGHTS = (0.25, -0.75)  # of the two layers
+
+
+class Named(Protocol):
+    """What every family says of itself: see families.Family."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def tolerance(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One family's files, and what the reference says of them.
+
+    logits  "base", an adapter, or "per layer" -> [n_vocab] after TOKENS
+    states  [n_layer, n_embd] of the last token after each block, under "projections"
+    """
+
+    family: Named
+    folder: Path
+    logits: Mapping[str, F32]
+    states: F32
+
+    @property
+    def hf(self) -> Path:
+        return self.folder / "hf"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base.gguf"
+
+    def peft(self, adapter: str) -> Path:
+        return self.folder / "peft" / adapter
+
+    def upstream(self, adapter: str) -> Path:
+        return self.folder / f"upstream-{adapter}.gguf"
+
+
+def base_job(hf: Path, out: Path) -> dict[str, object]:
+    """Ask upstream_convert for a base."""
+    tokens = [*tiny.byte_tokens(), *(merge.replace(" ", "") for merge in tiny.MERGES)]
+    return {
+        "hf": str(hf),
+        "out": str(out),
+        "tokens": [*tokens, *tiny.CONTROLS],
+        "n_control": len(tiny.CONTROLS),
+        "merges": list(tiny.MERGES),
+    }
+
+
+def adapter_jobs(specimen: Specimen) -> list[dict[str, object]]:
+    """Ask upstream_convert for each adapter that it reads rightly."""
+    return [
+        {
+            "hf": str(specimen.hf),
+            "out": str(specimen.upstream(adapter)),
+            "peft": str(specimen.peft(adapter)),
+            "outtype": "f32",
+        }
+        for adapter in ADAPTERS
+        if adapter in UPSTREAM
+    ]
