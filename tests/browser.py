@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
+
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run "
     "--disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage"
@@ -51,7 +53,7 @@ class Browser:
         request = urllib.request.Request(self._address + path, data=data, method=method)
         request.add_header("Content-Type", "application/json")
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
                 return json.load(reply)["value"]
         except urllib.error.HTTPError as error:
             with error:
@@ -125,5 +127,5 @@ def browser(place: Path, *, is_dark: bool = False) -> Iterator[Browser]:
             window.close()
     finally:
         driver.terminate()
-        driver.wait(timeout=20)
+        driver.wait(timeout=PATIENCE_S)
         driver.stdout.close()

@@ -49,6 +49,7 @@ class FakeHub(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # clients ask in parallel; beyond it one waits for seconds
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from bundles import TinyBundle, make_bundle, make_sources, snapshot
+from patience import PATIENCE_S
 
 from qaflora_edge import Engine, QafloraError, engine
 from qaflora_edge import fusion as fuse
@@ -322,7 +323,7 @@ from qaflora_edge.cli import main
 
 def wait(*args):
     print("halfway", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 
 bundle_create.measure_typical = wait
 main(sys.argv[1:])
@@ -348,7 +349,7 @@ def test_killed_creation_leaves_no_bundle(tmp_path: Path, number: int, code: int
     assert process.stdout is not None
     assert process.stdout.readline() == "halfway\n"
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
     assert "Traceback" not in errors
     assert not sources.folder.exists()
@@ -379,7 +380,7 @@ def test_what_a_killed_creation_left_is_removed_by_the_next(tmp_path: Path) -> N
     create("while it runs")
     assert temporary.exists()
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_S)
     create("after it was killed")
     assert not temporary.exists()
     assert all(path.exists() for path in others)
@@ -681,10 +682,10 @@ def test_broken_json_is_refused(made: TinyBundle, data: bytes, message: str) -> 
 def test_many_keys_are_read_in_good_time(made: TinyBundle) -> None:
     keys = ",".join(f'"k{index}":0' for index in range(200_000))
     (made.folder / "bundle.json").write_text("{" + keys + "}")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BundleError, match="field format is missing"):
         load_bundle(made.folder)
-    assert time.perf_counter() - start < 5  # quadratic work would take minutes
+    assert time.process_time() - start < 20  # quadratic work would take minutes
 
 
 @pytest.mark.parametrize(
@@ -777,7 +778,10 @@ def test_a_change_that_sets_back_the_time_is_found(made: TinyBundle) -> None:
         load_bundle(made.folder)
 
 
-def test_a_young_file_is_hashed_each_time(made: TinyBundle, hashed: list[str]) -> None:
+def test_a_young_file_is_hashed_each_time(
+    made: TinyBundle, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "YOUNG_NS", 1 << 62)  # a slow machine ages them
     load_bundle(made.folder)
     load_bundle(made.folder)
     assert hashed == ALL * 2

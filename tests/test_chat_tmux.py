@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from bundles import TinyBundle, make_bundle
+from patience import PATIENCE_S
 from tmux import Window, need_tmux
 
 Open = Callable[..., Window]
@@ -259,7 +260,7 @@ def on_a_pty(command: list[str], typed: bytes, **env: str) -> bytes:
             break
         written += data
     os.close(ours)
-    assert process.wait() == 0, written.decode()
+    assert process.wait(timeout=PATIENCE_S) == 0, written.decode()
     return written
 
 

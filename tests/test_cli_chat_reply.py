@@ -3,11 +3,11 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from bundles import make_bundle
+from patience import PATIENCE_S
 
 from qaflora_edge import Engine
 from qaflora_edge.cli.chat.reply import Reply, interrupts_call
@@ -66,7 +66,7 @@ def test_a_stop_that_comes_before_the_work_is_repeated(engine: Engine) -> None:
     may_begin, n_cancel = threading.Event(), 0
 
     def late() -> Any:
-        may_begin.wait(10)
+        may_begin.wait(PATIENCE_S)
         return engine.generate("the thing", max_tokens=10**6)
 
     def cancel() -> None:
@@ -100,20 +100,29 @@ def test_interrupts_call_an_action_and_raise_nothing() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_reading_that_is_stopped_ends_early(tmp_path: Path) -> None:
+def test_a_reading_that_is_stopped_ends_early(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stop while the prompt is read ends the reading, not only what would follow."""
-    made = make_bundle(tmp_path, n_layer=8, n_embd=256, n_ff=1024, n_ctx=4096)
-    ticks = 0
+    decode = engine._model._lib.llama_decode
+    is_reading, is_cancelled = threading.Event(), threading.Event()
 
-    def stop_soon() -> None:
-        nonlocal ticks
-        ticks += 1
-        if ticks == 2:
+    def slow_decode(*args: object) -> int:
+        is_reading.set()
+        is_cancelled.wait(PATIENCE_S)
+        return int(decode(*args))
+
+    def cancel() -> None:
+        engine.cancel()
+        is_cancelled.set()
+
+    def stop_once_it_reads() -> None:
+        if is_reading.is_set():
             reply.stop()
 
-    with Engine(made.folder, n_ctx=4096) as engine:
-        tokens = list(range(200)) * 15  # takes seconds to read
-        with Reply(lambda: engine.generate(tokens, max_tokens=1), engine.cancel) as reply:
-            assert list(reply.pieces(stop_soon)) == []
-        assert reply.generation is None  # generate() returns once the prompt is read
-        assert engine.generate("the thing", max_tokens=1).text()
+    monkeypatch.setattr(engine._model._lib, "llama_decode", slow_decode)
+    with Reply(lambda: engine.generate("a thing", max_tokens=1), cancel) as reply:
+        assert list(reply.pieces(stop_once_it_reads)) == []
+    monkeypatch.undo()
+    assert reply.generation is None  # generate() returns once the prompt is read
+    assert engine.generate("the thing", max_tokens=1).text()

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
+from patience import PATIENCE_S
 
 from qaflora_edge import __version__
 from qaflora_edge.cli import VERBS, main
@@ -204,7 +205,7 @@ def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
-    assert (process.wait(timeout=30), errors) == (0, "")
+    assert (process.wait(timeout=PATIENCE_S), errors) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")

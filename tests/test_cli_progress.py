@@ -8,16 +8,23 @@ from pathlib import Path
 
 import pytest
 from bundles import TinyBundle, make_sources
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX ones")
 
-# Shortened, so that a test does not wait for what takes long.
+# Shortened, so that a test does not wait for what takes long. The work ends once
+# the line is shown, or after so many seconds.
 WAITING = """
-import time
+import threading
 from qaflora_edge.cli import progress
-progress.PATIENCE_SECONDS, progress.TURN_SECONDS = {patience}, 0.05
+progress.PATIENCE_SECONDS, progress.TURN_SECONDS = {patience}, 0.01
+shown, echo = threading.Event(), progress.click.echo
+def tell(*args, **options):
+    echo(*args, **options)
+    shown.set()
+progress.click.echo = tell
 with progress.waiting("Loading " + "x" * {length}):
-    time.sleep(0.4)
+    shown.wait({work})
 print("done")
 """
 BARS = """
@@ -51,7 +58,7 @@ def on_terminal(args: list[str], **environment: str) -> str:
     except OSError:  # Linux's end of a terminal whose other side is closed
         pass
     os.close(controller)
-    assert process.wait(timeout=60) == 0, shown
+    assert process.wait(timeout=PATIENCE_S) == 0, shown
     return shown.decode("utf-8")
 
 
@@ -60,13 +67,13 @@ def python(code: str) -> list[str]:
 
 
 def test_wait_is_shown_and_taken_back() -> None:
-    shown = on_terminal(python(WAITING.format(patience=0.1, length=5)))
-    assert "\rLoading xxxxx ... 0 s" in shown
+    shown = on_terminal(python(WAITING.format(patience=0, length=5, work=PATIENCE_S)))
+    assert re.match(r"\rLoading xxxxx \.\.\. \d+ s", shown)
     assert re.search(r"\r +\rdone\r\n$", shown)
 
 
 def test_long_label_stays_on_its_line() -> None:
-    shown = on_terminal(python(WAITING.format(patience=0.1, length=300)))
+    shown = on_terminal(python(WAITING.format(patience=0, length=300, work=PATIENCE_S)))
     lines = [line for line in shown.split("\r") if "..." in line]
     assert lines
     assert max(map(len, lines)) < 80
@@ -74,7 +81,7 @@ def test_long_label_stays_on_its_line() -> None:
 
 
 def test_short_wait_is_not_shown() -> None:
-    assert on_terminal(python(WAITING.format(patience=30, length=5))) == "done\r\n"
+    assert on_terminal(python(WAITING.format(patience=3600, length=5, work=0))) == "done\r\n"
 
 
 def test_each_label_has_its_bar() -> None:
@@ -83,7 +90,7 @@ def test_each_label_has_its_bar() -> None:
     assert re.search(r"second  \[#+\]  100%", shown)
 
 
-@pytest.mark.parametrize("code", [WAITING.format(patience=0.1, length=5), BARS])
+@pytest.mark.parametrize("code", [WAITING.format(patience=0, length=5, work=0.2), BARS])
 def test_dumb_terminal_and_pipe_get_nothing(code: str) -> None:
     assert on_terminal(python(code), TERM="dumb") == "done\r\n"
     piped = subprocess.run(python(code), capture_output=True, text=True)

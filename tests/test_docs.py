@@ -11,6 +11,7 @@ import click
 import pytest
 import tiny
 from pages import RUN, Block, escaped_commands, page_paths, read_blocks
+from patience import PATIENCE_S
 
 import qaflora_edge
 from qaflora_edge.cli import VERBS, main
@@ -19,7 +20,6 @@ from qaflora_edge.files import cache_dir
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGES = page_paths(CHECKOUT)
-BLOCK_SECONDS = 300
 PROMPTS = "How many legs do three dogs have?\n¿Qué es un río?\nName a fruit.\n"
 
 
@@ -104,7 +104,7 @@ def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedPro
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=BLOCK_SECONDS,
+        timeout=PATIENCE_S,
     )
 
 
@@ -173,7 +173,7 @@ def test_the_demo_answers_and_shows_the_weights(checkout: Path, smollm2: Path) -
         env={**os.environ, "GOMP_SPINCOUNT": "0"},
         capture_output=True,
         text=True,
-        timeout=BLOCK_SECONDS,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, describe(done)
     assert done.stdout.count("weighs most at layers") == 6  # three questions, two strategies

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from bundles import TinyBundle, make_bundle
 from hubs import TOKEN, FakeHub
+from patience import PATIENCE_S
 
 from qaflora_edge.bundle import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
@@ -564,7 +565,7 @@ def process(script: str, *args: object, hub_url: str, home: Path, **env: str) ->
         env=clean,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert (result.returncode, result.stderr) == (0, "")  # no progress bar of the library either
     return result.stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from patience import PATIENCE_S
 
 from qaflora_edge import files
 from qaflora_edge.convert.adapter import convert_adapter
@@ -92,7 +93,7 @@ def test_disk_that_fills_up_while_writing_is_reported(tmp_path: Path) -> None:
         [sys.executable, "-P", "-c", script, str(peft), str(base.path), str(out)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert result.stdout.startswith(f"Cannot write {out}: writing failed ("), result.stderr
     assert "File too large" in result.stdout

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from bundles import make_bundle
 from hubs import FakeHub
+from patience import PATIENCE_S
 
 SMALL = {"targets": ("q_proj",), "layers": (0,), "rank": 2}
 EVERY = 1 << 20  # moments
@@ -34,7 +35,7 @@ print(json.dumps(at_many_points(start, place, action, check, most)))
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     counted: dict[str, int] = json.loads(result.stdout)

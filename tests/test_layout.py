@@ -52,17 +52,20 @@ def test_imports_are_found_at_the_top_and_later(tmp_path: Path) -> None:
 
 
 def test_import_of_the_package_is_quick_and_loads_no_library() -> None:
-    """CPU time, which other work on the machine does not change; the start of Python is not it."""
+    """CPU time, which other work on the machine hardly changes; the start of Python is not it.
+
+    On a slow machine the limit is relative to that start.
+    """
     code = (
-        "import os, sys\n"
-        "before = sum(os.times()[:2])\n"
+        "import sys, time\n"
+        "before = time.process_time()\n"
         "import qaflora_edge\n"
-        "print(sum(os.times()[:2]) - before, 'llama_cpp' in sys.modules)\n"
+        "print(before, time.process_time() - before, 'llama_cpp' in sys.modules)\n"
     )
     times = []
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds, is_loaded = done.stdout.split()
+        start, seconds, is_loaded = done.stdout.split()
         assert is_loaded == "False"
-        times.append(float(seconds))
-    assert min(times) < 0.1
+        times.append(float(seconds) / max(0.1, 5 * float(start)))
+    assert min(times) < 1

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "".join(f"line {number}\n" for number in range(1, 31))
@@ -80,7 +81,7 @@ class Project:
             "QAFLORA_SOURCE_ARCHIVE": str(self.archive),
         } | env
         return subprocess.run(
-            command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=60
+            command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=PATIENCE_S
         )
 
     def prepare(self, **env: str) -> Path:
@@ -238,7 +239,7 @@ def test_two_at_once_end_with_one_good_tree(project: Project) -> None:
         "QAFLORA_SOURCE_ARCHIVE": str(project.archive),
     }
     running = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(4)]
-    outputs = {process.communicate(timeout=60)[0] for process in running}
+    outputs = {process.communicate(timeout=PATIENCE_S)[0] for process in running}
     assert [process.returncode for process in running] == [0, 0, 0, 0]
     assert len(outputs) == 1
     assert len(list((project.cache / "sources").iterdir())) == 1
@@ -314,7 +315,7 @@ def test_a_failed_download_says_what_to_do(project: Project) -> None:
         env={"PATH": os.environ["PATH"], "QAFLORA_CACHE": str(project.cache)} | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == 1
     assert "Could not fetch the source archive up_stream-1.0.tar.gz" in result.stderr

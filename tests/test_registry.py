@@ -18,6 +18,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from patience import PATIENCE_S
 
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
 from qaflora_edge.hub import download, registry
@@ -375,7 +376,7 @@ def test_two_processes_fetch_once(shop: Shop) -> None:
     running = [
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    outputs = sorted(process.communicate(timeout=60)[0].strip() for process in running)
+    outputs = sorted(process.communicate(timeout=PATIENCE_S)[0].strip() for process in running)
     assert [process.returncode for process in running] == [0, 0, 0]
     assert outputs == ["False", "False", "True"]
     assert (shop.cache / "models" / "fake.gguf").read_bytes() == CONTENT

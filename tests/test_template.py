@@ -121,7 +121,7 @@ def test_hostile_template_is_stopped_soon(template: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 200e6
     finally:
         tracemalloc.stop()
-    assert time.process_time() - start < 20  # tracing makes it several times slower
+    assert time.process_time() - start < 100  # 2 s, on a slow machine; tracing is slow too
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-
-PATIENCE_S = 240.0  # machines that run tests may be busy with other things
+from patience import PATIENCE_S
 
 
 def need_tmux() -> None:
@@ -29,8 +28,9 @@ class Window:
     ) -> None:
         self._folder = tempfile.mkdtemp(prefix="qaflora-tmux-")  # a socket's path must be short
         settings = " ".join(f"{name}={quote(value)}" for name, value in env.items())
+        run = f"{settings} {' '.join(map(quote, command))}"
         # Ctrl-C reaches the shell too, which would leave without a word.
-        line = f"trap : INT; {settings} {' '.join(map(quote, command))}; echo LEFT $?; sleep 600"
+        line = f"trap : INT; {run}; echo LEFT $?; sleep {2 * PATIENCE_S:.0f}"
         size = ["-x", str(columns), "-y", str(rows)]
         config = Path(self._folder, "config")
         config.write_text("set -g status off\nset -g default-terminal screen-256color\n")
