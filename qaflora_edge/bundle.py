@@ -196,7 +196,10 @@ def _how_to_get(folder: Path, base: BaseRecord) -> str:
     if name:
         get = f"fetch it with `qaflora pull {name}`"
     else:
-        get = f"put a file with the SHA-256 {base.sha256} there, or correct base.file"
+        get = (
+            f"find the file with the SHA-256 {base.sha256} and name it with `qaflora bundle base "
+            f"{folder} FILE`"
+        )
     return f"{looked}; {get}" if looked else get
 
 

@@ -252,7 +252,7 @@ def test_duplicate_adapter_names_are_refused(tmp_path: Path, second: str) -> Non
             [("es", sources.adapter.path), (second, sources.peft)],
         )
     assert str(caught.value) == (
-        f"The adapter name {second!r} is given twice (capital letters make no difference: "
+        f"The adapter name {second!r} is taken already (capital letters make no difference: "
         "names become file names); give each adapter a name of its own."
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from hubs import FakeHub
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.authoring import edit
-from qaflora_edge.authoring.edit import add_adapter, remove_adapter, rename_adapter
+from qaflora_edge.authoring.edit import add_adapter, remove_adapter, rename_adapter, set_base
 from qaflora_edge.bundle import load_bundle, verify_bundle
 from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,
+    ChecksumError,
     DownloadError,
     GgufFileError,
     InputFileError,
@@ -380,3 +382,42 @@ def test_a_broken_note_is_thrown_away(made: TinyBundle, note: bytes) -> None:
     (made.folder / ".unfinished.json").write_bytes(note)
     remove_adapter(made.folder, "es")
     assert names_in(made.folder) == {"bundle.json", "adapters/math.gguf"}
+
+
+# the base
+
+
+def test_the_base_may_lie_elsewhere(made: TinyBundle, tmp_path: Path) -> None:
+    moved = made.base.path.rename(tmp_path / "moved.gguf")
+    set_base(made.folder, moved)
+    assert read(made.folder)["base"]["file"] == str(moved)
+    assert load_bundle(made.folder).base_path == moved
+    inside = made.folder / "base.gguf"
+    shutil.copyfile(moved, inside)
+    set_base(made.folder, inside)
+    assert read(made.folder)["base"]["file"] == "base.gguf"
+    elsewhere = made.folder.rename(tmp_path / "elsewhere")
+    assert verify_bundle(elsewhere).base_path == elsewhere / "base.gguf"
+
+
+def test_the_base_may_be_on_the_hub(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
+    commit = hub.put("owner/base", {"a.gguf": made.base.path.read_bytes()})
+    set_base(made.folder, "owner/base/a.gguf")
+    base = read(made.folder)["base"]
+    assert "file" not in base
+    assert base["hub"] == f"owner/base/a.gguf@{commit}"
+    assert load_bundle(made.folder).base_path.is_relative_to(hub_cache)
+
+
+def test_another_base_is_refused(made: TinyBundle, tmp_path: Path) -> None:
+    other = tiny.write_tiny_base(tmp_path / "other.gguf", seed=9)
+    before = snapshot(made.folder)
+    with pytest.raises(ChecksumError) as caught:
+        set_base(made.folder, other.path)
+    assert str(caught.value).startswith(
+        f"The base is not the file that was recorded: {other.path} has "
+    )
+    assert str(caught.value).endswith(
+        "Give the file that the bundle was made with; adapters fit no other."
+    )
+    assert snapshot(made.folder) == before

@@ -72,7 +72,7 @@ def test_create_refuses_a_name_given_twice(tmp_path: Path) -> None:
     made = make_sources(tmp_path)
     result = create(made, "--adapter", f"es={made.peft}")
     assert result.exit_code == 1
-    assert "The adapter name 'es' is given twice" in result.stderr
+    assert "The adapter name 'es' is taken already" in result.stderr
 
 
 def test_show_and_its_json(tmp_path: Path) -> None:
@@ -143,6 +143,28 @@ def test_add_rename_and_remove(tmp_path: Path) -> None:
     loaded = load_bundle(made.folder)
     assert list(loaded.adapter_paths) == ["math", "es", "medicine"]
     assert loaded.fusion_defaults["strategy"] == "single:medicine"
+
+
+def test_a_bundle_finds_its_base_that_moved(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    moved = made.base.path.rename(tmp_path / "moved.gguf")
+    result = qaflora("bundle", "verify", made.folder)
+    assert f"name it with `qaflora bundle base {made.folder} FILE`" in result.stderr
+    result = qaflora("bundle", "base", made.folder, moved)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"The base of {made.folder} is {moved}.\n"
+    assert qaflora("bundle", "verify", made.folder).exit_code == 0
+
+
+def test_changes_take_bundles_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_bundle(tmp_path)
+    monkeypatch.setenv("QAFLORA_BUNDLES", str(tmp_path))
+    monkeypatch.chdir("/")
+    assert qaflora("bundle", "rename", "bundle", "es", "spanish").exit_code == 0
+    assert qaflora("bundle", "remove", "bundle", "math").exit_code == 0
+    pair = f"sums={made.peft}"
+    assert qaflora("bundle", "add", "bundle", pair, "--no-calibrate").exit_code == 0
+    assert list(load_bundle(made.folder).adapter_paths) == ["spanish", "sums"]
 
 
 @pytest.mark.parametrize(

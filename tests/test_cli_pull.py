@@ -138,8 +138,8 @@ def test_pull_with_a_base_that_is_nowhere(hub: FakeHub, hub_cache: Path, tmp_pat
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         f"Error: Cannot fetch the base of {folder / 'bundle.json'}: it says neither base.registry "
-        "nor base.hub; expected one of them. Put a file with the SHA-256 "
-        f"{sha256(base).hexdigest()} there and name it in base.file.\n"
+        "nor base.hub; expected one of them. Find the file with the SHA-256 "
+        f"{sha256(base).hexdigest()} and name it with `qaflora bundle base`.\n"
     )
 
 

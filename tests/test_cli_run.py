@@ -117,7 +117,7 @@ def test_missing_base_is_told(tmp_path: Path) -> None:
     made.base.path.unlink()
     result = run(made.folder, PROMPT)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"{made.base.path} does not exist; put a file with the SHA-256" in result.stderr
+    assert f"{made.base.path} does not exist; find the file with the SHA-256" in result.stderr
 
 
 def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,12 @@ from qaflora_edge.authoring.write import (
     measure_typical,
     prompts_record,
     put_adapter,
+    recordable,
     write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import is_disk_full, lock_path, readable, remove_left_overs, what_is_at
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
+from qaflora_edge.formats.bundle_format import FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.hub.references import model_name
@@ -130,23 +131,12 @@ def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict
     if header.name is not None:
         record["name"] = header.name[:MAX_NAME_CHARS]
     if source.registry is None and source.hub is None:
-        record["file"] = _recordable(path.absolute())
+        record["file"] = recordable(path.absolute())
     if registry_name := source.registry or model_name(sha256):
         record["registry"] = registry_name
     if source.hub is not None:
         record["hub"] = source.hub
     return record
-
-
-def _recordable(path: Path) -> str:
-    """A path as text of bundle.json. Raises BundleError when it is no text."""
-    if readable(str(path)) != str(path):
-        raise BundleError(
-            f"Cannot record the base {path} in {BUNDLE_FILE}: its path is not UTF-8, and JSON "
-            "holds nothing else; expected a path that is. Rename the file or its folder, or give "
-            "the base by a name of `qaflora models`."
-        )
-    return str(path)
 
 
 @contextlib.contextmanager

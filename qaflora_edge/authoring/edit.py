@@ -1,4 +1,6 @@
-"""Add, remove and rename adapters of a bundle: bundle.json is replaced last, in one step.
+"""Change a bundle: its adapters, and where its base lies.
+
+bundle.json is replaced last, in one step.
 
 Files that a step may leave unused are first named in a note beside bundle.json. Whoever edits the
 bundle next, after a crash too, removes those that bundle.json does not name.
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge import fusion as fuse
-from qaflora_edge.authoring.source import find_adapter
+from qaflora_edge.authoring.source import find_adapter, find_base
 from qaflora_edge.authoring.write import (
     Path_,
     Progress,
@@ -26,12 +28,14 @@ from qaflora_edge.authoring.write import (
     measure_typical,
     prompts_record,
     put_adapter,
+    recordable,
     write_bundle_json,
 )
 from qaflora_edge.bundle import load_bundle, read_bundle_text
 from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
 from qaflora_edge.files import atomic_path, cache_dir, open_input, safe_join, write_text_atomic
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, parse_bundle
+from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.hub.cache import link_roots
@@ -132,6 +136,45 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
             _note_unfinished(folder, [text.adapters[index].file, record["file"]])
             _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
         _replace(folder, raw)
+
+
+def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) -> None:
+    """Note where a bundle's base lies now, which must be the recorded file.
+
+    base  a GGUF file, which is recorded relative to the bundle when it lies inside; the name of a
+          registry model that was pulled, or a Hub reference: then no file is recorded
+
+    Raises ChecksumError for another file, and leaves the bundle as it was when anything fails.
+    """
+    folder = Path(folder)
+    tell = progress or (lambda what, done, total: None)
+    with _editing(folder) as text:
+        found = find_base(base, tell)
+        check_file(
+            found.path,
+            what="The base",
+            sha256=text.base.sha256,
+            size_bytes=text.base.size_bytes,
+            recorded_in=str(folder / BUNDLE_FILE),
+            advice="Give the file that the bundle was made with; adapters fit no other.",
+            progress=lambda done: tell("base", done, text.base.size_bytes),
+        )
+        raw = _copy(text.raw)
+        record = raw["base"]
+        record.pop("file", None)
+        if found.registry is None and found.hub is None:
+            record["file"] = recordable(_inside(folder, found.path))
+        record |= {} if found.registry is None else {"registry": found.registry}
+        record |= {} if found.hub is None else {"hub": found.hub}
+        _replace(folder, raw)
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """A path relative to the bundle's folder where it lies inside, else absolute."""
+    path = path.absolute()
+    with contextlib.suppress(ValueError):
+        return path.resolve().relative_to(folder.resolve())
+    return path
 
 
 @contextlib.contextmanager

@@ -20,7 +20,14 @@ from qaflora_edge.errors import (
     OutputFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.files import atomic_path, is_disk_full, open_input, sha256_file, write_text_atomic
+from qaflora_edge.files import (
+    atomic_path,
+    is_disk_full,
+    open_input,
+    readable,
+    sha256_file,
+    write_text_atomic,
+)
 from qaflora_edge.formats.adapter_gguf import (
     AdapterInfo,
     check_adapter,
@@ -45,7 +52,7 @@ def check_names(names: Sequence[str]) -> None:
             raise BundleError(f"The adapter name {name!r} cannot be used; expected {NAME_RULE}.")
         if name.lower() in seen:
             raise BundleError(
-                f"The adapter name {name!r} is given twice (capital letters make no difference: "
+                f"The adapter name {name!r} is taken already (capital letters make no difference: "
                 "names become file names); give each adapter a name of its own."
             )
         seen.add(name.lower())
@@ -124,6 +131,17 @@ def adapter_record(
     if source.hub is not None:
         record["hub"] = source.hub
     return record
+
+
+def recordable(path: Path) -> str:
+    """A path as text of bundle.json. Raises BundleError when it is no text."""
+    if readable(str(path)) != str(path):
+        raise BundleError(
+            f"Cannot record the base {path} in {BUNDLE_FILE}: its path is not UTF-8, and JSON "
+            "holds nothing else; expected a path that is. Rename the file or its folder, or give "
+            "the base by a name of `qaflora models`."
+        )
+    return path.as_posix()
 
 
 def prompts_record() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""qaflora bundle create, add, remove, rename, show and verify"""
+"""qaflora bundle create, add, remove, rename, base, show and verify"""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def create(
         """
     )
 )
-@click.argument("folder", type=click.Path(path_type=Path), **BUNDLE)
+@click.argument("folder", **BUNDLE)
 @click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
 @click.option(
     "--outtype",
@@ -193,7 +193,7 @@ def create(
     help="Measure its typical divergence, which the strategy calibrated needs.",
 )
 def add(
-    folder: Path,
+    folder: str,
     pairs: list[tuple[str, str]],
     outtype: str,
     source: str | None,
@@ -209,50 +209,79 @@ def add(
     """
     from qaflora_edge.authoring.edit import add_adapter
 
+    path = bundle_folder(folder)
     given = zip(NOTES, (source, license, description), strict=True)
     note = {key: text for key, text in given if text is not None}
-    for name, path in pairs:
+    for name, adapter in pairs:
         with progress_bars() as progress:
             add_adapter(
-                folder,
-                name,
                 path,
+                name,
+                adapter,
                 outtype=outtype,
                 note=note,
                 calibrate=calibrate,
                 progress=progress,
             )
-        click.echo(f"Added the adapter {name} to {folder}.", err=True)
+        click.echo(f"Added the adapter {name} to {path}.", err=True)
 
 
 @bundle.command(epilog=example("qaflora bundle remove my-bundle med"))
-@click.argument("folder", type=click.Path(path_type=Path), **BUNDLE)
+@click.argument("folder", **BUNDLE)
 @click.argument("name", shell_complete=completed_by("complete_adapter"))
 @click.option("--strategy", help="Used by default from now on.  [default: as it is]")
-def remove(folder: Path, name: str, strategy: str | None) -> None:
+def remove(folder: str, name: str, strategy: str | None) -> None:
     """Remove an adapter from a bundle, with its file.
 
     NAME is the adapter's name in the bundle.
     """
     from qaflora_edge.authoring.edit import remove_adapter
 
-    remove_adapter(folder, name, strategy=strategy)
-    click.echo(f"Removed the adapter {name} from {folder}.", err=True)
+    path = bundle_folder(folder)
+    remove_adapter(path, name, strategy=strategy)
+    click.echo(f"Removed the adapter {name} from {path}.", err=True)
 
 
 @bundle.command(epilog=example("qaflora bundle rename my-bundle med medicine"))
-@click.argument("folder", type=click.Path(path_type=Path), **BUNDLE)
+@click.argument("folder", **BUNDLE)
 @click.argument("old", shell_complete=completed_by("complete_adapter"))
 @click.argument("new")
-def rename(folder: Path, old: str, new: str) -> None:
+def rename(folder: str, old: str, new: str) -> None:
     """Rename an adapter of a bundle, with its file.
 
     OLD is the adapter's name, NEW the one it gets.
     """
     from qaflora_edge.authoring.edit import rename_adapter
 
-    rename_adapter(folder, old, new)
-    click.echo(f"Renamed the adapter {old} of {folder} to {new}.", err=True)
+    path = bundle_folder(folder)
+    rename_adapter(path, old, new)
+    click.echo(f"Renamed the adapter {old} of {path} to {new}.", err=True)
+
+
+@bundle.command(
+    epilog=example(
+        """
+        qaflora bundle base my-bundle ~/models/base.gguf
+        qaflora bundle base my-bundle owner/base-GGUF/base-q4_k_m.gguf
+        """
+    )
+)
+@click.argument("folder", **BUNDLE)
+@click.argument("base", metavar="BASE")
+def base(folder: str, base: str) -> None:
+    """Say where a bundle's base lies.
+
+    For a bundle or a base that was moved. BASE is what `qaflora bundle create --base` takes.
+    It must be the file that the bundle was made with: it is hashed and compared. A file inside
+    the bundle's folder goes with it; a name of `qaflora models` or a Hub reference is right on
+    every machine.
+    """
+    from qaflora_edge.authoring.edit import set_base
+
+    path = bundle_folder(folder)
+    with progress_bars() as progress:
+        set_base(path, base, progress=progress)
+    click.echo(f"The base of {path} is {base}.", err=True)
 
 
 @bundle.command(epilog=example("qaflora bundle show models/demo"))

@@ -49,8 +49,8 @@ def fetch_base(
     else:
         raise BundleError(
             f"Cannot fetch the base of {where}: it says neither base.registry nor base.hub; "
-            f"expected one of them. Put a file with the SHA-256 {base.sha256} there and name it "
-            "in base.file."
+            f"expected one of them. Find the file with the SHA-256 {base.sha256} and name it with "
+            "`qaflora bundle base`."
         )
     check_file(
         path,
