@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
@@ -16,6 +17,8 @@ from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.generate import Generation, Timings, generate_text, generate_tokens
 from qaflora_edge.lifetime import Lifetime
 from qaflora_edge.sampling import Sampler
+
+F32 = NDArray[np.float32]
 
 
 class Answers:
@@ -30,22 +33,35 @@ class Answers:
         self._model, self._context, self._loaded = model, context, tuple(loaded)
         self._lifetime = lifetime
         self._turn = self._cancelled = 0
+        self._prompt: list[int] = []  # the last one
+        self._weights: F32 | None = None  # under which all was read that the context holds
 
     def read(
-        self, tokens: Sequence[int], fusion: FusionWeights, *, keep_history: bool = False
+        self,
+        tokens: Sequence[int],
+        fusion: FusionWeights,
+        *,
+        keep_history: bool = False,
+        goes_on: bool = False,
     ) -> None:
         """Read a prompt under weights.
+
+        keep_history  what the context holds of it stays, whatever the weights were
+        goes_on       it stays where they were the same, and the prompt begins with the last one
 
         Raises BackendError when the logits after it are NaN.
         """
         self._turn += 1
+        weights = np.zeros((len(self._loaded), self._model.n_layer), np.float32)
+        weights[[self._loaded.index(name) for name in fusion.adapters]] = fusion.weights
+        is_same = self._weights is not None and np.array_equal(weights, self._weights)
         n_kept = 0
-        if keep_history:
+        if keep_history or (goes_on and is_same and self._is_begun_with(tokens)):
             n_kept = self._context.keep_common(tokens)
         else:
             self._context.clear()
-        weights = np.zeros((len(self._loaded), self._model.n_layer), np.float32)
-        weights[[self._loaded.index(name) for name in fusion.adapters]] = fusion.weights
+        self._prompt = list(tokens)
+        self._weights = weights if is_same or not n_kept else None
         self._context.set_weights(weights)
         self._context.decode(tokens[n_kept:], start=n_kept)
         if np.isnan(self._context.logits()).any():
@@ -55,6 +71,11 @@ class Answers:
                 f"more than 0 here ({', '.join(fusion.adapters) or 'none'}), or the base, is "
                 "damaged. Convert or fetch it again, or leave it out."
             )
+
+    def _is_begun_with(self, tokens: Sequence[int]) -> bool:
+        """Whether a prompt is the last one with more behind it, as the next turn of a chat is."""
+        n = len(self._prompt)
+        return n < len(tokens) and list(tokens[:n]) == self._prompt
 
     def begin(
         self,
@@ -66,7 +87,7 @@ class Answers:
     ) -> Generation:
         """Read a prompt; the answer comes as it is asked for."""
         start = time.perf_counter()
-        self.read(tokens, fusion, keep_history=keep_history)
+        self.read(tokens, fusion, keep_history=keep_history, goes_on=True)
         timings = Timings(fusion.probe_ms, 1e3 * (time.perf_counter() - start))
         generation = Generation(fusion, len(tokens), timings)
         # Not a cycle, so that an answer that is dropped frees what it holds at once.

@@ -79,8 +79,9 @@ class Engine:
         states: Mapping[Path, FileState] = {}
         if bundle is not None:
             if base is not None or adapters is not None:
-                both = "Engine got a bundle and also base or adapters; give one or the other."
-                raise OptionError(both)
+                raise OptionError(
+                    "Engine got a bundle and also base or adapters; give one of them."
+                )
             from qaflora_edge.bundle import load_bundle
 
             loaded = load_bundle(Path(bundle))
@@ -316,8 +317,9 @@ class Engine:
 
         grammar       GBNF text that the answer follows, with the start `root`
         json_schema   the answer is JSON that is valid under this schema; True: any JSON
-        keep_history  what the prompt shares with the last prompt and answer is not read again,
-                      but stays as it was read under the weights of its own turn
+        keep_history  what the prompt shares with the last prompt and answer is not read again, but
+                      stays as it was read under its turn's weights (as it always does where these
+                      are the same and the prompt begins with the last one)
         on_weights    called with the weights once they are known, before the prompt is read
         more          top_k, min_p, repeat_penalty, ...: see sampling.Sampling
 

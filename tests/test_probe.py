@@ -287,6 +287,37 @@ def test_keep_history_leaves_earlier_turns_as_they_were(
             assert keep == (np.abs(found - fresh).max() > 1e-3)
 
 
+def test_the_next_turn_under_the_same_weights_is_read_from_where_it_begins(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    paths = {"math": adapters[0].path, "es": adapters[1].path}
+    options = {"kv_type": "f32", "flash_attn": False}
+    with Engine(base=base.path, adapters=paths, n_ctx=64, strategy="static", **options) as engine:
+
+        def n_read(prompt: list[int], **more: object) -> int:
+            counts = count_decoded(monkeypatch)
+            engine.generate(prompt, max_tokens=1, **more).text()
+            n_read, found = counts[0], engine._main.logits()
+            engine.logits([1, 2, 3])  # whatever was read before is gone
+            np.testing.assert_allclose(
+                found, engine.logits(prompt, weights=more.get("weights")), atol=1e-4, rtol=0
+            )
+            return n_read
+
+        assert n_read(TOKENS[:20]) == 20
+        engine.generate(TOKENS[:20], max_tokens=1).text()
+        assert n_read(TOKENS[:40]) == 20
+        engine.generate(TOKENS[:20], max_tokens=1).text()
+        assert n_read(TOKENS[:40], weights="single:es") == 40  # other weights
+        for other in (TOKENS[:20], [*TOKENS[:19], 0, *TOKENS[20:40]]):  # no next turn
+            engine.generate(TOKENS[:20], max_tokens=1).text()
+            assert n_read(other) == len(other)
+        # Under one weight after another nothing is the same.
+        engine.generate(TOKENS[:20], weights="single:es", max_tokens=1).text()
+        engine.generate(TOKENS[:30], max_tokens=1, keep_history=True).text()
+        assert n_read(TOKENS[:40]) == 40
+
+
 def test_keep_history_forgets_what_the_prompt_does_not_share(
     base: TinyBase, adapters: list[TinyAdapter]
 ) -> None:
