@@ -281,3 +281,17 @@ def test_plain_terminals_get_no_escape_codes(
     assert b"weighs most at layers" in written
     assert b"tok/s" in written
     assert written.count(b"> ") == 5
+
+
+def test_a_person_is_told_once_what_makes_long_chats_answer_sooner(made: TinyBundle) -> None:
+    start = (
+        "import sys, qaflora_edge.cli.chat as chat; chat._LONG_READ_S = 0; "
+        "from qaflora_edge.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", start, "chat", str(made.folder), "--max-tokens", "4"]
+    typed = b"the thing\non a ring\nand then\n\x04"
+    written = on_a_pty(command, typed, TERM="dumb")
+    assert written.count(b"/keep-history on reads only what is new") == 1
+    first, told, _ = re.split(rb"tok/s", written, maxsplit=2)
+    assert b"keep-history" not in first + told  # the first turn has nothing to keep
+    assert b"keep-history" not in on_a_pty([*command, "--keep-history"], typed, TERM="dumb")

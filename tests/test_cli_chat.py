@@ -55,7 +55,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(made: TinyBundle) -> 
     lines = f"{question}\n" * 4
     result = chat(made, lines, *GREEDY, "--ctx", "128")
     assert result.exit_code == 0
-    assert "[the context is full: the oldest turn is no longer read]" in result.stderr
+    assert "[the context is full: the oldest 2 turns are no longer read]" in result.stderr
     assert result.stderr.count("tok/s") == 4
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.authoring.create import create_bundle
+from qaflora_edge.backend.context import Context
 from qaflora_edge.cli import main
 
 GREEDY = ("--temp", "0", "--max-tokens", "6")
@@ -74,6 +75,15 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
         ("/adapters off law", "The adapter 'law' is not in this bundle; expected one of: math, es"),
         ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, calibrated"),
         ("/strategy calibrated", "Strategy calibrated needs typical divergences"),
+        ("/undo 3", "/undo 3 is no number of turns; expected 1 to 2, which is all."),
+        ("/undo 0", "/undo 0 is no number of turns; expected 1 to 2, which is all."),
+        ("/undo all", "/undo all is no number of turns; expected 1 to 2, which is all."),
+        ("/undo " + "9" * 5000, "999... is no number of turns; expected 1 to 2"),
+        ("/keep-history yes", "/keep-history yes is no choice; expected /keep-history, /keep-"),
+        ("/weights math", "/weights takes nothing behind it, found 'math'."),
+        ("/retry 2", "/retry takes nothing behind it, found '2'."),
+        ("/help me", "/help takes nothing behind it, found 'me'."),
+        ("/quit now", "/quit takes nothing behind it, found 'now'."),
         ("/save", "/save got no file name; expected /save FILE."),
         ("/load none.json", "Cannot load the session none.json: it cannot be read (No such file"),
         ("/load a\0b", "the path has a null character"),
@@ -84,11 +94,12 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
 def test_a_command_that_fails_is_told_and_the_chat_goes_on(
     made: TinyBundle, line: str, message: str
 ) -> None:
-    result = chat(made.folder, line, "the thing")
-    assert result.stderr.startswith("Error: ")
-    assert message in result.stderr
+    result = chat(made.folder, "on a ring", "and then", line, "the thing")
+    errors = [row for row in result.stderr.splitlines() if row.startswith("Error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
     assert result.exit_code == 0
-    assert result.stdout == as_lines(answers(made.folder, "the thing"))
+    assert result.stdout == as_lines(answers(made.folder, "on a ring", "and then", "the thing"))
 
 
 def test_strategy_is_shown_and_changed(made: TinyBundle) -> None:
@@ -139,6 +150,51 @@ def test_undo_and_retry(made: TinyBundle) -> None:
     result = chat(made.folder, "the thing", "/retry", "and then")
     first, second = answers(made.folder, "the thing", "and then")
     assert result.stdout == as_lines([first, first, second])
+
+
+def test_undo_takes_back_several_turns(made: TinyBundle) -> None:
+    lines = ("the thing", "on a ring", "and then", "/undo 2", "and then")
+    result = chat(made.folder, *lines)
+    assert "[2 turns taken back, from: on a ring]" in result.stderr
+    expected = answers(made.folder, "the thing", "on a ring", "and then")
+    expected += answers(made.folder, "the thing", "and then")[1:]
+    assert result.stdout == as_lines(expected)
+
+
+def test_a_retry_reads_nothing_again_unless_something_changed(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_read: list[int] = []
+    decode: Callable[..., None] = Context.decode
+
+    def counting(self: Context, tokens: Sequence[int], **kwargs: Any) -> None:
+        if self.n_seq == 1 and (len(tokens) > 1 or kwargs.get("start", 0) + 1 == n_prompt):
+            n_read.append(len(tokens))
+        decode(self, tokens, **kwargs)
+
+    with Engine(made.folder) as engine:
+        n_prompt = len(engine.chat_tokens([{"role": "user", "content": "the thing"}]))
+    monkeypatch.setattr(Context, "decode", counting)
+    result = chat(made.folder, "the thing", "/retry", "/strategy cosine", "/retry", "/retry")
+    assert n_read == [n_prompt, 1, n_prompt, 1]
+    first, second = (
+        answers(made.folder, "the thing"),
+        answers(made.folder, "the thing", weights="cosine"),
+    )
+    assert result.stdout == as_lines([*first, *first, *second, *second])
+
+
+def test_keep_history_can_be_switched(made: TinyBundle) -> None:
+    lines = ("the thing", "and then", "on a ring")
+    kept = chat(made.folder, *lines, args=(*GREEDY, "--keep-history"))
+    result = chat(made.folder, "/keep-history", "/keep-history on", *lines)
+    assert result.stderr.startswith(
+        "[each turn reads the whole conversation anew, under its own weights]\n"
+        "[each turn reads only what is new; earlier turns stay as they were read]\n"
+    )
+    assert result.stdout == kept.stdout
+    off = chat(made.folder, "/keep-history off", *lines, args=(*GREEDY, "--keep-history"))
+    assert off.stdout == as_lines(answers(made.folder, *lines))
 
 
 def test_a_retry_with_a_seed_is_another_answer_and_repeatable(made: TinyBundle) -> None:
@@ -207,6 +263,8 @@ def test_two_slashes_send_one(made: TinyBundle) -> None:
         ("/Quit", "did you mean /quit?"),
         ("/usr/bin is what?", "see /help."),
         ("/", "see /help."),
+        ("/ weights", "see /help."),
+        ("/écrire", "see /help."),
     ],
 )
 def test_an_unknown_command_is_never_sent(made: TinyBundle, line: str, advice: str) -> None:

@@ -45,16 +45,28 @@ def test_what_fits_is_sent_whole() -> None:
 
 @pytest.mark.parametrize("n_turn", [4, 5, 37, 200])
 @pytest.mark.parametrize("n_most", [30, 60, 100])
-def test_the_fewest_oldest_turns_drop_out_and_the_system_prompt_stays(
-    n_turn: int, n_most: int
-) -> None:
+def test_oldest_turns_drop_out_and_the_system_prompt_stays(n_turn: int, n_most: int) -> None:
     conversation = talk(n_turn, system="sys")
     tokens = conversation.fit("why?", tokenize, n_most)
     kept = conversation.turns[conversation.n_dropped :]
     # A turn is 20 tokens; the system prompt is 4 and the question 5.
-    assert len(kept) == min(n_turn, (n_most - 9) // 20)
+    is_all = 9 + n_turn * 20 <= n_most
+    assert len(kept) == (n_turn if is_all else (n_most - 9) // 2 // 20)
     assert tokens == tokenize(Conversation("sys", kept).messages("why?"))
     assert len(conversation.turns) == n_turn  # they are kept for a session file
+
+
+def test_a_full_context_is_not_begun_anew_with_every_turn() -> None:
+    conversation = Conversation("sys")
+    begun = []
+    for number in range(40):
+        tokens = conversation.fit(f"{number:04}", tokenize, 94)
+        begun.append(conversation.n_dropped)
+        assert len(tokens) <= 94
+        conversation.turns.append(Turn(f"{number:04}", "a" * 4))
+    n_begun = len(set(begun)) - 1
+    # A turn is 10 tokens: 9 fit beside the system prompt, and some 4 are dropped at once.
+    assert 40 // 9 <= n_begun <= 9
 
 
 def test_what_dropped_out_stays_out() -> None:

@@ -61,14 +61,15 @@ class Conversation:
         """Token ids of the conversation with a new question, at most n_most where that can be.
 
         Oldest turns are left out as whole turns, and stay out; `n_dropped` counts them. The system
-        prompt and the question are always in.
+        prompt and the question are always in. Once turns must go, half the room is made free: what
+        remains begins anew and has to be read again, which each of the next turns would cost.
 
         tokenize  messages -> token ids; raises PromptError when they are too many
 
         Raises PromptError, and drops nothing, when system prompt and question alone are too long.
         """
 
-        def tokens_without(n_dropped: int) -> list[int] | None:
+        def tokens_without(n_dropped: int, n_most: int) -> list[int] | None:
             is_alone = n_dropped == len(self.turns)
             messages = self.messages(question, n_dropped=n_dropped)
             n_char = sum(len(message["content"]) for message in messages)
@@ -83,12 +84,14 @@ class Conversation:
             return tokens if is_alone or len(tokens) <= n_most else None
 
         low, high = self.n_dropped, len(self.turns)
-        tokens = tokens_without(low)
+        tokens = tokens_without(low, n_most)
         if tokens is None:
-            tokens = tokens_without(high)  # fits, or raises
+            tokens = tokens_without(high, n_most)  # fits, or raises
+            n_alone = len(tokens or ())
+            n_half = n_alone + max(0, n_most - n_alone) // 2
             while high - low > 1:  # low is too many turns, high is not
                 middle = (low + high) // 2
-                found = tokens_without(middle)
+                found = tokens_without(middle, n_half)
                 if found is None:
                     low = middle
                 else:

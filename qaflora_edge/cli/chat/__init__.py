@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qaflora_edge.cli.chat.view import View
 
 MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
+_LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told what helps
 
 
 @click.command(
@@ -124,6 +125,7 @@ class _Chat:
             if self._input.why_no_history:
                 self._view.note(f"the history is not kept: {self._input.why_no_history}")
         self._commands = Commands(session, self._view, self.ask)
+        self._is_hinted = not sys.stdin.isatty()
 
     def run(self, system: str | None, load_path: Path | None) -> None:
         from qaflora_edge.cli.chat.commands import LeaveChat
@@ -175,6 +177,20 @@ class _Chat:
                 view.end()
         reason = session.conclude(question, reply)
         view.status(_status(session, reply, reason), session.fusion)
+        self._hint(reply)
+
+    def _hint(self, reply: Reply) -> None:
+        """Tell a person once that long conversations can be read in less time."""
+        session, generation = self._session, reply.generation
+        if self._is_hinted or session.keep_history or generation is None:
+            return
+        read_s = generation.timings.prefill_ms / 1e3
+        if len(session.conversation.turns) > 1 and read_s > _LONG_READ_S:
+            self._is_hinted = True
+            self._view.note(
+                f"{read_s:.0f} s were spent on reading the conversation anew under these weights; "
+                "/keep-history on reads only what is new"
+            )
 
 
 def _status(session: ChatSession, reply: Reply, reason: str) -> list[str]:

@@ -37,12 +37,15 @@ class Commands:
 
     def run(self, line: str) -> None:
         """Run `/name argument`. A failure is shown, and the chat goes on."""
-        name, _, argument = line[1:].partition(" ")
+        parts = [] if line[1:2].isspace() else line[1:].split(maxsplit=1)
+        name, argument = (*parts, "", "")[:2]
         command = COMMANDS.get(name)
         if command is None:
             self._unknown(name)
             return
         try:
+            if argument and not command.argument:
+                raise click.UsageError(f"/{name} takes nothing behind it, found {argument!r}.")
             command.run(self, argument.strip())
         except (QafloraError, click.UsageError) as error:
             self.view.error(error)
@@ -115,10 +118,28 @@ class Commands:
             self.session.conversation.turns.append(turn)
 
     def undo(self, argument: str) -> None:
-        turn = self.session.conversation.undo()
+        turns = self.session.conversation.turns
+        if not turns:
+            self.view.note("nothing has been asked yet")
+            return
+        n = _number(argument or "1", len(turns))
+        taken = [self.session.conversation.undo() for _ in range(n)][-1]
         self.session.fusion = None
+        what = "taken back" if n == 1 else f"{n} turns taken back, from"
+        self.view.note(f"{what}: {_short(taken.question if taken else '')}")
+
+    def keep_history(self, argument: str) -> None:
+        if argument not in ("", "on", "off"):
+            raise click.UsageError(
+                f"/keep-history {argument} is no choice; expected /keep-history, /keep-history on "
+                "or /keep-history off."
+            )
+        if argument:
+            self.session.keep_history = argument == "on"
         self.view.note(
-            "nothing has been asked yet" if turn is None else f"taken back: {_short(turn.question)}"
+            "each turn reads only what is new; earlier turns stay as they were read"
+            if self.session.keep_history
+            else "each turn reads the whole conversation anew, under its own weights"
         )
 
     def save(self, argument: str) -> None:
@@ -165,7 +186,10 @@ COMMANDS = {
         "[TEXT]", "Show the system prompt, or change it; - takes it away.", Commands.system
     ),
     "retry": Command("", "Answer the last question again.", Commands.retry),
-    "undo": Command("", "Take back the last question and its answer.", Commands.undo),
+    "undo": Command("[N]", "Take back the last question and its answer, or N.", Commands.undo),
+    "keep-history": Command(
+        "[on|off]", "Whether a turn reads only what is new, for long chats.", Commands.keep_history
+    ),
     "save": Command("FILE", "Save the conversation to a file.", Commands.save),
     "load": Command("FILE", "Go on with a saved conversation.", Commands.load),
     "help": Command("", "Show this list.", Commands.help),
@@ -177,6 +201,19 @@ def _short(text: str) -> str:
     """A text on one line of at most 40 characters."""
     text = " ".join(text.split())
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _number(argument: str, n_most: int) -> int:
+    """How many turns are meant."""
+    try:
+        number = int(argument)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= n_most:
+        raise click.UsageError(
+            f"/undo {_short(argument)} is no number of turns; expected 1 to {n_most}, which is all."
+        )
+    return number
 
 
 def _path(argument: str, name: str) -> Path:
@@ -193,7 +230,7 @@ def completions(text: str, session: ChatSession) -> Iterator[str]:
         candidates = [f"/{name}" for name in COMMANDS]
     elif name == "strategy" and len(words) == 2:
         candidates = list(_strategies(session))
-    elif name == "adapters" and len(words) == 2:
+    elif name in ("adapters", "keep-history") and len(words) == 2:
         candidates = ["on", "off"]
     elif name == "adapters":
         candidates = [n for n in session.engine.loaded_adapters if n not in words[2:-1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from qaflora_edge.fusion import FusionWeights
     from qaflora_edge.generate import Generation
 
+_Asked = tuple[list[int], str, tuple[str, ...]]  # token ids, strategy, adapters in use
+
 
 class ChatSession:
     """A conversation, the Engine that answers it, and how.
 
-    sampling  keywords of Engine.generate; a retry adds to the seed, or it would change nothing
-    fusion    the weights of the last answer, if there was one
+    sampling      keywords of Engine.generate; a retry adds to the seed, or it would change nothing
+    keep_history  whether earlier turns stay as they were read; may be changed between turns
+    fusion        the weights of the last answer, if there was one
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class ChatSession:
         self.conversation = Conversation()
         self.fusion: FusionWeights | None = None
         self._sampling, self._raw_prompt = sampling, raw_prompt
-        self._keep_history = keep_history
+        self.keep_history = keep_history
         self._n_retry = 0
+        self._asked: _Asked | None = None  # what the last answer answered
+        self._asking: _Asked | None = None
 
     @property
     def title(self) -> tuple[str, str, str]:
@@ -69,7 +75,14 @@ class ChatSession:
         sampling = dict(self._sampling)
         if self.engine.seed is not None:
             sampling["seed"] = (self.engine.seed + self._n_retry) % MAX_SEED
-        return lambda: self.engine.generate(tokens, keep_history=self._keep_history, **sampling)
+        self._asking = (tokens, self.engine.strategy, self.engine.adapters)
+        keep_history = self.keep_history
+        if is_retry and self.fusion is not None and self._asking == self._asked:
+            # The same weights: what the context holds of the prompt is what it would read again.
+            sampling["weights"] = replace(self.fusion, probe_ms=0.0)
+            keep_history = True
+        self._asked = None  # until there is an answer
+        return lambda: self.engine.generate(tokens, keep_history=keep_history, **sampling)
 
     def conclude(self, question: str, reply: Reply) -> str:
         """Add a question and what was answered to it; gives the reason of the answer's end."""
@@ -78,6 +91,7 @@ class ChatSession:
         reason = reason or (generation and generation.finish_reason) or "cancelled"
         self.conversation.turns.append(Turn(question, reply.text, reason))
         self.fusion = None if generation is None else generation.fusion
+        self._asked = self._asking
         return reason
 
     def is_full(self, generation: Generation) -> bool:
