@@ -227,6 +227,23 @@ def test_existing_target_is_refused(made: TinyBundle) -> None:
     assert snapshot(made.folder.parent) == before
 
 
+def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+
+    def take(what: str, done: int, total: int) -> None:
+        (sources.folder / "mine").mkdir(parents=True, exist_ok=True)
+
+    with pytest.raises(OutputFileError) as caught:
+        create_bundle(
+            sources.folder, sources.base.path, {"a": sources.peft}, calibrate=False, progress=take
+        )
+    assert str(caught.value).startswith(
+        f"Cannot create the bundle {sources.folder}: giving it its name failed ("
+    )
+    assert os.listdir(sources.folder) == ["mine"]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
 def test_missing_parent_is_refused(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
     with pytest.raises(OutputFileError, match="does not take a new folder"):

@@ -131,6 +131,13 @@ def test_pull_with_a_base_that_is_another_file(
     assert "Ask the owner of the bundle for its base." in result.stderr
 
 
+def test_a_base_is_pulled_with_a_bundle_only(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    hub.put("owner/a", {"a.gguf": b"GGUF"})
+    result = qaflora("pull", "owner/a", "--with-base")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "which is no bundle: only bundle.json names a base" in result.stderr
+
+
 def test_pull_with_a_base_that_is_nowhere(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
     base = hub_bundle(hub, tmp_path / "made")
     result = qaflora("pull", "owner/bundle", "--with-base")

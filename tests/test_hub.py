@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,19 @@ def test_what_is_there_already_is_compared(
         with pytest.raises(OutputFileError, match=f"{broken} is missing|not an empty folder"):
             fetch_hub(ref, folder)
         assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_pulls_into_one_folder_at_once_give_one(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put("owner/bundle", files)
+    (tmp_path / "to").mkdir()
+    folder = tmp_path / "to" / "mine"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch_hub("owner/bundle", folder), range(4)))
+    assert found == [folder] * 4
+    assert os.listdir(tmp_path / "to") == ["mine"]
+    assert load_bundle(folder).adapter_paths
 
 
 # adapters

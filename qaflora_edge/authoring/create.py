@@ -139,6 +139,16 @@ def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict
     return record
 
 
+def _give_name(temporary: Path, folder: Path) -> None:
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot create the bundle {folder}: giving it its name failed ({error.strerror}); "
+            "expected that nothing takes the name meanwhile. Look at what is there, and try again."
+        ) from error
+
+
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` when the block succeeds.
@@ -166,7 +176,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     handle = lock_path(temporary)
     try:
         yield temporary
-        os.rename(temporary, folder)
+        _give_name(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.__cause__ if isinstance(error, OutputFileError) else error

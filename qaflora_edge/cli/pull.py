@@ -64,8 +64,15 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
 
 def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
     from qaflora_edge.bundle import find_base, read_bundle_text
+    from qaflora_edge.errors import BundleError
+    from qaflora_edge.formats.bundle_format import BUNDLE_FILE
     from qaflora_edge.hub.references import fetch_base
 
+    if not (folder / BUNDLE_FILE).exists():
+        raise BundleError(
+            f"Pulled {folder}, which is no bundle: only {BUNDLE_FILE} names a base; expected a "
+            "bundle with --with-base. Leave it out, and pull the base by its own name."
+        )
     base = read_bundle_text(folder).base
     if find_base(folder, base) is None:
         fetch_base(folder, base, report("base"))

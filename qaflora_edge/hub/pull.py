@@ -106,15 +106,16 @@ def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progre
     folder = folder.absolute()
     if ref.file and (target := _already_there(ref, listing, folder)):
         return target
-    if not ref.file and os.path.isdir(folder) and any(folder.iterdir()):
-        _check_same(ref, listing, folder)
+    if _is_same(ref, listing, folder):
         return folder
     partial = folder.parent / f".{folder.name[:100]}.{listing.commit[:12]}.partial"
     lock = cache_dir() / "locks" / f"pull-{sha256(os.fsencode(folder)).hexdigest()[:16]}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
+            if _is_same(ref, listing, folder):  # another pull has fetched it meanwhile
+                return folder
+            partial.mkdir(parents=True, exist_ok=True)
             path = _fetch(ref, listing, partial, progress)
             shutil.rmtree(partial / ".cache", ignore_errors=True)  # of the Hub's library
             target = _publish(path, folder)
@@ -145,8 +146,10 @@ def _already_there(ref: HubRef, listing: HubListing, folder: Path) -> Path | Non
     return target
 
 
-def _check_same(ref: HubRef, listing: HubListing, folder: Path) -> None:
-    """Compare a folder with what is to be fetched. Raises when they differ."""
+def _is_same(ref: HubRef, listing: HubListing, folder: Path) -> bool:
+    """Tell whether a folder is what is to be fetched. Raises when it holds something else."""
+    if ref.file or not os.path.isdir(folder) or not any(folder.iterdir()):
+        return False
     wanted = _choose(ref, listing)
     problem = _first_problem(folder, wanted)
     if problem is None and any(file.name == BUNDLE_FILE for file in wanted):
@@ -157,6 +160,7 @@ def _check_same(ref: HubRef, listing: HubListing, folder: Path) -> None:
             f"Cannot pull {ref} to {folder}: it is not an empty folder, and not what the Hub has "
             f"at {listing.commit}: {problem}. Name another folder with --to, or remove that one."
         )
+    return True
 
 
 def _first_problem(folder: Path, wanted: list[HubFile]) -> str | None:
