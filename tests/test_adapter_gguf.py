@@ -16,10 +16,12 @@ from qaflora_edge.formats.adapter_gguf import (
     AdapterInfo,
     check_adapter,
     read_adapter_gguf,
+    read_pair,
 )
 from qaflora_edge.formats.gguf_header import read_gguf_header
 
 Q0 = "blk.0.attn_q.weight"
+UP0 = "blk.0.ffn_up_exps.weight"
 PAIR = {f"{Q0}.lora_a": (4, 64), f"{Q0}.lora_b": (64, 4)}
 
 
@@ -209,15 +211,31 @@ def test_a_and_b_must_have_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "reason"),
-    [((2, 4, 64), "expert matrices are not supported"), ((64,), "not a matrix")],
-)
-def test_tensors_must_be_matrices(tmp_path: Path, shape: tuple[int, ...], reason: str) -> None:
-    path = write(tmp_path / "a.gguf", {f"{Q0}.lora_a": shape, f"{Q0}.lora_b": (64, 4)})
+    ("name", "shape", "expected"),
+    [(Q0, (2, 4, 64), "two dimensions"), (Q0, (64,), "two dimensions"),
+     (UP0, (4, 64), "three dimensions (experts)")],
+)  # fmt: skip
+def test_tensors_must_be_matrices_or_experts(
+    tmp_path: Path, name: str, shape: tuple[int, ...], expected: str
+) -> None:
+    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": shape, f"{name}.lora_b": (64, 4)})
     assert refusal(UnsupportedAdapterError, path) == (
-        f"Cannot use adapter {path}: tensor {Q0}.lora_a has shape {list(shape)}; expected two "
-        f"dimensions ({reason}). Use an adapter of plain linear layers."
+        f"Cannot use adapter {path}: tensor {name}.lora_a has shape {list(shape)}; expected "
+        f"{expected}. Use an adapter of linear layers, embeddings or experts."
     )
+
+
+def test_experts_have_one_rank_and_one_number(tmp_path: Path) -> None:
+    for a, b, ranks in (
+        ((2, 4, 64), (2, 96, 3), "4 and 3"),
+        ((2, 4, 64), (3, 96, 4), "4 and 4"),
+    ):
+        path = write(tmp_path / "a.gguf", {f"{UP0}.lora_a": a, f"{UP0}.lora_b": b})
+        assert refusal(GgufFileError, path) == (
+            f"Cannot use adapter {path}: {UP0}.lora_a is {list(a)} and lora_b {list(b)}, of ranks "
+            f"{ranks}; expected [n_expert, rank, n_in] and [n_expert, n_out, rank]. Convert the "
+            "adapter again."
+        )
 
 
 def test_rank_has_a_limit(tmp_path: Path) -> None:
@@ -276,16 +294,30 @@ def test_shape_that_does_not_fit_the_base_is_named(
     )
 
 
-def test_expert_matrices_of_the_base_are_refused(tmp_path: Path) -> None:
-    name = "blk.0.ffn_up_exps.weight"
-    base = write(tmp_path / "base.gguf", {name: (2, 96, 64)})
-    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (96, 4)})
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        check_adapter(read_adapter_gguf(path), read_gguf_header(base))
+def test_experts_of_the_base_are_compared(tmp_path: Path) -> None:
+    base = read_gguf_header(write(tmp_path / "base.gguf", {UP0: (2, 96, 64)}))
+    shapes = {f"{UP0}.lora_a": (2, 4, 64), f"{UP0}.lora_b": (2, 96, 4)}
+    info = read_adapter_gguf(write(tmp_path / "a.gguf", shapes))
+    check_adapter(info, base)
+    assert (info.rank, info.targets) == (4, ("ffn_up_exps",))
+    assert [part.shape for part in read_pair(info, UP0)[:2]] == [(2, 4, 64), (2, 96, 4)]
+    # llama.cpp takes another number of experts and reads out of bounds.
+    shapes = {f"{UP0}.lora_a": (3, 4, 64), f"{UP0}.lora_b": (3, 96, 4)}
+    path = write(tmp_path / "b.gguf", shapes)
+    with pytest.raises(AdapterMismatchError) as caught:
+        check_adapter(read_adapter_gguf(path), base)
     assert str(caught.value) == (
-        f"Cannot use adapter {path} with base {base}: {name} holds experts, shape [2, 96, 64]; "
-        "expected a matrix. Use an adapter of plain linear layers."
+        f"Cannot use adapter {path} with base {base.path}: it adapts {UP0} as shape [3, 96, 64], "
+        f"and the base's is [2, 96, 64]. {TRAINED}"
     )
+
+
+def test_stack_that_is_no_experts_is_refused(tmp_path: Path) -> None:
+    name = "blk.0.attn_v_b.weight"
+    base = read_gguf_header(write(tmp_path / "base.gguf", {name: (2, 96, 64)}))
+    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (96, 4)})
+    with pytest.raises(AdapterMismatchError, match=r"as shape \[96, 64\], and the base's is \[2"):
+        check_adapter(read_adapter_gguf(path), base)
 
 
 # --- what llama.cpp would ignore, or stop at ------------------------------------------------------

@@ -38,6 +38,7 @@ PROJECTIONS = {
     "mlp.down_proj": "ffn_down",
 }
 STEMS = tuple(PROJECTIONS.values())
+EXPERT_STEMS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 HF_TARGETS = tuple(name.split(".")[1] for name in PROJECTIONS)
 
 
@@ -57,9 +58,11 @@ class TinyBase:
     tied: bool
     tokens: tuple[str, ...]
     tensors: Mapping[str, F32]
+    n_expert: int = 0
 
     def shape(self, stem: str) -> tuple[int, int]:
         """Give (n_out, n_in) of a projection such as `attn_q`, in GGUF's or HF's order alike."""
+        stem = stem.removesuffix("_exps")
         n_q, n_kv = self.n_head * self.n_head_dim, self.n_head_kv * self.n_head_dim
         return {
             "attn_q": (n_q, self.n_embd),
@@ -84,6 +87,8 @@ class TinyAdapter:
 
     a  base tensor name -> float32 [rank, n_in]; of token_embd [n_vocab, rank]
     b  base tensor name -> float32 [n_out, rank]; of token_embd [n_embd, rank]
+
+    Of experts both have the expert as their first axis.
     """
 
     path: Path
@@ -93,10 +98,10 @@ class TinyAdapter:
     b: Mapping[str, F32]
 
     def delta(self, name: str) -> NDArray[np.float64]:
-        """Give what the adapter adds to a base tensor: float64 [n_out, n_in]."""
+        """Give what the adapter adds to a base tensor: float64 [n_out, n_in], or of each expert."""
         a, b = self.a[name].astype(np.float64), self.b[name].astype(np.float64)
         product = a @ b.T if name == "token_embd.weight" else b @ a
-        delta: NDArray[np.float64] = self.alpha / b.shape[1] * product
+        delta: NDArray[np.float64] = self.alpha / b.shape[-1] * product
         return delta
 
 
@@ -129,9 +134,12 @@ def write_tiny_base(
     replace: Mapping[str, F32] | None = None,
     spm: bool = False,
     user_defined: Sequence[str] = (),
+    n_expert: int = 0,
+    n_expert_used: int = 2,
 ) -> TinyBase:
     """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16 or q8_0 is for matrices.
 
+    n_expert  of a llama that is a mixture, as Mixtral
     window   tokens that some layers of gemma3 attend to
     replace  tensors to write in place of the random ones, such as merged weights
     spm      a SentencePiece vocabulary, as gemma's and Llama 2's, in place of GPT-2's
@@ -154,11 +162,15 @@ def write_tiny_base(
         tied=tied,
         tokens=tokens,
         tensors={},
+        n_expert=n_expert,
     )
     tensors = _base_tensors(base, np.random.default_rng(seed)) | dict(replace or {})
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"tiny {arch} {seed}")
     _add_hparams(writer, base, n_ctx, window)
+    if n_expert:
+        writer.add_expert_count(n_expert)
+        writer.add_expert_used_count(n_expert_used)
     _add_vocabulary(writer, base, chat_template, add_bos, spm, user_defined)
     stored = {name: _add_tensor(writer, name, array, dtype) for name, array in tensors.items()}
     _finish(writer)
@@ -181,7 +193,13 @@ def _base_tensors(base: TinyBase, rng: np.random.Generator) -> dict[str, F32]:
         tensors[f"{block}attn_norm.weight"] = norm(base.n_embd)
         tensors[f"{block}ffn_norm.weight"] = norm(base.n_embd)
         for stem in STEMS:
-            tensors[f"{block}{stem}.weight"] = matrix(*base.shape(stem))
+            if base.n_expert and stem.startswith("ffn"):
+                experts = [matrix(*base.shape(stem)) for _ in range(base.n_expert)]
+                tensors[f"{block}{stem}_exps.weight"] = np.stack(experts)
+            else:
+                tensors[f"{block}{stem}.weight"] = matrix(*base.shape(stem))
+        if base.n_expert:
+            tensors[f"{block}ffn_gate_inp.weight"] = matrix(base.n_expert, base.n_embd, gain=2.0)
         if base.arch == "qwen2":
             for stem in ("attn_q", "attn_k", "attn_v"):
                 bias = 0.1 * rng.standard_normal(base.shape(stem)[0])
@@ -307,7 +325,7 @@ def write_tiny_adapter(
         f"blk.{layer}.{stem}.weight"
         for layer in (range(base.n_layer) if layers is None else layers)
         for stem in targets
-        if stem in STEMS
+        if stem in (*STEMS, *EXPERT_STEMS)
     ]
     names += [f"{stem}.weight" for stem in ("token_embd", "output") if stem in targets]
     a_stored, b_stored = {}, {}
@@ -316,11 +334,15 @@ def write_tiny_adapter(
         if stem == "token_embd":  # delta of a row is B A^T[token]: [n_embd, rank] x [rank]
             a, b = random_pair(rng, (base.n_embd, base.n_vocab), rank, strength)
             a = np.ascontiguousarray(np.sqrt(base.n_vocab / rank) * a.T, dtype=np.float32)
+        elif stem in EXPERT_STEMS:
+            shape = base.shape(stem)
+            drawn = [random_pair(rng, shape, rank, strength) for _ in range(base.n_expert)]
+            a, b = (np.stack(parts) for parts in zip(*drawn, strict=True))
         else:
             shape = (base.n_vocab, base.n_embd) if stem == "output" else base.shape(stem)
             a, b = random_pair(rng, shape, rank, strength)
-        kind_b = outtype if b.shape[1] % 32 == 0 or outtype != "q8_0" else "f16"
-        kind_a = outtype if a.shape[1] % 32 == 0 or outtype != "q8_0" else "f16"
+        kind_b = outtype if b.shape[-1] % 32 == 0 or outtype != "q8_0" else "f16"
+        kind_a = outtype if a.shape[-1] % 32 == 0 or outtype != "q8_0" else "f16"
         a_stored[name] = _add_tensor(writer, f"{name}.lora_a", a, kind_a)
         b_stored[name] = _add_tensor(writer, f"{name}.lora_b", b, kind_b)
     _finish(writer)

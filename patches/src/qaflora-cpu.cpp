@@ -203,6 +203,60 @@ void qaflora_op_delta(ggml_tensor * dst, int ith, int nth, void * userdata) {
     op_delta(dst, 0, ith, nth, userdata);
 }
 
+// pairs of a row and a place in its choice, row*n_used + place: those of an expert follow each other, so that it is read once
+static std::vector<int32_t> pairs_by_expert(const ggml_tensor * experts, int64_t n_expert) {
+    const auto expert_of = [&](int64_t row, int64_t place) {
+        return *(const int32_t *) ((const char *) experts->data + row*experts->nb[1] + place*experts->nb[0]);
+    };
+    std::vector<int64_t> begin(n_expert + 1, 0);
+    for (int64_t row = 0; row < experts->ne[1]; ++row) {
+        for (int64_t place = 0; place < experts->ne[0]; ++place) {
+            begin[expert_of(row, place) + 1]++;
+        }
+    }
+    for (int64_t e = 0; e < n_expert; ++e) {
+        begin[e + 1] += begin[e];
+    }
+    std::vector<int32_t> pairs(ggml_nelements(experts));
+    for (int64_t row = 0; row < experts->ne[1]; ++row) {
+        for (int64_t place = 0; place < experts->ne[0]; ++place) {
+            pairs[begin[expert_of(row, place)]++] = (int32_t) (row*experts->ne[0] + place);
+        }
+    }
+    return pairs;
+}
+
+void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & m = *(const qaflora_cpu_module *) userdata;
+    const ggml_tensor * y       = dst->src[0];
+    const ggml_tensor * x       = dst->src[1];
+    const ggml_tensor * experts = dst->src[2];
+    const int64_t n_used = experts->ne[0];
+    const qaflora_cpu_rows all = rows_of(1, dst->src[3], dst->src[4], m.il);
+    const auto pairs = pairs_by_expert(experts, m.n_expert);
+    std::vector<float> t(m.n_rank);
+    std::vector<qaflora_cpu_segment> segments(m.segments);
+    const qaflora_rank_product p = { segments.data(), (int64_t) segments.size(), m.n_in, m.n_rank };
+    const qaflora_delta        d = { segments.data(), (int64_t) segments.size(), m.n_out, m.n_rank };
+    const int64_t n_pair = (int64_t) pairs.size();
+    for (int64_t i = n_pair*ith/nth; i < n_pair*(ith + 1)/nth; ++i) {
+        const int64_t row    = pairs[i]/n_used;
+        const int64_t place  = pairs[i] % n_used;
+        const int64_t expert = *(const int32_t *) ((const char *) experts->data + row*experts->nb[1] + place*experts->nb[0]);
+        for (size_t is = 0; is < segments.size(); ++is) {
+            auto & s = segments[is];
+            s.a = m.segments[is].a + expert*s.rank*qaflora_row_size(s.type_a, m.n_in);
+            s.b = m.segments[is].b + expert*qaflora_panel_size(s.type_b, m.n_out, s.rank);
+        }
+        qaflora_cpu_rows rows = all;
+        rows.slot = all.slot ? all.slot + row : nullptr;
+        const auto * xi = (const float *) ((const char *) x->data + row*x->nb[2] + place % x->ne[1]*x->nb[1]);
+        const auto * yi = (const float *) ((const char *) y->data + row*y->nb[2] + place*y->nb[1]);
+        m.kernels->rank_product(p, rows, xi, t.data(), 0, 1);
+        m.kernels->add_delta(d, rows, t.data(), yi, (float *) ((char *) dst->data + row*dst->nb[2] + place*dst->nb[1]), 0, 0, 1);
+    }
+}
+
 // y of a differential product may have rows more: the rest of base rows that were split
 static void add_rest(const qaflora_kernels & kernels, ggml_tensor * dst, const ggml_tensor * rows, int ith, int nth) {
     if (rows) {

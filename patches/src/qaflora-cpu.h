@@ -139,6 +139,8 @@ void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, con
 // ggml_custom_op_t
 //   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_group
 //   delta:   src y, t [n_row, n_rank], weights, slot or none. userdata qaflora_cpu_module
+//   delta_experts: src y [n_row, n_used, n_out], x [n_row, 1 or n_used, n_in], experts I32 [n_row, n_used], weights, slot or none.
+//            userdata qaflora_cpu_module
 //   *_differential: y is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
 //            rows I32 [n]: then y has n rows more, to be added to these
 //   subtract_base: x, rows or none. userdata qaflora_cpu_difference
@@ -146,6 +148,7 @@ void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, con
 //            userdata qaflora_cpu_difference
 void qaflora_op_product           (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_delta             (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_delta_experts     (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);

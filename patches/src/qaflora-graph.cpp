@@ -260,7 +260,7 @@ bool qaflora_has_logits(const qaflora_context & qf) {
 }
 
 uint32_t qaflora_n_nodes(const qaflora_context & qf) {
-    // per module: two products, weighting, sum, views; differential: 13 more per matrix; two per captured layer
+    // per module: two products, weighting, sum, views and shapes; differential: 13 more per matrix; two per captured layer
     const uint32_t n_module = qf.pack ? (uint32_t) qf.pack->modules.size() : 0;
     return 10u*n_module + (qf.is_differential() ? 16u*(8u*qf.n_layer + 2u) : 0u) + 4u*qf.n_layer + 64u;
 }
@@ -444,6 +444,12 @@ static ggml_tensor * exact_mul_mat(ggml_context * ctx, ggml_tensor * a, ggml_ten
     return res;
 }
 
+static ggml_tensor * exact_mul_mat_id(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * ids) {
+    ggml_tensor * res = ggml_mul_mat_id(ctx, a, b, ids);
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+    return res;
+}
+
 // A cur, weighted: [rank, n_row]
 static ggml_tensor * weighted_rank(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * a, int32_t layout, int32_t il, ggml_tensor * cur) {
     ggml_context * ctx = gctx.ctx0;
@@ -502,6 +508,23 @@ static ggml_tensor * no_logits(const llm_graph_context & gctx, const ggml_tensor
     return res;
 }
 
+// whether a module can enter a product with n_row rows; if so, it is marked as used
+static bool use_module(const llm_graph_context & gctx, const qaflora_graph_input & inp, int32_t im, int64_t n_row, bool is_routed) {
+    const qaflora_module & m = gctx.qaflora->pack->modules[im];
+    if (is_routed != (m.n_expert > 0)) {
+        gctx.qaflora->graph_error = qaflora_format("'%s' is adapted as %s, and architecture '%s' does not use it so; leave it out of the adapter",
+            m.name.c_str(), is_routed ? "a plain matrix" : "stacked experts", llm_arch_name(gctx.arch));
+        return false;
+    }
+    if (inp.n_slot > 1 && n_row != inp.n_token && n_row != inp.n_output) {
+        gctx.qaflora->graph_error = qaflora_format("'%s' is multiplied with %lld rows, neither the %lld tokens nor the %lld outputs",
+            m.name.c_str(), (long long) n_row, (long long) inp.n_token, (long long) inp.n_output);
+        return false;
+    }
+    gctx.qaflora->module_used[im] = true;
+    return true;
+}
+
 ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
     const qaflora_context & qf = *gctx.qaflora;
     qaflora_graph_input & inp = get_input(gctx);
@@ -518,12 +541,9 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
     }
     const qaflora_module & m = qf.pack->modules[it->second];
     const int64_t n_row = ggml_nrows(cur);
-    if (inp.n_slot > 1 && n_row != inp.n_token && n_row != inp.n_output) {
-        gctx.qaflora->graph_error = qaflora_format("'%s' is multiplied with %lld rows, neither the %lld tokens nor the %lld outputs",
-            m.name.c_str(), (long long) n_row, (long long) inp.n_token, (long long) inp.n_output);
+    if (!use_module(gctx, inp, it->second, n_row, false)) {
         return res;
     }
-    gctx.qaflora->module_used[it->second] = true;
     if (!m.cpu.segments.empty()) {
         return cpu_delta(gctx, inp, &m, cur, res);
     }
@@ -531,6 +551,29 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
     ggml_tensor * t = is_shared ? shared_rank(gctx, inp, m, cur) : weighted_rank(gctx, inp, m.a, m.layout, m.il, cur);
     ggml_tensor * delta = exact_mul_mat(gctx.ctx0, m.b, t);
     return ggml_add(gctx.ctx0, res, ggml_reshape_4d(gctx.ctx0, delta, res->ne[0], res->ne[1], res->ne[2], res->ne[3]));
+}
+
+ggml_tensor * qaflora_mm_id_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * ids, ggml_tensor * res) {
+    const qaflora_context & qf = *gctx.qaflora;
+    const auto it = qf.pack->by_weight.find(w);
+    if (it == qf.pack->by_weight.end()) {
+        return res;
+    }
+    ggml_context * ctx = gctx.ctx0;
+    qaflora_graph_input & inp = get_input(gctx);
+    const qaflora_module & m = qf.pack->modules[it->second];
+    const int64_t n_row = ids->ne[1];
+    if (!use_module(gctx, inp, it->second, n_row, true)) {
+        return res;
+    }
+    if (!m.cpu.segments.empty()) {
+        return cpu_op(gctx, qaflora_op_delta_experts, res,
+                      { ggml_is_contiguous_rows(cur) ? cur : ggml_cont(ctx, cur), ids, cpu_weights(gctx, inp), slots_of(gctx, inp, n_row) }, &m.cpu);
+    }
+    ggml_tensor * t = exact_mul_mat_id(ctx, m.a, cur, ids); // [rank, n_used, n_row]
+    ggml_tensor * weights = rows_weights(gctx, inp, m.layout, m.il, n_row, m.a);
+    t = ggml_mul(ctx, t, ggml_reshape_3d(ctx, weights, weights->ne[0], 1, weights->ne[1]));
+    return ggml_add(ctx, res, exact_mul_mat_id(ctx, m.b, t, ids));
 }
 
 ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * tokens, ggml_tensor * res) {

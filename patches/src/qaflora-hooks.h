@@ -29,6 +29,9 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
 // returns res + sum over adapters of weight * scale * B (A cur)
 ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res);
 
+// the same for stacked experts: w [n_in, n_out, n_expert], cur [n_in, 1 or n_used, n_row], ids [n_used, n_row], res [n_out, n_used, n_row]
+ggml_tensor * qaflora_mm_id_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * ids, ggml_tensor * res);
+
 // the same for the token embedding: res [n_embd, n_token]
 ggml_tensor * qaflora_embd_delta(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * tokens, ggml_tensor * res);
 

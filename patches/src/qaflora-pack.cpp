@@ -157,6 +157,16 @@ static ggml_tensor * base_tensor(const llama_model & model, const std::string & 
     return const_cast<ggml_tensor *>(model.get_tensor(name.c_str()));
 }
 
+bool qaflora_is_experts(const std::string & name) {
+    for (const char * kind : { "gate_exps", "up_exps", "down_exps", "gate_up_exps", "gate_chexps", "up_chexps", "down_chexps" }) {
+        int32_t il = -1;
+        if (sscanf(name.c_str(), "blk.%d.", &il) == 1 && name == qaflora_format("blk.%d.ffn_%s.weight", il, kind)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static int32_t layer_of(const std::string & name, int32_t n_layer) {
     int32_t il = -1;
     if (sscanf(name.c_str(), "blk.%d.", &il) == 1 && il >= 0 && il < n_layer) {
@@ -184,12 +194,16 @@ static void check_pair(const adapter_file & f, const std::string & name, const a
                                 f.path.c_str(), t->name, ggml_type_name(t->type)));
         }
         if (t->ne[3] != 1) {
-            fail(qaflora_format("%s: '%s' has four dimensions, expected two; convert the adapter again", f.path.c_str(), t->name));
+            fail(qaflora_format("%s: '%s' has four dimensions, expected two, or three of experts; convert the adapter again", f.path.c_str(), t->name));
         }
     }
-    if (w->ne[2] != 1 || w->ne[3] != 1 || p.a->ne[2] != 1 || p.b->ne[2] != 1) {
-        fail(qaflora_format("%s: '%s' adapts stacked expert matrices, which have no weights per layer here; use a base without experts",
-                            f.path.c_str(), name.c_str()));
+    const bool is_experts = qaflora_is_experts(name);
+    if (!is_experts && (w->ne[2] != 1 || w->ne[3] != 1)) {
+        fail(qaflora_format("%s: '%s' is a stack of matrices in the base, and none of experts; leave it out of the adapter", f.path.c_str(), name.c_str()));
+    }
+    if (p.a->ne[2] != w->ne[2] || p.b->ne[2] != w->ne[2]) {
+        fail(qaflora_format("%s: '%s' has %lld matrices in lora_a and %lld in lora_b, the base has %lld; use the base that the adapter was trained on",
+                            f.path.c_str(), name.c_str(), (long long) p.a->ne[2], (long long) p.b->ne[2], (long long) w->ne[2]));
     }
     if (w->type == GGML_TYPE_NVFP4) {
         fail(qaflora_format("%s: '%s' is NVFP4 in the base, which cannot carry adapters; use another quantisation", f.path.c_str(), name.c_str()));
@@ -367,8 +381,21 @@ struct pack_builder {
                 segments.push_back({ (int32_t) ia, rank, files[ia].alpha/rank });
             }
         }
+        m.n_expert = qaflora_is_experts(name) ? m.w->ne[2] : 0;
         m.layout = find_layout(segments, padded_rank(stacked_rank(segments), common_type({ name }, false)));
         return m;
+    }
+
+    qaflora_cpu_segment make_cpu_segment(const std::string & name, size_t ia, int64_t offset) const {
+        const adapter_pair & p = files[ia].pairs.at(name);
+        qaflora_cpu_segment s;
+        s.ia     = (int32_t) ia;
+        s.rank   = p.b->ne[0];
+        s.scale  = files[ia].alpha/s.rank;
+        s.offset = offset;
+        s.type_a = cpu_type(p.a->type);
+        s.type_b = cpu_type(p.b->type);
+        return s;
     }
 
     // every adapter keeps its own A and panels of B: of those that weigh 0 nothing is read
@@ -387,18 +414,10 @@ struct pack_builder {
             m.cpu.il      = m.il;
             m.cpu.n_out   = m.w->ne[1];
             for (size_t ia = 0; ia < files.size(); ++ia) {
-                auto it = files[ia].pairs.find(name);
-                if (it == files[ia].pairs.end()) {
+                if (!files[ia].pairs.count(name)) {
                     continue;
                 }
-                const adapter_pair & p = it->second;
-                qaflora_cpu_segment s;
-                s.ia     = (int32_t) ia;
-                s.rank   = p.b->ne[0];
-                s.scale  = files[ia].alpha/s.rank;
-                s.offset = g.cpu.n_rank;
-                s.type_a = cpu_type(p.a->type);
-                s.type_b = cpu_type(p.b->type);
+                const qaflora_cpu_segment s = make_cpu_segment(name, ia, g.cpu.n_rank);
                 g.cpu.n_rank += s.rank;
 
                 ggml_tensor * a = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, s.rank*qaflora_row_size(s.type_a, m.w->ne[0]));
@@ -431,8 +450,12 @@ struct pack_builder {
             const auto & p = f.pairs.at(m.name);
             const auto a = as_type(f.read(p.a), p.a, stored_type(p.a->type));
             const auto b = as_type(f.read(p.b), p.b, stored_type(p.b->type));
-            qaflora_make_rows(s.type_a, s.rank, m.w->ne[0], a.data(), (uint8_t *) pair.a->data);
-            qaflora_make_panels(s.type_b, m.cpu.n_out, s.rank, b.data(), (uint8_t *) pair.b->data);
+            const int64_t n_expert = std::max<int64_t>(1, m.n_expert);
+            qaflora_make_rows(s.type_a, n_expert*s.rank, m.w->ne[0], a.data(), (uint8_t *) pair.a->data);
+            const size_t panels = qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank);
+            for (int64_t ie = 0; ie < n_expert; ++ie) {
+                qaflora_make_panels(s.type_b, m.cpu.n_out, s.rank, b.data() + ie*(b.size()/n_expert), (uint8_t *) pair.b->data + ie*panels);
+            }
             s.a = (const uint8_t *) pair.a->data;
             s.b = (const uint8_t *) pair.b->data;
         }
@@ -487,6 +510,36 @@ struct pack_builder {
         pack.groups.push_back(g);
     }
 
+    // Experts: like a module that shares its input with none, with a third dimension
+    void add_experts(const std::string & name) {
+        qaflora_module m = make_module(name);
+        const ggml_backend_buffer_type_t buft = adapter_buft(m.w);
+        ggml_context * ctx = ctx_for(buft);
+        if (pack.kernels && qaflora_is_on_cpu(m.w)) {
+            m.cpu.kernels  = pack.kernels;
+            m.cpu.il       = m.il;
+            m.cpu.n_in     = m.w->ne[0];
+            m.cpu.n_out    = m.w->ne[1];
+            m.cpu.n_expert = m.n_expert;
+            for (const auto & segment : pack.layouts[m.layout].segments) {
+                const auto s = make_cpu_segment(name, segment.ia, m.cpu.n_rank);
+                m.cpu.n_rank += s.rank;
+                ggml_tensor * a = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, m.n_expert*s.rank*qaflora_row_size(s.type_a, m.cpu.n_in));
+                ggml_tensor * b = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, m.n_expert*qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank));
+                cpu_pairs.push_back({ (int32_t) pack.modules.size(), m.cpu.segments.size(), a, b });
+                m.cpu.segments.push_back(s);
+            }
+        } else {
+            const int64_t rank = pack.layouts[m.layout].rank;
+            m.a = ggml_new_tensor_3d(ctx, common_type({ name }, true),  m.w->ne[0], rank, m.n_expert);
+            m.b = ggml_new_tensor_3d(ctx, common_type({ name }, false), rank, m.w->ne[1], m.n_expert);
+            ggml_format_name(m.a, "%s.qaflora_a", name.c_str());
+            ggml_format_name(m.b, "%s.qaflora_b", name.c_str());
+        }
+        pack.by_weight[m.w] = (int32_t) pack.modules.size();
+        pack.modules.push_back(m);
+    }
+
     void add_embd() {
         qaflora_module m = make_module("token_embd.weight");
         const int64_t rank = pack.layouts[m.layout].rank;
@@ -523,15 +576,18 @@ struct pack_builder {
         return res;
     }
 
-    // rows of all adapters below each other
+    // rows of all adapters below each other, of each expert
     void fill_rows(const qaflora_module & m) {
         size_t offset = 0;
         for (const auto & s : pack.layouts[m.layout].segments) {
             const auto & f = files[s.ia];
             const ggml_tensor * t = f.pairs.at(m.name).a;
             const auto data = as_type(f.read(t), t, m.a->type);
-            ggml_backend_tensor_set(m.a, data.data(), offset, data.size());
-            offset += data.size();
+            const size_t size = data.size()/m.a->ne[2];
+            for (int64_t ie = 0; ie < m.a->ne[2]; ++ie) {
+                ggml_backend_tensor_set(m.a, data.data() + ie*size, ie*m.a->nb[2] + offset, size);
+            }
+            offset += size;
         }
     }
 
@@ -546,7 +602,7 @@ struct pack_builder {
             const ggml_tensor * t = is_a ? p.a : p.b;
             const auto data = as_type(f.read(t), t, dst->type);
             const size_t src_row = ggml_row_size(dst->type, s.rank);
-            for (int64_t ir = 0; ir < dst->ne[1]; ++ir) {
+            for (int64_t ir = 0; ir < ggml_nrows(dst); ++ir) {
                 memcpy(stacked.data() + ir*dst_row + offset, data.data() + ir*src_row, src_row);
             }
             offset += src_row;
@@ -559,7 +615,7 @@ struct pack_builder {
             if (!m.cpu.segments.empty()) {
                 continue;
             }
-            if (m.group < 0) {
+            if (m.name == "token_embd.weight") {
                 fill_columns(m, m.a, true);
             } else {
                 fill_rows(m);
@@ -593,6 +649,8 @@ struct pack_builder {
             const int kind = input_kind(name);
             if (name == "token_embd.weight") {
                 add_embd();
+            } else if (qaflora_is_experts(name)) {
+                add_experts(name);
             } else if (kind == 0) {
                 add_group({ name });
             } else {

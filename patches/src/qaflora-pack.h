@@ -37,7 +37,11 @@ struct qaflora_cpu_module {
     int32_t il     = 0;
     int64_t n_out  = 0;
     int64_t n_rank = 0; // of the group
-    std::vector<qaflora_cpu_segment> segments;
+    std::vector<qaflora_cpu_segment> segments; // of experts: those of the first
+
+    // of experts
+    int64_t n_in     = 0;
+    int64_t n_expert = 0;
 };
 
 struct qaflora_cpu_group {
@@ -54,6 +58,7 @@ struct qaflora_module {
     ggml_tensor * w = nullptr;
     int32_t       il = 0;      // the layer whose weights it follows
     int32_t       group  = -1;
+    int64_t       n_expert = 0; // 0: a plain matrix. Stacked experts have A and B of three dimensions, the expert last
     qaflora_cpu_module cpu;    // on the CPU the following is empty
 
     int32_t       layout = -1;
@@ -94,6 +99,9 @@ struct qaflora_pack {
         return std::any_of(bufs.begin(), bufs.end(), [](const auto & buf) { return !ggml_backend_buffer_is_host(buf.get()); });
     }
 };
+
+// whether the base's tensor of this name holds a layer's experts, which are multiplied by the router's choice
+bool qaflora_is_experts(const std::string & name);
 
 // whether w is computed on the CPU
 bool qaflora_is_on_cpu(const ggml_tensor * w);

@@ -41,6 +41,7 @@ NO_FLOATS = (
     GGMLQuantizationType.Q8_K,
 )
 
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
 _LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
 
 
@@ -63,6 +64,11 @@ class AdapterInfo:
     targets: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
     trained_on: str | None = None
+
+
+def is_experts(base_name: str) -> bool:
+    """Tell whether a tensor of a base stacks a layer's experts, which a router chooses from."""
+    return _EXPERTS.fullmatch(base_name) is not None
 
 
 def read_adapter_gguf(path: str | os.PathLike[str]) -> AdapterInfo:
@@ -91,7 +97,7 @@ def read_adapter_gguf(path: str | os.PathLike[str]) -> AdapterInfo:
 def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
     """Check that every module of an adapter fits the base.
 
-    Raises AdapterMismatchError naming the tensor, UnsupportedAdapterError for expert matrices.
+    Raises AdapterMismatchError naming the tensor, UnsupportedAdapterError for what is ignored.
     """
     if info.architecture != header.architecture:
         raise AdapterMismatchError(
@@ -128,6 +134,8 @@ def check_values(info: AdapterInfo) -> None:
 
 def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
     """One module of an adapter: A [rank, n_in] and B [n_out, rank] as float32, and its scale.
+
+    Of experts, A is [n_expert, rank, n_in] and B [n_expert, n_out, rank].
 
     base_name  the base's tensor, one of info.ranks
 
@@ -207,23 +215,26 @@ def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
 
 def _rank(header: GgufHeader, base: str, pair: Mapping[str, TensorInfo]) -> int:
     """Give the rank of a module; A and B must agree on it."""
+    n_axis = 3 if is_experts(base) else 2
     for info in pair.values():
-        if len(info.shape) != 2:
-            kind = "expert matrices are not supported" if len(info.shape) == 3 else "not a matrix"
+        if len(info.shape) != n_axis:
+            expected = "three dimensions (experts)" if n_axis == 3 else "two dimensions"
             raise UnsupportedAdapterError(
                 f"Cannot use adapter {header.path}: tensor {info.name} has shape "
-                f"{list(info.shape)}; expected two dimensions ({kind}). Use an adapter of plain "
-                "linear layers."
+                f"{list(info.shape)}; expected {expected}. Use an adapter of linear layers, "
+                "embeddings or experts."
             )
     a, b = pair["a"].shape, pair["b"].shape
-    rank, rank_axis = b[1], 1 if base == EMBEDDING else 0
-    if a[rank_axis] != rank:
-        expected = "[n_vocab, rank] and [n_embd, rank]"
+    rank, rank_axis = b[-1], -1 if base == EMBEDDING else -2
+    if a[rank_axis] != rank or a[:-2] != b[:-2]:
+        expected = "[rank, n_in] and [n_out, rank]"
+        if base == EMBEDDING:
+            expected = "[n_vocab, rank] and [n_embd, rank]"
+        if n_axis == 3:
+            expected = "[n_expert, rank, n_in] and [n_expert, n_out, rank]"
         raise GgufFileError(
             f"Cannot use adapter {header.path}: {base}.lora_a is {list(a)} and lora_b {list(b)}, "
-            f"of ranks {a[rank_axis]} and {rank}; expected "
-            f"{expected if base == EMBEDDING else '[rank, n_in] and [n_out, rank]'}. "
-            "Convert the adapter again."
+            f"of ranks {a[rank_axis]} and {rank}; expected {expected}. Convert the adapter again."
         )
     if rank > MAX_RANK:
         raise GgufFileError(
@@ -264,13 +275,8 @@ def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None
             f"Cannot use adapter {info.path} with base {header.path}: it adapts tensor "
             f"{base_name}, which the base lacks. Use an adapter that was trained on this base."
         )
-    if len(tensor.shape) == 3:
-        raise UnsupportedAdapterError(
-            f"Cannot use adapter {info.path} with base {header.path}: {base_name} holds experts, "
-            f"shape {list(tensor.shape)}; expected a matrix. Use an adapter of plain linear layers."
-        )
     a, b = (info.tensors[f"{base_name}.lora_{side}"].shape for side in "ab")
-    shape = (a[0], b[0]) if base_name == EMBEDDING else (b[0], a[1])
+    shape = (a[0], b[0]) if base_name == EMBEDDING else (*b[:-1], a[-1])
     if shape != tensor.shape:
         raise AdapterMismatchError(
             f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name} as "

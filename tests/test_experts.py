@@ -1,0 +1,212 @@
+"""Adapters of a mixture's experts in the backend, against merged bases and stock llama.cpp."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from stock import write_merged, write_slice
+from test_backend import (
+    EXACT,
+    TOKENS,
+    fused_logits,
+    load,
+    probe_states,
+    single_states,
+    stock_logits,
+)
+from tiny import EXPERT_STEMS, STEMS, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine
+from qaflora_edge.authoring.create import create_bundle
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.errors import AdapterMismatchError, BackendError
+
+F32 = NDArray[np.float32]
+N_EXPERT = 5
+ALL = (*STEMS[:4], *EXPERT_STEMS)
+
+
+def write_base(path: Path, **options: object) -> TinyBase:
+    return write_tiny_base(path, n_expert=N_EXPERT, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> TinyBase:
+    return write_base(tmp_path / "base.gguf")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
+    """Of different rank, alpha and targets; the last touches no expert."""
+    return [
+        write_tiny_adapter(tmp_path / "a.gguf", base, rank=4, alpha=8, seed=1, targets=ALL),
+        write_tiny_adapter(
+            tmp_path / "b.gguf", base, rank=7, alpha=3, seed=2, targets=EXPERT_STEMS[1:]
+        ),
+        write_tiny_adapter(tmp_path / "c.gguf", base, rank=2, alpha=4, seed=3, targets=STEMS[:2]),
+    ]
+
+
+@pytest.fixture
+def weights(base: TinyBase) -> F32:
+    """Some weights [3, n_layer], one of them 0, one above 1, one negative."""
+    array = np.random.default_rng(7).random((3, base.n_layer)).astype(np.float32)
+    array[0, 0], array[1, 1], array[2, 2] = 0.0, 1.7, -0.4
+    return array
+
+
+@pytest.mark.parametrize("kernels", ["", "portable", "ggml"])
+def test_logits_equal_a_merged_base(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: TinyBase,
+    adapters: list[TinyAdapter],
+    weights: F32,
+    kernels: str,
+) -> None:
+    if kernels:
+        monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights, n_expert=N_EXPERT)
+    fused = fused_logits(base, adapters, weights)
+    assert np.abs(fused - stock_logits(base)).max() > 0.1  # the adapters do something
+    np.testing.assert_allclose(fused, stock_logits(merged), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kernels", ["", "ggml"])
+def test_zero_weights_equal_the_base_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter], kernels: str
+) -> None:
+    if kernels:
+        monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    weights = np.zeros((3, base.n_layer), np.float32)
+    assert np.array_equal(fused_logits(base, adapters, weights), stock_logits(base))
+
+
+def test_an_overflow_of_what_weighs_nothing_is_not_seen(
+    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    """ggml's products would take activations as F16 and make NaN of 0 times infinity."""
+    huge = {
+        name: np.asarray(1e6 * value, np.float32)
+        for name, value in base.tensors.items()
+        if ".ffn_up_exps." in name
+    }
+    loud = write_base(tmp_path / "loud.gguf", replace=huge)
+    adapter = write_tiny_adapter(
+        tmp_path / "d.gguf", loud, targets=("ffn_down_exps",), outtype="f16"
+    )
+    weights = np.zeros((1, base.n_layer), np.float32)
+    logits = fused_logits(loud, [adapter], weights)
+    assert np.isfinite(logits).all()
+    assert np.array_equal(logits, stock_logits(loud))
+
+
+def test_sliced_adapters_on_the_stock_path_agree(
+    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter], weights: F32
+) -> None:
+    paths, scales = [], []
+    for ia, adapter in enumerate(adapters):
+        for il in range(base.n_layer):
+            paths.append(write_slice(tmp_path / f"{ia}-{il}.gguf", base, adapter, il))
+            scales.append(float(weights[ia, il]))
+    fused = fused_logits(base, adapters, weights)
+    np.testing.assert_allclose(fused, stock_logits(base, paths, scales), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+def test_stored_types_are_used_as_they_are(tmp_path: Path, outtype: str) -> None:
+    base = write_base(tmp_path / "base.gguf", n_ff=128)
+    adapters = [
+        write_tiny_adapter(
+            tmp_path / f"{seed}.gguf", base, rank=32, seed=seed, outtype=outtype, targets=ALL
+        )
+        for seed in (1, 2)
+    ]
+    weights = np.asarray([[0.5] * 3, [-0.75] * 3], np.float32)
+    merged = write_merged(
+        tmp_path / "merged.gguf", base, adapters, weights, n_expert=N_EXPERT, n_ff=128
+    )
+    expected = stock_logits(merged)
+    np.testing.assert_allclose(fused_logits(base, adapters, weights), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kernels", ["", "ggml"])
+@pytest.mark.parametrize("differential", [False, True])
+def test_each_sequence_has_its_own_weights(
+    monkeypatch: pytest.MonkeyPatch,
+    base: TinyBase,
+    adapters: list[TinyAdapter],
+    differential: bool,
+    kernels: str,
+) -> None:
+    """The base and each adapter in one batch, as the probe has them, against passes alone."""
+    if kernels:
+        monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    probed = probe_states(base, adapters, TOKENS, differential=differential)
+    single = single_states(base, adapters, TOKENS)
+    np.testing.assert_allclose(probed, single[-1], atol=2e-5, rtol=1e-5)
+
+
+def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAdapter]) -> None:
+    rng = np.random.default_rng(0)
+    model, pack = load(base, adapters)
+    with Context(model, pack, n_ctx=64, **EXACT) as context:
+        context.decode(TOKENS[:1])
+        n_built = context.n_graph_built
+        for i in range(8):
+            context.set_weights(rng.random((3, base.n_layer)).astype(np.float32))
+            context.decode([TOKENS[i]], start=1 + i)
+        assert context.n_graph_built == n_built
+
+
+def write_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+UP = "blk.1.ffn_up_exps.weight"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ((6, 4, 64), (6, 96, 4), "has 6 matrices in lora_a and 6 in lora_b, the base has 5"),
+        ((5, 4, 64), (4, 96, 4), "has 5 matrices in lora_a and 4 in lora_b, the base has 5"),
+        ((4, 64), (96, 4), "has 1 matrices in lora_a and 1 in lora_b, the base has 5"),
+        ((5, 4, 64), (5, 95, 4), "is [95, 64], the base has [96, 64]"),
+        ((5, 4, 64), (5, 96, 3), "has rank 4 in lora_a and 3 in lora_b"),
+    ],
+)
+def test_pack_names_experts_that_do_not_fit(
+    tmp_path: Path, base: TinyBase, a: tuple[int, ...], b: tuple[int, ...], message: str
+) -> None:
+    path = write_shapes(tmp_path / "odd.gguf", {f"{UP}.lora_a": a, f"{UP}.lora_b": b})
+    with pytest.raises(BackendError) as caught:
+        Pack(Model(base.path), [path])
+    assert f"{path}: '{UP}' {message}; " in str(caught.value)
+
+
+def test_bundle_takes_adapters_of_experts(
+    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    files = {"a": adapters[0].path, "b": adapters[1].path}
+    with Engine(create_bundle(tmp_path / "bundle", base.path, files)) as engine:
+        for strategy in ("qa-flora", "calibrated"):
+            weights = engine.weights(TOKENS, strategy=strategy).weights
+            np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-5)
+    fewer = write_tiny_base(tmp_path / "fewer.gguf", n_expert=N_EXPERT - 1)
+    with pytest.raises(AdapterMismatchError, match=r"as shape \[5, .* and the base's is \[4, "):
+        create_bundle(tmp_path / "none", fewer.path, files)
+    assert not (tmp_path / "none").exists()
