@@ -15,10 +15,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import zoo
-from families import FAMILIES, AnyFamily
+from families import FAMILIES, MIXTURES, AnyFamily
 from features import FEATURES, outcome
 from numpy.typing import NDArray
-from specimen import ADAPTERS, TOKENS, UPSTREAM, Specimen
+from specimen import ADAPTERS, EXPERTS, TOKENS, UPSTREAM, Specimen
 from stock import StockContext
 
 from qaflora_edge import Engine
@@ -33,6 +33,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "convert.md"
 BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->"
 EXACT, REFUSED, ABSENT = "exact", "refused", "–"
 COLUMNS = ("projections", "scales", "embedding", "head", "probe", "norm", "llama.cpp", "upstream")
+EXPERT_COLUMNS = ("stacked", "one by one", "probe", "llama.cpp", "upstream")
 
 
 class Findings:
@@ -60,7 +61,7 @@ class Findings:
             found |= dict.fromkeys(files, EXACT)
             _check_logits(specimen, engine)
             with suppress(BackendError):
-                _check_probe(specimen, engine)
+                _check_probe(specimen, engine, "projections", specimen.states)
                 found["probe"] = EXACT
         with suppress(BackendError):
             _check_norm(specimen, files["projections"])
@@ -68,6 +69,24 @@ class Findings:
         found["llama.cpp"] = _check_stock(specimen, files)
         found["upstream"] = _compare_upstream(specimen, files)
         return found
+
+    def expert_row(self, family: str) -> dict[str, str]:
+        """Find the same of adapters of a mixture's experts."""
+        specimen = self._specimens[family]
+        files = {}
+        for adapter in specimen.experts:
+            files[adapter] = specimen.folder / f"{adapter}.gguf"
+            convert_adapter(
+                specimen.peft(adapter), specimen.base, files[adapter], outtype="f32", verify=True
+            )
+        assert specimen.expert_states is not None
+        with _engine(specimen, files) as engine:
+            _check_logits(specimen, engine)
+            _check_probe(specimen, engine, "experts", specimen.expert_states)
+        cells = [EXACT if adapter in files else ABSENT for adapter in EXPERTS]
+        upstream = _compare_upstream(specimen, files) if UPSTREAM & files.keys() else ABSENT
+        cells += [EXACT, _check_stock(specimen, files), upstream]
+        return dict(zip(EXPERT_COLUMNS, cells, strict=True))
 
 
 def _engine(specimen: Specimen, files: Mapping[str, Path]) -> Engine:
@@ -83,19 +102,22 @@ def _check_logits(specimen: Specimen, engine: Engine) -> None:
         weights = np.zeros((len(engine.adapters), engine.n_layer), np.float32)
         weights[index] = 1.0
         assert_near(specimen, engine.logits(TOKENS, weights=weights), adapter)
-        if adapter == "projections":
+        per_layer = {"projections": "per layer", "experts": "experts per layer"}.get(adapter)
+        if per_layer:
             weights[index] = zoo.LAYER_WEIGHTS
-            assert_near(specimen, engine.logits(TOKENS, weights=weights), "per layer")
+            assert_near(specimen, engine.logits(TOKENS, weights=weights), per_layer)
 
 
-def _check_probe(specimen: Specimen, engine: Engine) -> None:
+def _check_probe(specimen: Specimen, engine: Engine, adapter: str, expected: F32) -> None:
     """Compare captured states, and see that the lens finds what moved them."""
-    states = engine.hidden_states(TOKENS, adapter="projections")
-    error = np.abs(states - specimen.states).max() / np.abs(specimen.states).max()
+    states = engine.hidden_states(TOKENS, adapter=adapter)
+    error = np.abs(states - expected).max() / np.abs(expected).max()
     assert error <= specimen.family.tolerance, f"states differ by {error:.1e}"
     weights = engine.weights(TOKENS).weights
     np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-6)
-    assert np.all(weights[engine.adapters.index("projections")] > 0.01)
+    # The first layer may be one without experts.
+    own = weights[engine.adapters.index(adapter)]
+    assert np.all(own[1 if adapter == "experts" else 0 :] > 0.01)
 
 
 def _check_norm(specimen: Specimen, path: Path) -> None:
@@ -108,7 +130,7 @@ def _check_stock(specimen: Specimen, files: Mapping[str, Path]) -> str:
     """Load the files with llama.cpp's own code, and compare the logits of those that it loads."""
     is_tied = "output.weight" not in {t.name for t in gguf.GGUFReader(specimen.base).tensors}
     # Under a tied head, build_lora_mm applies the embedding's A to the head and aborts.
-    tried = {"projections", "head"} if is_tied else {"projections", "embedding", "head"}
+    tried = {"projections", "head", *EXPERTS} | (set() if is_tied else {"embedding"})
     unloaded = []
     with Model(specimen.base) as model:
         for adapter in files.keys() & tried:
@@ -180,6 +202,15 @@ def architecture_rows(findings: Findings, families: Iterable[AnyFamily]) -> list
     return rows
 
 
+def expert_rows(findings: Findings, families: Iterable[AnyFamily]) -> list[tuple[str, ...]]:
+    """Find the rows of the table of mixtures whose experts are adapted."""
+    rows: list[tuple[str, ...]] = []
+    for family in families:
+        cells = findings.expert_row(family.name)
+        rows.append((family.arch, family.name, *(cells[column] for column in EXPERT_COLUMNS)))
+    return rows
+
+
 def feature_row(name: str, folder: Path) -> tuple[str, ...]:
     """Find one row of the table of PEFT's features."""
     feature = FEATURES[name]
@@ -202,8 +233,11 @@ def main() -> None:
         folder = Path(name)
         upstream = zoo.unpack_upstream(archive, folder / "upstream")
         families = FAMILIES.values()
-        rows = architecture_rows(Findings(families, upstream, folder), families)
+        findings = Findings(families, upstream, folder)
+        rows = architecture_rows(findings, families)
         write("architectures", ("architecture", "model", *COLUMNS), rows)
+        rows = expert_rows(findings, MIXTURES)
+        write("experts", ("architecture", "model", *EXPERT_COLUMNS), rows)
         rows = [feature_row(feature, folder) for feature in FEATURES]
         write("features", ("feature", "outcome", "what to do instead"), rows)
 

@@ -35,6 +35,11 @@ class Family:
     restored: Mapping[str, Any] = field(default_factory=dict)
     upstream: str = ""
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether its layers have experts that a router chooses from."""
+        return any("expert" in option for option in self.options)
+
 
 N_VOCAB = 271
 _IDS = {"vocab_size": N_VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -507,3 +512,5 @@ _ALL = [
 ]
 AnyFamily = Family | Checkpoint
 FAMILIES: Mapping[str, AnyFamily] = {family.name: family for family in (*_ALL, *PUBLISHED)}
+# Those whose experts are adapted too.
+MIXTURES = [family for family in _ALL if family.is_mixture]

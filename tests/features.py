@@ -52,8 +52,7 @@ FEATURES = {
         advice="save it with `path_initial_model_for_weight_conversion`",
     ),
     "experts (`target_parameters`)": Feature(
-        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
-        advice="train the attention's projections, or merge it into the base",
+        {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
         family="Mixtral",
     ),
     "LoHa": Feature(kind="LoHaConfig", advice=MERGE),
@@ -77,7 +76,10 @@ def outcome(feature: Feature, parent: Path) -> str:
 
     folder = Path(tempfile.mkdtemp(dir=parent))
     family = FAMILIES[feature.family]
-    base = tiny.write_tiny_base(folder / "base.gguf", family.arch, n_layer=2, tied=False)
+    n_expert = family.options.get("num_local_experts", 0)
+    base = tiny.write_tiny_base(
+        folder / "base.gguf", family.arch, n_layer=2, tied=False, n_expert=n_expert
+    )
     options = dict(feature.config)
     if "Tuning" not in feature.kind:
         options.setdefault("target_modules", list(tiny.HF_TARGETS))
@@ -99,6 +101,13 @@ def outcome(feature: Feature, parent: Path) -> str:
     for name, module in wrapped.named_modules():
         _, _, place = name.rpartition("layers.")
         layer, _, projection = place.partition(".")
+        if projection == "mlp.experts":  # its gate_up_proj, which is adapted alone
+            expected = module.get_delta_weight("default").detach().double().numpy()
+            parts = [deltas[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up")]
+            np.testing.assert_allclose(
+                np.concatenate(parts, axis=1), expected, rtol=2e-6, atol=1e-7
+            )
+            n_compared += 1
         stem = tiny.PROJECTIONS.get(projection)
         if not hasattr(module, "lora_A") or stem in (None, "attn_q", "attn_k"):
             continue  # rows of q and k are reordered, which test_convert compares
@@ -111,7 +120,7 @@ def outcome(feature: Feature, parent: Path) -> str:
 
 
 def _deltas(path: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Give what llama.cpp adds to each tensor: float64 [n_out, n_in]."""
+    """Give what llama.cpp adds to each tensor: float64 [n_out, n_in], of each expert."""
     reader = gguf.GGUFReader(path)
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
     tensors = {
@@ -121,7 +130,7 @@ def _deltas(path: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
     bases = {name.rpartition(".")[0] for name in tensors}
     return {
         base: alpha
-        / tensors[f"{base}.lora_b"].shape[1]
+        / tensors[f"{base}.lora_b"].shape[-1]
         * (tensors[f"{base}.lora_b"] @ tensors[f"{base}.lora_a"])
         for base in bases
     }

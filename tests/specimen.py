@@ -13,7 +13,9 @@ F32 = NDArray[np.float32]
 
 TOKENS = [5, 17, 99, 3, 250, 77, 34, 120, 8, 61, 200, 11]
 ADAPTERS = ("projections", "scales", "embedding", "head")
-UPSTREAM = {"projections", "embedding", "head"}  # upstream reads nothing that makes scales differ
+EXPERTS = ("experts", "single experts")  # of mixtures: of stacked parameters, and one by one
+# Upstream reads nothing that makes scales differ, and no parameters.
+UPSTREAM = {"projections", "embedding", "head", "single experts"}
 LAYER_WEIGHTS = (0.25, -0.75)  # of the two layers
 
 
@@ -34,12 +36,14 @@ class Specimen:
 
     logits  "base", an adapter, or "per layer" -> [n_vocab] after TOKENS
     states  [n_layer, n_embd] of the last token after each block, under "projections"
+    expert_states  the same under "experts", of a mixture that has them
     """
 
     family: Named
     folder: Path
     logits: Mapping[str, F32]
     states: F32
+    expert_states: F32 | None = None
 
     @property
     def hf(self) -> Path:
@@ -48,6 +52,11 @@ class Specimen:
     @property
     def base(self) -> Path:
         return self.folder / "base.gguf"
+
+    @property
+    def experts(self) -> list[str]:
+        """Those of EXPERTS that it has."""
+        return [adapter for adapter in EXPERTS if adapter in self.logits]
 
     def peft(self, adapter: str) -> Path:
         return self.folder / "peft" / adapter
@@ -77,6 +86,6 @@ def adapter_jobs(specimen: Specimen) -> list[dict[str, object]]:
             "peft": str(specimen.peft(adapter)),
             "outtype": "f32",
         }
-        for adapter in ADAPTERS
+        for adapter in (*ADAPTERS, *specimen.experts)
         if adapter in UPSTREAM
     ]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from qaflora_edge.convert import architectures
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.architectures import ARCHITECTURES
 from qaflora_edge.convert.layouts import (
@@ -37,7 +38,7 @@ pytest.importorskip("peft")
 
 import convert_table
 import zoo
-from families import FAMILIES
+from families import FAMILIES, MIXTURES
 from features import FEATURES
 
 
@@ -68,6 +69,12 @@ def test_row_of_the_table_is_what_is_found(findings: convert_table.Findings, fam
     assert list(row) in convert_table.committed("architectures")
 
 
+@pytest.mark.parametrize("family", [family.name for family in MIXTURES])
+def test_row_of_experts_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
+    (row,) = convert_table.expert_rows(findings, [FAMILIES[family]])
+    assert list(row) in convert_table.committed("experts")
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature_of_peft_is_what_the_table_says(tmp_path: Path, feature: str) -> None:
     row = convert_table.feature_row(feature, tmp_path)
@@ -78,6 +85,9 @@ def test_tables_have_every_family_architecture_and_feature() -> None:
     rows = convert_table.committed("architectures")
     assert [row[1] for row in rows] == list(FAMILIES)
     assert {row[0] for row in rows} == set(ARCHITECTURES)
+    rows = convert_table.committed("experts")
+    assert [row[1] for row in rows] == [family.name for family in MIXTURES]
+    assert {row[0] for row in rows} == set(architectures.MIXTURES)
     assert [row[0] for row in convert_table.committed("features")] == list(FEATURES)
 
 
@@ -179,29 +189,6 @@ def test_fused_projections_of_a_base_are_named(tmp_path: Path) -> None:
         f"Cannot convert {folder} for {base}: module model.layers.0.self_attn.k_proj needs tensor "
         "blk.0.attn_k.weight, and the base holds q, k and v as one, blk.0.attn_qkv.weight. Use a "
         "base that was converted without --fuse-qkv."
-    )
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "model.layers.0.mlp.experts.3.gate_proj",
-        "model.layers.0.block_sparse_moe.experts.0.w1",
-        "model.layers.0.mlp.experts",
-        "model.layers.0.mlp.experts.base_layer",
-        "model.layers.0.mlp.experts.gate_proj",
-    ],
-)
-def test_experts_are_refused_by_name(tmp_path: Path, module: str) -> None:
-    tensors = {"blk.0.ffn_gate_exps.weight": (4, 32, 64)}
-    base = write_base(tmp_path / "base.gguf", "qwen3moe", tensors, 4)
-    folder = write_peft(tmp_path / "a", module, 32, 64)
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert str(caught.value) == (
-        f"Cannot convert {folder}: module {module} has LoRA of experts, which a GGUF stacks into "
-        "one tensor per layer; adapters of those have no weight per layer here. Train only the "
-        "attention's projections (and shared experts), or merge the adapter into its base."
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import mixtures
 import numpy as np
 import torch
 from checkpoints import Checkpoint
@@ -139,8 +140,10 @@ def _build_one(family: Family, folder: Path) -> Specimen:
         "embedding": {"target_modules": [names[id(model.get_input_embeddings())]]},
         "head": {"target_modules": [names[id(model.get_output_embeddings())]]},
     }
+    if parameters := mixtures.expert_parameters(model):
+        options["experts"] = {"target_modules": [], "target_parameters": parameters}
     logits: dict[str, F32] = {}
-    states = np.empty(0, np.float32)
+    states, expert_states = np.empty(0, np.float32), None
     for adapter, more in options.items():
         is_conv = any(isinstance(modules[name], Conv1D) for name in more["target_modules"])
         config = peft.LoraConfig(
@@ -157,8 +160,15 @@ def _build_one(family: Family, folder: Path) -> Specimen:
             states = last_states(wrapped)
             scale_layers(wrapped)
             logits["per layer"] = last_logits(wrapped)
+        if adapter == "experts":
+            expert_states = last_states(wrapped)
+            scale_layers(wrapped)
+            logits["experts per layer"] = last_logits(wrapped)
         model = wrapped.unload()
-    return Specimen(family, folder, logits, states)
+    merged = mixtures.write_single_experts(model, folder / "peft" / "single experts", last_logits)
+    if merged is not None:
+        logits["single experts"] = merged
+    return Specimen(family, folder, logits, states, expert_states)
 
 
 def randomise(wrapped: Any) -> None:

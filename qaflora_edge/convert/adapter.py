@@ -22,7 +22,7 @@ from qaflora_edge.convert.encode import (
     stored_shape,
     stored_type,
 )
-from qaflora_edge.convert.plan import PlannedModule, plan_modules
+from qaflora_edge.convert.plan import Planned, plan_modules
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError
 from qaflora_edge.files import atomic_path, is_disk_full, readable
@@ -111,10 +111,10 @@ def convert_adapter(
         path=out_path,
         architecture=header.architecture,
         alpha=alpha,
-        rank=max(module.source.rank for module in modules),
+        rank=max(module.rank for module in modules),
         targets=tuple(sorted({module.kind for module in modules})),
         n_module=len(modules),
-        n_rescaled=sum(module.factor != 1.0 for module in modules),
+        n_rescaled=sum(module.is_rescaled for module in modules),
         size_bytes=out_path.stat().st_size,
         trained_on=trained_on,
         base_name=header.name,
@@ -133,7 +133,7 @@ def _write(
     name: str,
     trained_on: str | None,
     alpha: float,
-    modules: Sequence[PlannedModule],
+    modules: Sequence[Planned],
     wanted: GGMLQuantizationType,
     tell: Callable[[int], None],
 ) -> None:

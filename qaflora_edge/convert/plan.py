@@ -1,15 +1,15 @@
 """Plan a conversion: where each module of a PEFT adapter goes, and with which scale. No I/O."""
 
 import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import gguf
-import numpy as np
 
 from qaflora_edge.convert.architectures import ARCHITECTURES, UNMAPPED
+from qaflora_edge.convert.experts import PlannedExperts, is_of_experts, plan_experts
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
+from qaflora_edge.convert.scale import common_alpha, scale_factor
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
 from qaflora_edge.formats.bypassed import module_kind
 from qaflora_edge.formats.gguf_header import GgufHeader
@@ -22,7 +22,6 @@ _PREFIXES = {
     "language_model.lm_head": "lm_head",
     "model.text_model.": "model.",
 }
-_EXPERT = re.compile(r"\.experts?(\.|$)")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,9})\.")
 _BLOCK = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
 
@@ -50,15 +49,37 @@ class PlannedModule:
     def kind(self) -> str:
         return module_kind(self.base_name)
 
+    @property
+    def name(self) -> str:
+        return self.source.name
 
-def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[PlannedModule]]:
+    @property
+    def path(self) -> Path:
+        return self.source.a.path
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
+
+    @property
+    def is_rescaled(self) -> bool:
+        return self.factor != 1.0
+
+
+Planned = PlannedModule | PlannedExperts
+
+
+def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[Planned]]:
     """Name every module for the base, check that it fits, and choose the file's one alpha."""
     layout = _reviewed_layout(header)
     _check_biases(adapter, header)
     name_map = _tensor_names(header)
     alpha = common_alpha(list(adapter.modules.values()))
     planned: dict[str, PlannedModule] = {}
+    experts = [module for module in adapter.modules.values() if is_of_experts(module)]
     for module in adapter.modules.values():
+        if is_of_experts(module):
+            continue
         factor = scale_factor(module.scale, module.rank, alpha)
         for part in _place(adapter, module, header, layout, name_map):
             base_name = f"{part.tensor}.weight"
@@ -70,23 +91,11 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
                 )
             planned[base_name] = PlannedModule(module, base_name, factor, part.rows, part.columns)
             _check_shape(adapter, planned[base_name], header)
-    return alpha, sorted(planned.values(), key=lambda module: _natural_key(module.base_name))
-
-
-def common_alpha(modules: Sequence[PeftModule]) -> float:
-    """Choose the alpha under which most modules need no change; a float32 value.
-
-    A GGUF holds one alpha, and the runtime's scale is alpha / rank of the tensor.
-    """
-    counts = Counter(float(np.float32(module.scale * module.rank)) for module in modules)
-    return max(counts, key=lambda alpha: (counts[alpha], alpha))
-
-
-def scale_factor(scale: float, rank: int, alpha: float) -> float:
-    """Give what B is multiplied by so that alpha / rank gives `scale`; exactly 1 if it does."""
-    if float(np.float32(scale * rank)) == alpha:
-        return 1.0
-    return scale * rank / alpha
+    everything: list[Planned] = [
+        *planned.values(),
+        *plan_experts(adapter, experts, header, alpha),
+    ]
+    return alpha, sorted(everything, key=lambda module: _natural_key(module.base_name))
 
 
 def _reviewed_layout(header: GgufHeader) -> Layout:
@@ -147,8 +156,6 @@ def _place(
     name_map: gguf.TensorNameMap,
 ) -> tuple[Part, ...]:
     """Give the tensors of the base that a module goes to, and the order of its rows there."""
-    if _EXPERT.search(module.name):
-        raise _experts_refused(adapter, module)
     name = _mapped(adapter, module, header, name_map)
     stem = name.rpartition(".")[2]
     if module.is_embedding != (stem == "token_embd"):
@@ -162,7 +169,7 @@ def _place(
     except LayoutError as error:
         raise AdapterMismatchError(
             f"Cannot convert {adapter.folder} for {header.path}: module {module.name} has {error}. "
-            f"The adapter is for another base{_trained_on(adapter)}."
+            f"The adapter is for another base{adapter.trained_on}."
         ) from error
 
 
@@ -197,14 +204,6 @@ def _spellings(name: str) -> list[str]:
     return names
 
 
-def _experts_refused(adapter: PeftAdapter, module: PeftModule) -> QafloraError:
-    return UnsupportedAdapterError(
-        f"Cannot convert {adapter.folder}: module {module.name} has LoRA of experts, which a GGUF "
-        "stacks into one tensor per layer; adapters of those have no weight per layer here. Train "
-        "only the attention's projections (and shared experts), or merge the adapter into its base."
-    )
-
-
 def _unknown_module(adapter: PeftAdapter, module: PeftModule, header: GgufHeader) -> QafloraError:
     layer = _LAYER.search(f".{module.name}")
     is_text = not re.search(r"(^|[._])(vision|visual|audio)", module.name)
@@ -212,19 +211,14 @@ def _unknown_module(adapter: PeftAdapter, module: PeftModule, header: GgufHeader
         return AdapterMismatchError(
             f"Cannot convert {adapter.folder} for {header.path}: module {module.name} is in layer "
             f"{layer[1]}, and the base has layers 0 to {header.n_layer - 1}. "
-            f"The adapter is for another base{_trained_on(adapter)}."
+            f"The adapter is for another base{adapter.trained_on}."
         )
     return UnsupportedAdapterError(
         f"Cannot convert {adapter.folder}: module {module.name} has no counterpart in a "
         f"{header.architecture} GGUF; expected projections of the language model's layers, "
-        f"embed_tokens or lm_head. The adapter may be for another base{_trained_on(adapter)}, or "
+        f"embed_tokens or lm_head. The adapter may be for another base{adapter.trained_on}, or "
         "was trained on parts that a GGUF lacks."
     )
-
-
-def _trained_on(adapter: PeftAdapter) -> str:
-    name = adapter.config.base_name
-    return f" (adapter_config.json says {name[:200]!r})" if name else ""
 
 
 def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader) -> None:
@@ -236,13 +230,11 @@ def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader
     shape = (source.n_in, module.n_out) if source.is_embedding else (module.n_out, source.n_in)
     if info is None:
         raise _missing_tensor(adapter, module, header)
-    if len(info.shape) == 3:
-        raise _experts_refused(adapter, source)
     if info.shape != shape:
         raise AdapterMismatchError(
             f"Cannot convert {adapter.folder} for {header.path}: module {source.name} is for a "
             f"weight of shape {list(shape)}, and {expected_name} of the base is "
-            f"{list(info.shape)}. The adapter is for another base{_trained_on(adapter)}."
+            f"{list(info.shape)}. The adapter is for another base{adapter.trained_on}."
         )
 
 
@@ -259,7 +251,7 @@ def _missing_tensor(
     return AdapterMismatchError(
         f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} needs "
         f"tensor {module.base_name}, which the base lacks. "
-        f"The adapter is for another base{_trained_on(adapter)}."
+        f"The adapter is for another base{adapter.trained_on}."
     )
 
 

@@ -7,6 +7,7 @@ What llama.cpp 0c1e5709, conversion/*.py, does to rows, told a second time and i
 import numpy as np
 from numpy.typing import NDArray
 
+from qaflora_edge.convert.experts import StackedExperts
 from qaflora_edge.convert.plan import PlannedModule
 from qaflora_edge.formats.gguf_header import GgufHeader
 
@@ -21,6 +22,7 @@ _GROUPED_QKV = ("bloom", "falcon", "gptneox")
 _PACKED = {"bailingmoe": "query_key_value"}
 _SECOND = {"proj_1": "ffn_up", "kv": "attn_v", "gate_up_proj": "ffn_up"}  # of two halves
 _GROUPED = {"internlm2": "wqkv"}
+_GATE_UP_BY_TURNS = ("gpt-oss",)
 _TILED = ("qwen35", "qwen35moe")
 
 
@@ -59,6 +61,22 @@ def source_columns(header: GgufHeader, module: PlannedModule) -> Index:
     if header.architecture in _TILED and module.kind == "ssm_out":
         return _tiled_place(column, len(column), header)
     return column
+
+
+def expert_rows(header: GgufHeader, module: StackedExperts, n_row: int) -> Index:
+    """Give the parameter's row, of n_row, for each row of an expert's tensor.
+
+    returns  [n_out]
+    """
+    row, half = np.arange(module.n_out), n_row // 2
+    is_by_turns = header.architecture in _GATE_UP_BY_TURNS
+    if module.kind == "ffn_gate_up_exps" and is_by_turns:
+        return row % half * 2 + row // half
+    if module.kind == "ffn_gate_exps":
+        return 2 * row if is_by_turns else row
+    if module.kind == "ffn_up_exps":
+        return 2 * row + 1 if is_by_turns else row + half
+    return row
 
 
 def _turned(row: Index, header: GgufHeader, n_head: int) -> Index:

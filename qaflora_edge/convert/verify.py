@@ -13,13 +13,15 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from qaflora_edge.convert.plan import PlannedModule
-from qaflora_edge.convert.source_order import source_columns, source_rows
+from qaflora_edge.convert.experts import SingleExperts, StackedExperts
+from qaflora_edge.convert.plan import Planned, PlannedModule
+from qaflora_edge.convert.source_order import expert_rows, source_columns, source_rows
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.formats.gguf_header import GgufHeader
 
 F64 = NDArray[np.float64]
+Pair = tuple[F64, F64]  # B [n_out, rank] with its scale, and A [rank, n_in]
 
 TILE_ROWS, TILE_COLUMNS = 256, 512  # of a delta that are in memory at a time
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
@@ -56,7 +58,7 @@ class ModuleCheck:
 def verify_conversion(
     path: Path,
     header: GgufHeader,
-    modules: Sequence[PlannedModule],
+    modules: Sequence[Planned],
     progress: Callable[[int], None] | None = None,
 ) -> tuple[ModuleCheck, ...]:
     """Compare the file of a conversion with its source, module by module.
@@ -88,7 +90,7 @@ def verify_conversion(
         worst = max(wrong, key=lambda check: np.nan_to_num(check.of_allowed, nan=np.inf))
         raise ConversionError(
             f"The conversion is wrong: {len(wrong)} of {len(checks)} modules differ from "
-            f"{modules[0].source.a.path.parent}, most of all {worst.module} ({worst.tensor}), by "
+            f"{modules[0].path.parent}, most of all {worst.module} ({worst.tensor}), by "
             f"{worst.largest_difference:.3g}, {worst.of_allowed:.3g} times what rounding explains; "
             "expected at most once. Nothing was kept; please report this.",
             tuple(checks),
@@ -96,35 +98,83 @@ def verify_conversion(
     return tuple(checks)
 
 
-def _check_module(info: AdapterInfo, header: GgufHeader, module: PlannedModule) -> ModuleCheck:
-    source = module.source
-    right = source.read_a()[:, source_columns(header, module)].astype(np.float64)  # [rank, n_in]
-    left = source.read_b()[source_rows(header, module)].astype(np.float64)  # [n_out, rank]
+def _check_module(info: AdapterInfo, header: GgufHeader, module: Planned) -> ModuleCheck:
     stored_a, stored_b, scale = read_pair(info, module.base_name)
-    if source.is_embedding:
-        stored_a = stored_a.T
-    stored_right, stored_left = stored_a.astype(np.float64), stored_b.astype(np.float64)
     kinds = [info.tensors[f"{module.base_name}.lora_{side}"].ggml_type for side in "ab"]
-    allowed = scale * _allowed(right, left * (source.scale / scale), kinds, source.is_embedding)
+    is_embedding = False
+    pairs: Iterator[Pair]
+    if isinstance(module, PlannedModule):
+        is_embedding = module.source.is_embedding
+        stored_a, stored_b = (stored_a.T if is_embedding else stored_a)[None], stored_b[None]
+        pairs = iter([_plain_pair(header, module)])
+    elif isinstance(module, SingleExperts):
+        pairs = _single_pairs(module)
+    else:
+        pairs = _stacked_pairs(header, module)
 
-    largest_difference, largest, of_allowed = 0.0, 0.0, 0.0
-    for rows, columns in _tiles(len(left), right.shape[1]):
-        delta = source.scale * left[rows] @ right[:, columns]
-        with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-            stored = scale * stored_left[rows] @ stored_right[:, columns]
-            difference = np.abs(stored - delta).max(axis=1)
-            share = np.where(difference == 0, 0.0, difference / np.abs(allowed[rows]))
-        # np.maximum keeps NaN, which max() may drop.
-        largest_difference = np.maximum(largest_difference, difference.max())
-        largest = np.maximum(largest, np.abs(delta).max())
-        of_allowed = np.maximum(of_allowed, share.max())
+    found = np.zeros(3)  # the largest difference, entry of the delta, and share of what is allowed
+    for (left, right), (stored_left, stored_right) in zip(
+        pairs, zip(stored_b, stored_a, strict=True), strict=True
+    ):
+        in_file = (scale * stored_left.astype(np.float64), stored_right.astype(np.float64))
+        allowed = scale * _allowed(right, left / scale, kinds, is_embedding)
+        found = np.maximum(found, _compare((left, right), in_file, allowed))  # it keeps NaN
+    largest_difference, largest, of_allowed = found
     return ModuleCheck(
-        module=source.name,
+        module=module.name,
         tensor=module.base_name,
         largest_difference=float(largest_difference),
         relative_difference=float(largest_difference / largest) if largest else 0.0,
         of_allowed=float(of_allowed),
     )
+
+
+def _plain_pair(header: GgufHeader, module: PlannedModule) -> Pair:
+    source = module.source
+    right = source.read_a()[:, source_columns(header, module)].astype(np.float64)
+    left = source.read_b()[source_rows(header, module)].astype(np.float64)
+    return source.scale * left, right
+
+
+def _single_pairs(module: SingleExperts) -> Iterator[Pair]:
+    """Give the pair of each expert from a module of its own; of one without, zeros."""
+    for expert in range(module.n_expert):
+        if expert not in module.experts:
+            yield np.zeros((module.n_out, 1)), np.zeros((1, module.n_in))
+            continue
+        source, _ = module.experts[expert]
+        left = source.read_b().astype(np.float64)
+        yield source.scale * left, source.read_a().astype(np.float64)
+
+
+def _stacked_pairs(header: GgufHeader, module: StackedExperts) -> Iterator[Pair]:
+    """Give the pair of each expert from the parameter of all, by PEFT's rule: "o r e, e r i"."""
+    source, rank = module.source, module.source.rank
+    first, second = source.read_a().astype(np.float64), source.read_b().astype(np.float64)
+    for expert in range(source.n_expert):
+        rows = first[expert * rank : (expert + 1) * rank]  # [rank, n]
+        columns = second[:, expert :: source.n_expert]  # [n, rank]
+        left, right = (rows.T, columns.T) if module.is_swapped else (columns, rows)
+        own = expert_rows(header, module, len(left))
+        yield source.scale * left[own], right
+
+
+def _compare(pair: Pair, in_file: Pair, allowed: F64) -> tuple[float, float, float]:
+    """Compare two deltas: the largest difference, the largest entry, and the share of `allowed`.
+
+    allowed  [n_out]  what an entry of a row may differ by
+    """
+    found = np.zeros(3)
+    (left, right), (stored_left, stored_right) = pair, in_file
+    for rows, columns in _tiles(len(left), right.shape[1]):
+        delta = left[rows] @ right[:, columns]
+        with np.errstate(all="ignore"):  # a file that is wrong may hold anything
+            stored = stored_left[rows] @ stored_right[:, columns]
+            difference = np.abs(stored - delta).max(axis=1)
+            share = np.where(difference == 0, 0.0, difference / np.abs(allowed[rows]))
+        found = np.maximum(found, (difference.max(), np.abs(delta).max(), share.max()))
+    largest_difference, largest, of_allowed = found
+    return float(largest_difference), float(largest), float(of_allowed)
 
 
 def _tiles(n_row: int, n_column: int) -> Iterator[tuple[slice, slice]]:

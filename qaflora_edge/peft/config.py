@@ -43,7 +43,9 @@ CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_con
 class PeftConfig:
     """What decides the size and the scale of each module of a LoRA.
 
+    parameters  bare parameters that are adapted, by their names or ends of names
     bias  "none", or which of the base's biases were trained, if it has any
+    version  of the PEFT that wrote it, if it says so
     """
 
     path: Path
@@ -53,9 +55,11 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     targets: TargetRule = field(default_factory=TargetRule)
+    parameters: tuple[str, ...] = ()
     bias: str = "none"
     ties_weights: bool = False
     base_name: str | None = None
+    version: str | None = None
 
     def rank_of(self, module: str) -> int:
         return self.rank_pattern.get(matching_key(self.rank_pattern, module), self.rank)
@@ -138,11 +142,13 @@ def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
         rank_pattern=_pattern(path, fields, "rank_pattern", check_rank),
         alpha_pattern=_pattern(path, fields, "alpha_pattern", check_alpha),
         targets=_target_rule(path, fields),
+        parameters=_parameters(path, fields),
         bias=_bias(path, fields),
         ties_weights=_flag(path, fields, "ensure_weight_tying"),
         base_name=check_name(
             path, "base_model_name_or_path", fields.get("base_model_name_or_path")
         ),
+        version=check_name(path, "peft_version", fields.get("peft_version")),
     )
 
 
@@ -264,6 +270,13 @@ def _target_rule(path: Path, fields: Mapping[str, Any]) -> TargetRule:
         layers=tuple(layers) if layers else None,
         layers_patterns=(patterns,) if isinstance(patterns, str) else patterns or (),
     )
+
+
+def _parameters(path: Path, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    names = check_names(path, "target_parameters", fields.get("target_parameters"))
+    if isinstance(names, str):
+        raise wrong_field(path, "target_parameters", names, "a list of names")
+    return names or ()
 
 
 def check_names(path: Path, field: str, value: object) -> tuple[str, ...] | str | None:

@@ -18,6 +18,7 @@ from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read
 from qaflora_edge.peft.files import adapter_folder, read_weights
 from qaflora_edge.peft.mlx import is_mlx, read_mlx
 from qaflora_edge.peft.module import PeftAdapter, PeftModule, check_matrix
+from qaflora_edge.peft.parameters import parameter_names
 from qaflora_edge.peft.refusals import tensor_kind
 
 _PREFIX = "base_model.model."
@@ -86,10 +87,14 @@ def _pair_tensors(
             "trained LoRA. Save the adapter again."
         )
     config.check_work(parts)
-    return {
-        module: _make_module(config, module, pair, is_embedding=module in embeddings)
+    parameters = parameter_names(config, parts)
+    modules = [
+        _make_module(
+            config, module, pair, parameters.get(module), is_embedding=module in embeddings
+        )
         for module, pair in parts.items()
-    }
+    ]
+    return {module.name: module for module in modules}
 
 
 def _check_one_adapter(tensor: StoredTensor, adapters: set[str]) -> None:
@@ -123,7 +128,12 @@ def _check_copy(config: PeftConfig, tensor: StoredTensor, parts: Mapping[str, ob
 
 
 def _make_module(
-    config: PeftConfig, module: str, pair: Mapping[str, StoredTensor], *, is_embedding: bool
+    config: PeftConfig,
+    module: str,
+    pair: Mapping[str, StoredTensor],
+    parameter: str | None,
+    *,
+    is_embedding: bool,
 ) -> PeftModule:
     (present,) = pair if len(pair) == 1 else ("",)
     if present:
@@ -135,23 +145,30 @@ def _make_module(
     a, b = pair["A"], pair["B"]
     for tensor in (a, b):
         check_matrix(tensor)
-    config.check_target(module)
-    rank = config.rank_of(module)
-    if not a.shape[0] == b.shape[1] == rank:
+    if parameter is None:
+        config.check_target(module)
+    key = parameter or module  # what PEFT's patterns are matched with
+    rank = config.rank_of(key)
+    is_stacked = parameter is not None and not parameter.endswith(".weight")
+    n_expert = max(1, a.shape[0] // rank) if is_stacked else 0
+    n_rank = rank * max(1, n_expert)
+    if not a.shape[0] == b.shape[1] == n_rank:
+        wanted = f"{rank} times the number of experts" if is_stacked else f"{rank}"
         raise PeftConfigError(
             f"Cannot use {config.path}: module {module} has rank {rank} by r and rank_pattern, but "
-            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}; expected [{rank}, n_in] and "
-            f"[n_out, {rank}]. The two files do not belong together; save the adapter again."
+            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}; expected [{wanted}, n_in] and "
+            f"[n_out, {wanted}]. The two files do not belong together; save the adapter again."
         )
     return PeftModule(
-        name=module,
+        name=key if is_stacked else module,
         rank=rank,
         n_in=a.shape[1],
         n_out=b.shape[0],
-        scale=config.scale_of(module),
+        scale=config.scale_of(key),
         is_embedding=is_embedding,
         a=a,
         b=b,
+        n_expert=n_expert,
     )
 
 

@@ -15,6 +15,8 @@ class PeftModule:
 
     For an embedding n_in is the vocabulary and the delta is transposed, as in PEFT.
     `is_transposed`: the file holds A as [n_in, rank] and B as [rank, n_out].
+    `n_expert`: of a parameter that stacks experts, how many; A is then [n_expert * rank, n_in], one
+    expert after the other, and B [n_out, rank * n_expert], the experts side by side in each rank.
     """
 
     name: str
@@ -26,6 +28,7 @@ class PeftModule:
     a: StoredTensor
     b: StoredTensor
     is_transposed: bool = False
+    n_expert: int = 0
 
     def read_a(self, *, transposed: bool = False) -> F32:
         """returns  [rank, n_in], transposed [n_in, rank]  float32, finite"""
@@ -44,9 +47,15 @@ class PeftAdapter:
     config: PeftConfig
     modules: Mapping[str, PeftModule]
 
+    @property
+    def trained_on(self) -> str:
+        """What its config says of its base, to stand at the end of a sentence."""
+        name = self.config.base_name
+        return f" (adapter_config.json says {name[:200]!r})" if name else ""
+
 
 def check_matrix(tensor: StoredTensor) -> None:
-    """Refuse what is no matrix, such as LoRA on a convolution or on experts."""
+    """Refuse what is no matrix, such as LoRA on a convolution, or of MLX on experts."""
     if tensor.n_bytes == 0:
         raise SafetensorsFileError(
             f"Cannot use {tensor.path}: tensor {tensor.name} is empty, of shape "

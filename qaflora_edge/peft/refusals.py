@@ -28,10 +28,6 @@ FIELDS: Mapping[str, tuple[str, str]] = {
         "single trained token embeddings are not low-rank",
         "Train without it, or merge the adapter into its base.",
     ),
-    "target_parameters": (
-        "LoRA on bare parameters (as of experts) cannot be applied per layer",
-        "Train with target_modules.",
-    ),
     "alora_invocation_tokens": ("an activated LoRA acts only after certain tokens", PLAIN),
     "megatron_config": (
         "Megatron's parallel layers are split over devices",

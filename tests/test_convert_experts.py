@@ -1,0 +1,363 @@
+"""Adapters of experts, converted: the delta of each expert is what numpy says of the source."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+
+from qaflora_edge.convert.adapter import ConvertedAdapter, convert_adapter
+from qaflora_edge.convert.experts import StackedExperts
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    ConversionError,
+    PeftConfigError,
+    UnsupportedAdapterError,
+)
+
+F64 = NDArray[np.float64]
+N_EXPERT, N_FF, N_EMBD, RANK = 3, 48, 32, 4
+EXPERTS = "model.layers.0.mlp.experts"
+OLD_EXPERTS = "model.layers.0.block_sparse_moe.experts"
+
+
+def write_base(
+    path: Path, arch: str = "qwen3moe", *, n_ff: int = N_FF, fused: bool = False
+) -> Path:
+    """Write a base of one layer of experts, all zeros; its shapes are what is of interest."""
+    shapes = {"gate": (n_ff, N_EMBD), "up": (n_ff, N_EMBD), "down": (N_EMBD, n_ff)}
+    if fused:
+        shapes = {"gate_up": (2 * n_ff, N_EMBD), "down": (N_EMBD, n_ff)}
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    for part, shape in shapes.items():
+        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", np.zeros((N_EXPERT, *shape), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_peft(folder: Path, tensors: Mapping[str, Any], **fields: Any) -> Path:
+    """Write a PEFT folder with these pairs: module -> (A, B)."""
+    folder.mkdir(exist_ok=True)
+    named = {}
+    for module, (a, b) in tensors.items():
+        named[f"base_model.model.{module}.lora_A.weight"] = np.asarray(a, np.float32)
+        named[f"base_model.model.{module}.lora_B.weight"] = np.asarray(b, np.float32)
+    tiny.write_safetensors(folder / "adapter_model.safetensors", named)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def drawn(*shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def deltas(converted: ConvertedAdapter) -> dict[str, F64]:
+    """Give what llama.cpp adds: part of the experts -> float64 [n_expert, n_out, n_in]."""
+    tensors = {
+        tensor.name: np.asarray(tensor.data, np.float64)
+        for tensor in gguf.GGUFReader(converted.path).tensors
+    }
+    found = {}
+    for name, b in tensors.items():
+        if name.endswith(".lora_b"):
+            a = tensors[name.replace("lora_b", "lora_a")]
+            part = name.removeprefix("blk.0.ffn_").partition("_exps")[0]
+            found[part] = converted.alpha / b.shape[-1] * b @ a
+    return found
+
+
+def convert(folder: Path, base: Path) -> ConvertedAdapter:
+    return convert_adapter(folder, base, folder / "out.gguf", outtype="f32", verify=True)
+
+
+def stacked_pair(n_in: int, n_out: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A and B of a parameter, as PEFT's ParamWrapper has them."""
+    return drawn(RANK * N_EXPERT, n_in), drawn(n_out, RANK * N_EXPERT)
+
+
+def stacked_delta(a: NDArray[np.float32], b: NDArray[np.float32]) -> F64:
+    """PEFT's own formula: [n_expert, n_out, n_in]."""
+    first = a.astype(np.float64).reshape(N_EXPERT, RANK, -1)
+    second = b.astype(np.float64).reshape(len(b), RANK, N_EXPERT)
+    delta: F64 = 2.0 * np.einsum("ore,eri->eoi", second, first)
+    return delta
+
+
+@pytest.mark.parametrize("names", [("mlp", "up_proj"), ("block_sparse_moe", "w3")])
+def test_experts_of_their_own_are_stacked(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Of another rank and scale each; one has none, and its delta is zero."""
+    block, up = names
+    base = write_base(tmp_path / "base.gguf", "llama")
+    experts = f"model.layers.0.{block}.experts"
+    tensors = {
+        f"{experts}.0.{up}": (drawn(RANK, N_EMBD), drawn(N_FF, RANK)),
+        f"{experts}.2.{up}": (drawn(7, N_EMBD), drawn(N_FF, 7)),
+    }
+    patterns = {"rank_pattern": {f"experts.2.{up}": 7}, "alpha_pattern": {f"2.{up}": 3.5}}
+    converted = convert(write_peft(tmp_path / "a", tensors, **patterns), base)
+    (a0, b0), (a2, b2) = tensors.values()
+    expected = np.zeros((N_EXPERT, N_FF, N_EMBD))
+    expected[0] = 2.0 * b0.astype(np.float64) @ a0.astype(np.float64)
+    expected[2] = 0.5 * b2.astype(np.float64) @ a2.astype(np.float64)
+    assert (converted.rank, converted.targets) == (7, ("ffn_up_exps",))
+    np.testing.assert_allclose(deltas(converted)["up"], expected, rtol=2e-6, atol=1e-5)
+
+
+def test_types_are_rounded_as_others(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", n_ff=64)
+    tensors = {
+        f"{EXPERTS}.base_layer": stacked_pair(N_EMBD, 128),
+        EXPERTS: stacked_pair(64, N_EMBD),
+    }
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    folder = write_peft(tmp_path / "a", tensors, target_parameters=targets)
+    for outtype in ("f16", "bf16", "q8_0"):
+        out = tmp_path / f"{outtype}.gguf"
+        converted = convert_adapter(folder, base, out, outtype=outtype, verify=True)
+        assert all(0.0 < check.of_allowed <= 1.0 for check in converted.checks)
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameter_of_gate_and_up_is_taken_apart(tmp_path: Path, arch: str, fused: bool) -> None:
+    base = write_base(tmp_path / "base.gguf", arch, fused=fused)
+    pairs = {
+        f"{EXPERTS}.base_layer": stacked_pair(N_EMBD, 2 * N_FF),
+        EXPERTS: stacked_pair(N_FF, N_EMBD),
+    }
+    targets = [f"{EXPERTS}.down_proj", f"{EXPERTS}.gate_up_proj"]
+    found = deltas(convert(write_peft(tmp_path / "a", pairs, target_parameters=targets), base))
+    gate_up, down = (stacked_delta(*pair) for pair in pairs.values())
+    gate, up = gate_up[:, :N_FF], gate_up[:, N_FF:]
+    if arch == "gpt-oss":
+        gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+    expected = {"gate": gate, "up": up, "down": down}
+    if fused:
+        expected = {"gate_up": np.concatenate([gate, up], axis=1), "down": down}
+    assert found.keys() == expected.keys()
+    for part, delta in expected.items():
+        np.testing.assert_allclose(found[part], delta, rtol=2e-6, atol=1e-5)
+
+
+def test_older_peft_had_a_and_b_the_other_way_round(tmp_path: Path) -> None:
+    """As PEFT 0.18 saw a parameter of [n_expert, n_out, n_in]: its A has n_out columns."""
+    base = write_base(tmp_path / "base.gguf")
+    a, b = stacked_pair(2 * N_FF, N_EMBD)
+    folder = write_peft(
+        tmp_path / "a", {EXPERTS: (a, b)}, target_parameters=["experts.gate_up_proj"]
+    )
+    found = deltas(convert(folder, base))
+    expected = stacked_delta(a, b).swapaxes(1, 2)
+    both = np.concatenate([found["gate"], found["up"]], axis=1)
+    np.testing.assert_allclose(both, expected, rtol=2e-6, atol=1e-5)
+
+
+def test_square_experts_need_a_version_or_others_that_tell(tmp_path: Path) -> None:
+    """Of n_embd = 2 n_ff, as OLMoE's, A and B of gate_up_proj fit either way round."""
+    base = write_base(tmp_path / "base.gguf", n_ff=N_EMBD // 2)
+    a, b = stacked_pair(N_EMBD, N_EMBD)
+    alone = {EXPERTS: (a, b)}
+    target = ["experts.gate_up_proj"]
+    for version in (None, "0.18.1", "0.19.0", "later"):
+        folder = write_peft(tmp_path / "a", alone, target_parameters=target, peft_version=version)
+        with pytest.raises(UnsupportedAdapterError) as caught:
+            convert(folder, base)
+        assert str(caught.value) == (
+            f"Cannot convert {folder}: the experts of {EXPERTS}.gate_up_proj are square, and "
+            f"peft_version is {version!r} in its config; expected 0.19.1 or later, for earlier "
+            "ones may have A and B the other way round. Load it with what trained it, merge it and "
+            "train again, or set peft_version if it is later."
+        )
+    for version in ("0.19.1", "0.21.2.dev0", "1.0"):
+        folder = write_peft(tmp_path / "a", alone, target_parameters=target, peft_version=version)
+        found = deltas(convert(folder, base))
+        both = np.concatenate([found["gate"], found["up"]], axis=1)
+        np.testing.assert_allclose(both, stacked_delta(a, b), rtol=2e-6, atol=1e-5)
+    # The same PEFT wrote down_proj, whose shape shows that it is an older one.
+    pairs = {f"{EXPERTS}.base_layer": (a, b), EXPERTS: stacked_pair(N_EMBD, N_EMBD // 2)}
+    folder = write_peft(tmp_path / "a", pairs, target_parameters=[*target, "experts.down_proj"])
+    found = deltas(convert(folder, base))
+    both = np.concatenate([found["gate"], found["up"]], axis=1)
+    np.testing.assert_allclose(both, stacked_delta(a, b).swapaxes(1, 2), rtol=2e-6, atol=1e-5)
+
+
+def test_router_as_a_parameter_is_a_plain_module(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "qwen3moe")
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((N_EXPERT, N_EMBD), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pair = (drawn(RANK, N_EMBD), drawn(N_EXPERT, RANK))
+    folder = write_peft(
+        tmp_path / "a", {"model.layers.0.mlp.gate": pair}, target_parameters=["mlp.gate.weight"]
+    )
+    assert convert(folder, tmp_path / "base.gguf").targets == ("ffn_gate_inp",)
+
+
+def test_mistake_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    folder = write_peft(
+        tmp_path / "a",
+        {EXPERTS: stacked_pair(N_EMBD, 2 * N_FF)},
+        target_parameters=["experts.gate_up_proj"],
+    )
+    right = StackedExperts.values
+    monkeypatch.setattr(
+        StackedExperts, "values", lambda self, side: iter(list(right(self, side))[::-1])
+    )
+    with pytest.raises(ConversionError, match=r"2 of 2 modules differ .* \(blk\.0\.ffn_"):
+        convert(folder, base)
+
+
+SINGLE = f"{EXPERTS}.0.up_proj"
+PAIR = (np.ones((RANK, N_EMBD)), np.ones((N_FF, RANK)))
+ADVICE = "Train without experts, or merge the adapter into its base."
+WAY = (
+    "has LoRA of experts in a way that is not known here; expected a module for each expert, such "
+    "as mlp.experts.0.gate_proj, or target_parameters such as mlp.experts.gate_up_proj. " + ADVICE
+)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.experts.base_layer",
+        "model.layers.0.mlp.experts.gate_proj",
+        "model.layers.0.mlp.experts.0.router",
+        "model.layers.0.mlp.expert.0.up_proj",
+        "model.vision_tower.layers.0.mlp.experts.0.up_proj",
+    ],
+)
+def test_experts_under_another_name_are_refused_by_it(tmp_path: Path, module: str) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    folder = write_peft(tmp_path / "a", {module: PAIR})
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == f"Cannot convert {folder}: module {module} {WAY}"
+
+
+@pytest.mark.parametrize(
+    ("module", "pair", "found"),
+    [
+        (f"{EXPERTS}.3.up_proj", PAIR, f"is for a weight of shape [{N_FF}, {N_EMBD}] of expert 3,"),
+        (SINGLE, (np.ones((RANK, 31)), PAIR[1]), f"is for a weight of shape [{N_FF}, 31] of"),
+        ("model.layers.1.mlp.experts.0.up_proj", PAIR, "is in layer 1, and the base has layers 0"),
+    ],
+)
+def test_single_experts_of_another_base_are_named(
+    tmp_path: Path, module: str, pair: Any, found: str
+) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    folder = write_peft(tmp_path / "a", {module: pair})
+    with pytest.raises(AdapterMismatchError) as caught:
+        convert(folder, base)
+    start = f"Cannot convert {folder} for {base}: module {module} {found}"
+    assert str(caught.value).startswith(start)
+
+
+def test_stacked_experts_of_another_base_are_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    pair = (np.ones((RANK * N_EXPERT, N_EMBD)), np.ones((90, RANK * N_EXPERT)))
+    folder = write_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(AdapterMismatchError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: {EXPERTS}.gate_up_proj is for experts of shape "
+        f"[{N_EXPERT}, 90, {N_EMBD}], and the base's are [{N_EXPERT}, {2 * N_FF}, {N_EMBD}]. The "
+        "adapter is for another base."
+    )
+
+
+def test_two_of_the_same_expert_are_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", "llama")
+    other = f"{OLD_EXPERTS}.0.w3"
+    folder = write_peft(tmp_path / "a", {SINGLE: PAIR, other: PAIR})
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == (
+        f"Cannot convert {folder}: modules {SINGLE} and {other} are of the same experts; expected "
+        "one LoRA for each. Save it again."
+    )
+
+
+def test_architecture_whose_experts_were_not_reviewed_is_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", "lfm2")
+    folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert(folder, base)
+    start = f"Cannot convert {folder}: module {SINGLE} has LoRA of experts, and how 'lfm2' stacks"
+    assert str(caught.value).startswith(start)
+
+
+def test_base_that_holds_gate_and_up_as_one_is_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", fused=True)
+    folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: module {SINGLE} needs tensor "
+        "blk.0.ffn_up_exps.weight, and the base holds gate and up as one, "
+        "blk.0.ffn_gate_up_exps.weight. Use a base that was converted without --fuse-gate-up-exps."
+    )
+
+
+def test_base_without_experts_is_named(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf").path
+    folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
+    with pytest.raises(AdapterMismatchError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: module {SINGLE} needs experts in tensor "
+        "blk.0.ffn_up_exps.weight, which the base lacks. The adapter is for another base."
+    )
+
+
+def test_parameters_and_tensors_must_belong_together(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    pair = stacked_pair(N_FF, N_EMBD)
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    folder = write_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters=both)
+    with pytest.raises(PeftConfigError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == (
+        f"Cannot use {folder / 'adapter_config.json'}: target_parameters names 2 parameters of "
+        f"module {EXPERTS} (gate_up_proj, down_proj), and 1 have tensors; expected as many. The "
+        "two files do not belong together; save the adapter again."
+    )
+    folder = write_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters="experts.down_proj")
+    with pytest.raises(PeftConfigError, match=r"target_parameters is 'experts\.down_proj'; exp"):
+        convert(folder, base)
+    folder = write_peft(
+        tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.down_proj"], r=RANK + 1
+    )
+    with pytest.raises(PeftConfigError, match=r"expected \[5 times the number of experts, n_in\]"):
+        convert(folder, base)
+
+
+def test_other_parameters_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", "gpt-oss")
+    folder = write_peft(
+        tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.gate_up_proj_bias"]
+    )
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == (
+        f"Cannot use {folder / 'adapter_config.json'}: target_parameters names gate_up_proj_bias "
+        f"of module {EXPERTS}; expected gate_up_proj or down_proj of experts, for others cannot be "
+        "represented. Train without it, or merge the adapter into its base."
+    )
