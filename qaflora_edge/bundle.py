@@ -126,8 +126,7 @@ def describe(folder: Path) -> str:
         f"vocabulary {base.n_vocab}, {base.size_bytes / 1e6:.0f} MB",
         f"           {where}",
         f"fusion     {text.fusion['strategy']}, lens {text.fusion['lens']}, "
-        f"pool {text.fusion['pool']}"
-        + (", calibrated" if all(a.name in text.typical for a in text.adapters) else ""),
+        f"pool {text.fusion['pool']}" + (", calibrated" if _is_calibrated(text) else ""),
         f"adapters   {len(text.adapters)}",
     ]
     for adapter in text.adapters:
@@ -141,6 +140,11 @@ def describe(folder: Path) -> str:
         if any(notes):
             lines.append(f"  {'':<8} {'; '.join(note for note in notes if note)}")
     return "\n".join(map(one_line, lines))
+
+
+def _is_calibrated(text: BundleText) -> bool:
+    names = {adapter.name for adapter in text.adapters}
+    return bool(names) and names <= text.typical.keys()
 
 
 def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bundle:

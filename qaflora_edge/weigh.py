@@ -53,7 +53,7 @@ class Weigher:
         if missing:
             raise StrategyError(
                 f"Strategy calibrated needs typical divergences, missing for {', '.join(missing)} "
-                f"with lens {self.lens}; use a bundle made by `qaflora bundle create`."
+                f"with lens {self.lens}; measure them with `qaflora bundle calibrate DIR`."
             )
 
     def weigh(self, weights: Weights, tokens: Sequence[int], prober: Prober) -> FusionWeights:

@@ -227,6 +227,19 @@ def test_existing_target_is_refused(made: TinyBundle) -> None:
     assert snapshot(made.folder.parent) == before
 
 
+def test_a_strategy_that_could_not_run_is_refused(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    with pytest.raises(BundleError, match="its strategy is 'calibrated', which needs typical"):
+        create_bundle(
+            sources.folder,
+            sources.base.path,
+            {"a": sources.peft},
+            strategy="calibrated",
+            calibrate=False,
+        )
+    assert not sources.folder.exists()
+
+
 def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
 

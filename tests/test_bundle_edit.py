@@ -15,8 +15,15 @@ from hubs import FakeHub
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.authoring import edit
-from qaflora_edge.authoring.edit import add_adapter, remove_adapter, rename_adapter, set_base
-from qaflora_edge.bundle import load_bundle, verify_bundle
+from qaflora_edge.authoring.create import create_bundle
+from qaflora_edge.authoring.edit import (
+    add_adapter,
+    calibrate,
+    remove_adapter,
+    rename_adapter,
+    set_base,
+)
+from qaflora_edge.bundle import describe, load_bundle, verify_bundle
 from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,
@@ -382,6 +389,23 @@ def test_a_broken_note_is_thrown_away(made: TinyBundle, note: bytes) -> None:
     (made.folder / ".unfinished.json").write_bytes(note)
     remove_adapter(made.folder, "es")
     assert names_in(made.folder) == {"bundle.json", "adapters/math.gguf"}
+
+
+# measuring
+
+
+def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) -> None:
+    assert ", calibrated" not in describe(made.folder)
+    set_fusion(made.folder, typical={"math": {"raw": [1.0, 2.0, 3.0]}})
+    assert calibrate(made.folder)
+    after = read(made.folder)
+    adapters = {"math": made.peft, "es": made.adapter.path}
+    together = read(create_bundle(tmp_path / "new", made.base.path, adapters))
+    assert after["fusion"] == together["fusion"]
+    assert ", calibrated" in describe(made.folder)
+    before = snapshot(made.folder)
+    assert not calibrate(made.folder)
+    assert snapshot(made.folder) == before
 
 
 # the base

@@ -228,8 +228,8 @@ def test_strategy_that_cannot_be_followed_is_told(made: TinyBundle) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         "Error: The run whose memory is measured ended with code 1, expected 0; it said: Strategy "
-        "calibrated needs typical divergences, missing for math, es with lens norm; use a bundle "
-        "made by `qaflora bundle create`. Try the same options with `qaflora run`.\n"
+        "calibrated needs typical divergences, missing for math, es with lens norm; measure "
+        "them with `qaflora bundle calibrate DIR`. Try the same options with `qaflora run`.\n"
     )
 
 

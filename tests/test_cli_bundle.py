@@ -156,6 +156,19 @@ def test_a_bundle_finds_its_base_that_moved(tmp_path: Path) -> None:
     assert qaflora("bundle", "verify", made.folder).exit_code == 0
 
 
+def test_calibrate(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    result = qaflora("run", made.folder, "hi", "--strategy", "calibrated", "--raw-prompt")
+    assert "measure them with `qaflora bundle calibrate DIR`." in result.stderr
+    result = qaflora("bundle", "calibrate", made.folder)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Measured the adapters of {made.folder}.\n"
+    result = qaflora("bundle", "calibrate", made.folder)
+    assert result.stderr == f"Every adapter was measured already in {made.folder}.\n"
+    args = ("--strategy", "calibrated", "--max-tokens", 1, "--raw-prompt")
+    assert qaflora("run", made.folder, "the", *args).exit_code == 0
+
+
 def test_changes_take_bundles_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_bundle(tmp_path)
     monkeypatch.setenv("QAFLORA_BUNDLES", str(tmp_path))

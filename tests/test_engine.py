@@ -320,7 +320,7 @@ def test_calibrated_needs_typical_divergences(engine: Engine) -> None:
         engine.weights(PROMPT, strategy="calibrated")
     assert str(caught.value) == (
         "Strategy calibrated needs typical divergences, missing for math, es, med with lens "
-        "norm; use a bundle made by `qaflora bundle create`."
+        "norm; measure them with `qaflora bundle calibrate DIR`."
     )
 
 

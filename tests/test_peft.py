@@ -506,12 +506,14 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
         f"Cannot read the adapter {folder}: adapter_model.safetensors is missing. "
         "Give the folder that PEFT's save_pretrained wrote."
     )
-    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    assert refusal(InputFileError, folder) == (
-        f"Cannot read the adapter {folder}: it has adapter_model.bin, and pickles are not opened "
-        "because they can run code; expected adapter_model.safetensors. Load it with PEFT and save "
-        "it with save_pretrained(..., safe_serialization=True)."
-    )
+    for name in ("adapter_model.bin", "adapter_0.pt"):
+        (folder / name).write_bytes(b"\x80\x04.")
+        assert refusal(InputFileError, folder) == (
+            f"Cannot read the adapter {folder}: it has {name}, and pickles are not opened because "
+            "they can run code; expected adapter_model.safetensors. Load it with PEFT and save it "
+            "with save_pretrained(..., safe_serialization=True)."
+        )
+        (folder / name).unlink()
 
 
 def test_what_is_no_adapter_is_told_from_what_it_is(tmp_path: Path) -> None:

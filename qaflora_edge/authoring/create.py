@@ -72,6 +72,12 @@ def create_bundle(
     check_names(names)
     _check_notes(names, notes or {})
     fuse.parse_strategy(strategy, names)
+    if strategy == "calibrated" and not calibrate:
+        raise BundleError(
+            f"Cannot create the bundle {folder}: its strategy is 'calibrated', which needs typical "
+            "divergences, and they are not to be measured; expected another strategy. Leave "
+            "--no-calibrate out."
+        )
     fuse.check_choice("lens", lens, fuse.LENSES)
     fuse.check_choice("pool", pool, fuse.POOLS)
     tell = progress or (lambda what, done, total: None)

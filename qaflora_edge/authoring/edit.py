@@ -138,6 +138,22 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
         _replace(folder, raw)
 
 
+def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
+    """Measure the adapters that were not measured on the prompts of now.
+
+    returns  whether there was anything to measure
+    """
+    folder = Path(folder)
+    with _editing(folder) as text:
+        loaded = load_bundle(folder)
+        raw = _copy(text.raw)
+        _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or (lambda *_: None))
+        if raw == text.raw:
+            return False
+        _replace(folder, raw)
+    return True
+
+
 def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) -> None:
     """Note where a bundle's base lies now, which must be the recorded file.
 
@@ -275,8 +291,13 @@ def _calibrate(
     if fusion.get("typical_prompts") != prompts:
         fusion["typical"] = {}
     typical = fusion.setdefault("typical", {})
-    missing = {name: path for name, path in paths.items() if name not in typical}
-    typical |= measure_typical(base_path, missing, tell)
+    missing = {
+        name: path
+        for name, path in paths.items()
+        if not all(lens in typical.get(name, {}) for lens in fuse.LENSES)
+    }
+    if missing:
+        typical |= measure_typical(base_path, missing, tell)
     fusion["typical_prompts"] = prompts
 
 

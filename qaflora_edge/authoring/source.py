@@ -60,7 +60,7 @@ def find_base(base: Path_, tell: Progress) -> BaseSource:
                 f"fetch it with `qaflora pull {name}`."
             )
         return BaseSource(pulled, registry=name)
-    if os.path.exists(path) or _hub_ref(name) is None:
+    if what_is_at(path) != "does not exist" or _hub_ref(name) is None:
         raise GgufFileError(
             f"The base {path} {what_is_at(path)}; give a GGUF file, the name of a model from "
             "`qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
@@ -84,7 +84,7 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
         check_no_part(path)
         return AdapterSource(path, readable(path.resolve().name), _card_license(path))
     ref = _hub_ref(name)
-    if ref is None:
+    if ref is None or what_is_at(path) != "does not exist":
         raise InputFileError(
             f"The adapter {path} {what_is_at(path)}; expected a PEFT folder (adapter_config.json "
             "and adapter_model.safetensors), an adapter GGUF, or a Hub reference as owner/name."

@@ -1,4 +1,4 @@
-"""qaflora bundle create, add, remove, rename, base, show and verify"""
+"""qaflora bundle create, add, remove, rename, base, calibrate, show and verify"""
 
 from __future__ import annotations
 
@@ -282,6 +282,23 @@ def base(folder: str, base: str) -> None:
     with progress_bars() as progress:
         set_base(path, base, progress=progress)
     click.echo(f"The base of {path} is {base}.", err=True)
+
+
+@bundle.command(epilog=example("qaflora bundle calibrate my-bundle"))
+@click.argument("folder", **BUNDLE)
+def calibrate(folder: str) -> None:
+    """Measure the typical divergences that a bundle lacks.
+
+    The strategy calibrated needs them. For a bundle whose adapters were put in with
+    --no-calibrate, or measured by another version on other texts.
+    """
+    from qaflora_edge.authoring.edit import calibrate as calibrate_bundle
+
+    path = bundle_folder(folder)
+    with progress_bars() as progress:
+        is_new = calibrate_bundle(path, progress=progress)
+    done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
+    click.echo(f"{done} {path}.", err=True)
 
 
 @bundle.command(epilog=example("qaflora bundle show models/demo"))

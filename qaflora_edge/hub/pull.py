@@ -32,7 +32,7 @@ from qaflora_edge.hub.cache import (
 from qaflora_edge.hub.client import HubFile, HubListing, hub_errors, hub_progress, list_files
 from qaflora_edge.hub.download import check_space, read_chunks
 from qaflora_edge.peft.config import CONFIG_FILE
-from qaflora_edge.peft.files import INDEX_FILE, PICKLE_FILE, WEIGHTS_FILE
+from qaflora_edge.peft.files import INDEX_FILE, PICKLES, WEIGHTS_FILE
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -269,7 +269,9 @@ def _choose_peft(ref: HubRef, listing: HubListing) -> list[HubFile]:
         and "/" not in file.name
     ]
     if not weights:
-        pickled = f" but {PICKLE_FILE}, a pickle" if listing.file(PICKLE_FILE) else ""
+        names = [file.name for file in listing.files if file.name.startswith("adapter")]
+        pickles = [name for name in names if name.endswith(PICKLES) and "/" not in name]
+        pickled = f" but {pickles[0]}, a pickle" if pickles else ""
         raise DownloadError(
             f"expected {WEIGHTS_FILE} beside {CONFIG_FILE} in {ref.repo}; there is "
             f"none{pickled}. Ask its owner to save the adapter as safetensors."

@@ -15,7 +15,7 @@ from qaflora_edge.peft.config import CONFIG_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
-PICKLE_FILE = "adapter_model.bin"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of names of adapters that are pickles
 MAX_INDEX_BYTES = 1 << 24
 MAX_SHARDS = 1000
 MAX_SUBFOLDERS = 1000
@@ -136,9 +136,9 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
         return read_safetensors(folder / WEIGHTS_FILE)
     if (folder / INDEX_FILE).is_file():
         return _read_shards(folder)
-    if (folder / PICKLE_FILE).is_file():
+    if pickles := sorted(path.name for path in folder.glob("adapter*") if path.suffix in PICKLES):
         raise InputFileError(
-            f"Cannot read the adapter {folder}: it has {PICKLE_FILE}, and pickles are not opened "
+            f"Cannot read the adapter {folder}: it has {pickles[0]}, and pickles are not opened "
             f"because they can run code; expected {WEIGHTS_FILE}. Load it with PEFT and save it "
             "with save_pretrained(..., safe_serialization=True)."
         )
