@@ -59,7 +59,10 @@ class TerminalInput:
                 # A menu never takes the room of what is typed and of the hint below.
                 n_menu = max(0, min(_MENU_ROWS, terminal_size(sys.stdout)[1] - 3))
                 with _no_interrupt():
-                    return self._prompts.prompt("> ", reserve_space_for_menu=n_menu)
+                    # A handler of its own would for a moment leave Python's, which raises.
+                    return self._prompts.prompt(
+                        "> ", reserve_space_for_menu=n_menu, handle_sigint=False
+                    )
             except KeyboardInterrupt:
                 continue
             except EOFError:
@@ -70,7 +73,7 @@ class TerminalInput:
 def _no_interrupt() -> Iterator[None]:
     """Ignore Ctrl-C where prompt_toolkit does not read it as a key: as it begins and ends.
 
-    Its event loop can be closed only once, and a KeyboardInterrupt there would end the chat.
+    A KeyboardInterrupt there would lose the message that was just sent, or end the chat.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -95,7 +98,6 @@ def _keys() -> KeyBindings:
     keys = KeyBindings()
 
     @keys.add("c-c")
-    @keys.add("<sigint>")
     def _(event: KeyPressEvent) -> None:
         # The prompt stays: ended and begun anew, a second Ctrl-C could meet a closed event loop.
         event.current_buffer.reset()

@@ -1,0 +1,70 @@
+"""What is typed at the prompt of a chat, without a terminal"""
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.input import PipeInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from qaflora_edge.cli.chat.reply import interrupts_call
+from qaflora_edge.cli.chat.session import ChatSession
+from qaflora_edge.cli.chat.terminal_input import TerminalInput
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PipeInput]:
+    """What is sent here is typed."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
+        yield keys
+
+
+@pytest.fixture
+def prompt() -> TerminalInput:
+    return TerminalInput(cast(ChatSession, None))  # of use to completion alone
+
+
+def test_ctrl_c_at_the_prompt_takes_back_what_is_typed(
+    keys: PipeInput, prompt: TerminalInput
+) -> None:
+    keys.send_text("not this\x03the thing\r")
+    assert prompt.read() == "the thing"
+
+
+def test_ctrl_d_leaves(keys: PipeInput, prompt: TerminalInput) -> None:
+    keys.send_text("\x04")
+    assert prompt.read() is None
+
+
+def test_interrupts_after_enter_lose_no_message(
+    keys: PipeInput, prompt: TerminalInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at every line that calls something between Enter and the end of the prompt."""
+    accept, lines = Buffer.validate_and_handle, set()
+
+    def interrupt(frame: FrameType, event: str, argument: Any) -> None:
+        line = (frame.f_code, frame.f_lineno)
+        if line not in lines:
+            lines.add(line)
+            signal.raise_signal(signal.SIGINT)
+
+    def accept_and_interrupt(buffer: Buffer) -> None:
+        accept(buffer)
+        sys.setprofile(interrupt)
+
+    monkeypatch.setattr(Buffer, "validate_and_handle", accept_and_interrupt)
+    keys.send_text("the thing\r\x04")
+    with interrupts_call(lambda: None):  # as the chat does
+        try:
+            message = prompt.read()
+        finally:
+            sys.setprofile(None)
+    assert message == "the thing"
+    assert len(lines) > 100
