@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -26,6 +27,7 @@ from qaflora_edge.grammar.json_grammar import (
 )
 from qaflora_edge.grammar.json_values import are_apart, is_of, is_same
 from qaflora_edge.grammar.number_range import number_range
+from qaflora_edge.grammar.pattern import pattern_rules
 
 MAX_DEPTH = 64
 MAX_ITEMS = 1000  # of arrays, and characters of strings whose number is bounded
@@ -40,7 +42,7 @@ _NOTES = frozenset(
 _KEYWORDS = {
     "object": frozenset({"properties", "required", "additionalProperties"}),
     "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
-    "string": frozenset({"minLength", "maxLength", "format"}),
+    "string": frozenset({"minLength", "maxLength", "format", "pattern"}),
     "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
 }
 
@@ -302,6 +304,8 @@ class _Converter:
     def _string(self, schema: Mapping[str, Any], place: str) -> str:
         low, high = self._range(schema, "minLength", "maxLength", place)
         form = schema.get("format")
+        if "pattern" in schema:
+            return self._pattern(schema["pattern"], form, low, high, place)
         if isinstance(form, str) and form in FORMATS:
             rule, least, most = FORMATS[form]
             if low > least or (high is not None and high < most):
@@ -314,6 +318,16 @@ class _Converter:
         if low == 0 and high is None:
             return "string"
         return self._name(rf'"\"" char{{{low},{"" if high is None else high}}} "\""')
+
+    def _pattern(self, pattern: Any, form: Any, low: int, high: int | None, place: str) -> str:
+        fail = partial(self._fail, place)
+        if not isinstance(pattern, str):
+            raise fail(f"'pattern' is {_short(pattern)}", "expected a regular expression")
+        if form in FORMATS:
+            raise fail(f"'pattern' beside 'format' {form!r} is not supported", "leave one out")
+        start = self._name("")
+        self._rules.update(pattern_rules(pattern, low, high, start, fail))
+        return self._name(rf'"\"" {start} "\""')
 
     def _range(
         self, schema: Mapping[str, Any], least: str, most: str, place: str
