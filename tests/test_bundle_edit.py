@@ -178,6 +178,34 @@ def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: 
     assert hub.requests == []  # it is here
 
 
+def test_paths_in_the_hubs_cache_are_recorded_as_references(
+    hub: FakeHub, hub_cache: Path, made: TinyBundle, tmp_path: Path
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    base_commit = hub.put("owner/base", {"q8/base.gguf": made.base.path.read_bytes()})
+    files = {path.name: path.read_bytes() for path in made.peft.iterdir()}
+    math_commit = hub.put("owner/math", {**files, "es.gguf": made.adapter.path.read_bytes()})
+    base = hf_hub_download("owner/base", "q8/base.gguf")
+    for name in (*files, "es.gguf"):
+        math = Path(hf_hub_download("owner/math", name)).parent
+    hub.requests.clear()
+    link = tmp_path / "cache"
+    link.symlink_to(hub_cache)
+    linked = link / math.relative_to(hub_cache)
+    for number, folder in enumerate((math, linked)):
+        adapters = {"math": folder, "es": folder / "es.gguf", "mine": made.peft}
+        new = create_bundle(tmp_path / f"new{number}", base, adapters, calibrate=False)
+        raw = read(new)
+        assert raw["base"]["hub"] == f"owner/base/q8/base.gguf@{base_commit}"
+        assert "file" not in raw["base"]
+        hubs = [adapter.get("hub") for adapter in raw["adapters"]]
+        assert hubs == [f"owner/math@{math_commit}", f"owner/math/es.gguf@{math_commit}", None]
+        assert read_adapter_gguf(new / "adapters/math.gguf").name == "math"
+        assert load_bundle(new).base_path == Path(base)
+    assert hub.requests == []
+
+
 def test_what_the_hub_does_not_have_changes_nothing(
     hub: FakeHub, hub_cache: Path, made: TinyBundle
 ) -> None:

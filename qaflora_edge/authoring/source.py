@@ -14,6 +14,7 @@ from qaflora_edge.files import open_input, readable, what_is_at
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub import registry
+from qaflora_edge.hub.cache import cached_ref
 from qaflora_edge.hub.pull import fetch_pinned
 from qaflora_edge.hub.references import pulled_model
 from qaflora_edge.peft.files import check_no_part
@@ -51,7 +52,8 @@ def find_base(base: Path_, tell: Progress) -> BaseSource:
     """
     path, name = _local(base), from_address(os.fspath(base))
     if os.path.isfile(path):
-        return BaseSource(path)
+        cached = cached_ref(path)
+        return BaseSource(path, hub=None if cached is None else str(cached))
     if name in registry.load_registry():
         pulled = pulled_model(name)
         if pulled is None:
@@ -82,6 +84,8 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
     path, name = _local(source), from_address(os.fspath(source))
     if os.path.exists(path):
         check_no_part(path)
+        if cached := cached_ref(path):
+            return AdapterSource(path, _name(cached), _card_license(path), str(cached))
         return AdapterSource(path, readable(path.resolve().name), _card_license(path))
     ref = _hub_ref(name)
     if ref is None or what_is_at(path) != "does not exist":
@@ -95,7 +99,11 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
             f"The adapter {name} is a bundle, expected one adapter. "
             f"Name one of its files, as {ref.repo}/adapters/NAME.gguf."
         )
-    return AdapterSource(path, ref.repo.partition("/")[2], _card_license(path), pinned)
+    return AdapterSource(path, _name(ref), _card_license(path), pinned)
+
+
+def _name(ref: HubRef) -> str:
+    return ref.repo.partition("/")[2]
 
 
 def _local(text: Path_) -> Path:

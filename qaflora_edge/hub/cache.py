@@ -9,10 +9,11 @@ The environment variables HF_HOME and HF_HUB_CACHE move it, as for every tool th
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from pathlib import Path
 
-from qaflora_edge.errors import BundleError
+from qaflora_edge.errors import BundleError, RegistryError
 from qaflora_edge.files import open_input
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
@@ -72,6 +73,25 @@ def pulled_path(text: str) -> Path | None:
         return snapshot if _is_whole_peft(snapshot) else None
     files = list(snapshot.rglob("*.gguf"))
     return files[0] if len(files) == 1 and files[0].is_file() else None
+
+
+def cached_ref(path: Path) -> HubRef | None:
+    """The pinned reference of what lies in the Hub's cache, as `hf download` prints its path.
+
+    None for any other path, and for one below a snapshot that no reference names.
+    """
+    # A file of a snapshot is a link into blobs/: only what it lies in is resolved.
+    place = Path(os.path.realpath(path.parent)) / path.name
+    try:
+        repo_dir, snapshots, commit, *file = place.relative_to(
+            os.path.realpath(hub_cache_dir())
+        ).parts
+        owner, name = repo_dir.removeprefix("models--").split("--")
+        ref = HubRef(f"{owner}/{name}", "/".join(file) or None, commit)
+        is_ref = parse_hub_ref(str(ref)) == ref
+    except (ValueError, RegistryError):
+        return None
+    return ref if is_ref and snapshots == "snapshots" and is_commit(commit) else None
 
 
 def link_roots(folder: Path) -> tuple[Path, ...]:
