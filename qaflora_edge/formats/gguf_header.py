@@ -4,7 +4,9 @@ Ours because gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts w
 itself. Here vocabularies are stepped over, and every count, length and offset is checked first.
 """
 
+import math
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,15 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.files import open_input
-from qaflora_edge.formats.gguf_parse import GgufCursor, MetadataValue, TensorInfo, brief
+from qaflora_edge.files import open_input, read_columns
+from qaflora_edge.formats.gguf_parse import (
+    U64,
+    GgufCursor,
+    MetadataValue,
+    SkippedArray,
+    TensorInfo,
+    brief,
+)
 
 F32 = NDArray[np.float32]
 
@@ -128,6 +137,43 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     return GgufHeader(**vars(parsed), path=path, size_bytes=size_bytes)
 
 
+def read_array(path: Path, array: SkippedArray) -> bytes:
+    """Read the bytes of a metadata array of a header that was read before.
+
+    Raises InputFileError when the file is gone, GgufFileError when it changed.
+    """
+    try:
+        data = read_columns(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read {path}: reading it again failed ({error.strerror}); expected the file "
+            "that was read before. Put it back and try again."
+        ) from error
+    if len(data) != array.n_bytes:
+        raise _changed(path)
+    return data
+
+
+def read_texts(path: Path, array: SkippedArray) -> list[bytes]:
+    """Read an array of texts as read_array does."""
+    data = read_array(path, array)
+    texts, at = [], 0
+    try:
+        for _ in range(array.length):
+            (n_bytes,) = U64.unpack_from(data, at)
+            at += U64.size + n_bytes
+            texts.append(data[at - n_bytes : at])
+    except (struct.error, OverflowError) as error:
+        raise _changed(path) from error
+    if at != array.n_bytes:
+        raise _changed(path)
+    return texts
+
+
+def _changed(path: Path) -> GgufFileError:
+    return GgufFileError(f"Cannot read {path}: it changed while it was read. Try again.")
+
+
 def read_values(path: Path, info: TensorInfo) -> F32:
     """Read the tensor of a header that was read before.
 
@@ -136,23 +182,37 @@ def read_values(path: Path, info: TensorInfo) -> F32:
     Raises InputFileError when the file is gone, GgufFileError when it changed or the type has no
     floats.
     """
+    n_row = math.prod(info.shape[:-1])
+    return read_value_block(path, info, range(n_row), range(info.shape[-1])).reshape(info.shape)
+
+
+def read_value_block(path: Path, info: TensorInfo, rows: range, columns: range) -> F32:
+    """Read neighbouring rows and columns of a tensor, the columns in whole blocks of its type.
+
+    returns  [len(rows), len(columns)]  float32; of some types it can be NaN or infinite
+
+    Raises as read_values does.
+    """
+    n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
+    row_bytes = info.shape[-1] // n_block * block_bytes
+    part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
+    n_bytes = len(rows) * len(part)
     try:
-        with open_input(path) as file:
-            file.seek(info.offset)
-            raw = file.read(info.n_bytes)
+        raw = read_columns(path, info.offset, row_bytes, rows, part)
     except OSError as error:
         raise InputFileError(
             f"Cannot read tensor {info.name} of {path}: reading failed ({error.strerror}); "
             "expected the file that was read before. Put it back and try again."
         ) from error
-    if len(raw) != info.n_bytes:
+    if len(raw) != n_bytes:
         raise GgufFileError(
             f"Cannot read tensor {info.name} of {path}: the file gave {len(raw)} bytes and "
-            f"{info.n_bytes} were expected; it changed while it was open. Try again."
+            f"{n_bytes} were expected; it changed while it was open. Try again."
         )
-    n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
-    row_bytes = info.shape[-1] // n_block * block_bytes
-    rows = np.frombuffer(raw, np.uint8).reshape(*info.shape[:-1], row_bytes)
+    return _to_float32(path, info, np.frombuffer(raw, np.uint8).reshape(len(rows), len(part)))
+
+
+def _to_float32(path: Path, info: TensorInfo, rows: NDArray[np.uint8]) -> F32:
     if info.ggml_type == GGMLQuantizationType.F32:
         return rows.view("<f4").astype(np.float32)
     if info.ggml_type == GGMLQuantizationType.F16:

@@ -32,7 +32,7 @@ MAX_KEPT_ARRAY = 1 << 12  # numbers; longer arrays are stepped over
 MAX_TENSOR_NAME_BYTES = 63  # llama.cpp 0c1e5709, ggml.h GGML_MAX_NAME
 MAX_DIMS = 4
 
-READ_BYTES = 1 << 20  # read at once
+READ_BYTES = 1 << 18  # read at once
 
 SCALARS = {
     0: struct.Struct("<B"),
@@ -59,9 +59,14 @@ class Double(float):
 
 @dataclass(frozen=True)
 class SkippedArray:
-    """A metadata array that was stepped over: strings, or too many numbers."""
+    """A metadata array that was stepped over: strings, or too many numbers.
+
+    offset, n_bytes  where its items lie in the file
+    """
 
     length: int
+    offset: int
+    n_bytes: int
 
 
 MetadataValue = Scalar | str | tuple[Scalar, ...] | SkippedArray
@@ -235,14 +240,16 @@ class GgufCursor:
         item_kind = int(self.scalar(U32, f"the element type of {field}"))
         length = self.count(U64, MAX_ARRAY_LENGTH, f"the length of {field}")
         if item_kind == STRING:
+            offset = self.position
             self.skip_strings(length, field)
-            return SkippedArray(length)
+            return SkippedArray(length, offset, self.position - offset)
         if item_kind not in SCALARS:
             self.fail(f"the element type of {field}", str(item_kind), "a number or a string")
         form = SCALARS[item_kind]
         begin = self.take(length * form.size, field)
         if length > MAX_KEPT_ARRAY:
-            return SkippedArray(length)
+            n_bytes = length * form.size
+            return SkippedArray(length, self.position - n_bytes, n_bytes)
         raw = self.data[begin : begin + length * form.size]
         return tuple(value for (value,) in form.iter_unpack(raw)) if raw else ()
 

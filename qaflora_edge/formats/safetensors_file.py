@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer, open_input
+from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer, open_input, read_columns
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
@@ -83,6 +83,24 @@ class StoredTensor:
                 "the file is corrupted; use an earlier checkpoint or fetch it again."
             )
 
+    def read_block(self, rows: range, columns: range) -> F32:
+        """Read neighbouring rows and columns of a matrix, and nothing else of the file.
+
+        returns  [len(rows), len(columns)]  float32, which may be NaN or infinite
+
+        Raises InputFileError when the file is gone, SafetensorsFileError when it became shorter or
+        the type is no float.
+        """
+        self._check_readable()
+        n = DTYPE_BYTES[self.dtype]
+        part = range(columns.start * n, columns.stop * n)
+        try:
+            raw = read_columns(self.path, self.offset, self.shape[1] * n, rows, part)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        self._check_length(len(raw), len(rows) * len(part))
+        return _to_float32(raw, self.dtype).reshape(len(rows), len(columns))
+
     def _check_readable(self) -> None:
         if self.dtype not in FLOAT_DTYPES:
             raise SafetensorsFileError(
@@ -115,7 +133,7 @@ class StoredTensor:
         if n_read != n_expected:
             raise SafetensorsFileError(
                 f"Cannot read tensor {self.name} of {self.path}: the file gave {n_read} bytes "
-                f"and {self.n_bytes} were expected; it changed while it was open. Try again."
+                f"and {n_expected} were expected; it changed while it was open. Try again."
             )
 
 

@@ -176,6 +176,21 @@ def _bases(place: Path) -> list[Case]:
     return [{"a.gguf": path.read_bytes()} for path in paths]
 
 
+def _models(place: Path) -> list[Case]:
+    """Bases that run, with one and two kinds of layers and both kinds of vocabulary."""
+    path = place / "model.gguf"
+    options: tuple[Mapping[str, Any], ...] = (
+        {},
+        {"arch": "qwen2", "tied": False, "dtype": "q8_0"},
+        {"arch": "gemma3", "n_layer": 2, "spm": True},
+    )
+    cases = []
+    for option in options:
+        tiny.write_tiny_base(path, **{**SMALL, "n_layer": 1, **option})
+        cases.append({"a.gguf": path.read_bytes()})
+    return cases
+
+
 def _bundles(place: Path) -> list[Case]:
     from qaflora_edge.authoring.create import create_bundle
 
@@ -269,6 +284,13 @@ def _check_native_adapter(folder: Path, place: Path) -> None:
     use_adapter(place / "base.gguf", folder / "a.gguf")
 
 
+def _check_native_base(folder: Path, place: Path) -> None:
+    """A base that we accept is refused by the library or used, and never ends the process."""
+    from fuzz.native import use_base
+
+    use_base(folder / "a.gguf")
+
+
 TARGETS: Mapping[str, Target] = {
     "safetensors": Target(_parts_of_pefts(".safetensors"), _check_safetensors),
     "config": Target(_parts_of_pefts(".json"), _check_config),
@@ -282,4 +304,5 @@ TARGETS: Mapping[str, Target] = {
     "session": Target(_sessions, _check_session),
     "schema": Target(_schemas, _check_schema),
     "native": Target(_adapters, _check_native_adapter),
+    "model": Target(_models, _check_native_base),
 }

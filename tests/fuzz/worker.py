@@ -109,7 +109,8 @@ def feed(name: str, work: Path, *, seed: int, seconds: float, n_case: int) -> di
     target, rng = TARGETS[name], random.Random(seed)
     place, folder = work / "place", work / "case"
     place.mkdir(parents=True, exist_ok=True)
-    corpus = target.seeds(place)
+    seeds = target.seeds(place)
+    corpus = list(seeds)
     outcomes: Counter[str] = Counter()
     for case in corpus:
         write_case(folder, case)
@@ -121,7 +122,8 @@ def feed(name: str, work: Path, *, seed: int, seconds: float, n_case: int) -> di
     start = last_report = time.monotonic()
     n_done = 0
     while n_done < n_case and time.monotonic() - start < seconds:
-        case = mutate(rng.choice(corpus), rng)
+        # Half of the cases begin sound, so that the first check is not the only one they meet.
+        case = mutate(rng.choice(seeds if rng.random() < 0.5 else corpus), rng)
         write_case(folder, case)
         try:
             outcome = outcome_of(target, folder, place)
