@@ -60,6 +60,7 @@ fuzz: $(DONE)/package
 # A rank-64 adapter of an 8B Llama: seconds and peak memory (needs 0.7 GB of temporary space).
 bench-convert: $(DONE)/package
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/convert.py --verify --layers 1
 
 lint: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/ruff check

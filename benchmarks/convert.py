@@ -31,7 +31,8 @@ OUT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
 
 # What the measured process runs: argv is a request. VmHWM knows no parent's peak; ru_maxrss does.
 CHILD = """
-import json, re, resource, sys, time
+import os, json, re, resource, sys, time
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `qaflora convert` does
 from qaflora_edge.convert.adapter import convert_adapter
 def peak():
     try:
@@ -73,15 +74,16 @@ def write_base(path: Path, n_layer: int) -> None:
         file.truncate(size_bytes)
 
 
-def write_adapter(folder: Path, n_layer: int, rank: int, dtype: str) -> None:
-    """Write a PEFT folder on all seven projections, one tensor in memory at a time."""
+def write_adapter(folder: Path, n_layer: int, rank: int, dtype: str, modules: list[str]) -> None:
+    """Write a PEFT folder on these projections, one tensor in memory at a time."""
     folder.mkdir()
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     item_bytes = 4 if dtype == "F32" else 2
     header, end, counts = {}, 0, []
     for layer in range(n_layer):
-        for module, (_, (n_out, n_in)) in SHAPES.items():
+        for module in modules:
+            n_out, n_in = SHAPES[module][1]
             name = f"base_model.model.model.layers.{layer}.{module}"
             for side, shape in (("A", [rank, n_in]), ("B", [n_out, rank])):
                 begin, end = end, end + item_bytes * shape[0] * shape[1]
@@ -113,7 +115,7 @@ def measure(folder: Path, runs: int, outtype: str, verify: bool) -> list[dict[st
 def report(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Make the files, measure, and set the medians beside the largest tensors."""
     write_base(folder / "base.gguf", options.layers)
-    write_adapter(folder / "adapter", options.layers, options.rank, options.dtype)
+    write_adapter(folder / "adapter", options.layers, options.rank, options.dtype, options.modules)
     runs = measure(folder, options.runs, options.outtype, options.verify)
     middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     item_bytes = 4 if options.dtype == "F32" else 2
@@ -135,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--modules", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=("BF16", "F32"), default="BF16")
     parser.add_argument("--outtype", choices=tuple(OUT_BYTES), default="f16")

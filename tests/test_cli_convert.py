@@ -1,6 +1,9 @@
 """qaflora convert"""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,18 @@ def test_feature_that_cannot_be_represented_is_named(tmp_path: Path, base: tiny.
     assert result.exit_code == 1
     assert "use_dora is True; DoRA also rescales the base's weights" in result.stderr
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_products_use_one_thread_unless_the_user_chose(chosen: str | None) -> None:
+    """The variable is set before numpy, which reads it, is loaded."""
+    code = (
+        "import os, sys; from qaflora_edge.cli import main\n"
+        "sys.argv = ['qaflora', 'convert', 'nowhere', '--base', 'nowhere', '-o', 'nowhere']\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, os.environ.get('OPENBLAS_NUM_THREADS'))\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    env |= {} if chosen is None else {"OPENBLAS_NUM_THREADS": chosen}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == f"1 {chosen or '1'}\n"

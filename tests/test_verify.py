@@ -9,8 +9,10 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from test_mlx import random_pairs, write_mlx
 
 from qaflora_edge.convert import adapter as convert
+from qaflora_edge.convert import verify
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.architectures import ARCHITECTURES
 from qaflora_edge.convert.encode import stored_shape, stored_type
@@ -85,6 +87,31 @@ def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
         ).max()
         assert check.largest_difference == pytest.approx(difference, rel=1e-9)
         assert check.relative_difference == pytest.approx(difference / np.abs(delta).max())
+
+
+@pytest.mark.parametrize("outtype", ["bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["peft", "mlx"])
+def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, outtype: str
+) -> None:
+    """Tiles of one width and an odd height, so that the last are smaller; rows are reordered."""
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", tied=False)
+    if kind == "mlx":
+        folder = write_mlx(tmp_path / "mlx", random_pairs(base, [0]))
+    else:
+        targets = [*tiny.HF_TARGETS, "embed_tokens", "lm_head"]
+        folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=32, targets=targets)
+    header = read_gguf_header(base.path)
+    _, modules = plan_modules(read_peft(folder), header)
+    convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype=outtype)
+    whole = verify_conversion(tmp_path / "out.gguf", header, modules)
+    monkeypatch.setattr(verify, "TILE_ROWS", 13)
+    monkeypatch.setattr(verify, "TILE_COLUMNS", 32)
+    tiled = verify_conversion(tmp_path / "out.gguf", header, modules)
+    for one, other in zip(whole, tiled, strict=True):
+        assert one.module == other.module
+        for field in ("largest_difference", "relative_difference", "of_allowed"):
+            assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-6)
 
 
 def test_an_adapter_that_does_nothing_is_right(tmp_path: Path) -> None:

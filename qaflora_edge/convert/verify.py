@@ -13,17 +13,15 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from qaflora_edge.convert.experts import SingleExperts, StackedExperts
+from qaflora_edge.convert.deltas import Delta, source_deltas, stored_deltas
 from qaflora_edge.convert.plan import Planned, PlannedModule
-from qaflora_edge.convert.source_order import expert_rows, source_columns, source_rows
 from qaflora_edge.errors import ConversionError
-from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
+from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf
 from qaflora_edge.formats.gguf_header import GgufHeader
 
 F64 = NDArray[np.float64]
-Pair = tuple[F64, F64]  # B [n_out, rank] with its scale, and A [rank, n_in]
 
-TILE_ROWS, TILE_COLUMNS = 256, 512  # of a delta that are in memory at a time
+TILE_ROWS, TILE_COLUMNS = 128, 128  # of a delta that are in memory; whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
 # The largest error of rounding a value, relative to it, and the smallest for tiny ones.
 _ROUNDING = {
@@ -99,26 +97,14 @@ def verify_conversion(
 
 
 def _check_module(info: AdapterInfo, header: GgufHeader, module: Planned) -> ModuleCheck:
-    stored_a, stored_b, scale = read_pair(info, module.base_name)
     kinds = [info.tensors[f"{module.base_name}.lora_{side}"].ggml_type for side in "ab"]
-    is_embedding = False
-    pairs: Iterator[Pair]
-    if isinstance(module, PlannedModule):
-        is_embedding = module.source.is_embedding
-        stored_a, stored_b = (stored_a.T if is_embedding else stored_a)[None], stored_b[None]
-        pairs = iter([_plain_pair(header, module)])
-    elif isinstance(module, SingleExperts):
-        pairs = _single_pairs(module)
-    else:
-        pairs = _stacked_pairs(header, module)
-
+    scale = info.alpha / info.ranks[module.base_name]
+    is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
     found = np.zeros(3)  # the largest difference, entry of the delta, and share of what is allowed
-    for (left, right), (stored_left, stored_right) in zip(
-        pairs, zip(stored_b, stored_a, strict=True), strict=True
-    ):
-        in_file = (scale * stored_left.astype(np.float64), stored_right.astype(np.float64))
-        allowed = scale * _allowed(right, left / scale, kinds, is_embedding)
-        found = np.maximum(found, _compare((left, right), in_file, allowed))  # it keeps NaN
+    pairs = zip(source_deltas(header, module), stored_deltas(info, module), strict=True)
+    for source, stored in pairs:
+        allowed = _allowed(source, kinds, scale, is_embedding)
+        found = np.maximum(found, _compare(source, stored, allowed))  # it keeps NaN
     largest_difference, largest, of_allowed = found
     return ModuleCheck(
         module=module.name,
@@ -129,75 +115,54 @@ def _check_module(info: AdapterInfo, header: GgufHeader, module: Planned) -> Mod
     )
 
 
-def _plain_pair(header: GgufHeader, module: PlannedModule) -> Pair:
-    source = module.source
-    right = source.read_a()[:, source_columns(header, module)].astype(np.float64)
-    left = source.read_b()[source_rows(header, module)].astype(np.float64)
-    return source.scale * left, right
-
-
-def _single_pairs(module: SingleExperts) -> Iterator[Pair]:
-    """Give the pair of each expert from a module of its own; of one without, zeros."""
-    for expert in range(module.n_expert):
-        if expert not in module.experts:
-            yield np.zeros((module.n_out, 1)), np.zeros((1, module.n_in))
-            continue
-        source, _ = module.experts[expert]
-        left = source.read_b().astype(np.float64)
-        yield source.scale * left, source.read_a().astype(np.float64)
-
-
-def _stacked_pairs(header: GgufHeader, module: StackedExperts) -> Iterator[Pair]:
-    """Give the pair of each expert from the parameter of all, by PEFT's rule: "o r e, e r i"."""
-    source, rank = module.source, module.source.rank
-    first, second = source.read_a().astype(np.float64), source.read_b().astype(np.float64)
-    for expert in range(source.n_expert):
-        rows = first[expert * rank : (expert + 1) * rank]  # [rank, n]
-        columns = second[:, expert :: source.n_expert]  # [n, rank]
-        left, right = (rows.T, columns.T) if module.is_swapped else (columns, rows)
-        own = expert_rows(header, module, len(left))
-        yield source.scale * left[own], right
-
-
-def _compare(pair: Pair, in_file: Pair, allowed: F64) -> tuple[float, float, float]:
+def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
     """Compare two deltas: the largest difference, the largest entry, and the share of `allowed`.
 
     allowed  [n_out]  what an entry of a row may differ by
+    returns  [3]
     """
     found = np.zeros(3)
-    (left, right), (stored_left, stored_right) = pair, in_file
-    for rows, columns in _tiles(len(left), right.shape[1]):
-        delta = left[rows] @ right[:, columns]
-        with np.errstate(all="ignore"):  # a file that is wrong may hold anything
-            stored = stored_left[rows] @ stored_right[:, columns]
-            difference = np.abs(stored - delta).max(axis=1)
-            share = np.where(difference == 0, 0.0, difference / np.abs(allowed[rows]))
-        found = np.maximum(found, (difference.max(), np.abs(delta).max(), share.max()))
-    largest_difference, largest, of_allowed = found
-    return float(largest_difference), float(largest), float(of_allowed)
+    for columns in _parts(source.n_in, TILE_COLUMNS):
+        right, stored_right = source.right(columns), stored.right(columns)
+        for rows in _parts(source.n_out, TILE_ROWS):
+            delta = source.left(rows) @ right
+            with np.errstate(all="ignore"):  # a file that is wrong may hold anything
+                difference = stored.left(rows) @ stored_right
+                difference -= delta
+                by_row = np.abs(difference, out=difference).max(axis=1)
+                share = np.where(by_row == 0, 0.0, by_row / allowed[rows.start : rows.stop])
+            largest = np.abs(delta, out=delta).max()
+            found = np.maximum(found, (by_row.max(), largest, share.max()))
+    return found
 
 
-def _tiles(n_row: int, n_column: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into tiles that lie in a core's cache, products and all."""
-    for row in range(0, n_row, TILE_ROWS):
-        for column in range(0, n_column, TILE_COLUMNS):
-            yield slice(row, row + TILE_ROWS), slice(column, column + TILE_COLUMNS)
+def _parts(n: int, n_part: int) -> Iterator[range]:
+    """Cut 0 to n into neighbouring parts."""
+    for begin in range(0, n, n_part):
+        yield range(begin, min(begin + n_part, n))
 
 
 def _allowed(
-    right: F64, left: F64, kinds: Sequence[GGMLQuantizationType], is_embedding: bool
+    source: Delta, kinds: Sequence[GGMLQuantizationType], scale: float, is_embedding: bool
 ) -> F64:
-    """Bound the change of each row of `left @ right` by rounding both to the file's types.
+    """Bound the change of each row of a delta by rounding its two sides to the file's types.
 
-    right    [rank, n_in]
-    left     [n_out, rank]
+    scale    of the file, which its left is stored without
     returns  [n_out]  the largest change of an entry of the row
     """
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
-    error_right = _rounding(right, kinds[0], axis=0 if is_embedding else 1).max(axis=1)  # [rank]
-    error_left = _rounding(left, kinds[1], axis=1)  # [n_out, rank]
-    allowed: F64 = (np.abs(left) + error_left) @ error_right
-    allowed += error_left @ np.abs(right).max(axis=1)
+    axis = 0 if is_embedding else 1
+    size_right = error_right = np.zeros(1)  # [rank]  the largest of each rank
+    for columns in _parts(source.n_in, TILE_COLUMNS):
+        right = source.right(columns)
+        size_right = np.maximum(size_right, np.abs(right).max(axis=1))
+        error_right = np.maximum(error_right, _rounding(right, kinds[0], axis).max(axis=1))
+    allowed = np.empty(source.n_out)
+    for rows in _parts(source.n_out, TILE_ROWS):
+        left = source.left(rows) / scale
+        error_left = _rounding(left, kinds[1], axis=1)
+        by_row = (np.abs(left) + error_left) @ error_right + error_left @ size_right
+        allowed[rows.start : rows.stop] = abs(scale) * by_row
     return allowed
 
 
