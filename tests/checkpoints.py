@@ -24,7 +24,7 @@ from qaflora_edge.backend.model import Model
 EXACT = 1e-5
 ROUNDED = 3e-3
 
-N_LAYER = len(LAYER_WEIGHTS)
+N_LAYER = 2
 RANK, ALPHA = 4, 8
 
 

@@ -18,13 +18,13 @@ import zoo
 from families import FAMILIES, MIXTURES, AnyFamily
 from features import FEATURES, outcome
 from numpy.typing import NDArray
-from specimen import ADAPTERS, EXPERTS, TOKENS, UPSTREAM, Specimen
+from specimen import ADAPTERS, EXPERTS, LAYER_WEIGHTS, TOKENS, UPSTREAM, Specimen
 from stock import StockContext
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.errors import BackendError, UnsupportedAdapterError
+from qaflora_edge.errors import BackendError, StrategyError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 
 F32 = NDArray[np.float32]
@@ -63,7 +63,7 @@ class Findings:
             with suppress(BackendError):
                 _check_probe(specimen, engine, "projections", specimen.states)
                 found["probe"] = EXACT
-        with suppress(BackendError):
+        with suppress(BackendError, StrategyError):
             _check_norm(specimen, files["projections"])
             found["norm"] = EXACT
         found["llama.cpp"] = _check_stock(specimen, files)
@@ -104,7 +104,7 @@ def _check_logits(specimen: Specimen, engine: Engine) -> None:
         assert_near(specimen, engine.logits(TOKENS, weights=weights), adapter)
         per_layer = {"projections": "per layer", "experts": "experts per layer"}.get(adapter)
         if per_layer:
-            weights[index] = zoo.LAYER_WEIGHTS
+            weights[index] = LAYER_WEIGHTS[: engine.n_layer]
             assert_near(specimen, engine.logits(TOKENS, weights=weights), per_layer)
 
 

@@ -57,6 +57,14 @@ _MHA = {**_LLAMA, "num_key_value_heads": 4}
 _WINDOW = {"sliding_window": 64}
 _GEMMA = {**_HEAD, **_WINDOW, "query_pre_attn_scalar": 16}
 _GPT = {**_IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_GEMMA_4 = {
+    **_HEAD,
+    **_WINDOW,
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 16,
+    "final_logit_softcapping": 30.0,  # llama.cpp's, where a config has none
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _FALCON = {
     **_IDS,
     "hidden_size": 64,
@@ -78,7 +86,17 @@ _GRANITE = {
     "residual_multiplier": 0.5,
     "logits_scaling": 4.0,
 }
+_GRANITE_SHARED = {**_GRANITE, "shared_intermediate_size": 96}
+_GRANITE_4 = {
+    **_GRANITE_SHARED,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
 _LINEAR_ATTENTION = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 _EYE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 _CLIP = {**_EYE, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
@@ -245,17 +263,43 @@ _ALL = [
         "Gemma 4, dense",
         "gemma4",
         "Gemma4ForCausalLM",
-        {
-            **_HEAD,
-            **_WINDOW,
-            "hidden_size_per_layer_input": 0,
-            "global_head_dim": 16,
-            "final_logit_softcapping": 30.0,  # llama.cpp's, where a config has none
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
+        _GEMMA_4,
         config="Gemma4TextConfig",
         tolerance=ROUNDED,
         restored={"global_head_dim": 16, "moe_intermediate_size": 0},
+    ),
+    _family(
+        "Gemma 4, E2B",
+        "gemma4",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA_4,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": N_VOCAB,
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 1,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+        config="Gemma4TextConfig",
+        tolerance=ROUNDED,
+        targets=(*_ATTENTION, *_MLP, "per_layer_input_gate", "per_layer_projection"),
+        restored={"global_head_dim": 16, "moe_intermediate_size": 0},
+    ),
+    _family(
+        "Gemma 4, MoE",
+        "gemma4",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA_4,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+        config="Gemma4TextConfig",
+        tolerance=ROUNDED,
+        targets=_ATTENTION,
+        restored={"global_head_dim": 16},
     ),
     _family(
         "Phi-2", "phi2", "PhiForCausalLM", {**_MHA, "intermediate_size": 256}, tolerance=ROUNDED
@@ -342,6 +386,30 @@ _ALL = [
         "GraniteMoeForCausalLM",
         {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    _family(
+        "Granite MoE, shared",
+        "granitemoe",
+        "GraniteMoeSharedForCausalLM",
+        {**_GRANITE_SHARED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    _family(
+        "Granite 4, dense",
+        "granite",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_GRANITE_4,
+            "layer_types": ["attention", "attention"],
+            "position_embedding_type": "rope",
+        },
+        restored={"layer_types": ["attention", "attention"], "num_experts_per_tok": None},
+    ),
+    _family(
+        "Granite 4, hybrid",
+        "granitehybrid",
+        "GraniteMoeHybridForCausalLM",
+        {**_GRANITE_4, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"]},
+        restored={"layer_types": ["mamba", "attention"]},
+    ),
     _family("GLM", "chatglm", "GlmForCausalLM", _HEAD, tolerance=ROUNDED),
     _family("GLM-4", "glm4", "Glm4ForCausalLM", _HEAD),
     _family(
@@ -409,6 +477,16 @@ _ALL = [
     ),
     _family("EXAONE 4", "exaone4", "Exaone4ForCausalLM", {**_HEAD, **_WINDOW}),
     _family(
+        "EXAONE 4.5",
+        "exaone4",
+        "Exaone4_5_ForConditionalGeneration",
+        {
+            "text_config": {**_HEAD, **_WINDOW, "model_type": "exaone4"},
+            "vision_config": {**_QWEN_EYE, **_EYE, "out_hidden_size": 64},
+        },
+        config="Exaone4_5_Config",
+    ),
+    _family(
         "EXAONE MoE",
         "exaone-moe",
         "ExaoneMoeForCausalLM",
@@ -438,6 +516,22 @@ _ALL = [
     _family("Seed-OSS", "seed_oss", "SeedOssForCausalLM", _HEAD),
     _family("Apertus", "apertus", "ApertusForCausalLM", _LLAMA),
     _family("Arcee", "arcee", "ArceeForCausalLM", _LLAMA),
+    _family(
+        "Trinity",
+        "afmoe",
+        "AfmoeForCausalLM",
+        {
+            **_HEAD,
+            **_WINDOW,
+            **_EXPERTS,
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "num_dense_layers": 1,
+            "mup_enabled": True,
+        },
+        targets=_ATTENTION,
+        restored={"score_func": "sigmoid", "route_norm": True},
+    ),
     _family("Jais 2", "jais2", "Jais2ForCausalLM", _HEAD),
     _family(
         "gpt-oss",
@@ -508,6 +602,44 @@ _ALL = [
             "layer_types": ["conv", "full_attention"],
         },
         upstream="it leaves the head out",
+    ),
+    _family(
+        "Jamba",
+        "jamba",
+        "JambaForCausalLM",
+        {
+            **_LLAMA,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "use_mamba_kernels": False,
+        },
+        # transformers ignores LoRA of dt_proj
+        targets=(*_ATTENTION, *_MLP, "in_proj", "x_proj", "out_proj"),
+    ),
+    # PEFT refuses LoRA of out_proj in these
+    _family(
+        "Mamba",
+        "mamba",
+        "MambaForCausalLM",
+        {**_IDS, "hidden_size": 64, "num_hidden_layers": 2},
+        targets=("in_proj", "x_proj"),
+    ),
+    _family(
+        "Mamba 2",
+        "mamba2",
+        "Mamba2ForCausalLM",
+        {
+            **_IDS,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "state_size": 16,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 1,
+        },
+        targets=("in_proj",),
     ),
 ]
 AnyFamily = Family | Checkpoint

@@ -16,7 +16,7 @@ ADAPTERS = ("projections", "scales", "embedding", "head")
 EXPERTS = ("experts", "single experts")  # of mixtures: of stacked parameters, and one by one
 # Upstream reads nothing that makes scales differ, and no parameters.
 UPSTREAM = {"projections", "embedding", "head", "single experts"}
-LAYER_WEIGHTS = (0.25, -0.75)  # of the two layers
+LAYER_WEIGHTS = (0.25, -0.75, 0.5)  # of the layers, two of most families
 
 
 class Named(Protocol):

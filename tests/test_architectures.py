@@ -199,6 +199,35 @@ def test_router_of_a_mixture_is_a_plain_module(tmp_path: Path) -> None:
     assert converted.targets == ("ffn_gate_inp",)
 
 
+def test_module_of_no_layer_is_named(tmp_path: Path) -> None:
+    tensors = {"per_layer_model_proj.weight": (32, 64)}
+    base = write_base(tmp_path / "base.gguf", "gemma4", tensors, 4)
+    module = "model.language_model.per_layer_model_projection"
+    folder = write_peft(tmp_path / "a", module, 32, 64)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: module {module} goes to per_layer_model_proj.weight, "
+        "which belongs to no layer, so that no layer's weight applies; expected projections of the "
+        "language model's layers, embed_tokens or lm_head. Train without this module, or merge the "
+        "adapter into its base."
+    )
+
+
+def test_module_that_is_computed_without_adapters_is_named(tmp_path: Path) -> None:
+    tensors = {"blk.0.shortconv.conv.weight": (64, 64)}
+    base = write_base(tmp_path / "base.gguf", "lfm2", tensors, 4)
+    folder = write_peft(tmp_path / "a", "model.layers.0.conv.conv", 64, 64)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: module model.layers.0.conv.conv goes to "
+        "blk.0.shortconv.conv.weight, which llama.cpp computes without adapters for lfm2; expected "
+        "projections of the language model's layers, embed_tokens or lm_head. Train without this "
+        "module, or merge the adapter into its base."
+    )
+
+
 def test_architecture_that_gguf_does_not_know_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,6 +225,9 @@ METADATA = {
 # What modules are called in HF's models, where a layout takes them apart.
 FUSED = {
     "bailingmoe": {"attn_qkv": "attention.query_key_value"},
+    "granite": {"ffn_gate_up": "shared_mlp.input_linear"},
+    "granitehybrid": {"ffn_gate_up": "shared_mlp.input_linear"},
+    "granitemoe": {"ffn_gate_up": "shared_mlp.input_linear"},
     "internlm2": {"attn_qkv": "attention.wqkv"},
     "openelm": {"ffn_gate_up": "ffn.proj_1"},
     "refact": {"attn_kv": "attn.kv", "ffn_gate_up": "mlp.gate_up_proj"},

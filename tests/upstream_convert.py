@@ -18,12 +18,16 @@ def convert_base(job: dict[str, Any]) -> None:
     """Write a float32 base, with a vocabulary of our own in place of a tokeniser's files."""
     import gguf
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+    from conversion.mamba import Mamba2Model
 
     hf = Path(job["hf"])
     hparams = ModelBase.load_hparams(hf, False)
     model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
 
-    model = model_class(hf, gguf.LlamaFileType.ALL_F32, Path(job["out"]), eager=True)
+    options = {}
+    if issubclass(model_class, Mamba2Model):  # they read config.json themselves
+        options["hparams"] = restored(hf, json.loads((hf / "config.json").read_text("utf-8")))
+    model = model_class(hf, gguf.LlamaFileType.ALL_F32, Path(job["out"]), eager=True, **options)
     writes = getattr(model, "impl", model)  # of mistral3, whose class only chooses another
 
     def set_vocab() -> None:
@@ -44,15 +48,19 @@ def convert_base(job: dict[str, Any]) -> None:
 
 
 def restore_fields(load: Any) -> Any:
-    """Wrap load_hparams: fields that this transformers no longer writes, from `upstream.json`."""
+    """Wrap load_hparams: with fields that this transformers no longer writes."""
 
     def load_hparams(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
-        hparams: dict[str, Any] = load(folder, is_mistral_format)
-        if (folder / "upstream.json").is_file():
-            hparams |= json.loads((folder / "upstream.json").read_text("utf-8"))
-        return {name: value for name, value in hparams.items() if value is not None}
+        return restored(folder, load(folder, is_mistral_format))
 
     return staticmethod(load_hparams)
+
+
+def restored(folder: Path, hparams: dict[str, Any]) -> dict[str, Any]:
+    """Put the fields of `upstream.json` in; null takes a field out."""
+    if (folder / "upstream.json").is_file():
+        hparams |= json.loads((folder / "upstream.json").read_text("utf-8"))
+    return {name: value for name, value in hparams.items() if value is not None}
 
 
 def convert_adapter(tree: Path, job: dict[str, Any]) -> None:

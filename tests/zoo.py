@@ -219,7 +219,7 @@ def last_states(wrapped: Any) -> F32:
 
 def scale_layers(wrapped: Any) -> None:
     """Weigh the adapter by LAYER_WEIGHTS, in PEFT's own scaling."""
-    for block, weight in zip(blocks_of(wrapped), LAYER_WEIGHTS, strict=True):
+    for block, weight in zip(blocks_of(wrapped), LAYER_WEIGHTS, strict=False):
         for module in block.modules():
             if hasattr(module, "lora_A"):
                 module.scaling["default"] *= weight

@@ -9,6 +9,7 @@ from qaflora_edge.convert.layouts import (
     Layout,
     as_is,
     glm4_rows,
+    granite_rows,
     grouped_qkv,
     grouped_rope_pairs,
     halves,
@@ -31,6 +32,7 @@ INTERLEAVED_EXPERTS = ("gpt-oss",)
 
 # general.architecture -> how its modules lie. Each was read, and is proven by the tests.
 ARCHITECTURES: Mapping[str, Layout] = {
+    "afmoe": as_is,
     "apertus": as_is,
     "arcee": rope_pairs,
     "bailingmoe": packed_rope_pairs,
@@ -57,16 +59,20 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "gpt-oss": as_is,
     "gpt2": as_is,  # PEFT stores A and B of a Conv1D as of a linear layer
     "gptneox": grouped_qkv,
-    "granite": rope_pairs,
-    "granitemoe": rope_pairs,
+    "granite": granite_rows,
+    "granitehybrid": granite_rows,
+    "granitemoe": granite_rows,
     "hunyuan-dense": as_is,
     "hunyuan-moe": as_is,
     "internlm2": grouped_rope_pairs,
     "jais2": as_is,
+    "jamba": as_is,
     "lfm2": as_is,
     "lfm2moe": as_is,
     "llama": rope_pairs,
     "maincoder": as_is,
+    "mamba": as_is,
+    "mamba2": as_is,
     "minicpm": rope_pairs,
     "minimax-m2": as_is,
     "mistral3": rope_pairs,
@@ -105,6 +111,12 @@ ARCHITECTURES: Mapping[str, Layout] = {
 # them up: general.architecture -> HF's name within a block -> the stem that a layout is asked for.
 UNMAPPED: Mapping[str, Mapping[str, str]] = {
     "bailingmoe": {"attention.query_key_value": "attn_qkv"},
+    "granite": {
+        "shared_mlp.input_linear": "ffn_gate_up",
+        "shared_mlp.output_linear": "ffn_down_shexp",
+    },
+    "granitehybrid": {"shared_mlp.input_linear": "ffn_gate_up"},
+    "granitemoe": {"shared_mlp.input_linear": "ffn_gate_up"},
     "internlm2": {"attention.wqkv": "attn_qkv"},
     "openelm": {"ffn.proj_1": "ffn_gate_up"},
     "refact": {"attn.q": "attn_q", "attn.kv": "attn_kv", "mlp.gate_up_proj": "ffn_gate_up"},

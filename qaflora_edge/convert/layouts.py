@@ -151,6 +151,19 @@ def _q_k_v(name: str, header: GgufHeader, rows: Sequence[Index]) -> tuple[Part, 
     )
 
 
+def granite_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
+    """A shared MLP's first projection is cut into gate and up, named as a block without experts
+    has them where it has none; rows of q and k are in the order of ggml's rope."""
+    block, _, stem = name.rpartition(".")
+    end = "_shexp" if f"{block}.ffn_gate_shexp.weight" in header.tensors else ""
+    if stem == "ffn_gate_up":
+        rows = _in_halves(shape[0])
+        return (Part(f"{block}.ffn_gate{end}", rows[0]), Part(f"{block}.ffn_up{end}", rows[1]))
+    if stem == "ffn_down_shexp":
+        return (Part(f"{block}.ffn_down{end}"),)
+    return rope_pairs(name, header, shape)
+
+
 def qwen3next_rows(name: str, header: GgufHeader, shape: tuple[int, int]) -> tuple[Part, ...]:
     """Linear attention's first projection has a key's q, k, values and their gates together."""
     if not name.endswith(".ssm_in"):
@@ -186,9 +199,14 @@ def halves(**fused: tuple[str, str]) -> Layout:
         block, _, stem = name.rpartition(".")
         if stem not in fused:
             return (Part(name),)
-        if shape[0] % 2:
-            raise LayoutError(f"{shape[0]} rows, which two tensors cannot share")
-        rows = np.arange(shape[0]).reshape(2, -1)
+        rows = _in_halves(shape[0])
         return tuple(Part(f"{block}.{part}", rows[i]) for i, part in enumerate(fused[stem]))
 
     return cut
+
+
+def _in_halves(n_row: int) -> Index:
+    """returns  [2, n_row / 2]"""
+    if n_row % 2:
+        raise LayoutError(f"{n_row} rows, which two tensors cannot share")
+    return np.arange(n_row).reshape(2, -1)

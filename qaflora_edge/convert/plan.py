@@ -11,11 +11,12 @@ from qaflora_edge.convert.experts import PlannedExperts, is_of_experts, plan_exp
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
 from qaflora_edge.convert.scale import common_alpha, scale_factor
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
-from qaflora_edge.formats.bypassed import module_kind
+from qaflora_edge.formats.bypassed import is_bypassed, module_kind
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
 
-# A language model inside a multimodal one, and what its modules are called on their own.
+# A language model inside a multimodal one, and what its modules are called on their own; these are
+# tried after the name itself, in order.
 _PREFIXES = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",
@@ -90,6 +91,7 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
                     "each. Save it again."
                 )
             planned[base_name] = PlannedModule(module, base_name, factor, part.rows, part.columns)
+            _check_reached(adapter, planned[base_name], header)
             _check_shape(adapter, planned[base_name], header)
     everything: list[Planned] = [
         *planned.values(),
@@ -218,6 +220,22 @@ def _unknown_module(adapter: PeftAdapter, module: PeftModule, header: GgufHeader
         f"{header.architecture} GGUF; expected projections of the language model's layers, "
         f"embed_tokens or lm_head. The adapter may be for another base{adapter.trained_on}, or "
         "was trained on parts that a GGUF lacks."
+    )
+
+
+def _check_reached(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader) -> None:
+    """Refuse tensors that no adapter enters, or no layer's weight."""
+    name = module.base_name
+    if is_bypassed(header.architecture, name):
+        why = f"llama.cpp computes without adapters for {header.architecture}"
+    elif not name.startswith(("blk.", "token_embd.", "output.")):
+        why = "belongs to no layer, so that no layer's weight applies"
+    else:
+        return
+    raise UnsupportedAdapterError(
+        f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} goes to "
+        f"{name}, which {why}; expected projections of the language model's layers, embed_tokens "
+        "or lm_head. Train without this module, or merge the adapter into its base."
     )
 
 

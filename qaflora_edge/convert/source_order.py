@@ -14,13 +14,17 @@ from qaflora_edge.formats.gguf_header import GgufHeader
 Index = NDArray[np.int64]
 
 _PAIRED_ROPE = (
-    *("llama", "arcee", "bailingmoe", "deepseek", "granite", "granitemoe"),
+    *("llama", "arcee", "bailingmoe", "deepseek", "granite", "granitehybrid", "granitemoe"),
     *("internlm2", "minicpm", "mistral3", "olmo", "smollm3", "xverse"),
 )
 _HALVED_ROPE = ("glm4",)
 _GROUPED_QKV = ("bloom", "falcon", "gptneox")
 _PACKED = {"bailingmoe": "query_key_value"}
-_SECOND = {"proj_1": "ffn_up", "kv": "attn_v", "gate_up_proj": "ffn_up"}  # of two halves
+# The stem that has the second of a module's two halves.
+_SECOND = {
+    **{"proj_1": ("ffn_up",), "kv": ("attn_v",), "gate_up_proj": ("ffn_up",)},
+    "input_linear": ("ffn_up", "ffn_up_shexp"),
+}
 _GROUPED = {"internlm2": "wqkv"}
 _GATE_UP_BY_TURNS = ("gpt-oss",)
 _TILED = ("qwen35", "qwen35moe")
@@ -42,7 +46,7 @@ def source_rows(header: GgufHeader, module: PlannedModule) -> Index:
         return np.where(row < n_before, row, tiled)
     if stem in ("attn_q", "attn_k"):
         row = _turned(row, header, header.n_head if stem == "attn_q" else header.n_head_kv)
-    if module.source.n_out == 2 * n_out and stem == _SECOND.get(name):
+    if module.source.n_out == 2 * n_out and stem in _SECOND.get(name, ()):
         row = n_out + row
     if name in (_PACKED.get(architecture), _GROUPED.get(architecture)):
         n_dim = module.source.n_out // (header.n_head + 2 * header.n_head_kv)
