@@ -23,6 +23,7 @@ class Family:
     targets   ends of the names of the modules to adapt; None: every linear layer but experts
     restored  fields of config.json that upstream reads and transformers does not write
     upstream  why upstream's adapter is another, if it is
+    refuses_experts  whether LoRA of its experts is refused, which is not tried then
     """
 
     name: str
@@ -34,11 +35,12 @@ class Family:
     targets: tuple[str, ...] | None = None
     restored: Mapping[str, Any] = field(default_factory=dict)
     upstream: str = ""
+    refuses_experts: bool = False
 
     @property
     def is_mixture(self) -> bool:
         """Whether its layers have experts that a router chooses from."""
-        return any("expert" in option for option in self.options)
+        return any("expert" in name and value not in (0, 1) for name, value in self.options.items())
 
 
 N_VOCAB = 271
@@ -300,6 +302,7 @@ _ALL = [
         tolerance=ROUNDED,
         targets=_ATTENTION,
         restored={"global_head_dim": 16},
+        refuses_experts=True,
     ),
     _family(
         "Phi-2", "phi2", "PhiForCausalLM", {**_MHA, "intermediate_size": 256}, tolerance=ROUNDED
@@ -645,4 +648,4 @@ _ALL = [
 AnyFamily = Family | Checkpoint
 FAMILIES: Mapping[str, AnyFamily] = {family.name: family for family in (*_ALL, *PUBLISHED)}
 # Those whose experts are adapted too.
-MIXTURES = [family for family in _ALL if family.is_mixture]
+MIXTURES = [family for family in _ALL if family.is_mixture and not family.refuses_experts]

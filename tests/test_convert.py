@@ -306,12 +306,12 @@ def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) 
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     other = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(other, "mamba")
+    writer = gguf.GGUFWriter(other, "rwkv7")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     assert refusal(UnsupportedAdapterError, folder, other) == (
-        f"Cannot convert an adapter for {other}: how its architecture 'mamba' lays out its "
+        f"Cannot convert an adapter for {other}: how its architecture 'rwkv7' lays out its "
         f"weights was not reviewed; expected one of {', '.join(ARCHITECTURES)}. Convert it with "
         "llama.cpp's convert_lora_to_gguf.py and use the adapter GGUF."
     )

@@ -24,8 +24,18 @@ _GATE_UP = ("ffn_gate", "ffn_up")
 # Architectures whose experts may be adapted: in HF and in a GGUF alike, each has gate, up and down,
 # and where one parameter of HF holds gate and up, all rows of gate come first...
 MIXTURES = (
-    *("dots1", "ernie4_5-moe", "exaone-moe", "glm4moe", "gpt-oss", "granitemoe", "hunyuan-moe"),
-    *("lfm2moe", "llama", "minimax-m2", "olmoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next"),
+    *("afmoe", "dots1", "ernie4_5-moe", "exaone-moe", "glm4moe", "gpt-oss", "granitemoe"),
+    *(
+        "hunyuan-moe",
+        "lfm2moe",
+        "llama",
+        "minimax-m2",
+        "olmoe",
+        "qwen2moe",
+        "qwen35moe",
+        "qwen3moe",
+        "qwen3next",
+    ),
 )
 # ...or they take turns.
 INTERLEAVED_EXPERTS = ("gpt-oss",)
