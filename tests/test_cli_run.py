@@ -69,6 +69,28 @@ def test_json_is_the_contract(made: TinyBundle) -> None:
     assert set(shown) == {"text", "finish_reason", "usage", "fusion", "timings"}
 
 
+def test_byte_order_mark_on_stdin_is_no_part_of_the_prompt(made: TinyBundle) -> None:
+    for arguments in (["-"], ["--file", "-"]):
+        result = run(made.folder, *arguments, "--max-tokens", 8, stdin=f"\ufeff{PROMPT}\r\n")
+        assert result.stdout == answer(made, max_tokens=8) + "\n"
+
+
+def test_stdin_without_end_is_refused(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qaflora_edge.cli.prompts.FILE_BYTES_MAX", 1 << 20)
+    result = run(made.folder, "-", stdin="a" * (1 << 20) + "b")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: Cannot read stdin: it is larger than 1 MiB, the most that is read as text. Split "
+        "it, or check that it is the right file.\n"
+    )
+
+
+def test_empty_stop_is_wrong_usage(made: TinyBundle) -> None:
+    result = run(made.folder, PROMPT, "--stop", "")
+    assert result.exit_code == 2
+    assert "'--stop': the text is empty, expected one character or more" in result.stderr
+
+
 def test_stop_ends_the_answer(made: TinyBundle) -> None:
     text = answer(made, max_tokens=12)
     stop = text[4:6]

@@ -91,10 +91,21 @@ def test_every_shared_option_can_be_set_in_each_way(
         "stop": ("a b", "c"),
     }
     config.write_text("", encoding="utf-8")
-    for name, value in read.items():
-        if name != "stop":
-            monkeypatch.setenv(f"QAFLORA_{name}".upper(), str(value))
-    assert vars(shared_settings("run")) == read | {"stop": ()}
+    for name, value in (read | {"stop": "a b\n"}).items():
+        monkeypatch.setenv(f"QAFLORA_{name}".upper(), str(value))
+    assert vars(shared_settings("run")) == read | {"stop": ("a b\n",)}  # one text, not cut in two
+
+
+def test_variables_that_are_no_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CliRunner().invoke(main, ["settings"]).stderr == ""
+    monkeypatch.setenv("QAFLORA_TEMPERATURE", "1")
+    monkeypatch.setenv("QAFLORA_RUN_STOP", "x")
+    result = CliRunner().invoke(main, ["settings", "--json"])
+    assert result.stderr == (
+        "Note: the variable QAFLORA_TEMPERATURE is no setting, and is not read.\n"
+    )
+    shown = json.loads(result.stdout)["settings"]["run.stop"]
+    assert shown == {"value": "x", "from": "QAFLORA_RUN_STOP"}
 
 
 def test_flag_of_the_file_is_taken_back_on_the_command_line(made: TinyBundle, config: Path) -> None:
@@ -148,6 +159,7 @@ WRONG = [
     ('lens = "wide"', "the key lens is 'wide', expected one of norm, raw", ""),
     ('raw_prompt = "yes"', "the key raw_prompt is 'yes', expected true or false", ""),
     ('stop = "x"', "the key stop is 'x', expected a list of texts", ""),
+    ('stop = [""]', "the key stop is [''], expected a list of texts that are not empty", ""),
     ("[run]\nctx = 0", "the key run.ctx is 0, expected a whole number from 1 up", ""),
     (
         '[convert]\nouttype = "f8"',

@@ -280,7 +280,7 @@ def test_missing_matplotlib_is_told_before_the_model_is_loaded(
     [
         (["", "--json"], None, "The prompt is empty; give at least one character."),
         (["-"], "\n", "The prompt is empty; give at least one character."),
-        (["-"], b"\xff", "The prompt on stdin is not UTF-8 (invalid start byte at byte 0)"),
+        (["-"], b"\xff", "Cannot read stdin: it is not UTF-8 (invalid start byte at byte 0)"),
         (["hi", "--strategy", "best"], None, "Strategy 'best' is not known; expected one of"),
         (["hi", "--strategy", "single:no"], None, "names the adapter 'no', which is not loaded"),
         (["hi", "--strategy", "manual:es=nan"], None, "expected a finite number"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli.progress import waiting
+from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.errors import BundleError, PromptError, RegistryError
 
 if TYPE_CHECKING:
@@ -80,6 +80,21 @@ def completed_by(name: str) -> Callable[..., Any]:
         return getattr(functions, name)(ctx, param, word)
 
     return complete
+
+
+class StopText(click.types.StringParamType):
+    """A text that ends an answer: not empty, and taken whole out of the environment."""
+
+    envvar_list_splitter = None
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text: str = super().convert(value, param, ctx)
+        if not text:
+            self.fail("the text is empty, expected one character or more.", param, ctx)
+        return text
+
+    def split_envvar_value(self, rv: str) -> tuple[str]:
+        return (rv,)
 
 
 # Keywords of click.argument for DIR.
@@ -157,7 +172,11 @@ _OPTIONS = (
         help="Seed of sampling.  [default: a new one]",
     ),
     click.option(
-        "--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable."
+        "--stop",
+        type=StopText(),
+        multiple=True,
+        metavar="TEXT",
+        help="End the answer before TEXT; repeatable.",
     ),
 )
 
@@ -225,17 +244,10 @@ def open_engine(bundle: str, options: SharedOptions) -> Engine:
 def read_prompt(text: str) -> str:
     """PROMPT as given, or stdin for `-` (without its last line end).
 
-    Raises PromptError when it is empty or no Unicode text.
+    Raises PromptError when it is empty, InputFileError when stdin is no UTF-8 or too long.
     """
     if text == "-":
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise PromptError(
-                f"The prompt on stdin is not UTF-8 ({error.reason} at byte {error.start}); "
-                "expected text in UTF-8. Convert it, for example with iconv."
-            ) from error
-        text = text.removesuffix("\n").removesuffix("\r")
+        text = read_text("-").removesuffix("\n").removesuffix("\r")
     return check_prompt(text)
 
 

@@ -85,8 +85,12 @@ def _decode(data: bytes, shown: str) -> str:
 
 
 def read_text(path: str) -> str:
-    """Read a file of UTF-8 text; a byte order mark is dropped. Raises InputFileError."""
-    return _decode(_read(path, path), path)
+    """Read a file of UTF-8 text, or stdin for `-`; a byte order mark is dropped.
+
+    Raises InputFileError.
+    """
+    shown = "stdin" if path == "-" else path
+    return _decode(_read(path, shown), shown)
 
 
 def _parse(line: str, where: str) -> Prompt:

@@ -67,8 +67,6 @@ class Setting:
 
 def variables(key: str, table: str | None) -> tuple[str, ...]:
     """Environment variables for a key: of one command first, then of all."""
-    if key in SHARED and SHARED[key].multiple:
-        return ()  # a variable cannot hold a list of texts
     own = (f"{PREFIX}{table}_{key}".upper(),) if table else ()
     shared = (f"{PREFIX}{key}".upper(),) if key in SHARED else ()
     return own + shared
@@ -130,7 +128,8 @@ def command_settings() -> list[Setting]:
 def _setting(key: str, table: str | None, option: click.Option) -> Setting:
     meaning = (option.help or "").partition("  [")[0]
     name = f"{table}.{key}" if table else key
-    return Setting(name, variables(key, table), expected(option), meaning)
+    kind = expected(option) + ("; in the environment one text" if option.multiple else "")
+    return Setting(name, variables(key, table), kind, meaning)
 
 
 def expected(option: click.Option) -> str:
@@ -139,7 +138,7 @@ def expected(option: click.Option) -> str:
     if option.is_flag:
         return "true or false"
     if option.multiple:
-        return "a list of texts"
+        return "a list of texts that are not empty"
     if isinstance(kind, click.Choice):
         return f"one of {', '.join(map(str, kind.choices))}"
     if isinstance(kind, click.IntRange | click.FloatRange):
@@ -155,7 +154,7 @@ def fits(option: click.Option, value: object) -> bool:
     if option.is_flag:
         return isinstance(value, bool)
     if option.multiple:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
     number = isinstance(option.type, click.types.FloatParamType)
     whole = isinstance(option.type, click.types.IntParamType)
     types: tuple[type, ...] = (int, float) if number else (int,) if whole else (str,)
@@ -271,6 +270,13 @@ def shared_settings(table: str) -> SharedOptions:
     with context:
         chosen: SharedOptions = nothing.invoke(context)
     return chosen
+
+
+def unknown_variables() -> list[str]:
+    """Variables of the environment that look like settings and are none."""
+    rows = [*all_settings(), *command_settings()]
+    known = {variable for row in rows for variable in row.variables}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:

@@ -22,6 +22,7 @@ def settings(as_json: bool) -> None:
         command_settings,
         file_settings,
         origin,
+        unknown_variables,
     )
     from qaflora_edge.settings import settings_path
 
@@ -29,6 +30,8 @@ def settings(as_json: bool) -> None:
     rows = [(row, *origin(row, found)) for row in all_settings()]
     own = [(row, *origin(row, found)) for row in command_settings()]
     rows += [row for row in own if row[2] != "default"]
+    for name in unknown_variables():
+        click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
     if as_json:
         entries = {
             row.key or row.variables[0]: {"value": value, "from": source}
