@@ -7,7 +7,8 @@ from pathlib import Path
 import gguf
 
 from qaflora_edge.convert.architectures import ARCHITECTURES, UNMAPPED
-from qaflora_edge.convert.experts import PlannedExperts, is_of_experts, plan_experts
+from qaflora_edge.convert.expert_plan import is_of_experts, plan_experts
+from qaflora_edge.convert.experts import PlannedExperts
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
 from qaflora_edge.convert.scale import common_alpha, scale_factor
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError

@@ -18,7 +18,12 @@ from fuzz.mutate import Case
 from qaflora_edge.bundle import load_bundle
 from qaflora_edge.chat.session_file import load_session
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.formats.adapter_gguf import check_adapter, read_adapter_gguf, read_pair
+from qaflora_edge.formats.adapter_gguf import (
+    check_adapter,
+    is_experts,
+    read_adapter_gguf,
+    read_pair,
+)
 from qaflora_edge.formats.gguf_header import read_gguf_header, read_values
 from qaflora_edge.formats.safetensors_file import read_safetensors
 from qaflora_edge.grammar.gbnf import check_gbnf
@@ -84,6 +89,47 @@ def _pefts(place: Path) -> list[Case]:
         _read_case(tiny.write_tiny_peft(place / f"peft{index}", base, **option))
         for index, option in enumerate(options)
     ]
+
+
+@cache
+def _mixture(place: Path) -> tiny.TinyBase:
+    return tiny.write_tiny_base(place / "mixture.gguf", n_expert=3, **SMALL)
+
+
+def _expert_adapters(place: Path) -> list[Case]:
+    base = _mixture(place)
+    options: tuple[Mapping[str, Any], ...] = (
+        {"targets": ("ffn_up_exps",), "layers": (0,), "rank": 2},
+        {"targets": ("ffn_gate_exps", "ffn_down_exps", "attn_q"), "rank": 3, "outtype": "f16"},
+        {"targets": ("ffn_down_exps",), "layers": (1,), "rank": 32, "outtype": "q8_0"},
+    )
+    cases = []
+    for option in options:
+        adapter = tiny.write_tiny_adapter(place / "adapter.gguf", base, **option)
+        cases.append({"a.gguf": adapter.path.read_bytes()})
+    return cases
+
+
+def _expert_pefts(place: Path) -> list[Case]:
+    """Experts one by one, and stacked in a parameter."""
+    _mixture(place)
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    one = {f"{experts}.1.up_proj": ((2, 32), (32, 2)), f"{experts}.2.w2": ((2, 32), (32, 2))}
+    stacked = {f"{experts}.base_layer": ((6, 32), (64, 6)), experts: ((6, 32), (32, 6))}
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    cases = []
+    for modules, parameters in ((one, None), (stacked, targets)):
+        tensors = {
+            f"{name}.lora_{side}.weight": np.ones(shape, np.float32)
+            for name, shapes in modules.items()
+            for side, shape in zip("AB", shapes, strict=True)
+        }
+        tiny.write_safetensors(place / "weights", tensors)
+        config = {"peft_type": "LORA", "r": 2, "target_parameters": parameters}
+        weights = (place / "weights").read_bytes()
+        content = json.dumps({**config, "peft_version": "0.21.2"}).encode()
+        cases.append({"adapter_config.json": content, "adapter_model.safetensors": weights})
+    return cases
 
 
 def _parts_of_pefts(suffix: str) -> Callable[[Path], list[Case]]:
@@ -222,16 +268,17 @@ def _check_config(folder: Path, place: Path) -> None:
 
 def _check_peft(folder: Path, place: Path) -> None:
     for module in read_peft(folder).modules.values():
-        assert module.read_a().shape == (module.rank, module.n_in)
-        assert module.read_b().shape == (module.n_out, module.rank)
+        n_rank = module.rank * max(1, module.n_expert)
+        assert module.read_a().shape == (n_rank, module.n_in)
+        assert module.read_b().shape == (module.n_out, n_rank)
 
 
-def _check_adapter(folder: Path, place: Path) -> None:
+def _check_adapter(folder: Path, place: Path, base: str = "base.gguf") -> None:
     info = read_adapter_gguf(folder / "a.gguf")
-    check_adapter(info, read_gguf_header(place / "base.gguf"))
+    check_adapter(info, read_gguf_header(place / base))
     for name in info.ranks:
         a, b, _ = read_pair(info, name)
-        assert a.ndim == b.ndim == 2
+        assert a.ndim == b.ndim == (3 if is_experts(name) else 2)
 
 
 def _check_base(folder: Path, place: Path) -> None:
@@ -249,18 +296,18 @@ def _check_bundle(folder: Path, place: Path) -> None:
         assert path.resolve().is_relative_to(inside)
 
 
-def _check_convert(folder: Path, place: Path) -> None:
+def _check_convert(folder: Path, place: Path, base: str = "base.gguf") -> None:
     """What is converted can be read again and fits; a refusal leaves no file."""
     out = place / "converted.gguf"
     out.unlink(missing_ok=True)
     try:
-        convert_adapter(folder, place / "base.gguf", out)
+        convert_adapter(folder, place / base, out)
     except BaseException:
         assert not out.exists()
         raise
     finally:
         assert not list(place.glob(".tmp-*"))
-    check_adapter(read_adapter_gguf(out), read_gguf_header(place / "base.gguf"))
+    check_adapter(read_adapter_gguf(out), read_gguf_header(place / base))
 
 
 def _check_session(folder: Path, place: Path) -> None:
@@ -291,6 +338,18 @@ def _check_native_base(folder: Path, place: Path) -> None:
     use_base(folder / "a.gguf")
 
 
+def _check_native_experts(folder: Path, place: Path) -> None:
+    from fuzz.native import use_adapter
+
+    _check_adapter(folder, place, "mixture.gguf")
+    use_adapter(place / "mixture.gguf", folder / "a.gguf")
+
+
+def _check_expert_pefts(folder: Path, place: Path) -> None:
+    _check_peft(folder, place)
+    _check_convert(folder, place, "mixture.gguf")
+
+
 TARGETS: Mapping[str, Target] = {
     "safetensors": Target(_parts_of_pefts(".safetensors"), _check_safetensors),
     "config": Target(_parts_of_pefts(".json"), _check_config),
@@ -305,4 +364,6 @@ TARGETS: Mapping[str, Target] = {
     "schema": Target(_schemas, _check_schema),
     "native": Target(_adapters, _check_native_adapter),
     "model": Target(_models, _check_native_base),
+    "experts": Target(_expert_adapters, _check_native_experts),
+    "expert-pefts": Target(_expert_pefts, _check_expert_pefts),
 }
