@@ -34,6 +34,13 @@ def pytest_configure() -> None:
                 os.environ.pop(name, None)
 
 
+def pytest_unconfigure() -> None:
+    """Close what llama_cpp opens when it is imported, or Python warns of it as it ends."""
+    if utils := sys.modules.get("llama_cpp._utils"):
+        utils.outnull_file.close()
+        utils.errnull_file.close()
+
+
 def pytest_report_header() -> str:
     """Say which package is tested: it should be an installed one, not the checkout."""
     return f"qaflora_edge: {Path(qaflora_edge.__file__).parent}"

@@ -110,10 +110,20 @@ class Reference:
         self.causal = self.model.base_model.model
         self.layers = self.causal.model.layers
         self.head = self.causal.lm_head.weight.detach().double()
+        self._states: dict[tuple[tuple[int, ...], str | None], tuple[F64, F32]] = {}
+
+    def states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
+        """States of the last token after each block [n_layer, n_embd], and logits [n_vocab].
+
+        What was computed once is kept: tests ask for the same prompts.
+        """
+        key = (tuple(tokens), adapter)
+        if key not in self._states:
+            self._states[key] = self._compute_states(tokens, adapter)
+        return self._states[key]
 
     @torch.inference_mode()
-    def states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
-        """States of the last token after each block [n_layer, n_embd], and logits [n_vocab]."""
+    def _compute_states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
         kept: list[torch.Tensor] = []
         hooks = [
             layer.register_forward_hook(
@@ -163,19 +173,21 @@ class Reference:
         return divergences / divergences.sum(dim=0, keepdim=True)
 
     @torch.inference_mode()
-    def greedy(self, tokens: Sequence[int], weights: NDArray[np.floating], n: int) -> list[int]:
-        """n tokens that follow under weights [n_adapter, n_layer], merged into the base."""
+    def likeliest(
+        self, tokens: Sequence[int], answer: Sequence[int], weights: NDArray[np.floating]
+    ) -> list[int]:
+        """The likeliest token after the prompt and after each of the answer: [1 + len(answer)].
+
+        weights  [n_adapter, n_layer], merged into the base
+
+        Greedy decoding gives this answer, and the last of these next, just when each token of the
+        answer is the likeliest one. All are asked for in one pass.
+        """
         undo = self._merge(weights)
         try:
             with self.model.disable_adapter():
-                out = self.causal.generate(
-                    input_ids=torch.tensor([list(tokens)]),
-                    max_new_tokens=n,
-                    do_sample=False,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                )
-            return [int(token) for token in out[0, len(tokens) :]]
+                logits = self.causal(input_ids=torch.tensor([[*tokens, *answer]])).logits[0]
+            return [int(token) for token in logits[len(tokens) - 1 :].argmax(dim=-1)]
         finally:
             for parameter, original in undo:
                 parameter.copy_(original)
