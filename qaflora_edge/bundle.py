@@ -18,7 +18,12 @@ from typing import Any
 
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
-from qaflora_edge.formats.adapter_gguf import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.formats.adapter_gguf import (
+    AdapterInfo,
+    check_adapter,
+    check_values,
+    read_adapter_gguf,
+)
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
@@ -182,6 +187,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
         check(path, what, adapter.sha256, adapter.size_bytes, "Copy the bundle again.")
         info = read_adapter_gguf(path)
         check_adapter(info, header)
+        check_values(info)
         _check_adapter_record(where, adapter, info)
     return Bundle(
         folder=folder,

@@ -15,6 +15,7 @@ from qaflora_edge.formats.adapter_gguf import (
     NO_FLOATS,
     AdapterInfo,
     check_adapter,
+    check_values,
     read_adapter_gguf,
     read_pair,
 )
@@ -376,3 +377,40 @@ def test_type_that_holds_no_floats_is_refused(tmp_path: Path, kind: str) -> None
         f"Cannot use adapter {path}: tensor {Q0}.lora_a is of type {kind}; expected F32, F16, BF16 "
         "or a quantised type. Convert the adapter again."
     )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("outtype", "n_bad"), [("f32", 1), ("f16", 1), ("bf16", 1), ("q8_0", 32), ("q4_0", 32)]
+)
+def test_values_that_are_no_numbers_are_counted(
+    tmp_path: Path, outtype: str, n_bad: int, value: float
+) -> None:
+    """Of types in blocks, the scale of one: it makes the whole block so."""
+    kind = gguf.GGMLQuantizationType[outtype.upper()]
+    values = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    stored = gguf.quants.quantize(values, kind)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    for side, data in (("a", stored), ("b", np.ones((64, 3), np.float32))):
+        raw_kind = kind if side == "a" else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{side}", data, raw_dtype=raw_kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    info = read_adapter_gguf(tmp_path / "a.gguf")
+    check_values(info)
+    tensor = info.tensors["blk.0.attn_q.weight.lora_a"]
+    as_stored = {"f32": np.array([value], "<f4"), "f16": np.array([value], "<f2")}
+    bits = np.array([value], "<f4").view("<u4") >> 16
+    as_stored |= {"bf16": bits.astype("<u2"), "q8_0": as_stored["f16"], "q4_0": as_stored["f16"]}
+    block_bytes = tensor.n_bytes // 3 // 2 if n_bad == 32 else 0
+    with info.path.open("rb+") as file:
+        file.seek(tensor.offset + 3 * block_bytes)
+        file.write(as_stored[outtype].tobytes())
+    with pytest.raises(GgufFileError) as caught:
+        check_values(info)
+    assert f": {n_bad} of the 192 values of tensor {tensor.name} are NaN" in str(caught.value)

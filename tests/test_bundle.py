@@ -330,6 +330,22 @@ def test_an_adapter_that_holds_no_numbers_is_refused(tmp_path: Path, value: floa
     assert not sources.folder.exists()
 
 
+def test_a_bundle_of_others_may_hold_no_numbers(tmp_path: Path) -> None:
+    """Its maker need not have made it with our command: the recorded hash is that of the file."""
+    sources = make_sources(tmp_path)
+    create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path}, calibrate=False)
+    path = sources.folder / "adapters" / "es.gguf"
+    tensor = read_adapter_gguf(path).tensors["blk.1.ffn_up.weight.lora_b"]
+    with path.open("rb+") as file:
+        file.seek(tensor.offset)
+        file.write(struct.pack("<f", float("inf")))
+    text = json.loads((sources.folder / "bundle.json").read_text())
+    text["adapters"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (sources.folder / "bundle.json").write_text(json.dumps(text))
+    with pytest.raises(GgufFileError, match=r"1 of the 768 values of tensor blk\.1\.ffn_up"):
+        load_bundle(sources.folder)
+
+
 def test_a_damaged_adapter_is_named_by_its_own_path(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
     damaged = tmp_path / "damaged.gguf"

@@ -24,6 +24,7 @@ from qaflora_edge.errors import (
     StrategyError,
     WeightsError,
 )
+from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.fusion import kl_divergence
 
 PROMPT = "the king is in the air"
@@ -84,6 +85,18 @@ def test_lenses_and_pools_differ_and_the_last_raw_layer_is_normed(
     assert np.array_equal(norm[:, -1], raw[:, -1])
     assert not np.allclose(norm[:, 0], raw[:, 0], rtol=0.01)
     assert not np.allclose(norm, found["norm", "mean"].divergence, rtol=0.01)
+
+
+def test_an_embedding_that_is_no_number_is_refused(tmp_path: Path, base: TinyBase) -> None:
+    """It would reach the base even at weight 0."""
+    path = tmp_path / "bad.gguf"
+    write_tiny_adapter(path, base, targets=["token_embd"])
+    tensor = read_adapter_gguf(path).tensors["token_embd.weight.lora_a"]
+    with path.open("rb+") as file:
+        file.seek(tensor.offset)
+        file.write(np.full(tensor.shape, np.nan, "<f4").tobytes())
+    with pytest.raises(GgufFileError, match=r"values of tensor token_embd\.weight\.lora_a are NaN"):
+        Engine(base=base.path, adapters={"bad": path}, n_ctx=64)
 
 
 def test_weights_do_not_depend_on_what_was_asked_before(engine: Engine) -> None:

@@ -7,7 +7,7 @@ without a word; so everything is checked here before a library sees the file.
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,13 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.formats.bypassed import is_bypassed, module_kind
-from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header, read_values
+from qaflora_edge.formats.gguf_header import (
+    GgufHeader,
+    read_gguf_header,
+    read_raw_rows,
+    read_value_block,
+    read_values,
+)
 from qaflora_edge.formats.gguf_parse import Double, TensorInfo, brief
 from qaflora_edge.formats.hub_ref import from_address, is_repo
 
@@ -42,6 +48,14 @@ NO_FLOATS = (
 )
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
+PART_VALUES = 1 << 16  # that are checked at a time
+# The bits of a float that are all set where it is NaN or infinite.
+EXPONENTS = {
+    GGMLQuantizationType.F32: ("<u4", np.uint32(0x7F800000)),
+    GGMLQuantizationType.F16: ("<u2", np.uint16(0x7C00)),
+    GGMLQuantizationType.BF16: ("<u2", np.uint16(0x7F80)),
+}
+
 _LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
 
 
@@ -113,23 +127,48 @@ def check_files(base: str | os.PathLike[str], adapters: Iterable[str | os.PathLi
     """Check a base and its adapters, before the library sees them. Raises as the checks do."""
     header = read_gguf_header(base)
     for path in adapters:
-        check_adapter(read_adapter_gguf(path), header)
+        info = read_adapter_gguf(path)
+        check_adapter(info, header)
+        check_values(info)
 
 
 def check_values(info: AdapterInfo) -> None:
-    """Check that every value of an adapter is a finite number, one tensor in memory at a time.
+    """Check that every value of an adapter is a finite number, a part of it in memory at a time.
+
+    Where one is not, the embedding reaches the base even at weight 0, for 0 times NaN is NaN.
 
     Raises GgufFileError naming the tensor.
     """
     for tensor in info.tensors.values():
-        values = read_values(info.path, tensor)
-        n_bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+        n_bad = sum(_count_bad(info.path, tensor, rows) for rows in _parts(tensor))
         if n_bad:
+            n_value = math.prod(tensor.shape)
             raise GgufFileError(
-                f"Cannot use adapter {info.path}: {n_bad} of the {values.size} values of tensor "
+                f"Cannot use adapter {info.path}: {n_bad} of the {n_value} values of tensor "
                 f"{tensor.name} are NaN or infinite; expected finite numbers. The training "
                 "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
             )
+
+
+def _parts(tensor: TensorInfo) -> Iterator[range]:
+    """Neighbouring rows, so many that they stay in a core's cache."""
+    n_row = math.prod(tensor.shape[:-1])
+    n_part = max(1, PART_VALUES // tensor.shape[-1])
+    for begin in range(0, n_row, n_part):
+        yield range(begin, min(begin + n_part, n_row))
+
+
+def _count_bad(path: Path, tensor: TensorInfo, rows: range) -> int:
+    """Count values that are no finite numbers; of plain floats by their bits, which is quick."""
+    if tensor.ggml_type in EXPONENTS:
+        form, exponent = EXPONENTS[tensor.ggml_type]
+        bits = np.frombuffer(read_raw_rows(path, tensor, rows), form)
+        return int(np.count_nonzero((bits & exponent) == exponent))
+    if tensor.ggml_type == GGMLQuantizationType.Q8_0:  # a float16, and 32 numbers that it scales
+        blocks = np.frombuffer(read_raw_rows(path, tensor, rows), np.uint8).reshape(-1, 34)
+        return 32 * int(np.count_nonzero(~np.isfinite(blocks[:, :2].copy().view("<f2"))))
+    values = read_value_block(path, tensor, rows, range(tensor.shape[-1]))
+    return values.size - int(np.count_nonzero(np.isfinite(values)))
 
 
 def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:

@@ -193,8 +193,18 @@ def read_value_block(path: Path, info: TensorInfo, rows: range, columns: range) 
 
     Raises as read_values does.
     """
+    raw = read_raw_rows(path, info, rows, columns)
+    return _to_float32(path, info, np.frombuffer(raw, np.uint8).reshape(len(rows), -1))
+
+
+def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | None = None) -> bytes:
+    """Read neighbouring rows as the file holds them; of all columns, or whole blocks of them.
+
+    Raises as read_values does, but for the type.
+    """
     n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
     row_bytes = info.shape[-1] // n_block * block_bytes
+    columns = columns or range(info.shape[-1])
     part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
     n_bytes = len(rows) * len(part)
     try:
@@ -209,7 +219,7 @@ def read_value_block(path: Path, info: TensorInfo, rows: range, columns: range) 
             f"Cannot read tensor {info.name} of {path}: the file gave {len(raw)} bytes and "
             f"{n_bytes} were expected; it changed while it was open. Try again."
         )
-    return _to_float32(path, info, np.frombuffer(raw, np.uint8).reshape(len(rows), len(part)))
+    return raw
 
 
 def _to_float32(path: Path, info: TensorInfo, rows: NDArray[np.uint8]) -> F32:
