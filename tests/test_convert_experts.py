@@ -11,6 +11,7 @@ import pytest
 import tiny
 from numpy.typing import NDArray
 
+from qaflora_edge.convert import expert_plan
 from qaflora_edge.convert.adapter import ConvertedAdapter, convert_adapter
 from qaflora_edge.convert.experts import StackedExperts
 from qaflora_edge.errors import (
@@ -280,6 +281,22 @@ def test_stacked_experts_of_another_base_are_named(tmp_path: Path) -> None:
         f"Cannot convert {folder} for {base}: {EXPERTS}.gate_up_proj is for experts of shape "
         f"[{N_EXPERT}, 90, {N_EMBD}], and the base's are [{N_EXPERT}, {2 * N_FF}, {N_EMBD}]. The "
         "adapter is for another base."
+    )
+
+
+def test_filling_up_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
+    n_bytes = 4 * N_EXPERT * RANK * N_FF
+    monkeypatch.setattr(expert_plan, "MAX_STACKED_BYTES", n_bytes)
+    convert(folder, base)
+    monkeypatch.setattr(expert_plan, "MAX_STACKED_BYTES", n_bytes - 1)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert(folder, base)
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: {N_EXPERT} experts filled up to rank {RANK}, the "
+        f"largest for blk.0.ffn_up_exps.weight, take {n_bytes} bytes; expected at most "
+        f"{n_bytes - 1}. Train the experts with one rank, or a smaller one."
     )
 
 

@@ -33,6 +33,7 @@ _STEMS = {
 # Since this PEFT, A always reads the layer's input. Before, it depended on the shape of the
 # parameter and on transformers, which turned it around again (PEFT's pull request 3165).
 _PEFT_OF_ONE_ORDER = (0, 19, 1)
+MAX_STACKED_BYTES = 1 << 32  # of lora_a or lora_b as F32: 512 experts of rank 256 and 8192 inputs
 _ADVICE = "Train without experts, or merge the adapter into its base."
 
 
@@ -147,6 +148,13 @@ def _single(
                 f"The adapter is for another base{adapter.trained_on}."
             )
     rank = max(module.rank for module in experts.values())
+    n_bytes = 4 * n_expert * rank * max(n_in, n_out)
+    if n_bytes > MAX_STACKED_BYTES:
+        raise UnsupportedAdapterError(
+            f"Cannot convert {adapter.folder} for {header.path}: {n_expert} experts filled up to "
+            f"rank {rank}, the largest for {base_name}, take {n_bytes} bytes; expected at most "
+            f"{MAX_STACKED_BYTES}. Train the experts with one rank, or a smaller one."
+        )
     factors = {
         expert: (module, scale_factor(module.scale, rank, alpha))
         for expert, module in experts.items()
