@@ -23,6 +23,7 @@ from patience import PATIENCE_S
 from qaflora_edge import Engine, QafloraError, engine
 from qaflora_edge import fusion as fuse
 from qaflora_edge.authoring.create import create_bundle
+from qaflora_edge.authoring.edit import add_adapter
 from qaflora_edge.authoring.neutral import neutral_prompts, prompts_sha256
 from qaflora_edge.bundle import describe, load_bundle, verify_bundle
 from qaflora_edge.convert.adapter import convert_adapter
@@ -225,6 +226,28 @@ def test_existing_target_is_refused(made: TinyBundle) -> None:
         "Choose another name, or remove it first."
     )
     assert snapshot(made.folder.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (os.fsdecode(b"caf\xe9"), r"a text for it is not UTF-8 \(near '.*caf\\udce9"),
+        ("x" * 100_001, "field description is 100001 characters long"),
+    ],
+)
+def test_a_text_that_could_not_be_read_again_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    sources = make_sources(tmp_path)
+    options: dict[str, Any] = {"calibrate": False, "description": text}
+    with pytest.raises(BundleError, match=message):
+        create_bundle(sources.folder, sources.base.path, {"a": sources.peft}, **options)
+    assert not sources.folder.exists()
+    create_bundle(sources.folder, sources.base.path, {"a": sources.peft}, calibrate=False)
+    before = snapshot(sources.folder)
+    with pytest.raises(BundleError, match=message.replace("field ", r"field adapters\[1\].")):
+        add_adapter(sources.folder, "b", sources.peft, note={"description": text}, calibrate=False)
+    assert snapshot(sources.folder) == before
 
 
 def test_a_strategy_that_could_not_run_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from qaflora_edge.authoring.write import (
 )
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import is_disk_full, lock_path, readable, remove_left_overs, what_is_at
-from qaflora_edge.formats.bundle_format import FORMAT
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.hub.references import model_name
@@ -109,7 +109,7 @@ def create_bundle(
             "adapters": records,
             "fusion": fusion,
         }
-        write_bundle_json(temporary, text)
+        write_bundle_json(temporary, text, str(folder / BUNDLE_FILE))
     return folder
 
 

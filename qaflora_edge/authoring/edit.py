@@ -34,7 +34,7 @@ from qaflora_edge.authoring.write import (
 from qaflora_edge.bundle import load_bundle, read_bundle_text
 from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
 from qaflora_edge.files import atomic_path, cache_dir, open_input, safe_join, write_text_atomic
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, parse_bundle
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.json_text import read_json_object
@@ -80,7 +80,7 @@ def add_adapter(
         if calibrate:
             paths = {**loaded.adapter_paths, name: folder / file}
             _calibrate(raw, loaded.base_path, paths, tell)
-        _replace(folder, raw)
+        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> None:
@@ -108,7 +108,7 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
             ) from error
         raw.get("fusion", {}).get("typical", {}).pop(name, None)
         _note_unfinished(folder, [text.adapters[index].file])
-        _replace(folder, raw)
+        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def rename_adapter(folder: Path_, old: str, new: str) -> None:
@@ -135,7 +135,7 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
             record["file"] = _new_file(folder, new)
             _note_unfinished(folder, [text.adapters[index].file, record["file"]])
             _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
-        _replace(folder, raw)
+        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
@@ -150,7 +150,7 @@ def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
         _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or (lambda *_: None))
         if raw == text.raw:
             return False
-        _replace(folder, raw)
+        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
     return True
 
 
@@ -182,7 +182,7 @@ def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) ->
             record["file"] = recordable(_inside(folder, found.path))
         record |= {} if found.registry is None else {"registry": found.registry}
         record |= {} if found.hub is None else {"hub": found.hub}
-        _replace(folder, raw)
+        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def _inside(folder: Path, path: Path) -> Path:
@@ -220,12 +220,6 @@ def _editing(folder: Path) -> Iterator[BundleText]:
             yield text
         finally:
             _tidy(folder)
-
-
-def _replace(folder: Path, raw: dict[str, Any]) -> None:
-    """Put the new description in place; what could not be read again is not written."""
-    parse_bundle(json.dumps(raw).encode(), str(folder / BUNDLE_FILE))
-    write_bundle_json(folder, raw)
 
 
 def _copy(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,13 @@ from qaflora_edge.formats.adapter_gguf import (
     check_values,
     read_adapter_gguf,
 )
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE, MAX_ADAPTERS, NAME_PATTERN, NAME_RULE
+from qaflora_edge.formats.bundle_format import (
+    BUNDLE_FILE,
+    MAX_ADAPTERS,
+    NAME_PATTERN,
+    NAME_RULE,
+    parse_bundle,
+)
 from qaflora_edge.formats.gguf_header import GgufHeader
 
 # Called with what is being done, the steps (or bytes) done and those in all.
@@ -169,7 +175,20 @@ def measure_typical(
     }
 
 
-def write_bundle_json(folder: Path, text: Mapping[str, Any]) -> None:
-    """Replace a bundle's description, whole or not at all."""
+def write_bundle_json(folder: Path, text: Mapping[str, Any], where: str) -> None:
+    """Replace a bundle's description, whole or not at all.
+
+    where  names it in messages
+
+    Raises BundleError for what could not be read again; nothing is written then.
+    """
     content = json.dumps(text, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        parse_bundle(content.encode("utf-8"), where)
+    except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8
+        found = content[max(0, error.start - 20) : error.end + 20]
+        raise BundleError(
+            f"Cannot write {where}: a text for it is not UTF-8 (near {found!r}); expected UTF-8. "
+            "Type it in a terminal that uses UTF-8."
+        ) from error
     write_text_atomic(folder / BUNDLE_FILE, content)
