@@ -100,6 +100,8 @@ class Draw:
     def _number(self, depth: int) -> Any:
         bounds = self._integer(depth)
         keys = self.random.sample(sorted(set(bounds) - {"type"}), self.random.randrange(3))
+        unit = self.random.choice([1, 1, 8, 100])
+        bounds = {key: bounds[key] / unit if unit > 1 else bounds[key] for key in keys}
         return {"type": "number", "format": "double"} | {key: bounds[key] for key in keys}
 
     def _integer(self, depth: int) -> Any:
@@ -237,6 +239,60 @@ def test_number_ranges_are_exact(model: Model) -> None:
                     assert is_taken(model, grammar, text) == is_valid, (schema, text)
 
 
+@pytest.mark.parametrize("kind", ["number", "integer"])
+def test_fractional_ranges_are_exact(model: Model, kind: str) -> None:
+    """Numbers around the bounds are taken exactly when jsonschema finds them valid."""
+    draw = random.Random(11)
+    ends = ("", "0", "00", "1", "01", "49", "5", "9", "99")
+    given: list[dict[str, Any]] = [
+        {"exclusiveMinimum": 0.5, "maximum": 0.75},
+        {"minimum": 0.25, "exclusiveMaximum": 1.5},
+        {"exclusiveMinimum": -1, "exclusiveMaximum": 0.25},
+    ]
+    for _ in range(6):
+        low, width = draw.randint(-250, 150), draw.choice([0, 1, 5, 100, 211])
+        unit = draw.choice([10, 100, 1000])
+        schema = {
+            draw.choice(["minimum", "exclusiveMinimum"]): low / unit,
+            draw.choice(["maximum", "exclusiveMaximum"]): (low + width) / unit,
+        }
+        if draw.random() < 0.3:
+            del schema[draw.choice(sorted(schema))]
+        given.append(schema)
+    for schema in given:
+        schema["type"] = kind
+        grammar = grammar_or_nothing(schema)
+        texts = {f"{n}" for n in range(-4, 5)}
+        if kind == "number":
+            for bound in (value for value in schema.values() if value != kind):
+                near = [f"{bound + i / unit:.3f}".rstrip("0") for i in (-1, 0, 1)]
+                texts |= {f"{text}{end}" for text in near for end in ends} | {"0.0", "1.0"}
+        for text in texts:
+            if text.endswith(".") or (float(text) == 0 and text.startswith("-")):
+                continue
+            is_valid = jsonschema.Draft202012Validator(schema).is_valid(json.loads(text))
+            assert bool(grammar and is_taken(model, grammar, text)) == is_valid, (schema, text)
+
+
+def grammar_or_nothing(schema: Any) -> str:
+    """The grammar, or "" where no number fits."""
+    try:
+        return json_schema_to_gbnf(schema)
+    except GrammarError as error:
+        if "lies between" in str(error) or "lies from" in str(error):
+            return ""
+        raise
+
+
+def test_no_fraction_is_rounded_onto_a_fractional_bound(model: Model) -> None:
+    grammar = json_schema_to_gbnf({"type": "number", "exclusiveMaximum": 0.3})
+    text = "0.2"
+    while is_taken(model, grammar, f"{text}9"):
+        text += "9"
+    assert len(text) == 16
+    assert float(text) < 0.3
+
+
 @pytest.mark.parametrize("digits", [1, 5, 9, 14, 15])
 def test_no_fraction_is_rounded_onto_a_bound(model: Model, digits: int) -> None:
     high = 10**digits
@@ -291,9 +347,13 @@ def test_good_texts_are_taken(model: Model, schema: Any, text: str) -> None:
 
 REFUSED = [
     ({"type": "number", "multipleOf": 2}, "#", "the keyword 'multipleOf' is not supported here"),
-    ({"type": "number", "maximum": 2.5}, "#", "'maximum' is 2.5; expected a whole number"),
+    ({"type": "number", "maximum": "2"}, "#", "'maximum' is '2'; expected a number"),
+    ({"type": "number", "maximum": float("inf")}, "#", "'maximum' is inf; expected a number"),
+    ({"type": "number", "minimum": 0.5, "maximum": 0.25}, "#", "no number lies between 0.5 and"),
+    ({"type": "number", "exclusiveMinimum": 0.5, "maximum": 0.5}, "#", "no number lies between"),
+    ({"type": "number", "minimum": 123456.123456789}, "#", "bounds of more than 14 digits (1234"),
     ({"type": "number", "minimum": 2, "exclusiveMaximum": 2}, "#", "no number lies between 2"),
-    ({"type": "number", "minimum": True}, "#", "'minimum' is True; expected a whole number"),
+    ({"type": "number", "minimum": True}, "#", "'minimum' is True; expected a number"),
     ({"type": "number", "minimum": 10**16}, "#", "the bound 10000000000000000; expected one"),
     ({"type": "array", "uniqueItems": True}, "#", "the keyword 'uniqueItems' is not supported"),
     ({"type": "array", "contains": {}}, "#", "the keyword 'contains' is not supported here"),
@@ -305,7 +365,7 @@ REFUSED = [
     ({"type": "array", "minItems": 9999}, "#", "'minItems' is 9999; expected a number from 0"),
     ({"type": "array", "minItems": True}, "#", "'minItems' is True; expected a number from 0"),
     ({"type": "string", "minLength": 3, "maxLength": 2}, "#", "'minLength' is 3, 'maxLength' is"),
-    ({"type": "integer", "minimum": 0.5}, "#", "'minimum' is 0.5; expected a whole number"),
+    ({"type": "integer", "minimum": 0.5, "maximum": 0.75}, "#", "no integer lies from 1 to 0"),
     ({"type": "integer", "minimum": 3, "maximum": 2}, "#", "no integer lies from 3 to 2"),
     ({"$ref": "https://example.org/s"}, "#", "'$ref' is 'https://example.org/s'; expected a place"),
     ({"$ref": "#/$defs/x"}, "#", "'$ref' is '#/$defs/x'; expected a place that exists"),

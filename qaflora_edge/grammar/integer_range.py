@@ -27,28 +27,28 @@ def naturals(low: int, high: int) -> str:
     options = []
     for n_digit in range(len(str(low)), len(str(high)) + 1):
         least = max(low, 0 if n_digit == 1 else 10 ** (n_digit - 1))
-        options.append(_same_length(str(least), str(min(high, 10**n_digit - 1))))
+        options.append(same_length(str(least), str(min(high, 10**n_digit - 1))))
     return " | ".join(options)
 
 
-def _same_length(low: str, high: str) -> str:
+def same_length(low: str, high: str) -> str:
     """Numbers from low to high of as many digits as both have."""
     if not low:
         return '""'
     if low == "0" * len(low) and high == "9" * len(high):
         return f"[0-9]{{{len(low)}}}"
     if low[0] == high[0]:
-        rest = _same_length(low[1:], high[1:])
+        rest = same_length(low[1:], high[1:])
         return f'"{low[0]}"' if rest == '""' else f'"{low[0]}" ({rest})'
     n_rest = len(low) - 1
     first, last = int(low[0]), int(high[0])
     options = []
     if n_rest and low[1:] != "0" * n_rest:
-        options.append(f'"{first}" ({_same_length(low[1:], "9" * n_rest)})')
+        options.append(f'"{first}" ({same_length(low[1:], "9" * n_rest)})')
         first += 1
     above = None
     if n_rest and high[1:] != "9" * n_rest:
-        above = f'"{last}" ({_same_length("0" * n_rest, high[1:])})'
+        above = f'"{last}" ({same_length("0" * n_rest, high[1:])})'
         last -= 1
     if first <= last:
         rest = f" [0-9]{{{n_rest}}}" if n_rest else ""

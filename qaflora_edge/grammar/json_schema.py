@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from qaflora_edge.errors import GrammarError
-from qaflora_edge.grammar.integer_range import integer_range
+from qaflora_edge.grammar.bounds import integer_rule, number_rule, read_bounds
 from qaflora_edge.grammar.json_grammar import (
     FORMATS,
     JSON_RULES,
@@ -26,12 +26,10 @@ from qaflora_edge.grammar.json_grammar import (
     other_key,
 )
 from qaflora_edge.grammar.json_values import are_apart, is_of, is_same
-from qaflora_edge.grammar.number_range import number_range
 from qaflora_edge.grammar.pattern import pattern_rules
 
 MAX_DEPTH = 64
 MAX_ITEMS = 1000  # of arrays, and characters of strings whose number is bounded
-MAX_BOUND = 10**15  # of numbers
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _NOTES = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
@@ -346,53 +344,14 @@ class _Converter:
         return low, None if high is None else min(high, MAX_ITEMS)
 
     def _integer(self, schema: Mapping[str, Any], place: str) -> str:
-        low, is_above, high, is_below = self._bounds(schema, place)
-        low = low if low is None else low + is_above
-        high = high if high is None else high - is_below
-        if low is None and high is None:
-            return "integer"
-        if low is not None and high is not None and low > high:
-            raise self._fail(place, f"no integer lies from {low} to {high}", "widen the range")
-        return self._name(integer_range(low, high))
+        fail = partial(self._fail, place)
+        rule = integer_rule(read_bounds(schema, fail), fail)
+        return rule if rule == "integer" else self._name(rule)
 
     def _number(self, schema: Mapping[str, Any], place: str) -> str:
-        low, is_above, high, is_below = self._bounds(schema, place)
-        if low is None and high is None:
-            return "number"
-        if low is not None and high is not None and low + (is_above or is_below) > high:
-            raise self._fail(place, f"no number lies between {low} and {high}", "widen the range")
-        return self._name(number_range(low, high, is_above=is_above, is_below=is_below))
-
-    def _bounds(
-        self, schema: Mapping[str, Any], place: str
-    ) -> tuple[int | None, bool, int | None, bool]:
-        """Least and most, and whether each of them is out itself; what is wider is cut."""
-        low, is_above = max(self._bound(schema, "Minimum", place), default=(None, False))
-        high, is_below = min(
-            self._bound(schema, "Maximum", place),
-            key=lambda bound: (bound[0], not bound[1]),
-            default=(None, False),
-        )
-        if low is not None and low < -MAX_BOUND:
-            low, is_above = -MAX_BOUND, False
-        if high is not None and high > MAX_BOUND:
-            high, is_below = MAX_BOUND, False
-        for value in (low, high):
-            if value is not None and abs(value) > MAX_BOUND:
-                raise self._fail(place, f"the bound {value}", f"expected one within ±{MAX_BOUND}")
-        return low, is_above, high, is_below
-
-    def _bound(self, schema: Mapping[str, Any], name: str, place: str) -> list[tuple[int, bool]]:
-        bounds = []
-        for key, is_out in ((name.lower(), False), (f"exclusive{name}", True)):
-            if key in schema:
-                value = schema[key]
-                if not is_of(value, "integer"):
-                    raise self._fail(
-                        place, f"{key!r} is {_short(value)}", "expected a whole number"
-                    )
-                bounds.append((int(value), is_out))
-        return bounds
+        fail = partial(self._fail, place)
+        rule = number_rule(read_bounds(schema, fail), fail)
+        return rule if rule == "number" else self._name(rule)
 
 
 def _short(value: Any) -> str:
