@@ -76,8 +76,9 @@ def test_a_chat_with_a_real_model(
     begun = re.compile(r"a story\.\n\n((?!reading)\S+ \S+ \S+ \S+)")
     first = begun.search(window.wait_until(begun.search, "an answer"))
     assert first is not None
-    # It is one paragraph, whose end alone is shown once it is taller than the screen.
-    window.wait_until(lambda screen: first[1] not in screen, "a tall answer")
+    # It is one paragraph: once it is taller than the screen, its beginning can be read above.
+    window.wait_until(lambda _: first[1] not in window.visible(), "a tall answer")
+    assert first[1] in window.screen()
     window.key("C-c")
     screen = window.wait_for("stopped ·")
     status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ %  \w+ \d+ %  \w+ \d+ %"

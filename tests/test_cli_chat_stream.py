@@ -143,8 +143,8 @@ def test_the_rendering_of_an_answer() -> None:
         " • it is clear",
         "    • even nested",
         "",
-        " 1 first",
-        " 2 second",
+        "  1 first",
+        "  2 second",
         "",
         " name  meaning",
         " ────────────────",
@@ -172,6 +172,109 @@ def test_every_word_of_a_long_answer_is_there() -> None:
     ):
         found = re.findall(pattern, "\n".join(streamed(text, 40, 10).lines))
         assert found == re.findall(pattern, text)
+
+
+WORDS = [
+    *(
+        "a",
+        "of",
+        "**bold**",
+        "*it*",
+        "`code`",
+        "_u_",
+        "~~no~~",
+        "[link](http://a.b)",
+        "2*3",
+        "\\\\*",
+    ),
+    *("snake_case", "**two", "words**", "a|b", "**", "*", "_", "`", "[", "]", "(", ")", "&amp;"),
+    *(
+        "&copy",
+        "<b>",
+        "http://x.y",
+        "漢字",
+        "🙂",
+        "`a*b`",
+        "*a",
+        "**b**",
+        "c*",
+        "internationalisation",
+    ),
+    "https://example.org/a/very/long/path-that-is-wider/than-the-screen-is",
+]
+
+
+def some_block(chance: random.Random) -> str:
+    def text(n: int) -> str:
+        return "".join(
+            chance.choice(WORDS) + chance.choice(["  \n" if n > 20 else " ", " ", " ", " "])
+            for _ in range(chance.randint(1, n))
+        )
+
+    kind = chance.choice(["text", "text", "code", "bullets", "numbers", "table", "quote", "head"])
+    if kind == "code":
+        rows = [chance.choice(["", "  ", "\t"]) + text(12) for _ in range(chance.randint(0, 12))]
+        return "\n".join(["```" + chance.choice(["", "python", "nonsense"]), *rows, "```"])
+    if kind in ("bullets", "numbers"):
+        first = chance.choice([0, 1, 7, 97])
+        gap = chance.choice(["\n", "\n", "\n\n"])
+        return gap.join(
+            (f"{first + i}. " if kind == "numbers" else "- ")
+            + text(15)
+            + chance.choice(["", "", "\n    - " + text(6), "\n    ```\n    x = 1\n    ```"])
+            for i in range(chance.randint(1, 14))
+        )
+    if kind == "table":
+        rows = [f"| {text(2)} | {text(3)} |" for _ in range(chance.randint(0, 9))]
+        return "\n".join(["| a | b |", "|---|---|", *rows])
+    return {"text": "", "quote": "> ", "head": "## "}[kind] + text(8 if kind == "head" else 60)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_answer_comes_out_whole_and_once_on_a_low_screen(seed: int) -> None:
+    """What is printed before its block is complete stays right whatever comes behind it."""
+    chance = random.Random(seed)
+    text = "\n\n".join(some_block(chance) for _ in range(chance.randint(1, 6)))
+    columns, height = chance.randint(12, 60), chance.randint(3, 12)
+    lines = streamed(text, columns, height, seed=seed).lines
+    expected = whole(text, columns)
+    assert lines[: len(expected)] == expected
+    assert not any(lines[len(expected) :])  # rows that were erased
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [(LONG_CODE, r"line \d+"), (LONG_TEXT, r"word\d+"), (LONG_LIST, r"item \d+")],
+)
+def test_a_block_taller_than_the_screen_is_there_from_its_beginning(
+    text: str, pattern: str
+) -> None:
+    """Also while it grows: what scrolled out can be read above."""
+    screen = Screen(40, 10)
+    time = iter(range(10**9))
+    stream = stream_on(screen, clock=lambda: 1e3 * next(time))
+    for piece in pieces(text[: len(text) * 3 // 4], seed=1):
+        stream.feed(piece)
+    found = re.findall(pattern, "\n".join(screen.lines))
+    assert len(found) > 20
+    assert found[:-1] == re.findall(pattern, text)[: len(found) - 1]
+
+
+def test_a_narrower_window_leaves_no_torn_copy_of_a_tall_block() -> None:
+    """Its lines that are not for good still fit on the screen, where they can be erased."""
+    screen = Screen(60, 10)
+    time = iter(range(10**9))
+    stream = stream_on(screen, clock=lambda: 1e3 * next(time))
+    stream.feed(LONG_TEXT[:700])
+    assert len(stream._live._drawn) == 5
+    rows = [row for line in screen.lines for row in (line[:30], line[30:]) if row]
+    narrow = Screen(30, 10)
+    narrow.write("\n".join(rows))
+    screen.columns = 30  # what the stream asks for
+    stream._console.file = stream._live._file = narrow
+    stream.feed(LONG_TEXT[700:])
+    stream.finish()
+    assert "".join(narrow.lines).replace(" ", "") == LONG_TEXT.replace(" ", "")
 
 
 @pytest.mark.parametrize("seed", range(40))

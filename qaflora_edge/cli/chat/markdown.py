@@ -16,7 +16,7 @@ from pygments.token import (  # type: ignore[import-untyped]
     String,
 )
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
+from rich.markdown import CodeBlock, Heading, ListElement, Markdown, MarkdownElement
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
@@ -101,12 +101,26 @@ class _CodeBlock(CodeBlock):
         yield Text("───", style="markdown.hr")
 
 
+class _List(ListElement):
+    """A list whose numbers take the same room however many follow: what is shown stays there."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        is_bullet = self.list_type == "bullet_list_open"
+        for number, item in enumerate(self.items, self.list_start or 0):
+            if is_bullet:
+                yield from item.render_bullet(console, options)
+            else:
+                yield from item.render_number(console, options, number, max(10, number))
+
+
 class _Answer(Markdown):
     """Markdown as we read it."""
 
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,
         "heading_open": _Heading,
+        "bullet_list_open": _List,
+        "ordered_list_open": _List,
         "fence": _CodeBlock,
         "code_block": _CodeBlock,
     }

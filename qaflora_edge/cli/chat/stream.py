@@ -10,6 +10,7 @@ from rich.console import Console
 
 from qaflora_edge.cli.chat.live import LiveLines
 from qaflora_edge.cli.chat.markdown import block_starts, render_block
+from qaflora_edge.cli.chat.settled import n_settled
 from qaflora_edge.cli.chat.signs import visible
 
 _REDRAW_S = 0.08
@@ -20,8 +21,9 @@ class MarkdownStream:
     """An answer on a terminal.
 
     A block (a paragraph, a list, code, a table) is printed once and for all when the next one has
-    begun. The one that still grows is redrawn below, its end only where it is taller than the
-    screen, and printed whole at its end.
+    begun. The one that still grows is redrawn below. Where it is taller than half the screen,
+    lines of it that can no longer change are printed for good. Of those that can, as all of a
+    table can, only the last ones are shown, and all once the block is complete.
 
     size  gives (columns, rows) of the terminal as it is now
     """
@@ -37,6 +39,8 @@ class MarkdownStream:
         self._console, self._ascii_only, self._clock = console, ascii_only, clock
         self._size, self._live = size, LiveLines(console.file, size)
         self._source = ""  # of blocks that are not printed for good
+        self._n_printed = 0  # lines of the first of these blocks that are printed for good
+        self._kept_width: int | None = None  # in columns, for as long as that is so
         self._has_block = False
         self._is_changed = False
         self._redraw_at = 0.0
@@ -57,7 +61,12 @@ class MarkdownStream:
         start = self._clock()
         if self._is_changed and start >= self._redraw_at:
             for_good = self._take_whole_blocks()
-            self._live.update(for_good, self._rendered(self._source))
+            lines = self._rendered(self._source)
+            n_printed = max(self._n_printed, self._n_printable(lines))
+            for_good += lines[self._n_printed : n_printed]
+            self._live.update(for_good, lines[n_printed:])
+            if n_printed > self._n_printed:
+                self._n_printed, self._kept_width = n_printed, self._width
             self._is_changed = False
             now = self._clock()
             self._redraw_at = now + max(_REDRAW_S, _LOAD * (now - start))
@@ -65,13 +74,24 @@ class MarkdownStream:
     def finish(self) -> None:
         """Print the rest for good."""
         for_good = self._take_whole_blocks()
-        self._live.update([*for_good, *self._rendered(self._source)], [])
-        self._source = ""
+        rest = self._rendered(self._source)[self._n_printed :]
+        self._live.update([*for_good, *rest], [])
+        self._source, self._n_printed, self._kept_width = "", 0, None
 
     @property
     def _width(self) -> int:
+        """Columns of the first block that is not printed for good, at least in part."""
         # The last column stays free: terminals disagree about the width of some signs.
-        return max(1, self._size()[0] - 1)
+        return self._kept_width or max(1, self._size()[0] - 1)
+
+    def _n_printable(self, lines: list[str]) -> int:
+        """How many of the lines that are not printed for good, nor were, can be."""
+        n_over = len(lines) - self._size()[1] // 2
+        if n_over <= self._n_printed:
+            return 0
+        block = lines[1:] if self._has_block else lines
+        n = n_settled(self._source, block, self._width, self._block)
+        return min(n_over, n + len(lines) - len(block)) if n else 0
 
     def _take_whole_blocks(self) -> list[str]:
         """Lines of the blocks that nothing can change any more, which leave the source.
@@ -83,7 +103,8 @@ class MarkdownStream:
         starts = block_starts("\n".join(rows[:-1]))
         lines: list[str] = []
         for start, end in itertools.pairwise(starts):
-            lines += self._rendered("\n".join(rows[start:end]))
+            lines += self._rendered("\n".join(rows[start:end]))[self._n_printed :]
+            self._n_printed, self._kept_width = 0, None
             self._has_block = self._has_block or bool(lines)
         if len(starts) > 1:
             self._source = "\n".join(rows[starts[-1] :])
@@ -95,12 +116,11 @@ class MarkdownStream:
         lines: list[str] = []
         has_block = self._has_block
         for start, end in itertools.pairwise([*block_starts(source), len(rows)]):
-            block = render_block(
-                self._console,
-                "\n".join(rows[start:end]),
-                self._width,
-                ascii_only=self._ascii_only,
-            )
+            block = self._block("\n".join(rows[start:end]))
             lines += ["", *block] if has_block and block else block
             has_block = has_block or bool(block)
         return lines
+
+    def _block(self, source: str) -> list[str]:
+        """One block as lines."""
+        return render_block(self._console, source, self._width, ascii_only=self._ascii_only)
