@@ -24,6 +24,7 @@ from stock import StockContext
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.convert.adapter import convert_adapter
+from qaflora_edge.convert.refused import REASONS
 from qaflora_edge.errors import BackendError, StrategyError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 
@@ -217,6 +218,11 @@ def feature_row(name: str, folder: Path) -> tuple[str, ...]:
     return (name, outcome(feature, folder), feature.advice or "–")
 
 
+def refused_rows() -> list[list[str]]:
+    """Give the rows of the table of architectures that are refused."""
+    return [[", ".join(names), why] for why, names in REASONS.items()]
+
+
 def write(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Put a table in its place in the page."""
     lines = [header, ["---"] * len(header), *rows]
@@ -238,6 +244,7 @@ def main() -> None:
         write("architectures", ("architecture", "model", *COLUMNS), rows)
         rows = expert_rows(findings, MIXTURES)
         write("experts", ("architecture", "model", *EXPERT_COLUMNS), rows)
+        write("refused", ("architectures", "refused, for"), refused_rows())
         rows = [feature_row(feature, folder) for feature in FEATURES]
         write("features", ("feature", "outcome", "what to do instead"), rows)
 

@@ -5,6 +5,7 @@ ours are compared with, come from llama.cpp's converters at the pin. docs/conver
 `convert_table` finds; a row that is no longer true fails its test.
 """
 
+import re
 from pathlib import Path
 
 import gguf
@@ -27,9 +28,11 @@ from qaflora_edge.convert.layouts import (
     rope_rows,
     tiled_rows,
 )
+from qaflora_edge.convert.refused import REASONS, REFUSED
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats.bypassed import BYPASSED
 from qaflora_edge.formats.gguf_header import GgufHeader
 
 pytest.importorskip("torch")
@@ -89,6 +92,30 @@ def test_tables_have_every_family_architecture_and_feature() -> None:
     assert [row[1] for row in rows] == [family.name for family in MIXTURES]
     assert {row[0] for row in rows} == set(architectures.MIXTURES)
     assert [row[0] for row in convert_table.committed("features")] == list(FEATURES)
+
+
+def test_every_architecture_of_llama_cpp_is_reviewed_or_refused(llama_cpp_source: Path) -> None:
+    source = (llama_cpp_source / "src" / "llama-arch.cpp").read_text("utf-8")
+    names = re.findall(r'\{ LLM_ARCH_\w+, *"([^"(]+)"', source)
+    assert len(names) == len(set(names)) > 150
+    assert sorted([*ARCHITECTURES, *REFUSED]) == sorted(names)
+
+
+def test_table_of_what_is_refused_is_that_of_the_code() -> None:
+    assert convert_table.committed("refused") == convert_table.refused_rows()
+
+
+def test_refused_for_want_of_names_are_those_that_gguf_lacks() -> None:
+    """Once a gguf that names them is installed, they can be tried."""
+    unnamed = next(names for why, names in REASONS.items() if "gguf package" in why)
+    assert not set(unnamed) & set(gguf.MODEL_ARCH_NAMES.values())
+
+
+def test_refused_for_what_is_bypassed_are_bypassed() -> None:
+    refused = {
+        name for why, names in REASONS.items() if "without adapters" in why for name in names
+    }
+    assert refused <= set(BYPASSED)
 
 
 def test_installed_gguf_knows_every_architecture() -> None:

@@ -311,9 +311,10 @@ def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) 
     writer.write_kv_data_to_file()
     writer.close()
     assert refusal(UnsupportedAdapterError, folder, other) == (
-        f"Cannot convert an adapter for {other}: how its architecture 'rwkv7' lays out its "
-        f"weights was not reviewed; expected one of {', '.join(ARCHITECTURES)}. Convert it with "
-        "llama.cpp's convert_lora_to_gguf.py and use the adapter GGUF."
+        f"Cannot convert an adapter for {other}: its architecture 'rwkv7' is refused, for "
+        "llama.cpp multiplies with its linear attention's matrices without adapters; expected one "
+        f"of {', '.join(ARCHITECTURES)}. Use another base, or try an adapter GGUF made by "
+        "llama.cpp's convert_lora_to_gguf.py."
     )
 
 

@@ -10,6 +10,7 @@ from qaflora_edge.convert.architectures import ARCHITECTURES, UNMAPPED
 from qaflora_edge.convert.expert_plan import is_of_experts, plan_experts
 from qaflora_edge.convert.experts import PlannedExperts
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
+from qaflora_edge.convert.refused import REFUSED
 from qaflora_edge.convert.scale import common_alpha, scale_factor
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
 from qaflora_edge.formats.bypassed import is_bypassed, module_kind
@@ -104,11 +105,11 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
 def _reviewed_layout(header: GgufHeader) -> Layout:
     if header.architecture in ARCHITECTURES:
         return ARCHITECTURES[header.architecture]
+    why = REFUSED.get(header.architecture, "it is not known here")
     raise UnsupportedAdapterError(
-        f"Cannot convert an adapter for {header.path}: how its architecture "
-        f"{header.architecture!r} lays out its weights was not reviewed; expected one of "
-        f"{', '.join(ARCHITECTURES)}. Convert it with llama.cpp's convert_lora_to_gguf.py and use "
-        "the adapter GGUF."
+        f"Cannot convert an adapter for {header.path}: its architecture {header.architecture!r} is "
+        f"refused, for {why}; expected one of {', '.join(ARCHITECTURES)}. Use another base, or try "
+        "an adapter GGUF made by llama.cpp's convert_lora_to_gguf.py."
     )
 
 
