@@ -38,6 +38,23 @@ def test_ctrl_c_at_the_prompt_takes_back_what_is_typed(
     assert prompt.read() == "the thing"
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("/wei\t", "/weights"),
+        ("/s\ty\t me", "/system me"),  # the first finds several that go on differently
+        ("/keep-history o\tff", "/keep-history off"),
+        ("/we\t\t", "/weights"),
+        ("a\tb", "ab"),  # a message has nothing to complete
+    ],
+)
+def test_tab_completes_however_fast_it_is_pressed(
+    keys: PipeInput, prompt: TerminalInput, typed: str, line: str
+) -> None:
+    keys.send_text(f"{typed}\r")
+    assert prompt.read() == line
+
+
 def test_ctrl_d_leaves(keys: PipeInput, prompt: TerminalInput) -> None:
     keys.send_text("\x04")
     assert prompt.read() is None

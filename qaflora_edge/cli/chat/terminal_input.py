@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.completion import (
+    CompleteEvent,
+    Completer,
+    Completion,
+    PathCompleter,
+    get_common_complete_suffix,
+)
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import AnyFormattedText
@@ -106,6 +112,22 @@ def _keys() -> KeyBindings:
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text.strip():
             event.current_buffer.validate_and_handle()
+
+    @keys.add("tab")
+    def _(event: KeyPressEvent) -> None:
+        # At once: what is asked for while the menu is being made would be forgotten.
+        buffer = event.current_buffer
+        if buffer.complete_state:
+            buffer.complete_next()
+            return
+        asked = CompleteEvent(completion_requested=True)
+        found = list(buffer.completer.get_completions(buffer.document, asked))
+        if len(found) == 1:
+            buffer.apply_completion(found[0])
+        elif common := get_common_complete_suffix(buffer.document, found):
+            buffer.insert_text(common)
+        elif found:
+            buffer.start_completion()
 
     @keys.add("escape", "enter")
     @keys.add("c-j")
