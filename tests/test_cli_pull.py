@@ -116,8 +116,9 @@ def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> No
     assert hub.requests == []
     address = f"https://huggingface.co/owner/bundle/tree/{folder.name}"
     assert qaflora("pull", address).stdout == f"{folder}\n"
-    verified = qaflora("bundle", "verify", "owner/bundle")
-    assert verified.stdout == f"{folder}: the base and 2 adapters are the recorded ones.\n"
+    for ref in ("owner/bundle", address, "https://huggingface.co/owner/bundle"):
+        verified = qaflora("bundle", "verify", ref)
+        assert verified.stdout == f"{folder}: the base and 2 adapters are the recorded ones.\n"
 
 
 def test_pull_with_a_base_that_is_another_file(

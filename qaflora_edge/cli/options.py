@@ -214,12 +214,14 @@ def bundle_folder(text: str) -> Path:
     folder = Path(text)
     if os.path.exists(folder):
         return folder
+    from qaflora_edge.formats.hub_ref import from_address
     from qaflora_edge.hub import cache as hub_cache
     from qaflora_edge.hub.bundle_names import named_bundles
 
     if named := named_bundles().get(text):
         return named
 
+    text = from_address(text)
     try:
         pulled = hub_cache.pulled_path(text)
     except RegistryError:
