@@ -570,6 +570,25 @@ def test_a_cache_that_cannot_be_used_is_no_matter_of_the_network(
     )
 
 
+def test_a_folder_of_the_cache_that_another_tool_removes_while_we_look_is_passed_over(
+    hub: FakeHub, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put("owner/one", {"a.gguf": b"GGUF"})
+    whole = fetch_hub("owner/one")
+    gone = whole.parent / "more"
+    gone.mkdir()
+    scandir = os.scandir
+
+    def scan_too_late(folder: object) -> object:
+        if str(folder) == str(gone):
+            gone.rmdir()
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan_too_late)
+    assert pulled_path("owner/one") == whole
+    assert not gone.exists()
+
+
 def process(script: str, *args: object, hub_url: str, home: Path, **env: str) -> str:
     """Run a script in a process that finds the Hub by the environment; give its output."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -71,7 +71,12 @@ def pulled_path(text: str) -> Path | None:
         return snapshot if _is_whole_bundle(snapshot) else None
     if (snapshot / CONFIG_FILE).is_file():
         return snapshot if _is_whole_peft(snapshot) else None
-    files = list(snapshot.rglob("*.gguf"))
+    files = [  # os.walk passes over a folder that is removed meanwhile; rglob raises
+        Path(parent, name)
+        for parent, _, names in os.walk(snapshot)
+        for name in names
+        if name.endswith(".gguf")
+    ]
     return files[0] if len(files) == 1 and files[0].is_file() else None
 
 
