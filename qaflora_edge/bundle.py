@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import BundleError
+from qaflora_edge.errors import BundleError, InputFileError
 from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
 from qaflora_edge.formats.adapter_gguf import (
     AdapterInfo,
@@ -166,7 +166,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
     states: dict[Path, FileState] = {}
 
     def check(path: Path, what: str, sha256: str, size_bytes: int | None, advice: str) -> None:
-        total = path.stat().st_size
+        total = _size_of(path)
         states[path] = check_file(
             path,
             what=what,
@@ -198,6 +198,17 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
         description_dict=text.raw,
         states=states,
     )
+
+
+def _size_of(path: Path) -> int:
+    """Give the size of a file in bytes. Raises InputFileError when it is gone meanwhile."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read {path}: examining it failed ({error.strerror}). "
+            "Check that the file exists and that you may read it."
+        ) from error
 
 
 def _how_to_get(folder: Path, base: BaseRecord) -> str:

@@ -88,28 +88,6 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def read_columns(
-    path: str | os.PathLike[str], offset: int, row_bytes: int, rows: range, columns: range
-) -> bytes:
-    """Read a part of a table of bytes: the same bytes out of each of neighbouring rows.
-
-    offset   of the table in the file
-    rows     neighbouring rows, and `columns` neighbouring bytes of each
-    returns  len(rows) * len(columns) bytes; less where the file ends before
-
-    Raises OSError.
-    """
-    with open_input(path) as file:
-        if len(columns) == row_bytes:
-            file.seek(offset + rows.start * row_bytes)
-            return file.read(len(rows) * row_bytes)
-        pieces = []
-        for row in rows:
-            file.seek(offset + row * row_bytes + columns.start)
-            pieces.append(file.read(len(columns)))
-        return b"".join(pieces)
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path that becomes `path` when the block succeeds.

@@ -220,6 +220,30 @@ def test_full_disk_behind_stdout_is_told(args: list[str], made: TinyBundle) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a/b.gguf"),
+         "Cannot use a/b.gguf: No such file or directory. Check that it is there, that you may use "
+         "it, and that no other program changes it; try again."),
+        (MemoryError(), "There is not enough memory for this. Close other programs, or take a "
+         "smaller base, fewer adapters or a smaller --ctx."),
+    ],
+)  # fmt: skip
+def test_what_no_file_reports_itself_is_no_traceback(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that goes between two looks at it, and memory that is not there."""
+    from qaflora_edge.hub import registry
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(registry, "load_registry", fail)
+    done = CliRunner().invoke(main, ["models"])
+    assert (done.exit_code, done.stderr) == (1, f"Error: {message}\n")
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(
     ("closed", "prompt", "code"), [("<&-", "-", 1), (">&-", "hi", 0), ("2>&-", "hi", 0)]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -289,6 +290,24 @@ def test_a_folder_that_is_in_use_is_refused(hub: FakeHub, hub_cache: Path, tmp_p
         "Name another folder with --to, or remove that one."
     )
     assert hub.requests == []
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(
+    hub: FakeHub, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = tmp_path / "closed"
+    to.mkdir()
+
+    def refuse(folder: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(OutputFileError) as caught:
+        fetch_hub("owner/bundle", to)
+    assert str(caught.value) == (
+        f"Cannot pull owner/bundle to {to}: listing this folder failed (Permission denied); "
+        "expected one that is empty or new. Name another folder with --to."
+    )
 
 
 def test_what_is_there_already_is_compared(

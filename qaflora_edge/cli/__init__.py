@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -70,24 +70,35 @@ class VerbGroup(click.Group):
             with signals_unwind():
                 code = super().main(*args, **kwargs)
         except QafloraError as error:
-            click.echo(f"Error: {one_line(str(error))}", err=True)
-            sys.exit(EXIT_FAILED)
+            _fail(str(error))
         except click.ClickException as error:
             _with_variable(error).show()
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             sys.exit(EXIT_INTERRUPTED)
         except OSError as error:
-            # Files say so themselves (files.atomic_path); what is left is stdout.
-            if not is_disk_full(error):
+            # Files say so themselves (files.atomic_path); what is left is stdout, and a file that
+            # another program changed between two looks at it.
+            if is_disk_full(error) and error.filename is None:
+                _drop_output()
+                _fail("Cannot write the output: the disk is full. Free some space and try again.")
+            if error.filename is None:
                 raise
-            _drop_output()
-            click.echo(
-                "Error: Cannot write the output: the disk is full. Free some space and try again.",
-                err=True,
+            _fail(
+                f"Cannot use {os.fsdecode(error.filename)}: {error.strerror}. Check that it is "
+                "there, that you may use it, and that no other program changes it; try again."
             )
-            sys.exit(EXIT_FAILED)
+        except MemoryError:
+            _fail(
+                "There is not enough memory for this. Close other programs, or take a smaller "
+                "base, fewer adapters or a smaller --ctx."
+            )
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"Error: {one_line(message)}", err=True)
+    sys.exit(EXIT_FAILED)
 
 
 def _with_variable(error: click.ClickException) -> click.ClickException:

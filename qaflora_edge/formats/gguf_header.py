@@ -17,7 +17,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.files import open_input, read_columns
+from qaflora_edge.files import open_input
+from qaflora_edge.formats.file_parts import read_columns
 from qaflora_edge.formats.gguf_parse import (
     U64,
     GgufCursor,

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer, open_input, read_columns
+from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer, open_input
+from qaflora_edge.formats.file_parts import read_columns
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB

@@ -52,7 +52,7 @@ def cached_snapshot(ref: HubRef) -> Path | None:
         except (OSError, ValueError):
             return None
     snapshot = repo_dir / "snapshots" / commit
-    return snapshot if is_commit(commit) and snapshot.is_dir() else None
+    return snapshot if is_commit(commit) and os.path.isdir(snapshot) else None
 
 
 def pulled_path(text: str) -> Path | None:
@@ -66,10 +66,10 @@ def pulled_path(text: str) -> Path | None:
         return None
     if ref.file:
         path = snapshot / ref.file
-        return path if path.is_file() else None
-    if (snapshot / BUNDLE_FILE).is_file():
+        return path if os.path.isfile(path) else None
+    if os.path.isfile(snapshot / BUNDLE_FILE):
         return snapshot if _is_whole_bundle(snapshot) else None
-    if (snapshot / CONFIG_FILE).is_file():
+    if os.path.isfile(snapshot / CONFIG_FILE):
         return snapshot if _is_whole_peft(snapshot) else None
     files = [  # os.walk passes over a folder that is removed meanwhile; rglob raises
         Path(parent, name)
@@ -77,7 +77,7 @@ def pulled_path(text: str) -> Path | None:
         for name in names
         if name.endswith(".gguf")
     ]
-    return files[0] if len(files) == 1 and files[0].is_file() else None
+    return files[0] if len(files) == 1 and os.path.isfile(files[0]) else None
 
 
 def cached_ref(path: Path) -> HubRef | None:
@@ -120,11 +120,11 @@ def _is_whole_bundle(snapshot: Path) -> bool:
             text = parse_bundle(file.read(MAX_BUNDLE_BYTES + 1), BUNDLE_FILE)
     except (OSError, BundleError):
         return False
-    return all((snapshot / name).is_file() for name in packed_files(text))
+    return all(os.path.isfile(snapshot / name) for name in packed_files(text))
 
 
 def _is_whole_peft(snapshot: Path) -> bool:
-    if any((snapshot / name).is_file() for name in (WEIGHTS_FILE, mlx.WEIGHTS_FILE)):
+    if any(os.path.isfile(snapshot / name) for name in (WEIGHTS_FILE, mlx.WEIGHTS_FILE)):
         return True
     try:
         with open_input(snapshot / INDEX_FILE) as file:
@@ -132,5 +132,5 @@ def _is_whole_peft(snapshot: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(shards, dict) and all(
-        isinstance(name, str) and (snapshot / name).is_file() for name in shards.values()
+        isinstance(name, str) and os.path.isfile(snapshot / name) for name in shards.values()
     )

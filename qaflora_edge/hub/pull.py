@@ -89,11 +89,21 @@ def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
     if not os.path.exists(folder):
         return
     is_like = any(os.path.isfile(folder / name) for name in (BUNDLE_FILE, CONFIG_FILE))
-    if not folder.is_dir() or (not parsed.file and any(folder.iterdir()) and not is_like):
+    if not folder.is_dir() or not (parsed.file or is_like or _is_empty(ref, folder)):
         raise OutputFileError(
             f"Cannot pull {ref} to {folder}: it exists already and is not an empty folder. "
             "Name another folder with --to, or remove that one."
         )
+
+
+def _is_empty(ref: str, folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot pull {ref} to {folder}: listing this folder failed ({error.strerror}); "
+            "expected one that is empty or new. Name another folder with --to."
+        ) from error
 
 
 def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progress | None) -> Path:
@@ -148,7 +158,7 @@ def _already_there(ref: HubRef, listing: HubListing, folder: Path) -> Path | Non
 
 def _is_same(ref: HubRef, listing: HubListing, folder: Path) -> bool:
     """Tell whether a folder is what is to be fetched. Raises when it holds something else."""
-    if ref.file or not os.path.isdir(folder) or not any(folder.iterdir()):
+    if ref.file or not os.path.isdir(folder) or _is_empty(str(ref), folder):
         return False
     wanted = _choose(ref, listing)
     problem = _first_problem(folder, wanted)

@@ -1,0 +1,27 @@
+"""Read a part of a table of bytes in a file, and nothing else of it."""
+
+import os
+
+from qaflora_edge.files import open_input
+
+
+def read_columns(
+    path: str | os.PathLike[str], offset: int, row_bytes: int, rows: range, columns: range
+) -> bytes:
+    """Read a part of a table of bytes: the same bytes out of each of neighbouring rows.
+
+    offset   of the table in the file
+    rows     neighbouring rows, and `columns` neighbouring bytes of each
+    returns  len(rows) * len(columns) bytes; less where the file ends before
+
+    Raises OSError.
+    """
+    with open_input(path) as file:
+        if len(columns) == row_bytes:
+            file.seek(offset + rows.start * row_bytes)
+            return file.read(len(rows) * row_bytes)
+        pieces = []
+        for row in rows:
+            file.seek(offset + row * row_bytes + columns.start)
+            pieces.append(file.read(len(columns)))
+        return b"".join(pieces)
