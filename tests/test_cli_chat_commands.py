@@ -75,10 +75,19 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
         ("/adapters off law", "The adapter 'law' is not in this bundle; expected one of: math, es"),
         ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, calibrated"),
         ("/strategy calibrated", "Strategy calibrated needs typical divergences"),
-        ("/undo 3", "/undo 3 is no number of turns; expected 1 to 2, which is all."),
-        ("/undo 0", "/undo 0 is no number of turns; expected 1 to 2, which is all."),
-        ("/undo all", "/undo all is no number of turns; expected 1 to 2, which is all."),
-        ("/undo " + "9" * 5000, "999... is no number of turns; expected 1 to 2"),
+        (
+            "/undo 3",
+            "/undo 3 cannot be done: expected a number of turns, from 1 to the 2 there are.",
+        ),
+        (
+            "/undo 0",
+            "/undo 0 cannot be done: expected a number of turns, from 1 to the 2 there are.",
+        ),
+        (
+            "/undo all",
+            "/undo all cannot be done: expected a number of turns, from 1 to the 2 there are.",
+        ),
+        ("/undo " + "9" * 5000, "999... cannot be done: expected a number of turns"),
         ("/keep-history yes", "/keep-history yes is no choice; expected /keep-history, /keep-"),
         ("/weights math", "/weights takes nothing behind it, found 'math'."),
         ("/retry 2", "/retry takes nothing behind it, found '2'."),

@@ -186,7 +186,9 @@ COMMANDS = {
         "[TEXT]", "Show the system prompt, or change it; - takes it away.", Commands.system
     ),
     "retry": Command("", "Answer the last question again.", Commands.retry),
-    "undo": Command("[N]", "Take back the last question and its answer, or N.", Commands.undo),
+    "undo": Command(
+        "[N]", "Take back the last question and its answer, or N of them.", Commands.undo
+    ),
     "keep-history": Command(
         "[on|off]", "Whether a turn reads only what is new, for long chats.", Commands.keep_history
     ),
@@ -211,7 +213,8 @@ def _number(argument: str, n_most: int) -> int:
         number = 0
     if not 1 <= number <= n_most:
         raise click.UsageError(
-            f"/undo {_short(argument)} is no number of turns; expected 1 to {n_most}, which is all."
+            f"/undo {_short(argument)} cannot be done: expected a number of turns, from 1 to the "
+            f"{n_most} there {'is' if n_most == 1 else 'are'}."
         )
     return number
 
