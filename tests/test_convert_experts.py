@@ -300,6 +300,23 @@ def test_filling_up_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_square_experts_of_mlx_have_one_order(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", n_ff=N_EMBD)
+    a, b = drawn(N_EXPERT, RANK, N_EMBD), drawn(N_EXPERT, N_EMBD, RANK)
+    name = "model.layers.0.mlp.switch_mlp.down_proj"
+    folder = tmp_path / "a"
+    folder.mkdir()
+    tensors = {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    tiny.write_safetensors(folder / "adapters.safetensors", tensors)
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": RANK, "scale": 2.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = deltas(convert(folder, base))["down"]
+    np.testing.assert_allclose(found, 2.0 * b.astype(np.float64) @ a, rtol=2e-6, atol=1e-5)
+    other = write_base(tmp_path / "other.gguf", n_ff=N_FF)
+    with pytest.raises(AdapterMismatchError, match=r"is for experts of shape \[3, 32, 32\], and"):
+        convert(folder, other)
+
+
 def test_two_of_the_same_expert_are_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf", "llama")
     other = f"{OLD_EXPERTS}.0.w3"

@@ -171,8 +171,60 @@ def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str, kind: str)
     )
 
 
-def test_experts_are_refused(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.switch_mlp.up_proj.lora_a"
+EXPERTS = "model.layers.0.mlp.switch_mlp"
+
+
+def test_experts_are_those_that_mlx_fuses(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(tmp_path / "base.gguf", n_layer=1, n_expert=3)
+    rng = np.random.default_rng(4)
+    tensors = {}
+    for part in ("gate", "up", "down"):
+        n_out, n_in = base.shape(f"ffn_{part}")
+        tensors[f"{EXPERTS}.{part}_proj.lora_a"] = rng.standard_normal((3, 4, n_in))
+        tensors[f"{EXPERTS}.{part}_proj.lora_b"] = rng.standard_normal((3, n_out, 4))
+    tensors = {name: values.astype(np.float32) for name, values in tensors.items()}
+    folder = write_mlx(tmp_path / "a", tensors)
+    out = tmp_path / "out.gguf"
+    convert_adapter(folder, base.path, out, outtype="f32", verify=True)
+    reader = gguf.GGUFReader(out)
+    stored = {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    assert len(stored) == len(tensors)
+    for part in ("gate", "up", "down"):
+        a, b = (tensors[f"{EXPERTS}.{part}_proj.lora_{side}"].astype(np.float64) for side in "ab")
+        expected = 20.0 * b @ a  # mlx-lm ef3c28db, tuner/lora.py LoRASwitchLinear.fuse
+        stem = f"blk.0.ffn_{part}_exps.weight"
+        delta = alpha / 4 * stored[f"{stem}.lora_b"] @ stored[f"{stem}.lora_a"]
+        np.testing.assert_allclose(delta, expected, rtol=1e-12, atol=1e-9)
+    convert_adapter(folder, base.path, out, outtype="q8_0", verify=True)  # of other blocks
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((3, 4, 64), (2, 96, 4)),
+        ((3, 4, 64), (3, 96, 5)),
+        ((3, 5, 64), (3, 96, 5)),
+        ((64, 4), (4, 96)),
+        ((3, 4, 64), (4, 96)),
+    ],
+)
+def test_experts_must_fit_each_other(
+    tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]
+) -> None:
+    name = f"{EXPERTS}.up_proj"
+    tensors = {f"{name}.lora_a": np.ones(a), f"{name}.lora_b": np.ones(b)}
+    folder = write_mlx(tmp_path / "a", tensors)
+    assert refusal(PeftConfigError, folder) == (
+        f"Cannot use {folder / 'adapter_config.json'}: experts {name} have rank 4 by "
+        f"lora_parameters, but lora_a is {list(a)} and lora_b {list(b)}; expected "
+        "[n_expert, 4, n_in] and [n_expert, n_out, 4]. The two files do not belong together; save "
+        "the adapter again."
+    )
+
+
+def test_stacks_that_are_no_experts_are_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.up_proj.lora_a"
     folder = write_mlx(tmp_path / "a", {name: np.ones((2, 4, 64), np.float32)})
     assert refusal(UnsupportedAdapterError, folder) == (
         f"Cannot use {folder / 'adapters.safetensors'}: tensor {name} has shape [2, 4, 64]; "

@@ -65,7 +65,7 @@ def _of_module(source: PeftModule, rows: Index, columns: Index) -> Delta:
 
 
 def _of_parameter(header: GgufHeader, module: StackedExperts, expert: int) -> Delta:
-    """One expert of the parameter of all, by PEFT's rule: "o r e, e r i"."""
+    """One expert of the parameter of all: by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]."""
     source = module.source
     ranks = range(expert * source.rank, (expert + 1) * source.rank)
     side_by_side = range(source.rank * source.n_expert)
@@ -74,6 +74,10 @@ def _of_parameter(header: GgufHeader, module: StackedExperts, expert: int) -> De
         return source.a.read_block(ranks, part).T
 
     def of_b(part: range) -> F32:  # [len(part), rank]
+        if source.is_b_by_expert:
+            begin = expert * source.n_out
+            rows = range(begin + part.start, begin + part.stop)
+            return source.b.read_block(rows, range(source.rank))
         return source.b.read_block(part, side_by_side)[:, expert :: source.n_expert]
 
     writes, reads = (of_a, of_b) if module.is_swapped else (of_b, of_a)

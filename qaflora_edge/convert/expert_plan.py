@@ -2,7 +2,8 @@
 
 Adapters hold it in one of two ways: a module for each expert (`experts.3.gate_proj`, as in
 transformers 4), or one pair for a parameter that stacks them (`experts.gate_up_proj`, PEFT's
-`target_parameters`), in which gate and up share A.
+`target_parameters`), in which gate and up share A. MLX has a pair for each of gate, up and down
+(`switch_mlp.gate_proj`).
 """
 
 import re
@@ -23,7 +24,7 @@ from qaflora_edge.peft.module import PeftAdapter, PeftModule
 _ANY = re.compile(r"\.experts?(\.|$)")
 _NAME = re.compile(
     r"((model|language_model|text_model)\.)*layers\.(?P<layer>\d{1,9})\."
-    r"(mlp|block_sparse_moe|feed_forward)\.experts"
+    r"(mlp|block_sparse_moe|feed_forward)\.(experts|switch_mlp)"
     r"(\.(?P<expert>0|[1-9]\d{0,6}))?\.(?P<projection>[^.]+)"
 )
 _STEMS = {
@@ -217,7 +218,7 @@ class _Stacks:
             n_out += n_part
         found = (module.n_expert, module.n_out, module.n_in)
         plain, swapped = (n_expert, n_out, n_in), (n_expert, n_in, n_out)
-        if found not in (plain, swapped):
+        if found != plain and (found != swapped or module.is_b_by_expert):
             raise AdapterMismatchError(
                 f"Cannot convert {self._adapter.folder} for {self._header.path}: {module.name} is "
                 f"for experts of shape {list(found)}, and the base's are {list(plain)}. "
@@ -226,7 +227,7 @@ class _Stacks:
         return None if plain == swapped else found == swapped
 
     def _is_swapped(self, module: PeftModule) -> bool:
-        own = self._orders[module.name]
+        own = False if module.is_b_by_expert else self._orders[module.name]
         if own is not None:
             return own
         if _version(self._adapter.config.version) >= _PEFT_OF_ONE_ORDER:

@@ -95,6 +95,8 @@ class StackedExperts:
         """Read A or B of each expert: [rank, n_in], or [n_out, rank] times its factor."""
         if (side == "a") != self.is_swapped:
             stacked = self.source.read_a().reshape(self.n_expert, self.rank, -1)
+        elif self.source.is_b_by_expert:
+            stacked = self.source.read_b().reshape(self.n_expert, -1, self.rank)
         else:  # the experts lie side by side in each rank
             stacked = np.moveaxis(self.source.read_b().reshape(-1, self.rank, self.n_expert), 2, 0)
         for values in stacked:

@@ -74,6 +74,8 @@ def expert_rows(header: GgufHeader, module: StackedExperts, n_row: int) -> Index
     """
     row, half = np.arange(module.n_out), n_row // 2
     is_by_turns = header.architecture in _GATE_UP_BY_TURNS
+    if not module.name.endswith(".gate_up_proj"):
+        return row
     if module.kind == "ffn_gate_up_exps" and is_by_turns:
         return row % half * 2 + row // half
     if module.kind == "ffn_gate_exps":

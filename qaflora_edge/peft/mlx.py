@@ -3,10 +3,13 @@
 Facts of ml-explore/mlx-lm d78bf58e: tuner/lora.py LoRALinear holds lora_a as [n_in, rank] and
 lora_b as [rank, n_out], and adds lora_parameters.scale times their product, whatever the rank.
 Modules carry the names of the HF model. A quantised base changes none of this.
+LoRASwitchLinear, of a mixture's experts, holds lora_a as [n_expert, rank, n_in] and lora_b as
+[n_expert, n_out, rank], under the name switch_mlp in place of HF's experts.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ OLD_WEIGHTS_FILE = "adapters.npz"
 
 # The last name of what MLX makes an Embedding of.
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+_EXPERTS = re.compile(r".+\.switch_mlp\.(gate|up|down)_proj")
 _LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<part>[ab])")
 
 
@@ -136,7 +140,8 @@ def _pair_tensors(
                 f"Cannot use {tensor.path}: tensor {name} is {kind}; expected only lora_a and "
                 f"lora_b, for a plain LoRA cannot represent more. {PLAIN}"
             )
-        check_matrix(tensor)
+        if not (_EXPERTS.fullmatch(match["module"]) and len(tensor.shape) == 3):
+            check_matrix(tensor)
         pairs.setdefault(match["module"], {})[match["part"]] = tensor
     if not pairs:
         raise SafetensorsFileError(
@@ -162,6 +167,8 @@ def _make_module(
         )
     config.check_target(name)
     a, b = pair["a"], pair["b"]
+    if _EXPERTS.fullmatch(name):
+        return _make_experts(config, scale, name, a, b)
     if not a.shape[1] == b.shape[0] == config.rank:
         raise PeftConfigError(
             f"Cannot use {config.path}: module {name} has rank {config.rank} by lora_parameters, "
@@ -179,4 +186,32 @@ def _make_module(
         a=a,
         b=b,
         is_transposed=True,
+    )
+
+
+def _make_experts(
+    config: PeftConfig, scale: float, name: str, a: StoredTensor, b: StoredTensor
+) -> PeftModule:
+    rank = config.rank
+    if not (len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] > 0) or not (
+        a.shape[1] == b.shape[2] == rank and 0 not in (a.shape[2], b.shape[1])
+    ):
+        raise PeftConfigError(
+            f"Cannot use {config.path}: experts {name} have rank {rank} by lora_parameters, but "
+            f"lora_a is {list(a.shape)} and lora_b {list(b.shape)}; expected "
+            f"[n_expert, {rank}, n_in] and [n_expert, n_out, {rank}]. The two files do not belong "
+            "together; save the adapter again."
+        )
+    n_expert, n_in, n_out = a.shape[0], a.shape[2], b.shape[1]
+    return PeftModule(
+        name=name,
+        rank=rank,
+        n_in=n_in,
+        n_out=n_out,
+        scale=scale,
+        is_embedding=False,
+        a=replace(a, shape=(n_expert * rank, n_in)),
+        b=replace(b, shape=(n_expert * n_out, rank)),
+        n_expert=n_expert,
+        is_b_by_expert=True,
     )

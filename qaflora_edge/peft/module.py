@@ -17,6 +17,7 @@ class PeftModule:
     `is_transposed`: the file holds A as [n_in, rank] and B as [rank, n_out].
     `n_expert`: of a parameter that stacks experts, how many; A is then [n_expert * rank, n_in], one
     expert after the other, and B [n_out, rank * n_expert], the experts side by side in each rank.
+    `is_b_by_expert`: B is [n_expert * n_out, rank] instead, one expert after the other, as in MLX.
     """
 
     name: str
@@ -29,6 +30,7 @@ class PeftModule:
     b: StoredTensor
     is_transposed: bool = False
     n_expert: int = 0
+    is_b_by_expert: bool = False
 
     def read_a(self, *, transposed: bool = False) -> F32:
         """returns  [rank, n_in], transposed [n_in, rank]  float32, finite"""
@@ -55,7 +57,7 @@ class PeftAdapter:
 
 
 def check_matrix(tensor: StoredTensor) -> None:
-    """Refuse what is no matrix, such as LoRA on a convolution, or of MLX on experts."""
+    """Refuse what is no matrix, such as LoRA on a convolution."""
     if tensor.n_bytes == 0:
         raise SafetensorsFileError(
             f"Cannot use {tensor.path}: tensor {tensor.name} is empty, of shape "

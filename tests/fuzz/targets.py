@@ -129,6 +129,13 @@ def _expert_pefts(place: Path) -> list[Case]:
         weights = (place / "weights").read_bytes()
         content = json.dumps({**config, "peft_version": "0.21.2"}).encode()
         cases.append({"adapter_config.json": content, "adapter_model.safetensors": weights})
+    up = "model.layers.0.mlp.switch_mlp.up_proj"
+    of_mlx = {"a": (3, 2, 32), "b": (3, 32, 2)}
+    tensors = {f"{up}.lora_{side}": np.ones(of_mlx[side], np.float32) for side in "ab"}
+    tiny.write_safetensors(place / "weights", tensors)
+    content = json.dumps({"lora_parameters": {"rank": 2, "scale": 20.0}}).encode()
+    weights = (place / "weights").read_bytes()
+    cases.append({"adapter_config.json": content, "adapters.safetensors": weights})
     return cases
 
 
@@ -270,7 +277,9 @@ def _check_peft(folder: Path, place: Path) -> None:
     for module in read_peft(folder).modules.values():
         n_rank = module.rank * max(1, module.n_expert)
         assert module.read_a().shape == (n_rank, module.n_in)
-        assert module.read_b().shape == (module.n_out, n_rank)
+        by_expert = (module.n_expert * module.n_out, module.rank)
+        shape = by_expert if module.is_b_by_expert else (module.n_out, n_rank)
+        assert module.read_b().shape == shape
 
 
 def _check_adapter(folder: Path, place: Path, base: str = "base.gguf") -> None:
