@@ -55,6 +55,25 @@ def test_tab_completes_however_fast_it_is_pressed(
     assert prompt.read() == line
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("\x12ing\r\x05 and more\r", "the thing and more"),
+        ("\x12ing\n\r", "the thing"),
+        ("\x12ing\x03on a ring\r", "on a ring"),
+        ("\x12nowhere\ron a ring\r", "on a ring"),
+    ],
+)
+def test_a_search_of_the_history_ends_by_enter_and_by_ctrl_c(
+    keys: PipeInput, prompt: TerminalInput, typed: str, line: str
+) -> None:
+    keys.send_text("the thing\r")
+    assert prompt.read() == "the thing"
+    keys.send_text(typed)
+    keys.close()  # who is still in the search then gets nothing
+    assert prompt.read() == line
+
+
 def test_ctrl_d_leaves(keys: PipeInput, prompt: TerminalInput) -> None:
     keys.send_text("\x04")
     assert prompt.read() is None

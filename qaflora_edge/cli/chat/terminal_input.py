@@ -19,7 +19,7 @@ from prompt_toolkit.completion import (
     get_common_complete_suffix,
 )
 from prompt_toolkit.document import Document
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.filters import Condition, is_searching
 from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
@@ -100,20 +100,23 @@ def _hint() -> AnyFormattedText:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends; Alt-Enter (or Escape, then Enter) and Ctrl-J begin a new line."""
+    """Enter sends; Alt-Enter (or Escape, then Enter) and Ctrl-J begin a new line.
+
+    While Ctrl-R searches, keys are prompt_toolkit's: Enter takes what was found, Ctrl-C nothing.
+    """
     keys = KeyBindings()
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         # The prompt stays: ended and begun anew, a second Ctrl-C could meet a closed event loop.
         event.current_buffer.reset()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text.strip():
             event.current_buffer.validate_and_handle()
 
-    @keys.add("tab")
+    @keys.add("tab", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         # At once: what is asked for while the menu is being made would be forgotten.
         buffer = event.current_buffer
@@ -129,8 +132,8 @@ def _keys() -> KeyBindings:
         elif found:
             buffer.start_completion()
 
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
+    @keys.add("escape", "enter", filter=~is_searching)
+    @keys.add("c-j", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
