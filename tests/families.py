@@ -649,3 +649,19 @@ AnyFamily = Family | Checkpoint
 FAMILIES: Mapping[str, AnyFamily] = {family.name: family for family in (*_ALL, *PUBLISHED)}
 # Those whose experts are adapted too.
 MIXTURES = [family for family in _ALL if family.is_mixture and not family.refuses_experts]
+# Its blocks pass four streams on. Sparsity and windows are as llama.cpp has them in its code.
+GEMMA_3N = _family(
+    "Gemma 3n",
+    "gemma3n",
+    "Gemma3nForCausalLM",
+    {
+        **_HEAD,
+        **_WINDOW,
+        "vocab_size_per_layer_input": N_VOCAB,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+        "activation_sparsity_pattern": [0.95, 0.95],
+    },
+    config="Gemma3nTextConfig",
+    targets=(*_ATTENTION, *_MLP),
+)

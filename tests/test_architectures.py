@@ -6,6 +6,8 @@ ours are compared with, come from llama.cpp's converters at the pin. docs/conver
 """
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -41,19 +43,24 @@ pytest.importorskip("peft")
 
 import convert_table
 import zoo
-from families import FAMILIES, MIXTURES
+from families import FAMILIES, GEMMA_3N, MIXTURES
 from features import FEATURES
 
 
 @pytest.fixture(scope="session")
-def findings(
-    request: pytest.FixtureRequest, checkout: Path, tmp_path_factory: pytest.TempPathFactory
-) -> convert_table.Findings:
-    """Specimens of the families whose rows are asked for, made at once."""
+def upstream(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpack llama.cpp's converters."""
     archive = zoo.find_archive(checkout / "patches", cache_dir())
     if not archive.is_file():
         pytest.skip(f"the source archive that a build fetches is not at {archive}")
-    folder = tmp_path_factory.mktemp("zoo")
+    return zoo.unpack_upstream(archive, tmp_path_factory.mktemp("upstream"))
+
+
+@pytest.fixture(scope="session")
+def findings(
+    request: pytest.FixtureRequest, upstream: Path, tmp_path_factory: pytest.TempPathFactory
+) -> convert_table.Findings:
+    """Specimens of the families whose rows are asked for, made at once."""
     wanted = {
         item.callspec.params["family"]
         for item in request.session.items
@@ -62,8 +69,7 @@ def findings(
         and "findings" in item.fixturenames
     }
     families = [family for name, family in FAMILIES.items() if name in wanted]
-    upstream = zoo.unpack_upstream(archive, folder / "upstream")
-    return convert_table.Findings(families, upstream, folder)
+    return convert_table.Findings(families, upstream, tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,6 +82,30 @@ def test_row_of_the_table_is_what_is_found(findings: convert_table.Findings, fam
 def test_row_of_experts_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
     (row,) = convert_table.expert_rows(findings, [FAMILIES[family]])
     assert list(row) in convert_table.committed("experts")
+
+
+PROBE = """
+import sys
+from qaflora_edge import Engine, QafloraError
+with Engine(base=sys.argv[1], adapters={"it": sys.argv[2]}, n_ctx=64) as engine:
+    print(engine.logits([5, 17, 99], weights="static").shape)
+    try:
+        engine.weights([5, 17, 99])
+    except QafloraError as error:
+        print(error)
+"""
+
+
+def test_block_that_passes_several_streams_on_is_no_crash(upstream: Path, tmp_path: Path) -> None:
+    specimen = zoo.build([GEMMA_3N], upstream, tmp_path)[GEMMA_3N.name]
+    command = [sys.executable, "-c", PROBE, specimen.base, specimen.upstream("projections")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.splitlines() == [
+        "(271,)",
+        "A context of 2 x 256 tokens cannot be made: architecture 'gemma3n' shows the output of 0 "
+        "of 2 blocks; its states cannot be captured.",
+    ]
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -594,6 +594,9 @@ void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, co
     if (!gctx.qaflora->is_probe() || il < 0 || il >= gctx.qaflora->n_layer || strcmp(name, "l_out") != 0 || gctx.n_outputs == 0) {
         return;
     }
+    if (cur->ne[0] != gctx.qaflora->n_embd || cur->ne[2] != 1 || cur->ne[3] != 1) {
+        return; // several streams side by side, as of gemma3n: no one state is the block's
+    }
     qaflora_graph_input & inp = get_input(gctx);
     inp.captured[il] = captured_rows(gctx, inp, cur);
     gctx.qaflora->n_captured = count(inp.captured);

@@ -47,7 +47,8 @@ REASONS: Mapping[str, tuple[str, ...]] = {
         *("cohere2moe", "granite_swa", "hrm_text", "hy_v3", "laguna", "maple", "mellum"),
         *("minimax-01", "minimax-m3", "muse-glimmer", "nanbeige", "qwen4exp", "spark2_5", "talkie"),
     ),
-    _UNPROVEN: ("gemma3n", "phimoe"),
+    "its blocks pass on four streams, of which none is the state that weighing reads": ("gemma3n",),
+    _UNPROVEN: ("phimoe",),
     _UNTRIED: (
         *("arctic", "bailingmoe2", "chameleon", "cogvlm", "grok", "grovemoe", "hunyuan_vl"),
         *("llama4", "mimo2", "nemotron_h", "nemotron_h_moe", "qwen3vlmoe", "smallthinker"),
