@@ -285,6 +285,20 @@ def test_module_that_is_computed_without_adapters_is_named(tmp_path: Path) -> No
     )
 
 
+def test_module_that_may_have_been_scaled_is_named(tmp_path: Path) -> None:
+    tensors = {"output.weight": (96, 64)}
+    base = write_base(tmp_path / "base.gguf", "bailingmoe", tensors, 4)
+    folder = write_peft(tmp_path / "a", "lm_head", 96, 64)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert str(caught.value) == (
+        f"Cannot convert {folder} for {base}: module lm_head goes to output.weight, which its "
+        "converter may have scaled, which the GGUF does not say; expected projections of the "
+        "language model's layers, embed_tokens or lm_head. Train without this module, or merge the "
+        "adapter into its base."
+    )
+
+
 def test_architecture_that_gguf_does_not_know_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

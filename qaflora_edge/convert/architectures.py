@@ -131,3 +131,9 @@ UNMAPPED: Mapping[str, Mapping[str, str]] = {
     "openelm": {"ffn.proj_1": "ffn_gate_up"},
     "refact": {"attn.q": "attn_q", "attn.kv": "attn_kv", "mlp.gate_up_proj": "ffn_gate_up"},
 }
+
+# Tensors that llama.cpp's converter may have scaled, where the GGUF does not say so:
+# general.architecture -> their names.
+SCALED: Mapping[str, tuple[str, ...]] = {
+    "bailingmoe": ("output.weight",),  # with norm_head
+}

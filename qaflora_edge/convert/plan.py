@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gguf
 
-from qaflora_edge.convert.architectures import ARCHITECTURES, UNMAPPED
+from qaflora_edge.convert.architectures import ARCHITECTURES, SCALED, UNMAPPED
 from qaflora_edge.convert.expert_plan import is_of_experts, plan_experts
 from qaflora_edge.convert.experts import PlannedExperts
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
@@ -226,10 +226,12 @@ def _unknown_module(adapter: PeftAdapter, module: PeftModule, header: GgufHeader
 
 
 def _check_reached(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader) -> None:
-    """Refuse tensors that no adapter enters, or no layer's weight."""
+    """Refuse tensors that no adapter enters, or no layer's weight, or that are not HF's."""
     name = module.base_name
     if is_bypassed(header.architecture, name):
         why = f"llama.cpp computes without adapters for {header.architecture}"
+    elif name in SCALED.get(header.architecture, ()):
+        why = "its converter may have scaled, which the GGUF does not say"
     elif not name.startswith(("blk.", "token_embd.", "output.")):
         why = "belongs to no layer, so that no layer's weight applies"
     else:
