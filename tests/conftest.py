@@ -20,14 +20,16 @@ from qaflora_edge.hub import registry
 def pytest_configure() -> None:
     """Keep the checkout off the path of `python -c` that a test runs, as it is off ours.
 
-    The cache of the user serves the tests; other settings of theirs would change them. A shell lets
-    what it starts in the background ignore Ctrl-C, and so would all that the tests start.
+    The cache of the user serves the tests; other settings of theirs, and of their terminal or the
+    service that runs them, would change them. A shell lets what it starts in the background ignore
+    Ctrl-C, and so would all that the tests start.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["QAFLORA_CACHE"] = str(cache_dir())
     os.environ["QAFLORA_CONFIG"] = os.devnull
-    os.environ.pop("QAFLORA_BUNDLES", None)
+    for name in ("QAFLORA_BUNDLES", "FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES"):
+        os.environ.pop(name, None)
     for key in SHARED:
         for table in (None, *SHARED_TABLES):
             for name in variables(key, table):
