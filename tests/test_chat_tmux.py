@@ -115,6 +115,7 @@ def test_a_chat_with_a_real_model(
 def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
     window = opened(made.folder, "--temp", "0", "--max-tokens", "40", columns=40, rows=20)
     window.type("/wei")
+    window.wait_for("> /wei /weights")  # the menu; a Tab while it is being made is passed over
     window.key("Tab")
     window.wait_for("> /weights")
     window.key("Enter")
