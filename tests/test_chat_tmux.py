@@ -199,6 +199,23 @@ def test_ctrl_c_at_the_prompt_of_a_plain_chat_stays_too(opened: Open, made: Tiny
     window.wait_for("LEFT 0")
 
 
+def say_until_heard(window: Window, *, within_s: float) -> None:
+    """A line that a plain chat has not read is taken back by a Ctrl-C on its way: type it again."""
+
+    def n_heard(screen: str) -> int:
+        return " ".join(screen.split()).count("did you mean /weights?")
+
+    n_before = n_heard(window.screen())
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        window.type("/wieghts")
+        window.key("Enter")
+        there, screen = window.look(lambda screen: n_heard(screen) > n_before, within_s=within_s)
+        if there:
+            return
+        assert time.monotonic() < end, f"the prompt took no line; the screen is\n{screen}"
+
+
 @pytest.mark.parametrize("term", ["screen-256color", "dumb"])
 def test_more_ctrl_c_than_an_answer_needs_keep_the_chat(
     opened: Open, made: TinyBundle, tmp_path: Path, term: str
@@ -212,16 +229,11 @@ def test_more_ctrl_c_than_an_answer_needs_keep_the_chat(
         window.wait_for("> the thing", count=number)
         for _ in range(8):
             window.key("C-c")
-        if term == "dumb":  # a Ctrl-C not yet seen would take back what is typed behind it
-            window.wait_until(lambda screen: screen.rstrip().endswith("\n>"), "a new prompt")
         # Whatever became of the answer, the prompt comes and takes a line.
-        window.type("/wieghts")
-        window.key("Enter")
-        window.wait_for("did you mean /weights?", count=number)
+        say_until_heard(window, within_s=3 if term == "dumb" else PATIENCE_S)
     assert "Exception" not in window.screen()
     window.type(f"/save {tmp_path / 'talk.json'}")
     window.key("Enter")
-    # A line that a plain chat has not read yet is taken back, for the system holds it.
     n_saved = str(n_turn) if term != "dumb" else rf"[0-{n_turn}]"
     window.wait_until(
         lambda screen: re.search(rf"\b{n_saved} turns? saved", " ".join(screen.split())), "a file"

@@ -80,11 +80,18 @@ class Window:
 
     def wait_until(self, is_there: Callable[[str], object], what: str) -> str:
         """The screen, once it is as it should be."""
-        end = time.monotonic() + PATIENCE_S
-        while not is_there(screen := self.screen()):
-            assert time.monotonic() < end, f"{what} did not come; the screen is\n{screen}"
-            time.sleep(0.1)
+        there, screen = self.look(is_there, within_s=PATIENCE_S)
+        assert there, f"{what} did not come; the screen is\n{screen}"
         return screen
+
+    def look(self, is_there: Callable[[str], object], *, within_s: float) -> tuple[bool, str]:
+        """Whether the screen became as it should be in that time, and the last one seen."""
+        end = time.monotonic() + within_s
+        while not is_there(screen := self.screen()):
+            if time.monotonic() > end:
+                return False, screen
+            time.sleep(0.1)
+        return True, screen
 
     def wait_for(self, text: str, *, count: int = 1) -> str:
         """The screen, once a text is on it so many times, wherever its lines break."""
