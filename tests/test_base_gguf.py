@@ -13,6 +13,7 @@ from fuzz.mutate import Gguf
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GgufFileError
+from qaflora_edge.formats import base_gguf
 from qaflora_edge.formats.base_gguf import check_base
 from qaflora_edge.formats.gguf_header import read_gguf_header
 
@@ -189,6 +190,16 @@ def test_tensor_of_whole_numbers_is_refused(
     next(tensor for tensor in parts.tensors if tensor[0] == name.encode())[2] = kind
     path.write_bytes(parts.join())
     assert refusal(path) == f"the type of tensor {name} is 'I32'; expected {expected}"
+
+
+def test_vocabulary_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts without a character a header of 64 MB holds eight million."""
+    path = write_base(tmp_path / "base.gguf")
+    monkeypatch.setattr(base_gguf, "MAX_TOKENS", 200)
+    n_token = len(tiny.byte_tokens()) + len(tiny.MERGES) + len(tiny.CONTROLS)
+    assert refusal(path) == (
+        f"the length of tokenizer.ggml.tokens is {n_token}; expected at most 200"
+    )
 
 
 def test_the_library_never_sees_such_a_base(tmp_path: Path) -> None:

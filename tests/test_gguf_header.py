@@ -146,6 +146,17 @@ def test_long_arrays_are_stepped_over(tmp_path: Path) -> None:
     assert metadata["last"] == "reached"
 
 
+def test_many_short_arrays_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """4096 fields of 4096 numbers each would take half a gigabyte in a header of 64 MB."""
+    path = tmp_path / "a.gguf"
+    array = struct.pack("<IQ", 6, 4096) + bytes(4 * 4096)
+    path.write_bytes(make(ARCH, *(field(f"x{index}", 9, array) for index in range(70))))
+    metadata = read_gguf_header(path).metadata
+    kept = [index for index in range(70) if isinstance(metadata[f"x{index}"], tuple)]
+    assert kept == list(range(64))
+    assert isinstance(metadata["x64"], SkippedArray)
+
+
 CORRUPT = "The file is corrupted or incomplete; fetch or convert it again."
 HOSTILE = {
     "magic": (

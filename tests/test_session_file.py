@@ -99,7 +99,7 @@ HOSTILE = {
     "no UTF-8": (b'"\xff"', "it is not JSON in UTF-8 ('utf-8' codec"),
     "deep": (b"[" * 100_000, "it is nested too deeply"),
     "a number of many digits": (b'{"format": ' + b"9" * 10_000 + b"}", "it is not JSON in UTF-8"),
-    "a list": (b"[]", 'field format is missing, expected "qaflora-session/1"'),
+    "a list": (b"[]", "it is not JSON in UTF-8 (it holds a list, not an object), expected a file"),
     "another version": (changed(format="qaflora-session/2"), 'is "qaflora-session/2", expected'),
     "no bundle": (changed(bundle=None), "field bundle is missing, expected an object"),
     "a bundle of adapters": (
@@ -180,3 +180,11 @@ def test_another_bundle_is_told_apart() -> None:
         "the adapter es is not here",
         "the adapter med is new",
     ]
+
+
+def test_a_little_text_is_not_much_memory(tmp_path: Path) -> None:
+    """16 MB of empty lists would take half a gigabyte."""
+    path = tmp_path / "session.json"
+    path.write_bytes(b'{"format": "qaflora-chat/1", "x": [' + b"[]," * 600_000 + b"[]]}")
+    with pytest.raises(SessionFileError, match=r"it has about 1200004 values, and 1048576 are"):
+        load_session(path)

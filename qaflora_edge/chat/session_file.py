@@ -21,7 +21,7 @@ from qaflora_edge.bundle import read_bundle_text
 from qaflora_edge.chat.conversation import FINISH_REASONS, Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
 from qaflora_edge.files import open_input, write_text_atomic
-from qaflora_edge.formats.json_text import is_unicode
+from qaflora_edge.formats.json_text import is_unicode, read_json_object
 
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
@@ -146,21 +146,19 @@ def _read(path: Path) -> dict[str, Any]:
             "that a session may have. Check the name."
         )
     try:
-        document = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        document = read_json_object(data)
+    except ValueError as error:  # errors of JSON and UTF-8 too
         raise SessionFileError(
-            f"Cannot load the session {path}: it is not JSON in UTF-8 ({reason}), expected a file "
+            f"Cannot load the session {path}: it is not JSON in UTF-8 ({error}), expected a file "
             "written by /save. Check the name, or take a copy of the file."
         ) from error
-    found = document.get("format") if isinstance(document, dict) else None
+    found = document.get("format")
     if found != FORMAT:
         raise SessionFileError(
             f"Cannot load the session {path}: field format is {_show(found)}, expected "
             f'"{FORMAT}". Check the name; a newer qaflora may have written it.'
         )
-    fields: dict[str, Any] = document
-    return fields
+    return document
 
 
 def _conversation(fields: _Fields) -> Conversation:

@@ -11,6 +11,7 @@ from typing import Any
 from qaflora_edge.errors import OptionError
 from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
 
+MAX_DEPTH = 128  # objects and lists of the parameters in each other
 BEGIN, END = "<tool_call>", "</tool_call>"
 _CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)", re.DOTALL)
 
@@ -86,13 +87,18 @@ def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
     return f'root ::= "{BEGIN}\\n" call "\\n{END}"\n' + grammar.replace("root ::=", "call ::=", 1)
 
 
-def _moved(schema: Any, place: str) -> Any:
+def _moved(schema: Any, place: str, depth: int = 0) -> Any:
     """A schema whose references, from `#` on, are read at another place of a larger schema."""
+    if depth > MAX_DEPTH:
+        raise OptionError(
+            f"Option tools has parameters with more than {MAX_DEPTH} objects and lists in each "
+            "other, expected a JSON schema with fewer; name parts with $defs, and use $ref."
+        )
     if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
+        return [_moved(each, place, depth + 1) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
+    moved = {key: _moved(value, place, depth + 1) for key, value in schema.items()}
     reference = moved.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = place + reference[1:]

@@ -22,6 +22,7 @@ MAX_EXPERTS = 1024  # llama-hparams.h LLAMA_MAX_EXPERTS
 MAX_GATING = 4  # llama-hparams.h llama_expert_gating_func_type
 MAX_WINDOW = 1 << 30  # tokens; an int32 that padding must not overflow
 LEAST_ALIGNMENT = 32  # ggml-impl.h TENSOR_ALIGNMENT, of what is mapped into memory
+MAX_TOKENS = 1 << 21  # several times the largest vocabularies, which are read whole
 TOKENS = "tokenizer.ggml.tokens"
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 BYTE_TOKEN = 6  # llama.h LLAMA_TOKEN_TYPE_BYTE
@@ -222,6 +223,8 @@ def _check_tokens(header: GgufHeader) -> None:
     array = header.metadata.get(TOKENS)
     if not isinstance(array, SkippedArray):
         return  # the loader refuses a vocabulary that is none
+    if array.length > MAX_TOKENS:
+        _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
     # The loader gives those without a text a name, by their number.
     texts = [
         text or b"[EMPTY_%d]" % index for index, text in enumerate(read_texts(header.path, array))

@@ -28,6 +28,7 @@ MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_STRING_BYTES = 1 << 24  # of a metadata value
 MAX_ARCHITECTURE_LENGTH = 64
 MAX_ARRAY_LENGTH = 1 << 24
+MAX_KEPT = 1 << 18  # numbers of all arrays; those after them are stepped over
 MAX_KEPT_ARRAY = 1 << 12  # numbers; longer arrays are stepped over
 MAX_TENSOR_NAME_BYTES = 63  # llama.cpp 0c1e5709, ggml.h GGML_MAX_NAME
 MAX_DIMS = 4
@@ -113,6 +114,7 @@ class GgufCursor:
         self.n_dropped = 0
         self.size_bytes = size_bytes
         self.position = 0
+        self.n_kept = 0
 
     def fail(self, field: str, found: str, expected: str) -> NoReturn:
         raise GgufFileError(
@@ -247,9 +249,10 @@ class GgufCursor:
             self.fail(f"the element type of {field}", str(item_kind), "a number or a string")
         form = SCALARS[item_kind]
         begin = self.take(length * form.size, field)
-        if length > MAX_KEPT_ARRAY:
+        if length > MAX_KEPT_ARRAY or self.n_kept + length > MAX_KEPT:
             n_bytes = length * form.size
             return SkippedArray(length, self.position - n_bytes, n_bytes)
+        self.n_kept += length
         raw = self.data[begin : begin + length * form.size]
         return tuple(value for (value,) in form.iter_unpack(raw)) if raw else ()
 
