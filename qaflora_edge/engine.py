@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,9 @@ from qaflora_edge import fusion as fuse
 from qaflora_edge.answers import Answers
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.chat.call_options import openai_options
-from qaflora_edge.chat.completions import completion_chunks, completion_dict, response_schema
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
-from qaflora_edge.chat.tools import chosen_tools, one_form
+from qaflora_edge.engine_chat import EngineChat
 from qaflora_edge.engine_options import check_answers, check_options
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.formats.adapter_gguf import check_files
@@ -37,7 +34,7 @@ F32 = NDArray[np.float32]
 Path_ = str | os.PathLike[str]
 
 
-class Engine:
+class Engine(EngineChat):
     """A base with its adapters, ready to weigh them for each query.
 
     bundle    a bundle folder; or give base and adapters (name -> adapter GGUF) instead
@@ -365,38 +362,3 @@ class Engine:
             # The same weights: what the context holds of the prompt is what it would read again.
             weights = replace(answer.fusion, probe_ms=0.0)
             options |= {"keep_history": True, "on_weights": None}
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        stream: bool = False,
-        n: int = 1,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        stream_options: Mapping[str, Any] | None = None,
-        grammar: str | None = None,
-        **options: Any,
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
-        """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
-
-        n                answers (choices); the conversation is weighed and read once
-        tools, tool_choice  for bases whose template reads tools and that write <tool_call>
-        response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema": ...}
-        stream_options   {"include_usage": True} ends the chunks with one of the usage
-        options          as generate takes them, and OpenAI's others where they change nothing
-
-        The conversation is weighed and read before this returns.
-        """
-        schema = response_schema(response_format)
-        told, call_grammar = chosen_tools(tools, tool_choice)
-        grammar = one_form(grammar, schema, call_grammar)
-        tokens = self.chat_tokens(messages, tools=told)
-        options = {**openai_options(options), "grammar": grammar, "json_schema": schema}
-        answers = self.answers(tokens, n, **options)
-        answers = itertools.chain([next(answers)], answers)
-        if not stream:
-            return completion_dict(self.name, answers, has_tools=bool(told))
-        usage = bool((stream_options or {}).get("include_usage"))
-        return completion_chunks(self.name, answers, has_tools=bool(told), include_usage=usage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BusyError
 
 T = TypeVar("T")
+_worker: int | None = None  # the process in which the library computed first
 
 
 class Lifetime:
@@ -22,6 +24,7 @@ class Lifetime:
     """
 
     def __init__(self, owner: object) -> None:
+        _check_process()
         self.stop = Stop()
         self.is_closed = False
         self._lock = threading.Lock()
@@ -37,16 +40,18 @@ class Lifetime:
     def close(self) -> None:
         """Close all resources. A second call does nothing.
 
-        Raises BusyError when another thread uses them.
+        Raises BusyError when another thread uses them. A forked process leaves them to its parent.
         """
-        if not self.is_closed:
+        if not self.is_closed and _worker in (None, os.getpid()):
             with self.in_use():
                 self.is_closed = True
                 _close_all(self._resources)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep other threads out; BusyError when one is in, or after close()."""
+        """Keep other threads out; BusyError when one is in, after close(), or after a fork."""
+        global _worker
+        _check_process()
         if not self._lock.acquire(blocking=False):
             raise BusyError(
                 "This Engine is in use by another thread; an Engine serves one thread at a time. "
@@ -55,9 +60,16 @@ class Lifetime:
         try:
             if self.is_closed:
                 raise BusyError("This Engine is closed; make a new one.")
+            _worker = os.getpid()
             yield
         finally:
             self._lock.release()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "An Engine cannot be pickled or copied; give its options to the other process, and "
+            "make one there."
+        )
 
     @contextmanager
     def new_work(self) -> Iterator[None]:
@@ -65,6 +77,19 @@ class Lifetime:
         with self.in_use():
             self.stop.clear()
             yield
+
+
+def _check_process() -> None:
+    """Raise BusyError in a process that was forked from one in which the library has computed.
+
+    Its threads are not there after a fork, and it would wait for them for ever.
+    """
+    if _worker not in (None, os.getpid()):
+        raise BusyError(
+            f"This process was forked from process {_worker}, in which an Engine was in use, and "
+            "the library's threads are not here. Start processes with multiprocessing's method "
+            "'spawn', or fork before the first Engine is used."
+        )
 
 
 def _close_all(resources: list[Any]) -> None:

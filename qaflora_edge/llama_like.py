@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from qaflora_edge.backend import native
 from qaflora_edge.chat.call_options import check_fixed
@@ -118,6 +118,18 @@ class Llama:
 
     # answers
 
+    @overload
+    def create_completion(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any
+    ) -> dict[str, Any]: ...
+    @overload
+    def create_completion(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Any
+    ) -> Iterator[dict[str, Any]]: ...
+    @overload
+    def create_completion(
+        self, prompt: str | Sequence[int], *, stream: bool, **options: Any
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
     def create_completion(
         self,
         prompt: str | Sequence[int],
@@ -161,6 +173,18 @@ class Llama:
 
     __call__ = create_completion
 
+    @overload
+    def create_chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **_: Any
+    ) -> dict[str, Any]: ...
+    @overload
+    def create_chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **_: Any
+    ) -> Iterator[dict[str, Any]]: ...
+    @overload
+    def create_chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool, **_: Any
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
     def create_chat_completion(
         self,
         messages: Sequence[Mapping[str, Any]],

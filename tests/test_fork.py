@@ -1,0 +1,84 @@
+"""Engines and processes: no waiting for threads that a fork did not take along, no copies."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundles import TinyBundle, make_bundle
+
+from qaflora_edge import Engine
+
+CODE = """\
+import os, sys
+from qaflora_edge import Engine, QafloraError
+
+engine = Engine(sys.argv[1], n_ctx=128)
+if sys.argv[2] == "used":
+    engine.weights("the king")
+
+def own():
+    with Engine(sys.argv[1], n_ctx=128) as new:
+        new.weights("the king")
+
+child = os.fork()
+if child == 0:
+    for call in (lambda: engine.weights("the king"), own):
+        try:
+            call()
+            print("worked", flush=True)
+        except QafloraError as error:
+            print(error, flush=True)
+    engine.close()
+    os._exit(0)
+os.waitpid(child, 0)
+print(child != 0 and len(engine.weights("the king").adapters))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("fork"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+@pytest.mark.parametrize("state", ["fresh", "used"])
+def test_forked_process_is_told_and_does_not_wait(made: TinyBundle, state: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(made.folder), state],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    *lines, last = done.stdout.splitlines()
+    assert last == "2"  # the parent goes on
+    if state == "fresh":
+        assert lines == ["worked", "worked"]
+        return
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("This process was forked from process ")
+    assert lines[0].endswith(
+        ", in which an Engine was in use, and the library's threads are not here. Start processes "
+        "with multiprocessing's method 'spawn', or fork before the first Engine is used."
+    )
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.deepcopy])
+def test_engine_is_not_copied(made: TinyBundle, take: object) -> None:
+    with Engine(made.folder) as engine:
+        with pytest.raises(TypeError) as caught:
+            take(engine)  # type: ignore[operator]
+        assert str(caught.value) == (
+            "An Engine cannot be pickled or copied; give its options to the other process, and "
+            "make one there."
+        )
+        assert engine.weights("the king").adapters == ("math", "es")
+
+
+def test_types_come_with_the_package() -> None:
+    import qaflora_edge
+
+    assert (Path(qaflora_edge.__file__).parent / "py.typed").is_file()

@@ -1,0 +1,25 @@
+"""A program of a user, for mypy: it is never run."""
+
+from collections.abc import Iterator
+from typing import Any, assert_type
+
+from qaflora_edge import Engine, FusionWeights, Llama
+
+
+def program(is_stream: bool) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    with Engine("bundle", n_ctx=64) as engine:
+        assert_type(engine.weights("a"), FusionWeights)
+        assert_type(engine.weights("a").adapters, tuple[str, ...])
+        assert_type("".join(engine.generate("a", max_tokens=3, top_k=4)), str)
+        assert_type(engine.chat(messages, max_tokens=3), dict[str, Any])
+        assert_type(engine.chat(messages, stream=True), Iterator[dict[str, Any]])
+        assert_type(
+            engine.chat(messages, stream=is_stream), dict[str, Any] | Iterator[dict[str, Any]]
+        )
+        engine.chat(messages, stream=True)["choices"]  # type: ignore[index]
+        engine.weights(3)  # type: ignore[arg-type]
+    llm = Llama("bundle")
+    assert_type(llm("a"), dict[str, Any])
+    assert_type(llm.create_completion("a", stream=True), Iterator[dict[str, Any]])
+    assert_type(llm.create_chat_completion(messages), dict[str, Any])
