@@ -170,7 +170,7 @@ def test_square_experts_need_a_version_or_others_that_tell(tmp_path: Path) -> No
     a, b = stacked_pair(N_EMBD, N_EMBD)
     alone = {EXPERTS: (a, b)}
     target = ["experts.gate_up_proj"]
-    for version in (None, "0.18.1", "0.19.0", "later"):
+    for version in (None, "0.18.1", "0.19.0", "0.19.1.dev0", "0.19.1rc1", "later"):
         folder = write_peft(tmp_path / "a", alone, target_parameters=target, peft_version=version)
         with pytest.raises(UnsupportedAdapterError) as caught:
             convert(folder, base)

@@ -33,7 +33,7 @@ _STEMS = {
 }
 # Since this PEFT, A always reads the layer's input. Before, it depended on the shape of the
 # parameter and on transformers, which turned it around again (PEFT's pull request 3165).
-_PEFT_OF_ONE_ORDER = (0, 19, 1)
+_PEFT_OF_ONE_ORDER = (0, 19, 1, True)
 MAX_STACKED_BYTES = 1 << 32  # of lora_a or lora_b as F32: 512 experts of rank 256 and 8192 inputs
 _ADVICE = "Train without experts, or merge the adapter into its base."
 
@@ -245,6 +245,9 @@ class _Stacks:
 
 
 def _version(text: str | None) -> tuple[int, ...]:
-    """Give the numbers at the start of a version; none of what is no version."""
+    """Give the numbers at the start of a version and whether it was released; () for no version."""
     match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text or "")
-    return tuple(int(part or 0) for part in match.groups()) if match else ()
+    if match is None or text is None:
+        return ()
+    is_released = not re.match(r"\.?(dev|a|b|rc)", text[match.end() :])
+    return (*(int(part or 0) for part in match.groups()), is_released)
