@@ -14,6 +14,7 @@ from typing import Any
 from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
 from qaflora_edge.files import is_disk_full
 from qaflora_edge.formats.hub_ref import HubRef
+from qaflora_edge.peft.config import CONFIG_FILE
 
 Report = Callable[[int], None]  # bytes done
 
@@ -61,6 +62,26 @@ def _hub_file(sibling: Any) -> HubFile:
     if sibling.lfs:
         return HubFile(sibling.rfilename, sibling.lfs.size, sibling.lfs.sha256, None)
     return HubFile(sibling.rfilename, sibling.size or 0, None, sibling.blob_id)
+
+
+def advice(ref: HubRef, listing: HubListing) -> str:
+    """What to do with a repository that is none of ours, by what it holds."""
+    if any(file.name.endswith(".gguf") for file in listing.files):
+        return "Name one file as owner/name/file.gguf."
+    revision = f"--revision {ref.revision} " if ref.revision else ""
+    inside = [file.name for file in listing.files if file.name.endswith(f"/{CONFIG_FILE}")]
+    if inside:
+        place = inside[-1].removesuffix(f"/{CONFIG_FILE}")
+        return (
+            f"There is an adapter in {place}: fetch it with `hf download {ref.repo} {revision}"
+            f"--include '{place}/*' --local-dir DIR` and give DIR/{place}."
+        )
+    if listing.file("config.json"):
+        return (
+            "It is a whole model for transformers; a base has to be a GGUF: search the Hub for one "
+            "of the same name, or convert it with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return "Check the name."
 
 
 @contextlib.contextmanager

@@ -29,7 +29,14 @@ from qaflora_edge.hub.cache import (
     is_commit,
     pulled_path,
 )
-from qaflora_edge.hub.client import HubFile, HubListing, hub_errors, hub_progress, list_files
+from qaflora_edge.hub.client import (
+    HubFile,
+    HubListing,
+    advice,
+    hub_errors,
+    hub_progress,
+    list_files,
+)
 from qaflora_edge.hub.download import check_space, read_chunks
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.files import INDEX_FILE, PICKLES, WEIGHTS_FILE
@@ -246,28 +253,8 @@ def _choose(ref: HubRef, listing: HubListing) -> list[HubFile]:
     ggufs = [file.name for file in listing.files if file.name.endswith(".gguf")]
     raise DownloadError(
         f"expected {expected} in {ref.repo}; it has {len(listing.files)} files, and its .gguf "
-        f"files are: {', '.join(ggufs[:10]) or 'none'}. {_advice(ref, listing, ggufs)}"
+        f"files are: {', '.join(ggufs[:10]) or 'none'}. {advice(ref, listing)}"
     )
-
-
-def _advice(ref: HubRef, listing: HubListing, ggufs: list[str]) -> str:
-    """What to do with a repository that is none of ours, by what it holds."""
-    if ggufs:
-        return "Name one file as owner/name/file.gguf."
-    revision = f"--revision {ref.revision} " if ref.revision else ""
-    inside = [file.name for file in listing.files if file.name.endswith(f"/{CONFIG_FILE}")]
-    if inside:
-        place = inside[-1].removesuffix(f"/{CONFIG_FILE}")
-        return (
-            f"There is an adapter in {place}: fetch it with `hf download {ref.repo} {revision}"
-            f"--include '{place}/*' --local-dir DIR` and give DIR/{place}."
-        )
-    if listing.file("config.json"):
-        return (
-            "It is a whole model for transformers; a base has to be a GGUF: search the Hub for one "
-            "of the same name, or convert it with llama.cpp's convert_hf_to_gguf.py."
-        )
-    return "Check the name."
 
 
 def _choose_peft(ref: HubRef, listing: HubListing) -> list[HubFile]:
