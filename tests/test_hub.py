@@ -350,6 +350,23 @@ def test_pulls_into_one_folder_at_once_give_one(
     assert load_bundle(folder).adapter_paths
 
 
+def test_the_only_gguf_is_given_again_and_to_pulls_at_once(
+    hub: FakeHub, hub_cache: Path, tmp_path: Path
+) -> None:
+    hub.put("owner/model", {"q4/a.gguf": b"GGUF a"})
+    to = tmp_path / "to"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch_hub("owner/model", to), range(4)))
+    assert found == [to / "a.gguf"] * 4
+    hub.requests.clear()
+    assert fetch_hub("owner/model", to) == to / "a.gguf"
+    assert downloads(hub) == []
+    (to / "a.gguf").rename(to / "b.gguf")
+    with pytest.raises(OutputFileError, match=r"not what the Hub has at .*: a\.gguf is missing"):
+        fetch_hub("owner/model", to)
+    assert folder_files(to) == {"b.gguf": b"GGUF a"}
+
+
 # adapters
 
 

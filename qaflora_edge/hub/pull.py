@@ -10,6 +10,7 @@ import glob
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha1, sha256
 from pathlib import Path, PurePosixPath
 
@@ -91,11 +92,12 @@ def fetch_pinned(ref: str, *, progress: Progress | None = None) -> tuple[Path, s
 def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
     """A single named file may join others; a bundle or an adapter needs a folder of its own.
 
-    What may be the same bundle or adapter, fetched before, is compared later.
+    What may be the same bundle, adapter or only GGUF, fetched before, is compared later.
     """
     if not os.path.exists(folder):
         return
     is_like = any(os.path.isfile(folder / name) for name in (BUNDLE_FILE, CONFIG_FILE))
+    is_like = is_like or any(folder.glob("*.gguf"))
     if not folder.is_dir() or not (parsed.file or is_like or _is_empty(ref, folder)):
         raise OutputFileError(
             f"Cannot pull {ref} to {folder}: it exists already and is not an empty folder. "
@@ -123,15 +125,15 @@ def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progre
     folder = folder.absolute()
     if ref.file and (target := _already_there(ref, listing, folder)):
         return target
-    if _is_same(ref, listing, folder):
-        return folder
+    if same := _same(ref, listing, folder):
+        return same
     partial = folder.parent / f".{folder.name[:100]}.{listing.commit[:12]}.partial"
     lock = cache_dir() / "locks" / f"pull-{sha256(os.fsencode(folder)).hexdigest()[:16]}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
-            if _is_same(ref, listing, folder):  # another pull has fetched it meanwhile
-                return folder
+            if same := _same(ref, listing, folder):  # another pull has fetched it meanwhile
+                return same
             partial.mkdir(parents=True, exist_ok=True)
             path = _fetch(ref, listing, partial, progress)
             shutil.rmtree(partial / ".cache", ignore_errors=True)  # of the Hub's library
@@ -163,11 +165,14 @@ def _already_there(ref: HubRef, listing: HubListing, folder: Path) -> Path | Non
     return target
 
 
-def _is_same(ref: HubRef, listing: HubListing, folder: Path) -> bool:
-    """Tell whether a folder is what is to be fetched. Raises when it holds something else."""
+def _same(ref: HubRef, listing: HubListing, folder: Path) -> Path | None:
+    """What is to be fetched, where it is there. Raises when the folder holds something else."""
     if ref.file or not os.path.isdir(folder) or _is_empty(str(ref), folder):
-        return False
+        return None
     wanted = _choose(ref, listing)
+    only = PurePosixPath(wanted[0].name).name if len(wanted) == 1 else ""
+    if only.endswith(".gguf"):
+        wanted = [replace(wanted[0], name=only)]
     problem = _first_problem(folder, wanted)
     if problem is None and any(file.name == BUNDLE_FILE for file in wanted):
         text = parse_bundle((folder / BUNDLE_FILE).read_bytes(), str(folder / BUNDLE_FILE))
@@ -177,7 +182,7 @@ def _is_same(ref: HubRef, listing: HubListing, folder: Path) -> bool:
             f"Cannot pull {ref} to {folder}: it is not an empty folder, and not what the Hub has "
             f"at {listing.commit}: {problem}. Name another folder with --to, or remove that one."
         )
-    return True
+    return folder / only if only.endswith(".gguf") else folder
 
 
 def _first_problem(folder: Path, wanted: list[HubFile]) -> str | None:
