@@ -345,6 +345,12 @@ def test_good_texts_are_taken(model: Model, schema: Any, text: str) -> None:
     jsonschema.validate(json.loads(text), schema)
 
 
+def test_a_bound_of_thousands_of_digits_is_cut_as_others_are() -> None:
+    """Python writes no integer of more than 4300 digits."""
+    cut = json_schema_to_gbnf({"type": "integer", "minimum": 3, "maximum": 10**15})
+    assert json_schema_to_gbnf({"type": "integer", "minimum": 3, "maximum": 10**5000}) == cut
+
+
 REFUSED = [
     ({"type": "number", "multipleOf": 2}, "#", "the keyword 'multipleOf' is not supported here"),
     ({"type": "number", "maximum": "2"}, "#", "'maximum' is '2'; expected a number"),
@@ -355,6 +361,7 @@ REFUSED = [
     ({"type": "number", "minimum": 2, "exclusiveMaximum": 2}, "#", "no number lies between 2"),
     ({"type": "number", "minimum": True}, "#", "'minimum' is True; expected a number"),
     ({"type": "number", "minimum": 10**16}, "#", "the bound 10000000000000000; expected one"),
+    ({"type": "integer", "minimum": 10**5000}, "#", "the bound 1000000000000000000000000000000"),
     ({"type": "array", "uniqueItems": True}, "#", "the keyword 'uniqueItems' is not supported"),
     ({"type": "array", "contains": {}}, "#", "the keyword 'contains' is not supported here"),
     ({"type": "object", "patternProperties": {}}, "#", "the keyword 'patternProperties' is not"),

@@ -42,7 +42,7 @@ def read_bounds(schema: Mapping[str, Any], fail: Fail) -> Bounds:
         high, is_below = Decimal(MAX_BOUND), False
     for value in (low, high):
         if value is not None and abs(value) > MAX_BOUND:
-            raise fail(f"the bound {value}", f"expected one within ±{MAX_BOUND}")
+            raise fail(f"the bound {value!s:.60}", f"expected one within ±{MAX_BOUND}")
     return Bounds(low, is_above, high, is_below)
 
 
@@ -53,7 +53,9 @@ def _bound(schema: Mapping[str, Any], name: str, fail: Fail) -> list[tuple[Decim
             value = schema[key]
             if not is_of(value, "number") or abs(value) == float("inf") or value != value:
                 raise fail(f"{key!r} is {value!r:.60}", "expected a number")
-            bounds.append((Decimal(repr(value)), is_out))  # the shortest text of a float
+            # The shortest text of a float; an integer may be too long for one.
+            exact = Decimal(value if isinstance(value, int) else repr(value))
+            bounds.append((exact, is_out))
     return bounds
 
 
