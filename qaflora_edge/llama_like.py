@@ -274,7 +274,7 @@ class Llama:
         self.engine.seed = _seed(seed)
 
     def reset(self) -> None:
-        """Nothing: each call reads its prompt anew."""
+        """Nothing: each call has its whole prompt."""
 
 
 def replace_llama_cpp() -> None:
