@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from bundles import TinyBundle, make_bundle
+from patience import PATIENCE_S
 
 from qaflora_edge import Engine
 
@@ -50,7 +51,7 @@ def test_forked_process_is_told_and_does_not_wait(made: TinyBundle, state: str) 
         [sys.executable, "-c", CODE, str(made.folder), state],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=True,
     )
     *lines, last = done.stdout.splitlines()
