@@ -92,17 +92,20 @@ def fetch_pinned(ref: str, *, progress: Progress | None = None) -> tuple[Path, s
 def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
     """A single named file may join others; a bundle or an adapter needs a folder of its own.
 
-    What may be the same bundle, adapter or only GGUF, fetched before, is compared later.
+    What may be the same, fetched before or by another pull just now, is compared later.
     """
     if not os.path.exists(folder):
         return
-    is_like = any(os.path.isfile(folder / name) for name in (BUNDLE_FILE, CONFIG_FILE))
-    is_like = is_like or any(folder.glob("*.gguf"))
-    if not folder.is_dir() or not (parsed.file or is_like or _is_empty(ref, folder)):
+    if not folder.is_dir() or not (parsed.file or _is_empty(ref, folder) or _is_like(folder)):
         raise OutputFileError(
             f"Cannot pull {ref} to {folder}: it exists already and is not an empty folder. "
             "Name another folder with --to, or remove that one."
         )
+
+
+def _is_like(folder: Path) -> bool:
+    names = [BUNDLE_FILE, CONFIG_FILE, *(path.name for path in folder.glob("*.gguf"))]
+    return any(os.path.isfile(folder / name) for name in names)
 
 
 def _is_empty(ref: str, folder: Path) -> bool:
@@ -170,9 +173,9 @@ def _same(ref: HubRef, listing: HubListing, folder: Path) -> Path | None:
     if ref.file or not os.path.isdir(folder) or _is_empty(str(ref), folder):
         return None
     wanted = _choose(ref, listing)
-    only = PurePosixPath(wanted[0].name).name if len(wanted) == 1 else ""
-    if only.endswith(".gguf"):
-        wanted = [replace(wanted[0], name=only)]
+    is_only = len(wanted) == 1 and wanted[0].name.endswith(".gguf")
+    if is_only:
+        wanted = [replace(wanted[0], name=PurePosixPath(wanted[0].name).name)]
     problem = _first_problem(folder, wanted)
     if problem is None and any(file.name == BUNDLE_FILE for file in wanted):
         text = parse_bundle((folder / BUNDLE_FILE).read_bytes(), str(folder / BUNDLE_FILE))
@@ -182,7 +185,7 @@ def _same(ref: HubRef, listing: HubListing, folder: Path) -> Path | None:
             f"Cannot pull {ref} to {folder}: it is not an empty folder, and not what the Hub has "
             f"at {listing.commit}: {problem}. Name another folder with --to, or remove that one."
         )
-    return folder / only if only.endswith(".gguf") else folder
+    return folder / wanted[0].name if is_only else folder
 
 
 def _first_problem(folder: Path, wanted: list[HubFile]) -> str | None:
