@@ -318,6 +318,36 @@ def test_signal_while_llama_cpp_logs_is_not_lost(made: TinyBundle, number: int, 
     assert (result.returncode, result.stderr.strip()) == (code, "")
 
 
+STOPPED_WHERE_PYTHON_DROPS_IT = """
+import signal, sys, time, weakref
+from qaflora_edge.cli.signals import signals_unwind
+
+class Thing:
+    pass
+
+thing = Thing()
+reference = weakref.ref(thing, lambda _: signal.raise_signal(int(sys.argv[1])))
+try:
+    with signals_unwind():
+        del thing
+        time.sleep(600)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_while_a_weak_reference_ends_is_not_lost(number: int, code: int) -> None:
+    """Every import has a moment of that kind."""
+    result = subprocess.run(
+        [sys.executable, "-c", STOPPED_WHERE_PYTHON_DROPS_IT, str(int(number))],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert (result.returncode, result.stderr.strip()) == (code, "")
+
+
 def test_signs_that_the_terminal_lacks_are_replaced(made: TinyBundle) -> None:
     args = ["weights", str(made.folder), "¿qué?", "--strategy", "static"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
