@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.errors import QafloraError
-    from qaflora_edge.fusion import FusionWeights
-    from qaflora_edge.llama_like import Llama
+    from qaflora_edge.openai.llama_like import Llama
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "FusionWeights", "Llama", "QafloraError", "__version__"]
 
 _HOME = {
     "Engine": "qaflora_edge.engine",
-    "FusionWeights": "qaflora_edge.fusion",
-    "Llama": "qaflora_edge.llama_like",
+    "FusionWeights": "qaflora_edge.weighing.numbers",
+    "Llama": "qaflora_edge.openai.llama_like",
     "QafloraError": "qaflora_edge.errors",
 }
 

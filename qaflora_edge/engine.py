@@ -11,24 +11,24 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge import fusion as fuse
-from qaflora_edge.answers import Answers
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
-from qaflora_edge.engine_chat import EngineChat
 from qaflora_edge.engine_options import check_answers, check_options
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.formats.adapter_gguf import check_files
 from qaflora_edge.formats.checksums import FileState, check_unchanged
-from qaflora_edge.fusion import FusionWeights
-from qaflora_edge.generate import Generation
-from qaflora_edge.lifetime import Lifetime
-from qaflora_edge.probe import Prober
-from qaflora_edge.prompts import Prompt, checked_tokens, prompt_tokens
-from qaflora_edge.sampling import MAX_SEED, Sampler, grammar_text, make_sampling
-from qaflora_edge.weigh import Typical, Weigher, Weights, measure_typical
+from qaflora_edge.inference.answers import Answers
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.lifetime import Lifetime
+from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
+from qaflora_edge.inference.sampling import MAX_SEED, Sampler, grammar_text, make_sampling
+from qaflora_edge.openai.engine_chat import EngineChat
+from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.strategies import Typical, Weigher, Weights, measure_typical
 
 F32 = NDArray[np.float32]
 Path_ = str | os.PathLike[str]
@@ -79,7 +79,7 @@ class Engine(EngineChat):
                 raise OptionError(
                     "Engine got a bundle and also base or adapters; give one of them."
                 )
-            from qaflora_edge.bundle import load_bundle
+            from qaflora_edge.bundles.open import load_bundle
 
             loaded = load_bundle(Path(bundle))
             base, adapters = loaded.base_path, loaded.adapter_paths

@@ -6,7 +6,7 @@ from numbers import Integral
 
 from qaflora_edge.backend.context import KV_TYPES, MAX_CTX, MAX_THREADS
 from qaflora_edge.errors import OptionError
-from qaflora_edge.sampling import MAX_SEED
+from qaflora_edge.inference.sampling import MAX_SEED
 
 _THREADS_RANGE = f"a number of threads from 1 to {MAX_THREADS}"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import tiny
 
-from qaflora_edge.authoring.create import create_bundle
+from qaflora_edge.bundles.create import create_bundle
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def table_rows(contributing: str) -> list[list[str]]:
     table = contributing.split("| module | what it holds |")[1].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     found = []
-    for names in (re.findall(r"`([a-z_/]+)`", row) for row in rows):
+    for names in (re.findall(r"`([a-z_./]+)`", row) for row in rows):
         is_folder = names[0].endswith("/") and len(names) > 1
         prefix = names[0].replace("/", ".") if is_folder else ""
         found.append([prefix + name for name in names[is_folder:]])

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from stock import StockContext, write_merged, write_slice
 from tiny import STEMS, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
-from qaflora_edge import fusion
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, OptionError
+from qaflora_edge.weighing import numbers as fusion
 
 F32 = NDArray[np.float32]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}

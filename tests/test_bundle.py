@@ -21,11 +21,10 @@ from bundles import TinyBundle, make_bundle, make_sources, snapshot
 from patience import PATIENCE_S
 
 from qaflora_edge import Engine, QafloraError, engine
-from qaflora_edge import fusion as fuse
-from qaflora_edge.authoring.create import create_bundle
-from qaflora_edge.authoring.edit import add_adapter
-from qaflora_edge.authoring.neutral import neutral_prompts, prompts_sha256
-from qaflora_edge.bundle import describe, load_bundle, verify_bundle
+from qaflora_edge.bundles.create import create_bundle
+from qaflora_edge.bundles.edit import add_adapter
+from qaflora_edge.bundles.neutral import neutral_prompts, prompts_sha256
+from qaflora_edge.bundles.open import describe, load_bundle, verify_bundle
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,
@@ -40,6 +39,7 @@ from qaflora_edge.files import LEFT_OVER_SECONDS
 from qaflora_edge.formats import checksums
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.hub import registry
+from qaflora_edge.weighing import numbers as fuse
 
 Raw = dict[str, Any]
 
@@ -387,7 +387,7 @@ def test_an_adapter_of_another_base_is_named_by_its_own_path(tmp_path: Path) -> 
 
 STOPPED_HALFWAY = """
 import sys, time
-import qaflora_edge.authoring.create as bundle_create
+import qaflora_edge.bundles.create as bundle_create
 from qaflora_edge.cli import main
 
 def wait(*args):

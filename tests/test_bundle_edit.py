@@ -14,16 +14,16 @@ from bundles import TinyBundle, make_bundle, snapshot
 from hubs import FakeHub
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.authoring import edit
-from qaflora_edge.authoring.create import create_bundle
-from qaflora_edge.authoring.edit import (
+from qaflora_edge.bundles import edit
+from qaflora_edge.bundles.create import create_bundle
+from qaflora_edge.bundles.edit import (
     add_adapter,
     calibrate,
     remove_adapter,
     rename_adapter,
     set_base,
 )
-from qaflora_edge.bundle import describe, load_bundle, verify_bundle
+from qaflora_edge.bundles.open import describe, load_bundle, verify_bundle
 from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,

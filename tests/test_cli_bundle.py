@@ -8,7 +8,7 @@ import tiny
 from bundles import TinyBundle, make_bundle, make_sources, snapshot
 from click.testing import CliRunner, Result
 
-from qaflora_edge.bundle import load_bundle
+from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 

@@ -76,7 +76,7 @@ def test_raw_prompt_chats_without_a_template(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import signal, sys
-from qaflora_edge.generate import Generation
+from qaflora_edge.inference.generation import Generation
 from qaflora_edge.cli import main
 
 next_piece = Generation.__next__

@@ -13,8 +13,8 @@ from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
-from qaflora_edge.authoring.create import create_bundle
 from qaflora_edge.backend.context import Context
+from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
 
 GREEDY = ("--temp", "0", "--max-tokens", "6")

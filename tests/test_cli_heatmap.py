@@ -19,7 +19,7 @@ from qaflora_edge.cli.heatmap import (
     terminal_colour,
 )
 from qaflora_edge.cli.show import BLOCKS, layer_ranges, leading_layers, paint
-from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.weighing.numbers import FusionWeights
 
 HOSTILE = "es\x1b[31m\nred\r\u202eback"
 

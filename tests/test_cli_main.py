@@ -262,7 +262,7 @@ def test_closed_streams_are_empty_ones(
 
 STOPPED_WHILE_ANSWERING = """
 import os, signal, sys
-from qaflora_edge.generate import Generation
+from qaflora_edge.inference.generation import Generation
 from qaflora_edge.cli import main
 
 next_piece = Generation.__next__

@@ -14,7 +14,7 @@ from qaflora_edge.cli.plot_html import html
 from qaflora_edge.cli.plot_svg import INK, n_columns, svg
 from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.errors import OutputFileError
-from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.weighing.numbers import FusionWeights
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = (

@@ -9,7 +9,7 @@ from browser import Browser, browser, missing
 
 from qaflora_edge.cli.plot import write_plot
 from qaflora_edge.cli.prompts import Prompt
-from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.weighing.numbers import FusionWeights
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 

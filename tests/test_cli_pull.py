@@ -9,7 +9,7 @@ from bundles import make_bundle, snapshot
 from click.testing import CliRunner, Result
 from hubs import FakeHub
 
-from qaflora_edge.bundle import load_bundle
+from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError
 from qaflora_edge.hub import registry

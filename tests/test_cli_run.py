@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.fusion import FusionWeights
 from qaflora_edge.hub import cache as hub_cache
-from qaflora_edge.weigh import Weigher
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategies import Weigher
 
 PROMPT = "the thing on a ring"
 

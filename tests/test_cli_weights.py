@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.fusion import FusionWeights
+from qaflora_edge.weighing.numbers import FusionWeights
 
 PROMPT = "the thing on a ring"
 

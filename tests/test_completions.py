@@ -10,8 +10,8 @@ import pytest
 from tiny import CHATML, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.chat.tools import CallFilter, parse_calls
 from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
+from qaflora_edge.openai.tools import CallFilter, parse_calls
 
 QWEN = (
     "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}"

@@ -25,7 +25,7 @@ from qaflora_edge.errors import (
     WeightsError,
 )
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
-from qaflora_edge.fusion import kl_divergence
+from qaflora_edge.weighing.numbers import kl_divergence
 
 PROMPT = "the king is in the air"
 NAMES = ("math", "es", "med")

@@ -19,9 +19,9 @@ from test_backend import (
 from tiny import EXPERT_STEMS, STEMS, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.authoring.create import create_bundle
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.errors import AdapterMismatchError, BackendError
 
 F32 = NDArray[np.float32]

@@ -5,8 +5,8 @@ from decimal import Decimal, getcontext
 import numpy as np
 import pytest
 
-from qaflora_edge import fusion
 from qaflora_edge.errors import StrategyError, WeightsError
+from qaflora_edge.weighing import numbers as fusion
 
 NAMES = ("math", "es")
 

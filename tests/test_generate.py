@@ -9,9 +9,9 @@ from tiny import write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import OptionError
-from qaflora_edge.fusion import FusionWeights
-from qaflora_edge.generate import Generation, StopFilter, generate_text
-from qaflora_edge.sampling import Sampling
+from qaflora_edge.inference.generation import Generation, StopFilter, generate_text
+from qaflora_edge.inference.sampling import Sampling
+from qaflora_edge.weighing.numbers import FusionWeights
 
 
 def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:

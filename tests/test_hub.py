@@ -16,7 +16,7 @@ from bundles import TinyBundle, make_bundle
 from hubs import TOKEN, FakeHub
 from patience import PATIENCE_S
 
-from qaflora_edge.bundle import load_bundle, verify_bundle
+from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub.cache import pulled_path

@@ -132,8 +132,8 @@ def test_pull_of_a_model_that_the_cache_has(tmp_path: Path) -> None:
 def test_create(start: Path, tmp_path: Path) -> None:
     counted = killed(
         """
-        from qaflora_edge.bundle import verify_bundle
-        from qaflora_edge.authoring.create import create_bundle
+        from qaflora_edge.bundles.open import verify_bundle
+        from qaflora_edge.bundles.create import create_bundle
 
         def action(copy):
             create_bundle(
@@ -159,8 +159,8 @@ def test_create(start: Path, tmp_path: Path) -> None:
 EDIT = """
 import filelock  # once, not in every fork
 
-from qaflora_edge.authoring import edit as bundle_edit
-from qaflora_edge.bundle import verify_bundle
+from qaflora_edge.bundles import edit as bundle_edit
+from qaflora_edge.bundles.open import verify_bundle
 
 def action(copy):
     {action}
@@ -192,7 +192,7 @@ def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> 
 
 
 PULL = """
-from qaflora_edge.bundle import verify_bundle
+from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.hub.pull import fetch_hub
 from qaflora_edge.hub.cache import pulled_path
 from huggingface_hub import HfApi, constants, hf_hub_download  # once, not in every fork

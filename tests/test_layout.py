@@ -28,7 +28,7 @@ def test_imports_are_found_at_the_top_and_later(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(
         "from typing import TYPE_CHECKING\n"
-        "from qaflora_edge import fusion, files as f\n"
+        "from qaflora_edge import engine, files as f\n"
         "from qaflora_edge.hub import cache\n"
         "from qaflora_edge.cli.show import strips\n"
         "import qaflora_edge.errors\n"
@@ -39,7 +39,7 @@ def test_imports_are_found_at_the_top_and_later(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert imports(path) == {
-        "fusion",
+        "engine",
         "files",
         "hub",
         "hub.cache",

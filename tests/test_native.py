@@ -116,3 +116,16 @@ def test_import_of_the_package_loads_no_library_and_no_numpy() -> None:
 def test_environment_is_left_as_it_was() -> None:
     code = LOAD + "import os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
     assert run(code, LLAMA_CPP_LIB_PATH="/somewhere").splitlines() == ["loaded", "/somewhere"]
+
+
+def test_the_library_is_found_from_a_script_in_the_checkout(checkout: Path) -> None:
+    """There Python imports the source tree, which has no library of its own."""
+    code = (
+        "import qaflora_edge; from qaflora_edge.backend import native; native.load()\n"
+        "print(qaflora_edge.__file__)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(checkout / "qaflora_edge" / "__init__.py"), done.stderr

@@ -10,11 +10,12 @@ import pytest
 from numpy.typing import NDArray
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
-from qaflora_edge import Engine, fusion
+from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, OptionError, StrategyError
-from qaflora_edge.probe import Prober
+from qaflora_edge.weighing import numbers as fusion
+from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
@@ -107,7 +108,7 @@ def test_a_turn_that_needs_a_larger_context_costs_its_new_tokens_too(
     counts = count_decoded(monkeypatch)
     found: dict[int, list[F32]] = {}
     for n_first in (256, 1024):  # tokens that there is room for at first
-        monkeypatch.setattr("qaflora_edge.probe._N_CTX_MIN", n_first)
+        monkeypatch.setattr("qaflora_edge.weighing.probe._N_CTX_MIN", n_first)
         prober = Prober(model, pack, options)
         found[n_first] = [prober.states(tokens[:n], "last") for n in (200, 250, 300, 700)]
         found[n_first] += [prober.norms(tokens[:n]) for n in (200, 300)]

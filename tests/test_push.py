@@ -10,8 +10,8 @@ from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 from hubs import TOKEN, FakeHub, Repo
 
-from qaflora_edge.authoring.push import push
-from qaflora_edge.bundle import load_bundle, verify_bundle
+from qaflora_edge.bundles.open import load_bundle, verify_bundle
+from qaflora_edge.bundles.push import push
 from qaflora_edge.cli import main
 from qaflora_edge.errors import (
     BundleError,

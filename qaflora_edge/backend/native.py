@@ -85,9 +85,20 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
 
 
 def library_dir() -> Path:
-    """The folder of the patched library: QAFLORA_LIB_PATH, or lib/ beside this file."""
-    override = os.environ.get("QAFLORA_LIB_PATH")
-    return Path(override) if override else Path(__file__).parents[1] / "lib"
+    """The folder of the patched library: QAFLORA_LIB_PATH, else the package's lib/.
+
+    A source checkout has none: there it is that of the package that is installed beside it.
+    """
+    if override := os.environ.get("QAFLORA_LIB_PATH"):
+        return Path(override)
+    own = Path(__file__).parents[1] / "lib"
+    if not own.is_dir():
+        from importlib.metadata import PackageNotFoundError, distribution  # slow to import
+
+        with contextlib.suppress(PackageNotFoundError):
+            installed = Path(str(distribution("qaflora-edge").locate_file("qaflora_edge/lib")))
+            return installed if installed.is_dir() else own
+    return own
 
 
 def _library_name() -> str:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.probe import Prober
-from qaflora_edge.query_projection import QueryProjections
-from qaflora_edge.weigh import Weigher
+from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.query_projection import QueryProjections
+from qaflora_edge.weighing.strategies import Weigher
 
 F32 = NDArray[np.float32]
 Run = dict[str, float]

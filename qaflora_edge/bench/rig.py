@@ -13,12 +13,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.authoring.neutral import neutral_prompts
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.bundles.neutral import neutral_prompts
 from qaflora_edge.errors import BackendError, OptionError
-from qaflora_edge.probe import Prober
+from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
 

@@ -1,1 +1,1 @@
-"""Conversations: OpenAI's shapes, the base's template, and typed text that stays text."""
+"""Conversations: the base's template, turns, and typed text that stays text."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qaflora_edge.bundle import read_bundle_text
+from qaflora_edge.bundles.open import read_bundle_text
 from qaflora_edge.chat.conversation import FINISH_REASONS, Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
 from qaflora_edge.files import open_input, write_text_atomic

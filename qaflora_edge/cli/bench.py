@@ -18,7 +18,7 @@ from qaflora_edge.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
     from qaflora_edge.bench.measure import Plan
-    from qaflora_edge.bundle import Bundle
+    from qaflora_edge.bundles.open import Bundle
 
 PARTS = ("decode", "change", "ttft", "turn", "memory")
 DECODE_TOKENS, PROMPT_TOKENS, REPEAT = 64, (42, 512), 5
@@ -136,7 +136,7 @@ def bench(
     (16 by default). turn: the probe of a chat's second turn. memory: the peak of one `qaflora run`
     with --ctx, --strategy and the longest prompt, in a process of its own.
     """
-    from qaflora_edge.bundle import load_bundle
+    from qaflora_edge.bundles.open import load_bundle
 
     n_decode = DECODE_TOKENS if options.max_tokens is None else options.max_tokens
     lengths = tuple(dict.fromkeys(prompt_tokens))
@@ -189,8 +189,8 @@ def _plan(
     n_decode: int,
     turn_tokens: tuple[int, int],
 ) -> Plan:
-    from qaflora_edge import fusion
     from qaflora_edge.bench.measure import Plan
+    from qaflora_edge.weighing import numbers as fusion
 
     defaults = loaded.fusion_defaults
     return Plan(

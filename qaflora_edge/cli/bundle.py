@@ -140,7 +140,7 @@ def create(
     DIR must not exist. It appears when everything has worked; when something fails, nothing is
     left behind.
     """
-    from qaflora_edge.authoring.create import create_bundle
+    from qaflora_edge.bundles.create import create_bundle
 
     notes: dict[str, dict[str, str]] = {}
     given = (adapter_source, adapter_license, adapter_description)
@@ -207,7 +207,7 @@ def add(
     --adapter` takes. The bundle changes in one step for each adapter, when all has worked; when
     something fails, it is as it was.
     """
-    from qaflora_edge.authoring.edit import add_adapter
+    from qaflora_edge.bundles.edit import add_adapter
 
     path = bundle_folder(folder)
     given = zip(NOTES, (source, license, description), strict=True)
@@ -235,7 +235,7 @@ def remove(folder: str, name: str, strategy: str | None) -> None:
 
     NAME is the adapter's name in the bundle.
     """
-    from qaflora_edge.authoring.edit import remove_adapter
+    from qaflora_edge.bundles.edit import remove_adapter
 
     path = bundle_folder(folder)
     remove_adapter(path, name, strategy=strategy)
@@ -251,7 +251,7 @@ def rename(folder: str, old: str, new: str) -> None:
 
     OLD is the adapter's name, NEW the one it gets.
     """
-    from qaflora_edge.authoring.edit import rename_adapter
+    from qaflora_edge.bundles.edit import rename_adapter
 
     path = bundle_folder(folder)
     rename_adapter(path, old, new)
@@ -276,7 +276,7 @@ def base(folder: str, base: str) -> None:
     the bundle's folder goes with it; a name of `qaflora models` or a Hub reference is right on
     every machine.
     """
-    from qaflora_edge.authoring.edit import set_base
+    from qaflora_edge.bundles.edit import set_base
 
     path = bundle_folder(folder)
     with progress_bars() as progress:
@@ -292,7 +292,7 @@ def calibrate(folder: str) -> None:
     The strategy calibrated needs them. For a bundle whose adapters were put in with
     --no-calibrate, or measured by another version on other texts.
     """
-    from qaflora_edge.authoring.edit import calibrate as calibrate_bundle
+    from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
 
     path = bundle_folder(folder)
     with progress_bars() as progress:
@@ -309,7 +309,7 @@ def show(folder: str, as_json: bool) -> None:
 
     The files need not be there: nothing is hashed or loaded.
     """
-    from qaflora_edge.bundle import describe, find_base, read_bundle_text
+    from qaflora_edge.bundles.open import describe, find_base, read_bundle_text
 
     path = bundle_folder(folder)
     if as_json:
@@ -328,7 +328,7 @@ def verify(folder: str) -> None:
 
     Includes the base. Ends with exit code 1 and the first difference when there is one.
     """
-    from qaflora_edge.bundle import verify_bundle
+    from qaflora_edge.bundles.open import verify_bundle
 
     with progress_bars() as progress:
         verified = verify_bundle(bundle_folder(folder), progress)

@@ -74,7 +74,7 @@ def convert(
     plain LoRA cannot represent is refused by its name, and nothing is written then.
     """
     _use_one_blas_thread()
-    from qaflora_edge.authoring.source import find_adapter, find_base
+    from qaflora_edge.bundles.source import find_adapter, find_base
     from qaflora_edge.convert.adapter import convert_adapter
 
     if str(output) == "-":

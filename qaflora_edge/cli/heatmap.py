@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qaflora_edge.cli.show import BLOCKS, EQUAL, can_show, layer_ranges, leading_layers
 
 if TYPE_CHECKING:
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 Colour = Literal["none", "256", "truecolor"]
 

@@ -12,7 +12,7 @@ from qaflora_edge.files import atomic_path, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.prompts import Prompt
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 PANELS_MAX = 200
 

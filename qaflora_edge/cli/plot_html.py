@@ -27,7 +27,7 @@ from qaflora_edge.cli.show import layer_ranges, leading_layers
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.prompts import Prompt
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 TITLE_CHARS, PROMPT_CHARS = 90, 400
 TITLE = "Weight of each adapter at each layer"

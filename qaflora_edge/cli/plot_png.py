@@ -17,7 +17,7 @@ from qaflora_edge.cli.show import leading_layers, mean_weights
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.prompts import Prompt
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 DPI, PIXELS_MAX = 150, 30_000  # the second is what common viewers still open
 LAYER_INCHES, ROW_INCHES, LINE_INCHES, WIDTH_INCHES_MAX = 0.15, 0.3, 0.17, 22.0

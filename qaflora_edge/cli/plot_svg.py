@@ -17,7 +17,7 @@ from qaflora_edge.cli.show import leading_layers
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.prompts import Prompt
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 INK, PAPER, TEXT, QUIET = "#0b4f8a", "#ffffff", "#1b1f24", "#57606a"
 CELL_WIDTH, CELL_HEIGHT = 18, 26

@@ -63,7 +63,7 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
 
 
 def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
-    from qaflora_edge.bundle import find_base, read_bundle_text
+    from qaflora_edge.bundles.open import find_base, read_bundle_text
     from qaflora_edge.errors import BundleError
     from qaflora_edge.formats.bundle_format import BUNDLE_FILE
     from qaflora_edge.hub.references import fetch_base

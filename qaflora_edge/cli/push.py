@@ -46,7 +46,7 @@ def push(
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from qaflora_edge.authoring.push import push as push_path
+    from qaflora_edge.bundles.push import push as push_path
 
     if not sys.stderr.isatty():
         disable_progress_bars()  # the Hub's library draws them anywhere

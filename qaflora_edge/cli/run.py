@@ -23,7 +23,7 @@ from qaflora_edge.cli.show import can_show
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.generate import Generation
+    from qaflora_edge.inference.generation import Generation
 
 MAX_TOKENS, ANSWERS_MAX = 512, 100
 

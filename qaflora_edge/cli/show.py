@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 if TYPE_CHECKING:
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight

@@ -28,7 +28,7 @@ from qaflora_edge.errors import PromptError
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 PLOT_SUFFIXES = (".png", ".html", ".svg")
 CSV_HEAD = ("prompt", "layer", "adapter", "weight", "divergence")

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from qaflora_edge import fusion as fuse
 from qaflora_edge.errors import BundleError, RegistryError, StrategyError, WeightsError
 from qaflora_edge.files import unsafe_reason
 from qaflora_edge.formats.hub_ref import parse_hub_ref
 from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.weighing import numbers as fuse
 
 FORMAT = "qaflora-bundle/1"
 BUNDLE_FILE = "bundle.json"

@@ -15,7 +15,7 @@ import numpy as np
 import tiny
 
 from fuzz.mutate import Case
-from qaflora_edge.bundle import load_bundle
+from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.chat.session_file import load_session
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.formats.adapter_gguf import (
@@ -245,7 +245,7 @@ def _models(place: Path) -> list[Case]:
 
 
 def _bundles(place: Path) -> list[Case]:
-    from qaflora_edge.authoring.create import create_bundle
+    from qaflora_edge.bundles.create import create_bundle
 
     base = _base(place)
     adapter = tiny.write_tiny_adapter(place / "es.gguf", base, layers=(0,), targets=("attn_q",))

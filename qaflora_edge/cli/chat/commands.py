@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.fusion import STRATEGIES
+from qaflora_edge.weighing.numbers import STRATEGIES
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.session import ChatSession

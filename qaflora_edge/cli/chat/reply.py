@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from qaflora_edge.generate import Generation
+    from qaflora_edge.inference.generation import Generation
 
 _TICK_S = 0.05
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from qaflora_edge.chat.conversation import Conversation, Message, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
-from qaflora_edge.sampling import MAX_SEED
+from qaflora_edge.inference.sampling import MAX_SEED
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply
     from qaflora_edge.engine import Engine
-    from qaflora_edge.fusion import FusionWeights
-    from qaflora_edge.generate import Generation
+    from qaflora_edge.inference.generation import Generation
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 _Asked = tuple[list[int], str, tuple[str, ...]]  # token ids, strategy, adapters in use
 

@@ -13,7 +13,7 @@ from qaflora_edge.cli.show import mean_weights, paint, terminal_size
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply
-    from qaflora_edge.fusion import FusionWeights
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 _WAIT_S = 0.4  # nothing is said about a shorter wait
 

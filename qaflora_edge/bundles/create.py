@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge import fusion as fuse
-from qaflora_edge.authoring.source import BaseSource, find_adapter, find_base
-from qaflora_edge.authoring.write import (
+from qaflora_edge.bundles.source import BaseSource, find_adapter, find_base
+from qaflora_edge.bundles.write import (
     Path_,
     Progress,
     adapter_record,
@@ -30,6 +29,7 @@ from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.hub.references import model_name
+from qaflora_edge.weighing import numbers as fuse
 
 MAX_NAME_CHARS = 200  # of what a base's file calls itself
 

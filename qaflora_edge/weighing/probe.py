@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge import fusion as fuse
 from qaflora_edge.backend.context import Context, Held
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
-from qaflora_edge.query_projection import QueryProjections
+from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.query_projection import QueryProjections
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -18,9 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge import fusion as fuse
-from qaflora_edge.authoring.source import find_adapter, find_base
-from qaflora_edge.authoring.write import (
+from qaflora_edge.bundles.open import load_bundle, read_bundle_text
+from qaflora_edge.bundles.source import find_adapter, find_base
+from qaflora_edge.bundles.write import (
     Path_,
     Progress,
     adapter_record,
@@ -31,7 +31,6 @@ from qaflora_edge.authoring.write import (
     recordable,
     write_bundle_json,
 )
-from qaflora_edge.bundle import load_bundle, read_bundle_text
 from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
 from qaflora_edge.files import atomic_path, cache_dir, open_input, safe_join, write_text_atomic
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
@@ -39,6 +38,7 @@ from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.hub.cache import link_roots
+from qaflora_edge.weighing import numbers as fuse
 
 UNFINISHED_FILE = ".unfinished.json"
 MAX_UNFINISHED_BYTES = 1 << 16

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qaflora_edge import fusion as fuse
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.fusion import FusionWeights, Strategy
-from qaflora_edge.probe import Prober
+from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.numbers import FusionWeights, Strategy
+from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
 Weights = FusionWeights | ArrayLike | str | None

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError
-from qaflora_edge.fusion import FusionWeights
-from qaflora_edge.generate import Generation, Timings, generate_text, generate_tokens
-from qaflora_edge.lifetime import Lifetime
-from qaflora_edge.sampling import Sampler
+from qaflora_edge.inference.generation import Generation, Timings, generate_text, generate_tokens
+from qaflora_edge.inference.lifetime import Lifetime
+from qaflora_edge.inference.sampling import Sampler
+from qaflora_edge.weighing.numbers import FusionWeights
 
 F32 = NDArray[np.float32]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.authoring.neutral import neutral_prompts, prompts_sha256
-from qaflora_edge.authoring.source import AdapterSource
+from qaflora_edge.bundles.neutral import neutral_prompts, prompts_sha256
+from qaflora_edge.bundles.source import AdapterSource
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qaflora_edge.authoring.card import bundle_card, gguf_card, peft_card
-from qaflora_edge.bundle import verify_bundle
+from qaflora_edge.bundles.card import bundle_card, gguf_card, peft_card
+from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
 from qaflora_edge.files import safe_join, sha256_file, unsafe_reason
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from qaflora_edge.chat.call_options import openai_options
-from qaflora_edge.chat.completions import completion_chunks, completion_dict, response_schema
 from qaflora_edge.chat.messages import Message
-from qaflora_edge.chat.tools import chosen_tools, one_form
-from qaflora_edge.generate import Generation
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.openai.call_options import openai_options
+from qaflora_edge.openai.completions import completion_chunks, completion_dict, response_schema
+from qaflora_edge.openai.tools import chosen_tools, one_form
 
 
 class EngineChat:

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any, Literal, Self, overload
 
 from qaflora_edge.backend import native
-from qaflora_edge.chat.call_options import check_fixed
 from qaflora_edge.engine import Engine
-from qaflora_edge.generate import Generation
-from qaflora_edge.sampling import MAX_SEED
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.sampling import MAX_SEED
+from qaflora_edge.openai.call_options import check_fixed
 
 # Of Llama(): what changes no answer, and what has to stay at these values (the default first).
 _UNUSED = frozenset(

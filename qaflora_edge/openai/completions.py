@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from qaflora_edge.chat.tools import CallFilter, parse_calls
 from qaflora_edge.errors import OptionError
-from qaflora_edge.generate import Generation
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.openai.tools import CallFilter, parse_calls
 
 
 def response_schema(response_format: Mapping[str, Any] | None) -> Any:

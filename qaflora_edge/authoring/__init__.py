@@ -1,1 +1,0 @@
-"""Making, changing and publishing bundles."""

@@ -1,0 +1,1 @@
+"""Opening, making, changing and publishing bundles."""

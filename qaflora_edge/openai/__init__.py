@@ -1,0 +1,1 @@
+"""OpenAI's shapes: options and messages in, answers and chunks out."""

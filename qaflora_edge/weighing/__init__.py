@@ -1,0 +1,1 @@
+"""How adapters are weighed for a query: strategies, the probe, the numbers."""
