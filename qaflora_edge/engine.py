@@ -20,10 +20,12 @@ from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.formats.adapter_gguf import check_files
 from qaflora_edge.formats.checksums import FileState, check_unchanged
 from qaflora_edge.inference.answers import Answers
+from qaflora_edge.inference.constraint import grammar_text
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
-from qaflora_edge.inference.sampling import MAX_SEED, Sampler, grammar_text, make_sampling
+from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.sampling import MAX_SEED, make_sampling
 from qaflora_edge.openai.engine_chat import EngineChat
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.numbers import FusionWeights

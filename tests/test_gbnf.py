@@ -9,7 +9,8 @@ from tiny import write_tiny_base
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
 from qaflora_edge.grammar.gbnf import check_gbnf
-from qaflora_edge.inference.sampling import Sampler, Sampling
+from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.sampling import Sampling
 
 GOOD = [
     'root ::= "yes" | "no"',

@@ -15,7 +15,8 @@ from qaflora_edge.errors import GrammarError
 from qaflora_edge.grammar.gbnf import check_gbnf
 from qaflora_edge.grammar.json_grammar import FORMATS
 from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
-from qaflora_edge.inference.sampling import Sampler, Sampling
+from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

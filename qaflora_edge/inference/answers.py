@@ -15,7 +15,7 @@ from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, BusyError
 from qaflora_edge.inference.generation import Generation, Timings, generate_text, generate_tokens
 from qaflora_edge.inference.lifetime import Lifetime
-from qaflora_edge.inference.sampling import Sampler
+from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.weighing.numbers import FusionWeights
 
 F32 = NDArray[np.float32]

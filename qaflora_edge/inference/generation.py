@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import CancelledError
-from qaflora_edge.inference.sampling import Sampler
+from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.weighing.numbers import FusionWeights
 
 
