@@ -12,6 +12,7 @@ from tiny import STEMS, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_ba
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.weighing import numbers as fusion
 
@@ -266,7 +267,7 @@ def test_every_kernel_agrees_on_the_probe(
     found = []
     for name in ("portable", kernels):
         monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
-        with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+        with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
             found.append(context.divergence(probed[0], probed[1:], "norm"))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
 
@@ -309,8 +310,8 @@ def probe_states(
     gpu_layers: int = 0,
 ) -> F32:
     model, pack = load(base, adapters, gpu_layers)
-    options = {**EXACT, "probe": True, "differential": differential, "all_outputs": pool == "mean"}
-    with Context(model, pack, n_ctx=n_ctx, n_seq=1 + len(adapters), **options) as context:
+    options = {**EXACT, "is_differential": differential, "all_outputs": pool == "mean"}
+    with ProbeContext(model, pack, n_ctx=n_ctx, n_seq=1 + len(adapters), **options) as context:
         for ia in range(len(adapters)):
             context.set_weights(one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)
         context.capture_begin(pool)
@@ -322,7 +323,7 @@ def single_states(base: TinyBase, adapters: Sequence[TinyAdapter], tokens: Seque
     """The same states, one sequence at a time, one token at a time: [n_token, 1 + k, ...]."""
     model, pack = load(base, adapters)
     rows = []
-    with Context(model, pack, n_ctx=len(tokens), probe=True, **EXACT) as context:
+    with ProbeContext(model, pack, n_ctx=len(tokens), **EXACT) as context:
         for ia in range(-1, len(adapters)):
             weights = np.zeros((len(adapters), base.n_layer), np.float32)
             if ia >= 0:
@@ -362,7 +363,7 @@ def test_prompt_longer_than_a_micro_batch(tmp_path: Path, pool: str) -> None:
 
 def test_last_state_gives_the_logits(base: TinyBase, adapters: list[TinyAdapter]) -> None:
     model, pack = load(base, adapters)
-    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
         context.capture_begin()
         context.decode(TOKENS)
         logits = context.project(context.final_norm(context.states(0)[-1:]))[0]
@@ -441,7 +442,7 @@ def reference_divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.f
 def divergence(base: TinyBase, states: F32, lens: str) -> NDArray[np.float64]:
     """What the library makes of states [1 + n_adapter, n_layer, n_embd], the base first."""
     model, pack = load(base, [])
-    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
         return context.divergence(states[0], states[1:], lens)
 
 

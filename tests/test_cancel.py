@@ -10,7 +10,7 @@ import pytest
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BusyError, CancelledError
 
 LONG = "the king " * 120
@@ -46,8 +46,7 @@ def test_cancel_ends_the_reading_of_a_prompt(
     with pytest.raises(CancelledError) as caught:
         engine.generate(LONG, weights=strategy)
     assert str(caught.value) == (
-        "The call was cancelled (Engine.cancel) while a prompt was read, before there was an "
-        "answer; ask again."
+        "The call was cancelled (Engine.cancel) before there was an answer; ask again."
     )
     monkeypatch.undo()
     assert np.array_equal(engine.weights(LONG).divergence, expected)
@@ -62,13 +61,13 @@ def test_cancel_ends_the_weighing_in_its_lens_too(
     adapters = {"a": write_tiny_adapter(tmp_path / "a.gguf", base).path}
     with Engine(base=base.path, adapters=adapters, lens=lens) as engine:
         expected = engine.weights("the king").divergence
-        divergence = Context.divergence
+        divergence = ProbeContext.divergence
 
         def cancelled_before(*args: Any) -> Any:
             engine.cancel()
             return divergence(*args)
 
-        monkeypatch.setattr(Context, "divergence", cancelled_before)
+        monkeypatch.setattr(ProbeContext, "divergence", cancelled_before)
         with pytest.raises(CancelledError):
             engine.weights("the queen")
         monkeypatch.undo()
@@ -147,18 +146,19 @@ def test_cancel_after_close_does_nothing(tmp_path: Path) -> None:
 
 def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
     engine.generate("before", max_tokens=1).text()
-    held = list(engine._main.tokens)
+    held = list(engine._core.context.tokens)
     told: list[FusionWeights] = []
 
     def on_weights(fusion: FusionWeights) -> None:
-        assert engine._main.tokens == held
-        with pytest.raises(BusyError):
-            engine.weights("another")
+        assert engine._core.context.tokens == held
+        assert engine.weights("another").adapters == ("a",)
+        with pytest.raises(BusyError, match=r"in use by the call that close\(\) was called from"):
+            engine.close()
         told.append(fusion)
 
     answer = engine.generate("one more", max_tokens=2, on_weights=on_weights)
     assert told == [answer.fusion]
-    assert engine._main.tokens != held
+    assert engine._core.context.tokens != held
 
 
 def test_answer_keeps_its_engine_alive(tmp_path: Path) -> None:

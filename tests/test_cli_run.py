@@ -17,7 +17,7 @@ from qaflora_edge import Engine
 from qaflora_edge.cli import main
 from qaflora_edge.hub import cache as hub_cache
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategies import Weigher
+from qaflora_edge.weighing.weigher import Weigher
 
 PROMPT = "the thing on a ring"
 

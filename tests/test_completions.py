@@ -73,12 +73,13 @@ def test_several_choices_cost_one_reading(engine: Engine, monkeypatch: pytest.Mo
         for seed in (5, 6, 7)
     ]
     sizes: list[int] = []
-    decode = engine._main.decode
-    monkeypatch.setattr(
-        engine._main,
-        "decode",
-        lambda tokens, **kw: (sizes.append(len(tokens)), decode(tokens, **kw)),
-    )
+    decode = engine._core.context.decode_spans
+
+    def counted(spans: Any) -> Any:
+        sizes.append(sum(len(span.tokens) for span in spans))
+        return decode(spans)
+
+    monkeypatch.setattr(engine._core.context, "decode_spans", counted)
     whole = engine.chat(USER, n=3, max_tokens=8, temperature=1.0, seed=5)
     assert [choice["message"] for choice in whole["choices"]] == single
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]

@@ -21,6 +21,7 @@ from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend import library
 from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.probe_context import ProbeContext
 
 F32 = NDArray[np.float32]
 TOKENS = cpu.TOKENS
@@ -193,8 +194,8 @@ def test_changed_weights_equal_a_fresh_run_bit_for_bit(base, adapters, weights, 
 def stepwise_states(base: TinyBase, adapters: Sequence[TinyAdapter], gpu_layers: int) -> F32:
     """States after TOKENS, one token of every sequence at a time: [1 + k, n_layer, n_embd]."""
     model, pack = cpu.load(base, adapters, gpu_layers)
-    options = {**cpu.EXACT, "probe": True, "differential": True}
-    with Context(model, pack, n_ctx=64, n_seq=1 + len(adapters), **options) as context:
+    options = {**cpu.EXACT, "is_differential": True}
+    with ProbeContext(model, pack, n_ctx=64, n_seq=1 + len(adapters), **options) as context:
         for ia in range(len(adapters)):
             context.set_weights(cpu.one_hot(len(adapters), base.n_layer, ia), seq=1 + ia)
         for i, token in enumerate(TOKENS):
@@ -249,7 +250,7 @@ def test_divergence_equals_the_numpy_reference(tmp_path, base, lens, strength, g
     ]
     states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=gpu_layers)
     model, pack = cpu.load(base, adapters, gpu_layers)
-    with Context(model, pack, n_ctx=64, probe=True, **cpu.EXACT) as context:
+    with ProbeContext(model, pack, n_ctx=64, **cpu.EXACT) as context:
         found = context.divergence(states[0], states[1:], lens)
     # the head's products round both factors to F16 by default
     rtol = 2e-4 if "GGML_VK_DISABLE_F16" in os.environ else 1e-2

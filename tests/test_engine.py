@@ -289,13 +289,6 @@ def test_coldest_temperature_is_greedy(engine: Engine) -> None:
     assert engine.generate(PROMPT, max_tokens=8, temperature=1e-40).text() == greedy
 
 
-def test_answer_read_by_two_threads_says_so(engine: Engine) -> None:
-    answer = engine.generate(PROMPT, max_tokens=9)
-    with engine._lifetime.in_use(), pytest.raises(BusyError, match="in use by another thread"):
-        next(answer)
-    assert answer.text()
-
-
 def test_engine_in_a_cycle_frees_contexts_before_the_model(
     base: TinyBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,35 +401,59 @@ def test_engine_needs_a_bundle_or_a_base(base: TinyBase, tmp_path: Path) -> None
         Engine(tmp_path, base=base.path)
 
 
-def test_second_thread_is_told_so(engine: Engine) -> None:
-    caught: list[QafloraError] = []
+def test_a_second_thread_waits_its_turn(engine: Engine) -> None:
+    alone = [engine.generate(PROMPT, max_tokens=20, weights=w).text() for w in ("static", "base")]
+    found: dict[str, str] = {}
 
-    def call() -> None:
+    def call(weights: str) -> None:
+        found[weights] = engine.generate(PROMPT, max_tokens=20, weights=weights).text()
+
+    threads = [threading.Thread(target=call, args=(w,)) for w in ("static", "base")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found["static"], found["base"]] == alone
+
+
+def test_an_answer_that_nobody_reads_goes_on_while_another_is_asked_for(engine: Engine) -> None:
+    alone = engine.generate(PROMPT, max_tokens=20).text()
+    first = engine.generate(PROMPT, max_tokens=20)
+    begin = next(first)
+    second = engine.generate("another", max_tokens=3)
+    second.text()
+    assert second.finish_reason in ("stop", "length")
+    assert begin + first.text() == alone
+
+
+def test_an_answer_that_is_dropped_makes_room(engine: Engine) -> None:
+    next(engine.generate(PROMPT))
+    n_before = engine._core.context.n_decoded
+    assert engine.generate("another", max_tokens=3, weights="base").text()
+    assert engine._core.context.n_decoded - n_before < 6  # not until the context is full
+
+
+def test_close_ends_the_calls_of_other_threads(base: TinyBase) -> None:
+    engine = Engine(base=base.path)
+    answer = engine.generate("the king")
+    caught: list[QafloraError] = []
+    begun = threading.Event()
+
+    def read() -> None:
         try:
-            engine.weights(PROMPT)
+            for _ in answer:
+                begun.set()
         except QafloraError as err:
             caught.append(err)
 
-    with engine._lifetime.in_use():
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-    assert isinstance(caught[0], BusyError)
-    assert str(caught[0]) == (
-        "This Engine is in use by another thread; an Engine serves one thread at a time. "
-        "Wait for the other call, or make a second Engine."
-    )
-    assert engine.weights(PROMPT).adapters == NAMES
-
-
-def test_answer_that_was_overtaken_says_so(engine: Engine) -> None:
-    first = engine.generate(PROMPT, max_tokens=20)
-    next(first)
-    second = engine.generate("another", max_tokens=3)
-    with pytest.raises(BusyError, match="This answer cannot go on"):
-        first.text()
-    second.text()
-    assert second.finish_reason in ("stop", "length")
+    thread = threading.Thread(target=read)
+    thread.start()
+    begun.wait()
+    engine.close()
+    thread.join()
+    assert [str(err) for err in caught] == ["This Engine was closed in the middle of a call."]
+    with pytest.raises(BusyError, match="This Engine is closed; make a new one"):
+        engine.generate("the king")
 
 
 def test_closed_engine_says_so(base: TinyBase) -> None:
@@ -482,13 +499,14 @@ def test_adapters_out_of_use_are_as_if_they_were_not_there(
 def test_adapters_out_of_use_are_not_probed(engine: Engine) -> None:
     def n_probed() -> int:
         engine.weights(PROMPT)
-        context = engine._probe._context
+        context = engine._core.prober._context
         assert context is not None
-        return context.n_seq
+        return sum(bool(context.tokens_of(seq)) for seq in range(context.n_seq))
 
     assert n_probed() == 4
     engine.use_adapters(["es"])
     assert n_probed() == 2
+    assert engine.weights(PROMPT, adapters=["math", "med"]).adapters == ("math", "med")
 
 
 def test_no_adapter_in_use_is_the_base(engine: Engine) -> None:

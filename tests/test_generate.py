@@ -9,9 +9,8 @@ from tiny import write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import OptionError
-from qaflora_edge.inference.generation import Generation, StopFilter, generate_text
 from qaflora_edge.inference.sampling import Sampling
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.inference.text import StopFilter, TextDecoder
 
 
 def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:
@@ -50,9 +49,12 @@ def model(tmp_path: Path) -> Iterator[Model]:
 def as_text(model: Model, data: bytes, stops: tuple[str, ...] = ()) -> list[str]:
     """Pieces of text for a stream of single-byte tokens."""
     token_of = {model.piece(token): token for token in range(256)}
-    generation = Generation(FusionWeights((), weights=None), 0)  # type: ignore[arg-type]
-    tokens = iter([token_of[bytes([byte])] for byte in data])
-    return list(generate_text(tokens, model, stops, generation))
+    text, pieces = TextDecoder(stops), []
+    for byte in data:
+        pieces.append(text.feed(model.piece(token_of[bytes([byte])])))
+        if text.is_stopped:
+            break
+    return [piece for piece in (*pieces, text.flush()) if piece]
 
 
 def test_characters_of_several_bytes_are_never_cut(model: Model) -> None:

@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
+from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError, OptionError, StrategyError
 from qaflora_edge.weighing import numbers as fusion
-from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.probe import Prober, run_alone
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 EXACT = {"kv_type": "f32", "flash_attn": False, "threads": 2}
 TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()
 
@@ -36,25 +39,45 @@ def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
     ]
 
 
-def prober(base: TinyBase, adapters: Sequence[TinyAdapter], *, tail: int = 0) -> Prober:
+class Alone:
+    """A Prober of all adapters that nobody else uses."""
+
+    def __init__(self, prober: Prober, n_adapter: int) -> None:
+        self.prober, self.rows = prober, range(n_adapter)
+
+    def states(self, tokens: Sequence[int], pool: str) -> F32:
+        return run_alone(self.prober.states(tokens, self.rows, pool))
+
+    def divergence(self, tokens: Sequence[int], measure: str, lens: str, pool: str) -> F64:
+        return run_alone(self.prober.divergence(tokens, self.rows, measure, lens, pool))
+
+    def norms(self, tokens: Sequence[int]) -> F64:
+        return run_alone(self.prober.norms(tokens, self.rows))
+
+    def close(self) -> None:
+        self.prober.close()
+
+
+def prober(base: TinyBase, adapters: Sequence[TinyAdapter], *, tail: int = 0) -> Alone:
     model = Model(base.path)
-    return Prober(model, Pack(model, [adapter.path for adapter in adapters]), EXACT, tail=tail)
+    pack = Pack(model, [adapter.path for adapter in adapters])
+    return Alone(Prober(model, pack, EXACT, tail=tail), len(adapters))
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens times sequences of every decode from now on."""
+    """Tokens, of all sequences together, of every decode from now on."""
     counts: list[int] = []
-    decode = Context.decode
+    decode = Context.decode_spans
 
-    def counting(self: Context, tokens: Sequence[int], **kwargs: object) -> None:
-        counts.append(len(tokens) * (kwargs.get("n_seq") or self.n_seq))
-        decode(self, tokens, **kwargs)
+    def counting(self: Context, spans: Sequence[Span]) -> list[int]:
+        counts.append(sum(len(span.tokens) for span in spans))
+        return decode(self, spans)
 
-    monkeypatch.setattr(Context, "decode", counting)
+    monkeypatch.setattr(Context, "decode_spans", counting)
     return counts
 
 
-@pytest.mark.parametrize("kind", ["qa-flora", "cosine"])
+@pytest.mark.parametrize("kind", ["kl", "cosine"])
 def test_a_turn_costs_its_new_tokens(
     monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter], kind: str
 ) -> None:
@@ -77,8 +100,8 @@ def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
     going_on = prober(base, adapters)
     short = prober(base, adapters, tail=300)
     for n in (600, 900, 1000, 1500):
-        found = going_on.divergence(tokens[:n], "qa-flora", "norm", "last")
-        fresh = prober(base, adapters).divergence(tokens[:n], "qa-flora", "norm", "last")
+        found = going_on.divergence(tokens[:n], "kl", "norm", "last")
+        fresh = prober(base, adapters).divergence(tokens[:n], "kl", "norm", "last")
         np.testing.assert_allclose(found, fresh, rtol=1e-2, atol=1e-9)
         # trimmed to what precedes the tail each time
         found = short.states(tokens[:n], "last")
@@ -89,7 +112,7 @@ def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
         engine.generate(tokens, max_tokens=1)
         query = [*tokens[:1200], 1, 2, 3]  # forgets 300 tokens, more than the window
         engine.generate(query, max_tokens=1, keep_history=True)
-        found = engine._main.logits()
+        found = engine._core.context.logits()
         np.testing.assert_allclose(found, engine.logits(query), atol=2e-2, rtol=0)
 
 
@@ -109,27 +132,32 @@ def test_a_turn_that_needs_a_larger_context_costs_its_new_tokens_too(
     found: dict[int, list[F32]] = {}
     for n_first in (256, 1024):  # tokens that there is room for at first
         monkeypatch.setattr("qaflora_edge.weighing.probe._N_CTX_MIN", n_first)
-        prober = Prober(model, pack, options)
-        found[n_first] = [prober.states(tokens[:n], "last") for n in (200, 250, 300, 700)]
-        found[n_first] += [prober.norms(tokens[:n]) for n in (200, 300)]
-        prober.close()
+        probed = Alone(Prober(model, pack, options), 2)
+        found[n_first], n_read = [], []
+        for n in (200, 250, 300, 700):
+            found[n_first].append(probed.states(tokens[:n], "last"))
+            n_read.append(sum(counts))
+        found[n_first] += [probed.norms(tokens[:n]) for n in (200, 300)]
+        probed.close()
+        assert np.diff([0, *n_read]).tolist() == [n * 3 for n in (200, 50, 50, 400)]
+        assert sum(counts) - n_read[-1] == 300
+        counts.clear()
     for moved, stayed in zip(found[256], found[1024], strict=True):
         # Cells may lie in another order there, in which sums are rounded otherwise.
         np.testing.assert_allclose(moved, stayed, rtol=1e-3, atol=2e-3)
-    assert counts == [*(n * 3 for n in (200, 50, 50, 400)), 200, 100] * 2
 
 
 def test_what_another_context_held_is_checked(base: TinyBase, adapters: list[TinyAdapter]) -> None:
     model = Model(base.path)
     pack = Pack(model, [adapter.path for adapter in adapters])
-    with Context(model, pack, n_ctx=64, **EXACT) as context:
+    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
         context.decode(TOKENS[:20])
-        held = context.held()
+        held = context.kv_state()
         damaged = replace(held, sequences=[held.sequences[0][:-100]])
-        with pytest.raises(BackendError, match="What was read before cannot be taken over: 0 of"):
-            context.hold(damaged)
+        with pytest.raises(BackendError, match="A KV state cannot be taken over: 0 of"):
+            context.load_kv_state(damaged)
         assert context.tokens == []
-        context.hold(held)
+        context.load_kv_state(held)
         assert context.tokens == TOKENS[:20]
 
 
@@ -138,11 +166,11 @@ def test_another_query_is_read_from_its_beginning(
 ) -> None:
     """Even one that shares its beginning: its weights are the same bits whatever came before."""
     query = [*TOKENS[:20], 7, 8, 9]
-    fresh = prober(base, adapters).divergence(query, "qa-flora", "norm", "last")
+    fresh = prober(base, adapters).divergence(query, "kl", "norm", "last")
     second = prober(base, adapters)
     for tokens in (TOKENS[:30], TOKENS[1:6], [*query, 5]):
-        second.divergence(tokens, "qa-flora", "norm", "last")
-        assert np.array_equal(second.divergence(query, "qa-flora", "norm", "last"), fresh)
+        second.divergence(tokens, "kl", "norm", "last")
+        assert np.array_equal(second.divergence(query, "kl", "norm", "last"), fresh)
 
 
 def test_the_mean_over_a_prompt_is_never_a_part_of_it(
@@ -160,7 +188,7 @@ def tail_states(base: TinyBase, adapters: Sequence[TinyAdapter], n: int, tail: i
     model = Model(base.path)
     pack = Pack(model, [adapter.path for adapter in adapters])
     states = []
-    with Context(model, pack, n_ctx=64, probe=True, **EXACT) as context:
+    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
         for ia in range(-1, len(adapters)):
             weights = np.zeros((len(adapters), base.n_layer), np.float32)
             context.clear()
@@ -281,7 +309,7 @@ def test_keep_history_leaves_earlier_turns_as_they_were(
             counts = count_decoded(monkeypatch)
             engine.generate(TOKENS[:40], weights=w2, max_tokens=1, keep_history=keep).text()
             assert counts[0] == (20 if keep else 40)
-            found = engine._main.logits()
+            found = engine._core.context.logits()
             fresh = engine.logits(TOKENS[:40], weights=w2)
             expected = two_turns(base, adapters, w1, w2) if keep else fresh
             np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
@@ -298,7 +326,7 @@ def test_the_next_turn_under_the_same_weights_is_read_from_where_it_begins(
         def n_read(prompt: list[int], **more: object) -> int:
             counts = count_decoded(monkeypatch)
             engine.generate(prompt, max_tokens=1, **more).text()
-            n_read, found = counts[0], engine._main.logits()
+            n_read, found = counts[0], engine._core.context.logits()
             engine.logits([1, 2, 3])  # whatever was read before is gone
             np.testing.assert_allclose(
                 found, engine.logits(prompt, weights=more.get("weights")), atol=1e-4, rtol=0
@@ -327,8 +355,8 @@ def test_keep_history_forgets_what_the_prompt_does_not_share(
         engine.generate(TOKENS[:30], max_tokens=9).text()
         query = [*TOKENS[:10], 1, 2, 3]
         engine.generate(query, max_tokens=1, keep_history=True)
-        assert engine._main.tokens == query
-        found = engine._main.logits()
+        assert engine._core.context.tokens == query
+        found = engine._core.context.logits()
         np.testing.assert_allclose(found, engine.logits(query), atol=2e-3, rtol=0)
         again = engine.generate(query, max_tokens=4, keep_history=True).text()
         assert again == engine.generate(query, max_tokens=4).text()
@@ -347,4 +375,4 @@ def test_a_state_that_is_no_number_is_reported(tmp_path: Path) -> None:
     tensor.data[:] = np.nan
     del tensor, reader
     with pytest.raises(BackendError, match=r"after block 1 is NaN or infinite with .*a\.gguf"):
-        prober(base, [adapter]).divergence(TOKENS, "qa-flora", "norm", "last")
+        prober(base, [adapter]).divergence(TOKENS, "kl", "norm", "last")

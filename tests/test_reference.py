@@ -119,7 +119,7 @@ def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Refe
         fusion = exact.weights(tokens)
         answer = exact.generate(tokens, weights=fusion, max_tokens=32)
         text = answer.text()
-        found = exact._main.tokens[len(tokens) :]  # what was read back: not the last token
+        found = exact._core.context.tokens[len(tokens) :]  # what was read back: not the last token
         expected = reference.likeliest(tokens, found, fusion.weights)
         assert found == expected[:-1]
         ends = [i for i, token in enumerate(expected) if exact._model.is_end(token)]

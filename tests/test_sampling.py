@@ -129,7 +129,7 @@ def test_grammar_that_no_token_can_follow_is_reported(engine: Engine) -> None:
 def test_bad_grammar_is_refused_before_the_work(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._probe, "states", None)  # would fail
+    monkeypatch.setattr(engine._core.prober, "states", None)  # would fail
     with pytest.raises(GrammarError) as caught:
         engine.generate(PROMPT, grammar="root ::= (", weights="qa-flora")
     assert str(caught.value) == (

@@ -18,7 +18,7 @@ def program(is_stream: bool) -> None:
             engine.chat(messages, stream=is_stream), dict[str, Any] | Iterator[dict[str, Any]]
         )
         engine.chat(messages, stream=True)["choices"]  # type: ignore[index]
-        engine.weights(3)  # type: ignore[arg-type]
+        engine.weights(3)  # type: ignore[call-overload]
     llm = Llama("bundle")
     assert_type(llm("a"), dict[str, Any])
     assert_type(llm.create_completion("a", stream=True), Iterator[dict[str, Any]])

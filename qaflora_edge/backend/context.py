@@ -1,4 +1,4 @@
-"""Sequences of one base with one pack: token ids and weights go in, states and logits come out.
+"""Sequences of one base with one pack: token ids and weights go in, logits come out.
 
 Nothing here knows what a strategy or a bundle is.
 """
@@ -8,24 +8,24 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend import native
+from qaflora_edge.backend.batch import Batch, Outputs, Span, n_common
 from qaflora_edge.backend.library import Handle, forget_said, has_said, said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BackendError, CancelledError, OptionError
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # llama_cpp's GGML_TYPE_*
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
+MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
 N_UBATCH = 256  # tokens computed at once; twice as many were no faster and take more memory
 
@@ -56,25 +56,17 @@ def context_params(
     return params
 
 
-@dataclass(frozen=True)
-class Held:
-    """What the sequences of a context held: token ids, and uint8 [n_byte] of each sequence."""
-
-    tokens: list[int]
-    sequences: list[NDArray[np.uint8]]
-
-
 class Context(Handle):
     """Sequences of one base with one pack; every sequence has its own weights, 0 at first.
 
-    n_ctx        tokens that each sequence can hold
-    probe        capture states and compute no logits
-    differential see method: sequence 0 is the base, the others run the same tokens
-    inputs       of a probe: capture what query projections read as well
-    all_outputs  of a probe: decode(outputs="all") will be asked for, which takes more memory
-    stop         when it is set, decode() ends
+    n_ctx       tokens that each sequence can hold
+    n_output    most outputs of one decode; by default one of each sequence
+    is_unified  one pool of n_ctx tokens for all sequences, instead of a room for each: sequences
+                may share what they hold (see `share`), and all rows fit one micro-batch
+    flags       native.CONTEXT_*, for what states are captured: see ProbeContext
+    stop        when it is set, decode() ends
 
-    `tokens` is what sequence 0 holds; positions count from 0.
+    Positions count from 0. A decode that fails leaves the sequences as they were before it.
 
     Raises BackendError when the context cannot be made.
     """
@@ -86,40 +78,34 @@ class Context(Handle):
         *,
         n_ctx: int,
         n_seq: int = 1,
+        n_output: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
         flash_attn: bool = True,
-        probe: bool = False,
-        differential: bool = False,
-        inputs: bool = False,
-        all_outputs: bool = False,
+        is_unified: bool = False,
+        flags: int = 0,
         stop: Stop | None = None,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise OptionError(
                 f"Option kv_type is {kv_type!r}, expected one of {', '.join(KV_TYPES)}."
             )
+        if not 1 <= n_seq <= MAX_SEQ:
+            raise BackendError(f"A context of {n_seq} sequences was asked for, expected 1 to 256.")
         self._model, self._pack = model, pack
         self._lib, self._functions = model._lib, model._functions
-        self.n_seq, self.n_ctx = n_seq, n_ctx
-        self.tokens: list[int] = []
-        self._has_all_outputs = all_outputs
         params = context_params(
             self._lib,
-            n_token=n_ctx * n_seq,
+            n_token=n_ctx if is_unified else n_ctx * n_seq,
             n_seq=n_seq,
             threads=threads,
             kv_type=kv_type,
             flash_attn=flash_attn,
         )
         params.n_ubatch = min(N_UBATCH, params.n_batch)
-        if all_outputs:
-            params.n_outputs_max = 0  # llama.cpp's own limit
-        flags = (
-            (native.CONTEXT_PROBE if probe else 0)
-            | (native.CONTEXT_DIFFERENTIAL if differential else 0)
-            | (native.CONTEXT_INPUTS if inputs else 0)
-        )
+        params.kv_unified = is_unified
+        if n_output is not None:
+            params.n_outputs_max = min(n_output, params.n_batch)
         self._pointer = self._functions.context_init(
             model._pointer, ctypes.byref(params), pack._pointer, flags
         )
@@ -128,6 +114,13 @@ class Context(Handle):
                 f"A context of {n_seq} x {n_ctx} tokens cannot be made: {native.last_error()}."
                 + (f" llama.cpp says: {said()}." if has_said() else "")
             )
+        self._set_up(n_seq, n_ctx, params, stop)
+
+    def _set_up(self, n_seq: int, n_ctx: int, params: Any, stop: Stop | None) -> None:
+        self.n_seq, self.n_ctx = n_seq, n_ctx
+        self._n_batch, self._n_output = int(params.n_batch), int(params.n_outputs_max)
+        self._is_unified = bool(params.kv_unified)
+        self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
         if stop is not None:
@@ -136,64 +129,76 @@ class Context(Handle):
     def _free(self, pointer: Any) -> None:
         self._lib.llama_free(pointer)
 
-    def clear(self) -> None:
-        """Forget all tokens of all sequences."""
-        self._lib.llama_memory_clear(self._memory, False)
-        self.tokens = []
+    # what the sequences hold
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the first sequence holds."""
+        return self._tokens[0]
+
+    def tokens_of(self, seq: int) -> list[int]:
+        """What a sequence holds."""
+        return self._tokens[seq]
+
+    def clear(self, seq: int | None = None) -> None:
+        """Forget all tokens of one sequence, or of all."""
+        if seq is None:
+            self._lib.llama_memory_clear(self._memory, False)
+            self._tokens = [[] for _ in range(self.n_seq)]
+        else:
+            self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
+            self._tokens[seq] = []
+
+    def keep(self, n_token: int, seq: int) -> int:
+        """Keep so many tokens of one sequence's beginning, and forget the rest.
+
+        returns  how many are kept: 0 where the memory cannot forget its end (recurrent states,
+                 sliding windows that have moved on)
+        """
+        held = self._tokens[seq]
+        if n_token >= len(held):
+            return len(held)
+        window_start = max(0, n_token - self._model.n_swa)
+        is_lost = bool(self._model.n_swa) and (
+            self._lib.llama_memory_seq_pos_min(self._memory, seq) > window_start
+        )
+        if n_token == 0 or is_lost or not self._rm(seq, n_token):
+            self.clear(seq)
+            return 0
+        del held[n_token:]
+        return n_token
+
+    def _rm(self, seq: int, start: int) -> bool:
+        return bool(self._lib.llama_memory_seq_rm(self._memory, seq, start, -1))
 
     def keep_common(self, tokens: Sequence[int]) -> int:
         """Keep what all sequences hold of a prompt's beginning, and forget the rest.
 
         returns  how many tokens are kept: at most all but the last one, and 0 where the memory
-                 cannot forget its end (sliding windows that have moved on)
+                 cannot forget its end
         """
-        n = 0
-        while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
-            n += 1
-        window_start = max(0, n - self._model.n_swa)
-        if self._model.n_swa and (
-            self._lib.llama_memory_seq_pos_min(self._memory, 0) > window_start
-        ):
-            n = 0
-        if n == 0 or not self._lib.llama_memory_seq_rm(self._memory, -1, n, -1):
+        n = n_common(self.tokens, tokens[:-1])
+        kept = [self.keep(n, seq) for seq in range(self.n_seq) if self._tokens[seq]]
+        if any(each != n for each in kept):
             self.clear()
             return 0
-        del self.tokens[n:]
-        return n
+        return n if kept else 0
 
-    def copy_first(self) -> None:
-        """Let all sequences hold what the first one does."""
-        for seq in range(1, self.n_seq):
+    def move(self, source: int, target: int) -> None:
+        """Let one sequence hold what another did, which is empty afterwards."""
+        self.clear(target)
+        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._tokens[target] = self._tokens[source]
+        self.clear(source)
+
+    def share(self, targets: Sequence[int]) -> None:
+        """Let other sequences hold what the first one does."""
+        for seq in targets:
+            self.clear(seq)
             self._lib.llama_memory_seq_cp(self._memory, 0, seq, -1, -1)
+            self._tokens[seq] = list(self.tokens)
 
-    def held(self) -> Held:
-        """A copy of what the sequences hold, for a context of the same shape with more room."""
-        sequences = []
-        for seq in range(self.n_seq):
-            data = np.empty(self._lib.llama_state_seq_get_size(self._pointer, seq), np.uint8)
-            n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
-            if n != data.size:
-                raise BackendError(
-                    f"What was read cannot be copied: {n} of {data.size} bytes came."
-                )
-            sequences.append(data)
-        return Held(list(self.tokens), sequences)
-
-    def hold(self, held: Held) -> None:
-        """Hold what another context held, in place of what is here.
-
-        Raises BackendError, and holds nothing, when that is not of this shape.
-        """
-        self.clear()
-        for seq, data in enumerate(held.sequences):
-            n = self._lib.llama_state_seq_set_data(self._pointer, _bytes(data), data.size, seq)
-            if n != data.size:
-                self.clear()
-                raise BackendError(
-                    f"What was read before cannot be taken over: {n} of {data.size} bytes of "
-                    f"sequence {seq} went in: {said()}."
-                )
-        self.tokens = list(held.tokens)
+    # decoding
 
     def set_weights(self, weights: F32, *, seq: int = 0) -> None:
         """Weigh adapters for one sequence from the next decode on.
@@ -201,7 +206,7 @@ class Context(Handle):
         weights  [n_adapter, n_layer]
         """
         array = np.ascontiguousarray(weights, dtype=np.float32)
-        if not self._functions.set_weights(self._pointer, seq, _floats(array), array.size):
+        if not self._functions.set_weights(self._pointer, seq, floats(array), array.size):
             raise BackendError(f"Weights cannot be set: {native.last_error()}.")
 
     def decode(
@@ -209,124 +214,77 @@ class Context(Handle):
         tokens: Sequence[int],
         *,
         start: int = 0,
-        outputs: str = "last",
+        outputs: Outputs = "last",
         n_seq: int | None = None,
     ) -> None:
-        """Run the same tokens through the sequences, from position start on.
+        """Run the same tokens through the first n_seq sequences (all), from position start on.
 
-        outputs  "last" token or "all" tokens of each sequence, or "none"
-        n_seq    only the first so many sequences
-
-        Raises BackendError when llama_decode fails, CancelledError when it was told to stop; the
-        sequences are empty then.
+        Raises as decode_spans does.
         """
-        if outputs == "all" and not self._has_all_outputs:
-            raise BackendError(
-                "This context has no room for all outputs; make it with all_outputs."
-            )
-        n, n_seq = len(tokens), n_seq or self.n_seq
-        batch = self._lib.llama_batch_init(n * n_seq, 0, 1)
-        try:
-            batch.n_tokens = n * n_seq
-            for seq in range(n_seq):
-                for i, token in enumerate(tokens):
-                    row = seq * n + i
-                    batch.token[row] = token
-                    batch.pos[row] = start + i
-                    batch.n_seq_id[row] = 1
-                    batch.seq_id[row][0] = seq
-                    batch.logits[row] = outputs == "all" or (outputs == "last" and i == n - 1)
-            code = self._lib.llama_decode(self._pointer, batch)
-        finally:
-            self._lib.llama_batch_free(batch)
-        self.tokens[start:] = tokens
-        if code != 0:
-            self.clear()
-            if code == _DECODE_ABORTED:
-                self._check_cancelled()
-            raise BackendError(f"llama_decode failed with code {code}: {said()}.")
+        n_seq = n_seq or self.n_seq
+        self.decode_spans([Span(seq, tokens, start, outputs) for seq in range(n_seq)])
+
+    def decode_spans(self, spans: Sequence[Span]) -> list[int]:
+        """Run tokens of some sequences, each after what it holds up to the span's start.
+
+        returns  the row of each span's last token, for logits() and sample()
+
+        Raises BackendError when llama_decode fails or the batch is not one that it takes,
+        CancelledError when it was told to stop.
+        """
+        batch = Batch(self._lib, spans)
+        self._check(batch, spans)
+        code = self._lib.llama_decode(self._pointer, batch.struct)
+        if code == 0:
+            for span in spans:
+                self._tokens[span.seq][span.start :] = span.tokens
+            return batch.last
+        # llama.cpp 0c1e5709, llama_context::decode: earlier micro-batches of the call stay
+        for span in spans:
+            if not self._rm(span.seq, span.start):
+                self.clear(span.seq)
+        if code == _DECODE_ABORTED:
+            self._check_cancelled()
+        raise BackendError(f"llama_decode failed with code {code}: {self._reason()}.")
+
+    def _reason(self) -> str:
+        return said()
+
+    def _check(self, batch: Batch, spans: Sequence[Span]) -> None:
+        """Raise BackendError for what would end the process inside llama.cpp."""
+        seqs = [span.seq for span in spans]
+        facts = (
+            (batch.n_token, self._n_batch, "tokens"),
+            (batch.n_output, self._n_output, "outputs"),
+            (max(seqs, default=0) + 1, self.n_seq, "sequences"),
+        )
+        for found, most, what in facts:
+            if found > most:
+                raise BackendError(
+                    f"A batch has {found} {what}, expected at most {most} as this context was made."
+                )
 
     def _check_cancelled(self) -> None:
         """Raise CancelledError where work failed because it was told to stop."""
         if self._stop is not None and self._stop.is_set:
-            raise CancelledError(
-                "The call was cancelled (Engine.cancel) while a prompt was read, before there "
-                "was an answer; ask again."
-            )
+            raise cancelled()
 
-    def logits(self) -> F32:
-        """float32 [n_vocab] of the last token decoded."""
-        pointer = self._lib.llama_get_logits_ith(self._pointer, -1)
-        return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,)).copy()
+    def logits(self, row: int = -1) -> F32:
+        """float32 [n_vocab] of a row of the last decode that has an output; -1: the last one."""
+        return self.logits_view(row).copy()
 
-    def sample(self, sampler: Any) -> int:
-        """A token drawn by a llama_sampler chain from the last token's logits."""
-        return int(self._lib.llama_sampler_sample(sampler, self._pointer, -1))
+    def logits_view(self, row: int = -1) -> F32:
+        """The same in llama.cpp's own memory, which the next decode writes over."""
+        pointer = self._lib.llama_get_logits_ith(self._pointer, row)
+        if not pointer:
+            raise BackendError(f"Row {row} of the last batch has no logits.")
+        return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,))
 
-    def capture_begin(self, pool: str = "last") -> None:
-        """Forget captured states; keep the "last" output row, or the "mean" of all rows."""
-        if not self._functions.capture_begin(self._pointer, native.CAPTURE[pool]):
-            raise BackendError(f"States cannot be captured: {native.last_error()}.")
+    def sample(self, sampler: Any, row: int = -1) -> int:
+        """A token drawn by a llama_sampler chain from the logits of a row."""
+        return int(self._lib.llama_sampler_sample(sampler, self._pointer, row))
 
-    def states(self, seq: int) -> F32:
-        """float32 [n_layer, n_embd] of one sequence after each block."""
-        states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
-        if not self._functions.get_states(self._pointer, seq, _floats(states), states.size):
-            raise BackendError(f"States cannot be read: {native.last_error()}.")
-        return states
-
-    def inputs(self, seq: int) -> F32:
-        """float32 [n_layer, n_embd]: what the query projections read for the last output row."""
-        inputs = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
-        if not self._functions.get_inputs(self._pointer, seq, _floats(inputs), inputs.size):
-            raise BackendError(f"Inputs cannot be read: {native.last_error()}.")
-        return inputs
-
-    def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
-        """KL of the base's next-token distribution to each adapter's, in nats.
-
-        base     [n_layer, n_embd]             states without adapter
-        adapted  [n_adapter, n_layer, n_embd]  states with one adapter each
-        returns  float64 [n_adapter, n_layer], >= 0
-        """
-        base = np.ascontiguousarray(base, np.float32)
-        adapted = np.ascontiguousarray(adapted, np.float32)
-        result = np.zeros(adapted.shape[:2], np.float64)
-        if not self._functions.divergence(
-            self._pointer,
-            native.LENS[lens],
-            len(adapted),
-            _floats(base),
-            _floats(adapted),
-            result.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
-        ):
-            self._check_cancelled()
-            raise BackendError(f"Divergences cannot be computed: {native.last_error()}.")
-        return result
-
-    def project(self, rows: F32) -> F32:
-        """Logits [n_row, n_vocab] that the base's head gives to rows [n_row, n_embd]."""
-        rows = np.ascontiguousarray(rows, np.float32)
-        logits = np.empty((len(rows), self._model.n_vocab), np.float32)
-        if not self._functions.project(self._pointer, len(rows), _floats(rows), _floats(logits)):
-            self._check_cancelled()
-            raise BackendError(f"Rows cannot be projected: {native.last_error()}.")
-        return logits
-
-    def final_norm(self, rows: F32) -> F32:
-        """The base's final norm of rows [n_row, n_embd], the same shape."""
-        rows = np.ascontiguousarray(rows, np.float32)
-        normed = np.empty_like(rows)
-        if not self._functions.final_norm(self._pointer, len(rows), _floats(rows), _floats(normed)):
-            self._check_cancelled()
-            raise BackendError(f"Rows cannot be normed: {native.last_error()}.")
-        return normed
-
-    @property
-    def lens_ms(self) -> tuple[float, float]:
-        """Milliseconds so far in divergence(): projecting states, and what follows."""
-        stats = self._functions.get_stats(self._pointer)
-        return stats.lens_us / 1e3, stats.divergence_us / 1e3
+    # counters
 
     @property
     def n_graph_built(self) -> int:
@@ -339,6 +297,13 @@ class Context(Handle):
         return int(self._functions.get_stats(self._pointer).n_decoded)
 
 
+def cancelled() -> CancelledError:
+    """The error of a call that was ended before there was an answer."""
+    return CancelledError(
+        "The call was cancelled (Engine.cancel) before there was an answer; ask again."
+    )
+
+
 def default_threads() -> int:
     """Cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -346,9 +311,6 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _bytes(array: NDArray[np.uint8]) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def _floats(array: F32) -> Any:
+def floats(array: F32) -> Any:
+    """A float pointer to an array, for a call during which the array lives."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

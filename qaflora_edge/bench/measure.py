@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.probe import Prober, QueryProbe, run_alone
 from qaflora_edge.weighing.query_projection import QueryProjections
-from qaflora_edge.weighing.strategies import Weigher
+from qaflora_edge.weighing.weigher import Weigher
 
 F32 = NDArray[np.float32]
 Run = dict[str, float]
@@ -277,7 +278,13 @@ def _have_query_projections(rig: Rig, plan: Plan) -> bool:
 
 
 def _weigher(rig: Rig, plan: Plan) -> Weigher:
-    return Weigher(rig.names(plan.probe_k), "qa-flora", plan.lens, plan.pool, {})
+    names = rig.names(plan.probe_k)
+    return Weigher(names, rig.model.n_layer, "qa-flora", plan.lens, plan.pool, {})
+
+
+def _weigh(weigher: Weigher, strategy: str, tokens: Sequence[int], prober: Prober) -> FusionWeights:
+    rows = range(len(weigher.adapters))
+    return weigher.weigh(strategy, tokens, lambda q: QueryProbe(prober, q, rows, run_alone))
 
 
 def _plain(context: Context, tokens: Sequence[int]) -> Run:
@@ -293,7 +300,7 @@ def _weighed(
     context: Context, weigher: Weigher, strategy: str, prober: Prober, tokens: Sequence[int]
 ) -> tuple[Run, F32]:
     start = time.perf_counter()
-    fusion = weigher.weigh(strategy, tokens, prober)
+    fusion = _weigh(weigher, strategy, tokens, prober)
     probed = time.perf_counter()
     context.clear()
     context.set_weights(fusion.weights)
@@ -353,14 +360,14 @@ def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
     going_on, fresh = rig.prober(plan.probe_k), rig.prober(plan.probe_k)
     n_history, n_new = plan.turn
     for prober in (going_on, fresh):  # contexts for all tokens are made before anything is timed
-        weigher.weigh("qa-flora", prompts.draw(n_history + n_new), prober)
+        _weigh(weigher, "qa-flora", prompts.draw(n_history + n_new), prober)
     runs: list[Run] = []
     for turn in range(1 + plan.repeat):
         tokens = prompts.draw(n_history + n_new)
-        weigher.weigh("qa-flora", tokens[:n_history], going_on)
+        _weigh(weigher, "qa-flora", tokens[:n_history], going_on)
         fusions = {}
         for name, prober in _in_turn([("turn", going_on), ("fresh", fresh)], turn):
-            fusions[name] = weigher.weigh("qa-flora", tokens, prober)
+            fusions[name] = _weigh(weigher, "qa-flora", tokens, prober)
         if turn:
             runs.append(
                 {f"{name}_ms": fusion.probe_ms for name, fusion in sorted(fusions.items())}

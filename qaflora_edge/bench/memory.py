@@ -94,14 +94,13 @@ def _measure(request: Mapping[str, Any]) -> dict[str, int]:
     with Engine(request["bundle"], strategy=request["strategy"], **request["engine"]) as engine:
         engine.generate(request["tokens"], max_tokens=request["max_tokens"]).text()
         peak_bytes = peak_rss_bytes()
-        main, prober = engine._main, engine._probe
-        probes = [context for context in (prober._context, prober._base) if context is not None]
+        main, probes = engine._core.context, engine._core.prober.contexts
         cell_bytes = kv_cell_bytes(main)
         parts = {
             "base_bytes": engine._model.path.stat().st_size,
             "kv_main_bytes": round(cell_bytes * n_cell(main)),
             "kv_probe_bytes": round(cell_bytes * sum(n_cell(context) for context in probes)),
-            "adapters_bytes": engine._pack.size_bytes,
+            "adapters_bytes": engine._core.pack.size_bytes,
         }
     return {
         "peak_bytes": peak_bytes,

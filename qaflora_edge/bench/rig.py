@@ -44,8 +44,6 @@ class StockContext(Context):
         flash_attn: bool = True,
     ) -> None:
         self._model, self._lib = model, model._lib
-        self.n_seq, self.n_ctx = 1, n_ctx
-        self.tokens: list[int] = []
         params = context_params(
             self._lib, n_token=n_ctx, threads=threads, kv_type=kv_type, flash_attn=flash_attn
         )
@@ -55,7 +53,7 @@ class StockContext(Context):
                 f"A context of {n_ctx} tokens without our adapters cannot be made. "
                 f"llama.cpp says: {said()}."
             )
-        self._memory = self._lib.llama_get_memory(self._pointer)
+        self._set_up(1, n_ctx, params, None)
         self._n_adapter = len(adapters)
         self._adapters = (ctypes.c_void_p * len(adapters))(
             *(ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters)

@@ -30,6 +30,7 @@ from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.hub.references import model_name
 from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.strategy import parse_strategy
 
 MAX_NAME_CHARS = 200  # of what a base's file calls itself
 
@@ -71,7 +72,7 @@ def create_bundle(
     names = [adapter_name for adapter_name, _ in pairs]
     check_names(names)
     _check_notes(names, notes or {})
-    fuse.parse_strategy(strategy, names)
+    parse_strategy(strategy, names)
     if strategy == "calibrated" and not calibrate:
         raise BundleError(
             f"Cannot create the bundle {folder}: its strategy is 'calibrated', which needs typical "

@@ -39,6 +39,7 @@ from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.hub.cache import link_roots
 from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.strategy import parse_strategy
 
 UNFINISHED_FILE = ".unfinished.json"
 MAX_UNFINISHED_BYTES = 1 << 16
@@ -97,10 +98,10 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
         del raw["adapters"][index]
         left = [adapter.name for adapter in text.adapters if adapter.name != name]
         if strategy is not None:
-            fuse.parse_strategy(strategy, left)
+            parse_strategy(strategy, left)
             raw.setdefault("fusion", {})["strategy"] = strategy
         try:
-            fuse.parse_strategy(raw.get("fusion", {}).get("strategy", fuse.DEFAULT_STRATEGY), left)
+            parse_strategy(raw.get("fusion", {}).get("strategy", fuse.DEFAULT_STRATEGY), left)
         except StrategyError as error:
             raise BundleError(
                 f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "

@@ -18,6 +18,7 @@ from qaflora_edge.files import unsafe_reason
 from qaflora_edge.formats.hub_ref import parse_hub_ref
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.strategy import parse_strategy
 
 FORMAT = "qaflora-bundle/1"
 BUNDLE_FILE = "bundle.json"
@@ -261,7 +262,7 @@ def _parse_adapter(fields: _Fields) -> AdapterRecord:
 def _parse_fusion(fusion: _Fields, names: Sequence[str]) -> dict[str, str]:
     strategy = fusion.text("strategy", default=fuse.DEFAULT_STRATEGY)
     try:
-        fuse.parse_strategy(strategy, names)
+        parse_strategy(strategy, names)
     except (StrategyError, WeightsError) as error:  # the field is a fact of this file
         fusion.fail("strategy", f"a strategy for these adapters ({error})")
     return {

@@ -1,100 +1,107 @@
-"""Tokens to text: sampling, stop strings, whole UTF-8 characters.
-
-The heart is an iterator; joining, printing and streaming are wrappers around it.
-"""
+"""An answer as its caller sees it: an iterator over pieces of text."""
 
 from __future__ import annotations
 
-import codecs
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.model import Model
-from qaflora_edge.errors import CancelledError
-from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.errors import QafloraError
+from qaflora_edge.inference.request import Cancellation
+from qaflora_edge.inference.sequence import Sequence, Timings
 from qaflora_edge.weighing.numbers import FusionWeights
 
 
-@dataclass
-class Timings:
-    """Milliseconds spent, and the speed of generation (tokens decoded after the first)."""
-
-    probe_ms: float = 0.0
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-    n_decoded: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return 1e3 * self.n_decoded / self.decode_ms if self.decode_ms > 0 else 0.0
-
-    def to_dict(self) -> dict[str, float]:
-        return {
-            "probe_ms": round(self.probe_ms, 3),
-            "prefill_ms": round(self.prefill_ms, 3),
-            "decode_ms": round(self.decode_ms, 3),
-            "tokens_per_second": round(self.tokens_per_second, 3),
-        }
-
-
-class StopFilter:
-    """Passes text on as soon as it can no longer be the beginning of a stop text."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.is_stopped = False
-
-    def feed(self, text: str) -> str:
-        """What may be shown now, once text has arrived."""
-        held = self._held + text
-        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self._held, self.is_stopped = "", True
-            return held[: min(found)]
-        n = self._n_undecided(held)
-        self._held = held[len(held) - n :]
-        return held[: len(held) - n]
-
-    def flush(self) -> str:
-        """What was held back, once no more text will come."""
-        held, self._held = self._held, ""
-        return held
-
-    def _n_undecided(self, held: str) -> int:
-        longest = min(len(held), max((len(stop) for stop in self._stops), default=1) - 1)
-        for n in range(longest, 0, -1):
-            if any(stop.startswith(held[-n:]) for stop in self._stops):
-                return n
-        return 0
-
-
-@dataclass
 class Generation(Iterator[str]):
     """An answer as it is generated: an iterator over pieces of text.
 
-    finish_reason  None while it runs, then "stop" (end of generation, or a stop text) or
-                   "length" (max_tokens, or the context is full) or "cancelled" (Engine.cancel)
-    is_whole       False when "length" cut it where the grammar that it follows expects more
+    An answer that is dropped before its end is cancelled; one that is kept goes on while other
+    calls of its Engine compute, and its pieces wait.
+
+    fusion  the weights that it is read and answered under
     """
 
-    fusion: FusionWeights
-    n_prompt: int
-    timings: Timings = field(default_factory=Timings)
-    n_completion: int = 0
-    finish_reason: str | None = None
-    is_whole: bool = True
-    _pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
-    _engine: object = field(default=None, repr=False)  # lives as long as its answer
+    def __init__(
+        self,
+        sequence: Sequence,
+        fusion: FusionWeights,
+        *,
+        drive: Callable[[Callable[[], bool]], None],
+        call: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._sequence, self.fusion = sequence, fusion
+        self._drive, self._call = drive, call
+        self._engine: object = None  # lives as long as its answers
+        sequence.timings.probe_ms = fusion.probe_ms
+        weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
+
+    @property
+    def number(self) -> int:
+        """Tells it from others of this process."""
+        return self._sequence.number
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it is computed; pieces may still wait to be taken."""
+        return self._sequence.is_done
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was told to end."""
+        return self._sequence.is_cancelled
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended; None while there is more to come.
+
+        "stop" (end of generation, or a stop text), "length" (max_tokens, or the context is full),
+        "cancelled", or "error", which iterating raises.
+        """
+        return None if self._sequence.pieces else self._sequence.finish_reason
+
+    @property
+    def is_whole(self) -> bool:
+        """False when "length" cut it where the grammar that it follows expects more."""
+        return self._sequence.is_whole
+
+    @property
+    def error(self) -> QafloraError | None:
+        """Why there is no answer, or no whole one."""
+        return self._sequence.error
+
+    @property
+    def timings(self) -> Timings:
+        return self._sequence.timings
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self._sequence.n_prompt
+
+    @property
+    def n_completion(self) -> int:
+        """Tokens of the answer so far, a last one without text not among them."""
+        return len(self._sequence.answer)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        sequence = self._sequence
+        if not sequence.pieces and not sequence.is_done:
+            with self._call():
+                self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
+        if sequence.pieces:
+            return sequence.pieces.popleft()
+        if sequence.error is not None:
+            raise sequence.error
+        raise StopIteration
 
     def text(self) -> str:
         """The rest of the answer, joined."""
         return "".join(self)
+
+    def cancel(self) -> None:
+        """End this answer; any thread may call it. It keeps its text so far."""
+        self._sequence.request.cancellation.set()
 
     @property
     def usage(self) -> dict[str, int]:
@@ -103,63 +110,3 @@ class Generation(Iterator[str]):
             "completion_tokens": self.n_completion,
             "total_tokens": self.n_prompt + self.n_completion,
         }
-
-
-def generate_tokens(
-    model: Model,
-    context: Context,
-    sampler: Sampler,
-    generation: Generation,
-    goes_on: Callable[[], bool],
-) -> Iterator[int]:
-    """Tokens that follow what the context holds, until an end token or a limit.
-
-    goes_on  called before the context is used again after a pause; False once it was cancelled
-    """
-    n_max = context.n_ctx - generation.n_prompt + 1
-    if sampler.sampling.max_tokens is not None:
-        n_max = min(n_max, sampler.sampling.max_tokens)
-    try:
-        for i in range(n_max):
-            if not goes_on():
-                generation.finish_reason = "cancelled"
-                return
-            start = time.perf_counter()
-            token = sampler.sample(context)
-            if model.is_end(token):
-                generation.finish_reason = "stop"
-                return
-            generation.n_completion += 1
-            if i + 1 < n_max:
-                try:
-                    context.decode([token], start=generation.n_prompt + i)
-                except CancelledError:  # the token is chosen; what would follow it is not known
-                    generation.finish_reason = "cancelled"
-                    yield token
-                    return
-                generation.timings.n_decoded += 1
-                generation.timings.decode_ms += 1e3 * (time.perf_counter() - start)
-            yield token
-        generation.finish_reason = "length"
-        generation.is_whole = sampler.can_end()
-    finally:
-        sampler.close()
-
-
-def generate_text(
-    tokens: Iterator[int], model: Model, stops: Sequence[str], generation: Generation
-) -> Iterator[str]:
-    """Pieces of text of whole characters; ends before the first stop text."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    stop_filter = StopFilter(stops)
-    for token in tokens:
-        piece = stop_filter.feed(decoder.decode(model.piece(token)))
-        if piece:
-            yield piece
-        if stop_filter.is_stopped:
-            generation.finish_reason = "stop"
-            return
-    # Bytes still in the decoder are a character that was never finished: they are dropped.
-    rest = stop_filter.flush()
-    if rest:
-        yield rest

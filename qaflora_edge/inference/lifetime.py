@@ -1,15 +1,14 @@
-"""What an Engine holds: freed together, used by one call at a time, told to stop by any thread."""
+"""What an Engine holds: freed together, once, when no call uses it."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BusyError
 
 T = TypeVar("T")
@@ -25,9 +24,9 @@ class Lifetime:
 
     def __init__(self, owner: object) -> None:
         _check_process()
-        self.stop = Stop()
         self.is_closed = False
-        self._lock = threading.Lock()
+        self._idle = threading.Condition()
+        self._n_call: dict[int, int] = {}  # of each thread
         self._resources: list[Any] = []
         finalizer = weakref.finalize(owner, _close_all, self._resources)
         finalizer.atexit = False
@@ -37,46 +36,57 @@ class Lifetime:
         self._resources.append(resource)
         return resource
 
-    def close(self) -> None:
-        """Close all resources. A second call does nothing.
-
-        Raises BusyError when another thread uses them. A forked process leaves them to its parent.
-        """
-        if not self.is_closed and _worker in (None, os.getpid()):
-            with self.in_use():
-                self.is_closed = True
-                _close_all(self._resources)
-
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep other threads out; BusyError when one is in, after close(), or after a fork."""
+    def call(self) -> Iterator[None]:
+        """Keep the resources open meanwhile; BusyError after close(), or after a fork."""
         global _worker
         _check_process()
-        if not self._lock.acquire(blocking=False):
-            raise BusyError(
-                "This Engine is in use by another thread; an Engine serves one thread at a time. "
-                "Wait for the other call, or make a second Engine."
-            )
+        me = threading.get_ident()
+        with self._idle:
+            self.check_open()
+            self._n_call[me] = self._n_call.get(me, 0) + 1
+        _worker = os.getpid()
         try:
-            if self.is_closed:
-                raise BusyError("This Engine is closed; make a new one.")
-            _worker = os.getpid()
             yield
         finally:
-            self._lock.release()
+            with self._idle:
+                self._n_call[me] -= 1
+                if not self._n_call[me]:
+                    del self._n_call[me]
+                    self._idle.notify_all()
+
+    def check_open(self) -> None:
+        """Raise BusyError after close()."""
+        if self.is_closed:
+            raise BusyError("This Engine is closed; make a new one.")
+
+    def close(self, end_calls: Callable[[], None] = lambda: None) -> None:
+        """Close all resources once no call uses them. A second call does nothing.
+
+        end_calls  makes calls of other threads end early
+
+        Raises BusyError within a call of the same thread, such as on_weights. A forked process
+        leaves the resources to its parent.
+        """
+        if _worker not in (None, os.getpid()):
+            return
+        with self._idle:
+            if threading.get_ident() in self._n_call:
+                raise BusyError(
+                    "This Engine is in use by the call that close() was called from; close it "
+                    "after the call has returned."
+                )
+            self.is_closed = True
+        end_calls()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._n_call)
+        _close_all(self._resources)
 
     def __reduce__(self) -> Any:
         raise TypeError(
             "An Engine cannot be pickled or copied; give its options to the other process, and "
             "make one there."
         )
-
-    @contextmanager
-    def new_work(self) -> Iterator[None]:
-        """The same for a call that begins something: it forgets an earlier request to stop."""
-        with self.in_use():
-            self.stop.clear()
-            yield
 
 
 def _check_process() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import codecs
 import ctypes
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, GrammarError
@@ -20,6 +19,14 @@ _N_PENALISED = 64  # tokens
 _COLDEST = 1e-6  # temperatures below overflow float32 logits
 # llama.h struct llama_token_data
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class Logits(Protocol):
+    """Logits of the last decode: of backend.context.Context."""
+
+    def logits(self, row: int = -1) -> Any: ...
+    def logits_view(self, row: int = -1) -> Any: ...
+    def sample(self, sampler: Any, row: int = -1) -> int: ...
 
 
 class Sampler:
@@ -42,6 +49,28 @@ class Sampler:
         self._fill_chain()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._grammar = None if sampling.grammar is None else self._init_grammar(sampling.grammar)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the likeliest token is chosen, whatever came before."""
+        sampling = self.sampling
+        penalties = (
+            sampling.repeat_penalty,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+        )
+        return sampling.temperature < _COLDEST and penalties == (1.0, 0.0, 0.0)
+
+    @staticmethod
+    def _argmax(context: Logits, row: int) -> int:
+        logits = context.logits_view(row)
+        token = int(logits.argmax())
+        if np.isnan(logits[token]):  # numpy takes NaN for the largest
+            raise BackendError(
+                "The logits after the answer so far are NaN, expected numbers: an adapter or the "
+                "base is damaged. Convert or fetch it again, or leave it out."
+            )
+        return token
 
     def _fill_chain(self) -> None:
         lib, sampling = self._lib, self.sampling
@@ -79,14 +108,17 @@ class Sampler:
         self._pointers.append(pointer)
         return pointer
 
-    def sample(self, context: Context) -> int:
-        """A token for what follows in the context; the grammar, if any, moves on by it.
+    def sample(self, context: Logits, row: int = -1) -> int:
+        """A token for what follows a row of the context; the grammar, if any, moves on by it.
 
-        Raises BackendError when no token of the vocabulary can follow under the grammar.
+        Raises BackendError when no token of the vocabulary can follow under the grammar, or the
+        logits are NaN.
         """
         if self._grammar is None:
-            return context.sample(self._chain)
-        logits = context.logits()
+            return (
+                self._argmax(context, row) if self._is_plain else context.sample(self._chain, row)
+            )
+        logits = context.logits(row)
         candidates = np.zeros(len(logits), _CANDIDATE)
         candidates["id"] = np.arange(len(logits))
         candidates["logit"] = logits

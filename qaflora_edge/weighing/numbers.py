@@ -1,4 +1,4 @@
-"""From divergences to fusion weights: numbers only, no files and no library.
+"""From divergences to fusion weights: arithmetic only, no files and no library.
 
 The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). `kl_divergence` is the numpy reference of
 what the library computes through the quantised head.
@@ -6,8 +6,8 @@ what the library computes through the quantised head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,6 @@ F64 = NDArray[np.float64]
 
 LENSES = ("norm", "raw")
 POOLS = ("last", "mean")
-STRATEGIES = (
-    *("qa-flora", "calibrated", "cosine", "euclidean", "norm"),
-    *("static", "single", "manual", "base"),
-)
-PROBED = STRATEGIES[:5]  # these run the query first
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
 # Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.
@@ -72,84 +67,6 @@ def _rows(array: F32) -> list[list[float]]:
     return [[float(value) for value in row] for row in array]
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """A parsed strategy: its kind, and what `single:`, `manual:` and `norm:` name.
-
-    manual  adapter name -> weight; adapters that are not named weigh 0
-    top     of `norm:N`: how many adapters weigh more than 0; None for all
-    """
-
-    kind: str
-    single: str | None = None
-    manual: Mapping[str, float] = field(default_factory=dict)
-    top: int | None = None
-
-    @property
-    def is_probed(self) -> bool:
-        return self.kind in PROBED
-
-
-def parse_strategy(text: str, adapters: Sequence[str]) -> Strategy:
-    """Read a strategy's name and what follows its colon, as in single:NAME or manual:NAME=W,...
-
-    Raises StrategyError for an unknown strategy or adapter, WeightsError for a weight that is
-    no finite number.
-    """
-    kind, colon, argument = text.partition(":")
-    if kind not in STRATEGIES or (kind != "norm" and bool(colon) != (kind in ("single", "manual"))):
-        raise StrategyError(
-            f"Strategy {text!r} is not known; expected one of qa-flora, calibrated, cosine, "
-            "euclidean, norm, norm:N, static, base, single:NAME or manual:NAME=W,NAME=W."
-        )
-    if kind == "norm" and colon:
-        return Strategy(kind, top=_parse_top(argument, text))
-    if kind == "single":
-        return Strategy(kind, single=_known(argument, adapters, text))
-    if kind == "manual":
-        return Strategy(kind, manual=_parse_manual(argument, adapters, text))
-    return Strategy(kind)
-
-
-def _known(name: str, adapters: Sequence[str], where: str) -> str:
-    if name not in adapters:
-        raise StrategyError(
-            f"Strategy {where!r} names the adapter {name!r}, which is not loaded; "
-            f"expected one of: {', '.join(adapters) or 'none is loaded'}."
-        )
-    return name
-
-
-def _parse_top(argument: str, where: str) -> int:
-    if not argument.isascii() or not argument.isdigit() or int(argument) < 1:
-        raise StrategyError(
-            f"Strategy {where!r}: {argument!r} is no number of adapters, expected norm or norm:N "
-            "with N from 1."
-        )
-    return int(argument)
-
-
-def _parse_manual(argument: str, adapters: Sequence[str], where: str) -> dict[str, float]:
-    weights: dict[str, float] = {}
-    for item in argument.split(","):
-        name, _, number = item.partition("=")
-        _known(name, adapters, where)
-        if name in weights:
-            raise StrategyError(f"Strategy {where!r} names the adapter {name!r} twice.")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            raise WeightsError(
-                f"Strategy {where!r}: the weight of {name!r} is {number!r}, expected a number "
-                "as in manual:math=0.7,es=0.3."
-            ) from None
-        if not abs(weights[name]) <= float(np.finfo(np.float32).max):
-            raise WeightsError(
-                f"Strategy {where!r}: the weight of {name!r} is {number}, expected a finite number."
-            )
-    return weights
-
-
 def check_choice(what: str, value: str, choices: Sequence[str]) -> str:
     """value, if it is one of choices; StrategyError otherwise."""
     if value not in choices:
@@ -178,19 +95,6 @@ def check_weights(weights: ArrayLike, adapters: Sequence[str], n_layer: int) -> 
             "expected a finite number."
         )
     return array
-
-
-def fixed_weights(strategy: Strategy, adapters: Sequence[str], n_layer: int) -> F32:
-    """Weights [n_adapter, n_layer] of a strategy that does not look at the query."""
-    weights = np.zeros((len(adapters), n_layer), np.float32)
-    if strategy.kind == "static" and adapters:
-        weights[:] = 1.0 / len(adapters)
-    elif strategy.kind == "single":
-        weights[list(adapters).index(str(strategy.single))] = 1.0
-    elif strategy.kind == "manual":
-        for name, weight in strategy.manual.items():
-            weights[list(adapters).index(name)] = weight
-    return weights
 
 
 def normalise(divergence: ArrayLike) -> F32:

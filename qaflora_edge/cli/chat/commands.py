@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.weighing.numbers import STRATEGIES
+from qaflora_edge.weighing.strategy import strategies
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.session import ChatSession
@@ -243,8 +243,8 @@ def completions(text: str, session: ChatSession) -> Iterator[str]:
 
 
 def _strategies(session: ChatSession) -> Iterator[str]:
-    for kind in STRATEGIES:
-        if kind == "single":
-            yield from (f"single:{name}" for name in session.engine.adapters)
+    for strategy in strategies():
+        if strategy.argument == "NAME":
+            yield from (f"{strategy.name}:{name}" for name in session.engine.adapters)
         else:
-            yield "manual:" if kind == "manual" else kind
+            yield f"{strategy.name}:" if strategy.needs_argument else strategy.name

@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from qaflora_edge.errors import OptionError
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.tools import CallFilter, parse_calls
+from qaflora_edge.openai.call_options import openai_options
+from qaflora_edge.openai.tools import CallFilter, chosen_tools, one_form, parse_calls
+
+
+class Answering(Protocol):
+    """What answers conversations: an Engine."""
+
+    @property
+    def name(self) -> str: ...
+
+    def chat_tokens(
+        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]: ...
+
+    def answers(self, prompt: Any, n: int, **options: Any) -> Iterator[Generation]: ...
+
+
+def answer_chat(
+    engine: Answering,
+    messages: Sequence[Any],
+    *,
+    stream: bool,
+    n: int,
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: str | Mapping[str, Any] | None,
+    response_format: Mapping[str, Any] | None,
+    stream_options: Mapping[str, Any] | None,
+    grammar: str | None,
+    **options: Any,
+) -> dict[str, Any] | Iterator[dict[str, Any]]:
+    """Engine.chat: a dict, or chunks with stream; the first answer has begun by then."""
+    schema = response_schema(response_format)
+    told, call_grammar = chosen_tools(tools, tool_choice)
+    grammar = one_form(grammar, schema, call_grammar)
+    tokens = engine.chat_tokens(messages, tools=told)
+    options = {**openai_options(options), "grammar": grammar, "json_schema": schema}
+    answers = engine.answers(tokens, n, **options)
+    answers = itertools.chain([next(answers)], answers)
+    if not stream:
+        return completion_dict(engine.name, answers, has_tools=bool(told))
+    usage = bool((stream_options or {}).get("include_usage"))
+    return completion_chunks(engine.name, answers, has_tools=bool(told), include_usage=usage)
 
 
 def response_schema(response_format: Mapping[str, Any] | None) -> Any:

@@ -1,0 +1,151 @@
+"""A context whose states are captured after every block, and read through the base's head."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.backend import native
+from qaflora_edge.backend.context import Context, floats
+from qaflora_edge.backend.library import said
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.errors import BackendError
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class KvState:
+    """The KV state of a context: token ids, and uint8 [n_byte] of each sequence."""
+
+    tokens: list[int]
+    sequences: list[NDArray[np.uint8]]
+
+
+class ProbeContext(Context):
+    """Sequences that run the same tokens, whose states are captured; no logits are computed.
+
+    is_differential  see method: sequence 0 is the base, the others run the same tokens
+    has_inputs       capture what query projections read as well
+    all_outputs      decode(outputs="all") will be asked for, which takes more memory
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pack: Pack,
+        *,
+        is_differential: bool = False,
+        has_inputs: bool = False,
+        all_outputs: bool = False,
+        **options: Any,
+    ) -> None:
+        flags = native.CONTEXT_PROBE
+        flags |= native.CONTEXT_DIFFERENTIAL if is_differential else 0
+        flags |= native.CONTEXT_INPUTS if has_inputs else 0
+        # 0: llama.cpp's own limit, a whole batch
+        n_output = 0 if all_outputs else None
+        super().__init__(model, pack, flags=flags, n_output=n_output, **options)
+        if all_outputs:
+            self._n_output = self._n_batch
+
+    def kv_state(self) -> KvState:
+        """A copy of what the sequences hold, for a context of the same shape with more room."""
+        sequences = []
+        for seq in range(self.n_seq):
+            data = np.empty(self._lib.llama_state_seq_get_size(self._pointer, seq), np.uint8)
+            n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
+            if n != data.size:
+                raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
+            sequences.append(data)
+        return KvState(list(self.tokens), sequences)
+
+    def load_kv_state(self, state: KvState) -> None:
+        """Hold what another context held, in place of what is here.
+
+        Raises BackendError, and holds nothing, when that is not of this shape.
+        """
+        self.clear()
+        for seq, data in enumerate(state.sequences):
+            n = self._lib.llama_state_seq_set_data(self._pointer, _bytes(data), data.size, seq)
+            if n != data.size:
+                self.clear()
+                raise BackendError(
+                    f"A KV state cannot be taken over: {n} of {data.size} bytes of "
+                    f"sequence {seq} went in: {said()}."
+                )
+            self._tokens[seq] = list(state.tokens)
+
+    def capture_begin(self, pool: str = "last") -> None:
+        """Forget captured states; keep the "last" output row, or the "mean" of all rows."""
+        if not self._functions.capture_begin(self._pointer, native.CAPTURE[pool]):
+            raise BackendError(f"States cannot be captured: {native.last_error()}.")
+
+    def states(self, seq: int) -> F32:
+        """float32 [n_layer, n_embd] of one sequence after each block."""
+        states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+        if not self._functions.get_states(self._pointer, seq, floats(states), states.size):
+            raise BackendError(f"States cannot be read: {native.last_error()}.")
+        return states
+
+    def inputs(self, seq: int) -> F32:
+        """float32 [n_layer, n_embd]: what the query projections read for the last output row."""
+        inputs = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+        if not self._functions.get_inputs(self._pointer, seq, floats(inputs), inputs.size):
+            raise BackendError(f"Inputs cannot be read: {native.last_error()}.")
+        return inputs
+
+    def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
+        """KL of the base's next-token distribution to each adapter's, in nats.
+
+        base     [n_layer, n_embd]             states without adapter
+        adapted  [n_adapter, n_layer, n_embd]  states with one adapter each
+        returns  float64 [n_adapter, n_layer], >= 0
+        """
+        base = np.ascontiguousarray(base, np.float32)
+        adapted = np.ascontiguousarray(adapted, np.float32)
+        result = np.zeros(adapted.shape[:2], np.float64)
+        if not self._functions.divergence(
+            self._pointer,
+            native.LENS[lens],
+            len(adapted),
+            floats(base),
+            floats(adapted),
+            result.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
+        ):
+            self._check_cancelled()
+            raise BackendError(f"Divergences cannot be computed: {native.last_error()}.")
+        return result
+
+    def project(self, rows: F32) -> F32:
+        """Logits [n_row, n_vocab] that the base's head gives to rows [n_row, n_embd]."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        logits = np.empty((len(rows), self._model.n_vocab), np.float32)
+        if not self._functions.project(self._pointer, len(rows), floats(rows), floats(logits)):
+            self._check_cancelled()
+            raise BackendError(f"Rows cannot be projected: {native.last_error()}.")
+        return logits
+
+    def final_norm(self, rows: F32) -> F32:
+        """The base's final norm of rows [n_row, n_embd], the same shape."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        normed = np.empty_like(rows)
+        if not self._functions.final_norm(self._pointer, len(rows), floats(rows), floats(normed)):
+            self._check_cancelled()
+            raise BackendError(f"Rows cannot be normed: {native.last_error()}.")
+        return normed
+
+    @property
+    def lens_ms(self) -> tuple[float, float]:
+        """Milliseconds so far in divergence(): projecting states, and what follows."""
+        stats = self._functions.get_stats(self._pointer)
+        return stats.lens_us / 1e3, stats.divergence_us / 1e3
+
+
+def _bytes(array: NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -1,0 +1,174 @@
+"""The core: a base with its adapters and contexts, and the loop that computes for all callers.
+
+Token ids, weights and samplers go in; text, texts' bytes and strategies are the Engine's matter.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.backend.context import N_UBATCH, Context
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.stop import Stop
+from qaflora_edge.errors import QafloraError
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.lifetime import Lifetime
+from qaflora_edge.inference.loop import Loop
+from qaflora_edge.inference.request import Cancellation, Request
+from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.sampling import Sampling
+from qaflora_edge.inference.scheduler import Scheduler
+from qaflora_edge.inference.score import Item, Scorer
+from qaflora_edge.inference.sequence import Sequence as RunningSequence
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.probe import Prober, QueryProbe, Steps
+from qaflora_edge.weighing.strategy import Query
+
+T = TypeVar("T")
+F32 = NDArray[np.float32]
+
+
+class Core:
+    """What an Engine computes with; freed by its lifetime.
+
+    adapters    name -> adapter GGUF, in the order of every first axis
+    n_ctx       tokens of prompt and answer together, of each request
+    n_parallel  requests that are decoded together
+    options     threads, kv_type and flash_attn of every context
+    """
+
+    def __init__(
+        self,
+        lifetime: Lifetime,
+        base: str | os.PathLike[str],
+        adapters: Mapping[str, str | os.PathLike[str]],
+        *,
+        n_ctx: int,
+        n_parallel: int,
+        gpu_layers: int | None,
+        probe_tail: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.lifetime, self.n_ctx, self.n_parallel = lifetime, n_ctx, n_parallel
+        self.adapters = tuple(adapters)
+        keep, stop = lifetime.keep, Stop()
+        self.model = keep(Model(base, gpu_layers=gpu_layers))
+        self.pack = keep(Pack(self.model, list(adapters.values())))
+        more: dict[str, Any] = {**options, "stop": stop}
+        self.context = keep(Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **more))
+        self.prober = keep(Prober(self.model, self.pack, more, tail=probe_tail))
+        self._scorer = keep(Scorer(self.model, self.pack, more))
+        self._loop = Loop(self.model, self.context, Scheduler(n_parallel, N_UBATCH), stop)
+        self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
+        self._last: int | None = None  # number of the last sequence
+
+    def close(self) -> None:
+        """Free everything; calls of other threads that go on end with BusyError."""
+        self.lifetime.close(end_calls=self._loop.close)
+
+    # ending calls early
+
+    def cancellation(self, event: threading.Event | None = None) -> Cancellation:
+        """What ends one call: cancel() does, and so does an event that its caller sets."""
+        cancellation = Cancellation(event)
+        self._cancellations.add(cancellation)
+        return cancellation
+
+    def cancel(self) -> None:
+        """End all that is computed or waits; any thread may call it, and it returns at once."""
+        for cancellation in list(self._cancellations):
+            cancellation.set()
+        self._loop.stop_if_cancelled()
+
+    # before the answer
+
+    def rows(self, names: Iterable[str]) -> list[int]:
+        """Where adapters stand among all that are loaded."""
+        return [self.adapters.index(name) for name in names]
+
+    def probe(self, cancellation: Cancellation) -> Callable[[Query], QueryProbe]:
+        """What measures a query for a strategy, others' work in between."""
+
+        def run(steps: Steps[Any]) -> Any:
+            return self._loop.run(steps, cancellation)
+
+        return lambda query: QueryProbe(self.prober, query, self.rows(query.adapters), run)
+
+    def all_weights(self, fusion: FusionWeights) -> F32:
+        """float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""
+        weights = np.zeros((len(self.adapters), self.model.n_layer), np.float32)
+        weights[self.rows(fusion.adapters)] = fusion.weights
+        return weights
+
+    def logits(self, tokens: Sequence[int], weights: F32, cancellation: Cancellation) -> F32:
+        """float32 [n_vocab] after a prompt; weights [n_adapter, n_layer]."""
+        request = Request(tuple(tokens), weights, keeps_logits=True, cancellation=cancellation)
+        sequence = RunningSequence(request, None, 0)
+        self._loop.add(sequence)
+        self._loop.drive(lambda: sequence.is_done)
+        if sequence.error is not None:
+            raise sequence.error
+        assert sequence.logits is not None
+        return sequence.logits
+
+    def run(self, steps: Steps[T]) -> T:
+        """What a generator returns, others' work in between."""
+        result: T = self._loop.run(steps, self.cancellation())
+        return result
+
+    def score(self, items: Sequence[Item], cancellation: Cancellation) -> list[F32]:
+        """Log-probabilities in nats of each item's continuation: float32 [n_token] each."""
+        scores: list[F32] = self._loop.run(self._scorer.score(items), cancellation)
+        return scores
+
+    # answers
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """What chooses an answer's tokens. Raises GrammarError as it does."""
+        return Sampler(self.model, sampling)
+
+    def begin(self, request: Request, sampler: Sampler, fusion: FusionWeights) -> Generation:
+        """Put a request into the queue."""
+        n_room = self.n_ctx - len(request.tokens) + 1
+        most = request.sampling.max_tokens
+        sequence = RunningSequence(request, sampler, n_room if most is None else min(n_room, most))
+        self._last = sequence.number
+        self._loop.add(sequence)
+        return self._generation(sequence, fusion)
+
+    def failed(self, error: QafloraError) -> Generation:
+        """An answer that failed before its request was made."""
+        nothing = np.zeros((0, self.model.n_layer), np.float32)
+        sequence = RunningSequence(Request((), nothing), None, 0)
+        sequence.fail(error)
+        return self._generation(sequence, FusionWeights((), nothing))
+
+    def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
+        return Generation(sequence, fusion, drive=self._loop.drive, call=self.lifetime.call)
+
+    @property
+    def last_answer(self) -> int | None:
+        """Number of the last request's sequence."""
+        return self._last
+
+    def wait_for_prompt(self, answer: Generation) -> None:
+        """Compute until an answer's prompt was read.
+
+        Raises what went wrong before its first token.
+        """
+        sequence = answer._sequence
+        self._loop.drive(lambda: sequence.is_done or not sequence.is_prefill)
+        if sequence.error is not None and not sequence.answer:
+            raise sequence.error
+
+    def wait_for_any(self, answers: Iterable[Generation]) -> None:
+        """Compute until one of some answers is done."""
+        sequences = [answer._sequence for answer in answers]
+        self._loop.drive(lambda: any(sequence.is_done for sequence in sequences))

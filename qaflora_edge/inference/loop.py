@@ -1,0 +1,172 @@
+"""The loop: scheduler and runner, driven by whichever caller waits for something."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from qaflora_edge.backend.context import cancelled
+from qaflora_edge.backend.stop import Stop
+from qaflora_edge.errors import BusyError, QafloraError
+from qaflora_edge.inference import sequence as sequences
+from qaflora_edge.inference.request import Cancellation
+from qaflora_edge.inference.runner import AnswerContext, Runner, Vocabulary
+from qaflora_edge.inference.scheduler import Scheduler
+
+
+class Job:
+    """Work of the loop beside answers: a generator that yields between micro-batches.
+
+    result  what it returned, once it is done
+    error   what it raised
+    """
+
+    def __init__(self, steps: Generator[None, None, Any], cancellation: Cancellation) -> None:
+        self._steps, self._cancellation = steps, cancellation
+        self.is_done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancellation.is_set
+
+    def advance(self) -> None:
+        """Compute the next part; what it raises is kept for the one who waits."""
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self.result, self.is_done = end.value, True
+        except BaseException as error:
+            self.error, self.is_done = error, True
+            if not isinstance(error, Exception):  # KeyboardInterrupt is for who drives
+                raise
+
+    def fail(self, error: QafloraError) -> None:
+        """End it early."""
+        self._steps.close()
+        self.error, self.is_done = error, True
+
+
+class Loop:
+    """One thread at a time computes; the others wait for what concerns them.
+
+    stop  ends native work of the contexts that watch it
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, context: AnswerContext, scheduler: Scheduler, stop: Stop
+    ) -> None:
+        self._scheduler, self._stop = scheduler, stop
+        self._runner = Runner(vocabulary, context, self._computing)
+        self._turn = threading.Condition()
+        self._is_driven = self._is_closed = False
+        self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
+
+    # from any thread
+
+    def add(self, sequence: sequences.Sequence) -> None:
+        """Put a sequence into the queue."""
+        with self._turn:
+            self._scheduler.add(sequence)
+
+    def run(self, steps: Generator[None, None, Any], cancellation: Cancellation) -> Any:
+        """Drive a generator to its end, others' work in between; gives what it returns."""
+        job = Job(steps, cancellation)
+        with self._turn:
+            self._scheduler.add_job(job)
+        self.drive(lambda: job.is_done)
+        if job.error is not None:
+            raise job.error
+        return job.result
+
+    def drive(self, is_ready: Callable[[], bool]) -> None:
+        """Compute, or wait for the thread that does, until something is ready."""
+        with self._turn:
+            while not is_ready():
+                if self._is_driven:
+                    self._turn.wait()
+                    continue
+                self._is_driven = True
+                try:
+                    self._step()
+                finally:
+                    self._is_driven = False
+                    self._turn.notify_all()
+
+    def stop_if_cancelled(self) -> None:
+        """End the native call that goes on, if all who wait for it were cancelled."""
+        with self._turn:
+            if self._now and all(each.is_cancelled for each in self._now):
+                self._stop.set()
+
+    def close(self) -> None:
+        """End all that waits or runs; whoever waits for it gets BusyError."""
+        with self._turn:
+            self._is_closed = True
+            self._stop.set()
+            while self._is_driven:
+                self._turn.wait()
+            self._end_all(BusyError("This Engine was closed in the middle of a call."))
+            self._turn.notify_all()
+
+    # by the thread that drives
+
+    def _step(self) -> None:
+        """Decide and compute one step; called with the lock, which is free while it computes."""
+        self._end_cancelled()
+        self._scheduler.remove_ended()
+        step = self._scheduler.step()
+        prefilled = [sequence for sequence in self._scheduler.running if sequence.is_prefill]
+        decoded = step.decode
+        self._turn.release()
+        start = time.perf_counter()
+        try:
+            self._runner.run(step, self._scheduler.slots)
+            if isinstance(step.job, Job):
+                self._computing([step.job])
+                step.job.advance()
+        except BaseException:
+            self._runner.forget(self._scheduler.slots)
+            for sequence in self._scheduler.running:
+                sequence.fail(cancelled())
+            raise
+        finally:
+            ms = 1e3 * (time.perf_counter() - start)
+            self._turn.acquire()
+            self._now = ()
+        for sequence in prefilled:
+            sequence.timings.prefill_ms += ms
+        for sequence in decoded:
+            sequence.timings.decode_ms += ms
+        self._end_cancelled()
+        self._scheduler.remove_ended()
+
+    def _computing(self, waiting: Sequence[sequences.Sequence | Job]) -> None:
+        with self._turn:
+            self._now = waiting
+            if not self._is_closed:
+                self._stop.clear()
+
+    def _end_cancelled(self) -> None:
+        for sequence in (*self._scheduler.waiting, *self._scheduler.running):
+            if sequence.is_cancelled and not sequence.is_done:
+                if sequence.slot is None or sequence.is_prefill:
+                    sequence.fail(cancelled())
+                else:
+                    sequence.finish("cancelled")
+        for job in self._scheduler.jobs:
+            if isinstance(job, Job) and job.is_cancelled and not job.is_done:
+                job.fail(cancelled())
+        if self._is_closed:
+            self._end_all(BusyError("This Engine was closed in the middle of a call."))
+
+    def _end_all(self, error: QafloraError) -> None:
+        for sequence in (*self._scheduler.waiting, *self._scheduler.running):
+            sequence.fail(error)
+        for job in self._scheduler.jobs:
+            if isinstance(job, Job) and not job.is_done:
+                job.fail(error)
+        self._scheduler.remove_ended()

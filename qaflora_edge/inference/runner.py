@@ -1,0 +1,162 @@
+"""The runner: computes what the scheduler decided, and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.backend.batch import Span
+from qaflora_edge.errors import BackendError, CancelledError, QafloraError
+from qaflora_edge.inference import sequence as sequences
+from qaflora_edge.inference.scheduler import Slot, Step
+
+F32 = NDArray[np.float32]
+
+
+class AnswerContext(Protocol):
+    """What the runner needs of backend.context.Context."""
+
+    def keep(self, n_token: int, seq: int) -> int: ...
+    def clear(self, seq: int | None = None) -> None: ...
+    def move(self, source: int, target: int) -> None: ...
+    def set_weights(self, weights: F32, *, seq: int = 0) -> None: ...
+    def decode_spans(self, spans: Sequence[Span]) -> list[int]: ...
+    def tokens_of(self, seq: int) -> list[int]: ...
+    def logits(self, row: int = -1) -> F32: ...
+    def logits_view(self, row: int = -1) -> F32: ...
+    def sample(self, sampler: Any, row: int = -1) -> int: ...
+
+
+class Vocabulary(Protocol):
+    """What the runner needs of backend.model.Model."""
+
+    def is_end(self, token: int) -> bool: ...
+    def piece(self, token: int) -> bytes: ...
+
+
+class Runner:
+    """Reads prompts and decodes tokens in the slots of one context.
+
+    computing  called before each native call with the sequences that wait for it
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        context: AnswerContext,
+        computing: Callable[[Sequence[sequences.Sequence]], None],
+    ) -> None:
+        self._vocabulary, self._context, self._computing = vocabulary, context, computing
+
+    def run(self, step: Step, slots: Sequence[Slot]) -> None:
+        """Compute a step, the job's part apart. What fails ends the sequences that it concerns."""
+        for source, target in step.moves:
+            self._context.move(source, target)
+            moved = slots[target].sequence
+            assert moved is not None
+            self._context.set_weights(moved.request.weights, seq=target)
+        for sequence, n_reused in step.admitted:
+            self._admit(sequence, slots[_slot(sequence)], n_reused)
+        if step.decode:
+            self._decode(step.decode, slots)
+        for sequence, n in step.prefill:
+            self._prefill(sequence, slots[_slot(sequence)], n)
+
+    def forget(self, slots: Sequence[Slot]) -> None:
+        """Empty all slots, after something stopped in the middle."""
+        self._context.clear()
+        for slot in slots:
+            slot.tokens, slot.n_prompt, slot.weights, slot.owner = [], 0, None, 0
+
+    def _admit(self, sequence: sequences.Sequence, slot: Slot, n_reused: int) -> None:
+        sequence.n_past = self._context.keep(n_reused, slot.number)
+        if sequence.n_past < n_reused:  # the memory could not forget what came after it
+            slot.hold(sequence, 0)
+        self._context.set_weights(sequence.request.weights, seq=slot.number)
+
+    def _prefill(self, sequence: sequences.Sequence, slot: Slot, n: int) -> None:
+        start = sequence.n_past
+        tokens = sequence.request.tokens[start : start + n]
+        is_last = start + n == sequence.n_prompt
+        self._computing([sequence])
+        try:
+            span = Span(slot.number, tokens, start, "last" if is_last else "none")
+            (row,) = self._context.decode_spans([span])
+        except CancelledError:
+            return  # the scheduler's owner ends it
+        except BackendError as error:
+            sequence.fail(error)
+            return
+        self._held(sequence, slot, tokens)
+        if is_last:
+            self._begin(sequence, row)
+
+    def _begin(self, sequence: sequences.Sequence, row: int) -> None:
+        """What follows a prompt: its first token, or nothing where none was asked for."""
+        if np.isnan(self._context.logits_view(row)).any():
+            sequence.fail(
+                BackendError(
+                    "The logits after the prompt are NaN, expected numbers: an adapter that weighs "
+                    "more than 0 here, or the base, is damaged. Convert or fetch it again, or "
+                    "leave it out."
+                )
+            )
+        elif sequence.request.keeps_logits:
+            sequence.logits = self._context.logits(row)
+            sequence.finish("stop")
+        elif sequence.n_max == 0:
+            sequence.finish("length")
+        else:
+            self._sample(sequence, row)
+
+    def _decode(self, group: Sequence[sequences.Sequence], slots: Sequence[Slot]) -> None:
+        spans = []
+        for sequence in group:
+            assert sequence.next_token is not None
+            spans.append(Span(_slot(sequence), [sequence.next_token], sequence.n_past))
+        self._computing(group)
+        try:
+            rows = self._context.decode_spans(spans)
+        except CancelledError:
+            return
+        except BackendError as error:
+            self._decode_apart(group, slots, error)
+            return
+        for sequence, span, row in zip(group, spans, rows, strict=True):
+            self._held(sequence, slots[span.seq], span.tokens)
+            sequence.timings.n_decoded += 1
+            self._sample(sequence, row)
+
+    def _decode_apart(
+        self, group: Sequence[sequences.Sequence], slots: Sequence[Slot], error: BackendError
+    ) -> None:
+        """Find out whose failure it was: the others go on."""
+        for sequence in group:
+            is_lost = len(self._context.tokens_of(_slot(sequence))) != sequence.n_past
+            if len(group) == 1 or is_lost:  # states that cannot be taken back are lost
+                sequence.fail(error)
+            else:
+                self._decode([sequence], slots)
+
+    def _sample(self, sequence: sequences.Sequence, row: int) -> None:
+        assert sequence.sampler is not None
+        try:
+            token = sequence.sampler.sample(self._context, row)
+        except QafloraError as error:
+            sequence.fail(error)
+            return
+        is_end = self._vocabulary.is_end(token)
+        sequence.take(token, None if is_end else self._vocabulary.piece(token))
+
+    @staticmethod
+    def _held(sequence: sequences.Sequence, slot: Slot, tokens: Sequence[int]) -> None:
+        sequence.n_past += len(tokens)
+        slot.tokens.extend(tokens)
+
+
+def _slot(sequence: sequences.Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot

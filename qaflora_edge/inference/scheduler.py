@@ -1,0 +1,181 @@
+"""The scheduler: who is prefilled, decoded or probed next. It decides, and touches nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from qaflora_edge.backend.batch import n_common
+from qaflora_edge.inference.sequence import Sequence
+
+
+class Job(Protocol):
+    """Work in micro-batches on contexts of its own, such as a probe."""
+
+    @property
+    def is_done(self) -> bool: ...
+
+    @property
+    def is_cancelled(self) -> bool: ...
+
+
+@dataclass
+class Slot:
+    """One sequence of the context that answers, and the KV state that it holds.
+
+    tokens   ids whose KV state it is
+    n_prompt how many of them were the last request's prompt
+    weights  the key of those under which all of it was read; None where they differ
+    owner    number of the last Sequence in it; 0 for none
+    """
+
+    number: int
+    sequence: Sequence | None = None
+    tokens: list[int] = field(default_factory=list)
+    n_prompt: int = 0
+    weights: bytes | None = None
+    owner: int = 0
+
+    def n_reused(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt need not be read, all but the last one at most.
+
+        KV state under one set of weights is wrong under another: it is reused where the weights
+        are the same and the prompt goes on from all of the last one, as a chat's next turn does,
+        or where the request says that it goes on from just this sequence.
+        """
+        request = sequence.request
+        n_same = n_common(self.tokens, request.tokens[:-1])
+        if request.goes_on_from is not None and request.goes_on_from == self.owner:
+            return n_same
+        is_begun = 0 < self.n_prompt <= n_same
+        return n_same if is_begun and self.weights == request.weights_key else 0
+
+    def hold(self, sequence: Sequence, n_kept: int) -> None:
+        """Note whose KV state is held from now on, of which n_kept tokens were there before."""
+        key = sequence.request.weights_key
+        is_mixed = n_kept > 0 and self.weights != key
+        self.weights = None if is_mixed else key
+        self.tokens = list(sequence.request.tokens[:n_kept])
+        self.n_prompt, self.owner = sequence.n_prompt, sequence.number
+
+
+@dataclass
+class Step:
+    """What is computed before the scheduler is asked again, in this order.
+
+    moves     (from, to): slots whose KV state moves, so that those in use are adjacent
+    admitted  (sequence, tokens that may be reused in its slot)
+    decode    sequences with one token each, all in one batch
+    prefill   (sequence, how many tokens of its prompt), one batch each
+    job       one micro-batch of it; not beside prefill
+    """
+
+    moves: list[tuple[int, int]] = field(default_factory=list)
+    admitted: list[tuple[Sequence, int]] = field(default_factory=list)
+    decode: list[Sequence] = field(default_factory=list)
+    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    job: Job | None = None
+
+
+class Scheduler:
+    """First come, first served: for slots, for prefill, and for jobs.
+
+    n_slot    requests that are decoded together
+    n_ubatch  tokens that are prefilled in one step, so that nobody who decodes waits for more
+              than a micro-batch; prompts are cut at its multiples, as they are when alone
+
+    Prefill and jobs take turns where there are both; decoding goes on beside either.
+    """
+
+    def __init__(self, n_slot: int, n_ubatch: int) -> None:
+        self.slots = [Slot(number) for number in range(n_slot)]
+        self.waiting: deque[Sequence] = deque()
+        self.jobs: deque[Job] = deque()
+        self._n_ubatch = n_ubatch
+        self._is_jobs_turn = True
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences that have a slot, in the order of their slots."""
+        return [slot.sequence for slot in self.slots if slot.sequence is not None]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.jobs or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def add_job(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def remove_ended(self) -> list[Sequence]:
+        """Take out what is done, in the queues or in slots; what slots hold stays for reuse."""
+        ended = [sequence for sequence in (*self.waiting, *self.running) if sequence.is_done]
+        self.waiting = deque(s for s in self.waiting if not s.is_done)
+        self.jobs = deque(job for job in self.jobs if not job.is_done)
+        for slot in self.slots:
+            if slot.sequence is not None and slot.sequence.is_done:
+                slot.sequence.slot = None
+                slot.sequence = None
+        return ended
+
+    def step(self) -> Step:
+        """Decide what comes next; without work it is empty."""
+        step = Step()
+        self._admit(step)
+        self._move(step)
+        step.decode = [sequence for sequence in self.running if not sequence.is_prefill]
+        prefills = sorted(
+            (sequence for sequence in self.running if sequence.is_prefill), key=lambda s: s.number
+        )
+        job = self.jobs[0] if self.jobs else None
+        if job is not None and (self._is_jobs_turn or not prefills):
+            step.job, self._is_jobs_turn = job, False
+            return step
+        self._is_jobs_turn = True
+        n_left = self._n_ubatch
+        for sequence in prefills:
+            n = min(self._n_ubatch, sequence.n_prompt - sequence.n_past)
+            if n > n_left:
+                break
+            step.prefill.append((sequence, n))
+            n_left -= n
+        return step
+
+    def _admit(self, step: Step) -> None:
+        while self.waiting:
+            free = [slot for slot in self.slots if slot.sequence is None]
+            if not free:
+                return
+            sequence = self.waiting.popleft()
+            # The most reuse; else the one that holds nothing that others may reuse; else the first.
+            slot = max(free, key=lambda s: (s.n_reused(sequence), not s.tokens, -s.number))
+            n_reused = slot.n_reused(sequence)
+            slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
+            slot.hold(sequence, n_reused)
+            step.admitted.append((sequence, n_reused))
+
+    def _move(self, step: Step) -> None:
+        """Close gaps between slots in use: llama.cpp 0c1e5709 puts only adjacent ones together.
+
+        A sequence that moves takes the place of KV state that nobody uses now.
+        """
+        used = [slot for slot in self.slots if slot.sequence is not None]
+        admitted = {sequence.number for sequence, _ in step.admitted}
+        for target in self.slots[: len(used)]:
+            if target.sequence is not None:
+                continue
+            source = used.pop()
+            sequence = source.sequence
+            assert sequence is not None
+            if sequence.number in admitted:  # it holds little or nothing yet: next time
+                return
+            target.sequence, target.tokens = sequence, source.tokens
+            target.n_prompt, target.weights = source.n_prompt, source.weights
+            target.owner, sequence.slot = source.owner, target.number
+            source.sequence, source.tokens = None, []
+            source.n_prompt = source.owner = 0
+            source.weights = None
+            step.moves.append((source.number, target.number))

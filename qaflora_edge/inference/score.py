@@ -1,0 +1,144 @@
+"""Scoring: how likely continuations are, many of them in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.context import N_UBATCH, Context
+from qaflora_edge.backend.model import Model, Pack
+
+F32 = NDArray[np.float32]
+
+_N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included
+_N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """Token ids of a prompt and of what follows it, and the weights [n_adapter, n_layer]."""
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    weights: F32
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], bytes]:
+        """Equal where the prompt's KV state is: it is computed once."""
+        return self.prompt, self.weights.tobytes()
+
+
+class Scorer:
+    """Computes log-probabilities in a context of its own, made when first asked for.
+
+    Continuations of one prompt under the same weights share its KV state.
+    """
+
+    def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
+        self._model, self._pack, self._options = model, pack, options
+        self._context: Context | None = None
+
+    def close(self) -> None:
+        if self._context is not None:
+            self._context.close()
+            self._context = None
+
+    def score(self, items: Sequence[Item]) -> Generator[None, None, list[F32]]:
+        """Log-probabilities in nats of each item's continuation: float32 [n_token] each.
+
+        Yields between micro-batches.
+        """
+        results = [np.zeros(len(item.continuation), np.float32) for item in items]
+        groups: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
+        for i, item in enumerate(items):
+            if item.continuation:
+                groups.setdefault(item.key, []).append(i)
+        for (prompt, _), members in groups.items():
+            for at in range(0, len(members), _N_SEQ - 1):
+                part = [(items[i], results[i]) for i in members[at : at + _N_SEQ - 1]]
+                context = self._room_for(prompt, [item for item, _ in part])
+                try:
+                    yield from _score_group(context, prompt, part)
+                finally:
+                    context.clear()
+        return results
+
+    def _room_for(self, prompt: Sequence[int], items: Sequence[Item]) -> Context:
+        n_token = len(prompt) + sum(len(item.continuation) for item in items)
+        if self._context is None or self._context.n_ctx < n_token:
+            self.close()
+            n_ctx = N_UBATCH
+            while n_ctx < n_token:
+                n_ctx *= 2
+            self._context = Context(
+                self._model,
+                self._pack,
+                n_ctx=n_ctx,
+                n_seq=_N_SEQ,
+                n_output=_N_OUTPUT,
+                is_unified=True,
+                **self._options,
+            )
+        return self._context
+
+
+def _score_group(
+    context: Context, prompt: Sequence[int], part: Sequence[tuple[Item, F32]]
+) -> Generator[None, None, None]:
+    """Read the prompt once, then all continuations behind it."""
+    weights = part[0][0].weights
+    context.set_weights(weights)
+    rows = [-1]
+    for at in range(0, len(prompt), N_UBATCH):
+        piece = prompt[at : at + N_UBATCH]
+        is_last = at + N_UBATCH >= len(prompt)
+        rows = context.decode_spans([Span(0, piece, at, "last" if is_last else "none")])
+        yield
+    first = _log_softmax(context.logits_view(rows[0]))
+    for item, result in part:
+        result[0] = first[item.continuation[0]]
+    longer = [(seq, *pair) for seq, pair in enumerate(part, 1) if len(pair[0].continuation) > 1]
+    context.share([seq for seq, _, _ in longer])
+    for seq, _, _ in longer:
+        context.set_weights(weights, seq=seq)
+    for batch in _batches([(seq, len(item.continuation) - 1) for seq, item, _ in longer]):
+        spans = [
+            Span(seq, part[seq - 1][0].continuation[at : at + n], len(prompt) + at, "all")
+            for seq, at, n in batch
+        ]
+        rows = context.decode_spans(spans)
+        for (seq, at, n), last in zip(batch, rows, strict=True):
+            item, result = part[seq - 1]
+            for i in range(n):
+                log_p = _log_softmax(context.logits_view(last + 1 - n + i))
+                result[at + i + 1] = log_p[item.continuation[at + i + 1]]
+        yield
+
+
+def _batches(lengths: Sequence[tuple[int, int]]) -> Generator[list[tuple[int, int, int]]]:
+    """Cut (sequence, tokens) into batches of (sequence, from, tokens), _N_OUTPUT tokens at most."""
+    batch: list[tuple[int, int, int]] = []
+    n_free = _N_OUTPUT
+    for seq, length in lengths:
+        at = 0
+        while at < length:
+            n = min(n_free, length - at)
+            batch.append((seq, at, n))
+            at, n_free = at + n, n_free - n
+            if n_free == 0:
+                yield batch
+                batch, n_free = [], _N_OUTPUT
+    if batch:
+        yield batch
+
+
+def _log_softmax(logits: F32) -> NDArray[np.float64]:
+    """float64 [n_vocab], of logits float32 [n_vocab]."""
+    z = logits.astype(np.float64)
+    z -= z.max()
+    return np.asarray(z - np.log(np.exp(z).sum()))

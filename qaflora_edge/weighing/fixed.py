@@ -1,0 +1,94 @@
+"""Strategies that do not look at the query: static, single, manual, base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.errors import StrategyError, WeightsError
+from qaflora_edge.weighing.strategy import F32, Probe, Query, Strategy
+
+
+class _Fixed(Strategy):
+    is_probed = False
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> F32:
+        of_adapter = self.weights(query.adapters, argument)
+        column = np.array([of_adapter.get(name, 0.0) for name in query.adapters], np.float32)
+        return np.repeat(column[:, None], query.n_layer, axis=1)
+
+    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+        """Adapter -> weight, the same at every layer; those that are not named weigh 0."""
+        raise NotImplementedError
+
+
+class Static(_Fixed):
+    name = "static"
+    help = "all alike"
+
+    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+        return {name: 1.0 / len(adapters) for name in adapters}
+
+
+class Single(_Fixed):
+    name = "single"
+    help = "one adapter alone"
+    argument, needs_argument = "NAME", True
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> str:
+        return _known(argument, adapters, text)
+
+    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+        return {argument: 1.0}
+
+
+class Manual(_Fixed):
+    name = "manual"
+    help = "by given weights, the same at every layer"
+    argument, needs_argument = "NAME=W,NAME=W", True
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
+        weights: dict[str, float] = {}
+        for item in argument.split(","):
+            name, _, number = item.partition("=")
+            _known(name, adapters, text)
+            if name in weights:
+                raise StrategyError(f"Strategy {text!r} names the adapter {name!r} twice.")
+            try:
+                weights[name] = float(number)
+            except ValueError:
+                raise WeightsError(
+                    f"Strategy {text!r}: the weight of {name!r} is {number!r}, expected a number "
+                    "as in manual:math=0.7,es=0.3."
+                ) from None
+            if not abs(weights[name]) <= float(np.finfo(np.float32).max):
+                raise WeightsError(
+                    f"Strategy {text!r}: the weight of {name!r} is {number}, expected a finite "
+                    "number."
+                )
+        return weights
+
+    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+        return dict(argument)
+
+
+class Base(_Fixed):
+    name = "base"
+    help = "the base without any adapter"
+
+    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+        return {}
+
+
+def _known(name: str, adapters: Sequence[str], where: str) -> str:
+    if name not in adapters:
+        raise StrategyError(
+            f"Strategy {where!r} names the adapter {name!r}, which is not loaded; "
+            f"expected one of: {', '.join(adapters) or 'none is loaded'}."
+        )
+    return name
+
+
+STRATEGIES = (Static(), Single(), Manual(), Base())

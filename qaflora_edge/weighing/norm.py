@@ -1,0 +1,40 @@
+"""`norm` (after LoGo, arXiv 2511.07129): by what each adapter adds to a late query projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.numbers import normalise_top
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+
+
+class Norm(Strategy):
+    name = "norm"
+    help = "by what the adapter adds to a late query projection, one weight for all layers; N: top"
+    argument = "N"
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> int | None:
+        """The N of norm:N, how many adapters weigh more than 0; None for all."""
+        if not argument:
+            return None
+        if not argument.isascii() or not argument.isdigit() or int(argument) < 1:
+            raise StrategyError(
+                f"Strategy {text!r}: {argument!r} is no number of adapters, expected norm or "
+                "norm:N with N from 1."
+            )
+        return int(argument)
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        norms = probe.norms()
+        weights, measure = (
+            np.repeat(column.astype(np.float32)[:, None], query.n_layer, axis=1)
+            for column in (normalise_top(norms, argument), norms)
+        )
+        return Mix(weights, measure)
+
+
+STRATEGIES = (Norm(),)

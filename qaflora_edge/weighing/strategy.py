@@ -1,0 +1,205 @@
+"""What a strategy is, and the registry of those that there are.
+
+A strategy is one object: its name, a word of help, and how it turns a query into weights. Those of
+the package, of other packages and of a program stand in one registry, on one footing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.errors import StrategyError
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Measure = Literal["kl", "cosine", "euclidean"]
+
+# adapter -> lens -> typical divergence of each layer, as bundle.json stores it
+Typical = Mapping[str, Mapping[str, Sequence[float]]]
+
+ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
+_BUILT_IN = ("divergence", "calibrated", "norm", "fixed")  # modules beside this one
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is weighed.
+
+    tokens    ids of the prompt
+    adapters  names of those in use, in the order of every first axis
+    lens      "norm" or "raw", pool "last" or "mean": see `qaflora weights --help`
+    typical   adapter -> lens -> typical divergence of each layer, where the bundle has them
+    """
+
+    tokens: tuple[int, ...]
+    adapters: tuple[str, ...]
+    n_layer: int
+    lens: str
+    pool: str
+    typical: Typical
+
+
+class Probe(Protocol):
+    """What a strategy may measure of its query; each measure is computed once."""
+
+    def divergence(self, measure: Measure = "kl") -> F64:
+        """How far each adapter moves the base: float64 [n_adapter, n_layer], >= 0.
+
+        measure  KL in nats through the query's lens, or a distance of states
+        """
+
+    def states(self) -> F32:
+        """States after each block: float32 [1 + n_adapter, n_layer, n_embd], the base first."""
+
+    def norms(self) -> F64:
+        """|scale B A x| at a late query projection: float64 [n_adapter], in one pass of the base.
+
+        Raises StrategyError when the adapters have no query projection in common.
+        """
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Weights [n_adapter, n_layer], and the measure [n_adapter, n_layer] that they come from."""
+
+    weights: F32
+    divergence: F32 | F64 | None = None
+
+
+class Strategy:
+    """How adapters are weighed for a query. Subclass it, and give an object to register_strategy.
+
+    name      as in `--strategy NAME`: small letters, digits and hyphens
+    help      half a sentence on what it does
+    argument  what stands behind a colon, as NAME in single:NAME; "" when nothing may
+    needs_argument  whether it has to stand there
+    is_probed whether weigh() asks the probe, so that weights differ from query to query
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str] = ""
+    argument: ClassVar[str] = ""
+    needs_argument: ClassVar[bool] = False
+    is_probed: ClassVar[bool] = True
+
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:
+        """What weigh() gets for the text behind the colon ("" without one).
+
+        text  all of it, for messages
+
+        Raises StrategyError or WeightsError for what cannot be meant.
+        """
+        return argument
+
+    def check(self, argument: Any, query: Query) -> None:
+        """Raise StrategyError where a query of this kind (its tokens apart) cannot be weighed."""
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix | F32:
+        """Weights float32 [n_adapter, n_layer]; in a Mix with the measure behind them."""
+        raise NotImplementedError
+
+    @property
+    def usage(self) -> str:
+        """How it is written, as in single:NAME."""
+        if not self.argument:
+            return self.name
+        written = f"{self.name}:{self.argument}"
+        return written if self.needs_argument else f"{self.name}[:{self.argument}]"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A strategy as it was written, read."""
+
+    text: str
+    strategy: Strategy
+    argument: Any
+
+
+_registry: dict[str, Strategy] = {}
+
+
+def register_strategy(strategy: Strategy) -> None:
+    """Let this process weigh by a strategy of its own, wherever a strategy is named.
+
+    Packages offer theirs by an entry point in the group `qaflora_edge.strategies` that names a
+    Strategy object.
+
+    Raises StrategyError for a name that is taken or is none, or an object without weigh().
+    """
+    _load_built_in()
+    name = getattr(strategy, "name", None)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise StrategyError(
+            f"The strategy {strategy!r} has the name {name!r}, expected small letters, digits and "
+            "hyphens, at most 40, beginning with a letter."
+        )
+    if not isinstance(strategy, Strategy) or type(strategy).weigh is Strategy.weigh:
+        raise StrategyError(
+            f"The strategy {name!r} is {strategy!r}, expected an object of a subclass of "
+            "qaflora_edge.Strategy that defines weigh()."
+        )
+    if name in _registry:
+        raise StrategyError(f"The strategy {name!r} is there already; choose another name.")
+    _registry[name] = strategy
+
+
+def strategies() -> list[Strategy]:
+    """Every strategy: those of the package, then others in the order they came."""
+    _load_built_in()
+    _load_entry_points()
+    return list(_registry.values())
+
+
+def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
+    """Read a strategy's name and what follows its colon, as in single:NAME.
+
+    Raises StrategyError for an unknown strategy or adapter, WeightsError for a weight that is
+    no finite number.
+    """
+    name, colon, argument = text.partition(":")
+    _load_built_in()
+    if name not in _registry:
+        _load_entry_points()
+    strategy = _registry.get(name)
+    is_written = strategy is not None and (
+        bool(argument) and bool(strategy.argument)
+        if colon or strategy.needs_argument
+        else not argument
+    )
+    if strategy is None or not is_written:
+        raise StrategyError(
+            f"Strategy {text!r} is not known; expected one of "
+            f"{', '.join(each.usage for each in strategies())}."
+        )
+    return Chosen(text, strategy, strategy.parse(argument, adapters, text))
+
+
+@cache
+def _load_built_in() -> None:
+    for name in _BUILT_IN:
+        module = import_module(f"qaflora_edge.weighing.{name}")
+        _registry.update({strategy.name: strategy for strategy in module.STRATEGIES})
+
+
+@cache
+def _load_entry_points() -> None:
+    from importlib.metadata import entry_points  # slow to import
+
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            register_strategy(point.load())
+        except Exception as error:  # another package's code: anything may come
+            raise StrategyError(
+                f"The strategy {point.name!r} of the entry point {point.value} cannot be used: "
+                f"{error}. Correct or remove its package."
+            ) from error

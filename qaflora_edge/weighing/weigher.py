@@ -1,0 +1,99 @@
+"""From a strategy's name, or weights as they are given, to the fusion weights of a query."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing import numbers
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import F32, Chosen, Mix, Probe, Query, Typical, parse_strategy
+
+Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
+
+
+@dataclass(frozen=True)
+class Weigher:
+    """How an Engine weighs: the adapters in use, its defaults, what is typical of each adapter."""
+
+    adapters: tuple[str, ...]
+    n_layer: int
+    strategy: str
+    lens: str
+    pool: str
+    typical: Typical
+
+    def __post_init__(self) -> None:
+        numbers.check_choice("lens", self.lens, numbers.LENSES)
+        numbers.check_choice("pool", self.pool, numbers.POOLS)
+        self.parse(self.strategy)
+
+    def parse(self, text: str) -> Chosen:
+        """Read a strategy; StrategyError if it is unknown or cannot be followed here."""
+        chosen = parse_strategy(text, self.adapters)
+        chosen.strategy.check(chosen.argument, self.query(()))
+        return chosen
+
+    def query(self, tokens: Sequence[int]) -> Query:
+        """What is weighed, under these defaults."""
+        return Query(tuple(tokens), self.adapters, self.n_layer, self.lens, self.pool, self.typical)
+
+    def weigh(
+        self, weights: Weights, tokens: Sequence[int], probe: Callable[[Query], Probe]
+    ) -> FusionWeights:
+        """Weights for a query, by a strategy name, or as they are given.
+
+        weights  None (the default strategy), a strategy name, FusionWeights, a mapping from
+                 adapter names to numbers, or an array [n_adapter, n_layer]
+        probe    what measures a query, made when a strategy asks
+        """
+        query = self.query(tokens)
+        if isinstance(weights, FusionWeights):
+            return self._given(weights)
+        if isinstance(weights, Mapping):
+            pairs = ",".join(f"{name}={weight}" for name, weight in weights.items())
+            weights = f"manual:{pairs}" if pairs else "base"
+        if weights is not None and not isinstance(weights, str):
+            array = numbers.check_weights(weights, self.adapters, self.n_layer)
+            return self._fusion(Mix(array), "manual", query)
+        chosen = self.parse(weights or self.strategy)
+        strategy = chosen.strategy
+        if not self.adapters:
+            return self._fusion(Mix(np.zeros((0, self.n_layer), np.float32)), chosen.text, query)
+        start = time.perf_counter()
+        mix = strategy.weigh(query, probe(query), chosen.argument)
+        probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
+        mix = mix if isinstance(mix, Mix) else Mix(mix)
+        array = numbers.check_weights(mix.weights, self.adapters, self.n_layer)
+        return self._fusion(Mix(array, mix.divergence), chosen.text, query, probe_ms)
+
+    def _given(self, weights: FusionWeights) -> FusionWeights:
+        if weights.adapters != self.adapters:
+            raise StrategyError(
+                f"The weights are for the adapters {', '.join(weights.adapters)}, loaded are "
+                f"{', '.join(self.adapters)}; weigh the prompt with this Engine."
+            )
+        numbers.check_weights(weights.weights, self.adapters, self.n_layer)
+        return weights
+
+    def _fusion(
+        self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0
+    ) -> FusionWeights:
+        divergence: F32 | None = None
+        if mix.divergence is not None:
+            divergence = np.asarray(mix.divergence, np.float32)
+        return FusionWeights(
+            adapters=self.adapters,
+            weights=mix.weights,
+            divergence=divergence,
+            strategy=strategy,
+            lens=self.lens,
+            pool=self.pool,
+            prompt_tokens=len(query.tokens),
+            probe_ms=probe_ms,
+        )
