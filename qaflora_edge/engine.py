@@ -15,7 +15,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
-from qaflora_edge.engine_options import check_answers, check_options
+from qaflora_edge.config import check
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.formats.adapter_gguf import check_files
 from qaflora_edge.formats.checksums import FileState, check_unchanged
@@ -41,6 +41,7 @@ class Engine(EngineChat):
 
     bundle    a bundle folder; or give base and adapters (name -> adapter GGUF) instead
     n_ctx     tokens of prompt and answer together
+    n_parallel  how many requests are decoded together
     threads   CPU threads, by default the cores this process may use
     gpu_layers  layers offloaded where the library was built with a GPU backend
     kv_type   f16, f32 or q8_0
@@ -60,6 +61,7 @@ class Engine(EngineChat):
         base: Path_ | None = None,
         adapters: Mapping[str, Path_] | None = None,
         n_ctx: int = 2048,
+        n_parallel: int = 1,
         threads: int | None = None,
         gpu_layers: int | None = None,
         kv_type: str = "f16",
@@ -70,7 +72,9 @@ class Engine(EngineChat):
         probe_tail: int = 0,
         seed: int | None = None,
     ) -> None:
-        check_options(n_ctx, threads, kv_type, probe_tail)
+        options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
+        others = {"gpu_layers": gpu_layers, "probe_tail": probe_tail, "seed": seed}
+        check("engine", {"n_ctx": n_ctx, "n_parallel": n_parallel, **options, **others})
         self._lifetime = Lifetime(self)
 
         typical: Typical = {}
@@ -100,7 +104,6 @@ class Engine(EngineChat):
         )
         self._loaded = self._weigher.adapters
         self.seed, self.n_ctx = seed, n_ctx
-        options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         try:
             self._load(base, list((adapters or {}).values()), gpu_layers, probe_tail, options)
             check_unchanged(states)  # llama.cpp opened the files by name, after they were checked
@@ -302,7 +305,7 @@ class Engine(EngineChat):
         weights: Weights = None,
         max_tokens: int | None = None,
         temperature: float = 0.0,
-        top_p: float = 1.0,
+        top_p: float = 0.95,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         grammar: str | None = None,
@@ -353,7 +356,7 @@ class Engine(EngineChat):
         options  as generate takes them
         """
         first = self.seed if seed is None else seed
-        check_answers(n, first)
+        check("answers", {"n": n, "seed": first})
         weights = options.pop("weights", None)
         for i in range(n):
             own_seed = None if first is None else (first + i) % MAX_SEED

@@ -13,17 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qaflora_edge.config import LENSES as LENSES
+from qaflora_edge.config import POOLS as POOLS
+from qaflora_edge.config import forms_in_words, strategy_forms
 from qaflora_edge.errors import StrategyError, WeightsError
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-LENSES = ("norm", "raw")
-POOLS = ("last", "mean")
-STRATEGIES = (
-    *("qa-flora", "calibrated", "cosine", "euclidean", "norm"),
-    *("static", "single", "manual", "base"),
-)
+STRATEGIES = tuple(dict.fromkeys(form.partition(":")[0] for form in strategy_forms()))
 PROBED = STRATEGIES[:5]  # these run the query first
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
@@ -98,10 +96,7 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Strategy:
     """
     kind, colon, argument = text.partition(":")
     if kind not in STRATEGIES or (kind != "norm" and bool(colon) != (kind in ("single", "manual"))):
-        raise StrategyError(
-            f"Strategy {text!r} is not known; expected one of qa-flora, calibrated, cosine, "
-            "euclidean, norm, norm:N, static, base, single:NAME or manual:NAME=W,NAME=W."
-        )
+        raise StrategyError(f"Strategy {text!r} is not known; expected one of {forms_in_words()}.")
     if kind == "norm" and colon:
         return Strategy(kind, top=_parse_top(argument, text))
     if kind == "single":

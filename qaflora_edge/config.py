@@ -1,0 +1,232 @@
+"""Every option, declared once.
+
+From here come the options of the commands, the settings file and its variables, the options of
+`llm`, the ranges and defaults of the Python calls, and the table of docs/settings.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+from qaflora_edge.errors import OptionError
+
+MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
+MAX_PARALLEL = 255  # llama.h: 256 sequences, one of which is the base's in a probe
+MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
+MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
+KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
+LENSES, POOLS = ("norm", "raw"), ("last", "mean")
+OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+# How each strategy is written; what follows a colon in capitals stands for a value.
+STRATEGY_FORMS = (
+    *("qa-flora", "calibrated", "cosine", "euclidean", "norm", "norm:N", "static", "base"),
+    *("single:NAME", "manual:NAME=W,NAME=W"),
+)
+
+
+def strategy_forms() -> tuple[str, ...]:
+    """How strategies are written, for help texts, messages and completion."""
+    return STRATEGY_FORMS
+
+
+def forms_in_words() -> str:
+    """The same as part of a sentence."""
+    *others, last = strategy_forms()
+    return f"{', '.join(others)} or {last}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    name      its keyword in Python
+    kind      int, float, str, bool, or tuple for texts
+    default   None: unset is a value too
+    groups    who takes it, apart by spaces: engine (Engine's keywords), weighing, sampling
+              (Engine.generate's), answers (Engine.answers')
+    flag      on the command line, empty where it has no place there; a flag that begins with
+              `--no-` turns off what is on by default
+    low, high, is_open  the range; is_open: low itself is not in it
+    noun      what a number is, in messages
+    unset     the default in words, where `default` does not say it
+    defaults  command -> the default that it has instead
+    aliases   other names in OpenAI's calls
+    """
+
+    name: str
+    kind: type
+    default: Any = None
+    groups: str = ""
+    flag: str = ""
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+    is_open: bool = False
+    noun: str = ""
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    unset: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name in the settings file, and that of the command's parameter."""
+        return self.flag.partition("/")[0].removeprefix("--").replace("-", "_")
+
+    @property
+    def is_negated(self) -> bool:
+        """Whether its flag says the contrary of its name."""
+        return self.flag.startswith("--no-")
+
+    @property
+    def meaning(self) -> str:
+        """The help text, with the strategies that there are when it is asked for."""
+        return self.help.replace("{strategies}", forms_in_words())
+
+    @property
+    def expected(self) -> str:
+        """What a value has to be, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        noun = self.noun or _EXPECTED[self.kind]
+        low = "" if self.low is None else f" {'above' if self.is_open else 'from'} {self.low:g}"
+        high = "" if self.high is None else f" to {self.high:.10g}"
+        return f"{noun}{low}{high}" + ("" if high or not low else " up")
+
+    def fits(self, value: object) -> bool:
+        """Tell whether a value has the type and lies in the range."""
+        if self.kind is tuple:
+            texts = value if isinstance(value, (list, tuple)) else [None]
+            return all(isinstance(text, str) and text for text in texts)
+        if self.kind not in (int, float):
+            return isinstance(value, self.kind) and (not self.choices or value in self.choices)
+        if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
+            return False
+        number = int(value) if isinstance(value, Integral) else float(value)
+        low = -_LARGEST if self.low is None else self.low
+        high = _LARGEST if self.high is None else self.high
+        return low <= number <= high and not (self.is_open and number == low)
+
+    def default_of(self, command: str) -> Any:
+        """The default that a command has."""
+        return self.defaults.get(command, self.default)
+
+
+_LARGEST = sys.float_info.max  # infinity is above it, and NaN fits nowhere
+_EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a list of texts that are not empty",
+}
+_TOKENS = "a number of tokens"
+
+# A line or two for each: one call an option, in the order of the help texts.
+# fmt: off
+OPTIONS = (
+    Option("strategy", str, None, "engine weighing", "--strategy", metavar="NAME",
+           help="How adapters are weighed: {strategies}.", unset="the bundle's"),
+    Option("lens", str, None, "engine weighing", "--lens", choices=LENSES,
+           help="How a layer's state is read: through the final norm, or raw.",
+           unset="the bundle's, else norm"),
+    Option("pool", str, None, "engine weighing", "--pool", choices=POOLS,
+           help="Weigh by the last token of the prompt, or by the mean of all.",
+           unset="the bundle's, else last"),
+    Option("probe_tail", int, 0, "engine", "--probe-tail", low=0, noun=_TOKENS, metavar="N",
+           help="Probe adapters over the last N tokens only, after the base has read the others: "
+           "faster for long prompts, not exact.", unset="all tokens"),
+    Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
+           help="Take the prompt as it is: no chat template."),
+    Option("n_ctx", int, 2048, "engine", "--ctx", low=1, high=MAX_CTX, noun=_TOKENS,
+           help="Tokens of prompt and answer together."),
+    Option("n_parallel", int, 1, "engine", "--parallel", low=1, high=MAX_PARALLEL,
+           noun="a number of requests", help="How many requests are decoded together."),
+    Option("kv_type", str, "f16", "engine", "--kv-type", choices=tuple(KV_TYPES),
+           help="Type of the KV cache."),
+    Option("flash_attn", bool, True, "engine", "--no-flash-attn/--flash-attn",
+           help="Do not use flash attention."),
+    Option("threads", int, None, "engine", "--threads", low=1, high=MAX_THREADS,
+           noun="a number of threads", help="CPU threads.", unset="all cores"),
+    Option("gpu_layers", int, None, "engine", "--gpu-layers", unset="all",
+           help="Layers on the GPU, where the library was built for one."),
+    Option("max_tokens", int, None, "sampling", "--max-tokens", low=0, noun=_TOKENS,
+           help="The most tokens that are generated.", aliases=("max_completion_tokens",),
+           defaults={"run": 512, "chat": 512, "llm": 512, "bench": 64}),
+    Option("temperature", float, 0.0, "sampling", "--temp", low=0, defaults={"chat": 0.7},
+           help="Temperature of sampling; 0 is greedy."),
+    Option("top_p", float, 0.95, "sampling", "--top-p", low=0, is_open=True, high=1,
+           help="Sample from the likeliest tokens that make up this much; 1 is all."),
+    Option("top_k", int, 0, "sampling", "--top-k", low=0, high=2**31 - 1, noun=_TOKENS,
+           help="Sample from so many likeliest tokens; 0 is all."),
+    Option("min_p", float, 0.0, "sampling", "--min-p", low=0, high=1,
+           help="Sample from tokens at least so likely as this part of the likeliest; 0 is all."),
+    Option("repeat_penalty", float, 1.0, "sampling", "--repeat-penalty",
+           low=0, is_open=True, high=100,
+           help="Make tokens less likely that are among the answer's last 64; 1 changes nothing."),
+    Option("presence_penalty", float, 0.0, "sampling", "--presence-penalty", low=-100, high=100,
+           help="Lower the logit of a token by this if it is among the answer's last 64."),
+    Option("frequency_penalty", float, 0.0, "sampling", "--frequency-penalty", low=-100, high=100,
+           help="Lower the logit of a token by this for each time among the answer's last 64."),
+    Option("seed", int, None, "engine sampling answers", "--seed", low=0, high=MAX_SEED - 1,
+           help="Seed of sampling.", unset="a new one"),
+    Option("stop", tuple, (), "sampling", "--stop", metavar="TEXT",
+           help="End the answer before TEXT; repeatable."),
+    Option("grammar", str, None, "sampling", help="GBNF that the answer follows."),
+    Option("n", int, 1, "answers", low=1, noun="a number of answers", help="How many answers."),
+)
+# What one command has besides, and can be set.
+OWN_OPTIONS = {
+    "run": (
+        Option("system", str, flag="--system", metavar="TEXT",
+               help="Say this first, as the system's message."),
+    ),
+    "chat": (
+        Option("system", str, flag="--system", metavar="TEXT",
+               help="The system prompt; /system changes it."),
+        Option("keep_history", bool, False, flag="--keep-history/--no-keep-history",
+               help="Read only what is new in each turn; earlier turns stay as they were read, "
+               "each under its own weights."),
+        Option("plain", bool, False, flag="--plain/--no-plain", unset="so off a terminal",
+               help="No escape codes, no line editing, no rendered Markdown."),
+    ),
+    "convert": (
+        Option("outtype", str, "f16", flag="--outtype", choices=OUTTYPES,
+               help="Type of the adapter's tensors."),
+    ),
+}
+# fmt: on
+# By their keys: what weights, run, chat, bench and `llm` share, and what one command has.
+SHARED = {option.key: option for option in OPTIONS if option.flag}
+OWN = {
+    command: {option.key: option for option in options} for command, options in OWN_OPTIONS.items()
+}
+
+
+def in_group(group: str) -> dict[str, Option]:
+    """The options that something takes, by their names."""
+    return {option.name: option for option in OPTIONS if group in option.groups.split()}
+
+
+def default(name: str) -> Any:
+    """The default of an option in Python."""
+    return next(option.default for option in OPTIONS if option.name == name)
+
+
+def check(group: str, values: Mapping[str, Any]) -> None:
+    """Raise OptionError for the first value that is none of the group's, or out of its range."""
+    known = in_group(group)
+    for name, value in values.items():
+        if name not in known:
+            raise OptionError(
+                f"Option {name} is {value!r}, expected no such option; those of {group} are "
+                f"{', '.join(known)}."
+            )
+        option = known[name]
+        if not (value is None and option.default is None) and not option.fits(value):
+            raise OptionError(f"Option {name} is {value!r}, expected {option.expected}.")
