@@ -15,7 +15,7 @@ from typing import Any
 from qaflora_edge.errors import OptionError
 
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
-MAX_PARALLEL = 255  # llama.h: 256 sequences, one of which is the base's in a probe
+MAX_PARALLEL = 256  # sequences of one context: llama-cparams.h LLAMA_MAX_SEQ
 MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
