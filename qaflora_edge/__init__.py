@@ -9,17 +9,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.errors import QafloraError
+    from qaflora_edge.inference.generation import Generation
     from qaflora_edge.openai.llama_like import Llama
     from qaflora_edge.weighing.numbers import FusionWeights
+    from qaflora_edge.weighing.strategy import Mix, Strategy, register_strategy
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "FusionWeights", "Llama", "QafloraError", "__version__"]
+__all__ = [
+    "Engine",
+    "FusionWeights",
+    "Generation",
+    "Llama",
+    "Mix",
+    "QafloraError",
+    "Strategy",
+    "__version__",
+    "register_strategy",
+]
 
 _HOME = {
     "Engine": "qaflora_edge.engine",
     "FusionWeights": "qaflora_edge.weighing.numbers",
+    "Generation": "qaflora_edge.inference.generation",
     "Llama": "qaflora_edge.openai.llama_like",
+    "Mix": "qaflora_edge.weighing.strategy",
     "QafloraError": "qaflora_edge.errors",
+    "Strategy": "qaflora_edge.weighing.strategy",
+    "register_strategy": "qaflora_edge.weighing.strategy",
 }
 
 

@@ -15,28 +15,13 @@ from typing import Any
 from qaflora_edge.errors import OptionError
 
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
-MAX_PARALLEL = 255  # llama.h: 256 sequences, one of which is the base's in a probe
+MAX_PARALLEL = 256  # sequences of one context: llama-cparams.h LLAMA_MAX_SEQ
 MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
 LENSES, POOLS = ("norm", "raw"), ("last", "mean")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 # How each strategy is written; what follows a colon in capitals stands for a value.
-STRATEGY_FORMS = (
-    *("qa-flora", "calibrated", "cosine", "euclidean", "norm", "norm:N", "static", "base"),
-    *("single:NAME", "manual:NAME=W,NAME=W"),
-)
-
-
-def strategy_forms() -> tuple[str, ...]:
-    """How strategies are written, for help texts, messages and completion."""
-    return STRATEGY_FORMS
-
-
-def forms_in_words() -> str:
-    """The same as part of a sentence."""
-    *others, last = strategy_forms()
-    return f"{', '.join(others)} or {last}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +35,7 @@ class Option:
               (Engine.generate's), answers (Engine.answers')
     flag      on the command line, empty where it has no place there; a flag that begins with
               `--no-` turns off what is on by default
+    help      a sentence; {strategies} in it stands for the forms of all strategies
     low, high, is_open  the range; is_open: low itself is not in it
     noun      what a number is, in messages
     unset     the default in words, where `default` does not say it
@@ -82,11 +68,6 @@ class Option:
     def is_negated(self) -> bool:
         """Whether its flag says the contrary of its name."""
         return self.flag.startswith("--no-")
-
-    @property
-    def meaning(self) -> str:
-        """The help text, with the strategies that there are when it is asked for."""
-        return self.help.replace("{strategies}", forms_in_words())
 
     @property
     def expected(self) -> str:

@@ -317,7 +317,7 @@ class Engine:
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation()
             fusion = self._weigher.weigh(weights, tokens, self._core.probe(cancellation))
-            return self._core.logits(tokens, self._core.all_weights(fusion), cancellation)
+            return self._core.logits(tokens, fusion, cancellation)
 
     @overload
     def score(  # type: ignore[overload-overlap]
@@ -472,6 +472,7 @@ class Engine:
                 tuple(tokens),
                 self._core.all_weights(fusion),
                 sampling,
+                adapters=fusion.adapters,
                 goes_on_from=self._goes_on_from(keep_history),
                 cancellation=cancellation,
             )

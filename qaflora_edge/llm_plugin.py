@@ -9,22 +9,25 @@ from __future__ import annotations
 import atexit
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import llm
 from llm.parts import Message, ReasoningPart, TextPart
-from pydantic import Field
+from pydantic import Field, create_model
 
+from qaflora_edge.config import Option, in_group
 from qaflora_edge.errors import PromptError, QafloraError
 from qaflora_edge.hub.bundle_names import named_bundles, pulled_bundles
 
 if TYPE_CHECKING:
-    from qaflora_edge.cli.options import SharedOptions
     from qaflora_edge.engine import Engine
 
 PREFIX = "qaflora/"
-MAX_TOKENS = 512  # as `qaflora run`
+_WEIGHING = in_group("weighing")
+_SAMPLING = {name: option for name, option in in_group("sampling").items() if option.flag}
+
+_BASE: Any = llm.Options  # two classes of that name are one to a type checker, and not to another
 
 
 @llm.hookimpl
@@ -39,29 +42,31 @@ def register_models(register: Any) -> None:
         register(BundleModel(name, folder))
 
 
+def _field(option: Option) -> Any:
+    """An option of `config` for pydantic; of several texts `-o` gives one."""
+    kind: Any = Literal[option.choices] if option.choices else option.kind
+    return (str if kind is tuple else kind) | None, Field(
+        default=None,
+        description=option.help.removesuffix(".").replace(": {strategies}", ""),
+        ge=None if option.is_open else option.low,
+        gt=option.low if option.is_open else None,
+        le=option.high,
+        min_length=1 if kind is tuple else None,
+    )
+
+
 class BundleModel(llm.Model):
     """One bundle as a model of `llm`."""
 
     can_stream = True
     supports_schema = True
 
-    class Options(llm.Options):  # type: ignore[misc, unused-ignore]
-        """What `-o NAME VALUE` sets; without it the settings of qaflora hold, table [llm]."""
-
-        strategy: str | None = Field(
-            default=None, description="How adapters are weighed, such as calibrated or single:NAME"
-        )
-        lens: str | None = Field(default=None, description="norm or raw")
-        pool: str | None = Field(default=None, description="last or mean")
-        temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
-        top_p: float | None = Field(
-            default=None, gt=0, le=1, description="Sample from the likeliest tokens of this much"
-        )
-        max_tokens: int | None = Field(
-            default=None, ge=0, description=f"The most tokens of an answer, {MAX_TOKENS} by default"
-        )
-        seed: int | None = Field(default=None, ge=0, lt=2**32 - 1, description="Seed of sampling")
-        stop: str | None = Field(default=None, min_length=1, description="Text that ends an answer")
+    # What `-o NAME VALUE` sets; without it the settings of qaflora hold, table [llm].
+    Options = create_model(
+        "Options",
+        __base__=_BASE,
+        **{name: _field(option) for name, option in (_WEIGHING | _SAMPLING).items()},
+    )
 
     def __init__(self, name: str, folder: Path) -> None:
         self.model_id = f"{PREFIX}{name}"
@@ -77,24 +82,17 @@ class BundleModel(llm.Model):
         """Answer; the weights and the times are in response_json, and so in the logs."""
         from qaflora_edge.cli.setting_table import shared_settings
 
-        given: Any = prompt.options
+        given = prompt.options.model_dump(exclude_none=True)
         schema: Any = prompt.schema  # llm has turned a class into a schema by now
         settings = shared_settings("llm")
-        engine = opened(self.folder, settings, lens=given.lens, pool=given.pool)
-        sampling = settings.sampling(max_tokens=MAX_TOKENS, temperature=0.0, top_p=1.0)
-        chosen = {
-            "max_tokens": given.max_tokens,
-            "temperature": given.temperature,
-            "top_p": given.top_p,
-            "seed": given.seed,
-            "stop": None if given.stop is None else (given.stop,),
-        }
-        sampling |= {name: value for name, value in chosen.items() if value is not None}
+        strategy = given.pop("strategy", settings.strategy)
+        weighing = {name: given.pop(name) for name in _WEIGHING if name in given}
+        engine = opened(self.folder, {**settings.engine, **weighing})
         answer = engine.generate(
             engine.chat_tokens([chat_message(message) for message in prompt.messages]),
-            weights=given.strategy or settings.strategy,
+            weights=strategy,
             json_schema=schema,
-            **sampling,
+            **{**settings.sampling, **given},
         )
         yield from answer
         response.set_usage(input=answer.n_prompt, output=answer.n_completion)
@@ -126,12 +124,10 @@ def chat_message(message: Message) -> dict[str, str]:
 _open: dict[tuple[Any, ...], Engine] = {}
 
 
-def opened(folder: Path, settings: SharedOptions, *, lens: str | None, pool: str | None) -> Engine:
+def opened(folder: Path, keywords: dict[str, Any]) -> Engine:
     """An Engine for a bundle: the one that is open when it is the same, else a new one."""
     from qaflora_edge.engine import Engine
 
-    keywords = settings.engine
-    keywords |= {name: value for name, value in (("lens", lens), ("pool", pool)) if value}
     key = (folder, *sorted(keywords.items()))
     if key not in _open:
         close_all()

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 
 from qaflora_edge.cli import main
 from qaflora_edge.cli.setting_table import (
-    OWN_KEYS,
     SHARED_TABLES,
     all_settings,
     shared_settings,
 )
+from qaflora_edge.config import OWN
 from qaflora_edge.errors import SettingsError
 
 
@@ -69,7 +69,9 @@ def test_every_shared_option_can_be_set_in_each_way(
     config.write_text(
         'strategy = "norm"\nlens = "raw"\npool = "mean"\nprobe_tail = 3\nraw_prompt = true\n'
         'ctx = 64\nkv_type = "f32"\nno_flash_attn = true\nthreads = 2\ngpu_layers = 0\n'
-        'max_tokens = 5\ntemp = 1\ntop_p = 0.5\nseed = 7\nstop = ["a b", "c"]\n',
+        "parallel = 3\nmax_tokens = 5\ntemp = 1\ntop_p = 0.5\ntop_k = 9\nmin_p = 0.1\n"
+        "repeat_penalty = 1.5\npresence_penalty = -1\nfrequency_penalty = 2\nseed = 7\n"
+        'stop = ["a b", "c"]\n',
         encoding="utf-8",
     )
     read = vars(shared_settings("run"))
@@ -80,6 +82,7 @@ def test_every_shared_option_can_be_set_in_each_way(
         "probe_tail": 3,
         "raw_prompt": True,
         "ctx": 64,
+        "parallel": 3,
         "kv_type": "f32",
         "no_flash_attn": True,
         "threads": 2,
@@ -87,6 +90,11 @@ def test_every_shared_option_can_be_set_in_each_way(
         "max_tokens": 5,
         "temp": 1.0,
         "top_p": 0.5,
+        "top_k": 9,
+        "min_p": 0.1,
+        "repeat_penalty": 1.5,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 2.0,
         "seed": 7,
         "stop": ("a b", "c"),
     }
@@ -149,10 +157,15 @@ WRONG = [
     ),
     ("[zzzz]\nx = 1", "there is no key 'zzzz' here", ". Correct the key, or remove it."),
     ("chat = 3", "the key chat is 3, expected a table, as in [chat]. ", "Correct it"),
-    ('threads = "4"', "the key threads is '4', expected a whole number from 1 up. ", "Correct it"),
-    ("threads = true", "the key threads is True, expected a whole number from 1 up", ""),
-    ("ctx = 1.5", "the key ctx is 1.5, expected a whole number from 1 up", ""),
+    (
+        'threads = "4"',
+        "the key threads is '4', expected a number of threads from 1 to 512. ",
+        "Correct it",
+    ),
+    ("threads = true", "the key threads is True, expected a number of threads from 1 to 512", ""),
+    ("ctx = 1.5", "the key ctx is 1.5, expected a number of tokens from 1 to 16777216", ""),
     ("temp = -1", "the key temp is -1, expected a number from 0 up", ""),
+    ("temp = inf", "the key temp is inf, expected a number from 0 up", ""),
     ("temp = nan", "the key temp is nan, expected a number from 0 up", ""),
     ("top_p = 0", "the key top_p is 0, expected a number above 0 to 1", ""),
     ("seed = 4294967295", "expected a whole number from 0 to 4294967294", ""),
@@ -160,7 +173,7 @@ WRONG = [
     ('raw_prompt = "yes"', "the key raw_prompt is 'yes', expected true or false", ""),
     ('stop = "x"', "the key stop is 'x', expected a list of texts", ""),
     ('stop = [""]', "the key stop is [''], expected a list of texts that are not empty", ""),
-    ("[run]\nctx = 0", "the key run.ctx is 0, expected a whole number from 1 up", ""),
+    ("[run]\nctx = 0", "the key run.ctx is 0, expected a number of tokens from 1 to 16777216", ""),
     (
         '[convert]\nouttype = "f8"',
         "the key convert.outtype is 'f8', expected one of f32, f16, bf16, q8_0",
@@ -240,10 +253,10 @@ def test_settings_fail_with_the_file(config: Path) -> None:
 
 def test_tables_are_commands_with_these_options() -> None:
     context = click.Context(main)
-    for table, keys in OWN_KEYS.items():
+    for table, keys in OWN.items():
         command = main.get_command(context, table)
         assert command is not None
-        assert set(keys) <= {param.name for param in command.params}
+        assert keys.keys() <= {param.name for param in command.params}
     for table in SHARED_TABLES:
         command = main.get_command(context, table)
         if table != "llm":

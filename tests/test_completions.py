@@ -90,7 +90,7 @@ def test_several_choices_cost_one_reading(engine: Engine, monkeypatch: pytest.Mo
     assert [text_of(chunks, i) for i in range(3)] == [message["content"] for message in single]
     with pytest.raises(OptionError) as caught:
         engine.chat(USER, n=0)
-    assert str(caught.value) == "Option n is 0, expected a number of answers from 1 on."
+    assert str(caught.value) == "Option n is 0, expected a number of answers from 1 up."
 
 
 def test_content_may_come_in_parts(engine: Engine) -> None:
@@ -315,18 +315,24 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
         (
             {"max_token": 3},
             "Option max_token is 3, expected no such option; those of sampling are max_tokens, "
-            "temperature, top_p, seed, stop, grammar, top_k, min_p, repeat_penalty, "
-            "frequency_penalty, presence_penalty.",
+            "temperature, top_p, top_k, min_p, repeat_penalty, presence_penalty, "
+            "frequency_penalty, seed, stop, grammar.",
         ),
-        ({"max_tokens": "3"}, "Option max_tokens is '3', expected a whole number or None."),
-        ({"temperature": "hot"}, "Option temperature is 'hot', expected a number."),
-        ({"top_k": True}, "Option top_k is True, expected a whole number."),
-        ({"stop": 3}, "Option stop is 3, expected a text or a list of texts."),
-        ({"stop": ["a", 3]}, "Option stop is ['a', 3], expected a text or a list of texts."),
-        ({"stop": [""]}, "Option stop is ('',), expected texts that are not empty."),
-        ({"seed": -1}, "Option seed is -1, expected from 0 to 4294967294."),
-        ({"seed": 1.5}, "Option seed is 1.5, expected from 0 to 4294967294."),
-        ({"n": 1.5}, "Option n is 1.5, expected a number of answers from 1 on."),
+        ({"max_tokens": "3"}, "Option max_tokens is '3', expected a number of tokens from 0 up."),
+        ({"temperature": "hot"}, "Option temperature is 'hot', expected a number from 0 up."),
+        (
+            {"top_k": True},
+            "Option top_k is True, expected a number of tokens from 0 to 2147483647.",
+        ),
+        ({"stop": 3}, "Option stop is 3, expected a list of texts that are not empty."),
+        (
+            {"stop": ["a", 3]},
+            "Option stop is ['a', 3], expected a list of texts that are not empty.",
+        ),
+        ({"stop": [""]}, "Option stop is [''], expected a list of texts that are not empty."),
+        ({"seed": -1}, "Option seed is -1, expected a whole number from 0 to 4294967294."),
+        ({"seed": 1.5}, "Option seed is 1.5, expected a whole number from 0 to 4294967294."),
+        ({"n": 1.5}, "Option n is 1.5, expected a number of answers from 1 up."),
     ],
 )
 def test_options_that_cannot_be_followed_are_refused(

@@ -383,7 +383,7 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path, adapters: dict[str, 
         ),
         ({"threads": 0}, "Option threads is 0, expected a number of threads from 1 to 512."),
         ({"threads": 513}, "Option threads is 513, expected a number of threads from 1 to 512."),
-        ({"kv_type": "q4"}, "Option kv_type is 'q4', expected one of f32, f16, q8_0."),
+        ({"kv_type": "q4"}, "Option kv_type is 'q4', expected one of f16, f32, q8_0."),
     ],
 )
 def test_engine_option_out_of_range_is_refused(
@@ -465,7 +465,7 @@ def test_closed_engine_says_so(base: TinyBase) -> None:
     with pytest.raises(BusyError, match="closed"):
         engine.weights(PROMPT)
     with pytest.raises(BusyError, match="closed"):
-        next(answer)
+        answer.text()
     assert (engine.name, engine.has_chat_template) == (name, True)
 
 

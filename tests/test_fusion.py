@@ -7,8 +7,22 @@ import pytest
 
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import numbers as fusion
+from qaflora_edge.weighing.strategy import Probe, Query, parse_strategy
+from qaflora_edge.weighing.weigher import Weigher
 
 NAMES = ("math", "es")
+
+
+def weigher() -> Weigher:
+    return Weigher(NAMES, 2, "static", "norm", "last", {})
+
+
+class NoProbe:
+    """Of strategies that do not look at the query: anything that they ask of it fails."""
+
+
+def no_probe(query: Query) -> Probe:
+    return NoProbe()  # type: ignore[return-value]
 
 
 def test_weights_are_shares_of_the_divergence() -> None:
@@ -84,14 +98,13 @@ def test_typical_is_a_geometric_mean_and_calibrating_by_it_levels_strength() -> 
     ],
 )
 def test_fixed_strategies(text: str, expected: list[list[float]]) -> None:
-    strategy = fusion.parse_strategy(text, NAMES)
-    assert not strategy.is_probed
-    assert fusion.fixed_weights(strategy, NAMES, 2).tolist() == expected
+    assert not parse_strategy(text, NAMES).strategy.is_probed
+    assert weigher().weigh(text, (1, 2), no_probe).weights.tolist() == expected
 
 
 @pytest.mark.parametrize("text", ["qa-flora", "calibrated", "cosine", "euclidean"])
 def test_probed_strategies(text: str) -> None:
-    assert fusion.parse_strategy(text, NAMES).is_probed
+    assert parse_strategy(text, NAMES).strategy.is_probed
 
 
 @pytest.mark.parametrize(
@@ -99,28 +112,28 @@ def test_probed_strategies(text: str) -> None:
 )
 def test_unknown_strategy_is_refused(text: str) -> None:
     with pytest.raises(StrategyError) as caught:
-        fusion.parse_strategy(text, NAMES)
+        parse_strategy(text, NAMES)
     assert str(caught.value) == (
-        f"Strategy {text!r} is not known; expected one of qa-flora, calibrated, cosine, "
-        "euclidean, norm, norm:N, static, base, single:NAME or manual:NAME=W,NAME=W."
+        f"Strategy {text!r} is not known; expected one of qa-flora, cosine, euclidean, calibrated, "
+        "norm[:N], static, single:NAME, manual:NAME=W,NAME=W, base."
     )
 
 
 def test_unknown_adapter_is_refused() -> None:
     with pytest.raises(StrategyError) as caught:
-        fusion.parse_strategy("single:med", NAMES)
+        parse_strategy("single:med", NAMES)
     assert str(caught.value) == (
         "Strategy 'single:med' names the adapter 'med', which is not loaded; "
         "expected one of: math, es."
     )
     with pytest.raises(StrategyError, match="names the adapter 'math' twice"):
-        fusion.parse_strategy("manual:math=1,math=2", NAMES)
+        parse_strategy("manual:math=1,math=2", NAMES)
 
 
 @pytest.mark.parametrize("number", ["", "much", "nan", "inf"])
 def test_manual_weight_that_is_no_number_is_refused(number: str) -> None:
     with pytest.raises(WeightsError, match="the weight of 'es' is"):
-        fusion.parse_strategy(f"manual:es={number}", NAMES)
+        parse_strategy(f"manual:es={number}", NAMES)
 
 
 def test_weights_of_another_shape_are_refused() -> None:

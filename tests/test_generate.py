@@ -145,12 +145,12 @@ def test_end_token_ends_the_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("max_tokens", -1, ">= 0"),
-        ("temperature", -0.5, ">= 0"),
-        ("temperature", float("nan"), ">= 0"),
-        ("top_p", 0.0, "above 0 and at most 1"),
-        ("seed", 2**32, "from 0 to 4294967294"),
-        ("stop", ("",), "texts that are not empty"),
+        ("max_tokens", -1, "a number of tokens from 0 up"),
+        ("temperature", -0.5, "a number from 0 up"),
+        ("temperature", float("nan"), "a number from 0 up"),
+        ("top_p", 0.0, "a number above 0 to 1"),
+        ("seed", 2**32, "a whole number from 0 to 4294967294"),
+        ("stop", ("",), "a list of texts that are not empty"),
     ],
 )
 def test_sampling_option_out_of_range_is_refused(option: str, value: object, expected: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 from bundles import TinyBundle, make_bundle
 
 from qaflora_edge import Engine, Llama
+from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import OptionError
-from qaflora_edge.inference.sampling import MAX_SEED
 from qaflora_edge.openai.llama_like import replace_llama_cpp
 
 # What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.

@@ -85,17 +85,16 @@ def test_answer_is_the_engines_and_its_weights_are_logged(made: TinyBundle, run:
 
 
 def test_system_prompt_and_options_reach_the_engine(made: TinyBundle, run: Run) -> None:
-    options = {"temperature": "0.9", "seed": "5", "max_tokens": "8", "strategy": "single:es"}
-    flags = [part for name, value in options.items() for part in ("-o", name, value)]
+    options = {"temperature": 0.9, "seed": 5, "max_tokens": 8, "top_k": 9, "repeat_penalty": 1.5}
+    given = {**options, "strategy": "single:es", "stop": "xyzzy"}
+    flags = [part for name, value in given.items() for part in ("-o", name, str(value))]
     done = run("-m", "qaflora/bundle", "the thing", "-s", "on and on", *flags)
     assert done.returncode == 0, done.stderr
     messages = [
         {"role": "system", "content": "on and on"},
         {"role": "user", "content": "the thing"},
     ]
-    expected = own_answer(
-        made, messages, temperature=0.9, seed=5, max_tokens=8, weights="single:es"
-    )
+    expected = own_answer(made, messages, weights="single:es", stop="xyzzy", **options)
     assert done.stdout == expected + "\n"
     assert logged(run)["response_json"]["fusion"]["strategy"] == "single:es"
 

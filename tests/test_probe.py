@@ -363,7 +363,7 @@ def test_keep_history_forgets_what_the_prompt_does_not_share(
 
 
 def test_a_negative_tail_is_refused(base: TinyBase) -> None:
-    with pytest.raises(OptionError, match="probe_tail is -1, expected 0 \\(off\\) or a number"):
+    with pytest.raises(OptionError, match="-1, expected a number of tokens from 0 up"):
         Engine(base=base.path, probe_tail=-1)
 
 

@@ -18,13 +18,11 @@ from qaflora_edge.backend.batch import Batch, Outputs, Span, n_common
 from qaflora_edge.backend.library import Handle, forget_said, has_said, said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.stop import Stop
+from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError, OptionError
 
 F32 = NDArray[np.float32]
 
-KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # llama_cpp's GGML_TYPE_*
-MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
-MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
 N_UBATCH = 256  # tokens computed at once; twice as many were no faster and take more memory

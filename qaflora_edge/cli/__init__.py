@@ -174,4 +174,4 @@ def main(ctx: click.Context) -> None:
     if command is not None and verb != "completion":  # which has to work in any case
         from qaflora_edge.cli.setting_table import file_defaults
 
-        ctx.default_map = {verb: file_defaults(verb, command)}
+        ctx.default_map = {verb: file_defaults(verb)}

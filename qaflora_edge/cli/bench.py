@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Bundle
 
 PARTS = ("decode", "change", "ttft", "turn", "memory")
-DECODE_TOKENS, PROMPT_TOKENS, REPEAT = 64, (42, 512), 5
+PROMPT_TOKENS, REPEAT = (42, 512), 5
 KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
 TURN_TOKENS, PROBE_TAIL = "300,30", 16
 
@@ -127,7 +127,7 @@ def bench(
 
     In one process and in turn: the base alone as llama.cpp runs it, --k adapters through
     llama.cpp's own llama_set_adapters_lora, and as many fused by us. All read the same prompt and
-    decode the same tokens after it (--max-tokens, 64 by default); every round has a new prompt.
+    decode the same tokens after it (--max-tokens); every round has a new prompt.
     Ratios are taken within a round, then the median. Both kinds of adapters weigh 1/k.
 
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
@@ -138,16 +138,17 @@ def bench(
     """
     from qaflora_edge.bundles.open import load_bundle
 
-    n_decode = DECODE_TOKENS if options.max_tokens is None else options.max_tokens
     lengths = tuple(dict.fromkeys(prompt_tokens))
-    _check_tokens(options.ctx, max(lengths), n_decode, turn_tokens if "turn" in only else None)
+    _check_tokens(
+        options.ctx, max(lengths), options.max_tokens, turn_tokens if "turn" in only else None
+    )
     loaded = load_bundle(bundle_folder(bundle))
     if not loaded.adapter_paths:
         raise BundleError(
             f"Cannot measure the bundle {loaded.folder}: it has no adapters, expected at least "
             "one. Give a bundle with adapters."
         )
-    plan = _plan(loaded, options, ks, probe_k, repeat, lengths, n_decode, turn_tokens)
+    plan = _plan(loaded, options, ks, probe_k, repeat, lengths, turn_tokens)
     result = _facts(loaded, plan, options) | {"parts": list(only)}
     result |= _measured(loaded, plan, options, only)
     if as_json:
@@ -186,7 +187,6 @@ def _plan(
     probe_k: int | None,
     repeat: int,
     lengths: tuple[int, ...],
-    n_decode: int,
     turn_tokens: tuple[int, int],
 ) -> Plan:
     from qaflora_edge.bench.measure import Plan
@@ -196,7 +196,7 @@ def _plan(
     return Plan(
         repeat=repeat,
         lengths=lengths,
-        n_decode=n_decode,
+        n_decode=options.max_tokens,
         ks=ks,
         probe_k=probe_k or len(loaded.adapter_paths),
         tail=options.probe_tail or PROBE_TAIL,

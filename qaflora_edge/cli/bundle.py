@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from qaflora_edge.cli.convert import OUTTYPES
-from qaflora_edge.cli.options import BUNDLE, LENSES, POOLS, bundle_folder, completed_by, example
+from qaflora_edge.cli.options import BUNDLE, bundle_folder, completed_by, example
 from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.config import LENSES, OUTTYPES, POOLS
 
 NOTES = ("source", "license", "description")
 

@@ -21,9 +21,10 @@ from click.shell_completion import (
     split_arg_string,
 )
 
+from qaflora_edge.weighing.strategy import strategies
+
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_QAFLORA_COMPLETE"
-PLAIN_STRATEGIES = ("qa-flora", "calibrated", "cosine", "euclidean", "norm", "static", "base")
 MAX_ENTRIES = 1000
 
 # Bash cuts words at : and = too. So it passes the line up to the cursor, and says with $2 how
@@ -145,7 +146,8 @@ def complete_strategy(
         used = {pair.partition("=")[0] for pair in done.split(",")}
         left = [name for name in names if name not in used and name.startswith(last)]
         return _items(f"manual:{done}{comma}{name}=" for name in left)
-    return _items(s for s in (*PLAIN_STRATEGIES, "single:", "manual:") if s.startswith(word))
+    forms = (each.name + (":" if each.needs_argument else "") for each in strategies())
+    return _items(form for form in forms if form.startswith(word))
 
 
 def complete_adapter(

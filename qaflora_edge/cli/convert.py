@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import example, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError
 
 if TYPE_CHECKING:
     from qaflora_edge.convert.adapter import ConvertedAdapter
-
-OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 @click.command(
@@ -47,13 +45,7 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
     type=click.Path(path_type=Path),
     help="The file to write.",
 )
-@click.option(
-    "--outtype",
-    type=click.Choice(OUTTYPES),
-    default="f16",
-    show_default=True,
-    help="Type of the adapter's tensors.",
-)
+@own_options
 @click.option(
     "--verify",
     is_flag=True,

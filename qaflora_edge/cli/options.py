@@ -6,69 +6,47 @@ import functools
 import os
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.cli.prompts import read_text
+from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import BundleError, PromptError, RegistryError
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
 
-LENSES, POOLS, KV_TYPES = ("norm", "raw"), ("last", "mean"), ("f16", "f32", "q8_0")
-STRATEGY_HELP = (
-    "How adapters are weighed: qa-flora, calibrated, cosine, euclidean, norm, norm:N, static, "
-    "single:NAME, base, or manual:NAME=W,NAME=W.  [default: the bundle's]"
-)
+# Options whose values a shell completes -> a function of `complete`.
+_COMPLETED = {"strategy": "complete_strategy"}
 
 
-@dataclass(frozen=True)
-class SharedOptions:
-    """The shared options as they were given; None is the Engine's or the command's own default."""
+class SharedOptions(SimpleNamespace):
+    """The shared options by their keys in the settings; None where nothing is set."""
 
-    strategy: str | None
-    lens: str | None
-    pool: str | None
-    probe_tail: int
-    raw_prompt: bool
-    ctx: int
-    kv_type: str
-    no_flash_attn: bool
-    threads: int | None
-    gpu_layers: int | None
-    max_tokens: int | None
-    temp: float | None
-    top_p: float | None
-    seed: int | None
-    stop: tuple[str, ...]
+    def keywords(self, group: str) -> dict[str, Any]:
+        """The options of a group of `config`, by their names in Python."""
+        given = (
+            (option, getattr(self, option.key))
+            for option in in_group(group).values()
+            if option.flag
+        )
+        return {option.name: not value if option.is_negated else value for option, value in given}
 
     @property
     def engine(self) -> dict[str, Any]:
         """Keywords of Engine that do not depend on a bundle's adapters."""
-        return {
-            "n_ctx": self.ctx,
-            "threads": self.threads,
-            "gpu_layers": self.gpu_layers,
-            "kv_type": self.kv_type,
-            "flash_attn": not self.no_flash_attn,
-            "lens": self.lens,
-            "pool": self.pool,
-            "probe_tail": self.probe_tail,
-            "seed": self.seed,
-        }
+        keywords = self.keywords("engine")
+        del keywords["strategy"]
+        return keywords
 
-    def sampling(self, *, max_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
-        """Keywords of Engine.generate; the arguments are the command's own defaults."""
-        return {
-            "max_tokens": max_tokens if self.max_tokens is None else self.max_tokens,
-            "temperature": temperature if self.temp is None else self.temp,
-            "top_p": top_p if self.top_p is None else self.top_p,
-            "stop": self.stop,
-        }
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of Engine.generate."""
+        return self.keywords("sampling")
 
 
 def completed_by(name: str) -> Callable[..., Any]:
@@ -100,85 +78,65 @@ class StopText(click.types.StringParamType):
 # Keywords of click.argument for DIR.
 BUNDLE: dict[str, Any] = {"metavar": "DIR", "shell_complete": completed_by("complete_bundle")}
 
-_OPTIONS = (
-    click.option(
-        "--strategy",
-        metavar="NAME",
-        shell_complete=completed_by("complete_strategy"),
-        help=STRATEGY_HELP,
-    ),
-    click.option(
-        "--lens",
-        type=click.Choice(LENSES),
-        help="How a layer's state is read: through the final norm, or raw.  "
-        "[default: the bundle's, else norm]",
-    ),
-    click.option(
-        "--pool",
-        type=click.Choice(POOLS),
-        help="Weigh by the last token of the prompt, or by the mean of all.  "
-        "[default: the bundle's, else last]",
-    ),
-    click.option(
-        "--probe-tail",
-        type=click.IntRange(min=0),
-        default=0,
-        metavar="N",
-        help="Probe adapters over the last N tokens only, after the base has read the others: "
-        "faster for long prompts, not exact.  [default: all tokens]",
-    ),
-    click.option(
-        "--raw-prompt/--no-raw-prompt",
-        default=False,
-        help="Take the prompt as it is: no chat template.",
-    ),
-    click.option(
-        "--ctx",
-        type=click.IntRange(min=1),
-        default=2048,
-        show_default=True,
-        help="Tokens of prompt and answer together.",
-    ),
-    click.option(
-        "--kv-type",
-        type=click.Choice(KV_TYPES),
-        default="f16",
-        show_default=True,
-        help="Type of the KV cache.",
-    ),
-    click.option("--no-flash-attn/--flash-attn", default=False, help="Do not use flash attention."),
-    click.option(
-        "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]"
-    ),
-    click.option(
-        "--gpu-layers",
-        type=int,
-        help="Layers on the GPU, where the library was built for one.  [default: all]",
-    ),
-    click.option(
-        "--max-tokens", type=click.IntRange(min=0), help="The most tokens that are generated."
-    ),
-    click.option(
-        "--temp", type=click.FloatRange(min=0.0), help="Temperature of sampling; 0 is greedy."
-    ),
-    click.option(
-        "--top-p",
-        type=click.FloatRange(min=0.0, max=1.0, min_open=True),
-        help="Sample from the likeliest tokens that make up this much.",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0, max=2**32 - 2),
-        help="Seed of sampling.  [default: a new one]",
-    ),
-    click.option(
-        "--stop",
-        type=StopText(),
-        multiple=True,
-        metavar="TEXT",
-        help="End the answer before TEXT; repeatable.",
-    ),
-)
+
+def meaning(option: Option) -> str:
+    """The help text of an option, with the strategies that there are by now."""
+    if "{strategies}" not in option.help:
+        return option.help
+    from qaflora_edge.weighing.strategy import strategies
+
+    *others, last = (strategy.usage for strategy in strategies())
+    return option.help.replace("{strategies}", f"{', '.join(others)} or {last}")
+
+
+class _Option(click.Option):
+    """An option of `config`, explained when help is asked for: strategies may come until then."""
+
+    def __init__(self, *args: Any, declared: Option, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.declared = declared
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        unset = self.declared.unset
+        self.help = meaning(self.declared) + (f"  [default: {unset}]" if unset else "")
+        return super().get_help_record(ctx)
+
+
+def click_option(option: Option, command: str) -> Callable[..., Any]:
+    """An option as a decorator for a command."""
+    default = option.default_of(command)
+    keywords: dict[str, Any] = {"metavar": option.metavar}
+    if option.kind is not tuple:
+        keywords["default"] = not default if option.is_negated else default
+    if option.name in _COMPLETED:
+        keywords["shell_complete"] = completed_by(_COMPLETED[option.name])
+    has_words = option.unset or option.kind is bool
+    return click.option(
+        option.flag,
+        cls=_Option,
+        declared=option,
+        help=option.help,
+        type=_click_type(option),
+        multiple=option.kind is tuple,
+        show_default=not has_words and default is not None,
+        **keywords,
+    )
+
+
+def _click_type(option: Option) -> Any:
+    limits: dict[str, Any] = {"min": option.low, "max": option.high, "min_open": option.is_open}
+    if option.choices:
+        return click.Choice(option.choices)
+    if option.kind in (int, float) and limits["min"] is not None:
+        return click.IntRange(**limits) if option.kind is int else click.FloatRange(**limits)
+    return StopText() if option.kind is tuple else option.kind
+
+
+def own_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `config` that are those of one command, which its function names."""
+    for option in reversed(OWN[command.__name__].values()):
+        command = click_option(option, command.__name__)(command)
+    return command
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,12 +144,12 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def collected(**kwargs: Any) -> Any:
-        shared = {field.name: kwargs.pop(field.name) for field in fields(SharedOptions)}
+        shared = {key: kwargs.pop(key) for key in SHARED}
         return command(options=SharedOptions(**shared), **kwargs)
 
     decorated: Callable[..., Any] = collected
-    for option in reversed(_OPTIONS):
-        decorated = option(decorated)
+    for option in reversed(SHARED.values()):
+        decorated = click_option(option, command.__name__)(decorated)
     return decorated
 
 

@@ -14,6 +14,7 @@ from qaflora_edge.cli.options import (
     check_prompt,
     example,
     open_engine,
+    own_options,
     prompt_tokens,
     read_prompt,
     shared_options,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.inference.generation import Generation
 
-MAX_TOKENS, ANSWERS_MAX = 512, 100
+ANSWERS_MAX = 100
 
 
 @click.command(
@@ -47,7 +48,6 @@ MAX_TOKENS, ANSWERS_MAX = 512, 100
     metavar="FILE",
     help="Put the text of FILE behind PROMPT, or take it as the prompt; `-` is stdin; repeatable.",
 )
-@click.option("--system", metavar="TEXT", help="Say this first, as the system's message.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option(
     "--json-schema",
@@ -69,6 +69,7 @@ MAX_TOKENS, ANSWERS_MAX = 512, 100
     show_default=True,
     help="How many answers, drawn with different seeds; needs --temp.",
 )
+@own_options
 @shared_options
 def run(
     bundle: str,
@@ -84,13 +85,12 @@ def run(
     """Answer a prompt with the weighed adapters.
 
     The answer goes to stdout as it is generated, everything else to stderr. PROMPT `-` reads
-    stdin. Greedy unless --temp is given; at most 512 tokens unless --max-tokens says otherwise.
-    An answer that the limit cuts before its schema or grammar ended is printed, and the exit
+    stdin. An answer that the limit cuts before its schema or grammar ended is printed, and the exit
     code is 1.
     """
     _check_usage(prompt, paths, system, (schema_path, grammar_path), n_answer, options)
     text = _whole_prompt(prompt, paths)
-    sampling = options.sampling(max_tokens=MAX_TOKENS, temperature=0.0, top_p=1.0)
+    sampling = options.sampling
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)
     if schema_path is not None:
         sampling["stop"] = ()  # one out of the settings is meant for prose

@@ -107,9 +107,17 @@ class Core:
         weights[self.rows(fusion.adapters)] = fusion.weights
         return weights
 
-    def logits(self, tokens: Sequence[int], weights: F32, cancellation: Cancellation) -> F32:
-        """float32 [n_vocab] after a prompt; weights [n_adapter, n_layer]."""
-        request = Request(tuple(tokens), weights, keeps_logits=True, cancellation=cancellation)
+    def logits(
+        self, tokens: Sequence[int], fusion: FusionWeights, cancellation: Cancellation
+    ) -> F32:
+        """float32 [n_vocab] after a prompt that is read under weights."""
+        request = Request(
+            tuple(tokens),
+            self.all_weights(fusion),
+            adapters=fusion.adapters,
+            keeps_logits=True,
+            cancellation=cancellation,
+        )
         sequence = RunningSequence(request, None, 0)
         self._loop.add(sequence)
         self._loop.drive(lambda: sequence.is_done)

@@ -33,6 +33,7 @@ class Request:
 
     tokens        ids of the prompt
     weights       float32 [n_adapter, n_layer], of all loaded adapters
+    adapters      names of those in use, for messages
     goes_on_from  number of the Sequence whose KV state stays as it was read, whatever its weights
                   were, as far as the prompt begins like what that one held; None: no other's
     keeps_logits  keep those after the prompt, and choose no token
@@ -41,6 +42,7 @@ class Request:
     tokens: tuple[int, ...]
     weights: F32
     sampling: Sampling = field(default_factory=Sampling)
+    adapters: tuple[str, ...] = ()
     goes_on_from: int | None = None
     keeps_logits: bool = False
     cancellation: Cancellation = field(default_factory=Cancellation)

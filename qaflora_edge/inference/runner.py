@@ -100,8 +100,8 @@ class Runner:
             sequence.fail(
                 BackendError(
                     "The logits after the prompt are NaN, expected numbers: an adapter that weighs "
-                    "more than 0 here, or the base, is damaged. Convert or fetch it again, or "
-                    "leave it out."
+                    f"more than 0 here ({', '.join(sequence.request.adapters) or 'none'}), or the "
+                    "base, is damaged. Convert or fetch it again, or leave it out."
                 )
             )
         elif sequence.request.keeps_logits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qaflora_edge.config import in_group
 from qaflora_edge.errors import OptionError
 
 # Of OpenAI's chat completions: what changes no answer here.
@@ -27,8 +28,6 @@ _FIXED = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-# Where null says "the default".
-_NULLABLE = ("max_tokens", "temperature", "top_p", "stop", "frequency_penalty", "presence_penalty")
 
 
 def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,14 +39,18 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed("chat", {name: known.pop(name) for name in _FIXED if name in known}, _FIXED)
     for name in _UNUSED & known.keys():
         del known[name]
-    most = known.pop("max_completion_tokens", None)
-    if most is not None and known.setdefault("max_tokens", most) != most:
-        raise OptionError(
-            f"Options max_tokens and max_completion_tokens are {known['max_tokens']!r} and "
-            f"{most!r}, expected one of them; leave the other out."
-        )
+    sampling = in_group("sampling")
+    for name, option in sampling.items():
+        for alias in option.aliases:
+            value = known.pop(alias, None)
+            if value is not None and known.setdefault(name, value) != value:
+                raise OptionError(
+                    f"Options {name} and {alias} are {known[name]!r} and {value!r}, expected one "
+                    "of them; leave the other out."
+                )
+    # Where null says "the default".
     return {
-        name: value for name, value in known.items() if name not in _NULLABLE or value is not None
+        name: value for name, value in known.items() if name not in sampling or value is not None
     }
 
 

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 from typing import Any, Literal, Self, overload
 
 from qaflora_edge.backend import native
+from qaflora_edge.config import MAX_SEED
 from qaflora_edge.engine import Engine
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.sampling import MAX_SEED
 from qaflora_edge.openai.call_options import check_fixed
 
 # Of Llama(): what changes no answer, and what has to stay at these values (the default first).

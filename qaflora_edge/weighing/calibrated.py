@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing import numbers
-from qaflora_edge.weighing.strategy import F64, Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.strategy import F64
 
 
 class Calibrated(Strategy):
@@ -30,6 +30,8 @@ class Calibrated(Strategy):
             )
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        from qaflora_edge.weighing import numbers
+
         divergence = probe.divergence()
         typical = [query.typical[name][query.lens] for name in query.adapters]
         return Mix(numbers.normalise(numbers.calibrate(divergence, typical)), divergence)
@@ -51,7 +53,9 @@ def measure_typical(
     progress     called with (queries done, queries in all)
     returns      adapter -> lens -> geometric mean of the divergence at each layer
     """
-    measured: dict[str, list[NDArray[Any]]] = {lens: [] for lens in numbers.LENSES}
+    from qaflora_edge.weighing import numbers
+
+    measured: dict[str, list[F64]] = {lens: [] for lens in numbers.LENSES}
     for done, tokens in enumerate(queries, 1):
         for lens, divergence in divergences(tokens).items():
             measured[lens].append(divergence)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from qaflora_edge.weighing.numbers import normalise
 from qaflora_edge.weighing.strategy import Measure, Mix, Probe, Query, Strategy
 
 
@@ -12,6 +11,8 @@ class _Divergence(Strategy):
     measure: Measure = "kl"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        from qaflora_edge.weighing.numbers import normalise
+
         divergence = probe.divergence(self.measure)
         return Mix(normalise(divergence), divergence)
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.errors import StrategyError, WeightsError
-from qaflora_edge.weighing.strategy import F32, Probe, Query, Strategy
+from qaflora_edge.weighing.strategy import Probe, Query, Strategy
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.strategy import F32
+
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 class _Fixed(Strategy):
     is_probed = False
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> F32:
+        import numpy as np
+
         of_adapter = self.weights(query.adapters, argument)
         column = np.array([of_adapter.get(name, 0.0) for name in query.adapters], np.float32)
         return np.repeat(column[:, None], query.n_layer, axis=1)
@@ -63,7 +68,7 @@ class Manual(_Fixed):
                     f"Strategy {text!r}: the weight of {name!r} is {number!r}, expected a number "
                     "as in manual:math=0.7,es=0.3."
                 ) from None
-            if not abs(weights[name]) <= float(np.finfo(np.float32).max):
+            if not abs(weights[name]) <= _LARGEST:
                 raise WeightsError(
                     f"Strategy {text!r}: the weight of {name!r} is {number}, expected a finite "
                     "number."

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.numbers import normalise_top
 from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 
 
@@ -29,6 +26,10 @@ class Norm(Strategy):
         return int(argument)
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        import numpy as np
+
+        from qaflora_edge.weighing.numbers import normalise_top
+
         norms = probe.norms()
         weights, measure = (
             np.repeat(column.astype(np.float32)[:, None], query.n_layer, axis=1)

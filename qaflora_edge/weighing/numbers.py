@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qaflora_edge.config import LENSES as LENSES
+from qaflora_edge.config import POOLS as POOLS
 from qaflora_edge.errors import StrategyError, WeightsError
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-LENSES = ("norm", "raw")
-POOLS = ("last", "mean")
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
 # Below this nothing in float32 states is an adapter's effect; the formula itself keeps its digits.

@@ -2,6 +2,8 @@
 
 A strategy is one object: its name, a word of help, and how it turns a query into weights. Those of
 the package, of other packages and of a program stand in one registry, on one footing.
+
+Help texts and completion name strategies, so numpy is imported by what computes with it only.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from qaflora_edge.errors import StrategyError
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    F32 = NDArray[np.float32]
+    F64 = NDArray[np.float64]
+
 Measure = Literal["kl", "cosine", "euclidean"]
 
 # adapter -> lens -> typical divergence of each layer, as bundle.json stores it

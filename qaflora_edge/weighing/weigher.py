@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategy import F32, Chosen, Mix, Probe, Query, Typical, parse_strategy
+from qaflora_edge.weighing.strategy import Chosen, Mix, Probe, Query, Typical, parse_strategy
 
+F32 = NDArray[np.float32]
 Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
 
 

@@ -16,6 +16,7 @@ from qaflora_edge.cli.options import (
     bundle_folder,
     example,
     open_engine,
+    own_options,
     shared_options,
 )
 from qaflora_edge.errors import QafloraError
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from qaflora_edge.cli.chat.terminal_input import TerminalInput
     from qaflora_edge.cli.chat.view import View
 
-MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
 _LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told what helps
 
 
@@ -41,7 +41,6 @@ _LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told
     )
 )
 @click.argument("bundle", **BUNDLE)
-@click.option("--system", metavar="TEXT", help="The system prompt; /system changes it.")
 @click.option(
     "--load",
     "load_path",
@@ -49,17 +48,7 @@ _LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told
     type=click.Path(path_type=Path),
     help="Go on with a conversation that /save wrote to FILE.",
 )
-@click.option(
-    "--keep-history/--no-keep-history",
-    default=False,
-    help="Read only what is new in each turn; earlier turns stay as they were read, each under its "
-    "own weights.",
-)
-@click.option(
-    "--plain/--no-plain",
-    default=False,
-    help="No escape codes, no line editing, no rendered Markdown.  [default: so off a terminal]",
-)
+@own_options
 @shared_options
 def chat(
     bundle: str,
@@ -73,8 +62,7 @@ def chat(
 
     Each answer is weighed anew for the conversation so far; a line on stderr tells the speed and
     the mix. A line that begins with a slash is a command; /help lists them. Ctrl-C stops an answer,
-    Ctrl-D leaves. When the context is full the oldest turns drop out. Sampled at temperature 0.7
-    and top-p 0.95 unless --temp and --top-p say otherwise.
+    Ctrl-D leaves. When the context is full the oldest turns drop out.
 
     In a pipe each line of stdin is a message, and stdout has the answers alone.
     """
@@ -88,7 +76,7 @@ def chat(
         session = ChatSession(
             engine,
             identity,
-            sampling=options.sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, top_p=TOP_P),
+            sampling=options.sampling,
             raw_prompt=options.raw_prompt,
             keep_history=keep_history,
         )

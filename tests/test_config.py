@@ -1,0 +1,280 @@
+"""Options are the same on the command line, in the settings, in `llm` and in Python."""
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner
+
+from qaflora_edge import Engine, Llama, config
+from qaflora_edge.cli import main
+from qaflora_edge.cli.options import SharedOptions
+from qaflora_edge.cli.setting_table import SHARED_TABLES, file_settings, shared_settings
+from qaflora_edge.config import OPTIONS, SHARED, Option, in_group
+from qaflora_edge.errors import OptionError, SettingsError
+from qaflora_edge.inference.sampling import Sampling
+from qaflora_edge.weighing import strategy
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+
+BY_NAME = {option.name: option for option in OPTIONS}
+COMMANDS = [table for table in SHARED_TABLES if table != "llm"]
+# Values at the ends of each range, and beyond them.
+GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
+    "strategy": (["norm", "manual:a=1"], []),
+    "lens": (["norm", "raw"], ["wide"]),
+    "pool": (["last", "mean"], ["first"]),
+    "kv_type": (["f16", "f32", "q8_0"], ["q4"]),
+    "probe_tail": ([0, 1, 10**6], [-1]),
+    "n_ctx": ([1, 16777216], [0, 16777217]),
+    "n_parallel": ([1, 256], [0, 257]),
+    "threads": ([1, 512], [0, 513]),
+    "gpu_layers": ([-1, 0, 99], ["many"]),
+    "max_tokens": ([0, 10**9], [-1, "x"]),
+    "temperature": ([0.0, 0.5, 100], [-0.001]),
+    "top_p": ([0.001, 1.0], [0.0, 1.001]),
+    "top_k": ([0, 2147483647], [-1, 2147483648]),
+    "min_p": ([0.0, 1.0], [-0.001, 1.001]),
+    "repeat_penalty": ([0.001, 100.0], [0.0, 100.001]),
+    "presence_penalty": ([-100.0, 100.0], [-100.001, 100.001]),
+    "frequency_penalty": ([-100.0, 100.0], [-100.001, 100.001]),
+    "seed": ([0, 4294967294], [-1, 4294967295]),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("config"))
+
+
+def test_every_option_with_a_range_is_tried() -> None:
+    others = {"raw_prompt", "flash_attn", "stop", "grammar", "n"}
+    assert sorted(GOOD_AND_BAD) == sorted(BY_NAME.keys() - others)
+
+
+@pytest.mark.parametrize("name", GOOD_AND_BAD)
+def test_range_is_the_same_everywhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_good, values in zip((True, False), GOOD_AND_BAD[name], strict=True):
+        for value in values:
+            refused = refusals(BY_NAME[name], value, tmp_path / "config.toml", monkeypatch)
+            assert refused == dict.fromkeys(refused, not is_good), value
+
+
+def refusals(
+    option: Option, value: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, bool]:
+    """Which ways to give an option refuse a value."""
+    key, refused = option.key, {}
+    for verb in COMMANDS:
+        line = [f"{option.flag}={value}", "DIR"]
+        refused[verb] = fails(click.BadParameter, find_command(verb).make_context, "", line)
+
+    path.write_text(f"{key} = {value!r}\n", encoding="utf-8")
+    with monkeypatch.context() as patched:
+        patched.setenv("QAFLORA_CONFIG", str(path))
+        refused["file"] = fails(SettingsError, file_settings)
+        patched.setenv("QAFLORA_CONFIG", os.devnull)
+        patched.setenv(f"QAFLORA_{key}".upper(), str(value))
+        refused["environment"] = fails(click.BadParameter, shared_settings, "run")
+
+    for group in option.groups.split():
+        refused[group] = fails(OptionError, config.check, group, {option.name: value})
+    if "sampling" in option.groups:
+        refused["Sampling"] = fails(OptionError, Sampling, **{option.name: value})
+    return refused
+
+
+def fails(error: type[Exception], call: Any, *args: Any, **keywords: Any) -> bool:
+    try:
+        call(*args, **keywords)
+    except error:
+        return True
+    return False
+
+
+def find_command(verb: str) -> click.Command:
+    command = main.get_command(click.Context(main), verb)
+    assert command is not None
+    return command
+
+
+def test_options_and_ranges_of_llm() -> None:
+    pytest.importorskip("llm", reason="the extra llm is not installed")
+    from pydantic import ValidationError
+
+    from qaflora_edge.llm_plugin import BundleModel
+
+    taken = set(BundleModel.Options.model_fields)
+    assert taken == in_group("weighing").keys() | in_group("sampling").keys() - {"grammar"}
+    for name in taken - {"stop"}:
+        for is_good, values in zip((True, False), GOOD_AND_BAD[name], strict=True):
+            for value in values:
+                is_refused = fails(ValidationError, BundleModel.Options, **{name: value})
+                assert is_refused is not is_good, (name, value)
+    assert BundleModel.Options(stop="x").model_dump(exclude_none=True) == {"stop": "x"}
+    assert fails(ValidationError, BundleModel.Options, stop="")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_of_a_command(command: str) -> None:
+    """Those of Python, but for what is listed here."""
+    different = {
+        "run": {"max_tokens": 512},
+        "chat": {"max_tokens": 512, "temperature": 0.7},
+        "weights": {},
+        "bench": {"max_tokens": 64},
+    }
+    expected = {
+        "strategy": None,
+        "lens": None,
+        "pool": None,
+        "raw_prompt": False,
+        "probe_tail": 0,
+        "ctx": 2048,
+        "parallel": 1,
+        "kv_type": "f16",
+        "no_flash_attn": False,
+        "threads": None,
+        "gpu_layers": None,
+        "max_tokens": None,
+        "temp": 0.0,
+        "top_p": 0.95,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repeat_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": None,
+        "stop": (),
+    }
+    params = find_command(command).make_context("", ["DIR"]).params
+    assert {key: params[key] for key in params if key in SHARED} == expected | {
+        BY_NAME[name].key: value for name, value in different[command].items()
+    }
+
+
+def python_defaults(call: Any) -> dict[str, Any]:
+    """Parameters of a call that are options, and their defaults."""
+    parameters = inspect.signature(call).parameters
+    return {name: parameters[name].default for name in parameters if name in BY_NAME}
+
+
+def test_defaults_of_python_calls() -> None:
+    defaults = {name: option.default for name, option in BY_NAME.items()}
+    engine = python_defaults(Engine.__init__)
+    assert engine.keys() == in_group("engine").keys()
+    assert {field.name for field in fields(Sampling)} == in_group("sampling").keys()
+    sampling = {field.name: field.default for field in fields(Sampling)}
+    generate = python_defaults(Engine.generate)
+    assert generate.keys() <= sampling.keys()
+    for found in (engine, sampling, generate, python_defaults(Engine.chat)):
+        assert found == {name: defaults[name] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("call", "different"),
+    [
+        (Llama.__init__, {"n_ctx": 512, "seed": 2**32 - 1}),
+        (
+            Llama.create_completion,
+            {"max_tokens": 16, "temperature": 0.8, "min_p": 0.05, "top_k": 40},
+        ),
+        (Llama.create_chat_completion, {"temperature": 0.2, "min_p": 0.05, "top_k": 40}),
+    ],
+)
+def test_llama_has_the_defaults_of_llama_cpp_python(call: Any, different: dict[str, Any]) -> None:
+    found = python_defaults(call)
+    ours = {name: BY_NAME[name].default for name in found}
+    assert {name: value for name, value in found.items() if value != ours[name]} == different
+
+
+def test_engine_refuses_before_it_loads(tmp_path: Path) -> None:
+    for options, message in (
+        ({"n_ctx": 0}, "Option n_ctx is 0, expected a number of tokens from 1 to 16777216."),
+        ({"n_parallel": 0}, "Option n_parallel is 0, expected a number of requests from 1 to 256."),
+        ({"probe_tail": -1}, "Option probe_tail is -1, expected a number of tokens from 0 up."),
+        ({"flash_attn": "no"}, "Option flash_attn is 'no', expected true or false."),
+        ({"gpu_layers": 1.5}, "Option gpu_layers is 1.5, expected a whole number."),
+        ({"seed": -1}, "Option seed is -1, expected a whole number from 0 to 4294967294."),
+    ):
+        with pytest.raises(OptionError) as caught:
+            Engine(tmp_path / "none", **options)  # type: ignore[arg-type]
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", True, None])
+def test_what_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(OptionError) as caught:
+        config.check("sampling", {"temperature": value})
+    assert str(caught.value) == f"Option temperature is {value!r}, expected a number from 0 up."
+
+
+def test_option_of_another_group_is_refused() -> None:
+    with pytest.raises(OptionError) as caught:
+        config.check("answers", {"n_ctx": 1})
+    assert str(caught.value) == (
+        "Option n_ctx is 1, expected no such option; those of answers are seed, n."
+    )
+
+
+def test_negated_flag_is_the_keyword_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("no_flash_attn = true\n", encoding="utf-8")
+    monkeypatch.setenv("QAFLORA_CONFIG", str(path))
+    assert shared_settings("run").engine["flash_attn"] is False
+    monkeypatch.setenv("QAFLORA_NO_FLASH_ATTN", "false")
+    assert shared_settings("run").engine["flash_attn"] is True
+
+
+def test_options_of_the_command_line_reach_the_sampler(made: TinyBundle) -> None:
+    options = {
+        "max_tokens": 16,
+        "temperature": 1.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.01,
+        "repeat_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.2,
+        "seed": 5,
+        "stop": ("xyzzy", "plugh"),
+    }
+    assert options.keys() == in_group("sampling").keys() - {"grammar"}
+    line = [str(made.folder), "the thing", "--raw-prompt"]
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else (value,)
+        line += [f"{BY_NAME[name].flag}={each}" for each in values]
+    params = find_command("run").make_context("", list(line)).params
+    assert SharedOptions(**{key: params[key] for key in SHARED}).sampling == options
+    result = CliRunner().invoke(main, ["run", *line])
+    with Engine(made.folder) as engine:
+        expected = engine.generate("the thing", **options).text()
+    assert (result.exit_code, result.stdout) == (0, expected + "\n")
+
+
+def test_strategies_are_named_when_help_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "mine" not in CliRunner().invoke(main, ["run", "--help"]).stdout
+
+    class Mine(Strategy):
+        name, argument, needs_argument = "mine", "LIST", True
+
+        def weigh(self, query: Query, probe: Probe, argument: object) -> Mix:
+            raise NotImplementedError
+
+    monkeypatch.setitem(strategy._registry, "mine", Mine())
+    help_text = " ".join(CliRunner().invoke(main, ["run", "--help"]).stdout.split())
+    assert "manual:NAME=W,NAME=W, base or mine:LIST." in help_text
+    line = {"COMP_WORDS": "qaflora run DIR --strategy mi", "COMP_LAST": "mi"}
+    shown = CliRunner().invoke(
+        main, [], prog_name="qaflora", env={"_QAFLORA_COMPLETE": "bash_complete", **line}
+    )
+    assert shown.stdout.splitlines() == ["plain,mine:"]
