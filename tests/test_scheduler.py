@@ -1,0 +1,355 @@
+"""Who is computed next, with a context that only notes what it was given: no model."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.stop import Stop
+from qaflora_edge.errors import BackendError, CancelledError
+from qaflora_edge.inference.loop import Loop
+from qaflora_edge.inference.request import Cancellation, Request
+from qaflora_edge.inference.sampling import Sampling
+from qaflora_edge.inference.scheduler import Scheduler, Slot
+from qaflora_edge.inference.sequence import Sequence as RunningSequence
+
+N_UBATCH = 8
+END = 255
+
+
+class NotedContext:
+    """Cells of (token, weights) in place of KV state; what follows is a hash of all of them."""
+
+    def __init__(self, n_slot: int) -> None:
+        self.cells: list[list[tuple[int, bytes]]] = [[] for _ in range(n_slot)]
+        self.weights = [b""] * n_slot
+        self.batches: list[list[Span]] = []
+        self.broken: set[int] = set()  # tokens that no batch may have
+
+    def keep(self, n_token: int, seq: int) -> int:
+        del self.cells[seq][n_token:]
+        return len(self.cells[seq])
+
+    def clear(self, seq: int | None = None) -> None:
+        for i in range(len(self.cells)) if seq is None else [seq]:
+            self.cells[i] = []
+
+    def move(self, source: int, target: int) -> None:
+        self.cells[target], self.cells[source] = self.cells[source], []
+
+    def set_weights(self, weights: Any, *, seq: int = 0) -> None:
+        self.weights[seq] = weights.tobytes()
+
+    def tokens_of(self, seq: int) -> list[int]:
+        return [token for token, _ in self.cells[seq]]
+
+    def decode_spans(self, spans: Sequence[Span]) -> list[int]:
+        if self.broken & {token for span in spans for token in span.tokens}:
+            raise BackendError("broken")
+        self.batches.append(list(spans))
+        self.rows = [span.seq for span in spans]
+        for span in spans:
+            assert span.start == len(self.cells[span.seq])
+            self.cells[span.seq] += [(token, self.weights[span.seq]) for token in span.tokens]
+        return list(range(len(spans)))
+
+    def logits(self, row: int = -1) -> Any:
+        raise NotImplementedError
+
+    def logits_view(self, row: int = -1) -> Any:
+        return np.zeros(1)
+
+    def sample(self, sampler: Any, row: int = -1) -> int:
+        return zlib.crc32(repr(self.cells[self.rows[row]]).encode()) % 251
+
+
+class Vocabulary:
+    def is_end(self, token: int) -> bool:
+        return token == END
+
+    def piece(self, token: int) -> bytes:
+        return b"%d " % token
+
+
+class Noting:
+    """A sampler that draws what the context says."""
+
+    def sample(self, context: NotedContext, row: int) -> int:
+        return context.sample(None, row)
+
+    def can_end(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A loop over a context that only notes."""
+
+    def __init__(self, n_slot: int) -> None:
+        self.context, self.scheduler = NotedContext(n_slot), Scheduler(n_slot, N_UBATCH)
+        self.loop = Loop(Vocabulary(), self.context, self.scheduler, Stop())
+
+    def add(
+        self, tokens: Sequence[int], weight: float = 1.0, n: int = 5, **more: Any
+    ) -> RunningSequence:
+        weights = np.full((1, 2), weight, np.float32)
+        request = Request(tuple(tokens), weights, Sampling(), **more)
+        sequence = RunningSequence(request, Noting(), n)
+        self.loop.add(sequence)
+        return sequence
+
+    def step(self) -> list[list[Span]]:
+        """One step; gives its batches."""
+        self.context.batches = []
+        steps = iter([False, True])
+        self.loop.drive(lambda: next(steps))
+        return self.context.batches
+
+    def finish(self, *sequences: RunningSequence) -> None:
+        self.loop.drive(lambda: all(sequence.is_done for sequence in sequences))
+
+
+def alone(tokens: Sequence[int], weight: float = 1.0, n: int = 5) -> list[int]:
+    bench = Bench(1)
+    sequence = bench.add(tokens, weight, n)
+    bench.finish(sequence)
+    return sequence.answer
+
+
+def test_a_prompt_is_cut_at_micro_batches_and_its_answer_follows() -> None:
+    bench = Bench(1)
+    sequence = bench.add(range(20), n=3)
+    batches = [[(s.start, len(s.tokens), s.outputs) for s in b] for b in bench.step()]
+    assert batches == [[(0, 8, "none")]]
+    bench.step()
+    (last,) = bench.step()
+    assert [(s.start, len(s.tokens), s.outputs) for s in last] == [(16, 4, "last")]
+    assert len(sequence.answer) == 1  # with the prompt's last token comes the first of the answer
+    bench.finish(sequence)
+    assert (sequence.finish_reason, len(sequence.answer)) == ("length", 3)
+
+
+def test_prefill_of_one_goes_on_beside_decoding_of_others() -> None:
+    bench = Bench(2)
+    first = bench.add([1, 2, 3], n=20)
+    bench.step()
+    second = bench.add(range(100, 120), n=5)
+    decode, prefill = bench.step()
+    assert [(s.seq, len(s.tokens)) for s in decode] == [(0, 1)]
+    assert [(s.seq, len(s.tokens)) for s in prefill] == [(1, 8)]
+    bench.finish(first, second)
+    assert first.answer == alone([1, 2, 3], n=20)
+    assert second.answer == alone(range(100, 120))
+
+
+def test_short_prompts_share_a_step_and_are_cut_as_they_are_alone() -> None:
+    bench = Bench(4)
+    for tokens in ([1, 2, 3], [4, 5, 6, 7], [8, 9], range(30)):
+        bench.add(tokens)
+    assert [[len(s.tokens) for s in batch] for batch in bench.step()] == [[3], [4]]
+    *_, short, long = bench.step()  # two tokens, and no room for a whole piece of the long one
+    assert [len(s.tokens) for s in short] == [2] or [len(s.tokens) for s in long] == [2]
+
+
+def test_the_newest_waits_when_all_slots_are_taken_and_fails_nobody() -> None:
+    bench = Bench(2)
+    answers = [bench.add([i, i + 1], n=3 + i) for i in range(7)]
+    bench.step()
+    assert [answer.slot for answer in answers] == [0, 1] + [None] * 5
+    bench.finish(*answers)
+    assert [answer.answer for answer in answers] == [alone([i, i + 1], n=3 + i) for i in range(7)]
+
+
+class CountedJob:
+    def __init__(self, n: int) -> None:
+        self.n_left = n
+
+    @property
+    def is_done(self) -> bool:
+        return self.n_left == 0
+
+    is_cancelled = False
+
+
+def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
+    scheduler = Scheduler(2, N_UBATCH)
+    decoding = RunningSequence(request([1]), Noting(), 99)
+    scheduler.add(decoding)
+    scheduler.step()
+    decoding.n_past, decoding.next_token = 1, 7
+    reading = RunningSequence(request(range(64)), Noting(), 5)
+    scheduler.add(reading)
+    job = CountedJob(4)
+    scheduler.add_job(job)
+    seen = ""
+    while not job.is_done:
+        step = scheduler.step()
+        assert step.decode == [decoding]
+        assert (step.job is None) != (not step.prefill)
+        seen += "j" if step.job else "p"
+        if step.job:
+            job.n_left -= 1
+        for sequence, n in step.prefill:
+            sequence.n_past += n
+    assert "jj" not in seen
+    assert "pp" not in seen
+
+
+def request(tokens: Sequence[int], **more: Any) -> Request:
+    return Request(tuple(tokens), np.ones((1, 2), np.float32), **more)
+
+
+def test_gaps_between_slots_are_closed() -> None:
+    """Only adjacent sequences are computed together."""
+    bench = Bench(4)
+    answers = [bench.add([i, i], n=n) for i, n in enumerate((3, 20, 3, 20))]
+    bench.finish(answers[0], answers[2])
+    bench.step()
+    assert [answer.slot for answer in answers] == [None, 1, None, 0]
+    bench.finish(*answers)
+    assert [answer.answer for answer in answers] == [
+        alone([i, i], n=n) for i, n in enumerate((3, 20, 3, 20))
+    ]
+
+
+def test_a_prompt_that_goes_on_is_read_from_where_it_begins() -> None:
+    bench = Bench(2)
+    first = bench.add([1, 2, 3], n=4)
+    bench.finish(first)
+    turn = [1, 2, 3, *first.answer, 9, 9]
+    second = bench.add(turn)
+    bench.step()
+    assert bench.context.batches[0][0].start == 3 + 3  # the answer's last token was not decoded
+    bench.finish(second)
+    assert second.answer == alone(turn)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [1, 2, 4, 5], [1, 2, 3]])
+def test_a_prompt_that_does_not_go_on_is_read_whole(prompt: list[int]) -> None:
+    bench = Bench(1)
+    bench.finish(bench.add([1, 2, 3], n=2))
+    bench.add(prompt)
+    bench.step()
+    assert bench.context.batches[0][0].start == 0
+
+
+def test_what_was_read_under_other_weights_is_never_reused() -> None:
+    bench = Bench(1)
+    bench.finish(bench.add([1, 2, 3], weight=1.0))
+    other = bench.add([1, 2, 3, 4], weight=2.0)
+    bench.finish(other)
+    assert other.answer == alone([1, 2, 3, 4], weight=2.0)
+
+
+def test_history_is_kept_for_the_one_whose_it_is() -> None:
+    """The state of a conversation, under each turn's own weights, is no other's."""
+    bench = Bench(2)
+    mine = bench.add([1, 2, 3], weight=1.0, n=2)
+    bench.finish(mine)
+    turn = [1, 2, 3, *mine.answer, 7]
+    stranger = bench.add(turn, weight=2.0)
+    kept = bench.add(turn, weight=2.0, goes_on_from=mine.number)
+    bench.finish(stranger, kept)
+    assert stranger.answer == alone(turn, weight=2.0)
+    assert kept.answer != stranger.answer
+    # Of mixed state nothing is reused under either of its weights.
+    for weight in (1.0, 2.0):
+        after = bench.add([*turn, 8], weight=weight)
+        bench.finish(after)
+        assert after.answer == alone([*turn, 8], weight=weight)
+
+
+def test_one_that_fails_ends_alone() -> None:
+    bench = Bench(3)
+    good = [bench.add([1, 2], n=9), bench.add([3, 4], n=9)]
+    bad = bench.add([5, 6], n=9)
+    bench.context.broken = {alone([5, 6], n=9)[3]} - set(
+        alone([1, 2], n=9) + alone([3, 4], n=9) + [1, 2, 3, 4, 5, 6]
+    )
+    assert bench.context.broken
+    bench.finish(*good, bad)
+    assert isinstance(bad.error, BackendError)
+    assert (bad.finish_reason, bad.answer) == ("error", alone([5, 6], n=9)[:4])
+    assert [each.answer for each in good] == [alone([1, 2], n=9), alone([3, 4], n=9)]
+
+
+def test_cancelled_while_it_waits_while_it_is_read_and_while_it_answers() -> None:
+    bench = Bench(2)
+    answering, reading, waiting = bench.add([1, 2], n=99), bench.add(range(40)), bench.add([3])
+    bench.step()
+    for each in (answering, reading, waiting):
+        each.request.cancellation.set()
+    later = bench.add([4, 5])
+    bench.finish(answering, reading, waiting, later)
+    assert answering.finish_reason == "cancelled"
+    assert answering.pieces  # it keeps its text
+    for each in (reading, waiting):
+        assert (each.finish_reason, type(each.error)) == ("error", CancelledError)
+    assert later.answer == alone([4, 5])
+
+
+def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes when, each answer is the one it is alone. And the test would notice if not."""
+    assert wrong_answers(seeds=range(250)) == 0
+
+    def forgets_the_weights(slot: Slot, sequence: RunningSequence) -> int:
+        tokens = sequence.request.tokens
+        n_same = 0
+        for held, token in zip(slot.tokens, tokens[:-1], strict=False):
+            if held != token:
+                break
+            n_same += 1
+        return n_same if 0 < slot.n_prompt <= n_same else 0
+
+    monkeypatch.setattr(Slot, "n_reused", forgets_the_weights)
+    assert wrong_answers(seeds=range(60)) > 0
+
+
+def wrong_answers(seeds: Sequence[int]) -> int:
+    """Random arrivals, lengths, weights, turns and cancels; how many answers differ from alone."""
+    n_wrong = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        bench = Bench(rng.randint(1, 5))
+        done: list[RunningSequence] = []
+        running: list[RunningSequence] = []
+        for _ in range(rng.randint(3, 12)):
+            prompt = [rng.randrange(3) for _ in range(rng.randint(1, 20))]
+            if done and rng.random() < 0.5:  # a next turn of somebody's
+                last = rng.choice(done)
+                prompt = [*last.request.tokens, *last.answer, *prompt]
+            n = rng.randint(0, 9)
+            sequence = bench.add(prompt, rng.choice([0.0, 1.0, 2.0]), n)
+            running.append(sequence)
+            for _ in range(rng.randrange(8)):
+                if any(not each.is_done for each in running):
+                    bench.step()
+            if rng.random() < 0.2:
+                rng.choice(running).request.cancellation.set()
+            done += [each for each in running if each.finish_reason in ("length", "stop")]
+        bench.finish(*running)
+        for each in running:
+            expected = alone(each.request.tokens, float(each.request.weights[0, 0]), each.n_max)
+            is_cut = each.finish_reason in ("cancelled", "error")
+            n_wrong += each.answer != (expected[: len(each.answer)] if is_cut else expected)
+    return n_wrong
+
+
+def test_cancellation_by_event() -> None:
+    import threading
+
+    event = threading.Event()
+    bench = Bench(1)
+    sequence = bench.add([1, 2], n=99, cancellation=Cancellation(event))
+    bench.step()
+    event.set()
+    bench.finish(sequence)
+    assert sequence.finish_reason == "cancelled"

@@ -1,0 +1,179 @@
+"""Exactness under company: over random schedules each answer is the one that it is alone.
+
+On a tiny base with F32 everywhere: tokens are equal, and the logits that they are chosen from
+within a tolerance, for products of other batch sizes sum in another order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny import write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine, Generation, QafloraError
+from qaflora_edge.errors import BackendError, PromptError
+from qaflora_edge.inference.runner import Runner
+
+F32 = NDArray[np.float32]
+N_SCHEDULE = 200
+NAMES = ("math", "es", "med")
+STRATEGIES = ("qa-flora", "cosine", "norm", "static", "base", "single:es", "manual:math=1.5,med=-1")
+# Of logits; gemma3's norms between its blocks amplify rounding, without adapters as well.
+TOLERANCE = {"llama": 1e-4, "gemma3": 5e-4}
+POISON = 251  # a token that no batch may have: a decode that fails for one
+
+
+@dataclass
+class Call:
+    """What one caller asks for, and what it is told."""
+
+    prompt: list[int]
+    options: dict[str, Any]
+    answer: Generation | None = None
+    error: QafloraError | None = None
+    logits: list[F32] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def engines(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, Engine, str]]:
+    """One for a single caller, one for four; gemma3 attends over a sliding window."""
+    place = tmp_path_factory.mktemp("schedules")
+    base = write_tiny_base(place / "base.gguf", request.param, window=16, n_ctx=512)
+    adapters = {
+        name: write_tiny_adapter(place / f"{name}.gguf", base, rank=2 + i, seed=i).path
+        for i, name in enumerate(NAMES)
+    }
+    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 400, "threads": 1}
+    with (
+        Engine(base=base.path, adapters=adapters, **options) as alone,
+        Engine(base=base.path, adapters=adapters, n_parallel=4, **options) as together,
+    ):
+        yield alone, together, request.param
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[F32]]:
+    """Number of a sequence -> the logits [n_vocab] that each of its tokens was chosen from."""
+    found: dict[int, list[F32]] = {}
+    sample, decode = Runner._sample, None
+
+    def noting(self: Runner, sequence: Any, row: int) -> None:
+        found.setdefault(sequence.number, []).append(self._context.logits(row))
+        sample(self, sequence, row)
+
+    monkeypatch.setattr(Runner, "_sample", noting)
+    from qaflora_edge.backend.context import Context
+
+    decode = Context.decode_spans
+
+    def failing(self: Context, spans: Any) -> list[int]:
+        if any(POISON in span.tokens for span in spans):
+            raise BackendError("poisoned")
+        return decode(self, spans)
+
+    monkeypatch.setattr(Context, "decode_spans", failing)
+    return found
+
+
+def drawn_call(rng: random.Random, done: list[Call]) -> Call:
+    prompt = [rng.randrange(1, 250) for _ in range(rng.choice([1, 3, 10, 40, 90, 300]))]
+    if done and rng.random() < 0.3:  # a next turn of somebody's
+        last = rng.choice(done)
+        prompt = (last.prompt + prompt)[:380]
+    if rng.random() < 0.05:
+        prompt = prompt * 500  # too long
+    if rng.random() < 0.05:
+        prompt.insert(rng.randrange(len(prompt)), POISON)
+    options: dict[str, Any] = {
+        "weights": rng.choice(STRATEGIES),
+        "max_tokens": rng.randrange(12),
+        "temperature": rng.choice([0.0, 0.0, 0.0, 0.8]),
+        "seed": rng.randrange(1000),
+        "stop": rng.choice([(), ("e",)]),
+    }
+    if "es" not in options["weights"] and "manual" not in options["weights"]:
+        options["adapters"] = rng.choice([NAMES, NAMES[:2], NAMES[2:]])
+    return Call(prompt, options)
+
+
+def begin(engine: Engine, call: Call) -> None:
+    try:
+        call.answer = engine.generate(call.prompt, wait=False, **call.options)
+    except QafloraError as error:
+        call.error = error
+
+
+def read(call: Call, n_piece: int) -> None:
+    """Ask for some more pieces of an answer, which computes others' too."""
+    assert call.answer is not None
+    try:
+        for _ in range(n_piece):
+            if next(call.answer, None) is None:
+                return
+    except QafloraError as error:
+        call.error = error
+
+
+def cancel(call: Call) -> None:
+    assert call.answer is not None
+    call.answer.cancel()
+
+
+def test_answers_in_company_are_those_alone(
+    engines: tuple[Engine, Engine, str], noted: dict[int, list[F32]]
+) -> None:
+    alone, together, architecture = engines
+    n_compared = n_logits = 0
+    for seed in range(N_SCHEDULE // 2):  # of each architecture
+        rng = random.Random(seed)
+        done: list[Call] = []
+        open_calls: list[Call] = []
+        for _ in range(rng.randint(2, 7)):
+            call = drawn_call(rng, done)
+            begin(together, call)
+            if call.answer is not None and call.error is None:
+                open_calls.append(call)
+            done.append(call)
+            for _ in range(rng.randrange(4)):
+                if open_calls:
+                    read(rng.choice(open_calls), rng.randrange(4))
+            if open_calls and rng.random() < 0.15:
+                cancel(rng.choice(open_calls))
+        for call in rng.sample(open_calls, len(open_calls)):
+            read(call, 1000)
+        for call in done:
+            n_logits += compare(alone, call, noted, TOLERANCE[architecture])
+            n_compared += 1
+    assert n_compared > 3 * N_SCHEDULE // 2
+    assert n_logits > 5 * N_SCHEDULE // 2
+
+
+def compare(alone: Engine, call: Call, noted: dict[int, list[F32]], atol: float) -> int:
+    """Ask for the same alone. How many rows of logits were compared."""
+    again = Call(call.prompt, call.options)
+    begin(alone, again)
+    if again.answer is None:  # it could not even begin
+        assert isinstance(again.error, PromptError | BackendError)
+        assert str(call.error) == str(again.error)
+        return 0
+    assert call.answer is not None
+    read(again, 1000)
+    ours, theirs = call.answer._sequence, again.answer._sequence
+    rows = noted.get(ours.number, [])
+    for mine, other in zip(rows, noted.get(theirs.number, []), strict=False):
+        np.testing.assert_allclose(mine, other, atol=atol, rtol=0)
+    if ours.is_cancelled:
+        assert ours.finish_reason in ("cancelled", "error", "stop", "length")
+        assert theirs.answer[: len(ours.answer)] == ours.answer
+    else:
+        assert (ours.answer, ours.finish_reason) == (theirs.answer, theirs.finish_reason)
+        assert str(call.error) == str(again.error)
+    return len(rows)
