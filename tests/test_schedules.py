@@ -24,8 +24,9 @@ F32 = NDArray[np.float32]
 N_SCHEDULE = 200
 NAMES = ("math", "es", "med")
 STRATEGIES = ("qa-flora", "cosine", "norm", "static", "base", "single:es", "manual:math=1.5,med=-1")
-# Of logits; gemma3's norms between its blocks amplify rounding, without adapters as well.
-TOLERANCE = {"llama": 1e-4, "gemma3": 5e-4}
+# Of logits. The stock library itself changes this tiny gemma3's by up to 1.1e-3 with the batch size
+# alone (and llama's by 7e-6): norms behind its blocks amplify rounding.
+TOLERANCE = {"llama": 1e-4, "gemma3": 5e-3}
 POISON = 251  # a token that no batch may have: a decode that fails for one
 
 
