@@ -34,6 +34,20 @@ def pytest_configure() -> None:
         for table in (None, *SHARED_TABLES):
             for name in variables(key, table):
                 os.environ.pop(name, None)
+    share_processors()
+
+
+def share_processors() -> None:
+    """Give each of several workers (`pytest -n 2`) processors of its own.
+
+    Whatever it starts has them too, and as many threads: more would wait for each other, spinning.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):
+        index, n_worker = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        processors = sorted(os.sched_getaffinity(0))
+        own = processors[index % n_worker :: n_worker] or processors[index % len(processors) :][:1]
+        os.sched_setaffinity(0, own)
 
 
 def pytest_unconfigure() -> None:

@@ -72,12 +72,14 @@ def findings(
     return convert_table.Findings(families, upstream, tmp_path_factory.mktemp("zoo"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_of_the_table_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
     (row,) = convert_table.architecture_rows(findings, [FAMILIES[family]])
     assert list(row) in convert_table.committed("architectures")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family.name for family in MIXTURES])
 def test_row_of_experts_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
     (row,) = convert_table.expert_rows(findings, [FAMILIES[family]])
@@ -96,6 +98,7 @@ with Engine(base=sys.argv[1], adapters={"it": sys.argv[2]}, n_ctx=64) as engine:
 """
 
 
+@pytest.mark.slow
 def test_block_that_passes_several_streams_on_is_no_crash(upstream: Path, tmp_path: Path) -> None:
     specimen = zoo.build([GEMMA_3N], upstream, tmp_path)[GEMMA_3N.name]
     command = [sys.executable, "-c", PROBE, specimen.base, specimen.upstream("projections")]

@@ -12,8 +12,11 @@ from qaflora_edge.convert.adapter import convert_adapter
 
 NAMES = ("math", "es", "med")
 DEMO = Path(__file__).parents[1] / "models" / "demo" / "adapters"
-# transformers and peft warn of each other's ways; nothing of ours is called there.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # transformers and peft warn of each other's ways; nothing of ours is called there.
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 N_HEAD, N_HEAD_KV = 9, 3  # of SmolLM2-135M
 
 PROMPTS = [
