@@ -40,14 +40,13 @@ def pytest_configure() -> None:
 def share_processors() -> None:
     """Give each of several workers (`pytest -n 2`) processors of its own.
 
-    Whatever it starts has them too, and as many threads: more would wait for each other, spinning.
+    What it starts has them too, and as many threads: more would wait for each other, spinning.
     """
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
-        index, n_worker = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         processors = sorted(os.sched_getaffinity(0))
-        own = processors[index % n_worker :: n_worker] or processors[index % len(processors) :][:1]
-        os.sched_setaffinity(0, own)
+        index = int(worker.removeprefix("gw")) % len(processors)
+        os.sched_setaffinity(0, processors[index :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])])
 
 
 def pytest_unconfigure() -> None:
