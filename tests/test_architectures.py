@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convert_table
 import gguf
 import numpy as np
 import pytest
 import tiny
+from families import FAMILIES, GEMMA_3N, MIXTURES
+from features import FEATURES
 
 from qaflora_edge.convert import architectures
 from qaflora_edge.convert.adapter import convert_adapter
@@ -37,19 +40,11 @@ from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.formats.bypassed import BYPASSED
 from qaflora_edge.formats.gguf_header import GgufHeader
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-import convert_table
-import zoo
-from families import FAMILIES, GEMMA_3N, MIXTURES
-from features import FEATURES
-
 
 @pytest.fixture(scope="session")
 def upstream(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Unpack llama.cpp's converters."""
+    zoo = pytest.importorskip("zoo")
     archive = zoo.find_archive(checkout / "patches", cache_dir())
     if not archive.is_file():
         pytest.skip(f"the source archive that a build fetches is not at {archive}")
@@ -100,6 +95,7 @@ with Engine(base=sys.argv[1], adapters={"it": sys.argv[2]}, n_ctx=64) as engine:
 
 @pytest.mark.slow
 def test_block_that_passes_several_streams_on_is_no_crash(upstream: Path, tmp_path: Path) -> None:
+    zoo = pytest.importorskip("zoo")
     specimen = zoo.build([GEMMA_3N], upstream, tmp_path)[GEMMA_3N.name]
     command = [sys.executable, "-c", PROBE, specimen.base, specimen.upstream("projections")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -111,8 +107,10 @@ def test_block_that_passes_several_streams_on_is_no_crash(upstream: Path, tmp_pa
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature_of_peft_is_what_the_table_says(tmp_path: Path, feature: str) -> None:
+    pytest.importorskip("peft")
     row = convert_table.feature_row(feature, tmp_path)
     assert list(row) in convert_table.committed("features")
 

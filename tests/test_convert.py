@@ -101,6 +101,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_delta_equals_that_of_peft(
@@ -118,6 +119,7 @@ def test_delta_equals_that_of_peft(
         np.testing.assert_allclose(runtime_delta(out, name), delta, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding_and_head_equal_those_of_peft(
     tmp_path: Path, make_base: MakeBase, tied: bool
@@ -141,6 +143,7 @@ def test_head_of_a_tied_base_keeps_its_own_name(tmp_path: Path, make_base: MakeB
     assert list(stored(tmp_path / "out.gguf")) == ["output.weight.lora_a", "output.weight.lora_b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain", "rslora"])
 def test_uniform_scale_leaves_values_untouched(
     tmp_path: Path, make_base: MakeBase, case: str

@@ -1,14 +1,19 @@
 """SmolLM2 with three trained adapters, against transformers and PEFT on the dequantised base."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from reference import Reference, dequantise, peft_from_gguf
 
 from qaflora_edge import Engine
 from qaflora_edge.convert.adapter import convert_adapter
+
+if TYPE_CHECKING:
+    from reference import Reference  # and so torch, which takes seconds
 
 NAMES = ("math", "es", "med")
 DEMO = Path(__file__).parents[1] / "models" / "demo" / "adapters"
@@ -50,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def peft_folders(folder: Path) -> dict[str, Path]:
+    from reference import peft_from_gguf
+
     return {
         name: peft_from_gguf(DEMO / f"{name}.gguf", folder / name, N_HEAD, N_HEAD_KV)
         for name in NAMES
@@ -58,12 +65,16 @@ def peft_folders(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def reference(smollm2: Path, peft_folders: dict[str, Path]) -> Reference:
+    from reference import Reference
+
     return Reference(smollm2, peft_folders)
 
 
 @pytest.fixture(scope="module")
 def exact(smollm2: Path, folder: Path, peft_folders: dict[str, Path]) -> Iterator[Engine]:
     """F32 base, F32 adapters from our own converter, F32 KV, no flash attention."""
+    from reference import dequantise
+
     base = dequantise(smollm2, folder / "f32.gguf")
     adapters = {
         name: convert_adapter(path, base, folder / f"{name}.gguf", outtype="f32").path
