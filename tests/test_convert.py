@@ -309,10 +309,7 @@ def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) 
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     other = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(other, "rwkv7")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    tiny.write_shapes(other, "rwkv7", {})
     assert refusal(UnsupportedAdapterError, folder, other) == (
         f"Cannot convert an adapter for {other}: its architecture 'rwkv7' is refused, for "
         "llama.cpp multiplies with its linear attention's matrices without adapters; expected one "
@@ -344,15 +341,7 @@ def test_adapter_of_another_width_is_refused(tmp_path: Path, make_base: MakeBase
 def test_tensor_that_the_base_lacks_is_named(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"])
-    fused = tmp_path / "fused.gguf"
-    writer = gguf.GGUFWriter(fused, "llama")
-    writer.add_block_count(3)
-    writer.add_head_count(4)
-    writer.add_tensor("token_embd.weight", base.tensors["token_embd.weight"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    fused = tiny.write_shapes(tmp_path / "fused.gguf", "llama", {"token_embd.weight": (271, 64)})
     assert refusal(AdapterMismatchError, folder, fused) == (
         f"Cannot convert {folder} for {fused}: module model.layers.0.self_attn.q_proj needs tensor "
         "blk.0.attn_q.weight, which the base lacks. The adapter is for another base "
