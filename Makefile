@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Each makes what is missing and repeats nothing.
+# `make test-fast` leaves out the slow tests, for daily work.
 # `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` with sanitizers.
 # `make fuzz MINUTES=5` gives every reader damaged files.
 # Options for llama.cpp go in CMAKE_ARGS, such as `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
@@ -13,15 +14,21 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table clean FORCE
+.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table clean FORCE
 
 demo: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
 	$(BIN)/python models/demo.py
 
-# `pytest`, not `python -m pytest`: the installed package is tested, not the checkout.
+# `pytest`, not `python -m pytest`: the installed package is tested, not the checkout. A worker for
+# each processor, each with about 1.5 GB of memory.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
 test: $(DONE)/package $(DONE)/test-tools
-	$(BIN)/pytest
+	$(PYTEST)
+
+test-fast: $(DONE)/package $(DONE)/test-tools
+	$(PYTEST) -m "not slow"
 
 # The Vulkan build has an environment and a build folder of its own, so that neither disturbs the other.
 test-vulkan:

@@ -12,6 +12,7 @@ FORM = {
     "type": "object",
     "properties": {"language": {"enum": ["English", "Spanish"]}, "urgent": {"type": "boolean"}},
     "required": ["language", "urgent"],
+    "additionalProperties": False,
 }
 
 

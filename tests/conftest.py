@@ -34,6 +34,19 @@ def pytest_configure() -> None:
         for table in (None, *SHARED_TABLES):
             for name in variables(key, table):
                 os.environ.pop(name, None)
+    share_processors()
+
+
+def share_processors() -> None:
+    """Give each of several workers (`pytest -n 2`) processors of its own.
+
+    What it starts has them too, and as many threads: more would wait for each other, spinning.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        index = int(worker.removeprefix("gw")) % len(processors)
+        os.sched_setaffinity(0, processors[index :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])])
 
 
 def pytest_unconfigure() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import zoo
 from families import FAMILIES, MIXTURES, AnyFamily
 from features import FEATURES, outcome
 from numpy.typing import NDArray
@@ -41,6 +40,8 @@ class Findings:
     """Specimens of some families, and what was found of them."""
 
     def __init__(self, families: Iterable[AnyFamily], upstream: Path, folder: Path) -> None:
+        import zoo  # and so torch, which takes seconds
+
         self._specimens = zoo.build(families, upstream, folder)
 
     def row(self, family: str) -> dict[str, str]:
@@ -234,6 +235,8 @@ def write(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
 
 def main() -> None:
     """Fill the page's tables."""
+    import zoo
+
     archive = zoo.find_archive(PAGE.parents[1] / "patches", cache_dir())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

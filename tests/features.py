@@ -9,7 +9,6 @@ from typing import Any
 import gguf
 import numpy as np
 import tiny
-import zoo
 from families import FAMILIES
 
 from qaflora_edge.convert.adapter import convert_adapter
@@ -73,6 +72,7 @@ FEATURES = {
 def outcome(feature: Feature, parent: Path) -> str:
     """Say "exact" or "refused" of a feature; what is converted and wrong raises AssertionError."""
     import peft
+    import zoo
 
     folder = Path(tempfile.mkdtemp(dir=parent))
     family = FAMILIES[feature.family]

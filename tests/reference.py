@@ -173,21 +173,20 @@ class Reference:
         return divergences / divergences.sum(dim=0, keepdim=True)
 
     @torch.inference_mode()
-    def likeliest(
+    def logits(
         self, tokens: Sequence[int], answer: Sequence[int], weights: NDArray[np.floating]
-    ) -> list[int]:
-        """The likeliest token after the prompt and after each of the answer: [1 + len(answer)].
+    ) -> F32:
+        """The logits after the prompt and after each token of an answer, in one pass.
 
         weights  [n_adapter, n_layer], merged into the base
-
-        Greedy decoding gives this answer, and the last of these next, just when each token of the
-        answer is the likeliest one. All are asked for in one pass.
+        returns  [1 + len(answer), n_vocab]
         """
         undo = self._merge(weights)
         try:
             with self.model.disable_adapter():
                 logits = self.causal(input_ids=torch.tensor([[*tokens, *answer]])).logits[0]
-            return [int(token) for token in logits[len(tokens) - 1 :].argmax(dim=-1)]
+            found: F32 = logits[len(tokens) - 1 :].numpy()
+            return found
         finally:
             for parameter, original in undo:
                 parameter.copy_(original)

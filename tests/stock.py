@@ -7,10 +7,9 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
-from tiny import TinyAdapter, TinyBase, write_tiny_base
+from tiny import TinyAdapter, TinyBase, begin_adapter, finish, write_tiny_base
 
 from qaflora_edge.backend import native
 from qaflora_edge.backend.model import Model
@@ -73,18 +72,12 @@ class StockContext:
 
 def write_slice(path: Path, base: TinyBase, adapter: TinyAdapter, layer: int) -> Path:
     """One layer of an adapter as a file of its own: weights per layer on the stock path."""
-    writer = gguf.GGUFWriter(path, base.arch)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", adapter.alpha)
+    writer = begin_adapter(path, base.arch, adapter.alpha)
     for name in adapter.a:
         if name.startswith(f"blk.{layer}."):
             writer.add_tensor(f"{name}.lora_a", adapter.a[name])
             writer.add_tensor(f"{name}.lora_b", adapter.b[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

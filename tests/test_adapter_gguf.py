@@ -49,10 +49,7 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], **fields: Any) -> P
         writer.add_array("adapter.alora.invocation_tokens", values["tokens"])
     for name, shape in shapes.items():
         writer.add_tensor(name, np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     return path
 
 
@@ -361,17 +358,11 @@ def test_types_without_floats_are_those_of_llama_cpp(llama_cpp_source: Path) -> 
 def test_type_that_holds_no_floats_is_refused(tmp_path: Path, kind: str) -> None:
     raw_type = gguf.GGMLQuantizationType[kind]
     n_block, block_bytes = gguf.GGML_QUANT_SIZES[raw_type]
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
+    writer = tiny.begin_adapter(tmp_path / "a.gguf")
     data = np.zeros((4, 256 // n_block * block_bytes), np.uint8)
     writer.add_tensor(f"{Q0}.lora_a", data, raw_dtype=raw_type)
     writer.add_tensor(f"{Q0}.lora_b", np.zeros((64, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     path = tmp_path / "a.gguf"
     assert refusal(GgufFileError, path) == (
         f"Cannot use adapter {path}: tensor {Q0}.lora_a is of type {kind}; expected F32, F16, BF16 "
@@ -390,17 +381,11 @@ def test_values_that_are_no_numbers_are_counted(
     kind = gguf.GGMLQuantizationType[outtype.upper()]
     values = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     stored = gguf.quants.quantize(values, kind)
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 1.0)
+    writer = tiny.begin_adapter(tmp_path / "a.gguf")
     for side, data in (("a", stored), ("b", np.ones((64, 3), np.float32))):
         raw_kind = kind if side == "a" else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"blk.0.attn_q.weight.lora_{side}", data, raw_dtype=raw_kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     info = read_adapter_gguf(tmp_path / "a.gguf")
     check_values(info)
     tensor = info.tensors["blk.0.attn_q.weight.lora_a"]

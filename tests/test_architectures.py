@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convert_table
 import gguf
 import numpy as np
 import pytest
 import tiny
+from families import FAMILIES, GEMMA_3N, MIXTURES
+from features import FEATURES
 
 from qaflora_edge.convert import architectures
 from qaflora_edge.convert.adapter import convert_adapter
@@ -37,19 +40,11 @@ from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.formats.bypassed import BYPASSED
 from qaflora_edge.formats.gguf_header import GgufHeader
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-import convert_table
-import zoo
-from families import FAMILIES, GEMMA_3N, MIXTURES
-from features import FEATURES
-
 
 @pytest.fixture(scope="session")
 def upstream(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Unpack llama.cpp's converters."""
+    zoo = pytest.importorskip("zoo")
     archive = zoo.find_archive(checkout / "patches", cache_dir())
     if not archive.is_file():
         pytest.skip(f"the source archive that a build fetches is not at {archive}")
@@ -72,12 +67,14 @@ def findings(
     return convert_table.Findings(families, upstream, tmp_path_factory.mktemp("zoo"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_of_the_table_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
     (row,) = convert_table.architecture_rows(findings, [FAMILIES[family]])
     assert list(row) in convert_table.committed("architectures")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family.name for family in MIXTURES])
 def test_row_of_experts_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
     (row,) = convert_table.expert_rows(findings, [FAMILIES[family]])
@@ -96,7 +93,9 @@ with Engine(base=sys.argv[1], adapters={"it": sys.argv[2]}, n_ctx=64) as engine:
 """
 
 
+@pytest.mark.slow
 def test_block_that_passes_several_streams_on_is_no_crash(upstream: Path, tmp_path: Path) -> None:
+    zoo = pytest.importorskip("zoo")
     specimen = zoo.build([GEMMA_3N], upstream, tmp_path)[GEMMA_3N.name]
     command = [sys.executable, "-c", PROBE, specimen.base, specimen.upstream("projections")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -108,8 +107,10 @@ def test_block_that_passes_several_streams_on_is_no_crash(upstream: Path, tmp_pa
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature_of_peft_is_what_the_table_says(tmp_path: Path, feature: str) -> None:
+    pytest.importorskip("peft")
     row = convert_table.feature_row(feature, tmp_path)
     assert list(row) in convert_table.committed("features")
 
@@ -199,20 +200,6 @@ def test_rows_that_tensors_cannot_share_are_refused(
         layout(f"blk.0.{stem}", header, shape)
 
 
-def write_base(path: Path, arch: str, tensors: dict[str, tuple[int, ...]], n_head: int) -> Path:
-    """Write a base of one layer with tensors of zeros; its shapes are what is of interest."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(1)
-    writer.add_head_count(n_head)
-    for name, shape in tensors.items():
-        writer.add_tensor(name, np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def write_peft(folder: Path, module: str, n_out: int, n_in: int) -> Path:
     """Write a PEFT folder with one module."""
     base = tiny.write_tiny_base(folder.with_suffix(".gguf"))
@@ -225,84 +212,64 @@ def write_peft(folder: Path, module: str, n_out: int, n_in: int) -> Path:
     return folder
 
 
-def test_rows_that_do_not_fit_the_head_count_are_named(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base.gguf", "llama", {"blk.0.attn_q.weight": (60, 64)}, 8)
-    folder = write_peft(tmp_path / "a", "model.layers.0.self_attn.q_proj", 60, 64)
-    with pytest.raises(AdapterMismatchError) as caught:
-        convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert str(caught.value) == (
-        f"Cannot convert {folder} for {base}: module model.layers.0.self_attn.q_proj has 60 rows, "
-        "which 8 heads cannot share in pairs. The adapter is for another base "
-        "(adapter_config.json says 'tiny')."
-    )
+ONLY = (
+    "expected projections of the language model's layers, embed_tokens or lm_head. Train without "
+    "this module, or merge the adapter into its base."
+)
+CASES = {
+    "rows that 8 heads cannot share": (
+        *("llama", "blk.0.attn_q.weight", (60, 64), "model.layers.0.self_attn.q_proj"),
+        "has 60 rows, which 8 heads cannot share in pairs. The adapter is for another base "
+        "(adapter_config.json says 'tiny').",
+    ),
+    "projections that are one in the base": (
+        *("qwen2", "blk.0.attn_qkv.weight", (96, 64), "model.layers.0.self_attn.k_proj"),
+        "needs tensor blk.0.attn_k.weight, and the base holds q, k and v as one, "
+        "blk.0.attn_qkv.weight. Use a base that was converted without --fuse-qkv.",
+    ),
+    "of no layer": (
+        *("gemma4", "per_layer_model_proj.weight", (32, 64)),
+        "model.language_model.per_layer_model_projection",
+        "goes to per_layer_model_proj.weight, which belongs to no layer, so that no layer's weight "
+        f"applies; {ONLY}",
+    ),
+    "computed without adapters": (
+        *("lfm2", "blk.0.shortconv.conv.weight", (64, 64), "model.layers.0.conv.conv"),
+        "goes to blk.0.shortconv.conv.weight, which llama.cpp computes without adapters for lfm2; "
+        f"{ONLY}",
+    ),
+    "may have been scaled": (
+        *("bailingmoe", "output.weight", (96, 64), "lm_head"),
+        "goes to output.weight, which its converter may have scaled, which the GGUF does not say; "
+        f"{ONLY}",
+    ),
+}
 
 
-def test_fused_projections_of_a_base_are_named(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base.gguf", "qwen2", {"blk.0.attn_qkv.weight": (96, 64)}, 4)
-    folder = write_peft(tmp_path / "a", "model.layers.0.self_attn.k_proj", 32, 64)
-    with pytest.raises(UnsupportedAdapterError) as caught:
+@pytest.mark.parametrize("case", CASES)
+def test_module_that_cannot_be_placed_is_named(tmp_path: Path, case: str) -> None:
+    arch, tensor, shape, module, reason = CASES[case]
+    base = tiny.write_shapes(tmp_path / "base.gguf", arch, {tensor: shape}, n_head=8)
+    folder = write_peft(tmp_path / "a", module, *shape)
+    with pytest.raises((AdapterMismatchError, UnsupportedAdapterError)) as caught:
         convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert str(caught.value) == (
-        f"Cannot convert {folder} for {base}: module model.layers.0.self_attn.k_proj needs tensor "
-        "blk.0.attn_k.weight, and the base holds q, k and v as one, blk.0.attn_qkv.weight. Use a "
-        "base that was converted without --fuse-qkv."
-    )
+    assert (caught.type is AdapterMismatchError) == ("another base" in reason)
+    assert str(caught.value) == f"Cannot convert {folder} for {base}: module {module} {reason}"
 
 
 def test_router_of_a_mixture_is_a_plain_module(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base.gguf", "llama", {"blk.0.ffn_gate_inp.weight": (4, 64)}, 4)
+    base = tiny.write_shapes(
+        tmp_path / "base.gguf", "llama", {"blk.0.ffn_gate_inp.weight": (4, 64)}
+    )
     folder = write_peft(tmp_path / "a", "model.layers.0.block_sparse_moe.gate", 4, 64)
     converted = convert_adapter(folder, base, tmp_path / "out.gguf")
     assert converted.targets == ("ffn_gate_inp",)
 
 
-def test_module_of_no_layer_is_named(tmp_path: Path) -> None:
-    tensors = {"per_layer_model_proj.weight": (32, 64)}
-    base = write_base(tmp_path / "base.gguf", "gemma4", tensors, 4)
-    module = "model.language_model.per_layer_model_projection"
-    folder = write_peft(tmp_path / "a", module, 32, 64)
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert str(caught.value) == (
-        f"Cannot convert {folder} for {base}: module {module} goes to per_layer_model_proj.weight, "
-        "which belongs to no layer, so that no layer's weight applies; expected projections of the "
-        "language model's layers, embed_tokens or lm_head. Train without this module, or merge the "
-        "adapter into its base."
-    )
-
-
-def test_module_that_is_computed_without_adapters_is_named(tmp_path: Path) -> None:
-    tensors = {"blk.0.shortconv.conv.weight": (64, 64)}
-    base = write_base(tmp_path / "base.gguf", "lfm2", tensors, 4)
-    folder = write_peft(tmp_path / "a", "model.layers.0.conv.conv", 64, 64)
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert str(caught.value) == (
-        f"Cannot convert {folder} for {base}: module model.layers.0.conv.conv goes to "
-        "blk.0.shortconv.conv.weight, which llama.cpp computes without adapters for lfm2; expected "
-        "projections of the language model's layers, embed_tokens or lm_head. Train without this "
-        "module, or merge the adapter into its base."
-    )
-
-
-def test_module_that_may_have_been_scaled_is_named(tmp_path: Path) -> None:
-    tensors = {"output.weight": (96, 64)}
-    base = write_base(tmp_path / "base.gguf", "bailingmoe", tensors, 4)
-    folder = write_peft(tmp_path / "a", "lm_head", 96, 64)
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert_adapter(folder, base, tmp_path / "out.gguf")
-    assert str(caught.value) == (
-        f"Cannot convert {folder} for {base}: module lm_head goes to output.weight, which its "
-        "converter may have scaled, which the GGUF does not say; expected projections of the "
-        "language model's layers, embed_tokens or lm_head. Train without this module, or merge the "
-        "adapter into its base."
-    )
-
-
 def test_architecture_that_gguf_does_not_know_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = write_base(tmp_path / "base.gguf", "qwen2", {"blk.0.attn_k.weight": (32, 64)}, 4)
+    base = tiny.write_shapes(tmp_path / "base.gguf", "qwen2", {"blk.0.attn_k.weight": (32, 64)})
     folder = write_peft(tmp_path / "a", "model.layers.0.self_attn.k_proj", 32, 64)
     monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {gguf.MODEL_ARCH.LLAMA: "llama"})
     with pytest.raises(UnsupportedAdapterError) as caught:
@@ -315,7 +282,7 @@ def test_architecture_that_gguf_does_not_know_is_named(
 
 def test_targets_are_named_as_in_the_file(tmp_path: Path) -> None:
     tensors = {"blk.0.shortconv.in_proj.weight": (192, 64)}
-    base = write_base(tmp_path / "base.gguf", "lfm2", tensors, 4)
+    base = tiny.write_shapes(tmp_path / "base.gguf", "lfm2", tensors)
     folder = write_peft(tmp_path / "a", "model.layers.0.conv.in_proj", 192, 64)
     converted = convert_adapter(folder, base, tmp_path / "out.gguf")
     assert converted.targets == ("shortconv.in_proj",)

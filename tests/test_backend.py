@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from stock import StockContext, write_merged, write_slice
-from tiny import STEMS, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
@@ -525,17 +524,9 @@ def test_pack_names_what_does_not_fit(
 def test_adapter_of_a_type_without_numbers_is_refused(
     tmp_path: Path, base: TinyBase, dtype: type
 ) -> None:
-    path = tmp_path / "odd.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
-    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((4, 64), dtype))
-    writer.add_tensor("blk.0.attn_q.weight.lora_b", np.ones((64, 4), dtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    pair = {"lora_a": np.ones((4, 64), dtype), "lora_b": np.ones((64, 4), dtype)}
+    tensors = {f"blk.0.attn_q.weight.{name}": array for name, array in pair.items()}
+    path = write_pairs(tmp_path / "odd.gguf", tensors)
     with pytest.raises(BackendError, match="expected F32, F16, BF16 or a quantised type"):
         Pack(Model(base.path), [path])
 

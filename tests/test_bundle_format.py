@@ -138,6 +138,7 @@ def test_real_bundles_are_valid(validator: Any, raw: Raw, checkout: Path, tmp_pa
         assert reader_takes(document)
 
 
+@pytest.mark.slow
 def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
     """Each field in turn becomes each of many values, or is left out."""
     n_refused, differing = 0, []

@@ -63,6 +63,7 @@ def count_in(part: list[str], whole: list[str]) -> int:
     return sum(whole[at : at + len(part)] == part for at in starts)
 
 
+@pytest.mark.slow
 def test_a_chat_with_a_real_model(
     opened: Open, checkout: Path, smollm2: Path, tmp_path: Path
 ) -> None:

@@ -197,6 +197,7 @@ def read_until(terminal: int, pattern: bytes) -> bytes:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SETUP)
 @pytest.mark.parametrize(
     ("keys", "words"),

@@ -108,13 +108,18 @@ def test_seed_repeats_a_sampled_answer(made: TinyBundle) -> None:
     assert texts[0] != texts[2]
 
 
-def test_strategies_give_different_answers_and_none_changes_the_base(made: TinyBundle) -> None:
-    def text(strategy: str) -> str:
-        return run(made.folder, PROMPT, "--max-tokens", 12, "--strategy", strategy).stdout
-
-    assert text("base") == text("manual:math=0,es=0")
-    assert text("single:es") == text("manual:es=1")
-    assert len({text("base"), text("single:es"), text("single:math")}) == 3
+@pytest.mark.parametrize(
+    ("strategy", "same", "weights"),
+    [("base", "manual:math=0,es=0", (0, 0)), ("single:es", "manual:es=1", (0, 1))],
+)
+def test_answer_is_that_of_the_strategy(
+    made: TinyBundle, strategy: str, same: str, weights: tuple[int, int]
+) -> None:
+    for name in (strategy, same):
+        result = run(made.folder, PROMPT, "--max-tokens", 12, "--strategy", name, "--json")
+        shown = json.loads(result.stdout)
+        assert shown["text"] == answer(made, max_tokens=12, weights=strategy)
+        assert shown["fusion"]["weights"] == [[weight] * made.base.n_layer for weight in weights]
 
 
 def test_base_without_template_needs_raw_prompt(tmp_path: Path) -> None:
@@ -396,12 +401,15 @@ def test_transcript_of_a_pipe(made: TinyBundle) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize("options", ["", "--json", "--temp 1 --n 3"])
-def test_reader_that_has_enough_ends_it_quietly(options: str, made: TinyBundle) -> None:
+def test_reader_that_has_enough_ends_it_quietly(
+    options: str, made: TinyBundle, tmp_path: Path
+) -> None:
+    (tmp_path / "long.gbnf").write_text('root ::= "a"{150}\n')
     line = (
-        f"'{sys.executable}' -m qaflora_edge run '{made.folder}' '{PROMPT}' --max-tokens 200 "
+        f"'{sys.executable}' -m qaflora_edge run '{made.folder}' '{PROMPT}' --grammar long.gbnf "
         f'{options} 2> errors | head -c 3; echo " ${{PIPESTATUS[0]}}"; cat errors'
     )
-    done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=made.folder.parent)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=tmp_path)
     assert (done.stdout[3:], done.stderr) == (b" 0\n", b"")
 
 

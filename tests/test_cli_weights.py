@@ -300,6 +300,7 @@ def test_failure_says_what_is_wrong(
     assert snapshot(made.folder.parent) == before
 
 
+@pytest.mark.slow
 def test_demo_bundle_tells_spanish_from_medicine(smollm2: Path, checkout: Path) -> None:
     """The shipped adapters are the recorded ones, and the calibrated mix follows the question."""
     folder = checkout / "models/demo"

@@ -101,6 +101,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_delta_equals_that_of_peft(
@@ -118,6 +119,7 @@ def test_delta_equals_that_of_peft(
         np.testing.assert_allclose(runtime_delta(out, name), delta, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding_and_head_equal_those_of_peft(
     tmp_path: Path, make_base: MakeBase, tied: bool
@@ -141,6 +143,7 @@ def test_head_of_a_tied_base_keeps_its_own_name(tmp_path: Path, make_base: MakeB
     assert list(stored(tmp_path / "out.gguf")) == ["output.weight.lora_a", "output.weight.lora_b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain", "rslora"])
 def test_uniform_scale_leaves_values_untouched(
     tmp_path: Path, make_base: MakeBase, case: str
@@ -306,10 +309,7 @@ def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) 
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
     other = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(other, "rwkv7")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    tiny.write_shapes(other, "rwkv7", {})
     assert refusal(UnsupportedAdapterError, folder, other) == (
         f"Cannot convert an adapter for {other}: its architecture 'rwkv7' is refused, for "
         "llama.cpp multiplies with its linear attention's matrices without adapters; expected one "
@@ -341,15 +341,7 @@ def test_adapter_of_another_width_is_refused(tmp_path: Path, make_base: MakeBase
 def test_tensor_that_the_base_lacks_is_named(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"])
-    fused = tmp_path / "fused.gguf"
-    writer = gguf.GGUFWriter(fused, "llama")
-    writer.add_block_count(3)
-    writer.add_head_count(4)
-    writer.add_tensor("token_embd.weight", base.tensors["token_embd.weight"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    fused = tiny.write_shapes(tmp_path / "fused.gguf", "llama", {"token_embd.weight": (271, 64)})
     assert refusal(AdapterMismatchError, folder, fused) == (
         f"Cannot convert {folder} for {fused}: module model.layers.0.self_attn.q_proj needs tensor "
         "blk.0.attn_q.weight, which the base lacks. The adapter is for another base "

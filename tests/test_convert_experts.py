@@ -18,6 +18,7 @@ from qaflora_edge.errors import (
     AdapterMismatchError,
     ConversionError,
     PeftConfigError,
+    QafloraError,
     UnsupportedAdapterError,
 )
 
@@ -34,16 +35,8 @@ def write_base(
     shapes = {"gate": (n_ff, N_EMBD), "up": (n_ff, N_EMBD), "down": (N_EMBD, n_ff)}
     if fused:
         shapes = {"gate_up": (2 * n_ff, N_EMBD), "down": (N_EMBD, n_ff)}
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(1)
-    writer.add_head_count(4)
-    for part, shape in shapes.items():
-        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", np.zeros((N_EXPERT, *shape), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    named = {f"blk.0.ffn_{part}_exps.weight": (N_EXPERT, *shape) for part, shape in shapes.items()}
+    return tiny.write_shapes(path, arch, named)
 
 
 def write_peft(folder: Path, tensors: Mapping[str, Any], **fields: Any) -> Path:
@@ -80,6 +73,13 @@ def deltas(converted: ConvertedAdapter) -> dict[str, F64]:
 
 def convert(folder: Path, base: Path) -> ConvertedAdapter:
     return convert_adapter(folder, base, folder / "out.gguf", outtype="f32", verify=True)
+
+
+def refusal(kind: type[QafloraError], folder: Path, base: Path) -> str:
+    """Give the message of the expected error."""
+    with pytest.raises(kind) as caught:
+        convert(folder, base)
+    return str(caught.value)
 
 
 def stacked_pair(n_in: int, n_out: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -194,19 +194,13 @@ def test_square_experts_need_a_version_or_others_that_tell(tmp_path: Path) -> No
 
 
 def test_router_as_a_parameter_is_a_plain_module(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "qwen3moe")
-    writer.add_block_count(1)
-    writer.add_head_count(4)
-    writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((N_EXPERT, N_EMBD), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    shapes = {"blk.0.ffn_gate_inp.weight": (N_EXPERT, N_EMBD)}
+    base = tiny.write_shapes(tmp_path / "base.gguf", "qwen3moe", shapes)
     pair = (drawn(RANK, N_EMBD), drawn(N_EXPERT, RANK))
     folder = write_peft(
         tmp_path / "a", {"model.layers.0.mlp.gate": pair}, target_parameters=["mlp.gate.weight"]
     )
-    assert convert(folder, tmp_path / "base.gguf").targets == ("ffn_gate_inp",)
+    assert convert(folder, base).targets == ("ffn_gate_inp",)
 
 
 def test_mistake_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +241,10 @@ WAY = (
 def test_experts_under_another_name_are_refused_by_it(tmp_path: Path, module: str) -> None:
     base = write_base(tmp_path / "base.gguf")
     folder = write_peft(tmp_path / "a", {module: PAIR})
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == f"Cannot convert {folder}: module {module} {WAY}"
+    assert (
+        refusal(UnsupportedAdapterError, folder, base)
+        == f"Cannot convert {folder}: module {module} {WAY}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,19 +260,15 @@ def test_single_experts_of_another_base_are_named(
 ) -> None:
     base = write_base(tmp_path / "base.gguf")
     folder = write_peft(tmp_path / "a", {module: pair})
-    with pytest.raises(AdapterMismatchError) as caught:
-        convert(folder, base)
     start = f"Cannot convert {folder} for {base}: module {module} {found}"
-    assert str(caught.value).startswith(start)
+    assert refusal(AdapterMismatchError, folder, base).startswith(start)
 
 
 def test_stacked_experts_of_another_base_are_named(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf")
     pair = (np.ones((RANK * N_EXPERT, N_EMBD)), np.ones((90, RANK * N_EXPERT)))
     folder = write_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters=["experts.gate_up_proj"])
-    with pytest.raises(AdapterMismatchError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == (
+    assert refusal(AdapterMismatchError, folder, base) == (
         f"Cannot convert {folder} for {base}: {EXPERTS}.gate_up_proj is for experts of shape "
         f"[{N_EXPERT}, 90, {N_EMBD}], and the base's are [{N_EXPERT}, {2 * N_FF}, {N_EMBD}]. The "
         "adapter is for another base."
@@ -291,9 +282,7 @@ def test_filling_up_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(expert_plan, "MAX_STACKED_BYTES", n_bytes)
     convert(folder, base)
     monkeypatch.setattr(expert_plan, "MAX_STACKED_BYTES", n_bytes - 1)
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == (
+    assert refusal(UnsupportedAdapterError, folder, base) == (
         f"Cannot convert {folder} for {base}: {N_EXPERT} experts filled up to rank {RANK}, the "
         f"largest for blk.0.ffn_up_exps.weight, take {n_bytes} bytes; expected at most "
         f"{n_bytes - 1}. Train the experts with one rank, or a smaller one."
@@ -321,9 +310,7 @@ def test_two_of_the_same_expert_are_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf", "llama")
     other = f"{OLD_EXPERTS}.0.w3"
     folder = write_peft(tmp_path / "a", {SINGLE: PAIR, other: PAIR})
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == (
+    assert refusal(UnsupportedAdapterError, folder, base) == (
         f"Cannot convert {folder}: modules {SINGLE} and {other} are of the same experts; expected "
         "one LoRA for each. Save it again."
     )
@@ -332,18 +319,14 @@ def test_two_of_the_same_expert_are_refused(tmp_path: Path) -> None:
 def test_architecture_whose_experts_were_not_reviewed_is_named(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf", "lfm2")
     folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert(folder, base)
     start = f"Cannot convert {folder}: module {SINGLE} has LoRA of experts, and how 'lfm2' stacks"
-    assert str(caught.value).startswith(start)
+    assert refusal(UnsupportedAdapterError, folder, base).startswith(start)
 
 
 def test_base_that_holds_gate_and_up_as_one_is_named(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf", fused=True)
     folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == (
+    assert refusal(UnsupportedAdapterError, folder, base) == (
         f"Cannot convert {folder} for {base}: module {SINGLE} needs tensor "
         "blk.0.ffn_up_exps.weight, and the base holds gate and up as one, "
         "blk.0.ffn_gate_up_exps.weight. Use a base that was converted without --fuse-gate-up-exps."
@@ -353,9 +336,7 @@ def test_base_that_holds_gate_and_up_as_one_is_named(tmp_path: Path) -> None:
 def test_base_without_experts_is_named(tmp_path: Path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf").path
     folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
-    with pytest.raises(AdapterMismatchError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == (
+    assert refusal(AdapterMismatchError, folder, base) == (
         f"Cannot convert {folder} for {base}: module {SINGLE} needs experts in tensor "
         "blk.0.ffn_up_exps.weight, which the base lacks. The adapter is for another base."
     )
@@ -366,9 +347,7 @@ def test_parameters_and_tensors_must_belong_together(tmp_path: Path) -> None:
     pair = stacked_pair(N_FF, N_EMBD)
     both = ["experts.gate_up_proj", "experts.down_proj"]
     folder = write_peft(tmp_path / "a", {EXPERTS: pair}, target_parameters=both)
-    with pytest.raises(PeftConfigError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == (
+    assert refusal(PeftConfigError, folder, base) == (
         f"Cannot use {folder / 'adapter_config.json'}: target_parameters names 2 parameters of "
         f"module {EXPERTS} (gate_up_proj, down_proj), and 1 have tensors; expected as many. The "
         "two files do not belong together; save the adapter again."
@@ -388,9 +367,7 @@ def test_other_parameters_of_experts_are_refused_by_name(tmp_path: Path) -> None
     folder = write_peft(
         tmp_path / "a", {EXPERTS: PAIR}, target_parameters=["experts.gate_up_proj_bias"]
     )
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        convert(folder, base)
-    assert str(caught.value) == (
+    assert refusal(UnsupportedAdapterError, folder, base) == (
         f"Cannot use {folder / 'adapter_config.json'}: target_parameters names gate_up_proj_bias "
         f"of module {EXPERTS}; expected gate_up_proj or down_proj of experts, for others cannot be "
         "represented. Train without it, or merge the adapter into its base."

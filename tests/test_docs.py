@@ -113,6 +113,7 @@ def runnable(page: Path) -> list[Block]:
     return [block for block in blocks if block.language in RUN and block.not_run is None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
 def test_blocks_of_the_page_run(page: Path, scratch: Path, tmp_path: Path) -> None:
     for block in runnable(page):
@@ -167,6 +168,7 @@ def test_readme_names_every_verb(checkout: Path) -> None:
     assert [verb for verb in VERBS if f"qaflora {verb}" not in text] == []
 
 
+@pytest.mark.slow
 def test_the_demo_answers_and_shows_the_weights(checkout: Path, smollm2: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(checkout / "models/demo.py")],

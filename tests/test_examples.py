@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from bundles import make_bundle
 
+from qaflora_edge import Engine
+
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
@@ -24,7 +26,9 @@ def test_offline_assistant_fills_a_form_and_answers(tmp_path: Path, checkout: Pa
     form, mix, *answer = result.stdout.splitlines()
     assert form.startswith("form: {'language': '")
     assert mix.startswith("mix: math 0.")
-    assert "".join(answer)
+    with Engine(made.folder, n_ctx=1024) as engine:
+        whole = engine.chat([{"role": "user", "content": "the thing?"}], max_tokens=64)
+    assert answer == whole["choices"][0]["message"]["content"].splitlines()
     command[2] = str(tmp_path / "gone")
     result = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert result.returncode == 1

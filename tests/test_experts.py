@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,7 +15,15 @@ from test_backend import (
     single_states,
     stock_logits,
 )
-from tiny import EXPERT_STEMS, STEMS, TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import (
+    EXPERT_STEMS,
+    STEMS,
+    TinyAdapter,
+    TinyBase,
+    write_pairs,
+    write_tiny_adapter,
+    write_tiny_base,
+)
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
@@ -162,20 +169,6 @@ def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAda
         assert context.n_graph_built == n_built
 
 
-def write_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 UP = "blk.1.ffn_up_exps.weight"
 
 
@@ -192,7 +185,8 @@ UP = "blk.1.ffn_up_exps.weight"
 def test_pack_names_experts_that_do_not_fit(
     tmp_path: Path, base: TinyBase, a: tuple[int, ...], b: tuple[int, ...], message: str
 ) -> None:
-    path = write_shapes(tmp_path / "odd.gguf", {f"{UP}.lora_a": a, f"{UP}.lora_b": b})
+    tensors = {f"{UP}.lora_a": np.ones(a, np.float32), f"{UP}.lora_b": np.ones(b, np.float32)}
+    path = write_pairs(tmp_path / "odd.gguf", tensors)
     with pytest.raises(BackendError) as caught:
         Pack(Model(base.path), [path])
     assert f"{path}: '{UP}' {message}; " in str(caught.value)

@@ -11,6 +11,7 @@ from fuzz.worker import FINDINGS, outcome_of, read_case, save_finding, write_cas
 N_CASE = 120
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_reader_survives_damaged_files(name: str, tmp_path: Path) -> None:
     found = fuzz_target(name, 60, seed=1, findings=tmp_path, n_case=N_CASE)

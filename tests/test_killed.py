@@ -16,7 +16,10 @@ from patience import PATIENCE_S
 SMALL = {"targets": ("q_proj",), "layers": (0,), "rank": 2}
 EVERY = 1 << 20  # moments
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has neither fork nor SIGKILL")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="Windows has neither fork nor SIGKILL"),
+]
 
 
 def killed(script: str, *args: object, most: int, **env: str) -> dict[str, int]:

@@ -4,22 +4,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner, Result
 
 llm = pytest.importorskip("llm", reason="the extra llm is not installed")
+from llm.cli import cli  # noqa: E402
 from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart  # noqa: E402
 
 from qaflora_edge import Engine  # noqa: E402
 from qaflora_edge.errors import PromptError  # noqa: E402
-from qaflora_edge.llm_plugin import chat_message  # noqa: E402
+from qaflora_edge.llm_plugin import chat_message, close_all  # noqa: E402
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -28,27 +30,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 @pytest.fixture
-def run(made: TinyBundle, tmp_path: Path) -> Run:
+def run(made: TinyBundle, tmp_path: Path) -> Iterator[Run]:
     """Run `llm` with a home of its own and the tiny bundle in the setting `bundles`."""
 
-    def call(*args: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def call(*args: str, **more: str) -> Result:
         environment = {
-            **os.environ,
             "LLM_USER_PATH": str(tmp_path / "llm"),
             "QAFLORA_BUNDLES": str(made.folder.parent),
             "HF_HUB_CACHE": str(tmp_path / "hub"),
             "QAFLORA_CTX": "256",
             **more,
         }
-        return subprocess.run(
-            [sys.executable, "-m", "llm", *args],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        return CliRunner().invoke(cli, args, env=environment)
 
-    return call
+    yield call
+    close_all()
 
 
 def logged(run: Run) -> dict[str, Any]:
@@ -64,14 +60,14 @@ def own_answer(made: TinyBundle, messages: list[dict[str, str]], **options: Any)
 
 def test_bundles_are_models(run: Run) -> None:
     listed = run("models", "--options", "-m", "qaflora/bundle")
-    assert listed.returncode == 0, listed.stderr
+    assert listed.exit_code == 0, listed.stderr
     assert "BundleModel: qaflora/bundle" in listed.stdout
     assert "How adapters are weighed" in listed.stdout
 
 
 def test_answer_is_the_engines_and_its_weights_are_logged(made: TinyBundle, run: Run) -> None:
     done = run("-m", "qaflora/bundle", "the thing", "-o", "max_tokens", "6")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     user = {"role": "user", "content": "the thing"}
     assert done.stdout == own_answer(made, [user], max_tokens=6) + "\n"
     entry = logged(run)
@@ -89,7 +85,7 @@ def test_system_prompt_and_options_reach_the_engine(made: TinyBundle, run: Run) 
     given = {**options, "strategy": "single:es", "stop": "xyzzy"}
     flags = [part for name, value in given.items() for part in ("-o", name, str(value))]
     done = run("-m", "qaflora/bundle", "the thing", "-s", "on and on", *flags)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     messages = [
         {"role": "system", "content": "on and on"},
         {"role": "user", "content": "the thing"},
@@ -102,7 +98,7 @@ def test_system_prompt_and_options_reach_the_engine(made: TinyBundle, run: Run) 
 def test_conversation_goes_on(made: TinyBundle, run: Run) -> None:
     first = run("-m", "qaflora/bundle", "the thing", "-o", "max_tokens", "4").stdout
     second = run("-c", "and on", "-o", "max_tokens", "4")
-    assert second.returncode == 0, second.stderr
+    assert second.exit_code == 0, second.stderr
     messages = [
         {"role": "user", "content": "the thing"},
         {"role": "assistant", "content": first.removesuffix("\n")},
@@ -119,7 +115,7 @@ def test_schema_shapes_the_answer(run: Run) -> None:
         "additionalProperties": False,
     }
     done = run("-m", "qaflora/bundle", "the thing", "--schema", json.dumps(schema))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     jsonschema.validate(json.loads(done.stdout), schema)
 
 
@@ -127,14 +123,14 @@ def test_settings_hold_where_no_option_is_given(run: Run, tmp_path: Path) -> Non
     config = tmp_path / "config.toml"
     config.write_text('strategy = "norm"\n[llm]\nmax_tokens = 3\n', encoding="utf-8")
     done = run("-m", "qaflora/bundle", "the thing", QAFLORA_CONFIG=str(config))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     entry = logged(run)
     assert (entry["output_tokens"], entry["response_json"]["fusion"]["strategy"]) == (3, "norm")
 
 
 def test_failure_is_told(run: Run) -> None:
     done = run("-m", "qaflora/bundle", "the thing", "-o", "strategy", "single:nobody")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.exit_code, done.stdout) == (1, "")
     assert "nobody" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -143,7 +139,7 @@ def test_broken_settings_leave_the_other_models(run: Run, tmp_path: Path) -> Non
     config = tmp_path / "config.toml"
     config.write_text("=", encoding="utf-8")
     done = run("models", QAFLORA_CONFIG=str(config), QAFLORA_BUNDLES="")
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert "OpenAI" in done.stdout
     assert done.stderr.startswith(f"qaflora: no models: Cannot read the settings in {config}: ")
 

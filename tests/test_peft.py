@@ -66,6 +66,7 @@ PATTERNS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", PATTERNS)
 def test_rank_and_scale_equal_those_of_peft(
     tmp_path: Path, base: tiny.TinyBase, options: dict[str, Any]
@@ -81,6 +82,7 @@ def test_rank_and_scale_equal_those_of_peft(
         np.testing.assert_array_equal(ours.read_b(), module.lora_B["default"].weight.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", [True, False])
 def test_layers_with_transposed_weights_have_the_same_a_and_b(tmp_path: Path, flag: bool) -> None:
     layer = hf.conv1d_lora(tmp_path, n_in=12, n_out=20, fan_in_fan_out=flag)
@@ -90,6 +92,7 @@ def test_layers_with_transposed_weights_have_the_same_a_and_b(tmp_path: Path, fl
     np.testing.assert_allclose(module.scale * module.read_b() @ module.read_a(), delta.T, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_values_equal_those_of_safetensors(tmp_path: Path, base: tiny.TinyBase, dtype: str) -> None:
     load_file = pytest.importorskip("safetensors.torch").load_file
@@ -173,6 +176,7 @@ RULES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_targets_are_those_of_peft(tmp_path: Path, rule: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
@@ -208,6 +212,7 @@ def test_trained_biases_that_do_not_exist_are_no_obstacle(tmp_path: Path, bias: 
     assert read_peft(write_pair(tmp_path / "a", bias=bias)).config.bias == bias
 
 
+@pytest.mark.slow
 def test_adapters_in_subfolders_are_found_by_name(tmp_path: Path, base: tiny.TinyBase) -> None:
     hf.save_named_adapters(base, tmp_path / "both", ["math", "es"])
     for name in ("math", "es"):
@@ -366,6 +371,7 @@ def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str) -> None
     )
 
 
+@pytest.mark.slow
 def test_types_that_are_named_are_those_of_peft() -> None:
     peft = pytest.importorskip("peft")
     known = {kind.value for kind in peft.PeftType}
@@ -442,6 +448,7 @@ def test_tensor_of_another_kind_is_refused_by_name(tmp_path: Path, name: str) ->
     )
 
 
+@pytest.mark.slow
 def test_embeddings_that_peft_saved_whole_can_be_left_out(
     tmp_path: Path, base: tiny.TinyBase
 ) -> None:

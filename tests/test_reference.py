@@ -1,20 +1,29 @@
 """SmolLM2 with three trained adapters, against transformers and PEFT on the dequantised base."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from reference import Reference, dequantise, peft_from_gguf
 
 from qaflora_edge import Engine
 from qaflora_edge.convert.adapter import convert_adapter
 
+if TYPE_CHECKING:
+    from reference import Reference  # and so torch, which takes seconds
+
 NAMES = ("math", "es", "med")
 DEMO = Path(__file__).parents[1] / "models" / "demo" / "adapters"
-# transformers and peft warn of each other's ways; nothing of ours is called there.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # transformers and peft warn of each other's ways; nothing of ours is called there.
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 N_HEAD, N_HEAD_KV = 9, 3  # of SmolLM2-135M
+LOGIT_ERROR = 2e-3
 
 PROMPTS = [
     "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
@@ -47,6 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def peft_folders(folder: Path) -> dict[str, Path]:
+    from reference import peft_from_gguf
+
     return {
         name: peft_from_gguf(DEMO / f"{name}.gguf", folder / name, N_HEAD, N_HEAD_KV)
         for name in NAMES
@@ -55,12 +66,16 @@ def peft_folders(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def reference(smollm2: Path, peft_folders: dict[str, Path]) -> Reference:
+    from reference import Reference
+
     return Reference(smollm2, peft_folders)
 
 
 @pytest.fixture(scope="module")
 def exact(smollm2: Path, folder: Path, peft_folders: dict[str, Path]) -> Iterator[Engine]:
     """F32 base, F32 adapters from our own converter, F32 KV, no flash attention."""
+    from reference import dequantise
+
     base = dequantise(smollm2, folder / "f32.gguf")
     adapters = {
         name: convert_adapter(path, base, folder / f"{name}.gguf", outtype="f32").path
@@ -99,7 +114,7 @@ def test_states_and_logits_equal_the_reference(exact: Engine, reference: Referen
             assert error.max() < 1e-4
             strategy = "base" if adapter is None else f"single:{adapter}"
             logits = exact.logits(tokens, weights=strategy)
-            np.testing.assert_allclose(logits, expected_logits, atol=2e-3, rtol=0)
+            np.testing.assert_allclose(logits, expected_logits, atol=LOGIT_ERROR, rtol=0)
 
 
 def test_weights_equal_the_reference(exact: Engine, reference: Reference, folder: Path) -> None:
@@ -120,14 +135,15 @@ def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Refe
         answer = exact.generate(tokens, weights=fusion, max_tokens=32)
         text = answer.text()
         found = exact._core.context.tokens[len(tokens) :]  # what was read back: not the last token
-        expected = reference.likeliest(tokens, found, fusion.weights)
-        assert found == expected[:-1]
-        ends = [i for i, token in enumerate(expected) if exact._model.is_end(token)]
-        expected = expected[: ends[0]] if ends else expected
-        whole = b"".join(exact._model.piece(token) for token in expected)
-        assert whole.decode("utf-8", "replace").rstrip("\ufffd") == text.rstrip("\ufffd")
-        assert answer.n_completion == len(expected)
-        assert ends or len(expected) == 32
+        logits = reference.logits(tokens, found, fusion.weights)
+        # Each is the likeliest; of two that are closer than logits are exact, either may be taken.
+        taken = logits[range(len(found)), found]
+        assert np.all(logits[:-1].max(axis=1) - taken < 2 * LOGIT_ERROR)
+        whole = b"".join(exact._model.piece(token) for token in found).decode("utf-8", "replace")
+        assert text.startswith(whole.rstrip("\ufffd"))
+        is_ended = exact._model.is_end(int(logits[-1].argmax()))
+        assert answer.n_completion == len(found) + (not is_ended)
+        assert is_ended or answer.n_completion == 32
 
 
 def test_default_settings_stay_close_to_the_reference(smollm2: Path, reference: Reference) -> None:

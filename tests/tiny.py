@@ -173,7 +173,7 @@ def write_tiny_base(
         writer.add_expert_used_count(n_expert_used)
     _add_vocabulary(writer, base, chat_template, add_bos, spm, user_defined)
     stored = {name: _add_tensor(writer, name, array, dtype) for name, array in tensors.items()}
-    _finish(writer)
+    finish(writer)
     return TinyBase(**{**vars(base), "tensors": stored})
 
 
@@ -280,11 +280,43 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F
     return values
 
 
-def _finish(writer: gguf.GGUFWriter) -> None:
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_shapes(
+    path: Path, arch: str, shapes: Mapping[str, tuple[int, ...]], *, n_head: int = 4
+) -> Path:
+    """Write a base of one layer with tensors of zeros; its shapes are what is of interest."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(1)
+    writer.add_head_count(n_head)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    finish(writer)
+    return path
+
+
+def begin_adapter(path: Path, arch: str = "llama", alpha: float = 8.0) -> gguf.GGUFWriter:
+    """Begin an adapter GGUF; its tensors follow."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    return writer
+
+
+def write_pairs(path: Path, tensors: Mapping[str, NDArray[np.generic]]) -> Path:
+    """Write an adapter GGUF of these tensors, whatever they are."""
+    writer = begin_adapter(path)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    finish(writer)
+    return path
 
 
 def random_pair(
@@ -316,10 +348,7 @@ def write_tiny_adapter(
     """
     path = Path(path)
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, base.arch)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", alpha)
+    writer = begin_adapter(path, base.arch, alpha)
     writer.add_name(f"tiny adapter {seed}")
     names = [
         f"blk.{layer}.{stem}.weight"
@@ -345,7 +374,7 @@ def write_tiny_adapter(
         kind_a = outtype if a.shape[-1] % 32 == 0 or outtype != "q8_0" else "f16"
         a_stored[name] = _add_tensor(writer, f"{name}.lora_a", a, kind_a)
         b_stored[name] = _add_tensor(writer, f"{name}.lora_b", b, kind_b)
-    _finish(writer)
+    finish(writer)
     return TinyAdapter(path=path, rank=rank, alpha=float(alpha), a=a_stored, b=b_stored)
 
 
