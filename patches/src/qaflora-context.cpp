@@ -2,6 +2,7 @@
 // shapes: numpy order
 
 #include "qaflora-context.h"
+#include "qaflora-error.h"
 
 #include "llama-context.h"
 #include "llama-model.h"

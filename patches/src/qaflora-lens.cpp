@@ -2,6 +2,8 @@
 // shapes: numpy order, but for ggml_new_tensor
 
 #include "qaflora-context.h"
+#include "qaflora-divergence.h"
+#include "qaflora-error.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
