@@ -171,6 +171,13 @@ def test_a_source_includes_only_what_stands_above_it(path: Path) -> None:
     assert len(text.splitlines()) <= 400
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_name_is_a_word_that_windows_defines(path: Path) -> None:
+    """windef.h has `#define far` and `#define near`, with nothing behind."""
+    code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+    assert re.findall(r"\b(?:far|near|FAR|NEAR)\b", code) == []
+
+
 # --- preparing --------------------------------------------------------------------------------
 
 

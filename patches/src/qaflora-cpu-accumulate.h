@@ -71,30 +71,30 @@ static inline double lanes_sum(const double * lane) {
 }
 
 // beyond it, exp(u) is kept by its logarithm
-static const double FAR = 300.0;
+static const double U_MAX = 300.0;
 
 // s: as it was when rest and first were
-static void go_far(qaflora_divergence_sums::adapter & a, double s) {
-    if (a.far == 0.0) {
-        a.far     = a.rest + a.first + s; // 0 where nothing was seen
-        a.far_max = 0.0;
+static void go_scaled(qaflora_divergence_sums::adapter & a, double s) {
+    if (a.scaled == 0.0) {
+        a.scaled     = a.rest + a.first + s; // 0 where nothing was seen
+        a.scaled_max = 0.0;
         a.rest    = 0.0;
     }
 }
 
-// one more slice of far
-static void add_far(const qaflora_divergence_sums & sums, qaflora_divergence_sums::adapter & a, const float * z, const float * d, int64_t n) {
+// one more slice of it, scaled
+static void add_scaled(const qaflora_divergence_sums & sums, qaflora_divergence_sums::adapter & a, const float * z, const float * d, int64_t n) {
     double max = -INFINITY;
     for (int64_t v = 0; v < n; ++v) {
         const double e = (z[v] - sums.z_max) + (a.unit*d[v] - a.c);
         max = e > max ? e : max;
     }
-    if (a.far == 0.0 || max > a.far_max) {
-        a.far    *= exp_double(a.far_max - max);
-        a.far_max = max;
+    if (a.scaled == 0.0 || max > a.scaled_max) {
+        a.scaled    *= exp_double(a.scaled_max - max);
+        a.scaled_max = max;
     }
     for (int64_t v = 0; v < n; ++v) {
-        a.far += exp_double((z[v] - sums.z_max) + (a.unit*d[v] - a.c) - a.far_max);
+        a.scaled += exp_double((z[v] - sums.z_max) + (a.unit*d[v] - a.c) - a.scaled_max);
     }
 }
 
@@ -109,15 +109,15 @@ static void move_reference(qaflora_divergence_sums & sums, int64_t n_adapter, do
         qaflora_divergence_sums::adapter & a = sums.adapters[ia];
         const double c     = a.unit*d[ia*stride];
         const double delta = a.c - c; // u grows by it
-        if (delta > FAR) {
-            go_far(a, s_before);
+        if (delta > U_MAX) {
+            go_scaled(a, s_before);
         }
-        a.far_max += delta + moved;
+        a.scaled_max += delta + moved;
         const double first = a.first*scale;
         const double rest  = a.rest*scale;
         a.c     = c;
         a.first = first + delta*sums.s;
-        a.rest  = sums.s > 0.0 && a.far == 0.0 ? exp(delta)*rest + expm1(delta)*first + expm1_minus(delta)*sums.s : 0.0;
+        a.rest  = sums.s > 0.0 && a.scaled == 0.0 ? exp(delta)*rest + expm1(delta)*first + expm1_minus(delta)*sums.s : 0.0;
     }
 }
 
@@ -189,12 +189,12 @@ static void accumulate(qaflora_divergence_sums & sums, int64_t n_adapter, const 
             rest  += p[v]*expm1_minus(u);
             u_max  = u > u_max ? u : u_max;
         }
-        if (u_max > FAR || a.rest > 1e130) {
-            go_far(a, s_before);
+        if (u_max > U_MAX || a.rest > 1e130) {
+            go_scaled(a, s_before);
         }
         a.first += first;
-        if (u_max > FAR || a.far != 0.0) {
-            add_far(sums, a, z, dj, n);
+        if (u_max > U_MAX || a.scaled != 0.0) {
+            add_scaled(sums, a, z, dj, n);
         } else {
             a.rest += rest;
         }

@@ -7,8 +7,8 @@ double qaflora_divergence_sums::divergence(int64_t ia) const {
     const double rest  = adapters[ia].rest/s;
     const double sum = first + rest;
     double res;
-    if (adapters[ia].far != 0.0) {
-        res = adapters[ia].far_max + std::log(adapters[ia].far/s) - first;
+    if (adapters[ia].scaled != 0.0) {
+        res = adapters[ia].scaled_max + std::log(adapters[ia].scaled/s) - first;
     } else if (sum > 1.0) {
         res = std::log1p(sum) - first; // rest has no digits left for what follows
     } else {

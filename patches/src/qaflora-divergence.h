@@ -16,8 +16,8 @@ struct qaflora_divergence_sums {
         double c     = 0.0;
         double first = 0.0; // sum of exp(z - z_max) u
         double rest  = 0.0; // sum of exp(z - z_max) (expm1(u) - u)
-        double far   = 0.0; // in place of rest, if not 0: sum of exp(z - z_max + u - far_max)
-        double far_max = 0.0;
+        double scaled = 0.0; // in place of rest, if not 0: sum of exp(z - z_max + u - scaled_max)
+        double scaled_max = 0.0;
     } * adapters = nullptr; // [n_adapter]
 
     double divergence(int64_t ia) const; // NaN where a state was not finite

@@ -140,11 +140,12 @@ static ggml_tensor * layer_weights(const llm_graph_context & gctx, qaflora_graph
 
 ggml_tensor * qaflora_rows_weights(const llm_graph_context & gctx, qaflora_graph_input & inp, int32_t layout, int32_t il, int64_t n_row, const ggml_tensor * a) {
     const bool is_output = n_row != inp.n_token;
-    ggml_tensor *& res = inp.row_weights[{ layout, il, is_output }];
+    ggml_backend_dev_t dev = device_of(a);
+    ggml_tensor *& res = inp.row_weights[{ layout, il, dev, is_output }];
     if (res) {
         return res;
     }
-    res = layer_weights(gctx, inp, layout, il, device_of(a));
+    res = layer_weights(gctx, inp, layout, il, dev);
     if (ggml_tensor * slot = qaflora_slots_of(gctx, inp, n_row)) {
         res = ggml_get_rows(gctx.ctx0, res, slot);
     }

@@ -44,7 +44,7 @@ struct qaflora_graph_input : public llm_graph_input_i {
     std::vector<ggml_tensor *> captured_input; // the same for what query projections read
 
     // while the graph is built: what is shared between modules
-    std::map<std::tuple<int32_t, int32_t, bool>, ggml_tensor *> row_weights; // (layout, il, is_output)
+    std::map<std::tuple<int32_t, int32_t, ggml_backend_dev_t, bool>, ggml_tensor *> row_weights; // (layout, il, device, is_output)
     struct product { const ggml_tensor * cur = nullptr; ggml_tensor * t = nullptr; };
     std::vector<product> group_product; // [n_group]
     struct difference {
