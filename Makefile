@@ -53,7 +53,7 @@ ASAN_ARGS := $(foreach part,GGML LLAMA,$(foreach kind,ADDRESS UNDEFINED,-D$(part
     $(foreach language,C CXX,'-DCMAKE_$(language)_FLAGS_RELEASE=-O1 -g1 -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS')
 
 asan-tests: $(DONE)/package $(DONE)/pytest
-	$(BIN)/python tests/sanitized.py --no-leaks $(BIN)/pytest tests/test_backend.py tests/test_experts.py tests/test_probe.py \
+	$(BIN)/python tests/sanitized.py --no-leaks $(BIN)/pytest tests/test_accept.py tests/test_backend.py tests/test_experts.py tests/test_probe.py \
 	    --deselect tests/test_probe.py::test_a_state_that_is_no_number_is_reported
 	PYTHONPATH=tests $(BIN)/python -P tests/sanitized.py --no-leaks \
 	    $(BIN)/python -P -m fuzz.run --minutes 1 --seed 0 native experts

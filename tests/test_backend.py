@@ -369,6 +369,24 @@ def test_last_state_gives_the_logits(base: TinyBase, adapters: list[TinyAdapter]
     np.testing.assert_allclose(logits, stock_logits(base), atol=2e-5, rtol=0)
 
 
+def test_bias_of_the_head_is_part_of_the_lens(tmp_path: Path) -> None:
+    n_vocab = write_tiny_base(tmp_path / "plain.gguf", "qwen2").n_vocab
+    bias = np.random.default_rng(2).standard_normal(n_vocab).astype(np.float32)
+    base = write_tiny_base(tmp_path / "base.gguf", "qwen2", replace={"output.bias": bias})
+    adapters = [write_tiny_adapter(tmp_path / "a.gguf", base)]
+    expected = stock_logits(base)
+    adapted = stock_logits(base, [adapters[0].path], [1.0])
+    states = probe_states(base, adapters, TOKENS, differential=False)
+    model, pack = load(base, adapters)
+    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
+        logits = context.project(context.final_norm(states[:, -1]))
+        found = context.divergence(states[0], states[1:], "norm")[0, -1]
+    np.testing.assert_allclose(logits, [expected, adapted], atol=5e-5, rtol=0)
+    p, q = (np.exp(z - z.max(), dtype=np.float64) for z in (expected, adapted))
+    p, q = p / p.sum(), q / q.sum()
+    assert found == pytest.approx((p * np.log(p / q)).sum(), rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])
 def test_differential_probe_is_at_least_as_close(tmp_path: Path, dtype: str) -> None:
     """On a quantised base the difference of states keeps more of its digits."""

@@ -144,6 +144,40 @@ def test_patches_only_add_lines() -> None:
         assert removed == []
 
 
+# --- our own sources --------------------------------------------------------------------------
+
+SOURCES = sorted((ROOT / "patches" / "src").iterdir())
+
+
+def table_of_sources() -> list[str]:
+    """The files of src/ without their endings, top to bottom as README has them."""
+    readme = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## The files of `src/`")[1].split("\n\n")[2]
+    rows = [line.split("|")[1] for line in table.splitlines()]
+    return [name for row in rows for name in re.findall(r"`([a-z0-9-]+)`", row)]
+
+
+def test_every_source_stands_in_the_table_once() -> None:
+    assert sorted(table_of_sources()) == sorted({path.stem for path in SOURCES})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_a_source_includes_only_what_stands_above_it(path: Path) -> None:
+    """A header and the source of its name are one; so no circle is possible."""
+    order = table_of_sources()
+    text = path.read_text(encoding="utf-8")
+    included = set(re.findall(r'#include "(qaflora[a-z0-9-]*)\.h"', text))
+    assert included <= {*order[: order.index(path.stem) + 1]}
+    assert len(text.splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_name_is_a_word_that_windows_defines(path: Path) -> None:
+    """windef.h has `#define far` and `#define near`, with nothing behind."""
+    code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+    assert re.findall(r"\b(?:far|near|FAR|NEAR)\b", code) == []
+
+
 # --- preparing --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 // shapes: numpy order
 
 #include "qaflora-context.h"
+#include "qaflora-error.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
@@ -77,6 +78,11 @@ llama_context * qaflora_context_init(llama_model * model, const llama_context_pa
     try {
         if (!model || !params || !pack || pack->model != model) {
             qaflora_set_error("a context needs the model that its adapters were loaded for");
+            return nullptr;
+        }
+        // llama.cpp 0c1e5709: output_reserve asserts room for one output of each sequence
+        if (params->n_outputs_max > 0 && params->n_outputs_max < params->n_seq_max) {
+            qaflora_set_error(qaflora_format("n_outputs_max is %u, expected at least the number of sequences, %u", params->n_outputs_max, params->n_seq_max));
             return nullptr;
         }
         g_pending = make_context(*model, *pack, std::max(1u, params->n_seq_max), flags);

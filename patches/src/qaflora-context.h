@@ -29,7 +29,7 @@ struct qaflora_context {
     std::vector<bool> module_used; // [n_module] whether a graph multiplied with it
     int32_t       n_captured = 0; // blocks whose output the last graph captures
     int32_t       n_captured_input = 0; // the same for query projections
-    std::string   graph_error;    // why the last graph cannot honour the pack, or empty
+    std::string   graph_error;    // why a graph that was built cannot honour the pack, or empty
 
     std::shared_ptr<qaflora_lens_state> lens;
     uint64_t n_lens = 0; // times that it was used

@@ -1,4 +1,4 @@
-// Adapters on the CPU: the products and sums that ggml would need four operations for, in two.
+// The CPU's kernels: the products and sums that ggml would need four operations for, in two.
 // shapes: numpy order, last axis contiguous
 
 #pragma once
@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-struct ggml_tensor;
+struct qaflora_divergence_sums;
 
 // B is stored in panels of so many outputs
 #define QAFLORA_PANEL 32
@@ -27,8 +27,8 @@ struct qaflora_cpu_segment {
     int64_t          offset = 0;    // of its columns in t, see below
     qaflora_cpu_type type_a = QAFLORA_CPU_F32;
     qaflora_cpu_type type_b = QAFLORA_CPU_F32;
-    const uint8_t *  a = nullptr;   // [rank, n_in]; Q8_0: see qaflora_row_size()
-    const uint8_t *  b = nullptr;   // [n_panel, rank, QAFLORA_PANEL]; Q8_0: see qaflora_panel_size()
+    const uint8_t *  a = nullptr;   // [rank, n_in]; Q8_0: see qaflora-cpu-store.h
+    const uint8_t *  b = nullptr;   // [n_panel, rank, QAFLORA_PANEL]; Q8_0: see qaflora-cpu-store.h
 };
 
 // Which rows weigh adapters how. A weight of 0 costs nothing: neither products nor memory are touched.
@@ -61,31 +61,6 @@ struct qaflora_delta {
     int64_t n_rank    = 0; // columns of t
 };
 
-// KL(p || q_j), p = softmax(z), q_j = softmax(z + d_j), from sums over a vocabulary that is seen slice by slice.
-// With u = d - c for any c: KL = log1p(sum p u + sum p (expm1(u) - u)) - sum p u. c is d where p is largest so far: most of p
-// then adds nothing, and u keeps its digits even where p is almost all on one token. Where u is so large that exp(u) would
-// overflow, sum p exp(u) is kept by its logarithm: KL = log(sum p exp(u)) - sum p u.
-struct qaflora_divergence_sums {
-    double z_max = 0.0; // largest z so far
-    double s     = 0.0; // sum of exp(z - z_max); 0: nothing was seen
-    struct adapter {
-        double unit  = 1.0; // of the d that accumulate() is given
-        double c     = 0.0;
-        double first = 0.0; // sum of exp(z - z_max) u
-        double rest  = 0.0; // sum of exp(z - z_max) (expm1(u) - u)
-        double far   = 0.0; // in place of rest, if not 0: sum of exp(z - z_max + u - far_max)
-        double far_max = 0.0;
-    } * adapters = nullptr; // [n_adapter]
-
-    double divergence(int64_t ia) const; // NaN where a state was not finite
-};
-
-// what x_j - x_0 is taken for
-struct qaflora_cpu_difference {
-    const struct qaflora_kernels * kernels = nullptr;
-    qaflora_rounding rounding;
-};
-
 // The functions below, for one instruction set. Thread ith of nth does its share.
 struct qaflora_kernels {
     const char * name;
@@ -113,6 +88,8 @@ struct qaflora_kernels {
     void (*accumulate)(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p);
 };
 
+const qaflora_kernels * qaflora_kernels_portable(); // NEON where there is
+
 // null where they were not compiled
 const qaflora_kernels * qaflora_kernels_avx2();
 const qaflora_kernels * qaflora_kernels_avx512();
@@ -123,34 +100,3 @@ const qaflora_kernels & qaflora_best_kernels();
 
 // false under QAFLORA_CPU_KERNELS=ggml: ggml's own operations are used, as on a GPU
 bool qaflora_has_kernels();
-
-// bytes of a row of A [rank, n_in]. As ggml's, but for Q8_0: F32 scales of blocks of 32, then int8.
-size_t qaflora_row_size(qaflora_cpu_type type, int64_t n_in);
-
-// rows: [rank, n_in] in ggml's rows
-void qaflora_make_rows(qaflora_cpu_type type, int64_t rank, int64_t n_in, const uint8_t * rows, uint8_t * dst);
-
-// bytes of B [n_out, rank] in panels. Of Q8_0 a panel has for each 32 ranks F16 scales [QAFLORA_PANEL], then int8 [32, QAFLORA_PANEL].
-size_t qaflora_panel_size(qaflora_cpu_type type, int64_t n_out, int64_t rank);
-
-// rows: [n_out, rank] in ggml's rows
-void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, const uint8_t * rows, uint8_t * panels);
-
-// ggml_custom_op_t
-//   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_group
-//   delta:   src y, t [n_row, n_rank], weights, slot or none. userdata qaflora_cpu_module
-//   delta_experts: src y [n_row, n_used, n_out], x [n_row, 1 or n_used, n_in], experts I32 [n_row, n_used], weights, slot or none.
-//            userdata qaflora_cpu_module
-//   *_differential: y is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
-//            rows I32 [n]: then y has n rows more, to be added to these
-//   subtract_base: x, rows or none. userdata qaflora_cpu_difference
-//   coarsest_rows: x [n_slot, n_base, n_in]; dst I32: rows whose rounding loses most, qaflora_n_split() of each slot.
-//            userdata qaflora_cpu_difference
-void qaflora_op_product           (ggml_tensor * dst, int ith, int nth, void * userdata);
-void qaflora_op_delta             (ggml_tensor * dst, int ith, int nth, void * userdata);
-void qaflora_op_delta_experts     (ggml_tensor * dst, int ith, int nth, void * userdata);
-void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata);
-void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
-void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);
-int64_t qaflora_n_split(int64_t slot, int64_t n_base); // of n_base rows
-void qaflora_op_coarsest_rows     (ggml_tensor * dst, int ith, int nth, void * userdata);

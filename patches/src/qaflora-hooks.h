@@ -17,6 +17,12 @@ struct qaflora_context;
 // the state for the llama_context under construction on this thread, or null
 std::shared_ptr<qaflora_context> qaflora_context_pending();
 
+// Before a batch, a micro-batch, and after a graph was built: false, with a sentence in qaflora_last_error(), where llama.cpp
+// would end the process, or where it would compute something else than was asked for. llama_decode then fails.
+bool qaflora_accepts_batch (uint32_t n_token, uint32_t n_token_max, uint32_t n_output, uint32_t n_output_max);
+bool qaflora_accepts_ubatch(const qaflora_context & qf, const llama_ubatch & ubatch);
+bool qaflora_accepts_graph (qaflora_context & qf);
+
 bool     qaflora_has_logits(const qaflora_context & qf);
 uint32_t qaflora_n_nodes   (const qaflora_context & qf);
 

@@ -2,6 +2,8 @@
 // shapes: numpy order, but for ggml_new_tensor
 
 #include "qaflora-context.h"
+#include "qaflora-divergence.h"
+#include "qaflora-error.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
@@ -19,6 +21,19 @@ static const size_t  LENS_LOGITS_BYTES = 12u << 20;
 static const int32_t LENS_ROWS         = 256;
 static const int64_t SLICE_STEP        = 1024; // tokens: where a slice begins is aligned for every device
 
+// the values of a tensor, or none
+static std::vector<float> to_host(const ggml_tensor * t) {
+    if (!t) {
+        return {};
+    }
+    if (t->type != GGML_TYPE_F32) {
+        throw std::runtime_error(qaflora_format("'%s' is %s, expected F32", t->name, ggml_type_name(t->type)));
+    }
+    std::vector<float> data(ggml_nelements(t));
+    ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
+    return data;
+}
+
 //
 // final norm, on the host in float64
 //
@@ -35,18 +50,6 @@ struct final_norm {
         // llama.cpp 0c1e5709, llama-model.cpp: an architecture reads the epsilon of the norm that it uses
         is_rms = model.hparams.f_norm_rms_eps > 0.0f;
         eps    = is_rms ? model.hparams.f_norm_rms_eps : model.hparams.f_norm_eps;
-    }
-
-    static std::vector<float> to_host(const ggml_tensor * t) {
-        if (!t) {
-            return {};
-        }
-        if (t->type != GGML_TYPE_F32) {
-            throw std::runtime_error(qaflora_format("'%s' is %s, expected F32", t->name, ggml_type_name(t->type)));
-        }
-        std::vector<float> data(ggml_nelements(t));
-        ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
-        return data;
     }
 
     void apply(const float * x, double * y, int64_t n) const {
@@ -71,10 +74,11 @@ struct final_norm {
 //
 
 struct qaflora_lens_state {
+    std::vector<float>   bias; // [n_vocab] of the head, or empty
     std::vector<uint8_t> meta;
     std::vector<float>   host; // logits [n_row, n_vocab] when the device's memory cannot be read in place
 
-    qaflora_lens_state() : meta(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false)) {}
+    explicit qaflora_lens_state(const llama_model & model) : bias(to_host(model.output_b)), meta(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false)) {}
 
     static void set_n_threads(ggml_backend_t backend, int n_threads) {
         ggml_backend_dev_t dev = ggml_backend_get_device(backend);
@@ -86,8 +90,8 @@ struct qaflora_lens_state {
     }
 
     // logits [n_row, n] of the tokens v0 to v0 + n; valid until the next call, or the next llama_decode: they lie in the
-    // memory that it computes in
-    const float * project(const llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n) {
+    // memory that it computes in. The head's bias is part of every bias_step-th row, from the first: the others are differences.
+    const float * project(const llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n, int32_t bias_step) {
         const llama_model & model = ctx.get_model();
         ggml_tensor * w = model.output;
         ggml_context_ptr gctx { ggml_init({ meta.size(), meta.data(), true }) };
@@ -117,12 +121,18 @@ struct qaflora_lens_state {
         if (ggml_backend_sched_graph_compute(sched, gf) != GGML_STATUS_SUCCESS) {
             throw std::runtime_error("the lens could not be computed");
         }
-        if (ggml_backend_buffer_is_host(z->buffer)) {
-            return (const float *) z->data;
+        float * logits = (float *) z->data;
+        if (!ggml_backend_buffer_is_host(z->buffer)) {
+            host.resize(ggml_nelements(z));
+            ggml_backend_tensor_get(z, host.data(), 0, ggml_nbytes(z));
+            logits = host.data();
         }
-        host.resize(ggml_nelements(z));
-        ggml_backend_tensor_get(z, host.data(), 0, ggml_nbytes(z));
-        return host.data();
+        for (int32_t i = 0; i < n_row && !bias.empty(); i += bias_step) {
+            for (int64_t v = 0; v < n; ++v) {
+                logits[i*n + v] += bias[v0 + v];
+            }
+        }
+        return logits;
     }
 };
 
@@ -131,7 +141,7 @@ static qaflora_lens_state & lens_of(llama_context & ctx, qaflora_context & qf) {
         throw std::runtime_error("the base has no head to project states with");
     }
     if (!qf.lens) {
-        qf.lens = std::make_shared<qaflora_lens_state>();
+        qf.lens = std::make_shared<qaflora_lens_state>(ctx.get_model());
     }
     ctx.synchronize();
     qf.n_lens++; // the last graph's memory is taken: it cannot be used again
@@ -251,7 +261,7 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
             for (int64_t v0 = 0; v0 < n_vocab; v0 += n_slice) {
                 const int64_t n_token = std::min(n_slice, n_vocab - v0);
                 const int64_t t_start = ggml_time_us();
-                const float * logits = state.project(*ctx, rows.data(), n*n_row, v0, n_token);
+                const float * logits = state.project(*ctx, rows.data(), n*n_row, v0, n_token, n_row);
                 const int64_t t_projected = ggml_time_us();
                 run_parallel(n_threads, n, [&](int32_t i, int ith) {
                     const float * z = logits + (size_t) i*n_row*n_token;
@@ -288,7 +298,7 @@ int32_t qaflora_project(llama_context * ctx, int32_t n_row, const float * rows, 
         const int32_t n_chunk = (int32_t) std::max<size_t>(1, LENS_LOGITS_BYTES/(n_vocab*sizeof(float)));
         for (int32_t i = 0; i < n_row; i += n_chunk) {
             const int32_t n = std::min(n_chunk, n_row - i);
-            const float * z = state.project(*ctx, rows + (size_t) i*ctx->qaflora->n_embd, n, 0, n_vocab);
+            const float * z = state.project(*ctx, rows + (size_t) i*ctx->qaflora->n_embd, n, 0, n_vocab, 1);
             std::copy(z, z + n*n_vocab, logits + i*n_vocab);
         }
         return 1;

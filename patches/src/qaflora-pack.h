@@ -4,7 +4,8 @@
 #pragma once
 
 #include "qaflora.h"
-#include "qaflora-cpu.h"
+#include "qaflora-base.h"
+#include "qaflora-cpu-ops.h"
 
 #include "ggml-cpp.h"
 
@@ -29,27 +30,6 @@ struct qaflora_segment {
 struct qaflora_layout {
     std::vector<qaflora_segment> segments;
     int64_t rank = 0; // sum over segments, and rows of zeros up to what the modules' B expect
-};
-
-// what the CPU's operations need of a module and of a group; without segments the module is not on the CPU
-struct qaflora_cpu_module {
-    const qaflora_kernels * kernels = nullptr;
-    int32_t il     = 0;
-    int64_t n_out  = 0;
-    int64_t n_rank = 0; // of the group
-    std::vector<qaflora_cpu_segment> segments; // of experts: those of the first
-
-    // of experts
-    int64_t n_in     = 0;
-    int64_t n_expert = 0;
-};
-
-struct qaflora_cpu_group {
-    const qaflora_kernels * kernels = nullptr;
-    int32_t il     = 0;
-    int64_t n_in   = 0;
-    int64_t n_rank = 0;
-    std::vector<qaflora_cpu_segment> segments; // those of its modules
 };
 
 // one adapted matrix of the base
@@ -94,20 +74,13 @@ struct qaflora_pack {
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 
+    // whether products with w are those of our kernels
+    bool has_kernels(const ggml_tensor * w) const {
+        return kernels && qaflora_is_on_cpu(w);
+    }
+
     // whether a device other than the host's holds some of the adapters
     bool is_offloaded() const {
         return std::any_of(bufs.begin(), bufs.end(), [](const auto & buf) { return !ggml_backend_buffer_is_host(buf.get()); });
     }
 };
-
-// whether the base's tensor of this name holds a layer's experts, which are multiplied by the router's choice
-bool qaflora_is_experts(const std::string & name);
-
-// whether w is computed on the CPU
-bool qaflora_is_on_cpu(const ggml_tensor * w);
-
-// sets qaflora_last_error()
-void qaflora_set_error(const std::string & message);
-
-// format like printf into a std::string
-std::string qaflora_format(const char * fmt, ...);

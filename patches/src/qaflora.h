@@ -52,6 +52,11 @@ LLAMA_API void                  qaflora_pack_free(struct qaflora_pack * pack);
 LLAMA_API int64_t               qaflora_pack_size_bytes(const struct qaflora_pack * pack);
 
 // A context whose sequences use the pack; all weights start at 0. Free it with llama_free.
+// llama_decode with it leaves qaflora_last_error() empty, or says there why it returned
+//   -1  for a batch with more tokens or outputs than the context has room for
+//   -3  for sequences of a differential probe that cannot be subtracted: each micro-batch must have the sequences 0, 1, ... m
+//       with the same tokens, positions and outputs. 0 alone is the base; m may be smaller than the number of adapters.
+// An earlier micro-batch of the same batch stays in memory, as llama.h says of every failure.
 LLAMA_API struct llama_context * qaflora_context_init(struct llama_model * model, const struct llama_context_params * params,
                                                       struct qaflora_pack * pack, uint32_t flags);
 

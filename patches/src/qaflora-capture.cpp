@@ -1,0 +1,96 @@
+// shapes: ggml order, ne[0] first
+
+#include "qaflora-capture.h"
+
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+
+bool qaflora_has_logits(const qaflora_context & qf) {
+    return !qf.is_probe();
+}
+
+// output rows of cur, kept until they are read
+static ggml_tensor * captured_rows(const llm_graph_context & gctx, qaflora_graph_input & inp, ggml_tensor * cur) {
+    if (cur->ne[1] != gctx.n_outputs) {
+        if (!inp.output_rows) {
+            inp.output_rows = qaflora_new_index(gctx, gctx.n_outputs, "qaflora_output_rows");
+        }
+        cur = ggml_get_rows(gctx.ctx0, cur, inp.output_rows);
+    }
+    ggml_set_output(cur);
+    ggml_build_forward_expand(gctx.gf, cur);
+    return cur;
+}
+
+static int32_t count(const std::vector<ggml_tensor *> & captured) {
+    return (int32_t) std::count_if(captured.begin(), captured.end(), [](const ggml_tensor * t) { return t; });
+}
+
+void qaflora_capture_input(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w, ggml_tensor * cur) {
+    const auto & layers = gctx.qaflora->pack->model->layers;
+    for (int32_t il = 0; il < inp.qf.n_layer; ++il) {
+        if (w == layers[il].wq || w == layers[il].wqkv) {
+            inp.captured_input[il] = captured_rows(gctx, inp, cur);
+            gctx.qaflora->n_captured_input = count(inp.captured_input);
+            return;
+        }
+    }
+}
+
+ggml_tensor * qaflora_no_logits(const llm_graph_context & gctx, const ggml_tensor * head) {
+    ggml_tensor * res = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, head->ne[1], 1);
+    ggml_set_name(res, "qaflora_no_logits");
+    ggml_set_input(res);
+    return res;
+}
+
+void qaflora_capture_block(const llm_graph_context & gctx, ggml_tensor * cur, const char * name, int il) {
+    // llama.cpp 0c1e5709: the dense architectures name every block's output l_out
+    if (!gctx.qaflora->is_probe() || il < 0 || il >= gctx.qaflora->n_layer || strcmp(name, "l_out") != 0 || gctx.n_outputs == 0) {
+        return;
+    }
+    if (cur->ne[0] != gctx.qaflora->n_embd || cur->ne[2] != 1 || cur->ne[3] != 1) {
+        return; // several streams side by side, as of gemma3n: no one state is the block's
+    }
+    qaflora_graph_input & inp = qaflora_get_input(gctx);
+    inp.captured[il] = captured_rows(gctx, inp, cur);
+    gctx.qaflora->n_captured = count(inp.captured);
+}
+
+void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const llama_ubatch & ubatch, ggml_backend_sched_t sched) {
+    qf.stats.n_decoded++;
+    const qaflora_graph_input * inp = qaflora_find_input(res);
+    if (!qf.is_probe() || !inp || inp->n_output == 0) {
+        return;
+    }
+    ggml_backend_sched_synchronize(sched);
+
+    std::vector<llama_seq_id> seq_of_row;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (ubatch.output[i]) {
+            seq_of_row.push_back(ubatch.seq_id[i][0]);
+        }
+    }
+    std::vector<float> rows(inp->n_output*qf.n_embd);
+    for (int32_t il = 0; il < qf.n_layer; ++il) {
+        ggml_backend_tensor_get(inp->captured[il], rows.data(), 0, rows.size()*sizeof(float));
+        for (size_t i = 0; i < seq_of_row.size(); ++i) {
+            double * dst = qf.states[seq_of_row[i]].data() + (size_t) il*qf.n_embd;
+            const float * src = rows.data() + i*qf.n_embd;
+            for (int32_t j = 0; j < qf.n_embd; ++j) {
+                dst[j] = qf.capture == QAFLORA_CAPTURE_MEAN ? dst[j] + src[j] : src[j];
+            }
+        }
+    }
+    for (int32_t il = 0; il < qf.n_layer && qf.has_inputs(); ++il) {
+        ggml_backend_tensor_get(inp->captured_input[il], rows.data(), 0, rows.size()*sizeof(float));
+        for (size_t i = 0; i < seq_of_row.size(); ++i) {
+            std::copy_n(rows.data() + i*qf.n_embd, qf.n_embd, qf.inputs[seq_of_row[i]].data() + (size_t) il*qf.n_embd);
+        }
+    }
+    for (const llama_seq_id seq_id : seq_of_row) {
+        qf.n_row[seq_id]++;
+    }
+}

@@ -1,0 +1,56 @@
+// The CPU's kernels as ggml's custom operations, and what each is given.
+// shapes: numpy order, last axis contiguous
+
+#pragma once
+
+#include "qaflora-cpu.h"
+
+#include <vector>
+
+struct ggml_tensor;
+
+// what the CPU's operations need of a module and of a group; without segments the module is not on the CPU
+struct qaflora_cpu_module {
+    const qaflora_kernels * kernels = nullptr;
+    int32_t il     = 0;
+    int64_t n_out  = 0;
+    int64_t n_rank = 0; // of the group
+    std::vector<qaflora_cpu_segment> segments; // of experts: those of the first
+
+    // of experts
+    int64_t n_in     = 0;
+    int64_t n_expert = 0;
+};
+
+struct qaflora_cpu_group {
+    const qaflora_kernels * kernels = nullptr;
+    int32_t il     = 0;
+    int64_t n_in   = 0;
+    int64_t n_rank = 0;
+    std::vector<qaflora_cpu_segment> segments; // those of its modules
+};
+
+// what x_j - x_0 is taken for
+struct qaflora_cpu_difference {
+    const struct qaflora_kernels * kernels = nullptr;
+    qaflora_rounding rounding;
+};
+
+// ggml_custom_op_t
+//   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_group
+//   delta:   src y, t [n_row, n_rank], weights, slot or none. userdata qaflora_cpu_module
+//   delta_experts: src y [n_row, n_used, n_out], x [n_row, 1 or n_used, n_in], experts I32 [n_row, n_used], weights, slot or none.
+//            userdata qaflora_cpu_module
+//   *_differential: y is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
+//            rows I32 [n]: then y has n rows more, to be added to these
+//   subtract_base: x, rows or none. userdata qaflora_cpu_difference
+//   coarsest_rows: x [n_slot, n_base, n_in]; dst I32: rows whose rounding loses most, qaflora_n_split() of each slot.
+//            userdata qaflora_cpu_difference
+void qaflora_op_product           (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_delta             (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_delta_experts     (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);
+int64_t qaflora_n_split(int64_t slot, int64_t n_base); // of n_base rows
+void qaflora_op_coarsest_rows     (ggml_tensor * dst, int ith, int nth, void * userdata);

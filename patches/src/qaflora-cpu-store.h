@@ -1,0 +1,24 @@
+// How the CPU's kernels have A and B stored.
+// shapes: numpy order, last axis contiguous
+
+#pragma once
+
+#include "qaflora-cpu.h"
+
+#include "ggml.h"
+
+// how numbers of a type are stored: other types than these become F32
+qaflora_cpu_type qaflora_cpu_type_of(ggml_type type);
+ggml_type        qaflora_stored_type(ggml_type type);
+
+// bytes of a row of A [rank, n_in]. As ggml's, but for Q8_0: F32 scales of blocks of 32, then int8.
+size_t qaflora_row_size(qaflora_cpu_type type, int64_t n_in);
+
+// rows: [rank, n_in] in ggml's rows
+void qaflora_make_rows(qaflora_cpu_type type, int64_t rank, int64_t n_in, const uint8_t * rows, uint8_t * dst);
+
+// bytes of B [n_out, rank] in panels. Of Q8_0 a panel has for each 32 ranks F16 scales [QAFLORA_PANEL], then int8 [32, QAFLORA_PANEL].
+size_t qaflora_panel_size(qaflora_cpu_type type, int64_t n_out, int64_t rank);
+
+// rows: [n_out, rank] in ggml's rows
+void qaflora_make_panels(qaflora_cpu_type type, int64_t n_out, int64_t rank, const uint8_t * rows, uint8_t * panels);

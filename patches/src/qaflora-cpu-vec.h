@@ -1,0 +1,154 @@
+// Vectors of W floats, of the instruction set that a file is compiled for; see qaflora-cpu-isa.h.
+
+#pragma once
+
+#include "qaflora-cpu.h"
+
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace QAFLORA_ISA {
+
+#if defined(__AVX512F__)
+
+enum { W = 16 };
+typedef __m512 vec;
+
+static inline vec   v_zero()                     { return _mm512_setzero_ps(); }
+static inline vec   v_set1(float x)              { return _mm512_set1_ps(x); }
+static inline vec   v_load(const float * p)      { return _mm512_loadu_ps(p); }
+static inline void  v_store(float * p, vec x)    { _mm512_storeu_ps(p, x); }
+static inline vec   v_add(vec x, vec y)          { return _mm512_add_ps(x, y); }
+static inline vec   v_mul(vec x, vec y)          { return _mm512_mul_ps(x, y); }
+static inline vec   v_fma(vec x, vec y, vec z)   { return _mm512_fmadd_ps(x, y, z); }
+static inline float v_sum(vec x)                 { return _mm512_reduce_add_ps(x); }
+static inline vec   v_load_f16(const uint16_t * p)  { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static inline vec   v_load_bf16(const uint16_t * p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
+}
+static inline vec   v_load_i8(const int8_t * p)  { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
+static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+
+enum { DOT_ROWS = 4, SUM_ROWS = 8 };
+
+#elif defined(__AVX2__)
+
+enum { W = 8 };
+typedef __m256 vec;
+
+static inline vec   v_zero()                     { return _mm256_setzero_ps(); }
+static inline vec   v_set1(float x)              { return _mm256_set1_ps(x); }
+static inline vec   v_load(const float * p)      { return _mm256_loadu_ps(p); }
+static inline void  v_store(float * p, vec x)    { _mm256_storeu_ps(p, x); }
+static inline vec   v_add(vec x, vec y)          { return _mm256_add_ps(x, y); }
+static inline vec   v_mul(vec x, vec y)          { return _mm256_mul_ps(x, y); }
+static inline vec   v_fma(vec x, vec y, vec z)   { return _mm256_fmadd_ps(x, y, z); }
+static inline float v_sum(vec x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline vec   v_load_f16(const uint16_t * p)  { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+static inline vec   v_load_bf16(const uint16_t * p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
+}
+static inline vec   v_load_i8(const int8_t * p)  { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
+static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+
+enum { DOT_ROWS = 2, SUM_ROWS = 2 };
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+
+enum { W = 4 };
+typedef float32x4_t vec;
+
+static inline vec   v_zero()                     { return vdupq_n_f32(0.0f); }
+static inline vec   v_set1(float x)              { return vdupq_n_f32(x); }
+static inline vec   v_load(const float * p)      { return vld1q_f32(p); }
+static inline void  v_store(float * p, vec x)    { vst1q_f32(p, x); }
+static inline vec   v_add(vec x, vec y)          { return vaddq_f32(x, y); }
+static inline vec   v_mul(vec x, vec y)          { return vmulq_f32(x, y); }
+static inline vec   v_fma(vec x, vec y, vec z)   { return vfmaq_f32(z, x, y); }
+static inline float v_sum(vec x)                 { return vaddvq_f32(x); }
+static inline vec   v_load_f16(const uint16_t * p)  { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline vec   v_load_bf16(const uint16_t * p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline vec   v_load_i8(const int8_t * p) {
+    int32_t bytes;
+    memcpy(&bytes, p, sizeof(bytes));
+    const int8x8_t q = vreinterpret_s8_s32(vdup_n_s32(bytes));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(q))));
+}
+static inline float f16_to_f32(uint16_t h) {
+    __fp16 x;
+    memcpy(&x, &h, sizeof(x));
+    return x;
+}
+
+enum { DOT_ROWS = 4, SUM_ROWS = 2 };
+
+#else
+
+enum { W = 4 };
+struct vec { float x[W]; };
+
+static inline float f16_to_f32(uint16_t h) {
+    const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
+    const uint32_t rest = (uint32_t) (h & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &rest, sizeof(x));
+    x *= 5.192296858534828e+33f; // 2^112: the exponent's bias goes from 15 to 127, denormals included
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    if ((h & 0x7c00) == 0x7c00) {
+        bits |= 0x7f800000;
+    }
+    bits |= sign;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+static inline float bf16_to_f32(uint16_t h) {
+    const uint32_t bits = (uint32_t) h << 16;
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+#define QAFLORA_EACH(expr) vec res; for (int i = 0; i < W; ++i) { res.x[i] = (expr); } return res
+static inline vec   v_set1(float x)              { QAFLORA_EACH(x); }
+static inline vec   v_zero()                     { return v_set1(0.0f); }
+static inline vec   v_load(const float * p)      { QAFLORA_EACH(p[i]); }
+static inline void  v_store(float * p, vec x)    { for (int i = 0; i < W; ++i) { p[i] = x.x[i]; } }
+static inline vec   v_add(vec x, vec y)          { QAFLORA_EACH(x.x[i] + y.x[i]); }
+static inline vec   v_mul(vec x, vec y)          { QAFLORA_EACH(x.x[i]*y.x[i]); }
+static inline vec   v_fma(vec x, vec y, vec z)   { QAFLORA_EACH(x.x[i]*y.x[i] + z.x[i]); }
+static inline float v_sum(vec x)                 { return (x.x[0] + x.x[2]) + (x.x[1] + x.x[3]); }
+static inline vec   v_load_f16(const uint16_t * p)  { QAFLORA_EACH(f16_to_f32(p[i])); }
+static inline vec   v_load_bf16(const uint16_t * p) { QAFLORA_EACH(bf16_to_f32(p[i])); }
+static inline vec   v_load_i8(const int8_t * p)  { QAFLORA_EACH((float) p[i]); }
+#undef QAFLORA_EACH
+
+enum { DOT_ROWS = 2, SUM_ROWS = 2 };
+
+#endif
+
+enum { NV = QAFLORA_PANEL/W };
+
+// Adapters are read once a token, in runs too short for the processor to foresee: what comes so many bytes later is asked for now.
+enum { PREFETCH = 4096 };
+
+static inline void v_prefetch(const void * p) {
+#if defined(__GNUC__)
+    __builtin_prefetch((const char *) p + PREFETCH);
+#elif defined(__AVX2__)
+    _mm_prefetch((const char *) p + PREFETCH, _MM_HINT_T0);
+#else
+    (void) p;
+#endif
+}
+
+} // namespace QAFLORA_ISA

@@ -1,0 +1,116 @@
+// shapes: ggml order, ne[0] first
+
+#include "qaflora-differential.h"
+
+#include "llama-model.h"
+
+#include <algorithm>
+
+// tokens of a query of which all products split rows, see rounding_of()
+static const int64_t N_SHORT = 16;
+
+bool qaflora_is_differential(const qaflora_graph_input & inp, const ggml_tensor * cur) {
+    const int64_t n_row = ggml_nrows(cur);
+    const bool is_token  = n_row == inp.n_token  && (inp.key & GRAPH_DIFFERENTIAL);
+    const bool is_output = n_row == inp.n_output && (inp.key & GRAPH_DIFFERENTIAL_OUT);
+    return (is_token || is_output) && ggml_is_contiguous(cur);
+}
+
+static ggml_tensor * first_sequence(ggml_context * ctx, ggml_tensor * x) {
+    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], 1, x->nb[1], x->nb[2], 0);
+}
+
+static ggml_tensor * other_sequences(ggml_context * ctx, ggml_tensor * x) {
+    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], x->ne[2] - 1, x->nb[1], x->nb[2], x->nb[2]);
+}
+
+// How the products with w round activations, if rows are to be split for them. Where a token's activations are hundreds of
+// times those of others, as some models make them before ffn_down, rounding to 8 bits takes the small ones away, and what
+// the adapters are compared with is no longer the base. All products of a short query, where few tokens decide; of a longer
+// one those that were seen to matter at a small share of the cost.
+static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, const ggml_tensor * w, int64_t n_base) {
+    const auto & layers = qf.pack->model->layers;
+    const bool is_sensitive = std::any_of(layers.begin(), layers.end(), [&](const llama_layer & l) {
+        return w == l.ffn_down || w == l.wq || w == l.wk || w == l.wv || w == l.wqkv;
+    });
+    if (!qf.pack->has_kernels(w) || (n_base > N_SHORT && !is_sensitive)) {
+        return nullptr;
+    }
+    switch (w->type) {
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_IQ4_NL:
+            return &qf.pack->rounded_32;
+        case GGML_TYPE_Q2_K:
+        case GGML_TYPE_Q3_K:
+        case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_K:
+        case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ4_XS:
+        case GGML_TYPE_IQ3_S:
+        case GGML_TYPE_IQ3_XXS:
+        case GGML_TYPE_IQ2_S:
+        case GGML_TYPE_IQ2_XS:
+        case GGML_TYPE_IQ2_XXS:
+        case GGML_TYPE_IQ1_S:
+        case GGML_TYPE_IQ1_M:
+            return &qf.pack->rounded_256;
+        default:
+            return nullptr;
+    }
+}
+
+// x_0 of the base, x_j - x_0 of the others [n_in, n_row]; then the rest of the rows that are split
+static qaflora_graph_input::difference subtract_base(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w,
+                                                     ggml_tensor * cur, ggml_tensor * x) {
+    ggml_context * ctx = gctx.ctx0;
+    auto & diff = inp.last_difference;
+    const bool is_cpu = inp.qf.pack->has_kernels(w);
+    if (diff.cur == cur && diff.is_cpu == is_cpu) {
+        return diff;
+    }
+    diff = { cur, is_cpu, nullptr, nullptr };
+    if (!is_cpu) {
+        ggml_tensor * x0 = first_sequence(ctx, x);
+        diff.d = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
+        return diff;
+    }
+    const qaflora_cpu_difference * how = rounding_of(inp.qf, w, x->ne[1]);
+    std::vector<ggml_tensor *> src = { x };
+    if (how) {
+        const int64_t n_split = qaflora_n_split(0, x->ne[1]) + (x->ne[2] - 1)*qaflora_n_split(1, x->ne[1]);
+        diff.split = ggml_custom_4d(ctx, GGML_TYPE_I32, n_split, 1, 1, 1, src.data(), 1, qaflora_op_coarsest_rows, GGML_N_TASKS_MAX,
+                                    const_cast<qaflora_cpu_difference *>(how));
+        src.push_back(diff.split);
+    } else {
+        how = &inp.qf.pack->plain;
+    }
+    diff.d = ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], ggml_nrows(x) + (diff.split ? ggml_nelements(diff.split) : 0), 1, 1,
+                            src.data(), (int) src.size(), qaflora_op_subtract_base, GGML_N_TASKS_MAX, const_cast<qaflora_cpu_difference *>(how));
+    return diff;
+}
+
+ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
+    qaflora_graph_input & inp = qaflora_get_input(gctx);
+    if (!qaflora_is_differential(inp, cur)) {
+        return res;
+    }
+    ggml_context * ctx = gctx.ctx0;
+    ggml_tensor * x = ggml_reshape_3d(ctx, cur, cur->ne[0], ggml_nrows(cur)/inp.n_slot, inp.n_slot);
+    // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
+    const auto diff = subtract_base(gctx, inp, w, cur, x);
+    if (inp.qf.pack->has_kernels(w)) {
+        return ggml_mul_mat(ctx, w, diff.d); // qaflora_mm_delta() adds y_0
+    }
+    ggml_tensor * y = ggml_mul_mat(ctx, w, ggml_reshape_2d(ctx, diff.d, x->ne[0], x->ne[1]*x->ne[2]));
+    if (gctx.prec_policy) {
+        gctx.prec_policy->apply(y);
+    }
+    y = ggml_reshape_3d(ctx, y, y->ne[0], x->ne[1], x->ne[2]);
+    ggml_tensor * y0 = first_sequence(ctx, y);
+    y = ggml_concat(ctx, y0, ggml_add(ctx, other_sequences(ctx, y), y0), 2);
+    return ggml_reshape_4d(ctx, y, res->ne[0], res->ne[1], res->ne[2], res->ne[3]);
+}

@@ -1,0 +1,12 @@
+// What decides a graph's topology beside llm_graph_params.
+
+#pragma once
+
+#include "qaflora-context.h"
+
+// bits of the graph key
+enum {
+    GRAPH_DIFFERENTIAL     = 1, // rows of all tokens form [.., n_seq] with the base first
+    GRAPH_DIFFERENTIAL_OUT = 2, // so do the output rows
+    GRAPH_KEY_BITS         = 2, // above them: how often the lens was used
+};

@@ -1,0 +1,118 @@
+"""A context of several sequences, driven row by row: what a batch holds is up to the test."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.backend import native
+from qaflora_edge.backend.model import Model, Pack
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token of one sequence."""
+
+    token: int
+    pos: int
+    seq: int
+    output: bool = False
+
+
+def rows_of(tokens: Sequence[int], *, seq: int = 0, start: int = 0) -> list[Row]:
+    """The tokens of a sequence, the last of them an output."""
+    last = len(tokens) - 1
+    return [Row(token, start + i, seq, i == last) for i, token in enumerate(tokens)]
+
+
+class RawContext:
+    """F32 KV, no flash attention, two threads; other parameters of llama.cpp as named."""
+
+    def __init__(
+        self, model: Model, pack: Pack, *, flags: int = 0, n_seq: int = 1, **params: object
+    ) -> None:
+        self.lib, self._functions = native.load()
+        self._model = model
+        self._params = self.lib.llama_context_default_params()
+        defaults = {
+            "n_ctx": 256 * n_seq,
+            "n_batch": 256,
+            "n_seq_max": n_seq,
+            "type_k": 0,
+            "type_v": 0,
+            "flash_attn_type": 0,
+            "n_threads": 2,
+            "n_threads_batch": 2,
+            "kv_unified": False,
+        }
+        for name, value in (defaults | params).items():
+            setattr(self._params, name, value)
+        self.pointer = self._functions.context_init(
+            model._pointer, ctypes.byref(self._params), pack._pointer, flags
+        )
+
+    def decode(self, rows: Sequence[Row]) -> int:
+        """What llama_decode returns."""
+        batch = self.lib.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, row in enumerate(rows):
+            batch.token[i], batch.pos[i] = row.token, row.pos
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row.seq
+            batch.logits[i] = row.output
+        code = int(self.lib.llama_decode(self.pointer, batch))
+        self.lib.llama_batch_free(batch)
+        return code
+
+    def abort_when(self, is_due: Callable[[], bool] | None) -> None:
+        """Let llama.cpp ask before every node of a graph whether to end."""
+        kind = self.lib.ggml_abort_callback
+        self._callback = kind(lambda _: is_due()) if is_due else ctypes.cast(None, kind)
+        self.lib.llama_set_abort_callback(self.pointer, self._callback, None)
+
+    def set_weights(self, seq: int, weights: F32) -> None:
+        array = np.ascontiguousarray(weights, np.float32)
+        assert self._functions.set_weights(self.pointer, seq, _floats(array), array.size)
+
+    def capture_begin(self) -> None:
+        assert self._functions.capture_begin(self.pointer, native.CAPTURE["last"])
+
+    def states(self, seq: int) -> F32:
+        """[n_layer, n_embd]"""
+        states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+        assert self._functions.get_states(self.pointer, seq, _floats(states), states.size)
+        return states
+
+    def logits(self, row: int) -> F32 | None:
+        """[n_vocab] of a row of the last batch, or None where llama.cpp has none."""
+        pointer = self.lib.llama_get_logits_ith(self.pointer, row)
+        if not pointer:
+            return None
+        return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,)).copy()
+
+    def pos_max(self, seq: int) -> int:
+        """The last position that a sequence holds, or -1."""
+        memory = self.lib.llama_get_memory(self.pointer)
+        return int(self.lib.llama_memory_seq_pos_max(memory, seq))
+
+    def forget(self, seq: int, start: int = 0) -> None:
+        memory = self.lib.llama_get_memory(self.pointer)
+        assert self.lib.llama_memory_seq_rm(memory, seq, start, -1)
+
+    def clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.pointer), False)
+
+    @property
+    def n_decoded(self) -> int:
+        """Micro-batches computed so far."""
+        return int(self._functions.get_stats(self.pointer).n_decoded)
+
+    def close(self) -> None:
+        self.lib.llama_free(self.pointer)
+
+
+def _floats(array: F32) -> object:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

@@ -1,0 +1,257 @@
+"""What llama_decode refuses with adapters, and what a decode that failed or was ended leaves."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from raw_context import RawContext, Row, rows_of
+from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge.backend import native
+from qaflora_edge.backend.model import Model, Pack
+
+F32 = NDArray[np.float32]
+TOKENS = [72, 101, 261, 32, 113, 117, 101, 115, 116, 262, 111, 102]
+OTHERS = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
+DIFFERENTIAL = native.CONTEXT_PROBE | native.CONTEXT_DIFFERENTIAL
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> TinyBase:
+    """Quantised, so that a differential product is told from a plain one."""
+    return write_tiny_base(tmp_path / "base.gguf", dtype="q8_0")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
+    return [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.02)
+        for seed in (1, 2, 3)
+    ]
+
+
+@pytest.fixture
+def loaded(base: TinyBase, adapters: list[TinyAdapter]) -> Iterator[tuple[Model, Pack]]:
+    with Model(base.path) as model, Pack(model, [a.path for a in adapters]) as pack:
+        yield model, pack
+
+
+def probe(loaded: tuple[Model, Pack], flags: int = DIFFERENTIAL, **params: object) -> RawContext:
+    """Sequence 0 is the base, 1 to 3 have an adapter each."""
+    model, pack = loaded
+    context = RawContext(model, pack, flags=flags, n_seq=4, **params)
+    for ia in range(3):
+        weights = np.zeros((3, model.n_layer), np.float32)
+        weights[ia] = 1.0
+        context.set_weights(1 + ia, weights)
+    context.capture_begin()
+    return context
+
+
+def together(n_seq: int, tokens: list[int] = TOKENS) -> list[Row]:
+    return [row for seq in range(n_seq) for row in rows_of(tokens, seq=seq)]
+
+
+# differential probes
+
+UNEVEN = [*(Row(t, i, 0) for i, t in enumerate(TOKENS[:2])), *rows_of(TOKENS[:3], seq=1)]
+REFUSED = {
+    "no base": ([*rows_of(TOKENS, seq=1), *rows_of(TOKENS, seq=2)], "given sequence 1 where 0 was"),
+    "a gap": ([*rows_of(TOKENS, seq=0), *rows_of(TOKENS, seq=2)], "given sequence 2 where 0 was"),
+    "base last": ([*rows_of(TOKENS, seq=1), *rows_of(TOKENS)], "given sequence 1 where 0 was"),
+    "two queries": (
+        [*together(2), *rows_of(OTHERS, seq=2), *rows_of(OTHERS, seq=3)],
+        "sequence 2 of a differential probe has another token, position or output than the base "
+        "at its position 0; decode one query at a time",
+    ),
+    "outputs of one": (
+        [*(Row(t, i, 0) for i, t in enumerate(TOKENS)), *rows_of(TOKENS, seq=1)],
+        "another token, position or output than the base at its position 11",
+    ),
+    "one goes on alone": (UNEVEN, "given sequence 1 where 0 was expected; decode the base, which"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_differential_probe_that_cannot_be_subtracted_is_refused(
+    loaded: tuple[Model, Pack], name: str
+) -> None:
+    rows, message = REFUSED[name]
+    context = probe(loaded)
+    assert context.decode(rows) == -3
+    assert message in native.last_error()
+    # It can be used at once, and what was refused left nothing behind.
+    context.clear()
+    context.capture_begin()
+    assert context.decode(together(4)) == 0
+    assert native.last_error() == ""
+    found = [context.states(seq) for seq in range(4)]
+    context.close()
+    fresh = probe(loaded)
+    assert fresh.decode(together(4)) == 0
+    assert np.array_equal(found, [fresh.states(seq) for seq in range(4)])
+    fresh.close()
+
+
+def test_positions_that_differ_from_the_base_are_refused(loaded: tuple[Model, Pack]) -> None:
+    context = probe(loaded)
+    assert context.decode(rows_of(TOKENS[:2])) == 0
+    rows = [*rows_of(TOKENS[2:], start=2), *rows_of(TOKENS[2:], seq=1)]
+    assert context.decode(rows) == -3
+    assert "another token, position or output than the base at its position 2" in (
+        native.last_error()
+    )
+    assert (context.pos_max(0), context.pos_max(1)) == (1, -1)
+    context.close()
+
+
+def test_a_unified_kv_is_refused_by_a_differential_probe(loaded: tuple[Model, Pack]) -> None:
+    context = probe(loaded, kv_unified=True)
+    assert context.decode(together(4)) == -3
+    assert native.last_error() == (
+        "the sequences of a differential probe are not told apart by row; make the context "
+        "without a unified KV, and give each token one sequence"
+    )
+    assert context.decode(rows_of(TOKENS)) == 0  # the base alone
+    context.close()
+
+
+def test_fewer_adapters_than_all_are_subtracted_alike(loaded: tuple[Model, Pack]) -> None:
+    """In micro-batches of any length. The base alone is read as it is."""
+
+    def states(n_seq: int, flags: int = DIFFERENTIAL, **params: object) -> F32:
+        context = probe(loaded, flags, **params)
+        assert context.decode(together(n_seq)) == 0
+        found = [context.states(seq) for seq in range(n_seq)]
+        context.close()
+        return np.array(found)
+
+    assert np.array_equal(states(1), states(1, native.CONTEXT_PROBE))
+    every = states(4)
+    assert np.array_equal(states(2), every[:2])
+    move = every[1] - every[0]
+    short = states(2, n_ubatch=7)
+    plain = states(2, native.CONTEXT_PROBE)
+    # other rows are rounded together there, which moves base and adapted state alike
+    error = np.abs(short[1] - short[0] - move).max()
+    assert error < 0.3 * np.abs(plain[1] - plain[0] - move).max()
+
+
+# sizes at which llama.cpp would end the process
+
+
+def test_a_batch_larger_than_the_context_takes_is_refused(loaded: tuple[Model, Pack]) -> None:
+    context = RawContext(*loaded, n_batch=8)
+    assert context.decode(rows_of(TOKENS[:9])) == -1
+    assert native.last_error() == (
+        "the batch has 9 tokens, and this context takes 8 at most; decode it in parts"
+    )
+    assert context.decode(rows_of(TOKENS[:8])) == 0
+    context.close()
+
+
+def test_more_outputs_than_there_is_room_for_are_refused(loaded: tuple[Model, Pack]) -> None:
+    context = RawContext(*loaded, n_outputs_max=2)
+    rows = [Row(token, i, 0, True) for i, token in enumerate(TOKENS)]
+    assert context.decode(rows[:3]) == -1
+    assert native.last_error() == (
+        "the batch asks for 3 outputs, and this context has room for 2; ask for fewer, or make it "
+        "with a larger n_outputs_max"
+    )
+    assert context.decode(rows[:2]) == 0
+    context.close()
+    refused = RawContext(*loaded, n_seq=3, n_outputs_max=2)
+    assert not refused.pointer
+    assert native.last_error() == (
+        "n_outputs_max is 2, expected at least the number of sequences, 3"
+    )
+
+
+def test_failures_of_llama_cpp_itself_leave_no_sentence(loaded: tuple[Model, Pack]) -> None:
+    context = RawContext(*loaded, n_batch=256)
+    assert context.decode(rows_of([72] * 257)) == -1
+    assert native.last_error() != ""
+    assert context.decode(rows_of([72] * 256)) == 0
+    assert context.decode(rows_of([72], start=256)) == 1  # no room left
+    assert native.last_error() == ""
+    context.close()
+
+
+# a decode that was ended
+
+
+def mixed(loaded: tuple[Model, Pack]) -> RawContext:
+    """Three sequences with a mix each, two tokens of all three in a micro-batch."""
+    model, pack = loaded
+    context = RawContext(model, pack, n_seq=3, n_ubatch=6)
+    rng = np.random.default_rng(3)
+    for seq in range(3):
+        context.set_weights(seq, rng.random((3, model.n_layer)).astype(np.float32))
+    return context
+
+
+def abort_in_second(context: RawContext) -> None:
+    """End the decode at the 20th node of its second micro-batch."""
+    n_decoded, n_asked = context.n_decoded, 0
+
+    def is_due() -> bool:
+        nonlocal n_asked
+        n_asked += context.n_decoded == n_decoded + 1
+        return n_asked >= 20
+
+    context.abort_when(is_due)
+
+
+def test_an_ended_decode_keeps_the_micro_batches_before(loaded: tuple[Model, Pack]) -> None:
+    """What each sequence holds is what llama_memory_seq_pos_max says; going on is exact."""
+    lengths = (2, 6, 12)
+    whole = mixed(loaded)
+    rows = [row for seq, n in enumerate(lengths) for row in rows_of(TOKENS[:n], seq=seq)]
+    assert whole.decode(rows) == 0
+    expected = [whole.logits(sum(lengths[: seq + 1]) - 1) for seq in range(3)]
+    whole.close()
+
+    context = mixed(loaded)
+    abort_in_second(context)
+    assert context.decode(rows) == 2
+    assert native.last_error() == ""
+    # The first micro-batch had two tokens of each; of the second, sequences 1 and 2, nothing stays.
+    assert [context.pos_max(seq) for seq in range(3)] == [1, 1, 1]
+    # Sequence 0 was complete, yet no logits of a decode that failed can be read.
+    assert [context.logits(row) for row in (1, 7, 19)] == [None, None, None]
+
+    context.abort_when(None)
+    context.forget(0, 1)  # so its last token is read again
+    again = [
+        row
+        for seq, n in enumerate(lengths)
+        for row in rows_of(
+            TOKENS[context.pos_max(seq) + 1 : n], seq=seq, start=context.pos_max(seq) + 1
+        )
+    ]
+    assert context.decode(again) == 0
+    for seq, row in enumerate((0, 4, 14)):
+        # other micro-batches: sums of another order in float32
+        np.testing.assert_allclose(context.logits(row), expected[seq], atol=1e-4, rtol=0)
+    context.close()
+
+
+def test_a_decode_ended_at_once_leaves_other_sequences_as_they_were(
+    loaded: tuple[Model, Pack],
+) -> None:
+    context = mixed(loaded)
+    assert context.decode([*rows_of(TOKENS[:4], seq=0), *rows_of(TOKENS[:4], seq=1)]) == 0
+    context.abort_when(lambda: True)
+    rows = [*rows_of([5], seq=0, start=4), *rows_of(OTHERS, seq=2)]
+    assert context.decode(rows) == 2
+    assert [context.pos_max(seq) for seq in range(3)] == [3, 3, -1]
+    context.abort_when(None)
+    assert context.decode(rows) == 0
+    found = context.logits(0)
+    context.close()
+    fresh = mixed(loaded)
+    assert fresh.decode(rows_of([*TOKENS[:4], 5])) == 0
+    np.testing.assert_allclose(found, fresh.logits(4), atol=1e-4, rtol=0)
+    fresh.close()
