@@ -36,9 +36,8 @@ from qaflora_edge.errors import (
     StrategyError,
 )
 from qaflora_edge.files import LEFT_OVER_SECONDS
-from qaflora_edge.formats import checksums
+from qaflora_edge.formats import checksums, registry
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
-from qaflora_edge.hub import registry
 from qaflora_edge.weighing import numbers as fuse
 
 Raw = dict[str, Any]
@@ -934,3 +933,24 @@ def test_no_place_for_the_memory_is_no_failure(
     load_bundle(made.folder)
     load_bundle(made.folder)
     assert hashed == ALL * 2
+
+
+def test_opening_a_bundle_here_imports_nothing_for_the_hub_or_for_converting(
+    checkout: Path, smollm2: Path
+) -> None:
+    script = (
+        "import pathlib, sys\n"
+        "from qaflora_edge.bundles.open import load_bundle\n"
+        "load_bundle(pathlib.Path(sys.argv[1]))\n"
+        "print(*sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, str(checkout / "models" / "demo")]
+    # The base is where it was pulled to, which only the cache of the other tests knows.
+    env = os.environ | {"QAFLORA_CACHE": str(smollm2.parents[1])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    ours = {name.split(".")[1] for name in loaded if name.startswith("qaflora_edge.")}
+    assert {"bundles", "formats"} <= ours
+    assert not ours & {"hub", "peft", "convert", "chat", "backend", "cli", "engine"}
+    assert not loaded & {"huggingface_hub", "jinja2", "llama_cpp", "filelock", "tqdm", "httpx"}

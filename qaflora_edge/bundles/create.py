@@ -28,7 +28,7 @@ from qaflora_edge.files import is_disk_full, lock_path, readable, remove_left_ov
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.hub.references import model_name
+from qaflora_edge.formats.registry import model_name
 from qaflora_edge.weighing import numbers as fuse
 
 MAX_NAME_CHARS = 200  # of what a base's file calls itself

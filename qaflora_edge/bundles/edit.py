@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import load_bundle, read_bundle_text
+from qaflora_edge.bundles.open import link_roots, load_bundle, read_bundle_text
 from qaflora_edge.bundles.source import find_adapter, find_base
 from qaflora_edge.bundles.write import (
     Path_,
@@ -37,7 +37,6 @@ from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.hub.cache import link_roots
 from qaflora_edge.weighing import numbers as fuse
 
 UNFINISHED_FILE = ".unfinished.json"

@@ -18,6 +18,7 @@ from typing import Any
 
 from qaflora_edge.errors import BundleError, InputFileError
 from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
+from qaflora_edge.formats import registry
 from qaflora_edge.formats.adapter_gguf import (
     AdapterInfo,
     check_adapter,
@@ -34,10 +35,6 @@ from qaflora_edge.formats.bundle_format import (
 )
 from qaflora_edge.formats.checksums import FileState, check_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.hub.cache import link_roots
-from qaflora_edge.hub.references import pulled_base
-
-__all__ = ["Bundle", "describe", "find_base", "load_bundle", "verify_bundle"]
 
 # Called with what is being read, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
@@ -106,21 +103,45 @@ def read_bundle_text(folder: Path) -> BundleText:
     return parse_bundle(data, str(path))
 
 
-def find_base(folder: Path, base: BaseRecord) -> Path | None:
+def link_roots(folder: Path) -> tuple[Path, ...]:
+    """Where links in a folder may lead to besides itself.
+
+    Nowhere, unless it is a snapshot in the Hub's cache: its files are links into that cache.
+    """
+    snapshot = folder.absolute()
+    if snapshot.parent.name != "snapshots":
+        return ()
+    from qaflora_edge.hub.cache import hub_cache_dir, is_commit
+
+    repo_dir, cache = snapshot.parents[1], hub_cache_dir()
+    with contextlib.suppress(OSError):
+        is_in_cache = is_commit(snapshot.name) and repo_dir.parent.samefile(cache)
+        if is_in_cache and repo_dir.name.startswith("models--"):
+            return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
+    return ()
+
+
+def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
     """The base's file: where bundle.json says, else where `qaflora pull` puts it, else None."""
     if base.file:
         path = folder / base.file  # an absolute file stays absolute
         with contextlib.suppress(ValueError, OSError):  # a name that no file can have
             if path.is_file():
                 return path
-    return pulled_base(base.registry, base.hub)
+    if base.registry and (pulled := registry.pulled_model(base.registry)):
+        return pulled
+    if base.hub:
+        from qaflora_edge.hub.cache import pulled_path
+
+        return pulled_path(base.hub)
+    return None
 
 
 def describe(folder: Path) -> str:
     """A bundle's description as lines to read; its files need not be there."""
     text = read_bundle_text(folder)
     base = text.base
-    base_path = find_base(folder, base)
+    base_path = recorded_base(folder, base)
     where = str(base_path) if base_path else f"not here: {_how_to_get(folder, base)}"
     lines = [
         f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
@@ -156,7 +177,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
     text = read_bundle_text(folder)
     where = str(folder / BUNDLE_FILE)
     adapter_paths = {adapter.name: _adapter_path(folder, adapter) for adapter in text.adapters}
-    base_path = find_base(folder, text.base)
+    base_path = recorded_base(folder, text.base)
     if base_path is None:
         raise BundleError(
             f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "

