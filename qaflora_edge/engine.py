@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.bundles.open import Opened, load_bundle, open_files
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.engine_options import check_answers, check_options
 from qaflora_edge.errors import OptionError, StrategyError
-from qaflora_edge.formats.adapter_gguf import check_files
-from qaflora_edge.formats.checksums import FileState, check_unchanged
+from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.answers import Answers
 from qaflora_edge.inference.constraint import grammar_text
 from qaflora_edge.inference.generation import Generation
@@ -30,7 +30,7 @@ from qaflora_edge.openai.engine_chat import EngineChat
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober
-from qaflora_edge.weighing.strategies import Typical, Weigher, Weights, measure_typical
+from qaflora_edge.weighing.strategies import Weigher, Weights, measure_typical
 
 F32 = NDArray[np.float32]
 Path_ = str | os.PathLike[str]
@@ -73,37 +73,23 @@ class Engine(EngineChat):
         check_options(n_ctx, threads, kv_type, probe_tail)
         self._lifetime = Lifetime(self)
 
-        typical: Typical = {}
-        defaults: Mapping[str, str] = {}
-        states: Mapping[Path, FileState] = {}
-        if bundle is not None:
-            if base is not None or adapters is not None:
-                raise OptionError(
-                    "Engine got a bundle and also base or adapters; give one of them."
-                )
-            from qaflora_edge.bundles.open import load_bundle
-
-            loaded = load_bundle(Path(bundle))
-            base, adapters = loaded.base_path, loaded.adapter_paths
-            typical, defaults, states = loaded.typical, loaded.fusion_defaults, loaded.states
-        elif base is None:
-            raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
-        else:
-            check_files(base, (adapters or {}).values())
-
+        opened = _open(bundle, base, adapters)
+        defaults = opened.fusion_defaults
         self._weigher = Weigher(
-            adapters=tuple(adapters or {}),
+            adapters=tuple(opened.adapters),
             strategy=strategy or defaults.get("strategy", fuse.DEFAULT_STRATEGY),
             lens=lens or defaults.get("lens", fuse.DEFAULT_LENS),
             pool=pool or defaults.get("pool", fuse.DEFAULT_POOL),
-            typical=typical,
+            typical=opened.typical,
         )
         self._loaded = self._weigher.adapters
         self.seed, self.n_ctx = seed, n_ctx
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         try:
-            self._load(base, list((adapters or {}).values()), gpu_layers, probe_tail, options)
-            check_unchanged(states)  # llama.cpp opened the files by name, after they were checked
+            self._load(opened, gpu_layers, probe_tail, options)
+            check_unchanged(
+                opened.states
+            )  # llama.cpp opened the files by name, after they were checked
         except BaseException:
             self._lifetime.close()
             raise
@@ -112,15 +98,14 @@ class Engine(EngineChat):
 
     def _load(
         self,
-        base: Path_,
-        adapters: Sequence[Path_],
+        opened: Opened,
         gpu_layers: int | None,
         probe_tail: int,
         options: dict[str, Any],
     ) -> None:
         keep, stop = self._lifetime.keep, self._lifetime.stop
-        self._model = keep(Model(base, gpu_layers=gpu_layers))
-        self._pack = keep(Pack(self._model, list(adapters)))
+        self._model = keep(Model(opened.base_path, gpu_layers=gpu_layers, header=opened.header))
+        self._pack = keep(Pack(self._model, list(opened.adapter_paths.values())))
         self._main = keep(Context(self._model, self._pack, n_ctx=self.n_ctx, stop=stop, **options))
         self._probe = keep(
             Prober(self._model, self._pack, {**options, "stop": stop}, tail=probe_tail)
@@ -364,3 +349,14 @@ class Engine(EngineChat):
             # The same weights: what the context holds of the prompt is what it would read again.
             weights = replace(answer.fusion, probe_ms=0.0)
             options |= {"keep_history": True, "on_weights": None}
+
+
+def _open(bundle: Path_ | None, base: Path_ | None, adapters: Mapping[str, Path_] | None) -> Opened:
+    if bundle is not None:
+        if base is not None or adapters is not None:
+            raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
+        return load_bundle(Path(bundle))
+    if base is None:
+        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
+    paths = {name: Path(path) for name, path in (adapters or {}).items()}
+    return open_files(Path(base), paths)

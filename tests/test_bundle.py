@@ -36,7 +36,7 @@ from qaflora_edge.errors import (
     StrategyError,
 )
 from qaflora_edge.files import LEFT_OVER_SECONDS
-from qaflora_edge.formats import checksums, registry
+from qaflora_edge.formats import checksums, gguf_parse, registry
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.weighing import numbers as fuse
 
@@ -933,6 +933,39 @@ def test_no_place_for_the_memory_is_no_failure(
     load_bundle(made.folder)
     load_bundle(made.folder)
     assert hashed == ALL * 2
+
+
+@pytest.mark.parametrize("way", ["bundle", "files"])
+def test_each_file_is_parsed_once(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    parsed: list[str] = []
+    original = gguf_parse.GgufCursor.read_header
+
+    def count(cursor: Any) -> Any:
+        parsed.append(cursor.path.name)
+        return original(cursor)
+
+    monkeypatch.setattr(gguf_parse.GgufCursor, "read_header", count)
+    adapters = {name: made.folder / f"adapters/{name}.gguf" for name in ("math", "es")}
+    sources: dict[str, Any] = {"base": made.base.path, "adapters": adapters}
+    with Engine(**({"bundle": made.folder} if way == "bundle" else sources), n_ctx=64) as opened:
+        opened.weights("the thing")
+    assert parsed == ALL
+
+
+def test_loose_files_that_are_swapped_between_check_and_use_are_refused(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.Pack
+
+    def touch(*args: Any) -> Any:
+        os.utime(made.adapter.path, ns=(0, 0))
+        return original(*args)
+
+    monkeypatch.setattr(engine, "Pack", touch)
+    with pytest.raises(ChecksumError, match=f"{made.adapter.path} was changed or replaced while"):
+        Engine(base=made.base.path, adapters={"es": made.adapter.path}, n_ctx=64)
 
 
 def test_opening_a_bundle_here_imports_nothing_for_the_hub_or_for_converting(

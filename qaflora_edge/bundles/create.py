@@ -91,7 +91,7 @@ def create_bundle(
         for done, (adapter_name, source) in enumerate(zip(names, sources, strict=True)):
             tell("adapters", done, len(pairs))
             file = f"adapters/{adapter_name}.gguf"
-            info = put_adapter(source, temporary / file, base_source.path, header, outtype)
+            info = put_adapter(source, temporary / file, header, outtype)
             note = (notes or {}).get(adapter_name, {})
             records.append(adapter_record(adapter_name, file, info, source, note))
         tell("adapters", len(pairs), len(pairs))

@@ -35,7 +35,6 @@ from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
 from qaflora_edge.files import atomic_path, cache_dir, open_input, safe_join, write_text_atomic
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
 from qaflora_edge.formats.checksums import check_file
-from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.weighing import numbers as fuse
 
@@ -72,8 +71,7 @@ def add_adapter(
         found = find_adapter(source, tell)
         file = _new_file(folder, name)
         _note_unfinished(folder, [file])
-        header = read_gguf_header(loaded.base_path)
-        info = put_adapter(found, folder / file, loaded.base_path, header, outtype)
+        info = put_adapter(found, folder / file, loaded.header, outtype)
         raw = _copy(text.raw)
         raw["adapters"].append(adapter_record(name, file, info, found, note or {}))
         if calibrate:
