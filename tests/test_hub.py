@@ -533,7 +533,7 @@ def test_a_file_name_that_leads_out_is_refused(
     raw["adapters"][1]["file"] = "../../es.gguf"
     content = {"bundle.json": json.dumps(raw).encode(), "../../es.gguf": files["adapters/es.gguf"]}
     hub.put("owner/bundle", {**files, **content})
-    with pytest.raises(BundleError, match=r"it contains '\.\.'"):
+    with pytest.raises(BundleError, match="expected a relative path to a file inside"):
         fetch_hub("owner/bundle", to and tmp_path / to)
 
 
