@@ -281,7 +281,7 @@ def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
 
 def test_missing_parent_is_refused(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
-    with pytest.raises(OutputFileError, match="does not take a new folder"):
+    with pytest.raises(OutputFileError, match="does not take a new file"):
         create_bundle(tmp_path / "no/bundle", sources.base.path, {"es": sources.adapter.path})
 
 
@@ -436,7 +436,7 @@ def test_what_a_killed_creation_left_is_removed_by_the_next(tmp_path: Path) -> N
     assert process.stdout is not None
     assert process.stdout.readline() == "halfway\n"
     (temporary,) = tmp_path.glob(".tmp-*-bundle")
-    others = [tmp_path / ".tmp-x-bundle", tmp_path / ".tmp-0123456789ab-file"]
+    others = [tmp_path / ".tmp-x-bundle", tmp_path / ".tmp-01234567-file"]
     others[0].mkdir()
     others[1].write_text("a file")
 

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from qaflora_edge.errors import DownloadError, OutputFileError
-from qaflora_edge.files import atomic_path, cache_dir
+from qaflora_edge.errors import DownloadError
+from qaflora_edge.files import atomic_path, cache_dir, cache_lock, make_folder
 from qaflora_edge.formats.registry import Model, find_model, local_path, models_dir
 from qaflora_edge.hub.download import check_space, fetch_source, read_chunks
 
@@ -25,27 +25,14 @@ def fetch_model(
     `to` is the folder that gets the file, the cache by default. Raises RegistryError for an
     unknown name, and DownloadError with what every source said when none of them gave the file.
     """
-    from filelock import FileLock
-
     model = find_model(name)
     folder = models_dir() if to is None else Path(to)
     if path := local_path(model, folder):
         return path
-    _make_folder(folder)
-    _make_folder(cache_dir() / "locks")
+    make_folder(folder, "--to, or with the environment variable QAFLORA_CACHE")
     # Two processes must not fetch the same parts; the second then finds the file.
-    with FileLock(cache_dir() / "locks" / f"{model.sha256[:16]}.lock"):
+    with cache_lock(model.sha256):
         return local_path(model, folder) or _fetch_locked(model, folder, progress)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot make the folder {folder}: {error.strerror}. Name another with --to, or with "
-            "the environment variable QAFLORA_CACHE."
-        ) from error
 
 
 def _fetch_locked(model: Model, folder: Path, progress: Progress | None) -> Path:
