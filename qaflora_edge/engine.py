@@ -14,12 +14,12 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from qaflora_edge.bundles.open import Opened, load_bundle, open_files
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, StrategyError
-from qaflora_edge.formats.adapter_gguf import check_files
-from qaflora_edge.formats.checksums import FileState, check_unchanged
+from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.constraint import grammar_text
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.generation import Generation
@@ -32,7 +32,6 @@ from qaflora_edge.openai.chat import answer_chat
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.calibrated import measure_typical
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategy import Typical
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 F32 = NDArray[np.float32]
@@ -79,46 +78,32 @@ class Engine:
         check("engine", {"n_ctx": n_ctx, "n_parallel": n_parallel, **options, **others})
         self._lifetime = Lifetime(self)
 
-        typical: Typical = {}
-        defaults: Mapping[str, str] = {}
-        states: Mapping[Path, FileState] = {}
-        if bundle is not None:
-            if base is not None or adapters is not None:
-                raise OptionError(
-                    "Engine got a bundle and also base or adapters; give one of them."
-                )
-            from qaflora_edge.bundles.open import load_bundle
-
-            loaded = load_bundle(Path(bundle))
-            base, adapters = loaded.base_path, loaded.adapter_paths
-            typical, defaults, states = loaded.typical, loaded.fusion_defaults, loaded.states
-        elif base is None:
-            raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
-        else:
-            check_files(base, (adapters or {}).values())
-
+        opened = _open(bundle, base, adapters)
+        defaults = opened.fusion_defaults
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
-        self._loaded = tuple(adapters or {})
+        self._loaded = tuple(opened.adapters)
         self._weigher = Weigher(
             adapters=self._loaded,
             n_layer=0,
             strategy=strategy or defaults.get("strategy", numbers.DEFAULT_STRATEGY),
             lens=lens or defaults.get("lens", numbers.DEFAULT_LENS),
             pool=pool or defaults.get("pool", numbers.DEFAULT_POOL),
-            typical=typical,
+            typical=opened.typical,
         )
         try:
             self._core = Core(
                 self._lifetime,
-                base,
-                adapters or {},
+                opened.header,
+                opened.adapters,
                 n_ctx=n_ctx,
                 n_parallel=n_parallel,
                 gpu_layers=gpu_layers,
                 probe_tail=probe_tail,
                 options=options,
             )
-            check_unchanged(states)  # llama.cpp opened the files by name, after they were checked
+            check_unchanged(
+                opened.states
+            )  # llama.cpp opened the files by name, after they were checked
         except BaseException:
             self._lifetime.close()
             raise
@@ -608,3 +593,14 @@ class Engine:
 def _are_many(prompt: Any) -> bool:
     """Whether a prompt is a list of prompts, texts or sequences of ids."""
     return not isinstance(prompt, str) and any(not isinstance(each, Integral) for each in prompt)
+
+
+def _open(bundle: Path_ | None, base: Path_ | None, adapters: Mapping[str, Path_] | None) -> Opened:
+    if bundle is not None:
+        if base is not None or adapters is not None:
+            raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
+        return load_bundle(Path(bundle))
+    if base is None:
+        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
+    paths = {name: Path(path) for name, path in (adapters or {}).items()}
+    return open_files(Path(base), paths)

@@ -1,31 +1,39 @@
 """Files: written whole or not at all, hashed, and kept inside their folder."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
 import os
 import re
-import secrets
 import shutil
 import stat
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+import platformdirs
 
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
-from qaflora_edge.settings import cache_setting
+from qaflora_edge.settings import APP, cache_setting
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 Progress = Callable[[int], None]
 
 HASH_CHUNK_BYTES = 1 << 20
 LEFT_OVER_SECONDS = 60
+LOCK_FILE = ".lock"  # of a temporary folder
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 
 # What to do with a file that is_lfs_pointer.
 LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
+_LEFT_OVER = re.compile(r"\.tmp-[a-z0-9_]{8}-.*", re.DOTALL)
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 _KINDS = {
@@ -89,50 +97,75 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path that becomes `path` when the block succeeds.
+def temporary_folder(path: Path, failure: str) -> Iterator[Path]:
+    """Give a hidden folder beside a path that is made in it; it goes when the block ends.
 
-    The temporary file lies in the same folder, keeps the suffix (writers choose their format by
-    it), follows the umask, and is removed when the block fails, or by the next writer of `path`
-    when this process is killed. Raises OutputFileError when the folder cannot be written to or
-    the disk is full.
+    What processes that were killed left there is removed.
+
+    failure  the beginning of messages, such as "Cannot write a.gguf"
+
+    Raises OutputFileError when the place does not take a folder, or the disk is full.
     """
-    path = Path(path)
-    remove_left_overs(
-        path.parent, re.compile(rf"\.tmp-[0-9a-f]{{12}}-{re.escape(_short_name(path))}", re.DOTALL)
-    )
-    temporary, handle = _create_beside(path)
+    from filelock import FileLock
+
+    remove_left_overs(path.parent)
+    name = f"-{path.stem[:100]}{path.suffix[:50]}"
     try:
-        yield temporary
-        _put_in_place(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # the failure itself is what the user should read
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and is_disk_full(error):
+        folder = Path(tempfile.mkdtemp(prefix=".tmp-", suffix=name, dir=path.parent))
+    except OSError as error:
+        raise OutputFileError(
+            f"{failure}: the folder {path.parent} does not take a new file ({error.strerror}). "
+            "Create the folder, or choose one that you can write to."
+        ) from error
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    with contextlib.suppress(OSError, NotImplementedError):  # a disk that knows no locks
+        lock.acquire()
+    try:
+        yield folder
+    except (OSError, OutputFileError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(reason, OSError) and is_disk_full(reason):
             raise OutputFileError(
-                f"Cannot write {path}: the disk is full. Free some space and try again."
+                f"{failure}: the disk is full. Free some space and try again."
             ) from error
         raise
     finally:
-        if handle is not None:
-            os.close(handle)
-    _sync_folder(path.parent)
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _create_beside(path: Path) -> tuple[Path, int | None]:
-    """Make the temporary file; give it, and a handle that locks it while it is written."""
-    name = f".tmp-{secrets.token_hex(6)}-{_short_name(path)}"
-    temporary = path.parent / name
+def remove_left_overs(folder: Path) -> None:
+    """Remove the temporary folders that nobody holds the lock of: their writers were killed."""
+    from filelock import FileLock, Timeout
+
+    # They do no harm where they cannot be removed.
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not _LEFT_OVER.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+                continue
+            lock = Path(entry.path, LOCK_FILE)
+            is_young = time.time() - entry.stat().st_mtime < LEFT_OVER_SECONDS
+            if is_young or lock.is_symlink() or not lock.is_file():
+                continue  # a writer locks what it made a moment later
+            with contextlib.suppress(OSError, NotImplementedError, Timeout):
+                with FileLock(lock, timeout=0):
+                    pass
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path that becomes `path` when the block succeeds.
+
+    It lies in a temporary folder beside it, and has the same name. Raises OutputFileError when the
+    place cannot be written to or the disk is full.
+    """
+    path = Path(path)
     _check_replaceable(path)
-    try:
-        # 0o666 lets the umask decide, as for any file a user makes.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot write {path}: the folder {path.parent} does not take a new file "
-            f"({error.strerror}). Create the folder, or choose one that you can write to."
-        ) from error
-    return temporary, lock_path(temporary)
+    with temporary_folder(path, f"Cannot write {path}") as folder:
+        yield folder / path.name
+        _put_in_place(folder / path.name, path)
+    _sync_folder(path.parent)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -150,49 +183,6 @@ def _check_replaceable(path: Path) -> None:
 
 def _kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "something else")
-
-
-def _short_name(path: Path) -> str:
-    return f"{path.stem[:100]}{path.suffix[:50]}"
-
-
-def lock_path(path: str | os.PathLike[str]) -> int | None:
-    """Lock a file or folder that is being written; None where it is locked or there are no locks.
-
-    returns  a handle, whose lock goes when it is closed or the process ends
-    """
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def remove_left_overs(folder: Path, name: re.Pattern[str], *, are_folders: bool = False) -> None:
-    """Remove temporary files, or folders, whose writers were killed: nobody holds their lock."""
-    # They do no harm where they cannot be removed.
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            is_kind = entry.is_dir if are_folders else entry.is_file
-            if not name.fullmatch(entry.name) or not is_kind(follow_symlinks=False):
-                continue
-            if time.time() - entry.stat().st_mtime < LEFT_OVER_SECONDS:
-                continue  # a writer locks what it made a moment later
-            handle = lock_path(entry.path)
-            if handle is not None:
-                try:
-                    shutil.rmtree(entry.path) if are_folders else os.unlink(entry.path)
-                finally:
-                    os.close(handle)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -266,6 +256,33 @@ def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) 
     return digest.hexdigest()
 
 
+def cache_lock(key: str) -> FileLock:
+    """A lock between processes, held in a `with` block; it lies in the cache folder.
+
+    Raises OutputFileError when that folder cannot be made.
+    """
+    from filelock import FileLock
+
+    locks = cache_dir() / "locks"
+    make_folder(locks, "the environment variable QAFLORA_CACHE")
+    return FileLock(locks / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.lock")
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder and those above it.
+
+    setting  by which another one can be named
+
+    Raises OutputFileError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputFileError(
+            f"Cannot make the folder {folder}: {error.strerror}. Name another with {setting}."
+        ) from error
+
+
 def cache_dir() -> Path:
     """Name the folder for downloads and fetched sources; it may not exist yet.
 
@@ -273,27 +290,12 @@ def cache_dir() -> Path:
     """
     if chosen := cache_setting():
         return chosen
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return Path(local or Path.home() / "AppData" / "Local") / "qaflora-edge"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qaflora-edge"
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative value is to be ignored.
-    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
-    return root / "qaflora-edge"
+    return platformdirs.user_cache_path(APP, appauthor=False, opinion=False)
 
 
 def data_dir() -> Path:
     """Name the folder for what a user would miss, such as a history; it may not exist yet."""
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return Path(local or Path.home() / "AppData" / "Local") / "qaflora-edge"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "qaflora-edge"
-    xdg = os.environ.get("XDG_DATA_HOME", "")
-    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local" / "share"
-    return root / "qaflora-edge"
+    return platformdirs.user_data_path(APP, appauthor=False)
 
 
 def safe_join(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from qaflora_edge.errors import SettingsError
 
-FOLDER, FILE = "qaflora-edge", "config.toml"
+APP, FILE = "qaflora-edge", "config.toml"
 MAX_SETTINGS_BYTES = 1 << 20
 LIBRARY_KEYS = ("cache", "bundles")
 
@@ -30,15 +31,7 @@ def settings_path() -> Path:
     """Name the settings file; it may not exist."""
     if chosen := os.environ.get("QAFLORA_CONFIG"):
         return expanded(chosen).absolute()
-    if sys.platform == "win32":
-        roaming = os.environ.get("APPDATA")
-        return Path(roaming or Path.home() / "AppData" / "Roaming") / FOLDER / FILE
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / FOLDER / FILE
-    xdg = os.environ.get("XDG_CONFIG_HOME", "")
-    # The XDG specification says that a relative value is to be ignored.
-    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".config"
-    return root / FOLDER / FILE
+    return platformdirs.user_config_path(APP, appauthor=False, roaming=True) / FILE
 
 
 def read_settings() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hubs import FakeHub
 import qaflora_edge
 from qaflora_edge.cli.setting_table import SHARED, SHARED_TABLES, variables
 from qaflora_edge.files import cache_dir
-from qaflora_edge.hub import registry
+from qaflora_edge.hub.models import fetch_model
 
 
 def pytest_configure() -> None:
@@ -64,7 +64,7 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The SmolLM2 base of the demo (98 MB), fetched into the cache once per machine."""
-    return registry.fetch_model("smollm2-135m-instruct")
+    return fetch_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")

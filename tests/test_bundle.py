@@ -20,7 +20,7 @@ import tiny
 from bundles import TinyBundle, make_bundle, make_sources, snapshot
 from patience import PATIENCE_S
 
-from qaflora_edge import Engine, QafloraError, engine
+from qaflora_edge import Engine, QafloraError
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapter
 from qaflora_edge.bundles.neutral import neutral_prompts, prompts_sha256
@@ -36,9 +36,9 @@ from qaflora_edge.errors import (
     StrategyError,
 )
 from qaflora_edge.files import LEFT_OVER_SECONDS
-from qaflora_edge.formats import checksums
+from qaflora_edge.formats import checksums, gguf_parse, registry
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
-from qaflora_edge.hub import registry
+from qaflora_edge.inference import core
 from qaflora_edge.weighing import numbers as fuse
 
 Raw = dict[str, Any]
@@ -282,7 +282,7 @@ def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
 
 def test_missing_parent_is_refused(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
-    with pytest.raises(OutputFileError, match="does not take a new folder"):
+    with pytest.raises(OutputFileError, match="does not take a new file"):
         create_bundle(tmp_path / "no/bundle", sources.base.path, {"es": sources.adapter.path})
 
 
@@ -437,7 +437,7 @@ def test_what_a_killed_creation_left_is_removed_by_the_next(tmp_path: Path) -> N
     assert process.stdout is not None
     assert process.stdout.readline() == "halfway\n"
     (temporary,) = tmp_path.glob(".tmp-*-bundle")
-    others = [tmp_path / ".tmp-x-bundle", tmp_path / ".tmp-0123456789ab-file"]
+    others = [tmp_path / ".tmp-x-bundle", tmp_path / ".tmp-01234567-file"]
     others[0].mkdir()
     others[1].write_text("a file")
 
@@ -681,10 +681,10 @@ def set_typical(value: Any) -> Callable[[Raw], object]:
         (set_adapter(alpha=10**400), "adapters[0].alpha is 1000"),
         (set_adapter(alpha=2.0), "field alpha of adapter math is 2.0, expected 8.0 as in"),
         (set_adapter(targets="q"), "adapters[0].targets is"),
-        (set_adapter(targets=[1]), "adapters[0].targets is [1], expected a list of texts"),
+        (set_adapter(targets=[1]), "adapters[0].targets[0] is 1, expected a text"),
         (set_adapter(targets=["attn_q"]), "field targets of adapter math is ['attn_q']"),
         (set_adapter(sha256=None), "adapters[0].sha256 is null"),
-        (set_adapter(file=""), 'adapters[0].file is "", expected a text'),
+        (set_adapter(file=""), 'adapters[0].file is "", expected a relative path to a file inside'),
         (set_adapter(license=[]), "adapters[0].license is [], expected a text"),
         (lambda raw: raw.update(fusion=1), "field fusion is 1, expected an object"),
         (lambda raw: raw["fusion"].update(strategy="best"), 'fusion.strategy is "best"'),
@@ -760,10 +760,10 @@ def test_many_keys_are_read_in_good_time(made: TinyBundle) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("/etc/passwd", "it is absolute"),
-        ("C:\\windows\\x", "it is absolute"),
-        ("../es.gguf", "it contains '..'"),
-        ("adapters/../../es.gguf", "it contains '..'"),
+        ("/etc/passwd", "expected a relative path"),
+        ("C:\\windows\\x", "expected a relative path"),
+        ("../es.gguf", "inside the bundle's folder, without '..'"),
+        ("adapters/../../es.gguf", "without '..'"),
         ("adapters", "is a folder"),
         ("adapters/none.gguf", "does not exist"),
         ("out.gguf", "a link in it leads out of the bundle"),
@@ -897,7 +897,7 @@ def test_a_file_swapped_between_check_and_use_is_refused(
     path = made.folder / "adapters/es.gguf"
     kept, other = path.with_suffix(".kept"), path.with_suffix(".other")
     other.write_bytes(path.read_bytes())
-    original = engine.Pack
+    original = core.Pack
 
     def swap(*args: Any) -> Any:
         path.rename(kept)
@@ -907,7 +907,7 @@ def test_a_file_swapped_between_check_and_use_is_refused(
         kept.rename(path)
         return pack
 
-    monkeypatch.setattr(engine, "Pack", swap)
+    monkeypatch.setattr(core, "Pack", swap)
     with pytest.raises(ChecksumError, match=f"{path} was changed or replaced while it was being"):
         Engine(made.folder, n_ctx=64)
 
@@ -934,3 +934,57 @@ def test_no_place_for_the_memory_is_no_failure(
     load_bundle(made.folder)
     load_bundle(made.folder)
     assert hashed == ALL * 2
+
+
+@pytest.mark.parametrize("way", ["bundle", "files"])
+def test_each_file_is_parsed_once(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    parsed: list[str] = []
+    original = gguf_parse.GgufCursor.read_header
+
+    def count(cursor: Any) -> Any:
+        parsed.append(cursor.path.name)
+        return original(cursor)
+
+    monkeypatch.setattr(gguf_parse.GgufCursor, "read_header", count)
+    adapters = {name: made.folder / f"adapters/{name}.gguf" for name in ("math", "es")}
+    sources: dict[str, Any] = {"base": made.base.path, "adapters": adapters}
+    with Engine(**({"bundle": made.folder} if way == "bundle" else sources), n_ctx=64) as opened:
+        opened.weights("the thing")
+    assert parsed == ALL
+
+
+def test_loose_files_that_are_swapped_between_check_and_use_are_refused(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = core.Pack
+
+    def touch(*args: Any) -> Any:
+        os.utime(made.adapter.path, ns=(0, 0))
+        return original(*args)
+
+    monkeypatch.setattr(core, "Pack", touch)
+    with pytest.raises(ChecksumError, match=f"{made.adapter.path} was changed or replaced while"):
+        Engine(base=made.base.path, adapters={"es": made.adapter.path}, n_ctx=64)
+
+
+def test_opening_a_bundle_here_imports_nothing_for_the_hub_or_for_converting(
+    checkout: Path, smollm2: Path
+) -> None:
+    script = (
+        "import pathlib, sys\n"
+        "from qaflora_edge.bundles.open import load_bundle\n"
+        "load_bundle(pathlib.Path(sys.argv[1]))\n"
+        "print(*sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, str(checkout / "models" / "demo")]
+    # The base is where it was pulled to, which only the cache of the other tests knows.
+    env = os.environ | {"QAFLORA_CACHE": str(smollm2.parents[1])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    ours = {name.split(".")[1] for name in loaded if name.startswith("qaflora_edge.")}
+    assert {"bundles", "formats"} <= ours
+    assert not ours & {"hub", "peft", "convert", "chat", "backend", "cli", "engine"}
+    assert not loaded & {"huggingface_hub", "jinja2", "llama_cpp", "filelock", "tqdm", "httpx"}

@@ -7,19 +7,24 @@ import stat
 import sys
 from pathlib import Path
 
+import platformdirs
 import pytest
+from platformdirs import macos, unix, windows
 
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
 from qaflora_edge.files import (
     atomic_path,
     cache_dir,
+    data_dir,
     open_input,
     package_data,
     safe_join,
     sha256_file,
     write_text_atomic,
 )
+from qaflora_edge.settings import settings_path
 
+XDG = ("CACHE", "DATA", "CONFIG")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions and links")
 
 
@@ -29,8 +34,8 @@ def test_atomic_path_replaces_the_file_at_the_end(tmp_path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
-        assert temporary.parent == tmp_path
-        assert temporary.suffix == ".txt"
+        assert temporary.parent.parent == tmp_path
+        assert temporary.name == "a.txt"
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -165,17 +170,37 @@ def test_cache_dir_follows_xdg(
 
 
 @pytest.mark.parametrize(
-    ("platform", "expected"),
-    [("darwin", "Library/Caches/qaflora-edge"), ("win32", "AppData/Local/qaflora-edge")],
+    ("system", "cache", "data", "config"),
+    [
+        (unix.Unix, ".cache", ".local/share", ".config"),
+        (macos.MacOS, "Library/Caches", *["Library/Application Support"] * 2),
+    ],
 )
-def test_cache_dir_of_other_systems(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, expected: str
+def test_folders_of_other_systems(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    system: type,
+    cache: str,
+    data: str,
+    config: str,
 ) -> None:
-    for name in ("QAFLORA_CACHE", "LOCALAPPDATA", "XDG_CACHE_HOME"):
+    for name in ("QAFLORA_CACHE", "QAFLORA_CONFIG", *(f"XDG_{n}_HOME" for n in XDG)):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert cache_dir() == tmp_path / expected
+    monkeypatch.setattr(platformdirs, "PlatformDirs", system)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / cache / "qaflora-edge"
+    assert data_dir() == tmp_path / data / "qaflora-edge"
+    assert settings_path() == tmp_path / config / "qaflora-edge" / "config.toml"
+
+
+def test_folders_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QAFLORA_CACHE", "QAFLORA_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(platformdirs, "PlatformDirs", windows.Windows)
+    folders = {"CSIDL_LOCAL_APPDATA": "/Local", "CSIDL_APPDATA": "/Roaming"}
+    monkeypatch.setattr(windows, "get_win_folder", folders.__getitem__)
+    assert cache_dir() == data_dir() == Path("/Local/qaflora-edge")
+    assert settings_path() == Path("/Roaming/qaflora-edge/config.toml")
 
 
 def test_safe_join_accepts_files_inside(tmp_path: Path) -> None:

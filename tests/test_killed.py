@@ -90,7 +90,8 @@ def test_convert(start: Path, tmp_path: Path, before: bytes | None) -> None:
 
 PULL_A_MODEL = """
 import hashlib, json
-from qaflora_edge.hub import registry
+from qaflora_edge.formats import registry
+from qaflora_edge.hub.models import fetch_model
 
 whole = (start / "models" / "fake.gguf").read_bytes()
 entry = {
@@ -109,7 +110,7 @@ entry = {
 registry.package_data = lambda name: place / "registry.json"
 
 def action(copy):
-    registry.fetch_model("fake", to=copy / "mine")
+    fetch_model("fake", to=copy / "mine")
 
 def check(copy):
     pulled = copy / "mine" / "fake.gguf"

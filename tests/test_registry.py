@@ -5,6 +5,7 @@ The packages are real wheels made here and found by pip in a folder.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,9 @@ import pytest
 from patience import PATIENCE_S
 
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
-from qaflora_edge.hub import download, registry
+from qaflora_edge.formats import registry
+from qaflora_edge.hub import download
+from qaflora_edge.hub.models import fetch_model
 
 PARTS = [bytes(range(256)) * 40, b"second" * 1000]
 CONTENT = b"".join(PARTS)
@@ -106,12 +109,13 @@ class Shop:
         """Fetch in another process that kills itself once so many bytes are there."""
         script = textwrap.dedent(f"""
             import os, pathlib, signal
-            from qaflora_edge.hub import registry
+            from qaflora_edge.formats import registry
+            from qaflora_edge.hub.models import fetch_model
             registry.package_data = lambda name: pathlib.Path({str(self.registry)!r})
             def progress(done, total):
                 if done >= {at_bytes}:
                     os.kill(os.getpid(), signal.SIGKILL)
-            registry.fetch_model("fake", progress=progress)
+            fetch_model("fake", progress=progress)
         """)
         result = subprocess.run([sys.executable, "-c", script], env=os.environ | self.env)
         assert result.returncode == -signal.SIGKILL
@@ -138,7 +142,13 @@ def test_the_shipped_registry_is_whole() -> None:
     assert [model.architecture for model in models.values()] == ["llama", "qwen2", "gemma3"]
     for model in models.values():
         kinds = [type(source) for source in model.sources]
-        assert kinds == [download.PackageSource, download.HubSource]
+        assert kinds == [registry.PackageSource, registry.HubSource]
+        assert re.fullmatch(r"[\w.-]+\.gguf", model.file)  # a plain name: it is joined to a folder
+        assert re.fullmatch("[0-9a-f]{64}", model.sha256)
+        assert model.kind in ("base", "chat")
+        packages = model.sources[0]
+        assert isinstance(packages, registry.PackageSource)
+        assert sum(part.size_bytes for part in packages.parts) == model.size_bytes
         assert model.license
 
 
@@ -161,10 +171,6 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"file": "../fake.gguf"}, "file '../fake.gguf' is not a plain file name"),
-        ({"sha256": "ABC"}, "sha256 'ABC' is not 64 lower-case hexadecimal digits"),
-        ({"kind": "image"}, "kind 'image' is not one of base, chat"),
-        ({"size_bytes": 5}, f"its parts have {len(CONTENT)} bytes and size_bytes is 5"),
         ({"sources": [{"type": "ftp"}]}, "ValueError: unknown source type 'ftp'"),
         ({"sources": [{"type": "hub"}]}, "KeyError: 'repo'"),
         ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
@@ -194,7 +200,7 @@ def test_fetch_joins_the_parts_and_reports(shop: Shop) -> None:
     seen: list[tuple[int, int]] = []
     model = registry.find_model("fake")
     assert registry.local_path(model) is None
-    path = registry.fetch_model("fake", progress=lambda *numbers: seen.append(numbers))
+    path = fetch_model("fake", progress=lambda *numbers: seen.append(numbers))
     assert path == shop.cache / "models" / "fake.gguf"
     assert path.read_bytes() == CONTENT
     assert registry.local_path(model) == path
@@ -205,15 +211,15 @@ def test_fetch_joins_the_parts_and_reports(shop: Shop) -> None:
 
 
 def test_a_file_that_is_here_is_not_fetched_again(shop: Shop) -> None:
-    path = registry.fetch_model("fake")
+    path = fetch_model("fake")
     shutil.rmtree(shop.wheels)
-    assert registry.fetch_model("fake") == path
+    assert fetch_model("fake") == path
 
 
 def test_to_another_folder_copies_what_the_cache_has(shop: Shop, tmp_path: Path) -> None:
-    registry.fetch_model("fake")
+    fetch_model("fake")
     shutil.rmtree(shop.wheels)
-    path = registry.fetch_model("fake", to=tmp_path / "new" / "folder")
+    path = fetch_model("fake", to=tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "fake.gguf"
     assert path.read_bytes() == CONTENT
 
@@ -224,7 +230,7 @@ def test_a_killed_download_goes_on_with_the_parts_that_are_whole(shop: Shop) -> 
     assert not list(shop.cache.glob("models/*"))
     assert shop.parts == ["01-fake-part1==1.0.whl"]
     shop.remove_wheel(1)  # so that it cannot be fetched again
-    assert registry.fetch_model("fake").read_bytes() == CONTENT
+    assert fetch_model("fake").read_bytes() == CONTENT
 
 
 @pytest.mark.slow
@@ -239,7 +245,7 @@ def test_a_broken_part_is_fetched_again_and_alone(shop: Shop, damage: str) -> No
         content[60] ^= 0xFF  # inside the first member's data: only its checksum tells
     broken.write_bytes(content)
     shop.remove_wheel(2)
-    assert registry.fetch_model("fake").read_bytes() == CONTENT
+    assert fetch_model("fake").read_bytes() == CONTENT
 
 
 def test_a_folder_that_pip_removes_while_we_look_is_passed_over(
@@ -266,7 +272,7 @@ def test_a_folder_that_pip_removes_while_we_look_is_passed_over(
 def test_finished_parts_stay_when_one_cannot_be_had(shop: Shop) -> None:
     shop.remove_wheel(2)
     with pytest.raises(DownloadError) as caught:
-        registry.fetch_model("fake")
+        fetch_model("fake")
     message = str(caught.value)
     assert message.startswith(
         f"Could not fetch the model 'fake': none of its 1 sources gave fake.gguf ({len(CONTENT)} "
@@ -299,7 +305,7 @@ def test_a_wrong_wheel_is_refused(shop: Shop, content: bytes | None, problem: st
         damaged[start + 4 : start + 12] = b"\xff" * 8
         wheel.write_bytes(damaged)
     with pytest.raises(DownloadError) as caught:
-        registry.fetch_model("fake")
+        fetch_model("fake")
     assert f"the wheel of fake-part2==1.0 is wrong: {problem}" in str(caught.value)
     assert shop.parts == ["01-fake-part1==1.0.whl"]
 
@@ -308,7 +314,7 @@ def test_a_wrong_wheel_is_refused(shop: Shop, content: bytes | None, problem: st
 def test_a_wrong_hash_gives_no_file_and_drops_the_parts(shop: Shop) -> None:
     shop.write(sha256="0" * 64)
     with pytest.raises(DownloadError) as caught:
-        registry.fetch_model("fake")
+        fetch_model("fake")
     assert (
         f"what came is not fake.gguf: its sha256 is {sha256(CONTENT).hexdigest()}, expected "
         f"{'0' * 64}. It was thrown away."
@@ -322,7 +328,7 @@ def test_the_next_source_is_tried(shop: Shop) -> None:
     wrong = package_source(PARTS)
     wrong["parts"][0]["distribution"] = "fake-part9==1.0"
     shop.write(sources=[wrong, package_source(PARTS)])
-    assert registry.fetch_model("fake").read_bytes() == CONTENT
+    assert fetch_model("fake").read_bytes() == CONTENT
 
 
 def test_the_hub_is_named_when_it_fails_too(shop: Shop) -> None:
@@ -330,7 +336,7 @@ def test_the_hub_is_named_when_it_fails_too(shop: Shop) -> None:
     hub = {"type": "hub", "repo": "owner/name", "revision": "abc", "file": "f.gguf"}
     shop.write(sources=[package_source(PARTS), hub])
     with pytest.raises(DownloadError) as caught:
-        registry.fetch_model("fake")
+        fetch_model("fake")
     assert "none of its 2 sources" in str(caught.value)
     assert "\n  - Hub owner/name@abc, f.gguf: the Hub did not give" in str(caught.value)
 
@@ -346,11 +352,11 @@ def test_an_interrupt_stops_pip_and_leaves_nothing_half_done(shop: Shop) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        registry.fetch_model("fake", progress=progress)
+        fetch_model("fake", progress=progress)
     assert n_call == 2
     assert shop.parts in ([], ["01-fake-part1==1.0.whl"])
     assert list(shop.cache.glob("models/*")) == []
-    assert registry.fetch_model("fake").read_bytes() == CONTENT
+    assert fetch_model("fake").read_bytes() == CONTENT
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(
@@ -359,24 +365,25 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(DownloadError, match=r"has 0 MiB free and .* needs 1 MiB\. Free some space"):
-        registry.fetch_model("fake")
+        fetch_model("fake")
     assert shop.parts == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(shop: Shop, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputFileError, match=r"Cannot make the folder .*Name another with --to"):
-        registry.fetch_model("fake", to=tmp_path / "file" / "x")
+        fetch_model("fake", to=tmp_path / "file" / "x")
 
 
 @pytest.mark.slow
 def test_two_processes_fetch_once(shop: Shop) -> None:
     script = textwrap.dedent(f"""
         import pathlib
-        from qaflora_edge.hub import registry
+        from qaflora_edge.formats import registry
+        from qaflora_edge.hub.models import fetch_model
         registry.package_data = lambda name: pathlib.Path({str(shop.registry)!r})
         calls = []
-        registry.fetch_model("fake", progress=lambda done, total: calls.append(done))
+        fetch_model("fake", progress=lambda done, total: calls.append(done))
         print(len(calls) > 0)
     """)
     command = [sys.executable, "-c", script]

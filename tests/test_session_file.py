@@ -101,14 +101,14 @@ HOSTILE = {
     "a number of many digits": (b'{"format": ' + b"9" * 10_000 + b"}", "it is not JSON in UTF-8"),
     "a list": (b"[]", "it is not JSON in UTF-8 (it holds a list, not an object), expected a file"),
     "another version": (changed(format="qaflora-session/2"), 'is "qaflora-session/2", expected'),
-    "no bundle": (changed(bundle=None), "field bundle is missing, expected an object"),
+    "no bundle": (changed(bundle=None), "field bundle is null, expected an object"),
     "a bundle of adapters": (
         changed(bundle={"name": "x", "base_sha256": "", "adapters": {"math": 1}}),
         "field bundle.adapters.math is 1, expected a text",
     ),
-    "adapters in use": (changed(adapters=[1]), "field adapters is a list, expected a list of name"),
-    "no strategy": (changed(strategy=["x"]), "field strategy is a list, expected a text"),
-    "messages": (changed(messages={}), "field messages is an object, expected a list"),
+    "adapters in use": (changed(adapters=[1]), "field adapters[0] is 1, expected a text"),
+    "no strategy": (changed(strategy=["x"]), 'field strategy is ["x"], expected a text'),
+    "messages": (changed(messages={}), "field messages is {}, expected a list"),
     "a message": (changed(messages=["hi"]), 'field messages[0] is "hi", expected an object'),
     "two questions": (
         changed(messages=[USER, USER]),
@@ -118,7 +118,10 @@ HOSTILE = {
         changed(messages=[USER, ANSWER, {"role": "system", "content": "obey"}]),
         'role is "system", expected "user"',
     ),
-    "no answer": (changed(messages=[USER]), 'is "1 messages", expected an answer to every quest'),
+    "no answer": (
+        changed(messages=[USER]),
+        "messages is a list of 1, expected an answer to every",
+    ),
     "a reason": (
         changed(messages=[USER, {**ANSWER, "finish_reason": "tired"}]),
         'finish_reason is "tired", expected one of stop, length, cancelled',
@@ -129,7 +132,7 @@ HOSTILE = {
     ),
     "content of parts": (
         changed(messages=[{"role": "user", "content": [USER]}, ANSWER]),
-        "content is a list, expected a text",
+        'content is [{"role": "user", "content": "hi"}], expected a text',
     ),
     "half a character": (
         changed(messages=[{"role": "user", "content": "\ud800"}, ANSWER]),

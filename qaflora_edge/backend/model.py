@@ -14,7 +14,7 @@ from qaflora_edge.backend import native
 from qaflora_edge.backend.library import Handle, forget_said, library, said
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.formats.base_gguf import check_base
-from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 
 _VOCAB_TYPE_NONE = 0
 # llama.h enum llama_token_attr
@@ -48,10 +48,18 @@ class SpecialToken:
 class Model(Handle):
     """A base, memory-mapped and shared by all contexts.
 
+    header  of the file, where it was read before
+
     Raises GgufFileError when the file cannot be loaded, or would end the process.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, gpu_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        gpu_layers: int | None = None,
+        header: GgufHeader | None = None,
+    ) -> None:
         self.path = Path(path)
         self._lib, self._functions = library()
         if not self.path.is_file():
@@ -59,7 +67,7 @@ class Model(Handle):
                 f"The base {self.path} does not exist; give the path of a GGUF file, "
                 "or fetch one with `qaflora pull`."
             )
-        check_base(read_gguf_header(self.path))
+        check_base(header or read_gguf_header(self.path))
         params = self._lib.llama_model_default_params()
         if gpu_layers is not None:
             params.n_gpu_layers = gpu_layers

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +21,15 @@ from qaflora_edge.bundles.write import (
     write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import is_disk_full, lock_path, readable, remove_left_overs, what_is_at
+from qaflora_edge.files import readable, temporary_folder, what_is_at
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.hub.references import model_name
+from qaflora_edge.formats.registry import model_name
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import parse_strategy
 
 MAX_NAME_CHARS = 200  # of what a base's file calls itself
-
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.+", re.DOTALL)
 
 
 def create_bundle(
@@ -92,7 +87,7 @@ def create_bundle(
         for done, (adapter_name, source) in enumerate(zip(names, sources, strict=True)):
             tell("adapters", done, len(pairs))
             file = f"adapters/{adapter_name}.gguf"
-            info = put_adapter(source, temporary / file, base_source.path, header, outtype)
+            info = put_adapter(source, temporary / file, header, outtype)
             note = (notes or {}).get(adapter_name, {})
             records.append(adapter_record(adapter_name, file, info, source, note))
         tell("adapters", len(pairs), len(pairs))
@@ -158,10 +153,7 @@ def _give_name(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `folder` when the block succeeds.
-
-    Those of creations beside it that were killed are removed.
-    """
+    """Give a temporary folder that becomes `folder` when the block succeeds."""
     if os.path.lexists(folder):
         raise OutputFileError(
             f"Cannot create the bundle {folder}: there is something of that name already. "
@@ -171,28 +163,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise OutputFileError(
             f"Cannot create the bundle {folder}: it {what}. Choose another name or place."
         )
-    remove_left_overs(folder.parent, _TEMPORARY, are_folders=True)
-    temporary = folder.parent / f".tmp-{secrets.token_hex(6)}-{folder.name[:100]}"
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot create the bundle {folder}: the folder {folder.parent} does not take a new "
-            f"folder ({error.strerror}). Create it, or choose one that you can write to."
-        ) from error
-    handle = lock_path(temporary)
-    try:
-        yield temporary
-        _give_name(temporary, folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.__cause__ if isinstance(error, OutputFileError) else error
-        if isinstance(reason, OSError) and is_disk_full(reason):
-            raise OutputFileError(
-                f"Cannot create the bundle {folder}: the disk is full. "
-                "Free some space and try again."
-            ) from error
-        raise
-    finally:
-        if handle is not None:
-            os.close(handle)
+    with temporary_folder(folder, f"Cannot create the bundle {folder}") as temporary:
+        (temporary / "bundle").mkdir()
+        yield temporary / "bundle"
+        _give_name(temporary / "bundle", folder)

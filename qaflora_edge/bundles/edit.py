@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import load_bundle, read_bundle_text
+from qaflora_edge.bundles.open import link_roots, load_bundle, read_bundle_text
 from qaflora_edge.bundles.source import find_adapter, find_base
 from qaflora_edge.bundles.write import (
     Path_,
@@ -32,19 +30,22 @@ from qaflora_edge.bundles.write import (
     write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
-from qaflora_edge.files import atomic_path, cache_dir, open_input, safe_join, write_text_atomic
+from qaflora_edge.files import (
+    atomic_path,
+    cache_lock,
+    open_input,
+    remove_left_overs,
+    safe_join,
+    write_text_atomic,
+)
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
 from qaflora_edge.formats.checksums import check_file
-from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.hub.cache import link_roots
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import parse_strategy
 
 UNFINISHED_FILE = ".unfinished.json"
 MAX_UNFINISHED_BYTES = 1 << 16
-
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.*")
 
 
 def add_adapter(
@@ -74,8 +75,7 @@ def add_adapter(
         found = find_adapter(source, tell)
         file = _new_file(folder, name)
         _note_unfinished(folder, [file])
-        header = read_gguf_header(loaded.base_path)
-        info = put_adapter(found, folder / file, loaded.base_path, header, outtype)
+        info = put_adapter(found, folder / file, loaded.header, outtype)
         raw = _copy(text.raw)
         raw["adapters"].append(adapter_record(name, file, info, found, note or {}))
         if calibrate:
@@ -197,24 +197,13 @@ def _inside(folder: Path, path: Path) -> Path:
 @contextlib.contextmanager
 def _editing(folder: Path) -> Iterator[BundleText]:
     """Hold a bundle for one edit, and remove afterwards what bundle.json does not need."""
-    from filelock import FileLock
-
     text = read_bundle_text(folder)
     if link_roots(folder):
         raise BundleError(
             f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools "
             "share. Fetch a copy of your own with `qaflora pull REF --to DIR`."
         )
-    locks = cache_dir() / "locks"
-    try:
-        locks.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot make the folder {locks}: {error.strerror}. Name another with the environment "
-            "variable QAFLORA_CACHE."
-        ) from error
-    key = sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    with FileLock(locks / f"bundle-{key}.lock"):
+    with cache_lock(f"bundle {folder.resolve()}"):
         text = read_bundle_text(folder)
         _tidy(folder)
         try:
@@ -301,7 +290,7 @@ def _note_unfinished(folder: Path, files: Sequence[str]) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove temporary files, and the noted files that bundle.json does not name."""
+    """Remove left-overs, and the noted files that bundle.json does not name."""
     named = {folder / adapter.file for adapter in read_bundle_text(folder).adapters}
     for file in _unfinished(folder):
         with contextlib.suppress(BundleError):  # the note of a bundle from elsewhere
@@ -309,10 +298,9 @@ def _tidy(folder: Path) -> None:
             if path not in named and path.parent == folder / "adapters" and path.suffix == ".gguf":
                 path.unlink(missing_ok=True)
     (folder / UNFINISHED_FILE).unlink(missing_ok=True)
-    for place in (folder.resolve(), folder / "adapters"):
-        for path in place.iterdir() if place.is_dir() and not place.is_symlink() else ():
-            if _TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+    remove_left_overs(folder)
+    if not (folder / "adapters").is_symlink():
+        remove_left_overs(folder / "adapters")
 
 
 def _unfinished(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from qaflora_edge.errors import BundleError, InputFileError
 from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
+from qaflora_edge.formats import registry
 from qaflora_edge.formats.adapter_gguf import (
     AdapterInfo,
     check_adapter,
@@ -32,35 +33,69 @@ from qaflora_edge.formats.bundle_format import (
     BundleText,
     parse_bundle,
 )
-from qaflora_edge.formats.checksums import FileState, check_file
+from qaflora_edge.formats.checksums import FileState, check_file, file_state
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
-from qaflora_edge.hub.cache import link_roots
-from qaflora_edge.hub.references import pulled_base
-
-__all__ = ["Bundle", "describe", "find_base", "load_bundle", "verify_bundle"]
 
 # Called with what is being read, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Bundle:
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A base and its adapters, each parsed and checked once.
+
+    header           of the base
+    adapters         name -> what its file says, in order
+    states           each file -> its state when it was checked, for check_unchanged after its use
+    typical          adapter -> lens -> typical divergence of each layer, n_layer numbers
+    fusion_defaults  strategy, lens and pool
+    """
+
+    header: GgufHeader = field(repr=False)
+    adapters: Mapping[str, AdapterInfo] = field(repr=False)
+    states: Mapping[Path, FileState] = field(repr=False)
+    typical: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict, repr=False)
+    fusion_defaults: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base_path(self) -> Path:
+        return self.header.path
+
+    @property
+    def adapter_paths(self) -> dict[str, Path]:
+        return {name: info.path for name, info in self.adapters.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle(Opened):
     """A bundle whose files are the recorded ones.
 
-    adapter_paths     name -> adapter GGUF, in the bundle's order
-    typical           adapter -> lens -> typical divergence of each layer, n_layer numbers
-    fusion_defaults   strategy, lens and pool
     description_dict  bundle.json as it is, unknown keys included
-    states            each checked file -> its state then, for check_unchanged after its use
     """
 
     folder: Path
-    base_path: Path
-    adapter_paths: dict[str, Path]
-    typical: Mapping[str, Mapping[str, list[float]]] = field(repr=False)
-    fusion_defaults: Mapping[str, str]
     description_dict: Mapping[str, Any] = field(repr=False)
-    states: Mapping[Path, FileState] = field(repr=False)
+
+
+def open_files(base: Path, adapters: Mapping[str, Path]) -> Opened:
+    """Parse and check a base and adapters that no bundle records.
+
+    adapters  name -> adapter GGUF
+
+    Raises InputFileError, GgufFileError, UnsupportedAdapterError or AdapterMismatchError.
+    """
+    paths = (base, *adapters.values())
+    states = {path: state for path in paths if (state := file_state(path))}
+    header = read_gguf_header(base)
+    infos = {name: _read_adapter(path, header) for name, path in adapters.items()}
+    return Opened(header=header, adapters=infos, states=states)
+
+
+def _read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
+    info = read_adapter_gguf(path)
+    check_adapter(info, header)
+    check_values(info)
+    return info
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -106,21 +141,45 @@ def read_bundle_text(folder: Path) -> BundleText:
     return parse_bundle(data, str(path))
 
 
-def find_base(folder: Path, base: BaseRecord) -> Path | None:
+def link_roots(folder: Path) -> tuple[Path, ...]:
+    """Where links in a folder may lead to besides itself.
+
+    Nowhere, unless it is a snapshot in the Hub's cache: its files are links into that cache.
+    """
+    snapshot = folder.absolute()
+    if snapshot.parent.name != "snapshots":
+        return ()
+    from qaflora_edge.hub.cache import hub_cache_dir, is_commit
+
+    repo_dir, cache = snapshot.parents[1], hub_cache_dir()
+    with contextlib.suppress(OSError):
+        is_in_cache = is_commit(snapshot.name) and repo_dir.parent.samefile(cache)
+        if is_in_cache and repo_dir.name.startswith("models--"):
+            return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
+    return ()
+
+
+def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
     """The base's file: where bundle.json says, else where `qaflora pull` puts it, else None."""
     if base.file:
         path = folder / base.file  # an absolute file stays absolute
         with contextlib.suppress(ValueError, OSError):  # a name that no file can have
             if path.is_file():
                 return path
-    return pulled_base(base.registry, base.hub)
+    if base.registry and (pulled := registry.pulled_model(base.registry)):
+        return pulled
+    if base.hub:
+        from qaflora_edge.hub.cache import pulled_path
+
+        return pulled_path(base.hub)
+    return None
 
 
 def describe(folder: Path) -> str:
     """A bundle's description as lines to read; its files need not be there."""
     text = read_bundle_text(folder)
     base = text.base
-    base_path = find_base(folder, base)
+    base_path = recorded_base(folder, base)
     where = str(base_path) if base_path else f"not here: {_how_to_get(folder, base)}"
     lines = [
         f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
@@ -156,7 +215,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
     text = read_bundle_text(folder)
     where = str(folder / BUNDLE_FILE)
     adapter_paths = {adapter.name: _adapter_path(folder, adapter) for adapter in text.adapters}
-    base_path = find_base(folder, text.base)
+    base_path = recorded_base(folder, text.base)
     if base_path is None:
         raise BundleError(
             f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
@@ -182,17 +241,16 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
     check(base_path, "The base", base.sha256, base.size_bytes, "Fetch the base again.")
     header = read_gguf_header(base_path)
     _check_base_shape(where, base, header)
+    infos: dict[str, AdapterInfo] = {}
     for adapter in text.adapters:
         path, what = adapter_paths[adapter.name], f"The adapter {adapter.name}"
         check(path, what, adapter.sha256, adapter.size_bytes, "Copy the bundle again.")
-        info = read_adapter_gguf(path)
-        check_adapter(info, header)
-        check_values(info)
-        _check_adapter_record(where, adapter, info)
+        infos[adapter.name] = _read_adapter(path, header)
+        _check_adapter_record(where, adapter, infos[adapter.name])
     return Bundle(
         folder=folder,
-        base_path=base_path,
-        adapter_paths=adapter_paths,
+        header=header,
+        adapters=infos,
         typical=text.typical,
         fusion_defaults=text.fusion,
         description_dict=text.raw,

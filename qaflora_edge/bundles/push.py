@@ -13,14 +13,13 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qaflora_edge.bundles.card import bundle_card, gguf_card, peft_card
-from qaflora_edge.bundles.open import verify_bundle
+from qaflora_edge.bundles.open import link_roots, verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
 from qaflora_edge.files import safe_join, sha256_file, unsafe_reason
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, packed_files, parse_bundle
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref, parse_repo
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.hub.cache import link_roots
 from qaflora_edge.hub.client import hub_errors, list_files
 from qaflora_edge.hub.pull import DOCUMENTS
 from qaflora_edge.peft.config import CONFIG_FILE

@@ -9,14 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaflora_edge.errors import DownloadError, GgufFileError, InputFileError, RegistryError
+from qaflora_edge.errors import (
+    BundleError,
+    DownloadError,
+    GgufFileError,
+    InputFileError,
+    RegistryError,
+)
 from qaflora_edge.files import open_input, readable, what_is_at
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE
+from qaflora_edge.formats import registry
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BaseRecord
+from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
-from qaflora_edge.hub import registry
 from qaflora_edge.hub.cache import cached_ref
-from qaflora_edge.hub.pull import fetch_pinned
-from qaflora_edge.hub.references import pulled_model
+from qaflora_edge.hub.models import fetch_model
+from qaflora_edge.hub.pull import fetch_hub, fetch_pinned
 from qaflora_edge.peft.files import check_no_part
 
 Path_ = str | os.PathLike[str]
@@ -55,7 +62,7 @@ def find_base(base: Path_, tell: Progress) -> BaseSource:
         cached = cached_ref(path)
         return BaseSource(path, hub=None if cached is None else str(cached))
     if name in registry.load_registry():
-        pulled = pulled_model(name)
+        pulled = registry.pulled_model(name)
         if pulled is None:
             raise GgufFileError(
                 f"The base {name} is in the registry but not on this machine; "
@@ -100,6 +107,36 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
             f"Name one of its files, as {ref.repo}/adapters/NAME.gguf."
         )
     return AdapterSource(path, _name(ref), _card_license(path), pinned)
+
+
+def fetch_base(
+    folder: Path, base: BaseRecord, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Fetch the base of the bundle in a folder from where bundle.json says.
+
+    Raises BundleError when it says only a file, ChecksumError when what came is another file,
+    DownloadError when it does not come.
+    """
+    where = folder / BUNDLE_FILE
+    if base.registry in registry.load_registry():
+        path = fetch_model(str(base.registry), progress=progress)
+    elif base.hub:
+        path = fetch_hub(base.hub, progress=progress)
+    else:
+        raise BundleError(
+            f"Cannot fetch the base of {where}: it says neither base.registry nor base.hub; "
+            f"expected one of them. Find the file with the SHA-256 {base.sha256} and name it with "
+            "`qaflora bundle base`."
+        )
+    check_file(
+        path,
+        what="The base",
+        sha256=base.sha256,
+        size_bytes=base.size_bytes,
+        recorded_in=str(where),
+        advice="Ask the owner of the bundle for its base.",
+    )
+    return path
 
 
 def _name(ref: HubRef) -> str:

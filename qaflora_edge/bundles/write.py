@@ -69,11 +69,11 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def put_adapter(
-    source: AdapterSource, target: Path, base_path: Path, header: GgufHeader, outtype: str
+    source: AdapterSource, target: Path, header: GgufHeader, outtype: str
 ) -> AdapterInfo:
     """Convert or copy one adapter to its place in a bundle, and check it against the base."""
     if source.path.is_dir():
-        convert_adapter(source.path, base_path, target, outtype=outtype, name=source.name)
+        convert_adapter(source.path, header.path, target, outtype=outtype, name=source.name)
     else:
         _copy(source.path, target)
     try:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from qaflora_edge.errors import PromptError
 
 Message = dict[str, str]
-FINISH_REASONS = ("stop", "length", "cancelled")
 
 # More characters than a token of running text has: what is longer is not even tokenised.
 _CHARS_PER_TOKEN = 64

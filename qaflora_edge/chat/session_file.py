@@ -12,19 +12,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from qaflora_edge.bundles.open import read_bundle_text
-from qaflora_edge.chat.conversation import FINISH_REASONS, Conversation, Turn
+from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
 from qaflora_edge.files import open_input, write_text_atomic
-from qaflora_edge.formats.json_text import is_unicode, read_json_object
+from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.formats.schema import WrongField, check_schema, shown
 
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
+_IDENTITY = ("name", "base_sha256", "adapters")
 
 
 @dataclass(frozen=True)
@@ -98,23 +100,19 @@ def save_session(path: Path, session: Session) -> None:
 
 def load_session(path: Path) -> Session:
     """Read a session file. Raises SessionFileError when it is missing or not what it should be."""
-    fields = _Fields(path, _read(path))
-    bundle = fields.object("bundle")
-    adapters = bundle.object("adapters")
-    identity = BundleIdentity(
-        name=bundle.text("name"),
-        base_sha256=bundle.text("base_sha256"),
-        adapters={name: adapters.text(name) for name in adapters.values},
-    )
-    in_use = fields.list("adapters")
-    if not all(isinstance(name, str) and is_unicode(name) for name in in_use):
-        fields.fail("adapters", "a list of names", in_use)
-    return Session(
-        bundle=identity,
-        conversation=_conversation(fields),
-        strategy=fields.text("strategy"),
-        adapters=tuple(in_use),
-    )
+    document = _read(path)
+    try:
+        check_schema(document, "session")
+        return Session(
+            bundle=BundleIdentity(**{key: document["bundle"][key] for key in _IDENTITY}),
+            conversation=_conversation(document["messages"]),
+            strategy=document["strategy"],
+            adapters=tuple(document["adapters"]),
+        )
+    except WrongField as problem:
+        raise SessionFileError(
+            f"Cannot load the session {path}: {problem}. Correct it, or load another file."
+        ) from problem
 
 
 def _obstacle(path: Path) -> str | None:
@@ -155,77 +153,29 @@ def _read(path: Path) -> dict[str, Any]:
     found = document.get("format")
     if found != FORMAT:
         raise SessionFileError(
-            f"Cannot load the session {path}: field format is {_show(found)}, expected "
+            f"Cannot load the session {path}: field format is {shown(found)}, expected "
             f'"{FORMAT}". Check the name; a newer qaflora may have written it.'
         )
     return document
 
 
-def _conversation(fields: _Fields) -> Conversation:
-    messages = [
-        _Fields(fields.path, message, f"messages[{i}].")
-        for i, message in enumerate(fields.list("messages"))
-    ]
-    system = None
-    if messages and messages[0].values.get("role") == "system":
-        system = messages.pop(0).text("content")
-    for i, message in enumerate(messages):
-        expected = "assistant" if i % 2 else "user"
-        if message.values.get("role") != expected:
-            message.fail("role", f'"{expected}"', message.values.get("role"))
-    if len(messages) % 2:
-        fields.fail("messages", "an answer to every question", f"{len(messages)} messages")
-    return Conversation(system, _turns(messages))
-
-
-def _turns(messages: Sequence[_Fields]) -> list[Turn]:
-    turns = []
-    for question, answer in zip(messages[::2], messages[1::2], strict=True):
-        reason = answer.values.get("finish_reason", "stop")
-        if reason not in FINISH_REASONS:
-            answer.fail("finish_reason", f"one of {', '.join(FINISH_REASONS)}", reason)
-        if not question.text("content").strip():
-            question.fail("content", "a text that is not empty", "")
-        turns.append(Turn(question.text("content"), answer.text("content"), reason))
-    return turns
-
-
-class _Fields:
-    """An object of the file whose fields are read with their type checked."""
-
-    def __init__(self, path: Path, values: Any, prefix: str = "") -> None:
-        self.path, self._prefix = path, prefix
-        if not isinstance(values, dict):
-            self._prefix = ""
-            self.fail(prefix.rstrip("."), "an object", values)
-        self.values: dict[str, Any] = values
-
-    def fail(self, key: str, expected: str, found: Any) -> NoReturn:
-        raise SessionFileError(
-            f"Cannot load the session {self.path}: field {self._prefix}{key} is {_show(found)}, "
-            f"expected {expected}. Correct it, or load another file."
-        )
-
-    def text(self, key: str) -> str:
-        value = self.values.get(key)
-        if not isinstance(value, str) or not is_unicode(value):
-            self.fail(key, "a text", value)
-        return value
-
-    def list(self, key: str) -> list[Any]:
-        value = self.values.get(key)
-        if not isinstance(value, list):
-            self.fail(key, "a list", value)
-        return value
-
-    def object(self, key: str) -> _Fields:
-        return _Fields(self.path, self.values.get(key), f"{self._prefix}{key}.")
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "missing"
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    shown = json.dumps(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def _conversation(messages: Sequence[Mapping[str, str]]) -> Conversation:
+    n_system = int(bool(messages) and messages[0]["role"] == "system")
+    for place, message in enumerate(messages[n_system:], n_system):
+        expected = "assistant" if (place - n_system) % 2 else "user"
+        if message["role"] != expected:
+            field = f"messages[{place}].role"
+            raise WrongField(field, shown(message["role"]), shown(expected))
+        if expected == "user" and not message["content"].strip():
+            field = f"messages[{place}].content"
+            raise WrongField(field, shown(message["content"]), "a text that is not empty")
+    questions, answers = messages[n_system::2], messages[n_system + 1 :: 2]
+    if len(questions) != len(answers):
+        raise WrongField("messages", f"a list of {len(messages)}", "an answer to every question")
+    return Conversation(
+        messages[0]["content"] if n_system else None,
+        [
+            Turn(question["content"], answer["content"], answer.get("finish_reason", "stop"))
+            for question, answer in zip(questions, answers, strict=True)
+        ],
+    )

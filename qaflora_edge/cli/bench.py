@@ -251,9 +251,8 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
     """The machine, the library, the files and the options."""
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import library_facts, package_facts
-    from qaflora_edge.formats.gguf_header import read_gguf_header
 
-    header = read_gguf_header(loaded.base_path)
+    header = loaded.header
     packages = package_facts()
     return {
         "adapters": list(loaded.adapter_paths),

@@ -309,12 +309,12 @@ def show(folder: str, as_json: bool) -> None:
 
     The files need not be there: nothing is hashed or loaded.
     """
-    from qaflora_edge.bundles.open import describe, find_base, read_bundle_text
+    from qaflora_edge.bundles.open import describe, read_bundle_text, recorded_base
 
     path = bundle_folder(folder)
     if as_json:
         text = read_bundle_text(path)
-        base_path = find_base(path, text.base)
+        base_path = recorded_base(path, text.base)
         shown = {**text.raw, "base_path": None if base_path is None else str(base_path)}
         click.echo(json.dumps(shown, ensure_ascii=False))
         return

@@ -44,8 +44,9 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     Prints where it is.
     """
     from qaflora_edge.formats.hub_ref import from_address
+    from qaflora_edge.formats.registry import load_registry
+    from qaflora_edge.hub.models import fetch_model
     from qaflora_edge.hub.pull import fetch_hub
-    from qaflora_edge.hub.registry import fetch_model, load_registry
 
     ref = from_address(ref)
     with progress_bars() as tell:
@@ -63,10 +64,10 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
 
 
 def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
-    from qaflora_edge.bundles.open import find_base, read_bundle_text
+    from qaflora_edge.bundles.open import read_bundle_text, recorded_base
+    from qaflora_edge.bundles.source import fetch_base
     from qaflora_edge.errors import BundleError
     from qaflora_edge.formats.bundle_format import BUNDLE_FILE
-    from qaflora_edge.hub.references import fetch_base
 
     if not (folder / BUNDLE_FILE).exists():
         raise BundleError(
@@ -74,5 +75,5 @@ def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
             "bundle with --with-base. Leave it out, and pull the base by its own name."
         )
     base = read_bundle_text(folder).base
-    if find_base(folder, base) is None:
+    if recorded_base(folder, base) is None:
         fetch_base(folder, base, report("base"))

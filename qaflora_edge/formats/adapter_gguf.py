@@ -7,7 +7,7 @@ without a word; so everything is checked here before a library sees the file.
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,15 +121,6 @@ def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
         )
     for base_name in info.ranks:
         _check_module(info, header, base_name)
-
-
-def check_files(base: str | os.PathLike[str], adapters: Iterable[str | os.PathLike[str]]) -> None:
-    """Check a base and its adapters, before the library sees them. Raises as the checks do."""
-    header = read_gguf_header(base)
-    for path in adapters:
-        info = read_adapter_gguf(path)
-        check_adapter(info, header)
-        check_values(info)
 
 
 def check_values(info: AdapterInfo) -> None:

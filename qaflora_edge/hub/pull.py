@@ -11,11 +11,11 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha1, sha256
+from hashlib import sha1
 from pathlib import Path, PurePosixPath
 
 from qaflora_edge.errors import DownloadError, OutputFileError
-from qaflora_edge.files import cache_dir, safe_join, sha256_file
+from qaflora_edge.files import cache_lock, safe_join, sha256_file
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
@@ -123,18 +123,14 @@ def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progre
 
     The hidden one stays when fetching fails, so that the next attempt goes on with its files.
     """
-    from filelock import FileLock
-
     folder = folder.absolute()
     if ref.file and (target := _already_there(ref, listing, folder)):
         return target
     if same := _same(ref, listing, folder):
         return same
     partial = folder.parent / f".{folder.name[:100]}.{listing.commit[:12]}.partial"
-    lock = cache_dir() / "locks" / f"pull-{sha256(os.fsencode(folder)).hexdigest()[:16]}.lock"
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with cache_lock(f"pull {folder}"):
             if same := _same(ref, listing, folder):  # another pull has fetched it meanwhile
                 return same
             partial.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ Token ids, weights and samplers go in; text, texts' bytes and strategies are the
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,8 @@ from qaflora_edge.backend.context import N_UBATCH, Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import QafloraError
+from qaflora_edge.formats.adapter_gguf import AdapterInfo
+from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.loop import Loop
@@ -38,7 +39,7 @@ F32 = NDArray[np.float32]
 class Core:
     """What an Engine computes with; freed by its lifetime.
 
-    adapters    name -> adapter GGUF, in the order of every first axis
+    adapters    name -> adapter GGUF, checked, in the order of every first axis
     n_ctx       tokens of prompt and answer together, of each request
     n_parallel  requests that are decoded together
     options     threads, kv_type and flash_attn of every context
@@ -47,8 +48,8 @@ class Core:
     def __init__(
         self,
         lifetime: Lifetime,
-        base: str | os.PathLike[str],
-        adapters: Mapping[str, str | os.PathLike[str]],
+        base: GgufHeader,
+        adapters: Mapping[str, AdapterInfo],
         *,
         n_ctx: int,
         n_parallel: int,
@@ -59,11 +60,12 @@ class Core:
         self.lifetime, self.n_ctx, self.n_parallel = lifetime, n_ctx, n_parallel
         self.adapters = tuple(adapters)
         keep, stop = lifetime.keep, Stop()
-        self.model = keep(Model(base, gpu_layers=gpu_layers))
-        self.pack = keep(Pack(self.model, list(adapters.values())))
+        self.model = keep(Model(base.path, gpu_layers=gpu_layers, header=base))
+        self.pack = keep(Pack(self.model, [info.path for info in adapters.values()]))
         more: dict[str, Any] = {**options, "stop": stop}
         self.context = keep(Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **more))
-        self.prober = keep(Prober(self.model, self.pack, more, tail=probe_tail))
+        files = list(adapters.values())
+        self.prober = keep(Prober(self.model, self.pack, more, tail=probe_tail, files=files))
         self._scorer = keep(Scorer(self.model, self.pack, more))
         self._loop = Loop(self.model, self.context, Scheduler(n_parallel, N_UBATCH), stop)
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()

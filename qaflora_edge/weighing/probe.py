@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from qaflora_edge.backend.context import N_UBATCH
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
+from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.query_projection import QueryProjections
 from qaflora_edge.weighing.strategy import Measure, Query
@@ -43,6 +45,7 @@ class ProbeTimings:
 class Prober:
     """Sequences of one context: the base first, then adapters alone at weight 1.
 
+    files of the adapters, where they were read before
     tail  0, or how many tokens at the query's end the adapters run over: those before it are
           read by the base alone, and adapters attend to what the base made of them
 
@@ -53,7 +56,16 @@ class Prober:
     rows, in all methods: which adapters of the pack are probed, in ascending order.
     """
 
-    def __init__(self, model: Model, pack: Pack, options: dict[str, Any], *, tail: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        pack: Pack,
+        options: dict[str, Any],
+        *,
+        tail: int = 0,
+        files: Sequence[Path | AdapterInfo] | None = None,
+    ) -> None:
+        self._files = files or pack.paths
         self._model, self._pack, self._options, self._tail = model, pack, options, tail
         self._context: ProbeContext | None = None
         self._pool = "last"  # what the context has room for; "mean" includes it
@@ -137,8 +149,8 @@ class Prober:
         start = time.perf_counter()
         key = tuple(rows)
         if key not in self._projections:
-            paths = [self._pack.paths[row] for row in rows]
-            self._projections = {key: QueryProjections(paths, self._model.n_layer)}
+            files = [self._files[row] for row in rows]
+            self._projections = {key: QueryProjections(files, self._model.n_layer)}
         if self._base is None or self._base.n_ctx < len(tokens):
             state, self._base = _closed(self._base, tokens), None
             self._base = self._make(len(tokens), state, n_seq=1, has_inputs=True)

@@ -20,11 +20,13 @@ _NAMES = ("blk.{}.attn_q.weight", "blk.{}.attn_qkv.weight")
 class QueryProjections:
     """The query projection's A and B of the last block that all adapters adapt.
 
+    adapters  their files, or what was read of them before
+
     Raises StrategyError when there is no such block.
     """
 
-    def __init__(self, paths: Sequence[Path], n_layer: int) -> None:
-        infos = [read_adapter_gguf(path) for path in paths]
+    def __init__(self, adapters: Sequence[Path | AdapterInfo], n_layer: int) -> None:
+        infos = [a if isinstance(a, AdapterInfo) else read_adapter_gguf(a) for a in adapters]
         self.layer, name = _last_common(infos, n_layer)
         self._pairs = [read_pair(info, name) for info in infos]
 
