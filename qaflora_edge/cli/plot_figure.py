@@ -172,7 +172,7 @@ def _draw(
     )
     words = f"weight; a dot: {legend_words(min_weight(fusions))} ({facts(fusions)})"
     lines = wrap(words, size[0] - 0.4, measure(NAME_POINTS), n_line=4)
-    bar.set_label("\n".join(lines), fontsize=NAME_POINTS, color=palette.text)
+    drawn.supxlabel("\n".join(lines), fontsize=NAME_POINTS)
     bar.ax.tick_params(labelsize=NAME_POINTS, colors=palette.text)
     bar.outline.set_edgecolor(palette.quiet)
     return drawn
@@ -238,7 +238,6 @@ def _with_cell_titles(data: bytes, fusions: Sequence[FusionWeights]) -> bytes:
     ):
         ElementTree.register_namespace(prefix, space)
     root = ElementTree.fromstring(data)
-    root.set("role", "img")
     groups = {group.get("id"): group for group in root.iter(f"{SVG}g")}
     for index, fusion in enumerate(fusions):
         cells = groups[f"cells-{index}"].iter(f"{SVG}path")
