@@ -82,15 +82,29 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path, base: tiny.TinyBase) -
     assert not out.exists()
 
 
-def test_verify_reports_each_module(tmp_path: Path, base: tiny.TinyBase) -> None:
+@pytest.mark.parametrize("name", ["owner/Tiny-Llama-0", "unsloth/tiny_llama-0-bnb-4bit"])
+def test_no_remark_on_names_that_are_the_same(
+    name: str, tmp_path: Path, base: tiny.TinyBase
+) -> None:
+    config = {"base_model_name_or_path": name}
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
+    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_verify_sums_up(tmp_path: Path, base: tiny.TinyBase) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "o_proj"], layers=[1])
-    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify")
-    assert result.exit_code == 0
-    head, *lines = result.stdout.splitlines()
-    assert head.split() == ["largest", "relative", "of", "allowed", "module"]
-    names = [f"model.layers.1.self_attn.{name}" for name in ("o_proj", "q_proj")]
-    assert [line.split()[-1] for line in lines] == names
-    assert all(0 < float(line.split()[0]) < 1e-3 for line in lines)
+    arguments = (folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify")
+    result, report = run(*arguments), json.loads(run(*arguments, "--json").stdout)
+    worst = max(report["checks"], key=lambda check: check["of_allowed"])
+    assert 0 < worst["largest_difference"] < 1e-3
+    assert (result.exit_code, result.stdout) == (
+        0,
+        f"Verified 2 modules: the largest difference is {worst['largest_difference']:.2g}, "
+        f"{worst['of_allowed']:.0%} of what rounding explains, in {worst['module']}.\n",
+    )
+    result = run(*arguments, "--outtype", "f32")
+    assert result.stdout == "Verified 2 modules: none differs from its source.\n"
 
 
 def test_json_says_what_was_written(tmp_path: Path, base: tiny.TinyBase) -> None:
@@ -139,6 +153,9 @@ def test_wrong_conversion_is_reported_with_exit_code_1(
     assert not check["is_right"]
     assert (check["of_allowed"] is None) == np.isnan(value)
     assert not out.exists()
+    head, line = run(folder, "--base", base.path, "-o", out, "--verify").stdout.splitlines()
+    assert head.split() == ["largest", "relative", "of", "allowed", "module"]
+    assert line.split()[-1] == "model.layers.0.self_attn.q_proj"
 
 
 def test_feature_that_cannot_be_represented_is_named(tmp_path: Path, base: tiny.TinyBase) -> None:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from qaflora_edge.cli.chat.view import mix_parts
 from qaflora_edge.cli.heatmap import (
     ASCII_RAMP,
     RAMP,
@@ -15,11 +16,11 @@ from qaflora_edge.cli.heatmap import (
     compare,
     heatmap,
     ramp_colour,
-    scale_top,
     terminal_colour,
 )
-from qaflora_edge.cli.show import BLOCKS, layer_ranges, leading_layers, paint
+from qaflora_edge.cli.show import BLOCKS, layer_ranges, mix_line, paint
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.svg_panel import leading_layers, scale
 
 HOSTILE = "es\x1b[31m\nred\r\u202eback"
 
@@ -146,7 +147,25 @@ def test_negative_weights_are_marked() -> None:
      (0.95, 1), (1, 1), (1.0000001, 1), (1.1, 2), (9, 9)],
 )  # fmt: skip
 def test_scale_ends_at_a_round_number_that_no_weight_exceeds(largest: float, top: float) -> None:
-    assert scale_top([exact([largest, 0.0]), exact([0.0, 0.0])]) == pytest.approx(top, abs=1e-12)
+    low, high = scale([exact([largest, 0.0]), exact([0.0, 0.0])])
+    assert (low, high) == (0, pytest.approx(top, abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("lowest", "largest", "low"),
+    [(0.25, 0.7, 0.2), (0.2999999, 0.7, 0.3), (0.3, 0.3, 0), (-1, 0.7, 0), (1.2, 3, 1),
+     (0.9, 1, 0)],
+)  # fmt: skip
+def test_scale_begins_at_a_round_number_below_every_weight(
+    lowest: float, largest: float, low: float
+) -> None:
+    assert scale([exact([largest, lowest])])[0] == pytest.approx(low, abs=1e-12)
+
+
+def test_terminal_uses_the_whole_scale() -> None:
+    shown = heatmap(exact([0.4, 0.6], [0.6, 0.4]), width=80, encoding="utf-8")
+    assert "math  0.50  ▁▁▁███" in shown
+    assert f"weight 0.4 {BLOCKS} 0.6" in shown
 
 
 @pytest.mark.parametrize(
@@ -186,7 +205,47 @@ def test_no_adapters() -> None:
     empty = FusionWeights((), np.zeros((0, 30), np.float32), None, "base")
     shown = heatmap(empty, width=80, encoding="utf-8")
     assert shown.endswith("There are no adapters: the base answers alone.")
-    assert "answers every prompt alone" in compare([("a", empty)], width=80, encoding="utf-8")
+    assert compare([("a", empty)] * 2, width=80, encoding="utf-8").endswith(
+        "the base answers alone."
+    )
+
+
+def test_base_alone_has_no_rows_of_zeros() -> None:
+    none = FusionWeights(("math", "es"), np.zeros((2, 30), np.float32), None, "base")
+    for shown in (
+        heatmap(none, width=80, encoding="utf-8"),
+        compare([("a", none), ("b", none)], width=80, encoding="utf-8"),
+    ):
+        assert shown.endswith("No adapter weighs anything: the base answers alone.")
+        assert "math" not in shown
+    assert mix_line(none) == "the base alone"
+    assert mix_parts(none) == ["the base alone"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_names_are_folded_not_cut(width: int) -> None:
+    name = "a-very-long-name-of-an-adapter-for-medicine"
+    shown = heatmap(fusion("math", name), width=width, encoding="utf-8")
+    rows = [line for line in shown.split("\n\n")[1].splitlines() if not line.startswith(" ")]
+    column = min(20, max(4, width // 4))
+    parts = "".join(row[:column].strip() for row in rows if not row.startswith("math"))
+    assert parts in (name, name * (len(parts) // len(name)))
+    leads = shown.split("\n\n")[-2] if width >= 60 else shown
+    flat = "".join(line[:column].strip() for line in leads.splitlines()[1:])
+    assert name in (flat if width >= 60 else re.sub(r"\s", "", shown))
+    assert "…" not in shown
+
+
+def test_prompts_are_folded_to_three_lines() -> None:
+    words = " ".join(f"word{i}" for i in range(15))
+    for width, n_line in ((40, 3), (80, 3)):
+        cases = [(words, fusion("a", "b")), ("two", fusion("a", "b", seed=1))]
+        shown = compare(cases, width=width, encoding="utf-8")
+        assert set(words.split()) <= set(shown.split())
+        long = compare([(words * 9, case) for _, case in cases], width=width, encoding="utf-8")
+        assert long.count("word1 ") >= 1
+        assert sum("word" in line for line in long.splitlines()) <= 2 * n_line
+        assert "…" in long
 
 
 def test_names_cannot_write_to_the_terminal() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from qaflora_edge.cli import plot
 from qaflora_edge.cli.plot import check_can_plot, write_plot
-from qaflora_edge.cli.plot_html import html
-from qaflora_edge.cli.plot_svg import INK, n_columns, svg
+from qaflora_edge.cli.plot_figure import DARK, LIGHT, Palette, figure, n_columns
+from qaflora_edge.cli.plot_html import html as html_of
 from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -21,6 +21,15 @@ HOSTILE = (
     "</title></svg></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\x00\x1b]"
 )
 Weighed = tuple[Prompt, FusionWeights]
+SUBJECT = "demo on tiny"
+
+
+def html(items: list[Weighed], subject: str = SUBJECT) -> str:
+    return html_of(items, subject)
+
+
+def svg(items: list[Weighed], subject: str = SUBJECT) -> str:
+    return figure(items, subject, kind="svg")[0].decode("utf-8")
 
 
 def weighed(text: str = "How many?", *names: str, seed: int = 0, n_layer: int = 12) -> Weighed:
@@ -34,7 +43,18 @@ def weighed(text: str = "How many?", *names: str, seed: int = 0, n_layer: int = 
 
 
 def cells(root: ElementTree.Element) -> list[ElementTree.Element]:
-    return [element for element in root.iter(f"{SVG}rect") if element.get("class") == "cell"]
+    return [path for path in root.iter(f"{SVG}path") if path.find(f"{SVG}title") is not None]
+
+
+def texts(root: ElementTree.Element) -> set[str]:
+    return {element.text or "" for element in root.iter(f"{SVG}text")}
+
+
+def fill(cell: ElementTree.Element) -> list[float]:
+    """Red, green and blue of a cell, 0 to 1."""
+    found = re.search(r"fill: #(..)(..)(..);", cell.get("style", ""))
+    assert found
+    return [int(part, 16) / 255 for part in found.groups()]
 
 
 def test_svg_has_a_cell_per_weight_with_its_numbers() -> None:
@@ -44,29 +64,68 @@ def test_svg_has_a_cell_per_weight_with_its_numbers() -> None:
     assert len(found) == 3 * 12
     fusion = item[1]
     assert fusion.divergence is not None
-    assert 0.8 < fusion.weights.max() < 0.9  # so the scale ends at 0.9
     for index, cell in enumerate(found):
         row, layer = divmod(index, 12)
         weight, divergence = fusion.weights[row, layer], fusion.divergence[row, layer]
-        assert float(cell.get("fill-opacity", "")) == pytest.approx(weight / 0.9, abs=6e-4)
         assert [title.text for title in cell] == [
             f"{fusion.adapters[row]}, layer {layer}\nweight {weight:.3f}\n"
             f"divergence {divergence:.3g} nats"
         ]
-    dots = [element for element in root.iter(f"{SVG}circle") if element.get("class") == "lead"]
-    assert len(dots) == 12  # one adapter leads each layer
-    texts = [element.text for element in root.iter(f"{SVG}text")]
-    assert {"math", "es", "med", f"{fusion.weights[1].mean():.2f}", "How many?"} <= set(texts)
+    means = {f"{mean:.2f}" for mean in fusion.weights.mean(axis=1)}
+    assert {"math", "es", "med", "How many?", SUBJECT, *means} <= texts(root)
 
 
-def test_panels_share_one_scale() -> None:
+@pytest.mark.parametrize(("palette", "is_dark"), [(LIGHT, False), (DARK, True)])
+def test_cells_take_the_ramps_colours(palette: Palette, is_dark: bool) -> None:
+    steps = len(palette.ramp)
+    row = np.linspace(0, 1, steps, dtype=np.float32)
+    data, _, _ = figure(
+        [(Prompt("p"), FusionWeights(("a", "b"), np.array([row, row[::-1]])))],
+        SUBJECT,
+        kind="svg",
+        is_dark=is_dark,
+    )
+    expected = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in palette.ramp]
+    shown = [fill(cell) for cell in cells(ElementTree.fromstring(data))]
+    assert np.allclose(shown, expected + expected[::-1], atol=0.02)
+    lightness = [sum(colour) for colour in expected]
+    assert lightness == sorted(lightness, reverse=not is_dark)
+
+
+def test_panels_share_one_scale_that_uses_its_range() -> None:
     low = FusionWeights(("a", "b"), np.full((2, 2), 0.25, np.float32))
     high = FusionWeights(("a", "b"), np.array([[2, 0], [0, -1]], np.float32))
     text = svg([(Prompt("one"), low), (Prompt("two"), high)])
-    opacities = [cell.get("fill-opacity") for cell in cells(ElementTree.fromstring(text))]
-    assert opacities == ["0.125"] * 4 + ["1.000", "0.000", "0.000", "0.000"]
+    fills = [fill(cell) for cell in cells(ElementTree.fromstring(text))]
+    assert fills[:4] == [fills[0]] * 4
+    assert fills[5:] == [[1.0] * 3] * 3  # 0 and below
+    assert sum(fills[4]) < sum(fills[0]) < 3
     assert "− below 0, down to -1" in text
     assert text.count(">−</text>") == 1
+    narrow = FusionWeights(("a", "b"), np.array([[0.4, 0.5], [0.6, 0.5]], np.float32))
+    least, _, most, _ = (
+        fill(cell) for cell in cells(ElementTree.fromstring(svg([(Prompt(""), narrow)])))
+    )
+    assert (sum(least), sum(most) < 0.5) == (3, True)
+
+
+def test_pictures_keep_prompts_and_names(tmp_path: Path) -> None:
+    from PIL import Image
+
+    long = "日本 word " * 900
+    items = [weighed(long), weighed("two\nlines", seed=1)]
+    subject = "my 日本 bundle on base"
+    for suffix in ("svg", "png", "html"):
+        write_plot(tmp_path / f"w.{suffix}", items, subject)
+    root = ElementTree.fromstring((tmp_path / "w.svg").read_bytes())
+    (description,) = root.iter("{http://purl.org/dc/elements/1.1/}description")
+    with Image.open(tmp_path / "w.png") as picture:
+        kept = picture.text  # type: ignore[attr-defined]
+    expected = f"strategy qa-flora, lens norm, pool last\n1. {long[:4000]}…\n2. two\nlines"
+    assert description.text == kept["Description"] == expected
+    assert kept["Title"] == root.findtext(f"{SVG}title") == f"Weights of {subject}"
+    assert subject in texts(root)
+    assert subject in (tmp_path / "w.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -145,12 +204,12 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         tag for tag, _ in plain.tags if tag != "p"
     ]
     assert any(clean in text for text in page.texts)
-    root = ElementTree.fromstring(svg([item]))
-    titles = [element.text or "" for element in root.iter(f"{SVG}title")]
+    root = ElementTree.fromstring(svg([item], HOSTILE))
+    titles = [element.text or "" for element in root.iter(f"{SVG}title")][1:]
     assert len(titles) == 2 * 12
     assert titles[0].startswith(f"{clean}, layer 0\n")
     assert root.find(f".//{SVG}script") is None
-    write_plot(tmp_path / "x.png", [item])  # no formula, no warning
+    write_plot(tmp_path / "x.png", [item], HOSTILE)  # no formula, no warning
 
 
 def test_long_prompts_are_folded() -> None:
@@ -166,25 +225,42 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(imread(path))
 
 
-def test_png_shows_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("palette", "is_dark"), [(LIGHT, False), (DARK, True)])
+def test_png_shows_the_weights(palette: Palette, is_dark: bool, tmp_path: Path) -> None:
     """Cells are found again in the picture, by their colour."""
     fusion = FusionWeights(("a", "b"), np.array([[1, 0], [1, 0]], np.float32), None, "manual")
-    write_plot(tmp_path / "w.png", [(Prompt("p"), fusion)])
+    write_plot(tmp_path / "w.png", [(Prompt("p"), fusion)], SUBJECT, is_dark=is_dark)
     picture = pixels(tmp_path / "w.png")[:, :, :3]
-    ink = np.array([int(INK[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    is_ink = np.abs(picture - ink).max(axis=2) < 0.02
-    rows, columns = np.nonzero(is_ink)
-    height, width = is_ink.shape
-    # The left half of the panel is full ink, the right half is paper; the rest is thin lines.
-    assert is_ink.sum() > 0.1 * height * width
-    left = is_ink[:, : width // 2].sum()
-    assert left > 0.95 * is_ink.sum()
-    assert rows.size == columns.size
+    ink, paper = (
+        np.abs(picture - [int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]).max(axis=2) < 0.02
+        for c in (palette.ramp[-1], palette.paper)
+    )
+    height, width = ink.shape
+    # The left half of the panel is full ink, the right half is paper.
+    assert ink.sum() > 0.1 * height * width
+    assert ink[:, : width // 2].sum() > 0.95 * ink.sum()
+    assert paper.sum() > 0.5 * height * width
+
+
+def test_dots_per_inch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.png"
+    sizes = []
+    for dpi in (75, 300):
+        assert write_plot(path, [weighed()], SUBJECT, dpi=dpi) == ""
+        sizes.append(np.array(pixels(path).shape[:2]))
+    assert np.allclose(sizes[1] / sizes[0], 4, rtol=0.01)
+    monkeypatch.setattr("qaflora_edge.cli.plot_figure.PIXELS_MAX", 1000)
+    inches = max(sizes[0]) / 75
+    assert write_plot(path, [weighed()], SUBJECT, dpi=300) == (
+        f"Note: {path} has {int(1000 / inches)} dots per inch instead of 300, so that it is at "
+        "most 1,000 pixels wide and high, as viewers expect."
+    )
+    assert 980 < max(pixels(path).shape) <= 1000
 
 
 def test_png_of_many_prompts_and_layers_stays_in_bounds(tmp_path: Path) -> None:
     items = [weighed(f"prompt {i} $x$", "a$b", "日本", seed=i, n_layer=126) for i in range(3)]
-    write_plot(tmp_path / "w.png", items)
+    write_plot(tmp_path / "w.png", items, SUBJECT)
     height, width, _ = pixels(tmp_path / "w.png").shape
     assert max(height, width) < 30_000
     assert height > 700
@@ -196,7 +272,7 @@ def test_same_weights_same_bytes(suffix: str, tmp_path: Path) -> None:
     items = [weighed(), weighed("Another?", seed=1)]
     first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     for path in (first, second):
-        write_plot(path, items)
+        write_plot(path, items, SUBJECT)
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -218,7 +294,7 @@ def test_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OutputFileError, match="the disk is full"):
-        write_plot(path, [weighed()])
+        write_plot(path, [weighed()], SUBJECT)
     assert [item.name for item in tmp_path.iterdir()] == ["w.svg"]
     assert path.read_text() == "old"
 
@@ -242,17 +318,17 @@ def test_what_cannot_be_drawn_is_said_before_the_work(
     )
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     check_can_plot(tmp_path / "w.html", 1)
-    check_can_plot(tmp_path / "w.svg", 1)
-    assert message(tmp_path / "w.png") == (
-        f"Cannot write {tmp_path / 'w.png'}: PNG needs matplotlib, which is not installed. Install "
-        "it with `pip install 'qaflora-edge[plot]'`, or name a file that ends in .svg or .html."
-    )
+    for name in ("w.png", "w.svg"):
+        assert message(tmp_path / name) == (
+            f"Cannot write {tmp_path / name}: PNG and SVG need matplotlib, which is not installed. "
+            "Install it with `pip install 'qaflora-edge[plot]'`, or name a file that ends in .html."
+        )
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
     empty = FusionWeights((), np.zeros((0, 3), np.float32), None, "base")
     with pytest.raises(OutputFileError) as caught:
-        write_plot(tmp_path / "w.svg", [(Prompt("p"), empty)])
+        write_plot(tmp_path / "w.svg", [(Prompt("p"), empty)], SUBJECT)
     assert str(caught.value) == (
         f"Cannot draw {tmp_path / 'w.svg'}: the bundle has no adapters, expected one or more. Add "
         "one with `qaflora bundle add`."

@@ -38,7 +38,7 @@ def expected(row: int, layer: int, seed: int = 0) -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plot") / "weights.html"
-    write_plot(path, [(Prompt(EVIL), fusion()), (Prompt("two"), fusion(1))])
+    write_plot(path, [(Prompt(EVIL), fusion()), (Prompt("two"), fusion(1))], EVIL)
     return path
 
 

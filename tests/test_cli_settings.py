@@ -20,6 +20,7 @@ from qaflora_edge.cli.setting_table import (
 )
 from qaflora_edge.config import OWN
 from qaflora_edge.errors import SettingsError
+from qaflora_edge.files import cache_dir
 
 
 @pytest.fixture(scope="module")
@@ -217,15 +218,24 @@ def test_settings_are_shown_with_their_origin(
     monkeypatch.setenv("QAFLORA_THREADS", "3")
     shown = json.loads(CliRunner().invoke(main, ["settings", "--json"]).stdout)
     assert (shown["file"], shown["exists"]) == (str(config), True)
-    assert shown["settings"]["lens"] == {"value": "raw", "from": str(config)}
-    assert shown["settings"]["convert.outtype"] == {"value": "f32", "from": str(config)}
-    assert shown["settings"]["threads"] == {"value": "3", "from": "QAFLORA_THREADS"}
-    assert shown["settings"]["ctx"] == {"value": None, "from": "default"}
+    defaults = {"lens": "the bundle's, else norm", "convert.outtype": "f16", "threads": "all cores"}
+    for key, value, origin in (
+        ("lens", "raw", str(config)),
+        ("convert.outtype", "f32", str(config)),
+        ("threads", "3", "QAFLORA_THREADS"),
+    ):
+        expected = {"value": value, "from": origin, "default": defaults[key]}
+        assert shown["settings"][key] == expected
+    assert shown["settings"]["QAFLORA_CONFIG"]["value"] == str(config)
+    ctx = shown["settings"]["ctx"]
+    assert (ctx["value"], ctx["from"]) == (None, "default")
+    assert shown["settings"]["raw_prompt"]["default"] == "false"
+    assert shown["settings"]["cache"]["default"] == str(cache_dir())
     lines = CliRunner().invoke(main, ["settings"]).stdout.splitlines()
     assert lines[0] == str(config)
     assert [line.split() for line in lines if line.startswith(("lens", "threads", "ctx"))] == [
         ["lens", '"raw"', "the", "file"],
-        ["ctx", "-", "default"],
+        ["ctx", ctx["default"], "default"],
         ["threads", '"3"', "QAFLORA_THREADS"],
     ]
 
@@ -241,7 +251,8 @@ def test_options_of_one_command_are_shown_where_they_are_set(
         ["run.temp", '"0.7"', "QAFLORA_RUN_TEMP"],
     ]
     shown = json.loads(CliRunner().invoke(main, ["settings", "--json"]).stdout)["settings"]
-    assert shown["run.temp"] == {"value": "0.7", "from": "QAFLORA_RUN_TEMP"}
+    assert shown["run.temp"]["value"] == "0.7"
+    assert shown["run.temp"]["from"] == "QAFLORA_RUN_TEMP"
     assert "chat.temp" not in shown
 
 

@@ -230,6 +230,9 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
         (PROMPT, "--prompts", "prompts.txt"),
         (PROMPT, "--json", "--csv"),
         (PROMPT, "--plot", "weights.pdf"),
+        (PROMPT, "--dpi", "300"),
+        (PROMPT, "--plot", "weights.svg", "--dpi", "300"),
+        (PROMPT, "--plot", "weights.html", "--dark"),
     ],
 )
 def test_wrong_usage_is_2(made: TinyBundle, args: tuple[str, ...]) -> None:
@@ -246,14 +249,16 @@ def test_plot_is_written_beside_the_other_outputs(
     suffix: str, made: TinyBundle, tmp_path: Path
 ) -> None:
     path = tmp_path / f"weights.{suffix}"
-    result = weights(made, PROMPT, "--plot", path, "--json")
+    options = {"svg": ("--dark",), "PNG": ("--dark", "--dpi", 90), "html": ()}[suffix]
+    result = weights(made, PROMPT, "--plot", path, "--json", *options)
     assert (result.exit_code, result.stderr) == (0, "")
     shown = json.loads(result.stdout)["weights"]
     if suffix == "PNG":
         assert path.read_bytes().startswith(b"\x89PNG")
     else:
         text = path.read_text(encoding="utf-8")
-        assert text.count('class="cell"') == 2 * 3
+        assert text.count("<title>") == 2 * 3 + 1  # the cells', and the page's
+        assert "tiny on tiny llama 0" in text
         assert f"math, layer 0\nweight {shown[0][0]:.3f}\n" in text
 
 
@@ -264,13 +269,13 @@ def test_missing_matplotlib_is_told_before_the_model_is_loaded(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
     )
-    path = tmp_path / "weights.png"
+    path = tmp_path / "weights.svg"
     args = ["weights", str(tmp_path / "no-such-bundle"), PROMPT, "--plot", str(path)]
     result = CliRunner().invoke(main, args)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        f"Error: Cannot write {path}: PNG needs matplotlib, which is not installed. Install it "
-        "with `pip install 'qaflora-edge[plot]'`, or name a file that ends in .svg or .html.\n"
+        f"Error: Cannot write {path}: PNG and SVG need matplotlib, which is not installed. Install "
+        "it with `pip install 'qaflora-edge[plot]'`, or name a file that ends in .html.\n"
     )
     assert not path.exists()
 

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from qaflora_edge.errors import ConversionError
 
 if TYPE_CHECKING:
     from qaflora_edge.convert.adapter import ConvertedAdapter
+
+_FILE_TYPES = ("gguf", "hf", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
 
 
 @click.command(
@@ -49,8 +52,9 @@ if TYPE_CHECKING:
 @click.option(
     "--verify",
     is_flag=True,
-    help="Read the file back, and report for each module the largest difference of its delta from "
-    "the source. The file is kept only if rounding to its type explains them all.",
+    help="Read the file back, compare the delta of each module with the source, and report the "
+    "largest difference; --json has it for each module. The file is kept only if rounding to its "
+    "type explains them all.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout."
@@ -89,9 +93,16 @@ def convert(
         raise
     _show_checks(converted.checks, converted, as_json)
     click.echo(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).", err=True)
-    if converted.trained_on and converted.base_name:
-        names = f"{converted.trained_on}; the base calls itself {converted.base_name[:200]!r}"
+    trained_on, base_name = converted.trained_on, converted.base_name
+    if trained_on and base_name and _plain_name(trained_on) != _plain_name(base_name):
+        names = f"{trained_on}; the base calls itself {base_name[:200]!r}"
         click.echo(f"Its config says that it was trained on {names}.", err=True)
+
+
+def _plain_name(name: str) -> str:
+    """A base's name without its owner, its file type, and the signs between words."""
+    words = re.split(r"[^a-z0-9]+", name.rpartition("/")[2].lower())
+    return "".join(word for word in words if word not in _FILE_TYPES)
 
 
 def _tell_nobody(what: str, done: int, total: int) -> None:
@@ -109,20 +120,30 @@ def _use_one_blas_thread() -> None:
 
 
 def _show_checks(checks: Sequence[Any], converted: ConvertedAdapter | None, as_json: bool) -> None:
-    """Print what was compared, and with JSON what was written."""
+    """Print a summary of what was compared and each module that is wrong; with JSON, all of it."""
     if as_json:
         report: dict[str, Any] = {} if converted is None else asdict(converted)
         report["path"] = str(report["path"]) if report else None
         report["checks"] = [{**asdict(check), "is_right": check.is_right} for check in checks]
         click.echo(json.dumps(_finite(report), ensure_ascii=False, allow_nan=False))
         return
-    if checks:
+    if wrong := [check for check in checks if not check.is_right]:
         click.echo(f"{'largest':>10} {'relative':>10} {'of allowed':>10}  module")
-    for check in checks:
-        click.echo(
-            f"{check.largest_difference:10.3g} {check.relative_difference:10.3g} "
-            f"{check.of_allowed:10.1%}  {check.module}"
-        )
+        for check in wrong:
+            click.echo(
+                f"{check.largest_difference:10.3g} {check.relative_difference:10.3g} "
+                f"{check.of_allowed:10.1%}  {check.module}"
+            )
+    elif checks:
+        worst = max(checks, key=lambda check: check.of_allowed)
+        if worst.of_allowed == 0:
+            found = "none differs from its source"
+        else:
+            found = (
+                f"the largest difference is {worst.largest_difference:.2g}, "
+                f"{worst.of_allowed:.0%} of what rounding explains, in {worst.module}"
+            )
+        click.echo(f"Verified {len(checks)} modules: {found}.")
 
 
 def _finite(value: Any) -> Any:

@@ -10,10 +10,11 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
-from qaflora_edge.cli.show import BLOCKS, EQUAL, can_show, layer_ranges, leading_layers
+from qaflora_edge.cli.show import BLOCKS, can_show, layer_ranges
+from qaflora_edge.weighing.svg_panel import TICK, leading_layers, min_weight, scale
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -27,8 +28,8 @@ RAMP = (
     *((31, 158, 137), (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37)),
 )
 RAMP_256 = (53, 54, 24, 30, 36, 41, 113, 149, 190, 226)  # of the same kind, by number
-TICK = 5  # a label at every fifth layer
 NAME_MAX, CELL_MAX, MEAN = 20, 3, 4  # columns
+TITLE_LINES = 3  # of a prompt
 GAP = 2
 TABLE_MIN = 60  # columns below which adapters' lines are not set as a table
 
@@ -56,13 +57,12 @@ def heatmap(
     """The weights of one query as lines of at most `width` columns.
 
     Layers that do not fit beside each other go on in a further band below. With 20 columns or
-    more every line fits; names are cut where they have to be.
+    more every line fits; names go on in a further line where they have to.
     """
     pen = Pen([fusion], encoding, colour)
     lines = [pen.wrap(_facts(fusion, pen), width), ""]
-    if not fusion.adapters:
-        text = "There are no adapters: the base answers alone."
-        return "\n".join([*lines, pen.wrap(text, width)])
+    if not fusion.weights.any():
+        return "\n".join([*lines, pen.wrap(_why_alone(fusion), width)])
     lines += _bands(fusion, pen, width)
     lines += ["", *_leads(fusion, pen, width), "", pen.legend(fusion.weights.shape[1], width)]
     return "\n".join(lines)
@@ -83,17 +83,16 @@ def compare(
     pen = Pen(fusions, encoding, colour)
     first = fusions[0]
     lines = [pen.wrap(_facts(first, pen, is_shared=True), width), ""]
-    if not first.adapters:
-        text = "There are no adapters: the base answers every prompt alone."
-        return "\n".join([*lines, pen.wrap(text, width)])
+    if not any(fusion.weights.any() for fusion in fusions):
+        return "\n".join([*lines, pen.wrap(_why_alone(first), width)])
     titles = [f"{number} {label}" for number, (label, _) in enumerate(labelled, 1)]
     n_layer = first.weights.shape[1]
     names = pen.names(first.adapters, width)
-    room = width - len_columns(names[0])
+    room = width - len_columns(names[0][0])
     n_beside = min(len(fusions), room // (GAP + MEAN + GAP + n_layer))
     if n_beside < 2:
         for title, fusion in zip(titles, fusions, strict=True):
-            lines += [pen.crop(title, width), *_bands(fusion, pen, width), ""]
+            lines += [*map(str.rstrip, pen.title(title, width)), *_bands(fusion, pen, width), ""]
     else:
         cell = min(CELL_MAX, (room // n_beside - GAP - MEAN - GAP) // n_layer)
         for at in range(0, len(fusions), n_beside):
@@ -108,6 +107,11 @@ def compare(
     return "\n".join([*lines, "", pen.legend(n_layer, width)])
 
 
+def _why_alone(fusion: FusionWeights) -> str:
+    what = "There are no adapters" if not fusion.adapters else "No adapter weighs anything"
+    return f"{what}: the base answers alone."
+
+
 def _facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
     """How the weights came about; `is_shared` leaves out what differs between queries."""
     parts = [f"strategy {fusion.strategy}"]
@@ -118,25 +122,6 @@ def _facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
         if fusion.divergence is not None:
             parts.append(f"probe {fusion.probe_ms:.0f} ms")
     return f" {pen.dot} ".join(parts)
-
-
-def scale_top(fusions: Sequence[FusionWeights]) -> float:
-    """The weight at the strong end of the scale: the largest one, rounded up.
-
-    It is a tenth up to 1, then a whole number. Eight adapters share a sum of 1, and on a scale up
-    to 1 all of them would look alike.
-    """
-    largest = max((float(f.weights.max()) for f in fusions if f.weights.size), default=1.0)
-    if largest <= 0.0:
-        return 1.0
-    if largest < 1.0:
-        return math.ceil((largest - EQUAL) * 10) / 10 or 0.1
-    return float(math.ceil(largest - EQUAL))
-
-
-def min_weight(fusions: Sequence[FusionWeights]) -> float:
-    """The lowest weight of all queries."""
-    return min((float(f.weights.min()) for f in fusions if f.weights.size), default=0.0)
 
 
 def ramp_colour(share: float) -> tuple[int, int, int]:
@@ -165,7 +150,7 @@ class Pen:
         self._encoding = encoding if encoding and can_show("", encoding) else "ascii"
         self._colour = colour
         self._signs = BLOCKS if can_show(BLOCKS, encoding) else ASCII_RAMP
-        self.top = scale_top(fusions)
+        self._low, self._high = scale(fusions)
         self._lowest = min_weight(fusions)
         self.dot = self.sign("·", "-")
 
@@ -179,27 +164,36 @@ class Pen:
         shown = shown.encode(self._encoding, "replace").decode(self._encoding)
         return " ".join(shown.split())
 
-    def crop(self, text: str, width: int) -> str:
-        """A text in exactly `width` columns, cut with a sign or filled up."""
+    def fold(self, text: str, width: int) -> list[str]:
+        """A text as lines of exactly `width` columns, broken where one is full."""
+        from rich.cells import chop_cells, set_cell_size
+
+        return [set_cell_size(line, width) for line in chop_cells(self.plain(text), width) or [""]]
+
+    def title(self, text: str, width: int) -> list[str]:
+        """A prompt in a few lines of exactly `width` columns, cut with a sign if it is longer."""
         from rich.cells import set_cell_size
 
-        text = self.plain(text)
-        if len_columns(text) > width:
+        wrapped = self.wrap(text, width).split("\n")
+        lines = [set_cell_size(line, width) for line in wrapped[:TITLE_LINES]]
+        if len(wrapped) > TITLE_LINES:
             mark = self.sign("…", "~")
-            text = set_cell_size(text, max(0, width - 1)) + mark
-        return set_cell_size(text, width)
+            lines[-1] = set_cell_size(set_cell_size(lines[-1], width - 1).rstrip() + mark, width)
+        return lines
 
-    def names(self, names: Sequence[str], width: int) -> list[str]:
-        """Names in one column, of at most a quarter of the width."""
+    def names(self, names: Sequence[str], width: int) -> list[list[str]]:
+        """The lines of each name, all in one column of at most a quarter of the width."""
         longest = max(len_columns(self.plain(name)) for name in names)
         columns = min(longest, NAME_MAX, max(4, width // 4))
-        return [self.crop(name, columns) for name in names]
+        return [self.fold(name, columns) for name in names]
 
     def wrap(self, text: str, width: int, *, indent: int = 0) -> str:
         """A text in lines of at most `width` columns, all but the first with an indent.
 
         textwrap counts characters, and some take two columns.
         """
+        from rich.cells import chop_cells
+
         lines = [""]
         for word in self.plain(text).split(" "):
             line = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word
@@ -208,9 +202,9 @@ class Pen:
                 continue
             if lines[-1].strip():
                 lines.append(" " * indent)
-            lines[-1] += (
-                word if len_columns(word) <= width - indent else self.crop(word, width - indent)
-            )
+            first, *rest = chop_cells(word, width - indent)
+            lines[-1] += first
+            lines += [" " * indent + part for part in rest]
         return "\n".join(lines)
 
     def cells(self, weights: Sequence[float], cell: int) -> str:
@@ -226,10 +220,15 @@ class Pen:
     def _sign_of(self, weight: float) -> str:
         if weight < 0:
             return "-"
-        return self._signs[min(len(self._signs) - 1, int(weight / self.top * len(self._signs)))]
+        return self._signs[
+            min(len(self._signs) - 1, int(self._share(weight) * len(self._signs) + 1e-9))
+        ]
+
+    def _share(self, weight: float) -> float:
+        return max(0.0, (weight - self._low) / (self._high - self._low))
 
     def _paint(self, weight: float) -> str:
-        share = max(0.0, weight / self.top)
+        share = self._share(weight)
         if self._colour == "truecolor":
             return "97;48;2;{};{};{}".format(*ramp_colour(share))
         return f"97;48;5;{RAMP_256[min(len(RAMP_256) - 1, int(share * len(RAMP_256)))]}"
@@ -237,10 +236,11 @@ class Pen:
     def legend(self, n_layer: int, width: int) -> str:
         """What the cells mean."""
         steps = {"none": len(self._signs), "256": len(RAMP_256), "truecolor": 16}
-        n_step = max(2, min(steps[self._colour], width - len("weight 0  0.1")))
+        n_step = max(2, min(steps[self._colour], width - len("weight 0.1  0.2")))
         share = n_step - 1 if self._colour == "truecolor" else n_step
-        ramp = self.cells([self.top * step / share for step in range(n_step)], 1)
-        lines = [f"weight 0 {ramp} {self.top:g}"]
+        span = self._high - self._low
+        ramp = self.cells([self._low + span * step / share for step in range(n_step)], 1)
+        lines = [f"weight {self._low:g} {ramp} {self._high:g}"]
         if self._lowest < 0:
             lines.append(self.wrap(f"-  below 0 (the lowest is {self._lowest:.3g})", width))
         text = f"a column is a layer, 0 to {n_layer - 1}"
@@ -251,7 +251,7 @@ def _bands(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:
     """The cells of one query with ticks, names and means, in as few bands as fit."""
     n_layer = fusion.weights.shape[1]
     names = pen.names(fusion.adapters, width)
-    left = len_columns(names[0]) + GAP + MEAN + GAP
+    left = len_columns(names[0][0]) + GAP + MEAN + GAP
     room = max(1, width - left)
     n_band = math.ceil(n_layer / room)
     n_beside = math.ceil(n_layer / n_band)
@@ -264,10 +264,10 @@ def _bands(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:
         layers = range(start, min(n_layer, start + n_beside))
         head = "mean" if start == 0 else " " * MEAN
         lines.append(f"{' ' * (left - MEAN - 2 * GAP)}  {head}  {_ticks(layers, cell)}".rstrip())
-        for name, row in zip(names, fusion.weights, strict=True):
+        for (name, *rest), row in zip(names, fusion.weights, strict=True):
             mean = _mean(row) if start == 0 else " " * MEAN
             drawn = pen.cells(row[layers.start : layers.stop].tolist(), cell)
-            lines.append(f"{name}  {mean}  {drawn}")
+            lines += [f"{name}  {mean}  {drawn}", *map(str.rstrip, rest)]
     return lines
 
 
@@ -275,22 +275,21 @@ def _beside(
     titles: Sequence[str],
     fusions: Sequence[FusionWeights],
     pen: Pen,
-    names: Sequence[str],
+    names: Sequence[list[str]],
     cell: int,
 ) -> list[str]:
-    """Several queries in one row of panels: titles, ticks, then a line per adapter."""
+    """Several queries in one row of panels: titles, ticks, then the lines of each adapter."""
     n_layer = fusions[0].weights.shape[1]
     columns = MEAN + GAP + n_layer * cell
-    margin, gap = " " * len_columns(names[0]), " " * GAP
+    margin, gap = " " * len_columns(names[0][0]), " " * GAP
     ticks = f"mean{gap}{_ticks(range(n_layer), cell)}".ljust(columns)
-    lines = [
-        (margin + "".join(gap + pen.crop(title, columns) for title in titles)).rstrip(),
-        (margin + (gap + ticks) * len(fusions)).rstrip(),
-    ]
-    for index, name in enumerate(names):
+    heads = zip_longest(*(pen.title(title, columns) for title in titles), fillvalue=" " * columns)
+    lines = [(margin + "".join(gap + part for part in head)).rstrip() for head in heads]
+    lines.append((margin + (gap + ticks) * len(fusions)).rstrip())
+    for index, (name, *rest) in enumerate(names):
         rows = [fusion.weights[index] for fusion in fusions]
         panels = [f"{_mean(row)}{gap}{pen.cells(row.tolist(), cell)}" for row in rows]
-        lines.append(name + "".join(gap + panel for panel in panels))
+        lines += [name + "".join(gap + panel for panel in panels), *map(str.rstrip, rest)]
     return lines
 
 
@@ -325,14 +324,13 @@ def _leads(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:
     if width < TABLE_MIN:
         return _leads_narrow(fusion.adapters, ranges, means, pen, width)
     names = pen.names(fusion.adapters, width)
-    heads, lefts = "  divergence" if means else "", names
-    if means:
-        lefts = [f"{name}  {mean:>10}" for name, mean in zip(names, means, strict=True)]
-    margin = " " * len_columns(lefts[0])
-    lines = [pen.crop("", len_columns(names[0])) + heads + "  weighs most at layers"]
-    for left, text in zip(lefts, ranges, strict=True):
-        parts = textwrap.wrap(text, width - len(margin) - GAP)
-        lines += [f"{left}  {parts[0]}", *(f"{margin}  {part}" for part in parts[1:])]
+    blank, columns = " " * len_columns(names[0][0]), len("  divergence") if means else 0
+    lines = [f"{blank}{'  divergence' if means else ''}  weighs most at layers"]
+    for name, mean, text in zip_longest(names, means, ranges, fillvalue=""):
+        parts = textwrap.wrap(text, width - len(blank) - columns - GAP)
+        for index, (left, part) in enumerate(zip_longest(name, parts)):
+            middle = mean if index == 0 else ""
+            lines.append(f"{left or blank}{middle:>{columns}}  {part or ''}".rstrip())
     return lines
 
 

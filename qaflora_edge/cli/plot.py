@@ -1,4 +1,4 @@
-"""Fusion weights as a picture: SVG and HTML written here, PNG by matplotlib."""
+"""Fusion weights as a picture: HTML written here, PNG and SVG by matplotlib."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def check_can_plot(path: Path, n_prompt: int) -> None:
 
     Raises OutputFileError.
     """
-    if path.suffix.lower() == ".png" and importlib.util.find_spec("matplotlib") is None:
+    if path.suffix.lower() != ".html" and importlib.util.find_spec("matplotlib") is None:
         raise OutputFileError(
-            f"Cannot write {path}: PNG needs matplotlib, which is not installed. Install it with "
-            "`pip install 'qaflora-edge[plot]'`, or name a file that ends in .svg or .html."
+            f"Cannot write {path}: PNG and SVG need matplotlib, which is not installed. Install it "
+            "with `pip install 'qaflora-edge[plot]'`, or name a file that ends in .html."
         )
     if n_prompt > PANELS_MAX:
         raise OutputFileError(
@@ -38,39 +38,52 @@ def check_can_plot(path: Path, n_prompt: int) -> None:
         )
 
 
-def write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]]) -> str:
+def write_plot(
+    path: Path,
+    weighed: Sequence[tuple[Prompt, FusionWeights]],
+    subject: str,
+    *,
+    dpi: int | None = None,
+    is_dark: bool = False,
+) -> str:
     """Draw a panel per prompt; the suffix chooses .svg, .html or .png.
 
-    Returns what to tell the user of the picture, or "". The same weights give the same bytes, and
-    with PNG the same fonts have to be there. Raises OutputFileError, also when there is no adapter.
+    subject       names of bundle and base, which stand above the panels
+    dpi, is_dark  of PNG, and of PNG and SVG; HTML follows its viewer
+
+    Returns what to tell the user of the picture, or "". The same weights give the same bytes, with
+    PNG and SVG where matplotlib and fonts are the same. Raises OutputFileError, also when there is
+    no adapter.
     """
     if not weighed[0][1].adapters:
         raise OutputFileError(
             f"Cannot draw {path}: the bundle has no adapters, expected one or more. Add one with "
             "`qaflora bundle add`."
         )
-    suffix = path.suffix.lower()
-    if suffix == ".png":
-        from qaflora_edge.cli.plot_png import png
-
-        data, missing = png(weighed)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(data)
-        return _note_on_fonts(path, missing)
-    if suffix == ".html":
+    kind = path.suffix.lower()[1:]
+    if kind == "html":
         from qaflora_edge.cli.plot_html import html
 
-        write_text_atomic(path, html(weighed))
-    else:
-        from qaflora_edge.cli.plot_svg import svg
+        write_text_atomic(path, html(weighed, subject))
+        return ""
+    from qaflora_edge.cli import plot_figure
 
-        write_text_atomic(path, svg(weighed))
-    return ""
+    dots = dpi or plot_figure.DPI
+    data, drawn_dpi, missing = plot_figure.figure(
+        weighed, subject, kind=kind, dpi=dots, is_dark=is_dark
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    notes = [_note_on_fonts(path, missing)] if missing else []
+    if dpi and kind == "png" and drawn_dpi < dpi:
+        notes.append(
+            f"Note: {path} has {drawn_dpi} dots per inch instead of {dpi}, so that it is at most "
+            f"{plot_figure.PIXELS_MAX:,} pixels wide and high, as viewers expect."
+        )
+    return "\n".join(notes)
 
 
 def _note_on_fonts(path: Path, missing: str) -> str:
-    if not missing:
-        return ""
     shown = missing if len(missing) <= 10 else f"{missing[:10]}…"
     return (
         f"Note: no font found here has {len(missing)} of the characters in {path} ({shown}); □ "

@@ -13,33 +13,37 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from qaflora_edge.cli.heatmap import min_weight, scale_top
-from qaflora_edge.cli.plot_svg import (
+from qaflora_edge.cli.show import layer_ranges
+from qaflora_edge.weighing.picture_text import crop, spelt
+from qaflora_edge.weighing.svg_panel import (
     clean,
     facts,
+    leading_layers,
     legend,
+    min_weight,
     panel,
-    panel_size,
+    panel_width,
+    scale,
     unit,
 )
-from qaflora_edge.cli.plot_text import crop, spelt
-from qaflora_edge.cli.show import layer_ranges, leading_layers
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.prompts import Prompt
     from qaflora_edge.weighing.numbers import FusionWeights
 
 TITLE_CHARS, PROMPT_CHARS = 90, 400
-TITLE = "Weight of each adapter at each layer"
 INK = "var(--ink)"
 
 
-def html(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> str:
-    """The page: for each prompt a heatmap, a table of its adapters, and all numbers."""
+def html(weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> str:
+    """The page: for each prompt a heatmap, a table of its adapters, and all numbers.
+
+    subject  names of bundle and base
+    """
     fusions = [fusion for _, fusion in weighed]
-    top = scale_top(fusions)
+    ends = scale(fusions)
     script = _asset("weights.js")
-    style = f"{_asset('weights.css')}main {{ --panel: {panel_size(fusions[0])[0]}px; }}\n"
+    style = f"{_asset('weights.css')}main {{ --panel: {panel_width(fusions[0])}px; }}\n"
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -57,18 +61,17 @@ def html(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> str:
         f"<style>{style}</style>",
         "</head>",
         "<body>",
-        f"<header><h1>{TITLE}</h1>",
-        f"<p>{clean(facts(fusions))}. Point at a cell, tap it, or use the arrow keys.</p>",
-        '<svg class="legend" width="440" height="16" viewBox="0 0 440 16" role="img" '
-        f'aria-label="Scale: weight 0 to {top:g}">',
-        *legend(top, min_weight(fusions), ink=INK),
-        "</svg></header>",
+        f'<header><h1 dir="auto">{clean(subject)}</h1>',
+        f"<p>Weight of each adapter at each layer: {clean(facts(fusions))}. Point at a cell, tap "
+        "it, or use the arrow keys.</p>",
+        *legend(ends, min_weight(fusions), ink=INK),
+        "</header>",
         "<main>",
     ]
     body = [
         line
         for number, (prompt, fusion) in enumerate(weighed, 1)
-        for line in _section(number, prompt, fusion, top)
+        for line in _section(number, prompt, fusion, ends)
     ]
     tail = [
         "</main>",
@@ -91,8 +94,9 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 
 
-def _section(number: int, prompt: Prompt, fusion: FusionWeights, top: float) -> list[str]:
-    width, height = panel_size(fusion)
+def _section(
+    number: int, prompt: Prompt, fusion: FusionWeights, ends: tuple[float, float]
+) -> list[str]:
     title = crop(prompt.label, TITLE_CHARS)
     lines = [
         "<section>",
@@ -105,10 +109,8 @@ def _section(number: int, prompt: Prompt, fusion: FusionWeights, top: float) -> 
         lines.append(shown)
     lines += [
         '<div class="wide">',
-        f'<svg class="map" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'role="img" aria-label="Weights, a row per adapter and a column per layer">',
-        *panel(fusion, top, ink=INK, paper="var(--paper)"),
-        "</svg></div>",
+        *panel(fusion, ends, ink=INK, paper="var(--paper)"),
+        "</div>",
         *_adapter_table(fusion),
         *_number_table(fusion),
         "</section>",

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-EQUAL = 1e-6  # weights are shares in float32: closer ones are one weight
 
 
 def can_show(text: str, encoding: str | None) -> bool:
@@ -32,22 +31,9 @@ def mean_weights(fusion: FusionWeights) -> dict[str, float]:
 
 def mix_line(fusion: FusionWeights) -> str:
     """The mean weights in one line, such as `math 0.52, es 0.26`."""
-    means = mean_weights(fusion)
-    return ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) or "no adapters"
-
-
-def leading_layers(fusion: FusionWeights) -> list[list[int]]:
-    """The layers at which each adapter weighs more than every other: a list per adapter.
-
-    Weights that differ by less than 1e-6 count as equal, and then no adapter leads the layer.
-    """
-    leads: list[list[int]] = [[] for _ in fusion.adapters]
-    for layer, column in enumerate(fusion.weights.T.tolist()):
-        largest = max(column, default=0.0)
-        near = [index for index, weight in enumerate(column) if largest - weight < EQUAL]
-        if len(near) == 1 and largest > 0:
-            leads[near[0]].append(layer)
-    return leads
+    if not fusion.weights.any():
+        return "the base alone"
+    return ", ".join(f"{name} {mean:.2f}" for name, mean in mean_weights(fusion).items())
 
 
 def layer_ranges(layers: list[int], dash: str) -> str:

@@ -16,6 +16,7 @@ import click
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
+    bundle_folder,
     example,
     open_engine,
     prompt_tokens,
@@ -69,9 +70,16 @@ def _check_plot(ctx: click.Context, param: click.Parameter, value: Path | None) 
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     callback=_check_plot,
-    help="Draw the weights, a panel per prompt, to FILE.png (needs matplotlib), FILE.svg or a "
+    help="Draw the weights, a panel per prompt, to FILE.png, FILE.svg (both need matplotlib) or a "
     "FILE.html that stands alone.",
 )
+@click.option(
+    "--dpi",
+    type=click.IntRange(min=30, max=1200),
+    metavar="N",
+    help="Dots per inch of the PNG.  [default: 150]",
+)
+@click.option("--dark", is_flag=True, help="Draw the PNG or SVG on dark; HTML follows its viewer.")
 @shared_options
 def weights(
     bundle: str,
@@ -80,6 +88,8 @@ def weights(
     as_json: bool,
     as_csv: bool,
     plot: Path | None,
+    dpi: int | None,
+    dark: bool,
     options: SharedOptions,
 ) -> None:
     """Show what each adapter weighs for a prompt.
@@ -92,6 +102,11 @@ def weights(
         raise click.UsageError("Give either PROMPT or --prompts FILE.")
     if as_json and as_csv:
         raise click.UsageError("Give --json or --csv, not both.")
+    suffix = "" if plot is None else plot.suffix.lower()
+    if dpi is not None and suffix != ".png":
+        raise click.UsageError("--dpi is of a PNG: give it with --plot FILE.png.")
+    if dark and suffix not in (".png", ".svg"):
+        raise click.UsageError("--dark is of a PNG or SVG: give it with --plot FILE.png or .svg.")
     if prompts_path is not None:
         prompts = read_prompts(prompts_path)
     else:
@@ -115,10 +130,20 @@ def weights(
     if plot is not None:
         from qaflora_edge.cli.plot import write_plot
 
-        if note := write_plot(plot, weighed):
+        if note := write_plot(plot, weighed, _subject(bundle), dpi=dpi, is_dark=dark):
             click.echo(note, err=True)
     if not as_json and not as_csv:
         _print_heatmap(weighed)
+
+
+def _subject(bundle: str) -> str:
+    """The names of a bundle and its base, which stand above a picture."""
+    from qaflora_edge.bundles.open import read_bundle_text
+
+    folder = bundle_folder(bundle)
+    text = read_bundle_text(folder)
+    base = text.base
+    return f"{text.name or folder.name} on {base.name or base.registry or base.hub or base.file}"
 
 
 def _weigh(engine: Engine, queries: Sequence[list[int]]) -> Iterator[FusionWeights]:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from qaflora_edge.config import LENSES as LENSES
 from qaflora_edge.config import POOLS as POOLS
 from qaflora_edge.errors import StrategyError, WeightsError
+from qaflora_edge.weighing.picture_text import spelt
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -61,6 +62,20 @@ class FusionWeights:
             "weights": _rows(self.weights),
             "probe_ms": round(self.probe_ms, 3),
         }
+
+    def __repr__(self) -> str:
+        means = self.weights.mean(axis=1)
+        pairs = (
+            f"{spelt(name)} {mean:.2f}" for name, mean in zip(self.adapters, means, strict=True)
+        )
+        n_layer = self.weights.shape[1]
+        return f"<FusionWeights {self.strategy}, {n_layer} layers: {', '.join(pairs) or 'none'}>"
+
+    def _repr_html_(self) -> str:
+        """The weights as notebooks show them: a heatmap."""
+        from qaflora_edge.weighing.svg_panel import notebook_html
+
+        return notebook_html(self)
 
 
 def _rows(array: F32) -> list[list[float]]:

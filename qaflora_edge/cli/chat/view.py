@@ -183,8 +183,10 @@ def flow(parts: Sequence[str], gaps: Sequence[str], width: int) -> list[str]:
 
 def mix_parts(fusion: FusionWeights) -> list[str]:
     """The mean weight of each adapter, the largest first, such as `math 61 %`."""
+    if not fusion.weights.any():
+        return ["the base alone"]
     means = sorted(mean_weights(fusion).items(), key=lambda item: -item[1])
-    return [f"{name} {100 * mean:.0f} %" for name, mean in means] or ["no adapters"]
+    return [f"{name} {100 * mean:.0f} %" for name, mean in means]
 
 
 def one_line(text: str) -> str:
