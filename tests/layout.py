@@ -8,10 +8,34 @@ PACKAGE = "qaflora_edge"
 
 
 def module_paths(package: Path) -> dict[str, Path]:
-    """Name -> file of every module but the command line's; in a folder `formats.json_text`."""
-    paths = [path for path in sorted(package.rglob("*.py")) if not path.stem.startswith("__")]
-    parts = {path: path.relative_to(package).with_suffix("").parts for path in paths}
-    return {".".join(part): path for path, part in parts.items() if part[0] != "cli"}
+    """Name -> file of every module, as `formats.json_text`; of the folders in cli/ as well."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts[-1] == "__init__" and parts[0] == "cli":
+            parts = parts[:-1]
+        if not parts[-1].startswith("__"):
+            found[".".join(parts)] = path
+    return found
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead back to the first of them, or nothing where there is no such way.
+
+    graph  name -> the names that it leads to
+    """
+    done: set[str] = set()
+
+    def walk(way: list[str]) -> list[str]:
+        for name in sorted(graph[way[-1]] & graph.keys()):
+            if name in way:
+                return [*way[way.index(name) :], name]
+            if name not in done and (found := walk([*way, name])):
+                return found
+        done.add(way[-1])
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk([name]))), [])
 
 
 def imports(path: Path) -> set[str]:

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from layout import imports, module_paths, table_rows
+from layout import cycle, imports, module_paths, table_rows
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-MODULES = module_paths(CHECKOUT / "qaflora_edge")
+EVERY = module_paths(CHECKOUT / "qaflora_edge")
+CLI = {name: path for name, path in EVERY.items() if name.split(".")[0] == "cli"}
+MODULES = {name: path for name, path in EVERY.items() if name not in CLI}
 ROWS = table_rows((CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 ORDER = [name for row in ROWS for name in row]
 
@@ -22,6 +24,19 @@ def test_module_imports_what_stands_before_it(name: str) -> None:
     known = {"cli" if before == "cli/" else before for before in ORDER[: ORDER.index(name)]}
     found = {"cli" if item.startswith("cli.") else item for item in imports(MODULES[name])}
     assert (found & {*MODULES, "cli"}) - {name} - known == set()
+
+
+def test_no_module_of_the_command_line_leads_back_to_itself() -> None:
+    """Imports point down there too: one command may use what another one shares, not both ways."""
+    graph = {name: imports(path) - {name} for name, path in CLI.items()}
+    assert cycle(graph) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize("name", CLI)
+def test_the_command_line_knows_nothing_that_stands_on_top_beside_it(name: str) -> None:
+    known = set(ORDER[: ORDER.index("cli/")])
+    assert (imports(CLI[name]) & MODULES.keys()) - known == set()
 
 
 def test_imports_are_found_at_the_top_and_later(tmp_path: Path) -> None:

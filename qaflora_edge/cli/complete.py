@@ -87,10 +87,8 @@ def escaped(word: str) -> str:
 add_completion_class(_Bash)
 
 
-def script(shell: str) -> str:
-    """The script that sets completion up in a shell."""
-    from qaflora_edge.cli import main
-
+def script(main: click.Command, shell: str) -> str:
+    """The script that sets completion of a whole command line up in a shell."""
     shell_class = get_completion_class(shell)
     assert shell_class is not None
     return shell_class(main, {}, "qaflora", VARIABLE).source()

@@ -51,7 +51,7 @@ def completion(shell: str, install: bool) -> None:
     It completes commands, options, bundles, strategies, and the names of a bundle's adapters and
     of models. SHELL is bash (4.4 or newer), zsh or fish.
     """
-    text = script(shell)
+    text = script(click.get_current_context().find_root().command, shell)
     if not install:
         click.echo(text, nl=False)
         return

@@ -53,7 +53,7 @@ def completed_by(name: str) -> Callable[..., Any]:
     """A function of `complete`, imported when a shell asks."""
 
     def complete(ctx: click.Context, param: click.Parameter, word: str) -> Any:
-        from qaflora_edge.cli import complete as functions
+        import qaflora_edge.cli.complete as functions
 
         return getattr(functions, name)(ctx, param, word)
 

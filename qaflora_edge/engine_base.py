@@ -1,0 +1,395 @@
+"""What is opened and measured: the part of an Engine that answers nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.bundles.open import Opened, load_bundle, open_files
+from qaflora_edge.chat.messages import Message
+from qaflora_edge.chat.tokens import chat_tokens
+from qaflora_edge.config import check
+from qaflora_edge.errors import OptionError, PromptError, StrategyError
+from qaflora_edge.formats.checksums import check_unchanged
+from qaflora_edge.inference.core import Core
+from qaflora_edge.inference.lifetime import Lifetime
+from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
+from qaflora_edge.inference.score import Item
+from qaflora_edge.weighing import numbers
+from qaflora_edge.weighing.calibrated import measure_typical
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.weigher import Weigher, Weights
+
+F32 = NDArray[np.float32]
+Path_ = str | os.PathLike[str]
+
+
+class EngineBase:
+    """An opened base with its adapters: facts, choices, tokens, and what is measured of prompts.
+
+    See Engine.
+    """
+
+    def __init__(
+        self,
+        bundle: Path_ | None = None,
+        *,
+        base: Path_ | None = None,
+        adapters: Mapping[str, Path_] | None = None,
+        n_ctx: int = 2048,
+        n_parallel: int = 1,
+        threads: int | None = None,
+        gpu_layers: int | None = None,
+        kv_type: str = "f16",
+        flash_attn: bool = True,
+        strategy: str | None = None,
+        lens: str | None = None,
+        pool: str | None = None,
+        probe_tail: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
+        others = {"gpu_layers": gpu_layers, "probe_tail": probe_tail, "seed": seed}
+        check("engine", {"n_ctx": n_ctx, "n_parallel": n_parallel, **options, **others})
+        self._lifetime = Lifetime(self)
+
+        opened = _open(bundle, base, adapters)
+        defaults = opened.fusion_defaults
+        self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
+        self._loaded = tuple(opened.adapters)
+        self._weigher = Weigher(
+            adapters=self._loaded,
+            n_layer=0,
+            strategy=strategy or defaults.get("strategy", numbers.DEFAULT_STRATEGY),
+            lens=lens or defaults.get("lens", numbers.DEFAULT_LENS),
+            pool=pool or defaults.get("pool", numbers.DEFAULT_POOL),
+            typical=opened.typical,
+        )
+        try:
+            self._core = Core(
+                self._lifetime,
+                opened.header,
+                opened.adapters,
+                n_ctx=n_ctx,
+                n_parallel=n_parallel,
+                gpu_layers=gpu_layers,
+                probe_tail=probe_tail,
+                options=options,
+            )
+            check_unchanged(
+                opened.states
+            )  # llama.cpp opened the files by name, after they were checked
+        except BaseException:
+            self._lifetime.close()
+            raise
+        self._model = self._core.model
+        self._weigher = replace(self._weigher, n_layer=self._model.n_layer)
+
+    # life
+
+    def close(self) -> None:
+        """Free the model, the adapters and all contexts. A second call does nothing.
+
+        Calls of other threads that go on end with BusyError. So does close() itself within a call
+        of the same thread, such as on_weights.
+        """
+        self._core.close()
+
+    def cancel(self) -> None:
+        """End what the Engine does now; any thread may call it, and it returns at once.
+
+        Answers that are generated end with finish_reason "cancelled", and keep their text so far.
+        Calls that weigh or read a prompt raise CancelledError. Nothing else happens: the next call
+        works as ever. Without work to end, it does nothing. To end one call alone, give it an
+        event (`cancel=`), or use Generation.cancel.
+        """
+        self._core.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.adapters) or "no adapters"
+        return f"<Engine {self.name}: {names}; strategy {self.strategy}>"
+
+    # facts
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters in use, in the order of every first axis."""
+        return self._weigher.adapters
+
+    @property
+    def loaded_adapters(self) -> tuple[str, ...]:
+        """Names of all adapters, those that are not in use included."""
+        return self._loaded
+
+    @property
+    def strategy(self) -> str:
+        """The strategy of calls that name none."""
+        return self._weigher.strategy
+
+    @property
+    def n_layer(self) -> int:
+        return int(self._model.n_layer)
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._model.n_vocab)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of the longest text that the base was trained for."""
+        return int(self._model.n_ctx_train)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._model.chat_template)
+
+    @property
+    def name(self) -> str:
+        """The base's own name, or its file name."""
+        return self._model.name
+
+    # choices
+
+    def use_adapters(self, names: Sequence[str]) -> None:
+        """Weigh only these adapters from now on; the others are neither probed nor applied.
+
+        names  in any order; the order of the first axes stays that of `loaded_adapters`
+
+        Raises StrategyError for an unknown name, or when the strategy names another adapter.
+        """
+        with self._lifetime.call():
+            self._weigher = self._using(names)
+
+    def use_strategy(self, strategy: str) -> None:
+        """Weigh by this strategy from now on, where a call names none.
+
+        Raises StrategyError when it is unknown or cannot be followed here.
+        """
+        with self._lifetime.call():
+            self._weigher = replace(self._weigher, strategy=strategy)
+
+    def _using(self, names: Sequence[str] | None) -> Weigher:
+        """The weigher with these adapters in use; None: as they are."""
+        if names is None:
+            return self._weigher
+        unknown = [name for name in names if name not in self._loaded]
+        if unknown:
+            raise self._not_loaded(unknown[0], self._loaded)
+        return replace(self._weigher, adapters=tuple(n for n in self._loaded if n in names))
+
+    @staticmethod
+    def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:
+        return StrategyError(
+            f"The adapter {name!r} is not loaded; expected names out of: "
+            f"{', '.join(known) or 'none is loaded'}."
+        )
+
+    # prompts
+
+    def tokenize(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
+        """Token ids of a prompt: text as it is, with BOS where the base asks for it, or ids.
+
+        Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
+        """
+        with self._lifetime.call():
+            return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids of a conversation under the base's chat template."""
+        with self._lifetime.call():
+            tokens = chat_tokens(self._model, messages, tools=tools)
+            return checked_tokens(self._model, tokens, self.n_ctx)
+
+    # weights
+
+    @overload
+    def weights(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        *,
+        strategy: str | None = ...,
+        adapters: Sequence[str] | None = ...,
+        parse_special: bool = ...,
+    ) -> FusionWeights: ...
+    @overload
+    def weights(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        strategy: str | None = ...,
+        adapters: Sequence[str] | None = ...,
+        parse_special: bool = ...,
+    ) -> list[FusionWeights]: ...
+    def weights(
+        self,
+        prompt: Any,
+        *,
+        strategy: str | None = None,
+        adapters: Sequence[str] | None = None,
+        parse_special: bool = False,
+    ) -> FusionWeights | list[FusionWeights]:
+        """Weigh the adapters for a prompt, or for each of a list of prompts.
+
+        adapters  those to weigh; by default those in use
+
+        Returns FusionWeights with weights and divergence, float32 [n_adapter, n_layer].
+        """
+        if _are_many(prompt):
+            return [
+                self.weights(
+                    each, strategy=strategy, adapters=adapters, parse_special=parse_special
+                )
+                for each in prompt
+            ]
+        with self._lifetime.call():
+            tokens = self.tokenize(prompt, parse_special=parse_special)
+            probe = self._core.probe(self._core.cancellation())
+            return self._using(adapters).weigh(strategy, tokens, probe)
+
+    def hidden_states(
+        self, prompt: Prompt, *, adapter: str | None = None, parse_special: bool = False
+    ) -> F32:
+        """States of the last token after each block: float32 [n_layer, n_embd].
+
+        adapter  the one adapter that is on, at weight 1; None for the base alone
+        """
+        with self._lifetime.call():
+            tokens = self.tokenize(prompt, parse_special=parse_special)
+            if adapter is not None and adapter not in self.adapters:
+                raise self._not_loaded(adapter, self.adapters)
+            rows = self._core.rows([] if adapter is None else [adapter])
+            steps = self._core.prober.states(tokens, rows, "last")
+            return np.array(self._core.run(steps)[-1])
+
+    def logits(
+        self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False
+    ) -> F32:
+        """Logits of the token after the prompt: float32 [n_vocab]."""
+        with self._lifetime.call():
+            tokens = self.tokenize(prompt, parse_special=parse_special)
+            cancellation = self._core.cancellation()
+            fusion = self._weigher.weigh(weights, tokens, self._core.probe(cancellation))
+            return self._core.logits(tokens, fusion, cancellation)
+
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        continuation: Prompt,
+        *,
+        weights: Weights = ...,
+        parse_special: bool = ...,
+    ) -> F32: ...
+    @overload
+    def score(
+        self,
+        prompt: Sequence[Prompt],
+        continuation: Sequence[Prompt],
+        *,
+        weights: Weights = ...,
+        parse_special: bool = ...,
+    ) -> list[F32]: ...
+    def score(
+        self,
+        prompt: Any,
+        continuation: Any,
+        *,
+        weights: Weights = None,
+        parse_special: bool = False,
+    ) -> F32 | list[F32]:
+        """How likely each token of a continuation is: log-probabilities in nats, float32 [n_token].
+
+        prompt, continuation  as elsewhere, text of a continuation without BOS; or lists of both,
+                              of the same length, which are scored together: a prompt that
+                              stands several times is weighed and read once
+        weights               for all of them
+
+        Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
+        """
+        if not _are_many(prompt):
+            scored: F32 = self.score(
+                [prompt], [continuation], weights=weights, parse_special=parse_special
+            )[0]
+            return scored
+        if len(prompt) != len(continuation):
+            raise OptionError(
+                f"score got {len(prompt)} prompts and {len(continuation)} continuations, "
+                "expected as many of both."
+            )
+        with self._lifetime.call():
+            cancellation = self._core.cancellation()
+            probe = self._core.probe(cancellation)
+            known: dict[tuple[int, ...], F32] = {}
+            items = []
+            for each, text in zip(prompt, continuation, strict=True):
+                tokens = tuple(self.tokenize(each, parse_special=parse_special))
+                following = self._continuation(tokens, text)
+                if tokens not in known:
+                    fusion = self._weigher.weigh(weights, tokens, probe)
+                    known[tokens] = self._core.all_weights(fusion)
+                items.append(Item(tokens, following, known[tokens]))
+            return self._core.score(items, cancellation)
+
+    def _continuation(self, prompt: Sequence[int], text: Prompt) -> tuple[int, ...]:
+        if isinstance(text, str):
+            text = self._model.tokenize(text, add_special=False, parse_special=False)
+        checked_tokens(self._model, [*prompt, *text], self.n_ctx)
+        if not text:
+            raise PromptError("The continuation is empty; give at least one token.")
+        return tuple(int(token) for token in text)
+
+    def typical_divergence(
+        self, prompts: Sequence[str], progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, dict[str, list[float]]]:
+        """Measure each adapter against itself, for the strategy `calibrated`.
+
+        prompts   neutral texts; in chat form when the base has a template, else as text
+        progress  called with (prompts done, prompts in all)
+        returns   adapter -> lens -> geometric mean of the divergence at each layer
+        """
+        with self._lifetime.call():
+            probe, query = self._core.probe(self._core.cancellation()), self._weigher.query
+
+            def divergences(tokens: Sequence[int]) -> dict[str, Any]:
+                both = {lens: replace(query(tokens), lens=lens) for lens in numbers.LENSES}
+                return {lens: probe(each).divergence() for lens, each in both.items()}
+
+            queries = [self._query(prompt) for prompt in prompts]
+            return measure_typical(divergences, self.adapters, queries, progress)
+
+    def _query(self, text: str) -> list[int]:
+        """One message in chat form when the base has a template, else as text."""
+        if not self.has_chat_template:
+            return self.tokenize(text)
+        return self.chat_tokens([{"role": "user", "content": text}])
+
+
+def _are_many(prompt: Any) -> bool:
+    """Whether a prompt is a list of prompts, texts or sequences of ids."""
+    return not isinstance(prompt, str) and any(not isinstance(each, Integral) for each in prompt)
+
+
+def _open(bundle: Path_ | None, base: Path_ | None, adapters: Mapping[str, Path_] | None) -> Opened:
+    if bundle is not None:
+        if base is not None or adapters is not None:
+            raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
+        return load_bundle(Path(bundle))
+    if base is None:
+        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
+    paths = {name: Path(path) for name, path in (adapters or {}).items()}
+    return open_files(Path(base), paths)
