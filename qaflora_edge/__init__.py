@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.errors import QafloraError
     from qaflora_edge.inference.generation import Generation
-    from qaflora_edge.openai.llama_like import Llama
+    from qaflora_edge.openai.llama_like import Llama, replace_llama_cpp
     from qaflora_edge.weighing.numbers import FusionWeights
     from qaflora_edge.weighing.strategy import Mix, Strategy, register_strategy
 
@@ -25,6 +25,7 @@ __all__ = [
     "Strategy",
     "__version__",
     "register_strategy",
+    "replace_llama_cpp",
 ]
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "QafloraError": "qaflora_edge.errors",
     "Strategy": "qaflora_edge.weighing.strategy",
     "register_strategy": "qaflora_edge.weighing.strategy",
+    "replace_llama_cpp": "qaflora_edge.openai.llama_like",
 }
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from bundles import TinyBundle, make_bundle
 
-from qaflora_edge import Engine, Llama
+from qaflora_edge import Engine, Llama, replace_llama_cpp
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import OptionError
-from qaflora_edge.openai.llama_like import replace_llama_cpp
 
 # What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.
 LANGCHAIN_INIT = {
@@ -175,7 +174,7 @@ def test_llama_index_itself_works(made: TinyBundle) -> None:
     if find_spec("llama_index") is None:  # importing it here would import llama_cpp
         pytest.skip("llama-index-llms-llama-cpp is not installed")
     code = (
-        "import sys; from qaflora_edge.openai.llama_like import replace_llama_cpp\n"
+        "import sys; from qaflora_edge import replace_llama_cpp\n"
         "replace_llama_cpp()\n"
         "from llama_index.llms.llama_cpp import LlamaCPP\n"
         "llm = LlamaCPP(model_path=sys.argv[1], context_window=256, max_new_tokens=8, "
@@ -196,7 +195,7 @@ def test_llama_index_itself_works(made: TinyBundle) -> None:
 def test_llama_cpp_is_replaced_in_a_fresh_process(made: TinyBundle) -> None:
     """Without a library of its own, llama_cpp cannot be imported first."""
     code = (
-        "import sys; from qaflora_edge.openai.llama_like import Llama, replace_llama_cpp\n"
+        "import sys; from qaflora_edge import Llama, replace_llama_cpp\n"
         "replace_llama_cpp(); import llama_cpp; assert llama_cpp.Llama is Llama\n"
         "with llama_cpp.Llama(model_path=sys.argv[1], n_ctx=64) as llama:\n"
         "    print(llama.context_params.n_ctx, len(llama('the king', max_tokens=2)['choices']))"
