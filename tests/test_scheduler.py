@@ -169,8 +169,8 @@ def test_the_newest_waits_when_all_slots_are_taken_and_fails_nobody() -> None:
 
 
 class CountedJob:
-    def __init__(self, n: int) -> None:
-        self.n_left = n
+    def __init__(self, n: int, kind: str = "probe") -> None:
+        self.n_left, self.kind = n, kind
 
     @property
     def is_done(self) -> bool:
@@ -203,6 +203,32 @@ def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
     assert "pp" not in seen
 
 
+def test_a_long_job_lets_one_of_another_kind_pass() -> None:
+    scheduler = Scheduler(1, N_UBATCH)
+    jobs = [CountedJob(9, "score"), CountedJob(2), CountedJob(2)]
+    for job in jobs:
+        scheduler.add_job(job)
+    seen = []
+    while any(not job.is_done for job in jobs):
+        chosen = scheduler.step().job
+        assert isinstance(chosen, CountedJob)
+        chosen.n_left -= 1
+        seen.append(jobs.index(chosen))
+        scheduler.remove_ended()
+    assert seen == [0, 1, 0, 1, 0, 2, 0, 2, 0, 0, 0, 0, 0]
+
+
+def test_what_a_conversation_left_stays_while_there_is_room_elsewhere() -> None:
+    bench = Bench(3)
+    first = bench.add([1, 2, 3], n=4)
+    bench.finish(first)
+    others = [bench.add([7, 8, i], n=9) for i in range(2)]
+    bench.finish(*others)
+    bench.add([1, 2, 3, *first.answer, 9])
+    bench.step()
+    assert bench.context.batches[0][0].start == 3 + 3
+
+
 def request(tokens: Sequence[int], **more: Any) -> Request:
     return Request(tuple(tokens), np.ones((1, 2), np.float32), **more)
 
@@ -213,7 +239,7 @@ def test_gaps_between_slots_are_closed() -> None:
     answers = [bench.add([i, i], n=n) for i, n in enumerate((3, 20, 3, 20))]
     bench.finish(answers[0], answers[2])
     bench.step()
-    assert [answer.slot for answer in answers] == [None, 1, None, 0]
+    assert [answer.slot for answer in answers] == [None, 1, None, 2]
     bench.finish(*answers)
     assert [answer.answer for answer in answers] == [
         alone([i, i], n=n) for i, n in enumerate((3, 20, 3, 20))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,7 @@ def cancel(call: Call) -> None:
     call.answer.cancel()
 
 
+@pytest.mark.slow
 def test_answers_in_company_are_those_alone(
     engines: tuple[Engine, Engine, str], noted: dict[int, list[F32]]
 ) -> None:

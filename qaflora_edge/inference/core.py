@@ -69,6 +69,7 @@ class Core:
         self._scorer = keep(Scorer(self.model, self.pack, more))
         self._loop = Loop(self.model, self.context, Scheduler(n_parallel, N_UBATCH), stop)
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
+        self._cancelling = threading.RLock()  # of a set that all threads change
         self._last: int | None = None  # number of the last sequence
 
     def close(self) -> None:
@@ -80,13 +81,15 @@ class Core:
     def cancellation(self, event: threading.Event | None = None) -> Cancellation:
         """What ends one call: cancel() does, and so does an event that its caller sets."""
         cancellation = Cancellation(event)
-        self._cancellations.add(cancellation)
+        with self._cancelling:
+            self._cancellations.add(cancellation)
         return cancellation
 
     def cancel(self) -> None:
         """End all that is computed or waits; any thread may call it, and it returns at once."""
-        for cancellation in list(self._cancellations):
-            cancellation.set()
+        with self._cancelling:
+            for cancellation in list(self._cancellations):
+                cancellation.set()
         self._loop.stop_if_cancelled()
 
     # before the answer
@@ -99,7 +102,7 @@ class Core:
         """What measures a query for a strategy, others' work in between."""
 
         def run(steps: Steps[Any]) -> Any:
-            return self._loop.run(steps, cancellation)
+            return self._loop.run("probe", steps, cancellation)
 
         return lambda query: QueryProbe(self.prober, query, self.rows(query.adapters), run)
 
@@ -130,12 +133,12 @@ class Core:
 
     def run(self, steps: Steps[T]) -> T:
         """What a generator returns, others' work in between."""
-        result: T = self._loop.run(steps, self.cancellation())
+        result: T = self._loop.run("probe", steps, self.cancellation())
         return result
 
     def score(self, items: Sequence[Item], cancellation: Cancellation) -> list[F32]:
         """Log-probabilities in nats of each item's continuation: float32 [n_token] each."""
-        scores: list[F32] = self._loop.run(self._scorer.score(items), cancellation)
+        scores: list[F32] = self._loop.run("score", self._scorer.score(items), cancellation)
         return scores
 
     # answers

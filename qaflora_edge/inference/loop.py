@@ -23,7 +23,10 @@ class Job:
     error   what it raised
     """
 
-    def __init__(self, steps: Generator[None, None, Any], cancellation: Cancellation) -> None:
+    def __init__(
+        self, kind: str, steps: Generator[None, None, Any], cancellation: Cancellation
+    ) -> None:
+        self.kind = kind
         self._steps, self._cancellation = steps, cancellation
         self.is_done = False
         self.result: Any = None
@@ -72,9 +75,12 @@ class Loop:
         with self._turn:
             self._scheduler.add(sequence)
 
-    def run(self, steps: Generator[None, None, Any], cancellation: Cancellation) -> Any:
-        """Drive a generator to its end, others' work in between; gives what it returns."""
-        job = Job(steps, cancellation)
+    def run(self, kind: str, steps: Generator[None, None, Any], cancellation: Cancellation) -> Any:
+        """Drive a generator to its end, others' work in between; gives what it returns.
+
+        kind  generators of one kind share contexts: one is done before the next begins
+        """
+        job = Job(kind, steps, cancellation)
         with self._turn:
             self._scheduler.add_job(job)
         self.drive(lambda: job.is_done)
@@ -117,7 +123,10 @@ class Loop:
     def _step(self) -> None:
         """Decide and compute one step; called with the lock, which is free while it computes."""
         self._end_cancelled()
-        self._scheduler.remove_ended()
+        n_ended = self._scheduler.remove_ended()
+        if not self._scheduler.has_work:
+            assert n_ended, "somebody waits for what nobody computes"
+            return
         step = self._scheduler.step()
         prefilled = [sequence for sequence in self._scheduler.running if sequence.is_prefill]
         decoded = step.decode

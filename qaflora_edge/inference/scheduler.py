@@ -11,7 +11,13 @@ from qaflora_edge.inference.sequence import Sequence
 
 
 class Job(Protocol):
-    """Work in micro-batches on contexts of its own, such as a probe."""
+    """Work in micro-batches on contexts of its own, such as a probe.
+
+    kind  jobs of one kind share contexts and come one after the other
+    """
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def is_done(self) -> bool: ...
@@ -28,6 +34,7 @@ class Slot:
     n_prompt how many of them were the last request's prompt
     weights  the key of those under which all of it was read; None where they differ
     owner    number of the last Sequence in it; 0 for none
+    turn     when that came, counted in sequences
     """
 
     number: int
@@ -36,6 +43,7 @@ class Slot:
     n_prompt: int = 0
     weights: bytes | None = None
     owner: int = 0
+    turn: int = 0
 
     def n_reused(self, sequence: Sequence) -> int:
         """How many tokens of a prompt need not be read, all but the last one at most.
@@ -94,6 +102,8 @@ class Scheduler:
         self.jobs: deque[Job] = deque()
         self._n_ubatch = n_ubatch
         self._is_jobs_turn = True
+        self._last_kind = ""
+        self._n_turn = 0
 
     @property
     def running(self) -> list[Sequence]:
@@ -110,16 +120,19 @@ class Scheduler:
     def add_job(self, job: Job) -> None:
         self.jobs.append(job)
 
-    def remove_ended(self) -> list[Sequence]:
-        """Take out what is done, in the queues or in slots; what slots hold stays for reuse."""
-        ended = [sequence for sequence in (*self.waiting, *self.running) if sequence.is_done]
+    def remove_ended(self) -> int:
+        """Take out what is done, in the queues or in slots; what slots hold stays for reuse.
+
+        returns  how many sequences and jobs that were
+        """
+        n_ended = sum(each.is_done for each in (*self.waiting, *self.running, *self.jobs))
         self.waiting = deque(s for s in self.waiting if not s.is_done)
         self.jobs = deque(job for job in self.jobs if not job.is_done)
         for slot in self.slots:
             if slot.sequence is not None and slot.sequence.is_done:
                 slot.sequence.slot = None
                 slot.sequence = None
-        return ended
+        return n_ended
 
     def step(self) -> Step:
         """Decide what comes next; without work it is empty."""
@@ -130,9 +143,11 @@ class Scheduler:
         prefills = sorted(
             (sequence for sequence in self.running if sequence.is_prefill), key=lambda s: s.number
         )
-        job = self.jobs[0] if self.jobs else None
-        if job is not None and (self._is_jobs_turn or not prefills):
-            step.job, self._is_jobs_turn = job, False
+        if self.jobs and (self._is_jobs_turn or not prefills):
+            # Kinds take turns: a long one of one kind lets others' work of another pass.
+            others = (job for job in self.jobs if job.kind != self._last_kind)
+            step.job = next(others, self.jobs[0])
+            self._last_kind, self._is_jobs_turn = step.job.kind, False
             return step
         self._is_jobs_turn = True
         n_left = self._n_ubatch
@@ -150,12 +165,19 @@ class Scheduler:
             if not free:
                 return
             sequence = self.waiting.popleft()
-            # The most reuse; else the one that holds nothing that others may reuse; else the first.
-            slot = max(free, key=lambda s: (s.n_reused(sequence), not s.tokens, -s.number))
+            slot = max(free, key=lambda slot: self._fitness(slot, sequence))
             n_reused = slot.n_reused(sequence)
             slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
             slot.hold(sequence, n_reused)
+            self._n_turn += 1
+            slot.turn = self._n_turn
             step.admitted.append((sequence, n_reused))
+
+    def _fitness(self, slot: Slot, sequence: Sequence) -> tuple[int, int, bool, int]:
+        """The most reuse; else next to those in use; else empty; else used the longest ago."""
+        used = [other.number for other in self.slots if other.sequence is not None]
+        gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
+        return slot.n_reused(sequence), -gap, not slot.tokens, -slot.turn
 
     def _move(self, step: Step) -> None:
         """Close gaps between slots in use: llama.cpp 0c1e5709 puts only adjacent ones together.
@@ -164,7 +186,9 @@ class Scheduler:
         """
         used = [slot for slot in self.slots if slot.sequence is not None]
         admitted = {sequence.number for sequence, _ in step.admitted}
-        for target in self.slots[: len(used)]:
+        for target in self.slots:
+            if not used or not used[0].number < target.number < used[-1].number:
+                continue
             if target.sequence is not None:
                 continue
             source = used.pop()
@@ -174,8 +198,8 @@ class Scheduler:
                 return
             target.sequence, target.tokens = sequence, source.tokens
             target.n_prompt, target.weights = source.n_prompt, source.weights
-            target.owner, sequence.slot = source.owner, target.number
+            target.owner, target.turn, sequence.slot = source.owner, source.turn, target.number
             source.sequence, source.tokens = None, []
-            source.n_prompt = source.owner = 0
+            source.n_prompt = source.owner = source.turn = 0
             source.weights = None
             step.moves.append((source.number, target.number))
