@@ -125,7 +125,8 @@ class Scheduler:
 
         returns  how many sequences and jobs that were
         """
-        n_ended = sum(each.is_done for each in (*self.waiting, *self.running, *self.jobs))
+        n_ended = sum(each.is_done for each in (*self.waiting, *self.running))
+        n_ended += sum(job.is_done for job in self.jobs)
         self.waiting = deque(s for s in self.waiting if not s.is_done)
         self.jobs = deque(job for job in self.jobs if not job.is_done)
         for slot in self.slots:
