@@ -987,4 +987,4 @@ def test_opening_a_bundle_here_imports_nothing_for_the_hub_or_for_converting(
     ours = {name.split(".")[1] for name in loaded if name.startswith("qaflora_edge.")}
     assert {"bundles", "formats"} <= ours
     assert not ours & {"hub", "peft", "convert", "chat", "backend", "cli", "engine"}
-    assert not loaded & {"huggingface_hub", "jinja2", "llama_cpp", "filelock", "tqdm", "httpx"}
+    assert not loaded & {"huggingface_hub", "jinja2", "llama_cpp", "tqdm", "httpx"}
