@@ -952,6 +952,7 @@ def test_each_file_is_parsed_once(
     sources: dict[str, Any] = {"base": made.base.path, "adapters": adapters}
     with Engine(**({"bundle": made.folder} if way == "bundle" else sources), n_ctx=64) as opened:
         opened.weights("the thing")
+        opened.weights("the thing", strategy="norm")
     assert parsed == ALL
 
 
