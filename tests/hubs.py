@@ -148,6 +148,12 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
         self.answer(200, info | {"private": repo.access == "private"})
 
+    def send_tree(self, name: str, revision: str) -> None:
+        repo = self.open_repo(name)
+        if repo is None or (commit := self.find_commit(repo, revision)) is None:
+            return
+        self.answer(200, [_entry(*item) for item in repo.commits[commit].items()])
+
     def send_file(self, name: str, revision: str, file: str) -> None:
         repo = self.open_repo(name)
         if repo is None or (commit := self.find_commit(repo, revision)) is None:
@@ -272,12 +278,12 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(
         self,
         status: int,
-        content: bytes | dict[str, Any],
+        content: bytes | dict[str, Any] | list[dict[str, Any]],
         headers: dict[str, str] | None = None,
         stop: int | None = None,
     ) -> None:
         """Answer; `stop` drops the connection after so many bytes."""
-        if isinstance(content, dict):
+        if not isinstance(content, bytes):
             content = json.dumps(content).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -303,10 +309,21 @@ def _sibling(name: str, content: bytes) -> dict[str, Any]:
     return sibling
 
 
+def _entry(name: str, content: bytes) -> dict[str, Any]:
+    """A file as the tree of a repository lists it."""
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
+    entry["oid"] = _git_sha1(content)
+    if name.endswith(LARGE):
+        digest = sha256(content).hexdigest()
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+    return entry
+
+
 _REPO = "([^/]+/[^/]+)"
 _ROUTES: tuple[tuple[str, str, Any], ...] = (
     ("GET", f"/api/models/{_REPO}", _Handler.send_info),
     ("GET", f"/api/models/{_REPO}/revision/([^/]+)", _Handler.send_info),
+    ("GET", f"/api/models/{_REPO}/tree/([^/]+)/?", _Handler.send_tree),
     ("GET HEAD", f"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.send_file),
     ("POST", "/api/repos/create", _Handler.create_repo),
     ("POST", "/api/validate-yaml", _Handler.check_card),

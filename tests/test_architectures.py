@@ -275,7 +275,7 @@ def test_architecture_that_gguf_does_not_know_is_named(
     with pytest.raises(UnsupportedAdapterError) as caught:
         convert_adapter(folder, base, tmp_path / "out.gguf")
     assert str(caught.value) == (
-        f"Cannot convert an adapter for {base}: the installed gguf package does not know its "
+        f"Cannot convert {folder} for {base}: the installed gguf package does not know its "
         "architecture 'qwen2'. Install a newer gguf."
     )
 

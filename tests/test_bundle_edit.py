@@ -287,7 +287,7 @@ def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
 
 def test_a_broken_adapter_can_be_removed(made: TinyBundle) -> None:
     (made.folder / "adapters/es.gguf").unlink()
-    rewrite(made.folder, lambda raw: raw["adapters"][0].update(file="../out.gguf"))
+    rewrite(made.folder, lambda raw: raw["adapters"][0].update(file="adapters/none.gguf"))
     remove_adapter(made.folder, "es")
     remove_adapter(made.folder, "math")
     load_bundle(made.folder)

@@ -311,7 +311,7 @@ def test_unsupported_architecture_is_named(tmp_path: Path, make_base: MakeBase) 
     other = tmp_path / "other.gguf"
     tiny.write_shapes(other, "rwkv7", {})
     assert refusal(UnsupportedAdapterError, folder, other) == (
-        f"Cannot convert an adapter for {other}: its architecture 'rwkv7' is refused, for "
+        f"Cannot convert {folder} for {other}: its architecture 'rwkv7' is refused, for "
         "llama.cpp multiplies with its linear attention's matrices without adapters; expected one "
         f"of {', '.join(ARCHITECTURES)}. Use another base, or try an adapter GGUF made by "
         "llama.cpp's convert_lora_to_gguf.py."
@@ -354,10 +354,10 @@ def test_module_outside_the_language_model_is_named(tmp_path: Path, make_base: M
     prefix = "model.vision_tower.layers"
     folder = tiny.write_tiny_peft(tmp_path / "a", base, prefix=prefix, targets=["q_proj"])
     assert refusal(UnsupportedAdapterError, folder, base.path) == (
-        f"Cannot convert {folder}: module {prefix}.0.self_attn.q_proj has no counterpart in a "
-        "gemma3 GGUF; expected projections of the language model's layers, embed_tokens or "
-        "lm_head. The adapter may be for another base (adapter_config.json says 'tiny'), or was "
-        "trained on parts that a GGUF lacks."
+        f"Cannot convert {folder} for {base.path}: module {prefix}.0.self_attn.q_proj has no "
+        "counterpart in a gemma3 GGUF; expected projections of the language model's layers, "
+        "embed_tokens or lm_head. The adapter may be for another base (adapter_config.json says "
+        "'tiny'), or was trained on parts that a GGUF lacks."
     )
 
 
@@ -372,8 +372,8 @@ def test_two_modules_for_one_tensor_are_refused(tmp_path: Path, make_base: MakeB
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
     tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
     assert refusal(UnsupportedAdapterError, folder, base.path) == (
-        f"Cannot convert {folder}: modules {names[0]} and {names[1]} both name blk.0.attn_q.weight "
-        "of the base; expected one LoRA for each. Save it again."
+        f"Cannot convert {folder} for {base.path}: modules {names[0]} and {names[1]} both name "
+        "blk.0.attn_q.weight of the base; expected one LoRA for each. Save it again."
     )
 
 
@@ -389,7 +389,8 @@ def test_lora_of_the_wrong_kind_is_refused(tmp_path: Path, make_base: MakeBase) 
     }
     tiny.write_safetensors(folder / "adapter_model.safetensors", tensors)
     assert refusal(UnsupportedAdapterError, folder, base.path) == (
-        f"Cannot convert {folder}: module model.embed_tokens has LoRA of a linear layer, and "
+        f"Cannot convert {folder} for {base.path}: module model.embed_tokens has LoRA of a linear "
+        "layer, and "
         "token_embd.weight of the base is not one. Train a plain LoRA."
     )
 

@@ -175,10 +175,10 @@ def test_square_experts_need_a_version_or_others_that_tell(tmp_path: Path) -> No
         with pytest.raises(UnsupportedAdapterError) as caught:
             convert(folder, base)
         assert str(caught.value) == (
-            f"Cannot convert {folder}: the experts of {EXPERTS}.gate_up_proj are square, and "
-            f"peft_version is {version!r} in its config; expected 0.19.1 or later, for earlier "
-            "ones may have A and B the other way round. Load it with what trained it, merge it and "
-            "train again, or set peft_version if it is later."
+            f"Cannot convert {folder} for {base}: the experts of {EXPERTS}.gate_up_proj are "
+            f"square, and peft_version is {version!r} in its config; expected 0.19.1 or later, for "
+            "earlier ones may have A and B the other way round. Load it with what trained it, "
+            "merge it and train again, or set peft_version if it is later."
         )
     for version in ("0.19.1", "0.21.2.dev0", "1.0"):
         folder = write_peft(tmp_path / "a", alone, target_parameters=target, peft_version=version)
@@ -243,7 +243,7 @@ def test_experts_under_another_name_are_refused_by_it(tmp_path: Path, module: st
     folder = write_peft(tmp_path / "a", {module: PAIR})
     assert (
         refusal(UnsupportedAdapterError, folder, base)
-        == f"Cannot convert {folder}: module {module} {WAY}"
+        == f"Cannot convert {folder} for {base}: module {module} {WAY}"
     )
 
 
@@ -311,15 +311,15 @@ def test_two_of_the_same_expert_are_refused(tmp_path: Path) -> None:
     other = f"{OLD_EXPERTS}.0.w3"
     folder = write_peft(tmp_path / "a", {SINGLE: PAIR, other: PAIR})
     assert refusal(UnsupportedAdapterError, folder, base) == (
-        f"Cannot convert {folder}: modules {SINGLE} and {other} are of the same experts; expected "
-        "one LoRA for each. Save it again."
+        f"Cannot convert {folder} for {base}: modules {SINGLE} and {other} are of the same "
+        "experts; expected one LoRA for each. Save it again."
     )
 
 
 def test_architecture_whose_experts_were_not_reviewed_is_named(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf", "lfm2")
     folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
-    start = f"Cannot convert {folder}: module {SINGLE} has LoRA of experts, and how 'lfm2' stacks"
+    start = f"Cannot convert {folder} for {base}: module {SINGLE} has LoRA of experts, and how "
     assert refusal(UnsupportedAdapterError, folder, base).startswith(start)
 
 

@@ -198,14 +198,14 @@ def test_a_branch_that_moves_meanwhile_is_told(
     from qaflora_edge.hub import pull as module
 
     old = hub.put("owner/bundle", files)
-    original = module._fetch
+    original = module.list_files
 
-    def move(*args: Any) -> Path:
-        path = original(*args)
+    def move(ref: HubRef) -> Any:
+        listing = original(ref)
         hub.put("owner/bundle", {**files, "README.md": b"new"})
-        return path
+        return listing
 
-    monkeypatch.setattr(module, "_fetch", move)
+    monkeypatch.setattr(module, "list_files", move)
     with pytest.raises(DownloadError) as caught:
         fetch_hub("owner/bundle")
     assert str(caught.value) == (

@@ -14,7 +14,7 @@ import numpy as np
 
 from qaflora_edge.cli.plot_fonts import Fonts, fonts_for
 from qaflora_edge.cli.show import mean_weights
-from qaflora_edge.weighing.picture_text import crop, one_line, spelt, wrap
+from qaflora_edge.weighing.picture_text import beginning, crop, spelt, wrap
 from qaflora_edge.weighing.svg_panel import (
     TICK,
     cell_title,
@@ -73,7 +73,7 @@ def figure(
 
     palette = DARK if is_dark else LIGHT
     texts = [subject, *weighed[0][1].adapters, *(prompt.label for prompt, _ in weighed)]
-    fonts = fonts_for("".join([*map(one_line, texts), "…"]))
+    fonts = fonts_for("".join([*map(beginning, texts), "…"]))
     settings = {
         "font.family": [*fonts.families, *(["sans-serif"] if kind == "svg" else [])],
         "text.color": palette.text,

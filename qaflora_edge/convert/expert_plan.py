@@ -53,64 +53,55 @@ def plan_experts(
     """
     if modules and header.architecture not in MIXTURES:
         raise UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder}: module {modules[0].name} has LoRA of experts, and "
-            f"how {header.architecture!r} stacks them was not reviewed; expected one of "
-            f"{', '.join(MIXTURES)}. {_ADVICE}"
+            f"module {modules[0].name} has LoRA of experts, and how {header.architecture!r} stacks "
+            f"them was not reviewed; expected one of {', '.join(MIXTURES)}. {_ADVICE}"
         )
     members: dict[str, dict[int, PeftModule]] = defaultdict(dict)
     planned: dict[str, PlannedExperts] = {}
     stacks = _Stacks(adapter, header, [module for module in modules if module.n_expert > 0])
     for module in modules:
-        layer, expert, stem = _place(adapter, module, header)
+        layer, expert, stem = _place(module, header)
         if expert is None:
             for tensor in stacks.tensors(module, layer, stem, alpha):
-                _put(adapter, planned, tensor.base_name, tensor, module)
+                _put(planned, tensor.base_name, tensor, module)
         else:
-            _put(adapter, members[f"blk.{layer}.ffn_{stem}_exps.weight"], expert, module, module)
+            _put(members[f"blk.{layer}.ffn_{stem}_exps.weight"], expert, module, module)
     for base_name, experts in members.items():
-        own = _single(adapter, header, base_name, experts, alpha)
-        _put(adapter, planned, base_name, own, experts[min(experts)])
+        own = _single(header, base_name, experts, alpha)
+        _put(planned, base_name, own, experts[min(experts)])
     return list(planned.values())
 
 
-def _put(
-    adapter: PeftAdapter, places: dict[Any, Any], place: Any, value: Any, module: PeftModule
-) -> None:
+def _put(places: dict[Any, Any], place: Any, value: Any, module: PeftModule) -> None:
     if place in places:
         raise UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder}: modules {places[place].name} and {module.name} are "
-            "of the same experts; expected one LoRA for each. Save it again."
+            f"modules {places[place].name} and {module.name} are of the same experts; expected one "
+            "LoRA for each. Save it again."
         )
     places[place] = value
 
 
-def _place(
-    adapter: PeftAdapter, module: PeftModule, header: GgufHeader
-) -> tuple[int, int | None, str]:
+def _place(module: PeftModule, header: GgufHeader) -> tuple[int, int | None, str]:
     """Give the layer, the expert (None: all of them) and the stem of a module's tensor."""
     match = _NAME.fullmatch(module.name)
     stem = _STEMS.get(match["projection"]) if match else None
     is_stack = module.n_expert > 0
     if match is None or stem is None or (match["expert"] is None) != is_stack:
         raise UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder}: module {module.name} has LoRA of experts in a way "
-            "that is not known here; expected a module for each expert, such as "
-            "mlp.experts.0.gate_proj, or target_parameters such as mlp.experts.gate_up_proj. "
-            f"{_ADVICE}"
+            f"module {module.name} has LoRA of experts in a way that is not known here; expected a "
+            "module for each expert, such as mlp.experts.0.gate_proj, or target_parameters such "
+            f"as mlp.experts.gate_up_proj. {_ADVICE}"
         )
     layer = int(match["layer"])
     if layer >= header.n_layer:
         raise AdapterMismatchError(
-            f"Cannot convert {adapter.folder} for {header.path}: module {module.name} is in layer "
-            f"{layer}, and the base has layers 0 to {header.n_layer - 1}. "
-            f"The adapter is for another base{adapter.trained_on}."
+            f"module {module.name} is in layer {layer}, and the base has layers 0 to "
+            f"{header.n_layer - 1}."
         )
     return layer, None if is_stack else int(match["expert"]), stem
 
 
-def _base_shape(
-    adapter: PeftAdapter, module: PeftModule, header: GgufHeader, base_name: str
-) -> tuple[int, int, int]:
+def _base_shape(module: PeftModule, header: GgufHeader, base_name: str) -> tuple[int, int, int]:
     """Give n_expert, n_out and n_in of a stacked tensor of the base."""
     info = header.tensors.get(base_name)
     if info is not None and len(info.shape) == 3:
@@ -120,41 +111,35 @@ def _base_shape(
     fused = fused.replace("ffn_up_exps", "ffn_gate_up_exps")
     if fused in header.tensors:
         raise UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder} for {header.path}: module {module.name} needs tensor "
-            f"{base_name}, and the base holds gate and up as one, {fused}. Use a base that was "
-            "converted without --fuse-gate-up-exps."
+            f"module {module.name} needs tensor {base_name}, and the base holds gate and up as "
+            f"one, {fused}. Use a base that was converted without --fuse-gate-up-exps."
         )
     raise AdapterMismatchError(
-        f"Cannot convert {adapter.folder} for {header.path}: module {module.name} needs experts in "
-        f"tensor {base_name}, which the base lacks. "
-        f"The adapter is for another base{adapter.trained_on}."
+        f"module {module.name} needs experts in tensor {base_name}, which the base lacks."
     )
 
 
 def _single(
-    adapter: PeftAdapter,
     header: GgufHeader,
     base_name: str,
     experts: Mapping[int, PeftModule],
     alpha: float,
 ) -> SingleExperts:
     first = experts[min(experts)]
-    n_expert, n_out, n_in = _base_shape(adapter, first, header, base_name)
+    n_expert, n_out, n_in = _base_shape(first, header, base_name)
     for expert, module in experts.items():
         if expert >= n_expert or (module.n_out, module.n_in) != (n_out, n_in):
             raise AdapterMismatchError(
-                f"Cannot convert {adapter.folder} for {header.path}: module {module.name} is for a "
-                f"weight of shape {[module.n_out, module.n_in]} of expert {expert}, and "
-                f"{base_name} of the base is {[n_expert, n_out, n_in]}. "
-                f"The adapter is for another base{adapter.trained_on}."
+                f"module {module.name} is for a weight of shape {[module.n_out, module.n_in]} of "
+                f"expert {expert}, and {base_name} of the base is {[n_expert, n_out, n_in]}."
             )
     rank = max(module.rank for module in experts.values())
     n_bytes = 4 * n_expert * rank * max(n_in, n_out)
     if n_bytes > MAX_STACKED_BYTES:
         raise UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder} for {header.path}: {n_expert} experts filled up to "
-            f"rank {rank}, the largest for {base_name}, take {n_bytes} bytes; expected at most "
-            f"{MAX_STACKED_BYTES}. Train the experts with one rank, or a smaller one."
+            f"{n_expert} experts filled up to rank {rank}, the largest for {base_name}, take "
+            f"{n_bytes} bytes; expected at most {MAX_STACKED_BYTES}. Train the experts with one "
+            "rank, or a smaller one."
         )
     factors = {
         expert: (module, scale_factor(module.scale, rank, alpha))
@@ -172,7 +157,7 @@ class _Stacks:
         self._adapter, self._header = adapter, header
         self._orders: dict[str, bool | None] = {}  # None: square, it may be either
         for module in modules:
-            layer, _, stem = _place(adapter, module, header)
+            layer, _, stem = _place(module, header)
             self._orders[module.name] = self._order(module, layer, stem)
 
     def tensors(
@@ -184,7 +169,7 @@ class _Stacks:
         n_expert = module.n_expert
         found = []
         for base_name, rows in self._parts(module, layer, stem):
-            _, n_out, n_in = _base_shape(self._adapter, module, self._header, base_name)
+            _, n_out, n_in = _base_shape(module, self._header, base_name)
             found.append(
                 StackedExperts(
                     base_name, n_expert, module.rank, n_in, n_out, module, factor, rows, is_swapped
@@ -197,7 +182,7 @@ class _Stacks:
         if stem != "gate_up":
             return [(f"blk.{layer}.ffn_{stem}_exps.weight", None)]
         down = f"blk.{layer}.ffn_down_exps.weight"
-        n_ff = _base_shape(self._adapter, module, self._header, down)[2]
+        n_ff = _base_shape(module, self._header, down)[2]
         rows = np.arange(2 * n_ff)
         gate, up = rows[:n_ff], rows[n_ff:]
         if self._header.architecture in INTERLEAVED_EXPERTS:
@@ -214,15 +199,14 @@ class _Stacks:
         """Tell by its shape whether the file's A writes the output; None if it may be either."""
         n_out, n_expert, n_in = 0, 0, 0
         for base_name, _ in self._parts(module, layer, stem):
-            n_expert, n_part, n_in = _base_shape(self._adapter, module, self._header, base_name)
+            n_expert, n_part, n_in = _base_shape(module, self._header, base_name)
             n_out += n_part
         found = (module.n_expert, module.n_out, module.n_in)
         plain, swapped = (n_expert, n_out, n_in), (n_expert, n_in, n_out)
         if found != plain and (found != swapped or module.is_b_by_expert):
             raise AdapterMismatchError(
-                f"Cannot convert {self._adapter.folder} for {self._header.path}: {module.name} is "
-                f"for experts of shape {list(found)}, and the base's are {list(plain)}. "
-                f"The adapter is for another base{self._adapter.trained_on}."
+                f"{module.name} is for experts of shape {list(found)}, and the base's are "
+                f"{list(plain)}."
             )
         return None if plain == swapped else found == swapped
 
@@ -237,10 +221,10 @@ class _Stacks:
         if len(others) == 1:
             return others.pop()
         raise UnsupportedAdapterError(
-            f"Cannot convert {self._adapter.folder}: the experts of {module.name} are square, and "
-            f"peft_version is {self._adapter.config.version!r} in its config; expected 0.19.1 or "
-            "later, for earlier ones may have A and B the other way round. Load it with what "
-            "trained it, merge it and train again, or set peft_version if it is later."
+            f"the experts of {module.name} are square, and peft_version is "
+            f"{self._adapter.config.version!r} in its config; expected 0.19.1 or later, for "
+            "earlier ones may have A and B the other way round. Load it with what trained it, "
+            "merge it and train again, or set peft_version if it is later."
         )
 
 

@@ -73,7 +73,23 @@ Planned = PlannedModule | PlannedExperts
 
 
 def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[Planned]]:
-    """Name every module for the base, check that it fits, and choose the file's one alpha."""
+    """Name every module for the base, check that it fits, and choose the file's one alpha.
+
+    Raises UnsupportedAdapterError for what cannot be represented, AdapterMismatchError for what
+    does not fit the base.
+    """
+    subject = f"Cannot convert {adapter.folder} for {header.path}"
+    try:
+        return _plan(adapter, header)
+    except UnsupportedAdapterError as error:
+        raise UnsupportedAdapterError(f"{subject}: {error}") from error
+    except AdapterMismatchError as error:
+        raise AdapterMismatchError(
+            f"{subject}: {error} The adapter is for another base{adapter.trained_on}."
+        ) from error
+
+
+def _plan(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[Planned]]:
     layout = _reviewed_layout(header)
     _check_biases(adapter, header)
     name_map = _tensor_names(header)
@@ -88,13 +104,12 @@ def plan_modules(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[
             base_name = f"{part.tensor}.weight"
             if base_name in planned:
                 raise UnsupportedAdapterError(
-                    f"Cannot convert {adapter.folder}: modules {planned[base_name].source.name} "
-                    f"and {module.name} both name {base_name} of the base; expected one LoRA for "
-                    "each. Save it again."
+                    f"modules {planned[base_name].source.name} and {module.name} both name "
+                    f"{base_name} of the base; expected one LoRA for each. Save it again."
                 )
             planned[base_name] = PlannedModule(module, base_name, factor, part.rows, part.columns)
-            _check_reached(adapter, planned[base_name], header)
-            _check_shape(adapter, planned[base_name], header)
+            _check_reached(planned[base_name], header)
+            _check_shape(planned[base_name], header)
     everything: list[Planned] = [
         *planned.values(),
         *plan_experts(adapter, experts, header, alpha),
@@ -107,9 +122,9 @@ def _reviewed_layout(header: GgufHeader) -> Layout:
         return ARCHITECTURES[header.architecture]
     why = REFUSED.get(header.architecture, "it is not known here")
     raise UnsupportedAdapterError(
-        f"Cannot convert an adapter for {header.path}: its architecture {header.architecture!r} is "
-        f"refused, for {why}; expected one of {', '.join(ARCHITECTURES)}. Use another base, or try "
-        "an adapter GGUF made by llama.cpp's convert_lora_to_gguf.py."
+        f"its architecture {header.architecture!r} is refused, for {why}; expected one of "
+        f"{', '.join(ARCHITECTURES)}. Use another base, or try an adapter GGUF made by llama.cpp's "
+        "convert_lora_to_gguf.py."
     )
 
 
@@ -118,8 +133,8 @@ def _check_biases(adapter: PeftAdapter, header: GgufHeader) -> None:
     bias = next((name for name in header.tensors if name.endswith(".bias")), None)
     if adapter.config.bias != "none" and bias is not None:
         raise UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder} for {header.path}: bias is {adapter.config.bias!r} "
-            f"in its config, so biases such as {bias} of the base were trained, and no file holds "
+            f"bias is {adapter.config.bias!r} in its config, so biases such as {bias} of the base "
+            "were trained, and no file holds "
             'them; expected "none". Train with bias="none".'
         )
 
@@ -134,8 +149,8 @@ def _tensor_names(header: GgufHeader) -> gguf.TensorNameMap:
     )
     if model_arch is None:
         raise UnsupportedAdapterError(
-            f"Cannot convert an adapter for {header.path}: the installed gguf package does not "
-            f"know its architecture {header.architecture!r}. Install a newer gguf."
+            f"the installed gguf package does not know its architecture {header.architecture!r}. "
+            "Install a newer gguf."
         )
     return gguf.get_tensor_name_map(model_arch, 1)
 
@@ -165,16 +180,13 @@ def _place(
     if module.is_embedding != (stem == "token_embd"):
         kind = "an embedding" if module.is_embedding else "a linear layer"
         raise UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder}: module {module.name} has LoRA of {kind}, and "
-            f"{stem}.weight of the base is not one. Train a plain LoRA."
+            f"module {module.name} has LoRA of {kind}, and {stem}.weight of the base is not one. "
+            "Train a plain LoRA."
         )
     try:
         return layout(name, header, (module.n_out, module.n_in))
     except LayoutError as error:
-        raise AdapterMismatchError(
-            f"Cannot convert {adapter.folder} for {header.path}: module {module.name} has {error}. "
-            f"The adapter is for another base{adapter.trained_on}."
-        ) from error
+        raise AdapterMismatchError(f"module {module.name} has {error}.") from error
 
 
 def _mapped(
@@ -213,19 +225,17 @@ def _unknown_module(adapter: PeftAdapter, module: PeftModule, header: GgufHeader
     is_text = not re.search(r"(^|[._])(vision|visual|audio)", module.name)
     if layer and is_text and int(layer[1]) >= header.n_layer:
         return AdapterMismatchError(
-            f"Cannot convert {adapter.folder} for {header.path}: module {module.name} is in layer "
-            f"{layer[1]}, and the base has layers 0 to {header.n_layer - 1}. "
-            f"The adapter is for another base{adapter.trained_on}."
+            f"module {module.name} is in layer {layer[1]}, and the base has layers 0 to "
+            f"{header.n_layer - 1}."
         )
     return UnsupportedAdapterError(
-        f"Cannot convert {adapter.folder}: module {module.name} has no counterpart in a "
-        f"{header.architecture} GGUF; expected projections of the language model's layers, "
-        f"embed_tokens or lm_head. The adapter may be for another base{adapter.trained_on}, or "
-        "was trained on parts that a GGUF lacks."
+        f"module {module.name} has no counterpart in a {header.architecture} GGUF; expected "
+        "projections of the language model's layers, embed_tokens or lm_head. The adapter may be "
+        f"for another base{adapter.trained_on}, or was trained on parts that a GGUF lacks."
     )
 
 
-def _check_reached(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader) -> None:
+def _check_reached(module: PlannedModule, header: GgufHeader) -> None:
     """Refuse tensors that no adapter enters, or no layer's weight, or that are not HF's."""
     name = module.base_name
     if is_bypassed(header.architecture, name):
@@ -237,13 +247,13 @@ def _check_reached(adapter: PeftAdapter, module: PlannedModule, header: GgufHead
     else:
         return
     raise UnsupportedAdapterError(
-        f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} goes to "
-        f"{name}, which {why}; expected projections of the language model's layers, embed_tokens "
-        "or lm_head. Train without this module, or merge the adapter into its base."
+        f"module {module.source.name} goes to {name}, which {why}; expected projections of the "
+        "language model's layers, embed_tokens or lm_head. Train without this module, or merge "
+        "the adapter into its base."
     )
 
 
-def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader) -> None:
+def _check_shape(module: PlannedModule, header: GgufHeader) -> None:
     source = module.source
     expected_name = module.base_name
     if expected_name == "output.weight" and expected_name not in header.tensors:
@@ -251,29 +261,23 @@ def _check_shape(adapter: PeftAdapter, module: PlannedModule, header: GgufHeader
     info = header.tensors.get(expected_name)
     shape = (source.n_in, module.n_out) if source.is_embedding else (module.n_out, source.n_in)
     if info is None:
-        raise _missing_tensor(adapter, module, header)
+        raise _missing_tensor(module, header)
     if info.shape != shape:
         raise AdapterMismatchError(
-            f"Cannot convert {adapter.folder} for {header.path}: module {source.name} is for a "
-            f"weight of shape {list(shape)}, and {expected_name} of the base is "
-            f"{list(info.shape)}. The adapter is for another base{adapter.trained_on}."
+            f"module {source.name} is for a weight of shape {list(shape)}, and {expected_name} of "
+            f"the base is {list(info.shape)}."
         )
 
 
-def _missing_tensor(
-    adapter: PeftAdapter, module: PlannedModule, header: GgufHeader
-) -> QafloraError:
+def _missing_tensor(module: PlannedModule, header: GgufHeader) -> QafloraError:
     fused = re.sub(r"\.attn_[qkv]\.", ".attn_qkv.", module.base_name)
     if fused != module.base_name and fused in header.tensors:
         return UnsupportedAdapterError(
-            f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} needs "
-            f"tensor {module.base_name}, and the base holds q, k and v as one, {fused}. Use a base "
-            "that was converted without --fuse-qkv."
+            f"module {module.source.name} needs tensor {module.base_name}, and the base holds q, k "
+            f"and v as one, {fused}. Use a base that was converted without --fuse-qkv."
         )
     return AdapterMismatchError(
-        f"Cannot convert {adapter.folder} for {header.path}: module {module.source.name} needs "
-        f"tensor {module.base_name}, which the base lacks. "
-        f"The adapter is for another base{adapter.trained_on}."
+        f"module {module.source.name} needs tensor {module.base_name}, which the base lacks."
     )
 
 

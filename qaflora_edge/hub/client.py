@@ -151,17 +151,19 @@ def _reason(error: Exception) -> tuple[str, str]:
 
 
 def hub_progress(report: Report) -> type[Any]:
-    """Make a silent progress bar for the Hub's library that reports the bytes so far."""
+    """Make silent progress bars for the Hub's library that report the bytes so far.
+
+    Of several files it makes a bar for what came and one for what was stored: the larger counts.
+    """
     from tqdm import tqdm
 
-    done_bytes = 0
+    done_bytes: dict[int, int] = {}
 
     class SilentBar(tqdm):  # type: ignore[type-arg, misc, unused-ignore]
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
-            is_bytes = options.get("unit") == "B"
+            self.is_bytes = options.get("unit") == "B"
             super().__init__(*args, **{**options, "disable": True})
-            self.is_bytes = is_bytes
             self.count(options.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> bool | None:
@@ -169,9 +171,8 @@ def hub_progress(report: Report) -> type[Any]:
             return None
 
         def count(self, n_bytes: float) -> None:
-            nonlocal done_bytes
             if self.is_bytes:
-                done_bytes += int(n_bytes)
-                report(done_bytes)
+                done_bytes[id(self)] = done_bytes.get(id(self), 0) + int(n_bytes)
+                report(max(done_bytes.values()))
 
     return SilentBar

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha1
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,6 @@ from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
 from qaflora_edge.hub.cache import (
     cached_snapshot,
     hub_cache_dir,
-    is_commit,
     pulled_path,
 )
 from qaflora_edge.hub.client import (
@@ -72,10 +71,7 @@ def fetch_hub(
         if to is not None:
             _check_free(ref, parsed, Path(to))
             return _fetch_into(parsed, list_files(parsed), Path(to), progress)
-        listing = list_files(parsed)
-        path = _fetch(parsed, listing, None, progress)
-        _check_ref(parsed, listing, path)
-        return path
+        return _fetch(parsed, list_files(parsed), None, progress)
     except DownloadError as error:
         raise DownloadError(f"Could not pull {ref}: {error}") from error
 
@@ -186,10 +182,8 @@ def _same(ref: HubRef, listing: HubListing, folder: Path) -> Path | None:
 
 def _first_problem(folder: Path, wanted: list[HubFile]) -> str | None:
     for file in wanted:
-        path = safe_join(folder, file.name)
-        found = _problem(path, file) if path.is_file() else "is missing"
-        if found is not None:
-            return f"{file.name} {found}"
+        if problem := _problem(safe_join(folder, file.name), file):
+            return f"{file.name} {problem}"
     return None
 
 
@@ -208,10 +202,9 @@ def _fetch(
     ref: HubRef, listing: HubListing, local_dir: Path | None, progress: Progress | None
 ) -> Path:
     """Fetch what a reference names; give its folder, or its file when it is one GGUF."""
-    wanted, text = _choose(ref, listing), None
-    if any(file.name == BUNDLE_FILE for file in wanted):
-        text = _read_bundle(ref, listing, local_dir)
-        wanted = _choose_packed(ref, listing, text)
+    wanted = _choose(ref, listing)
+    if wanted[0].name == BUNDLE_FILE:
+        wanted = _choose_packed(ref, listing, _read_bundle(ref, listing, local_dir))
     total_bytes = sum(file.size_bytes for file in wanted)
     if len(wanted) > MAX_FILES or total_bytes > MAX_BYTES:
         raise DownloadError(
@@ -219,26 +212,18 @@ def _fetch(
             f"{MAX_FILES} files and {MAX_BYTES} bytes. Fetch it with another tool."
         )
     here = local_dir or cached_snapshot(HubRef(ref.repo, None, listing.commit))
-    missing_bytes = sum(
-        file.size_bytes for file in wanted if here is None or not (here / file.name).is_file()
-    )
+    here_bytes = sum(file.size_bytes for file in wanted if here and (here / file.name).is_file())
     place = local_dir.parent if local_dir else hub_cache_dir()
-    check_space(_existing(place), missing_bytes, Path(ref.repo))
-    done_bytes, paths = 0, {}
-    for file in wanted:
+    check_space(_existing(place), total_bytes - here_bytes, Path(ref.repo))
 
-        def report(file_bytes: int, start_bytes: int = done_bytes) -> None:
-            if progress is not None:
-                progress(min(start_bytes + file_bytes, total_bytes), total_bytes)
+    def report(done_bytes: int) -> None:
+        if progress is not None:
+            progress(min(here_bytes + done_bytes, total_bytes), total_bytes)
 
-        paths[file.name] = _download(ref, listing.commit, file, local_dir, report)
-        done_bytes += file.size_bytes
-        report(0, done_bytes)
-    path = next(iter(paths.values()))
-    if len(wanted) == 1 and path.suffix == ".gguf":
-        return path
-    name = BUNDLE_FILE if text is not None else CONFIG_FILE
-    return paths[name].parent
+    folder = _download(ref, listing, wanted, local_dir, report)
+    report(total_bytes)
+    is_file = len(wanted) == 1 and wanted[0].name.endswith(".gguf")
+    return folder / wanted[0].name if is_file else folder
 
 
 def _choose(ref: HubRef, listing: HubListing) -> list[HubFile]:
@@ -289,8 +274,8 @@ def _read_bundle(ref: HubRef, listing: HubListing, local_dir: Path | None) -> Bu
             f"its {BUNDLE_FILE} has {file.size_bytes} bytes, expected at most {MAX_BUNDLE_BYTES}. "
             "Name another repository."
         )
-    path = _download(ref, listing.commit, file, local_dir, lambda done_bytes: None)
-    return parse_bundle(path.read_bytes(), f"{BUNDLE_FILE} of {ref.repo}")
+    folder = _download(ref, listing, [file], local_dir, lambda done_bytes: None)
+    return parse_bundle((folder / BUNDLE_FILE).read_bytes(), f"{BUNDLE_FILE} of {ref.repo}")
 
 
 def _choose_packed(ref: HubRef, listing: HubListing, text: BundleText) -> list[HubFile]:
@@ -317,29 +302,46 @@ def _choose_packed(ref: HubRef, listing: HubListing, text: BundleText) -> list[H
 
 
 def _download(
-    ref: HubRef, commit: str, file: HubFile, local_dir: Path | None, report: Callable[[int], None]
+    ref: HubRef,
+    listing: HubListing,
+    files: Sequence[HubFile],
+    local_dir: Path | None,
+    report: Callable[[int], None],
 ) -> Path:
-    """Fetch one file, unless it is here, and compare it with what the Hub lists."""
-    from huggingface_hub import hf_hub_download
+    """Fetch files that are not here, and compare all with what the Hub lists; give their folder."""
+    from huggingface_hub import snapshot_download
 
-    safe_join(local_dir or hub_cache_dir(), file.name)  # a repository's file names are not ours
-    with hub_errors(f"the Hub did not give {file.name} of {ref.repo}"):
-        path = Path(
-            hf_hub_download(
+    for file in files:
+        safe_join(local_dir or hub_cache_dir(), file.name)  # a repository's file names are not ours
+    # By its name a branch is noted in the cache; a folder of the user's has no place for that.
+    revision = listing.commit if local_dir else ref.revision
+    with hub_errors(f"the Hub did not give the files of {ref.repo}"):
+        folder = Path(
+            snapshot_download(
                 ref.repo,
-                file.name,
-                revision=commit,
+                revision=revision,
                 local_dir=local_dir,
+                allow_patterns=[glob.escape(file.name) for file in files],
                 tqdm_class=hub_progress(report),
             )
         )
-    if problem := _problem(path, file):
-        _discard(path)
-        raise DownloadError(f"{file.name}, as it came, {problem}. It was thrown away; try again.")
-    return path
+    if local_dir is None and folder.name != listing.commit:
+        raise DownloadError(
+            f"{ref.revision or 'main'} of {ref.repo} moved while it was fetched, expected it at "
+            f"{listing.commit}. Pull again."
+        )
+    for file in files:
+        if problem := _problem(folder / file.name, file):
+            _discard(folder / file.name)
+            raise DownloadError(
+                f"{file.name}, as it came, {problem}. It was thrown away; try again."
+            )
+    return folder
 
 
 def _problem(path: Path, file: HubFile) -> str | None:
+    if not path.is_file():
+        return "is missing"
     size_bytes = path.stat().st_size
     if size_bytes != file.size_bytes:
         return f"has {size_bytes} bytes, the Hub lists {file.size_bytes}"
@@ -366,29 +368,8 @@ def _git_sha1(path: Path, size_bytes: int) -> str:
 def _discard(path: Path) -> None:
     """Remove a wrong file, in the cache the blob that its name links to as well."""
     target = path.resolve()
-    path.unlink()
+    path.unlink(missing_ok=True)
     target.unlink(missing_ok=True)
-
-
-def _check_ref(ref: HubRef, listing: HubListing, path: Path) -> None:
-    """Let the Hub's library note in its cache which commit a branch or tag means."""
-    from huggingface_hub import hf_hub_download
-
-    revision = ref.revision or "main"
-    if is_commit(revision):
-        return
-    name = path.name
-    if path.is_dir():
-        name = BUNDLE_FILE if (path / BUNDLE_FILE).exists() else CONFIG_FILE
-    elif ref.file:
-        name = ref.file
-    with hub_errors(f"the Hub did not give {revision} of {ref.repo}"):
-        noted = Path(hf_hub_download(ref.repo, name, revision=revision))
-    if noted.absolute() != (path / name if path.is_dir() else path).absolute():
-        raise DownloadError(
-            f"{revision} of {ref.repo} moved while it was fetched, expected it at "
-            f"{listing.commit}. Pull again."
-        )
 
 
 def _existing(folder: Path) -> Path:

@@ -28,7 +28,7 @@ def _is_control(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cs") or ord(char) & 0xFFFE == 0xFFFE
 
 
-def one_line(text: str) -> str:
+def beginning(text: str) -> str:
     """The beginning of a text on one line, spelt."""
     return spelt(" ".join(text[: 2 * CHARS_MAX].split()))[:CHARS_MAX]
 
@@ -46,7 +46,7 @@ def wrap(text: str, width: float, measure: Callable[[str], float], *, n_line: in
 
     A line ends at a space where there is one, else anywhere, as Chinese does.
     """
-    rest = one_line(text)
+    rest = beginning(text)
     lines: list[str] = []
     while measure(rest) > width:
         if len(lines) == n_line - 1:

@@ -10,6 +10,7 @@ import click
 
 from qaflora_edge.cli.chat.signs import has_signs, visible
 from qaflora_edge.cli.show import mean_weights, paint, terminal_size
+from qaflora_edge.files import one_line
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply
@@ -64,8 +65,7 @@ class PlainView:
         click.echo(f"[{text}]", err=True, color=False)
 
     def error(self, error: Exception) -> None:
-        text = visible(one_line(str(error)), has_signs=False)
-        click.echo(f"Error: {text}", err=True, color=False)
+        click.echo(f"Error: {one_line(str(error))}", err=True, color=False)
 
     def show(self, text: str) -> None:
         click.echo(text, err=True, color=False)
@@ -187,8 +187,3 @@ def mix_parts(fusion: FusionWeights) -> list[str]:
         return ["the base alone"]
     means = sorted(mean_weights(fusion).items(), key=lambda item: -item[1])
     return [f"{name} {100 * mean:.0f} %" for name, mean in means]
-
-
-def one_line(text: str) -> str:
-    """A text with spaces in place of line ends."""
-    return " ".join(text.splitlines())
