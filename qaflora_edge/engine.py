@@ -12,7 +12,7 @@ from qaflora_edge.chat.messages import Message
 from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.engine_base import EngineBase
 from qaflora_edge.errors import OptionError, QafloraError
-from qaflora_edge.inference.constraint import grammar_text
+from qaflora_edge.inference.constraint import chosen_grammar
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.prompts import Prompt
 from qaflora_edge.inference.request import Request
@@ -83,7 +83,7 @@ class Engine(EngineBase):
             temperature=temperature,
             top_p=top_p,
             seed=self.seed if seed is None else seed,
-            grammar=grammar_text(grammar, json_schema),
+            grammar=chosen_grammar(grammar, json_schema),
             **more,
         )
         with self._lifetime.call():

@@ -24,6 +24,7 @@ from qaflora_edge.cli.show import can_show
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
+    from qaflora_edge.inference.constraint import Grammar
     from qaflora_edge.inference.generation import Generation
 
 ANSWERS_MAX = 100
@@ -145,20 +146,16 @@ def _whole_prompt(prompt: str | None, paths: tuple[str, ...]) -> str:
     return check_prompt("\n\n".join(parts))
 
 
-def _read_grammar(schema_path: str | None, grammar_path: str | None) -> str | None:
+def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
     """The grammar of the answer, checked before a model is loaded; messages name the file."""
-    if grammar_path is not None:
-        from qaflora_edge.grammar.gbnf import check_gbnf
-
-        text = read_text(grammar_path)
-        check_gbnf(text, source=f"The grammar {grammar_path}")
-        return text
-    if schema_path is None:
-        return None
     from qaflora_edge.errors import GrammarError
     from qaflora_edge.formats.json_text import read_json_object
-    from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
+    from qaflora_edge.inference.constraint import gbnf_grammar, schema_grammar
 
+    if grammar_path is not None:
+        return gbnf_grammar(read_text(grammar_path), source=f"The grammar {grammar_path}")
+    if schema_path is None:
+        return None
     data = read_text(schema_path).encode("utf-8")
     try:
         schema = read_json_object(data)
@@ -167,7 +164,7 @@ def _read_grammar(schema_path: str | None, grammar_path: str | None) -> str | No
             f"Cannot read the JSON schema {schema_path}: {error}. Expected a JSON object, such as "
             '{"type": "object"}; correct the file.'
         ) from error
-    return json_schema_to_gbnf(schema, source=f"The JSON schema {schema_path}")
+    return schema_grammar(schema, source=f"The JSON schema {schema_path}")
 
 
 def _tokens(engine: Engine, text: str, system: str | None, options: SharedOptions) -> list[int]:

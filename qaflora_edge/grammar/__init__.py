@@ -1,1 +1,1 @@
-"""Grammars that answers follow: GBNF, and JSON schemas turned into it."""
+"""Grammars and JSON schemas, checked and put into the words of llguidance."""

@@ -1,4 +1,4 @@
-"""JSON values and schemas compared: types, equality, and whether two schemas share a value."""
+"""JSON values and schemas: types, equality, whether two schemas share a value, or one has any."""
 
 from __future__ import annotations
 
@@ -65,3 +65,39 @@ def are_apart(one: Any, other: Any) -> bool:
         for key in shared
         if _values(one.get("properties", {}).get(key)) is not None
     )
+
+
+def can_end(definitions: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether a value of finite size fits each definition; what is false counts as one that does.
+
+    definitions  schemas by name that refer to each other as #/$defs/NAME
+    """
+    ending: set[str] = set()
+    while True:
+        found = {name for name, schema in definitions.items() if _ends(schema, ending)}
+        if found == ending:
+            return {name: name in ending for name in definitions}
+        ending = found
+
+
+def _ends(schema: Any, ending: set[str]) -> bool:
+    if isinstance(schema, bool):
+        return True
+    if "$ref" in schema and schema["$ref"].removeprefix("#/$defs/") not in ending:
+        return False
+    if not all(_ends(each, ending) for each in schema.get("allOf", ())):
+        return False
+    for key in ("anyOf", "oneOf"):
+        if key in schema and not any(_ends(each, ending) for each in schema[key]):
+            return False
+    kinds = schema.get("type", ["null"])
+    if set(kinds) - {"object", "array"}:
+        return True
+    properties, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+    if "object" in kinds and all(
+        _ends(properties.get(name, rest), ending) for name in schema.get("required", ())
+    ):
+        return True
+    first, n_item = schema.get("prefixItems", []), schema.get("minItems", 0)
+    items = [*first, schema.get("items", True)][:n_item]
+    return "array" in kinds and all(_ends(each, ending) for each in items)

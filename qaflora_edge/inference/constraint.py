@@ -1,18 +1,276 @@
-"""What an answer has to follow: a grammar, or a JSON schema."""
+"""What an answer has to follow, a grammar or a JSON schema: which tokens may come next."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from qaflora_edge.errors import OptionError
-from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.backend.model import Model
+from qaflora_edge.errors import BackendError, GrammarError, OptionError
+from qaflora_edge.grammar.gbnf import gbnf_to_lark
+from qaflora_edge.grammar.json_schema import OPTIONS, CheckedSchema, check_json_schema
+
+if TYPE_CHECKING:  # llguidance takes 80 ms to import
+    from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+MAX_STEPS = 2_000_000  # of the parser, for one mask: about 0.1 s
+_PLACE_SECONDS = 2.0  # for finding the place of what llguidance refuses
 
 
-def grammar_text(grammar: str | None, json_schema: Mapping[str, Any] | bool | None) -> str | None:
-    """The grammar an answer follows: as given, or of a JSON schema; None without either."""
+class Grammar(str):
+    """What an answer follows, checked, in llguidance's notation; other text is GBNF.
+
+    source  how messages call it, such as "The grammar list.gbnf"
+    """
+
+    source: str
+
+    def __new__(cls, text: str, source: str) -> Grammar:
+        grammar = super().__new__(cls, text)
+        grammar.source = source
+        return grammar
+
+
+def gbnf_grammar(text: str, *, source: str = "The grammar") -> Grammar:
+    """The grammar of a GBNF text with the start `root`. Raises GrammarError."""
+    grammar = Grammar(gbnf_to_lark(text, source=source), source)
+    found = _refusal(grammar)
+    if found:
+        raise GrammarError(f"{source} cannot be followed: {found}. Write it more simply.")
+    return grammar
+
+
+def schema_grammar(
+    schema: Any, *, source: str = "The JSON schema", before: str = "", after: str = ""
+) -> Grammar:
+    """The grammar of JSON that is valid under a schema.
+
+    schema  as json.loads gives it; True or {} takes any value
+    before, after  texts that stand around the JSON
+
+    Raises GrammarError for a schema that is malformed, or asks for what cannot be followed.
+    """
+    checked = check_json_schema(schema, source=source)
+    texts = {
+        place: found
+        for place, part in checked.parts
+        if (found := _pattern_refusal(part)) is not None
+    }
+    for place, found in texts.items():
+        raise GrammarError(f"{source}, at {place}: {found}; widen or simplify one of them.")
+    found = _refusal(_json_grammar(checked.schema))
+    if found:
+        place = _place_of(checked, found)
+        raise GrammarError(f"{source}, at {place}: {found}; write it more simply.")
+    if not before and not after:
+        return Grammar(_json_grammar(checked.schema), source)
+    lark = f"start: {json.dumps(before)} body {json.dumps(after)}\n"
+    return Grammar(f"{lark}body: %json {json.dumps(checked.schema)}\n", source)
+
+
+def chosen_grammar(
+    grammar: str | None, json_schema: Mapping[str, Any] | bool | None
+) -> Grammar | None:
+    """What an answer follows, by GBNF text, a Grammar or a JSON schema; None without any."""
     if grammar is not None and json_schema is not None:
         raise OptionError(
             "Options grammar and a JSON schema are both given; give one or the other."
         )
-    return grammar if json_schema is None else json_schema_to_gbnf(json_schema)
+    if json_schema is not None:
+        return schema_grammar(json_schema)
+    if grammar is None or isinstance(grammar, Grammar):
+        return grammar
+    if not isinstance(grammar, str):
+        raise OptionError(f"Option grammar is {grammar!r}, expected GBNF text or None.")
+    return gbnf_grammar(grammar)
+
+
+class Constraint:
+    """Where one answer stands in its grammar.
+
+    Raises GrammarError for a grammar that llguidance does not take.
+    """
+
+    def __init__(self, model: Model, grammar: Grammar) -> None:
+        self._source = grammar.source
+        self._tokenizer = _tokenizer(model)
+        self._matcher = _matcher(self._tokenizer, grammar)
+        self._check()
+
+    def mask(self) -> NDArray[np.uint32]:
+        """uint32 [ceil(n_vocab / 32)]: bit i % 32 of word i // 32 says that token i may follow."""
+        mask = np.zeros((self._tokenizer.vocab_size + 31) // 32, np.uint32)
+        fill_masks([self], mask[np.newaxis])
+        return mask
+
+    def accept(self, token: int) -> None:
+        """Go on behind a token that the mask has."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def can_end(self) -> bool:
+        """Whether what came so far is whole."""
+        return self._matcher.is_accepting()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing but the end can follow."""
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error() and not _is_dead(self._matcher):
+            raise GrammarError(
+                f"{self._source} cannot be followed here: {_said(self._matcher.get_error())}. "
+                "Write it more simply."
+            )
+
+
+def fill_masks(constraints: Sequence[Constraint], masks: NDArray[np.uint32]) -> None:
+    """The masks of several answers, worked out in parallel.
+
+    masks  uint32 [n_constraint, ceil(n_vocab / 32)], C order; see Constraint.mask
+    """
+    assert masks.dtype == np.uint32
+    assert masks.flags.c_contiguous
+    assert len(masks) == len(constraints)
+    if len(constraints) == 1:
+        constraints[0]._matcher.unsafe_compute_mask_ptr(masks.ctypes.data, masks.nbytes)
+    else:
+        rows = [(each._matcher, row) for row, each in enumerate(constraints)]
+        _executor().unsafe_compute_mask_ptr(
+            rows, masks.ctypes.data, masks.strides[0], len(constraints)
+        )
+    for each, mask in zip(constraints, masks, strict=True):
+        each._check()
+        if not each.can_end():  # llguidance lets an answer end where it finds no way on
+            for token in each._tokenizer.eos_tokens:
+                mask[token // 32] &= ~np.uint32(1 << token % 32)
+
+
+class _Vocabulary:
+    """A base's vocabulary as llguidance asks for it (_tokenizer.py TokenizerWrapper).
+
+    Tokens that write nothing, end an answer, or write U+0000 (which llama.cpp's own grammars never
+    take) are special: no grammar takes them for their text.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, model: Model, ends: Sequence[int]) -> None:
+        self.tokens = [model.piece(token) for token in range(model.n_vocab)]
+        self.eos_token_id = ends[0]
+        pieces = enumerate(self.tokens)
+        self.special_token_ids = [
+            token for token, piece in pieces if not piece or b"\0" in piece or token in ends
+        ]
+        self._model = weakref.ref(model)
+
+    def __call__(self, text: str) -> list[int]:
+        model = self._model()
+        assert model is not None
+        return model.tokenize(text, add_special=False, parse_special=False)
+
+
+_tokenizers: weakref.WeakKeyDictionary[Model, LLTokenizer] = weakref.WeakKeyDictionary()
+
+
+def _tokenizer(model: Model) -> LLTokenizer:
+    """Of a base, made at its first grammar."""
+    from llguidance import LLTokenizer
+
+    if model not in _tokenizers:
+        ends = [token for token in range(model.n_vocab) if model.is_end(token)]
+        if not ends:
+            raise BackendError(
+                f"The base {model.path} has no token that ends an answer, expected one, without "
+                "which no answer follows a grammar to its end; leave the grammar out."
+            )
+        vocabulary: Any = _Vocabulary(model, ends)
+        _tokenizers[model] = LLTokenizer(vocabulary, eos_token=ends)
+    return _tokenizers[model]
+
+
+@cache
+def _bytes_tokenizer() -> LLTokenizer:
+    """Every byte is a token: for checks without a base."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
+
+
+@cache
+def _executor() -> LLExecutor:
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+@cache
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(step_max_items=MAX_STEPS, verbose_errors=False)
+
+
+def _matcher(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    return LLMatcher(tokenizer, text, log_level=0, limits=_limits())
+
+
+def _json_grammar(schema: Mapping[str, Any]) -> str:
+    return json.dumps({"grammars": [{"json_schema": schema}]})
+
+
+def _refusal(text: str) -> str:
+    """Why llguidance does not take a grammar, or ""."""
+    matcher = _matcher(_bytes_tokenizer(), text)
+    mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+    if any(mask[:32]) or matcher.is_accepting():
+        return ""
+    is_empty = mask and (_is_dead(matcher) or not matcher.is_error())
+    return "nothing can be written under it" if is_empty else _said(matcher.get_error())
+
+
+def _is_dead(matcher: LLMatcher) -> bool:
+    """Whether no text leads on from here to an end: the reason's name heads the message."""
+    return matcher.get_error().startswith("NoExtension")
+
+
+def _pattern_refusal(part: Mapping[str, Any]) -> str | None:
+    """Why no string fits the pattern and length of one schema, if none does."""
+    keys = ("pattern", "format", "minLength", "maxLength")
+    if "pattern" not in part:
+        return None
+    alone = {"type": "string", **{key: part[key] for key in keys if key in part}}
+    matcher = _matcher(_bytes_tokenizer(), _json_grammar({**alone, "x-guidance": OPTIONS}))
+    if matcher.is_error():
+        return f"'pattern' cannot be followed ({_said(matcher.get_error())})"
+    # Characters that JSON writes by \u only have no spelling here.
+    return None if matcher.consume_token(ord('"')) else "no text fits 'pattern' and the length"
+
+
+def _place_of(checked: CheckedSchema, refusal: str) -> str:
+    """Where the innermost schema stands that is refused for the same reason."""
+    until = time.monotonic() + _PLACE_SECONDS
+    shared = {key: checked.schema[key] for key in ("x-guidance", "$defs")}
+    for place, part in checked.parts:
+        if time.monotonic() > until:
+            break
+        if _refusal(_json_grammar({**part, **shared})) == refusal:
+            return place
+    return "#"
+
+
+def _said(error: str) -> str:
+    """llguidance's message on one line."""
+    text = " ".join(error.split("\n<state>")[0].split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

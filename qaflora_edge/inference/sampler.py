@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import ctypes
 import weakref
 from typing import Any, Protocol
 
 import numpy as np
 
-from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model
-from qaflora_edge.errors import BackendError, GrammarError
-from qaflora_edge.grammar.gbnf import ROOT, check_gbnf
+from qaflora_edge.errors import BackendError
+from qaflora_edge.inference.constraint import Constraint, chosen_grammar
 from qaflora_edge.inference.sampling import MAX_SEED, Sampling
 
 _N_PENALISED = 64  # tokens
@@ -30,7 +28,7 @@ class Logits(Protocol):
 
 
 class Sampler:
-    """What draws tokens for one answer: a llama_sampler chain, and a grammar beside it.
+    """What draws tokens for one answer: a llama_sampler chain, and what it has to follow.
 
     It is freed by close(), or when nothing uses it any more.
 
@@ -47,8 +45,8 @@ class Sampler:
         )
         self._pointers.append(self._chain)
         self._fill_chain()
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._grammar = None if sampling.grammar is None else self._init_grammar(sampling.grammar)
+        grammar = chosen_grammar(sampling.grammar, None)
+        self.constraint = None if grammar is None else Constraint(model, grammar)
 
     @property
     def _is_plain(self) -> bool:
@@ -98,96 +96,44 @@ class Sampler:
     def _add(self, sampler: Any) -> None:
         self._lib.llama_sampler_chain_add(self._chain, sampler)
 
-    def _init_grammar(self, text: str) -> Any:
-        check_gbnf(text)
-        pointer = self._lib.llama_sampler_init_grammar(
-            self._model.vocab, text.encode("utf-8"), ROOT.encode()
-        )
-        if not pointer:
-            raise GrammarError(f"The grammar cannot be followed: {said()}. Write it more simply.")
-        self._pointers.append(pointer)
-        return pointer
-
     def sample(self, context: Logits, row: int = -1) -> int:
-        """A token for what follows a row of the context; the grammar, if any, moves on by it.
+        """A token for what follows a row of the context; the constraint, if any, goes on behind it.
 
         Raises BackendError when no token of the vocabulary can follow under the grammar, or the
         logits are NaN.
         """
-        if self._grammar is None:
+        if self.constraint is None:
             return (
                 self._argmax(context, row) if self._is_plain else context.sample(self._chain, row)
             )
-        logits = context.logits(row)
-        candidates = np.zeros(len(logits), _CANDIDATE)
-        candidates["id"] = np.arange(len(logits))
-        candidates["logit"] = logits
-        token = self._draw(candidates.copy())
-        # Most tokens are allowed, and one is checked much faster than all of them.
-        if not self._allows(token):
-            token = self._draw_allowed(candidates)
-        self._lib.llama_sampler_accept(self._grammar, token)
+        bits = np.unpackbits(self.constraint.mask().view(np.uint8), bitorder="little")
+        allowed = np.flatnonzero(bits[: self._model.n_vocab])
+        if not len(allowed):
+            raise BackendError(
+                "No token of the base's vocabulary can follow here under the grammar, expected at "
+                "least one; allow other characters at this place of the grammar."
+            )
+        candidates = np.zeros(len(allowed), _CANDIDATE)
+        candidates["id"] = allowed
+        candidates["logit"] = context.logits_view(row)[allowed]
+        token = int(candidates["id"][self._apply(candidates)])
         self._lib.llama_sampler_accept(self._chain, token)
-        self._decoder.decode(self._model.piece(token))
+        self.constraint.accept(token)
         return token
-
-    def _allows(self, token: int) -> bool:
-        one = np.zeros(1, _CANDIDATE)
-        one["id"] = token
-        self._apply(self._grammar, one)
-        return bool(np.isfinite(one["logit"][0])) and self._is_written(token)
-
-    def _is_written(self, token: int) -> bool:
-        """Whether a token writes what the grammar takes it for.
-
-        Control tokens write nothing. Bytes that are no UTF-8, such as surrogates and overlong
-        forms, pass for characters in llama-grammar.cpp decode_utf8.
-        """
-        done, _ = before = self._decoder.getstate()
-        if self._model.is_end(token):
-            return not done
-        piece = self._model.piece(token)
-        try:
-            self._decoder.decode(piece)
-            open_bytes, _ = self._decoder.getstate()
-        except UnicodeDecodeError:
-            return False
-        finally:
-            self._decoder.setstate(before)
-        # Python refuses a surrogate at its third byte only; by then there is no way on.
-        return bool(piece) and not b"\xed\xa0" <= open_bytes < b"\xee"
 
     def can_end(self) -> bool:
         """Whether what was drawn so far is whole under the grammar; True without one."""
-        if self._grammar is None:
-            return True
-        ends = (token for token in range(self._model.n_vocab) if self._model.is_end(token))
-        return any(self._allows(token) for token in ends)
+        return self.constraint is None or self.constraint.can_end()
 
-    def _draw(self, candidates: np.ndarray[Any, Any]) -> int:
-        return int(candidates["id"][self._apply(self._chain, candidates)])
-
-    def _draw_allowed(self, candidates: np.ndarray[Any, Any]) -> int:
-        self._apply(self._grammar, candidates)
-        while np.isfinite(candidates["logit"]).any():
-            token = self._draw(candidates[np.isfinite(candidates["logit"])])
-            if self._is_written(token):
-                return token
-            candidates["logit"][token] = -np.inf
-        raise BackendError(
-            "No token of the base's vocabulary can follow here under the grammar, expected at "
-            "least one; allow other characters at this place of the grammar."
-        )
-
-    def _apply(self, sampler: Any, candidates: np.ndarray[Any, Any]) -> int:
-        """Let a sampler change or choose among candidates in place; the index of its choice."""
+    def _apply(self, candidates: np.ndarray[Any, Any]) -> int:
+        """Let the chain choose among candidates, changed in place; the index of its choice."""
         array = self._lib.llama_token_data_array(
             data=candidates.ctypes.data_as(ctypes.POINTER(self._lib.llama_token_data)),
             size=len(candidates),
             selected=-1,
             sorted=False,
         )
-        self._lib.llama_sampler_apply(sampler, ctypes.byref(array))
+        self._lib.llama_sampler_apply(self._chain, ctypes.byref(array))
         return int(array.selected)
 
     def close(self) -> None:

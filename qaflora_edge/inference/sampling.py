@@ -17,7 +17,7 @@ class Sampling:
     temperature  0, or below 1e-6: greedy
     seed         None: a new one each time
     stop         texts that end the answer; they are not part of it
-    grammar      a GBNF text that the answer follows, or None
+    grammar      what the answer follows: GBNF text, or a constraint.Grammar
     """
 
     max_tokens: int | None = default("max_tokens")

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.errors import OptionError
-from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
+from qaflora_edge.inference.constraint import Grammar, schema_grammar
 
 MAX_DEPTH = 128  # objects and lists of the parameters in each other
 BEGIN, END = "<tool_call>", "</tool_call>"
 _CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)", re.DOTALL)
 
 
-def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], str | None]:
+def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Grammar | None]:
     """The tools that the base is told of, and the grammar of a call that it has to make.
 
     tool_choice  None or "auto", "none", "required", or {"type": "function", "function":
@@ -69,7 +69,7 @@ def _checked(tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": dict(function)}
 
 
-def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
+def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:
     """One call of one of these tools, with arguments by its schema."""
     calls = []
     for i, tool in enumerate(tools):
@@ -83,8 +83,12 @@ def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
                 "required": ["name", "arguments"],
             }
         )
-    grammar = json_schema_to_gbnf({"anyOf": calls}, source="The parameters of tools")
-    return f'root ::= "{BEGIN}\\n" call "\\n{END}"\n' + grammar.replace("root ::=", "call ::=", 1)
+    return schema_grammar(
+        {"anyOf": calls},
+        source="The parameters of tools",
+        before=f"{BEGIN}\n",
+        after=f"\n{END}",
+    )
 
 
 def _moved(schema: Any, place: str, depth: int = 0) -> Any:

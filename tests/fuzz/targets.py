@@ -26,8 +26,7 @@ from qaflora_edge.formats.adapter_gguf import (
 )
 from qaflora_edge.formats.gguf_header import read_gguf_header, read_values
 from qaflora_edge.formats.safetensors_file import read_safetensors
-from qaflora_edge.grammar.gbnf import check_gbnf
-from qaflora_edge.grammar.json_schema import json_schema_to_gbnf
+from qaflora_edge.inference.constraint import schema_grammar
 from qaflora_edge.peft.config import parse_config, read_fields
 from qaflora_edge.peft.folder import read_peft
 
@@ -324,12 +323,12 @@ def _check_session(folder: Path, place: Path) -> None:
 
 
 def _check_schema(folder: Path, place: Path) -> None:
-    """A schema that is taken becomes a grammar that is taken."""
+    """A schema that is taken becomes a grammar that llguidance takes."""
     try:
         schema = json.loads((folder / "schema.json").read_bytes())
     except (ValueError, RecursionError):
         return  # JSON is not read by what is tested here
-    check_gbnf(json_schema_to_gbnf(schema))
+    schema_grammar(schema)
 
 
 def _check_native_adapter(folder: Path, place: Path) -> None:
