@@ -147,7 +147,7 @@ OPTIONS = (
            help="Sample from so many likeliest tokens; 0 is all."),
     Option("min_p", float, 0.0, "sampling", "--min-p", low=0, high=1,
            help="Sample from tokens at least so likely as this part of the likeliest; 0 is all."),
-    Option("repeat_penalty", float, 1.0, "sampling", "--repeat-penalty",
+    Option("repeat_penalty", float, 1.0, "sampling", "--repeat-penalty", defaults={"chat": 1.03},
            low=0, is_open=True, high=100,
            help="Make tokens less likely that are among the answer's last 64; 1 changes nothing."),
     Option("presence_penalty", float, 0.0, "sampling", "--presence-penalty", low=-100, high=100,

@@ -4,8 +4,13 @@ It knows what our output uses, and fails on everything else.
 """
 
 import re
+from typing import Any
 
+from rich.console import Console
 from wcwidth import wcwidth
+
+from qaflora_edge.cli.chat.markdown import THEME
+from qaflora_edge.cli.chat.stream import MarkdownStream
 
 _PART = re.compile(
     r"\x1b\[(?P<number>\d*)(?P<kind>[AJ])|\x1b\[[\d;]*m|(?P<char>[^\x1b])", re.DOTALL
@@ -70,3 +75,44 @@ class Screen:
         self._row, self._column = self._row + 1, 0
         if self._row == len(self.rows):
             self.rows.append([])
+
+
+def console_on(screen: Screen) -> Console:
+    return Console(
+        file=screen,  # type: ignore[arg-type]
+        theme=THEME,
+        force_terminal=True,
+        width=screen.columns,
+        height=screen.height,
+        legacy_windows=False,
+        highlight=False,
+    )
+
+
+def stream_on(screen: Screen, *, ascii_only: bool = False, **options: Any) -> MarkdownStream:
+    return MarkdownStream(
+        console_on(screen),
+        size=lambda: (screen.columns, screen.height),
+        ascii_only=ascii_only,
+        **options,
+    )
+
+
+def whole(text: str, columns: int) -> list[str]:
+    """The rows of an answer that came in one piece on a screen without end, and of a prompt."""
+    screen = Screen(columns, 10**6)
+    stream = stream_on(screen)
+    stream.feed(text)
+    stream.finish()
+    screen.write("> ")
+    return screen.lines
+
+
+class Ticks:
+    """A clock by which there is time to redraw whenever something came, and for nothing else."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now

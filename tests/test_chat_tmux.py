@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S
+from scripted_chat import ANSWER
 from tmux import Window, need_tmux
 
 Open = Callable[..., Window]
-QAFLORA = (sys.executable, "-m", "qaflora_edge")
+SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_chat.py")))
 HINT = "Alt-Enter: new line"  # below the input: it can be typed to
 
 
@@ -33,16 +34,24 @@ def opened(tmp_path: Path) -> Iterator[Open]:
     with ExitStack() as windows:
 
         def open_chat(
-            folder: Path, *args: str, columns: int = 80, rows: int = 24, **env: str
+            folder: Path,
+            *args: str,
+            answer: str | None = ANSWER,
+            columns: int = 80,
+            rows: int = 24,
+            **env: str,
         ) -> Window:
+            """answer  what the model is made to say, or None: what it says by itself"""
+            real = (sys.executable, "-m", "qaflora_edge")
             window = Window(
-                [*QAFLORA, "chat", str(folder), *args],
+                [*(real if answer is None else (*SCRIPTED, answer)), "chat", str(folder), *args],
                 columns=columns,
                 rows=rows,
                 env={
                     "XDG_DATA_HOME": str(tmp_path / "data"),
                     "PYTHONSAFEPATH": "1",
                     "LC_ALL": "C.UTF-8",
+                    "QAFLORA_THREADS": "1",
                     **env,
                 },
             )
@@ -53,37 +62,22 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         yield open_chat
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"[A-Za-z']+", text)
-
-
-def count_in(part: list[str], whole: list[str]) -> int:
-    """How many times a list of words stands in another."""
-    starts = range(len(whole) - len(part) + 1)
-    return sum(whole[at : at + len(part)] == part for at in starts)
-
-
-@pytest.mark.slow
-def test_a_chat_with_a_real_model(
-    opened: Open, checkout: Path, smollm2: Path, tmp_path: Path
+def test_a_chat_from_its_first_question_to_its_end(
+    opened: Open, made: TinyBundle, tmp_path: Path
 ) -> None:
     """Types, interrupts an answer taller than the screen, retries, shows weights, leaves."""
-    # Greedy and with equal weights this model tells on and on.
-    window = opened(
-        checkout / "models" / "demo", "--temp", "0", "--strategy", "static", columns=80, rows=8
-    )
-    assert "math, es, med" in window.screen()
+    story = "\n\n".join(" ".join(f"{name}{i}" for i in range(80)) for name in "abcd")
+    window = opened(made.folder, answer=story, columns=80, rows=8)
+    assert "math, es" in window.screen()
     window.type("Tell me a story.")
     window.key("Enter")
-    begun = re.compile(r"a story\.\n\n((?!reading)\S+ \S+ \S+ \S+)")
-    first = begun.search(window.wait_until(begun.search, "an answer"))
-    assert first is not None
-    # It is one paragraph: once it is taller than the screen, its beginning can be read above.
-    window.wait_until(lambda _: first[1] not in window.visible(), "a tall answer")
-    assert first[1] in window.screen()
+    window.wait_for("b70")
+    # Once it is taller than the screen, its beginning can be read above, in whole paragraphs.
+    seen = window.wait_until(lambda _: "b0 " not in window.visible(), "a tall answer")
+    assert re.findall(r"[a-d]\d+", seen)[:150] == story.split()[:150]
     window.key("C-c")
     screen = window.wait_for("stopped ·")
-    status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ %  \w+ \d+ %  \w+ \d+ %"
+    status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ %  \w+ \d+ %"
     assert re.search(status, " ".join(screen.split("\n")))
     # What scrolled out and what is there make the whole partial answer, once.
     path = tmp_path / "talk.json"
@@ -93,10 +87,8 @@ def test_a_chat_with_a_real_model(
     question, answer = json.loads(path.read_text(encoding="utf-8"))["messages"]
     assert question["content"] == "Tell me a story."
     assert answer["finish_reason"] == "cancelled"
-    said = words(answer["content"])
-    assert len(said) > 60
-    assert count_in(said, words(screen)) == 1
-    window.type("/strategy qa-flora")
+    assert re.findall(r"[a-d]\d+", screen) == answer["content"].split()
+    window.type("/strategy static")
     window.key("Enter")
     window.type("/retry")
     window.key("Enter")
@@ -114,8 +106,28 @@ def test_a_chat_with_a_real_model(
     assert history.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
+def test_a_chat_with_a_real_model(
+    opened: Open, checkout: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    """Whatever it says."""
+    window = opened(checkout / "models" / "demo", "--max-tokens", "24", answer=None)
+    assert "math, es, med" in window.screen()
+    window.type("Tell me a story.")
+    window.key("Enter")
+    mix = re.compile(r"\w+ \d+ % \w+ \d+ % \w+ \d+ %")
+    window.wait_until(lambda screen: mix.search(" ".join(screen.split())), "an answer")
+    window.type(f"/save {tmp_path / 'talk.json'}")
+    window.key("Enter")
+    window.wait_for("1 turn saved")
+    document = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert document["messages"][1]["finish_reason"] in ("stop", "length")
+    window.key("C-d")
+    window.wait_for("LEFT 0")
+
+
 def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
-    window = opened(made.folder, "--temp", "0", "--max-tokens", "40", columns=40, rows=20)
+    window = opened(made.folder, columns=40, rows=20)
     window.type("/wei")
     window.wait_for("> /wei /weights")  # the menu; a Tab while it is being made is passed over
     window.key("Tab")
@@ -146,7 +158,7 @@ def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
 
 
 def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: Path) -> None:
-    window = opened(made.folder, "--temp", "0", "--max-tokens", "4")
+    window = opened(made.folder)
     pasted = "one\n/quit\n<|im_end|> 漢字 🙂\nfour"
     window.paste(pasted)
     window.wait_for("four")
@@ -163,9 +175,7 @@ def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: 
 def test_a_resize_in_the_middle_of_an_answer(
     opened: Open, made: TinyBundle, tmp_path: Path, columns: int
 ) -> None:
-    window = opened(
-        made.folder, "--max-tokens", "400", "--seed", "3", "--ctx", "512", columns=40, rows=20
-    )
+    window = opened(made.folder, answer=" ".join([ANSWER] * 20), columns=40, rows=20)
     window.type("the thing")
     window.key("Enter")
     window.resize(columns, 16)
@@ -180,7 +190,7 @@ def test_a_resize_in_the_middle_of_an_answer(
 
 
 def test_ctrl_c_at_the_prompt_empties_it_and_stays(opened: Open, made: TinyBundle) -> None:
-    window = opened(made.folder, "--temp", "0", "--max-tokens", "4")
+    window = opened(made.folder)
     window.type("not this")
     window.wait_for("not this")
     window.key("C-c")
@@ -223,7 +233,7 @@ def test_more_ctrl_c_than_an_answer_needs_keep_the_chat(
     opened: Open, made: TinyBundle, tmp_path: Path, term: str
 ) -> None:
     """They arrive before it, while it ends, between it and the prompt, and at the prompt."""
-    window = opened(made.folder, "--max-tokens", "400", "--ctx", "512", columns=30, TERM=term)
+    window = opened(made.folder, answer=" ".join([ANSWER] * 20), columns=30, TERM=term)
     n_turn = 6
     for number in range(1, n_turn + 1):
         window.type("the thing")
@@ -236,9 +246,10 @@ def test_more_ctrl_c_than_an_answer_needs_keep_the_chat(
     assert "Exception" not in window.screen()
     window.type(f"/save {tmp_path / 'talk.json'}")
     window.key("Enter")
-    n_saved = str(n_turn) if term != "dumb" else rf"[0-{n_turn}]"
+    # An answer that was stopped before it began left no turn.
     window.wait_until(
-        lambda screen: re.search(rf"\b{n_saved} turns? saved", " ".join(screen.split())), "a file"
+        lambda screen: re.search(rf"\b[0-{n_turn}] turns? saved", " ".join(screen.split())),
+        "a file",
     )
     window.key("C-d")
     window.wait_for("LEFT 0")
@@ -247,7 +258,7 @@ def test_more_ctrl_c_than_an_answer_needs_keep_the_chat(
 def test_keys_typed_during_an_answer_are_there_for_the_next_message(
     opened: Open, made: TinyBundle
 ) -> None:
-    window = opened(made.folder, "--temp", "0", "--max-tokens", "200", "--ctx", "512")
+    window = opened(made.folder, answer=" ".join([ANSWER] * 5))
     window.type("the thing")
     window.key("Enter")
     window.type("/help")
@@ -296,7 +307,7 @@ def on_a_pty(command: list[str], typed: bytes, **env: str) -> bytes:
 def test_plain_terminals_get_no_escape_codes(
     made: TinyBundle, args: list[str], env: dict[str, str]
 ) -> None:
-    command = [*QAFLORA, "chat", str(made.folder), "--temp", "0", "--max-tokens", "8", *args]
+    command = [*SCRIPTED, ANSWER, "chat", str(made.folder), *args]
     written = on_a_pty(command, b"the thing\n/weights\n/help\n/nothing\n\x04", **env)
     assert b"\x1b" not in written
     assert b"weighs most at layers" in written
@@ -305,14 +316,55 @@ def test_plain_terminals_get_no_escape_codes(
 
 
 def test_a_person_is_told_once_what_makes_long_chats_answer_sooner(made: TinyBundle) -> None:
+    folder = str(Path(__file__).parent)
     start = (
-        "import sys, qaflora_edge.cli.chat as chat; chat._LONG_READ_S = 0; "
-        "from qaflora_edge.cli import main; main(sys.argv[1:])"
+        f"import sys; sys.path.insert(0, {folder!r}); import qaflora_edge.cli.chat as chat; "
+        "chat._LONG_READ_S = 0; from scripted_chat import *; Engine.generate = scripted(); "
+        "main(sys.argv[1:])"
     )
-    command = [sys.executable, "-c", start, "chat", str(made.folder), "--max-tokens", "4"]
+    command = [sys.executable, "-c", start, "chat", str(made.folder)]
     typed = b"the thing\non a ring\nand then\n\x04"
     written = on_a_pty(command, typed, TERM="dumb")
     assert written.count(b"/keep-history on reads only what is new") == 1
     first, told, _ = re.split(rb"tok/s", written, maxsplit=2)
     assert b"keep-history" not in first + told  # the first turn has nothing to keep
     assert b"keep-history" not in on_a_pty([*command, "--keep-history"], typed, TERM="dumb")
+
+
+def test_what_is_typed_breaks_between_words(opened: Open, made: TinyBundle) -> None:
+    window = opened(made.folder, columns=40)
+    window.type("The quick brown fox jumps over the internationalisation dog")
+    window.wait_for("dog")
+    assert "> The quick brown fox jumps over the\n  internationalisation dog\n" in window.screen()
+    window.key("Home")
+    window.type("So: ")
+    window.wait_for("> So: The quick brown fox jumps over the internationalisation dog")
+    window.key("Enter")
+    window.wait_for("tok/s")
+
+
+def test_an_answer_that_is_stopped_before_it_begins_leaves_no_turn(
+    opened: Open, made: TinyBundle, tmp_path: Path
+) -> None:
+    start = (
+        "import sys, time; from qaflora_edge import Engine; from qaflora_edge.cli import main; "
+        "generate = Engine.generate; "
+        "Engine.generate = lambda *a, **k: [time.sleep(1), generate(*a, **k)][1]; "
+        "main(sys.argv[1:])"
+    )
+    window = Window(
+        [sys.executable, "-c", start, "chat", str(made.folder)],
+        columns=80,
+        rows=24,
+        env={"XDG_DATA_HOME": str(tmp_path), "PYTHONSAFEPATH": "1", "LC_ALL": "C.UTF-8"},
+    )
+    with window:
+        window.wait_for(HINT)
+        window.type("the thing")
+        window.key("Enter")
+        window.wait_for("reading")
+        window.key("C-c")
+        window.wait_for("stopped before it began; the question is as if it had not been asked")
+        window.type("/undo")
+        window.key("Enter")
+        window.wait_for("nothing has been asked yet")

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
+from scripted_chat import scripted
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
+from qaflora_edge.config import in_group
 
+REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].default_of("chat")
+TESTS = str(Path(__file__).parent)
 GREEDY = ("--temp", "0", "--max-tokens", "6")
 
 
@@ -21,24 +25,38 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 def chat(made: TinyBundle, lines: str, *args: str) -> Result:
-    return CliRunner().invoke(main, ["chat", str(made.folder), *args], input=lines)
+    # One thread: others would wait for each other on a busy machine, and a tiny base needs none.
+    args = ("chat", str(made.folder), "--threads", "1", *args)
+    return CliRunner().invoke(main, args, input=lines)
 
 
 def test_turns_build_on_each_other(made: TinyBundle) -> None:
     result = chat(made, "the thing\n\nand then\n", *GREEDY)
     assert result.exit_code == 0
     messages: list[dict[str, str]] = []
-    with Engine(made.folder) as engine:
+    with Engine(made.folder, threads=1) as engine:
         for line in ("the thing", "and then"):  # an empty line asks nothing
             messages.append({"role": "user", "content": line})
-            text = engine.generate(engine.chat_tokens(messages), max_tokens=6).text()
-            messages.append({"role": "assistant", "content": text})
+            answer = engine.generate(
+                engine.chat_tokens(messages), max_tokens=6, repeat_penalty=REPEAT_PENALTY
+            )
+            messages.append({"role": "assistant", "content": answer.text()})
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     assert result.stdout == "".join(f"{answer}\n" for answer in answers)
     lines = result.stderr.splitlines()
     assert len(lines) == 2
-    status = r"\[cut at --max-tokens; [\d.]+ tok/s; first token \d\.\d\d s; math \d+ %  es \d+ %\]"
+    # What the model says may end early, or at once.
+    status = r"\[(cut at --max-tokens; )?([\d.]+ tok/s; )?(first token \d\.\d\d s; )?MIX\]"
+    status = status.replace("MIX", r"math \d+ %  es \d+ %")
     assert all(re.fullmatch(status, line) for line in lines), lines
+
+
+def test_the_status_tells_speed_and_mix(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "generate", scripted())
+    result = chat(made, "the thing\n")
+    status = r"\[9\.0 tok/s; first token \d\.\d\d s; math \d+ %  es \d+ %\]\n"
+    assert re.fullmatch(status, result.stderr), result.stderr
+    assert result.stdout == "The thing on a ring is there, and so is another.\n"
 
 
 def test_end_of_input_leaves(made: TinyBundle) -> None:
@@ -50,7 +68,10 @@ def test_last_line_needs_no_end(made: TinyBundle) -> None:
     assert chat(made, "the thing", *GREEDY).stdout == chat(made, "the thing\n", *GREEDY).stdout
 
 
-def test_oldest_turns_are_dropped_when_the_context_is_full(made: TinyBundle) -> None:
+def test_oldest_turns_are_dropped_when_the_context_is_full(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "generate", scripted("the thing"))
     question = "the thing on a ring"
     lines = f"{question}\n" * 4
     result = chat(made, lines, *GREEDY, "--ctx", "128")
@@ -59,10 +80,15 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(made: TinyBundle) -> 
     assert result.stderr.count("tok/s") == 4
 
 
-def test_too_long_a_line_is_told_and_the_chat_goes_on(made: TinyBundle) -> None:
+def test_too_long_a_line_is_told_and_the_chat_goes_on(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "generate", scripted())
     result = chat(made, "hi\n" + "xyz" * 100 + "\nhi\n", *GREEDY, "--ctx", "96")
     assert result.exit_code == 0
     assert "Error: The prompt has" in result.stderr
+    advice = "In this chat /ctx N makes it larger, and the message is still in the history (Up)."
+    assert advice in result.stderr
     assert result.stderr.count("tok/s") == 2
 
 
@@ -76,27 +102,29 @@ def test_raw_prompt_chats_without_a_template(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import signal, sys
-from qaflora_edge.inference.generation import Generation
-from qaflora_edge.cli import main
+sys.path.insert(0, sys.argv.pop(1))
+import scripted_chat
 
-next_piece = Generation.__next__
-count = 0
+words = scripted_chat.ScriptedGeneration.__iter__
+n_answer = 0
 
 def interrupted(self):
-    global count
-    count += 1
-    if count == 3:
-        signal.raise_signal(signal.SIGINT)
-    return next_piece(self)
+    global n_answer
+    n_answer += 1
+    for count, word in enumerate(words(self)):
+        if n_answer == 1 and count == 3:
+            signal.raise_signal(signal.SIGINT)
+        yield word
 
-Generation.__next__ = interrupted
-main(sys.argv[1:])
+scripted_chat.ScriptedGeneration.__iter__ = interrupted
+scripted_chat.Engine.generate = scripted_chat.scripted()
+scripted_chat.main(sys.argv[1:])
 """
 
 
 def test_interrupt_ends_the_answer_only(made: TinyBundle) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, "chat", str(made.folder), *GREEDY],
+        [sys.executable, "-c", INTERRUPTED, TESTS, "chat", str(made.folder), "--threads", "1"],
         input="the thing\nand then\n",
         capture_output=True,
         text=True,
@@ -105,3 +133,17 @@ def test_interrupt_ends_the_answer_only(made: TinyBundle) -> None:
     assert result.stderr.count("[stopped; ") == 1
     assert result.stderr.count("tok/s") == 2
     assert "Traceback" not in result.stderr
+
+
+def test_more_than_the_base_was_trained_for_is_told_once(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "generate", scripted())
+    long = "the thing " * 60
+    result = chat(made, f"hi\n{long}\n{long}\n/clear\nhi\n", "--ctx", "4096")
+    warning = (
+        "[warning: the base was trained for 512 tokens, and the conversation has more; answers may "
+        "fall apart. /clear begins anew]"
+    )
+    assert result.stderr.count(warning) == 1
+    assert result.stderr.index(warning) > result.stderr.index("tok/s")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,10 +14,15 @@ from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
+from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
+from qaflora_edge.cli.chat.command_table import COMMANDS
+from qaflora_edge.cli.chat.commands import Commands
+from qaflora_edge.config import in_group
 
+REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].default_of("chat")
 GREEDY = ("--temp", "0", "--max-tokens", "6")
 
 
@@ -27,7 +33,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 def chat(folder: Path, *lines: str, args: Sequence[str] = GREEDY) -> Result:
     text = "".join(f"{line}\n" for line in lines)
-    result = CliRunner().invoke(main, ["chat", str(folder), *args], input=text)
+    # One thread: others would wait for each other on a busy machine, and a tiny base needs none.
+    result = CliRunner().invoke(main, ["chat", str(folder), "--threads", "1", *args], input=text)
     assert "\x1b" not in result.output
     return result
 
@@ -35,10 +42,11 @@ def chat(folder: Path, *lines: str, args: Sequence[str] = GREEDY) -> Result:
 def answers(folder: Path, *questions: str, system: str | None = None, **options: Any) -> list[str]:
     """What a conversation of these questions is answered, by the Engine alone."""
     messages = [] if system is None else [{"role": "system", "content": system}]
-    with Engine(folder) as engine:
+    with Engine(folder, threads=1) as engine:
         for question in questions:
             messages.append({"role": "user", "content": question})
-            generation = engine.generate(engine.chat_tokens(messages), max_tokens=6, **options)
+            options = {"max_tokens": 6, "repeat_penalty": REPEAT_PENALTY, **options}
+            generation = engine.generate(engine.chat_tokens(messages), **options)
             messages.append({"role": "assistant", "content": generation.text()})
     return [message["content"] for message in messages if message["role"] == "assistant"]
 
@@ -73,7 +81,7 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
     [
         ("/adapters of math", "/adapters of is no choice; expected /adapters, /adapters on [NAME"),
         ("/adapters off law", "The adapter 'law' is not in this bundle; expected one of: math, es"),
-        ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, calibrated"),
+        ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, "),
         ("/strategy calibrated", "Strategy calibrated needs typical divergences"),
         (
             "/undo 3",
@@ -91,7 +99,21 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
         ("/keep-history yes", "/keep-history yes is no choice; expected /keep-history, /keep-"),
         ("/weights math", "/weights takes nothing behind it, found 'math'."),
         ("/retry 2", "/retry takes nothing behind it, found '2'."),
-        ("/help me", "/help takes nothing behind it, found 'me'."),
+        ("/help wieghts", "There is no command /wieghts; did you mean /help weights?"),
+        ("/help xyzzy", "There is no command /xyzzy; see /help."),
+        ("/strategy calibratd", "There is no strategy calibratd; did you mean calibrated?"),
+        ("/strategy singel:es", "There is no strategy singel:es; did you mean single:es?"),
+        ("/temp warm", "The temperature 'warm' is no number; expected one such as 0.7."),
+        ("/temp -1", "Option temperature is -1.0, expected a number from 0 up."),
+        ("/temp off", "The temperature 'off' is no number; expected one such as 0.7."),
+        ("/penalty 0", "Option repeat_penalty is 0.0, expected a number above 0 to 100."),
+        ("/seed 1.5", "The seed '1.5' is no whole number; expected one such as 4096."),
+        ("/seed -2", "Option seed is -2, expected a whole number from 0 to 4294967294."),
+        ("/ctx much", "The number of tokens 'much' is no whole number; expected one such as 4096."),
+        ("/ctx 0", "Option n_ctx is 0, expected a number of tokens from 1 to"),
+        ("/ctx 99999999999", "expected a number of tokens from 1 to"),
+        ("/clear all", "/clear takes nothing behind it, found 'all'."),
+        ("/exit now", "/exit takes nothing behind it, found 'now'."),
         ("/quit now", "/quit takes nothing behind it, found 'now'."),
         ("/save", "/save got no file name; expected /save FILE."),
         ("/load none.json", "Cannot load the session none.json: it cannot be read (No such file"),
@@ -133,7 +155,7 @@ def test_system_is_sent_first_and_taken_away(made: TinyBundle) -> None:
     option = chat(made.folder, "the thing", args=(*GREEDY, "--system", "on a ring"))
     assert option.stdout == result.stdout
     none = chat(made.folder, "/system on a ring", "/system -", "the thing")
-    assert none.stdout == as_lines(answers(made.folder, "the thing")) != result.stdout
+    assert none.stdout == as_lines(answers(made.folder, "the thing"))
 
 
 def test_a_template_without_system_prompt_refuses_it(tmp_path: Path) -> None:
@@ -174,16 +196,17 @@ def test_a_retry_reads_nothing_again_unless_something_changed(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_read: list[int] = []
-    decode: Callable[..., None] = Context.decode
+    decode: Callable[..., list[int]] = Context.decode_spans
 
-    def counting(self: Context, tokens: Sequence[int], **kwargs: Any) -> None:
-        if self.n_seq == 1 and (len(tokens) > 1 or kwargs.get("start", 0) + 1 == n_prompt):
-            n_read.append(len(tokens))
-        decode(self, tokens, **kwargs)
+    def counting(self: Context, spans: Sequence[Span]) -> list[int]:
+        for span in spans:
+            if self.n_seq == 1 and (len(span.tokens) > 1 or span.start + 1 == n_prompt):
+                n_read.append(len(span.tokens))
+        return decode(self, spans)
 
-    with Engine(made.folder) as engine:
+    with Engine(made.folder, threads=1) as engine:
         n_prompt = len(engine.chat_tokens([{"role": "user", "content": "the thing"}]))
-    monkeypatch.setattr(Context, "decode", counting)
+    monkeypatch.setattr(Context, "decode_spans", counting)
     result = chat(made.folder, "the thing", "/retry", "/strategy cosine", "/retry", "/retry")
     assert n_read == [n_prompt, 1, n_prompt, 1]
     first, second = (
@@ -210,10 +233,17 @@ def test_a_retry_with_a_seed_is_another_answer_and_repeatable(made: TinyBundle) 
     args = ("--temp", "1.5", "--max-tokens", "12", "--seed", "7")
     results = [chat(made.folder, "the thing", "/retry", args=args).stdout for _ in range(2)]
     assert results[0] == results[1]
-    with Engine(made.folder) as engine:
+    with Engine(made.folder, threads=1) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": "the thing"}])
         texts = [
-            engine.generate(tokens, max_tokens=12, temperature=1.5, top_p=0.95, seed=seed).text()
+            engine.generate(
+                tokens,
+                max_tokens=12,
+                temperature=1.5,
+                top_p=0.95,
+                repeat_penalty=REPEAT_PENALTY,
+                seed=seed,
+            ).text()
             for seed in (7, 8)
         ]
     assert texts[0] != texts[1]
@@ -288,9 +318,68 @@ def test_an_unknown_command_is_never_sent(made: TinyBundle, line: str, advice: s
 
 def test_help_names_every_command_and_quit_leaves(made: TinyBundle) -> None:
     result = chat(made.folder, "/help", "/quit", "the thing")
-    for name in ("weights", "adapters", "strategy", "system", "retry", "undo", "save", "load"):
-        assert f"/{name}" in result.stderr
+    for name in COMMANDS:
+        assert f"\n/{name} " in f"\n{result.stderr}"
+        assert callable(getattr(Commands, name.replace("-", "_")))
     assert (result.exit_code, result.stdout) == (0, "")
+    assert chat(made.folder, "/exit", "the thing").stdout == ""
+
+
+def test_help_explains_a_command(made: TinyBundle) -> None:
+    result = chat(made.folder, "/help penalty", "/help /undo")
+    assert result.stderr.startswith("/penalty [P|off]\n  Show the penalty on repeated tokens, or")
+    assert "1.03 is mild" in result.stderr
+    assert result.stderr.endswith(
+        "/undo [N]\n  Take back the last question and its answer, or N of them.\n"
+    )
+
+
+def test_sampling_is_shown_and_changed(made: TinyBundle) -> None:
+    lines = ("/temp", "/penalty", "/seed", "/temp 1.5", "/seed 7", "/penalty off", "the thing")
+    result = chat(made.folder, *lines)
+    assert result.stderr.startswith(
+        "[temperature 0.0]\n[repeat penalty 1.03]\n[no seed]\n"
+        "[temperature 1.5]\n[seed 7]\n[no repeat penalty]\n"
+    )
+    options = {"temperature": 1.5, "seed": 7, "top_p": 0.95, "repeat_penalty": 1.0}
+    assert result.stdout == as_lines(answers(made.folder, "the thing", **options))
+    off = chat(made.folder, "/seed off", args=(*GREEDY, "--seed", "3"))
+    assert off.stderr == "[no seed]\n"
+
+
+def test_clear_forgets_the_conversation_alone(made: TinyBundle) -> None:
+    result = chat(made.folder, "/system on a ring", "and then", "/clear", "the thing", "/undo 2")
+    assert "[1 turn forgotten]" in result.stderr
+    assert "from 1 to the 1 there is" in result.stderr
+    expected = answers(made.folder, "the thing", system="on a ring")
+    assert result.stdout.splitlines()[1:] == as_lines(expected).splitlines()
+
+
+def test_the_size_of_the_context_can_be_changed_in_a_conversation(made: TinyBundle) -> None:
+    long = "xyz " * 60
+    lines = ("the thing", long, "/ctx", "/strategy single:es", "/adapters off math", "/ctx 512")
+    result = chat(
+        made.folder, *lines, "/strategy", "/adapters", long, args=(*GREEDY, "--ctx", "96")
+    )
+    assert result.stderr.count("Error: The prompt has") == 1
+    told = r"\[context 96; \d+ tokens of it in use; the base was trained for 512\]"
+    assert re.search(told, result.stderr)
+    assert re.search(told.replace("96", "512"), result.stderr)
+    assert result.stderr.count("[strategy single:es]") == 2
+    assert result.stderr.count("math  off") == 2
+    assert result.stdout.count("\n") == 2
+    # The first turn is still there, and is read with the second.
+    with Engine(made.folder, threads=1) as engine:
+        first, second = result.stdout.splitlines()
+        messages = [
+            {"role": "user", "content": "the thing"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": long.rstrip("\n")},
+        ]
+        tokens = engine.chat_tokens(messages)
+        engine.use_adapters(["es"])
+        options = {"weights": "single:es", "max_tokens": 6, "repeat_penalty": REPEAT_PENALTY}
+        assert engine.generate(tokens, **options).text() == second
 
 
 def test_typed_control_tokens_stay_text(

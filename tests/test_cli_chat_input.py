@@ -8,14 +8,18 @@ from types import FrameType
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from prompt_toolkit.utils import get_cwidth
 
 from qaflora_edge.cli.chat.reply import interrupts_call
 from qaflora_edge.cli.chat.session import ChatSession
 from qaflora_edge.cli.chat.terminal_input import TerminalInput
+from qaflora_edge.cli.chat.word_wrap import blanks
 
 
 @pytest.fixture
@@ -104,3 +108,21 @@ def test_interrupts_after_enter_lose_no_message(
             sys.setprofile(None)
     assert message == "the thing"
     assert len(lines) > 100
+
+
+@given(st.text("ab漢 -", max_size=60), st.integers(2, 12))
+def test_no_word_breaks_that_fits_in_a_row(text: str, width: int) -> None:
+    n_blank = blanks(text, width)
+    assert len(n_blank) == len(text)
+    places, column, row = [], 0, 0  # the row of each letter on a terminal of that width
+    for char in "".join(" " * n + char for n, char in zip(n_blank, text, strict=True)):
+        if column + get_cwidth(char) > width:
+            column, row = 0, row + 1
+        column += get_cwidth(char)
+        places.append(row)
+    at = 0
+    for word in text.split(" "):
+        start = at + sum(n_blank[: at + 1])
+        at += len(word) + 1
+        if word and get_cwidth(word) <= width:
+            assert len(set(places[start : start + len(word)])) == 1, word

@@ -16,12 +16,15 @@ from qaflora_edge.errors import PromptError
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with Engine(make_bundle(tmp_path_factory.mktemp("reply")).folder) as engine:
+    with Engine(make_bundle(tmp_path_factory.mktemp("reply")).folder, threads=1) as engine:
         yield engine
 
 
+ENDLESS = "root ::= [a-z ] root"  # no end of the answer is ever allowed
+
+
 def begin(engine: Engine, **options: Any) -> Callable[[], Any]:
-    return lambda: engine.generate("the thing", **options)
+    return lambda: engine.generate("the thing", grammar=ENDLESS, **options)
 
 
 def tick() -> None:
@@ -29,7 +32,7 @@ def tick() -> None:
 
 
 def test_the_answer_is_the_engines(engine: Engine) -> None:
-    expected = engine.generate("the thing", max_tokens=20).text()
+    expected = engine.generate("the thing", grammar=ENDLESS, max_tokens=20).text()
     with Reply(begin(engine, max_tokens=20), engine.cancel) as reply:
         assert "".join(reply.pieces(tick)) == reply.text == expected
     assert not reply.is_stopped
@@ -40,8 +43,8 @@ def test_the_answer_is_the_engines(engine: Engine) -> None:
 
 
 def test_a_stopped_answer_keeps_what_was_given(engine: Engine) -> None:
-    whole = engine.generate("the thing", max_tokens=300).text()
-    with Reply(begin(engine, max_tokens=300), engine.cancel) as reply:
+    whole = engine.generate("the thing", grammar=ENDLESS, max_tokens=60).text()
+    with Reply(begin(engine, max_tokens=60), engine.cancel) as reply:
         pieces = reply.pieces(tick)
         given = [next(pieces), next(pieces)]
         reply.stop()
@@ -51,11 +54,11 @@ def test_a_stopped_answer_keeps_what_was_given(engine: Engine) -> None:
     assert whole.startswith(reply.text)
     assert len(reply.text) < len(whole)
     # The Engine is free again, and answers as before.
-    assert engine.generate("the thing", max_tokens=300).text() == whole
+    assert engine.generate("the thing", grammar=ENDLESS, max_tokens=60).text() == whole
 
 
 def test_leaving_the_block_stops_the_answer(engine: Engine) -> None:
-    with Reply(begin(engine, max_tokens=300), engine.cancel) as reply:
+    with Reply(begin(engine, max_tokens=60), engine.cancel) as reply:
         next(reply.pieces(tick))
     assert reply.is_stopped
     assert not any(thread.name == "reply" for thread in threading.enumerate())
@@ -67,7 +70,7 @@ def test_a_stop_that_comes_before_the_work_is_repeated(engine: Engine) -> None:
 
     def late() -> Any:
         may_begin.wait(PATIENCE_S)
-        return engine.generate("the thing", max_tokens=10**6)
+        return engine.generate("the thing", grammar=ENDLESS, max_tokens=10**6)
 
     def cancel() -> None:
         nonlocal n_cancel
@@ -125,4 +128,4 @@ def test_a_reading_that_is_stopped_ends_early(
         assert list(reply.pieces(stop_once_it_reads)) == []
     monkeypatch.undo()
     assert reply.generation is None  # generate() returns once the prompt is read
-    assert engine.generate("the thing", max_tokens=1).text()
+    assert begin(engine, max_tokens=1)().text()

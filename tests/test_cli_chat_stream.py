@@ -3,16 +3,14 @@
 import io
 import random
 import re
-from typing import Any
 
 import pytest
 from rich.console import Console
-from screen import Screen
+from screen import Screen, Ticks, stream_on, whole
 
 from qaflora_edge.cli.chat.live import LiveLines
 from qaflora_edge.cli.chat.markdown import THEME, render_block
 from qaflora_edge.cli.chat.signs import to_ascii, visible
-from qaflora_edge.cli.chat.stream import MarkdownStream
 
 ANSWER = """\
 # Adding numbers
@@ -55,27 +53,6 @@ LONG_LIST = "".join(f"- item {i}\n" for i in range(30)) + "\nEnd."
 LONG_WORD = "x" * 150 + " 漢字" * 20 + " 🙂👍🏽" * 10
 
 
-def console_on(screen: Screen) -> Console:
-    return Console(
-        file=screen,  # type: ignore[arg-type]
-        theme=THEME,
-        force_terminal=True,
-        width=screen.columns,
-        height=screen.height,
-        legacy_windows=False,
-        highlight=False,
-    )
-
-
-def stream_on(screen: Screen, *, ascii_only: bool = False, **options: Any) -> MarkdownStream:
-    return MarkdownStream(
-        console_on(screen),
-        size=lambda: (screen.columns, screen.height),
-        ascii_only=ascii_only,
-        **options,
-    )
-
-
 def pieces(text: str, seed: int) -> list[str]:
     """The text in pieces of random lengths, as tokens come."""
     chance = random.Random(seed)
@@ -91,23 +68,14 @@ def streamed(text: str, columns: int, height: int, *, seed: int = 0, above: int 
     """A screen after an answer that was redrawn with every piece; a prompt follows it."""
     screen = Screen(columns, height)
     screen.write("> question\n" * above)
-    time = iter(range(10**9))
-    stream = stream_on(screen, clock=lambda: 1e3 * next(time))
+    clock = Ticks()
+    stream = stream_on(screen, clock=clock)
     for piece in pieces(text, seed):
+        clock.now += 1
         stream.feed(piece)
     stream.finish()
     screen.write("> ")
     return screen
-
-
-def whole(text: str, columns: int) -> list[str]:
-    """The same answer that came in one piece on a screen without end."""
-    screen = Screen(columns, 10**6)
-    stream = stream_on(screen)
-    stream.feed(text)
-    stream.finish()
-    screen.write("> ")
-    return screen.lines
 
 
 @pytest.mark.parametrize(("columns", "height"), [(20, 24), (40, 5), (80, 10)])
@@ -251,9 +219,10 @@ def test_a_block_taller_than_the_screen_is_there_from_its_beginning(
 ) -> None:
     """Also while it grows: what scrolled out can be read above."""
     screen = Screen(40, 10)
-    time = iter(range(10**9))
-    stream = stream_on(screen, clock=lambda: 1e3 * next(time))
+    clock = Ticks()
+    stream = stream_on(screen, clock=clock)
     for piece in pieces(text[: len(text) * 3 // 4], seed=1):
+        clock.now += 1
         stream.feed(piece)
     found = re.findall(pattern, "\n".join(screen.lines))
     assert len(found) > 20
@@ -263,8 +232,8 @@ def test_a_block_taller_than_the_screen_is_there_from_its_beginning(
 def test_a_narrower_window_leaves_no_torn_copy_of_a_tall_block() -> None:
     """Its lines that are not for good still fit on the screen, where they can be erased."""
     screen = Screen(60, 10)
-    time = iter(range(10**9))
-    stream = stream_on(screen, clock=lambda: 1e3 * next(time))
+    clock = Ticks()
+    stream = stream_on(screen, clock=clock)
     stream.feed(LONG_TEXT[:700])
     assert len(stream._live._drawn) == 5
     rows = [row for line in screen.lines for row in (line[:30], line[30:]) if row]
@@ -272,6 +241,7 @@ def test_a_narrower_window_leaves_no_torn_copy_of_a_tall_block() -> None:
     narrow.write("\n".join(rows))
     screen.columns = 30  # what the stream asks for
     stream._console.file = stream._live._file = narrow
+    clock.now += 1
     stream.feed(LONG_TEXT[700:])
     stream.finish()
     assert "".join(narrow.lines).replace(" ", "") == LONG_TEXT.replace(" ", "")

@@ -127,7 +127,7 @@ def test_defaults_of_a_command(command: str) -> None:
     """Those of Python, but for what is listed here."""
     different = {
         "run": {"max_tokens": 512},
-        "chat": {"max_tokens": 512, "temperature": 0.7},
+        "chat": {"max_tokens": 512, "temperature": 0.7, "repeat_penalty": 1.03},
         "weights": {},
         "bench": {"max_tokens": 64},
     }

@@ -192,13 +192,16 @@ def bundle_folder(text: str) -> Path:
     return pulled
 
 
-def open_engine(bundle: str, options: SharedOptions) -> Engine:
-    """An Engine for a bundle; on a terminal a line is shown when it takes long."""
+def open_engine(bundle: str, options: SharedOptions, **changes: Any) -> Engine:
+    """An Engine for a bundle; on a terminal a line is shown when it takes long.
+
+    changes  keywords of Engine in place of those that the options give
+    """
     from qaflora_edge.engine import Engine
 
     folder = bundle_folder(bundle)
     with waiting(f"Loading {folder}"):
-        return Engine(folder, strategy=options.strategy, **options.engine)
+        return Engine(folder, strategy=options.strategy, **{**options.engine, **changes})
 
 
 def read_prompt(text: str) -> str:

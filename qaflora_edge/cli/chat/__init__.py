@@ -62,26 +62,31 @@ def chat(
 
     Each answer is weighed anew for the conversation so far; a line on stderr tells the speed and
     the mix. A line that begins with a slash is a command; /help lists them. Ctrl-C stops an answer,
-    Ctrl-D leaves. When the context is full the oldest turns drop out.
+    Ctrl-D leaves. When the context is full the oldest turns drop out. A repeat penalty of 1.03
+    holds off loops; /penalty off takes it away.
 
     In a pipe each line of stdin is a message, and stdout has the answers alone.
     """
     from qaflora_edge.chat.session_file import bundle_identity
+    from qaflora_edge.cli.chat.context_size import context_size
     from qaflora_edge.cli.chat.keys import silent_keys
     from qaflora_edge.cli.chat.session import ChatSession
 
-    identity = bundle_identity(bundle_folder(bundle))
+    folder = bundle_folder(bundle)
+    identity = bundle_identity(folder)
     is_plain = plain or not _is_capable()
-    with nullcontext() if is_plain else silent_keys(), open_engine(bundle, options) as engine:
+    with nullcontext() if is_plain else silent_keys():
         session = ChatSession(
-            engine,
+            lambda n_ctx: open_engine(bundle, options, n_ctx=n_ctx),
+            context_size(folder, options.kv_type) if options.ctx is None else options.ctx,
             identity,
             sampling=options.sampling,
             raw_prompt=options.raw_prompt,
             keep_history=keep_history,
         )
-        session.check()
-        _Chat(session, is_plain=is_plain).run(system, load_path)
+        with session:
+            session.check()
+            _Chat(session, is_plain=is_plain).run(system, load_path)
 
 
 def _is_capable() -> bool:
@@ -114,6 +119,7 @@ class _Chat:
                 self._view.note(f"the history is not kept: {self._input.why_no_history}")
         self._commands = Commands(session, self._view, self.ask)
         self._is_hinted = not sys.stdin.isatty()
+        self._is_beyond = False
 
     def run(self, system: str | None, load_path: Path | None) -> None:
         from qaflora_edge.cli.chat.commands import LeaveChat
@@ -138,15 +144,14 @@ class _Chat:
                     self._view.done()
 
     def ask(self, question: str, *, is_retry: bool = False) -> bool:
-        """Answer a question and tell how; False if it could not be asked."""
+        """Answer a question and tell how; False if no turn came of it."""
         try:
-            self._answer(question, is_retry)
+            return self._answer(question, is_retry)
         except QafloraError as error:  # this question cannot be answered; the next one may
             self._view.error(error)
             return False
-        return True
 
-    def _answer(self, question: str, is_retry: bool) -> None:
+    def _answer(self, question: str, is_retry: bool) -> bool:
         from qaflora_edge.cli.chat.reply import Reply, interrupts_call
 
         session, view = self._session, self._view
@@ -164,8 +169,23 @@ class _Chat:
             finally:
                 view.end()
         reason = session.conclude(question, reply)
+        if reason == "cancelled" and not reply.text:
+            view.note("stopped before it began; the question is as if it had not been asked")
+            return False
         view.status(_status(session, reply, reason), session.fusion)
+        self._warn(reply)
         self._hint(reply)
+        return True
+
+    def _warn(self, reply: Reply) -> None:
+        """Tell that the conversation has become longer than the base was trained for."""
+        before = self._is_beyond
+        self._is_beyond = reply.generation is not None and self._session.is_beyond(reply.generation)
+        if self._is_beyond and not before:
+            self._view.note(
+                f"warning: the base was trained for {self._session.engine.n_ctx_train} tokens, and "
+                "the conversation has more; answers may fall apart. /clear begins anew"
+            )
 
     def _hint(self, reply: Reply) -> None:
         """Tell a person once that long conversations can be read in less time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.cli.chat.command_table import COMMANDS, did_you_mean, strategy_names
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.weighing.strategy import strategies
 
@@ -28,7 +28,9 @@ class LeaveChat(Exception):
 class Commands:
     """Runs slash commands of one chat.
 
-    ask  answers a question: ask(question, is_retry=False); False if it could not be asked
+    ask  answers a question: ask(question, is_retry=False); False if no turn came of it
+
+    The method of a command has its name, with `_` for `-`; command_table has the words.
     """
 
     session: ChatSession
@@ -46,13 +48,13 @@ class Commands:
         try:
             if argument and not command.argument:
                 raise click.UsageError(f"/{name} takes nothing behind it, found {argument!r}.")
-            command.run(self, argument.strip())
+            getattr(self, name.replace("-", "_"))(argument.strip())
         except (QafloraError, click.UsageError) as error:
             self.view.error(error)
 
     def _unknown(self, name: str) -> None:
-        near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
-        advice = f"did you mean /{near[0]}?" if near else "see /help."
+        near = did_you_mean(name, COMMANDS)
+        advice = f"did you mean /{near}?" if near else "see /help."
         self.view.error(
             click.UsageError(
                 f"There is no command /{name}; {advice} For a message that begins with a slash, "
@@ -63,11 +65,25 @@ class Commands:
     def help(self, argument: str) -> None:
         width = max(20, min(80, self.view.width))
         formatter = click.HelpFormatter(width=width)
-        rows = [(f"/{name} {c.argument}".rstrip(), c.help) for name, c in COMMANDS.items()]
-        rows.append(("//TEXT", "Send a message that begins with one slash."))
-        formatter.write_dl(rows, col_max=width // 3)
+        if argument:
+            self._explain(argument.removeprefix("/"), formatter)
+        else:
+            rows = [(f"/{name} {c.argument}".rstrip(), c.help) for name, c in COMMANDS.items()]
+            rows.append(("//TEXT", "Send a message that begins with one slash."))
+            formatter.write_dl(rows, col_max=width // 3)
         self.view.show(formatter.getvalue().rstrip("\n"))
-        self.view.keys()
+        if not argument:
+            self.view.keys()
+
+    def _explain(self, name: str, formatter: click.HelpFormatter) -> None:
+        command = COMMANDS.get(name)
+        if command is None:
+            near = did_you_mean(name, COMMANDS)
+            advice = f"did you mean /help {near}?" if near else "see /help."
+            raise click.UsageError(f"There is no command /{name}; {advice}")
+        formatter.write_text(f"/{name} {command.argument}".rstrip())
+        with formatter.indentation():
+            formatter.write_text(f"{command.help} {command.more}".rstrip())
 
     def weights(self, argument: str) -> None:
         if self.session.fusion is None:
@@ -101,6 +117,11 @@ class Commands:
 
     def strategy(self, argument: str) -> None:
         if argument:
+            names = list(strategy_names(self.session))
+            is_known = any(argument.partition(":")[0] == known.name for known in strategies())
+            near = None if is_known else did_you_mean(argument, names)
+            if near:
+                raise click.UsageError(f"There is no strategy {argument}; did you mean {near}?")
             self.session.engine.use_strategy(argument)
         self.view.note(f"strategy {self.session.engine.strategy}")
 
@@ -109,6 +130,38 @@ class Commands:
             self.session.set_system(None if argument == "-" else argument)
         text = self.session.conversation.system
         self.view.note("no system prompt" if text is None else f"system prompt: {text}")
+
+    def temp(self, argument: str) -> None:
+        self._sampled("temperature", "temperature", argument)
+
+    def penalty(self, argument: str) -> None:
+        self._sampled("repeat_penalty", "repeat penalty", argument, off=1.0)
+
+    def seed(self, argument: str) -> None:
+        self._sampled("seed", "seed", argument, off=None)
+
+    def _sampled(self, option: str, name: str, argument: str, **off: float | None) -> None:
+        """Show an option of sampling, or set it; `off` is its value then, where it has one."""
+        if argument == "off" and off:
+            self.session.set_sampling(option, off["off"])
+        elif argument:
+            self.session.set_sampling(option, _number(argument, name, is_whole=option == "seed"))
+        value = self.session.sampling[option]
+        is_off = bool(off) and value == off["off"]
+        self.view.note(f"no {name}" if is_off else f"{name} {value}")
+
+    def ctx(self, argument: str) -> None:
+        session = self.session
+        if argument:
+            session.reopen(int(_number(argument, "number of tokens", is_whole=True)))
+        n_train = session.engine.n_ctx_train
+        parts = [f"context {session.engine.n_ctx}", f"{session.n_token} tokens of it in use"]
+        self.view.note(*parts, f"the base was trained for {n_train}")
+
+    def clear(self, argument: str) -> None:
+        n_turn = len(self.session.conversation.turns)
+        self.session.clear()
+        self.view.note(f"{n_turn} {'turn' if n_turn == 1 else 'turns'} forgotten")
 
     def retry(self, argument: str) -> None:
         turn = self.session.conversation.undo()
@@ -122,7 +175,7 @@ class Commands:
         if not turns:
             self.view.note("nothing has been asked yet")
             return
-        n = _number(argument or "1", len(turns))
+        n = _n_turn(argument or "1", len(turns))
         taken = [self.session.conversation.undo() for _ in range(n)][-1]
         self.session.fusion = None
         what = "taken back" if n == 1 else f"{n} turns taken back, from"
@@ -164,39 +217,7 @@ class Commands:
     def quit(self, argument: str) -> None:
         raise LeaveChat
 
-
-@dataclass(frozen=True)
-class Command:
-    """What follows a command's name, what it does in a sentence, and doing it."""
-
-    argument: str
-    help: str
-    run: Callable[[Commands, str], None]
-
-
-COMMANDS = {
-    "weights": Command("", "Show what each adapter weighed for the last answer.", Commands.weights),
-    "adapters": Command(
-        "[on|off [NAME ...]]", "List the adapters, or switch some on or off.", Commands.adapters
-    ),
-    "strategy": Command(
-        "[NAME]", "Show how adapters are weighed, or change it.", Commands.strategy
-    ),
-    "system": Command(
-        "[TEXT]", "Show the system prompt, or change it; - takes it away.", Commands.system
-    ),
-    "retry": Command("", "Answer the last question again.", Commands.retry),
-    "undo": Command(
-        "[N]", "Take back the last question and its answer, or N of them.", Commands.undo
-    ),
-    "keep-history": Command(
-        "[on|off]", "Whether a turn reads only what is new, for long chats.", Commands.keep_history
-    ),
-    "save": Command("FILE", "Save the conversation to a file.", Commands.save),
-    "load": Command("FILE", "Go on with a saved conversation.", Commands.load),
-    "help": Command("", "Show this list.", Commands.help),
-    "quit": Command("", "Leave, as Ctrl-D does.", Commands.quit),
-}
+    exit = quit
 
 
 def _short(text: str) -> str:
@@ -205,7 +226,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _number(argument: str, n_most: int) -> int:
+def _n_turn(argument: str, n_most: int) -> int:
     """How many turns are meant."""
     try:
         number = int(argument)
@@ -225,26 +246,13 @@ def _path(argument: str, name: str) -> Path:
     return Path(argument).expanduser()
 
 
-def completions(text: str, session: ChatSession) -> Iterator[str]:
-    """What may stand in place of the last word of a slash command that is being typed."""
-    words = text.split(" ")
-    name, word = words[0][1:], words[-1]
-    if len(words) == 1:
-        candidates = [f"/{name}" for name in COMMANDS]
-    elif name == "strategy" and len(words) == 2:
-        candidates = list(_strategies(session))
-    elif name in ("adapters", "keep-history") and len(words) == 2:
-        candidates = ["on", "off"]
-    elif name == "adapters":
-        candidates = [n for n in session.engine.loaded_adapters if n not in words[2:-1]]
-    else:
-        candidates = []
-    yield from (candidate for candidate in candidates if candidate.startswith(word))
-
-
-def _strategies(session: ChatSession) -> Iterator[str]:
-    for strategy in strategies():
-        if strategy.argument == "NAME":
-            yield from (f"{strategy.name}:{name}" for name in session.engine.adapters)
-        else:
-            yield f"{strategy.name}:" if strategy.needs_argument else strategy.name
+def _number(text: str, name: str, *, is_whole: bool) -> float:
+    """The number that was typed."""
+    try:
+        return int(text) if is_whole else float(text)
+    except ValueError:
+        kind = "whole number" if is_whole else "number"
+        raise click.UsageError(
+            f"The {name} {_short(text)!r} is no {kind}; expected one such as "
+            f"{'4096' if is_whole else '0.7'}."
+        ) from None

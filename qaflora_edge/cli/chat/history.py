@@ -43,5 +43,5 @@ def _forget_oldest(path: Path) -> None:
         data = file.read()
     _, begin, kept = data.partition(_ENTRY)
     with contextlib.suppress(OutputFileError), atomic_path(os.path.realpath(path)) as temporary:
-        temporary.chmod(0o600)
+        temporary.touch(0o600)
         temporary.write_bytes(begin + kept)

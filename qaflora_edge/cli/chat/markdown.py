@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
-from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from pygments.token import (  # type: ignore[import-untyped]
     Comment,
@@ -15,15 +14,27 @@ from pygments.token import (  # type: ignore[import-untyped]
     Operator,
     String,
 )
+from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, ListElement, Markdown, MarkdownElement
+from rich.markdown import (
+    CodeBlock,
+    Heading,
+    ListElement,
+    ListItem,
+    Markdown,
+    MarkdownElement,
+    TableElement,
+)
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
+from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
 from qaflora_edge.cli.chat.signs import to_ascii
+from qaflora_edge.cli.chat.syntax import parse
 
 # Colours of the terminal's own palette that can be read on a light ground and on a dark one.
 THEME = Theme(
@@ -53,28 +64,6 @@ _CODE = ANSISyntaxTheme(
         Number: Style(color="magenta"),
     }
 )
-# No HTML and no definitions of links: they would not be shown. No underlined headings: `Steps:`
-# would become one for as long as only the first `-` of the list below it has arrived.
-_PARSER = (
-    MarkdownIt("commonmark", {"html": False})
-    .enable(["strikethrough", "table"])
-    .disable(["lheading", "reference"])
-)
-
-
-def parse(source: str) -> list[Token]:
-    """Markdown's tokens; a line end within a paragraph stays one."""
-    tokens = _PARSER.parse(source)
-    for token in tokens:
-        for child in token.children or ():
-            if child.type == "softbreak":
-                child.type = "hardbreak"
-    return tokens
-
-
-def block_starts(source: str) -> list[int]:
-    """The line that each top-level block begins at."""
-    return sorted({token.map[0] for token in parse(source) if token.map and token.level == 0})
 
 
 class _Heading(Heading):
@@ -101,16 +90,86 @@ class _CodeBlock(CodeBlock):
         yield Text("───", style="markdown.hr")
 
 
+class _Item(ListItem):
+    """An item that knows its mark: the number that was written, which rich would count anew."""
+
+    mark = number = ""
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> _Item:
+        item = cls()
+        item.mark, item.number = token.markup, token.info
+        return item
+
+
 class _List(ListElement):
     """A list whose numbers take the same room however many follow: what is shown stays there."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        is_bullet = self.list_type == "bullet_list_open"
-        for number, item in enumerate(self.items, self.list_start or 0):
-            if is_bullet:
-                yield from item.render_bullet(console, options)
-            else:
-                yield from item.render_number(console, options, number, max(10, number))
+        kind = "number" if self.list_type == "ordered_list_open" else "bullet"
+        style = console.get_style(f"markdown.item.{kind}")
+        for item in self.items:
+            assert isinstance(item, _Item)
+            sign = f"{item.number:>3} " if item.number else " • "
+            narrower = options.update(width=max(1, options.max_width - len(sign)))
+            rows = console.render_lines(item.elements, narrower, style=item.style)
+            if not rows:  # perhaps no list at all, but an answer such as `24.`
+                sign, rows = f"{item.number}{item.mark}", [[]]
+            for index, row in enumerate(rows):
+                yield Segment(" " * len(sign) if index else sign, style)
+                yield from row
+                yield Segment.line()
+
+
+class _Table(TableElement):
+    """A table that cuts nothing: cells wrap between words, or each row becomes a list of fields."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        head = [] if self.header is None or self.header.row is None else self.header.row.cells
+        rows = [] if self.body is None else [row.cells for row in self.body.rows]
+        names = [cell.content for cell in head]
+        for name in names:
+            name.stylize("markdown.table.header")
+        cells = [[cell.content for cell in row] for row in rows]
+        room = options.max_width - 2 * len(names)  # a blank at each side, two between columns
+        widths = _column_widths([names, *cells], room)
+        if widths is None:
+            yield from _fields(names, cells)
+            return
+        table = Table(box=SIMPLE, pad_edge=False, style="markdown.table.border")
+        table.collapse_padding = True
+        for name, width in zip(names, widths, strict=True):
+            table.add_column(name, width=width, overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        yield table
+
+
+def _column_widths(rows: Sequence[Sequence[Text]], room: int) -> list[int] | None:
+    """The width of each column, so that no word is broken; None where they have no room."""
+    columns = list(zip(*rows, strict=True))
+    least = [max(_widest(cell.plain.split()) for cell in column) for column in columns]
+    wanted = [max(cell.cell_len for cell in column) for column in columns]
+    spare, missing = room - sum(least), sum(wanted) - sum(least)
+    if spare < 0:
+        return None
+    part = min(1.0, spare / missing) if missing else 0.0
+    return [max(1, n + int(part * (m - n))) for n, m in zip(least, wanted, strict=True)]
+
+
+def _widest(words: Iterable[str]) -> int:
+    return max(map(cell_len, words), default=1)
+
+
+def _fields(names: Sequence[Text], rows: Sequence[Sequence[Text]]) -> Iterator[Text]:
+    """The rows of a table below each other, a field a line."""
+    if not rows:
+        yield Text(" ").join(names)
+    for index, row in enumerate(rows):
+        if index:
+            yield Text()
+        for name, cell in zip(names, row, strict=True):
+            yield Text.assemble(name, ": ", cell)
 
 
 class _Answer(Markdown):
@@ -121,6 +180,8 @@ class _Answer(Markdown):
         "heading_open": _Heading,
         "bullet_list_open": _List,
         "ordered_list_open": _List,
+        "list_item_open": _Item,
+        "table_open": _Table,
         "fence": _CodeBlock,
         "code_block": _CodeBlock,
     }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from qaflora_edge.chat.conversation import Conversation, Message, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
+from qaflora_edge.inference.sampling import make_sampling
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply
@@ -24,6 +25,8 @@ _Asked = tuple[list[int], str, tuple[str, ...]]  # token ids, strategy, adapters
 class ChatSession:
     """A conversation, the Engine that answers it, and how.
 
+    open_engine   opens the bundle with a context of so many tokens
+    n_ctx         that of the first Engine
     sampling      keywords of Engine.generate; a retry adds to the seed, or it would change nothing
     keep_history  whether earlier turns stay as they were read; may be changed between turns
     fusion        the weights of the last answer, if there was one
@@ -31,27 +34,38 @@ class ChatSession:
 
     def __init__(
         self,
-        engine: Engine,
+        open_engine: Callable[[int], Engine],
+        n_ctx: int,
         identity: BundleIdentity,
         *,
         sampling: dict[str, Any],
         raw_prompt: bool = False,
         keep_history: bool = False,
     ) -> None:
-        self.engine, self.identity = engine, identity
+        self._open_engine = open_engine
+        self.engine, self.identity = open_engine(n_ctx), identity
         self.conversation = Conversation()
         self.fusion: FusionWeights | None = None
-        self._sampling, self._raw_prompt = sampling, raw_prompt
+        self.sampling = sampling
+        self._raw_prompt = raw_prompt
         self.keep_history = keep_history
         self._n_retry = 0
         self._asked: _Asked | None = None  # what the last answer answered
         self._asking: _Asked | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
     @property
-    def title(self) -> tuple[str, str, str]:
-        """The base, its adapters and the strategy, in words."""
+    def title(self) -> list[str]:
+        """The base, its adapters, the strategy and what sampling holds off, in words."""
         names = ", ".join(self.engine.adapters) or "no adapters"
-        return self.engine.name, names, f"strategy {self.engine.strategy}"
+        parts = [self.engine.name, names, f"strategy {self.engine.strategy}"]
+        penalty = self.sampling["repeat_penalty"]
+        return parts if penalty == 1.0 else [*parts, f"repeat penalty {penalty:g}"]
 
     def check(self) -> None:
         """Raises ChatTemplateError when the base has no usable template and one is needed."""
@@ -70,11 +84,11 @@ class ChatSession:
         check_text(question)
         self._n_retry = self._n_retry + 1 if is_retry else 0
         n_ctx = self.engine.n_ctx
-        room = min(self._sampling["max_tokens"], n_ctx // 4)
-        tokens = self.conversation.fit(question, self._tokens, n_ctx - room)
-        sampling = dict(self._sampling)
-        if self.engine.seed is not None:
-            sampling["seed"] = (self.engine.seed + self._n_retry) % MAX_SEED
+        room = min(self.sampling["max_tokens"], n_ctx // 4)
+        tokens = self._fitted(question, n_ctx - room)
+        sampling = dict(self.sampling)
+        if sampling["seed"] is not None:
+            sampling["seed"] = (sampling["seed"] + self._n_retry) % MAX_SEED
         self._asking = (tokens, self.engine.strategy, self.engine.adapters)
         keep_history = self.keep_history
         if is_retry and self.fusion is not None and self._asking == self._asked:
@@ -84,15 +98,44 @@ class ChatSession:
         self._asked = None  # until there is an answer
         return lambda: self.engine.generate(tokens, keep_history=keep_history, **sampling)
 
+    def _fitted(self, question: str, n_most: int) -> list[int]:
+        try:
+            return self.conversation.fit(question, self._tokens, n_most)
+        except PromptError as error:
+            raise PromptError(
+                f"{error} In this chat /ctx N makes it larger, and the message is still in the "
+                "history (Up)."
+            ) from error
+
     def conclude(self, question: str, reply: Reply) -> str:
-        """Add a question and what was answered to it; gives the reason of the answer's end."""
+        """Add a question and what was answered to it; gives the reason of the answer's end.
+
+        An answer that was stopped before it began adds nothing.
+        """
         generation = reply.generation
         reason = "cancelled" if reply.is_stopped or generation is None else None
         reason = reason or (generation and generation.finish_reason) or "cancelled"
+        if reason == "cancelled" and not reply.text:
+            return reason
         self.conversation.turns.append(Turn(question, reply.text, reason))
         self.fusion = None if generation is None else generation.fusion
         self._asked = self._asking
         return reason
+
+    def clear(self) -> None:
+        """Forget all turns."""
+        self.conversation = Conversation(system=self.conversation.system)
+        self.fusion = None
+
+    @property
+    def n_token(self) -> int:
+        """Tokens of the conversation so far, without turns that dropped out."""
+        messages = self.conversation.messages(n_dropped=self.conversation.n_dropped)
+        return len(self._tokens(messages)) if messages else 0
+
+    def is_beyond(self, generation: Generation) -> bool:
+        """Whether an answer went on where the base was not trained to."""
+        return generation.n_prompt + generation.n_completion > self.engine.n_ctx_train
 
     def is_full(self, generation: Generation) -> bool:
         """Whether an answer ended because the context has no room for more."""
@@ -105,6 +148,27 @@ class ChatSession:
         return self.engine.chat_tokens(messages)
 
     # how it is answered
+
+    def set_sampling(self, option: str, value: float | None) -> None:
+        """Set a keyword of Engine.generate. Raises OptionError, and changes nothing."""
+        sampling = {**self.sampling, option: value}
+        make_sampling(**sampling)
+        self.sampling = sampling
+
+    def reopen(self, n_ctx: int) -> None:
+        """Change the size of the context, by another Engine.
+
+        Raises a QafloraError, and stays with the size as it was, when that cannot be.
+        """
+        before = self.engine
+        before.close()
+        try:
+            self.engine = self._open_engine(n_ctx)
+        except QafloraError:
+            self.engine = self._open_engine(before.n_ctx)
+            raise
+        finally:
+            self._use(before.strategy, before.adapters)
 
     def set_system(self, text: str | None) -> None:
         """Change the system prompt of the whole conversation, from the next turn on.

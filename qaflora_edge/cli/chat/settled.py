@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from markdown_it.token import Token
 from rich.cells import cell_len
 
-from qaflora_edge.cli.chat.markdown import parse
+from qaflora_edge.cli.chat.syntax import may_close, may_open, parse
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_OPENS = re.compile(r"[*_~]")  # what is shown of emphasis has no end yet
-_TAKES_BACK = re.compile(r"[\[`]")  # a link or code could take what is before it out of emphasis
+_MARK = re.compile(r"\\.|`+|\*+|_+|~~+|\[|\]\(?|[()]", re.DOTALL)
+_MAYBE_HEAD = re.compile(r"[\s>*+\-\d.)]*\|")  # the first row of a table, behind the marks of lists
+_MAYBE_MARKER = re.compile(r"(\d{1,9}[.)]?|[-+*])?")  # that of a list's item, whole or half
+_BEGIN = re.compile(r" {0,3}(([-+*]|\d{1,9}[.)])[ \t]+\S|#{1,6}[ \t]|>)")  # of what is no paragraph
 
 
 def n_settled(
@@ -24,46 +26,114 @@ def n_settled(
 
     rows    the block as render(source) gave it, for lines of so many columns
     """
-    top = [token for token in parse(source) if token.level == 0 and token.nesting >= 0]
-    if len(top) != 1:
+    kept = source[: _n_settled_char(source)]
+    head = render(kept)
+    # The row at the end, or below code, and those that the next letters of the last word may move.
+    n = len(head) - 1 - _n_row_most(re.split(r"[ \n]", kept.rstrip("\n"))[-1], width)
+    same = map(_same, rows, head[: max(0, n)])
+    return next((i for i, is_same in enumerate(same) if not is_same), min(len(rows), max(0, n)))
+
+
+def stands_apart(above: str, row: str, *, is_below_blank: bool) -> bool:
+    """Whether a row at which a block begins does so whatever comes behind it in that row.
+
+    above  the type of the first token of the block above
+    """
+    if _BEGIN.match(row):
+        return True
+    if above in ("heading_open", "hr", "fence", "code_block"):
+        return row[:1].strip() != ""
+    if above in ("bullet_list_open", "ordered_list_open"):
+        is_marker = _MAYBE_MARKER.fullmatch(row.split(" ")[0]) is not None
+        return is_below_blank and row[:1].strip() != "" and not is_marker
+    return is_below_blank and row.strip() != ""
+
+
+def _n_settled_char(source: str) -> int:
+    """How many first characters of a block mean what they mean whatever follows."""
+    lines = source.split("\n")
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    last = _last_leaf(parse(source))
+    if last is None or last.map is None:
         return 0
-    lines = source.rstrip("\n").split("\n")
-    if top[0].type == "fence":
-        # The line at the bottom and those of the last line of code, wherever it wraps.
-        return max(0, len(rows) - 2 - _n_row_most(lines[-1], width))
-    if top[0].type == "paragraph_open":
-        return _n_settled_paragraph(lines, rows, width)
-    if top[0].type in ("bullet_list_open", "ordered_list_open"):
-        return _n_settled_list(source, rows, render)
-    return 0
+    begin, end = last.map[0], min(last.map[1], len(lines))
+    if last.type in ("fence", "code_block"):
+        return starts[len(lines) - 1]  # but the last line
+    if last.type == "table_open":
+        return starts[begin]
+    heads = (i for i in range(max(begin, end - 2), end) if _MAYBE_HEAD.match(lines[i]))
+    end = next(heads, end)
+    return starts[begin] + _n_closed(source[starts[begin] : max(starts[begin], starts[end] - 1)])
 
 
-def _n_settled_paragraph(lines: Sequence[str], rows: Sequence[str], width: int) -> int:
-    """All but the end, which the next word may move, from the first mark without an end on."""
-    if any("|" in line for line in lines[-2:]):  # it may be the head of a table
-        return 0
-    words = lines[-1].split(" ")
-    n = max(0, len(rows) - 1 - _n_row_most(words[-1], width))
-    for index, row in enumerate(rows[:n]):
-        text = _ESCAPE.sub("", row)
-        if _OPENS.search(text):
-            n = min(n, index)
-    if any(_TAKES_BACK.search(_ESCAPE.sub("", row)) for row in rows):
-        return 0
-    return n
+def _last_leaf(tokens: Sequence[Token]) -> Token | None:
+    """The last part of a block that has text of its own; a table as a whole."""
+    leaf, n_table = None, 0
+    for token in tokens:
+        n_table += {"table_open": 1, "table_close": -1}.get(token.type, 0)
+        if token.type == "table_open" or (
+            token.type in ("inline", "fence", "code_block") and not n_table
+        ):
+            leaf = token
+    return leaf
 
 
-def _n_settled_list(source: str, rows: Sequence[str], render: Callable[[str], list[str]]) -> int:
-    """All items but the last one."""
-    items = [token for token in parse(source) if _is_item(token)]
-    begin = items[-1].map[0] if items and items[-1].map else 0
-    last = render("\n".join(source.split("\n")[begin:]))
-    n = len(rows) - len(last)
-    return n if n > 0 and list(rows[n:]) == last else 0
+def _n_closed(text: str) -> int:
+    """How many first characters of running text no later mark can make part of something.
+
+    Emphasis, code or a link that is open at the end could take the text behind its first mark.
+    """
+    opened: list[tuple[str, int]] = []  # emphasis and its place
+    brackets: list[int] = []  # for each `[`, where what it may undo begins
+    place = 0
+    while found := _MARK.search(text, place):
+        mark, start, place = found[0], found.start(), found.end()
+        first = opened[0][1] if opened else start
+        if mark[0] == "`":
+            end = re.compile(rf"(?<!`){mark}(?!`)").search(text, place)
+            if end is None or end.end() == len(text):
+                return min([first, *brackets])
+            place = end.end()
+        elif mark == "[":
+            brackets.append(first)
+        elif mark[0] == "]" and brackets:
+            if place == len(text):
+                break
+            if mark == "](":
+                close = _closing(text, place)
+                if close is None:
+                    break
+                place = close
+            brackets.pop()
+        elif mark[0] in "*_~":
+            if place == len(text):
+                return min([first, *brackets])
+            around = text[start - 1 : start] if start else "", mark, text[place]
+            known = [i for i, (other, _) in enumerate(opened) if other[0] == mark[0]]
+            if known and may_close(*around):
+                if opened[known[-1]][0] != mark:  # `**` and `*`: a star is left over
+                    break
+                del opened[known[-1] :]
+            elif may_open(*around):
+                opened.append((mark, start))
+    return min([len(text), *brackets, *(start for _, start in opened[:1])])
 
 
-def _is_item(token: Token) -> bool:
-    return token.type == "list_item_open" and token.level == 1
+def _closing(text: str, place: int) -> int | None:
+    """Behind the bracket that closes the one before a place, if it is there."""
+    depth = 1
+    for found in re.compile(r"[()]").finditer(text, place):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.end()
+    return None
+
+
+def _same(row: str, other: str) -> bool:
+    """Whether two rows have the same text."""
+    return _ESCAPE.sub("", row) == _ESCAPE.sub("", other)
 
 
 def _n_row_most(text: str, width: int) -> int:

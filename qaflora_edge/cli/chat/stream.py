@@ -9,9 +9,10 @@ from collections.abc import Callable
 from rich.console import Console
 
 from qaflora_edge.cli.chat.live import LiveLines
-from qaflora_edge.cli.chat.markdown import block_starts, render_block
-from qaflora_edge.cli.chat.settled import n_settled
+from qaflora_edge.cli.chat.markdown import render_block
+from qaflora_edge.cli.chat.settled import n_settled, stands_apart
 from qaflora_edge.cli.chat.signs import visible
+from qaflora_edge.cli.chat.syntax import block_starts, parse
 
 _REDRAW_S = 0.08
 _LOAD = 5  # a redraw is followed by a pause of at least so many times its own duration
@@ -89,18 +90,17 @@ class MarkdownStream:
         n_over = len(lines) - self._size()[1] // 2
         if n_over <= self._n_printed:
             return 0
-        block = lines[1:] if self._has_block else lines
-        n = n_settled(self._source, block, self._width, self._block)
-        return min(n_over, n + len(lines) - len(block)) if n else 0
+        rows = self._source.split("\n")
+        second = [*block_starts(self._source)[1:2], len(rows)][0]
+        n_blank = int(self._has_block)
+        block = "\n".join(rows[:second])
+        n = n_settled(block, lines[n_blank:], self._width, self._block)
+        return min(n_over, n + n_blank) if n else 0
 
     def _take_whole_blocks(self) -> list[str]:
-        """Lines of the blocks that nothing can change any more, which leave the source.
-
-        Only whole lines tell that a new block has begun: `2` may yet become `2.`, an item of the
-        list above it.
-        """
+        """Lines of the blocks that nothing can change any more, which leave the source."""
         rows = self._source.split("\n")
-        starts = block_starts("\n".join(rows[:-1]))
+        starts = self._sure_starts(rows)
         lines: list[str] = []
         for start, end in itertools.pairwise(starts):
             lines += self._rendered("\n".join(rows[start:end]))[self._n_printed :]
@@ -109,6 +109,19 @@ class MarkdownStream:
         if len(starts) > 1:
             self._source = "\n".join(rows[starts[-1] :])
         return lines
+
+    def _sure_starts(self, rows: list[str]) -> list[int]:
+        """The rows at which blocks begin, whatever comes behind them.
+
+        Whole rows tell: `2` may yet become `2.`, an item of the list above it. So does the row that
+        still grows where it cannot join the block above: a model writes a paragraph as one row.
+        """
+        starts = block_starts("\n".join(rows[:-1]))
+        if starts and block_starts("\n".join(rows))[-1] == len(rows) - 1:
+            above = parse("\n".join(rows[starts[-1] : -1]))[0].type
+            if stands_apart(above, rows[-1], is_below_blank=not rows[-2].strip()):
+                starts.append(len(rows) - 1)
+        return starts
 
     def _rendered(self, source: str) -> list[str]:
         """Blocks as lines, with a blank one before each but the first of the answer."""

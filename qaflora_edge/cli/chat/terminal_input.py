@@ -25,13 +25,15 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
-from qaflora_edge.cli.chat.commands import completions
+from qaflora_edge.cli.chat.command_table import completions
 from qaflora_edge.cli.chat.history import open_history
+from qaflora_edge.cli.chat.word_wrap import WordWrap
 from qaflora_edge.cli.show import terminal_size
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.session import ChatSession
 
+_PROMPT = "> "
 _MENU_ROWS = 5
 _HINTS = ("Alt-Enter: new line", "/help", "Ctrl-D: leave")
 _STYLE = Style.from_dict(
@@ -51,11 +53,12 @@ class TerminalInput:
             key_bindings=_keys(),
             completer=_SlashCompleter(session),
             complete_while_typing=is_command,
-            prompt_continuation="  ",
+            prompt_continuation=" " * len(_PROMPT),
             bottom_toolbar=_hint,
             style=_STYLE,
             color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
             enable_open_in_editor=True,
+            input_processors=[WordWrap(n_prefix=len(_PROMPT))],
         )
 
     def read(self) -> str | None:
@@ -67,7 +70,7 @@ class TerminalInput:
                 with _no_interrupt():
                     # A handler of its own would for a moment leave Python's, which raises.
                     return self._prompts.prompt(
-                        "> ", reserve_space_for_menu=n_menu, handle_sigint=False
+                        _PROMPT, reserve_space_for_menu=n_menu, handle_sigint=False
                     )
             except KeyboardInterrupt:
                 continue
