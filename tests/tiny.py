@@ -7,7 +7,7 @@ these files can stand beside it as an independent witness.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,6 +175,16 @@ def write_tiny_base(
     stored = {name: _add_tensor(writer, name, array, dtype) for name, array in tensors.items()}
     finish(writer)
     return TinyBase(**{**vars(base), "tensors": stored})
+
+
+def constant_logits(logits: Callable[[str], float], n_embd: int = 64) -> dict[str, F32]:
+    """Give tensors for a qwen2 base whose logits are these of the tokens, after any text.
+
+    What such a base writes is the same on every machine.
+    """
+    tokens = (*byte_tokens(), *(merge.replace(" ", "") for merge in MERGES), *CONTROLS)
+    bias = np.array([logits(token) for token in tokens], np.float32)
+    return {"output_norm.weight": np.zeros(n_embd, np.float32), "output.bias": bias}
 
 
 def _base_tensors(base: TinyBase, rng: np.random.Generator) -> dict[str, F32]:
