@@ -188,6 +188,11 @@ def test_grammar_under_which_nothing_is_written_is_refused() -> None:
 
 
 HOSTILE = [
+    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(9000)) + 'r9000 ::= "x"',
+    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(9000)) + 'r9000 ::= "x" r0',
+    "root ::= r0\n"
+    + "".join(f"r{i} ::= {'(' * 60}r{i + 1}{')' * 60}\n" for i in range(15))
+    + 'r15 ::= "x"',
     "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} | r{i + 1}\n" for i in range(60)) + 'r60 ::= "x"',
     "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(60)) + 'r60 ::= "x"?',
     "root ::= " + '"a"{0,2000} ' * 300,

@@ -1,11 +1,15 @@
 """GBNF, llama.cpp's notation for grammars, put into Lark's, which llguidance reads.
 
 The text is read as llama.cpp's parser does (0c1e5709, llama-grammar.cpp llama_grammar_parser),
-and errors have their place. Every character becomes a terminal of its own: llguidance takes the
-longest terminal that it can, and GBNF knows none.
+and errors have their place. llguidance takes the longest terminal that it can, and GBNF knows
+none: so a grammar becomes one terminal as a whole, whose masks cost microseconds, or, where a rule
+needs itself, every character becomes one.
 """
 
 from __future__ import annotations
+
+import re
+from graphlib import CycleError, TopologicalSorter
 
 from qaflora_edge.errors import GrammarError
 
@@ -13,6 +17,7 @@ ROOT = "root"
 MAX_LENGTH = 1 << 20  # characters
 MAX_DEPTH = 64  # groups in groups
 MAX_REPEAT = 2000
+MAX_CHAIN = 1000  # rules and groups on a way; 5000 overflow llguidance's stack
 
 _WORD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 _DIGITS = frozenset("0123456789")
@@ -43,7 +48,10 @@ class _Parser:
         self.text, self.source, self.at = text, source, 0
         self._rules: dict[str, str] = {}
         self._references: dict[str, int] = {}  # name -> where it is first used
-        self._names: dict[str, str] = {ROOT: "start"}
+        self._names: dict[str, str] = {}
+        self._uses: dict[str, dict[str, None]] = {}  # name -> names in its rule
+        self._used: dict[str, None] = {}  # by the rule that is read
+        self._nested: dict[str, int] = {}  # name -> groups in each other in its rule
         self._depth = 0
 
     def fail(self, at: int, found: str, advice: str) -> GrammarError:
@@ -63,7 +71,33 @@ class _Parser:
                 raise self.fail(at, f"the rule {name!r} is not defined", f"add {name} ::= ...")
         if ROOT not in self._rules:
             raise self.fail(0, f"there is no rule {ROOT!r}", f"add {ROOT} ::= ..., the start")
-        return "".join(f"{self._name(name)}: {rule}\n" for name, rule in self._rules.items())
+        self._check_chain()
+        lark = "".join(f"{self._name(name)}: {rule}\n" for name, rule in self._rules.items())
+        lark = f"start: {self._name(ROOT)}\n{lark}"
+        return lark if self._is_recursive() else re.sub(r"\br(?=\d)", "R", lark)
+
+    def _check_chain(self) -> None:
+        todo, seen = [(name, 0) for name in reversed([ROOT, *self._rules])], set()
+        while todo:
+            name, depth = todo.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            depth += 1 + self._nested[name]
+            if depth > MAX_CHAIN:
+                raise self.fail(
+                    self._references.get(name, 0),
+                    f"more than {MAX_CHAIN} rules and groups in each other",
+                    "make the grammar simpler",
+                )
+            todo += [(used, depth) for used in reversed(self._uses[name])]
+
+    def _is_recursive(self) -> bool:
+        try:
+            TopologicalSorter(self._uses).prepare()
+        except CycleError:
+            return True
+        return False
 
     def _name(self, name: str) -> str:
         return self._names.setdefault(name, f"r{len(self._names)}")
@@ -101,6 +135,8 @@ class _Parser:
             raise self.fail(self.at, self._what(), f"expected ::= after the name {name!r}")
         self.at += 3
         self._space(newline=True)
+        self._used, self._nested[name] = {}, 0
+        self._uses[name] = self._used
         self._rules[name] = self._alternatives(is_nested=False)
         if self._peek() and self._peek() not in "\r\n":
             raise self.fail(self.at, self._what(), "expected an item, | or the end of the line")
@@ -146,11 +182,13 @@ class _Parser:
         start = self.at
         name = self._run(_WORD)
         self._references.setdefault(name, start)
+        self._used[name] = None
         return self._name(name)
 
     def _group(self) -> str:
         start = self.at
         self._depth += 1
+        self._nested[next(reversed(self._nested))] += 1
         if self._depth > MAX_DEPTH:
             raise self.fail(start, f"more than {MAX_DEPTH} groups in each other", "name some")
         self.at += 1
