@@ -80,7 +80,9 @@ class Vocabulary:
 class Noting:
     """A sampler that draws what the context says."""
 
-    def sample(self, context: NotedContext, row: int) -> int:
+    constraint = None
+
+    def sample(self, context: NotedContext, row: int, mask: object = None) -> int:
         return context.sample(None, row)
 
     def can_end(self) -> bool:

@@ -104,9 +104,14 @@ class Constraint:
         self._matcher = _matcher(self._tokenizer, grammar)
         self._check()
 
+    @property
+    def n_word(self) -> int:
+        """Words of 32 bits of its mask."""
+        return (int(self._tokenizer.vocab_size) + 31) // 32
+
     def mask(self) -> NDArray[np.uint32]:
-        """uint32 [ceil(n_vocab / 32)]: bit i % 32 of word i // 32 says that token i may follow."""
-        mask = np.zeros((self._tokenizer.vocab_size + 31) // 32, np.uint32)
+        """uint32 [n_word]: bit i % 32 of word i // 32 says that token i may follow."""
+        mask = np.zeros(self.n_word, np.uint32)
         fill_masks([self], mask[np.newaxis])
         return mask
 

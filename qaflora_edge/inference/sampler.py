@@ -7,6 +7,7 @@ import weakref
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError
@@ -96,8 +97,10 @@ class Sampler:
     def _add(self, sampler: Any) -> None:
         self._lib.llama_sampler_chain_add(self._chain, sampler)
 
-    def sample(self, context: Logits, row: int = -1) -> int:
+    def sample(self, context: Logits, row: int = -1, mask: NDArray[np.uint32] | None = None) -> int:
         """A token for what follows a row of the context; the constraint, if any, goes on behind it.
+
+        mask  uint32 [ceil(n_vocab / 32)] of the constraint, where it was worked out before
 
         Raises BackendError when no token of the vocabulary can follow under the grammar, or the
         logits are NaN.
@@ -106,7 +109,8 @@ class Sampler:
             return (
                 self._argmax(context, row) if self._is_plain else context.sample(self._chain, row)
             )
-        bits = np.unpackbits(self.constraint.mask().view(np.uint8), bitorder="little")
+        mask = self.constraint.mask() if mask is None else mask
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits[: self._model.n_vocab])
         if not len(allowed):
             raise BackendError(
