@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from raw_context import RawContext, Row
 from stock import StockContext, write_merged, write_slice
 from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
 
@@ -269,6 +270,48 @@ def test_every_kernel_agrees_on_the_probe(
         with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
             found.append(context.divergence(probed[0], probed[1:], "norm"))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
+
+
+def mixes(n_seq: int, n_adapter: int, n_layer: int) -> F32:
+    """A mix for each sequence: the first without adapters, the second with one of them."""
+    mix = np.random.default_rng(9).random((n_seq, n_adapter, n_layer)).astype(np.float32)
+    mix[0] = mix[1, 1:] = mix[2:, 0, 1] = 0.0
+    return mix
+
+
+@pytest.mark.parametrize("kernels", KERNELS[1:])
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("n_seq", [2, 11])
+def test_every_kernel_decodes_mixes_together_as_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, outtype: str, n_seq: int
+) -> None:
+    """Tiles take rows of different sequences. Of more than 64 too."""
+    base = write_tiny_base(tmp_path / "base.gguf", n_ff=224 if outtype == "q8_0" else 90)
+    use_kernels(monkeypatch, base, kernels)
+    rank = 32 if outtype == "q8_0" else 5
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=rank, seed=seed, outtype=outtype)
+        for seed in (1, 2, 3)
+    ]
+    n_seq *= 6 if outtype == "f16" and n_seq == 11 else 1
+    mix = mixes(n_seq, 3, base.n_layer)
+    model, pack = load(base, adapters)
+    together = RawContext(model, pack, n_seq=n_seq)
+    alone = RawContext(model, pack)
+    for seq in range(n_seq):
+        together.set_weights(seq, mix[seq])
+    for pos, token in enumerate(TOKENS[:3]):
+        rows = [Row(token + seq % 5, pos, seq, True) for seq in range(n_seq)]
+        assert together.decode(rows) == 0
+    for seq in range(n_seq):
+        alone.clear()
+        alone.set_weights(0, mix[seq])
+        for pos, token in enumerate(TOKENS[:3]):
+            assert alone.decode([Row(token + seq % 5, pos, 0, True)]) == 0
+        # ggml multiplies one row in another order than many
+        np.testing.assert_allclose(together.logits(seq), alone.logits(0), atol=2e-5, rtol=0)
+    together.close()
+    alone.close()
 
 
 def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, base: TinyBase) -> None:

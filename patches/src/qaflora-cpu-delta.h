@@ -150,11 +150,113 @@ static void delta_rows(const qaflora_delta & d, const qaflora_cpu_rows & rows, i
     }
 }
 
+// acc[i] [QAFLORA_PANEL] += the same for NX rows, wherever they are. The sums are those of add_panel_row(): a row gets
+// the same bits alone and beside others.
+template <typename T, int NX>
+static inline void add_panel_mixed(float * const (&acc)[NX], const uint8_t * panel, int64_t rank, const float * const (&t)[NX]) {
+    enum { LINE = 64 }; // bytes that are fetched at once
+    for (int v = 0; v < NV; ++v) {
+        const size_t at = v*T::panel_offset(1)/NV;
+        vec part[NX][4];
+        for (int i = 0; i < NX; ++i) {
+            for (int u = 0; u < 4; ++u) {
+                part[i][u] = v_zero();
+            }
+        }
+        int64_t r = 0;
+        for (; r + 4 <= rank; r += 4) {
+            for (int u = 0; u < 4; ++u) {
+                if (at % LINE == 0) {
+                    v_prefetch(panel + T::panel_offset(r + u) + at);
+                }
+                const vec b = T::panel(panel, r + u, v*W);
+                for (int i = 0; i < NX; ++i) {
+                    part[i][u] = v_fma(b, v_set1(t[i][r + u]), part[i][u]);
+                }
+            }
+        }
+        for (; r < rank; ++r) {
+            const vec b = T::panel(panel, r, v*W);
+            for (int i = 0; i < NX; ++i) {
+                part[i][0] = v_fma(b, v_set1(t[i][r]), part[i][0]);
+            }
+        }
+        for (int i = 0; i < NX; ++i) {
+            const vec sum = v_add(v_add(part[i][0], part[i][1]), v_add(part[i][2], part[i][3]));
+            v_store(acc[i] + v*W, v_add(v_load(acc[i] + v*W), sum));
+        }
+    }
+}
+
+// sums of a panel: what the rows from row0 on get, [ROWS_AT_ONCE, QAFLORA_PANEL]
+struct mixed_sums {
+    int64_t row0;
+    float   sum[ROWS_AT_ONCE*QAFLORA_PANEL];
+};
+
+// some rows, in tiles of at most NX
+template <typename T, int NX> struct delta_mixed {
+    static void tiles(const qaflora_delta & d, const qaflora_cpu_segment & s, const uint8_t * panel, const int64_t * some, int64_t n,
+                      const float * t, mixed_sums & sums) {
+        for (; n >= NX; n -= NX, some += NX) {
+            float *       acc[NX];
+            const float * ts[NX];
+            for (int i = 0; i < NX; ++i) {
+                acc[i] = sums.sum + (some[i] - sums.row0)*QAFLORA_PANEL;
+                ts[i]  = t + some[i]*d.n_rank + s.offset;
+            }
+            add_panel_mixed<T, NX>(acc, panel, s.rank, ts);
+        }
+        delta_mixed<T, NX - 1>::tiles(d, s, panel, some, n, t, sums);
+    }
+};
+
+template <typename T> struct delta_mixed<T, 0> {
+    static void tiles(const qaflora_delta &, const qaflora_cpu_segment &, const uint8_t *, const int64_t *, int64_t, const float *, mixed_sums &) {}
+};
+
+// n rows of different slots, from row0 on: of each segment those that have a weight for it, so that its B is read once for all of them
+static void delta_mixed_rows(const qaflora_delta & d, const qaflora_cpu_rows & rows, int64_t row0, int64_t n, int64_t p0, int64_t p1,
+                             const float * t, const float * src, float * y) {
+    mixed_sums sums;
+    sums.row0 = row0;
+    for (int64_t p = p0; p < p1; ++p) {
+        memset(sums.sum, 0, n*QAFLORA_PANEL*sizeof(float));
+        for (int64_t is = 0; is < d.n_segment; ++is) {
+            const qaflora_cpu_segment & s = d.segments[is];
+            const uint8_t * panel = s.b + p*panel_size(s.type_b, s.rank);
+            int64_t some[ROWS_AT_ONCE];
+            const int64_t n_some = weighed_rows(rows, s, row0, n, some);
+            switch (s.type_b) {
+                case QAFLORA_CPU_F32:  delta_mixed<f32_numbers,  MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_F16:  delta_mixed<f16_numbers,  MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_BF16: delta_mixed<bf16_numbers, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_Q8_0: delta_mixed<q8_0_numbers, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+            }
+        }
+        const int64_t o    = p*QAFLORA_PANEL;
+        const int64_t left = d.n_out - o < QAFLORA_PANEL ? d.n_out - o : (int64_t) QAFLORA_PANEL;
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = (row0 + i)*d.n_out + o;
+            for (int64_t j = 0; j < left; ++j) {
+                y[at + j] = sums.sum[i*QAFLORA_PANEL + j] + src[at + j];
+            }
+        }
+    }
+}
+
 static void add_delta(const qaflora_delta & d, const qaflora_cpu_rows & rows, const float * t, const float * src, float * y,
                       int64_t n_base, int ith, int nth) {
     const int64_t n_panel = (d.n_out + QAFLORA_PANEL - 1)/QAFLORA_PANEL;
     const int64_t p0 = n_panel*ith/nth;
     const int64_t p1 = n_panel*(ith + 1)/nth;
+    if (n_base == 0 && is_mixed(rows)) {
+        for (int64_t row = 0; row < rows.n_row; row += ROWS_AT_ONCE) {
+            const int64_t left = rows.n_row - row;
+            delta_mixed_rows(d, rows, row, left < ROWS_AT_ONCE ? left : (int64_t) ROWS_AT_ONCE, p0, p1, t, src, y);
+        }
+        return;
+    }
     // the base last: where y is src, the others need its rows as they were
     delta_rows(d, rows, n_base, rows.n_row, p0, p1, t, src, y, n_base);
     delta_rows(d, rows, 0, n_base, p0, p1, t, src, y, n_base);

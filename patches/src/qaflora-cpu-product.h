@@ -8,9 +8,16 @@
 
 namespace QAFLORA_ISA {
 
-// t[i*n_rank + m] = weight * (row m of a) . (row i of x)
-template <typename T, int NA, int NX>
-static inline void dot_tile(const uint8_t * a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
+// rows that one tile takes
+template <int NX> struct dot_tile_rows {
+    const float * x[NX];
+    float *       t[NX];
+    float         weight[NX];
+};
+
+// t[i][m] = weight[i] * (row m of a) . x[i], in sums that do not depend on NA and NX. FETCH: a is read for the first time
+template <typename T, int NA, int NX, bool FETCH>
+static inline void dot_tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
     const size_t stride = T::row_size(n);
     vec acc[NA][NX];
     for (int m = 0; m < NA; ++m) {
@@ -24,13 +31,13 @@ static inline void dot_tile(const uint8_t * a, const float * x, int64_t n, float
         for (int m = 0; m < NA; ++m) {
             va[m] = T::load(a + m*stride, j);
         }
-        if (NX == 1 && j % 32 == 0) {
+        if (FETCH && j % 32 == 0) {
             for (int m = 0; m < NA; ++m) {
                 v_prefetch(a + m*stride + T::row_size(j));
             }
         }
         for (int i = 0; i < NX; ++i) {
-            const vec vx = v_load(x + i*n + j);
+            const vec vx = v_load(rows.x[i] + j);
             for (int m = 0; m < NA; ++m) {
                 acc[m][i] = v_fma(va[m], vx, acc[m][i]);
             }
@@ -40,16 +47,16 @@ static inline void dot_tile(const uint8_t * a, const float * x, int64_t n, float
         for (int i = 0; i < NX; ++i) {
             float sum = v_sum(acc[m][i]);
             for (int64_t j = n_whole; j < n; ++j) {
-                sum += T::at(a + m*stride, j)*x[i*n + j];
+                sum += T::at(a + m*stride, j)*rows.x[i][j];
             }
-            t[i*n_rank + m] = weight*sum;
+            rows.t[i][m0 + m] = rows.weight[i]*sum;
         }
     }
 }
 
 // the same for rows of Q8_0, whose length is a multiple of the block
-template <int NA, int NX>
-static inline void dot_tile_q8_0(const uint8_t * a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
+template <int NA, int NX, bool FETCH>
+static inline void dot_tile_q8_0(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
     enum { BLOCK = q8_0_numbers::BLOCK, NB = BLOCK/W };
     const size_t stride = q8_0_numbers::row_size(n);
     vec acc[NA][NX];
@@ -62,12 +69,12 @@ static inline void dot_tile_q8_0(const uint8_t * a, const float * x, int64_t n, 
         vec vx[NX][NB];
         for (int i = 0; i < NX; ++i) {
             for (int v = 0; v < NB; ++v) {
-                vx[i][v] = v_load(x + i*n + ib*BLOCK + v*W);
+                vx[i][v] = v_load(rows.x[i] + ib*BLOCK + v*W);
             }
         }
         for (int m = 0; m < NA; ++m) {
             const int8_t * q = q8_0_numbers::numbers(a + m*stride, n) + ib*BLOCK;
-            if (NX == 1 && ib % 2 == 0) {
+            if (FETCH && ib % 2 == 0) {
                 v_prefetch(q);
             }
             vec vq[NB];
@@ -86,64 +93,112 @@ static inline void dot_tile_q8_0(const uint8_t * a, const float * x, int64_t n, 
     }
     for (int m = 0; m < NA; ++m) {
         for (int i = 0; i < NX; ++i) {
-            t[i*n_rank + m] = weight*v_sum(acc[m][i]);
+            rows.t[i][m0 + m] = rows.weight[i]*v_sum(acc[m][i]);
         }
     }
 }
 
-template <typename T, int NA, int NX> struct dot {
-    static void tile(const uint8_t * a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
-        dot_tile<T, NA, NX>(a, x, n, weight, t, n_rank);
+template <typename T, int NA, int NX, bool FETCH> struct dot {
+    static void tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
+        dot_tile<T, NA, NX, FETCH>(a, rows, n, m0);
     }
 };
 
-template <int NA, int NX> struct dot<q8_0_numbers, NA, NX> {
-    static void tile(const uint8_t * a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
-        dot_tile_q8_0<NA, NX>(a, x, n, weight, t, n_rank);
+template <int NA, int NX, bool FETCH> struct dot<q8_0_numbers, NA, NX, FETCH> {
+    static void tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
+        dot_tile_q8_0<NA, NX, FETCH>(a, rows, n, m0);
     }
 };
 
-template <typename T, int NX>
-static void dot_rows(const uint8_t * a, int64_t n_a, const float * x, int64_t n, float weight, float * t, int64_t n_rank) {
+// a: its rows from m0 to m1
+template <typename T, int NX, bool FETCH>
+static void dot_rows(const uint8_t * a, int64_t m0, int64_t m1, const dot_tile_rows<NX> & rows, int64_t n) {
     const size_t stride = T::row_size(n);
-    int64_t m = 0;
-    for (; m + 4 <= n_a; m += 4) {
-        dot<T, 4, NX>::tile(a + m*stride, x, n, weight, t + m, n_rank);
+    int64_t m = m0;
+    for (; m + 4 <= m1; m += 4) {
+        dot<T, 4, NX, FETCH>::tile(a + m*stride, rows, n, m);
     }
-    for (; m < n_a; ++m) {
-        dot<T, 1, NX>::tile(a + m*stride, x, n, weight, t + m, n_rank);
+    for (; m < m1; ++m) {
+        dot<T, 1, NX, FETCH>::tile(a + m*stride, rows, n, m);
     }
 }
 
+// NX rows of x that follow each other and weigh alike, from row on
+template <typename T, int NX>
+static void dot_alike(const qaflora_rank_product & p, const qaflora_cpu_segment & s, int64_t m0, int64_t m1, const float * x, float * t, int64_t row, float weight) {
+    dot_tile_rows<NX> tile;
+    for (int i = 0; i < NX; ++i) {
+        tile.x[i]      = x + (row + i)*p.n_in;
+        tile.t[i]      = t + (row + i)*p.n_rank + s.offset;
+        tile.weight[i] = weight;
+    }
+    dot_rows<T, NX, NX == 1>(s.a, m0, m1, tile, p.n_in);
+}
+
+// rows m0 to m1 of the A of one segment, n_x rows of x that weigh alike
 template <typename T>
-static void dot_block(const uint8_t * a, int64_t n_a, const float * x, int64_t n_x, int64_t n, float weight, float * t, int64_t n_rank) {
+static void dot_block(const qaflora_rank_product & p, const qaflora_cpu_segment & s, int64_t m0, int64_t m1, const float * x, float * t,
+                      int64_t row, int64_t n_x, float weight) {
     int64_t i = 0;
     for (; i + DOT_ROWS <= n_x; i += DOT_ROWS) {
-        dot_rows<T, DOT_ROWS>(a, n_a, x + i*n, n, weight, t + i*n_rank, n_rank);
+        dot_alike<T, DOT_ROWS>(p, s, m0, m1, x, t, row + i, weight);
     }
     for (; i < n_x; ++i) {
-        dot_rows<T, 1>(a, n_a, x + i*n, n, weight, t + i*n_rank, n_rank);
+        dot_alike<T, 1>(p, s, m0, m1, x, t, row + i, weight);
     }
 }
 
-// rows m0 to m1 of the A of one segment
-static void segment_product(const qaflora_rank_product & p, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
-                            const float * x, int64_t n_x, float weight, float * t) {
-    t += s.offset + m0;
-    switch (s.type_a) {
-        case QAFLORA_CPU_F32:  dot_block<f32_numbers >(s.a + m0*f32_numbers ::row_size(p.n_in), m1 - m0, x, n_x, p.n_in, weight, t, p.n_rank); break;
-        case QAFLORA_CPU_F16:  dot_block<f16_numbers >(s.a + m0*f16_numbers ::row_size(p.n_in), m1 - m0, x, n_x, p.n_in, weight, t, p.n_rank); break;
-        case QAFLORA_CPU_BF16: dot_block<bf16_numbers>(s.a + m0*bf16_numbers::row_size(p.n_in), m1 - m0, x, n_x, p.n_in, weight, t, p.n_rank); break;
-        case QAFLORA_CPU_Q8_0: dot_block<q8_0_numbers>(s.a + m0*q8_0_numbers::row_size(p.n_in), m1 - m0, x, n_x, p.n_in, weight, t, p.n_rank); break;
+// some rows of x, wherever they are, in tiles of at most NX
+template <typename T, int NX> struct dot_mixed {
+    static void tiles(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
+                      const int64_t * some, int64_t n, const float * x, float * t) {
+        for (; n >= NX; n -= NX, some += NX) {
+            dot_tile_rows<NX> tile;
+            for (int i = 0; i < NX; ++i) {
+                tile.x[i]      = x + some[i]*p.n_in;
+                tile.t[i]      = t + some[i]*p.n_rank + s.offset;
+                tile.weight[i] = weight_of(rows, some[i], s);
+            }
+            dot_rows<T, NX, true>(s.a, m0, m1, tile, p.n_in);
+        }
+        dot_mixed<T, NX - 1>::tiles(p, rows, s, m0, m1, some, n, x, t);
     }
+};
+
+template <typename T> struct dot_mixed<T, 0> {
+    static void tiles(const qaflora_rank_product &, const qaflora_cpu_rows &, const qaflora_cpu_segment &, int64_t, int64_t,
+                      const int64_t *, int64_t, const float *, float *) {}
+};
+
+// NX: rows of a tile where they are mixed
+template <typename T, int NX>
+static void segment_product(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t m0, int64_t m1,
+                            const float * x, float * t, int64_t row, int64_t n_x, bool is_mixed) {
+    if (!is_mixed) {
+        dot_block<T>(p, s, m0, m1, x, t, row, n_x, weight_of(rows, row, s));
+        return;
+    }
+    int64_t weighed[ROWS_AT_ONCE];
+    const int64_t n = weighed_rows(rows, s, row, n_x, weighed);
+    dot_mixed<T, NX>::tiles(p, rows, s, m0, m1, weighed, n, x, t);
 }
 
-// rows of x that follow each other and weigh alike, A's rows divided among the threads
+// whether the segment has a weight for any of n rows
+static bool is_weighed(const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t row, int64_t n) {
+    for (int64_t i = row; i < row + n; ++i) {
+        if (weight_of(rows, i, s) != 0.0f) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// Rows of x that follow each other, A's rows divided among the threads. They weigh alike, or is_mixed.
 static void product_by_rank(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, int64_t row, int64_t n_x,
-                            const float * x, float * t, int ith, int nth) {
+                            const float * x, float * t, int ith, int nth, bool is_mixed) {
     int64_t n_active = 0;
     for (int64_t is = 0; is < p.n_segment; ++is) {
-        n_active += weight_of(rows, row, p.segments[is]) != 0.0f ? p.segments[is].rank : 0;
+        n_active += is_weighed(rows, p.segments[is], row, is_mixed ? n_x : 1) ? p.segments[is].rank : 0;
     }
     const int64_t step  = 4;
     const int64_t n_all = (n_active + step - 1)/step;
@@ -152,25 +207,36 @@ static void product_by_rank(const qaflora_rank_product & p, const qaflora_cpu_ro
     int64_t pos = 0;
     for (int64_t is = 0; is < p.n_segment; ++is) {
         const qaflora_cpu_segment & s = p.segments[is];
-        const float weight = weight_of(rows, row, s);
-        if (weight == 0.0f) {
+        if (!is_weighed(rows, s, row, is_mixed ? n_x : 1)) {
             continue;
         }
         const int64_t m0 = begin > pos ? begin - pos : 0;
         const int64_t m1 = end - pos < s.rank ? end - pos : s.rank;
         if (m0 < m1) {
-            segment_product(p, s, m0, m1, x + row*p.n_in, n_x, weight, t + row*p.n_rank);
+            switch (s.type_a) {
+                case QAFLORA_CPU_F32:  segment_product<f32_numbers,  MIX_DOT_F32>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
+                case QAFLORA_CPU_F16:  segment_product<f16_numbers,  DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
+                case QAFLORA_CPU_BF16: segment_product<bf16_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
+                case QAFLORA_CPU_Q8_0: segment_product<q8_0_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
+            }
         }
         pos += s.rank;
     }
 }
 
 static void rank_product(const qaflora_rank_product & p, const qaflora_cpu_rows & rows, const float * x, float * t, int ith, int nth) {
+    if (is_mixed(rows)) {
+        for (int64_t row = 0; row < rows.n_row; row += ROWS_AT_ONCE) {
+            const int64_t left = rows.n_row - row;
+            product_by_rank(p, rows, row, left < ROWS_AT_ONCE ? left : (int64_t) ROWS_AT_ONCE, x, t, ith, nth, true);
+        }
+        return;
+    }
     const int64_t n_chunk = rows.n_row/DOT_ROWS;
     if (n_chunk < 4*nth) {
         for (int64_t row = 0; row < rows.n_row; ) {
             const int64_t n_x = run_length(rows, row, rows.n_row - row);
-            product_by_rank(p, rows, row, n_x, x, t, ith, nth);
+            product_by_rank(p, rows, row, n_x, x, t, ith, nth, false);
             row += n_x;
         }
         return;
@@ -180,7 +246,7 @@ static void rank_product(const qaflora_rank_product & p, const qaflora_cpu_rows 
         const int64_t left = rows.n_row - row;
         const int64_t n_x  = run_length(rows, row, left < (int64_t) DOT_ROWS ? left : (int64_t) DOT_ROWS);
         if (turn == ith) {
-            product_by_rank(p, rows, row, n_x, x, t, 0, 1);
+            product_by_rank(p, rows, row, n_x, x, t, 0, 1, false);
         }
         turn = turn + 1 == nth ? 0 : turn + 1;
         row += n_x;

@@ -19,4 +19,29 @@ static int64_t run_length(const qaflora_cpu_rows & rows, int64_t row, int64_t n)
     return res;
 }
 
+// Whether most rows follow one of another slot, as when many sequences are decoded: tiles then take rows of different slots.
+static bool is_mixed(const qaflora_cpu_rows & rows) {
+    if (!rows.slot) {
+        return false;
+    }
+    int64_t n_run = 1;
+    for (int64_t row = 1; row < rows.n_row; ++row) {
+        n_run += rows.slot[row] != rows.slot[row - 1];
+    }
+    return n_run > 1 && 2*n_run > rows.n_row;
+}
+
+enum { ROWS_AT_ONCE = 64 }; // of different slots
+
+// those of n rows from row on for which the segment has a weight; returns how many
+static int64_t weighed_rows(const qaflora_cpu_rows & rows, const qaflora_cpu_segment & s, int64_t row, int64_t n, int64_t * weighed) {
+    int64_t res = 0;
+    for (int64_t i = row; i < row + n; ++i) {
+        if (weight_of(rows, i, s) != 0.0f) {
+            weighed[res++] = i;
+        }
+    }
+    return res;
+}
+
 } // namespace QAFLORA_ISA

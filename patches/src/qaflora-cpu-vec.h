@@ -34,7 +34,7 @@ static inline vec   v_load_bf16(const uint16_t * p) {
 static inline vec   v_load_i8(const int8_t * p)  { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
 static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
-enum { DOT_ROWS = 4, SUM_ROWS = 8 };
+enum { DOT_ROWS = 4, SUM_ROWS = 8, MIX_ROWS = 6, MIX_DOT_F32 = DOT_ROWS };
 
 #elif defined(__AVX2__)
 
@@ -60,7 +60,7 @@ static inline vec   v_load_bf16(const uint16_t * p) {
 static inline vec   v_load_i8(const int8_t * p)  { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
 static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
-enum { DOT_ROWS = 2, SUM_ROWS = 2 };
+enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 3, MIX_DOT_F32 = DOT_ROWS };
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
@@ -89,7 +89,7 @@ static inline float f16_to_f32(uint16_t h) {
     return x;
 }
 
-enum { DOT_ROWS = 4, SUM_ROWS = 2 };
+enum { DOT_ROWS = 4, SUM_ROWS = 2, MIX_ROWS = 6, MIX_DOT_F32 = DOT_ROWS };
 
 #else
 
@@ -132,10 +132,12 @@ static inline vec   v_load_bf16(const uint16_t * p) { QAFLORA_EACH(bf16_to_f32(p
 static inline vec   v_load_i8(const int8_t * p)  { QAFLORA_EACH((float) p[i]); }
 #undef QAFLORA_EACH
 
-enum { DOT_ROWS = 2, SUM_ROWS = 2 };
+enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 2, MIX_DOT_F32 = 1 };
 
 #endif
 
+// Rows of a tile: DOT_ROWS of products, SUM_ROWS of sums; MIX_ROWS of sums over rows of different slots, and MIX_DOT_F32 of
+// products over them where nothing is converted: without vectors, more rows at once only cost registers.
 enum { NV = QAFLORA_PANEL/W };
 
 // Adapters are read once a token, in runs too short for the processor to foresee: what comes so many bytes later is asked for now.
