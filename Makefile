@@ -86,7 +86,7 @@ $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "qaflora-edge needs Python 3.11 or newer; name one with 'make PYTHON=...'." >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install 'platformdirs>=4.3'  # patches/prepare.py finds the cache folder by it
+	$(PIP) install 'filelock>=3.20.1' 'platformdirs>=4.3'  # for patches/prepare.py
 	@mkdir -p $(DONE) && touch $@
 
 # The pure-Python binding, from the archive that the patched source comes from as well. Without

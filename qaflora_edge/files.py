@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
-import platformdirs
-
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
 from qaflora_edge.settings import APP, cache_setting
 
@@ -290,11 +288,15 @@ def cache_dir() -> Path:
     """
     if chosen := cache_setting():
         return chosen
+    import platformdirs
+
     return platformdirs.user_cache_path(APP, appauthor=False, opinion=False)
 
 
 def data_dir() -> Path:
     """Name the folder for what a user would miss, such as a history; it may not exist yet."""
+    import platformdirs
+
     return platformdirs.user_data_path(APP, appauthor=False)
 
 

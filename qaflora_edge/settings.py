@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from qaflora_edge.errors import SettingsError
 
 APP, FILE = "qaflora-edge", "config.toml"
@@ -31,6 +29,8 @@ def settings_path() -> Path:
     """Name the settings file; it may not exist."""
     if chosen := os.environ.get("QAFLORA_CONFIG"):
         return expanded(chosen).absolute()
+    import platformdirs
+
     return platformdirs.user_config_path(APP, appauthor=False, roaming=True) / FILE
 
 

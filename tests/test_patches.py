@@ -12,6 +12,8 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
+import platformdirs
 import pytest
 from patience import PATIENCE_S
 
@@ -61,6 +63,17 @@ class Project:
                 tar.addfile(member, io.BytesIO(text.encode()))
         self.write_pin(sha256(self.archive.read_bytes()).hexdigest())
 
+    @property
+    def needed(self) -> Path:
+        """With -S and this folder alone, the tool has what a build requires and nothing else."""
+        folder = self.folder / "needed"
+        if not folder.is_dir():
+            folder.mkdir()
+            for module in (filelock, platformdirs):
+                source = Path(module.__file__).parent
+                (folder / source.name).symlink_to(source, target_is_directory=True)
+        return folder
+
     def write_pin(self, archive_sha256: str) -> None:
         (self.patches / "UPSTREAM").write_text(
             'package = "up-stream"\nversion = "1.0"\n'
@@ -73,9 +86,9 @@ class Project:
         (self.patches / "series").write_text("# applied in this order\n0001-hook.patch\n")
 
     def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        # -S: no site-packages, so the tool really needs nothing beyond Python (and pip).
         command = [sys.executable, "-S", str(self.patches / "prepare.py"), *arguments]
         env = {
+            "PYTHONPATH": str(self.needed),
             "PATH": os.environ["PATH"],
             "QAFLORA_CACHE": str(self.cache),
             "QAFLORA_SOURCE_ARCHIVE": str(self.archive),
@@ -269,6 +282,7 @@ def test_a_tree_without_its_stamp_is_made_again(project: Project, stamp: str | N
 def test_two_at_once_end_with_one_good_tree(project: Project) -> None:
     command = [sys.executable, "-S", str(project.patches / "prepare.py")]
     env = os.environ | {
+        "PYTHONPATH": str(project.needed),
         "QAFLORA_CACHE": str(project.cache),
         "QAFLORA_SOURCE_ARCHIVE": str(project.archive),
     }

@@ -243,10 +243,9 @@ class Context(Handle):
                 self.clear(span.seq)
         if code == _DECODE_ABORTED:
             self._check_cancelled()
-        raise BackendError(f"llama_decode failed with code {code}: {self._reason()}.")
-
-    def _reason(self) -> str:
-        return said()
+        raise BackendError(
+            f"llama_decode failed with code {code}: {native.last_error() or said()}."
+        )
 
     def _check(self, batch: Batch, spans: Sequence[Span]) -> None:
         """Raise BackendError for what would end the process inside llama.cpp."""
