@@ -73,8 +73,7 @@ class Project:
         (self.patches / "series").write_text("# applied in this order\n0001-hook.patch\n")
 
     def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        # -S: no site-packages, so the tool really needs nothing beyond Python (and pip).
-        command = [sys.executable, "-S", str(self.patches / "prepare.py"), *arguments]
+        command = [sys.executable, str(self.patches / "prepare.py"), *arguments]
         env = {
             "PATH": os.environ["PATH"],
             "QAFLORA_CACHE": str(self.cache),
@@ -267,7 +266,7 @@ def test_a_tree_without_its_stamp_is_made_again(project: Project, stamp: str | N
 
 
 def test_two_at_once_end_with_one_good_tree(project: Project) -> None:
-    command = [sys.executable, "-S", str(project.patches / "prepare.py")]
+    command = [sys.executable, str(project.patches / "prepare.py")]
     env = os.environ | {
         "QAFLORA_CACHE": str(project.cache),
         "QAFLORA_SOURCE_ARCHIVE": str(project.archive),
