@@ -6,7 +6,7 @@
 The pinned source archive is fetched (or taken from QAFLORA_SOURCE_ARCHIVE), checked, unpacked
 into a pristine folder, and patched there. The folder's name is a hash of the pin and of every
 patch, so a changed patch never meets an old tree; a folder that was edited by hand is refused.
-Needs git and pip, and nothing else beyond Python itself.
+Needs git, pip and platformdirs.
 """
 
 import hashlib

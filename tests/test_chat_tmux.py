@@ -17,6 +17,7 @@ from patience import PATIENCE_S
 from scripted_chat import ANSWER
 from tmux import Window, need_tmux
 
+pytestmark = pytest.mark.slow  # each starts a terminal and a chat
 Open = Callable[..., Window]
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_chat.py")))
 HINT = "Alt-Enter: new line"  # below the input: it can be typed to
@@ -106,7 +107,6 @@ def test_a_chat_from_its_first_question_to_its_end(
     assert history.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.slow
 def test_a_chat_with_a_real_model(
     opened: Open, checkout: Path, smollm2: Path, tmp_path: Path
 ) -> None:

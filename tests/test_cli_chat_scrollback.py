@@ -39,6 +39,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "height"), [(80, 18), (80, 8), (40, 10), (30, 7), (120, 40)])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_each_row_is_on_the_screen_or_above_at_every_prefix(
@@ -56,6 +57,7 @@ def test_each_row_is_on_the_screen_or_above_at_every_prefix(
     assert screen.lines == whole(text, columns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height", [8, 18])
 def test_what_a_mark_could_yet_change_comes_whole_in_the_end(height: int) -> None:
     """A star without end, and a table: shown by their ends while they grow."""

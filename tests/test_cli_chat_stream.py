@@ -198,6 +198,7 @@ def some_block(chance: random.Random) -> str:
     return {"text": "", "quote": "> ", "head": "## "}[kind] + text(8 if kind == "head" else 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(24))
 def test_any_answer_comes_out_whole_and_once_on_a_low_screen(seed: int) -> None:
     """What is printed before its block is complete stays right whatever comes behind it."""

@@ -114,6 +114,7 @@ MARKUP = st.sampled_from(
 LINE = st.sampled_from(["", "# ", "> ", "- ", "1. ", "So "])
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(st.tuples(LINE, MARKUP, expressions(), MARKUP, expressions()), min_size=1, max_size=4),

@@ -225,6 +225,7 @@ def test_a_grammar_that_is_too_long_is_refused() -> None:
         gbnf_grammar("#" * (2**20 + 1))
 
 
+@pytest.mark.slow
 def test_what_is_let_through_is_taken(model: Model, capfd: pytest.CaptureFixture[str]) -> None:
     """Grammars by chance, mostly broken: no message of the library, no refusal but ours."""
     draw = random.Random(3)

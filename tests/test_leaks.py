@@ -27,6 +27,7 @@ def n_mapped(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
 
 
+@pytest.mark.slow
 def test_hundred_engines_leave_nothing(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_embd=128, n_ff=512)
     adapters = {"a": write_tiny_adapter(tmp_path / "a.gguf", base).path}

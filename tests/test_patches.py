@@ -357,7 +357,7 @@ def test_a_missing_archive_is_named(project: Project) -> None:
 
 def test_a_failed_download_says_what_to_do(project: Project) -> None:
     env = {"QAFLORA_SOURCE_ARCHIVE": "", "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
-    command = [sys.executable, str(project.patches / "prepare.py")]
+    command = [sys.executable, "-S", str(project.patches / "prepare.py")]
     result = subprocess.run(
         command,
         env={"PATH": os.environ["PATH"], "QAFLORA_CACHE": str(project.cache)} | env,
