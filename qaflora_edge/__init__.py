@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
     from qaflora_edge.openai.llama_like import Llama, replace_llama_cpp
     from qaflora_edge.weighing.numbers import FusionWeights
-    from qaflora_edge.weighing.strategy import Mix, Strategy, register_strategy
+    from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy, register_strategy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "Generation",
     "Llama",
     "Mix",
+    "Probe",
     "QafloraError",
+    "Query",
     "Strategy",
     "__version__",
     "register_strategy",
@@ -34,7 +36,9 @@ _HOME = {
     "Generation": "qaflora_edge.inference.generation",
     "Llama": "qaflora_edge.openai.llama_like",
     "Mix": "qaflora_edge.weighing.strategy",
+    "Probe": "qaflora_edge.weighing.strategy",
     "QafloraError": "qaflora_edge.errors",
+    "Query": "qaflora_edge.weighing.strategy",
     "Strategy": "qaflora_edge.weighing.strategy",
     "register_strategy": "qaflora_edge.weighing.strategy",
     "replace_llama_cpp": "qaflora_edge.openai.llama_like",

@@ -3,10 +3,28 @@
 from collections.abc import Iterator
 from typing import Any, assert_type
 
-from qaflora_edge import Engine, FusionWeights, Llama
+from qaflora_edge import (
+    Engine,
+    FusionWeights,
+    Llama,
+    Mix,
+    Probe,
+    Query,
+    Strategy,
+    register_strategy,
+)
+
+
+class Sharper(Strategy):
+    name = "sharper"
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        power = probe.divergence() ** 2
+        return Mix(power / power.sum(axis=0), power)
 
 
 def program(is_stream: bool) -> None:
+    register_strategy(Sharper())
     messages = [{"role": "user", "content": "a"}]
     with Engine("bundle", n_ctx=64) as engine:
         assert_type(engine.weights("a"), FusionWeights)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qaflora_edge.errors import InputFileError
 from qaflora_edge.formats.json_text import is_unicode
 
 FILE_BYTES_MAX = 16 << 20
+LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 KEYS = ("prompt", "name")
 
@@ -54,18 +57,51 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def _read(path: str, shown: str) -> bytes:
+@contextmanager
+def open_prompts(path: str) -> Iterator[BinaryIO]:
+    """Open a file, a pipe, or stdin for `-`. Raises InputFileError when it cannot be opened."""
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    with _readable(path):
+        file = open(path, "rb")  # noqa: SIM115
+    with file:
+        yield file
+
+
+def read_lines(stream: BinaryIO, shown: str) -> Iterator[bytes | None]:
+    """Lines with their ends, one at a time; None for one longer than LINE_BYTES_MAX.
+
+    shown  the name of the stream in messages
+
+    Raises InputFileError.
+    """
+    is_inside = False  # a line that is too long
+    while True:
+        with _readable(shown):
+            piece = stream.readline(LINE_BYTES_MAX + 1)
+        if not piece:
+            return
+        is_long = len(piece) > LINE_BYTES_MAX
+        if not is_inside:
+            yield None if is_long else piece
+        is_inside = (is_inside or is_long) and not piece.endswith(b"\n")
+
+
+@contextmanager
+def _readable(shown: str) -> Iterator[None]:
     try:
-        if path == "-":
-            data = sys.stdin.buffer.read(FILE_BYTES_MAX + 1)
-        else:
-            with open(path, "rb") as file:
-                data = file.read(FILE_BYTES_MAX + 1)
+        yield
     except OSError as error:
         raise InputFileError(
             f"Cannot read {shown}: {error.strerror or error}. Check that the file exists and that "
             "you may read it."
         ) from error
+
+
+def _read(path: str, shown: str) -> bytes:
+    with open_prompts(path) as file, _readable(shown):
+        data = file.read(FILE_BYTES_MAX + 1)
     if len(data) > FILE_BYTES_MAX:
         raise InputFileError(
             f"Cannot read {shown}: it is larger than {FILE_BYTES_MAX >> 20} MiB, the most that is "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli.answer import answer_dict, print_json, stream_answer, summary_line
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
@@ -20,7 +20,6 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.prompts import read_text
-from qaflora_edge.cli.show import can_show
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -37,6 +36,7 @@ ANSWERS_MAX = 100
         qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json
         qaflora run models/demo "Name a country." --json-schema country.json > answer.json
         git diff | qaflora run models/demo "What does this change?" --file -
+        qaflora run models/demo --prompts questions.jsonl -o answers.jsonl
         """
     )
 )
@@ -49,7 +49,26 @@ ANSWERS_MAX = 100
     metavar="FILE",
     help="Put the text of FILE behind PROMPT, or take it as the prompt; `-` is stdin; repeatable.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.option(
+    "--prompts",
+    "prompts_path",
+    metavar="FILE",
+    help="Answer each line of FILE instead of PROMPT, 8 at a time unless --parallel says: JSON "
+    'objects with "prompt" or "messages", and options of their own; `-` is stdin.',
+)
+@click.option(
+    "-o",
+    "--out",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the answers to --prompts into FILE; run again, it goes on where it was.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object at the end; with --prompts, give the weights of every layer.",
+)
 @click.option(
     "--json-schema",
     "schema_path",
@@ -76,6 +95,8 @@ def run(
     bundle: str,
     prompt: str | None,
     paths: tuple[str, ...],
+    prompts_path: str | None,
+    out: Path | None,
     system: str | None,
     as_json: bool,
     schema_path: str | None,
@@ -88,19 +109,27 @@ def run(
     The answer goes to stdout as it is generated, everything else to stderr. PROMPT `-` reads
     stdin. An answer that the limit cuts before its schema or grammar ended is printed, and the exit
     code is 1.
+
+    With --prompts, stdout or the file of -o gets one JSON object a line as answers end, with
+    `index`, the number of the line from 0, and for a line that failed `error`; the others go on,
+    and the exit code is 1.
     """
     _check_usage(prompt, paths, system, (schema_path, grammar_path), n_answer, options)
-    text = _whole_prompt(prompt, paths)
+    _check_sources(prompt, paths, prompts_path, out, n_answer)
+    text = "" if prompts_path is not None else _whole_prompt(prompt, paths)
     sampling = options.sampling
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)
     if schema_path is not None:
         sampling["stop"] = ()  # one out of the settings is meant for prose
+    if prompts_path is not None:
+        _answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
+        return
     with open_engine(bundle, options) as engine:
         tokens = _tokens(engine, text, system, options)
         if n_answer == 1:
             answers = [engine.generate(tokens, **sampling)]
             if as_json:
-                _print_json(answer_dict(answers[0]))
+                print_json(answer_dict(answers[0]))
             else:
                 stream_answer(answers[0])
                 click.echo(summary_line(answers[0]), err=True)
@@ -117,10 +146,6 @@ def _check_usage(
     n_answer: int,
     options: SharedOptions,
 ) -> None:
-    if prompt is None and not paths:
-        raise click.UsageError("Give PROMPT or --file FILE.")
-    if [prompt, *paths].count("-") > 1:
-        raise click.UsageError("stdin (`-`) can be read only once.")
     if None not in grammars:
         raise click.UsageError("Give --json-schema or --grammar, not both.")
     if grammars[0] is not None and _is_typed("stop"):
@@ -131,6 +156,43 @@ def _check_usage(
         raise click.UsageError(
             "--n needs --temp above 0: without it the answers would all be the same."
         )
+
+
+def _check_sources(
+    prompt: str | None,
+    paths: tuple[str, ...],
+    prompts_path: str | None,
+    out: Path | None,
+    n_answer: int,
+) -> None:
+    if (prompt is None and not paths) == (prompts_path is None):
+        raise click.UsageError("Give PROMPT or --file FILE, or else --prompts FILE.")
+    if [prompt, *paths].count("-") > 1:
+        raise click.UsageError("stdin (`-`) can be read only once.")
+    if out is not None and prompts_path is None:
+        raise click.UsageError("-o is for the answers to --prompts FILE.")
+    if n_answer > 1 and prompts_path is not None:
+        raise click.UsageError("--n is for one PROMPT; repeat the lines of --prompts FILE.")
+
+
+def _answer_file(
+    bundle: str,
+    path: str,
+    out: Path | None,
+    options: SharedOptions,
+    sampling: dict[str, Any],
+    system: str | None,
+    as_json: bool,
+) -> None:
+    from qaflora_edge.cli.batch import PARALLEL, answer_file
+
+    ctx = click.get_current_context()
+    if ctx.get_parameter_source("parallel") is click.core.ParameterSource.DEFAULT:
+        options.parallel = PARALLEL
+    n_failed = answer_file(
+        bundle, path, out, options, sampling=sampling, system=system, as_json=as_json
+    )
+    ctx.exit(1 if n_failed else 0)
 
 
 def _is_typed(name: str) -> bool:
@@ -190,7 +252,7 @@ def _print_answers(
             click.echo(f"answer {number + 1} of {n_answer} {summary_line(answer)}", err=True)
         answers.append(answer)
     if as_json:
-        _print_json({"answers": shown, "fusion": answers[0].fusion.to_dict()})
+        print_json({"answers": shown, "fusion": answers[0].fusion.to_dict()})
     return answers
 
 
@@ -206,55 +268,3 @@ def _check_whole(answers: list[Generation], path: str | None) -> None:
         f"{which} not whole: cut after {cut[0].n_completion} tokens, where {path} expects more. "
         "Raise --max-tokens, and --ctx where the context is full, or allow only shorter answers."
     )
-
-
-def stream_answer(answer: Generation) -> None:
-    """Write an answer to stdout piece by piece, and end its line however it ends.
-
-    A terminal gets none of its control characters; a pipe or a file gets it as it is.
-    """
-    from qaflora_edge.cli.chat.signs import visible
-
-    is_terminal = sys.stdout.isatty()
-    try:
-        for piece in answer:
-            click.echo(visible(piece, has_signs=False) if is_terminal else piece, nl=False)
-    finally:
-        click.echo()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    """Print JSON on one line; escaped where the output's encoding lacks a character."""
-    text = json.dumps(value, ensure_ascii=False)
-    click.echo(text if can_show(text, sys.stdout.encoding) else json.dumps(value))
-
-
-def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
-    """The object that `qaflora run --json` prints; takes the whole answer first."""
-    text = answer.text()
-    return {
-        "text": text,
-        "finish_reason": answer.finish_reason,
-        "usage": {
-            "prompt_tokens": answer.n_prompt,
-            "completion_tokens": answer.n_completion,
-        },
-        **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
-        "timings": answer.timings.to_dict(),
-    }
-
-
-def summary_line(answer: Generation) -> str:
-    """Mix, times and the reason of the end, in one line."""
-    from qaflora_edge.cli.show import mix_line
-
-    timings = answer.timings
-    parts = [
-        mix_line(answer.fusion),
-        f"probe {timings.probe_ms:.0f} ms",
-        f"prefill {timings.prefill_ms:.0f} ms",
-        f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s",
-    ]
-    if answer.finish_reason == "length":
-        parts.append("cut at the limit of tokens")
-    return f"[{'; '.join(parts)}]"

@@ -89,24 +89,29 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def check_weights(weights: ArrayLike, adapters: Sequence[str], n_layer: int) -> F32:
+def check_weights(
+    weights: ArrayLike, adapters: Sequence[str], n_layer: int, *, source: str = ""
+) -> F32:
     """weights as float32 [n_adapter, n_layer].
+
+    source  what messages begin with
 
     Raises WeightsError for another shape, or for values that are NaN or infinite.
     """
     try:
         array = np.asarray(weights, dtype=np.float32)
     except (TypeError, ValueError) as err:
-        raise WeightsError(f"Weights are not an array of numbers: {err}.") from err
+        raise WeightsError(f"{source}Weights are not an array of numbers: {err}.") from err
     if array.shape != (len(adapters), n_layer):
         raise WeightsError(
-            f"Weights have the shape {list(array.shape)}, expected [{len(adapters)}, {n_layer}]: "
-            f"one row for each of {', '.join(adapters) or 'no adapters'}, one column per layer."
+            f"{source}Weights have the shape {list(array.shape)}, expected "
+            f"[{len(adapters)}, {n_layer}]: one row for each of "
+            f"{', '.join(adapters) or 'no adapters'}, one column per layer."
         )
     if not np.isfinite(array).all():
         ia, il = (int(index[0]) for index in np.nonzero(~np.isfinite(array)))
         raise WeightsError(
-            f"The weight of {adapters[ia]!r} at layer {il} is {array[ia, il]}, "
+            f"{source}The weight of {adapters[ia]!r} at layer {il} is {array[ia, il]}, "
             "expected a finite number."
         )
     return array

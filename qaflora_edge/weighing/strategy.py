@@ -19,7 +19,7 @@ from qaflora_edge.errors import StrategyError
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     F32 = NDArray[np.float32]
     F64 = NDArray[np.float64]
@@ -75,8 +75,8 @@ class Probe(Protocol):
 class Mix:
     """Weights [n_adapter, n_layer], and the measure [n_adapter, n_layer] that they come from."""
 
-    weights: F32
-    divergence: F32 | F64 | None = None
+    weights: ArrayLike
+    divergence: ArrayLike | None = None
 
 
 class Strategy:
@@ -107,8 +107,11 @@ class Strategy:
     def check(self, argument: Any, query: Query) -> None:
         """Raise StrategyError where a query of this kind (its tokens apart) cannot be weighed."""
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix | F32:
-        """Weights float32 [n_adapter, n_layer]; in a Mix with the measure behind them."""
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix | ArrayLike:
+        """Weights [n_adapter, n_layer], any finite numbers; in a Mix with the measure behind them.
+
+        It has to give the same for the same query, and may be called from any thread.
+        """
         raise NotImplementedError
 
     @property
@@ -136,7 +139,8 @@ def register_strategy(strategy: Strategy) -> None:
     """Let this process weigh by a strategy of its own, wherever a strategy is named.
 
     Packages offer theirs by an entry point in the group `qaflora_edge.strategies` that names a
-    Strategy object.
+    Strategy object. An object of the same class takes the place of the one before, so that a cell
+    of a notebook can be run again.
 
     Raises StrategyError for a name that is taken or is none, or an object without weigh().
     """
@@ -152,9 +156,16 @@ def register_strategy(strategy: Strategy) -> None:
             f"The strategy {name!r} is {strategy!r}, expected an object of a subclass of "
             "qaflora_edge.Strategy that defines weigh()."
         )
-    if name in _registry:
-        raise StrategyError(f"The strategy {name!r} is there already; choose another name.")
+    if name in _registry and _class_of(strategy) != _class_of(_registry[name]):
+        raise StrategyError(
+            f"The strategy {name!r} of {_class_of(strategy)} is there already, by "
+            f"{_class_of(_registry[name])}; choose another name."
+        )
     _registry[name] = strategy
+
+
+def _class_of(strategy: Strategy) -> str:
+    return f"{type(strategy).__module__}.{type(strategy).__qualname__}"
 
 
 def strategies() -> list[Strategy]:

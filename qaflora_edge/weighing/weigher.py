@@ -60,18 +60,16 @@ class Weigher:
             pairs = ",".join(f"{name}={weight}" for name, weight in weights.items())
             weights = f"manual:{pairs}" if pairs else "base"
         if weights is not None and not isinstance(weights, str):
-            array = numbers.check_weights(weights, self.adapters, self.n_layer)
-            return self._fusion(Mix(array), "manual", query)
+            return self._fusion(Mix(weights), "manual", query)
         chosen = self.parse(weights or self.strategy)
         strategy = chosen.strategy
         if not self.adapters:
-            return self._fusion(Mix(np.zeros((0, self.n_layer), np.float32)), chosen.text, query)
+            return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
         start = time.perf_counter()
         mix = strategy.weigh(query, probe(query), chosen.argument)
         probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
         mix = mix if isinstance(mix, Mix) else Mix(mix)
-        array = numbers.check_weights(mix.weights, self.adapters, self.n_layer)
-        return self._fusion(Mix(array, mix.divergence), chosen.text, query, probe_ms)
+        return self._fusion(mix, chosen.text, query, probe_ms, source=f"Strategy {chosen.text!r}: ")
 
     def _given(self, weights: FusionWeights) -> FusionWeights:
         if weights.adapters != self.adapters:
@@ -83,15 +81,17 @@ class Weigher:
         return weights
 
     def _fusion(
-        self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0
+        self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0, *, source: str = ""
     ) -> FusionWeights:
-        divergence: F32 | None = None
-        if mix.divergence is not None:
-            divergence = np.asarray(mix.divergence, np.float32)
+        """FusionWeights of a mix, checked; messages begin with `source`."""
+
+        def checked(array: ArrayLike) -> F32:
+            return numbers.check_weights(array, self.adapters, self.n_layer, source=source)
+
         return FusionWeights(
             adapters=self.adapters,
-            weights=mix.weights,
-            divergence=divergence,
+            weights=checked(mix.weights),
+            divergence=None if mix.divergence is None else checked(mix.divergence),
             strategy=strategy,
             lens=self.lens,
             pool=self.pool,

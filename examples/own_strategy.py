@@ -1,0 +1,20 @@
+"""qaflora's command line with a strategy of its own, qa-flora's weights made sharper:
+
+python examples/own_strategy.py run models/demo "Name a fruit." --strategy sharper
+"""
+
+from qaflora_edge import Mix, Strategy, register_strategy
+from qaflora_edge.cli import main
+
+
+class Sharper(Strategy):
+    name = "sharper"
+
+    def weigh(self, query, probe, argument):
+        divergence = probe.divergence()  # [n_adapter, n_layer], in nats
+        power = divergence**2
+        return Mix(power / power.sum(axis=0), divergence)
+
+
+register_strategy(Sharper())
+main()

@@ -1,0 +1,64 @@
+"""An answer, printed: as it comes, as JSON, and what it took in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qaflora_edge.cli.show import can_show, mix_line
+
+if TYPE_CHECKING:
+    from qaflora_edge.inference.generation import Generation
+
+
+def stream_answer(answer: Generation) -> None:
+    """Write an answer to stdout piece by piece, and end its line however it ends.
+
+    A terminal gets none of its control characters; a pipe or a file gets it as it is.
+    """
+    from qaflora_edge.cli.chat.signs import visible
+
+    is_terminal = sys.stdout.isatty()
+    try:
+        for piece in answer:
+            click.echo(visible(piece, has_signs=False) if is_terminal else piece, nl=False)
+    finally:
+        click.echo()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print JSON on one line; escaped where the output's encoding lacks a character."""
+    text = json.dumps(value, ensure_ascii=False)
+    click.echo(text if can_show(text, sys.stdout.encoding) else json.dumps(value))
+
+
+def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
+    """The object that `qaflora run --json` prints; takes the whole answer first."""
+    text = answer.text()
+    return {
+        "text": text,
+        "finish_reason": answer.finish_reason,
+        "usage": {
+            "prompt_tokens": answer.n_prompt,
+            "completion_tokens": answer.n_completion,
+        },
+        **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
+        "timings": answer.timings.to_dict(),
+    }
+
+
+def summary_line(answer: Generation) -> str:
+    """Mix, times and the reason of the end, in one line."""
+    timings = answer.timings
+    parts = [
+        mix_line(answer.fusion),
+        f"probe {timings.probe_ms:.0f} ms",
+        f"prefill {timings.prefill_ms:.0f} ms",
+        f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s",
+    ]
+    if answer.finish_reason == "length":
+        parts.append("cut at the limit of tokens")
+    return f"[{'; '.join(parts)}]"

@@ -1,0 +1,152 @@
+"""A file of requests: one JSON object a line, a prompt or messages with options of its own."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from qaflora_edge.cli.prompts import LINE_BYTES_MAX, read_lines
+from qaflora_edge.config import OWN, SHARED, Option, in_group
+from qaflora_edge.errors import InputFileError, OptionError
+from qaflora_edge.formats.json_text import is_unicode, read_json_object
+
+_KEYS = ("prompt", "messages", "id", "json_schema")
+_SHOWN_MAX = 80  # characters of a wrong value in a message
+
+
+def _by_spelling() -> dict[str, Option]:
+    """The options of a line, by their names in Python, as flags, and in OpenAI's calls."""
+    options = (
+        *in_group("sampling").values(),
+        SHARED["strategy"],
+        SHARED["raw_prompt"],
+        OWN["run"]["system"],
+    )
+    spellings = ((option, (option.name, option.key, *option.aliases)) for option in options)
+    return {name: option for option, names in spellings for name in names if name}
+
+
+_OPTIONS = _by_spelling()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank, as it stands in its file; without data where it is too long."""
+
+    index: int
+    data: bytes | None
+    where: str
+
+    @property
+    def digest(self) -> str:
+        """Equal where the lines are."""
+        return hashlib.sha256((self.data or b"").strip()).hexdigest()[:16]
+
+    def parse(self) -> dict[str, Any]:
+        """The JSON object. Raises InputFileError for what is none."""
+        if self.data is None:
+            raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
+        try:
+            found = read_json_object(self.data)
+        except UnicodeDecodeError as error:
+            raise self._wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
+        except ValueError as error:
+            raise self._wrong(f"it is no JSON object ({error})") from error
+        if not is_unicode(json.dumps(found, ensure_ascii=False)):
+            raise self._wrong("it has half of a surrogate pair, which is no Unicode text")
+        return found
+
+    def _wrong(self, found: str) -> InputFileError:
+        return InputFileError(
+            f"Cannot read {self.where}: {found}, expected an object such as "
+            '{"prompt": "How many ...?"}. Correct the line.'
+        )
+
+
+def read_requests(stream: BinaryIO, shown: str) -> Iterator[Line]:
+    """Read lines one at a time; blank ones are counted, and left out.
+
+    shown  the name of the stream in messages
+    """
+    for index, data in enumerate(read_lines(stream, shown)):
+        if index == 0 and data is not None:
+            data = data.removeprefix(codecs.BOM_UTF8)
+        if data is None or data.strip():
+            yield Line(index, data, f"{shown}, line {index + 1}")
+
+
+def unknown_keys(found: Mapping[str, Any]) -> list[str]:
+    """What a request has that is no option of it."""
+    return [key for key in found if key not in _KEYS and key not in _OPTIONS]
+
+
+def to_request(found: Mapping[str, Any], *, system: str | None, raw_prompt: bool) -> dict[str, Any]:
+    """A request of Engine.generate_many; keys that are no options are left out.
+
+    system, raw_prompt  of requests that do not say
+
+    Raises OptionError for a wrong value, or what does not go together.
+    """
+    own = _own_options(found)
+    own_system, is_raw = own.pop("system", None), own.pop("raw_prompt", raw_prompt)
+    system = system if own_system is None else own_system
+    if (strategy := own.pop("strategy", None)) is not None:
+        own["weights"] = strategy
+    if (schema := found.get("json_schema")) is not None:
+        if not isinstance(schema, dict | bool):
+            raise _wrong("json_schema", schema, "an object or true")
+        own = {"stop": (), "grammar": None, **own, "json_schema": schema}
+    prompt, messages = found.get("prompt"), found.get("messages")
+    if (prompt is None) == (messages is None):
+        raise OptionError(
+            f"The request has {'neither' if prompt is None else 'both'} prompt and messages, "
+            "expected one of them; correct the line."
+        )
+    if messages is None and not (isinstance(prompt, str) and prompt.strip()):
+        raise _wrong("prompt", prompt, "a text that is not empty")
+    if prompt is None and not (isinstance(messages, list) and messages):
+        raise _wrong("messages", messages, "a list of messages")
+    if not is_raw:
+        return {**own, "messages": _conversation(prompt, messages, system)}
+    if prompt is None or own_system is not None:
+        raise OptionError(
+            "The request has messages or system, which need the chat template, and raw_prompt, "
+            "which leaves it out; expected one or the other."
+        )
+    return {**own, "prompt": prompt}
+
+
+def _own_options(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a request has, by their names; null stands for the default."""
+    own: dict[str, Any] = {}
+    for key, value in found.items():
+        option = _OPTIONS.get(key)
+        if option is None or value is None:
+            continue
+        if option.name == "stop" and isinstance(value, str):
+            value = [value]
+        if not option.fits(value):
+            raise _wrong(key, value, option.expected)
+        if option.name in own:
+            raise OptionError(f"Option {option.name} is given twice, as {key} too; expected once.")
+        own[option.name] = value
+    return own
+
+
+def _conversation(prompt: str | None, messages: list[Any] | None, system: str | None) -> list[Any]:
+    """The messages; a system message comes first where they do not begin with one."""
+    messages = messages or [{"role": "user", "content": prompt}]
+    first = messages[0]
+    if system is None or (isinstance(first, dict) and first.get("role") == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _wrong(name: str, value: Any, expected: str) -> OptionError:
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN_MAX else f"{shown[:_SHOWN_MAX]}..."
+    return OptionError(f"Option {name} is {shown}, expected {expected}; correct the line.")

@@ -1,0 +1,448 @@
+"""qaflora run --prompts"""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner, Result
+from patience import PATIENCE_S
+
+from qaflora_edge import Engine
+from qaflora_edge.cli import main, prompts
+from qaflora_edge.cli.requests import to_request
+from qaflora_edge.config import in_group
+from qaflora_edge.errors import OptionError
+
+# F32 everywhere: what is decoded together changes no token.
+F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
+QUESTIONS = [f"thing {i} on a ring" for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("batch"))
+
+
+def run(made: TinyBundle, *args: object, stdin: str | bytes | None = None) -> Result:
+    words = ["run", str(made.folder), *(str(arg) for arg in (*F32, *args))]
+    return CliRunner().invoke(main, words, input=stdin)
+
+
+def records(text: str | Path) -> list[dict[str, Any]]:
+    if isinstance(text, Path):
+        text = text.read_text(encoding="utf-8")
+    return sorted((json.loads(line) for line in text.splitlines()), key=lambda each: each["index"])
+
+
+def lines(*requests: dict[str, Any] | str) -> str:
+    return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in requests)
+
+
+def one_by_one(made: TinyBundle, requests: list[dict[str, Any]]) -> list[str]:
+    """The answers that an Engine for one caller gives."""
+    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
+    with Engine(made.folder, **options) as engine:  # type: ignore[arg-type]
+        texts = []
+        for request in requests:
+            tokens = engine.chat_tokens(request.pop("messages"))
+            texts.append(engine.generate(tokens, **request).text())
+        return texts
+
+
+def asked(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def test_answers_are_those_one_after_the_other(made: TinyBundle, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    own = [
+        {"prompt": QUESTIONS[0], "id": "first", "max_tokens": 5},
+        {"messages": asked(QUESTIONS[1], "Be brief."), "strategy": "single:es", "id": 7},
+        {"prompt": QUESTIONS[2], "temperature": 1.5, "seed": 3, "top_k": 40},
+        {"prompt": QUESTIONS[3], "system": "Be long.", "stop": "e", "top_p": None},
+        {"prompt": QUESTIONS[4], "temp": 0.9, "seed": 1, "max_completion_tokens": 9},
+        {"prompt": QUESTIONS[5], "json_schema": {"enum": ["dog", "cat"]}},
+        *({"prompt": question} for question in QUESTIONS[6:]),
+    ]
+    path.write_text("\ufeff\n" + lines(*own), encoding="utf-8")
+    result = run(made, "--prompts", path, "--max-tokens", 12, "--parallel", 4)
+    assert (result.exit_code, result.stderr[:14]) == (0, "[9 lines done,")
+    found = records(result.stdout)
+    expected = one_by_one(
+        made,
+        [
+            {"messages": asked(QUESTIONS[0]), "max_tokens": 5},
+            {"messages": own[1]["messages"], "weights": "single:es", "max_tokens": 12},
+            {
+                "messages": asked(QUESTIONS[2]),
+                "temperature": 1.5,
+                "seed": 3,
+                "top_k": 40,
+                "max_tokens": 12,
+            },
+            {"messages": asked(QUESTIONS[3], "Be long."), "stop": "e", "max_tokens": 12},
+            {"messages": asked(QUESTIONS[4]), "temperature": 0.9, "seed": 1, "max_tokens": 9},
+            {"messages": asked(QUESTIONS[5]), "json_schema": {"enum": ["dog", "cat"]}},
+            *({"messages": asked(question), "max_tokens": 12} for question in QUESTIONS[6:]),
+        ],
+    )
+    assert [each["text"] for each in found] == expected
+    assert [each["index"] for each in found] == list(range(1, 10))  # of lines, blank ones too
+    assert [each.get("id") for each in found[:3]] == ["first", 7, None]
+    assert found[1]["fusion"] == {"strategy": "single:es", "weights": {"math": 0.0, "es": 1.0}}
+    assert found[0]["fusion"]["strategy"] == "qa-flora"
+    assert found[0]["usage"]["completion_tokens"] == 5
+    assert set(found[2]) == {
+        *("index", "text", "finish_reason", "usage", "fusion", "timings", "request")
+    }
+    assert expected[5] in ('"dog"', '"cat"')
+
+
+def test_json_gives_the_weights_of_every_layer(made: TinyBundle) -> None:
+    stdin = lines({"prompt": "a thing"})
+    result = run(made, "--prompts", "-", "--json", "--max-tokens", 2, stdin=stdin)
+    single = json.loads(run(made, "a thing", "--json", "--max-tokens", 2).stdout)
+    (found,) = records(result.stdout)
+    assert found["fusion"]["weights"] == single["fusion"]["weights"]
+    assert found["text"] == single["text"]
+
+
+def test_raw_prompts_and_system(made: TinyBundle) -> None:
+    stdin = lines(
+        {"prompt": "the thing"},
+        {"messages": asked("a")},
+        {"prompt": "the thing", "raw_prompt": False},
+    )
+    raw = run(made, "--prompts", "-", "--raw-prompt", "--max-tokens", 6, stdin=stdin)
+    alone = [
+        run(made, "the thing", *more, "--max-tokens", 6).stdout[:-1]
+        for more in (["--raw-prompt"], [])
+    ]
+    first, second, third = records(raw.stdout)
+    assert [first["text"], third["text"]] == alone
+    assert second["error"]["message"].startswith("The request has messages or system, which need")
+    assert raw.exit_code == 1
+    stdin = lines(
+        {"prompt": "a"}, {"messages": asked("a", "Own.")}, {"prompt": "a", "system": "Own."}
+    )
+    told = run(made, "--prompts", "-", "--system", "All.", "--max-tokens", 6, stdin=stdin)
+    texts = [each["text"] for each in records(told.stdout)]
+    for text, system in zip(texts, ("All.", "Own.", "Own."), strict=True):
+        assert text == run(made, "a", "--system", system, "--max-tokens", 6).stdout[:-1]
+
+
+HOSTILE = [
+    ("not json", "InputFileError", "line 2: it is no JSON object (Expecting value"),
+    ('["a"]', "InputFileError", "it is no JSON object (it holds a list, not an object)"),
+    ("[" * 1000, "InputFileError", "it is no JSON object (it is nested too deeply)"),
+    ('{"prompt": "' + "a" * (3 << 20) + '"}', "InputFileError", "it is longer than 1 MiB"),
+    ('{"prompt": "\\ud800"}', "InputFileError", "half of a surrogate pair"),
+    ('{"prompt": "a", "prompt": "b"}', "InputFileError", "the key 'prompt' is given twice"),
+    (b'{"prompt": "\xff"}', "InputFileError", "it is not UTF-8 (invalid start byte at byte 12)"),
+    ("{}", "OptionError", "The request has neither prompt and messages"),
+    ('{"prompt": "a", "messages": []}', "OptionError", "The request has both prompt and messages"),
+    ('{"prompt": " "}', "OptionError", "Option prompt is ' ', expected a text that is not empty"),
+    ('{"prompt": 5}', "OptionError", "Option prompt is 5, expected a text"),
+    ('{"messages": 5}', "OptionError", "Option messages is 5, expected a list of messages"),
+    ('{"messages": []}', "OptionError", "Option messages is [], expected a list of messages"),
+    ('{"messages": [5]}', "PromptError", "Message 0 is 5, expected a text"),
+    ('{"messages": [{"role": "user"}]}', "PromptError", "Message 0 has content = None"),
+    ('{"prompt": "a", "temperature": "hot"}', "OptionError", "Option temperature is 'hot', exp"),
+    ('{"prompt": "a", "max_tokens": -1}', "OptionError", "expected a number of tokens from 0"),
+    ('{"prompt": "a", "max_tokens": true}', "OptionError", "Option max_tokens is True, expected"),
+    ('{"prompt": "a", "stop": [""]}', "OptionError", "expected a list of texts that are not empty"),
+    ('{"prompt": "a", "seed": 1e99}', "OptionError", "Option seed is 1e+99, expected a whole num"),
+    ('{"prompt": "a", "temp": 1, "temperature": 1}', "OptionError", "temperature is given twice"),
+    ('{"prompt": "a", "strategy": "best"}', "StrategyError", "Strategy 'best' is not known"),
+    ('{"prompt": "a", "strategy": 3}', "OptionError", "Option strategy is 3, expected a text"),
+    ('{"prompt": "a", "json_schema": 3}', "OptionError", "Option json_schema is 3, expected an o"),
+    ('{"prompt": "a", "json_schema": {"type": "x"}}', "GrammarError", "The JSON schema"),
+    ('{"prompt": "a", "grammar": "root ::= x"}', "GrammarError", "The grammar"),
+    ('{"prompt": "a", "grammar": "", "json_schema": {}}', "OptionError", "both given"),
+    ('{"prompt": "' + "a" * 400 + '"}', "PromptError", "tokens, the context 256; shorten it"),
+]
+
+
+def test_a_failed_line_stops_no_other(
+    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qaflora_edge.cli.requests.LINE_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(prompts, "LINE_BYTES_MAX", 1 << 20)
+    path = tmp_path / "q.jsonl"
+    fine = lines({"prompt": "a"}).encode()
+    written = [line.encode() if isinstance(line, str) else line for line, _, _ in HOSTILE]
+    path.write_bytes(fine + b"".join(line + b"\n" + fine for line in written))
+    result = run(made, "--prompts", path, "--max-tokens", 2, "--parallel", 3)
+    assert result.exit_code == 1, result.output
+    found = records(result.stdout)
+    assert [each["index"] for each in found] == list(range(2 * len(HOSTILE) + 1))
+    assert {each.get("text") for each in found[::2]} == {found[0]["text"]}
+    for each, (line, kind, message) in zip(found[1::2], HOSTILE, strict=True):
+        assert set(each) == {"index", "error", "request"}, line
+        assert each["error"]["type"] == kind
+        assert message in each["error"]["message"]
+        assert len(each["error"]["message"]) < 500
+    assert f"; {len(HOSTILE)} failed, the first: line 2: Cannot read" in result.stderr
+
+
+def test_an_answer_cut_under_its_schema_is_a_failure_with_its_text(made: TinyBundle) -> None:
+    request = {"prompt": "a", "json_schema": {"type": "string", "minLength": 50}, "id": 1}
+    result = run(made, "--prompts", "-", "--max-tokens", 4, stdin=lines(request))
+    (found,) = records(result.stdout)
+    assert found["text"].startswith('"')
+    assert (found["finish_reason"], found["id"]) == ("length", 1)
+    assert found["error"]["type"] == "IncompleteAnswerError"
+    assert result.exit_code == 1
+
+
+def test_unknown_keys_are_named_once(made: TinyBundle) -> None:
+    requests = [{"prompt": "a", "tempreature": 1, "n\n": 2}, {"prompt": "b", "x": 1, "n\n": 2}]
+    result = run(made, "--prompts", "-", "--max-tokens", 2, stdin=lines(*requests))
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[0] == (
+        "Not options of a request, and ignored: 'tempreature', 'n\\n', 'x'"
+    )
+    many = [{"prompt": "a", **{f"k{i}-{j}": 1 for j in range(9)}} for i in range(9)]
+    result = run(made, "--prompts", "-", "--max-tokens", 1, stdin=lines(*many))
+    assert result.stderr.splitlines()[0].endswith("'k2-1' and others")
+
+
+def test_every_sampling_option_has_its_name_on_a_line() -> None:
+    for option in in_group("sampling").values():
+        value: Any = {int: 3, float: 0.5, str: "root ::= x", tuple: ["a"]}[option.kind]
+        found = to_request({"prompt": "a", option.name: value}, system=None, raw_prompt=False)
+        assert found[option.name] == value
+        with pytest.raises(OptionError, match=f"^Option {option.name} is {{}}, expected a"):
+            to_request({"prompt": "a", option.name: {}}, system=None, raw_prompt=False)
+
+
+def test_a_pipe_is_read_once(made: TinyBundle) -> None:
+    """Nothing is known of what will come, so keys are named at the end."""
+    command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *map(str, F32)]
+    command += ["--prompts", "-", "--max-tokens", "3"]
+    stdin = lines(*({"prompt": question, "x": 1} for question in QUESTIONS))
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert [each["index"] for each in records(done.stdout)] == list(range(9))
+    assert done.stderr.splitlines()[0] == "Not options of a request, and ignored: 'x'"
+    done = subprocess.run(command, input="\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "Error: Cannot use the prompts in stdin: it has no line that is not blank, expected one "
+        'JSON object a line. Write {"prompt": "..."} into it.\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "Give PROMPT or --file FILE, or else --prompts FILE."),
+        (("a", "--prompts", "f"), "Give PROMPT or --file FILE, or else --prompts FILE."),
+        (("--file", "a", "--prompts", "f"), "Give PROMPT or --file FILE, or else --prompts FILE."),
+        (("a", "-o", "f"), "-o is for the answers to --prompts FILE."),
+        (("--prompts", "f", "--n", 2, "--temp", 1), "--n is for one PROMPT; repeat the lines"),
+    ],
+)
+def test_wrong_usage(made: TinyBundle, words: tuple[object, ...], message: str) -> None:
+    result = run(made, *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
+    result = run(made, "--prompts", tmp_path / "gone.jsonl", "-o", tmp_path / "out.jsonl")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: Cannot read {tmp_path / 'gone.jsonl'}: No such file")
+    assert os.listdir(tmp_path) == []
+
+
+# going on
+
+
+@pytest.fixture(scope="module")
+def answered(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Answers to the first two of four prompts."""
+    folder = tmp_path_factory.mktemp("answered")
+    path, out = folder / "q.jsonl", folder / "out.jsonl"
+    path.write_text(lines(*({"prompt": question} for question in QUESTIONS[:2])))
+    assert go_on(made, path, out).exit_code == 0
+    return out.read_text()
+
+
+@pytest.fixture
+def begun(answered: str, tmp_path: Path) -> tuple[Path, Path]:
+    """Four prompts, and a file of answers to the first two."""
+    path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
+    path.write_text(lines(*({"prompt": question} for question in QUESTIONS[:4])))
+    out.write_text(answered)
+    return path, out
+
+
+def go_on(made: TinyBundle, path: Path, out: Path, *more: object) -> Result:
+    return run(made, "--prompts", path, "-o", out, "--max-tokens", 4, *more)
+
+
+def test_what_is_answered_is_skipped(made: TinyBundle, begun: tuple[Path, Path]) -> None:
+    path, out = begun
+    before = out.read_bytes()
+    with out.open("ab") as file:
+        file.write(b'{"index": 3, "te')  # torn
+    with path.open("a") as file:
+        file.write(lines("wrong"))  # a line that came since
+    result = go_on(made, path, out, "--parallel", 2, "--threads", 2)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("[3 lines done, 8 tokens at ")
+    assert "2 were done before; 1 failed, the first: line 5: Cannot read" in result.stderr
+    assert out.read_bytes().startswith(before)
+    assert [each["index"] for each in records(out)] == [0, 1, 2, 3, 4]
+    whole = out.read_bytes()
+    result = go_on(made, path, out)  # nothing to do; the failure stays one
+    assert result.exit_code == 1
+    assert result.stderr.startswith("[0 lines done, 0 tokens at 0.0 tok/s; 5 were done before; 1")
+    assert out.read_bytes() == whole
+
+
+OTHER = "was answered by another bundle or under other options than these. Give those that it"
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        ("", ("--temp", 1), f"line 1 {OTHER}"),
+        ("", ("--strategy", "base"), f"line 1 {OTHER}"),
+        ("", ("--system", "x"), f"line 1 {OTHER}"),
+        ("", ("--json",), f"line 1 {OTHER}"),
+        ("bundle", (), f"line 1 {OTHER}"),
+        ("edit", (), "it answers another text than"),
+        ("shorten", (), "they answer line 1 of"),
+        ("foreign", (), "line 3 is no answer of this command, and a file was expected that it be"),
+        ("numbers", (), "line 3 is no answer of this command"),
+        ("torn", (), "line 3 is no answer of this command"),
+        ("pipe", (), "it is a named pipe, not a file. Leave -o out for stdout"),
+    ],
+)
+def test_another_file_is_refused_and_left_alone(
+    made: TinyBundle,
+    begun: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    more: tuple[object, ...],
+    message: str,
+) -> None:
+    path, out = begun
+    ends = {"foreign": b'{"prompt": "a"}\n', "numbers": b'{"index": [], "request": 3}\n'}
+    with out.open("ab") as file:
+        file.write({**ends, "torn": b"my notes"}.get(change, b""))
+    before: bytes | None = out.read_bytes()
+    if change == "bundle":
+        monkeypatch.setattr("qaflora_edge.cli.batch.sha256_file", lambda path: "other")
+    elif change == "edit":
+        path.write_text(path.read_text().replace("thing 1", "thing one"))
+    elif change == "shorten":
+        path.write_text("\n" + path.read_text().split("\n", 1)[1])
+    elif change == "pipe":
+        out.unlink()
+        os.mkfifo(out)
+        before = None
+    result = go_on(made, path, out, *more)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.endswith("or choose another -o FILE.\n")
+    assert before is None or out.read_bytes() == before
+
+
+def test_one_process_at_a_time_writes(made: TinyBundle, begun: tuple[Path, Path]) -> None:
+    from qaflora_edge.files import cache_lock
+
+    path, out = begun
+    with cache_lock(str(out.resolve())):
+        result = go_on(made, path, out)
+    assert result.exit_code == 1
+    assert "another process writes answers into it" in result.stderr
+    assert go_on(made, path, out).exit_code == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on(made: TinyBundle, tmp_path: Path, number: int) -> None:
+    path, out, whole = tmp_path / "q.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    path.write_text(lines(*({"prompt": f"thing {i}", "id": i} for i in range(40))))
+    options = ["--max-tokens", "120", "--prompts", str(path), "--parallel", "4", *map(str, F32)]
+    command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *options, "-o", out]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + PATIENCE_S
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
+    assert number == signal.SIGKILL or "lines done, " in told
+    n_before = out.read_bytes().count(b"\n")
+    assert 3 <= n_before < 40
+    result = run(made, *options, "-o", out)
+    assert result.exit_code == 0
+    assert f"; {n_before} were done before]" in result.stderr
+    assert run(made, *options, "-o", whole).exit_code == 0
+    found, expected = records(out), records(whole)
+    assert [each["id"] for each in found] == list(range(40))
+    assert [each["text"] for each in found] == [each["text"] for each in expected]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pseudo-terminals")
+def test_a_bar_on_a_terminal(made: TinyBundle, tmp_path: Path) -> None:
+    path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
+    path.write_text(lines(*({"prompt": question} for question in QUESTIONS[:3])))
+    command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), "--max-tokens", "9"]
+    leader, follower = pty.openpty()
+    try:
+        subprocess.run(
+            [*command, "--prompts", path, "-o", out],
+            stderr=follower,
+            env={**os.environ, "TERM": "xterm"},
+            check=True,
+        )
+        shown = os.read(leader, 1 << 16).decode()
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert "Answering  [" in shown
+    assert "3/3" in shown
+    assert " tok/s" in shown
+    assert len(records(out)) == 3
+
+
+def test_lines_are_not_held_in_memory(
+    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine asks for lines as it has room, and an answer that was written is let go."""
+    seen: list[int] = []
+    alive: list[int] = []
+    many = Engine.generate_many
+
+    def watched(self: Engine, requests: Any, **options: Any) -> Any:
+        def counted() -> Any:
+            for i, request in enumerate(requests):
+                seen.append(i)
+                yield request
+
+        for n_done, (number, answer) in enumerate(many(self, counted(), **options)):
+            alive.append(len(seen) - n_done)
+            yield number, answer
+
+    monkeypatch.setattr(Engine, "generate_many", watched)
+    path = tmp_path / "q.jsonl"
+    path.write_text(lines(*({"prompt": "a", "strategy": "base"} for _ in range(60))))
+    assert run(made, "--prompts", path, "--max-tokens", 1, "--parallel", 2).exit_code == 0
+    assert max(alive) <= 4
+    assert len(seen) == 60

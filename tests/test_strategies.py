@@ -1,0 +1,263 @@
+"""Strategies of a program's own: by register_strategy, and by a package's entry point."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle, make_sources
+from click.testing import CliRunner
+
+from qaflora_edge import Engine, Mix, QafloraError, Strategy, register_strategy
+from qaflora_edge.bundles.create import create_bundle
+from qaflora_edge.cli import main
+from qaflora_edge.errors import BundleError, StrategyError, WeightsError
+from qaflora_edge.weighing import strategy as registry
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples/own_strategy.py"
+PROMPT = "the thing on a ring"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("strategies"))
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers, others do not see."""
+    registry.strategies()
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    yield
+    registry._load_entry_points.cache_clear()
+
+
+def script(*words: object) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def qaflora(*words: object) -> str:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def sharpened(folder: Path) -> Any:
+    """float64 [n_adapter, n_layer], of the divergences that the plain command shows."""
+    shown = json.loads(qaflora("weights", folder, PROMPT, "--json"))
+    squares = np.array(shown["divergence"]) ** 2
+    return squares / squares.sum(axis=0)
+
+
+def test_the_example_is_at_most_20_lines() -> None:
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 20
+
+
+def test_the_example_weighs_and_answers(made: TinyBundle) -> None:
+    own = ("--strategy", "sharper")
+    weighed = json.loads(script("weights", made.folder, PROMPT, "--json", *own))
+    expected = sharpened(made.folder)
+    np.testing.assert_allclose(weighed["weights"], expected, rtol=1e-5)
+    assert weighed["strategy"] == "sharper"
+    answer = json.loads(script("run", made.folder, PROMPT, "--json", "--max-tokens", 12, *own))
+    assert answer["fusion"]["weights"] == weighed["weights"]
+    assert answer["timings"]["probe_ms"] > 0
+    with Engine(made.folder) as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": PROMPT}])
+        given = engine.generate(tokens, weights=np.array(weighed["weights"]), max_tokens=12)
+        assert answer["text"] == given.text()
+    for verb in ("run", "chat", "weights", "bench"):
+        assert "base or sharper" in " ".join(script(verb, "--help").split())
+
+
+def test_the_example_is_a_bundles_default(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    words = ("--base", made.base.path, "--adapter", f"math={made.peft}", "--adapter")
+    more = (f"es={made.adapter.path}", "--strategy", "sharper")
+    script("bundle", "create", made.folder, *words, *more)
+    shown = json.loads(script("weights", made.folder, PROMPT, "--json"))
+    assert shown["strategy"] == "sharper"
+    stdin = tmp_path / "q.jsonl"
+    stdin.write_text(json.dumps({"prompt": PROMPT}))
+    answer = json.loads(script("run", made.folder, "--prompts", stdin, "--max-tokens", 2))
+    means = np.array(shown["weights"]).mean(axis=1)
+    assert answer["fusion"]["strategy"] == "sharper"
+    np.testing.assert_allclose(list(answer["fusion"]["weights"].values()), means, atol=1e-4)
+    with pytest.raises(BundleError, match="Strategy 'sharper' is not known"):
+        Engine(made.folder)
+
+
+class Thirds(Strategy):
+    """A number behind its name for all, and no probe."""
+
+    name = "thirds"
+    argument = "N"
+    is_probed = False
+
+    def parse(self, argument: str, adapters: Any, text: str) -> float:
+        return float(argument or 1) / 3
+
+    def weigh(self, query: Any, probe: Any, argument: float) -> list[list[float]]:
+        return [[argument] * query.n_layer for _ in query.adapters]
+
+
+def test_a_list_of_lists_is_enough(made: TinyBundle) -> None:
+    register_strategy(Thirds())
+    register_strategy(Thirds())  # a cell of a notebook that is run again
+    with Engine(made.folder, strategy="thirds:2") as engine:
+        fusion = engine.weights("a")
+        assert fusion.weights.dtype == np.float32
+        np.testing.assert_array_equal(fusion.weights, np.full((2, 3), 2 / 3, np.float32))
+        assert (fusion.strategy, fusion.probe_ms, fusion.divergence) == ("thirds:2", 0, None)
+        assert engine.weights("a", strategy="thirds").weights[0, 0] == np.float32(1 / 3)
+        assert engine.generate("a", weights="thirds", max_tokens=1).fusion.strategy == "thirds"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            [[1.0, 1, 1]],
+            "Strategy 'wrong': Weights have the shape [1, 3], expected [2, 3]: one row",
+        ),
+        ([["a"] * 3] * 2, "Strategy 'wrong': Weights are not an array of numbers: could not conv"),
+        (
+            [[0, 0, float("nan")]] * 2,
+            "Strategy 'wrong': The weight of 'math' at layer 2 is nan, expected a finite number.",
+        ),
+        (
+            Mix([[0.5] * 3] * 2, [[1.0] * 2] * 2),
+            "Strategy 'wrong': Weights have the shape [2, 2], expected [2, 3]: one row for each of",
+        ),
+    ],
+)
+def test_wrong_weights_name_their_strategy(made: TinyBundle, given: Any, message: str) -> None:
+    class Wrong(Strategy):
+        name = "wrong"
+
+        def weigh(self, query: Any, probe: Any, argument: Any) -> Any:
+            return given
+
+    register_strategy(Wrong())
+    with Engine(made.folder) as engine:
+        with pytest.raises(WeightsError) as caught:
+            engine.weights("a", strategy="wrong")
+        assert str(caught.value).startswith(message)
+        failed, fine = dict(
+            engine.generate_many([{"prompt": "a", "weights": "wrong"}, "a"], max_tokens=1)
+        ).values()
+        assert str(failed.error) == str(caught.value)
+        assert fine.error is None
+
+
+class Nothing(Strategy):
+    name = "nothing"
+
+
+class Taken(Thirds):
+    name = "base"
+
+
+class Shouting(Thirds):
+    name = "LOUD"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            Thirds,
+            f"The strategy 'thirds' is <class '{__name__}.Thirds'>, expected an object of",
+        ),
+        (Nothing(), f"The strategy 'nothing' is <{__name__}.Nothing object at "),
+        (
+            Taken(),
+            f"The strategy 'base' of {__name__}.Taken is there already, by qaflora_edge.",
+        ),
+        (Shouting(), "has the name 'LOUD', expected small letters, digits and hyphens, at most 40"),
+        (3, "The strategy 3 has the name None, expected small letters"),
+    ],
+)
+def test_what_is_no_strategy_is_refused(strategy: Any, message: str) -> None:
+    with pytest.raises(StrategyError) as caught:
+        register_strategy(strategy)
+    assert message in str(caught.value)
+
+
+# entry points of packages
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
+    """What the packages of this machine offer."""
+    found: list[EntryPoint] = []
+
+    def entry_points(*, group: str) -> list[EntryPoint]:
+        assert group == "qaflora_edge.strategies"
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setitem(sys.modules, "their_package", sys.modules[__name__])
+    registry._load_entry_points.cache_clear()
+    return found
+
+
+def point(value: str) -> EntryPoint:
+    return EntryPoint("any", value, "qaflora_edge.strategies")
+
+
+SOME_STRATEGY, NO_STRATEGY = Thirds(), "words"
+
+
+def test_a_package_offers_a_strategy(made: TinyBundle, offered: list[EntryPoint]) -> None:
+    offered.append(point("their_package:SOME_STRATEGY"))
+    shown = json.loads(qaflora("weights", made.folder, "a", "--json", "--strategy", "thirds"))
+    np.testing.assert_allclose(shown["weights"], np.full((2, 3), 1 / 3), rtol=1e-6)
+    assert " or thirds[:N]." in " ".join(qaflora("run", "--help").split())
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("not_there_at_all:STRATEGY", "No module named 'not_there_at_all'"),
+        ("their_package:Gone", "no attribute 'Gone'"),
+        ("their_package:NO_STRATEGY", "has the name None, expected small letters"),
+        ("their_package:Thirds", "expected an object of a subclass of qaflora_edge.Strategy"),
+    ],
+)
+def test_a_broken_package_is_named(
+    made: TinyBundle, offered: list[EntryPoint], value: str, reason: str
+) -> None:
+    offered += [point("their_package:SOME_STRATEGY"), point(value)]
+    for _ in range(2):  # the one before it is no trouble the second time
+        with pytest.raises(QafloraError) as caught:
+            registry.parse_strategy("best", ("math",))
+        assert f"'any' of the entry point {value} cannot be used: " in str(caught.value)
+        assert reason in str(caught.value)
+        assert str(caught.value).endswith("Correct or remove its package.")
+    assert registry.parse_strategy("static", ("math",)).text == "static"  # ours need no package
+    result = CliRunner().invoke(main, ["weights", str(made.folder), "a", "--strategy", "best"])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {caught.value}\n")
+
+
+def test_a_strategy_is_checked_when_a_bundle_is_made(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    adapters = {"es": made.adapter.path}
+    with pytest.raises(StrategyError, match="Strategy 'thirds' is not known"):
+        create_bundle(made.folder, made.base.path, adapters, strategy="thirds", calibrate=False)
+    register_strategy(Thirds())
+    create_bundle(made.folder, made.base.path, adapters, strategy="thirds", calibrate=False)
+    with Engine(made.folder) as engine:
+        assert engine.weights("a").weights[0, 0] == np.float32(1 / 3)
