@@ -51,7 +51,7 @@ def suggested(made: TinyBundle, line: str, last: str | None = None, **more: str)
 @pytest.mark.parametrize(
     ("line", "last", "expected"),
     [
-        ("qaflora com", None, ["plain,completion"]),
+        ("qaflora com", None, ["plain,compare", "plain,completion"]),
         ("qaflora completion ", None, ["plain,bash", "plain,zsh", "plain,fish"]),
         ("qaflora run --st", None, ["plain,--strategy", "plain,--stop"]),
         ("qaflora run ", None, ["plain,bundle"]),
@@ -202,7 +202,7 @@ def read_until(terminal: int, pattern: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("qaflora comp\t", ["qaflora", "completion"]),
+        ("qaflora compl\t", ["qaflora", "completion"]),
         ("qaflora run bun\t", ["qaflora", "run", "bundle"]),
         (
             "qaflora run bundle --strategy single:m\t",

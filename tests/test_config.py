@@ -24,6 +24,7 @@ from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 
 BY_NAME = {option.name: option for option in OPTIONS}
 COMMANDS = [table for table in SHARED_TABLES if table != "llm"]
+NEEDED = {"compare": ["QUESTION"]}  # besides DIR
 # Values at the ends of each range, and beyond them.
 GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "strategy": (["norm", "manual:a=1"], []),
@@ -73,7 +74,7 @@ def refusals(
     """Which ways to give an option refuse a value."""
     key, refused = option.key, {}
     for verb in COMMANDS:
-        line = [f"{option.flag}={value}", "DIR"]
+        line = [f"{option.flag}={value}", "DIR", *NEEDED.get(verb, ())]
         refused[verb] = fails(click.BadParameter, find_command(verb).make_context, "", line)
 
     path.write_text(f"{key} = {value!r}\n", encoding="utf-8")
@@ -129,6 +130,7 @@ def test_defaults_of_a_command(command: str) -> None:
         "run": {"max_tokens": 512},
         "chat": {"max_tokens": 512, "temperature": 0.7, "repeat_penalty": 1.03},
         "weights": {},
+        "compare": {"max_tokens": 256, "n_parallel": 4},
         "bench": {"max_tokens": 64},
     }
     expected = {
@@ -154,7 +156,7 @@ def test_defaults_of_a_command(command: str) -> None:
         "seed": None,
         "stop": (),
     }
-    params = find_command(command).make_context("", ["DIR"]).params
+    params = find_command(command).make_context("", ["DIR", *NEEDED.get(command, ())]).params
     assert {key: params[key] for key in params if key in SHARED} == expected | {
         BY_NAME[name].key: value for name, value in different[command].items()
     }

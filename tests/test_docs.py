@@ -1,4 +1,4 @@
-"""README and docs/ as they stand: every command and every script of them is run."""
+"""README and docs/ as they stand: every command and script of them is run, and says something."""
 
 import os
 import re
@@ -81,6 +81,36 @@ def scratch(tmp_path: Path, material: Path) -> Path:
     return folder
 
 
+# Fails when a print in a page shows nothing, however often it is called.
+PYTHON = """
+import ast, builtins, collections, runpy, sys
+
+said = collections.defaultdict(str)
+show = builtins.print
+
+def note(*values, sep=" ", **options):
+    said[sys._getframe(1).f_lineno] += sep.join(map(str, values))
+    show(*values, sep=sep, **options)
+
+builtins.print = note
+runpy.run_path(sys.argv[1], run_name="__main__")
+with open(sys.argv[1], encoding="utf-8") as file:
+    calls = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Call)]
+prints = [call for call in calls if getattr(call.func, "id", "") == "print" and call.args]
+if silent := [call.lineno for call in prints if not said[call.lineno].strip()]:
+    sys.exit(f"the print of line {silent} shows nothing")
+"""
+# Fails when an answer of `qaflora run` is empty.
+BASH = """
+qaflora() {
+    if [ "$1" != run ]; then command qaflora "$@"; return; fi
+    command qaflora "$@" | tee "$HOME/answer" || return
+    grep -q '[^[:space:]]' "$HOME/answer" || { echo "qaflora $* answers nothing" >&2; return 1; }
+}
+. "$0"
+"""
+
+
 def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
     """Run a block as a user would, with a home of its own and no network."""
     home.mkdir(exist_ok=True)
@@ -96,7 +126,10 @@ def run_block(block: Block, folder: Path, home: Path) -> subprocess.CompletedPro
     }
     script = home / f"block-{block.line}"
     script.write_text(block.text, encoding="utf-8")
-    program = {"sh": ["bash", "-e", "-o", "pipefail"], "python": [sys.executable]}[block.language]
+    program = {
+        "sh": ["bash", "-e", "-o", "pipefail", "-c", BASH],
+        "python": [sys.executable, "-c", PYTHON],
+    }[block.language]
     return subprocess.run(
         [*program, str(script)],
         cwd=folder,
@@ -119,6 +152,24 @@ def test_blocks_of_the_page_run(page: Path, scratch: Path, tmp_path: Path) -> No
     for block in runnable(page):
         done = run_block(block, scratch, tmp_path / "home")
         assert done.returncode == 0, f"{page.name}:{block.line}: {describe(done)}"
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "said"),
+    [
+        ("python", "print('a')\nprint()\nfor x in 'ab': print(x.strip())\n", ""),
+        ("python", "print('a')\nprint(' ')\n", "the print of line [2] shows nothing"),
+        ("python", "for x in '': print(x)\n", "the print of line [1] shows nothing"),
+        ("sh", "qaflora doctor > doctor.txt\n", ""),
+        ("sh", "qaflora run models/demo '?' --max-tokens 0\n", "--max-tokens 0 answers nothing"),
+    ],
+)
+def test_block_that_shows_nothing_fails(
+    language: str, text: str, said: str, scratch: Path, tmp_path: Path
+) -> None:
+    done = run_block(Block(1, language, text, None), scratch, tmp_path / "home")
+    assert (done.returncode == 0) is (not said), describe(done)
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -36,19 +36,41 @@ INK = "var(--ink)"
 
 
 def html(weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> str:
-    """The page: for each prompt a heatmap, a table of its adapters, and all numbers.
+    """The page of `qaflora weights`: for each prompt a heatmap, a table of its adapters, and all
+    numbers.
 
     subject  names of bundle and base
     """
     fusions = [fusion for _, fusion in weighed]
     ends = scale(fusions)
+    sections = [
+        line
+        for number, (prompt, fusion) in enumerate(weighed, 1)
+        for line in _section(number, prompt, fusion, ends)
+    ]
+    return page("qaflora weights", subject, [], facts(fusions), fusions, sections)
+
+
+def page(
+    title: str,
+    subject: str,
+    head_lines: Sequence[str],
+    how: str,
+    fusions: Sequence[FusionWeights],
+    sections: Sequence[str],
+) -> str:
+    """A page around sections of HTML, with the scale of their heatmaps.
+
+    head_lines  HTML below the subject
+    how         how the weights came about, as text
+    """
     script = _asset("weights.js")
     style = f"{_asset('weights.css')}main {{ --panel: {panel_width(fusions[0])}px; }}\n"
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    head = [
+    lines = [
         "<!DOCTYPE html>",
         '<html lang="en">',
         "<head>",
@@ -57,30 +79,25 @@ def html(weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',
         '<meta name="referrer" content="no-referrer">',
-        "<title>qaflora weights</title>",
+        f"<title>{clean(title)}</title>",
         f"<style>{style}</style>",
         "</head>",
         "<body>",
         f'<header><h1 dir="auto">{clean(subject)}</h1>',
-        f"<p>Weight of each adapter at each layer: {clean(facts(fusions))}. Point at a cell, tap "
+        *head_lines,
+        f"<p>Weight of each adapter at each layer: {clean(how)}. Point at a cell, tap "
         "it, or use the arrow keys.</p>",
-        *legend(ends, min_weight(fusions), ink=INK),
+        *legend(scale(fusions), min_weight(fusions), ink=INK),
         "</header>",
         "<main>",
-    ]
-    body = [
-        line
-        for number, (prompt, fusion) in enumerate(weighed, 1)
-        for line in _section(number, prompt, fusion, ends)
-    ]
-    tail = [
+        *sections,
         "</main>",
         '<div id="tip" role="status" aria-live="polite" hidden></div>',
         f"<script>{script}</script>",
         "</body>",
         "</html>",
     ]
-    return "\n".join([*head, *body, *tail]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _asset(name: str) -> str:
@@ -108,14 +125,21 @@ def _section(
             shown = f"<details><summary>The whole prompt</summary>{shown}</details>"
         lines.append(shown)
     lines += [
+        *weights_lines(fusion, ends),
+        "</section>",
+    ]
+    return lines
+
+
+def weights_lines(fusion: FusionWeights, ends: tuple[float, float]) -> list[str]:
+    """The weights of one query: a heatmap, a table of its adapters, and all numbers."""
+    return [
         '<div class="wide">',
         *panel(fusion, ends, ink=INK, paper="var(--paper)"),
         "</div>",
         *_adapter_table(fusion),
         *_number_table(fusion),
-        "</section>",
     ]
-    return lines
 
 
 def _adapter_table(fusion: FusionWeights) -> list[str]:

@@ -27,7 +27,7 @@ from qaflora_edge.settings import (
 
 PREFIX = "QAFLORA_"
 # Tables that take the shared options; `llm` is the plugin for the program of that name.
-SHARED_TABLES = ("run", "chat", "weights", "bench", "llm")
+SHARED_TABLES = ("run", "chat", "compare", "weights", "bench", "llm")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
 
 

@@ -130,13 +130,13 @@ def weights(
     if plot is not None:
         from qaflora_edge.cli.plot import write_plot
 
-        if note := write_plot(plot, weighed, _subject(bundle), dpi=dpi, is_dark=dark):
+        if note := write_plot(plot, weighed, subject(bundle), dpi=dpi, is_dark=dark):
             click.echo(note, err=True)
     if not as_json and not as_csv:
         _print_heatmap(weighed)
 
 
-def _subject(bundle: str) -> str:
+def subject(bundle: str) -> str:
     """The names of a bundle and its base, which stand above a picture."""
     from qaflora_edge.bundles.open import read_bundle_text
 

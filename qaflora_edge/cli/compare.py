@@ -1,0 +1,192 @@
+"""qaflora compare"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qaflora_edge.cli.options import (
+    BUNDLE,
+    SharedOptions,
+    example,
+    open_engine,
+    prompt_tokens,
+    read_prompt,
+    shared_options,
+)
+from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.run import answer_dict
+from qaflora_edge.cli.show import mix_line, terminal_size
+
+if TYPE_CHECKING:
+    from qaflora_edge.engine import Engine
+    from qaflora_edge.weighing.numbers import FusionWeights
+
+WAYS_MAX = 100
+# A comma between two strategies; those within manual:NAME=W,NAME=W stand before NAME=.
+_COMMA = re.compile(r",(?![^,:]*=)")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one strategy answers.
+
+    facts  what `qaflora run --json` prints of it
+    """
+
+    strategy: str
+    fusion: FusionWeights
+    facts: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The answer, with a remark where a limit cut it, or "(nothing)"."""
+        text = self.facts["text"].strip() or "(nothing)"
+        return text + ("\n[cut at the limit of tokens]" if self.is_cut else "")
+
+    @property
+    def is_cut(self) -> bool:
+        return bool(self.facts["finish_reason"] == "length")
+
+
+def _check_html(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() != ".html":
+        raise click.BadParameter(f"{str(value)!r} does not end in .html.")
+    return value
+
+
+@click.command(
+    epilog=example(
+        """
+        qaflora compare models/demo "How many legs do three dogs have?"
+        qaflora compare models/demo "¿Qué es un río?" --strategies base,qa-flora,calibrated
+        qaflora compare models/demo - --html answers.html < question.txt
+        """
+    )
+)
+@click.argument("bundle", **BUNDLE)
+@click.argument("question")
+@click.option(
+    "--strategies",
+    "ways",
+    metavar="NAME,NAME,...",
+    help="What to compare, in this order; `single` is each adapter alone.  [default: base, single "
+    "and the strategy]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--html",
+    "html_path",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_html,
+    help="Write a page with the answers and their weights, which stands alone, to FILE.html.",
+)
+@shared_options
+def compare(
+    bundle: str,
+    question: str,
+    ways: str | None,
+    as_json: bool,
+    html_path: Path | None,
+    options: SharedOptions,
+) -> None:
+    """Show what several strategies answer, side by side.
+
+    The base, each adapter alone, and the mix answer the same question; beside each answer stand the
+    mean weights it was given under. QUESTION `-` reads stdin. Several answers are computed together
+    (--parallel), which rounds otherwise than one alone: --parallel 1 answers as `qaflora run` does.
+    """
+    text = read_prompt(question)
+    if html_path is not None:
+        from qaflora_edge.cli.plot import check_can_plot
+
+        check_can_plot(html_path, 1)
+    with open_engine(bundle, options) as engine:
+        strategies = expand(ways or f"base,single,{engine.strategy}", engine.adapters)
+        tokens = prompt_tokens(engine, text, options)
+        answers = ask(engine, tokens, strategies, options.sampling)
+    if html_path is not None:
+        from qaflora_edge.cli.compare_html import answers_page
+        from qaflora_edge.cli.weights import subject
+        from qaflora_edge.files import write_text_atomic
+
+        write_text_atomic(html_path, answers_page(text, answers, subject(bundle)))
+    if as_json:
+        shown = [{"strategy": answer.strategy, **answer.facts} for answer in answers]
+        click.echo(json.dumps({"prompt": text, "answers": shown}))
+    else:
+        click.echo(table(answers, width=terminal_size(sys.stdout)[0], encoding=sys.stdout.encoding))
+
+
+def expand(ways: str, adapters: Sequence[str]) -> list[str]:
+    """The strategies that a list of them names, each once; `single` is one for each adapter.
+
+    Raises UsageError for an empty list or one that is too long, StrategyError for one that is not
+    known.
+    """
+    from qaflora_edge.weighing.strategy import parse_strategy
+
+    found: dict[str, None] = {}
+    for way in (part.strip() for part in _COMMA.split(ways)):
+        found |= dict.fromkeys([f"single:{n}" for n in adapters] if way == "single" else [way])
+    if "" in found or not 0 < len(found) <= WAYS_MAX:
+        raise click.UsageError(
+            f"--strategies is {ways!r}, expected 1 to {WAYS_MAX} strategies with a comma between "
+            "each two, such as base,single,qa-flora."
+        )
+    for way in found:
+        parse_strategy(way, adapters)
+    return list(found)
+
+
+def ask(
+    engine: Engine, tokens: list[int], strategies: Sequence[str], sampling: dict[str, Any]
+) -> list[Answer]:
+    """The answer under each strategy, in their order.
+
+    Raises what the first one that failed did.
+    """
+    answers: dict[int, Answer] = {}
+    requests = [{"prompt": tokens, "weights": strategy} for strategy in strategies]
+    with progress_bars() as tell:
+        for index, generation in engine.generate_many(requests, **sampling):
+            answers[index] = Answer(strategies[index], generation.fusion, answer_dict(generation))
+            if tell is not None:
+                tell("Answering", len(answers), len(requests))
+    return [answers[index] for index in range(len(strategies))]
+
+
+def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str:
+    """The answers as a table: strategy and mix on the left, the answer on the right.
+
+    What a model wrote can move no cursor and change no colour.
+    """
+    from rich.box import ASCII2, HORIZONTALS
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from qaflora_edge.cli.chat.signs import has_signs, visible
+
+    signs = has_signs(encoding)
+    shown = Table(
+        box=HORIZONTALS if signs else ASCII2, show_lines=True, expand=True, padding=(0, 1)
+    )
+    shown.add_column("strategy, mix", ratio=1, overflow="fold")
+    shown.add_column("answer", ratio=3, overflow="fold")
+    for answer in answers:
+        way = "\n".join([answer.strategy, *mix_line(answer.fusion).split(", ")])
+        shown.add_row(*(Text(visible(text, has_signs=signs)) for text in (way, answer.text)))
+    console = Console(width=width, no_color=True, color_system=None)
+    with console.capture() as capture:
+        console.print(shown)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    return "\n".join(line for line in lines if line)

@@ -1,0 +1,132 @@
+"""qaflora compare"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner, Result
+from rich.cells import cell_len
+
+from qaflora_edge import Engine
+from qaflora_edge.cli import main
+from qaflora_edge.cli.compare import Answer, expand, table
+from qaflora_edge.cli.compare_html import answers_page
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.numbers import FusionWeights
+
+PROMPT = "the thing on a ring"
+EVIL = "<script>alert(1)</script>\x1b[2J\x1b]0;title\x07<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("compare"))
+
+
+def compare(made: TinyBundle, *args: object, stdin: str | None = None) -> Result:
+    words = ["compare", str(made.folder), *map(str, args), "--max-tokens", "6"]
+    return CliRunner().invoke(main, words, input=stdin)
+
+
+def test_answers_are_those_of_the_strategies(made: TinyBundle) -> None:
+    shown = json.loads(compare(made, PROMPT, "--json", "--parallel", 1).stdout)
+    assert shown["prompt"] == PROMPT
+    names = [answer["strategy"] for answer in shown["answers"]]
+    assert names == ["base", "single:math", "single:es", "qa-flora"]
+    with Engine(made.folder) as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": PROMPT}])
+        for answer in shown["answers"]:
+            own = engine.generate(tokens, weights=answer["strategy"], max_tokens=6)
+            assert answer["text"] == own.text()
+            assert np.allclose(answer["fusion"]["weights"], own.fusion.weights, atol=1e-6)
+
+
+def test_table_has_each_strategy_with_its_mix_and_answer(made: TinyBundle) -> None:
+    result = compare(made, PROMPT, "--strategies", "base,single,manual:math=1,es=0.5,static")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    starts = [line.split("  ")[0] for line in lines]
+    order = ["base", "single:math", "single:es", "manual:math=1,es=0", "static"]
+    places = [next(i for i, s in enumerate(starts) if s.startswith(way)) for way in order]
+    assert places == sorted(places)
+    assert starts[places[0] + 1] == "the base alone"
+    assert starts[places[-1] + 1 : places[-1] + 3] == ["math 0.50", "es 0.50"]
+    assert result.stdout.count("[cut at the limit of tokens]") == 5
+
+
+def test_strategy_of_the_options_stands_last(made: TinyBundle) -> None:
+    result = compare(made, "-", "--strategy", "norm", "--json", stdin=f"{PROMPT}\n")
+    assert [a["strategy"] for a in json.loads(result.stdout)["answers"]][-1] == "norm"
+
+
+@pytest.mark.parametrize(
+    ("ways", "expected"),
+    [
+        ("base", ["base"]),
+        ("single", ["single:math", "single:es"]),
+        ("single:es, single,base,base", ["single:es", "single:math", "base"]),
+        ("manual:math=1,es=.5,norm:2", ["manual:math=1,es=.5", "norm:2"]),
+    ],
+)
+def test_list_of_strategies(ways: str, expected: list[str]) -> None:
+    assert expand(ways, ("math", "es")) == expected
+
+
+def test_unknown_strategy_fails_before_any_answer(made: TinyBundle) -> None:
+    with pytest.raises(StrategyError, match="'nice' is not known"):
+        expand("base,nice", ("math",))
+    result = compare(made, PROMPT, "--strategies", "base,nice")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: Strategy 'nice' is not known")
+
+
+@pytest.mark.parametrize("ways", [",", "base,,static"])
+def test_list_with_a_gap_is_wrong_usage(made: TinyBundle, ways: str) -> None:
+    result = compare(made, PROMPT, "--strategies", ways)
+    assert result.exit_code == 2
+    assert f"--strategies is {ways!r}, expected 1 to 100 strategies" in result.stderr
+
+
+def answer(text: str, strategy: str = "qa-flora") -> Answer:
+    weights = np.full((2, 3), 0.5, dtype=np.float32)
+    fusion = FusionWeights(("math", EVIL), weights, None, strategy)
+    return Answer(strategy, fusion, {"text": text, "finish_reason": "stop"})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("width", [20, 80])
+def test_table_fits_and_lets_no_control_character_out(encoding: str, width: int) -> None:
+    word = "W" * 50 + "!"
+    shown = table([answer(EVIL), answer(word), answer(" \n")], width=width, encoding=encoding)
+    assert not [char for char in shown if ord(char) < 32 and char != "\n"]
+    assert all(cell_len(line) <= width for line in shown.splitlines())
+    assert shown.count("W") == 50  # folded, nothing cut
+    assert width < 80 or "(nothing)" in shown
+    if encoding == "ascii":
+        assert shown.isascii()
+
+
+def test_page_escapes_what_the_model_wrote(tmp_path: Path) -> None:
+    text = answers_page(EVIL, [answer(EVIL, EVIL)], EVIL)
+    assert text.count("<script>") == 1
+    assert "<img" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J" in text
+    assert not [char for char in text if ord(char) < 32 and char != "\n"]
+    assert "default-src 'none'" in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_page_is_written_with_every_answer(made: TinyBundle, tmp_path: Path) -> None:
+    path = tmp_path / "answers.html"
+    result = compare(made, PROMPT, "--html", path, "--json")
+    page = path.read_text(encoding="utf-8")
+    assert [
+        f'<h2 dir="auto">{a["strategy"]}</h2>' in page for a in json.loads(result.stdout)["answers"]
+    ] == [True] * 4
+    assert page.count('<svg class="map"') == 3  # the base has no weights
+    result = compare(made, PROMPT, "--html", tmp_path / "gone" / "a.html")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "there is no folder" in result.stderr
+    assert compare(made, PROMPT, "--html", "a.txt").exit_code == 2
