@@ -99,7 +99,19 @@ def test_prompts_that_run_out_are_told(rig: Rig) -> None:
 
 def test_norm_is_left_out_without_query_projections(base: tiny.TinyBase, tmp_path: Path) -> None:
     adapter = tiny.write_tiny_adapter(tmp_path / "ffn.gguf", base, targets=("ffn_up",))
-    plan = Plan(1, (8,), 1, (1,), 1, tail=4, turn=(8, 4), lens="norm", pool="last")
+    plan = Plan(
+        repeat=1,
+        lengths=(8,),
+        n_decode=1,
+        ks=(1,),
+        probe_k=1,
+        tail=4,
+        turn=(8, 4),
+        lens="norm",
+        pool="last",
+        callers=(1,),
+        n_question=8,
+    )
     with Rig(base.path, {"a": adapter.path}, n_ctx=64, gpu_layers=None, options=OPTIONS) as rig:
         assert list(_methods(rig, plan)) == ["qa-flora", "cosine", "tail"]
 
@@ -121,5 +133,5 @@ def test_context_that_llama_cpp_refuses_is_told(base: tiny.TinyBase) -> None:
     with rig, pytest.raises(BackendError) as caught:
         rig.base()
     assert str(caught.value).startswith(
-        "A context of 64 tokens without our adapters cannot be made. llama.cpp says: "
+        "A context of 1 x 64 tokens without our adapters cannot be made. llama.cpp says: "
     )

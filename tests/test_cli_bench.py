@@ -14,6 +14,7 @@ from qaflora_edge.cli import main
 SMALL = (
     *("--repeat", "3", "--prompt-tokens", "40", "--max-tokens", "6", "--ctx", "64"),
     *("--k", "1,3", "--turn-tokens", "40,8", "--probe-tail", "8", "--threads", "1"),
+    *("--callers", "3,1", "--question-tokens", "600"),
 )
 
 
@@ -42,7 +43,7 @@ def rows(shown: dict[str, Any], part: str, **facts: object) -> list[dict[str, An
 def test_json_says_what_was_measured_where(shown: dict[str, Any], made: TinyBundle) -> None:
     assert (shown["adapters"], shown["repeat"], shown["threads"]) == (["math", "es"], 3, 1)
     assert (shown["prompt_tokens"], shown["max_tokens"], shown["k"]) == ([40, 20], 6, [1, 3])
-    assert shown["parts"] == ["decode", "change", "ttft", "turn", "memory"]
+    assert shown["parts"] == ["decode", "change", "ttft", "turn", "callers", "pause", "memory"]
     assert shown["base_file"]["size_bytes"] == made.base.path.stat().st_size
     assert [file["rank"] for file in shown["adapter_files"]] == [4, 8]
     assert [file["types"] for file in shown["adapter_files"]] == [["F16"], ["F32"]]
@@ -135,6 +136,51 @@ def test_second_turn_weighs_as_afresh(shown: dict[str, Any]) -> None:
     assert row["deviation_worst"] < 1e-2  # the F16 KV of other batches
 
 
+def test_callers_are_compared_within_a_round(shown: dict[str, Any]) -> None:
+    ways = ["base", "bare C", "generate_many", "threads"]
+    found = [(row["callers"], row["way"]) for row in shown["callers"]]
+    assert found == [(n, way) for n in (3, 1) for way in ways]
+    key = "tokens_per_second"
+
+    def speeds(n: int, way: str) -> list[float]:
+        (row,) = rows(shown, "callers", callers=n, way=way)
+        return [run[key] for run in row["runs"]]
+
+    for row in shown["callers"]:
+        n, way = row["callers"], row["way"]
+        assert row[key]["median"] == pytest.approx(median(speeds(n, way)))
+        others = {"of_one": (1, way), "of_base": (n, "base"), "of_bare": (n, "bare C")}
+        missing = {"base": {"of_base", "of_bare"}, "bare C": {"of_bare"}}.get(way, set())
+        assert not missing & set(row)
+        for name in set(others) - missing:
+            pairs = zip(speeds(n, way), speeds(*others[name]), strict=True)
+            assert row[name]["median"] == pytest.approx(median(a / b for a, b in pairs))
+
+
+def test_callers_are_counted_while_all_are_decoded(shown: dict[str, Any]) -> None:
+    for row in shown["callers"]:
+        for run in row["runs"]:
+            assert run["n_decoded"] % row["callers"] == 0
+            # --max-tokens 6, of which prefill chose the first; prompts fit one step
+            assert 0 < run["n_decoded"] <= 5 * row["callers"]
+            speed = 1e3 * run["n_decoded"] / run["decode_ms"]
+            assert run["tokens_per_second"] == pytest.approx(speed)
+    for row in rows(shown, "callers", way="bare C"):
+        assert [run["n_decoded"] for run in row["runs"]] == [5 * row["callers"]] * 3
+
+
+def test_a_pause_is_told_in_micro_batches(shown: dict[str, Any]) -> None:
+    (row,) = shown["pause"]
+    assert (row["k"], row["question_tokens"]) == (3, 600)
+    for run in row["runs"]:
+        longer_ms = max(run["probe_ubatch_ms"], run["prefill_ubatch_ms"])
+        assert run["of_ubatch"] == pytest.approx(run["pause_ms"] / longer_ms)
+        assert run["alone_ms"] > 0
+        assert 0 < run["pause_ms"] < run["question_ms"]
+        # 600 tokens of the base and three adapters in micro-batches of 256 rows: 64 of each
+        assert run["n_decoded"] >= 600 // 64
+
+
 def test_memory_is_split_into_its_parts(shown: dict[str, Any], made: TinyBundle) -> None:
     memory = shown["memory"]
     parts = [memory[f"{part}_bytes"] for part in ("base", "kv_main", "kv_probe", "adapters")]
@@ -163,6 +209,9 @@ def test_table_to_read(made: TinyBundle) -> None:
         "time to first token, prompt 40 tokens, 1 adapter\n",
         "--probe-tail 8",
         "second turn of a chat, 40 tokens of history and 8 new, 1 adapter\n",
+        "callers at once, 1 adapter, a mix each\n",
+        "  3 generate_many",
+        "longest wait for a token while another's 600 tokens are probed and read, 1 adapter\n",
         "peak memory",
     ):
         assert text in result.stdout
@@ -173,7 +222,7 @@ def test_only_the_parts_asked_for(made: TinyBundle) -> None:
     result = bench(made, *SMALL, "--only", "turn,change", "--json")
     shown = json.loads(result.stdout)
     assert shown["parts"] == ["change", "turn"]
-    assert not {"decode", "ttft", "memory"} & set(shown)
+    assert not {"decode", "ttft", "callers", "pause", "memory"} & set(shown)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +235,7 @@ def test_only_the_parts_asked_for(made: TinyBundle) -> None:
         (("--turn-tokens", "300"), "'--turn-tokens': '300' has 1 numbers, expected 2."),
         (
             ("--only", "decode,speed"),
-            "'--only': 'speed' is not one of decode, change, ttft, turn, memory.",
+            "'--only': 'speed' is not one of decode, change, ttft, turn, callers, pause, memory.",
         ),
     ],
 )

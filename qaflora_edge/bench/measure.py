@@ -40,6 +40,8 @@ class Plan:
     probe_k  adapters that are probed
     tail     of the probe that reads a prompt's end only
     turn     tokens of a chat so far, and of its next message
+    callers  numbers of callers at once
+    n_question  tokens of a prompt that comes while another's answer is decoded
     """
 
     repeat: int
@@ -51,6 +53,8 @@ class Plan:
     turn: tuple[int, int]
     lens: str
     pool: str
+    callers: tuple[int, ...]
+    n_question: int
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -79,7 +83,7 @@ def measure_decode(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) ->
         for turn in range(1 + plan.repeat):
             tokens = prompts.draw(length + plan.n_decode)
             firsts: dict[tuple[str, int], F32] = {}
-            for who in _in_turn(list(contestants), turn):
+            for who in in_turn(list(contestants), turn):
                 run, firsts[who] = _answer(contestants[who], tokens, length)
                 if turn:
                     runs[who].append(run)
@@ -87,7 +91,7 @@ def measure_decode(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) ->
                 if turn:  # do both compute the same thing?
                     difference = np.abs(firsts["ours", k] - firsts["stock", k]).max()
                     runs["ours", k][-1]["logits_difference"] = float(difference)
-            _tell(tell, "decode", at * (1 + plan.repeat) + turn + 1, total)
+            report(tell, "decode", at * (1 + plan.repeat) + turn + 1, total)
         rows += [_decode_row(length, who, runs) for who in contestants]
     return rows
 
@@ -101,7 +105,7 @@ def _contestants(rig: Rig, plan: Plan) -> dict[tuple[str, int], Context]:
     return contestants
 
 
-def _in_turn(items: Sequence[Any], turn: int) -> list[Any]:
+def in_turn(items: Sequence[Any], turn: int) -> list[Any]:
     """Each round begins with another contestant."""
     at = turn % len(items)
     return [*items[at:], *items[:at]]
@@ -163,11 +167,11 @@ def measure_change(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) ->
     length = min(plan.lengths)
     for turn in range(1 + plan.repeat):
         tokens = prompts.draw(length + 1)
-        for who in _in_turn(list(contestants), turn):
+        for who in in_turn(list(contestants), turn):
             run = _change(contestants[who], who[1], tokens, seed=turn)
             if turn:
                 runs[who].append(run)
-        _tell(tell, "change", turn + 1, 1 + plan.repeat)
+        report(tell, "change", turn + 1, 1 + plan.repeat)
     return [_change_row(length, who, runs[who]) for who in contestants]
 
 
@@ -247,13 +251,13 @@ def measure_ttft(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
         for turn in range(1 + plan.repeat):
             tokens = prompts.draw(length)
             weights: dict[str, F32 | None] = {}
-            for name in _in_turn(names, turn):
+            for name in in_turn(names, turn):
                 run, weights[name] = measure(name, tokens)
                 if turn:
                     runs[name].append(run)
             if turn:
                 _add_deviation(runs, weights)
-            _tell(tell, "ttft", at * (1 + plan.repeat) + turn + 1, total)
+            report(tell, "ttft", at * (1 + plan.repeat) + turn + 1, total)
         rows += [_ttft_row(length, plan.probe_k, name, runs) for name in names]
     return rows
 
@@ -366,7 +370,7 @@ def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
         tokens = prompts.draw(n_history + n_new)
         _weigh(weigher, "qa-flora", tokens[:n_history], going_on)
         fusions = {}
-        for name, prober in _in_turn([("turn", going_on), ("fresh", fresh)], turn):
+        for name, prober in in_turn([("turn", going_on), ("fresh", fresh)], turn):
             fusions[name] = _weigh(weigher, "qa-flora", tokens, prober)
         if turn:
             runs.append(
@@ -375,13 +379,13 @@ def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
                 | {"fresh_forward_ms": fresh.timings.forward_ms}
                 | _deviation(fusions["turn"].weights, fusions["fresh"].weights)
             )
-        _tell(tell, "turn", turn + 1, 1 + plan.repeat)
+        report(tell, "turn", turn + 1, 1 + plan.repeat)
     row: Row = {"k": plan.probe_k, "history_tokens": n_history, "new_tokens": n_new}
     row |= {key: spread([run[key] for run in runs]) for key in runs[0] if key.endswith("_ms")}
     row["of_fresh"] = spread([run["turn_ms"] / run["fresh_ms"] for run in runs])
     return [row | _deviations(runs) | {"runs": runs}]
 
 
-def _tell(tell: Tell | None, what: str, done: int, total: int) -> None:
+def report(tell: Tell | None, what: str, done: int, total: int) -> None:
     if tell is not None:
         tell(what, done, total)

@@ -17,6 +17,7 @@ from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.neutral import neutral_prompts
+from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.weighing.probe import Prober
 
@@ -30,7 +31,7 @@ class StockContext(Context):
 
     adapters  of llama_adapter_lora_init; none for the base alone
 
-    Its parameters are those of a Context with one sequence, but for llama.cpp's own micro-batch.
+    Its parameters are those of a Context, but for llama.cpp's own micro-batch.
     """
 
     def __init__(
@@ -39,21 +40,27 @@ class StockContext(Context):
         adapters: Sequence[Any],
         *,
         n_ctx: int,
+        n_seq: int = 1,
         threads: int | None = None,
         kv_type: str = "f16",
         flash_attn: bool = True,
     ) -> None:
         self._model, self._lib = model, model._lib
         params = context_params(
-            self._lib, n_token=n_ctx, threads=threads, kv_type=kv_type, flash_attn=flash_attn
+            self._lib,
+            n_token=n_ctx * n_seq,
+            n_seq=n_seq,
+            threads=threads,
+            kv_type=kv_type,
+            flash_attn=flash_attn,
         )
         self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
         if self._pointer is None:
             raise BackendError(
-                f"A context of {n_ctx} tokens without our adapters cannot be made. "
+                f"A context of {n_seq} x {n_ctx} tokens without our adapters cannot be made. "
                 f"llama.cpp says: {said()}."
             )
-        self._set_up(1, n_ctx, params, None)
+        self._set_up(n_seq, n_ctx, params, None)
         self._n_adapter = len(adapters)
         self._adapters = (ctypes.c_void_p * len(adapters))(
             *(ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters)
@@ -98,11 +105,12 @@ class Rig:
         options: dict[str, Any],
     ) -> None:
         self._paths, self._n_ctx, self._options = dict(adapter_paths), n_ctx, options
-        self._base: StockContext | None = None
+        self._gpu_layers = gpu_layers
         self._loras: list[Any] = []  # the model frees them
         self._packs: dict[int, Pack] = {}
         self._stock: dict[int, StockContext] = {}
-        self._ours: dict[int, Context] = {}
+        self._base: dict[tuple[int, int], StockContext] = {}
+        self._ours: dict[tuple[int, int, int], Context] = {}
         self._open = contextlib.ExitStack()
         self.model = Model(base_path, gpu_layers=gpu_layers)
         self._open.callback(self.model.close)
@@ -125,11 +133,12 @@ class Rig:
         paths = list(self._paths.values())
         return [paths[i % len(paths)] for i in range(k)]
 
-    def base(self) -> StockContext:
+    def base(self, n_seq: int = 1, *, n_ctx: int | None = None) -> StockContext:
         """The base alone, without any of us."""
-        if self._base is None:
-            self._base = self._stock_context([])
-        return self._base
+        key = (n_seq, n_ctx or self._n_ctx)
+        if key not in self._base:
+            self._base[key] = self._stock_context([], *key)
+        return self._base[key]
 
     def stock(self, k: int) -> StockContext:
         """k adapters at scale 1/k through llama_set_adapters_lora."""
@@ -139,14 +148,28 @@ class Rig:
             self._stock[k] = self._stock_context(self._loras[:k])
         return self._stock[k]
 
-    def ours(self, k: int) -> Context:
-        """k adapters of one pack, at weight 1/k in every layer."""
-        if k not in self._ours:
-            context = Context(self.model, self._pack(k), n_ctx=self._n_ctx, **self._options)
+    def ours(self, k: int, n_seq: int = 1, *, n_ctx: int | None = None) -> Context:
+        """k adapters of one pack, at weight 1/k in every layer of every sequence."""
+        key = (k, n_seq, n_ctx or self._n_ctx)
+        if key not in self._ours:
+            context = Context(self.model, self._pack(k), n_ctx=key[2], n_seq=n_seq, **self._options)
             self._open.callback(context.close)
-            context.set_weights(np.full((k, self.model.n_layer), 1.0 / k, np.float32))
-            self._ours[k] = context
-        return self._ours[k]
+            for seq in range(n_seq):
+                weights = np.full((k, self.model.n_layer), 1.0 / k, np.float32)
+                context.set_weights(weights, seq=seq)
+            self._ours[key] = context
+        return self._ours[key]
+
+    def engine(self, k: int, **options: Any) -> Engine:
+        """An Engine of k adapters, with a base of its own; its caller closes it."""
+        adapters = dict(zip(self.names(k), self.paths(k), strict=True))
+        return Engine(
+            base=self.model.path,
+            adapters=adapters,
+            gpu_layers=self._gpu_layers,
+            **self._options,
+            **options,
+        )
 
     def prober(self, k: int, *, tail: int = 0) -> Prober:
         """A new Prober of k adapters, which knows nothing of what others read."""
@@ -160,8 +183,12 @@ class Rig:
             self._open.callback(self._packs[k].close)
         return self._packs[k]
 
-    def _stock_context(self, loras: Sequence[Any]) -> StockContext:
-        context = StockContext(self.model, loras, n_ctx=self._n_ctx, **self._options)
+    def _stock_context(
+        self, loras: Sequence[Any], n_seq: int = 1, n_ctx: int | None = None
+    ) -> StockContext:
+        context = StockContext(
+            self.model, loras, n_ctx=n_ctx or self._n_ctx, n_seq=n_seq, **self._options
+        )
         self._open.callback(context.close)
         return context
 

@@ -14,16 +14,18 @@ import click
 
 from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, example, shared_options
 from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.config import MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
     from qaflora_edge.bench.measure import Plan
     from qaflora_edge.bundles.open import Bundle
 
-PARTS = ("decode", "change", "ttft", "turn", "memory")
+PARTS = ("decode", "change", "ttft", "turn", "callers", "pause", "memory")
 PROMPT_TOKENS, REPEAT = (42, 512), 5
 KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
 TURN_TOKENS, PROBE_TAIL = "300,30", 16
+CALLERS, QUESTION_TOKENS = "1,2,4,8,16", 1000
 
 
 Callback = Callable[[click.Context, click.Parameter, str], Any]
@@ -87,7 +89,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     "--probe-k",
     type=click.IntRange(1, MAX_K),
     metavar="N",
-    help="Adapters that are probed, in the parts ttft and turn.  [default: the bundle's]",
+    help="Adapters in the parts ttft, turn, callers and pause.  [default: the bundle's]",
 )
 @click.option(
     "--repeat",
@@ -111,6 +113,21 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     show_default=True,
     help="Tokens of a chat so far, and of its next message.",
 )
+@click.option(
+    "--callers",
+    callback=_numbers(1, MAX_PARALLEL),
+    metavar="N,N",
+    default=CALLERS,
+    show_default=True,
+    help="Callers at once; the fewest are the measure of the others.",
+)
+@click.option(
+    "--question-tokens",
+    type=click.IntRange(1, 2**24),
+    default=QUESTION_TOKENS,
+    show_default=True,
+    help="Tokens of the question that comes in the part pause.",
+)
 @shared_options
 def bench(
     bundle: str,
@@ -121,6 +138,8 @@ def bench(
     repeat: int,
     prompt_tokens: tuple[int, ...],
     turn_tokens: tuple[int, int],
+    callers: tuple[int, ...],
+    question_tokens: int,
     options: SharedOptions,
 ) -> None:
     """Measure speed on this machine.
@@ -133,7 +152,12 @@ def bench(
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
     prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail
-    (16 by default). turn: the probe of a chat's second turn. memory: the peak of one `qaflora run`
+    (16 by default). turn: the probe of a chat's second turn. callers: decoding for --callers at
+    once, each with a prompt (the shortest length and up) and a mix of its own: the base without
+    adapters and llama_decode called by hand (bare C), each a batch of so many sequences, and an
+    Engine by generate_many and by as many threads. pause: the longest time that one of two callers
+    waits for a token while a question of --question-tokens of the other is probed and read, as a
+    multiple of what one micro-batch of either takes alone. memory: the peak of one `qaflora run`
     with --ctx, --strategy and the longest prompt, in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
@@ -148,7 +172,17 @@ def bench(
             f"Cannot measure the bundle {loaded.folder}: it has no adapters, expected at least "
             "one. Give a bundle with adapters."
         )
-    plan = _plan(loaded, options, ks, probe_k, repeat, lengths, turn_tokens)
+    plan = _plan(
+        loaded,
+        options,
+        ks=ks,
+        probe_k=probe_k or len(loaded.adapter_paths),
+        repeat=repeat,
+        lengths=lengths,
+        turn=turn_tokens,
+        callers=callers,
+        n_question=question_tokens,
+    )
     result = _facts(loaded, plan, options) | {"parts": list(only)}
     result |= _measured(loaded, plan, options, only)
     if as_json:
@@ -180,29 +214,17 @@ def _check_tokens(
         )
 
 
-def _plan(
-    loaded: Bundle,
-    options: SharedOptions,
-    ks: tuple[int, ...],
-    probe_k: int | None,
-    repeat: int,
-    lengths: tuple[int, ...],
-    turn_tokens: tuple[int, int],
-) -> Plan:
+def _plan(loaded: Bundle, options: SharedOptions, **own: Any) -> Plan:
     from qaflora_edge.bench.measure import Plan
     from qaflora_edge.weighing import numbers as fusion
 
     defaults = loaded.fusion_defaults
     return Plan(
-        repeat=repeat,
-        lengths=lengths,
         n_decode=options.max_tokens,
-        ks=ks,
-        probe_k=probe_k or len(loaded.adapter_paths),
         tail=options.probe_tail or PROBE_TAIL,
-        turn=turn_tokens,
         lens=options.lens or defaults.get("lens", fusion.DEFAULT_LENS),
         pool=options.pool or defaults.get("pool", fusion.DEFAULT_POOL),
+        **own,
     )
 
 
@@ -211,6 +233,7 @@ def _measured(
 ) -> dict[str, Any]:
     """What each part gives: rows, and an object for memory; and the base's own facts."""
     from qaflora_edge.bench import measure
+    from qaflora_edge.bench.callers import measure_callers, measure_pause
     from qaflora_edge.bench.memory import measure_memory
     from qaflora_edge.bench.rig import Prompts, Rig
 
@@ -227,6 +250,8 @@ def _measured(
         "change": measure.measure_change,
         "ttft": measure.measure_ttft,
         "turn": measure.measure_turn,
+        "callers": measure_callers,
+        "pause": measure_pause,
     }
     with rig, progress_bars() as tell:
         prompts = Prompts(rig.model, options.seed or 0)
@@ -263,6 +288,8 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         "probe_k": plan.probe_k,
         "probe_tail": plan.tail,
         "turn_tokens": list(plan.turn),
+        "callers_at_once": list(plan.callers),
+        "question_tokens": plan.n_question,
         "lens": plan.lens,
         "pool": plan.pool,
         "seed": options.seed or 0,

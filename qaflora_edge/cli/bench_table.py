@@ -21,6 +21,10 @@ def table(result: Result) -> str:
         lines += ["", *_ttft(result, length)]
     for row in result.get("turn", ()):
         lines += ["", *_turn(row)]
+    if "callers" in result:
+        lines += ["", *_callers(result)]
+    for row in result.get("pause", ()):
+        lines += ["", *_pause(row)]
     if "memory" in result:
         lines += ["", *_memory(result["memory"])]
     return "\n".join(lines)
@@ -149,6 +153,32 @@ def _turn(row: Mapping[str, Any]) -> list[str]:
         f"{_ratio(row['of_fresh']):>10} of all afresh",
         f"{'probe afresh':<{_LABEL}}{_range(row['fresh_ms']):>23} ms",
         f"{'':<{_LABEL}}{_deviation(row)}",
+    ]
+
+
+def _callers(result: Result) -> list[str]:
+    lines = [
+        f"callers at once, {_adapters(result['probe_k'])}, a mix each",
+        f"{'':<{_LABEL}}{'tok/s':>22}{'of one caller':>15}{'of base':>9}{'of bare C':>11}",
+    ]
+    for row in result["callers"]:
+        lines.append(
+            f"{row['callers']:>3} {row['way']:<{_LABEL - 4}}{_range(row['tokens_per_second']):>22}"
+            f"{_ratio(row['of_one']):>15}{_ratio(row.get('of_base')):>9}"
+            f"{_ratio(row.get('of_bare')):>11}".rstrip()
+        )
+    return lines
+
+
+def _pause(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"longest wait for a token while another's {row['question_tokens']} tokens are probed and "
+        f"read, {_adapters(row['k'])}",
+        f"{'':<{_LABEL}}{_range(row['pause_ms']):>23} ms{_ratio(row['of_ubatch']):>10} of a "
+        "micro-batch",
+        f"{'a micro-batch':<{_LABEL}}{_range(row['probe_ubatch_ms']):>23} ms of the probe, "
+        f"{_range(row['prefill_ubatch_ms'])} ms of the prompt",
+        f"{'a token, alone':<{_LABEL}}{_range(row['alone_ms']):>23} ms",
     ]
 
 

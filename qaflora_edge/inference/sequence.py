@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,12 +24,15 @@ class Timings:
     """Milliseconds spent, and the speed of generation (tokens decoded after the first).
 
     prefill_ms and decode_ms have the work for others in them that was done meanwhile.
+
+    token_s  when each token of the answer was chosen, by time.perf_counter()
     """
 
     probe_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     n_decoded: int = 0
+    token_s: list[float] = field(default_factory=list, repr=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -110,6 +113,7 @@ class Sequence:
             self.finish("stop")
             return
         self.answer.append(token)
+        self.timings.token_s.append(time.perf_counter())
         if piece := self.text.feed(data):
             self.pieces.append(piece)
         if self.text.is_stopped:
