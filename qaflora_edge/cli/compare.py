@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli.answer import answer_dict
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
@@ -22,7 +23,6 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.run import answer_dict
 from qaflora_edge.cli.show import mix_line, terminal_size
 
 if TYPE_CHECKING:
