@@ -70,5 +70,5 @@ def _default(key: str) -> str:
         return option.unset
     others = {} if table else option.defaults
     parts = [shown(option.default_of(table))]
-    parts += [f"{verb} {shown(value)}" for verb, value in others.items()]
+    parts += [f"{verb} {shown(value)}" for verb, value in others.items() if shown(value)]
     return ", ".join(part for part in parts if part)
