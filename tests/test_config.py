@@ -128,7 +128,7 @@ def test_defaults_of_a_command(command: str) -> None:
     """Those of Python, but for what is listed here."""
     different = {
         "run": {"max_tokens": 512},
-        "chat": {"ctx": None, "max_tokens": 512, "temperature": 0.7, "repeat_penalty": 1.03},
+        "chat": {"n_ctx": None, "max_tokens": 512, "temperature": 0.7, "repeat_penalty": 1.03},
         "weights": {},
         "compare": {"max_tokens": 256, "n_parallel": 4},
         "bench": {"max_tokens": 64},
