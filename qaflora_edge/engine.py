@@ -86,6 +86,8 @@ class Engine(EngineBase):
             grammar=chosen_grammar(grammar, json_schema),
             **more,
         )
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise OptionError(f"Option cancel is {cancel!r}, expected a threading.Event.")
         with self._lifetime.call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)
@@ -150,6 +152,11 @@ class Engine(EngineBase):
 
         A request that fails ends with finish_reason "error", and `error` says why.
         """
+        if isinstance(requests, str | Mapping):
+            raise OptionError(
+                f"generate_many got the one request {requests!r:.100}, expected several; give a "
+                "list of them."
+            )
         source = enumerate(requests)
         running: dict[int, Generation] = {}
         while True:
@@ -167,8 +174,8 @@ class Engine(EngineBase):
         """Begin one of many; what is wrong with it is its own failure."""
         try:
             if not isinstance(request, Mapping):
-                return self.generate(request, wait=False, **options)
-            own = {**options, **request}
+                request = {"prompt": request}
+            own = {**options, **request, "wait": False}
             prompt, messages = own.pop("prompt", None), own.pop("messages", None)
             if (prompt is None) == (messages is None):
                 raise OptionError(
@@ -176,7 +183,7 @@ class Engine(EngineBase):
                     "prompt or messages, and options of generate."
                 )
             tokens = self.chat_tokens(messages) if prompt is None else prompt
-            return self.generate(tokens, wait=False, **own)
+            return self.generate(tokens, **own)
         except QafloraError as error:
             return self._core.failed(error)
 

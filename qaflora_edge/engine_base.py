@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -20,7 +20,7 @@ from qaflora_edge.errors import OptionError, PromptError, StrategyError
 from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.lifetime import Lifetime
-from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
+from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens, token_ids
 from qaflora_edge.inference.score import Item
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.calibrated import measure_typical
@@ -185,6 +185,8 @@ class EngineBase:
         """The weigher with these adapters in use; None: as they are."""
         if names is None:
             return self._weigher
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise OptionError(f"Option adapters is {names!r}, expected a list of their names.")
         unknown = [name for name in names if name not in self._loaded]
         if unknown:
             raise self._not_loaded(unknown[0], self._loaded)
@@ -321,11 +323,14 @@ class EngineBase:
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
-        if not _are_many(prompt):
-            scored: F32 = self.score(
-                [prompt], [continuation], weights=weights, parse_special=parse_special
-            )[0]
-            return scored
+        is_list = _are_many(prompt)
+        if is_list != _are_many(continuation):
+            raise OptionError(
+                "score got a list of prompts or of continuations and one of the others, expected "
+                "one of both or lists of both: repeat the one, as in [prompt] * 3."
+            )
+        if not is_list:
+            prompt, continuation = [prompt], [continuation]
         if len(prompt) != len(continuation):
             raise OptionError(
                 f"score got {len(prompt)} prompts and {len(continuation)} continuations, "
@@ -343,15 +348,19 @@ class EngineBase:
                     fusion = self._weigher.weigh(weights, tokens, probe)
                     known[tokens] = self._core.all_weights(fusion)
                 items.append(Item(tokens, following, known[tokens]))
-            return self._core.score(items, cancellation)
+            scores = self._core.score(items, cancellation)
+        return scores if is_list else scores[0]
 
     def _continuation(self, prompt: Sequence[int], text: Prompt) -> tuple[int, ...]:
         if isinstance(text, str):
-            text = self._model.tokenize(text, add_special=False, parse_special=False)
-        checked_tokens(self._model, [*prompt, *text], self.n_ctx)
-        if not text:
+            tokens = self._model.tokenize(text, add_special=False, parse_special=False)
+        else:
+            tokens = token_ids(text, "continuation")
+        if not tokens:
             raise PromptError("The continuation is empty; give at least one token.")
-        return tuple(int(token) for token in text)
+        what = "prompt with its continuation"
+        checked_tokens(self._model, [*prompt, *tokens], self.n_ctx, what)
+        return tuple(tokens)
 
     def typical_divergence(
         self, prompts: Sequence[str], progress: Callable[[int, int], None] | None = None
@@ -381,7 +390,9 @@ class EngineBase:
 
 def _are_many(prompt: Any) -> bool:
     """Whether a prompt is a list of prompts, texts or sequences of ids."""
-    return not isinstance(prompt, str) and any(not isinstance(each, Integral) for each in prompt)
+    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
+        return False  # one, if a wrong one
+    return any(not isinstance(each, Integral) for each in prompt)
 
 
 def _open(bundle: Path_ | None, base: Path_ | None, adapters: Mapping[str, Path_] | None) -> Opened:

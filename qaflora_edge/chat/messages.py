@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.errors import PromptError
@@ -16,6 +16,11 @@ def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
     Raises PromptError for what is no message, with its number and field.
     """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise PromptError(
+            f"The conversation is {messages!r:.100}, expected a list of messages, "
+            'as in [{"role": "user", "content": "How many ...?"}].'
+        )
     if not messages:
         raise PromptError("The conversation is empty; give at least one message.")
     return [_checked(i, message) for i, message in enumerate(messages)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import PromptError
@@ -20,23 +22,33 @@ def prompt_tokens(model: Model, prompt: Prompt, n_ctx: int, *, parse_special: bo
             raise PromptError("The prompt is empty; give at least one character.")
         tokens = model.tokenize(prompt, add_special=True, parse_special=parse_special)
     else:
-        tokens = [int(token) for token in prompt]
+        tokens = token_ids(prompt)
     return checked_tokens(model, tokens, n_ctx)
 
 
-def checked_tokens(model: Model, tokens: list[int], n_ctx: int) -> list[int]:
+def token_ids(prompt: Any, what: str = "prompt") -> list[int]:
+    """Ids of what is no text. Raises PromptError when it is no sequence of whole numbers."""
+    try:
+        if not isinstance(prompt, bytes | bytearray | Mapping):  # they would give numbers or keys
+            return [operator.index(token) for token in prompt]
+    except TypeError:
+        pass
+    raise PromptError(f"The {what} is {prompt!r:.100}, expected a text or a sequence of token ids.")
+
+
+def checked_tokens(model: Model, tokens: list[int], n_ctx: int, what: str = "prompt") -> list[int]:
     """The same tokens; PromptError when there are none, too many, or one is out of range."""
     if not tokens:
         raise PromptError("The prompt is empty; give at least one token.")
     if len(tokens) > n_ctx:
         raise PromptError(
-            f"The prompt has {len(tokens)} tokens, the context {n_ctx}; shorten it, "
+            f"The {what} has {len(tokens)} tokens, the context {n_ctx}; shorten it, "
             f"or raise the context (--ctx, n_ctx; this base was trained for "
             f"{model.n_ctx_train})."
         )
     for i, token in enumerate(tokens):
         if not 0 <= token < model.n_vocab:
             raise PromptError(
-                f"Token {i} of the prompt is {token}, expected an id from 0 to {model.n_vocab - 1}."
+                f"Token {i} of the {what} is {token}, expected an id from 0 to {model.n_vocab - 1}."
             )
     return tokens

@@ -1,0 +1,392 @@
+"""Many at once: generate_many, score and weights of lists, and what ends one call of several."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from stock import StockContext, write_merged
+from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine, QafloraError
+from qaflora_edge.backend.context import N_UBATCH
+from qaflora_edge.backend.model import Model
+from qaflora_edge.errors import CancelledError, OptionError, PromptError, WeightsError
+from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+# F32 everywhere: log-probabilities of sums in another order, and of adapters that are merged.
+ATOL = 1e-4
+OPTIONS: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "n_ctx": 400, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyBase, dict[str, TinyAdapter]]:
+    place = tmp_path_factory.mktemp("many")
+    base = write_tiny_base(place / "base.gguf")
+    return base, {
+        name: write_tiny_adapter(place / f"{name}.gguf", base, rank=2 + i, seed=i)
+        for i, name in enumerate(("math", "es"))
+    }
+
+
+def opened(parts: tuple[TinyBase, dict[str, TinyAdapter]], **more: Any) -> Engine:
+    base, adapters = parts
+    paths = {name: adapter.path for name, adapter in adapters.items()}
+    return Engine(base=base.path, adapters=paths, **{**OPTIONS, **more})
+
+
+@pytest.fixture(scope="module")
+def engine(parts: tuple[TinyBase, dict[str, TinyAdapter]]) -> Iterator[Engine]:
+    """For four callers."""
+    with opened(parts, n_parallel=4) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def alone(parts: tuple[TinyBase, dict[str, TinyAdapter]]) -> Iterator[Engine]:
+    """For one caller."""
+    with opened(parts) as engine:
+        yield engine
+
+
+def drawn(n: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(1, 250, n)]
+
+
+def log_softmax(logits: F32) -> F64:
+    z = logits.astype(np.float64)
+    return np.asarray(z - np.logaddexp.reduce(z))
+
+
+# scores
+
+
+def stock_score(
+    place: Path,
+    parts: tuple[TinyBase, dict[str, TinyAdapter]],
+    weights: F32,
+    prompt: list[int],
+    continuation: list[int],
+) -> F64:
+    """By upstream's code alone: the weighed adapters merged into the base, a token at a time."""
+    base, adapters = parts
+    path = write_merged(place / "merged.gguf", base, list(adapters.values()), weights).path
+    scores = []
+    with Model(path) as model:
+        context = StockContext(model, n_ctx=512)
+        logits = context.decode(prompt)
+        for token in continuation:
+            scores.append(log_softmax(logits)[token])
+            logits = context.decode([token])
+        context.close()
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("weights", ["qa-flora", "single:es", "base", "given"])
+@pytest.mark.parametrize(
+    ("n_prompt", "n_continuation"),
+    [(1, 1), (7, 3), (N_UBATCH + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)],
+)
+def test_scores_are_those_of_a_merged_base(
+    tmp_path: Path,
+    parts: tuple[TinyBase, dict[str, TinyAdapter]],
+    engine: Engine,
+    weights: str,
+    n_prompt: int,
+    n_continuation: int,
+) -> None:
+    prompt, continuation = drawn(n_prompt), drawn(n_continuation, seed=1)
+    given: Any = weights
+    if weights == "given":
+        given = np.random.default_rng(2).normal(size=(2, engine.n_layer)).astype(np.float32)
+        array = given
+    else:
+        array = engine.weights(prompt, strategy=weights).weights
+    found = engine.score(prompt, continuation, weights=given)
+    assert (found.dtype, found.shape) == (np.float32, (n_continuation,))
+    expected = stock_score(tmp_path, parts, array, prompt, continuation)
+    np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
+
+
+def test_scores_are_those_of_the_logits_prefix_by_prefix(engine: Engine) -> None:
+    prompt, continuation = drawn(9), drawn(12, seed=1)
+    fusion = engine.weights(prompt)  # of the prompt, for all of the continuation
+    expected = [
+        log_softmax(engine.logits(prompt + continuation[:i], weights=fusion))[token]
+        for i, token in enumerate(continuation)
+    ]
+    np.testing.assert_allclose(engine.score(prompt, continuation), expected, atol=ATOL, rtol=0)
+    np.testing.assert_allclose(
+        engine.score(prompt, continuation, weights=fusion), expected, atol=ATOL, rtol=0
+    )
+
+
+def test_scores_of_lists_are_those_one_by_one(alone: Engine) -> None:
+    """More continuations of a prompt than a batch has sequences, and other prompts between."""
+    prompts = [drawn(5)] * (_N_SEQ + 6)
+    prompts[3:3] = [drawn(8, seed=1), drawn(N_UBATCH + 1, seed=2)]
+    prompts.append(drawn(8, seed=1))
+    continuations = [drawn(1 + i % 9 + 70 * (i == 4), seed=i) for i in range(len(prompts))]
+    together = alone.score(prompts, continuations)
+    for prompt, continuation, found in zip(prompts, continuations, together, strict=True):
+        expected = alone.score(prompt, continuation)
+        np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
+
+
+def test_scores_leave_answers_alone(engine: Engine, alone: Engine) -> None:
+    """They have a context of their own; an answer that goes on meanwhile is not disturbed."""
+    expected = alone.generate("the thing", max_tokens=20).text()
+    answer = engine.generate("the thing", max_tokens=20)
+    first = next(answer)
+    engine.score(drawn(300), drawn(80))
+    assert first + answer.text() == expected
+
+
+def test_text_is_scored_without_bos(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", add_bos=True)
+    with Engine(base=base.path, **OPTIONS) as engine:
+        prompt = engine.tokenize("the thing")
+        following = engine.tokenize(" on")[1:]
+        found = engine.score("the thing", " on")
+        assert found.shape == (len(following),)
+        np.testing.assert_array_equal(found, engine.score(prompt, following))
+
+
+WRONG_SCORES: list[tuple[Any, Any, dict[str, Any], type[QafloraError], str]] = [
+    ("a", "", {}, PromptError, "The continuation is empty; give at least one token."),
+    ("a", [], {}, PromptError, "The continuation is empty; give at least one token."),
+    ("", "a", {}, PromptError, "The prompt is empty; give at least one character."),
+    ("a", 5, {}, PromptError, "The continuation is 5, expected a text or a sequence of token ids."),
+    (None, "a", {}, PromptError, "The prompt is None, expected a text or a sequence of token ids."),
+    ("a", [9999], {}, PromptError, "Token 1 of the prompt with its continuation is 9999, expected"),
+    ([1] * 300, [1] * 101, {}, PromptError, "The prompt with its continuation has 401 tokens, the"),
+    (
+        ["a"],
+        ["b", "c"],
+        {},
+        OptionError,
+        "score got 1 prompts and 2 continuations, expected as man",
+    ),
+    ("a", ["b", "c"], {}, OptionError, "score got a list of prompts or of continuations and one o"),
+    (["a"], "b", {}, OptionError, "score got a list of prompts or of continuations and one of the"),
+    ("a", "b", {"weights": [[1]]}, WeightsError, "Weights have the shape [1, 1], expected [2, 3]"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "continuation", "more", "kind", "message"), WRONG_SCORES)
+def test_what_cannot_be_scored(
+    engine: Engine,
+    prompt: Any,
+    continuation: Any,
+    more: dict[str, Any],
+    kind: type[QafloraError],
+    message: str,
+) -> None:
+    with pytest.raises(kind) as caught:
+        engine.score(prompt, continuation, **more)
+    assert str(caught.value).startswith(message)
+
+
+# weights
+
+
+@pytest.mark.parametrize("strategy", ["qa-flora", "norm", "cosine", "single:es"])
+def test_weights_of_a_list_are_those_one_by_one(alone: Engine, strategy: str) -> None:
+    prompts = ["a thing", drawn(30), "a thing on a ring", np.array(drawn(3, seed=4))]
+    together = alone.weights(prompts, strategy=strategy)  # type: ignore[call-overload]
+    assert isinstance(together, list)
+    for prompt, fusion in zip(prompts, together, strict=True):
+        expected = alone.weights(prompt, strategy=strategy)  # type: ignore[call-overload]
+        np.testing.assert_allclose(fusion.weights, expected.weights, atol=1e-5)
+        assert fusion.prompt_tokens == expected.prompt_tokens
+    (fusion,) = alone.weights(["a thing"], strategy="static", adapters=["es"])
+    assert fusion.adapters == ("es",)
+    assert fusion.weights.shape == (1, 3)
+
+
+# prompts and options of wrong types
+
+
+@pytest.mark.parametrize("prompt", [5, None, 1.5, {"a": 1}, b"abc", [1.5], [[1], 2]])
+def test_what_is_no_prompt(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(PromptError, match=r"^The prompt is .*, expected a text or a sequence of t"):
+        engine.generate(prompt)
+
+
+@pytest.mark.parametrize("messages", [5, None, "abc", {"role": "user", "content": "a"}])
+def test_what_is_no_conversation(engine: Engine, messages: Any) -> None:
+    with pytest.raises(PromptError, match=r"^The conversation is .*, expected a list of messages"):
+        engine.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("adapters", 5, "Option adapters is 5, expected a list of their names."),
+        ("adapters", "math", "Option adapters is 'math', expected a list of their names."),
+        ("cancel", 5, "Option cancel is 5, expected a threading.Event."),
+    ],
+)
+def test_options_of_wrong_types_are_refused_and_harm_nobody(
+    engine: Engine, option: str, value: Any, message: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        engine.generate("a", **{option: value})
+    assert str(caught.value) == message
+    assert engine.generate("a", max_tokens=2).n_prompt > 0
+
+
+# many answers
+
+
+def test_each_request_has_its_own_options(engine: Engine, alone: Engine) -> None:
+    messages = [{"role": "user", "content": "a thing"}]
+    requests: list[Any] = [
+        "the thing",
+        {"messages": messages},
+        {"prompt": "the thing", "weights": "single:es"},
+        {"prompt": "the thing", "weights": {"math": 0.5}},
+        {"prompt": "the thing", "adapters": ["es"]},
+        {"prompt": "the thing", "temperature": 1.2, "seed": 3},
+        {"prompt": "the thing", "temperature": 1.2, "seed": 4, "max_tokens": 30},
+        {"prompt": "the thing", "stop": "e"},
+        {"prompt": drawn(5), "json_schema": {"enum": ["dog", "cat"]}},
+    ]
+    found = dict(engine.generate_many(requests, max_tokens=12))
+    assert sorted(found) == list(range(len(requests)))
+    for i, request in enumerate(requests):
+        own = {"max_tokens": 12, **(request if isinstance(request, dict) else {"prompt": request})}
+        told = own.pop("messages", None)
+        prompt = own.pop("prompt", None) if told is None else alone.chat_tokens(told)
+        expected = alone.generate(prompt, **own)
+        assert (found[i].text(), found[i].error) == (expected.text(), None), request
+        assert found[i].finish_reason == expected.finish_reason
+        assert found[i].fusion.strategy == expected.fusion.strategy
+        np.testing.assert_allclose(found[i].fusion.weights, expected.fusion.weights, atol=1e-5)
+    assert found[4].fusion.adapters == ("es",)
+    assert found[6].n_completion > 12
+
+
+def test_answers_come_as_they_end(engine: Engine) -> None:
+    lengths = [40, 3, 20, 3, 3, 3]
+    requests = [{"prompt": drawn(4, seed=i), "max_tokens": n} for i, n in enumerate(lengths)]
+    order = [index for index, _ in engine.generate_many(requests, weights="static")]
+    assert order.index(1) < order.index(2) < order.index(0)
+    assert order[-1] == 0
+    assert sorted(order) == list(range(6))
+
+
+def test_a_request_that_fails_stops_no_other(engine: Engine) -> None:
+    requests: list[Any] = [
+        "fine",
+        "",
+        {"prompt": "a", "weights": "best"},
+        {"promt": "a"},
+        {"prompt": "a", "messages": []},
+        {"prompt": [10**9]},
+        {"prompt": "a", "foo": 1},
+        {"messages": 5},
+        None,
+        {"prompt": "a", "wait": True},
+    ]
+    found = dict(engine.generate_many(requests, max_tokens=3))
+    for index in (0, 9):
+        assert found[index].error is None
+        assert found[index].n_completion == 3
+    for index in range(1, 9):
+        answer = found[index]
+        assert (answer.finish_reason, answer.is_done) == ("error", True)
+        assert answer.usage == {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        with pytest.raises(QafloraError) as caught:
+            answer.text()
+        assert caught.value is answer.error
+    assert str(found[3].error).startswith("A request has promt, expected either prompt or messages")
+
+
+@pytest.mark.parametrize("requests", ["abc", {"prompt": "abc"}])
+def test_one_request_is_not_many(engine: Engine, requests: Any) -> None:
+    with pytest.raises(OptionError, match=r"^generate_many got the one request .*; give a list of"):
+        next(engine.generate_many(requests))
+
+
+def test_requests_are_taken_as_there_is_room(engine: Engine) -> None:
+    taken: list[int] = []
+
+    def source() -> Iterator[Any]:
+        for i in range(12):
+            taken.append(i)
+            yield {"prompt": "a", "weights": "static", "max_tokens": 2}
+
+    for n_done, _ in enumerate(engine.generate_many(source())):
+        assert len(taken) <= n_done + engine.n_parallel + 1
+    assert len(taken) == 12
+
+
+def test_a_source_that_fails_ends_all(engine: Engine) -> None:
+    def source() -> Iterator[Any]:
+        yield {"prompt": "a", "max_tokens": 300}
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        list(engine.generate_many(source()))
+    assert_idle(engine)
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing of earlier calls is computed any more."""
+    gc.collect()
+    scheduler = engine._core._loop._scheduler
+    assert engine.generate("a", max_tokens=1).text() is not None
+    assert not scheduler.has_work
+
+
+def test_leaving_early_cancels_the_rest(engine: Engine) -> None:
+    requests = [{"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 2 else 300} for i in range(9)]
+    for index, _ in engine.generate_many(requests, weights="static"):
+        assert index == 2
+        break
+    assert_idle(engine)
+
+
+def test_an_event_ends_one_call_of_several(engine: Engine, alone: Engine) -> None:
+    event = threading.Event()
+    mine = engine.generate("the thing", max_tokens=300, cancel=event)
+    others = engine.generate("a ring", max_tokens=30, wait=False)
+    pieces = [next(mine), next(mine)]
+    event.set()
+    text = "".join([*pieces, *mine])
+    assert mine.finish_reason == "cancelled"
+    assert 2 <= mine.n_completion < 300
+    assert alone.generate("the thing", max_tokens=mine.n_completion).text().startswith(text)
+    assert others.text() == alone.generate("a ring", max_tokens=30).text()
+    assert others.finish_reason == "length"
+
+
+@pytest.mark.parametrize("strategy", ["qa-flora", "static"])
+def test_an_event_that_is_set_before(engine: Engine, strategy: str) -> None:
+    event = threading.Event()
+    event.set()
+    with pytest.raises(CancelledError):
+        engine.generate("the thing", weights=strategy, cancel=event)
+    ((_, answer),) = engine.generate_many([{"prompt": "the", "weights": strategy, "cancel": event}])
+    assert isinstance(answer.error, CancelledError)
+    assert_idle(engine)
+
+
+def test_an_event_ends_the_rest_of_many(engine: Engine) -> None:
+    event, ended = threading.Event(), []
+    requests = [{"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 1 else 300} for i in range(4)]
+    for index, answer in engine.generate_many(requests, weights="static", cancel=event):
+        assert answer.text()
+        ended.append((index, answer.finish_reason))
+        event.set()
+    assert ended[0] == (1, "length")
+    assert sorted(ended[1:]) == [(0, "cancelled"), (2, "cancelled"), (3, "cancelled")]
