@@ -363,7 +363,7 @@ def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "Give PROMPT or --file FILE."),
+        ([], "Give PROMPT or --file FILE, or else --prompts FILE."),
         (["-", "--file", "-"], "stdin (`-`) can be read only once."),
         ([PROMPT, "--json-schema", "a", "--grammar", "b"], "Give --json-schema or --grammar, not"),
         ([PROMPT, "--json-schema", "a", "--stop", "}"], "--stop would cut the JSON of --json-"),
