@@ -146,6 +146,20 @@ def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Refe
         assert is_ended or answer.n_completion == 32
 
 
+def test_scores_equal_the_reference(exact: Engine, reference: Reference) -> None:
+    """Several continuations of each prompt under its weights, one longer than a batch."""
+    texts = (" The answer is 7.", " No", " Hola, ¿qué tal? " * 12)
+    for tokens in queries(exact)[:3]:
+        fusion = exact.weights(tokens)
+        answers = [exact.tokenize(text) for text in texts]
+        found = exact.score([tokens] * len(answers), answers)
+        for answer, scores in zip(answers, found, strict=True):
+            logits = reference.logits(tokens, answer, fusion.weights)[:-1].astype(np.float64)
+            expected = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            expected = expected[range(len(answer)), answer]
+            np.testing.assert_allclose(scores, expected, atol=2 * LOGIT_ERROR, rtol=0)
+
+
 def test_default_settings_stay_close_to_the_reference(smollm2: Path, reference: Reference) -> None:
     """Q4_1 kernels round activations to 8 bits, and the KV cache is f16: a wider limit."""
     adapters = {name: DEMO / f"{name}.gguf" for name in NAMES}
