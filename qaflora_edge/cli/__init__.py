@@ -145,8 +145,8 @@ EPILOG = """\
 \b
 Example:
   qaflora pull smollm2-135m-instruct
-  qaflora run models/demo "How many legs do three dogs have?"
-  qaflora weights models/demo "How many legs do three dogs have?"
+  qaflora run models/demo "¿Cuál es la capital de Francia?"
+  qaflora weights models/demo "¿Cuál es la capital de Francia?"
 
 \b
 Environment:

@@ -32,7 +32,7 @@ ANSWERS_MAX = 100
 @click.command(
     epilog=example(
         """
-        qaflora run models/demo "A shirt costs 12 dollars. What do seven shirts cost?"
+        qaflora run models/demo "¿Cuál es la capital de Francia?"
         qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json
         qaflora run models/demo "Name a country." --json-schema country.json > answer.json
         git diff | qaflora run models/demo "What does this change?" --file -
