@@ -47,13 +47,11 @@ def main() -> None:
             show(engine, what, question, right)
     say("The rows with `single:` are one adapter alone, the last row is the mix. A column of the")
     say(
-        "heatmap is a layer: the brighter, the more an adapter weighs there. med weighs much in all:"
+        "heatmap is a layer: the brighter, the more an adapter weighs there. med weighs much in all"
     )
+    say("of them: it was trained hard and moves the base on every question. --strategy calibrated")
     say(
-        "it was trained hard and moves the base on every question; --strategy calibrated is for that."
-    )
-    say(
-        'Your own question:  qaflora compare models/demo "QUESTION"   or   qaflora chat models/demo'
+        "is for that. Your own:  qaflora compare models/demo QUESTION  or  qaflora chat models/demo"
     )
 
 
