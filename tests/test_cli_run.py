@@ -1,11 +1,14 @@
 """qaflora run"""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -20,6 +23,7 @@ from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weigher
 
 PROMPT = "the thing on a ring"
+QAFLORA = [sys.executable, "-m", "qaflora_edge"]
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +200,62 @@ def test_prompt_from_files_and_stdin(
     assert prompt_of(made, monkeypatch, "-", stdin="-\n") == "-"
 
 
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("printf 'doc\\n' | {run} x", "x\n\ndoc"),
+        ("{run} x < doc.txt", "x\n\ndoc"),
+        ("printf 'doc' | {run}", "doc"),
+        ("printf 'doc' | {run} x --file two.txt", "x\n\ntwo\n\ndoc"),
+        ("printf 'doc' | {run} x --file -", "x\n\ndoc"),
+        ("{run} x < /dev/null", "x"),
+        ("printf ' \\n' | {run} x", "x"),
+        ("while read line; do {run} $line; done < doc.txt", "doc"),
+    ],
+)
+def test_what_is_piped_stands_behind_the_prompt(
+    command: str, asked: str, made: TinyBundle, tmp_path: Path
+) -> None:
+    (tmp_path / "doc.txt").write_text("doc\n")
+    (tmp_path / "two.txt").write_text("two\n")
+    run = shlex.join([*QAFLORA, "run", str(made.folder)])
+    shell = command.replace("{run}", f"{run} --max-tokens 1 --json")
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    with Engine(made.folder) as engine:
+        expected = len(engine.chat_tokens([{"role": "user", "content": asked}]))
+    assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected, done.stderr
+
+
+def test_closed_stdin_says_nothing(made: TinyBundle) -> None:
+    line = [*QAFLORA, "run", str(made.folder), PROMPT, "--max-tokens", "2"]
+    done = subprocess.run(["bash", "-c", f"{shlex.join(line)} <&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, answer(made, max_tokens=2) + "\n"), done.stderr
+
+
+def test_empty_pipe_is_no_prompt(made: TinyBundle) -> None:
+    line = [*QAFLORA, "run", str(made.folder)]
+    done = subprocess.run(line, input="", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Give PROMPT or --file FILE" in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--n", "2", "--temp", "1"]])
+def test_what_it_waits_for_is_said(
+    more: list[str], made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def note(what: str) -> Iterator[None]:
+        said.append(what)
+        yield
+
+    monkeypatch.setattr("qaflora_edge.cli.run.waiting", note)
+    assert run(made.folder, PROMPT, "--max-tokens", 2, *more).exit_code == 0
+    assert said[0] == "Weighing the adapters and reading the prompt"
+    assert ("Answering" in said) is ("--json" in more)
+
+
 def test_system_message_comes_first(made: TinyBundle) -> None:
     with Engine(made.folder) as engine:
         tokens = engine.chat_tokens(
@@ -363,7 +423,7 @@ def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "Give PROMPT or --file FILE."),
+        ([], "Give PROMPT or --file FILE, or else --prompts FILE."),
         (["-", "--file", "-"], "stdin (`-`) can be read only once."),
         ([PROMPT, "--json-schema", "a", "--grammar", "b"], "Give --json-schema or --grammar, not"),
         ([PROMPT, "--json-schema", "a", "--stop", "}"], "--stop would cut the JSON of --json-"),
@@ -379,7 +439,6 @@ def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None
     assert message in result.stderr
 
 
-QAFLORA = [sys.executable, "-m", "qaflora_edge"]
 SUMMARY = (
     r"\[math 0\.\d\d, es 0\.\d\d; probe \d+ ms; prefill \d+ ms; 8 tokens at [\d.]+ tok/s; "
     r"cut at the limit of tokens\]\n"
