@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
+from qaflora_edge.formats import registry
 from qaflora_edge.hub import cache as hub_cache
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weigher
@@ -162,6 +163,54 @@ def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.Mo
     )
     pulled["owner/name"] = made.folder
     assert run("owner/name", PROMPT, "--max-tokens", 2).exit_code == 0
+
+
+# a base alone
+
+
+def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = answer(made, max_tokens=8, weights="base")
+    result = run(made.base.path, PROMPT, "--max-tokens", 8)
+    assert (result.exit_code, result.stdout) == (0, f"{alone}\n"), result.stderr
+    assert result.stderr.startswith("[the base alone;")
+    with Engine(made.base.path) as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": PROMPT}])
+        assert engine.adapters == ()
+        assert engine.generate(tokens, max_tokens=8).text() == alone
+
+
+@pytest.mark.parametrize(
+    ("verb", "args", "stdin", "shown"),
+    [
+        ("chat", ["--plain", "--max-tokens", "4"], "a thing\n/save {place}/s.json\n", ""),
+        ("weights", [PROMPT], "", "There are no adapters: the base answers alone.\n"),
+        ("compare", [PROMPT, "--max-tokens", "4", "--html", "{place}/a.html"], "", "base alone"),
+        ("run", ["--prompts", "-", "--max-tokens", "4"], '{"prompt": "a"}', '"index"'),
+    ],
+)
+def test_other_commands_take_a_base(
+    verb: str, args: list[str], stdin: str, shown: str, made: TinyBundle, tmp_path: Path
+) -> None:
+    words = [verb, str(made.base.path), *(arg.replace("{place}", str(tmp_path)) for arg in args)]
+    result = CliRunner().invoke(main, words, input=stdin.replace("{place}", str(tmp_path)))
+    assert result.exit_code == 0, result.output
+    assert shown in result.stdout
+
+
+def test_base_may_be_named_as_in_the_registry(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = registry.find_model("smollm2-135m-instruct")
+    found: dict[str, Path | None] = {model.name: None}
+    monkeypatch.setattr(registry, "local_path", lambda model: found.get(model.name))
+    missing = run(model.name, PROMPT)
+    assert (missing.exit_code, missing.stdout) == (1, "")
+    assert missing.stderr == (
+        f"Error: Cannot open the base {model.name}: there is no such folder, and it was not "
+        f"pulled. Fetch it with `qaflora pull {model.name}`, or give the folder of a bundle.\n"
+    )
+    found[model.name] = made.base.path
+    assert run(model.name, PROMPT, "--max-tokens", 2).exit_code == 0
 
 
 # prompts from files
