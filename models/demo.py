@@ -1,4 +1,4 @@
-"""Ask three questions of the demo bundle and show how its adapters are weighed for each.
+"""Ask the demo bundle three questions: what the base, each adapter alone and the mix answer.
 
 `make demo` runs this after it has installed the package and pulled the base. By hand:
 
@@ -10,62 +10,60 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import click
 
 from qaflora_edge import Engine, QafloraError
+from qaflora_edge.cli.compare import ask, expand, table
 from qaflora_edge.cli.heatmap import heatmap
 from qaflora_edge.cli.show import terminal_size
 
 BUNDLE = Path(__file__).resolve().parent / "demo"
-MAX_TOKENS = 96
-
+MAX_TOKENS = 64
+# What it is about, the question, and what a right answer has in it.
 QUESTIONS = (
     (
-        "a maths problem in English",
-        "A baker fills 6 trays with 8 rolls each and sells 30 rolls. How many rolls are left?",
+        "A maths problem",
+        "Lucy writes 9 letters every week. How many letters does Lucy write in 4 weeks?",
+        "36",
     ),
-    ("a question in Spanish", "¿Qué se puede hacer en un día de lluvia?"),
     (
-        "a medical question with choices",
-        "A patient has chest pain that spreads to the left arm. Which organ is most likely "
-        "affected?\nA. Liver\nB. Heart\nC. Kidney\nD. Spleen",
+        "A medical question with choices",
+        "The largest organ of the human body is the\nA. Liver\nB. Skin\nC. Brain\nD. Lung",
+        "Skin",
     ),
+    ("A question in Spanish", "¿Cuál es la capital de Francia?", "Paris"),
 )
 
 
 def main() -> None:
     say("qaflora-edge demo: one base and three adapters (math, es, med), mixed anew per question.")
-    start = time.perf_counter()
-    with Engine(BUNDLE, n_ctx=1024) as engine:
-        seconds = time.perf_counter() - start
-        say(f"Opened {engine.name}: {engine.n_layer} layers, in {seconds:.1f} s.")
-        for what, question in QUESTIONS:
-            ask(engine, what, question)
-    say("\nqa-flora weighs by how far an adapter moves the base; an adapter trained hard, such as")
-    say("med, moves it on every question. calibrated divides that by the adapter's usual move.")
-    say("The base has 135 million parameters and little Spanish: look at the mix, not the wisdom.")
-    say("Ask your own:  qaflora run models/demo 'Your question'   or   qaflora chat models/demo")
-
-
-def ask(engine: Engine, what: str, question: str) -> None:
-    """Stream the fused answer to one question, then show both ways of weighing it."""
-    say(f"\n--- {what} ---\n{question}\n")
-    tokens = engine.chat_tokens([{"role": "user", "content": question}])
-    answer = engine.generate(tokens, max_tokens=MAX_TOKENS)
-    for piece in answer:
-        click.echo(piece, nl=False)
-    timings = answer.timings
+    say("The base has 135 million parameters and little Spanish, the adapters were trained for")
+    say("minutes: on most questions all of them are wrong. These three were picked because the mix")
+    say("is right where the base is not. It shows how mixing works, not how good an answer can be.")
+    with Engine(BUNDLE, n_ctx=512, n_parallel=4) as engine:
+        for what, question, right in QUESTIONS:
+            show(engine, what, question, right)
+    say("The rows with `single:` are one adapter alone, the last row is the mix. A column of the")
     say(
-        f"\n\n[weighed in {timings.probe_ms:.0f} ms, prompt read in {timings.prefill_ms:.0f} ms, "
-        f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s]"
+        "heatmap is a layer: the brighter, the more an adapter weighs there. med weighs much in all"
     )
-    for strategy in ("qa-flora", "calibrated"):
-        fusion = engine.weights(tokens, strategy=strategy)
-        width, _ = terminal_size(sys.stdout)
-        say(heatmap(fusion, width=width, encoding=sys.stdout.encoding) + "\n")
+    say("of them: it was trained hard and moves the base on every question. --strategy calibrated")
+    say(
+        "is for that. Your own:  qaflora compare models/demo QUESTION  or  qaflora chat models/demo"
+    )
+
+
+def show(engine: Engine, what: str, question: str, right: str) -> None:
+    """The answers to one question side by side, and the weights of the mix."""
+    say(f"\n--- {what}; right is {right} ---\n{question}\n")
+    tokens = engine.chat_tokens([{"role": "user", "content": question}])
+    strategies = expand("base,single,qa-flora", engine.adapters)
+    answers = ask(engine, tokens, strategies, {"max_tokens": MAX_TOKENS})
+    width, encoding = terminal_size(sys.stdout)[0], sys.stdout.encoding
+    say(table(answers, width=width, encoding=encoding))
+    say(f"\n{heatmap(answers[-1].fusion, width=width, encoding=encoding)}\n")
 
 
 def say(text: str) -> None:

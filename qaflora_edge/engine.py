@@ -25,7 +25,8 @@ from qaflora_edge.weighing.weigher import Weights
 class Engine(EngineBase):
     """A base with its adapters, ready to weigh them for each query.
 
-    bundle    a bundle folder; or give base and adapters (name -> adapter GGUF) instead
+    bundle    a bundle folder, or a base alone, a GGUF file; or give base and adapters (name ->
+              adapter GGUF) instead
     n_ctx     tokens of prompt and answer together, of each request
     n_parallel  requests that are decoded together; others wait their turn
     threads   CPU threads, by default the cores this process may use

@@ -12,7 +12,7 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.bundles.open import Opened, load_bundle, open_files
+from qaflora_edge.bundles.open import Opened, load, open_files
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.config import check
@@ -399,7 +399,7 @@ def _open(bundle: Path_ | None, base: Path_ | None, adapters: Mapping[str, Path_
     if bundle is not None:
         if base is not None or adapters is not None:
             raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
-        return load_bundle(Path(bundle))
+        return load(Path(bundle))
     if base is None:
         raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
     paths = {name: Path(path) for name, path in (adapters or {}).items()}

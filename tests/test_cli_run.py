@@ -1,11 +1,14 @@
 """qaflora run"""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -15,11 +18,13 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
+from qaflora_edge.formats import registry
 from qaflora_edge.hub import cache as hub_cache
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weigher
 
 PROMPT = "the thing on a ring"
+QAFLORA = [sys.executable, "-m", "qaflora_edge"]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,54 @@ def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.Mo
     assert run("owner/name", PROMPT, "--max-tokens", 2).exit_code == 0
 
 
+# a base alone
+
+
+def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = answer(made, max_tokens=8, weights="base")
+    result = run(made.base.path, PROMPT, "--max-tokens", 8)
+    assert (result.exit_code, result.stdout) == (0, f"{alone}\n"), result.stderr
+    assert result.stderr.startswith("[the base alone;")
+    with Engine(made.base.path) as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": PROMPT}])
+        assert engine.adapters == ()
+        assert engine.generate(tokens, max_tokens=8).text() == alone
+
+
+@pytest.mark.parametrize(
+    ("verb", "args", "stdin", "shown"),
+    [
+        ("chat", ["--plain", "--max-tokens", "4"], "a thing\n/save {place}/s.json\n", ""),
+        ("weights", [PROMPT], "", "There are no adapters: the base answers alone.\n"),
+        ("compare", [PROMPT, "--max-tokens", "4", "--html", "{place}/a.html"], "", "base alone"),
+        ("run", ["--prompts", "-", "--max-tokens", "4"], '{"prompt": "a"}', '"index"'),
+    ],
+)
+def test_other_commands_take_a_base(
+    verb: str, args: list[str], stdin: str, shown: str, made: TinyBundle, tmp_path: Path
+) -> None:
+    words = [verb, str(made.base.path), *(arg.replace("{place}", str(tmp_path)) for arg in args)]
+    result = CliRunner().invoke(main, words, input=stdin.replace("{place}", str(tmp_path)))
+    assert result.exit_code == 0, result.output
+    assert shown in result.stdout
+
+
+def test_base_may_be_named_as_in_the_registry(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = registry.find_model("smollm2-135m-instruct")
+    found: dict[str, Path | None] = {model.name: None}
+    monkeypatch.setattr(registry, "local_path", lambda model: found.get(model.name))
+    missing = run(model.name, PROMPT)
+    assert (missing.exit_code, missing.stdout) == (1, "")
+    assert missing.stderr == (
+        f"Error: Cannot open the base {model.name}: there is no such folder, and it was not "
+        f"pulled. Fetch it with `qaflora pull {model.name}`, or give the folder of a bundle.\n"
+    )
+    found[model.name] = made.base.path
+    assert run(model.name, PROMPT, "--max-tokens", 2).exit_code == 0
+
+
 # prompts from files
 
 
@@ -194,6 +247,62 @@ def test_prompt_from_files_and_stdin(
     assert prompt_of(made, monkeypatch, "x", "--file", "-", stdin="doc\n") == "x\n\ndoc"
     assert prompt_of(made, monkeypatch, "-", "--file", first, stdin="in\n") == "in\n\none"
     assert prompt_of(made, monkeypatch, "-", stdin="-\n") == "-"
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("printf 'doc\\n' | {run} x", "x\n\ndoc"),
+        ("{run} x < doc.txt", "x\n\ndoc"),
+        ("printf 'doc' | {run}", "doc"),
+        ("printf 'doc' | {run} x --file two.txt", "x\n\ntwo\n\ndoc"),
+        ("printf 'doc' | {run} x --file -", "x\n\ndoc"),
+        ("{run} x < /dev/null", "x"),
+        ("printf ' \\n' | {run} x", "x"),
+        ("while read line; do {run} $line; done < doc.txt", "doc"),
+    ],
+)
+def test_what_is_piped_stands_behind_the_prompt(
+    command: str, asked: str, made: TinyBundle, tmp_path: Path
+) -> None:
+    (tmp_path / "doc.txt").write_text("doc\n")
+    (tmp_path / "two.txt").write_text("two\n")
+    run = shlex.join([*QAFLORA, "run", str(made.folder)])
+    shell = command.replace("{run}", f"{run} --max-tokens 1 --json")
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    with Engine(made.folder) as engine:
+        expected = len(engine.chat_tokens([{"role": "user", "content": asked}]))
+    assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected, done.stderr
+
+
+def test_closed_stdin_says_nothing(made: TinyBundle) -> None:
+    line = [*QAFLORA, "run", str(made.folder), PROMPT, "--max-tokens", "2"]
+    done = subprocess.run(["bash", "-c", f"{shlex.join(line)} <&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, answer(made, max_tokens=2) + "\n"), done.stderr
+
+
+def test_empty_pipe_is_no_prompt(made: TinyBundle) -> None:
+    line = [*QAFLORA, "run", str(made.folder)]
+    done = subprocess.run(line, input="", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Give PROMPT or --file FILE" in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--n", "2", "--temp", "1"]])
+def test_what_it_waits_for_is_said(
+    more: list[str], made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def note(what: str) -> Iterator[None]:
+        said.append(what)
+        yield
+
+    monkeypatch.setattr("qaflora_edge.cli.run.waiting", note)
+    assert run(made.folder, PROMPT, "--max-tokens", 2, *more).exit_code == 0
+    assert said[0] == "Weighing the adapters and reading the prompt"
+    assert ("Answering" in said) is ("--json" in more)
 
 
 def test_system_message_comes_first(made: TinyBundle) -> None:
@@ -379,7 +488,6 @@ def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None
     assert message in result.stderr
 
 
-QAFLORA = [sys.executable, "-m", "qaflora_edge"]
 SUMMARY = (
     r"\[math 0\.\d\d, es 0\.\d\d; probe \d+ ms; prefill \d+ ms; 8 tokens at [\d.]+ tok/s; "
     r"cut at the limit of tokens\]\n"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from qaflora_edge.files import cache_dir
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGES = page_paths(CHECKOUT)
+DEMO = runpy.run_path(str(CHECKOUT / "models/demo.py"))
 PROMPTS = "How many legs do three dogs have?\n¿Qué es un río?\nName a fruit.\n"
 
 
@@ -220,7 +222,7 @@ def test_readme_names_every_verb(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_answers_and_shows_the_weights(checkout: Path, smollm2: Path) -> None:
+def test_the_demo_is_right_where_the_base_is_not(checkout: Path, smollm2: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(checkout / "models/demo.py")],
         env={**os.environ, "GOMP_SPINCOUNT": "0"},
@@ -229,7 +231,23 @@ def test_the_demo_answers_and_shows_the_weights(checkout: Path, smollm2: Path) -
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, describe(done)
-    assert done.stdout.count("weighs most at layers") == 6  # three questions, two strategies
+    caveat, *shown = done.stdout.split("\n--- ")
+    assert "all of them are wrong" in caveat
+    assert [text.count("weighs most at layers") for text in shown] == [1, 1, 1]
+    for (_, _, right), text in zip(DEMO["QUESTIONS"], shown, strict=True):
+        rows = {row.split()[0]: row for row in re.split(r"─{40,}", text)[2:-1]}
+        assert list(rows) == ["base", "single:math", "single:es", "single:med", "qa-flora"]
+        assert (right in rows["base"], right in rows["qa-flora"]) == (False, True), text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_questions_of_the_first_pages_are_the_demos(page: str, checkout: Path) -> None:
+    """Those that the mix answers rightly: what people see first should be right."""
+    text = (checkout / page).read_text(encoding="utf-8")
+    asked = re.findall(r'qaflora (?:run|compare|weights) \S+ "([^"]+)"', text)
+    asked += re.findall(r'^    (?:text|question) = "([^"]+)"', text, re.MULTILINE)
+    assert len(asked) > 3
+    assert set(asked) <= {question for _, question, _ in DEMO["QUESTIONS"]}
 
 
 def test_changelog_begins_with_this_version(checkout: Path) -> None:

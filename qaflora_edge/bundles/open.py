@@ -98,6 +98,21 @@ def _read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
     return info
 
 
+def is_base(place: Path) -> bool:
+    """Tell a base alone, which is one GGUF file, from a bundle."""
+    return place.suffix.lower() == ".gguf" and os.path.isfile(place)
+
+
+def base_of(place: Path) -> Path | None:
+    """The file of a base alone, or of a bundle's base; None where that is not here."""
+    return place if is_base(place) else recorded_base(place, read_bundle_text(place).base)
+
+
+def load(place: Path) -> Opened:
+    """Load a bundle, or a base alone. Raises what load_bundle and open_files do."""
+    return open_files(place, {}) if is_base(place) else load_bundle(place)
+
+
 def load_bundle(folder: Path) -> Bundle:
     """Read a bundle, find its base, and compare every file with its record.
 

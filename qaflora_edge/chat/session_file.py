@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import read_bundle_text
+from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
 from qaflora_edge.files import open_input, write_text_atomic
+from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.formats.schema import WrongField, check_schema, shown
 
@@ -64,7 +65,9 @@ class Session:
 
 
 def bundle_identity(folder: Path) -> BundleIdentity:
-    """The identity of a bundle by its bundle.json. Raises BundleError."""
+    """The identity of a bundle by its bundle.json, or of a base alone. Raises BundleError."""
+    if is_base(folder):
+        return BundleIdentity(folder.name, checksum(folder))
     text = read_bundle_text(folder)
     return BundleIdentity(
         name=text.name or folder.name,

@@ -145,8 +145,8 @@ EPILOG = """\
 \b
 Example:
   qaflora pull smollm2-135m-instruct
-  qaflora run models/demo "How many legs do three dogs have?"
-  qaflora weights models/demo "How many legs do three dogs have?"
+  qaflora run models/demo "¿Cuál es la capital de Francia?"
+  qaflora weights models/demo "¿Cuál es la capital de Francia?"
 
 \b
 Environment:
@@ -168,7 +168,8 @@ Environment:
 def main(ctx: click.Context) -> None:
     """Several LoRA adapters at once on a quantised base, weighed anew for each query.
 
-    DIR is the folder of a bundle: one base and its adapters (see `qaflora bundle create`).
+    DIR is the folder of a bundle, one base and its adapters (see `qaflora bundle create`), or for
+    run, chat, compare and weights a base alone: a GGUF file, or its name in `qaflora models`.
     """
     verb = ctx.invoked_subcommand or ""
     command = main.get_command(ctx, verb)

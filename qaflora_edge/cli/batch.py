@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from qaflora_edge.bundles.open import read_bundle_text
+from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.cli.answer import answer_dict
 from qaflora_edge.cli.answers import Answers
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, open_engine
@@ -24,8 +24,9 @@ from qaflora_edge.cli.prompts import open_prompts
 from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
 from qaflora_edge.cli.show import mean_weights
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
-from qaflora_edge.files import one_line, sha256_file
+from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE
+from qaflora_edge.formats.checksums import checksum
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
@@ -207,11 +208,13 @@ def _key(
     as_json: bool,
 ) -> str:
     """Equal where the bundle and all options are that decide an answer."""
-    folder = bundle_folder(bundle)
-    read_bundle_text(folder)  # says what is wrong with it
+    place = bundle_folder(bundle)
+    if not is_base(place):
+        read_bundle_text(place)  # says what is wrong with it
+        place /= BUNDLE_FILE
     engine = {name: value for name, value in options.engine.items() if name not in _NO_MATTER}
     facts = [
-        *(sha256_file(folder / BUNDLE_FILE), engine, options.strategy, options.raw_prompt),
+        *(checksum(place), engine, options.strategy, options.raw_prompt),
         *(sampling, system, as_json),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -23,7 +23,7 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.show import mix_line, terminal_size
+from qaflora_edge.cli.show import mean_weights, terminal_size
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -65,8 +65,8 @@ def _check_html(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.command(
     epilog=example(
         """
-        qaflora compare models/demo "How many legs do three dogs have?"
-        qaflora compare models/demo "¿Qué es un río?" --strategies base,qa-flora,calibrated
+        qaflora compare models/demo "¿Cuál es la capital de Francia?"
+        qaflora compare models/demo "What is a river?" --strategies base,qa-flora,calibrated
         qaflora compare models/demo - --html answers.html < question.txt
         """
     )
@@ -164,6 +164,14 @@ def ask(
     return [answers[index] for index in range(len(strategies))]
 
 
+def _mix(fusion: FusionWeights) -> list[str]:
+    """The mean weights, a line for each adapter that weighs anything."""
+    if not fusion.weights.any():
+        return ["the base alone"]
+    means = zip(mean_weights(fusion).items(), fusion.weights, strict=True)
+    return [f"{name} {mean:.2f}" for (name, mean), row in means if row.any()]
+
+
 def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str:
     """The answers as a table: strategy and mix on the left, the answer on the right.
 
@@ -183,7 +191,7 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
     shown.add_column("strategy, mix", ratio=1, overflow="fold")
     shown.add_column("answer", ratio=3, overflow="fold")
     for answer in answers:
-        way = "\n".join([answer.strategy, *mix_line(answer.fusion).split(", ")])
+        way = "\n".join([answer.strategy, *_mix(answer.fusion)])
         shown.add_row(*(Text(visible(text, has_signs=signs)) for text in (way, answer.text)))
     console = Console(width=width, no_color=True, color_system=None)
     with console.capture() as capture:

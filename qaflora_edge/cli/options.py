@@ -168,11 +168,16 @@ def example(text: str) -> str:
 
 
 def bundle_folder(text: str) -> Path:
-    """The bundle that DIR names: a folder, a name in the setting `bundles`, or what was pulled."""
+    """What DIR names: a bundle's folder, a base's GGUF file, or one of both that has a name.
+
+    Names are those of bundles in the places of the setting `bundles`, of bases in the registry, and
+    references of the Hub.
+    """
     folder = Path(text)
     if os.path.exists(folder):
         return folder
     from qaflora_edge.formats.hub_ref import from_address
+    from qaflora_edge.formats.registry import load_registry, local_path
     from qaflora_edge.hub import cache as hub_cache
     from qaflora_edge.hub.bundle_names import named_bundles
 
@@ -180,14 +185,19 @@ def bundle_folder(text: str) -> Path:
         return named
 
     text = from_address(text)
+    if (model := load_registry().get(text)) and (path := local_path(model)):
+        return path
     try:
         pulled = hub_cache.pulled_path(text)
     except RegistryError:
-        return folder  # no reference at all: reported as the missing folder that it is
+        if model is None:
+            return folder  # no reference at all: reported as the missing folder that it is
+        pulled = None
     if pulled is None:
         raise BundleError(
-            f"Cannot open the bundle {text}: there is no such folder, and it was not pulled. "
-            f"Fetch it with `qaflora pull {text}`, or give the folder of a bundle."
+            f"Cannot open the {'bundle' if model is None else 'base'} {text}: there is no such "
+            f"folder, and it was not pulled. Fetch it with `qaflora pull {text}`, or give the "
+            "folder of a bundle."
         )
     return pulled
 

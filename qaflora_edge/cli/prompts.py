@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qaflora_edge.cli.progress import waiting
 from qaflora_edge.errors import InputFileError
 from qaflora_edge.formats.json_text import is_unicode
 
@@ -127,6 +130,27 @@ def read_text(path: str) -> str:
     """
     shown = "stdin" if path == "-" else path
     return _decode(_read(path, shown), shown)
+
+
+def read_piped() -> str:
+    """What stands in stdin unasked: of a pipe, or of a file from its beginning; else "".
+
+    A terminal and a device such as /dev/null say nothing. Neither does a file that something has
+    begun to read, as the loop `while read line; do ...; done < FILE` does.
+
+    Raises InputFileError.
+    """
+    try:
+        number = sys.stdin.fileno()
+        mode = os.fstat(number).st_mode
+        is_whole = stat.S_ISREG(mode) and os.lseek(number, 0, os.SEEK_CUR) == 0
+    except (OSError, ValueError):  # no file behind it
+        return ""
+    if not (is_whole or stat.S_ISFIFO(mode)):
+        return ""
+    with waiting("Reading stdin (for none, add < /dev/null)"):
+        text = read_text("-").removesuffix("\n").removesuffix("\r")
+    return text if text.strip() else ""
 
 
 def _parse(line: str, where: str) -> Prompt:

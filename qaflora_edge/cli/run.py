@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from qaflora_edge.cli.options import (
     read_prompt,
     shared_options,
 )
-from qaflora_edge.cli.prompts import read_text
+from qaflora_edge.cli.progress import waiting
+from qaflora_edge.cli.prompts import read_piped, read_text
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -27,15 +29,16 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
 
 ANSWERS_MAX = 100
+PROMPT_WORK = "Weighing the adapters and reading the prompt"
 
 
 @click.command(
     epilog=example(
         """
-        qaflora run models/demo "A shirt costs 12 dollars. What do seven shirts cost?"
+        qaflora run models/demo "¿Cuál es la capital de Francia?"
         qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json
         qaflora run models/demo "Name a country." --json-schema country.json > answer.json
-        git diff | qaflora run models/demo "What does this change?" --file -
+        git diff | qaflora run models/demo "What does this change?"
         qaflora run models/demo --prompts questions.jsonl -o answers.jsonl
         """
     )
@@ -107,16 +110,18 @@ def run(
     """Answer a prompt with the weighed adapters.
 
     The answer goes to stdout as it is generated, everything else to stderr. PROMPT `-` reads
-    stdin. An answer that the limit cuts before its schema or grammar ended is printed, and the exit
-    code is 1.
+    stdin; what is piped into stdin beside a PROMPT is put behind it. An answer that the limit cuts
+    before its schema or grammar ended is printed, and the exit code is 1.
 
     With --prompts, stdout or the file of -o gets one JSON object a line as answers end, with
     `index`, the number of the line from 0, and for a line that failed `error`; the others go on,
     and the exit code is 1.
     """
     _check_usage(prompt, paths, system, (schema_path, grammar_path), n_answer, options)
-    _check_sources(prompt, paths, prompts_path, out, n_answer)
-    text = "" if prompts_path is not None else _whole_prompt(prompt, paths)
+    is_asked = prompts_path is not None or "-" in (prompt, *paths, schema_path, grammar_path)
+    piped = "" if is_asked else read_piped()
+    _check_sources(prompt, paths or (("-",) if piped else ()), prompts_path, out, n_answer)
+    text = "" if prompts_path is not None else _whole_prompt(prompt, paths, piped)
     sampling = options.sampling
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)
     if schema_path is not None:
@@ -127,9 +132,12 @@ def run(
     with open_engine(bundle, options) as engine:
         tokens = _tokens(engine, text, system, options)
         if n_answer == 1:
-            answers = [engine.generate(tokens, **sampling)]
+            with waiting(PROMPT_WORK):
+                answers = [engine.generate(tokens, **sampling)]
             if as_json:
-                print_json(answer_dict(answers[0]))
+                with waiting("Answering"):
+                    facts = answer_dict(answers[0])
+                print_json(facts)
             else:
                 stream_answer(answers[0])
                 click.echo(summary_line(answers[0]), err=True)
@@ -201,11 +209,11 @@ def _is_typed(name: str) -> bool:
     return source is click.core.ParameterSource.COMMANDLINE
 
 
-def _whole_prompt(prompt: str | None, paths: tuple[str, ...]) -> str:
-    """PROMPT and the files behind it, with an empty line between each two."""
+def _whole_prompt(prompt: str | None, paths: tuple[str, ...], piped: str) -> str:
+    """PROMPT, the files and what was piped behind it, with an empty line between each two."""
     parts = [] if prompt is None else [read_prompt(prompt)]
     parts += [read_text(path).removesuffix("\n").removesuffix("\r") for path in paths]
-    return check_prompt("\n\n".join(parts))
+    return check_prompt("\n\n".join([*parts, piped] if piped else parts))
 
 
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
@@ -242,7 +250,7 @@ def _print_answers(
     """Several answers to a prompt that is weighed and read once, printed as they come."""
     answers: list[Generation] = []
     shown: list[dict[str, Any]] = []
-    for number, answer in enumerate(engine.answers(tokens, n_answer, **sampling)):
+    for number, answer in enumerate(_waited(engine.answers(tokens, n_answer, **sampling))):
         if as_json:
             shown.append(answer_dict(answer, with_fusion=False))
         else:
@@ -254,6 +262,16 @@ def _print_answers(
     if as_json:
         print_json({"answers": shown, "fusion": answers[0].fusion.to_dict()})
     return answers
+
+
+def _waited(answers: Iterator[Generation]) -> Iterator[Generation]:
+    """The answers, each with a word on what is waited for before its first token."""
+    while True:
+        with waiting(PROMPT_WORK):
+            answer = next(answers, None)
+        if answer is None:
+            return
+        yield answer
 
 
 def _check_whole(answers: list[Generation], path: str | None) -> None:

@@ -138,9 +138,11 @@ def weights(
 
 def subject(bundle: str) -> str:
     """The names of a bundle and its base, which stand above a picture."""
-    from qaflora_edge.bundles.open import read_bundle_text
+    from qaflora_edge.bundles.open import is_base, read_bundle_text
 
     folder = bundle_folder(bundle)
+    if is_base(folder):
+        return folder.name
     text = read_bundle_text(folder)
     base = text.base
     return f"{text.name or folder.name} on {base.name or base.registry or base.hub or base.file}"

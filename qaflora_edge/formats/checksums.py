@@ -102,6 +102,13 @@ def hash_file(path: Path, progress: Progress | None = None) -> str:
     return found
 
 
+def checksum(path: Path) -> str:
+    """The hash of a file: as it was noted for this state of it, else computed and noted."""
+    state = file_state(path)
+    noted = None if state is None else _recall(path, state)
+    return noted if isinstance(noted, str) else hash_file(path)
+
+
 def _changed(path: Path) -> ChecksumError:
     return ChecksumError(
         f"The file {path} was changed or replaced while it was being read; expected one that "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qaflora_edge.bundles.open import read_bundle_text, recorded_base
+from qaflora_edge.bundles.open import base_of
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 
 LARGEST, LEAST = 8192, 2048  # tokens
@@ -19,7 +19,7 @@ def context_size(folder: Path, kv_type: str) -> int:
     What the base was trained for, at most LARGEST, and half as often as its KV cache would take
     more than an eighth of this machine's memory.
     """
-    base_path = recorded_base(folder, read_bundle_text(folder).base)
+    base_path = base_of(folder)
     if base_path is None:  # opening the bundle says so
         return LEAST
     header = read_gguf_header(base_path)
