@@ -63,6 +63,8 @@ def material(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
         )
     convert_adapter(folder / "peft/math", smollm2, folder / "adapter.gguf")
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    # Copied, for a link that another worker makes to a file is a change of it to who reads it.
+    shutil.copytree(CHECKOUT / "models/demo", folder / "models/demo")
     return folder
 
 
@@ -79,7 +81,6 @@ def scratch(tmp_path: Path, material: Path) -> Path:
     """A folder of its own for the blocks of one page."""
     folder = tmp_path / "page"
     shutil.copytree(material, folder, symlinks=True, copy_function=link_or_copy)
-    shutil.copytree(CHECKOUT / "models/demo", folder / "models/demo", copy_function=link_or_copy)
     return folder
 
 
@@ -106,7 +107,7 @@ if silent := [call.lineno for call in prints if not said[call.lineno].strip()]:
 BASH = """
 qaflora() {
     if [ "$1" != run ]; then command qaflora "$@"; return; fi
-    command qaflora "$@" | tee "$HOME/answer" || return
+    command qaflora "$@" | tee -p "$HOME/answer" || return
     grep -q '[^[:space:]]' "$HOME/answer" || { echo "qaflora $* answers nothing" >&2; return 1; }
 }
 . "$0"
