@@ -106,7 +106,8 @@ if silent := [call.lineno for call in prints if not said[call.lineno].strip()]:
 # Fails when an answer of `qaflora run` is empty.
 BASH = """
 qaflora() {
-    if [ "$1" != run ]; then command qaflora "$@"; return; fi
+    case "$1 $* " in run*" -o "*) ;; run*) local is_answer=1 ;; esac
+    if [ -z "${is_answer-}" ]; then command qaflora "$@"; return; fi
     command qaflora "$@" | tee -p "$HOME/answer" || return
     grep -q '[^[:space:]]' "$HOME/answer" || { echo "qaflora $* answers nothing" >&2; return 1; }
 }
