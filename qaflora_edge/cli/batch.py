@@ -80,6 +80,11 @@ class _Job:
         running: dict[int, tuple[Line, dict[str, Any]]] = {}
         n_line, start = 0, time.perf_counter()
 
+        def write(line: Line, answer: dict[str, Any]) -> None:
+            self.answers.write(line, answer)
+            self.n_done += 1
+            tell(self.n_token / (time.perf_counter() - start))
+
         def requests() -> Iterator[dict[str, Any]]:
             nonlocal n_line
             numbers = itertools.count()
@@ -96,7 +101,7 @@ class _Job:
                         found, system=self.system, raw_prompt=self.options.raw_prompt
                     )
                 except QafloraError as error:
-                    self._write(line, {**mark, **_failure(error)})
+                    write(line, {**mark, **_failure(error)})
                     continue
                 running[next(numbers)] = line, mark
                 yield request
@@ -105,13 +110,8 @@ class _Job:
         for number, answer in engine.generate_many(requests(), **common):
             line, mark = running.pop(number)
             self.n_token += answer.n_completion
-            self._write(line, {**mark, **self._result(answer)})
-            tell(self.n_token / (time.perf_counter() - start))
+            write(line, {**mark, **self._result(answer)})
         self._check_any(n_line)
-
-    def _write(self, line: Line, answer: dict[str, Any]) -> None:
-        self.answers.write(line, answer)
-        self.n_done += 1
 
     def _result(self, answer: Generation) -> dict[str, Any]:
         if answer.error is not None:
