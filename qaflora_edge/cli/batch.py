@@ -190,7 +190,7 @@ def answer_file(
                 with open_engine(bundle, options) as engine, _bar(total, out) as tell:
                     start_s = time.perf_counter()
                     job.answer(engine, stream, tell)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # SIGTERM
             job.tell_sum(time.perf_counter() - start_s)
             raise
         if total is None:
