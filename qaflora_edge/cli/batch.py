@@ -81,6 +81,11 @@ class _Job:
         running: dict[int, tuple[Line, dict[str, Any]]] = {}
         n_line, start = 0, time.perf_counter()
 
+        def write(line: Line, answer: dict[str, Any]) -> None:
+            self.answers.write(line, answer)
+            self.n_done += 1
+            tell(self.n_token / (time.perf_counter() - start))
+
         def requests() -> Iterator[dict[str, Any]]:
             nonlocal n_line
             numbers = itertools.count()
@@ -97,7 +102,7 @@ class _Job:
                         found, system=self.system, raw_prompt=self.options.raw_prompt
                     )
                 except QafloraError as error:
-                    self._write(line, {**mark, **_failure(error)})
+                    write(line, {**mark, **_failure(error)})
                     continue
                 running[next(numbers)] = line, mark
                 yield request
@@ -106,13 +111,8 @@ class _Job:
         for number, answer in engine.generate_many(requests(), **common):
             line, mark = running.pop(number)
             self.n_token += answer.n_completion
-            self._write(line, {**mark, **self._result(answer)})
-            tell(self.n_token / (time.perf_counter() - start))
+            write(line, {**mark, **self._result(answer)})
         self._check_any(n_line)
-
-    def _write(self, line: Line, answer: dict[str, Any]) -> None:
-        self.answers.write(line, answer)
-        self.n_done += 1
 
     def _result(self, answer: Generation) -> dict[str, Any]:
         if answer.error is not None:
@@ -191,7 +191,7 @@ def answer_file(
                 with open_engine(bundle, options) as engine, _bar(total, out) as tell:
                     start_s = time.perf_counter()
                     job.answer(engine, stream, tell)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # SIGTERM
             job.tell_sum(time.perf_counter() - start_s)
             raise
         if total is None:
