@@ -45,42 +45,25 @@ class Stats(ctypes.Structure):
     ]
 
 
-_FLOATS = ctypes.POINTER(ctypes.c_float)
-_DOUBLES = ctypes.POINTER(ctypes.c_double)
+_INT, _LONG, _HANDLE, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+_TEXTS, _FLOATS, _DOUBLES = map(ctypes.POINTER, (_TEXT, ctypes.c_float, ctypes.c_double))
+# What each function of qaflora.h returns, and what it takes.
 _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
-    "qaflora_abi_version": (ctypes.c_int32, []),
-    "qaflora_build_info": (ctypes.c_char_p, []),
-    "qaflora_last_error": (ctypes.c_char_p, []),
-    "qaflora_pack_init": (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_int32],
-    ),
-    "qaflora_pack_free": (None, [ctypes.c_void_p]),
-    "qaflora_pack_size_bytes": (ctypes.c_int64, [ctypes.c_void_p]),
-    "qaflora_context_init": (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32],
-    ),
-    "qaflora_set_weights": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
-    ),
-    "qaflora_capture_begin": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
-    "qaflora_get_states": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
-    ),
-    "qaflora_get_inputs": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_int32, _FLOATS, ctypes.c_int64],
-    ),
-    "qaflora_divergence": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, _FLOATS, _FLOATS, _DOUBLES],
-    ),
-    "qaflora_project": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, _FLOATS, _FLOATS]),
-    "qaflora_final_norm": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, _FLOATS, _FLOATS]),
-    "qaflora_get_stats": (Stats, [ctypes.c_void_p]),
+    "qaflora_abi_version": (_INT, []),
+    "qaflora_build_info": (_TEXT, []),
+    "qaflora_last_error": (_TEXT, []),
+    "qaflora_pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT]),
+    "qaflora_pack_free": (None, [_HANDLE]),
+    "qaflora_pack_size_bytes": (_LONG, [_HANDLE]),
+    "qaflora_context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
+    "qaflora_set_weights": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "qaflora_capture_begin": (_INT, [_HANDLE, _INT]),
+    "qaflora_get_states": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "qaflora_get_inputs": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "qaflora_divergence": (_INT, [_HANDLE, _INT, _INT, _FLOATS, _FLOATS, _DOUBLES]),
+    "qaflora_project": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
+    "qaflora_final_norm": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
+    "qaflora_get_stats": (Stats, [_HANDLE]),
 }
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from qaflora_edge.cli.options import BUNDLE, bundle_folder, completed_by, example
+from qaflora_edge.cli.options import BUNDLE, bundle_folder, click_option, completed_by, example
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.config import LENSES, OUTTYPES, POOLS
+from qaflora_edge.config import OWN, SHARED
 
-NOTES = ("source", "license", "description")
+NOTES = {
+    "source": "Where an adapter comes from.",
+    "license": "An adapter's licence.",
+    "description": "What an adapter was trained for.",
+}
 
 
 @click.group()
@@ -33,6 +41,38 @@ def _pairs(
             raise click.BadParameter(f"{value!r} is not of the form {param.metavar}.")
         pairs.append((name, text))
     return pairs
+
+
+def _notes(prefix: str, **keywords: Any) -> Callable[..., Any]:
+    """Options of what is noted of an adapter; the command gets them as one argument `note`."""
+
+    def add_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def collected(**given: Any) -> Any:
+            return command(note={key: given.pop(f"note_{key}") for key in NOTES}, **given)
+
+        decorated: Callable[..., Any] = collected
+        for key, meaning in reversed(NOTES.items()):
+            decorated = click.option(f"{prefix}{key}", f"note_{key}", help=meaning, **keywords)(
+                decorated
+            )
+        return decorated
+
+    return add_options
+
+
+def _by_default(key: str, value: str, meaning: str) -> Callable[..., Any]:
+    """A shared option that is written into a bundle."""
+    return click_option(replace(SHARED[key], default=value, help=meaning, unset=""), "bundle")
+
+
+_outtype = click_option(replace(OWN["convert"]["outtype"], help="Type of what is converted."), "")
+_calibrate = click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    show_default=True,
+    help="Measure typical divergences, which the strategy calibrated needs.",
+)
 
 
 @bundle.command(
@@ -64,76 +104,14 @@ def _pairs(
 @click.option("--name", help="The bundle's name.  [default: the folder's]")
 @click.option("--description", default="", help="What the bundle is for.")
 @click.option("--license", default="", help="The licence of the bundle.")
-@click.option(
-    "--outtype",
-    type=click.Choice(OUTTYPES),
-    default="f16",
-    show_default=True,
-    help="Type of converted adapters.",
-)
-@click.option(
-    "--strategy",
-    default="qa-flora",
-    show_default=True,
-    shell_complete=completed_by("complete_strategy"),
-    help="Used by default.",
-)
-@click.option(
-    "--lens",
-    type=click.Choice(LENSES),
-    default="norm",
-    show_default=True,
-    help="How a layer's state is read by default.",
-)
-@click.option(
-    "--pool",
-    type=click.Choice(POOLS),
-    default="last",
-    show_default=True,
-    help="The token or tokens that are weighed by default.",
-)
-@click.option(
-    "--adapter-source",
-    multiple=True,
-    metavar="NAME=TEXT",
-    callback=_pairs,
-    help="Where an adapter comes from.",
-)
-@click.option(
-    "--adapter-license",
-    multiple=True,
-    metavar="NAME=TEXT",
-    callback=_pairs,
-    help="An adapter's licence.",
-)
-@click.option(
-    "--adapter-description",
-    multiple=True,
-    metavar="NAME=TEXT",
-    callback=_pairs,
-    help="What an adapter was trained for.",
-)
-@click.option(
-    "--calibrate/--no-calibrate",
-    default=True,
-    show_default=True,
-    help="Measure typical divergences, which the strategy calibrated needs.",
-)
+@_outtype
+@_by_default("strategy", "qa-flora", "Used by default.")
+@_by_default("lens", "norm", "How a layer's state is read by default.")
+@_by_default("pool", "last", "The token or tokens that are weighed by default.")
+@_notes("--adapter-", metavar="NAME=TEXT", multiple=True, callback=_pairs)
+@_calibrate
 def create(
-    folder: Path,
-    base: str,
-    adapters: list[tuple[str, str]],
-    name: str | None,
-    description: str,
-    license: str,
-    outtype: str,
-    strategy: str,
-    lens: str,
-    pool: str,
-    adapter_source: list[tuple[str, str]],
-    adapter_license: list[tuple[str, str]],
-    adapter_description: list[tuple[str, str]],
-    calibrate: bool,
+    folder: Path, base: str, adapters: list[tuple[str, str]], note: dict[str, Any], **options: Any
 ) -> None:
     """Make a bundle from a base and adapters.
 
@@ -143,26 +121,11 @@ def create(
     from qaflora_edge.bundles.create import create_bundle
 
     notes: dict[str, dict[str, str]] = {}
-    given = (adapter_source, adapter_license, adapter_description)
-    for key, pairs in zip(NOTES, given, strict=True):
+    for key, pairs in note.items():
         for adapter, text in pairs:
             notes.setdefault(adapter, {})[key] = text
     with progress_bars() as progress:
-        create_bundle(
-            folder,
-            base,
-            adapters,
-            name=name,
-            description=description,
-            license=license,
-            outtype=outtype,
-            strategy=strategy,
-            lens=lens,
-            pool=pool,
-            notes=notes,
-            calibrate=calibrate,
-            progress=progress,
-        )
+        create_bundle(folder, base, adapters, notes=notes, progress=progress, **options)
     click.echo(f"Created the bundle {folder} with {_counted(len(adapters))}.", err=True)
 
 
@@ -176,30 +139,11 @@ def create(
 )
 @click.argument("folder", **BUNDLE)
 @click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
-@click.option(
-    "--outtype",
-    type=click.Choice(OUTTYPES),
-    default="f16",
-    show_default=True,
-    help="Type of a converted adapter.",
-)
-@click.option("--source", metavar="TEXT", help="Where it comes from.")
-@click.option("--license", metavar="TEXT", help="Its licence.")
-@click.option("--description", metavar="TEXT", help="What it was trained for.")
-@click.option(
-    "--calibrate/--no-calibrate",
-    default=True,
-    show_default=True,
-    help="Measure its typical divergence, which the strategy calibrated needs.",
-)
+@_outtype
+@_notes("--", metavar="TEXT")
+@_calibrate
 def add(
-    folder: str,
-    pairs: list[tuple[str, str]],
-    outtype: str,
-    source: str | None,
-    license: str | None,
-    description: str | None,
-    calibrate: bool,
+    folder: str, pairs: list[tuple[str, str]], note: dict[str, str | None], **options: Any
 ) -> None:
     """Add adapters to a bundle.
 
@@ -210,19 +154,10 @@ def add(
     from qaflora_edge.bundles.edit import add_adapter
 
     path = bundle_folder(folder)
-    given = zip(NOTES, (source, license, description), strict=True)
-    note = {key: text for key, text in given if text is not None}
+    given = {key: text for key, text in note.items() if text is not None}
     for name, adapter in pairs:
         with progress_bars() as progress:
-            add_adapter(
-                path,
-                name,
-                adapter,
-                outtype=outtype,
-                note=note,
-                calibrate=calibrate,
-                progress=progress,
-            )
+            add_adapter(path, name, adapter, note=given, progress=progress, **options)
         click.echo(f"Added the adapter {name} to {path}.", err=True)
 
 

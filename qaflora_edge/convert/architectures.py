@@ -23,99 +23,38 @@ _GATE_UP = ("ffn_gate", "ffn_up")
 
 # Architectures whose experts may be adapted: in HF and in a GGUF alike, each has gate, up and down,
 # and where one parameter of HF holds gate and up, all rows of gate come first...
-MIXTURES = (
-    *("afmoe", "dots1", "ernie4_5-moe", "exaone-moe", "glm4moe", "gpt-oss", "granitemoe"),
-    *(
-        "hunyuan-moe",
-        "lfm2moe",
-        "llama",
-        "minimax-m2",
-        "olmoe",
-        "qwen2moe",
-        "qwen35moe",
-        "qwen3moe",
-        "qwen3next",
-    ),
-)
+_MIXTURES = """
+    afmoe dots1 ernie4_5-moe exaone-moe glm4moe gpt-oss granitemoe hunyuan-moe lfm2moe llama
+    minimax-m2 olmoe qwen2moe qwen35moe qwen3moe qwen3next
+"""
+MIXTURES = tuple(_MIXTURES.split())
 # ...or they take turns.
 INTERLEAVED_EXPERTS = ("gpt-oss",)
 
-# general.architecture -> how its modules lie. Each was read, and is proven by the tests.
-ARCHITECTURES: Mapping[str, Layout] = {
-    "afmoe": as_is,
-    "apertus": as_is,
-    "arcee": rope_pairs,
+# PEFT stores A and B of gpt2's Conv1D as of a linear layer.
+_AS_IS = """
+    afmoe apertus chatglm codeshell cohere2 command-r dbrx dots1 ernie4_5 ernie4_5-moe exaone
+    exaone-moe exaone4 gemma gemma2 gemma3 gemma4 glm4moe gpt-oss gpt2 hunyuan-dense hunyuan-moe
+    jais2 jamba lfm2 lfm2moe maincoder mamba mamba2 minimax-m2 mpt nemotron olmo2 olmoe orion
+    paddleocr pangu-embedded phi2 phi3 plamo3 qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl
+    seed_oss stablelm starcoder starcoder2
+"""
+_ROPE_PAIRS = "arcee deepseek llama minicpm mistral3 olmo smollm3 xverse"
+_LAYOUTS: Mapping[str, Layout] = {
+    **dict.fromkeys(_AS_IS.split(), as_is),
+    **dict.fromkeys(_ROPE_PAIRS.split(), rope_pairs),
+    **dict.fromkeys(("bloom", "falcon", "gptneox"), grouped_qkv),
+    **dict.fromkeys(("granite", "granitehybrid", "granitemoe"), granite_rows),
+    **dict.fromkeys(("qwen35", "qwen35moe"), qwen35_rows),
     "bailingmoe": packed_rope_pairs,
-    "bloom": grouped_qkv,
-    "chatglm": as_is,
-    "codeshell": as_is,
-    "cohere2": as_is,
-    "command-r": as_is,
-    "dbrx": as_is,
-    "deepseek": rope_pairs,
-    "dots1": as_is,
-    "ernie4_5": as_is,
-    "ernie4_5-moe": as_is,
-    "exaone": as_is,
-    "exaone-moe": as_is,
-    "exaone4": as_is,
-    "falcon": grouped_qkv,
-    "gemma": as_is,
-    "gemma2": as_is,
-    "gemma3": as_is,
-    "gemma4": as_is,
     "glm4": glm4_rows,
-    "glm4moe": as_is,
-    "gpt-oss": as_is,
-    "gpt2": as_is,  # PEFT stores A and B of a Conv1D as of a linear layer
-    "gptneox": grouped_qkv,
-    "granite": granite_rows,
-    "granitehybrid": granite_rows,
-    "granitemoe": granite_rows,
-    "hunyuan-dense": as_is,
-    "hunyuan-moe": as_is,
     "internlm2": grouped_rope_pairs,
-    "jais2": as_is,
-    "jamba": as_is,
-    "lfm2": as_is,
-    "lfm2moe": as_is,
-    "llama": rope_pairs,
-    "maincoder": as_is,
-    "mamba": as_is,
-    "mamba2": as_is,
-    "minicpm": rope_pairs,
-    "minimax-m2": as_is,
-    "mistral3": rope_pairs,
-    "mpt": as_is,
-    "nemotron": as_is,
-    "olmo": rope_pairs,
-    "olmo2": as_is,
-    "olmoe": as_is,
     "openelm": halves(ffn_gate_up=_GATE_UP),
-    "orion": as_is,
-    "paddleocr": as_is,
-    "pangu-embedded": as_is,
-    "phi2": as_is,
-    "phi3": as_is,
-    "plamo3": as_is,
-    "qwen": as_is,
-    "qwen2": as_is,
-    "qwen2moe": as_is,
-    "qwen2vl": as_is,
-    "qwen3": as_is,
-    "qwen35": qwen35_rows,
-    "qwen35moe": qwen35_rows,
-    "qwen3moe": as_is,
     "qwen3next": qwen3next_rows,
-    "qwen3vl": as_is,
     "refact": halves(attn_kv=("attn_k", "attn_v"), ffn_gate_up=_GATE_UP),
-    "seed_oss": as_is,
-    "smollm3": rope_pairs,
-    "stablelm": as_is,
-    "starcoder": as_is,
-    "starcoder2": as_is,
-    "xverse": rope_pairs,
 }
+# general.architecture -> how its modules lie. Each was read, and is proven by the tests.
+ARCHITECTURES: Mapping[str, Layout] = dict(sorted(_LAYOUTS.items()))
 
 # Names that gguf's map lacks, for llama.cpp's converter takes these modules apart before it looks
 # them up: general.architecture -> HF's name within a block -> the stem that a layout is asked for.

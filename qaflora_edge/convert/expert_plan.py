@@ -145,7 +145,7 @@ def _single(
         expert: (module, scale_factor(module.scale, rank, alpha))
         for expert, module in experts.items()
     }
-    return SingleExperts(base_name, n_expert, rank, n_in, n_out, factors)
+    return SingleExperts(first, base_name, n_expert, rank, n_in, n_out, factors)
 
 
 class _Stacks:
@@ -166,15 +166,10 @@ class _Stacks:
         """Give the tensors of the base that a parameter goes to: of gate_up_proj, two or one."""
         is_swapped = self._is_swapped(module)
         factor = scale_factor(module.scale, module.rank, alpha)
-        n_expert = module.n_expert
         found = []
         for base_name, rows in self._parts(module, layer, stem):
             _, n_out, n_in = _base_shape(module, self._header, base_name)
-            found.append(
-                StackedExperts(
-                    base_name, n_expert, module.rank, n_in, n_out, module, factor, rows, is_swapped
-                )
-            )
+            found.append(StackedExperts(module, base_name, n_in, n_out, factor, rows, is_swapped))
         return found
 
     def _parts(self, module: PeftModule, layer: int, stem: str) -> list[tuple[str, Index | None]]:

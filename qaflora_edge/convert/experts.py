@@ -1,4 +1,7 @@
-"""What a stacked tensor of a mixture's experts is made from. No I/O but reading values."""
+"""What a tensor of the base takes from an adapter, and a stack of experts in particular.
+
+No I/O but reading values.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,19 +16,14 @@ from qaflora_edge.peft.module import PeftModule
 
 
 @dataclass(frozen=True)
-class SingleExperts:
-    """A stacked tensor of the base, and the modules of its experts; those without one stay as is.
+class Target:
+    """A tensor of the base that takes a delta.
 
-    experts  expert -> its module, and what its B is multiplied by
-    rank     the largest of theirs; the rest of smaller ones is zeros
+    source  the module, or the first of them, that the delta comes from
     """
 
-    base_name: str  # such as blk.0.ffn_up_exps.weight
-    n_expert: int
-    rank: int
-    n_in: int
-    n_out: int
-    experts: Mapping[int, tuple[PeftModule, float]]
+    source: PeftModule
+    base_name: str  # such as blk.0.attn_q.weight
 
     @property
     def kind(self) -> str:
@@ -33,11 +31,26 @@ class SingleExperts:
 
     @property
     def name(self) -> str:
-        return self.experts[min(self.experts)][0].name
+        return self.source.name
 
     @property
     def path(self) -> Path:
-        return self.experts[min(self.experts)][0].a.path
+        return self.source.a.path
+
+
+@dataclass(frozen=True)
+class SingleExperts(Target):
+    """A stacked tensor of the base, and the modules of its experts; those without one stay as is.
+
+    experts  expert -> its module, and what its B is multiplied by
+    rank     the largest of theirs; the rest of smaller ones is zeros
+    """
+
+    n_expert: int
+    rank: int
+    n_in: int
+    n_out: int
+    experts: Mapping[int, tuple[PeftModule, float]]
 
     @property
     def is_rescaled(self) -> bool:
@@ -58,34 +71,26 @@ class SingleExperts:
 
 
 @dataclass(frozen=True)
-class StackedExperts:
+class StackedExperts(Target):
     """A stacked tensor of the base, and the parameter that its experts' deltas are taken from.
 
     rows        [n_out]  the parameter's row for each of an expert's; None: all as they are
     is_swapped  the file's A writes the output, and its B reads the input
     """
 
-    base_name: str
-    n_expert: int
-    rank: int
     n_in: int
     n_out: int
-    source: PeftModule
     factor: float
     rows: Index | None
     is_swapped: bool
 
     @property
-    def kind(self) -> str:
-        return module_kind(self.base_name)
+    def n_expert(self) -> int:
+        return self.source.n_expert
 
     @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def path(self) -> Path:
-        return self.source.a.path
+    def rank(self) -> int:
+        return self.source.rank
 
     @property
     def is_rescaled(self) -> bool:

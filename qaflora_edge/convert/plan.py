@@ -2,18 +2,17 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import gguf
 
 from qaflora_edge.convert.architectures import ARCHITECTURES, SCALED, UNMAPPED
 from qaflora_edge.convert.expert_plan import is_of_experts, plan_experts
-from qaflora_edge.convert.experts import PlannedExperts
+from qaflora_edge.convert.experts import PlannedExperts, Target
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
 from qaflora_edge.convert.refused import REFUSED
 from qaflora_edge.convert.scale import common_alpha, scale_factor
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
-from qaflora_edge.formats.bypassed import is_bypassed, module_kind
+from qaflora_edge.formats.bypassed import is_bypassed
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
 
@@ -30,7 +29,7 @@ _BLOCK = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
 
 
 @dataclass(frozen=True)
-class PlannedModule:
+class PlannedModule(Target):
     """One tensor of the base, and the module whose delta it takes.
 
     factor   what B is multiplied by
@@ -38,8 +37,6 @@ class PlannedModule:
     columns  [n_in]   the column of the source's A for each of the tensor's; None: all as they are
     """
 
-    source: PeftModule
-    base_name: str  # such as blk.0.attn_q.weight
     factor: float
     rows: Index | None = None
     columns: Index | None = None
@@ -47,18 +44,6 @@ class PlannedModule:
     @property
     def n_out(self) -> int:
         return self.source.n_out if self.rows is None else len(self.rows)
-
-    @property
-    def kind(self) -> str:
-        return module_kind(self.base_name)
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def path(self) -> Path:
-        return self.source.a.path
 
     @property
     def rank(self) -> int:

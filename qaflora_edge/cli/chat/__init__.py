@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply
     from qaflora_edge.cli.chat.session import ChatSession
     from qaflora_edge.cli.chat.terminal_input import TerminalInput
-    from qaflora_edge.cli.chat.view import View
 
 _LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told what helps
 
@@ -101,18 +100,17 @@ class _Chat:
 
     def __init__(self, session: ChatSession, *, is_plain: bool) -> None:
         from qaflora_edge.cli.chat.commands import Commands
+        from qaflora_edge.cli.chat.view import TerminalView, View
 
         self._session = session
         self._view: View
         self._input: PlainInput | TerminalInput
         if is_plain:
             from qaflora_edge.cli.chat.plain_input import PlainInput
-            from qaflora_edge.cli.chat.view import PlainView
 
-            self._view, self._input = PlainView(), PlainInput()
+            self._view, self._input = View(), PlainInput()
         else:
             from qaflora_edge.cli.chat.terminal_input import TerminalInput
-            from qaflora_edge.cli.chat.view import TerminalView
 
             self._view, self._input = TerminalView(), TerminalInput(session)
             if self._input.why_no_history:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,26 +19,8 @@ if TYPE_CHECKING:
 _WAIT_S = 0.4  # nothing is said about a shorter wait
 
 
-class View(Protocol):
-    """Answers go to stdout, everything else to stderr."""
-
-    @property
-    def width(self) -> int: ...
-    def begin(self) -> None: ...
-    def piece(self, text: str) -> None: ...
-    def tick(self, reply: Reply) -> None: ...
-    def end(self) -> None: ...
-    def note(self, *parts: str) -> None: ...
-    def error(self, error: Exception) -> None: ...
-    def show(self, text: str) -> None: ...
-    def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None: ...
-    def weights(self, fusion: FusionWeights) -> None: ...
-    def keys(self) -> None: ...
-    def done(self) -> None: ...
-
-
-class PlainView:
-    """No escape codes at all."""
+class View:
+    """What a chat shows without escape codes: answers on stdout, everything else on stderr."""
 
     def __init__(self) -> None:
         self._is_tty = sys.stdout.isatty()
@@ -48,14 +30,14 @@ class PlainView:
         return terminal_size(sys.stderr)[0]
 
     def begin(self) -> None:
-        pass
+        """Before an answer."""
 
     def piece(self, text: str) -> None:
         # A file gets the answer as it is; a terminal none of its control characters.
         click.echo(visible(text, has_signs=False) if self._is_tty else text, nl=False)
 
     def tick(self, reply: Reply) -> None:
-        pass
+        """While an answer is waited for."""
 
     def end(self) -> None:
         click.echo()
@@ -80,13 +62,13 @@ class PlainView:
         self.show(heatmap(fusion, width=self.width, encoding=sys.stderr.encoding))
 
     def keys(self) -> None:
-        pass
+        """The keys of an input with line editing, in words."""
 
     def done(self) -> None:
-        pass
+        """After an answer or a command."""
 
 
-class TerminalView:
+class TerminalView(View):
     """Markdown as it streams, dim notes, colours unless NO_COLOR forbids them."""
 
     def __init__(self) -> None:
