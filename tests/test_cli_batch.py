@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +334,6 @@ OTHER = "was answered by another bundle or under other options than these. Give 
 def test_another_file_is_refused_and_left_alone(
     made: TinyBundle,
     begun: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
     change: str,
     more: tuple[object, ...],
     message: str,
@@ -343,7 +344,10 @@ def test_another_file_is_refused_and_left_alone(
         file.write({**ends, "torn": b"my notes"}.get(change, b""))
     before: bytes | None = out.read_bytes()
     if change == "bundle":
-        monkeypatch.setattr("qaflora_edge.cli.batch.sha256_file", lambda path: "other")
+        other = shutil.copytree(made.folder, made.folder.with_name("other"))
+        text = json.loads((other / "bundle.json").read_text())
+        (other / "bundle.json").write_text(json.dumps({**text, "description": "another"}))
+        made = replace(made, folder=other)
     elif change == "edit":
         path.write_text(path.read_text().replace("thing 1", "thing one"))
     elif change == "shorten":
