@@ -20,7 +20,7 @@ from features import FEATURES
 
 from qaflora_edge.convert import architectures
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.architectures import ARCHITECTURES
+from qaflora_edge.convert.architectures import ARCHITECTURES, REASONS, REFUSED
 from qaflora_edge.convert.layouts import (
     Layout,
     LayoutError,
@@ -33,11 +33,10 @@ from qaflora_edge.convert.layouts import (
     rope_rows,
     tiled_rows,
 )
-from qaflora_edge.convert.refused import REASONS, REFUSED
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
-from qaflora_edge.formats.bypassed import BYPASSED
+from qaflora_edge.formats.arch_facts import ARCH_FACTS
 from qaflora_edge.formats.gguf_header import GgufHeader
 
 
@@ -144,7 +143,7 @@ def test_refused_for_what_is_bypassed_are_bypassed() -> None:
     refused = {
         name for why, names in REASONS.items() if "without adapters" in why for name in names
     }
-    assert refused <= set(BYPASSED)
+    assert all(ARCH_FACTS[name].bypassed for name in refused)
 
 
 def test_installed_gguf_knows_every_architecture() -> None:

@@ -9,6 +9,7 @@ bundle next, after a crash too, removes those that bundle.json does not name.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -69,19 +70,17 @@ def add_adapter(
     """
     folder = Path(folder)
     tell = progress or (lambda what, done, total: None)
-    with _editing(folder) as text:
+    with _editing(folder) as (_, raw):
         loaded = load_bundle(folder)
         check_names([*loaded.adapter_paths, name])
         found = find_adapter(source, tell)
         file = _new_file(folder, name)
         _note_unfinished(folder, [file])
         info = put_adapter(found, folder / file, loaded.header, outtype)
-        raw = _copy(text.raw)
         raw["adapters"].append(adapter_record(name, file, info, found, note or {}))
         if calibrate:
             paths = {**loaded.adapter_paths, name: folder / file}
             _calibrate(raw, loaded.base_path, paths, tell)
-        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> None:
@@ -92,9 +91,8 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
     Raises BundleError when there is no such adapter, or when the bundle's strategy names it.
     """
     folder = Path(folder)
-    with _editing(folder) as text:
+    with _editing(folder) as (text, raw):
         index = _index(folder, text, name)
-        raw = _copy(text.raw)
         del raw["adapters"][index]
         left = [adapter.name for adapter in text.adapters if adapter.name != name]
         if strategy is not None:
@@ -109,7 +107,6 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
             ) from error
         raw.get("fusion", {}).get("typical", {}).pop(name, None)
         _note_unfinished(folder, [text.adapters[index].file])
-        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def rename_adapter(folder: Path_, old: str, new: str) -> None:
@@ -119,10 +116,9 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
     adapter, or when the new name cannot be used.
     """
     folder = Path(folder)
-    with _editing(folder) as text:
+    with _editing(folder) as (text, raw):
         index = _index(folder, text, old)
         check_names([*(a.name for a in text.adapters if a.name != old), new])
-        raw = _copy(text.raw)
         record = raw["adapters"][index]
         record["name"] = new
         fusion = raw.get("fusion", {})
@@ -136,7 +132,6 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
             record["file"] = _new_file(folder, new)
             _note_unfinished(folder, [text.adapters[index].file, record["file"]])
             _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
-        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
@@ -145,14 +140,10 @@ def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
     returns  whether there was anything to measure
     """
     folder = Path(folder)
-    with _editing(folder) as text:
+    with _editing(folder) as (text, raw):
         loaded = load_bundle(folder)
-        raw = _copy(text.raw)
         _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or (lambda *_: None))
-        if raw == text.raw:
-            return False
-        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
-    return True
+    return raw != text.raw
 
 
 def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) -> None:
@@ -165,7 +156,7 @@ def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) ->
     """
     folder = Path(folder)
     tell = progress or (lambda what, done, total: None)
-    with _editing(folder) as text:
+    with _editing(folder) as (text, raw):
         found = find_base(base, tell)
         check_file(
             found.path,
@@ -176,14 +167,12 @@ def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) ->
             advice="Give the file that the bundle was made with; adapters fit no other.",
             progress=lambda done: tell("base", done, text.base.size_bytes),
         )
-        raw = _copy(text.raw)
         record = raw["base"]
         record.pop("file", None)
         if found.registry is None and found.hub is None:
             record["file"] = recordable(_inside(folder, found.path))
         record |= {} if found.registry is None else {"registry": found.registry}
         record |= {} if found.hub is None else {"hub": found.hub}
-        write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
 
 
 def _inside(folder: Path, path: Path) -> Path:
@@ -195,8 +184,12 @@ def _inside(folder: Path, path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _editing(folder: Path) -> Iterator[BundleText]:
-    """Hold a bundle for one edit, and remove afterwards what bundle.json does not need."""
+def _editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
+    """Hold a bundle for one edit: what bundle.json says, and a copy of it that is to be changed.
+
+    The copy replaces it when the block succeeds and has changed it; then what bundle.json does not
+    need is removed.
+    """
     text = read_bundle_text(folder)
     if link_roots(folder):
         raise BundleError(
@@ -206,15 +199,13 @@ def _editing(folder: Path) -> Iterator[BundleText]:
     with cache_lock(f"bundle {folder.resolve()}"):
         text = read_bundle_text(folder)
         _tidy(folder)
+        raw: dict[str, Any] = copy.deepcopy(dict(text.raw))
         try:
-            yield text
+            yield text, raw
+            if raw != text.raw:
+                write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
         finally:
             _tidy(folder)
-
-
-def _copy(raw: Mapping[str, Any]) -> dict[str, Any]:
-    copied: dict[str, Any] = json.loads(json.dumps(raw))
-    return copied
 
 
 def _index(folder: Path, text: BundleText, name: str) -> int:

@@ -78,15 +78,15 @@ def convert(
     label = "Converting and verifying" if verify else "Converting"
     try:
         with progress_bars() as tell:
-            source = find_adapter(peft_dir, tell or _tell_nobody)
+            source = find_adapter(peft_dir, tell)
             converted = convert_adapter(
                 source.path,
-                find_base(base, tell or _tell_nobody).path,
+                find_base(base, tell).path,
                 output,
                 outtype=outtype,
                 verify=verify,
                 name=source.name if source.hub else None,
-                progress=functools.partial(tell, label) if tell else None,
+                progress=functools.partial(tell, label),
             )
     except ConversionError as error:
         _show_checks(error.checks, None, as_json)
@@ -103,10 +103,6 @@ def _plain_name(name: str) -> str:
     """A base's name without its owner, its file type, and the signs between words."""
     words = re.split(r"[^a-z0-9]+", name.rpartition("/")[2].lower())
     return "".join(word for word in words if word not in _FILE_TYPES)
-
-
-def _tell_nobody(what: str, done: int, total: int) -> None:
-    """Progress that is not shown."""
 
 
 def _use_one_blas_thread() -> None:

@@ -97,26 +97,29 @@ def _ggml(lib: Any) -> Any:
 
 
 def _devices(ggml: Any) -> list[dict[str, Any]]:
-    count, get = ggml.ggml_backend_dev_count, ggml.ggml_backend_dev_get
-    count.restype, count.argtypes = ctypes.c_size_t, []
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    return [_device(ggml, get(index)) for index in range(count())]
+    size, handle, text = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
+    sizes = ctypes.POINTER(size)
+    for name, result, *arguments in (
+        ("count", size),
+        ("get", handle, size),
+        ("name", text, handle),
+        ("description", text, handle),
+        ("type", ctypes.c_int, handle),
+        ("memory", None, handle, sizes, sizes),
+    ):
+        function = getattr(ggml, f"ggml_backend_dev_{name}")
+        function.restype, function.argtypes = result, arguments
+    get = ggml.ggml_backend_dev_get
+    return [_device(ggml, get(index)) for index in range(ggml.ggml_backend_dev_count())]
 
 
 def _device(ggml: Any, device: int) -> dict[str, Any]:
-    name, text = ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description
-    kind, memory = ggml.ggml_backend_dev_type, ggml.ggml_backend_dev_memory
-    for function in (name, text):
-        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    kind.restype, kind.argtypes = ctypes.c_int, [ctypes.c_void_p]
-    sizes = ctypes.POINTER(ctypes.c_size_t)
-    memory.restype, memory.argtypes = None, [ctypes.c_void_p, sizes, sizes]
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    memory(device, ctypes.byref(free), ctypes.byref(total))
-    number = kind(device)
+    ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    number = ggml.ggml_backend_dev_type(device)
     return {
-        "name": name(device).decode("utf-8", "replace"),
-        "description": text(device).decode("utf-8", "replace"),
+        "name": ggml.ggml_backend_dev_name(device).decode("utf-8", "replace"),
+        "description": ggml.ggml_backend_dev_description(device).decode("utf-8", "replace"),
         "type": DEVICE_TYPES[number] if 0 <= number < len(DEVICE_TYPES) else str(number),
         "memory_free_bytes": free.value,
         "memory_total_bytes": total.value,

@@ -26,10 +26,10 @@ def is_shown() -> bool:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Tell | None]:
-    """Give a function that draws a bar for each thing it is told of; None off a terminal."""
+def progress_bars() -> Iterator[Tell]:
+    """Give a function that draws a bar for each thing it is told of; off a terminal, nothing."""
     if not is_shown():
-        yield None
+        yield lambda what, done, total: None
         return
     bars = _Bars()
     try:

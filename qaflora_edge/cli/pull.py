@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -50,20 +50,16 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
 
     ref = from_address(ref)
     with progress_bars() as tell:
-
-        def report(what: str) -> Any:
-            return None if tell is None else lambda done, total: tell(what, done, total)
-
         if ref in load_registry() or "/" not in ref:
-            path = fetch_model(ref, to=to, progress=report(ref))
+            path = fetch_model(ref, to=to, progress=partial(tell, ref))
         else:
-            path = fetch_hub(ref, to=to, update=update, progress=report(ref))
+            path = fetch_hub(ref, to=to, update=update, progress=partial(tell, ref))
             if with_base:
-                _fetch_base(path, report)
+                _fetch_base(path, partial(tell, "base"))
     click.echo(str(path))
 
 
-def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
+def _fetch_base(folder: Path, progress: Callable[[int, int], None]) -> None:
     from qaflora_edge.bundles.open import read_bundle_text, recorded_base
     from qaflora_edge.bundles.source import fetch_base
     from qaflora_edge.errors import BundleError
@@ -76,4 +72,4 @@ def _fetch_base(folder: Path, report: Callable[[str], Any]) -> None:
         )
     base = read_bundle_text(folder).base
     if recorded_base(folder, base) is None:
-        fetch_base(folder, base, report("base"))
+        fetch_base(folder, base, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,14 +30,7 @@ from qaflora_edge.cli.progress import progress_bars
     metavar="REF",
     help="Where others find the base, as owner/name/file.gguf, when the bundle does not say.",
 )
-def push(
-    path: Path,
-    repo: str,
-    private: bool,
-    revision: str | None,
-    message: str | None,
-    base_hub: str | None,
-) -> None:
+def push(path: Path, repo: str, **options: Any) -> None:
     """Push a bundle or an adapter to the Hub.
 
     PATH is a bundle's folder, a PEFT folder or an adapter .gguf, OWNER/NAME the repository, which
@@ -51,14 +45,6 @@ def push(
     if not sys.stderr.isatty():
         disable_progress_bars()  # the Hub's library draws them anywhere
     with progress_bars() as progress:
-        pushed = push_path(
-            path,
-            repo,
-            private=private,
-            revision=revision,
-            message=message,
-            base_hub=base_hub,
-            progress=progress,
-        )
+        pushed = push_path(path, repo, progress=progress, **options)
     click.echo(f"Pushed {', '.join(pushed.files)}: {pushed.url}", err=True)
     click.echo(pushed.pinned)

@@ -152,7 +152,7 @@ def _weigh(engine: Engine, queries: Sequence[list[int]]) -> Iterator[FusionWeigh
     with progress_bars() as tell:
         for done, tokens in enumerate(queries, 1):
             fusion = engine.weights(tokens)
-            if tell is not None and len(queries) > 1:
+            if len(queries) > 1:
                 tell("Weighing", done, len(queries))
             yield fusion
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from qaflora_edge.convert.architectures import INTERLEAVED_EXPERTS, MIXTURES
+from qaflora_edge.convert.architectures import MIXTURES
 from qaflora_edge.convert.experts import PlannedExperts, SingleExperts, StackedExperts
 from qaflora_edge.convert.layouts import Index
 from qaflora_edge.convert.scale import scale_factor
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
+from qaflora_edge.formats.arch_facts import ARCH_FACTS
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
 
@@ -180,7 +181,7 @@ class _Stacks:
         n_ff = _base_shape(module, self._header, down)[2]
         rows = np.arange(2 * n_ff)
         gate, up = rows[:n_ff], rows[n_ff:]
-        if self._header.architecture in INTERLEAVED_EXPERTS:
+        if ARCH_FACTS[self._header.architecture].experts == "by turns":
             gate, up = rows[::2], rows[1::2]
         fused = f"blk.{layer}.ffn_gate_up_exps.weight"
         if fused in self._header.tensors:

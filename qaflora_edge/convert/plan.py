@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import gguf
 
-from qaflora_edge.convert.architectures import ARCHITECTURES, SCALED, UNMAPPED
+from qaflora_edge.convert.architectures import ARCHITECTURES, REFUSED
 from qaflora_edge.convert.expert_plan import is_of_experts, plan_experts
 from qaflora_edge.convert.experts import PlannedExperts, Target
 from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
-from qaflora_edge.convert.refused import REFUSED
 from qaflora_edge.convert.scale import common_alpha, scale_factor
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
+from qaflora_edge.formats.arch_facts import ARCH_FACTS
 from qaflora_edge.formats.bypassed import is_bypassed
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
@@ -192,7 +192,7 @@ def _unmapped_name(header: GgufHeader, hf_name: str) -> str | None:
     block = _BLOCK.search(hf_name)
     if block is None or int(block[0]) >= header.n_layer:
         return None
-    stem = UNMAPPED.get(header.architecture, {}).get(hf_name[block.end() + 1 :])
+    stem = ARCH_FACTS[header.architecture].unmapped.get(hf_name[block.end() + 1 :])
     return stem and f"blk.{block[0]}.{stem}"
 
 
@@ -225,7 +225,7 @@ def _check_reached(module: PlannedModule, header: GgufHeader) -> None:
     name = module.base_name
     if is_bypassed(header.architecture, name):
         why = f"llama.cpp computes without adapters for {header.architecture}"
-    elif name in SCALED.get(header.architecture, ()):
+    elif name in ARCH_FACTS[header.architecture].scaled:
         why = "its converter may have scaled, which the GGUF does not say"
     elif not name.startswith(("blk.", "token_embd.", "output.")):
         why = "belongs to no layer, so that no layer's weight applies"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.errors import GgufFileError
 from qaflora_edge.formats.adapter_gguf import NO_FLOATS
+from qaflora_edge.formats.arch_facts import ARCH_FACTS
 from qaflora_edge.formats.gguf_header import GgufHeader, read_array, read_texts
 from qaflora_edge.formats.gguf_parse import SkippedArray, brief
 
@@ -29,33 +30,14 @@ BYTE_TOKEN = 6  # llama.h LLAMA_TOKEN_TYPE_BYTE
 _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 _ATTENTION = re.compile(r"blk\.(?P<layer>\d+)\.attn_(?P<part>q|k|v|qkv)\.weight")
 
-# Architectures whose graphs take heads for equally wide in queries, values and rope: src/models,
-# GGML_ASSERT(n_embd_head == n_embd_head_k()) and (n_embd_head == n_rot).
-_WHOLE_ROPE = """
-    apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1
-    dream ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 falcon granite granitemoe granite_swa
-    graniteswitch grok grovemoe hunyuan-dense hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 llada
-    llada-moe llama llama4 maincoder mellum minicpm mistral3 olmo olmo2 olmoe orion paddleocr
-    pangu-embedded plamo qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe rnd1 seed_oss
-    smallthinker smollm3 starcoder2 xverse
-"""
-_PLAIN_HEADS = """
-    bitnet bloom chatglm cohere2 command-r glm4 glm4moe gpt2 gptneox granitehybrid jais minimax-m2
-    mpt nemotron openelm phi2 phi3 phimoe qwen refact stablelm starcoder
-"""
-_EQUAL_HEADS = """
-    afmoe bailingmoe2 falcon-h1 gemma gemma2 gemma3 gemma3n gemma4 gpt-oss laguna lfm2 lfm2moe
-    minimax-01 minimax-m3 nanbeige nemotron_h nemotron_h_moe qwen35 qwen35moe qwen3next spark2_5
-"""
-WHOLE_ROPE = frozenset(_WHOLE_ROPE.split())
-PLAIN_HEADS = WHOLE_ROPE | frozenset(_PLAIN_HEADS.split())  # projections have rows for heads alone
-EQUAL_HEADS = PLAIN_HEADS | frozenset(_EQUAL_HEADS.split())
-# llama-model.cpp llama_model_rope_type, and those that turn rope off by another field.
-_NO_ROPE = """
-    gpt2 gptj mpt refact bloom mamba mamba2 jamba t5 jais rwkv6 rwkv6qwen2 rwkv7 arwkv7 nemotron_h
-    nemotron_h_moe kimi-linear granitehybrid
-"""
-NO_ROPE = frozenset(_NO_ROPE.split())
+
+def _with_heads(*kinds: str) -> frozenset[str]:
+    return frozenset(name for name, facts in ARCH_FACTS.items() if facts.heads in kinds)
+
+
+WHOLE_ROPE, PLAIN_HEADS = _with_heads("whole"), _with_heads("whole", "plain")
+EQUAL_HEADS = _with_heads("whole", "plain", "equal")
+NO_ROPE = frozenset(name for name, facts in ARCH_FACTS.items() if not facts.has_rope)
 
 
 def check_base(header: GgufHeader) -> None:

@@ -73,8 +73,9 @@ class StoredTensor:
         n_value = math.prod(self.shape)
         n_piece_row = max(1, PIECE_VALUES * n_row // max(1, n_value))
         n_bad = 0
-        for begin, raw in self._raw_pieces(n_row, n_piece_row):
-            piece = _to_float32(raw, self.dtype).reshape(-1, n_value // n_row)
+        for begin in range(0, n_row if n_value else 0, n_piece_row):
+            rows = range(begin, min(begin + n_piece_row, n_row))
+            piece = self.read_block(rows, range(n_value // n_row))
             n_bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
             yield begin, piece
         if n_bad:
@@ -85,7 +86,7 @@ class StoredTensor:
             )
 
     def read_block(self, rows: range, columns: range) -> F32:
-        """Read neighbouring rows and columns of a matrix, and nothing else of the file.
+        """Read neighbouring rows and columns, and nothing else of the file.
 
         returns  [len(rows), len(columns)]  float32, which may be NaN or infinite
 
@@ -96,10 +97,15 @@ class StoredTensor:
         n = DTYPE_BYTES[self.dtype]
         part = range(columns.start * n, columns.stop * n)
         try:
-            raw = read_columns(self.path, self.offset, self.shape[1] * n, rows, part)
+            raw = read_columns(self.path, self.offset, math.prod(self.shape[1:]) * n, rows, part)
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        self._check_length(len(raw), len(rows) * len(part))
+        n_expected = len(rows) * len(part)
+        if len(raw) != n_expected:
+            raise SafetensorsFileError(
+                f"Cannot read tensor {self.name} of {self.path}: the file gave {len(raw)} bytes "
+                f"and {n_expected} were expected; it changed while it was open. Try again."
+            )
         return _to_float32(raw, self.dtype).reshape(len(rows), len(columns))
 
     def _check_readable(self) -> None:
@@ -113,28 +119,6 @@ class StoredTensor:
                 f"Cannot use tensor {self.name} of {self.path}: it has {self.n_bytes} bytes; "
                 f"expected at most {MAX_READ_BYTES}, which no matrix of a LoRA exceeds. "
                 "Check that it is a plain LoRA."
-            )
-
-    def _raw_pieces(self, n_row: int, n_piece_row: int) -> Iterator[tuple[int, bytes]]:
-        if self.n_bytes == 0:
-            return
-        row_bytes = self.n_bytes // n_row
-        try:
-            with open_input(self.path) as file:
-                file.seek(self.offset)
-                for begin in range(0, n_row, n_piece_row):
-                    end = min(begin + n_piece_row, n_row)
-                    raw = file.read((end - begin) * row_bytes)
-                    self._check_length(begin * row_bytes + len(raw), end * row_bytes)
-                    yield begin, raw
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-
-    def _check_length(self, n_read: int, n_expected: int) -> None:
-        if n_read != n_expected:
-            raise SafetensorsFileError(
-                f"Cannot read tensor {self.name} of {self.path}: the file gave {n_read} bytes "
-                f"and {n_expected} were expected; it changed while it was open. Try again."
             )
 
 

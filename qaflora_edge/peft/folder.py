@@ -17,7 +17,7 @@ from qaflora_edge.formats.safetensors_file import StoredTensor
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields
 from qaflora_edge.peft.files import adapter_folder, read_weights
 from qaflora_edge.peft.mlx import is_mlx, read_mlx
-from qaflora_edge.peft.module import PeftAdapter, PeftModule, check_matrix
+from qaflora_edge.peft.module import PeftAdapter, PeftModule, check_matrix, check_pair
 from qaflora_edge.peft.parameters import parameter_names
 from qaflora_edge.peft.refusals import tensor_kind
 
@@ -135,13 +135,7 @@ def _make_module(
     *,
     is_embedding: bool,
 ) -> PeftModule:
-    (present,) = pair if len(pair) == 1 else ("",)
-    if present:
-        missing = "B" if present == "A" else "A"
-        raise SafetensorsFileError(
-            f"Cannot use {pair[present].path}: module {module} has lora_{present} but no "
-            f"lora_{missing}; expected both. The file is incomplete; save the adapter again."
-        )
+    check_pair(module, pair, "AB")
     a, b = pair["A"], pair["B"]
     for tensor in (a, b):
         check_matrix(tensor)

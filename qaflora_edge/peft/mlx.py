@@ -29,7 +29,7 @@ from qaflora_edge.peft.config import (
     check_rank,
     wrong_field,
 )
-from qaflora_edge.peft.module import PeftAdapter, PeftModule, check_matrix
+from qaflora_edge.peft.module import PeftAdapter, PeftModule, check_matrix, check_pair
 from qaflora_edge.peft.patterns import TargetRule
 from qaflora_edge.peft.refusals import PLAIN, is_set, tensor_kind
 
@@ -154,12 +154,7 @@ def _pair_tensors(
 def _make_module(
     config: PeftConfig, scale: float, name: str, pair: Mapping[str, StoredTensor]
 ) -> PeftModule:
-    for part, missing in (("a", "b"), ("b", "a")):
-        if missing not in pair:
-            raise SafetensorsFileError(
-                f"Cannot use {pair[part].path}: module {name} has lora_{part} but no "
-                f"lora_{missing}; expected both. The file is incomplete; save the adapter again."
-            )
+    check_pair(name, pair, "ab")
     if name.rpartition(".")[2] in _EMBEDDINGS:
         raise UnsupportedAdapterError(
             f"Cannot use {pair['a'].path}: module {name} is an embedding with a LoRA, which MLX "

@@ -1,6 +1,6 @@
 """One LoRA as its folder holds it, whoever wrote the folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,16 @@ class PeftAdapter:
         """What its config says of its base, to stand at the end of a sentence."""
         name = self.config.base_name
         return f" (adapter_config.json says {name[:200]!r})" if name else ""
+
+
+def check_pair(module: str, pair: Mapping[str, StoredTensor], parts: Sequence[str]) -> None:
+    """Refuse a module that lacks one of the two parts of a LoRA, as they are named."""
+    for part, missing in (parts, parts[::-1]):
+        if missing not in pair:
+            raise SafetensorsFileError(
+                f"Cannot use {pair[part].path}: module {module} has lora_{part} but no "
+                f"lora_{missing}; expected both. The file is incomplete; save the adapter again."
+            )
 
 
 def check_matrix(tensor: StoredTensor) -> None:
