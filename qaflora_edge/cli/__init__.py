@@ -27,6 +27,8 @@ VERBS = {
     "pull": "Fetch a model, an adapter or a bundle.",
     "push": "Push a bundle or an adapter to the Hub.",
     "models": "List the models that can be pulled.",
+    "list": "List the bundles and bases that are here.",
+    "remove": "Remove a model, an adapter or a bundle that was pulled.",
     "bench": "Measure speed on this machine.",
     "doctor": "Report the library, the devices and the versions.",
     "settings": "Show what is set by environment and settings file.",
@@ -46,8 +48,9 @@ class VerbGroup(click.Group):
             return None
         from qaflora_edge.cli import setting_table
 
-        module = importlib.import_module(f"qaflora_edge.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
+        name = "listing" if cmd_name == "list" else cmd_name  # list is a word of Python
+        module = importlib.import_module(f"qaflora_edge.cli.{name}")
+        command: click.Command = getattr(module, name)
         setting_table.attach_variables(cmd_name, command)
         return command
 
