@@ -343,7 +343,7 @@ def test_another_file_is_refused_and_left_alone(
         file.write({**ends, "torn": b"my notes"}.get(change, b""))
     before: bytes | None = out.read_bytes()
     if change == "bundle":
-        monkeypatch.setattr("qaflora_edge.cli.batch.sha256_file", lambda path: "other")
+        monkeypatch.setattr("qaflora_edge.cli.batch.checksum", lambda path: "other")
     elif change == "edit":
         path.write_text(path.read_text().replace("thing 1", "thing one"))
     elif change == "shorten":
