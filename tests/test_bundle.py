@@ -612,7 +612,9 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
         load_bundle(sources.folder)
     assert str(caught.value) == (
         f"Cannot open the bundle {sources.folder}: its base (llama, {model.size_bytes} bytes) is "
-        f"not here; {sources.base.path} does not exist; fetch it with `qaflora pull tiny-model`."
+        f"not here; {sources.base.path} does not exist; if it was moved, name it with `qaflora "
+        f"bundle base {sources.folder} FILE` (its SHA-256 is {model.sha256}), else fetch it with "
+        "`qaflora pull tiny-model`."
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -99,6 +100,14 @@ def test_help_names_the_settings_of_a_command() -> None:
         "--strategy, --lens, --pool,"
     ) in text
     assert "Environment and files" not in CliRunner().invoke(main, ["doctor", "--help"]).stdout
+
+
+def test_similar_commands_are_offered() -> None:
+    for words, near in ((["rnu"], "'run'"), (["bundle", "shwo"], "'show'")):
+        result = CliRunner().invoke(main, words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert re.search(f"(?i)did you mean {near}", result.stderr)
+    assert "mean" not in CliRunner().invoke(main, ["zzzz"]).stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)

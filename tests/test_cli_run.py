@@ -1,6 +1,7 @@
 """qaflora run"""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -146,10 +147,15 @@ def test_calibrated_needs_a_calibrated_bundle(made: TinyBundle) -> None:
 
 def test_missing_base_is_told(tmp_path: Path) -> None:
     made = make_bundle(tmp_path)
+    content = made.base.path.read_bytes()
     made.base.path.unlink()
     result = run(made.folder, PROMPT)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"{made.base.path} does not exist; find the file with the SHA-256" in result.stderr
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert result.stderr.endswith(
+        f"{made.base.path} does not exist; if it was moved, name it with `qaflora bundle base "
+        f"{made.folder} FILE` (its SHA-256 is {sha256}).\n"
+    )
 
 
 def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,3 +319,13 @@ def test_demo_bundle_tells_spanish_from_medicine(smollm2: Path, checkout: Path) 
         shown = json.loads(CliRunner().invoke(main, args).stdout)
         means = dict(zip(shown["adapters"], np.mean(shown["weights"], axis=1), strict=True))
         assert max(means, key=lambda name: means[name]) == expected
+
+
+def test_unknown_keys_of_prompts_are_told_once(made: TinyBundle, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "id": 1, "nmae": "b"}\n' * 2)
+    result = CliRunner().invoke(
+        main, ["weights", str(made.folder), "--prompts", str(path), "--csv"]
+    )
+    assert result.exit_code == 0
+    assert result.stderr == "Not options of a request, and ignored: 'id', 'nmae'\n"

@@ -107,9 +107,7 @@ def test_probed_strategies(text: str) -> None:
     assert parse_strategy(text, NAMES).strategy.is_probed
 
 
-@pytest.mark.parametrize(
-    "text", ["", "kl", "single", "manual", "base:math", "qa-flora:x", "QA-FLORA"]
-)
+@pytest.mark.parametrize("text", ["", "kl", "single", "manual", "base:math", "qa-flora:x"])
 def test_unknown_strategy_is_refused(text: str) -> None:
     with pytest.raises(StrategyError) as caught:
         parse_strategy(text, NAMES)
@@ -117,6 +115,16 @@ def test_unknown_strategy_is_refused(text: str) -> None:
         f"Strategy {text!r} is not known; expected one of qa-flora, cosine, euclidean, calibrated, "
         "norm[:N], static, single:NAME, manual:NAME=W,NAME=W, base."
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [("QA-FLORA", "qa-flora"), ("claibrated", "calibrated"), ("norms:2", "norm[:N]")],
+)
+def test_similar_strategy_is_offered(text: str, near: str) -> None:
+    with pytest.raises(StrategyError) as caught:
+        parse_strategy(text, NAMES)
+    assert f"{text!r} is not known; did you mean {near}? Expected one of qa-" in str(caught.value)
 
 
 def test_unknown_adapter_is_refused() -> None:

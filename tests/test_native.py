@@ -1,5 +1,6 @@
 """Which library is loaded, and what is refused. Each case has a process of its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import write_tiny_base
 
 from qaflora_edge.backend import native
 
@@ -118,14 +120,58 @@ def test_environment_is_left_as_it_was() -> None:
     assert run(code, LLAMA_CPP_LIB_PATH="/somewhere").splitlines() == ["loaded", "/somewhere"]
 
 
-def test_the_library_is_found_from_a_script_in_the_checkout(checkout: Path) -> None:
+IN_THE_CLONE = """
+import qaflora_edge
+from qaflora_edge import Engine
+from qaflora_edge.formats.registry import load_registry
+print(qaflora_edge.__file__, "smollm2-135m-instruct" in load_registry())
+with Engine("base.gguf") as engine:
+    print(engine.n_layer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["script.py"], ""),
+        (["-"], IN_THE_CLONE),
+        (["-i", "-q"], IN_THE_CLONE.replace("as engine:\n    ", "as engine: ") + "\n"),
+        (["-c", IN_THE_CLONE], ""),
+    ],
+    ids=["script", "stdin", "prompt", "code"],
+)
+def test_python_in_the_clone_finds_the_library(command: list[str], text: str, clone: Path) -> None:
     """There Python imports the source tree, which has no library of its own."""
-    code = (
-        "import qaflora_edge; from qaflora_edge.backend import native; native.load()\n"
-        "print(qaflora_edge.__file__)"
+    done = in_clone(clone, *command, stdin=text)
+    package = clone / "qaflora_edge" / "__init__.py"
+    assert done.stdout.splitlines() == [f"{package} True", "2"], done.stderr
+
+
+def test_commands_in_the_clone_work(clone: Path) -> None:
+    facts = json.loads(in_clone(clone, "-m", "qaflora_edge", "doctor", "--json").stdout)
+    assert facts["library"]["file"] == str(native.library_dir() / native._library_name()), facts
+    answered = in_clone(
+        clone, "-m", "qaflora_edge", "run", "base.gguf", "a thing", "--max-tokens", "2"
     )
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == str(checkout / "qaflora_edge" / "__init__.py"), done.stderr
+    assert answered.returncode == 0, answered.stderr
+    assert len(answered.stdout) > 1
+    models = in_clone(clone, "-m", "qaflora_edge", "models")
+    assert "smollm2-135m-instruct" in models.stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path, checkout: Path) -> Path:
+    """The clone as it is after `make demo`, and a script and a base in it."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for name in ("qaflora_edge", "models", "patches"):
+        (folder / name).symlink_to(checkout / name)
+    (folder / "script.py").write_text(IN_THE_CLONE)
+    write_tiny_base(folder / "base.gguf", n_layer=2)
+    return folder
+
+
+def in_clone(clone: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    line = [sys.executable, *words]
+    return subprocess.run(line, cwd=clone, env=env, input=stdin, capture_output=True, text=True)

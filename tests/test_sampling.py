@@ -9,6 +9,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError, GrammarError, OptionError
+from qaflora_edge.inference.sampling import make_sampling
 
 PROMPT = "the king is in the air"
 PERSON = {
@@ -153,4 +154,13 @@ def test_unknown_response_format_is_refused(engine: Engine, wrong: object) -> No
     assert str(caught.value) == (
         f"Option response_format is {wrong!r}, expected {{'type': 'json_object'}} or "
         "{'type': 'json_schema', 'json_schema': {'schema': ...}}."
+    )
+
+
+def test_strategy_is_told_to_be_weights() -> None:
+    with pytest.raises(OptionError) as caught:
+        make_sampling((), strategy="static")
+    assert str(caught.value) == (
+        "Option strategy is 'static', expected no such option here: an answer takes its strategy "
+        "as weights='static'."
     )

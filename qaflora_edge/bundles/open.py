@@ -285,16 +285,16 @@ def _size_of(path: Path) -> int:
 
 
 def _how_to_get(folder: Path, base: BaseRecord) -> str:
-    looked = f"{folder / base.file} does not exist" if base.file else ""
+    looked = f"{folder / base.file} does not exist; " if base.file else ""
     name = base.registry or base.hub
-    if name:
-        get = f"fetch it with `qaflora pull {name}`"
-    else:
-        get = (
-            f"find the file with the SHA-256 {base.sha256} and name it with `qaflora bundle base "
-            f"{folder} FILE`"
-        )
-    return f"{looked}; {get}" if looked else get
+    pull = f"fetch it with `qaflora pull {name}`" if name else ""
+    if pull and not looked:
+        return pull
+    moved = (
+        f"if it was moved, name it with `qaflora bundle base {folder} FILE` (its SHA-256 is "
+        f"{base.sha256})"
+    )
+    return f"{looked}{moved}{f', else {pull}' if pull else ''}"
 
 
 def _adapter_path(folder: Path, adapter: AdapterRecord) -> Path:

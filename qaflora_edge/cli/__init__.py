@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import os
 import sys
@@ -27,6 +28,8 @@ VERBS = {
     "pull": "Fetch a model, an adapter or a bundle.",
     "push": "Push a bundle or an adapter to the Hub.",
     "models": "List the models that can be pulled.",
+    "list": "List the bundles and bases that are here.",
+    "remove": "Remove a model, an adapter or a bundle that was pulled.",
     "bench": "Measure speed on this machine.",
     "doctor": "Report the library, the devices and the versions.",
     "settings": "Show what is set by environment and settings file.",
@@ -46,10 +49,22 @@ class VerbGroup(click.Group):
             return None
         from qaflora_edge.cli import setting_table
 
-        module = importlib.import_module(f"qaflora_edge.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
+        name = "listing" if cmd_name == "list" else cmd_name  # list is a word of Python
+        module = importlib.import_module(f"qaflora_edge.cli.{name}")
+        command: click.Command = getattr(module, name)
         setting_table.attach_variables(cmd_name, command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; it would look for similar names among the commands that are loaded."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"{error.message}{hint}", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

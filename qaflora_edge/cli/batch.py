@@ -20,7 +20,7 @@ from qaflora_edge.cli.answer import answer_dict
 from qaflora_edge.cli.answers import Answers
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, open_engine
 from qaflora_edge.cli.progress import is_shown
-from qaflora_edge.cli.prompts import open_prompts
+from qaflora_edge.cli.prompts import UNKNOWN_MAX, open_prompts, unknown_note
 from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
 from qaflora_edge.cli.show import mean_weights
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
-UNKNOWN_MAX = 20  # keys that a remark names
 # What changes nothing of an answer but its last digits.
 _NO_MATTER = ("n_parallel", "threads", "gpu_layers")
 
@@ -143,13 +142,8 @@ class _Job:
 
     def tell_unknown(self) -> None:
         """Say once which keys were left aside."""
-        names = [repr(key) for key in self.unknown]
-        if names:
-            more = " and others" if len(names) > UNKNOWN_MAX else ""
-            click.echo(
-                f"Not options of a request, and ignored: {', '.join(names[:UNKNOWN_MAX])}{more}",
-                err=True,
-            )
+        if note := unknown_note(self.unknown):
+            click.echo(note, err=True)
 
     def tell_sum(self, seconds: float) -> None:
         answers, rate = self.answers, self.n_token / seconds if seconds > 0 else 0.0

@@ -155,6 +155,20 @@ def complete_adapter(
     return _items(name for name in bundle_adapters(ctx) if name.startswith(word))
 
 
+def complete_pulled(
+    ctx: click.Context, param: click.Parameter, word: str
+) -> list[CompletionItem[str]]:
+    """Names of what was pulled."""
+    from qaflora_edge.errors import QafloraError
+    from qaflora_edge.hub.here import all_here
+
+    try:
+        names = [here.name for here in all_here() if here.folder is not None]
+    except (QafloraError, OSError):
+        return []
+    return _items(name for name in names if name.startswith(word))
+
+
 def complete_model(
     ctx: click.Context, param: click.Parameter, word: str
 ) -> list[CompletionItem[str]]:

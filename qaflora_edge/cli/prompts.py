@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,20 @@ FILE_BYTES_MAX = 16 << 20
 LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 KEYS = ("prompt", "name")
+UNKNOWN_MAX = 20  # keys that a remark names
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, a name for it, and for messages the file and line that it is from."""
+    """A prompt, a name for it, and for messages the file and line that it is from.
+
+    unknown  keys of its line that stand for nothing here
+    """
 
     text: str
     name: str | None = None
     where: str | None = None
+    unknown: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -123,6 +128,15 @@ def _decode(data: bytes, shown: str) -> str:
         ) from error
 
 
+def unknown_note(keys: Collection[str]) -> str:
+    """One remark on keys that were left aside, or ""."""
+    if not keys:
+        return ""
+    names = [repr(key) for key in list(keys)[:UNKNOWN_MAX]]
+    more = " and others" if len(keys) > UNKNOWN_MAX else ""
+    return f"Not options of a request, and ignored: {', '.join(names)}{more}"
+
+
 def read_text(path: str) -> str:
     """Read a file of UTF-8 text, or stdin for `-`; a byte order mark is dropped.
 
@@ -163,9 +177,6 @@ def _parse(line: str, where: str) -> Prompt:
         ) from error
     if not isinstance(found, dict):
         raise _wrong(where, "the line", f"a JSON {_kind(found)}", "an object")
-    for key in found:
-        if key not in KEYS:
-            raise _wrong(where, f"the key {key!r}", "there", 'only "prompt" and "name"')
     for key in KEYS:
         value = found.get(key)
         if key == "name" and value is None:
@@ -174,7 +185,8 @@ def _parse(line: str, where: str) -> Prompt:
             raise _wrong(where, f'"{key}"', _kind(value), "a text that is not empty")
         if not is_unicode(value):
             raise _wrong(where, f'"{key}"', "half of a surrogate pair", "Unicode text")
-    return Prompt(found["prompt"], found.get("name"), where)
+    unknown = tuple(key for key in found if key not in KEYS)
+    return Prompt(found["prompt"], found.get("name"), where, unknown)
 
 
 def _wrong(where: str, what: str, found: str, expected: str) -> InputFileError:

@@ -24,7 +24,7 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.prompts import Prompt, read_prompts
+from qaflora_edge.cli.prompts import Prompt, read_prompts, unknown_note
 from qaflora_edge.errors import PromptError
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def weights(
         raise click.UsageError("--dark is of a PNG or SVG: give it with --plot FILE.png or .svg.")
     if prompts_path is not None:
         prompts = read_prompts(prompts_path)
+        if note := unknown_note(dict.fromkeys(key for each in prompts for key in each.unknown)):
+            click.echo(note, err=True)
     else:
         prompts = [Prompt(read_prompt(str(prompt)))]
     if plot is not None:

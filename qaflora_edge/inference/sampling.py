@@ -7,6 +7,7 @@ from typing import Any
 
 from qaflora_edge.config import MAX_SEED as MAX_SEED
 from qaflora_edge.config import check, default
+from qaflora_edge.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def make_sampling(stop: Any, **options: Any) -> Sampling:
 
     Raises OptionError for one that does not exist, or has a wrong value.
     """
+    if "strategy" in options:
+        raise OptionError(
+            f"Option strategy is {options['strategy']!r}, expected no such option here: an answer "
+            f"takes its strategy as weights={options['strategy']!r}."
+        )
     stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
     check("sampling", {**options, "stop": stops})
     return Sampling(stop=tuple(stops), **options)

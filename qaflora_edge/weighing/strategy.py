@@ -8,6 +8,7 @@ Help texts and completion name strategies, so numpy is imported by what computes
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -192,8 +193,10 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
         else not argument
     )
     if strategy is None or not is_written:
+        near = [] if strategy else difflib.get_close_matches(name.lower(), _registry, n=1)
+        hint = f"did you mean {_registry[near[0]].usage}? Expected" if near else "expected"
         raise StrategyError(
-            f"Strategy {text!r} is not known; expected one of "
+            f"Strategy {text!r} is not known; {hint} one of "
             f"{', '.join(each.usage for each in strategies())}."
         )
     return Chosen(text, strategy, strategy.parse(argument, adapters, text))

@@ -1,0 +1,125 @@
+"""qaflora list and qaflora remove, off the network"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from bundles import make_bundle, snapshot
+from click.testing import CliRunner, Result
+from hubs import FakeHub
+
+from qaflora_edge.cli import main
+from qaflora_edge.formats import registry
+from qaflora_edge.hub.pull import fetch_hub
+
+BASE = "smollm2-135m-instruct"
+FILES = ("bundle.json", "adapters/math.gguf", "adapters/es.gguf")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
+    """A working folder without anything, and caches of its own."""
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def qaflora(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def put_base() -> Path:
+    """A file of the size of a registry model, where a pull puts it (holes take no space)."""
+    model = registry.find_model(BASE)
+    path = registry.models_dir() / model.file
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(model.size_bytes)
+    return path
+
+
+def here() -> dict[str, dict[str, object]]:
+    return {entry["name"]: entry for entry in json.loads(qaflora("list", "--json").stdout)}
+
+
+def test_nothing_is_here() -> None:
+    result = qaflora("list")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith("Nothing is here yet; see `qaflora models`")
+    assert here() == {}
+
+
+def test_bundles_and_bases_are_listed(
+    place: Path, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = put_base()
+    made = make_bundle(place)
+    (tmp_path / "named").mkdir()
+    named = make_bundle(tmp_path / "named")
+    monkeypatch.setenv("QAFLORA_BUNDLES", str(named.folder.rename(tmp_path / "named" / "mine")))
+    hub.put("owner/theirs", {name: (made.folder / name).read_bytes() for name in FILES})
+    fetch_hub("owner/theirs")
+    day = time.mktime((2024, 2, 3, 12, 0, 0, 0, 0, -1))
+    os.utime(base, (day, day))
+
+    found = here()
+    kinds = {name: entry["kind"] for name, entry in found.items()}
+    assert kinds == {"bundle": "bundle", "mine": "bundle", "owner/theirs": "bundle", BASE: "base"}
+    for name in ("bundle", "mine", "owner/theirs"):
+        folder = Path(str(found[name]["path"]))
+        assert found[name]["size_bytes"] == sum((folder / file).stat().st_size for file in FILES)
+    assert [entry["is_pulled"] for entry in found.values()] == [False, False, True, True]
+    assert found[BASE]["last_used"] == "2024-02-03"
+    for name, entry in found.items():
+        assert Path(str(entry["path"])).exists()
+        assert name not in ("bundle", "mine") or qaflora("bundle", "show", name).exit_code == 0
+    assert f"base     {BASE}      98 MB  2024-02-03  pulled  {base}\n" in qaflora("list").stdout
+
+
+def test_what_was_pulled_is_removed(place: Path, hub: FakeHub) -> None:
+    base, made = put_base(), make_bundle(place)
+    hub.put("owner/theirs", {name: (made.folder / name).read_bytes() for name in FILES})
+    fetch_hub("owner/theirs")
+    before = snapshot(made.folder)
+    asked = qaflora("remove", BASE)
+    assert asked.exit_code == 2
+    assert f"This removes the base {BASE} (98 MB, {base}); add --yes" in asked.stderr
+    assert base.exists()
+    for name in (BASE, "owner/theirs"):
+        result = qaflora("remove", name, "--yes")
+        assert (result.exit_code, result.stdout) == (0, ""), result.stderr
+        assert result.stderr.startswith("Removed the b")
+    assert list(here()) == ["bundle"]
+    assert snapshot(made.folder) == before
+
+
+def test_bundles_that_need_a_base_are_named(place: Path) -> None:
+    put_base()
+    made = make_bundle(place)
+    path = made.folder / "bundle.json"
+    text = json.loads(path.read_text())
+    text["base"] |= {"registry": BASE}
+    del text["base"]["file"]
+    path.write_text(json.dumps(text))
+    assert "which is the base of bundle; add --yes" in qaflora("remove", BASE).stderr
+
+
+@pytest.mark.parametrize("name", ["nothing", "owner/name"])
+def test_what_was_not_pulled_is_refused(name: str) -> None:
+    result = qaflora("remove", name, "--yes")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"Error: Cannot remove {name}: nothing was pulled under this name; expected one that "
+        "`qaflora list` shows as pulled. Look there.\n"
+    )
+
+
+def test_folder_of_ones_own_stays(place: Path) -> None:
+    made = make_bundle(place)
+    result = qaflora("remove", "bundle", "--yes")
+    assert result.exit_code == 1
+    assert "it was not pulled but is a file or folder of your own" in result.stderr
+    assert made.folder.exists()
