@@ -5,7 +5,7 @@ file as a runtime reads it, and compared entry by entry. How rows were reordered
 more (`source_order`), and not taken from the code that reordered them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from qaflora_edge.convert.deltas import Delta, source_deltas, stored_deltas
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf
+from qaflora_edge.formats.file_parts import parts
 from qaflora_edge.formats.gguf_header import GgufHeader
 
 F64 = NDArray[np.float64]
@@ -122,9 +123,9 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
     returns  [3]
     """
     found = np.zeros(3)
-    for columns in _parts(source.n_in, TILE_COLUMNS):
+    for columns in parts(source.n_in, TILE_COLUMNS):
         right, stored_right = source.right(columns), stored.right(columns)
-        for rows in _parts(source.n_out, TILE_ROWS):
+        for rows in parts(source.n_out, TILE_ROWS):
             delta = source.left(rows) @ right
             with np.errstate(all="ignore"):  # a file that is wrong may hold anything
                 difference = stored.left(rows) @ stored_right
@@ -134,12 +135,6 @@ def _compare(source: Delta, stored: Delta, allowed: F64) -> F64:
             largest = np.abs(delta, out=delta).max()
             found = np.maximum(found, (by_row.max(), largest, share.max()))
     return found
-
-
-def _parts(n: int, n_part: int) -> Iterator[range]:
-    """Cut 0 to n into neighbouring parts."""
-    for begin in range(0, n, n_part):
-        yield range(begin, min(begin + n_part, n))
 
 
 def _allowed(
@@ -153,12 +148,12 @@ def _allowed(
     # Blocks of 8 bits lie along the rows of the file: the ranks of an embedding's A and of B.
     axis = 0 if is_embedding else 1
     size_right = error_right = np.zeros(1)  # [rank]  the largest of each rank
-    for columns in _parts(source.n_in, TILE_COLUMNS):
+    for columns in parts(source.n_in, TILE_COLUMNS):
         right = source.right(columns)
         size_right = np.maximum(size_right, np.abs(right).max(axis=1))
         error_right = np.maximum(error_right, _rounding(right, kinds[0], axis).max(axis=1))
     allowed = np.empty(source.n_out)
-    for rows in _parts(source.n_out, TILE_ROWS):
+    for rows in parts(source.n_out, TILE_ROWS):
         left = source.left(rows) / scale
         error_left = _rounding(left, kinds[1], axis=1)
         by_row = (np.abs(left) + error_left) @ error_right + error_left @ size_right

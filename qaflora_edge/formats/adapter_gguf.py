@@ -21,6 +21,7 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.formats.bypassed import is_bypassed, module_kind
+from qaflora_edge.formats.file_parts import parts
 from qaflora_edge.formats.gguf_header import (
     GgufHeader,
     read_gguf_header,
@@ -143,10 +144,7 @@ def check_values(info: AdapterInfo) -> None:
 
 def _parts(tensor: TensorInfo) -> Iterator[range]:
     """Neighbouring rows, so many that they stay in a core's cache."""
-    n_row = math.prod(tensor.shape[:-1])
-    n_part = max(1, PART_VALUES // tensor.shape[-1])
-    for begin in range(0, n_row, n_part):
-        yield range(begin, min(begin + n_part, n_row))
+    return parts(math.prod(tensor.shape[:-1]), max(1, PART_VALUES // tensor.shape[-1]))
 
 
 def _count_bad(path: Path, tensor: TensorInfo, rows: range) -> int:

@@ -1,8 +1,15 @@
-"""Read a part of a table of bytes in a file, and nothing else of it."""
+"""Parts of a table: how it is cut, and reading one out of a file and nothing else of it."""
 
 import os
+from collections.abc import Iterator
 
 from qaflora_edge.files import open_input
+
+
+def parts(n: int, n_part: int) -> Iterator[range]:
+    """Cut 0 to n into neighbouring parts of n_part; the last may have fewer."""
+    for begin in range(0, n, n_part):
+        yield range(begin, min(begin + n_part, n))
 
 
 def read_columns(

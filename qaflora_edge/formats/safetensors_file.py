@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer, open_input
-from qaflora_edge.formats.file_parts import read_columns
+from qaflora_edge.formats.file_parts import parts, read_columns
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
@@ -73,11 +73,10 @@ class StoredTensor:
         n_value = math.prod(self.shape)
         n_piece_row = max(1, PIECE_VALUES * n_row // max(1, n_value))
         n_bad = 0
-        for begin in range(0, n_row if n_value else 0, n_piece_row):
-            rows = range(begin, min(begin + n_piece_row, n_row))
+        for rows in parts(n_row if n_value else 0, n_piece_row):
             piece = self.read_block(rows, range(n_value // n_row))
             n_bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
-            yield begin, piece
+            yield rows.start, piece
         if n_bad:
             raise SafetensorsFileError(
                 f"Cannot use tensor {self.name} of {self.path}: {n_bad} of its {n_value} "
