@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUN = ("sh", "python")
+TRANSCRIPT = "transcript"  # typed by tests/transcript.py
 FENCE = re.compile(r"^ *```(?P<language>\S*)\s*$")
 NOT_RUN = re.compile(r"^<!-- not run: (?P<reason>\S.*?) -->$")
 SHELLS = ("bash", "shell", "console", "zsh", "fish", "powershell", "sh-session", "")
@@ -62,7 +63,7 @@ def escaped_commands(text: str) -> list[str]:
         if block.language in SHELLS
     ]
     for block in blocks:
-        if block.language not in RUN:
+        if block.language not in (*RUN, TRANSCRIPT):
             found += [
                 f"{block.line}: a command in a block of {block.language}: {line.strip()}"
                 for line in block.text.splitlines()

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from qaflora_edge.cli.base_choice import choose_base
 from qaflora_edge.cli.options import BUNDLE, bundle_folder, click_option, completed_by, example
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.config import OWN, SHARED
@@ -86,10 +87,10 @@ _calibrate = click.option(
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--base",
-    required=True,
     metavar="BASE.gguf",
     help="The base, the name of a registry model that was pulled, or a Hub reference "
-    "(owner/name/file.gguf). A name makes a bundle that works on any machine that has pulled it.",
+    "(owner/name/file.gguf). A name makes a bundle that works on any machine that has pulled it.  "
+    "[default: what the adapters name]",
 )
 @click.option(
     "--adapter",
@@ -111,7 +112,11 @@ _calibrate = click.option(
 @_notes("--adapter-", metavar="NAME=TEXT", multiple=True, callback=_pairs)
 @_calibrate
 def create(
-    folder: Path, base: str, adapters: list[tuple[str, str]], note: dict[str, Any], **options: Any
+    folder: Path,
+    base: str | None,
+    adapters: list[tuple[str, str]],
+    note: dict[str, Any],
+    **options: Any,
 ) -> None:
     """Make a bundle from a base and adapters.
 
@@ -124,6 +129,7 @@ def create(
     for key, pairs in note.items():
         for adapter, text in pairs:
             notes.setdefault(adapter, {})[key] = text
+    base = choose_base(base, [path for _, path in adapters])
     with progress_bars() as progress:
         create_bundle(folder, base, adapters, notes=notes, progress=progress, **options)
     click.echo(f"Created the bundle {folder} with {_counted(len(adapters))}.", err=True)

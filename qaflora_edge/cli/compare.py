@@ -159,8 +159,7 @@ def ask(
     with progress_bars() as tell:
         for index, generation in engine.generate_many(requests, **sampling):
             answers[index] = Answer(strategies[index], generation.fusion, answer_dict(generation))
-            if tell is not None:
-                tell("Answering", len(answers), len(requests))
+            tell("Answering", len(answers), len(requests))
     return [answers[index] for index in range(len(strategies))]
 
 

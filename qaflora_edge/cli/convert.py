@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli.base_choice import choose_base, plain_name
 from qaflora_edge.cli.options import example, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError
 
 if TYPE_CHECKING:
     from qaflora_edge.convert.adapter import ConvertedAdapter
-
-_FILE_TYPES = ("gguf", "hf", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
 
 
 @click.command(
@@ -35,10 +33,9 @@ _FILE_TYPES = ("gguf", "hf", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
 @click.argument("peft_dir")
 @click.option(
     "--base",
-    required=True,
     metavar="BASE.gguf",
     help="The base that the adapter was trained on: a file, the name of a registry model that was "
-    "pulled, or a Hub reference (owner/name/file.gguf).",
+    "pulled, or a Hub reference (owner/name/file.gguf).  [default: what the adapter names]",
 )
 @click.option(
     "-o",
@@ -60,7 +57,7 @@ _FILE_TYPES = ("gguf", "hf", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
     "--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout."
 )
 def convert(
-    peft_dir: str, base: str, output: Path, outtype: str, verify: bool, as_json: bool
+    peft_dir: str, base: str | None, output: Path, outtype: str, verify: bool, as_json: bool
 ) -> None:
     """Convert a PEFT adapter to an adapter GGUF.
 
@@ -75,6 +72,7 @@ def convert(
 
     if str(output) == "-":
         raise click.BadParameter("a file is needed, stdout will not do", param_hint="-o")
+    base = choose_base(base, [peft_dir])
     label = "Converting and verifying" if verify else "Converting"
     try:
         with progress_bars() as tell:
@@ -94,15 +92,9 @@ def convert(
     _show_checks(converted.checks, converted, as_json)
     click.echo(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).", err=True)
     trained_on, base_name = converted.trained_on, converted.base_name
-    if trained_on and base_name and _plain_name(trained_on) != _plain_name(base_name):
+    if trained_on and base_name and plain_name(trained_on) != plain_name(base_name):
         names = f"{trained_on}; the base calls itself {base_name[:200]!r}"
         click.echo(f"Its config says that it was trained on {names}.", err=True)
-
-
-def _plain_name(name: str) -> str:
-    """A base's name without its owner, its file type, and the signs between words."""
-    words = re.split(r"[^a-z0-9]+", name.rpartition("/")[2].lower())
-    return "".join(word for word in words if word not in _FILE_TYPES)
 
 
 def _use_one_blas_thread() -> None:

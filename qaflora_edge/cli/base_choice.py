@@ -1,0 +1,74 @@
+"""The base of an adapter, where the user gives none: the adapter says what it was trained on."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from qaflora_edge.cli.progress import progress_bars
+
+_FILE_TYPES = ("gguf", "hf", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
+
+
+def plain_name(name: str) -> str:
+    """A base's name without its owner, its file type, and the signs between words."""
+    words = re.split(r"[^a-z0-9]+", name.rpartition("/")[2].lower())
+    return "".join(word for word in words if word not in _FILE_TYPES)
+
+
+def choose_base(base: str | None, adapters: Iterable[str]) -> str:
+    """The base that was given, else the registry's model that the first adapter was trained on.
+
+    adapters  as they were given: those that are PEFT folders here are asked
+
+    It is fetched when a person at the terminal agrees. Raises UsageError when the base is not
+    known or not here.
+    """
+    if base is not None:
+        return base
+    from qaflora_edge.formats.registry import load_registry, local_path
+
+    trained_on = next(filter(None, map(_trained_on, adapters)), None)
+    if trained_on is None:
+        raise click.UsageError(
+            "Missing option '--base': give the GGUF of the base that the adapter was trained on."
+        )
+    said = f"The adapter says that it was trained on {trained_on}"
+    same = (m for m in load_registry().values() if plain_name(m.name) == plain_name(trained_on))
+    if (model := next(same, None)) is None:
+        raise click.UsageError(
+            f"Missing option '--base'. {said}: give a GGUF of it, in any quantisation. On the Hub "
+            "it is mostly in a repository whose name ends in GGUF; with --base "
+            "owner/name/file.gguf it is fetched."
+        )
+    if local_path(model) is None:
+        how = f"`qaflora pull {model.name}` fetches it ({model.size_bytes / 1e6:.0f} MB)"
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise click.UsageError(
+                f"Missing option '--base'. {said}, which is not here; {how}, and --base "
+                f"{model.name} names it."
+            )
+        click.confirm(f"{said}, which is not here; {how}. Fetch it now?", abort=True, err=True)
+        from qaflora_edge.hub.models import fetch_model
+
+        with progress_bars() as tell:
+            fetch_model(model.name, progress=lambda done, total: tell(model.name, done, total))
+    click.echo(f"{said}: the base is {model.name}.", err=True)
+    return model.name
+
+
+def _trained_on(adapter: str) -> str | None:
+    """What the config of a PEFT folder says; None for anything else."""
+    from qaflora_edge.errors import QafloraError
+    from qaflora_edge.files import one_line
+    from qaflora_edge.peft.config import read_fields
+
+    try:
+        name = read_fields(Path(adapter).expanduser()).get("base_model_name_or_path")
+    except (QafloraError, RuntimeError):  # what reads the adapter will say what is wrong
+        return None
+    return one_line(name[:200]) if isinstance(name, str) and name.strip() else None

@@ -1,0 +1,79 @@
+"""convert and bundle create without --base: the adapter says which it is."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+from bundles import TinyBundle, make_sources
+from click.testing import CliRunner, Result
+
+from qaflora_edge.bundles.open import read_bundle_text
+from qaflora_edge.cli import main
+from qaflora_edge.formats import registry
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "cache"))
+
+
+def make(place: Path, trained_on: str | None) -> TinyBundle:
+    made = make_sources(place)
+    config = {"base_model_name_or_path": trained_on}
+    tiny.write_tiny_peft(place / "named", made.base, config=config)
+    return made
+
+
+def qaflora(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def commands(place: Path) -> list[list[object]]:
+    return [
+        ["convert", place / "named", "-o", place / "out.gguf"],
+        ["bundle", "create", place / "b", "--adapter", f"m={place / 'named'}", "--no-calibrate"],
+    ]
+
+
+def test_base_that_is_here_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    monkeypatch.setattr(registry, "local_path", lambda model, folder=None: made.base.path)
+    for line in commands(tmp_path):
+        result = qaflora(*line)
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr.startswith(
+            "The adapter says that it was trained on HuggingFaceTB/SmolLM2-135M-Instruct: the base "
+            f"is {MODEL}.\n"
+        )
+    assert read_bundle_text(tmp_path / "b").base.registry == MODEL
+
+
+def test_base_that_is_not_here_is_named_with_the_pull(tmp_path: Path) -> None:
+    make(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    for line in commands(tmp_path):
+        result = qaflora(*line)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert (
+            "The adapter says that it was trained on HuggingFaceTB/SmolLM2-135M-Instruct, which is "
+            f"not here; `qaflora pull {MODEL}` fetches it (98 MB), and --base {MODEL} names it."
+        ) in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "said"),
+    [
+        ("meta-llama/Llama-3.1-8B", "trained on meta-llama/Llama-3.1-8B: give a GGUF of it"),
+        ("a\x1b[2Jb", "trained on a\\x1b[2Jb: give a GGUF of it"),
+        (None, "Missing option '--base': give the GGUF of the base that the adapter was trained"),
+    ],
+)
+def test_base_that_nobody_knows_is_asked_for(
+    trained_on: str | None, said: str, tmp_path: Path
+) -> None:
+    make(tmp_path, trained_on)
+    for line in commands(tmp_path):
+        result = qaflora(*line)
+        assert result.exit_code == 2
+        assert said in result.stderr

@@ -1,0 +1,25 @@
+"""The first hour in docs/quickstart.md: typed anew, its stable parts are those of the page."""
+
+from pathlib import Path
+
+import pytest
+import transcript
+
+
+def check(shown: str) -> None:
+    outputs = transcript.outputs(shown)
+    assert list(outputs) == [step.command for step in transcript.STEPS]
+    for step in transcript.STEPS:
+        missing = [text for text in step.stable if text not in outputs[step.command]]
+        assert not missing, f"{step.command}:\n{outputs[step.command]}"
+
+
+def test_page_has_every_step() -> None:
+    found = transcript.BLOCK.search(transcript.PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    check(found[1])
+
+
+@pytest.mark.slow
+def test_typed_in_a_clone_it_shows_the_same(smollm2: Path, tmp_path: Path) -> None:
+    check(transcript.type_all(transcript.make_clone(tmp_path)))

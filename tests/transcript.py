@@ -1,0 +1,108 @@
+"""The first hour of a new user, typed in a clone: the transcript in docs/quickstart.md.
+
+    python tests/transcript.py --write      types it anew and replaces it in the page
+
+The clone is as `make demo` leaves it: the package installed, the source beside it, the base pulled.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PAGE = CHECKOUT / "docs/quickstart.md"
+BLOCK = re.compile(r"```transcript\n(.*?)```\n", re.DOTALL)
+LETTERS = "Lucy writes 9 letters every week. How many letters does Lucy write in 4 weeks?"
+SCRIPT = f"""\
+from qaflora_edge import Engine
+
+question = "{LETTERS}"
+with Engine("models/demo") as engine:
+    answer = engine.chat([{{"role": "user", "content": question}}])
+    print(answer["choices"][0]["message"]["content"])
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and what its output has on every machine."""
+
+    command: str
+    stable: tuple[str, ...]
+
+
+STEPS = (
+    Step(f'qaflora run models/demo "{LETTERS}"', ("36", "tok/s")),
+    Step(
+        'qaflora compare models/demo "¿Cuál es la capital de Francia?" --max-tokens 24',
+        ("the base alone", "single:es", "qa-flora", "Paris"),
+    ),
+    Step(
+        r"printf 'The largest organ of the human body is the\nA. Liver\nB. Skin\nC. Brain\nD. Lung'"
+        " | qaflora run models/demo",
+        ("Skin", "tok/s"),
+    ),
+    Step("cat first.py", tuple(SCRIPT.splitlines())),
+    Step("python first.py", ("36",)),
+    Step(
+        "QAFLORA_BUNDLES=models qaflora list | head -n 2",
+        ("bundle   demo ", "base     smollm2-135m-instruct"),
+    ),
+)
+
+
+def type_all(clone: Path) -> str:
+    """Type every command in a clone; what a terminal would show, with its own paths left out."""
+    left_out = ("PYTHONSAFEPATH", "QAFLORA_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment |= {
+        "QAFLORA_CACHE": os.environ.get("QAFLORA_CACHE", ""),
+        "QAFLORA_CONFIG": os.devnull,
+        "HF_HOME": str(clone / "hub"),
+        "TERM": "dumb",
+    }
+    shown = ""
+    for step in STEPS:
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", step.command],
+            cwd=clone,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{step.command}: exit code {done.returncode}\n{done.stdout}")
+        shown += f"$ {step.command}\n{done.stdout}\n"
+    return shown.replace(f"{clone}/", "").replace(str(Path.home()), "~")
+
+
+def make_clone(folder: Path) -> Path:
+    """The files of the checkout that Python and the commands find in a clone."""
+    for name in ("qaflora_edge", "models", "patches"):
+        (folder / name).symlink_to(CHECKOUT / name)
+    (folder / "first.py").write_text(SCRIPT, encoding="utf-8")
+    return folder
+
+
+def outputs(shown: str) -> dict[str, str]:
+    """Command -> output of a transcript."""
+    parts = re.split(r"^\$ (.+)\n", shown, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as place:
+        text = type_all(make_clone(Path(place).resolve()))
+    if sys.argv[1:] == ["--write"]:
+        page = PAGE.read_text(encoding="utf-8")
+        block = f"```transcript\n{text.rstrip()}\n```\n"
+        PAGE.write_text(BLOCK.sub(lambda _: block, page), encoding="utf-8")
+    else:
+        print(text)
