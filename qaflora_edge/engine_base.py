@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.bundles.open import Opened, load, open_files
+from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.config import check
@@ -60,7 +59,7 @@ class EngineBase:
         check("engine", {"n_ctx": n_ctx, "n_parallel": n_parallel, **options, **others})
         self._lifetime = Lifetime(self)
 
-        opened = _open(bundle, base, adapters)
+        opened = open_any(bundle, base, adapters)
         defaults = opened.fusion_defaults
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
         self._loaded = tuple(opened.adapters)
@@ -83,9 +82,8 @@ class EngineBase:
                 probe_tail=probe_tail,
                 options=options,
             )
-            check_unchanged(
-                opened.states
-            )  # llama.cpp opened the files by name, after they were checked
+            # llama.cpp opened the files by name, after they were checked.
+            check_unchanged(opened.states)
         except BaseException:
             self._lifetime.close()
             raise
@@ -393,14 +391,3 @@ def _are_many(prompt: Any) -> bool:
     if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
         return False  # one, if a wrong one
     return any(not isinstance(each, Integral) for each in prompt)
-
-
-def _open(bundle: Path_ | None, base: Path_ | None, adapters: Mapping[str, Path_] | None) -> Opened:
-    if bundle is not None:
-        if base is not None or adapters is not None:
-            raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
-        return load(Path(bundle))
-    if base is None:
-        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
-    paths = {name: Path(path) for name, path in (adapters or {}).items()}
-    return open_files(Path(base), paths)

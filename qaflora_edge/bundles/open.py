@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import BundleError, InputFileError
+from qaflora_edge.errors import BundleError, InputFileError, OptionError
 from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
 from qaflora_edge.formats import registry
 from qaflora_edge.formats.adapter_gguf import (
@@ -89,6 +89,24 @@ def open_files(base: Path, adapters: Mapping[str, Path]) -> Opened:
     header = read_gguf_header(base)
     infos = {name: _read_adapter(path, header) for name, path in adapters.items()}
     return Opened(header=header, adapters=infos, states=states)
+
+
+def open_any(
+    bundle: str | os.PathLike[str] | None,
+    base: str | os.PathLike[str] | None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None,
+) -> Opened:
+    """What an Engine is asked to open: a bundle or base alone, or a base with adapters.
+
+    Raises OptionError for both or neither, and as load and open_files do.
+    """
+    if bundle is not None:
+        if base is not None or adapters is not None:
+            raise OptionError("Engine got a bundle and also base or adapters; give one of them.")
+        return load(Path(bundle))
+    if base is None:
+        raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
+    return open_files(Path(base), {name: Path(path) for name, path in (adapters or {}).items()})
 
 
 def _read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
