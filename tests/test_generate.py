@@ -104,6 +104,9 @@ def test_max_tokens_ends_by_length(engine: Engine) -> None:
     text = generation.text()
     assert generation.finish_reason == "length"
     assert generation.usage["completion_tokens"] == 5
+    times = generation.timings.token_s
+    assert len(times) == 5
+    assert times == sorted(times)
     assert engine.generate("the king", max_tokens=0).text() == ""
     # a shorter answer is a prefix of a longer one
     assert engine.generate("the king", max_tokens=9).text().startswith(text)
