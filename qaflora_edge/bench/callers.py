@@ -11,7 +11,8 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,9 @@ from qaflora_edge.bench.rig import Prompts, Rig
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.generation import Generation
+from qaflora_edge.weighing.probe import Steps
 
+T = TypeVar("T")
 F32 = NDArray[np.float32]
 Tokens = Sequence[int]
 Times = list[list[float]]  # seconds at which each caller's tokens were chosen
@@ -45,8 +48,8 @@ def measure_callers(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -
     with rig.engine(k, n_ctx=n_ctx, n_parallel=most) as engine:
         _never_end(engine)
         answers: dict[str, Callable[[Sequence[Tokens]], Times]] = {
-            "base": lambda read: _by_hand(base, read, plan.n_decode),
-            "bare C": lambda read: _by_hand(bare, read, plan.n_decode),
+            "base": lambda read: _between(engine, lambda: _by_hand(base, read, plan.n_decode)),
+            "bare C": lambda read: _between(engine, lambda: _by_hand(bare, read, plan.n_decode)),
             "generate_many": lambda read: _by_generate_many(engine, read, mixes, plan.n_decode),
             "threads": lambda read: _by_threads(engine, read, mixes, plan.n_decode),
         }
@@ -82,6 +85,19 @@ def _speed(times: Times) -> Run:
         "n_decoded": n_decoded,
         "tokens_per_second": n_decoded / (end - start),
     }
+
+
+def _between(engine: Engine, work: Callable[[], T]) -> T:
+    """What a function gives, run by the thread that computes for an Engine.
+
+    A second thread that computes slows both: see Loop.
+    """
+
+    def steps() -> Steps[T]:
+        yield
+        return work()
+
+    return engine._core.run(steps())
 
 
 def _by_hand(context: Context, prompts: Sequence[Tokens], n_token: int) -> Times:
@@ -169,15 +185,14 @@ def measure_pause(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> 
     with rig.engine(k, n_ctx=n_ctx, n_parallel=2, lens=plan.lens, pool=plan.pool) as engine:
         _never_end(engine)
         for turn in range(1 + plan.repeat):
-            steps = prober.divergence(
-                prompts.draw(plan.n_question), range(k), "kl", plan.lens, plan.pool
-            )
+            own, other, question = (prompts.draw(plan.n_question) for _ in range(3))
+            steps = prober.divergence(own, range(k), "kl", plan.lens, plan.pool)
+            parts_ms = _between(engine, partial(_each_ms, steps))
+            prefill_ms = _between(engine, partial(_prefill_ubatch_ms, context, other))
             run = {
-                "probe_ubatch_ms": statistics.median(_each_ms(steps)[:-1]),  # the lens is last
-                "prefill_ubatch_ms": _prefill_ubatch_ms(context, prompts.draw(plan.n_question)),
-                **_pause(
-                    engine, mix, prompts.draw(min(plan.lengths)), prompts.draw(plan.n_question)
-                ),
+                "probe_ubatch_ms": statistics.median(parts_ms[:-1]),  # the lens is last
+                "prefill_ubatch_ms": prefill_ms,
+                **_pause(engine, mix, prompts.draw(min(plan.lengths)), question),
             }
             longer_ms = max(run["probe_ubatch_ms"], run["prefill_ubatch_ms"])
             if turn:

@@ -245,13 +245,13 @@ def _measured(
         gpu_layers=options.gpu_layers,
         options={name: engine[name] for name in ("threads", "kv_type", "flash_attn")},
     )
-    measures = {
+    measures = {  # callers first: it is slower in threads once this one has computed (see Loop)
+        "callers": measure_callers,
+        "pause": measure_pause,
         "decode": measure.measure_decode,
         "change": measure.measure_change,
         "ttft": measure.measure_ttft,
         "turn": measure.measure_turn,
-        "callers": measure_callers,
-        "pause": measure_pause,
     }
     with rig, progress_bars() as tell:
         prompts = Prompts(rig.model, options.seed or 0)
@@ -266,9 +266,9 @@ def _measured(
                 engine=engine,
             )
             result["memory"] = {"prompt_tokens": len(tokens), "n_ctx": options.ctx, **memory}
-        for part in only:
-            if part in measures:
-                result[part] = measures[part](rig, plan, prompts, tell)
+        for part, measured in measures.items():
+            if part in only:
+                result[part] = measured(rig, plan, prompts, tell)
     return result
 
 

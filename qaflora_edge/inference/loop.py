@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from qaflora_edge.backend.context import cancelled
@@ -13,7 +15,7 @@ from qaflora_edge.errors import BusyError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.runner import AnswerContext, Runner, Vocabulary
-from qaflora_edge.inference.scheduler import Scheduler
+from qaflora_edge.inference.scheduler import Scheduler, Step
 
 
 class Job:
@@ -54,9 +56,13 @@ class Job:
 
 
 class Loop:
-    """One thread at a time computes; the others wait for what concerns them.
+    """One thread at a time drives; the others wait for what concerns them.
 
     stop  ends native work of the contexts that watch it
+
+    With several slots a thread of the loop's own computes, whoever drives. GCC's OpenMP keeps a
+    team for each thread that has computed, and lets all of them sleep sooner at barriers once
+    they are more than the cores: one caller on two cores decodes 0.6 times as fast.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Loop:
         self._turn = threading.Condition()
         self._is_driven = self._is_closed = False
         self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
+        self._worker = ThreadPoolExecutor(1) if len(scheduler.slots) > 1 else None
 
     # from any thread
 
@@ -117,6 +124,8 @@ class Loop:
                 self._turn.wait()
             self._end_all(BusyError("This Engine was closed in the middle of a call."))
             self._turn.notify_all()
+        if self._worker is not None:
+            self._worker.shutdown()
 
     # by the thread that drives
 
@@ -133,10 +142,7 @@ class Loop:
         self._turn.release()
         start = time.perf_counter()
         try:
-            self._runner.run(step, self._scheduler.slots)
-            if isinstance(step.job, Job):
-                self._computing([step.job])
-                step.job.advance()
+            self._compute(step)
         except BaseException:
             self._runner.forget(self._scheduler.slots)
             for sequence in self._scheduler.running:
@@ -152,6 +158,25 @@ class Loop:
             sequence.timings.decode_ms += ms
         self._end_cancelled()
         self._scheduler.remove_ended()
+
+    def _compute(self, step: Step) -> None:
+        if self._worker is None:
+            self._run(step)
+            return
+        future = self._worker.submit(self._run, step)
+        try:
+            future.result()
+        finally:
+            while not future.done():  # KeyboardInterrupt: it cannot be left alone with the slots
+                self._stop.set()
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait([future], timeout=0.05)
+
+    def _run(self, step: Step) -> None:
+        self._runner.run(step, self._scheduler.slots)
+        if isinstance(step.job, Job):
+            self._computing([step.job])
+            step.job.advance()
 
     def _computing(self, waiting: Sequence[sequences.Sequence | Job]) -> None:
         with self._turn:
