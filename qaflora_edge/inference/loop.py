@@ -62,7 +62,7 @@ class Loop:
 
     With several slots a thread of the loop's own computes, whoever drives. GCC's OpenMP keeps a
     team for each thread that has computed, and lets all of them sleep sooner at barriers once
-    they are more than the cores: one caller on two cores decodes 0.6 times as fast.
+    they are more than the cores: one caller on two cores decoded 0.6 to 0.8 times as fast.
     """
 
     def __init__(
