@@ -3,7 +3,8 @@
     python benchmarks/convert.py [--layers 32] [--runs 5] [--outtype f16] [--verify]
 
 The base is a sparse file of an 8B Llama's shapes; nothing of its weights is read. Peak memory is
-counted over the floor, which is that of the same interpreter with the converter imported.
+counted over the floor, which is that of the same interpreter with the code imported that
+converts and writes.
 """
 
 import argparse
@@ -33,6 +34,7 @@ OUT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
 CHILD = """
 import os, json, re, resource, sys, time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `qaflora convert` does
+import filelock  # code that the first write imports: it belongs to the floor
 from qaflora_edge.convert.adapter import convert_adapter
 def peak():
     try:

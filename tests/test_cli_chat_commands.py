@@ -119,7 +119,7 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
         ("/load none.json", "Cannot load the session none.json: it cannot be read (No such file"),
         ("/load a\0b", "the path has a null character"),
         ("/system " + "x" * 5000, "The prompt has"),
-        ("/system " + "xyz " * 400, "The system prompt leaves less than a quarter of the context"),
+        ("/system " + "xyz " * 108, "The system prompt leaves less than a quarter of the context"),
     ],
 )
 def test_a_command_that_fails_is_told_and_the_chat_goes_on(
