@@ -103,13 +103,15 @@ def brief(value: object) -> str:
 class GgufCursor:
     """Steps through the bytes of one file; every step is checked against its end.
 
-    data  the beginning of the file, as far as it was read
+    data       what was read and not yet stepped over; a vocabulary is never in memory whole
+    n_dropped  bytes of the file before it
     """
 
     def __init__(self, path: Path, file: BinaryIO, size_bytes: int) -> None:
         self.path = path
         self.file = file
         self.data = bytearray()
+        self.n_dropped = 0
         self.size_bytes = size_bytes
         self.position = 0
         self.n_kept = 0
@@ -131,19 +133,25 @@ class GgufCursor:
             )
         self.load(begin + n_bytes, field)
         self.position = begin + n_bytes
-        return begin
+        return begin - self.n_dropped
 
     def load(self, end: int, field: str) -> None:
-        """Read the file up to `end`, which lies inside it."""
+        """Read the file up to `end`, which lies inside it, and drop what was stepped over."""
         if end > MAX_HEADER_BYTES:
             found = f"longer than {MAX_HEADER_BYTES} bytes, of which {field} is a part"
             self.fail("the header", found, "a shorter one")
-        while len(self.data) < end:
+        if self.n_dropped + len(self.data) >= end:
+            return
+        n_used = min(len(self.data), self.position - self.n_dropped)
+        del self.data[:n_used]
+        self.n_dropped += n_used
+        while self.n_dropped + len(self.data) < end:
             chunk = self.file.read(READ_BYTES)
             if not chunk:
                 raise GgufFileError(
                     f"Cannot read {self.path}: it had {self.size_bytes} bytes and became shorter "
-                    f"while {field} was read, at byte {len(self.data)}. Try again."
+                    f"while {field} was read, at byte "
+                    f"{self.n_dropped + len(self.data)}. Try again."
                 )
             self.data += chunk
 
@@ -250,12 +258,15 @@ class GgufCursor:
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""
-        data, end = self.data, self.position
+        data, index = self.data, self.position - self.n_dropped
         unpack_length = U64.unpack_from
         for _ in range(length):
-            if end + U64.size > len(data):
-                self.load_strings(end + U64.size, length, field)
-            end += U64.size + unpack_length(data, end)[0]
+            if index + U64.size > len(data):
+                self.position = self.n_dropped + index
+                self.load_strings(self.position + U64.size, length, field)
+                index = self.position - self.n_dropped
+            index += U64.size + unpack_length(data, index)[0]
+        end = self.n_dropped + index
         self.load_strings(end, length, field)
         self.position = end
 
