@@ -392,6 +392,7 @@ def test_probe_states_equal_separate_passes(
     np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["last", "mean"])
 def test_prompt_longer_than_a_micro_batch(tmp_path: Path, pool: str) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)

@@ -374,6 +374,7 @@ def test_one_process_at_a_time_writes(made: TinyBundle, begun: tuple[Path, Path]
     assert go_on(made, path, out).exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on(made: TinyBundle, tmp_path: Path, number: int) -> None:

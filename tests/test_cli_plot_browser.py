@@ -11,7 +11,10 @@ from qaflora_edge.cli.plot import write_plot
 from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.weighing.numbers import FusionWeights
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 
 EVIL = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 N_LAYER = 30

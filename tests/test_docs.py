@@ -158,6 +158,7 @@ def test_blocks_of_the_page_run(page: Path, scratch: Path, tmp_path: Path) -> No
         assert done.returncode == 0, f"{page.name}:{block.line}: {describe(done)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "text", "said"),
     [

@@ -434,6 +434,7 @@ def test_several_gguf_files_need_a_name(hub: FakeHub, hub_cache: Path) -> None:
 # interrupted and wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [None, "mine"])
 def test_a_dropped_connection_goes_on_where_it_stopped(
     hub: FakeHub,
