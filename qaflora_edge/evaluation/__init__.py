@@ -1,0 +1,1 @@
+"""Whether a mix helps: asking tasks, scoring answers, and what may be concluded."""

@@ -1,0 +1,89 @@
+"""Means with their 95 % intervals, by scipy; the same numbers give the same interval each time."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.errors import OptionError
+
+F64 = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+N_RESAMPLE, SEED = 9999, 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the ends of its 95 % interval.
+
+    n_item     over how many items
+    low, high  NaN where there are too few items to tell: one in a task
+    """
+
+    value: float
+    low: float
+    high: float
+    n_item: int
+
+
+def check_can_estimate() -> None:
+    """Fail before the work, not after it. Raises OptionError where scipy is missing."""
+    if importlib.util.find_spec("scipy") is None:
+        raise OptionError(
+            "Intervals need scipy, which is not installed. Install it with "
+            "`pip install 'qaflora-edge[eval]'`."
+        )
+
+
+def mean(scores: F64) -> Estimate:
+    """The mean of scores: a Wilson interval where all are 0 or 1, else by bootstrap.
+
+    scores  [n_item], one or more
+    """
+    if not np.isin(scores, (0.0, 1.0)).all():
+        return mean_of_means([scores])
+    from scipy import stats
+
+    n_item = len(scores)
+    test = stats.binomtest(int(scores.sum()), n_item)
+    ends = test.proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(float(scores.mean()), float(ends.low), float(ends.high), n_item)
+
+
+def mean_of_means(tasks: Sequence[F64]) -> Estimate:
+    """The mean over tasks of the mean over each one's items: every task counts the same.
+
+    The interval is a bootstrap's (bias-corrected and accelerated): items are drawn again within
+    their tasks. Where all values of each task are equal it has no width, for then no drawing
+    gives anything else. Of paired differences, give the differences.
+
+    tasks  [n_item of the task] each, one or more
+    """
+    value = float(np.mean([values.mean() for values in tasks]))
+    n_item = sum(map(len, tasks))
+    if min(map(len, tasks)) < 2:
+        return Estimate(value, float("nan"), float("nan"), n_item)
+    if all(np.ptp(values) == 0 for values in tasks):
+        return Estimate(value, value, value, n_item)
+    from scipy import stats
+
+    def statistic(*drawn: F64, axis: int) -> Any:
+        return np.mean([values.mean(axis=axis) for values in drawn], axis=0)
+
+    found = stats.bootstrap(
+        tuple(tasks),
+        statistic,
+        n_resamples=N_RESAMPLE,
+        confidence_level=CONFIDENCE,
+        vectorized=True,
+        method="BCa",
+        rng=np.random.default_rng(SEED),
+    )
+    ends = found.confidence_interval
+    return Estimate(value, float(ends.low), float(ends.high), n_item)
