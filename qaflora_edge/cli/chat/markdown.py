@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from markdown_it.token import Token
-from pygments.token import (  # type: ignore[import-untyped]
+from pygments.token import (
     Comment,
     Keyword,
     Name,
@@ -34,7 +34,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from qaflora_edge.cli.chat.signs import to_ascii
-from qaflora_edge.cli.chat.syntax import parse
+from qaflora_edge.markdown.syntax import parse
 
 # Colours of the terminal's own palette that can be read on a light ground and on a dark one.
 THEME = Theme(

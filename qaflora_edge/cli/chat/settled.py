@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from markdown_it.token import Token
 from rich.cells import cell_len
 
-from qaflora_edge.cli.chat.syntax import may_close, may_open, parse
+from qaflora_edge.markdown.syntax import may_close, may_open, parse
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _MARK = re.compile(r"\\.|`+|\*+|_+|~~+|\[|\]\(?|[()]", re.DOTALL)
 _MAYBE_HEAD = re.compile(r"[\s>*+\-\d.)]*\|")  # the first row of a table, behind the marks of lists
-_MAYBE_MARKER = re.compile(r"(\d{1,9}[.)]?|[-+*])?")  # that of a list's item, whole or half
-_BEGIN = re.compile(r" {0,3}(([-+*]|\d{1,9}[.)])[ \t]+\S|#{1,6}[ \t]|>)")  # of what is no paragraph
 
 
 def n_settled(
@@ -32,21 +30,6 @@ def n_settled(
     n = len(head) - 1 - _n_row_most(re.split(r"[ \n]", kept.rstrip("\n"))[-1], width)
     same = map(_same, rows, head[: max(0, n)])
     return next((i for i, is_same in enumerate(same) if not is_same), min(len(rows), max(0, n)))
-
-
-def stands_apart(above: str, row: str, *, is_below_blank: bool) -> bool:
-    """Whether a row at which a block begins does so whatever comes behind it in that row.
-
-    above  the type of the first token of the block above
-    """
-    if _BEGIN.match(row):
-        return True
-    if above in ("heading_open", "hr", "fence", "code_block"):
-        return row[:1].strip() != ""
-    if above in ("bullet_list_open", "ordered_list_open"):
-        is_marker = _MAYBE_MARKER.fullmatch(row.split(" ")[0]) is not None
-        return is_below_blank and row[:1].strip() != "" and not is_marker
-    return is_below_blank and row.strip() != ""
 
 
 def _n_settled_char(source: str) -> int:

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from qaflora_edge.cli.chat.live import LiveLines
 from qaflora_edge.cli.chat.markdown import render_block
-from qaflora_edge.cli.chat.settled import n_settled, stands_apart
+from qaflora_edge.cli.chat.settled import n_settled
 from qaflora_edge.cli.chat.signs import visible
-from qaflora_edge.cli.chat.syntax import block_starts, parse
+from qaflora_edge.markdown.blocks import block_starts, sure_starts
 
 _REDRAW_S = 0.08
 _LOAD = 5  # a redraw is followed by a pause of at least so many times its own duration
@@ -100,7 +100,7 @@ class MarkdownStream:
     def _take_whole_blocks(self) -> list[str]:
         """Lines of the blocks that nothing can change any more, which leave the source."""
         rows = self._source.split("\n")
-        starts = self._sure_starts(rows)
+        starts = sure_starts(rows)
         lines: list[str] = []
         for start, end in itertools.pairwise(starts):
             lines += self._rendered("\n".join(rows[start:end]))[self._n_printed :]
@@ -109,19 +109,6 @@ class MarkdownStream:
         if len(starts) > 1:
             self._source = "\n".join(rows[starts[-1] :])
         return lines
-
-    def _sure_starts(self, rows: list[str]) -> list[int]:
-        """The rows at which blocks begin, whatever comes behind them.
-
-        Whole rows tell: `2` may yet become `2.`, an item of the list above it. So does the row that
-        still grows where it cannot join the block above: a model writes a paragraph as one row.
-        """
-        starts = block_starts("\n".join(rows[:-1]))
-        if starts and block_starts("\n".join(rows))[-1] == len(rows) - 1:
-            above = parse("\n".join(rows[starts[-1] : -1]))[0].type
-            if stands_apart(above, rows[-1], is_below_blank=not rows[-2].strip()):
-                starts.append(len(rows) - 1)
-        return starts
 
     def _rendered(self, source: str) -> list[str]:
         """Blocks as lines, with a blank one before each but the first of the answer."""

@@ -127,8 +127,3 @@ def parse(source: str) -> list[Token]:
             if child.type == "softbreak":
                 child.type = "hardbreak"
     return tokens
-
-
-def block_starts(source: str) -> list[int]:
-    """The line that each top-level block begins at."""
-    return sorted({token.map[0] for token in parse(source) if token.map and token.level == 0})
