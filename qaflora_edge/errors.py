@@ -5,7 +5,9 @@
     │   ├── GgufFileError
     │   ├── SafetensorsFileError
     │   ├── PeftConfigError
-    │   └── SessionFileError
+    │   ├── SessionFileError
+    │   ├── TaskFileError
+    │   └── ResultsFileError
     ├── OutputFileError           a file cannot be written, or the disk is full
     │   └── ConversionError       a converted file does not say what its source says
     ├── UnsupportedAdapterError   a PEFT feature that a plain LoRA cannot represent
@@ -57,6 +59,14 @@ class PeftConfigError(InputFileError):
 
 class SessionFileError(InputFileError):
     """A saved chat cannot be read."""
+
+
+class TaskFileError(InputFileError):
+    """A task of an evaluation cannot be read, or an item of it is wrong."""
+
+
+class ResultsFileError(InputFileError):
+    """The results of an evaluation cannot be read."""
 
 
 class OutputFileError(QafloraError):

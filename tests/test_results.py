@@ -1,0 +1,198 @@
+"""The results file: written line by line, gone on with, read whatever it holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qaflora_edge.errors import OutputFileError, ResultsFileError
+from qaflora_edge.evaluation.results import ResultsFile, read_results
+from qaflora_edge.files import cache_lock
+
+HEADER: dict[str, Any] = {
+    "eval": 1,
+    "version": "0.1.0",
+    "bundle": "demo",
+    "base": {"name": "tiny", "sha256": "0" * 64},
+    "adapters": [
+        {"name": "math", "sha256": "1" * 64, "bytes": 10},
+        {"name": "es", "sha256": "2" * 64, "bytes": 20},
+    ],
+    "n_layer": 3,
+    "tasks": [{"name": "sums", "metric": "number", "sha256": "3" * 64, "n_item": 4}],
+    "strategies": ["static"],
+    "options": {"lens": "norm", "n_ctx": 2048},
+    "machine": "a processor",
+}
+
+
+def record(item: int, strategy: str = "static", **fields: Any) -> dict[str, Any]:
+    weights = {"math": 0.5, "es": 0.5}
+    base = {"task": "sums", "item": item, "strategy": strategy, "score": 1.0, "weights": weights}
+    return {**base, **fields}
+
+
+def write(path: Path, *records: dict[str, Any], header: dict[str, Any] = HEADER) -> None:
+    file = ResultsFile(path, header)
+    with file.opened():
+        for each in records:
+            file.write(each)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    layers = [[0.1, 0.2, 0.3], [0.9, 0.8, 0.7]]
+    records = [record(0, answer="¿12?"), record(1, "base", layers=layers), record(2, score=0)]
+    records.append(record(3, score=None, weights={}, error="The prompt is too long."))
+    write(path, *records)
+    assert lines(path) == [HEADER, *records]
+    found = read_results(path)
+    assert (found.header, list(found.records)) == (HEADER, records)
+    assert found.strategies == ("static", "base")
+    assert found.tasks == ("sums",)
+    assert found.adapters == ("math", "es")
+
+
+def test_a_file_is_gone_on_with_after_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, record(0), record(1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"task": "sums", "it')
+    assert len(read_results(path).records) == 2
+    more = {**HEADER, "strategies": ["static", "base"], "machine": "another", "version": "9"}
+    file = ResultsFile(path, more)
+    with file.opened():
+        assert file.has("sums", 1, "static")
+        assert not file.has("sums", 1, "base")
+        file.write(record(1, "base"))
+        assert len(file.results.records) == 3
+    assert path.read_bytes().startswith(whole)
+    assert lines(path) == [HEADER, record(0), record(1), record(1, "base")]
+
+
+@pytest.mark.parametrize("start", [b"", b"{", b'{"eval": 1, "vers'])
+def test_a_file_without_a_whole_header_is_begun(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(start)
+    write(path, record(0))
+    assert lines(path) == [HEADER, record(0)]
+
+
+def test_without_a_file_results_are_kept(tmp_path: Path) -> None:
+    file = ResultsFile(None, HEADER)
+    with file.opened():
+        file.write(record(3))
+    assert file.results.records == (record(3),)
+
+
+def test_nothing_is_written_before_the_first_result(tmp_path: Path) -> None:
+    write(tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bundle": "other"}, 'its bundle is "demo", now it is "other"'),
+        ({"base": {"name": "tiny", "sha256": "9"}}, "its base.sha256 is "),
+        ({"adapters": HEADER["adapters"][:1]}, "its adapters are math, es, now they are math"),
+        (
+            {"adapters": [HEADER["adapters"][0], {**HEADER["adapters"][1], "sha256": "8"}]},
+            'its adapters.es.sha256 is "2222222222222222',
+        ),
+        ({"options": {"lens": "raw", "n_ctx": 2048}}, 'options.lens is "norm", now it is "raw"'),
+        ({"options": {"lens": "norm"}}, "options.n_ctx is 2048, now it is null"),
+        ({"tasks": []}, "its tasks are sums, now they are none"),
+        ({"tasks": [{**HEADER["tasks"][0], "n_item": 5}]}, "tasks.sums.n_item is 4, now it is 5"),
+        ({"n_layer": 4}, "its n_layer is 3, now it is 4"),
+    ],
+)
+def test_the_file_of_another_evaluation_stays(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, record(0))
+    before = path.read_bytes()
+    with pytest.raises(OutputFileError) as failure:
+        write(path, record(1), header={**HEADER, **change})
+    assert str(failure.value).startswith(f"Cannot write results into {path}: it is of another eval")
+    assert message in str(failure.value)
+    assert str(failure.value).endswith("or choose another -o FILE.")
+    assert path.read_bytes() == before
+
+
+def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with (
+        cache_lock(str(path.resolve())),
+        pytest.raises(OutputFileError, match="another process writes results into it"),
+    ):
+        write(path, record(0))
+
+
+# In place of the file, and after its first result.
+ALONE = [
+    (b"", "line 1: the file is empty"),
+    (b"my notes", "line 1: it is cut"),
+    (b"my notes\n", "line 1: it is no JSON object (Expecting value"),
+    (b"{}\n", "line 1: field eval is missing, expected 1 (another format"),
+    (b'{"eval": 1}\n', "line 1: field version is missing, expected a text"),
+    (json.dumps({**HEADER, "eval": 2}).encode() + b"\n", "field eval is 2, expected 1 (another f"),
+]
+ADDED = [
+    ({"score": 1e999}, "it is no JSON object (the value Infinity is not JSON)"),
+    ({"score": "1"}, 'field score is "1", expected a number, or null where there is an error'),
+    ({"score": None}, "score is null and error null, expected one of them to be null"),
+    ({"error": "x"}, 'score is 1.0 and error "x", expected one of them to be null'),
+    ({"task": "other"}, 'task is "other", expected one of sums'),
+    ({"item": 4}, "item is 4, expected at most 3, the last of sums"),
+    ({"item": -1}, "field item is -1, expected a whole number from 0 up"),
+    ({"weights": {"math": 1}}, 'weights are of ["math"], expected math, es'),
+    ({"weights": {"math": "1", "es": 0}}, 'field weights.math is "1", expected a finite number'),
+    ({"layers": [[1, 2, 3]]}, "expected 2 lists of 3 numbers"),
+    ({"layers": 3}, "field layers is 3, expected a list of lists of numbers"),
+    ({"answer": "\ud800"}, "half of a surrogate pair"),
+    ({"item": 0}, "item and strategy are those of an earlier line"),
+    (b"[" * 100_000 + b"\n", "it is nested too deeply"),
+    (b"{}\xff\n", "it is no JSON object ("),
+    (b"a" * ((4 << 20) + 2), "it is too long, expected at most 4 MiB"),
+]
+
+
+def check_refused(path: Path, message: str) -> None:
+    with pytest.raises(ResultsFileError) as failure:
+        read_results(path)
+    assert message in str(failure.value)
+    assert str(failure.value).startswith(f"Cannot use {path}, line ")
+    assert str(failure.value).endswith("Give a file that `qaflora eval -o` has written.")
+
+
+@pytest.mark.parametrize(("data", "message"), ALONE)
+def test_a_file_that_is_no_results_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(data)
+    check_refused(path, message)
+
+
+@pytest.mark.parametrize(("damage", "message"), ADDED)
+def test_a_damaged_line_is_refused(
+    tmp_path: Path, damage: bytes | dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, record(0))
+    if isinstance(damage, dict):
+        damage = json.dumps({**record(1), **damage}).encode() + b"\n"
+    path.write_bytes(path.read_bytes() + damage)
+    check_refused(path, message)
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ResultsFileError, match="No such file"):
+        read_results(tmp_path / "none.jsonl")
+    with pytest.raises(ResultsFileError, match="Is a directory"):
+        read_results(tmp_path)
