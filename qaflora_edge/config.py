@@ -29,7 +29,7 @@ class Option:
     """One option.
 
     name      its keyword in Python
-    kind      int, float, str, bool, or tuple for texts
+    kind      int, float, str, bool, tuple for texts, or dict for numbers by token id
     default   None: unset is a value too
     groups    who takes it, apart by spaces: engine (Engine's keywords), weighing, sampling
               (Engine.generate's), answers (Engine.answers')
@@ -84,8 +84,14 @@ class Option:
         if self.kind is tuple:
             texts = value if isinstance(value, (list, tuple)) else [None]
             return all(isinstance(text, str) and text for text in texts)
+        if self.kind is dict:
+            pairs = value.items() if isinstance(value, Mapping) else [("", None)]
+            return all(_is_id(token) and self._is_in_range(bias) for token, bias in pairs)
         if self.kind not in (int, float):
             return isinstance(value, self.kind) and (not self.choices or value in self.choices)
+        return self._is_in_range(value)
+
+    def _is_in_range(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
             return False
         number = int(value) if isinstance(value, Integral) else float(value)
@@ -98,6 +104,12 @@ class Option:
         return self.defaults.get(command, self.default)
 
 
+def _is_id(token: object) -> bool:
+    """Whether it is a token id, as a number or as the text that JSON makes of it."""
+    is_number = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+    return is_number or (isinstance(token, str) and token.isdecimal() and token.isascii())
+
+
 _LARGEST = sys.float_info.max  # infinity is above it, and NaN fits nowhere
 _EXPECTED = {
     int: "a whole number",
@@ -105,6 +117,7 @@ _EXPECTED = {
     bool: "true or false",
     str: "a text",
     tuple: "a list of texts that are not empty",
+    dict: "token ids, each with a number",
 }
 _TOKENS = "a number of tokens"
 
@@ -161,6 +174,10 @@ OPTIONS = (
     Option("stop", tuple, (), "sampling", "--stop", metavar="TEXT",
            help="End the answer before TEXT; repeatable."),
     Option("grammar", str, None, "sampling", help="GBNF that the answer follows."),
+    Option("logit_bias", dict, None, "sampling", low=-100, high=100,
+           help="What is added to the logits of tokens."),
+    Option("logprobs", int, None, "sampling", low=0, high=20, noun=_TOKENS,
+           help="Keep how likely each token was, and so many of the likeliest beside it."),
     Option("n", int, 1, "answers", low=1, noun="a number of answers", help="How many answers."),
 )
 # What one command has besides, and can be set.
@@ -208,8 +225,9 @@ def check(group: str, values: Mapping[str, Any]) -> None:
         if name not in known:
             raise OptionError(
                 f"Option {name} is {value!r}, expected no such option; those of {group} are "
-                f"{', '.join(known)}."
+                f"{', '.join(known)}.",
+                name,
             )
         option = known[name]
         if not (value is None and option.default is None) and not option.fits(value):
-            raise OptionError(f"Option {name} is {value!r}, expected {option.expected}.")
+            raise OptionError(f"Option {name} is {value!r}, expected {option.expected}.", name)

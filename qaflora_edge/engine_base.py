@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -225,6 +226,7 @@ class EngineBase:
         strategy: str | None = ...,
         adapters: Sequence[str] | None = ...,
         parse_special: bool = ...,
+        cancel: threading.Event | None = ...,
     ) -> FusionWeights: ...
     @overload
     def weights(
@@ -234,6 +236,7 @@ class EngineBase:
         strategy: str | None = ...,
         adapters: Sequence[str] | None = ...,
         parse_special: bool = ...,
+        cancel: threading.Event | None = ...,
     ) -> list[FusionWeights]: ...
     def weights(
         self,
@@ -242,24 +245,23 @@ class EngineBase:
         strategy: str | None = None,
         adapters: Sequence[str] | None = None,
         parse_special: bool = False,
+        cancel: threading.Event | None = None,
     ) -> FusionWeights | list[FusionWeights]:
         """Weigh the adapters for a prompt, or for each of a list of prompts.
 
         adapters  those to weigh; by default those in use
+        cancel    once it is set, CancelledError is raised
 
         Returns FusionWeights with weights and divergence, float32 [n_adapter, n_layer].
         """
-        if _are_many(prompt):
-            return [
-                self.weights(
-                    each, strategy=strategy, adapters=adapters, parse_special=parse_special
-                )
-                for each in prompt
-            ]
-        with self._lifetime.call():
-            tokens = self.tokenize(prompt, parse_special=parse_special)
-            probe = self._core.probe(self._core.cancellation())
-            return self._using(adapters).weigh(strategy, tokens, probe)
+
+        def weigh(each: Prompt) -> FusionWeights:
+            with self._lifetime.call():
+                tokens = self.tokenize(each, parse_special=parse_special)
+                probe = self._core.probe(self._core.cancellation(cancel))
+                return self._using(adapters).weigh(strategy, tokens, probe)
+
+        return [weigh(each) for each in prompt] if _are_many(prompt) else weigh(prompt)
 
     def hidden_states(
         self, prompt: Prompt, *, adapter: str | None = None, parse_special: bool = False

@@ -138,7 +138,14 @@ class SettingsError(QafloraError):
 
 
 class OptionError(QafloraError):
-    """An engine or sampling option is out of its range."""
+    """An engine or sampling option is out of its range.
+
+    option  its name as the caller gave it, where it is one
+    """
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class GrammarError(QafloraError):

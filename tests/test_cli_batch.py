@@ -219,11 +219,12 @@ def test_unknown_keys_are_named_once(made: TinyBundle) -> None:
 
 def test_every_sampling_option_has_its_name_on_a_line() -> None:
     for option in in_group("sampling").values():
-        value: Any = {int: 3, float: 0.5, str: "root ::= x", tuple: ["a"]}[option.kind]
+        values = {int: 3, float: 0.5, str: "root ::= x", tuple: ["a"], dict: {"7": 1.0}}
+        value: Any = values[option.kind]
         found = to_request({"prompt": "a", option.name: value}, system=None, raw_prompt=False)
         assert found[option.name] == value
-        with pytest.raises(OptionError, match=f"^Option {option.name} is {{}}, expected a"):
-            to_request({"prompt": "a", option.name: {}}, system=None, raw_prompt=False)
+        with pytest.raises(OptionError, match=f"^Option {option.name} is {{'x': 1}}, expected "):
+            to_request({"prompt": "a", option.name: {"x": 1}}, system=None, raw_prompt=False)
 
 
 def test_a_pipe_is_read_once(made: TinyBundle) -> None:

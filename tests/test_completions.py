@@ -303,9 +303,32 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
     ("options", "message"),
     [
         (
-            {"logprobs": True},
-            "Option logprobs of chat is True, expected None: it cannot be followed here. Leave it "
-            "out.",
+            {"modalities": ["audio"]},
+            "Option modalities of chat is ['audio'], expected None: it cannot be followed here. "
+            "Leave it out.",
+        ),
+        ({"logprobs": 3}, "Option logprobs is 3, expected true or false."),
+        (
+            {"top_logprobs": 3},
+            "Option top_logprobs is 3 without logprobs, expected logprobs = true beside it.",
+        ),
+        (
+            {"logprobs": True, "top_logprobs": 21},
+            "Option top_logprobs is 21, expected a number of tokens from 0 to 20.",
+        ),
+        (
+            {"logit_bias": {"5": 101}},
+            "Option logit_bias is {'5': 101}, expected token ids, each with a number from -100 to "
+            "100.",
+        ),
+        (
+            {"logit_bias": {"a": 1}},
+            "Option logit_bias is {'a': 1}, expected token ids, each with a number from -100 to "
+            "100.",
+        ),
+        (
+            {"logit_bias": {"272": 1}},
+            "Option logit_bias has the token 272, expected ids below 272, the base's vocabulary.",
         ),
         (
             {"max_tokens": 3, "max_completion_tokens": 4},
@@ -316,7 +339,7 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
             {"max_token": 3},
             "Option max_token is 3, expected no such option; those of sampling are max_tokens, "
             "temperature, top_p, top_k, min_p, repeat_penalty, presence_penalty, "
-            "frequency_penalty, seed, stop, grammar.",
+            "frequency_penalty, seed, stop, grammar, logit_bias, logprobs.",
         ),
         ({"max_tokens": "3"}, "Option max_tokens is '3', expected a number of tokens from 0 up."),
         ({"temperature": "hot"}, "Option temperature is 'hot', expected a number from 0 up."),
@@ -341,6 +364,87 @@ def test_options_that_cannot_be_followed_are_refused(
     with pytest.raises(OptionError) as caught:
         engine.chat(USER, **options)
     assert str(caught.value) == message
+
+
+def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:
+    tokens = engine.chat_tokens(USER)
+    fusion = engine.weights(tokens)
+    options = {"weights": fusion, "max_tokens": 5, "temperature": 1.5, "seed": 3}
+    asked = {**options, "logprobs": True, "top_logprobs": 4}
+    choice = engine.chat(USER, **asked)["choices"][0]
+    text, entries = choice["message"]["content"], choice["logprobs"]["content"]
+    assert text == engine.chat(USER, **options)["choices"][0]["message"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode("utf-8", "replace") == text
+    assert len(entries) == 5
+    for entry in entries:
+        logits = engine.logits(tokens, weights=fusion).astype(np.float64)
+        log_p = logits - np.logaddexp.reduce(logits)
+        order = np.argsort(-log_p)[:4]
+        top = entry["top_logprobs"]
+        assert [each["logprob"] for each in top] == pytest.approx(log_p[order].tolist(), abs=1e-4)
+        assert [bytes(each["bytes"]) for each in top] == [spelt(engine, each) for each in order]
+        spellings = {spelt(engine, token): token for token in range(engine.n_vocab)}
+        token = spellings[bytes(entry["bytes"])]
+        assert entry["logprob"] == pytest.approx(log_p[token], abs=1e-4)
+        tokens.append(token)
+    chunks = list(engine.chat(USER, stream=True, **asked))
+    streamed = [chunk["choices"][0] for chunk in chunks]
+    assert [
+        entry for each in streamed if each["logprobs"] for entry in each["logprobs"]["content"]
+    ] == entries
+    for each in streamed:
+        shown = b"".join(
+            bytes(e["bytes"]) for e in (each["logprobs"] or {"content": []})["content"]
+        )
+        assert shown.decode("utf-8", "replace") == each["delta"].get("content", "")
+
+
+def spelt(engine: Engine, token: int) -> bytes:
+    return engine._model.piece(token, special=True)
+
+
+def test_log_probabilities_end_before_a_stop_text(tmp_path: Path) -> None:
+    replace = constant_logits(lambda token: 9 * (token == "a"))
+    base = write_tiny_base(tmp_path / "base.gguf", "qwen2", chat_template=QWEN, replace=replace)
+    with Engine(base=base.path) as engine:
+        options = {
+            "max_tokens": 6,
+            "logprobs": True,
+            "logit_bias": {str(base.tokens.index("b")): 9},
+        }
+        choice = engine.chat(USER, **options, temperature=1.0, seed=1, stop=["b"])["choices"][0]
+        shown = "".join(entry["token"] for entry in choice["logprobs"]["content"])
+        assert (shown, choice["finish_reason"]) == (choice["message"]["content"], "stop")
+
+
+def test_bias_decides(tmp_path: Path) -> None:
+    """Of two tokens that are alike, and one that is not: the logits are constants."""
+    replace = constant_logits(lambda token: {"a": 3.0, "b": 1.0}.get(token, -50.0))
+    base = write_tiny_base(tmp_path / "base.gguf", "qwen2", chat_template=QWEN, replace=replace)
+    a, b, c = (base.tokens.index(token) for token in "abc")
+    with Engine(base=base.path) as engine:
+        for bias, expected in (
+            ({}, "aaa"),
+            ({a: -1.5}, "aaa"),
+            ({a: -2.5}, "bbb"),
+            ({str(a): -100, str(b): -100, c: 1}, "ccc"),
+        ):
+            assert engine.generate("the", max_tokens=3, logit_bias=bias).text() == expected
+        grammar = "root ::= [ab]{3}"
+        answer = engine.generate("the", grammar=grammar, logit_bias={a: -2.5})
+        assert answer.text() == "bbb"
+
+
+def test_one_call_alone_where_parallel_ones_are_refused(tmp_path: Path) -> None:
+    call = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
+    path = tmp_path / "base.gguf"
+    write_tiny_base(path, chat_template=QWEN, n_ctx=1024, user_defined=("<tool_call>",))
+    with Engine(base=path, n_ctx=1024) as engine:
+        options = {"tools": [TIME], "grammar": f"root ::= {json.dumps(call)} {json.dumps(call)}"}
+        for parallel, n_call in ((None, 2), (True, 2), (False, 1)):
+            made = engine.chat(USER, parallel_tool_calls=parallel, **options)["choices"][0]
+            assert len(made["message"]["tool_calls"]) == n_call
+            assert made["finish_reason"] == "tool_calls"
 
 
 def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:

@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 def test_every_option_with_a_range_is_tried() -> None:
-    others = {"raw_prompt", "flash_attn", "stop", "grammar", "n"}
+    others = {"raw_prompt", "flash_attn", "stop", "grammar", "n", "logit_bias", "logprobs"}
     assert sorted(GOOD_AND_BAD) == sorted(BY_NAME.keys() - others)
 
 
@@ -113,7 +113,8 @@ def test_options_and_ranges_of_llm() -> None:
     from qaflora_edge.llm_plugin import BundleModel
 
     taken = set(BundleModel.Options.model_fields)
-    assert taken == in_group("weighing").keys() | in_group("sampling").keys() - {"grammar"}
+    in_calls = {"grammar", "logit_bias", "logprobs"}
+    assert taken == in_group("weighing").keys() | in_group("sampling").keys() - in_calls
     for name in taken - {"stop"}:
         for is_good, values in zip((True, False), GOOD_AND_BAD[name], strict=True):
             for value in values:
@@ -250,7 +251,8 @@ def test_options_of_the_command_line_reach_the_sampler(made: TinyBundle) -> None
         "seed": 5,
         "stop": ("xyzzy", "plugh"),
     }
-    assert options.keys() == in_group("sampling").keys() - {"grammar"}
+    in_calls = {"grammar", "logit_bias", "logprobs"}
+    assert options.keys() == in_group("sampling").keys() - in_calls
     line = [str(made.folder), "the thing", "--raw-prompt"]
     for name, value in options.items():
         values = value if isinstance(value, tuple) else (value,)

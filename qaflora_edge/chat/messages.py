@@ -14,6 +14,8 @@ Message = Mapping[str, Any]
 def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages with `content` as one text, and the arguments of tool calls as objects.
 
+    OpenAI's role `developer` is what templates call `system`.
+
     Raises PromptError for what is no message, with its number and field.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
@@ -33,6 +35,8 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
         raise _wrong(i, "has role =", message.get("role"))
     checked = {key: value for key, value in message.items() if value is not None}
     checked["content"] = _text(i, message)
+    if checked["role"] == "developer":
+        checked["role"] = "system"
     if "tool_calls" in checked:
         checked["tool_calls"] = _tool_calls(i, checked["tool_calls"])
     return checked

@@ -88,7 +88,7 @@ def chosen_grammar(
     if grammar is None or isinstance(grammar, Grammar):
         return grammar
     if not isinstance(grammar, str):
-        raise OptionError(f"Option grammar is {grammar!r}, expected GBNF text or None.")
+        raise OptionError(f"Option grammar is {grammar!r}, expected GBNF text or None.", "grammar")
     return gbnf_grammar(grammar)
 
 

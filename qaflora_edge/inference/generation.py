@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from qaflora_edge.errors import QafloraError
+from qaflora_edge.inference.logprobs import TokenLogprob
 from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.sequence import Sequence, Timings
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -33,6 +34,7 @@ class Generation(Iterator[str]):
         self._sequence, self.fusion = sequence, fusion
         self._drive, self._call = drive, call
         self._engine: object = None  # lives as long as its answers
+        self._n_taken = 0  # tokens of the answer until the last piece that was taken
         sequence.timings.probe_ms = fusion.probe_ms
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
 
@@ -84,13 +86,26 @@ class Generation(Iterator[str]):
         """Tokens of the answer so far, a last one without text not among them."""
         return len(self._sequence.answer)
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether `logprobs` was asked for."""
+        return self._sequence.request.sampling.logprobs is not None
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """How likely the tokens of the text so far were, where `logprobs` asked for that."""
+        sequence = self._sequence
+        is_all = sequence.is_done and not sequence.pieces
+        return list(sequence.logprobs if is_all else sequence.logprobs[: self._n_taken])
+
     def __next__(self) -> str:
         sequence = self._sequence
         if not sequence.pieces and not sequence.is_done:
             with self._call():
                 self._drive(lambda: bool(sequence.pieces) or sequence.is_done)
         if sequence.pieces:
-            return sequence.pieces.popleft()
+            piece, self._n_taken = sequence.pieces.popleft()
+            return piece
         if sequence.error is not None:
             raise sequence.error
         raise StopIteration

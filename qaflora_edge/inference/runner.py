@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
+from qaflora_edge.inference.logprobs import token_logprob
 from qaflora_edge.inference.scheduler import Slot, Step
 
 F32 = NDArray[np.float32]
@@ -34,7 +35,7 @@ class Vocabulary(Protocol):
     """What the runner needs of backend.model.Model."""
 
     def is_end(self, token: int) -> bool: ...
-    def piece(self, token: int) -> bytes: ...
+    def piece(self, token: int, *, special: bool = False) -> bytes: ...
 
 
 class Runner:
@@ -152,6 +153,11 @@ class Runner:
             sequence.fail(error)
             return
         is_end = self._vocabulary.is_end(token)
+        n_top = sequence.request.sampling.logprobs
+        if n_top is not None and not is_end:
+            logits, spelt = self._context.logits_view(row), self._vocabulary.piece
+            entry = token_logprob(logits, token, n_top, lambda each: spelt(each, special=True))
+            sequence.logprobs.append(entry)
         sequence.take(token, None if is_end else self._vocabulary.piece(token))
 
     @staticmethod

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model
-from qaflora_edge.errors import BackendError
+from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.inference.constraint import Constraint, chosen_grammar
 from qaflora_edge.inference.sampling import MAX_SEED, Sampling
 
@@ -33,7 +34,8 @@ class Sampler:
 
     It is freed by close(), or when nothing uses it any more.
 
-    Raises GrammarError for a grammar that cannot be followed.
+    Raises GrammarError for a grammar that cannot be followed, OptionError for the bias of a token
+    that is none.
     """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
@@ -58,7 +60,8 @@ class Sampler:
             sampling.frequency_penalty,
             sampling.presence_penalty,
         )
-        return sampling.temperature < _COLDEST and penalties == (1.0, 0.0, 0.0)
+        is_changed = bool(sampling.logit_bias) or penalties != (1.0, 0.0, 0.0)
+        return sampling.temperature < _COLDEST and not is_changed
 
     @staticmethod
     def _argmax(context: Logits, row: int) -> int:
@@ -73,6 +76,8 @@ class Sampler:
 
     def _fill_chain(self) -> None:
         lib, sampling = self._lib, self.sampling
+        if sampling.logit_bias:
+            self._add_bias({int(token): bias for token, bias in sampling.logit_bias.items()})
         penalties = (
             sampling.repeat_penalty,
             sampling.frequency_penalty,
@@ -93,6 +98,17 @@ class Sampler:
             self._add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
         self._add(lib.llama_sampler_init_temp(sampling.temperature))
         self._add(lib.llama_sampler_init_dist(MAX_SEED if sampling.seed is None else sampling.seed))
+
+    def _add_bias(self, biases: Mapping[int, float]) -> None:
+        n_vocab = self._model.n_vocab
+        if max(biases) >= n_vocab:
+            raise OptionError(
+                f"Option logit_bias has the token {max(biases)}, expected ids below {n_vocab}, "
+                "the base's vocabulary.",
+                "logit_bias",
+            )
+        pairs = (self._lib.llama_logit_bias * len(biases))(*biases.items())
+        self._add(self._lib.llama_sampler_init_logit_bias(n_vocab, len(biases), pairs))
 
     def _add(self, sampler: Any) -> None:
         self._lib.llama_sampler_chain_add(self._chain, sampler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ class Sampling:
     seed         None: a new one each time
     stop         texts that end the answer; they are not part of it
     grammar      what the answer follows: GBNF text, or a constraint.Grammar
+    logit_bias   token id, as a number or in digits -> what is added to its logit
+    logprobs     None, or how many of the likeliest tokens are kept beside each one that is chosen
     """
 
     max_tokens: int | None = default("max_tokens")
@@ -32,6 +35,8 @@ class Sampling:
     repeat_penalty: float = default("repeat_penalty")
     frequency_penalty: float = default("frequency_penalty")
     presence_penalty: float = default("presence_penalty")
+    logit_bias: Mapping[int | str, float] | None = default("logit_bias")
+    logprobs: int | None = default("logprobs")
 
     def __post_init__(self) -> None:
         check("sampling", vars(self))

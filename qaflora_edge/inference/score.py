@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import N_UBATCH, Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.inference.logprobs import log_softmax
 
 F32 = NDArray[np.float32]
 
@@ -99,7 +100,7 @@ def _score_group(
         is_last = at + N_UBATCH >= len(prompt)
         rows = context.decode_spans([Span(0, piece, at, "last" if is_last else "none")])
         yield
-    first = _log_softmax(context.logits_view(rows[0]))
+    first = log_softmax(context.logits_view(rows[0]))
     for item, result in part:
         result[0] = first[item.continuation[0]]
     longer = [(seq, *pair) for seq, pair in enumerate(part, 1) if len(pair[0].continuation) > 1]
@@ -115,7 +116,7 @@ def _score_group(
         for (seq, at, n), last in zip(batch, rows, strict=True):
             item, result = part[seq - 1]
             for i in range(n):
-                log_p = _log_softmax(context.logits_view(last + 1 - n + i))
+                log_p = log_softmax(context.logits_view(last + 1 - n + i))
                 result[at + i + 1] = log_p[item.continuation[at + i + 1]]
         yield
 
@@ -135,10 +136,3 @@ def _batches(lengths: Sequence[tuple[int, int]]) -> Generator[list[tuple[int, in
                 batch, n_free = [], _N_OUTPUT
     if batch:
         yield batch
-
-
-def _log_softmax(logits: F32) -> NDArray[np.float64]:
-    """float64 [n_vocab], of logits float32 [n_vocab]."""
-    z = logits.astype(np.float64)
-    z -= z.max()
-    return np.asarray(z - np.log(np.exp(z).sum()))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import QafloraError
+from qaflora_edge.inference.logprobs import TokenLogprob
 from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.text import TextDecoder
 
@@ -67,7 +68,8 @@ class Sequence:
     slot        of the context, None while it waits or once it is done
     n_past      tokens of prompt and answer whose KV state the slot holds
     next_token  chosen, not yet decoded
-    pieces      of text that nobody has taken yet
+    pieces      of text that nobody has taken yet, each with the tokens of the answer until there
+    logprobs    of each token of the answer, where the request asks for them
     logits      float32 [n_vocab] after the prompt, where the request keeps them
     error       why there is no answer; finish_reason is "error" then
     """
@@ -80,7 +82,8 @@ class Sequence:
         self.next_token: int | None = None
         self.answer: list[int] = []
         self.text = TextDecoder(request.sampling.stop)
-        self.pieces: deque[str] = deque()
+        self.pieces: deque[tuple[str, int]] = deque()
+        self.logprobs: list[TokenLogprob] = []
         self.timings = Timings()
         self.logits: F32 | None = None
         self.finish_reason: str | None = None
@@ -115,7 +118,7 @@ class Sequence:
         self.answer.append(token)
         self.timings.token_s.append(time.perf_counter())
         if piece := self.text.feed(data):
-            self.pieces.append(piece)
+            self.pieces.append((piece, len(self.answer)))
         if self.text.is_stopped:
             self.finish("stop")
         elif len(self.answer) >= self.n_max:
@@ -128,7 +131,7 @@ class Sequence:
         if self.is_done:
             return
         if rest := self.text.flush():
-            self.pieces.append(rest)
+            self.pieces.append((rest, len(self.answer)))
         if reason == "length" and self.sampler is not None:
             self.is_whole = self.sampler.can_end()
         self._end(reason)

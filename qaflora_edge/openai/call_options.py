@@ -15,12 +15,8 @@ _UNUSED = frozenset(
 )
 # What has to stay at one of these values; the first is the default.
 _FIXED = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
     "functions": (None,),
     "function_call": (None,),
-    "parallel_tool_calls": (None, True),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -39,6 +35,7 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed("chat", {name: known.pop(name) for name in _FIXED if name in known}, _FIXED)
     for name in _UNUSED & known.keys():
         del known[name]
+    known |= _logprobs(known.pop("logprobs", None), known.pop("top_logprobs", None))
     sampling = in_group("sampling")
     for name, option in sampling.items():
         for alias in option.aliases:
@@ -46,12 +43,32 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
             if value is not None and known.setdefault(name, value) != value:
                 raise OptionError(
                     f"Options {name} and {alias} are {known[name]!r} and {value!r}, expected one "
-                    "of them; leave the other out."
+                    "of them; leave the other out.",
+                    alias,
                 )
     # Where null says "the default".
     return {
         name: value for name, value in known.items() if name not in sampling or value is not None
     }
+
+
+def _logprobs(is_asked: Any, n_top: Any) -> dict[str, Any]:
+    """OpenAI's `logprobs` and `top_logprobs` as the one option that they are here."""
+    if not isinstance(is_asked, bool | None):
+        raise OptionError(f"Option logprobs is {is_asked!r}, expected true or false.", "logprobs")
+    if not is_asked and n_top not in (None, 0):
+        raise OptionError(
+            f"Option top_logprobs is {n_top!r} without logprobs, expected logprobs = true beside "
+            "it.",
+            "top_logprobs",
+        )
+    if n_top is not None:
+        option = in_group("sampling")["logprobs"]
+        if not option.fits(n_top):
+            raise OptionError(
+                f"Option top_logprobs is {n_top!r}, expected {option.expected}.", "top_logprobs"
+            )
+    return {"logprobs": n_top or 0} if is_asked else {}
 
 
 def check_fixed(
@@ -68,5 +85,6 @@ def check_fixed(
         expected = repr(fixed[name][0]) if name in fixed else "no such option"
         raise OptionError(
             f"Option {name} of {method} is {value!r}, expected {expected}: it cannot be followed "
-            "here. Leave it out."
+            "here. Leave it out.",
+            name,
         )

@@ -6,12 +6,14 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qaflora_edge.errors import OptionError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.call_options import openai_options
-from qaflora_edge.openai.tools import CallFilter, chosen_tools, one_form, parse_calls
+from qaflora_edge.openai.logprobs import ShownTokens, chat_logprobs
+from qaflora_edge.openai.tools import END, CallFilter, chosen_tools, one_form, parse_calls
 
 
 class Answering(Protocol):
@@ -27,31 +29,64 @@ class Answering(Protocol):
     def answers(self, prompt: Any, n: int, **options: Any) -> Iterator[Generation]: ...
 
 
+@dataclass(frozen=True)
+class BegunChat:
+    """Answers to a conversation, of which the first has begun.
+
+    has_tools  whether the base was told of tools, so that it may call them
+    """
+
+    first: Generation
+    answers: Iterator[Generation]
+    has_tools: bool
+
+
 def answer_chat(
     engine: Answering,
     messages: Sequence[Any],
     *,
     stream: bool,
-    n: int,
-    tools: Sequence[Mapping[str, Any]] | None,
-    tool_choice: str | Mapping[str, Any] | None,
-    response_format: Mapping[str, Any] | None,
     stream_options: Mapping[str, Any] | None,
-    grammar: str | None,
     **options: Any,
 ) -> dict[str, Any] | Iterator[dict[str, Any]]:
     """Engine.chat: a dict, or chunks with stream; the first answer has begun by then."""
+    begun = begin_chat(engine, messages, **openai_options(options))
+    if not stream:
+        return completion_dict(engine.name, begun.answers, has_tools=begun.has_tools)
+    return completion_chunks(
+        engine.name,
+        begun.answers,
+        has_tools=begun.has_tools,
+        include_usage=bool((stream_options or {}).get("include_usage")),
+    )
+
+
+def begin_chat(
+    engine: Answering,
+    messages: Sequence[Any],
+    *,
+    n: int = 1,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
+    stop: str | Sequence[str] | None = None,
+    **options: Any,
+) -> BegunChat:
+    """Begin to answer a conversation: it is weighed and read when this returns.
+
+    options  as Engine.generate takes them
+    """
     schema = response_schema(response_format)
     told, call_grammar = chosen_tools(tools, tool_choice)
     grammar = one_form(grammar, schema, call_grammar)
+    if told and parallel_tool_calls is False:
+        stop = [*((stop,) if isinstance(stop, str) else stop or ()), END]
     tokens = engine.chat_tokens(messages, tools=told)
-    options = {**openai_options(options), "grammar": grammar, "json_schema": schema}
-    answers = engine.answers(tokens, n, **options)
-    answers = itertools.chain([next(answers)], answers)
-    if not stream:
-        return completion_dict(engine.name, answers, has_tools=bool(told))
-    usage = bool((stream_options or {}).get("include_usage"))
-    return completion_chunks(engine.name, answers, has_tools=bool(told), include_usage=usage)
+    answers = engine.answers(tokens, n, grammar=grammar, json_schema=schema, stop=stop, **options)
+    first = next(answers)
+    return BegunChat(first, itertools.chain([first], answers), bool(told))
 
 
 def response_schema(response_format: Mapping[str, Any] | None) -> Any:
@@ -71,7 +106,8 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
     if not isinstance(wrapped, Mapping) or not isinstance(wrapped.get("schema"), Mapping):
         raise OptionError(
             f"Option response_format is {response_format!r}, expected {{'type': 'json_object'}} or "
-            "{'type': 'json_schema', 'json_schema': {'schema': ...}}."
+            "{'type': 'json_schema', 'json_schema': {'schema': ...}}.",
+            "response_format",
         )
     return wrapped["schema"]
 
@@ -82,7 +118,9 @@ def completion_dict(
     """Whole answers in the shape of OpenAI's chat completions; each answer is a choice."""
     choices, usages = [], []
     for index, generation in enumerate(answers):
+        shown = ShownTokens(generation)
         text = generation.text()
+        logprobs = chat_logprobs(shown.take(text)) if shown.is_asked else None
         calls: list[dict[str, Any]] = []
         if has_tools:
             text, calls = parse_calls(text)
@@ -91,7 +129,7 @@ def completion_dict(
             message |= {"content": text or None, "tool_calls": calls}
         reason = _reason(generation, calls)
         choices.append(
-            {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+            {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         )
         usages.append(generation.usage)
     head = _head(model_name, "chat.completion")
@@ -114,8 +152,11 @@ def completion_chunks(
         head["usage"] = None
     usages = []
     for index, generation in enumerate(answers):
+        shown = ShownTokens(generation)
         for delta, reason in _deltas(generation, has_tools):
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+            entries = shown.take(delta.get("content") or "")
+            logprobs = chat_logprobs(entries) if entries else None
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             yield {**head, "choices": [choice]}
         usages.append(generation.usage)
     if include_usage:

@@ -38,7 +38,8 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
         names = ", ".join(tool["function"]["name"] for tool in checked) or "none is given"
         raise OptionError(
             f"Option tool_choice is {tool_choice!r}, expected auto, none, required, or "
-            f"{{'type': 'function', 'function': {{'name': ...}}}} with a name out of: {names}."
+            f"{{'type': 'function', 'function': {{'name': ...}}}} with a name out of: {names}.",
+            "tool_choice",
         )
     return checked, _call_grammar(named[:1])
 
@@ -50,7 +51,8 @@ def one_form(grammar: str | None, schema: Any, call_grammar: str | None) -> str 
     if grammar is not None or schema is not None:
         raise OptionError(
             "Options tool_choice and grammar or response_format are given, expected one of them; "
-            "leave the others out."
+            "leave the others out.",
+            "tool_choice",
         )
     return call_grammar
 
@@ -64,7 +66,8 @@ def _checked(tool: Any) -> dict[str, Any]:
     ):
         raise OptionError(
             f"Option tools has {tool!r}, expected {{'type': 'function', 'function': "
-            "{'name': ..., 'description': ..., 'parameters': a JSON schema}}."
+            "{'name': ..., 'description': ..., 'parameters': a JSON schema}}.",
+            "tools",
         )
     return {"type": "function", "function": dict(function)}
 
@@ -96,7 +99,8 @@ def _moved(schema: Any, place: str, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise OptionError(
             f"Option tools has parameters with more than {MAX_DEPTH} objects and lists in each "
-            "other, expected a JSON schema with fewer; name parts with $defs, and use $ref."
+            "other, expected a JSON schema with fewer; name parts with $defs, and use $ref.",
+            "tools",
         )
     if isinstance(schema, list):
         return [_moved(each, place, depth + 1) for each in schema]
