@@ -17,7 +17,8 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError, OptionError, StrategyError
 from qaflora_edge.weighing import numbers as fusion
-from qaflora_edge.weighing.probe import Prober, run_alone
+from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.reading import run_alone
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -52,7 +53,7 @@ class Alone:
         return run_alone(self.prober.divergence(tokens, self.rows, measure, lens, pool))
 
     def norms(self, tokens: Sequence[int]) -> F64:
-        return run_alone(self.prober.norms(tokens, self.rows))
+        return run_alone(self.prober.base.norms(tokens, self.rows))
 
     def close(self) -> None:
         self.prober.close()
@@ -131,7 +132,7 @@ def test_a_turn_that_needs_a_larger_context_costs_its_new_tokens_too(
     counts = count_decoded(monkeypatch)
     found: dict[int, list[F32]] = {}
     for n_first in (256, 1024):  # tokens that there is room for at first
-        monkeypatch.setattr("qaflora_edge.weighing.probe._N_CTX_MIN", n_first)
+        monkeypatch.setattr("qaflora_edge.weighing.reading._N_CTX_MIN", n_first)
         probed = Alone(Prober(model, pack, options), 2)
         found[n_first], n_read = [], []
         for n in (200, 250, 300, 700):

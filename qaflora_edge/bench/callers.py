@@ -24,7 +24,7 @@ from qaflora_edge.bench.rig import Prompts, Rig
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.weighing.probe import Steps
+from qaflora_edge.weighing.reading import Steps
 
 T = TypeVar("T")
 F32 = NDArray[np.float32]

@@ -19,8 +19,9 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.probe import Prober, QueryProbe, run_alone
+from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.query_projection import QueryProjections
+from qaflora_edge.weighing.reading import run_alone
 from qaflora_edge.weighing.weigher import Weigher
 
 F32 = NDArray[np.float32]

@@ -29,7 +29,8 @@ from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.score import Item, Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.probe import Prober, QueryProbe, Steps
+from qaflora_edge.weighing.probe import Prober, QueryProbe
+from qaflora_edge.weighing.reading import Steps
 from qaflora_edge.weighing.strategy import Query
 
 T = TypeVar("T")

@@ -1,0 +1,83 @@
+"""What is measured of a query with the base alone: one pass, however many adapters there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.probe_context import ProbeContext
+from qaflora_edge.formats.adapter_gguf import AdapterInfo
+from qaflora_edge.weighing.query_projection import QueryProjections
+from qaflora_edge.weighing.reading import Steps, closed, n_going_on, probe_context, read_tokens
+
+F64 = NDArray[np.float64]
+
+
+class BaseProber:
+    """One sequence of the base.
+
+    files  of the adapters, where they were read before
+
+    The context is made when first needed and replaced by a larger one for a longer query. A query
+    that goes on where the last one ended costs its new tokens only.
+
+    rows, in all methods: which adapters of the pack are compared, in ascending order.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pack: Pack,
+        options: dict[str, Any],
+        *,
+        files: Sequence[Path | AdapterInfo] | None = None,
+    ) -> None:
+        self._files = files or pack.paths
+        self._model, self._pack, self._options = model, pack, options
+        self.context: ProbeContext | None = None
+        self._projections: dict[tuple[int, ...], QueryProjections] = {}
+
+    def close(self) -> None:
+        if self.context is not None:
+            self.context.close()
+            self.context = None
+
+    def norms(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F64]:
+        """How much each adapter adds to a late query projection: float64 [n_row].
+
+        |scale B A x| for the last token's x (after LoGo, arXiv 2511.07129).
+
+        Raises StrategyError when the adapters have no query projection in common.
+        """
+        key = tuple(rows)
+        if key not in self._projections:
+            files = [self._files[row] for row in rows]
+            self._projections = {key: QueryProjections(files, self._model.n_layer)}
+        context = self._room_for(tokens)
+        context.capture_begin()
+        n_kept = n_going_on(context, tokens, len(tokens) - 1)
+        try:
+            yield from read_tokens(context, tokens, n_kept, "last", n_seq=1)
+        except BaseException:
+            context.clear()
+            raise
+        return self._projections[key].norms(context.inputs(0))
+
+    def _room_for(self, tokens: Sequence[int]) -> ProbeContext:
+        if self.context is None or self.context.n_ctx < len(tokens):
+            state, self.context = closed(self.context, tokens), None
+            self.context = probe_context(
+                self._model,
+                self._pack,
+                self._options,
+                len(tokens),
+                state,
+                n_seq=1,
+                has_inputs=True,
+            )
+        return self.context
