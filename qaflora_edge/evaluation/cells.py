@@ -1,0 +1,171 @@
+"""What several files of results say together: sections that may be compared, and their cells."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.errors import ResultsFileError
+from qaflora_edge.evaluation.results import Results
+
+F64 = NDArray[np.float64]
+Row = Mapping[str, Any]
+
+POINTS, NATS = "points", "nats a token"
+BASE, STATIC, SINGLE = "base", "static", "single:"
+PREFIX_MIN = 3  # characters from which an abbreviation is taken for a name, as med for medical
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task, answered with one set of adapters.
+
+    task      its header
+    adapters  names, in the order of the first axis of `layers`
+    rows      strategy -> item -> row
+    """
+
+    task: Row
+    adapters: tuple[str, ...]
+    rows: dict[str, dict[int, Row]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.task["name"])
+
+    @property
+    def unit(self) -> str:
+        """Of scores: points of 100, where more is better, or nats a token, where less is."""
+        return NATS if self.task["metric"] == "loss" else POINTS
+
+    @property
+    def factor(self) -> float:
+        """From scores as they are written to the unit."""
+        return 1.0 if self.unit == NATS else 100.0
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self.unit == NATS else 1.0
+
+    @property
+    def singles(self) -> list[str]:
+        """The strategies that are one adapter alone."""
+        return [strategy for strategy in self.rows if strategy.startswith(SINGLE)]
+
+    def scores(self, strategy: str) -> F64:
+        """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
+        return np.array([row["score"] for row in self._scored(strategy).values()], np.float64)
+
+    def gains(self, strategy: str, over: str) -> F64:
+        """How much better a strategy is than another, above 0 where it is: float64 [n_item].
+
+        Differences of scores as they were written, over the items that both have.
+        """
+        mine, theirs = self._scored(strategy), self._scored(over)
+        found = [
+            row["score"] - theirs[item]["score"] for item, row in mine.items() if item in theirs
+        ]
+        return self._sign * np.array(found, np.float64)
+
+    def best_single(self) -> str | None:
+        """The single adapter with the best mean, found on these items: in hindsight."""
+        scored = [strategy for strategy in self.singles if self._scored(strategy)]
+        return max(scored, key=lambda name: self._sign * self.scores(name).mean(), default=None)
+
+    def role(self, what: str) -> str | None:
+        """The adapter that is named like the task's language or domain, if just one is.
+
+        what  "language" or "domain"
+        """
+        wanted = self.task.get(what)
+        found = [
+            name for name in self.adapters if isinstance(wanted, str) and _is_alike(name, wanted)
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def _scored(self, strategy: str) -> dict[int, Row]:
+        rows = self.rows.get(strategy, {})
+        return {item: row for item, row in rows.items() if row["score"] is not None}
+
+
+@dataclass(frozen=True)
+class Section:
+    """Cells that may be compared: one base, as many adapters loaded, the same options."""
+
+    headers: list[Mapping[str, Any]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def strategies(self) -> list[str]:
+        """Every strategy of every cell, in the order met; the base and single adapters first."""
+        every = dict.fromkeys(name for cell in self.cells for name in cell.rows)
+        return sorted(every, key=lambda name: not (name == BASE or name.startswith(SINGLE)))
+
+
+def sections(files: Sequence[tuple[str, Results]]) -> list[Section]:
+    """Put what may be compared together.
+
+    files  the name of each file, and what it says
+
+    Raises ResultsFileError where two files say different things of one item.
+    """
+    found: list[tuple[str, Section]] = []
+    for shown, results in files:
+        key = _key(results.header)
+        section = next((s for k, s in found if k == key and _fits(s, results.header)), None)
+        if section is None:
+            section = Section()
+            found.append((key, section))
+        _add(section, results, shown)
+    return [section for _, section in found]
+
+
+def _key(header: Mapping[str, Any]) -> str:
+    """What has to be equal: the base, how many adapters were loaded, how it was asked."""
+    facts = [header["base"]["sha256"], len(header["adapters"]), header["options"]]
+    return json.dumps(facts, sort_keys=True)
+
+
+def _fits(section: Section, header: Mapping[str, Any]) -> bool:
+    """Whether the tasks that both have are the same ones, with the same adapters loaded."""
+    by_name = {cell.name: cell for cell in section.cells}
+    shared = [(by_name[task["name"]], task) for task in header["tasks"] if task["name"] in by_name]
+    return all(
+        cell.adapters == _names(header) and cell.task["sha256"] == task["sha256"]
+        for cell, task in shared
+    )
+
+
+def _names(header: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(adapter["name"] for adapter in header["adapters"])
+
+
+def _add(section: Section, results: Results, shown: str) -> None:
+    section.headers.append(results.header)
+    by_name = {cell.name: cell for cell in section.cells}
+    for task in results.header["tasks"]:
+        if task["name"] not in by_name:
+            by_name[task["name"]] = Cell(task, _names(results.header))
+            section.cells.append(by_name[task["name"]])
+    for row in results.records:
+        rows = by_name[row["task"]].rows.setdefault(row["strategy"], {})
+        before = rows.setdefault(row["item"], row)
+        if before["score"] != row["score"]:
+            raise ResultsFileError(
+                f"Cannot use {shown}: the score of item {row['item']} of {row['task']} under "
+                f"{row['strategy']} is {row['score']}, and {before['score']} in a file before it; "
+                "expected the same. Leave one of the files out."
+            )
+
+
+def _is_alike(adapter: str, wanted: str) -> bool:
+    """Whether an adapter is named like a language or a domain, as `es-r64` and `es` are."""
+    name, wanted = re.split(r"[^a-z0-9]", adapter.lower())[0], wanted.lower()
+    short, long = sorted((name, wanted), key=len)
+    return short == long or (len(short) >= PREFIX_MIN and long.startswith(short))

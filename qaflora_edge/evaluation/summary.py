@@ -1,0 +1,207 @@
+"""What results show: scores with intervals, differences, costs, whether the right adapters lead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.evaluation.cells import (
+    BASE,
+    NATS,
+    POINTS,
+    SINGLE,
+    STATIC,
+    Cell,
+    Row,
+    Section,
+    sections,
+)
+from qaflora_edge.evaluation.results import Results
+from qaflora_edge.evaluation.statistics import Estimate, difference, mean
+
+WANTED_POINTS = 5.0  # over static, from which a strategy is called clearly better
+
+
+@dataclass(frozen=True)
+class Line:
+    """One strategy in one cell.
+
+    score        in the cell's unit
+    over_static, over_single  how much better than static and than the best single adapter, above
+                 0 where it is, over the items that both have; None where the other is missing
+    seconds      median of an item
+    probe_ms, prefill_ms      medians of an item
+    found        see `found_share`
+    n_cut        answers that max_tokens cut; n_failed items that have no score
+    """
+
+    strategy: str
+    score: Estimate
+    over_static: Estimate | None
+    over_single: Estimate | None
+    seconds: float
+    probe_ms: float
+    prefill_ms: float
+    found: float | None
+    n_cut: int
+    n_failed: int
+
+    @property
+    def prefills(self) -> float:
+        """What the probe takes, in readings of the prompt."""
+        return self.probe_ms / self.prefill_ms if self.prefill_ms > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """One task: a line for each strategy, and the best single adapter in hindsight."""
+
+    cell: Cell
+    best_single: str | None
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One strategy over all cells of one unit that have it.
+
+    over_static  mean of the cells' means; None where no cell has static
+    worst        the cell with the lowest difference to its best single adapter, and that
+                 difference; its interval does not know that the cell was chosen for being worst
+    below        cells whose whole interval against the best single adapter is below 0
+    """
+
+    strategy: str
+    unit: str
+    n_cell: int
+    over_static: Estimate | None
+    worst: tuple[str, Estimate] | None
+    below: tuple[str, ...]
+
+    @property
+    def is_shown(self) -> bool:
+        """At least 5 points over static, and in no cell worse than the best single adapter."""
+        return (
+            self.unit == POINTS
+            and self.over_static is not None
+            and self.over_static.value >= WANTED_POINTS
+            and self.over_static.low > 0
+            and self.worst is not None
+            and not self.below
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One section: its cells, and the verdicts over them."""
+
+    section: Section
+    cells: tuple[CellSummary, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def summarise(files: Sequence[tuple[str, Results]]) -> list[Summary]:
+    """What files of results show, a summary for each section.
+
+    files  the name of each file, and what it says
+    """
+    return [_summary(section) for section in sections(files)]
+
+
+def _summary(section: Section) -> Summary:
+    order = section.strategies
+    return Summary(
+        section,
+        tuple(_cell(cell, [name for name in order if name in cell.rows]) for cell in section.cells),
+        tuple(
+            _verdict(strategy, unit, section.cells)
+            for unit in (POINTS, NATS)
+            for strategy in order
+            if strategy != STATIC and not strategy.startswith(SINGLE)
+            if any(cell.unit == unit and strategy in cell.rows for cell in section.cells)
+        ),
+    )
+
+
+def _cell(cell: Cell, order: Sequence[str]) -> CellSummary:
+    best = cell.best_single()
+    lines = (_line(cell, strategy, best) for strategy in order)
+    return CellSummary(cell, best, tuple(line for line in lines if line is not None))
+
+
+def _line(cell: Cell, strategy: str, best: str | None) -> Line:
+    rows = list(cell.rows[strategy].values())
+    return Line(
+        strategy=strategy,
+        score=_score(cell, strategy),
+        over_static=_difference([cell], strategy, STATIC),
+        over_single=_difference([cell], strategy, best),
+        seconds=_median(rows, "probe_ms", "prefill_ms", "decode_ms") / 1000,
+        probe_ms=_median(rows, "probe_ms"),
+        prefill_ms=_median(rows, "prefill_ms"),
+        found=found_share(cell, strategy),
+        n_cut=sum(row.get("finish_reason") == "length" for row in rows),
+        n_failed=sum(row["score"] is None for row in rows),
+    )
+
+
+def _score(cell: Cell, strategy: str) -> Estimate:
+    scores = cell.scores(strategy)
+    if len(scores) == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    return mean(scores).times(cell.factor)
+
+
+def _difference(cells: Sequence[Cell], strategy: str, over: str | None) -> Estimate | None:
+    """How much better a strategy is over the cells, in their unit; None where none has both."""
+    if over in (None, strategy):
+        return None
+    gains = [values for cell in cells if len(values := cell.gains(strategy, str(over)))]
+    return difference(gains).times(cells[0].factor) if gains else None
+
+
+def _median(rows: Sequence[Row], *keys: str) -> float:
+    times = [
+        sum(row.get(key, math.nan) for key in keys) for row in rows if row["score"] is not None
+    ]
+    return float(np.median(times)) if times else math.nan
+
+
+def found_share(cell: Cell, strategy: str) -> float | None:
+    """Share of items whose two heaviest adapters are those of the task's language and domain.
+
+    By the mean over layers; of weights that are equal none is heaviest. None where the task does
+    not name both, no others are loaded, or the strategy does not look at the query.
+    """
+    if strategy in (BASE, STATIC) or strategy.startswith(SINGLE):
+        return None
+    right = {cell.role("language"), cell.role("domain")}
+    if None in right or len(right) < 2 or len(cell.adapters) <= 2:
+        return None
+    rows = [row["weights"] for row in cell.rows[strategy].values()]
+    return sum(_lead(weights, right) for weights in rows) / len(rows)
+
+
+def _lead(weights: Mapping[str, float], right: set[Any]) -> bool:
+    others = [weight for name, weight in weights.items() if name not in right]
+    return min(weights[name] for name in right) > max(others)
+
+
+def _verdict(strategy: str, unit: str, cells: Sequence[Cell]) -> Verdict:
+    cells = [cell for cell in cells if cell.unit == unit and strategy in cell.rows]
+    against: dict[str, Estimate] = {}
+    for cell in cells:
+        if found := _difference([cell], strategy, cell.best_single()):
+            against[cell.name] = found
+    return Verdict(
+        strategy,
+        unit,
+        len(cells),
+        _difference(cells, strategy, STATIC),
+        min(against.items(), key=lambda item: item[1].value, default=None),
+        tuple(name for name, found in against.items() if found.high < 0),
+    )

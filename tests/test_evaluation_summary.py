@@ -1,0 +1,265 @@
+"""What is made of results: differences, the best adapter, who leads, verdicts, sections."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_results import PAIRS, drawn, header, record, write
+
+from qaflora_edge.cli.eval_table import table
+from qaflora_edge.errors import ResultsFileError
+from qaflora_edge.evaluation.cells import Cell
+from qaflora_edge.evaluation.results import Results
+from qaflora_edge.evaluation.statistics import difference, mean, mean_of_means
+from qaflora_edge.evaluation.summary import Line, Summary, found_share, summarise
+
+RIGHT = {  # strategy -> which of six items it answers rightly
+    "base": "000001",
+    "single:math": "111000",
+    "single:es": "100001",
+    "static": "110000",
+    "qa-flora": "111100",
+}
+LOSS = {"static": [3.0, 2.0, 4.0], "single:math": [2.5, 2.5, 3.0], "qa-flora": [2.0, 2.0, 3.5]}
+
+
+def scored(task: str, scores: dict[str, list[float]]) -> list[dict[str, object]]:
+    return [
+        record(task, item, strategy, score)
+        for strategy, values in scores.items()
+        for item, score in enumerate(values)
+    ]
+
+
+def number_records(task: str) -> list[dict[str, object]]:
+    return scored(task, {name: [float(c) for c in marks] for name, marks in RIGHT.items()})
+
+
+def one_cell(records: list[dict[str, object]], metric: str = "number") -> Summary:
+    head = header([("t", metric, "es", "math")], ["math", "es"])
+    [found] = summarise([("a.jsonl", Results(head, tuple(records)))])
+    return found
+
+
+def line(summary: Summary, strategy: str, cell: int = 0) -> Line:
+    [found] = [each for each in summary.cells[cell].lines if each.strategy == strategy]
+    return found
+
+
+def test_points_over_static_and_over_the_best_single_adapter_by_hand() -> None:
+    summary = one_cell(number_records("t"))
+    assert summary.cells[0].best_single == "single:math"
+    found = line(summary, "qa-flora")
+    assert found.over_static is not None
+    assert found.over_single is not None
+    assert found.score.value == pytest.approx(100 * 4 / 6)
+    assert found.over_static.value == pytest.approx(100 * 2 / 6)
+    assert found.over_single.value == pytest.approx(100 * 1 / 6)
+    assert found.over_single.n_item == 6
+    assert (found.over_single.low, found.over_single.high) == pytest.approx(
+        [100 * end for end in bonett_price(6, 1, 0)]
+    )
+    static = line(summary, "static")
+    assert static.over_static is None
+    assert line(summary, "single:math").over_single is None
+    assert (found.seconds, found.prefills) == pytest.approx((0.5, 3.0))
+
+
+def bonett_price(n: int, n_more: int, n_less: int) -> tuple[float, float]:
+    """D. G. Bonett and R. M. Price (2012), adjusted Wald interval of paired shares."""
+    p, q = (n_more + 1) / (n + 2), (n_less + 1) / (n + 2)
+    half = 1.959963984540054 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return p - q - half, p - q + half
+
+
+def test_of_losses_less_is_better() -> None:
+    summary = one_cell(scored("t", LOSS), "loss")
+    assert summary.cells[0].best_single == "single:math"
+    found = line(summary, "qa-flora")
+    assert found.score.value == pytest.approx(2.5)
+    assert found.over_static is not None
+    assert found.over_single is not None
+    assert found.over_static.value == pytest.approx(0.5)
+    expected = mean_of_means([np.array([0.5, 0.5, -0.5])])
+    assert (found.over_single.low, found.over_single.high) == (expected.low, expected.high)
+
+
+def test_differences_are_of_the_items_that_both_have_a_score_for() -> None:
+    records = [*number_records("t")[:-1], record("t", 5, "qa-flora", None, error="too long")]
+    found = line(one_cell(records), "qa-flora")
+    assert (found.score.n_item, found.n_failed) == (5, 1)
+    assert found.over_static is not None
+    assert (found.over_static.n_item, found.over_static.value) == (5, pytest.approx(40.0))
+
+
+def test_a_strategy_without_a_score_has_no_number() -> None:
+    records = [*number_records("t"), record("t", 0, "norm", None, error="no projections")]
+    found = line(one_cell(records), "norm")
+    assert math.isnan(found.score.value)
+    assert (found.score.n_item, found.n_failed, found.over_static) == (0, 1, None)
+
+
+def test_right_adapters_are_those_named_like_language_and_domain() -> None:
+    def role(adapters: tuple[str, ...], what: str, wanted: str | None) -> str | None:
+        return Cell({"name": "t", "metric": "number", what: wanted}, adapters).role(what)
+
+    assert role(("math", "es"), "language", "es") == "es"
+    assert role(("Med", "es"), "domain", "medical") == "Med"
+    assert role(("es-r64", "med_r16"), "language", "es") == "es-r64"
+    assert role(("med", "medicine"), "domain", "medicine") is None  # which of them?
+    assert role(("e", "math"), "language", "es") is None  # too short to be an abbreviation
+    assert role(("math", "es"), "language", None) is None
+
+
+def test_share_of_items_whose_two_heaviest_adapters_are_the_right_ones() -> None:
+    mixes = [
+        (0.4, 0.3, 0.2, 0.1),
+        (0.3, 0.2, 0.4, 0.1),
+        (0.3, 0.3, 0.3, 0.1),
+        (0.1, 0.8, 0.05, 0.05),
+    ]
+    names = ("math", "es", "ru", "med")
+    cell = Cell({"name": "t", "metric": "number", "language": "es", "domain": "math"}, names)
+    for strategy in ("qa-flora", "static"):
+        cell.rows[strategy] = {
+            item: record("t", item, strategy, 1.0, weights=dict(zip(names, mix, strict=True)))
+            for item, mix in enumerate(mixes)
+        }
+    assert found_share(cell, "qa-flora") == 0.5
+    assert found_share(cell, "static") is None
+    assert found_share(Cell(cell.task, names[:2], cell.rows), "qa-flora") is None
+
+
+def test_verdict_counts_tasks_alike_and_names_the_worst() -> None:
+    """Two tasks in points, one in nats, which counts for itself."""
+    head = header(PAIRS, ["math", "es"], n_item=6)
+    worse = {name: [1.0 - float(c) for c in marks] for name, marks in RIGHT.items()}
+    records = [
+        *number_records("math_es"),
+        *scored("math_ru", worse),
+        *scored("med_text_es", LOSS),
+    ]
+    [summary] = summarise([("a", Results(head, tuple(records)))])
+    verdicts = {(found.strategy, found.unit): found for found in summary.verdicts}
+    assert [name for name, _ in verdicts] == ["base", "qa-flora", "qa-flora"]
+    found = verdicts["qa-flora", "points"]
+    gains = [np.array([0, 0, 1, 1, 0, 0.0]), -np.array([0, 0, 1, 1, 0, 0.0])]
+    expected = mean_of_means(gains).times(100)
+    assert (found.n_cell, found.over_static) == (2, expected)
+    assert found.worst is not None
+    assert found.worst[0] == "math_ru"  # single:es is right in four there, qa-flora in two
+    assert found.worst[1].value == pytest.approx(100 * -2 / 6)
+    assert not found.is_shown
+    nats = verdicts["qa-flora", "nats a token"]
+    assert nats.over_static is not None
+    assert nats.over_static.value == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("static", "best", "mix", "is_shown", "below"),
+    [
+        (0.2, 0.5, 0.5, True, ()),
+        (0.46, 0.5, 0.5, False, ()),  # 4 points
+        (0.2, 0.9, 0.5, False, ("math_es",)),  # worse than the best adapter
+    ],
+)
+def test_a_strategy_is_shown_where_it_is_5_points_over_static_and_nowhere_worse(
+    static: float, best: float, mix: float, is_shown: bool, below: tuple[str, ...]
+) -> None:
+    shares = {"static": static, "single:math": best, "single:es": 0.1, "qa-flora": mix}
+    scores = {name: [float(i < 100 * share) for i in range(100)] for name, share in shares.items()}
+    head = header(PAIRS[:1], ["math", "es"], n_item=100)
+    [summary] = summarise([("a", Results(head, tuple(scored("math_es", scores))))])
+    [found] = [each for each in summary.verdicts if each.strategy == "qa-flora"]
+    assert (found.is_shown, found.below) == (is_shown, below)
+
+
+def test_files_of_one_base_and_as_many_adapters_are_one_section(tmp_path: Path) -> None:
+    def results(
+        tasks: list[tuple[str, str, str, str]], adapters: list[str], **more: object
+    ) -> Results:
+        head = header(tasks, adapters, **more)
+        return Results(head, tuple(drawn({"static": 0.2, "qa-flora": 0.4}, head)))
+
+    pairs = [results([task], ["math", "es"]) for task in PAIRS[:2]]
+    six = results(PAIRS, ["math", "es", "ru", "med"])
+    other = results(PAIRS[:1], ["math", "es"], base={"name": "larger", "sha256": "3" * 64})
+    warm = results(PAIRS[:1], ["math", "es"], options={"seed": 1})
+    files = [(str(i), each) for i, each in enumerate((*pairs, six, other, warm))]
+    found = summarise(files)
+    assert [[cell.cell.name for cell in each.cells] for each in found] == [
+        ["math_es", "math_ru"],
+        ["math_es", "math_ru", "med_text_es"],
+        ["math_es"],
+        ["math_es"],
+    ]
+    text = table(found)
+    assert "tiny, 2 adapters loaded: math, es\n" in text
+    assert "larger, 2 adapters loaded: math, es\n" in text
+
+
+def test_files_of_one_task_add_strategies_to_each_other() -> None:
+    head = header(PAIRS[:1], ["math", "es"], n_item=6)
+    records = number_records("math_es")
+    parts = [
+        Results(head, tuple(row for row in records if (row["strategy"] == "qa-flora") is is_mix))
+        for is_mix in (False, True)
+    ]
+    [whole] = summarise([("whole", Results(head, tuple(records)))])
+    [found] = summarise([("a", parts[0]), ("b", parts[1])])
+    assert found.cells[0].lines == whole.cells[0].lines
+
+
+def test_other_scores_of_one_item_are_refused() -> None:
+    head = header(PAIRS[:1], ["math", "es"])
+    files = [
+        (name, Results(head, (record("math_es", 3, "static", score),)))
+        for name, score in (("a.jsonl", 1.0), ("b.jsonl", 0.0))
+    ]
+    with pytest.raises(ResultsFileError) as failure:
+        summarise(files)
+    assert str(failure.value) == (
+        "Cannot use b.jsonl: the score of item 3 of math_es under static is 0.0, and 1.0 in a file "
+        "before it; expected the same. Leave one of the files out."
+    )
+
+
+def test_difference_of_right_and_wrong_answers_keeps_a_width() -> None:
+    for gains in ([1, 1, 1, 0, 0, -1], [0] * 20, [1] * 9):
+        values = np.array(gains, np.float64)
+        found = difference([values])
+        low, high = bonett_price(len(gains), gains.count(1), gains.count(-1))
+        assert found.value == pytest.approx(values.mean())
+        assert (found.low, found.high) == pytest.approx((max(-1, low), min(1, high)))
+    halves = [np.array([0.5, -1.0, 0.25]), np.array([1.0, 0.0])]
+    assert difference(halves[:1]) == mean_of_means(halves[:1])
+    assert difference(halves) == mean_of_means(halves)
+    assert difference([halves[1], halves[1]]) == mean_of_means([halves[1], halves[1]])
+
+
+def test_table_says_numbers_intervals_and_what_they_are() -> None:
+    text = table([one_cell(number_records("t"))])
+    low, high = (100 * end for end in bonett_price(6, 1, 0))
+    score = mean(np.array([1, 1, 1, 1, 0, 0.0]))
+    shown = f"66.7 ({100 * score.low:.1f} to {100 * score.high:.1f})"
+    assert text.startswith("t: number, 6 items\n")
+    row = next(each for each in text.splitlines() if each.startswith("qa-flora"))
+    assert shown in row
+    assert f"+16.7 ({low:+.1f} to {high:+.1f})" in row
+    assert row.split()[-3:] == ["0.50", "3.0", "-"]
+    assert "over single:math *" in text
+    assert "in hindsight" in text
+
+
+def test_table_obeys_no_text_of_a_file(tmp_path: Path) -> None:
+    head = header([("t\x1b[2J", "number", None, None)], ["math\u202e"], n_item=2)
+    records = [
+        record("t\x1b[2J", item, "single:math\u202e", 1.0, weights={"math\u202e": 1.0})
+        for item in range(2)
+    ]
+    text = table(summarise([("a", Results(head, tuple(records)))]))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "t\\x1b[2J" in text
+    assert write(tmp_path / "a.jsonl", head, records).exists()
