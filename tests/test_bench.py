@@ -111,6 +111,7 @@ def test_norm_is_left_out_without_query_projections(base: tiny.TinyBase, tmp_pat
         pool="last",
         callers=(1,),
         n_question=8,
+        probe_lengths=(8,),
     )
     with Rig(base.path, {"a": adapter.path}, n_ctx=64, gpu_layers=None, options=OPTIONS) as rig:
         assert list(_methods(rig, plan)) == ["qa-flora", "cosine", "tail"]

@@ -11,10 +11,11 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge.cli import main
 
+PARTS = ("decode", "change", "ttft", "probe", "turn", "callers", "pause", "memory")
 SMALL = (
     *("--repeat", "3", "--prompt-tokens", "40", "--max-tokens", "6", "--ctx", "64"),
     *("--k", "1,3", "--turn-tokens", "40,8", "--probe-tail", "8", "--threads", "1"),
-    *("--callers", "3,1", "--question-tokens", "600"),
+    *("--callers", "3,1", "--question-tokens", "600", "--probe-tokens", "20,70"),
 )
 
 
@@ -43,7 +44,7 @@ def rows(shown: dict[str, Any], part: str, **facts: object) -> list[dict[str, An
 def test_json_says_what_was_measured_where(shown: dict[str, Any], made: TinyBundle) -> None:
     assert (shown["adapters"], shown["repeat"], shown["threads"]) == (["math", "es"], 3, 1)
     assert (shown["prompt_tokens"], shown["max_tokens"], shown["k"]) == ([40, 20], 6, [1, 3])
-    assert shown["parts"] == ["decode", "change", "ttft", "turn", "callers", "pause", "memory"]
+    assert shown["parts"] == list(PARTS)
     assert shown["base_file"]["size_bytes"] == made.base.path.stat().st_size
     assert [file["rank"] for file in shown["adapter_files"]] == [4, 8]
     assert [file["types"] for file in shown["adapter_files"]] == [["F16"], ["F32"]]
@@ -114,6 +115,17 @@ def test_first_token_is_probe_and_prefill(shown: dict[str, Any]) -> None:
             split = run["forward_ms"] + run["lens_ms"] + run["divergence_ms"]
             assert 0 < split <= run["probe_ms"]
             assert (run["divergence_ms"] > 0) == (row["method"] in ("qa-flora", "tail"))
+
+
+def test_probe_is_compared_with_the_prefill_of_its_round(shown: dict[str, Any]) -> None:
+    found = [(row["prompt_tokens"], row["k"]) for row in shown["probe"]]
+    assert found == [(length, k) for length in (20, 70) for k in (1, 3)]
+    for row in shown["probe"]:
+        for what in ("probe", "fused"):
+            quotients = [run[f"{what}_ms"] / run["prefill_ms"] for run in row["runs"]]
+            assert row[f"{what}_of_plain"]["median"] == pytest.approx(median(quotients))
+        for run in row["runs"]:
+            assert 0 < run["forward_ms"] < run["probe_ms"]
 
 
 def test_deviation_of_a_tail(shown: dict[str, Any]) -> None:
@@ -208,6 +220,8 @@ def test_table_to_read(made: TinyBundle) -> None:
         "new weights",
         "time to first token, prompt 40 tokens, 1 adapter\n",
         "--probe-tail 8",
+        "exact weights",
+        "70 tokens, k=3",
         "second turn of a chat, 40 tokens of history and 8 new, 1 adapter\n",
         "callers at once, 1 adapter, a mix each\n",
         "  3 generate_many",
@@ -235,7 +249,8 @@ def test_only_the_parts_asked_for(made: TinyBundle) -> None:
         (("--turn-tokens", "300"), "'--turn-tokens': '300' has 1 numbers, expected 2."),
         (
             ("--only", "decode,speed"),
-            "'--only': 'speed' is not one of decode, change, ttft, turn, callers, pause, memory.",
+            "'--only': 'speed' is not one of decode, change, ttft, probe, turn, callers, pause, "
+            "memory.",
         ),
     ],
 )

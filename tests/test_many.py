@@ -15,8 +15,8 @@ from stock import StockContext, write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.backend.context import N_UBATCH
 from qaflora_edge.backend.model import Model
+from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.errors import CancelledError, OptionError, PromptError, WeightsError
 from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 
@@ -24,6 +24,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 # F32 everywhere: log-probabilities of sums in another order, and of adapters that are merged.
 ATOL = 1e-4
+N_PIECE = pieces_of().n_most
 OPTIONS: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "n_ctx": 400, "threads": 1}
 
 
@@ -93,7 +94,7 @@ def stock_score(
 @pytest.mark.parametrize("weights", ["qa-flora", "single:es", "base", "given"])
 @pytest.mark.parametrize(
     ("n_prompt", "n_continuation"),
-    [(1, 1), (7, 3), (N_UBATCH + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)],
+    [(1, 1), (7, 3), (N_PIECE + 5, _N_OUTPUT), (20, _N_OUTPUT + 1), (3, 3 * _N_OUTPUT + 7)],
 )
 def test_scores_are_those_of_a_merged_base(
     tmp_path: Path,
@@ -132,7 +133,7 @@ def test_scores_are_those_of_the_logits_prefix_by_prefix(engine: Engine) -> None
 def test_scores_of_lists_are_those_one_by_one(alone: Engine) -> None:
     """More continuations of a prompt than a batch has sequences, and other prompts between."""
     prompts = [drawn(5)] * (_N_SEQ + 6)
-    prompts[3:3] = [drawn(8, seed=1), drawn(N_UBATCH + 1, seed=2)]
+    prompts[3:3] = [drawn(8, seed=1), drawn(N_PIECE + 1, seed=2)]
     prompts.append(drawn(8, seed=1))
     continuations = [drawn(1 + i % 9 + 70 * (i == 4), seed=i) for i in range(len(prompts))]
     together = alone.score(prompts, continuations)

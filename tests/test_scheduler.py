@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.pieces import Pieces
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
@@ -19,7 +20,7 @@ from qaflora_edge.inference.sampling import Sampling
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 
-N_UBATCH = 8
+PIECES = Pieces(6, 3)  # 8 tokens at most
 END = 255
 
 
@@ -96,7 +97,7 @@ class Bench:
     """A loop over a context that only notes."""
 
     def __init__(self, n_slot: int) -> None:
-        self.context, self.scheduler = NotedContext(n_slot), Scheduler(n_slot, N_UBATCH)
+        self.context, self.scheduler = NotedContext(n_slot), Scheduler(n_slot, PIECES)
         self.loop = Loop(Vocabulary(), self.context, self.scheduler, Stop())
 
     def add(
@@ -126,14 +127,14 @@ def alone(tokens: Sequence[int], weight: float = 1.0, n: int = 5) -> list[int]:
     return sequence.answer
 
 
-def test_a_prompt_is_cut_at_micro_batches_and_its_answer_follows() -> None:
+def test_a_prompt_is_cut_into_pieces_and_its_answer_follows() -> None:
     bench = Bench(1)
     sequence = bench.add(range(20), n=3)
     batches = [[(s.start, len(s.tokens), s.outputs) for s in b] for b in bench.step()]
-    assert batches == [[(0, 8, "none")]]
+    assert batches == [[(0, 6, "none")]]
     bench.step()
     (last,) = bench.step()
-    assert [(s.start, len(s.tokens), s.outputs) for s in last] == [(16, 4, "last")]
+    assert [(s.start, len(s.tokens), s.outputs) for s in last] == [(12, 8, "last")]
     assert len(sequence.answer) == 1  # with the prompt's last token comes the first of the answer
     bench.finish(sequence)
     assert (sequence.finish_reason, len(sequence.answer)) == ("length", 3)
@@ -146,7 +147,7 @@ def test_prefill_of_one_goes_on_beside_decoding_of_others() -> None:
     second = bench.add(range(100, 120), n=5)
     decode, prefill = bench.step()
     assert [(s.seq, len(s.tokens)) for s in decode] == [(0, 1)]
-    assert [(s.seq, len(s.tokens)) for s in prefill] == [(1, 8)]
+    assert [(s.seq, len(s.tokens)) for s in prefill] == [(1, 6)]
     bench.finish(first, second)
     assert first.answer == alone([1, 2, 3], n=20)
     assert second.answer == alone(range(100, 120))
@@ -182,7 +183,7 @@ class CountedJob:
 
 
 def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
-    scheduler = Scheduler(2, N_UBATCH)
+    scheduler = Scheduler(2, PIECES)
     decoding = RunningSequence(request([1]), Noting(), 99)
     scheduler.add(decoding)
     scheduler.step()
@@ -206,7 +207,7 @@ def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
 
 
 def test_a_long_job_lets_one_of_another_kind_pass() -> None:
-    scheduler = Scheduler(1, N_UBATCH)
+    scheduler = Scheduler(1, PIECES)
     jobs = [CountedJob(9, "score"), CountedJob(2), CountedJob(2)]
     for job in jobs:
         scheduler.add_job(job)

@@ -17,6 +17,7 @@ from qaflora_edge.backend import native
 from qaflora_edge.backend.batch import Batch, Outputs, Span, n_common
 from qaflora_edge.backend.library import Handle, forget_said, has_said, said
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.pieces import n_ubatch
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError, OptionError
@@ -25,7 +26,6 @@ F32 = NDArray[np.float32]
 
 MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
-N_UBATCH = 256  # tokens computed at once; twice as many were no faster and take more memory
 
 
 def context_params(
@@ -59,6 +59,7 @@ class Context(Handle):
 
     n_ctx       tokens that each sequence can hold
     n_output    most outputs of one decode; by default one of each sequence
+    n_together  sequences that read a prompt together: see pieces
     is_unified  one pool of n_ctx tokens for all sequences, instead of a room for each: sequences
                 may share what they hold (see `share`), and all rows fit one micro-batch
     flags       native.CONTEXT_*, for what states are captured: see ProbeContext
@@ -77,6 +78,7 @@ class Context(Handle):
         n_ctx: int,
         n_seq: int = 1,
         n_output: int | None = None,
+        n_together: int = 1,
         threads: int | None = None,
         kv_type: str = "f16",
         flash_attn: bool = True,
@@ -100,7 +102,7 @@ class Context(Handle):
             kv_type=kv_type,
             flash_attn=flash_attn,
         )
-        params.n_ubatch = min(N_UBATCH, params.n_batch)
+        params.n_ubatch = min(n_ubatch(n_together), params.n_batch)
         params.kv_unified = is_unified
         if n_output is not None:
             params.n_outputs_max = min(n_output, params.n_batch)

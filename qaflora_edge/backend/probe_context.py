@@ -40,6 +40,7 @@ class ProbeContext(Context):
         model: Model,
         pack: Pack,
         *,
+        n_seq: int = 1,
         is_differential: bool = False,
         has_inputs: bool = False,
         all_outputs: bool = False,
@@ -50,7 +51,15 @@ class ProbeContext(Context):
         flags |= native.CONTEXT_INPUTS if has_inputs else 0
         # 0: llama.cpp's own limit, a whole batch
         n_output = 0 if all_outputs else None
-        super().__init__(model, pack, flags=flags, n_output=n_output, **options)
+        super().__init__(
+            model,
+            pack,
+            n_seq=n_seq,
+            n_output=n_output,
+            n_together=n_seq,
+            flags=flags,
+            **options,
+        )
         if all_outputs:
             self._n_output = self._n_batch
 

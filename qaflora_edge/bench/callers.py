@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.context import N_UBATCH, Context
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.bench.measure import Plan, Row, Run, Tell, in_turn, ratios, report, spread
-from qaflora_edge.bench.rig import Prompts, Rig
+from qaflora_edge.bench.rig import Prompts, Rig, read_pieces
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.generation import Generation
@@ -178,7 +179,7 @@ def _row(n: int, way: str, runs: dict[tuple[int, str], list[Run]], fewest: int) 
 
 def measure_pause(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
     """How long one caller waits for a token while another's question is probed and read."""
-    k, n_ctx = plan.probe_k, plan.n_question + N_UBATCH
+    k, n_ctx = plan.probe_k, plan.n_question + pieces_of().n_most
     prober, context = rig.prober(k), rig.ours(k, 1, n_ctx=n_ctx)
     (mix,) = _mixes(1, k, rig.model.n_layer)
     runs: list[Run] = []
@@ -212,14 +213,9 @@ def _each_ms(steps: Any) -> list[float]:
 
 
 def _prefill_ubatch_ms(context: Context, tokens: Tokens) -> float:
-    """The median of those that are full, or of the only one."""
+    """The median of a prompt's pieces."""
     context.clear()
-    parts = []
-    for at in range(0, max(1, len(tokens) - N_UBATCH + 1), N_UBATCH):
-        start = time.perf_counter()
-        context.decode(tokens[at : at + N_UBATCH], start=at)
-        parts.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(parts)
+    return statistics.median(_each_ms(read_pieces(context, tokens)))
 
 
 def _pause(engine: Engine, mix: F32, prompt: Tokens, question: Tokens) -> Run:

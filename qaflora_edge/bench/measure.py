@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend.context import Context
-from qaflora_edge.bench.rig import Prompts, Rig, StockContext
+from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober, QueryProbe
@@ -42,6 +42,7 @@ class Plan:
     tail     of the probe that reads a prompt's end only
     turn     tokens of a chat so far, and of its next message
     callers  numbers of callers at once
+    probe_lengths  tokens of the prompts that are probed for each of ks
     n_question  tokens of a prompt that comes while another's answer is decoded
     """
 
@@ -56,6 +57,7 @@ class Plan:
     pool: str
     callers: tuple[int, ...]
     n_question: int
+    probe_lengths: tuple[int, ...]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -116,7 +118,7 @@ def _answer(context: Context, tokens: Sequence[int], length: int) -> tuple[Run, 
     """Read a prompt, and decode what is given after it: times, and the first logits [n_vocab]."""
     context.clear()
     start = time.perf_counter()
-    context.decode(tokens[:length])
+    read_prompt(context, tokens[:length])
     first = context.logits()
     read = time.perf_counter()
     for position in range(length, len(tokens)):
@@ -295,7 +297,7 @@ def _weigh(weigher: Weigher, strategy: str, tokens: Sequence[int], prober: Probe
 def _plain(context: Context, tokens: Sequence[int]) -> Run:
     context.clear()
     start = time.perf_counter()
-    context.decode(tokens)
+    read_prompt(context, tokens)
     context.logits()
     ms = 1e3 * (time.perf_counter() - start)
     return {"ttft_ms": ms, "prefill_ms": ms}
@@ -309,7 +311,7 @@ def _weighed(
     probed = time.perf_counter()
     context.clear()
     context.set_weights(fusion.weights)
-    context.decode(tokens)
+    read_prompt(context, tokens)
     context.logits()
     end = time.perf_counter()
     run = {

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.bundles.neutral import neutral_prompts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
@@ -197,6 +198,26 @@ class Rig:
         if not lora:
             raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
         return lora
+
+
+def read_prompt(context: Context, tokens: Sequence[int]) -> None:
+    """Read a prompt as its kind of context does: ours in pieces, llama.cpp's cuts it itself."""
+    if isinstance(context, StockContext):
+        context.decode(tokens)
+    else:
+        for _ in read_pieces(context, tokens):
+            pass
+
+
+def read_pieces(context: Context, tokens: Sequence[int]) -> Generator[None]:
+    """Read a prompt as an Engine does; yields between its pieces."""
+    at = 0
+    while at < len(tokens):
+        if at:
+            yield
+        n = pieces_of().next(len(tokens) - at)
+        context.decode(tokens[at : at + n], start=at)
+        at += n
 
 
 class Prompts:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from qaflora_edge.bench.measure import Plan
     from qaflora_edge.bundles.open import Bundle
 
-PARTS = ("decode", "change", "ttft", "turn", "callers", "pause", "memory")
+PARTS = ("decode", "change", "ttft", "probe", "turn", "callers", "pause", "memory")
 PROMPT_TOKENS, REPEAT = (42, 512), 5
 KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
 TURN_TOKENS, PROBE_TAIL = "300,30", 16
 CALLERS, QUESTION_TOKENS = "1,2,4,8,16", 1000
+PROBE_TOKENS = "42,100,256,300"  # what is cut in two and what is not; few are powers of two
 
 
 Callback = Callable[[click.Context, click.Parameter, str], Any]
@@ -82,8 +83,9 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     metavar="N,N",
     default=KS,
     show_default=True,
-    help="Numbers of adapters that decode. Beyond those of the bundle, its adapters are loaded "
-    "again, each copy for itself, which costs what other adapters would.",
+    help="Numbers of adapters that decode, and that the part probe probes. Beyond those of the "
+    "bundle, its adapters are loaded again, each copy for itself, which costs what other adapters "
+    "would.",
 )
 @click.option(
     "--probe-k",
@@ -104,6 +106,14 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     multiple=True,
     default=PROMPT_TOKENS,
     help=f"Tokens of the prompt; repeatable.  [default: {' and '.join(map(str, PROMPT_TOKENS))}]",
+)
+@click.option(
+    "--probe-tokens",
+    callback=_numbers(2, 2**24),
+    metavar="N,N",
+    default=PROBE_TOKENS,
+    show_default=True,
+    help="Tokens of the prompts in the part probe.",
 )
 @click.option(
     "--turn-tokens",
@@ -137,6 +147,7 @@ def bench(
     probe_k: int | None,
     repeat: int,
     prompt_tokens: tuple[int, ...],
+    probe_tokens: tuple[int, ...],
     turn_tokens: tuple[int, int],
     callers: tuple[int, ...],
     question_tokens: int,
@@ -151,14 +162,15 @@ def bench(
 
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
-    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail
-    (16 by default). turn: the probe of a chat's second turn. callers: decoding for --callers at
-    once, each with a prompt (the shortest length and up) and a mix of its own: the base without
-    adapters and llama_decode called by hand (bare C), each a batch of so many sequences, and an
-    Engine by generate_many and by as many threads. pause: the longest time that one of two callers
-    waits for a token while a question of --question-tokens of the other is probed and read, as a
-    multiple of what one micro-batch of either takes alone. memory: the peak of one `qaflora run`
-    with --ctx, --strategy and the longest prompt, in a process of its own.
+    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail (16 by
+    default). probe: exact weights alone, and reading under them, as multiples of the base's
+    prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn. callers:
+    decoding for --callers at once, each with a prompt (the shortest length and up) and a mix of its
+    own: the base without adapters and llama_decode called by hand (bare C), each a batch of so many
+    sequences, and an Engine by generate_many and by as many threads. pause: the longest time that
+    one of two callers waits for a token while a question of --question-tokens of the other is
+    probed and read, as a multiple of what one micro-batch of either takes alone. memory: the peak
+    of one `qaflora run` with --ctx, --strategy and the longest prompt, in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -179,6 +191,7 @@ def bench(
         probe_k=probe_k or len(loaded.adapter_paths),
         repeat=repeat,
         lengths=lengths,
+        probe_lengths=probe_tokens,
         turn=turn_tokens,
         callers=callers,
         n_question=question_tokens,
@@ -235,6 +248,7 @@ def _measured(
     from qaflora_edge.bench import measure
     from qaflora_edge.bench.callers import measure_callers, measure_pause
     from qaflora_edge.bench.memory import measure_memory
+    from qaflora_edge.bench.probes import measure_probe
     from qaflora_edge.bench.rig import Prompts, Rig
 
     engine = options.engine
@@ -251,6 +265,7 @@ def _measured(
         "decode": measure.measure_decode,
         "change": measure.measure_change,
         "ttft": measure.measure_ttft,
+        "probe": measure_probe,
         "turn": measure.measure_turn,
     }
     with rig, progress_bars() as tell:
@@ -287,6 +302,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         "k": list(plan.ks),
         "probe_k": plan.probe_k,
         "probe_tail": plan.tail,
+        "probe_tokens": list(plan.probe_lengths),
         "turn_tokens": list(plan.turn),
         "callers_at_once": list(plan.callers),
         "question_tokens": plan.n_question,

@@ -19,6 +19,8 @@ def table(result: Result) -> str:
         lines += ["", *_change(result["change"])]
     for length in result["prompt_tokens"] if "ttft" in result else ():
         lines += ["", *_ttft(result, length)]
+    if "probe" in result:
+        lines += ["", *_probe(result["probe"])]
     for row in result.get("turn", ()):
         lines += ["", *_turn(row)]
     if "callers" in result:
@@ -131,6 +133,21 @@ def _ttft(result: Result, length: int) -> list[str]:
         lines.append(f"{line}{row['prefill_ms']['median']:>10.1f}")
         if "deviation_worst" in row:
             lines.append(f"{'':<{_LABEL}}{_deviation(row)}")
+    return lines
+
+
+def _probe(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{'exact weights':<{_LABEL}}{'ms':>23}{'of plain':>10}{'forward ms':>12}"
+        f"{'fused prefill ms':>26}{'of plain':>10}"
+    ]
+    for row in rows:
+        label = f"{row['prompt_tokens']} tokens, k={row['k']}"
+        lines.append(
+            f"{label:<{_LABEL}}{_range(row['probe_ms']):>23}{_ratio(row['probe_of_plain']):>10}"
+            f"{row['forward_ms']['median']:>12.1f}{_range(row['fused_ms']):>26}"
+            f"{_ratio(row['fused_of_plain']):>10}"
+        )
     return lines
 
 

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.backend.context import N_UBATCH, Context
+from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
@@ -68,7 +69,7 @@ class Core:
         files = list(adapters.values())
         self.prober = keep(Prober(self.model, self.pack, more, tail=probe_tail, files=files))
         self._scorer = keep(Scorer(self.model, self.pack, more))
-        self._loop = Loop(self.model, self.context, Scheduler(n_parallel, N_UBATCH), stop)
+        self._loop = Loop(self.model, self.context, Scheduler(n_parallel, pieces_of()), stop)
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # of a set that all threads change
         self._last: int | None = None  # number of the last sequence

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qaflora_edge.backend.batch import n_common
+from qaflora_edge.backend.pieces import Pieces
 from qaflora_edge.inference.sequence import Sequence
 
 
@@ -89,18 +90,18 @@ class Step:
 class Scheduler:
     """First come, first served: for slots, for prefill, and for jobs.
 
-    n_slot    requests that are decoded together
-    n_ubatch  tokens that are prefilled in one step, so that nobody who decodes waits for more
-              than a micro-batch; prompts are cut at its multiples, as they are when alone
+    n_slot  requests that are decoded together
+    pieces  how prompts are cut; one of them is prefilled in a step, or several short ones, so that
+            nobody who decodes waits for more than a micro-batch
 
     Prefill and jobs take turns where there are both; decoding goes on beside either.
     """
 
-    def __init__(self, n_slot: int, n_ubatch: int) -> None:
+    def __init__(self, n_slot: int, pieces: Pieces) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.waiting: deque[Sequence] = deque()
         self.jobs: deque[Job] = deque()
-        self._n_ubatch = n_ubatch
+        self._pieces = pieces
         self._is_jobs_turn = True
         self._last_kind = ""
         self._n_turn = 0
@@ -151,9 +152,9 @@ class Scheduler:
             self._last_kind, self._is_jobs_turn = step.job.kind, False
             return step
         self._is_jobs_turn = True
-        n_left = self._n_ubatch
+        n_left = self._pieces.n_most
         for sequence in prefills:
-            n = min(self._n_ubatch, sequence.n_prompt - sequence.n_past)
+            n = self._pieces.next(sequence.n_prompt - sequence.n_past)
             if n > n_left:
                 break
             step.prefill.append((sequence, n))

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.context import N_UBATCH, Context
+from qaflora_edge.backend.batch import Outputs, Span
+from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.inference.logprobs import log_softmax
 
 F32 = NDArray[np.float32]
 
+_N_CTX_MIN = 256  # tokens; a context grows by doubling
 _N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included
 _N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each
 
@@ -73,7 +75,7 @@ class Scorer:
         n_token = len(prompt) + sum(len(item.continuation) for item in items)
         if self._context is None or self._context.n_ctx < n_token:
             self.close()
-            n_ctx = N_UBATCH
+            n_ctx = _N_CTX_MIN
             while n_ctx < n_token:
                 n_ctx *= 2
             self._context = Context(
@@ -94,11 +96,12 @@ def _score_group(
     """Read the prompt once, then all continuations behind it."""
     weights = part[0][0].weights
     context.set_weights(weights)
-    rows = [-1]
-    for at in range(0, len(prompt), N_UBATCH):
-        piece = prompt[at : at + N_UBATCH]
-        is_last = at + N_UBATCH >= len(prompt)
-        rows = context.decode_spans([Span(0, piece, at, "last" if is_last else "none")])
+    rows, at = [-1], 0
+    while at < len(prompt):
+        end = at + pieces_of().next(len(prompt) - at)
+        outputs: Outputs = "last" if end == len(prompt) else "none"
+        rows = context.decode_spans([Span(0, prompt[at:end], at, outputs)])
+        at = end
         yield
     first = log_softmax(context.logits_view(rows[0]))
     for item, result in part:

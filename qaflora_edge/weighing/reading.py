@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qaflora_edge.backend.batch import Outputs
-from qaflora_edge.backend.context import N_UBATCH
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
 
@@ -69,17 +69,18 @@ def probe_context(
 def read_tokens(
     context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int
 ) -> Steps[None]:
-    """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time.
-
-    llama.cpp would cut at the same places: each micro-batch has as many tokens of each sequence.
-    """
-    size = max(1, N_UBATCH // n_seq)
-    for at in range(start, len(tokens), size):
-        piece = tokens[at : at + size]
-        is_last = at + size >= len(tokens)
+    """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
+    pieces, at = pieces_of(n_seq), start
+    while at < len(tokens):
+        end = at + pieces.next(len(tokens) - at)
+        is_last = end == len(tokens)
         context.decode(
-            piece, start=at, outputs=outputs if is_last or outputs == "all" else "none", n_seq=n_seq
+            tokens[at:end],
+            start=at,
+            outputs=outputs if is_last or outputs == "all" else "none",
+            n_seq=n_seq,
         )
+        at = end
         if not is_last:
             yield
 

@@ -1,0 +1,65 @@
+"""Measure: what exact weights cost, for numbers of adapters and lengths of a prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from qaflora_edge.backend.context import Context
+from qaflora_edge.bench.measure import Plan, Row, Run, Tell, in_turn, report, spread
+from qaflora_edge.bench.rig import Prompts, Rig, read_prompt
+from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.reading import run_alone
+
+
+def measure_probe(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+    """The divergences of each adapter, and reading under weights, beside the base's prefill."""
+    longest = max(plan.probe_lengths)
+    base = rig.base(n_ctx=longest)
+    probers = {k: rig.prober(k) for k in plan.ks}
+    fused = {k: rig.ours(k, n_ctx=longest) for k in plan.ks}
+    for k, prober in probers.items():  # they make their contexts for the longest prompt at once
+        _probe(prober, k, plan, prompts.draw(longest))
+    rows: list[Row] = []
+    total = len(plan.probe_lengths) * (1 + plan.repeat)
+    for at, length in enumerate(plan.probe_lengths):
+        runs: dict[int, list[Run]] = {k: [] for k in plan.ks}
+        for turn in range(1 + plan.repeat):
+            tokens = prompts.draw(length)
+            round_ = {}
+            for k in in_turn([0, *plan.ks], turn):
+                if k == 0:
+                    round_[k] = {"prefill_ms": _read(base, tokens)}
+                else:
+                    run = _probe(probers[k], k, plan, tokens)
+                    round_[k] = run | {"fused_ms": _read(fused[k], tokens)}
+            if turn:
+                for k in plan.ks:
+                    runs[k].append(round_[k] | {"prefill_ms": round_[0]["prefill_ms"]})
+            report(tell, "probe", at * (1 + plan.repeat) + turn + 1, total)
+        rows += [_row(length, k, runs[k]) for k in plan.ks]
+    return rows
+
+
+def _probe(prober: Prober, k: int, plan: Plan, tokens: Sequence[int]) -> Run:
+    start = time.perf_counter()
+    run_alone(prober.divergence(tokens, range(k), "kl", plan.lens, plan.pool))
+    ms = 1e3 * (time.perf_counter() - start)
+    return {"probe_ms": ms, "forward_ms": prober.timings.forward_ms}
+
+
+def _read(context: Context, tokens: Sequence[int]) -> float:
+    """Milliseconds until there are logits."""
+    context.clear()
+    start = time.perf_counter()
+    read_prompt(context, tokens)
+    context.logits_view()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _row(length: int, k: int, runs: Sequence[Run]) -> Row:
+    row: Row = {"prompt_tokens": length, "k": k}
+    row |= {key: spread([run[key] for run in runs]) for key in runs[0]}
+    for what in ("probe", "fused"):
+        row[f"{what}_of_plain"] = spread([run[f"{what}_ms"] / run["prefill_ms"] for run in runs])
+    return row | {"runs": list(runs)}
