@@ -97,7 +97,7 @@ $(DONE)/binding: $(DONE)/venv patches/UPSTREAM
 	@touch $@
 
 $(DONE)/package: $(DONE)/binding $(DONE)/cmake-args $(PACKAGE_FILES)
-	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' $(INSTALL_OPTIONS) .
+	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' $(INSTALL_OPTIONS) '.[server]'
 	@touch $@
 
 # Plain `torch` is what pip's configuration makes it; the tests need only a CPU build.

@@ -41,6 +41,8 @@ class Option:
     unset     the default in words, where `default` does not say it
     defaults  command -> the default that it has instead
     aliases   other names in OpenAI's calls
+    variable  a further variable of the environment that sets it
+    is_secret whether its value is not to be shown
     """
 
     name: str
@@ -58,6 +60,8 @@ class Option:
     unset: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    variable: str = ""
+    is_secret: bool = False
 
     @property
     def key(self) -> str:
@@ -138,11 +142,11 @@ OPTIONS = (
     Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
            help="Take the prompt as it is: no chat template."),
     Option("n_ctx", int, 2048, "engine", "--ctx", low=1, high=MAX_CTX, noun=_TOKENS,
-           defaults={"chat": None},
+           defaults={"chat": None, "serve": 4096},
            help="Tokens of prompt and answer together; a chat decides by itself unless told."),
     Option("n_parallel", int, 1, "engine", "--parallel", low=1, high=MAX_PARALLEL,
            noun="a number of requests", help="How many requests are decoded together.",
-           defaults={"compare": 4}),
+           defaults={"compare": 4, "serve": 4}),
     Option("kv_type", str, "f16", "engine", "--kv-type", choices=tuple(KV_TYPES),
            help="Type of the KV cache."),
     Option("flash_attn", bool, True, "engine", "--no-flash-attn/--flash-attn",
@@ -154,7 +158,8 @@ OPTIONS = (
     Option("max_tokens", int, None, "sampling", "--max-tokens", low=0, noun=_TOKENS,
            help="The most tokens that are generated.", aliases=("max_completion_tokens",),
            defaults={"run": 512, "chat": 512, "llm": 512, "compare": 256, "bench": 64}),
-    Option("temperature", float, 0.0, "sampling", "--temp", low=0, defaults={"chat": 0.7},
+    Option("temperature", float, 0.0, "sampling", "--temp", low=0,
+           defaults={"chat": 0.7, "serve": 0.7},
            help="Temperature of sampling; 0 is greedy."),
     Option("top_p", float, 0.95, "sampling", "--top-p", low=0, is_open=True, high=1,
            help="Sample from the likeliest tokens that make up this much; 1 is all."),
@@ -194,6 +199,30 @@ OWN_OPTIONS = {
                "each under its own weights."),
         Option("plain", bool, False, flag="--plain/--no-plain", unset="so off a terminal",
                help="No escape codes, no line editing, no rendered Markdown."),
+    ),
+    "serve": (
+        Option("host", str, "127.0.0.1", flag="--host", metavar="ADDRESS",
+               help="Where to listen; 0.0.0.0 is every address of this machine."),
+        Option("port", int, 8080, flag="--port", low=0, high=65535, noun="a number of a port",
+               help="Where to listen; 0 chooses a free one."),
+        Option("api_key", str, flag="--api-key", metavar="KEY", variable="QAFLORA_API_KEY",
+               is_secret=True, unset="none",
+               help="What requests have to carry as Authorization: Bearer KEY. Others see the "
+               "command line: better set the variable."),
+        Option("max_queue", int, 64, flag="--max-queue", low=0, high=100_000,
+               noun="a number of requests",
+               help="How many requests may wait; others are told to come again."),
+        Option("timeout", float, 600.0, flag="--timeout", low=0, is_open=True, high=1e6,
+               noun="a number of seconds",
+               help="The longest that a request may take in seconds; its answer is cut then."),
+        Option("cors_origin", tuple, flag="--cors-origin", metavar="ORIGIN",
+               help="Let pages of this origin ask, such as https://example.org; repeatable."),
+        Option("allow_host", tuple, flag="--allow-host", metavar="NAME",
+               help="Take requests to this name, as behind a proxy; repeatable."),
+        Option("insecure", bool, False, flag="--insecure/--no-insecure",
+               help="Serve beyond this machine without an API key."),
+        Option("log_prompts", bool, False, flag="--log-prompts/--no-log-prompts",
+               help="Write what is asked into the log."),
     ),
     "convert": (
         Option("outtype", str, "f16", flag="--outtype", choices=OUTTYPES,

@@ -235,7 +235,7 @@ def test_settings_are_shown_with_their_origin(
     assert lines[0] == str(config)
     assert [line.split() for line in lines if line.startswith(("lens", "threads", "ctx"))] == [
         ["lens", '"raw"', "the", "file"],
-        ["ctx", ctx["default"], "default"],
+        ["ctx", *ctx["default"].split(), "default"],
         ["threads", '"3"', "QAFLORA_THREADS"],
     ]
 

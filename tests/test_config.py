@@ -133,6 +133,7 @@ def test_defaults_of_a_command(command: str) -> None:
         "weights": {},
         "compare": {"max_tokens": 256, "n_parallel": 4},
         "bench": {"max_tokens": 64},
+        "serve": {"n_ctx": 4096, "n_parallel": 4, "temperature": 0.7},
     }
     expected = {
         "strategy": None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +152,10 @@ class Model(Handle):
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> bytes:
+        """The bytes that tokens stand for."""
+        return b"".join(self.piece(token, special=special) for token in tokens)
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends a generation."""

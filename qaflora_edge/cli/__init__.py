@@ -21,6 +21,7 @@ from qaflora_edge.files import is_disk_full, one_line
 VERBS = {
     "run": "Answer a prompt with the weighed adapters.",
     "chat": "Talk with the weighed adapters.",
+    "serve": "Serve bundles to programs and browsers that speak OpenAI's API.",
     "compare": "Show what several strategies answer, side by side.",
     "weights": "Show what each adapter weighs for a prompt.",
     "bundle": "Make, change, show and verify bundles.",

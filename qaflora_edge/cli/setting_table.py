@@ -26,8 +26,9 @@ from qaflora_edge.settings import (
 )
 
 PREFIX = "QAFLORA_"
+SECRET = "(secret)"  # shown instead of a value that is one
 # Tables that take the shared options; `llm` is the plugin for the program of that name.
-SHARED_TABLES = ("run", "chat", "compare", "weights", "bench", "llm")
+SHARED_TABLES = ("run", "chat", "compare", "weights", "bench", "serve", "llm")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
 
 
@@ -43,11 +44,14 @@ class Setting:
     variables: tuple[str, ...]
     kind: str
     meaning: str
+    is_secret: bool = False
 
 
 def variables(key: str, table: str | None) -> tuple[str, ...]:
     """Environment variables for a key: of one command first, then of all."""
-    own = (f"{PREFIX}{table}_{key}".upper(),) if table else ()
+    own: tuple[str, ...] = (f"{PREFIX}{table}_{key}".upper(),) if table else ()
+    if (option := OWN.get(table or "", {}).get(key)) and option.variable:
+        own += (option.variable,)
     shared = (f"{PREFIX}{key}".upper(),) if key in SHARED else ()
     return own + shared
 
@@ -105,7 +109,7 @@ def command_settings() -> list[Setting]:
 def _setting(key: str, table: str | None, option: Option) -> Setting:
     name = f"{table}.{key}" if table else key
     kind = option.expected + ("; in the environment one text" if option.kind is tuple else "")
-    return Setting(name, variables(key, table), kind, meaning(option))
+    return Setting(name, variables(key, table), kind, meaning(option), option.is_secret)
 
 
 def table_options(table: str) -> dict[str, Option]:
@@ -207,8 +211,10 @@ def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
     """
     for variable in row.variables:
         if value := os.environ.get(variable):
-            return value, variable
+            return SECRET if row.is_secret else value, variable
     found: Any = settings
     for part in (row.key or "").split("."):
         found = found.get(part) if isinstance(found, dict) else None
-    return (None, "default") if found is None else (found, str(settings_path()))
+    if found is None:
+        return None, "default"
+    return SECRET if row.is_secret else found, str(settings_path())

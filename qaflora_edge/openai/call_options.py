@@ -14,7 +14,7 @@ _UNUSED = frozenset(
     | {"prompt_cache_key", "prompt_cache_retention"}
 )
 # What has to stay at one of these values; the first is the default.
-_FIXED = {
+FIXED = {
     "functions": (None,),
     "function_call": (None,),
     "modalities": (None, ["text"]),
@@ -32,7 +32,7 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises OptionError for one that cannot be followed.
     """
     known = {**options}
-    check_fixed("chat", {name: known.pop(name) for name in _FIXED if name in known}, _FIXED)
+    check_fixed("chat", {name: known.pop(name) for name in FIXED if name in known}, FIXED)
     for name in _UNUSED & known.keys():
         del known[name]
     known |= _logprobs(known.pop("logprobs", None), known.pop("top_logprobs", None))

@@ -7,8 +7,6 @@ done is refused by name, and never ignored; what only steers speed or memory is 
 from __future__ import annotations
 
 import os
-import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,8 +16,8 @@ from typing import Any, Literal, Self, overload
 from qaflora_edge.backend import native
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.engine import Engine
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.call_options import check_fixed
+from qaflora_edge.openai.completions import text_chunks, text_dict
 
 # Of Llama(): what changes no answer, and what has to stay at these values (the default first).
 _UNUSED = frozenset(
@@ -168,8 +166,8 @@ class Llama:
         )
         start = self._text(prompt) if echo else ""
         if stream:
-            return _text_chunks(self.model_path, generation, start)
-        return _text_dict(self.model_path, generation, start)
+            return text_chunks(self.model_path, [(start, generation)])
+        return text_dict(self.model_path, [(start, generation)])
 
     __call__ = create_completion
 
@@ -244,7 +242,7 @@ class Llama:
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
     ) -> bytes:
         """The text of tokens, without the space that a vocabulary puts before the first word."""
-        text = b"".join(self.engine._model.piece(token, special=special) for token in tokens)
+        text = self.engine._model.detokenize(tokens, special=special)
         is_begin = not prev_tokens and bool(tokens) and tokens[0] == self.token_bos()
         return text[1:] if is_begin and text[:1] == b" " else text
 
@@ -298,32 +296,3 @@ def _seed(seed: int | None) -> int | None:
 def _grammar(grammar: Any) -> str | None:
     """The text of a LlamaGrammar, or GBNF text."""
     return grammar if grammar is None or isinstance(grammar, str) else str(grammar._grammar)
-
-
-def _text_chunk(head: dict[str, Any], text: str, reason: str | None) -> dict[str, Any]:
-    choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
-    return {**head, "choices": [choice]}
-
-
-def _head(model_name: str) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{uuid.uuid4()}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model_name,
-    }
-
-
-def _text_dict(model_name: str, generation: Generation, start: str) -> dict[str, Any]:
-    text = start + generation.text()
-    chunk = _text_chunk(_head(model_name), text, generation.finish_reason)
-    return {**chunk, "usage": generation.usage}
-
-
-def _text_chunks(model_name: str, generation: Generation, start: str) -> Iterator[dict[str, Any]]:
-    head = _head(model_name)
-    if start:
-        yield _text_chunk(head, start, None)
-    for piece in generation:
-        yield _text_chunk(head, piece, None)
-    yield _text_chunk(head, "", generation.finish_reason)

@@ -1,0 +1,104 @@
+"""qaflora serve"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import click
+
+from qaflora_edge.cli.options import (
+    BUNDLE,
+    SharedOptions,
+    bundle_folder,
+    example,
+    own_options,
+    shared_options,
+)
+from qaflora_edge.errors import OptionError
+
+if TYPE_CHECKING:
+    from qaflora_edge.server.options import ServerOptions
+
+KEY_RULE = "8 or more printable ASCII characters without spaces"
+
+
+@click.command(
+    epilog=example(
+        """
+        qaflora serve models/demo
+        qaflora serve models/demo models/other --parallel 8 --port 8000
+        QAFLORA_API_KEY=... qaflora serve models/demo --host 0.0.0.0
+        """
+    )
+)
+@click.argument("bundles", nargs=-1, required=True, **BUNDLE)
+@own_options
+@shared_options
+def serve(
+    bundles: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_queue: int,
+    timeout: float,
+    cors_origin: tuple[str, ...],
+    allow_host: tuple[str, ...],
+    insecure: bool,
+    log_prompts: bool,
+    options: SharedOptions,
+) -> None:
+    """Serve bundles to programs and browsers that speak OpenAI's API.
+
+    Each DIR is a model by its name, and NAME:STRATEGY for each strategy that it can follow; GET
+    /v1/models lists them. Beyond this machine (--host) an API key is needed, or --insecure. The
+    options of sampling hold for requests that say nothing. Ctrl-C or SIGTERM ends what runs
+    first; a second one ends at once.
+    """
+    from qaflora_edge.server.options import ServerOptions
+    from qaflora_edge.server.security import LOCAL_NAMES, is_loopback
+
+    if not is_loopback(host) and api_key is None and not insecure:
+        raise click.UsageError(
+            f"--host {host} can be reached from other machines, and there is no API key. Set "
+            "QAFLORA_API_KEY, or say --insecure if everyone may use it."
+        )
+    _check_key(api_key)
+    names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
+    is_open = api_key is not None and not is_loopback(host)
+    _listen(
+        bundles,
+        host,
+        port,
+        ServerOptions(
+            api_key=api_key,
+            cors_origins=cors_origin,
+            hosts=None if is_open or "*" in allow_host else frozenset(names),
+            max_queue=max_queue,
+            timeout_s=timeout,
+            logs_prompts=log_prompts,
+            engine={"strategy": options.strategy, **options.engine},
+            sampling=options.sampling,
+            raw_prompt=options.raw_prompt,
+        ),
+    )
+
+
+def _check_key(api_key: str | None) -> None:
+    is_printable = api_key is None or all("!" <= character <= "~" for character in api_key)
+    if api_key is not None and (len(api_key) < 8 or not is_printable):
+        raise OptionError(
+            f"The API key has {len(api_key)} characters, expected {KEY_RULE}; choose another one "
+            "(--api-key, QAFLORA_API_KEY)."
+        )
+
+
+def _listen(bundles: tuple[str, ...], host: str, port: int, options: ServerOptions) -> None:
+    try:
+        from qaflora_edge.server.run import run
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"qaflora serve needs the package {error.name}, which is not installed, expected "
+            "those of the extra `server`; install them with: pip install 'qaflora-edge[server]'."
+        ) from error
+    run([bundle_folder(bundle) for bundle in bundles], host, port, options)

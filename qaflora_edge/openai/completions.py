@@ -1,0 +1,84 @@
+"""Answers in the shape of OpenAI's completions of text."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.openai.logprobs import ShownTokens, text_logprobs
+
+Answers = Iterable[tuple[str, Generation]]
+
+
+def text_dict(model_name: str, answers: Answers, n: int = 1) -> dict[str, Any]:
+    """Whole answers; each is a choice.
+
+    answers  each with the text that stands before it
+    n        answers of each prompt
+    """
+    choices, usage = [], _Usage(n)
+    for index, (start, generation) in enumerate(answers):
+        shown, text = ShownTokens(generation), generation.text()
+        entries = shown.take(text)
+        logprobs = text_logprobs(entries, len(start)) if shown.is_asked else None
+        choices.append(_choice(index, start + text, logprobs, generation.finish_reason))
+        usage.add(index, generation)
+    return {**_head(model_name), "choices": choices, "usage": usage.total()}
+
+
+def text_chunks(
+    model_name: str, answers: Answers, n: int = 1, *, include_usage: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The same as a stream of chunks, choices one after another."""
+    head, usage = _head(model_name), _Usage(n)
+    if include_usage:
+        head["usage"] = None
+    for index, (start, generation) in enumerate(answers):
+        shown, offset = ShownTokens(generation), len(start)
+        if start:
+            yield {**head, "choices": [_choice(index, start, None, None)]}
+        for piece in generation:
+            entries = shown.take(piece)
+            logprobs = text_logprobs(entries, offset) if entries else None
+            offset += len(piece)
+            yield {**head, "choices": [_choice(index, piece, logprobs, None)]}
+        yield {**head, "choices": [_choice(index, "", None, generation.finish_reason)]}
+        usage.add(index, generation)
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage.total()}
+
+
+class _Usage:
+    """Tokens of all answers; the prompt of several is read once."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._n_prompt = self._n_completion = 0
+
+    def add(self, index: int, generation: Generation) -> None:
+        if index % self._n == 0:
+            self._n_prompt += generation.n_prompt
+        self._n_completion += generation.n_completion
+
+    def total(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._n_prompt,
+            "completion_tokens": self._n_completion,
+            "total_tokens": self._n_prompt + self._n_completion,
+        }
+
+
+def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _head(model_name: str) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{uuid.uuid4()}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model_name,
+    }

@@ -1,0 +1,1 @@
+"""The server: bundles for programs and browsers that speak OpenAI's API."""

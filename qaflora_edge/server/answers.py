@@ -1,0 +1,162 @@
+"""Routes that answer: chats and texts."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qaflora_edge.chat.messages import checked_messages
+from qaflora_edge.engine import Engine
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
+from qaflora_edge.openai.completions import text_chunks, text_dict
+from qaflora_edge.server import fields
+from qaflora_edge.server.body import json_body
+from qaflora_edge.server.fields import Fusion
+from qaflora_edge.server.refusals import Refusal, wrong_field
+from qaflora_edge.server.stream import DONE, encoded, event
+from qaflora_edge.server.tokens import spelt
+from qaflora_edge.server.work import Emit, Work
+
+MAX_PROMPTS = 64  # of one request
+
+
+class Told:
+    """What an answer tells beside OpenAI's fields: the mix, and the times."""
+
+    def __init__(self, first: Generation, fusion: Fusion) -> None:
+        self._first, self._fusion = first, fusion
+
+    def head(self) -> dict[str, str]:
+        return self._fusion.headers(self._first.fusion)
+
+    def begin(self) -> dict[str, Any]:
+        return self._fusion.answer_fields(self._first.fusion)
+
+    def end(self) -> dict[str, Any]:
+        return {**self.begin(), "timings": self._first.timings.to_dict()}
+
+    def send_whole(self, answer: Mapping[str, Any], emit: Emit) -> None:
+        emit(self.head())
+        emit(encoded({**_ended(answer), **self.end()}))
+
+    def send_chunks(self, chunks: Iterator[dict[str, Any]], emit: Emit) -> None:
+        """Chunks as events: the mix is on the first, and with the times on that of the usage."""
+        emit(self.head())
+        more = self.begin()
+        for chunk in chunks:
+            more = more if chunk["choices"] else self.end()
+            emit(event({**_ended(chunk), **more}))
+            more = {}
+        emit(DONE)
+
+
+def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the time limit has cut was cut by length, in OpenAI's words."""
+    for choice in answer["choices"]:
+        if choice["finish_reason"] == "cancelled":
+            choice["finish_reason"] = "length"
+    return answer
+
+
+async def chat_completions(request: Request) -> Response:
+    """POST /v1/chat/completions"""
+    body = await json_body(request)
+    state = request.app.state
+    bundle, strategy = state.shelf.find(body.get("model"))
+    messages = fields.messages(body)
+    fusion = fields.read_fusion(body, strategy, bundle.adapters)
+    options = fields.chat_options(body, state.options.sampling)
+    is_stream, usage = fields.flag(body, "stream"), fields.includes_usage(body)
+    model = body.get("model") or bundle.name
+    is_raw = state.options.raw_prompt
+
+    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+        asked = _RawChat(engine) if is_raw else engine
+        begun = begin_chat(asked, messages, cancel=cancel, **fusion.options, **options)
+        told = Told(begun.first, fusion)
+        answers, has_tools = begun.answers, begun.has_tools
+        if is_stream:
+            chunks = completion_chunks(model, answers, has_tools=has_tools, include_usage=usage)
+            told.send_chunks(chunks, emit)
+        else:
+            told.send_whole(completion_dict(model, answers, has_tools=has_tools), emit)
+
+    return Work(request, bundle, compute, is_stream=is_stream)
+
+
+class _RawChat:
+    """An Engine that takes a conversation line by line, without the base's template."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.answers, self._engine = engine.name, engine.answers, engine
+
+    def chat_tokens(
+        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        if tools:
+            raise wrong_field("tools", list(tools), "none: chats have no template (--raw-prompt)")
+        lines = [message["content"] for message in checked_messages(messages)]
+        return self._engine.tokenize("\n".join(lines) + "\n")
+
+
+async def completions(request: Request) -> Response:
+    """POST /v1/completions"""
+    body = await json_body(request)
+    state = request.app.state
+    bundle, strategy = state.shelf.find(body.get("model"))
+    prompts = _prompts(body.get("prompt"))
+    fusion = fields.read_fusion(body, strategy, bundle.adapters)
+    options = fields.text_options(body, state.options.sampling)
+    n = options.pop("n")
+    is_stream, usage = fields.flag(body, "stream"), fields.includes_usage(body)
+    is_echo = fields.flag(body, "echo")
+    if is_echo and options.get("logprobs") is not None:
+        raise wrong_field("echo", True, "false beside logprobs")
+    model = body.get("model") or bundle.name
+
+    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+        more = {"cancel": cancel, "parse_special": True, **fusion.options, **options}
+
+        def answers() -> Iterator[tuple[str, Generation]]:
+            for prompt in prompts:
+                start = spelt(engine, prompt) if is_echo else ""
+                for answer in engine.answers(prompt, n, **more):
+                    yield start, answer
+                    if cancel.is_set():
+                        return
+
+        all_answers = answers()
+        first = next(all_answers)
+        told, rest = Told(first[1], fusion), itertools.chain([first], all_answers)
+        if is_stream:
+            told.send_chunks(text_chunks(model, rest, n, include_usage=usage), emit)
+        else:
+            told.send_whole(text_dict(model, rest, n), emit)
+
+    return Work(request, bundle, compute, is_stream=is_stream)
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """The prompts of a completion: texts, or lists of token ids."""
+    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_token, prompt)))
+    found = [prompt] if is_one else prompt
+    if not isinstance(found, list) or not found or not prompt:
+        raise wrong_field("prompt", prompt, "a text, a list of token ids, or a list of these")
+    for each in found:
+        is_ids = isinstance(each, list) and all(map(_is_token, each))
+        if not each or not (isinstance(each, str) or is_ids):
+            raise wrong_field("prompt", prompt, "a text, a list of token ids, or a list of these")
+    if len(found) > MAX_PROMPTS:
+        message = f"The field prompt has {len(found)} prompts, expected {MAX_PROMPTS} at most."
+        raise Refusal(400, message, param="prompt")
+    return found
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

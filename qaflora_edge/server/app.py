@@ -1,0 +1,153 @@
+"""The application: routes, and what stands before them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from qaflora_edge.errors import QafloraError
+from qaflora_edge.server.answers import chat_completions, completions
+from qaflora_edge.server.options import ServerOptions
+from qaflora_edge.server.refusals import Refusal, refusal
+from qaflora_edge.server.security import Gate
+from qaflora_edge.server.shelf import Shelf
+from qaflora_edge.server.tokens import detokenize, tokenize, weights
+from qaflora_edge.server.work import refused_response
+
+NOT_HERE = ("/v1/embeddings", "/v1/images/{rest:path}", "/v1/audio/{rest:path}")
+
+
+def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
+    """The server for some bundles, or bases alone; the first is opened as it starts.
+
+    Raises BundleError for a bundle that cannot be read.
+    """
+    threads = ThreadPoolExecutor(max_workers=_n_thread(options), thread_name_prefix="qaflora")
+
+    async def in_thread(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        call = partial(function, *args, **keywords)
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+    shelf = Shelf(places, options.engine, options.max_queue, in_thread)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        opening = asyncio.create_task(_open_first(app))
+        try:
+            yield
+        finally:
+            for work in list(app.state.running):
+                work.stop()
+            await asyncio.gather(opening, return_exceptions=True)
+            await asyncio.to_thread(shelf.close)
+            threads.shutdown()
+
+    app = Starlette(
+        routes=_routes(),
+        middleware=[Middleware(Gate, options=options), *_cors(options)],
+        exception_handlers={
+            Refusal: _refused,
+            QafloraError: _refused,
+            HTTPException: _http_error,
+            Exception: _refused,
+        },
+        lifespan=lifespan,
+    )
+    app.state.options, app.state.shelf, app.state.in_thread = options, shelf, in_thread
+    app.state.running, app.state.is_opening = set(), False
+    return app
+
+
+def _n_thread(options: ServerOptions) -> int:
+    """Threads for all who compute at once, in several bundles."""
+    return 4 * (int(options.engine.get("n_parallel", 1)) + 1) + 2
+
+
+def _routes() -> list[Route]:
+    return [
+        Route("/health", health, methods=["GET"]),
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{model:path}", model, methods=["GET"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/weights", weights, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        *(Route(path, not_here, methods=["GET", "POST"]) for path in NOT_HERE),
+    ]
+
+
+def _cors(options: ServerOptions) -> list[Middleware]:
+    if not options.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Fusion", "Retry-After"],
+        )
+    ]
+
+
+async def _open_first(app: Starlette) -> None:
+    shelf: Shelf = app.state.shelf
+    app.state.is_opening = True
+    try:
+        with contextlib.suppress(Refusal):  # the log and GET /health say so
+            async with shelf.engine(next(iter(shelf.bundles.values()))):
+                pass
+    finally:
+        app.state.is_opening = False
+
+
+async def health(request: Request) -> Response:
+    """GET /health"""
+    state = request.app.state
+    status = "loading" if state.is_opening else "error" if state.shelf.failed else "ok"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models"""
+    return JSONResponse({"object": "list", "data": request.app.state.shelf.listed()})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/{model}"""
+    shelf: Shelf = request.app.state.shelf
+    name = request.path_params["model"]
+    return JSONResponse(shelf.card(shelf.find(name)[0], name))
+
+
+async def not_here(request: Request) -> Response:
+    """What OpenAI has and a bundle has not."""
+    message = f"{request.url.path:.100} is not offered here: a bundle reads and writes text."
+    return refused_response(Refusal(501, message, code="not_implemented"))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return refused_response(refusal(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = f"{request.method:.20} {request.url.path:.100}"
+    message = f"{path}: {error.detail}; GET /openapi.json lists what there is."
+    found = refused_response(Refusal(error.status_code, message, code="not_found"))
+    found.headers.update(error.headers or {})
+    return found

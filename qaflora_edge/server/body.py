@@ -1,0 +1,43 @@
+"""The body of a request: one JSON object, of bounded size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from qaflora_edge.formats.json_text import is_unicode, read_json_object
+from qaflora_edge.server.options import MAX_BODY_BYTES
+from qaflora_edge.server.refusals import Refusal
+
+
+async def json_body(request: Request) -> dict[str, Any]:
+    """The JSON object of a body. Raises Refusal for what is none, or is too large."""
+    data = await _bytes(request)
+    try:
+        found = read_json_object(data)
+    except ValueError as error:  # errors of JSON and UTF-8 too
+        raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
+    if b"\\u" in data and not is_unicode(json.dumps(found, ensure_ascii=False)):
+        raise Refusal(400, "The body has half of a surrogate pair, expected Unicode text.")
+    return found
+
+
+async def _bytes(request: Request) -> bytes:
+    size = request.headers.get("content-length", "")
+    if size.isdecimal() and int(size) > MAX_BODY_BYTES:
+        raise _too_large()
+    data = bytearray()
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY_BYTES:
+                raise _too_large()
+    except ClientDisconnect as error:
+        raise Refusal(400, "The body was not sent to its end.") from error
+    return bytes(data)
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, f"The body has more than {MAX_BODY_BYTES} bytes.", code="request_too_large")

@@ -1,0 +1,45 @@
+"""What a server is started with, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_BODY_BYTES = 4 << 20
+MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+MAX_CHOICES = 16  # answers of one request
+MAX_STOPS = 16
+MAX_FORM_BYTES = 256 << 10  # a grammar, a schema or tools, as JSON
+
+PING_S = 5.0  # a stream that has nothing to say says so after as long
+SEND_S = 60.0  # how long after its end an answer may still be sent
+RETRY_AFTER_S = 2
+DRAIN_S = 30.0  # what is running may take as long to end when the server is told to
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How a server answers.
+
+    api_key       what requests have to carry, None: nothing
+    cors_origins  origins of pages that may ask beside our own; "*" is all
+    hosts         names that requests may call the server by, None: any
+    max_queue     requests that may wait
+    timeout_s     the longest that a request may take
+    logs_prompts  whether the log holds what was asked
+    engine        keywords of every Engine
+    sampling      keywords of Engine.generate where a request says nothing
+    raw_prompt    chats are joined line by line, without the base's template
+    """
+
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    hosts: frozenset[str] | None = None
+    max_queue: int = 64
+    timeout_s: float = 600.0
+    logs_prompts: bool = False
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    raw_prompt: bool = False

@@ -1,0 +1,99 @@
+"""Failures as OpenAI's clients expect them: a status, and an object `error`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qaflora_edge.errors import (
+    BusyError,
+    CancelledError,
+    ChatTemplateError,
+    GrammarError,
+    OptionError,
+    PromptError,
+    QafloraError,
+    StrategyError,
+    WeightsError,
+)
+from qaflora_edge.server.options import RETRY_AFTER_S
+
+# What the sender of a request can cure -> the field that it is about, where the error names none.
+_OF_REQUEST: dict[type[QafloraError], str | None] = {
+    OptionError: None,
+    PromptError: "messages",
+    ChatTemplateError: "messages",
+    GrammarError: "response_format",
+    StrategyError: "fusion",
+    WeightsError: "fusion",
+}
+
+
+class Refusal(Exception):
+    """Why a request is not answered.
+
+    kind     OpenAI's `type`
+    param    the field that is wrong
+    code     what programs tell it by
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        is_retried: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.param, self.code = status, kind, param, code
+        self.headers = {"Retry-After": str(RETRY_AFTER_S)} if is_retried else {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON that is answered."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def wrong_field(param: str, found: object, expected: str) -> Refusal:
+    """Status 400 for a field that cannot be meant."""
+    shown = repr(found)
+    shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
+    message = f"The field {param} is {shown}, expected {expected}."
+    return Refusal(400, message, param=param, code="invalid_value")
+
+
+def unavailable(message: str, code: str) -> Refusal:
+    """Status 503: another time it may be answered."""
+    return Refusal(503, message, kind="server_error", code=code, is_retried=True)
+
+
+def refusal(error: BaseException, *, is_expired: bool = False) -> Refusal:
+    """What is answered for a failure; what is inside the server stays there.
+
+    is_expired  whether the request has used up its time
+    """
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, CancelledError) and is_expired:
+        return unavailable("The request took too long; try again, or ask for less.", "timeout")
+    if isinstance(error, BusyError | CancelledError):
+        return unavailable("The server is shutting down.", "shutting_down")
+    for kind, param in _OF_REQUEST.items():
+        if isinstance(error, kind):
+            named = error.option if isinstance(error, OptionError) else None
+            return Refusal(400, str(error), param=named or param, code="invalid_value")
+    return Refusal(
+        500,
+        "The server failed to answer; its log says why.",
+        kind="server_error",
+        code="internal_error",
+    )

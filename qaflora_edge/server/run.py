@@ -1,0 +1,65 @@
+"""Listen, until a signal ends it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from qaflora_edge.errors import OptionError
+from qaflora_edge.server.app import make_app
+from qaflora_edge.server.options import DRAIN_S, ServerOptions
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class _Server(uvicorn.Server):
+    """Whose second signal ends it at once, whichever it is."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) -> None:
+    """Serve bundles until SIGINT or SIGTERM; what runs then has some seconds to end.
+
+    Raises BundleError for a bundle that cannot be read, OptionError where it cannot listen.
+    """
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    app = make_app(places, options)
+    listener = _listener(host, port)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=int(DRAIN_S),
+    )
+    shown = f"[{host}]" if ":" in host else host
+    logging.getLogger(__name__).info("http://%s:%d/", shown, listener.getsockname()[1])
+    with listener:
+        _Server(config).run(sockets=[listener])
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise OptionError(
+            f"Cannot listen at {host} port {port}: {error.strerror}. Choose an address of this "
+            "machine and a free port (--host, --port)."
+        ) from error
+    return listener

@@ -1,0 +1,226 @@
+"""The bundles that a server has: what they are called, and the Engines of those in use."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qaflora_edge.bundles.open import is_base, read_bundle_text
+from qaflora_edge.engine import Engine
+from qaflora_edge.errors import BundleError, QafloraError
+from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE
+from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.server.refusals import Refusal, unavailable
+from qaflora_edge.server.turns import Room, Turns
+from qaflora_edge.weighing.numbers import DEFAULT_LENS, DEFAULT_POOL, DEFAULT_STRATEGY
+from qaflora_edge.weighing.strategy import Strategy, strategies
+from qaflora_edge.weighing.weigher import Weigher
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+InThread = Callable[..., Any]
+
+
+@dataclass
+class Shelved:
+    """One bundle, opened or not.
+
+    name        how clients call it
+    strategies  that it can follow, as in NAME:STRATEGY
+    engine      None while it is not loaded
+    n_user      requests that use the Engine now
+    """
+
+    name: str
+    place: Path
+    adapters: tuple[str, ...]
+    n_layer: int
+    strategy: str
+    strategies: tuple[str, ...]
+    turns: Turns
+    engine: Engine | None = None
+    n_user: int = 0
+    used_s: float = 0.0
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.name, *(f"{self.name}:{strategy}" for strategy in self.strategies)]
+
+
+class Shelf:
+    """Bundles by name; each is opened when it is first asked for.
+
+    engine     keywords of every Engine
+    in_thread  runs a function that takes long: an awaitable of what it returns
+
+    Raises BundleError for a bundle that cannot be read, or a name that is given twice.
+    """
+
+    def __init__(
+        self, places: Iterable[Path], engine: Mapping[str, Any], max_queue: int, in_thread: InThread
+    ) -> None:
+        self._engine, self._in_thread = dict(engine), in_thread
+        self._loading = asyncio.Lock()
+        self.room = Room(max_queue)
+        self.failed: str | None = None  # the name of a bundle that could not be opened last
+        self.bundles: dict[str, Shelved] = {}
+        for place in places:
+            bundle = self._read(place)
+            if bundle.name in self.bundles:
+                raise BundleError(
+                    f"Cannot serve {place}: its name {bundle.name} is that of "
+                    f"{self.bundles[bundle.name].place} too, expected different names. Rename one "
+                    "with `qaflora bundle`, or copy it to a folder with another name."
+                )
+            self.bundles[bundle.name] = bundle
+
+    def _read(self, place: Path) -> Shelved:
+        """What a bundle says of itself; nothing is loaded."""
+        if is_base(place):
+            name, text = place.stem, None
+            weigher = self._weigher((), read_gguf_header(place).n_layer, {}, {})
+        else:
+            text = read_bundle_text(place)
+            name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
+            names = tuple(adapter.name for adapter in text.adapters)
+            weigher = self._weigher(names, text.base.n_layer, text.fusion, text.typical)
+        if not NAME_PATTERN.fullmatch(name):
+            raise BundleError(
+                f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
+                "in bundle.json, or rename the folder or file."
+            )
+        n_parallel = self._engine.get("n_parallel", 1)
+        return Shelved(
+            name=name,
+            place=place,
+            adapters=weigher.adapters,
+            n_layer=weigher.n_layer,
+            strategy=weigher.strategy,
+            strategies=tuple(_followed(weigher)),
+            # One more than fit: it is weighed while the others are decoded.
+            turns=Turns(n_parallel + 1 if n_parallel > 1 else 1, self.room),
+        )
+
+    def _weigher(
+        self, adapters: tuple[str, ...], n_layer: int, fusion: Mapping[str, str], typical: Any
+    ) -> Weigher:
+        chosen = {key: self._engine.get(key) for key in ("strategy", "lens", "pool")}
+        return Weigher(
+            adapters=adapters,
+            n_layer=n_layer,
+            strategy=chosen["strategy"] or fusion.get("strategy", DEFAULT_STRATEGY),
+            lens=chosen["lens"] or fusion.get("lens", DEFAULT_LENS),
+            pool=chosen["pool"] or fusion.get("pool", DEFAULT_POOL),
+            typical=typical,
+        )
+
+    # names
+
+    def find(self, model: Any) -> tuple[Shelved, str | None]:
+        """The bundle of a model id, and the strategy that the id names.
+
+        Raises Refusal for an id that is not listed. Without one, the only bundle is meant.
+        """
+        if model is None and len(self.bundles) == 1:
+            return next(iter(self.bundles.values())), None
+        if isinstance(model, str):
+            name, colon, strategy = model.partition(":")
+            bundle = self.bundles.get(name)
+            if bundle is not None and (not colon or strategy in bundle.strategies):
+                return bundle, strategy if colon else None
+        shown = f"{model!r:.100}" if model is not None else "missing"
+        raise Refusal(
+            404 if isinstance(model, str) else 400,
+            f"The model is {shown}, expected one of those that GET /v1/models lists.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Every model id in the shape of OpenAI's list."""
+        return [
+            self.card(bundle, model) for bundle in self.bundles.values() for model in bundle.ids
+        ]
+
+    def card(self, bundle: Shelved, model: str) -> dict[str, Any]:
+        """One model id in OpenAI's shape, and `meta`, what it is here."""
+        return {
+            "id": model,
+            "object": "model",
+            "created": bundle.created_s,
+            "owned_by": "qaflora",
+            "meta": {
+                "adapters": list(bundle.adapters),
+                "n_layer": bundle.n_layer,
+                "n_ctx": self._engine["n_ctx"],
+                "strategy": model.partition(":")[2] or bundle.strategy,
+                "loaded": bundle.engine is not None,
+            },
+        }
+
+    # Engines
+
+    @asynccontextmanager
+    async def engine(self, bundle: Shelved) -> AsyncIterator[Engine]:
+        """The Engine of a bundle, opened where it is not; it stays open meanwhile.
+
+        Raises Refusal when it cannot be opened.
+        """
+        bundle.n_user += 1
+        bundle.used_s = time.monotonic()
+        try:
+            async with self._loading:
+                if bundle.engine is None:
+                    bundle.engine = await self._open(bundle)
+            yield bundle.engine
+        finally:
+            bundle.n_user -= 1
+            bundle.used_s = time.monotonic()
+
+    async def _open(self, bundle: Shelved) -> Engine:
+        start = time.perf_counter()
+        try:
+            engine: Engine = await self._in_thread(Engine, bundle.place, **self._engine)
+        except QafloraError as error:
+            self.failed = bundle.name
+            log.error("cannot open %s: %s", bundle.name, error)
+            raise unavailable(
+                f"The model {bundle.name} cannot be opened; the server's log says why.",
+                "model_unavailable",
+            ) from error
+        self.failed = None
+        log.info("opened %s in %.1f s", bundle.name, time.perf_counter() - start)
+        return engine
+
+    def close(self) -> None:
+        """Close every Engine; calls that go on end."""
+        for bundle in self.bundles.values():
+            if bundle.engine is not None:
+                bundle.engine.close()
+                bundle.engine = None
+
+
+def _followed(weigher: Weigher) -> list[str]:
+    """The strategies that need nothing from a request: `base` and `static` come first."""
+
+    def can(text: str) -> bool:
+        try:
+            weigher.parse(text)
+        except QafloraError:
+            return False
+        return True
+
+    if not weigher.adapters:
+        return ["base"]
+    found: list[Strategy] = sorted(
+        (each for each in strategies() if not each.needs_argument), key=lambda each: each.is_probed
+    )
+    singles = [f"single:{name}" for name in weigher.adapters]
+    return [text for text in (*(each.name for each in found), *singles) if can(text)]

@@ -1,0 +1,105 @@
+"""Routes that answer nothing: the weights of a prompt, and its tokens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qaflora_edge.engine import Engine
+from qaflora_edge.inference.prompts import Prompt, checked_tokens, token_ids
+from qaflora_edge.server import fields
+from qaflora_edge.server.body import json_body
+from qaflora_edge.server.refusals import wrong_field
+from qaflora_edge.server.stream import encoded
+from qaflora_edge.server.work import Emit, Work
+
+MAX_TOKENS = 1 << 20
+
+
+def spelt(engine: Engine, prompt: Prompt) -> str:
+    """The text of a prompt, control tokens spelt out. Raises PromptError for what is no token."""
+    if isinstance(prompt, str):
+        return prompt
+    with engine._lifetime.call():
+        tokens = checked_tokens(engine._model, token_ids(prompt), MAX_TOKENS)
+        return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")
+
+
+def token_list(engine: Engine, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+    """Token ids of a text of any length."""
+    with engine._lifetime.call():
+        return engine._model.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+
+async def weights(request: Request) -> Response:
+    """POST /v1/weights"""
+    body = await json_body(request)
+    state = request.app.state
+    bundle, strategy = state.shelf.find(body.get("model"))
+    fusion = fields.read_fusion(body, strategy, bundle.adapters)
+    chosen = fusion.weights
+    if not isinstance(chosen, str | None):
+        raise wrong_field("fusion.weights", chosen, "a strategy: these are known already")
+    prompt: Any
+    prompt, is_chat = body.get("prompt"), body.get("messages") is not None
+    if is_chat == (prompt is not None):
+        raise wrong_field("prompt", prompt, "either prompt or messages")
+    if not is_chat and not isinstance(prompt, str | list):
+        raise wrong_field("prompt", prompt, "a text or token ids")
+    messages = fields.messages(body) if is_chat else []
+
+    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+        tokens: Any = engine.chat_tokens(messages) if is_chat else engine.tokenize(prompt)
+        found = engine.weights(tokens, strategy=chosen, adapters=fusion.adapters, cancel=cancel)
+        emit(fusion.headers(found))
+        emit(encoded(found.to_dict()))
+
+    return Work(request, bundle, compute)
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize"""
+    body = await json_body(request)
+    bundle, _ = request.app.state.shelf.find(body.get("model"))
+    text = body.get("content")
+    if not isinstance(text, str):
+        raise wrong_field("content", text, "a text")
+    add_special = fields.flag(body, "add_special")
+    parse_special = body.get("parse_special") is None or fields.flag(body, "parse_special")
+    with_pieces = fields.flag(body, "with_pieces")
+
+    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+        found = token_list(engine, text, add_special=add_special, parse_special=parse_special)
+        tokens: Sequence[Any] = found
+        if with_pieces:
+            tokens = [{"id": each, "piece": _piece(engine, each)} for each in found]
+        emit(encoded({"tokens": tokens}))
+
+    return Work(request, bundle, compute)
+
+
+def _piece(engine: Engine, token: int) -> str | list[int]:
+    """The text of a token; its bytes where they are no text, as llama-server has it."""
+    data = engine._model.piece(token, special=True)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(data)
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize"""
+    body = await json_body(request)
+    bundle, _ = request.app.state.shelf.find(body.get("model"))
+    tokens = body.get("tokens")
+    if not isinstance(tokens, list):
+        raise wrong_field("tokens", tokens, "a list of token ids")
+
+    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+        emit(encoded({"content": spelt(engine, tokens) if tokens else ""}))
+
+    return Work(request, bundle, compute)

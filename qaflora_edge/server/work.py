@@ -1,0 +1,175 @@
+"""A request that computes: it waits for its turn, computes in a thread, and is sent as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from qaflora_edge.engine import Engine
+from qaflora_edge.errors import CancelledError
+from qaflora_edge.server.options import PING_S, SEND_S, ServerOptions
+from qaflora_edge.server.refusals import Refusal, refusal
+from qaflora_edge.server.shelf import Shelf, Shelved
+from qaflora_edge.server.stream import PING, event
+
+log = logging.getLogger(__name__)
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+Headers = dict[str, str]
+Part = Headers | bytes | BaseException | None  # None is the end
+
+
+class Emit(Protocol):
+    """Hands on a part of an answer from the thread that computes it: headers, then bytes."""
+
+    def __call__(self, part: Headers | bytes) -> None: ...
+
+
+# Computes with an Engine until its end, or until the event is set.
+Compute = Callable[[Engine, Emit, threading.Event], None]
+
+
+class Work(Response):
+    """An answer that is computed: events of a stream with is_stream, else one JSON text."""
+
+    def __init__(
+        self, request: Request, bundle: Shelved, compute: Compute, *, is_stream: bool = False
+    ) -> None:
+        self._state = request.app.state
+        self._shelf: Shelf = self._state.shelf
+        self._options: ServerOptions = self._state.options
+        self._bundle, self._compute, self._is_stream = bundle, compute, is_stream
+        self._client = client_of(request)
+        self._cancel = threading.Event()
+        self._producer: asyncio.Task[None] | None = None
+        self._is_computing = self._is_expired = self._is_gone = self._is_started = False
+        self._parts: deque[Part] = deque()
+        self._has_parts = asyncio.Event()
+        self._more: Headers = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit_s = self._options.timeout_s
+        self._producer = asyncio.create_task(self._produce())
+        watcher = asyncio.create_task(self._watch(receive))
+        expiry = asyncio.get_running_loop().call_later(limit_s, self._expire)
+        self._state.running.add(self)
+        try:
+            async with asyncio.timeout(limit_s + SEND_S):  # who does not read is left
+                await self._send_all(scope, receive, send)
+        finally:
+            self._state.running.discard(self)
+            expiry.cancel()
+            self.stop()
+            watcher.cancel()
+            await asyncio.gather(self._producer, watcher, return_exceptions=True)
+
+    # computing
+
+    async def _produce(self) -> None:
+        end: BaseException | None = None
+        try:
+            async with (
+                self._bundle.turns.turn(self._client),
+                self._shelf.engine(self._bundle) as engine,
+            ):
+                self._is_computing = True
+                put = asyncio.get_running_loop().call_soon_threadsafe
+
+                def emit(part: Headers | bytes) -> None:
+                    put(self._put, part)
+
+                await self._state.in_thread(self._compute, engine, emit, self._cancel)
+        except asyncio.CancelledError:
+            end = CancelledError("The request was ended before it began.")
+        except Exception as error:
+            end = error
+        self._put(end)
+
+    def _put(self, part: Part) -> None:
+        self._parts.append(part)
+        self._has_parts.set()
+
+    def stop(self) -> None:
+        """End it within one step of the Engine, or at once where it still waits."""
+        self._cancel.set()
+        if self._producer is not None and not self._is_computing:
+            self._producer.cancel()
+
+    def _expire(self) -> None:
+        self._is_expired = True
+        self.stop()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._is_gone = True
+        self.stop()
+
+    # sending
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while (part := await self._next_part()) is not None:
+            if isinstance(part, dict):
+                self._more = part
+            elif isinstance(part, BaseException):
+                await self._send_failure(part, scope, receive, send)
+                return
+            elif self._is_stream:
+                await self._send_part(part, send)
+            else:
+                whole = Response(part, headers=self._more, media_type="application/json")
+                await whole(scope, receive, send)
+        if self._is_stream:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _next_part(self) -> Part:
+        """What comes next, bytes that are there joined; a ping where a stream has none for long."""
+        if not self._parts:
+            self._has_parts.clear()
+            try:
+                await asyncio.wait_for(self._has_parts.wait(), PING_S if self._is_stream else None)
+            except TimeoutError:
+                return PING
+        part = self._parts.popleft()
+        if isinstance(part, bytes) and self._is_stream:
+            while self._parts and isinstance(following := self._parts[0], bytes):
+                part += following
+                self._parts.popleft()
+        return part
+
+    async def _send_part(self, part: bytes, send: Send) -> None:
+        if not self._is_started:
+            self._is_started = True
+            pairs = {**STREAM_HEADERS, **self._more}.items()
+            raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in pairs]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def _send_failure(
+        self, error: BaseException, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        refused = refusal(error, is_expired=self._is_expired)
+        if refused.status == 500:
+            log.error("a request failed", exc_info=error)
+        if self._is_started:
+            await self._send_part(event(refused.body), send)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        elif not self._is_gone:
+            await refused_response(refused)(scope, receive, send)
+
+
+def refused_response(refused: Refusal) -> Response:
+    """A refusal as a whole response."""
+    return JSONResponse(refused.body, refused.status, refused.headers)
+
+
+def client_of(request: Request) -> str:
+    """Whose request it is, for fairness among those who wait."""
+    return request.client.host if request.client else ""

@@ -1,0 +1,52 @@
+"""A server in this process: its app with a client, and as a program listens."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from patience import PATIENCE_S
+from starlette.testclient import TestClient
+
+from qaflora_edge.server.app import make_app
+from qaflora_edge.server.options import ServerOptions
+
+ENGINE = {"n_ctx": 512, "n_parallel": 3, "threads": 1, "kv_type": "f32"}
+
+
+def make_options(**more: Any) -> ServerOptions:
+    return ServerOptions(**{"engine": ENGINE, "hosts": frozenset({"localhost"}), **more})
+
+
+@contextlib.contextmanager
+def client_of(*places: Path, **options: Any) -> Iterator[TestClient]:
+    """A client of the app, without a network."""
+    app = make_app(places, make_options(**options))
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def listening(*places: Path, **options: Any) -> Iterator[str]:
+    """The address of a server that listens on this machine, in a thread."""
+    app = make_app(places, make_options(**options))
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until = time.monotonic() + PATIENCE_S
+    while not server.started and thread.is_alive() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert server.started
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()

@@ -1,0 +1,362 @@
+"""The server's answers: those of an Engine alone, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from serving import ENGINE, client_of
+from starlette.testclient import TestClient
+
+from qaflora_edge import Engine
+
+USER = [{"role": "user", "content": "the thing?"}]
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("server"), calibrate=True)
+
+
+@pytest.fixture(scope="module")
+def client(made: TinyBundle) -> Iterator[TestClient]:
+    with client_of(made.folder) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def alone(made: TinyBundle) -> Iterator[Engine]:
+    """The oracle."""
+    with Engine(made.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        yield engine
+
+
+def events(text: str) -> list[Any]:
+    """What a stream holds, as JSON; its end is checked."""
+    found = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert found[-1] == "[DONE]"
+    return [json.loads(each) for each in found[:-1]]
+
+
+def answer(client: TestClient, path: str = CHAT, **body: Any) -> dict[str, Any]:
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def failure(client: TestClient, path: str = CHAT, **body: Any) -> tuple[int, dict[str, Any]]:
+    response = client.post(path, json=body)
+    found = response.json()
+    assert list(found) == ["error"]
+    assert list(found["error"]) == ["message", "type", "param", "code"]
+    return response.status_code, found["error"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.3, "seed": 5},
+        {"temperature": 1.0, "seed": 7, "n": 3},
+        {"stop": ["e", "a"], "temperature": 2.0, "seed": 1},
+        {"presence_penalty": 2.0, "frequency_penalty": 1.0},
+        {"logit_bias": {"65": 100}},
+        {"logprobs": True, "top_logprobs": 3},
+        {"response_format": {"type": "json_object"}, "max_tokens": 30},
+        {"temperature": None, "stop": None, "user": "me", "store": True, "metadata": {}},
+    ],
+)
+def test_answer_is_that_of_an_engine_alone(
+    client: TestClient, alone: Engine, options: dict[str, Any]
+) -> None:
+    options = {"max_tokens": 12, **options}
+    expected = alone.chat(USER, **options)
+    found = answer(client, model="tiny", messages=USER, **options)
+    assert found["choices"] == expected["choices"]
+    assert found["usage"] == expected["usage"]
+    ChatCompletion.model_validate(found, strict=True)
+
+    body = {"model": "tiny", "messages": USER, "stream": True, **options}
+    response = client.post(CHAT, json=body)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    chunks = events(response.text)
+    wanted = list(alone.chat(USER, stream=True, **options))
+    assert [chunk["choices"] for chunk in chunks] == [chunk["choices"] for chunk in wanted]
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk, strict=True)
+
+
+def test_usage_ends_a_stream_that_asks_for_it(client: TestClient) -> None:
+    body = {"model": "tiny", "messages": USER, "max_tokens": 4, "stream": True}
+    response = client.post(CHAT, json={**body, "stream_options": {"include_usage": True}})
+    first, *others, last = events(response.text)
+    assert {chunk["usage"] for chunk in (first, *others)} == {None}
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 4
+    assert set(last["timings"]) == {"probe_ms", "prefill_ms", "decode_ms", "tokens_per_second"}
+    assert first["fusion"] == last["fusion"]
+    assert not any("fusion" in chunk for chunk in others)
+    plain = events(client.post(CHAT, json=body).text)
+    assert not any("usage" in chunk for chunk in plain)
+
+
+def test_the_mix_is_told(client: TestClient, alone: Engine) -> None:
+    fusion = alone.weights(alone.chat_tokens(USER), strategy="calibrated")
+    means = {
+        name: round(float(row.mean()), 6)
+        for name, row in zip(fusion.adapters, fusion.weights, strict=True)
+    }
+    asked = {"model": "tiny:calibrated", "messages": USER, "max_tokens": 1}
+    response = client.post(CHAT, json=asked)
+    told = response.json()["fusion"]
+    assert told.pop("probe_ms") > 0
+    assert told == {"strategy": "calibrated", "weights": means}
+    assert response.headers["x-fusion"] == ",".join(f"{n}={means[n]:.2f}" for n in means)
+    assert response.json()["model"] == "tiny:calibrated"
+
+    layers = answer(client, **asked, fusion={"return": "layers"})["fusion"]["layers"]
+    assert np.array_equal(np.float32([layers["math"], layers["es"]]), fusion.weights)
+
+    response = client.post(CHAT, json={**asked, "fusion": {"return": "none"}})
+    assert "fusion" not in response.json()
+    assert "x-fusion" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("body", "strategy", "weights"),
+    [
+        ({"fusion": {"strategy": "single:es"}}, "single:es", {"math": 0, "es": 1}),
+        ({"model": "tiny:base"}, "base", {"math": 0, "es": 0}),
+        ({"fusion": {"adapters": ["es"]}}, "qa-flora", {"es": 1}),
+        ({"fusion": {"adapters": []}}, "qa-flora", {}),
+        ({"fusion": {"weights": {"math": 0.75}}}, "manual:math=0.75", {"math": 0.75, "es": 0}),
+        ({"fusion": {"weights": [[1] * 3, [0, 0.5, 1]]}}, "manual", {"math": 1, "es": 0.5}),
+        ({"lora": [{"id": 1, "scale": 0.5}]}, "manual:es=0.5", {"math": 0, "es": 0.5}),
+        ({"lora": []}, "base", {"math": 0, "es": 0}),
+    ],
+)
+def test_weights_by_request(
+    client: TestClient, body: dict[str, Any], strategy: str, weights: dict[str, float]
+) -> None:
+    found = answer(client, **{"model": "tiny", "messages": USER, "max_tokens": 1, **body})["fusion"]
+    assert (found["strategy"], found["weights"]) == (strategy, weights)
+
+
+def test_weights_alone_are_those_of_the_command(client: TestClient, alone: Engine) -> None:
+    for body, prompt in (
+        ({"messages": USER}, alone.chat_tokens(USER)),
+        ({"prompt": "the king"}, alone.tokenize("the king")),
+    ):
+        found = answer(client, "/v1/weights", model="tiny:calibrated", **body)
+        expected = alone.weights(prompt, strategy="calibrated").to_dict()
+        assert {**found, "probe_ms": 0} == {**expected, "probe_ms": 0}
+    status, error = failure(client, "/v1/weights", prompt="a", messages=USER)
+    assert (status, error["param"]) == (400, "prompt")
+
+
+def test_completions_of_text(client: TestClient, alone: Engine) -> None:
+    options = {"temperature": 1.0, "seed": 3}
+    expected = alone.generate("the king", max_tokens=16, **options)
+    text = expected.text()
+    found = answer(client, TEXT, model="tiny", prompt="the king", **options)
+    Completion.model_validate(found, strict=True)
+    assert found["choices"][0]["text"] == text
+    assert found["usage"] == expected.usage
+    found = answer(client, TEXT, model="tiny", prompt="the king", echo=True, **options)
+    assert found["choices"][0]["text"] == f"the king{text}"
+    tokens = alone.tokenize("the king")
+    found = answer(client, TEXT, model="tiny", prompt=[tokens, "a"], n=2, echo=True, **options)
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+    assert found["choices"][0]["text"] == f"the king{text}"
+    assert found["choices"][2]["text"].startswith("a")
+    assert found["usage"]["prompt_tokens"] == len(tokens) + 1
+    stream = {"model": "tiny", "prompt": "the king", "stream": True, **options}
+    chunks = events(client.post(TEXT, json=stream).text)
+    for chunk in chunks:  # the type has no None, which OpenAI sends until the end
+        chunk["choices"][0]["finish_reason"] = chunk["choices"][0]["finish_reason"] or "stop"
+        Completion.model_validate(chunk, strict=True)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+
+
+def test_log_probabilities_of_text(client: TestClient, alone: Engine) -> None:
+    asked = {"model": "tiny:base", "prompt": "the", "grammar": "root ::= [a-z]{3}"}
+    found = answer(client, TEXT, **asked, logprobs=2)
+    Completion.model_validate(found, strict=True)
+    logprobs = found["choices"][0]["logprobs"]
+    assert "".join(logprobs["tokens"]) == found["choices"][0]["text"]
+    spellings = {alone._model.piece(token): token for token in range(alone.n_vocab)}
+    tokens = [spellings[text.encode()] for text in logprobs["tokens"]]
+    scores = alone.score("the", tokens, weights="base")
+    assert logprobs["token_logprobs"] == pytest.approx(scores.tolist(), abs=1e-4)
+    assert {len(top) for top in logprobs["top_logprobs"]} <= {1, 2}  # two may be spelt alike
+    starts = [len("".join(logprobs["tokens"][:i])) for i in range(len(tokens))]
+    assert logprobs["text_offset"] == starts
+
+
+def test_models_are_those_that_can_be_asked(client: TestClient) -> None:
+    found = client.get("/v1/models").json()
+    names = [each["id"] for each in found["data"]]
+    strategies = ["static", "base", "qa-flora", "cosine", "euclidean", "calibrated", "norm"]
+    singles = ["single:math", "single:es"]
+    assert sorted(names) == sorted(["tiny", *(f"tiny:{s}" for s in (*strategies, *singles))])
+    for each in found["data"]:
+        Model.model_validate(each, strict=True)
+        one = answer(client, model=each["id"], messages=USER, max_tokens=1)
+        assert one["fusion"]["strategy"] == each["meta"]["strategy"]
+        assert client.get(f"/v1/models/{each['id']}").json()["id"] == each["id"]
+    meta = client.get("/v1/models/tiny").json()["meta"]
+    assert meta == {
+        "adapters": ["math", "es"],
+        "n_layer": 3,
+        "n_ctx": 512,
+        "strategy": "qa-flora",
+        "loaded": True,
+    }
+
+
+def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
+    text = "the king <|im_end|> ñ"
+    tokens = answer(client, "/tokenize", content=text)["tokens"]
+    assert tokens == alone.tokenize(text, parse_special=True)
+    plain = answer(client, "/tokenize", content=text, parse_special=False)["tokens"]
+    assert plain == alone.tokenize(text)
+    assert answer(client, "/detokenize", tokens=tokens) == {"content": text}
+    pieces = answer(client, "/tokenize", content="a ñ", with_pieces=True)["tokens"]
+    assert [piece["piece"] for piece in pieces] == ["a", " ", [0xC3], [0xB1]]
+    status, error = failure(client, "/detokenize", tokens=[99999])
+    assert (status, error["message"]) == (
+        400,
+        "Token 0 of the prompt is 99999, expected an id from 0 to 270.",
+    )
+
+
+REFUSED = [
+    ({"model": "tinny"}, 404, "model", "The model is 'tinny', expected one of those that GET "),
+    ({"model": "tiny:"}, 404, "model", "The model is 'tiny:', expected one of those that GET "),
+    ({"model": "../tiny"}, 404, "model", "The model is '../tiny', expected one of those that "),
+    ({"model": 3}, 400, "model", "The model is 3, expected one of those that GET /v1/models"),
+    ({"messages": None}, 400, "messages", "The field messages is None, expected a list of "),
+    ({"messages": []}, 400, "messages", "The field messages is [], expected a list of messages."),
+    ({"messages": ["a"]}, 400, "messages", "Message 0 is 'a', expected a text, as in {"),
+    ({"messages": USER * 2049}, 400, "messages", "The field messages has 2049 messages, expected"),
+    (
+        {"messages": [{"role": "user", "content": "a" * 600}]},
+        400,
+        "messages",
+        "The prompt has 617 tokens, the context 512; shorten it, or raise the context (--ctx",
+    ),
+    ({"temperature": -1}, 400, "temperature", "Option temperature is -1, expected a number from"),
+    ({"temperature": "1"}, 400, "temperature", "Option temperature is '1', expected a number"),
+    ({"max_tokens": -5}, 400, "max_tokens", "Option max_tokens is -5, expected a number of tok"),
+    ({"n": 17}, 400, "n", "The field n is 17, expected a number of answers from 1 to 16."),
+    ({"n": "2"}, 400, "n", "The field n is '2', expected a number of answers from 1 to 16."),
+    ({"stop": ["a"] * 17}, 400, "stop", "The field stop is ["),
+    ({"stop": [""]}, 400, "stop", "Option stop is [''], expected a list of texts that are not"),
+    ({"stream": "yes"}, 400, "stream", "The field stream is 'yes', expected true or false."),
+    ({"stream_options": 3}, 400, "stream_options", "The field stream_options is 3, expected an"),
+    ({"logprobs": 3}, 400, "logprobs", "Option logprobs is 3, expected true or false."),
+    ({"top_logprobs": 3}, 400, "top_logprobs", "Option top_logprobs is 3 without logprobs, exp"),
+    ({"logit_bias": {"a": 1}}, 400, "logit_bias", "Option logit_bias is {'a': 1}, expected token"),
+    ({"logit_bias": {"999": 1}}, 400, "logit_bias", "Option logit_bias has the token 999, expec"),
+    ({"tools": 3}, 400, "tools", "The field tools is 3, expected a list of 128 tools at most."),
+    ({"tools": [3]}, 400, "tools", "Option tools has 3, expected {'type': 'function', "),
+    ({"tool_choice": "some"}, 400, "tool_choice", "Option tool_choice is 'some', expected auto,"),
+    ({"functions": [{}]}, 400, "functions", "Option functions of chat is [{}], expected None: it"),
+    ({"modalities": ["audio"]}, 400, "modalities", "Option modalities of chat is ['audio'], exp"),
+    ({"response_format": {"type": "x"}}, 400, "response_format", "Option response_format is {'ty"),
+    (
+        {"response_format": {"type": "json_object", "schema": {"type": "who"}}},
+        400,
+        "response_format",
+        "The JSON schema",
+    ),
+    ({"grammar": "root ::= ("}, 400, "response_format", "The grammar"),
+    ({"fusion": 3}, 400, "fusion", "The field fusion is 3, expected an object, as in {"),
+    ({"fusion": {"a": 1}}, 400, "fusion.a", "The field fusion.a does not exist, expected one of"),
+    ({"fusion": {"return": "all"}}, 400, "fusion.return", "The field fusion.return is 'all', exp"),
+    ({"fusion": {"strategy": "x"}}, 400, "fusion", "Strategy 'x' is not known; expected one of"),
+    ({"fusion": {"strategy": 3}}, 400, "fusion.strategy", "The field fusion.strategy is 3, expe"),
+    (
+        {"model": "tiny:base", "fusion": {"strategy": "static"}},
+        400,
+        "fusion.strategy",
+        "The field fusion.strategy is 'static', expected base, as the model says, or nothing.",
+    ),
+    ({"fusion": {"adapters": ["x"]}}, 400, "fusion.adapters", "The field fusion.adapters is ['x'"),
+    ({"fusion": {"weights": {"x": 1}}}, 400, "fusion", "Strategy 'manual:x=1'"),
+    ({"fusion": {"weights": {"es": "1"}}}, 400, "fusion.weights", "The field fusion.weights is {"),
+    ({"fusion": {"weights": [[1]]}}, 400, "fusion", "Weights have the shape [1, 1], expected [2,"),
+    ({"fusion": {"weights": 3}}, 400, "fusion.weights", "The field fusion.weights is 3, expected"),
+    (
+        {"fusion": {"weights": {"es": 1}, "strategy": "base"}},
+        400,
+        "fusion.weights",
+        "The field fusion.weights is {'es': 1}, expected none beside the strategy base: leave one",
+    ),
+    ({"lora": [{"id": 2, "scale": 1}]}, 400, "lora", "The field lora is [{'id': 2, 'scale': 1}]"),
+    ({"lora": 1}, 400, "lora", 'The field lora is 1, expected a list such as [{"id": 0, "scale"'),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param", "message"), REFUSED)
+def test_what_cannot_be_followed_is_refused_by_its_field(
+    client: TestClient, body: dict[str, Any], status: int, param: str, message: str
+) -> None:
+    whole = {"model": "tiny", "messages": USER, "max_tokens": 1, **body}
+    found, error = failure(client, **whole)
+    assert (found, error["param"]) == (status, param), error
+    assert error["message"].startswith(message)
+    if "stream" not in body:
+        assert failure(client, **whole, stream=True) == (found, error)
+
+
+def test_unknown_fields_are_ignored(client: TestClient) -> None:
+    extra = {"tempreature": 9, "cache_prompt": True, "options": {}, "keep_history": True}
+    extra |= {"on_weights": 3, "cancel": 3, "wait": False, "parse_special": True, "weights": 3}
+    assert answer(client, messages=USER, max_tokens=1, **extra)["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "message"),
+    [
+        (b"", 400, "The body is no JSON object in UTF-8: Expecting value"),
+        (b"[]", 400, "The body is no JSON object in UTF-8: it holds a list, not an object."),
+        (b'{"a": 1, "a": 2}', 400, "The body is no JSON object in UTF-8: the key 'a' is given tw"),
+        (b'{"a": NaN}', 400, "The body is no JSON object in UTF-8: the value NaN is not JSON."),
+        (b'{"a": "\xff"}', 400, "The body is no JSON object in UTF-8: 'utf-8' codec can't decode"),
+        (b'{"a": "\\ud800"}', 400, "The body has half of a surrogate pair, expected Unicode text."),
+        (b"[" * 5000, 400, "The body is no JSON object in UTF-8: "),
+        (b'{"a": "' + b"a" * (4 << 20) + b'"}', 413, "The body has more than 4194304 bytes."),
+    ],
+)
+def test_bodies_that_are_none(client: TestClient, data: bytes, status: int, message: str) -> None:
+    for path in (CHAT, TEXT, "/v1/weights", "/tokenize", "/detokenize"):
+        response = client.post(path, content=data)
+        assert response.status_code == status
+        assert response.json()["error"]["message"].startswith(message)
+    chunked = client.post(CHAT, content=iter([data[:3], data[3:]]))
+    assert chunked.status_code == status
+
+
+def test_what_is_not_here(client: TestClient) -> None:
+    for path in ("/v1/embeddings", "/v1/images/generations", "/v1/audio/speech"):
+        status, error = failure(client, path, model="tiny")
+        assert (status, error["code"]) == (501, "not_implemented")
+    assert client.get("/v1/nothing").json()["error"] == {
+        "message": "GET /v1/nothing: Not Found; GET /openapi.json lists what there is.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "not_found",
+    }
+    response = client.get(CHAT)
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert client.get("/v1/models/other").status_code == 404
+    assert client.get("/health").json() == {"status": "ok"}
