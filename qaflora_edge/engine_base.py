@@ -71,6 +71,7 @@ class EngineBase:
             lens=lens or defaults.get("lens", numbers.DEFAULT_LENS),
             pool=pool or defaults.get("pool", numbers.DEFAULT_POOL),
             typical=opened.typical,
+            centroids=opened.centroids,
         )
         try:
             self._core = Core(
@@ -380,6 +381,28 @@ class EngineBase:
 
             queries = [self._query(prompt) for prompt in prompts]
             return measure_typical(divergences, self.adapters, queries, progress)
+
+    def centroid(
+        self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
+    ) -> F32:
+        """The mean embedding of sample texts, for the strategy `centroid`: float32 [n_embd].
+
+        texts     in chat form when the base has a template, else as text
+        progress  called with (texts done, texts in all)
+
+        Raises PromptError for a text that is empty or too long.
+        """
+        with self._lifetime.call():
+            total = np.zeros(self._model.n_embd, np.float64)
+            for done, text in enumerate(texts, 1):
+                try:
+                    tokens = self._query(text)
+                except PromptError as error:
+                    raise PromptError(f"Sample text {done} cannot be used: {error}") from error
+                total += self._core.run(self._core.prober.base.embedding(tokens))
+                if progress is not None:
+                    progress(done, len(texts))
+            return (total / len(texts)).astype(np.float32)
 
     def _query(self, text: str) -> list[int]:
         """One message in chat form when the base has a template, else as text."""

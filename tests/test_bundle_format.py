@@ -3,6 +3,7 @@
 The reader checks by the schema too; here it is judged by jsonschema, which shares no code with it.
 """
 
+import base64
 import copy
 import json
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from bundles import make_bundle
 
@@ -86,6 +88,10 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     found["adapters"][0] |= {"hub": "owner/name", "trained_on": "owner/model"}
     found["fusion"]["typical"] = {"math": {"raw": [1.0, 2, 0.5], "norm": [1.0, 2, 0.5]}}
     found["fusion"]["typical_prompts"] = {"sha256": "0" * 64, "n_prompt": 3}
+    embedding = base64.b64encode(np.ones(64, "<f4").tobytes()).decode("ascii")
+    found["fusion"]["samples"] = {
+        "math": {"embedding": embedding, "n_text": 3, "sha256": "0" * 64},
+    }
     return found
 
 
@@ -129,6 +135,10 @@ def only_the_reader_knows(place: Place, value: Any) -> bool:
         return value in ([], MISSING)  # measurements name no adapter then
     if place == ("fusion", "typical"):
         return value == {"x": {}}
+    if place[:2] == ("fusion", "samples"):
+        return place[-1] == "embedding" and isinstance(value, str)  # not n_embd numbers
+    if place == ("base", "n_embd"):
+        return isinstance(value, int)  # not the length of what was embedded
     return place[:2] == ("fusion", "typical") and len(place) >= 4 and value in (MISSING, [1])
 
 
@@ -166,6 +176,8 @@ def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
         (("fusion", "strategy"), "single:no"),
         (("fusion", "typical"), {"no": {}}),
         (("fusion", "typical", "math", "raw"), [1.0, 2.0]),  # 3 layers
+        (("fusion", "samples"), {"no": {"embedding": "AAAA"}}),
+        (("fusion", "samples", "math", "embedding"), "AAAA"),  # one number, not 64
     ],
 )
 def test_rules_that_a_schema_cannot_state(

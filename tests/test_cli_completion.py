@@ -59,7 +59,11 @@ def suggested(made: TinyBundle, line: str, last: str | None = None, **more: str)
         ("qaflora run nothing-here", None, ["dir"]),
         ("qaflora bundle show ./b", None, ["plain,./bundle"]),
         ("qaflora run bundle hi --lens ", None, ["plain,norm", "plain,raw"]),
-        ("qaflora run bundle --strategy c", None, ["plain,cosine", "plain,calibrated"]),
+        (
+            "qaflora run bundle --strategy c",
+            None,
+            ["plain,cosine", "plain,calibrated", "plain,centroid"],
+        ),
         ("qaflora run bundle --strategy single:", "", ["plain,math", "plain,es"]),
         ("qaflora run bundle hi --strategy single:m", "m", ["plain,math"]),
         ("qaflora run bundle --strategy=single:m", "m", ["plain,math"]),

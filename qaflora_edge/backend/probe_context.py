@@ -60,6 +60,7 @@ class ProbeContext(Context):
             flags=flags,
             **options,
         )
+        self.all_outputs = all_outputs
         if all_outputs:
             self._n_output = self._n_batch
 

@@ -45,6 +45,8 @@ from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import parse_strategy
 
+_OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
+
 UNFINISHED_FILE = ".unfinished.json"
 MAX_UNFINISHED_BYTES = 1 << 16
 
@@ -70,7 +72,7 @@ def add_adapter(
     """
     folder = Path(folder)
     tell = progress or (lambda what, done, total: None)
-    with _editing(folder) as (_, raw):
+    with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
         check_names([*loaded.adapter_paths, name])
         found = find_adapter(source, tell)
@@ -91,8 +93,8 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
     Raises BundleError when there is no such adapter, or when the bundle's strategy names it.
     """
     folder = Path(folder)
-    with _editing(folder) as (text, raw):
-        index = _index(folder, text, name)
+    with editing(folder) as (text, raw):
+        index = adapter_index(folder, text, name)
         del raw["adapters"][index]
         left = [adapter.name for adapter in text.adapters if adapter.name != name]
         if strategy is not None:
@@ -105,7 +107,8 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
                 f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "
                 f"{text.fusion['strategy']!r} names it. Give it another with --strategy."
             ) from error
-        raw.get("fusion", {}).get("typical", {}).pop(name, None)
+        for key in _OF_ADAPTERS:
+            raw.get("fusion", {}).get(key, {}).pop(name, None)
         _note_unfinished(folder, [text.adapters[index].file])
 
 
@@ -116,15 +119,16 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
     adapter, or when the new name cannot be used.
     """
     folder = Path(folder)
-    with _editing(folder) as (text, raw):
-        index = _index(folder, text, old)
+    with editing(folder) as (text, raw):
+        index = adapter_index(folder, text, old)
         check_names([*(a.name for a in text.adapters if a.name != old), new])
         record = raw["adapters"][index]
         record["name"] = new
         fusion = raw.get("fusion", {})
-        if old in fusion.get("typical", {}):
-            items = fusion["typical"].items()
-            fusion["typical"] = {new if key == old else key: value for key, value in items}
+        for kind in _OF_ADAPTERS:
+            if old in fusion.get(kind, {}):
+                items = fusion[kind].items()
+                fusion[kind] = {new if key == old else key: value for key, value in items}
         if "strategy" in fusion:
             fusion["strategy"] = _renamed_strategy(fusion["strategy"], old, new)
         # On a disk that knows no capitals the two would be one file.
@@ -140,7 +144,7 @@ def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
     returns  whether there was anything to measure
     """
     folder = Path(folder)
-    with _editing(folder) as (text, raw):
+    with editing(folder) as (text, raw):
         loaded = load_bundle(folder)
         _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or (lambda *_: None))
     return raw != text.raw
@@ -156,7 +160,7 @@ def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) ->
     """
     folder = Path(folder)
     tell = progress or (lambda what, done, total: None)
-    with _editing(folder) as (text, raw):
+    with editing(folder) as (text, raw):
         found = find_base(base, tell)
         check_file(
             found.path,
@@ -184,7 +188,7 @@ def _inside(folder: Path, path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
+def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
     """Hold a bundle for one edit: what bundle.json says, and a copy of it that is to be changed.
 
     The copy replaces it when the block succeeds and has changed it; then what bundle.json does not
@@ -208,7 +212,7 @@ def _editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
             _tidy(folder)
 
 
-def _index(folder: Path, text: BundleText, name: str) -> int:
+def adapter_index(folder: Path, text: BundleText, name: str) -> int:
     names = [adapter.name for adapter in text.adapters]
     if name not in names:
         raise BundleError(

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qaflora_edge.errors import BundleError, InputFileError, OptionError
 from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
 from qaflora_edge.formats import registry
@@ -36,6 +39,8 @@ from qaflora_edge.formats.bundle_format import (
 from qaflora_edge.formats.checksums import FileState, check_file, file_state
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 
+F32 = NDArray[np.float32]
+
 # Called with what is being read, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
 
@@ -49,6 +54,7 @@ class Opened:
     states           each file -> its state when it was checked, for check_unchanged after its use
     typical          adapter -> lens -> typical divergence of each layer, n_layer numbers
     fusion_defaults  strategy, lens and pool
+    centroids        adapter -> float32 [n_embd], mean embedding of its sample texts
     """
 
     header: GgufHeader = field(repr=False)
@@ -56,6 +62,7 @@ class Opened:
     states: Mapping[Path, FileState] = field(repr=False)
     typical: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict, repr=False)
     fusion_defaults: Mapping[str, str] = field(default_factory=dict)
+    centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
 
     @property
     def base_path(self) -> Path:
@@ -224,6 +231,7 @@ def describe(folder: Path) -> str:
         f"           {where}",
         f"fusion     {text.fusion['strategy']}, lens {text.fusion['lens']}, "
         f"pool {text.fusion['pool']}" + (", calibrated" if _is_calibrated(text) else ""),
+        *([f"samples    of {', '.join(text.centroids)}"] if text.centroids else []),
         f"adapters   {len(text.adapters)}",
     ]
     for adapter in text.adapters:
@@ -286,6 +294,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
         adapters=infos,
         typical=text.typical,
         fusion_defaults=text.fusion,
+        centroids=text.centroids,
         description_dict=text.raw,
         states=states,
     )

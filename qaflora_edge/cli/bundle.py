@@ -1,4 +1,4 @@
-"""qaflora bundle create, add, remove, rename, base, calibrate, show and verify"""
+"""qaflora bundle create, add, remove, rename, base, calibrate, samples, show and verify"""
 
 from __future__ import annotations
 
@@ -240,6 +240,36 @@ def calibrate(folder: str) -> None:
         is_new = calibrate_bundle(path, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
     click.echo(f"{done} {path}.", err=True)
+
+
+@bundle.command(
+    epilog=example(
+        """
+        qaflora bundle samples my-bundle math questions.txt
+        qaflora bundle samples my-bundle es preguntas.jsonl
+        """
+    )
+)
+@click.argument("folder", **BUNDLE)
+@click.argument("name", metavar="ADAPTER", shell_complete=completed_by("complete_adapter"))
+@click.argument("file", metavar="FILE")
+def samples(folder: str, name: str, file: str) -> None:
+    """Give sample texts of an adapter.
+
+    The strategy centroid needs them of each adapter: questions like those that ADAPTER is for, a
+    few dozen, 1,000 at most. FILE holds one a line, or in a .jsonl file one object a line with
+    `prompt`. They are read by the base under its chat template, and only the mean of their
+    embeddings is kept in bundle.json, as many numbers as the base is wide, with how many texts
+    there were and their hash. What was given before is replaced.
+    """
+    from qaflora_edge.bundles.samples import set_samples
+    from qaflora_edge.cli.prompts import read_prompts
+
+    path = bundle_folder(folder)
+    texts = [prompt.text for prompt in read_prompts(file)]
+    with progress_bars() as progress:
+        set_samples(path, name, texts, progress=progress)
+    click.echo(f"Embedded {len(texts)} sample texts of {name} in {path}.", err=True)
 
 
 @bundle.command(epilog=example("qaflora bundle show models/demo"))

@@ -11,12 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qaflora_edge.errors import BundleError, StrategyError, WeightsError
 from qaflora_edge.files import unsafe_reason
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.formats.schema import WrongField, check_schema, shortened, shown
 from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.centroid import parse_centroid
 from qaflora_edge.weighing.strategy import parse_strategy
+
+F32 = NDArray[np.float32]
 
 FORMAT = "qaflora-bundle/1"
 BUNDLE_FILE = "bundle.json"
@@ -71,6 +77,7 @@ class BundleText:
 
     fusion   strategy, lens and pool that an Engine takes by default
     typical  adapter -> lens -> typical divergence of each layer, n_layer numbers > 0
+    centroids  adapter -> float32 [n_embd], mean embedding of its sample texts
     raw      the whole object, unknown keys included
     """
 
@@ -81,6 +88,7 @@ class BundleText:
     adapters: tuple[AdapterRecord, ...]
     fusion: Mapping[str, str]
     typical: Mapping[str, Mapping[str, list[float]]]
+    centroids: Mapping[str, F32]
     raw: Mapping[str, Any]
 
 
@@ -144,6 +152,7 @@ def _bundle_text(raw: Mapping[str, Any]) -> BundleText:
         adapters=adapters,
         fusion={key: fusion[key] for key in ("strategy", "lens", "pool")},
         typical=typical,
+        centroids=_centroids(fusion.get("samples", {}), names, base.n_embd),
         raw=raw,
     )
 
@@ -164,14 +173,33 @@ def _check_names(names: Sequence[str]) -> None:
         seen.add(name.lower())
 
 
+def _check_adapter(place: str, name: str, value: object, names: Sequence[str]) -> None:
+    if name not in names:
+        expected = f"only adapters of this bundle ({', '.join(names)})"
+        raise WrongField(shortened(place), shown(value), expected)
+
+
+def _centroids(
+    samples: Mapping[str, Mapping[str, Any]], names: Sequence[str], n_embd: int
+) -> dict[str, F32]:
+    found = {}
+    for name, record in samples.items():
+        place = f"fusion.samples.{name}"
+        _check_adapter(place, name, record, names)
+        try:
+            found[name] = parse_centroid(record["embedding"], n_embd)
+        except ValueError as error:
+            expected = f"base64 of {n_embd} finite float32 numbers, not all 0"
+            raise WrongField(f"{place}.embedding", str(error), expected) from error
+    return found
+
+
 def _check_typical(
     typical: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str], n_layer: int
 ) -> None:
     for name, by_lens in typical.items():
         place = f"fusion.typical.{name}"
-        if name not in names:
-            expected = f"only adapters of this bundle ({', '.join(names)})"
-            raise WrongField(shortened(place), shown(by_lens), expected)
+        _check_adapter(place, name, by_lens, names)
         for lens in fuse.LENSES:
             if lens in by_lens and len(by_lens[lens]) != n_layer:
                 found = f"a list of {len(by_lens[lens])}"

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
+from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing.query_projection import QueryProjections
 from qaflora_edge.weighing.reading import Steps, closed, n_going_on, probe_context, read_tokens
 
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 
@@ -24,7 +26,7 @@ class BaseProber:
     files  of the adapters, where they were read before
 
     The context is made when first needed and replaced by a larger one for a longer query. A query
-    that goes on where the last one ended costs its new tokens only.
+    that goes on where the last one ended costs norms() its new tokens only.
 
     rows, in all methods: which adapters of the pack are compared, in ascending order.
     """
@@ -68,16 +70,38 @@ class BaseProber:
             raise
         return self._projections[key].norms(context.inputs(0))
 
-    def _room_for(self, tokens: Sequence[int]) -> ProbeContext:
-        if self.context is None or self.context.n_ctx < len(tokens):
-            state, self.context = closed(self.context, tokens), None
+    def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
+        """The mean over tokens of the state after the last block: float32 [n_embd]."""
+        context = self._room_for(tokens, all_outputs=True)
+        context.clear()
+        context.capture_begin("mean")
+        try:
+            yield from read_tokens(context, tokens, 0, "all", n_seq=1)
+            embedding: F32 = context.states(0)[-1]
+        except BaseException:
+            context.clear()
+            raise
+        if not np.isfinite(embedding).all():
+            raise BackendError(
+                f"The state after the last block is NaN or infinite with {self._model.path}, "
+                "expected finite numbers; fetch or convert it again."
+            )
+        return embedding
+
+    def _room_for(self, tokens: Sequence[int], *, all_outputs: bool = False) -> ProbeContext:
+        held = self.context
+        if held is None or held.n_ctx < len(tokens) or all_outputs > held.all_outputs:
+            all_outputs = all_outputs or (held is not None and held.all_outputs)
+            state, self.context = closed(held, tokens), None
             self.context = probe_context(
                 self._model,
                 self._pack,
                 self._options,
-                len(tokens),
+                max(len(tokens), 0 if held is None else held.n_ctx),
                 state,
                 n_seq=1,
                 has_inputs=True,
+                all_outputs=all_outputs,
             )
+        assert self.context is not None
         return self.context

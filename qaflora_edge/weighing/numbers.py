@@ -145,6 +145,13 @@ def normalise_top(norms: ArrayLike, top: int | None) -> F32:
     return normalise(kept[:, None])[:, 0]
 
 
+def softmax(values: ArrayLike) -> F64:
+    """exp(values) / sum exp(values) over the first axis."""
+    z = np.asarray(values, np.float64)
+    p = np.exp(z - z.max(axis=0, keepdims=True))
+    return np.asarray(p / p.sum(axis=0, keepdims=True))
+
+
 def calibrate(divergence: ArrayLike, typical: ArrayLike) -> F64:
     """Divergences relative to each adapter's typical one.
 

@@ -223,6 +223,11 @@ class QueryProbe:
         states: F32 = self._run(self._prober.states(query.tokens, self._rows, query.pool))
         return states
 
+    def embedding(self) -> F32:
+        base = self._prober.base
+        embedding: F32 = self._run(self._prober.timed(base.embedding(self._query.tokens)))
+        return embedding
+
     def norms(self) -> F64:
         base = self._prober.base
         norms: F64 = self._run(self._prober.timed(base.norms(self._query.tokens, self._rows)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -31,7 +31,7 @@ Measure = Literal["kl", "cosine", "euclidean"]
 Typical = Mapping[str, Mapping[str, Sequence[float]]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-_BUILT_IN = ("divergence", "calibrated", "norm", "fixed")  # modules beside this one
+_BUILT_IN = ("divergence", "calibrated", "norm", "centroid", "fixed")  # modules beside this one
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -43,6 +43,7 @@ class Query:
     adapters  names of those in use, in the order of every first axis
     lens      "norm" or "raw", pool "last" or "mean": see `qaflora weights --help`
     typical   adapter -> lens -> typical divergence of each layer, where the bundle has them
+    centroids adapter -> float32 [n_embd], mean embedding of its sample texts, where it has them
     """
 
     tokens: tuple[int, ...]
@@ -51,6 +52,7 @@ class Query:
     lens: str
     pool: str
     typical: Typical
+    centroids: Mapping[str, F32] = field(default_factory=dict)
 
 
 class Probe(Protocol):
@@ -64,6 +66,9 @@ class Probe(Protocol):
 
     def states(self) -> F32:
         """States after each block: float32 [1 + n_adapter, n_layer, n_embd], the base first."""
+
+    def embedding(self) -> F32:
+        """The mean over tokens of the base's state after its last block: float32 [n_embd]."""
 
     def norms(self) -> F64:
         """|scale B A x| at a late query projection: float64 [n_adapter], in one pass of the base.

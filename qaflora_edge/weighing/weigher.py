@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +28,7 @@ class Weigher:
     lens: str
     pool: str
     typical: Typical
+    centroids: Mapping[str, F32] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers.check_choice("lens", self.lens, numbers.LENSES)
@@ -42,7 +43,15 @@ class Weigher:
 
     def query(self, tokens: Sequence[int]) -> Query:
         """What is weighed, under these defaults."""
-        return Query(tuple(tokens), self.adapters, self.n_layer, self.lens, self.pool, self.typical)
+        return Query(
+            tokens=tuple(tokens),
+            adapters=self.adapters,
+            n_layer=self.n_layer,
+            lens=self.lens,
+            pool=self.pool,
+            typical=self.typical,
+            centroids=self.centroids,
+        )
 
     def weigh(
         self, weights: Weights, tokens: Sequence[int], probe: Callable[[Query], Probe]

@@ -1,0 +1,46 @@
+"""Sample texts of an adapter, for the strategy `centroid`: embedded by the base, and not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qaflora_edge.bundles.edit import adapter_index, editing
+from qaflora_edge.bundles.neutral import prompts_sha256
+from qaflora_edge.bundles.open import load_bundle
+from qaflora_edge.bundles.write import Path_, Progress
+from qaflora_edge.errors import BundleError
+from qaflora_edge.weighing.centroid import centroid_text
+
+MAX_SAMPLES = 1000
+SAMPLE_CTX = 2048  # tokens of one text
+
+
+def set_samples(
+    folder: Path_, name: str, texts: Sequence[str], *, progress: Progress | None = None
+) -> None:
+    """Embed texts like those that an adapter is for; they replace what was embedded before.
+
+    bundle.json gets their mean embedding, their number and their hash, and no text.
+
+    Raises BundleError for no adapter of the bundle, no text or too many, PromptError for a text of
+    more than 2,048 tokens; the bundle is as it was then.
+    """
+    folder, tell = Path(folder), progress or (lambda what, done, total: None)
+    if not 1 <= len(texts) <= MAX_SAMPLES:
+        raise BundleError(
+            f"{len(texts)} sample texts were given for the adapter {name} of {folder}, expected 1 "
+            f"to {MAX_SAMPLES}; a few dozen are enough."
+        )
+    from qaflora_edge.engine import Engine
+
+    with editing(folder) as (text, raw):
+        adapter_index(folder, text, name)
+        loaded = load_bundle(folder)
+        with Engine(base=loaded.base_path, n_ctx=SAMPLE_CTX) as engine:
+            centroid = engine.centroid(texts, lambda *done: tell("samples", *done))
+        raw.setdefault("fusion", {}).setdefault("samples", {})[name] = {
+            "embedding": centroid_text(centroid),
+            "n_text": len(texts),
+            "sha256": prompts_sha256(texts),
+        }

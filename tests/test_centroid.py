@@ -1,0 +1,226 @@
+"""The strategy `centroid`: sample texts of each adapter, and weights by how near a query lies."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle, snapshot
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from qaflora_edge import Engine
+from qaflora_edge.bundles.edit import remove_adapter, rename_adapter
+from qaflora_edge.bundles.open import describe, load_bundle
+from qaflora_edge.bundles.samples import MAX_SAMPLES, set_samples
+from qaflora_edge.cli import main
+from qaflora_edge.errors import BundleError, PromptError, StrategyError
+from qaflora_edge.weighing.centroid import centroid_text, parse_centroid
+
+SAMPLES = {"math": ["one ring and ten", "three in all"], "es": ["the rain", "an hour", "on time"]}
+QUERY = "in the rain"
+EXACT = {"kv_type": "f32", "flash_attn": False}
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    made = make_bundle(tmp_path_factory.mktemp("centroid"))
+    for name, texts in SAMPLES.items():
+        set_samples(made.folder, name, texts)
+    return made
+
+
+@pytest.fixture
+def folder(made_once: TinyBundle, tmp_path: Path) -> Path:
+    """A bundle of a test's own, with samples of both adapters."""
+    return Path(shutil.copytree(made_once.folder, tmp_path / "bundle"))
+
+
+def fusion(folder: Path) -> Any:
+    return json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["fusion"]
+
+
+def qaflora(*words: object) -> Any:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # theirs
+def test_weights_are_those_of_a_direct_reimplementation(made_once: TinyBundle) -> None:
+    """In torch, on transformers' own model: hidden states of all tokens, cosine, softmax."""
+    torch = pytest.importorskip("torch")
+    reference = pytest.importorskip("reference")
+    model = reference.Reference(made_once.base.path, {"math": made_once.peft})
+
+    def embedding(tokens: list[int]) -> Any:
+        kept: list[Any] = []
+        hook = model.layers[-1].register_forward_hook(
+            lambda _module, _inputs, output: kept.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+        with torch.inference_mode(), model.model.disable_adapter():
+            model.model(input_ids=torch.tensor([tokens]))
+        hook.remove()
+        (states,) = kept
+        return states.reshape(len(tokens), -1).double().mean(dim=0)
+
+    with Engine(made_once.folder, **EXACT) as engine:
+
+        def as_chat(text: str) -> list[int]:
+            return engine.chat_tokens([{"role": "user", "content": text}])
+
+        centroids = torch.stack(
+            [
+                torch.stack([embedding(as_chat(text)) for text in texts]).mean(dim=0)
+                for texts in SAMPLES.values()
+            ]
+        )
+        for query in (QUERY, "ten rings", "a"):
+            similarity = torch.cosine_similarity(embedding(as_chat(query)), centroids, dim=-1)
+            found = engine.weights(as_chat(query), strategy="centroid")
+            assert found.divergence is not None
+            assert found.weights.shape == found.divergence.shape == (2, 3)
+            # The samples were read with an f16 KV state; softmax at 0.01 makes 1e-4 of it 1e-2.
+            np.testing.assert_allclose(found.divergence[:, 0], similarity.numpy(), atol=2e-4)
+            expected = torch.softmax(similarity / 0.01, dim=0).numpy()
+            np.testing.assert_allclose(found.weights[:, 2], expected, atol=2e-2)
+
+
+def test_the_embedding_is_the_mean_state_of_the_base_alone(made_once: TinyBundle) -> None:
+    """Of a prompt in several micro-batches too, and whatever was asked before."""
+    with Engine(made_once.folder, threads=1, **EXACT) as engine:
+        tokens = np.random.default_rng(0).integers(0, 256, 300).tolist()
+        states = [engine.hidden_states(tokens[: n + 1])[-1] for n in range(0, 300, 50)]
+        run, base = engine._core.run, engine._core.prober.base
+        alone = [run(base.embedding([tokens[0]])), run(base.embedding(tokens[:1]))]
+        np.testing.assert_allclose(alone[0], states[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(alone[0], alone[1])
+        two = run(base.embedding(tokens[:2]))
+        second = engine.hidden_states(tokens[:2])[-1]
+        np.testing.assert_allclose(two, (states[0] + second) / 2, rtol=1e-4, atol=1e-5)
+        long = run(base.embedding(tokens))
+        run(base.norms(tokens[:20], [0, 1]))
+        run(base.norms(tokens[:40], [0, 1]))
+        np.testing.assert_array_equal(run(base.embedding(tokens)), long)
+
+
+def test_it_goes_with_the_adapters_in_use(folder: Path) -> None:
+    with Engine(folder, strategy="centroid") as engine:
+        both = engine.weights(QUERY)
+        alone = engine.weights(QUERY, adapters=["es"])
+    np.testing.assert_array_equal(alone.weights, np.ones((1, 3), np.float32))
+    assert both.divergence is not None
+    assert alone.divergence is not None
+    np.testing.assert_array_equal(alone.divergence[0], both.divergence[1])
+
+
+def test_the_bundle_keeps_no_text(folder: Path) -> None:
+    record = fusion(folder)["samples"]["es"]
+    assert sorted(record) == ["embedding", "n_text", "sha256"]
+    assert record["n_text"] == 3
+    text = (folder / "bundle.json").read_text(encoding="utf-8")
+    assert not any(sample in text for samples in SAMPLES.values() for sample in samples)
+    centroid = load_bundle(folder).centroids["es"]
+    assert (centroid.dtype, centroid.shape) == (np.float32, (64,))
+    assert "samples    of math, es" in describe(folder)
+    set_samples(folder, "es", ["another"])
+    assert fusion(folder)["samples"]["es"]["n_text"] == 1
+    assert list(fusion(folder)["samples"]) == ["math", "es"]
+
+
+def test_renamed_and_removed_adapters_take_theirs_along(folder: Path) -> None:
+    before = fusion(folder)["samples"]
+    rename_adapter(folder, "math", "sums")
+    assert fusion(folder)["samples"] == {"sums": before["math"], "es": before["es"]}
+    remove_adapter(folder, "es")
+    assert fusion(folder)["samples"] == {"sums": before["math"]}
+    load_bundle(folder)
+
+
+def test_the_command_reads_lines_and_json_lines(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("the rain\n\nan hour\non time\n", encoding="utf-8")
+    before = fusion(folder)["samples"]["es"]
+    result = qaflora("bundle", "samples", folder, "es", file)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Embedded 3 sample texts of es in {folder}.\n"
+    assert fusion(folder)["samples"]["es"] == before
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"prompt": "two\\nlines"}\n', encoding="utf-8")
+    assert qaflora("bundle", "samples", folder, "es", lines).exit_code == 0
+    assert fusion(folder)["samples"]["es"]["n_text"] == 1
+    result = qaflora("weights", folder, QUERY, "--strategy", "centroid", "--json")
+    assert json.loads(result.stdout)["strategy"] == "centroid"
+
+
+def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    before = snapshot(folder)
+    with pytest.raises(BundleError, match="has no adapter 'law'; expected one of: math, es"):
+        set_samples(folder, "law", ["a"])
+    for texts in ([], ["a"] * (MAX_SAMPLES + 1)):
+        with pytest.raises(BundleError) as caught:
+            set_samples(folder, "es", texts)
+        assert str(caught.value) == (
+            f"{len(texts)} sample texts were given for the adapter es of {folder}, expected 1 to "
+            "1000; a few dozen are enough."
+        )
+    with pytest.raises(PromptError, match="Sample text 2 cannot be used: The prompt has"):
+        set_samples(folder, "es", ["a", "word " * 3000])
+    file = tmp_path / "none.txt"
+    result = qaflora("bundle", "samples", folder, "es", file)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"Error: Cannot read {file}: No such file or directory. Check that the file exists and "
+        "that you may read it.\n",
+    )
+    assert snapshot(folder) == before
+
+
+def test_it_needs_samples_of_each_adapter(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    set_samples(made.folder, "math", ["one"])
+    with Engine(made.folder) as engine:
+        with pytest.raises(StrategyError) as caught:
+            engine.weights("a", strategy="centroid")
+        assert str(caught.value) == (
+            "Strategy centroid needs sample texts of each adapter, missing for es; give them with "
+            "`qaflora bundle samples DIR ADAPTER FILE`."
+        )
+        assert engine.weights("a", strategy="centroid", adapters=["math"]).weights.all()
+    result = qaflora("weights", made.folder, "a", "--strategy", "centroid")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {caught.value}\n")
+
+
+VALUES: NDArray[np.float32] = np.array([0.5, -1.25, 3e-5], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("AAA", "no base64 ("),
+        (centroid_text(VALUES[:2]), "of 8 bytes"),
+        (centroid_text(np.array([1, np.nan, 2], np.float32)), "of values that are not finite"),
+        (centroid_text(np.zeros(3, np.float32)), "of values that are not finite, or all 0"),
+    ],
+)
+def test_a_centroid_that_is_none_is_refused(text: str, reason: str) -> None:
+    np.testing.assert_array_equal(parse_centroid(centroid_text(VALUES), 3), VALUES)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse_centroid(text, 3)
+
+
+def test_a_bundle_with_a_wrong_centroid_names_the_field(folder: Path) -> None:
+    path = folder / "bundle.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw["fusion"]["samples"]["es"]["embedding"] = "AAAA"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert str(caught.value).startswith(
+        f"Cannot use {path}: field fusion.samples.es.embedding is of 3 bytes, expected base64 of "
+        "64 finite float32 numbers, not all 0. "
+    )
