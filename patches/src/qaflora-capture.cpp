@@ -84,13 +84,21 @@ void qaflora_extract(qaflora_context & qf, const llm_graph_result & res, const l
             }
         }
     }
+    // where the inputs of each row go: after those before, or in their place
+    std::vector<size_t> at_of_row;
+    for (const llama_seq_id seq_id : seq_of_row) {
+        const size_t n_row = qf.capture == QAFLORA_CAPTURE_MEAN ? (size_t) qf.n_row[seq_id] : 0;
+        if (qf.has_inputs()) {
+            qf.inputs[seq_id].resize((n_row + 1)*qf.n_layer*qf.n_embd);
+        }
+        at_of_row.push_back(n_row*qf.n_layer*qf.n_embd);
+        qf.n_row[seq_id]++;
+    }
     for (int32_t il = 0; il < qf.n_layer && qf.has_inputs(); ++il) {
         ggml_backend_tensor_get(inp->captured_input[il], rows.data(), 0, rows.size()*sizeof(float));
         for (size_t i = 0; i < seq_of_row.size(); ++i) {
-            std::copy_n(rows.data() + i*qf.n_embd, qf.n_embd, qf.inputs[seq_of_row[i]].data() + (size_t) il*qf.n_embd);
+            float * dst = qf.inputs[seq_of_row[i]].data() + at_of_row[i];
+            std::copy_n(rows.data() + i*qf.n_embd, qf.n_embd, dst + (size_t) il*qf.n_embd);
         }
-    }
-    for (const llama_seq_id seq_id : seq_of_row) {
-        qf.n_row[seq_id]++;
     }
 }

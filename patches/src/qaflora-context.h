@@ -23,7 +23,7 @@ struct qaflora_context {
     qaflora_capture capture = QAFLORA_CAPTURE_LAST;
     std::vector<std::vector<double>> states; // [n_seq_max][n_layer*n_embd], the last row or a sum of rows
     std::vector<int64_t>             n_row;  // [n_seq_max] rows seen
-    std::vector<std::vector<float>>  inputs; // [n_seq_max][n_layer*n_embd] of the query projections, the last row
+    std::vector<std::vector<float>>  inputs; // [n_seq_max][n*n_layer*n_embd] of the query projections, the last row or all n = n_row
 
     qaflora_stats stats = {};
     std::vector<bool> module_used; // [n_module] whether a graph multiplied with it

@@ -69,8 +69,8 @@ LLAMA_API int32_t qaflora_capture_begin(struct llama_context * ctx, enum qaflora
 // states [n_layer, n_embd] of one sequence after each block. Returns 1 on success.
 LLAMA_API int32_t qaflora_get_states(struct llama_context * ctx, llama_seq_id seq_id, float * states, int64_t n_state);
 
-// inputs [n_layer, n_embd] of the query projections for the last output row of one sequence; needs
-// QAFLORA_CONTEXT_INPUTS. Returns 1 on success.
+// inputs [n, n_layer, n_embd] of the query projections for output rows of one sequence: the last one (n = 1), or with
+// QAFLORA_CAPTURE_MEAN each since qaflora_capture_begin(). Needs QAFLORA_CONTEXT_INPUTS. Returns 1 on success.
 LLAMA_API int32_t qaflora_get_inputs(struct llama_context * ctx, llama_seq_id seq_id, float * inputs, int64_t n_input);
 
 // divergence [n_adapter, n_layer] = KL(base || adapter) in nats of the next-token distributions that the

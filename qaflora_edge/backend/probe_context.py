@@ -103,9 +103,12 @@ class ProbeContext(Context):
             raise BackendError(f"States cannot be read: {native.last_error()}.")
         return states
 
-    def inputs(self, seq: int) -> F32:
-        """float32 [n_layer, n_embd]: what the query projections read for the last output row."""
-        inputs = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
+    def inputs(self, seq: int, n_row: int = 1) -> F32:
+        """What the query projections read: float32 [n_row, n_layer, n_embd].
+
+        n_row  1: for the last output row; of a "mean": how many there are since capture_begin
+        """
+        inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
         if not self._functions.get_inputs(self._pointer, seq, floats(inputs), inputs.size):
             raise BackendError(f"Inputs cannot be read: {native.last_error()}.")
         return inputs

@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
+from qaflora_edge.weighing.attention_inputs import AttentionInputs
 from qaflora_edge.weighing.query_projection import QueryProjections
 from qaflora_edge.weighing.reading import Steps, closed, n_going_on, probe_context, read_tokens
+from qaflora_edge.weighing.strategy import Reading
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -43,6 +46,7 @@ class BaseProber:
         self._model, self._pack, self._options = model, pack, options
         self.context: ProbeContext | None = None
         self._projections: dict[tuple[int, ...], QueryProjections] = {}
+        self._readings: dict[Reading, tuple[tuple[int, ...], AttentionInputs]] = {}
 
     def close(self) -> None:
         if self.context is not None:
@@ -68,7 +72,7 @@ class BaseProber:
         except BaseException:
             context.clear()
             raise
-        return self._projections[key].norms(context.inputs(0))
+        return self._projections[key].norms(context.inputs(0)[0])
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """The mean over tokens of the state after the last block: float32 [n_embd]."""
@@ -87,6 +91,38 @@ class BaseProber:
                 "expected finite numbers; fetch or convert it again."
             )
         return embedding
+
+    def routing(
+        self, tokens: Sequence[int], rows: Sequence[int], reading: Reading
+    ) -> Steps[tuple[F64, F64]]:
+        """Arrow's or SpectR's weights, their mean over tokens and modules, and what they come from.
+
+        returns  two float64 [n_row, n_layer]
+
+        Raises StrategyError when the adapters have no projection of the attention in common.
+        """
+        held, inputs = self._readings.get(reading, ((), None))
+        if inputs is None or held != tuple(rows):
+            files = [self._files[row] for row in rows]
+            inputs = AttentionInputs(files, self._model.n_layer, reading)
+            self._readings[reading] = (tuple(rows), inputs)
+        context = self._room_for(tokens, all_outputs=True)
+        context.clear()
+        sums = np.zeros((2, len(rows), self._model.n_layer))
+        try:
+            at = 0
+            while at < len(tokens):
+                piece = tokens[at : at + pieces_of().next(len(tokens) - at)]
+                context.capture_begin("mean")
+                context.decode(piece, start=at, outputs="all")
+                sums += inputs.sums(context.inputs(0, n_row=len(piece)))
+                at += len(piece)
+                yield
+        except BaseException:
+            context.clear()
+            raise
+        weights, sizes = sums / len(tokens)
+        return weights, sizes
 
     def _room_for(self, tokens: Sequence[int], *, all_outputs: bool = False) -> ProbeContext:
         held = self.context

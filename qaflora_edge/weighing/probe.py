@@ -25,7 +25,7 @@ from qaflora_edge.weighing.reading import (
     probe_context,
     read_tokens,
 )
-from qaflora_edge.weighing.strategy import Measure, Query
+from qaflora_edge.weighing.strategy import Measure, Query, Reading
 
 T = TypeVar("T")
 F32 = NDArray[np.float32]
@@ -227,6 +227,13 @@ class QueryProbe:
         base = self._prober.base
         embedding: F32 = self._run(self._prober.timed(base.embedding(self._query.tokens)))
         return embedding
+
+    def routing(self, reading: Reading) -> tuple[F64, F64]:
+        base = self._prober.base
+        routing: tuple[F64, F64] = self._run(
+            self._prober.timed(base.routing(self._query.tokens, self._rows, reading))
+        )
+        return routing
 
     def norms(self) -> F64:
         base = self._prober.base

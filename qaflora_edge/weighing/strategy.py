@@ -26,12 +26,20 @@ if TYPE_CHECKING:
     F64 = NDArray[np.float64]
 
 Measure = Literal["kl", "cosine", "euclidean"]
+Reading = Literal["arrow", "spectr"]
 
 # adapter -> lens -> typical divergence of each layer, as bundle.json stores it
 Typical = Mapping[str, Mapping[str, Sequence[float]]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-_BUILT_IN = ("divergence", "calibrated", "norm", "centroid", "fixed")  # modules beside this one
+_BUILT_IN = (
+    "divergence",
+    "calibrated",
+    "norm",
+    "centroid",
+    "spectral",
+    "fixed",
+)  # modules beside this one
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -74,6 +82,14 @@ class Probe(Protocol):
         """|scale B A x| at a late query projection: float64 [n_adapter], in one pass of the base.
 
         Raises StrategyError when the adapters have no query projection in common.
+        """
+
+    def routing(self, reading: Reading) -> tuple[F64, F64]:
+        """Arrow's or SpectR's weights, their mean over tokens and modules, and what they come from.
+
+        returns  two float64 [n_adapter, n_layer], in one pass of the base
+
+        Raises StrategyError when the adapters have no projection of the attention in common.
         """
 
 
