@@ -1,18 +1,15 @@
 """Fusion weights as one HTML file that stands alone: no file, font or host beside it is asked.
 
 Pointing at a cell, tapping it or walking to it with the arrow keys shows weight and divergence;
-without scripts the cells' titles and the tables still say everything. The policy in the page's head
-lets nothing run but the one script below, whatever the prompts and names in it contain.
+without scripts the cells' titles and the tables still say everything.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from qaflora_edge.cli.html_file import asset, html_file
 from qaflora_edge.cli.show import layer_ranges
 from qaflora_edge.weighing.picture_text import crop, spelt
 from qaflora_edge.weighing.svg_panel import (
@@ -64,25 +61,7 @@ def page(
     head_lines  HTML below the subject
     how         how the weights came about, as text
     """
-    script = _asset("weights.js")
-    style = f"{_asset('weights.css')}main {{ --panel: {panel_width(fusions[0])}px; }}\n"
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    lines = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{clean(title)}</title>",
-        f"<style>{style}</style>",
-        "</head>",
-        "<body>",
+    body = [
         f'<header><h1 dir="auto">{clean(subject)}</h1>',
         *head_lines,
         f"<p>Weight of each adapter at each layer: {clean(how)}. Point at a cell, tap "
@@ -92,23 +71,9 @@ def page(
         "<main>",
         *sections,
         "</main>",
-        '<div id="tip" role="status" aria-live="polite" hidden></div>',
-        f"<script>{script}</script>",
-        "</body>",
-        "</html>",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _asset(name: str) -> str:
-    text = (files("qaflora_edge.cli") / "assets" / name).read_text(encoding="utf-8")
-    return "\n" + text.replace("\r\n", "\n")
-
-
-def _hash(text: str) -> str:
-    """The source expression of a policy that allows exactly this text."""
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+    style = f"{asset('weights.css')}main {{ --panel: {panel_width(fusions[0])}px; }}\n"
+    return html_file(title, body, style=style, script=asset("weights.js"))
 
 
 def _section(
