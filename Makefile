@@ -14,7 +14,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table clean FORCE
+.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table eval-report clean FORCE
 
 demo: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
@@ -78,6 +78,11 @@ lint: $(DONE)/package $(DONE)/test-tools
 convert-table: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/python tests/convert_table.py
 
+# docs/evaluation.md, out of the results of `qaflora eval` that are kept and the words around them.
+RESULTS = $(sort $(wildcard benchmarks/results/*.jsonl benchmarks/results/*.jsonl.gz))
+eval-report: $(DONE)/package $(DONE)/eval
+	$(BIN)/qaflora report $(RESULTS) --markdown docs/evaluation.md --prose benchmarks/evaluation.md
+
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:
 	rm -rf $(VENV) .venv-vulkan .venv-asan
@@ -103,6 +108,10 @@ $(DONE)/package: $(DONE)/binding $(DONE)/cmake-args $(PACKAGE_FILES)
 # Plain `torch` is what pip's configuration makes it; the tests need only a CPU build.
 $(DONE)/test-tools: pyproject.toml | $(DONE)/package
 	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[test]'
+	@touch $@
+
+$(DONE)/eval: pyproject.toml | $(DONE)/package
+	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[eval]'
 	@touch $@
 
 $(DONE)/pytest: $(DONE)/venv

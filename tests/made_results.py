@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 N_LAYER = 6
 PAIRS = [
@@ -87,7 +88,7 @@ def drawn(
         for item in range(task["n_item"]):
             luck = rng.random()
             for strategy, share in strategies.items():
-                layers = rng.dirichlet(np.ones(len(names)), N_LAYER).T.round(4)
+                layers = _layers(strategy, names, rng)
                 is_right = float(luck < share)
                 score = 3.0 - share - luck if task["metric"] == "loss" else is_right
                 found.append(
@@ -100,6 +101,17 @@ def drawn(
                     )
                 )
     return found
+
+
+def _layers(strategy: str, names: Sequence[str], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Weights [n_adapter, n_layer]: drawn where the strategy looks at the query."""
+    if strategy == "base":
+        return np.zeros((len(names), N_LAYER))
+    if strategy == "static":
+        return np.full((len(names), N_LAYER), 1 / len(names)).round(4)
+    if strategy.startswith("single:"):
+        return np.outer([strategy == f"single:{name}" for name in names], np.ones(N_LAYER))
+    return rng.dirichlet(np.ones(len(names)), N_LAYER).T.round(4)
 
 
 def write(path: Path, head: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> Path:

@@ -127,6 +127,8 @@ def test_share_of_items_whose_two_heaviest_adapters_are_the_right_ones() -> None
             for item, mix in enumerate(mixes)
         }
     assert found_share(cell, "qa-flora") == 0.5
+    cell.rows["qa-flora"][4] = record("t", 4, "qa-flora", None, weights={}, error="too long")
+    assert found_share(cell, "qa-flora") == 0.5  # that one was not weighed
     assert found_share(cell, "static") is None
     assert found_share(Cell(cell.task, names[:2], cell.rows), "qa-flora") is None
 

@@ -6,15 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qaflora_edge.cli.eval_words import NONE, estimate, heading, items, plain
 from qaflora_edge.evaluation.cells import NATS, POINTS
-from qaflora_edge.weighing.picture_text import beginning
 
 if TYPE_CHECKING:
-    from qaflora_edge.evaluation.cells import Section
-    from qaflora_edge.evaluation.statistics import Estimate
     from qaflora_edge.evaluation.summary import CellSummary, Line, Summary, Verdict
 
-NONE = "-"
 NOTES = (
     "In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.",
     "*: the best single adapter, found on these items, in hindsight.",
@@ -36,47 +33,6 @@ def table(summaries: Sequence[Summary]) -> str:
             lines += [*_verdicts(summary.verdicts), ""]
     has_verdicts = any(len(summary.cells) > 1 for summary in summaries)
     return "\n".join([*lines, *NOTES, *([VERDICT_NOTE] if has_verdicts else [])])
-
-
-def heading(section: Section) -> str:
-    """The base, the adapters loaded and the bundles of a section, in one line."""
-    bases = dict.fromkeys(plain(head["base"]["name"]) for head in section.headers)
-    loaded = dict.fromkeys(", ".join(map(plain, cell.adapters)) for cell in section.cells)
-    n_adapter = len(section.cells[0].adapters)
-    names = next(iter(loaded)) if len(loaded) == 1 else "other ones for other tasks"
-    return (
-        f"{', '.join(bases)}, {n_adapter} adapter{'s' * (n_adapter != 1)} loaded: {names or NONE}"
-    )
-
-
-def plain(text: object) -> str:
-    """A text of a file on one line, with what a terminal would obey spelt out."""
-    return beginning(str(text))
-
-
-def number(value: float, unit: str, *, is_difference: bool = False) -> str:
-    """A score or difference in its unit; `-` where there is none."""
-    if math.isnan(value):
-        return NONE
-    digits = 3 if unit == NATS else 1
-    return f"{value:{'+' if is_difference else ''}.{digits}f}"
-
-
-def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) -> str:
-    """A mean and its interval, as in `12.0 (8.5 to 16.7)`."""
-    if found is None:
-        return NONE
-    value, low, high = (
-        number(part, unit, is_difference=is_difference)
-        for part in (found.value, found.low, found.high)
-    )
-    return value if NONE in (low, high) else f"{value} ({low} to {high})"
-
-
-def items(cell: CellSummary) -> str:
-    """How many items the strategies have a score for, as in `250` or `12 to 250`."""
-    counts = sorted({line.score.n_item for line in cell.lines})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _cell(found: CellSummary) -> list[str]:

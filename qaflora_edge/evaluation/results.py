@@ -9,7 +9,9 @@ anywhere: every line is checked, and the fields are those of `data/results_*.sch
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,13 +60,20 @@ class Results:
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results file; a last line that was cut is left out.
+    """Read a results file, or one packed by gzip as FILE.gz; a last line that was cut is left out.
 
     Raises ResultsFileError naming the line and field, what was found and what was expected.
     """
     try:
         with open_input(path) as file:
+            if str(path).endswith(".gz"):
+                with gzip.open(file) as unpacked:
+                    return _read(unpacked, str(path))[0]
             return _read(file, str(path))[0]
+    except (EOFError, zlib.error) as error:
+        raise ResultsFileError(
+            f"Cannot read {path}: it is no whole gzip file ({error}), expected one. Copy it again."
+        ) from error
     except OSError as error:
         raise ResultsFileError(
             f"Cannot read {path}: {error.strerror or error}. Give a file that `qaflora eval -o` "
@@ -177,7 +186,9 @@ class ResultsFile:
         )
 
 
-def _read(file: BinaryIO, where: str, *, is_begun: bool = False) -> tuple[Results, int]:
+def _read(
+    file: BinaryIO | gzip.GzipFile, where: str, *, is_begun: bool = False
+) -> tuple[Results, int]:
     """A results file, and the bytes of its whole lines.
 
     is_begun  it may be empty, or cut in its first line: then the header is empty

@@ -182,8 +182,8 @@ def found_share(cell: Cell, strategy: str) -> float | None:
     right = {cell.role("language"), cell.role("domain")}
     if None in right or len(right) < 2 or len(cell.adapters) <= 2:
         return None
-    rows = [row["weights"] for row in cell.rows[strategy].values()]
-    return sum(_lead(weights, right) for weights in rows) / len(rows)
+    weighed = [weights for row in cell.rows[strategy].values() if (weights := row["weights"])]
+    return sum(_lead(weights, right) for weights in weighed) / len(weighed) if weighed else None
 
 
 def _lead(weights: Mapping[str, float], right: set[Any]) -> bool:

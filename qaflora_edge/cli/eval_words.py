@@ -1,0 +1,116 @@
+"""Results of evaluations in words: what their tables, pages and documents have in common."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from qaflora_edge.evaluation.cells import NATS
+from qaflora_edge.weighing.picture_text import beginning
+
+if TYPE_CHECKING:
+    from qaflora_edge.evaluation.cells import Section
+    from qaflora_edge.evaluation.statistics import Estimate
+    from qaflora_edge.evaluation.summary import CellSummary, Summary
+
+NONE = "-"
+
+
+def heading(section: Section) -> str:
+    """The base, the adapters loaded and the bundles of a section, in one line."""
+    bases = dict.fromkeys(plain(head["base"]["name"]) for head in section.headers)
+    loaded = dict.fromkeys(", ".join(map(plain, cell.adapters)) for cell in section.cells)
+    n_adapter = len(section.cells[0].adapters)
+    names = next(iter(loaded)) if len(loaded) == 1 else "other ones for other tasks"
+    return (
+        f"{', '.join(bases)}, {n_adapter} adapter{'s' * (n_adapter != 1)} loaded: {names or NONE}"
+    )
+
+
+def plain(text: object) -> str:
+    """A text of a file on one line, with what a terminal would obey spelt out."""
+    return beginning(str(text))
+
+
+def number(value: float, unit: str, *, is_difference: bool = False) -> str:
+    """A score or difference in its unit; `-` where there is none."""
+    if math.isnan(value):
+        return NONE
+    digits = 3 if unit == NATS else 1
+    return f"{value:{'+' if is_difference else ''}.{digits}f}"
+
+
+def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) -> str:
+    """A mean and its interval, as in `12.0 (8.5 to 16.7)`."""
+    if found is None:
+        return NONE
+    value, low, high = (
+        number(part, unit, is_difference=is_difference)
+        for part in (found.value, found.low, found.high)
+    )
+    return value if NONE in (low, high) else f"{value} ({low} to {high})"
+
+
+def items(cell: CellSummary) -> str:
+    """How many items the strategies have a score for, as in `250` or `12 to 250`."""
+    counts = sorted({line.score.n_item for line in cell.lines})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def as_json_object(summary: Summary) -> dict[str, Any]:
+    """Every number of a section, as `qaflora report --json` prints it; null where there is none."""
+    cells = [
+        {
+            "task": cell.cell.name,
+            "adapters": list(cell.cell.adapters),
+            "unit": cell.cell.unit,
+            "best_single": cell.best_single,
+            "strategies": [asdict(line) | {"prefills": line.prefills} for line in cell.lines],
+        }
+        for cell in summary.cells
+    ]
+    verdicts = [asdict(each) | {"is_shown": each.is_shown} for each in summary.verdicts]
+    found: dict[str, Any] = _nulled(
+        {"heading": heading(summary.section), "tasks": cells, "verdicts": verdicts}
+    )
+    return found
+
+
+def _nulled(value: Any) -> Any:
+    """The same with None for every NaN."""
+    if isinstance(value, dict):
+        return {key: _nulled(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulled(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def facts(section: Section) -> list[tuple[str, str]]:
+    """How a section's files were made: name and value of each fact, once where they are equal."""
+    heads = section.headers
+    found = {
+        "bundle": (head["bundle"] for head in heads),
+        "base": (f"{head['base']['name']}, SHA-256 {head['base']['sha256']}" for head in heads),
+        "adapters": (_adapters(head) for head in heads),
+        "options": (_options(head["options"]) for head in heads),
+        "version": (head["version"] for head in heads),
+        "machine": (head["machine"] for head in heads),
+    }
+    return [(name, "\n".join(dict.fromkeys(map(str, values)))) for name, values in found.items()]
+
+
+def _adapters(head: Mapping[str, Any]) -> str:
+    each = (f"{a['name']} ({a['bytes'] / 1e6:.1f} MB)" for a in head["adapters"])
+    return ", ".join(each) or "none"
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {text(value)}" for name, value in options.items())
+
+
+def text(value: object) -> str:
+    """A value of a file as text: a text as it is, others as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
