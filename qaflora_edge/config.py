@@ -35,9 +35,11 @@ class Option:
               (Engine.generate's), answers (Engine.answers')
     flag      on the command line, empty where it has no place there; a flag that begins with
               `--no-` turns off what is on by default
-    help      a sentence; {strategies} in it stands for the forms of all strategies
+    help      a sentence; {strategies} in it stands for the forms of all strategies, {options} for
+              those of their options
     low, high, is_open  the range; is_open: low itself is not in it
     noun      what a number is, in messages
+    words     texts that may stand in place of a number
     unset     the default in words, where `default` does not say it
     defaults  command -> the default that it has instead
     aliases   other names in OpenAI's calls
@@ -56,6 +58,7 @@ class Option:
     is_open: bool = False
     noun: str = ""
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     metavar: str | None = None
     unset: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -81,7 +84,8 @@ class Option:
         noun = self.noun or _EXPECTED[self.kind]
         low = "" if self.low is None else f" {'above' if self.is_open else 'from'} {self.low:g}"
         high = "" if self.high is None else f" to {self.high:.10g}"
-        return f"{noun}{low}{high}" + ("" if high or not low else " up")
+        up = "" if high or not low else " up"
+        return " or ".join((f"{noun}{low}{high}{up}", *self.words))
 
     def fits(self, value: object) -> bool:
         """Tell whether a value has the type and lies in the range."""
@@ -91,6 +95,8 @@ class Option:
         if self.kind is dict:
             pairs = value.items() if isinstance(value, Mapping) else [("", None)]
             return all(_is_id(token) and self._is_in_range(bias) for token, bias in pairs)
+        if isinstance(value, str) and value in self.words:
+            return True
         if self.kind not in (int, float):
             return isinstance(value, self.kind) and (not self.choices or value in self.choices)
         return self._is_in_range(value)
@@ -129,7 +135,8 @@ _TOKENS = "a number of tokens"
 # fmt: off
 OPTIONS = (
     Option("strategy", str, None, "engine weighing", "--strategy", metavar="NAME",
-           help="How adapters are weighed: {strategies}.", unset="the bundle's"),
+           help="How adapters are weighed: {strategies}. Those that look at the query take options "
+           "behind a colon, as in qa-flora:power=2,top=2: {options}.", unset="the bundle's"),
     Option("lens", str, None, "engine weighing", "--lens", choices=LENSES,
            help="How a layer's state is read: through the final norm, or raw.",
            unset="the bundle's, else norm"),
@@ -229,6 +236,18 @@ OWN_OPTIONS = {
                help="Type of the adapter's tensors."),
     ),
 }
+# What strategies that probe take behind their name, as in calibrated:power=2,total=1.5; done in
+# this order.
+SHAPING = (
+    Option("power", float, 1.0, low=0, is_open=True, high=16, metavar="P",
+           help="weigh by the power P of the shares: above 1 sharper, below 1 more even"),
+    Option("layers", str, "each", choices=("each", "mean"),
+           help="each layer for itself, or its mean over all layers for each adapter"),
+    Option("top", int, None, low=1, noun="a number of adapters", metavar="N", unset="all",
+           help="only the N adapters that are heaviest in the mean over layers"),
+    Option("total", float, 1.0, low=0, is_open=True, high=16, words=("l2",), metavar="T",
+           help="each layer's weights sum to T; l2: their squares sum to 1"),
+)
 # fmt: on
 # By their keys: what weights, run, chat, bench and `llm` share, and what one command has.
 SHARED = {option.key: option for option in OPTIONS if option.flag}

@@ -107,7 +107,7 @@ def test_probed_strategies(text: str) -> None:
     assert parse_strategy(text, NAMES).strategy.is_probed
 
 
-@pytest.mark.parametrize("text", ["", "kl", "single", "manual", "base:math", "qa-flora:x"])
+@pytest.mark.parametrize("text", ["", "kl", "single", "manual", "base:math"])
 def test_unknown_strategy_is_refused(text: str) -> None:
     with pytest.raises(StrategyError) as caught:
         parse_strategy(text, NAMES)

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -134,7 +134,7 @@ def _folders_near(word: str) -> list[str]:
 def complete_strategy(
     ctx: click.Context, param: click.Parameter, word: str
 ) -> list[CompletionItem[str]]:
-    """Strategies; after `single:` and `manual:` the adapters of the bundle on the line."""
+    """Strategies; after their colon the adapters of the bundle on the line, or their options."""
     names = bundle_adapters(ctx)
     kind, colon, rest = word.partition(":")
     if colon and kind == "single":
@@ -144,8 +144,22 @@ def complete_strategy(
         used = {pair.partition("=")[0] for pair in done.split(",")}
         left = [name for name in names if name not in used and name.startswith(last)]
         return _items(f"manual:{done}{comma}{name}=" for name in left)
+    if colon:
+        return _items(_with_option(word, kind))
     forms = (each.name + (":" if each.needs_argument else "") for each in strategies())
     return _items(form for form in forms if form.startswith(word))
+
+
+def _with_option(word: str, name: str) -> Iterator[str]:
+    """A strategy with the options that its last, unfinished one may become."""
+    head, comma, last = word.rpartition(",") if "," in word else word.partition(":")
+    used = {item.partition("=")[0] for item in word.partition(":")[2].split(",")[:-1]}
+    known = next((each for each in strategies() if each.name == name and each.is_probed), None)
+    for option in known.options if known else ():
+        if option.name not in used:
+            forms = [f"{option.name}={each}" for each in (*option.choices, *option.words)]
+            forms += [] if option.choices else [f"{option.name}="]
+            yield from (f"{head}{comma}{form}" for form in forms if form.startswith(last))
 
 
 def complete_adapter(

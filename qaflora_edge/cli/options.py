@@ -84,9 +84,13 @@ def meaning(option: Option) -> str:
     if "{strategies}" not in option.help:
         return option.help
     from qaflora_edge.weighing.strategy import strategies
+    from qaflora_edge.weighing.strategy_options import written
 
-    *others, last = (strategy.usage for strategy in strategies())
-    return option.help.replace("{strategies}", f"{', '.join(others)} or {last}")
+    known = strategies()
+    *others, last = (strategy.usage for strategy in known)
+    forms = dict.fromkeys(written(own) for each in known if each.is_probed for own in each.options)
+    text = option.help.replace("{strategies}", f"{', '.join(others)} or {last}")
+    return text.replace("{options}", ", ".join(forms))
 
 
 class _Option(click.Option):

@@ -16,7 +16,9 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.strategy_options import read_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +54,7 @@ class Query:
     lens      "norm" or "raw", pool "last" or "mean": see `qaflora weights --help`
     typical   adapter -> lens -> typical divergence of each layer, where the bundle has them
     centroids adapter -> float32 [n_embd], mean embedding of its sample texts, where it has them
+    options   the strategy's own options, as they were given
     """
 
     tokens: tuple[int, ...]
@@ -61,6 +64,7 @@ class Query:
     pool: str
     typical: Typical
     centroids: Mapping[str, F32] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Probe(Protocol):
@@ -109,6 +113,8 @@ class Strategy:
     argument  what stands behind a colon, as NAME in single:NAME; "" when nothing may
     needs_argument  whether it has to stand there
     is_probed whether weigh() asks the probe, so that weights differ from query to query
+    options   what else may stand there, as in qa-flora:power=2, if it is probed. Those of SHAPING
+              change what weigh() gives; its own, weigh() finds in query.options.
     """
 
     name: ClassVar[str]
@@ -116,9 +122,10 @@ class Strategy:
     argument: ClassVar[str] = ""
     needs_argument: ClassVar[bool] = False
     is_probed: ClassVar[bool] = True
+    options: ClassVar[tuple[Option, ...]] = SHAPING
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:
-        """What weigh() gets for the text behind the colon ("" without one).
+        """What weigh() gets for the text behind the colon ("" without one), options apart.
 
         text  all of it, for messages
 
@@ -147,11 +154,12 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A strategy as it was written, read."""
+    """A strategy as it was written, read; options are those that were given."""
 
     text: str
     strategy: Strategy
     argument: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 _registry: dict[str, Strategy] = {}
@@ -198,16 +206,23 @@ def strategies() -> list[Strategy]:
 
 
 def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
-    """Read a strategy's name and what follows its colon, as in single:NAME.
+    """Read a strategy's name and what follows its colon, as in single:NAME or qa-flora:power=2.
 
-    Raises StrategyError for an unknown strategy or adapter, WeightsError for a weight that is
-    no finite number.
+    Raises StrategyError for an unknown strategy, option or adapter, WeightsError for a weight that
+    is no finite number.
     """
     name, colon, argument = text.partition(":")
     _load_built_in()
     if name not in _registry:
         _load_entry_points()
     strategy = _registry.get(name)
+    options: dict[str, Any] = {}
+    if strategy is not None and strategy.is_probed and argument:
+        has_argument = bool(strategy.argument)
+        argument, options = read_options(
+            argument, strategy.options, text, has_argument=has_argument
+        )
+        colon = argument
     is_written = strategy is not None and (
         bool(argument) and bool(strategy.argument)
         if colon or strategy.needs_argument
@@ -220,7 +235,7 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
             f"Strategy {text!r} is not known; {hint} one of "
             f"{', '.join(each.usage for each in strategies())}."
         )
-    return Chosen(text, strategy, strategy.parse(argument, adapters, text))
+    return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
 
 
 @cache

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.shaping import shaped
 from qaflora_edge.weighing.strategy import Chosen, Mix, Probe, Query, Typical, parse_strategy
 
 F32 = NDArray[np.float32]
@@ -38,11 +40,14 @@ class Weigher:
     def parse(self, text: str) -> Chosen:
         """Read a strategy; StrategyError if it is unknown or cannot be followed here."""
         chosen = parse_strategy(text, self.adapters)
-        chosen.strategy.check(chosen.argument, self.query(()))
+        chosen.strategy.check(chosen.argument, self.query((), chosen.options))
         return chosen
 
-    def query(self, tokens: Sequence[int]) -> Query:
-        """What is weighed, under these defaults."""
+    def query(self, tokens: Sequence[int], options: Mapping[str, Any] | None = None) -> Query:
+        """What is weighed, under these defaults.
+
+        options  those that stand behind the strategy's name
+        """
         return Query(
             tokens=tuple(tokens),
             adapters=self.adapters,
@@ -51,6 +56,7 @@ class Weigher:
             pool=self.pool,
             typical=self.typical,
             centroids=self.centroids,
+            options=options or {},
         )
 
     def weigh(
@@ -74,11 +80,14 @@ class Weigher:
         strategy = chosen.strategy
         if not self.adapters:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
+        query = self.query(tokens, chosen.options)
         start = time.perf_counter()
         mix = strategy.weigh(query, probe(query), chosen.argument)
         probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
         mix = mix if isinstance(mix, Mix) else Mix(mix)
-        return self._fusion(mix, chosen.text, query, probe_ms, source=f"Strategy {chosen.text!r}: ")
+        source = f"Strategy {chosen.text!r}: "
+        fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
+        return replace(fusion, weights=shaped(fusion.weights, chosen.options, source))
 
     def _given(self, weights: FusionWeights) -> FusionWeights:
         if weights.adapters != self.adapters:

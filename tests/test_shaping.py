@@ -1,0 +1,161 @@
+"""Options of strategies, against sums written out in plain Python."""
+
+from __future__ import annotations
+
+import re
+from math import sqrt
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle
+
+from qaflora_edge import Engine, Strategy, register_strategy
+from qaflora_edge.cli.complete import complete_strategy
+from qaflora_edge.config import SHAPING
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing import strategy as registry
+from qaflora_edge.weighing.shaping import shaped
+from qaflora_edge.weighing.strategy import parse_strategy
+from qaflora_edge.weighing.strategy_options import written
+
+PROMPT = "the thing on a ring"
+SHARES = np.array([[0.5, 0.2, 0.0], [0.3, 0.7, 0.0], [0.2, 0.1, 1.0]], np.float32)
+PAGE = Path(__file__).resolve().parents[1] / "docs/strategies.md"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("shaping"), calibrate=True)
+
+
+def plain(shares: list[list[float]], *, power: float, top: int, total: float) -> list[list[float]]:
+    """power, layers=mean, top and total one after the other, a number at a time."""
+    n_adapter, n_layer = len(shares), len(shares[0])
+    columns = [[shares[i][il] ** power for i in range(n_adapter)] for il in range(n_layer)]
+    means = [sum(column[i] / sum(column) for column in columns) / n_layer for i in range(n_adapter)]
+    kept = sorted(range(n_adapter), key=lambda i: -means[i])[:top]
+    left = [means[i] / sum(means[j] for j in kept) if i in kept else 0.0 for i in range(n_adapter)]
+    return [[total * left[i]] * n_layer for i in range(n_adapter)]
+
+
+def test_options_are_done_one_after_the_other() -> None:
+    options = {"power": 3.0, "layers": "mean", "top": 2, "total": 1.5}
+    expected = plain(SHARES.tolist(), power=3, top=2, total=1.5)
+    np.testing.assert_allclose(shaped(SHARES, options, ""), expected, rtol=1e-6)
+
+
+def test_power_sharpens_each_layer_for_itself() -> None:
+    squares = [[25 / 38, 4 / 54, 0], [9 / 38, 49 / 54, 0], [4 / 38, 1 / 54, 1]]
+    np.testing.assert_allclose(shaped(SHARES, {"power": 2.0}, ""), squares, rtol=1e-6)
+    tiny = np.array([[1e-30], [2e-30]], np.float32)  # its powers are below every float
+    np.testing.assert_allclose(shaped(tiny, {"power": 16.0}, "")[0, 0], 1 / (1 + 2**16), rtol=1e-5)
+
+
+def test_top_keeps_the_heaviest_of_all_layers_and_shares_what_they_leave() -> None:
+    kept = shaped(SHARES, {"top": 1}, "")
+    np.testing.assert_array_equal(kept, [[0, 0, 0], [0, 0, 0], [1, 1, 1]])
+    two = shaped(SHARES, {"top": 2}, "")
+    np.testing.assert_allclose(two[:, 0], [0, 0.6, 0.4], rtol=1e-6)
+    np.testing.assert_array_equal(shaped(SHARES, {"top": 9}, ""), shaped(SHARES, {"power": 1}, ""))
+
+
+def test_total_is_a_sum_or_the_length_of_a_layers_weights() -> None:
+    np.testing.assert_allclose(shaped(SHARES, {"total": 1.5}, ""), 1.5 * SHARES, rtol=1e-6)
+    first = np.array([5, 3, 2]) / sqrt(25 + 9 + 4)
+    np.testing.assert_allclose(shaped(SHARES, {"total": "l2"}, "")[:, 0], first, rtol=1e-6)
+
+
+def test_without_these_options_weights_stay_as_they_are() -> None:
+    given = np.array([[-1.0, 2.0]], np.float32)
+    assert shaped(given, {}, "") is given
+    with pytest.raises(StrategyError) as caught:
+        shaped(given, {"power": 2.0}, "Strategy 'x:power=2': ")
+    assert str(caught.value) == (
+        "Strategy 'x:power=2': its weights go down to -1, expected none below 0 where power, "
+        "layers, top or total shape them; leave these options out."
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["qa-flora", "calibrated", "cosine", "euclidean", "norm", "norm:1"],
+)
+def test_every_probed_strategy_takes_them(made: TinyBundle, text: str) -> None:
+    joint = "," if ":" in text else ":"
+    with Engine(made.folder) as engine:
+        plain_weights = engine.weights(PROMPT, strategy=text)
+        fusion = engine.weights(PROMPT, strategy=f"{text}{joint}power=2,total=1.5")
+    powers = plain_weights.weights.astype(np.float64) ** 2
+    np.testing.assert_allclose(fusion.weights, 1.5 * powers / powers.sum(axis=0), rtol=1e-4)
+    np.testing.assert_array_equal(fusion.divergence, plain_weights.divergence)
+    assert fusion.strategy == f"{text}{joint}power=2,total=1.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "qa-flora:pwer=2",
+            "Strategy 'qa-flora:pwer=2': 'pwer=2' is no option of it; did you mean power=? "
+            "Expected some of power=P, layers=each or mean, top=N, total=T or l2, with commas "
+            "between them.",
+        ),
+        ("qa-flora:2", "'2' is no option of it; expected some of power=P"),
+        ("qa-flora:power", "'power' is no option of it; did you mean power=? Expected some"),
+        ("qa-flora:power=0", "the option power is '0', expected a number above 0 to 16."),
+        ("qa-flora:power=nan", "the option power is 'nan', expected a number above 0 to 16."),
+        ("qa-flora:power=", "the option power is '', expected a number above 0 to 16."),
+        ("qa-flora:top=1.5", "the option top is '1.5', expected a number of adapters from 1 up."),
+        ("qa-flora:total=l3", "the option total is 'l3', expected a number above 0 to 16 or l2."),
+        ("qa-flora:layers=all", "the option layers is 'all', expected one of each, mean."),
+        ("qa-flora:top=1,top=2", "has the option top twice, expected it once."),
+        ("qa-flora:top=1,", "'' is no option of it; expected some of"),
+        ("norm:pwer=2", "Strategy 'norm:pwer=2': 'pwer=2' is no number of adapters"),
+        ("static:power=2", "Strategy 'static:power=2' is not known; expected one of qa-flora"),
+    ],
+)
+def test_what_is_no_option_is_refused(text: str, message: str) -> None:
+    with pytest.raises(StrategyError) as caught:
+        parse_strategy(text, ("math", "es"))
+    assert message in str(caught.value)
+
+
+def test_a_programs_own_strategy_takes_them_too(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Third(Strategy):
+        name = "third"
+
+        def weigh(self, query, probe, argument):  # type: ignore[no-untyped-def]
+            return [[1 / 3] * query.n_layer, [2 / 3] * query.n_layer]
+
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    register_strategy(Third())
+    with Engine(made.folder, strategy="third:power=2,total=2") as engine:
+        np.testing.assert_allclose(engine.weights("a").weights[:, 0], [0.4, 1.6], rtol=1e-6)
+
+
+def completed(word: str) -> list[str]:
+    context = click.Context(click.Command("run"))
+    return [str(item.value) for item in complete_strategy(context, context.command, word)]  # type: ignore[arg-type]
+
+
+def test_options_are_completed() -> None:
+    assert completed("qa-flora:") == [
+        "qa-flora:power=",
+        "qa-flora:layers=each",
+        "qa-flora:layers=mean",
+        "qa-flora:top=",
+        "qa-flora:total=l2",
+        "qa-flora:total=",
+    ]
+    assert completed("norm:2,la") == ["norm:2,layers=each", "norm:2,layers=mean"]
+    assert completed("qa-flora:power=2,po") == []
+    assert completed("static:") == []
+
+
+def test_the_page_has_every_option() -> None:
+    rows = re.findall(r"^\| `(\w+=[^`]*)` \| (.*?) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert rows == [(written(option), option.help) for option in SHAPING]
