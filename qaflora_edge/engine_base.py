@@ -135,9 +135,29 @@ class EngineBase:
         return self._loaded
 
     @property
+    def adapter_bytes(self) -> dict[str, int]:
+        """Size of the file of each adapter that is loaded."""
+        return dict(zip(self._loaded, self._core.adapter_bytes, strict=True))
+
+    @property
     def strategy(self) -> str:
         """The strategy of calls that name none."""
         return self._weigher.strategy
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Every strategy that it can follow without a word more, as `manual` needs one."""
+        return self._weigher.followed
+
+    @property
+    def lens(self) -> str:
+        """How a layer's state is read, where a bundle or a caller did not say: see Engine."""
+        return self._weigher.lens
+
+    @property
+    def pool(self) -> str:
+        """What of a prompt is read: see Engine."""
+        return self._weigher.pool
 
     @property
     def n_layer(self) -> int:

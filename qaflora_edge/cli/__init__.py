@@ -23,6 +23,7 @@ VERBS = {
     "chat": "Talk with the weighed adapters.",
     "serve": "Serve bundles to programs and browsers that speak OpenAI's API.",
     "compare": "Show what several strategies answer, side by side.",
+    "eval": "Score tasks under several strategies.",
     "weights": "Show what each adapter weighs for a prompt.",
     "bundle": "Make, change, show and verify bundles.",
     "convert": "Convert a PEFT adapter to an adapter GGUF.",
@@ -186,7 +187,7 @@ def main(ctx: click.Context) -> None:
     """Several LoRA adapters at once on a quantised base, weighed anew for each query.
 
     DIR is the folder of a bundle, one base and its adapters (see `qaflora bundle create`), or for
-    run, chat, compare and weights a base alone: a GGUF file, or its name in `qaflora models`.
+    run, chat, compare, eval and weights a base alone: a GGUF file, or its name in `qaflora models`.
     """
     verb = ctx.invoked_subcommand or ""
     command = main.get_command(ctx, verb)

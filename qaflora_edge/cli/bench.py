@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -290,6 +289,7 @@ def _measured(
 def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
     from qaflora_edge.backend.context import default_threads
+    from qaflora_edge.bench.machine import cpu_name
     from qaflora_edge.cli.doctor import library_facts, package_facts
 
     header = loaded.header
@@ -325,7 +325,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         },
         "adapter_files": [_adapter_facts(*item) for item in loaded.adapter_paths.items()],
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_name(),
             "n_cpu": default_threads(),
             "platform": packages["platform"],
             "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -347,13 +347,3 @@ def _adapter_facts(name: str, path: Path) -> dict[str, Any]:
         "types": sorted({tensor.ggml_type.name for tensor in info.tensors.values()}),
         "size_bytes": path.stat().st_size,
     }
-
-
-def _cpu_model() -> str:
-    """The CPU's own name where Linux tells it, else what Python knows of it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return match[1].strip() if match else platform.processor() or platform.machine()

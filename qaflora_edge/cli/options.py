@@ -96,13 +96,13 @@ def meaning(option: Option) -> str:
 class _Option(click.Option):
     """An option of `config`, explained when help is asked for: strategies may come until then."""
 
-    def __init__(self, *args: Any, declared: Option, **keywords: Any) -> None:
+    def __init__(self, *args: Any, declared: Option, unset: str, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self.declared = declared
+        self.declared, self.unset = declared, unset
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        unset = self.declared.unset
-        self.help = meaning(self.declared) + (f"  [default: {unset}]" if unset else "")
+        default = f"  [default: {self.unset}]" if self.unset else ""
+        self.help = meaning(self.declared) + default
         return super().get_help_record(ctx)
 
 
@@ -114,11 +114,13 @@ def click_option(option: Option, command: str) -> Callable[..., Any]:
         keywords["default"] = not default if option.is_negated else default
     if option.name in _COMPLETED:
         keywords["shell_complete"] = completed_by(_COMPLETED[option.name])
-    has_words = option.unset or option.kind is bool
+    unset = "" if command in option.defaults else option.unset
+    has_words = unset or option.kind is bool
     return click.option(
         option.flag,
         cls=_Option,
         declared=option,
+        unset=unset,
         help=option.help,
         type=_click_type(option),
         multiple=option.kind is tuple,

@@ -66,6 +66,7 @@ class Core:
         self.pack = keep(Pack(self.model, [info.path for info in adapters.values()]))
         more: dict[str, Any] = {**options, "stop": stop}
         self.context = keep(Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **more))
+        self.adapter_bytes = [info.path.stat().st_size for info in adapters.values()]
         files = list(adapters.values())
         self.prober = keep(Prober(self.model, self.pack, more, tail=probe_tail, files=files))
         self._scorer = keep(Scorer(self.model, self.pack, more))

@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qaflora_edge.errors import StrategyError
+from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.shaping import shaped
-from qaflora_edge.weighing.strategy import Chosen, Mix, Probe, Query, Typical, parse_strategy
+from qaflora_edge.weighing.strategy import (
+    Chosen,
+    Mix,
+    Probe,
+    Query,
+    Typical,
+    parse_strategy,
+    strategies,
+)
 
 F32 = NDArray[np.float32]
 Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
@@ -42,6 +50,27 @@ class Weigher:
         chosen = parse_strategy(text, self.adapters)
         chosen.strategy.check(chosen.argument, self.query((), chosen.options))
         return chosen
+
+    @property
+    def followed(self) -> tuple[str, ...]:
+        """The strategies that can be followed here and need nothing said besides: the base and
+        static mixes, each adapter alone, then those that look at the query.
+        """
+        if not self.adapters:
+            return ("base",)
+        whole = [each for each in strategies() if not each.needs_argument]
+        fixed = [each.name for each in whole if not each.is_probed]
+        fixed.sort(key=lambda name: name != "base")
+        probed = [each.name for each in whole if each.is_probed]
+        singles = [f"single:{name}" for name in self.adapters]
+        return tuple(text for text in (*fixed, *singles, *probed) if self._is_followed(text))
+
+    def _is_followed(self, text: str) -> bool:
+        try:
+            self.parse(text)
+        except QafloraError:
+            return False
+        return True
 
     def query(self, tokens: Sequence[int], options: Mapping[str, Any] | None = None) -> Query:
         """What is weighed, under these defaults.

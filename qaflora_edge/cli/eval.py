@@ -1,0 +1,267 @@
+"""qaflora eval"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qaflora_edge.cli.compare import expand
+from qaflora_edge.cli.options import (
+    BUNDLE,
+    SharedOptions,
+    bundle_folder,
+    example,
+    open_engine,
+    shared_options,
+)
+from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.errors import SandboxError
+from qaflora_edge.files import one_line
+
+if TYPE_CHECKING:
+    from qaflora_edge.engine import Engine
+    from qaflora_edge.evaluation.results import Results
+    from qaflora_edge.evaluation.run import Asking, Evaluation
+    from qaflora_edge.evaluation.tasks import Task
+
+HALVES = ("dev", "test")
+
+
+def _span(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
+    """A:B as a range; either end may be left out."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{0,9}):(\d{0,9})", value, re.ASCII)
+    if found is None or (found[1] and found[2] and int(found[1]) >= int(found[2])):
+        raise click.BadParameter(f"{value!r} is no A:B, such as 0:50, with A below B.")
+    return range(int(found[1] or 0), int(found[2] or 10**9))
+
+
+@click.command(
+    epilog=example(
+        """
+        qaflora eval models/demo sums.jsonl
+        qaflora eval models/demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl
+        qaflora eval models/demo humaneval.jsonl --allow-code --limit 20
+        """
+    )
+)
+@click.argument("bundle", **BUNDLE)
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
+@click.option(
+    "--strategies",
+    "ways",
+    metavar="NAME,NAME,...",
+    multiple=True,
+    help="What to compare; `single` is each adapter alone. Repeatable.  [default: --strategy, else "
+    "all that the bundle can follow]",
+)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    metavar="FILE.jsonl",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write each result to FILE as it comes. A file that was begun is gone on with.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    metavar="FILE",
+    help="Write one JSON object with every result to FILE; `-` is stdout.",
+)
+@click.option("--adapters", metavar="NAME,NAME,...", help="The adapters in use.  [default: all]")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")
+@click.option("--items", metavar="A:B", callback=_span, help="Ask items A to B - 1, from 0.")
+@click.option(
+    "--half",
+    type=click.Choice(HALVES),
+    help="Ask one half of the items: dev has 0, 2, 4, ..., test has 1, 3, 5, ...",
+)
+@click.option("--layers", is_flag=True, help="Keep the weights of every layer in the results.")
+@click.option(
+    "--allow-code",
+    is_flag=True,
+    help="Run the code that the model writes, for tasks that test it: see docs/evaluate.md.",
+)
+@shared_options
+def eval(
+    bundle: str,
+    tasks: tuple[str, ...],
+    ways: tuple[str, ...],
+    out: Path | None,
+    json_path: str | None,
+    adapters: str | None,
+    limit: int | None,
+    items: range | None,
+    half: str | None,
+    layers: bool,
+    allow_code: bool,
+    options: SharedOptions,
+) -> None:
+    """Score tasks under several strategies.
+
+    TASK... are files of JSON lines: questions with their answers, and how they are asked and
+    scored; docs/evaluate.md says how to write one. Every item is asked under every strategy, many
+    at once (--parallel).
+    """
+    from qaflora_edge.evaluation.results import ResultsFile
+    from qaflora_edge.evaluation.run import Asking, Evaluation
+    from qaflora_edge.evaluation.statistics import check_can_estimate
+    from qaflora_edge.evaluation.tasks import read_task
+
+    check_can_estimate()
+    read = [read_task(path) for path in tasks]
+    _check_names(read)
+    _check_code(read, allow_code)
+    chosen = {task.name: _chosen(len(task.items), limit, items, half) for task in read}
+    for task in read:
+        if not chosen[task.name]:
+            raise click.UsageError(
+                f"The task {task.name} has {len(task.items)} items, and none of them is chosen; "
+                "give other --items or --half, or leave the task out."
+            )
+    asking = Asking(options.sampling, raw_prompt=options.raw_prompt, has_layers=layers)
+    with open_engine(bundle, options) as engine:
+        if adapters is not None:
+            engine.use_strategy("base")  # one that names no adapter
+            engine.use_adapters(adapters.split(","))
+        strategies = _strategies(engine, ways, options.strategy)
+        header = _header(bundle, engine, read, strategies, asking, options)
+        file = ResultsFile(out, header)
+        with file.opened():
+            evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
+            _run(evaluation)
+    _show(file.results, json_path)
+    click.get_current_context().exit(1 if evaluation.n_failed else 0)
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.UsageError(
+                f"Two tasks have the name {name!r}, expected different ones: give one of them "
+                'another, as in {"task": {"name": "..."}} in its first line.'
+            )
+
+
+def _check_code(tasks: Sequence[Task], allow_code: bool) -> None:
+    tested = [task.name for task in tasks if task.metric == "code"]
+    if not tested:
+        return
+    if not allow_code:
+        raise SandboxError(
+            f"The task {tested[0]} runs code that the model writes, and nobody allowed it. Give "
+            "--allow-code, after a look at what docs/evaluate.md says of it, or leave the task out."
+        )
+    from qaflora_edge.evaluation.sandbox import check_can_run
+
+    check_can_run()
+
+
+def _chosen(n_item: int, limit: int | None, items: range | None, half: str | None) -> range:
+    """Indexes of the items that are asked."""
+    chosen = range(n_item) if items is None else range(n_item)[items.start : items.stop]
+    if half is not None:
+        first = chosen.start + (chosen.start % 2 != HALVES.index(half))
+        chosen = range(first, chosen.stop, 2)
+    return chosen[:limit]
+
+
+def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> list[str]:
+    if ways:
+        found = expand(",".join(ways), engine.adapters)
+    else:
+        found = list(engine.strategies) if strategy is None else [strategy]
+    for each in found:
+        engine.use_strategy(each)  # says what is wrong with one that cannot be followed
+    return found
+
+
+def _header(
+    bundle: str,
+    engine: Engine,
+    tasks: Sequence[Task],
+    strategies: Sequence[str],
+    asking: Asking,
+    options: SharedOptions,
+) -> dict[str, Any]:
+    """The first line of a results file."""
+    from qaflora_edge import __version__
+    from qaflora_edge.bench.machine import cpu_name
+    from qaflora_edge.chat.session_file import bundle_identity
+
+    identity = bundle_identity(bundle_folder(bundle))
+    sizes = engine.adapter_bytes
+    sampling = {**asking.sampling, "stop": list(asking.sampling["stop"])}
+    del sampling["max_tokens"]  # that of each task is in its facts
+    engine_options = {"lens": engine.lens, "pool": engine.pool}
+    engine_options |= {
+        key: options.engine[key] for key in ("probe_tail", "n_ctx", "kv_type", "flash_attn")
+    }
+    return {
+        "eval": 1,
+        "version": __version__,
+        "bundle": identity.name,
+        "base": {"name": engine.name, "sha256": identity.base_sha256},
+        "adapters": [
+            {"name": name, "sha256": identity.adapters[name], "bytes": sizes[name]}
+            for name in engine.adapters
+        ],
+        "n_layer": engine.n_layer,
+        "tasks": [asking.facts(task) for task in tasks],
+        "strategies": list(strategies),
+        "options": {**engine_options, **sampling},
+        "machine": cpu_name(),
+    }
+
+
+def _run(evaluation: Evaluation) -> None:
+    """Ask what is left, with a bar on a terminal, and say at the end what was done."""
+    n_left, n_done, n_token, start = evaluation.n_left, 0, 0, time.perf_counter()
+
+    def say_sum() -> None:
+        seconds = time.perf_counter() - start
+        parts = [f"{n_done} results in {seconds:.0f} s, {n_token} tokens"]
+        if n_before := evaluation.n_before:
+            parts.append(f"{n_before} were there before")
+        if evaluation.n_failed:
+            parts.append(f"{evaluation.n_failed} failed, the first: {evaluation.first_failure}")
+        click.echo(f"[{one_line('; '.join(parts))}]", err=True)
+
+    with progress_bars() as bar:
+
+        def tell(n: int) -> None:
+            nonlocal n_done, n_token
+            n_done, n_token = n_done + 1, n_token + n
+            bar("Evaluating", n_done, n_left)
+
+        try:
+            evaluation.run(tell)
+        except (KeyboardInterrupt, SystemExit):  # SIGTERM
+            say_sum()
+            raise
+    say_sum()
+
+
+def _show(results: Results, json_path: str | None) -> None:
+    if json_path is not None:
+        document = {**results.header, "results": list(results.records)}
+        text = json.dumps(document, ensure_ascii=json_path == "-")
+        if json_path == "-":
+            click.echo(text)
+            return
+        from qaflora_edge.files import write_text_atomic
+
+        write_text_atomic(json_path, text + "\n")
+    from qaflora_edge.cli.eval_table import table
+    from qaflora_edge.evaluation.summary import summarise
+
+    click.echo(table(summarise([("", results)])))

@@ -1,0 +1,293 @@
+"""Ask every item of some tasks under every strategy, score the answers, and write each result."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.engine import Engine
+from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
+from qaflora_edge.evaluation.code_answer import programs
+from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss
+from qaflora_edge.evaluation.results import ResultsFile
+from qaflora_edge.evaluation.sandbox import run_program
+from qaflora_edge.evaluation.tasks import Item, Task
+from qaflora_edge.inference.generation import Generation
+from qaflora_edge.weighing.numbers import FusionWeights
+
+Tell = Callable[[int], None]  # given the tokens that were generated for a result
+LIKELIHOOD = ("choice", "loss")  # metrics that generate nothing
+
+_DIGITS = 4  # of weights that are written
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How items are asked, but for what their task says.
+
+    sampling    keywords of Engine.generate
+    raw_prompt  no chat template
+    has_layers  results have the weights of every layer
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    raw_prompt: bool = False
+    has_layers: bool = False
+
+    def max_tokens(self, task: Task) -> int | None:
+        """The most tokens of an answer; None where nothing is generated, or nothing says."""
+        if task.metric in LIKELIHOOD:
+            return None
+        limit: int | None = task.max_tokens or self.sampling.get("max_tokens")
+        return limit
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        """What a results file says of a task."""
+        facts = {
+            "name": task.name,
+            "metric": task.metric,
+            "sha256": task.sha256,
+            "n_item": len(task.items),
+            "language": task.language,
+            "domain": task.domain,
+            "system": task.system,
+            "template": task.template,
+            "max_tokens": self.max_tokens(task),
+            "raw_prompt": self.raw_prompt or task.raw_prompt,
+        }
+        if task.metric == "choice":
+            facts |= {"choice_template": task.choice_template, "score_by": task.score_by}
+        return facts
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """An item that is asked under the same weights by one strategy or several."""
+
+    item: Item
+    tokens: tuple[int, ...]
+    fusions: Mapping[str, FusionWeights]  # by strategy
+
+    @property
+    def fusion(self) -> FusionWeights:
+        return next(iter(self.fusions.values()))
+
+
+class Evaluation:
+    """Tasks that are asked under strategies; what the file has already is left out.
+
+    items  task name -> indexes of the items that are asked
+
+    An item whose prompt cannot be used, one that is too long for example, is a result without a
+    score. Any other failure ends the run, which can be gone on with.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tasks: Sequence[Task],
+        strategies: Sequence[str],
+        file: ResultsFile,
+        *,
+        items: Mapping[str, Sequence[int]],
+        asking: Asking,
+    ) -> None:
+        self._engine, self._tasks, self._strategies = engine, tasks, strategies
+        self._file, self._items, self._asking = file, items, asking
+        self.n_failed, self.first_failure = 0, ""
+        n_asked = sum(map(len, items.values())) * len(strategies)
+        self.n_before = n_asked - self.n_left
+
+    @property
+    def n_left(self) -> int:
+        """Results that the file does not have."""
+        asked = ((task, item) for task in self._tasks for item in self._of(task))
+        return sum(len(self._missing(task, item)) for task, item in asked)
+
+    def run(self, tell: Tell = lambda n_token: None) -> None:
+        """Ask what is left; each result is written when it is there."""
+        for task in self._tasks:
+            if task.metric in LIKELIHOOD:
+                self._score_task(task, tell)
+            else:
+                self._answer_task(task, tell)
+
+    # which
+
+    def _of(self, task: Task) -> Iterator[Item]:
+        return (task.items[index] for index in self._items[task.name])
+
+    def _missing(self, task: Task, item: Item) -> list[str]:
+        return [s for s in self._strategies if not self._file.has(task.name, item.index, s)]
+
+    def _weighed(self, task: Task, tell: Tell) -> Iterator[_Weighed]:
+        """Items that are to be asked, weighed: the strategies of an item one after the other.
+
+        They share what is measured of it, and those that give the same weights share an answer.
+        """
+        for item in self._of(task):
+            missing = self._missing(task, item)
+            if not missing:
+                continue
+            fusions: dict[str, FusionWeights] = {}
+            try:
+                tokens = tuple(self._prompt(task, item))
+                for strategy in missing:
+                    fusions[strategy] = self._engine.weights(tokens, strategy=strategy)
+            except PromptError as error:
+                self._fail(task, item, dict.fromkeys(missing), str(error), tell)
+                continue
+            groups: dict[bytes, dict[str, FusionWeights]] = {}
+            for strategy, fusion in fusions.items():
+                groups.setdefault(fusion.weights.tobytes(), {})[strategy] = fusion
+            for group in groups.values():
+                yield _Weighed(item, tokens, group)
+
+    def _prompt(self, task: Task, item: Item) -> list[int]:
+        if not (self._asking.raw_prompt or task.raw_prompt) and self._engine.has_chat_template:
+            return self._engine.chat_tokens(task.messages(item))
+        if "messages" in item.fields or task.system is not None:
+            raise ChatTemplateError(
+                f"Cannot ask {item.where}: messages and system need a chat template, and there is "
+                "none, or raw_prompt leaves it out. Write the prompt as one text."
+            )
+        return self._engine.tokenize(task.question(item))
+
+    # answers that are generated
+
+    def _answer_task(self, task: Task, tell: Tell) -> None:
+        running: dict[int, _Weighed] = {}
+        numbers = itertools.count()
+
+        def requests() -> Iterator[dict[str, Any]]:
+            for weighed in self._weighed(task, tell):
+                running[next(numbers)] = weighed
+                yield {"prompt": weighed.tokens, "weights": weighed.fusion}
+
+        sampling = {**self._asking.sampling, "max_tokens": self._asking.max_tokens(task)}
+        if task.stop is not None:
+            sampling["stop"] = task.stop
+        for number, answer in self._engine.generate_many(requests(), **sampling):
+            self._take_answer(task, running.pop(number), answer, tell)
+
+    def _take_answer(self, task: Task, weighed: _Weighed, answer: Generation, tell: Tell) -> None:
+        if isinstance(answer.error, PromptError):
+            self._fail(task, weighed.item, weighed.fusions, str(answer.error), tell)
+            return
+        if answer.error is not None:
+            raise answer.error
+        if answer.is_cancelled:
+            raise CancelledError("The evaluation was ended; the same command goes on with it.")
+        text, timings = answer.text(), answer.timings
+        found = {
+            **self._answer_score(task, weighed.item, text),
+            "answer": text,
+            "prefill_ms": round(timings.prefill_ms, 3),
+            "decode_ms": round(timings.decode_ms, 3),
+            "n_prompt": answer.n_prompt,
+            "n_token": answer.n_completion,
+            "finish_reason": answer.finish_reason,
+        }
+        self._write(task, weighed, found, tell)
+
+    def _answer_score(self, task: Task, item: Item, text: str) -> dict[str, Any]:
+        if task.metric != "code":
+            return {"score": answer_score(task.metric, text, task.expected(item))}
+        verdict = run_program(programs(text, item.fields))
+        return {
+            "score": float(verdict.is_passed),
+            "failure": verdict.failure,
+            "isolated": list(verdict.isolated),
+        }
+
+    # likelihoods
+
+    def _score_task(self, task: Task, tell: Tell) -> None:
+        for weighed in self._weighed(task, tell):
+            item = weighed.item
+            is_choice = task.metric == "choice"
+            texts = task.choices(item) if is_choice else [item.fields["continuation"]]
+            start = time.perf_counter()
+            try:
+                prompts = [weighed.tokens] * len(texts)
+                scores = self._engine.score(prompts, texts, weights=weighed.fusion)
+            except PromptError as error:
+                self._fail(task, item, weighed.fusions, str(error), tell)
+                continue
+            if is_choice:
+                found = choice_score(scores, item.fields["answer"], task.score_by)
+                best = found["log_probs"] if task.score_by == "sum" else None
+                best = best or np.divide(found["log_probs"], found["n_tokens"])
+                found["answer"] = item.fields["choices"][int(np.argmax(best))]
+            else:
+                found = {"score": loss(scores[0]), "answer": None}
+            found |= {
+                "prefill_ms": round(1e3 * (time.perf_counter() - start), 3),
+                "decode_ms": 0.0,
+                "n_prompt": len(weighed.tokens),
+                "n_token": sum(map(len, scores)),
+                "finish_reason": None,
+            }
+            self._write(task, weighed, found, tell)
+
+    # results
+
+    def _write(self, task: Task, weighed: _Weighed, found: Mapping[str, Any], tell: Tell) -> None:
+        first = next(iter(weighed.fusions))
+        for strategy, fusion in weighed.fusions.items():
+            same = {} if strategy == first else {"same_as": first}
+            self._file.write(
+                {
+                    **self._record(task, weighed.item, strategy, fusion),
+                    **found,
+                    "probe_ms": round(fusion.probe_ms, 3),
+                    "error": None,
+                    **same,
+                }
+            )
+            tell(0 if same else found["n_token"])
+
+    def _fail(
+        self,
+        task: Task,
+        item: Item,
+        fusions: Mapping[str, FusionWeights | None],
+        message: str,
+        tell: Tell,
+    ) -> None:
+        self.n_failed += len(fusions)
+        self.first_failure = self.first_failure or f"{item.where}: {message}"
+        for strategy, fusion in fusions.items():
+            record = self._record(task, item, strategy, fusion)
+            self._file.write({**record, "score": None, "answer": None, "error": message})
+            tell(0)
+
+    def _record(
+        self, task: Task, item: Item, strategy: str, fusion: FusionWeights | None
+    ) -> dict[str, Any]:
+        record = {
+            "task": task.name,
+            "item": item.index,
+            "strategy": strategy,
+            "score": None,
+            "answer": None,
+            "expected": task.expected(item),
+            "question": task.question(item),
+        }
+        if fusion is None:
+            return {**record, "weights": {}}
+        weights = np.asarray(fusion.weights, np.float64)  # [n_adapter, n_layer]
+        means = weights.mean(axis=1)
+        record["weights"] = {
+            name: round(float(mean), _DIGITS)
+            for name, mean in zip(fusion.adapters, means, strict=True)
+        }
+        record["total"] = round(float(means.sum()), _DIGITS)
+        if self._asking.has_layers:
+            record["layers"] = np.round(weights, _DIGITS).tolist()
+        return record

@@ -1,0 +1,345 @@
+"""A task: questions, how they are asked, and what is a right answer.
+
+    {"task": {"name": "sums", "metric": "number", "template": "{question}\\nAnswer:"}}
+    {"question": "What is 2 + 3?", "answer": 5}
+
+One JSON object a line; the first line may be left out, and then the fields of the items decide.
+Files may come from anywhere: every line is checked before anything is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge.errors import TaskFileError
+from qaflora_edge.evaluation.last_number import as_number
+from qaflora_edge.files import open_input
+from qaflora_edge.formats.json_text import is_unicode, read_json_object
+from qaflora_edge.formats.schema import WrongField, check_schema, shortened, shown
+
+MAX_TASK_BYTES = 64 << 20
+MAX_ITEMS = 100_000
+CHOICES_MAX = len(string.ascii_uppercase)
+ASKED = ("question", "prompt", "messages")
+# What an item must have for each metric.
+NEEDS = {
+    "number": "answer",
+    "exact": "answer",
+    "contains": "answer",
+    "choice": "choices",
+    "code": "test",
+    "loss": "continuation",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    fields  as its line has them
+    where   its file and line, for messages
+    """
+
+    index: int
+    fields: Mapping[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items, and how they are asked and scored.
+
+    metric       one of NEEDS
+    sha256       of the file
+    template     text with the names of an item's fields in braces; None: the question as it is
+    choice_template  what is scored of a choice: text with {choice}, {letter}
+    score_by     of a choice: "mean" of its tokens' log-probabilities, or "sum"
+    raw_prompt   no chat template, whatever the options say
+    max_tokens, stop  None: the options say
+    """
+
+    name: str
+    metric: str
+    sha256: str
+    items: tuple[Item, ...]
+    system: str | None = None
+    template: str | None = None
+    choice_template: str = "{choice}"
+    score_by: str = "mean"
+    raw_prompt: bool = False
+    max_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+    language: str | None = None
+    domain: str | None = None
+
+    def question(self, item: Item) -> str:
+        """What an item asks, as one text."""
+        fields = item.fields
+        if "messages" in fields:
+            return str(fields["messages"][-1]["content"])
+        if self.template is None:
+            return str(fields.get("question", fields.get("prompt")))
+        return _filled(self.template, {**_texts(fields), "choices": _listed(fields)})
+
+    def messages(self, item: Item) -> list[Any]:
+        """What an item asks, as a conversation."""
+        messages = item.fields.get("messages")
+        messages = messages or [{"role": "user", "content": self.question(item)}]
+        if self.system is None or messages[0].get("role") == "system":
+            return list(messages)
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def choices(self, item: Item) -> list[str]:
+        """What is scored of each choice."""
+        pairs = zip(string.ascii_uppercase, item.fields["choices"], strict=False)
+        return [_filled(self.choice_template, {"letter": a, "choice": b}) for a, b in pairs]
+
+    def expected(self, item: Item) -> Any:
+        """What is right: for a choice its text, for code the name of what is tested."""
+        fields = item.fields
+        if self.metric == "code":
+            return fields.get("entry_point")
+        if self.metric == "choice":
+            return fields["choices"][fields["answer"]]
+        return fields[NEEDS[self.metric]]
+
+
+def read_task(path: str | Path) -> Task:
+    """Read a task file.
+
+    Raises TaskFileError naming the line and field, what was found and what was expected.
+    """
+    data = _read(path)
+    header: dict[str, Any] = {}
+    items: list[Item] = []
+    for number, found in _objects(data, str(path)):
+        where = f"{path}, line {number}"
+        if "task" in found:
+            if items or header:
+                raise _wrong(where, "it has a field task", "it in the first line only")
+            header = _header(found, where)
+            continue
+        if len(items) == MAX_ITEMS:
+            raise _wrong(where, f"it is item {MAX_ITEMS + 1}", f"at most {MAX_ITEMS} items")
+        items.append(Item(len(items), found, where))
+    if not items:
+        raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
+    metric = header.pop("metric", None) or _metric_of(items)
+    name = header.pop("name", None) or _name_of(Path(path))
+    stop = header.pop("stop", None)
+    task = Task(
+        name,
+        metric,
+        hashlib.sha256(data).hexdigest(),
+        tuple(items),
+        stop=None if stop is None else tuple(stop),
+        **header,
+    )
+    known = ("letter", "choice")
+    _check_template(task.choice_template, known, f"{path}, line 1", "choice_template")
+    for item in items:
+        _check_item(task, item)
+    return task
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        with open_input(path) as file:
+            data = file.read(MAX_TASK_BYTES + 1)
+    except OSError as error:
+        raise TaskFileError(
+            f"Cannot read the task {path}: {error.strerror or error}. Give a file of JSON lines, "
+            "as docs/evaluate.md says."
+        ) from error
+    if len(data) > MAX_TASK_BYTES:
+        raise _wrong(str(path), "it is longer", f"at most {MAX_TASK_BYTES >> 20} MiB")
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines that are not blank, with their numbers."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            found = read_json_object(line)
+        except ValueError as error:  # errors of JSON and UTF-8 too
+            raise _wrong(where, f"it is no JSON object ({error})", "one") from error
+        if b"\\u" in line and not is_unicode(json.dumps(found, ensure_ascii=False)):
+            raise _wrong(where, "it has half of a surrogate pair", "Unicode text")
+        yield number, found
+
+
+def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if len(found) > 1 or not isinstance(found["task"], dict):
+        raise _wrong(where, f"it is {shown(found)}", 'nothing but {"task": {...}}')
+    header: dict[str, Any] = dict(found["task"])
+    known = {*("name", "metric", "stop"), *Task.__dataclass_fields__} - {"items", "sha256"}
+    for key in header:
+        if key not in known:
+            raise _wrong(where, f"it has a field task.{shortened(key)}", ", ".join(sorted(known)))
+    try:
+        check_schema(header, "task")
+    except WrongField as error:
+        raise TaskFileError(f"Cannot use the task {where}: {error}. {_ADVICE}") from error
+    return header
+
+
+def _metric_of(items: Sequence[Item]) -> str:
+    """The metric that the fields ask for."""
+    first = items[0].fields
+    for metric in ("choice", "code", "loss"):
+        if NEEDS[metric] in first:
+            return metric
+    answers = (item.fields.get("answer") for item in items)
+    return "number" if all(as_number(answer) is not None for answer in answers) else "contains"
+
+
+def _name_of(path: Path) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", path.name.removesuffix(".jsonl"))[:64]
+    return name if name[:1].isalnum() else f"task{name}"[:64]
+
+
+def _check_item(task: Task, item: Item) -> None:
+    """Raise TaskFileError where an item cannot be asked or scored."""
+    fields, where = item.fields, item.where
+    asked = [key for key in ASKED if key in fields]
+    if ("messages" in asked and len(asked) > 1) or not asked:
+        what = " and ".join(asked) or "none of question, prompt and messages"
+        raise _wrong(where, f"it has {what}", "question, prompt or messages")
+    for key in asked:
+        _check_asked(key, fields[key], task, where)
+    if task.template is not None and "messages" not in fields:
+        known = [*_texts(fields), *(["choices"] if "choices" in fields else [])]
+        _check_template(task.template, known, where, "the template")
+        if not task.question(item).strip():
+            raise _wrong(where, "the template gives no text", "some")
+    _CHECKS[task.metric](fields, where)
+
+
+def _check_asked(key: str, value: Any, task: Task, where: str) -> None:
+    if key != "messages":
+        _check_text(fields={key: value}, key=key, where=where)
+        return
+    is_list = isinstance(value, list) and value
+    if not is_list or not all(
+        isinstance(each, dict)
+        and isinstance(each.get("role"), str)
+        and isinstance(each.get("content"), str)
+        for each in value
+    ):
+        expected = 'a list of objects with role and content, as [{"role": "user", ...}]'
+        raise _wrong(where, f"messages is {shown(value)}", expected)
+    if task.raw_prompt:
+        raise _wrong(where, "it has messages", "none where the task says raw_prompt")
+
+
+def _check_text(fields: Mapping[str, Any], key: str, where: str) -> None:
+    value = fields.get(key)
+    if not isinstance(value, str) or not value.strip():
+        found = "missing" if key not in fields else shown(value)
+        raise _wrong(where, f"{key} is {found}", "a text that is not blank")
+
+
+def _check_answer(fields: Mapping[str, Any], where: str) -> None:
+    value = fields.get("answer")
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(
+        isinstance(each, str | int | float) and not isinstance(each, bool) and str(each).strip()
+        for each in several
+    ):
+        found = "missing" if "answer" not in fields else shown(value)
+        raise _wrong(where, f"answer is {found}", "a text or number, or a list of them")
+
+
+def _check_number(fields: Mapping[str, Any], where: str) -> None:
+    value = fields.get("answer")
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(as_number(each) is not None for each in several):
+        found = "missing" if "answer" not in fields else shown(value)
+        raise _wrong(where, f"answer is {found}", "a number, or a list of them")
+
+
+def _check_choice(fields: Mapping[str, Any], where: str) -> None:
+    choices, answer = fields.get("choices"), fields.get("answer")
+    if not (
+        isinstance(choices, list)
+        and 2 <= len(choices) <= CHOICES_MAX
+        and all(isinstance(each, str) and each.strip() for each in choices)
+    ):
+        found = "missing" if "choices" not in fields else shown(choices)
+        raise _wrong(where, f"choices is {found}", f"a list of 2 to {CHOICES_MAX} texts")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        found = "missing" if "answer" not in fields else shown(answer)
+        expected = f"the number of a choice, 0 to {len(choices) - 1}"
+        raise _wrong(where, f"answer is {found}", expected)
+
+
+def _check_code(fields: Mapping[str, Any], where: str) -> None:
+    _check_text(fields, "test", where)
+    if "entry_point" in fields and not str(fields["entry_point"]).isidentifier():
+        found = shown(fields["entry_point"])
+        raise _wrong(where, f"entry_point is {found}", "the name of a function")
+
+
+def _check_loss(fields: Mapping[str, Any], where: str) -> None:
+    _check_text(fields, "continuation", where)
+
+
+_CHECKS = {
+    "number": _check_number,
+    "exact": _check_answer,
+    "contains": _check_answer,
+    "choice": _check_choice,
+    "code": _check_code,
+    "loss": _check_loss,
+}
+
+
+def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The fields that a template may name."""
+    return {
+        key: str(value)
+        for key, value in fields.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool)
+    }
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    """The choices as lines with letters, or ""."""
+    pairs = zip(string.ascii_uppercase, fields.get("choices", ()), strict=False)
+    return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
+
+
+def _check_template(template: str, known: Sequence[str], where: str, what: str) -> None:
+    """Raise TaskFileError where a template is none, or names a field that there is not."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        expected = "names in braces, and {{ and }} for braces"
+        raise _wrong(where, f"{what} cannot be read ({error})", expected) from error
+    for _, name, form, conversion in parts:
+        if name is not None and (name not in known or form or conversion):
+            names = shortened(", ".join(known))
+            raise _wrong(where, f"{what} names {shown(name)}", f"one of the fields {names}")
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """A template with its names replaced; nothing else of Python's format language is in it."""
+    parts = string.Formatter().parse(template)
+    return "".join(text + ("" if name is None else values[name]) for text, name, _, _ in parts)
+
+
+_ADVICE = "Correct the file; docs/evaluate.md says what it may have."
+
+
+def _wrong(where: str, found: str, expected: str) -> TaskFileError:
+    return TaskFileError(f"Cannot use the task {where}: {found}, expected {expected}. {_ADVICE}")

@@ -1,0 +1,277 @@
+"""qaflora eval"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle
+from click.testing import CliRunner, Result
+from patience import PATIENCE_S
+
+from qaflora_edge import Engine
+from qaflora_edge.cli import main
+from qaflora_edge.evaluation.results import read_results
+
+# F32 everywhere: what is decoded together changes no token.
+F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
+TIMES = ("probe_ms", "prefill_ms", "decode_ms")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("eval"), calibrate=True)
+
+
+def task(path: Path, *lines: dict[str, Any], **header: Any) -> Path:
+    lines = ({"task": header}, *lines) if header else lines
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def sums(path: Path, n: int = 6) -> Path:
+    lines = ({"question": f"thing {i} on a ring", "answer": i} for i in range(n))
+    return task(path, *lines, max_tokens=8, template="{question}\nA number:")
+
+
+def run(made: TinyBundle, *args: object) -> Result:
+    words = ["eval", str(made.folder), *(str(arg) for arg in (*F32, *args))]
+    return CliRunner().invoke(main, words)
+
+
+def by_key(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The results without their times, by task, item and strategy."""
+    return {
+        (each["task"], each["item"], each["strategy"]): {
+            key: value for key, value in each.items() if key not in TIMES
+        }
+        for each in read_results(path).records
+    }
+
+
+def test_every_item_is_answered_under_every_strategy(made: TinyBundle, tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    result = run(made, sums(tmp_path / "sums.jsonl"), "-o", out, "--layers", "--parallel", 5)
+    assert result.exit_code == 0, result.output
+    found = by_key(out)
+    with Engine(made.folder) as engine:
+        ways = list(engine.strategies)
+    assert ways[:4] == ["base", "static", "single:math", "single:es"]
+    assert {"qa-flora", "cosine", "euclidean", "calibrated", "norm"} < set(ways)
+    assert result.stderr.startswith(f"[{6 * len(ways)} results in ")
+    assert set(found) == {("sums", item, way) for item in range(6) for way in ways}
+    header = read_results(out).header
+    assert header["strategies"] == ways
+    assert [each["name"] for each in header["adapters"]] == ["math", "es"]
+    assert header["adapters"][1]["bytes"] == made.adapter.path.stat().st_size
+    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
+    with Engine(made.folder, **options) as engine:  # type: ignore[arg-type]
+        for (_, item, way), each in found.items():
+            text = f"thing {item} on a ring\nA number:"
+            tokens = engine.chat_tokens([{"role": "user", "content": text}])
+            fusion = engine.weights(tokens, strategy=way)
+            np.testing.assert_allclose(each["layers"], fusion.weights, atol=6e-5)
+            means = dict(zip(("math", "es"), fusion.weights.mean(axis=1), strict=True))
+            assert each["weights"] == pytest.approx(means, abs=6e-5)
+            assert each["total"] == pytest.approx(sum(means.values()), abs=1e-4)
+            answer = engine.generate(tokens, weights=way, max_tokens=8)
+            assert each["answer"] == answer.text()
+            assert each["n_token"] == answer.n_completion
+            assert each["question"] == text
+            assert each["expected"] == item
+
+
+def test_likelihoods_are_those_of_the_engine(made: TinyBundle, tmp_path: Path) -> None:
+    choices = ["one thing", "another on the ring"]
+    pick = task(tmp_path / "pick.jsonl", {"question": "Which?", "choices": choices, "answer": 0})
+    text = task(
+        tmp_path / "text.jsonl",
+        {"prompt": "There was", "continuation": " a thing in the ring"},
+        raw_prompt=True,
+    )
+    out = tmp_path / "r.jsonl"
+    assert run(made, pick, text, "-o", out).exit_code == 0
+    found = by_key(out)
+    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 256}
+    with Engine(made.folder, **options) as engine:  # type: ignore[arg-type]
+        asked = engine.chat_tokens([{"role": "user", "content": "Which?"}])
+        for way in engine.strategies:
+            sums = [float(engine.score(asked, each, weights=way).sum()) for each in choices]
+            each = found["pick", 0, way]
+            assert each["log_probs"] == pytest.approx(sums, abs=1e-3)
+            assert each["n_tokens"] == [
+                len(engine.score(asked, choice, weights="base")) for choice in choices
+            ]
+            means = np.divide(sums, each["n_tokens"])
+            assert each["score_sum"] == float(sums[0] > sums[1])
+            assert each["score"] == each["score_mean"] == float(means[0] > means[1])
+            assert each["answer"] == choices[int(means.argmax())]
+            nats = -float(engine.score("There was", " a thing in the ring", weights=way).mean())
+            assert found["text", 0, way]["score"] == pytest.approx(nats, abs=1e-5)
+
+
+def test_strategies_that_weigh_alike_share_an_answer(made: TinyBundle, tmp_path: Path) -> None:
+    path, out = sums(tmp_path / "sums.jsonl", 1), tmp_path / "r.jsonl"
+    ways = "manual:math=1,manual:math=1.0,es=0,single:math,single:es"
+    assert run(made, path, "--strategies", ways, "-o", out).exit_code == 0
+    same = {way: each.get("same_as") for (_, _, way), each in by_key(out).items()}
+    assert same == {
+        "manual:math=1": None,
+        "manual:math=1.0,es=0": "manual:math=1",
+        "single:math": "manual:math=1",
+        "single:es": None,
+    }
+
+
+def test_items_are_chosen(made: TinyBundle, tmp_path: Path) -> None:
+    path = sums(tmp_path / "sums.jsonl", 9)
+    for given, expected in [
+        (("--limit", 2), [0, 1]),
+        (("--items", "2:4"), [2, 3]),
+        (("--items", "7:"), [7, 8]),
+        (("--items", ":1"), [0]),
+        (("--half", "dev"), [0, 2, 4, 6, 8]),
+        (("--half", "test", "--limit", 2), [1, 3]),
+        (("--half", "test", "--items", "4:8"), [5, 7]),
+    ]:
+        out = tmp_path / "r.jsonl"
+        result = run(made, path, "--strategies", "base", "-o", out, *given)
+        assert result.exit_code == 0, result.output
+        assert sorted(item for _, item, _ in by_key(out)) == expected
+        out.unlink()
+
+
+def test_a_file_is_gone_on_with(made: TinyBundle, tmp_path: Path) -> None:
+    path, out, whole = sums(tmp_path / "s.jsonl"), tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
+    assert run(made, path, "--strategies", "base", "--limit", 2, "-o", out).exit_code == 0
+    before = out.read_bytes()
+    result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
+    assert result.stderr.startswith("[10 results in ")
+    assert result.stderr.endswith("; 2 were there before]\n")
+    assert out.read_bytes().startswith(before)
+    assert run(made, path, "--strategies", "base,qa-flora", "-o", whole).exit_code == 0
+    assert by_key(out) == by_key(whole)
+    full = out.read_bytes()
+    result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
+    assert result.stderr.startswith("[0 results in ")
+    assert out.read_bytes() == full
+    for other in (("--temp", 1), ("--lens", "raw"), ("--adapters", "es"), ("--raw-prompt",)):
+        result = run(made, path, "--strategies", "base", "-o", out, *other)
+        assert result.exit_code == 1
+        assert "Cannot write results into" in result.stderr
+        assert out.read_bytes() == full
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on(made: TinyBundle, tmp_path: Path, number: int) -> None:
+    path, out, whole = tmp_path / "s.jsonl", tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
+    lines = ({"question": f"thing {i}", "answer": i} for i in range(12))
+    task(path, *lines, max_tokens=100)
+    ways = ("--strategies", "base,static,single,qa-flora,calibrated,norm,cosine,euclidean")
+    options = ["--parallel", "4", *ways, *map(str, F32), str(path)]
+    command = [sys.executable, "-m", "qaflora_edge", "eval", str(made.folder), *options, "-o", out]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + PATIENCE_S
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
+    assert number == signal.SIGKILL or " results in " in told
+    n_before = out.read_bytes().count(b"\n") - 1
+    assert 4 <= n_before < 108
+    with out.open("ab") as file:
+        file.write(b'{"task": "s", "item": 11, "strat')  # as if it died within a line
+    result = run(made, path, *ways, "--parallel", 4, "-o", out)
+    assert result.exit_code == 0
+    assert f"; {n_before} were there before]" in result.stderr
+    assert run(made, path, *ways, "--parallel", 4, "-o", whole).exit_code == 0
+    assert by_key(out) == by_key(whole)
+    assert len(by_key(out)) == 108
+
+
+def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
+    made: TinyBundle, tmp_path: Path
+) -> None:
+    items = [{"question": "a" * n, "answer": 1} for n in (3, 600, 4)]
+    out = tmp_path / "r.jsonl"
+    path = task(tmp_path / "sums.jsonl", *items, max_tokens=2)
+    result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
+    assert result.exit_code == 1
+    assert f"2 failed, the first: {path}, line 3: The prompt has " in result.stderr
+    found = by_key(out)
+    assert [found["sums", 1, way]["score"] for way in ("base", "qa-flora")] == [None, None]
+    assert found["sums", 1, "base"]["error"].startswith("The prompt has ")
+    assert found["sums", 2, "base"]["error"] is None
+    assert len(found) == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no limits for a process")
+def test_code_is_run_only_where_it_is_allowed(made: TinyBundle, tmp_path: Path) -> None:
+    item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
+    path, out = task(tmp_path / "code.jsonl", item, max_tokens=4), tmp_path / "r.jsonl"
+    result = run(made, path, "-o", out)
+    assert result.exit_code == 1
+    assert "The task code runs code that the model writes, and nobody allowed it" in result.stderr
+    assert not out.exists()
+    assert run(made, path, "-o", out, "--allow-code", "--strategies", "base").exit_code == 0
+    (found,) = by_key(out).values()
+    assert (found["score"] == 1) is (found["failure"] == "")
+    assert isinstance(found["isolated"], list)
+    assert found["expected"] == "f"
+
+
+def test_json_has_every_item(made: TinyBundle, tmp_path: Path) -> None:
+    path, file = sums(tmp_path / "sums.jsonl", 2), tmp_path / "r.json"
+    assert run(made, path, "--strategies", "base", "--json", file).exit_code == 0
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert [each["item"] for each in document["results"]] == [0, 1]
+    shown = run(made, path, "--strategies", "base", "--json", "-")
+    assert json.loads(shown.stdout)["tasks"] == document["tasks"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("--strategies", "best"), 1, "Strategy 'best' is not known"),
+        (("--strategies", ""), 2, "expected 1 to 100 strategies"),
+        (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),
+        (("--items", "3"), 2, "'3' is no A:B, such as 0:50, with A below B"),
+        (("--items", "5:5"), 2, "with A below B"),
+        (("--items", "20:"), 2, "The task sums has 6 items, and none of them is chosen"),
+        (("--limit", "0"), 2, "0 is not in the range x>=1"),
+        (("sums.jsonl",), 2, "Two tasks have the name 'sums', expected different ones"),
+    ],
+)
+def test_wrong_usage(
+    made: TinyBundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sums(tmp_path / "sums.jsonl")
+    result = run(made, "sums.jsonl", *args)
+    assert result.exit_code == code
+    assert message in result.stderr
+
+
+def test_a_base_alone_is_evaluated(made: TinyBundle, tmp_path: Path) -> None:
+    path, out = sums(tmp_path / "sums.jsonl", 1), tmp_path / "r.jsonl"
+    words = ["eval", str(made.base.path), str(path), "-o", str(out), *map(str, F32)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    (found,) = by_key(out).values()
+    assert (found["strategy"], found["weights"]) == ("base", {})

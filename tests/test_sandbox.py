@@ -1,0 +1,136 @@
+"""Code that a model wrote: what of an answer is run, and what it cannot do."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from qaflora_edge.errors import SandboxError
+from qaflora_edge.evaluation import sandbox
+from qaflora_edge.evaluation.code_answer import programs
+from qaflora_edge.evaluation.sandbox import Verdict, run_program
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="there are no limits for a process"),
+]
+IS_LINUX = sys.platform == "linux"
+ITEM = {
+    "prompt": 'from math import pi\n\n\ndef area(r):\n    """Of a circle, rounded."""\n',
+    "entry_point": "area",
+    "test": "def check(f):\n    assert f(2) == 13\n    assert f(0) == 0\n",
+}
+RIGHT = [
+    "```python\ndef area(r):\n    return round(pi * r * r)\n```",
+    "Sure!\n```python\nx = 1\n```\n```py\ndef area(r):\n    return round(pi * r * r)\n```\nDone.",
+    "```\nfrom math import pi as p\n\ndef area(r):\n    return round(p * r * r)\n",  # not closed
+    "Here it is:\n\ndef area(r):\n    return round(pi * r * r)\n\nIt squares the radius.",
+    "    return round(pi * r * r)",
+    "    return round(pi * r * r)\n\n\nprint(area(2) / 0)\n",
+    "    x = r * r\n    return round(pi * x)\n\ndef other(:\n",
+    "```python\nreturn round(pi * r * r)\n```",
+    "```python\nx = r * r\n    return round(pi * x)\n```",
+    "if r == 0:\n    return 0\nreturn round(pi * r * r)",
+    "  def area(r):\n      return round(pi * r * r)",
+]
+WRONG = [
+    "",
+    "I cannot do that.",
+    "```python\ndef area(r):\n    return round(3 * r * r)\n```",
+    "    return None",
+    "```python\ndef area(r):\n    import os\n    os._exit(0)\n```",
+    "```python\nimport sys\n\ndef area(r):\n    sys.exit(0)\n```",
+    "def area(r):\n    return round(pi * r *\0 r)",
+    "```python\ndef area(r:\n```",
+]
+
+
+@pytest.mark.parametrize("answer", RIGHT)
+def test_the_code_of_an_answer_is_found(answer: str) -> None:
+    assert run_program(programs(answer, ITEM)).failure == ""
+
+
+@pytest.mark.parametrize("answer", WRONG)
+def test_what_is_wrong_is_not_right(answer: str) -> None:
+    assert run_program(programs(answer, ITEM)).failure != ""
+
+
+def test_a_test_without_a_function() -> None:
+    item = {"question": "Write triple(x).", "test": "assert triple(2) == 6"}
+    assert run_program(programs("```python\ntriple = lambda x: 3 * x\n```", item)).is_passed
+    failed = run_program(programs("```python\ntriple = lambda x: x\n```", item))
+    assert failed.failure == "AssertionError"
+
+
+def verdict(code: str) -> Verdict:
+    return run_program([code], cpu_s=1, wall_s=5)
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        ("raise KeyError('a')", "KeyError: 'a'"),
+        ("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E", "E: ?"),
+        ("x = bytearray(10**10)", "MemoryError"),
+        ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+        ("open('x', 'w').write('a' * (2 << 20))", "OSError: [Errno 27] File too large"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
+        ("import os\nos._exit(0)", "its process ended early (exit code 0)"),
+        ("import os\nos.abort()", "its process ended early (exit code -6)"),
+        ("import os\nos.fork()", "BlockingIOError: [Errno 11] Resource temporarily unavailable"),
+        ("import os\nassert os.listdir('.') == []", ""),
+        ("import os\nopen('x', 'w').write('a')\nos.mkdir('d')\nos.remove('x')", ""),
+        ("print('a' * (1 << 20))\nassert input", ""),
+        ("input()", "EOFError: EOF when reading a line"),
+        ("import resource as r\nr.setrlimit(r.RLIMIT_CPU, (99, 99))", "ValueError: not allowed"),
+    ],
+)
+def test_code_is_bounded(code: str, failure: str) -> None:
+    found = verdict(code).failure
+    assert found.startswith(failure)
+    assert bool(found) is bool(failure)
+
+
+def test_loops_and_sleep_end() -> None:
+    assert verdict("while True: pass").failure in (
+        "it took too much processor time",
+        "it took longer than 5 s",  # on a busy machine
+    )
+    sleeping = run_program(["import time\ntime.sleep(60)"], wall_s=0.5)
+    assert sleeping.failure == "it took longer than 0.5 s"
+
+
+def test_a_fork_bomb_does_not_grow() -> None:
+    code = "import os\nn = 0\nfor _ in range(1000):\n    try: n += os.fork() >= 0\n"
+    assert verdict(code + "    except OSError: pass\nassert n == 0").is_passed
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="only Linux isolates")
+def test_the_rest_of_the_machine_is_out_of_reach(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    victim.chmod(0o666)
+    writes = verdict(f"open({str(victim)!r}, 'w')")
+    if "files" not in writes.isolated:
+        pytest.skip("this kernel has no Landlock")
+    assert writes.failure.startswith("PermissionError")
+    assert victim.read_text() == "mine"
+    for code in (f"os.remove({str(victim)!r})", f"os.mkdir({str(tmp_path / 'd')!r})"):
+        assert verdict(f"import os\n{code}").failure.startswith("PermissionError")
+    net = verdict("import socket\nsocket.create_connection(('127.0.0.1', 9), 1)")
+    if not {"network", "tcp"} & set(net.isolated):
+        pytest.skip("this system isolates no network")
+    assert net.failure.startswith(("PermissionError", "OSError: [Errno 101]"))
+
+
+def test_what_the_environment_has_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    assert verdict("import os\nassert 'SECRET_TOKEN' not in os.environ").is_passed
+
+
+def test_a_system_where_code_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.sys, "executable", "/nowhere/python")
+    with pytest.raises(SandboxError, match=r"/nowhere/python does not start \(No such file"):
+        sandbox.check_can_run()

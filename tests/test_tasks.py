@@ -1,0 +1,176 @@
+"""Task files: what they may say, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qaflora_edge.errors import TaskFileError
+from qaflora_edge.evaluation import tasks
+from qaflora_edge.evaluation.tasks import Task, read_task
+
+SUM = {"question": "What is 2 + 3?", "answer": 5}
+
+
+def write(path: Path, *lines: Any) -> Path:
+    texts = (each if isinstance(each, str) else json.dumps(each) for each in lines)
+    path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def read(tmp_path: Path, *lines: Any, name: str = "sums.jsonl") -> Task:
+    return read_task(write(tmp_path / name, *lines))
+
+
+def test_fields_decide_where_the_task_does_not_say(tmp_path: Path) -> None:
+    kinds = {
+        "number": [SUM, {"prompt": "a", "answer": "1,234.5"}],
+        "contains": [SUM, {"question": "a", "answer": "b"}],
+        "choice": [{"question": "a", "choices": ["b", "c"], "answer": 1}],
+        "code": [{"prompt": "def f():", "entry_point": "f", "test": "assert f"}],
+        "loss": [{"prompt": "a", "continuation": " b"}],
+    }
+    for metric, lines in kinds.items():
+        task = read(tmp_path, *lines, name=f"{metric}.jsonl")
+        assert (task.name, task.metric, len(task.items)) == (metric, metric, len(lines))
+
+
+def test_a_task_says_how_it_is_asked(tmp_path: Path) -> None:
+    header = {
+        "name": "sums-es",
+        "metric": "exact",
+        "system": "Be brief.",
+        "template": "{question} {{in {language}}}",
+        "max_tokens": 9,
+        "stop": ["\n"],
+        "language": "es",
+        "domain": "math",
+    }
+    item = {"question": "2 + 3?", "answer": "5", "language": "español"}
+    task = read(tmp_path, "\ufeff" + json.dumps({"task": header}), "", item, "  ")
+    assert task.question(task.items[0]) == "2 + 3? {in español}"
+    assert task.messages(task.items[0]) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2 + 3? {in español}"},
+    ]
+    assert (task.name, task.metric, task.max_tokens, task.stop) == ("sums-es", "exact", 9, ("\n",))
+    assert (task.language, task.domain, task.expected(task.items[0])) == ("es", "math", "5")
+
+
+def test_choices_have_letters(tmp_path: Path) -> None:
+    header = {"template": "{question}\n{choices}", "choice_template": "{letter}) {choice}"}
+    item = {"question": "Which?", "choices": ["one", "{two}"], "answer": 1}
+    task = read(tmp_path, {"task": header}, item)
+    assert task.question(task.items[0]) == "Which?\nA. one\nB. {two}"
+    assert task.choices(task.items[0]) == ["A) one", "B) {two}"]
+    assert task.expected(task.items[0]) == "{two}"
+
+
+def test_messages_are_asked_as_they_are(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Own."}, {"role": "user", "content": "2 + 3?"}]
+    header = {"task": {"system": "Other.", "template": "{x}"}}
+    task = read(tmp_path, header, {"messages": messages, "answer": 5})
+    assert task.messages(task.items[0]) == messages
+    assert task.question(task.items[0]) == "2 + 3?"
+
+
+def test_a_change_of_the_file_is_another_task(tmp_path: Path) -> None:
+    before = read(tmp_path, SUM).sha256
+    assert read(tmp_path, {**SUM, "answer": 6}).sha256 != before
+    assert read(tmp_path, SUM).sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("my sums.jsonl", "my_sums"), ("été.jsonl", "task_t_"), (".hidden", "task.hidden")],
+)
+def test_names_come_from_files(tmp_path: Path, file: str, name: str) -> None:
+    assert read(tmp_path, SUM, name=file).name == name
+
+
+def test_lines_end_in_any_way_and_keep_their_separators(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lines = '{"question": "a\u2028b", "answer": 1}\r\n{"question": "c", "answer": 2}'
+    path.write_bytes(lines.encode())
+    assert [item.fields["question"] for item in read_task(path).items] == ["a\u2028b", "c"]
+
+
+CHOICE = {"question": "a", "choices": ["b", "c"], "answer": 0}
+HOSTILE: list[tuple[list[Any], str]] = [
+    ([], ": it has no item, expected lines such as"),
+    ([{"task": {}}], ": it has no item"),
+    (["nothing"], ", line 1: it is no JSON object (Expecting value"),
+    ([SUM, "[1]"], ", line 2: it is no JSON object (it holds a list"),
+    ([SUM, '{"question": "a", "question": "b"}'], "line 2: it is no JSON object (the key 'questi"),
+    (['{"question": "\\ud800", "answer": 1}'], "line 1: it has half of a surrogate pair"),
+    (["[" * 100_000], "it is nested too deeply"),
+    ([{"task": 1}, SUM], 'line 1: it is {"task": 1}, expected nothing but {"task": {...}}'),
+    ([{"task": {}, "x": 1}, SUM], "expected nothing but"),
+    ([SUM, {"task": {}}], "line 2: it has a field task, expected it in the first line only"),
+    ([{"task": {"metrics": "x"}}, SUM], "line 1: it has a field task.metrics, expected choice_te"),
+    ([{"task": {"items": []}}, SUM], "it has a field task.items"),
+    ([{"task": {"metric": "bleu"}}, SUM], 'field metric is "bleu", expected one of number, exact'),
+    ([{"task": {"name": "a b"}}, SUM], 'field name is "a b", expected 1 to 64 letters'),
+    ([{"task": {"max_tokens": 0}}, SUM], "field max_tokens is 0, expected a whole number from 1"),
+    ([{"task": {"stop": "x"}}, SUM], 'field stop is "x", expected a list of at most 100 texts'),
+    ([{"task": {"stop": [""]}}, SUM], 'field stop[0] is "", expected a text of 1 to 1000'),
+    ([{"task": {"score_by": "max"}}, CHOICE], 'field score_by is "max", expected one of mean, sum'),
+    ([{"task": {"system": " "}}, SUM], 'field system is " ", expected a text of 1 to 100000'),
+    ([{"task": {"template": "{x}"}}, SUM], 'line 2: the template names "x", expected one of the f'),
+    ([{"task": {"template": "{"}}, SUM], "line 2: the template cannot be read ("),
+    ([{"task": {"template": "{}"}}, SUM], 'the template names "", expected one of the fields'),
+    ([{"task": {"template": "{question.__class__}"}}, SUM], 'names "question.__class__"'),
+    ([{"task": {"template": "{question!r}"}}, SUM], 'the template names "question"'),
+    ([{"task": {"template": "{question:{answer}}"}}, SUM], 'the template names "question"'),
+    ([{"task": {"choice_template": "{text}"}}, CHOICE], 'choice_template names "text", expected'),
+    ([{"answer": 1}], "line 1: it has none of question, prompt and messages, expected"),
+    ([{"question": " ", "answer": 1}], 'question is " ", expected a text that is not blank'),
+    ([{"prompt": 5, "answer": 1}], "prompt is 5, expected a text that is not blank"),
+    ([{"question": "a", "messages": [], "answer": 1}], "it has question and messages, expected"),
+    ([{"messages": [], "answer": 1}], "messages is [], expected a list of objects with role and"),
+    ([{"messages": [{"role": "user"}], "answer": 1}], "expected a list of objects with role and"),
+    (
+        [
+            {"task": {"raw_prompt": True}},
+            {"messages": [{"role": "u", "content": "a"}], "answer": 1},
+        ],
+        "it has messages, expected none where the task says raw_prompt",
+    ),
+    ([{"question": "a"}], "answer is missing, expected a text or number, or a list of them"),
+    ([{"question": "a", "answer": None}], "answer is null, expected a text or number"),
+    ([{"question": "a", "answer": []}], "answer is [], expected a text or number"),
+    ([{"question": "a", "answer": True}], "answer is true, expected a text or number"),
+    ([{"task": {"metric": "number"}}, {"question": "a", "answer": "b"}], 'answer is "b", expected'),
+    ([{"task": {"metric": "choice"}}, SUM], "choices is missing, expected a list of 2 to 26 texts"),
+    ([{**CHOICE, "choices": ["b"]}], 'choices is ["b"], expected a list of 2 to 26 texts'),
+    ([{**CHOICE, "choices": ["b", ""]}], "expected a list of 2 to 26 texts"),
+    ([{**CHOICE, "answer": 2}], "answer is 2, expected the number of a choice, 0 to 1"),
+    ([{**CHOICE, "answer": "b"}], 'answer is "b", expected the number of a choice, 0 to 1'),
+    ([{"task": {"metric": "code"}}, SUM], "test is missing, expected a text that is not blank"),
+    ([{"prompt": "a", "test": "x", "entry_point": "a b"}], 'entry_point is "a b", expected the n'),
+    ([{"task": {"metric": "loss"}}, SUM], "continuation is missing, expected a text"),
+]
+
+
+@pytest.mark.parametrize(("lines", "message"), HOSTILE)
+def test_a_wrong_file_is_refused(tmp_path: Path, lines: list[Any], message: str) -> None:
+    path = write(tmp_path / "t.jsonl", *lines)
+    with pytest.raises(TaskFileError) as failure:
+        read_task(path)
+    assert str(failure.value).startswith(f"Cannot use the task {path}")
+    assert message in str(failure.value)
+    assert str(failure.value).endswith("Correct the file; docs/evaluate.md says what it may have.")
+    assert len(str(failure.value)) < 600
+
+
+def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "t.jsonl", SUM, SUM)
+    monkeypatch.setattr(tasks, "MAX_ITEMS", 1)
+    with pytest.raises(TaskFileError, match="line 2: it is item 2, expected at most 1 items"):
+        read_task(path)
+    monkeypatch.setattr(tasks, "MAX_TASK_BYTES", 20)
+    with pytest.raises(TaskFileError, match="it is longer, expected at most 0 MiB"):
+        read_task(path)
+    with pytest.raises(TaskFileError, match=r"Cannot read the task .*: No such file"):
+        read_task(tmp_path / "none.jsonl")
