@@ -207,6 +207,7 @@ def test_html_has_every_item_with_every_answer(made: Path, tmp_path: Path) -> No
     for item in range(12):
         expected = [f"How many is {item}?", str(item), *(f"{name} says {item}" for name in SHARES)]
         assert [page.answers.count(text) for text in expected] == [3] * len(expected)
+    assert page.count("table", "matrix") == 2  # of tasks in points, and in nats
     assert page.count("svg", "map") == 3  # that of qa-flora: others weigh all layers alike
 
 
@@ -236,6 +237,7 @@ def test_equal_answers_stand_once(tmp_path: Path) -> None:
     ]
     page = html(tmp_path, write(tmp_path / "a.jsonl", head, records))
     assert page.count("div", "given") == 2
+    assert page.count("table", "matrix") == 0  # of one task
     assert sorted(page.answers) == ["0", "How many is 0?", "other", "same"]
 
 

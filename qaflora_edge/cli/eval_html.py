@@ -6,26 +6,27 @@ What a task says and what a model wrote is text there, escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, number, text
+from qaflora_edge.cli.eval_item import item
+from qaflora_edge.cli.eval_matrix import SCORES, matrix
+from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items
 from qaflora_edge.cli.html_file import asset, html_file
 from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE
 from qaflora_edge.evaluation.patterns import mean_layers
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.picture_text import crop, spelt
+from qaflora_edge.weighing.picture_text import spelt
 from qaflora_edge.weighing.svg_panel import legend, min_weight, panel, scale
 
 if TYPE_CHECKING:
-    from qaflora_edge.evaluation.cells import Cell, Row
+    from qaflora_edge.evaluation.cells import Cell
     from qaflora_edge.evaluation.statistics import Estimate
     from qaflora_edge.evaluation.summary import CellSummary, Line, Summary, Verdict
 
 AXIS_WIDTH, MARGIN = 140, 6  # pixels
-TITLE_CHARS = 160  # of a question, in the list of items
 INK = "var(--ink)"
 
 
@@ -103,10 +104,17 @@ def _section(summary: Summary) -> dict[str, Any]:
     return {
         "heading": heading(summary.section),
         "facts": facts(summary.section),
-        "verdicts": [
-            _verdicts(unit, rows)
+        "parts": [
+            {
+                "title": SCORES[unit],
+                "matrix": matrix(cells, summary.section.strategies),
+                "verdicts": _verdicts(
+                    unit, [each for each in summary.verdicts if each.unit == unit]
+                ),
+            }
             for unit in (POINTS, NATS)
-            if (rows := [each for each in summary.verdicts if each.unit == unit])
+            if len(summary.cells) > 1
+            if (cells := [each for each in summary.cells if each.cell.unit == unit])
         ],
         "cells": [_cell(cell) for cell in summary.cells],
     }
@@ -151,8 +159,8 @@ def _cell(found: CellSummary) -> dict[str, Any]:
         "is_marked": is_marked,
         "order": ", ".join(line.strategy for line in found.lines),
         "every": [
-            _item(cell, index, [line.strategy for line in found.lines])
-            for index in sorted({item for rows in cell.rows.values() for item in rows})
+            item(cell, index, [line.strategy for line in found.lines])
+            for index in sorted({index for rows in cell.rows.values() for index in rows})
         ],
     }
 
@@ -191,55 +199,3 @@ def _maps(cell: Cell, strategies: Sequence[str]) -> dict[str, Any]:
     ]
     key = Markup("\n".join(legend(ends, min_weight(fusions), ink=INK)))
     return {"maps": panels, "legend": key}
-
-
-def _item(cell: Cell, index: int, strategies: Sequence[str]) -> dict[str, Any]:
-    rows = {name: cell.rows[name].get(index) for name in strategies}
-    given = {name: row for name, row in rows.items() if row is not None}
-    first = next(iter(given.values()))
-    question = str(first.get("question", ""))
-    is_marked = cell.unit == POINTS
-    return {
-        "index": index,
-        "title": crop(question, TITLE_CHARS),
-        "question": question,
-        "expected": text(first.get("expected")),
-        "marks": "".join(_mark(row) for row in rows.values()) if is_marked else "",
-        "n_right": sum(row["score"] == 1 for row in given.values()),
-        "is_same": is_marked and len({row["score"] for row in given.values()}) == 1,
-        "answers": _answers(cell, given),
-    }
-
-
-def _mark(row: Row | None) -> str:
-    if row is None or row["score"] is None:
-        return "·"
-    return "●" if row["score"] == 1 else "○"
-
-
-def _answers(cell: Cell, given: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """Equal answers once, with every strategy that gave them."""
-    groups: dict[str | None, list[dict[str, Any]]] = {}
-    for strategy, row in given.items():
-        answer = row.get("error") or row.get("answer")
-        groups.setdefault(answer, []).append(
-            {"strategy": strategy, "weights": _weights(row["weights"]), **_score(cell, row)}
-        )
-    return [{"text": answer, "rows": rows} for answer, rows in groups.items()]
-
-
-def _score(cell: Cell, row: Row) -> dict[str, str]:
-    score = row["score"]
-    if score is None:
-        return {"score": "failed", "kind": "wrong"}
-    if cell.unit == NATS:
-        return {"score": number(score, NATS), "kind": "loss"}
-    if score in (0, 1):
-        return {"score": "right" if score else "wrong", "kind": "right" if score else "wrong"}
-    return {"score": number(100 * score, POINTS), "kind": "loss"}
-
-
-def _weights(weights: Mapping[str, float]) -> str:
-    if not any(weights.values()):
-        return "the base alone"
-    return ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, number, plain
+from qaflora_edge.cli.eval_matrix import SCORES, matrix
+from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, plain
 from qaflora_edge.cli.show import BLOCKS
 from qaflora_edge.evaluation.cells import BASE, NATS, POINTS, SINGLE, STATIC
 from qaflora_edge.evaluation.patterns import ROLES, coherence, profiles, thirds
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from qaflora_edge.evaluation.patterns import Profile
     from qaflora_edge.evaluation.summary import CellSummary, Line, Summary, Verdict
 
-BEST = "best single adapter, in hindsight"
 PLACE = "<!-- results -->"  # where a page of prose has the tables
 _MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|#"})
 
@@ -56,35 +56,18 @@ def _facts(summary: Summary) -> list[str]:
 
 
 def _matrix(cells: Sequence[CellSummary], unit: str, strategies: Sequence[str]) -> list[str]:
-    """A row for each strategy, a column for each task; the best of a column in bold."""
-    scores = {name: [_score(cell, name) for cell in cells] for name in (*strategies, BEST)}
-    scores = {name: values for name, values in scores.items() if not np.isnan(values).all()}
-    best = [_best(cell) for cell in cells]
+    found = matrix(cells, strategies)
     bold = {
         (row, column)
-        for row, values in enumerate(scores.values())
-        for column, (value, most) in enumerate(zip(values, best, strict=True), 1)
-        if value == most
+        for row, (_, scores) in enumerate(found.rows)
+        for column, score in enumerate(scores, 1)
+        if score.is_best
     }
     rows: list[Sequence[str]] = [
-        (strategy, *(number(value, unit) for value in (*values, float(np.mean(values)))))
-        for strategy, values in scores.items()
+        (label, *(score.text for score in scores)) for label, scores in found.rows
     ]
-    rows.append(("items", *map(items, cells), ""))
-    names = [cell.cell.name for cell in cells]
-    what = "Loss in nats a token, less is better" if unit == NATS else "Right answers of 100"
-    return [f"### {what}", "", *_table(("", *names, "mean"), rows, bold=bold), ""]
-
-
-def _score(found: CellSummary, strategy: str) -> float:
-    """NaN where the cell does not have the strategy."""
-    wanted = found.best_single if strategy == BEST else strategy
-    return next((each.score.value for each in found.lines if each.strategy == wanted), math.nan)
-
-
-def _best(found: CellSummary) -> float:
-    scores = [line.score.value for line in found.lines if not math.isnan(line.score.value)]
-    return (min if found.cell.unit == NATS else max)(scores, default=math.nan)
+    rows.append(("items", *found.counts, ""))
+    return [f"### {SCORES[unit]}", "", *_table(("", *found.names, "mean"), rows, bold=bold), ""]
 
 
 def _verdicts(verdicts: Sequence[Verdict], unit: str) -> list[str]:
