@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import uvicorn
 from patience import PATIENCE_S
 from starlette.testclient import TestClient
@@ -17,6 +18,13 @@ from qaflora_edge.server.app import make_app
 from qaflora_edge.server.options import ServerOptions
 
 ENGINE = {"n_ctx": 512, "n_parallel": 3, "threads": 1, "kv_type": "f32"}
+
+
+def wait_until_open(status: Callable[[], str]) -> None:
+    """Until the first bundle is loaded, or could not be."""
+    until = time.monotonic() + PATIENCE_S
+    while status() == "loading" and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def make_options(**more: Any) -> ServerOptions:
@@ -28,6 +36,7 @@ def client_of(*places: Path, **options: Any) -> Iterator[TestClient]:
     """A client of the app, without a network."""
     app = make_app(places, make_options(**options))
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        wait_until_open(lambda: client.get("/health").json()["status"])
         yield client
 
 
@@ -44,8 +53,9 @@ def listening(*places: Path, **options: Any) -> Iterator[str]:
         time.sleep(0.01)
     assert server.started
     try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        wait_until_open(lambda: httpx.get(f"{address}/health").json()["status"])
+        yield address
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

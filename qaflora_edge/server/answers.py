@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -21,7 +20,7 @@ from qaflora_edge.server.fields import Fusion
 from qaflora_edge.server.refusals import Refusal, wrong_field
 from qaflora_edge.server.stream import DONE, encoded, event
 from qaflora_edge.server.tokens import spelt
-from qaflora_edge.server.work import Emit, Work
+from qaflora_edge.server.work import Outlet, Work
 
 MAX_PROMPTS = 64  # of one request
 
@@ -29,8 +28,9 @@ MAX_PROMPTS = 64  # of one request
 class Told:
     """What an answer tells beside OpenAI's fields: the mix, and the times."""
 
-    def __init__(self, first: Generation, fusion: Fusion) -> None:
-        self._first, self._fusion = first, fusion
+    def __init__(self, first: Generation, fusion: Fusion, out: Outlet) -> None:
+        self._first, self._fusion, self._out = first, fusion, out
+        out.facts |= {"strategy": first.fusion.strategy, "probe_ms": first.fusion.probe_ms}
 
     def head(self) -> dict[str, str]:
         return self._fusion.headers(self._first.fusion)
@@ -41,19 +41,32 @@ class Told:
     def end(self) -> dict[str, Any]:
         return {**self.begin(), "timings": self._first.timings.to_dict()}
 
-    def send_whole(self, answer: Mapping[str, Any], emit: Emit) -> None:
-        emit(self.head())
-        emit(encoded({**_ended(answer), **self.end()}))
+    def send_whole(self, answer: Mapping[str, Any]) -> None:
+        self._out.send(self.head())
+        self._out.send(encoded({**_ended(answer), **self.end()}))
 
-    def send_chunks(self, chunks: Iterator[dict[str, Any]], emit: Emit) -> None:
+    def send_chunks(self, chunks: Iterator[dict[str, Any]]) -> None:
         """Chunks as events: the mix is on the first, and with the times on that of the usage."""
-        emit(self.head())
+        self._out.send(self.head())
         more = self.begin()
         for chunk in chunks:
             more = more if chunk["choices"] else self.end()
-            emit(event({**_ended(chunk), **more}))
+            self._out.send(event({**_ended(chunk), **more}))
             more = {}
-        emit(DONE)
+        self._out.send(DONE)
+
+
+def noted(answers: Iterable[Generation], facts: dict[str, Any]) -> Iterator[Generation]:
+    """The same answers; what they took is noted once they are over."""
+    for index, answer in enumerate(answers):
+        try:
+            yield answer
+        finally:
+            if index == 0:
+                facts["prompt_tokens"] = answer.n_prompt
+                facts["first_ms"] = 1e3 * (answer.timings.token_s[:1] or [facts["start_s"]])[0]
+                facts["first_ms"] -= 1e3 * facts["start_s"]
+            facts["completion_tokens"] = facts.get("completion_tokens", 0) + answer.n_completion
 
 
 def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,18 +89,18 @@ async def chat_completions(request: Request) -> Response:
     model = body.get("model") or bundle.name
     is_raw = state.options.raw_prompt
 
-    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+    def compute(engine: Engine, out: Outlet) -> None:
         asked = _RawChat(engine) if is_raw else engine
-        begun = begin_chat(asked, messages, cancel=cancel, **fusion.options, **options)
-        told = Told(begun.first, fusion)
-        answers, has_tools = begun.answers, begun.has_tools
+        begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
+        told = Told(begun.first, fusion, out)
+        answers, has_tools = noted(begun.answers, out.facts), begun.has_tools
         if is_stream:
             chunks = completion_chunks(model, answers, has_tools=has_tools, include_usage=usage)
-            told.send_chunks(chunks, emit)
+            told.send_chunks(chunks)
         else:
-            told.send_whole(completion_dict(model, answers, has_tools=has_tools), emit)
+            told.send_whole(completion_dict(model, answers, has_tools=has_tools))
 
-    return Work(request, bundle, compute, is_stream=is_stream)
+    return Work(request, body, bundle, compute, is_stream=is_stream)
 
 
 class _RawChat:
@@ -120,26 +133,27 @@ async def completions(request: Request) -> Response:
         raise wrong_field("echo", True, "false beside logprobs")
     model = body.get("model") or bundle.name
 
-    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
-        more = {"cancel": cancel, "parse_special": True, **fusion.options, **options}
+    def compute(engine: Engine, out: Outlet) -> None:
+        more = {"cancel": out.cancel, "parse_special": True, **fusion.options, **options}
 
         def answers() -> Iterator[tuple[str, Generation]]:
             for prompt in prompts:
                 start = spelt(engine, prompt) if is_echo else ""
-                for answer in engine.answers(prompt, n, **more):
+                for answer in noted(engine.answers(prompt, n, **more), out.facts):
                     yield start, answer
-                    if cancel.is_set():
-                        return
+                if out.cancel.is_set():
+                    return
 
         all_answers = answers()
         first = next(all_answers)
-        told, rest = Told(first[1], fusion), itertools.chain([first], all_answers)
+        told = Told(first[1], fusion, out)
+        rest = itertools.chain([first], all_answers)
         if is_stream:
-            told.send_chunks(text_chunks(model, rest, n, include_usage=usage), emit)
+            told.send_chunks(text_chunks(model, rest, n, include_usage=usage))
         else:
-            told.send_whole(text_dict(model, rest, n), emit)
+            told.send_whole(text_dict(model, rest, n))
 
-    return Work(request, bundle, compute, is_stream=is_stream)
+    return Work(request, body, bundle, compute, is_stream=is_stream)
 
 
 def _prompts(prompt: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,6 +22,7 @@ from starlette.routing import Route
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.server.answers import chat_completions, completions
 from qaflora_edge.server.options import ServerOptions
+from qaflora_edge.server.record import Metrics, Recorder
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.security import Gate
 from qaflora_edge.server.shelf import Shelf
@@ -41,6 +43,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         call = partial(function, *args, **keywords)
         return await asyncio.get_running_loop().run_in_executor(threads, call)
 
+    record = Metrics()
     shelf = Shelf(places, options.engine, options.max_queue, in_thread)
 
     @contextlib.asynccontextmanager
@@ -57,7 +60,11 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
 
     app = Starlette(
         routes=_routes(),
-        middleware=[Middleware(Gate, options=options), *_cors(options)],
+        middleware=[
+            Middleware(Recorder, metrics=record),
+            Middleware(Gate, options=options),
+            *_cors(options),
+        ],
         exception_handlers={
             Refusal: _refused,
             QafloraError: _refused,
@@ -67,7 +74,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         lifespan=lifespan,
     )
     app.state.options, app.state.shelf, app.state.in_thread = options, shelf, in_thread
-    app.state.running, app.state.is_opening = set(), False
+    app.state.metrics, app.state.running, app.state.is_opening = record, set(), False
     return app
 
 
@@ -79,6 +86,7 @@ def _n_thread(options: ServerOptions) -> int:
 def _routes() -> list[Route]:
     return [
         Route("/health", health, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{model:path}", model, methods=["GET"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -120,6 +128,17 @@ async def health(request: Request) -> Response:
     state = request.app.state
     status = "loading" if state.is_opening else "error" if state.shelf.failed else "ok"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics"""
+    state = request.app.state
+    record: Metrics = state.metrics
+    waiting = state.shelf.room.n_waiting
+    record.waiting.set(waiting)
+    record.running.set(len(state.running) - waiting)
+    record.loaded.set(sum(bundle.engine is not None for bundle in state.shelf.bundles.values()))
+    return Response(generate_latest(record.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def models(request: Request) -> Response:

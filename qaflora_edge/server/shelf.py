@@ -85,12 +85,13 @@ class Shelf:
         """What a bundle says of itself; nothing is loaded."""
         if is_base(place):
             name, text = place.stem, None
-            weigher = self._weigher((), read_gguf_header(place).n_layer, {}, {})
+            weigher = self._weigher((), read_gguf_header(place).n_layer, {})
         else:
             text = read_bundle_text(place)
             name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
             names = tuple(adapter.name for adapter in text.adapters)
-            weigher = self._weigher(names, text.base.n_layer, text.fusion, text.typical)
+            measured = {"typical": text.typical, "centroids": text.centroids}
+            weigher = self._weigher(names, text.base.n_layer, text.fusion, **measured)
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(
                 f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
@@ -109,7 +110,13 @@ class Shelf:
         )
 
     def _weigher(
-        self, adapters: tuple[str, ...], n_layer: int, fusion: Mapping[str, str], typical: Any
+        self,
+        adapters: tuple[str, ...],
+        n_layer: int,
+        fusion: Mapping[str, str],
+        *,
+        typical: Any = None,
+        centroids: Any = None,
     ) -> Weigher:
         chosen = {key: self._engine.get(key) for key in ("strategy", "lens", "pool")}
         return Weigher(
@@ -118,7 +125,8 @@ class Shelf:
             strategy=chosen["strategy"] or fusion.get("strategy", DEFAULT_STRATEGY),
             lens=chosen["lens"] or fusion.get("lens", DEFAULT_LENS),
             pool=chosen["pool"] or fusion.get("pool", DEFAULT_POOL),
-            typical=typical,
+            typical=typical or {},
+            centroids=centroids or {},
         )
 
     # names

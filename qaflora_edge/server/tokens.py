@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
 from qaflora_edge.server.refusals import wrong_field
 from qaflora_edge.server.stream import encoded
-from qaflora_edge.server.work import Emit, Work
+from qaflora_edge.server.work import Outlet, Work
 
 MAX_TOKENS = 1 << 20
 
@@ -52,13 +51,15 @@ async def weights(request: Request) -> Response:
         raise wrong_field("prompt", prompt, "a text or token ids")
     messages = fields.messages(body) if is_chat else []
 
-    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+    def compute(engine: Engine, out: Outlet) -> None:
         tokens: Any = engine.chat_tokens(messages) if is_chat else engine.tokenize(prompt)
-        found = engine.weights(tokens, strategy=chosen, adapters=fusion.adapters, cancel=cancel)
-        emit(fusion.headers(found))
-        emit(encoded(found.to_dict()))
+        found = engine.weights(tokens, strategy=chosen, adapters=fusion.adapters, cancel=out.cancel)
+        out.facts |= {"strategy": found.strategy, "probe_ms": found.probe_ms}
+        out.facts["prompt_tokens"] = found.prompt_tokens
+        out.send(fusion.headers(found))
+        out.send(encoded(found.to_dict()))
 
-    return Work(request, bundle, compute)
+    return Work(request, body, bundle, compute)
 
 
 async def tokenize(request: Request) -> Response:
@@ -72,14 +73,14 @@ async def tokenize(request: Request) -> Response:
     parse_special = body.get("parse_special") is None or fields.flag(body, "parse_special")
     with_pieces = fields.flag(body, "with_pieces")
 
-    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
+    def compute(engine: Engine, out: Outlet) -> None:
         found = token_list(engine, text, add_special=add_special, parse_special=parse_special)
         tokens: Sequence[Any] = found
         if with_pieces:
             tokens = [{"id": each, "piece": _piece(engine, each)} for each in found]
-        emit(encoded({"tokens": tokens}))
+        out.send(encoded({"tokens": tokens}))
 
-    return Work(request, bundle, compute)
+    return Work(request, body, bundle, compute)
 
 
 def _piece(engine: Engine, token: int) -> str | list[int]:
@@ -99,7 +100,7 @@ async def detokenize(request: Request) -> Response:
     if not isinstance(tokens, list):
         raise wrong_field("tokens", tokens, "a list of token ids")
 
-    def compute(engine: Engine, emit: Emit, cancel: threading.Event) -> None:
-        emit(encoded({"content": spelt(engine, tokens) if tokens else ""}))
+    def compute(engine: Engine, out: Outlet) -> None:
+        out.send(encoded({"content": spelt(engine, tokens) if tokens else ""}))
 
-    return Work(request, bundle, compute)
+    return Work(request, body, bundle, compute)

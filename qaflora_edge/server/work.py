@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,30 +28,50 @@ Headers = dict[str, str]
 Part = Headers | bytes | BaseException | None  # None is the end
 
 
-class Emit(Protocol):
-    """Hands on a part of an answer from the thread that computes it: headers, then bytes."""
+class Outlet:
+    """What a thread that computes has of its request.
 
-    def __call__(self, part: Headers | bytes) -> None: ...
+    cancel  set when the answer is no longer wanted
+    facts   for the log and the metrics
+    """
+
+    def __init__(self, put: Callable[[Headers | bytes], object], facts: dict[str, Any]) -> None:
+        self.cancel, self.facts, self._put = threading.Event(), facts, put
+
+    def send(self, part: Headers | bytes) -> None:
+        """Hand on a part of the answer: headers, then bytes."""
+        self._put(part)
 
 
-# Computes with an Engine until its end, or until the event is set.
-Compute = Callable[[Engine, Emit, threading.Event], None]
+Compute = Callable[[Engine, Outlet], None]
 
 
 class Work(Response):
     """An answer that is computed: events of a stream with is_stream, else one JSON text."""
 
     def __init__(
-        self, request: Request, bundle: Shelved, compute: Compute, *, is_stream: bool = False
+        self,
+        request: Request,
+        body: Mapping[str, Any],
+        bundle: Shelved,
+        compute: Compute,
+        *,
+        is_stream: bool = False,
     ) -> None:
         self._state = request.app.state
         self._shelf: Shelf = self._state.shelf
         self._options: ServerOptions = self._state.options
         self._bundle, self._compute, self._is_stream = bundle, compute, is_stream
-        self._client = client_of(request)
-        self._cancel = threading.Event()
+        self._client = client_of(request, body)
+        self._facts = facts_of(request.scope)
+        self._facts["model"] = bundle.name
+        if self._options.logs_prompts:
+            self._facts["prompt"] = next(
+                (body[name] for name in ("messages", "prompt", "input") if name in body), None
+            )
+        self._outlet: Outlet | None = None
         self._producer: asyncio.Task[None] | None = None
-        self._is_computing = self._is_expired = self._is_gone = self._is_started = False
+        self._is_expired = self._is_gone = self._is_started = False
         self._parts: deque[Part] = deque()
         self._has_parts = asyncio.Event()
         self._more: Headers = {}
@@ -73,19 +95,17 @@ class Work(Response):
     # computing
 
     async def _produce(self) -> None:
+        start = time.perf_counter()
         end: BaseException | None = None
         try:
             async with (
                 self._bundle.turns.turn(self._client),
                 self._shelf.engine(self._bundle) as engine,
             ):
-                self._is_computing = True
-                put = asyncio.get_running_loop().call_soon_threadsafe
-
-                def emit(part: Headers | bytes) -> None:
-                    put(self._put, part)
-
-                await self._state.in_thread(self._compute, engine, emit, self._cancel)
+                self._facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
+                loop = asyncio.get_running_loop()
+                self._outlet = Outlet(partial(self._put_from_thread, loop), self._facts)
+                await self._state.in_thread(self._compute, engine, self._outlet)
         except asyncio.CancelledError:
             end = CancelledError("The request was ended before it began.")
         except Exception as error:
@@ -96,10 +116,14 @@ class Work(Response):
         self._parts.append(part)
         self._has_parts.set()
 
+    def _put_from_thread(self, loop: asyncio.AbstractEventLoop, part: Part) -> None:
+        loop.call_soon_threadsafe(self._put, part)
+
     def stop(self) -> None:
         """End it within one step of the Engine, or at once where it still waits."""
-        self._cancel.set()
-        if self._producer is not None and not self._is_computing:
+        if self._outlet is not None:
+            self._outlet.cancel.set()
+        elif self._producer is not None:
             self._producer.cancel()
 
     def _expire(self) -> None:
@@ -170,6 +194,14 @@ def refused_response(refused: Refusal) -> Response:
     return JSONResponse(refused.body, refused.status, refused.headers)
 
 
-def client_of(request: Request) -> str:
-    """Whose request it is, for fairness among those who wait."""
-    return request.client.host if request.client else ""
+def client_of(request: Request, body: Mapping[str, Any]) -> str:
+    """Whose request it is, for fairness among those who wait: an address, and OpenAI's `user`."""
+    host = request.client.host if request.client else ""
+    user = body.get("user") or body.get("safety_identifier")
+    return f"{host} {user[:64]}" if isinstance(user, str) else host
+
+
+def facts_of(scope: Scope) -> dict[str, Any]:
+    """What the log and the metrics are told of a request."""
+    facts: dict[str, Any] = scope["qaflora"]
+    return facts

@@ -1,0 +1,113 @@
+"""What happened: a line of the log for each request, and the metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger("qaflora_edge.server")
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
+# Facts that a line shows, in order; prompts only where --log-prompts asks for them.
+_SHOWN = ("model", "strategy", "prompt_tokens", "completion_tokens", "wait_ms", "first_ms")
+
+
+class Metrics:
+    """Counters of one server, under the prefix qaflora_."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        more: dict[str, Any] = {"namespace": "qaflora", "registry": self.registry}
+        self.requests = Counter(
+            "requests", "Requests that were answered.", ["path", "status"], **more
+        )
+        self.running = Gauge("requests_running", "Requests that are computed now.", **more)
+        self.waiting = Gauge("requests_waiting", "Requests that wait for a turn.", **more)
+        self.loaded = Gauge("bundles_loaded", "Bundles that are open.", **more)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **more)
+        self.completion_tokens = Counter(
+            "completion_tokens", "Tokens of answers.", ["model"], **more
+        )
+        seconds = {**more, "buckets": _SECONDS}
+        self.whole = Histogram("request_seconds", "From a request to its end.", **seconds)
+        self.first = Histogram("first_token_seconds", "From a request to its token.", **seconds)
+        self.wait = Histogram("wait_seconds", "For a turn, and for a bundle to open.", **seconds)
+        self.probe = Histogram("probe_seconds", "For weighing.", **seconds)
+
+    def add(self, path: str, status: int, facts: Mapping[str, Any], ms: float) -> None:
+        """Count a request that is over."""
+        self.requests.labels(path, str(status)).inc()
+        self.whole.observe(ms / 1e3)
+        for name, histogram in (
+            ("first_ms", self.first),
+            ("wait_ms", self.wait),
+            ("probe_ms", self.probe),
+        ):
+            if name in facts:
+                histogram.observe(facts[name] / 1e3)
+        for name, counter in (
+            ("prompt_tokens", self.prompt_tokens),
+            ("completion_tokens", self.completion_tokens),
+        ):
+            if name in facts:
+                counter.labels(facts["model"]).inc(facts[name])
+
+
+class Recorder:
+    """Stands before all else, and notes how each request ended.
+
+    The path of a metric is the route's: names that anyone may ask for would fill the memory.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        facts = scope["qaflora"] = {"start_s": start}
+        status = 499  # as nginx has it: gone before there was an answer
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except BaseException:
+            status = 500
+            raise
+        finally:
+            ms = 1e3 * (time.perf_counter() - start)
+            route = scope.get("route")
+            self._metrics.add(getattr(route, "path", "other"), status, facts, ms)
+            log.info("%s", _line(scope, status, facts, ms))
+
+
+def _line(scope: Scope, status: int, facts: Mapping[str, Any], ms: float) -> str:
+    """One line, whatever a client wrote into its request."""
+    client = scope.get("client")
+    parts = [
+        client[0] if client else "-",
+        scope["method"],
+        ascii(scope["path"][:100])[1:-1],
+        str(status),
+        f"{ms:.1f}ms",
+    ]
+    parts += [f"{name}={_shown(facts[name])}" for name in _SHOWN if name in facts]
+    if "prompt" in facts:
+        parts.append(f"prompt={facts['prompt']!a}")
+    return " ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,207 @@
+"""Who may ask the server: keys, hosts, origins, and what it listens at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bundles import make_bundle
+from click.testing import CliRunner
+from serving import client_of
+from starlette.testclient import TestClient
+
+from qaflora_edge.cli import main
+from qaflora_edge.server import security
+from qaflora_edge.server.security import is_loopback
+
+KEY = "correct-horse"
+ORIGIN = "https://chat.example"
+PATHS = ("/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/nothing")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("security")).folder
+
+
+@pytest.fixture(scope="module")
+def locked(bundle: Path) -> Iterator[TestClient]:
+    with client_of(bundle, api_key=KEY) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def opened(bundle: Path) -> Iterator[TestClient]:
+    with client_of(bundle, cors_origins=(ORIGIN,)) as client:
+        yield client
+
+
+def code(client: TestClient, path: str, **headers: str) -> tuple[int, str | None]:
+    response = client.get(path, headers=headers)
+    return response.status_code, response.json().get("error", {}).get("code")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "given",
+    ["", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"bearer  {KEY}", "Bearer ñ", f"Basic {KEY}"],
+)
+def test_without_the_key_nothing_is_told(locked: TestClient, path: str, given: str) -> None:
+    headers = {"authorization": given.encode("latin-1")} if given else {}
+    response = locked.get(path, headers=headers)
+    assert response.status_code == 401
+    assert response.json()["error"] == {
+        "message": "The API key is missing or wrong, expected the header Authorization: Bearer "
+        "KEY.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_api_key",
+    }
+
+
+def test_the_key_opens(locked: TestClient) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert locked.get("/v1/models", headers=headers).status_code == 200
+    assert locked.get("/nothing", headers=headers).status_code == 404
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    assert locked.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+    assert locked.post("/v1/chat/completions", json=body).status_code == 401
+    assert locked.get("/health").status_code == 200
+
+
+def test_keys_are_compared_in_constant_time(
+    locked: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return False
+
+    monkeypatch.setattr(security.hmac, "compare_digest", compare)
+    assert code(locked, "/v1/models", authorization=f"Bearer {KEY}")[0] == 401
+    assert compared == [(f"Bearer {KEY}".encode(), f"Bearer {KEY}".encode())]
+
+
+@pytest.mark.parametrize(
+    ("host", "is_known"),
+    [
+        ("localhost", True),
+        ("localhost:8080", True),
+        ("LOCALHOST:1", True),
+        ("127.0.0.1:8080", True),
+        ("[::1]:8080", True),
+        ("192.168.0.7", True),  # no other name can be taken for an address
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example:8080", False),
+        ("evil.example:localhost", False),
+        ("evil@localhost.example", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_a_name_that_was_made_to_point_here_is_refused(
+    opened: TestClient, host: str, is_known: bool
+) -> None:
+    for path in ("/health", "/v1/models"):
+        found = code(opened, path, host=host)
+        assert found == ((200, None) if is_known else (403, "host_not_allowed"))
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_own"),
+    [
+        ("http://localhost", True),
+        (ORIGIN, True),
+        ("http://localhost:3000", False),
+        ("https://evil.example", False),
+        (f"{ORIGIN}.evil.example", False),
+        ("null", False),
+        ("", False),
+        ("file://localhost", False),
+    ],
+)
+def test_a_page_from_elsewhere_is_refused(opened: TestClient, origin: str, is_own: bool) -> None:
+    assert code(opened, "/v1/models", origin=origin) == (
+        (200, None) if is_own else (403, "origin_not_allowed")
+    )
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    response = opened.post("/v1/chat/completions", json=body, headers={"origin": origin})
+    assert response.status_code == (200 if is_own else 403)
+
+
+def test_a_page_that_may_ask_is_told_so(opened: TestClient) -> None:
+    asks = {
+        "origin": ORIGIN,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type",
+    }
+    response = opened.options("/v1/chat/completions", headers=asks)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == ORIGIN
+    assert "authorization" in response.headers["access-control-allow-headers"]
+    response = opened.get("/v1/models", headers={"origin": ORIGIN})
+    assert response.headers["access-control-allow-origin"] == ORIGIN
+    assert "x-fusion" in response.headers["access-control-expose-headers"].lower()
+    foreign = {**asks, "origin": "https://evil.example"}
+    response = opened.options("/v1/chat/completions", headers=foreign)
+    assert response.status_code == 403
+    assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.0.7", False),
+        ("example.org", False),
+        ("", False),
+    ],
+)
+def test_loopback(host: str, is_local: bool) -> None:
+    assert is_loopback(host) is is_local
+
+
+def test_beyond_this_machine_only_with_a_key(bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["serve", str(bundle), "--host", "0.0.0.0"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "Error: --host 0.0.0.0 can be reached from other machines, and there is no API key. Set "
+        "QAFLORA_API_KEY, or say --insecure if everyone may use it."
+    )
+
+
+@pytest.mark.parametrize("key", ["short", "with a space", "schlüssel", "x" * 7, "tab\tinside"])
+def test_keys_that_cannot_be_sent_are_refused(bundle: Path, key: str) -> None:
+    result = CliRunner().invoke(main, ["serve", str(bundle)], env={"QAFLORA_API_KEY": key})
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: The API key has {len(key)} characters, expected 8 or more printable ASCII "
+        "characters without spaces; choose another one (--api-key, QAFLORA_API_KEY).\n"
+    )
+    assert key not in result.stderr
+
+
+def test_settings_do_not_show_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFLORA_API_KEY", KEY)
+    for words in (["settings"], ["settings", "--json"]):
+        shown = CliRunner().invoke(main, words).stdout
+        assert KEY not in shown
+        assert "(secret)" in shown
+
+
+@pytest.mark.parametrize(
+    "model", ["../bundle", "/etc/passwd", "tiny/../../x", "%2e%2e", "tiny\x00"]
+)
+def test_model_ids_are_names_and_no_paths(opened: TestClient, model: str) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": "a"}]}
+    response = opened.post("/v1/chat/completions", json=body)
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"

@@ -1,0 +1,336 @@
+"""Waiting: turns, the bounded queue, the end of time, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from bundles import make_bundle
+from patience import PATIENCE_S
+from serving import ENGINE, listening
+
+from qaflora_edge import Engine
+from qaflora_edge.backend.context import Context
+from qaflora_edge.server import work
+from qaflora_edge.server.refusals import Refusal
+from qaflora_edge.server.turns import Room, Turns
+from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
+
+N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]
+
+
+# turns alone
+
+
+def test_clients_take_turns() -> None:
+    order: list[str] = []
+
+    async def ask(turns: Turns, client: str, name: str) -> None:
+        async with turns.turn(client):
+            order.append(name)
+            await asyncio.sleep(0)
+
+    async def play() -> None:
+        turns = Turns(1, Room(20))
+        async with turns.turn("first"):
+            asks = [asyncio.create_task(ask(turns, "busy", f"busy{i}")) for i in range(4)]
+            await asyncio.sleep(0)
+            asks += [asyncio.create_task(ask(turns, "late", f"late{i}")) for i in range(2)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*asks)
+        assert turns.n_running == 0
+
+    asyncio.run(play())
+    assert order == ["busy0", "late0", "busy1", "late1", "busy2", "busy3"]
+
+
+def test_who_gives_up_leaves_no_hole() -> None:
+    async def play() -> None:
+        room = Room(3)
+        turns = Turns(1, room)
+
+        async def ask() -> None:
+            async with turns.turn("a"):
+                await asyncio.sleep(0)
+
+        async with turns.turn("a"):
+            asks = [asyncio.create_task(ask()) for _ in range(3)]
+            await asyncio.sleep(0)
+            assert room.n_waiting == 3
+            with pytest.raises(Refusal, match=r"^The server is busy: 3 requests wait already"):
+                await ask()
+            asks[1].cancel()
+            await asyncio.sleep(0)
+            assert room.n_waiting == 2
+            asks[0].cancel()  # as its turn comes
+        await asyncio.wait(asks)
+        assert (turns.n_running, room.n_waiting) == (0, 0)
+        await ask()
+
+    asyncio.run(play())
+
+
+# a server whose requests wait for as long as a test likes
+
+
+class Held(Strategy):
+    """Weighs when it is let go; `busy` counts those that wait for that."""
+
+    name = "held"
+
+    def __init__(self) -> None:
+        self.go, self.busy = threading.Event(), threading.Semaphore(0)
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Any:
+        self.busy.release()
+        assert self.go.wait(PATIENCE_S)
+        return np.zeros((len(query.adapters), query.n_layer))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("turns"), n_ctx=8192).folder
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    strategy = Held()
+    register_strategy(strategy)
+    yield strategy
+    strategy.go.set()
+    del _registry["held"]
+
+
+def body_of(**more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "the thing?"}]
+    return {"model": "tiny:held", "messages": messages, "max_tokens": 2, **more}
+
+
+@contextlib.contextmanager
+def asking(url: str, n: int, **more: Any) -> Iterator[list[httpx.Response]]:
+    """Ask so many times at once; the answers are there at the end."""
+    found: list[httpx.Response] = []
+
+    def ask() -> None:
+        found.append(httpx.post(url, json=body_of(**more), timeout=PATIENCE_S))
+
+    threads = [threading.Thread(target=ask) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    yield found
+    for thread in threads:
+        thread.join()
+
+
+def metric(address: str, name: str) -> float:
+    text = httpx.get(f"{address}/metrics").text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+def until(is_so: Any) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_full_queue_is_told_at_once(bundle: Path, held: Held) -> None:
+    with listening(bundle, max_queue=2) as address:
+        url = f"{address}/v1/chat/completions"
+        with asking(url, N_TURN + 2) as answers:
+            for _ in range(N_TURN):
+                assert held.busy.acquire(timeout=PATIENCE_S)
+            until(lambda: metric(address, "qaflora_requests_waiting") == 2)
+            assert metric(address, "qaflora_requests_running") == N_TURN
+            for is_stream in (False, True):
+                refused = httpx.post(url, json=body_of(stream=is_stream), timeout=PATIENCE_S)
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+                assert refused.json()["error"] == {
+                    "message": "The server is busy: 2 requests wait already; try again later.",
+                    "type": "server_error",
+                    "param": None,
+                    "code": "queue_full",
+                }
+            assert not answers
+            held.go.set()
+        assert [answer.status_code for answer in answers] == [200] * (N_TURN + 2)
+
+
+def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
+    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "PING_S", 0.05)
+    with listening(bundle) as address:
+        url, body = f"{address}/v1/chat/completions", body_of(stream=True)
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as response:
+            lines = response.iter_lines()
+            for _ in range(3):
+                assert (next(lines), next(lines)) == (": ping", "")
+            assert response.status_code == 200
+            assert "x-fusion" not in response.headers
+            held.go.set()
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert rest[-1] == "data: [DONE]"
+        first = json.loads(rest[0].removeprefix("data: "))
+        assert first["fusion"]["strategy"] == "held"
+
+
+def test_what_fails_behind_a_ping_is_an_event(
+    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Held, *_: Any) -> Any:
+        self.busy.release()
+        assert self.go.wait(PATIENCE_S)
+        raise RuntimeError("a secret of the server")
+
+    monkeypatch.setattr(work, "PING_S", 0.05)
+    monkeypatch.setattr(Held, "weigh", fail)
+    with listening(bundle) as address:
+        url, body = f"{address}/v1/chat/completions", body_of(stream=True)
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": ping"
+            held.go.set()
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert len(rest) == 1
+        assert json.loads(rest[0].removeprefix("data: ")) == {
+            "error": {
+                "message": "The server failed to answer; its log says why.",
+                "type": "server_error",
+                "param": None,
+                "code": "internal_error",
+            }
+        }
+        whole = httpx.post(url, json=body_of(), timeout=PATIENCE_S)
+        assert (whole.status_code, whole.json()["error"]["code"]) == (500, "internal_error")
+        assert "secret" not in whole.text
+
+
+def test_the_time_of_a_request_has_an_end(bundle: Path, held: Held) -> None:
+    """Of those that wait for a turn at once; of those that are computed at the next step."""
+    with listening(bundle, timeout_s=0.5) as address:
+        url = f"{address}/v1/chat/completions"
+        with asking(url, N_TURN + 1) as answers:
+            for _ in range(N_TURN):
+                assert held.busy.acquire(timeout=PATIENCE_S)
+            until(lambda: answers)
+            assert len(answers) == 1
+            assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "2")
+            assert answers[0].json()["error"]["code"] == "timeout"
+            held.go.set()
+        assert len(answers) == N_TURN + 1
+        assert {answer.json()["error"]["code"] for answer in answers} == {"timeout"}
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When something was decoded; each takes 20 ms at least."""
+    times: list[float] = []
+    decode = Context.decode_spans
+
+    def slow(self: Context, spans: Any) -> Any:
+        times.append(time.monotonic())
+        time.sleep(0.02)
+        return decode(self, spans)
+
+    monkeypatch.setattr(Context, "decode_spans", slow)
+    return times
+
+
+def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle: Path, decodes: list[float]) -> None:
+    with listening(bundle, timeout_s=1.0) as address:
+        url = f"{address}/v1/chat/completions"
+        body = body_of(model="tiny:base", max_tokens=400, logit_bias={"65": 100})
+        found = httpx.post(url, json=body, timeout=PATIENCE_S).json()
+        choice = found["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert choice["message"]["content"].strip("A") == ""
+        assert 0 < len(choice["message"]["content"]) == found["usage"]["completion_tokens"] < 100
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_for_who_goes_away_nothing_is_computed(
+    bundle: Path, decodes: list[float], is_stream: bool
+) -> None:
+    body = body_of(model="tiny:base", max_tokens=400, stream=is_stream, logit_bias={"65": 100})
+    with listening(bundle) as address:
+        host, port = address.removeprefix("http://").split(":")
+        data = json.dumps(body).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
+        )
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n" + data)
+            until(lambda: len(decodes) > 5)
+        until(lambda: metric(address, "qaflora_requests_running") == 0)
+        n_decoded = len(decodes)
+        time.sleep(0.2)
+        assert len(decodes) == n_decoded < 200
+        # who waits is not kept by those who are gone
+        body = body_of(model="tiny:base", max_tokens=2)
+        found = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE_S)
+        assert found.status_code == 200
+
+
+def test_who_goes_away_while_waiting_leaves_the_queue(bundle: Path, held: Held) -> None:
+    data = json.dumps(body_of()).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
+    with listening(bundle) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with asking(f"{address}/v1/chat/completions", N_TURN) as answers:
+            for _ in range(N_TURN):
+                assert held.busy.acquire(timeout=PATIENCE_S)
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head.encode() + b"\r\n\r\n" + data)
+                until(lambda: metric(address, "qaflora_requests_waiting") == 1)
+            until(lambda: metric(address, "qaflora_requests_waiting") == 0)
+            held.go.set()
+        assert [answer.status_code for answer in answers] == [200] * N_TURN
+
+
+def test_every_answer_among_others_is_the_one_given_alone(bundle: Path) -> None:
+    asks: list[dict[str, Any]] = [
+        {"strategy": strategy, "seed": seed, "content": content, "max_tokens": n}
+        for seed, content in enumerate(("the thing?", "a longer question of the king", "er"))
+        for n, strategy in ((5, "qa-flora"), (40, "static"), (17, "single:es"), (30, "cosine"))
+    ]
+    found: dict[int, str] = {}
+    with listening(bundle) as address:
+
+        def ask(i: int) -> None:
+            one = dict(asks[i])
+            body = {
+                "model": f"tiny:{one.pop('strategy')}",
+                "messages": [{"role": "user", "content": one.pop("content")}],
+                "temperature": 1.0,
+                **one,
+            }
+            url = f"{address}/v1/chat/completions"
+            answer = httpx.post(url, json=body, timeout=PATIENCE_S).json()
+            found[i] = answer["choices"][0]["message"]["content"]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asks))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    with Engine(bundle, n_ctx=512, threads=1, kv_type="f32") as engine:
+        for i, one in enumerate(asks):
+            expected = engine.chat(
+                [{"role": "user", "content": one["content"]}],
+                weights=one["strategy"],
+                seed=one["seed"],
+                max_tokens=one["max_tokens"],
+                temperature=1.0,
+            )
+            assert found[i] == expected["choices"][0]["message"]["content"], one
