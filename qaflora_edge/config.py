@@ -146,6 +146,10 @@ OPTIONS = (
     Option("probe_tail", int, 0, "engine", "--probe-tail", low=0, noun=_TOKENS, metavar="N",
            help="Probe adapters over the last N tokens only, after the base has read the others: "
            "faster for long prompts, not exact.", unset="all tokens"),
+    Option("prefix_cache", int, 128, "engine", "--prefix-cache", low=0, high=2**20,
+           noun="a number of MiB", metavar="MIB",
+           help="Memory for what the probe read of prompts, so that others which begin alike are "
+           "weighed sooner; 0 keeps the last prompt only."),
     Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
            help="Take the prompt as it is: no chat template."),
     Option("n_ctx", int, 2048, "engine", "--ctx", low=1, high=MAX_CTX, noun=_TOKENS,

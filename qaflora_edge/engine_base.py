@@ -53,11 +53,13 @@ class EngineBase:
         lens: str | None = None,
         pool: str | None = None,
         probe_tail: int = 0,
+        prefix_cache: int = 128,
         seed: int | None = None,
     ) -> None:
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
-        others = {"gpu_layers": gpu_layers, "probe_tail": probe_tail, "seed": seed}
-        check("engine", {"n_ctx": n_ctx, "n_parallel": n_parallel, **options, **others})
+        probing = {"probe_tail": probe_tail, "prefix_cache": prefix_cache}
+        others = {"n_ctx": n_ctx, "n_parallel": n_parallel, "gpu_layers": gpu_layers, "seed": seed}
+        check("engine", {**options, **others, **probing})
         self._lifetime = Lifetime(self)
 
         opened = open_any(bundle, base, adapters)
@@ -81,8 +83,8 @@ class EngineBase:
                 n_ctx=n_ctx,
                 n_parallel=n_parallel,
                 gpu_layers=gpu_layers,
-                probe_tail=probe_tail,
                 options=options,
+                **probing,
             )
             # llama.cpp opened the files by name, after they were checked.
             check_unchanged(opened.states)

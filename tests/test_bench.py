@@ -107,6 +107,7 @@ def test_norm_is_left_out_without_query_projections(base: tiny.TinyBase, tmp_pat
         probe_k=1,
         tail=4,
         turn=(8, 4),
+        system=(8, 4),
         lens="norm",
         pool="last",
         callers=(1,),

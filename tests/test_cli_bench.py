@@ -11,11 +11,20 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge.cli import main
 
-PARTS = ("decode", "change", "ttft", "probe", "turn", "callers", "pause", "memory")
+PARTS = ("decode", "change", "ttft", "probe", "turn", "system", "callers", "pause", "memory")
 SMALL = (
     *("--repeat", "3", "--prompt-tokens", "40", "--max-tokens", "6", "--ctx", "64"),
     *("--k", "1,3", "--turn-tokens", "40,8", "--probe-tail", "8", "--threads", "1"),
-    *("--callers", "3,1", "--question-tokens", "600", "--probe-tokens", "20,70"),
+    *(
+        "--system-tokens",
+        "70,8",
+        "--callers",
+        "3,1",
+        "--question-tokens",
+        "600",
+        "--probe-tokens",
+        "20,70",
+    ),
 )
 
 
@@ -145,7 +154,17 @@ def test_second_turn_weighs_as_afresh(shown: dict[str, Any]) -> None:
     assert (row["history_tokens"], row["new_tokens"], row["k"]) == (40, 8, 3)
     quotients = [run["turn_ms"] / run["fresh_ms"] for run in row["runs"]]
     assert row["of_fresh"]["median"] == pytest.approx(median(quotients))
-    assert row["deviation_worst"] < 1e-2  # the F16 KV of other batches
+    assert row["deviation_worst"] == 0
+
+
+def test_a_question_behind_a_system_prompt(shown: dict[str, Any]) -> None:
+    (row,) = shown["system"]
+    assert (row["system_tokens"], row["new_tokens"], row["k"]) == (70, 8, 3)
+    assert len(row["runs"]) == 3
+    for run in row["runs"]:
+        assert run["ttft_ms"] == pytest.approx(run["probe_ms"] + run["prefill_ms"])
+    quotients = [run["ttft_ms"] / run["plain_ms"] for run in row["runs"]]
+    assert row["ttft_of_plain"]["median"] == pytest.approx(median(quotients))
 
 
 def test_callers_are_compared_within_a_round(shown: dict[str, Any]) -> None:
@@ -223,6 +242,7 @@ def test_table_to_read(made: TinyBundle) -> None:
         "exact weights",
         "70 tokens, k=3",
         "second turn of a chat, 40 tokens of history and 8 new, 1 adapter\n",
+        "question of 8 tokens behind a system prompt of 70 that was probed before, 1 adapter\n",
         "callers at once, 1 adapter, a mix each\n",
         "  3 generate_many",
         "longest wait for a token while another's 600 tokens are probed and read, 1 adapter\n",
@@ -249,8 +269,8 @@ def test_only_the_parts_asked_for(made: TinyBundle) -> None:
         (("--turn-tokens", "300"), "'--turn-tokens': '300' has 1 numbers, expected 2."),
         (
             ("--only", "decode,speed"),
-            "'--only': 'speed' is not one of decode, change, ttft, probe, turn, callers, pause, "
-            "memory.",
+            "'--only': 'speed' is not one of decode, change, ttft, probe, turn, system, "
+            "callers, pause, memory.",
         ),
     ],
 )

@@ -79,17 +79,14 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["kl", "cosine"])
-def test_a_turn_costs_its_new_tokens(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, adapters: list[TinyAdapter], kind: str
+def test_a_turn_is_weighed_as_afresh(
+    base: TinyBase, adapters: list[TinyAdapter], kind: str
 ) -> None:
     going_on = prober(base, adapters)
-    going_on.divergence(TOKENS[:20], kind, "norm", "last")
-    counts = count_decoded(monkeypatch)
-    for n in (35, 36, 60):
+    for n in (20, 35, 36, 60):
         found = going_on.divergence(TOKENS[:n], kind, "norm", "last")
         fresh = prober(base, adapters).divergence(TOKENS[:n], kind, "norm", "last")
-        np.testing.assert_allclose(found, fresh, rtol=1e-3, atol=1e-9)
-    assert counts == [15 * 3, 35 * 3, 1 * 3, 36 * 3, 24 * 3, 60 * 3]
+        assert np.array_equal(found, fresh)
     going_on.close()
 
 
@@ -119,7 +116,7 @@ def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_a_turn_that_needs_a_larger_context_costs_its_new_tokens_too(
+def test_a_turn_that_needs_a_larger_context_costs_no_more(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str, kv_type: str
 ) -> None:
     """What was read moves into the larger context as it is, of all sequences."""
@@ -140,12 +137,12 @@ def test_a_turn_that_needs_a_larger_context_costs_its_new_tokens_too(
             n_read.append(sum(counts))
         found[n_first] += [probed.norms(tokens[:n]) for n in (200, 300)]
         probed.close()
-        assert np.diff([0, *n_read]).tolist() == [n * 3 for n in (200, 50, 50, 400)]
-        assert sum(counts) - n_read[-1] == 300
+        if architecture == "llama":  # gemma3's window of 64 may have moved on from a cut
+            # cut at 128, 128 and 192 in this one and the next
+            assert np.diff([0, *n_read]).tolist() == [n * 3 for n in (200, 122, 172, 508)]
         counts.clear()
     for moved, stayed in zip(found[256], found[1024], strict=True):
-        # Cells may lie in another order there, in which sums are rounded otherwise.
-        np.testing.assert_allclose(moved, stayed, rtol=1e-3, atol=2e-3)
+        assert np.array_equal(moved, stayed)
 
 
 def test_what_another_context_held_is_checked(base: TinyBase, adapters: list[TinyAdapter]) -> None:

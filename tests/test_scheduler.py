@@ -44,6 +44,9 @@ class NotedContext:
     def move(self, source: int, target: int) -> None:
         self.cells[target], self.cells[source] = self.cells[source], []
 
+    def copy(self, source: int, target: int) -> None:
+        self.cells[target] = list(self.cells[source])
+
     def set_weights(self, weights: Any, *, seq: int = 0) -> None:
         self.weights[seq] = weights.tobytes()
 
@@ -329,7 +332,7 @@ def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes when, each answer is the one it is alone. And the test would notice if not."""
     assert wrong_answers(seeds=range(250)) == 0
 
-    def forgets_the_weights(slot: Slot, sequence: RunningSequence) -> int:
+    def forgets_the_weights(slot: Slot, sequence: RunningSequence, pieces: Pieces) -> int:
         tokens = sequence.request.tokens
         n_same = 0
         for held, token in zip(slot.tokens, tokens[:-1], strict=False):
@@ -352,6 +355,8 @@ def wrong_answers(seeds: Sequence[int]) -> int:
         running: list[RunningSequence] = []
         for _ in range(rng.randint(3, 12)):
             prompt = [rng.randrange(3) for _ in range(rng.randint(1, 20))]
+            if rng.random() < 0.3:  # what many begin with
+                prompt = [*([1, 2] * 5), *prompt]
             if done and rng.random() < 0.5:  # a next turn of somebody's
                 last = rng.choice(done)
                 prompt = [*last.request.tokens, *last.answer, *prompt]

@@ -6,6 +6,7 @@ Nothing here knows what a strategy or a bundle is.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from qaflora_edge.backend import native
 from qaflora_edge.backend.batch import Batch, Outputs, Span, n_common
 from qaflora_edge.backend.library import Handle, forget_said, has_said, said
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import n_ubatch
+from qaflora_edge.backend.pieces import Pieces, n_ubatch, pieces_of
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError, OptionError
@@ -121,6 +122,7 @@ class Context(Handle):
         self._n_batch, self._n_output = int(params.n_batch), int(params.n_outputs_max)
         self._is_unified = bool(params.kv_unified)
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
+        self._weights = [b""] * n_seq  # a hash of those that were set
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
         if stop is not None:
@@ -130,6 +132,10 @@ class Context(Handle):
         self._lib.llama_free(pointer)
 
     # what the sequences hold
+
+    def pieces(self, n_seq: int = 1) -> Pieces:
+        """How a prompt is cut that n_seq sequences read together."""
+        return pieces_of(n_seq, self._model.is_end)
 
     @property
     def tokens(self) -> list[int]:
@@ -186,17 +192,20 @@ class Context(Handle):
 
     def move(self, source: int, target: int) -> None:
         """Let one sequence hold what another did, which is empty afterwards."""
+        self.copy(source, target)
+        self.clear(source)
+
+    def copy(self, source: int, target: int) -> None:
+        """Let one sequence hold what another does."""
+        # All of it: a part between rooms ends the process (llama.cpp 0c1e5709, llama_kv_cache).
         self.clear(target)
         self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-        self._tokens[target] = self._tokens[source]
-        self.clear(source)
+        self._tokens[target] = list(self._tokens[source])
 
     def share(self, targets: Sequence[int]) -> None:
         """Let other sequences hold what the first one does."""
         for seq in targets:
-            self.clear(seq)
-            self._lib.llama_memory_seq_cp(self._memory, 0, seq, -1, -1)
-            self._tokens[seq] = list(self.tokens)
+            self.copy(0, seq)
 
     # decoding
 
@@ -208,6 +217,7 @@ class Context(Handle):
         array = np.ascontiguousarray(weights, dtype=np.float32)
         if not self._functions.set_weights(self._pointer, seq, floats(array), array.size):
             raise BackendError(f"Weights cannot be set: {native.last_error()}.")
+        self._weights[seq] = hashlib.sha256(array.tobytes()).digest()
 
     def decode(
         self,

@@ -88,6 +88,7 @@ class Model(Handle):
         self.name = self.metadata("general.name") or self.path.name
         template = self._lib.llama_model_chat_template(self._pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
+        self._is_end: dict[int, bool] = {}
         self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
         self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
@@ -157,9 +158,22 @@ class Model(Handle):
         """The bytes that tokens stand for."""
         return b"".join(self.piece(token, special=special) for token in tokens)
 
+    @property
+    def end(self) -> int:
+        """The token that ends a message."""
+        for get in (self._lib.llama_vocab_eot, self._lib.llama_vocab_eos):
+            if (token := int(get(self.vocab))) >= 0:
+                return token
+        raise GgufFileError(
+            f"The base {self.path} has no token that ends an answer, expected tokenizer.ggml."
+            "eos_token_id; convert it again."
+        )
+
     def is_end(self, token: int) -> bool:
         """Whether the token ends a generation."""
-        return bool(self._lib.llama_vocab_is_eog(self.vocab, token))
+        if token not in self._is_end:
+            self._is_end[token] = bool(self._lib.llama_vocab_is_eog(self.vocab, token))
+        return self._is_end[token]
 
 
 class Pack(Handle):

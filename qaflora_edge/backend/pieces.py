@@ -1,41 +1,83 @@
 """Where prompts are cut: what is computed at once.
 
-The cut depends on how many tokens there are to read and on nothing else, so that a prompt is read
-alike alone and in company.
+A cut depends on the tokens of the prompt and on nothing else, so that a prompt is read alike alone,
+in company, and after others. It falls where messages end, so that prompts which begin with the same
+messages are cut alike there, and what was read of one can be used for another, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from qaflora_edge.backend.batch import n_common
 
 # ggml's flash attention on the CPU computes tiles where a sequence has this many rows, and row by
 # row below: llama.cpp 0c1e5709, ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16.
 N_TILE = 64
+_N_OPENING = 16  # tokens of a chat template behind the last message, at most
 _N_AT_ONCE = 256  # rows of all sequences; twice as many were no faster and take more memory
+
+
+def _never(token: int) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces of n_full tokens, and a last one of n_least to n_most: too short a rest joins it."""
+    """Pieces of n_full tokens; a rest of fewer than n_least joins the one before it.
+
+    is_break  whether a token ends a message: a piece ends there, but has n_least tokens or more.
+              A message that is followed by what the prompt ends with, the beginning of an answer,
+              ends behind that: so it does in the next turn's prompt.
+    """
 
     n_full: int
     n_least: int
+    is_break: Callable[[int], bool] = _never
 
     @property
     def n_most(self) -> int:
         return self.n_full + self.n_least - 1
 
-    def next(self, n_left: int) -> int:
-        """How many of the tokens that are left come at once."""
-        return n_left if n_left <= self.n_most else self.n_full
+    def end(self, tokens: Sequence[int], at: int) -> int:
+        """Where the piece of a prompt ends that begins at `at`."""
+        most = min(len(tokens), at + self.n_most)
+        opening = self._opening(tokens)
+        for i in range(max(0, at + self.n_least - 1 - len(opening)), most):
+            if self.is_break(tokens[i]):
+                end = i + 1
+                if tuple(tokens[end : end + len(opening)]) == opening:
+                    end += len(opening)
+                if self.n_least <= end - at <= self.n_most:
+                    return end
+        return most if most == len(tokens) else at + self.n_full
+
+    def _opening(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """How an answer begins: the few tokens behind a prompt's last message."""
+        for n in range(min(len(tokens), _N_OPENING + 1)):
+            if self.is_break(tokens[len(tokens) - 1 - n]):
+                return tuple(tokens[len(tokens) - n :])
+        return ()
+
+    def n_alike(self, read: Sequence[int], tokens: Sequence[int]) -> int:
+        """How far a prompt is cut, and therefore read, as another was that begins like it.
+
+        returns  tokens, all but the last one of the prompt at most
+
+        """
+        n, at = n_common(read, tokens[:-1]), 0
+        while at < n and (end := self.end(tokens, at)) <= n and self.end(read, at) == end:
+            at = end
+        return at
 
 
-def pieces_of(n_seq: int = 1) -> Pieces:
+def pieces_of(n_seq: int = 1, is_break: Callable[[int], bool] = _never) -> Pieces:
     """Pieces of a prompt that n_seq sequences read together.
 
     Whole tiles of each sequence, however many there are: the rows computed at once grow with them.
     """
-    return Pieces(N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq)), N_TILE)
+    return Pieces(N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq)), N_TILE, is_break)
 
 
 def n_ubatch(n_seq: int = 1) -> int:

@@ -21,10 +21,20 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class KvState:
-    """The KV state of a context: token ids, and uint8 [n_byte] of each sequence."""
+    """What the sequences of a context hold: the same tokens each.
+
+    tokens     ids
+    sequences  uint8 [n_byte] of each
+    weights    hash of the weights under which each was read
+    """
 
     tokens: list[int]
     sequences: list[NDArray[np.uint8]]
+    weights: list[bytes]
+
+    @property
+    def n_byte(self) -> int:
+        return sum(data.size for data in self.sequences)
 
 
 class ProbeContext(Context):
@@ -65,22 +75,39 @@ class ProbeContext(Context):
             self._n_output = self._n_batch
 
     def kv_state(self) -> KvState:
-        """A copy of what the sequences hold, for a context of the same shape with more room."""
+        """A copy of what the sequences hold, for a context that was made alike."""
         sequences = []
-        for seq in range(self.n_seq):
+        for seq in self._held():
             data = np.empty(self._lib.llama_state_seq_get_size(self._pointer, seq), np.uint8)
             n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
             if n != data.size:
                 raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
             sequences.append(data)
-        return KvState(list(self.tokens), sequences)
+        return KvState(list(self.tokens), sequences, [self._weights[seq] for seq in self._held()])
+
+    @property
+    def n_kv_byte(self) -> int:
+        """The size of kv_state()."""
+        get_size = self._lib.llama_state_seq_get_size
+        return sum(int(get_size(self._pointer, seq)) for seq in self._held())
+
+    def _held(self) -> range:
+        """The sequences that hold something: the first ones."""
+        return range(sum(bool(self._tokens[seq]) for seq in range(self.n_seq)))
 
     def load_kv_state(self, state: KvState) -> None:
         """Hold what another context held, in place of what is here.
 
-        Raises BackendError, and holds nothing, when that is not of this shape.
+        Raises BackendError, and holds nothing, when that is not of this shape or was read under
+        other weights.
         """
         self.clear()
+        for seq, weights in enumerate(state.weights):
+            if weights != self._weights[seq]:
+                raise BackendError(
+                    f"A KV state cannot be taken over: sequence {seq} was read under other weights "
+                    "than it has here."
+                )
         for seq, data in enumerate(state.sequences):
             n = self._lib.llama_state_seq_set_data(self._pointer, _bytes(data), data.size, seq)
             if n != data.size:

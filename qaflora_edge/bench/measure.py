@@ -41,6 +41,7 @@ class Plan:
     probe_k  adapters that are probed
     tail     of the probe that reads a prompt's end only
     turn     tokens of a chat so far, and of its next message
+    system   tokens of a system prompt, and of a question behind it
     callers  numbers of callers at once
     probe_lengths  tokens of the prompts that are probed for each of ks
     n_question  tokens of a prompt that comes while another's answer is decoded
@@ -53,6 +54,7 @@ class Plan:
     probe_k: int
     tail: int
     turn: tuple[int, int]
+    system: tuple[int, int]
     lens: str
     pool: str
     callers: tuple[int, ...]
@@ -371,6 +373,7 @@ def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
     runs: list[Run] = []
     for turn in range(1 + plan.repeat):
         tokens = prompts.draw(n_history + n_new)
+        tokens[n_history - 1] = rig.model.end
         _weigh(weigher, "qa-flora", tokens[:n_history], going_on)
         fusions = {}
         for name, prober in in_turn([("turn", going_on), ("fresh", fresh)], turn):

@@ -41,6 +41,33 @@ def measure_probe(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> 
     return rows
 
 
+def measure_system(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+    """Questions under one system prompt, which was probed before, beside the base's prefill."""
+    k, (n_system, n_new) = plan.probe_k, plan.system
+    n = n_system + n_new
+    base, fused, prober = rig.base(n_ctx=n), rig.ours(k, n_ctx=n), rig.prober(k)
+    system = [*prompts.draw(n_system - 1), rig.model.end]
+    runs: list[Run] = []
+    for turn in range(1 + plan.repeat):
+        tokens = [*system, *prompts.draw(n_new)]
+        run: Run = {}
+        for way in in_turn(("plain", "warm"), turn):
+            if way == "plain":
+                run["plain_ms"] = _read(base, tokens)
+            else:
+                run |= _probe(prober, k, plan, tokens)
+                run["prefill_ms"] = _read(fused, tokens)
+        if turn:  # the first one warms
+            run["ttft_ms"] = run["probe_ms"] + run["prefill_ms"]
+            runs.append(run)
+        report(tell, "system", turn + 1, 1 + plan.repeat)
+    row: Row = {"k": k, "system_tokens": n_system, "new_tokens": n_new}
+    row |= {key: spread([run[key] for run in runs]) for key in runs[0]}
+    for what in ("probe", "ttft"):
+        row[f"{what}_of_plain"] = spread([run[f"{what}_ms"] / run["plain_ms"] for run in runs])
+    return [row | {"runs": runs}]
+
+
 def _probe(prober: Prober, k: int, plan: Plan, tokens: Sequence[int]) -> Run:
     start = time.perf_counter()
     run_alone(prober.divergence(tokens, range(k), "kl", plan.lens, plan.pool))

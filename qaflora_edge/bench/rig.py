@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.bundles.neutral import neutral_prompts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
@@ -215,9 +214,9 @@ def read_pieces(context: Context, tokens: Sequence[int]) -> Generator[None]:
     while at < len(tokens):
         if at:
             yield
-        n = pieces_of().next(len(tokens) - at)
-        context.decode(tokens[at : at + n], start=at)
-        at += n
+        end = context.pieces().end(tokens, at)
+        context.decode(tokens[at:end], start=at)
+        at = end
 
 
 class Prompts:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from qaflora_edge.bench.measure import Plan
     from qaflora_edge.bundles.open import Bundle
 
-PARTS = ("decode", "change", "ttft", "probe", "turn", "callers", "pause", "memory")
+PARTS = ("decode", "change", "ttft", "probe", "turn", "system", "callers", "pause", "memory")
 PROMPT_TOKENS, REPEAT = (42, 512), 5
 KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
-TURN_TOKENS, PROBE_TAIL = "300,30", 16
+TURN_TOKENS, SYSTEM_TOKENS, PROBE_TAIL = "300,30", "400,40", 16
 CALLERS, QUESTION_TOKENS = "1,2,4,8,16", 1000
 PROBE_TOKENS = "42,100,256,300"  # what is cut in two and what is not; few are powers of two
 
@@ -123,6 +123,14 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     help="Tokens of a chat so far, and of its next message.",
 )
 @click.option(
+    "--system-tokens",
+    callback=_numbers(2, 2**24, n=2),
+    metavar="SYSTEM,NEW",
+    default=SYSTEM_TOKENS,
+    show_default=True,
+    help="Tokens of a system prompt, and of a question behind it.",
+)
+@click.option(
     "--callers",
     callback=_numbers(1, MAX_PARALLEL),
     metavar="N,N",
@@ -148,6 +156,7 @@ def bench(
     prompt_tokens: tuple[int, ...],
     probe_tokens: tuple[int, ...],
     turn_tokens: tuple[int, int],
+    system_tokens: tuple[int, int],
     callers: tuple[int, ...],
     question_tokens: int,
     options: SharedOptions,
@@ -163,13 +172,15 @@ def bench(
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
     prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail (16 by
     default). probe: exact weights alone, and reading under them, as multiples of the base's
-    prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn. callers:
-    decoding for --callers at once, each with a prompt (the shortest length and up) and a mix of its
-    own: the base without adapters and llama_decode called by hand (bare C), each a batch of so many
-    sequences, and an Engine by generate_many and by as many threads. pause: the longest time that
-    one of two callers waits for a token while a question of --question-tokens of the other is
-    probed and read, as a multiple of what one micro-batch of either takes alone. memory: the peak
-    of one `qaflora run` with --ctx, --strategy and the longest prompt, in a process of its own.
+    prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn. system:
+    the time to the first token of a question behind a system prompt that was probed before.
+    callers: decoding for --callers at once, each with a prompt (the shortest length and up) and a
+    mix of its own: the base without adapters and llama_decode called by hand (bare C), each a batch
+    of so many sequences, and an Engine by generate_many and by as many threads. pause: the longest
+    time that one of two callers waits for a token while a question of --question-tokens of the
+    other is probed and read, as a multiple of what one micro-batch of either takes alone. memory:
+    the peak of one `qaflora run` with --ctx, --strategy and the longest prompt, in a process of its
+    own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -192,6 +203,7 @@ def bench(
         lengths=lengths,
         probe_lengths=probe_tokens,
         turn=turn_tokens,
+        system=system_tokens,
         callers=callers,
         n_question=question_tokens,
     )
@@ -247,7 +259,7 @@ def _measured(
     from qaflora_edge.bench import measure
     from qaflora_edge.bench.callers import measure_callers, measure_pause
     from qaflora_edge.bench.memory import measure_memory
-    from qaflora_edge.bench.probes import measure_probe
+    from qaflora_edge.bench.probes import measure_probe, measure_system
     from qaflora_edge.bench.rig import Prompts, Rig
 
     engine = options.engine
@@ -266,6 +278,7 @@ def _measured(
         "ttft": measure.measure_ttft,
         "probe": measure_probe,
         "turn": measure.measure_turn,
+        "system": measure_system,
     }
     with rig, progress_bars() as tell:
         prompts = Prompts(rig.model, options.seed or 0)
@@ -304,6 +317,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         "probe_tail": plan.tail,
         "probe_tokens": list(plan.probe_lengths),
         "turn_tokens": list(plan.turn),
+        "system_tokens": list(plan.system),
         "callers_at_once": list(plan.callers),
         "question_tokens": plan.n_question,
         "lens": plan.lens,

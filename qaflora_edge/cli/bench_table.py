@@ -23,6 +23,8 @@ def table(result: Result) -> str:
         lines += ["", *_probe(result["probe"])]
     for row in result.get("turn", ()):
         lines += ["", *_turn(row)]
+    for row in result.get("system", ()):
+        lines += ["", *_system(row)]
     if "callers" in result:
         lines += ["", *_callers(result)]
     for row in result.get("pause", ()):
@@ -170,6 +172,17 @@ def _turn(row: Mapping[str, Any]) -> list[str]:
         f"{_ratio(row['of_fresh']):>10} of all afresh",
         f"{'probe afresh':<{_LABEL}}{_range(row['fresh_ms']):>23} ms",
         f"{'':<{_LABEL}}{_deviation(row)}",
+    ]
+
+
+def _system(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"question of {row['new_tokens']} tokens behind a system prompt of {row['system_tokens']} "
+        f"that was probed before, {_adapters(row['k'])}",
+        f"{'first token':<{_LABEL}}{_range(row['ttft_ms']):>23} ms"
+        f"{_ratio(row['ttft_of_plain']):>10} of plain",
+        f"{'probe':<{_LABEL}}{_range(row['probe_ms']):>23} ms{_ratio(row['probe_of_plain']):>10}",
+        f"{'fused prefill':<{_LABEL}}{_range(row['prefill_ms']):>23} ms",
     ]
 
 

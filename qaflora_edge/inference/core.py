@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
@@ -30,6 +29,7 @@ from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.score import Item, Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import Steps
 from qaflora_edge.weighing.strategy import Query
@@ -44,6 +44,7 @@ class Core:
     adapters    name -> adapter GGUF, checked, in the order of every first axis
     n_ctx       tokens of prompt and answer together, of each request
     n_parallel  requests that are decoded together
+    prefix_cache  MiB for what the probe read of prompts
     options     threads, kv_type and flash_attn of every context
     """
 
@@ -57,6 +58,7 @@ class Core:
         n_parallel: int,
         gpu_layers: int | None,
         probe_tail: int,
+        prefix_cache: int,
         options: Mapping[str, Any],
     ) -> None:
         self.lifetime, self.n_ctx, self.n_parallel = lifetime, n_ctx, n_parallel
@@ -68,9 +70,13 @@ class Core:
         self.context = keep(Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **more))
         self.adapter_bytes = [info.path.stat().st_size for info in adapters.values()]
         files = list(adapters.values())
-        self.prober = keep(Prober(self.model, self.pack, more, tail=probe_tail, files=files))
+        prefixes = Prefixes(prefix_cache << 20)
+        self.prober = keep(
+            Prober(self.model, self.pack, more, tail=probe_tail, files=files, prefixes=prefixes)
+        )
         self._scorer = keep(Scorer(self.model, self.pack, more))
-        self._loop = Loop(self.model, self.context, Scheduler(n_parallel, pieces_of()), stop)
+        scheduler = Scheduler(n_parallel, self.context.pieces())
+        self._loop = Loop(self.model, self.context, scheduler, stop)
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # of a set that all threads change
         self._last: int | None = None  # number of the last sequence

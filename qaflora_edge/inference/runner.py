@@ -23,6 +23,7 @@ class AnswerContext(Protocol):
     def keep(self, n_token: int, seq: int) -> int: ...
     def clear(self, seq: int | None = None) -> None: ...
     def move(self, source: int, target: int) -> None: ...
+    def copy(self, source: int, target: int) -> None: ...
     def set_weights(self, weights: F32, *, seq: int = 0) -> None: ...
     def decode_spans(self, spans: Sequence[Span]) -> list[int]: ...
     def tokens_of(self, seq: int) -> list[int]: ...
@@ -54,6 +55,8 @@ class Runner:
 
     def run(self, step: Step, slots: Sequence[Slot]) -> None:
         """Compute a step, the job's part apart. What fails ends the sequences that it concerns."""
+        for source, target in step.copies:
+            self._context.copy(source, target)
         for source, target in step.moves:
             self._context.move(source, target)
             moved = slots[target].sequence
@@ -70,7 +73,8 @@ class Runner:
         """Empty all slots, after something stopped in the middle."""
         self._context.clear()
         for slot in slots:
-            slot.tokens, slot.n_prompt, slot.weights, slot.owner = [], 0, None, 0
+            slot.tokens, slot.n_prompt, slot.n_exact = [], 0, 0
+            slot.weights, slot.owner = None, 0
 
     def _admit(self, sequence: sequences.Sequence, slot: Slot, n_reused: int) -> None:
         sequence.n_past = self._context.keep(n_reused, slot.number)

@@ -33,6 +33,8 @@ class Slot:
 
     tokens   ids whose KV state it is
     n_prompt how many of them were the last request's prompt
+    n_exact  how many of them were read in the pieces of their prompt, so that another prompt which
+             is cut alike may have them
     weights  the key of those under which all of it was read; None where they differ
     owner    number of the last Sequence in it; 0 for none
     turn     when that came, counted in sequences
@@ -42,37 +44,55 @@ class Slot:
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
     n_prompt: int = 0
+    n_exact: int = 0
     weights: bytes | None = None
     owner: int = 0
     turn: int = 0
 
-    def n_reused(self, sequence: Sequence) -> int:
+    def n_reused(self, sequence: Sequence, pieces: Pieces) -> int:
         """How many tokens of a prompt need not be read, all but the last one at most.
 
         KV state under one set of weights is wrong under another: it is reused where the weights
-        are the same and the prompt goes on from all of the last one, as a chat's next turn does,
-        or where the request says that it goes on from just this sequence.
+        are the same, or where the request says that it goes on from just this sequence. What was
+        generated is reused where the prompt goes on from all of the last one, as a chat's next
+        turn does.
         """
         request = sequence.request
         n_same = n_common(self.tokens, request.tokens[:-1])
         if request.goes_on_from is not None and request.goes_on_from == self.owner:
             return n_same
-        is_begun = 0 < self.n_prompt <= n_same
-        return n_same if is_begun and self.weights == request.weights_key else 0
+        is_begun = 0 < self.n_prompt <= n_same and self.weights == request.weights_key
+        return n_same if is_begun else self.n_alike(sequence, pieces)
 
-    def hold(self, sequence: Sequence, n_kept: int) -> None:
-        """Note whose KV state is held from now on, of which n_kept tokens were there before."""
+    def n_alike(self, sequence: Sequence, pieces: Pieces) -> int:
+        """How many tokens of a prompt are here as they would be read now, bit for bit."""
+        if self.weights != sequence.request.weights_key:
+            return 0
+        return pieces.n_alike(self.tokens[: self.n_exact], sequence.request.tokens)
+
+    def hold(self, sequence: Sequence, n_kept: int, *, is_exact: bool = True) -> None:
+        """Note whose KV state is held from now on, of which n_kept tokens were there before.
+
+        is_exact  whether those were read in the pieces of this prompt
+        """
         key = sequence.request.weights_key
         is_mixed = n_kept > 0 and self.weights != key
         self.weights = None if is_mixed else key
         self.tokens = list(sequence.request.tokens[:n_kept])
+        self.n_exact = sequence.n_prompt if is_exact else min(self.n_exact, n_kept)
         self.n_prompt, self.owner = sequence.n_prompt, sequence.number
+
+    def copy(self, other: Slot) -> None:
+        """Note that what another slot holds is here too, and nobody's yet."""
+        self.tokens, self.n_exact, self.weights = list(other.tokens), other.n_exact, other.weights
+        self.n_prompt = self.owner = 0
 
 
 @dataclass
 class Step:
     """What is computed before the scheduler is asked again, in this order.
 
+    copies    (from, to): slots whose KV state is copied, because prompts begin alike
     moves     (from, to): slots whose KV state moves, so that those in use are adjacent
     admitted  (sequence, tokens that may be reused in its slot)
     decode    sequences with one token each, all in one batch
@@ -80,6 +100,7 @@ class Step:
     job       one micro-batch of it; not beside prefill
     """
 
+    copies: list[tuple[int, int]] = field(default_factory=list)
     moves: list[tuple[int, int]] = field(default_factory=list)
     admitted: list[tuple[Sequence, int]] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
@@ -132,6 +153,8 @@ class Scheduler:
         self.jobs = deque(job for job in self.jobs if not job.is_done)
         for slot in self.slots:
             if slot.sequence is not None and slot.sequence.is_done:
+                if slot.sequence.is_prefill:  # where the rest would have been cut is unknown
+                    slot.n_exact = 0
                 slot.sequence.slot = None
                 slot.sequence = None
         return n_ended
@@ -154,7 +177,7 @@ class Scheduler:
         self._is_jobs_turn = True
         n_left = self._pieces.n_most
         for sequence in prefills:
-            n = self._pieces.next(sequence.n_prompt - sequence.n_past)
+            n = self._pieces.end(sequence.request.tokens, sequence.n_past) - sequence.n_past
             if n > n_left:
                 break
             step.prefill.append((sequence, n))
@@ -168,9 +191,15 @@ class Scheduler:
                 return
             sequence = self.waiting.popleft()
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
-            n_reused = slot.n_reused(sequence)
+            n_reused = self._n_reused(slot, sequence)
+            source = max(self.slots, key=lambda other: other.n_alike(sequence, self._pieces))
+            if source.n_alike(sequence, self._pieces) >= n_reused + self._pieces.n_least:
+                slot.copy(source)
+                step.copies.append((source.number, slot.number))
+                n_reused = self._n_reused(slot, sequence)
+            is_exact = n_reused == slot.n_alike(sequence, self._pieces)
             slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
-            slot.hold(sequence, n_reused)
+            slot.hold(sequence, n_reused, is_exact=is_exact)
             self._n_turn += 1
             slot.turn = self._n_turn
             step.admitted.append((sequence, n_reused))
@@ -179,7 +208,10 @@ class Scheduler:
         """The most reuse; else next to those in use; else empty; else used the longest ago."""
         used = [other.number for other in self.slots if other.sequence is not None]
         gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
-        return slot.n_reused(sequence), -gap, not slot.tokens, -slot.turn
+        return self._n_reused(slot, sequence), -gap, not slot.tokens, -slot.turn
+
+    def _n_reused(self, slot: Slot, sequence: Sequence) -> int:
+        return slot.n_reused(sequence, self._pieces)
 
     def _move(self, step: Step) -> None:
         """Close gaps between slots in use: llama.cpp 0c1e5709 puts only adjacent ones together.
@@ -200,8 +232,9 @@ class Scheduler:
                 return
             target.sequence, target.tokens = sequence, source.tokens
             target.n_prompt, target.weights = source.n_prompt, source.weights
+            target.n_exact = source.n_exact
             target.owner, target.turn, sequence.slot = source.owner, source.turn, target.number
             source.sequence, source.tokens = None, []
-            source.n_prompt = source.owner = source.turn = 0
+            source.n_prompt = source.n_exact = source.owner = source.turn = 0
             source.weights = None
             step.moves.append((source.number, target.number))

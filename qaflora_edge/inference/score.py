@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.inference.logprobs import log_softmax
 
 F32 = NDArray[np.float32]
@@ -98,7 +97,7 @@ def _score_group(
     context.set_weights(weights)
     rows, at = [-1], 0
     while at < len(prompt):
-        end = at + pieces_of().next(len(prompt) - at)
+        end = context.pieces().end(prompt, at)
         outputs: Outputs = "last" if end == len(prompt) else "none"
         rows = context.decode_spans([Span(0, prompt[at:end], at, outputs)])
         at = end

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing.attention_inputs import AttentionInputs
+from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.query_projection import QueryProjections
-from qaflora_edge.weighing.reading import Steps, closed, n_going_on, probe_context, read_tokens
+from qaflora_edge.weighing.reading import Steps, closed, probe_context, read_tokens
 from qaflora_edge.weighing.strategy import Reading
 
 F32 = NDArray[np.float32]
@@ -26,10 +26,11 @@ F64 = NDArray[np.float64]
 class BaseProber:
     """One sequence of the base.
 
-    files  of the adapters, where they were read before
+    files     of the adapters, where they were read before
+    prefixes  where what was read of prompts is kept
 
-    The context is made when first needed and replaced by a larger one for a longer query. A query
-    that goes on where the last one ended costs norms() its new tokens only.
+    The context is made when first needed and replaced by a larger one for a longer query. What a
+    query begins with costs norms() nothing where it was read before.
 
     rows, in all methods: which adapters of the pack are compared, in ascending order.
     """
@@ -41,9 +42,11 @@ class BaseProber:
         options: dict[str, Any],
         *,
         files: Sequence[Path | AdapterInfo] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self._files = files or pack.paths
         self._model, self._pack, self._options = model, pack, options
+        self._prefixes = prefixes or Prefixes(0)
         self.context: ProbeContext | None = None
         self._projections: dict[tuple[int, ...], QueryProjections] = {}
         self._readings: dict[Reading, tuple[tuple[int, ...], AttentionInputs]] = {}
@@ -66,7 +69,7 @@ class BaseProber:
             self._projections = {key: QueryProjections(files, self._model.n_layer)}
         context = self._room_for(tokens)
         context.capture_begin()
-        n_kept = n_going_on(context, tokens, len(tokens) - 1)
+        n_kept = self._prefixes.go_on(context, "base", tokens, context.pieces())
         try:
             yield from read_tokens(context, tokens, n_kept, "last", n_seq=1)
         except BaseException:
@@ -112,7 +115,7 @@ class BaseProber:
         try:
             at = 0
             while at < len(tokens):
-                piece = tokens[at : at + pieces_of().next(len(tokens) - at)]
+                piece = tokens[at : context.pieces().end(tokens, at)]
                 context.capture_begin("mean")
                 context.decode(piece, start=at, outputs="all")
                 sums += inputs.sums(context.inputs(0, n_row=len(piece)))
@@ -128,16 +131,17 @@ class BaseProber:
         held = self.context
         if held is None or held.n_ctx < len(tokens) or all_outputs > held.all_outputs:
             all_outputs = all_outputs or (held is not None and held.all_outputs)
-            state, self.context = closed(held, tokens), None
+            state, self.context = closed(held), None
             self.context = probe_context(
                 self._model,
                 self._pack,
                 self._options,
                 max(len(tokens), 0 if held is None else held.n_ctx),
-                state,
                 n_seq=1,
                 has_inputs=True,
                 all_outputs=all_outputs,
             )
+            if state is not None:
+                self.context.load_kv_state(state)
         assert self.context is not None
         return self.context

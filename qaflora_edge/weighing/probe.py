@@ -17,11 +17,11 @@ from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.base_probe import BaseProber
+from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.reading import (
     ProbeTimings,
     Steps,
     closed,
-    n_going_on,
     probe_context,
     read_tokens,
 )
@@ -36,11 +36,12 @@ class Prober:
     """Sequences of one context: the base first, then adapters alone at weight 1.
 
     files  of the adapters, where they were read before
-    tail  0, or how many tokens at the query's end the adapters run over: those before it are
-          read by the base alone, and adapters attend to what the base made of them
+    tail   0, or how many tokens at the query's end the adapters run over: those before it are
+           read by the base alone, and adapters attend to what the base made of them
+    prefixes  where what was read of queries is kept; by default the last one's alone
 
-    The context is made when first needed and replaced by a larger one for a longer query. A query
-    that goes on where the last one ended costs its new tokens only. The states of the last query
+    The context is made when first needed and replaced by a larger one for a longer query. What a
+    query begins with is not read again where it was read for another. The states of the last query
     are kept, so that two measures of one query cost one pass. `base` measures with the base alone.
 
     rows, in all methods: which adapters of the pack are probed, in ascending order.
@@ -54,8 +55,10 @@ class Prober:
         *,
         tail: int = 0,
         files: Sequence[Path | AdapterInfo] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
-        self.base = BaseProber(model, pack, options, files=files)
+        self._prefixes = prefixes or Prefixes(0)
+        self.base = BaseProber(model, pack, options, files=files, prefixes=self._prefixes)
         self._model, self._pack, self._options, self._tail = model, pack, options, tail
         self._context: ProbeContext | None = None
         self._pool = "last"  # what the context has room for; "mean" includes it
@@ -89,12 +92,16 @@ class Prober:
             self._use(context, key[1])
             context.capture_begin(pool)
             if pool == "mean":
-                yield from self._read(context, tokens, n_kept=0, outputs="all")
+                self._forget(context)
+                yield from self._read(context, tokens, 0, "all")
             elif 0 < self._tail < len(tokens):
                 yield from self._read_tail(context, tokens)
             else:
-                n_kept = n_going_on(context, tokens, len(tokens) - 1) if self._is_exact else 0
-                yield from self._read(context, tokens, n_kept=n_kept)
+                if not self._is_exact:
+                    self._forget(context)
+                pieces = context.pieces(1 + len(rows))
+                n_kept = self._prefixes.go_on(context, self._rows, tokens, pieces)
+                yield from self._read(context, tokens, n_kept, "last")
             states = np.stack([context.states(seq) for seq in range(1 + len(rows))])
         except BaseException:  # GeneratorExit of a cancelled query included
             context.clear()
@@ -144,21 +151,17 @@ class Prober:
         )
 
     def _read(
-        self,
-        context: ProbeContext,
-        tokens: Sequence[int],
-        *,
-        n_kept: int,
-        outputs: Outputs = "last",
+        self, context: ProbeContext, tokens: Sequence[int], n_kept: int, outputs: Outputs
     ) -> Steps[None]:
-        if n_kept == 0:
-            context.clear()
         self._is_exact = True
         yield from read_tokens(context, tokens, n_kept, outputs, n_seq=1 + len(self._rows))
 
     def _read_tail(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[None]:
         n_head, n_seq = len(tokens) - self._tail, 1 + len(self._rows)
-        n_kept = n_going_on(context, tokens, n_head)
+        held = context.tokens
+        if not 0 < len(held) < len(tokens) or list(tokens[: len(held)]) != held:
+            self._forget(context)
+        n_kept = context.keep_common(tokens[: n_head + 1])
         if n_kept < n_head:
             yield from read_tokens(context, tokens[:n_head], n_kept, "none", n_seq=1)
         context.share(range(1, n_seq))
@@ -168,9 +171,15 @@ class Prober:
     def _use(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         """Let sequence 1 + i be the adapter rows[i]; what was read with others is forgotten."""
         if rows != self._rows:
-            context.clear()
+            self._forget(context)
             self._set_weights(context, rows)
             self._rows = rows
+
+    def _forget(self, context: ProbeContext) -> None:
+        """Hold nothing, but keep what is of use to other queries."""
+        if self._is_exact:
+            self._prefixes.keep(self._rows, context)
+        context.clear()
 
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         for i, row in enumerate(rows):
@@ -183,19 +192,20 @@ class Prober:
             self._context.n_ctx >= len(tokens) and pool in (self._pool, "last")
         ):
             return self._context
-        state, self._context = closed(self._context, tokens), None
+        state, self._context = closed(self._context), None
         n_adapter, self._pool = self._pack.n_adapter, pool
         context = probe_context(
             self._model,
             self._pack,
             self._options,
             len(tokens),
-            state,
             n_seq=1 + n_adapter,
             is_differential=n_adapter > 0,
             all_outputs=pool == "mean",
         )
         self._set_weights(context, self._rows)
+        if state is not None:
+            context.load_kv_state(state)
         self._context = context
         return context
 

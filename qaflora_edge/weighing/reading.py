@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 
 from qaflora_edge.backend.batch import Outputs
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
-from qaflora_edge.errors import BackendError
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # yields between micro-batches, returns what it computed
@@ -46,33 +44,25 @@ def probe_context(
     pack: Pack,
     options: dict[str, Any],
     n_token: int,
-    state: KvState | None,
     **kwargs: Any,
 ) -> ProbeContext:
-    """A context with room for so many tokens, which holds a KV state.
+    """A context with room for so many tokens.
 
     options, kwargs  of ProbeContext
     """
     n_ctx = _N_CTX_MIN
     while n_ctx < n_token:
         n_ctx *= 2
-    context = ProbeContext(model, pack, n_ctx=n_ctx, **kwargs, **options)
-    try:
-        if state is not None:
-            context.load_kv_state(state)
-    except BackendError:
-        context.close()
-        raise
-    return context
+    return ProbeContext(model, pack, n_ctx=n_ctx, **kwargs, **options)
 
 
 def read_tokens(
     context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int
 ) -> Steps[None]:
     """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
-    pieces, at = pieces_of(n_seq), start
+    pieces, at = context.pieces(n_seq), start
     while at < len(tokens):
-        end = at + pieces.next(len(tokens) - at)
+        end = pieces.end(tokens, at)
         is_last = end == len(tokens)
         context.decode(
             tokens[at:end],
@@ -85,27 +75,10 @@ def read_tokens(
             yield
 
 
-def closed(context: ProbeContext | None, tokens: Sequence[int]) -> KvState | None:
-    """Close a context that has too little room; gives its KV state, if a query goes on from it."""
+def closed(context: ProbeContext | None) -> KvState | None:
+    """Close a context that has too little room; gives what it holds, for the next one."""
     if context is None:
         return None
-    state = context.kv_state() if _goes_on(context, tokens) else None
+    state = context.kv_state() if context.tokens else None
     context.close()
     return state
-
-
-def _goes_on(context: ProbeContext, tokens: Sequence[int]) -> bool:
-    held = context.tokens
-    return 0 < len(held) < len(tokens) and list(tokens[: len(held)]) == held
-
-
-def n_going_on(context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
-    """How many tokens, n_most at most, need not be read again; what is held besides is forgotten.
-
-    Only a query that begins with all of the last one's tokens is taken to go on. Another query's
-    weights do not depend on what was asked before, not even in their last digits.
-    """
-    if not _goes_on(context, tokens):
-        context.clear()
-        return 0
-    return context.keep_common(tokens[: n_most + 1])

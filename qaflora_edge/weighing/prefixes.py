@@ -1,0 +1,89 @@
+"""What prompts begin with, as it was read: kept for other prompts that begin so."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from qaflora_edge.backend.pieces import Pieces
+from qaflora_edge.backend.probe_context import KvState, ProbeContext
+
+_N_WORTH = 64  # tokens: fewer are read again as quickly as they are kept
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: Hashable
+    state: KvState
+
+
+class Prefixes:
+    """KV states of prompts that were read, those used the longest ago dropped first.
+
+    n_byte  of all states together at most; 0 keeps none
+
+    key, in all methods: whose states they are. The same key stands for the same sequences of
+    contexts that were made alike.
+    """
+
+    def __init__(self, n_byte: int) -> None:
+        self._n_most = n_byte
+        self._entries: list[_Entry] = []  # used last: at the end
+
+    @property
+    def n_byte(self) -> int:
+        return sum(entry.state.n_byte for entry in self._entries)
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def go_on(
+        self, context: ProbeContext, key: Hashable, tokens: Sequence[int], pieces: Pieces
+    ) -> int:
+        """Let a context hold what was read of a prompt's beginning, by it or by others.
+
+        returns  how many tokens: up to where the prompt is cut as those others were, so that what
+                 follows comes out the same bits as if all of it had been read now
+        """
+        n_held = pieces.n_alike(context.tokens, tokens)
+        entry, n_kept = self._longest(key, tokens, pieces)
+        if entry is None or n_kept < n_held + _N_WORTH:
+            if len(context.tokens) >= n_held + _N_WORTH:
+                self.keep(key, context)
+            return context.keep_common(tokens[: n_held + 1])
+        self.keep(key, context)
+        context.load_kv_state(entry.state)
+        return context.keep_common(tokens[: n_kept + 1])
+
+    def keep(self, key: Hashable, context: ProbeContext) -> None:
+        """Keep what a context holds."""
+        if not context.tokens or context.n_kv_byte > self._n_most:
+            return
+        self.add(key, context.kv_state())
+
+    def add(self, key: Hashable, state: KvState) -> None:
+        """Keep a state, and drop what it contains and what there is no room for."""
+        kept = [
+            entry
+            for entry in self._entries
+            if entry.key != key or entry.state.tokens != state.tokens[: len(entry.state.tokens)]
+        ]
+        kept.append(_Entry(key, state))
+        while kept and sum(entry.state.n_byte for entry in kept) > self._n_most:
+            del kept[0]
+        self._entries = kept
+
+    def _longest(
+        self, key: Hashable, tokens: Sequence[int], pieces: Pieces
+    ) -> tuple[_Entry | None, int]:
+        """The entry of which most can be used, and how many tokens; it counts as used."""
+        best, n_best = None, 0
+        for entry in self._entries:
+            if entry.key == key:
+                n = pieces.n_alike(entry.state.tokens, tokens)
+                if n > n_best:
+                    best, n_best = entry, n
+        if best is not None:
+            self._entries.remove(best)
+            self._entries.append(best)
+        return best, n_best

@@ -1,0 +1,223 @@
+"""What prompts begin with is read once, and nothing else comes out because of that."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny import EOS, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine
+from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.probe_context import ProbeContext
+from qaflora_edge.errors import BackendError
+from qaflora_edge.weighing.prefixes import Prefixes
+from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.reading import run_alone
+
+F32 = NDArray[np.float32]
+MIB = 1 << 20
+KINDS = {
+    "f16": {"kv_type": "f16", "flash_attn": True},
+    "f16 without flash": {"kv_type": "f16", "flash_attn": False},
+    "q8_0": {"kv_type": "q8_0", "flash_attn": True},
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
+def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyBase:
+    """Quantised, so that a differential product is told from a plain one."""
+    place = tmp_path_factory.mktemp("prefixes")
+    return write_tiny_base(place / "base.gguf", request.param, dtype="q8_0", n_ctx=2048, n_embd=128)
+
+
+@pytest.fixture(scope="module")
+def loaded(base: TinyBase) -> tuple[Model, Pack]:
+    paths = [
+        write_tiny_adapter(base.path.with_name(f"{i}.gguf"), base, rank=3 + i, seed=i).path
+        for i in (1, 2, 3)
+    ]
+    model = Model(base.path)
+    return model, Pack(model, paths)
+
+
+def drawn(n: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, n).tolist()
+
+
+class Chats:
+    """Prompts as a chat template makes them: messages that end, and how an answer begins."""
+
+    def __init__(self, base: TinyBase) -> None:
+        self._end, self._opening = base.tokens.index(EOS), drawn(4, 99)
+
+    def prompt(self, *messages: Sequence[int]) -> list[int]:
+        parts = [[*message, self._end, *self._opening] for message in messages]
+        return [token for part in parts for token in part]
+
+
+def count_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of the first sequence in every decode from now on."""
+    counts: list[int] = []
+    decode = Context.decode_spans
+
+    def counting(self: Context, spans: Sequence[Span]) -> list[int]:
+        counts.append(len(spans[0].tokens))
+        return decode(self, spans)
+
+    monkeypatch.setattr(Context, "decode_spans", counting)
+    return counts
+
+
+def states(prober: Prober, tokens: Sequence[int], rows: Sequence[int] = (0, 1, 2)) -> F32:
+    return run_alone(prober.states(tokens, rows, "last"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack], kind: str
+) -> None:
+    """Two chats in turn, and questions under one system prompt: all as if they were alone."""
+    chats = Chats(base)
+    system, other = drawn(400, 1), drawn(230, 2)
+    mine, yours = [system, drawn(40, 3)], [other, drawn(130, 4)]
+    prompts = [
+        chats.prompt(*mine),
+        chats.prompt(*yours),
+        chats.prompt(*mine, drawn(90, 5), drawn(20, 6)),
+        chats.prompt(*yours, drawn(70, 7), drawn(66, 8)),
+        chats.prompt(system, drawn(55, 9)),
+        chats.prompt(system, drawn(41, 10)),
+        chats.prompt(other, drawn(12, 11)),
+        drawn(300, 12),
+        [*drawn(300, 12)[:250], *drawn(40, 13)],
+    ]
+    options = {**KINDS[kind], "threads": 1}
+    sharing = Prober(*loaded, options, prefixes=Prefixes(64 * MIB))
+    n_read = []
+    for prompt in prompts:
+        counts = count_read(monkeypatch)
+        found = states(sharing, prompt)
+        n_read.append(sum(counts))
+        monkeypatch.undo()
+        alone = Prober(*loaded, options)
+        assert np.array_equal(found, states(alone, prompt)), len(n_read)
+        alone.close()
+    sharing.close()
+    if base.arch != "gemma3":  # a sliding window cannot go back
+        # System prompts are 405 and 235 tokens with their ends. A question of 45 ends too near to
+        # that for a cut, one of 135 does not.
+        assert n_read[:4] == [450, 370, 45 + 95 + 25, 75 + 71]
+        assert n_read[4:7] == [60, 46, 17]
+        assert n_read[7:] == [300, 290 - 192]
+
+
+def test_adapters_in_use_are_kept_apart(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
+) -> None:
+    sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
+    system = drawn(200, 1)
+    for seed, rows in enumerate([(0, 1, 2), (0, 2), (1,), (), (0, 1, 2), (0, 2), (1,)]):
+        prompt = Chats(base).prompt(system, drawn(30, seed))
+        counts = count_read(monkeypatch)
+        found = states(sharing, prompt, rows)
+        monkeypatch.undo()
+        if base.arch != "gemma3":
+            assert sum(counts) == (240 if seed < 4 else 35)
+        alone = Prober(*loaded, {"threads": 1})
+        assert np.array_equal(found, states(alone, prompt, rows))
+        alone.close()
+    sharing.close()
+
+
+def test_norms_go_on_too(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
+) -> None:
+    sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
+    for seed in range(3):
+        prompt = Chats(base).prompt(drawn(200, seed % 2), drawn(30, 10 + seed))
+        counts = count_read(monkeypatch)
+        found = run_alone(sharing.base.norms(prompt, (0, 1, 2)))
+        monkeypatch.undo()
+        if base.arch != "gemma3":
+            assert sum(counts) == (35 if seed == 2 else 240)
+        alone = Prober(*loaded, {"threads": 1})
+        assert np.array_equal(found, run_alone(alone.base.norms(prompt, (0, 1, 2))))
+        alone.close()
+    sharing.close()
+
+
+def test_what_is_kept_is_bounded_and_what_was_used_last_stays(
+    base: TinyBase, loaded: tuple[Model, Pack]
+) -> None:
+    with ProbeContext(*loaded, n_seq=1, n_ctx=256, threads=1) as context:
+
+        def ask(prefixes: Prefixes, seed: int) -> int:
+            """A question under the system prompt of this seed; gives how much of it was there."""
+            prompt = Chats(base).prompt(drawn(95, seed), drawn(5, 50))
+            n_kept = prefixes.go_on(context, "key", prompt, context.pieces())
+            for start, end in ((n_kept, 100), (100, len(prompt))):
+                if start < end:
+                    context.decode(prompt[start:end], start=start)
+            return n_kept
+
+        none = Prefixes(0)
+        assert [ask(none, seed) for seed in (1, 2, 1)] == [0, 0, 0]
+        n_byte = context.n_kv_byte
+        assert n_byte == context.kv_state().n_byte
+        two = Prefixes(2 * n_byte)
+        context.clear()
+        expected = [0, 0, 0, 100, 100, 0, 100]
+        if base.arch != "gemma3":
+            assert [ask(two, seed) for seed in (1, 2, 3, 1, 3, 2, 3)] == expected
+        assert two.n_byte <= 2 * n_byte
+
+
+def test_a_state_read_under_other_weights_is_refused(loaded: tuple[Model, Pack]) -> None:
+    model, pack = loaded
+    weights = np.ones((3, model.n_layer), np.float32)
+    with ProbeContext(model, pack, n_seq=2, n_ctx=64, threads=1) as context:
+        context.set_weights(weights, seq=1)
+        context.decode([1, 2, 3])
+        held = context.kv_state()
+        context.set_weights(weights / 2, seq=1)
+        with pytest.raises(BackendError) as caught:
+            context.load_kv_state(held)
+        assert str(caught.value) == (
+            "A KV state cannot be taken over: sequence 1 was read under other weights than it has "
+            "here."
+        )
+        assert context.tokens == []
+        context.set_weights(weights, seq=1)
+        context.load_kv_state(held)
+        assert context.tokens == [1, 2, 3]
+
+
+# fixed weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_parallel", [1, 3])
+@pytest.mark.parametrize("strategy", ["static", "single:a", "base"])
+def test_the_fused_prefix_is_read_once_under_fixed_weights(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, strategy: str, n_parallel: int
+) -> None:
+    path = write_tiny_adapter(base.path.with_name("a.gguf"), base, seed=5).path
+    chats, system = Chats(base), drawn(400, 1)
+    prompts = [chats.prompt(system, drawn(30 + i, 2 + i)) for i in range(4)]
+    made = {"base": base.path, "adapters": {"a": path}, "n_ctx": 1024, "threads": 1}
+    with Engine(**made, strategy=strategy, n_parallel=n_parallel) as engine:
+        for i, prompt in enumerate(prompts):
+            counts = count_read(monkeypatch)
+            answer = engine.generate(prompt, max_tokens=3)
+            found = engine.logits(prompt)
+            monkeypatch.undo()
+            answer.text()
+            if base.arch != "gemma3":
+                n_read = sum(n for n in counts if n > 1)  # the others are of the answer
+                assert n_read == (405 if i == 0 else 0) + 2 * (35 + i)
+            with Engine(**made, strategy=strategy) as alone:
+                assert np.array_equal(found, alone.logits(prompt))
