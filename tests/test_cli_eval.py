@@ -21,7 +21,7 @@ from qaflora_edge.evaluation.results import read_results
 
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
-TIMES = ("probe_ms", "prefill_ms", "decode_ms")
+TIMES = ("probe_ms", "probe_before_ms", "prefill_ms", "decode_ms")
 
 
 @pytest.fixture(scope="module")

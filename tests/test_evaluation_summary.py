@@ -93,6 +93,20 @@ def test_differences_are_of_the_items_that_both_have_a_score_for() -> None:
     assert (found.over_static.n_item, found.over_static.value) == (5, pytest.approx(40.0))
 
 
+def test_a_probe_costs_what_it_does_where_none_came_before() -> None:
+    """Others share what the first has measured."""
+    times = [(900.0, 0.0), (2.0, 900.0), (1000.0, 0.0), (3.0, 800.0)]
+    records = [
+        record("t", item, "qa-flora", 1.0, probe_ms=probe, probe_before_ms=before)
+        for item, (probe, before) in enumerate(times)
+    ]
+    found = line(one_cell(records), "qa-flora")
+    assert (found.probe_ms, found.prefills, found.seconds) == pytest.approx((950, 95, 1.42))
+    scored = line(one_cell(records, "choice"), "qa-flora")
+    assert math.isnan(scored.prefills)
+    assert math.isnan(line(one_cell(records[1:2]), "qa-flora").seconds)
+
+
 def test_a_strategy_without_a_score_has_no_number() -> None:
     records = [*number_records("t"), record("t", 0, "norm", None, error="no projections")]
     found = line(one_cell(records), "norm")

@@ -45,6 +45,11 @@ class Cell:
         return NATS if self.task["metric"] == "loss" else POINTS
 
     @property
+    def is_likelihood(self) -> bool:
+        """Whether texts are scored that are given, and nothing is generated."""
+        return self.task["metric"] in ("choice", "loss")
+
+    @property
     def factor(self) -> float:
         """From scores as they are written to the unit."""
         return 1.0 if self.unit == NATS else 100.0

@@ -72,6 +72,7 @@ class _Weighed:
     item: Item
     tokens: tuple[int, ...]
     fusions: Mapping[str, FusionWeights]  # by strategy
+    before_ms: Mapping[str, float]  # by strategy: what weighing took others, before it
 
     @property
     def fusion(self) -> FusionWeights:
@@ -123,7 +124,11 @@ class Evaluation:
         return (task.items[index] for index in self._items[task.name])
 
     def _missing(self, task: Task, item: Item) -> list[str]:
-        return [s for s in self._strategies if not self._file.has(task.name, item.index, s)]
+        # In turn each is the first of an item: what is shared by several costs that one alone.
+        # By twos, for half of the items is every other one.
+        turn = item.index // 2 % len(self._strategies)
+        turned = (*self._strategies[turn:], *self._strategies[:turn])
+        return [s for s in turned if not self._file.has(task.name, item.index, s)]
 
     def _weighed(self, task: Task, tell: Tell) -> Iterator[_Weighed]:
         """Items that are to be asked, weighed: the strategies of an item one after the other.
@@ -135,9 +140,11 @@ class Evaluation:
             if not missing:
                 continue
             fusions: dict[str, FusionWeights] = {}
+            before_ms: dict[str, float] = {}
             try:
                 tokens = tuple(self._prompt(task, item))
                 for strategy in missing:
+                    before_ms[strategy] = sum(fusion.probe_ms for fusion in fusions.values())
                     fusions[strategy] = self._engine.weights(tokens, strategy=strategy)
             except PromptError as error:
                 self._fail(task, item, dict.fromkeys(missing), str(error), tell)
@@ -146,7 +153,7 @@ class Evaluation:
             for strategy, fusion in fusions.items():
                 groups.setdefault(fusion.weights.tobytes(), {})[strategy] = fusion
             for group in groups.values():
-                yield _Weighed(item, tokens, group)
+                yield _Weighed(item, tokens, group, before_ms)
 
     def _prompt(self, task: Task, item: Item) -> list[int]:
         if not (self._asking.raw_prompt or task.raw_prompt) and self._engine.has_chat_template:
@@ -246,6 +253,7 @@ class Evaluation:
                     **self._record(task, weighed.item, strategy, fusion),
                     **found,
                     "probe_ms": round(fusion.probe_ms, 3),
+                    "probe_before_ms": round(weighed.before_ms[strategy], 3),
                     "error": None,
                     **same,
                 }

@@ -33,8 +33,9 @@ class Line:
     score        in the cell's unit
     over_static, over_single  how much better than static and than the best single adapter, above
                  0 where it is, over the items that both have; None where the other is missing
-    seconds      median of an item
-    probe_ms, prefill_ms      medians of an item
+    seconds      of an item: medians of the probe, and of what comes after it
+    probe_ms     median over the items where no other strategy had probed before
+    prefill_ms   median of an item
     found        see `found_share`
     n_cut        answers that max_tokens cut; n_failed items that have no score
     """
@@ -52,7 +53,7 @@ class Line:
 
     @property
     def prefills(self) -> float:
-        """What the probe takes, in readings of the prompt."""
+        """What the probe takes, in readings of the prompt; NaN where nothing is generated."""
         return self.probe_ms / self.prefill_ms if self.prefill_ms > 0 else math.nan
 
 
@@ -135,14 +136,15 @@ def _cell(cell: Cell, order: Sequence[str]) -> CellSummary:
 
 def _line(cell: Cell, strategy: str, best: str | None) -> Line:
     rows = list(cell.rows[strategy].values())
+    probe_ms = _median([row for row in rows if not row.get("probe_before_ms")], "probe_ms")
     return Line(
         strategy=strategy,
         score=_score(cell, strategy),
         over_static=_difference([cell], strategy, STATIC),
         over_single=_difference([cell], strategy, best),
-        seconds=_median(rows, "probe_ms", "prefill_ms", "decode_ms") / 1000,
-        probe_ms=_median(rows, "probe_ms"),
-        prefill_ms=_median(rows, "prefill_ms"),
+        seconds=(probe_ms + _median(rows, "prefill_ms", "decode_ms")) / 1000,
+        probe_ms=probe_ms,
+        prefill_ms=math.nan if cell.is_likelihood else _median(rows, "prefill_ms"),
         found=found_share(cell, strategy),
         n_cut=sum(row.get("finish_reason") == "length" for row in rows),
         n_failed=sum(row["score"] is None for row in rows),
