@@ -14,6 +14,7 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
 from qaflora_edge.openai.completions import text_chunks, text_dict
+from qaflora_edge.openai.responses import ResponseShape, chat_request
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
 from qaflora_edge.server.fields import Fusion
@@ -55,6 +56,19 @@ class Told:
             more = {}
         self._out.send(DONE)
 
+    def send_response(self, response: Mapping[str, Any]) -> None:
+        self._out.send(self.head())
+        self._out.send(encoded({**response, **self.end()}))
+
+    def send_events(self, events: Iterator[dict[str, Any]]) -> None:
+        """Events of a response; the mix is in the response of each that has one."""
+        self._out.send(self.head())
+        for each in events:
+            if "response" in each:
+                is_end = each["response"]["usage"] is not None
+                each["response"] |= self.end() if is_end else self.begin()
+            self._out.send(event(each, each["type"]))
+
 
 def noted(answers: Iterable[Generation], facts: dict[str, Any]) -> Iterator[Generation]:
     """The same answers; what they took is noted once they are over."""
@@ -87,10 +101,9 @@ async def chat_completions(request: Request) -> Response:
     options = fields.chat_options(body, state.options.sampling)
     is_stream, usage = fields.flag(body, "stream"), fields.includes_usage(body)
     model = body.get("model") or bundle.name
-    is_raw = state.options.raw_prompt
 
     def compute(engine: Engine, out: Outlet) -> None:
-        asked = _RawChat(engine) if is_raw else engine
+        asked = _RawChat(engine) if state.options.raw_prompt else engine
         begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
         told = Told(begun.first, fusion, out)
         answers, has_tools = noted(begun.answers, out.facts), begun.has_tools
@@ -152,6 +165,32 @@ async def completions(request: Request) -> Response:
             told.send_chunks(text_chunks(model, rest, n, include_usage=usage))
         else:
             told.send_whole(text_dict(model, rest, n))
+
+    return Work(request, body, bundle, compute, is_stream=is_stream)
+
+
+async def responses(request: Request) -> Response:
+    """POST /v1/responses"""
+    body = await json_body(request)
+    state = request.app.state
+    bundle, strategy = state.shelf.find(body.get("model"))
+    messages, given = chat_request(body)
+    fusion = fields.read_fusion(body, strategy, bundle.adapters)
+    messages = fields.messages({"messages": messages})
+    options = fields.chat_options(given, state.options.sampling)
+    is_stream = fields.flag(body, "stream")
+    model = body.get("model") or bundle.name
+
+    def compute(engine: Engine, out: Outlet) -> None:
+        asked = _RawChat(engine) if state.options.raw_prompt else engine
+        begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
+        told = Told(begun.first, fusion, out)
+        for answer in noted(begun.answers, out.facts):
+            shape = ResponseShape(model, body, answer)
+            if is_stream:
+                told.send_events(shape.events(has_tools=begun.has_tools))
+            else:
+                told.send_response(shape.whole(has_tools=begun.has_tools))
 
     return Work(request, body, bundle, compute, is_stream=is_stream)
 

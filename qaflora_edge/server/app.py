@@ -20,7 +20,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.server.answers import chat_completions, completions
+from qaflora_edge.server.answers import chat_completions, completions, responses
+from qaflora_edge.server.openapi import describe
 from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.record import Metrics, Recorder
 from qaflora_edge.server.refusals import Refusal, refusal
@@ -86,11 +87,13 @@ def _n_thread(options: ServerOptions) -> int:
 def _routes() -> list[Route]:
     return [
         Route("/health", health, methods=["GET"]),
+        Route("/openapi.json", openapi, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{model:path}", model, methods=["GET"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/weights", weights, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
@@ -139,6 +142,11 @@ async def metrics(request: Request) -> Response:
     record.running.set(len(state.running) - waiting)
     record.loaded.set(sum(bundle.engine is not None for bundle in state.shelf.bundles.values()))
     return Response(generate_latest(record.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json"""
+    return JSONResponse(describe())
 
 
 async def models(request: Request) -> Response:

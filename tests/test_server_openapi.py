@@ -1,0 +1,102 @@
+"""The description of the server is valid, and says what the server does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from bundles import make_bundle
+from serving import client_of
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from qaflora_edge.config import in_group
+from qaflora_edge.server.app import NOT_HERE
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    folder: Path = make_bundle(tmp_path_factory.mktemp("openapi")).folder
+    with client_of(folder) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def document(client: TestClient) -> Any:
+    return client.get("/openapi.json").json()
+
+
+def schema_of(document: Any, path: str) -> Any:
+    body = document["paths"][path]["post"]["requestBody"]
+    return body["content"]["application/json"]["schema"]
+
+
+def test_every_route_is_described(client: TestClient, document: Any) -> None:
+    routes = [route for route in client.app.routes if isinstance(route, Route)]  # type: ignore[attr-defined]
+    paths = {route.path.replace(":path", "") for route in routes if route.path not in NOT_HERE}
+    assert paths - {"/"} == set(document["paths"])
+    for route in routes:
+        if route.path not in (*NOT_HERE, "/"):
+            methods = {method.lower() for method in route.methods or ()} - {"head", "options"}
+            assert methods == set(document["paths"][route.path.replace(":path", "")])
+
+
+def test_schemas_are_schemas(document: Any) -> None:
+    for path, methods in document["paths"].items():
+        for method in methods.values():
+            for response in method["responses"].values():
+                for content in response["content"].values():
+                    jsonschema.Draft202012Validator.check_schema(content["schema"])
+        if "post" in methods:
+            jsonschema.Draft202012Validator.check_schema(schema_of(document, path))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_ranges_are_those_of_the_options(client: TestClient, document: Any, path: str) -> None:
+    """What the description refuses the server refuses, at the ends of each range."""
+    properties = schema_of(document, path)["properties"]
+    whole: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
+    is_chat = "chat" in path
+    whole |= {"messages": [{"role": "user", "content": "a"}]} if is_chat else {"prompt": "a"}
+    for option in in_group("sampling").values():
+        if option.name in ("grammar", "logprobs", "logit_bias", "stop"):
+            continue
+        for value, is_good in (
+            (option.low, not option.is_open),
+            (option.high, True),
+            (None if option.low is None else option.low - 1, False),
+            (None if option.high is None else option.high + 1, False),
+            ("x", False),
+        ):
+            if value is None or (option.name == "max_tokens" and value == option.high):
+                continue
+            if option.kind is int and isinstance(value, float):
+                value = int(value)
+            valid = jsonschema.Draft202012Validator(properties[option.name]).is_valid(value)
+            response = client.post(path, json={**whole, option.name: value})
+            assert (response.status_code, valid) == (200 if is_good else 400, is_good), option.name
+
+
+def test_answers_are_as_described(client: TestClient, document: Any) -> None:
+    user = [{"role": "user", "content": "a"}]
+    for path, body in (
+        ("/v1/chat/completions", {"messages": user, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
+        ("/v1/weights", {"messages": user}),
+        ("/tokenize", {"content": "a"}),
+        ("/detokenize", {"tokens": [65]}),
+        ("/v1/chat/completions", {"messages": []}),
+        ("/v1/models", None),
+        ("/v1/models/tiny", None),
+        ("/health", None),
+    ):
+        whole = {"model": "tiny", **body} if body else None
+        response = client.post(path, json=whole) if whole else client.get(path)
+        method = document["paths"][path.replace("/tiny", "/{model}")]["post" if whole else "get"]
+        content = method["responses"][str(response.status_code)]["content"]
+        schema = content["application/json"]["schema"]
+        jsonschema.Draft202012Validator(schema).validate(response.json())

@@ -1,0 +1,170 @@
+"""OpenAI's responses: by their own client, against chat completions of the same Engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from bundles import make_bundle
+from openai.types.responses import Response
+from serving import client_of, listening
+from starlette.testclient import TestClient
+
+TEMPLATE = (
+    "{% if tools %}Tools:{% for tool in tools %}{{ tool | tojson }}{% endfor %} as <tool_call>"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+TURN = {"type": "object", "properties": {"to": {"enum": ["left", "right"]}}, "required": ["to"]}
+TOOL: Any = {"type": "function", "name": "turn", "parameters": TURN, "strict": True}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("responses")
+    more = {"chat_template": TEMPLATE, "user_defined": ("<tool_call>",)}
+    return make_bundle(place, **more).folder
+
+
+@pytest.fixture(scope="module")
+def http(bundle: Path) -> Iterator[TestClient]:
+    with client_of(bundle) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(bundle: Path) -> Iterator[openai.OpenAI]:
+    with (
+        listening(bundle) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def chat(client: openai.OpenAI, messages: list[Any], **more: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=messages, **more).choices[0]
+
+
+def test_the_same_answer_in_another_shape(client: openai.OpenAI) -> None:
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "the thing?"}]
+    expected = chat(client, messages, max_tokens=9, temperature=0)
+    asked: dict[str, Any] = {"model": "tiny", "instructions": "be", "max_output_tokens": 9}
+    for given in (
+        "the thing?",
+        [{"role": "user", "content": "the thing?"}],
+        [
+            {
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "the thing?"}],
+            }
+        ],
+    ):
+        found = client.responses.create(**asked, input=given, temperature=0)
+        assert found.output_text == expected.message.content
+        assert (found.status, found.incomplete_details.reason) == (
+            "incomplete",
+            "max_output_tokens",
+        )
+        assert found.usage.output_tokens == 9
+        assert found.fusion["strategy"] == "qa-flora"
+
+
+def test_a_stream_ends_with_the_whole(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "input": "the?", "max_output_tokens": 6}
+    with client.responses.stream(**asked, temperature=0) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    kinds = [event.type for event in events if event.type != "response.output_text.delta"]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == final.output_text
+    assert text == client.responses.create(**asked, temperature=0).output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_a_tool_is_called_and_its_result_is_read(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "tools": [TOOL], "tool_choice": "required"}
+    found = client.responses.create(**asked, input="where to?", temperature=0)
+    (call,) = found.output
+    assert (call.type, call.name) == ("function_call", "turn")
+    assert json.loads(call.arguments)["to"] in ("left", "right")
+    assert found.status == "completed"
+    with client.responses.stream(**asked, input="where to?", temperature=0) as stream:
+        assert stream.get_final_response().output[0].arguments == call.arguments
+    items: list[Any] = [
+        {"role": "user", "content": "where to?"},
+        call.model_dump(exclude={"id", "status"}, exclude_none=True),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "done"},
+    ]
+    tools: Any = [{"type": "function", "function": {"name": "turn", "parameters": TURN}}]
+    function = {"name": "turn", "arguments": call.arguments}
+    messages = [
+        {"role": "user", "content": "where to?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "done"},
+    ]
+    more: dict[str, Any] = {"temperature": 0}
+    expected = chat(client, messages, tools=tools, max_tokens=5, **more)
+    found = client.responses.create(
+        model="tiny", input=items, tools=[TOOL], max_output_tokens=5, **more
+    )
+    assert found.output_text == expected.message.content
+
+
+def test_text_under_a_schema(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "name": "turn", "schema": TURN, "strict": True}
+    found = client.responses.create(model="tiny", input="where to?", text={"format": form})
+    assert json.loads(found.output_text)["to"] in ("left", "right")
+
+
+def test_shape_is_openais(http: TestClient) -> None:
+    body = {"model": "tiny", "input": "the?", "max_output_tokens": 3, "metadata": {"a": "b"}}
+    found = http.post("/v1/responses", json=body).json()
+    Response.model_validate(found)
+    assert (found["metadata"], found["store"]) == ({"a": "b"}, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"input": None}, "input", "Option input is None, expected a text or a list of items."),
+        ({"input": [{"type": "item_reference"}]}, "input", "Option input is {'type': 'item_ref"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "Option previous_response_id"),
+        ({"background": True}, "background", "Option background of responses is True, expected"),
+        ({"instructions": 3}, "instructions", "Option instructions is 3, expected a text."),
+        (
+            {"tools": [{"type": "web_search"}]},
+            "tools",
+            "Option tools is {'type': 'web_search'}, ex",
+        ),
+        ({"max_output_tokens": -1}, "max_tokens", "Option max_tokens is -1, expected a number of"),
+        ({"text": 3}, "text", "Option text is 3, expected an object such as"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    http: TestClient, body: dict[str, Any], param: str, message: str
+) -> None:
+    found = http.post("/v1/responses", json={"model": "tiny", "input": "a", **body})
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(message)
