@@ -226,6 +226,14 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 
+def check_has_folder(path: Path) -> None:
+    """Raise OutputFileError, before any work, where the folder of a file to come is missing."""
+    if not path.parent.is_dir():
+        raise OutputFileError(
+            f"Cannot write {path}: there is no folder {path.parent}. Create it, or choose another."
+        )
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text with the given line ends, whole or not at all."""
     with atomic_path(path) as temporary:

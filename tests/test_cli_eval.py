@@ -240,9 +240,19 @@ def test_json_has_every_item(made: TinyBundle, tmp_path: Path) -> None:
     assert json.loads(shown.stdout)["tasks"] == document["tasks"]
 
 
+def test_html_shows_items_and_layers(made: TinyBundle, tmp_path: Path) -> None:
+    path, page = sums(tmp_path / "sums.jsonl", 2), tmp_path / "r.html"
+    assert run(made, path, "--strategies", "static,qa-flora", "--html", page).exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<span class="number">') == 2
+    assert "thing 1 on a ring\nA number:" in text
+    assert text.count('<svg class="map"') == 1  # of qa-flora: static weighs all layers alike
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
+        (("--html", "/nowhere/r.html"), 1, "there is no folder /nowhere. Create it, or choose"),
         (("--strategies", "best"), 1, "Strategy 'best' is not known"),
         (("--strategies", ""), 2, "expected 1 to 100 strategies"),
         (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),

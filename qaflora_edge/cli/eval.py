@@ -22,7 +22,7 @@ from qaflora_edge.cli.options import (
 )
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import SandboxError
-from qaflora_edge.files import one_line
+from qaflora_edge.files import check_has_folder, one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -76,6 +76,12 @@ def _span(ctx: click.Context, param: click.Parameter, value: str | None) -> rang
     metavar="FILE",
     help="Write one JSON object with every result to FILE; `-` is stdout.",
 )
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a page that stands alone, with every item, to FILE; with --layers.",
+)
 @click.option("--adapters", metavar="NAME,NAME,...", help="The adapters in use.  [default: all]")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")
 @click.option("--items", metavar="A:B", callback=_span, help="Ask items A to B - 1, from 0.")
@@ -97,6 +103,7 @@ def eval(
     ways: tuple[str, ...],
     out: Path | None,
     json_path: str | None,
+    html: Path | None,
     adapters: str | None,
     limit: int | None,
     items: range | None,
@@ -117,6 +124,8 @@ def eval(
     from qaflora_edge.evaluation.tasks import read_task
 
     check_can_estimate()
+    if html is not None:
+        check_has_folder(html)
     read = [read_task(path) for path in tasks]
     _check_names(read)
     _check_code(read, allow_code)
@@ -127,6 +136,7 @@ def eval(
                 f"The task {task.name} has {len(task.items)} items, and none of them is chosen; "
                 "give other --items or --half, or leave the task out."
             )
+    layers = layers or html is not None
     asking = Asking(options.sampling, raw_prompt=options.raw_prompt, has_layers=layers)
     with open_engine(bundle, options) as engine:
         if adapters is not None:
@@ -138,7 +148,7 @@ def eval(
         with file.opened():
             evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
             _run(evaluation)
-    _show(file.results, json_path)
+    _show(file.results, json_path, html)
     click.get_current_context().exit(1 if evaluation.n_failed else 0)
 
 
@@ -251,17 +261,21 @@ def _run(evaluation: Evaluation) -> None:
     say_sum()
 
 
-def _show(results: Results, json_path: str | None) -> None:
+def _show(results: Results, json_path: str | None, html: Path | None) -> None:
+    from qaflora_edge.evaluation.summary import summarise
+
+    found = summarise([("", results)])
+    if html is not None:
+        from qaflora_edge.cli.eval_html import eval_html
+
+        write_text_atomic(html, eval_html(found))
     if json_path is not None:
         document = {**results.header, "results": list(results.records)}
         text = json.dumps(document, ensure_ascii=json_path == "-")
         if json_path == "-":
             click.echo(text)
             return
-        from qaflora_edge.files import write_text_atomic
-
         write_text_atomic(json_path, text + "\n")
     from qaflora_edge.cli.eval_table import table
-    from qaflora_edge.evaluation.summary import summarise
 
-    click.echo(table(summarise([("", results)])))
+    click.echo(table(found))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import OutputFileError
-from qaflora_edge.files import atomic_path, write_text_atomic
+from qaflora_edge.files import atomic_path, check_has_folder, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.prompts import Prompt
@@ -32,10 +32,7 @@ def check_can_plot(path: Path, n_prompt: int) -> None:
             f"Cannot draw {path}: there are {n_prompt} prompts, expected at most {PANELS_MAX}, a "
             "panel each. Take fewer prompts, or --json or --csv and a tool of your own."
         )
-    if not path.parent.is_dir():
-        raise OutputFileError(
-            f"Cannot write {path}: there is no folder {path.parent}. Create it, or choose another."
-        )
+    check_has_folder(path)
 
 
 def write_plot(
