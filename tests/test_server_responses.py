@@ -79,7 +79,6 @@ def test_a_stream_ends_with_the_whole(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "input": "the?", "max_output_tokens": 6}
     with client.responses.stream(**asked, temperature=0) as stream:
         events = list(stream)
-        final = stream.get_final_response()
     kinds = [event.type for event in events if event.type != "response.output_text.delta"]
     assert kinds == [
         "response.created",
@@ -92,7 +91,7 @@ def test_a_stream_ends_with_the_whole(client: openai.OpenAI) -> None:
         "response.incomplete",
     ]
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
-    assert text == final.output_text
+    assert text == events[-1].response.output_text  # type: ignore[union-attr]
     assert text == client.responses.create(**asked, temperature=0).output_text
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
