@@ -32,6 +32,7 @@ class Engine(EngineBase):
     threads   CPU threads, by default the cores this process may use
     gpu_layers  layers offloaded where the library was built with a GPU backend
     kv_type   f16, f32 or q8_0
+    flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
     probe_tail  0, or how many tokens at a prompt's end the adapters are probed over, on top of
               what the base read before: faster for long prompts, and no longer exact

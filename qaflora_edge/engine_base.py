@@ -48,7 +48,7 @@ class EngineBase:
         threads: int | None = None,
         gpu_layers: int | None = None,
         kv_type: str = "f16",
-        flash_attn: bool = True,
+        flash_attn: bool | None = None,
         strategy: str | None = None,
         lens: str | None = None,
         pool: str | None = None,

@@ -147,7 +147,7 @@ def test_defaults_of_a_command(command: str) -> None:
         "ctx": 2048,
         "parallel": 1,
         "kv_type": "f16",
-        "no_flash_attn": False,
+        "no_flash_attn": None,
         "threads": None,
         "gpu_layers": None,
         "max_tokens": None,
@@ -234,6 +234,7 @@ def test_option_of_another_group_is_refused() -> None:
 def test_negated_flag_is_the_keyword_in_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert shared_settings("run").engine["flash_attn"] is None
     path = tmp_path / "config.toml"
     path.write_text("no_flash_attn = true\n", encoding="utf-8")
     monkeypatch.setenv("QAFLORA_CONFIG", str(path))

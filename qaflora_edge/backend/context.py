@@ -27,32 +27,57 @@ F32 = NDArray[np.float32]
 
 MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
+_FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
+_MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 
 
 def context_params(
-    lib: Any,
+    model: Model,
     *,
     n_token: int,
     n_seq: int = 1,
     threads: int | None = None,
     kv_type: str = "f16",
-    flash_attn: bool = True,
+    flash_attn: bool | None = None,
+    is_for_answers: bool = True,
 ) -> Any:
     """llama_context_params, and the reasons of earlier failures forgotten.
 
-    n_token  that all sequences together can hold, and that one batch can have
+    n_token     that all sequences together can hold, and that one batch can have
+    flash_attn  None: by the rule of _flash_attn_type()
     """
     forget_said()
-    params = lib.llama_context_default_params()
+    params = model._lib.llama_context_default_params()
     params.n_ctx = params.n_batch = n_token
     params.n_ubatch = min(params.n_ubatch, n_token)
     params.n_seq_max = params.n_outputs_max = n_seq
     params.n_threads = params.n_threads_batch = threads or default_threads()
     params.type_k = params.type_v = KV_TYPES[kv_type]
-    params.flash_attn_type = 1 if flash_attn else 0
+    params.flash_attn_type = _flash_attn_type(
+        model, flash_attn, kv_type, n_token // n_seq, is_for_answers
+    )
     params.kv_unified = False
     params.no_perf = False
     return params
+
+
+def _flash_attn_type(
+    model: Model, flash_attn: bool | None, kv_type: str, n_ctx: int, is_for_answers: bool
+) -> int:
+    """llama.h llama_flash_attn_type.
+
+    On the CPU flash attention computes tiles of many rows, which is what reading a prompt takes,
+    and is slow for the single rows of decoding, the more tokens are held the slower. Without it the
+    scores of a piece of a prompt are held at once, and values cannot be quantised.
+    """
+    if flash_attn is not None:
+        return _FLASH_ATTN_ON if flash_attn else _FLASH_ATTN_OFF
+    if not model.is_on_cpu:
+        return _FLASH_ATTN_AUTO  # llama.cpp looks at what the device can
+    scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
+    is_slow = is_for_answers and kv_type in ("f16", "f32")
+    is_off = is_slow and scores_bytes <= _MAX_SCORES_BYTES
+    return _FLASH_ATTN_OFF if is_off else _FLASH_ATTN_ON
 
 
 class Context(Handle):
@@ -82,7 +107,7 @@ class Context(Handle):
         n_together: int = 1,
         threads: int | None = None,
         kv_type: str = "f16",
-        flash_attn: bool = True,
+        flash_attn: bool | None = None,
         is_unified: bool = False,
         flags: int = 0,
         stop: Stop | None = None,
@@ -96,12 +121,13 @@ class Context(Handle):
         self._model, self._pack = model, pack
         self._lib, self._functions = model._lib, model._functions
         params = context_params(
-            self._lib,
+            model,
             n_token=n_ctx if is_unified else n_ctx * n_seq,
             n_seq=n_seq,
             threads=threads,
             kv_type=kv_type,
             flash_attn=flash_attn,
+            is_for_answers=not (flags & native.CONTEXT_PROBE or is_unified),
         )
         params.n_ubatch = min(n_ubatch(n_together), params.n_batch)
         params.kv_unified = is_unified

@@ -71,6 +71,7 @@ class Model(Handle):
         params = self._lib.llama_model_default_params()
         if gpu_layers is not None:
             params.n_gpu_layers = gpu_layers
+        self.is_on_cpu = not self._lib.llama_supports_gpu_offload() or gpu_layers == 0
         forget_said()
         self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._pointer:
@@ -92,6 +93,7 @@ class Model(Handle):
         self.n_layer: int = self._lib.llama_model_n_layer(self._pointer)
         self.n_embd: int = self._lib.llama_model_n_embd(self._pointer)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self.vocab)
+        self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
 

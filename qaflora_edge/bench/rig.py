@@ -43,11 +43,11 @@ class StockContext(Context):
         n_seq: int = 1,
         threads: int | None = None,
         kv_type: str = "f16",
-        flash_attn: bool = True,
+        flash_attn: bool | None = None,
     ) -> None:
         self._model, self._lib = model, model._lib
         params = context_params(
-            self._lib,
+            model,
             n_token=n_ctx * n_seq,
             n_seq=n_seq,
             threads=threads,

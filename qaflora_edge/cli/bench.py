@@ -326,7 +326,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         "threads": options.threads or default_threads(),
         "ctx": options.ctx,
         "kv_type": options.kv_type,
-        "flash_attn": not options.no_flash_attn,
+        "flash_attn": options.engine["flash_attn"],
         "gpu_layers": options.gpu_layers,
         "strategy": options.strategy or loaded.fusion_defaults.get("strategy"),
         "base_file": {

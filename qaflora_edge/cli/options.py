@@ -34,7 +34,10 @@ class SharedOptions(SimpleNamespace):
             for option in in_group(group).values()
             if option.flag
         )
-        return {option.name: not value if option.is_negated else value for option, value in given}
+        return {
+            option.name: not value if option.is_negated and value is not None else value
+            for option, value in given
+        }
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def click_option(option: Option, command: str) -> Callable[..., Any]:
     default = option.default_of(command)
     keywords: dict[str, Any] = {"metavar": option.metavar}
     if option.kind is not tuple:
-        keywords["default"] = not default if option.is_negated else default
+        keywords["default"] = not default if option.is_negated and default is not None else default
     if option.name in _COMPLETED:
         keywords["shell_complete"] = completed_by(_COMPLETED[option.name])
     unset = "" if command in option.defaults else option.unset

@@ -86,7 +86,7 @@ class Llama:
         n_gpu_layers: int = 0,
         n_threads: int | None = None,
         seed: int = MAX_SEED,
-        flash_attn: bool = True,
+        flash_attn: bool | None = None,
         engine_options: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
