@@ -74,6 +74,7 @@ class EngineBase:
             pool=pool or defaults.get("pool", numbers.DEFAULT_POOL),
             typical=opened.typical,
             centroids=opened.centroids,
+            fitted=opened.fitted,
         )
         try:
             self._core = Core(

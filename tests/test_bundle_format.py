@@ -92,6 +92,14 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     found["fusion"]["samples"] = {
         "math": {"embedding": embedding, "n_text": 3, "sha256": "0" * 64},
     }
+    found["fusion"]["fitted"] = {
+        "sums": {
+            "weights": {"es": 0.5},
+            "method": "lorahub",
+            "task": {"name": "sums", "sha256": "0" * 64, "items": [1, 2]},
+            "loss": {"base": 2.5, "fitted": 2},
+        }
+    }
     return found
 
 
@@ -137,6 +145,8 @@ def only_the_reader_knows(place: Place, value: Any) -> bool:
         return value == {"x": {}}
     if place[:2] == ("fusion", "samples"):
         return place[-1] == "embedding" and isinstance(value, str)  # not n_embd numbers
+    if place == ("fusion", "fitted", "sums", "weights"):
+        return value == {"x": 1}  # no adapter
     if place == ("base", "n_embd"):
         return isinstance(value, int)  # not the length of what was embedded
     return place[:2] == ("fusion", "typical") and len(place) >= 4 and value in (MISSING, [1])
@@ -177,6 +187,7 @@ def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
         (("fusion", "typical"), {"no": {}}),
         (("fusion", "typical", "math", "raw"), [1.0, 2.0]),  # 3 layers
         (("fusion", "samples"), {"no": {"embedding": "AAAA"}}),
+        (("fusion", "fitted"), {"sums": {"weights": {"no": 1}}}),
         (("fusion", "samples", "math", "embedding"), "AAAA"),  # one number, not 64
     ],
 )

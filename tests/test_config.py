@@ -24,7 +24,7 @@ from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 
 BY_NAME = {option.name: option for option in OPTIONS}
 COMMANDS = [table for table in SHARED_TABLES if table != "llm"]
-NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"]}  # besides DIR
+NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"], "fit": ["TASK"]}  # besides DIR
 # Values at the ends of each range, and beyond them.
 GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "strategy": (["norm", "manual:a=1"], []),
@@ -134,6 +134,7 @@ def test_defaults_of_a_command(command: str) -> None:
         "weights": {},
         "compare": {"max_tokens": 256, "n_parallel": 4},
         "eval": {"max_tokens": 512, "n_parallel": 8, "seed": 0},
+        "fit": {"seed": 0},
         "bench": {"max_tokens": 64},
         "serve": {"n_ctx": 4096, "n_parallel": 4, "temperature": 0.7},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qaflora_edge.bundles.open import fit_text
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.formats.bundle_format import BundleText
 from qaflora_edge.formats.hub_ref import is_repo, parse_hub_ref
@@ -35,6 +36,7 @@ def bundle_card(text: BundleText, repo: str) -> str:
         "",
         *_code(f"qaflora pull {repo} --with-base", f'qaflora run {repo} "A question"'),
         *_table(("adapter", "rank", "modules", "trained for", "source", "licence"), rows),
+        *_measured(text),
         f"The base: {base.architecture}, {base.n_layer} layers, {base.size_bytes} bytes, SHA-256 "
         f"`{base.sha256}`"
         + (f", from `{place}`." if (place := base.hub or base.registry) else "."),
@@ -42,6 +44,16 @@ def bundle_card(text: BundleText, repo: str) -> str:
         f"Licence: {_line(text.license) or 'not stated'}. The base has its own.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _measured(text: BundleText) -> list[str]:
+    """What the bundle knows of its adapters besides what they are: lines, or none."""
+    found = [
+        f"`--strategy fitted:{name}`: {fit_text(name, fit)}" for name, fit in text.fits.items()
+    ]
+    if text.centroids:
+        found.append(f"`--strategy centroid`: sample texts of {', '.join(text.centroids)}")
+    return [*(f"* {line}" for line in found), ""] if found else []
 
 
 def gguf_card(info: AdapterInfo, repo: str) -> str:

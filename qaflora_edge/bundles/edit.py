@@ -107,8 +107,12 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
                 f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "
                 f"{text.fusion['strategy']!r} names it. Give it another with --strategy."
             ) from error
+        fusion = raw.get("fusion", {})
         for key in _OF_ADAPTERS:
-            raw.get("fusion", {}).get(key, {}).pop(name, None)
+            fusion.get(key, {}).pop(name, None)
+        if "fitted" in fusion:  # what was fitted with it is no more
+            fits = fusion["fitted"].items()
+            fusion["fitted"] = {key: fit for key, fit in fits if not fit["weights"].pop(name, 0)}
         _note_unfinished(folder, [text.adapters[index].file])
 
 
@@ -126,9 +130,10 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
         record["name"] = new
         fusion = raw.get("fusion", {})
         for kind in _OF_ADAPTERS:
-            if old in fusion.get(kind, {}):
-                items = fusion[kind].items()
-                fusion[kind] = {new if key == old else key: value for key, value in items}
+            if kind in fusion:
+                fusion[kind] = _renamed_key(fusion[kind], old, new)
+        for fit in fusion.get("fitted", {}).values():
+            fit["weights"] = _renamed_key(fit["weights"], old, new)
         if "strategy" in fusion:
             fusion["strategy"] = _renamed_strategy(fusion["strategy"], old, new)
         # On a disk that knows no capitals the two would be one file.
@@ -248,6 +253,10 @@ def _link(old_path: Path, new_path: Path) -> None:
     except OSError:
         with atomic_path(new_path) as temporary:
             shutil.copyfile(old_path, temporary)
+
+
+def _renamed_key(items: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new if key == old else key: value for key, value in items.items()}
 
 
 def _renamed_strategy(strategy: str, old: str, new: str) -> str:

@@ -55,6 +55,7 @@ class Opened:
     typical          adapter -> lens -> typical divergence of each layer, n_layer numbers
     fusion_defaults  strategy, lens and pool
     centroids        adapter -> float32 [n_embd], mean embedding of its sample texts
+    fitted           name -> adapter -> weight, what was fitted to examples
     """
 
     header: GgufHeader = field(repr=False)
@@ -63,6 +64,7 @@ class Opened:
     typical: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict, repr=False)
     fusion_defaults: Mapping[str, str] = field(default_factory=dict)
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
+    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def base_path(self) -> Path:
@@ -232,6 +234,7 @@ def describe(folder: Path) -> str:
         f"fusion     {text.fusion['strategy']}, lens {text.fusion['lens']}, "
         f"pool {text.fusion['pool']}" + (", calibrated" if _is_calibrated(text) else ""),
         *([f"samples    of {', '.join(text.centroids)}"] if text.centroids else []),
+        *(f"fitted     {fit_text(name, fit)}" for name, fit in text.fits.items()),
         f"adapters   {len(text.adapters)}",
     ]
     for adapter in text.adapters:
@@ -245,6 +248,15 @@ def describe(folder: Path) -> str:
         if any(notes):
             lines.append(f"  {'':<8} {'; '.join(note for note in notes if note)}")
     return "\n".join(map(one_line, lines))
+
+
+def fit_text(name: str, record: Mapping[str, Any]) -> str:
+    """Fitted weights and their evidence, as far as it is recorded, in a line."""
+    weights = ", ".join(f"{adapter} {weight:.2f}" for adapter, weight in record["weights"].items())
+    task, loss = record.get("task", {}), record.get("loss", {})
+    on = f"; {len(task['items'])} examples" if "items" in task else ""
+    said = f", loss {loss['base']:.3f} -> {loss['fitted']:.3f}" if len(loss) > 1 else ""
+    return f"{name}: {weights}{on}{said}"
 
 
 def _is_calibrated(text: BundleText) -> bool:
@@ -295,6 +307,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
         typical=text.typical,
         fusion_defaults=text.fusion,
         centroids=text.centroids,
+        fitted=text.fitted,
         description_dict=text.raw,
         states=states,
     )

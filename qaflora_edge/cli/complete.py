@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -137,6 +137,11 @@ def complete_strategy(
     """Strategies; after their colon the adapters of the bundle on the line, or their options."""
     names = bundle_adapters(ctx)
     kind, colon, rest = word.partition(":")
+    if colon and kind == "fitted":
+        from qaflora_edge.hub.bundle_names import fit_names
+
+        fits = _of_bundle(ctx, fit_names)
+        return _items(f"fitted:{name}" for name in fits if name.startswith(rest))
     if colon and kind == "single":
         return _items(f"single:{name}" for name in names if name.startswith(rest))
     if colon and kind == "manual":
@@ -202,19 +207,26 @@ def complete_model(
 
 def bundle_adapters(ctx: click.Context) -> list[str]:
     """The adapters of the bundle that stands on the line already; none without one."""
+    from qaflora_edge.hub.bundle_names import adapter_names
+
+    return _of_bundle(ctx, adapter_names)
+
+
+def _of_bundle(ctx: click.Context, names_in: Callable[[Path], list[str]]) -> list[str]:
+    """What a function finds in the folder of the bundle that stands on the line already."""
     from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub.bundle_names import adapter_names, named_bundles
+    from qaflora_edge.hub.bundle_names import named_bundles
 
     given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
     # Click leaves arguments unnamed when the option before the cursor has no value yet.
     text = next(iter([*given, *ctx.args]), None)
     if text is None:
         return []
-    names = adapter_names(Path(text))
+    names = names_in(Path(text))
     if not names:
         with contextlib.suppress(QafloraError):
             folder = named_bundles().get(str(text))
-            names = adapter_names(folder) if folder else []
+            names = names_in(folder) if folder else []
     return names
 
 

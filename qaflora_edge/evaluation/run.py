@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
+from qaflora_edge.errors import CancelledError, PromptError
 from qaflora_edge.evaluation.code_answer import programs
 from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss
+from qaflora_edge.evaluation.prompt import task_prompt
 from qaflora_edge.evaluation.results import ResultsFile
 from qaflora_edge.evaluation.sandbox import run_program
 from qaflora_edge.evaluation.tasks import Item, Task
@@ -142,7 +143,9 @@ class Evaluation:
             fusions: dict[str, FusionWeights] = {}
             before_ms: dict[str, float] = {}
             try:
-                tokens = tuple(self._prompt(task, item))
+                tokens = tuple(
+                    task_prompt(self._engine, task, item, raw_prompt=self._asking.raw_prompt)
+                )
                 for strategy in missing:
                     before_ms[strategy] = sum(fusion.probe_ms for fusion in fusions.values())
                     fusions[strategy] = self._engine.weights(tokens, strategy=strategy)
@@ -154,16 +157,6 @@ class Evaluation:
                 groups.setdefault(fusion.weights.tobytes(), {})[strategy] = fusion
             for group in groups.values():
                 yield _Weighed(item, tokens, group, before_ms)
-
-    def _prompt(self, task: Task, item: Item) -> list[int]:
-        if not (self._asking.raw_prompt or task.raw_prompt) and self._engine.has_chat_template:
-            return self._engine.chat_tokens(task.messages(item))
-        if "messages" in item.fields or task.system is not None:
-            raise ChatTemplateError(
-                f"Cannot ask {item.where}: messages and system need a chat template, and there is "
-                "none, or raw_prompt leaves it out. Write the prompt as one text."
-            )
-        return self._engine.tokenize(task.question(item))
 
     # answers that are generated
 

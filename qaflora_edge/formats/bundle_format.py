@@ -78,6 +78,7 @@ class BundleText:
     fusion   strategy, lens and pool that an Engine takes by default
     typical  adapter -> lens -> typical divergence of each layer, n_layer numbers > 0
     centroids  adapter -> float32 [n_embd], mean embedding of its sample texts
+    fits     name -> what was fitted to examples: weights, and on what evidence
     raw      the whole object, unknown keys included
     """
 
@@ -89,7 +90,13 @@ class BundleText:
     fusion: Mapping[str, str]
     typical: Mapping[str, Mapping[str, list[float]]]
     centroids: Mapping[str, F32]
+    fits: Mapping[str, Mapping[str, Any]]
     raw: Mapping[str, Any]
+
+    @property
+    def fitted(self) -> dict[str, Mapping[str, float]]:
+        """Name -> adapter -> weight."""
+        return {name: record["weights"] for name, record in self.fits.items()}
 
 
 def parse_bundle(data: bytes, where: str) -> BundleText:
@@ -153,6 +160,7 @@ def _bundle_text(raw: Mapping[str, Any]) -> BundleText:
         fusion={key: fusion[key] for key in ("strategy", "lens", "pool")},
         typical=typical,
         centroids=_centroids(fusion.get("samples", {}), names, base.n_embd),
+        fits=_fits(fusion.get("fitted", {}), names),
         raw=raw,
     )
 
@@ -192,6 +200,15 @@ def _centroids(
             expected = f"base64 of {n_embd} finite float32 numbers, not all 0"
             raise WrongField(f"{place}.embedding", str(error), expected) from error
     return found
+
+
+def _fits(
+    fits: Mapping[str, Mapping[str, Any]], names: Sequence[str]
+) -> Mapping[str, Mapping[str, Any]]:
+    for name, record in fits.items():
+        for adapter, weight in record["weights"].items():
+            _check_adapter(f"fusion.fitted.{name}.weights.{adapter}", adapter, weight, names)
+    return fits
 
 
 def _check_typical(

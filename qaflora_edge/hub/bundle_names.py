@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 from qaflora_edge.settings import bundle_places
 
@@ -66,9 +67,20 @@ def adapter_names(folder: Path) -> list[str]:
     For suggestions only: loading the bundle is what checks it.
     """
     try:
-        with (folder / BUNDLE_FILE).open("rb") as file:
-            adapters = json.loads(file.read(MAX_NAMES_BYTES))["adapters"]
-        names = [adapter["name"] for adapter in adapters]
+        names = [adapter["name"] for adapter in _unchecked(folder)["adapters"]]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return []
     return [name for name in names if isinstance(name, str)]
+
+
+def fit_names(folder: Path) -> list[str]:
+    """What was fitted in a bundle, likewise: the names behind `fitted:`."""
+    try:
+        return [str(name) for name in _unchecked(folder)["fusion"]["fitted"]]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+
+
+def _unchecked(folder: Path) -> Any:
+    with (folder / BUNDLE_FILE).open("rb") as file:
+        return json.loads(file.read(MAX_NAMES_BYTES))

@@ -34,14 +34,15 @@ Reading = Literal["arrow", "spectr"]
 Typical = Mapping[str, Mapping[str, Sequence[float]]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-_BUILT_IN = (
+_BUILT_IN = (  # modules beside this one
     "divergence",
     "calibrated",
     "norm",
     "centroid",
     "spectral",
+    "fitted",
     "fixed",
-)  # modules beside this one
+)
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -54,6 +55,7 @@ class Query:
     lens      "norm" or "raw", pool "last" or "mean": see `qaflora weights --help`
     typical   adapter -> lens -> typical divergence of each layer, where the bundle has them
     centroids adapter -> float32 [n_embd], mean embedding of its sample texts, where it has them
+    fitted    name -> adapter -> weight, what was fitted to examples
     options   the strategy's own options, as they were given
     """
 
@@ -64,6 +66,7 @@ class Query:
     pool: str
     typical: Typical
     centroids: Mapping[str, F32] = field(default_factory=dict)
+    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

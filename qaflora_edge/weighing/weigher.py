@@ -39,6 +39,7 @@ class Weigher:
     pool: str
     typical: Typical
     centroids: Mapping[str, F32] = field(default_factory=dict)
+    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers.check_choice("lens", self.lens, numbers.LENSES)
@@ -85,6 +86,7 @@ class Weigher:
             pool=self.pool,
             typical=self.typical,
             centroids=self.centroids,
+            fitted=self.fitted,
             options=options or {},
         )
 
