@@ -1,8 +1,13 @@
-"""A server in this process: its app with a client, and as a program listens."""
+"""A server: its app with a client, listening in a thread, and as the command."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +17,7 @@ from typing import Any
 import httpx2 as httpx
 import uvicorn
 from patience import PATIENCE_S
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from qaflora_edge.server.app import make_app
@@ -43,7 +49,13 @@ def client_of(*places: Path, **options: Any) -> Iterator[TestClient]:
 @contextlib.contextmanager
 def listening(*places: Path, **options: Any) -> Iterator[str]:
     """The address of a server that listens on this machine, in a thread."""
-    app = make_app(places, make_options(**options))
+    with listening_app(make_app(places, make_options(**options))) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def listening_app(app: Starlette) -> Iterator[str]:
+    """The address of an app that listens on this machine, in a thread."""
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -60,3 +72,40 @@ def listening(*places: Path, **options: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def launched(*args: str | Path, port: int, **process: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """`qaflora serve` as a process that answers; it is killed if it still runs at the end.
+
+    process  keywords of Popen
+    """
+    command = [sys.executable, "-m", "qaflora_edge", "serve", "--port", str(port), *map(str, args)]
+    environment = {**os.environ, "QAFLORA_THREADS": "1", **process.pop("env", {})}
+    with subprocess.Popen(command, env=environment, **process) as server:
+        try:
+            until = time.monotonic() + PATIENCE_S
+            while not _is_ready(port):
+                assert server.poll() is None, server.returncode
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            yield server
+        finally:
+            server.kill()
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False

@@ -8,20 +8,12 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from tiny import CHATML, constant_logits, write_tiny_adapter, write_tiny_base
+from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
 from qaflora_edge.openai.tools import CallFilter, parse_calls
 
-QWEN = (
-    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}"
-    "{% endfor %}\nCall one as <tool_call>{...}</tool_call><|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls %}<tool_call>\n{{ call.function.name }} "
-    "{{ call.function.arguments | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
-)
 WEATHER = {
     "type": "function",
     "function": {
