@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -62,9 +63,22 @@ class Browser:
     def send(self, method: str, path: str, body: Any = None) -> Any:
         return self._send(method, self._session + path, body)
 
-    def open(self, page: Path, width: int = 1000, height: int = 800) -> None:
+    def open(self, page: Path | str, width: int = 1000, height: int = 800) -> None:
+        """Open a file or an address."""
         self.send("POST", "/window/rect", {"width": width, "height": height})
-        self.send("POST", "/url", {"url": page.as_uri()})
+        self.send("POST", "/url", {"url": page if isinstance(page, str) else page.as_uri()})
+
+    def command(self, name: str, **parameters: Any) -> Any:
+        """A command of Chromium's own protocol."""
+        return self.send("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
+
+    def until(self, script: str, *args: Any) -> Any:
+        """Wait until a script gives something that counts as true."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := self.run(script, *args)):
+            assert time.monotonic() < deadline, script
+            time.sleep(0.02)
+        return found
 
     def run(self, script: str, *args: Any) -> Any:
         return self.send("POST", "/execute/sync", {"script": script, "args": args})

@@ -23,6 +23,7 @@ from qaflora_edge.errors import QafloraError
 from qaflora_edge.server.answers import chat_completions, completions, responses
 from qaflora_edge.server.openapi import describe
 from qaflora_edge.server.options import ServerOptions
+from qaflora_edge.server.page.routes import page_routes
 from qaflora_edge.server.record import Metrics, Recorder
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.security import Gate
@@ -86,6 +87,7 @@ def _n_thread(options: ServerOptions) -> int:
 
 def _routes() -> list[Route]:
     return [
+        *page_routes(),
         Route("/health", health, methods=["GET"]),
         Route("/openapi.json", openapi, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),

@@ -1,0 +1,86 @@
+// One answer: its mix, its text while it is written, what became of it.
+const STATES = {
+  waiting: "Weighing the adapters",
+  writing: "",
+  stop: "",
+  length: "Cut at the longest answer; see the settings.",
+  cancelled: "Stopped.",
+};
+
+// The strategy as it was asked for; the bundle's own is known when the answer begins.
+const titleOf = answer => answer.strategy || answer.fusion?.strategy || "the bundle's own";
+
+const facts = (answer, isNamed) => [
+  isNamed ? "" : titleOf(answer),
+  answer.fusion?.probe_ms ? `weighed in ${Math.round(answer.fusion.probe_ms)} ms` : "",
+  answer.usage ? `${answer.usage.completion_tokens} tokens` : "",
+  answer.timings?.tokens_per_second ? `${answer.timings.tokens_per_second.toFixed(1)} tokens/s` : "",
+].filter(Boolean).join(" · ");
+
+const isRunning = answer => ["waiting", "writing"].includes(answer.state);
+
+// answer   {model, strategy, text, state, error, fusion, usage, timings}
+// adapters all names of its bundle
+const answerView = (answer, adapters, { isNamed }) => {
+  const head = isNamed ? el("h2", { className: "answer-head" }) : null;
+  const mix = el("div", { className: "mix-place" });
+  const body = markdownView(text => {
+    if (text && isRunning(answer)) byId("spoken").append(el("p", {}, text));
+  });
+  const note = el("p", { className: "note" });
+  const actions = el("div", { className: "actions" });
+  const about = el("span", { className: "facts" });
+  const element = el("article", { className: "answer", "aria-label": "Answer" },
+    ...[head, mix, body.element, note, el("div", { className: "foot" }, actions, about)].filter(Boolean));
+  actions.append(copyButton("Copy the answer", () => answer.text));
+
+  const update = () => {
+    if (answer.fusion && !mix.childElementCount) mix.append(mixView(answer.fusion, adapters));
+    if (head) head.textContent = strategyName(titleOf(answer));
+    note.textContent = answer.error || STATES[answer.state];
+    note.classList.toggle("trouble", Boolean(answer.error));
+    note.hidden = !note.textContent;
+    element.dataset.state = answer.state;
+    element.setAttribute("aria-busy", String(isRunning(answer)));
+    about.textContent = isRunning(answer) ? "" : facts(answer, isNamed);
+  };
+  update();
+  if (!isRunning(answer)) {
+    body.feed(answer.text);
+    body.finish().catch(() => {});
+  }
+  return { answer, element, body, actions, update };
+};
+
+// Ask, and fill an answer as it comes. Never throws: what went wrong is the answer's.
+const fill = async (view, request, signal) => {
+  const { answer, body } = view;
+  let state;
+  try {
+    const response = await call("v1/chat/completions", {
+      ...request, stream: true, stream_options: { include_usage: true },
+    }, signal);
+    for await (const chunk of events(response)) {
+      if (chunk.fusion && !answer.fusion) answer.fusion = chunk.fusion;
+      if (chunk.usage) answer.usage = chunk.usage;
+      if (chunk.timings) answer.timings = chunk.timings;
+      const choice = chunk.choices?.[0];
+      if (choice?.delta?.content) {
+        answer.text += choice.delta.content;
+        answer.state = "writing";
+        body.feed(choice.delta.content);
+      }
+      if (choice?.finish_reason) state = choice.finish_reason;
+      view.update();
+    }
+    if (!state) throw new Refused("The server ended the answer before its end.");
+  } catch (error) {
+    state = error.name === "AbortError" ? "cancelled" : "error";
+    if (state === "error") answer.error = told(error);
+  }
+  await body.finish().catch(error => { answer.error ||= told(error); });
+  answer.state = state;
+  view.update();
+};
+
+const told = error => error.retryAfter ? `${error.message} Try again in ${error.retryAfter} s.` : error.message;

@@ -1,0 +1,45 @@
+// A chat as a file.
+const download = (name, type, text) => {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const link = el("a", { href: url, download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+};
+
+const chosenAnswer = turn => turn.answers[turn.chosen];
+
+// The messages that stand before a turn; questions without an answer are left out.
+const messagesBefore = end => {
+  const messages = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
+  for (const turn of chat.turns.slice(0, end)) {
+    const { text } = chosenAnswer(turn);
+    if (text) messages.push({ role: "user", content: turn.question }, { role: "assistant", content: text });
+  }
+  return messages;
+};
+
+const asJson = () => `${JSON.stringify({
+  system: settings.system,
+  turns: chat.turns.map(turn => ({
+    question: turn.question,
+    chosen: turn.chosen,
+    answers: turn.answers.map(({ model, strategy, text, state, error, fusion, usage, timings }) =>
+      ({ model, strategy, text, finish_reason: state, error, fusion, usage, timings })),
+  })),
+}, null, 1)}\n`;
+
+const mixLine = ({ model, strategy, fusion }) => {
+  const shares = fusion ? weightTexts(Object.values(fusion.weights)) : [];
+  const parts = Object.keys(fusion?.weights ?? {}).map((name, i) => `${name} ${shares[i]}`);
+  return `*${[model, strategy || fusion?.strategy, parts.join(", ")].filter(Boolean).join(" · ")}*`;
+};
+
+const asMarkdown = () => [
+  ...(settings.system.trim() ? ["## System", settings.system.trim()] : []),
+  ...chat.turns.flatMap(turn => [
+    "## Question", turn.question,
+    ...turn.answers.flatMap(answer => ["## Answer", mixLine(answer), answer.text.trim()]),
+  ]),
+].join("\n\n") + "\n";
+
+const fileName = ending => `chat-${new Date().toISOString().slice(0, 16).replace(/[:T]/g, "-")}.${ending}`;

@@ -1,0 +1,55 @@
+// Elements by their names. Nothing in this page reads HTML: what a model writes is text.
+const byId = id => document.getElementById(id);
+
+// A property is set as such where the element has it, as an attribute where it has not.
+const el = (tag, properties = {}, ...children) => {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name in made) made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.filter(child => child !== null));
+  return made;
+};
+
+const button = (label, icon, onclick, className = "quiet") =>
+  el("button", { type: "button", className, title: label, "aria-label": label, onclick }, drawn(icon));
+
+const unique = (() => {
+  let n = 0;
+  return name => `${name}-${++n}`;
+})();
+
+const say = text => { byId("status").textContent = text; };
+
+// The clipboard's own call is there on https and on this machine only.
+const copy = async text => {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = el("textarea", { value: text, className: "unseen" });
+  document.body.append(area);
+  area.select();
+  const isDone = document.execCommand("copy");
+  area.remove();
+  if (!isDone) throw new Error("The browser does not let this page copy.");
+};
+
+const copyButton = (label, text) => {
+  const made = button(label, "copy", async () => {
+    try {
+      await copy(text());
+      made.replaceChildren(drawn("check"));
+      say("Copied");
+      setTimeout(() => made.replaceChildren(drawn("copy")), 1500);
+    } catch (error) {
+      say(error.message);
+    }
+  });
+  return made;
+};
+
+// A text area that is as high as its text, up to what its style allows.
+const grow = area => {
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
+};

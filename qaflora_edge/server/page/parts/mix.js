@@ -1,0 +1,121 @@
+// The mix of an answer: a bar of the adapters' shares, which opens into weights by layer.
+const N_HUE = 8;
+const hue = (name, adapters) => `hue-${Math.max(0, adapters.indexOf(name)) % N_HUE}`;
+
+const sum = numbers => numbers.reduce((total, number) => total + number, 0);
+const mean = numbers => numbers.length ? sum(numbers) / numbers.length : 0;
+const leastAndMost = rows => rows.flat().reduce(([low, high], w) => [Math.min(low, w), Math.max(high, w)], [0, 0]);
+
+// Shares are written in percent where they are shares, as weights where they are not.
+const weightTexts = weights => {
+  const isShare = weights.every(w => w >= 0) && Math.abs(sum(weights) - 1) < 0.005;
+  return weights.map(w => isShare ? `${Math.round(100 * w)} %` : w.toFixed(2).replace("-", "−"));
+};
+
+// fusion: {strategy, weights: {name: mean}, layers: {name: [n_layer]}}; adapters: all of the bundle
+const mixView = (fusion, adapters) => {
+  const names = Object.keys(fusion.weights), weights = Object.values(fusion.weights);
+  const texts = weightTexts(weights), whole = sum(weights.map(Math.abs));
+  const bar = el("span", { className: "bar" });
+  const legend = el("span", { className: "legend" });
+  names.forEach((name, i) => {
+    if (weights[i]) {
+      const part = el("span", { className: hue(name, adapters) });
+      part.style.flexGrow = Math.abs(weights[i]) / whole;
+      bar.append(part);
+    }
+    if (whole) legend.append(el("span", { className: `entry ${hue(name, adapters)}` },
+      el("i"), el("bdi", {}, name), " ", el("b", {}, texts[i])), " ");
+  });
+  if (!whole) legend.append(el("span", { className: "entry" }, "the base alone"));
+  const label = whole ? names.map((name, i) => `${name} ${texts[i]}`).join(", ") : "the base alone";
+  if (!whole || !fusion.layers) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${label}` }, bar, legend);
+
+  const map = el("div", { className: "map", id: unique("map"), hidden: true });
+  const toggle = el("button", {
+    type: "button", className: "mix", title: "Weights by layer", "aria-expanded": "false", "aria-controls": map.id,
+    onclick: () => {
+      if (!map.childElementCount) map.append(...heatmap(names, fusion, adapters));
+      map.hidden = !map.hidden;
+      toggle.setAttribute("aria-expanded", String(!map.hidden));
+    },
+  }, bar, el("span", { className: "line" }, legend, el("span", { className: "unseen" }, "Weights by layer"), drawn("open")));
+  return el("div", {}, toggle, map);
+};
+
+const heatmap = (names, fusion, adapters) => {
+  const rows = names.map(name => fusion.layers[name]), n_layer = rows[0].length;
+  const [low, high] = leastAndMost(rows), most = Math.max(high, -low) || 1;
+  const grid = el("div", { className: "grid", role: "grid", "aria-label": "Weight of each adapter at each layer" });
+  grid.style.setProperty("--n-layer", n_layer);
+  const cells = names.map((name, row) => {
+    const line = el("div", { role: "row" }, el("span", { className: "name", role: "rowheader", title: name }, el("bdi", {}, name)));
+    const made = rows[row].map((weight, layer) => {
+      const cell = el("span", { className: `cell ${hue(name, adapters)}`, role: "gridcell", tabIndex: -1 });
+      cell.style.setProperty("--w", `${(100 * Math.abs(weight) / most).toFixed(1)}%`);
+      if (weight < 0) cell.classList.add("minus");
+      if (weight > 0 && rows.every(other => other[layer] <= weight)) cell.classList.add("lead");
+      cell.setAttribute("aria-label", `${name}, layer ${layer}: weight ${weight.toFixed(3)}`);
+      return cell;
+    });
+    line.append(...made, el("span", { className: "mean", role: "gridcell" }, mean(rows[row]).toFixed(2)));
+    grid.append(line);
+    return made;
+  });
+  const axis = el("div", { className: "axis", "aria-hidden": "true" }, el("span"));
+  const step = n_layer > 48 ? 10 : 5;
+  for (let layer = 0; layer < n_layer; layer++) {
+    const isNamed = layer % step === 0 && layer + 2 < n_layer || layer === n_layer - 1;
+    axis.append(el("span", { className: "tick" }, isNamed ? String(layer) : ""));
+  }
+  axis.append(el("span", { className: "mean" }, "mean"));
+  grid.append(axis);
+  cells[0][0].tabIndex = 0;
+  walk(grid, cells);
+  const ends = low < 0 ? `weights from ${low.toFixed(2)} to ${high.toFixed(2)}` : `weights from 0 to ${high.toFixed(2)}`;
+  return [
+    el("div", { className: "wide" }, grid),
+    el("p", { className: "facts" }, `${n_layer} layers from the left, ${ends}; a dot where an adapter weighs most.`),
+  ];
+};
+
+// Pointing at a cell, tapping it or walking to it with the arrow keys shows what it says.
+const walk = (grid, cells) => {
+  const tip = byId("tip");
+  const hide = () => { tip.hidden = true; };
+  const show = cell => {
+    tip.textContent = cell.getAttribute("aria-label");
+    tip.hidden = false;
+    const at = cell.getBoundingClientRect(), box = tip.getBoundingClientRect(), gap = 6;
+    const left = at.left + at.width / 2 - box.width / 2;
+    tip.style.left = `${Math.max(8, Math.min(left, innerWidth - box.width - 8))}px`;
+    tip.style.top = `${at.top - box.height - gap >= 0 ? at.top - box.height - gap : at.bottom + gap}px`;
+  };
+  const isCell = target => target.classList.contains("cell");
+  grid.addEventListener("pointerover", event => { if (isCell(event.target)) show(event.target); });
+  grid.addEventListener("pointerout", event => { if (event.pointerType !== "touch") hide(); });
+  grid.addEventListener("click", event => { if (isCell(event.target)) event.target.focus(); });
+  grid.addEventListener("focusout", hide);
+  grid.addEventListener("focusin", event => {
+    if (!isCell(event.target)) return;
+    for (const cell of cells.flat()) cell.tabIndex = -1;
+    event.target.tabIndex = 0;
+    show(event.target);
+  });
+  grid.addEventListener("keydown", event => {
+    const row = cells.findIndex(line => line.includes(event.target));
+    if (row < 0) return;
+    const layer = cells[row].indexOf(event.target);
+    const moves = {
+      ArrowLeft: [row, layer - 1], ArrowRight: [row, layer + 1],
+      ArrowUp: [row - 1, layer], ArrowDown: [row + 1, layer],
+      Home: [row, 0], End: [row, cells[row].length - 1],
+    };
+    if (event.key === "Escape") hide();
+    const move = moves[event.key];
+    if (!move) return;
+    event.preventDefault();
+    cells[move[0]]?.[move[1]]?.focus();
+  });
+};
+addEventListener("scroll", () => { byId("tip").hidden = true; }, { passive: true });

@@ -1,0 +1,157 @@
+// The settings: how adapters are weighed, and how an answer is made.
+const helps = JSON.parse(byId("helps").textContent);
+const bundles = new Map(); // name -> {adapters, strategies, about}
+
+// Ids are BUNDLE and BUNDLE:STRATEGY.
+const readModels = models => {
+  const ids = models.map(model => model.id);
+  for (const { id, meta } of models) {
+    const owner = ids.find(other => id.startsWith(`${other}:`));
+    if (!owner) bundles.set(id, { adapters: meta?.adapters ?? [], strategies: [], meta: meta ?? {} });
+    else bundles.get(owner)?.strategies.push(id.slice(owner.length + 1));
+  }
+  if (!bundles.has(settings.bundle)) settings.bundle = [...bundles.keys()][0] ?? "";
+};
+
+const adaptersOf = bundle => bundles.get(bundle)?.adapters ?? [];
+
+const ownName = () => {
+  const own = bundles.get(settings.bundle).meta.strategy;
+  return own ? `the bundle's own (${own})` : "the bundle's own";
+};
+const strategyName = strategy => strategy.startsWith("single:") ? `only ${strategy.slice(7)}` : strategy;
+const strategyHelp = strategy => {
+  const own = strategy || bundles.get(settings.bundle).meta.strategy || "";
+  const help = helps[own.split(":")[0]] ?? "";
+  return help && `${help[0].toUpperCase()}${help.slice(1)}.`;
+};
+
+// What a question asks of the server under one strategy.
+const requestOf = strategy => {
+  const { bundle } = settings, off = settings.off[bundle] ?? [], fusion = { return: "layers" };
+  const names = adaptersOf(bundle);
+  if (strategy === "manual") {
+    fusion.weights = Object.fromEntries(names.map(name => [name, weightOf(name)]));
+  } else {
+    if (strategy) fusion.strategy = strategy;
+    if (isChosen(strategy) && off.length) fusion.adapters = names.filter(name => !off.includes(name));
+  }
+  const request = { model: bundle, fusion };
+  for (const name of ["temperature", "max_tokens", "seed"]) {
+    if (settings[name] !== "") request[name] = Number(settings[name]);
+  }
+  return request;
+};
+
+// Whether a strategy mixes the adapters that are ticked.
+const isChosen = strategy => strategy !== "manual" && strategy !== "base" && !strategy.startsWith("single:");
+const weightOf = name => settings.weights[settings.bundle]?.[name] ?? 0.5;
+
+const field = (label, input, hint = "") => {
+  input.id ||= unique("field");
+  const parts = [el("label", { htmlFor: input.id }, label), input];
+  if (hint) {
+    const text = el("p", { className: "hint", id: unique("hint") }, hint);
+    input.setAttribute("aria-describedby", text.id);
+    parts.push(text);
+  }
+  return el("div", { className: "field" }, ...parts);
+};
+
+const numberField = (label, name, properties, hint) => field(label, el("input", {
+  type: "number", value: settings[name], inputMode: "decimal", ...properties,
+  onchange: event => {
+    settings[name] = event.target.checkValidity() ? event.target.value : "";
+    event.target.value = settings[name];
+    keep();
+  },
+}), hint);
+
+const strategySelect = (name, without) => {
+  const { strategies } = bundles.get(settings.bundle);
+  const some = ["", ...strategies, ...(adaptersOf(settings.bundle).length ? ["manual"] : [])].filter(each => each !== without);
+  if (!some.includes(settings[name])) settings[name] = some[0];
+  const select = el("select", { onchange: () => { settings[name] = select.value; keep(); drawPanel(); } },
+    ...some.map(each => el("option", { value: each }, each ? strategyName(each) : ownName())));
+  select.value = settings[name];
+  return select;
+};
+
+const adapterRow = (name, isManual) => {
+  const { bundle } = settings, names = adaptersOf(bundle), off = settings.off[bundle] ?? [];
+  const sign = el("i", { className: hue(name, names) }), title = el("bdi", {}, name);
+  if (!isManual) {
+    const box = el("input", {
+      type: "checkbox", checked: !off.includes(name),
+      onchange: () => {
+        settings.off[bundle] = names.filter(each => each === name ? !box.checked : off.includes(each));
+        keep();
+        drawPanel();
+      },
+    });
+    // One stays: an answer without any adapter is the strategy "base".
+    box.disabled = box.checked && off.length === names.length - 1;
+    return el("li", {}, el("label", { className: "adapter" }, box, sign, title));
+  }
+  const shown = el("output", {}, weightOf(name).toFixed(2));
+  const slider = el("input", {
+    type: "range", min: 0, max: 1.5, step: 0.05, value: weightOf(name), id: unique("weight"),
+    oninput: () => {
+      (settings.weights[bundle] ??= {})[name] = Number(slider.value);
+      shown.textContent = Number(slider.value).toFixed(2);
+      keep();
+    },
+  });
+  shown.htmlFor = slider.id;
+  return el("li", {}, el("label", { className: "adapter", htmlFor: slider.id }, sign, title, shown), slider);
+};
+
+const drawPanel = () => {
+  const panel = byId("panel"), focused = document.activeElement?.id;
+  const names = adaptersOf(settings.bundle);
+  const strategy = strategySelect("strategy", null);
+  strategy.id = "strategy";
+  const other = strategySelect("other", settings.strategy);
+  other.id = "other-strategy";
+  const compare = el("input", {
+    type: "checkbox", id: "compare", checked: settings.isComparing,
+    onchange: () => { settings.isComparing = compare.checked; keep(); drawPanel(); },
+  });
+  const shown = [settings.strategy, ...(settings.isComparing ? [settings.other] : [])];
+  const lists = [];
+  if (names.length && shown.some(isChosen)) lists.push(adapterList("Adapters in use", names, false));
+  if (names.length && shown.includes("manual")) lists.push(adapterList("Weights", names, true));
+  const system = el("textarea", {
+    rows: 3, value: settings.system, dir: "auto", id: "system",
+    oninput: () => { settings.system = system.value; keep(); grow(system); },
+  });
+  panel.replaceChildren(
+    el("div", { className: "panel-head" }, el("h2", {}, "Settings"), button("Close the settings", "close", () => openPanel(false), "quiet close-panel")),
+    field("Strategy", strategy, strategyHelp(settings.strategy)),
+    ...lists,
+    el("div", { className: "field" },
+      el("label", { className: "check" }, compare, "Compare with another strategy"),
+      ...(settings.isComparing ? [field("Beside it", other, strategyHelp(settings.other))] : [])),
+    field("System prompt", system),
+    el("div", { className: "numbers" },
+      numberField("Temperature", "temperature", { min: 0, max: 2, step: 0.05, placeholder: "default", id: "temperature" }),
+      numberField("Longest answer", "max_tokens", { min: 1, step: 1, placeholder: "default", id: "max-tokens" }),
+      numberField("Seed", "seed", { min: 0, step: 1, placeholder: "default", id: "seed" })));
+  if (focused && focused !== document.activeElement?.id) byId(focused)?.focus();
+};
+
+const adapterList = (label, names, isManual) => el("fieldset", { className: "field" },
+  el("legend", {}, label),
+  el("ul", { className: "adapters" }, ...names.map(name => adapterRow(name, isManual))));
+
+// On a narrow window the panel lies over the page, which waits meanwhile.
+const isNarrow = matchMedia("(max-width: 899px)");
+const openPanel = isOpen => {
+  const isOver = isOpen && isNarrow.matches;
+  document.body.classList.toggle("has-panel", isOpen);
+  byId("open-panel").setAttribute("aria-expanded", String(isOpen));
+  byId("shade").hidden = !isOver;
+  for (const part of [document.querySelector(".talk"), document.querySelector(".top")]) part.inert = isOver;
+  if (isOver) byId("panel").querySelector("button").focus();
+  else if (byId("panel").contains(document.activeElement)) byId("open-panel").focus();
+};

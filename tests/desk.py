@@ -1,0 +1,105 @@
+"""The page of the server in a window of Chromium, used as somebody uses it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from browser import Browser
+from scripted_server import Script, app, served
+
+ENTER, ESCAPE, SHIFT, TAB = "\ue007", "\ue00c", "\ue008", "\ue004"
+LEFT, UP, RIGHT, DOWN = "\ue012", "\ue013", "\ue014", "\ue015"
+QUESTION = "How many are left?"
+ANSWER = """\
+There are **42** rolls.
+
+1. bake
+2. sell
+
+```python
+print(42)
+```
+
+| a | b |
+|---|--:|
+| 1 | 2 |"""
+LONG = "\n\n".join(f"Paragraph {i} of a long answer, with some words in it." for i in range(120))
+
+
+@dataclass
+class Desk:
+    """A window on the page, and what the server behind it says."""
+
+    window: Browser
+    script: Script
+    address: str
+
+    def open(self, width: int = 1100, height: int = 800) -> None:
+        """The page as it is for somebody who comes for the first time."""
+        self.window.command(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.window.open(self.address)
+        self.window.run("localStorage.clear(); sessionStorage.clear();")
+        self.reload()
+        self.window.log()
+
+    def reload(self) -> None:
+        self.window.open(self.address)
+        self.window.until("return document.querySelectorAll('#bundle option').length")
+
+    def type(self, text: str) -> None:
+        self.window.run("document.getElementById('question').focus()")
+        self.window.command("Input.insertText", text=text)
+
+    def ask(self, text: str = QUESTION) -> None:
+        self.type(text)
+        self.window.press(ENTER)
+        self.wait()
+
+    def wait(self) -> None:
+        self.window.until(
+            "return document.getElementById('send').title === 'Send' "
+            "&& document.querySelectorAll('.answer').length "
+            "&& !document.querySelector('[aria-busy=true]')"
+        )
+
+    def set(self, selector: str, value: Any) -> None:
+        """Give a field another value, as a user does."""
+        self.window.run(
+            "const [selector, value] = arguments, field = document.querySelector(selector);"
+            "field.focus(); if (field.type === 'checkbox') { field.click(); return; }"
+            "field.value = value; field.dispatchEvent(new Event('input', {bubbles: true}));"
+            "field.dispatchEvent(new Event('change', {bubbles: true}));",
+            selector,
+            value,
+        )
+
+    def click(self, selector: str) -> None:
+        self.window.run("document.querySelector(arguments[0]).click()", selector)
+
+    def texts(self, selector: str) -> list[str]:
+        found: list[str] = self.window.run(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)", selector
+        )
+        return found
+
+    def text(self, selector: str) -> str:
+        [found] = self.texts(selector)
+        return found
+
+
+@contextlib.contextmanager
+def desk_at(window: Browser, width: int = 1100) -> Iterator[Desk]:
+    """A page that is opened for the first time, on a server of its own."""
+    script = Script(answers={QUESTION: ANSWER, "long": LONG})
+    with served(app(script)) as address:
+        made = Desk(window, script, address)
+        made.open(width)
+        yield made
+        window.open("about:blank")  # streams that are still open would keep the server

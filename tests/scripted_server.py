@@ -1,0 +1,182 @@
+"""A server of which every answer is given beforehand, with the page that is tested in a browser.
+
+It speaks as `qaflora serve` does where the page listens, and keeps what the page asked.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from patience import PATIENCE_S
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from qaflora_edge.server.page.routes import page_routes
+from qaflora_edge.server.refusals import Refusal
+from qaflora_edge.server.work import refused_response
+
+ADAPTERS = {"demo": ("math", "es", "med"), "code": ("sql",)}
+STRATEGIES = ("qa-flora", "calibrated", "static", "base")
+N_LAYER = 24
+
+
+@dataclass
+class Script:
+    """What the server says, and what it was asked.
+
+    answers  question -> text; {strategy} in it is filled in
+    pieces   how many letters come at once, and how long it waits before the next
+    key      what it asks for, if anything
+    refusal  a status, a message and headers that every question is refused with
+    is_broken  whether a stream ends before its end
+    """
+
+    answers: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] | None = None
+    piece_chars: int = 7
+    pause_s: float = 0.0
+    probe_s: float = 0.0
+    key: str = ""
+    refusal: tuple[int, str, dict[str, str]] | None = None
+    is_broken: bool = False
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    n_left: int = 0  # callers that went away before the end
+
+
+def layers(names: list[str], strategy: str) -> list[list[float]]:
+    """Weights [n_adapter][n_layer] that sum to 1 at each layer."""
+    shift = len(strategy) % 5
+    raw = [
+        [
+            1 + ((7 * row + 3 * layer * (row + 1) + shift) % 11) / (1 + row)
+            for layer in range(N_LAYER)
+        ]
+        for row in range(len(names))
+    ]
+    sums = [sum(column) for column in zip(*raw, strict=True)]
+    return [[w / total for w, total in zip(row, sums, strict=True)] for row in raw]
+
+
+def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
+    wanted = body.get("fusion", {})
+    strategy = wanted.get("strategy", "qa-flora")
+    names = wanted.get("adapters", list(ADAPTERS[body["model"]]))
+    given = wanted.get("weights") or script.weights
+    if given is not None:
+        strategy, rows = "manual", [[w] * N_LAYER for w in given.values()]
+        names = list(given)
+    elif strategy == "base":
+        rows = [[0.0] * N_LAYER for _ in names]
+    elif strategy == "static":
+        rows = [[1 / len(names)] * N_LAYER for _ in names]
+    else:
+        rows = layers(names, strategy)
+    means = {name: sum(row) / N_LAYER for name, row in zip(names, rows, strict=True)}
+    found = {"strategy": strategy, "probe_ms": 379.4, "weights": means}
+    return found | (
+        {"layers": dict(zip(names, rows, strict=True))} if wanted.get("return") == "layers" else {}
+    )
+
+
+def app(script: Script) -> Starlette:
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return refused_response(error)
+
+    async def models(request: Request) -> Response:
+        found = [
+            {"id": name, "object": "model", "meta": {"adapters": list(names), "n_layer": N_LAYER}}
+            for name, names in ADAPTERS.items()
+        ]
+        for name, names in ADAPTERS.items():
+            ids = [*STRATEGIES, *(f"single:{each}" for each in names)]
+            found += [{"id": f"{name}:{strategy}", "object": "model"} for strategy in ids]
+        return JSONResponse({"object": "list", "data": found})
+
+    async def answer(request: Request) -> Response:
+        body = await request.json()
+        script.asked.append(body)
+        if script.refusal is not None:
+            status, message, headers = script.refusal
+            return JSONResponse(
+                {"error": {"message": message}}, status_code=status, headers=headers
+            )
+        return StreamingResponse(stream(body), media_type="text/event-stream")
+
+    async def stream(body: dict[str, Any]) -> AsyncIterator[str]:
+        def event(choices: list[Any], **more: Any) -> str:
+            return f"data: {json.dumps({'id': 'x', 'choices': choices, **more})}\n\n"
+
+        def delta(content: dict[str, str], reason: str | None = None) -> list[Any]:
+            return [{"index": 0, "delta": content, "finish_reason": reason}]
+
+        is_whole = False
+        try:
+            yield ": ping\n\n"
+            await asyncio.sleep(script.probe_s)
+            fusion = fusion_of(script, body)
+            yield event(delta({"role": "assistant"}), fusion=fusion)
+            text = script.answers.get(body["messages"][-1]["content"], "An answer.")
+            text = text.replace("{strategy}", fusion["strategy"])
+            for start in range(0, len(text), script.piece_chars):
+                yield event(delta({"content": text[start : start + script.piece_chars]}))
+                await asyncio.sleep(script.pause_s)
+            if not script.is_broken:
+                yield event(delta({}, "stop"))
+                usage = {"prompt_tokens": 42, "completion_tokens": len(text) // 4}
+                yield event([], usage=usage, fusion=fusion, timings={"tokens_per_second": 22.14})
+                yield "data: [DONE]\n\n"
+            is_whole = True
+        finally:
+            script.n_left += not is_whole
+
+    made = Starlette(
+        routes=[
+            *page_routes(),
+            Route("/v1/models", models),
+            Route("/v1/chat/completions", answer, methods=["POST"]),
+        ],
+        exception_handlers={Refusal: refused},
+    )
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            script.paths.append(scope["path"])
+            given = dict(scope["headers"]).get(b"authorization", b"").decode()
+            if script.key and scope["path"] != "/" and given != f"Bearer {script.key}":
+                await refused_response(Refusal(401, "A key is needed."))(scope, receive, send)
+                return
+        await made(scope, receive, send)
+
+    return guarded  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def served(application: Any) -> Iterator[str]:
+    """An application at an address of this machine, for as long as the block runs."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(application, log_level="error", lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while not server.started:
+                assert thread.is_alive()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,518 @@
+"""The page of the server in a real browser: conversations, the mix, settings, the keyboard."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import axe
+import pytest
+from browser import Browser, browser, missing
+from desk import (
+    ANSWER,
+    DOWN,
+    ENTER,
+    ESCAPE,
+    LEFT,
+    QUESTION,
+    RIGHT,
+    SHIFT,
+    TAB,
+    UP,
+    Desk,
+    desk_at,
+)
+from scripted_server import N_LAYER, layers
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def desk(window: Browser) -> Iterator[Desk]:
+    with desk_at(window) as made:
+        yield made
+
+
+def test_a_conversation(desk: Desk) -> None:
+    assert desk.text("#empty h2") == "demo"
+    assert desk.texts("#empty .entry") == ["math", "es", "med"]
+    desk.ask()
+    assert desk.text(".said") == QUESTION
+    assert desk.texts(".markdown p, .markdown li") == ["There are 42 rolls.", "bake", "sell"]
+    assert desk.text(".markdown strong") == "42"
+    assert desk.text(".markdown pre") == "print(42)"
+    assert desk.texts(".markdown pre .function, .markdown pre .number") == ["print", "42"]
+    assert desk.texts(".markdown td") == ["1", "2"]
+    assert desk.text(".foot .facts") == (
+        f"qa-flora · weighed in 379 ms · {len(ANSWER) // 4} tokens · 22.1 tokens/s"
+    )
+    assert desk.window.run("return document.getElementById('empty').checkVisibility()") is False
+    desk.ask("And then?")
+    assert desk.texts(".said") == [QUESTION, "And then?"]
+    assert [body["messages"] for body in desk.script.asked] == [
+        [{"role": "user", "content": QUESTION}],
+        [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+            {"role": "user", "content": "And then?"},
+        ],
+    ]
+    first = desk.script.asked[0]
+    assert {key: first[key] for key in first if key != "messages"} == {
+        "model": "demo",
+        "fusion": {"return": "layers"},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert desk.window.log() == []
+
+
+def test_nothing_is_asked_of_anybody_else(desk: Desk) -> None:
+    desk.ask()
+    asked = desk.window.run(
+        "return performance.getEntries().filter(e => e.name.includes(':')).map(e => e.name)"
+    )
+    assert asked
+    assert [name for name in asked if not name.startswith(desk.address)] == []
+    assert {*desk.script.paths} == {"/", "/v1/models", "/v1/chat/completions", "/page/blocks"}
+
+
+def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
+    desk.ask()
+    rows = layers(["math", "es", "med"], "qa-flora")
+    means = [sum(row) / N_LAYER for row in rows]
+    assert desk.texts("button.mix .entry") == [
+        f"{name}\n{100 * mean:.0f} %"
+        for name, mean in zip(("math", "es", "med"), means, strict=True)
+    ]
+    shares = desk.window.run(
+        "const parts = [...document.querySelectorAll('.bar > span')];"
+        "const widths = parts.map(e => e.getBoundingClientRect().width);"
+        "const all = widths.reduce((a, b) => a + b); return widths.map(w => w / all)"
+    )
+    assert shares == pytest.approx(means, abs=0.01)
+    expanded = "return document.querySelector('button.mix').getAttribute('aria-expanded')"
+    assert desk.window.run(expanded) == "false"
+    desk.window.run("document.querySelector('button.mix').focus()")
+    desk.window.press(ENTER)
+    assert desk.window.run(expanded) == "true"
+    labels = desk.window.run(
+        "return [...document.querySelectorAll('.cell')].map(e => e.getAttribute('aria-label'))"
+    )
+    assert labels == [
+        f"{name}, layer {layer}: weight {weight:.3f}"
+        for name, row in zip(("math", "es", "med"), rows, strict=True)
+        for layer, weight in enumerate(row)
+    ]
+    desk.window.press(TAB)
+    assert desk.text("#tip") == labels[0]
+    desk.window.press(RIGHT, RIGHT, DOWN, LEFT)
+    assert desk.text("#tip") == labels[N_LAYER + 1]
+    desk.window.press(ESCAPE)
+    assert desk.window.run("return document.getElementById('tip').hidden")
+    desk.window.point(".cell:nth-of-type(5)")
+    assert desk.text("#tip") == labels[3]
+    desk.click("button.mix")
+    assert desk.window.run(expanded) == "false"
+
+
+def test_weights_that_are_no_shares_are_shown_as_weights(desk: Desk) -> None:
+    desk.script.weights = {"math": 1.5, "es": -0.5, "med": 0.0}
+    desk.ask()
+    assert desk.texts("button.mix .entry") == ["math\n1.50", "es\n−0.50", "med\n0.00"]
+    desk.click("button.mix")
+    assert len(desk.texts(".cell.minus")) == N_LAYER
+    desk.script.weights = None
+    desk.set("#strategy", "base")
+    desk.ask()
+    assert desk.texts(".answer:last-child .mix .entry")[-1] == "the base alone"
+
+
+def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) -> None:
+    options = desk.texts("#strategy option")
+    assert options == [
+        *("the bundle's own", "qa-flora", "calibrated", "static", "base"),
+        *("only math", "only es", "only med", "manual"),
+    ]
+    desk.set("#strategy", "calibrated")
+    assert "typical divergence" in desk.text("#strategy + .hint")
+    desk.click("li:nth-child(2) input[type=checkbox]")
+    desk.set("#system", "Be short.")
+    desk.set("#temperature", "0.5")
+    desk.set("#max-tokens", "64")
+    desk.set("#seed", "7")
+    desk.ask()
+    body = desk.script.asked[-1]
+    assert body["fusion"] == {
+        "return": "layers",
+        "strategy": "calibrated",
+        "adapters": ["math", "med"],
+    }
+    assert body["messages"][0] == {"role": "system", "content": "Be short."}
+    assert (body["temperature"], body["max_tokens"], body["seed"]) == (0.5, 64, 7)
+    assert desk.texts("button.mix bdi") == ["math", "med"]
+    desk.set("#temperature", "9")  # outside what the field takes
+    desk.set("#strategy", "single:es")
+    desk.ask()
+    body = desk.script.asked[-1]
+    assert body["fusion"] == {"return": "layers", "strategy": "single:es"}
+    assert "temperature" not in body
+    desk.set("#bundle", "code")
+    desk.ask()
+    assert desk.script.asked[-1]["model"] == "code"
+
+
+def test_the_last_adapter_in_use_stays(desk: Desk) -> None:
+    for n in (1, 2):
+        desk.click(f"li:nth-child({n}) input[type=checkbox]")
+    states = (
+        "return [...document.querySelectorAll('.adapters input')].map(e => [e.checked, e.disabled])"
+    )
+    assert desk.window.run(states) == [[False, False], [False, False], [True, True]]
+
+
+def test_weights_by_hand(desk: Desk) -> None:
+    desk.set("#strategy", "manual")
+    desk.set("li:nth-child(1) input[type=range]", "1.25")
+    desk.set("li:nth-child(2) input[type=range]", "0")
+    assert desk.texts(".adapters output") == ["1.25", "0.00", "0.50"]
+    desk.ask()
+    assert desk.script.asked[-1]["fusion"] == {
+        "return": "layers",
+        "weights": {"math": 1.25, "es": 0, "med": 0.5},
+    }
+    assert desk.texts("button.mix .entry") == ["math\n1.25", "es\n0.00", "med\n0.50"]
+
+
+def test_two_strategies_side_by_side(desk: Desk) -> None:
+    desk.script.answers["Which?"] = "By {strategy}."
+    desk.set("#compare", None)
+    desk.set("#other-strategy", "static")
+    desk.ask("Which?")
+    assert desk.texts(".answer-head") == ["qa-flora", "static"]
+    assert desk.texts(".markdown") == ["By qa-flora.", "By static."]
+    boxes = desk.window.run(
+        "return [...document.querySelectorAll('.answer')].map(e => e.getBoundingClientRect())"
+        ".map(b => [b.left, b.top, b.width])"
+    )
+    assert boxes[0][1] == boxes[1][1]
+    assert boxes[0][0] + boxes[0][2] < boxes[1][0]
+    assert boxes[0][2] == pytest.approx(boxes[1][2], abs=1)
+    desk.click(".answer:nth-child(2) .choice")
+    pressed = (
+        "return [...document.querySelectorAll('.choice')].map(e => e.getAttribute('aria-pressed'))"
+    )
+    assert desk.window.run(pressed) == ["false", "true"]
+    desk.set("#compare", None)
+    desk.ask()
+    assert desk.script.asked[-1]["messages"][1]["content"] == "By static."
+    desk.reload()
+    assert desk.window.run(pressed) == ["false", "true"]
+
+
+def test_stop_keeps_what_was_written(desk: Desk) -> None:
+    desk.script.pause_s = 0.02
+    for stop in (lambda: desk.window.press(ESCAPE), lambda: desk.click("#send")):
+        n = len(desk.texts(".answer"))
+        desk.type("long")
+        desk.window.press(ENTER)
+        desk.window.until(f"return document.querySelectorAll('.answer').length === {n + 1}")
+        desk.window.until(
+            "const [last] = [...document.querySelectorAll('.answer')].slice(-1);"
+            "return last.innerText.includes('Paragraph 0')"
+        )
+        assert desk.window.run("return document.getElementById('send').title") == "Stop"
+        stop()
+        desk.wait()
+        answer = desk.texts(".answer")[-1]
+        assert "Paragraph 0" in answer
+        assert "Paragraph 119" not in answer
+        assert desk.texts(".note")[-1] == "Stopped."
+    desk.window.until("return true")
+    assert desk.script.n_left == 2
+
+
+def test_stop_while_the_adapters_are_weighed(desk: Desk) -> None:
+    desk.script.probe_s = 60
+    desk.type(QUESTION)
+    desk.window.press(ENTER)
+    desk.window.until("return document.querySelector('[data-state=waiting]')")
+    assert desk.text(".note") == "Weighing the adapters"
+    desk.window.press(ESCAPE)
+    desk.wait()
+    assert desk.text(".note") == "Stopped."
+    desk.script.probe_s = 0
+    desk.ask()  # an answer without a text is no part of the conversation
+    assert desk.script.asked[-1]["messages"] == [{"role": "user", "content": QUESTION}]
+
+
+def test_ask_again(desk: Desk) -> None:
+    desk.ask()
+    desk.script.answers[QUESTION] = "Another."
+    desk.set("#strategy", "static")
+    desk.click("[title^='Ask again']")
+    desk.wait()
+    assert desk.texts(".said") == [QUESTION]
+    assert desk.texts(".markdown") == ["Another."]
+    assert desk.script.asked[-1]["fusion"]["strategy"] == "static"
+    assert desk.script.asked[-1]["messages"] == [{"role": "user", "content": QUESTION}]
+
+
+def test_edit_asks_again_and_forgets_what_came_after(desk: Desk) -> None:
+    for question in ("one", "two", "three"):
+        desk.ask(question)
+    desk.click(".turn:nth-child(2) [title='Edit the question']")
+    assert desk.window.run("return document.activeElement.value") == "two"
+    desk.window.press(ESCAPE)
+    assert desk.texts(".said") == ["one", "two", "three"]
+    desk.click(".turn:nth-child(2) [title='Edit the question']")
+    desk.set(".question textarea", "zwei")
+    desk.window.press(ENTER)
+    desk.wait()
+    assert desk.texts(".said") == ["one", "zwei"]
+    assert [m["content"] for m in desk.script.asked[-1]["messages"]] == [
+        "one",
+        "An answer.",
+        "zwei",
+    ]
+    desk.window.press(UP)  # in the empty box: the last question
+    assert desk.window.run("return document.activeElement.value") == "zwei"
+
+
+def test_new_lines_and_several_lines(desk: Desk) -> None:
+    desk.type("a")
+    steps = [
+        {"type": kind, "value": key}
+        for kind, key in (
+            ("keyDown", SHIFT),
+            ("keyDown", ENTER),
+            ("keyUp", ENTER),
+            ("keyUp", SHIFT),
+        )
+    ]
+    desk.window.send(
+        "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]}
+    )
+    desk.type("b")
+    desk.window.press(ENTER)
+    desk.wait()
+    assert desk.script.asked[-1]["messages"][0]["content"] == "a\nb"
+    assert desk.window.run("return document.getElementById('question').value") == ""
+
+
+def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk: Desk) -> None:
+    desk.set("#system", "Be short.")
+    desk.ask()
+    whole = desk.texts(".turn")
+    desk.reload()
+    desk.window.until("return document.querySelector('.markdown td')")
+    assert desk.texts(".turn") == whole
+    assert desk.window.run("return document.getElementById('system').value") == "Be short."
+    desk.click("#new")
+    assert desk.texts(".turn") == []
+    desk.reload()
+    assert desk.texts(".turn") == []
+    desk.ask()
+    assert [m["role"] for m in desk.script.asked[-1]["messages"]] == ["system", "user"]
+
+
+def test_copy(desk: Desk) -> None:
+    desk.window.command(
+        "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
+    )
+    desk.ask()
+    for title, expected in (
+        ("Copy the answer", ANSWER),
+        ("Copy this code", "print(42)"),
+        ("Copy the question", QUESTION),
+    ):
+        desk.click(f"[title='{title}']")
+        desk.window.until(f"return document.querySelector(\"[title='{title}'] .icon-check\")")
+        desk.window.run(
+            "window.pasted = null; navigator.clipboard.readText().then(t => { window.pasted = t; })"
+        )
+        assert desk.window.until("return window.pasted") == expected
+
+
+def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
+    desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    desk.set("#system", "Be short.")
+    desk.ask()
+    for kind, ending in (("markdown", "md"), ("json", "json")):
+        desk.click("#save")
+        desk.click(f"#save-{kind}")
+        while not [*tmp_path.glob(f"chat-*.{ending}")]:
+            desk.window.until("return true")
+    [markdown], [document] = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    means = [sum(row) / N_LAYER for row in layers(["math", "es", "med"], "qa-flora")]
+    mix = ", ".join(
+        f"{n} {100 * m:.0f} %" for n, m in zip(("math", "es", "med"), means, strict=True)
+    )
+    assert markdown.read_text("utf-8") == (
+        f"## System\n\nBe short.\n\n## Question\n\n{QUESTION}\n\n"
+        f"## Answer\n\n*demo · qa-flora · {mix}*\n\n{ANSWER}\n"
+    )
+    found = json.loads(document.read_text("utf-8"))
+    assert found["system"] == "Be short."
+    [turn] = found["turns"]
+    assert (turn["question"], turn["answers"][0]["text"]) == (QUESTION, ANSWER)
+    assert turn["answers"][0]["finish_reason"] == "stop"
+    assert len(turn["answers"][0]["fusion"]["layers"][0]) == N_LAYER
+
+
+def test_a_server_that_is_busy_says_so(desk: Desk) -> None:
+    desk.script.refusal = (503, "All 8 places are taken.", {"Retry-After": "5"})
+    desk.ask()
+    assert desk.text(".note") == "All 8 places are taken. Try again in 5 s."
+    desk.script.refusal = None
+    desk.click("[title^='Ask again']")
+    desk.wait()
+    assert "42" in desk.text(".answer")
+
+
+def test_an_answer_that_breaks_off_is_no_whole_one(desk: Desk) -> None:
+    desk.script.is_broken = True
+    desk.ask()
+    assert desk.text(".note") == "The server ended the answer before its end."
+    assert "There are 42 rolls." in desk.text(".markdown")
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(desk: Desk) -> None:
+    desk.script.key = "secret"
+    desk.window.open(desk.address)
+    desk.window.until("return document.getElementById('key-dialog').open")
+    desk.window.command("Input.insertText", text="wrong")
+    desk.window.press(ENTER)
+    desk.window.until("return !document.getElementById('key-wrong').hidden")
+    assert desk.window.run("return document.getElementById('key-dialog').open")
+    desk.window.command("Input.insertText", text="secret")
+    desk.window.press(ENTER)
+    desk.window.until("return document.querySelectorAll('#bundle option').length")
+    desk.ask()
+    assert "42" in desk.text(".answer")
+    desk.reload()
+    assert desk.window.run("return document.getElementById('key-dialog').open") is False
+    assert desk.window.run("return Object.values(localStorage).join().includes('secret')") is False
+
+
+def test_the_end_of_an_answer_stays_in_view_unless_one_reads_above(desk: Desk) -> None:
+    desk.script.pause_s = 0.01
+    at_end = "return innerHeight + scrollY >= document.documentElement.scrollHeight - 60"
+    desk.type("long")
+    desk.window.press(ENTER)
+    desk.window.until("return document.body.innerText.includes('Paragraph 30')")
+    assert desk.window.until(at_end)
+    desk.window.run("scrollTo(0, 0)")
+    desk.window.until("return scrollY === 0 && !document.getElementById('newest').hidden")
+    n = desk.window.run("return document.body.innerText.length")
+    desk.window.until(f"return document.body.innerText.length > {n} + 500")
+    assert desk.window.run("return scrollY") == 0
+    desk.click("#newest")
+    assert desk.window.until(at_end)
+    desk.script.pause_s = 0
+    desk.wait()
+    assert desk.window.until(at_end)
+    assert desk.window.run("return document.getElementById('newest').checkVisibility()") is False
+
+
+def test_what_is_settled_stays_the_same_element_while_the_rest_arrives(desk: Desk) -> None:
+    desk.script.pause_s = 0.01
+    desk.type("long")
+    desk.window.press(ENTER)
+    desk.window.until("return document.body.innerText.includes('Paragraph 5')")
+    desk.window.run("window.first = document.querySelector('.markdown p')")
+    desk.script.pause_s = 0
+    desk.wait()
+    assert desk.window.run("return window.first === document.querySelector('.markdown p')")
+    assert len(desk.texts(".markdown p")) == 120
+
+
+def test_screen_readers_hear_the_answer_by_blocks_and_its_end(desk: Desk) -> None:
+    desk.ask()
+    spoken = desk.window.run("return document.getElementById('spoken').textContent")
+    assert "There are 42 rolls." in spoken
+    assert (
+        desk.window.run("return document.getElementById('status').textContent")
+        == "The answer is complete."
+    )
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1100])
+def test_axe_finds_nothing_serious(is_dark: bool, width: int, tmp_path: Path) -> None:
+    if not axe.source():
+        pytest.skip("axe-core cannot be had: npm or the network is missing")
+    with browser(tmp_path, is_dark=is_dark) as window, desk_at(window, width) as desk:
+        assert axe.findings(window) == []
+        desk.ask()
+        desk.click("button.mix")
+        desk.set("#compare", None)
+        desk.ask()
+        desk.script.refusal = (503, "Busy.", {})
+        desk.ask()
+        assert axe.findings(window) == []
+        desk.set("#strategy", "manual")
+        desk.click("#save")
+        assert axe.findings(window) == []
+        if width < 900:
+            desk.click("#open-panel")
+            assert axe.findings(window) == []
+        desk.script.key = "secret"
+        window.open(desk.address)
+        window.until("return document.getElementById('key-dialog').open")
+        assert axe.findings(window) == []
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None:
+    wide = "return document.documentElement.scrollWidth"
+    desk.script.answers["wide"] = (
+        f"{'x' * 200}\n\n```\n{'y' * 200}\n```\n\n# {'w' * 90}\n\n"
+        f"| {'a | ' * 20}\n|{'---|' * 20}\n| {'long-word | ' * 20}"
+    )
+    desk.open(360, 640)
+    assert desk.window.run(wide) == 360
+    desk.set("#compare", None)
+    desk.ask("wide")
+    for place in (1, 2):
+        desk.click(f".answer:nth-child({place}) button.mix")
+    assert desk.window.run(wide) == 360
+    assert desk.window.run("return document.getElementById('panel').checkVisibility()") is False
+    desk.click("#open-panel")
+    assert desk.window.run("return document.getElementById('panel').checkVisibility()")
+    assert desk.window.run(
+        "return document.getElementById('panel').contains(document.activeElement)"
+    )
+    assert desk.window.run("return document.querySelector('.talk').inert")
+    desk.window.press(ESCAPE)
+    assert desk.window.run("return document.getElementById('panel').checkVisibility()") is False
+    assert desk.window.run("return document.activeElement.id") == "open-panel"
+    assert desk.window.run("return document.querySelector('.talk').inert") is False
+    sizes = desk.window.run(
+        "return [...document.querySelectorAll('button, select, input[type=checkbox]')]"
+        ".filter(e => e.checkVisibility()).map(e => e.getBoundingClientRect())"
+        ".map(b => Math.min(b.width, b.height))"
+    )
+    assert min(sizes) >= 22
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_light_and_dark(is_dark: bool, tmp_path: Path) -> None:
+    with browser(tmp_path, is_dark=is_dark) as window, desk_at(window):
+        paper, text = (
+            sum(colour)
+            for colour in window.run(
+                "const s = getComputedStyle(document.body);"
+                "return [s.backgroundColor, s.color]"
+                ".map(c => c.match(/\\d+/g).slice(0, 3).map(Number))"
+            )
+        )
+        assert (paper < text) == is_dark
+        assert abs(paper - text) > 450  # of 765

@@ -1,0 +1,146 @@
+"""The page of the server before hostile answers: whatever a model writes stays text."""
+
+from collections.abc import Iterator
+
+import pytest
+from browser import Browser, browser, missing
+from desk import Desk, desk_at
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+
+EVIL = [
+    "<script>document.title='pwned'</script>",
+    "<img src=x onerror=\"document.title='pwned'\">",
+    "<svg onload=\"document.title='pwned'\"><script>document.title='pwned'</script></svg>",
+    "<iframe src=\"javascript:parent.document.title='pwned'\"></iframe>",
+    "<iframe srcdoc=\"<script>parent.document.title='pwned'</script>\"></iframe>",
+    '<form action="https://evil.example"><input autofocus onfocus="document.title=1"></form>',
+    "<style>*{display:none!important}@import url(https://evil.example/x.css);</style>",
+    "<link rel=stylesheet href=https://evil.example/x.css>",
+    '<meta http-equiv=refresh content="0;url=https://evil.example">',
+    "<base href=https://evil.example/>",
+    "<object data=https://evil.example/x></object><embed src=https://evil.example/x>",
+    "<a href=\"javascript:document.title='pwned'\">x</a>",
+    "<details open ontoggle=\"document.title='pwned'\">x</details>",
+    "<math><mtext><table><mglyph><style><img src=x onerror=document.title='pwned'>",
+    "<video><source onerror=\"document.title='pwned'\"></video>",
+    "<body onload=\"document.title='pwned'\">",
+    "<button id=send>x</button><div id=question>x</div>",
+    "</div></main></body><script>document.title='pwned'</script>",
+    "<!--<img src=\"--><img src=x onerror=document.title='pwned'>\">",
+    "[x](javascript:document.title='pwned')",
+    "[x](JaVaScRiPt:document.title='pwned')",
+    "[x](&#106;avascript:document.title='pwned')",
+    "[x](java\tscript:document.title='pwned')",
+    "[x](data:text/html,<script>document.title='pwned'</script>)",
+    "[x](vbscript:x) [y](file:///etc/passwd) [z](blob:x)",
+    "[x](https://evil.example/?q=secret)",
+    "[x](https://evil.example \"onmouseover=document.title='pwned'\")",
+    "![x](https://evil.example/x.png)",
+    "![x](data:image/svg+xml,<svg onload=\"document.title='pwned'\"/>)",
+    "![x][y]\n\n[y]: https://evil.example/x.png",
+    "<https://evil.example/x> https://evil.example/y",
+    "<javascript:document.title='pwned'>",
+    "`<img src=x onerror=document.title='pwned'>`",
+    "```<img src=x onerror=document.title='pwned'>\n<script>document.title='pwned'</script>\n```",
+    "```html\n<script>document.title='pwned'</script>\n```",
+    "```\" onmouseover=document.title='pwned' x=\"\ncode\n```",
+    "| <script>document.title='pwned'</script> | b |\n|---|---|\n"
+    "| <img src=x onerror=document.title='pwned'> | [x](javascript:x) |",
+    "# <img src=x onerror=document.title='pwned'>",
+    "- <img src=x onerror=document.title='pwned'>\n> <svg/onload=document.title='pwned'>",
+    "&lt;img src=x onerror=document.title='pwned'&gt; &#60;script&#62;",
+    "{{constructor.constructor('document.title=1')()}} ${document.title='pwned'}",
+    "\u202e<script>\u202c \u0000 \ufeff<img src=x onerror=document.title='pwned'>",
+]
+
+# What no answer may be made of.
+FOREIGN = (
+    ".answer :is(script, style, img, svg:not(.icon), iframe, object, embed, form, input, link,"
+    "meta, base, a, video, audio, source, math, details, body, button:not([title]), [onerror],"
+    "[onload], [style]:not(.bar *, .grid, .cell))"
+)
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def desk(window: Browser) -> Iterator[Desk]:
+    with desk_at(window) as made:
+        yield made
+
+
+def test_no_part_of_a_hostile_answer_acts(desk: Desk) -> None:
+    whole = "\n\n".join(EVIL)
+    desk.script.answers |= {text: text for text in EVIL} | {"all": whole}
+    for text in ("all", *EVIL):
+        desk.script.piece_chars = 500
+        desk.ask(text)
+    assert len(desk.texts(".answer")) == len(EVIL) + 1
+    assert desk.window.run("return document.title") == "qaflora"
+    assert desk.window.run("return location.href") == desk.address
+    assert (
+        desk.window.run(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.outerHTML)", FOREIGN
+        )
+        == []
+    )
+    assert desk.window.run("return document.querySelectorAll('#send, #question').length") == 2
+    asked = desk.window.run("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in asked if not name.startswith(desk.address)] == []
+    assert "evil.example/x.css" in desk.texts(".markdown")[0]  # nothing is hidden either
+    # Everywhere a mouse can go, nothing happens.
+    desk.window.run(
+        "for (const e of document.querySelectorAll('.markdown *:not(button, button *)'))"
+        "{ e.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}));"
+        " e.dispatchEvent(new MouseEvent('click', {bubbles: true})); }"
+    )
+    assert desk.window.run("return [document.title, location.href]") == ["qaflora", desk.address]
+    assert desk.window.log() == []
+
+
+def test_hostile_names_and_errors_are_text(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = EVIL[1]
+    monkeypatch.setattr("scripted_server.ADAPTERS", {evil: (evil, "es")})
+    desk.script.key = ""
+    desk.open()
+    desk.ask()
+    desk.click("button.mix")
+    desk.script.refusal = (400, evil, {})
+    desk.ask(evil)
+    assert desk.texts(".note")[-1] == evil
+    assert desk.texts(".said")[-1] == evil
+    assert desk.window.run("return [document.title, document.querySelectorAll('img').length]") == [
+        "qaflora",
+        0,
+    ]
+    assert [line for line in desk.window.log() if "status of 400" not in line] == []
+
+
+def test_the_policy_holds_even_if_the_page_had_a_mistake(desk: Desk) -> None:
+    desk.ask()
+    for mistake in (
+        "document.querySelector('.markdown').innerHTML = arguments[0]",
+        "document.write(arguments[0])",
+        "document.querySelector('.markdown').insertAdjacentHTML('beforeend', arguments[0])",
+        "document.createElement('iframe').srcdoc = arguments[0]",
+    ):
+        with pytest.raises(RuntimeError, match="TrustedHTML"):
+            desk.window.run(mistake, EVIL[1])
+    desk.window.run(
+        "const make = (tag, properties) =>"
+        " document.body.append(Object.assign(document.createElement(tag), properties));"
+        "make('img', {src: 'https://evil.example/x.png'});"
+        "make('iframe', {src: 'https://evil.example'});"
+        "make('style', {textContent: 'body { opacity: 0.5; }'});"
+    )
+    assert desk.window.run("return getComputedStyle(document.body).opacity") == "1"
+    assert desk.window.run("return document.title") == "qaflora"
+    assert any("Content Security Policy" in line for line in desk.window.log())
