@@ -16,8 +16,12 @@ from click.testing import CliRunner, Result
 from patience import PATIENCE_S
 
 from qaflora_edge import Engine
+from qaflora_edge.bundles.edit import rename_adapter
+from qaflora_edge.bundles.open import describe
 from qaflora_edge.cli import main
-from qaflora_edge.evaluation.results import read_results
+from qaflora_edge.errors import ResultsFileError
+from qaflora_edge.evaluation.best import best_strategy, evidence
+from qaflora_edge.evaluation.results import Results, read_results
 
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
@@ -285,3 +289,96 @@ def test_a_base_alone_is_evaluated(made: TinyBundle, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     (found,) = by_key(out).values()
     assert (found["strategy"], found["weights"]) == ("base", {})
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "best"),
+    [
+        ("number", {"static": [0, 0], "qa-flora": [0, 1], "norm": [1, 1]}, "norm"),
+        ("number", {"norm": [1, 0], "qa-flora": [0, 1], "static": [0, 0]}, "norm"),  # cheaper
+        ("number", {"qa-flora": [1, 1], "norm": [1, 1], "static": [1, 1]}, "static"),
+        ("number", {"static": [0, 1], "norm": [1, None]}, "static"),
+        ("loss", {"static": [2, 3], "norm": [1, 3], "qa-flora": [4, 0.5]}, "norm"),
+    ],
+)
+def test_the_best_strategy_by_hand(metric: str, scores: dict[str, list[Any]], best: str) -> None:
+    header = {
+        "base": {"sha256": "0"},
+        "adapters": [{"name": "math"}, {"name": "es"}],
+        "tasks": [{"name": "t", "metric": metric, "sha256": "0" * 64, "n_item": 2}],
+        "strategies": list(scores),
+        "options": {},
+        "version": "0",
+    }
+    records = [
+        {"task": "t", "item": i, "strategy": way, "score": score, "weights": {"math": 1, "es": 0}}
+        | {"probe_ms": {"qa-flora": 9.0, "norm": 2.0}.get(way, 0.0)}
+        for way, values in scores.items()
+        for i, score in enumerate(values)
+    ]
+    results = Results(header, tuple(records))
+    assert best_strategy(results) == best
+    found = evidence(results, best)
+    assert found["compared"] == list(scores)
+    (about,) = found["tasks"]
+    assert about["n_item"] == 2
+    assert about["score"][0] == sum(scores[best]) / 2
+    if best == "static":
+        assert about["over_static"] is None
+    else:
+        sign = -1 if metric == "loss" else 1
+        gain = sign * (sum(scores[best]) - sum(scores["static"])) / 2
+        assert about["over_static"][0] == pytest.approx(gain)
+
+
+def test_no_strategy_is_the_best_where_none_is_whole() -> None:
+    header = {
+        "base": {"sha256": "0"},
+        "adapters": [],
+        "tasks": [{"name": "t", "metric": "number", "sha256": "0", "n_item": 2}],
+        "strategies": ["base"],
+        "options": {},
+    }
+    record = {"task": "t", "item": 0, "strategy": "base", "score": None, "weights": {}}
+    with pytest.raises(ResultsFileError, match="No strategy can be saved: none has a score"):
+        best_strategy(Results(header, (record,)))
+
+
+def test_save_makes_the_best_strategy_the_default(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    text = task(
+        tmp_path / "text.jsonl",
+        *({"prompt": "There was", "continuation": f" a thing {i} in the ring"} for i in range(5)),
+        raw_prompt=True,
+    )
+    ways = "static,single:es,manual:es=0.1"
+    result = run(made, text, "--strategies", ways, "--save", "--lens", "raw", "--json", "-")
+    assert result.exit_code == 0, result.output
+    means: dict[str, list[float]] = {}
+    for each in json.loads(result.stdout)["results"]:
+        means.setdefault(each["strategy"], []).append(each["score"])
+    best = min(means, key=lambda way: sum(means[way]))
+    fusion = json.loads((made.folder / "bundle.json").read_text())["fusion"]
+    assert (fusion["strategy"], fusion["lens"], fusion["pool"]) == (best, "raw", "last")
+    assert fusion["evidence"]["strategy"] == best
+    assert fusion["evidence"]["compared"] == ways.split(",")
+    (about,) = fusion["evidence"]["tasks"]
+    assert (about["name"], about["n_item"]) == ("text", 5)
+    assert about["score"][0] == pytest.approx(np.mean(means[best]), abs=1e-6)
+    assert f"The strategy of {made.folder} is {best} from now on.\n" in result.stderr
+    with Engine(made.folder) as engine:
+        assert engine.strategy == best
+    assert "chosen     by qaflora eval on 20" in describe(made.folder)
+    rename_adapter(made.folder, "es", "spanish")
+    assert "evidence" not in json.loads((made.folder / "bundle.json").read_text())["fusion"]
+
+
+def test_what_cannot_be_saved_is_said_before_the_work(made: TinyBundle, tmp_path: Path) -> None:
+    path = sums(tmp_path / "sums.jsonl", 1)
+    result = run(made, path, "--save", "--adapters", "es")
+    assert result.exit_code == 2
+    assert "--save is for a bundle with all of its adapters" in result.stderr
+    words = ["eval", str(made.base.path), str(path), "--save", *map(str, F32)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "Error: Cannot " in result.stderr

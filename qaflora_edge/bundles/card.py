@@ -41,6 +41,11 @@ def bundle_card(text: BundleText, repo: str) -> str:
         f"`{base.sha256}`"
         + (f", from `{place}`." if (place := base.hub or base.registry) else "."),
         "",
+        *(
+            [f"Strategy {_line(text.fusion['strategy'])}, {_line(text.evidence)}.", ""]
+            if text.evidence
+            else []
+        ),
         f"Licence: {_line(text.license) or 'not stated'}. The base has its own.",
     ]
     return "\n".join(lines) + "\n"

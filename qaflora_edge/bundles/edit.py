@@ -155,6 +155,27 @@ def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
     return raw != text.raw
 
 
+def check_can_change(folder: Path_) -> None:
+    """Raise what a change of a bundle would raise, before work that ends with one."""
+    with editing(Path(folder)):
+        pass
+
+
+def set_default(
+    folder: Path_, strategy: str, *, lens: str, pool: str, evidence: Mapping[str, Any]
+) -> None:
+    """Make a strategy the one that an Engine takes by default, and say why.
+
+    evidence  `fusion.evidence` of bundle.json; it goes when the adapters change
+
+    Raises StrategyError or BundleError and leaves the bundle as it was when anything fails.
+    """
+    with editing(Path(folder)) as (text, raw):
+        parse_strategy(strategy, [adapter.name for adapter in text.adapters])
+        chosen = {"strategy": strategy, "lens": lens, "pool": pool, "evidence": dict(evidence)}
+        raw.setdefault("fusion", {}).update(chosen)
+
+
 def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) -> None:
     """Note where a bundle's base lies now, which must be the recorded file.
 
@@ -211,6 +232,8 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
         raw: dict[str, Any] = copy.deepcopy(dict(text.raw))
         try:
             yield text, raw
+            if raw["adapters"] != text.raw["adapters"]:  # it was of others
+                raw.get("fusion", {}).pop("evidence", None)
             if raw != text.raw:
                 write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
         finally:

@@ -235,6 +235,7 @@ def describe(folder: Path) -> str:
         f"pool {text.fusion['pool']}" + (", calibrated" if _is_calibrated(text) else ""),
         *([f"samples    of {', '.join(text.centroids)}"] if text.centroids else []),
         *(f"fitted     {fit_text(name, fit)}" for name, fit in text.fits.items()),
+        *([f"chosen     {text.evidence}"] if text.evidence else []),
         f"adapters   {len(text.adapters)}",
     ]
     for adapter in text.adapters:

@@ -96,6 +96,12 @@ def _span(ctx: click.Context, param: click.Parameter, value: str | None) -> rang
     is_flag=True,
     help="Run the code that the model writes, for tasks that test it: see docs/evaluate.md.",
 )
+@click.option(
+    "--save",
+    is_flag=True,
+    help="Make the strategy with the best mean over the tasks the bundle's default, and note the "
+    "evidence in bundle.json.",
+)
 @shared_options
 def eval(
     bundle: str,
@@ -110,6 +116,7 @@ def eval(
     half: str | None,
     layers: bool,
     allow_code: bool,
+    save: bool,
     options: SharedOptions,
 ) -> None:
     """Score tasks under several strategies.
@@ -126,6 +133,8 @@ def eval(
     check_can_estimate()
     if html is not None:
         check_has_folder(html)
+    if save:
+        _check_can_save(bundle, adapters)
     read = [read_task(path) for path in tasks]
     _check_names(read)
     _check_code(read, allow_code)
@@ -149,7 +158,39 @@ def eval(
             evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
             _run(evaluation)
     _show(file.results, json_path, html)
+    if save:
+        _save(bundle, file.results)
     click.get_current_context().exit(1 if evaluation.n_failed else 0)
+
+
+def _check_can_save(bundle: str, adapters: str | None) -> None:
+    from qaflora_edge.bundles.edit import check_can_change
+
+    if adapters is not None:
+        raise click.UsageError(
+            "--save is for a bundle with all of its adapters, and --adapters takes some; leave "
+            "one of the two out."
+        )
+    check_can_change(bundle_folder(bundle))
+
+
+def _save(bundle: str, results: Results) -> None:
+    from qaflora_edge.bundles.edit import set_default
+    from qaflora_edge.evaluation.best import best_strategy, evidence
+
+    folder, strategy, options = (
+        bundle_folder(bundle),
+        best_strategy(results),
+        results.header["options"],
+    )
+    set_default(
+        folder,
+        strategy,
+        lens=options["lens"],
+        pool=options["pool"],
+        evidence=evidence(results, strategy),
+    )
+    click.echo(f"The strategy of {folder} is {strategy} from now on.", err=True)
 
 
 def _check_names(tasks: Sequence[Task]) -> None:

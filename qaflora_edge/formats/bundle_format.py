@@ -98,6 +98,15 @@ class BundleText:
         """Name -> adapter -> weight."""
         return {name: record["weights"] for name, record in self.fits.items()}
 
+    @property
+    def evidence(self) -> str:
+        """Why the strategy is the default, in words; "" where nothing says so."""
+        found = self.raw.get("fusion", {}).get("evidence", {})
+        if not found.get("tasks"):
+            return ""
+        tasks = ", ".join(f"{task['name']} ({task['n_item']} items)" for task in found["tasks"])
+        return f"by qaflora eval on {found.get('date', 'an unknown day')}: {tasks}"
+
 
 def parse_bundle(data: bytes, where: str) -> BundleText:
     """Read bundle.json.
