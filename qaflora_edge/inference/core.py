@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
@@ -64,7 +64,7 @@ class Core:
         self.lifetime, self.n_ctx, self.n_parallel = lifetime, n_ctx, n_parallel
         self.adapters = tuple(adapters)
         keep, stop = lifetime.keep, Stop()
-        self.model = keep(Model(base.path, gpu_layers=gpu_layers, header=base))
+        self.model = keep(shared_model(base.path, gpu_layers=gpu_layers, header=base))
         self.pack = keep(Pack(self.model, [info.path for info in adapters.values()]))
         more: dict[str, Any] = {**options, "stop": stop}
         self.context = keep(Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **more))

@@ -16,6 +16,7 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, QafloraError
 from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE
 from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.server import memory
 from qaflora_edge.server.refusals import Refusal, unavailable
 from qaflora_edge.server.turns import Room, Turns
 from qaflora_edge.weighing.numbers import DEFAULT_LENS, DEFAULT_POOL, DEFAULT_STRATEGY
@@ -76,8 +77,8 @@ class Shelf:
             if bundle.name in self.bundles:
                 raise BundleError(
                     f"Cannot serve {place}: its name {bundle.name} is that of "
-                    f"{self.bundles[bundle.name].place} too, expected different names. Rename one "
-                    "with `qaflora bundle`, or copy it to a folder with another name."
+                    f"{self.bundles[bundle.name].place} too, expected different names. Change "
+                    "`name` in the bundle.json of one."
                 )
             self.bundles[bundle.name] = bundle
 
@@ -184,13 +185,36 @@ class Shelf:
         bundle.n_user += 1
         bundle.used_s = time.monotonic()
         try:
-            async with self._loading:
-                if bundle.engine is None:
-                    bundle.engine = await self._open(bundle)
+            if bundle.engine is None:
+                async with self._loading:
+                    await self._make_room(bundle)
+                    bundle.engine = bundle.engine or await self._open(bundle)
             yield bundle.engine
         finally:
             bundle.n_user -= 1
             bundle.used_s = time.monotonic()
+
+    async def _make_room(self, bundle: Shelved) -> None:
+        """Close the bundles that were not used for the longest while memory is short."""
+        if bundle.engine is not None:
+            return
+        while not await self._in_thread(self._has_room, bundle):
+            idle = [each for each in self.bundles.values() if each.engine and not each.n_user]
+            if not idle:
+                log.warning("memory is short for %s, and no other bundle is idle", bundle.name)
+                return
+            oldest = min(idle, key=lambda each: each.used_s)
+            engine, oldest.engine = oldest.engine, None
+            assert engine is not None
+            await self._in_thread(engine.close)
+            log.info("closed %s, to make room for %s", oldest.name, bundle.name)
+
+    def _has_room(self, bundle: Shelved) -> bool:
+        """Whether another bundle fits beside those that are open, whose bases stay mapped."""
+        opened = {memory.base_id(each.place) for each in self.bundles.values() if each.engine}
+        mapped = sum(size for _, size in opened)
+        room = memory.available_bytes() - mapped
+        return memory.needed_bytes(bundle.place, self._engine) <= room
 
     async def _open(self, bundle: Shelved) -> Engine:
         start = time.perf_counter()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from qaflora_edge.bundles.open import base_of
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.formats.kv_size import kv_bytes
 
 LARGEST, LEAST = 8192, 2048  # tokens
 _PART = 8  # of the memory that this machine has
-_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # of a value in the KV cache
 
 
 def context_size(folder: Path, kv_type: str) -> int:
@@ -23,22 +23,11 @@ def context_size(folder: Path, kv_type: str) -> int:
     if base_path is None:  # opening the bundle says so
         return LEAST
     header = read_gguf_header(base_path)
-    bytes_per_token = _BYTES[kv_type] * n_kv_value(header)
+    bytes_per_token = kv_bytes(header, kv_type)
     size = min(LARGEST, _n_ctx_train(header))
     while size > LEAST and size * bytes_per_token > memory_bytes() / _PART:
         size = max(LEAST, size // 2)
     return size
-
-
-def n_kv_value(header: GgufHeader) -> int:
-    """Values that the KV cache holds for a token, by the rows of the weights that make them."""
-    n = 0
-    for name, info in header.tensors.items():
-        if name.endswith((".attn_k.weight", ".attn_v.weight")):
-            n += info.shape[0]
-        elif name.endswith(".attn_qkv.weight"):
-            n += max(0, info.shape[0] - header.n_embd)
-    return n
 
 
 def _n_ctx_train(header: GgufHeader) -> int:

@@ -1,0 +1,197 @@
+"""Several bundles in one server: loaded when asked for, freed when memory is short."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import TinyBundle, make_bundle
+from serving import ENGINE, client_of, make_options
+from starlette.testclient import TestClient
+
+from qaflora_edge import Engine
+from qaflora_edge.backend import model as models
+from qaflora_edge.errors import BundleError
+from qaflora_edge.server import memory
+from qaflora_edge.server.app import make_app
+
+CHAT = "/v1/chat/completions"
+USER = [{"role": "user", "content": "the thing?"}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(scope="module")
+def places(made: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three bundles of that base, and one of another."""
+    place = tmp_path_factory.mktemp("others")
+    copies = [named(made.folder, place / name, name) for name in ("one", "two", "three")]
+    other = make_bundle(tmp_path_factory.mktemp("other"), seed=7)
+    return [*copies, named(other.folder, place / "other", "other")]
+
+
+def named(folder: Path, target: Path, name: str) -> Path:
+    shutil.copytree(folder, target)
+    path = target / "bundle.json"
+    text = json.loads(path.read_text())
+    text["base"]["file"] = str((folder / text["base"]["file"]).resolve())
+    path.write_text(json.dumps({**text, "name": name}))
+    return target
+
+
+def loaded(client: TestClient) -> list[str]:
+    data = client.get("/v1/models").json()["data"]
+    return [each["id"] for each in data if each["meta"]["loaded"] and ":" not in each["id"]]
+
+
+def ask(client: TestClient, model: str) -> str:
+    body = {"model": model, "messages": USER, "max_tokens": 5, "temperature": 0}
+    response = client.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def test_bundles_are_loaded_when_they_are_asked_for(places: list[Path]) -> None:
+    with client_of(*places) as client:
+        assert loaded(client) == ["one"]
+        answers = {name: ask(client, name) for name in ("other", "three")}
+        assert loaded(client) == ["one", "three", "other"]
+        body = {"messages": USER}
+        assert client.post(CHAT, json=body).status_code == 400  # which one?
+        assert client.post("/tokenize", json={"content": "a", "model": "two"}).status_code == 200
+        assert loaded(client) == ["one", "two", "three", "other"]
+    for name, place in (("other", places[3]), ("three", places[2])):
+        with Engine(place, **ENGINE) as engine:  # type: ignore[arg-type]
+            choices = engine.chat(USER, max_tokens=5)["choices"]
+            assert answers[name] == choices[0]["message"]["content"]
+
+
+def test_bundles_of_one_base_share_it(places: list[Path]) -> None:
+    with client_of(*places) as client:
+        for name in ("two", "three", "other"):
+            ask(client, name)
+        shelf = client.app.state.shelf  # type: ignore[attr-defined]
+        bases = [each.engine._model for each in shelf.bundles.values()]
+        assert bases[0] is bases[1] is bases[2]
+        assert bases[3] is not bases[0]
+        assert len(models._shared) == 2
+    assert models._shared == {}
+
+
+def test_a_base_stays_while_one_uses_it(made: TinyBundle) -> None:
+    first = Engine(made.folder, **ENGINE)  # type: ignore[arg-type]
+    second = Engine(made.folder, **ENGINE)  # type: ignore[arg-type]
+    expected = second.generate("the", max_tokens=5).text()
+    first.close()
+    first.close()
+    assert second.generate("the", max_tokens=5).text() == expected
+    second.close()
+    assert models._shared == {}
+
+
+@pytest.mark.parametrize("n_fit", [1, 2])
+def test_the_one_not_used_for_the_longest_makes_room(
+    places: list[Path],
+    n_fit: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As if each took one unit, and so many there were; the sizes themselves have a test below."""
+    monkeypatch.setattr(memory, "base_id", lambda place: (place, 1))
+    monkeypatch.setattr(memory, "needed_bytes", lambda *_: 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda: n_fit)
+    with client_of(*places) as client, caplog.at_level(logging.INFO):
+        assert loaded(client) == ["one"]
+        ask(client, "two")
+        assert loaded(client) == ["one", "two"][-n_fit:]
+        ask(client, "one")
+        ask(client, "three")
+        assert loaded(client) == ["one", "three"][-n_fit:]
+        ask(client, "two:base")
+        assert loaded(client) == [["two"], ["two", "three"]][n_fit - 1]
+    assert "to make room for two" in caplog.text
+
+
+def test_what_is_in_use_is_not_closed(
+    places: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    with client_of(*places) as client:
+        shelf = client.app.state.shelf  # type: ignore[attr-defined]
+        shelf.bundles["one"].n_user += 1
+        ask(client, "two")
+        assert loaded(client) == ["one", "two"]
+        shelf.bundles["one"].n_user -= 1
+        ask(client, "three")
+        assert loaded(client) == ["three"]
+    assert "memory is short for two, and no other bundle is idle" in caplog.text
+
+
+def test_needs_are_those_of_the_files(made: TinyBundle) -> None:
+    options: dict[str, Any] = {"n_ctx": 100, "n_parallel": 3, "kv_type": "f32"}
+    base = made.base
+    kv = 100 * 3 * 4 * base.n_layer * 2 * base.n_head_kv * base.n_head_dim
+    adapters = sum(path.stat().st_size for path in (made.folder / "adapters").iterdir())
+    whole = kv + adapters + base.path.stat().st_size
+    assert memory.needed_bytes(made.folder, options) == whole
+    assert memory.needed_bytes(base.path, options) == whole - adapters
+    with Engine(made.folder, n_ctx=64):
+        assert memory.needed_bytes(made.folder, options) == kv + adapters
+    assert memory.available_bytes() > 0
+    assert memory.base_id(made.folder) == (base.path.resolve(), base.path.stat().st_size)
+    assert memory.base_id(made.folder / "none") == (None, 0)
+
+
+def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
+    places: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = named(places[0], tmp_path / "broken", "broken")
+    with client_of(places[1], broken) as client:
+        (broken / "adapters" / "es.gguf").write_bytes(b"GGUF")
+        response = client.post(CHAT, json={"model": "broken", "messages": USER})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+        assert response.json()["error"]["message"] == (
+            "The model broken cannot be opened; the server's log says why."
+        )
+        assert str(broken) not in response.text
+        assert str(broken) in caplog.text
+        assert client.get("/health").json() == {"status": "error"}
+        assert ask(client, "two") == ask(client, "two:qa-flora")
+        shutil.copy(places[0] / "adapters" / "es.gguf", broken / "adapters" / "es.gguf")
+        assert ask(client, "broken") == ask(client, "two")
+        assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_bundle_that_is_deleted_goes_on_while_it_is_loaded(
+    places: list[Path], tmp_path: Path
+) -> None:
+    gone = named(places[0], tmp_path / "gone", "gone")
+    with client_of(gone, places[1]) as client:
+        shutil.rmtree(gone)
+        assert ask(client, "gone") == ask(client, "two")
+
+
+def test_names_are_different(places: list[Path]) -> None:
+    with pytest.raises(BundleError) as caught:
+        make_app([places[0], places[0]], make_options())
+    assert str(caught.value) == (
+        f"Cannot serve {places[0]}: its name one is that of {places[0]} too, expected different "
+        "names. Change `name` in the bundle.json of one."
+    )
+
+
+def test_a_base_alone_is_a_model(made: TinyBundle) -> None:
+    with client_of(made.base.path) as client:
+        names = [each["id"] for each in client.get("/v1/models").json()["data"]]
+        assert names == ["base", "base:base"]
+        found = client.post(CHAT, json={"messages": USER, "max_tokens": 1})
+        assert found.json()["fusion"]["weights"] == {}
+        assert "x-fusion" not in found.headers
