@@ -365,7 +365,7 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
     [turn] = found["turns"]
     assert (turn["question"], turn["answers"][0]["text"]) == (QUESTION, ANSWER)
     assert turn["answers"][0]["finish_reason"] == "stop"
-    assert len(turn["answers"][0]["fusion"]["layers"][0]) == N_LAYER
+    assert len(turn["answers"][0]["fusion"]["layers"]["math"]) == N_LAYER
 
 
 def test_a_server_that_is_busy_says_so(desk: Desk) -> None:

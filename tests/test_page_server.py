@@ -1,0 +1,101 @@
+"""The page on a real server with a tiny model: what it shows is what the Engine alone says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, browser, missing
+from bundles import make_bundle
+from desk import ESCAPE, Desk
+from scripted_server import Script
+from serving import ENGINE, listening
+
+from qaflora_edge import Engine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+
+QUESTION = "the thing?"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"), calibrate=True).folder
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def desk(window: Browser, folder: Path) -> Iterator[Desk]:
+    with listening(folder) as address:
+        made = Desk(window, Script(), f"{address}/")
+        made.open()
+        made.set("#max-tokens", "12")
+        made.set("#temperature", "0")
+        yield made
+        window.open("about:blank")
+
+
+def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, folder: Path) -> None:
+    with Engine(folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        for strategy in ("", "calibrated", "static"):
+            fusion = engine.weights(engine.chat_tokens(MESSAGES), strategy=strategy or None)
+            answer = engine.chat(MESSAGES, weights=strategy or None, max_tokens=12, temperature=0)
+            desk.set("#strategy", strategy)
+            desk.click("#new")
+            desk.ask(QUESTION)
+            kept = desk.window.run("return JSON.parse(sessionStorage.getItem('chat')).turns[0]")
+            [choice] = answer["choices"]
+            assert kept["answers"][0]["text"] == choice["message"]["content"]
+            assert kept["answers"][0]["state"] == choice["finish_reason"]
+            assert kept["answers"][0]["fusion"]["layers"] == {
+                name: pytest.approx(row.tolist(), abs=1e-6)
+                for name, row in zip(fusion.adapters, fusion.weights, strict=True)
+            }
+            desk.click("button.mix")
+            assert desk.window.run(
+                "return [...document.querySelectorAll('.cell')].map(e => e.ariaLabel)"
+            ) == [
+                f"{name}, layer {layer}: weight {weight:.3f}"
+                for name, row in zip(fusion.adapters, fusion.weights, strict=True)
+                for layer, weight in enumerate(row.tolist())
+            ]
+    assert desk.window.log() == []
+
+
+def test_every_strategy_on_the_list_answers(desk: Desk) -> None:
+    strategies = desk.window.run(
+        "return [...document.querySelectorAll('#strategy option')].map(e => e.value)"
+    )
+    assert {"", "qa-flora", "calibrated", "static", "base", "manual"} < {*strategies}
+    for strategy in strategies:
+        desk.set("#strategy", strategy)
+        desk.click("#new")
+        desk.ask(QUESTION)
+        assert desk.texts(".note.trouble") == [], strategy
+    desk.set("#strategy", "qa-flora")
+    desk.click("li:nth-child(1) input")
+    desk.click("#new")
+    desk.ask(QUESTION)
+    assert desk.texts(".note.trouble") == []
+    assert len(desk.texts(".mix bdi")) == 1
+
+
+def test_a_refusal_is_shown_and_stop_ends_the_work(desk: Desk) -> None:
+    desk.ask("word " * 2000)
+    assert "context" in desk.text(".note.trouble")
+    desk.set("#max-tokens", "400")
+    desk.click("#new")
+    desk.type(QUESTION)
+    desk.click("#send")
+    desk.window.until("return document.querySelector('[data-state=writing]')")
+    desk.window.press(ESCAPE)
+    desk.wait()
+    assert desk.text(".note") in ("Stopped.", "Cut at the longest answer; see the settings.")
