@@ -229,6 +229,23 @@ def test_html_asks_nobody(made: Path, tmp_path: Path) -> None:
     assert page.count("script") == page.count("style") == 1
 
 
+def test_choices_and_code_say_more(tmp_path: Path) -> None:
+    head = header([("pick", "choice", None, None), ("code", "code", None, None)], [], n_item=1)
+    records = [
+        record("pick", 0, "base", 1.0, score_sum=0.0, score_mean=1.0),
+        record("code", 0, "base", 0.0, failure="it ran out of time", isolated=["network"]),
+    ]
+    path, document = write(tmp_path / "a.jsonl", head, records), tmp_path / "a.md"
+    page = html(tmp_path, path)
+    assert "it ran out of time" in page.text
+    assert "code was kept fromnetwork" in page.text  # two cells of a table
+    assert report(path, "--markdown", document).exit_code == 0
+    found = tables(document.read_text(encoding="utf-8"))
+    assert ["code was kept from", "network"] in found[0]
+    [pick] = [rows for rows in found if "by sum" in rows[0]]
+    assert [pick[1][pick[0].index(name)] for name in ("by sum", "by mean")] == ["0.0", "100.0"]
+
+
 def test_equal_answers_stand_once(tmp_path: Path) -> None:
     head = header([("t", "exact", None, None)], ["math"], n_item=1)
     records = [

@@ -107,6 +107,30 @@ def test_a_probe_costs_what_it_does_where_none_came_before() -> None:
     assert math.isnan(line(one_cell(records[1:2]), "qa-flora").seconds)
 
 
+def test_strategies_stand_as_they_were_asked_for_and_equal_adapters_as_loaded() -> None:
+    """Files have them in the order that answers ended."""
+    records = scored("t", {name: [1.0, 0.0] for name in ("qa-flora", "single:es", "single:math")})
+    asked = ["qa-flora", "base", "single:math", "single:es"]
+    head = header([("t", "number", "es", "math")], ["math", "es"], asked)
+    [found] = summarise([("a", Results(head, tuple(records)))])
+    assert [each.strategy for each in found.cells[0].lines] == [
+        *("single:math", "single:es", "qa-flora"),
+    ]
+    assert found.cells[0].best_single == "single:math"
+
+
+def test_choices_have_a_score_by_sum_and_by_mean() -> None:
+    scores = [(1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)]
+    records = [
+        record("t", item, "static", score, score_mean=by_mean, score_sum=by_sum)
+        for item, (score, by_mean, by_sum) in enumerate(scores)
+    ]
+    assert line(one_cell(records, "choice"), "static").others == {"by sum": 50.0, "by mean": 50.0}
+    records[1]["score_sum"] = 1.0
+    assert line(one_cell(records, "choice"), "static").others["by sum"] == 75.0
+    assert line(one_cell(number_records("t")), "static").others == {}
+
+
 def test_a_strategy_without_a_score_has_no_number() -> None:
     records = [*number_records("t"), record("t", 0, "norm", None, error="no projections")]
     found = line(one_cell(records), "norm")

@@ -13,7 +13,7 @@ import numpy as np
 
 from qaflora_edge.cli.eval_item import item
 from qaflora_edge.cli.eval_matrix import SCORES, matrix
-from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items
+from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, number
 from qaflora_edge.cli.html_file import asset, html_file
 from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE
 from qaflora_edge.evaluation.patterns import mean_layers
@@ -146,15 +146,17 @@ def _cell(found: CellSummary) -> dict[str, Any]:
     over = (each for line in found.lines for each in (line.over_static, line.over_single))
     difference_axis = _axis(over, is_difference=True)
     is_marked = unit == POINTS
+    others = list(dict.fromkeys(name for line in found.lines for name in line.others))
     return {
         "name": cell.name,
         "kind": "loss, lower is better" if unit == NATS else cell.task["metric"],
         "n_item": items(found),
         "unit": unit,
+        "others": others,
         "best": found.best_single or "the best single adapter",
         "axis": axis,
         "difference_axis": difference_axis,
-        "rows": [_line(line, unit, axis, difference_axis) for line in found.lines],
+        "rows": [_line(line, unit, others, axis, difference_axis) for line in found.lines],
         **_maps(cell, [line.strategy for line in found.lines]),
         "is_marked": is_marked,
         "order": ", ".join(line.strategy for line in found.lines),
@@ -165,12 +167,15 @@ def _cell(found: CellSummary) -> dict[str, Any]:
     }
 
 
-def _line(line: Line, unit: str, axis: _Axis, difference_axis: _Axis) -> dict[str, Any]:
+def _line(
+    line: Line, unit: str, others: Sequence[str], axis: _Axis, difference_axis: _Axis
+) -> dict[str, Any]:
     return {
         "strategy": line.strategy,
         "score": _drawn(line.score, axis, unit, is_difference=False),
         "static": _drawn(line.over_static, difference_axis, unit),
         "single": _drawn(line.over_single, difference_axis, unit),
+        "others": [number(line.others.get(name, math.nan), unit) for name in others],
         "seconds": NONE if math.isnan(line.seconds) else f"{line.seconds:.2f}",
         "prefills": NONE if math.isnan(line.prefills) else f"{line.prefills:.1f}",
         "found": NONE if line.found is None else f"{line.found:.2f}",

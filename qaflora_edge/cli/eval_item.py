@@ -46,7 +46,12 @@ def _answers(cell: Cell, given: Mapping[str, Row]) -> list[dict[str, Any]]:
     for strategy, row in given.items():
         answer = row.get("error") or row.get("answer")
         groups.setdefault(answer, []).append(
-            {"strategy": strategy, "weights": _weights(row["weights"]), **_score(cell, row)}
+            {
+                "strategy": strategy,
+                "weights": _weights(row["weights"]),
+                "failure": row.get("failure") or "",
+                **_score(cell, row),
+            }
         )
     return [{"text": answer, "rows": rows} for answer, rows in groups.items()]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qaflora_edge.cli.eval_matrix import SCORES, matrix
-from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, plain
+from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, number, plain
 from qaflora_edge.cli.show import BLOCKS
 from qaflora_edge.evaluation.cells import BASE, NATS, POINTS, SINGLE, STATIC
 from qaflora_edge.evaluation.patterns import ROLES, coherence, profiles, thirds
@@ -180,18 +180,20 @@ def _cell(found: CellSummary) -> list[str]:
     unit = found.cell.unit
     kind = "loss" if unit == NATS else found.cell.task["metric"]
     best = f"over {found.best_single}" if found.best_single else "over the best single adapter"
-    head = ("", f"score, {unit}", "over static", best, "seconds", "found", "cut", "failed")
-    rows = [_line(line, unit) for line in found.lines]
+    others = list(dict.fromkeys(name for line in found.lines for name in line.others))
+    head = ("", f"score, {unit}", "over static", best, *others, "seconds", "found", "cut", "failed")
+    rows = [_line(line, unit, others) for line in found.lines]
     name = f"{_text(plain(found.cell.name))} ({kind}, {items(found)} items)"
     return [f"**{name}**", "", *_table(head, rows), ""]
 
 
-def _line(line: Line, unit: str) -> tuple[str, ...]:
+def _line(line: Line, unit: str, others: Sequence[str]) -> tuple[str, ...]:
     return (
         line.strategy,
         estimate(line.score, unit),
         estimate(line.over_static, unit, is_difference=True),
         estimate(line.over_single, unit, is_difference=True),
+        *(number(line.others.get(name, math.nan), unit) for name in others),
         _median([line.seconds], 2),
         _share([line.found]),
         str(line.n_cut),

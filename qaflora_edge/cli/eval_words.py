@@ -99,7 +99,18 @@ def facts(section: Section) -> list[tuple[str, str]]:
         "version": (head["version"] for head in heads),
         "machine": (head["machine"] for head in heads),
     }
-    return [(name, "\n".join(dict.fromkeys(map(str, values)))) for name, values in found.items()]
+    shown = [(name, "\n".join(dict.fromkeys(map(str, values)))) for name, values in found.items()]
+    isolated = [
+        ", ".join(map(str, row["isolated"])) or "nothing"
+        for cell in section.cells
+        for rows in cell.rows.values()
+        for row in rows.values()
+        if isinstance(row.get("isolated"), list)
+    ]
+    return [
+        *shown,
+        *([("code was kept from", "\n".join(dict.fromkeys(isolated)))] if isolated else []),
+    ]
 
 
 def _adapters(head: Mapping[str, Any]) -> str:

@@ -60,8 +60,8 @@ class Cell:
 
     @property
     def singles(self) -> list[str]:
-        """The strategies that are one adapter alone."""
-        return [strategy for strategy in self.rows if strategy.startswith(SINGLE)]
+        """The strategies that are one adapter alone, in the order of the adapters."""
+        return [name for each in self.adapters if (name := f"{SINGLE}{each}") in self.rows]
 
     def scores(self, strategy: str) -> F64:
         """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
@@ -108,8 +108,9 @@ class Section:
 
     @property
     def strategies(self) -> list[str]:
-        """Every strategy of every cell, in the order met; the base and single adapters first."""
-        every = dict.fromkeys(name for cell in self.cells for name in cell.rows)
+        """Every strategy, in the order asked for; the base and single adapters first."""
+        every = dict.fromkeys(name for head in self.headers for name in head["strategies"])
+        every |= dict.fromkeys(name for cell in self.cells for name in cell.rows)
         return sorted(every, key=lambda name: not (name == BASE or name.startswith(SINGLE)))
 
 

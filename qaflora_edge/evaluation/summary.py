@@ -37,6 +37,7 @@ class Line:
     probe_ms     median over the items where no other strategy had probed before
     prefill_ms   median of an item
     found        see `found_share`
+    others       score by sum and by mean of log-probabilities, where choices were scored
     n_cut        answers that max_tokens cut; n_failed items that have no score
     """
 
@@ -48,6 +49,7 @@ class Line:
     probe_ms: float
     prefill_ms: float
     found: float | None
+    others: Mapping[str, float]
     n_cut: int
     n_failed: int
 
@@ -146,6 +148,7 @@ def _line(cell: Cell, strategy: str, best: str | None) -> Line:
         probe_ms=probe_ms,
         prefill_ms=math.nan if cell.is_likelihood else _median(rows, "prefill_ms"),
         found=found_share(cell, strategy),
+        others=_others(cell, rows),
         n_cut=sum(row.get("finish_reason") == "length" for row in rows),
         n_failed=sum(row["score"] is None for row in rows),
     )
@@ -156,6 +159,16 @@ def _score(cell: Cell, strategy: str) -> Estimate:
     if len(scores) == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     return mean(scores).times(cell.factor)
+
+
+def _others(cell: Cell, rows: Sequence[Row]) -> dict[str, float]:
+    """Name -> mean, in the cell's unit, of the scores by another rule that all rows have."""
+    known = [row for row in rows if row["score"] is not None]
+    return {
+        name: cell.factor * float(np.mean([row[key] for row in known]))
+        for name, key in (("by sum", "score_sum"), ("by mean", "score_mean"))
+        if known and all(isinstance(row.get(key), int | float) for row in known)
+    }
 
 
 def _difference(cells: Sequence[Cell], strategy: str, over: str | None) -> Estimate | None:
