@@ -1,11 +1,14 @@
 """Write the nine composite tasks of docs/evaluation.md, and three of text, for `qaflora eval`.
 
-    python benchmarks/nine_cells.py DATA OUT
+    python benchmarks/nine_cells.py DATA OUT [--answers]
 
 DATA holds `math_L.jsonl` (MGSM: question, answer), `code_L.jsonl` (HumanEval-XL: prompt,
 entry_point, test), `medical_L.jsonl` (question, choices, answer) for L in es, ru, zh, and
 `medical_sentences.jsonl` (a sentence in each language). OUT gets a file for each task. A question
 is asked in its own language. The same data give the same bytes.
+
+With --answers items also have what should be answered (`continuation`), for `qaflora fit` and
+lora_flow.py: of maths the last line, for MGSM has no steps, of code the canonical solution.
 """
 
 import argparse
@@ -20,6 +23,7 @@ MATH = {
     "ru": "Рассуждай шаг за шагом. В последней строке напиши только «Ответ:» и число.",
     "zh": "请一步一步推理。最后一行只写“答案：”和数字。",
 }
+ANSWER = {"es": "Respuesta: {}", "ru": "Ответ: {}", "zh": "答案：{}"}
 CODE = {
     "es": "Completa la función. Responde solo con el código de Python.",
     "ru": "Допиши функцию. В ответе напиши только код на Python.",
@@ -38,16 +42,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--answers", action="store_true", help="with what should be answered")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, header, items in tasks(args.data):
+    for name, header, items in tasks(args.data, has_answers=args.answers):
         lines = [{"task": {"name": name, **header}}, *items]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{name}: {len(items)} items")
 
 
-def tasks(data: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+def tasks(
+    data: Path, *, has_answers: bool = False
+) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
     """Name, header and items of each task."""
     found = []
     for language in LANGUAGES:
@@ -58,6 +65,9 @@ def tasks(data: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
             **about(language, "math"),
         }
         items = picked(data / f"math_{language}.jsonl", ("question", "answer"))
+        if has_answers:
+            last = ANSWER[language]
+            items = [{**item, "continuation": last.format(item["answer"])} for item in items]
         found.append((f"math_{language}", math, items))
     for language in LANGUAGES:
         code = {
@@ -67,7 +77,14 @@ def tasks(data: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
             **about(language, "code"),
         }
         keys = ("task_id", "prompt", "entry_point", "test")
-        found.append((f"code_{language}", code, picked(data / f"code_{language}.jsonl", keys)))
+        items = picked(data / f"code_{language}.jsonl", keys)
+        if has_answers:
+            solved = read(data / f"code_{language}.jsonl")
+            items = [
+                {**item, "continuation": solution(each)}
+                for item, each in zip(items, solved, strict=True)
+            ]
+        found.append((f"code_{language}", code, items))
     for language in LANGUAGES:
         medical = {
             "metric": "choice",
@@ -91,6 +108,11 @@ def tasks(data: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
 def about(language: str, domain: str) -> dict[str, str]:
     """The names of the two adapters that should know a task."""
     return {"language": language, "domain": domain}
+
+
+def solution(item: Mapping[str, Any]) -> str:
+    """The block of code that solves an item of HumanEval-XL."""
+    return f"```python\n{item['prompt']}{item['canonical_solution'].rstrip()}\n```"
 
 
 def halves(sentence: str, language: str) -> dict[str, str]:

@@ -16,7 +16,13 @@ def test_tasks_of_the_nine_cells(tmp_path: Path, checkout: Path) -> None:
     head = 'def add(a, b):\n    """Sum {both}."""\n'
     made = {
         "math": {"question": "2 + 3?", "answer": "5", "equation": "x"},
-        "code": {"prompt": head, "entry_point": "add", "test": "assert add", "task_id": "p/0"},
+        "code": {
+            "prompt": head,
+            "entry_point": "add",
+            "test": "assert add",
+            "task_id": "p/0",
+            "canonical_solution": "    return a + b\n\n",
+        },
         "medical": {"question": "Which?", "choices": ["one", "two"], "answer": 1},
     }
     for name, item in made.items():
@@ -49,3 +55,13 @@ def test_tasks_of_the_nine_cells(tmp_path: Path, checkout: Path) -> None:
         {"prompt": "раз", "continuation": " два три"},
         {"prompt": "一二", "continuation": "三四五"},
     ]
+    command = [sys.executable, str(script), str(data), str(tmp_path / "answers"), "--answers"]
+    subprocess.run(command, check=True, capture_output=True)
+    answered = {path.stem: read_task(path) for path in (tmp_path / "answers").iterdir()}
+    for name, task in answered.items():
+        item, asked = task.items[0], tasks[name].items[0]
+        assert task.question(item) == tasks[name].question(asked)
+        assert item.fields.items() >= asked.fields.items()
+    assert answered["math_ru"].items[0].fields["continuation"] == "Ответ: 5"
+    written = answered["code_es"].items[0].fields["continuation"]
+    assert written == f"```python\n{head}    return a + b\n```"
