@@ -14,7 +14,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table eval-report clean FORCE
+.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 demo: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
@@ -82,6 +82,16 @@ convert-table: $(DONE)/package $(DONE)/test-tools
 RESULTS = $(sort $(wildcard benchmarks/results/*.jsonl benchmarks/results/*.jsonl.gz))
 eval-report: $(DONE)/package $(DONE)/eval
 	$(BIN)/qaflora report $(RESULTS) --markdown docs/evaluation.md --prose benchmarks/evaluation.md
+
+# Every path of `qaflora eval` on ten items: each metric, going on, the page, the best strategy.
+SMOKE := $(BUILD)/smoke
+SMOKE_EVAL := $(BIN)/qaflora eval $(SMOKE)/bundle benchmarks/smoke/*.jsonl --allow-code --layers -o $(SMOKE)/results.jsonl
+eval-smoke: $(DONE)/package $(DONE)/eval
+	$(BIN)/qaflora pull smollm2-135m-instruct
+	rm -rf $(SMOKE) && mkdir -p $(SMOKE) && cp -r models/demo $(SMOKE)/bundle
+	$(SMOKE_EVAL) --limit 1
+	$(SMOKE_EVAL) --json $(SMOKE)/results.json --html $(SMOKE)/results.html --save
+	$(BIN)/qaflora bundle show $(SMOKE)/bundle
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:

@@ -174,3 +174,10 @@ def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_task(path)
     with pytest.raises(TaskFileError, match=r"Cannot read the task .*: No such file"):
         read_task(tmp_path / "none.jsonl")
+
+
+def test_tasks_of_the_smoke_test_have_every_metric(checkout: Path) -> None:
+    """`make eval-smoke` asks them."""
+    found = [read_task(path) for path in sorted((checkout / "benchmarks/smoke").glob("*.jsonl"))]
+    assert {task.metric for task in found} == set(tasks.NEEDS)
+    assert sum(len(task.items) for task in found) == 10

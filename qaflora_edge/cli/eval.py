@@ -53,7 +53,9 @@ def _span(ctx: click.Context, param: click.Parameter, value: str | None) -> rang
     )
 )
 @click.argument("bundle", **BUNDLE)
-@click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
+@click.argument(
+    "tasks", nargs=-1, required=True, metavar="TASK...", type=click.Path(path_type=Path)
+)
 @click.option(
     "--strategies",
     "ways",
@@ -105,7 +107,7 @@ def _span(ctx: click.Context, param: click.Parameter, value: str | None) -> rang
 @shared_options
 def eval(
     bundle: str,
-    tasks: tuple[str, ...],
+    tasks: tuple[Path, ...],
     ways: tuple[str, ...],
     out: Path | None,
     json_path: str | None,

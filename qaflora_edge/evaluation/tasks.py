@@ -20,13 +20,20 @@ from typing import Any
 
 from qaflora_edge.errors import TaskFileError
 from qaflora_edge.evaluation.last_number import as_number
+from qaflora_edge.evaluation.task_checks import (
+    ADVICE,
+    CHECKS,
+    check_asked,
+    check_template,
+    filled,
+    wrong,
+)
 from qaflora_edge.files import open_input
 from qaflora_edge.formats.json_text import is_unicode, read_json_object
 from qaflora_edge.formats.schema import WrongField, check_schema, shortened, shown
 
 MAX_TASK_BYTES = 64 << 20
 MAX_ITEMS = 100_000
-CHOICES_MAX = len(string.ascii_uppercase)
 ASKED = ("question", "prompt", "messages")
 # What an item must have for each metric.
 NEEDS = {
@@ -86,7 +93,7 @@ class Task:
             return str(fields["messages"][-1]["content"])
         if self.template is None:
             return str(fields.get("question", fields.get("prompt")))
-        return _filled(self.template, {**_texts(fields), "choices": _listed(fields)})
+        return filled(self.template, {**_texts(fields), "choices": _listed(fields)})
 
     def messages(self, item: Item) -> list[Any]:
         """What an item asks, as a conversation."""
@@ -99,7 +106,7 @@ class Task:
     def choices(self, item: Item) -> list[str]:
         """What is scored of each choice."""
         pairs = zip(string.ascii_uppercase, item.fields["choices"], strict=False)
-        return [_filled(self.choice_template, {"letter": a, "choice": b}) for a, b in pairs]
+        return [filled(self.choice_template, {"letter": a, "choice": b}) for a, b in pairs]
 
     def expected(self, item: Item) -> Any:
         """What is right: for a choice its text, for code the name of what is tested."""
@@ -123,14 +130,14 @@ def read_task(path: str | Path) -> Task:
         where = f"{path}, line {number}"
         if "task" in found:
             if items or header:
-                raise _wrong(where, "it has a field task", "it in the first line only")
+                raise wrong(where, "it has a field task", "it in the first line only")
             header = _header(found, where)
             continue
         if len(items) == MAX_ITEMS:
-            raise _wrong(where, f"it is item {MAX_ITEMS + 1}", f"at most {MAX_ITEMS} items")
+            raise wrong(where, f"it is item {MAX_ITEMS + 1}", f"at most {MAX_ITEMS} items")
         items.append(Item(len(items), found, where))
     if not items:
-        raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
+        raise wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
     metric = header.pop("metric", None) or _metric_of(items)
     name = header.pop("name", None) or _name_of(Path(path))
     stop = header.pop("stop", None)
@@ -143,7 +150,7 @@ def read_task(path: str | Path) -> Task:
         **header,
     )
     known = ("letter", "choice")
-    _check_template(task.choice_template, known, f"{path}, line 1", "choice_template")
+    check_template(task.choice_template, known, f"{path}, line 1", "choice_template")
     for item in items:
         _check_item(task, item)
     return task
@@ -159,7 +166,7 @@ def _read(path: str | Path) -> bytes:
             "as docs/evaluate.md says."
         ) from error
     if len(data) > MAX_TASK_BYTES:
-        raise _wrong(str(path), "it is longer", f"at most {MAX_TASK_BYTES >> 20} MiB")
+        raise wrong(str(path), "it is longer", f"at most {MAX_TASK_BYTES >> 20} MiB")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -172,24 +179,24 @@ def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             found = read_json_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            raise _wrong(where, f"it is no JSON object ({error})", "one") from error
+            raise wrong(where, f"it is no JSON object ({error})", "one") from error
         if b"\\u" in line and not is_unicode(json.dumps(found, ensure_ascii=False)):
-            raise _wrong(where, "it has half of a surrogate pair", "Unicode text")
+            raise wrong(where, "it has half of a surrogate pair", "Unicode text")
         yield number, found
 
 
 def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     if len(found) > 1 or not isinstance(found["task"], dict):
-        raise _wrong(where, f"it is {shown(found)}", 'nothing but {"task": {...}}')
+        raise wrong(where, f"it is {shown(found)}", 'nothing but {"task": {...}}')
     header: dict[str, Any] = dict(found["task"])
     known = {*("name", "metric", "stop"), *Task.__dataclass_fields__} - {"items", "sha256"}
     for key in header:
         if key not in known:
-            raise _wrong(where, f"it has a field task.{shortened(key)}", ", ".join(sorted(known)))
+            raise wrong(where, f"it has a field task.{shortened(key)}", ", ".join(sorted(known)))
     try:
         check_schema(header, "task")
     except WrongField as error:
-        raise TaskFileError(f"Cannot use the task {where}: {error}. {_ADVICE}") from error
+        raise TaskFileError(f"Cannot use the task {where}: {error}. {ADVICE}") from error
     return header
 
 
@@ -214,94 +221,15 @@ def _check_item(task: Task, item: Item) -> None:
     asked = [key for key in ASKED if key in fields]
     if ("messages" in asked and len(asked) > 1) or not asked:
         what = " and ".join(asked) or "none of question, prompt and messages"
-        raise _wrong(where, f"it has {what}", "question, prompt or messages")
+        raise wrong(where, f"it has {what}", "question, prompt or messages")
     for key in asked:
-        _check_asked(key, fields[key], task, where)
+        check_asked(key, fields[key], where, raw_prompt=task.raw_prompt)
     if task.template is not None and "messages" not in fields:
         known = [*_texts(fields), *(["choices"] if "choices" in fields else [])]
-        _check_template(task.template, known, where, "the template")
+        check_template(task.template, known, where, "the template")
         if not task.question(item).strip():
-            raise _wrong(where, "the template gives no text", "some")
-    _CHECKS[task.metric](fields, where)
-
-
-def _check_asked(key: str, value: Any, task: Task, where: str) -> None:
-    if key != "messages":
-        _check_text(fields={key: value}, key=key, where=where)
-        return
-    is_list = isinstance(value, list) and value
-    if not is_list or not all(
-        isinstance(each, dict)
-        and isinstance(each.get("role"), str)
-        and isinstance(each.get("content"), str)
-        for each in value
-    ):
-        expected = 'a list of objects with role and content, as [{"role": "user", ...}]'
-        raise _wrong(where, f"messages is {shown(value)}", expected)
-    if task.raw_prompt:
-        raise _wrong(where, "it has messages", "none where the task says raw_prompt")
-
-
-def _check_text(fields: Mapping[str, Any], key: str, where: str) -> None:
-    value = fields.get(key)
-    if not isinstance(value, str) or not value.strip():
-        found = "missing" if key not in fields else shown(value)
-        raise _wrong(where, f"{key} is {found}", "a text that is not blank")
-
-
-def _check_answer(fields: Mapping[str, Any], where: str) -> None:
-    value = fields.get("answer")
-    several = value if isinstance(value, list) else [value]
-    if not several or not all(
-        isinstance(each, str | int | float) and not isinstance(each, bool) and str(each).strip()
-        for each in several
-    ):
-        found = "missing" if "answer" not in fields else shown(value)
-        raise _wrong(where, f"answer is {found}", "a text or number, or a list of them")
-
-
-def _check_number(fields: Mapping[str, Any], where: str) -> None:
-    value = fields.get("answer")
-    several = value if isinstance(value, list) else [value]
-    if not several or not all(as_number(each) is not None for each in several):
-        found = "missing" if "answer" not in fields else shown(value)
-        raise _wrong(where, f"answer is {found}", "a number, or a list of them")
-
-
-def _check_choice(fields: Mapping[str, Any], where: str) -> None:
-    choices, answer = fields.get("choices"), fields.get("answer")
-    if not (
-        isinstance(choices, list)
-        and 2 <= len(choices) <= CHOICES_MAX
-        and all(isinstance(each, str) and each.strip() for each in choices)
-    ):
-        found = "missing" if "choices" not in fields else shown(choices)
-        raise _wrong(where, f"choices is {found}", f"a list of 2 to {CHOICES_MAX} texts")
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        found = "missing" if "answer" not in fields else shown(answer)
-        expected = f"the number of a choice, 0 to {len(choices) - 1}"
-        raise _wrong(where, f"answer is {found}", expected)
-
-
-def _check_code(fields: Mapping[str, Any], where: str) -> None:
-    _check_text(fields, "test", where)
-    if "entry_point" in fields and not str(fields["entry_point"]).isidentifier():
-        found = shown(fields["entry_point"])
-        raise _wrong(where, f"entry_point is {found}", "the name of a function")
-
-
-def _check_loss(fields: Mapping[str, Any], where: str) -> None:
-    _check_text(fields, "continuation", where)
-
-
-_CHECKS = {
-    "number": _check_number,
-    "exact": _check_answer,
-    "contains": _check_answer,
-    "choice": _check_choice,
-    "code": _check_code,
-    "loss": _check_loss,
-}
+            raise wrong(where, "the template gives no text", "some")
+    CHECKS[task.metric](fields, where)
 
 
 def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -317,29 +245,3 @@ def _listed(fields: Mapping[str, Any]) -> str:
     """The choices as lines with letters, or ""."""
     pairs = zip(string.ascii_uppercase, fields.get("choices", ()), strict=False)
     return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
-
-
-def _check_template(template: str, known: Sequence[str], where: str, what: str) -> None:
-    """Raise TaskFileError where a template is none, or names a field that there is not."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        expected = "names in braces, and {{ and }} for braces"
-        raise _wrong(where, f"{what} cannot be read ({error})", expected) from error
-    for _, name, form, conversion in parts:
-        if name is not None and (name not in known or form or conversion):
-            names = shortened(", ".join(known))
-            raise _wrong(where, f"{what} names {shown(name)}", f"one of the fields {names}")
-
-
-def _filled(template: str, values: Mapping[str, str]) -> str:
-    """A template with its names replaced; nothing else of Python's format language is in it."""
-    parts = string.Formatter().parse(template)
-    return "".join(text + ("" if name is None else values[name]) for text, name, _, _ in parts)
-
-
-_ADVICE = "Correct the file; docs/evaluate.md says what it may have."
-
-
-def _wrong(where: str, found: str, expected: str) -> TaskFileError:
-    return TaskFileError(f"Cannot use the task {where}: {found}, expected {expected}. {_ADVICE}")
