@@ -22,6 +22,7 @@ from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens, token_ids
 from qaflora_edge.inference.score import Item
+from qaflora_edge.system_prompt import SystemPrompt, begin_with
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.calibrated import measure_typical
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -89,6 +90,12 @@ class EngineBase:
             )
             # llama.cpp opened the files by name, after they were checked.
             check_unchanged(opened.states)
+            self.system = opened.system
+            self._system_prompt = (
+                SystemPrompt(self._core, self.system, opened.hashes, {**options, **others})
+                if self.system
+                else None
+            )
         except BaseException:
             self._lifetime.close()
             raise
@@ -235,10 +242,27 @@ class EngineBase:
     def chat_tokens(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
-        """Token ids of a conversation under the base's chat template."""
+        """Token ids of a conversation under the base's chat template.
+
+        The bundle's system prompt comes first where the messages have none.
+        """
         with self._lifetime.call():
+            messages = begin_with(self.system, messages)
             tokens = chat_tokens(self._model, messages, tools=tools)
             return checked_tokens(self._model, tokens, self.n_ctx)
+
+    def keep_system(self, *, if_read: bool = False) -> None:
+        """Let Engines to come begin where the bundle's system prompt was probed.
+
+        What was read of it is put into a file of the cache.
+
+        if_read  only where something was probed, and only if the cache can be written to
+
+        Raises OutputFileError.
+        """
+        with self._lifetime.call():
+            if self._system_prompt is not None:
+                (self._system_prompt.keep_if_read if if_read else self._system_prompt.keep)()
 
     # weights
 

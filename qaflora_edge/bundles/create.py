@@ -14,6 +14,7 @@ from qaflora_edge.bundles.write import (
     Progress,
     adapter_record,
     check_names,
+    keep_system,
     measure_typical,
     prompts_record,
     put_adapter,
@@ -40,6 +41,7 @@ def create_bundle(
     name: str | None = None,
     description: str = "",
     license: str = "",
+    system: str = "",
     outtype: str = "f16",
     strategy: str = fuse.DEFAULT_STRATEGY,
     lens: str = fuse.DEFAULT_LENS,
@@ -55,6 +57,8 @@ def create_bundle(
     adapters   name -> a PEFT folder, which is converted, an adapter GGUF, which is copied, or a
                Hub reference to one of them, which is recorded with its commit
     outtype    of converted adapters: f32, f16, bf16 or q8_0
+    system     what conversations begin with that have no system message; what the probe reads of it
+               is kept in this machine's cache
     strategy, lens, pool  what an Engine takes by default
     notes      adapter name -> source, license, description
     calibrate  measure typical divergences (needs the native library)
@@ -101,11 +105,16 @@ def create_bundle(
             "name": name or readable(folder.resolve().name),
             "description": description,
             "license": license,
+            **({"system": system} if system else {}),
             "base": base_record,
             "adapters": records,
             "fusion": fusion,
         }
         write_bundle_json(temporary, text, str(folder / BUNDLE_FILE))
+        if system:
+            tell("system", 0, 1)
+            keep_system(temporary)
+            tell("system", 1, 1)
     return folder
 
 

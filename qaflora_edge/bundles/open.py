@@ -56,6 +56,8 @@ class Opened:
     fusion_defaults  strategy, lens and pool
     centroids        adapter -> float32 [n_embd], mean embedding of its sample texts
     fitted           name -> adapter -> weight, what was fitted to examples
+    system           what conversations begin with, or empty
+    hashes           SHA-256 of the base and of each adapter, where a bundle records them
     """
 
     header: GgufHeader = field(repr=False)
@@ -65,6 +67,8 @@ class Opened:
     fusion_defaults: Mapping[str, str] = field(default_factory=dict)
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
     fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    system: str = field(default="", repr=False)
+    hashes: tuple[str, ...] = ()
 
     @property
     def base_path(self) -> Path:
@@ -236,6 +240,7 @@ def describe(folder: Path) -> str:
         *([f"samples    of {', '.join(text.centroids)}"] if text.centroids else []),
         *(f"fitted     {fit_text(name, fit)}" for name, fit in text.fits.items()),
         *([f"chosen     {text.evidence}"] if text.evidence else []),
+        *([f"system     {text.system}"] if text.system else []),
         f"adapters   {len(text.adapters)}",
     ]
     for adapter in text.adapters:
@@ -309,6 +314,8 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
         fusion_defaults=text.fusion,
         centroids=text.centroids,
         fitted=text.fitted,
+        system=text.system,
+        hashes=(base.sha256, *(adapter.sha256 for adapter in text.adapters)),
         description_dict=text.raw,
         states=states,
     )

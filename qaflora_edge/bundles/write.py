@@ -175,6 +175,18 @@ def measure_typical(
     }
 
 
+def keep_system(folder: Path) -> None:
+    """Probe a bundle's system prompt for the Engines to come.
+
+    Raises ChatTemplateError or PromptError where it cannot begin a conversation.
+    """
+    from qaflora_edge.engine import Engine
+
+    with Engine(folder) as engine:
+        engine.chat_tokens([{"role": "user", "content": "?"}])
+        engine.keep_system()
+
+
 def write_bundle_json(folder: Path, text: Mapping[str, Any], where: str) -> None:
     """Replace a bundle's description, whole or not at all.
 

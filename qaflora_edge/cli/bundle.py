@@ -12,8 +12,16 @@ from typing import Any
 import click
 
 from qaflora_edge.cli.base_choice import choose_base
-from qaflora_edge.cli.options import BUNDLE, bundle_folder, click_option, completed_by, example
+from qaflora_edge.cli.options import (
+    BUNDLE,
+    bundle_folder,
+    check_prompt,
+    click_option,
+    completed_by,
+    example,
+)
 from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN, SHARED
 
 NOTES = {
@@ -105,6 +113,13 @@ _calibrate = click.option(
 @click.option("--name", help="The bundle's name.  [default: the folder's]")
 @click.option("--description", default="", help="What the bundle is for.")
 @click.option("--license", default="", help="The licence of the bundle.")
+@click.option(
+    "--system",
+    "system_path",
+    metavar="FILE",
+    help="Begin conversations that have no system message with the text in FILE. It is probed "
+    "once: what was read of it is kept in this machine's cache.",
+)
 @_outtype
 @_by_default("strategy", "qa-flora", "Used by default.")
 @_by_default("lens", "norm", "How a layer's state is read by default.")
@@ -116,6 +131,7 @@ def create(
     base: str | None,
     adapters: list[tuple[str, str]],
     note: dict[str, Any],
+    system_path: str | None,
     **options: Any,
 ) -> None:
     """Make a bundle from a base and adapters.
@@ -129,6 +145,8 @@ def create(
     for key, pairs in note.items():
         for adapter, text in pairs:
             notes.setdefault(adapter, {})[key] = text
+    if system_path is not None:
+        options["system"] = check_prompt(read_text(system_path).strip())
     base = choose_base(base, [path for _, path in adapters])
     with progress_bars() as progress:
         create_bundle(folder, base, adapters, notes=notes, progress=progress, **options)

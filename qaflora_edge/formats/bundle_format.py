@@ -79,6 +79,7 @@ class BundleText:
     typical  adapter -> lens -> typical divergence of each layer, n_layer numbers > 0
     centroids  adapter -> float32 [n_embd], mean embedding of its sample texts
     fits     name -> what was fitted to examples: weights, and on what evidence
+    system   what conversations begin with, or empty
     raw      the whole object, unknown keys included
     """
 
@@ -91,6 +92,7 @@ class BundleText:
     typical: Mapping[str, Mapping[str, list[float]]]
     centroids: Mapping[str, F32]
     fits: Mapping[str, Mapping[str, Any]]
+    system: str
     raw: Mapping[str, Any]
 
     @property
@@ -170,6 +172,7 @@ def _bundle_text(raw: Mapping[str, Any]) -> BundleText:
         typical=typical,
         centroids=_centroids(fusion.get("samples", {}), names, base.n_embd),
         fits=_fits(fusion.get("fitted", {}), names),
+        system=raw.get("system", ""),
         raw=raw,
     )
 

@@ -220,6 +220,7 @@ class Shelf:
         start = time.perf_counter()
         try:
             engine: Engine = await self._in_thread(Engine, bundle.place, **self._engine)
+            await self._in_thread(engine.keep_system)
         except QafloraError as error:
             self.failed = bundle.name
             log.error("cannot open %s: %s", bundle.name, error)

@@ -15,12 +15,13 @@ _N_WORTH = 64  # tokens: fewer are read again as quickly as they are kept
 class _Entry:
     key: Hashable
     state: KvState
+    is_pinned: bool = False
 
 
 class Prefixes:
     """KV states of prompts that were read, those used the longest ago dropped first.
 
-    n_byte  of all states together at most; 0 keeps none
+    n_byte  of all states together at most, those that are pinned apart; 0 keeps none
 
     key, in all methods: whose states they are. The same key stands for the same sequences of
     contexts that were made alike.
@@ -32,10 +33,7 @@ class Prefixes:
 
     @property
     def n_byte(self) -> int:
-        return sum(entry.state.n_byte for entry in self._entries)
-
-    def clear(self) -> None:
-        self._entries.clear()
+        return sum(entry.state.n_byte for entry in self._entries if not entry.is_pinned)
 
     def go_on(
         self, context: ProbeContext, key: Hashable, tokens: Sequence[int], pieces: Pieces
@@ -66,12 +64,17 @@ class Prefixes:
         kept = [
             entry
             for entry in self._entries
-            if entry.key != key or entry.state.tokens != state.tokens[: len(entry.state.tokens)]
+            if entry.is_pinned
+            or entry.key != key
+            or entry.state.tokens != state.tokens[: len(entry.state.tokens)]
         ]
-        kept.append(_Entry(key, state))
-        while kept and sum(entry.state.n_byte for entry in kept) > self._n_most:
-            del kept[0]
-        self._entries = kept
+        self._entries = [*kept, _Entry(key, state)]
+        while self.n_byte > self._n_most:
+            self._entries.remove(next(each for each in self._entries if not each.is_pinned))
+
+    def pin(self, key: Hashable, state: KvState) -> None:
+        """Keep a state as long as there is this object."""
+        self._entries.append(_Entry(key, state, is_pinned=True))
 
     def _longest(
         self, key: Hashable, tokens: Sequence[int], pieces: Pieces

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.backend.batch import Outputs
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
+from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing import numbers
@@ -57,8 +57,8 @@ class Prober:
         files: Sequence[Path | AdapterInfo] | None = None,
         prefixes: Prefixes | None = None,
     ) -> None:
-        self._prefixes = prefixes or Prefixes(0)
-        self.base = BaseProber(model, pack, options, files=files, prefixes=self._prefixes)
+        self.prefixes = prefixes or Prefixes(0)
+        self.base = BaseProber(model, pack, options, files=files, prefixes=self.prefixes)
         self._model, self._pack, self._options, self._tail = model, pack, options, tail
         self._context: ProbeContext | None = None
         self._pool = "last"  # what the context has room for; "mean" includes it
@@ -100,7 +100,7 @@ class Prober:
                 if not self._is_exact:
                     self._forget(context)
                 pieces = context.pieces(1 + len(rows))
-                n_kept = self._prefixes.go_on(context, self._rows, tokens, pieces)
+                n_kept = self.prefixes.go_on(context, self._rows, tokens, pieces)
                 yield from self._read(context, tokens, n_kept, "last")
             states = np.stack([context.states(seq) for seq in range(1 + len(rows))])
         except BaseException:  # GeneratorExit of a cancelled query included
@@ -110,6 +110,18 @@ class Prober:
         self._last = (*key, states)
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
+
+    def prefix(self, tokens: Sequence[int], rows: Sequence[int], n: int) -> Steps[KvState | None]:
+        """What is held after the first n tokens of a query, one of its cuts.
+
+        returns  None where the memory cannot forget what comes after them
+        """
+        self._last = None
+        yield from self.states(tokens, rows, "last")
+        context = self._context
+        assert context is not None
+        is_kept = self._is_exact and context.keep_common(tokens[: n + 1]) == n
+        return context.kv_state() if is_kept else None
 
     def divergence(
         self, tokens: Sequence[int], rows: Sequence[int], measure: Measure, lens: str, pool: str
@@ -178,7 +190,7 @@ class Prober:
     def _forget(self, context: ProbeContext) -> None:
         """Hold nothing, but keep what is of use to other queries."""
         if self._is_exact:
-            self._prefixes.keep(self._rows, context)
+            self.prefixes.keep(self._rows, context)
         context.clear()
 
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:

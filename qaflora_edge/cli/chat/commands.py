@@ -129,6 +129,8 @@ class Commands:
         if argument:
             self.session.set_system(None if argument == "-" else argument)
         text = self.session.conversation.system
+        if text is None:
+            text = self.session.engine.system or None
         self.view.note("no system prompt" if text is None else f"system prompt: {text}")
 
     def temp(self, argument: str) -> None:
