@@ -21,13 +21,14 @@ def base(tmp_path: Path) -> TinyBase:
     ("flash_attn", "options", "expected"),
     [
         (None, {}, 0),  # answers: single rows are slow with it
-        (None, {"is_for_answers": False}, 1),  # prompts that are probed or scored
+        (None, {"is_probe": True}, 1),  # prompts alone
         (None, {"kv_type": "f32"}, 0),
         (None, {"kv_type": "q8_0"}, 1),  # llama.cpp quantises values with it only
         (None, {"n_token": 2**20}, 1),  # scores of a piece would take 5 GB
-        (None, {"n_token": 2**20, "n_seq": 512}, 0),  # each sequence is read alone
+        (None, {"n_token": 2**20, "n_seq": 256}, 0),  # each sequence is read alone
+        (None, {"n_token": 2**20, "n_seq": 256, "is_unified": True}, 1),
         (True, {}, 1),
-        (False, {"is_for_answers": False}, 0),
+        (False, {"is_probe": True}, 0),
         (False, {"n_token": 2**20}, 0),
     ],
 )

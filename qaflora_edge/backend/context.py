@@ -39,7 +39,8 @@ def context_params(
     threads: int | None = None,
     kv_type: str = "f16",
     flash_attn: bool | None = None,
-    is_for_answers: bool = True,
+    is_unified: bool = False,
+    is_probe: bool = False,
 ) -> Any:
     """llama_context_params, and the reasons of earlier failures forgotten.
 
@@ -54,28 +55,29 @@ def context_params(
     params.n_threads = params.n_threads_batch = threads or default_threads()
     params.type_k = params.type_v = KV_TYPES[kv_type]
     params.flash_attn_type = _flash_attn_type(
-        model, flash_attn, kv_type, n_token // n_seq, is_for_answers
+        model, flash_attn, kv_type, n_token if is_unified else n_token // n_seq, is_probe
     )
-    params.kv_unified = False
+    params.kv_unified = is_unified
     params.no_perf = False
     return params
 
 
 def _flash_attn_type(
-    model: Model, flash_attn: bool | None, kv_type: str, n_ctx: int, is_for_answers: bool
+    model: Model, flash_attn: bool | None, kv_type: str, n_ctx: int, is_probe: bool
 ) -> int:
     """llama.h llama_flash_attn_type.
 
     On the CPU flash attention computes tiles of many rows, which is what reading a prompt takes,
     and is slow for the single rows of decoding, the more tokens are held the slower. Without it the
-    scores of a piece of a prompt are held at once, and values cannot be quantised.
+    scores of a piece of a prompt are held at once, and values cannot be quantised. What is scored
+    is computed as answers are.
     """
     if flash_attn is not None:
         return _FLASH_ATTN_ON if flash_attn else _FLASH_ATTN_OFF
     if not model.is_on_cpu:
         return _FLASH_ATTN_AUTO  # llama.cpp looks at what the device can
     scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
-    is_slow = is_for_answers and kv_type in ("f16", "f32")
+    is_slow = not is_probe and kv_type in ("f16", "f32")
     is_off = is_slow and scores_bytes <= _MAX_SCORES_BYTES
     return _FLASH_ATTN_OFF if is_off else _FLASH_ATTN_ON
 
@@ -127,10 +129,10 @@ class Context(Handle):
             threads=threads,
             kv_type=kv_type,
             flash_attn=flash_attn,
-            is_for_answers=not (flags & native.CONTEXT_PROBE or is_unified),
+            is_unified=is_unified,
+            is_probe=bool(flags & native.CONTEXT_PROBE),
         )
         params.n_ubatch = min(n_ubatch(n_together), params.n_batch)
-        params.kv_unified = is_unified
         if n_output is not None:
             params.n_outputs_max = min(n_output, params.n_batch)
         self._pointer = self._functions.context_init(
