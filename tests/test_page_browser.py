@@ -124,6 +124,20 @@ def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
     assert desk.window.run(expanded) == "false"
 
 
+def test_a_dot_stands_where_one_adapter_weighs_most(desk: Desk) -> None:
+    desk.ask()
+    desk.set("#strategy", "static")
+    desk.ask()
+    for n in (1, 2):
+        desk.click(f".turn:nth-child({n}) button.mix")
+    rows = layers(["math", "es", "med"], "qa-flora")
+    leading = [max(range(3), key=lambda row: rows[row][layer]) for layer in range(N_LAYER)]
+    for row in range(3):
+        dots = f".turn:nth-child(1) [role=row]:nth-child({row + 1}) .cell.lead"
+        assert len(desk.texts(dots)) == leading.count(row)
+    assert desk.texts(".turn:nth-child(2) .cell.lead") == []
+
+
 def test_weights_that_are_no_shares_are_shown_as_weights(desk: Desk) -> None:
     desk.script.weights = {"math": 1.5, "es": -0.5, "med": 0.0}
     desk.ask()

@@ -1,6 +1,6 @@
 // One answer: its mix, its text while it is written, what became of it.
 const STATES = {
-  waiting: "Weighing the adapters",
+  waiting: "Reading the question",
   writing: "",
   stop: "",
   length: "Cut at the longest answer; see the settings.",
@@ -10,9 +10,11 @@ const STATES = {
 // The strategy as it was asked for; the bundle's own is known when the answer begins.
 const titleOf = answer => answer.strategy || answer.fusion?.strategy || "the bundle's own";
 
+const duration = ms => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+
 const facts = (answer, isNamed) => [
   isNamed ? "" : titleOf(answer),
-  answer.fusion?.probe_ms ? `weighed in ${Math.round(answer.fusion.probe_ms)} ms` : "",
+  answer.fusion?.probe_ms ? `weighed in ${duration(answer.fusion.probe_ms)}` : "",
   answer.usage ? `${answer.usage.completion_tokens} tokens` : "",
   answer.timings?.tokens_per_second ? `${answer.timings.tokens_per_second.toFixed(1)} tokens/s` : "",
 ].filter(Boolean).join(" · ");
@@ -32,12 +34,15 @@ const answerView = (answer, adapters, { isNamed }) => {
   const about = el("span", { className: "facts" });
   const element = el("article", { className: "answer", "aria-label": "Answer" },
     ...[head, mix, body.element, note, el("div", { className: "foot" }, actions, about)].filter(Boolean));
-  actions.append(copyButton("Copy the answer", () => answer.text));
+  const copying = copyButton("Copy the answer", () => answer.text);
+  actions.append(copying);
 
   const update = () => {
     if (answer.fusion && !mix.childElementCount) mix.append(mixView(answer.fusion, adapters));
     if (head) head.textContent = strategyName(titleOf(answer));
-    note.textContent = answer.error || STATES[answer.state];
+    copying.hidden = !answer.text;
+    const isWeighing = answer.state === "waiting" && !answer.fusion && isProbed(answer.strategy);
+    note.textContent = answer.error || (isWeighing ? "Weighing the adapters" : STATES[answer.state]);
     note.classList.toggle("trouble", Boolean(answer.error));
     note.hidden = !note.textContent;
     element.dataset.state = answer.state;

@@ -69,7 +69,7 @@ const ask = async text => {
   keep();
   drawState();
   scrollDown();
-  say("The adapters are weighed.");
+  say("The question is read.");
   await Promise.all(view.views.map((each, i) =>
     fill(each, { ...requestOf(strategies[i]), messages }, control.signal)));
   running = null;

@@ -54,7 +54,7 @@ const heatmap = (names, fusion, adapters) => {
       const cell = el("span", { className: `cell ${hue(name, adapters)}`, role: "gridcell", tabIndex: -1 });
       cell.style.setProperty("--w", `${(100 * Math.abs(weight) / most).toFixed(1)}%`);
       if (weight < 0) cell.classList.add("minus");
-      if (weight > 0 && rows.every(other => other[layer] <= weight)) cell.classList.add("lead");
+      if (rows.every((other, i) => i === row || other[layer] < weight)) cell.classList.add("lead");
       cell.setAttribute("aria-label", `${name}, layer ${layer}: weight ${weight.toFixed(3)}`);
       return cell;
     });

@@ -45,6 +45,8 @@ const requestOf = strategy => {
 
 // Whether a strategy mixes the adapters that are ticked.
 const isChosen = strategy => strategy !== "manual" && strategy !== "base" && !strategy.startsWith("single:");
+// Whether it weighs them anew for each question.
+const isProbed = strategy => isChosen(strategy) && strategy !== "static";
 const weightOf = name => settings.weights[settings.bundle]?.[name] ?? 0.5;
 
 const field = (label, input, hint = "") => {

@@ -14,7 +14,7 @@ const turnView = (turn, adaptersOf, on) => {
   };
 
   const edit = () => {
-    const area = el("textarea", { value: turn.question, dir: "auto", "aria-label": "Edit the question", oninput: () => grow(area) });
+    const area = el("textarea", { rows: 1, value: turn.question, dir: "auto", "aria-label": "Edit the question", oninput: () => grow(area) });
     const leave = () => {
       show();
       question.querySelector(".actions button:last-child").focus();
