@@ -206,9 +206,16 @@ def test_renaming_and_removing_an_adapter(folder: Path) -> None:
             "one": {"weights": {"math": 1, "es": 0.0}, "method": "by hand"},
         },
     )
+    raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    raw["fusion"]["strategy"] = "fitted:both"
+    (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
     rename_adapter(folder, "math", "sums")
+    before = snapshot(folder)
+    with pytest.raises(BundleError, match="the bundle's strategy 'fitted:both' names it"):
+        remove_adapter(folder, "es")
+    assert snapshot(folder) == before
     assert fusion(folder)["fitted"]["both"] == {"weights": {"sums": 0.5, "es": -1}}
-    remove_adapter(folder, "es")
+    remove_adapter(folder, "es", strategy="fitted:one")
     assert fusion(folder)["fitted"] == {"one": {"weights": {"sums": 1}, "method": "by hand"}}
     load_bundle(folder)
 

@@ -70,7 +70,7 @@ class ProbeContext(Context):
             flags=flags,
             **options,
         )
-        self.all_outputs = all_outputs
+        self.has_inputs, self.all_outputs = has_inputs, all_outputs
         if all_outputs:
             self._n_output = self._n_batch
 

@@ -43,7 +43,7 @@ from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.weighing import numbers as fuse
-from qaflora_edge.weighing.strategy import parse_strategy
+from qaflora_edge.weighing.strategy import Query, parse_strategy
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
 
@@ -100,19 +100,23 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
         if strategy is not None:
             parse_strategy(strategy, left)
             raw.setdefault("fusion", {})["strategy"] = strategy
-        try:
-            parse_strategy(raw.get("fusion", {}).get("strategy", fuse.DEFAULT_STRATEGY), left)
-        except StrategyError as error:
-            raise BundleError(
-                f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "
-                f"{text.fusion['strategy']!r} names it. Give it another with --strategy."
-            ) from error
         fusion = raw.get("fusion", {})
         for key in _OF_ADAPTERS:
             fusion.get(key, {}).pop(name, None)
         if "fitted" in fusion:  # what was fitted with it is no more
             fits = fusion["fitted"].items()
             fusion["fitted"] = {key: fit for key, fit in fits if not fit["weights"].pop(name, 0)}
+        try:
+            chosen = parse_strategy(fusion.get("strategy", fuse.DEFAULT_STRATEGY), left)
+            if chosen.strategy.name == "fitted":
+                fitted = {key: fit["weights"] for key, fit in fusion.get("fitted", {}).items()}
+                query = Query((), tuple(left), text.base.n_layer, "", "", {}, fitted=fitted)
+                chosen.strategy.check(chosen.argument, query)
+        except StrategyError as error:
+            raise BundleError(
+                f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "
+                f"{text.fusion['strategy']!r} names it. Give it another with --strategy."
+            ) from error
         _note_unfinished(folder, [text.adapters[index].file])
 
 

@@ -67,7 +67,7 @@ class BaseProber:
         if key not in self._projections:
             files = [self._files[row] for row in rows]
             self._projections = {key: QueryProjections(files, self._model.n_layer)}
-        context = self._room_for(tokens)
+        context = self._room_for(tokens, has_inputs=True)
         context.capture_begin()
         n_kept = self._prefixes.go_on(context, "base", tokens, context.pieces())
         try:
@@ -109,7 +109,7 @@ class BaseProber:
             files = [self._files[row] for row in rows]
             inputs = AttentionInputs(files, self._model.n_layer, reading)
             self._readings[reading] = (tuple(rows), inputs)
-        context = self._room_for(tokens, all_outputs=True)
+        context = self._room_for(tokens, has_inputs=True, all_outputs=True)
         context.clear()
         sums = np.zeros((2, len(rows), self._model.n_layer))
         try:
@@ -127,10 +127,16 @@ class BaseProber:
         weights, sizes = sums / len(tokens)
         return weights, sizes
 
-    def _room_for(self, tokens: Sequence[int], *, all_outputs: bool = False) -> ProbeContext:
+    def _room_for(
+        self, tokens: Sequence[int], *, has_inputs: bool = False, all_outputs: bool = False
+    ) -> ProbeContext:
+        """A context for a query, which captures what was asked for now or before and no more."""
         held = self.context
-        if held is None or held.n_ctx < len(tokens) or all_outputs > held.all_outputs:
-            all_outputs = all_outputs or (held is not None and held.all_outputs)
+        if held is not None:
+            has_inputs = has_inputs or held.has_inputs
+            all_outputs = all_outputs or held.all_outputs
+        asked = (has_inputs, all_outputs)
+        if held is None or held.n_ctx < len(tokens) or asked != (held.has_inputs, held.all_outputs):
             state, self.context = closed(held), None
             self.context = probe_context(
                 self._model,
@@ -138,7 +144,7 @@ class BaseProber:
                 self._options,
                 max(len(tokens), 0 if held is None else held.n_ctx),
                 n_seq=1,
-                has_inputs=True,
+                has_inputs=has_inputs,
                 all_outputs=all_outputs,
             )
             if state is not None:
