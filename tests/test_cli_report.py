@@ -125,9 +125,10 @@ def test_markdown_has_scores_differences_costs_and_layers(made: Path, tmp_path: 
     assert "**" in text
     [verdicts] = [rows for rows in found if rows[0][-1].startswith("5 points over static")]
     assert [row[0] for row in verdicts[1:]] == ["base", "qa-flora"]
-    assert "### Weights by layer: qa-flora" in text
-    assert "### Weights by layer: static" not in text
-    assert "Correlation over layers" in text
+    [layers] = [rows for rows in found if rows[0][1:3] == ["adapter of the", "first third"]]
+    assert [row[:2] for row in layers[1:]] == [["qa-flora", "domain"], ["qa-flora", "language"]]
+    assert [row[-1] for row in layers[1:]] == ["1, 2", "1, 2"]  # maths twice, Spanish twice
+    assert text.count("<summary>qa-flora, by task</summary>") == 1
 
 
 def test_markdown_of_equal_files_is_equal(made: Path, tmp_path: Path) -> None:
@@ -159,7 +160,9 @@ def test_no_text_of_a_file_is_markdown(tmp_path: Path) -> None:
         for child in token.children or []
     }
     assert kinds <= {"text", "strong_open", "strong_close", "text_special"}
-    assert "html_block" not in {token.type for token in MarkdownIt("commonmark").parse(text)}
+    blocks = [each for each in MarkdownIt("commonmark").parse(text) if each.type == "html_block"]
+    assert [block.content.split("\n")[0] for block in blocks] == ["<details>", "</details>"]
+    assert blocks[0].content.count("<") == 3
     assert not {"\u202e", "\x1b"} & set(text)
     names = {row[0] for rows in tables(text) for row in rows}
     assert any(name.startswith("<script>alert(1)</script>|`*_[x](http") for name in names)

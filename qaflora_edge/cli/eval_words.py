@@ -107,10 +107,9 @@ def facts(section: Section) -> list[tuple[str, str]]:
         for row in rows.values()
         if isinstance(row.get("isolated"), list)
     ]
-    return [
-        *shown,
-        *([("code was kept from", "\n".join(dict.fromkeys(isolated)))] if isolated else []),
-    ]
+    if isolated:
+        shown.append(("code was kept from", "\n".join(dict.fromkeys(isolated))))
+    return shown
 
 
 def _adapters(head: Mapping[str, Any]) -> str:

@@ -1,0 +1,39 @@
+"""Tables and texts of a Markdown document, in which no text of a file is a mark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from html import escape
+
+from qaflora_edge.cli.eval_words import plain
+
+_MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|#&~$"})
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, bold: Set[tuple[int, int]] = frozenset()
+) -> list[str]:
+    """A table: the first column to the left, others to the right.
+
+    bold  row and column of cells that stand out
+    """
+    lines = [
+        [
+            f"**{escaped(cell)}**" if (row, column) in bold else escaped(cell)
+            for column, cell in enumerate(cells)
+        ]
+        for row, cells in enumerate(rows)
+    ]
+    rule = [":--", *["--:"] * (len(head) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in ([*map(escaped, head)], rule, *lines)]
+
+
+def escaped(shown: str) -> str:
+    """A text on one line that no mark of Markdown or HTML acts in."""
+    return plain(shown).translate(_MARKS)
+
+
+def folded(summary: str, lines: Sequence[str]) -> list[str]:
+    """Lines below a text that opens and closes them."""
+    head = ["<details>", f"<summary>{escape(plain(summary))}</summary>", ""]
+    return [*head, *lines, "</details>", ""]
