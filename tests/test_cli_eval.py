@@ -212,12 +212,15 @@ def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
     path = task(tmp_path / "sums.jsonl", *items, max_tokens=2)
     result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
     assert result.exit_code == 1
-    assert f"2 failed, the first: {path}, line 3: The prompt has " in result.stderr
+    assert "2 failed, the first: sums, item 1: The prompt has " in result.stderr
     found = by_key(out)
     assert [found["sums", 1, way]["score"] for way in ("base", "qa-flora")] == [None, None]
     assert found["sums", 1, "base"]["error"].startswith("The prompt has ")
     assert found["sums", 2, "base"]["error"] is None
     assert len(found) == 6
+    again = run(made, path, "--strategies", "base,qa-flora", "-o", out)
+    assert again.exit_code == 1
+    assert "6 were there before; 2 failed, the first: sums, item 1: The prompt has" in again.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no limits for a process")
@@ -263,6 +266,7 @@ def test_html_shows_items_and_layers(made: TinyBundle, tmp_path: Path) -> None:
         (("--items", "3"), 2, "'3' is no A:B, such as 0:50, with A below B"),
         (("--items", "5:5"), 2, "with A below B"),
         (("--items", "20:"), 2, "The task sums has 6 items, and none of them is chosen"),
+        (("-o", "none/r.jsonl"), 1, "none"),
         (("--limit", "0"), 2, "0 is not in the range x>=1"),
         (("sums.jsonl",), 2, "Two tasks have the name 'sums', expected different ones"),
     ],

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from qaflora_edge.cli.compare import expand
+from qaflora_edge.cli.eval_tasks import HALVES, check_code, check_names, choose, header, span
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
@@ -21,26 +21,12 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.errors import SandboxError
 from qaflora_edge.files import check_has_folder, one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.evaluation.results import Results
-    from qaflora_edge.evaluation.run import Asking, Evaluation
-    from qaflora_edge.evaluation.tasks import Task
-
-HALVES = ("dev", "test")
-
-
-def _span(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
-    """A:B as a range; either end may be left out."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d{0,9}):(\d{0,9})", value, re.ASCII)
-    if found is None or (found[1] and found[2] and int(found[1]) >= int(found[2])):
-        raise click.BadParameter(f"{value!r} is no A:B, such as 0:50, with A below B.")
-    return range(int(found[1] or 0), int(found[2] or 10**9))
+    from qaflora_edge.evaluation.run import Evaluation
 
 
 @click.command(
@@ -86,7 +72,7 @@ def _span(ctx: click.Context, param: click.Parameter, value: str | None) -> rang
 )
 @click.option("--adapters", metavar="NAME,NAME,...", help="The adapters in use.  [default: all]")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")
-@click.option("--items", metavar="A:B", callback=_span, help="Ask items A to B - 1, from 0.")
+@click.option("--items", metavar="A:B", callback=span, help="Ask items A to B - 1, from 0.")
 @click.option(
     "--half",
     type=click.Choice(HALVES),
@@ -133,20 +119,15 @@ def eval(
     from qaflora_edge.evaluation.tasks import read_task
 
     check_can_estimate()
-    if html is not None:
-        check_has_folder(html)
+    for path in (out, html, None if json_path == "-" else json_path):
+        if path is not None:
+            check_has_folder(Path(path))
     if save:
         _check_can_save(bundle, adapters)
     read = [read_task(path) for path in tasks]
-    _check_names(read)
-    _check_code(read, allow_code)
-    chosen = {task.name: _chosen(len(task.items), limit, items, half) for task in read}
-    for task in read:
-        if not chosen[task.name]:
-            raise click.UsageError(
-                f"The task {task.name} has {len(task.items)} items, and none of them is chosen; "
-                "give other --items or --half, or leave the task out."
-            )
+    check_names(read)
+    check_code(read, allow_code)
+    chosen = choose(read, limit=limit, items=items, half=half)
     layers = layers or html is not None
     asking = Asking(options.sampling, raw_prompt=options.raw_prompt, has_layers=layers)
     with open_engine(bundle, options) as engine:
@@ -154,8 +135,7 @@ def eval(
             engine.use_strategy("base")  # one that names no adapter
             engine.use_adapters(adapters.split(","))
         strategies = _strategies(engine, ways, options.strategy)
-        header = _header(bundle, engine, read, strategies, asking, options)
-        file = ResultsFile(out, header)
+        file = ResultsFile(out, header(bundle, engine, read, strategies, asking, options))
         with file.opened():
             evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
             _run(evaluation)
@@ -180,11 +160,8 @@ def _save(bundle: str, results: Results) -> None:
     from qaflora_edge.bundles.edit import set_default
     from qaflora_edge.evaluation.best import best_strategy, evidence
 
-    folder, strategy, options = (
-        bundle_folder(bundle),
-        best_strategy(results),
-        results.header["options"],
-    )
+    folder, strategy = bundle_folder(bundle), best_strategy(results)
+    options = results.header["options"]
     set_default(
         folder,
         strategy,
@@ -195,39 +172,6 @@ def _save(bundle: str, results: Results) -> None:
     click.echo(f"The strategy of {folder} is {strategy} from now on.", err=True)
 
 
-def _check_names(tasks: Sequence[Task]) -> None:
-    names = [task.name for task in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise click.UsageError(
-                f"Two tasks have the name {name!r}, expected different ones: give one of them "
-                'another, as in {"task": {"name": "..."}} in its first line.'
-            )
-
-
-def _check_code(tasks: Sequence[Task], allow_code: bool) -> None:
-    tested = [task.name for task in tasks if task.metric == "code"]
-    if not tested:
-        return
-    if not allow_code:
-        raise SandboxError(
-            f"The task {tested[0]} runs code that the model writes, and nobody allowed it. Give "
-            "--allow-code, after a look at what docs/evaluate.md says of it, or leave the task out."
-        )
-    from qaflora_edge.evaluation.sandbox import check_can_run
-
-    check_can_run()
-
-
-def _chosen(n_item: int, limit: int | None, items: range | None, half: str | None) -> range:
-    """Indexes of the items that are asked."""
-    chosen = range(n_item) if items is None else range(n_item)[items.start : items.stop]
-    if half is not None:
-        first = chosen.start + (chosen.start % 2 != HALVES.index(half))
-        chosen = range(first, chosen.stop, 2)
-    return chosen[:limit]
-
-
 def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> list[str]:
     if ways:
         found = expand(",".join(ways), engine.adapters)
@@ -236,44 +180,6 @@ def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> li
     for each in found:
         engine.use_strategy(each)  # says what is wrong with one that cannot be followed
     return found
-
-
-def _header(
-    bundle: str,
-    engine: Engine,
-    tasks: Sequence[Task],
-    strategies: Sequence[str],
-    asking: Asking,
-    options: SharedOptions,
-) -> dict[str, Any]:
-    """The first line of a results file."""
-    from qaflora_edge import __version__
-    from qaflora_edge.bench.machine import cpu_name
-    from qaflora_edge.chat.session_file import bundle_identity
-
-    identity = bundle_identity(bundle_folder(bundle))
-    sizes = engine.adapter_bytes
-    sampling = {**asking.sampling, "stop": list(asking.sampling["stop"])}
-    del sampling["max_tokens"]  # that of each task is in its facts
-    engine_options = {"lens": engine.lens, "pool": engine.pool}
-    engine_options |= {
-        key: options.engine[key] for key in ("probe_tail", "n_ctx", "kv_type", "flash_attn")
-    }
-    return {
-        "eval": 1,
-        "version": __version__,
-        "bundle": identity.name,
-        "base": {"name": engine.name, "sha256": identity.base_sha256},
-        "adapters": [
-            {"name": name, "sha256": identity.adapters[name], "bytes": sizes[name]}
-            for name in engine.adapters
-        ],
-        "n_layer": engine.n_layer,
-        "tasks": [asking.facts(task) for task in tasks],
-        "strategies": list(strategies),
-        "options": {**engine_options, **sampling},
-        "machine": cpu_name(),
-    }
 
 
 def _run(evaluation: Evaluation) -> None:

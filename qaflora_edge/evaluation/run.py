@@ -101,7 +101,10 @@ class Evaluation:
     ) -> None:
         self._engine, self._tasks, self._strategies = engine, tasks, strategies
         self._file, self._items, self._asking = file, items, asking
-        self.n_failed, self.first_failure = 0, ""
+        failed = [record for record in file.results.records if record["score"] is None]
+        self.n_failed, self.first_failure = len(failed), ""
+        if failed:
+            self.first_failure = "{task}, item {item}: {error}".format_map(failed[0])
         n_asked = sum(map(len, items.values())) * len(strategies)
         self.n_before = n_asked - self.n_left
 
@@ -262,7 +265,7 @@ class Evaluation:
         tell: Tell,
     ) -> None:
         self.n_failed += len(fusions)
-        self.first_failure = self.first_failure or f"{item.where}: {message}"
+        self.first_failure = self.first_failure or f"{task.name}, item {item.index}: {message}"
         for strategy, fusion in fusions.items():
             record = self._record(task, item, strategy, fusion)
             self._file.write({**record, "score": None, "answer": None, "error": message})
