@@ -13,6 +13,7 @@ from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.engine_base import EngineBase
 from qaflora_edge.errors import OptionError, QafloraError
 from qaflora_edge.inference.constraint import chosen_grammar
+from qaflora_edge.inference.core import Progress
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.prompts import Prompt
 from qaflora_edge.inference.request import Request
@@ -58,6 +59,7 @@ class Engine(EngineBase):
         parse_special: bool = False,
         keep_history: bool | Generation = False,
         on_weights: Callable[[FusionWeights], None] | None = None,
+        on_progress: Progress | None = None,
         cancel: threading.Event | None = None,
         wait: bool = True,
         **more: Any,
@@ -73,6 +75,8 @@ class Engine(EngineBase):
                       these are the same and the prompt begins with the earlier one): the Generation
                       that it goes on from, or True for the last one, with n_parallel=1
         on_weights    called with the weights once they are known, before the prompt is read
+        on_progress   called meanwhile, by the thread that computes, with "weighing" or "reading",
+                      how many tokens of the prompt are done, and how many it has
         cancel        once it is set, the answer ends as by Generation.cancel
         wait          until the prompt was read; else it is, like the tokens after it, when a piece
                       of this or another answer is asked for
@@ -94,7 +98,7 @@ class Engine(EngineBase):
         with self._lifetime.call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)
-            probe = self._core.probe(cancellation)
+            probe = self._core.probe(cancellation, on_progress)
             sampler = self._core.sampler(sampling)  # a bad grammar is refused before the work
             fusion = self._using(adapters).weigh(weights, tokens, probe)
             if on_weights is not None:
@@ -110,7 +114,7 @@ class Engine(EngineBase):
             answer = self._core.begin(request, sampler, fusion)
             answer._engine = self
             if wait:
-                self._core.wait_for_prompt(answer)
+                self._core.wait_for_prompt(answer, on_progress)
             return answer
 
     def _goes_on_from(self, keep_history: bool | Generation) -> int | None:

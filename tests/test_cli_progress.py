@@ -72,6 +72,29 @@ def test_wait_is_shown_and_taken_back() -> None:
     assert re.search(r"\r +\rdone\r\n$", shown)
 
 
+TELLING = """
+import threading
+from qaflora_edge.cli import progress
+progress.PATIENCE_SECONDS, progress.TURN_SECONDS = 0, 0.01
+shown, echo = threading.Event(), progress.click.echo
+def show(text, *args, **options):
+    echo(text, *args, **options)
+    if "45 %" in text:
+        shown.set()
+progress.click.echo = show
+with progress.waiting("Weighing the adapters and reading the prompt") as tell:
+    tell("weighing", 45, 100)
+    shown.wait({work})
+print("done")
+"""
+
+
+def test_progress_is_shown_where_it_is_told() -> None:
+    shown = on_terminal(python(TELLING.format(work=PATIENCE_S)))
+    assert re.search(r"\rWeighing the adapters \.\.\. 45 %, \d+ s", shown)
+    assert re.search(r"\r +\rdone\r\n$", shown)
+
+
 def test_long_label_stays_on_its_line() -> None:
     shown = on_terminal(python(WAITING.format(patience=0, length=300, work=PATIENCE_S)))
     lines = [line for line in shown.split("\r") if "..." in line]

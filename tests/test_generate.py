@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import write_tiny_adapter, write_tiny_base
 
@@ -160,3 +161,29 @@ def test_sampling_option_out_of_range_is_refused(option: str, value: object, exp
     with pytest.raises(OptionError) as caught:
         Sampling(**{option: value})  # type: ignore[arg-type]
     assert str(caught.value) == f"Option {option} is {value!r}, expected {expected}."
+
+
+@pytest.mark.parametrize("n_parallel", [1, 2])
+def test_progress_is_told_piece_by_piece(tmp_path: Path, n_parallel: int) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
+    paths = {name: write_tiny_adapter(tmp_path / f"{name}.gguf", base).path for name in "abc"}
+    told: list[tuple[str, int, int]] = []
+    tokens = np.random.default_rng(1).integers(0, 256, 300).tolist()
+    made = {"base": base.path, "adapters": paths, "n_ctx": 512, "n_parallel": n_parallel}
+    with Engine(**made) as engine:
+        engine.generate(tokens, max_tokens=1, on_progress=lambda *facts: told.append(facts))
+        told_by_chat: list[str] = []
+        engine.chat(
+            [{"role": "user", "content": "How far? " * 40}],
+            max_tokens=1,
+            on_progress=lambda what, done, total: told_by_chat.append(what),
+        )
+    assert [fact[1:] for fact in told if fact[0] == "weighing"] == [
+        (64, 300),
+        (128, 300),
+        (192, 300),
+    ]
+    reading = [done for what, done, total in told if what == "reading"]
+    assert reading == sorted(reading)
+    assert (reading[0], reading[-1]) == (0, 300)
+    assert set(told_by_chat) == {"weighing", "reading"}

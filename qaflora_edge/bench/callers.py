@@ -95,7 +95,7 @@ def _between(engine: Engine, work: Callable[[], T]) -> T:
     """
 
     def steps() -> Steps[T]:
-        yield
+        yield None
         return work()
 
     return engine._core.run(steps())

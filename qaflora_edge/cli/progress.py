@@ -18,6 +18,7 @@ Tell = Callable[[str, int, int], None]
 
 PATIENCE_SECONDS = 1.0  # what is quicker needs no word
 TURN_SECONDS = 0.25
+PROMPT_WORK = {"weighing": "Weighing the adapters", "reading": "Reading the prompt"}
 
 
 def is_shown() -> bool:
@@ -62,31 +63,49 @@ class _Bars:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Show a line with the seconds so far while the block takes long, and take it back after."""
+def waiting(what: str) -> Iterator[Tell]:
+    """Show a line with the seconds so far while the block takes long, and take it back after.
+
+    Gives a function that may be told what is done now, as on_progress of Engine.generate is.
+    """
     if not is_shown():
-        yield
+        yield lambda what, done, total: None
         return
-    done = threading.Event()
-    thread = threading.Thread(target=_tell_seconds, args=(what, done), daemon=True)
+    line = _Line(what)
+    thread = threading.Thread(target=line.run, daemon=True)
     thread.start()
     try:
-        yield
+        yield line.tell
     finally:
-        done.set()
+        line.done.set()
         thread.join()
 
 
-def _tell_seconds(what: str, done: threading.Event) -> None:
-    start = time.monotonic()
-    if done.wait(PATIENCE_SECONDS):
-        return
-    width = terminal_size(sys.stderr)[0] - len(" ... 000 s ")
-    label = what if len(what) <= width else f"...{what[-max(1, width - 3) :]}"
-    shown = ""
-    while True:
-        shown = f"{label} ... {time.monotonic() - start:.0f} s"
-        click.echo(f"\r{shown}", nl=False, err=True)
-        if done.wait(TURN_SECONDS):
-            break
-    click.echo(f"\r{' ' * len(shown)}\r", nl=False, err=True)
+class _Line:
+    """What is waited for, how much of it is done if that is known, and for how long."""
+
+    def __init__(self, what: str) -> None:
+        self.done = threading.Event()
+        self._what, self._part = what, ""
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        self._what, self._part = PROMPT_WORK.get(what, what), f"{100 * done // max(1, total)} %, "
+
+    def run(self) -> None:
+        start = time.monotonic()
+        if self.done.wait(PATIENCE_SECONDS):
+            return
+        n_shown = 0
+        while True:
+            shown = self._text(time.monotonic() - start)
+            click.echo(f"\r{shown:<{n_shown}}", nl=False, err=True)
+            n_shown = len(shown)
+            if self.done.wait(TURN_SECONDS):
+                break
+        click.echo(f"\r{' ' * n_shown}\r", nl=False, err=True)
+
+    def _text(self, seconds: float) -> str:
+        what, part = self._what, self._part
+        width = terminal_size(sys.stderr)[0] - len(" ... 100 %, 000 s ")
+        label = what if len(what) <= width else f"...{what[-max(1, width - 3) :]}"
+        return f"{label} ... {part}{seconds:.0f} s"

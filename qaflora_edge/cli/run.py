@@ -132,8 +132,8 @@ def run(
     with open_engine(bundle, options) as engine:
         tokens = _tokens(engine, text, system, options)
         if n_answer == 1:
-            with waiting(PROMPT_WORK):
-                answers = [engine.generate(tokens, **sampling)]
+            with waiting(PROMPT_WORK) as tell:
+                answers = [engine.generate(tokens, on_progress=tell, **sampling)]
             if as_json:
                 with waiting("Answering"):
                     facts = answer_dict(answers[0])

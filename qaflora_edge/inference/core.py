@@ -38,6 +38,10 @@ T = TypeVar("T")
 F32 = NDArray[np.float32]
 
 
+# Called with "weighing" or "reading", how many tokens of the prompt are done, and how many it has.
+Progress = Callable[[str, int, int], None]
+
+
 class Core:
     """What an Engine computes with; freed by its lifetime.
 
@@ -107,13 +111,19 @@ class Core:
         """Where adapters stand among all that are loaded."""
         return [self.adapters.index(name) for name in names]
 
-    def probe(self, cancellation: Cancellation) -> Callable[[Query], QueryProbe]:
+    def probe(
+        self, cancellation: Cancellation, tell: Progress | None = None
+    ) -> Callable[[Query], QueryProbe]:
         """What measures a query for a strategy, others' work in between."""
 
-        def run(steps: Steps[Any]) -> Any:
-            return self._loop.run("probe", steps, cancellation)
+        def of(query: Query) -> QueryProbe:
+            def run(steps: Steps[Any]) -> Any:
+                told = steps if tell is None else _telling(steps, tell, len(query.tokens))
+                return self._loop.run("probe", told, cancellation)
 
-        return lambda query: QueryProbe(self.prober, query, self.rows(query.adapters), run)
+            return QueryProbe(self.prober, query, self.rows(query.adapters), run)
+
+        return of
 
     def all_weights(self, fusion: FusionWeights) -> F32:
         """float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""
@@ -180,13 +190,19 @@ class Core:
         """Number of the last request's sequence."""
         return self._last
 
-    def wait_for_prompt(self, answer: Generation) -> None:
+    def wait_for_prompt(self, answer: Generation, tell: Progress | None = None) -> None:
         """Compute until an answer's prompt was read.
 
         Raises what went wrong before its first token.
         """
         sequence = answer._sequence
-        self._loop.drive(lambda: sequence.is_done or not sequence.is_prefill)
+
+        def is_read() -> bool:
+            if tell is not None:
+                tell("reading", sequence.n_past, sequence.n_prompt)
+            return sequence.is_done or not sequence.is_prefill
+
+        self._loop.drive(is_read)
         if sequence.error is not None and not sequence.answer:
             raise sequence.error
 
@@ -194,3 +210,16 @@ class Core:
         """Compute until one of some answers is done."""
         sequences = [answer._sequence for answer in answers]
         self._loop.drive(lambda: any(sequence.is_done for sequence in sequences))
+
+
+def _telling(steps: Steps[T], tell: Progress, n_token: int) -> Steps[T]:
+    """The same steps, whose progress is told."""
+    while True:
+        try:
+            n_read = next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if n_read is not None:
+            tell("weighing", n_read, n_token)
+        yield n_read

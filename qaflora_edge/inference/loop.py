@@ -26,7 +26,7 @@ class Job:
     """
 
     def __init__(
-        self, kind: str, steps: Generator[None, None, Any], cancellation: Cancellation
+        self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation
     ) -> None:
         self.kind = kind
         self._steps, self._cancellation = steps, cancellation
@@ -82,7 +82,7 @@ class Loop:
         with self._turn:
             self._scheduler.add(sequence)
 
-    def run(self, kind: str, steps: Generator[None, None, Any], cancellation: Cancellation) -> Any:
+    def run(self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation) -> Any:
         """Drive a generator to its end, others' work in between; gives what it returns.
 
         kind  generators of one kind share contexts: one is done before the next begins

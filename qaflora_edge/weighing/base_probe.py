@@ -120,7 +120,7 @@ class BaseProber:
                 context.decode(piece, start=at, outputs="all")
                 sums += inputs.sums(context.inputs(0, n_row=len(piece)))
                 at += len(piece)
-                yield
+                yield at
         except BaseException:
             context.clear()
             raise

@@ -137,7 +137,7 @@ class Prober:
         if measure == "euclidean":
             return numbers.euclidean_distance(states[0], states[1:])
         if self.timings.forward_ms:
-            yield
+            yield None
         context = self._room_for(tokens, pool)
         before = context.lens_ms
         divergence = context.divergence(states[0], states[1:], lens)

@@ -15,7 +15,8 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 
 T = TypeVar("T")
-Steps = Generator[None, None, T]  # yields between micro-batches, returns what it computed
+# Yields between micro-batches how many tokens of a query are read, or None; returns its result.
+Steps = Generator[int | None, None, T]
 
 _N_CTX_MIN = 256  # tokens; a context grows by doubling
 
@@ -72,7 +73,7 @@ def read_tokens(
         )
         at = end
         if not is_last:
-            yield
+            yield at
 
 
 def closed(context: ProbeContext | None) -> KvState | None:

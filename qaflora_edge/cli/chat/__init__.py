@@ -162,7 +162,7 @@ class _Chat:
         with interrupts_call(reply.stop), reply:
             view.begin()
             try:
-                for piece in reply.pieces(lambda: view.tick(reply)):
+                for piece in reply.pieces(lambda: view.tick(reply, session.progress)):
                     view.piece(piece)
             finally:
                 view.end()

@@ -30,6 +30,7 @@ class ChatSession:
     sampling      keywords of Engine.generate; a retry adds to the seed, or it would change nothing
     keep_history  whether earlier turns stay as they were read; may be changed between turns
     fusion        the weights of the last answer, if there was one
+    progress      what is done before an answer, in words, once that is known
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ChatSession:
         self.engine, self.identity = open_engine(n_ctx), identity
         self.conversation = Conversation()
         self.fusion: FusionWeights | None = None
+        self.progress: str | None = None
         self.sampling = sampling
         self._raw_prompt = raw_prompt
         self.keep_history = keep_history
@@ -96,7 +98,14 @@ class ChatSession:
             sampling["weights"] = replace(self.fusion, probe_ms=0.0)
             keep_history = True
         self._asked = None  # until there is an answer
-        return lambda: self.engine.generate(tokens, keep_history=keep_history, **sampling)
+        self.progress = None
+
+        def tell(what: str, done: int, total: int) -> None:
+            self.progress = f"{what} {100 * done // total} %"
+
+        return lambda: self.engine.generate(
+            tokens, keep_history=keep_history, on_progress=tell, **sampling
+        )
 
     def _fitted(self, question: str, n_most: int) -> list[int]:
         try:

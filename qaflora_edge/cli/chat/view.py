@@ -36,8 +36,11 @@ class View:
         # A file gets the answer as it is; a terminal none of its control characters.
         click.echo(visible(text, has_signs=False) if self._is_tty else text, nl=False)
 
-    def tick(self, reply: Reply) -> None:
-        """While an answer is waited for."""
+    def tick(self, reply: Reply, progress: str | None) -> None:
+        """While an answer is waited for.
+
+        progress  what is done before it, in words
+        """
 
     def end(self) -> None:
         click.echo()
@@ -96,9 +99,9 @@ class TerminalView(View):
     def piece(self, text: str) -> None:
         self._stream.feed(text)
 
-    def tick(self, reply: Reply) -> None:
+    def tick(self, reply: Reply, progress: str | None) -> None:
         if reply.first_ms is None and reply.elapsed_s > _WAIT_S:
-            what = "stopping" if reply.is_stopped else "reading"
+            what = "stopping" if reply.is_stopped else progress or "reading"
             dots = "…" if self._has_signs else "..."
             self._stream.wait(f"{what}{dots} {reply.elapsed_s:.0f} s")
         self._stream.tick()
