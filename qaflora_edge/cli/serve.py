@@ -33,10 +33,19 @@ KEY_RULE = "8 or more printable ASCII characters without spaces"
     )
 )
 @click.argument("bundles", nargs=-1, required=True, **BUNDLE)
+@click.option(
+    "--print-systemd",
+    is_flag=True,
+    help="Print a systemd unit that serves so for a user, with limits, and serve nothing.",
+)
 @own_options
 @shared_options
+@click.pass_context
 def serve(
+    ctx: click.Context,
+    /,
     bundles: tuple[str, ...],
+    print_systemd: bool,
     host: str,
     port: int,
     api_key: str | None,
@@ -64,6 +73,11 @@ def serve(
             "QAFLORA_API_KEY, or say --insecure if everyone may use it."
         )
     _check_key(api_key)
+    if print_systemd:
+        from qaflora_edge.cli.serve_unit import unit
+
+        click.echo(unit([bundle_folder(bundle) for bundle in bundles], ctx))
+        return
     names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
     is_open = api_key is not None and not is_loopback(host)
     _listen(

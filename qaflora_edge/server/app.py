@@ -80,6 +80,12 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     return app
 
 
+def expire_all(app: Any) -> None:
+    """Cut all answers, as if their time were over."""
+    for work in list(app.state.running):
+        work.expire()
+
+
 def _n_thread(options: ServerOptions) -> int:
     """Threads for all who compute at once, in several bundles."""
     return 4 * (int(options.engine.get("n_parallel", 1)) + 1) + 2

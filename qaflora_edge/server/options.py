@@ -17,6 +17,7 @@ PING_S = 5.0  # a stream that has nothing to say says so after as long
 SEND_S = 60.0  # how long after its end an answer may still be sent
 RETRY_AFTER_S = 2
 DRAIN_S = 30.0  # what is running may take as long to end when the server is told to
+CUT_S = 5.0  # and then as long to say that it was cut
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +13,8 @@ from types import FrameType
 import uvicorn
 
 from qaflora_edge.errors import OptionError
-from qaflora_edge.server.app import make_app
-from qaflora_edge.server.options import DRAIN_S, ServerOptions
+from qaflora_edge.server.app import expire_all, make_app
+from qaflora_edge.server.options import CUT_S, DRAIN_S, ServerOptions
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -20,15 +22,28 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 class _Server(uvicorn.Server):
     """Whose second signal ends it at once, whichever it is."""
 
+    is_interrupted = False
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.is_interrupted = sig == signal.SIGINT
         self.force_exit = self.should_exit
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let end what runs; what takes too long for that is cut."""
+        loop = asyncio.get_running_loop()
+        end = loop.call_later(DRAIN_S, expire_all, self.config.app)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
 
 
 def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) -> None:
     """Serve bundles until SIGINT or SIGTERM; what runs then has some seconds to end.
 
-    Raises BundleError for a bundle that cannot be read, OptionError where it cannot listen.
+    Raises BundleError for a bundle that cannot be read, OptionError where it cannot listen, and
+    KeyboardInterrupt at its end where that was SIGINT.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     app = make_app(places, options)
@@ -40,12 +55,15 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=int(DRAIN_S),
+        timeout_graceful_shutdown=int(DRAIN_S + CUT_S),
     )
     shown = f"[{host}]" if ":" in host else host
     logging.getLogger(__name__).info("http://%s:%d/", shown, listener.getsockname()[1])
+    server = _Server(config)
     with listener:
-        _Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
+    if server.is_interrupted:
+        raise KeyboardInterrupt
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -54,9 +72,13 @@ def _listener(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         raise OptionError(
             f"Cannot listen at {host} port {port}: {error.strerror}. Choose an address of this "

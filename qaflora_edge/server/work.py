@@ -80,7 +80,7 @@ class Work(Response):
         limit_s = self._options.timeout_s
         self._producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(self._watch(receive))
-        expiry = asyncio.get_running_loop().call_later(limit_s, self._expire)
+        expiry = asyncio.get_running_loop().call_later(limit_s, self.expire)
         self._state.running.add(self)
         try:
             async with asyncio.timeout(limit_s + SEND_S):  # who does not read is left
@@ -126,7 +126,8 @@ class Work(Response):
         elif self._producer is not None:
             self._producer.cancel()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """End it as one whose time is over."""
         self._is_expired = True
         self.stop()
 

@@ -1,0 +1,188 @@
+"""qaflora serve: as a program that is started, asked and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from bundles import make_bundle
+from click.testing import CliRunner
+from patience import PATIENCE_S
+
+from qaflora_edge.cli import main
+
+SLOW: dict[str, Any] = {"n_layer": 16, "n_embd": 256, "n_ff": 1024, "n_head": 8, "n_head_kv": 8}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So large that an answer of its whole context takes a while."""
+    return make_bundle(tmp_path_factory.mktemp("serve"), n_ctx=8192, **SLOW).folder
+
+
+@contextlib.contextmanager
+def serving(
+    *words: str, program: Sequence[str] = ("-m", "qaflora_edge")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The program, and its address."""
+    command = [sys.executable, *program, "serve", *words, "--port", "0"]
+    command += ["--threads", "1", "--parallel", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if found := re.search(r"http://\S+:\d+", line):
+                    break
+            else:
+                raise AssertionError("it did not listen")
+            yield process, found[0]
+        finally:
+            process.kill()
+
+
+def long_body(**more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "the thing?"}]
+    return {"messages": messages, "stream": True, "logit_bias": {"65": 100}, **more}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_lets_end_what_runs(bundle: Path, number: int, code: int) -> None:
+    with serving(str(bundle), "--ctx", "600") as (process, address):
+        url = f"{address}/v1/chat/completions"
+        body = long_body(max_tokens=100)
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(number)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        text = [json.loads(line.removeprefix("data: "))["choices"][0] for line in rest[:-1]]
+        assert "".join(choice["delta"].get("content", "") for choice in text) == "A" * 100
+        assert process.wait(PATIENCE_S) == code
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/health")
+
+
+@pytest.mark.slow
+def test_what_does_not_end_in_time_is_cut(bundle: Path) -> None:
+    code = (
+        "from qaflora_edge.server import run; run.DRAIN_S = 0.5\n"
+        "from qaflora_edge.cli import main; main()"
+    )
+    with serving(str(bundle), "--ctx", "8000", program=["-c", code]) as (process, address):
+        url = f"{address}/v1/chat/completions"
+        with httpx.stream("POST", url, json=long_body(), timeout=PATIENCE_S) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        last = json.loads(rest[-2].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(bundle: Path) -> None:
+    with serving(str(bundle), "--ctx", "8000") as (process, address):
+        url = f"{address}/v1/chat/completions"
+        seen: list[str] = []
+        begun = threading.Event()
+
+        def ask() -> None:
+            with (
+                contextlib.suppress(httpx.TransportError),
+                httpx.stream("POST", url, json=long_body(), timeout=PATIENCE_S) as response,
+            ):
+                for line in response.iter_lines():
+                    seen.append(line)
+                    begun.set()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert begun.wait(PATIENCE_S)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+        thread.join()
+        assert "data: [DONE]" not in seen
+
+
+@pytest.mark.slow
+def test_an_idle_server_ends_at_once_and_can_be_started_again(bundle: Path) -> None:
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with serving(str(bundle)) as (process, address):
+            assert httpx.get(f"{address}/v1/models").status_code == 200
+            process.send_signal(number)
+            assert process.wait(PATIENCE_S) == (0 if number == signal.SIGTERM else -number)
+
+
+def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(main, ["serve", str(bundle), "--port", str(port)])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: Cannot listen at 127.0.0.1 port {port}: Address already in use. Choose an address "
+        "of this machine and a free port (--host, --port)."
+    )
+
+
+def test_what_is_no_bundle_is_refused_before_it_listens(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["serve", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: Cannot open the bundle {tmp_path}: there is no file")
+    assert CliRunner().invoke(main, ["serve"]).exit_code == 2
+
+
+def test_without_the_extra_it_says_what_is_missing(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "qaflora_edge.server.run", None)
+    result = CliRunner().invoke(main, ["serve", str(bundle)])
+    assert result.exit_code == 1
+    assert result.stderr.endswith("install them with: pip install 'qaflora-edge[server]'.\n")
+
+
+# --print-systemd
+
+
+def unit_of(*words: str, **more: Any) -> list[str]:
+    result = CliRunner().invoke(main, ["serve", "--print-systemd", *words], **more)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_unit_starts_the_same_command(bundle: Path) -> None:
+    words = ["--port", "8123", "--temp", "0.5", "--stop", "a b", "--stop", "$x%"]
+    lines = unit_of(str(bundle), *words, "--no-log-prompts")
+    (start,) = (line for line in lines if line.startswith("ExecStart="))
+    command = start.removeprefix("ExecStart=").replace("$$", "$").replace("%%", "%")
+    assert shlex.split(command) == [
+        *(sys.executable, "-m", "qaflora_edge", "serve", str(bundle)),
+        *("--port", "8123", "--no-log-prompts", "--temp", "0.5", "--stop", "a b", "--stop", "$x%"),
+    ]
+    assert "EnvironmentFile=-%h/.config/qaflora-edge/serve.env" in lines
+    assert {"MemoryMax=80%", "TasksMax=512", "NoNewPrivileges=yes"} <= set(lines)
+
+
+def test_unit_has_no_key(bundle: Path) -> None:
+    key = "correct-horse"
+    assert key not in "\n".join(unit_of(str(bundle), "--api-key", key))
+    assert key not in "\n".join(unit_of(str(bundle), env={"QAFLORA_API_KEY": key}))
