@@ -160,6 +160,8 @@ def test_of_several_one_is_named(folder: Path, task: Path) -> None:
         assert qaflora("fit", folder, task, *words).exit_code == 0
     assert list(fusion(folder)["fitted"]["one"]["weights"]) == ["math"]
     with Engine(folder) as engine:
+        fits = [name for name in engine.strategies if name.startswith("fitted")]
+        assert fits == ["fitted:one", "fitted:two"]
         assert engine.weights("a", strategy="fitted:one").weights.shape == (2, 3)
         for strategy, shown in (("fitted", "fitted"), ("fitted:no", "fitted:no")):
             with pytest.raises(StrategyError) as caught:

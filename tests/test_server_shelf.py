@@ -195,3 +195,14 @@ def test_a_base_alone_is_a_model(made: TinyBundle) -> None:
         found = client.post(CHAT, json={"messages": USER, "max_tokens": 1})
         assert found.json()["fusion"]["weights"] == {}
         assert "x-fusion" not in found.headers
+
+
+def test_what_was_fitted_is_a_model(places: list[Path], tmp_path: Path) -> None:
+    place = named(places[0], tmp_path / "fitted", "fitted")
+    text = json.loads((place / "bundle.json").read_text())
+    text["fusion"] |= {"fitted": {"sums": {"weights": {"math": 0.5}}}, "strategy": "fitted:sums"}
+    (place / "bundle.json").write_text(json.dumps(text))
+    with client_of(place) as client:
+        assert "fitted:fitted" in [each["id"] for each in client.get("/v1/models").json()["data"]]
+        found = client.post(CHAT, json={"messages": USER, "max_tokens": 1}).json()["fusion"]
+    assert (found["strategy"], found["weights"]) == ("fitted:sums", {"math": 0.5, "es": 0.0})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.cli.eval import HALVES
+from qaflora_edge.cli.eval_tasks import HALVES
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,

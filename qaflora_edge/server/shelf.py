@@ -91,8 +91,8 @@ class Shelf:
             text = read_bundle_text(place)
             name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
             names = tuple(adapter.name for adapter in text.adapters)
-            measured = {"typical": text.typical, "centroids": text.centroids}
-            weigher = self._weigher(names, text.base.n_layer, text.fusion, **measured)
+            measured = (text.typical, text.centroids, text.fitted)
+            weigher = self._weigher(names, text.base.n_layer, text.fusion, *measured)
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(
                 f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
@@ -115,9 +115,9 @@ class Shelf:
         adapters: tuple[str, ...],
         n_layer: int,
         fusion: Mapping[str, str],
-        *,
         typical: Any = None,
         centroids: Any = None,
+        fitted: Any = None,
     ) -> Weigher:
         chosen = {key: self._engine.get(key) for key in ("strategy", "lens", "pool")}
         return Weigher(
@@ -128,6 +128,7 @@ class Shelf:
             pool=chosen["pool"] or fusion.get("pool", DEFAULT_POOL),
             typical=typical or {},
             centroids=centroids or {},
+            fitted=fitted or {},
         )
 
     # names

@@ -55,16 +55,18 @@ class Weigher:
     @property
     def followed(self) -> tuple[str, ...]:
         """The strategies that can be followed here and need nothing said besides: the base and
-        static mixes, each adapter alone, then those that look at the query.
+        static mixes, each adapter alone, what was fitted, then those that look at the query.
         """
         if not self.adapters:
             return ("base",)
-        whole = [each for each in strategies() if not each.needs_argument]
+        whole = [e for e in strategies() if not e.needs_argument and e.name != "fitted"]
         fixed = [each.name for each in whole if not each.is_probed]
         fixed.sort(key=lambda name: name != "base")
         probed = [each.name for each in whole if each.is_probed]
         singles = [f"single:{name}" for name in self.adapters]
-        return tuple(text for text in (*fixed, *singles, *probed) if self._is_followed(text))
+        fits = [f"fitted:{name}" for name in self.fitted]
+        every = (*fixed, *singles, *fits, *probed)
+        return tuple(text for text in every if self._is_followed(text))
 
     def _is_followed(self, text: str) -> bool:
         try:
