@@ -19,7 +19,7 @@ MAX_PARALLEL = 256  # sequences of one context: llama-cparams.h LLAMA_MAX_SEQ
 MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
-LENSES, POOLS = ("norm", "raw"), ("last", "mean")
+LENSES, POOLS = ("norm", "raw"), ("last", "mean", "question")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 # How each strategy is written; what follows a colon in capitals stands for a value.
 
@@ -141,7 +141,8 @@ OPTIONS = (
            help="How a layer's state is read: through the final norm, or raw.",
            unset="the bundle's, else norm"),
     Option("pool", str, None, "engine weighing", "--pool", choices=POOLS,
-           help="Weigh by the last token of the prompt, or by the mean of all.",
+           help="Weigh by the last token of the prompt, by the mean of all, or by the mean of the "
+           "question's own: the last user turn without its template.",
            unset="the bundle's, else last"),
     Option("probe_tail", int, 0, "engine", "--probe-tail", low=0, noun=_TOKENS, metavar="N",
            help="Probe adapters over the last N tokens only, after the base has read the others: "
@@ -262,6 +263,8 @@ SHAPING = (
     Option("total", float, 1.0, low=0, is_open=True, high=16, words=("l2",), metavar="T",
            help="each layer's weights sum to T; l2: their squares sum to 1"),
 )
+# The pool of one strategy, over that of the Engine.
+STRATEGY_POOL = Option("pool", str, None, choices=POOLS, help="over `--pool`")
 # fmt: on
 # By their keys: what weights, run, chat, bench and `llm` share, and what one command has.
 SHARED = {option.key: option for option in OPTIONS if option.flag}

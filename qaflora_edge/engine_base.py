@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message
+from qaflora_edge.chat.question import QuestionFinder
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.config import check
 from qaflora_edge.errors import OptionError, PromptError, StrategyError
@@ -24,8 +25,9 @@ from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.inference.score import Item
 from qaflora_edge.system_prompt import SystemPrompt, begin_with
 from qaflora_edge.weighing import numbers
-from qaflora_edge.weighing.calibrated import measure_typical
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import Query
+from qaflora_edge.weighing.typical import measure_typical
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
 F32 = NDArray[np.float32]
@@ -100,7 +102,10 @@ class EngineBase:
             self._lifetime.close()
             raise
         self._model = self._core.model
-        self._weigher = replace(self._weigher, n_layer=self._model.n_layer)
+        finder = QuestionFinder(self._model)
+        self._weigher = replace(
+            self._weigher, n_layer=self._model.n_layer, find_question=finder.find
+        )
 
     # life
 
@@ -412,22 +417,35 @@ class EngineBase:
 
     def typical_divergence(
         self, prompts: Sequence[str], progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, dict[str, list[float]]]:
-        """Measure each adapter against itself, for the strategy `calibrated`.
+    ) -> dict[str, dict[str, Any]]:
+        """Measure each adapter against itself, for the strategies `calibrated` and `two-place`.
 
-        prompts   neutral texts; in chat form when the base has a template, else as text
+        prompts   neutral texts; in chat form when the base has a template, and as text
         progress  called with (prompts done, prompts in all)
-        returns   adapter -> lens -> geometric mean of the divergence at each layer
+        returns   adapter -> one of weighing.typical.KEYS -> what it says
         """
         with self._lifetime.call():
-            probe, query = self._core.probe(self._core.cancellation()), self._weigher.query
+            probe = self._core.probe(self._core.cancellation())
 
-            def divergences(tokens: Sequence[int]) -> dict[str, Any]:
-                both = {lens: replace(query(tokens), lens=lens) for lens in numbers.LENSES}
-                return {lens: probe(each).divergence() for lens, each in both.items()}
+            def measure(prompt: str) -> dict[str, Any]:
+                text, chat = self._weigher.query(self.tokenize(prompt)), self._chat_query(prompt)
+                measured: dict[str, Any] = {}
+                for lens in numbers.LENSES:
+                    for key, pool in ((lens, "answer"), (f"question_{lens}", "question")):
+                        query = replace(chat, lens=lens, pool=pool)
+                        measured[key] = probe(query).divergence()
+                measured["cosine_question"] = probe(chat).places("cosine")[1]
+                measured["added_last"], measured["added_question"] = probe(chat).places("added")
+                measured["added_text"] = probe(text).places("added")[0]
+                return measured
 
-            queries = [self._query(prompt) for prompt in prompts]
-            return measure_typical(divergences, self.adapters, queries, progress)
+            return measure_typical(measure, self.adapters, prompts, progress)
+
+    def _chat_query(self, text: str) -> Query:
+        """A question in chat form when the base has a template, else as text."""
+        tokens = self._query(text)
+        span = self._weigher.find_question(tokens) or (0, len(tokens))
+        return replace(self._weigher.query(tokens), question=span)
 
     def centroid(
         self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None

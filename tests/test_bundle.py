@@ -40,6 +40,7 @@ from qaflora_edge.formats import checksums, gguf_parse, registry
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.inference import core
 from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.typical import LAYERS
 
 Raw = dict[str, Any]
 
@@ -110,10 +111,7 @@ def test_bundle_round_trip(calibrated: TinyBundle) -> None:
     assert list(bundle.adapter_paths) == ["math", "es"]
     assert bundle.fusion_defaults == {"strategy": "qa-flora", "lens": "norm", "pool": "last"}
     assert bundle.description_dict == read(calibrated.folder)
-    assert {lens: len(values) for lens, values in bundle.typical["es"].items()} == {
-        "norm": 3,
-        "raw": 3,
-    }
+    assert {key: len(bundle.typical["es"][key]) for key in LAYERS} == dict.fromkeys(LAYERS, 3)
 
 
 def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:

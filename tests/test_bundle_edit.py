@@ -35,9 +35,13 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.hub.pull import fetch_hub
+from qaflora_edge.weighing.typical import EXTENTS, LAYERS
 
 Raw = dict[str, Any]
-TYPICAL = {"raw": [1.0, 2.0, 3.0], "norm": [4.0, 5.0, 6.0]}
+TYPICAL = {
+    **{key: [1.0, 2.0, 3.0] for key in LAYERS},
+    **{key: {"mean": -1.0, "spread": 0.5} for key in EXTENTS},
+}
 
 
 @pytest.fixture(autouse=True)

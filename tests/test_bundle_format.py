@@ -86,7 +86,10 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     found: Raw = json.loads((made.folder / "bundle.json").read_text())
     found["base"] |= {"registry": "tiny", "hub": "owner/name/base.gguf@v1"}
     found["adapters"][0] |= {"hub": "owner/name", "trained_on": "owner/model"}
-    found["fusion"]["typical"] = {"math": {"raw": [1.0, 2, 0.5], "norm": [1.0, 2, 0.5]}}
+    usual = {"mean": -3.5, "spread": 0.25}
+    found["fusion"]["typical"] = {
+        "math": {"raw": [1.0, 2, 0.5], "question_norm": [1.0, 2, 0.5], "added_last": usual}
+    }
     found["fusion"]["typical_prompts"] = {"sha256": "0" * 64, "n_prompt": 3}
     embedding = base64.b64encode(np.ones(64, "<f4").tobytes()).decode("ascii")
     found["fusion"]["samples"] = {

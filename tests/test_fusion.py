@@ -113,7 +113,7 @@ def test_unknown_strategy_is_refused(text: str) -> None:
         parse_strategy(text, NAMES)
     assert str(caught.value) == (
         f"Strategy {text!r} is not known; expected one of qa-flora, cosine, euclidean, calibrated, "
-        "norm[:N], centroid, arrow, spectr, fitted[:NAME], static, single:NAME, "
+        "two-place, norm[:N], centroid, arrow, spectr, fitted[:NAME], static, single:NAME, "
         "manual:NAME=W,NAME=W, base."
     )
 

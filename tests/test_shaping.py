@@ -19,6 +19,7 @@ from qaflora_edge.weighing import strategy as registry
 from qaflora_edge.weighing.shaping import shaped
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.strategy_options import written
+from qaflora_edge.weighing.two_place import TwoPlace
 
 PROMPT = "the thing on a ring"
 SHARES = np.array([[0.5, 0.2, 0.0], [0.3, 0.7, 0.0], [0.2, 0.1, 1.0]], np.float32)
@@ -99,8 +100,8 @@ def test_every_probed_strategy_takes_them(made: TinyBundle, text: str) -> None:
         (
             "qa-flora:pwer=2",
             "Strategy 'qa-flora:pwer=2': 'pwer=2' is no option of it; did you mean power=? "
-            "Expected some of power=P, layers=each or mean, top=N, total=T or l2, with commas "
-            "between them.",
+            "Expected some of power=P, layers=each or mean, top=N, total=T or l2, pool=last or "
+            "mean or question, with commas between them.",
         ),
         ("qa-flora:2", "'2' is no option of it; expected some of power=P"),
         ("qa-flora:power", "'power' is no option of it; did you mean power=? Expected some"),
@@ -150,12 +151,20 @@ def test_options_are_completed() -> None:
         "qa-flora:top=",
         "qa-flora:total=l2",
         "qa-flora:total=",
+        "qa-flora:pool=last",
+        "qa-flora:pool=mean",
+        "qa-flora:pool=question",
     ]
     assert completed("norm:2,la") == ["norm:2,layers=each", "norm:2,layers=mean"]
-    assert completed("qa-flora:power=2,po") == []
+    assert completed("qa-flora:power=2,pow") == []
+    assert completed("two-place:by=c") == ["two-place:by=cosine"]
     assert completed("static:") == []
 
 
 def test_the_page_has_every_option() -> None:
-    rows = re.findall(r"^\| `(\w+=[^`]*)` \| (.*?) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    text = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+=[^`]*)` \| ([^|]*) \|$", text, re.M)
     assert rows == [(written(option), option.help) for option in SHAPING]
+    rows = re.findall(r"^\| `(\w+=[^`]*)` \| ([^|]*) \| ([^|]*) \|$", text, re.M)
+    own = TwoPlace.options
+    assert rows == [(written(option), str(option.default), option.help) for option in own]

@@ -71,10 +71,9 @@ def create_bundle(
     names = [adapter_name for adapter_name, _ in pairs]
     check_names(names)
     _check_notes(names, notes or {})
-    parse_strategy(strategy, names)
-    if strategy == "calibrated" and not calibrate:
+    if parse_strategy(strategy, names).strategy.needs_typical and not calibrate:
         raise BundleError(
-            f"Cannot create the bundle {folder}: its strategy is 'calibrated', which needs typical "
+            f"Cannot create the bundle {folder}: its strategy is {strategy!r}, which needs typical "
             "divergences, and they are not to be measured; expected another strategy. Leave "
             "--no-calibrate out."
         )

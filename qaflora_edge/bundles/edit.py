@@ -44,6 +44,7 @@ from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import Query, parse_strategy
+from qaflora_edge.weighing.typical import KEYS
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
 
@@ -309,7 +310,7 @@ def _calibrate(
     missing = {
         name: path
         for name, path in paths.items()
-        if not all(lens in typical.get(name, {}) for lens in fuse.LENSES)
+        if not all(key in typical.get(name, {}) for key in KEYS)
     }
     if missing:
         typical |= measure_typical(base_path, missing, tell)

@@ -52,7 +52,7 @@ class Opened:
     header           of the base
     adapters         name -> what its file says, in order
     states           each file -> its state when it was checked, for check_unchanged after its use
-    typical          adapter -> lens -> typical divergence of each layer, n_layer numbers
+    typical          adapter -> what is typical of it, by weighing.typical.KEYS
     fusion_defaults  strategy, lens and pool
     centroids        adapter -> float32 [n_embd], mean embedding of its sample texts
     fitted           name -> adapter -> weight, what was fitted to examples
@@ -63,7 +63,7 @@ class Opened:
     header: GgufHeader = field(repr=False)
     adapters: Mapping[str, AdapterInfo] = field(repr=False)
     states: Mapping[Path, FileState] = field(repr=False)
-    typical: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict, repr=False)
+    typical: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     fusion_defaults: Mapping[str, str] = field(default_factory=dict)
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
     fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

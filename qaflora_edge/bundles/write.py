@@ -158,10 +158,10 @@ def prompts_record() -> dict[str, Any]:
 
 def measure_typical(
     base_path: Path, adapters: Mapping[str, Path], tell: Progress
-) -> dict[str, dict[str, list[float]]]:
+) -> dict[str, dict[str, Any]]:
     """Typical divergences of each adapter over the neutral prompts (method.md section 7).
 
-    returns  adapter -> lens -> n_layer numbers
+    returns  adapter -> one of weighing.typical.KEYS -> what it says
     """
     from qaflora_edge.engine import Engine
 
@@ -170,9 +170,15 @@ def measure_typical(
             neutral_prompts(), lambda done, total: tell("calibration", done, total)
         )
     return {
-        name: {lens: [float(f"{value:.9g}") for value in values] for lens, values in by.items()}
-        for name, by in typical.items()
+        name: {key: _rounded(value) for key, value in by.items()} for name, by in typical.items()
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with nine digits: all that float32 has."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.9g}")
 
 
 def keep_system(folder: Path) -> None:

@@ -21,6 +21,7 @@ from qaflora_edge.formats.schema import WrongField, check_schema, shortened, sho
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.centroid import parse_centroid
 from qaflora_edge.weighing.strategy import parse_strategy
+from qaflora_edge.weighing.typical import LAYERS
 
 F32 = NDArray[np.float32]
 
@@ -76,7 +77,7 @@ class BundleText:
     """What bundle.json says.
 
     fusion   strategy, lens and pool that an Engine takes by default
-    typical  adapter -> lens -> typical divergence of each layer, n_layer numbers > 0
+    typical  adapter -> what is typical of it, by weighing.typical.KEYS
     centroids  adapter -> float32 [n_embd], mean embedding of its sample texts
     fits     name -> what was fitted to examples: weights, and on what evidence
     system   what conversations begin with, or empty
@@ -89,7 +90,7 @@ class BundleText:
     base: BaseRecord
     adapters: tuple[AdapterRecord, ...]
     fusion: Mapping[str, str]
-    typical: Mapping[str, Mapping[str, list[float]]]
+    typical: Mapping[str, Mapping[str, Any]]
     centroids: Mapping[str, F32]
     fits: Mapping[str, Mapping[str, Any]]
     system: str
@@ -224,12 +225,12 @@ def _fits(
 
 
 def _check_typical(
-    typical: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str], n_layer: int
+    typical: Mapping[str, Mapping[str, Any]], names: Sequence[str], n_layer: int
 ) -> None:
-    for name, by_lens in typical.items():
+    for name, by_key in typical.items():
         place = f"fusion.typical.{name}"
-        _check_adapter(place, name, by_lens, names)
-        for lens in fuse.LENSES:
-            if lens in by_lens and len(by_lens[lens]) != n_layer:
-                found = f"a list of {len(by_lens[lens])}"
-                raise WrongField(f"{place}.{lens}", found, f"{n_layer} numbers, one per layer")
+        _check_adapter(place, name, by_key, names)
+        for key in LAYERS:
+            if key in by_key and len(by_key[key]) != n_layer:
+                found = f"a list of {len(by_key[key])}"
+                raise WrongField(f"{place}.{key}", found, f"{n_layer} numbers, one per layer")

@@ -17,7 +17,7 @@ from qaflora_edge.weighing.strategy import Reading
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-_KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # they read the same input
+KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # they read the same input
 
 
 class AttentionInputs:
@@ -35,7 +35,7 @@ class AttentionInputs:
         infos = [a if isinstance(a, AdapterInfo) else read_adapter_gguf(a) for a in adapters]
         self._modules: dict[int, list[list[F64]]] = {}  # layer -> module -> adapter -> [n, n_embd]
         for layer in range(n_layer):
-            names = [f"blk.{layer}.{kind}.weight" for kind in _KINDS]
+            names = [f"blk.{layer}.{kind}.weight" for kind in KINDS]
             if common := [name for name in names if all(name in info.ranks for info in infos)]:
                 self._modules[layer] = [
                     [_read(info, name, reading) for info in infos] for name in common
@@ -43,7 +43,7 @@ class AttentionInputs:
         if not self._modules:
             raise StrategyError(
                 f"Strategy {reading} compares what adapters read at the attention's projections, "
-                f"but no block has one ({', '.join(_KINDS)}) that all of them adapt; use another "
+                f"but no block has one ({', '.join(KINDS)}) that all of them adapt; use another "
                 "strategy."
             )
         self._n_layer, self._n_adapter = n_layer, len(infos)

@@ -14,10 +14,11 @@ from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing.attention_inputs import AttentionInputs
+from qaflora_edge.weighing.attention_sizes import AttentionSizes
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.query_projection import QueryProjections
 from qaflora_edge.weighing.reading import Steps, closed, probe_context, read_tokens
-from qaflora_edge.weighing.strategy import Reading
+from qaflora_edge.weighing.strategy import Reading, Span
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -49,6 +50,7 @@ class BaseProber:
         self._prefixes = prefixes or Prefixes(0)
         self.context: ProbeContext | None = None
         self._projections: dict[tuple[int, ...], QueryProjections] = {}
+        self._sizes: dict[int, AttentionSizes] = {}
         self._readings: dict[Reading, tuple[tuple[int, ...], AttentionInputs]] = {}
 
     def close(self) -> None:
@@ -126,6 +128,39 @@ class BaseProber:
             raise
         weights, sizes = sums / len(tokens)
         return weights, sizes
+
+    def added(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F64]:
+        """How much each adapter would add to q, k and v in two places: [2, n_row, n_layer].
+
+        |scale B A x| with x as the base alone reads it, the geometric mean over a layer's modules:
+        at the last token, and in the mean over the question's tokens, which stand at span. 0 where
+        an adapter adapts none of them.
+        """
+        for row in rows:
+            if row not in self._sizes:
+                self._sizes[row] = AttentionSizes(self._files[row], self._model.n_layer)
+        sizes = [self._sizes[row] for row in rows]
+        context = self._room_for(tokens, has_inputs=True, all_outputs=True)
+        context.clear()
+        question: list[F64] = [np.zeros(1) for _ in rows]
+        at, (start, stop) = 0, span
+        try:
+            while at < len(tokens):
+                end = context.pieces().end(tokens, at)
+                context.capture_begin("mean")
+                context.decode(tokens[at:end], start=at, outputs="all")
+                inputs = context.inputs(0, n_row=end - at)
+                inside = inputs[max(start - at, 0) : max(stop - at, 0)]
+                question = [q + each.sums(inside) for q, each in zip(question, sizes, strict=True)]
+                at = end
+                yield at
+        except BaseException:
+            context.clear()
+            raise
+        n = stop - start
+        last = [each.of_layers(each.sums(inputs[-1:])) for each in sizes]
+        means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
+        return np.array([last, means])
 
     def _room_for(
         self, tokens: Sequence[int], *, has_inputs: bool = False, all_outputs: bool = False

@@ -25,11 +25,14 @@ from qaflora_edge.weighing.reading import (
     probe_context,
     read_tokens,
 )
-from qaflora_edge.weighing.strategy import Measure, Query, Reading
+from qaflora_edge.weighing.strategy import Measure, PlaceMeasure, Query, Reading, Span
 
 T = TypeVar("T")
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+PLACES = ("answer", "question")  # the last token, where the answer begins, and the question's mean
+# tokens, rows, and how they are read: a pool, or where the question stands
+_Key = tuple[tuple[int, ...], tuple[int, ...], str | tuple[int, int]]
 
 
 class Prober:
@@ -64,7 +67,7 @@ class Prober:
         self._pool = "last"  # what the context has room for; "mean" includes it
         self._rows: tuple[int, ...] = ()  # of the adapters whose KV state is held
         self._is_exact = True  # whether the adapters themselves read all that they hold
-        self._last: tuple[tuple[int, ...], tuple[int, ...], str, F32] | None = None
+        self._last: tuple[_Key, F32] | None = None
         self.timings = ProbeTimings()
 
     def close(self) -> None:
@@ -84,8 +87,8 @@ class Prober:
         pool  "last" token of the query, or the "mean" state over its tokens
         """
         key = (tuple(tokens), tuple(rows), pool)
-        if self._last is not None and self._last[:3] == key:
-            return self._last[3]
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
         start = time.perf_counter()
         context = self._room_for(tokens, pool)
         try:
@@ -102,12 +105,12 @@ class Prober:
                 pieces = context.pieces(1 + len(rows))
                 n_kept = self.prefixes.go_on(context, self._rows, tokens, pieces)
                 yield from self._read(context, tokens, n_kept, "last")
-            states = np.stack([context.states(seq) for seq in range(1 + len(rows))])
+            states = self._states(context)
         except BaseException:  # GeneratorExit of a cancelled query included
             context.clear()
             raise
         self._check_finite(states, key[1])
-        self._last = (*key, states)
+        self._last = (key, states)
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
 
@@ -123,22 +126,90 @@ class Prober:
         is_kept = self._is_exact and context.keep_common(tokens[: n + 1]) == n
         return context.kv_state() if is_kept else None
 
+    def places(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F32]:
+        """States in two places: float32 [2, 1 + n_row, n_layer, n_embd], in one pass.
+
+        span     where the question's tokens stand
+        returns  the last token's states, and the means over the question's tokens
+        """
+        key = (tuple(tokens), tuple(rows), span)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        start = time.perf_counter()
+        context = self._room_for(tokens, "mean")
+        try:
+            self._use(context, key[1])
+            states = yield from self._read_places(context, tokens, span)
+        except BaseException:  # GeneratorExit of a cancelled query included
+            context.clear()
+            raise
+        for place in states:
+            self._check_finite(place, key[1])
+        self._last = (key, states)
+        self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
+        return states
+
+    def _read_places(self, context: ProbeContext, tokens: Sequence[int], span: Span) -> Steps[F32]:
+        """Read what stands before the question, the question, and the rest, each for itself.
+
+        Where nothing follows the question, its last token is the rest, and counts for the mean too.
+        """
+        start, end = span
+        n_mean = end - start
+        self._forget(context)
+        self._is_exact = False  # it is not cut where others are: no query goes on from it
+        if start > 0:
+            yield from self._read_part(context, tokens[:start], 0, "none")
+        if end == len(tokens):
+            end -= 1
+        context.capture_begin("mean")
+        if start < end:
+            yield from self._read_part(context, tokens[:end], start, "all")
+            question = self._states(context)
+        context.capture_begin("last")
+        yield from self._read_part(context, tokens, end, "last")
+        last = self._states(context)
+        if start == end:
+            question = last
+        elif n_mean > end - start:
+            question = question + (last - question) / np.float32(n_mean)
+        return np.stack([last, question])
+
+    def _read_part(
+        self, context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs
+    ) -> Steps[None]:
+        yield from read_tokens(context, tokens, start, outputs, n_seq=1 + len(self._rows))
+
+    def _states(self, context: ProbeContext) -> F32:
+        return np.stack([context.states(seq) for seq in range(1 + len(self._rows))])
+
     def divergence(
-        self, tokens: Sequence[int], rows: Sequence[int], measure: Measure, lens: str, pool: str
+        self,
+        tokens: Sequence[int],
+        rows: Sequence[int],
+        measure: Measure,
+        lens: str,
+        pool: str,
+        span: Span = (0, 0),
     ) -> Steps[F64]:
         """How far each adapter moves the base: float64 [n_row, n_layer].
 
         measure  "cosine" and "euclidean" distances of states, else KL in nats through the lens
+        pool     of `states`, or one of PLACES: what `places` gives for a question's span
         """
         self.timings = ProbeTimings()
-        states = yield from self.states(tokens, rows, pool)
+        if pool in PLACES:
+            places = yield from self.places(tokens, rows, span)
+            states = places[PLACES.index(pool)]
+        else:
+            states = yield from self.states(tokens, rows, pool)
         if measure == "cosine":
             return numbers.cosine_distance(states[0], states[1:])
         if measure == "euclidean":
             return numbers.euclidean_distance(states[0], states[1:])
         if self.timings.forward_ms:
             yield None
-        context = self._room_for(tokens, pool)
+        context = self._room_for(tokens, "last" if pool == "last" else "mean")
         before = context.lens_ms
         divergence = context.divergence(states[0], states[1:], lens)
         lens_ms, divergence_ms = np.subtract(context.lens_ms, before)
@@ -236,14 +307,30 @@ class QueryProbe:
     def divergence(self, measure: Measure = "kl") -> F64:
         query = self._query
         divergence: F64 = self._run(
-            self._prober.divergence(query.tokens, self._rows, measure, query.lens, query.pool)
+            self._prober.divergence(
+                query.tokens, self._rows, measure, query.lens, query.pool, query.question
+            )
         )
         return divergence
 
     def states(self) -> F32:
         query = self._query
+        if query.pool == "question":
+            places: F32 = self._run(self._prober.places(query.tokens, self._rows, query.question))
+            return np.array(places[1])
         states: F32 = self._run(self._prober.states(query.tokens, self._rows, query.pool))
         return states
+
+    def places(self, measure: PlaceMeasure) -> F64:
+        query = self._query
+        if measure == "added":
+            base = self._prober.base
+            added: F64 = self._run(
+                self._prober.timed(base.added(query.tokens, self._rows, query.question))
+            )
+            return added
+        states = self._run(self._prober.places(query.tokens, self._rows, query.question))
+        return np.stack([numbers.cosine_distance(each[0], each[1:]) for each in states])
 
     def embedding(self) -> F32:
         base = self._prober.base

@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     F64 = NDArray[np.float64]
 
 Measure = Literal["kl", "cosine", "euclidean"]
+PlaceMeasure = Literal["added", "cosine"]
 Reading = Literal["arrow", "spectr"]
 
-# adapter -> lens -> typical divergence of each layer, as bundle.json stores it
-Typical = Mapping[str, Mapping[str, Sequence[float]]]
+Span = tuple[int, int]  # where a part of a prompt begins, and where it ends
+
+# adapter -> what is typical of it, by weighing.typical.KEYS, as bundle.json stores it
+Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 _BUILT_IN = (  # modules beside this one
     "divergence",
     "calibrated",
+    "two_place",
     "norm",
     "centroid",
     "spectral",
@@ -52,11 +56,14 @@ class Query:
 
     tokens    ids of the prompt
     adapters  names of those in use, in the order of every first axis
-    lens      "norm" or "raw", pool "last" or "mean": see `qaflora weights --help`
-    typical   adapter -> lens -> typical divergence of each layer, where the bundle has them
+    lens      "norm" or "raw", pool "last", "mean" or "question": see `qaflora weights --help`
+    typical   adapter -> what is typical of it, where the bundle has it: see weighing.typical
     centroids adapter -> float32 [n_embd], mean embedding of its sample texts, where it has them
     fitted    name -> adapter -> weight, what was fitted to examples
     options   the strategy's own options, as they were given
+    question  where the question's tokens stand: the last user turn of a prompt in chat form, else
+              the whole prompt
+    is_chat   whether the prompt is in chat form
     """
 
     tokens: tuple[int, ...]
@@ -68,6 +75,8 @@ class Query:
     centroids: Mapping[str, F32] = field(default_factory=dict)
     fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    question: Span = (0, 0)
+    is_chat: bool = False
 
 
 class Probe(Protocol):
@@ -81,6 +90,14 @@ class Probe(Protocol):
 
     def states(self) -> F32:
         """States after each block: float32 [1 + n_adapter, n_layer, n_embd], the base first."""
+
+    def places(self, measure: PlaceMeasure) -> F64:
+        """What adapters do in two places, in one pass: float64 [2, n_adapter, n_layer], at the last
+        token and in the question's tokens.
+
+        measure  "added": |scale B A x| at q, k and v, in a pass of the base alone; "cosine"
+                 distances of states under each adapter
+        """
 
     def embedding(self) -> F32:
         """The mean over tokens of the base's state after its last block: float32 [n_embd]."""
@@ -118,6 +135,8 @@ class Strategy:
     is_probed whether weigh() asks the probe, so that weights differ from query to query
     options   what else may stand there, as in qa-flora:power=2, if it is probed. Those of SHAPING
               change what weigh() gives; its own, weigh() finds in query.options.
+    reads_question  whether weigh() asks for what needs query.question, whatever the pool
+    needs_typical   whether it needs what `qaflora bundle calibrate` measures
     """
 
     name: ClassVar[str]
@@ -126,6 +145,8 @@ class Strategy:
     needs_argument: ClassVar[bool] = False
     is_probed: ClassVar[bool] = True
     options: ClassVar[tuple[Option, ...]] = SHAPING
+    reads_question: ClassVar[bool] = False
+    needs_typical: ClassVar[bool] = False
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:
         """What weigh() gets for the text behind the colon ("" without one), options apart.

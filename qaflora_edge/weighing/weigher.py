@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +18,7 @@ from qaflora_edge.weighing.strategy import (
     Mix,
     Probe,
     Query,
+    Span,
     Typical,
     parse_strategy,
     strategies,
@@ -28,9 +28,16 @@ F32 = NDArray[np.float32]
 Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
 
 
+def _no_question(tokens: Sequence[int]) -> Span | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Weigher:
-    """How an Engine weighs: the adapters in use, its defaults, what is typical of each adapter."""
+    """How an Engine weighs: the adapters in use, its defaults, what is typical of each adapter.
+
+    find_question  where the question stands in a prompt's tokens, or None without a chat's form
+    """
 
     adapters: tuple[str, ...]
     n_layer: int
@@ -40,6 +47,7 @@ class Weigher:
     typical: Typical
     centroids: Mapping[str, F32] = field(default_factory=dict)
     fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    find_question: Callable[[Sequence[int]], Span | None] = _no_question
 
     def __post_init__(self) -> None:
         numbers.check_choice("lens", self.lens, numbers.LENSES)
@@ -49,7 +57,7 @@ class Weigher:
     def parse(self, text: str) -> Chosen:
         """Read a strategy; StrategyError if it is unknown or cannot be followed here."""
         chosen = parse_strategy(text, self.adapters)
-        chosen.strategy.check(chosen.argument, self.query((), chosen.options))
+        chosen.strategy.check(chosen.argument, self.query((), chosen))
         return chosen
 
     @property
@@ -75,21 +83,26 @@ class Weigher:
             return False
         return True
 
-    def query(self, tokens: Sequence[int], options: Mapping[str, Any] | None = None) -> Query:
-        """What is weighed, under these defaults.
-
-        options  those that stand behind the strategy's name
-        """
+    def query(self, tokens: Sequence[int], chosen: Chosen | None = None) -> Query:
+        """What is weighed, under these defaults and the options behind the strategy's name."""
+        options = {} if chosen is None else chosen.options
+        pool = options.get("pool", self.pool)
+        needs_question = pool == "question" or (
+            chosen is not None and chosen.strategy.reads_question
+        )
+        question = self.find_question(tokens) if needs_question and tokens else None
         return Query(
             tokens=tuple(tokens),
             adapters=self.adapters,
             n_layer=self.n_layer,
             lens=self.lens,
-            pool=self.pool,
+            pool=pool,
             typical=self.typical,
             centroids=self.centroids,
             fitted=self.fitted,
-            options=options or {},
+            options=options,
+            question=question or (0, len(tokens)),
+            is_chat=question is not None,
         )
 
     def weigh(
@@ -113,7 +126,7 @@ class Weigher:
         strategy = chosen.strategy
         if not self.adapters:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
-        query = self.query(tokens, chosen.options)
+        query = self.query(tokens, chosen)
         start = time.perf_counter()
         mix = strategy.weigh(query, probe(query), chosen.argument)
         probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
@@ -145,7 +158,7 @@ class Weigher:
             divergence=None if mix.divergence is None else checked(mix.divergence),
             strategy=strategy,
             lens=self.lens,
-            pool=self.pool,
+            pool=query.pool,
             prompt_tokens=len(query.tokens),
             probe_ms=probe_ms,
         )

@@ -1,0 +1,106 @@
+"""`two-place`: one adapter for the kind of answer, one for what the question is written in.
+
+The last token of a chat prompt, where the answer begins, tells what kind of answer is asked for;
+the question's own tokens tell what it is written in. What adapters do there is measured by what
+they would add to the attention of the base, in one pass of the base alone, however many there are,
+and compared with what is usual for each. The adapter that does most where the answer begins is one
+of the two, that which does most in the question the other. Where none does more at the answer than
+is usual, the base answers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qaflora_edge.config import Option
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.calibrated import check_typical
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.strategy import F32, F64
+
+RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
+
+# fmt: off
+_OPTIONS = (
+    Option("answer", float, 0.5, low=0, high=16, metavar="W",
+           help="the weight of the adapter that is found where the answer begins"),
+    Option("question", float, 0.5, low=0, high=16, metavar="W",
+           help="the weight of the one that is found in the question"),
+    Option("abstain", float, 1.5, low=-100, high=100, words=("never",), metavar="Z",
+           help="the base answers alone up to Z standard deviations; 0.5 above, the mix is whole"),
+    Option("by", str, "added", choices=("added", "cosine"),
+           help="read the question as the base alone does, or by how far each adapter moves it"),
+)
+# fmt: on
+
+
+class TwoPlace(Strategy):
+    name = "two-place"
+    help = "one adapter by where the answer begins, one by the question's words; or the base"
+    options = _OPTIONS
+    reads_question = True
+    needs_typical = True
+
+    def check(self, argument: Any, query: Query) -> None:
+        keys = ["added_last", "added_text", f"{_all_options(query)['by']}_question"]
+        check_typical(self.name, query, keys, "in two places")
+
+    def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
+        import numpy as np
+
+        from qaflora_edge.weighing.typical import surprise
+
+        options = _all_options(query)
+        last, question = probe.places("added")
+        _check_measured(query, last)
+
+        def unusual(measured: F64, key: str) -> F64:
+            return surprise(measured, [query.typical[name][key] for name in query.adapters])
+
+        if query.is_chat:
+            if options["by"] == "cosine":
+                question = probe.places("cosine")[1]
+            in_question = unusual(question, f"{options['by']}_question")
+            weights = pair(unusual(last, "added_last"), in_question, options)
+        else:  # a text to go on with asks for nothing: the most unusual one alone
+            weights = np.zeros(len(last), np.float32)
+            weights[unusual(last, "added_text").argmax()] = options["answer"]
+        return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last)
+
+
+STRATEGIES = (TwoPlace(),)
+
+
+def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
+    """The weights of a prompt in chat form: float32 [n_adapter].
+
+    last, question  [n_adapter]  how unusual what adapters do there is, in standard deviations
+    """
+    import numpy as np
+
+    weights = np.zeros(len(last), np.float32)
+    first = int(last.argmax())
+    others = np.where(np.arange(len(last)) == first, -np.inf, question)
+    second = int(others.argmax())
+    weights[first] = options["answer"]
+    if others[second] > 0:
+        weights[second] = options["question"]
+    if options["abstain"] == "never":
+        return weights
+    return weights * np.float32(np.clip((last.max() - options["abstain"]) / RAMP, 0.0, 1.0))
+
+
+def _all_options(query: Query) -> dict[str, Any]:
+    return {option.name: option.default for option in _OPTIONS} | dict(query.options)
+
+
+def _check_measured(query: Query, last: F64) -> None:
+    silent = [name for name, each in zip(query.adapters, last, strict=True) if not each.any()]
+    if silent:
+        raise StrategyError(
+            f"Strategy two-place compares what adapters add to q, k and v, but {', '.join(silent)} "
+            "adds nothing to any block's; use another strategy, or leave it out."
+        )

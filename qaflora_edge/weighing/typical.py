@@ -1,0 +1,80 @@
+"""What is typical of an adapter: how far it moves neutral prompts, as bundle.json stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaflora_edge.weighing.numbers import LENSES, typical_divergence
+
+F64 = NDArray[np.float64]
+
+# One number a layer: the geometric mean of the KL at the last token, or of the question's states.
+LAYERS = (*LENSES, *(f"question_{lens}" for lens in LENSES))
+# Mean and spread of `extent`, by what is measured (see Probe.places) and where: at the last token,
+# in the question, and at the last token of prompts as plain text.
+EXTENTS = ("added_last", "added_question", "added_text", "cosine_question")
+KEYS = (*LAYERS, *EXTENTS)
+
+_EPS = 1e-12  # of what a logarithm is taken of; layers of 0 change no surprise
+_SPREAD_MIN = 0.01  # an adapter that always does the same is no surprise whatever it does
+
+
+def extent(measured: F64) -> F64:
+    """How much an adapter does to a query, in one number: mean over layers of log(x + 1e-12).
+
+    measured  [n_adapter, n_layer]  >= 0, in any unit
+    returns   [n_adapter]
+    """
+    return np.asarray(np.log(measured + _EPS).mean(axis=1))
+
+
+def surprise(measured: F64, usual: Sequence[Mapping[str, float]]) -> F64:
+    """How unusual an extent is, in standard deviations: float64 [n_adapter].
+
+    measured  [n_adapter, n_layer]  as for extent
+    usual     mean and spread of each adapter over neutral prompts
+    """
+    mean, spread = (np.array([each[key] for each in usual]) for key in ("mean", "spread"))
+    return np.asarray((extent(measured) - mean) / spread)
+
+
+def measure_typical(
+    measure: Callable[[str], Mapping[str, F64]],
+    adapters: Sequence[str],
+    prompts: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure each adapter against itself.
+
+    measure   a neutral prompt -> those of KEYS that it tells of -> float64 [n_adapter, n_layer]
+    progress  called with (prompts done, prompts in all)
+    returns   adapter -> key -> a list of n_layer numbers, or mean and spread
+    """
+    measured: dict[str, list[F64]] = {}
+    for done, prompt in enumerate(prompts, 1):
+        for key, value in measure(prompt).items():
+            measured.setdefault(key, []).append(value)
+        if progress is not None:
+            progress(done, len(prompts))
+    typical = {
+        key: _usual(values) if key in EXTENTS else typical_divergence(values).tolist()
+        for key, values in measured.items()
+    }
+    return {
+        name: {key: values[ia] for key, values in typical.items()}
+        for ia, name in enumerate(adapters)
+    }
+
+
+def _usual(measured: Sequence[F64]) -> list[dict[str, float]]:
+    """Mean and spread of each adapter's extent, of what was measured of some prompts."""
+    extents = np.stack([extent(each) for each in measured])
+    spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)
+    return [
+        {"mean": float(mean), "spread": float(spread)}
+        for mean, spread in zip(extents.mean(axis=0), spreads, strict=True)
+    ]

@@ -1,0 +1,207 @@
+"""Where the question stands in a prompt, and its states: one token at a time is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model
+from qaflora_edge.chat.question import QuestionFinder
+from qaflora_edge.chat.tokens import chat_tokens
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.numbers import kl_divergence
+
+EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}
+QUESTION = "the king is in the air"
+# Control tokens of the tiny vocabulary in the places of Llama 3's, Mistral's and a plain one's.
+HEADERS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|endoftext|>\n\n{{ m.content }}<|im_end|>"
+    "{% endfor %}"
+    "<|im_start|>assistant<|endoftext|>\n\n"
+)
+BRACKETS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|> {{ m.content }}<|im_end|>"
+    "{% else %} {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
+)
+WORDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def asked(*contents: str, system: str = "") -> list[dict[str, str]]:
+    """A conversation whose turns take turns, the first and last the user's."""
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def found(model: Model, messages: Sequence[Any]) -> str | None:
+    tokens = chat_tokens(model, messages)
+    span = QuestionFinder(model).find(tokens)
+    if span is None:
+        return None
+    return b"".join(model.piece(t, special=True) for t in tokens[slice(*span)]).decode()
+
+
+@pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS])
+def test_the_question_is_the_last_user_turn(tmp_path: Path, template: str) -> None:
+    model = Model(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path)
+    conversations = [
+        asked("the air"),
+        asked("a", "user\nthe ring", "what is it"),
+        asked("<|im_start|>user\nno<|im_end|>"),  # typed: text, no turn
+    ]
+    if template is not BRACKETS:  # as Mistral's first ones, it knows no system
+        conversations.append(asked("the air", system="Be short."))
+    for messages in conversations:
+        text = found(model, messages)
+        assert text is not None
+        assert text.strip() == messages[-1]["content"]
+    model.close()
+
+
+def test_white_space_at_its_beginning_belongs_to_it(tmp_path: Path) -> None:
+    model = Model(write_tiny_base(tmp_path / "base.gguf").path)
+    assert found(model, asked("\n\n the air")) == "\n\n the air"
+    model.close()
+
+
+@pytest.mark.parametrize("template", [None, WORDS, "{{ raise_exception('no') }}"])
+def test_without_control_tokens_around_it_there_is_none(
+    tmp_path: Path, template: str | None
+) -> None:
+    model = Model(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path)
+    tokens = model.tokenize("user: the air\nassistant:", add_special=False, parse_special=False)
+    assert QuestionFinder(model).find(tokens) is None
+    assert QuestionFinder(model).find([]) is None
+    model.close()
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> TinyBase:
+    return write_tiny_base(tmp_path / "base.gguf", request.param)
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, base: TinyBase) -> dict[str, Path]:
+    return {
+        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, rank=2 + seed, seed=seed).path
+        for seed, name in enumerate(("math", "es"))
+    }
+
+
+def opened(base: TinyBase, adapters: dict[str, Path]) -> Engine:
+    return Engine(base=base.path, adapters=adapters, n_ctx=128, **EXACT)
+
+
+def one_by_one(engine: Engine, tokens: Sequence[int], span: tuple[int, int]) -> Any:
+    """States [2, 1 + n_adapter, n_layer, n_embd] of one token of one prompt after the other."""
+
+    def states(adapter: str | None, n: int) -> Any:
+        return engine.hidden_states(tokens[:n], adapter=adapter).astype(np.float64)
+
+    who = (None, *engine.adapters)
+    last = [states(adapter, len(tokens)) for adapter in who]
+    means = [np.mean([states(each, n + 1) for n in range(*span)], axis=0) for each in who]
+    return np.array([last, means])
+
+
+def probed(engine: Engine, tokens: Sequence[int], span: tuple[int, int]) -> Any:
+    core = engine._core
+    return core.run(core.prober.places(tokens, core.rows(engine.adapters), span))
+
+
+def shown(fusion: FusionWeights) -> Any:
+    """The measure behind weights: float64 [n_adapter, n_layer]."""
+    assert fusion.divergence is not None
+    return fusion.divergence.astype(np.float64)
+
+
+@pytest.mark.parametrize("span", [(3, 9), (0, 12), (11, 12), (5, 12), (0, 1)])
+def test_states_of_both_places_are_those_of_single_tokens(
+    base: TinyBase, adapters: dict[str, Path], span: tuple[int, int]
+) -> None:
+    tokens = np.random.default_rng(1).integers(0, 256, 12).tolist()
+    with opened(base, adapters) as engine:
+        expected = one_by_one(engine, tokens, span)
+    with opened(base, adapters) as engine:
+        np.testing.assert_allclose(probed(engine, tokens, span), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_question_is_read_in_one_pass(
+    base: TinyBase, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    decode = Context.decode_spans
+
+    def counting(self: Context, spans: Any) -> list[int]:
+        counts.append(sum(len(span.tokens) for span in spans))
+        return decode(self, spans)
+
+    with opened(base, adapters) as engine:
+        tokens = engine.chat_tokens(asked(QUESTION))
+        monkeypatch.setattr(Context, "decode_spans", counting)
+        first = engine.weights(tokens, strategy="cosine:pool=question")
+        assert sum(counts) == 3 * len(tokens)
+        engine.weights(tokens, strategy="qa-flora:pool=question")  # of the same states
+        assert sum(counts) == 3 * len(tokens)
+        plain = engine.weights(tokens, strategy="cosine")
+        other = engine.weights(tokens, strategy="cosine:pool=question")
+        np.testing.assert_array_equal(other.weights, first.weights)
+    with opened(base, adapters) as engine:  # what was read for one does not change the other
+        np.testing.assert_array_equal(
+            engine.weights(tokens, strategy="cosine").weights, plain.weights
+        )
+
+
+def test_pool_question_weighs_by_the_questions_mean(
+    base: TinyBase, adapters: dict[str, Path]
+) -> None:
+    with opened(base, adapters) as engine:
+        tokens = engine.chat_tokens(asked("a", "b", QUESTION))
+        span = engine._weigher.find_question(tokens)
+        assert span is not None
+        expected = one_by_one(engine, tokens, span)[1]
+        plain, *adapted = expected
+        norms = np.linalg.norm(expected, axis=-1)
+        cosine = np.array(
+            [
+                1 - (plain * each).sum(axis=-1) / norms[0] / norm
+                for each, norm in zip(adapted, norms[1:], strict=True)
+            ]
+        )
+        fusion = engine.weights(tokens, strategy="cosine:pool=question")
+        np.testing.assert_allclose(shown(fusion), cosine, rtol=1e-3, atol=1e-6)
+        assert fusion.pool == "question"
+        kl = shown(engine.weights(tokens, strategy="qa-flora:pool=question"))
+        core = engine._core.prober.contexts[0]
+        for ia, states in enumerate(adapted):
+            logits = [core.project(core.final_norm(s.astype(np.float32))) for s in (plain, states)]
+            reference = kl_divergence(logits[0], logits[1] - logits[0])
+            np.testing.assert_allclose(kl[ia], reference, rtol=2e-2, atol=1e-7)
+    with Engine(base=base.path, adapters=adapters, n_ctx=128, pool="question", **EXACT) as engine:
+        same = engine.weights(tokens, strategy="cosine")
+        np.testing.assert_array_equal(same.weights, fusion.weights)
+
+
+def test_plain_text_is_its_own_question(base: TinyBase, adapters: dict[str, Path]) -> None:
+    with opened(base, adapters) as engine:
+        mean = engine.weights(QUESTION, strategy="cosine:pool=mean")
+        question = engine.weights(QUESTION, strategy="cosine:pool=question")
+    np.testing.assert_allclose(shown(question), shown(mean), rtol=1e-3, atol=1e-7)
+
+
+def test_a_wrong_pool_is_refused(base: TinyBase, adapters: dict[str, Path]) -> None:
+    with opened(base, adapters) as engine, pytest.raises(StrategyError) as caught:
+        engine.weights("a", strategy="qa-flora:pool=first")
+    assert str(caught.value) == (
+        "Strategy 'qa-flora:pool=first': the option pool is 'first', expected one of last, mean, "
+        "question."
+    )

@@ -1,0 +1,295 @@
+"""The strategy two-place and what it needs to know of adapters, against numbers written out."""
+
+from __future__ import annotations
+
+import json
+from math import exp, log, sqrt
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle
+
+from qaflora_edge import Engine
+from qaflora_edge.backend.context import Context
+from qaflora_edge.bundles.create import create_bundle
+from qaflora_edge.bundles.edit import calibrate
+from qaflora_edge.bundles.neutral import neutral_prompts
+from qaflora_edge.bundles.open import load_bundle
+from qaflora_edge.errors import BundleError, StrategyError
+from qaflora_edge.weighing.strategy import Query, parse_strategy
+from qaflora_edge.weighing.typical import KEYS, measure_typical
+
+NAMES = ("math", "es", "med")
+USUAL = {"mean": log(0.01), "spread": 0.5}
+PLACES = ("added_last", "added_question", "added_text", "cosine_question")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("two"), calibrate=True)
+
+
+class Places:
+    """A probe that found these numbers [n_adapter] at each layer."""
+
+    def __init__(self, last: list[float], question: list[float], cosine: list[float]) -> None:
+        self.found = {"added": (last, question), "cosine": (last, cosine)}
+
+    def places(self, measure: str) -> Any:
+        return np.repeat(np.array(self.found[measure])[:, :, None], 2, axis=2)
+
+
+def weighed(
+    text: str,
+    last: list[float],
+    question: list[float],
+    cosine: list[float] | None = None,
+    *,
+    is_chat: bool = True,
+) -> list[float]:
+    """Weights [n_adapter] for what adapters do, the same at both layers."""
+    names = NAMES[: len(last)]
+    chosen = parse_strategy(text, names)
+    query = Query(
+        tokens=(1, 2),
+        adapters=names,
+        n_layer=2,
+        lens="norm",
+        pool="last",
+        typical={name: dict.fromkeys(PLACES, USUAL) for name in names},
+        options=chosen.options,
+        question=(0, 2),
+        is_chat=is_chat,
+    )
+    chosen.strategy.check(None, query)
+    probe: Any = Places(last, question, cosine or question)
+    mix: Any = chosen.strategy.weigh(query, probe, None)
+    np.testing.assert_allclose(mix.divergence[:, 0], last, rtol=1e-5)
+    assert (mix.weights[:, 0] == mix.weights[:, 1]).all()
+    return [round(float(x), 5) for x in mix.weights[:, 0]]
+
+
+def at(z: float) -> float:
+    """What is z standard deviations above what is usual."""
+    return exp(USUAL["mean"] + z * USUAL["spread"])
+
+
+def test_one_adapter_comes_from_each_place() -> None:
+    last, question = [at(1), at(0), at(3)], [at(0.2), at(1), at(2)]
+    assert weighed("two-place", last, question) == [0, 0.5, 0.5]
+    assert weighed("two-place:answer=0.7,question=0.8", last, question) == [0, 0.8, 0.7]
+
+
+def test_an_adapter_is_compared_with_itself() -> None:
+    """What is usual of one is not what is usual of another."""
+    strategy = parse_strategy("two-place", ("strong", "weak")).strategy
+    usual = {"mean": log(1.0), "spread": 0.5}
+    typical = {"strong": dict.fromkeys(PLACES, usual), "weak": dict.fromkeys(PLACES, USUAL)}
+    query = Query(
+        (1,), ("strong", "weak"), 2, "norm", "last", typical, question=(0, 1), is_chat=True
+    )
+    probe: Any = Places([1.0, at(3)], [2.0, at(0)], [])
+    mix: Any = strategy.weigh(query, probe, None)
+    assert mix.weights[:, 0].tolist() == [0.5, 0.5]  # the weak one first, the strong one second
+    probe = Places([1.0, at(3)], [0.9, at(0)], [])
+    mix = strategy.weigh(query, probe, None)
+    assert mix.weights[:, 0].tolist() == [0, 0.5]
+
+
+def test_the_question_may_be_read_by_the_adapters() -> None:
+    last, added, cosine = [at(3), at(0), at(0)], [at(0), at(2), at(1)], [at(0), at(1), at(2)]
+    assert weighed("two-place", last, added, cosine) == [0.5, 0.5, 0]
+    assert weighed("two-place:by=cosine", last, added, cosine) == [0.5, 0, 0.5]
+
+
+def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
+    assert weighed("two-place", [at(3), at(0), at(0)], [at(1), at(-0.1), at(-1)]) == [0.5, 0, 0]
+    assert weighed("two-place", [at(3)], [at(3)]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("z", "share"), [(-5, 0), (1.5, 0), (1.6, 0.2), (1.75, 0.5), (2, 1), (9, 1)]
+)
+def test_the_base_answers_where_none_does_more_than_is_usual(z: float, share: float) -> None:
+    last, question = [at(z), at(z - 1), at(z - 1)], [at(0), at(1), at(0)]
+    expected = [0.5 * share, 0.5 * share, 0]
+    np.testing.assert_allclose(weighed("two-place", last, question), expected, atol=1e-4)
+    assert weighed("two-place:abstain=never", last, question) == [0.5, 0.5, 0]
+
+
+def test_plain_text_gets_the_most_unusual_one() -> None:
+    last, question = [at(-2), at(-1), at(-3)], [at(5), at(0), at(0)]
+    assert weighed("two-place", last, question, is_chat=False) == [0, 0.5, 0]
+    assert weighed("two-place:answer=1", last, question, is_chat=False) == [0, 1, 0]
+
+
+def test_an_adapter_that_adds_nothing_to_the_attention_is_refused() -> None:
+    with pytest.raises(StrategyError) as caught:
+        weighed("two-place", [at(1), 0.0, 0.0], [at(1), 0.0, 0.0])
+    assert str(caught.value) == (
+        "Strategy two-place compares what adapters add to q, k and v, but es, med adds nothing to "
+        "any block's; use another strategy, or leave it out."
+    )
+
+
+def test_what_is_typical_is_a_mean_and_a_spread_of_logarithms() -> None:
+    found = [[[0.1, 0.2], [0.01, 0.01]], [[0.3, 0.1], [0.01, 0.01]]]  # [n_prompt][n_adapter]
+
+    def measure(prompt: str) -> dict[str, Any]:
+        distance = np.array(found[int(prompt)])
+        return {"added_last": distance, "norm": distance}
+
+    typical = measure_typical(measure, ("math", "es"), ["0", "1"])
+    means = [(log(0.1) + log(0.2)) / 2, (log(0.3) + log(0.1)) / 2]
+    mean = sum(means) / 2
+    assert typical["math"]["added_last"]["mean"] == pytest.approx(mean)
+    assert typical["math"]["added_last"]["spread"] == pytest.approx(abs(means[0] - means[1]) / 2)
+    assert typical["es"]["added_last"] == {"mean": pytest.approx(log(0.01)), "spread": 0.01}
+    assert typical["math"]["norm"] == pytest.approx([sqrt(0.1 * 0.3), sqrt(0.2 * 0.1)])
+
+
+def deltas(adapter: Path, n_layer: int) -> dict[int, list[Any]]:
+    """layer -> scale B A of q, k and v, float64 [n_out, n_in], as the gguf package reads it."""
+    reader = gguf.GGUFReader(adapter)
+    tensors = {each.name: np.asarray(each.data, np.float64) for each in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    return {
+        layer: [
+            alpha
+            / len(tensors[f"{name}.lora_a"])
+            * tensors[f"{name}.lora_b"]
+            @ tensors[f"{name}.lora_a"]
+            for name in (f"blk.{layer}.attn_{kind}.weight" for kind in "qkv")
+            if f"{name}.lora_a" in tensors
+        ]
+        for layer in range(n_layer)
+    }
+
+
+def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(made: TinyBundle) -> None:
+    """Oracle: the deltas multiplied out, and the inputs of the base one token at a time."""
+    with Engine(made.folder, kv_type="f32", flash_attn=False) as engine:
+        core, tokens, span = engine._core, list(range(60, 72)), (3, 9)
+        rows = core.rows(engine.adapters)
+        found = core.run(core.prober.base.added(tokens, rows, span))
+        context = core.prober.base.context
+        assert context is not None
+        inputs = []
+        context.clear()
+        for at, token in enumerate(tokens):
+            context.capture_begin()
+            context.decode([token], start=at)
+            inputs.append(context.inputs(0)[0].astype(np.float64))
+        n_layer = engine.n_layer
+    for ia, path in enumerate(load_bundle(made.folder).adapter_paths.values()):
+        for layer, modules in deltas(path, n_layer).items():
+            sizes = [[np.linalg.norm(m @ x[layer]) for x in inputs] for m in modules]
+            last = exp(np.mean([log(each[-1]) for each in sizes])) if sizes else 0
+            question = exp(np.mean([log(np.mean(each[3:9])) for each in sizes])) if sizes else 0
+            assert found[0, ia, layer] == pytest.approx(last, rel=1e-3)
+            assert found[1, ia, layer] == pytest.approx(question, rel=1e-3)
+
+
+def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
+    """Oracle: what is measured of the neutral prompts one by one."""
+    typical = load_bundle(made.folder).typical
+    assert all(set(typical[name]) == set(KEYS) for name in ("math", "es"))
+    extents: dict[str, list[Any]] = {key: [] for key in PLACES}
+    with Engine(made.folder) as engine:
+        core = engine._core
+        rows = core.rows(engine.adapters)
+
+        def note(key: str, measured: Any) -> None:
+            extents[key].append(np.log(np.asarray(measured, float) + 1e-12).mean(axis=1))
+
+        for prompt in neutral_prompts():
+            chat = engine.chat_tokens([{"role": "user", "content": prompt}])
+            span = engine._weigher.find_question(chat)
+            assert span is not None
+            cosine = engine.weights(chat, strategy="cosine:pool=question").divergence
+            note("cosine_question", cosine)
+            last, question = core.run(core.prober.base.added(chat, rows, span))
+            note("added_last", last)
+            note("added_question", question)
+            text = engine.tokenize(prompt)
+            note("added_text", core.run(core.prober.base.added(text, rows, (0, len(text))))[0])
+    for key, values in extents.items():
+        for ia, name in enumerate(("math", "es")):
+            mean, spread = np.mean(values, axis=0)[ia], np.std(values, axis=0)[ia]
+            assert typical[name][key]["mean"] == pytest.approx(mean, abs=2e-3)
+            assert typical[name][key]["spread"] == pytest.approx(max(spread, 0.01), abs=2e-3)
+
+
+def test_an_engine_follows_it_in_one_pass_of_the_base(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    decode = Context.decode_spans
+
+    def counting(self: Context, spans: Any) -> list[int]:
+        counts.append(sum(len(span.tokens) for span in spans))
+        return decode(self, spans)
+
+    typical = load_bundle(made.folder).typical
+    usual = {key: [typical[name][key] for name in ("math", "es")] for key in PLACES}
+    with Engine(made.folder, strategy="two-place:abstain=never") as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
+        monkeypatch.setattr(Context, "decode_spans", counting)
+        fusion = engine.weights(tokens)
+        assert sum(counts) == len(tokens)
+        text = engine.weights("the thing").weights
+        calibrated = engine.weights(tokens, strategy="calibrated:pool=question")
+        plain = np.asarray(engine.weights(tokens, strategy="qa-flora:pool=question").divergence)
+        core = engine._core
+        span = engine._weigher.find_question(tokens)
+        assert span is not None
+        last, question = core.run(core.prober.base.added(tokens, core.rows(engine.adapters), span))
+
+    def z(measured: Any, key: str) -> list[float]:
+        extents = np.log(np.asarray(measured, float) + 1e-12).mean(axis=1)
+        return [(x - u["mean"]) / u["spread"] for x, u in zip(extents, usual[key], strict=True)]
+
+    first = int(np.argmax(z(last, "added_last")))
+    second = 0.5 if z(question, "added_question")[1 - first] > 0 else 0.0
+    assert (fusion.weights[first] == 0.5).all()
+    assert (fusion.weights[1 - first] == second).all()
+    assert sorted(text[:, 0].tolist()) == [0.0, 0.5]
+    ratio = plain / [typical[name]["question_norm"] for name in ("math", "es")]
+    np.testing.assert_allclose(calibrated.weights, ratio / ratio.sum(axis=0), rtol=1e-4)
+
+
+def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_path: Path) -> None:
+    old = make_bundle(tmp_path, calibrate=True)
+    path = old.folder / "bundle.json"
+    text = json.loads(path.read_text(encoding="utf-8"))
+    for name, values in text["fusion"]["typical"].items():
+        text["fusion"]["typical"][name] = {lens: values[lens] for lens in ("norm", "raw")}
+    path.write_text(json.dumps(text), encoding="utf-8")
+    with Engine(old.folder, strategy="calibrated") as engine:
+        assert engine.weights("a").strategy == "calibrated"
+        for strategy, how in (
+            ("two-place", "in two places"),
+            ("calibrated:pool=question", "with lens norm at pool question"),
+        ):
+            with pytest.raises(StrategyError) as caught:
+                engine.weights("a", strategy=strategy)
+            assert str(caught.value) == (
+                f"Strategy {strategy.partition(':')[0]} needs typical divergences, missing for "
+                f"math, es {how}; measure them with `qaflora bundle calibrate DIR`."
+            )
+    calibrate(old.folder)
+    assert load_bundle(old.folder).typical == load_bundle(made.folder).typical
+
+
+def test_a_bundle_that_is_not_measured_cannot_begin_with_it(
+    made: TinyBundle, tmp_path: Path
+) -> None:
+    adapters = {"es": made.adapter.path}
+    with pytest.raises(BundleError, match="its strategy is 'two-place', which needs typical"):
+        create_bundle(
+            tmp_path / "b", made.base.path, adapters, strategy="two-place", calibrate=False
+        )
+    assert not (tmp_path / "b").exists()
