@@ -10,12 +10,14 @@ from decimal import Decimal
 _GROUP = ",.'’٬ \u00a0\u2009\u202f"  # between thousands, somewhere in the world
 _CURRENCY = "$€£¥₽₹"
 _MINUS = "-−–"
+_DIGITS = rf"\d+([{_GROUP}]\d+)*([eE][+-]?\d{{1,3}}(?!\w))?"
 # Digits with separators in between; a minus after a word or digit is a hyphen.
 _TOKEN = re.compile(
-    rf"((?<![\w.,])(?P<minus>[{_MINUS}]))?([{_CURRENCY}][ \u00a0]?)?"
-    rf"(?P<digits>\d+([{_GROUP}]\d+)*([eE][+-]?\d{{1,3}}(?!\w))?)"
+    rf"((?<![\w.,])(?P<minus>[{_MINUS}]))?([{_CURRENCY}][ \u00a0]?)?(?P<digits>{_DIGITS})"
 )
-_MARK = re.compile(r"####|\\boxed\s*\{")
+# `#### 12 eggs`, and not the heading `#### 1. Count the eggs`.
+_ALONE = rf"[{_MINUS}]?[{_CURRENCY}]?[ \t]?(?>{_DIGITS})[ \t%{_CURRENCY}]*+[^\W\d]*+\.?[ \t]*+$"
+_MARK = re.compile(rf"\\boxed\s*\{{|####[ \t]*+(?={_ALONE})", re.MULTILINE)
 _SPACES = re.compile(r"[ \u00a0\u2009\u202f]")
 _LONGEST = 100  # digits and separators of a number; what is longer is none
 
@@ -23,8 +25,9 @@ _LONGEST = 100  # digits and separators of a number; what is longer is none
 def last_number(answer: str) -> frozenset[Decimal]:
     """The values that the last number of an answer may stand for; none where it has no number.
 
-    After the last `####` or `\\boxed{` it is the first number. Digits are those of any script.
-    What may be thousands or decimals, as 1.234, stands for both; so may 100 200 for two numbers.
+    It is the first one in the last `\\boxed{}`, or behind `####` where the line has little else.
+    Digits are those of any script. What may be thousands or decimals, as 1.234, stands for both;
+    so may 100 200 for two numbers.
     """
     text = _plain(answer)
     marks = list(_MARK.finditer(text))
@@ -69,9 +72,12 @@ def _plain(text: str) -> str:
 def _numbers(text: str) -> Iterator[frozenset[Decimal]]:
     """What each number in a text may stand for."""
     for match in _TOKEN.finditer(text):
-        if len(match["digits"]) > _LONGEST:
+        digits = match["digits"]
+        if len(digits) > _LONGEST:  # numbers with spaces between them, perhaps
+            digits = _SPACES.split(digits)[-1]
+        if len(digits) > _LONGEST:
             continue
-        values = _readings(match["digits"])
+        values = _readings(digits)
         yield frozenset(-value for value in values) if match["minus"] else frozenset(values)
 
 
