@@ -147,6 +147,10 @@ OPTIONS = (
     Option("probe_tail", int, 0, "engine", "--probe-tail", low=0, noun=_TOKENS, metavar="N",
            help="Probe adapters over the last N tokens only, after the base has read the others: "
            "faster for long prompts, not exact.", unset="all tokens"),
+    Option("min_weight", float, 0.0, "engine", "--min-weight", low=0, high=1, metavar="SHARE",
+           help="Leave out adapters with less than this share of a layer's weights, and give it to "
+           "the others: fewer are read for each token. Where all have less the heaviest stays. "
+           "For strategies that look at the query."),
     Option("prefix_cache", int, 128, "engine", "--prefix-cache", low=0, high=2**20,
            noun="a number of MiB", metavar="MIB",
            help="Memory for what the probe read of prompts, so that others which begin alike are "

@@ -37,6 +37,8 @@ class Engine(EngineBase):
     strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
     probe_tail  0, or how many tokens at a prompt's end the adapters are probed over, on top of
               what the base read before: faster for long prompts, and no longer exact
+    min_weight  share of a layer's weights below which an adapter is left out there, for strategies
+              that look at the query
     prefix_cache  MiB for what the probe read of prompts, for others that begin alike
     seed      of sampled answers, when a call gives none
 

@@ -56,13 +56,14 @@ class EngineBase:
         lens: str | None = None,
         pool: str | None = None,
         probe_tail: int = 0,
+        min_weight: float = 0.0,
         prefix_cache: int = 128,
         seed: int | None = None,
     ) -> None:
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         probing = {"probe_tail": probe_tail, "prefix_cache": prefix_cache}
         others = {"n_ctx": n_ctx, "n_parallel": n_parallel, "gpu_layers": gpu_layers, "seed": seed}
-        check("engine", {**options, **others, **probing})
+        check("engine", {**options, **others, **probing, "min_weight": min_weight})
         self._lifetime = Lifetime(self)
 
         opened = open_any(bundle, base, adapters)
@@ -78,6 +79,7 @@ class EngineBase:
             typical=opened.typical,
             centroids=opened.centroids,
             fitted=opened.fitted,
+            min_weight=min_weight,
         )
         try:
             self._core = Core(

@@ -11,7 +11,10 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge.cli import main
 
-PARTS = ("decode", "change", "ttft", "probe", "turn", "system", "callers", "pause", "memory")
+PARTS = (
+    *("decode", "change", "ttft", "probe", "turn", "system", "light"),
+    *("callers", "pause", "memory"),
+)
 SMALL = (
     *("--repeat", "3", "--prompt-tokens", "40", "--max-tokens", "6", "--ctx", "64"),
     *("--k", "1,3", "--turn-tokens", "40,8", "--probe-tail", "8", "--threads", "1"),
@@ -167,6 +170,17 @@ def test_a_question_behind_a_system_prompt(shown: dict[str, Any]) -> None:
     assert row["ttft_of_plain"]["median"] == pytest.approx(median(quotients))
 
 
+def test_without_adapters_of_a_small_share(shown: dict[str, Any]) -> None:
+    rows_ = shown["light"]
+    assert [row["min_weight"] for row in rows_] == [0.0, 0.02, 0.05, 0.1, 0.2]
+    assert {(row["k"], row["prompt_tokens"]) for row in rows_} == {(3, 20)}
+    applied = [row["applied"]["median"] for row in rows_]
+    assert applied == sorted(applied, reverse=True)
+    assert (applied[0], applied[-1] < 1) == (1.0, True)
+    assert all(run["kl"] == 0 for run in rows_[0]["runs"])
+    assert all(run["kl"] > -1e-9 for row in rows_ for run in row["runs"])
+
+
 def test_callers_are_compared_within_a_round(shown: dict[str, Any]) -> None:
     ways = ["base", "bare C", "generate_many", "threads"]
     found = [(row["callers"], row["way"]) for row in shown["callers"]]
@@ -243,6 +257,7 @@ def test_table_to_read(made: TinyBundle) -> None:
         "70 tokens, k=3",
         "second turn of a chat, 40 tokens of history and 8 new, 1 adapter\n",
         "question of 8 tokens behind a system prompt of 70 that was probed before, 1 adapter\n",
+        "decoding under exact weights, 3 adapters, without those of a small share\n",
         "callers at once, 1 adapter, a mix each\n",
         "  3 generate_many",
         "longest wait for a token while another's 600 tokens are probed and read, 1 adapter\n",
@@ -270,7 +285,7 @@ def test_only_the_parts_asked_for(made: TinyBundle) -> None:
         (
             ("--only", "decode,speed"),
             "'--only': 'speed' is not one of decode, change, ttft, probe, turn, system, "
-            "callers, pause, memory.",
+            "light, callers, pause, memory.",
         ),
     ],
 )

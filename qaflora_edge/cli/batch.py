@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
 # What changes nothing of an answer but its last digits.
-_NO_MATTER = ("n_parallel", "threads", "gpu_layers")
+_NO_MATTER = ("n_parallel", "threads", "gpu_layers", "prefix_cache")
 
 
 @dataclass

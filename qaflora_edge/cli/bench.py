@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from qaflora_edge.bench.measure import Plan
     from qaflora_edge.bundles.open import Bundle
 
-PARTS = ("decode", "change", "ttft", "probe", "turn", "system", "callers", "pause", "memory")
+PARTS = (
+    *("decode", "change", "ttft", "probe", "turn", "system", "light"),
+    *("callers", "pause", "memory"),
+)
 PROMPT_TOKENS, REPEAT = (42, 512), 5
 KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
 TURN_TOKENS, SYSTEM_TOKENS, PROBE_TAIL = "300,30", "400,40", 16
@@ -173,14 +176,15 @@ def bench(
     prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail (16 by
     default). probe: exact weights alone, and reading under them, as multiples of the base's
     prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn. system:
-    the time to the first token of a question behind a system prompt that was probed before.
-    callers: decoding for --callers at once, each with a prompt (the shortest length and up) and a
-    mix of its own: the base without adapters and llama_decode called by hand (bare C), each a batch
-    of so many sequences, and an Engine by generate_many and by as many threads. pause: the longest
-    time that one of two callers waits for a token while a question of --question-tokens of the
-    other is probed and read, as a multiple of what one micro-batch of either takes alone. memory:
-    the peak of one `qaflora run` with --ctx, --strategy and the longest prompt, in a process of its
-    own.
+    the time to the first token of a question behind a system prompt that was probed before. light:
+    decoding with the most of --k under exact weights, as it is and with --min-weight of some sizes,
+    and the divergence of the next token (KL, in nats) that comes of it. callers: decoding for
+    --callers at once, each with a prompt (the shortest length and up) and a mix of its own: the
+    base without adapters and llama_decode called by hand (bare C), each a batch of so many
+    sequences, and an Engine by generate_many and by as many threads. pause: the longest time that
+    one of two callers waits for a token while a question of --question-tokens of the other is
+    probed and read, as a multiple of what one micro-batch of either takes alone. memory: the peak
+    of one `qaflora run` with --ctx, --strategy and the longest prompt, in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -259,7 +263,7 @@ def _measured(
     from qaflora_edge.bench import measure
     from qaflora_edge.bench.callers import measure_callers, measure_pause
     from qaflora_edge.bench.memory import measure_memory
-    from qaflora_edge.bench.probes import measure_probe, measure_system
+    from qaflora_edge.bench.probes import measure_light, measure_probe, measure_system
     from qaflora_edge.bench.rig import Prompts, Rig
 
     engine = options.engine
@@ -279,6 +283,7 @@ def _measured(
         "probe": measure_probe,
         "turn": measure.measure_turn,
         "system": measure_system,
+        "light": measure_light,
     }
     with rig, progress_bars() as tell:
         prompts = Prompts(rig.model, options.seed or 0)

@@ -25,6 +25,8 @@ def table(result: Result) -> str:
         lines += ["", *_turn(row)]
     for row in result.get("system", ()):
         lines += ["", *_system(row)]
+    if "light" in result:
+        lines += ["", *_light(result["light"])]
     if "callers" in result:
         lines += ["", *_callers(result)]
     for row in result.get("pause", ()):
@@ -184,6 +186,22 @@ def _system(row: Mapping[str, Any]) -> list[str]:
         f"{'probe':<{_LABEL}}{_range(row['probe_ms']):>23} ms{_ratio(row['probe_of_plain']):>10}",
         f"{'fused prefill':<{_LABEL}}{_range(row['prefill_ms']):>23} ms",
     ]
+
+
+def _light(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"decoding under exact weights, {_adapters(rows[0]['k'])}, without those of a small share",
+        f"{'':<{_LABEL}}{'decode tok/s':>23}{'of base':>9}{'applied':>9}"
+        f"{'KL of the next token':>22}",
+    ]
+    for row in rows:
+        label = f"--min-weight {row['min_weight']:g}" if row["min_weight"] else "all of them"
+        lines.append(
+            f"{label:<{_LABEL}}{_range(row['decode_tokens_per_second']):>23}"
+            f"{_ratio(row['decode_of_base']):>9}{row['applied']['median']:>9.2f}"
+            f"{row['kl']['median']:>22.2g}"
+        )
+    return lines
 
 
 def _callers(result: Result) -> list[str]:

@@ -98,6 +98,8 @@ def header(
     engine_options |= {
         key: options.engine[key] for key in ("probe_tail", "n_ctx", "kv_type", "flash_attn")
     }
+    more = {"min_weight": options.engine["min_weight"], "system": engine.system}
+    engine_options |= {key: value for key, value in more.items() if value}
     return {
         "eval": 1,
         "version": __version__,

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.shaping import shaped
+from qaflora_edge.weighing.shaping import shaped, without_light
 from qaflora_edge.weighing.strategy import (
     Chosen,
     Mix,
@@ -48,6 +48,7 @@ class Weigher:
     centroids: Mapping[str, F32] = field(default_factory=dict)
     fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     find_question: Callable[[Sequence[int]], Span | None] = _no_question
+    min_weight: float = 0.0  # share of a layer, see shaping.without_light
 
     def __post_init__(self) -> None:
         numbers.check_choice("lens", self.lens, numbers.LENSES)
@@ -133,7 +134,10 @@ class Weigher:
         mix = mix if isinstance(mix, Mix) else Mix(mix)
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
-        return replace(fusion, weights=shaped(fusion.weights, chosen.options, source))
+        found = shaped(fusion.weights, chosen.options, source)
+        if strategy.is_probed and self.min_weight:
+            found = without_light(found, self.min_weight)
+        return replace(fusion, weights=found)
 
     def _given(self, weights: FusionWeights) -> FusionWeights:
         if weights.adapters != self.adapters:
