@@ -64,7 +64,7 @@ def test_a_test_without_a_function() -> None:
 
 
 def verdict(code: str) -> Verdict:
-    return run_program([code], cpu_s=1, wall_s=5)
+    return run_program([code], cpu_s=1, wall_s=30)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_code_is_bounded(code: str, failure: str) -> None:
 def test_loops_and_sleep_end() -> None:
     assert verdict("while True: pass").failure in (
         "it took too much processor time",
-        "it took longer than 5 s",  # on a busy machine
+        "it took longer than 30 s",  # on a busy machine
     )
-    sleeping = run_program(["import time\ntime.sleep(60)"], wall_s=0.5)
-    assert sleeping.failure == "it took longer than 0.5 s"
+    sleeping = run_program(["import time\ntime.sleep(60)"], wall_s=3)
+    assert sleeping.failure == "it took longer than 3 s"
 
 
 def test_a_fork_bomb_does_not_grow() -> None:

@@ -17,7 +17,7 @@ from typing import IO
 
 from qaflora_edge.errors import SandboxError
 
-CPU_S, WALL_S = 10, 20
+CPU_S, WALL_S = 10, 60  # the second is for what sleeps, and for a busy machine
 MEMORY_BYTES = 512 << 20
 _LIMITS = {
     "RLIMIT_CPU": CPU_S,

@@ -107,7 +107,8 @@ class BundleText:
         found = self.raw.get("fusion", {}).get("evidence", {})
         if not found.get("tasks"):
             return ""
-        tasks = ", ".join(f"{task['name']} ({task['n_item']} items)" for task in found["tasks"])
+        counts = [(task["name"], task["n_item"]) for task in found["tasks"]]
+        tasks = ", ".join(f"{name} ({n} item{'s' * (n != 1)})" for name, n in counts)
         return f"by qaflora eval on {found.get('date', 'an unknown day')}: {tasks}"
 
 
