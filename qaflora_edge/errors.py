@@ -27,6 +27,7 @@
     ├── OptionError               an engine or sampling option out of its range
     ├── GrammarError              a grammar or a JSON schema that cannot be followed
     ├── SandboxError              code of a model cannot be run safely, or was not allowed to be
+    ├── ServerError               a server cannot be reached, or refused what was asked
     ├── CancelledError            a call was ended by Engine.cancel before there was an answer
     ├── IncompleteAnswerError     an answer was cut before the grammar that it follows ended
     └── BusyError                 an Engine was used by two threads at once, or after close
@@ -155,6 +156,10 @@ class GrammarError(QafloraError):
 
 class SandboxError(QafloraError):
     """Code that a model wrote cannot be run within bounds here, or nobody allowed it."""
+
+
+class ServerError(QafloraError):
+    """A server cannot be reached, or refused what was asked."""
 
 
 class CancelledError(QafloraError):

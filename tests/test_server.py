@@ -216,6 +216,9 @@ def test_models_are_those_that_can_be_asked(client: TestClient) -> None:
         assert one["fusion"]["strategy"] == each["meta"]["strategy"]
         assert client.get(f"/v1/models/{each['id']}").json()["id"] == each["id"]
     meta = client.get("/v1/models/tiny").json()["meta"]
+    hashes = {name: len(value) for name, value in meta.pop("sha256")["adapters"].items()}
+    assert hashes == {"math": 64, "es": 64}
+    assert (meta.pop("base"), meta.pop("n_ctx_train")) == ("tiny llama 0", 512)
     assert meta == {
         "adapters": ["math", "es"],
         "n_layer": 3,

@@ -166,7 +166,7 @@ async def model(request: Request) -> Response:
     """GET /v1/models/{model}"""
     shelf: Shelf = request.app.state.shelf
     name = request.path_params["model"]
-    return JSONResponse(shelf.card(shelf.find(name)[0], name))
+    return JSONResponse(shelf.whole_card(shelf.find(name)[0], name))
 
 
 async def not_here(request: Request) -> Response:

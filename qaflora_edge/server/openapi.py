@@ -235,8 +235,18 @@ def describe() -> Schema:
                 _WEIGHTS,
             ),
             "/tokenize": _posted(
-                "Token ids of a text",
-                _body(["content"], {"model": _MODEL, "content": _TEXT, "add_special": _FLAG}),
+                "Token ids of a text, or of messages under the chat template",
+                _body(
+                    [],
+                    {
+                        "model": _MODEL,
+                        "content": _TEXT,
+                        "messages": _MESSAGES,
+                        "add_special": _FLAG,
+                        "parse_special": _FLAG,
+                        "with_pieces": _FLAG,
+                    },
+                ),
                 tokens,
             ),
             "/detokenize": _posted(

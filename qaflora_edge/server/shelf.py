@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, QafloraError
-from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE
+from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE, BundleText
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.server import memory
 from qaflora_edge.server.refusals import Refusal, unavailable
@@ -34,6 +35,7 @@ class Shelved:
 
     name        how clients call it
     strategies  that it can follow, as in NAME:STRATEGY
+    sha256      of the base's file, and of each adapter's by its name; empty for a base alone
     engine      None while it is not loaded
     n_user      requests that use the Engine now
     """
@@ -45,6 +47,7 @@ class Shelved:
     strategy: str
     strategies: tuple[str, ...]
     turns: Turns
+    sha256: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
     n_user: int = 0
     used_s: float = 0.0
@@ -106,6 +109,7 @@ class Shelf:
             n_layer=weigher.n_layer,
             strategy=weigher.strategy,
             strategies=tuple(_followed(weigher)),
+            sha256={} if text is None else _hashes(text),
             # One more than fit: it is weighed while the others are decoded.
             turns=Turns(n_parallel + 1 if n_parallel > 1 else 1, self.room),
         )
@@ -175,6 +179,14 @@ class Shelf:
             },
         }
 
+    def whole_card(self, bundle: Shelved, model: str) -> dict[str, Any]:
+        """The same with what tells one bundle from another, and of its base once it is loaded."""
+        card = self.card(bundle, model)
+        card["meta"]["sha256"] = bundle.sha256
+        if bundle.engine is not None:
+            card["meta"] |= {"base": bundle.engine.name, "n_ctx_train": bundle.engine.n_ctx_train}
+        return card
+
     # Engines
 
     @asynccontextmanager
@@ -207,7 +219,7 @@ class Shelf:
             oldest = min(idle, key=lambda each: each.used_s)
             engine, oldest.engine = oldest.engine, None
             assert engine is not None
-            await self._in_thread(engine.close)
+            await self._in_thread(_close, engine)
             log.info("closed %s, to make room for %s", oldest.name, bundle.name)
 
     def _has_room(self, bundle: Shelved) -> bool:
@@ -236,9 +248,21 @@ class Shelf:
     def close(self) -> None:
         """Close every Engine; calls that go on end."""
         for bundle in self.bundles.values():
-            if bundle.engine is not None:
-                bundle.engine.close()
-                bundle.engine = None
+            engine, bundle.engine = bundle.engine, None
+            if engine is not None:
+                _close(engine)
+
+
+def _close(engine: Engine) -> None:
+    """Close an Engine; where its bundle has a system prompt, the next one begins behind it."""
+    with contextlib.suppress(QafloraError):  # it only costs time
+        engine.keep_system(if_read=True)
+    engine.close()
+
+
+def _hashes(text: BundleText) -> dict[str, Any]:
+    adapters = {adapter.name: adapter.sha256 for adapter in text.adapters}
+    return {"base": text.base.sha256, "adapters": adapters}
 
 
 def _followed(weigher: Weigher) -> list[str]:

@@ -66,15 +66,20 @@ async def tokenize(request: Request) -> Response:
     """POST /tokenize"""
     body = await json_body(request)
     bundle, _ = request.app.state.shelf.find(body.get("model"))
-    text = body.get("content")
-    if not isinstance(text, str):
-        raise wrong_field("content", text, "a text")
+    text: Any = body.get("content")
+    is_chat = body.get("messages") is not None
+    if is_chat == isinstance(text, str):
+        raise wrong_field("content", text, "a text, or else messages")
+    messages = fields.messages(body) if is_chat else []
     add_special = fields.flag(body, "add_special")
     parse_special = body.get("parse_special") is None or fields.flag(body, "parse_special")
     with_pieces = fields.flag(body, "with_pieces")
 
     def compute(engine: Engine, out: Outlet) -> None:
-        found = token_list(engine, text, add_special=add_special, parse_special=parse_special)
+        if is_chat:
+            found = engine.chat_tokens(messages)
+        else:
+            found = token_list(engine, text, add_special=add_special, parse_special=parse_special)
         tokens: Sequence[Any] = found
         if with_pieces:
             tokens = [{"id": each, "piece": _piece(engine, each)} for each in found]

@@ -6,9 +6,10 @@ import os
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from qaflora_edge.cli.options import (
     BUNDLE,
@@ -19,7 +20,8 @@ from qaflora_edge.cli.options import (
     own_options,
     shared_options,
 )
-from qaflora_edge.errors import QafloraError
+from qaflora_edge.config import in_group
+from qaflora_edge.errors import OptionError, QafloraError
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.plain_input import PlainInput
@@ -36,10 +38,17 @@ _LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told
         qaflora chat models/demo
         qaflora chat models/demo --strategy calibrated --temp 0
         qaflora chat models/demo --system "Answer in one sentence." --load talk.json
+        qaflora chat --server http://127.0.0.1:8080
         """
     )
 )
-@click.argument("bundle", **BUNDLE)
+@click.argument("bundle", required=False, **BUNDLE)
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Talk with a model of `qaflora serve` at URL; DIR is its name there, and need not be "
+    "given where it is the only one.",
+)
 @click.option(
     "--load",
     "load_path",
@@ -49,8 +58,12 @@ _LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told
 )
 @own_options
 @shared_options
+@click.pass_context
 def chat(
-    bundle: str,
+    ctx: click.Context,
+    /,
+    bundle: str | None,
+    server: str | None,
     system: str | None,
     load_path: Path | None,
     keep_history: bool,
@@ -66,26 +79,74 @@ def chat(
 
     In a pipe each line of stdin is a message, and stdout has the answers alone.
     """
-    from qaflora_edge.chat.session_file import bundle_identity
-    from qaflora_edge.cli.chat.context_size import context_size
     from qaflora_edge.cli.chat.keys import silent_keys
-    from qaflora_edge.cli.chat.session import ChatSession
 
-    folder = bundle_folder(bundle)
-    identity = bundle_identity(folder)
+    if server is not None:
+        _check_remote(ctx)
+    elif bundle is None:
+        raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
     is_plain = plain or not _is_capable()
     with nullcontext() if is_plain else silent_keys():
-        session = ChatSession(
-            lambda n_ctx: open_engine(bundle, options, n_ctx=n_ctx),
-            context_size(folder, options.kv_type) if options.ctx is None else options.ctx,
-            identity,
-            sampling=options.sampling,
-            raw_prompt=options.raw_prompt,
-            keep_history=keep_history,
-        )
+        if server is not None:
+            session = _remote_session(server, bundle, options)
+        else:
+            assert bundle is not None
+            session = _local_session(bundle, options, keep_history)
         with session:
             session.check()
             _Chat(session, is_plain=is_plain).run(system, load_path)
+
+
+def _local_session(bundle: str, options: SharedOptions, keep_history: bool) -> ChatSession:
+    from qaflora_edge.chat.session_file import bundle_identity
+    from qaflora_edge.cli.chat.context_size import context_size
+    from qaflora_edge.cli.chat.session import ChatSession
+
+    folder = bundle_folder(bundle)
+    return ChatSession(
+        lambda n_ctx: open_engine(bundle, options, n_ctx=n_ctx),
+        context_size(folder, options.kv_type) if options.ctx is None else options.ctx,
+        bundle_identity(folder),
+        sampling=options.sampling,
+        raw_prompt=options.raw_prompt,
+        keep_history=keep_history,
+    )
+
+
+def _remote_session(url: str, model: str | None, options: SharedOptions) -> ChatSession:
+    from qaflora_edge.cli.chat.remote import RemoteEngine, Server
+    from qaflora_edge.cli.chat.session import ChatSession
+
+    engine = RemoteEngine(Server(url), model)
+    if options.strategy is not None:
+        engine.use_strategy(options.strategy)
+
+    def reopened(n_ctx: int) -> Any:
+        if n_ctx != engine.n_ctx:
+            raise OptionError(
+                f"The context of {engine.n_ctx} tokens is the server's; start that with another "
+                "--ctx."
+            )
+        return engine
+
+    return ChatSession(
+        reopened,
+        engine.n_ctx,
+        engine.identity,
+        sampling=options.sampling,
+        raw_prompt=options.raw_prompt,
+        is_remote=True,
+    )
+
+
+def _check_remote(ctx: click.Context) -> None:
+    """Refuse what was typed of a server's own: how its Engine is opened."""
+    kept = {"strategy", "seed"}
+    own = [option for option in in_group("engine").values() if option.name not in kept]
+    flags = [(option.key, option.flag.split("/")[0]) for option in own if option.flag]
+    for key, flag in (*flags, ("keep_history", "--keep-history")):
+        if ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{flag} is the server's matter: give it to `qaflora serve`.")
 
 
 def _is_capable() -> bool:
@@ -189,7 +250,7 @@ class _Chat:
     def _hint(self, reply: Reply) -> None:
         """Tell a person once that long conversations can be read in less time."""
         session, generation = self._session, reply.generation
-        if self._is_hinted or session.keep_history or generation is None:
+        if self._is_hinted or session.keep_history or session.is_remote or generation is None:
             return
         read_s = generation.timings.prefill_ms / 1e3
         if len(session.conversation.turns) > 1 and read_s > _LONG_READ_S:

@@ -189,6 +189,8 @@ class Commands:
                 f"/keep-history {argument} is no choice; expected /keep-history, /keep-history on "
                 "or /keep-history off."
             )
+        if argument == "on" and self.session.is_remote:
+            raise click.UsageError("a server reads each turn under its own weights.")
         if argument:
             self.session.keep_history = argument == "on"
         self.view.note(

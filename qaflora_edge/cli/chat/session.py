@@ -26,6 +26,7 @@ class ChatSession:
     """A conversation, the Engine that answers it, and how.
 
     open_engine   opens the bundle with a context of so many tokens
+    is_remote     whether it is an Engine of a server: it has what is used here of one
     n_ctx         that of the first Engine
     sampling      keywords of Engine.generate; a retry adds to the seed, or it would change nothing
     keep_history  whether earlier turns stay as they were read; may be changed between turns
@@ -42,6 +43,7 @@ class ChatSession:
         sampling: dict[str, Any],
         raw_prompt: bool = False,
         keep_history: bool = False,
+        is_remote: bool = False,
     ) -> None:
         self._open_engine = open_engine
         self.engine, self.identity = open_engine(n_ctx), identity
@@ -50,7 +52,7 @@ class ChatSession:
         self.progress: str | None = None
         self.sampling = sampling
         self._raw_prompt = raw_prompt
-        self.keep_history = keep_history
+        self.keep_history, self.is_remote = keep_history, is_remote
         self._n_retry = 0
         self._asked: _Asked | None = None  # what the last answer answered
         self._asking: _Asked | None = None
