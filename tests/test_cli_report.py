@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -131,11 +134,16 @@ def test_markdown_has_scores_differences_costs_and_layers(made: Path, tmp_path: 
     assert text.count("<summary>qa-flora, by task</summary>") == 1
 
 
-def test_markdown_of_equal_files_is_equal(made: Path, tmp_path: Path) -> None:
-    pages = [tmp_path / f"{number}.md" for number in range(2)]
-    for page in pages:
-        report(made, "--markdown", page)
-    assert pages[0].read_bytes() == pages[1].read_bytes()
+@pytest.mark.slow
+def test_pages_of_equal_files_are_equal_in_any_process(made: Path, tmp_path: Path) -> None:
+    pages = []
+    for number in range(2):
+        page, document = tmp_path / f"{number}.html", tmp_path / f"{number}.md"
+        words = ["report", str(made), "--html", str(page), "--markdown", str(document)]
+        environment = {**os.environ, "PYTHONHASHSEED": str(number)}
+        subprocess.run([sys.executable, "-m", "qaflora_edge", *words], env=environment, check=True)
+        pages.append((page.read_bytes(), document.read_bytes()))
+    assert pages[0] == pages[1]
 
 
 def test_prose_stands_around_the_tables(made: Path, tmp_path: Path) -> None:

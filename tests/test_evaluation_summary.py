@@ -10,9 +10,10 @@ from made_results import PAIRS, drawn, header, record, write
 from qaflora_edge.cli.eval_table import table
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.cells import Cell
+from qaflora_edge.evaluation.lines import Line, found_share
 from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.statistics import difference, mean, mean_of_means
-from qaflora_edge.evaluation.summary import Line, Summary, found_share, summarise
+from qaflora_edge.evaluation.summary import Summary, summarise
 
 RIGHT = {  # strategy -> which of six items it answers rightly
     "base": "000001",
@@ -237,6 +238,30 @@ def test_files_of_one_base_and_as_many_adapters_are_one_section(tmp_path: Path) 
     text = table(found)
     assert "tiny, 2 adapters loaded: math, es\n" in text
     assert "larger, 2 adapters loaded: math, es\n" in text
+
+
+def test_many_adapters_are_compared_with_few_by_item() -> None:
+    """The same task under two sets of adapters, and a task that only one of them was asked."""
+    few = header(PAIRS[:1], ["math", "es"], n_item=6)
+    many = header(PAIRS[:2], ["math", "es", "ru"], n_item=6)
+    more = {"static": "110000", "qa-flora": "111000", "base": RIGHT["base"], "norm": "111111"}
+    records = [
+        *scored("math_es", {name: [float(c) for c in marks] for name, marks in more.items()}),
+        *number_records("math_ru"),
+    ]
+    files = [Results(many, tuple(records)), Results(few, tuple(number_records("math_es")))]
+    found = summarise([("many", files[0]), ("few", files[1])])
+    assert [each.fewer for each in found] == [found[1].section, None]
+    loaded = {each.strategy: each for each in found[0].loaded}
+    assert list(loaded) == ["static", "qa-flora"]  # few were not asked under norm
+    gain = loaded["qa-flora"].gain  # 111000 against 111100
+    assert gain.value == pytest.approx(-100 / 6)
+    assert (gain.low, gain.high) == pytest.approx([100 * end for end in bonett_price(6, 0, 1)])
+    assert loaded["qa-flora"].worst == ("math_es", gain)
+    assert loaded["static"].gain.value == 0
+    changed = header(PAIRS[:1], ["math", "es"], options={"seed": 1}, n_item=6)
+    other = Results(changed, tuple(number_records("math_es")))
+    assert summarise([("many", files[0]), ("other", other)])[0].fewer is None
 
 
 def test_files_of_one_task_add_strategies_to_each_other() -> None:

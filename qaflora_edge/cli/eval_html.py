@@ -23,8 +23,9 @@ from qaflora_edge.weighing.svg_panel import legend, min_weight, panel, scale
 
 if TYPE_CHECKING:
     from qaflora_edge.evaluation.cells import Cell
+    from qaflora_edge.evaluation.lines import CellSummary, Line
     from qaflora_edge.evaluation.statistics import Estimate
-    from qaflora_edge.evaluation.summary import CellSummary, Line, Summary, Verdict
+    from qaflora_edge.evaluation.summary import Summary, Verdict
 
 AXIS_WIDTH, MARGIN = 140, 6  # pixels
 INK = "var(--ink)"
@@ -101,6 +102,13 @@ def _drawn(
 
 
 def _section(summary: Summary) -> dict[str, Any]:
+    ends = {
+        unit: [
+            end for row in summary.loaded if row.unit == unit for end in (row.gain, row.worst[1])
+        ]
+        for unit in (POINTS, NATS)
+    }
+    axes = {unit: _axis(each, is_difference=True) for unit, each in ends.items()}
     return {
         "heading": heading(summary.section),
         "facts": facts(summary.section),
@@ -116,6 +124,19 @@ def _section(summary: Summary) -> dict[str, Any]:
             if len(summary.cells) > 1
             if (cells := [each for each in summary.cells if each.cell.unit == unit])
         ],
+        "loaded": [
+            {
+                "strategy": each.strategy,
+                "n_cell": each.n_cell,
+                "gain": _drawn(each.gain, axes[each.unit], each.unit),
+                "unit": each.unit,
+                "axis": axes[each.unit],
+                "worst": _drawn(each.worst[1], axes[each.unit], each.unit),
+                "worst_in": each.worst[0],
+            }
+            for each in summary.loaded
+        ],
+        "n_fewer": summary.fewer.n_adapter if summary.fewer else 0,
         "cells": [_cell(cell) for cell in summary.cells],
     }
 

@@ -15,7 +15,8 @@ from qaflora_edge.cli.markdown_table import escaped, folded, table
 from qaflora_edge.evaluation.cells import NATS, POINTS
 
 if TYPE_CHECKING:
-    from qaflora_edge.evaluation.summary import CellSummary, Line, Summary, Verdict
+    from qaflora_edge.evaluation.lines import CellSummary, Line
+    from qaflora_edge.evaluation.summary import Summary, Verdict
 
 PLACE = "<!-- results -->"  # where a page of prose has the tables
 
@@ -37,6 +38,7 @@ def _section(summary: Summary) -> list[str]:
             lines += _matrix(cells, unit, summary.section.strategies)
         if verdicts := [each for each in summary.verdicts if each.unit == unit]:
             lines += _verdicts(verdicts, unit)
+    lines += _loaded(summary)
     lines += _costs(summary)
     lines += layer_lines(summary)
     each = [line for cell in summary.cells for line in _cell(cell)]
@@ -82,6 +84,25 @@ def _verdicts(verdicts: Sequence[Verdict], unit: str) -> list[str]:
     if unit == POINTS:
         head.append("5 points over static, and nowhere worse")
     title = f"Over all tasks in {unit}, each of which counts the same:"
+    return [title, "", *table(head, rows), ""]
+
+
+def _loaded(summary: Summary) -> list[str]:
+    """What it changes that more adapters are loaded, where that is known."""
+    if summary.fewer is None:
+        return []
+    rows = [
+        (
+            each.strategy,
+            str(each.n_cell),
+            f"{estimate(each.gain, each.unit, is_difference=True)} {each.unit}",
+            estimate(each.worst[1], each.unit, is_difference=True),
+            each.worst[0],
+        )
+        for each in summary.loaded
+    ]
+    title = f"### Against the same tasks with {summary.fewer.n_adapter} adapters loaded"
+    head = ("", "tasks", "better by", "worst", "in")
     return [title, "", *table(head, rows), ""]
 
 

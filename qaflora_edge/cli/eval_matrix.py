@@ -13,7 +13,7 @@ from qaflora_edge.cli.eval_words import items, number
 from qaflora_edge.evaluation.cells import NATS, POINTS
 
 if TYPE_CHECKING:
-    from qaflora_edge.evaluation.summary import CellSummary
+    from qaflora_edge.evaluation.lines import CellSummary
 
 BEST = "best single adapter, in hindsight"
 SCORES = {POINTS: "Right answers of 100", NATS: "Loss in nats a token, less is better"}

@@ -10,7 +10,8 @@ from qaflora_edge.cli.eval_words import NONE, estimate, heading, items, plain
 from qaflora_edge.evaluation.cells import NATS, POINTS
 
 if TYPE_CHECKING:
-    from qaflora_edge.evaluation.summary import CellSummary, Line, Summary, Verdict
+    from qaflora_edge.evaluation.lines import CellSummary, Line
+    from qaflora_edge.evaluation.summary import Loaded, Summary, Verdict
 
 NOTES = (
     "In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.",
@@ -31,6 +32,8 @@ def table(summaries: Sequence[Summary]) -> str:
             lines += [*_cell(cell), ""]
         if len(summary.cells) > 1:
             lines += [*_verdicts(summary.verdicts), ""]
+        if summary.fewer is not None:
+            lines += [*_loaded(summary.loaded, summary.fewer.n_adapter), ""]
     has_verdicts = any(len(summary.cells) > 1 for summary in summaries)
     return "\n".join([*lines, *NOTES, *([VERDICT_NOTE] if has_verdicts else [])])
 
@@ -80,6 +83,21 @@ def _verdict(found: Verdict) -> tuple[str, ...]:
         plain(name),
         ", ".join(map(plain, found.below)) or "none",
     )
+
+
+def _loaded(loaded: Sequence[Loaded], n_fewer: int) -> list[str]:
+    rows = [
+        (
+            plain(each.strategy),
+            str(each.n_cell),
+            f"{estimate(each.gain, each.unit, is_difference=True)} {each.unit}",
+            estimate(each.worst[1], each.unit, is_difference=True),
+            plain(each.worst[0]),
+        )
+        for each in loaded
+    ]
+    head = ("", "tasks", "better by", "worst", "in")
+    return [f"against the same tasks with {n_fewer} adapters loaded", *_columns([head, *rows])]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

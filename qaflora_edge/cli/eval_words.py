@@ -13,8 +13,9 @@ from qaflora_edge.weighing.picture_text import beginning
 
 if TYPE_CHECKING:
     from qaflora_edge.evaluation.cells import Section
+    from qaflora_edge.evaluation.lines import CellSummary
     from qaflora_edge.evaluation.statistics import Estimate
-    from qaflora_edge.evaluation.summary import CellSummary, Summary
+    from qaflora_edge.evaluation.summary import Summary
 
 NONE = "-"
 
@@ -72,9 +73,15 @@ def as_json_object(summary: Summary) -> dict[str, Any]:
         }
         for cell in summary.cells
     ]
+    loaded = [asdict(each) for each in summary.loaded]
     verdicts = [asdict(each) | {"is_shown": each.is_shown} for each in summary.verdicts]
     found: dict[str, Any] = _nulled(
-        {"heading": heading(summary.section), "tasks": cells, "verdicts": verdicts}
+        {
+            "heading": heading(summary.section),
+            "tasks": cells,
+            "verdicts": verdicts,
+            "loaded": loaded,
+        }
     )
     return found
 

@@ -67,12 +67,14 @@ class Cell:
         """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
         return np.array([row["score"] for row in self._scored(strategy).values()], np.float64)
 
-    def gains(self, strategy: str, over: str) -> F64:
+    def gains(self, strategy: str, over: str, of: Cell | None = None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
 
         Differences of scores as they were written, over the items that both have.
+
+        of  whose strategy the other is: the same task under other adapters; None: this cell's
         """
-        mine, theirs = self._scored(strategy), self._scored(over)
+        mine, theirs = self._scored(strategy), (of or self)._scored(over)
         found = [
             row["score"] - theirs[item]["score"] for item, row in mine.items() if item in theirs
         ]
@@ -107,6 +109,16 @@ class Section:
     cells: list[Cell] = field(default_factory=list)
 
     @property
+    def n_adapter(self) -> int:
+        """How many adapters were loaded."""
+        return len(self.headers[0]["adapters"])
+
+    @property
+    def question(self) -> str:
+        """What was asked of which base: equal for sections that differ in their adapters only."""
+        return _key(self.headers[0])
+
+    @property
     def strategies(self) -> list[str]:
         """Every strategy, in the order asked for; the base and single adapters first."""
         every = dict.fromkeys(name for head in self.headers for name in head["strategies"])
@@ -121,25 +133,25 @@ def sections(files: Sequence[tuple[str, Results]]) -> list[Section]:
 
     Raises ResultsFileError where two files say different things of one item.
     """
-    found: list[tuple[str, Section]] = []
+    found: list[Section] = []
     for shown, results in files:
-        key = _key(results.header)
-        section = next((s for k, s in found if k == key and _fits(s, results.header)), None)
+        section = next((each for each in found if _fits(each, results.header)), None)
         if section is None:
             section = Section()
-            found.append((key, section))
+            found.append(section)
         _add(section, results, shown)
-    return [section for _, section in found]
+    return found
 
 
 def _key(header: Mapping[str, Any]) -> str:
-    """What has to be equal: the base, how many adapters were loaded, how it was asked."""
-    facts = [header["base"]["sha256"], len(header["adapters"]), header["options"]]
-    return json.dumps(facts, sort_keys=True)
+    """What has to be equal beside the number of adapters: the base, and how it was asked."""
+    return json.dumps([header["base"]["sha256"], header["options"]], sort_keys=True)
 
 
 def _fits(section: Section, header: Mapping[str, Any]) -> bool:
-    """Whether the tasks that both have are the same ones, with the same adapters loaded."""
+    """Whether both may be compared, and the tasks of both are the same, with the same adapters."""
+    if (section.question, section.n_adapter) != (_key(header), len(header["adapters"])):
+        return False
     by_name = {cell.name: cell for cell in section.cells}
     shared = [(by_name[task["name"]], task) for task in header["tasks"] if task["name"] in by_name]
     return all(

@@ -1,13 +1,10 @@
-"""What results show: scores with intervals, differences, costs, whether the right adapters lead."""
+"""What results show over tasks: verdicts on strategies, and what it costs to load more adapters."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from qaflora_edge.evaluation.cells import (
     BASE,
@@ -16,56 +13,14 @@ from qaflora_edge.evaluation.cells import (
     SINGLE,
     STATIC,
     Cell,
-    Row,
     Section,
     sections,
 )
+from qaflora_edge.evaluation.lines import CellSummary, gain_over, summarise_cell
 from qaflora_edge.evaluation.results import Results
-from qaflora_edge.evaluation.statistics import Estimate, difference, mean
+from qaflora_edge.evaluation.statistics import Estimate, difference
 
 WANTED_POINTS = 5.0  # over static, from which a strategy is called clearly better
-
-
-@dataclass(frozen=True)
-class Line:
-    """One strategy in one cell.
-
-    score        in the cell's unit
-    over_static, over_single  how much better than static and than the best single adapter, above
-                 0 where it is, over the items that both have; None where the other is missing
-    seconds      of an item: medians of the probe, and of what comes after it
-    probe_ms     median over the items where no other strategy had probed before
-    prefill_ms   median of an item
-    found        see `found_share`
-    others       score by sum and by mean of log-probabilities, where choices were scored
-    n_cut        answers that max_tokens cut; n_failed items that have no score
-    """
-
-    strategy: str
-    score: Estimate
-    over_static: Estimate | None
-    over_single: Estimate | None
-    seconds: float
-    probe_ms: float
-    prefill_ms: float
-    found: float | None
-    others: Mapping[str, float]
-    n_cut: int
-    n_failed: int
-
-    @property
-    def prefills(self) -> float:
-        """What the probe takes, in readings of the prompt; NaN where nothing is generated."""
-        return self.probe_ms / self.prefill_ms if self.prefill_ms > 0 else math.nan
-
-
-@dataclass(frozen=True)
-class CellSummary:
-    """One task: a line for each strategy, and the best single adapter in hindsight."""
-
-    cell: Cell
-    best_single: str | None
-    lines: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
@@ -99,12 +54,33 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """One strategy among more adapters, against itself among fewer.
+
+    gain    how much better it is with more: mean of the tasks' means
+    worst   the task with the lowest difference, and that difference
+    """
+
+    strategy: str
+    unit: str
+    n_cell: int
+    gain: Estimate
+    worst: tuple[str, Estimate]
+
+
+@dataclass(frozen=True)
 class Summary:
-    """One section: its cells, and the verdicts over them."""
+    """One section: its cells, and the verdicts over them.
+
+    fewer   the same tasks with the fewest adapters loaded, where there is such a section
+    loaded  each strategy against itself there
+    """
 
     section: Section
     cells: tuple[CellSummary, ...]
     verdicts: tuple[Verdict, ...]
+    fewer: Section | None = None
+    loaded: tuple[Loaded, ...] = ()
 
 
 def summarise(files: Sequence[tuple[str, Results]]) -> list[Summary]:
@@ -112,14 +88,32 @@ def summarise(files: Sequence[tuple[str, Results]]) -> list[Summary]:
 
     files  the name of each file, and what it says
     """
-    return [_summary(section) for section in sections(files)]
+    every = sections(files)
+    return [_summary(section, _fewer(section, every)) for section in every]
 
 
-def _summary(section: Section) -> Summary:
+def _fewer(section: Section, every: Sequence[Section]) -> Section | None:
+    """The section with the fewest adapters, fewer than in this one, that has a task of this one."""
+    tasks = {_task(cell) for cell in section.cells}
+    found = [
+        each
+        for each in every
+        if each.question == section.question and each.n_adapter < section.n_adapter
+        if tasks & {_task(cell) for cell in each.cells}
+    ]
+    return min(found, key=lambda each: each.n_adapter, default=None)
+
+
+def _task(cell: Cell) -> tuple[str, str]:
+    return cell.name, cell.task["sha256"]
+
+
+def _summary(section: Section, fewer: Section | None) -> Summary:
     order = section.strategies
+    orders = [[name for name in order if name in cell.rows] for cell in section.cells]
     return Summary(
         section,
-        tuple(_cell(cell, [name for name in order if name in cell.rows]) for cell in section.cells),
+        tuple(map(summarise_cell, section.cells, orders)),
         tuple(
             _verdict(strategy, unit, section.cells)
             for unit in (POINTS, NATS)
@@ -127,96 +121,45 @@ def _summary(section: Section) -> Summary:
             if strategy != STATIC and not strategy.startswith(SINGLE)
             if any(cell.unit == unit and strategy in cell.rows for cell in section.cells)
         ),
+        fewer,
+        tuple(_loaded(section, fewer)) if fewer else (),
     )
 
 
-def _cell(cell: Cell, order: Sequence[str]) -> CellSummary:
-    best = cell.best_single()
-    lines = (_line(cell, strategy, best) for strategy in order)
-    return CellSummary(cell, best, tuple(line for line in lines if line is not None))
-
-
-def _line(cell: Cell, strategy: str, best: str | None) -> Line:
-    rows = list(cell.rows[strategy].values())
-    probe_ms = _median([row for row in rows if not row.get("probe_before_ms")], "probe_ms")
-    return Line(
-        strategy=strategy,
-        score=_score(cell, strategy),
-        over_static=_difference([cell], strategy, STATIC),
-        over_single=_difference([cell], strategy, best),
-        seconds=(probe_ms + _median(rows, "prefill_ms", "decode_ms")) / 1000,
-        probe_ms=probe_ms,
-        prefill_ms=math.nan if cell.is_likelihood else _median(rows, "prefill_ms"),
-        found=found_share(cell, strategy),
-        others=_others(cell, rows),
-        n_cut=sum(row.get("finish_reason") == "length" for row in rows),
-        n_failed=sum(row["score"] is None for row in rows),
-    )
-
-
-def _score(cell: Cell, strategy: str) -> Estimate:
-    scores = cell.scores(strategy)
-    if len(scores) == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    return mean(scores).times(cell.factor)
-
-
-def _others(cell: Cell, rows: Sequence[Row]) -> dict[str, float]:
-    """Name -> mean, in the cell's unit, of the scores by another rule that all rows have."""
-    known = [row for row in rows if row["score"] is not None]
-    return {
-        name: cell.factor * float(np.mean([row[key] for row in known]))
-        for name, key in (("by sum", "score_sum"), ("by mean", "score_mean"))
-        if known and all(isinstance(row.get(key), int | float) for row in known)
-    }
-
-
-def _difference(cells: Sequence[Cell], strategy: str, over: str | None) -> Estimate | None:
-    """How much better a strategy is over the cells, in their unit; None where none has both."""
-    if over in (None, strategy):
-        return None
-    gains = [values for cell in cells if len(values := cell.gains(strategy, str(over)))]
-    return difference(gains).times(cells[0].factor) if gains else None
-
-
-def _median(rows: Sequence[Row], *keys: str) -> float:
-    times = [
-        sum(row.get(key, math.nan) for key in keys) for row in rows if row["score"] is not None
-    ]
-    return float(np.median(times)) if times else math.nan
-
-
-def found_share(cell: Cell, strategy: str) -> float | None:
-    """Share of items whose two heaviest adapters are those of the task's language and domain.
-
-    By the mean over layers; of weights that are equal none is heaviest. None where the task does
-    not name both, no others are loaded, or the strategy does not look at the query.
-    """
-    if strategy in (BASE, STATIC) or strategy.startswith(SINGLE):
-        return None
-    right = {cell.role("language"), cell.role("domain")}
-    if None in right or len(right) < 2 or len(cell.adapters) <= 2:
-        return None
-    weighed = [weights for row in cell.rows[strategy].values() if (weights := row["weights"])]
-    return sum(_lead(weights, right) for weights in weighed) / len(weighed) if weighed else None
-
-
-def _lead(weights: Mapping[str, float], right: set[Any]) -> bool:
-    others = [weight for name, weight in weights.items() if name not in right]
-    return min(weights[name] for name in right) > max(others)
+def _loaded(section: Section, fewer: Section) -> Iterator[Loaded]:
+    there = {_task(cell): cell for cell in fewer.cells}
+    both = [(cell, there[_task(cell)]) for cell in section.cells if _task(cell) in there]
+    for unit, strategy in itertools.product((POINTS, NATS), section.strategies):
+        gains = {
+            cell.name: values
+            for cell, other in both
+            if cell.unit == unit and len(values := cell.gains(strategy, strategy, other))
+        }
+        # The base and one adapter alone are the same whatever else is loaded.
+        if not gains or strategy == BASE or strategy.startswith(SINGLE):
+            continue
+        factor = 1.0 if unit == NATS else 100.0
+        each = {name: difference([values]).times(factor) for name, values in gains.items()}
+        yield Loaded(
+            strategy,
+            unit,
+            len(gains),
+            difference(list(gains.values())).times(factor),
+            min(each.items(), key=lambda item: item[1].value),
+        )
 
 
 def _verdict(strategy: str, unit: str, cells: Sequence[Cell]) -> Verdict:
     cells = [cell for cell in cells if cell.unit == unit and strategy in cell.rows]
     against: dict[str, Estimate] = {}
     for cell in cells:
-        if found := _difference([cell], strategy, cell.best_single()):
+        if found := gain_over([cell], strategy, cell.best_single()):
             against[cell.name] = found
     return Verdict(
         strategy,
         unit,
         len(cells),
-        _difference(cells, strategy, STATIC),
+        gain_over(cells, strategy, STATIC),
         min(against.items(), key=lambda item: item[1].value, default=None),
         tuple(name for name, found in against.items() if found.high < 0),
     )
