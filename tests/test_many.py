@@ -17,7 +17,7 @@ from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.backend.model import Model
 from qaflora_edge.backend.pieces import pieces_of
-from qaflora_edge.errors import CancelledError, OptionError, PromptError, WeightsError
+from qaflora_edge.errors import BackendError, CancelledError, OptionError, PromptError, WeightsError
 from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 
 F32 = NDArray[np.float32]
@@ -310,6 +310,22 @@ def test_a_request_that_fails_stops_no_other(engine: Engine) -> None:
             answer.text()
         assert caught.value is answer.error
     assert str(found[3].error).startswith("A request has promt, expected either prompt or messages")
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3])
+def test_states_that_are_no_numbers_are_nobody_elses(
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, n_parallel: int
+) -> None:
+    """NaN times 0 is NaN: left in memory, it would reach who comes there next."""
+    huge = np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
+    expected = alone.generate("the king", max_tokens=6).text()
+    with opened(parts, n_parallel=n_parallel) as other:
+        for _ in range(2 * n_parallel):
+            with pytest.raises(BackendError, match="NaN, expected numbers"):
+                other.generate("the thing of the king", weights=huge, max_tokens=6)
+            requests = ["the king"] * (n_parallel + 1)
+            answers = other.generate_many(requests, max_tokens=6)
+            assert [answer.text() for _, answer in answers] == [expected] * len(requests)
 
 
 @pytest.mark.parametrize("requests", ["abc", {"prompt": "abc"}])

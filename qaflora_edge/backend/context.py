@@ -150,6 +150,7 @@ class Context(Handle):
         self._n_batch, self._n_output = int(params.n_batch), int(params.n_outputs_max)
         self._is_unified = bool(params.kv_unified)
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
+        self._spoilt: set[int] = set()
         self._weights = [b""] * n_seq  # a hash of those that were set
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
@@ -182,6 +183,23 @@ class Context(Handle):
         else:
             self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
             self._tokens[seq] = []
+
+    def clean(self, seq: int) -> None:
+        """Forget a sequence whose states are no numbers, and the numbers too.
+
+        Attention multiplies what it may not see by 0, and NaN stays NaN: in the same room the next
+        sequence would meet it. Sequences have rooms of their own, and a copy takes a whole room.
+        """
+        self.clear(seq)
+        self._spoilt.add(seq)
+        good = next((each for each in range(self.n_seq) if each not in self._spoilt), None)
+        if good is not None:
+            self._lib.llama_memory_seq_cp(self._memory, good, seq, -1, -1)
+            self.clear(seq)
+            self._spoilt.discard(seq)
+        elif not any(self._tokens):
+            self._lib.llama_memory_clear(self._memory, True)
+            self._spoilt.clear()
 
     def keep(self, n_token: int, seq: int) -> int:
         """Keep so many tokens of one sequence's beginning, and forget the rest.

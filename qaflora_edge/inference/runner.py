@@ -22,6 +22,7 @@ class AnswerContext(Protocol):
 
     def keep(self, n_token: int, seq: int) -> int: ...
     def clear(self, seq: int | None = None) -> None: ...
+    def clean(self, seq: int) -> None: ...
     def move(self, source: int, target: int) -> None: ...
     def copy(self, source: int, target: int) -> None: ...
     def set_weights(self, weights: F32, *, seq: int = 0) -> None: ...
@@ -52,6 +53,7 @@ class Runner:
         computing: Callable[[Sequence[sequences.Sequence]], None],
     ) -> None:
         self._vocabulary, self._context, self._computing = vocabulary, context, computing
+        self._spoilt: list[int] = []  # slots whose states are no numbers
 
     def run(self, step: Step, slots: Sequence[Slot]) -> None:
         """Compute a step, the job's part apart. What fails ends the sequences that it concerns."""
@@ -68,13 +70,16 @@ class Runner:
             self._decode(step.decode, slots)
         for sequence, n in step.prefill:
             self._prefill(sequence, slots[_slot(sequence)], n)
+        while self._spoilt:
+            slot = slots[self._spoilt.pop()]
+            self._context.clean(slot.number)
+            slot.forget()
 
     def forget(self, slots: Sequence[Slot]) -> None:
         """Empty all slots, after something stopped in the middle."""
         self._context.clear()
         for slot in slots:
-            slot.tokens, slot.n_prompt, slot.n_exact = [], 0, 0
-            slot.weights, slot.owner = None, 0
+            slot.forget()
 
     def _admit(self, sequence: sequences.Sequence, slot: Slot, n_reused: int) -> None:
         sequence.n_past = self._context.keep(n_reused, slot.number)
@@ -102,6 +107,7 @@ class Runner:
     def _begin(self, sequence: sequences.Sequence, row: int) -> None:
         """What follows a prompt: its first token, or nothing where none was asked for."""
         if np.isnan(self._context.logits_view(row)).any():
+            self._spoilt.append(_slot(sequence))
             sequence.fail(
                 BackendError(
                     "The logits after the prompt are NaN, expected numbers: an adapter that weighs "
@@ -154,6 +160,8 @@ class Runner:
         try:
             token = sequence.sampler.sample(self._context, row, mask)
         except QafloraError as error:
+            if isinstance(error, BackendError):  # no numbers
+                self._spoilt.append(_slot(sequence))
             sequence.fail(error)
             return
         is_end = self._vocabulary.is_end(token)

@@ -82,6 +82,11 @@ class Slot:
         self.n_exact = sequence.n_prompt if is_exact else min(self.n_exact, n_kept)
         self.n_prompt, self.owner = sequence.n_prompt, sequence.number
 
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.tokens, self.n_prompt, self.n_exact = [], 0, 0
+        self.weights, self.owner = None, 0
+
     def copy(self, other: Slot) -> None:
         """Note that what another slot holds is here too, and nobody's yet."""
         self.tokens, self.n_exact, self.weights = list(other.tokens), other.n_exact, other.weights
