@@ -91,21 +91,26 @@ def launched(*args: str | Path, port: int, **process: Any) -> Iterator[subproces
     environment = {**os.environ, "QAFLORA_THREADS": "1", **process.pop("env", {})}
     with subprocess.Popen(command, env=environment, **process) as server:
         try:
-            until = time.monotonic() + PATIENCE_S
-            while not _is_ready(port):
-                assert server.poll() is None, server.returncode
-                assert time.monotonic() < until
-                time.sleep(0.02)
+            wait_until_answers(server, port, "/health")
             yield server
         finally:
             server.kill()
 
 
-def _is_ready(port: int) -> bool:
+def wait_until_answers(server: subprocess.Popen[bytes], port: int, path: str) -> None:
+    """Until a process answers a path with status 200; a failure when it has ended."""
+    until = time.monotonic() + PATIENCE_S
+    while not _is_ready(port, path):
+        assert server.poll() is None, server.returncode
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _is_ready(port: int, path: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", path)
             return connection.getresponse().status == 200
         except OSError:
             return False

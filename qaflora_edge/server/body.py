@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from qaflora_edge.formats.json_text import is_unicode, read_json_object
-from qaflora_edge.server.options import MAX_BODY_BYTES
+from qaflora_edge.server.options import BODY_S, MAX_BODY_BYTES
 from qaflora_edge.server.refusals import Refusal
 
 
@@ -30,10 +31,15 @@ async def _bytes(request: Request) -> bytes:
         raise _too_large()
     data = bytearray()
     try:
-        async for part in request.stream():
-            data += part
-            if len(data) > MAX_BODY_BYTES:
-                raise _too_large()
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                data += part
+                if len(data) > MAX_BODY_BYTES:
+                    raise _too_large()
+    except TimeoutError as error:
+        raise Refusal(
+            408, f"The body has not come within {BODY_S:g} s.", code="request_timeout"
+        ) from error
     except ClientDisconnect as error:
         raise Refusal(400, "The body was not sent to its end.") from error
     return bytes(data)

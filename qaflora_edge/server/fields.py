@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from qaflora_edge.server.options import (
     MAX_MESSAGES,
     MAX_STOPS,
     MAX_TOOLS,
+    MAX_WEIGHT,
 )
 from qaflora_edge.server.refusals import Refusal, wrong_field
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -129,34 +129,40 @@ def _adapters(given: Mapping[str, Any], known: Sequence[str]) -> list[str] | Non
 def _weights(weights: Any) -> Any:
     if weights is None:
         return None
-    expected = 'weights by name, as in {"math": 0.7}, or [n_adapter][n_layer] numbers'
+    expected = (
+        'weights by name, as in {"math": 0.7}, or [n_adapter][n_layer] numbers, from '
+        f"{-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+    )
     if isinstance(weights, Mapping):
-        if not all(_is_number(weight) for weight in weights.values()):
+        if not all(_is_weight(weight) for weight in weights.values()):
             raise wrong_field("fusion.weights", weights, expected)
         return weights
     rows = weights if isinstance(weights, list) else [None]
-    if not all(isinstance(row, list) and all(map(_is_number, row)) for row in rows):
+    if not all(isinstance(row, list) and all(map(_is_weight, row)) for row in rows):
         raise wrong_field("fusion.weights", weights, expected)
     return weights
 
 
 def _of_lora(lora: Any, adapters: Sequence[str]) -> dict[str, float]:
     """llama-server's list of scales: adapters that it does not name weigh 0."""
-    expected = f'a list such as [{{"id": 0, "scale": 0.5}}] with ids below {len(adapters)}'
+    expected = (
+        f'a list such as [{{"id": 0, "scale": 0.5}}] with ids below {len(adapters)} and scales '
+        f" from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+    )
     weights: dict[str, float] = {}
     for each in lora if isinstance(lora, list) else [None]:
         entry = each if isinstance(each, Mapping) else {}
         number: Any = entry.get("id")
         scale: Any = entry.get("scale")
-        if type(number) is not int or not 0 <= number < len(adapters) or not _is_number(scale):
+        if type(number) is not int or not 0 <= number < len(adapters) or not _is_weight(scale):
             raise wrong_field("lora", lora, expected)
         weights[adapters[number]] = scale
     return weights
 
 
-def _is_number(value: object) -> bool:
+def _is_weight(value: object) -> bool:
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)  # type: ignore[arg-type]
+    return is_real and abs(value) <= MAX_WEIGHT  # type: ignore[arg-type]
 
 
 def flag(body: Mapping[str, Any], name: str) -> bool:

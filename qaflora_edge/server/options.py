@@ -11,8 +11,10 @@ MAX_MESSAGES = 2048
 MAX_TOOLS = 128
 MAX_CHOICES = 16  # answers of one request
 MAX_STOPS = 16
+MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
 MAX_FORM_BYTES = 256 << 10  # a grammar, a schema or tools, as JSON
 
+BODY_S = 60.0  # the longest that a body may take to come
 PING_S = 5.0  # a stream that has nothing to say says so after as long
 SEND_S = 60.0  # how long after its end an answer may still be sent
 RETRY_AFTER_S = 2

@@ -1,0 +1,333 @@
+"""What may go wrong while a server listens: clients, files and requests that fail."""
+
+import contextlib
+import json
+import resource
+import shutil
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from bundles import TinyBundle, make_bundle, snapshot
+from patience import PATIENCE_S
+from serving import ENGINE, free_port, launched, listening, listening_app, make_options
+from tiny import constant_logits
+
+from qaflora_edge import Engine
+from qaflora_edge.server import body as server_body
+from qaflora_edge.server import fields
+from qaflora_edge.server.app import make_app
+
+CHAT = "/v1/chat/completions"
+LONG_CTX = 16384
+USER = [{"role": "user", "content": "the thing?"}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("faults"), calibrate=True)
+
+
+@pytest.fixture(scope="module")
+def alone(made: TinyBundle) -> Iterator[Engine]:
+    """The oracle."""
+    with Engine(made.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """A base that writes an `a` after the other: answers of minutes, unless they are ended."""
+    replace = constant_logits(lambda token: 9.0 if token == "a" else 0.0)
+    return make_bundle(
+        tmp_path_factory.mktemp("endless"), arch="qwen2", replace=replace, n_ctx=LONG_CTX
+    )
+
+
+def body_of(number: int, **more: Any) -> dict[str, Any]:
+    """One of many requests that differ in prompt, seed and strategy."""
+    model = ("tiny", "tiny:calibrated", "tiny:single:es", "tiny:static", "tiny:base")[number % 5]
+    text = "the king " * (1 + number % 7) + str(number)
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "seed": number,
+        "temperature": 1.5,
+        "max_tokens": 16 + number % 9,
+        "fusion": {"return": "layers"},
+        **more,
+    }
+
+
+def assert_alone(found: dict[str, Any], number: int, alone: Engine) -> None:
+    """An answer to `body_of` is what an Engine that has nothing else to do gives."""
+    asked = body_of(number)
+    options = {key: asked[key] for key in ("seed", "temperature", "max_tokens")}
+    strategy = asked["model"].partition(":")[2] or None
+    weights = alone.weights(alone.chat_tokens(asked["messages"]), strategy=strategy)
+    layers = found["fusion"]["layers"]
+    assert np.array_equal(np.float32([layers[name] for name in weights.adapters]), weights.weights)
+    expected = alone.chat(asked["messages"], weights=strategy, **options)
+    assert found["choices"] == expected["choices"]
+    assert found["usage"] == expected["usage"]
+
+
+def address_of(url: str) -> tuple[str, int]:
+    found = httpx.URL(url)
+    assert found.port is not None
+    return found.host, found.port
+
+
+def raw_post(data: bytes, n_declared: int | None = None, path: str = CHAT) -> bytes:
+    """A request as bytes; the length that it declares may be another than it has."""
+    n = len(data) if n_declared is None else n_declared
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n}\r\n\r\n"
+    return head.encode() + data
+
+
+def receive_until(client: socket.socket, sign: bytes) -> bytes:
+    data = b""
+    while sign not in data:
+        part = client.recv(65536)
+        assert part, f"the server has closed the connection after {data[:400]!r}"
+        data += part
+    return data
+
+
+def wait_until(holds: Any) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_answers_under_load_are_those_alone(made: TinyBundle, alone: Engine) -> None:
+    """Weights and tokens, from whole answers and streams, with three decoded together."""
+
+    def ask(client: httpx.Client, number: int) -> dict[str, Any]:
+        if number % 2:
+            found: dict[str, Any] = client.post(CHAT, json=body_of(number)).json()
+            return found
+        more = {"stream": True, "stream_options": {"include_usage": True}}
+        lines = client.post(CHAT, json=body_of(number, **more)).text.split("\n\n")
+        assert lines[-2] == "data: [DONE]"
+        chunks = [json.loads(line[6:]) for line in lines[:-2] if line.startswith("data:")]
+        text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1])
+        message = {"role": "assistant", "content": text}
+        reason = chunks[-2]["choices"][0]["finish_reason"]
+        whole = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        return {**chunks[-1], "choices": [whole]}
+
+    with (
+        listening(made.folder) as url,
+        httpx.Client(base_url=url, timeout=PATIENCE_S) as client,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        found = list(threads.map(lambda number: ask(client, number), range(40)))
+    for number, answer in enumerate(found):
+        assert_alone(answer, number, alone)
+
+
+def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> None:
+    """In the middle of a stream, before its first byte, and while they wait; by FIN and by RST."""
+    app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
+    asked = {"model": "tiny", "messages": USER, "stream": True}
+
+    with listening_app(app) as url, contextlib.ExitStack() as stack:
+        turns = app.state.shelf.bundles["tiny"].turns
+        opened = []
+        for number in range(10):
+            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+            client.sendall(raw_post(json.dumps(asked | {"stream": number % 3 > 0}).encode()))
+            opened.append(client)
+        for client in opened[1:3]:
+            receive_until(client, b'"content"')
+        wait_until(lambda: turns.n_running + app.state.shelf.room.n_waiting == len(opened))
+        for number, client in enumerate(opened):
+            if number % 2:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+        begin = time.monotonic()
+        wait_until(lambda: turns.n_running == 0)
+        assert app.state.shelf.room.n_waiting == 0
+        assert not app.state.running
+        assert time.monotonic() - begin < 30  # an answer alone takes minutes
+        short = httpx.post(url + CHAT, json={**asked, "stream": False, "max_tokens": 3})
+        assert short.json()["choices"][0]["message"]["content"] == "aaa"
+
+
+def test_bodies_that_come_slowly_or_never(
+    made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold no turn, and are not waited for without end; others are answered meanwhile."""
+    monkeypatch.setattr(server_body, "BODY_S", 3.0)
+    data = json.dumps(body_of(0)).encode()
+    with listening(made.folder, max_queue=0) as url, contextlib.ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+
+        clients = [connect() for _ in range(20)]
+        for client in clients:
+            client.sendall(raw_post(data)[: -len(data) // 2])
+        gone = connect()
+        gone.sendall(raw_post(data[:40], len(data)))
+        gone.close()
+        slow = connect()
+        for byte in raw_post(data)[:5]:
+            slow.sendall(bytes([byte]))
+            answer = httpx.post(url + CHAT, json=body_of(1), timeout=PATIENCE_S)
+            assert_alone(answer.json(), 1, alone)
+        slow.sendall(raw_post(data)[5:])
+        assert slow.recv(65536).startswith(b"HTTP/1.1 200 ")
+        for client in clients:
+            late = read_response(client)
+            assert late.status_code == 408
+            assert late.json()["error"]["message"] == "The body has not come within 3 s."
+
+
+@pytest.mark.slow
+def test_five_hundred_connections(made: TinyBundle, alone: Engine) -> None:
+    """Idle ones hinder nobody; of those that ask some are answered, others told to come again."""
+    n_idle, n_asking = 300, 200
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, min(hard, 4096)), hard))
+    statuses = []
+    with listening(made.folder, max_queue=20) as url, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+            for _ in range(n_idle + n_asking)
+        ]
+        for number, client in enumerate(clients[n_idle:]):
+            client.sendall(raw_post(json.dumps(body_of(number % 10)).encode()))
+        for number, client in enumerate(clients[n_idle:]):
+            response = read_response(client)
+            statuses.append(response.status_code)
+            if response.status_code == 200:
+                assert_alone(response.json(), number % 10, alone)
+            else:
+                assert response.headers["retry-after"] == "2"
+                assert response.json()["error"]["code"] == "queue_full"
+        assert set(statuses) == {200, 503}
+        assert statuses.count(200) >= 20
+        assert_alone(httpx.post(url + CHAT, json=body_of(3)).json(), 3, alone)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def read_response(client: socket.socket) -> httpx.Response:
+    """One whole response with a length, from a socket."""
+    head, _, content = receive_until(client, b"\r\n\r\n").partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    while len(content) < int(headers["content-length"]):
+        part = client.recv(65536)
+        assert part
+        content += part
+    return httpx.Response(int(status.split()[1]), headers=headers, content=content)
+
+
+def test_a_bundle_that_is_deleted_under_it(made: TinyBundle, alone: Engine, tmp_path: Path) -> None:
+    """What is loaded goes on; what is not is unavailable, and the others stay."""
+    loaded, absent = tmp_path / "loaded", tmp_path / "absent"
+    for place in (loaded, absent):
+        shutil.copytree(made.folder, place)
+        text = json.loads((place / "bundle.json").read_text(encoding="utf-8"))
+        text["name"] = place.name if place is absent else "tiny"
+        text["base"]["file"] = str(made.base.path)
+        (place / "bundle.json").write_text(json.dumps(text), encoding="utf-8")
+    with listening(loaded, absent) as url, httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+        assert_alone(client.post(CHAT, json=body_of(0)).json(), 0, alone)
+        shutil.rmtree(loaded)
+        shutil.rmtree(absent)
+        gone = client.post(CHAT, json={"model": "absent", "messages": USER})
+        assert gone.status_code == 503
+        assert gone.json()["error"]["code"] == "model_unavailable"
+        assert str(tmp_path) not in gone.text
+        for number in range(1, 6):
+            assert_alone(client.post(CHAT, json=body_of(number)).json(), number, alone)
+
+
+@pytest.mark.slow
+def test_a_sequence_that_fails_harms_no_other(
+    made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States that overflow, among others that are decoded with them."""
+    huge = {"model": "tiny", "fusion": {"weights": {"math": 1e30}}}
+    with (
+        listening(made.folder) as url,
+        httpx.Client(base_url=url, timeout=PATIENCE_S) as client,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        refused = client.post(CHAT, json=body_of(0, **huge))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "fusion.weights")
+        monkeypatch.setattr(fields, "MAX_WEIGHT", float("inf"))
+
+        def ask(number: int) -> httpx.Response:
+            return client.post(CHAT, json=body_of(number, **({} if number % 3 else huge)))
+
+        found = list(threads.map(ask, range(24)))
+    for number, response in enumerate(found):
+        if number % 3:
+            assert_alone(response.json(), number, alone)
+        else:
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "internal_error"
+
+
+@pytest.mark.slow
+def test_what_cannot_be_written_harms_no_answer(made: TinyBundle, alone: Engine) -> None:
+    """No file can grow, as on a full disk, and the log cannot be written either."""
+
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    port = free_port()
+    with (
+        open("/dev/full", "wb") as full,
+        launched(*arguments(made), port=port, stderr=full, preexec_fn=no_room) as server,
+        client_at(port) as client,
+    ):
+        for number in range(3):
+            assert_alone(client.post(CHAT, json=body_of(number)).json(), number, alone)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(made: TinyBundle, alone: Engine, tmp_path: Path) -> None:
+    """In the middle of a stream, with a bundle that nothing is left of but its own files."""
+    port, before = free_port(), snapshot(made.folder)
+    for _ in range(3):
+        with (
+            open(tmp_path / "log", "ab") as log,
+            launched(*arguments(made), port=port, stderr=log) as server,
+            client_at(port) as client,
+        ):
+            assert_alone(client.post(CHAT, json=body_of(4)).json(), 4, alone)
+            long = body_of(5, stream=True, max_tokens=300)
+            with client.stream("POST", CHAT, json=long) as stream:
+                parts = stream.iter_bytes()
+                next(parts)
+                server.kill()
+                with pytest.raises(httpx.HTTPError):
+                    list(parts)
+            assert server.wait(PATIENCE_S) == -signal.SIGKILL
+    assert snapshot(made.folder) == before
+
+
+def arguments(made: TinyBundle) -> list[str | Path]:
+    """Of `qaflora serve`, for the Engine that `alone` is."""
+    return [made.folder, "--ctx", "512", "--parallel", "3", "--kv-type", "f32"]
+
+
+def client_at(port: int) -> httpx.Client:
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)
