@@ -257,6 +257,27 @@ def test_choices_and_code_say_more(tmp_path: Path) -> None:
     assert [pick[1][pick[0].index(name)] for name in ("by sum", "by mean")] == ["0.0", "100.0"]
 
 
+def test_many_adapters_stand_against_few(made: Path, tmp_path: Path) -> None:
+    head = header(PAIRS[:1], ["math", "es"])
+    few = write(tmp_path / "pair.jsonl", head, drawn(SHARES, head, seed=1))
+    document = tmp_path / "a.md"
+    page = html(tmp_path, made, few)
+    assert page.count("table", "loaded") == 1
+    assert "Against the same tasks with 2 adapters loaded" in page.text
+    assert report(made, few, "--markdown", document).exit_code == 0
+    loaded = json.loads(report(made, few, "--json").stdout)["sections"][0]["loaded"]
+    [rows] = [
+        rows
+        for rows in tables(document.read_text(encoding="utf-8"))
+        if rows[0] == ["", "tasks", "better by", "worst", "in"]
+    ]
+    assert [row[0] for row in rows[1:]] == ["static", "qa-flora"]
+    shown = report(made, few).stdout
+    for row, each in zip(rows[1:], loaded, strict=True):
+        assert row[2].startswith(f"{each['gain']['value']:+.1f} (")
+        assert row[2] in shown
+
+
 def test_equal_answers_stand_once(tmp_path: Path) -> None:
     head = header([("t", "exact", None, None)], ["math"], n_item=1)
     records = [

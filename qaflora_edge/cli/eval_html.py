@@ -103,9 +103,7 @@ def _drawn(
 
 def _section(summary: Summary) -> dict[str, Any]:
     ends = {
-        unit: [
-            end for row in summary.loaded if row.unit == unit for end in (row.gain, row.worst[1])
-        ]
+        unit: [end for row in summary.loaded if row.unit == unit for end in row.estimates]
         for unit in (POINTS, NATS)
     }
     axes = {unit: _axis(each, is_difference=True) for unit, each in ends.items()}
