@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -322,6 +323,33 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
     assert error["message"].startswith(message)
     if "stream" not in body:
         assert failure(client, **whole, stream=True) == (found, error)
+
+
+def test_defaults_are_for_requests_that_say_nothing(made: TinyBundle) -> None:
+    sampling = {"max_tokens": 3, "stop": ("zq",), "logit_bias": {"65": 100}}
+    with client_of(made.folder, sampling=sampling) as client:
+        asked = {"messages": USER}
+        assert answer(client, **asked)["usage"]["completion_tokens"] == 3
+        assert answer(client, **asked, max_completion_tokens=5)["usage"]["completion_tokens"] == 5
+        form = {"type": "json_schema", "json_schema": {"schema": {"const": "azqb"}}}
+        found = answer(client, **asked, response_format=form, max_tokens=99)
+        assert json.loads(found["choices"][0]["message"]["content"]) == "azqb"
+
+
+def test_a_chat_without_a_template(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path, chat_template=None).folder
+    with client_of(folder) as client:
+        status, error = failure(client, messages=USER)
+        assert (status, error["param"]) == (400, "messages")
+        assert "has no chat template" in error["message"]
+    with client_of(folder, raw_prompt=True) as client:
+        messages = [{"role": "system", "content": "be"}, *USER]
+        found = answer(client, messages=messages, max_tokens=4)
+        with Engine(folder, **ENGINE) as engine:  # type: ignore[arg-type]
+            expected = engine.generate("be\nthe thing?\n", max_tokens=4)
+            assert found["choices"][0]["message"]["content"] == expected.text()
+        status, error = failure(client, messages=USER, tools=[{"function": {"name": "a"}}])
+        assert (status, error["param"]) == (400, "tools")
 
 
 def test_unknown_fields_are_ignored(client: TestClient) -> None:

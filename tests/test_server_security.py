@@ -132,6 +132,13 @@ def test_a_page_from_elsewhere_is_refused(opened: TestClient, origin: str, is_ow
     assert response.status_code == (200 if is_own else 403)
 
 
+def test_nothing_is_for_others_to_embed(opened: TestClient) -> None:
+    for path in ("/v1/models", "/health", "/nothing"):
+        headers = opened.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
 def test_a_page_that_may_ask_is_told_so(opened: TestClient) -> None:
     asks = {
         "origin": ORIGIN,

@@ -166,6 +166,19 @@ def test_a_full_queue_is_told_at_once(bundle: Path, held: Held) -> None:
         assert [answer.status_code for answer in answers] == [200] * (N_TURN + 2)
 
 
+def test_tokens_wait_for_no_turn(bundle: Path, held: Held) -> None:
+    with (
+        listening(bundle, max_queue=0) as address,
+        asking(f"{address}/v1/chat/completions", N_TURN) as answers,
+    ):
+        for _ in range(N_TURN):
+            assert held.busy.acquire(timeout=PATIENCE_S)
+        found = httpx.post(f"{address}/tokenize", json={"content": "a"}, timeout=PATIENCE_S)
+        assert len(found.json()["tokens"]) == 1
+        assert not answers
+        held.go.set()
+
+
 def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
     bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,14 +39,16 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
 
     Raises BundleError for a bundle that cannot be read.
     """
-    threads = ThreadPoolExecutor(max_workers=_n_thread(options), thread_name_prefix="qaflora")
+    places = list(places)
+    n_thread = len(places) * options.n_turn + 2  # all who have a turn, and opening and closing
+    threads = ThreadPoolExecutor(n_thread, thread_name_prefix="qaflora")
 
     async def in_thread(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
         call = partial(function, *args, **keywords)
         return await asyncio.get_running_loop().run_in_executor(threads, call)
 
     record = Metrics()
-    shelf = Shelf(places, options.engine, options.max_queue, in_thread)
+    shelf = Shelf(places, options, in_thread)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -84,11 +86,6 @@ def expire_all(app: Any) -> None:
     """Cut all answers, as if their time were over."""
     for work in list(app.state.running):
         work.expire()
-
-
-def _n_thread(options: ServerOptions) -> int:
-    """Threads for all who compute at once, in several bundles."""
-    return 4 * (int(options.engine.get("n_parallel", 1)) + 1) + 2
 
 
 def _routes() -> list[Route]:

@@ -12,10 +12,18 @@ from qaflora_edge.formats.json_text import is_unicode, read_json_object
 from qaflora_edge.server.options import BODY_S, MAX_BODY_BYTES
 from qaflora_edge.server.refusals import Refusal
 
+_AT_ONCE = 64 << 10  # bytes that are parsed before others would notice
+
 
 async def json_body(request: Request) -> dict[str, Any]:
     """The JSON object of a body. Raises Refusal for what is none, or is too large."""
     data = await _bytes(request)
+    if len(data) < _AT_ONCE:
+        return _parsed(data)
+    return await asyncio.to_thread(_parsed, data)
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
     try:
         found = read_json_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too

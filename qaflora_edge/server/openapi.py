@@ -36,6 +36,7 @@ _REFUSED = {
     "401": "The API key is missing or wrong",
     "403": "The host or the page that asks is not allowed",
     "404": "There is no such model",
+    "408": "The body was sent too slowly",
     "413": "The body is too large",
     "500": "The server failed",
     "503": "The queue is full, or the model cannot be opened; see Retry-After",

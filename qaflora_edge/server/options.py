@@ -46,3 +46,12 @@ class ServerOptions:
     engine: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     raw_prompt: bool = False
+
+    @property
+    def n_turn(self) -> int:
+        """Requests of a bundle that are answered at once.
+
+        One more than are decoded together: it is weighed meanwhile.
+        """
+        n_parallel = int(self.engine.get("n_parallel", 1))
+        return n_parallel + 1 if n_parallel > 1 else 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from functools import partial
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.refusals import Refusal
@@ -25,6 +26,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in LOCAL_NAMES
+
+
+async def _with_headers(send: Send, message: Message) -> None:
+    """No page of elsewhere is to run or to embed what is answered here."""
+    if message["type"] == "http.response.start":
+        headers = MutableHeaders(scope=message)
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    await send(message)
 
 
 class Gate:
@@ -45,7 +55,7 @@ class Gate:
             if found is not None:
                 await refused_response(found)(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, partial(_with_headers, send))
 
     def _refusal(self, headers: Headers, scope: Scope) -> Refusal | None:
         host = headers.get("host", "")

@@ -18,6 +18,7 @@ from qaflora_edge.errors import BundleError, QafloraError
 from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE, BundleText
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.server import memory
+from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.refusals import Refusal, unavailable
 from qaflora_edge.server.turns import Room, Turns
 from qaflora_edge.weighing.numbers import DEFAULT_LENS, DEFAULT_POOL, DEFAULT_STRATEGY
@@ -61,18 +62,17 @@ class Shelved:
 class Shelf:
     """Bundles by name; each is opened when it is first asked for.
 
-    engine     keywords of every Engine
+    options    engine (keywords of every Engine) and max_queue are of use here
     in_thread  runs a function that takes long: an awaitable of what it returns
 
     Raises BundleError for a bundle that cannot be read, or a name that is given twice.
     """
 
-    def __init__(
-        self, places: Iterable[Path], engine: Mapping[str, Any], max_queue: int, in_thread: InThread
-    ) -> None:
-        self._engine, self._in_thread = dict(engine), in_thread
+    def __init__(self, places: Iterable[Path], options: ServerOptions, in_thread: InThread) -> None:
+        self._engine, self._in_thread = dict(options.engine), in_thread
+        self._n_turn = options.n_turn
         self._loading = asyncio.Lock()
-        self.room = Room(max_queue)
+        self.room = Room(options.max_queue)
         self.failed: str | None = None  # the name of a bundle that could not be opened last
         self.bundles: dict[str, Shelved] = {}
         for place in places:
@@ -101,7 +101,6 @@ class Shelf:
                 f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
                 "in bundle.json, or rename the folder or file."
             )
-        n_parallel = self._engine.get("n_parallel", 1)
         return Shelved(
             name=name,
             place=place,
@@ -110,8 +109,7 @@ class Shelf:
             strategy=weigher.strategy,
             strategies=tuple(_followed(weigher)),
             sha256={} if text is None else _hashes(text),
-            # One more than fit: it is weighed while the others are decoded.
-            turns=Turns(n_parallel + 1 if n_parallel > 1 else 1, self.room),
+            turns=Turns(self._n_turn, self.room),
         )
 
     def _weigher(

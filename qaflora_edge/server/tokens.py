@@ -85,7 +85,7 @@ async def tokenize(request: Request) -> Response:
             tokens = [{"id": each, "piece": _piece(engine, each)} for each in found]
         out.send(encoded({"tokens": tokens}))
 
-    return Work(request, body, bundle, compute)
+    return Work(request, body, bundle, compute, is_light=True)
 
 
 def _piece(engine: Engine, token: int) -> str | list[int]:
@@ -108,4 +108,4 @@ async def detokenize(request: Request) -> Response:
     def compute(engine: Engine, out: Outlet) -> None:
         out.send(encoded({"content": spelt(engine, tokens) if tokens else ""}))
 
-    return Work(request, body, bundle, compute)
+    return Work(request, body, bundle, compute, is_light=True)

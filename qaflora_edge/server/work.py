@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,11 @@ from qaflora_edge.server.shelf import Shelf, Shelved
 from qaflora_edge.server.stream import PING, event
 
 log = logging.getLogger(__name__)
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",  # nginx passes events on as they come
+}
 Headers = dict[str, str]
 Part = Headers | bytes | BaseException | None  # None is the end
 
@@ -47,7 +52,10 @@ Compute = Callable[[Engine, Outlet], None]
 
 
 class Work(Response):
-    """An answer that is computed: events of a stream with is_stream, else one JSON text."""
+    """An answer that is computed: events of a stream with is_stream, else one JSON text.
+
+    is_light  it takes no step of the Engine, and so waits for no turn
+    """
 
     def __init__(
         self,
@@ -57,11 +65,13 @@ class Work(Response):
         compute: Compute,
         *,
         is_stream: bool = False,
+        is_light: bool = False,
     ) -> None:
         self._state = request.app.state
         self._shelf: Shelf = self._state.shelf
         self._options: ServerOptions = self._state.options
         self._bundle, self._compute, self._is_stream = bundle, compute, is_stream
+        self._is_light = is_light
         self._client = client_of(request, body)
         self._facts = facts_of(request.scope)
         self._facts["model"] = bundle.name
@@ -98,14 +108,16 @@ class Work(Response):
         start = time.perf_counter()
         end: BaseException | None = None
         try:
+            turns = self._bundle.turns
             async with (
-                self._bundle.turns.turn(self._client),
+                nullcontext() if self._is_light else turns.turn(self._client),
                 self._shelf.engine(self._bundle) as engine,
             ):
                 self._facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
                 loop = asyncio.get_running_loop()
                 self._outlet = Outlet(partial(self._put_from_thread, loop), self._facts)
-                await self._state.in_thread(self._compute, engine, self._outlet)
+                in_thread = asyncio.to_thread if self._is_light else self._state.in_thread
+                await in_thread(self._compute, engine, self._outlet)
         except asyncio.CancelledError:
             end = CancelledError("The request was ended before it began.")
         except Exception as error:
