@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from serving import client_of
 from starlette.testclient import TestClient
 
 from qaflora_edge.server.page import content
+from qaflora_edge.server.page.routes import MAX_TEXT_CHARS
+from qaflora_edge.server.page.routes import blocks as blocks_of
 
 PARTS = Path(content.__file__).parent / "parts"
 
@@ -143,6 +146,31 @@ def test_blocks_that_are_settled_and_the_one_that_grows(client: TestClient) -> N
 def test_other_bodies_are_refused(client: TestClient, body: Any, message: str) -> None:
     reply = client.post("/page/blocks", json=body)
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, message)
+
+
+def test_a_text_that_is_too_long_is_refused(client: TestClient) -> None:
+    reply = client.post("/page/blocks", json={"text": "a" * (MAX_TEXT_CHARS + 1)})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (
+        413,
+        "The text has 262145 characters, at most 262144 are laid out.",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["[", "[a](", "**a", "_a_", ">", "- ", "|", "~~", "a\n", "\\("])
+def test_no_text_takes_longer_than_its_length_explains(pattern: str) -> None:
+    """CPU time; four times the text may take eight times as long, no more."""
+
+    def seconds(n: int) -> float:
+        text = pattern * (n // len(pattern))
+        return min(timed(text) for _ in range(2))
+
+    def timed(text: str) -> float:
+        start = time.process_time()
+        blocks_of(text, False)
+        return time.process_time() - start
+
+    assert seconds(12_000) < 0.05 + 8 * seconds(3_000)
 
 
 def test_the_scripted_server_streams_as_the_page_reads_it() -> None:

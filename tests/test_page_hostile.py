@@ -78,11 +78,19 @@ def desk(window: Browser) -> Iterator[Desk]:
 
 
 def test_no_part_of_a_hostile_answer_acts(desk: Desk) -> None:
-    whole = "\n\n".join(EVIL)
-    desk.script.answers |= {text: text for text in EVIL} | {"all": whole}
-    for text in ("all", *EVIL):
-        desk.script.piece_chars = 500
-        desk.ask(text)
+    """All in one stream, which shows each half, too; then each alone, as a reload shows them."""
+    desk.script.answers["all"] = "\n\n".join(EVIL)
+    desk.ask("all")
+    desk.window.run(
+        "const chat = JSON.parse(sessionStorage.getItem('chat')), [turn] = chat.turns;"
+        "for (const text of arguments[0]) chat.turns.push({...turn, question: text,"
+        " answers: [{...turn.answers[0], text}]});"
+        "sessionStorage.setItem('chat', JSON.stringify(chat));",
+        EVIL,
+    )
+    desk.reload()
+    empty = "[...document.querySelectorAll('.markdown')].filter(e => !e.innerText.trim())"
+    desk.window.until(f"return !{empty}.length")
     assert len(desk.texts(".answer")) == len(EVIL) + 1
     assert desk.window.run("return document.title") == "qaflora"
     assert desk.window.run("return location.href") == desk.address
@@ -103,7 +111,8 @@ def test_no_part_of_a_hostile_answer_acts(desk: Desk) -> None:
         " e.dispatchEvent(new MouseEvent('click', {bubbles: true})); }"
     )
     assert desk.window.run("return [document.title, location.href]") == ["qaflora", desk.address]
-    assert desk.window.log() == []
+    # Chromium would like the field for the key to have a name of a user beside it.
+    assert [line for line in desk.window.log() if "[DOM] Password" not in line] == []
 
 
 def test_hostile_names_and_errors_are_text(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

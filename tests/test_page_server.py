@@ -99,3 +99,8 @@ def test_a_refusal_is_shown_and_stop_ends_the_work(desk: Desk) -> None:
     desk.window.press(ESCAPE)
     desk.wait()
     assert desk.text(".note") in ("Stopped.", "Cut at the longest answer; see the settings.")
+    desk.window.until(
+        "if (!window.asking) { window.asking = true; fetch('metrics').then(r => r.text())"
+        " .then(t => { window.metrics = t; window.asking = false; }); }"
+        "return /^qaflora_requests_running 0.0$/m.test(window.metrics)"
+    )

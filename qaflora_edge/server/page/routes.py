@@ -24,7 +24,9 @@ from qaflora_edge.markdown.blocks import cut
 from qaflora_edge.markdown.tree import tree
 from qaflora_edge.server.body import json_body
 from qaflora_edge.server.page.content import page
-from qaflora_edge.server.refusals import wrong_field
+from qaflora_edge.server.refusals import Refusal, wrong_field
+
+MAX_TEXT_CHARS = 1 << 18  # the slowest of such texts take a few seconds
 
 
 def page_routes() -> list[Route]:
@@ -47,6 +49,9 @@ async def _blocks(request: Request) -> Response:
         raise wrong_field("text", text, "a text")
     if not isinstance(is_whole, bool):
         raise wrong_field("is_whole", is_whole, "true or false")
+    if len(text) > MAX_TEXT_CHARS:
+        message = f"The text has {len(text)} characters, at most {MAX_TEXT_CHARS} are laid out."
+        raise Refusal(413, message, param="text", code="request_too_large")
     return JSONResponse(await to_thread.run_sync(blocks, text, is_whole))
 
 

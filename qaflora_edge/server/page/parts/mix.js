@@ -29,7 +29,8 @@ const mixView = (fusion, adapters) => {
   });
   if (!whole) legend.append(el("span", { className: "entry" }, "the base alone"));
   const label = whole ? names.map((name, i) => `${name} ${texts[i]}`).join(", ") : "the base alone";
-  if (!whole || !fusion.layers) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${label}` }, bar, legend);
+  if (!whole || !fusion.layers) return el("div", { className: "mix", role: "img", "aria-label": `Mix: ${label}` },
+    bar, el("span", { className: "line" }, legend));
 
   const map = el("div", { className: "map", id: unique("map"), hidden: true });
   const toggle = el("button", {

@@ -7,7 +7,7 @@ class Refused extends Error {
   }
 }
 
-const keyring = { value: sessionStorage.getItem("key") || "", asking: null };
+const keyring = { value: forTab.getItem("key") || "", asking: null };
 
 // One dialog, however many calls wait for the key.
 const askKey = () => keyring.asking ||= new Promise(done => {
@@ -16,7 +16,7 @@ const askKey = () => keyring.asking ||= new Promise(done => {
   byId("key-form").onsubmit = event => {
     event.preventDefault();
     keyring.value = input.value;
-    sessionStorage.setItem("key", keyring.value);
+    forTab.setItem("key", keyring.value);
     keyring.asking = null;
     dialog.close();
     done();

@@ -1,4 +1,14 @@
 // The chat lives in its tab: a reload keeps it, closing the tab forgets it. Settings stay.
+// Where the browser keeps nothing for pages, the chat is forgotten with the page.
+const shelf = name => {
+  try {
+    return window[name];
+  } catch {
+    return { getItem: () => null, setItem: () => {} };
+  }
+};
+const forTab = shelf("sessionStorage"), forBrowser = shelf("localStorage");
+
 const read = (storage, name, fallback) => {
   try {
     return { ...fallback, ...JSON.parse(storage.getItem(name)) };
@@ -7,7 +17,7 @@ const read = (storage, name, fallback) => {
   }
 };
 
-const settings = read(localStorage, "settings", {
+const settings = read(forBrowser, "settings", {
   bundle: "", strategy: "", isComparing: false, other: "", system: "",
   temperature: "", max_tokens: "", seed: "",
   off: {}, // bundle -> names of adapters that are not in use
@@ -15,12 +25,12 @@ const settings = read(localStorage, "settings", {
 });
 
 // turns: [{question, answers: [{model, strategy, text, state, error, fusion, usage, timings}], chosen}]
-const chat = read(sessionStorage, "chat", { turns: [] });
+const chat = read(forTab, "chat", { turns: [] });
 
 const keep = () => {
-  localStorage.setItem("settings", JSON.stringify(settings));
+  forBrowser.setItem("settings", JSON.stringify(settings));
   try {
-    sessionStorage.setItem("chat", JSON.stringify(chat));
+    forTab.setItem("chat", JSON.stringify(chat));
   } catch {
     say("This chat is too long for the browser to keep over a reload.");
   }
