@@ -267,8 +267,13 @@ SHAPING = (
     Option("total", float, 1.0, low=0, is_open=True, high=16, words=("l2",), metavar="T",
            help="each layer's weights sum to T; l2: their squares sum to 1"),
 )
-# The pool of one strategy, over that of the Engine.
-STRATEGY_POOL = Option("pool", str, None, choices=POOLS, help="over `--pool`")
+# Those of strategies that run each adapter: their own pool, and which adapters they run.
+PROBING = (
+    Option("pool", str, None, choices=POOLS, unset="that of `--pool`",
+           help="the token or tokens that are weighed by"),
+    Option("first", int, None, low=1, noun="a number of adapters", metavar="N", unset="all",
+           help="run only the N adapters that would add most to the base, relative to their usual"),
+)
 # fmt: on
 # By their keys: what weights, run, chat, bench and `llm` share, and what one command has.
 SHARED = {option.key: option for option in OPTIONS if option.flag}

@@ -14,7 +14,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, Strategy, register_strategy
 from qaflora_edge.cli.complete import complete_strategy
-from qaflora_edge.config import SHAPING
+from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing import strategy as registry
 from qaflora_edge.weighing.shaping import shaped, without_light
@@ -102,7 +102,7 @@ def test_every_probed_strategy_takes_them(made: TinyBundle, text: str) -> None:
             "qa-flora:pwer=2",
             "Strategy 'qa-flora:pwer=2': 'pwer=2' is no option of it; did you mean power=? "
             "Expected some of power=P, layers=each or mean, top=N, total=T or l2, pool=last or "
-            "mean or question, with commas between them.",
+            "mean or question, first=N, with commas between them.",
         ),
         ("qa-flora:2", "'2' is no option of it; expected some of power=P"),
         ("qa-flora:power", "'power' is no option of it; did you mean power=? Expected some"),
@@ -155,6 +155,7 @@ def test_options_are_completed() -> None:
         "qa-flora:pool=last",
         "qa-flora:pool=mean",
         "qa-flora:pool=question",
+        "qa-flora:first=",
     ]
     assert completed("norm:2,la") == ["norm:2,layers=each", "norm:2,layers=mean"]
     assert completed("qa-flora:power=2,pow") == []
@@ -165,7 +166,7 @@ def test_options_are_completed() -> None:
 def test_the_page_has_every_option() -> None:
     text = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+=[^`]*)` \| ([^|]*) \|$", text, re.M)
-    assert rows == [(written(option), option.help) for option in SHAPING]
+    assert rows == [(written(option), option.help) for option in (*SHAPING, *PROBING)]
     rows = re.findall(r"^\| `(\w+=[^`]*)` \| ([^|]*) \| ([^|]*) \|$", text, re.M)
     own = TwoPlace.options
     assert rows == [(written(option), str(option.default), option.help) for option in own]

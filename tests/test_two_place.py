@@ -273,6 +273,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_pat
         for strategy, how in (
             ("two-place", "in two places"),
             ("calibrated:pool=question", "with lens norm at pool question"),
+            ("qa-flora:first=1", "for the option first"),
         ):
             with pytest.raises(StrategyError) as caught:
                 engine.weights("a", strategy=strategy)
@@ -293,3 +294,47 @@ def test_a_bundle_that_is_not_measured_cannot_begin_with_it(
             tmp_path / "b", made.base.path, adapters, strategy="two-place", calibrate=False
         )
     assert not (tmp_path / "b").exists()
+
+
+def test_first_runs_only_the_most_unusual_ones(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    decode = Context.decode_spans
+
+    def counting(self: Context, spans: Any) -> list[int]:
+        counts.append(sum(len(span.tokens) for span in spans))
+        return decode(self, spans)
+
+    typical = load_bundle(made.folder).typical
+    with Engine(made.folder) as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
+        monkeypatch.setattr(Context, "decode_spans", counting)
+        fusion = engine.weights(tokens, strategy="calibrated:first=1,total=1.5")
+        assert sum(counts) == 3 * len(tokens)  # the base, then the base and one adapter
+        counts.clear()
+        both = engine.weights(tokens, strategy="calibrated:first=2")
+        assert sum(counts) == 3 * len(tokens)  # as without it
+        plain = engine.weights(tokens, strategy="calibrated")
+        np.testing.assert_array_equal(both.weights, plain.weights)
+        core, span = engine._core, engine._weigher.find_question(tokens)
+        assert span is not None
+        places = core.run(core.prober.base.added(tokens, core.rows(engine.adapters), span))
+        text = engine.weights("the thing", strategy="qa-flora:first=1")
+        assert sorted(text.weights[:, 0].tolist()) == [0, 1]
+
+    def order(name: str, ia: int) -> float:
+        total = 0.0
+        for place, key in zip(places, ("added_last", "added_question"), strict=True):
+            usual = typical[name][key]
+            mean = sum(log(x + 1e-12) for x in place[ia]) / len(place[ia])
+            total += (mean - usual["mean"]) / usual["spread"]
+        return total
+
+    best = 0 if order("math", 0) > order("es", 1) else 1
+    assert (fusion.weights[best] == 1.5).all()
+    assert not fusion.weights[1 - best].any()
+    assert plain.divergence is not None
+    assert fusion.divergence is not None
+    np.testing.assert_allclose(fusion.divergence[best], plain.divergence[best], rtol=5e-2)
+    assert not fusion.divergence[1 - best].any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qaflora_edge.config import SHAPING, STRATEGY_POOL
+from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 
@@ -12,7 +12,7 @@ from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 class Calibrated(Strategy):
     name = "calibrated"
     help = "as qa-flora, relative to each adapter's typical divergence"
-    options = (*SHAPING, STRATEGY_POOL)
+    options = (*SHAPING, *PROBING)
     needs_typical = True
 
     def check(self, argument: Any, query: Query) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qaflora_edge.config import SHAPING, STRATEGY_POOL
+from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.weighing.strategy import Measure, Mix, Probe, Query, Strategy
 
 
 class _Divergence(Strategy):
     measure: Measure = "kl"
-    options = (*SHAPING, STRATEGY_POOL)
+    options = (*SHAPING, *PROBING)
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         from qaflora_edge.weighing.numbers import normalise

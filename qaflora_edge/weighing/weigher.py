@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing import numbers
+from qaflora_edge.weighing.first_stage import check_first, first_of, only, with_others
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.shaping import shaped, without_light
 from qaflora_edge.weighing.strategy import (
@@ -58,7 +59,9 @@ class Weigher:
     def parse(self, text: str) -> Chosen:
         """Read a strategy; StrategyError if it is unknown or cannot be followed here."""
         chosen = parse_strategy(text, self.adapters)
-        chosen.strategy.check(chosen.argument, self.query((), chosen))
+        query = self.query((), chosen)
+        chosen.strategy.check(chosen.argument, query)
+        check_first(chosen.strategy.name, query)
         return chosen
 
     @property
@@ -88,8 +91,10 @@ class Weigher:
         """What is weighed, under these defaults and the options behind the strategy's name."""
         options = {} if chosen is None else chosen.options
         pool = options.get("pool", self.pool)
-        needs_question = pool == "question" or (
-            chosen is not None and chosen.strategy.reads_question
+        needs_question = (
+            pool == "question"
+            or "first" in options
+            or (chosen is not None and chosen.strategy.reads_question)
         )
         question = self.find_question(tokens) if needs_question and tokens else None
         return Query(
@@ -129,9 +134,12 @@ class Weigher:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
         query = self.query(tokens, chosen)
         start = time.perf_counter()
-        mix = strategy.weigh(query, probe(query), chosen.argument)
+        few = first_of(query, probe(query))
+        mix = strategy.weigh(only(query, few), probe(only(query, few)), chosen.argument)
         probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
         mix = mix if isinstance(mix, Mix) else Mix(mix)
+        if few != self.adapters:
+            mix = with_others(mix, few, self.adapters)
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
         found = shaped(fusion.weights, chosen.options, source)
