@@ -149,7 +149,7 @@ def test_pages_of_equal_files_are_equal_in_any_process(made: Path, tmp_path: Pat
 def test_prose_stands_around_the_tables(made: Path, tmp_path: Path) -> None:
     alone, page, prose = (tmp_path / name for name in ("alone.md", "page.md", "prose.md"))
     report(made, "--markdown", alone)
-    assert alone.read_text().startswith("## tiny, 4 adapters")
+    assert alone.read_text().startswith("## six: tiny, 4 adapters")
     prose.write_text("# Before\n\n<!-- results -->\n\nAfter.\n")
     report(made, "--markdown", page, "--prose", prose)
     assert page.read_text() == f"# Before\n\n{alone.read_text().rstrip()}\n\nAfter.\n"

@@ -236,8 +236,30 @@ def test_files_of_one_base_and_as_many_adapters_are_one_section(tmp_path: Path) 
         ["math_es"],
     ]
     text = table(found)
-    assert "tiny, 2 adapters loaded: math, es\n" in text
-    assert "larger, 2 adapters loaded: math, es\n" in text
+    assert "six: tiny, 2 adapters loaded: math, es\n" in text
+    assert "six: larger, 2 adapters loaded: math, es\n" in text
+
+
+def test_files_that_were_made_otherwise_stand_apart_or_together() -> None:
+    """Options have to agree where both files say them, adapters of one name and tasks always."""
+    head = header(PAIRS[:1], ["math", "es"], n_item=6)
+    records = number_records("math_es")
+    mine = Results(head, tuple(row for row in records if row["strategy"] != "qa-flora"))
+    its = tuple(row for row in records if row["strategy"] == "qa-flora")
+    trained = header(PAIRS[:1], ["math", "es"], options={"seed": 0, "epochs": 3}, n_item=6)
+    [found] = summarise([("a", mine), ("b", Results(trained, its))])
+    assert found.cells[0].lines == one_section(records).cells[0].lines
+    other = {"name": "es", "sha256": "9" * 64, "bytes": 1000}
+    longer = {**head["tasks"][0], "max_tokens": 128}
+    for changed in ({"adapters": [head["adapters"][0], other]}, {"tasks": [longer]}):
+        files = [("a", mine), ("b", Results(head | changed, its))]
+        assert [len(each.cells) for each in summarise(files)] == [1, 1]
+
+
+def one_section(records: list[dict[str, object]]) -> Summary:
+    head = header(PAIRS[:1], ["math", "es"], n_item=6)
+    [found] = summarise([("whole", Results(head, tuple(records)))])
+    return found
 
 
 def test_many_adapters_are_compared_with_few_by_item() -> None:

@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from qaflora_edge.evaluation.summary import Summary
 
 NONE = "-"
+BUNDLES_MAX = 2  # that a heading names
 
 
 def heading(section: Section) -> str:
     """The base, the adapters loaded and the bundles of a section, in one line."""
     bases = dict.fromkeys(plain(head["base"]["name"]) for head in section.headers)
+    bundles = dict.fromkeys(plain(head["bundle"]) for head in section.headers)
+    of = f"{', '.join(bundles)}: " if len(bundles) <= BUNDLES_MAX else ""
     loaded = dict.fromkeys(", ".join(map(plain, cell.adapters)) for cell in section.cells)
     n_adapter = len(section.cells[0].adapters)
     names = next(iter(loaded)) if len(loaded) == 1 else "other ones for other tasks"
-    return (
-        f"{', '.join(bases)}, {n_adapter} adapter{'s' * (n_adapter != 1)} loaded: {names or NONE}"
-    )
+    count = f"{n_adapter} adapter{'s' * (n_adapter != 1)} loaded"
+    return f"{of}{', '.join(bases)}, {count}: {names or NONE}"
 
 
 def plain(text: object) -> str:

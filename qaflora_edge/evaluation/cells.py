@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +102,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Section:
-    """Cells that may be compared: one base, as many adapters loaded, the same options."""
+    """Cells that may be compared: one base, as many adapters loaded, asked alike."""
 
     headers: list[Mapping[str, Any]] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
@@ -113,10 +112,12 @@ class Section:
         """How many adapters were loaded."""
         return len(self.headers[0]["adapters"])
 
-    @property
-    def question(self) -> str:
-        """What was asked of which base: equal for sections that differ in their adapters only."""
-        return _key(self.headers[0])
+    def is_alike(self, header: Mapping[str, Any]) -> bool:
+        """Whether a file asks the same base in the same way, the number of adapters apart.
+
+        Options have to be equal where both files say them, and so have adapters of one name.
+        """
+        return all(_is_asked_alike(each, header) for each in self.headers)
 
     @property
     def strategies(self) -> list[str]:
@@ -143,21 +144,26 @@ def sections(files: Sequence[tuple[str, Results]]) -> list[Section]:
     return found
 
 
-def _key(header: Mapping[str, Any]) -> str:
-    """What has to be equal beside the number of adapters: the base, and how it was asked."""
-    return json.dumps([header["base"]["sha256"], header["options"]], sort_keys=True)
+def _is_asked_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    files = [{each["name"]: each["sha256"] for each in header["adapters"]} for header in (a, b)]
+    return (
+        a["base"]["sha256"] == b["base"]["sha256"]
+        and _agree(a["options"], b["options"])
+        and _agree(*files)
+    )
+
+
+def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return all(a[key] == b[key] for key in a.keys() & b.keys())
 
 
 def _fits(section: Section, header: Mapping[str, Any]) -> bool:
     """Whether both may be compared, and the tasks of both are the same, with the same adapters."""
-    if (section.question, section.n_adapter) != (_key(header), len(header["adapters"])):
+    if section.n_adapter != len(header["adapters"]) or not section.is_alike(header):
         return False
     by_name = {cell.name: cell for cell in section.cells}
     shared = [(by_name[task["name"]], task) for task in header["tasks"] if task["name"] in by_name]
-    return all(
-        cell.adapters == _names(header) and cell.task["sha256"] == task["sha256"]
-        for cell, task in shared
-    )
+    return all(cell.adapters == _names(header) and cell.task == task for cell, task in shared)
 
 
 def _names(header: Mapping[str, Any]) -> tuple[str, ...]:

@@ -99,18 +99,18 @@ def summarise(files: Sequence[tuple[str, Results]]) -> list[Summary]:
 
 def _fewer(section: Section, every: Sequence[Section]) -> Section | None:
     """The section with the fewest adapters, fewer than in this one, that has a task of this one."""
-    tasks = {_task(cell) for cell in section.cells}
     found = [
         each
         for each in every
-        if each.question == section.question and each.n_adapter < section.n_adapter
-        if tasks & {_task(cell) for cell in each.cells}
+        if each.n_adapter < section.n_adapter and all(map(section.is_alike, each.headers))
+        if any(_same(cell, each) for cell in section.cells)
     ]
     return min(found, key=lambda each: each.n_adapter, default=None)
 
 
-def _task(cell: Cell) -> tuple[str, str]:
-    return cell.name, cell.task["sha256"]
+def _same(cell: Cell, section: Section) -> Cell | None:
+    """The same task, asked in the same way, in another section."""
+    return next((each for each in section.cells if each.task == cell.task), None)
 
 
 def _summary(section: Section, fewer: Section | None) -> Summary:
@@ -132,8 +132,7 @@ def _summary(section: Section, fewer: Section | None) -> Summary:
 
 
 def _loaded(section: Section, fewer: Section) -> Iterator[Loaded]:
-    there = {_task(cell): cell for cell in fewer.cells}
-    both = [(cell, there[_task(cell)]) for cell in section.cells if _task(cell) in there]
+    both = [(cell, other) for cell in section.cells if (other := _same(cell, fewer))]
     for unit, strategy in itertools.product((POINTS, NATS), section.strategies):
         gains = {
             cell.name: values
