@@ -18,11 +18,6 @@ from pathlib import Path
 from typing import Any
 
 LANGUAGES = ("es", "ru", "zh")
-MATH = {
-    "es": "Razona paso a paso. En la última línea escribe solo «Respuesta:» y el número.",
-    "ru": "Рассуждай шаг за шагом. В последней строке напиши только «Ответ:» и число.",
-    "zh": "请一步一步推理。最后一行只写“答案：”和数字。",
-}
 ANSWER = {"es": "Respuesta: {}", "ru": "Ответ: {}", "zh": "答案：{}"}
 CODE = {
     "es": "Completa la función. Responde solo con el código de Python.",
@@ -34,7 +29,7 @@ MEDICAL = {
     "ru": "Ответь буквой и текстом правильного варианта.",
     "zh": "请用正确选项的字母和内容回答。",
 }
-MATH_TOKENS, CODE_TOKENS = 320, 384
+MATH_TOKENS, CODE_TOKENS = 256, 384
 
 
 def main() -> None:
@@ -58,9 +53,10 @@ def tasks(
     """Name, header and items of each task."""
     found = []
     for language in LANGUAGES:
+        # The question alone: asked for a form, so small a base gives that without the steps.
         math = {
             "metric": "number",
-            "template": f"{{question}}\n\n{MATH[language]}",
+            "template": "{question}",
             "max_tokens": MATH_TOKENS,
             **about(language, "math"),
         }
