@@ -221,3 +221,38 @@ def test_the_fused_prefix_is_read_once_under_fixed_weights(
                 assert n_read == (405 if i == 0 else 0) + 2 * (35 + i)
             with Engine(**made, strategy=strategy) as alone:
                 assert np.array_equal(found, alone.logits(prompt))
+
+
+@pytest.mark.slow
+def test_a_question_that_is_read_in_two_places_goes_on_too(
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
+) -> None:
+    """What stands before it is read as a prompt is; what follows stands for itself."""
+    end = base.tokens.index(EOS)
+    system, question_opens, answer_opens = drawn(200, 1), drawn(3, 98), drawn(4, 99)
+    head = [*system, end, *question_opens]
+    asked = [[*head, *drawn(20 + i, 30 + i), end, *answer_opens] for i in range(3)]
+    turn = [*asked[2], *drawn(70, 50), end, *question_opens, *drawn(25, 51), end, *answer_opens]
+    other = [*drawn(150, 60), end, *question_opens, *drawn(30, 61), end, *answer_opens]
+    sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
+    n_read = []
+    for prompt in (asked[0], asked[1], other, asked[2], turn, asked[0]):
+        starts = [i for i in range(3, len(prompt)) if prompt[i - 3 : i] == question_opens]
+        start = starts[-1]
+        span = (start, len(prompt) - 5)
+        counts = count_read(monkeypatch)
+        found = run_alone(sharing.places(prompt, (0, 1, 2), span))
+        n_read.append(sum(counts))
+        monkeypatch.undo()
+        alone = Prober(*loaded, {"threads": 1})
+        assert np.array_equal(found, run_alone(alone.places(prompt, (0, 1, 2), span)))
+        alone.close()
+        # A query that is read at once takes nothing that was read in another way.
+        whole = Prober(*loaded, {"threads": 1})
+        assert np.array_equal(states(sharing, prompt), states(whole, prompt))
+        whole.close()
+    sharing.close()
+    if base.arch != "gemma3":
+        n_head = len(head)
+        assert n_read[:4] == [len(asked[0]), 26, len(other), 27]
+        assert n_read[4:] == [len(turn) - n_head, 25]

@@ -229,7 +229,13 @@ class Context(Handle):
         returns  how many tokens are kept: at most all but the last one, and 0 where the memory
                  cannot forget its end
         """
-        n = n_common(self.tokens, tokens[:-1])
+        return self.keep_first(n_common(self.tokens, tokens[:-1]))
+
+    def keep_first(self, n: int) -> int:
+        """Keep the first n tokens of all sequences, and forget the rest.
+
+        returns  n, or 0 where the memory cannot forget its end
+        """
         kept = [self.keep(n, seq) for seq in range(self.n_seq) if self._tokens[seq]]
         if any(each != n for each in kept):
             self.clear()

@@ -60,13 +60,13 @@ class Pieces:
                 return tuple(tokens[len(tokens) - n :])
         return ()
 
-    def n_alike(self, read: Sequence[int], tokens: Sequence[int]) -> int:
+    def n_alike(self, read: Sequence[int], tokens: Sequence[int], n_after: int = 0) -> int:
         """How far a prompt is cut, and therefore read, as another was that begins like it.
 
-        returns  tokens, all but the last one of the prompt at most
-
+        n_after  tokens that are read behind the prompt in any case
+        returns  tokens, all but the last one that is read at most
         """
-        n, at = n_common(read, tokens[:-1]), 0
+        n, at = n_common(read, tokens if n_after else tokens[:-1]), 0
         while at < n and (end := self.end(tokens, at)) <= n and self.end(read, at) == end:
             at = end
         return at

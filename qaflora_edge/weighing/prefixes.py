@@ -36,37 +36,52 @@ class Prefixes:
         return sum(entry.state.n_byte for entry in self._entries if not entry.is_pinned)
 
     def go_on(
-        self, context: ProbeContext, key: Hashable, tokens: Sequence[int], pieces: Pieces
+        self,
+        context: ProbeContext,
+        key: Hashable,
+        tokens: Sequence[int],
+        pieces: Pieces,
+        *,
+        n_exact: int | None = None,
+        n_after: int = 0,
     ) -> int:
         """Let a context hold what was read of a prompt's beginning, by it or by others.
 
+        n_exact  how many of its tokens the context read in the pieces of a prompt; by default all
+        n_after  tokens that are read behind the prompt in any case
         returns  how many tokens: up to where the prompt is cut as those others were, so that what
                  follows comes out the same bits as if all of it had been read now
         """
-        n_held = pieces.n_alike(context.tokens, tokens)
-        entry, n_kept = self._longest(key, tokens, pieces)
+        read = context.tokens[:n_exact]
+        n_held = pieces.n_alike(read, tokens, n_after)
+        entry, n_kept = self._longest(key, tokens, pieces, n_after)
         if entry is None or n_kept < n_held + _N_WORTH:
-            if len(context.tokens) >= n_held + _N_WORTH:
-                self.keep(key, context)
-            return context.keep_common(tokens[: n_held + 1])
-        self.keep(key, context)
+            if len(read) >= n_held + _N_WORTH:
+                self.keep(key, context, n_exact)
+            return context.keep_first(n_held)
+        self.keep(key, context, n_exact)
         context.load_kv_state(entry.state)
-        return context.keep_common(tokens[: n_kept + 1])
+        return context.keep_first(n_kept)
 
-    def keep(self, key: Hashable, context: ProbeContext) -> None:
-        """Keep what a context holds."""
+    def keep(self, key: Hashable, context: ProbeContext, n_exact: int | None = None) -> None:
+        """Keep what a context holds, or its first n_exact tokens; it forgets the others."""
+        if n_exact is not None and len(context.tokens) > n_exact:
+            context.keep_first(n_exact)
         if not context.tokens or context.n_kv_byte > self._n_most:
             return
-        self.add(key, context.kv_state())
+        state = context.kv_state()
+        self.add(key, state, context.pieces(len(state.sequences)))
 
-    def add(self, key: Hashable, state: KvState) -> None:
-        """Keep a state, and drop what it contains and what there is no room for."""
+    def add(self, key: Hashable, state: KvState, pieces: Pieces) -> None:
+        """Keep a state, and drop what there is no room for and what can be had from it as well."""
+
+        def is_in(tokens: list[int]) -> bool:
+            return pieces.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
+
         kept = [
             entry
             for entry in self._entries
-            if entry.is_pinned
-            or entry.key != key
-            or entry.state.tokens != state.tokens[: len(entry.state.tokens)]
+            if entry.is_pinned or entry.key != key or not is_in(entry.state.tokens)
         ]
         self._entries = [*kept, _Entry(key, state)]
         while self.n_byte > self._n_most:
@@ -77,13 +92,13 @@ class Prefixes:
         self._entries.append(_Entry(key, state, is_pinned=True))
 
     def _longest(
-        self, key: Hashable, tokens: Sequence[int], pieces: Pieces
+        self, key: Hashable, tokens: Sequence[int], pieces: Pieces, n_after: int
     ) -> tuple[_Entry | None, int]:
         """The entry of which most can be used, and how many tokens; it counts as used."""
         best, n_best = None, 0
         for entry in self._entries:
             if entry.key == key:
-                n = pieces.n_alike(entry.state.tokens, tokens)
+                n = pieces.n_alike(entry.state.tokens, tokens, n_after)
                 if n > n_best:
                     best, n_best = entry, n
         if best is not None:

@@ -66,7 +66,7 @@ class Prober:
         self._context: ProbeContext | None = None
         self._pool = "last"  # what the context has room for; "mean" includes it
         self._rows: tuple[int, ...] = ()  # of the adapters whose KV state is held
-        self._is_exact = True  # whether the adapters themselves read all that they hold
+        self._n_exact: int | None = None  # tokens held that were read as a prompt is; None: all
         self._last: tuple[_Key, F32] | None = None
         self.timings = ProbeTimings()
 
@@ -100,10 +100,7 @@ class Prober:
             elif 0 < self._tail < len(tokens):
                 yield from self._read_tail(context, tokens)
             else:
-                if not self._is_exact:
-                    self._forget(context)
-                pieces = context.pieces(1 + len(rows))
-                n_kept = self.prefixes.go_on(context, self._rows, tokens, pieces)
+                n_kept = self._go_on(context, tokens)
                 yield from self._read(context, tokens, n_kept, "last")
             states = self._states(context)
         except BaseException:  # GeneratorExit of a cancelled query included
@@ -123,7 +120,7 @@ class Prober:
         yield from self.states(tokens, rows, "last")
         context = self._context
         assert context is not None
-        is_kept = self._is_exact and context.keep_common(tokens[: n + 1]) == n
+        is_kept = self._n_exact is None and context.keep_first(n) == n
         return context.kv_state() if is_kept else None
 
     def places(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F32]:
@@ -156,10 +153,10 @@ class Prober:
         """
         start, end = span
         n_mean = end - start
-        self._forget(context)
-        self._is_exact = False  # it is not cut where others are: no query goes on from it
-        if start > 0:
-            yield from self._read_part(context, tokens[:start], 0, "none")
+        n_kept = self._go_on(context, tokens[:start], n_after=len(tokens) - start)
+        self._n_exact = start  # what follows is not cut where others are
+        if start > n_kept:
+            yield from self._read_part(context, tokens[:start], n_kept, "none")
         if end == len(tokens):
             end -= 1
         context.capture_begin("mean")
@@ -236,7 +233,7 @@ class Prober:
     def _read(
         self, context: ProbeContext, tokens: Sequence[int], n_kept: int, outputs: Outputs
     ) -> Steps[None]:
-        self._is_exact = True
+        self._n_exact = None
         yield from read_tokens(context, tokens, n_kept, outputs, n_seq=1 + len(self._rows))
 
     def _read_tail(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[None]:
@@ -248,7 +245,7 @@ class Prober:
         if n_kept < n_head:
             yield from read_tokens(context, tokens[:n_head], n_kept, "none", n_seq=1)
         context.share(range(1, n_seq))
-        self._is_exact = False
+        self._n_exact = 0
         yield from read_tokens(context, tokens, n_head, "last", n_seq=n_seq)
 
     def _use(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
@@ -258,10 +255,16 @@ class Prober:
             self._set_weights(context, rows)
             self._rows = rows
 
+    def _go_on(self, context: ProbeContext, tokens: Sequence[int], n_after: int = 0) -> int:
+        """Hold what was read of a query's beginning; gives how many tokens."""
+        pieces = context.pieces(1 + len(self._rows))
+        return self.prefixes.go_on(
+            context, self._rows, tokens, pieces, n_exact=self._n_exact, n_after=n_after
+        )
+
     def _forget(self, context: ProbeContext) -> None:
         """Hold nothing, but keep what is of use to other queries."""
-        if self._is_exact:
-            self.prefixes.keep(self._rows, context)
+        self.prefixes.keep(self._rows, context, self._n_exact)
         context.clear()
 
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
