@@ -355,6 +355,53 @@ def test_nothing_is_written_of_files_that_disagree(tmp_path: Path) -> None:
     assert not page.exists()
 
 
+FAILED = {"weights": {}, "error": "too long", "answer": None}
+MIXED = {"weights": {"math": -1.0, "es": 1e30}, "layers": [[-1.0] * N_LAYER, [1e30] * N_LAYER]}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "records"),
+    [
+        ([], []),
+        (PAIRS[:1], []),
+        (PAIRS[:1], [record("math_es", item, "static", None, **FAILED) for item in range(3)]),
+        (PAIRS[:1], [record("math_es", 0, "static", 0.5, **MIXED)]),
+        (PAIRS[:1], [record("math_es", item, "qa-flora", 1.0, **MIXED) for item in range(3)]),
+    ],
+    ids=["no tasks", "no results", "all failed", "one", "any weights"],
+)
+def test_little_is_shown_as_it_is(
+    tasks: list[tuple[str, str, str, str]], records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", header(tasks, ["math", "es"]), records)
+    for words in ([], ["--json"], ["--html", tmp_path / "a.html"], ["--markdown", tmp_path / "m"]):
+        result = report(path, *words)
+        assert (result.exit_code, result.stderr) == (0, "")
+    assert "six: tiny, 2 adapters loaded" in (tmp_path / "m").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("metric", "score", "expected"),
+    [
+        ("number", 1.5, "0 to 1 for the metric number"),
+        ("number", -1, "0 to 1 for the metric number"),
+        ("loss", 1e300, "0 to 10000 for the metric loss"),
+    ],
+)
+def test_a_score_that_none_can_have_is_refused(
+    metric: str, score: float, expected: str, tmp_path: Path
+) -> None:
+    head = header([("t", metric, None, None)], ["math"])
+    path = tmp_path / "a.jsonl"
+    write(path, head, [record("t", 0, "static", score, weights={"math": 1.0})])
+    result = report(path)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: Cannot use {path}, line 2: score is {score}, expected {expected}. Give a file "
+        "that `qaflora eval -o` has written.\n"
+    )
+
+
 def test_prose_alone_is_wrong_usage(made: Path) -> None:
     result = report(made, "--prose", made)
     assert result.exit_code == 2

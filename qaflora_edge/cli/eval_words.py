@@ -27,10 +27,9 @@ def heading(section: Section) -> str:
     bundles = dict.fromkeys(plain(head["bundle"]) for head in section.headers)
     of = f"{', '.join(bundles)}: " if len(bundles) <= BUNDLES_MAX else ""
     loaded = dict.fromkeys(", ".join(map(plain, cell.adapters)) for cell in section.cells)
-    n_adapter = len(section.cells[0].adapters)
     names = next(iter(loaded)) if len(loaded) == 1 else "other ones for other tasks"
-    count = f"{n_adapter} adapter{'s' * (n_adapter != 1)} loaded"
-    return f"{of}{', '.join(bases)}, {count}: {names or NONE}"
+    count = f"{section.n_adapter} adapter{'s' * (section.n_adapter != 1)} loaded"
+    return f"{of}{', '.join(bases)}, {count}{f': {names}' if section.n_adapter else ''}"
 
 
 def plain(text: object) -> str:
@@ -60,7 +59,7 @@ def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) 
 def items(cell: CellSummary) -> str:
     """How many items the strategies have a score for, as in `250` or `12 to 250`."""
     counts = sorted({line.score.n_item for line in cell.lines})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0] if counts else 0)
 
 
 def as_json_object(summary: Summary) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from qaflora_edge.formats.schema import WrongField, check_schema, shortened, sho
 
 MAX_LINE_BYTES = 4 << 20
 MAX_FILE_BYTES = 1 << 30
+MAX_LOSS = 10_000  # nats a token; float32 logits of a model are far below
 # What has to be the same in a file that is gone on with; `strategies` may be added to.
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "tasks", "options")
 
@@ -251,6 +252,11 @@ def _check_record(
     if (record["score"] is None) == (record.get("error") is None):
         found = f"score is {shown(record['score'])} and error {shown(record.get('error'))}"
         raise _wrong(where, number, found, "one of them to be null")
+    metric = next(each["metric"] for each in header["tasks"] if each["name"] == task)
+    limit = MAX_LOSS if metric == "loss" else 1
+    if record["score"] is not None and not 0 <= record["score"] <= limit:
+        expected = f"0 to {limit} for the metric {metric}"
+        raise _wrong(where, number, f"score is {record['score']}", expected)
     layers = record.get("layers")
     if layers is not None and [len(row) for row in layers] != [header["n_layer"]] * len(adapters):
         expected = f"{len(adapters)} lists of {header['n_layer']} numbers"
