@@ -19,7 +19,8 @@
     │   └── UploadError           the Hub did not take what was pushed
     ├── LibraryError              the native library is missing, stock, or of another version
     ├── BackendError              the native library reported a failure
-    ├── PromptError               a prompt is empty or longer than the context
+    ├── PromptError               a prompt is empty, or no text
+    │   └── ContextError          a prompt is longer than the context
     ├── ChatTemplateError         the base has no usable chat template
     ├── WeightsError              weights of the wrong shape, NaN or infinite
     ├── StrategyError             an unknown strategy, lens, pool or adapter name
@@ -120,7 +121,11 @@ class BackendError(QafloraError):
 
 
 class PromptError(QafloraError):
-    """A prompt is empty or longer than the context."""
+    """A prompt is empty, longer than the context, or no text."""
+
+
+class ContextError(PromptError):
+    """A prompt is longer than the context."""
 
 
 class ChatTemplateError(QafloraError):

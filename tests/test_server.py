@@ -16,6 +16,7 @@ from serving import ENGINE, client_of
 from starlette.testclient import TestClient
 
 from qaflora_edge import Engine
+from qaflora_edge.backend.model import Model as Model_
 
 USER = [{"role": "user", "content": "the thing?"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -243,6 +244,33 @@ def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
         400,
         "Token 0 of the prompt is 99999, expected an id from 0 to 270.",
     )
+
+
+@pytest.mark.parametrize("n", [505, 5_000, 50_000, 4_000_000])
+def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
+    client: TestClient, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[int] = []
+    tokenize = Model_.tokenize
+
+    def counted(self: Model_, text: str, **more: Any) -> list[int]:
+        cut.append(len(text))
+        return tokenize(self, text, **more)
+
+    monkeypatch.setattr(Model_, "tokenize", counted)
+    long: Any = [{"role": "user", "content": "a" * n}]
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "a" * n}]}]
+    for path, body in (
+        (CHAT, {"messages": long}),
+        (CHAT, {"messages": parts}),
+        (TEXT, {"prompt": "a" * (n + 8)}),
+        ("/v1/weights", {"messages": long}),
+        ("/v1/responses", {"input": "a" * n}),
+    ):
+        status, error = failure(client, path, model="tiny", **body)
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+    longest = max(len(piece) for piece in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    assert all(size < 512 * max(16, longest) + 100 for size in cut)
 
 
 REFUSED = [

@@ -138,6 +138,11 @@ class Model(Handle):
                 found.append(SpecialToken(token, text, attributes, is_control))
         return tuple(sorted(found, key=lambda token: -len(token.text.encode("utf-8"))))
 
+    @cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
+
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of text; add_special adds BOS where the vocabulary asks for it.
 

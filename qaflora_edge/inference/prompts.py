@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.backend.model import Model
-from qaflora_edge.errors import PromptError
+from qaflora_edge.errors import ContextError, PromptError
+
+_PIECE_BYTES = 16  # of a token; most are shorter
 
 Prompt = str | Sequence[int]
 
@@ -26,6 +28,19 @@ def prompt_tokens(model: Model, prompt: Prompt, n_ctx: int, *, parse_special: bo
     return checked_tokens(model, tokens, n_ctx)
 
 
+def check_size(model: Model, texts: Iterable[str], n_ctx: int) -> None:
+    """Raise ContextError for texts that no cutting into tokens makes fit; they are not cut.
+
+    A text of megabytes takes seconds to cut.
+    """
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    if size > n_ctx * _PIECE_BYTES and size > n_ctx * model.longest_piece:
+        raise ContextError(
+            f"The prompt has {size} bytes, more than the context of {n_ctx} tokens can hold; "
+            "shorten it, or raise the context (--ctx, n_ctx)."
+        )
+
+
 def token_ids(prompt: Any, what: str = "prompt") -> list[int]:
     """Ids of what is no text. Raises PromptError when it is no sequence of whole numbers."""
     try:
@@ -41,7 +56,7 @@ def checked_tokens(model: Model, tokens: list[int], n_ctx: int, what: str = "pro
     if not tokens:
         raise PromptError("The prompt is empty; give at least one token.")
     if len(tokens) > n_ctx:
-        raise PromptError(
+        raise ContextError(
             f"The {what} has {len(tokens)} tokens, the context {n_ctx}; shorten it, "
             f"or raise the context (--ctx, n_ctx; this base was trained for "
             f"{model.n_ctx_train})."

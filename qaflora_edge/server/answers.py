@@ -20,7 +20,7 @@ from qaflora_edge.server.body import json_body
 from qaflora_edge.server.fields import Fusion
 from qaflora_edge.server.refusals import Refusal, wrong_field
 from qaflora_edge.server.stream import DONE, encoded, event
-from qaflora_edge.server.tokens import spelt
+from qaflora_edge.server.tokens import check_messages_size, check_texts_size, spelt
 from qaflora_edge.server.work import Outlet, Work
 
 MAX_PROMPTS = 64  # of one request
@@ -103,6 +103,7 @@ async def chat_completions(request: Request) -> Response:
     model = body.get("model") or bundle.name
 
     def compute(engine: Engine, out: Outlet) -> None:
+        check_messages_size(engine, messages)
         asked = _RawChat(engine) if state.options.raw_prompt else engine
         begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
         told = Told(begun.first, fusion, out)
@@ -151,6 +152,7 @@ async def completions(request: Request) -> Response:
 
         def answers() -> Iterator[tuple[str, Generation]]:
             for prompt in prompts:
+                check_texts_size(engine, [prompt] if isinstance(prompt, str) else [])
                 start = spelt(engine, prompt) if is_echo else ""
                 for answer in noted(engine.answers(prompt, n, **more), out.facts):
                     yield start, answer
@@ -182,6 +184,7 @@ async def responses(request: Request) -> Response:
     model = body.get("model") or bundle.name
 
     def compute(engine: Engine, out: Outlet) -> None:
+        check_messages_size(engine, messages)
         asked = _RawChat(engine) if state.options.raw_prompt else engine
         begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
         told = Told(begun.first, fusion, out)

@@ -8,6 +8,7 @@ from qaflora_edge.errors import (
     BusyError,
     CancelledError,
     ChatTemplateError,
+    ContextError,
     GrammarError,
     OptionError,
     PromptError,
@@ -90,7 +91,10 @@ def refusal(error: BaseException, *, is_expired: bool = False) -> Refusal:
     for kind, param in _OF_REQUEST.items():
         if isinstance(error, kind):
             named = error.option if isinstance(error, OptionError) else None
-            return Refusal(400, str(error), param=named or param, code="invalid_value")
+            code = "invalid_value"
+            if isinstance(error, ContextError):
+                code = "context_length_exceeded"
+            return Refusal(400, str(error), param=named or param, code=code)
     return Refusal(
         500,
         "The server failed to answer; its log says why.",

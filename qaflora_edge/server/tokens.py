@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from qaflora_edge.engine import Engine
-from qaflora_edge.inference.prompts import Prompt, checked_tokens, token_ids
+from qaflora_edge.inference.prompts import Prompt, check_size, checked_tokens, token_ids
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
 from qaflora_edge.server.refusals import wrong_field
@@ -26,6 +26,23 @@ def spelt(engine: Engine, prompt: Prompt) -> str:
     with engine._lifetime.call():
         tokens = checked_tokens(engine._model, token_ids(prompt), MAX_TOKENS)
         return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")
+
+
+def check_messages_size(engine: Engine, messages: Sequence[Any]) -> None:
+    """Raise ContextError for messages that cannot fit, before a template is filled with them."""
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = content if isinstance(content, list) else [{"text": content}]
+        found = [part.get("text") for part in parts if isinstance(part, Mapping)]
+        texts += [text for text in found if isinstance(text, str)]
+    check_texts_size(engine, texts)
+
+
+def check_texts_size(engine: Engine, texts: Sequence[str]) -> None:
+    """Raise ContextError for texts that cannot fit together."""
+    with engine._lifetime.call():
+        check_size(engine._model, texts, engine.n_ctx)
 
 
 def token_list(engine: Engine, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -52,6 +69,8 @@ async def weights(request: Request) -> Response:
     messages = fields.messages(body) if is_chat else []
 
     def compute(engine: Engine, out: Outlet) -> None:
+        check_messages_size(engine, messages)
+        check_texts_size(engine, [prompt] if isinstance(prompt, str) else [])
         tokens: Any = engine.chat_tokens(messages) if is_chat else engine.tokenize(prompt)
         found = engine.weights(tokens, strategy=chosen, adapters=fusion.adapters, cancel=out.cancel)
         out.facts |= {"strategy": found.strategy, "probe_ms": found.probe_ms}
@@ -77,6 +96,7 @@ async def tokenize(request: Request) -> Response:
 
     def compute(engine: Engine, out: Outlet) -> None:
         if is_chat:
+            check_messages_size(engine, messages)
             found = engine.chat_tokens(messages)
         else:
             found = token_list(engine, text, add_special=add_special, parse_special=parse_special)
