@@ -298,6 +298,20 @@ def test_files_of_one_task_add_strategies_to_each_other() -> None:
     assert found.cells[0].lines == whole.cells[0].lines
 
 
+def test_rounding_is_no_other_score() -> None:
+    """What was computed in another batch may differ in its last digits; the first file counts."""
+    head = header([("t", "loss", None, None)], ["math", "es"])
+    files = [
+        (name, Results(head, (record("t", 3, "static", score),)))
+        for name, score in (("a", 2.3141), ("b", 2.3142))
+    ]
+    [found] = summarise(files)
+    assert line(found, "static").score.value == 2.3141
+    failed = Results(head, (record("t", 3, "static", None, error="too long"),))
+    with pytest.raises(ResultsFileError):
+        summarise([files[0], ("b", failed)])
+
+
 def test_other_scores_of_one_item_are_refused() -> None:
     head = header(PAIRS[:1], ["math", "es"])
     files = [

@@ -18,6 +18,7 @@ Row = Mapping[str, Any]
 
 POINTS, NATS = "points", "nats a token"
 BASE, STATIC, SINGLE = "base", "static", "single:"
+ROUNDING = 1e-3  # nats a token
 PREFIX_MIN = 3  # characters from which an abbreviation is taken for a name, as med for medical
 
 
@@ -180,12 +181,17 @@ def _add(section: Section, results: Results, shown: str) -> None:
     for row in results.records:
         rows = by_name[row["task"]].rows.setdefault(row["strategy"], {})
         before = rows.setdefault(row["item"], row)
-        if before["score"] != row["score"]:
+        if _differ(before["score"], row["score"]):
             raise ResultsFileError(
                 f"Cannot use {shown}: the score of item {row['item']} of {row['task']} under "
                 f"{row['strategy']} is {row['score']}, and {before['score']} in a file before it; "
                 "expected the same. Leave one of the files out."
             )
+
+
+def _differ(a: float | None, b: float | None) -> bool:
+    """Whether two scores of one item differ by more than what is computed together rounds."""
+    return a != b if a is None or b is None else abs(a - b) > ROUNDING
 
 
 def _is_alike(adapter: str, wanted: str) -> bool:
