@@ -188,7 +188,8 @@ def main(ctx: click.Context) -> None:
     """Several LoRA adapters at once on a quantised base, weighed anew for each query.
 
     DIR is the folder of a bundle, one base and its adapters (see `qaflora bundle create`), or for
-    run, chat, compare, eval and weights a base alone: a GGUF file, or its name in `qaflora models`.
+    run, chat, serve, compare, eval and weights a base alone: a GGUF file, or its name in
+    `qaflora models`.
     """
     verb = ctx.invoked_subcommand or ""
     command = main.get_command(ctx, verb)

@@ -15,6 +15,7 @@ log = logging.getLogger("qaflora_edge.server")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
 _QUIET = "/page/blocks"  # a part of showing an answer, many times a second
 # Facts that a line shows, in order; prompts only where --log-prompts asks for them.
+_SHOWN_MOST = 100_000  # characters
 _SHOWN = ("model", "strategy", "prompt_tokens", "completion_tokens", "wait_ms", "first_ms")
 
 
@@ -99,7 +100,7 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any], ms: float) -> str
     """One line, whatever a client wrote into its request."""
     client = scope.get("client")
     parts = [
-        client[0] if client else "-",
+        ascii(client[0])[1:-1] if client else "-",  # a proxy may say anything
         scope["method"],
         ascii(scope["path"][:100])[1:-1],
         str(status),
@@ -107,7 +108,7 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any], ms: float) -> str
     ]
     parts += [f"{name}={_shown(facts[name])}" for name in _SHOWN if name in facts]
     if "prompt" in facts:
-        parts.append(f"prompt={facts['prompt']!a}")
+        parts.append(f"prompt={ascii(facts['prompt'])[:_SHOWN_MOST]}")
     return " ".join(parts)
 
 

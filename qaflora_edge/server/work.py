@@ -93,8 +93,10 @@ class Work(Response):
         expiry = asyncio.get_running_loop().call_later(limit_s, self.expire)
         self._state.running.add(self)
         try:
-            async with asyncio.timeout(limit_s + SEND_S):  # who does not read is left
+            async with asyncio.timeout(limit_s + SEND_S):
                 await self._send_all(scope, receive, send)
+        except TimeoutError:  # the connection is closed, for the response is not whole
+            log.info("gave up on a client that does not read")
         finally:
             self._state.running.discard(self)
             expiry.cancel()
