@@ -338,3 +338,33 @@ def test_first_runs_only_the_most_unusual_ones(
     assert fusion.divergence is not None
     np.testing.assert_allclose(fusion.divergence[best], plain.divergence[best], rtol=5e-2)
     assert not fusion.divergence[1 - best].any()
+
+
+def test_what_precedes_the_question_is_read_once(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are the same bits as of a prompt that is read as a whole."""
+    counts: list[int] = []
+    decode = Context.decode_spans
+
+    def counting(self: Context, spans: Any) -> list[int]:
+        counts.append(sum(len(span.tokens) for span in spans))
+        return decode(self, spans)
+
+    def added(engine: Engine, turns: list[dict[str, str]]) -> Any:
+        tokens = engine.chat_tokens(turns)
+        span = engine._weigher.find_question(tokens)
+        assert span is not None
+        rows = engine._core.rows(engine.adapters)
+        return engine._core.run(engine._core.prober.base.added(tokens, rows, span))
+
+    story = {"role": "user", "content": "the thing on a ring is in the air " * 8}
+    turns = [story, {"role": "assistant", "content": "It is."}, {"role": "user", "content": "Why?"}]
+    with Engine(made.folder) as engine:
+        fresh = added(engine, turns)
+    with Engine(made.folder) as engine:
+        first = added(engine, [story])
+        monkeypatch.setattr(Context, "decode_spans", counting)
+        np.testing.assert_array_equal(added(engine, turns), fresh)
+        assert sum(counts) < len(engine.chat_tokens(turns)) / 2
+        np.testing.assert_array_equal(added(engine, [story]), first)

@@ -31,7 +31,7 @@ class BaseProber:
     prefixes  where what was read of prompts is kept
 
     The context is made when first needed and replaced by a larger one for a longer query. What a
-    query begins with costs norms() nothing where it was read before.
+    query begins with costs norms() and added() nothing where it was read before.
 
     rows, in all methods: which adapters of the pack are compared, in ascending order.
     """
@@ -141,12 +141,12 @@ class BaseProber:
                 self._sizes[row] = AttentionSizes(self._files[row], self._model.n_layer)
         sizes = [self._sizes[row] for row in rows]
         context = self._room_for(tokens, has_inputs=True, all_outputs=True)
-        context.clear()
         question: list[F64] = [np.zeros(1) for _ in rows]
-        at, (start, stop) = 0, span
+        start, stop = span
+        at, pieces = self._read_before(context, tokens, start), context.pieces()
         try:
             while at < len(tokens):
-                end = context.pieces().end(tokens, at)
+                end = pieces.end(tokens, at)
                 context.capture_begin("mean")
                 context.decode(tokens[at:end], start=at, outputs="all")
                 inputs = context.inputs(0, n_row=end - at)
@@ -161,6 +161,14 @@ class BaseProber:
         last = [each.of_layers(each.sums(inputs[-1:])) for each in sizes]
         means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
         return np.array([last, means])
+
+    def _read_before(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
+        """How many tokens need not be read again: up to a cut, n_most at most."""
+        pieces, cut = context.pieces(), 0
+        n_kept = self._prefixes.go_on(context, "base", tokens, pieces)
+        while (end := pieces.end(tokens, cut)) <= min(n_kept, n_most):
+            cut = end
+        return n_kept if n_kept == cut else context.keep_common(tokens[: cut + 1])
 
     def _room_for(
         self, tokens: Sequence[int], *, has_inputs: bool = False, all_outputs: bool = False
