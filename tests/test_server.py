@@ -313,7 +313,7 @@ REFUSED = [
         "response_format",
         "The JSON schema",
     ),
-    ({"grammar": "root ::= ("}, 400, "response_format", "The grammar"),
+    ({"grammar": "root ::= ("}, 400, "grammar", "The grammar"),
     ({"fusion": 3}, 400, "fusion", "The field fusion is 3, expected an object, as in {"),
     ({"fusion": {"a": 1}}, 400, "fusion.a", "The field fusion.a does not exist, expected one of"),
     ({"fusion": {"return": "all"}}, 400, "fusion.return", "The field fusion.return is 'all', exp"),
@@ -351,6 +351,29 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
     assert error["message"].startswith(message)
     if "stream" not in body:
         assert failure(client, **whole, stream=True) == (found, error)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT, {"prompt": [99999]}, "prompt"),
+        (TEXT, {"prompt": "a", "json_schema": {"type": "who"}}, "json_schema"),
+        ("/v1/weights", {"prompt": [99999]}, "prompt"),
+        ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input"),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_object"}}}, None),
+        ("/detokenize", {"tokens": [99999]}, "tokens"),
+        ("/tokenize", {"content": 3}, "content"),
+        ("/tokenize", {"messages": [3]}, "messages"),
+    ],
+)
+def test_the_field_that_is_wrong_is_the_one_of_the_path(
+    client: TestClient, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    if param is None:
+        answer(client, path, model="tiny", max_output_tokens=1, **body)
+        return
+    status, error = failure(client, path, model="tiny", **body)
+    assert (status, error["param"]) == (400, param), error
 
 
 def test_defaults_are_for_requests_that_say_nothing(made: TinyBundle) -> None:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from qaflora_edge.chat.messages import checked_messages
 from qaflora_edge.engine import Engine
+from qaflora_edge.errors import ChatTemplateError, GrammarError, PromptError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
 from qaflora_edge.openai.completions import text_chunks, text_dict
@@ -18,7 +19,7 @@ from qaflora_edge.openai.responses import ResponseShape, chat_request
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
 from qaflora_edge.server.fields import Fusion
-from qaflora_edge.server.refusals import Refusal, wrong_field
+from qaflora_edge.server.refusals import Params, Refusal, wrong_field
 from qaflora_edge.server.stream import DONE, encoded, event
 from qaflora_edge.server.tokens import check_messages_size, check_texts_size, spelt
 from qaflora_edge.server.work import Outlet, Work
@@ -91,6 +92,12 @@ def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     return answer
 
 
+def form_params(body: Mapping[str, Any]) -> Params:
+    """Of several forms that an answer can have, the one that a request asks for."""
+    forms = ("grammar", "json_schema", "response_format", "tools")
+    return {GrammarError: next((name for name in forms if body.get(name)), "response_format")}
+
+
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions"""
     body = await json_body(request)
@@ -114,7 +121,8 @@ async def chat_completions(request: Request) -> Response:
         else:
             told.send_whole(completion_dict(model, answers, has_tools=has_tools))
 
-    return Work(request, body, bundle, compute, is_stream=is_stream)
+    params = form_params(body)
+    return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
 
 
 class _RawChat:
@@ -168,7 +176,8 @@ async def completions(request: Request) -> Response:
         else:
             told.send_whole(text_dict(model, rest, n))
 
-    return Work(request, body, bundle, compute, is_stream=is_stream)
+    params = {**form_params(body), PromptError: "prompt"}
+    return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
 
 
 async def responses(request: Request) -> Response:
@@ -195,7 +204,8 @@ async def responses(request: Request) -> Response:
             else:
                 told.send_response(shape.whole(has_tools=begun.has_tools))
 
-    return Work(request, body, bundle, compute, is_stream=is_stream)
+    params: Params = {PromptError: "input", ChatTemplateError: "input", GrammarError: "text"}
+    return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
 
 
 def _prompts(prompt: Any) -> list[Any]:

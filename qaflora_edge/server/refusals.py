@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qaflora_edge.errors import (
@@ -18,8 +19,10 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.server.options import RETRY_AFTER_S
 
+Params = Mapping[type[QafloraError], str | None]
+
 # What the sender of a request can cure -> the field that it is about, where the error names none.
-_OF_REQUEST: dict[type[QafloraError], str | None] = {
+_OF_REQUEST: Params = {
     OptionError: None,
     PromptError: "messages",
     ChatTemplateError: "messages",
@@ -27,6 +30,7 @@ _OF_REQUEST: dict[type[QafloraError], str | None] = {
     StrategyError: "fusion",
     WeightsError: "fusion",
 }
+NO_PARAMS: Params = {}
 
 
 class Refusal(Exception):
@@ -77,10 +81,13 @@ def unavailable(message: str, code: str) -> Refusal:
     return Refusal(503, message, kind="server_error", code=code, is_retried=True)
 
 
-def refusal(error: BaseException, *, is_expired: bool = False) -> Refusal:
+def refusal(
+    error: BaseException, *, is_expired: bool = False, params: Params = NO_PARAMS
+) -> Refusal:
     """What is answered for a failure; what is inside the server stays there.
 
     is_expired  whether the request has used up its time
+    params      the fields that errors are about in this request, where that is another one
     """
     if isinstance(error, Refusal):
         return error
@@ -88,7 +95,7 @@ def refusal(error: BaseException, *, is_expired: bool = False) -> Refusal:
         return unavailable("The request took too long; try again, or ask for less.", "timeout")
     if isinstance(error, BusyError | CancelledError):
         return unavailable("The server is shutting down.", "shutting_down")
-    for kind, param in _OF_REQUEST.items():
+    for kind, param in {**_OF_REQUEST, **params}.items():
         if isinstance(error, kind):
             named = error.option if isinstance(error, OptionError) else None
             code = "invalid_value"

@@ -55,6 +55,7 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
         access_log=False,
         server_header=False,
         ws="none",
+        timeout_keep_alive=60,
         timeout_graceful_shutdown=int(DRAIN_S + CUT_S),
     )
     shown = f"[{host}]" if ":" in host else host

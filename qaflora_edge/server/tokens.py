@@ -9,10 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qaflora_edge.engine import Engine
+from qaflora_edge.errors import PromptError
 from qaflora_edge.inference.prompts import Prompt, check_size, checked_tokens, token_ids
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
-from qaflora_edge.server.refusals import wrong_field
+from qaflora_edge.server.refusals import Params, wrong_field
 from qaflora_edge.server.stream import encoded
 from qaflora_edge.server.work import Outlet, Work
 
@@ -78,7 +79,8 @@ async def weights(request: Request) -> Response:
         out.send(fusion.headers(found))
         out.send(encoded(found.to_dict()))
 
-    return Work(request, body, bundle, compute)
+    params: Params = {} if is_chat else {PromptError: "prompt"}
+    return Work(request, body, bundle, compute, params=params)
 
 
 async def tokenize(request: Request) -> Response:
@@ -128,4 +130,4 @@ async def detokenize(request: Request) -> Response:
     def compute(engine: Engine, out: Outlet) -> None:
         out.send(encoded({"content": spelt(engine, tokens) if tokens else ""}))
 
-    return Work(request, body, bundle, compute, is_light=True)
+    return Work(request, body, bundle, compute, is_light=True, params={PromptError: "tokens"})

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.server.options import PING_S, SEND_S, ServerOptions
-from qaflora_edge.server.refusals import Refusal, refusal
+from qaflora_edge.server.refusals import NO_PARAMS, Params, Refusal, refusal
 from qaflora_edge.server.shelf import Shelf, Shelved
 from qaflora_edge.server.stream import PING, event
 
@@ -55,6 +55,7 @@ class Work(Response):
     """An answer that is computed: events of a stream with is_stream, else one JSON text.
 
     is_light  it takes no step of the Engine, and so waits for no turn
+    params    see refusal
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Work(Response):
         *,
         is_stream: bool = False,
         is_light: bool = False,
+        params: Params = NO_PARAMS,
     ) -> None:
         self._state = request.app.state
         self._shelf: Shelf = self._state.shelf
         self._options: ServerOptions = self._state.options
         self._bundle, self._compute, self._is_stream = bundle, compute, is_stream
-        self._is_light = is_light
+        self._is_light, self._params = is_light, params
         self._client = client_of(request, body)
         self._facts = facts_of(request.scope)
         self._facts["model"] = bundle.name
@@ -194,7 +196,7 @@ class Work(Response):
     async def _send_failure(
         self, error: BaseException, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        refused = refusal(error, is_expired=self._is_expired)
+        refused = refusal(error, is_expired=self._is_expired, params=self._params)
         if refused.status == 500:
             log.error("a request failed", exc_info=error)
         if self._is_started:
