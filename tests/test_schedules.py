@@ -212,7 +212,7 @@ def test_company_changes_no_more_than_the_batch_size_does_on_the_stock_library(
     with Model(smollm2) as model:
         lib = model._lib
         stock = lib.llama_init_from_model(
-            model._pointer, context_params(lib, n_token=4 * 64, n_seq=4)
+            model._pointer, context_params(model, n_token=4 * 64, n_seq=4)
         )
 
         def stock_decode(spans: list[Span]) -> list[F32]:
