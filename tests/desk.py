@@ -36,7 +36,7 @@ class Desk:
     address: str
 
     def open(self, width: int = 1100, height: int = 800) -> None:
-        """The page as it is for somebody who comes for the first time."""
+        """The page in a window of some size; its address is new, so that nothing is kept of it."""
         self.window.command(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -44,10 +44,7 @@ class Desk:
             deviceScaleFactor=1,
             mobile=False,
         )
-        self.window.open(self.address)
-        self.window.run("localStorage.clear(); sessionStorage.clear();")
         self.reload()
-        self.window.log()
 
     def reload(self) -> None:
         self.window.open(self.address)
@@ -100,6 +97,7 @@ def desk_at(window: Browser, width: int = 1100) -> Iterator[Desk]:
     script = Script(answers={QUESTION: ANSWER, "long": LONG})
     with served(app(script)) as address:
         made = Desk(window, script, address)
+        window.log()  # of whom was here before
         made.open(width)
         yield made
         window.open("about:blank")  # streams that are still open would keep the server

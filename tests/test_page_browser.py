@@ -459,8 +459,7 @@ def test_screen_readers_hear_the_answer_by_blocks_and_its_end(desk: Desk) -> Non
     )
 
 
-@pytest.mark.parametrize("is_dark", [False, True])
-@pytest.mark.parametrize("width", [360, 1100])
+@pytest.mark.parametrize(("is_dark", "width"), [(False, 360), (True, 1100)])
 def test_axe_finds_nothing_serious(is_dark: bool, width: int, tmp_path: Path) -> None:
     if not axe.source():
         pytest.skip("axe-core cannot be had: npm or the network is missing")

@@ -36,6 +36,7 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def desk(window: Browser, folder: Path) -> Iterator[Desk]:
     with listening(folder) as address:
         made = Desk(window, Script(), f"{address}/")
+        window.log()
         made.open()
         made.set("#max-tokens", "12")
         made.set("#temperature", "0")
