@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Each makes what is missing and repeats nothing.
 # `make test-fast` leaves out the slow tests, for daily work.
 # `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` with sanitizers.
+# `make test-clients` tests the server with other people's clients.
 # `make fuzz MINUTES=5` gives every reader damaged files.
 # Options for llama.cpp go in CMAKE_ARGS, such as `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
 
@@ -14,7 +15,8 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests fuzz bench-convert lint convert-table eval-report eval-smoke clean FORCE
+.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests test-clients clients-tests \
+    fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 demo: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
@@ -59,10 +61,33 @@ asan-tests: $(DONE)/package $(DONE)/pytest
 	    $(BIN)/python -P -m fuzz.run --minutes 1 --seed 0 native experts
 	PYTHONPATH=tests $(BIN)/python -P tests/sanitized.py $(BIN)/python -P tests/open_and_close.py
 
+# Other people's clients of the server need much that they share with nobody: an environment of its
+# own, over the same build. CASES are those that schemathesis makes for each operation.
+CASES ?= 600
+test-clients:
+	$(MAKE) VENV=.venv-clients clients-tests
+
+clients-tests: $(DONE)/package $(DONE)/pytest
+	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[clients]'
+	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_client_openai.py tests/test_clients.py
+
 # Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
 MINUTES ?= 5
 fuzz: $(DONE)/package
 	PYTHONPATH=tests $(BIN)/python -P -m fuzz.run --minutes $(MINUTES) $(TARGETS)
+
+# `qaflora serve` beside llama.cpp's own server, which is built from the same source (10 minutes on two
+# cores): tokens/s and waiting times of 1 to 16 users.
+bench-server: $(DONE)/package
+	$(BIN)/qaflora pull qwen2.5-coder-0.5b-instruct
+	server="$$($(BIN)/python benchmarks/llama_server.py $(BUILD)/llama-server)" && \
+	    $(BIN)/python benchmarks/server.py --llama-server "$$server"
+
+# The memory of a server under mixed load, after a minute and after ten.
+LOAD_MINUTES ?= 10
+load-server: $(DONE)/package
+	$(BIN)/qaflora pull smollm2-135m-instruct
+	$(BIN)/python benchmarks/server_load.py models/demo --minutes $(LOAD_MINUTES)
 
 # A rank-64 adapter of an 8B Llama: seconds and peak memory (needs 0.7 GB of temporary space).
 bench-convert: $(DONE)/package
@@ -95,7 +120,7 @@ eval-smoke: $(DONE)/package $(DONE)/eval
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:
-	rm -rf $(VENV) .venv-vulkan .venv-asan
+	rm -rf $(VENV) .venv-vulkan .venv-asan .venv-clients
 
 $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

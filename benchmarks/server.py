@@ -1,0 +1,370 @@
+"""`qaflora serve` beside stock llama-server: users who ask at once, each with a mix of adapters.
+
+    python benchmarks/server.py --llama-server PATH [--users 1 4 8 16] [--json]
+
+The base is one of the registry, with three adapters of random values; both servers read the same
+files, and are asked the same: token ids, `lora` scales, and no token that ends an answer. Times are
+those at which a client has received an event of the stream. Stock llama-server decodes users
+together whose scales are equal, and the others one after another.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from qaflora_edge.bundles.create import create_bundle
+from qaflora_edge.hub.models import fetch_model
+
+N_ADAPTER, RANK, ALPHA = 3, 16, 16.0
+MODULES = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+PATIENCE_S = 600
+
+# The same without HTTP and JSON, in a process of its own: argv is a file with the requests.
+DIRECT = """
+import json, sys, time
+from qaflora_edge import Engine
+asked = json.load(open(sys.argv[1]))
+with Engine(asked["bundle"], **asked["engine"]) as engine:
+    list(engine.generate_many([dict(asked["requests"][0], max_tokens=4)]))
+    begin = time.perf_counter()
+    n = sum(g.usage["completion_tokens"] for _, g in engine.generate_many(asked["requests"]))
+    seconds = time.perf_counter() - begin
+print(json.dumps({"tokens": n, "seconds": seconds}))
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What users of one server saw. Milliseconds, megabytes, tokens of answers a second.
+
+    mixes  "own": each user has one; "one": all have the same
+    """
+
+    server: str
+    users: int
+    mixes: str
+    tokens_per_second: float
+    first_ms_p50: float
+    first_ms_p95: float
+    pause_ms_p95: float
+    peak_mb: float
+
+
+# files
+
+
+def write_random_adapter(path: Path, base: gguf.GGUFReader, seed: int) -> None:
+    """Write an adapter on every projection of a base."""
+    architecture = base.get_field("general.architecture")
+    assert architecture is not None
+    writer = gguf.GGUFWriter(path, architecture.contents())
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", ALPHA)
+    rng = np.random.default_rng(seed)
+    for tensor in base.tensors:
+        found = re.fullmatch(r"blk\.\d+\.(\w+)\.weight", tensor.name)
+        if found and found[1] in MODULES:
+            n_in, n_out = (int(n) for n in tensor.shape)
+            a = rng.standard_normal((RANK, n_in), np.float32) / np.sqrt(n_in)
+            b = rng.standard_normal((n_out, RANK), np.float32) * 0.01
+            writer.add_tensor(f"{tensor.name}.lora_a", a.astype(np.float16))
+            writer.add_tensor(f"{tensor.name}.lora_b", b.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def end_tokens(base: gguf.GGUFReader) -> list[int]:
+    """Control tokens of a base, those that end an answer among them."""
+    kinds = base.get_field("tokenizer.ggml.token_type")
+    assert kinds is not None
+    return [i for i, kind in enumerate(kinds.contents()) if kind == gguf.TokenType.CONTROL]
+
+
+# asking
+
+
+def request_of(user: int, options: argparse.Namespace, mixes: str, forbidden: list[int]) -> Any:
+    """The body that a user sends: its own question, and its own mix or that of all."""
+    rng = np.random.default_rng([user, options.seed])
+    question = [int(token) for token in rng.integers(1000, 20000, options.question)]
+    scales = np.random.default_rng(user if mixes == "own" else 0).dirichlet(np.ones(N_ADAPTER))
+    return {
+        "model": "bench",
+        "prompt": question,
+        "max_tokens": options.answer,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "lora": [{"id": i, "scale": round(float(s), 4)} for i, s in enumerate(scales)],
+        "logit_bias": {str(token): -100 for token in forbidden},
+        "cache_prompt": False,  # of llama-server: what it has read before would be free
+    }
+
+
+def ask(port: int, body: Any, begin: threading.Barrier, out: list[Any], index: int) -> None:
+    """Send a request when all are ready; note when each event came, and the usage."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.connect()
+        begin.wait()
+        start, times, usage = time.perf_counter(), [], None
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise SystemExit(f"The server answered {response.status}: {response.read(2000)!r}")
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            if event["choices"] and event["choices"][0]["text"]:
+                times.append(time.perf_counter() - start)
+        out[index] = times, usage
+
+
+def measure(
+    name: str, process: "subprocess.Popen[bytes] | None", port: int, bodies: list[Any], mixes: str
+) -> Row:
+    """Let all users ask at once, and wait for all."""
+    begin, out = threading.Barrier(len(bodies) + 1), [None] * len(bodies)
+    threads = [
+        threading.Thread(target=ask, args=(port, body, begin, out, i))
+        for i, body in enumerate(bodies)
+    ]
+    for thread in threads:
+        thread.start()
+    begin.wait()
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start
+    answers: list[Any] = out
+    n_token = sum(usage["completion_tokens"] for _, usage in answers)
+    expected = len(bodies) * bodies[0]["max_tokens"]
+    if n_token != expected:
+        raise SystemExit(f"{name}: answers have {n_token} tokens together, expected {expected}.")
+    first = [1000 * times[0] for times, _ in answers]
+    pauses = [1000 * pause for times, _ in answers for pause in np.diff(times)]
+    return Row(
+        name,
+        len(bodies),
+        mixes,
+        n_token / seconds,
+        statistics.median(first),
+        float(np.percentile(first, 95)),
+        float(np.percentile(pauses, 95)) if pauses else 0.0,
+        peak_mb(process.pid) if process is not None else 0.0,
+    )
+
+
+def peak_mb(pid: int) -> float:
+    """The most memory that a process has had, where /proc tells it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0.0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) / 1000 if found else 0.0
+
+
+# servers
+
+
+@contextlib.contextmanager
+def started(command: list[str], port: int, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A server that answers GET /health."""
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            until = time.monotonic() + PATIENCE_S
+            while not is_ready(port):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise SystemExit(f"{command[0]} does not start:\n{log.read_text()[-2000:]}")
+                time.sleep(0.1)
+            yield process
+        finally:
+            process.terminate()
+
+
+def is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def servers(
+    options: argparse.Namespace, bundle: Path, base: Path, adapters: list[Path], n_ctx: int
+) -> dict[str, list[str]]:
+    """Name -> command, but for the port."""
+    n, threads = max(options.users), str(options.threads)
+    ours = [sys.executable, "-m", "qaflora_edge", "serve", str(bundle), "--parallel", str(n)]
+    found = {"qaflora": [*ours, "--ctx", str(n_ctx), "--threads", threads]}
+    if options.llama_server is not None:
+        stock = [options.llama_server, "--model", str(base), "--parallel", str(n)]
+        stock += ["--ctx-size", str(n * n_ctx), "--threads", threads, "--offline"]
+        loras = [part for path in adapters for part in ("--lora", str(path))]
+        found["llama-server"] = [*stock, *loras, "--lora-init-without-apply"]
+    return found
+
+
+def measure_server(
+    name: str, command: list[str], options: argparse.Namespace, forbidden: list[int], place: Path
+) -> list[Row]:
+    """All numbers of users, each with a mix of its own, and some with one mix for all."""
+    port = free_port()
+    plan = [(n, "own") for n in options.users] + [(n, "one") for n in options.one_mix]
+    rows = []
+    with started([*command, "--port", str(port)], port, place / f"{name}.log") as process:
+        warm = {**request_of(10_000, options, "own", forbidden), "max_tokens": 4}
+        measure(name, process, port, [warm], "own")
+        for n, mixes in plan:
+            for turn in range(options.repeat):
+                start = 100 * (turn + 1)
+                bodies = [request_of(start + i, options, mixes, forbidden) for i in range(n)]
+                rows.append(measure(name, process, port, bodies, mixes))
+    return rows
+
+
+def measure_direct(
+    options: argparse.Namespace, bundle: Path, n_ctx: int, forbidden: list[int], place: Path
+) -> dict[str, float]:
+    """The same as the server's for `--direct` users, by Engine.generate_many."""
+    requests = []
+    for i in range(options.direct):
+        body = request_of(100 + i, options, "own", forbidden)
+        requests.append(
+            {
+                "prompt": body["prompt"],
+                "weights": {f"a{each['id']}": each["scale"] for each in body["lora"]},
+                "logit_bias": {int(k): v for k, v in body["logit_bias"].items()},
+                "max_tokens": options.answer,
+            }
+        )
+    engine = {"n_ctx": n_ctx, "n_parallel": max(options.users), "threads": options.threads}
+    asked = {"bundle": str(bundle), "engine": engine, "requests": requests}
+    path = place / "direct.json"
+    path.write_text(json.dumps(asked), encoding="utf-8")
+    command = [sys.executable, "-c", DIRECT, str(path)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout)
+    return {**found, "users": options.direct}
+
+
+# telling
+
+
+def middle(rows: list[Row]) -> list[Row]:
+    """One row for each server, number of users and mixes: the medians of its turns."""
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.server, row.users, row.mixes), []).append(row)
+    numbers = [name for name, kind in Row.__annotations__.items() if kind is float]
+    return [
+        Row(*key, *(statistics.median(getattr(row, name) for row in group) for name in numbers))
+        for key, group in groups.items()
+    ]
+
+
+def table(rows: list[Row], direct: dict[str, float] | None) -> str:
+    """Rows, and what is compared by them."""
+    lines = ["server        users  mixes  tokens/s  first p50  first p95  pause p95   peak MB"]
+    for row in rows:
+        lines.append(
+            f"{row.server:<12} {row.users:>6}  {row.mixes:<5} {row.tokens_per_second:>9.1f} "
+            f"{row.first_ms_p50:>7.0f} ms {row.first_ms_p95:>7.0f} ms {row.pause_ms_p95:>7.0f} ms "
+            f"{row.peak_mb:>9.0f}"
+        )
+    of = {(row.server, row.users, row.mixes): row for row in rows}
+    for (server, users, mixes), stock in of.items():
+        if server == "llama-server":
+            ours = of["qaflora", users, mixes]
+            faster = ours.tokens_per_second / stock.tokens_per_second
+            first = ours.first_ms_p95 / stock.first_ms_p95
+            lines.append(
+                f"{users} users, {mixes} mix: {faster:.2f} times the tokens/s of llama-server, "
+                f"first token p95 {first:.2f} times as long"
+            )
+    if direct is not None:
+        alone = direct["tokens"] / direct["seconds"]
+        served = of["qaflora", int(direct["users"]), "own"].tokens_per_second
+        lines.append(
+            f"{direct['users']} users: {served:.1f} tokens/s served, {alone:.1f} by generate_many: "
+            f"HTTP and JSON cost {100 * (1 - served / alone):.1f} %"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llama-server", metavar="PATH")
+    parser.add_argument("--base", default="qwen2.5-coder-0.5b-instruct", help="of the registry")
+    parser.add_argument("--users", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--one-mix", type=int, nargs="*", default=[8], help="users with one mix")
+    parser.add_argument("--direct", type=int, default=8, help="users of generate_many, 0: none")
+    parser.add_argument("--question", type=int, default=64, help="tokens")
+    parser.add_argument("--answer", type=int, default=128, help="tokens")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.direct and options.direct not in options.users:
+        parser.error("--direct has to be one of --users: the two are compared")
+    n_ctx = options.question + options.answer + 64
+    with tempfile.TemporaryDirectory(prefix="qaflora-bench-") as folder:
+        place = Path(folder)
+        base = fetch_model(options.base)
+        reader = gguf.GGUFReader(base)
+        adapters = [place / f"a{i}.gguf" for i in range(N_ADAPTER)]
+        for seed, path in enumerate(adapters):
+            write_random_adapter(path, reader, seed)
+        forbidden = end_tokens(reader)
+        named = {path.stem: path for path in adapters}
+        bundle = place / "bundle"
+        create_bundle(bundle, base, named, name="bench", calibrate=False)
+        rows = []
+        for name, command in servers(options, bundle, base, adapters, n_ctx).items():
+            rows += measure_server(name, command, options, forbidden, place)
+        direct = None
+        if options.direct:
+            direct = measure_direct(options, bundle, n_ctx, forbidden, place)
+    rows = middle(rows)
+    if options.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "direct": direct}))
+    else:
+        print(table(rows, direct))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Other programs and libraries that speak OpenAI's API, against a server that listens.
+
+`make test-clients` installs them; without them the tests are skipped.
+"""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from bundles import TinyBundle, make_bundle
+from patience import PATIENCE_S
+from serving import ENGINE, free_port, listening, wait_until_answers
+from tiny import QWEN
+
+from qaflora_edge import Engine
+
+KEY = "a-key-of-the-tests"
+MASTER_KEY = "sk-6f1d0a7e52c94b83"  # of the proxy
+USER = [{"role": "user", "content": "the thing?"}]
+OPTIONS: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "seed": 4}
+N_CASES = int(os.environ.get("QAFLORA_TEST_CASES", "40"))  # of schemathesis, for each operation
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # other people's code
+]
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        find_spec(package) is None, reason=f"{package} is not installed (make test-clients)"
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    place = tmp_path_factory.mktemp("clients")
+    return make_bundle(place, chat_template=QWEN, user_defined=("<tool_call>",), n_ctx=1024)
+
+
+@pytest.fixture(scope="module")
+def alone(made: TinyBundle) -> Iterator[Engine]:
+    """The oracle."""
+    with Engine(made.folder, **ENGINE) as engine:  # type: ignore[arg-type]
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(made: TinyBundle) -> Iterator[str]:
+    with listening(made.folder, api_key=KEY) as url:
+        yield f"{url}/v1"
+
+
+def expected(alone: Engine, strategy: str | None = None) -> str:
+    text: str = alone.chat(USER, weights=strategy, **OPTIONS)["choices"][0]["message"]["content"]
+    return text
+
+
+@needs("langchain_openai")
+def test_langchain(url: str, alone: Engine) -> None:
+    from langchain_core.messages import ToolMessage
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+    from pydantic import BaseModel
+
+    class Animal(BaseModel):
+        """An animal."""
+
+        legs: bool
+
+    @tool
+    def weather(warm: bool) -> str:
+        """Say whether it is warm."""
+        return "yes" if warm else "no"
+
+    def model(name: str, **more: Any) -> Any:
+        return ChatOpenAI(base_url=url, api_key=KEY, model=name, max_retries=0, **OPTIONS, **more)
+
+    found = model("tiny").invoke("the thing?")
+    assert found.content == expected(alone)
+    mixed = model("tiny:single:es", stream_usage=True)
+    parts = list(mixed.stream("the thing?"))
+    assert "".join(part.content for part in parts) == expected(alone, "single:es")
+    assert sum((part.usage_metadata or {}).get("output_tokens", 0) for part in parts) > 0
+    weighed = model("tiny", extra_body={"fusion": {"strategy": "single:es"}})
+    assert asyncio.run(weighed.ainvoke("the thing?")).content == expected(alone, "single:es")
+    assert [a.content for a in model("tiny").batch(["the thing?"] * 3)] == [expected(alone)] * 3
+
+    long = ChatOpenAI(base_url=url, api_key=KEY, model="tiny", max_tokens=200, temperature=0)
+    called = long.bind_tools([weather], tool_choice="weather").invoke("the thing?")
+    (call,) = called.tool_calls
+    assert call["name"] == "weather"
+    assert isinstance(call["args"]["warm"], bool)
+    result = ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])
+    assert long.invoke([("human", "the thing?"), called, result]).usage_metadata is not None
+    for method in ("json_schema", "function_calling"):
+        parsed = long.with_structured_output(Animal, method=method).invoke("the thing?")
+        assert isinstance(parsed, Animal)
+
+
+@needs("litellm")
+def test_litellm(url: str, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it fetches prices
+    import litellm
+
+    asked: Any = {"api_base": url, "api_key": KEY, "messages": USER, "num_retries": 0, **OPTIONS}
+    found = litellm.completion(model="openai/tiny", **asked)
+    assert found.choices[0].message.content == expected(alone)
+    stream = litellm.completion(model="openai/tiny:single:es", stream=True, **asked)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == expected(alone, "single:es")
+    weighed = {"extra_body": {"fusion": {"strategy": "single:es"}}}
+    later = asyncio.run(litellm.acompletion(model="openai/tiny", **weighed, **asked))
+    assert later.choices[0].message.content == expected(alone, "single:es")
+    with pytest.raises(litellm.NotFoundError):
+        litellm.completion(model="openai/other", **asked)
+    with pytest.raises(litellm.AuthenticationError):
+        litellm.completion(model="openai/tiny", **{**asked, "api_key": "another-key"})
+
+
+@needs("litellm")
+@needs("fastapi")
+def test_litellm_proxy_before_two_servers(
+    made: TinyBundle, url: str, alone: Engine, tmp_path: Path
+) -> None:
+    """One name for two servers; when one of them is gone, the other answers."""
+    port = free_port()
+
+    def entry(base: str) -> dict[str, Any]:
+        params = {"model": "openai/tiny:single:es", "api_base": base, "api_key": KEY}
+        return {"model_name": "ours", "litellm_params": params}
+
+    environment = {
+        **os.environ,
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_MASTER_KEY": MASTER_KEY,
+    }
+    with listening(made.folder, api_key=KEY) as second:
+        config = tmp_path / "config.yaml"  # JSON is YAML
+        settings = {"num_retries": 3, "retry_after": 0, "routing_strategy": "simple-shuffle"}
+        models = [entry(url), entry(f"{second}/v1")]
+        text = json.dumps({"model_list": models, "router_settings": settings})
+        config.write_text(text, encoding="utf-8")
+        command = [sys.executable, "-c", "from litellm import run_server; run_server()"]
+        options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        log = (tmp_path / "log").open("wb")
+        with (
+            log,
+            subprocess.Popen(
+                [*command, *options], env=environment, stdout=log, stderr=log
+            ) as proxy,
+        ):
+            try:
+                wait_until_answers(proxy, port, "/health/liveliness")
+                texts = [_ask_proxy(port) for _ in range(6)]
+                assert texts == [expected(alone, "single:es")] * 6
+                counts = [_answered(base) for base in (url.removesuffix("/v1"), second)]
+                assert sum(counts) >= 6
+            finally:
+                proxy.kill()
+
+
+def _ask_proxy(port: int) -> str:
+    response = httpx.post(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json={"model": "ours", "messages": USER, **OPTIONS},
+        headers={"Authorization": f"Bearer {MASTER_KEY}"},
+        timeout=PATIENCE_S,
+    )
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def _answered(base: str) -> float:
+    """How many requests a server has answered."""
+    text = httpx.get(f"{base}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    found = re.findall(
+        r"^qaflora_requests_total\{.*chat/completions.*\} (\S+)$", text, re.MULTILINE
+    )
+    return sum(map(float, found))
+
+
+@needs("llm")
+def test_llm(url: str, alone: Engine, tmp_path: Path) -> None:
+    """The program `llm`, told of the server as its documentation says."""
+    entry = {"model_id": "ours", "model_name": "tiny:single:es", "api_base": url}
+    models = json.dumps([{**entry, "api_key_name": "ours"}])  # JSON is YAML
+    (tmp_path / "extra-openai-models.yaml").write_text(models, encoding="utf-8")
+    (tmp_path / "keys.json").write_text(json.dumps({"ours": KEY}), encoding="utf-8")
+    options = [part for name in OPTIONS for part in ("-o", name, str(OPTIONS[name]))]
+    for more in ([], ["--no-stream"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "llm", "-m", "ours", "the thing?", *options, *more],
+            env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == expected(alone, "single:es") + "\n"
+
+
+@needs("schemathesis")
+def test_schemathesis(made: TinyBundle, tmp_path: Path) -> None:
+    """Requests made from /openapi.json, right and wrong: answers are as it says, and no 5xx."""
+    (tmp_path / "schemathesis.toml").write_text(
+        "[checks.not_a_server_error]\nexpected-statuses = ['2xx', '3xx', '4xx', 501]\n",
+        encoding="utf-8",
+    )
+    checks = (
+        "not_a_server_error,status_code_conformance,content_type_conformance,"
+        "response_schema_conformance,response_headers_conformance"
+    )
+    with listening(made.folder, engine={**ENGINE, "n_ctx": 96}) as url:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
+                *("--max-examples", str(N_CASES), "--checks", checks, "--seed", "1"),
+                *("--phases", "examples,coverage,fuzzing", "--mode", "all", "--no-shrink"),
+                *("--request-timeout", "60", "--no-color", "--continue-on-failure"),
+                *("--generation-database", "none", "--suppress-health-check", "all"),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    print(done.stdout[-6000:])
+    assert done.returncode == 0, done.stderr
