@@ -62,14 +62,16 @@ asan-tests: $(DONE)/package $(DONE)/pytest
 	PYTHONPATH=tests $(BIN)/python -P tests/sanitized.py $(BIN)/python -P tests/open_and_close.py
 
 # Other people's clients of the server need much that they share with nobody: an environment of its
-# own, over the same build. CASES are those that schemathesis makes for each operation.
-CASES ?= 600
+# own, over the same build; then llama.cpp's own tests of its server, but for those that
+# tests/llama_server_tests.py names. CASES are those that schemathesis makes for each operation.
+CASES ?= 1000
 test-clients:
 	$(MAKE) VENV=.venv-clients clients-tests
 
 clients-tests: $(DONE)/package $(DONE)/pytest
 	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[clients]'
 	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_client_openai.py tests/test_clients.py
+	$(BIN)/python tests/llama_server_tests.py $(BUILD)/llama-server
 
 # Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
 MINUTES ?= 5

@@ -237,3 +237,6 @@ def test_schemathesis(made: TinyBundle, tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     print(done.stdout[-6000:])
     assert done.returncode == 0, done.stderr
+    made_of = re.search(r"(\d+) generated", done.stdout)
+    assert made_of is not None
+    assert int(made_of[1]) > 5 * N_CASES  # six operations have bodies
