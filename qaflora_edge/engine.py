@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.config import MAX_SEED, check
-from qaflora_edge.engine_base import EngineBase
+from qaflora_edge.engine_measures import EngineMeasures
 from qaflora_edge.errors import OptionError, QafloraError
 from qaflora_edge.inference.constraint import chosen_grammar
 from qaflora_edge.inference.core import Progress
@@ -23,7 +23,7 @@ from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weights
 
 
-class Engine(EngineBase):
+class Engine(EngineMeasures):
     """A base with its adapters, ready to weigh them for each query.
 
     bundle    a bundle folder, or a base alone, a GGUF file; or give base and adapters (name ->
