@@ -328,6 +328,7 @@ def test_profiles_are_mean_weights_of_the_adapters_a_task_names() -> None:
         (b"no gzip", "Not a gzipped file (b'no'). Give a file"),
         (gzip.compress(b"x" * 999)[:-12], "it is no whole gzip file ("),
     ],
+    ids=["none", "other", "cut"],
 )
 def test_a_packed_file_that_is_none_is_refused(
     data: bytes | None, said: str, tmp_path: Path
