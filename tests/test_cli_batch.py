@@ -169,7 +169,7 @@ HOSTILE = [
     ('{"prompt": "a", "json_schema": {"type": "x"}}', "GrammarError", "The JSON schema"),
     ('{"prompt": "a", "grammar": "root ::= x"}', "GrammarError", "The grammar"),
     ('{"prompt": "a", "grammar": "", "json_schema": {}}', "OptionError", "both given"),
-    ('{"prompt": "' + "a" * 400 + '"}', "PromptError", "tokens, the context 256; shorten it"),
+    ('{"prompt": "' + "a" * 400 + '"}', "ContextError", "tokens, the context 256; shorten it"),
 ]
 
 
