@@ -327,6 +327,12 @@ REFUSED = [
     ),
     ({"fusion": {"adapters": ["x"]}}, 400, "fusion.adapters", "The field fusion.adapters is ['x'"),
     ({"fusion": {"weights": {"x": 1}}}, 400, "fusion", "Strategy 'manual:x=1'"),
+    (
+        {"fusion": {"strategy": "manual:math=1e30"}},
+        400,
+        "fusion.strategy",
+        "The field fusion.strategy is 'manual:math=1e30', expected",
+    ),
     ({"fusion": {"weights": {"es": "1"}}}, 400, "fusion.weights", "The field fusion.weights is {"),
     ({"fusion": {"weights": [[1]]}}, 400, "fusion", "Weights have the shape [1, 1], expected [2,"),
     ({"fusion": {"weights": 3}}, 400, "fusion.weights", "The field fusion.weights is 3, expected"),

@@ -112,6 +112,8 @@ def _strategy(given: Any, of_model: str | None) -> str | None:
         return of_model
     if not isinstance(given, str) or not given:
         raise wrong_field("fusion.strategy", given, "the name of a strategy")
+    if given.startswith("manual:"):  # fusion.weights is where they are checked
+        raise wrong_field("fusion.strategy", given, "weights by hand in fusion.weights")
     if of_model not in (None, given):
         raise wrong_field("fusion.strategy", given, f"{of_model}, as the model says, or nothing")
     return given
