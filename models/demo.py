@@ -30,8 +30,8 @@ QUESTIONS = (
     ),
     (
         "A medical question with choices",
-        "The largest organ of the human body is the\nA. Liver\nB. Skin\nC. Brain\nD. Lung",
-        "Skin",
+        "Malaria is spread by\nA. Mosquitoes\nB. Flies\nC. Ticks\nD. Water",
+        "A. Mosquitoes",
     ),
     ("A question in Spanish", "¿Cuál es la capital de Francia?", "Paris"),
 )
@@ -41,7 +41,8 @@ def main() -> None:
     say("qaflora-edge demo: one base and three adapters (math, es, med), mixed anew per question.")
     say("The base has 135 million parameters and little Spanish, the adapters were trained for")
     say("minutes: on most questions all of them are wrong. These three were picked because the mix")
-    say("is right where the base is not. It shows how mixing works, not how good an answer can be.")
+    say("makes the right answer likelier than the base does, and mostly writes it. It shows how")
+    say("mixing works, not how good an answer can be.")
     with Engine(BUNDLE, n_ctx=512, n_parallel=4) as engine:
         for what, question, right in QUESTIONS:
             show(engine, what, question, right)

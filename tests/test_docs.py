@@ -15,6 +15,7 @@ from pages import RUN, Block, escaped_commands, page_paths, read_blocks
 from patience import PATIENCE_S
 
 import qaflora_edge
+from qaflora_edge import Engine
 from qaflora_edge.cli import VERBS, main
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.files import cache_dir
@@ -225,7 +226,7 @@ def test_readme_names_every_verb(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_is_right_where_the_base_is_not(checkout: Path, smollm2: Path) -> None:
+def test_the_demo_shows_each_row_of_each_question(checkout: Path, smollm2: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(checkout / "models/demo.py")],
         env={**os.environ, "GOMP_SPINCOUNT": "0"},
@@ -237,10 +238,19 @@ def test_the_demo_is_right_where_the_base_is_not(checkout: Path, smollm2: Path) 
     caveat, *shown = done.stdout.split("\n--- ")
     assert "all of them are wrong" in caveat
     assert [text.count("weighs most at layers") for text in shown] == [1, 1, 1]
-    for (_, _, right), text in zip(DEMO["QUESTIONS"], shown, strict=True):
-        rows = {row.split()[0]: row for row in re.split(r"─{40,}", text)[2:-1]}
-        assert list(rows) == ["base", "single:math", "single:es", "single:med", "qa-flora"]
-        assert (right in rows["base"], right in rows["qa-flora"]) == (False, True), text
+    for text in shown:
+        rows = [row.split()[0] for row in re.split(r"─{40,}", text)[2:-1]]
+        assert rows == ["base", "single:math", "single:es", "single:med", "qa-flora"]
+
+
+@pytest.mark.slow
+def test_the_mix_makes_the_demos_right_answers_likelier(checkout: Path, smollm2: Path) -> None:
+    """Which of two near words is written hangs on the kernels; how likely they are does not."""
+    with Engine(checkout / "models/demo", n_ctx=512) as engine:
+        for _, question, right in DEMO["QUESTIONS"]:
+            tokens = engine.chat_tokens([{"role": "user", "content": question}])
+            base, mix = (engine.score(tokens, right, weights=w) for w in ("base", "qa-flora"))
+            assert mix.sum() > base.sum() + 0.3, question
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])

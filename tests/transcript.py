@@ -39,12 +39,12 @@ STEPS = (
     Step(f'qaflora run models/demo "{LETTERS}"', ("36", "tok/s")),
     Step(
         'qaflora compare models/demo "¿Cuál es la capital de Francia?" --max-tokens 24',
-        ("the base alone", "single:es", "qa-flora", "Paris"),
+        ("the base alone", "single:es", "qa-flora"),
     ),
     Step(
-        r"printf 'The largest organ of the human body is the\nA. Liver\nB. Skin\nC. Brain\nD. Lung'"
+        r"printf 'Malaria is spread by\nA. Mosquitoes\nB. Flies\nC. Ticks\nD. Water'"
         " | qaflora run models/demo",
-        ("Skin", "tok/s"),
+        ("tok/s",),
     ),
     Step("cat first.py", tuple(SCRIPT.splitlines())),
     Step("python first.py", ("36",)),
