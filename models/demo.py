@@ -43,7 +43,8 @@ def main() -> None:
     say("minutes: on most questions all of them are wrong. These three were picked because the mix")
     say("makes the right answer likelier than the base does, and mostly writes it. It shows how")
     say("mixing works, not how good an answer can be.")
-    with Engine(BUNDLE, n_ctx=512, n_parallel=4) as engine:
+    # Paris is a near tie: with flash attention it wins, as when the questions were picked.
+    with Engine(BUNDLE, n_ctx=512, n_parallel=4, flash_attn=True) as engine:
         for what, question, right in QUESTIONS:
             show(engine, what, question, right)
     say("The rows with `single:` are one adapter alone, the last row is the mix. A column of the")
