@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import uvicorn
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -28,9 +27,7 @@ ENGINE = {"n_ctx": 512, "n_parallel": 3, "threads": 1, "kv_type": "f32"}
 
 def wait_until_open(status: Callable[[], str]) -> None:
     """Until the first bundle is loaded, or could not be."""
-    until = time.monotonic() + PATIENCE_S
-    while status() == "loading" and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: status() != "loading")
 
 
 def make_options(**more: Any) -> ServerOptions:
@@ -60,18 +57,26 @@ def listening_app(app: Starlette) -> Iterator[str]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    until = time.monotonic() + PATIENCE_S
-    while not server.started and thread.is_alive() and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: server.started or not thread.is_alive())
     assert server.started
     try:
         address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        wait_until_open(lambda: httpx.get(f"{address}/health").json()["status"])
+        wait_until_open(lambda: got(f"{address}/health").json()["status"])
         yield address
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
+
+
+def got(url: str) -> httpx.Response:
+    return httpx.get(url, timeout=PATIENCE_S)
+
+
+def metric(address: str, name: str, label: str = "") -> float:
+    """The sum of a metric over its labels, or those of them that have a text."""
+    lines = got(f"{address}/metrics").text.splitlines()
+    return sum(float(each.split()[-1]) for each in lines if each.startswith(name) and label in each)
 
 
 def free_port() -> int:
@@ -99,11 +104,8 @@ def launched(*args: str | Path, port: int, **process: Any) -> Iterator[subproces
 
 def wait_until_answers(server: subprocess.Popen[bytes], port: int, path: str) -> None:
     """Until a process answers a path with status 200; a failure when it has ended."""
-    until = time.monotonic() + PATIENCE_S
-    while not _is_ready(port, path):
-        assert server.poll() is None, server.returncode
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: server.poll() is not None or _is_ready(port, path))
+    assert server.poll() is None, server.returncode
 
 
 def _is_ready(port: int, path: str) -> bool:

@@ -16,8 +16,8 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 from bundles import make_bundle
-from patience import PATIENCE_S
-from serving import ENGINE, listening
+from patience import PATIENCE_S, wait_until
+from serving import ENGINE, listening, metric
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
@@ -132,25 +132,13 @@ def asking(url: str, n: int, **more: Any) -> Iterator[list[httpx.Response]]:
         thread.join()
 
 
-def metric(address: str, name: str) -> float:
-    text = httpx.get(f"{address}/metrics").text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
-
-
-def until(is_so: Any) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_a_full_queue_is_told_at_once(bundle: Path, held: Held) -> None:
     with listening(bundle, max_queue=2) as address:
         url = f"{address}/v1/chat/completions"
         with asking(url, N_TURN + 2) as answers:
             for _ in range(N_TURN):
                 assert held.busy.acquire(timeout=PATIENCE_S)
-            until(lambda: metric(address, "qaflora_requests_waiting") == 2)
+            wait_until(lambda: metric(address, "qaflora_requests_waiting") == 2)
             assert metric(address, "qaflora_requests_running") == N_TURN
             for is_stream in (False, True):
                 refused = httpx.post(url, json=body_of(stream=is_stream), timeout=PATIENCE_S)
@@ -236,7 +224,7 @@ def test_the_time_of_a_request_has_an_end(bundle: Path, held: Held) -> None:
         with asking(url, N_TURN + 1) as answers:
             for _ in range(N_TURN):
                 assert held.busy.acquire(timeout=PATIENCE_S)
-            until(lambda: answers)
+            wait_until(lambda: answers)
             assert len(answers) == 1
             assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "2")
             assert answers[0].json()["error"]["code"] == "timeout"
@@ -284,8 +272,8 @@ def test_for_who_goes_away_nothing_is_computed(
         )
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + b"\r\n\r\n" + data)
-            until(lambda: len(decodes) > 5)
-        until(lambda: metric(address, "qaflora_requests_running") == 0)
+            wait_until(lambda: len(decodes) > 5)
+        wait_until(lambda: metric(address, "qaflora_requests_running") == 0)
         n_decoded = len(decodes)
         time.sleep(0.2)
         assert len(decodes) == n_decoded < 200
@@ -305,8 +293,8 @@ def test_who_goes_away_while_waiting_leaves_the_queue(bundle: Path, held: Held) 
                 assert held.busy.acquire(timeout=PATIENCE_S)
             with socket.create_connection((host, int(port))) as connection:
                 connection.sendall(head.encode() + b"\r\n\r\n" + data)
-                until(lambda: metric(address, "qaflora_requests_waiting") == 1)
-            until(lambda: metric(address, "qaflora_requests_waiting") == 0)
+                wait_until(lambda: metric(address, "qaflora_requests_waiting") == 1)
+            wait_until(lambda: metric(address, "qaflora_requests_waiting") == 0)
             held.go.set()
         assert [answer.status_code for answer in answers] == [200] * N_TURN
 
