@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main, prompts
@@ -384,11 +383,10 @@ def test_a_killed_run_goes_on(made: TinyBundle, tmp_path: Path, number: int) -> 
     options = ["--max-tokens", "120", "--prompts", str(path), "--parallel", "4", *map(str, F32)]
     command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *options, "-o", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    give_up = time.monotonic() + PATIENCE_S
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
+    wait_until(
+        lambda: process.poll() is not None or (out.exists() and out.read_bytes().count(b"\n") >= 3)
+    )
+    assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(number)
     _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]

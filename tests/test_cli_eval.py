@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.edit import rename_adapter
@@ -183,11 +182,10 @@ def test_a_killed_run_goes_on(made: TinyBundle, tmp_path: Path, number: int) -> 
     options = ["--parallel", "4", *ways, *map(str, F32), str(path)]
     command = [sys.executable, "-m", "qaflora_edge", "eval", str(made.folder), *options, "-o", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    give_up = time.monotonic() + PATIENCE_S
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
+    wait_until(
+        lambda: process.poll() is not None or (out.exists() and out.read_bytes().count(b"\n") >= 5)
+    )
+    assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(number)
     _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import httpx2 as httpx
 import pytest
 from bundles import make_bundle
 from click.testing import CliRunner
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 
 from qaflora_edge.cli import main
 
@@ -74,7 +73,7 @@ def test_a_signal_lets_end_what_runs(bundle: Path, number: int, code: int) -> No
         assert "".join(choice["delta"].get("content", "") for choice in text) == "A" * 100
         assert process.wait(PATIENCE_S) == code
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{address}/health")
+            httpx.get(f"{address}/health", timeout=PATIENCE_S)
 
 
 @pytest.mark.slow
@@ -116,7 +115,8 @@ def test_a_second_signal_ends_at_once(bundle: Path) -> None:
         thread.start()
         assert begun.wait(PATIENCE_S)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):  # it has heard it, and listens no more
+            wait_until(lambda: not httpx.get(f"{address}/health", timeout=PATIENCE_S))
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
@@ -128,7 +128,7 @@ def test_a_second_signal_ends_at_once(bundle: Path) -> None:
 def test_an_idle_server_ends_at_once_and_can_be_started_again(bundle: Path) -> None:
     for number in (signal.SIGKILL, signal.SIGTERM):
         with serving(str(bundle)) as (process, address):
-            assert httpx.get(f"{address}/v1/models").status_code == 200
+            assert httpx.get(f"{address}/v1/models", timeout=PATIENCE_S).status_code == 200
             process.send_signal(number)
             assert process.wait(PATIENCE_S) == (0 if number == signal.SIGTERM else -number)
 

@@ -6,8 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 import tiny
 from bundles import TinyBundle, make_bundle, snapshot
 from click.testing import CliRunner
-from patience import PATIENCE_S
+from patience import wait_until
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.card import bundle_card
@@ -310,13 +309,6 @@ def test_a_search_that_is_killed_goes_on(folder: Path, task: Path) -> None:
     assert len(computed) == max(0, 30 - (before - 1))
     assert {**record, "date": ""} == {**expected, "date": ""}
     assert not list(folder.glob(".fit-*"))
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_adapters_that_change_meanwhile_are_noticed(

@@ -560,7 +560,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_schemas_end_in_bounded_time(model: Model, name: str) -> None:
     """With an error, or so many tokens; each within what a slow machine needs for its limits."""
-    start = time.monotonic()
+    start = time.process_time()
     try:
         constraint = Constraint(model, schema_grammar(HOSTILE[name]))
         chance = random.Random(1)
@@ -572,7 +572,7 @@ def test_hostile_schemas_end_in_bounded_time(model: Model, name: str) -> None:
             constraint.accept(token)
     except GrammarError:
         pass
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 60
 
 
 def test_masks_of_several_answers_are_those_of_each(model: Model) -> None:

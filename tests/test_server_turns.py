@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 from patience import PATIENCE_S, wait_until
-from serving import ENGINE, listening, metric
+from serving import ENGINE, listening, listening_app, make_options, metric
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
 from qaflora_edge.server import work
+from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.turns import Room, Turns
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
@@ -109,6 +110,12 @@ def held() -> Iterator[Held]:
     yield strategy
     strategy.go.set()
     del _registry["held"]
+
+
+# More than two minutes where each token takes 20 ms.
+N_LONG = 7000
+LONG_ENGINE = {**ENGINE, "n_ctx": 8192}
+LONG = {"model": "tiny:base", "max_tokens": N_LONG, "logit_bias": {"65": 100}}
 
 
 def body_of(**more: Any) -> dict[str, Any]:
@@ -219,17 +226,20 @@ def test_what_fails_behind_a_ping_is_an_event(
 
 def test_the_time_of_a_request_has_an_end(bundle: Path, held: Held) -> None:
     """Of those that wait for a turn at once; of those that are computed at the next step."""
-    with listening(bundle, timeout_s=0.5) as address:
+    app = make_app([bundle], make_options())
+    with listening_app(app) as address:
         url = f"{address}/v1/chat/completions"
-        with asking(url, N_TURN + 1) as answers:
+        with asking(url, N_TURN) as answers:
             for _ in range(N_TURN):
                 assert held.busy.acquire(timeout=PATIENCE_S)
-            wait_until(lambda: answers)
-            assert len(answers) == 1
-            assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "2")
-            assert answers[0].json()["error"]["code"] == "timeout"
+            app.state.options = make_options(timeout_s=0.1)
+            late = httpx.post(url, json=body_of(), timeout=PATIENCE_S)
+            assert (late.status_code, late.headers["retry-after"]) == (503, "2")
+            assert late.json()["error"]["code"] == "timeout"
+            assert not answers
+            expire_all(app)
             held.go.set()
-        assert len(answers) == N_TURN + 1
+        assert len(answers) == N_TURN
         assert {answer.json()["error"]["code"] for answer in answers} == {"timeout"}
 
 
@@ -249,22 +259,26 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle: Path, decodes: list[float]) -> None:
-    with listening(bundle, timeout_s=1.0) as address:
-        url = f"{address}/v1/chat/completions"
-        body = body_of(model="tiny:base", max_tokens=400, logit_bias={"65": 100})
-        found = httpx.post(url, json=body, timeout=PATIENCE_S).json()
-        choice = found["choices"][0]
-        assert choice["finish_reason"] == "length"
-        assert choice["message"]["content"].strip("A") == ""
-        assert 0 < len(choice["message"]["content"]) == found["usage"]["completion_tokens"] < 100
+    app = make_app([bundle], make_options(engine=LONG_ENGINE))
+    with (
+        listening_app(app) as address,
+        asking(f"{address}/v1/chat/completions", 1, **LONG) as answers,
+    ):
+        wait_until(lambda: len(decodes) > 5)
+        expire_all(app)
+    found = answers[0].json()
+    choice = found["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].strip("A") == ""
+    assert 0 < len(choice["message"]["content"]) == found["usage"]["completion_tokens"] < N_LONG
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_for_who_goes_away_nothing_is_computed(
     bundle: Path, decodes: list[float], is_stream: bool
 ) -> None:
-    body = body_of(model="tiny:base", max_tokens=400, stream=is_stream, logit_bias={"65": 100})
-    with listening(bundle) as address:
+    body = body_of(**LONG, stream=is_stream)
+    with listening(bundle, engine=LONG_ENGINE) as address:
         host, port = address.removeprefix("http://").split(":")
         data = json.dumps(body).encode()
         head = (
@@ -276,7 +290,7 @@ def test_for_who_goes_away_nothing_is_computed(
         wait_until(lambda: metric(address, "qaflora_requests_running") == 0)
         n_decoded = len(decodes)
         time.sleep(0.2)
-        assert len(decodes) == n_decoded < 200
+        assert len(decodes) == n_decoded < N_LONG
         # who waits is not kept by those who are gone
         body = body_of(model="tiny:base", max_tokens=2)
         found = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE_S)
