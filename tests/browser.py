@@ -32,13 +32,9 @@ def missing() -> str:
 class Browser:
     """One window. Every call waits for the page to have done it."""
 
-    def __init__(self, address: str, profile: Path, *, is_dark: bool) -> None:
+    def __init__(self, address: str, profile: Path) -> None:
         binary = shutil.which("chromium") or shutil.which("chromium-browser")
-        scheme = f"--blink-settings=preferredColorScheme={0 if is_dark else 1}"
-        options = {
-            "binary": binary,
-            "args": [*FLAGS.split(), f"--user-data-dir={profile}", scheme],
-        }
+        options = {"binary": binary, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
         wanted = {
             "alwaysMatch": {
                 "goog:chromeOptions": options,
@@ -71,6 +67,18 @@ class Browser:
     def command(self, name: str, **parameters: Any) -> Any:
         """A command of Chromium's own protocol."""
         return self.send("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
+
+    def reset(self) -> None:
+        """As it was when it was new, but for what pages have kept."""
+        self.open("about:blank")
+        self.command("Emulation.clearDeviceMetricsOverride")
+        self.prefer(is_dark=False)
+        self.log()
+
+    def prefer(self, *, is_dark: bool) -> None:
+        """What the user's system says of light and dark."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.command("Emulation.setEmulatedMedia", features=[scheme])
 
     def until(self, script: str, *args: Any) -> Any:
         """Wait until a script gives something that counts as true."""
@@ -122,7 +130,7 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(place: Path, *, is_dark: bool = False) -> Iterator[Browser]:
+def browser(place: Path) -> Iterator[Browser]:
     """Start chromedriver on a free port, and a browser with a new profile below `place`."""
     driver = subprocess.Popen(
         ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -134,7 +142,7 @@ def browser(place: Path, *, is_dark: bool = False) -> Iterator[Browser]:
                 break
         else:
             raise RuntimeError("chromedriver named no port")
-        window = Browser(f"http://127.0.0.1:{found[1]}", place / "profile", is_dark=is_dark)
+        window = Browser(f"http://127.0.0.1:{found[1]}", place / "profile")
         try:
             yield window
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from browser import Browser, browser
 from hubs import FakeHub
 
 import qaflora_edge
@@ -71,6 +72,20 @@ def smollm2() -> Path:
 def checkout() -> Path:
     """The source checkout that these tests lie in."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser of all tests; `window` gives it as new."""
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def window(chromium: Browser) -> Browser:
+    """A window of Chromium as it is when nothing has been opened."""
+    chromium.reset()
+    return chromium
 
 
 @pytest.fixture

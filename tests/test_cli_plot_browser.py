@@ -1,11 +1,10 @@
 """The HTML plot in a real browser: mouse, finger, keyboard, light and dark, and nothing runs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, browser, missing
+from browser import Browser, missing
 
 from qaflora_edge.cli.plot import write_plot
 from qaflora_edge.cli.prompts import Prompt
@@ -43,12 +42,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plot") / "weights.html"
     write_plot(path, [(Prompt(EVIL), fusion()), (Prompt("two"), fusion(1))], EVIL)
     return path
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 def cell(row: int, layer: int, panel: int = 1) -> str:
@@ -151,12 +144,12 @@ PAPER_AND_TEXT = (
 
 
 @pytest.mark.parametrize("is_dark", [False, True])
-def test_light_and_dark(is_dark: bool, page: Path, tmp_path: Path) -> None:
-    with browser(tmp_path, is_dark=is_dark) as window:
-        window.open(page)
-        paper, text, ink = (sum(colour) for colour in window.run(PAPER_AND_TEXT))
-        window.point(cell(0, 0))
-        assert tip(window) == expected(0, 0)
+def test_light_and_dark(window: Browser, is_dark: bool, page: Path) -> None:
+    window.prefer(is_dark=is_dark)
+    window.open(page)
+    paper, text, ink = (sum(colour) for colour in window.run(PAPER_AND_TEXT))
+    window.point(cell(0, 0))
+    assert tip(window) == expected(0, 0)
     assert (paper < text) == (paper < ink) == is_dark
     assert min(abs(paper - text), abs(paper - ink)) > 380  # of 765
 

@@ -1,10 +1,9 @@
 """The page of `qaflora report` in a real browser: items open, heatmaps say, and nothing runs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, browser, missing
+from browser import Browser, missing
 from made_results import PAIRS, drawn, header, write
 
 from qaflora_edge.cli.eval_html import eval_html
@@ -32,12 +31,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "report.html"
     path.write_text(eval_html(summarise([("results.jsonl", results)])), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 def is_shown(window: Browser, selector: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import axe
 import pytest
-from browser import Browser, browser, missing
+from browser import Browser, missing
 from desk import (
     ANSWER,
     DOWN,
@@ -27,12 +27,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -460,10 +454,11 @@ def test_screen_readers_hear_the_answer_by_blocks_and_its_end(desk: Desk) -> Non
 
 
 @pytest.mark.parametrize(("is_dark", "width"), [(False, 360), (True, 1100)])
-def test_axe_finds_nothing_serious(is_dark: bool, width: int, tmp_path: Path) -> None:
+def test_axe_finds_nothing_serious(window: Browser, is_dark: bool, width: int) -> None:
     if not axe.source():
         pytest.skip("axe-core cannot be had: npm or the network is missing")
-    with browser(tmp_path, is_dark=is_dark) as window, desk_at(window, width) as desk:
+    window.prefer(is_dark=is_dark)
+    with desk_at(window, width) as desk:
         assert axe.findings(window) == []
         desk.ask()
         desk.click("button.mix")
@@ -517,8 +512,9 @@ def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None
 
 
 @pytest.mark.parametrize("is_dark", [False, True])
-def test_light_and_dark(is_dark: bool, tmp_path: Path) -> None:
-    with browser(tmp_path, is_dark=is_dark) as window, desk_at(window):
+def test_light_and_dark(window: Browser, is_dark: bool) -> None:
+    window.prefer(is_dark=is_dark)
+    with desk_at(window):
         paper, text = (
             sum(colour)
             for colour in window.run(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from browser import Browser, browser, missing
+from browser import Browser, missing
 from desk import Desk, desk_at
 
 pytestmark = [
@@ -63,12 +63,6 @@ FOREIGN = (
     "meta, base, a, video, audio, source, math, details, body, button:not([title]), [onerror],"
     "[onload], [style]:not(.bar *, .grid, .cell))"
 )
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 @pytest.fixture
