@@ -1,0 +1,138 @@
+"""Weigh the adapters again every so many tokens of an answer, and score what comes of it.
+
+    python benchmarks/refresh.py BUNDLE TASK.jsonl --every 64 --strategy qa-flora -o RESULTS.jsonl
+
+The prompt with the answer so far is weighed as a prompt is, and all of it is read again under the
+new weights. RESULTS is a file as `qaflora eval` writes it, with the strategy `qa-flora, each 64`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge import Engine, __version__
+from qaflora_edge.bench.machine import cpu_name
+from qaflora_edge.chat.session_file import bundle_identity
+from qaflora_edge.evaluation.metrics import answer_score
+from qaflora_edge.evaluation.prompt import task_prompt
+from qaflora_edge.evaluation.results import ResultsFile
+from qaflora_edge.evaluation.run import Asking
+from qaflora_edge.evaluation.tasks import read_task
+from qaflora_edge.inference.generation import Generation
+
+
+class Answer:
+    """What there is of an item's answer."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.prompt, self.tokens = list(prompt), [*prompt]
+        self.probe_ms, self.reason = 0.0, "length"
+        self.fusions: list[Any] = []
+
+    def take(self, piece: Generation) -> None:
+        """Go on with a piece."""
+        self.tokens += piece._sequence.answer
+        self.fusions.append(piece.fusion)
+        self.probe_ms += piece.timings.probe_ms
+        self.reason = piece.finish_reason or "error"
+
+
+def answers_of(
+    engine: Engine, prompts: Sequence[Sequence[int]], *, every: int, n_most: int
+) -> list[Answer]:
+    """All answers, by turns of `every` tokens."""
+    answers = [Answer(prompt) for prompt in prompts]
+    for start in range(0, n_most, every):
+        going = [answer for answer in answers if answer.reason == "length"]
+        n_token = min(every, n_most - start)
+        asked = [{"prompt": answer.tokens, "max_tokens": n_token} for answer in going]
+        for index, piece in engine.generate_many(asked):
+            if piece.error is not None:
+                raise piece.error
+            going[index].take(piece)
+    return answers
+
+
+def main() -> None:
+    """Answer the items and write their results."""
+    summary, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("task", type=Path)
+    parser.add_argument("-o", dest="out", type=Path, required=True)
+    parser.add_argument("--every", type=int, default=64, help="tokens (default: %(default)s)")
+    parser.add_argument("--strategy", default="qa-flora")
+    parser.add_argument("--adapters", help="names, with commas; all by default")
+    parser.add_argument("--half", choices=("dev", "test"), default="test")
+    parser.add_argument("--limit", type=int)
+    args = parser.parse_args()
+    task = read_task(args.task)
+    if task.metric not in ("number", "exact", "contains"):
+        raise SystemExit(f"{args.task} has the metric {task.metric}, expected one of answers.")
+    strategy = f"{args.strategy}, each {args.every}"
+    items = [item for item in task.items if item.index % 2 == (args.half == "test")][: args.limit]
+    identity = bundle_identity(args.bundle)
+    with Engine(
+        args.bundle, strategy=args.strategy, n_ctx=2048, n_parallel=16, prefix_cache=1024
+    ) as engine:
+        if args.adapters:
+            engine.use_adapters(args.adapters.split(","))
+        header = {
+            "eval": 1,
+            "version": __version__,
+            "bundle": identity.name,
+            "base": {"name": engine.name, "sha256": identity.base_sha256},
+            "adapters": [
+                {
+                    "name": name,
+                    "sha256": identity.adapters[name],
+                    "bytes": engine.adapter_bytes[name],
+                }
+                for name in engine.adapters
+            ],
+            "n_layer": engine.n_layer,
+            "tasks": [Asking().facts(task)],
+            "strategies": [strategy],
+            "options": {"every": args.every, "n_ctx": 2048},
+            "machine": cpu_name(),
+        }
+        file = ResultsFile(args.out, header)
+        with file.opened():
+            left = [item for item in items if not file.has(task.name, item.index, strategy)]
+            prompts = [task_prompt(engine, task, item) for item in left]
+            answers = answers_of(engine, prompts, every=args.every, n_most=task.max_tokens or 256)
+            for item, answer in zip(left, answers, strict=True):
+                weights = [fusion.weights.mean(axis=1) for fusion in answer.fusions]
+                means = [round(float(mean), 4) for mean in sum(weights) / len(weights)]
+                pieces = map(engine._model.piece, answer.tokens[len(answer.prompt) :])
+                text = b"".join(pieces).decode("utf-8", "replace")
+                score = answer_score(task.metric, text, task.expected(item))
+                file.write(
+                    {
+                        "task": task.name,
+                        "item": item.index,
+                        "strategy": strategy,
+                        "expected": task.expected(item),
+                        "question": task.question(item),
+                        "weights": dict(zip(answer.fusions[0].adapters, means, strict=True)),
+                        "total": round(sum(means), 4),
+                        "score": score,
+                        "answer": text,
+                        "probe_ms": round(answer.probe_ms, 3),
+                        "probe_before_ms": 0.0,
+                        "prefill_ms": 0.0,
+                        "decode_ms": 0.0,
+                        "n_prompt": len(answer.prompt),
+                        "n_token": len(answer.tokens) - len(answer.prompt),
+                        "finish_reason": answer.reason,
+                        "error": None,
+                    }
+                )
+                print(f"{task.name} {item.index}: {score:.4g}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

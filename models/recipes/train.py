@@ -1,0 +1,254 @@
+"""Train one LoRA adapter by a recipe of recipes.toml, and say whether it helps in its own subject.
+
+    pip install torch transformers peft accelerate datasets
+    python models/recipes/train.py math --base BASE.gguf --data DATA -o math-adapter --minutes 60
+
+The base is a GGUF that transformers can dequantise, or a folder or name as it takes them. One
+example in 20 is held out: their loss is measured before and after, and an adapter that does not
+lower it is no adapter (exit code 1). A training that was ended goes on from its last checkpoint
+when it is started again. What comes out is a PEFT adapter for `qaflora bundle create --adapter`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import re
+import string
+import sys
+import sysconfig
+import textwrap
+import time
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GgufConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+RECIPES = Path(__file__).with_name("recipes.toml")
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HELD_OUT = 20  # one example in so many
+MAX_HELD_OUT = 100
+LINES = range(4, 31)  # of a function that is an example
+DOC = range(30, 501)  # characters of its docstring
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train, measure, save."""
+    args = arguments(words)
+    recipe = tomllib.loads(RECIPES.read_text(encoding="utf-8"))[args.recipe]
+    examples = list(itertools.islice(examples_of(recipe, args.data), args.examples))
+    if len(examples) < HELD_OUT:
+        sys.exit(f"Recipe {args.recipe} gives {len(examples)} examples, expected {HELD_OUT}.")
+    set_seed(args.seed)
+    model, tokenizer = load(args.base)
+    read = [tokens_of(tokenizer, *example, args.max_tokens) for example in examples]
+    trainer = Trainer(
+        get_peft_model(
+            model,
+            LoraConfig(
+                r=args.rank,
+                lora_alpha=2 * args.rank,
+                lora_dropout=0.0,
+                target_modules=list(MODULES),
+                use_rslora=args.rank > 16,
+                task_type="CAUSAL_LM",
+            ),
+        ),
+        args=config(args),
+        train_dataset=[example for i, example in enumerate(read) if i % HELD_OUT],
+        eval_dataset=read[::HELD_OUT][:MAX_HELD_OUT],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
+    before_file, checkpoints = args.out / "before.json", args.out / "checkpoints"
+    if before_file.exists():
+        before = json.loads(before_file.read_text())["loss"]
+    else:
+        before = trainer.evaluate()["eval_loss"]
+        before_file.parent.mkdir(parents=True, exist_ok=True)
+        before_file.write_text(json.dumps({"loss": before}))
+    trainer.add_callback(Clock(args.minutes))
+    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
+    after = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(args.out))
+    facts = {
+        "recipe": args.recipe,
+        "data": recipe.get("file") or recipe["hub"]["path"],
+        "licence": recipe["licence"],
+        "examples": len(examples),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "held_out_loss": {"base": round(before, 4), "adapter": round(after, 4)},
+    }
+    (args.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
+    return 0 if after < before else 1
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, or words in its place."""
+    summary, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
+    parser.add_argument("recipe", choices=names)
+    parser.add_argument("--base", required=True, help="GGUF, folder, or name on the Hub")
+    parser.add_argument("--data", type=Path, help="folder with the recipe's file; else the Hub")
+    parser.add_argument("-o", dest="out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60, help="of training (%(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-4, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="at most (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="examples a step (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=320, help="of one (%(default)s)")
+    parser.add_argument("--examples", type=int, default=20_000, help="at most (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(words)
+
+
+def config(args: argparse.Namespace) -> TrainingArguments:
+    """Cosine decay after ten steps, bfloat16."""
+    return TrainingArguments(
+        output_dir=str(args.out / "checkpoints"),
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=args.batch,
+        train_sampling_strategy="group_by_length",
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        max_steps=args.steps,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=torch.cuda.is_available(),
+        include_num_input_tokens_seen=True,
+        save_steps=10,
+        save_total_limit=1,
+        logging_steps=10,
+        report_to="none",
+        seed=args.seed,
+    )
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Ends a training in time, and saves it; what ran before an interruption does not count."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end_s = time.monotonic() + 60 * minutes
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if time.monotonic() > self.end_s:
+            control.should_training_stop = control.should_save = True
+        return control
+
+
+def load(base: str) -> tuple[Any, Any]:
+    """Model and tokenizer, in bfloat16."""
+    where, more = base, {}
+    if base.endswith(".gguf"):
+        where, more = str(Path(base).parent), {"gguf_file": Path(base).name}
+    tokenizer = AutoTokenizer.from_pretrained(where, **more)
+    if more:
+        more["quantization_config"] = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **more), tokenizer
+
+
+# examples
+
+
+def tokens_of(tokenizer: Any, question: str, answer: str, n_most: int) -> dict[str, list[int]]:
+    """Token ids in chat form; the labels are those of the answer, all else is -100."""
+    message = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False).input_ids
+    target = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ids = [*prompt, *target][:n_most]
+    return {"input_ids": ids, "labels": [*[-100] * len(prompt), *target][:n_most]}
+
+
+def examples_of(recipe: Mapping[str, Any], data: Path | None) -> Iterator[tuple[str, str]]:
+    """Questions and answers."""
+    drop, forms = re.compile(recipe.get("drop", r"(?!)")), itertools.cycle(recipe["forms"])
+    for row in rows_of(recipe, data):
+        if all(row.get(key) == value for key, value in recipe.get("where", {}).items()):
+            question, answer = (Fields().vformat(form, (), row) for form in next(forms))
+            yield question, drop.sub("", answer)
+
+
+def rows_of(recipe: Mapping[str, Any], data: Path | None) -> Iterable[Mapping[str, Any]]:
+    """Rows of the recipe's file, or of the Hub."""
+    file = recipe.get("file")
+    if file == "python":
+        return functions()
+    if file and data:
+        with open(data / file, encoding="utf-8") as lines:
+            return [with_choices(json.loads(line)) for line in lines]
+    if "hub" in recipe:
+        from datasets import load_dataset
+
+        rows: Iterable[Mapping[str, Any]] = load_dataset(**recipe["hub"])
+        return rows
+    sys.exit(f"The recipe's data is the file {file}: give its folder with --data.")
+
+
+def with_choices(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its choices as lines."""
+    if "choices" in row:
+        lines = [
+            f"{letter}. {choice}"
+            for letter, choice in zip(string.ascii_uppercase, row["choices"], strict=False)
+        ]
+        row |= {"right": lines[row["answer"]], "choices": "\n".join(lines)}
+    return row
+
+
+class Fields(string.Formatter):
+    """Fields of a row; {field:head} is the first sixth of one."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        return str(value)[: max(10, len(value) // 6)] if spec == "head" else str(value)
+
+
+def functions() -> Iterator[dict[str, str]]:
+    """Name, docstring and source of functions of Python's own library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(file.parts):
+            continue
+        try:
+            source = file.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):  # some are there to be wrong
+            continue
+        lines = source.splitlines()
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            found, end = ast.get_docstring(node), node.end_lineno or node.lineno
+            if found and len(found) in DOC and end - node.lineno in LINES:
+                body = textwrap.dedent("\n".join(lines[node.lineno - 1 : end]))
+                yield {"name": node.name, "doc": found.strip(), "source": body}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

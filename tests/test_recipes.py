@@ -1,0 +1,100 @@
+"""models/recipes: what an adapter learns from, and on which tokens it is trained."""
+
+import ast
+import importlib.util
+import itertools
+import json
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROWS = {
+    "gsm8k_train.jsonl": [{"question": "2 + 3?", "answer": "<<2+3=5>>5 it is.\n#### 5"}],
+    "medmcqa.jsonl": [{"question": "Where?", "choices": ["Here", "There"], "answer": 1}],
+    "multiemo_hotels.jsonl": [
+        {"en": f"{n} good", "es": "muy bueno", "ru": "очень хорошо", "zh": "很好"} for n in "12"
+    ],
+}
+
+
+@pytest.fixture
+def recipes(checkout: Path) -> Any:
+    """The script as a module."""
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name)
+    spec = importlib.util.spec_from_file_location("recipes", checkout / "models/recipes/train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for name, rows in ROWS.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("math", [("2 + 3?", "5 it is.\n#### 5")]),
+        ("med", [("Where?\nA. Here\nB. There", "B. There")]),
+        (
+            "es",
+            [
+                ("Traduce al español: 1 good", "muy bueno"),
+                (
+                    "Escribe una reseña de un hotel en español que empiece así: muy bueno",
+                    "muy bueno",
+                ),
+            ],
+        ),
+    ],
+)
+def test_rows_become_questions_and_answers(
+    recipes: Any, data: Path, recipe: str, expected: list[tuple[str, str]]
+) -> None:
+    facts = tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8"))[recipe]
+    assert list(recipes.examples_of(facts, data)) == expected
+
+
+def test_every_recipe_names_its_data_and_licence(recipes: Any) -> None:
+    for name, facts in tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8")).items():
+        assert facts["licence"], name
+        assert {"file", "hub"} & set(facts), name
+        assert all(len(form) == 2 for form in facts["forms"]), name
+
+
+def test_functions_of_the_library_are_whole(recipes: Any) -> None:
+    for row in itertools.islice(recipes.functions(), 50):
+        (function,) = ast.parse(row["source"]).body
+        assert isinstance(function, ast.FunctionDef)
+        assert function.name == row["name"]
+        assert (ast.get_docstring(function) or "").strip() == row["doc"]
+
+
+def test_only_the_answer_is_learnt(recipes: Any) -> None:
+    class Letters:
+        eos_token_id = 0
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> str:
+            assert options == {"tokenize": False, "add_generation_prompt": True}
+            return f"<{messages[0]['content']}>"
+
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+            assert not add_special_tokens
+            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+    read = recipes.tokens_of(Letters(), "ab", "cd", 6)
+    assert read == {
+        "input_ids": [*map(ord, "<ab>cd")],
+        "labels": [-100, -100, -100, -100, *map(ord, "cd")],
+    }
+    read = recipes.tokens_of(Letters(), "ab", "cd", 9)
+    assert (read["input_ids"][-1], read["labels"][-1]) == (0, 0)
