@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qaflora_edge.errors import OutputFileError, ResultsFileError
-from qaflora_edge.files import cache_lock, open_input
+from qaflora_edge.errors import ResultsFileError
+from qaflora_edge.files import open_input
 from qaflora_edge.formats.json_text import is_unicode, read_json_object
 from qaflora_edge.formats.schema import WrongField, check_schema, shortened, shown
+from qaflora_edge.line_file import LineFile
 
 MAX_LINE_BYTES = 4 << 20
 MAX_FILE_BYTES = 1 << 30
@@ -90,9 +91,8 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
-        self._path, self._header = path, dict(header)
-        self._file: BinaryIO | None = None
-        self._n_byte = 0  # of whole lines in the file
+        self._lines = None if path is None else LineFile(path, "results")
+        self._header = dict(header)
         self._records: dict[tuple[str, int, str], Mapping[str, Any]] = {}
 
     @property
@@ -111,80 +111,39 @@ class ResultsFile:
         Raises ResultsFileError or OutputFileError when it is of another evaluation, or cannot be
         written to; then it stays as it is.
         """
-        if self._path is None:
+        if self._lines is None:
             yield
             return
-        from filelock import Timeout
-
-        lock = cache_lock(str(self._path.resolve()))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise self._refused(
-                "another process writes results into it, and no other was expected",
-                "Wait for it to end",
-            ) from None
-        try:
-            self._go_on()
+        with self._lines.opened():
+            self._go_on(self._lines)
             yield
-        finally:
-            if self._file is not None:
-                self._file.close()
-            lock.release()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add the result of an item under a strategy."""
-        if self._path is not None:
-            if self._file is None:
-                self._open(self._path)
-            self._put(record)
+        if self._lines is not None:
+            for line in (record,) if self._lines.n_byte else (self._header, record):
+                self._lines.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
         self._records[record["task"], record["item"], record["strategy"]] = record
 
-    def _go_on(self) -> None:
-        assert self._path is not None
+    def _go_on(self, lines: LineFile) -> None:
         try:
-            with open_input(self._path) as file:
-                found, self._n_byte = _read(file, str(self._path), is_begun=True)
+            with open_input(lines.path) as file:
+                found, lines.n_byte = _read(file, str(lines.path), is_begun=True)
         except FileNotFoundError:
             return
         except OSError as error:
-            raise self._refused(error.strerror or str(error), "See to it") from error
-        if self._n_byte == 0:  # empty, or killed while its first line was written
+            raise lines.refused(error.strerror or str(error), "See to it") from error
+        if lines.n_byte == 0:  # empty, or killed while its first line was written
             return
         for key in IDENTITY:
             if found.header[key] != self._header[key]:
                 what = _difference(key, found.header, self._header)
-                raise self._refused(
+                raise lines.refused(
                     f"it is of another evaluation: its {what}", "Give what it was begun with"
                 )
         for record in found.records:
             self._records[record["task"], record["item"], record["strategy"]] = record
         self._header = dict(found.header)
-
-    def _open(self, path: Path) -> None:
-        try:
-            self._file = open(path, "ab")  # noqa: SIM115
-            self._file.truncate(self._n_byte)  # a cut last line
-        except OSError as error:
-            raise self._refused(error.strerror or str(error), "See to it") from error
-        if self._n_byte == 0:
-            self._put(self._header)
-
-    def _put(self, line: Mapping[str, Any]) -> None:
-        assert self._file is not None
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-        try:
-            self._file.write(text.encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._refused(
-                error.strerror or str(error), "See to it and run the same again, which goes on"
-            ) from error
-
-    def _refused(self, found: str, advice: str) -> OutputFileError:
-        return OutputFileError(
-            f"Cannot write results into {self._path}: {found}. {advice}, or choose another -o FILE."
-        )
 
 
 def _read(
