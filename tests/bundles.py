@@ -1,6 +1,8 @@
 """Tiny bundles as real folders, and a look at a folder that shows any change."""
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,19 @@ def make_bundle(place: Path, *, calibrate: bool = False, **base_options: Any) ->
         calibrate=calibrate,
     )
     return made
+
+
+def bundle_json(folder: Path) -> dict[str, Any]:
+    """What a bundle.json says."""
+    found: dict[str, Any] = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    return found
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a bundle.json says, in place."""
+    raw = bundle_json(folder)
+    change(raw)
+    (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
 
 
 def snapshot(folder: Path) -> dict[str, str]:

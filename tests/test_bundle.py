@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle, make_sources, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, make_sources, rewrite, snapshot
 from patience import PATIENCE_S
 
 from qaflora_edge import Engine, QafloraError
@@ -60,17 +60,6 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     return make_bundle(tmp_path_factory.mktemp("calibrated"), calibrate=True)
 
 
-def read(folder: Path) -> Raw:
-    raw: Raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    return raw
-
-
-def rewrite(folder: Path, change: Callable[[Raw], object]) -> None:
-    raw = read(folder)
-    change(raw)
-    (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
-
-
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -79,7 +68,7 @@ def sha256(path: Path) -> str:
 
 
 def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
-    raw = read(made.folder)
+    raw = bundle_json(made.folder)
     assert raw["format"] == "qaflora-bundle/1"
     assert raw["base"] == {
         "architecture": "llama",
@@ -110,7 +99,7 @@ def test_bundle_round_trip(calibrated: TinyBundle) -> None:
     assert bundle.base_path == calibrated.base.path
     assert list(bundle.adapter_paths) == ["math", "es"]
     assert bundle.fusion_defaults == {"strategy": "qa-flora", "lens": "norm", "pool": "last"}
-    assert bundle.description_dict == read(calibrated.folder)
+    assert bundle.description_dict == bundle_json(calibrated.folder)
     assert {key: len(bundle.typical["es"][key]) for key in LAYERS} == dict.fromkeys(LAYERS, 3)
 
 
@@ -122,7 +111,7 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     for name in ("math", "es"):
         for lens in fuse.LENSES:
             np.testing.assert_allclose(bundle.typical[name][lens], measured[name][lens], rtol=1e-6)
-    recorded = read(calibrated.folder)["fusion"]["typical_prompts"]
+    recorded = bundle_json(calibrated.folder)["fusion"]["typical_prompts"]
     text = "".join(prompt + "\n" for prompt in prompts)
     assert recorded == {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -360,7 +349,7 @@ def test_a_bundle_of_others_may_hold_no_numbers(tmp_path: Path) -> None:
     with path.open("rb+") as file:
         file.seek(tensor.offset)
         file.write(struct.pack("<f", float("inf")))
-    text = json.loads((sources.folder / "bundle.json").read_text())
+    text = bundle_json(sources.folder)
     text["adapters"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (sources.folder / "bundle.json").write_text(json.dumps(text))
     with pytest.raises(GgufFileError, match=r"1 of the 768 values of tensor blk\.1\.ffn_up"):
@@ -504,7 +493,7 @@ def test_what_an_adapter_was_trained_on_is_recorded(tmp_path: Path) -> None:
         "d": sources.adapter.path,
     }
     create_bundle(sources.folder, sources.base.path, adapters, calibrate=False)
-    found = {raw["name"]: raw.get("trained_on") for raw in read(sources.folder)["adapters"]}
+    found = {raw["name"]: raw.get("trained_on") for raw in bundle_json(sources.folder)["adapters"]}
     assert found == {"a": "owner/base-model", "b": "owner/base-model", "c": None, "d": None}
     assert describe(sources.folder).count("  trained on owner/base-model") == 2
 
@@ -599,7 +588,7 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
     sources = make_sources(tmp_path)
     model = register(monkeypatch, sources.base.path)
     create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path}, calibrate=False)
-    assert read(sources.folder)["base"]["registry"] == "tiny-model"
+    assert bundle_json(sources.folder)["base"]["registry"] == "tiny-model"
     models = registry.models_dir()
     models.mkdir(parents=True)
     sources.base.path.rename(models / model.file)
@@ -630,7 +619,7 @@ def test_base_by_name_leaves_no_path_in_the_bundle(
     registry.models_dir().mkdir(parents=True)
     sources.base.path.rename(registry.models_dir() / model.file)
     create_bundle(sources.folder, "tiny-model", {"es": sources.adapter.path}, calibrate=False)
-    assert "file" not in read(sources.folder)["base"]
+    assert "file" not in bundle_json(sources.folder)["base"]
     assert str(tmp_path) not in (sources.folder / "bundle.json").read_text()
     load_bundle(sources.folder)
 

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, rewrite, snapshot
 from hubs import FakeHub
 
 from qaflora_edge import Engine, QafloraError
@@ -54,17 +53,6 @@ def made(tmp_path: Path) -> TinyBundle:
     return make_bundle(tmp_path)
 
 
-def read(folder: Path) -> Raw:
-    raw: Raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    return raw
-
-
-def rewrite(folder: Path, change: Callable[[Raw], object]) -> None:
-    raw = read(folder)
-    change(raw)
-    (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
-
-
 def set_fusion(folder: Path, **fields: Any) -> None:
     rewrite(folder, lambda raw: raw["fusion"].update(fields))
 
@@ -90,7 +78,7 @@ def test_added_adapters_are_as_if_created_with_them(made: TinyBundle, tmp_path: 
     assert bundle.adapter_paths["med"].read_bytes() == made.adapter.path.read_bytes()
     law = read_adapter_gguf(bundle.adapter_paths["law"])
     assert {info.ggml_type.name for info in law.tensors.values()} == {"F32"}
-    record = read(made.folder)["adapters"][3]
+    record = bundle_json(made.folder)["adapters"][3]
     assert (record["source"], record["license"], record["description"]) == ("S", "MIT", "D")
     assert names_in(made.folder) == {
         "bundle.json",
@@ -100,16 +88,16 @@ def test_added_adapters_are_as_if_created_with_them(made: TinyBundle, tmp_path: 
 
 def test_adding_measures_what_was_not_measured(made: TinyBundle, tmp_path: Path) -> None:
     add_adapter(made.folder, "med", made.adapter.path)
-    all_measured = read(made.folder)["fusion"]
+    all_measured = bundle_json(made.folder)["fusion"]
     assert set(all_measured["typical"]) == {"math", "es", "med"}  # the bundle had no measurements
     whole = make_bundle_with_calibration(tmp_path / "whole")
-    assert all_measured["typical_prompts"] == read(whole)["fusion"]["typical_prompts"]
+    assert all_measured["typical_prompts"] == bundle_json(whole)["fusion"]["typical_prompts"]
     for name in ("math", "es"):
         for lens in ("raw", "norm"):
             # Another number of sequences sums in another order, which an F16 cache magnifies.
             np.testing.assert_allclose(
                 all_measured["typical"][name][lens],
-                read(whole)["fusion"]["typical"][name][lens],
+                bundle_json(whole)["fusion"]["typical"][name][lens],
                 rtol=5e-3,
             )
     with Engine(made.folder, n_ctx=64, strategy="calibrated") as engine:
@@ -148,11 +136,11 @@ def test_unknown_keys_and_order_are_kept(made: TinyBundle) -> None:
         raw["fusion"]["more"] = "é"
 
     rewrite(made.folder, change)
-    before = read(made.folder)
+    before = bundle_json(made.folder)
     add_adapter(made.folder, "med", made.adapter.path, calibrate=False)
     rename_adapter(made.folder, "med", "law")
     remove_adapter(made.folder, "law")
-    assert json.dumps(read(made.folder)) == json.dumps(before)
+    assert json.dumps(bundle_json(made.folder)) == json.dumps(before)
 
 
 def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
@@ -163,7 +151,7 @@ def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: 
     hub.repos["owner/maths"].branches["v1"] = commit
     add_adapter(made.folder, "a", "owner/maths@v1", calibrate=False)
     add_adapter(made.folder, "b", "owner/one", calibrate=False)
-    a, b = read(made.folder)["adapters"][2:]
+    a, b = bundle_json(made.folder)["adapters"][2:]
     assert (a["hub"], a["source"], a["license"]) == (
         f"owner/maths@{commit}",
         f"owner/maths@{commit}",
@@ -200,7 +188,7 @@ def test_paths_in_the_hubs_cache_are_recorded_as_references(
     for number, folder in enumerate((math, linked)):
         adapters = {"math": folder, "es": folder / "es.gguf", "mine": made.peft}
         new = create_bundle(tmp_path / f"new{number}", base, adapters, calibrate=False)
-        raw = read(new)
+        raw = bundle_json(new)
         assert raw["base"]["hub"] == f"owner/base/q8/base.gguf@{base_commit}"
         assert "file" not in raw["base"]
         hubs = [adapter.get("hub") for adapter in raw["adapters"]]
@@ -298,7 +286,7 @@ def test_a_broken_adapter_can_be_removed(made: TinyBundle) -> None:
 
 
 def test_a_file_of_two_adapters_stays_for_the_other(made: TinyBundle) -> None:
-    twin = {**read(made.folder)["adapters"][1], "name": "twin"}
+    twin = {**bundle_json(made.folder)["adapters"][1], "name": "twin"}
     rewrite(made.folder, lambda raw: raw["adapters"].append(twin))
     remove_adapter(made.folder, "es")
     assert list(verify_bundle(made.folder).adapter_paths) == ["math", "twin"]
@@ -432,9 +420,9 @@ def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) 
     assert ", calibrated" not in describe(made.folder)
     set_fusion(made.folder, typical={"math": {"raw": [1.0, 2.0, 3.0]}})
     assert calibrate(made.folder)
-    after = read(made.folder)
+    after = bundle_json(made.folder)
     adapters = {"math": made.peft, "es": made.adapter.path}
-    together = read(create_bundle(tmp_path / "new", made.base.path, adapters))
+    together = bundle_json(create_bundle(tmp_path / "new", made.base.path, adapters))
     assert after["fusion"] == together["fusion"]
     assert ", calibrated" in describe(made.folder)
     before = snapshot(made.folder)
@@ -448,12 +436,12 @@ def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) 
 def test_the_base_may_lie_elsewhere(made: TinyBundle, tmp_path: Path) -> None:
     moved = made.base.path.rename(tmp_path / "moved.gguf")
     set_base(made.folder, moved)
-    assert read(made.folder)["base"]["file"] == str(moved)
+    assert bundle_json(made.folder)["base"]["file"] == str(moved)
     assert load_bundle(made.folder).base_path == moved
     inside = made.folder / "base.gguf"
     shutil.copyfile(moved, inside)
     set_base(made.folder, inside)
-    assert read(made.folder)["base"]["file"] == "base.gguf"
+    assert bundle_json(made.folder)["base"]["file"] == "base.gguf"
     elsewhere = made.folder.rename(tmp_path / "elsewhere")
     assert verify_bundle(elsewhere).base_path == elsewhere / "base.gguf"
 
@@ -461,7 +449,7 @@ def test_the_base_may_lie_elsewhere(made: TinyBundle, tmp_path: Path) -> None:
 def test_the_base_may_be_on_the_hub(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
     commit = hub.put("owner/base", {"a.gguf": made.base.path.read_bytes()})
     set_base(made.folder, "owner/base/a.gguf")
-    base = read(made.folder)["base"]
+    base = bundle_json(made.folder)["base"]
     assert "file" not in base
     assert base["hub"] == f"owner/base/a.gguf@{commit}"
     assert load_bundle(made.folder).base_path.is_relative_to(hub_cache)

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from bundles import make_bundle
+from bundles import bundle_json, make_bundle
 
 from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, save_session
@@ -83,7 +83,7 @@ def validator() -> Any:
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     """A bundle.json with every field that there is."""
     made = make_bundle(tmp_path_factory.mktemp("format"))
-    found: Raw = json.loads((made.folder / "bundle.json").read_text())
+    found: Raw = bundle_json(made.folder)
     found["base"] |= {"registry": "tiny", "hub": "owner/name/base.gguf@v1"}
     found["adapters"][0] |= {"hub": "owner/name", "trained_on": "owner/model"}
     usual = {"mean": -3.5, "spread": 0.25}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, snapshot
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
@@ -40,7 +40,7 @@ def folder(made_once: TinyBundle, tmp_path: Path) -> Path:
 
 
 def fusion(folder: Path) -> Any:
-    return json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["fusion"]
+    return bundle_json(folder)["fusion"]
 
 
 def qaflora(*words: object) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle, bundle_json, make_bundle
 from click.testing import CliRunner, Result
 from patience import PATIENCE_S, wait_until
 
@@ -345,7 +345,7 @@ def test_another_file_is_refused_and_left_alone(
     before: bytes | None = out.read_bytes()
     if change == "bundle":
         other = shutil.copytree(made.folder, made.folder.with_name("other"))
-        text = json.loads((other / "bundle.json").read_text())
+        text = bundle_json(other)
         (other / "bundle.json").write_text(json.dumps({**text, "description": "another"}))
         made = replace(made, folder=other)
     elif change == "edit":

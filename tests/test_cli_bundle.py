@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle, make_sources, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, make_sources, snapshot
 from click.testing import CliRunner, Result
 
 from qaflora_edge.bundles.open import load_bundle
@@ -82,7 +82,7 @@ def test_show_and_its_json(tmp_path: Path) -> None:
     assert "rank 4, alpha 8, on attn_k" in result.stdout
     shown = json.loads(qaflora("bundle", "show", made.folder, "--json").stdout)
     assert shown.pop("base_path") == str(made.base.path)
-    assert shown == json.loads((made.folder / "bundle.json").read_text())
+    assert shown == bundle_json(made.folder)
 
 
 def test_show_of_no_bundle_fails(tmp_path: Path) -> None:

@@ -39,9 +39,17 @@ TEXTS = {
 }
 
 
+# The least for each text, where most scrolls out, and others in turn.
+SIZES = [(80, 18), (80, 8), (40, 10), (120, 40)]
+CASES = [
+    pytest.param(text, *size, id=f"{name}-{size[0]}x{size[1]}")
+    for i, (name, text) in enumerate(TEXTS.items())
+    for size in ((30, 7), SIZES[i % len(SIZES)])
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("columns", "height"), [(80, 18), (80, 8), (40, 10), (30, 7), (120, 40)])
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize(("text", "columns", "height"), CASES)
 def test_each_row_is_on_the_screen_or_above_at_every_prefix(
     text: str, columns: int, height: int
 ) -> None:
@@ -58,12 +66,11 @@ def test_each_row_is_on_the_screen_or_above_at_every_prefix(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("height", [8, 18])
-def test_what_a_mark_could_yet_change_comes_whole_in_the_end(height: int) -> None:
+def test_what_a_mark_could_yet_change_comes_whole_in_the_end() -> None:
     """A star without end, and a table: shown by their ends while they grow."""
     rows = "\n".join(f"| {i} | {words('c', 3)} |" for i in range(20))
     text = f"An *open star {words('a', 200)}\n\n| n | c |\n|---|---|\n{rows}\n\nDone."
-    screen, clock = Screen(80, height), Ticks()
+    screen, clock = Screen(80, 8), Ticks()
     stream = stream_on(screen, clock=clock)
     for piece in re.findall(r"\S+|\s+", text):
         clock.now += 1

@@ -5,7 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from bundles import make_bundle, snapshot
+from bundles import bundle_json, make_bundle, snapshot
 from click.testing import CliRunner, Result
 from hubs import FakeHub
 
@@ -89,7 +89,7 @@ def hub_bundle(server: FakeHub, place: Path, **base_fields: str) -> bytes:
     made = make_bundle(place)
     base = made.base.path.read_bytes()
     server.put("owner/base", {"base.gguf": base})
-    raw = json.loads((made.folder / "bundle.json").read_text())
+    raw = bundle_json(made.folder)
     del raw["base"]["file"]
     raw["base"].update(base_fields)
     adapters = {path: (made.folder / path).read_bytes() for path in ADAPTERS}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, snapshot
 from click.testing import CliRunner
 from patience import wait_until
 
@@ -60,7 +60,7 @@ def task(tmp_path: Path) -> Path:
 
 
 def fusion(folder: Path) -> Any:
-    return json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["fusion"]
+    return bundle_json(folder)["fusion"]
 
 
 def qaflora(*words: object) -> Any:
@@ -207,7 +207,7 @@ def test_renaming_and_removing_an_adapter(folder: Path) -> None:
             "one": {"weights": {"math": 1, "es": 0.0}, "method": "by hand"},
         },
     )
-    raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    raw = bundle_json(folder)
     raw["fusion"]["strategy"] = "fitted:both"
     (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
     rename_adapter(folder, "math", "sums")

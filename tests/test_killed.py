@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from bundles import make_bundle
+from bundles import bundle_json, make_bundle
 from hubs import FakeHub
 from patience import PATIENCE_S
 
@@ -53,7 +53,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     start.mkdir()
     made = make_bundle(start, n_layer=1)
     tiny.write_tiny_peft(made.peft, made.base, **SMALL)
-    raw = json.loads((made.folder / "bundle.json").read_text())
+    raw = bundle_json(made.folder)
     raw["base"]["file"] = "../base.gguf"
     (made.folder / "bundle.json").write_text(json.dumps(raw))
     (tmp_path / "place").mkdir()
@@ -245,7 +245,7 @@ def check(copy):
 @pytest.mark.parametrize("script", [INTO_THE_CACHE, INTO_A_FOLDER], ids=["cache", "folder"])
 def test_pull(hub: FakeHub, start: Path, tmp_path: Path, script: str) -> None:
     bundle = start / "bundle"
-    raw = json.loads((bundle / "bundle.json").read_text())
+    raw = bundle_json(bundle)
     raw["base"]["file"] = str(start / "base.gguf")
     files = {
         f"adapters/{name}": (bundle / "adapters" / name).read_bytes()

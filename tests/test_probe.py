@@ -7,11 +7,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from decoded import count_decoded
 from numpy.typing import NDArray
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
@@ -63,19 +63,6 @@ def prober(base: TinyBase, adapters: Sequence[TinyAdapter], *, tail: int = 0) ->
     model = Model(base.path)
     pack = Pack(model, [adapter.path for adapter in adapters])
     return Alone(Prober(model, pack, EXACT, tail=tail), len(adapters))
-
-
-def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens, of all sequences together, of every decode from now on."""
-    counts: list[int] = []
-    decode = Context.decode_spans
-
-    def counting(self: Context, spans: Sequence[Span]) -> list[int]:
-        counts.append(sum(len(span.tokens) for span in spans))
-        return decode(self, spans)
-
-    monkeypatch.setattr(Context, "decode_spans", counting)
-    return counts
 
 
 @pytest.mark.parametrize("kind", ["kl", "cosine"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle, bundle_json, make_bundle
 from click.testing import CliRunner, Result
 from hubs import TOKEN, FakeHub, Repo
 
@@ -53,7 +53,7 @@ def made(tmp_path: Path, hub: FakeHub) -> TinyBundle:
 
 
 def rewrite(folder: Path, *, license: str = "", **base: Any) -> None:
-    raw = json.loads((folder / "bundle.json").read_text())
+    raw = bundle_json(folder)
     raw["base"].update(base)
     raw["license"] = license
     (folder / "bundle.json").write_text(json.dumps(raw))
@@ -89,7 +89,7 @@ def test_a_bundle_comes_back_as_it_went(
 
 
 def test_the_card_says_what_it_is(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
-    raw = json.loads((made.folder / "bundle.json").read_text())
+    raw = bundle_json(made.folder)
     raw["adapters"][0]["description"] = "Sums | and\n<b>more</b> `x` [a](b)"
     (made.folder / "bundle.json").write_text(json.dumps(raw))
     push(made.folder, "me/mine")

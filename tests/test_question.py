@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decoded import count_decoded
 from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat.question import QuestionFinder
 from qaflora_edge.chat.tokens import chat_tokens
@@ -138,16 +138,9 @@ def test_states_of_both_places_are_those_of_single_tokens(
 def test_a_question_is_read_in_one_pass(
     base: TinyBase, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts: list[int] = []
-    decode = Context.decode_spans
-
-    def counting(self: Context, spans: Any) -> list[int]:
-        counts.append(sum(len(span.tokens) for span in spans))
-        return decode(self, spans)
-
     with opened(base, adapters) as engine:
         tokens = engine.chat_tokens(asked(QUESTION))
-        monkeypatch.setattr(Context, "decode_spans", counting)
+        counts = count_decoded(monkeypatch)
         first = engine.weights(tokens, strategy="cosine:pool=question")
         assert sum(counts) == 3 * len(tokens)
         engine.weights(tokens, strategy="qa-flora:pool=question")  # of the same states

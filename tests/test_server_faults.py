@@ -15,7 +15,7 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, snapshot
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, free_port, launched, listening, listening_app, make_options, metric
 from tiny import constant_logits
@@ -238,7 +238,7 @@ def test_a_bundle_that_is_deleted_under_it(made: TinyBundle, alone: Engine, tmp_
     loaded, absent = tmp_path / "loaded", tmp_path / "absent"
     for place in (loaded, absent):
         shutil.copytree(made.folder, place)
-        text = json.loads((place / "bundle.json").read_text(encoding="utf-8"))
+        text = bundle_json(place)
         text["name"] = place.name if place is absent else "tiny"
         text["base"]["file"] = str(made.base.path)
         (place / "bundle.json").write_text(json.dumps(text), encoding="utf-8")

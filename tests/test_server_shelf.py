@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, make_bundle
+from bundles import TinyBundle, bundle_json, make_bundle
 from serving import ENGINE, client_of, make_options
 from starlette.testclient import TestClient
 
@@ -199,7 +199,7 @@ def test_a_base_alone_is_a_model(made: TinyBundle) -> None:
 
 def test_what_was_fitted_is_a_model(places: list[Path], tmp_path: Path) -> None:
     place = named(places[0], tmp_path / "fitted", "fitted")
-    text = json.loads((place / "bundle.json").read_text())
+    text = bundle_json(place)
     text["fusion"] |= {"fitted": {"sums": {"weights": {"math": 0.5}}}, "strategy": "fitted:sums"}
     (place / "bundle.json").write_text(json.dumps(text))
     with client_of(place) as client:

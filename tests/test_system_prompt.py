@@ -1,18 +1,15 @@
 """A bundle's system prompt: where it is said, and that it is read once for all Engines."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_sources, snapshot
+from bundles import TinyBundle, bundle_json, make_sources, snapshot
 from click.testing import CliRunner
+from decoded import count_decoded
 
 from qaflora_edge import Engine
-from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.errors import ChatTemplateError
@@ -39,15 +36,7 @@ def made(tmp_path: Path, cache: Path) -> TinyBundle:
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of the first sequence in every decode."""
-    found: list[int] = []
-    decode = Context.decode_spans
-
-    def counting(self: Context, spans: Sequence[Span]) -> list[int]:
-        found.append(len(spans[0].tokens))
-        return decode(self, spans)
-
-    monkeypatch.setattr(Context, "decode_spans", counting)
-    return found
+    return count_decoded(monkeypatch, first_only=True)
 
 
 def weighed(engine: Engine, counts: list[int], messages: Any = QUESTION) -> tuple[Any, int, int]:
@@ -154,7 +143,7 @@ def test_create_by_command_and_show(tmp_path: Path, cache: Path) -> None:
     args += [f"es={made.adapter.path}", "--no-calibrate", "--system", str(tmp_path / "system.txt")]
     result = CliRunner().invoke(main, args)
     assert (result.exit_code, len(list(cache.iterdir()))) == (0, 1), result.stderr
-    text = json.loads((made.folder / "bundle.json").read_text(encoding="utf-8"))
+    text = bundle_json(made.folder)
     assert text["system"] == SYSTEM.strip()
     shown = CliRunner().invoke(main, ["bundle", "show", str(made.folder)])
     assert f"system     {SYSTEM.strip()}\n" in shown.stdout

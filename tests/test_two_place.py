@@ -11,9 +11,9 @@ import gguf
 import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle
+from decoded import count_decoded
 
 from qaflora_edge import Engine
-from qaflora_edge.backend.context import Context
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.bundles.neutral import neutral_prompts
@@ -226,18 +226,11 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
 def test_an_engine_follows_it_in_one_pass_of_the_base(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts: list[int] = []
-    decode = Context.decode_spans
-
-    def counting(self: Context, spans: Any) -> list[int]:
-        counts.append(sum(len(span.tokens) for span in spans))
-        return decode(self, spans)
-
     typical = load_bundle(made.folder).typical
     usual = {key: [typical[name][key] for name in ("math", "es")] for key in PLACES}
     with Engine(made.folder, strategy="two-place:abstain=never") as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
-        monkeypatch.setattr(Context, "decode_spans", counting)
+        counts = count_decoded(monkeypatch)
         fusion = engine.weights(tokens)
         assert sum(counts) == len(tokens)
         text = engine.weights("the thing").weights
@@ -299,17 +292,10 @@ def test_a_bundle_that_is_not_measured_cannot_begin_with_it(
 def test_first_runs_only_the_most_unusual_ones(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts: list[int] = []
-    decode = Context.decode_spans
-
-    def counting(self: Context, spans: Any) -> list[int]:
-        counts.append(sum(len(span.tokens) for span in spans))
-        return decode(self, spans)
-
     typical = load_bundle(made.folder).typical
     with Engine(made.folder) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
-        monkeypatch.setattr(Context, "decode_spans", counting)
+        counts = count_decoded(monkeypatch)
         fusion = engine.weights(tokens, strategy="calibrated:first=1,total=1.5")
         assert sum(counts) == 3 * len(tokens)  # the base, then the base and one adapter
         counts.clear()
@@ -344,12 +330,6 @@ def test_what_precedes_the_question_is_read_once(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers are the same bits as of a prompt that is read as a whole."""
-    counts: list[int] = []
-    decode = Context.decode_spans
-
-    def counting(self: Context, spans: Any) -> list[int]:
-        counts.append(sum(len(span.tokens) for span in spans))
-        return decode(self, spans)
 
     def added(engine: Engine, turns: list[dict[str, str]]) -> Any:
         tokens = engine.chat_tokens(turns)
@@ -364,7 +344,7 @@ def test_what_precedes_the_question_is_read_once(
         fresh = added(engine, turns)
     with Engine(made.folder) as engine:
         first = added(engine, [story])
-        monkeypatch.setattr(Context, "decode_spans", counting)
+        counts = count_decoded(monkeypatch)
         np.testing.assert_array_equal(added(engine, turns), fresh)
         assert sum(counts) < len(engine.chat_tokens(turns)) / 2
         np.testing.assert_array_equal(added(engine, [story]), first)
