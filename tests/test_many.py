@@ -328,6 +328,40 @@ def test_states_that_are_no_numbers_are_nobody_elses(
             assert [answer.text() for _, answer in answers] == [expected] * len(requests)
 
 
+def test_scores_that_are_no_numbers_are_refused(
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine
+) -> None:
+    huge = np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
+    expected = alone.score("the king", " of the thing")
+    with opened(parts) as other:
+        with pytest.raises(
+            BackendError,
+            match=r"^The log-probabilities of a continuation are NaN, expected numbers: an adapter "
+            r"that weighs more than 0 here, or the base, is damaged\. Convert or fetch it again",
+        ):
+            other.score("the king", " of the thing", weights=huge)
+        np.testing.assert_array_equal(other.score("the king", " of the thing"), expected)
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3])
+def test_a_prompt_that_is_not_read_to_its_end_spoils_nobodys_answer(
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, n_parallel: int
+) -> None:
+    """Nobody has seen whether its states were numbers."""
+    huge = np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
+    expected = alone.generate("the king", max_tokens=6).text()
+    with opened(parts, n_parallel=n_parallel, n_ctx=1024) as other:
+        for _ in range(2 * n_parallel):
+            lost = other.generate(drawn(900), weights=huge, max_tokens=6, wait=False)
+            while not lost.timings.prefill_ms:  # what others ask is computed in between
+                other.weights("the king", strategy="qa-flora")
+            lost.cancel()
+            assert not lost.is_done
+            requests = ["the king"] * (n_parallel + 1)
+            answers = other.generate_many(requests, max_tokens=6)
+            assert [answer.text() for _, answer in answers] == [expected] * len(requests)
+
+
 @pytest.mark.parametrize("requests", ["abc", {"prompt": "abc"}])
 def test_one_request_is_not_many(engine: Engine, requests: Any) -> None:
     with pytest.raises(OptionError, match=r"^generate_many got the one request .*; give a list of"):

@@ -361,3 +361,33 @@ def test_a_state_that_is_no_number_is_reported(tmp_path: Path) -> None:
     del tensor, reader
     with pytest.raises(BackendError, match=r"after block 1 is NaN or infinite with .*a\.gguf"):
         prober(base, [adapter]).divergence(TOKENS, "kl", "norm", "last")
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_states_that_are_no_numbers_are_nobody_elses(
+    base: TinyBase, adapters: list[TinyAdapter], flash_attn: bool, cancelled: bool
+) -> None:
+    """NaN times 0 is NaN: left in memory, it would reach the next query's adapters."""
+    reader = gguf.GGUFReader(adapters[0].path, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.0.attn_v.weight.lora_b")
+    tensor.data[:] = np.nan
+    del tensor, reader
+    options = {**EXACT, "flash_attn": flash_attn}
+    long = np.random.default_rng(5).integers(0, 256, 1000).tolist()
+
+    def opened() -> Prober:
+        model = Model(base.path)
+        return Prober(model, Pack(model, [adapter.path for adapter in adapters]), options)
+
+    spoilt = opened()
+    steps = spoilt.states(long, (0, 1), "last")
+    if cancelled:
+        next(steps)
+        steps.close()
+    else:
+        with pytest.raises(BackendError, match="NaN"):
+            run_alone(steps)
+    for n in (20, 100):
+        found = run_alone(spoilt.states(long[-n:], (1,), "last"))
+        assert np.array_equal(found, run_alone(opened().states(long[-n:], (1,), "last")))

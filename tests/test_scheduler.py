@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,9 @@ class NotedContext:
     def clear(self, seq: int | None = None) -> None:
         for i in range(len(self.cells)) if seq is None else [seq]:
             self.cells[i] = []
+
+    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
+        self.clear(seq)
 
     def move(self, source: int, target: int) -> None:
         self.cells[target], self.cells[source] = self.cells[source], []

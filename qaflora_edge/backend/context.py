@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,22 +184,30 @@ class Context(Handle):
             self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
             self._tokens[seq] = []
 
-    def clean(self, seq: int) -> None:
-        """Forget a sequence whose states are no numbers, and the numbers too.
+    def wipe(self) -> None:
+        """Forget all sequences, and the numbers too: see clean()."""
+        self._lib.llama_memory_clear(self._memory, True)
+        self._tokens = [[] for _ in range(self.n_seq)]
+        self._spoilt.clear()
+
+    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
+        """Forget a sequence whose states may be no numbers, and the numbers too.
 
         Attention multiplies what it may not see by 0, and NaN stays NaN: in the same room the next
         sequence would meet it. Sequences have rooms of their own, and a copy takes a whole room.
+
+        doubtful  other sequences whose rooms may have such numbers
         """
         self.clear(seq)
         self._spoilt.add(seq)
-        good = next((each for each in range(self.n_seq) if each not in self._spoilt), None)
+        bad = self._spoilt.union(doubtful)
+        good = next((each for each in range(self.n_seq) if each not in bad), None)
         if good is not None:
             self._lib.llama_memory_seq_cp(self._memory, good, seq, -1, -1)
             self.clear(seq)
             self._spoilt.discard(seq)
         elif not any(self._tokens):
-            self._lib.llama_memory_clear(self._memory, True)
-            self._spoilt.clear()
+            self.wipe()
 
     def keep(self, n_token: int, seq: int) -> int:
         """Keep so many tokens of one sequence's beginning, and forget the rest.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ class AnswerContext(Protocol):
 
     def keep(self, n_token: int, seq: int) -> int: ...
     def clear(self, seq: int | None = None) -> None: ...
-    def clean(self, seq: int) -> None: ...
+    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None: ...
     def move(self, source: int, target: int) -> None: ...
     def copy(self, source: int, target: int) -> None: ...
     def set_weights(self, weights: F32, *, seq: int = 0) -> None: ...
@@ -54,13 +54,16 @@ class Runner:
     ) -> None:
         self._vocabulary, self._context, self._computing = vocabulary, context, computing
         self._spoilt: list[int] = []  # slots whose states are no numbers
+        self._unread: set[int] = set()  # slots whose prompt is read in part: states may be none
 
     def run(self, step: Step, slots: Sequence[Slot]) -> None:
         """Compute a step, the job's part apart. What fails ends the sequences that it concerns."""
         for source, target in step.copies:
             self._context.copy(source, target)
+            self._took(source, target)
         for source, target in step.moves:
             self._context.move(source, target)
+            self._took(source, target)
             moved = slots[target].sequence
             assert moved is not None
             self._context.set_weights(moved.request.weights, seq=target)
@@ -72,7 +75,7 @@ class Runner:
             self._prefill(sequence, slots[_slot(sequence)], n)
         while self._spoilt:
             slot = slots[self._spoilt.pop()]
-            self._context.clean(slot.number)
+            self._clean(slot.number)
             slot.forget()
 
     def forget(self, slots: Sequence[Slot]) -> None:
@@ -81,7 +84,19 @@ class Runner:
         for slot in slots:
             slot.forget()
 
+    def _took(self, source: int, target: int) -> None:
+        """Note that a slot has what is in another's room, and nothing of its own."""
+        self._unread.discard(target)
+        if source in self._unread:
+            self._unread.add(target)
+
+    def _clean(self, number: int) -> None:
+        self._unread.discard(number)
+        self._context.clean(number, self._unread)
+
     def _admit(self, sequence: sequences.Sequence, slot: Slot, n_reused: int) -> None:
+        if n_reused == 0 and slot.number in self._unread:
+            self._clean(slot.number)
         sequence.n_past = self._context.keep(n_reused, slot.number)
         if sequence.n_past < n_reused:  # the memory could not forget what came after it
             slot.hold(sequence, 0)
@@ -92,6 +107,7 @@ class Runner:
         tokens = sequence.request.tokens[start : start + n]
         is_last = start + n == sequence.n_prompt
         self._computing([sequence])
+        self._unread.add(slot.number)
         try:
             span = Span(slot.number, tokens, start, "last" if is_last else "none")
             (row,) = self._context.decode_spans([span])
@@ -102,6 +118,7 @@ class Runner:
             return
         self._held(sequence, slot, tokens)
         if is_last:
+            self._unread.discard(slot.number)
             self._begin(sequence, row)
 
     def _begin(self, sequence: sequences.Sequence, row: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.logprobs import log_softmax
 
 F32 = NDArray[np.float32]
@@ -53,7 +54,7 @@ class Scorer:
     def score(self, items: Sequence[Item]) -> Generator[None, None, list[F32]]:
         """Log-probabilities in nats of each item's continuation: float32 [n_token] each.
 
-        Yields between micro-batches.
+        Yields between micro-batches. Raises BackendError when one is NaN.
         """
         results = [np.zeros(len(item.continuation), np.float32) for item in items]
         groups: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
@@ -66,8 +67,11 @@ class Scorer:
                 context = self._room_for(prompt, [item for item, _ in part])
                 try:
                     yield from _score_group(context, prompt, part)
-                finally:
-                    context.clear()
+                    _check(result for _, result in part)
+                except BaseException:  # GeneratorExit of a cancelled call included
+                    context.wipe()
+                    raise
+                context.clear()
         return results
 
     def _room_for(self, prompt: Sequence[int], items: Sequence[Item]) -> Context:
@@ -87,6 +91,15 @@ class Scorer:
                 **self._options,
             )
         return self._context
+
+
+def _check(results: Iterable[F32]) -> None:
+    if any(np.isnan(result).any() for result in results):
+        raise BackendError(
+            "The log-probabilities of a continuation are NaN, expected numbers: an adapter that "
+            "weighs more than 0 here, or the base, is damaged. Convert or fetch it again, or leave "
+            "it out."
+        )
 
 
 def _score_group(

@@ -75,7 +75,7 @@ class BaseProber:
         try:
             yield from read_tokens(context, tokens, n_kept, "last", n_seq=1)
         except BaseException:
-            context.clear()
+            context.wipe()
             raise
         return self._projections[key].norms(context.inputs(0)[0])
 
@@ -88,7 +88,7 @@ class BaseProber:
             yield from read_tokens(context, tokens, 0, "all", n_seq=1)
             embedding: F32 = context.states(0)[-1]
         except BaseException:
-            context.clear()
+            context.wipe()
             raise
         if not np.isfinite(embedding).all():
             raise BackendError(
@@ -124,7 +124,7 @@ class BaseProber:
                 at += len(piece)
                 yield at
         except BaseException:
-            context.clear()
+            context.wipe()
             raise
         weights, sizes = sums / len(tokens)
         return weights, sizes
@@ -155,7 +155,7 @@ class BaseProber:
                 at = end
                 yield at
         except BaseException:
-            context.clear()
+            context.wipe()
             raise
         n = stop - start
         last = [each.of_layers(each.sums(inputs[-1:])) for each in sizes]

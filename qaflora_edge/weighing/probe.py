@@ -103,10 +103,10 @@ class Prober:
                 n_kept = self._go_on(context, tokens)
                 yield from self._read(context, tokens, n_kept, "last")
             states = self._states(context)
+            self._check_finite(states, key[1])
         except BaseException:  # GeneratorExit of a cancelled query included
-            context.clear()
+            context.wipe()
             raise
-        self._check_finite(states, key[1])
         self._last = (key, states)
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
@@ -137,11 +137,11 @@ class Prober:
         try:
             self._use(context, key[1])
             states = yield from self._read_places(context, tokens, span)
+            for place in states:
+                self._check_finite(place, key[1])
         except BaseException:  # GeneratorExit of a cancelled query included
-            context.clear()
+            context.wipe()
             raise
-        for place in states:
-            self._check_finite(place, key[1])
         self._last = (key, states)
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
