@@ -26,6 +26,11 @@ from qaflora_edge.server.work import refused_response
 ADAPTERS = {"demo": ("math", "es", "med"), "code": ("sql",)}
 STRATEGIES = ("qa-flora", "calibrated", "static", "base")
 N_LAYER = 24
+META = {"n_layer": N_LAYER, "strategy": "qa-flora"}
+SHA256: dict[str, Any] = {
+    "base": "ab" * 32,
+    "adapters": {name: name * 8 for name in ADAPTERS["demo"]},
+}
 
 
 @dataclass
@@ -94,13 +99,16 @@ def app(script: Script) -> Starlette:
 
     async def models(request: Request) -> Response:
         found = [
-            {"id": name, "object": "model", "meta": {"adapters": list(names), "n_layer": N_LAYER}}
+            {"id": name, "object": "model", "meta": {"adapters": list(names), **META}}
             for name, names in ADAPTERS.items()
         ]
         for name, names in ADAPTERS.items():
             ids = [*STRATEGIES, *(f"single:{each}" for each in names)]
             found += [{"id": f"{name}:{strategy}", "object": "model"} for strategy in ids]
         return JSONResponse({"object": "list", "data": found})
+
+    async def model(request: Request) -> Response:
+        return JSONResponse({"id": request.path_params["id"], "meta": {**META, "sha256": SHA256}})
 
     async def answer(request: Request) -> Response:
         body = await request.json()
@@ -143,6 +151,7 @@ def app(script: Script) -> Starlette:
         routes=[
             *page_routes(),
             Route("/v1/models", models),
+            Route("/v1/models/{id}", model),
             Route("/v1/chat/completions", answer, methods=["POST"]),
         ],
         exception_handlers={Refusal: refused},

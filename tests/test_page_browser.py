@@ -1,6 +1,7 @@
 """The page of the server in a real browser: conversations, the mix, settings, the keyboard."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from desk import (
     Desk,
     desk_at,
 )
-from scripted_server import N_LAYER, layers
+from patience import PATIENCE_S
+from scripted_server import N_LAYER, SHA256, layers
+
+from qaflora_edge.chat.conversation import Conversation, Turn
+from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
 
 pytestmark = [
     pytest.mark.slow,
@@ -147,7 +152,7 @@ def test_weights_that_are_no_shares_are_shown_as_weights(desk: Desk) -> None:
 def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) -> None:
     options = desk.texts("#strategy option")
     assert options == [
-        *("the bundle's own", "qa-flora", "calibrated", "static", "base"),
+        *("the bundle's own (qa-flora)", "qa-flora", "calibrated", "static", "base"),
         *("only math", "only es", "only med", "manual"),
     ]
     desk.set("#strategy", "calibrated")
@@ -354,12 +359,10 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
     desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     desk.set("#system", "Be short.")
     desk.ask()
-    for kind, ending in (("markdown", "md"), ("json", "json")):
+    for kind in ("markdown", "json"):
         desk.click("#save")
         desk.click(f"#save-{kind}")
-        while not [*tmp_path.glob(f"chat-*.{ending}")]:
-            desk.window.until("return true")
-    [markdown], [document] = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    markdown, document = (saved(tmp_path, ending) for ending in ("md", "json"))
     means = [sum(row) / N_LAYER for row in layers(["math", "es", "med"], "qa-flora")]
     mix = ", ".join(
         f"{n} {100 * m:.0f} %" for n, m in zip(("math", "es", "med"), means, strict=True)
@@ -368,12 +371,119 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
         f"## System\n\nBe short.\n\n## Question\n\n{QUESTION}\n\n"
         f"## Answer\n\n*demo · qa-flora · {mix}*\n\n{ANSWER}\n"
     )
-    found = json.loads(document.read_text("utf-8"))
-    assert found["system"] == "Be short."
-    [turn] = found["turns"]
-    assert (turn["question"], turn["answers"][0]["text"]) == (QUESTION, ANSWER)
-    assert turn["answers"][0]["finish_reason"] == "stop"
-    assert len(turn["answers"][0]["fusion"]["layers"]["math"]) == N_LAYER
+    session = load_session(document)
+    assert session.bundle == BundleIdentity("demo", SHA256["base"], SHA256["adapters"])
+    assert (session.strategy, session.adapters) == ("qa-flora", ("math", "es", "med"))
+    assert session.conversation == Conversation("Be short.", [Turn(QUESTION, ANSWER)])
+    answer = json.loads(document.read_text("utf-8"))["messages"][-1]
+    assert len(answer["fusion"]["layers"]["math"]) == N_LAYER
+
+
+def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Path) -> None:
+    desk.window.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    desk.set("#system", "Be short.")
+    desk.set("#compare", True)
+    desk.ask()
+    desk.set("#compare", True)
+    desk.click("li:nth-child(2) .adapter input")
+    desk.ask("And then?")
+    desk.window.run("document.querySelectorAll('.choice')[1].click()")
+    desk.click("#save-json")
+    desk.window.until("return document.activeElement.id === 'save'")
+    path = saved(tmp_path, "json")
+    before = desk.texts(".said, .markdown, .mix, .facts")
+    desk.click("#new")
+    desk.set("#system", "")
+    desk.click("li:nth-child(2) .adapter input")
+    open_chat(desk, path)
+    assert sorted(desk.texts(".said, .markdown, .mix, .facts")) == sorted(before)
+    assert desk.window.run("return document.getElementById('system').value") == "Be short."
+    desk.ask("And now?")
+    asked = desk.script.asked[-1]
+    assert asked["fusion"]["adapters"] == ["math", "med"]
+    assert [m["role"] for m in asked["messages"]] == [
+        "system",
+        *(["user", "assistant"] * 2),
+        "user",
+    ]
+    assert desk.window.log() == []
+
+
+def test_a_chat_of_the_terminal_is_opened(desk: Desk, tmp_path: Path) -> None:
+    turns = [Turn(QUESTION, ANSWER), Turn("And then?", "Nothing", "length")]
+    identity = BundleIdentity("demo", SHA256["base"], SHA256["adapters"])
+    path = tmp_path / "talk.json"
+    for strategy, option in (("static", "static"), ("manual:math=0.7,med=1", "manual")):
+        save_session(path, Session(identity, Conversation("", turns), strategy, ("math", "med")))
+        open_chat(desk, path)
+        assert desk.texts(".said") == [QUESTION, "And then?"]
+        assert desk.texts(".markdown strong") == ["42"]
+        assert desk.text(".note:not([hidden])") == "Cut at the longest answer; see the settings."
+        assert desk.window.run("return document.getElementById('strategy').value") == option
+    desk.ask("And now?")
+    asked = desk.script.asked[-1]
+    assert asked["fusion"]["weights"] == {"math": 0.7, "es": 0, "med": 1}
+    assert len(asked["messages"]) == 5
+    assert desk.window.log() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1", "It is not JSON."),
+        ("[1]", 'The field format is missing, expected "qaflora-session/1".'),
+        ({"messages": [{"role": "user", "content": "a"}]}, "The field messages is 1, expected an"),
+        (
+            {"messages": [{"role": "assistant"}]},
+            'messages[0].role is "assistant", expected "user".',
+        ),
+        ({"bundle": {"name": 3}}, "The field bundle.name is 3, expected a text."),
+    ],
+)
+def test_another_file_is_refused(
+    desk: Desk, tmp_path: Path, text: str | dict[str, object], message: str
+) -> None:
+    desk.ask()
+    path = tmp_path / "talk.json"
+    identity = BundleIdentity("demo", "", {})
+    save_session(path, Session(identity, Conversation(None, []), "static", ()))
+    if isinstance(text, dict):
+        text = json.dumps({**json.loads(path.read_text("utf-8")), **text})
+    path.write_text(text, "utf-8")
+    open_chat(desk, path, says="trouble")
+    found = desk.text("#trouble")
+    assert found.startswith("Cannot open talk.json: ")
+    assert message in found
+    assert found.endswith("Choose a file that this page or `qaflora chat` has saved.")
+    assert desk.texts(".said") == [QUESTION]
+
+
+def saved(place: Path, ending: str) -> Path:
+    """The one file that the page has saved there, once it is whole."""
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until:
+        for path in place.glob(f"chat-*.{ending}"):
+            if path.read_bytes().endswith(b"\n"):
+                return path
+        time.sleep(0.05)
+    raise AssertionError(f"no whole .{ending} in {place}")
+
+
+def open_chat(desk: Desk, path: Path, says: str = "") -> None:
+    """Choose a file, and wait until it is shown, or what is wrong with it."""
+    desk.window.run(
+        "document.getElementById('chat-file').hidden = false;"
+        "document.querySelectorAll('.turn').forEach(each => { each.dataset.before = ''; });"
+    )
+    element = next(iter(desk.window.find("#chat-file").values()))
+    desk.window.send("POST", f"/element/{element}/value", {"text": str(path)})
+    if says:
+        desk.window.until("return !document.getElementById('trouble').hidden")
+    else:
+        desk.window.until(
+            "return document.querySelector('.turn')"
+            " && !document.querySelector('.turn[data-before], .markdown:empty')"
+        )
 
 
 def test_a_server_that_is_busy_says_so(desk: Desk) -> None:

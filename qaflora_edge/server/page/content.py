@@ -19,7 +19,7 @@ from qaflora_edge.weighing.strategy import strategies
 # In this order: each uses what stands before it.
 SCRIPTS = (
     *("elements", "icons", "store", "server", "markdown", "mix", "answer", "turn", "panel"),
-    *("download", "chat"),
+    *("download", "session", "chat"),
 )
 
 

@@ -124,14 +124,48 @@ menu.onkeydown = event => {
     items[(at + move + items.length) % items.length].focus();
   }
 };
-const saveAs = (ending, type, text) => {
+const saveAs = async (ending, type, text) => {
   openMenu(false);
   byId("save").focus();
-  if (chat.turns.length) download(fileName(ending), type, text());
-  else say("There is nothing to save yet.");
+  if (!chat.turns.length) return say("There is nothing to save yet.");
+  try {
+    download(fileName(ending), type, await text());
+  } catch (error) {
+    fail(told(error));
+  }
 };
 byId("save-markdown").onclick = () => saveAs("md", "text/markdown", asMarkdown);
-byId("save-json").onclick = () => saveAs("json", "application/json", asJson);
+byId("save-json").onclick = () => saveAs("json", "application/json", asSession);
+
+const openFile = async file => {
+  try {
+    if (file.size > MAX_SESSION_BYTES) throw new Error(`It has more than ${MAX_SESSION_BYTES} bytes.`);
+    const session = readSession(await file.text());
+    stop();
+    truncate(0);
+    follow(session);
+    chat.turns = session.turns;
+  } catch (error) {
+    fail(`Cannot open ${file.name}: ${error.message} Choose a file that this page or \`qaflora chat\` has saved.`);
+    return;
+  }
+  fail("");
+  keep();
+  byId("bundle").value = settings.bundle;
+  drawPanel();
+  drawEmpty();
+  for (const turn of chat.turns) append(turn);
+  drawState();
+  scrollDown();
+  question.focus();
+};
+const chatFile = byId("chat-file");
+byId("open-chat").onclick = () => { openMenu(false); chatFile.click(); };
+chatFile.onchange = () => {
+  const [file] = chatFile.files;
+  chatFile.value = "";
+  if (file && bundles.size) openFile(file);
+};
 addEventListener("click", event => {
   if (!menu.hidden && !event.target.closest("#save, #save-menu")) openMenu(false);
 });

@@ -18,16 +18,6 @@ const messagesBefore = end => {
   return messages;
 };
 
-const asJson = () => `${JSON.stringify({
-  system: settings.system,
-  turns: chat.turns.map(turn => ({
-    question: turn.question,
-    chosen: turn.chosen,
-    answers: turn.answers.map(({ model, strategy, text, state, error, fusion, usage, timings }) =>
-      ({ model, strategy, text, finish_reason: state, error, fusion, usage, timings })),
-  })),
-}, null, 1)}\n`;
-
 const mixLine = ({ model, strategy, fusion }) => {
   const shares = fusion ? weightTexts(Object.values(fusion.weights)) : [];
   const parts = Object.keys(fusion?.weights ?? {}).map((name, i) => `${name} ${shares[i]}`);

@@ -1,0 +1,128 @@
+// A chat as the file that `qaflora chat` saves and loads. What is of this page alone stands beside.
+const SESSION_FORMAT = "qaflora-session/1";
+const MAX_SESSION_BYTES = 16 * 2 ** 20;
+const REASONS = ["stop", "length", "cancelled"];
+
+const strategyText = () => {
+  const { bundle, strategy } = settings;
+  if (strategy !== "manual") return strategy || bundles.get(bundle).meta.strategy;
+  return `manual:${adaptersOf(bundle).map(name => `${name}=${weightOf(name)}`).join(",")}`;
+};
+
+const answerMessage = ({ model, strategy, text, state, fusion, usage, timings }) => ({
+  role: "assistant", content: text, finish_reason: REASONS.includes(state) ? state : "cancelled",
+  model, strategy, fusion, usage, timings,
+});
+
+const asSession = async () => {
+  const { bundle, system } = settings, names = adaptersOf(bundle), off = settings.off[bundle] ?? [];
+  const { sha256 = {} } = (await (await call(`v1/models/${encodeURIComponent(bundle)}`)).json()).meta;
+  const messages = system.trim() ? [{ role: "system", content: system }] : [];
+  for (const turn of chat.turns.filter(each => chosenAnswer(each).text)) {
+    const others = turn.answers.filter(answer => answer !== chosenAnswer(turn)).map(answerMessage);
+    messages.push(
+      { role: "user", content: turn.question },
+      { ...answerMessage(chosenAnswer(turn)), ...(others.length ? { others } : {}) });
+  }
+  return `${JSON.stringify({
+    format: SESSION_FORMAT,
+    bundle: { name: bundle, base_sha256: sha256.base ?? "", adapters: sha256.adapters ?? {} },
+    strategy: strategyText(),
+    adapters: isChosen(settings.strategy) ? names.filter(name => !off.includes(name)) : names,
+    messages,
+  }, null, 1)}\n`;
+};
+
+// Reading one: it may come from anywhere, so that everything is checked and nothing else is taken.
+const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
+const isText = value => typeof value === "string";
+const isTexts = value => Array.isArray(value) && value.every(isText);
+const isNumbers = value => Array.isArray(value) && value.length > 0 && value.every(Number.isFinite);
+
+const wrong = (name, value, expected) => {
+  const found = value === undefined ? "missing" : JSON.stringify(value).slice(0, 80);
+  return new Error(`${name} is ${found}, expected ${expected}.`);
+};
+
+// The mix of an answer, where it is whole: means, and as many layers of each adapter.
+const fusionOf = fusion => {
+  if (!isObject(fusion) || !isText(fusion.strategy) || !isObject(fusion.layers)) return undefined;
+  const names = Object.keys(fusion.layers), rows = Object.values(fusion.layers);
+  const means = names.map(name => fusion.weights?.[name]);
+  if (!rows.every(row => isNumbers(row) && row.length === rows[0].length) || !means.every(Number.isFinite)) return undefined;
+  return {
+    strategy: fusion.strategy, probe_ms: Number(fusion.probe_ms) || 0,
+    weights: Object.fromEntries(names.map((name, i) => [name, means[i]])),
+    layers: Object.fromEntries(names.map((name, i) => [name, rows[i]])),
+  };
+};
+
+const answerOf = (message, bundle) => ({
+  model: isText(message.model) ? message.model : bundle,
+  strategy: isText(message.strategy) ? message.strategy : "",
+  text: message.content,
+  state: message.finish_reason ?? "stop",
+  fusion: fusionOf(message.fusion),
+  ...(Number.isFinite(message.usage?.completion_tokens) ? { usage: { completion_tokens: message.usage.completion_tokens } } : {}),
+  ...(Number.isFinite(message.timings?.tokens_per_second) ? { timings: { tokens_per_second: message.timings.tokens_per_second } } : {}),
+});
+
+const checkMessage = (message, name, role) => {
+  if (message?.role !== role) throw wrong(`${name}.role`, message?.role, `"${role}"`);
+  if (!isText(message.content)) throw wrong(`${name}.content`, message.content, "a text");
+  if (role === "user" && !message.content.trim()) throw wrong(`${name}.content`, message.content, "a text that is not empty");
+  const reason = message.finish_reason ?? "stop";
+  if (!REASONS.includes(reason)) throw wrong(`${name}.finish_reason`, reason, `one of ${REASONS.join(", ")}`);
+};
+
+const checkSession = found => {
+  if (!isObject(found) || found.format !== SESSION_FORMAT) throw wrong("The field format", found?.format, `"${SESSION_FORMAT}"`);
+  if (!isText(found.bundle?.name)) throw wrong("The field bundle.name", found.bundle?.name, "a text");
+  if (!isObject(found.bundle.adapters)) throw wrong("The field bundle.adapters", found.bundle.adapters, "hashes by name");
+  if (!isText(found.strategy)) throw wrong("The field strategy", found.strategy, "a text");
+  if (!isTexts(found.adapters)) throw wrong("The field adapters", found.adapters, "names");
+  if (!Array.isArray(found.messages)) throw wrong("The field messages", found.messages, "a list");
+  const n = found.messages[0]?.role === "system" ? 1 : 0;
+  found.messages.forEach((message, i) =>
+    checkMessage(message, `The field messages[${i}]`, i < n ? "system" : ["user", "assistant"][(i - n) % 2]));
+  if ((found.messages.length - n) % 2) throw wrong("The field messages", found.messages.length, "an answer to every question");
+  return n;
+};
+
+const othersOf = ({ others }) => (Array.isArray(others) ? others : []).slice(0, 1)
+  .filter(each => isObject(each) && isText(each.content) && REASONS.includes(each.finish_reason));
+
+// What a file says: {system, turns, bundle, strategy, adapters}. Throws what is wrong with it.
+const readSession = text => {
+  let found;
+  try {
+    found = JSON.parse(text);
+  } catch {
+    throw new Error("It is not JSON.");
+  }
+  const n = checkSession(found), { bundle, strategy, adapters, messages } = found, turns = [];
+  for (let i = n; i < messages.length; i += 2) {
+    const answers = [messages[i + 1], ...othersOf(messages[i + 1])];
+    turns.push({ question: messages[i].content, answers: answers.map(each => answerOf(each, bundle.name)), chosen: 0 });
+  }
+  return { system: n ? messages[0].content : "", turns, bundle, strategy, adapters };
+};
+
+// The settings of a file, as far as this server can follow them.
+const follow = ({ system, bundle, strategy, adapters }) => {
+  settings.system = system;
+  if (bundles.has(bundle.name)) settings.bundle = bundle.name;
+  const names = adaptersOf(settings.bundle), [kind, given = ""] = strategy.split(/:(.*)/s);
+  const isOff = name => Object.hasOwn(bundle.adapters, name) && !adapters.includes(name);
+  settings.off[settings.bundle] = names.every(isOff) ? [] : names.filter(isOff);
+  if (kind === "manual") {
+    settings.strategy = "manual";
+    settings.weights[settings.bundle] = Object.fromEntries(names.map(name => {
+      const weight = given.split(",").find(each => each.startsWith(`${name}=`));
+      return [name, Number(weight?.slice(name.length + 1)) || 0];
+    }));
+  } else {
+    const { strategies, meta } = bundles.get(settings.bundle);
+    settings.strategy = strategy !== meta.strategy && strategies.includes(strategy) ? strategy : "";
+  }
+};
