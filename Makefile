@@ -48,7 +48,7 @@ vulkan-tests: $(DONE)/package $(DONE)/pytest
 # The library with address and undefined-behaviour sanitizers, and asserts, in an environment of its
 # own. Not stripped, so that a report names functions.
 test-asan:
-	$(MAKE) VENV=.venv-asan BUILD=build/asan INSTALL_OPTIONS='-C install.strip=false' \
+	$(MAKE) VENV=.venv-asan BUILD=build/asan INSTALL_OPTIONS='--config-settings install.strip=false' \
 	    CMAKE_ARGS="$(CMAKE_ARGS) $(ASAN_ARGS)" asan-tests
 
 ASAN_ARGS := $(foreach part,GGML LLAMA,$(foreach kind,ADDRESS UNDEFINED,-D$(part)_SANITIZE_$(kind)=on)) \
@@ -69,7 +69,7 @@ test-clients:
 	$(MAKE) VENV=.venv-clients clients-tests
 
 clients-tests: $(DONE)/package $(DONE)/pytest
-	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[clients]'
+	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[clients]'
 	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_client_openai.py tests/test_clients.py
 	$(BIN)/python tests/llama_server_tests.py $(BUILD)/llama-server
 
@@ -139,16 +139,16 @@ $(DONE)/binding: $(DONE)/venv patches/UPSTREAM
 	@touch $@
 
 $(DONE)/package: $(DONE)/binding $(DONE)/cmake-args $(PACKAGE_FILES)
-	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' $(INSTALL_OPTIONS) '.[server]'
+	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' $(INSTALL_OPTIONS) '.[server]'
 	@touch $@
 
 # Plain `torch` is what pip's configuration makes it; the tests need only a CPU build.
 $(DONE)/test-tools: pyproject.toml | $(DONE)/package
-	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[test]'
+	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[test]'
 	@touch $@
 
 $(DONE)/eval: pyproject.toml | $(DONE)/package
-	$(PIP) install -C build-dir='$(BUILD)/{wheel_tag}' '.[eval]'
+	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[eval]'
 	@touch $@
 
 $(DONE)/pytest: $(DONE)/venv

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -30,6 +31,8 @@ LENS = {"raw": 0, "norm": 1}
 # default, 300,000, keeps cores busy that another program waits for; without any, every one of the
 # thousands of barriers of a token costs a wake-up. docs/performance.md has the figures.
 SPIN_COUNT = 10_000
+
+_DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
 
 _INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-deps qaflora-edge)"
 
@@ -94,7 +97,7 @@ def _import_binding(folder: Path) -> ModuleType:
             f"The native library is missing: {folder / _library_name()} does not exist; "
             f"{_INSTALL_ADVICE}, or set QAFLORA_LIB_PATH to the folder that holds it."
         )
-    wanted = {"LLAMA_CPP_LIB_PATH": str(folder)}
+    wanted: dict[str, str | None] = {"LLAMA_CPP_LIB_PATH": str(folder)}
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         wanted["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
     try:
@@ -113,18 +116,57 @@ def _import_binding(folder: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for what a library reads once, as it is loaded; they are put back after."""
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables for what a library reads once, as it is loaded; they are put back after.
+
+    None takes a variable away.
+    """
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def ggml_of(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with ggml's registry of backends: libllama's own dependencies, or ggml.dll."""
+    if sys.platform == "win32":
+        return ctypes.CDLL(str(Path(lib._name).with_name("ggml.dll")))
+    return lib
+
+
+def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
+    """Load the backends that are files: of the CPU's, the best that this processor can run.
+
+    Left to itself llama.cpp looks for them in the folder of the program and the current one
+    (0c1e5709, ggml-backend-reg.cpp ggml_backend_load_best), and takes one more from a variable.
+    """
+    ggml = ggml_of(lib)
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_reg_count():  # this build has them linked
+        return
+    load = ggml.ggml_backend_load_all_from_path
+    load.restype, load.argtypes = None, [ctypes.c_char_p]
+    with _environment({"GGML_BACKEND_PATH": None}):
+        load(os.fsencode(folder))
+    by_type = ggml.ggml_backend_dev_by_type
+    by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
+    if not by_type(_DEVICE_TYPE_CPU):
+        found = ", ".join(sorted(path.name for path in folder.glob("*ggml-cpu*"))) or "none"
+        raise LibraryError(
+            f"No CPU backend of {folder} can be loaded on this processor "
+            f"({platform.machine()}); there are: {found}. Expected one that it can run; "
+            f"{_INSTALL_ADVICE}."
+        )
 
 
 def _declare(lib: ctypes.CDLL) -> SimpleNamespace:
@@ -142,10 +184,11 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
 
     returns  (llama_cpp.llama_cpp, our functions without their qaflora_ prefix)
 
-    Raises LibraryError when the library is missing, stock, or of another ABI version; it names
-    the file that was loaded.
+    Raises LibraryError when the library is missing, stock, of another ABI version, or without a CPU
+    backend for this processor; it names the file that was loaded.
     """
-    binding = _import_binding(library_dir())
+    folder = library_dir()
+    binding = _import_binding(folder)
     loaded = binding._lib._name
     if not hasattr(binding._lib, "qaflora_abi_version"):
         raise LibraryError(
@@ -158,6 +201,7 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
         raise LibraryError(
             f"{loaded} has qaflora_abi_version {found}, expected {ABI_VERSION}; {_INSTALL_ADVICE}."
         )
+    _load_backends(binding._lib, folder.absolute())
     binding.llama_backend_init()
     return binding, _declare(binding._lib)
 

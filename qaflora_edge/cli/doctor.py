@@ -6,8 +6,6 @@ import ctypes
 import importlib.metadata
 import json
 import platform
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -61,7 +59,7 @@ def library_facts() -> dict[str, Any]:
         "file": str(lib._name),
         "abi_version": functions.abi_version(),
         "build_info": functions.build_info().decode("utf-8", "replace"),
-        "devices": _devices(_ggml(lib)),
+        "devices": _devices(native.ggml_of(lib)),
         "gpu_offload": bool(binding.llama_supports_gpu_offload()),
         "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
     }
@@ -87,13 +85,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _ggml(lib: Any) -> Any:
-    """The library with ggml's device registry: libllama's own dependencies, or ggml.dll."""
-    if sys.platform == "win32":
-        return ctypes.CDLL(str(Path(lib._name).parent / "ggml.dll"))
-    return lib
 
 
 def _devices(ggml: Any) -> list[dict[str, Any]]:
