@@ -11,6 +11,7 @@ from jinja2.sandbox import SecurityError
 from tiny import CHATML, write_tiny_base
 
 from qaflora_edge.backend.model import Model
+from qaflora_edge.chat import template as chat_template
 from qaflora_edge.chat.template import (
     TemplateLimit,
     TemplateRefused,
@@ -123,6 +124,21 @@ def test_hostile_template_is_stopped_soon(template: str) -> None:
     finally:
         tracemalloc.stop()
     assert time.process_time() - start < 100  # 2 s, on a slow machine; tracing is slow too
+
+
+def test_time_that_others_take_is_not_a_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "_strftime_now", lambda _: time.sleep(0.4))
+    assert rendered("{{ strftime_now('%Y') }}{{ 1 + 1 }}") == "None2"
+
+
+def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% if messages %}{{ 3 * 14 }}{% endif %}"
+    assert rendered(template) == "42"
+    monkeypatch.setattr(jinja2.Environment, "compile", None)
+    assert rendered(template) == "42"
+    with pytest.raises(TypeError):
+        rendered(template + "!")
 
 
 @pytest.mark.parametrize(
