@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import tiny
@@ -31,7 +33,35 @@ def make_sources(place: Path, **base_options: Any) -> TinyBundle:
 
 
 def make_bundle(place: Path, *, calibrate: bool = False, **base_options: Any) -> TinyBundle:
-    """Write the sources and make the bundle; without calibration that loads no library."""
+    """Write the sources and make the bundle; without calibration that loads no library.
+
+    What was made once with the same options is copied.
+    """
+    if "replace" in base_options:  # arrays
+        return _made(place, calibrate, base_options)
+    key = (calibrate, *sorted(base_options.items()))
+    if key not in _FIRST:
+        _FIRST[key] = _made(Path(_PLACE.name) / str(len(_FIRST)), calibrate, base_options)
+    first = _FIRST[key]
+    origin = first.folder.parent
+    shutil.copytree(origin, place, dirs_exist_ok=True)
+    text = (place / "bundle" / "bundle.json").read_text(encoding="utf-8")
+    text = text.replace(str(origin.resolve()), str(place.resolve()))
+    (place / "bundle" / "bundle.json").write_text(text, encoding="utf-8")
+    return TinyBundle(
+        place / "bundle",
+        replace(first.base, path=place / "base.gguf"),
+        place / "peft",
+        replace(first.adapter, path=place / "es.gguf"),
+    )
+
+
+_FIRST: dict[Any, TinyBundle] = {}  # by their options
+_PLACE = TemporaryDirectory()  # of those; it ends with the process
+
+
+def _made(place: Path, calibrate: bool, base_options: dict[str, Any]) -> TinyBundle:
+    place.mkdir(exist_ok=True)
     made = make_sources(place, **base_options)
     create_bundle(
         made.folder,
