@@ -239,6 +239,7 @@ def test_memory_is_split_into_its_parts(shown: dict[str, Any], made: TinyBundle)
     assert memory["kv_probe_bytes"] == 3 * memory["kv_main_bytes"]  # base and two adapters
 
 
+@pytest.mark.slow
 def test_table_to_read(made: TinyBundle) -> None:
     result = bench(made, *SMALL, "--probe-k", "1")
     assert (result.exit_code, result.stderr) == (0, "")

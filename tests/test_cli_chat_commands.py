@@ -76,59 +76,58 @@ def test_switched_off_adapters_are_as_if_they_were_not_there(
     assert "% of the last answer" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("/adapters of math", "/adapters of is no choice; expected /adapters, /adapters on [NAME"),
-        ("/adapters off law", "The adapter 'law' is not in this bundle; expected one of: math, es"),
-        ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, "),
-        ("/strategy calibrated", "Strategy calibrated needs typical divergences"),
-        (
-            "/undo 3",
-            "/undo 3 cannot be done: expected a number of turns, from 1 to the 2 there are.",
-        ),
-        (
-            "/undo 0",
-            "/undo 0 cannot be done: expected a number of turns, from 1 to the 2 there are.",
-        ),
-        (
-            "/undo all",
-            "/undo all cannot be done: expected a number of turns, from 1 to the 2 there are.",
-        ),
-        ("/undo " + "9" * 5000, "999... cannot be done: expected a number of turns"),
-        ("/keep-history yes", "/keep-history yes is no choice; expected /keep-history, /keep-"),
-        ("/weights math", "/weights takes nothing behind it, found 'math'."),
-        ("/retry 2", "/retry takes nothing behind it, found '2'."),
-        ("/help wieghts", "There is no command /wieghts; did you mean /help weights?"),
-        ("/help xyzzy", "There is no command /xyzzy; see /help."),
-        ("/strategy calibratd", "There is no strategy calibratd; did you mean calibrated?"),
-        ("/strategy singel:es", "There is no strategy singel:es; did you mean single:es?"),
-        ("/temp warm", "The temperature 'warm' is no number; expected one such as 0.7."),
-        ("/temp -1", "Option temperature is -1.0, expected a number from 0 up."),
-        ("/temp off", "The temperature 'off' is no number; expected one such as 0.7."),
-        ("/penalty 0", "Option repeat_penalty is 0.0, expected a number above 0 to 100."),
-        ("/seed 1.5", "The seed '1.5' is no whole number; expected one such as 4096."),
-        ("/seed -2", "Option seed is -2, expected a whole number from 0 to 4294967294."),
-        ("/ctx much", "The number of tokens 'much' is no whole number; expected one such as 4096."),
-        ("/ctx 0", "Option n_ctx is 0, expected a number of tokens from 1 to"),
-        ("/ctx 99999999999", "expected a number of tokens from 1 to"),
-        ("/clear all", "/clear takes nothing behind it, found 'all'."),
-        ("/exit now", "/exit takes nothing behind it, found 'now'."),
-        ("/quit now", "/quit takes nothing behind it, found 'now'."),
-        ("/save", "/save got no file name; expected /save FILE."),
-        ("/load none.json", "Cannot load the session none.json: it cannot be read (No such file"),
-        ("/load a\0b", "the path has a null character"),
-        ("/system " + "x" * 5000, "The prompt has"),
-        ("/system " + "xyz " * 108, "The system prompt leaves less than a quarter of the context"),
-    ],
-)
-def test_a_command_that_fails_is_told_and_the_chat_goes_on(
-    made: TinyBundle, line: str, message: str
-) -> None:
-    result = chat(made.folder, "on a ring", "and then", line, "the thing")
+FAILING = [
+    ("/adapters of math", "/adapters of is no choice; expected /adapters, /adapters on [NAME"),
+    ("/adapters off law", "The adapter 'law' is not in this bundle; expected one of: math, es"),
+    ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, "),
+    ("/strategy calibrated", "Strategy calibrated needs typical divergences"),
+    (
+        "/undo 3",
+        "/undo 3 cannot be done: expected a number of turns, from 1 to the 2 there are.",
+    ),
+    (
+        "/undo 0",
+        "/undo 0 cannot be done: expected a number of turns, from 1 to the 2 there are.",
+    ),
+    (
+        "/undo all",
+        "/undo all cannot be done: expected a number of turns, from 1 to the 2 there are.",
+    ),
+    ("/undo " + "9" * 5000, "999... cannot be done: expected a number of turns"),
+    ("/keep-history yes", "/keep-history yes is no choice; expected /keep-history, /keep-"),
+    ("/weights math", "/weights takes nothing behind it, found 'math'."),
+    ("/retry 2", "/retry takes nothing behind it, found '2'."),
+    ("/help wieghts", "There is no command /wieghts; did you mean /help weights?"),
+    ("/help xyzzy", "There is no command /xyzzy; see /help."),
+    ("/strategy calibratd", "There is no strategy calibratd; did you mean calibrated?"),
+    ("/strategy singel:es", "There is no strategy singel:es; did you mean single:es?"),
+    ("/temp warm", "The temperature 'warm' is no number; expected one such as 0.7."),
+    ("/temp -1", "Option temperature is -1.0, expected a number from 0 up."),
+    ("/temp off", "The temperature 'off' is no number; expected one such as 0.7."),
+    ("/penalty 0", "Option repeat_penalty is 0.0, expected a number above 0 to 100."),
+    ("/seed 1.5", "The seed '1.5' is no whole number; expected one such as 4096."),
+    ("/seed -2", "Option seed is -2, expected a whole number from 0 to 4294967294."),
+    ("/ctx much", "The number of tokens 'much' is no whole number; expected one such as 4096."),
+    ("/ctx 0", "Option n_ctx is 0, expected a number of tokens from 1 to"),
+    ("/ctx 99999999999", "expected a number of tokens from 1 to"),
+    ("/clear all", "/clear takes nothing behind it, found 'all'."),
+    ("/exit now", "/exit takes nothing behind it, found 'now'."),
+    ("/quit now", "/quit takes nothing behind it, found 'now'."),
+    ("/save", "/save got no file name; expected /save FILE."),
+    ("/load none.json", "Cannot load the session none.json: it cannot be read (No such file"),
+    ("/load a\0b", "the path has a null character"),
+    ("/system " + "x" * 5000, "The prompt has"),
+    ("/system " + "xyz " * 108, "The system prompt leaves less than a quarter of the context"),
+]
+
+
+def test_commands_that_fail_are_told_and_the_chat_goes_on(made: TinyBundle) -> None:
+    lines, messages = zip(*FAILING, strict=True)
+    result = chat(made.folder, "on a ring", "and then", *lines, "the thing")
     errors = [row for row in result.stderr.splitlines() if row.startswith("Error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+    assert len(errors) == len(messages)
+    for error, message in zip(errors, messages, strict=True):
+        assert message in error
     assert result.exit_code == 0
     assert result.stdout == as_lines(answers(made.folder, "on a ring", "and then", "the thing"))
 

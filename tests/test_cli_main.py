@@ -253,6 +253,7 @@ def test_what_no_file_reports_itself_is_no_traceback(
     assert (done.exit_code, done.stderr) == (1, f"Error: {message}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(
     ("closed", "prompt", "code"), [("<&-", "-", 1), (">&-", "hi", 0), ("2>&-", "hi", 0)]

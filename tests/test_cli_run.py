@@ -255,6 +255,7 @@ def test_prompt_from_files_and_stdin(
     assert prompt_of(made, monkeypatch, "-", stdin="-\n") == "-"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "asked"),
     [
@@ -281,6 +282,7 @@ def test_what_is_piped_stands_behind_the_prompt(
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected, done.stderr
 
 
+@pytest.mark.slow
 def test_closed_stdin_says_nothing(made: TinyBundle) -> None:
     line = [*QAFLORA, "run", str(made.folder), PROMPT, "--max-tokens", "2"]
     done = subprocess.run(["bash", "-c", f"{shlex.join(line)} <&-"], capture_output=True, text=True)
@@ -513,6 +515,7 @@ def test_transcript_of_a_pipe(made: TinyBundle) -> None:
     assert re.fullmatch(SUMMARY, done.stderr.decode())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize("options", ["", "--json", "--temp 1 --n 3"])
 def test_reader_that_has_enough_ends_it_quietly(

@@ -275,6 +275,7 @@ def test_what_is_answered_is_what_the_task_says(folder: Path, tmp_path: Path) ->
 # what goes wrong
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on(folder: Path, task: Path) -> None:
     words = ("--examples", "4", "--budget", "400", "--seed", "1")
     whole = Path(shutil.copytree(folder, folder.with_name("whole")))

@@ -77,6 +77,7 @@ def test_a_turn_is_weighed_as_afresh(
     going_on.close()
 
 
+@pytest.mark.slow
 def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
     """The window has moved on: an end that is forgotten takes tokens with it that are needed."""
     base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16, n_ctx=2048)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # torch
+
 ROWS = {
     "gsm8k_train.jsonl": [{"question": "2 + 3?", "answer": "<<2+3=5>>5 it is.\n#### 5"}],
     "medmcqa.jsonl": [{"question": "Where?", "choices": ["Here", "There"], "answer": 1}],

@@ -205,6 +205,7 @@ def largest_change(one: list[F32], other: list[F32]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_company_changes_no_more_than_the_batch_size_does_on_the_stock_library(
     smollm2: Path, checkout: Path
 ) -> None:

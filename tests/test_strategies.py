@@ -65,6 +65,7 @@ def test_the_example_is_at_most_20_lines() -> None:
     assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 20
 
 
+@pytest.mark.slow
 def test_the_example_weighs_and_answers(made: TinyBundle) -> None:
     own = ("--strategy", "sharper")
     weighed = json.loads(script("weights", made.folder, PROMPT, "--json", *own))
