@@ -35,8 +35,9 @@ class Engine(EngineMeasures):
     kv_type   f16, f32 or q8_0
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
-    probe_tail  0, or how many tokens at a prompt's end the adapters are probed over, on top of
-              what the base read before: faster for long prompts, and no longer exact
+    fast      weigh sooner, and not exactly: see `qaflora weights --help`
+    probe_tail  0, or how many tokens at a prompt's end the adapters are probed over, besides its
+              beginning, on top of what the base read; `fast` is one of 8
     min_weight  share of a layer's weights below which an adapter is left out there, for strategies
               that look at the query
     prefix_cache  MiB for what the probe read of prompts, for others that begin alike

@@ -14,7 +14,7 @@ from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.question import QuestionFinder
 from qaflora_edge.chat.tokens import chat_tokens
-from qaflora_edge.config import check
+from qaflora_edge.config import FAST_TAIL, check
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
@@ -50,12 +50,13 @@ class EngineBase:
         lens: str | None = None,
         pool: str | None = None,
         probe_tail: int = 0,
+        fast: bool = False,
         min_weight: float = 0.0,
         prefix_cache: int = 128,
         seed: int | None = None,
     ) -> None:
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
-        probing = {"probe_tail": probe_tail, "prefix_cache": prefix_cache}
+        probing = {"probe_tail": probe_tail, "fast": fast, "prefix_cache": prefix_cache}
         others = {"n_ctx": n_ctx, "n_parallel": n_parallel, "gpu_layers": gpu_layers, "seed": seed}
         check("engine", {**options, **others, **probing, "min_weight": min_weight})
         self._lifetime = Lifetime(self)
@@ -63,6 +64,7 @@ class EngineBase:
         opened = open_any(bundle, base, adapters)
         defaults = opened.fusion_defaults
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
+        self.probe_tail = probe_tail or (FAST_TAIL if fast else 0)
         self._loaded = tuple(opened.adapters)
         self._weigher = Weigher(
             adapters=self._loaded,
@@ -74,6 +76,7 @@ class EngineBase:
             centroids=opened.centroids,
             fitted=opened.fitted,
             min_weight=min_weight,
+            reads_ends=self.probe_tail > 0,
         )
         try:
             self._core = Core(
@@ -84,7 +87,8 @@ class EngineBase:
                 n_parallel=n_parallel,
                 gpu_layers=gpu_layers,
                 options=options,
-                **probing,
+                probe_tail=self.probe_tail,
+                prefix_cache=prefix_cache,
             )
             # llama.cpp opened the files by name, after they were checked.
             check_unchanged(opened.states)

@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 def test_every_option_with_a_range_is_tried() -> None:
-    others = {"raw_prompt", "flash_attn", "stop", "grammar", "n", "logit_bias", "logprobs"}
+    others = {"raw_prompt", "fast", "flash_attn", "stop", "grammar", "n", "logit_bias", "logprobs"}
     assert sorted(GOOD_AND_BAD) == sorted(BY_NAME.keys() - others)
 
 
@@ -145,6 +145,7 @@ def test_defaults_of_a_command(command: str) -> None:
         "pool": None,
         "raw_prompt": False,
         "probe_tail": 0,
+        "fast": False,
         "min_weight": 0.0,
         "prefix_cache": 128,
         "ctx": 2048,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.backend import native
 from qaflora_edge.backend.context import Context, floats
+from qaflora_edge.backend.kv_beginning import with_beginning
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
@@ -76,14 +77,15 @@ class ProbeContext(Context):
 
     def kv_state(self) -> KvState:
         """A copy of what the sequences hold, for a context that was made alike."""
-        sequences = []
-        for seq in self._held():
-            data = np.empty(self._lib.llama_state_seq_get_size(self._pointer, seq), np.uint8)
-            n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
-            if n != data.size:
-                raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
-            sequences.append(data)
+        sequences = [self._sequence(seq) for seq in self._held()]
         return KvState(list(self.tokens), sequences, [self._weights[seq] for seq in self._held()])
+
+    def _sequence(self, seq: int) -> NDArray[np.uint8]:
+        data = np.empty(self._lib.llama_state_seq_get_size(self._pointer, seq), np.uint8)
+        n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
+        if n != data.size:
+            raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
+        return data
 
     @property
     def n_kv_byte(self) -> int:
@@ -109,14 +111,32 @@ class ProbeContext(Context):
                     "than it has here."
                 )
         for seq, data in enumerate(state.sequences):
-            n = self._lib.llama_state_seq_set_data(self._pointer, _bytes(data), data.size, seq)
-            if n != data.size:
-                self.clear()
-                raise BackendError(
-                    f"A KV state cannot be taken over: {n} of {data.size} bytes of "
-                    f"sequence {seq} went in: {said()}."
-                )
-            self._tokens[seq] = list(state.tokens)
+            self._load(seq, data, state.tokens)
+
+    def share_behind(self, beginning: KvState) -> None:
+        """Let the other sequences hold what the first does, but each its own beginning.
+
+        beginning  what every sequence made of the first tokens itself
+
+        Raises BackendError, and holds nothing, for memories that cannot be put together.
+        """
+        base, n = self._sequence(0), len(beginning.tokens)
+        try:
+            for seq, own in enumerate(beginning.sequences[1:], 1):
+                self._load(seq, with_beginning(base, own, n), self.tokens)
+        except BackendError:
+            self.clear()
+            raise
+
+    def _load(self, seq: int, data: NDArray[np.uint8], tokens: list[int]) -> None:
+        n = self._lib.llama_state_seq_set_data(self._pointer, _bytes(data), data.size, seq)
+        if n != data.size:
+            self.clear()
+            raise BackendError(
+                f"A KV state cannot be taken over: {n} of {data.size} bytes of sequence {seq} "
+                f"went in: {said()}."
+            )
+        self._tokens[seq] = list(tokens)
 
     def capture_begin(self, pool: str = "last") -> None:
         """Forget captured states; keep the "last" output row, or the "mean" of all rows."""

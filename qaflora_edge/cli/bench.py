@@ -13,7 +13,7 @@ import click
 
 from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, example, shared_options
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.config import MAX_PARALLEL
+from qaflora_edge.config import FAST_TAIL, MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ PARTS = (
 )
 PROMPT_TOKENS, REPEAT = (42, 512), 5
 KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
-TURN_TOKENS, SYSTEM_TOKENS, PROBE_TAIL = "300,30", "400,40", 16
+TURN_TOKENS, SYSTEM_TOKENS = "300,30", "400,40"
 CALLERS, QUESTION_TOKENS = "1,2,4,8,16", 1000
 PROBE_TOKENS = "42,100,256,300"  # what is cut in two and what is not; few are powers of two
 
@@ -173,13 +173,13 @@ def bench(
 
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
-    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail (16 by
-    default). probe: exact weights alone, and reading under them, as multiples of the base's
-    prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn. system:
-    the time to the first token of a question behind a system prompt that was probed before. light:
-    decoding with the most of --k under exact weights, as it is and with --min-weight of some sizes,
-    and the divergence of the next token (KL, in nats) that comes of it. callers: decoding for
-    --callers at once, each with a prompt (the shortest length and up) and a mix of its own: the
+    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail (by
+    default that of --fast). probe: exact weights alone, and reading under them, as multiples of the
+    base's prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn.
+    system: the time to the first token of a question behind a system prompt that was probed before.
+    light: decoding with the most of --k under exact weights, as it is and with --min-weight of some
+    sizes, and the divergence of the next token (KL, in nats) that comes of it. callers: decoding
+    for --callers at once, each with a prompt (the shortest length and up) and a mix of its own: the
     base without adapters and llama_decode called by hand (bare C), each a batch of so many
     sequences, and an Engine by generate_many and by as many threads. pause: the longest time that
     one of two callers waits for a token while a question of --question-tokens of the other is
@@ -249,7 +249,7 @@ def _plan(loaded: Bundle, options: SharedOptions, **own: Any) -> Plan:
     defaults = loaded.fusion_defaults
     return Plan(
         n_decode=options.max_tokens,
-        tail=options.probe_tail or PROBE_TAIL,
+        tail=options.probe_tail or FAST_TAIL,
         lens=options.lens or defaults.get("lens", fusion.DEFAULT_LENS),
         pool=options.pool or defaults.get("pool", fusion.DEFAULT_POOL),
         **own,

@@ -94,10 +94,8 @@ def header(
     sizes = engine.adapter_bytes
     sampling = {**asking.sampling, "stop": list(asking.sampling["stop"])}
     del sampling["max_tokens"]  # that of each task is in its facts
-    engine_options = {"lens": engine.lens, "pool": engine.pool}
-    engine_options |= {
-        key: options.engine[key] for key in ("probe_tail", "n_ctx", "kv_type", "flash_attn")
-    }
+    engine_options = {"lens": engine.lens, "pool": engine.pool, "probe_tail": engine.probe_tail}
+    engine_options |= {key: options.engine[key] for key in ("n_ctx", "kv_type", "flash_attn")}
     more = {"min_weight": options.engine["min_weight"], "system": engine.system}
     engine_options |= {key: value for key, value in more.items() if value}
     return {

@@ -15,6 +15,7 @@ from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing.attention_inputs import AttentionInputs
 from qaflora_edge.weighing.attention_sizes import AttentionSizes
+from qaflora_edge.weighing.ends import Beginnings, abridged, n_first
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.query_projection import QueryProjections
 from qaflora_edge.weighing.reading import Steps, closed, probe_context, read_tokens
@@ -29,6 +30,7 @@ class BaseProber:
 
     files     of the adapters, where they were read before
     prefixes  where what was read of prompts is kept
+    is_fast   whether added() reads queries in their abridged form
 
     The context is made when first needed and replaced by a larger one for a longer query. What a
     query begins with costs norms() and added() nothing where it was read before.
@@ -44,10 +46,12 @@ class BaseProber:
         *,
         files: Sequence[Path | AdapterInfo] | None = None,
         prefixes: Prefixes | None = None,
+        is_fast: bool = False,
     ) -> None:
         self._files = files or pack.paths
         self._model, self._pack, self._options = model, pack, options
         self._prefixes = prefixes or Prefixes(0)
+        self._is_fast, self._beginnings = is_fast, Beginnings()
         self.context: ProbeContext | None = None
         self._projections: dict[tuple[int, ...], QueryProjections] = {}
         self._sizes: dict[int, AttentionSizes] = {}
@@ -134,21 +138,25 @@ class BaseProber:
 
         |scale B A x| with x as the base alone reads it, the geometric mean over a layer's modules:
         at the last token, and in the mean over the question's tokens, which stand at span. 0 where
-        an adapter adapts none of them.
+        an adapter adapts none of them. A fast one reads the ends of a long question only.
         """
         for row in rows:
             if row not in self._sizes:
                 self._sizes[row] = AttentionSizes(self._files[row], self._model.n_layer)
         sizes = [self._sizes[row] for row in rows]
-        context = self._room_for(tokens, has_inputs=True, all_outputs=True)
+        read, (start, stop) = abridged(tokens, span) if self._is_fast else (tokens, span)
+        is_abridged = len(read) < len(tokens)
+        context = self._room_for(read, has_inputs=True, all_outputs=True)
         question: list[F64] = [np.zeros(1) for _ in rows]
-        start, stop = span
-        at, pieces = self._read_before(context, tokens, start), context.pieces()
         try:
-            while at < len(tokens):
-                end = pieces.end(tokens, at)
+            if is_abridged:
+                at = yield from self._begin(context, read[: n_first(span)])
+            else:
+                at = self._read_before(context, read, start)
+            while at < len(read):
+                end = context.pieces().end(read, at)
                 context.capture_begin("mean")
-                context.decode(tokens[at:end], start=at, outputs="all")
+                context.decode(read[at:end], start=at, outputs="all")
                 inputs = context.inputs(0, n_row=end - at)
                 inside = inputs[max(start - at, 0) : max(stop - at, 0)]
                 question = [q + each.sums(inside) for q, each in zip(question, sizes, strict=True)]
@@ -157,10 +165,20 @@ class BaseProber:
         except BaseException:
             context.wipe()
             raise
+        if is_abridged:
+            context.clear()  # it was not read as a prompt is
         n = stop - start
         last = [each.of_layers(each.sums(inputs[-1:])) for each in sizes]
         means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
         return np.array([last, means])
+
+    def _begin(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[int]:
+        """Hold the first tokens of a query, read apart from the others; gives how many."""
+        self._prefixes.keep("base", context)
+        context.clear()
+        state = yield from self._beginnings.read(context, tuple(tokens), tokens, n_seq=1)
+        context.load_kv_state(state)
+        return len(tokens)
 
     def _read_before(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
         """How many tokens need not be read again: up to a cut, n_most at most."""

@@ -17,6 +17,7 @@ from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.base_probe import BaseProber
+from qaflora_edge.weighing.ends import Ends
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.reading import (
     ProbeTimings,
@@ -39,8 +40,8 @@ class Prober:
     """Sequences of one context: the base first, then adapters alone at weight 1.
 
     files  of the adapters, where they were read before
-    tail   0, or how many tokens at the query's end the adapters run over: those before it are
-           read by the base alone, and adapters attend to what the base made of them
+    tail   0, or how many tokens at a query's end the adapters run over, besides its beginning:
+           see Ends
     prefixes  where what was read of queries is kept; by default the last one's alone
 
     The context is made when first needed and replaced by a larger one for a longer query. What a
@@ -61,8 +62,11 @@ class Prober:
         prefixes: Prefixes | None = None,
     ) -> None:
         self.prefixes = prefixes or Prefixes(0)
-        self.base = BaseProber(model, pack, options, files=files, prefixes=self.prefixes)
-        self._model, self._pack, self._options, self._tail = model, pack, options, tail
+        self.base = BaseProber(
+            model, pack, options, files=files, prefixes=self.prefixes, is_fast=tail > 0
+        )
+        self._model, self._pack, self._options = model, pack, options
+        self._ends = Ends(tail, self.prefixes)
         self._context: ProbeContext | None = None
         self._pool = "last"  # what the context has room for; "mean" includes it
         self._rows: tuple[int, ...] = ()  # of the adapters whose KV state is held
@@ -81,10 +85,13 @@ class Prober:
         """The contexts that there are."""
         return [context for context in (self._context, self.base.context) if context is not None]
 
-    def states(self, tokens: Sequence[int], rows: Sequence[int], pool: str) -> Steps[F32]:
+    def states(
+        self, tokens: Sequence[int], rows: Sequence[int], pool: str, question: Span = (0, 0)
+    ) -> Steps[F32]:
         """States after each block: float32 [1 + n_row, n_layer, n_embd], the base first.
 
-        pool  "last" token of the query, or the "mean" state over its tokens
+        pool      "last" token of the query, or the "mean" state over its tokens
+        question  where it stands: what is before it counts as the query's beginning, see Ends
         """
         key = (tuple(tokens), tuple(rows), pool)
         if self._last is not None and self._last[0] == key:
@@ -97,8 +104,11 @@ class Prober:
             if pool == "mean":
                 self._forget(context)
                 yield from self._read(context, tokens, 0, "all")
-            elif 0 < self._tail < len(tokens):
-                yield from self._read_tail(context, tokens)
+            elif n_first := self._ends.n_first(len(tokens), question):
+                if not self._ends.are_held:
+                    self._forget(context)
+                self._n_exact = 0
+                yield from self._ends.read(context, key[1], tokens, n_first)
             else:
                 n_kept = self._go_on(context, tokens)
                 yield from self._read(context, tokens, n_kept, "last")
@@ -199,7 +209,7 @@ class Prober:
             places = yield from self.places(tokens, rows, span)
             states = places[PLACES.index(pool)]
         else:
-            states = yield from self.states(tokens, rows, pool)
+            states = yield from self.states(tokens, rows, pool, span)
         if measure == "cosine":
             return numbers.cosine_distance(states[0], states[1:])
         if measure == "euclidean":
@@ -236,18 +246,6 @@ class Prober:
         self._n_exact = None
         yield from read_tokens(context, tokens, n_kept, outputs, n_seq=1 + len(self._rows))
 
-    def _read_tail(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[None]:
-        n_head, n_seq = len(tokens) - self._tail, 1 + len(self._rows)
-        held = context.tokens
-        if not 0 < len(held) < len(tokens) or list(tokens[: len(held)]) != held:
-            self._forget(context)
-        n_kept = context.keep_common(tokens[: n_head + 1])
-        if n_kept < n_head:
-            yield from read_tokens(context, tokens[:n_head], n_kept, "none", n_seq=1)
-        context.share(range(1, n_seq))
-        self._n_exact = 0
-        yield from read_tokens(context, tokens, n_head, "last", n_seq=n_seq)
-
     def _use(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         """Let sequence 1 + i be the adapter rows[i]; what was read with others is forgotten."""
         if rows != self._rows:
@@ -257,6 +255,8 @@ class Prober:
 
     def _go_on(self, context: ProbeContext, tokens: Sequence[int], n_after: int = 0) -> int:
         """Hold what was read of a query's beginning; gives how many tokens."""
+        if self._ends.are_held:
+            self._forget(context)
         pieces = context.pieces(1 + len(self._rows))
         return self.prefixes.go_on(
             context, self._rows, tokens, pieces, n_exact=self._n_exact, n_after=n_after
@@ -264,8 +264,11 @@ class Prober:
 
     def _forget(self, context: ProbeContext) -> None:
         """Hold nothing, but keep what is of use to other queries."""
-        self.prefixes.keep(self._rows, context, self._n_exact)
-        context.clear()
+        if self._ends.are_held:
+            self._ends.forget(context)
+        else:
+            self.prefixes.keep(self._rows, context, self._n_exact)
+            context.clear()
 
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         for i, row in enumerate(rows):
@@ -321,7 +324,9 @@ class QueryProbe:
         if query.pool == "question":
             places: F32 = self._run(self._prober.places(query.tokens, self._rows, query.question))
             return np.array(places[1])
-        states: F32 = self._run(self._prober.states(query.tokens, self._rows, query.pool))
+        states: F32 = self._run(
+            self._prober.states(query.tokens, self._rows, query.pool, query.question)
+        )
         return states
 
     def places(self, measure: PlaceMeasure) -> F64:

@@ -38,6 +38,7 @@ class Weigher:
     """How an Engine weighs: the adapters in use, its defaults, what is typical of each adapter.
 
     find_question  where the question stands in a prompt's tokens, or None without a chat's form
+    reads_ends     whether adapters are probed over a prompt's ends, for which that is needed
     """
 
     adapters: tuple[str, ...]
@@ -50,6 +51,7 @@ class Weigher:
     fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     find_question: Callable[[Sequence[int]], Span | None] = _no_question
     min_weight: float = 0.0  # share of a layer, see shaping.without_light
+    reads_ends: bool = False
 
     def __post_init__(self) -> None:
         numbers.check_choice("lens", self.lens, numbers.LENSES)
@@ -93,6 +95,7 @@ class Weigher:
         pool = options.get("pool", self.pool)
         needs_question = (
             pool == "question"
+            or self.reads_ends
             or "first" in options
             or (chosen is not None and chosen.strategy.reads_question)
         )
