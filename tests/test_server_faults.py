@@ -22,7 +22,7 @@ from tiny import constant_logits
 
 from qaflora_edge import Engine
 from qaflora_edge.server import body as server_body
-from qaflora_edge.server import fields
+from qaflora_edge.server import fields, work
 from qaflora_edge.server.app import make_app
 
 CHAT = "/v1/chat/completions"
@@ -160,6 +160,34 @@ def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> 
         assert metric(url, "qaflora_completion_tokens_total") < LONG_CTX / 2  # not one to its end
         body = {**asked, "stream": False, "max_tokens": 3}
         short = httpx.post(url + CHAT, json=body, timeout=PATIENCE_S)
+        assert short.json()["choices"][0]["message"]["content"] == "aaa"
+
+
+@pytest.mark.slow
+def test_a_client_that_reads_nothing_is_given_up(
+    endless: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer is no longer computed, and others have its turn."""
+    monkeypatch.setattr(work, "SEND_S", 2.0)
+    app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
+    asked = {"model": "tiny", "messages": USER, "stream": True}
+    wordy = {"logprobs": True, "top_logprobs": 20, "n": 16}
+    with listening_app(app) as url, contextlib.ExitStack() as stack:
+        client = stack.enter_context(socket.socket())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(address_of(url))
+        client.sendall(raw_post(json.dumps(asked | wordy).encode()))
+        turns = app.state.shelf.bundles["tiny"].turns
+        wait_until(lambda: turns.n_running == 1)
+        wait_until(lambda: turns.n_running == 0 and not app.state.running)
+        client.settimeout(PATIENCE_S)
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            while part := client.recv(65536):
+                data += part
+        assert data.startswith(b"HTTP/1.1 200 ")
+        assert b"[DONE]" not in data
+        short = httpx.post(url + CHAT, json={**asked, "stream": False, "max_tokens": 3})
         assert short.json()["choices"][0]["message"]["content"] == "aaa"
 
 

@@ -16,7 +16,8 @@ MAX_FORM_BYTES = 256 << 10  # a grammar, a schema or tools, as JSON
 
 BODY_S = 60.0  # the longest that a body may take to come
 PING_S = 5.0  # a stream that has nothing to say says so after as long
-SEND_S = 60.0  # how long after its end an answer may still be sent
+PIECE_BYTES = 64 << 10
+SEND_S = 60.0  # the longest that a client may take to read a piece of an answer
 RETRY_AFTER_S = 2
 DRAIN_S = 30.0  # what is running may take as long to end when the server is told to
 CUT_S = 5.0  # and then as long to say that it was cut

@@ -14,11 +14,11 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
-from qaflora_edge.server.options import PING_S, SEND_S, ServerOptions
+from qaflora_edge.server.options import PIECE_BYTES, PING_S, SEND_S, ServerOptions
 from qaflora_edge.server.refusals import NO_PARAMS, Params, Refusal, refusal
 from qaflora_edge.server.shelf import Shelf, Shelved
 from qaflora_edge.server.stream import PING, event
@@ -95,8 +95,7 @@ class Work(Response):
         expiry = asyncio.get_running_loop().call_later(limit_s, self.expire)
         self._state.running.add(self)
         try:
-            async with asyncio.timeout(limit_s + SEND_S):
-                await self._send_all(scope, receive, send)
+            await self._send_all(scope, receive, patient(send))
         except TimeoutError:  # the connection is closed, for the response is not whole
             log.info("gave up on a client that does not read")
         finally:
@@ -204,6 +203,26 @@ class Work(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         elif not self._is_gone:
             await refused_response(refused)(scope, receive, send)
+
+
+def patient(send: Send) -> Send:
+    """The same with TimeoutError once a client takes too little for too long.
+
+    A large part goes in pieces, so that who reads slowly is given as long for each.
+    """
+
+    async def send_in_time(message: Message) -> None:
+        async with asyncio.timeout(SEND_S):
+            await send(message)
+
+    async def send_pieces(message: Message) -> None:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        while len(body) > PIECE_BYTES:
+            await send_in_time({**message, "body": body[:PIECE_BYTES], "more_body": True})
+            body = body[PIECE_BYTES:]
+        await send_in_time({**message, "body": body, "more_body": more} if body else message)
+
+    return send_pieces
 
 
 def refused_response(refused: Refusal) -> Response:
