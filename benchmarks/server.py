@@ -1,11 +1,13 @@
 """`qaflora serve` beside stock llama-server: users who ask at once, each with a mix of adapters.
 
-    python benchmarks/server.py --llama-server PATH [--users 1 4 8 16] [--json]
+    python benchmarks/server.py --llama-server PATH [--users 1 4 8 16] [--probe 8] [--json]
 
 The base is one of the registry, with three adapters of random values; both servers read the same
 files, and are asked the same: token ids, `lora` scales, and no token that ends an answer. Times are
 those at which a client has received an event of the stream. Stock llama-server decodes users
-together whose scales are equal, and the others one after another.
+together whose scales are equal, and the others one after another. With --probe, `qaflora serve` is
+asked for qa-flora's weights besides, which llama-server has nothing like. Each turn of the users is
+told on stderr as it ends.
 """
 
 import argparse
@@ -54,7 +56,7 @@ print(json.dumps({"tokens": n, "seconds": seconds}))
 class Row:
     """What users of one server saw. Milliseconds, megabytes, tokens of answers a second.
 
-    mixes  "own": each user has one; "one": all have the same
+    mixes  "own": each user has one; "one": all have the same; "probe": each question is weighed
     """
 
     server: str
@@ -104,10 +106,11 @@ def end_tokens(base: gguf.GGUFReader) -> list[int]:
 
 
 def request_of(user: int, options: argparse.Namespace, mixes: str, forbidden: list[int]) -> Any:
-    """The body that a user sends: its own question, and its own mix or that of all."""
+    """The body that a user sends: its own question, and its own mix, that of all, or none."""
     rng = np.random.default_rng([user, options.seed])
     question = [int(token) for token in rng.integers(1000, 20000, options.question)]
     scales = np.random.default_rng(user if mixes == "own" else 0).dirichlet(np.ones(N_ADAPTER))
+    lora = [{"id": i, "scale": round(float(s), 4)} for i, s in enumerate(scales)]
     return {
         "model": "bench",
         "prompt": question,
@@ -115,7 +118,7 @@ def request_of(user: int, options: argparse.Namespace, mixes: str, forbidden: li
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "lora": [{"id": i, "scale": round(float(s), 4)} for i, s in enumerate(scales)],
+        **({"fusion": {"strategy": "qa-flora"}} if mixes == "probe" else {"lora": lora}),
         "logit_bias": {str(token): -100 for token in forbidden},
         "cache_prompt": False,  # of llama-server: what it has read before would be free
     }
@@ -244,6 +247,7 @@ def measure_server(
     """All numbers of users, each with a mix of its own, and some with one mix for all."""
     port = free_port()
     plan = [(n, "own") for n in options.users] + [(n, "one") for n in options.one_mix]
+    plan += [(n, "probe") for n in options.probe if name == "qaflora"]
     rows = []
     with started([*command, "--port", str(port)], port, place / f"{name}.log") as process:
         warm = {**request_of(10_000, options, "own", forbidden), "max_tokens": 4}
@@ -253,6 +257,7 @@ def measure_server(
                 start = 100 * (turn + 1)
                 bodies = [request_of(start + i, options, mixes, forbidden) for i in range(n)]
                 rows.append(measure(name, process, port, bodies, mixes))
+                print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
@@ -331,6 +336,9 @@ def main() -> None:
     parser.add_argument("--base", default="qwen2.5-coder-0.5b-instruct", help="of the registry")
     parser.add_argument("--users", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--one-mix", type=int, nargs="*", default=[8], help="users with one mix")
+    parser.add_argument(
+        "--probe", type=int, nargs="*", default=[8], help="users whose questions are weighed"
+    )
     parser.add_argument("--direct", type=int, default=8, help="users of generate_many, 0: none")
     parser.add_argument("--question", type=int, default=64, help="tokens")
     parser.add_argument("--answer", type=int, default=128, help="tokens")

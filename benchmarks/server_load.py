@@ -3,8 +3,9 @@
     python benchmarks/server_load.py BUNDLE [--minutes 10] [--clients 6]
 
 Clients ask for chats of many lengths under many mixes, streams and whole, JSON, probabilities,
-weights and tokens; some go away in the middle, some send what is refused. Ends with status 1 where
-an answer is none that is expected, or memory has grown by more than --limit-mb.
+weights and tokens; some go away in the middle, some send what is refused. Before, every model has
+had prompts as long as any, so that its contexts have their size and --prefix-cache is full. Ends
+with status 1 where an answer is none that is expected, or memory has grown by more than --limit-mb.
 """
 
 import argparse
@@ -25,6 +26,9 @@ from typing import Any
 
 PATIENCE_S = 600
 CHAT = "/v1/chat/completions"
+WORDS = ("the", "cat", "río", "42", "why")
+MAX_WORDS = 120  # of a prompt
+N_WARM = 4  # prompts of each model
 
 
 class Client:
@@ -35,6 +39,14 @@ class Client:
         self.wrong: list[str] = []
         self._port, self._models, self._until_s = port, models, until_s
         self._random = random.Random(seed)
+
+    def warm(self) -> None:
+        """Ask each model what takes the most memory."""
+        for model in self._models:
+            for _ in range(N_WARM):
+                messages = [{"role": "user", "content": self._text(MAX_WORDS)}]
+                body = {"model": model, "messages": messages, "max_tokens": 48, "logprobs": True}
+                self._expect(200, CHAT, body)
 
     def run(self) -> None:
         while time.monotonic() < self._until_s and not self.wrong:
@@ -49,9 +61,7 @@ class Client:
 
     def _body(self, **more: Any) -> dict[str, Any]:
         draw = self._random
-        text = " ".join(
-            draw.choice(("the", "cat", "río", "42", "why")) for _ in range(draw.randint(1, 120))
-        )
+        text = self._text(draw.randint(1, MAX_WORDS))
         form: dict[str, Any] = draw.choice(
             (
                 {},
@@ -65,6 +75,9 @@ class Client:
         messages = [{"role": "user", "content": text}]
         size = {"max_tokens": draw.randint(1, 48), "seed": draw.randint(0, 9)}
         return {"model": model, "messages": messages, **size, **form, **more}
+
+    def _text(self, n_word: int) -> str:
+        return " ".join(self._random.choice(WORDS) for _ in range(n_word))
 
     def _post(self, path: str, body: Any) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE_S)
@@ -158,13 +171,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--limit-mb", type=float, default=5)
     parser.add_argument("--ctx", type=int, default=1024)
+    parser.add_argument("--prefix-cache", type=int, default=32, help="MiB")
     options = parser.parse_args()
     seconds = 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="qaflora-load-") as folder:
         arguments = [options.bundle, "--parallel", "4", "--ctx", str(options.ctx)]
+        arguments += ["--prefix-cache", str(options.prefix_cache)]
         with served(arguments, Path(folder) / "log") as (pid, port):
-            begin = time.monotonic()
             models = models_of(port)
+            Client(port, models, options.clients, 0).warm()
+            begin = time.monotonic()
             clients = [Client(port, models, i, begin + seconds) for i in range(options.clients)]
             threads = [threading.Thread(target=client.run) for client in clients]
             for thread in threads:
