@@ -110,6 +110,61 @@ def test_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture
+def backends(library: Path) -> list[Path]:
+    """The files of ggml's CPU backend in that copy, one for each kind of processor."""
+    paths = sorted(path for path in library.iterdir() if "ggml-cpu-" in path.name)
+    if not paths:
+        pytest.skip("the library was built for one processor")
+    return paths
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+lines = Path("/proc/self/maps").read_text().splitlines() if sys.platform == "linux" else []
+print(*sorted({line.split()[-1] for line in lines if "ggml-cpu" in line}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is loaded")
+def test_backends_are_loaded_from_the_package_only(
+    library: Path, backends: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the current folder's nor the one that a variable names; and nothing is said of it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for path in backends:
+        shutil.copy(path, here)
+    monkeypatch.chdir(here)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOAD + MAPPED],
+        env={
+            **os.environ,
+            "QAFLORA_LIB_PATH": str(library),
+            "GGML_BACKEND_PATH": str(here / backends[0].name),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    word, loaded = done.stdout.splitlines()
+    assert (word, done.stderr) == ("loaded", "")
+    assert Path(loaded) in backends
+
+
+def test_library_without_a_backend_for_this_processor_is_refused(
+    library: Path, backends: list[Path]
+) -> None:
+    for path in backends:
+        path.unlink()
+    said = run(LOAD, QAFLORA_LIB_PATH=str(library))
+    assert said.startswith(
+        f"refused: No CPU backend of {library} can be loaded on this processor ("
+    )
+    assert "); there are: none. Expected one that it can run; reinstall qaflora-edge" in said
+
+
 def test_import_of_the_package_loads_no_library_and_no_numpy() -> None:
     code = "import qaflora_edge, sys; print('llama_cpp' in sys.modules, 'numpy' in sys.modules)"
     assert run(code) == "False False"

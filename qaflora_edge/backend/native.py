@@ -50,6 +50,7 @@ class Stats(ctypes.Structure):
 
 _INT, _LONG, _HANDLE, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
 _TEXTS, _FLOATS, _DOUBLES = map(ctypes.POINTER, (_TEXT, ctypes.c_float, ctypes.c_double))
+_LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, _TEXT, _HANDLE)
 # What each function of qaflora.h returns, and what it takes.
 _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "qaflora_abi_version": (_INT, []),
@@ -156,8 +157,12 @@ def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
         return
     load = ggml.ggml_backend_load_all_from_path
     load.restype, load.argtypes = None, [ctypes.c_char_p]
+    ggml.ggml_log_set.restype, ggml.ggml_log_set.argtypes = None, [_LOG_CALLBACK, ctypes.c_void_p]
+    ignore = _LOG_CALLBACK(lambda level, text, data: None)  # it says which file it took
+    ggml.ggml_log_set(ignore, None)
     with _environment({"GGML_BACKEND_PATH": None}):
         load(os.fsencode(folder))
+    ggml.ggml_log_set(_LOG_CALLBACK(), None)
     by_type = ggml.ggml_backend_dev_by_type
     by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
     if not by_type(_DEVICE_TYPE_CPU):

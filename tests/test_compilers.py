@@ -1,0 +1,41 @@
+"""Our native sources, as compilers for other systems see them: without a warning."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+X86_SETS = {"qaflora-cpu-avx2": AVX2, "qaflora-cpu-avx512": AVX512}
+WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wcast-qual", "-Wvla", "-Werror"]
+DEFINES = ["LLAMA_SHARED", "GGML_SHARED", 'QAFLORA_BUILD_INFO="x"']
+INCLUDES = ("src", "include", "ggml/include", "ggml/src")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("compiler", "defines", "sets"),
+    [
+        ("x86_64-w64-mingw32-g++-posix", ["_WIN32_WINNT=0x0A00"], X86_SETS),  # Windows
+        ("aarch64-linux-gnu-g++", [], {}),
+    ],
+)
+def test_native_sources_compile(
+    compiler: str,
+    defines: list[str],
+    sets: dict[str, list[str]],
+    checkout: Path,
+    llama_cpp_source: Path,
+) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    own = checkout / "patches" / "src"
+    words = [compiler, "-std=c++17", "-fsyntax-only", *WARNINGS, f"-I{own}"]
+    words += [f"-isystem{llama_cpp_source / part}" for part in INCLUDES]
+    words += [f"-D{name}" for name in (*DEFINES, *defines)]
+    for path in sorted(own.glob("*.cpp")):
+        flags = sets.get(path.stem, [])
+        done = subprocess.run([*words, *flags, path], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
