@@ -66,6 +66,12 @@ class Desk:
             "&& !document.querySelector('[aria-busy=true]')"
         )
 
+    def wait_for_texts(self) -> None:
+        """Until every answer of a chat that was opened is laid out."""
+        self.window.until(
+            "return [...document.querySelectorAll('.markdown')].every(e => e.innerText.trim())"
+        )
+
     def set(self, selector: str, value: Any) -> None:
         """Give a field another value, as a user does."""
         self.window.run(

@@ -326,7 +326,7 @@ def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk: Desk) -> None:
     desk.ask()
     whole = desk.texts(".turn")
     desk.reload()
-    desk.window.until("return document.querySelector('.markdown td')")
+    desk.wait_for_texts()
     assert desk.texts(".turn") == whole
     assert desk.window.run("return document.getElementById('system').value") == "Be short."
     desk.click("#new")
@@ -482,8 +482,9 @@ def open_chat(desk: Desk, path: Path, says: str = "") -> None:
     else:
         desk.window.until(
             "return document.querySelector('.turn')"
-            " && !document.querySelector('.turn[data-before], .markdown:empty')"
+            " && !document.querySelector('.turn[data-before]')"
         )
+        desk.wait_for_texts()
 
 
 def test_a_server_that_is_busy_says_so(desk: Desk) -> None:

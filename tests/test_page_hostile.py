@@ -83,8 +83,7 @@ def test_no_part_of_a_hostile_answer_acts(desk: Desk) -> None:
         EVIL,
     )
     desk.reload()
-    empty = "[...document.querySelectorAll('.markdown')].filter(e => !e.innerText.trim())"
-    desk.window.until(f"return !{empty}.length")
+    desk.wait_for_texts()
     assert len(desk.texts(".answer")) == len(EVIL) + 1
     assert desk.window.run("return document.title") == "qaflora"
     assert desk.window.run("return location.href") == desk.address
