@@ -97,6 +97,16 @@ def test_weights_are_the_same_bits_after_other_strategies(made: TinyBundle, fast
         assert np.array_equal(fast.weights(tokens).weights, expected)
 
 
+def test_turns_of_a_chat_are_weighed_as_afresh(made: TinyBundle, fast: Engine) -> None:
+    messages: list[dict[str, str]] = []
+    for text in (LONG, "a thing, " * 12, "on the ring"):
+        messages.append({"role": "user", "content": text})
+        tokens = fast.chat_tokens(messages)
+        with Engine(made.folder, threads=1, fast=True) as other:
+            assert np.array_equal(fast.weights(tokens).weights, other.weights(tokens).weights)
+        messages.append({"role": "assistant", "content": "of a thing"})
+
+
 def test_what_adapters_would_add_is_measured_at_the_ends_of_a_question(
     exact: Engine, fast: Engine, counts: list[int]
 ) -> None:

@@ -222,6 +222,15 @@ def test_tail_runs_adapters_over_the_ends_on_top_of_the_base(
     assert np.array_equal(short.states(TOKENS[:33], "last"), again)  # whatever was asked before
 
 
+def test_tail_of_a_prompt_whose_beginning_has_left_the_window(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16)
+    adapters = [write_tiny_adapter(tmp_path / "1.gguf", base, seed=1)]
+    short = prober(base, adapters, tail=8)
+    for n in (60, 30):
+        found = short.states(TOKENS[:n], "last")
+        np.testing.assert_allclose(found, ends_states(base, adapters, n, 8), atol=2e-4, rtol=1e-4)
+
+
 def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int) -> F32:
     """What the query projection reads: the norm of the state that the block before left."""
     states = prober(base, adapters).states(TOKENS, "last")[0, layer - 1].astype(np.float64)

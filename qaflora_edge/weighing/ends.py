@@ -70,6 +70,7 @@ class Ends:
         self._n_last, self._prefixes = n_last, prefixes
         self._beginnings = Beginnings()
         self._n_base: int | None = None  # tokens of the base's in the context; None: no ends
+        self._key: Hashable = None  # how the base read them
 
     @property
     def are_held(self) -> bool:
@@ -89,16 +90,16 @@ class Ends:
         rows  of the adapters, whose weights are set
         """
         n_seq, n_head = 1 + len(rows), len(tokens) - self._n_last
-        key = (rows, tuple(tokens[:n_first]))
-        if key not in self._beginnings:
+        key, how = (rows, tuple(tokens[:n_first])), ("ends", rows, n_first)
+        if key not in self._beginnings or how != self._key:
             self.forget(context)
         beginning = yield from self._beginnings.read(context, key, tokens[:n_first], n_seq)
         self._keep_base_only(context)
         head, pieces = tokens[:n_head], context.pieces()
         at = self._prefixes.go_on(
-            context, "ends", head, pieces, n_exact=self._n_base, n_after=self._n_last
+            context, how, head, pieces, n_exact=self._n_base, n_after=self._n_last
         )
-        self._n_base = n_head
+        self._n_base, self._key = n_head, how
         if at == 0:
             context.load_kv_state(_of_base(beginning))
             at, cut = n_first, pieces.end(head, 0)
@@ -114,7 +115,7 @@ class Ends:
     def forget(self, context: ProbeContext) -> None:
         """Hold nothing, but keep what is of use to other queries."""
         self._keep_base_only(context)
-        self._prefixes.keep("ends", context, self._n_base)
+        self._prefixes.keep(self._key, context, self._n_base)
         context.clear()
         self._n_base = None
 
