@@ -108,7 +108,7 @@ def test_the_best_is_that_of_a_direct_reimplementation(tmp_path: Path) -> None:
             found = examples.loss(engine, weights) + 0.05 * float(np.abs(weights).mean())
             assert found == pytest.approx(objective(pairs, weights), abs=2e-5)
         record = fit(bundle, engine, task, items, name="words", budget=120, seed=0)
-    axis = np.linspace(-1.5, 1.5, 9)
+    axis = np.linspace(-1.5, 1.5, 13)
     on_grid = min(objective(pairs, [a, b]) for a in axis for b in axis)
     fitted = [record["weights"][name] for name in folders]
     assert objective(pairs, fitted) <= on_grid + 1e-3
