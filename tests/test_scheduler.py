@@ -255,6 +255,31 @@ def test_gaps_between_slots_are_closed() -> None:
     ]
 
 
+def test_rows_are_decoded_in_the_order_of_adjacent_slots() -> None:
+    """llama.cpp computes each run of ascending, adjacent sequences apart from the others."""
+    n_together = 0
+    for seed in range(30):
+        rng = random.Random(seed)
+        bench = Bench(8)
+        for _ in range(60):
+            for _ in range(rng.choice([0, 0, 0, 1, 4])):
+                prompt = [rng.randrange(9)] * rng.randint(1, 4)
+                bench.add(prompt, n=rng.randint(1, 12))
+            if not bench.scheduler.has_work:
+                continue
+            # who waits, or is read, moves later; what is read costs more than a run too many
+            is_decoding = not bench.scheduler.waiting and not any(
+                sequence.is_prefill for sequence in bench.scheduler.running
+            )
+            batches = [[span.seq for span in spans] for spans in bench.step()]
+            assert all(rows == sorted(set(rows)) for rows in batches)
+            if is_decoding and batches:
+                (rows,) = batches
+                assert rows == list(range(rows[0], rows[-1] + 1))
+                n_together += len(rows) > 1
+    assert n_together > 100
+
+
 def test_a_prompt_that_goes_on_is_read_from_where_it_begins() -> None:
     bench = Bench(2)
     first = bench.add([1, 2, 3], n=4)
