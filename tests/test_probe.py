@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from decoded import count_decoded
 from numpy.typing import NDArray
-from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.batch import Span
@@ -65,6 +65,56 @@ def prober(base: TinyBase, adapters: Sequence[TinyAdapter], *, tail: int = 0) ->
     model = Model(base.path)
     pack = Pack(model, [adapter.path for adapter in adapters])
     return Alone(Prober(model, pack, EXACT, tail=tail), len(adapters))
+
+
+def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
+    """The same adapter with modules of zeros in the layers that it leaves out."""
+    tensors = {}
+    for name in (f"blk.{il}.{stem}.weight" for il in range(base.n_layer) for stem in STEMS):
+        n_out, n_in = base.shape(name.split(".")[2])
+        a = adapter.a.get(name, np.ones((adapter.rank, n_in), np.float32))
+        tensors |= {f"{name}.lora_a": a}
+        tensors |= {
+            f"{name}.lora_b": adapter.b.get(name, np.zeros((n_out, adapter.rank), np.float32))
+        }
+    return replace(adapter, path=write_pairs(path, tensors))
+
+
+@pytest.mark.parametrize("kernels", ["", "ggml"])
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+@pytest.mark.parametrize("firsts", [[2, 2], [3, 0, 2], [2, 1]])
+def test_below_where_adapters_begin_states_are_the_bases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, dtype: str, firsts: list[int]
+) -> None:
+    """What is not computed there is what would have come out.
+
+    Of the adapters the same bits as of the base; against a probe that computes all of it ggml
+    multiplies fewer rows at once, which it may sum in another order, and 8 bits round otherwise.
+    """
+    atol = 1e-5 if dtype == "f32" else 5e-3
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
+    base = write_tiny_base(tmp_path / "base.gguf", n_layer=4, dtype=dtype)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{i}.gguf", base, layers=range(first, 4), seed=i)
+        for i, first in enumerate(firsts)
+    ]
+    whole = [with_zeros(tmp_path / f"w{i}.gguf", base, a) for i, a in enumerate(adapters)]
+    short, full = prober(base, adapters), prober(base, whole)
+    assert Pack(Model(base.path), [a.path for a in adapters]).first_layers == firsts
+    for pool in ("last", "mean"):
+        for n in (1, 12, 20, 60):  # of up to 16 tokens all products have rows in two parts
+            states = short.states(TOKENS[:n], pool)
+            expected = full.states(TOKENS[:n], pool)
+            np.testing.assert_allclose(states, expected, atol=atol, rtol=0)
+            for i, first in enumerate(firsts):
+                is_moved = (states[1 + i] != states[0]).any(axis=1)
+                assert is_moved.tolist() == [il >= first for il in range(4)]
+            found = short.divergence(TOKENS[:n], "kl", "norm", pool)
+            expected = full.divergence(TOKENS[:n], "kl", "norm", pool)
+            np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
+            assert all((found[i, :first] == 0).all() for i, first in enumerate(firsts))
+    for each in (short, full):
+        each.close()
 
 
 @pytest.mark.parametrize("kind", ["kl", "cosine"])

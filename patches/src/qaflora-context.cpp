@@ -41,6 +41,7 @@ static std::shared_ptr<qaflora_context> make_context(const llama_model & model, 
     qf->n_embd  = model.hparams.n_embd;
     qf->module_used.assign(pack.modules.size(), false);
     qf->weights.assign(n_seq_max, std::vector<float>((size_t) pack.n_adapter*pack.n_layer, 0.0f));
+    qf->first_layer.assign(n_seq_max, 0);
     if (qf->is_probe()) {
         qf->states.assign(n_seq_max, std::vector<double>((size_t) qf->n_layer*qf->n_embd, 0.0));
     }
@@ -142,6 +143,9 @@ int32_t qaflora_set_weights(llama_context * ctx, llama_seq_id seq_id, const floa
         }
     }
     std::copy(weights, weights + n_weight, dst.begin());
+    const int32_t first_layer = qf->pack->first_layer(dst);
+    qf->n_first_layer += qf->first_layer[seq_id] != first_layer;
+    qf->first_layer[seq_id] = first_layer;
     return 1;
 }
 

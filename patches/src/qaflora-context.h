@@ -19,6 +19,8 @@ struct qaflora_context {
     int32_t  n_embd  = 0;
 
     std::vector<std::vector<float>> weights; // [n_seq_max][n_adapter*n_layer]
+    std::vector<int32_t> first_layer;        // [n_seq_max] the first whose products an adapter enters; 0 until weights are set
+    uint64_t             n_first_layer = 0;  // times that one of them changed
 
     qaflora_capture capture = QAFLORA_CAPTURE_LAST;
     std::vector<std::vector<double>> states; // [n_seq_max][n_layer*n_embd], the last row or a sum of rows

@@ -27,15 +27,15 @@ void qaflora_op_product(ggml_tensor * dst, int ith, int nth, void * userdata) {
                             (const float *) dst->src[0]->data, (float *) dst->data, ith, nth);
 }
 
-static void op_delta(ggml_tensor * dst, int64_t n_base, int ith, int nth, void * userdata) {
+static void op_delta(ggml_tensor * dst, int64_t n_row, int64_t n_base, int ith, int nth, void * userdata) {
     const auto & m = *(const qaflora_cpu_module *) userdata;
     const qaflora_delta d = { m.segments.data(), (int64_t) m.segments.size(), m.n_out, m.n_rank };
-    m.kernels->add_delta(d, rows_of(ggml_nrows(dst), dst->src[2], dst->src[3], m.il), (const float *) dst->src[1]->data,
+    m.kernels->add_delta(d, rows_of(n_row, dst->src[2], dst->src[3], m.il), (const float *) dst->src[1]->data,
                          (const float *) dst->src[0]->data, (float *) dst->data, n_base, ith, nth);
 }
 
 void qaflora_op_delta(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    op_delta(dst, 0, ith, nth, userdata);
+    op_delta(dst, ggml_nrows(dst), 0, ith, nth, userdata);
 }
 
 // pairs of a row and a place in its choice, row*n_used + place: those of an expert follow each other, so that it is read once
@@ -92,17 +92,34 @@ void qaflora_op_delta_experts(ggml_tensor * dst, int ith, int nth, void * userda
     }
 }
 
-// y of a differential product may have rows more: the rest of base rows that were split
-static void add_rest(const qaflora_kernels & kernels, ggml_tensor * dst, const ggml_tensor * rows, int ith, int nth) {
+// y of a differential product may have rows more: the rest of base rows that were split. Returns how many it has apart from them.
+static int64_t add_rest(const qaflora_kernels & kernels, ggml_tensor * dst, const ggml_tensor * rows, int ith, int nth) {
+    const ggml_tensor * src = dst->src[0];
+    const int64_t n_rest = rows ? ggml_nelements(rows) : 0;
+    const int64_t n_row  = dst->view_src ? ggml_nrows(dst) : ggml_nrows(src) - n_rest; // in place, src leaves out the rest
     if (rows) {
-        float * y = (float *) dst->src[0]->data;
-        kernels.add_rows(y, y + ggml_nelements(dst), (const int32_t *) rows->data, ggml_nelements(rows), dst->ne[0], ith, nth);
+        float * y = (float *) src->data;
+        kernels.add_rows(y, y + n_row*dst->ne[0], (const int32_t *) rows->data, n_rest, dst->ne[0], ith, nth);
+    }
+    return n_row;
+}
+
+// rows from n_row on are the base's, where x_j = x_0; threads divide n_out as in add_delta
+static void copy_base(ggml_tensor * dst, int64_t n_row, int ith, int nth) {
+    const int64_t n_out   = dst->ne[0];
+    const int64_t n_panel = (n_out + QAFLORA_PANEL - 1)/QAFLORA_PANEL;
+    const int64_t begin   = n_panel*ith/nth*QAFLORA_PANEL;
+    const int64_t end     = std::min(n_out, n_panel*(ith + 1)/nth*QAFLORA_PANEL);
+    float * y = (float *) dst->data;
+    for (int64_t row = n_row; row < ggml_nrows(dst); ++row) {
+        std::copy(y + row % dst->ne[1]*n_out + begin, y + row % dst->ne[1]*n_out + end, y + row*n_out + begin);
     }
 }
 
 void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    add_rest(*((const qaflora_cpu_module *) userdata)->kernels, dst, dst->src[4], ith, nth);
-    op_delta(dst, dst->ne[1], ith, nth, userdata);
+    const int64_t n_row = add_rest(*((const qaflora_cpu_module *) userdata)->kernels, dst, dst->src[4], ith, nth);
+    op_delta(dst, n_row, dst->ne[1], ith, nth, userdata);
+    copy_base(dst, n_row, ith, nth);
 }
 
 void qaflora_op_base_differential(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -110,9 +127,9 @@ void qaflora_op_base_differential(ggml_tensor * dst, int ith, int nth, void * us
     qaflora_delta d;
     d.n_out = dst->ne[0];
     qaflora_cpu_rows rows;
-    rows.n_row = ggml_nrows(dst);
-    add_rest(kernels, dst, dst->src[1], ith, nth);
+    rows.n_row = add_rest(kernels, dst, dst->src[1], ith, nth);
     kernels.add_delta(d, rows, nullptr, (const float *) dst->src[0]->data, (float *) dst->data, dst->ne[1], ith, nth);
+    copy_base(dst, rows.n_row, ith, nth);
 }
 
 void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {

@@ -41,8 +41,8 @@ struct qaflora_cpu_difference {
 //   delta:   src y, t [n_row, n_rank], weights, slot or none. userdata qaflora_cpu_module
 //   delta_experts: src y [n_row, n_used, n_out], x [n_row, 1 or n_used, n_in], experts I32 [n_row, n_used], weights, slot or none.
 //            userdata qaflora_cpu_module
-//   *_differential: y is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
-//            rows I32 [n]: then y has n rows more, to be added to these
+//   *_differential: dst is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
+//            rows I32 [n]: then y has n rows more, to be added to these. y may have fewer slots: the others get the base's rows
 //   subtract_base: x, rows or none. userdata qaflora_cpu_difference
 //   coarsest_rows: x [n_slot, n_base, n_in]; dst I32: rows whose rounding loses most, qaflora_n_split() of each slot.
 //            userdata qaflora_cpu_difference

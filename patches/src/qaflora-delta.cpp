@@ -7,6 +7,7 @@
 
 #include "llama-model.h"
 
+#include <algorithm>
 #include <initializer_list>
 
 uint32_t qaflora_n_nodes(const qaflora_context & qf) {
@@ -15,20 +16,21 @@ uint32_t qaflora_n_nodes(const qaflora_context & qf) {
     return 10u*n_module + (qf.is_differential() ? 16u*(8u*qf.n_layer + 2u) : 0u) + 4u*qf.n_layer + 64u;
 }
 
-// an operation of the CPU on y, in place where nothing else computes; whole: what y is a view of
+// an operation of the CPU on y, in place where nothing else computes; whole: what y is a view of; n_slot: as many sequences as
+// the result is to have, if more than y
 static ggml_tensor * cpu_op(const llm_graph_context & gctx, ggml_custom_op_t op, ggml_tensor * y, std::initializer_list<ggml_tensor *> more,
-                            const void * userdata, ggml_tensor * whole = nullptr) {
+                            const void * userdata, ggml_tensor * whole = nullptr, int64_t n_slot = 0) {
     std::vector<ggml_tensor *> src;
     for (ggml_tensor * t : more) {
         if (t) {
             src.push_back(t);
         }
     }
-    if (ggml_backend_sched_get_n_backends(gctx.sched) == 1) {
+    if (ggml_backend_sched_get_n_backends(gctx.sched) == 1 && n_slot <= y->ne[2]) {
         return ggml_custom_inplace(gctx.ctx0, y, src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
     }
     src.insert(src.begin(), whole ? whole : y); // between devices this may be a copy
-    return ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, y->ne[0], y->ne[1], y->ne[2], y->ne[3],
+    return ggml_custom_4d(gctx.ctx0, GGML_TYPE_F32, y->ne[0], y->ne[1], std::max(n_slot, y->ne[2]), y->ne[3],
                           src.data(), (int) src.size(), op, GGML_N_TASKS_MAX, const_cast<void *>(userdata));
 }
 
@@ -48,20 +50,21 @@ static ggml_tensor * cpu_product(const llm_graph_context & gctx, qaflora_graph_i
     return product.t;
 }
 
-static ggml_tensor * cpu_delta(const llm_graph_context & gctx, qaflora_graph_input & inp, const qaflora_module * m, ggml_tensor * cur, ggml_tensor * res) {
+static ggml_tensor * cpu_delta(const llm_graph_context & gctx, qaflora_graph_input & inp, const qaflora_module * m, const ggml_tensor * w,
+                               ggml_tensor * cur, ggml_tensor * res) {
     if (!qaflora_is_differential(inp, cur)) {
         return !m ? res : cpu_op(gctx, qaflora_op_delta, res,
             { cpu_product(gctx, inp, m->group, cur), qaflora_cpu_weights(gctx, inp), qaflora_slots_of(gctx, inp, ggml_nrows(cur)) }, &m->cpu);
     }
-    // res has the rows of cur, and below them those that were split
+    // res has the rows of cur that were multiplied, and below them those that were split
     const int64_t n_base = ggml_nrows(cur)/inp.n_slot;
-    ggml_tensor * y = ggml_view_3d(gctx.ctx0, res, res->ne[0], n_base, inp.n_slot, res->nb[1], n_base*res->nb[1], 0);
+    ggml_tensor * y = ggml_view_3d(gctx.ctx0, res, res->ne[0], n_base, qaflora_n_active(inp, w), res->nb[1], n_base*res->nb[1], 0);
     ggml_tensor * split = inp.last_difference.split;
     if (m) {
         y = cpu_op(gctx, qaflora_op_delta_differential, y,
-                   { cpu_product(gctx, inp, m->group, cur), qaflora_cpu_weights(gctx, inp), qaflora_slots_of(gctx, inp, ggml_nrows(cur)), split }, &m->cpu, res);
+                   { cpu_product(gctx, inp, m->group, cur), qaflora_cpu_weights(gctx, inp), qaflora_slots_of(gctx, inp, ggml_nrows(cur)), split }, &m->cpu, res, inp.n_slot);
     } else {
-        y = cpu_op(gctx, qaflora_op_base_differential, y, { split }, inp.qf.pack->kernels, res);
+        y = cpu_op(gctx, qaflora_op_base_differential, y, { split }, inp.qf.pack->kernels, res, inp.n_slot);
     }
     return ggml_reshape_4d(gctx.ctx0, y, res->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
 }
@@ -130,7 +133,7 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
     }
     const auto it = qf.pack->by_weight.find(w);
     if (it == qf.pack->by_weight.end()) {
-        return qf.pack->has_kernels(w) ? cpu_delta(gctx, inp, nullptr, cur, res) : res;
+        return qf.pack->has_kernels(w) ? cpu_delta(gctx, inp, nullptr, w, cur, res) : res;
     }
     const qaflora_module & m = qf.pack->modules[it->second];
     const int64_t n_row = ggml_nrows(cur);
@@ -138,7 +141,7 @@ ggml_tensor * qaflora_mm_delta(const llm_graph_context & gctx, ggml_tensor * w, 
         return res;
     }
     if (!m.cpu.segments.empty()) {
-        return cpu_delta(gctx, inp, &m, cur, res);
+        return cpu_delta(gctx, inp, &m, w, cur, res);
     }
     const bool is_shared = inp.n_slot == 1 && n_row == 1;
     ggml_tensor * t = is_shared ? shared_rank(gctx, inp, m, cur) : weighted_rank(gctx, inp, m.a, m.layout, m.il, cur);

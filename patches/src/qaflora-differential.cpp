@@ -16,6 +16,15 @@ bool qaflora_is_differential(const qaflora_graph_input & inp, const ggml_tensor 
     return (is_token || is_output) && ggml_is_contiguous(cur);
 }
 
+int64_t qaflora_n_active(const qaflora_graph_input & inp, const ggml_tensor * w) {
+    const int32_t il = qaflora_layer_of(w->name, inp.qf.n_layer);
+    int64_t res = inp.n_slot;
+    while (il >= 0 && res > 1 && inp.qf.first_layer[res - 1] > il) { // slot i is sequence i, see qaflora_accepts_ubatch()
+        --res;
+    }
+    return res;
+}
+
 static ggml_tensor * first_sequence(ggml_context * ctx, ggml_tensor * x) {
     return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], 1, x->nb[1], x->nb[2], 0);
 }
@@ -69,13 +78,13 @@ static qaflora_graph_input::difference subtract_base(const llm_graph_context & g
     ggml_context * ctx = gctx.ctx0;
     auto & diff = inp.last_difference;
     const bool is_cpu = inp.qf.pack->has_kernels(w);
-    if (diff.cur == cur && diff.is_cpu == is_cpu) {
+    if (diff.cur == cur && diff.is_cpu == is_cpu && diff.n_active == x->ne[2]) {
         return diff;
     }
-    diff = { cur, is_cpu, nullptr, nullptr };
+    diff = { cur, is_cpu, x->ne[2], nullptr, nullptr };
     if (!is_cpu) {
         ggml_tensor * x0 = first_sequence(ctx, x);
-        diff.d = ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
+        diff.d = x->ne[2] == 1 ? x0 : ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
         return diff;
     }
     const qaflora_cpu_difference * how = rounding_of(inp.qf, w, x->ne[1]);
@@ -99,7 +108,9 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
         return res;
     }
     ggml_context * ctx = gctx.ctx0;
+    const int64_t n_active = qaflora_n_active(inp, w);
     ggml_tensor * x = ggml_reshape_3d(ctx, cur, cur->ne[0], ggml_nrows(cur)/inp.n_slot, inp.n_slot);
+    x = ggml_view_3d(ctx, x, x->ne[0], x->ne[1], n_active, x->nb[1], x->nb[2], 0);
     // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
     const auto diff = subtract_base(gctx, inp, w, cur, x);
     if (inp.qf.pack->has_kernels(w)) {
@@ -111,6 +122,11 @@ ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, g
     }
     y = ggml_reshape_3d(ctx, y, y->ne[0], x->ne[1], x->ne[2]);
     ggml_tensor * y0 = first_sequence(ctx, y);
-    y = ggml_concat(ctx, y0, ggml_add(ctx, other_sequences(ctx, y), y0), 2);
+    if (n_active > 1) {
+        y = ggml_concat(ctx, y0, ggml_add(ctx, other_sequences(ctx, y), y0), 2);
+    }
+    if (n_active < inp.n_slot) {
+        y = ggml_concat(ctx, y, ggml_repeat_4d(ctx, y0, y0->ne[0], y0->ne[1], inp.n_slot - n_active, 1), 2);
+    }
     return ggml_reshape_4d(ctx, y, res->ne[0], res->ne[1], res->ne[2], res->ne[3]);
 }

@@ -223,6 +223,16 @@ static void lens_rows(const final_norm & norm, bool is_normed, int32_t n_adapter
     }
 }
 
+// the first layer in which some state of adapted [n_adapter, n_layer, n_embd] is not the base's
+static int32_t first_moved(int32_t n_adapter, int32_t n_layer, int32_t n_embd, const float * base, const float * adapted) {
+    int32_t res = n_layer;
+    for (int32_t ia = 0; ia < n_adapter; ++ia) {
+        const float * own = adapted + (size_t) ia*n_layer*n_embd;
+        res = std::min<int32_t>(res, (std::mismatch(own, own + (size_t) n_layer*n_embd, base).first - own)/n_embd);
+    }
+    return res;
+}
+
 int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t n_adapter, const float * base, const float * adapted, double * div) {
     try {
         if (!ctx || !ctx->qaflora) {
@@ -242,7 +252,8 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         std::vector<float>  rows((size_t) n_chunk*n_row*qf.n_embd);
         std::vector<double> units((size_t) n_chunk*n_row);
         std::vector<double> probs((size_t) std::min<int>(n_chunk, n_threads)*n_slice); // of each thread
-        for (int32_t il0 = 0; il0 < qf.n_layer; il0 += n_chunk) {
+        std::fill_n(div, (size_t) n_adapter*qf.n_layer, 0.0);
+        for (int32_t il0 = first_moved(n_adapter, qf.n_layer, qf.n_embd, base, adapted); il0 < qf.n_layer; il0 += n_chunk) {
             const int32_t n = std::min(n_chunk, qf.n_layer - il0);
             for (int32_t i = 0; i < n; ++i) {
                 const int32_t il = il0 + i;

@@ -8,6 +8,7 @@
 
 #include "llama-model.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -80,6 +81,12 @@ qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths
 
 void qaflora_pack_free(qaflora_pack * pack) {
     delete pack;
+}
+
+int32_t qaflora_pack_first_layer(const qaflora_pack * pack, int32_t ia) {
+    std::vector<float> alone((size_t) pack->n_adapter*pack->n_layer, 0.0f);
+    std::fill_n(alone.begin() + (size_t) ia*pack->n_layer, pack->n_layer, 1.0f);
+    return pack->first_layer(alone);
 }
 
 int64_t qaflora_pack_size_bytes(const qaflora_pack * pack) {

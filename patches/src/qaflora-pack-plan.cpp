@@ -86,18 +86,25 @@ struct planner {
         return type;
     }
 
-    qaflora_module make_module(const std::string & name) {
+    qaflora_module new_module(const std::string & name) const {
         qaflora_module m;
         m.name = name;
         m.w    = qaflora_base_tensor(*pack.model, name);
         m.il   = qaflora_layer_of(name, pack.n_layer);
-        std::vector<qaflora_segment> segments;
         for (size_t ia = 0; ia < files.size(); ++ia) {
-            auto it = files[ia].pairs.find(name);
-            if (it != files[ia].pairs.end()) {
-                const int64_t rank = it->second.b->ne[0];
-                segments.push_back({ (int32_t) ia, rank, files[ia].alpha/rank });
+            if (files[ia].pairs.count(name)) {
+                m.adapters.push_back((int32_t) ia);
             }
+        }
+        return m;
+    }
+
+    qaflora_module make_module(const std::string & name) {
+        qaflora_module m = new_module(name);
+        std::vector<qaflora_segment> segments;
+        for (const int32_t ia : m.adapters) {
+            const int64_t rank = files[ia].pairs.at(name).b->ne[0];
+            segments.push_back({ ia, rank, files[ia].alpha/rank });
         }
         m.n_expert = qaflora_is_experts(name) ? m.w->ne[2] : 0;
         m.layout = find_layout(segments, padded_rank(stacked_rank(segments), common_type({ name }, false)));
@@ -123,18 +130,12 @@ struct planner {
         ggml_context * ctx = ctx_for(qaflora_adapter_buft(qaflora_base_tensor(*pack.model, names[0])));
         const size_t first_pair = plan.cpu_pairs.size();
         for (const auto & name : names) {
-            qaflora_module m;
-            m.name  = name;
-            m.w     = qaflora_base_tensor(*pack.model, name);
-            m.il    = qaflora_layer_of(name, pack.n_layer);
+            qaflora_module m = new_module(name);
             m.group = (int32_t) pack.groups.size();
             m.cpu.kernels = pack.kernels;
             m.cpu.il      = m.il;
             m.cpu.n_out   = m.w->ne[1];
-            for (size_t ia = 0; ia < files.size(); ++ia) {
-                if (!files[ia].pairs.count(name)) {
-                    continue;
-                }
+            for (const int32_t ia : m.adapters) {
                 const qaflora_cpu_segment s = make_cpu_segment(name, ia, g.cpu.n_rank);
                 g.cpu.n_rank += s.rank;
 

@@ -37,6 +37,7 @@ struct qaflora_module {
     std::string   name;
     ggml_tensor * w = nullptr;
     int32_t       il = 0;      // the layer whose weights it follows
+    std::vector<int32_t> adapters; // that have it
     int32_t       group  = -1;
     int64_t       n_expert = 0; // 0: a plain matrix. Stacked experts have A and B of three dimensions, the expert last
     qaflora_cpu_module cpu;    // on the CPU the following is empty
@@ -73,6 +74,17 @@ struct qaflora_pack {
 
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
+
+    // the first layer in which a module has one of these weights [n_layer, n_adapter], or n_layer
+    int32_t first_layer(const std::vector<float> & weights) const {
+        int32_t res = n_layer;
+        for (const auto & m : modules) {
+            if (std::any_of(m.adapters.begin(), m.adapters.end(), [&](int32_t ia) { return weights[ia*n_layer + m.il] != 0.0f; })) {
+                res = std::min(res, m.il);
+            }
+        }
+        return res;
+    }
 
     // whether products with w are those of our kernels
     bool has_kernels(const ggml_tensor * w) const {

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define QAFLORA_ABI_VERSION 2
+#define QAFLORA_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -50,6 +50,9 @@ LLAMA_API const char * qaflora_last_error (void); // of the calling thread, neve
 LLAMA_API struct qaflora_pack * qaflora_pack_init(struct llama_model * model, const char * const * paths, int32_t n_adapter);
 LLAMA_API void                  qaflora_pack_free(struct qaflora_pack * pack);
 LLAMA_API int64_t               qaflora_pack_size_bytes(const struct qaflora_pack * pack);
+
+// the first layer with a module of an adapter: where n_layer, it has none
+LLAMA_API int32_t               qaflora_pack_first_layer(const struct qaflora_pack * pack, int32_t ia);
 
 // A context whose sequences use the pack; all weights start at 0. Free it with llama_free.
 // llama_decode with it leaves qaflora_last_error() empty, or says there why it returned

@@ -236,6 +236,8 @@ def _key_of(path: Path, gpu_layers: int | None) -> _Key | None:
 class Pack(Handle):
     """Adapter files, stacked along the rank axis beside the base's weights.
 
+    first_layers  of each adapter the first one that it changes
+
     Raises BackendError naming the file and tensor that does not fit.
     """
 
@@ -248,6 +250,8 @@ class Pack(Handle):
         self._pointer = self._functions.pack_init(model._pointer, array, len(paths))
         if not self._pointer:
             raise BackendError(f"Adapters cannot be loaded: {native.last_error()}.")
+        first_layer = self._functions.pack_first_layer
+        self.first_layers = [int(first_layer(self._pointer, ia)) for ia in range(len(paths))]
 
     def _free(self, pointer: Any) -> None:
         self._functions.pack_free(pointer)

@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 
 from qaflora_edge.errors import LibraryError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 CONTEXT_PROBE = 1
 CONTEXT_DIFFERENTIAL = 2
@@ -59,6 +59,7 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "qaflora_pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT]),
     "qaflora_pack_free": (None, [_HANDLE]),
     "qaflora_pack_size_bytes": (_LONG, [_HANDLE]),
+    "qaflora_pack_first_layer": (_INT, [_HANDLE, _INT]),
     "qaflora_context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
     "qaflora_set_weights": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
     "qaflora_capture_begin": (_INT, [_HANDLE, _INT]),

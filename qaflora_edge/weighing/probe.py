@@ -188,7 +188,18 @@ class Prober:
         yield from read_tokens(context, tokens, start, outputs, n_seq=1 + len(self._rows))
 
     def _states(self, context: ProbeContext) -> F32:
-        return np.stack([context.states(seq) for seq in range(1 + len(self._rows))])
+        order = self._in_order(self._rows)
+        return np.stack(
+            [context.states(0), *(context.states(1 + order.index(r)) for r in self._rows)]
+        )
+
+    def _in_order(self, rows: tuple[int, ...]) -> list[int]:
+        """The adapters as they follow the base: those that begin in a higher layer come later.
+
+        Below where they begin they are what the base is, and the library computes the first
+        sequences alone.
+        """
+        return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
 
     def divergence(
         self,
@@ -247,7 +258,7 @@ class Prober:
         yield from read_tokens(context, tokens, n_kept, outputs, n_seq=1 + len(self._rows))
 
     def _use(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
-        """Let sequence 1 + i be the adapter rows[i]; what was read with others is forgotten."""
+        """Let a sequence be each of these adapters; what was read with others is forgotten."""
         if rows != self._rows:
             self._forget(context)
             self._set_weights(context, rows)
@@ -271,7 +282,7 @@ class Prober:
             context.clear()
 
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
-        for i, row in enumerate(rows):
+        for i, row in enumerate(self._in_order(rows)):
             alone = np.zeros((self._pack.n_adapter, self._model.n_layer), np.float32)
             alone[row] = 1.0
             context.set_weights(alone, seq=1 + i)
