@@ -21,6 +21,7 @@ MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
 LENSES, POOLS = ("norm", "raw"), ("last", "mean", "question")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+ADAPTER_TYPES = {"auto": 0, "q8_0": 1, "q4_0": 2}  # qaflora.h enum qaflora_adapter_type
 # How each strategy is written; what follows a colon in capitals stands for a value.
 
 
@@ -171,6 +172,9 @@ OPTIONS = (
            defaults={"compare": 4, "eval": 8, "serve": 4}),
     Option("kv_type", str, "f16", "engine", "--kv-type", choices=tuple(KV_TYPES),
            help="Type of the KV cache."),
+    Option("adapter_type", str, "auto", "engine", "--adapter-type", choices=tuple(ADAPTER_TYPES),
+           help="Convert adapters to 8 or 4 bits as they are loaded, for fewer bytes to read with "
+           "each token; auto leaves them as their files have them. On the CPU only."),
     Option("flash_attn", bool, None, "engine", "--no-flash-attn/--flash-attn",
            help="Do without flash attention, or use it.", unset="where it is quicker"),
     Option("threads", int, None, "engine", "--threads", low=1, high=MAX_THREADS,

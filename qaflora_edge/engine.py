@@ -33,6 +33,8 @@ class Engine(EngineMeasures):
     threads   CPU threads, by default the cores this process may use
     gpu_layers  layers offloaded where the library was built with a GPU backend
     kv_type   f16, f32 or q8_0
+    adapter_type  q8_0 or q4_0: convert adapters as they are loaded (docs/performance.md has what it
+              gains and costs); auto: as their files have them
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
     fast      weigh sooner, and not exactly: see `qaflora weights --help`

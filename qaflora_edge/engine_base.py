@@ -45,6 +45,7 @@ class EngineBase:
         threads: int | None = None,
         gpu_layers: int | None = None,
         kv_type: str = "f16",
+        adapter_type: str = "auto",
         flash_attn: bool | None = None,
         strategy: str | None = None,
         lens: str | None = None,
@@ -57,7 +58,8 @@ class EngineBase:
     ) -> None:
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         probing = {"probe_tail": probe_tail, "fast": fast, "prefix_cache": prefix_cache}
-        others = {"n_ctx": n_ctx, "n_parallel": n_parallel, "gpu_layers": gpu_layers, "seed": seed}
+        others: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": n_parallel, "seed": seed}
+        others |= {"gpu_layers": gpu_layers, "adapter_type": adapter_type}
         check("engine", {**options, **others, **probing, "min_weight": min_weight})
         self._lifetime = Lifetime(self)
 
@@ -86,6 +88,7 @@ class EngineBase:
                 n_ctx=n_ctx,
                 n_parallel=n_parallel,
                 gpu_layers=gpu_layers,
+                adapter_type=adapter_type,
                 options=options,
                 probe_tail=self.probe_tail,
                 prefix_cache=prefix_cache,

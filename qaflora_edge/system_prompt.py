@@ -58,7 +58,10 @@ class SystemPrompt:
             "kernels": os.environ.get("QAFLORA_CPU_KERNELS", ""),
             "pieces": [pieces.n_full, pieces.n_least],
             "hashes": list(hashes),
-            "options": {name: options[name] for name in ("kv_type", "flash_attn", "gpu_layers")},
+            "options": {
+                name: options[name]
+                for name in ("kv_type", "adapter_type", "flash_attn", "gpu_layers")
+            },
             "tokens": list(first[: self._n_token]),
         }
         if self._n_token and (state := read_prefix(self._facts)):

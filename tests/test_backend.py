@@ -1,6 +1,7 @@
 """The native backend against oracles that do not use it: merged bases and stock llama.cpp."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,14 @@ def weights(base: TinyBase) -> F32:
 
 
 def load(
-    base: TinyBase, adapters: Sequence[TinyAdapter], gpu_layers: int = 0
+    base: TinyBase,
+    adapters: Sequence[TinyAdapter],
+    gpu_layers: int = 0,
+    *,
+    adapter_type: str = "auto",
 ) -> tuple[Model, Pack]:
     model = Model(base.path, gpu_layers=gpu_layers)
-    return model, Pack(model, [adapter.path for adapter in adapters])
+    return model, Pack(model, [adapter.path for adapter in adapters], adapter_type=adapter_type)
 
 
 def fused_logits(
@@ -60,9 +65,10 @@ def fused_logits(
     tokens: Sequence[int] = TOKENS,
     *,
     gpu_layers: int = 0,
+    adapter_type: str = "auto",
 ) -> F32:
     """Prompt in one batch, then the last token alone: both shapes of a graph."""
-    model, pack = load(base, adapters, gpu_layers)
+    model, pack = load(base, adapters, gpu_layers, adapter_type=adapter_type)
     with Context(model, pack, n_ctx=64, **EXACT) as context:
         context.set_weights(weights)
         context.decode(tokens[:-1])
@@ -248,6 +254,81 @@ def test_every_kernel_agrees_with_a_merged_base(
     )
 
 
+def rounded(values: F32, kind: str) -> F32:
+    """Blocks of 32 along the last axis, as 8 or 4 bits with a scale leave them; the rest is 0."""
+    n = values.shape[-1]
+    padded = np.pad(values, ((0, 0), (0, -n % 32))).reshape(len(values), -1, 32)
+    largest = np.take_along_axis(padded, np.abs(padded).argmax(-1, keepdims=True), -1)
+    if kind == "q8_0":
+        scale = np.abs(largest) / np.float32(127)
+        steps = padded * (np.float32(1) / scale)
+        steps = np.trunc(steps + np.copysign(np.float32(0.5), steps))
+    else:
+        scale = largest / np.float32(-8)
+        steps = padded * (np.float32(1) / scale) + np.float32(8.5)
+        steps = np.clip(np.floor(steps), 0, 15) - 8
+    return (steps * scale).astype(np.float32).reshape(len(values), -1)[:, :n]
+
+
+@pytest.mark.parametrize("kernels", KERNELS[1:])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("rank", [5, 32])
+def test_adapters_are_converted_as_they_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernels: str,
+    kind: str,
+    outtype: str,
+    rank: int,
+) -> None:
+    """Blocks of 32 inputs of A, and of 32 outputs of B; panels that outputs do not fill."""
+    base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
+    use_kernels(monkeypatch, base, kernels)
+    targets = [stem for stem in STEMS if stem != "attn_output"]  # 48 inputs are no whole blocks
+    adapters = [
+        write_tiny_adapter(
+            tmp_path / f"{seed}.gguf", base, rank=rank, targets=targets, seed=seed, outtype=outtype
+        )
+        for seed in (1, 2)
+    ]
+    found = []
+    for adapter in adapters:  # what a file has in 8 bits stays as it is under q8_0
+        is_a, is_b = (outtype != kind or n % 32 != 0 for n in (64, rank))
+        a = {name: rounded(x, kind) if is_a else x for name, x in adapter.a.items()}
+        b = {name: rounded(x.T, kind).T if is_b else x for name, x in adapter.b.items()}
+        found.append(replace(adapter, a=a, b=b))
+    weights = np.random.default_rng(1).random((2, base.n_layer)).astype(np.float32)
+    merged = write_merged(tmp_path / "merged.gguf", base, found, weights, n_head_dim=12)
+    np.testing.assert_allclose(
+        fused_logits(base, adapters, weights, adapter_type=kind),
+        stock_logits(merged),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_what_cannot_be_converted_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", n_head_dim=12)
+    adapter = write_tiny_adapter(tmp_path / "a.gguf", base, targets=["attn_output"])
+    with pytest.raises(BackendError) as caught:
+        load(base, [adapter], adapter_type="q4_0")
+    assert str(caught.value) == (
+        f"Adapters cannot be loaded: {adapter.path}: 'blk.0.attn_output.weight.lora_a' has rows of "
+        "48 numbers, expected a multiple of 32 to convert it to q4_0; load the adapter as it is."
+    )
+    monkeypatch.setenv("QAFLORA_CPU_KERNELS", "ggml")
+    with pytest.raises(BackendError) as caught:
+        load(base, [adapter], adapter_type="q8_0")
+    assert str(caught.value) == (
+        "Adapters cannot be loaded: adapters cannot be converted to q8_0: the products with "
+        "'blk.0.attn_output.weight' are not those of the CPU's kernels; load them as they are, "
+        "or the base with no layers on a device."
+    )
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("n", [3, 29])
 def test_every_kernel_agrees_on_the_probe(
@@ -280,13 +361,26 @@ def mixes(n_seq: int, n_adapter: int, n_layer: int) -> F32:
 
 
 @pytest.mark.parametrize("kernels", KERNELS[1:])
-@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize(
+    ("outtype", "adapter_type"),
+    [
+        *((each, "auto") for each in ("f32", "f16", "bf16", "q8_0")),
+        ("f32", "q8_0"),
+        ("f32", "q4_0"),
+    ],
+)
 @pytest.mark.parametrize("n_seq", [2, 11])
 def test_every_kernel_decodes_mixes_together_as_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, outtype: str, n_seq: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernels: str,
+    outtype: str,
+    adapter_type: str,
+    n_seq: int,
 ) -> None:
     """Tiles take rows of different sequences. Of more than 64 too."""
-    base = write_tiny_base(tmp_path / "base.gguf", n_ff=224 if outtype == "q8_0" else 90)
+    has_blocks = "q8_0" in (outtype, adapter_type) or adapter_type == "q4_0"
+    base = write_tiny_base(tmp_path / "base.gguf", n_ff=224 if has_blocks else 90)
     use_kernels(monkeypatch, base, kernels)
     rank = 32 if outtype == "q8_0" else 5
     adapters = [
@@ -295,7 +389,7 @@ def test_every_kernel_decodes_mixes_together_as_alone(
     ]
     n_seq *= 6 if outtype == "f16" and n_seq == 11 else 1
     mix = mixes(n_seq, 3, base.n_layer)
-    model, pack = load(base, adapters)
+    model, pack = load(base, adapters, adapter_type=adapter_type)
     together = RawContext(model, pack, n_seq=n_seq)
     alone = RawContext(model, pack)
     for seq in range(n_seq):

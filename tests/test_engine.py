@@ -530,3 +530,13 @@ def test_use_refuses_what_is_unknown_and_changes_nothing(engine: Engine) -> None
         engine.use_adapters(["es"])
     assert engine.adapters == NAMES
     assert engine.weights(PROMPT).weights[:, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_adapters_are_converted_for_an_engine(base: TinyBase, adapters: dict[str, Path]) -> None:
+    options = {"n_ctx": 128, "kv_type": "f32", "flash_attn": False}
+    found = {}
+    for kind in ("auto", "q8_0", "q4_0"):
+        with Engine(base=base.path, adapters=adapters, adapter_type=kind, **options) as engine:
+            found[kind] = engine.logits(PROMPT, weights="static")
+    moved = [np.abs(found[kind] - found["auto"]).max() for kind in ("q8_0", "q4_0")]
+    assert 0 < moved[0] < moved[1] / 4

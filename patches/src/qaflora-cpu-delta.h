@@ -17,7 +17,7 @@ static inline void add_panel(vec (&acc)[NX][NV], const uint8_t * panel, int64_t 
             b[v] = T::panel(panel, r, v*W);
         }
         for (int i = 0; i < NX; ++i) {
-            const vec w = v_set1(t[i*n_rank + r]);
+            const vec w = v_set1(T::scale(panel, r)*t[i*n_rank + r]);
             for (int v = 0; v < NV; ++v) {
                 acc[i][v] = v_fma(b[v], w, acc[i][v]);
             }
@@ -38,14 +38,14 @@ static inline void add_panel_row(vec (&acc)[1][NV], const uint8_t * panel, int64
     for (; r + 4 <= rank; r += 4) {
         for (int u = 0; u < 4; ++u) {
             v_prefetch(panel + T::panel_offset(r + u));
-            const vec w = v_set1(t[r + u]);
+            const vec w = v_set1(T::scale(panel, r + u)*t[r + u]);
             for (int v = 0; v < NV; ++v) {
                 part[u][v] = v_fma(T::panel(panel, r + u, v*W), w, part[u][v]);
             }
         }
     }
     for (; r < rank; ++r) {
-        const vec w = v_set1(t[r]);
+        const vec w = v_set1(T::scale(panel, r)*t[r]);
         for (int v = 0; v < NV; ++v) {
             part[0][v] = v_fma(T::panel(panel, r, v*W), w, part[0][v]);
         }
@@ -106,6 +106,9 @@ static void delta_tile(const qaflora_delta & d, const qaflora_cpu_rows & rows, i
             case QAFLORA_CPU_F16:  add_panel<f16_numbers >(acc, b, s.rank, ts, d.n_rank); break;
             case QAFLORA_CPU_BF16: add_panel<bf16_numbers>(acc, b, s.rank, ts, d.n_rank); break;
             case QAFLORA_CPU_Q8_0: add_panel<q8_0_numbers>(acc, b, s.rank, ts, d.n_rank); break;
+            case QAFLORA_CPU_Q8_0_PANEL: add_panel<panel_numbers<q8_0_numbers>>(acc, b, s.rank, ts, d.n_rank); break;
+            case QAFLORA_CPU_Q4_0_PANEL: add_panel<panel_numbers<q4_0_numbers>>(acc, b, s.rank, ts, d.n_rank); break;
+            case QAFLORA_CPU_Q4_0: break; // of A only
         }
     }
     const int64_t o    = panel*QAFLORA_PANEL;
@@ -171,14 +174,14 @@ static inline void add_panel_mixed(float * const (&acc)[NX], const uint8_t * pan
                 }
                 const vec b = T::panel(panel, r + u, v*W);
                 for (int i = 0; i < NX; ++i) {
-                    part[i][u] = v_fma(b, v_set1(t[i][r + u]), part[i][u]);
+                    part[i][u] = v_fma(b, v_set1(T::scale(panel, r + u)*t[i][r + u]), part[i][u]);
                 }
             }
         }
         for (; r < rank; ++r) {
             const vec b = T::panel(panel, r, v*W);
             for (int i = 0; i < NX; ++i) {
-                part[i][0] = v_fma(b, v_set1(t[i][r]), part[i][0]);
+                part[i][0] = v_fma(b, v_set1(T::scale(panel, r)*t[i][r]), part[i][0]);
             }
         }
         for (int i = 0; i < NX; ++i) {
@@ -232,6 +235,9 @@ static void delta_mixed_rows(const qaflora_delta & d, const qaflora_cpu_rows & r
                 case QAFLORA_CPU_F16:  delta_mixed<f16_numbers,  MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
                 case QAFLORA_CPU_BF16: delta_mixed<bf16_numbers, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
                 case QAFLORA_CPU_Q8_0: delta_mixed<q8_0_numbers, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_Q8_0_PANEL: delta_mixed<panel_numbers<q8_0_numbers>, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_Q4_0_PANEL: delta_mixed<panel_numbers<q4_0_numbers>, MIX_ROWS>::tiles(d, s, panel, some, n_some, t, sums); break;
+                case QAFLORA_CPU_Q4_0: break; // of A only
             }
         }
         const int64_t o    = p*QAFLORA_PANEL;

@@ -6,7 +6,12 @@
 
 namespace QAFLORA_ISA {
 
-struct f32_numbers {
+// what a panel's numbers of one rank are multiplied with
+struct no_scale {
+    static float scale(const uint8_t *, int64_t) { return 1.0f; }
+};
+
+struct f32_numbers : no_scale {
     static size_t row_size(int64_t n)                  { return n*4; }
     static float  at  (const uint8_t * row, int64_t i) { return ((const float *) row)[i]; }
     static vec    load(const uint8_t * row, int64_t i) { return v_load((const float *) row + i); }
@@ -14,7 +19,7 @@ struct f32_numbers {
     static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*4; }
 };
 
-struct f16_numbers {
+struct f16_numbers : no_scale {
     static size_t row_size(int64_t n)                  { return n*2; }
     static float  at  (const uint8_t * row, int64_t i) { return f16_to_f32(((const uint16_t *) row)[i]); }
     static vec    load(const uint8_t * row, int64_t i) { return v_load_f16((const uint16_t *) row + i); }
@@ -22,7 +27,7 @@ struct f16_numbers {
     static size_t panel_offset(int64_t r)              { return r*QAFLORA_PANEL*2; }
 };
 
-struct bf16_numbers {
+struct bf16_numbers : no_scale {
     static size_t row_size(int64_t n) { return n*2; }
     static float  at  (const uint8_t * row, int64_t i) {
         const uint32_t bits = (uint32_t) ((const uint16_t *) row)[i] << 16;
@@ -36,16 +41,38 @@ struct bf16_numbers {
 };
 
 // rows of A have F32 scales first, then the numbers: see qaflora-cpu-store.h
-struct q8_0_numbers {
-    enum { BLOCK = 32, BLOCK_SIZE = 34, PANEL_SIZE = 2*QAFLORA_PANEL + BLOCK*QAFLORA_PANEL };
+struct q8_0_numbers : no_scale {
+    enum { BLOCK = 32, BLOCK_BYTES = 32, PANEL_SIZE = 2*QAFLORA_PANEL + BLOCK*QAFLORA_PANEL };
 
-    static size_t         row_size(int64_t n) { return n/BLOCK*4 + n; }
-    static size_t         panel_offset(int64_t r) { return r/BLOCK*PANEL_SIZE + r%BLOCK*QAFLORA_PANEL; }
-    static const int8_t * numbers (const uint8_t * row, int64_t n) { return (const int8_t *) row + n/BLOCK*4; }
+    static size_t          row_size(int64_t n) { return n/BLOCK*(4 + BLOCK_BYTES); }
+    static const uint8_t * numbers (const uint8_t * row, int64_t n) { return row + n/BLOCK*4; }
+    static vec    load_block(const uint8_t * q, int o) { return v_load_i8((const int8_t *) q + o); }
+    static size_t panel_offset(int64_t r) { return r/BLOCK*PANEL_SIZE + r%BLOCK*QAFLORA_PANEL; }
     static vec    panel(const uint8_t * p, int64_t r, int o) {
         const uint8_t * block = p + r/BLOCK*PANEL_SIZE;
         return v_mul(v_load_f16((const uint16_t *) block + o),
                      v_load_i8((const int8_t *) block + 2*QAFLORA_PANEL + r%BLOCK*QAFLORA_PANEL + o));
+    }
+};
+
+struct q4_0_numbers {
+    enum { BLOCK = 32, BLOCK_BYTES = 16 };
+
+    static size_t          row_size(int64_t n) { return n/BLOCK*(4 + BLOCK_BYTES); }
+    static const uint8_t * numbers (const uint8_t * row, int64_t n) { return row + n/BLOCK*4; }
+    static vec    load_block(const uint8_t * q, int o) { return v_load_i4(q, o); }
+};
+
+// panels of B of which each rank is a block: its F32 scale, then the numbers of T
+template <typename T> struct panel_numbers {
+    static_assert((int) T::BLOCK == QAFLORA_PANEL, "a block is a panel's width");
+
+    static size_t panel_offset(int64_t r) { return r*(4 + T::BLOCK_BYTES); }
+    static vec    panel(const uint8_t * p, int64_t r, int o) { return T::load_block(p + panel_offset(r) + 4, o); }
+    static float  scale(const uint8_t * p, int64_t r) {
+        float x;
+        memcpy(&x, p + panel_offset(r), sizeof(x));
+        return x;
     }
 };
 
@@ -55,6 +82,9 @@ static size_t panel_size(qaflora_cpu_type type, int64_t rank) {
         case QAFLORA_CPU_F16:
         case QAFLORA_CPU_BF16: return rank*QAFLORA_PANEL*2;
         case QAFLORA_CPU_Q8_0: return rank/q8_0_numbers::BLOCK*q8_0_numbers::PANEL_SIZE;
+        case QAFLORA_CPU_Q4_0: break;
+        case QAFLORA_CPU_Q8_0_PANEL: return panel_numbers<q8_0_numbers>::panel_offset(rank);
+        case QAFLORA_CPU_Q4_0_PANEL: return panel_numbers<q4_0_numbers>::panel_offset(rank);
     }
     return 0;
 }

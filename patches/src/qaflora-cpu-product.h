@@ -54,11 +54,11 @@ static inline void dot_tile(const uint8_t * a, const dot_tile_rows<NX> & rows, i
     }
 }
 
-// the same for rows of Q8_0, whose length is a multiple of the block
-template <int NA, int NX, bool FETCH>
-static inline void dot_tile_q8_0(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
-    enum { BLOCK = q8_0_numbers::BLOCK, NB = BLOCK/W };
-    const size_t stride = q8_0_numbers::row_size(n);
+// the same for rows of blocks, whose length is a multiple of them
+template <typename T, int NA, int NX, bool FETCH>
+static inline void dot_tile_blocks(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
+    enum { BLOCK = T::BLOCK, NB = BLOCK/W, LINE = 64 };
+    const size_t stride = T::row_size(n);
     vec acc[NA][NX];
     for (int m = 0; m < NA; ++m) {
         for (int i = 0; i < NX; ++i) {
@@ -73,13 +73,13 @@ static inline void dot_tile_q8_0(const uint8_t * a, const dot_tile_rows<NX> & ro
             }
         }
         for (int m = 0; m < NA; ++m) {
-            const int8_t * q = q8_0_numbers::numbers(a + m*stride, n) + ib*BLOCK;
-            if (FETCH && ib % 2 == 0) {
+            const uint8_t * q = T::numbers(a + m*stride, n) + ib*T::BLOCK_BYTES;
+            if (FETCH && ib % (LINE/T::BLOCK_BYTES) == 0) {
                 v_prefetch(q);
             }
             vec vq[NB];
             for (int v = 0; v < NB; ++v) {
-                vq[v] = v_load_i8(q + v*W);
+                vq[v] = T::load_block(q, v*W);
             }
             const vec scale = v_set1(((const float *) (a + m*stride))[ib]);
             for (int i = 0; i < NX; ++i) {
@@ -106,7 +106,13 @@ template <typename T, int NA, int NX, bool FETCH> struct dot {
 
 template <int NA, int NX, bool FETCH> struct dot<q8_0_numbers, NA, NX, FETCH> {
     static void tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
-        dot_tile_q8_0<NA, NX, FETCH>(a, rows, n, m0);
+        dot_tile_blocks<q8_0_numbers, NA, NX, FETCH>(a, rows, n, m0);
+    }
+};
+
+template <int NA, int NX, bool FETCH> struct dot<q4_0_numbers, NA, NX, FETCH> {
+    static void tile(const uint8_t * a, const dot_tile_rows<NX> & rows, int64_t n, int64_t m0) {
+        dot_tile_blocks<q4_0_numbers, NA, NX, FETCH>(a, rows, n, m0);
     }
 };
 
@@ -218,6 +224,9 @@ static void product_by_rank(const qaflora_rank_product & p, const qaflora_cpu_ro
                 case QAFLORA_CPU_F16:  segment_product<f16_numbers,  DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
                 case QAFLORA_CPU_BF16: segment_product<bf16_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
                 case QAFLORA_CPU_Q8_0: segment_product<q8_0_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
+                case QAFLORA_CPU_Q4_0: segment_product<q4_0_numbers, DOT_ROWS>(p, rows, s, m0, m1, x, t, row, n_x, is_mixed); break;
+                case QAFLORA_CPU_Q8_0_PANEL:
+                case QAFLORA_CPU_Q4_0_PANEL: break; // of B only
             }
         }
         pos += s.rank;

@@ -1,4 +1,5 @@
 // Vectors of W floats, of the instruction set that a file is compiled for; see qaflora-cpu-isa.h.
+// v_load_i4: from the o-th on of 32 numbers, where byte j has number j below and j + 16 above, each 8 too large
 
 #pragma once
 
@@ -32,6 +33,11 @@ static inline vec   v_load_bf16(const uint16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
 }
 static inline vec   v_load_i8(const int8_t * p)  { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
+static inline vec   v_load_i4(const uint8_t * p, int o) {
+    const __m128i q = _mm_loadu_si128((const __m128i *) p);
+    const __m128i u = _mm_and_si128(o ? _mm_srli_epi16(q, 4) : q, _mm_set1_epi8(15));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(u, _mm_set1_epi8(8))));
+}
 static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
 enum { DOT_ROWS = 4, SUM_ROWS = 8, MIX_ROWS = 6, MIX_DOT_F32 = DOT_ROWS };
@@ -58,6 +64,11 @@ static inline vec   v_load_bf16(const uint16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
 }
 static inline vec   v_load_i8(const int8_t * p)  { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
+static inline vec   v_load_i4(const uint8_t * p, int o) {
+    const __m128i q = _mm_loadl_epi64((const __m128i *) (p + o%16));
+    const __m128i u = _mm_and_si128(o < 16 ? q : _mm_srli_epi16(q, 4), _mm_set1_epi8(15));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(u, _mm_set1_epi8(8))));
+}
 static inline float f16_to_f32(uint16_t h)       { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 
 enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 3, MIX_DOT_F32 = DOT_ROWS };
@@ -81,6 +92,13 @@ static inline vec   v_load_i8(const int8_t * p) {
     int32_t bytes;
     memcpy(&bytes, p, sizeof(bytes));
     const int8x8_t q = vreinterpret_s8_s32(vdup_n_s32(bytes));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(q))));
+}
+static inline vec   v_load_i4(const uint8_t * p, int o) {
+    uint32_t bytes;
+    memcpy(&bytes, p + o%16, sizeof(bytes));
+    const uint8x8_t u = vreinterpret_u8_u32(vdup_n_u32((o < 16 ? bytes : bytes >> 4) & 0x0f0f0f0f));
+    const int8x8_t  q = vsub_s8(vreinterpret_s8_u8(u), vdup_n_s8(8));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(q))));
 }
 static inline float f16_to_f32(uint16_t h) {
@@ -130,6 +148,7 @@ static inline float v_sum(vec x)                 { return (x.x[0] + x.x[2]) + (x
 static inline vec   v_load_f16(const uint16_t * p)  { QAFLORA_EACH(f16_to_f32(p[i])); }
 static inline vec   v_load_bf16(const uint16_t * p) { QAFLORA_EACH(bf16_to_f32(p[i])); }
 static inline vec   v_load_i8(const int8_t * p)  { QAFLORA_EACH((float) p[i]); }
+static inline vec   v_load_i4(const uint8_t * p, int o) { QAFLORA_EACH((float) ((o < 16 ? p[o + i] & 15 : p[o - 16 + i] >> 4) - 8)); }
 #undef QAFLORA_EACH
 
 enum { DOT_ROWS = 2, SUM_ROWS = 2, MIX_ROWS = 2, MIX_DOT_F32 = 1 };

@@ -17,6 +17,9 @@ enum qaflora_cpu_type {
     QAFLORA_CPU_F16,
     QAFLORA_CPU_BF16,
     QAFLORA_CPU_Q8_0,
+    QAFLORA_CPU_Q4_0,       // of A
+    QAFLORA_CPU_Q8_0_PANEL, // of B: a scale for each rank of a panel
+    QAFLORA_CPU_Q4_0_PANEL,
 };
 
 // one adapter's share of one matrix of the base
@@ -27,8 +30,8 @@ struct qaflora_cpu_segment {
     int64_t          offset = 0;    // of its columns in t, see below
     qaflora_cpu_type type_a = QAFLORA_CPU_F32;
     qaflora_cpu_type type_b = QAFLORA_CPU_F32;
-    const uint8_t *  a = nullptr;   // [rank, n_in]; Q8_0: see qaflora-cpu-store.h
-    const uint8_t *  b = nullptr;   // [n_panel, rank, QAFLORA_PANEL]; Q8_0: see qaflora-cpu-store.h
+    const uint8_t *  a = nullptr;   // [rank, n_in]; Q8_0 and Q4_0: see qaflora-cpu-store.h
+    const uint8_t *  b = nullptr;   // [n_panel, rank, QAFLORA_PANEL]; quantised: see qaflora-cpu-store.h
 };
 
 // Which rows weigh adapters how. A weight of 0 costs nothing: neither products nor memory are touched.

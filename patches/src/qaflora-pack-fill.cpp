@@ -5,6 +5,7 @@
 #include "qaflora-cpu-store.h"
 
 #include <cstring>
+#include <utility>
 
 // the rows of src as dst's type
 static std::vector<uint8_t> as_type(std::vector<uint8_t> data, const ggml_tensor * src, ggml_type type) {
@@ -51,20 +52,39 @@ static void fill_columns(const qaflora_pack & pack, const std::vector<qaflora_ad
     ggml_backend_tensor_set(dst, stacked.data(), 0, stacked.size());
 }
 
+static void store_a(const qaflora_cpu_segment & s, const ggml_tensor * t, std::vector<uint8_t> data, int64_t n_expert, uint8_t * dst) {
+    if (s.type_a == qaflora_cpu_type_of(t->type)) {
+        data = as_type(std::move(data), t, qaflora_stored_type(t->type));
+        qaflora_make_rows(s.type_a, n_expert*s.rank, t->ne[0], data.data(), dst);
+        return;
+    }
+    data = as_type(std::move(data), t, GGML_TYPE_F32);
+    qaflora_encode_rows(s.type_a, n_expert*s.rank, t->ne[0], (const float *) data.data(), dst);
+}
+
+static void store_b(const qaflora_cpu_segment & s, const ggml_tensor * t, std::vector<uint8_t> data, int64_t n_expert, uint8_t * dst) {
+    const bool is_kept = s.type_b == qaflora_cpu_type_of(t->type);
+    data = as_type(std::move(data), t, is_kept ? qaflora_stored_type(t->type) : GGML_TYPE_F32);
+    const size_t panels = qaflora_panel_size(s.type_b, t->ne[1], s.rank);
+    for (int64_t ie = 0; ie < n_expert; ++ie) {
+        const uint8_t * rows = data.data() + ie*(data.size()/n_expert);
+        if (is_kept) {
+            qaflora_make_panels(s.type_b, t->ne[1], s.rank, rows, dst + ie*panels);
+        } else {
+            qaflora_encode_panels(s.type_b, t->ne[1], s.rank, (const float *) rows, dst + ie*panels);
+        }
+    }
+}
+
 static void fill_cpu(qaflora_pack & pack, const std::vector<qaflora_adapter_file> & files, const qaflora_plan & plan) {
     for (const auto & pair : plan.cpu_pairs) {
         auto & m = pack.modules[pair.module];
         auto & s = m.cpu.segments[pair.segment];
         const auto & f = files[s.ia];
         const auto & p = f.pairs.at(m.name);
-        const auto a = as_type(f.read(p.a), p.a, qaflora_stored_type(p.a->type));
-        const auto b = as_type(f.read(p.b), p.b, qaflora_stored_type(p.b->type));
         const int64_t n_expert = std::max<int64_t>(1, m.n_expert);
-        qaflora_make_rows(s.type_a, n_expert*s.rank, m.w->ne[0], a.data(), (uint8_t *) pair.a->data);
-        const size_t panels = qaflora_panel_size(s.type_b, m.cpu.n_out, s.rank);
-        for (int64_t ie = 0; ie < n_expert; ++ie) {
-            qaflora_make_panels(s.type_b, m.cpu.n_out, s.rank, b.data() + ie*(b.size()/n_expert), (uint8_t *) pair.b->data + ie*panels);
-        }
+        store_a(s, p.a, f.read(p.a), n_expert, (uint8_t *) pair.a->data);
+        store_b(s, p.b, f.read(p.b), n_expert, (uint8_t *) pair.b->data);
         s.a = (const uint8_t *) pair.a->data;
         s.b = (const uint8_t *) pair.b->data;
     }

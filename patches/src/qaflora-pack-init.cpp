@@ -46,7 +46,7 @@ static void allocate(qaflora_pack & pack, const qaflora_plan & plan) {
     }
 }
 
-qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths, int32_t n_adapter) {
+qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths, int32_t n_adapter, enum qaflora_adapter_type type) {
     try {
         if (!model || n_adapter < 0) {
             qaflora_fail("a pack needs a model");
@@ -54,6 +54,7 @@ qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths
         auto pack = std::make_unique<qaflora_pack>();
         pack->model     = model;
         pack->n_adapter = n_adapter;
+        pack->type      = type == QAFLORA_ADAPTER_Q8_0 ? GGML_TYPE_Q8_0 : type == QAFLORA_ADAPTER_Q4_0 ? GGML_TYPE_Q4_0 : GGML_TYPE_COUNT;
         pack->n_layer   = model->hparams.n_layer();
         if (qaflora_has_kernels()) {
             pack->kernels     = &qaflora_best_kernels();

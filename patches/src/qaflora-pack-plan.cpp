@@ -111,6 +111,17 @@ struct planner {
         return m;
     }
 
+    bool is_converted(const ggml_tensor & t) const {
+        return pack.type != GGML_TYPE_COUNT && t.type != pack.type;
+    }
+
+    void check_kernels(const std::string & name) const {
+        if (pack.type != GGML_TYPE_COUNT && !pack.has_kernels(qaflora_base_tensor(*pack.model, name))) {
+            qaflora_fail(qaflora_format("adapters cannot be converted to %s: the products with '%s' are not those of the CPU's kernels; "
+                                        "load them as they are, or the base with no layers on a device", ggml_type_name(pack.type), name.c_str()));
+        }
+    }
+
     qaflora_cpu_segment make_cpu_segment(const std::string & name, size_t ia, int64_t offset) const {
         const qaflora_adapter_pair & p = files[ia].pairs.at(name);
         qaflora_cpu_segment s;
@@ -118,8 +129,12 @@ struct planner {
         s.rank   = p.b->ne[0];
         s.scale  = files[ia].alpha/s.rank;
         s.offset = offset;
-        s.type_a = qaflora_cpu_type_of(p.a->type);
-        s.type_b = qaflora_cpu_type_of(p.b->type);
+        s.type_a = is_converted(*p.a) ? qaflora_encoded_a(pack.type) : qaflora_cpu_type_of(p.a->type);
+        s.type_b = is_converted(*p.b) ? qaflora_encoded_b(pack.type) : qaflora_cpu_type_of(p.b->type);
+        if (is_converted(*p.a) && p.a->ne[0] % QAFLORA_PANEL != 0) {
+            qaflora_fail(qaflora_format("%s: '%s' has rows of %lld numbers, expected a multiple of %d to convert it to %s; load the adapter as it is",
+                                        files[ia].path.c_str(), p.a->name, (long long) p.a->ne[0], QAFLORA_PANEL, ggml_type_name(pack.type)));
+        }
         return s;
     }
 
@@ -264,7 +279,10 @@ struct planner {
             const int kind = qaflora_input_kind(name);
             if (name == "token_embd.weight") {
                 add_embd();
-            } else if (qaflora_is_experts(name)) {
+                continue;
+            }
+            check_kernels(name);
+            if (qaflora_is_experts(name)) {
                 add_experts(name);
             } else if (kind == 0) {
                 add_group({ name });

@@ -61,6 +61,7 @@ struct qaflora_pack {
     llama_model * model = nullptr;
     int32_t n_adapter = 0;
     int32_t n_layer   = 0;
+    ggml_type type    = GGML_TYPE_COUNT; // that A and B are converted to; COUNT: none
     const qaflora_kernels * kernels = nullptr; // null: ggml's operations on the CPU as well
     qaflora_cpu_difference plain;    // for products that are not split
     qaflora_cpu_difference rounded_32;  // for weights whose products round in blocks of 32

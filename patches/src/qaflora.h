@@ -45,9 +45,17 @@ LLAMA_API int32_t      qaflora_abi_version(void);
 LLAMA_API const char * qaflora_build_info (void); // "llama.cpp COMMIT, patches HASH"
 LLAMA_API const char * qaflora_last_error (void); // of the calling thread, never null
 
+// how A and B of adapters are stored
+enum qaflora_adapter_type {
+    QAFLORA_ADAPTER_AUTO = 0, // as the files have them
+    QAFLORA_ADAPTER_Q8_0 = 1, // converted, where the CPU's kernels multiply with them: 8 bits, a scale for each 32 numbers
+    QAFLORA_ADAPTER_Q4_0 = 2, // 4 bits
+};
+
 // Reads n_adapter adapter files (none is allowed) and stacks them along the rank axis, beside the base's weights.
+// Fails where a matrix is to be converted whose products are not those of the CPU's kernels; the token embedding's stay.
 // The model must outlive the pack, the pack every context made with it.
-LLAMA_API struct qaflora_pack * qaflora_pack_init(struct llama_model * model, const char * const * paths, int32_t n_adapter);
+LLAMA_API struct qaflora_pack * qaflora_pack_init(struct llama_model * model, const char * const * paths, int32_t n_adapter, enum qaflora_adapter_type type);
 LLAMA_API void                  qaflora_pack_free(struct qaflora_pack * pack);
 LLAMA_API int64_t               qaflora_pack_size_bytes(const struct qaflora_pack * pack);
 

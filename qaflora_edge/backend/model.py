@@ -13,6 +13,7 @@ from typing import Any
 
 from qaflora_edge.backend import native
 from qaflora_edge.backend.library import Handle, forget_said, library, said
+from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.formats.base_gguf import check_base
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
@@ -236,18 +237,27 @@ def _key_of(path: Path, gpu_layers: int | None) -> _Key | None:
 class Pack(Handle):
     """Adapter files, stacked along the rank axis beside the base's weights.
 
+    adapter_type  one of config.ADAPTER_TYPES: what they are converted to
     first_layers  of each adapter the first one that it changes
 
     Raises BackendError naming the file and tensor that does not fit.
     """
 
-    def __init__(self, model: Model, paths: Sequence[str | os.PathLike[str]]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        paths: Sequence[str | os.PathLike[str]],
+        *,
+        adapter_type: str = "auto",
+    ) -> None:
         self._model = model
         self._functions = model._functions
         self.n_adapter = len(paths)
         self.paths = tuple(Path(path) for path in paths)
         array = (ctypes.c_char_p * len(paths))(*(os.fsencode(path) for path in paths))
-        self._pointer = self._functions.pack_init(model._pointer, array, len(paths))
+        self._pointer = self._functions.pack_init(
+            model._pointer, array, len(paths), ADAPTER_TYPES[adapter_type]
+        )
         if not self._pointer:
             raise BackendError(f"Adapters cannot be loaded: {native.last_error()}.")
         first_layer = self._functions.pack_first_layer

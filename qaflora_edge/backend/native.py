@@ -56,7 +56,7 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "qaflora_abi_version": (_INT, []),
     "qaflora_build_info": (_TEXT, []),
     "qaflora_last_error": (_TEXT, []),
-    "qaflora_pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT]),
+    "qaflora_pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
     "qaflora_pack_free": (None, [_HANDLE]),
     "qaflora_pack_size_bytes": (_LONG, [_HANDLE]),
     "qaflora_pack_first_layer": (_INT, [_HANDLE, _INT]),

@@ -92,6 +92,7 @@ class Rig:
     adapter_paths  name -> adapter GGUF; more than these are had by loading them again, each copy
                    for itself, so that it costs what another adapter would
     n_ctx          tokens that the contexts which answer can hold
+    adapter_type   that ours are converted to; llama.cpp's own stay as their files have them
     options        threads, kv_type and flash_attn of every context
     """
 
@@ -102,8 +103,10 @@ class Rig:
         *,
         n_ctx: int,
         gpu_layers: int | None,
+        adapter_type: str = "auto",
         options: dict[str, Any],
     ) -> None:
+        self._adapter_type = adapter_type
         self._paths, self._n_ctx, self._options = dict(adapter_paths), n_ctx, options
         self._gpu_layers = gpu_layers
         self._loras: list[Any] = []  # the model frees them
@@ -167,6 +170,7 @@ class Rig:
             base=self.model.path,
             adapters=adapters,
             gpu_layers=self._gpu_layers,
+            adapter_type=self._adapter_type,
             **self._options,
             **options,
         )
@@ -179,7 +183,7 @@ class Rig:
 
     def _pack(self, k: int) -> Pack:
         if k not in self._packs:
-            self._packs[k] = Pack(self.model, self.paths(k))
+            self._packs[k] = Pack(self.model, self.paths(k), adapter_type=self._adapter_type)
             self._open.callback(self._packs[k].close)
         return self._packs[k]
 

@@ -272,6 +272,7 @@ def _measured(
         loaded.adapter_paths,
         n_ctx=max(plan.lengths) + plan.n_decode,
         gpu_layers=options.gpu_layers,
+        adapter_type=engine["adapter_type"],
         options={name: engine[name] for name in ("threads", "kv_type", "flash_attn")},
     )
     measures = {  # callers first: it is slower in threads once this one has computed (see Loop)
@@ -331,6 +332,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         "threads": options.threads or default_threads(),
         "ctx": options.ctx,
         "kv_type": options.kv_type,
+        "adapter_type": options.adapter_type,
         "flash_attn": options.engine["flash_attn"],
         "gpu_layers": options.gpu_layers,
         "strategy": options.strategy or loaded.fusion_defaults.get("strategy"),

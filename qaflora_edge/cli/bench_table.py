@@ -38,12 +38,14 @@ def table(result: Result) -> str:
 
 def _head(result: Result) -> list[str]:
     base, machine, library = result["base_file"], result["machine"], result["library"]
+    kind = result["adapter_type"]
+    converted = "" if kind == "auto" else f"; ours as {kind}"
     adapters = ", ".join(
         f"{adapter['name']} (rank {adapter['rank']}, {'/'.join(adapter['types'])})"
         for adapter in result["adapter_files"]
     )
     lines = [
-        f"{result['base']}, {_mb(base['size_bytes'])}; adapters: {adapters}",
+        f"{result['base']}, {_mb(base['size_bytes'])}; adapters: {adapters}{converted}",
         f"{machine['cpu']}, {result['threads']} threads; {library['build_info']}",
         f"medians of {result['repeat']} interleaved runs (lowest-highest); ratios are taken within "
         "a run",

@@ -97,6 +97,8 @@ def header(
     engine_options = {"lens": engine.lens, "pool": engine.pool, "probe_tail": engine.probe_tail}
     engine_options |= {key: options.engine[key] for key in ("n_ctx", "kv_type", "flash_attn")}
     more = {"min_weight": options.engine["min_weight"], "system": engine.system}
+    if (adapter_type := options.engine["adapter_type"]) != "auto":
+        more["adapter_type"] = adapter_type
     engine_options |= {key: value for key, value in more.items() if value}
     return {
         "eval": 1,

@@ -48,6 +48,7 @@ class Core:
     adapters    name -> adapter GGUF, checked, in the order of every first axis
     n_ctx       tokens of prompt and answer together, of each request
     n_parallel  requests that are decoded together
+    adapter_type  of config.ADAPTER_TYPES
     prefix_cache  MiB for what the probe read of prompts
     options     threads, kv_type and flash_attn of every context
     """
@@ -61,6 +62,7 @@ class Core:
         n_ctx: int,
         n_parallel: int,
         gpu_layers: int | None,
+        adapter_type: str,
         probe_tail: int,
         prefix_cache: int,
         options: Mapping[str, Any],
@@ -69,7 +71,8 @@ class Core:
         self.adapters = tuple(adapters)
         keep, stop = lifetime.keep, Stop()
         self.model = keep(shared_model(base.path, gpu_layers=gpu_layers, header=base))
-        self.pack = keep(Pack(self.model, [info.path for info in adapters.values()]))
+        paths = [info.path for info in adapters.values()]
+        self.pack = keep(Pack(self.model, paths, adapter_type=adapter_type))
         more: dict[str, Any] = {**options, "stop": stop}
         self.context = keep(Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **more))
         self.adapter_bytes = [info.path.stat().st_size for info in adapters.values()]
