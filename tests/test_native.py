@@ -185,6 +185,7 @@ with Engine("base.gguf") as engine:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "text"),
     [
@@ -202,6 +203,7 @@ def test_python_in_the_clone_finds_the_library(command: list[str], text: str, cl
     assert done.stdout.splitlines() == [f"{package} True", "2"], done.stderr
 
 
+@pytest.mark.slow
 def test_commands_in_the_clone_work(clone: Path) -> None:
     facts = json.loads(in_clone(clone, "-m", "qaflora_edge", "doctor", "--json").stdout)
     assert facts["library"]["file"] == str(native.library_dir() / native._library_name()), facts

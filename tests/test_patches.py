@@ -248,6 +248,7 @@ def test_git_surroundings_do_not_change_the_result(project: Project, settings: s
     assert "hook();" in (tree / "src" / "a.cpp").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["edit", "remove", "add"])
 def test_a_tree_that_was_changed_by_hand_is_refused(project: Project, change: str) -> None:
     tree = project.prepare()
@@ -265,6 +266,7 @@ def test_a_tree_that_was_changed_by_hand_is_refused(project: Project, change: st
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stamp", [None, "", "{}", '{"key": "of another tree"}'])
 def test_a_tree_without_its_stamp_is_made_again(project: Project, stamp: str | None) -> None:
     tree = project.prepare()
@@ -279,6 +281,7 @@ def test_a_tree_without_its_stamp_is_made_again(project: Project, stamp: str | N
     assert json.loads(stamp_path.read_text())["patches"] == ["0001-hook.patch"]
 
 
+@pytest.mark.slow
 def test_two_at_once_end_with_one_good_tree(project: Project) -> None:
     command = [sys.executable, "-S", str(project.patches / "prepare.py")]
     env = os.environ | {
@@ -316,6 +319,7 @@ def test_git_itself_would_have_moved_that_hunk(project: Project, tmp_path: Path)
     assert "hook();" in (tmp_path / "src" / "a.cpp").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -355,6 +359,7 @@ def test_a_missing_archive_is_named(project: Project) -> None:
     assert "/no/such: reading it failed" in project.failure(QAFLORA_SOURCE_ARCHIVE="/no/such")
 
 
+@pytest.mark.slow
 def test_a_failed_download_says_what_to_do(project: Project) -> None:
     env = {"QAFLORA_SOURCE_ARCHIVE": "", "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     command = [sys.executable, "-S", str(project.patches / "prepare.py")]

@@ -83,6 +83,7 @@ def test_the_example_weighs_and_answers(made: TinyBundle) -> None:
         assert "base or sharper" in " ".join(script(verb, "--help").split())
 
 
+@pytest.mark.slow
 def test_the_example_is_a_bundles_default(tmp_path: Path) -> None:
     made = make_sources(tmp_path)
     words = ("--base", made.base.path, "--adapter", f"math={made.peft}", "--adapter")
