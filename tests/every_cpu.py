@@ -27,12 +27,14 @@ ANSWER = Path(__file__).with_name("one_answer.py")
 LIMITS = {"weights": 1e-3, "logits": 5e-3, "quantised": 0.3}
 FOLDER = "from qaflora_edge.backend.native import library_dir; print(library_dir())"
 
+CLEAN = {"PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"}  # the installed package, not the checkout
 Case = tuple[str, list[str], dict[str, str]]
 
 
 def alone(python: list[str], room: Path) -> Iterator[Case]:
     """Each file of ggml's CPU backend, without the others."""
-    done = subprocess.run([*python, "-c", FOLDER], capture_output=True, text=True, check=True)
+    words = [*python, "-c", FOLDER]
+    done = subprocess.run(words, env=CLEAN, capture_output=True, text=True, check=True)
     installed = Path(done.stdout.strip())
     for path in sorted(installed.glob("libggml-cpu-*")):
         folder = room / path.stem
@@ -75,7 +77,7 @@ def compare(cases: Iterator[Case], words: list[str]) -> int:
     for name, python, environment in cases:
         done = subprocess.run(
             [*python, str(ANSWER), *words],
-            env={"PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1", **environment},
+            env=CLEAN | environment,
             capture_output=True,
             text=True,
         )
