@@ -888,10 +888,10 @@ def test_a_file_swapped_between_check_and_use_is_refused(
     other.write_bytes(path.read_bytes())
     original = core.Pack
 
-    def swap(*args: Any) -> Any:
+    def swap(*args: Any, **options: Any) -> Any:
         path.rename(kept)
         other.rename(path)
-        pack = original(*args)
+        pack = original(*args, **options)
         path.rename(other)
         kept.rename(path)
         return pack
@@ -950,9 +950,9 @@ def test_loose_files_that_are_swapped_between_check_and_use_are_refused(
 ) -> None:
     original = core.Pack
 
-    def touch(*args: Any) -> Any:
+    def touch(*args: Any, **options: Any) -> Any:
         os.utime(made.adapter.path, ns=(0, 0))
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(core, "Pack", touch)
     with pytest.raises(ChecksumError, match=f"{made.adapter.path} was changed or replaced while"):
