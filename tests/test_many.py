@@ -312,12 +312,17 @@ def test_a_request_that_fails_stops_no_other(engine: Engine) -> None:
     assert str(found[3].error).startswith("A request has promt, expected either prompt or messages")
 
 
+@pytest.fixture
+def huge(alone: Engine) -> Any:
+    """Weights under which states are no numbers."""
+    return np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
+
+
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_states_that_are_no_numbers_are_nobody_elses(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, n_parallel: int
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any, n_parallel: int
 ) -> None:
     """NaN times 0 is NaN: left in memory, it would reach who comes there next."""
-    huge = np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
     expected = alone.generate("the king", max_tokens=6).text()
     with opened(parts, n_parallel=n_parallel) as other:
         for _ in range(2 * n_parallel):
@@ -329,9 +334,8 @@ def test_states_that_are_no_numbers_are_nobody_elses(
 
 
 def test_scores_that_are_no_numbers_are_refused(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any
 ) -> None:
-    huge = np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
     expected = alone.score("the king", " of the thing")
     with opened(parts) as other:
         with pytest.raises(
@@ -345,10 +349,9 @@ def test_scores_that_are_no_numbers_are_refused(
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_a_prompt_that_is_not_read_to_its_end_spoils_nobodys_answer(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, n_parallel: int
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any, n_parallel: int
 ) -> None:
     """Nobody has seen whether its states were numbers."""
-    huge = np.full((len(alone.adapters), alone.n_layer), 1e30, np.float32)
     expected = alone.generate("the king", max_tokens=6).text()
     with opened(parts, n_parallel=n_parallel, n_ctx=1024) as other:
         for _ in range(2 * n_parallel):
