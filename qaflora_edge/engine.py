@@ -151,7 +151,7 @@ class Engine(EngineMeasures):
                 return
             # The same weights: what the context holds of the prompt is what it would read again.
             weights = replace(answer.fusion, probe_ms=0.0)
-            options |= {"keep_history": answer, "on_weights": None}
+            options |= {"keep_history": answer, "on_weights": None, "on_progress": None}
 
     def generate_many(
         self, requests: Iterable[Prompt | Mapping[str, Any]], **options: Any

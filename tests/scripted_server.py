@@ -39,6 +39,7 @@ class Script:
 
     answers  question -> text; {strategy} in it is filled in
     pieces   how many letters come at once, and how long it waits before the next
+    progress  the `prompt_progress` that it tells before probe_s
     key      what it asks for, if anything
     refusal  a status, a message and headers that every question is refused with
     is_broken  whether a stream ends before its end
@@ -49,6 +50,7 @@ class Script:
     piece_chars: int = 7
     pause_s: float = 0.0
     probe_s: float = 0.0
+    progress: dict[str, Any] | None = None
     key: str = ""
     refusal: tuple[int, str, dict[str, str]] | None = None
     is_broken: bool = False
@@ -130,6 +132,8 @@ def app(script: Script) -> Starlette:
         is_whole = False
         try:
             yield ": ping\n\n"
+            if script.progress is not None and body.get("return_progress"):
+                yield event([], prompt_progress=script.progress)
             await asyncio.sleep(script.probe_s)
             fusion = fusion_of(script, body)
             yield event(delta({"role": "assistant"}), fusion=fusion)

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bundles import make_bundle
 from click.testing import CliRunner, Result
 from patience import wait_until
-from serving import listening
+from serving import ENGINE, listening
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.cli import main
@@ -69,6 +70,24 @@ def test_long_conversations_lose_their_oldest_turns(bundle: Path, address: str) 
     remote = chat(lines, "--server", address)
     assert "the context is full: the oldest" in remote.stderr
     assert remote.stdout == local.stdout
+
+
+def test_progress_is_told_as_by_the_engine(bundle: Path, address: str) -> None:
+    from qaflora_edge import Engine
+
+    theirs: list[tuple[str, int, int]] = []
+    ours: list[tuple[str, int, int]] = []
+    remote = RemoteEngine(Server(address), None)
+    tokens = remote.tokenize("how far is it " * 20)
+    answer = remote.generate(tokens, max_tokens=3, on_progress=lambda *told: theirs.append(told))
+    with Engine(bundle, **ENGINE) as engine:  # type: ignore[arg-type]
+        expected = engine.generate(
+            tokens, max_tokens=3, on_progress=lambda *told: ours.append(told)
+        )
+        assert np.array_equal(answer.fusion.weights, expected.fusion.weights)
+        assert "".join(answer) == expected.text()
+    assert theirs == list(dict.fromkeys(ours))
+    assert {stage for stage, _, _ in theirs} == {"weighing", "reading"}
 
 
 def test_a_session_goes_on_on_the_other_side(bundle: Path, address: str, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_a_conversation(desk: Desk) -> None:
         "fusion": {"return": "layers"},
         "stream": True,
         "stream_options": {"include_usage": True},
+        "return_progress": True,
     }
     assert desk.window.log() == []
 
@@ -265,6 +266,26 @@ def test_stop_while_the_adapters_are_weighed(desk: Desk) -> None:
     desk.script.probe_s = 0
     desk.ask()  # an answer without a text is no part of the conversation
     assert desk.script.asked[-1]["messages"] == [{"role": "user", "content": QUESTION}]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ms", "shown"),
+    [
+        ("weighing", 2500.0, "Weighing the adapters 33 %"),
+        ("reading", 2500.0, "Reading the question 33 %"),
+        ("reading", 100.0, "Reading the question"),
+    ],
+)
+def test_what_a_long_prompt_waits_for_is_shown(
+    desk: Desk, stage: str, ms: float, shown: str
+) -> None:
+    desk.script.probe_s = 60
+    desk.script.progress = {"stage": stage, "total": 300, "processed": 101, "time_ms": ms}
+    desk.type(QUESTION)
+    desk.window.press(ENTER)
+    desk.window.until(f"return document.querySelector('.note')?.innerText === {shown!r}")
+    desk.window.press(ESCAPE)
+    desk.wait()
 
 
 def test_ask_again(desk: Desk) -> None:

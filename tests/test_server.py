@@ -96,6 +96,36 @@ def test_answer_is_that_of_an_engine_alone(
         ChatCompletionChunk.model_validate(chunk, strict=True)
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_progress_of_the_prompt_is_told_if_asked(
+    client: TestClient, alone: Engine, path: str
+) -> None:
+    text = "how far is it " * 20 + path
+    prompt: dict[str, Any] = {"prompt": text}
+    n_token = len(alone.tokenize(text))
+    if path == CHAT:
+        messages = [{"role": "user", "content": text}]
+        prompt, n_token = {"messages": messages}, len(alone.chat_tokens(messages))
+    body = {"model": "tiny", "max_tokens": 4, "n": 2, "stream": True, **prompt}
+    chunks = events(client.post(path, json={**body, "return_progress": True}).text)
+    plain = events(client.post(path, json=body).text)
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    assert [chunk["choices"] for chunk in chunks if "prompt_progress" not in chunk] == [
+        chunk["choices"] for chunk in plain
+    ]
+    assert all("prompt_progress" in chunk for chunk in chunks[: len(told)])  # before all else
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert {each["total"] for each in told} == {n_token}
+    for stage in ("weighing", "reading"):
+        done = [each["processed"] for each in told if each["stage"] == stage]
+        assert done
+        assert done == sorted(set(done))
+    assert (told[-1]["stage"], told[-1]["processed"]) == ("reading", n_token)
+    assert "prompt_progress" not in answer(
+        client, path, **{**body, "stream": False, "return_progress": True}
+    )
+
+
 def test_usage_ends_a_stream_that_asks_for_it(client: TestClient) -> None:
     body = {"model": "tiny", "messages": USER, "max_tokens": 4, "stream": True}
     response = client.post(CHAT, json={**body, "stream_options": {"include_usage": True}})
@@ -296,6 +326,7 @@ REFUSED = [
     ({"stop": ["a"] * 17}, 400, "stop", "The field stop is ["),
     ({"stop": [""]}, 400, "stop", "Option stop is [''], expected a list of texts that are not"),
     ({"stream": "yes"}, 400, "stream", "The field stream is 'yes', expected true or false."),
+    ({"return_progress": 1}, 400, "return_progress", "The field return_progress is"),
     ({"stream_options": 3}, 400, "stream_options", "The field stream_options is 3, expected an"),
     ({"logprobs": 3}, 400, "logprobs", "Option logprobs is 3, expected true or false."),
     ({"top_logprobs": 3}, 400, "top_logprobs", "Option top_logprobs is 3 without logprobs, exp"),

@@ -54,7 +54,7 @@ def answer_chat(
     if not stream:
         return completion_dict(engine.name, begun.answers, has_tools=begun.has_tools)
     return completion_chunks(
-        engine.name,
+        chunk_head(engine.name),
         begun.answers,
         has_tools=begun.has_tools,
         include_usage=bool((stream_options or {}).get("include_usage")),
@@ -136,8 +136,13 @@ def completion_dict(
     return {**head, "choices": choices, "usage": _usage(usages)}
 
 
+def chunk_head(model_name: str) -> dict[str, Any]:
+    """What the chunks of one answer have in common."""
+    return _head(model_name, "chat.completion.chunk")
+
+
 def completion_chunks(
-    model_name: str,
+    head: dict[str, Any],
     answers: Iterable[Generation],
     *,
     has_tools: bool = False,
@@ -146,10 +151,11 @@ def completion_chunks(
     """The same as a stream of chunks: the role, then pieces, then the reason of the end.
 
     Choices come one after another. A tool call comes whole, at the end of its choice.
+
+    head  see chunk_head
     """
-    head = _head(model_name, "chat.completion.chunk")
     if include_usage:
-        head["usage"] = None
+        head = {**head, "usage": None}
     usages = []
     for index, generation in enumerate(answers):
         shown = ShownTokens(generation)

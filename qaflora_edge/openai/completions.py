@@ -26,16 +26,19 @@ def text_dict(model_name: str, answers: Answers, n: int = 1) -> dict[str, Any]:
         logprobs = text_logprobs(entries, len(start)) if shown.is_asked else None
         choices.append(_choice(index, start + text, logprobs, generation.finish_reason))
         usage.add(index, generation)
-    return {**_head(model_name), "choices": choices, "usage": usage.total()}
+    return {**text_head(model_name), "choices": choices, "usage": usage.total()}
 
 
 def text_chunks(
-    model_name: str, answers: Answers, n: int = 1, *, include_usage: bool = False
+    head: dict[str, Any], answers: Answers, n: int = 1, *, include_usage: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The same as a stream of chunks, choices one after another."""
-    head, usage = _head(model_name), _Usage(n)
+    """The same as a stream of chunks, choices one after another.
+
+    head  see text_head
+    """
+    usage = _Usage(n)
     if include_usage:
-        head["usage"] = None
+        head = {**head, "usage": None}
     for index, (start, generation) in enumerate(answers):
         shown, offset = ShownTokens(generation), len(start)
         if start:
@@ -75,7 +78,8 @@ def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[st
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _head(model_name: str) -> dict[str, Any]:
+def text_head(model_name: str) -> dict[str, Any]:
+    """What an answer has beside its choices, and what its chunks have in common."""
     return {
         "id": f"cmpl-{uuid.uuid4()}",
         "object": "text_completion",

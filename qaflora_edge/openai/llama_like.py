@@ -17,7 +17,7 @@ from qaflora_edge.backend import native
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.engine import Engine
 from qaflora_edge.openai.call_options import check_fixed
-from qaflora_edge.openai.completions import text_chunks, text_dict
+from qaflora_edge.openai.completions import text_chunks, text_dict, text_head
 
 # Of Llama(): what changes no answer, and what has to stay at these values (the default first).
 _UNUSED = frozenset(
@@ -166,7 +166,7 @@ class Llama:
         )
         start = self._text(prompt) if echo else ""
         if stream:
-            return text_chunks(self.model_path, [(start, generation)])
+            return text_chunks(text_head(self.model_path), [(start, generation)])
         return text_dict(self.model_path, [(start, generation)])
 
     __call__ = create_completion

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from qaflora_edge.chat.messages import checked_messages
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import ChatTemplateError, GrammarError, PromptError
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
-from qaflora_edge.openai.completions import text_chunks, text_dict
+from qaflora_edge.openai.chat import begin_chat, chunk_head, completion_chunks, completion_dict
+from qaflora_edge.openai.completions import text_chunks, text_dict, text_head
 from qaflora_edge.openai.responses import ResponseShape, chat_request
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
@@ -71,6 +72,22 @@ class Told:
             self._out.send(event(each, each["type"]))
 
 
+class Progress:
+    """Tells a stream how much of its prompt is weighed and read, as llama-server does if asked."""
+
+    def __init__(self, head: Mapping[str, Any], out: Outlet) -> None:
+        self._head, self._out, self._start = head, out, time.perf_counter()
+        self._last: tuple[str, int] | None = None
+
+    def __call__(self, stage: str, n_done: int, n_token: int) -> None:
+        if (stage, n_done) == self._last:
+            return
+        self._last = stage, n_done
+        ms = round(1e3 * (time.perf_counter() - self._start), 3)
+        told = {"stage": stage, "total": n_token, "processed": n_done, "time_ms": ms}
+        self._out.send(event({**self._head, "choices": [], "prompt_progress": told}))
+
+
 def noted(answers: Iterable[Generation], facts: dict[str, Any]) -> Iterator[Generation]:
     """The same answers; what they took is noted once they are over."""
     for index, answer in enumerate(answers):
@@ -107,16 +124,21 @@ async def chat_completions(request: Request) -> Response:
     fusion = fields.read_fusion(body, strategy, bundle.adapters)
     options = fields.chat_options(body, state.options.sampling)
     is_stream, usage = fields.flag(body, "stream"), fields.includes_usage(body)
+    tells_progress = fields.flag(body, "return_progress") and is_stream
     model = body.get("model") or bundle.name
 
     def compute(engine: Engine, out: Outlet) -> None:
         check_messages_size(engine, messages)
         asked = _RawChat(engine) if state.options.raw_prompt else engine
-        begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
+        head = chunk_head(model)
+        more = {"cancel": out.cancel, **fusion.options, **options}
+        if tells_progress:
+            more["on_progress"] = Progress(head, out)
+        begun = begin_chat(asked, messages, **more)
         told = Told(begun.first, fusion, out)
         answers, has_tools = noted(begun.answers, out.facts), begun.has_tools
         if is_stream:
-            chunks = completion_chunks(model, answers, has_tools=has_tools, include_usage=usage)
+            chunks = completion_chunks(head, answers, has_tools=has_tools, include_usage=usage)
             told.send_chunks(chunks)
         else:
             told.send_whole(completion_dict(model, answers, has_tools=has_tools))
@@ -150,13 +172,17 @@ async def completions(request: Request) -> Response:
     options = fields.text_options(body, state.options.sampling)
     n = options.pop("n")
     is_stream, usage = fields.flag(body, "stream"), fields.includes_usage(body)
+    tells_progress = fields.flag(body, "return_progress") and is_stream
     is_echo = fields.flag(body, "echo")
     if is_echo and options.get("logprobs") is not None:
         raise wrong_field("echo", True, "false beside logprobs")
     model = body.get("model") or bundle.name
 
     def compute(engine: Engine, out: Outlet) -> None:
+        head = text_head(model)
         more = {"cancel": out.cancel, "parse_special": True, **fusion.options, **options}
+        if tells_progress and len(prompts) == 1:
+            more["on_progress"] = Progress(head, out)
 
         def answers() -> Iterator[tuple[str, Generation]]:
             for prompt in prompts:
@@ -172,7 +198,7 @@ async def completions(request: Request) -> Response:
         told = Told(first[1], fusion, out)
         rest = itertools.chain([first], all_answers)
         if is_stream:
-            told.send_chunks(text_chunks(model, rest, n, include_usage=usage))
+            told.send_chunks(text_chunks(head, rest, n, include_usage=usage))
         else:
             told.send_whole(text_dict(model, rest, n))
 

@@ -123,6 +123,7 @@ _ANSWERED = {
     "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
     "stream": _FLAG,
     "stream_options": _USAGE_OPTIONS,
+    "return_progress": _FLAG,
     "fusion": _FUSION,
     "lora": _or_null(_list(_SCALE)),
 }

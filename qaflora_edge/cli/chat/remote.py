@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -19,6 +19,9 @@ from qaflora_edge.errors import OptionError, PromptError, QafloraError, ServerEr
 from qaflora_edge.inference.sequence import Timings
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import parse_strategy
+
+if TYPE_CHECKING:
+    from qaflora_edge.inference.core import Progress
 
 KEY_VARIABLE = "QAFLORA_API_KEY"
 _CONNECT_S = 10.0
@@ -196,13 +199,13 @@ class RemoteEngine:
         *,
         weights: FusionWeights | None = None,
         keep_history: Any = False,
-        on_progress: Any = None,
+        on_progress: Progress | None = None,
         **sampling: Any,
     ) -> RemoteGeneration:
         """Answer token ids; the prompt was weighed and read when this returns.
 
         keep_history  with weights alone, which are those that the prompt was read under
-        on_progress   without effect
+        on_progress   called meanwhile as Engine.generate calls it
         """
         if keep_history and weights is None:
             raise OptionError(
@@ -225,7 +228,9 @@ class RemoteEngine:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        self._answer = RemoteGeneration(self._server, body, weights)
+        if on_progress is not None:
+            body["return_progress"] = True
+        self._answer = RemoteGeneration(self._server, body, weights, on_progress)
         return self._answer
 
 
@@ -233,7 +238,11 @@ class RemoteGeneration(Iterator[str]):
     """An answer as it comes from a server, with what a chat uses of a Generation."""
 
     def __init__(
-        self, server: Server, body: Mapping[str, Any], weights: FusionWeights | None
+        self,
+        server: Server,
+        body: Mapping[str, Any],
+        weights: FusionWeights | None,
+        on_progress: Progress | None = None,
     ) -> None:
         self._url, self._stack = server.url, contextlib.ExitStack()
         self._response = self._stack.enter_context(server.opened("/v1/completions", body))
@@ -242,7 +251,7 @@ class RemoteGeneration(Iterator[str]):
         self.timings = Timings()
         self._events = self._read()
         try:
-            self._first = next(self._events, None)
+            self._first = self._read_first(on_progress)
         except BaseException:
             self.close()
             raise
@@ -265,6 +274,16 @@ class RemoteGeneration(Iterator[str]):
     def close(self) -> None:
         """End it, where it has not ended."""
         self._stack.close()
+
+    def _read_first(self, on_progress: Progress | None) -> dict[str, Any] | None:
+        """The event behind those that tell how far the prompt is weighed and read."""
+        for event in self._events:
+            told = event.get("prompt_progress")
+            if told is None:
+                return event
+            if on_progress is not None:
+                on_progress(told["stage"], told["processed"], told["total"])
+        return None
 
     def _next_event(self) -> dict[str, Any] | None:
         if self._first is not None:

@@ -7,6 +7,8 @@ const STATES = {
   cancelled: "Stopped.",
 };
 
+const PATIENCE_MS = 1000; // what is quicker needs no number
+
 // The strategy as it was asked for; the bundle's own is known when the answer begins.
 const titleOf = answer => answer.strategy || answer.fusion?.strategy || "the bundle's own";
 
@@ -37,12 +39,15 @@ const answerView = (answer, adapters, { isNamed }) => {
   const copying = copyButton("Copy the answer", () => answer.text);
   actions.append(copying);
 
-  const update = () => {
+  // progress  what the server told last of weighing and reading, at first nothing
+  const update = progress => {
     if (answer.fusion && !mix.childElementCount) mix.append(mixView(answer.fusion, adapters));
     if (head) head.textContent = strategyName(titleOf(answer));
     copying.hidden = !answer.text;
-    const isWeighing = answer.state === "waiting" && !answer.fusion && isProbed(answer.strategy);
-    note.textContent = answer.error || (isWeighing ? "Weighing the adapters" : STATES[answer.state]);
+    const isWeighing = progress ? progress.stage === "weighing" : !answer.fusion && isProbed(answer.strategy);
+    const done = progress?.time_ms >= PATIENCE_MS ? ` ${Math.floor(100 * progress.processed / progress.total)} %` : "";
+    const waiting = (isWeighing ? "Weighing the adapters" : STATES.waiting) + done;
+    note.textContent = answer.error || (answer.state === "waiting" ? waiting : STATES[answer.state]);
     note.classList.toggle("trouble", Boolean(answer.error));
     note.hidden = !note.textContent;
     element.dataset.state = answer.state;
@@ -63,7 +68,7 @@ const fill = async (view, request, signal) => {
   let state;
   try {
     const response = await call("v1/chat/completions", {
-      ...request, stream: true, stream_options: { include_usage: true },
+      ...request, stream: true, stream_options: { include_usage: true }, return_progress: true,
     }, signal);
     for await (const chunk of events(response)) {
       if (chunk.fusion && !answer.fusion) answer.fusion = chunk.fusion;
@@ -76,7 +81,7 @@ const fill = async (view, request, signal) => {
         body.feed(choice.delta.content);
       }
       if (choice?.finish_reason) state = choice.finish_reason;
-      view.update();
+      view.update(chunk.prompt_progress);
     }
     if (!state) throw new Refused("The server ended the answer before its end.");
   } catch (error) {
