@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 
 from qaflora_edge.server.app import make_app
 from qaflora_edge.server.options import ServerOptions
+from qaflora_edge.server.run import config_of
 
 ENGINE = {"n_ctx": 512, "n_parallel": 3, "threads": 1, "kv_type": "f32"}
 
@@ -53,7 +54,8 @@ def listening(*places: Path, **options: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def listening_app(app: Starlette) -> Iterator[str]:
     """The address of an app that listens on this machine, in a thread."""
-    config = uvicorn.Config(app, port=0, log_config=None, lifespan="on")
+    config = config_of(app)
+    config.port, config.lifespan = 0, "on"
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

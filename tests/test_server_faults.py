@@ -22,10 +22,12 @@ from tiny import constant_logits
 
 from qaflora_edge import Engine
 from qaflora_edge.server import body as server_body
-from qaflora_edge.server import fields, work
+from qaflora_edge.server import fields, protocol, work
 from qaflora_edge.server.app import make_app
+from qaflora_edge.server.options import MAX_HEAD_BYTES
 
 CHAT = "/v1/chat/completions"
+KEY = "a-key-of-the-tests"
 LONG_CTX = 16384
 USER = [{"role": "user", "content": "the thing?"}]
 
@@ -219,6 +221,65 @@ def test_bodies_that_come_slowly_or_never(
             late = read_response(client)
             assert late.status_code == 408
             assert late.json()["error"]["message"] == "The body has not come within 3 s."
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Whether the other side has ended a connection, after whatever it has answered."""
+    try:
+        while client.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_heads_that_come_slowly_or_never(
+    made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are waited for, but not without end: on new connections, and on those in use."""
+    monkeypatch.setattr(protocol, "HEAD_S", 1.0)
+    data = json.dumps(body_of(2)).encode()
+    head = raw_post(data)[: -len(data)]
+    with listening(made.folder) as url, contextlib.ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+
+        silent, begun, used, slow = connect(), connect(), connect(), connect()
+        begun.sendall(head[:20])
+        used.sendall(raw_post(data))
+        assert_alone(read_response(used).json(), 2, alone)
+        used.sendall(head[:20])
+        slow.sendall(head)
+        for client in (silent, begun, used):
+            assert is_closed(client)
+        slow.sendall(data)  # what is known of is not in a hurry
+        assert_alone(read_response(slow).json(), 2, alone)
+
+
+@pytest.mark.parametrize("n", [30_000, 200_000])
+def test_heads_without_end(made: TinyBundle, alone: Engine, n: int) -> None:
+    """What belongs to no body is bounded, long before anybody's key was seen."""
+    start = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+    unending = (
+        b"GET /" + b"a" * n,
+        start + b"X: " + b"a" * n,
+        start + b"x" * n,
+        start + b"X: a\r\n" * (n // 6),
+        start + chunked + b"X: " + b"a" * n,
+    )
+    with listening(made.folder, api_key=KEY) as url, contextlib.ExitStack() as stack:
+        for data in unending:
+            client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
+            with contextlib.suppress(ConnectionError):
+                client.sendall(data)
+            if n > MAX_HEAD_BYTES:
+                assert is_closed(client)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        body = {**body_of(3), "unknown": "a" * 1_000_000}
+        found = httpx.post(url + CHAT, json=body, headers=headers, timeout=PATIENCE_S)
+        assert_alone(found.json(), 3, alone)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_HEAD_BYTES = 64 << 10  # of a request: its first line and its headers
 MAX_BODY_BYTES = 4 << 20
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
@@ -14,6 +15,7 @@ MAX_STOPS = 16
 MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
 MAX_FORM_BYTES = 256 << 10  # a grammar, a schema or tools, as JSON
 
+HEAD_S = 60.0  # the longest that a connection may take to send a head
 BODY_S = 60.0  # the longest that a body may take to come
 PING_S = 5.0  # a stream that has nothing to say says so after as long
 PIECE_BYTES = 64 << 10

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
 
 from qaflora_edge.errors import OptionError
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.options import CUT_S, DRAIN_S, ServerOptions
+from qaflora_edge.server.protocol import BoundedProtocol
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -39,6 +41,21 @@ class _Server(uvicorn.Server):
             end.cancel()
 
 
+def config_of(app: Starlette) -> uvicorn.Config:
+    """How an app is served."""
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=60,
+        timeout_graceful_shutdown=int(DRAIN_S + CUT_S),
+    )
+
+
 def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) -> None:
     """Serve bundles until SIGINT or SIGTERM; what runs then has some seconds to end.
 
@@ -48,19 +65,9 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     app = make_app(places, options)
     listener = _listener(host, port)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=int(DRAIN_S + CUT_S),
-    )
     shown = f"[{host}]" if ":" in host else host
     logging.getLogger(__name__).info("http://%s:%d/", shown, listener.getsockname()[1])
-    server = _Server(config)
+    server = _Server(config_of(app))
     with listener:
         server.run(sockets=[listener])
     if server.is_interrupted:
