@@ -16,20 +16,20 @@ import http.client
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from server_process import started
 
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.hub.models import fetch_model
@@ -124,18 +124,18 @@ def request_of(user: int, options: argparse.Namespace, mixes: str, forbidden: li
     }
 
 
-def ask(port: int, body: Any, begin: threading.Barrier, out: list[Any], index: int) -> None:
-    """Send a request when all are ready; note when each event came, and the usage."""
+def ask(port: int, body: Any, begin: threading.Barrier) -> tuple[list[float], dict[str, int]]:
+    """Send a request when all are ready; gives when each event came, and the usage."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
-        connection.connect()
         begin.wait()
-        start, times, usage = time.perf_counter(), [], None
+        start, times, usage = time.perf_counter(), [], {}
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != 200:
-            raise SystemExit(f"The server answered {response.status}: {response.read(2000)!r}")
+            said = response.read(2000).decode(errors="replace")
+            raise ValueError(f"The server answered {response.status}: {said}")
         for line in response:
             if not line.startswith(b"data: {"):
                 continue
@@ -143,26 +143,20 @@ def ask(port: int, body: Any, begin: threading.Barrier, out: list[Any], index: i
             usage = event.get("usage") or usage
             if event["choices"] and event["choices"][0]["text"]:
                 times.append(time.perf_counter() - start)
-        out[index] = times, usage
+    return times, usage
 
 
 def measure(
     name: str, process: "subprocess.Popen[bytes] | None", port: int, bodies: list[Any], mixes: str
 ) -> Row:
     """Let all users ask at once, and wait for all."""
-    begin, out = threading.Barrier(len(bodies) + 1), [None] * len(bodies)
-    threads = [
-        threading.Thread(target=ask, args=(port, body, begin, out, i))
-        for i, body in enumerate(bodies)
-    ]
-    for thread in threads:
-        thread.start()
-    begin.wait()
-    start = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - start
-    answers: list[Any] = out
+    begin = threading.Barrier(len(bodies) + 1)
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        futures = [threads.submit(ask, port, body, begin) for body in bodies]
+        begin.wait()
+        start = time.perf_counter()
+        answers = [future.result() for future in futures]
+        seconds = time.perf_counter() - start
     n_token = sum(usage["completion_tokens"] for _, usage in answers)
     expected = len(bodies) * bodies[0]["max_tokens"]
     if n_token != expected:
@@ -194,44 +188,12 @@ def peak_mb(pid: int) -> float:
 # servers
 
 
-@contextlib.contextmanager
-def started(command: list[str], port: int, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A server that answers GET /health."""
-    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
-        try:
-            until = time.monotonic() + PATIENCE_S
-            while not is_ready(port):
-                if process.poll() is not None or time.monotonic() > until:
-                    raise SystemExit(f"{command[0]} does not start:\n{log.read_text()[-2000:]}")
-                time.sleep(0.1)
-            yield process
-        finally:
-            process.terminate()
-
-
-def is_ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    with contextlib.closing(connection):
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def servers(
     options: argparse.Namespace, bundle: Path, base: Path, adapters: list[Path], n_ctx: int
 ) -> dict[str, list[str]]:
     """Name -> command, but for the port."""
     n, threads = max(options.users), str(options.threads)
-    ours = [sys.executable, "-m", "qaflora_edge", "serve", str(bundle), "--parallel", str(n)]
+    ours = [sys.executable, "-P", "-m", "qaflora_edge", "serve", str(bundle), "--parallel", str(n)]
     found = {"qaflora": [*ours, "--ctx", str(n_ctx), "--threads", threads]}
     if options.llama_server is not None:
         stock = [options.llama_server, "--model", str(base), "--parallel", str(n)]
@@ -245,11 +207,10 @@ def measure_server(
     name: str, command: list[str], options: argparse.Namespace, forbidden: list[int], place: Path
 ) -> list[Row]:
     """All numbers of users, each with a mix of its own, and some with one mix for all."""
-    port = free_port()
     plan = [(n, "own") for n in options.users] + [(n, "one") for n in options.one_mix]
     plan += [(n, "probe") for n in options.probe if name == "qaflora"]
     rows = []
-    with started([*command, "--port", str(port)], port, place / f"{name}.log") as process:
+    with started(command, place / f"{name}.log") as (process, port):
         warm = {**request_of(10_000, options, "own", forbidden), "max_tokens": 4}
         measure(name, process, port, [warm], "own")
         for n, mixes in plan:

@@ -1,11 +1,12 @@
-"""Mixed load on `qaflora serve` for minutes: its memory early, and at the end.
+"""Mixed load on `qaflora serve` for minutes: its memory after the first, and at the end.
 
     python benchmarks/server_load.py BUNDLE [--minutes 10] [--clients 6]
 
 Clients ask for chats of many lengths under many mixes, streams and whole, JSON, probabilities,
 weights and tokens; some go away in the middle, some send what is refused. Before, every model has
-had prompts as long as any, so that its contexts have their size and --prefix-cache is full. Ends
-with status 1 where an answer is none that is expected, or memory has grown by more than --limit-mb.
+had a prompt as long as any. After each minute all wait until nothing runs, and the memory is read.
+Ends with status 1 where an answer is none that is expected, or memory has grown by more than
+--limit-mb from the first of these rests to the last.
 """
 
 import argparse
@@ -14,42 +15,46 @@ import http.client
 import json
 import random
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 600
+from server_process import started
+
+TIMEOUT_S = 60  # of a request, after which the server ends it
+PATIENCE_S = TIMEOUT_S + 30
 CHAT = "/v1/chat/completions"
 WORDS = ("the", "cat", "río", "42", "why")
+RUNNING = ("qaflora_requests_running", "qaflora_requests_waiting")
 MAX_WORDS = 120  # of a prompt
-N_WARM = 4  # prompts of each model
 
 
 class Client:
     """One of those who ask, by chance but for a seed."""
 
-    def __init__(self, port: int, models: list[str], seed: int, until_s: float) -> None:
+    def __init__(self, port: int, models: list[str], seed: int) -> None:
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self._port, self._models, self._until_s = port, models, until_s
+        self._port, self._models = port, models
         self._random = random.Random(seed)
 
-    def warm(self) -> None:
-        """Ask each model what takes the most memory."""
-        for model in self._models:
-            for _ in range(N_WARM):
-                messages = [{"role": "user", "content": self._text(MAX_WORDS)}]
-                body = {"model": model, "messages": messages, "max_tokens": 48, "logprobs": True}
-                self._expect(200, CHAT, body)
+    def warm(self, models: list[str]) -> None:
+        """Ask models what takes the most memory, while others do."""
+        longest = " ".join([max(WORDS, key=lambda word: len(word.encode()))] * MAX_WORDS)
+        for model in models:
+            messages = [{"role": "user", "content": f"{self._random.random()} {longest}"}]
+            body = {"model": model, "messages": messages, "max_tokens": 48, "logprobs": True}
+            self._expect(200, CHAT, body)
 
-    def run(self) -> None:
-        while time.monotonic() < self._until_s and not self.wrong:
+    def run(self, until_s: float) -> None:
+        """Ask until then; what is asked by then is answered."""
+        while time.monotonic() < until_s and not self.wrong:
             act = self._random.choice(
                 (self._whole, self._stream, self._vanish, self._refused, self._small)
             )
@@ -58,6 +63,16 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 self.wrong.append(f"{act.__name__}: {error!r}")
             self.seen[act.__name__.strip("_")] += 1
+
+    def rest(self) -> None:
+        """Wait until the server has done what nobody waits for any more."""
+        until = time.monotonic() + PATIENCE_S
+        while self._n_running() and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _n_running(self) -> float:
+        lines = self._ask("GET", "/metrics")[1].decode().splitlines()
+        return sum(float(each.split()[1]) for each in lines if each.startswith(RUNNING))
 
     def _body(self, **more: Any) -> dict[str, Any]:
         draw = self._random
@@ -79,16 +94,18 @@ class Client:
     def _text(self, n_word: int) -> str:
         return " ".join(self._random.choice(WORDS) for _ in range(n_word))
 
-    def _post(self, path: str, body: Any) -> tuple[int, bytes]:
+    def _ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE_S)
         with contextlib.closing(connection):
-            connection.request("POST", path, json.dumps(body))
+            connection.request(method, path, None if body is None else json.dumps(body))
             response = connection.getresponse()
             return response.status, response.read()
 
     def _expect(self, status: int, path: str, body: Any) -> bytes:
-        found, data = self._post(path, body)
-        if found not in (status, 503):  # the queue may be full
+        found, data = self._ask("POST", path, body)
+        if found == 503:  # the queue is full, or the time over
+            self.seen["unavailable"] += 1
+        elif found != status:
             self.wrong.append(f"{path} answers {found}, expected {status}: {data[:300]!r}")
         return data
 
@@ -129,34 +146,6 @@ def memory_mb(pid: int) -> float:
     raise SystemExit(f"/proc/{pid}/status has no RssAnon: this needs Linux.")
 
 
-@contextlib.contextmanager
-def served(arguments: list[str], log: Path) -> Iterator[tuple[int, int]]:
-    """The process and the port of a server that is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "qaflora_edge", "serve", *arguments, "--port", str(port)]
-    with log.open("wb") as file, subprocess.Popen(command, stderr=file) as process:
-        try:
-            while not is_ready(port):
-                if process.poll() is not None:
-                    raise SystemExit(log.read_text(encoding="utf-8"))
-                time.sleep(0.1)
-            yield process.pid, port
-        finally:
-            process.terminate()
-
-
-def is_ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    with contextlib.closing(connection):
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-
-
 def models_of(port: int) -> list[str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
@@ -164,37 +153,47 @@ def models_of(port: int) -> list[str]:
         return [each["id"] for each in json.load(connection.getresponse())["data"]]
 
 
+def all_at_once(calls: Iterable[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=int, default=10)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--limit-mb", type=float, default=5)
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--prefix-cache", type=int, default=32, help="MiB")
     options = parser.parse_args()
-    seconds = 60 * options.minutes
-    with tempfile.TemporaryDirectory(prefix="qaflora-load-") as folder:
-        arguments = [options.bundle, "--parallel", "4", "--ctx", str(options.ctx)]
-        arguments += ["--prefix-cache", str(options.prefix_cache)]
-        with served(arguments, Path(folder) / "log") as (pid, port):
-            models = models_of(port)
-            Client(port, models, options.clients, 0).warm()
-            begin = time.monotonic()
-            clients = [Client(port, models, i, begin + seconds) for i in range(options.clients)]
-            threads = [threading.Thread(target=client.run) for client in clients]
-            for thread in threads:
-                thread.start()
-            time.sleep(seconds / 10)
-            early_mb = memory_mb(pid)
-            for thread in threads:
-                thread.join()
-            late_mb = memory_mb(pid)
+    command = [sys.executable, "-P", "-m", "qaflora_edge", "serve", options.bundle]
+    command += ["--parallel", "4", "--ctx", str(options.ctx), "--timeout", str(TIMEOUT_S)]
+    command += ["--prefix-cache", str(options.prefix_cache)]
+    rests_mb: list[float] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="qaflora-load-") as folder,
+        started(command, Path(folder) / "log") as (process, port),
+    ):
+        models = models_of(port)
+        n = options.clients
+        clients = [Client(port, models, i) for i in range(n)]
+        all_at_once(partial(client.warm, models[i::n]) for i, client in enumerate(clients))
+        for _ in range(options.minutes):
+            until = time.monotonic() + 60
+            all_at_once(partial(client.run, until) for client in clients)
+            clients[0].rest()
+            rests_mb.append(memory_mb(process.pid))
+            print(f"{rests_mb[-1]:.1f} MB", file=sys.stderr, flush=True)
     seen: Counter[str] = sum((client.seen for client in clients), Counter())
     wrong = [each for client in clients for each in client.wrong]
-    grown_mb = late_mb - early_mb
-    figures = {"early_mb": early_mb, "late_mb": late_mb, "grown_mb": round(grown_mb, 2)}
-    print(json.dumps({"minutes": options.minutes, "requests": seen, **figures, "wrong": wrong}))
+    grown_mb = round(rests_mb[-1] - rests_mb[0], 2)
+    print(
+        json.dumps({"rests_mb": rests_mb, "grown_mb": grown_mb, "requests": seen, "wrong": wrong})
+    )
     sys.exit(bool(wrong) or grown_mb > options.limit_mb)
 
 
