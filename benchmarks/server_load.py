@@ -27,12 +27,12 @@ from typing import Any
 
 from server_process import started
 
-TIMEOUT_S = 60  # of a request, after which the server ends it
+TIMEOUT_S = 120  # of a request, after which the server ends it
 PATIENCE_S = TIMEOUT_S + 30
 CHAT = "/v1/chat/completions"
 WORDS = ("the", "cat", "río", "42", "why")
 RUNNING = ("qaflora_requests_running", "qaflora_requests_waiting")
-MAX_WORDS = 120  # of a prompt
+MAX_WORDS = 60  # of a prompt
 
 
 class Client:

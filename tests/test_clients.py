@@ -19,7 +19,7 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S
 from serving import ENGINE, free_port, listening, wait_until_answers
-from tiny import QWEN
+from tiny import EOS, QWEN, constant_logits
 
 from qaflora_edge import Engine
 
@@ -208,6 +208,39 @@ def test_llm(url: str, alone: Engine, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout == expected(alone, "single:es") + "\n"
+
+
+@needs("llm_comply")
+@pytest.mark.parametrize(
+    ("form", "left_out"),
+    [
+        ("openai-chat", {"chat-image-input", "chat-reasoning-summary"}),
+        ("open-responses", {"image-input", "reasoning-summary"}),
+    ],
+)
+def test_llm_comply(tmp_path: Path, form: str, left_out: set[str]) -> None:
+    """Its checks of chats and responses, but for what a base that reads and writes text has not."""
+    # Greedy, and a token is less likely the more often it came: a text begins, and ends.
+    logits = {"a": 9.0, EOS: 8.9, '"': 8.8}
+    replace = constant_logits(lambda token: logits.get(token, 0.0))
+    made = make_bundle(tmp_path, arch="qwen2", chat_template=QWEN, n_ctx=1024, replace=replace)
+    sampling = {"temperature": 0.0, "frequency_penalty": 0.5}
+    # With two models one has to be named, as the checks expect.
+    with listening(made.folder, made.base.path, api_key=KEY, sampling=sampling) as url:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", "import llm_comply.cli as c; c.main()"),
+                *("-u", f"{url}/v1", "-k", KEY, "-m", "tiny", "--format", form, "--json"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    found = {each["id"]: each for each in json.loads(done.stdout)["results"]}
+    assert left_out < found.keys()
+    assert not [
+        each for each in found.values() if each["status"] != "passed" and each["id"] not in left_out
+    ]
 
 
 @needs("schemathesis")

@@ -123,7 +123,7 @@ def test_answers_under_load_are_those_alone(made: TinyBundle, alone: Engine) -> 
         assert lines[-2] == "data: [DONE]"
         chunks = [json.loads(line[6:]) for line in lines[:-2] if line.startswith("data:")]
         text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1])
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
         reason = chunks[-2]["choices"][0]["finish_reason"]
         whole = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
         return {**chunks[-1], "choices": [whole]}

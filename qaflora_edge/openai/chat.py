@@ -15,6 +15,8 @@ from qaflora_edge.openai.call_options import openai_options
 from qaflora_edge.openai.logprobs import ShownTokens, chat_logprobs
 from qaflora_edge.openai.tools import END, CallFilter, chosen_tools, one_form, parse_calls
 
+_EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
+
 
 class Answering(Protocol):
     """What answers conversations: an Engine."""
@@ -124,7 +126,7 @@ def completion_dict(
         calls: list[dict[str, Any]] = []
         if has_tools:
             text, calls = parse_calls(text)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text, **_EMPTY}
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
         reason = _reason(generation, calls)

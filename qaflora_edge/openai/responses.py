@@ -23,6 +23,22 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (None, 0),
     "include": (None, []),
 }
+# What a response always has; of it nothing is done here.
+_CONSTANT: dict[str, Any] = {
+    "background": False,
+    "error": None,
+    "frequency_penalty": 0,
+    "max_tool_calls": None,
+    "object": "response",
+    "presence_penalty": 0,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "service_tier": "default",
+    "store": False,
+    "top_logprobs": 0,
+    "truncation": "disabled",
+}
+_OF_TOOL = {"description": None, "parameters": None, "strict": None}
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -130,12 +146,20 @@ def _wrong(name: str, found: Any, expected: str) -> OptionError:
 class ResponseShape:
     """One answer in the shape of a response.
 
-    body  of the request, of which a response repeats some fields
+    body     of the request, of which a response repeats some fields
+    options  of the answer: temperature and top_p
     """
 
-    def __init__(self, model_name: str, body: Mapping[str, Any], generation: Generation) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        body: Mapping[str, Any],
+        options: Mapping[str, Any],
+        generation: Generation,
+    ) -> None:
         self._model, self._body, self._generation = model_name, body, generation
-        self._id, self._created = f"resp_{uuid.uuid4().hex}", time.time()
+        self._options = options
+        self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._number = 0
 
     def whole(self, *, has_tools: bool) -> dict[str, Any]:
@@ -233,25 +257,24 @@ class ResponseShape:
             "total_tokens": generation.n_prompt + generation.n_completion,
         }
         return {
+            **_CONSTANT,
             "id": self._id,
-            "object": "response",
             "created_at": self._created,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
-            "error": None,
             "incomplete_details": cut,
             "instructions": body.get("instructions"),
             "max_output_tokens": body.get("max_output_tokens"),
             "model": self._model,
             "output": output or [],
             "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": body.get("temperature"),
+            "prompt_cache_key": body.get("prompt_cache_key"),
+            "safety_identifier": body.get("safety_identifier"),
+            "temperature": self._options["temperature"],
             "text": body.get("text") or {"format": {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto",
-            "tools": body.get("tools") or [],
-            "top_p": body.get("top_p"),
-            "truncation": "disabled",
+            "tools": [{**_OF_TOOL, **tool} for tool in body.get("tools") or ()],
+            "top_p": self._options["top_p"],
             "usage": None if output is None else usage,
             "metadata": body.get("metadata") or {},
         }

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qaflora_edge.chat.messages import checked_messages
+from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import ChatTemplateError, GrammarError, PromptError
 from qaflora_edge.inference.generation import Generation
@@ -26,6 +27,7 @@ from qaflora_edge.server.tokens import check_messages_size, check_texts_size, sp
 from qaflora_edge.server.work import Outlet, Work
 
 MAX_PROMPTS = 64  # of one request
+SHOWN = ("temperature", "top_p")  # options that a response tells
 
 
 class Told:
@@ -215,6 +217,7 @@ async def responses(request: Request) -> Response:
     fusion = fields.read_fusion(body, strategy, bundle.adapters)
     messages = fields.messages({"messages": messages})
     options = fields.chat_options(given, state.options.sampling)
+    shown = {name: options.get(name, in_group("sampling")[name].default) for name in SHOWN}
     is_stream = fields.flag(body, "stream")
     model = body.get("model") or bundle.name
 
@@ -224,7 +227,7 @@ async def responses(request: Request) -> Response:
         begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
         told = Told(begun.first, fusion, out)
         for answer in noted(begun.answers, out.facts):
-            shape = ResponseShape(model, body, answer)
+            shape = ResponseShape(model, body, shown, answer)
             if is_stream:
                 told.send_events(shape.events(has_tools=begun.has_tools))
             else:
