@@ -18,7 +18,7 @@ from qaflora_edge.files import cache_dir
 from qaflora_edge.hub.models import fetch_model
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Keep the checkout off the path of `python -c` that a test runs, as it is off ours.
 
     The cache of the user serves the tests; other settings of theirs, and of their terminal or the
@@ -35,19 +35,18 @@ def pytest_configure() -> None:
         for table in (None, *SHARED_TABLES):
             for name in variables(key, table):
                 os.environ.pop(name, None)
-    share_processors()
+    if config.getoption("numprocesses", None):
+        take_one_thread_each()
 
 
-def share_processors() -> None:
-    """Give each of several workers (`pytest -n 2`) processors of its own.
+def take_one_thread_each() -> None:
+    """Let every worker of `pytest -n 2`, and all that it starts, compute with one thread.
 
-    What it starts has them too, and as many threads: more would wait for each other, spinning.
+    There is a worker for each processor: their threads would wait for each other, spinning. OpenMP,
+    of the library and of torch, and OpenBLAS read this once, as they are loaded.
     """
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker and hasattr(os, "sched_setaffinity"):
-        processors = sorted(os.sched_getaffinity(0))
-        index = int(worker.removeprefix("gw")) % len(processors)
-        os.sched_setaffinity(0, processors[index :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])])
+    for name in ("OMP_THREAD_LIMIT", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
 
 
 def pytest_unconfigure() -> None:
