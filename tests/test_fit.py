@@ -73,12 +73,14 @@ def qaflora(*words: object) -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # theirs
 def test_the_best_is_that_of_a_direct_reimplementation(tmp_path: Path) -> None:
-    """In torch: merged weights, cross entropy and the penalty, on a grid over all weights."""
+    """In torch: merged weights, cross entropy, the penalty, and their minimum by another search."""
     torch = pytest.importorskip("torch")
+    optimize = pytest.importorskip("scipy.optimize")
     reference = pytest.importorskip("reference")
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     folders = {
-        name: tiny.write_tiny_peft(tmp_path / name, base, seed=seed, strength=0.6)
+        # So weak that the objective has few valleys, and a grid meets the deepest.
+        name: tiny.write_tiny_peft(tmp_path / name, base, seed=seed, strength=0.2)
         for seed, name in enumerate(("math", "es"), 2)
     }
     bundle = create_bundle(tmp_path / "b", base.path, folders, outtype="f32", calibrate=False)
@@ -108,11 +110,21 @@ def test_the_best_is_that_of_a_direct_reimplementation(tmp_path: Path) -> None:
             found = examples.loss(engine, weights) + 0.05 * float(np.abs(weights).mean())
             assert found == pytest.approx(objective(pairs, weights), abs=2e-5)
         record = fit(bundle, engine, task, items, name="words", budget=120, seed=0)
-    axis = np.linspace(-1.5, 1.5, 13)
-    on_grid = min(objective(pairs, [a, b]) for a in axis for b in axis)
+    axis = np.linspace(-1.5, 1.5, 9)  # LoRAHub's range
+    grid = [(a, b) for a in axis for b in axis]
+    best = optimize.minimize(
+        lambda weights: objective(pairs, weights),
+        min(grid, key=lambda weights: objective(pairs, weights)),
+        method="Nelder-Mead",
+        bounds=[(-1.5, 1.5)] * 2,
+        options={"fatol": 1e-5, "xatol": 1e-3},
+    )
     fitted = [record["weights"][name] for name in folders]
-    assert objective(pairs, fitted) <= on_grid + 1e-3
-    assert record["loss"]["base"] == pytest.approx(objective(pairs, [0, 0]), abs=2e-5)
+    assert all(abs(weight) <= 1.5 for weight in fitted)
+    found, base = objective(pairs, fitted), objective(pairs, [0, 0])
+    # No search finds less, but for rounding; this one comes within a hundredth of the way down.
+    assert best.fun - 2e-5 <= found <= best.fun + 0.01 * (base - best.fun)
+    assert record["loss"]["base"] == pytest.approx(base, abs=2e-5)
 
 
 # the bundle
