@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -206,7 +207,8 @@ def test_python_in_the_clone_finds_the_library(command: list[str], text: str, cl
 @pytest.mark.slow
 def test_commands_in_the_clone_work(clone: Path) -> None:
     facts = json.loads(in_clone(clone, "-m", "qaflora_edge", "doctor", "--json").stdout)
-    assert facts["library"]["file"] == str(native.library_dir() / native._library_name()), facts
+    installed = Path(str(distribution("qaflora-edge").locate_file("qaflora_edge/lib")))
+    assert facts["library"]["file"] == str(installed / native._library_name()), facts
     answered = in_clone(
         clone, "-m", "qaflora_edge", "run", "base.gguf", "a thing", "--max-tokens", "2"
     )
@@ -218,10 +220,16 @@ def test_commands_in_the_clone_work(clone: Path) -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path, checkout: Path) -> Path:
-    """The clone as it is after `make demo`, and a script and a base in it."""
+    """The clone as it is after `make demo`, and a script and a base in it.
+
+    What a developer may have put beside its sources, a library, is not part of it.
+    """
     folder = tmp_path / "clone"
-    folder.mkdir()
-    for name in ("qaflora_edge", "models", "patches"):
+    (folder / "qaflora_edge").mkdir(parents=True)
+    for path in (checkout / "qaflora_edge").iterdir():
+        if path.name != "lib":
+            (folder / "qaflora_edge" / path.name).symlink_to(path)
+    for name in ("models", "patches"):
         (folder / name).symlink_to(checkout / name)
     (folder / "script.py").write_text(IN_THE_CLONE)
     write_tiny_base(folder / "base.gguf", n_layer=2)
