@@ -4,9 +4,10 @@
 
 Clients ask for chats of many lengths under many mixes, streams and whole, JSON, probabilities,
 weights and tokens; some go away in the middle, some send what is refused. Before, every model has
-had a prompt as long as any. After each minute all wait until nothing runs, and the memory is read.
-Ends with status 1 where an answer is none that is expected, or memory has grown by more than
---limit-mb from the first of these rests to the last.
+had a prompt as long as any, and a grammar. After each minute all wait until nothing runs, and the
+memory is read, less what the server then keeps of prompts (--prefix-cache): that is bounded, and
+changes with each prompt. Ends with status 1 where an answer is none that is expected, or memory has
+grown by more than --limit-mb from the first of these rests to the last.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from server_process import started
 TIMEOUT_S = 120  # of a request, after which the server ends it
 PATIENCE_S = TIMEOUT_S + 30
 CHAT = "/v1/chat/completions"
+JSON_FORM = {"response_format": {"type": "json_object"}}
 WORDS = ("the", "cat", "río", "42", "why")
-RUNNING = ("qaflora_requests_running", "qaflora_requests_waiting")
 MAX_WORDS = 60  # of a prompt
 
 
@@ -49,8 +50,9 @@ class Client:
         longest = " ".join([max(WORDS, key=lambda word: len(word.encode()))] * MAX_WORDS)
         for model in models:
             messages = [{"role": "user", "content": f"{self._random.random()} {longest}"}]
-            body = {"model": model, "messages": messages, "max_tokens": 48, "logprobs": True}
-            self._expect(200, CHAT, body)
+            body = {"model": model, "messages": messages, "max_tokens": 48}
+            for form in ({"logprobs": True, "top_logprobs": 5}, JSON_FORM):
+                self._expect(200, CHAT, {**body, **form})
 
     def run(self, until_s: float) -> None:
         """Ask until then; what is asked by then is answered."""
@@ -67,12 +69,16 @@ class Client:
     def rest(self) -> None:
         """Wait until the server has done what nobody waits for any more."""
         until = time.monotonic() + PATIENCE_S
-        while self._n_running() and time.monotonic() < until:
+        while self._is_busy() and time.monotonic() < until:
             time.sleep(0.1)
 
-    def _n_running(self) -> float:
+    def _is_busy(self) -> bool:
+        return bool(self.metric("requests_running") + self.metric("requests_waiting"))
+
+    def metric(self, name: str) -> float:
+        """One of those that the server tells."""
         lines = self._ask("GET", "/metrics")[1].decode().splitlines()
-        return sum(float(each.split()[1]) for each in lines if each.startswith(RUNNING))
+        return next(float(each.split()[1]) for each in lines if each.startswith(f"qaflora_{name} "))
 
     def _body(self, **more: Any) -> dict[str, Any]:
         draw = self._random
@@ -81,7 +87,7 @@ class Client:
             (
                 {},
                 {"logprobs": True, "top_logprobs": 5},
-                {"response_format": {"type": "json_object"}},
+                JSON_FORM,
                 {"n": 2, "stop": ["."]},
                 {"lora": [{"id": 0, "scale": round(draw.random(), 3)}]},
             )
@@ -173,7 +179,7 @@ def main() -> None:
     command = [sys.executable, "-P", "-m", "qaflora_edge", "serve", options.bundle]
     command += ["--parallel", "4", "--ctx", str(options.ctx), "--timeout", str(TIMEOUT_S)]
     command += ["--prefix-cache", str(options.prefix_cache)]
-    rests_mb: list[float] = []
+    rests: list[dict[str, float]] = []
     with (
         tempfile.TemporaryDirectory(prefix="qaflora-load-") as folder,
         started(command, Path(folder) / "log") as (process, port),
@@ -186,14 +192,13 @@ def main() -> None:
             until = time.monotonic() + 60
             all_at_once(partial(client.run, until) for client in clients)
             clients[0].rest()
-            rests_mb.append(memory_mb(process.pid))
-            print(f"{rests_mb[-1]:.1f} MB", file=sys.stderr, flush=True)
+            kept_mb = clients[0].metric("prefix_cache_bytes") / 1e6
+            rests.append({"own_mb": round(memory_mb(process.pid) - kept_mb, 1), "kept_mb": kept_mb})
+            print(rests[-1], file=sys.stderr, flush=True)
     seen: Counter[str] = sum((client.seen for client in clients), Counter())
     wrong = [each for client in clients for each in client.wrong]
-    grown_mb = round(rests_mb[-1] - rests_mb[0], 2)
-    print(
-        json.dumps({"rests_mb": rests_mb, "grown_mb": grown_mb, "requests": seen, "wrong": wrong})
-    )
+    grown_mb = round(rests[-1]["own_mb"] - rests[0]["own_mb"], 1)
+    print(json.dumps({"rests": rests, "grown_mb": grown_mb, "requests": seen, "wrong": wrong}))
     sys.exit(bool(wrong) or grown_mb > options.limit_mb)
 
 

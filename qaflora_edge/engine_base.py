@@ -186,6 +186,11 @@ class EngineBase:
         return int(self._model.n_vocab)
 
     @property
+    def prefix_cache_bytes(self) -> int:
+        """Size of what is kept of prompts now, at most `prefix_cache`: see Engine."""
+        return self._core.prober.prefixes.n_byte
+
+    @property
     def n_ctx_train(self) -> int:
         """Tokens of the longest text that the base was trained for."""
         return int(self._model.n_ctx_train)

@@ -1,6 +1,8 @@
 """What prompts begin with is read once, and nothing else comes out because of that."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,27 @@ class Chats:
     def prompt(self, *messages: Sequence[int]) -> list[int]:
         parts = [[*message, self._end, *self._opening] for message in messages]
         return [token for part in parts for token in part]
+
+
+def resident_bytes() -> int:
+    """What this process has in memory, files that are mapped apart."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (each for each in lines if each.startswith("RssAnon:"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="figures are read from /proc")
+def test_what_is_dropped_is_the_systems_again(loaded: tuple[Model, Pack]) -> None:
+    """Of every other one, too: what stays holds no memory between."""
+    with ProbeContext(*loaded, n_ctx=256, threads=1) as context:
+        context.decode(drawn(200, 5))
+        kept = [context.kv_state() for _ in range(200)]
+        before = resident_bytes()
+        del kept[::2]
+        freed = before - resident_bytes()
+    size = kept[0].n_byte
+    assert size > 50_000
+    assert freed > 0.9 * 100 * size
 
 
 def states(prober: Prober, tokens: Sequence[int], rows: Sequence[int] = (0, 1, 2)) -> F32:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import TinyBundle, make_bundle
 from prometheus_client.parser import text_string_to_metric_families
 from serving import client_of
 from starlette.testclient import TestClient
@@ -21,8 +21,13 @@ LINES = "qaflora_edge.server"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("record")).folder
+def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("record"))
+
+
+@pytest.fixture(scope="module")
+def bundle(made: TinyBundle) -> Path:
+    return made.folder
 
 
 @pytest.fixture
@@ -60,6 +65,18 @@ def test_metrics_count_what_was_answered(client: TestClient) -> None:
     assert found["qaflora_requests_running",] == found["qaflora_requests_waiting",] == 0
     assert found["qaflora_bundles_loaded",] == 1
     assert 0 < found["qaflora_first_token_seconds_sum",] < 60
+
+
+def test_metrics_tell_what_is_kept_of_prompts(client: TestClient, made: TinyBundle) -> None:
+    """Keys and values, float32 as ENGINE has it, of each token: by the base and each adapter."""
+    assert samples(client)["qaflora_prefix_cache_bytes",] == 0
+    for text in ("the king " * 30, "another one " * 30):
+        client.post("/v1/weights", json={"prompt": text, "model": "tiny"})
+    n_token = len(client.post("/tokenize", json={"content": "the king " * 30}).json()["tokens"])
+    base = made.base
+    token_bytes = 2 * 4 * base.n_layer * base.n_head_kv * base.n_head_dim
+    found = samples(client)["qaflora_prefix_cache_bytes",]
+    assert 3 * n_token * token_bytes <= found < 1.2 * 3 * n_token * token_bytes
 
 
 def test_a_request_is_a_line_without_what_was_asked(

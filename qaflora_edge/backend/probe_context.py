@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +83,8 @@ class ProbeContext(Context):
         return KvState(list(self.tokens), sequences, [self._weights[seq] for seq in self._held()])
 
     def _sequence(self, seq: int) -> NDArray[np.uint8]:
-        data = np.empty(self._lib.llama_state_seq_get_size(self._pointer, seq), np.uint8)
+        n_byte = int(self._lib.llama_state_seq_get_size(self._pointer, seq))
+        data = _mapped(n_byte)
         n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
         if n != data.size:
             raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
@@ -205,6 +208,14 @@ class ProbeContext(Context):
         """Milliseconds so far in divergence(): projecting states, and what follows."""
         stats = self._functions.get_stats(self._pointer)
         return stats.lens_us / 1e3, stats.divergence_us / 1e3
+
+
+def _mapped(n_byte: int) -> NDArray[np.uint8]:
+    """Memory that goes back to the system when it is dropped; malloc would keep it."""
+    if sys.platform == "win32":
+        return np.frombuffer(mmap.mmap(-1, n_byte), np.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, n_byte, flags), np.uint8)
 
 
 def _bytes(array: NDArray[np.uint8]) -> Any:

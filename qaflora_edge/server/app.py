@@ -145,7 +145,9 @@ async def metrics(request: Request) -> Response:
     waiting = state.shelf.room.n_waiting
     record.waiting.set(waiting)
     record.running.set(len(state.running) - waiting)
-    record.loaded.set(sum(bundle.engine is not None for bundle in state.shelf.bundles.values()))
+    engines = [each.engine for each in state.shelf.bundles.values() if each.engine is not None]
+    record.loaded.set(len(engines))
+    record.prefix_cache.set(sum(engine.prefix_cache_bytes for engine in engines))
     return Response(generate_latest(record.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 

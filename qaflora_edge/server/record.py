@@ -31,6 +31,9 @@ class Metrics:
         self.running = Gauge("requests_running", "Requests that are computed now.", **more)
         self.waiting = Gauge("requests_waiting", "Requests that wait for a turn.", **more)
         self.loaded = Gauge("bundles_loaded", "Bundles that are open.", **more)
+        self.prefix_cache = Gauge(
+            "prefix_cache_bytes", "What the probe read of prompts, kept for others.", **more
+        )
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **more)
         self.completion_tokens = Counter(
             "completion_tokens", "Tokens of answers.", ["model"], **more
