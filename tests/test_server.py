@@ -345,6 +345,7 @@ REFUSED = [
         "The JSON schema",
     ),
     ({"grammar": "root ::= ("}, 400, "grammar", "The grammar"),
+    ({"grammar": ""}, 400, "grammar", "The grammar, line 1, column 1: there is no rule"),
     ({"fusion": 3}, 400, "fusion", "The field fusion is 3, expected an object, as in {"),
     ({"fusion": {"a": 1}}, 400, "fusion.a", "The field fusion.a does not exist, expected one of"),
     ({"fusion": {"return": "all"}}, 400, "fusion.return", "The field fusion.return is 'all', exp"),

@@ -45,6 +45,18 @@ def test_every_route_is_described(client: TestClient, document: Any) -> None:
             assert methods == set(document["paths"][route.path.replace(":path", "")])
 
 
+def test_models_are_those_that_are_listed(client: TestClient, document: Any) -> None:
+    listed = [each["id"] for each in client.get("/v1/models").json()["data"]]
+    assert "tiny:single:es" in listed
+    for path in document["paths"]:
+        if path.startswith("/v1/") and path != "/v1/models" and "{" not in path:
+            schema = schema_of(document, path)
+            for each in schema.get("anyOf", [schema]):
+                assert each["properties"]["model"]["enum"] == listed
+    (named,) = document["paths"]["/v1/models/{model}"]["get"]["parameters"]
+    assert named["schema"]["enum"] == listed
+
+
 def test_schemas_are_schemas(document: Any) -> None:
     for path, methods in document["paths"].items():
         for method in methods.values():

@@ -21,12 +21,12 @@ from qaflora_edge.openai.responses import ResponseShape, chat_request
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
 from qaflora_edge.server.fields import Fusion
+from qaflora_edge.server.options import MAX_PROMPTS
 from qaflora_edge.server.refusals import Params, Refusal, wrong_field
 from qaflora_edge.server.stream import DONE, encoded, event
 from qaflora_edge.server.tokens import check_messages_size, check_texts_size, spelt
 from qaflora_edge.server.work import Outlet, Work
 
-MAX_PROMPTS = 64  # of one request
 SHOWN = ("temperature", "top_p")  # options that a response tells
 
 
@@ -114,7 +114,8 @@ def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
 def form_params(body: Mapping[str, Any]) -> Params:
     """Of several forms that an answer can have, the one that a request asks for."""
     forms = ("grammar", "json_schema", "response_format", "tools")
-    return {GrammarError: next((name for name in forms if body.get(name)), "response_format")}
+    given = (name for name in forms if body.get(name) is not None)
+    return {GrammarError: next(given, "response_format")}
 
 
 async def chat_completions(request: Request) -> Response:

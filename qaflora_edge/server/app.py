@@ -153,7 +153,8 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     """GET /openapi.json"""
-    return JSONResponse(describe())
+    shelf: Shelf = request.app.state.shelf
+    return JSONResponse(describe(each["id"] for each in shelf.listed()))
 
 
 async def models(request: Request) -> Response:

@@ -8,13 +8,22 @@ from typing import Any
 from qaflora_edge import __version__
 from qaflora_edge.config import Option, in_group
 from qaflora_edge.server.fields import RETURNS
-from qaflora_edge.server.options import MAX_CHOICES, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
+from qaflora_edge.server.options import (
+    MAX_CHOICES,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_STOPS,
+    MAX_TOOLS,
+    MAX_WEIGHT,
+)
 
 Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
 _FLAG: Schema = {"type": ["boolean", "null"]}
 _OBJECT: Schema = {"type": "object"}
 _WHOLE: Schema = {"type": "integer"}
+_TOKEN: Schema = {"type": "integer", "minimum": 0}
+_PROMPT: Schema = {"type": "string", "minLength": 1}
 _ERROR: Schema = {
     "type": "object",
     "required": ["error"],
@@ -55,6 +64,12 @@ def _body(required: Iterable[str], properties: Schema) -> Schema:
     return {"type": "object", "required": list(required), "properties": properties}
 
 
+def _either(text: str, more: Schema, required: Iterable[str] = ()) -> Schema:
+    """A text, or else messages."""
+    alone = _body([*required, text], {**more, text: _PROMPT if text == "prompt" else _TEXT})
+    return {"anyOf": [alone, _body([*required, "messages"], {**more, "messages": _MESSAGES})]}
+
+
 def option_schema(option: Option) -> Schema:
     """An option of `config` as a JSON schema; null stands for the default."""
     kinds = {int: "integer", float: "number", str: "string", bool: "boolean"}
@@ -82,6 +97,7 @@ def _sampling() -> Schema:
     return found
 
 
+_WEIGHT: Schema = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
 _NUMBERS = _list({"type": "number"})
 _FUSION = _or_null(
     {
@@ -92,8 +108,8 @@ _FUSION = _or_null(
             "adapters": _or_null(_list(_TEXT)),
             "weights": {
                 "anyOf": [
-                    {"type": "object", "additionalProperties": {"type": "number"}},
-                    _list(_NUMBERS),
+                    {"type": "object", "additionalProperties": _WEIGHT},
+                    _list(_list(_WEIGHT)),
                     {"type": "null"},
                 ]
             },
@@ -101,25 +117,20 @@ _FUSION = _or_null(
         },
     }
 )
-_SCALE = _body(["id", "scale"], {"id": {**_WHOLE, "minimum": 0}, "scale": {"type": "number"}})
-_MESSAGE = _body(
-    ["role"],
-    {
-        "role": _TEXT,
-        "content": {
-            "anyOf": [
-                _TEXT,
-                _list(_body(["type"], {"type": _TEXT, "text": _TEXT})),
-                {"type": "null"},
-            ]
-        },
-    },
-)
+_SCALE = _body(["id", "scale"], {"id": _TOKEN, "scale": _WEIGHT})
+_PART = _body(["type", "text"], {"type": {"const": "text"}, "text": _TEXT})
+_CONTENT = {"anyOf": [_TEXT, _list(_PART, minItems=1)]}
+_CALLED = _body(["name"], {"name": _TEXT, "arguments": {"type": ["string", "object"]}})
+_CALLS = _list(_body(["function"], {"function": _CALLED}), minItems=1)
+_MESSAGE = {
+    "anyOf": [
+        _body(["role", "content"], {"role": _TEXT, "content": _CONTENT}),
+        _body(["role", "tool_calls"], {"role": {"const": "assistant"}, "tool_calls": _CALLS}),
+    ]
+}
 _MESSAGES = _list(_MESSAGE, minItems=1, maxItems=MAX_MESSAGES)
-_MODEL: Schema = {"type": "string", "description": "An id of GET /v1/models."}
 _USAGE_OPTIONS = _or_null(_body([], {"include_usage": _FLAG}))
 _ANSWERED = {
-    "model": _MODEL,
     "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
     "stream": _FLAG,
     "stream_options": _USAGE_OPTIONS,
@@ -127,15 +138,21 @@ _ANSWERED = {
     "fusion": _FUSION,
     "lora": _or_null(_list(_SCALE)),
 }
+_SCHEMA = _body(["schema"], {"name": _TEXT, "schema": _OBJECT})
+_FORMATS = [
+    _body(["type"], {"type": {"enum": ["text", "json_object"]}}),
+    _body(["type", "json_schema"], {"type": {"const": "json_schema"}, "json_schema": _SCHEMA}),
+]
 _FUNCTION = _body(["name"], {"name": _TEXT, "parameters": _OBJECT})
 _TOOL = _body(["type", "function"], {"type": {"const": "function"}, "function": _FUNCTION})
 
 
-def _chat() -> Schema:
+def _chat(model: Schema) -> Schema:
     return _body(
         ["model", "messages"],
         {
             **_sampling(),
+            "model": model,
             **_ANSWERED,
             "messages": _MESSAGES,
             "logprobs": _FLAG,
@@ -143,22 +160,24 @@ def _chat() -> Schema:
             "tools": _or_null(_list(_TOOL, maxItems=MAX_TOOLS)),
             "tool_choice": {"type": ["string", "object", "null"]},
             "parallel_tool_calls": _FLAG,
-            "response_format": _or_null(_body(["type"], {"type": _TEXT})),
+            "response_format": _or_null({"anyOf": _FORMATS}),
         },
     )
 
 
-def _completion() -> Schema:
-    prompts = [_TEXT, _list(_TEXT), _list(_WHOLE), _list(_list(_WHOLE))]
-    properties = {**_sampling(), **_ANSWERED, "prompt": {"anyOf": prompts}, "echo": _FLAG}
-    return _body(["model", "prompt"], properties)
+def _completion(model: Schema) -> Schema:
+    tokens = _list(_TOKEN, minItems=1)
+    lists = [_list(each, minItems=1, maxItems=MAX_PROMPTS) for each in (_PROMPT, tokens)]
+    prompts = [_PROMPT, tokens, *lists]
+    own = {"model": model, "prompt": {"anyOf": prompts}, "echo": _FLAG}
+    return _body(["model", "prompt"], {**_sampling(), **_ANSWERED, **own})
 
 
-def _response() -> Schema:
+def _response(model: Schema) -> Schema:
     return _body(
         ["model", "input"],
         {
-            "model": _MODEL,
+            "model": model,
             "input": {"anyOf": [_TEXT, _list(_OBJECT)]},
             "instructions": {"type": ["string", "null"]},
             "stream": _FLAG,
@@ -183,7 +202,7 @@ _WEIGHTS = _body(
 def _posted(summary: str, body: Schema, answer: Schema, *, has_stream: bool = False) -> Schema:
     content: Schema = {"application/json": {"schema": answer}}
     if has_stream:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {"schema": {}}
     return {
         "post": {
             "summary": summary,
@@ -204,13 +223,15 @@ def _responses(content: Schema) -> Schema:
     return {"200": {"description": "The answer", "content": content}, **refused}
 
 
-def describe() -> Schema:
-    """The whole document."""
+def describe(models: Iterable[str]) -> Schema:
+    """The whole document of a server that has these models."""
+    model: Schema = {"type": "string", "description": "The model.", "enum": list(models)}
     tokens = _body(["tokens"], {"tokens": _list({"type": ["integer", "object"]})})
     json = {"application/json": {"schema": _OBJECT}}
+    flags = {name: _FLAG for name in ("add_special", "parse_special", "with_pieces")}
     cards = _body(["object", "data"], {"object": {"const": "list"}, "data": _list(_CARD)})
     status = _body(["status"], {"status": {"enum": ["ok", "loading", "error"]}})
-    model = {"name": "model", "in": "path", "required": True, "schema": _TEXT}
+    named = {"name": "model", "in": "path", "required": True, "schema": model}
     health = _got("Whether it works", {"application/json": {"schema": status}}, is_open=True)
     health["get"]["responses"]["503"]["content"] = {"application/json": {"schema": status}}
     return {
@@ -220,45 +241,32 @@ def describe() -> Schema:
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "paths": {
             "/v1/chat/completions": _posted(
-                "Answer a conversation", _chat(), _ANSWER, has_stream=True
+                "Answer a conversation", _chat(model), _ANSWER, has_stream=True
             ),
             "/v1/completions": _posted(
-                "Go on with a text", _completion(), _ANSWER, has_stream=True
+                "Go on with a text", _completion(model), _ANSWER, has_stream=True
             ),
             "/v1/responses": _posted(
-                "Answer, in the shape of responses", _response(), _OBJECT, has_stream=True
+                "Answer, in the shape of responses", _response(model), _OBJECT, has_stream=True
             ),
             "/v1/weights": _posted(
                 "Weigh the adapters for a prompt, or for messages",
-                _body(
-                    ["model"],
-                    {"model": _MODEL, "prompt": _TEXT, "messages": _MESSAGES, "fusion": _FUSION},
-                ),
+                _either("prompt", {"model": model, "fusion": _FUSION}, ["model"]),
                 _WEIGHTS,
             ),
             "/tokenize": _posted(
                 "Token ids of a text, or of messages under the chat template",
-                _body(
-                    [],
-                    {
-                        "model": _MODEL,
-                        "content": _TEXT,
-                        "messages": _MESSAGES,
-                        "add_special": _FLAG,
-                        "parse_special": _FLAG,
-                        "with_pieces": _FLAG,
-                    },
-                ),
+                _either("content", {"model": model, **flags}),
                 tokens,
             ),
             "/detokenize": _posted(
                 "The text of token ids",
-                _body(["tokens"], {"model": _MODEL, "tokens": _list(_WHOLE)}),
+                _body(["tokens"], {"model": model, "tokens": _list(_TOKEN)}),
                 _body(["content"], {"content": _TEXT}),
             ),
             "/v1/models": _got("What can be asked", {"application/json": {"schema": cards}}),
             "/v1/models/{model}": _got(
-                "One of it", {"application/json": {"schema": _CARD}}, parameters=[model]
+                "One of it", {"application/json": {"schema": _CARD}}, parameters=[named]
             ),
             "/health": health,
             "/metrics": _got("Counters for Prometheus", {"text/plain": {"schema": _TEXT}}),
