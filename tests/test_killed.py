@@ -155,9 +155,9 @@ def test_create(start: Path, tmp_path: Path) -> None:
         """,
         start,
         tmp_path / "place",
-        most=30,
+        most=20,
     )
-    assert counted["killed"] > 20
+    assert counted["killed"] > 15
 
 
 EDIT = """
@@ -190,7 +190,7 @@ def check(copy):
 )
 def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> None:
     script = EDIT.format(action=action, names=names)
-    counted = killed(script, start, tmp_path / "place", most=30)
+    counted = killed(script, start, tmp_path / "place", most=20)
     assert counted["killed"] > 15
     assert 0 < counted["done"] < counted["killed"]  # killed on either side of the one step
 
