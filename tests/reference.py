@@ -111,6 +111,7 @@ class Reference:
         self.layers = self.causal.model.layers
         self.head = self.causal.lm_head.weight.detach().double()
         self._states: dict[tuple[tuple[int, ...], str | None], tuple[F64, F32]] = {}
+        self._weights: dict[tuple[int, ...], dict[str, F64]] = {}
 
     def states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
         """States of the last token after each block [n_layer, n_embd], and logits [n_vocab].
@@ -147,13 +148,18 @@ class Reference:
         return torch.stack(kept).double().numpy(), logits.numpy()
 
     def weights(self, tokens: Sequence[int]) -> dict[str, F64]:
-        """lens -> weights [n_adapter, n_layer], from float32 states, in float64."""
-        states = torch.from_numpy(
-            np.stack([self.states(tokens, name)[0] for name in (None, *self.adapters)])
-        )
-        return {lens: self._weights(states, lens).numpy() for lens in ("norm", "raw")}
+        """lens -> weights [n_adapter, n_layer], in float64 from float32 states; kept like them."""
+        key = tuple(tokens)
+        if key not in self._weights:
+            states = torch.from_numpy(
+                np.stack([self.states(tokens, name)[0] for name in (None, *self.adapters)])
+            )
+            self._weights[key] = {
+                lens: self._weigh(states, lens).numpy() for lens in ("norm", "raw")
+            }
+        return self._weights[key]
 
-    def _weights(self, states: torch.Tensor, lens: str) -> torch.Tensor:
+    def _weigh(self, states: torch.Tensor, lens: str) -> torch.Tensor:
         """states [1 + n_adapter, n_layer, n_embd] -> weights [n_adapter, n_layer]."""
         norm = self.causal.model.norm
         rms = states.square().mean(dim=-1, keepdim=True).add(norm.variance_epsilon).sqrt()
@@ -174,19 +180,24 @@ class Reference:
 
     @torch.inference_mode()
     def logits(
-        self, tokens: Sequence[int], answer: Sequence[int], weights: NDArray[np.floating]
-    ) -> F32:
-        """The logits after the prompt and after each token of an answer, in one pass.
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        weights: NDArray[np.floating],
+    ) -> list[F32]:
+        """The logits after a prompt and after each token of its answer, in one pass for each pair.
 
         weights  [n_adapter, n_layer], merged into the base
-        returns  [1 + len(answer), n_vocab]
+        returns  of each pair [1 + len(answer), n_vocab]
         """
         undo = self._merge(weights)
         try:
             with self.model.disable_adapter():
-                logits = self.causal(input_ids=torch.tensor([[*tokens, *answer]])).logits[0]
-            found: F32 = logits[len(tokens) - 1 :].numpy()
-            return found
+                return [
+                    self.causal(input_ids=torch.tensor([[*tokens, *answer]]))
+                    .logits[0, len(tokens) - 1 :]
+                    .numpy()
+                    for tokens, answer in pairs
+                ]
         finally:
             for parameter, original in undo:
                 parameter.copy_(original)

@@ -90,11 +90,13 @@ def test_the_best_is_that_of_a_direct_reimplementation(tmp_path: Path) -> None:
 
     def objective(pairs: Sequence[tuple[list[int], list[int]]], weights: Sequence[float]) -> float:
         """LoRAHub's: mean cross entropy of the examples, and 0.05 times the mean of |w|."""
-        losses = []
-        for prompt, answer in pairs:
-            layers = np.repeat(np.array(weights)[:, None], base.n_layer, axis=1)
-            logits = torch.from_numpy(model.logits(prompt, answer, layers)[:-1]).double()
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+        layers = np.repeat(np.array(weights)[:, None], base.n_layer, axis=1)
+        losses = [
+            torch.nn.functional.cross_entropy(
+                torch.from_numpy(logits[:-1]).double(), torch.tensor(answer)
+            )
+            for (_, answer), logits in zip(pairs, model.logits(pairs, layers), strict=True)
+        ]
         return float(torch.stack(losses).mean()) + 0.05 * float(np.abs(weights).mean())
 
     with Engine(bundle, kv_type="f32", flash_attn=False) as engine:

@@ -27,25 +27,13 @@ LOGIT_ERROR = 2e-3
 
 PROMPTS = [
     "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
-    "Sara buys 3 pens at 2 dollars each and pays with a 10 dollar note. How much change?",
     "What is 17 times 6?",
-    "A farmer has 12 cows and sells a third of them. How many are left?",
-    "¿Cuál es la capital de Francia?",
-    "Escribe una frase sobre la playa en verano.",
-    "Traduce al español: the room was clean and quiet.",
     "¿Cuántas manzanas quedan si como tres de diez?",
+    "¿Cuál es la capital de Francia?",
     "Which vitamin prevents scurvy?\nA. Vitamin A\nB. Vitamin B\nC. Vitamin C\nD. Vitamin D",
-    "A patient has chest pain and a raised troponin. What is the most likely diagnosis?",
-    "Which nerve is compressed in the carpal tunnel?",
     "¿Qué órgano produce la insulina?",
-    "Name three rivers of Europe.",
-    "Explain in one sentence why the sky is blue.",
-    "Write a short poem about a cat.",
-    "Who wrote Don Quixote?",
-    "List the months that have 30 days.",
     "Wie spät ist es?",
-    "Give me a recipe for pancakes.",
-    "What does a compiler do?",
+    "Write a short poem about a cat.",
 ]
 
 
@@ -106,7 +94,7 @@ def test_tokens_equal_the_reference_tokeniser(smollm2: Path, exact: Engine) -> N
 
 
 def test_states_and_logits_equal_the_reference(exact: Engine, reference: Reference) -> None:
-    for tokens in queries(exact)[:6]:
+    for tokens in queries(exact)[::3]:
         for adapter in (None, *NAMES):
             expected, expected_logits = reference.states(tokens, adapter)
             found = exact.hidden_states(tokens, adapter=adapter)
@@ -129,13 +117,13 @@ def test_weights_equal_the_reference(exact: Engine, reference: Reference, folder
 
 
 def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Reference) -> None:
-    """32 tokens under fused weights, for every fourth prompt."""
-    for tokens in queries(exact)[::4]:
+    """32 tokens under fused weights, for every third prompt."""
+    for tokens in queries(exact)[::3]:
         fusion = exact.weights(tokens)
         answer = exact.generate(tokens, weights=fusion, max_tokens=32)
         text = answer.text()
         found = exact._core.context.tokens[len(tokens) :]  # what was read back: not the last token
-        logits = reference.logits(tokens, found, fusion.weights)
+        (logits,) = reference.logits([(tokens, found)], fusion.weights)
         # Each is the likeliest; of two that are closer than logits are exact, either may be taken.
         taken = logits[range(len(found)), found]
         assert np.all(logits[:-1].max(axis=1) - taken < 2 * LOGIT_ERROR)
@@ -149,12 +137,14 @@ def test_greedy_continuation_equals_the_reference(exact: Engine, reference: Refe
 def test_scores_equal_the_reference(exact: Engine, reference: Reference) -> None:
     """Several continuations of each prompt under its weights, one longer than a batch."""
     texts = (" The answer is 7.", " No", " Hola, ¿qué tal? " * 12)
-    for tokens in queries(exact)[:3]:
+    for tokens in queries(exact)[1:3]:
         fusion = exact.weights(tokens)
         answers = [exact.tokenize(text) for text in texts]
         found = exact.score([tokens] * len(answers), answers)
-        for answer, scores in zip(answers, found, strict=True):
-            logits = reference.logits(tokens, answer, fusion.weights)[:-1].astype(np.float64)
+        pairs = [(tokens, answer) for answer in answers]
+        merged = reference.logits(pairs, fusion.weights)
+        for answer, scores, rows in zip(answers, found, merged, strict=True):
+            logits = rows[:-1].astype(np.float64)
             expected = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
             expected = expected[range(len(answer)), answer]
             np.testing.assert_allclose(scores, expected, atol=2 * LOGIT_ERROR, rtol=0)
