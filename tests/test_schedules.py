@@ -52,12 +52,12 @@ def engines(
 ) -> Iterator[tuple[Engine, Engine, str]]:
     """One for a single caller, one for four; gemma3 attends over a sliding window."""
     place = tmp_path_factory.mktemp("schedules")
-    base = write_tiny_base(place / "base.gguf", request.param, window=16, n_ctx=512)
+    base = write_tiny_base(place / "base.gguf", request.param, n_layer=2, window=16)
     adapters = {
         name: write_tiny_adapter(place / f"{name}.gguf", base, rank=2 + i, seed=i).path
         for i, name in enumerate(NAMES)
     }
-    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 400, "threads": 1}
+    options = {"kv_type": "f32", "flash_attn": False, "n_ctx": 240, "threads": 1}
     with (
         Engine(base=base.path, adapters=adapters, **options) as alone,
         Engine(base=base.path, adapters=adapters, n_parallel=4, **options) as together,
@@ -87,10 +87,10 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[F32]]:
 
 
 def drawn_call(rng: random.Random, done: list[Call]) -> Call:
-    prompt = [rng.randrange(1, 250) for _ in range(rng.choice([1, 3, 10, 40, 90, 300]))]
+    prompt = [rng.randrange(1, 250) for _ in range(rng.choice([1, 3, 10, 40, 90, 170]))]
     if done and rng.random() < 0.3:  # a next turn of somebody's
         last = rng.choice(done)
-        prompt = (last.prompt + prompt)[:380]
+        prompt = (last.prompt + prompt)[:225]
     if rng.random() < 0.05:
         prompt = prompt * 500  # too long
     if rng.random() < 0.05:
