@@ -56,7 +56,7 @@ class SystemPrompt:
             "build": functions.build_info().decode(),
             "cpu": lib.llama_print_system_info().decode(),
             "kernels": os.environ.get("QAFLORA_CPU_KERNELS", ""),
-            "pieces": [pieces.n_full, pieces.n_least],
+            "pieces": [pieces.n_full, pieces.n_least, pieces.n_message],
             "hashes": list(hashes),
             "options": {
                 name: options[name]

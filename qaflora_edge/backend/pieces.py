@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from qaflora_edge.backend.batch import n_common
 
-# ggml's flash attention on the CPU computes tiles where a sequence has this many rows, and row by
-# row below: llama.cpp 0c1e5709, ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16.
+# Rows of a tile in ggml's flash attention on the CPU: llama.cpp 0c1e5709, GGML_FA_TILE_Q. Whole
+# tiles cost the least for each row, and so many rows are worth reading the base's matrices for.
 N_TILE = 64
 _N_OPENING = 16  # tokens of a chat template behind the last message, at most
 _N_AT_ONCE = 256  # rows of all sequences; twice as many were no faster and take more memory
@@ -27,13 +27,14 @@ def _never(token: int) -> bool:
 class Pieces:
     """Pieces of n_full tokens; a rest of fewer than n_least joins the one before it.
 
-    is_break  whether a token ends a message: a piece ends there, but has n_least tokens or more.
-              A message that is followed by what the prompt ends with, the beginning of an answer,
-              ends behind that: so it does in the next turn's prompt.
+    n_message  the fewest tokens of a piece that ends where a message does
+    is_break   whether a token ends a message. One that is followed by what the prompt ends with,
+               the beginning of an answer, ends behind that: so it does in the next turn's prompt.
     """
 
     n_full: int
     n_least: int
+    n_message: int
     is_break: Callable[[int], bool] = _never
 
     @property
@@ -44,12 +45,12 @@ class Pieces:
         """Where the piece of a prompt ends that begins at `at`."""
         most = min(len(tokens), at + self.n_most)
         opening = self._opening(tokens)
-        for i in range(max(0, at + self.n_least - 1 - len(opening)), most):
+        for i in range(max(at, at + self.n_message - 1 - len(opening)), most):
             if self.is_break(tokens[i]):
                 end = i + 1
                 if tuple(tokens[end : end + len(opening)]) == opening:
                     end += len(opening)
-                if self.n_least <= end - at <= self.n_most:
+                if self.n_message <= end - at <= self.n_most:
                     return end
         return most if most == len(tokens) else at + self.n_full
 
@@ -76,8 +77,10 @@ def pieces_of(n_seq: int = 1, is_break: Callable[[int], bool] = _never) -> Piece
     """Pieces of a prompt that n_seq sequences read together.
 
     Whole tiles of each sequence, however many there are: the rows computed at once grow with them.
+    A message that is a piece of its own has a tile's rows of all sequences together.
     """
-    return Pieces(N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq)), N_TILE, is_break)
+    n_full = N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq))
+    return Pieces(n_full, N_TILE, -(-N_TILE // n_seq), is_break)
 
 
 def n_ubatch(n_seq: int = 1) -> int:

@@ -1,0 +1,130 @@
+"""Flash attention on the CPU, as patched, against float64 in numpy: tiles of any number of rows."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qaflora_edge.backend.native import library_dir
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+TYPE_F32, TYPE_F16 = 0, 1  # of enum ggml_type
+
+
+class InitParams(ctypes.Structure):
+    """struct ggml_init_params"""
+
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def ggml() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    folder = library_dir()
+    base = ctypes.CDLL(str(next(folder.glob("*ggml-base*"))))
+    found = sorted(Path(folder).glob("*ggml-cpu*"))
+    if len(found) != 1:
+        pytest.skip("one of several libraries for the CPU: which of them fits is known to ggml")
+    cpu = ctypes.CDLL(str(found[0]))
+    pointers = ["init", "new_tensor_4d", "flash_attn_ext", "new_graph", "get_data"]
+    for name in pointers:
+        getattr(base, f"ggml_{name}").restype = ctypes.c_void_p
+    return base, cpu
+
+
+def computed(
+    ggml: tuple[ctypes.CDLL, ctypes.CDLL],
+    arrays: list[F32],
+    mask: F32,
+    sinks: F32 | None,
+    options: tuple[float, float, float],
+    dtype: int,
+    n_thread: int,
+) -> F32:
+    """ggml_flash_attn_ext of q, k and v [n_seq, n_head, n, n_dim]: [n_seq, n, n_head, n_dim]."""
+    base, cpu = ggml
+    c_void = ctypes.c_void_p
+    context = c_void(base.ggml_init(InitParams(64 << 20, None, False)))
+
+    def tensor(array: F32, kind: int) -> ctypes.c_void_p:
+        shape = [ctypes.c_int64(n) for n in reversed(array.shape)]
+        made = c_void(base.ggml_new_tensor_4d(context, kind, *shape))
+        stored = np.ascontiguousarray(array, np.float16 if kind == TYPE_F16 else np.float32)
+        ctypes.memmove(base.ggml_get_data(made), stored.tobytes(), stored.nbytes)
+        return made
+
+    q, k, v = (tensor(a, t) for a, t in zip(arrays, (TYPE_F32, dtype, dtype), strict=True))
+    numbers = [ctypes.c_float(x) for x in options]
+    out = c_void(base.ggml_flash_attn_ext(context, q, k, v, tensor(mask, TYPE_F16), *numbers))
+    if sinks is not None:
+        base.ggml_flash_attn_ext_add_sinks(out, tensor(sinks[None, None, None], TYPE_F32))
+    graph = c_void(base.ggml_new_graph(context))
+    base.ggml_build_forward_expand(graph, out)
+    assert cpu.ggml_graph_compute_with_ctx(context, graph, n_thread) == 0
+    n_seq, n_head, n_row, n_dim = arrays[0].shape
+    result = np.empty((n_seq, n_row, n_head, n_dim), np.float32)
+    ctypes.memmove(result.ctypes.data, base.ggml_get_data(out), result.nbytes)
+    base.ggml_free(context)
+    return result
+
+
+def expected(
+    arrays: list[F32], mask: F32, sinks: F32 | None, options: tuple[float, float, float]
+) -> F64:
+    """Softmax of scaled, capped and biased scores, in float64."""
+    scale, max_bias, softcap = options
+    q, k, v = (a.astype(np.float64) for a in arrays)
+    n_head = q.shape[1]
+    k, v = (np.repeat(a, n_head // a.shape[1], axis=1) for a in (k, v))
+    scores = scale * q @ k.transpose(0, 1, 3, 2)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    slopes = np.ones(n_head)
+    if max_bias:  # ALiBi: a geometric row for a power of two of heads, those between for the rest
+        n = 1 << (n_head.bit_length() - 1)
+        first, second = 2 ** (-max_bias / n), 2 ** (-max_bias / 2 / n)
+        slopes = np.array(
+            [first ** (h + 1) if h < n else second ** (2 * (h - n) + 1) for h in range(n_head)]
+        )
+    with np.errstate(invalid="ignore"):
+        scores = scores + slopes[:, None, None] * mask.astype(np.float64)
+    top = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        top = np.maximum(top, sinks[:, None, None])
+    p = np.exp(scores - top)
+    total = p.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks[:, None, None] - top)
+    return ((p / total) @ v).transpose(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "alibi", "softcap", "sinks"])
+@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (14, 2), (6, 1)])
+def test_tiles_of_any_number_of_rows(
+    ggml: tuple[ctypes.CDLL, ctypes.CDLL], heads: tuple[int, int], kind: str
+) -> None:
+    rng = np.random.default_rng(sum(heads))
+    n_head, n_kv_head = heads
+    for n_row in (2, 3, 7, 8, 21, 40, 63, 64, 65, 100):
+        n_seq, n_dim, n_before = (3, 1)[n_row > 60], (64, 32)[n_row % 2], int(rng.integers(0, 150))
+        n_kv = n_before + n_row
+        shapes = [(n_seq, n_head, n_row, n_dim), *[(n_seq, n_kv_head, n_kv, n_dim)] * 2]
+        arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+        at = np.arange(n_kv) - n_before - np.arange(n_row)[:, None]
+        distances = np.where(at <= 0, at if kind == "alibi" else 0, -np.inf)
+        far = rng.integers(1, n_kv + 1, n_seq)  # each sequence has a window of its own
+        mask = np.where(at <= -far[:, None, None, None], -np.inf, distances).astype(np.float32)
+        sinks = rng.standard_normal(n_head).astype(np.float32) if kind == "sinks" else None
+        options = (n_dim**-0.5, 8.0 * (kind == "alibi"), 3.0 * (kind == "softcap"))
+        for dtype in (TYPE_F32, TYPE_F16):
+            stored = [arrays[0], *(a.astype(np.float16).astype(np.float32) for a in arrays[1:])]
+            given = stored if dtype == TYPE_F16 else arrays
+            found = computed(ggml, given, mask, sinks, options, dtype, int(rng.integers(1, 4)))
+            worst = np.abs(found - expected(given, mask, sinks, options)).max()
+            assert worst < 1e-5, (n_row, dtype)  # sums of F32, in another order
