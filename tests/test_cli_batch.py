@@ -226,6 +226,7 @@ def test_every_sampling_option_has_its_name_on_a_line() -> None:
             to_request({"prompt": "a", option.name: {"x": 1}}, system=None, raw_prompt=False)
 
 
+@pytest.mark.slow
 def test_a_pipe_is_read_once(made: TinyBundle) -> None:
     """Nothing is known of what will come, so keys are named at the end."""
     command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *map(str, F32)]

@@ -12,8 +12,8 @@ def words(name: str, n: int) -> str:
 
 # No table and no emphasis across rows: their ends change what is above (docs/chat.md, limits).
 TEXTS = {
-    "four paragraphs": "\n\n".join(words(name, 80) for name in "abcd"),
-    "rows of one paragraph": "\n".join(words(name, 40) for name in "abcd"),
+    "four paragraphs": "\n\n".join(words(name, 50) for name in "abcd"),
+    "rows of one paragraph": "\n".join(words(name, 25) for name in "abcd"),
     "formulas": (
         f"So 2*3*4=24, <<5*6=30>>, \\[x\\], a[0], f(x)[1](2), |x|, 2 * 3 and **bold** "
         f"{words('a', 90)}"
@@ -21,11 +21,11 @@ TEXTS = {
     ),
     "a list before a paragraph": (
         "Steps:\n\n"
-        + "\n".join(f"- {words(name, 30)}" for name in "abcd")
+        + "\n".join(f"- {words(name, 18)}" for name in "abcd")
         + f"\n\n{words('e', 80)}"
     ),
     "a numbered list with gaps": (
-        "\n\n".join(f"{i}. **{name}**: {words(name, 40)}" for i, name in enumerate("abcd", 1))
+        "\n\n".join(f"{i}. **{name}**: {words(name, 25)}" for i, name in enumerate("abcd", 1))
         + f"\n\n{words('e', 80)}"
     ),
     "a list below a paragraph": (
@@ -40,7 +40,7 @@ TEXTS = {
 
 
 # The least for each text, where most scrolls out, and others in turn.
-SIZES = [(80, 18), (80, 8), (40, 10), (120, 40)]
+SIZES = [(80, 12), (80, 8), (40, 10), (120, 40)]
 CASES = [
     pytest.param(text, *size, id=f"{name}-{size[0]}x{size[1]}")
     for i, (name, text) in enumerate(TEXTS.items())

@@ -78,17 +78,16 @@ def streamed(text: str, columns: int, height: int, *, seed: int = 0, above: int 
     return screen
 
 
-@pytest.mark.parametrize(("columns", "height"), [(20, 24), (40, 5), (80, 10)])
+@pytest.mark.parametrize(("columns", "height", "above"), [(20, 24, 27), (40, 5, 0), (80, 10, 13)])
 @pytest.mark.parametrize(
     "text", [ANSWER, LONG_CODE, LONG_TEXT, LONG_LIST, LONG_WORD, "", "\n\n", "ends\n\n\n"]
 )
 def test_an_answer_comes_out_whole_and_once_however_it_arrives(
-    text: str, columns: int, height: int
+    text: str, columns: int, height: int, above: int
 ) -> None:
-    expected = whole(text, columns)
-    for above in (0, height + 3):
-        screen = streamed(text, columns, height, seed=columns + above, above=above)
-        assert screen.lines == ["> question"] * above + expected
+    """On a screen that is empty, and at the end of one that is full."""
+    screen = streamed(text, columns, height, seed=columns, above=above)
+    assert screen.lines == ["> question"] * above + whole(text, columns)
 
 
 def test_the_rendering_of_an_answer() -> None:

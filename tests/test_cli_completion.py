@@ -1,5 +1,6 @@
 """Completion: what is suggested, and that bash, zsh and fish really complete with it."""
 
+import contextlib
 import json
 import os
 import re
@@ -38,19 +39,11 @@ def environment(**more: str) -> dict[str, str]:
 
 def suggested(made: TinyBundle, line: str, last: str | None = None, **more: str) -> list[str]:
     """What bash is told for a line; `last` is the part of its last word that it replaces."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qaflora_edge"],
-        env=environment(
-            _QAFLORA_COMPLETE="bash_complete",
-            COMP_WORDS=line,
-            COMP_LAST=line.rpartition(" ")[2] if last is None else last,
-            **more,
-        ),
-        cwd=made.folder.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    last = line.rpartition(" ")[2] if last is None else last
+    asked = {"_QAFLORA_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_LAST": last}
+    with contextlib.chdir(made.folder.parent):
+        done = CliRunner().invoke(main, [], env={**asked, **more}, prog_name="qaflora")
+    assert (done.exit_code, done.stderr) == (0, "")
     return [line for line in done.stdout.splitlines() if line]
 
 

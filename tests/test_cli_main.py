@@ -217,6 +217,7 @@ def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
     assert (process.wait(timeout=PATIENCE_S), errors) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("args", [["--max-tokens", "4"], ["--max-tokens", "4", "--json"]])
 def test_full_disk_behind_stdout_is_told(args: list[str], made: TinyBundle) -> None:
@@ -319,6 +320,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_while_llama_cpp_logs_is_not_lost(made: TinyBundle, number: int, code: int) -> None:
     args = [str(int(number)), "run", str(made.folder), "the thing", "--max-tokens", "400"]

@@ -109,6 +109,7 @@ def test_panels_share_one_scale_that_uses_its_range() -> None:
     assert (sum(least), sum(most) < 0.5) == (3, True)
 
 
+@pytest.mark.slow
 def test_pictures_keep_prompts_and_names(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -242,6 +243,7 @@ def test_png_shows_the_weights(palette: Palette, is_dark: bool, tmp_path: Path) 
     assert paper.sum() > 0.5 * height * width
 
 
+@pytest.mark.slow
 def test_dots_per_inch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.png"
     sizes = []
@@ -258,6 +260,7 @@ def test_dots_per_inch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 980 < max(pixels(path).shape) <= 1000
 
 
+@pytest.mark.slow
 def test_png_of_many_prompts_and_layers_stays_in_bounds(tmp_path: Path) -> None:
     items = [weighed(f"prompt {i} $x$", "a$b", "日本", seed=i, n_layer=126) for i in range(3)]
     write_plot(tmp_path / "w.png", items, SUBJECT)

@@ -80,11 +80,11 @@ def test_wrap_and_crop() -> None:
 @pytest.mark.parametrize("char", ["W", "i", "😀"])
 def test_svg_titles_end_within_their_panel(char: str) -> None:
     """Oracle: no font draws a wide character much wider than its size, nor a W."""
-    items = [weighed(char * 300, "a", "b", n_layer=24, seed=seed) for seed in range(8)]
+    items = [weighed(char * 300, "a", "b", n_layer=24, seed=seed) for seed in range(3)]
     lines = [text for text in texts(ElementTree.fromstring(svg(items))) if char * 9 in text]
     assert sum(text.endswith("…") for text in lines) == 1  # all second lines are the same
     assert sorted(line[:4] for line in lines if not line.startswith(char)) == [
-        f"{n}. {char}" for n in range(1, 9)
+        f"{n}. {char}" for n in range(1, 4)
     ]
     for line in lines:
         assert len(line) > 20

@@ -125,6 +125,7 @@ def made(tmp_path: Path) -> TinyBundle:
     return make_sources(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "label"),
     [

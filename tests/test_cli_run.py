@@ -502,6 +502,7 @@ SUMMARY = (
 )
 
 
+@pytest.mark.slow
 def test_transcript_of_a_pipe(made: TinyBundle) -> None:
     """Byte for byte: the answer and its line end on stdout, one line on stderr, no escapes."""
     expected = answer(made, max_tokens=8)
@@ -530,6 +531,7 @@ def test_reader_that_has_enough_ends_it_quietly(
     assert (done.stdout[3:], done.stderr) == (b" 0\n", b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX ones")
 def test_answer_moves_no_cursor_of_a_terminal(made: TinyBundle, tmp_path: Path) -> None:
     import pty

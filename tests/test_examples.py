@@ -16,6 +16,7 @@ def test_example_is_short(example: Path) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 40
 
 
+@pytest.mark.slow
 def test_offline_assistant_fills_a_form_and_answers(tmp_path: Path, checkout: Path) -> None:
     first_in_ascii = constant_logits(lambda token: -ord(token[0]))
     made = make_bundle(tmp_path, arch="qwen2", replace=first_in_ascii)

@@ -653,6 +653,7 @@ PULL = """
 """
 
 
+@pytest.mark.slow
 def test_offline_mode_takes_what_is_here(
     hub: FakeHub, tmp_path: Path, files: dict[str, bytes]
 ) -> None:

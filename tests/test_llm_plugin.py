@@ -144,6 +144,7 @@ def test_broken_settings_leave_the_other_models(run: Run, tmp_path: Path) -> Non
     assert done.stderr.startswith(f"qaflora: no models: Cannot read the settings in {config}: ")
 
 
+@pytest.mark.slow
 def test_start_of_llm_loads_no_engine(made: TinyBundle) -> None:
     code = (
         "import json, sys, llm\n"

