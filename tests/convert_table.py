@@ -42,11 +42,11 @@ class Findings:
     def __init__(self, families: Iterable[AnyFamily], upstream: Path, folder: Path) -> None:
         import zoo  # and so torch, which takes seconds
 
-        self._specimens = zoo.build(families, upstream, folder)
+        self.specimens = zoo.build(families, upstream, folder)
 
     def row(self, family: str) -> dict[str, str]:
         """Find a row's cells: column -> cell. A wrong result raises AssertionError."""
-        specimen = self._specimens[family]
+        specimen = self.specimens[family]
         found = dict.fromkeys(COLUMNS, REFUSED)
         files = {}
         for adapter in ADAPTERS:
@@ -74,7 +74,7 @@ class Findings:
 
     def expert_row(self, family: str) -> dict[str, str]:
         """Find the same of adapters of a mixture's experts."""
-        specimen = self._specimens[family]
+        specimen = self.specimens[family]
         files = {}
         for adapter in specimen.experts:
             files[adapter] = specimen.folder / f"{adapter}.gguf"

