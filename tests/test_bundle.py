@@ -386,6 +386,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows ends processes without a signal")
 @pytest.mark.parametrize(
     ("number", "code"),
@@ -413,6 +414,7 @@ def test_killed_creation_leaves_no_bundle(tmp_path: Path, number: int, code: int
         assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="file locks are POSIX")
 def test_what_a_killed_creation_left_is_removed_by_the_next(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)

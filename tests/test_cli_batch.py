@@ -403,6 +403,7 @@ def test_a_killed_run_goes_on(made: TinyBundle, tmp_path: Path, number: int) -> 
     assert [each["text"] for each in found] == [each["text"] for each in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no pseudo-terminals")
 def test_a_bar_on_a_terminal(made: TinyBundle, tmp_path: Path) -> None:
     path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"

@@ -24,7 +24,7 @@ SMALL = (
         "--callers",
         "3,1",
         "--question-tokens",
-        "600",
+        "200",
         "--probe-tokens",
         "20,70",
     ),
@@ -216,14 +216,14 @@ def test_callers_are_counted_while_all_are_decoded(shown: dict[str, Any]) -> Non
 
 def test_a_pause_is_told_in_micro_batches(shown: dict[str, Any]) -> None:
     (row,) = shown["pause"]
-    assert (row["k"], row["question_tokens"]) == (3, 600)
+    assert (row["k"], row["question_tokens"]) == (3, 200)
     for run in row["runs"]:
         longer_ms = max(run["probe_ubatch_ms"], run["prefill_ubatch_ms"])
         assert run["of_ubatch"] == pytest.approx(run["pause_ms"] / longer_ms)
         assert run["alone_ms"] > 0
         assert 0 < run["pause_ms"] < run["question_ms"]
-        # 600 tokens of the base and three adapters in micro-batches of 256 rows: 64 of each
-        assert run["n_decoded"] >= 600 // 64
+        # 200 tokens of the base and three adapters in micro-batches of 256 rows: 64 of each
+        assert run["n_decoded"] >= 200 // 64
 
 
 def test_memory_is_split_into_its_parts(shown: dict[str, Any], made: TinyBundle) -> None:
@@ -261,7 +261,7 @@ def test_table_to_read(made: TinyBundle) -> None:
         "decoding under exact weights, 3 adapters, without those of a small share\n",
         "callers at once, 1 adapter, a mix each\n",
         "  3 generate_many",
-        "longest wait for a token while another's 600 tokens are probed and read, 1 adapter\n",
+        "longest wait for a token while another's 200 tokens are probed and read, 1 adapter\n",
         "peak memory",
     ):
         assert text in result.stdout

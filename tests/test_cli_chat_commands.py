@@ -400,6 +400,7 @@ def test_typed_control_tokens_stay_text(
     assert [[tokens.count(end) for end in ends] for tokens in sent] == [[1, 2], [4, 5]]
 
 
+@pytest.mark.slow
 def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made: TinyBundle) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "qaflora_edge", "chat", str(made.folder), *GREEDY],

@@ -83,6 +83,7 @@ def test_ctrl_d_leaves(keys: PipeInput, prompt: TerminalInput) -> None:
     assert prompt.read() is None
 
 
+@pytest.mark.slow
 def test_interrupts_after_enter_lose_no_message(
     keys: PipeInput, prompt: TerminalInput, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,7 @@ def test_feature_that_cannot_be_represented_is_named(tmp_path: Path, base: tiny.
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [None, "3"])
 def test_products_use_one_thread_unless_the_user_chose(chosen: str | None) -> None:
     """The variable is set before numpy, which reads it, is loaded."""

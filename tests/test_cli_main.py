@@ -203,6 +203,7 @@ def test_streams_do_not_mix(made: TinyBundle) -> None:
     assert b"tok/s" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals and pipes are POSIX ones")
 def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
     args = ["run", str(made.folder), "the thing", "--max-tokens", "400"]
@@ -360,6 +361,7 @@ def test_signal_while_a_weak_reference_ends_is_not_lost(number: int, code: int) 
     assert (result.returncode, result.stderr.strip()) == (code, "")
 
 
+@pytest.mark.slow
 def test_signs_that_the_terminal_lacks_are_replaced(made: TinyBundle) -> None:
     args = ["weights", str(made.folder), "¿qué?", "--strategy", "static"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

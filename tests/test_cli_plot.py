@@ -226,6 +226,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(imread(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("palette", "is_dark"), [(LIGHT, False), (DARK, True)])
 def test_png_shows_the_weights(palette: Palette, is_dark: bool, tmp_path: Path) -> None:
     """Cells are found again in the picture, by their colour."""
@@ -270,6 +271,7 @@ def test_png_of_many_prompts_and_layers_stays_in_bounds(tmp_path: Path) -> None:
     assert width > 126 * 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
 def test_same_weights_same_bytes(suffix: str, tmp_path: Path) -> None:
     items = [weighed(), weighed("Another?", seed=1)]

@@ -98,6 +98,7 @@ def ink_right_of(path: Path, share: float) -> int:
     return int((picture[:, int(picture.shape[1] * share) :].max(axis=2) < 0.3).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["W" * 300, "palabras " * 60])
 def test_png_titles_end_within_the_picture(text: str, tmp_path: Path) -> None:
     path = tmp_path / "w.png"
@@ -106,6 +107,7 @@ def test_png_titles_end_within_the_picture(text: str, tmp_path: Path) -> None:
     assert ink_right_of(path, 0.5) > 100  # and two lines of it are there
 
 
+@pytest.mark.slow
 def test_png_draws_with_a_font_that_has_the_characters(tmp_path: Path, chinese_font: str) -> None:
     path = tmp_path / "w.png"
     fonts = fonts_for(f"a{CHINESE}")

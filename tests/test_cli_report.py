@@ -257,6 +257,7 @@ def test_choices_and_code_say_more(tmp_path: Path) -> None:
     assert [pick[1][pick[0].index(name)] for name in ("by sum", "by mean")] == ["0.0", "100.0"]
 
 
+@pytest.mark.slow
 def test_many_adapters_stand_against_few(made: Path, tmp_path: Path) -> None:
     head = header(PAIRS[:1], ["math", "es"])
     few = write(tmp_path / "pair.jsonl", head, drawn(SHARES, head, seed=1))

@@ -549,6 +549,7 @@ def test_answer_moves_no_cursor_of_a_terminal(made: TinyBundle, tmp_path: Path) 
     assert piped.stdout == b"a\x1b[2Jb\x07\n"
 
 
+@pytest.mark.slow
 def test_json_is_escaped_where_the_output_lacks_a_character(made: TinyBundle) -> None:
     command = [*QAFLORA, "run", str(made.folder), "x", "--grammar", "-", "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -308,6 +308,7 @@ def test_no_variable_of_the_code_is_missing_in_the_table(checkout: Path) -> None
     assert found <= known
 
 
+@pytest.mark.slow
 def test_library_reads_no_options_from_the_file(made: TinyBundle, config: Path) -> None:
     """A program that uses Engine gets what it asked for, whatever the user's settings."""
     config.write_text('strategy = "static"\n', encoding="utf-8")

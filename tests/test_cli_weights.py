@@ -93,6 +93,7 @@ def test_heatmap_fits_the_terminal(made: TinyBundle, monkeypatch: pytest.MonkeyP
     assert max(len(line) for line in result.stdout.splitlines()) <= 24
 
 
+@pytest.mark.slow
 def test_colour_can_be_forced_into_a_pipe(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_colour_can_be_forced_into_a_pipe(
     assert "\x1b" not in weights(made, PROMPT).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX ones")
 def test_terminal_gets_its_colours_and_its_width(made: TinyBundle) -> None:
     import fcntl

@@ -44,6 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     return make_bundle(tmp_path_factory.mktemp("fork"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.parametrize("state", ["fresh", "used"])
 def test_forked_process_is_told_and_does_not_wait(made: TinyBundle, state: str) -> None:

@@ -673,6 +673,7 @@ def test_offline_mode_takes_what_is_here(
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_no_network_is_told_soon(tmp_path: Path) -> None:
     output = process(PULL, "owner/bundle", hub_url="http://127.0.0.1:9", home=tmp_path)
     assert output.startswith("Could not pull owner/bundle: the Hub did not give the list of files")

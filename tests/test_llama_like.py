@@ -192,6 +192,7 @@ def test_llama_index_itself_works(made: TinyBundle) -> None:
         assert done.stdout == f"{engine.generate('the king', max_tokens=8).text()!r}\n"
 
 
+@pytest.mark.slow
 def test_llama_cpp_is_replaced_in_a_fresh_process(made: TinyBundle) -> None:
     """Without a library of its own, llama_cpp cannot be imported first."""
     code = (

@@ -70,6 +70,7 @@ def test_threads_do_not_spin_for_long() -> None:
     assert spin_count() == str(native.SPIN_COUNT)
 
 
+@pytest.mark.slow
 def test_spinning_is_the_users_choice() -> None:
     assert spin_count(GOMP_SPINCOUNT="77") == "77"
     assert spin_count(OMP_WAIT_POLICY="passive") == "0"

@@ -154,7 +154,7 @@ def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, engine.logits(query), atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("kv_type", [pytest.param("f32", marks=pytest.mark.slow), "f16"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_turn_that_needs_a_larger_context_costs_no_more(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str, kv_type: str
@@ -446,7 +446,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
     tensor.data[:] = np.nan
     del tensor, reader
     options = {**EXACT, "flash_attn": flash_attn}
-    long = np.random.default_rng(5).integers(0, 256, 1000).tolist()
+    long = np.random.default_rng(5).integers(0, 256, 600).tolist()
 
     def opened() -> Prober:
         model = Model(base.path)

@@ -356,6 +356,7 @@ def test_cancelled_while_it_waits_while_it_is_read_and_while_it_answers() -> Non
     assert later.answer == alone([4, 5])
 
 
+@pytest.mark.slow
 def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes when, each answer is the one it is alone. And the test would notice if not."""
     assert wrong_answers(seeds=range(100)) == 0
