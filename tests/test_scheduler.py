@@ -20,7 +20,7 @@ from qaflora_edge.inference.sampling import Sampling
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 
-PIECES = Pieces(6, 3)  # 8 tokens at most
+PIECES = Pieces(6, 3, 3)  # 8 tokens at most
 END = 255
 
 
