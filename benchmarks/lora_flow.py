@@ -26,17 +26,15 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from qaflora_edge import Engine, __version__
-from qaflora_edge.bench.machine import cpu_name
 from qaflora_edge.bundles.open import Bundle, load_bundle
 from qaflora_edge.chat.session_file import bundle_identity
-from qaflora_edge.evaluation.code_answer import programs
-from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss
-from qaflora_edge.evaluation.prompt import task_prompt
+from qaflora_edge.cli.doctor import cpu_name
+from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss, programs
 from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.run import LIKELIHOOD, Asking
+from qaflora_edge.evaluation.run import LIKELIHOOD, Asking, task_prompt
 from qaflora_edge.evaluation.sandbox import check_can_run, run_program
 from qaflora_edge.evaluation.tasks import Item, Task, read_task
-from qaflora_edge.fitting.examples import choose, read_examples
+from qaflora_edge.fitting.fit import choose, read_examples
 from qaflora_edge.formats.adapter_gguf import read_pair
 
 STRATEGY = "lora-flow"

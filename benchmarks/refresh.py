@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge import Engine, __version__
-from qaflora_edge.bench.machine import cpu_name
 from qaflora_edge.chat.session_file import bundle_identity
+from qaflora_edge.cli.doctor import cpu_name
 from qaflora_edge.evaluation.metrics import answer_score
-from qaflora_edge.evaluation.prompt import task_prompt
 from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.run import Asking
+from qaflora_edge.evaluation.run import Asking, task_prompt
 from qaflora_edge.evaluation.tasks import read_task
 from qaflora_edge.inference.generation import Generation
 

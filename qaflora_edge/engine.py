@@ -13,12 +13,11 @@ from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.engine_measures import EngineMeasures
 from qaflora_edge.errors import OptionError, QafloraError
 from qaflora_edge.inference.constraint import chosen_grammar
-from qaflora_edge.inference.core import Progress
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.prompts import Prompt
-from qaflora_edge.inference.request import Request
-from qaflora_edge.inference.sampling import make_sampling
+from qaflora_edge.inference.request import Request, make_sampling
 from qaflora_edge.openai.chat import answer_chat
+from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weights
 
@@ -64,7 +63,7 @@ class Engine(EngineMeasures):
         parse_special: bool = False,
         keep_history: bool | Generation = False,
         on_weights: Callable[[FusionWeights], None] | None = None,
-        on_progress: Progress | None = None,
+        on_progress: Tell | None = None,
         cancel: threading.Event | None = None,
         wait: bool = True,
         **more: Any,

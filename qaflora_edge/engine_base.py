@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message
-from qaflora_edge.chat.question import QuestionFinder
-from qaflora_edge.chat.tokens import chat_tokens
+from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.config import FAST_TAIL, check
 from qaflora_edge.errors import OptionError, StrategyError
+from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.system_prompt import SystemPrompt, begin_with
-from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.weigher import Weigher
-
-F32 = NDArray[np.float32]
-Path_ = str | os.PathLike[str]
 
 
 class EngineBase:
@@ -36,10 +28,10 @@ class EngineBase:
 
     def __init__(
         self,
-        bundle: Path_ | None = None,
+        bundle: AnyPath | None = None,
         *,
-        base: Path_ | None = None,
-        adapters: Mapping[str, Path_] | None = None,
+        base: AnyPath | None = None,
+        adapters: Mapping[str, AnyPath] | None = None,
         n_ctx: int = 2048,
         n_parallel: int = 1,
         threads: int | None = None,
@@ -64,19 +56,13 @@ class EngineBase:
         self._lifetime = Lifetime(self)
 
         opened = open_any(bundle, base, adapters)
-        defaults = opened.fusion_defaults
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
         self.probe_tail = probe_tail or (FAST_TAIL if fast else 0)
         self._loaded = tuple(opened.adapters)
         self._weigher = Weigher(
             adapters=self._loaded,
             n_layer=0,
-            strategy=strategy or defaults.get("strategy", numbers.DEFAULT_STRATEGY),
-            lens=lens or defaults.get("lens", numbers.DEFAULT_LENS),
-            pool=pool or defaults.get("pool", numbers.DEFAULT_POOL),
-            typical=opened.typical,
-            centroids=opened.centroids,
-            fitted=opened.fitted,
+            known=opened.known.under(strategy=strategy, lens=lens, pool=pool),
             min_weight=min_weight,
             reads_ends=self.probe_tail > 0,
         )
@@ -160,7 +146,7 @@ class EngineBase:
     @property
     def strategy(self) -> str:
         """The strategy of calls that name none."""
-        return self._weigher.strategy
+        return self._weigher.known.strategy
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -170,12 +156,12 @@ class EngineBase:
     @property
     def lens(self) -> str:
         """How a layer's state is read, where a bundle or a caller did not say: see Engine."""
-        return self._weigher.lens
+        return self._weigher.known.lens
 
     @property
     def pool(self) -> str:
         """What of a prompt is read: see Engine."""
-        return self._weigher.pool
+        return self._weigher.known.pool
 
     @property
     def n_layer(self) -> int:
@@ -222,7 +208,8 @@ class EngineBase:
         Raises StrategyError when it is unknown or cannot be followed here.
         """
         with self._lifetime.call():
-            self._weigher = replace(self._weigher, strategy=strategy)
+            known = replace(self._weigher.known, strategy=strategy)
+            self._weigher = replace(self._weigher, known=known)
 
     def _using(self, names: Sequence[str] | None) -> Weigher:
         """The weigher with these adapters in use; None: as they are."""

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.engine_base import EngineBase
 from qaflora_edge.errors import OptionError, PromptError
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, token_ids
 from qaflora_edge.inference.score import Item
+from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.typical import measure_typical
 from qaflora_edge.weighing.weigher import Weights
-
-F32 = NDArray[np.float32]
 
 
 class EngineMeasures(EngineBase):
@@ -175,7 +174,7 @@ class EngineMeasures(EngineBase):
         return tuple(tokens)
 
     def typical_divergence(
-        self, prompts: Sequence[str], progress: Callable[[int, int], None] | None = None
+        self, prompts: Sequence[str], progress: TellCount | None = None
     ) -> dict[str, dict[str, Any]]:
         """Measure each adapter against itself, for the strategies `calibrated` and `two-place`.
 
@@ -206,9 +205,7 @@ class EngineMeasures(EngineBase):
         span = self._weigher.find_question(tokens) or (0, len(tokens))
         return replace(self._weigher.query(tokens), question=span)
 
-    def centroid(
-        self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
-    ) -> F32:
+    def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32:
         """The mean embedding of sample texts, for the strategy `centroid`: float32 [n_embd].
 
         texts     in chat form when the base has a template, else as text

@@ -11,23 +11,23 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
+from qaflora_edge.progress import TellBytes
 from qaflora_edge.settings import APP, cache_setting
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
-Progress = Callable[[int], None]
+AnyPath = str | os.PathLike[str]
 
 HASH_CHUNK_BYTES = 1 << 20
 LEFT_OVER_SECONDS = 60
 LOCK_FILE = ".lock"  # of a temporary folder
 PACKAGE_DIR = Path(__file__).resolve().parent
-
 
 # What to do with a file that is_lfs_pointer.
 LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
@@ -44,7 +44,7 @@ _KINDS = {
 }
 
 
-def open_input(path: str | os.PathLike[str]) -> BinaryIO:
+def open_input(path: AnyPath) -> BinaryIO:
     """Open a regular file to read.
 
     A named pipe or a device would make a reader wait for ever or never end. Raises OSError for
@@ -68,7 +68,16 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
         raise
 
 
-def what_is_at(path: str | os.PathLike[str]) -> str:
+def read_input(path: AnyPath, most: int) -> bytes:
+    """Read a regular file whole. Raises OSError, or ValueError where it has more bytes."""
+    with open_input(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return data
+
+
+def what_is_at(path: AnyPath) -> str:
     """Say what is at a path, as "does not exist" or "is a folder".
 
     Path.exists and its like raise where the system cannot look: a name that is too long, a folder
@@ -85,7 +94,7 @@ def what_is_at(path: str | os.PathLike[str]) -> str:
     return f"is {_kind(mode)}"
 
 
-def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+def is_lfs_pointer(path: AnyPath) -> bool:
     """Tell whether a file is what git leaves in place of a large one where Git LFS is missing."""
     try:
         with open_input(path) as file:
@@ -152,7 +161,7 @@ def remove_left_overs(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: AnyPath) -> Iterator[Path]:
     """Give a temporary path that becomes `path` when the block succeeds.
 
     It lies in a temporary folder beside it, and has the same name. Raises OutputFileError when the
@@ -234,13 +243,13 @@ def check_has_folder(path: Path) -> None:
         )
 
 
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+def write_text_atomic(path: AnyPath, text: str) -> None:
     """Write UTF-8 text with the given line ends, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) -> str:
+def sha256_file(path: AnyPath, progress: TellBytes | None = None) -> str:
     """Hash a file; `progress` is told the bytes done so far.
 
     Raises InputFileError when the file cannot be read.
@@ -308,9 +317,7 @@ def data_dir() -> Path:
     return platformdirs.user_data_path(APP, appauthor=False)
 
 
-def safe_join(
-    folder: str | os.PathLike[str], relative: str, link_roots: Sequence[Path] = ()
-) -> Path:
+def safe_join(folder: AnyPath, relative: str, link_roots: Sequence[Path] = ()) -> Path:
     """Join a path written in a bundle to the bundle's folder.
 
     link_roots  other folders that a link may lead to
@@ -353,7 +360,7 @@ def unsafe_reason(relative: str) -> str | None:
     return None
 
 
-def _unsafe(folder: str | os.PathLike[str], relative: str, reason: str) -> BundleError:
+def _unsafe(folder: AnyPath, relative: str, reason: str) -> BundleError:
     return BundleError(
         f"Refused the path {relative!r} in bundle {os.fspath(folder)}: {reason}; expected a "
         "relative path to a file inside the bundle. Copy the file into the bundle's folder and "

@@ -62,10 +62,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MAX_SETTINGS_BYTES + 1)
         if len(data) > MAX_SETTINGS_BYTES:
-            raise SettingsError(
-                f"Cannot read the settings in {path}: it has more than {MAX_SETTINGS_BYTES} "
-                "bytes, expected a short TOML file. Correct or remove it."
-            )
+            raise ValueError(f"it has more than {MAX_SETTINGS_BYTES} bytes")
         return tomllib.loads(data.decode("utf-8"))
     except OSError as error:
         raise SettingsError(

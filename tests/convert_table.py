@@ -23,7 +23,7 @@ from stock import StockContext
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.architectures import REASONS
+from qaflora_edge.convert.layouts import REASONS
 from qaflora_edge.errors import BackendError, StrategyError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 

@@ -18,10 +18,12 @@ import tiny
 from families import FAMILIES, GEMMA_3N, MIXTURES
 from features import FEATURES
 
-from qaflora_edge.convert import architectures
+from qaflora_edge.convert import layouts
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.architectures import ARCHITECTURES, REASONS, REFUSED
 from qaflora_edge.convert.layouts import (
+    ARCHITECTURES,
+    REASONS,
+    REFUSED,
     Layout,
     LayoutError,
     grouped_rope_pairs,
@@ -121,7 +123,7 @@ def test_tables_have_every_family_architecture_and_feature() -> None:
     assert {row[0] for row in rows} == set(ARCHITECTURES)
     rows = convert_table.committed("experts")
     assert [row[1] for row in rows] == [family.name for family in MIXTURES]
-    assert {row[0] for row in rows} == set(architectures.MIXTURES)
+    assert {row[0] for row in rows} == set(layouts.MIXTURES)
     assert [row[0] for row in convert_table.committed("features")] == list(FEATURES)
 
 

@@ -101,18 +101,18 @@ def test_norm_is_left_out_without_query_projections(base: tiny.TinyBase, tmp_pat
     adapter = tiny.write_tiny_adapter(tmp_path / "ffn.gguf", base, targets=("ffn_up",))
     plan = Plan(
         repeat=1,
-        lengths=(8,),
-        n_decode=1,
-        ks=(1,),
+        prompt_tokens=(8,),
+        max_tokens=1,
+        k=(1,),
         probe_k=1,
-        tail=4,
-        turn=(8, 4),
-        system=(8, 4),
+        probe_tail=4,
+        turn_tokens=(8, 4),
+        system_tokens=(8, 4),
         lens="norm",
         pool="last",
         callers=(1,),
-        n_question=8,
-        probe_lengths=(8,),
+        question_tokens=8,
+        probe_tokens=(8,),
     )
     with Rig(base.path, {"a": adapter.path}, n_ctx=64, gpu_layers=None, options=OPTIONS) as rig:
         assert list(_methods(rig, plan)) == ["qa-flora", "cosine", "tail"]

@@ -23,8 +23,8 @@ from patience import PATIENCE_S
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapter
-from qaflora_edge.bundles.neutral import neutral_prompts, prompts_sha256
 from qaflora_edge.bundles.open import describe, load_bundle, verify_bundle
+from qaflora_edge.bundles.write import neutral_prompts, prompts_sha256
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,
@@ -98,9 +98,10 @@ def test_bundle_round_trip(calibrated: TinyBundle) -> None:
     bundle = load_bundle(calibrated.folder)
     assert bundle.base_path == calibrated.base.path
     assert list(bundle.adapter_paths) == ["math", "es"]
-    assert bundle.fusion_defaults == {"strategy": "qa-flora", "lens": "norm", "pool": "last"}
+    known = bundle.known
+    assert (known.strategy, known.lens, known.pool) == ("qa-flora", "norm", "last")
     assert bundle.description_dict == bundle_json(calibrated.folder)
-    assert {key: len(bundle.typical["es"][key]) for key in LAYERS} == dict.fromkeys(LAYERS, 3)
+    assert {key: len(bundle.known.typical["es"][key]) for key in LAYERS} == dict.fromkeys(LAYERS, 3)
 
 
 def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
@@ -110,7 +111,9 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
         measured = engine.typical_divergence(prompts)
     for name in ("math", "es"):
         for lens in fuse.LENSES:
-            np.testing.assert_allclose(bundle.typical[name][lens], measured[name][lens], rtol=1e-6)
+            np.testing.assert_allclose(
+                bundle.known.typical[name][lens], measured[name][lens], rtol=1e-6
+            )
     recorded = bundle_json(calibrated.folder)["fusion"]["typical_prompts"]
     text = "".join(prompt + "\n" for prompt in prompts)
     assert recorded == {
@@ -123,7 +126,9 @@ def test_calibrated_weights_follow_the_bundle(calibrated: TinyBundle) -> None:
     with Engine(calibrated.folder, n_ctx=128) as engine:
         plain = engine.weights("the thing on a ring")
         weighed = engine.weights("the thing on a ring", strategy="calibrated")
-    typical = np.array([load_bundle(calibrated.folder).typical[n]["norm"] for n in ("math", "es")])
+    typical = np.array(
+        [load_bundle(calibrated.folder).known.typical[n]["norm"] for n in ("math", "es")]
+    )
     assert plain.divergence is not None
     relevance = plain.divergence / typical
     np.testing.assert_allclose(weighed.weights, relevance / relevance.sum(axis=0), rtol=1e-5)

@@ -126,7 +126,7 @@ def test_adding_keeps_true_measurements_and_drops_others(
     add_adapter(made.folder, "c", made.adapter.path)  # the others were measured on other prompts
     add_adapter(made.folder, "d", made.adapter.path, calibrate=False)
     assert measured == [{"math", "es", "a"}, {"b"}, {"math", "es", "a", "b", "c"}]
-    assert set(load_bundle(made.folder).typical) == {"math", "es", "a", "b", "c"}
+    assert set(load_bundle(made.folder).known.typical) == {"math", "es", "a", "b", "c"}
 
 
 def test_unknown_keys_and_order_are_kept(made: TinyBundle) -> None:
@@ -271,7 +271,7 @@ def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
     remove_adapter(made.folder, "es")
     bundle = verify_bundle(made.folder)
     assert list(bundle.adapter_paths) == ["math"]
-    assert set(bundle.typical) == {"math"}
+    assert set(bundle.known.typical) == {"math"}
     assert names_in(made.folder) == {"bundle.json", "adapters/math.gguf"}
     remove_adapter(made.folder, "math")
     assert load_bundle(made.folder).adapter_paths == {}
@@ -305,7 +305,7 @@ def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) ->
         remove_adapter(made.folder, "es", strategy="single:es")
     assert snapshot(made.folder) == before
     remove_adapter(made.folder, "es", strategy="single:math")
-    assert load_bundle(made.folder).fusion_defaults["strategy"] == "single:math"
+    assert load_bundle(made.folder).known.strategy == "single:math"
 
 
 @pytest.mark.parametrize(
@@ -324,8 +324,8 @@ def test_a_renamed_adapter_keeps_its_place(made: TinyBundle, strategy: str, rena
     bundle = verify_bundle(made.folder)
     assert list(bundle.adapter_paths) == ["math", "spanish"]
     assert bundle.adapter_paths["spanish"].read_bytes() == old
-    assert bundle.fusion_defaults["strategy"] == renamed
-    assert bundle.typical == {"spanish": TYPICAL}
+    assert bundle.known.strategy == renamed
+    assert bundle.known.typical == {"spanish": TYPICAL}
     assert names_in(made.folder) == {
         "bundle.json",
         "adapters/math.gguf",

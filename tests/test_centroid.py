@@ -124,7 +124,7 @@ def test_the_bundle_keeps_no_text(folder: Path) -> None:
     assert record["n_text"] == 3
     text = (folder / "bundle.json").read_text(encoding="utf-8")
     assert not any(sample in text for samples in SAMPLES.values() for sample in samples)
-    centroid = load_bundle(folder).centroids["es"]
+    centroid = load_bundle(folder).known.centroids["es"]
     assert (centroid.dtype, centroid.shape) == (np.float32, (64,))
     assert "samples    of math, es" in describe(folder)
     set_samples(folder, "es", ["another"])

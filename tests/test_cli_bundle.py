@@ -32,7 +32,7 @@ def test_create_makes_a_calibrated_bundle(tmp_path: Path) -> None:
     result = create(made)
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr == f"Created the bundle {made.folder} with 2 adapters.\n"
-    assert set(load_bundle(made.folder).typical) == {"math", "es"}
+    assert set(load_bundle(made.folder).known.typical) == {"math", "es"}
 
 
 def test_create_records_what_it_is_told(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_add_rename_and_remove(tmp_path: Path) -> None:
     assert result.stderr == f"Removed the adapter law from {made.folder}.\n"
     loaded = load_bundle(made.folder)
     assert list(loaded.adapter_paths) == ["math", "es", "medicine"]
-    assert loaded.fusion_defaults["strategy"] == "single:medicine"
+    assert loaded.known.strategy == "single:medicine"
 
 
 def test_a_bundle_finds_its_base_that_moved(tmp_path: Path) -> None:

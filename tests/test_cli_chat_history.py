@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qaflora_edge.cli.chat.history import BYTES_MAX, open_history
+from qaflora_edge.cli.chat.terminal_input import BYTES_MAX, open_history
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from prompt_toolkit.utils import get_cwidth
 
 from qaflora_edge.cli.chat.reply import interrupts_call
 from qaflora_edge.cli.chat.session import ChatSession
-from qaflora_edge.cli.chat.terminal_input import TerminalInput
-from qaflora_edge.cli.chat.word_wrap import blanks
+from qaflora_edge.cli.chat.terminal_input import TerminalInput, blanks
 
 
 @pytest.fixture

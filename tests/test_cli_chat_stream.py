@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from screen import Screen, Ticks, stream_on, whole
 
-from qaflora_edge.cli.chat.live import LiveLines
 from qaflora_edge.cli.chat.markdown import THEME, render_block
-from qaflora_edge.cli.chat.signs import to_ascii, visible
+from qaflora_edge.cli.chat.stream import LiveLines
+from qaflora_edge.cli.show import to_ascii, visible
 
 ANSWER = """\
 # Adding numbers

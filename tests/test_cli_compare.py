@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
 from qaflora_edge.cli.compare import Answer, expand, table
-from qaflora_edge.cli.compare_html import answers_page
+from qaflora_edge.cli.plot_html import answers_page
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.numbers import FusionWeights
 

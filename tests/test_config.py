@@ -18,7 +18,7 @@ from qaflora_edge.cli.options import SharedOptions
 from qaflora_edge.cli.setting_table import SHARED_TABLES, file_settings, shared_settings
 from qaflora_edge.config import OPTIONS, SHARED, Option, in_group
 from qaflora_edge.errors import OptionError, SettingsError
-from qaflora_edge.inference.sampling import Sampling
+from qaflora_edge.inference.request import Sampling
 from qaflora_edge.weighing import strategy
 from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 

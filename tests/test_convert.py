@@ -13,7 +13,7 @@ import tiny
 from numpy.typing import NDArray
 
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.architectures import ARCHITECTURES
+from qaflora_edge.convert.layouts import ARCHITECTURES
 from qaflora_edge.errors import (
     AdapterMismatchError,
     OptionError,

@@ -25,8 +25,7 @@ from qaflora_edge.bundles.open import describe, load_bundle, read_bundle_text
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError, OptionError, StrategyError, TaskFileError
 from qaflora_edge.evaluation.tasks import read_task
-from qaflora_edge.fitting.examples import choose, read_examples
-from qaflora_edge.fitting.fit import fit
+from qaflora_edge.fitting.fit import choose, fit, read_examples
 
 ITEMS = [
     {"question": "one and two", "answer": "3"},

@@ -8,13 +8,13 @@ import pytest
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import numbers as fusion
 from qaflora_edge.weighing.strategy import Probe, Query, parse_strategy
-from qaflora_edge.weighing.weigher import Weigher
+from qaflora_edge.weighing.weigher import Known, Weigher
 
 NAMES = ("math", "es")
 
 
 def weigher() -> Weigher:
-    return Weigher(NAMES, 2, "static", "norm", "last", {})
+    return Weigher(NAMES, 2, Known("static"))
 
 
 class NoProbe:

@@ -10,7 +10,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import OptionError
-from qaflora_edge.inference.sampling import Sampling
+from qaflora_edge.inference.request import Sampling
 from qaflora_edge.inference.text import StopFilter, TextDecoder
 
 

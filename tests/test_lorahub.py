@@ -9,8 +9,7 @@ import pytest
 
 from qaflora_edge.errors import OptionError, OutputFileError
 from qaflora_edge.fitting import lorahub
-from qaflora_edge.fitting.lorahub import Search, Tried, objective
-from qaflora_edge.fitting.progress_file import read_tried, writing
+from qaflora_edge.fitting.lorahub import Search, Tried, objective, read_tried, writing
 
 TARGET = np.array([0.9, -0.6, 0.3])
 

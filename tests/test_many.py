@@ -15,8 +15,8 @@ from stock import StockContext, write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, QafloraError
+from qaflora_edge.backend.batch import pieces_of
 from qaflora_edge.backend.model import Model
-from qaflora_edge.backend.pieces import pieces_of
 from qaflora_edge.errors import BackendError, CancelledError, OptionError, PromptError, WeightsError
 from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from qaflora_edge.markdown.blocks import cut
+from qaflora_edge.markdown.syntax import cut
 from qaflora_edge.markdown.tree import KINDS, MAX_LEXED_CHARS, tree
 
 INLINE = {"em", "strong", "s", "code", "br", "link", "span"}

@@ -659,16 +659,16 @@ def test_config_that_is_no_json_object_is_refused(
     folder = write_pair(tmp_path / "a")
     (folder / "adapter_config.json").write_bytes(content)
     assert refusal(PeftConfigError, folder) == (
-        f"Cannot read {folder / 'adapter_config.json'}: it is not a JSON object ({reason}). "
-        "Fetch or save the adapter again."
+        f"Cannot read {folder / 'adapter_config.json'}: {reason}; expected a JSON object of a few "
+        "kilobytes. Fetch or save the adapter again."
     )
 
 
 def test_config_that_is_too_long_is_refused(tmp_path: Path) -> None:
     folder = write_pair(tmp_path / "a", padding="x" * (1 << 22))
     assert refusal(PeftConfigError, folder) == (
-        f"Cannot read {folder / 'adapter_config.json'}: it is longer than 4194304 bytes; expected "
-        "a few kilobytes. Fetch or save the adapter again."
+        f"Cannot read {folder / 'adapter_config.json'}: it has more than 4194304 bytes; expected a "
+        "JSON object of a few kilobytes. Fetch or save the adapter again."
     )
 
 

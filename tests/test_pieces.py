@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from tiny import write_tiny_adapter, write_tiny_base
 
-from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.batch import N_TILE, Pieces, Span, n_ubatch, pieces_of
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import N_TILE, Pieces, n_ubatch, pieces_of
 from qaflora_edge.engine import Engine
 from qaflora_edge.weighing.probe import Prober
 from qaflora_edge.weighing.reading import run_alone

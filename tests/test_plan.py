@@ -3,7 +3,7 @@
 import gguf
 import pytest
 
-from qaflora_edge.convert.architectures import ARCHITECTURES
+from qaflora_edge.convert.layouts import ARCHITECTURES
 from qaflora_edge.convert.plan import tensor_name
 
 

@@ -13,8 +13,7 @@ from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.backend.model import Model
-from qaflora_edge.chat.question import QuestionFinder
-from qaflora_edge.chat.tokens import chat_tokens
+from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.numbers import kl_divergence
 

@@ -9,7 +9,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError, GrammarError, OptionError
-from qaflora_edge.inference.sampling import make_sampling
+from qaflora_edge.inference.request import make_sampling
 
 PROMPT = "the king is in the air"
 PERSON = {

@@ -8,7 +8,7 @@ import pytest
 
 from qaflora_edge.errors import SandboxError
 from qaflora_edge.evaluation import sandbox
-from qaflora_edge.evaluation.code_answer import programs
+from qaflora_edge.evaluation.metrics import programs
 from qaflora_edge.evaluation.sandbox import Verdict, run_program
 
 pytestmark = [

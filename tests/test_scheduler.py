@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.pieces import Pieces
+from qaflora_edge.backend.batch import Pieces, Span
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request
-from qaflora_edge.inference.sampling import Sampling
+from qaflora_edge.inference.request import Cancellation, Request, Sampling
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 

@@ -95,11 +95,14 @@ USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "ho", "finish_reason": "stop"}
 
 HOSTILE = {
-    "no JSON": (b"hello", "it is not JSON in UTF-8 (Expecting value"),
-    "no UTF-8": (b'"\xff"', "it is not JSON in UTF-8 ('utf-8' codec"),
+    "no JSON": (b"hello", "it is no session as JSON in UTF-8 (Expecting value"),
+    "no UTF-8": (b'"\xff"', "it is no session as JSON in UTF-8 ('utf-8' codec"),
     "deep": (b"[" * 100_000, "it is nested too deeply"),
-    "a number of many digits": (b'{"format": ' + b"9" * 10_000 + b"}", "it is not JSON in UTF-8"),
-    "a list": (b"[]", "it is not JSON in UTF-8 (it holds a list, not an object), expected a file"),
+    "a number of many digits": (
+        b'{"format": ' + b"9" * 10_000 + b"}",
+        "no session as JSON in UTF-8",
+    ),
+    "a list": (b"[]", "session as JSON in UTF-8 (it holds a list, not an object), expected a file"),
     "another version": (changed(format="qaflora-session/2"), 'is "qaflora-session/2", expected'),
     "no bundle": (changed(bundle=None), "field bundle is null, expected an object"),
     "a bundle of adapters": (

@@ -114,8 +114,8 @@ def test_bytes_that_are_no_toml(config: Path, data: bytes) -> None:
 def test_file_without_end(config: Path) -> None:
     config.write_bytes(b"#" * ((1 << 20) + 1))
     assert message(config) == (
-        "Cannot read the settings in FILE: it has more than 1048576 bytes, expected a short TOML "
-        "file. Correct or remove it."
+        "Cannot read the settings in FILE: it has more than 1048576 bytes; expected TOML in UTF-8, "
+        'with lines such as strategy = "calibrated". Correct or remove the file.'
     )
 
 

@@ -16,8 +16,8 @@ from decoded import count_decoded
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
-from qaflora_edge.bundles.neutral import neutral_prompts
 from qaflora_edge.bundles.open import load_bundle
+from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 from qaflora_edge.weighing.typical import KEYS, measure_typical
@@ -195,7 +195,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(made: 
 
 def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
     """Oracle: what is measured of the neutral prompts one by one."""
-    typical = load_bundle(made.folder).typical
+    typical = load_bundle(made.folder).known.typical
     assert all(set(typical[name]) == set(KEYS) for name in ("math", "es"))
     extents: dict[str, list[Any]] = {key: [] for key in PLACES}
     with Engine(made.folder) as engine:
@@ -226,7 +226,7 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
 def test_an_engine_follows_it_in_one_pass_of_the_base(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typical = load_bundle(made.folder).typical
+    typical = load_bundle(made.folder).known.typical
     usual = {key: [typical[name][key] for name in ("math", "es")] for key in PLACES}
     with Engine(made.folder, strategy="two-place:abstain=never") as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
@@ -275,7 +275,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_pat
                 f"math, es {how}; measure them with `qaflora bundle calibrate DIR`."
             )
     calibrate(old.folder)
-    assert load_bundle(old.folder).typical == load_bundle(made.folder).typical
+    assert load_bundle(old.folder).known.typical == load_bundle(made.folder).known.typical
 
 
 def test_a_bundle_that_is_not_measured_cannot_begin_with_it(
@@ -292,7 +292,7 @@ def test_a_bundle_that_is_not_measured_cannot_begin_with_it(
 def test_first_runs_only_the_most_unusual_ones(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typical = load_bundle(made.folder).typical
+    typical = load_bundle(made.folder).known.typical
     with Engine(made.folder) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
         counts = count_decoded(monkeypatch)

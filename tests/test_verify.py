@@ -14,8 +14,8 @@ from test_mlx import random_pairs, write_mlx
 from qaflora_edge.convert import adapter as convert
 from qaflora_edge.convert import verify
 from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.architectures import ARCHITECTURES
 from qaflora_edge.convert.encode import stored_shape, stored_type
+from qaflora_edge.convert.layouts import ARCHITECTURES
 from qaflora_edge.convert.plan import PlannedModule, plan_modules
 from qaflora_edge.convert.source_order import source_columns, source_rows
 from qaflora_edge.convert.verify import verify_conversion

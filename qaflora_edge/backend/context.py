@@ -12,18 +12,15 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.backend import native
-from qaflora_edge.backend.batch import Batch, Outputs, Span, n_common
+from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_common, n_ubatch, pieces_of
 from qaflora_edge.backend.library import Handle, forget_said, has_said, said
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.pieces import Pieces, n_ubatch, pieces_of
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError, OptionError
-
-F32 = NDArray[np.float32]
 
 MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode

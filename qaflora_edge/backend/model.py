@@ -15,6 +15,7 @@ from qaflora_edge.backend import native
 from qaflora_edge.backend.library import Handle, forget_said, library, said
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
+from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.base_gguf import check_base
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 
@@ -57,7 +58,7 @@ class Model(Handle):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: AnyPath,
         *,
         gpu_layers: int | None = None,
         header: GgufHeader | None = None,
@@ -246,7 +247,7 @@ class Pack(Handle):
     def __init__(
         self,
         model: Model,
-        paths: Sequence[str | os.PathLike[str]],
+        paths: Sequence[AnyPath],
         *,
         adapter_type: str = "auto",
     ) -> None:

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend import native
 from qaflora_edge.backend.context import Context, floats
 from qaflora_edge.backend.kv_beginning import with_beginning
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,19 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qaflora_edge.backend.batch import Span
+from qaflora_edge.arrays import F32
+from qaflora_edge.backend.batch import Span, pieces_of
 from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.pieces import pieces_of
-from qaflora_edge.bench.measure import Plan, Row, Run, Tell, in_turn, ratios, report, spread
+from qaflora_edge.bench.measure import Plan, Row, Run, in_turn, ratios, spread
 from qaflora_edge.bench.rig import Prompts, Rig, read_pieces
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.generation import Generation
+from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.reading import Steps
 
 T = TypeVar("T")
-F32 = NDArray[np.float32]
 Tokens = Sequence[int]
 Times = list[list[float]]  # seconds at which each caller's tokens were chosen
 
@@ -37,10 +36,10 @@ _N_LONGER = 3  # tokens by which each caller's prompt is longer than that of the
 _N_ALONE = 8  # tokens of an answer before another's question comes
 
 
-def measure_callers(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_callers(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """Decoding for some callers at once, in four ways: all read the same prompts."""
     most, k = max(plan.callers), plan.probe_k
-    n_ctx = min(plan.lengths) + _N_LONGER * most + plan.n_decode
+    n_ctx = min(plan.prompt_tokens) + _N_LONGER * most + plan.max_tokens
     mixes = _mixes(most, k, rig.model.n_layer)
     base, bare = rig.base(most, n_ctx=n_ctx), rig.ours(k, most, n_ctx=n_ctx)
     for seq, mix in enumerate(mixes):
@@ -49,19 +48,19 @@ def measure_callers(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -
     with rig.engine(k, n_ctx=n_ctx, n_parallel=most) as engine:
         _never_end(engine)
         answers: dict[str, Callable[[Sequence[Tokens]], Times]] = {
-            "base": lambda read: _between(engine, lambda: _by_hand(base, read, plan.n_decode)),
-            "bare C": lambda read: _between(engine, lambda: _by_hand(bare, read, plan.n_decode)),
-            "generate_many": lambda read: _by_generate_many(engine, read, mixes, plan.n_decode),
-            "threads": lambda read: _by_threads(engine, read, mixes, plan.n_decode),
+            "base": lambda read: _between(engine, lambda: _by_hand(base, read, plan.max_tokens)),
+            "bare C": lambda read: _between(engine, lambda: _by_hand(bare, read, plan.max_tokens)),
+            "generate_many": lambda read: _by_generate_many(engine, read, mixes, plan.max_tokens),
+            "threads": lambda read: _by_threads(engine, read, mixes, plan.max_tokens),
         }
         for turn in range(1 + plan.repeat):
             for n in plan.callers:
-                read = [prompts.draw(min(plan.lengths) + _N_LONGER * i) for i in range(n)]
+                read = [prompts.draw(min(plan.prompt_tokens) + _N_LONGER * i) for i in range(n)]
                 for way in in_turn(WAYS, turn):
                     run = _speed(answers[way](read))
                     if turn:
                         runs[n, way].append(run)
-            report(tell, "callers", turn + 1, 1 + plan.repeat)
+            tell("callers", turn + 1, 1 + plan.repeat)
     return [_row(n, way, runs, min(plan.callers)) for n, way in runs]
 
 
@@ -177,29 +176,29 @@ def _row(n: int, way: str, runs: dict[tuple[int, str], list[Run]], fewest: int) 
 # pause
 
 
-def measure_pause(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_pause(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """How long one caller waits for a token while another's question is probed and read."""
-    k, n_ctx = plan.probe_k, plan.n_question + pieces_of().n_most
+    k, n_ctx = plan.probe_k, plan.question_tokens + pieces_of().n_most
     prober, context = rig.prober(k), rig.ours(k, 1, n_ctx=n_ctx)
     (mix,) = _mixes(1, k, rig.model.n_layer)
     runs: list[Run] = []
     with rig.engine(k, n_ctx=n_ctx, n_parallel=2, lens=plan.lens, pool=plan.pool) as engine:
         _never_end(engine)
         for turn in range(1 + plan.repeat):
-            own, other, question = (prompts.draw(plan.n_question) for _ in range(3))
+            own, other, question = (prompts.draw(plan.question_tokens) for _ in range(3))
             steps = prober.divergence(own, range(k), "kl", plan.lens, plan.pool)
             parts_ms = _between(engine, partial(_each_ms, steps))
             prefill_ms = _between(engine, partial(_prefill_ubatch_ms, context, other))
             run = {
                 "probe_ubatch_ms": statistics.median(parts_ms[:-1]),  # the lens is last
                 "prefill_ubatch_ms": prefill_ms,
-                **_pause(engine, mix, prompts.draw(min(plan.lengths)), question),
+                **_pause(engine, mix, prompts.draw(min(plan.prompt_tokens)), question),
             }
             longer_ms = max(run["probe_ubatch_ms"], run["prefill_ubatch_ms"])
             if turn:
                 runs.append(run | {"of_ubatch": run["pause_ms"] / longer_ms})
-            report(tell, "pause", turn + 1, 1 + plan.repeat)
-    row: Row = {"k": k, "question_tokens": plan.n_question}
+            tell("pause", turn + 1, 1 + plan.repeat)
+    row: Row = {"k": k, "question_tokens": plan.question_tokens}
     return [row | {key: spread([run[key] for run in runs]) for key in runs[0]} | {"runs": runs}]
 
 

@@ -8,58 +8,46 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.progress import Tell
+from qaflora_edge.weighing.adapter_inputs import QueryProjections
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober, QueryProbe
-from qaflora_edge.weighing.query_projection import QueryProjections
 from qaflora_edge.weighing.reading import run_alone
-from qaflora_edge.weighing.weigher import Weigher
+from qaflora_edge.weighing.weigher import Known, Weigher
 
-F32 = NDArray[np.float32]
 Run = dict[str, float]
 Row = dict[str, Any]
-Tell = Callable[[str, int, int], None]
 
 N_CHANGE = 8  # changes of weights in one run
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How often and how much.
-
-    lengths  tokens of the prompts
-    ks       numbers of adapters that decode
-    probe_k  adapters that are probed
-    tail     of the probe that reads a prompt's end only
-    turn     tokens of a chat so far, and of its next message
-    system   tokens of a system prompt, and of a question behind it
-    callers  numbers of callers at once
-    probe_lengths  tokens of the prompts that are probed for each of ks
-    n_question  tokens of a prompt that comes while another's answer is decoded
-    """
+    """How often and how much, as `qaflora bench --help` has it."""
 
     repeat: int
-    lengths: tuple[int, ...]
-    n_decode: int
-    ks: tuple[int, ...]
+    k: tuple[int, ...]
     probe_k: int
-    tail: int
-    turn: tuple[int, int]
-    system: tuple[int, int]
+    probe_tail: int
+    prompt_tokens: tuple[int, ...]
+    max_tokens: int
+    probe_tokens: tuple[int, ...]
+    turn_tokens: tuple[int, int]
+    system_tokens: tuple[int, int]
+    callers: tuple[int, ...]
+    question_tokens: int
     lens: str
     pool: str
-    callers: tuple[int, ...]
-    n_question: int
-    probe_lengths: tuple[int, ...]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -78,25 +66,25 @@ def ratios(runs: Sequence[Run], others: Sequence[Run], key: str) -> list[float]:
 # decode
 
 
-def measure_decode(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_decode(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """Reading a prompt and decoding the same tokens after it, at each length."""
     contestants = _contestants(rig, plan)
     rows: list[Row] = []
-    total = len(plan.lengths) * (1 + plan.repeat)
-    for at, length in enumerate(plan.lengths):
+    total = len(plan.prompt_tokens) * (1 + plan.repeat)
+    for at, length in enumerate(plan.prompt_tokens):
         runs: dict[tuple[str, int], list[Run]] = {who: [] for who in contestants}
         for turn in range(1 + plan.repeat):
-            tokens = prompts.draw(length + plan.n_decode)
+            tokens = prompts.draw(length + plan.max_tokens)
             firsts: dict[tuple[str, int], F32] = {}
             for who in in_turn(list(contestants), turn):
                 run, firsts[who] = _answer(contestants[who], tokens, length)
                 if turn:
                     runs[who].append(run)
-            for k in plan.ks:
+            for k in plan.k:
                 if turn:  # do both compute the same thing?
                     difference = np.abs(firsts["ours", k] - firsts["stock", k]).max()
                     runs["ours", k][-1]["logits_difference"] = float(difference)
-            report(tell, "decode", at * (1 + plan.repeat) + turn + 1, total)
+            tell("decode", at * (1 + plan.repeat) + turn + 1, total)
         rows += [_decode_row(length, who, runs) for who in contestants]
     return rows
 
@@ -104,7 +92,7 @@ def measure_decode(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) ->
 def _contestants(rig: Rig, plan: Plan) -> dict[tuple[str, int], Context]:
     """The base, and stock and ours for each k, next to each other."""
     contestants: dict[tuple[str, int], Context] = {("base", 0): rig.base()}
-    for k in plan.ks:
+    for k in plan.k:
         contestants["stock", k] = rig.stock(k)
         contestants["ours", k] = rig.ours(k)
     return contestants
@@ -164,19 +152,19 @@ def _decode_row(
 # change of weights
 
 
-def measure_change(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_change(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """New weights before a token, against the same token without; stock scales beside it."""
     contestants = _contestants(rig, plan)
     del contestants["base", 0]
     runs: dict[tuple[str, int], list[Run]] = {who: [] for who in contestants}
-    length = min(plan.lengths)
+    length = min(plan.prompt_tokens)
     for turn in range(1 + plan.repeat):
         tokens = prompts.draw(length + 1)
         for who in in_turn(list(contestants), turn):
             run = _change(contestants[who], who[1], tokens, seed=turn)
             if turn:
                 runs[who].append(run)
-        report(tell, "change", turn + 1, 1 + plan.repeat)
+        tell("change", turn + 1, 1 + plan.repeat)
     return [_change_row(length, who, runs[who]) for who in contestants]
 
 
@@ -234,7 +222,7 @@ def _change_row(length: int, who: tuple[str, int], runs: list[Run]) -> Row:
 # time to the first token
 
 
-def measure_ttft(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_ttft(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """Probe, weights, fused prefill and first logits, against the prefill of the base."""
     methods = _methods(rig, plan)
     weigher = _weigher(rig, plan)
@@ -248,10 +236,10 @@ def measure_ttft(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
 
     names = ["plain", *methods]
     for name in names:  # probers make their contexts for the longest prompt at once
-        measure(name, prompts.draw(max(plan.lengths)))
+        measure(name, prompts.draw(max(plan.prompt_tokens)))
     rows: list[Row] = []
-    total = len(plan.lengths) * (1 + plan.repeat)
-    for at, length in enumerate(plan.lengths):
+    total = len(plan.prompt_tokens) * (1 + plan.repeat)
+    for at, length in enumerate(plan.prompt_tokens):
         runs: dict[str, list[Run]] = {name: [] for name in names}
         for turn in range(1 + plan.repeat):
             tokens = prompts.draw(length)
@@ -262,7 +250,7 @@ def measure_ttft(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
                     runs[name].append(run)
             if turn:
                 _add_deviation(runs, weights)
-            report(tell, "ttft", at * (1 + plan.repeat) + turn + 1, total)
+            tell("ttft", at * (1 + plan.repeat) + turn + 1, total)
         rows += [_ttft_row(length, plan.probe_k, name, runs) for name in names]
     return rows
 
@@ -273,7 +261,7 @@ def _methods(rig: Rig, plan: Plan) -> dict[str, tuple[str, Prober]]:
     if _have_query_projections(rig, plan):
         methods["norm"] = ("norm", rig.prober(plan.probe_k))
     if plan.pool == "last":
-        methods["tail"] = ("qa-flora", rig.prober(plan.probe_k, tail=plan.tail))
+        methods["tail"] = ("qa-flora", rig.prober(plan.probe_k, tail=plan.probe_tail))
     return methods
 
 
@@ -288,7 +276,7 @@ def _have_query_projections(rig: Rig, plan: Plan) -> bool:
 
 def _weigher(rig: Rig, plan: Plan) -> Weigher:
     names = rig.names(plan.probe_k)
-    return Weigher(names, rig.model.n_layer, "qa-flora", plan.lens, plan.pool, {})
+    return Weigher(names, rig.model.n_layer, Known("qa-flora", plan.lens, plan.pool))
 
 
 def _weigh(weigher: Weigher, strategy: str, tokens: Sequence[int], prober: Prober) -> FusionWeights:
@@ -363,11 +351,11 @@ def _deviations(runs: Sequence[Run]) -> Row:
 # second turn
 
 
-def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """The probe of a chat's next message after its history, against a probe of all afresh."""
     weigher = _weigher(rig, plan)
     going_on, fresh = rig.prober(plan.probe_k), rig.prober(plan.probe_k)
-    n_history, n_new = plan.turn
+    n_history, n_new = plan.turn_tokens
     for prober in (going_on, fresh):  # contexts for all tokens are made before anything is timed
         _weigh(weigher, "qa-flora", prompts.draw(n_history + n_new), prober)
     runs: list[Run] = []
@@ -385,13 +373,8 @@ def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> l
                 | {"fresh_forward_ms": fresh.timings.forward_ms}
                 | _deviation(fusions["turn"].weights, fusions["fresh"].weights)
             )
-        report(tell, "turn", turn + 1, 1 + plan.repeat)
+        tell("turn", turn + 1, 1 + plan.repeat)
     row: Row = {"k": plan.probe_k, "history_tokens": n_history, "new_tokens": n_new}
     row |= {key: spread([run[key] for run in runs]) for key in runs[0] if key.endswith("_ms")}
     row["of_fresh"] = spread([run["turn_ms"] / run["fresh_ms"] for run in runs])
     return [row | _deviations(runs) | {"runs": runs}]
-
-
-def report(tell: Tell | None, what: str, done: int, total: int) -> None:
-    if tell is not None:
-        tell(what, done, total)

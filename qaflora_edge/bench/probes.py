@@ -6,53 +6,53 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F64
 from qaflora_edge.backend.context import Context
-from qaflora_edge.bench.measure import Plan, Row, Run, Tell, in_turn, report, spread
+from qaflora_edge.bench.measure import Plan, Row, Run, in_turn, spread
 from qaflora_edge.bench.rig import Prompts, Rig, read_prompt
 from qaflora_edge.inference.logprobs import log_softmax
+from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import run_alone
 from qaflora_edge.weighing.shaping import without_light
-from qaflora_edge.weighing.weigher import Weigher
+from qaflora_edge.weighing.weigher import Known, Weigher
 
-F64 = NDArray[np.float64]
 LEAST = (0.0, 0.02, 0.05, 0.1, 0.2)  # shares below which adapters are left out
 
 
-def measure_probe(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_probe(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """The divergences of each adapter, and reading under weights, beside the base's prefill."""
-    longest = max(plan.probe_lengths)
+    longest = max(plan.probe_tokens)
     base = rig.base(n_ctx=longest)
-    probers = {k: rig.prober(k) for k in plan.ks}
-    fused = {k: rig.ours(k, n_ctx=longest) for k in plan.ks}
+    probers = {k: rig.prober(k) for k in plan.k}
+    fused = {k: rig.ours(k, n_ctx=longest) for k in plan.k}
     for k, prober in probers.items():  # they make their contexts for the longest prompt at once
         _probe(prober, k, plan, prompts.draw(longest))
     rows: list[Row] = []
-    total = len(plan.probe_lengths) * (1 + plan.repeat)
-    for at, length in enumerate(plan.probe_lengths):
-        runs: dict[int, list[Run]] = {k: [] for k in plan.ks}
+    total = len(plan.probe_tokens) * (1 + plan.repeat)
+    for at, length in enumerate(plan.probe_tokens):
+        runs: dict[int, list[Run]] = {k: [] for k in plan.k}
         for turn in range(1 + plan.repeat):
             tokens = prompts.draw(length)
             round_ = {}
-            for k in in_turn([0, *plan.ks], turn):
+            for k in in_turn([0, *plan.k], turn):
                 if k == 0:
                     round_[k] = {"prefill_ms": _read(base, tokens)}
                 else:
                     run = _probe(probers[k], k, plan, tokens)
                     round_[k] = run | {"fused_ms": _read(fused[k], tokens)}
             if turn:
-                for k in plan.ks:
+                for k in plan.k:
                     runs[k].append(round_[k] | {"prefill_ms": round_[0]["prefill_ms"]})
-            report(tell, "probe", at * (1 + plan.repeat) + turn + 1, total)
-        rows += [_row(length, k, runs[k]) for k in plan.ks]
+            tell("probe", at * (1 + plan.repeat) + turn + 1, total)
+        rows += [_row(length, k, runs[k]) for k in plan.k]
     return rows
 
 
-def measure_system(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_system(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """Questions under one system prompt, which was probed before, beside the base's prefill."""
-    k, (n_system, n_new) = plan.probe_k, plan.system
+    k, (n_system, n_new) = plan.probe_k, plan.system_tokens
     n = n_system + n_new
     base, fused, prober = rig.base(n_ctx=n), rig.ours(k, n_ctx=n), rig.prober(k)
     system = [*prompts.draw(n_system - 1), rig.model.end]
@@ -69,7 +69,7 @@ def measure_system(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) ->
         if turn:  # the first one warms
             run["ttft_ms"] = run["probe_ms"] + run["prefill_ms"]
             runs.append(run)
-        report(tell, "system", turn + 1, 1 + plan.repeat)
+        tell("system", turn + 1, 1 + plan.repeat)
     row: Row = {"k": k, "system_tokens": n_system, "new_tokens": n_new}
     row |= {key: spread([run[key] for run in runs]) for key in runs[0]}
     for what in ("probe", "ttft"):
@@ -77,17 +77,18 @@ def measure_system(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) ->
     return [row | {"runs": runs}]
 
 
-def measure_light(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> list[Row]:
+def measure_light(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """Decoding under exact weights of most adapters, without those of a small share.
 
     Beside the base's decoding, and how far the next token's distribution moves.
     """
-    k, length = max(plan.ks), min(plan.lengths)
+    k, length = max(plan.k), min(plan.prompt_tokens)
     base, context, prober = rig.base(), rig.ours(k), rig.prober(k)
-    weigher = Weigher(rig.names(k), rig.model.n_layer, "qa-flora", plan.lens, plan.pool, {})
+    known = Known("qa-flora", plan.lens, plan.pool)
+    weigher = Weigher(rig.names(k), rig.model.n_layer, known)
     runs: dict[float, list[Run]] = {least: [] for least in LEAST}
     for turn in range(1 + plan.repeat):
-        tokens = prompts.draw(length + plan.n_decode)
+        tokens = prompts.draw(length + plan.max_tokens)
         weights = weigher.weigh(
             None, tokens[:length], lambda query: QueryProbe(prober, query, range(k), run_alone)
         ).weights
@@ -106,8 +107,8 @@ def measure_light(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell | None) -> 
             run |= {"base_ms": base_ms, "kl": float((np.exp(full) * (full - log_p)).sum())}
             if turn:
                 runs[least].append(run)
-        report(tell, "light", turn + 1, 1 + plan.repeat)
-    return [_light_row(k, length, least, runs[least], plan.n_decode) for least in LEAST]
+        tell("light", turn + 1, 1 + plan.repeat)
+    return [_light_row(k, length, least, runs[least], plan.max_tokens) for least in LEAST]
 
 
 def _decode(context: Context, tokens: Sequence[int], length: int) -> tuple[float, F64]:

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.bundles.neutral import neutral_prompts
+from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.weighing.probe import Prober
-
-F32 = NDArray[np.float32]
 
 _N_DRAW = 1000  # tries to find a prompt that shares no beginning with those drawn before
 

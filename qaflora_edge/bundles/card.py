@@ -42,7 +42,7 @@ def bundle_card(text: BundleText, repo: str) -> str:
         + (f", from `{place}`." if (place := base.hub or base.registry) else "."),
         "",
         *(
-            [f"Strategy {_line(text.fusion['strategy'])}, {_line(text.evidence)}.", ""]
+            [f"Strategy {_line(text.known.strategy)}, {_line(text.evidence)}.", ""]
             if text.evidence
             else []
         ),
@@ -56,8 +56,8 @@ def _measured(text: BundleText) -> list[str]:
     found = [
         f"`--strategy fitted:{name}`: {fit_text(name, fit)}" for name, fit in text.fits.items()
     ]
-    if text.centroids:
-        found.append(f"`--strategy centroid`: sample texts of {', '.join(text.centroids)}")
+    if text.known.centroids:
+        found.append(f"`--strategy centroid`: sample texts of {', '.join(text.known.centroids)}")
     return [*(f"* {line}" for line in found), ""] if found else []
 
 

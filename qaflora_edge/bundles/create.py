@@ -10,8 +10,6 @@ from typing import Any
 
 from qaflora_edge.bundles.source import BaseSource, find_adapter, find_base
 from qaflora_edge.bundles.write import (
-    Path_,
-    Progress,
     adapter_record,
     check_names,
     keep_system,
@@ -22,11 +20,12 @@ from qaflora_edge.bundles.write import (
     write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import readable, temporary_folder, what_is_at
+from qaflora_edge.files import AnyPath, readable, temporary_folder, what_is_at
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.formats.registry import model_name
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import parse_strategy
 
@@ -34,9 +33,9 @@ MAX_NAME_CHARS = 200  # of what a base's file calls itself
 
 
 def create_bundle(
-    folder: Path_,
-    base: Path_,
-    adapters: Mapping[str, Path_] | Iterable[tuple[str, Path_]],
+    folder: AnyPath,
+    base: AnyPath,
+    adapters: Mapping[str, AnyPath] | Iterable[tuple[str, AnyPath]],
     *,
     name: str | None = None,
     description: str = "",
@@ -48,7 +47,7 @@ def create_bundle(
     pool: str = fuse.DEFAULT_POOL,
     notes: Mapping[str, Mapping[str, str]] | None = None,
     calibrate: bool = True,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Path:
     """Make the folder of a new bundle.
 
@@ -79,7 +78,7 @@ def create_bundle(
         )
     fuse.check_choice("lens", lens, fuse.LENSES)
     fuse.check_choice("pool", pool, fuse.POOLS)
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or silent
     with _new_folder(folder) as temporary:
         base_source = find_base(base, tell)
         header = read_gguf_header(base_source.path)
@@ -126,7 +125,7 @@ def _check_notes(names: list[str], notes: Mapping[str, Any]) -> None:
             )
 
 
-def _base_record(source: BaseSource, header: GgufHeader, tell: Progress) -> dict[str, Any]:
+def _base_record(source: BaseSource, header: GgufHeader, tell: Tell) -> dict[str, Any]:
     path = source.path
     size_bytes = path.stat().st_size
     sha256 = hash_file(path, lambda done: tell("base", done, size_bytes))

@@ -20,8 +20,6 @@ from typing import Any
 from qaflora_edge.bundles.open import link_roots, load_bundle, read_bundle_text
 from qaflora_edge.bundles.source import find_adapter, find_base
 from qaflora_edge.bundles.write import (
-    Path_,
-    Progress,
     adapter_record,
     check_names,
     measure_typical,
@@ -32,9 +30,10 @@ from qaflora_edge.bundles.write import (
 )
 from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
 from qaflora_edge.files import (
+    AnyPath,
     atomic_path,
     cache_lock,
-    open_input,
+    read_input,
     remove_left_overs,
     safe_join,
     write_text_atomic,
@@ -42,6 +41,7 @@ from qaflora_edge.files import (
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 from qaflora_edge.weighing.typical import KEYS
@@ -53,14 +53,14 @@ MAX_UNFINISHED_BYTES = 1 << 16
 
 
 def add_adapter(
-    folder: Path_,
+    folder: AnyPath,
     name: str,
-    source: Path_,
+    source: AnyPath,
     *,
     outtype: str = "f16",
     note: Mapping[str, str] | None = None,
     calibrate: bool = True,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> None:
     """Add an adapter to a bundle.
 
@@ -72,7 +72,7 @@ def add_adapter(
     Raises a QafloraError and leaves the bundle as it was when anything fails.
     """
     folder = Path(folder)
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or silent
     with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
         check_names([*loaded.adapter_paths, name])
@@ -86,7 +86,7 @@ def add_adapter(
             _calibrate(raw, loaded.base_path, paths, tell)
 
 
-def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> None:
+def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:
     """Remove an adapter from a bundle; its own files need not be whole.
 
     strategy  what an Engine takes by default from now on
@@ -116,12 +116,12 @@ def remove_adapter(folder: Path_, name: str, *, strategy: str | None = None) -> 
         except StrategyError as error:
             raise BundleError(
                 f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "
-                f"{text.fusion['strategy']!r} names it. Give it another with --strategy."
+                f"{text.known.strategy!r} names it. Give it another with --strategy."
             ) from error
         _note_unfinished(folder, [text.adapters[index].file])
 
 
-def rename_adapter(folder: Path_, old: str, new: str) -> None:
+def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
     """Rename an adapter of a bundle, in its strategy and measurements too.
 
     Its file is renamed when it has the adapter's name. Raises BundleError when there is no such
@@ -148,7 +148,7 @@ def rename_adapter(folder: Path_, old: str, new: str) -> None:
             _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
 
 
-def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
+def calibrate(folder: AnyPath, *, progress: Tell | None = None) -> bool:
     """Measure the adapters that were not measured on the prompts of now.
 
     returns  whether there was anything to measure
@@ -156,18 +156,18 @@ def calibrate(folder: Path_, *, progress: Progress | None = None) -> bool:
     folder = Path(folder)
     with editing(folder) as (text, raw):
         loaded = load_bundle(folder)
-        _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or (lambda *_: None))
+        _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or silent)
     return raw != text.raw
 
 
-def check_can_change(folder: Path_) -> None:
+def check_can_change(folder: AnyPath) -> None:
     """Raise what a change of a bundle would raise, before work that ends with one."""
     with editing(Path(folder)):
         pass
 
 
 def set_default(
-    folder: Path_, strategy: str, *, lens: str, pool: str, evidence: Mapping[str, Any]
+    folder: AnyPath, strategy: str, *, lens: str, pool: str, evidence: Mapping[str, Any]
 ) -> None:
     """Make a strategy the one that an Engine takes by default, and say why.
 
@@ -181,7 +181,7 @@ def set_default(
         raw.setdefault("fusion", {}).update(chosen)
 
 
-def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) -> None:
+def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) -> None:
     """Note where a bundle's base lies now, which must be the recorded file.
 
     base  a GGUF file, which is recorded relative to the bundle when it lies inside; the name of a
@@ -190,7 +190,7 @@ def set_base(folder: Path_, base: Path_, *, progress: Progress | None = None) ->
     Raises ChecksumError for another file, and leaves the bundle as it was when anything fails.
     """
     folder = Path(folder)
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or silent
     with editing(folder) as (text, raw):
         found = find_base(base, tell)
         check_file(
@@ -299,9 +299,7 @@ def _renamed_strategy(strategy: str, old: str, new: str) -> str:
     )
 
 
-def _calibrate(
-    raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], tell: Progress
-) -> None:
+def _calibrate(raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], tell: Tell) -> None:
     """Measure the adapters that were not measured on the prompts of now."""
     fusion, prompts = raw.setdefault("fusion", {}), prompts_record()
     if fusion.get("typical_prompts") != prompts:
@@ -337,8 +335,8 @@ def _tidy(folder: Path) -> None:
 
 def _unfinished(folder: Path) -> list[str]:
     try:
-        with open_input(folder / UNFINISHED_FILE) as file:
-            files = read_json_object(file.read(MAX_UNFINISHED_BYTES)).get("files")
+        note = read_json_object(read_input(folder / UNFINISHED_FILE, MAX_UNFINISHED_BYTES))
+        files = note.get("files")
     except (OSError, ValueError):
         return []
     return [file for file in files if isinstance(file, str)] if isinstance(files, list) else []

@@ -11,16 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qaflora_edge.errors import BundleError, InputFileError, OptionError
-from qaflora_edge.files import one_line, open_input, safe_join, what_is_at
+from qaflora_edge.files import AnyPath, one_line, open_input, safe_join, what_is_at
 from qaflora_edge.formats import registry
 from qaflora_edge.formats.adapter_gguf import (
     AdapterInfo,
@@ -38,11 +35,8 @@ from qaflora_edge.formats.bundle_format import (
 )
 from qaflora_edge.formats.checksums import FileState, check_file, file_state
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
-
-F32 = NDArray[np.float32]
-
-# Called with what is being read, the bytes done and the bytes in all.
-Progress = Callable[[str, int, int], None]
+from qaflora_edge.progress import Tell
+from qaflora_edge.weighing.weigher import Known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +46,7 @@ class Opened:
     header           of the base
     adapters         name -> what its file says, in order
     states           each file -> its state when it was checked, for check_unchanged after its use
-    typical          adapter -> what is typical of it, by weighing.typical.KEYS
-    fusion_defaults  strategy, lens and pool
-    centroids        adapter -> float32 [n_embd], mean embedding of its sample texts
-    fitted           name -> adapter -> weight, what was fitted to examples
+    known            strategy, lens and pool by default, and what was measured
     system           what conversations begin with, or empty
     hashes           SHA-256 of the base and of each adapter, where a bundle records them
     """
@@ -63,10 +54,7 @@ class Opened:
     header: GgufHeader = field(repr=False)
     adapters: Mapping[str, AdapterInfo] = field(repr=False)
     states: Mapping[Path, FileState] = field(repr=False)
-    typical: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
-    fusion_defaults: Mapping[str, str] = field(default_factory=dict)
-    centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
-    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
     system: str = field(default="", repr=False)
     hashes: tuple[str, ...] = ()
 
@@ -105,9 +93,9 @@ def open_files(base: Path, adapters: Mapping[str, Path]) -> Opened:
 
 
 def open_any(
-    bundle: str | os.PathLike[str] | None,
-    base: str | os.PathLike[str] | None,
-    adapters: Mapping[str, str | os.PathLike[str]] | None,
+    bundle: AnyPath | None,
+    base: AnyPath | None,
+    adapters: Mapping[str, AnyPath] | None,
 ) -> Opened:
     """What an Engine is asked to open: a bundle or base alone, or a base with adapters.
 
@@ -155,7 +143,7 @@ def load_bundle(folder: Path) -> Bundle:
     return _load(folder, always_hash=False, progress=None)
 
 
-def verify_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
+def verify_bundle(folder: Path, progress: Tell | None = None) -> Bundle:
     """Load a bundle and hash all of its files again, the base included."""
     return _load(folder, always_hash=True, progress=progress)
 
@@ -224,7 +212,7 @@ def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
 def describe(folder: Path) -> str:
     """A bundle's description as lines to read; its files need not be there."""
     text = read_bundle_text(folder)
-    base = text.base
+    base, known = text.base, text.known
     base_path = recorded_base(folder, base)
     where = str(base_path) if base_path else f"not here: {_how_to_get(folder, base)}"
     lines = [
@@ -235,9 +223,9 @@ def describe(folder: Path) -> str:
         + f"{base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
         f"vocabulary {base.n_vocab}, {base.size_bytes / 1e6:.0f} MB",
         f"           {where}",
-        f"fusion     {text.fusion['strategy']}, lens {text.fusion['lens']}, "
-        f"pool {text.fusion['pool']}" + (", calibrated" if _is_calibrated(text) else ""),
-        *([f"samples    of {', '.join(text.centroids)}"] if text.centroids else []),
+        f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}"
+        + (", calibrated" if _is_calibrated(text) else ""),
+        *([f"samples    of {', '.join(known.centroids)}"] if known.centroids else []),
         *(f"fitted     {fit_text(name, fit)}" for name, fit in text.fits.items()),
         *([f"chosen     {text.evidence}"] if text.evidence else []),
         *([f"system     {text.system}"] if text.system else []),
@@ -267,10 +255,10 @@ def fit_text(name: str, record: Mapping[str, Any]) -> str:
 
 def _is_calibrated(text: BundleText) -> bool:
     names = {adapter.name for adapter in text.adapters}
-    return bool(names) and names <= text.typical.keys()
+    return bool(names) and names <= text.known.typical.keys()
 
 
-def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bundle:
+def _load(folder: Path, *, always_hash: bool, progress: Tell | None) -> Bundle:
     text = read_bundle_text(folder)
     where = str(folder / BUNDLE_FILE)
     adapter_paths = {adapter.name: _adapter_path(folder, adapter) for adapter in text.adapters}
@@ -310,10 +298,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Progress | None) -> Bund
         folder=folder,
         header=header,
         adapters=infos,
-        typical=text.typical,
-        fusion_defaults=text.fusion,
-        centroids=text.centroids,
-        fitted=text.fitted,
+        known=text.known,
         system=text.system,
         hashes=(base.sha256, *(adapter.sha256 for adapter in text.adapters)),
         description_dict=text.raw,

@@ -15,7 +15,7 @@ from typing import Any
 from qaflora_edge.bundles.card import bundle_card, gguf_card, peft_card
 from qaflora_edge.bundles.open import link_roots, verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
-from qaflora_edge.files import safe_join, sha256_file, unsafe_reason
+from qaflora_edge.files import AnyPath, safe_join, sha256_file, unsafe_reason
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, packed_files, parse_bundle
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref, parse_repo
@@ -25,8 +25,8 @@ from qaflora_edge.hub.pull import DOCUMENTS
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.files import INDEX_FILE
 from qaflora_edge.peft.folder import read_peft
+from qaflora_edge.progress import Tell
 
-Progress = Callable[[str, int, int], None]  # what is checked, bytes done, bytes in all
 Content = Path | bytes
 
 CARD_FILE = "README.md"
@@ -42,14 +42,14 @@ class Pushed:
 
 
 def push(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     repo: str,
     *,
     private: bool = False,
     revision: str | None = None,
     message: str | None = None,
     base_hub: str | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Pushed:
     """Push a bundle's folder, a PEFT folder or an adapter GGUF to a repository as one commit.
 
@@ -64,7 +64,10 @@ def push(
     repo = parse_repo(from_address(repo))
     path = Path(path)
     files, make_card = _collect(path, repo, base_hub, progress)
-    expected = {name: _sha256(content) for name, content in files.items()}
+    expected = {
+        name: sha256_file(content) if isinstance(content, Path) else None
+        for name, content in files.items()
+    }
     try:
         return _send(files, make_card, expected, repo, private, revision, message)
     except UploadError as error:
@@ -72,7 +75,7 @@ def push(
 
 
 def _collect(
-    path: Path, repo: str, base_hub: str | None, progress: Progress | None
+    path: Path, repo: str, base_hub: str | None, progress: Tell | None
 ) -> tuple[dict[str, Content], Callable[[], str]]:
     """Check what is to be pushed; give its files by name, and a way to make a card."""
     if os.path.exists(path / BUNDLE_FILE):
@@ -91,7 +94,7 @@ def _collect(
     return {path.name: path}, lambda: gguf_card(info, repo)
 
 
-def _check_bundle(path: Path, base_hub: str | None, progress: Progress | None) -> BundleText:
+def _check_bundle(path: Path, base_hub: str | None, progress: Tell | None) -> BundleText:
     """Verify a bundle; give its description as it is to be pushed, with no path of this machine."""
     raw: dict[str, Any] = json.loads(json.dumps(verify_bundle(path, progress).description_dict))
     base = raw["base"]
@@ -153,10 +156,6 @@ def _check_config(path: Path) -> None:
                 f"Cannot push {path.parent}: field {key} of {path.name} is {value!r}, a place on "
                 "this machine; expected nothing that is yours alone. Correct the field."
             )
-
-
-def _sha256(content: Content) -> str | None:
-    return sha256_file(content) if isinstance(content, Path) else None
 
 
 def _send(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qaflora_edge.bundles.edit import adapter_index, editing
-from qaflora_edge.bundles.neutral import prompts_sha256
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.bundles.write import Path_, Progress
+from qaflora_edge.bundles.write import prompts_sha256
 from qaflora_edge.errors import BundleError
+from qaflora_edge.files import AnyPath
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.centroid import centroid_text
 
 MAX_SAMPLES = 1000
@@ -17,7 +18,7 @@ SAMPLE_CTX = 2048  # tokens of one text
 
 
 def set_samples(
-    folder: Path_, name: str, texts: Sequence[str], *, progress: Progress | None = None
+    folder: AnyPath, name: str, texts: Sequence[str], *, progress: Tell | None = None
 ) -> None:
     """Embed texts like those that an adapter is for; they replace what was embedded before.
 
@@ -26,7 +27,7 @@ def set_samples(
     Raises BundleError for no adapter of the bundle, no text or too many, PromptError for a text of
     more than 2,048 tokens; the bundle is as it was then.
     """
-    folder, tell = Path(folder), progress or (lambda what, done, total: None)
+    folder, tell = Path(folder), progress or silent
     if not 1 <= len(texts) <= MAX_SAMPLES:
         raise BundleError(
             f"{len(texts)} sample texts were given for the adapter {name} of {folder}, expected 1 "

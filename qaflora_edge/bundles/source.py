@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from qaflora_edge.errors import (
     InputFileError,
     RegistryError,
 )
-from qaflora_edge.files import open_input, readable, what_is_at
+from qaflora_edge.files import AnyPath, open_input, readable, what_is_at
 from qaflora_edge.formats import registry
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BaseRecord
 from qaflora_edge.formats.checksums import check_file
@@ -25,9 +24,7 @@ from qaflora_edge.hub.cache import cached_ref
 from qaflora_edge.hub.models import fetch_model
 from qaflora_edge.hub.pull import fetch_hub, fetch_pinned
 from qaflora_edge.peft.files import check_no_part
-
-Path_ = str | os.PathLike[str]
-Progress = Callable[[str, int, int], None]
+from qaflora_edge.progress import Tell, TellCount
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 1 << 20
@@ -52,7 +49,7 @@ class AdapterSource:
     hub: str | None = None
 
 
-def find_base(base: Path_, tell: Progress) -> BaseSource:
+def find_base(base: AnyPath, tell: Tell) -> BaseSource:
     """Find a base by its file, its registry name, or its Hub reference, which is fetched.
 
     Raises GgufFileError when it is none of them, DownloadError when the Hub does not give it.
@@ -83,7 +80,7 @@ def find_base(base: Path_, tell: Progress) -> BaseSource:
     return BaseSource(path, hub=pinned)
 
 
-def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
+def find_adapter(source: AnyPath, tell: Tell) -> AdapterSource:
     """Find an adapter by its folder or file, or by its Hub reference, which is fetched.
 
     Raises InputFileError when it is neither, DownloadError when the Hub does not give it.
@@ -109,9 +106,7 @@ def find_adapter(source: Path_, tell: Progress) -> AdapterSource:
     return AdapterSource(path, _name(ref), _card_license(path), pinned)
 
 
-def fetch_base(
-    folder: Path, base: BaseRecord, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None) -> Path:
     """Fetch the base of the bundle in a folder from where bundle.json says.
 
     Raises BundleError when it says only a file, ChecksumError when what came is another file,
@@ -143,7 +138,7 @@ def _name(ref: HubRef) -> str:
     return ref.repo.partition("/")[2]
 
 
-def _local(text: Path_) -> Path:
+def _local(text: AnyPath) -> Path:
     """A path as given, or with the home folder for the ~ that a shell leaves behind NAME=."""
     path = Path(text)
     if not os.path.exists(path) and path.parts[:1] and path.parts[0].startswith("~"):
@@ -174,7 +169,7 @@ def _hub_ref(text: str) -> HubRef | None:
         return None
 
 
-def _fetch(name: str, tell: Progress) -> tuple[Path, str]:
+def _fetch(name: str, tell: Tell) -> tuple[Path, str]:
     try:
         return fetch_pinned(name, progress=lambda done, total: tell(name, done, total))
     except DownloadError as error:

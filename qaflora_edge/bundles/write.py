@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.neutral import neutral_prompts, prompts_sha256
 from qaflora_edge.bundles.source import AdapterSource
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
@@ -24,6 +23,7 @@ from qaflora_edge.files import (
     atomic_path,
     is_disk_full,
     open_input,
+    package_data,
     readable,
     sha256_file,
     write_text_atomic,
@@ -42,10 +42,21 @@ from qaflora_edge.formats.bundle_format import (
     parse_bundle,
 )
 from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.progress import Tell
 
-# Called with what is being done, the steps (or bytes) done and those in all.
-Progress = Callable[[str, int, int], None]
-Path_ = str | os.PathLike[str]
+PROMPTS_FILE = "data/neutral_prompts.json"
+
+
+def neutral_prompts() -> list[str]:
+    """The prompts that ship with the package, in order."""
+    data = json.loads(package_data(PROMPTS_FILE).read_text(encoding="utf-8"))
+    return [str(prompt) for prompt in data["prompts"]]
+
+
+def prompts_sha256(prompts: Sequence[str]) -> str:
+    """SHA-256 of the prompts in UTF-8, each followed by a line feed."""
+    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode("utf-8")).hexdigest()
+
 
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 
@@ -157,7 +168,7 @@ def prompts_record() -> dict[str, Any]:
 
 
 def measure_typical(
-    base_path: Path, adapters: Mapping[str, Path], tell: Progress
+    base_path: Path, adapters: Mapping[str, Path], tell: Tell
 ) -> dict[str, dict[str, Any]]:
     """Typical divergences of each adapter over the neutral prompts (method.md section 7).
 

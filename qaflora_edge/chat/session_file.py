@@ -20,10 +20,9 @@ from typing import Any
 from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
-from qaflora_edge.files import open_input, write_text_atomic
+from qaflora_edge.files import read_input, write_text_atomic
 from qaflora_edge.formats.checksums import checksum
-from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.formats.schema import WrongField, check_schema, shown
+from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_object, shown
 
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
@@ -134,24 +133,16 @@ def _obstacle(path: Path) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with open_input(path) as file:
-            data = file.read(MAX_SESSION_BYTES + 1)
+        document = read_json_object(read_input(path, MAX_SESSION_BYTES))
     except OSError as error:
         raise SessionFileError(
             f"Cannot load the session {path}: it cannot be read ({error.strerror}), expected a "
             "file written by /save. Check the name, and that you may read it."
         ) from error
-    if len(data) > MAX_SESSION_BYTES:
-        raise SessionFileError(
-            f"Cannot load the session {path}: it has more than {MAX_SESSION_BYTES} bytes, the most "
-            "that a session may have. Check the name."
-        )
-    try:
-        document = read_json_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise SessionFileError(
-            f"Cannot load the session {path}: it is not JSON in UTF-8 ({error}), expected a file "
-            "written by /save. Check the name, or take a copy of the file."
+            f"Cannot load the session {path}: it is no session as JSON in UTF-8 ({error}), "
+            "expected a file written by /save. Check the name, or take a copy of the file."
         ) from error
     found = document.get("format")
     if found != FORMAT:

@@ -1,19 +1,100 @@
-"""Where the answers to a file of requests go: to stdout, or to a file that can be gone on with."""
+"""Answers, printed as they come, as JSON, or written to a file that can be gone on with."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qaflora_edge.cli.answer import print_json
+import click
+
 from qaflora_edge.cli.prompts import read_lines
 from qaflora_edge.cli.requests import Line
+from qaflora_edge.cli.show import can_show, mix_line
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import open_input
 from qaflora_edge.line_file import LineFile
+
+if TYPE_CHECKING:
+    from qaflora_edge.inference.generation import Generation
+    from qaflora_edge.weighing.numbers import FusionWeights
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one strategy answers.
+
+    facts  what `qaflora run --json` prints of it
+    """
+
+    strategy: str
+    fusion: FusionWeights
+    facts: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The answer, with a remark where a limit cut it, or "(nothing)"."""
+        text = self.facts["text"].strip() or "(nothing)"
+        return text + ("\n[cut at the limit of tokens]" if self.is_cut else "")
+
+    @property
+    def is_cut(self) -> bool:
+        return bool(self.facts["finish_reason"] == "length")
+
+
+def stream_answer(answer: Generation) -> None:
+    """Write an answer to stdout piece by piece, and end its line however it ends.
+
+    A terminal gets none of its control characters; a pipe or a file gets it as it is.
+    """
+    from qaflora_edge.cli.show import visible
+
+    is_terminal = sys.stdout.isatty()
+    try:
+        for piece in answer:
+            click.echo(visible(piece, has_signs=False) if is_terminal else piece, nl=False)
+    finally:
+        click.echo()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print JSON on one line; escaped where the output's encoding lacks a character."""
+    text = json.dumps(value, ensure_ascii=False)
+    click.echo(text if can_show(text, sys.stdout.encoding) else json.dumps(value))
+
+
+def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, Any]:
+    """The object that `qaflora run --json` prints; takes the whole answer first."""
+    text = answer.text()
+    return {
+        "text": text,
+        "finish_reason": answer.finish_reason,
+        "usage": {
+            "prompt_tokens": answer.n_prompt,
+            "completion_tokens": answer.n_completion,
+        },
+        **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
+        "timings": answer.timings.to_dict(),
+    }
+
+
+def summary_line(answer: Generation) -> str:
+    """Mix, times and the reason of the end, in one line."""
+    timings = answer.timings
+    parts = [
+        mix_line(answer.fusion),
+        f"probe {timings.probe_ms:.0f} ms",
+        f"prefill {timings.prefill_ms:.0f} ms",
+        f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s",
+    ]
+    if answer.finish_reason == "length":
+        parts.append("cut at the limit of tokens")
+    return f"[{'; '.join(parts)}]"
+
 
 _BEGIN = b'{"index": '  # of every line that is written
 

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
 from qaflora_edge.bundles.open import is_base, read_bundle_text
-from qaflora_edge.cli.answer import answer_dict
-from qaflora_edge.cli.answers import Answers
+from qaflora_edge.cli.answers import Answers, answer_dict
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, open_engine
 from qaflora_edge.cli.progress import is_shown
 from qaflora_edge.cli.prompts import UNKNOWN_MAX, open_prompts, unknown_note
@@ -27,9 +26,7 @@ from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFil
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE
 from qaflora_edge.formats.checksums import checksum
-
-if TYPE_CHECKING:
-    from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.generation import Generation
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
 # What changes nothing of an answer but its last digits.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, example, shared_options
+from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, command, shared_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.config import FAST_TAIL, MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
@@ -24,31 +25,27 @@ PARTS = (
     *("decode", "change", "ttft", "probe", "turn", "system", "light"),
     *("callers", "pause", "memory"),
 )
-PROMPT_TOKENS, REPEAT = (42, 512), 5
-KS, MAX_K = "1,2,3,4,8", 255  # a probe is one sequence more, llama.cpp allows 256
-TURN_TOKENS, SYSTEM_TOKENS = "300,30", "400,40"
-CALLERS, QUESTION_TOKENS = "1,2,4,8,16", 1000
-PROBE_TOKENS = "42,100,256,300"  # what is cut in two and what is not; few are powers of two
+MAX_K, MAX_TOKENS = 255, 2**24  # a probe is one sequence more, llama.cpp allows 256
 
 
-Callback = Callable[[click.Context, click.Parameter, str], Any]
-
-
-def _numbers(low: int, high: int, *, n: int | None = None) -> Callback:
-    """Read n whole numbers from low to high, as in 1,2,4; without n, any that differ."""
+def _numbers(
+    flag: str, default: str, allowed: range, *, help: str, metavar: str = "N,N"
+) -> Callable[..., Any]:
+    """An option of whole numbers, as in 1,2,4: as many as its metavar names, or any that differ."""
+    n = None if metavar == "N,N" else metavar.count(",") + 1
 
     def read(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
         items = [item.strip() for item in value.split(",")]
-        if not all(
-            re.fullmatch(r"[0-9]{1,9}", item) and low <= int(item) <= high for item in items
-        ):
-            raise click.BadParameter(f"{value!r} is not a list of numbers from {low} to {high}.")
+        if not all(re.fullmatch(r"[0-9]{1,9}", item) and int(item) in allowed for item in items):
+            expected = f"from {allowed[0]} to {allowed[-1]}"
+            raise click.BadParameter(f"{value!r} is not a list of numbers {expected}.")
         if n is not None and len(items) != n:
             raise click.BadParameter(f"{value!r} has {len(items)} numbers, expected {n}.")
         numbers = tuple(int(item) for item in items)
         return numbers if n is not None else tuple(dict.fromkeys(numbers))
 
-    return read
+    shown: dict[str, Any] = {"metavar": metavar, "default": default, "show_default": True}
+    return click.option(flag, callback=read, help=help, **shown)
 
 
 def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -59,14 +56,10 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     return tuple(part for part in PARTS if part in names)
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora bench models/demo
-        qaflora bench models/demo --k 3 --prompt-tokens 128 --only decode,ttft
-        qaflora bench models/demo --repeat 9 --json
-        """
-    )
+@command(
+    "qaflora bench models/demo",
+    "qaflora bench models/demo --k 3 --prompt-tokens 128 --only decode,ttft",
+    "qaflora bench models/demo --repeat 9 --json",
 )
 @click.argument("bundle", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every run.")
@@ -78,13 +71,10 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     show_default=True,
     help="Measure these parts only.",
 )
-@click.option(
+@_numbers(
     "--k",
-    "ks",
-    callback=_numbers(1, MAX_K),
-    metavar="N,N",
-    default=KS,
-    show_default=True,
+    "1,2,3,4,8",
+    range(1, MAX_K + 1),
     help="Numbers of adapters that decode, and that the part probe probes. Beyond those of the "
     "bundle, its adapters are loaded again, each copy for itself, which costs what other adapters "
     "would.",
@@ -98,7 +88,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
-    default=REPEAT,
+    default=5,
     show_default=True,
     help="Interleaved runs; medians are printed.",
 )
@@ -106,63 +96,46 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     "--prompt-tokens",
     type=click.IntRange(min=2),
     multiple=True,
-    default=PROMPT_TOKENS,
-    help=f"Tokens of the prompt; repeatable.  [default: {' and '.join(map(str, PROMPT_TOKENS))}]",
+    default=(42, 512),
+    help="Tokens of the prompt; repeatable.  [default: 42 and 512]",
 )
-@click.option(
+# Prompts that are cut in two and that are not; few are powers of two.
+@_numbers(
     "--probe-tokens",
-    callback=_numbers(2, 2**24),
-    metavar="N,N",
-    default=PROBE_TOKENS,
-    show_default=True,
+    "42,100,256,300",
+    range(2, MAX_TOKENS + 1),
     help="Tokens of the prompts in the part probe.",
 )
-@click.option(
+@_numbers(
     "--turn-tokens",
-    callback=_numbers(1, 2**24, n=2),
+    "300,30",
+    range(1, MAX_TOKENS + 1),
     metavar="HISTORY,NEW",
-    default=TURN_TOKENS,
-    show_default=True,
     help="Tokens of a chat so far, and of its next message.",
 )
-@click.option(
+@_numbers(
     "--system-tokens",
-    callback=_numbers(2, 2**24, n=2),
+    "400,40",
+    range(2, MAX_TOKENS + 1),
     metavar="SYSTEM,NEW",
-    default=SYSTEM_TOKENS,
-    show_default=True,
     help="Tokens of a system prompt, and of a question behind it.",
 )
-@click.option(
+@_numbers(
     "--callers",
-    callback=_numbers(1, MAX_PARALLEL),
-    metavar="N,N",
-    default=CALLERS,
-    show_default=True,
+    "1,2,4,8,16",
+    range(1, MAX_PARALLEL + 1),
     help="Callers at once; the fewest are the measure of the others.",
 )
 @click.option(
     "--question-tokens",
-    type=click.IntRange(1, 2**24),
-    default=QUESTION_TOKENS,
+    type=click.IntRange(1, MAX_TOKENS),
+    default=1000,
     show_default=True,
     help="Tokens of the question that comes in the part pause.",
 )
 @shared_options
 def bench(
-    bundle: str,
-    as_json: bool,
-    only: tuple[str, ...],
-    ks: tuple[int, ...],
-    probe_k: int | None,
-    repeat: int,
-    prompt_tokens: tuple[int, ...],
-    probe_tokens: tuple[int, ...],
-    turn_tokens: tuple[int, int],
-    system_tokens: tuple[int, int],
-    callers: tuple[int, ...],
-    question_tokens: int,
-    options: SharedOptions,
+    bundle: str, as_json: bool, only: tuple[str, ...], options: SharedOptions, **sizes: Any
 ) -> None:
     """Measure speed on this machine.
 
@@ -188,29 +161,14 @@ def bench(
     """
     from qaflora_edge.bundles.open import load_bundle
 
-    lengths = tuple(dict.fromkeys(prompt_tokens))
-    _check_tokens(
-        options.ctx, max(lengths), options.max_tokens, turn_tokens if "turn" in only else None
-    )
+    _check_tokens(options, only, max(sizes["prompt_tokens"]), sizes["turn_tokens"])
     loaded = load_bundle(bundle_folder(bundle))
     if not loaded.adapter_paths:
         raise BundleError(
             f"Cannot measure the bundle {loaded.folder}: it has no adapters, expected at least "
             "one. Give a bundle with adapters."
         )
-    plan = _plan(
-        loaded,
-        options,
-        ks=ks,
-        probe_k=probe_k or len(loaded.adapter_paths),
-        repeat=repeat,
-        lengths=lengths,
-        probe_lengths=probe_tokens,
-        turn=turn_tokens,
-        system=system_tokens,
-        callers=callers,
-        n_question=question_tokens,
-    )
+    plan = _plan(loaded, options, sizes)
     result = _facts(loaded, plan, options) | {"parts": list(only)}
     result |= _measured(loaded, plan, options, only)
     if as_json:
@@ -222,8 +180,9 @@ def bench(
 
 
 def _check_tokens(
-    ctx: int, n_prompt: int, n_decode: int, turn_tokens: tuple[int, int] | None
+    options: SharedOptions, only: Sequence[str], n_prompt: int, turn_tokens: tuple[int, int]
 ) -> None:
+    ctx, n_decode = options.ctx, options.max_tokens
     if n_decode < 1:
         raise OptionError(
             "Option --max-tokens is 0, expected at least 1: decoding is measured. Raise it."
@@ -234,7 +193,7 @@ def _check_tokens(
             f"{n_prompt} tokens of prompt and {n_decode} of answer. Raise --ctx, or lower "
             "--prompt-tokens or --max-tokens."
         )
-    if turn_tokens is not None and ctx < sum(turn_tokens):
+    if "turn" in only and ctx < sum(turn_tokens):
         raise OptionError(
             f"Option --ctx is {ctx}, expected at least {sum(turn_tokens)}: {turn_tokens[0]} "
             f"tokens of a chat and {turn_tokens[1]} of its next message. Raise --ctx, lower "
@@ -242,18 +201,14 @@ def _check_tokens(
         )
 
 
-def _plan(loaded: Bundle, options: SharedOptions, **own: Any) -> Plan:
+def _plan(loaded: Bundle, options: SharedOptions, sizes: dict[str, Any]) -> Plan:
     from qaflora_edge.bench.measure import Plan
-    from qaflora_edge.weighing import numbers as fusion
 
-    defaults = loaded.fusion_defaults
-    return Plan(
-        n_decode=options.max_tokens,
-        tail=options.probe_tail or FAST_TAIL,
-        lens=options.lens or defaults.get("lens", fusion.DEFAULT_LENS),
-        pool=options.pool or defaults.get("pool", fusion.DEFAULT_POOL),
-        **own,
-    )
+    known = loaded.known.under(lens=options.lens, pool=options.pool)
+    sizes["probe_k"] = sizes["probe_k"] or len(loaded.adapter_paths)
+    sizes["prompt_tokens"] = tuple(dict.fromkeys(sizes["prompt_tokens"]))
+    more = {"max_tokens": options.max_tokens, "probe_tail": options.probe_tail or FAST_TAIL}
+    return Plan(**sizes, **more, lens=known.lens, pool=known.pool)
 
 
 def _measured(
@@ -270,7 +225,7 @@ def _measured(
     rig = Rig(
         loaded.base_path,
         loaded.adapter_paths,
-        n_ctx=max(plan.lengths) + plan.n_decode,
+        n_ctx=max(plan.prompt_tokens) + plan.max_tokens,
         gpu_layers=options.gpu_layers,
         adapter_type=engine["adapter_type"],
         options={name: engine[name] for name in ("threads", "kv_type", "flash_attn")},
@@ -290,11 +245,11 @@ def _measured(
         prompts = Prompts(rig.model, options.seed or 0)
         result: dict[str, Any] = {"base": rig.model.name}
         if "memory" in only:  # first, for it is short and may refuse an option
-            tokens = prompts.draw(max(plan.lengths))
+            tokens = prompts.draw(max(plan.prompt_tokens))
             memory = measure_memory(
                 loaded.folder,
                 tokens,
-                max_tokens=plan.n_decode,
+                max_tokens=plan.max_tokens,
                 strategy=options.strategy,
                 engine=engine,
             )
@@ -308,26 +263,13 @@ def _measured(
 def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
     from qaflora_edge.backend.context import default_threads
-    from qaflora_edge.bench.machine import cpu_name
-    from qaflora_edge.cli.doctor import library_facts, package_facts
+    from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 
-    header = loaded.header
-    packages = package_facts()
+    header, packages, sizes = loaded.header, package_facts(), asdict(plan)
+    sizes["callers_at_once"] = sizes.pop("callers")  # callers are what was measured of them
     return {
         "adapters": list(loaded.adapter_paths),
-        "prompt_tokens": list(plan.lengths),
-        "max_tokens": plan.n_decode,
-        "repeat": plan.repeat,
-        "k": list(plan.ks),
-        "probe_k": plan.probe_k,
-        "probe_tail": plan.tail,
-        "probe_tokens": list(plan.probe_lengths),
-        "turn_tokens": list(plan.turn),
-        "system_tokens": list(plan.system),
-        "callers_at_once": list(plan.callers),
-        "question_tokens": plan.n_question,
-        "lens": plan.lens,
-        "pool": plan.pool,
+        **sizes,
         "seed": options.seed or 0,
         "threads": options.threads or default_threads(),
         "ctx": options.ctx,
@@ -335,7 +277,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         "adapter_type": options.adapter_type,
         "flash_attn": options.engine["flash_attn"],
         "gpu_layers": options.gpu_layers,
-        "strategy": options.strategy or loaded.fusion_defaults.get("strategy"),
+        "strategy": options.strategy or loaded.known.strategy,
         "base_file": {
             "path": str(loaded.base_path),
             "size_bytes": header.size_bytes,

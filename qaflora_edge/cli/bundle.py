@@ -17,8 +17,8 @@ from qaflora_edge.cli.options import (
     bundle_folder,
     check_prompt,
     click_option,
+    command,
     completed_by,
-    example,
 )
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
@@ -84,13 +84,10 @@ _calibrate = click.option(
 )
 
 
-@bundle.command(
-    epilog=example(
-        """
-        qaflora bundle create my-bundle --base base.gguf \\
-            --adapter math=peft/math --adapter es=es.gguf
-        """
-    )
+@command(
+    "qaflora bundle create my-bundle --base base.gguf \\",
+    "    --adapter math=peft/math --adapter es=es.gguf",
+    group=bundle,
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
@@ -153,13 +150,10 @@ def create(
     click.echo(f"Created the bundle {folder} with {_counted(len(adapters))}.", err=True)
 
 
-@bundle.command(
-    epilog=example(
-        """
-        qaflora bundle add my-bundle med=peft/med
-        qaflora bundle add my-bundle law=owner/law-lora@v1
-        """
-    )
+@command(
+    "qaflora bundle add my-bundle med=peft/med",
+    "qaflora bundle add my-bundle law=owner/law-lora@v1",
+    group=bundle,
 )
 @click.argument("folder", **BUNDLE)
 @click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
@@ -185,7 +179,7 @@ def add(
         click.echo(f"Added the adapter {name} to {path}.", err=True)
 
 
-@bundle.command(epilog=example("qaflora bundle remove my-bundle med"))
+@command("qaflora bundle remove my-bundle med", group=bundle)
 @click.argument("folder", **BUNDLE)
 @click.argument("name", shell_complete=completed_by("complete_adapter"))
 @click.option("--strategy", help="Used by default from now on.  [default: as it is]")
@@ -201,7 +195,7 @@ def remove(folder: str, name: str, strategy: str | None) -> None:
     click.echo(f"Removed the adapter {name} from {path}.", err=True)
 
 
-@bundle.command(epilog=example("qaflora bundle rename my-bundle med medicine"))
+@command("qaflora bundle rename my-bundle med medicine", group=bundle)
 @click.argument("folder", **BUNDLE)
 @click.argument("old", shell_complete=completed_by("complete_adapter"))
 @click.argument("new")
@@ -217,13 +211,10 @@ def rename(folder: str, old: str, new: str) -> None:
     click.echo(f"Renamed the adapter {old} of {path} to {new}.", err=True)
 
 
-@bundle.command(
-    epilog=example(
-        """
-        qaflora bundle base my-bundle ~/models/base.gguf
-        qaflora bundle base my-bundle owner/base-GGUF/base-q4_k_m.gguf
-        """
-    )
+@command(
+    "qaflora bundle base my-bundle ~/models/base.gguf",
+    "qaflora bundle base my-bundle owner/base-GGUF/base-q4_k_m.gguf",
+    group=bundle,
 )
 @click.argument("folder", **BUNDLE)
 @click.argument("base", metavar="BASE")
@@ -243,7 +234,7 @@ def base(folder: str, base: str) -> None:
     click.echo(f"The base of {path} is {base}.", err=True)
 
 
-@bundle.command(epilog=example("qaflora bundle calibrate my-bundle"))
+@command("qaflora bundle calibrate my-bundle", group=bundle)
 @click.argument("folder", **BUNDLE)
 def calibrate(folder: str) -> None:
     """Measure the typical divergences that a bundle lacks.
@@ -260,13 +251,10 @@ def calibrate(folder: str) -> None:
     click.echo(f"{done} {path}.", err=True)
 
 
-@bundle.command(
-    epilog=example(
-        """
-        qaflora bundle samples my-bundle math questions.txt
-        qaflora bundle samples my-bundle es preguntas.jsonl
-        """
-    )
+@command(
+    "qaflora bundle samples my-bundle math questions.txt",
+    "qaflora bundle samples my-bundle es preguntas.jsonl",
+    group=bundle,
 )
 @click.argument("folder", **BUNDLE)
 @click.argument("name", metavar="ADAPTER", shell_complete=completed_by("complete_adapter"))
@@ -290,7 +278,7 @@ def samples(folder: str, name: str, file: str) -> None:
     click.echo(f"Embedded {len(texts)} sample texts of {name} in {path}.", err=True)
 
 
-@bundle.command(epilog=example("qaflora bundle show models/demo"))
+@command("qaflora bundle show models/demo", group=bundle)
 @click.argument("folder", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
 def show(folder: str, as_json: bool) -> None:
@@ -310,7 +298,7 @@ def show(folder: str, as_json: bool) -> None:
     click.echo(describe(path))
 
 
-@bundle.command(epilog=example("qaflora bundle verify models/demo"))
+@command("qaflora bundle verify models/demo", group=bundle)
 @click.argument("folder", **BUNDLE)
 def verify(folder: str) -> None:
     """Hash every file of a bundle again and check all shapes.

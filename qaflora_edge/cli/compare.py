@@ -6,18 +6,18 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.answer import answer_dict
+from qaflora_edge.cli.answers import Answer, answer_dict
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
-    example,
+    command,
     open_engine,
+    out_file,
     prompt_tokens,
     read_prompt,
     shared_options,
@@ -34,42 +34,10 @@ WAYS_MAX = 100
 _COMMA = re.compile(r",(?![^,:]*=)")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one strategy answers.
-
-    facts  what `qaflora run --json` prints of it
-    """
-
-    strategy: str
-    fusion: FusionWeights
-    facts: dict[str, Any]
-
-    @property
-    def text(self) -> str:
-        """The answer, with a remark where a limit cut it, or "(nothing)"."""
-        text = self.facts["text"].strip() or "(nothing)"
-        return text + ("\n[cut at the limit of tokens]" if self.is_cut else "")
-
-    @property
-    def is_cut(self) -> bool:
-        return bool(self.facts["finish_reason"] == "length")
-
-
-def _check_html(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and value.suffix.lower() != ".html":
-        raise click.BadParameter(f"{str(value)!r} does not end in .html.")
-    return value
-
-
-@click.command(
-    epilog=example(
-        """
-        qaflora compare models/demo "¿Cuál es la capital de Francia?"
-        qaflora compare models/demo "What is a river?" --strategies base,qa-flora,calibrated
-        qaflora compare models/demo - --html answers.html < question.txt
-        """
-    )
+@command(
+    'qaflora compare models/demo "¿Cuál es la capital de Francia?"',
+    'qaflora compare models/demo "What is a river?" --strategies base,qa-flora,calibrated',
+    "qaflora compare models/demo - --html answers.html < question.txt",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("question")
@@ -84,10 +52,8 @@ def _check_html(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option(
     "--html",
     "html_path",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    callback=_check_html,
     help="Write a page with the answers and their weights, which stands alone, to FILE.html.",
+    **out_file(".html"),
 )
 @shared_options
 def compare(
@@ -114,7 +80,7 @@ def compare(
         tokens = prompt_tokens(engine, text, options)
         answers = ask(engine, tokens, strategies, options.sampling)
     if html_path is not None:
-        from qaflora_edge.cli.compare_html import answers_page
+        from qaflora_edge.cli.plot_html import answers_page
         from qaflora_edge.cli.weights import subject
         from qaflora_edge.files import write_text_atomic
 
@@ -181,7 +147,7 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
     from rich.table import Table
     from rich.text import Text
 
-    from qaflora_edge.cli.chat.signs import has_signs, visible
+    from qaflora_edge.cli.show import has_signs, visible
 
     signs = has_signs(encoding)
     shown = Table(

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import click
 from click.shell_completion import (
@@ -26,6 +27,7 @@ from qaflora_edge.weighing.strategy import strategies
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_QAFLORA_COMPLETE"
 MAX_ENTRIES = 1000
+Items: TypeAlias = "list[CompletionItem[str]]"
 
 # Bash cuts words at : and = too. So it passes the line up to the cursor, and says with $2 how
 # much of the last word it will replace.
@@ -94,9 +96,7 @@ def script(main: click.Command, shell: str) -> str:
     return shell_class(main, {}, "qaflora", VARIABLE).source()
 
 
-def complete_bundle(
-    ctx: click.Context, param: click.Parameter, word: str
-) -> list[CompletionItem[str]]:
+def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Bundles for DIR: folders near what is typed, and names from the setting `bundles`."""
     from qaflora_edge.errors import QafloraError
     from qaflora_edge.hub.bundle_names import named_bundles
@@ -131,9 +131,7 @@ def _folders_near(word: str) -> list[str]:
     return found
 
 
-def complete_strategy(
-    ctx: click.Context, param: click.Parameter, word: str
-) -> list[CompletionItem[str]]:
+def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Strategies; after their colon the adapters of the bundle on the line, or their options."""
     names = bundle_adapters(ctx)
     kind, colon, rest = word.partition(":")
@@ -167,16 +165,12 @@ def _with_option(word: str, name: str) -> Iterator[str]:
             yield from (f"{head}{comma}{form}" for form in forms if form.startswith(last))
 
 
-def complete_adapter(
-    ctx: click.Context, param: click.Parameter, word: str
-) -> list[CompletionItem[str]]:
+def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of the adapters of the bundle on the line."""
     return _items(name for name in bundle_adapters(ctx) if name.startswith(word))
 
 
-def complete_pulled(
-    ctx: click.Context, param: click.Parameter, word: str
-) -> list[CompletionItem[str]]:
+def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of what was pulled."""
     from qaflora_edge.errors import QafloraError
     from qaflora_edge.hub.here import all_here
@@ -188,9 +182,7 @@ def complete_pulled(
     return _items(name for name in names if name.startswith(word))
 
 
-def complete_model(
-    ctx: click.Context, param: click.Parameter, word: str
-) -> list[CompletionItem[str]]:
+def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of the registry's models."""
     import json
 
@@ -230,5 +222,5 @@ def _of_bundle(ctx: click.Context, names_in: Callable[[Path], list[str]]) -> lis
     return names
 
 
-def _items(values: Iterable[str]) -> list[CompletionItem[str]]:
+def _items(values: Iterable[str]) -> Items:
     return [CompletionItem(value) for value in values]

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qaflora_edge.cli.complete import SHELLS, script
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import command
 
 PROGRAM = "qaflora"
 
@@ -35,13 +35,9 @@ def hint(shell: str, path: Path) -> str:
     }[shell]
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora completion bash --install
-        qaflora completion zsh > _qaflora
-        """
-    )
+@command(
+    "qaflora completion bash --install",
+    "qaflora completion zsh > _qaflora",
 )
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.option("--install", is_flag=True, help="Write it where the shell looks for it.")

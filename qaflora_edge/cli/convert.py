@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaflora_edge.cli.base_choice import choose_base, plain_name
-from qaflora_edge.cli.options import example, own_options
+from qaflora_edge.cli.options import command, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError
 
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
     from qaflora_edge.convert.adapter import ConvertedAdapter
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify
-        """
-    )
+@command(
+    "qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify",
 )
 @click.argument("peft_dir")
 @click.option(

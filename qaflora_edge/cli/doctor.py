@@ -6,19 +6,21 @@ import ctypes
 import importlib.metadata
 import json
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import click
 
 from qaflora_edge import __version__
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import command
 from qaflora_edge.errors import LibraryError
 
 PACKAGES = ("llama-cpp-python", "numpy", "gguf", "huggingface-hub", "click")
 DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta")  # ggml_backend_dev_type
 
 
-@click.command(epilog=example("qaflora doctor --json"))
+@command("qaflora doctor --json")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Report the library, the devices and the versions.
@@ -140,3 +142,13 @@ def _lines(report: dict[str, Any]) -> str:
         lines.append(f"{name:<16} {version or 'not installed'}")
     lines += [f"platform   {report['platform']}", f"cache      {report['cache']}"]
     return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """The CPU's own name where Linux tells it, else what Python knows of it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return match[1].strip() if match else platform.processor() or platform.machine()

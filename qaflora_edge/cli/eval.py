@@ -16,8 +16,9 @@ from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
-    example,
+    command,
     open_engine,
+    out_file,
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
@@ -29,14 +30,10 @@ if TYPE_CHECKING:
     from qaflora_edge.evaluation.run import Evaluation
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora eval models/demo sums.jsonl
-        qaflora eval models/demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl
-        qaflora eval models/demo humaneval.jsonl --allow-code --limit 20
-        """
-    )
+@command(
+    "qaflora eval models/demo sums.jsonl",
+    "qaflora eval models/demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl",
+    "qaflora eval models/demo humaneval.jsonl --allow-code --limit 20",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument(
@@ -54,9 +51,8 @@ if TYPE_CHECKING:
     "-o",
     "--output",
     "out",
-    metavar="FILE.jsonl",
-    type=click.Path(dir_okay=False, path_type=Path),
     help="Write each result to FILE as it comes. A file that was begun is gone on with.",
+    **out_file(metavar="FILE.jsonl"),
 )
 @click.option(
     "--json",
@@ -66,9 +62,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--html",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
     help="Write a page that stands alone, with every item, to FILE; with --layers.",
+    **out_file(),
 )
 @click.option("--adapters", metavar="NAME,NAME,...", help="The adapters in use.  [default: all]")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")

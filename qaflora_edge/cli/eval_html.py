@@ -6,26 +6,33 @@ What a task says and what a model wrote is text there, escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from qaflora_edge.cli.eval_item import item
-from qaflora_edge.cli.eval_matrix import SCORES, matrix
-from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, number
-from qaflora_edge.cli.html_file import asset, html_file
-from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE
+from qaflora_edge.cli.eval_words import (
+    NONE,
+    SCORES,
+    estimate,
+    facts,
+    figure,
+    heading,
+    items,
+    kind,
+    matrix,
+    number,
+    text,
+)
+from qaflora_edge.cli.plot_html import asset, html_file
+from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE, Cell, Row
+from qaflora_edge.evaluation.lines import CellSummary, Line
 from qaflora_edge.evaluation.patterns import mean_layers
+from qaflora_edge.evaluation.statistics import Estimate
+from qaflora_edge.evaluation.summary import Summary, Verdict
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.picture_text import spelt
+from qaflora_edge.weighing.picture_text import crop, spelt
 from qaflora_edge.weighing.svg_panel import legend, min_weight, panel, scale
-
-if TYPE_CHECKING:
-    from qaflora_edge.evaluation.cells import Cell
-    from qaflora_edge.evaluation.lines import CellSummary, Line
-    from qaflora_edge.evaluation.statistics import Estimate
-    from qaflora_edge.evaluation.summary import Summary, Verdict
 
 AXIS_WIDTH, MARGIN = 140, 6  # pixels
 INK = "var(--ink)"
@@ -94,11 +101,11 @@ def _drawn(
     if found is None or math.isnan(found.value):
         return {"text": text, "is_empty": True}
     low, high = (found.value if math.isnan(end) else end for end in (found.low, found.high))
-    kind = "open"
+    verdict = "open"
     if is_difference and not math.isnan(found.low):
-        kind = "better" if found.low > 0 else "worse" if found.high < 0 else "open"
+        verdict = "better" if found.low > 0 else "worse" if found.high < 0 else "open"
     places = {"low": axis.pixel(low), "high": axis.pixel(high), "at": axis.pixel(found.value)}
-    return {"text": text, "is_empty": False, "kind": kind, **places}
+    return {"text": text, "is_empty": False, "kind": verdict, **places}
 
 
 def _section(summary: Summary) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def _cell(found: CellSummary) -> dict[str, Any]:
     others = list(dict.fromkeys(name for line in found.lines for name in line.others))
     return {
         "name": cell.name,
-        "kind": "loss, lower is better" if unit == NATS else cell.task["metric"],
+        "kind": kind(cell) + (", lower is better" if unit == NATS else ""),
         "n_item": items(found),
         "unit": unit,
         "others": others,
@@ -195,9 +202,9 @@ def _line(
         "static": _drawn(line.over_static, difference_axis, unit),
         "single": _drawn(line.over_single, difference_axis, unit),
         "others": [number(line.others.get(name, math.nan), unit) for name in others],
-        "seconds": NONE if math.isnan(line.seconds) else f"{line.seconds:.2f}",
-        "prefills": NONE if math.isnan(line.prefills) else f"{line.prefills:.1f}",
-        "found": NONE if line.found is None else f"{line.found:.2f}",
+        "seconds": figure(line.seconds, 2),
+        "prefills": figure(line.prefills, 1),
+        "found": figure(line.found, 2),
         "n_cut": line.n_cut or NONE,
         "n_failed": line.n_failed or NONE,
     }
@@ -207,12 +214,12 @@ def _maps(cell: Cell, strategies: Sequence[str]) -> dict[str, Any]:
     """A heatmap for each strategy whose weights differ over layers or adapters, on one scale."""
     from markupsafe import Markup
 
-    fusions = []
-    for strategy in strategies:
-        layers = mean_layers(cell, strategy)
-        if layers is not None and len(cell.adapters) > 1 and np.ptp(layers) > 0:
-            fusions.append(FusionWeights(cell.adapters, layers.astype(np.float32), None, strategy))
-    fusions = [fusion for fusion in fusions if not fusion.strategy.startswith(SINGLE)]
+    fusions = [
+        FusionWeights(cell.adapters, layers.astype(np.float32), None, strategy)
+        for strategy in strategies
+        if (layers := mean_layers(cell, strategy)) is not None
+        if len(cell.adapters) > 1 and np.ptp(layers) > 0 and not strategy.startswith(SINGLE)
+    ]
     ends = scale(fusions)
     panels = [
         {
@@ -223,3 +230,64 @@ def _maps(cell: Cell, strategies: Sequence[str]) -> dict[str, Any]:
     ]
     key = Markup("\n".join(legend(ends, min_weight(fusions), ink=INK)))
     return {"maps": panels, "legend": key}
+
+
+TITLE_CHARS = 160  # of a question, in the list of items
+
+
+def item(cell: Cell, index: int, strategies: Sequence[str]) -> dict[str, Any]:
+    """What the page's template takes of an item: its question, and who answered what."""
+    rows = {name: cell.rows[name].get(index) for name in strategies}
+    given = {name: row for name, row in rows.items() if row is not None}
+    first = next(iter(given.values()))
+    question = str(first.get("question", ""))
+    is_marked = cell.unit == POINTS
+    return {
+        "index": index,
+        "title": crop(question, TITLE_CHARS),
+        "question": question,
+        "expected": text(first.get("expected")),
+        "marks": "".join(_mark(row) for row in rows.values()) if is_marked else "",
+        "n_right": sum(row["score"] == 1 for row in given.values()),
+        "is_same": is_marked and len({row["score"] for row in given.values()}) == 1,
+        "answers": _answers(cell, given),
+    }
+
+
+def _mark(row: Row | None) -> str:
+    if row is None or row["score"] is None:
+        return "·"
+    return "●" if row["score"] == 1 else "○"
+
+
+def _answers(cell: Cell, given: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """Equal answers once, with every strategy that gave them."""
+    groups: dict[str | None, list[dict[str, Any]]] = {}
+    for strategy, row in given.items():
+        answer = row.get("error") or row.get("answer")
+        groups.setdefault(answer, []).append(
+            {
+                "strategy": strategy,
+                "weights": _weights(row["weights"]),
+                "failure": row.get("failure") or "",
+                **_score(cell, row),
+            }
+        )
+    return [{"text": answer, "rows": rows} for answer, rows in groups.items()]
+
+
+def _score(cell: Cell, row: Row) -> dict[str, str]:
+    score = row["score"]
+    if score is None:
+        return {"score": "failed", "kind": "wrong"}
+    if cell.unit == NATS:
+        return {"score": number(score, NATS), "kind": "loss"}
+    if score in (0, 1):
+        return {"score": "right" if score else "wrong", "kind": "right" if score else "wrong"}
+    return {"score": number(100 * score, POINTS), "kind": "loss"}
+
+
+def _weights(weights: Mapping[str, float]) -> str:
+    if not any(weights.values()):
+        return "the base alone"
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())

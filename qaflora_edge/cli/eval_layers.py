@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qaflora_edge.arrays import F64
 from qaflora_edge.cli.eval_words import NONE, plain
-from qaflora_edge.cli.markdown_table import folded, table
 from qaflora_edge.cli.show import BLOCKS
+from qaflora_edge.cli.tables import folded, table
 from qaflora_edge.evaluation.cells import BASE, SINGLE, STATIC
-from qaflora_edge.evaluation.patterns import ROLES, coherence, profiles, thirds
-
-if TYPE_CHECKING:
-    from qaflora_edge.evaluation.cells import F64
-    from qaflora_edge.evaluation.patterns import Profile
-    from qaflora_edge.evaluation.summary import Summary
+from qaflora_edge.evaluation.patterns import ROLES, Profile, coherence, profiles, thirds
+from qaflora_edge.evaluation.summary import Summary
 
 WORDS = (
     "Means over tasks of what the adapter of the task's domain, and that of its language, weigh in "

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from qaflora_edge.cli.eval_layers import layer_lines
-from qaflora_edge.cli.eval_matrix import SCORES, matrix
-from qaflora_edge.cli.eval_words import NONE, estimate, facts, heading, items, number, plain
-from qaflora_edge.cli.markdown_table import escaped, folded, table
+from qaflora_edge.cli.eval_words import (
+    SCORES,
+    estimate,
+    facts,
+    figure,
+    heading,
+    items,
+    kind,
+    loaded_rows,
+    matrix,
+    number,
+    plain,
+    verdict_row,
+)
+from qaflora_edge.cli.tables import escaped, folded, table
 from qaflora_edge.evaluation.cells import NATS, POINTS
-
-if TYPE_CHECKING:
-    from qaflora_edge.evaluation.lines import CellSummary, Line
-    from qaflora_edge.evaluation.summary import Summary, Verdict
+from qaflora_edge.evaluation.lines import CellSummary, Line
+from qaflora_edge.evaluation.summary import Summary, Verdict
 
 PLACE = "<!-- results -->"  # where a page of prose has the tables
 
@@ -66,23 +76,12 @@ def _matrix(cells: Sequence[CellSummary], unit: str, strategies: Sequence[str]) 
 
 
 def _verdicts(verdicts: Sequence[Verdict], unit: str) -> list[str]:
-    rows = []
-    for row in verdicts:
-        name, worst = row.worst or (NONE, None)
-        rows.append(
-            (
-                row.strategy,
-                str(row.n_cell),
-                estimate(row.over_static, unit, is_difference=True),
-                estimate(worst, unit, is_difference=True),
-                name,
-                ", ".join(row.below) or "none",
-                *(["yes" if row.is_shown else "no"] if unit == POINTS else []),
-            )
-        )
+    rows = [verdict_row(each) for each in verdicts]
     head = ["", "tasks", "over static", "worst over its best single adapter", "in", "worse in"]
     if unit == POINTS:
         head.append("5 points over static, and nowhere worse")
+        shown = ("yes" if each.is_shown else "no" for each in verdicts)
+        rows = [(*row, each) for row, each in zip(rows, shown, strict=True)]
     title = f"Over all tasks in {unit}, each of which counts the same:"
     return [title, "", *table(head, rows), ""]
 
@@ -91,18 +90,8 @@ def _loaded(summary: Summary) -> list[str]:
     """What it changes that more adapters are loaded, where that is known."""
     if summary.fewer is None:
         return []
-    rows = [
-        (
-            each.strategy,
-            str(each.n_cell),
-            f"{estimate(each.gain, each.unit, is_difference=True)} {each.unit}",
-            estimate(each.worst[1], each.unit, is_difference=True),
-            each.worst[0],
-        )
-        for each in summary.loaded
-    ]
     title = f"### Against the same tasks with {summary.fewer.n_adapter} adapters loaded"
-    head = ("", "tasks", "better by", "worst", "in")
+    head, *rows = loaded_rows(summary.loaded)
     return [title, "", *table(head, rows), ""]
 
 
@@ -114,10 +103,10 @@ def _costs(summary: Summary) -> list[str]:
         rows.append(
             (
                 strategy,
-                _median([line.seconds for line in lines], 2),
-                _median([line.probe_ms for line in lines], 0),
-                _median([line.prefills for line in lines], 1),
-                _share([line.found for line in lines]),
+                _over(np.median, (line.seconds for line in lines), 2),
+                _over(np.median, (line.probe_ms for line in lines), 0),
+                _over(np.median, (line.prefills for line in lines), 1),
+                _over(np.mean, (line.found for line in lines), 2),
                 str(sum(line.n_cut for line in lines)),
                 str(sum(line.n_failed for line in lines)),
             )
@@ -126,24 +115,18 @@ def _costs(summary: Summary) -> list[str]:
     return ["### What it takes, and what failed", "", *table(head, rows), ""]
 
 
-def _median(values: Sequence[float], digits: int) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    return f"{np.median(known):.{digits}f}" if known else NONE
-
-
-def _share(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{np.mean(known):.2f}" if known else NONE
+def _over(mean: Callable[[list[float]], Any], values: Iterable[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return figure(float(mean(known)) if known else None, digits)
 
 
 def _cell(found: CellSummary) -> list[str]:
     unit = found.cell.unit
-    kind = "loss" if unit == NATS else found.cell.task["metric"]
     best = f"over {found.best_single}" if found.best_single else "over the best single adapter"
     others = list(dict.fromkeys(name for line in found.lines for name in line.others))
     head = ("", f"score, {unit}", "over static", best, *others, "seconds", "found", "cut", "failed")
     rows = [_line(line, unit, others) for line in found.lines]
-    name = f"{escaped(plain(found.cell.name))} ({kind}, {items(found)} items)"
+    name = f"{escaped(plain(found.cell.name))} ({kind(found.cell)}, {items(found)} items)"
     return [f"**{name}**", "", *table(head, rows), ""]
 
 
@@ -154,8 +137,8 @@ def _line(line: Line, unit: str, others: Sequence[str]) -> tuple[str, ...]:
         estimate(line.over_static, unit, is_difference=True),
         estimate(line.over_single, unit, is_difference=True),
         *(number(line.others.get(name, math.nan), unit) for name in others),
-        _median([line.seconds], 2),
-        _share([line.found]),
+        figure(line.seconds, 2),
+        figure(line.found, 2),
         str(line.n_cut),
         str(line.n_failed),
     )

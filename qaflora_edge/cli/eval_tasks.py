@@ -87,8 +87,8 @@ def header(
 ) -> dict[str, Any]:
     """The first line of a results file."""
     from qaflora_edge import __version__
-    from qaflora_edge.bench.machine import cpu_name
     from qaflora_edge.chat.session_file import bundle_identity
+    from qaflora_edge.cli.doctor import cpu_name
 
     identity = bundle_identity(bundle_folder(bundle))
     sizes = engine.adapter_bytes

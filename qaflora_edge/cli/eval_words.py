@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from qaflora_edge.evaluation.cells import NATS
+import numpy as np
+
+from qaflora_edge.evaluation.cells import NATS, POINTS, Cell, Section
+from qaflora_edge.evaluation.lines import CellSummary
+from qaflora_edge.evaluation.statistics import Estimate
+from qaflora_edge.evaluation.summary import Loaded, Summary, Verdict
 from qaflora_edge.weighing.picture_text import beginning
-
-if TYPE_CHECKING:
-    from qaflora_edge.evaluation.cells import Section
-    from qaflora_edge.evaluation.lines import CellSummary
-    from qaflora_edge.evaluation.statistics import Estimate
-    from qaflora_edge.evaluation.summary import Summary
 
 NONE = "-"
 BUNDLES_MAX = 2  # that a heading names
@@ -54,6 +53,44 @@ def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) 
         for part in (found.value, found.low, found.high)
     )
     return value if NONE in (low, high) else f"{value} ({low} to {high})"
+
+
+def figure(value: float | None, digits: int) -> str:
+    """A number as text; `-` where there is none."""
+    return NONE if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def verdict_row(found: Verdict) -> tuple[str, ...]:
+    """A strategy, its tasks, how much better it is, at worst, where, and where it is worse."""
+    name, worst = found.worst or (NONE, None)
+    return (
+        plain(found.strategy),
+        str(found.n_cell),
+        estimate(found.over_static, found.unit, is_difference=True),
+        estimate(worst, found.unit, is_difference=True),
+        plain(name),
+        ", ".join(map(plain, found.below)) or "none",
+    )
+
+
+def loaded_rows(loaded: Sequence[Loaded]) -> list[tuple[str, ...]]:
+    """What it changes that more adapters are loaded, below a head."""
+    rows = [
+        (
+            plain(each.strategy),
+            str(each.n_cell),
+            f"{estimate(each.gain, each.unit, is_difference=True)} {each.unit}",
+            estimate(each.worst[1], each.unit, is_difference=True),
+            plain(each.worst[0]),
+        )
+        for each in loaded
+    ]
+    return [("", "tasks", "better by", "worst", "in"), *rows]
+
+
+def kind(cell: Cell) -> str:
+    """How a task is scored."""
+    return "loss" if cell.unit == NATS else str(cell.task["metric"])
 
 
 def items(cell: CellSummary) -> str:
@@ -132,3 +169,57 @@ def _options(options: Mapping[str, Any]) -> str:
 def text(value: object) -> str:
     """A value of a file as text: a text as it is, others as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+BEST = "best single adapter, in hindsight"
+SCORES = {POINTS: "Right answers of 100", NATS: "Loss in nats a token, less is better"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number as text, and whether no other strategy of its task has a better one."""
+
+    text: str
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Tasks of one unit.
+
+    names, counts  of the tasks, and how many items they have
+    rows           a strategy, and its score in each task, then the mean over all tasks if it has
+                   one in each; last comes the best single adapter of each task
+    """
+
+    names: Sequence[str]
+    counts: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Score]]]
+
+
+def matrix(cells: Sequence[CellSummary], strategies: Sequence[str]) -> Matrix:
+    """The scores of cells of one unit; strategies that none of them has are left out."""
+    unit = cells[0].cell.unit
+    best = [_best(cell) for cell in cells]
+    rows = []
+    for strategy in (*strategies, BEST):
+        values = [_score(cell, strategy) for cell in cells]
+        if np.isnan(values).all():
+            continue
+        scores = [
+            Score(number(value, unit), value == most)
+            for value, most in zip(values, best, strict=True)
+        ]
+        rows.append((strategy, [*scores, Score(number(float(np.mean(values)), unit), False)]))
+    return Matrix([cell.cell.name for cell in cells], list(map(items, cells)), rows)
+
+
+def _score(found: CellSummary, strategy: str) -> float:
+    """NaN where the cell does not have the strategy."""
+    wanted = found.best_single if strategy == BEST else strategy
+    return next((each.score.value for each in found.lines if each.strategy == wanted), math.nan)
+
+
+def _best(found: CellSummary) -> float:
+    scores = [line.score.value for line in found.lines if not math.isnan(line.score.value)]
+    return (min if found.cell.unit == NATS else max)(scores, default=math.nan)

@@ -12,7 +12,7 @@ from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
-    example,
+    command,
     open_engine,
     own_options,
     shared_options,
@@ -24,14 +24,10 @@ if TYPE_CHECKING:
     from qaflora_edge.fitting.lorahub import Search
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora fit my-bundle sums.jsonl
-        qaflora fit my-bundle sums.jsonl --examples 5 --half dev --name five
-        qaflora run my-bundle "What is 17 times 6?" --strategy fitted:five
-        """
-    )
+@command(
+    "qaflora fit my-bundle sums.jsonl",
+    "qaflora fit my-bundle sums.jsonl --examples 5 --half dev --name five",
+    'qaflora run my-bundle "What is 17 times 6?" --strategy fitted:five',
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("task", metavar="TASK", type=click.Path(dir_okay=False))
@@ -66,7 +62,7 @@ def fit(
     ended goes on where it was when it is started again.
     """
     from qaflora_edge.evaluation.tasks import read_task
-    from qaflora_edge.fitting.examples import choose
+    from qaflora_edge.fitting.fit import choose
     from qaflora_edge.fitting.fit import fit as fit_bundle
 
     read = read_task(task)

@@ -11,13 +11,11 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby, zip_longest
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qaflora_edge.cli.show import BLOCKS, can_show, layer_ranges
+from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.svg_panel import TICK, leading_layers, min_weight, scale
-
-if TYPE_CHECKING:
-    from qaflora_edge.weighing.numbers import FusionWeights
 
 Colour = Literal["none", "256", "truecolor"]
 

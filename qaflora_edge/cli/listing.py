@@ -6,10 +6,10 @@ import json
 
 import click
 
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import command
 
 
-@click.command("list", epilog=example("qaflora list\nqaflora list --json"))
+@command("qaflora list", "qaflora list --json", name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def listing(as_json: bool) -> None:
     """List the bundles and bases that are here.

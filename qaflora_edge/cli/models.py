@@ -6,10 +6,10 @@ import json
 
 import click
 
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import command
 
 
-@click.command(epilog=example("qaflora models"))
+@command("qaflora models")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, name by name.")
 def models(as_json: bool) -> None:
     """List the models that can be pulled.

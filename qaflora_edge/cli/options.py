@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +79,18 @@ class StopText(click.types.StringParamType):
 
 # Keywords of click.argument for DIR.
 BUNDLE: dict[str, Any] = {"metavar": "DIR", "shell_complete": completed_by("complete_bundle")}
+
+
+def out_file(*suffixes: str, metavar: str = "FILE") -> dict[str, Any]:
+    """Keywords of click.option for a file that is written, and has to end so."""
+
+    def check(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+        if value is not None and suffixes and value.suffix.lower() not in suffixes:
+            raise click.BadParameter(f"{str(value)!r} does not end in {', '.join(suffixes)}.")
+        return value
+
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return {"metavar": metavar, "type": kind, "callback": check}
 
 
 def meaning(option: Option) -> str:
@@ -170,10 +181,12 @@ Exit codes:
   130  ended by Ctrl-C"""
 
 
-def example(text: str) -> str:
-    """An epilog that shows how a command is used, its lines kept as they are, and how it ends."""
-    lines = textwrap.indent(textwrap.dedent(text).strip(), "  ")
-    return f"\b\nExample:\n{lines}\n\n\b\n{EXIT_CODES}"
+def command(*lines: str, group: Any = click, **keywords: Any) -> Callable[..., click.Command]:
+    """A command whose help ends with an example in these lines, and how it ends."""
+    example = "\n".join(f"  {line}" for line in lines)
+    epilog = f"\b\nExample:\n{example}\n\n\b\n{EXIT_CODES}"
+    decorator: Callable[..., click.Command] = group.command(epilog=epilog, **keywords)
+    return decorator
 
 
 def bundle_folder(text: str) -> Path:

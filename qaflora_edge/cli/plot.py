@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import atomic_path, check_has_folder, write_text_atomic
-
-if TYPE_CHECKING:
-    from qaflora_edge.cli.prompts import Prompt
-    from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.numbers import FusionWeights
 
 PANELS_MAX = 200
 

@@ -8,12 +8,14 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qaflora_edge.cli.plot_fonts import Fonts, fonts_for
+from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.cli.show import mean_weights
+from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.picture_text import beginning, crop, spelt, wrap
 from qaflora_edge.weighing.svg_panel import (
     TICK,
@@ -25,10 +27,6 @@ from qaflora_edge.weighing.svg_panel import (
     scale,
     short_name,
 )
-
-if TYPE_CHECKING:
-    from qaflora_edge.cli.prompts import Prompt
-    from qaflora_edge.weighing.numbers import FusionWeights
 
 DPI, PIXELS_MAX = 150, 30_000  # the second is what common viewers still open
 LAYER_INCHES, ROW_INCHES, LINE_INCHES, WIDTH_INCHES_MAX = 0.22, 0.36, 0.2, 30.0

@@ -1,4 +1,6 @@
-"""Fusion weights as one HTML file that stands alone: no file, font or host beside it is asked.
+"""Fusion weights, and answers under them, as one HTML file that stands alone: it asks no host.
+
+What a model wrote is text there, escaped; the page's policy lets nothing run but its own script.
 
 Pointing at a cell, tapping it or walking to it with the arrow keys shows weight and divergence;
 without scripts the cells' titles and the tables still say everything.
@@ -6,11 +8,15 @@ without scripts the cells' titles and the tables still say everything.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from importlib.resources import files
 
-from qaflora_edge.cli.html_file import asset, html_file
+from qaflora_edge.cli.answers import Answer
+from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.cli.show import layer_ranges
+from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.picture_text import crop, spelt
 from qaflora_edge.weighing.svg_panel import (
     clean,
@@ -24,9 +30,50 @@ from qaflora_edge.weighing.svg_panel import (
     unit,
 )
 
-if TYPE_CHECKING:
-    from qaflora_edge.cli.prompts import Prompt
-    from qaflora_edge.weighing.numbers import FusionWeights
+
+def asset(name: str) -> str:
+    """A text of the folder assets, after an empty line."""
+    text = (files("qaflora_edge.cli") / "assets" / name).read_text(encoding="utf-8")
+    return "\n" + text.replace("\r\n", "\n")
+
+
+def html_file(title: str, body: Sequence[str], *, style: str, script: str) -> str:
+    """A whole file.
+
+    title  a text
+    body   lines of HTML
+    """
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    lines = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        '<meta name="referrer" content="no-referrer">',
+        f"<title>{clean(title)}</title>",
+        f"<style>{style}</style>",
+        "</head>",
+        "<body>",
+        *body,
+        '<div id="tip" role="status" aria-live="polite" hidden></div>',
+        f"<script>{script}</script>",
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _hash(text: str) -> str:
+    """The source expression of a policy that allows exactly this text."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
 
 TITLE_CHARS, PROMPT_CHARS = 90, 400
 INK = "var(--ink)"
@@ -141,3 +188,23 @@ def _number_table(fusion: FusionWeights) -> list[str]:
                 cells += f"<td>{float(fusion.divergence[row, layer]):.4g}</td>"
         lines.append(f'<tr><th scope="row">{layer}</th>{cells}</tr>')
     return [*lines, "</table></div></details>"]
+
+
+def answers_page(question: str, answers: Sequence[Answer], subject: str) -> str:
+    """The page: the question, and for each answer its text and the weights it was given under.
+
+    subject  names of bundle and base
+    """
+    fusions = [answer.fusion for answer in answers]
+    sections: list[str] = []
+    for answer in answers:
+        sections += [
+            "<section>",
+            f'<h2 dir="auto">{clean(answer.strategy)}</h2>',
+            f'<p class="answer" dir="auto">{clean(answer.text)}</p>',
+            *(weights_lines(answer.fusion, scale(fusions)) if answer.fusion.weights.any() else []),
+            "</section>",
+        ]
+    head = [f'<p class="answer" dir="auto">{clean(question)}</p>']
+    how = f"{len(answers)} strategies, {fusions[0].prompt_tokens} prompt tokens"
+    return page("qaflora compare", subject, head, how, fusions, sections)

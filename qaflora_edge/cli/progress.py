@@ -6,15 +6,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from qaflora_edge.cli.show import terminal_size
-
-Tell = Callable[[str, int, int], None]
+from qaflora_edge.progress import Tell, silent
 
 PATIENCE_SECONDS = 1.0  # what is quicker needs no word
 TURN_SECONDS = 0.25
@@ -30,7 +29,7 @@ def is_shown() -> bool:
 def progress_bars() -> Iterator[Tell]:
     """Give a function that draws a bar for each thing it is told of; off a terminal, nothing."""
     if not is_shown():
-        yield lambda what, done, total: None
+        yield silent
         return
     bars = _Bars()
     try:
@@ -69,7 +68,7 @@ def waiting(what: str) -> Iterator[Tell]:
     Gives a function that may be told what is done now, as on_progress of Engine.generate is.
     """
     if not is_shown():
-        yield lambda what, done, total: None
+        yield silent
         return
     line = _Line(what)
     thread = threading.Thread(target=line.run, daemon=True)

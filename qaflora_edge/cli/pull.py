@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import click
 
-from qaflora_edge.cli.options import completed_by, example
+from qaflora_edge.cli.options import command, completed_by
 from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.progress import TellCount
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora pull smollm2-135m-instruct
-        qaflora pull owner/my-bundle --with-base
-        qaflora pull owner/my-bundle@v1 --to my-bundle
-        """
-    )
+@command(
+    "qaflora pull smollm2-135m-instruct",
+    "qaflora pull owner/my-bundle --with-base",
+    "qaflora pull owner/my-bundle@v1 --to my-bundle",
 )
 @click.argument("ref", shell_complete=completed_by("complete_model"))
 @click.option(
@@ -59,7 +55,7 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     click.echo(str(path))
 
 
-def _fetch_base(folder: Path, progress: Callable[[int, int], None]) -> None:
+def _fetch_base(folder: Path, progress: TellCount) -> None:
     from qaflora_edge.bundles.open import read_bundle_text, recorded_base
     from qaflora_edge.bundles.source import fetch_base
     from qaflora_edge.errors import BundleError

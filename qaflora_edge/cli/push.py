@@ -8,17 +8,13 @@ from typing import Any
 
 import click
 
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import command
 from qaflora_edge.cli.progress import progress_bars
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora push my-bundle owner/my-bundle --private
-        qaflora push math.gguf owner/math-lora --message "Two more epochs"
-        """
-    )
+@command(
+    "qaflora push my-bundle owner/my-bundle --private",
+    'qaflora push math.gguf owner/math-lora --message "Two more epochs"',
 )
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")

@@ -6,12 +6,10 @@ import sys
 
 import click
 
-from qaflora_edge.cli.options import completed_by, example
+from qaflora_edge.cli.options import command, completed_by
 
 
-@click.command(
-    epilog=example("qaflora remove smollm2-135m-instruct\nqaflora remove owner/name --yes")
-)
+@command("qaflora remove smollm2-135m-instruct", "qaflora remove owner/name --yes")
 @click.argument("name", shell_complete=completed_by("complete_pulled"))
 @click.option("--yes", "-y", "is_sure", is_flag=True, help="Do not ask.")
 def remove(name: str, is_sure: bool) -> None:

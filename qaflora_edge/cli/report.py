@@ -7,35 +7,22 @@ from pathlib import Path
 
 import click
 
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import command, out_file
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora report results.jsonl
-        qaflora report results/*.jsonl --html report.html
-        qaflora report results/*.jsonl.gz --markdown report.md
-        """
-    )
+@command(
+    "qaflora report results.jsonl",
+    "qaflora report results/*.jsonl --html report.html",
+    "qaflora report results/*.jsonl.gz --markdown report.md",
 )
 @click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every number.")
 @click.option(
-    "--html",
-    "html",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a page that stands alone, with every item, to FILE.",
+    "--html", help="Write a page that stands alone, with every item, to FILE.", **out_file()
 )
-@click.option(
-    "--markdown",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the tables as Markdown to FILE.",
-)
+@click.option("--markdown", help="Write the tables as Markdown to FILE.", **out_file())
 @click.option(
     "--prose",
     metavar="FILE",

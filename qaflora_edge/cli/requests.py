@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO
 from qaflora_edge.cli.prompts import LINE_BYTES_MAX, read_lines
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import InputFileError, OptionError
-from qaflora_edge.formats.json_text import is_unicode, read_json_object
+from qaflora_edge.formats.json_text import read_unicode_object
 
 _KEYS = ("prompt", "messages", "id", "json_schema")
 _SHOWN_MAX = 80  # characters of a wrong value in a message
@@ -51,14 +50,11 @@ class Line:
         if self.data is None:
             raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
         try:
-            found = read_json_object(self.data)
+            return read_unicode_object(self.data)
         except UnicodeDecodeError as error:
             raise self._wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
         except ValueError as error:
             raise self._wrong(f"it is no JSON object ({error})") from error
-        if not is_unicode(json.dumps(found, ensure_ascii=False)):
-            raise self._wrong("it has half of a surrogate pair, which is no Unicode text")
-        return found
 
     def _wrong(self, found: str) -> InputFileError:
         return InputFileError(

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.answer import answer_dict, print_json, stream_answer, summary_line
+from qaflora_edge.cli.answers import answer_dict, print_json, stream_answer, summary_line
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     check_prompt,
-    example,
+    command,
     open_engine,
+    out_file,
     own_options,
     prompt_tokens,
     read_prompt,
@@ -32,16 +33,12 @@ ANSWERS_MAX = 100
 PROMPT_WORK = "Weighing the adapters and reading the prompt"
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora run models/demo "¿Cuál es la capital de Francia?"
-        qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json
-        qaflora run models/demo "Name a country." --json-schema country.json > answer.json
-        git diff | qaflora run models/demo "What does this change?"
-        qaflora run models/demo --prompts questions.jsonl -o answers.jsonl
-        """
-    )
+@command(
+    'qaflora run models/demo "¿Cuál es la capital de Francia?"',
+    'qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json',
+    'qaflora run models/demo "Name a country." --json-schema country.json > answer.json',
+    'git diff | qaflora run models/demo "What does this change?"',
+    "qaflora run models/demo --prompts questions.jsonl -o answers.jsonl",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("prompt", required=False)
@@ -62,9 +59,8 @@ PROMPT_WORK = "Weighing the adapters and reading the prompt"
 @click.option(
     "-o",
     "--out",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
     help="Write the answers to --prompts into FILE; run again, it goes on where it was.",
+    **out_file(),
 )
 @click.option(
     "--json",

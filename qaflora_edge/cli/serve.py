@@ -1,21 +1,26 @@
-"""qaflora serve"""
+"""qaflora serve, and `--print-systemd`: the same command as a unit of a user"""
 
 from __future__ import annotations
 
 import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
-    example,
+    command,
     own_options,
     shared_options,
 )
 from qaflora_edge.errors import OptionError
+from qaflora_edge.server.options import DRAIN_S
 
 if TYPE_CHECKING:
     from qaflora_edge.server.options import ServerOptions
@@ -23,14 +28,10 @@ if TYPE_CHECKING:
 KEY_RULE = "8 or more printable ASCII characters without spaces"
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora serve models/demo
-        qaflora serve models/demo models/other --parallel 8 --port 8000
-        QAFLORA_API_KEY=... qaflora serve models/demo --host 0.0.0.0
-        """
-    )
+@command(
+    "qaflora serve models/demo",
+    "qaflora serve models/demo models/other --parallel 8 --port 8000",
+    "QAFLORA_API_KEY=... qaflora serve models/demo --host 0.0.0.0",
 )
 @click.argument("bundles", nargs=-1, required=True, **BUNDLE)
 @click.option(
@@ -74,7 +75,7 @@ def serve(
         )
     _check_key(api_key)
     if print_systemd:
-        from qaflora_edge.cli.serve_unit import unit
+        from qaflora_edge.cli.serve import unit
 
         click.echo(unit([bundle_folder(bundle) for bundle in bundles], ctx))
         return
@@ -116,3 +117,75 @@ def _listen(bundles: tuple[str, ...], host: str, port: int, options: ServerOptio
             "those of the extra `server`; install them with: pip install 'qaflora-edge[server]'."
         ) from error
     run([bundle_folder(bundle) for bundle in bundles], host, port, options)
+
+
+ENV_FILE = "%h/.config/qaflora-edge/serve.env"
+# Options that the unit has in another place, or that are not for it.
+_LEFT_OUT = ("bundles", "print_systemd", "api_key")
+
+_UNIT = """\
+# Save it as ~/.config/systemd/user/qaflora.service, then:
+#   systemctl --user daemon-reload
+#   systemctl --user enable --now qaflora
+# An API key belongs into {env_file}, which only you may read, as QAFLORA_API_KEY=...
+# ({home} stands for your home.) `loginctl enable-linger` lets it run while you are not logged in.
+[Unit]
+Description=qaflora serve {names}
+After=network.target
+
+[Service]
+ExecStart={command}
+EnvironmentFile=-{env_file}
+Restart=on-failure
+RestartSec=5
+TimeoutStopSec={stop_s:.0f}
+MemoryMax=80%
+TasksMax=512
+LimitNOFILE=8192
+NoNewPrivileges=yes
+UMask=0077
+
+[Install]
+WantedBy=default.target"""
+
+
+def unit(folders: Sequence[Path], ctx: click.Context) -> str:
+    """The text of the unit.
+
+    folders  of the bundles
+    ctx      of the command, whose options of the command line are those of the unit
+    """
+    words = [sys.executable, "-m", "qaflora_edge", "serve"]
+    words += [str(folder.absolute()) for folder in folders]
+    return _UNIT.format(
+        command=" ".join(map(_quoted, [*words, *_options(ctx)])),
+        env_file=ENV_FILE,
+        home="%h",
+        names=", ".join(folder.name for folder in folders).replace("%", "%%"),
+        stop_s=DRAIN_S + 10,
+    )
+
+
+def _options(ctx: click.Context) -> list[str]:
+    """The options that were typed, as words."""
+    words = []
+    for param in ctx.command.params:
+        name = param.name or ""
+        is_typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if not isinstance(param, click.Option) or name in _LEFT_OUT or not is_typed:
+            continue
+        value = ctx.params[name]
+        if param.is_flag:
+            words.append((param.opts if value else param.secondary_opts)[0])
+            continue
+        for each in value if param.multiple else [value]:
+            words += [param.opts[0], str(each)]
+    return words
+
+
+def _quoted(word: str) -> str:
+    """A word as systemd.service(5) reads it."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    escaped = escaped.replace("%", "%%").replace("$", "$$")
+    is_plain = word and all(character.isalnum() or character in "-_./:=,@+" for character in word)
+    return escaped if is_plain else f'"{escaped}"'

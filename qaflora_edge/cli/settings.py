@@ -6,10 +6,10 @@ import json
 
 import click
 
-from qaflora_edge.cli.options import example
+from qaflora_edge.cli.options import command
 
 
-@click.command(epilog=example("qaflora settings\nQAFLORA_THREADS=2 qaflora settings --json"))
+@command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, setting by setting.")
 def settings(as_json: bool) -> None:
     """Show what is set by environment and settings file.

@@ -17,8 +17,9 @@ from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
-    example,
+    command,
     open_engine,
+    out_file,
     prompt_tokens,
     read_prompt,
     shared_options,
@@ -31,24 +32,13 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.weighing.numbers import FusionWeights
 
-PLOT_SUFFIXES = (".png", ".html", ".svg")
 CSV_HEAD = ("prompt", "layer", "adapter", "weight", "divergence")
 
 
-def _check_plot(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and value.suffix.lower() not in PLOT_SUFFIXES:
-        raise click.BadParameter(f"{str(value)!r} does not end in {', '.join(PLOT_SUFFIXES)}.")
-    return value
-
-
-@click.command(
-    epilog=example(
-        """
-        qaflora weights models/demo "Cuatro cajas tienen 12 huevos cada una. ¿Cuántos hay?"
-        qaflora weights models/demo --prompts prompts.txt --plot weights.html
-        qaflora weights models/demo - --csv < question.txt > weights.csv
-        """
-    )
+@command(
+    'qaflora weights models/demo "Cuatro cajas tienen 12 huevos cada una. ¿Cuántos hay?"',
+    "qaflora weights models/demo --prompts prompts.txt --plot weights.html",
+    "qaflora weights models/demo - --csv < question.txt > weights.csv",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("prompt", required=False)
@@ -67,11 +57,9 @@ def _check_plot(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @click.option(
     "--plot",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    callback=_check_plot,
     help="Draw the weights, a panel per prompt, to FILE.png, FILE.svg (both need matplotlib) or a "
     "FILE.html that stands alone.",
+    **out_file(".png", ".html", ".svg"),
 )
 @click.option(
     "--dpi",

@@ -5,7 +5,7 @@ one encoded tensor in memory at a time.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from qaflora_edge.convert.encode import (
 from qaflora_edge.convert.plan import Planned, plan_modules
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError
-from qaflora_edge.files import atomic_path, is_disk_full, readable
+from qaflora_edge.files import AnyPath, atomic_path, is_disk_full, readable
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.formats.hub_ref import is_repo
 from qaflora_edge.peft.folder import read_peft
-
-Progress = Callable[[int, int], None]  # steps done, steps in all: modules written and verified
+from qaflora_edge.progress import TellBytes, TellCount
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,14 @@ class ConvertedAdapter:
 
 
 def convert_adapter(
-    peft_dir: str | os.PathLike[str],
-    base_gguf: str | os.PathLike[str],
-    out_path: str | os.PathLike[str],
+    peft_dir: AnyPath,
+    base_gguf: AnyPath,
+    out_path: AnyPath,
     *,
     outtype: str = "f16",
     verify: bool = False,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: TellCount | None = None,
 ) -> ConvertedAdapter:
     """Convert a PEFT folder for a base; the file is written whole or not at all.
 
@@ -135,7 +134,7 @@ def _write(
     alpha: float,
     modules: Sequence[Planned],
     wanted: GGMLQuantizationType,
-    tell: Callable[[int], None],
+    tell: TellBytes,
 ) -> None:
     """Write the file with one encoded tensor in memory at a time."""
     writer = gguf.GGUFWriter(path, architecture)

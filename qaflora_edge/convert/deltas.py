@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.convert.experts import SingleExperts, StackedExperts
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.convert.source_order import Index, expert_rows, source_columns, source_rows
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.formats.gguf_header import GgufHeader, read_value_block
-from qaflora_edge.formats.safetensors_file import F32, StoredTensor
+from qaflora_edge.formats.safetensors_file import StoredTensor
 from qaflora_edge.peft.module import PeftModule
-
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

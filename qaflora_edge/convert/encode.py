@@ -13,10 +13,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.convert.experts import PlannedExperts
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.errors import UnsupportedAdapterError
-from qaflora_edge.formats.safetensors_file import F32, PIECE_VALUES
+from qaflora_edge.formats.safetensors_file import PIECE_VALUES
 
 OUTTYPES = {
     "f32": GGMLQuantizationType.F32,

@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from qaflora_edge.convert.architectures import MIXTURES
-from qaflora_edge.convert.experts import PlannedExperts, SingleExperts, StackedExperts
-from qaflora_edge.convert.layouts import Index
-from qaflora_edge.convert.scale import scale_factor
+from qaflora_edge.convert.experts import PlannedExperts, SingleExperts, StackedExperts, scale_factor
+from qaflora_edge.convert.layouts import MIXTURES, Index
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.formats.arch_facts import ARCH_FACTS
 from qaflora_edge.formats.gguf_header import GgufHeader

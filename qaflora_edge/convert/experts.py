@@ -3,15 +3,16 @@
 No I/O but reading values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
-from qaflora_edge.formats.bypassed import module_kind
-from qaflora_edge.formats.safetensors_file import F32
+from qaflora_edge.formats.arch_facts import module_kind
 from qaflora_edge.peft.module import PeftModule
 
 
@@ -114,3 +115,19 @@ class StackedExperts(Target):
 
 
 PlannedExperts = SingleExperts | StackedExperts
+
+
+def common_alpha(modules: Sequence[PeftModule]) -> float:
+    """Choose the alpha under which most modules need no change; a float32 value.
+
+    A GGUF holds one alpha, and the runtime's scale is alpha / rank of the tensor.
+    """
+    counts = Counter(float(np.float32(module.scale * module.rank)) for module in modules)
+    return max(counts, key=lambda alpha: (counts[alpha], alpha))
+
+
+def scale_factor(scale: float, rank: int, alpha: float) -> float:
+    """Give what B is multiplied by so that alpha / rank gives `scale`; exactly 1 if it does."""
+    if float(np.float32(scale * rank)) == alpha:
+        return 1.0
+    return scale * rank / alpha

@@ -1,4 +1,6 @@
-"""How the rows and columns of a family's linear layers lie in a GGUF. No I/O.
+"""How the rows and columns of a family's linear layers lie in a GGUF, and why others are refused.
+
+No I/O.
 
 llama.cpp's converter turns the weights of some families: rows of q and k into the order of ggml's
 rope, fused projections apart. An adapter's B must be turned alike, and its A where columns are.
@@ -6,12 +8,14 @@ Here is what was read in llama.cpp 0c1e5709, conversion/*.py (every `modify_tens
 compared with it by the tests.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qaflora_edge.formats import arch_facts
+from qaflora_edge.formats.arch_facts import ARCH_FACTS, ArchFacts
 from qaflora_edge.formats.gguf_header import GgufHeader
 
 Index = NDArray[np.int64]
@@ -210,3 +214,24 @@ def _in_halves(n_row: int) -> Index:
     if n_row % 2:
         raise LayoutError(f"{n_row} rows, which two tensors cannot share")
     return np.arange(n_row).reshape(2, -1)
+
+
+def _layout(facts: ArchFacts) -> Layout:
+    if isinstance(facts.layout, str):
+        found: Layout = globals()[facts.layout]
+        return found
+    return halves(**facts.layout)
+
+
+# general.architecture -> how its modules lie
+ARCHITECTURES: Mapping[str, Layout] = {
+    name: _layout(facts) for name, facts in ARCH_FACTS.items() if facts.layout
+}
+# Those whose experts may be adapted: in HF and in a GGUF alike, each has gate, up and down.
+MIXTURES = tuple(name for name, facts in ARCH_FACTS.items() if facts.experts)
+# Why adapters are refused -> for which architectures
+REASONS: Mapping[str, tuple[str, ...]] = {
+    why: tuple(name for name, facts in ARCH_FACTS.items() if facts.refused == key)
+    for key, why in arch_facts.REASONS.items()
+}
+REFUSED: Mapping[str, str] = {name: why for why, names in REASONS.items() for name in names}

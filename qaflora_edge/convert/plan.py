@@ -5,14 +5,11 @@ from dataclasses import dataclass
 
 import gguf
 
-from qaflora_edge.convert.architectures import ARCHITECTURES, REFUSED
 from qaflora_edge.convert.expert_plan import is_of_experts, plan_experts
-from qaflora_edge.convert.experts import PlannedExperts, Target
-from qaflora_edge.convert.layouts import Index, Layout, LayoutError, Part
-from qaflora_edge.convert.scale import common_alpha, scale_factor
+from qaflora_edge.convert.experts import PlannedExperts, Target, common_alpha, scale_factor
+from qaflora_edge.convert.layouts import ARCHITECTURES, REFUSED, Index, Layout, LayoutError, Part
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
-from qaflora_edge.formats.arch_facts import ARCH_FACTS
-from qaflora_edge.formats.bypassed import is_bypassed
+from qaflora_edge.formats.arch_facts import ARCH_FACTS, is_bypassed
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
 

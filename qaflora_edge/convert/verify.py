@@ -5,22 +5,21 @@ file as a runtime reads it, and compared entry by entry. How rows were reordered
 more (`source_order`), and not taken from the code that reordered them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F64
 from qaflora_edge.convert.deltas import Delta, source_deltas, stored_deltas
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf
 from qaflora_edge.formats.file_parts import parts
 from qaflora_edge.formats.gguf_header import GgufHeader
-
-F64 = NDArray[np.float64]
+from qaflora_edge.progress import TellBytes
 
 TILE_ROWS, TILE_COLUMNS = 128, 128  # of a delta that are in memory; whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
@@ -58,7 +57,7 @@ def verify_conversion(
     path: Path,
     header: GgufHeader,
     modules: Sequence[Planned],
-    progress: Callable[[int], None] | None = None,
+    progress: TellBytes | None = None,
 ) -> tuple[ModuleCheck, ...]:
     """Compare the file of a conversion with its source, module by module.
 

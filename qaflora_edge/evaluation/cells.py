@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Results
 
-F64 = NDArray[np.float64]
 Row = Mapping[str, Any]
 
 POINTS, NATS = "points", "nats a token"

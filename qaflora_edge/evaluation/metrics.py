@@ -1,17 +1,17 @@
-"""How answers are scored: 1 or 0, or nats a token."""
+"""How answers are scored: 1 or 0, or nats a token; the code of an answer as a program."""
 
 from __future__ import annotations
 
+import re
+import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.evaluation.last_number import as_number, is_number
-
-F32 = NDArray[np.float32]
 
 
 def answer_score(metric: str, answer: str, expected: Any) -> float:
@@ -74,3 +74,71 @@ def _is_best(values: Sequence[float], index: int) -> float:
 def loss(log_probs: F32) -> float:
     """Nats a token of a continuation whose tokens' log-probabilities are float32 [n_token]."""
     return -float(log_probs.mean(dtype=np.float64))
+
+
+# A block between fences; one that is not closed goes to the end.
+_FENCED = re.compile(
+    r"^[ \t]*(?P<fence>```+|~~~+)[^\n]*\n(?P<code>.*?)(^[ \t]*(?P=fence)|\Z)", re.S | re.M
+)
+_CODE_LINE = re.compile(r"^(from \w|import \w|def |async def |class |@)", re.M)
+_SHORTENED_MAX = 40  # lines that may be left out at the end of an answer
+
+
+def programs(answer: str, fields: Mapping[str, Any]) -> list[str]:
+    """Readings of an answer as a program with its test, the likeliest first.
+
+    fields  of the item: `test`; `entry_point` and `prompt` where it has them. An answer that does
+            not define the entry point is taken for the body of the prompt's function.
+    """
+    entry, header = str(fields.get("entry_point", "")), str(fields.get("prompt", ""))
+    test = f"\n\n{fields['test']}\n"
+    if entry and re.search(r"^def check\(", fields["test"], re.M):
+        test += f"\ncheck({entry})\n"
+    code = _code(answer, entry)
+    if not entry or not header or _defines(code, entry):
+        start = _before(header, entry)
+        return [f"{start}{each}{test}" for each in _whole(code)]
+    return [f"{header.rstrip()}\n{each}{test}" for each in _bodies(code)]
+
+
+def _code(answer: str, entry: str) -> str:
+    """The block that defines the entry point, else the first block, else all of it."""
+    blocks = [match["code"] for match in _FENCED.finditer(answer)]
+    if not blocks:
+        return answer
+    return next((block for block in blocks if _defines(block, entry)), blocks[0])
+
+
+def _defines(code: str, entry: str) -> bool:
+    return bool(entry) and re.search(rf"^[ \t]*(async )?def {entry}\b", code, re.M) is not None
+
+
+def _before(header: str, entry: str) -> str:
+    """What a prompt has before its function, such as imports."""
+    if not entry:
+        return ""
+    found = re.search(rf"^(async )?def {entry}\b", header, re.M)
+    return header[: found.start()] if found else ""
+
+
+def _whole(code: str) -> Iterator[str]:
+    """The code; then without words before it; then without lines at its end."""
+    code = textwrap.dedent(code)
+    yield code
+    found = _CODE_LINE.search(code)
+    lines = code[found.start() if found else 0 :].rstrip().split("\n")
+    for n in range(min(_SHORTENED_MAX, len(lines))):
+        yield "\n".join(lines[: len(lines) - n])
+
+
+def _bodies(code: str) -> Iterator[str]:
+    """The lines of a function's body, which may have lost their indentation."""
+    lines = code.strip("\n").split("\n")
+    if lines[0][:1].isspace():
+        n = next((i for i, line in enumerate(lines) if line and not line[0].isspace()), len(lines))
+        yield "\n".join(lines[:n])
+        for i in range(n - 1, max(0, n - _SHORTENED_MAX), -1):
+            yield "\n".join(lines[:i])
+    else:
+        yield "\n".join(["    " + lines[0], *lines[1:]])
+        yield textwrap.indent("\n".join(lines), "    ")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qaflora_edge.evaluation.cells import F64, Cell
+from qaflora_edge.arrays import F64
+from qaflora_edge.evaluation.cells import Cell
 
 ROLES = ("domain", "language")
 

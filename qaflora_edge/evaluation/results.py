@@ -20,8 +20,13 @@ from typing import Any, BinaryIO
 
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.files import open_input
-from qaflora_edge.formats.json_text import is_unicode, read_json_object
-from qaflora_edge.formats.schema import WrongField, check_schema, shortened, shown
+from qaflora_edge.formats.json_text import (
+    WrongField,
+    check_schema,
+    read_unicode_object,
+    shortened,
+    shown,
+)
 from qaflora_edge.line_file import LineFile
 
 MAX_LINE_BYTES = 4 << 20
@@ -180,9 +185,7 @@ def _read(
 
 def _parsed(line: bytes, where: str, number: int) -> dict[str, Any]:
     try:
-        found = read_json_object(line)
-        if b"\\u" in line and not is_unicode(json.dumps(found, ensure_ascii=False)):
-            raise ValueError("it has half of a surrogate pair")
+        found = read_unicode_object(line)
         check_schema(found, "results_header" if number == 1 else "results_item")
     except WrongField as error:
         raise ResultsFileError(f"Cannot use {where}, line {number}: {error}. {_ADVICE}") from error

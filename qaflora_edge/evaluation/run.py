@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import CancelledError, PromptError
-from qaflora_edge.evaluation.code_answer import programs
-from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss
-from qaflora_edge.evaluation.prompt import task_prompt
+from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
+from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss, programs
 from qaflora_edge.evaluation.results import ResultsFile
 from qaflora_edge.evaluation.sandbox import run_program
 from qaflora_edge.evaluation.tasks import Item, Task
@@ -295,3 +293,21 @@ class Evaluation:
         if self._asking.has_layers:
             record["layers"] = np.round(weights, _DIGITS).tolist()
         return record
+
+
+def task_prompt(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> list[int]:
+    """Token ids of what an item asks: in chat form where there is a template, or as it is.
+
+    raw_prompt  no chat template, whatever the task says
+
+    Raises PromptError for one that is too long, ChatTemplateError for a conversation without a
+    template.
+    """
+    if not (raw_prompt or task.raw_prompt) and engine.has_chat_template:
+        return engine.chat_tokens(task.messages(item))
+    if "messages" in item.fields or task.system is not None:
+        raise ChatTemplateError(
+            f"Cannot ask {item.where}: messages and system need a chat template, and there is "
+            "none, or raw_prompt leaves it out. Write the prompt as one text."
+        )
+    return engine.tokenize(task.question(item))

@@ -10,11 +10,9 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F64
 from qaflora_edge.errors import OptionError
-
-F64 = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 N_RESAMPLE, SEED = 9999, 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from qaflora_edge.errors import TaskFileError
 from qaflora_edge.evaluation.last_number import as_number
-from qaflora_edge.formats.schema import shortened, shown
+from qaflora_edge.formats.json_text import shortened, shown
 
 CHOICES_MAX = len(string.ascii_uppercase)
 ADVICE = "Correct the file; docs/evaluate.md says what it may have."

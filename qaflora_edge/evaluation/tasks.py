@@ -9,8 +9,8 @@ Files may come from anywhere: every line is checked before anything is asked.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import json
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +28,14 @@ from qaflora_edge.evaluation.task_checks import (
     filled,
     wrong,
 )
-from qaflora_edge.files import open_input
-from qaflora_edge.formats.json_text import is_unicode, read_json_object
-from qaflora_edge.formats.schema import WrongField, check_schema, shortened, shown
+from qaflora_edge.files import read_input
+from qaflora_edge.formats.json_text import (
+    WrongField,
+    check_schema,
+    read_unicode_object,
+    shortened,
+    shown,
+)
 
 MAX_TASK_BYTES = 64 << 20
 MAX_ITEMS = 100_000
@@ -158,16 +163,14 @@ def read_task(path: str | Path) -> Task:
 
 def _read(path: str | Path) -> bytes:
     try:
-        with open_input(path) as file:
-            data = file.read(MAX_TASK_BYTES + 1)
+        return read_input(path, MAX_TASK_BYTES).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise TaskFileError(
             f"Cannot read the task {path}: {error.strerror or error}. Give a file of JSON lines, "
             "as docs/evaluate.md says."
         ) from error
-    if len(data) > MAX_TASK_BYTES:
-        raise wrong(str(path), "it is longer", f"at most {MAX_TASK_BYTES >> 20} MiB")
-    return data.removeprefix(b"\xef\xbb\xbf")
+    except ValueError as error:
+        raise wrong(str(path), str(error), "no more") from error
 
 
 def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -177,12 +180,9 @@ def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         where = f"{path}, line {number}"
         try:
-            found = read_json_object(line)
+            yield number, read_unicode_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
             raise wrong(where, f"it is no JSON object ({error})", "one") from error
-        if b"\\u" in line and not is_unicode(json.dumps(found, ensure_ascii=False)):
-            raise wrong(where, "it has half of a surrogate pair", "Unicode text")
-        yield number, found
 
 
 def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:

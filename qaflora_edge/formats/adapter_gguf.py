@@ -5,7 +5,6 @@ without a word; so everything is checked here before a library sees the file.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import (
     AdapterMismatchError,
     GgufFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.formats.bypassed import is_bypassed, module_kind
+from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.arch_facts import is_bypassed, module_kind
 from qaflora_edge.formats.file_parts import parts
 from qaflora_edge.formats.gguf_header import (
     GgufHeader,
@@ -31,8 +31,6 @@ from qaflora_edge.formats.gguf_header import (
 )
 from qaflora_edge.formats.gguf_parse import Double, TensorInfo, brief
 from qaflora_edge.formats.hub_ref import from_address, is_repo
-
-F32 = NDArray[np.float32]
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -86,7 +84,7 @@ def is_experts(base_name: str) -> bool:
     return _EXPERTS.fullmatch(base_name) is not None
 
 
-def read_adapter_gguf(path: str | os.PathLike[str]) -> AdapterInfo:
+def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
     """Read an adapter GGUF and check that it is whole in itself.
 
     Raises InputFileError or GgufFileError when the file is damaged or no adapter,

@@ -5,6 +5,7 @@ src/llama-arch.cpp. The tests read it again, and compare the file with docs/conv
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,3 +49,22 @@ REASONS: Mapping[str, str] = _DATA["reasons"]  # key -> why, in words
 ARCH_FACTS: Mapping[str, ArchFacts] = {
     name: ArchFacts(**facts) for name, facts in _DATA["architectures"].items()
 }
+
+
+_NOT_MULTIPLIED = re.compile(r"(conv|conv1d|_norm|rel_b)$|_embd$|^rope_freqs$|^token_types$")
+
+
+def module_kind(base_name: str) -> str:
+    """Give attn_q of blk.3.attn_q.weight, and output of output.weight."""
+    return re.sub(r"^blk\.\d+\.", "", base_name).removesuffix(".weight")
+
+
+def is_bypassed(architecture: str, base_name: str) -> bool:
+    """Tell whether llama.cpp would load a LoRA on a tensor of a base without a word and ignore it.
+
+    base_name  such as blk.0.attn_q_a.weight
+    """
+    kind = module_kind(base_name)
+    if architecture in ARCH_FACTS and kind in ARCH_FACTS[architecture].bypassed:
+        return True
+    return base_name != "token_embd.weight" and _NOT_MULTIPLIED.search(kind) is not None

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import BundleError, StrategyError, WeightsError
 from qaflora_edge.files import unsafe_reason
-from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.formats.schema import WrongField, check_schema, shortened, shown
-from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.formats.json_text import (
+    WrongField,
+    check_schema,
+    read_json_object,
+    shortened,
+    shown,
+)
 from qaflora_edge.weighing.centroid import parse_centroid
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.typical import LAYERS
-
-F32 = NDArray[np.float32]
+from qaflora_edge.weighing.weigher import Known
 
 FORMAT = "qaflora-bundle/1"
 BUNDLE_FILE = "bundle.json"
@@ -76,9 +77,7 @@ class AdapterRecord:
 class BundleText:
     """What bundle.json says.
 
-    fusion   strategy, lens and pool that an Engine takes by default
-    typical  adapter -> what is typical of it, by weighing.typical.KEYS
-    centroids  adapter -> float32 [n_embd], mean embedding of its sample texts
+    known    what an Engine takes by default, and what was measured
     fits     name -> what was fitted to examples: weights, and on what evidence
     system   what conversations begin with, or empty
     raw      the whole object, unknown keys included
@@ -89,17 +88,10 @@ class BundleText:
     license: str
     base: BaseRecord
     adapters: tuple[AdapterRecord, ...]
-    fusion: Mapping[str, str]
-    typical: Mapping[str, Mapping[str, Any]]
-    centroids: Mapping[str, F32]
+    known: Known
     fits: Mapping[str, Mapping[str, Any]]
     system: str
     raw: Mapping[str, Any]
-
-    @property
-    def fitted(self) -> dict[str, Mapping[str, float]]:
-        """Name -> adapter -> weight."""
-        return {name: record["weights"] for name, record in self.fits.items()}
 
     @property
     def evidence(self) -> str:
@@ -147,33 +139,34 @@ def packed_files(text: BundleText) -> tuple[str, ...]:
 
 def _bundle_text(raw: Mapping[str, Any]) -> BundleText:
     """The text of a document that the schema allows, with the rules between its fields checked."""
-    fusion = {
-        "strategy": fuse.DEFAULT_STRATEGY,
-        "lens": fuse.DEFAULT_LENS,
-        "pool": fuse.DEFAULT_POOL,
-        **raw.get("fusion", {}),
-    }
+    fusion = raw.get("fusion", {})
+    chosen = Known().under(**{key: fusion.get(key) for key in ("strategy", "lens", "pool")})
     adapters = tuple(_record(AdapterRecord, adapter) for adapter in raw["adapters"])
     names = [adapter.name for adapter in adapters]
     _check_names(names)
     try:
-        parse_strategy(fusion["strategy"], names)
+        parse_strategy(chosen.strategy, names)
     except (StrategyError, WeightsError) as error:  # the field is a fact of this file
         expected = f"a strategy for these adapters ({error})"
-        raise WrongField("fusion.strategy", shown(fusion["strategy"]), expected) from error
+        raise WrongField("fusion.strategy", shown(chosen.strategy), expected) from error
     base = _record(BaseRecord, raw["base"])
     typical = fusion.get("typical", {})
     _check_typical(typical, names, base.n_layer)
+    fits = _fits(fusion.get("fitted", {}), names)
+    known = replace(
+        chosen,
+        typical=typical,
+        centroids=_centroids(fusion.get("samples", {}), names, base.n_embd),
+        fitted={name: record["weights"] for name, record in fits.items()},
+    )
     return BundleText(
         name=raw.get("name", ""),
         description=raw.get("description", ""),
         license=raw.get("license", ""),
         base=base,
         adapters=adapters,
-        fusion={key: fusion[key] for key in ("strategy", "lens", "pool")},
-        typical=typical,
-        centroids=_centroids(fusion.get("samples", {}), names, base.n_embd),
-        fits=_fits(fusion.get("fitted", {}), names),
+        known=known,
+        fits=fits,
         system=raw.get("system", ""),
         raw=raw,
     )

@@ -18,13 +18,13 @@ from pathlib import Path
 from qaflora_edge.errors import ChecksumError, QafloraError
 from qaflora_edge.files import (
     LFS_ADVICE,
-    Progress,
     cache_dir,
     is_lfs_pointer,
-    open_input,
+    read_input,
     sha256_file,
     write_text_atomic,
 )
+from qaflora_edge.progress import TellBytes
 
 MEMORY_FILE = "checked.json"
 MAX_MEMORY_BYTES = 4 << 20
@@ -44,7 +44,7 @@ def check_file(
     recorded_in: str,
     advice: str,
     always_hash: bool = False,
-    progress: Progress | None = None,
+    progress: TellBytes | None = None,
 ) -> FileState:
     """Compare a file with its record; give the state that was compared.
 
@@ -87,7 +87,7 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
             raise _changed(path)
 
 
-def hash_file(path: Path, progress: Progress | None = None) -> str:
+def hash_file(path: Path, progress: TellBytes | None = None) -> str:
     """Hash a file and note the hash, so that the next load need not compute it.
 
     Raises ChecksumError when the file changes meanwhile, InputFileError when it cannot be read.
@@ -128,9 +128,7 @@ def file_state(path: Path) -> FileState | None:
 def _read_memory() -> dict[str, list[object]]:
     path = cache_dir() / MEMORY_FILE
     try:
-        with open_input(path) as file:
-            data = file.read(MAX_MEMORY_BYTES + 1)
-        memory = json.loads(data) if len(data) <= MAX_MEMORY_BYTES else {}
+        memory = json.loads(read_input(path, MAX_MEMORY_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return memory if isinstance(memory, dict) else {}

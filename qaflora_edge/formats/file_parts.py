@@ -1,9 +1,8 @@
 """Parts of a table: how it is cut, and reading one out of a file and nothing else of it."""
 
-import os
 from collections.abc import Iterator
 
-from qaflora_edge.files import open_input
+from qaflora_edge.files import AnyPath, open_input
 
 
 def parts(n: int, n_part: int) -> Iterator[range]:
@@ -12,9 +11,7 @@ def parts(n: int, n_part: int) -> Iterator[range]:
         yield range(begin, min(begin + n_part, n))
 
 
-def read_columns(
-    path: str | os.PathLike[str], offset: int, row_bytes: int, rows: range, columns: range
-) -> bytes:
+def read_columns(path: AnyPath, offset: int, row_bytes: int, rows: range, columns: range) -> bytes:
     """Read a part of a table of bytes: the same bytes out of each of neighbouring rows.
 
     offset   of the table in the file

@@ -4,6 +4,8 @@ Ours because gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts w
 itself. Here vocabularies are stepped over, and every count, length and offset is checked first.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import struct
@@ -16,8 +18,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.files import open_input
+from qaflora_edge.files import AnyPath, open_input
 from qaflora_edge.formats.file_parts import read_columns
 from qaflora_edge.formats.gguf_parse import (
     U64,
@@ -27,8 +30,6 @@ from qaflora_edge.formats.gguf_parse import (
     TensorInfo,
     brief,
 )
-
-F32 = NDArray[np.float32]
 
 MAX_LAYERS = 1024  # twice llama.cpp's own limit
 MAX_COUNT = 1 << 24  # of other dimensions
@@ -110,7 +111,7 @@ class GgufHeader:
         )
 
 
-def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
+def read_gguf_header(path: AnyPath) -> GgufHeader:
     """Read and check the header of a GGUF file.
 
     Raises InputFileError when the file cannot be opened, GgufFileError when it is truncated,
@@ -237,3 +238,22 @@ def _to_float32(path: Path, info: TensorInfo, rows: NDArray[np.uint8]) -> F32:
             "be turned into floats here. Use a file of another quantisation."
         ) from error
     return values
+
+
+_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # of a value
+
+
+def kv_bytes(header: GgufHeader, kv_type: str) -> float:
+    """Bytes that a token takes."""
+    return _BYTES[kv_type] * n_kv_value(header)
+
+
+def n_kv_value(header: GgufHeader) -> int:
+    """Values that the KV cache holds for a token, by the rows of the weights that make them."""
+    n = 0
+    for name, info in header.tensors.items():
+        if name.endswith((".attn_k.weight", ".attn_v.weight")):
+            n += info.shape[0]
+        elif name.endswith(".attn_qkv.weight"):
+            n += max(0, info.shape[0] - header.n_embd)
+    return n

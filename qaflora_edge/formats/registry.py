@@ -6,13 +6,12 @@ it says.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import RegistryError
-from qaflora_edge.files import cache_dir, package_data
+from qaflora_edge.files import AnyPath, cache_dir, package_data
 
 REGISTRY_FORMAT = "qaflora-registry/1"
 
@@ -64,7 +63,7 @@ class Model:
     note: str = ""
 
 
-def load_registry(path: str | os.PathLike[str] | None = None) -> dict[str, Model]:
+def load_registry(path: AnyPath | None = None) -> dict[str, Model]:
     """Read the registry, the shipped one unless another is named: name -> model.
 
     Raises RegistryError when it cannot be read or an entry is wrong.

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer, open_input
+from qaflora_edge.files import LFS_ADVICE, AnyPath, is_lfs_pointer, open_input
 from qaflora_edge.formats.file_parts import parts, read_columns
 from qaflora_edge.formats.json_text import read_json_object
 
@@ -33,8 +33,6 @@ DTYPE_BYTES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
 }
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-
-F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _to_float32(raw: bytes, dtype: str) -> F32:
     return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file; values are read later, one by one.
 
     Raises InputFileError when it cannot be opened, SafetensorsFileError when it is not sound.

@@ -18,13 +18,17 @@ from typing import Any
 from urllib.parse import unquote
 
 from qaflora_edge.errors import GrammarError
-from qaflora_edge.grammar.bounds import (
+from qaflora_edge.grammar.json_values import (
+    are_apart,
     are_few_multiples,
+    can_end,
     checked_bounds,
+    checked_constant,
     checked_multiple,
+    checked_text,
+    is_of,
+    short,
 )
-from qaflora_edge.grammar.constants import checked_constant, checked_text, short
-from qaflora_edge.grammar.json_values import are_apart, can_end, is_of
 from qaflora_edge.grammar.pattern import read_pattern
 
 MAX_DEPTH = 64  # more of them in each other, or on a way of $ref, overflow llguidance's stack

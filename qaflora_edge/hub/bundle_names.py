@@ -45,20 +45,9 @@ def named_bundles() -> dict[str, Path]:
 
 def pulled_bundles() -> dict[str, Path]:
     """owner/name -> folder of every bundle that `qaflora pull` has fetched whole."""
-    from qaflora_edge.errors import RegistryError
-    from qaflora_edge.formats.hub_ref import parse_hub_ref
-    from qaflora_edge.hub import cache as hub_cache
+    from qaflora_edge.hub.cache import pulled
 
-    found = {}
-    for cached in sorted(hub_cache.hub_cache_dir().glob("models--*--*")):
-        name = cached.name.removeprefix("models--").replace("--", "/")
-        try:
-            snapshot = hub_cache.cached_snapshot(parse_hub_ref(name))
-        except RegistryError:
-            continue
-        if snapshot is not None and is_bundle(snapshot) and hub_cache.pulled_path(name):
-            found[name] = snapshot
-    return found
+    return {name: path for _, name, path in pulled() if is_bundle(path)}
 
 
 def adapter_names(folder: Path) -> list[str]:

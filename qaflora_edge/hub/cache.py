@@ -8,12 +8,14 @@ The environment variables HF_HOME and HF_HUB_CACHE move it, as for every tool th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from qaflora_edge.errors import BundleError, RegistryError
-from qaflora_edge.files import open_input
+from qaflora_edge.files import read_input
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
@@ -79,6 +81,15 @@ def pulled_path(text: str) -> Path | None:
     return files[0] if len(files) == 1 and os.path.isfile(files[0]) else None
 
 
+def pulled() -> Iterator[tuple[Path, str, Path]]:
+    """Every repository that is here whole: its folder, owner/name, and `pulled_path` of that."""
+    for folder in sorted(hub_cache_dir().glob("models--*--*")):
+        name = folder.name.removeprefix("models--").replace("--", "/")
+        with contextlib.suppress(RegistryError):
+            if path := pulled_path(name):
+                yield folder, name, path
+
+
 def cached_ref(path: Path) -> HubRef | None:
     """The pinned reference of what lies in the Hub's cache, as `hf download` prints its path.
 
@@ -100,9 +111,8 @@ def cached_ref(path: Path) -> HubRef | None:
 
 def _is_whole_bundle(snapshot: Path) -> bool:
     try:
-        with open_input(snapshot / BUNDLE_FILE) as file:
-            text = parse_bundle(file.read(MAX_BUNDLE_BYTES + 1), BUNDLE_FILE)
-    except (OSError, BundleError):
+        text = parse_bundle(read_input(snapshot / BUNDLE_FILE, MAX_BUNDLE_BYTES), BUNDLE_FILE)
+    except (OSError, ValueError, BundleError):
         return False
     return all(os.path.isfile(snapshot / name) for name in packed_files(text))
 
@@ -111,8 +121,8 @@ def _is_whole_peft(snapshot: Path) -> bool:
     if any(os.path.isfile(snapshot / name) for name in (WEIGHTS_FILE, mlx.WEIGHTS_FILE)):
         return True
     try:
-        with open_input(snapshot / INDEX_FILE) as file:
-            shards = read_json_object(file.read(MAX_INDEX_BYTES)).get("weight_map")
+        index = read_json_object(read_input(snapshot / INDEX_FILE, MAX_INDEX_BYTES))
+        shards = index.get("weight_map")
     except (OSError, ValueError):
         return False
     return isinstance(shards, dict) and all(

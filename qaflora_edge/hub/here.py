@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import (
-    BundleError,
-    InputFileError,
-    OutputFileError,
-    QafloraError,
-    RegistryError,
-)
+from qaflora_edge.errors import BundleError, InputFileError, OutputFileError, QafloraError
 from qaflora_edge.formats.registry import load_registry, local_path
 from qaflora_edge.hub.bundle_names import bundles_in, is_bundle, named_bundles
-from qaflora_edge.hub.cache import hub_cache_dir, pulled_path
+from qaflora_edge.hub.cache import pulled
 
 
 @dataclass(frozen=True)
@@ -78,23 +72,12 @@ def all_here() -> list[Here]:
     """Bundles of the working folder, of the setting `bundles` and of the Hub; then bases."""
     bundles = {str(path): Path(path) for path in bundles_in(Path())} | named_bundles()
     found = [Here("bundle", name, path.absolute()) for name, path in bundles.items()]
-    pulled = list(_pulled())
-    found += [here for here in pulled if here.kind == "bundle"]
+    others = [Here(_kind(path), name, path, folder) for folder, name, path in pulled()]
+    found += [here for here in others if here.kind == "bundle"]
     for model in load_registry().values():
         if path := local_path(model):
             found.append(Here("base", model.name, path, path))
-    return found + [here for here in pulled if here.kind != "bundle"]
-
-
-def _pulled() -> Iterator[Here]:
-    for folder in sorted(hub_cache_dir().glob("models--*--*")):
-        name = folder.name.removeprefix("models--").replace("--", "/")
-        try:
-            path = pulled_path(name)
-        except RegistryError:
-            continue
-        if path is not None:
-            yield Here(_kind(path), name, path, folder)
+    return found + [here for here in others if here.kind != "bundle"]
 
 
 def _kind(path: Path) -> str:

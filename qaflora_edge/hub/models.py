@@ -1,24 +1,21 @@
 """Fetch a model of the registry into the cache, or a folder: whole, and with the right hash."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from qaflora_edge.errors import DownloadError
-from qaflora_edge.files import atomic_path, cache_dir, cache_lock, make_folder
+from qaflora_edge.files import AnyPath, atomic_path, cache_dir, cache_lock, make_folder
 from qaflora_edge.formats.registry import Model, find_model, local_path, models_dir
 from qaflora_edge.hub.download import check_space, fetch_source, read_chunks
-
-# Told (done_bytes, total_bytes) while a model is fetched.
-Progress = Callable[[int, int], None]
+from qaflora_edge.progress import TellCount
 
 
 def fetch_model(
     name: str,
     *,
-    to: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    to: AnyPath | None = None,
+    progress: TellCount | None = None,
 ) -> Path:
     """Give the path of a model's file, fetching it if it is not here.
 
@@ -35,7 +32,7 @@ def fetch_model(
         return local_path(model, folder) or _fetch_locked(model, folder, progress)
 
 
-def _fetch_locked(model: Model, folder: Path, progress: Progress | None) -> Path:
+def _fetch_locked(model: Model, folder: Path, progress: TellCount | None) -> Path:
     def report(done_bytes: int) -> None:
         if progress is not None:
             progress(min(done_bytes, model.size_bytes), model.size_bytes)

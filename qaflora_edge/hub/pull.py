@@ -9,13 +9,13 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha1
 from pathlib import Path, PurePosixPath
 
 from qaflora_edge.errors import DownloadError, OutputFileError
-from qaflora_edge.files import cache_lock, safe_join, sha256_file
+from qaflora_edge.files import AnyPath, cache_lock, safe_join, sha256_file
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
@@ -40,8 +40,7 @@ from qaflora_edge.hub.client import (
 from qaflora_edge.hub.download import check_space, read_chunks
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.files import INDEX_FILE, PICKLES, WEIGHTS_FILE
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+from qaflora_edge.progress import TellBytes, TellCount
 
 MAX_FILES = 500
 MAX_BYTES = 64 << 30
@@ -51,10 +50,10 @@ DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 def fetch_hub(
     ref: str,
-    to: str | os.PathLike[str] | None = None,
+    to: AnyPath | None = None,
     *,
     update: bool = False,
-    progress: Progress | None = None,
+    progress: TellCount | None = None,
 ) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
@@ -76,7 +75,7 @@ def fetch_hub(
         raise DownloadError(f"Could not pull {ref}: {error}") from error
 
 
-def fetch_pinned(ref: str, *, progress: Progress | None = None) -> tuple[Path, str]:
+def fetch_pinned(ref: str, *, progress: TellCount | None = None) -> tuple[Path, str]:
     """Fetch as fetch_hub does; give the path, and the reference with the commit it means here."""
     path = fetch_hub(ref, progress=progress)
     parsed = parse_hub_ref(ref)
@@ -114,7 +113,7 @@ def _is_empty(ref: str, folder: Path) -> bool:
         ) from error
 
 
-def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: Progress | None) -> Path:
+def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: TellCount | None) -> Path:
     """Fetch into a hidden folder beside, and give the folder its name when all is there.
 
     The hidden one stays when fetching fails, so that the next attempt goes on with its files.
@@ -199,7 +198,7 @@ def _publish(path: Path, folder: Path) -> Path:
 
 
 def _fetch(
-    ref: HubRef, listing: HubListing, local_dir: Path | None, progress: Progress | None
+    ref: HubRef, listing: HubListing, local_dir: Path | None, progress: TellCount | None
 ) -> Path:
     """Fetch what a reference names; give its folder, or its file when it is one GGUF."""
     wanted = _choose(ref, listing)
@@ -306,7 +305,7 @@ def _download(
     listing: HubListing,
     files: Sequence[HubFile],
     local_dir: Path | None,
-    report: Callable[[int], None],
+    report: TellBytes,
 ) -> Path:
     """Fetch files that are not here, and compare all with what the Hub lists; give their folder."""
     from huggingface_hub import snapshot_download

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.stop import Stop
@@ -22,12 +22,12 @@ from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request
+from qaflora_edge.inference.request import Cancellation, Request, Sampling
 from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.sampling import Sampling
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.score import Item, Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
+from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober, QueryProbe
@@ -35,11 +35,6 @@ from qaflora_edge.weighing.reading import Steps
 from qaflora_edge.weighing.strategy import Query
 
 T = TypeVar("T")
-F32 = NDArray[np.float32]
-
-
-# Called with "weighing" or "reading", how many tokens of the prompt are done, and how many it has.
-Progress = Callable[[str, int, int], None]
 
 
 class Core:
@@ -115,14 +110,15 @@ class Core:
         return [self.adapters.index(name) for name in names]
 
     def probe(
-        self, cancellation: Cancellation, tell: Progress | None = None
+        self, cancellation: Cancellation, tell: Tell | None = None
     ) -> Callable[[Query], QueryProbe]:
         """What measures a query for a strategy, others' work in between."""
 
         def of(query: Query) -> QueryProbe:
-            def run(steps: Steps[Any]) -> Any:
+            def run(steps: Steps[T], /) -> T:
                 told = steps if tell is None else _telling(steps, tell, len(query.tokens))
-                return self._loop.run("probe", told, cancellation)
+                result: T = self._loop.run("probe", told, cancellation)
+                return result
 
             return QueryProbe(self.prober, query, self.rows(query.adapters), run)
 
@@ -193,7 +189,7 @@ class Core:
         """Number of the last request's sequence."""
         return self._last
 
-    def wait_for_prompt(self, answer: Generation, tell: Progress | None = None) -> None:
+    def wait_for_prompt(self, answer: Generation, tell: Tell | None = None) -> None:
         """Compute until an answer's prompt was read.
 
         Raises what went wrong before its first token.
@@ -215,7 +211,7 @@ class Core:
         self._loop.drive(lambda: any(sequence.is_done for sequence in sequences))
 
 
-def _telling(steps: Steps[T], tell: Progress, n_token: int) -> Steps[T]:
+def _telling(steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
     """The same steps, whose progress is told."""
     while True:
         try:

@@ -8,13 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.logprobs import token_logprob
 from qaflora_edge.inference.scheduler import Slot, Step
-
-F32 = NDArray[np.float32]
 
 
 class AnswerContext(Protocol):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.inference.constraint import Constraint, chosen_grammar
-from qaflora_edge.inference.sampling import MAX_SEED, Sampling
+from qaflora_edge.inference.request import MAX_SEED, Sampling
 
 _N_PENALISED = 64  # tokens
 _COLDEST = 1e-6  # temperatures below overflow float32 logits

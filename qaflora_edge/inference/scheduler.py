@@ -6,8 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qaflora_edge.backend.batch import n_common
-from qaflora_edge.backend.pieces import Pieces
+from qaflora_edge.backend.batch import Pieces, n_common
 from qaflora_edge.inference.sequence import Sequence
 
 

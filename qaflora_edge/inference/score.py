@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.logprobs import log_softmax
-
-F32 = NDArray[np.float32]
 
 _N_CTX_MIN = 256  # tokens; a context grows by doubling
 _N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included

@@ -8,15 +8,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.logprobs import TokenLogprob
 from qaflora_edge.inference.request import Request
 from qaflora_edge.inference.text import TextDecoder
 
-F32 = NDArray[np.float32]
 _numbers = itertools.count(1)
 
 

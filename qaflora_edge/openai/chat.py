@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +10,7 @@ from typing import Any, Protocol
 from qaflora_edge.errors import OptionError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.call_options import openai_options
+from qaflora_edge.openai.completions import Usage, answer_head
 from qaflora_edge.openai.logprobs import ShownTokens, chat_logprobs
 from qaflora_edge.openai.tools import END, CallFilter, chosen_tools, one_form, parse_calls
 
@@ -118,7 +117,7 @@ def completion_dict(
     model_name: str, answers: Iterable[Generation], *, has_tools: bool = False
 ) -> dict[str, Any]:
     """Whole answers in the shape of OpenAI's chat completions; each answer is a choice."""
-    choices, usages = [], []
+    choices, usage = [], Usage()
     for index, generation in enumerate(answers):
         shown = ShownTokens(generation)
         text = generation.text()
@@ -133,14 +132,14 @@ def completion_dict(
         choices.append(
             {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         )
-        usages.append(generation.usage)
-    head = _head(model_name, "chat.completion")
-    return {**head, "choices": choices, "usage": _usage(usages)}
+        usage.add(index, generation)
+    head = answer_head("chatcmpl", "chat.completion", model_name)
+    return {**head, "choices": choices, "usage": usage.total()}
 
 
 def chunk_head(model_name: str) -> dict[str, Any]:
     """What the chunks of one answer have in common."""
-    return _head(model_name, "chat.completion.chunk")
+    return answer_head("chatcmpl", "chat.completion.chunk", model_name)
 
 
 def completion_chunks(
@@ -158,7 +157,7 @@ def completion_chunks(
     """
     if include_usage:
         head = {**head, "usage": None}
-    usages = []
+    usage = Usage()
     for index, generation in enumerate(answers):
         shown = ShownTokens(generation)
         for delta, reason in _deltas(generation, has_tools):
@@ -166,9 +165,9 @@ def completion_chunks(
             logprobs = chat_logprobs(entries) if entries else None
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             yield {**head, "choices": [choice]}
-        usages.append(generation.usage)
+        usage.add(index, generation)
     if include_usage:
-        yield {**head, "choices": [], "usage": _usage(usages)}
+        yield {**head, "choices": [], "usage": usage.total()}
 
 
 def _deltas(generation: Generation, has_tools: bool) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -193,23 +192,3 @@ def _deltas(generation: Generation, has_tools: bool) -> Iterator[tuple[dict[str,
 def _reason(generation: Generation, calls: list[dict[str, Any]]) -> str | None:
     is_call = bool(calls) and generation.finish_reason == "stop"
     return "tool_calls" if is_call else generation.finish_reason
-
-
-def _usage(usages: list[dict[str, int]]) -> dict[str, int]:
-    """The prompt is read once for all choices."""
-    n_prompt = usages[0]["prompt_tokens"]
-    n_completion = sum(usage["completion_tokens"] for usage in usages)
-    return {
-        "prompt_tokens": n_prompt,
-        "completion_tokens": n_completion,
-        "total_tokens": n_prompt + n_completion,
-    }
-
-
-def _head(model_name: str, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{uuid.uuid4()}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model_name,
-    }

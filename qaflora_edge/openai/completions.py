@@ -19,7 +19,7 @@ def text_dict(model_name: str, answers: Answers, n: int = 1) -> dict[str, Any]:
     answers  each with the text that stands before it
     n        answers of each prompt
     """
-    choices, usage = [], _Usage(n)
+    choices, usage = [], Usage(n)
     for index, (start, generation) in enumerate(answers):
         shown, text = ShownTokens(generation), generation.text()
         entries = shown.take(text)
@@ -36,7 +36,7 @@ def text_chunks(
 
     head  see text_head
     """
-    usage = _Usage(n)
+    usage = Usage(n)
     if include_usage:
         head = {**head, "usage": None}
     for index, (start, generation) in enumerate(answers):
@@ -54,15 +54,18 @@ def text_chunks(
         yield {**head, "choices": [], "usage": usage.total()}
 
 
-class _Usage:
-    """Tokens of all answers; the prompt of several is read once."""
+class Usage:
+    """Tokens of all answers; the prompt of several is read once.
 
-    def __init__(self, n: int) -> None:
+    n  answers of each prompt; None: all are of one
+    """
+
+    def __init__(self, n: int | None = None) -> None:
         self._n = n
         self._n_prompt = self._n_completion = 0
 
     def add(self, index: int, generation: Generation) -> None:
-        if index % self._n == 0:
+        if (index if self._n is None else index % self._n) == 0:
             self._n_prompt += generation.n_prompt
         self._n_completion += generation.n_completion
 
@@ -79,10 +82,15 @@ def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[st
 
 
 def text_head(model_name: str) -> dict[str, Any]:
-    """What an answer has beside its choices, and what its chunks have in common."""
+    """What a text's answer begins with, and each chunk of one."""
+    return answer_head("cmpl", "text_completion", model_name)
+
+
+def answer_head(prefix: str, kind: str, model_name: str) -> dict[str, Any]:
+    """What an answer, or each chunk of one, begins with."""
     return {
-        "id": f"cmpl-{uuid.uuid4()}",
-        "object": "text_completion",
+        "id": f"{prefix}-{uuid.uuid4()}",
+        "object": kind,
         "created": int(time.time()),
         "model": model_name,
     }

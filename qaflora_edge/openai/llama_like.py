@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, overload
 from qaflora_edge.backend import native
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.engine import Engine
+from qaflora_edge.files import AnyPath
 from qaflora_edge.openai.call_options import check_fixed
 from qaflora_edge.openai.completions import text_chunks, text_dict, text_head
 
@@ -80,7 +81,7 @@ class Llama:
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str],
+        model_path: AnyPath,
         *,
         n_ctx: int = 512,
         n_gpu_layers: int = 0,
@@ -259,13 +260,17 @@ class Llama:
         return int(self.engine._model.n_embd)
 
     def token_bos(self) -> int:
-        return int(self.engine._model._lib.llama_vocab_bos(self.engine._model.vocab))
+        return self._token("bos")
 
     def token_eos(self) -> int:
-        return int(self.engine._model._lib.llama_vocab_eos(self.engine._model.vocab))
+        return self._token("eos")
 
     def token_nl(self) -> int:
-        return int(self.engine._model._lib.llama_vocab_nl(self.engine._model.vocab))
+        return self._token("nl")
+
+    def _token(self, name: str) -> int:
+        model = self.engine._model
+        return int(getattr(model._lib, f"llama_vocab_{name}")(model.vocab))
 
     def set_seed(self, seed: int) -> None:
         """The seed of calls that give none."""

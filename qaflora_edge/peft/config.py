@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import InputFileError, PeftConfigError, UnsupportedAdapterError
-from qaflora_edge.files import open_input
+from qaflora_edge.files import read_input
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.peft.patterns import (
     MAX_CHOICES,
@@ -102,24 +102,16 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        with open_input(path) as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
+        return read_json_object(read_input(path, MAX_CONFIG_BYTES))
     except OSError as error:
         raise InputFileError(
             f"Cannot read {path}: opening it failed ({error.strerror}); expected the description "
             "of a PEFT adapter. Give the folder that PEFT's save_pretrained wrote."
         ) from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise PeftConfigError(
-            f"Cannot read {path}: it is longer than {MAX_CONFIG_BYTES} bytes; expected a few "
-            "kilobytes. Fetch or save the adapter again."
-        )
-    try:
-        return read_json_object(data)
     except ValueError as error:
         raise PeftConfigError(
-            f"Cannot read {path}: it is not a JSON object ({error}). "
-            "Fetch or save the adapter again."
+            f"Cannot read {path}: {error}; expected a JSON object of a few kilobytes. Fetch or "
+            "save the adapter again."
         ) from error
 
 

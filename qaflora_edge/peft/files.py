@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.files import open_input, what_is_at
+from qaflora_edge.files import AnyPath, read_input, what_is_at
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.formats.safetensors_file import StoredTensor, read_safetensors
@@ -22,7 +22,7 @@ MAX_SUBFOLDERS = 1000
 MAX_SEARCHED = 50  # sub-folders that are searched for advice
 
 
-def adapter_folder(folder: str | os.PathLike[str]) -> Path:
+def adapter_folder(folder: AnyPath) -> Path:
     """Give the folder that holds the adapter: itself, or its one sub-folder that does.
 
     PEFT saves an adapter called NAME in PEFT_DIR/NAME, and trainers save checkpoints so.
@@ -171,17 +171,12 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        with open_input(path) as file:
-            data = file.read(MAX_INDEX_BYTES + 1)
+        weight_map = read_json_object(read_input(path, MAX_INDEX_BYTES)).get("weight_map")
     except OSError as error:
         raise InputFileError(
             f"Cannot read {path}: opening or reading it failed ({error.strerror}); expected the "
             "list of the adapter's files. Check that you may read it."
         ) from error
-    if len(data) > MAX_INDEX_BYTES:
-        _fail_index(path, "its length", "too large", f"at most {MAX_INDEX_BYTES} bytes")
-    try:
-        weight_map = read_json_object(data).get("weight_map")
     except ValueError as error:
         _fail_index(path, "its content", f"not JSON ({error})", "an object")
     if not isinstance(weight_map, dict) or not all(

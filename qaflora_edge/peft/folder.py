@@ -3,7 +3,6 @@
 A folder of MLX is told by its config and read by `mlx`.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,18 @@ from qaflora_edge.errors import (
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
+from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.safetensors_file import StoredTensor
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields
 from qaflora_edge.peft.files import adapter_folder, read_weights
 from qaflora_edge.peft.mlx import is_mlx, read_mlx
-from qaflora_edge.peft.module import PeftAdapter, PeftModule, check_matrix, check_pair
-from qaflora_edge.peft.parameters import parameter_names
+from qaflora_edge.peft.module import (
+    PeftAdapter,
+    PeftModule,
+    check_matrix,
+    check_pair,
+    parameter_names,
+)
 from qaflora_edge.peft.refusals import tensor_kind
 
 _PREFIX = "base_model.model."
@@ -32,7 +37,7 @@ _LORA_NAME = re.compile(
 )
 
 
-def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
+def read_peft(folder: AnyPath) -> PeftAdapter:
     """Read and check a PEFT folder, or one of MLX.
 
     Raises InputFileError and its kinds when a file is missing or damaged,

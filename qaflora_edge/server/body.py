@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from qaflora_edge.formats.json_text import is_unicode, read_json_object
+from qaflora_edge.formats.json_text import read_unicode_object
 from qaflora_edge.server.options import BODY_S, MAX_BODY_BYTES
 from qaflora_edge.server.refusals import Refusal
 
@@ -25,12 +24,9 @@ async def json_body(request: Request) -> dict[str, Any]:
 
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
-        found = read_json_object(data)
+        return read_unicode_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
-    if b"\\u" in data and not is_unicode(json.dumps(found, ensure_ascii=False)):
-        raise Refusal(400, "The body has half of a surrogate pair, expected Unicode text.")
-    return found
 
 
 async def _bytes(request: Request) -> bytes:

@@ -21,9 +21,7 @@ from qaflora_edge.server import memory
 from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.refusals import Refusal, unavailable
 from qaflora_edge.server.turns import Room, Turns
-from qaflora_edge.weighing.numbers import DEFAULT_LENS, DEFAULT_POOL, DEFAULT_STRATEGY
-from qaflora_edge.weighing.strategy import Strategy, strategies
-from qaflora_edge.weighing.weigher import Weigher
+from qaflora_edge.weighing.weigher import Known, Weigher
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -88,49 +86,29 @@ class Shelf:
     def _read(self, place: Path) -> Shelved:
         """What a bundle says of itself; nothing is loaded."""
         if is_base(place):
-            name, text = place.stem, None
-            weigher = self._weigher((), read_gguf_header(place).n_layer, {})
+            name, text, adapters = place.stem, None, tuple[str, ...]()
+            n_layer, known = read_gguf_header(place).n_layer, Known()
         else:
             text = read_bundle_text(place)
             name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
-            names = tuple(adapter.name for adapter in text.adapters)
-            measured = (text.typical, text.centroids, text.fitted)
-            weigher = self._weigher(names, text.base.n_layer, text.fusion, *measured)
+            adapters = tuple(adapter.name for adapter in text.adapters)
+            n_layer, known = text.base.n_layer, text.known
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(
                 f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
                 "in bundle.json, or rename the folder or file."
             )
+        chosen = {key: self._engine.get(key) for key in ("strategy", "lens", "pool")}
+        weigher = Weigher(adapters, n_layer, known.under(**chosen))
         return Shelved(
             name=name,
             place=place,
-            adapters=weigher.adapters,
-            n_layer=weigher.n_layer,
-            strategy=weigher.strategy,
-            strategies=tuple(_followed(weigher)),
-            sha256={} if text is None else _hashes(text),
-            turns=Turns(self._n_turn, self.room),
-        )
-
-    def _weigher(
-        self,
-        adapters: tuple[str, ...],
-        n_layer: int,
-        fusion: Mapping[str, str],
-        typical: Any = None,
-        centroids: Any = None,
-        fitted: Any = None,
-    ) -> Weigher:
-        chosen = {key: self._engine.get(key) for key in ("strategy", "lens", "pool")}
-        return Weigher(
             adapters=adapters,
             n_layer=n_layer,
-            strategy=chosen["strategy"] or fusion.get("strategy", DEFAULT_STRATEGY),
-            lens=chosen["lens"] or fusion.get("lens", DEFAULT_LENS),
-            pool=chosen["pool"] or fusion.get("pool", DEFAULT_POOL),
-            typical=typical or {},
-            centroids=centroids or {},
-            fitted=fitted or {},
+            strategy=weigher.known.strategy,
+            strategies=weigher.followed + ("fitted",) * weigher.follows("fitted"),
+            sha256={} if text is None else _hashes(text),
+            turns=Turns(self._n_turn, self.room),
         )
 
     # names
@@ -261,22 +239,3 @@ def _close(engine: Engine) -> None:
 def _hashes(text: BundleText) -> dict[str, Any]:
     adapters = {adapter.name: adapter.sha256 for adapter in text.adapters}
     return {"base": text.base.sha256, "adapters": adapters}
-
-
-def _followed(weigher: Weigher) -> list[str]:
-    """The strategies that need nothing from a request: `base` and `static` come first."""
-
-    def can(text: str) -> bool:
-        try:
-            weigher.parse(text)
-        except QafloraError:
-            return False
-        return True
-
-    if not weigher.adapters:
-        return ["base"]
-    found: list[Strategy] = sorted(
-        (each for each in strategies() if not each.needs_argument), key=lambda each: each.is_probed
-    )
-    singles = [f"single:{name}" for name in weigher.adapters]
-    return [text for text in (*(each.name for each in found), *singles) if can(text)]

@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
-from qaflora_edge.weighing.attention_inputs import AttentionInputs
-from qaflora_edge.weighing.attention_sizes import AttentionSizes
+from qaflora_edge.weighing.adapter_inputs import AttentionInputs, AttentionSizes, QueryProjections
 from qaflora_edge.weighing.ends import Beginnings, abridged, n_first
 from qaflora_edge.weighing.prefixes import Prefixes
-from qaflora_edge.weighing.query_projection import QueryProjections
-from qaflora_edge.weighing.reading import Steps, closed, probe_context, read_tokens
+from qaflora_edge.weighing.reading import (
+    Steps,
+    closed,
+    probe_context,
+    read_tokens,
+    wiped_on_failure,
+)
 from qaflora_edge.weighing.strategy import Reading, Span
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 
 
 class BaseProber:
@@ -76,11 +77,8 @@ class BaseProber:
         context = self._room_for(tokens, has_inputs=True)
         context.capture_begin()
         n_kept = self._prefixes.go_on(context, "base", tokens, context.pieces())
-        try:
+        with wiped_on_failure(context):
             yield from read_tokens(context, tokens, n_kept, "last", n_seq=1)
-        except BaseException:
-            context.wipe()
-            raise
         return self._projections[key].norms(context.inputs(0)[0])
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
@@ -88,12 +86,9 @@ class BaseProber:
         context = self._room_for(tokens, all_outputs=True)
         context.clear()
         context.capture_begin("mean")
-        try:
+        with wiped_on_failure(context):
             yield from read_tokens(context, tokens, 0, "all", n_seq=1)
             embedding: F32 = context.states(0)[-1]
-        except BaseException:
-            context.wipe()
-            raise
         if not np.isfinite(embedding).all():
             raise BackendError(
                 f"The state after the last block is NaN or infinite with {self._model.path}, "
@@ -118,7 +113,7 @@ class BaseProber:
         context = self._room_for(tokens, has_inputs=True, all_outputs=True)
         context.clear()
         sums = np.zeros((2, len(rows), self._model.n_layer))
-        try:
+        with wiped_on_failure(context):
             at = 0
             while at < len(tokens):
                 piece = tokens[at : context.pieces().end(tokens, at)]
@@ -127,9 +122,6 @@ class BaseProber:
                 sums += inputs.sums(context.inputs(0, n_row=len(piece)))
                 at += len(piece)
                 yield at
-        except BaseException:
-            context.wipe()
-            raise
         weights, sizes = sums / len(tokens)
         return weights, sizes
 
@@ -148,7 +140,7 @@ class BaseProber:
         is_abridged = len(read) < len(tokens)
         context = self._room_for(read, has_inputs=True, all_outputs=True)
         question: list[F64] = [np.zeros(1) for _ in rows]
-        try:
+        with wiped_on_failure(context):
             if is_abridged:
                 at = yield from self._begin(context, read[: n_first(span)])
             else:
@@ -162,9 +154,6 @@ class BaseProber:
                 question = [q + each.sums(inside) for q, each in zip(question, sizes, strict=True)]
                 at = end
                 yield at
-        except BaseException:
-            context.wipe()
-            raise
         if is_abridged:
             context.clear()  # it was not read as a prompt is
         n = stop - start

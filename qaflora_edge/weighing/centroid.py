@@ -17,7 +17,7 @@ from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from qaflora_edge.weighing.strategy import F32, F64
+    from qaflora_edge.arrays import F32, F64
 
 TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 

@@ -1,4 +1,4 @@
-"""Strategies that do not look at the query: static, single, manual, base."""
+"""Strategies that do not look at the query: static, single, manual, base, fitted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.strategy import F32
+    from qaflora_edge.arrays import F32
 
 _LARGEST = 3.4028234663852886e38  # of float32
 
@@ -20,11 +20,11 @@ class _Fixed(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Any) -> F32:
         import numpy as np
 
-        of_adapter = self.weights(query.adapters, argument)
+        of_adapter = self.weights(query, argument)
         column = np.array([of_adapter.get(name, 0.0) for name in query.adapters], np.float32)
         return np.repeat(column[:, None], query.n_layer, axis=1)
 
-    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+    def weights(self, query: Query, argument: Any) -> dict[str, float]:
         """Adapter -> weight, the same at every layer; those that are not named weigh 0."""
         raise NotImplementedError
 
@@ -33,8 +33,8 @@ class Static(_Fixed):
     name = "static"
     help = "all alike"
 
-    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
-        return {name: 1.0 / len(adapters) for name in adapters}
+    def weights(self, query: Query, argument: Any) -> dict[str, float]:
+        return {name: 1.0 / len(query.adapters) for name in query.adapters}
 
 
 class Single(_Fixed):
@@ -45,7 +45,7 @@ class Single(_Fixed):
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> str:
         return _known(argument, adapters, text)
 
-    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+    def weights(self, query: Query, argument: Any) -> dict[str, float]:
         return {argument: 1.0}
 
 
@@ -75,7 +75,7 @@ class Manual(_Fixed):
                 )
         return weights
 
-    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+    def weights(self, query: Query, argument: Any) -> dict[str, float]:
         return dict(argument)
 
 
@@ -83,8 +83,39 @@ class Base(_Fixed):
     name = "base"
     help = "the base without any adapter"
 
-    def weights(self, adapters: Sequence[str], argument: Any) -> dict[str, float]:
+    def weights(self, query: Query, argument: Any) -> dict[str, float]:
         return {}
+
+
+class Fitted(_Fixed):
+    name = "fitted"
+    help = "by the weights that `qaflora fit` found on a task's examples"
+    argument = "NAME"
+
+    def check(self, argument: Any, query: Query) -> None:
+        known = ", ".join(f"fitted:{name}" for name in query.fitted)
+        if not query.fitted:
+            raise StrategyError(
+                "Strategy fitted needs weights that were fitted, and the bundle has none; find "
+                "them with `qaflora fit DIR TASK.jsonl`."
+            )
+        if argument not in query.fitted and (argument or len(query.fitted) > 1):
+            written = f"fitted:{argument}" if argument else "fitted"
+            raise StrategyError(f"Strategy {written!r} is not one of this bundle's: {known}.")
+        missing = [name for name in self.weights(query, argument) if name not in query.adapters]
+        if missing:
+            raise StrategyError(
+                f"Strategy {self.name} was fitted with {', '.join(missing)}, and in use are "
+                f"{', '.join(query.adapters) or 'none'}; use all that it was fitted with, or fit "
+                "again with `qaflora fit --adapters`."
+            )
+
+    def weights(self, query: Query, argument: Any) -> dict[str, float]:
+        found = query.fitted[argument or next(iter(query.fitted))]
+        return {adapter: weight for adapter, weight in found.items() if weight}
+
+
+STRATEGIES = (Fitted(), Static(), Single(), Manual(), Base())
 
 
 def _known(name: str, adapters: Sequence[str], where: str) -> str:
@@ -94,6 +125,3 @@ def _known(name: str, adapters: Sequence[str], where: str) -> str:
             f"expected one of: {', '.join(adapters) or 'none is loaded'}."
         )
     return name
-
-
-STRATEGIES = (Static(), Single(), Manual(), Base())

@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import LENSES as LENSES
 from qaflora_edge.config import POOLS as POOLS
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing.picture_text import spelt
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from qaflora_edge.backend.pieces import Pieces
+from qaflora_edge.backend.batch import Pieces
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 
 _N_WORTH = 64  # tokens: fewer are read again as quickly as they are kept

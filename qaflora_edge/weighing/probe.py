@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Outputs
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
@@ -21,16 +21,16 @@ from qaflora_edge.weighing.ends import Ends
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.reading import (
     ProbeTimings,
+    Run,
     Steps,
     closed,
     probe_context,
     read_tokens,
+    wiped_on_failure,
 )
 from qaflora_edge.weighing.strategy import Measure, PlaceMeasure, Query, Reading, Span
 
 T = TypeVar("T")
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 PLACES = ("answer", "question")  # the last token, where the answer begins, and the question's mean
 # tokens, rows, and how they are read: a pool, or where the question stands
 _Key = tuple[tuple[int, ...], tuple[int, ...], str | tuple[int, int]]
@@ -94,29 +94,37 @@ class Prober:
         question  where it stands: what is before it counts as the query's beginning, see Ends
         """
         key = (tuple(tokens), tuple(rows), pool)
+        return self._measured(key, pool, lambda c: self._read_query(c, tokens, pool, question))
+
+    def _read_query(
+        self, context: ProbeContext, tokens: Sequence[int], pool: str, question: Span
+    ) -> Steps[F32]:
+        context.capture_begin(pool)
+        if pool == "mean":
+            self._forget(context)
+            yield from self._read(context, tokens, 0, "all")
+        elif n_first := self._ends.n_first(len(tokens), question):
+            if not self._ends.are_held:
+                self._forget(context)
+            self._n_exact = 0
+            yield from self._ends.read(context, self._rows, tokens, n_first)
+        else:
+            n_kept = self._go_on(context, tokens)
+            yield from self._read(context, tokens, n_kept, "last")
+        return self._states(context)
+
+    def _measured(
+        self, key: _Key, pool: str, read: Callable[[ProbeContext], Steps[F32]]
+    ) -> Steps[F32]:
+        """The states of a query: those of the last one, or what is read now and kept as these."""
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         start = time.perf_counter()
-        context = self._room_for(tokens, pool)
-        try:
+        context = self._room_for(key[0], pool)
+        with wiped_on_failure(context):
             self._use(context, key[1])
-            context.capture_begin(pool)
-            if pool == "mean":
-                self._forget(context)
-                yield from self._read(context, tokens, 0, "all")
-            elif n_first := self._ends.n_first(len(tokens), question):
-                if not self._ends.are_held:
-                    self._forget(context)
-                self._n_exact = 0
-                yield from self._ends.read(context, key[1], tokens, n_first)
-            else:
-                n_kept = self._go_on(context, tokens)
-                yield from self._read(context, tokens, n_kept, "last")
-            states = self._states(context)
+            states = yield from read(context)
             self._check_finite(states, key[1])
-        except BaseException:  # GeneratorExit of a cancelled query included
-            context.wipe()
-            raise
         self._last = (key, states)
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
@@ -140,21 +148,7 @@ class Prober:
         returns  the last token's states, and the means over the question's tokens
         """
         key = (tuple(tokens), tuple(rows), span)
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        start = time.perf_counter()
-        context = self._room_for(tokens, "mean")
-        try:
-            self._use(context, key[1])
-            states = yield from self._read_places(context, tokens, span)
-            for place in states:
-                self._check_finite(place, key[1])
-        except BaseException:  # GeneratorExit of a cancelled query included
-            context.wipe()
-            raise
-        self._last = (key, states)
-        self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
-        return states
+        return self._measured(key, "mean", lambda c: self._read_places(c, tokens, span))
 
     def _read_places(self, context: ProbeContext, tokens: Sequence[int], span: Span) -> Steps[F32]:
         """Read what stands before the question, the question, and the rest, each for itself.
@@ -244,7 +238,7 @@ class Prober:
     def _check_finite(self, states: F32, rows: Sequence[int]) -> None:
         if np.isfinite(states).all():
             return
-        seq, layer = (int(index[0]) for index in np.nonzero(~np.isfinite(states))[:2])
+        *_, seq, layer, _ = (int(index[0]) for index in np.nonzero(~np.isfinite(states)))
         path = self._pack.paths[rows[seq - 1]] if seq else self._model.path
         raise BackendError(
             f"The state after block {layer} is NaN or infinite with {path}, expected finite "
@@ -313,57 +307,43 @@ class Prober:
 class QueryProbe:
     """What a strategy may measure of one query: strategy.Probe over a Prober.
 
-    run  drives a generator to its end, and gives what it returns
+    run  drives what measures it
     """
 
-    def __init__(
-        self, prober: Prober, query: Query, rows: Sequence[int], run: Callable[[Steps[Any]], Any]
-    ) -> None:
+    def __init__(self, prober: Prober, query: Query, rows: Sequence[int], run: Run) -> None:
         self._prober, self._query, self._rows, self._run = prober, query, tuple(rows), run
+
+    def _of_base(self, steps: Steps[T]) -> T:
+        return self._run(self._prober.timed(steps))
 
     def divergence(self, measure: Measure = "kl") -> F64:
         query = self._query
-        divergence: F64 = self._run(
-            self._prober.divergence(
-                query.tokens, self._rows, measure, query.lens, query.pool, query.question
-            )
-        )
-        return divergence
+        how = (measure, query.lens, query.pool, query.question)
+        return self._run(self._prober.divergence(query.tokens, self._rows, *how))
 
     def states(self) -> F32:
         query = self._query
         if query.pool == "question":
-            places: F32 = self._run(self._prober.places(query.tokens, self._rows, query.question))
-            return np.array(places[1])
-        states: F32 = self._run(
-            self._prober.states(query.tokens, self._rows, query.pool, query.question)
-        )
-        return states
+            return np.array(self._places()[1])
+        how = (query.pool, query.question)
+        return self._run(self._prober.states(query.tokens, self._rows, *how))
+
+    def _places(self) -> F32:
+        query = self._query
+        return self._run(self._prober.places(query.tokens, self._rows, query.question))
 
     def places(self, measure: PlaceMeasure) -> F64:
         query = self._query
         if measure == "added":
-            base = self._prober.base
-            added: F64 = self._run(
-                self._prober.timed(base.added(query.tokens, self._rows, query.question))
-            )
-            return added
-        states = self._run(self._prober.places(query.tokens, self._rows, query.question))
-        return np.stack([numbers.cosine_distance(each[0], each[1:]) for each in states])
+            added = self._prober.base.added(query.tokens, self._rows, query.question)
+            return self._of_base(added)
+        return np.stack([numbers.cosine_distance(each[0], each[1:]) for each in self._places()])
 
     def embedding(self) -> F32:
-        base = self._prober.base
-        embedding: F32 = self._run(self._prober.timed(base.embedding(self._query.tokens)))
-        return embedding
+        return self._of_base(self._prober.base.embedding(self._query.tokens))
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
-        base = self._prober.base
-        routing: tuple[F64, F64] = self._run(
-            self._prober.timed(base.routing(self._query.tokens, self._rows, reading))
-        )
-        return routing
+        return self._of_base(self._prober.base.routing(self._query.tokens, self._rows, reading))
 
     def norms(self) -> F64:
-        base = self._prober.base
-        norms: F64 = self._run(self._prober.timed(base.norms(self._query.tokens, self._rows)))
-        return norms
+        return self._of_base(self._prober.base.norms(self._query.tokens, self._rows))

@@ -6,9 +6,10 @@ whoever drives it can decode other people's tokens in between.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from qaflora_edge.backend.batch import Outputs
 from qaflora_edge.backend.model import Model, Pack
@@ -30,6 +31,12 @@ class ProbeTimings:
     divergence_ms: float = 0.0
 
 
+class Run(Protocol):
+    """Drives a generator to its end, and gives what it returns."""
+
+    def __call__(self, steps: Steps[T], /) -> T: ...
+
+
 def run_alone(steps: Steps[T]) -> T:
     """Drive a generator to its end with nothing in between."""
     while True:
@@ -38,6 +45,16 @@ def run_alone(steps: Steps[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+@contextmanager
+def wiped_on_failure(context: ProbeContext) -> Iterator[None]:
+    """Let a context hold nothing where a block fails: a cancelled query's GeneratorExit, too."""
+    try:
+        yield
+    except BaseException:
+        context.wipe()
+        raise
 
 
 def probe_context(

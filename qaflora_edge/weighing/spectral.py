@@ -16,7 +16,7 @@ from qaflora_edge.weighing.strategy import Mix, Probe, Query, Reading, Strategy
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from qaflora_edge.weighing.strategy import F64
+    from qaflora_edge.arrays import F64
 
 
 class _Spectral(Strategy):

@@ -21,11 +21,9 @@ from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy_options import read_options
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
-    F32 = NDArray[np.float32]
-    F64 = NDArray[np.float64]
+    from qaflora_edge.arrays import F32, F64
 
 Measure = Literal["kl", "cosine", "euclidean"]
 PlaceMeasure = Literal["added", "cosine"]
@@ -39,12 +37,10 @@ Typical = Mapping[str, Mapping[str, Any]]
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 _BUILT_IN = (  # modules beside this one
     "divergence",
-    "calibrated",
     "two_place",
     "norm",
     "centroid",
     "spectral",
-    "fitted",
     "fixed",
 )
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")

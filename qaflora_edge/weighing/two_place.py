@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.calibrated import check_typical
+from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
 
 if TYPE_CHECKING:
-    from qaflora_edge.weighing.strategy import F32, F64
+    from qaflora_edge.arrays import F32, F64
 
 RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
 
@@ -51,23 +51,19 @@ class TwoPlace(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
-        from qaflora_edge.weighing.typical import surprise
+        from qaflora_edge.weighing.typical import unusual
 
         options = _all_options(query)
         last, question = probe.places("added")
         _check_measured(query, last)
-
-        def unusual(measured: F64, key: str) -> F64:
-            return surprise(measured, [query.typical[name][key] for name in query.adapters])
-
         if query.is_chat:
             if options["by"] == "cosine":
                 question = probe.places("cosine")[1]
-            in_question = unusual(question, f"{options['by']}_question")
-            weights = pair(unusual(last, "added_last"), in_question, options)
+            in_question = unusual(query, f"{options['by']}_question", question)
+            weights = pair(unusual(query, "added_last", last), in_question, options)
         else:  # a text to go on with asks for nothing: the most unusual one alone
             weights = np.zeros(len(last), np.float32)
-            weights[unusual(last, "added_text").argmax()] = options["answer"]
+            weights[unusual(query, "added_text", last).argmax()] = options["answer"]
         return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last)
 
 

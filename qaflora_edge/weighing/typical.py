@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qaflora_edge.arrays import F64
+from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing.numbers import LENSES, typical_divergence
-
-F64 = NDArray[np.float64]
+from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = (*LENSES, *(f"question_{lens}" for lens in LENSES))
@@ -42,11 +42,20 @@ def surprise(measured: F64, usual: Sequence[Mapping[str, float]]) -> F64:
     return np.asarray((extent(measured) - mean) / spread)
 
 
+def unusual(query: Query, key: str, measured: F64) -> F64:
+    """How unusual what a query's adapters do is, in standard deviations: float64 [n_adapter].
+
+    key       one of EXTENTS, what is measured
+    measured  [n_adapter, n_layer]
+    """
+    return surprise(measured, [query.typical[name][key] for name in query.adapters])
+
+
 def measure_typical(
     measure: Callable[[str], Mapping[str, F64]],
     adapters: Sequence[str],
     prompts: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
+    progress: TellCount | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure each adapter against itself.
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError, StrategyError
-from qaflora_edge.weighing import numbers
-from qaflora_edge.weighing.first_stage import check_first, first_of, only, with_others
+from qaflora_edge.weighing import numbers, shaping
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.shaping import shaped, without_light
 from qaflora_edge.weighing.strategy import (
     Chosen,
     Mix,
@@ -25,7 +25,6 @@ from qaflora_edge.weighing.strategy import (
     strategies,
 )
 
-F32 = NDArray[np.float32]
 Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
 
 
@@ -34,8 +33,28 @@ def _no_question(tokens: Sequence[int]) -> Span | None:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What a bundle says of how to weigh: its defaults, and what was measured of its adapters.
+
+    typical, centroids, fitted  see Query
+    """
+
+    strategy: str = numbers.DEFAULT_STRATEGY
+    lens: str = numbers.DEFAULT_LENS
+    pool: str = numbers.DEFAULT_POOL
+    typical: Typical = field(default_factory=dict, repr=False)
+    centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
+    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
+
+    def under(self, **given: str | None) -> Known:
+        """The same with the strategy, lens and pool that a caller gives."""
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
+        return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
 class Weigher:
-    """How an Engine weighs: the adapters in use, its defaults, what is typical of each adapter.
+    """How an Engine weighs: the adapters in use, its defaults, what is known of each adapter.
 
     find_question  where the question stands in a prompt's tokens, or None without a chat's form
     reads_ends     whether adapters are probed over a prompt's ends, for which that is needed
@@ -43,27 +62,22 @@ class Weigher:
 
     adapters: tuple[str, ...]
     n_layer: int
-    strategy: str
-    lens: str
-    pool: str
-    typical: Typical
-    centroids: Mapping[str, F32] = field(default_factory=dict)
-    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    known: Known = Known()
     find_question: Callable[[Sequence[int]], Span | None] = _no_question
     min_weight: float = 0.0  # share of a layer, see shaping.without_light
     reads_ends: bool = False
 
     def __post_init__(self) -> None:
-        numbers.check_choice("lens", self.lens, numbers.LENSES)
-        numbers.check_choice("pool", self.pool, numbers.POOLS)
-        self.parse(self.strategy)
+        numbers.check_choice("lens", self.known.lens, numbers.LENSES)
+        numbers.check_choice("pool", self.known.pool, numbers.POOLS)
+        self.parse(self.known.strategy)
 
     def parse(self, text: str) -> Chosen:
         """Read a strategy; StrategyError if it is unknown or cannot be followed here."""
         chosen = parse_strategy(text, self.adapters)
         query = self.query((), chosen)
         chosen.strategy.check(chosen.argument, query)
-        check_first(chosen.strategy.name, query)
+        shaping.check_first(chosen.strategy.name, query)
         return chosen
 
     @property
@@ -78,11 +92,12 @@ class Weigher:
         fixed.sort(key=lambda name: name != "base")
         probed = [each.name for each in whole if each.is_probed]
         singles = [f"single:{name}" for name in self.adapters]
-        fits = [f"fitted:{name}" for name in self.fitted]
+        fits = [f"fitted:{name}" for name in self.known.fitted]
         every = (*fixed, *singles, *fits, *probed)
-        return tuple(text for text in every if self._is_followed(text))
+        return tuple(text for text in every if self.follows(text))
 
-    def _is_followed(self, text: str) -> bool:
+    def follows(self, text: str) -> bool:
+        """Tell whether a strategy can be followed here."""
         try:
             self.parse(text)
         except QafloraError:
@@ -92,7 +107,7 @@ class Weigher:
     def query(self, tokens: Sequence[int], chosen: Chosen | None = None) -> Query:
         """What is weighed, under these defaults and the options behind the strategy's name."""
         options = {} if chosen is None else chosen.options
-        pool = options.get("pool", self.pool)
+        pool = options.get("pool", self.known.pool)
         needs_question = (
             pool == "question"
             or self.reads_ends
@@ -104,11 +119,11 @@ class Weigher:
             tokens=tuple(tokens),
             adapters=self.adapters,
             n_layer=self.n_layer,
-            lens=self.lens,
+            lens=self.known.lens,
             pool=pool,
-            typical=self.typical,
-            centroids=self.centroids,
-            fitted=self.fitted,
+            typical=self.known.typical,
+            centroids=self.known.centroids,
+            fitted=self.known.fitted,
             options=options,
             question=question or (0, len(tokens)),
             is_chat=question is not None,
@@ -131,23 +146,24 @@ class Weigher:
             weights = f"manual:{pairs}" if pairs else "base"
         if weights is not None and not isinstance(weights, str):
             return self._fusion(Mix(weights), "manual", query)
-        chosen = self.parse(weights or self.strategy)
+        chosen = self.parse(weights or self.known.strategy)
         strategy = chosen.strategy
         if not self.adapters:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
         query = self.query(tokens, chosen)
         start = time.perf_counter()
-        few = first_of(query, probe(query))
-        mix = strategy.weigh(only(query, few), probe(only(query, few)), chosen.argument)
+        few = shaping.first_of(query, probe(query))
+        of_few = replace(query, adapters=few)
+        mix = strategy.weigh(of_few, probe(of_few), chosen.argument)
         probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
         mix = mix if isinstance(mix, Mix) else Mix(mix)
         if few != self.adapters:
-            mix = with_others(mix, few, self.adapters)
+            mix = shaping.with_others(mix, few, self.adapters)
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
-        found = shaped(fusion.weights, chosen.options, source)
+        found = shaping.shaped(fusion.weights, chosen.options, source)
         if strategy.is_probed and self.min_weight:
-            found = without_light(found, self.min_weight)
+            found = shaping.without_light(found, self.min_weight)
         return replace(fusion, weights=found)
 
     def _given(self, weights: FusionWeights) -> FusionWeights:
@@ -172,7 +188,7 @@ class Weigher:
             weights=checked(mix.weights),
             divergence=None if mix.divergence is None else checked(mix.divergence),
             strategy=strategy,
-            lens=self.lens,
+            lens=query.lens,
             pool=query.pool,
             prompt_tokens=len(query.tokens),
             probe_ms=probe_ms,

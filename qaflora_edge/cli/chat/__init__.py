@@ -15,7 +15,7 @@ from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
-    example,
+    command,
     open_engine,
     own_options,
     shared_options,
@@ -32,15 +32,11 @@ if TYPE_CHECKING:
 _LONG_READ_S = 3.0  # a conversation that takes longer to read: the user is told what helps
 
 
-@click.command(
-    epilog=example(
-        """
-        qaflora chat models/demo
-        qaflora chat models/demo --strategy calibrated --temp 0
-        qaflora chat models/demo --system "Answer in one sentence." --load talk.json
-        qaflora chat --server http://127.0.0.1:8080
-        """
-    )
+@command(
+    "qaflora chat models/demo",
+    "qaflora chat models/demo --strategy calibrated --temp 0",
+    'qaflora chat models/demo --system "Answer in one sentence." --load talk.json',
+    "qaflora chat --server http://127.0.0.1:8080",
 )
 @click.argument("bundle", required=False, **BUNDLE)
 @click.option(
@@ -79,7 +75,7 @@ def chat(
 
     In a pipe each line of stdin is a message, and stdout has the answers alone.
     """
-    from qaflora_edge.cli.chat.keys import silent_keys
+    from qaflora_edge.cli.chat.reply import silent_keys
 
     if server is not None:
         _check_remote(ctx)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from qaflora_edge.cli.chat.session import ChatSession
 from qaflora_edge.weighing.strategy import strategies
-
-if TYPE_CHECKING:
-    from qaflora_edge.cli.chat.session import ChatSession
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from qaflora_edge.cli.chat.command_table import COMMANDS, did_you_mean, strategy_names
+from qaflora_edge.cli.chat.session import ChatSession
+from qaflora_edge.cli.chat.view import View
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.weighing.strategy import strategies
-
-if TYPE_CHECKING:
-    from qaflora_edge.cli.chat.session import ChatSession
-    from qaflora_edge.cli.chat.view import View
 
 Ask = Callable[..., bool]
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from qaflora_edge.cli.chat.signs import to_ascii
+from qaflora_edge.cli.show import to_ascii
 from qaflora_edge.markdown.syntax import parse
 
 # Colours of the terminal's own palette that can be read on a light ground and on a dark one.

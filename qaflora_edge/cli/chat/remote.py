@@ -21,7 +21,7 @@ from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import parse_strategy
 
 if TYPE_CHECKING:
-    from qaflora_edge.inference.core import Progress
+    from qaflora_edge.progress import Tell
 
 KEY_VARIABLE = "QAFLORA_API_KEY"
 _CONNECT_S = 10.0
@@ -199,7 +199,7 @@ class RemoteEngine:
         *,
         weights: FusionWeights | None = None,
         keep_history: Any = False,
-        on_progress: Progress | None = None,
+        on_progress: Tell | None = None,
         **sampling: Any,
     ) -> RemoteGeneration:
         """Answer token ids; the prompt was weighed and read when this returns.
@@ -242,7 +242,7 @@ class RemoteGeneration(Iterator[str]):
         server: Server,
         body: Mapping[str, Any],
         weights: FusionWeights | None,
-        on_progress: Progress | None = None,
+        on_progress: Tell | None = None,
     ) -> None:
         self._url, self._stack = server.url, contextlib.ExitStack()
         self._response = self._stack.enter_context(server.opened("/v1/completions", body))
@@ -275,7 +275,7 @@ class RemoteGeneration(Iterator[str]):
         """End it, where it has not ended."""
         self._stack.close()
 
-    def _read_first(self, on_progress: Progress | None) -> dict[str, Any] | None:
+    def _read_first(self, on_progress: Tell | None) -> dict[str, Any] | None:
         """The event behind those that tell how far the prompt is weighed and read."""
         for event in self._events:
             told = event.get("prompt_progress")

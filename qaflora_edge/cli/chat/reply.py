@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -118,3 +120,27 @@ def interrupts_call(action: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def silent_keys() -> Iterator[None]:
+    """Let the terminal on stdin keep keys for the next input, without an echo amid an answer.
+
+    Enter stays a carriage return, which sends; the terminal would make it a line end. Ctrl-C
+    interrupts as ever. An input with line editing brings its own mode and comes back to this one.
+    """
+    try:
+        import termios
+    except ImportError:  # Windows echoes nothing by itself
+        yield
+        return
+    keys = sys.stdin.fileno()
+    before = termios.tcgetattr(keys)
+    silent = termios.tcgetattr(keys)
+    silent[0] &= ~termios.ICRNL
+    silent[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(keys, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keys, termios.TCSADRAIN, before)

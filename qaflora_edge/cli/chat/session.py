@@ -11,7 +11,7 @@ from qaflora_edge.chat.conversation import Conversation, Message, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
-from qaflora_edge.inference.sampling import make_sampling
+from qaflora_edge.inference.request import make_sampling
 
 if TYPE_CHECKING:
     from qaflora_edge.cli.chat.reply import Reply

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import signal
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
@@ -20,18 +23,21 @@ from prompt_toolkit.completion import (
 )
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, is_searching
-from prompt_toolkit.formatted_text import AnyFormattedText
+from prompt_toolkit.formatted_text import AnyFormattedText, StyleAndTextTuples
+from prompt_toolkit.formatted_text.utils import fragment_list_to_text
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.layout.utils import explode_text_fragments
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
+from prompt_toolkit.utils import get_cwidth
 
 from qaflora_edge.cli.chat.command_table import completions
-from qaflora_edge.cli.chat.history import open_history
-from qaflora_edge.cli.chat.word_wrap import WordWrap
+from qaflora_edge.cli.chat.session import ChatSession
 from qaflora_edge.cli.show import terminal_size
-
-if TYPE_CHECKING:
-    from qaflora_edge.cli.chat.session import ChatSession
+from qaflora_edge.errors import OutputFileError
+from qaflora_edge.files import atomic_path, data_dir
 
 _PROMPT = "> "
 _MENU_ROWS = 5
@@ -161,3 +167,91 @@ class _SlashCompleter(Completer):
                 return
         for candidate in completions(text, self._session):
             yield Completion(candidate, start_position=-len(text.split(" ")[-1]))
+
+
+class WordWrap(Processor):
+    """Fills rows with blanks up to their end where the next word does not fit.
+
+    prompt_toolkit alone breaks them at any letter.
+
+    n_prefix  columns that each row begins with: the prompt, or what continues it
+    """
+
+    def __init__(self, n_prefix: int) -> None:
+        self._n_prefix = n_prefix
+
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        fragments = explode_text_fragments(transformation_input.fragments)
+        width = max(1, transformation_input.width - self._n_prefix)
+        n_blank = blanks(fragment_list_to_text(fragments), width)
+        # Of each letter, where it stands in the line that is shown.
+        places = [place + n for place, n in enumerate(itertools.accumulate(n_blank))]
+        shown: StyleAndTextTuples = []
+        for fragment, n in zip(fragments, n_blank, strict=True):
+            shown += [("", " " * n), fragment] if n else [fragment]
+        end = len(fragments) + sum(n_blank)
+
+        def to_display(place: int) -> int:
+            return places[place] if place < len(places) else end + place - len(places)
+
+        def to_source(place: int) -> int:
+            return max(0, bisect_right(places, place) - 1) if place < end else len(places)
+
+        return Transformation(shown, source_to_display=to_display, display_to_source=to_source)
+
+
+def blanks(text: str, width: int) -> list[int]:
+    """How many blanks go before each letter, so that no word breaks that is not wider than a row.
+
+    A blank that ends a row stays in it; where there is no room, it begins the next one.
+    """
+    n_blank = [0] * len(text)
+    column = 0
+    for word in re.finditer(" +|[^ ]+", text):
+        n_word = get_cwidth(word[0])
+        if column + n_word > width >= n_word and column and word[0][0] != " ":
+            n_blank[word.start()] = width - column
+            column = 0
+        for n in map(get_cwidth, word[0]):
+            column = column + n if column + n <= width else n
+        column %= width
+    return n_blank
+
+
+BYTES_MAX = 1 << 20
+_ENTRY = b"\n# "  # what begins an entry; the lines of a message begin with a plus
+
+
+class _BoundedFile(FileHistory):
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk is no reason to lose a conversation
+            super().store_string(string)
+
+
+def open_history() -> tuple[History, str | None]:
+    """What was typed, which Up and Ctrl-R bring back, in a file that only its owner may read.
+
+    Also why it is not kept, if so.
+    """
+    path = data_dir() / "chat-history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
+        if not path.is_file():
+            raise OSError(0, "it is no ordinary file")
+        if path.stat().st_size > BYTES_MAX:
+            _forget_oldest(path)
+    except OSError as error:
+        return InMemoryHistory(), f"{path} cannot be used ({error.strerror})"
+    return _BoundedFile(str(path)), None
+
+
+def _forget_oldest(path: Path) -> None:
+    """Keep the newest entries of a history, half of what it may have."""
+    with path.open("rb") as file:
+        file.seek(-BYTES_MAX // 2, os.SEEK_END)
+        data = file.read()
+    _, begin, kept = data.partition(_ENTRY)
+    with contextlib.suppress(OutputFileError), atomic_path(os.path.realpath(path)) as temporary:
+        temporary.touch(0o600)
+        temporary.write_bytes(begin + kept)

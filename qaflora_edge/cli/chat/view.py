@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.cli.chat.signs import has_signs, visible
-from qaflora_edge.cli.show import mean_weights, paint, terminal_size
+from qaflora_edge.cli.chat.reply import Reply
+from qaflora_edge.cli.show import has_signs, mean_weights, paint, terminal_size, visible
 from qaflora_edge.files import one_line
-
-if TYPE_CHECKING:
-    from qaflora_edge.cli.chat.reply import Reply
-    from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.numbers import FusionWeights
 
 _WAIT_S = 0.4  # nothing is said about a shorter wait
 

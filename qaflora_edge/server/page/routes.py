@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from qaflora_edge.markdown.blocks import cut
+from qaflora_edge.markdown.syntax import cut
 from qaflora_edge.markdown.tree import tree
 from qaflora_edge.server.body import json_body
 from qaflora_edge.server.page.content import page

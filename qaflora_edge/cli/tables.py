@@ -1,9 +1,10 @@
-"""Tables and texts of a Markdown document, in which no text of a file is a mark."""
+"""Tables for a terminal; tables and texts of Markdown, in which no text of a file is a mark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from html import escape
+from itertools import zip_longest
 
 from qaflora_edge.cli.eval_words import plain
 
@@ -37,3 +38,15 @@ def folded(summary: str, lines: Sequence[str]) -> list[str]:
     """Lines below a text that opens and closes them."""
     head = ["<details>", f"<summary>{escape(plain(summary))}</summary>", ""]
     return [*head, *lines, "</details>", ""]
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines: the first column to the left, others to the right."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return [
+        "   ".join(
+            f"{cell:{'>' if index else '<'}{width}}"
+            for index, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,11 @@
+"""How work that takes long tells how far it is."""
+
+from collections.abc import Callable
+
+Tell = Callable[[str, int, int], None]  # what is done; the steps or bytes done, and those in all
+TellCount = Callable[[int, int], None]  # the steps or bytes done, and those in all
+TellBytes = Callable[[int], None]  # the bytes done
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """What is called where nobody asks."""
