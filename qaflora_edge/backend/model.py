@@ -57,11 +57,7 @@ class Model(Handle):
     """
 
     def __init__(
-        self,
-        path: AnyPath,
-        *,
-        gpu_layers: int | None = None,
-        header: GgufHeader | None = None,
+        self, path: AnyPath, *, gpu_layers: int | None = None, header: GgufHeader | None = None
     ) -> None:
         self.path = Path(path)
         self._key: _Key | None = None  # where others find it
@@ -245,11 +241,7 @@ class Pack(Handle):
     """
 
     def __init__(
-        self,
-        model: Model,
-        paths: Sequence[AnyPath],
-        *,
-        adapter_type: str = "auto",
+        self, model: Model, paths: Sequence[AnyPath], *, adapter_type: str = "auto"
     ) -> None:
         self._model = model
         self._functions = model._functions

@@ -63,13 +63,7 @@ class ProbeContext(Context):
         # 0: llama.cpp's own limit, a whole batch
         n_output = 0 if all_outputs else None
         super().__init__(
-            model,
-            pack,
-            n_seq=n_seq,
-            n_output=n_output,
-            n_together=n_seq,
-            flags=flags,
-            **options,
+            model, pack, n_seq=n_seq, n_output=n_output, n_together=n_seq, flags=flags, **options
         )
         self.has_inputs, self.all_outputs = has_inputs, all_outputs
         if all_outputs:

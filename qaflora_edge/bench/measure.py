@@ -323,10 +323,7 @@ def _add_deviation(runs: Mapping[str, list[Run]], weights: Mapping[str, F32 | No
 
 def _deviation(weights: F32, exact: F32) -> Run:
     difference = np.abs(weights - exact)
-    return {
-        "deviation_worst": float(difference.max()),
-        "deviation_mean": float(difference.mean()),
-    }
+    return {"deviation_worst": float(difference.max()), "deviation_mean": float(difference.mean())}
 
 
 def _ttft_row(length: int, k: int, name: str, runs: Mapping[str, list[Run]]) -> Row:

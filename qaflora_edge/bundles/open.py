@@ -93,9 +93,7 @@ def open_files(base: Path, adapters: Mapping[str, Path]) -> Opened:
 
 
 def open_any(
-    bundle: AnyPath | None,
-    base: AnyPath | None,
-    adapters: Mapping[str, AnyPath] | None,
+    bundle: AnyPath | None, base: AnyPath | None, adapters: Mapping[str, AnyPath] | None
 ) -> Opened:
     """What an Engine is asked to open: a bundle or base alone, or a base with adapters.
 

@@ -177,11 +177,7 @@ Environment:
 `qaflora COMMAND --help` explains a command, with its exit codes."""
 
 
-@click.group(
-    cls=VerbGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EPILOG,
-)
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="qaflora")
 @click.pass_context
 def main(ctx: click.Context) -> None:

@@ -73,10 +73,7 @@ def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, An
     return {
         "text": text,
         "finish_reason": answer.finish_reason,
-        "usage": {
-            "prompt_tokens": answer.n_prompt,
-            "completion_tokens": answer.n_completion,
-        },
+        "usage": {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_completion},
         **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
         "timings": answer.timings.to_dict(),
     }

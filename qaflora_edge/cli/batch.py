@@ -192,11 +192,7 @@ def answer_file(
 
 
 def _key(
-    bundle: str,
-    options: SharedOptions,
-    sampling: dict[str, Any],
-    system: str | None,
-    as_json: bool,
+    bundle: str, options: SharedOptions, sampling: dict[str, Any], system: str | None, as_json: bool
 ) -> str:
     """Equal where the bundle and all options are that decide an answer."""
     place = bundle_folder(bundle)

@@ -35,10 +35,7 @@ def hint(shell: str, path: Path) -> str:
     }[shell]
 
 
-@command(
-    "qaflora completion bash --install",
-    "qaflora completion zsh > _qaflora",
-)
+@command("qaflora completion bash --install", "qaflora completion zsh > _qaflora")
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.option("--install", is_flag=True, help="Write it where the shell looks for it.")
 def completion(shell: str, install: bool) -> None:

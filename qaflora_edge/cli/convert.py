@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from qaflora_edge.convert.adapter import ConvertedAdapter
 
 
-@command(
-    "qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify",
-)
+@command("qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify")
 @click.argument("peft_dir")
 @click.option(
     "--base",

@@ -127,19 +127,13 @@ def _section(
     number: int, prompt: Prompt, fusion: FusionWeights, ends: tuple[float, float]
 ) -> list[str]:
     title = crop(prompt.label, TITLE_CHARS)
-    lines = [
-        "<section>",
-        f'<h2 dir="auto">{number}. {clean(title)}</h2>',
-    ]
+    lines = ["<section>", f'<h2 dir="auto">{number}. {clean(title)}</h2>']
     if title != spelt(" ".join(prompt.text.split())):
         shown = f'<p class="prompt" dir="auto">{clean(prompt.text)}</p>'
         if len(prompt.text) > PROMPT_CHARS:
             shown = f"<details><summary>The whole prompt</summary>{shown}</details>"
         lines.append(shown)
-    lines += [
-        *weights_lines(fusion, ends),
-        "</section>",
-    ]
+    lines += [*weights_lines(fusion, ends), "</section>"]
     return lines
 
 

@@ -119,10 +119,7 @@ def _base_shape(module: PeftModule, header: GgufHeader, base_name: str) -> tuple
 
 
 def _single(
-    header: GgufHeader,
-    base_name: str,
-    experts: Mapping[int, PeftModule],
-    alpha: float,
+    header: GgufHeader, base_name: str, experts: Mapping[int, PeftModule], alpha: float
 ) -> SingleExperts:
     first = experts[min(experts)]
     n_expert, n_out, n_in = _base_shape(first, header, base_name)

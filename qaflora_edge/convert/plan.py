@@ -92,10 +92,7 @@ def _plan(adapter: PeftAdapter, header: GgufHeader) -> tuple[float, list[Planned
             planned[base_name] = PlannedModule(module, base_name, factor, part.rows, part.columns)
             _check_reached(planned[base_name], header)
             _check_shape(planned[base_name], header)
-    everything: list[Planned] = [
-        *planned.values(),
-        *plan_experts(adapter, experts, header, alpha),
-    ]
+    everything: list[Planned] = [*planned.values(), *plan_experts(adapter, experts, header, alpha)]
     return alpha, sorted(everything, key=lambda module: _natural_key(module.base_name))
 
 

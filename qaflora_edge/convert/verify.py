@@ -54,10 +54,7 @@ class ModuleCheck:
 
 
 def verify_conversion(
-    path: Path,
-    header: GgufHeader,
-    modules: Sequence[Planned],
-    progress: TellBytes | None = None,
+    path: Path, header: GgufHeader, modules: Sequence[Planned], progress: TellBytes | None = None
 ) -> tuple[ModuleCheck, ...]:
     """Compare the file of a conversion with its source, module by module.
 

@@ -14,11 +14,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import (
-    AdapterMismatchError,
-    GgufFileError,
-    UnsupportedAdapterError,
-)
+from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.arch_facts import is_bypassed, module_kind
 from qaflora_edge.formats.file_parts import parts

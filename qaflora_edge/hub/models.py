@@ -11,12 +11,7 @@ from qaflora_edge.hub.download import check_space, fetch_source, read_chunks
 from qaflora_edge.progress import TellCount
 
 
-def fetch_model(
-    name: str,
-    *,
-    to: AnyPath | None = None,
-    progress: TellCount | None = None,
-) -> Path:
+def fetch_model(name: str, *, to: AnyPath | None = None, progress: TellCount | None = None) -> Path:
     """Give the path of a model's file, fetching it if it is not here.
 
     `to` is the folder that gets the file, the cache by default. Raises RegistryError for an

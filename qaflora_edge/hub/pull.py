@@ -24,11 +24,7 @@ from qaflora_edge.formats.bundle_format import (
     parse_bundle,
 )
 from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
-from qaflora_edge.hub.cache import (
-    cached_snapshot,
-    hub_cache_dir,
-    pulled_path,
-)
+from qaflora_edge.hub.cache import cached_snapshot, hub_cache_dir, pulled_path
 from qaflora_edge.hub.client import (
     HubFile,
     HubListing,
@@ -49,11 +45,7 @@ DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
 def fetch_hub(
-    ref: str,
-    to: AnyPath | None = None,
-    *,
-    update: bool = False,
-    progress: TellCount | None = None,
+    ref: str, to: AnyPath | None = None, *, update: bool = False, progress: TellCount | None = None
 ) -> Path:
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 

@@ -55,11 +55,7 @@ class Sampler:
     def _is_plain(self) -> bool:
         """Whether the likeliest token is chosen, whatever came before."""
         sampling = self.sampling
-        penalties = (
-            sampling.repeat_penalty,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
-        )
+        penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         is_changed = bool(sampling.logit_bias) or penalties != (1.0, 0.0, 0.0)
         return sampling.temperature < _COLDEST and not is_changed
 
@@ -78,11 +74,7 @@ class Sampler:
         lib, sampling = self._lib, self.sampling
         if sampling.logit_bias:
             self._add_bias({int(token): bias for token, bias in sampling.logit_bias.items()})
-        penalties = (
-            sampling.repeat_penalty,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
-        )
+        penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         if penalties != (1.0, 0.0, 0.0):
             self._add(
                 lib.llama_sampler_init_penalties(self._model.n_vocab, _N_PENALISED, *penalties)

@@ -20,15 +20,7 @@ from typing import Any
 from markdown_it.token import Token
 from pygments import lex
 from pygments.lexers import get_lexer_by_name
-from pygments.token import (
-    Comment,
-    Generic,
-    Keyword,
-    Name,
-    Number,
-    Operator,
-    String,
-)
+from pygments.token import Comment, Generic, Keyword, Name, Number, Operator, String
 from pygments.util import ClassNotFound
 
 from qaflora_edge.markdown.syntax import parse

@@ -221,10 +221,7 @@ class ResponseShape:
         arguments = item["arguments"]
         yield self._event("response.function_call_arguments.delta", **place, delta=arguments)
         yield self._event(
-            "response.function_call_arguments.done",
-            **place,
-            arguments=arguments,
-            name=item["name"],
+            "response.function_call_arguments.done", **place, arguments=arguments, name=item["name"]
         )
         yield self._event("response.output_item.done", output_index=index, item=item)
 

@@ -87,10 +87,7 @@ def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:
             }
         )
     return schema_grammar(
-        {"anyOf": calls},
-        source="The parameters of tools",
-        before=f"{BEGIN}\n",
-        after=f"\n{END}",
+        {"anyOf": calls}, source="The parameters of tools", before=f"{BEGIN}\n", after=f"\n{END}"
     )
 
 

@@ -7,11 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from qaflora_edge.errors import (
-    PeftConfigError,
-    SafetensorsFileError,
-    UnsupportedAdapterError,
-)
+from qaflora_edge.errors import PeftConfigError, SafetensorsFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.safetensors_file import StoredTensor
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields

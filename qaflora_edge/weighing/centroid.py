@@ -43,9 +43,7 @@ class Centroid(Strategy):
         similarity = cosine_similarity(probe.embedding(), centroids)
         weights = softmax(similarity / TEMPERATURE)
         shape = (len(weights), query.n_layer)
-        return Mix(
-            *(np.broadcast_to(each[:, None], shape) for each in (weights, similarity)),
-        )
+        return Mix(*(np.broadcast_to(each[:, None], shape) for each in (weights, similarity)))
 
 
 STRATEGIES = (Centroid(),)

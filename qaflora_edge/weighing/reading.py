@@ -58,11 +58,7 @@ def wiped_on_failure(context: ProbeContext) -> Iterator[None]:
 
 
 def probe_context(
-    model: Model,
-    pack: Pack,
-    options: dict[str, Any],
-    n_token: int,
-    **kwargs: Any,
+    model: Model, pack: Pack, options: dict[str, Any], n_token: int, **kwargs: Any
 ) -> ProbeContext:
     """A context with room for so many tokens.
 

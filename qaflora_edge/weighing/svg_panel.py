@@ -186,13 +186,7 @@ def _share(fusion: FusionWeights, row: int, layer: int, ends: tuple[float, float
 
 
 def _cell(
-    fusion: FusionWeights,
-    row: int,
-    layer: int,
-    x: int,
-    y: int,
-    ends: tuple[float, float],
-    ink: str,
+    fusion: FusionWeights, row: int, layer: int, x: int, y: int, ends: tuple[float, float], ink: str
 ) -> str:
     share = _share(fusion, row, layer, ends)
     parts = (

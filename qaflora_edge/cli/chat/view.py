@@ -87,9 +87,7 @@ class TerminalView(View):
 
         click.echo()
         self._stream = MarkdownStream(
-            self._console,
-            size=lambda: terminal_size(sys.stdout),
-            ascii_only=not self._has_signs,
+            self._console, size=lambda: terminal_size(sys.stdout), ascii_only=not self._has_signs
         )
 
     def piece(self, text: str) -> None:
