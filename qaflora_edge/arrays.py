@@ -1,7 +1,13 @@
-"""Arrays as signatures name them; the shape stands in the docstring."""
+"""Arrays as signatures name them; the shape stands in the docstring. Numpy is not imported."""
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike as ArrayLike
+    from numpy.typing import NDArray
+
+    F32 = NDArray[np.float32]
+    F64 = NDArray[np.float64]
+else:
+    ArrayLike = F32 = F64 = Any

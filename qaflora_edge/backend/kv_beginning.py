@@ -34,6 +34,23 @@ class _Cache:
     blocks: tuple[tuple[int, int, int], ...]
 
 
+class _Reader:
+    """Numbers one behind the other."""
+
+    def __init__(self, data: memoryview, at: int) -> None:
+        self._data, self.at = data, at
+
+    def take(self, form: str) -> tuple[int, ...]:
+        return struct.unpack_from(form, self._data, self.skip(struct.calcsize(form)))
+
+    def skip(self, n: int) -> int:
+        """Go on behind n bytes; gives where they begin."""
+        start, self.at = self.at, self.at + n
+        if self.at > self._data.nbytes:
+            raise ValueError(f"{self.at} bytes of {self._data.nbytes}")
+        return start
+
+
 def with_beginning(state: U8, beginning: U8, n: int) -> U8:
     """What a sequence holds, with the keys and values that another read of the first n tokens.
 
@@ -99,23 +116,6 @@ def _cache(reader: _Reader, state: U8, n_cell: int) -> _Cache:
             (_, n_byte), n_outer = reader.take("<iQ"), 1
         blocks.append((reader.skip(n_outer * n_cell * n_byte), n_outer, n_byte))
     return _Cache(cells["position"], tuple(blocks))
-
-
-class _Reader:
-    """Numbers one behind the other."""
-
-    def __init__(self, data: memoryview, at: int) -> None:
-        self._data, self.at = data, at
-
-    def take(self, form: str) -> tuple[int, ...]:
-        return struct.unpack_from(form, self._data, self.skip(struct.calcsize(form)))
-
-    def skip(self, n: int) -> int:
-        """Go on behind n bytes; gives where they begin."""
-        start, self.at = self.at, self.at + n
-        if self.at > self._data.nbytes:
-            raise ValueError(f"{self.at} bytes of {self._data.nbytes}")
-        return start
 
 
 def _unknown(found: str) -> BackendError:

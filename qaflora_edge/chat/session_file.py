@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.chat.conversation import Conversation, Turn
@@ -40,7 +40,7 @@ class BundleIdentity:
     base_sha256: str
     adapters: dict[str, str] = field(default_factory=dict)
 
-    def differences(self, other: BundleIdentity) -> list[str]:
+    def differences(self, other: Self) -> list[str]:
         """What is not the same in another bundle, in words; empty when both answer alike."""
         found = []
         if self.base_sha256 != other.base_sha256:

@@ -140,7 +140,9 @@ def facts(section: Section) -> list[tuple[str, str]]:
         "bundle": (head["bundle"] for head in heads),
         "base": (f"{head['base']['name']}, SHA-256 {head['base']['sha256']}" for head in heads),
         "adapters": (_adapters(head) for head in heads),
-        "options": (_options(head["options"]) for head in heads),
+        "options": (
+            ", ".join(f"{k} {text(v)}" for k, v in head["options"].items()) for head in heads
+        ),
         "version": (head["version"] for head in heads),
         "machine": (head["machine"] for head in heads),
     }
@@ -160,10 +162,6 @@ def facts(section: Section) -> list[tuple[str, str]]:
 def _adapters(head: Mapping[str, Any]) -> str:
     each = (f"{a['name']} ({a['bytes'] / 1e6:.1f} MB)" for a in head["adapters"])
     return ", ".join(each) or "none"
-
-
-def _options(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {text(value)}" for name, value in options.items())
 
 
 def text(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class Cell:
         """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
         return np.array([row["score"] for row in self._scored(strategy).values()], np.float64)
 
-    def gains(self, strategy: str, over: str, of: Cell | None = None) -> F64:
+    def gains(self, strategy: str, over: str, of: Self | None = None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
 
         Differences of scores as they were written, over the items that both have.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,11 @@ def _ends_with_number(answer: str, expected: Any) -> bool:
     return number is not None and is_number(answer, number)
 
 
-def _is_exact(answer: str, expected: Any) -> bool:
-    return _spaced(answer) == _spaced(str(expected))
-
-
-def _contains(answer: str, expected: Any) -> bool:
-    return _spaced(str(expected)).casefold() in _spaced(answer).casefold()
-
-
-_METRICS = {"number": _ends_with_number, "exact": _is_exact, "contains": _contains}
+_METRICS: dict[str, Callable[[str, Any], bool]] = {
+    "number": _ends_with_number,
+    "exact": lambda answer, expected: _spaced(answer) == _spaced(str(expected)),
+    "contains": lambda answer, e: _spaced(str(e)).casefold() in _spaced(answer).casefold(),
+}
 
 
 def _spaced(text: str) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -33,9 +33,9 @@ class Estimate:
     high: float
     n_item: int
 
-    def times(self, factor: float) -> Estimate:
+    def times(self, factor: float) -> Self:
         """The same in another unit; factor > 0."""
-        return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n_item)
+        return type(self)(factor * self.value, factor * self.low, factor * self.high, self.n_item)
 
 
 def check_can_estimate() -> None:

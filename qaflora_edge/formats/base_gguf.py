@@ -46,7 +46,8 @@ def check_base(header: GgufHeader) -> None:
     _check_experts(header)
     _check_heads(header)
     for key, value in header.metadata.items():
-        if key.endswith("epsilon") and not (_is_finite(value) and value >= 0):  # type: ignore[operator]
+        is_number = isinstance(value, int | float)
+        if key.endswith("epsilon") and not (is_number and 0 <= value < math.inf):
             _fail(header, key, value, "a finite number from 0 on")
     _check_range(header, "attention.sliding_window", 0, MAX_WINDOW)
     _check_tensors(header)
@@ -243,7 +244,3 @@ def _token_types(header: GgufHeader) -> NDArray[np.int64]:
         return np.frombuffer(read_array(header.path, types), "<i4").astype(np.int64)
     is_numbers = isinstance(types, tuple) and all(isinstance(each, int) for each in types)
     return np.array(types if is_numbers else (), np.int64)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -205,7 +205,8 @@ def _fetch(
     here = local_dir or cached_snapshot(HubRef(ref.repo, None, listing.commit))
     here_bytes = sum(file.size_bytes for file in wanted if here and (here / file.name).is_file())
     place = local_dir.parent if local_dir else hub_cache_dir()
-    check_space(_existing(place), total_bytes - here_bytes, Path(ref.repo))
+    existing = next(path for path in (place, *place.parents) if os.path.exists(path))
+    check_space(existing, total_bytes - here_bytes, Path(ref.repo))
 
     def report(done_bytes: int) -> None:
         if progress is not None:
@@ -361,8 +362,3 @@ def _discard(path: Path) -> None:
     target = path.resolve()
     path.unlink(missing_ok=True)
     target.unlink(missing_ok=True)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.parents) if os.path.exists(path))

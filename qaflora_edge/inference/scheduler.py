@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 from qaflora_edge.backend.batch import Pieces, n_common
 from qaflora_edge.inference.sequence import Sequence
@@ -86,7 +86,7 @@ class Slot:
         self.tokens, self.n_prompt, self.n_exact = [], 0, 0
         self.weights, self.owner = None, 0
 
-    def copy(self, other: Slot) -> None:
+    def copy(self, other: Self) -> None:
         """Note that what another slot holds is here too, and nobody's yet."""
         self.tokens, self.n_exact, self.weights = list(other.tokens), other.n_exact, other.weights
         self.n_prompt = self.owner = 0

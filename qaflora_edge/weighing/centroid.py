@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from qaflora_edge.arrays import F32, F64
 
 TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 

@@ -101,7 +101,8 @@ class Ends:
         )
         self._n_base, self._key = n_head, how
         if at == 0:
-            context.load_kv_state(_of_base(beginning))
+            sequences, weights = beginning.sequences[:1], beginning.weights[:1]
+            context.load_kv_state(KvState(beginning.tokens, sequences, weights))
             at, cut = n_first, pieces.end(head, 0)
             if at < cut:
                 context.decode(head[at:cut], start=at, outputs="none", n_seq=1)
@@ -123,7 +124,3 @@ class Ends:
     def _keep_base_only(context: ProbeContext) -> None:
         for seq in range(1, context.n_seq):
             context.clear(seq)
-
-
-def _of_base(state: KvState) -> KvState:
-    return KvState(state.tokens, state.sequences[:1], state.weights[:1])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy
-
-if TYPE_CHECKING:
-    from qaflora_edge.arrays import F32
 
 _LARGEST = 3.4028234663852886e38  # of float32
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import LENSES as LENSES
@@ -204,13 +204,10 @@ def kl_divergence(base_logits: ArrayLike, difference: ArrayLike) -> F64:
     d = np.asarray(difference, np.float64)
     p = np.exp(z - z.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    d = d - np.take_along_axis(d, np.broadcast_to(_argmax(z), (*d.shape[:-1], 1)), axis=-1)
+    likeliest = np.asarray(z.argmax(axis=-1, keepdims=True))
+    d = d - np.take_along_axis(d, np.broadcast_to(likeliest, (*d.shape[:-1], 1)), axis=-1)
     u = d - (p * d).sum(axis=-1, keepdims=True)
     return np.asarray(np.log1p((p * _expm1_minus(u)).sum(axis=-1)))
-
-
-def _argmax(z: F64) -> NDArray[np.intp]:
-    return np.asarray(z.argmax(axis=-1, keepdims=True))
 
 
 def _expm1_minus(u: F64) -> F64:

@@ -9,14 +9,10 @@ these modules: one mix for the whole answer, where the published methods mix ane
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qaflora_edge.arrays import F64, ArrayLike
 from qaflora_edge.weighing.strategy import Mix, Probe, Query, Reading, Strategy
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from qaflora_edge.arrays import F64
 
 
 class _Spectral(Strategy):

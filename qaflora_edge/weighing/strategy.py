@@ -14,16 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.config import SHAPING, Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy_options import read_options
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from qaflora_edge.arrays import F32, F64
 
 Measure = Literal["kl", "cosine", "euclidean"]
 PlaceMeasure = Literal["added", "cosine"]

@@ -11,15 +11,13 @@ is usual, the base answers alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
-
-if TYPE_CHECKING:
-    from qaflora_edge.arrays import F32, F64
 
 RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
 

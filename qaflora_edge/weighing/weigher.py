@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -46,7 +46,7 @@ class Known:
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
     fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
 
-    def under(self, **given: str | None) -> Known:
+    def under(self, **given: str | None) -> Self:
         """The same with the strategy, lens and pool that a caller gives."""
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
         return replace(self, **chosen)

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from qaflora_edge.markdown.syntax import may_close, may_open, parse
 
-_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _MARK = re.compile(r"\\.|`+|\*+|_+|~~+|\[|\]\(?|[()]", re.DOTALL)
 _MAYBE_HEAD = re.compile(r"[\s>*+\-\d.)]*\|")  # the first row of a table, behind the marks of lists
 
@@ -28,7 +28,8 @@ def n_settled(
     head = render(kept)
     # The row at the end, or below code, and those that the next letters of the last word may move.
     n = len(head) - 1 - _n_row_most(re.split(r"[ \n]", kept.rstrip("\n"))[-1], width)
-    same = map(_same, rows, head[: max(0, n)])
+    texts = ([ESCAPE.sub("", row) for row in shown] for shown in (rows, head[: max(0, n)]))
+    same = map(str.__eq__, *texts)
     return next((i for i, is_same in enumerate(same) if not is_same), min(len(rows), max(0, n)))
 
 
@@ -112,11 +113,6 @@ def _closing(text: str, place: int) -> int | None:
         if depth == 0:
             return found.end()
     return None
-
-
-def _same(row: str, other: str) -> bool:
-    """Whether two rows have the same text."""
-    return _ESCAPE.sub("", row) == _ESCAPE.sub("", other)
 
 
 def _n_row_most(text: str, width: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import IO
@@ -13,11 +12,9 @@ from rich.console import Console
 from wcwidth import wcwidth
 
 from qaflora_edge.cli.chat.markdown import render_block
-from qaflora_edge.cli.chat.settled import n_settled
+from qaflora_edge.cli.chat.settled import ESCAPE, n_settled
 from qaflora_edge.cli.show import visible
 from qaflora_edge.markdown.syntax import block_starts, sure_starts
-
-_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class LiveLines:
@@ -73,7 +70,7 @@ def _cropped(line: str, columns: int) -> str:
 
     Some draw the parts of an emoji side by side. What is cut here is whole once it is for good.
     """
-    text = _ESCAPE.sub("", line)
+    text = ESCAPE.sub("", line)
     columns_at = list(itertools.accumulate(max(0, wcwidth(char)) for char in text))
     if not text or columns_at[-1] <= columns:
         return line
@@ -82,7 +79,7 @@ def _cropped(line: str, columns: int) -> str:
 
 def _n_row(line: str, columns: int) -> int:
     """Rows that a line takes; a terminal that became narrower has wrapped it."""
-    return max(1, -(-cell_len(_ESCAPE.sub("", line)) // max(1, columns)))
+    return max(1, -(-cell_len(ESCAPE.sub("", line)) // max(1, columns)))
 
 
 _REDRAW_S = 0.08
