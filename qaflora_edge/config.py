@@ -4,8 +4,6 @@ From here come the options of the commands, the settings file and its variables,
 `llm`, the ranges and defaults of the Python calls, and the table of docs/settings.md.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Engine: weigh adapters for a query, and answer it with the weighed mix."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What is opened: an Engine's facts and choices, and its prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self

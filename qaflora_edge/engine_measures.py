@@ -1,7 +1,5 @@
 """What is measured of prompts: the part of an Engine that weighs and scores."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

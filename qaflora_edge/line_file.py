@@ -1,7 +1,5 @@
 """A file of lines that one process adds to, and that is gone on with."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

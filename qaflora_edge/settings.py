@@ -4,8 +4,6 @@ The file is TOML. Most of its keys are options of commands, which `qaflora_edge.
 checks; `cache` and `bundles` are for the library as well and are checked here.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import tomllib

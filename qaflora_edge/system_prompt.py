@@ -4,8 +4,6 @@ What the probe reads of it depends on nothing that is asked, so it is kept from 
 next, in a file of the cache.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

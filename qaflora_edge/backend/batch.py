@@ -1,7 +1,5 @@
 """Rows of one llama_decode call: which token, where, of which sequence, with or without logits."""
 
-from __future__ import annotations
-
 import struct
 from array import array
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Nothing here knows what a strategy or a bundle is.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

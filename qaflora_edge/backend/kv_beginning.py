@@ -4,8 +4,6 @@ llama_memory_seq_cp() copies all that a sequence holds or nothing where sequence
 their own, so that the two are put together outside.
 """
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass
 

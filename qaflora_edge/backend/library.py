@@ -1,7 +1,5 @@
 """The library's functions, why they failed, and what every handle of it has in common."""
 
-from __future__ import annotations
-
 from collections import deque
 from types import TracebackType
 from typing import Any

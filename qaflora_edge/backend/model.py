@@ -1,7 +1,5 @@
 """What is loaded once and shared by all contexts: a base, and its adapters as one pack."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import threading

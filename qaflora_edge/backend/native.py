@@ -4,8 +4,6 @@ llama_cpp reads LLAMA_CPP_LIB_PATH once, when it is imported, and binds every sy
 this module sets the variable, imports llama_cpp, and refuses a library without our ABI.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

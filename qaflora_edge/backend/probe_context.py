@@ -1,7 +1,5 @@
 """A context whose states are captured after every block, and read through the base's head."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import sys

@@ -1,7 +1,5 @@
 """A flag that any thread can set to end native work."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from functools import cache

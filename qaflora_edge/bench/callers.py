@@ -3,8 +3,6 @@
 Beside one caller, the base alone, and the bare C interface: llama_decode by hand.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import statistics

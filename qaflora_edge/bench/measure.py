@@ -4,8 +4,6 @@ Every part runs its contestants in turn within a round, on a prompt that no roun
 begins with a round that is thrown away. Ratios are taken within a round, then the median.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 A request comes as JSON on stdin, and the measured bytes go as JSON to stdout.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Measure: what exact weights cost, for numbers of adapters and lengths of a prompt."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What `qaflora bench` compares: the base, llama.cpp's own adapters, and ours, on one model."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

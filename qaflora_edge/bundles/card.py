@@ -1,7 +1,5 @@
 """The card of a pushed repository, README.md: what it holds and how it is used."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from qaflora_edge.bundles.open import fit_text

@@ -1,7 +1,5 @@
 """Make a bundle: convert or copy adapters, measure them, write bundle.json. All or nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping

@@ -6,8 +6,6 @@ Files that a step may leave unused are first named in a note beside bundle.json.
 bundle next, after a crash too, removes those that bundle.json does not name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json

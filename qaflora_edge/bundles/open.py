@@ -6,8 +6,6 @@
 Loading compares every file with its record and changes nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -3,8 +3,6 @@
 Only the files that belong to it go there, and no path of this machine.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Sample texts of an adapter, for the strategy `centroid`: embedded by the base, and not kept."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Where the base and the adapters of a new bundle come from: files here, a name, or the Hub."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

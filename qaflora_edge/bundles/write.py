@@ -1,7 +1,5 @@
 """What making and editing a bundle have in common: adapter files, their records, measurements."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

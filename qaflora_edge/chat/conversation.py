@@ -1,7 +1,5 @@
 """A conversation as data: turns that are asked, undone and cut to what a context holds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

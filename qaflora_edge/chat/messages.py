@@ -1,7 +1,5 @@
 """Messages in OpenAI's shape: checked, and as templates expect them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

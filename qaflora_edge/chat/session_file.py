@@ -9,8 +9,6 @@
 `adapters` are those in use. A file may come from anywhere: everything is checked before use.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

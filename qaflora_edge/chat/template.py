@@ -6,8 +6,6 @@ every operation, call and piece of output is paid for out of one budget, by the 
 handles, before it is done.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView

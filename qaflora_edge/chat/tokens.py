@@ -1,7 +1,5 @@
 """Conversations: the base's own chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

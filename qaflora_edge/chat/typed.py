@@ -6,8 +6,6 @@ slice, join, upper, tojson. Once the text is rendered, a control token's text in
 character stands is text; only what the template wrote itself is a control token.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from bisect import bisect_left

@@ -1,7 +1,5 @@
 """The command `qaflora`: a thin layer over the package, one file per verb, loaded when used."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import importlib

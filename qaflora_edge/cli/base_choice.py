@@ -1,7 +1,5 @@
 """The base of an adapter, where the user gives none: the adapter says what it was trained on."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """`qaflora run --prompts`: the requests of a file, answered in parallel."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """qaflora bundle create, add, remove, rename, base, calibrate, samples, show and verify"""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Nothing here loads a model, and a broken bundle or settings file suggests nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """qaflora completion"""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

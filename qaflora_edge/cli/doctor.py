@@ -1,7 +1,5 @@
 """qaflora doctor"""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.metadata
 import json

@@ -3,8 +3,6 @@
 What a task says and what a model wrote is text there, escaped.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Weights by layer, in a Markdown document: by the roles of adapters, and by task."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Results of evaluations as a page of Markdown: what `docs/evaluation.md` is made with."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The tables of `qaflora eval` and `qaflora report`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from qaflora_edge.cli.eval_words import (

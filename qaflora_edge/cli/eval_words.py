@@ -1,7 +1,5 @@
 """Results of evaluations in words: what their tables, pages and documents have in common."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ In colour a cell is a background out of one ramp, neither black nor white at its
 reads on light and on dark; without colour it is a sign out of `BLOCKS` or `ASCII_RAMP`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import textwrap
@@ -103,23 +101,6 @@ def compare(
         for number, fusion in enumerate(fusions, 1)
     ]
     return "\n".join([*lines, "", pen.legend(n_layer, width)])
-
-
-def _why_alone(fusion: FusionWeights) -> str:
-    what = "There are no adapters" if not fusion.adapters else "No adapter weighs anything"
-    return f"{what}: the base answers alone."
-
-
-def _facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
-    """How the weights came about; `is_shared` leaves out what differs between queries."""
-    parts = [f"strategy {fusion.strategy}"]
-    if fusion.divergence is not None:
-        parts.append(f"lens {fusion.lens}, pool {fusion.pool}")
-    if not is_shared:
-        parts.append(f"{fusion.prompt_tokens} prompt tokens")
-        if fusion.divergence is not None:
-            parts.append(f"probe {fusion.probe_ms:.0f} ms")
-    return f" {pen.dot} ".join(parts)
 
 
 def ramp_colour(share: float) -> tuple[int, int, int]:
@@ -243,6 +224,23 @@ class Pen:
             lines.append(self.wrap(f"-  below 0 (the lowest is {self._lowest:.3g})", width))
         text = f"a column is a layer, 0 to {n_layer - 1}"
         return "\n".join([*lines, self.wrap(text, width)])
+
+
+def _why_alone(fusion: FusionWeights) -> str:
+    what = "There are no adapters" if not fusion.adapters else "No adapter weighs anything"
+    return f"{what}: the base answers alone."
+
+
+def _facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
+    """How the weights came about; `is_shared` leaves out what differs between queries."""
+    parts = [f"strategy {fusion.strategy}"]
+    if fusion.divergence is not None:
+        parts.append(f"lens {fusion.lens}, pool {fusion.pool}")
+    if not is_shared:
+        parts.append(f"{fusion.prompt_tokens} prompt tokens")
+        if fusion.divergence is not None:
+            parts.append(f"probe {fusion.probe_ms:.0f} ms")
+    return f" {pen.dot} ".join(parts)
 
 
 def _bands(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:

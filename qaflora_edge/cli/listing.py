@@ -1,7 +1,5 @@
 """qaflora list"""
 
-from __future__ import annotations
-
 import json
 
 import click

@@ -1,7 +1,5 @@
 """qaflora models"""
 
-from __future__ import annotations
-
 import json
 
 import click

@@ -1,7 +1,5 @@
 """Fusion weights as a picture: HTML written here, PNG and SVG by matplotlib."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fusion weights as PNG or SVG, by matplotlib: a panel per prompt, all on one scale."""
 
-from __future__ import annotations
-
 import io
 import math
 import warnings

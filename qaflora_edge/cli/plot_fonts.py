@@ -1,7 +1,5 @@
 """Fonts of this machine for text that matplotlib's own font lacks, such as Chinese."""
 
-from __future__ import annotations
-
 import contextlib
 import unicodedata
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ Pointing at a cell, tapping it or walking to it with the arrow keys shows weight
 without scripts the cells' titles and the tables still say everything.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence

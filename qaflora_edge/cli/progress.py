@@ -1,7 +1,5 @@
 """Progress on stderr, on a terminal only: bars for what is counted, a line for what is not."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

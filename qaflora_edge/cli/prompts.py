@@ -1,7 +1,5 @@
 """A file of prompts: a line each, or JSON lines that can name them."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

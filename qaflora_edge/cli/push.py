@@ -1,7 +1,5 @@
 """qaflora push"""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

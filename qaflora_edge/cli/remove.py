@@ -1,7 +1,5 @@
 """qaflora remove"""
 
-from __future__ import annotations
-
 import sys
 
 import click

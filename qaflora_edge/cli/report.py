@@ -1,7 +1,5 @@
 """qaflora report"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

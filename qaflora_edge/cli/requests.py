@@ -1,7 +1,5 @@
 """A file of requests: one JSON object a line, a prompt or messages with options of its own."""
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ The command line wins over the environment, that over the file, that over a bund
 defaults, and those over what is built in.
 """
 
-from __future__ import annotations
-
 import os
 import textwrap
 from collections.abc import Mapping

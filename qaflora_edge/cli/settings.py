@@ -1,7 +1,5 @@
 """qaflora settings"""
 
-from __future__ import annotations
-
 import json
 
 import click

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM end a command by an exception, so that it cleans up on its way."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
@@ -26,7 +24,7 @@ def signals_unwind() -> Iterator[None]:
         raised[:] = [(error, number)]
         raise error
 
-    def come_again(dropped: sys.UnraisableHookArgs) -> None:
+    def come_again(dropped: "sys.UnraisableHookArgs") -> None:
         if not raised or dropped.exc_value is not raised[0][0]:
             previous_hook(dropped)
             return

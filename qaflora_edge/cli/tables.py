@@ -1,7 +1,5 @@
 """Tables for a terminal; tables and texts of Markdown, in which no text of a file is a mark."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Set
 from html import escape
 from itertools import zip_longest

@@ -1,7 +1,5 @@
 """Which strategy was the best, and on what evidence."""
 
-from __future__ import annotations
-
 import datetime
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What several files of results say together: sections that may be compared, and their cells."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

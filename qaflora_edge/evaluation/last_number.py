@@ -1,7 +1,5 @@
 """The number that an answer ends with, as people of many languages write numbers."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One task under every strategy: scores, differences, costs, whether the right adapters lead."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

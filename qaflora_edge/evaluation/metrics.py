@@ -1,7 +1,5 @@
 """How answers are scored: 1 or 0, or nats a token; the code of an answer as a program."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 import unicodedata

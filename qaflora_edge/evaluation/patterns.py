@@ -1,7 +1,5 @@
 """Weights by layer, of a task and over tasks: where which adapter leads, and whether always so."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Lines are added as items end, so that a run that was killed is gone on with. A f
 anywhere: every line is checked, and the fields are those of `data/results_*.schema.json`.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

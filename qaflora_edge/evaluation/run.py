@@ -1,7 +1,5 @@
 """Ask every item of some tasks under every strategy, score the answers, and write each result."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

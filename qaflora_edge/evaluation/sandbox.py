@@ -1,7 +1,5 @@
 """Run code that a model wrote, in a process of its own with bounds on all that it may use."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

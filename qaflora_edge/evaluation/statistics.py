@@ -1,7 +1,5 @@
 """Means with their 95 % intervals; the same numbers give the same interval each time."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What results show over tasks: verdicts on strategies, and what it costs to load more adapters."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the items of a task have to be; what a template may name."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any

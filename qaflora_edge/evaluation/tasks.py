@@ -7,8 +7,6 @@ One JSON object a line; the first line may be left out, and then the fields of t
 Files may come from anywhere: every line is checked before anything is asked.
 """
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """Fit weights to labelled examples of a task, and keep them in the bundle with their evidence."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

@@ -6,8 +6,6 @@ A and B apart and multiplies the sums, which mixes one adapter's A with another'
 is CMA-ES by the package cma, which nevergrad, LoRAHub's own, is mostly here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

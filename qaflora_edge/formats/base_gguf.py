@@ -46,8 +46,8 @@ def check_base(header: GgufHeader) -> None:
     _check_experts(header)
     _check_heads(header)
     for key, value in header.metadata.items():
-        is_number = isinstance(value, int | float)
-        if key.endswith("epsilon") and not (is_number and 0 <= value < math.inf):
+        is_right = isinstance(value, int | float) and 0 <= value < math.inf
+        if key.endswith("epsilon") and not is_right:
             _fail(header, key, value, "a finite number from 0 on")
     _check_range(header, "attention.sliding_window", 0, MAX_WINDOW)
     _check_tensors(header)

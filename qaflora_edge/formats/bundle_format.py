@@ -4,8 +4,6 @@ Format "qaflora-bundle/1". The text may come from anywhere: what its fields may 
 `data/bundle.schema.json`, and the rules between them here. Unknown keys are kept in `raw`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace

@@ -6,8 +6,6 @@ times, not the second. The memory may be lost, broken or read-only at any time: 
 hashed again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ Ours because gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts w
 itself. Here vocabularies are stepped over, and every count, length and offset is checked first.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import struct

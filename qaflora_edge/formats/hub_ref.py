@@ -1,7 +1,5 @@
 """References to the Hugging Face Hub: read and written, nothing looked up."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from urllib.parse import unquote

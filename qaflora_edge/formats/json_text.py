@@ -1,7 +1,5 @@
 """Read JSON that may come from anywhere: strict, and bounded in memory and depth; check it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

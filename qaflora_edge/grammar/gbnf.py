@@ -6,8 +6,6 @@ none: so a grammar becomes one terminal as a whole, whose masks cost microsecond
 needs itself, every character becomes one.
 """
 
-from __future__ import annotations
-
 import re
 from graphlib import CycleError, TopologicalSorter
 

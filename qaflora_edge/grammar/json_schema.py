@@ -7,8 +7,6 @@ The result may allow less than the schema does (properties come in the schema's 
 those that are named unless additionalProperties is given), never more.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Also the bounds and constants of a schema, in words of which llguidance keeps to all.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal

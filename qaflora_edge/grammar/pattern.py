@@ -5,8 +5,6 @@ than in ECMA-262 or Python. So every sign is read here and written out again. Wh
 Python differ (`\W`, `\s`, `.`), what is written fits both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NoReturn
 

@@ -1,7 +1,5 @@
 """Bundles by name: those in the places of the setting `bundles`, and those that were pulled."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

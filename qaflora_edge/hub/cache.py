@@ -6,8 +6,6 @@
 The environment variables HF_HOME and HF_HUB_CACHE move it, as for every tool that uses it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -4,8 +4,6 @@ The library brings the token (HF_TOKEN, or what `hf auth login` stored), the end
 the cache; it is imported when it is needed.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

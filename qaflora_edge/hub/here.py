@@ -1,7 +1,5 @@
 """Bundles and bases that are here, by name and with their sizes; removing what was pulled."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import shutil

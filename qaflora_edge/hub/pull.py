@@ -4,8 +4,6 @@ Without a folder of the user's it goes to the Hub's own cache, which other tools
 there. A file gets its name when it is whole; what is whole is not fetched again.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import shutil

@@ -3,8 +3,6 @@
 Token ids, weights and samplers go in; text, texts' bytes and strategies are the Engine's matter.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """An answer as its caller sees it: an iterator over pieces of text."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """What an Engine holds: freed together, once, when no call uses it."""
 
-from __future__ import annotations
-
 import os
 import threading
 import weakref

@@ -1,9 +1,8 @@
 """How likely tokens are: natural logarithms of the base's own probabilities."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ class TokenLogprob:
     token: int
     data: bytes
     logprob: float
-    top: tuple[TokenLogprob, ...] = ()
+    top: tuple[Self, ...] = ()
 
 
 def log_softmax(logits: F32) -> NDArray[np.float64]:

@@ -1,7 +1,5 @@
 """The loop: scheduler and runner, driven by whichever caller waits for something."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

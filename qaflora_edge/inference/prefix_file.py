@@ -6,8 +6,6 @@ It lies in the user's own cache, for a KV state is the library's memory, which n
 such a file from elsewhere must not be read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Prompts: text or token ids, checked against the context and the vocabulary."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

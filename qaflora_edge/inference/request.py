@@ -3,8 +3,6 @@
 It knows nothing of contexts.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field

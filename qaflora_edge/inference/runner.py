@@ -1,7 +1,5 @@
 """The runner: computes what the scheduler decided, and decides nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 

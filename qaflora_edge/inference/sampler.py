@@ -1,7 +1,5 @@
 """How a token is chosen: greedy or drawn, freely or under a grammar."""
 
-from __future__ import annotations
-
 import ctypes
 import weakref
 from collections.abc import Mapping

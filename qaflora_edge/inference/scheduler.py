@@ -1,7 +1,5 @@
 """The scheduler: who is prefilled, decoded or probed next. It decides, and touches nothing."""
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol, Self

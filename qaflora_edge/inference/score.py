@@ -1,7 +1,5 @@
 """Scoring: how likely continuations are, many of them in one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

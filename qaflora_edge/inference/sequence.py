@@ -1,7 +1,5 @@
 """A sequence: what one running request needs, from the queue to its last piece of text."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """Bytes of tokens to text: whole UTF-8 characters, ended before the first stop text."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Sequence
 

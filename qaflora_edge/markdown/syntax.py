@@ -4,8 +4,6 @@ A star is emphasis neither inside a word nor beside a digit, as in `2*3*4`; `__`
 `__init__`. A backslash that is LaTeX stays, as in `\\(x\\)`. Links have an address of the web.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import MutableMapping
 from typing import Any

@@ -11,8 +11,6 @@ links or runs anything, whatever the source says:
     ol     {"start": its first number}
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any

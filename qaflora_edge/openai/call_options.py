@@ -1,7 +1,5 @@
 """Options of other programs' calls: renamed, taken without effect, or refused by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

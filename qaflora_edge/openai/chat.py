@@ -1,7 +1,5 @@
 """Answers in the shape of OpenAI's chat completions."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

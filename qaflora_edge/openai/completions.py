@@ -1,7 +1,5 @@
 """Answers in the shape of OpenAI's completions of text."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Iterable, Iterator

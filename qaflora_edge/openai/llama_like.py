@@ -4,8 +4,6 @@ Code written for that class runs on a bundle by changing where Llama comes from.
 done is refused by name, and never ignored; what only steers speed or memory is taken and unused.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module

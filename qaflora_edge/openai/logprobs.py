@@ -1,7 +1,5 @@
 """Log-probabilities of an answer's tokens in OpenAI's shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """OpenAI's responses, stateless: their requests as a chat's, and a chat's answer as theirs."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tools in OpenAI's shape, for bases that write <tool_call>{...}</tool_call> (Qwen, Hermes)."""
 
-from __future__ import annotations
-
 import json
 import re
 import uuid

@@ -1,7 +1,5 @@
 """Routes that answer: chats and texts."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The application: routes, and what stands before them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable

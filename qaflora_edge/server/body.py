@@ -1,7 +1,5 @@
 """The body of a request: one JSON object, of bounded size."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fields of requests: what is followed, with its limits; what is wrong is refused by its name."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

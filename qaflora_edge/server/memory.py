@@ -1,7 +1,5 @@
 """How much memory there is for another bundle, and how much one takes."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

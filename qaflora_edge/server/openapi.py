@@ -1,7 +1,5 @@
 """The description of the server's paths, in OpenAPI 3.1; the options come from `config`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

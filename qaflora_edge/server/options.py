@@ -1,7 +1,5 @@
 """What a server is started with, and its limits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

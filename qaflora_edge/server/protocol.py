@@ -1,7 +1,5 @@
 """HTTP as uvicorn speaks it, with bounds on what comes before anybody knows who asks."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What happened: a line of the log for each request, and the metrics."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping

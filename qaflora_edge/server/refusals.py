@@ -1,7 +1,5 @@
 """Failures as OpenAI's clients expect them: a status, and an object `error`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Listen, until a signal ends it."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import signal

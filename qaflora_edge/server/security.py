@@ -1,7 +1,5 @@
 """Who may ask: the key, the name that the server is called by, and the page that asks."""
 
-from __future__ import annotations
-
 import hmac
 import ipaddress
 from functools import partial

@@ -1,7 +1,5 @@
 """The bundles that a server has: what they are called, and the Engines of those in use."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Routes that answer nothing: the weights of a prompt, and its tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Turns: who is answered next, with bounded patience and the same chance for each client."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """A request that computes: it waits for its turn, computes in a thread, and is sent as it comes."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

@@ -3,8 +3,6 @@
 Adapters are given by their files, or as what was read of them before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is measured of a query with the base alone: one pass, however many adapters there are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ each adapter's centroid, at temperature 0.01. An embedding is the mean over a te
 base's state after its last block; a centroid is the mean of the embeddings of some texts.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 from typing import Any

@@ -1,7 +1,5 @@
 """Strategies that weigh an adapter by how far it moves the base: qa-FLoRA and its kin."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from qaflora_edge.config import PROBING, SHAPING

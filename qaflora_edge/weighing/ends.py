@@ -1,7 +1,5 @@
 """Reading the ends of a query by the adapters, and all of it by the base: quick, and not exact."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 
 from qaflora_edge.backend.probe_context import KvState, ProbeContext

@@ -1,7 +1,5 @@
 """Strategies that do not look at the query: static, single, manual, base, fitted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

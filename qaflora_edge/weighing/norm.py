@@ -1,7 +1,5 @@
 """`norm` (after LoGo, arXiv 2511.07129): by what each adapter adds to a late query projection."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

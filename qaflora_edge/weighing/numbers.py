@@ -4,8 +4,6 @@ The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). `kl_divergence` is the num
 what the library computes through the quantised head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Text in pictures: what may not stand there is spelt out, and what is too long is cut."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What prompts begin with, as it was read: kept for other prompts that begin so."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 

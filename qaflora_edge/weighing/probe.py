@@ -1,7 +1,5 @@
 """The probe: one query through the base and through each adapter alone, in one batch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

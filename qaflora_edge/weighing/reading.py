@@ -4,8 +4,6 @@ The work is cut at micro-batches: what computes is a generator that yields betwe
 whoever drives it can decode other people's tokens in between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The options of strategies that probe: sharper and larger mixes, and few of many adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

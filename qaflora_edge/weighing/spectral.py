@@ -7,8 +7,6 @@ alone, of the modules q, k and v, and a layer's weights are the mean over the qu
 these modules: one mix for the whole answer, where the published methods mix anew at each token.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from qaflora_edge.arrays import F64, ArrayLike

@@ -6,8 +6,6 @@ the package, of other packages and of a program stand in one registry, on one fo
 Help texts and completion name strategies, so numpy is imported by what computes with it only.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Options behind a strategy's name, as in calibrated:power=2,total=1.5."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from typing import Any

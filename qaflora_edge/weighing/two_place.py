@@ -8,8 +8,6 @@ of the two, that which does most in the question the other. Where none does more
 is usual, the base answers alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

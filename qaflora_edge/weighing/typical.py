@@ -1,7 +1,5 @@
 """What is typical of an adapter: how far it moves neutral prompts, as bundle.json stores it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a strategy's name, or weights as they are given, to the fusion weights of a query."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

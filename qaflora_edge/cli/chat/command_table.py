@@ -1,7 +1,5 @@
 """The slash commands of a chat in words, and what completes them."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Slash commands: what a chat does besides asking."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How large the context of a chat is, where nobody says."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

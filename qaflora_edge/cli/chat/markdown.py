@@ -1,9 +1,7 @@
 """Markdown as lines for a terminal, by rich; what chat needs different is here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from markdown_it.token import Token
 from pygments.token import Comment, Keyword, Name, Number, Operator, String
@@ -89,7 +87,7 @@ class _Item(ListItem):
     mark = number = ""
 
     @classmethod
-    def create(cls, markdown: Markdown, token: Token) -> _Item:
+    def create(cls, markdown: Markdown, token: Token) -> Self:
         item = cls()
         item.mark, item.number = token.markup, token.info
         return item

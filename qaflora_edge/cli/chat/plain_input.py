@@ -1,7 +1,5 @@
 """Messages from a pipe, or from a terminal that cannot do more: one a line."""
 
-from __future__ import annotations
-
 import sys
 
 import click

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -17,11 +17,9 @@ from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.session_file import BundleIdentity
 from qaflora_edge.errors import OptionError, PromptError, QafloraError, ServerError, StrategyError
 from qaflora_edge.inference.sequence import Timings
+from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import parse_strategy
-
-if TYPE_CHECKING:
-    from qaflora_edge.progress import Tell
 
 KEY_VARIABLE = "QAFLORA_API_KEY"
 _CONNECT_S = 10.0

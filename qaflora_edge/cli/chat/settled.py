@@ -1,7 +1,5 @@
 """How much of a block that still grows can no longer change, and may scroll out of reach."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Markdown rendered while it arrives: whole blocks for good, the last one live."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Messages typed on a terminal: line editing, history, several lines, completion."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

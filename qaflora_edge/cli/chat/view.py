@@ -1,7 +1,5 @@
 """What a chat shows: plainly, for pipes and dumb terminals, or with Markdown on a terminal."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

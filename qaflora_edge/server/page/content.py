@@ -5,8 +5,6 @@ its own server alone. No script may turn a text into HTML: trusted types see to 
 whatever a model writes stays text even where the page has a mistake.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -11,8 +11,6 @@ while it grows, and `rest` is its text, which begins the next request. Nodes are
 markdown.tree. With `is_whole` all is settled.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from anyio import to_thread
