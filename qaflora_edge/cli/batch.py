@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.cli.answers import Answers, answer_dict
@@ -155,15 +156,17 @@ def answer_file(
     path: str,
     out: Path | None,
     options: SharedOptions,
-    *,
     sampling: dict[str, Any],
     system: str | None,
     as_json: bool,
-) -> int:
-    """Answer the requests of a file (`-` is stdin); how many failed, before and now.
+) -> NoReturn:
+    """Answer the requests of a file (`-` is stdin), and leave; with 1 where some failed.
 
     out  the file that gets the answers and is gone on with; None: stdout
     """
+    ctx = click.get_current_context()
+    if ctx.get_parameter_source("parallel") is ParameterSource.DEFAULT:
+        options.parallel = PARALLEL
     answers = Answers(out, _key(bundle, options, sampling, system, as_json))
     job = _Job("stdin" if path == "-" else path, answers, options, sampling, system, as_json)
     with open_prompts(path) as stream, answers.opened():
@@ -186,7 +189,7 @@ def answer_file(
         if total is None:
             job.tell_unknown()
         job.tell_sum(time.perf_counter() - start_s)
-    return answers.n_failed
+    ctx.exit(1 if answers.n_failed else 0)
 
 
 def _key(

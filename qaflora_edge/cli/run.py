@@ -123,8 +123,9 @@ def run(
     if schema_path is not None:
         sampling["stop"] = ()  # one out of the settings is meant for prose
     if prompts_path is not None:
-        _answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
-        return
+        from qaflora_edge.cli.batch import answer_file
+
+        answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
     with open_engine(bundle, options) as engine:
         tokens = _tokens(engine, text, system, options)
         if n_answer == 1:
@@ -178,26 +179,6 @@ def _check_sources(
         raise click.UsageError("-o is for the answers to --prompts FILE.")
     if n_answer > 1 and prompts_path is not None:
         raise click.UsageError("--n is for one PROMPT; repeat the lines of --prompts FILE.")
-
-
-def _answer_file(
-    bundle: str,
-    path: str,
-    out: Path | None,
-    options: SharedOptions,
-    sampling: dict[str, Any],
-    system: str | None,
-    as_json: bool,
-) -> None:
-    from qaflora_edge.cli.batch import PARALLEL, answer_file
-
-    ctx = click.get_current_context()
-    if ctx.get_parameter_source("parallel") is click.core.ParameterSource.DEFAULT:
-        options.parallel = PARALLEL
-    n_failed = answer_file(
-        bundle, path, out, options, sampling=sampling, system=system, as_json=as_json
-    )
-    ctx.exit(1 if n_failed else 0)
 
 
 def _is_typed(name: str) -> bool:

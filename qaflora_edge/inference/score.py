@@ -12,8 +12,8 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.logprobs import log_softmax
+from qaflora_edge.weighing.reading import n_ctx_for, wiped_on_failure
 
-_N_CTX_MIN = 256  # tokens; a context grows by doubling
 _N_SEQ = 32  # continuations of one prompt in a batch, the prompt itself included
 _N_OUTPUT = 64  # rows of logits in a batch: their memory is n_vocab each
 
@@ -61,12 +61,9 @@ class Scorer:
             for at in range(0, len(members), _N_SEQ - 1):
                 part = [(items[i], results[i]) for i in members[at : at + _N_SEQ - 1]]
                 context = self._room_for(prompt, [item for item, _ in part])
-                try:
+                with wiped_on_failure(context):
                     yield from _score_group(context, prompt, part)
                     _check(result for _, result in part)
-                except BaseException:  # GeneratorExit of a cancelled call included
-                    context.wipe()
-                    raise
                 context.clear()
         return results
 
@@ -74,13 +71,10 @@ class Scorer:
         n_token = len(prompt) + sum(len(item.continuation) for item in items)
         if self._context is None or self._context.n_ctx < n_token:
             self.close()
-            n_ctx = _N_CTX_MIN
-            while n_ctx < n_token:
-                n_ctx *= 2
             self._context = Context(
                 self._model,
                 self._pack,
-                n_ctx=n_ctx,
+                n_ctx=n_ctx_for(n_token),
                 n_seq=_N_SEQ,
                 n_output=_N_OUTPUT,
                 is_unified=True,

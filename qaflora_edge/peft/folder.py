@@ -154,17 +154,10 @@ def _make_module(
             f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}; expected [{wanted}, n_in] and "
             f"[n_out, {wanted}]. The two files do not belong together; save the adapter again."
         )
-    return PeftModule(
-        name=key if is_stacked else module,
-        rank=rank,
-        n_in=a.shape[1],
-        n_out=b.shape[0],
-        scale=config.scale_of(key),
-        is_embedding=is_embedding,
-        a=a,
-        b=b,
-        n_expert=n_expert,
-    )
+    name, scale, n_in, n_out = module, config.scale_of(key), a.shape[1], b.shape[0]
+    if is_stacked:
+        name = key
+    return PeftModule(name, rank, n_in, n_out, scale, a, b, is_embedding, n_expert=n_expert)
 
 
 def _check_not_tied(config: PeftConfig, modules: Mapping[str, PeftModule]) -> None:

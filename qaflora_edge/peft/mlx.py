@@ -171,17 +171,7 @@ def _make_module(
             f"[n_in, {config.rank}] and [{config.rank}, n_out]. The two files do not belong "
             "together; save the adapter again."
         )
-    return PeftModule(
-        name=name,
-        rank=config.rank,
-        n_in=a.shape[0],
-        n_out=b.shape[1],
-        scale=scale,
-        is_embedding=False,
-        a=a,
-        b=b,
-        is_transposed=True,
-    )
+    return PeftModule(name, config.rank, a.shape[0], b.shape[1], scale, a, b, is_transposed=True)
 
 
 def _make_experts(
@@ -198,15 +188,5 @@ def _make_experts(
             "together; save the adapter again."
         )
     n_expert, n_in, n_out = a.shape[0], a.shape[2], b.shape[1]
-    return PeftModule(
-        name=name,
-        rank=rank,
-        n_in=n_in,
-        n_out=n_out,
-        scale=scale,
-        is_embedding=False,
-        a=replace(a, shape=(n_expert * rank, n_in)),
-        b=replace(b, shape=(n_expert * n_out, rank)),
-        n_expert=n_expert,
-        is_b_by_expert=True,
-    )
+    a, b = replace(a, shape=(n_expert * rank, n_in)), replace(b, shape=(n_expert * n_out, rank))
+    return PeftModule(name, rank, n_in, n_out, scale, a, b, n_expert=n_expert, is_b_by_expert=True)

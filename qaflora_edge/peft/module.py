@@ -26,9 +26,9 @@ class PeftModule:
     n_in: int
     n_out: int
     scale: float
-    is_embedding: bool
     a: StoredTensor
     b: StoredTensor
+    is_embedding: bool = False
     is_transposed: bool = False
     n_expert: int = 0
     is_b_by_expert: bool = False

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from qaflora_edge.backend.batch import Outputs
+from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 # Yields between micro-batches how many tokens of a query are read, or None; returns its result.
 Steps = Generator[int | None, None, T]
 
-_N_CTX_MIN = 256  # tokens; a context grows by doubling
+_N_CTX_MIN = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,18 @@ def run_alone(steps: Steps[T]) -> T:
 
 
 @contextmanager
-def wiped_on_failure(context: ProbeContext) -> Iterator[None]:
+def wiped_on_failure(context: Context) -> Iterator[None]:
     """Let a context hold nothing where a block fails: a cancelled query's GeneratorExit, too."""
     try:
         yield
     except BaseException:
         context.wipe()
         raise
+
+
+def n_ctx_for(n_token: int) -> int:
+    """How large a context is made for so many tokens: it grows by doubling."""
+    return max(_N_CTX_MIN, 1 << (n_token - 1).bit_length())
 
 
 def probe_context(
@@ -62,10 +68,7 @@ def probe_context(
 
     options, kwargs  of ProbeContext
     """
-    n_ctx = _N_CTX_MIN
-    while n_ctx < n_token:
-        n_ctx *= 2
-    return ProbeContext(model, pack, n_ctx=n_ctx, **kwargs, **options)
+    return ProbeContext(model, pack, n_ctx=n_ctx_for(n_token), **kwargs, **options)
 
 
 def read_tokens(

@@ -48,14 +48,8 @@ class Commands:
             self.view.error(error)
 
     def _unknown(self, name: str) -> None:
-        near = did_you_mean(name, COMMANDS)
-        advice = f"did you mean /{near}?" if near else "see /help."
-        self.view.error(
-            click.UsageError(
-                f"There is no command /{name}; {advice} For a message that begins with a slash, "
-                f"type //{name}."
-            )
-        )
+        rest = f" For a message that begins with a slash, type //{name}."
+        self.view.error(_no_command(name, "/", rest))
 
     def help(self, argument: str) -> None:
         width = max(20, min(80, self.view.width))
@@ -73,9 +67,7 @@ class Commands:
     def _explain(self, name: str, formatter: click.HelpFormatter) -> None:
         command = COMMANDS.get(name)
         if command is None:
-            near = did_you_mean(name, COMMANDS)
-            advice = f"did you mean /help {near}?" if near else "see /help."
-            raise click.UsageError(f"There is no command /{name}; {advice}")
+            raise _no_command(name, "/help ")
         formatter.write_text(f"/{name} {command.argument}".rstrip())
         with formatter.indentation():
             formatter.write_text(f"{command.help} {command.more}".rstrip())
@@ -217,6 +209,12 @@ class Commands:
         raise LeaveChat
 
     exit = quit
+
+
+def _no_command(name: str, before: str, rest: str = "") -> click.UsageError:
+    near = did_you_mean(name, COMMANDS)
+    advice = f"did you mean {before}{near}?" if near else "see /help."
+    return click.UsageError(f"There is no command /{name}; {advice}{rest}")
 
 
 def _short(text: str) -> str:

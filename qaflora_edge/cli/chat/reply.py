@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -122,7 +121,7 @@ def interrupts_call(action: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-@contextmanager
+@contextlib.contextmanager
 def silent_keys() -> Iterator[None]:
     """Let the terminal on stdin keep keys for the next input, without an echo amid an answer.
 

@@ -16,6 +16,8 @@ _WAIT_S = 0.4  # nothing is said about a shorter wait
 class View:
     """What a chat shows without escape codes: answers on stdout, everything else on stderr."""
 
+    _color: bool | None = False  # of click: None is for a terminal that may have colours
+
     def __init__(self) -> None:
         self._is_tty = sys.stdout.isatty()
 
@@ -47,16 +49,18 @@ class View:
         click.echo(f"Error: {one_line(str(error))}", err=True, color=False)
 
     def show(self, text: str) -> None:
-        click.echo(text, err=True, color=False)
+        click.echo(text, err=True, color=self._color)
 
     def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
         mix = [] if fusion is None else ["  ".join(mix_parts(fusion))]
         self.note(*parts, *mix)
 
     def weights(self, fusion: FusionWeights) -> None:
-        from qaflora_edge.cli.heatmap import heatmap
+        from qaflora_edge.cli.heatmap import heatmap, terminal_colour
 
-        self.show(heatmap(fusion, width=self.width, encoding=sys.stderr.encoding))
+        colour = "none" if self._color is False else terminal_colour(sys.stderr)
+        encoding = sys.stderr.encoding
+        self.show(heatmap(fusion, width=self.width, encoding=encoding, colour=colour))
 
     def keys(self) -> None:
         """The keys of an input with line editing, in words."""
@@ -67,6 +71,8 @@ class View:
 
 class TerminalView(View):
     """Markdown as it streams, dim notes, colours unless NO_COLOR forbids them."""
+
+    _color = None
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -108,18 +114,8 @@ class TerminalView(View):
         for line in self._wrapped(f"Error: {one_line(str(error))}"):
             click.echo(paint(line, "red"), err=True)
 
-    def show(self, text: str) -> None:
-        click.echo(text, err=True)
-
     def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
         self._dim(parts, [] if fusion is None else mix_parts(fusion))
-
-    def weights(self, fusion: FusionWeights) -> None:
-        from qaflora_edge.cli.heatmap import heatmap, terminal_colour
-
-        colour = terminal_colour(sys.stderr)
-        text = heatmap(fusion, width=self.width, encoding=sys.stderr.encoding, colour=colour)
-        self.show(text)
 
     def keys(self) -> None:
         """The keys of an input with line editing, in words."""
