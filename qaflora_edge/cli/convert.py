@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from qaflora_edge.cli.base_choice import choose_base, plain_name
 from qaflora_edge.cli.options import command, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError
+from qaflora_edge.formats.json_text import without_nan
 
 if TYPE_CHECKING:
     from qaflora_edge.convert.adapter import ConvertedAdapter
@@ -107,7 +107,7 @@ def _show_checks(checks: Sequence[Any], converted: ConvertedAdapter | None, as_j
         report: dict[str, Any] = {} if converted is None else asdict(converted)
         report["path"] = str(report["path"]) if report else None
         report["checks"] = [{**asdict(check), "is_right": check.is_right} for check in checks]
-        click.echo(json.dumps(_finite(report), ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps(without_nan(report), ensure_ascii=False, allow_nan=False))
         return
     if wrong := [check for check in checks if not check.is_right]:
         click.echo(f"{'largest':>10} {'relative':>10} {'of allowed':>10}  module")
@@ -126,12 +126,3 @@ def _show_checks(checks: Sequence[Any], converted: ConvertedAdapter | None, as_j
                 f"{worst.of_allowed:.0%} of what rounding explains, in {worst.module}"
             )
         click.echo(f"Verified {len(checks)} modules: {found}.")
-
-
-def _finite(value: Any) -> Any:
-    """Put null in place of numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,6 +12,7 @@ from qaflora_edge.evaluation.cells import NATS, POINTS, Cell, Section
 from qaflora_edge.evaluation.lines import CellSummary
 from qaflora_edge.evaluation.statistics import Estimate
 from qaflora_edge.evaluation.summary import Loaded, Summary, Verdict
+from qaflora_edge.formats.json_text import without_nan
 from qaflora_edge.weighing.picture_text import beginning
 
 NONE = "-"
@@ -111,7 +112,7 @@ def as_json_object(summary: Summary) -> dict[str, Any]:
     ]
     loaded = [asdict(each) for each in summary.loaded]
     verdicts = [asdict(each) | {"is_shown": each.is_shown} for each in summary.verdicts]
-    found: dict[str, Any] = _nulled(
+    found: dict[str, Any] = without_nan(
         {
             "heading": heading(summary.section),
             "tasks": cells,
@@ -120,15 +121,6 @@ def as_json_object(summary: Summary) -> dict[str, Any]:
         }
     )
     return found
-
-
-def _nulled(value: Any) -> Any:
-    """The same with None for every NaN."""
-    if isinstance(value, dict):
-        return {key: _nulled(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nulled(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def facts(section: Section) -> list[tuple[str, str]]:

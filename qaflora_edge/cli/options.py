@@ -246,16 +246,18 @@ def read_prompt(text: str) -> str:
     return check_prompt(text)
 
 
-def check_prompt(text: str) -> str:
+def check_prompt(
+    text: str, what: str = "prompt", way: str = "or give it on stdin with PROMPT `-`"
+) -> str:
     """The text itself. Raises PromptError when it is empty or no Unicode text."""
     if not text.strip():
-        raise PromptError("The prompt is empty; give at least one character.")
+        raise PromptError(f"The {what} is empty; give at least one character.")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8
+    except UnicodeEncodeError as error:  # bytes of the command line, or a pipe, that were none
         raise PromptError(
-            f"The prompt is not UTF-8 (at character {error.start}); expected text in UTF-8. "
-            "Convert it, or give it on stdin with PROMPT `-`."
+            f"The {what} is not UTF-8 (at character {error.start}); expected text in UTF-8. "
+            f"Convert it, {way}."
         ) from error
     return text
 

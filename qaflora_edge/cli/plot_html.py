@@ -6,14 +6,13 @@ Pointing at a cell, tapping it or walking to it with the arrow keys shows weight
 without scripts the cells' titles and the tables still say everything.
 """
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
 
 from qaflora_edge.cli.answers import Answer
 from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.cli.show import layer_ranges
+from qaflora_edge.server.page.content import allowing
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.picture_text import crop, spelt
 from qaflora_edge.weighing.svg_panel import (
@@ -42,7 +41,7 @@ def html_file(title: str, body: Sequence[str], *, style: str, script: str) -> st
     body   lines of HTML
     """
     policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        f"default-src 'none'; style-src '{allowing(style)}'; script-src '{allowing(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     lines = [
@@ -65,12 +64,6 @@ def html_file(title: str, body: Sequence[str], *, style: str, script: str) -> st
         "</html>",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _hash(text: str) -> str:
-    """The source expression of a policy that allows exactly this text."""
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 
 
 TITLE_CHARS, PROMPT_CHARS = 90, 400

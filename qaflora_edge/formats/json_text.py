@@ -73,6 +73,15 @@ def _finite(text: str) -> float:
     return value
 
 
+def without_nan(value: Any) -> Any:
+    """The same with None for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _check_depth(value: object) -> None:
     """Go down level by level, for a deep value breaks whoever walks it by recursion."""
     level = [value]

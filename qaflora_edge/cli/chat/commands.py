@@ -80,11 +80,7 @@ class Commands:
 
     def adapters(self, argument: str) -> None:
         action, *names = argument.split() or [""]
-        if action not in ("", "on", "off"):
-            raise click.UsageError(
-                f"/adapters {action} is no choice; expected /adapters, /adapters on [NAME ...] or "
-                "/adapters off [NAME ...]."
-            )
+        _check_switch("adapters", action, " [NAME ...]")
         if action:
             self.session.switch(names, is_on=action == "on")
         self.view.show("\n".join(self._adapter_lines()))
@@ -171,11 +167,7 @@ class Commands:
         self.view.note(f"{what}: {_short(taken.question if taken else '')}")
 
     def keep_history(self, argument: str) -> None:
-        if argument not in ("", "on", "off"):
-            raise click.UsageError(
-                f"/keep-history {argument} is no choice; expected /keep-history, /keep-history on "
-                "or /keep-history off."
-            )
+        _check_switch("keep-history", argument)
         if argument == "on" and self.session.is_remote:
             raise click.UsageError("a server reads each turn under its own weights.")
         if argument:
@@ -215,6 +207,12 @@ def _no_command(name: str, before: str, rest: str = "") -> click.UsageError:
     near = did_you_mean(name, COMMANDS)
     advice = f"did you mean {before}{near}?" if near else "see /help."
     return click.UsageError(f"There is no command /{name}; {advice}{rest}")
+
+
+def _check_switch(name: str, action: str, rest: str = "") -> None:
+    if action not in ("", "on", "off"):
+        forms = f"/{name}, /{name} on{rest} or /{name} off{rest}"
+        raise click.UsageError(f"/{name} {action} is no choice; expected {forms}.")
 
 
 def _short(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qaflora_edge.chat.conversation import Conversation, Message, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
+from qaflora_edge.cli.options import check_prompt
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
 from qaflora_edge.inference.request import make_sampling
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
     from qaflora_edge.weighing.numbers import FusionWeights
 
+_MESSAGE = ("message", "for example with iconv")
 _Asked = tuple[list[int], str, tuple[str, ...]]  # token ids, strategy, adapters in use
 
 
@@ -85,7 +87,7 @@ class ChatSession:
 
         Raises PromptError when the question cannot be asked.
         """
-        check_text(question)
+        check_prompt(question, *_MESSAGE)
         self._n_retry = self._n_retry + 1 if is_retry else 0
         n_ctx = self.engine.n_ctx
         room = min(self.sampling["max_tokens"], n_ctx // 4)
@@ -193,7 +195,7 @@ class ChatSession:
     def _check_system(self, text: str | None) -> None:
         if text is None:
             return
-        check_text(text)
+        check_prompt(text, *_MESSAGE)
         n_ctx = self.engine.n_ctx
         if len(self._tokens(Conversation(system=text).messages("?"))) > n_ctx - n_ctx // 4:
             raise PromptError(
@@ -251,16 +253,3 @@ class ChatSession:
         self.engine.use_strategy("base")  # which fits any adapters
         self.engine.use_adapters(names)
         self.engine.use_strategy(strategy)
-
-
-def check_text(text: str) -> None:
-    """Raises PromptError for a text that is empty or that UTF-8 cannot write."""
-    if not text.strip():
-        raise PromptError("The message is empty; type at least one character.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # bytes of a pipe that were no UTF-8
-        raise PromptError(
-            f"The message is not UTF-8 (at character {error.start}); expected text in UTF-8. "
-            "Convert it, for example with iconv."
-        ) from error
