@@ -79,7 +79,7 @@ class Core:
         self._loop = Loop(self.model, self.context, scheduler, stop)
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # of a set that all threads change
-        self._last: int | None = None  # number of the last sequence
+        self.last_answer: int | None = None  # number of the last request's sequence
 
     def close(self) -> None:
         """Free everything; calls of other threads that go on end with BusyError."""
@@ -168,7 +168,7 @@ class Core:
         n_room = self.n_ctx - len(request.tokens) + 1
         most = request.sampling.max_tokens
         sequence = RunningSequence(request, sampler, n_room if most is None else min(n_room, most))
-        self._last = sequence.number
+        self.last_answer = sequence.number
         self._loop.add(sequence)
         return self._generation(sequence, fusion)
 
@@ -181,11 +181,6 @@ class Core:
 
     def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
         return Generation(sequence, fusion, drive=self._loop.drive, call=self.lifetime.call)
-
-    @property
-    def last_answer(self) -> int | None:
-        """Number of the last request's sequence."""
-        return self._last
 
     def wait_for_prompt(self, answer: Generation, tell: Tell | None = None) -> None:
         """Compute until an answer's prompt was read.
