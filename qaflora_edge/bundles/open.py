@@ -86,7 +86,7 @@ def open_files(base: Path, adapters: Mapping[str, Path]) -> Opened:
     paths = (base, *adapters.values())
     states = {path: state for path in paths if (state := file_state(path))}
     header = read_gguf_header(base)
-    infos = {name: _read_adapter(path, header) for name, path in adapters.items()}
+    infos = {name: read_adapter(path, header) for name, path in adapters.items()}
     return Opened(header=header, adapters=infos, states=states)
 
 
@@ -106,10 +106,12 @@ def open_any(
     return open_files(Path(base), {name: Path(path) for name, path in (adapters or {}).items()})
 
 
-def _read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
+def read_adapter(path: Path, header: GgufHeader, *, are_values_known: bool = False) -> AdapterInfo:
+    """Check an adapter GGUF; what was converted had its values checked on its way."""
     info = read_adapter_gguf(path)
     check_adapter(info, header)
-    check_values(info)
+    if not are_values_known:
+        check_values(info)
     return info
 
 
@@ -288,7 +290,7 @@ def _load(folder: Path, *, always_hash: bool, progress: Tell | None) -> Bundle:
     for adapter in text.adapters:
         path, what = adapter_paths[adapter.name], f"The adapter {adapter.name}"
         check(path, what, adapter.sha256, adapter.size_bytes, "Copy the bundle again.")
-        infos[adapter.name] = _read_adapter(path, header)
+        infos[adapter.name] = read_adapter(path, header)
         _check_adapter_record(where, adapter, infos[adapter.name])
     return Bundle(
         folder=folder,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qaflora_edge.bundles.open import read_adapter
 from qaflora_edge.bundles.source import AdapterSource
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
@@ -26,12 +27,7 @@ from qaflora_edge.files import (
     sha256_file,
     write_text_atomic,
 )
-from qaflora_edge.formats.adapter_gguf import (
-    AdapterInfo,
-    check_adapter,
-    check_values,
-    read_adapter_gguf,
-)
+from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_ADAPTERS,
@@ -86,20 +82,11 @@ def put_adapter(
     else:
         _copy(source.path, target)
     try:
-        return _checked(target, header, are_values_known=source.path.is_dir())
+        return read_adapter(target, header, are_values_known=source.path.is_dir())
     except (AdapterMismatchError, GgufFileError, UnsupportedAdapterError):
         if source.path.is_file():  # the same failure, naming the file the user knows
-            _checked(source.path, header, are_values_known=False)
+            read_adapter(source.path, header)
         raise
-
-
-def _checked(path: Path, header: GgufHeader, *, are_values_known: bool) -> AdapterInfo:
-    """Check an adapter GGUF; what was converted had its values checked on its way."""
-    info = read_adapter_gguf(path)
-    if not are_values_known:
-        check_values(info)
-    check_adapter(info, header)
-    return info
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from qaflora_edge.backend.model import Model, SpecialToken
@@ -53,15 +54,11 @@ class TypedText:
         if isinstance(value, str):
             pattern = self._control if is_assistant else self._any
             return pattern.sub(lambda match: match[0] + self._mark, value)
+        mark = partial(self.marked, is_assistant=is_assistant)
         if isinstance(value, Mapping):
-            return {
-                self.marked(key, is_assistant=is_assistant): self.marked(
-                    each, is_assistant=is_assistant
-                )
-                for key, each in value.items()
-            }
+            return {mark(key): mark(each) for key, each in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self.marked(each, is_assistant=is_assistant) for each in value]
+            return list(map(mark, value))
         return value
 
     def tokens(self, text: str) -> list[int]:
@@ -158,12 +155,8 @@ def _strings(value: Any, depth: int) -> Iterator[str]:
         )
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _strings(key, depth + 1)
-            yield from _strings(each, depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in (*value, *value.values()) if isinstance(value, Mapping) else value:
             yield from _strings(each, depth + 1)
 
 

@@ -13,18 +13,14 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from qaflora_edge import config
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.experts import PlannedExperts
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.errors import UnsupportedAdapterError
 from qaflora_edge.formats.safetensors_file import PIECE_VALUES
 
-OUTTYPES = {
-    "f32": GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16,
-    "bf16": GGMLQuantizationType.BF16,
-    "q8_0": GGMLQuantizationType.Q8_0,
-}
+OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in config.OUTTYPES}
 LARGEST_VALUE = {
     GGMLQuantizationType.F32: 3.4028234e38,
     GGMLQuantizationType.F16: 65504.0,

@@ -32,16 +32,9 @@ EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 MAX_RANK = 1 << 14
 # Types of numbers that llama.cpp 0c1e5709 does not turn into floats, ggml.c type_traits.
-NO_FLOATS = (
-    GGMLQuantizationType.I8,
-    GGMLQuantizationType.I16,
-    GGMLQuantizationType.I32,
-    GGMLQuantizationType.I64,
-    GGMLQuantizationType.F64,
-    GGMLQuantizationType.Q8_1,
-    GGMLQuantizationType.Q8_K,
+NO_FLOATS = tuple(
+    GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 )
-
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
 PART_VALUES = 1 << 16  # that are checked at a time
 # The bits of a float that are all set where it is NaN or infinite.

@@ -35,19 +35,8 @@ MAX_DIMS = 4
 
 READ_BYTES = 1 << 18  # read at once
 
-SCALARS = {
-    0: struct.Struct("<B"),
-    1: struct.Struct("<b"),
-    2: struct.Struct("<H"),
-    3: struct.Struct("<h"),
-    4: struct.Struct("<I"),
-    5: struct.Struct("<i"),
-    6: struct.Struct("<f"),
-    7: struct.Struct("<?"),
-    10: struct.Struct("<Q"),
-    11: struct.Struct("<q"),
-    12: struct.Struct("<d"),
-}
+# By the number of a type; 8 and 9 are no scalars.
+SCALARS = {n: struct.Struct(f"<{form}") for n, form in enumerate("BbHhIif?__Qqd") if form != "_"}
 STRING, ARRAY, DOUBLE = 8, 9, 12
 U32, U64 = SCALARS[4], SCALARS[10]
 

@@ -5,6 +5,7 @@ carry the file in parts, then the Hub. Nothing is fetched here. The file is ours
 it says.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,14 +132,10 @@ def local_path(model: Model, folder: Path | None = None) -> Path | None:
     Its size is compared, not its hash: a file gets its name only after its hash was right.
     """
     path = (models_dir() if folder is None else folder) / model.file
-    return path if _has_size(path, model.size_bytes) else None
-
-
-def _has_size(path: Path, size_bytes: int) -> bool:
-    try:
-        return path.is_file() and path.stat().st_size == size_bytes
-    except OSError:
-        return False
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.stat().st_size == model.size_bytes:
+            return path
+    return None
 
 
 def pulled_model(name: str) -> Path | None:
