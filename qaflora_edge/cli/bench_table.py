@@ -204,15 +204,5 @@ def _mb(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.1f} MB"
 
 
-_PARTS = {
-    "decode": _decode,
-    "change": _change,
-    "ttft": _ttft,
-    "probe": _probe,
-    "turn": _turn,
-    "system": _system,
-    "light": _light,
-    "callers": _callers,
-    "pause": _pause,
-    "memory": _memory,
-}
+_BLOCKS = _decode, _change, _ttft, _probe, _turn, _system, _light, _callers, _pause, _memory
+_PARTS = {blocks.__name__.removeprefix("_"): blocks for blocks in _BLOCKS}

@@ -12,15 +12,10 @@ _UNUSED = frozenset(
     | {"prompt_cache_key", "prompt_cache_retention"}
 )
 # What has to stay at one of these values; the first is the default.
-FIXED = {
-    "functions": (None,),
-    "function_call": (None,),
+FIXED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("functions", "function_call", "audio", "prediction"), (None,)),
+    **dict.fromkeys(("reasoning_effort", "verbosity", "web_search_options"), (None,)),
     "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "verbosity": (None,),
-    "web_search_options": (None,),
 }
 
 

@@ -24,44 +24,24 @@ _UNUSED = frozenset(
     | {"last_n_tokens_size", "n_parts", "offload_kqv", "numa", "main_gpu", "op_offload"}
     | {"split_mode", "tensor_split", "swa_full", "no_perf", "lora_scale"}
 )
-_FIXED = {
-    "logits_all": (False,),
-    "vocab_only": (False,),
-    "embedding": (False,),
-    "lora_path": (None,),
-    "lora_base": (None,),
+_FIXED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("logits_all", "vocab_only", "embedding", "spm_infill"), (False,)),
+    **dict.fromkeys(("lora_path", "lora_base", "chat_handler", "draft_model"), (None,)),
+    **dict.fromkeys(("kv_overrides", "tokenizer"), (None,)),
+    **dict.fromkeys(("type_k", "type_v"), (None,)),  # engine_options={"kv_type": ...}
+    **dict.fromkeys(("rope_scaling_type", "pooling_type", "attention_type"), (-1,)),
     "chat_format": (None, "chat_template.default"),
-    "chat_handler": (None,),
-    "draft_model": (None,),
     "rope_freq_base": (0.0, None, 10000.0),  # the last ones are what LangChain always gives
     "rope_freq_scale": (0.0, None, 1.0),
-    "rope_scaling_type": (-1,),
-    "yarn_ext_factor": (-1.0,),
-    "yarn_attn_factor": (1.0,),
-    "yarn_beta_fast": (32.0,),
-    "yarn_beta_slow": (1.0,),
-    "yarn_orig_ctx": (0,),
-    "pooling_type": (-1,),
-    "attention_type": (-1,),
-    "kv_overrides": (None,),
-    "tokenizer": (None,),
-    "type_k": (None,),  # engine_options={"kv_type": ...}
-    "type_v": (None,),
-    "spm_infill": (False,),
+    **{"yarn_ext_factor": (-1.0,), "yarn_attn_factor": (1.0,), "yarn_orig_ctx": (0,)},
+    **{"yarn_beta_fast": (32.0,), "yarn_beta_slow": (1.0,)},
 }
 # Of create_completion() and create_chat_completion().
-_FIXED_IN_CALLS = {
-    "suffix": (None, ""),
-    "logprobs": (None, False),
-    "top_logprobs": (None,),
-    "typical_p": (1.0,),
-    "tfs_z": (1.0,),
-    "mirostat_mode": (0,),
-    "stopping_criteria": (None,),
-    "logits_processor": (None,),
-    "logit_bias": (None, {}),
-    "functions": (None,),
-    "function_call": (None,),
+_FIXED_IN_CALLS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("top_logprobs", "stopping_criteria", "logits_processor"), (None,)),
+    **dict.fromkeys(("functions", "function_call"), (None,)),
+    **{"suffix": (None, ""), "logprobs": (None, False), "logit_bias": (None, {})},
+    **{"typical_p": (1.0,), "tfs_z": (1.0,), "mirostat_mode": (0,)},
 }
 _UNUSED_IN_CALLS = frozenset({"model", "mirostat_tau", "mirostat_eta"})
 

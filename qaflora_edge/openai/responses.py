@@ -12,10 +12,8 @@ from qaflora_edge.openai.tools import CallFilter, parse_calls
 
 # What would need what was said before, or another server.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "previous_response_id": (None,),
-    "conversation": (None,),
+    **dict.fromkeys(("previous_response_id", "conversation", "prompt"), (None,)),
     "background": (None, False),
-    "prompt": (None,),
     "truncation": (None, "disabled"),
     "max_tool_calls": (None,),
     "top_logprobs": (None, 0),

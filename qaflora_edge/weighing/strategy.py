@@ -29,14 +29,8 @@ Span = tuple[int, int]  # where a part of a prompt begins, and where it ends
 Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
-_BUILT_IN = (  # modules beside this one
-    "divergence",
-    "two_place",
-    "norm",
-    "centroid",
-    "spectral",
-    "fixed",
-)
+# Modules beside this one.
+_BUILT_IN = ("divergence", "two_place", "norm", "centroid", "spectral", "fixed")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
