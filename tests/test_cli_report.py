@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from qaflora_edge.cli import main
 from qaflora_edge.evaluation.cells import Cell
-from qaflora_edge.evaluation.patterns import coherence, mean_layers, profiles
+from qaflora_edge.evaluation.summary import coherence, mean_layers, profiles
 
 SHARES = {"base": 0.1, "single:math": 0.3, "single:es": 0.2, "static": 0.3, "qa-flora": 0.6}
 EVIL = "<script>alert(1)</script>|`*_[x](http://evil.example)\u202e\x1b[2J"

@@ -25,9 +25,8 @@ from qaflora_edge.cli.eval_words import (
 from qaflora_edge.cli.plot_html import asset, html_file
 from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE, Cell, Row
 from qaflora_edge.evaluation.lines import CellSummary, Line
-from qaflora_edge.evaluation.patterns import mean_layers
 from qaflora_edge.evaluation.statistics import Estimate
-from qaflora_edge.evaluation.summary import Summary, Verdict
+from qaflora_edge.evaluation.summary import Summary, Verdict, mean_layers
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.picture_text import crop, spelt
 from qaflora_edge.weighing.svg_panel import legend, min_weight, panel, scale
