@@ -82,7 +82,7 @@ class Engine(EngineMeasures):
         cancel        once it is set, the answer ends as by Generation.cancel
         wait          until the prompt was read; else it is, like the tokens after it, when a piece
                       of this or another answer is asked for
-        more          top_k, min_p, repeat_penalty, ...: see sampling.Sampling
+        more          top_k, min_p, repeat_penalty, ...: see request.Sampling
 
         The prompt is weighed before this returns.
         """
