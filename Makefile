@@ -27,8 +27,9 @@ demo: $(DONE)/venv
 	$(BIN)/python models/demo.py
 
 # `pytest`, not `python -m pytest`: the installed package is tested, not the checkout. A worker for
-# each processor, each with about 1.5 GB of memory.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+# each processor, each with about 1.5 GB of memory. Tests are kept as they were compiled, or each
+# worker would spend five seconds on that.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test: $(DONE)/package $(DONE)/test-tools
 	$(PYTEST)

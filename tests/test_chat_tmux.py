@@ -175,7 +175,7 @@ def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: 
 def test_a_resize_in_the_middle_of_an_answer(
     opened: Open, made: TinyBundle, tmp_path: Path, columns: int
 ) -> None:
-    window = opened(made.folder, answer=" ".join([ANSWER] * 20), columns=40, rows=20)
+    window = opened(made.folder, answer=" ".join([ANSWER] * 12), columns=40, rows=20)
     window.type("the thing")
     window.key("Enter")
     window.resize(columns, 16)

@@ -90,7 +90,7 @@ class Window:
         while not is_there(screen := self.screen()):
             if time.monotonic() > end:
                 return False, screen
-            time.sleep(0.1)
+            time.sleep(0.03)
         return True, screen
 
     def wait_for(self, text: str, *, count: int = 1) -> str:
