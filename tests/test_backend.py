@@ -231,7 +231,9 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> N
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize(
+    "outtype", ["f32", "f16", pytest.param("bf16", marks=pytest.mark.slow), "q8_0"]
+)
 @pytest.mark.parametrize("rank", [5, 32])
 def test_every_kernel_agrees_with_a_merged_base(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, outtype: str, rank: int
@@ -272,7 +274,7 @@ def rounded(values: F32, kind: str) -> F32:
 
 @pytest.mark.parametrize("kernels", KERNELS[1:])
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("outtype", ["f32", pytest.param("f16", marks=pytest.mark.slow), "q8_0"])
 @pytest.mark.parametrize("rank", [5, 32])
 def test_adapters_are_converted_as_they_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
@@ -369,7 +371,7 @@ def mixes(n_seq: int, n_adapter: int, n_layer: int) -> F32:
         ("f32", "q4_0"),
     ],
 )
-@pytest.mark.parametrize("n_seq", [2, 11])
+@pytest.mark.parametrize("n_seq", [pytest.param(2, marks=pytest.mark.slow), 11])
 def test_every_kernel_decodes_mixes_together_as_alone(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,

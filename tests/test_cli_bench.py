@@ -53,6 +53,7 @@ def rows(shown: dict[str, Any], part: str, **facts: object) -> list[dict[str, An
     return [row for row in shown[part] if all(row[key] == facts[key] for key in facts)]
 
 
+@pytest.mark.slow
 def test_json_says_what_was_measured_where(shown: dict[str, Any], made: TinyBundle) -> None:
     assert (shown["adapters"], shown["repeat"], shown["threads"]) == (["math", "es"], 3, 1)
     assert (shown["prompt_tokens"], shown["max_tokens"], shown["k"]) == ([40, 20], 6, [1, 3])
@@ -65,6 +66,7 @@ def test_json_says_what_was_measured_where(shown: dict[str, Any], made: TinyBund
     assert shown["versions"]["qaflora-edge"]
 
 
+@pytest.mark.slow
 def test_decode_rows_follow_from_their_runs(shown: dict[str, Any]) -> None:
     whos = [("base", 0), ("stock", 1), ("ours", 1), ("stock", 3), ("ours", 3)]
     found = [(row["prompt_tokens"], row["contestant"], row["k"]) for row in shown["decode"]]
@@ -78,6 +80,7 @@ def test_decode_rows_follow_from_their_runs(shown: dict[str, Any]) -> None:
             assert (row[key]["min"], row[key]["max"]) == pytest.approx((min(speeds), max(speeds)))
 
 
+@pytest.mark.slow
 def test_ratios_are_quotients_within_a_round(shown: dict[str, Any]) -> None:
     for row in rows(shown, "decode", contestant="ours"):
         length = row["prompt_tokens"]
@@ -98,12 +101,14 @@ def test_ratios_are_quotients_within_a_round(shown: dict[str, Any]) -> None:
             assert row["of_plain"]["median"] == pytest.approx(median(quotients))
 
 
+@pytest.mark.slow
 def test_stock_and_ours_compute_the_same(shown: dict[str, Any]) -> None:
     # F32 weights, logits of a spread of 3; the KV cache is F16, whose rounding is 5e-4.
     for row in rows(shown, "decode", contestant="ours"):
         assert 0 < row["logits_difference"] < 2e-2
 
 
+@pytest.mark.slow
 def test_new_weights_build_no_graph(shown: dict[str, Any]) -> None:
     whos = [(row["contestant"], row["k"]) for row in shown["change"]]
     assert whos == [("stock", 1), ("ours", 1), ("stock", 3), ("ours", 3)]
@@ -115,6 +120,7 @@ def test_new_weights_build_no_graph(shown: dict[str, Any]) -> None:
             assert run["cost_ms"] == pytest.approx(run["set_ms"] + run["extra_ms"])
 
 
+@pytest.mark.slow
 def test_first_token_is_probe_and_prefill(shown: dict[str, Any]) -> None:
     methods = ["plain", "qa-flora", "cosine", "norm", "tail"]
     assert [row["method"] for row in rows(shown, "ttft", prompt_tokens=20)] == methods
@@ -129,6 +135,7 @@ def test_first_token_is_probe_and_prefill(shown: dict[str, Any]) -> None:
             assert (run["divergence_ms"] > 0) == (row["method"] in ("qa-flora", "tail"))
 
 
+@pytest.mark.slow
 def test_probe_is_compared_with_the_prefill_of_its_round(shown: dict[str, Any]) -> None:
     found = [(row["prompt_tokens"], row["k"]) for row in shown["probe"]]
     assert found == [(length, k) for length in (20, 70) for k in (1, 3)]
@@ -140,6 +147,7 @@ def test_probe_is_compared_with_the_prefill_of_its_round(shown: dict[str, Any]) 
             assert 0 < run["forward_ms"] < run["probe_ms"]
 
 
+@pytest.mark.slow
 def test_deviation_of_a_tail(shown: dict[str, Any]) -> None:
     (row,) = rows(shown, "ttft", prompt_tokens=40, method="tail")
     assert 0 < row["deviation_mean"] < row["deviation_worst"] < 1
@@ -152,6 +160,7 @@ def test_a_tail_as_long_as_the_prompt_is_exact(made: TinyBundle) -> None:
     assert row["deviation_worst"] == 0
 
 
+@pytest.mark.slow
 def test_second_turn_weighs_as_afresh(shown: dict[str, Any]) -> None:
     (row,) = shown["turn"]
     assert (row["history_tokens"], row["new_tokens"], row["k"]) == (40, 8, 3)
@@ -160,6 +169,7 @@ def test_second_turn_weighs_as_afresh(shown: dict[str, Any]) -> None:
     assert row["deviation_worst"] == 0
 
 
+@pytest.mark.slow
 def test_a_question_behind_a_system_prompt(shown: dict[str, Any]) -> None:
     (row,) = shown["system"]
     assert (row["system_tokens"], row["new_tokens"], row["k"]) == (70, 8, 3)
@@ -170,6 +180,7 @@ def test_a_question_behind_a_system_prompt(shown: dict[str, Any]) -> None:
     assert row["ttft_of_plain"]["median"] == pytest.approx(median(quotients))
 
 
+@pytest.mark.slow
 def test_without_adapters_of_a_small_share(shown: dict[str, Any]) -> None:
     rows_ = shown["light"]
     assert [row["min_weight"] for row in rows_] == [0.0, 0.02, 0.05, 0.1, 0.2]
@@ -181,6 +192,7 @@ def test_without_adapters_of_a_small_share(shown: dict[str, Any]) -> None:
     assert all(run["kl"] > -1e-9 for row in rows_ for run in row["runs"])
 
 
+@pytest.mark.slow
 def test_callers_are_compared_within_a_round(shown: dict[str, Any]) -> None:
     ways = ["base", "bare C", "generate_many", "threads"]
     found = [(row["callers"], row["way"]) for row in shown["callers"]]
@@ -202,6 +214,7 @@ def test_callers_are_compared_within_a_round(shown: dict[str, Any]) -> None:
             assert row[name]["median"] == pytest.approx(median(a / b for a, b in pairs))
 
 
+@pytest.mark.slow
 def test_callers_are_counted_while_all_are_decoded(shown: dict[str, Any]) -> None:
     for row in shown["callers"]:
         for run in row["runs"]:
@@ -214,6 +227,7 @@ def test_callers_are_counted_while_all_are_decoded(shown: dict[str, Any]) -> Non
         assert [run["n_decoded"] for run in row["runs"]] == [5 * row["callers"]] * 3
 
 
+@pytest.mark.slow
 def test_a_pause_is_told_in_micro_batches(shown: dict[str, Any]) -> None:
     (row,) = shown["pause"]
     assert (row["k"], row["question_tokens"]) == (3, 200)
@@ -226,6 +240,7 @@ def test_a_pause_is_told_in_micro_batches(shown: dict[str, Any]) -> None:
         assert run["n_decoded"] >= 200 // 64
 
 
+@pytest.mark.slow
 def test_memory_is_split_into_its_parts(shown: dict[str, Any], made: TinyBundle) -> None:
     memory = shown["memory"]
     parts = [memory[f"{part}_bytes"] for part in ("base", "kv_main", "kv_probe", "adapters")]

@@ -232,7 +232,9 @@ class Draw:
         }
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 10))]
+)
 def test_schemas_by_chance_are_followed(model: Model, seed: int) -> None:
     for i in range(10):
         check(model, Draw(1000 * seed + i).whole(), n=2)

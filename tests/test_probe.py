@@ -80,7 +80,7 @@ def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
     return replace(adapter, path=write_pairs(path, tensors))
 
 
-@pytest.mark.parametrize("kernels", ["", "ggml"])
+@pytest.mark.parametrize("kernels", ["", pytest.param("ggml", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])
 @pytest.mark.parametrize("firsts", [[2, 2], [3, 0, 2], [2, 1]])
 def test_below_where_adapters_begin_states_are_the_bases(

@@ -138,6 +138,7 @@ def test_answers_under_load_are_those_alone(made: TinyBundle, alone: Engine) -> 
         assert_alone(answer, number, alone)
 
 
+@pytest.mark.slow
 def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> None:
     """In the middle of a stream, before its first byte, and while they wait; by FIN and by RST."""
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))

@@ -227,6 +227,7 @@ def test_literal_text_and_variables_of_a_template() -> None:
     assert variables(CHATML) == {"messages", "add_generation_prompt"}
 
 
+@pytest.mark.slow
 def test_templates_agree_with_transformers(smollm2: Path) -> None:
     """The same text as transformers' own environment makes of the base's template."""
     from transformers.utils.chat_template_utils import render_jinja_template
