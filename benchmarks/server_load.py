@@ -29,11 +29,11 @@ from typing import Any
 from server_process import started
 
 TIMEOUT_S = 120  # of a request, after which the server ends it
-PATIENCE_S = TIMEOUT_S + 30
+PATIENCE_S = TIMEOUT_S + 180  # a machine may be busy with other things, or stand still
 CHAT = "/v1/chat/completions"
 JSON_FORM = {"response_format": {"type": "json_object"}}
 WORDS = ("the", "cat", "río", "42", "why")
-MAX_WORDS = 60  # of a prompt
+MAX_WORDS = 40  # of a prompt
 
 
 class Client:
@@ -51,8 +51,8 @@ class Client:
         for model in models:
             messages = [{"role": "user", "content": f"{self._random.random()} {longest}"}]
             body = {"model": model, "messages": messages, "max_tokens": 48}
-            for form in ({"logprobs": True, "top_logprobs": 5}, JSON_FORM):
-                self._expect(200, CHAT, {**body, **form})
+            form = JSON_FORM if model == models[0] else {"logprobs": True, "top_logprobs": 5}
+            self._expect(200, CHAT, {**body, **form})
 
     def run(self, until_s: float) -> None:
         """Ask until then; what is asked by then is answered."""
