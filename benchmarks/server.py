@@ -38,17 +38,17 @@ N_ADAPTER, RANK, ALPHA = 3, 16, 16.0
 MODULES = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
 PATIENCE_S = 600
 
-# The same without HTTP and JSON, in a process of its own: argv is a file with the requests.
+# The same without HTTP and JSON, in a process of its own: a line of requests in, of tokens/s out.
 DIRECT = """
 import json, sys, time
 from qaflora_edge import Engine
-asked = json.load(open(sys.argv[1]))
-with Engine(asked["bundle"], **asked["engine"]) as engine:
-    list(engine.generate_many([dict(asked["requests"][0], max_tokens=4)]))
-    begin = time.perf_counter()
-    n = sum(g.usage["completion_tokens"] for _, g in engine.generate_many(asked["requests"]))
-    seconds = time.perf_counter() - begin
-print(json.dumps({"tokens": n, "seconds": seconds}))
+bundle, options = json.loads(sys.argv[1])
+with Engine(bundle, **options) as engine:
+    for line in sys.stdin:
+        requests = json.loads(line)
+        begin = time.perf_counter()
+        n = sum(g.usage["completion_tokens"] for _, g in engine.generate_many(requests))
+        print(n / (time.perf_counter() - begin), flush=True)
 """
 
 
@@ -204,9 +204,17 @@ def servers(
 
 
 def measure_server(
-    name: str, command: list[str], options: argparse.Namespace, forbidden: list[int], place: Path
+    name: str,
+    command: list[str],
+    options: argparse.Namespace,
+    forbidden: list[int],
+    place: Path,
+    direct: "Direct | None",
 ) -> list[Row]:
-    """All numbers of users, each with a mix of its own, and some with one mix for all."""
+    """All numbers of users, each with a mix of its own, and some with one mix for all.
+
+    direct  asked the same as --direct users with a mix each, right after them
+    """
     plan = [(n, "own") for n in options.users] + [(n, "one") for n in options.one_mix]
     plan += [(n, "probe") for n in options.probe if name == "qaflora"]
     rows = []
@@ -219,32 +227,51 @@ def measure_server(
                 bodies = [request_of(start + i, options, mixes, forbidden) for i in range(n)]
                 rows.append(measure(name, process, port, bodies, mixes))
                 print(rows[-1], file=sys.stderr, flush=True)
+                if direct is not None and (n, mixes) == (options.direct, "own"):
+                    direct.compare(bodies, rows[-1].tokens_per_second)
     return rows
 
 
-def measure_direct(
-    options: argparse.Namespace, bundle: Path, n_ctx: int, forbidden: list[int], place: Path
-) -> dict[str, float]:
-    """The same as the server's for `--direct` users, by Engine.generate_many."""
-    requests = []
-    for i in range(options.direct):
-        body = request_of(100 + i, options, "own", forbidden)
-        requests.append(
+class Direct:
+    """The same requests by Engine.generate_many, without HTTP and JSON.
+
+    pairs  tokens/s served and by generate_many, of the same requests one after the other
+    """
+
+    def __init__(self, options: argparse.Namespace, bundle: Path, n_ctx: int) -> None:
+        engine = {"n_ctx": n_ctx, "n_parallel": max(options.users), "threads": options.threads}
+        command = [sys.executable, "-c", DIRECT, json.dumps([str(bundle), engine])]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, **pipes)
+        self.users, self.pairs = options.direct, list[tuple[float, float]]()
+        self._asked(request_of(10_000, options, "own", []) | {"max_tokens": 4})
+
+    def _asked(self, *bodies: Any) -> float:
+        requests = [
             {
                 "prompt": body["prompt"],
                 "weights": {f"a{each['id']}": each["scale"] for each in body["lora"]},
                 "logit_bias": {int(k): v for k, v in body["logit_bias"].items()},
-                "max_tokens": options.answer,
+                "max_tokens": body["max_tokens"],
             }
-        )
-    engine = {"n_ctx": n_ctx, "n_parallel": max(options.users), "threads": options.threads}
-    asked = {"bundle": str(bundle), "engine": engine, "requests": requests}
-    path = place / "direct.json"
-    path.write_text(json.dumps(asked), encoding="utf-8")
-    command = [sys.executable, "-c", DIRECT, str(path)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout)
-    return {**found, "users": options.direct}
+            for body in bodies
+        ]
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(requests) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("The process that calls generate_many has ended; see above.")
+        return float(line)
+
+    def compare(self, bodies: list[Any], served: float) -> None:
+        """Ask the same as users of a server have; note both."""
+        self.pairs.append((served, self._asked(*bodies)))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 # telling
@@ -262,7 +289,7 @@ def middle(rows: list[Row]) -> list[Row]:
     ]
 
 
-def table(rows: list[Row], direct: dict[str, float] | None) -> str:
+def table(rows: list[Row], direct: Direct | None) -> str:
     """Rows, and what is compared by them."""
     lines = ["server        users  mixes  tokens/s  first p50  first p95  pause p95   peak MB"]
     for row in rows:
@@ -282,11 +309,11 @@ def table(rows: list[Row], direct: dict[str, float] | None) -> str:
                 f"first token p95 {first:.2f} times as long"
             )
     if direct is not None:
-        alone = direct["tokens"] / direct["seconds"]
-        served = of["qaflora", int(direct["users"]), "own"].tokens_per_second
+        served, alone = (statistics.median(column) for column in zip(*direct.pairs, strict=True))
+        cost = statistics.median(1 - one / other for one, other in direct.pairs)
         lines.append(
-            f"{direct['users']} users: {served:.1f} tokens/s served, {alone:.1f} by generate_many: "
-            f"HTTP and JSON cost {100 * (1 - served / alone):.1f} %"
+            f"{direct.users} users: {served:.1f} tokens/s served, {alone:.1f} by generate_many: "
+            f"HTTP, JSON and the clients cost {100 * cost:.1f} % (medians of turns)"
         )
     return "\n".join(lines)
 
@@ -323,14 +350,19 @@ def main() -> None:
         bundle = place / "bundle"
         create_bundle(bundle, base, named, name="bench", calibrate=False)
         rows = []
-        for name, command in servers(options, bundle, base, adapters, n_ctx).items():
-            rows += measure_server(name, command, options, forbidden, place)
-        direct = None
-        if options.direct:
-            direct = measure_direct(options, bundle, n_ctx, forbidden, place)
+        direct = Direct(options, bundle, n_ctx) if options.direct else None
+        try:
+            for name, command in servers(options, bundle, base, adapters, n_ctx).items():
+                compared = direct if name == "qaflora" else None
+                rows += measure_server(name, command, options, forbidden, place, compared)
+        finally:
+            if direct is not None:
+                direct.close()
     rows = middle(rows)
     if options.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "direct": direct}))
+        print(
+            json.dumps({"rows": [asdict(row) for row in rows], "direct": direct and direct.pairs})
+        )
     else:
         print(table(rows, direct))
 
