@@ -115,7 +115,7 @@ LINE = st.sampled_from(["", "# ", "> ", "- ", "1. ", "So "])
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(LINE, MARKUP, expressions(), MARKUP, expressions()), min_size=1, max_size=4),
     st.sampled_from([24, 40, 80]),
