@@ -23,6 +23,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
 from qaflora_edge.server import work
 from qaflora_edge.server.app import expire_all, make_app
+from qaflora_edge.server.options import MAX_LIGHT_CHARS
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.turns import Room, Turns
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
@@ -295,6 +296,22 @@ def test_for_who_goes_away_nothing_is_computed(
         body = body_of(model="tiny:base", max_tokens=2)
         found = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE_S)
         assert found.status_code == 200
+
+
+def test_only_long_texts_wait_to_be_tokenized(bundle: Path, held: Held) -> None:
+    def ask(address: str, n: int) -> httpx.Response:
+        body = {"model": "tiny", "content": "a" * n}
+        return httpx.post(f"{address}/tokenize", json=body, timeout=PATIENCE_S)
+
+    with listening(bundle, max_queue=0) as address:
+        with asking(f"{address}/v1/chat/completions", N_TURN):
+            for _ in range(N_TURN):
+                assert held.busy.acquire(timeout=PATIENCE_S)
+            assert len(ask(address, MAX_LIGHT_CHARS).json()["tokens"]) == MAX_LIGHT_CHARS
+            late = ask(address, MAX_LIGHT_CHARS + 1)
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_full")
+            held.go.set()
+        assert len(ask(address, MAX_LIGHT_CHARS + 1).json()["tokens"]) == MAX_LIGHT_CHARS + 1
 
 
 def test_who_goes_away_while_waiting_leaves_the_queue(bundle: Path, held: Held) -> None:

@@ -8,6 +8,7 @@ MAX_HEAD_BYTES = 64 << 10  # of a request: its first line and its headers
 MAX_BODY_BYTES = 4 << 20
 MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
+MAX_LIGHT_CHARS = 64 << 10  # of a text that is tokenized without a turn: some take seconds
 MAX_TOOLS = 128
 MAX_CHOICES = 16  # answers of one request
 MAX_STOPS = 16

@@ -11,6 +11,7 @@ from qaflora_edge.errors import PromptError
 from qaflora_edge.inference.prompts import Prompt, check_size, checked_tokens, token_ids
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
+from qaflora_edge.server.options import MAX_LIGHT_CHARS
 from qaflora_edge.server.refusals import Params, wrong_field
 from qaflora_edge.server.stream import encoded
 from qaflora_edge.server.work import Outlet, Work
@@ -105,7 +106,8 @@ async def tokenize(request: Request) -> Response:
             tokens = [{"id": each, "piece": _piece(engine, each)} for each in found]
         out.send(encoded({"tokens": tokens}))
 
-    return Work(request, body, bundle, compute, is_light=True)
+    is_light = is_chat or len(text) <= MAX_LIGHT_CHARS
+    return Work(request, body, bundle, compute, is_light=is_light)
 
 
 def _piece(engine: Engine, token: int) -> str | list[int]:
