@@ -33,7 +33,7 @@ QUESTIONS = (
         "Malaria is spread by\nA. Mosquitoes\nB. Flies\nC. Ticks\nD. Water",
         "A. Mosquitoes",
     ),
-    ("A question in Spanish", "¿Cuál es la capital de Francia?", "Paris"),
+    ("A question in Spanish", "¿Cuál es la capital de Perú?", "Lima"),
 )
 
 
@@ -43,8 +43,7 @@ def main() -> None:
     say("minutes: on most questions all of them are wrong. These three were picked because the mix")
     say("makes the right answer likelier than the base does, and mostly writes it. It shows how")
     say("mixing works, not how good an answer can be.")
-    # Paris is a near tie: with flash attention it wins, as when the questions were picked.
-    with Engine(BUNDLE, n_ctx=512, n_parallel=4, flash_attn=True) as engine:
+    with Engine(BUNDLE, n_ctx=512, n_parallel=4) as engine:
         for what, question, right in QUESTIONS:
             show(engine, what, question, right)
     say("The rows with `single:` are one adapter alone, the last row is the mix. A column of the")
