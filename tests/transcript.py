@@ -38,7 +38,7 @@ class Step:
 STEPS = (
     Step(f'qaflora run models/demo "{LETTERS}"', ("36", "tok/s")),
     Step(
-        'qaflora compare models/demo "¿Cuál es la capital de Francia?" --max-tokens 24',
+        'qaflora compare models/demo "¿Cuál es la capital de Perú?" --max-tokens 24',
         ("the base alone", "single:es", "qa-flora"),
     ),
     Step(
