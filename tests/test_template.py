@@ -11,14 +11,10 @@ from jinja2.sandbox import SecurityError
 from tiny import CHATML, write_tiny_base
 
 from qaflora_edge.backend.model import Model
+from qaflora_edge.chat import budget
 from qaflora_edge.chat import template as chat_template
-from qaflora_edge.chat.template import (
-    TemplateLimit,
-    TemplateRefused,
-    literal_text,
-    render,
-    variables,
-)
+from qaflora_edge.chat.budget import TemplateLimit
+from qaflora_edge.chat.template import TemplateRefused, literal_text, render, variables
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.errors import ChatTemplateError
 
@@ -127,7 +123,7 @@ def test_hostile_template_is_stopped_soon(template: str) -> None:
 
 
 def test_time_that_others_take_is_not_a_templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(budget, "MAX_SECONDS", 0.2)
     monkeypatch.setattr(chat_template, "_strftime_now", lambda _: time.sleep(0.4))
     assert rendered("{{ strftime_now('%Y') }}{{ 1 + 1 }}") == "None2"
 

@@ -7,7 +7,6 @@ handles, before it is done.
 """
 
 import json
-import time
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from datetime import datetime
 from functools import lru_cache
@@ -21,12 +20,12 @@ from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from qaflora_edge.chat.budget import MAX_DEPTH, Budget, TemplateLimit, size
+
 MAX_TEMPLATE = 1 << 16  # characters of a template
 MAX_WORK = 500_000  # steps and characters, beside WORK_PER_INPUT for each that comes in
 WORK_PER_INPUT = 100
 MAX_INPUT = 1 << 26  # characters of a conversation
-MAX_SECONDS = 5.0
-MAX_DEPTH = 40  # macros in each other, and lists in lists
 MAX_INTEGER = 1 << 63
 _MAX_INDENT = 16
 
@@ -60,10 +59,6 @@ _METHODS: dict[type, frozenset[str]] = {
 }
 
 
-class TemplateLimit(Exception):
-    """A template asks for more than it is given."""
-
-
 class TemplateRefused(Exception):
     """A template's own raise_exception."""
 
@@ -77,7 +72,7 @@ def render(template: str, *, bos_token: str, eos_token: str, **variables: Any) -
     """
     if len(template) > MAX_TEMPLATE:
         raise TemplateLimit(f"it has {len(template)} characters, expected at most {MAX_TEMPLATE}")
-    environment = _Environment(MAX_WORK + WORK_PER_INPUT * _size(variables, MAX_INPUT))
+    environment = _Environment(MAX_WORK + WORK_PER_INPUT * size(variables, MAX_INPUT))
     program = jinja2.Template.from_code(environment, _compiled(template), environment.globals)
     names = {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": True}
     return "".join(program.generate({**names, **variables}))
@@ -103,23 +98,6 @@ def variables(template: str) -> set[str]:
     return meta.find_undeclared_variables(_Environment(0).parse(template))
 
 
-def _size(value: Any, most: int, depth: int = 0) -> int:
-    """How much a value is when it is written out: what is in it twice counts twice."""
-    if isinstance(value, str):
-        return 1 + len(value)
-    if not isinstance(value, (dict, list, tuple)):
-        return 1
-    if depth > MAX_DEPTH:
-        raise TemplateLimit(f"more than {MAX_DEPTH} lists or objects in each other")
-    total = 1
-    parts = value if isinstance(value, (list, tuple)) else [*value.keys(), *value.values()]
-    for part in parts:
-        total += _size(part, most - total, depth + 1)
-        if total > most:
-            raise TemplateLimit("more text or more steps than a conversation needs")
-    return total
-
-
 class _Generation(jinja2.ext.Extension):
     """{% generation %}, with which transformers marks what an assistant said."""
 
@@ -143,8 +121,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, jinja2.ext.loopcontrols],
             finalize=self._written,
         )
-        self._work, self._depth = work, 0
-        self._end = time.thread_time() + MAX_SECONDS  # others may have the processor meanwhile
+        self._budget, self._depth = Budget(work), 0
         tests: dict[str, Any] = self.tests
         tests |= {name: self._paid(tests[name]) for name in _COMPARING_TESTS}
         filters = {name: self._paid(self.filters[name]) for name in _FILTERS}
@@ -166,42 +143,21 @@ class _Environment(ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
         }
 
-    # the budget
-
-    def spend(self, n: int) -> None:
-        self._work -= n
-        if self._work < 0:
-            raise TemplateLimit("more text or more steps than a conversation needs")
-        if time.thread_time() > self._end:
-            raise TemplateLimit(f"more than {MAX_SECONDS:.0f} seconds")
-
-    def _seen(self, value: Any) -> Any:
-        self.spend(_size(value, max(0, self._work)))
-        return value
-
-    def _text(self, value: Any) -> str:
-        return value if isinstance(self._seen(value), str) else str(value)
-
     @jinja2.pass_context
     def _written(self, _: Any, value: Any) -> Any:
-        return value if isinstance(value, Undefined) else self._text(value)
-
-    def _steps(self, iterable: Any) -> Iterator[Any]:
-        for item in iterable:
-            self.spend(1)
-            yield item
+        return value if isinstance(value, Undefined) else self._budget.text(value)
 
     @jinja2.pass_context
     def _steps_filter(self, _: Any, iterable: Any) -> Iterator[Any]:
-        return self._steps(iterable)
+        return self._budget.steps(iterable)
 
     @jinja2.pass_context
     def _seen_filter(self, _: Any, value: Any) -> Any:
-        return self._seen(value)
+        return self._budget.seen(value)
 
     @jinja2.pass_context
     def _concat_filter(self, _: Any, *parts: Any) -> str:
-        return "".join(map(self._text, parts))
+        return "".join(map(self._budget.text, parts))
 
     # what a template is made of
 
@@ -209,12 +165,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _with_payments(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self._seen(left)
-        self._seen(right)
+        self._budget.seen(left)
+        self._budget.seen(right)
         if operator == "*":
             for sequence, count in ((left, right), (right, left)):
                 if isinstance(sequence, (str, list, tuple)) and isinstance(count, int):
-                    self.spend(max(0, count) * _size(sequence, max(0, self._work)))
+                    self._budget.spend(max(0, count) * self._budget.size(sequence))
         if operator == "%" and isinstance(left, str) and not _is_plain_format(left):
             raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
         if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= 64):
@@ -222,7 +178,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and abs(result) > MAX_INTEGER:
             raise TemplateLimit("an integer of more than 64 bits")
-        self._seen(result)
+        self._budget.seen(result)
         return result
 
     def wrap_str_format(self, value: Any) -> None:
@@ -237,10 +193,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(called, (Macro, LoopContext)):
             return self._call_macro(context, called, *args, **kwargs)
         for value in (*args, *kwargs.values()):
-            self._seen(value)
+            self._budget.seen(value)
         owner = getattr(called, "__self__", None)
         if isinstance(owner, str):
-            self._seen(owner)
+            self._budget.seen(owner)
             if called.__name__ == "replace":
                 self._pay_replace(owner, *args)
             if called.__name__ == "join":
@@ -248,12 +204,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         result = super().call(context, called, *args, **kwargs)
         if isinstance(owner, dict) and called.__name__ == "get":
             return result  # nothing was made
-        return self._seen(list(result) if isinstance(result, _VIEWS) else result)
+        return self._budget.seen(list(result) if isinstance(result, _VIEWS) else result)
 
     def _call_macro(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        self.spend(1)
+        self._budget.spend(1)
         if isinstance(called, LoopContext):
-            args = (self._steps(args[0]), *args[1:])
+            args = (self._budget.steps(args[0]), *args[1:])
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise TemplateLimit(f"more than {MAX_DEPTH} macros in each other")
@@ -271,15 +227,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         @jinja2.pass_context
         def paid(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(value, Iterator):
-                value = list(self._steps(value))
+                value = list(self._budget.steps(value))
             for each in (value, *args, *kwargs.values()):
-                self._seen(each)
+                self._budget.seen(each)
             first = {"context": context, "eval_context": context.eval_ctx, "environment": self}
             name = passed.name if passed is not None else ""
             result = function(*([first[name]] if name else []), value, *args, **kwargs)
             if isinstance(result, Iterator):
-                result = list(self._steps(result))
-            return self._seen(result)
+                result = list(self._budget.steps(result))
+            return self._budget.seen(result)
 
         return paid
 
@@ -295,7 +251,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     ) -> str:
         """As transformers has it: nothing is escaped for HTML."""
         indent = self._check_indent(indent)
-        self.spend(_size(value, max(0, self._work)) * (1 + MAX_DEPTH * indent if indent else 1))
+        self._budget.spend(self._budget.size(value) * (1 + MAX_DEPTH * indent if indent else 1))
         text = json.dumps(
             value,
             ensure_ascii=ensure_ascii,
@@ -303,7 +259,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             separators=separators,
             sort_keys=sort_keys,
         )
-        self.spend(len(text))
+        self._budget.spend(len(text))
         return text
 
     def _check_indent(self, indent: Any) -> Any:
@@ -315,38 +271,38 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _indent(
         self, _: Any, value: Any, width: int = 4, first: bool = False, blank: bool = False
     ) -> str:
-        lines = self._text(value).split("\n")
-        self.spend(len(lines) * (self._check_indent(width) or 0))
+        lines = self._budget.text(value).split("\n")
+        self._budget.spend(len(lines) * (self._check_indent(width) or 0))
         margin = " " * width
         rest = [margin + line if line or blank else line for line in lines[1:]]
         return "\n".join([margin + lines[0] if first else lines[0], *rest])
 
     def _pay_replace(self, text: str, old: str = "", new: str = "", *_: Any) -> None:
-        self.spend((len(text) // max(1, len(old)) + 1) * len(new))
+        self._budget.spend((len(text) // max(1, len(old)) + 1) * len(new))
 
     @jinja2.pass_context
     def _replace(self, _: Any, value: Any, old: str, new: str, count: int | None = None) -> str:
-        text, old, new = self._text(value), self._text(old), self._text(new)
+        text, old, new = self._budget.text(value), self._budget.text(old), self._budget.text(new)
         self._pay_replace(text, old, new)
         return text.replace(old, new, -1 if count is None else count)
 
     def _joined_parts(self, separator: str, parts: Any) -> list[str]:
-        found = list(self._steps(parts))
-        self.spend(len(found) * len(separator))
-        self._seen(found)
+        found = list(self._budget.steps(parts))
+        self._budget.spend(len(found) * len(separator))
+        self._budget.seen(found)
         return found
 
     @jinja2.pass_context
     def _join(self, _: Any, value: Any, d: str = "", attribute: Any = None) -> str:
-        parts = list(self._steps(value))
+        parts = list(self._budget.steps(value))
         if attribute is not None:
             parts = [self.getitem(part, attribute) for part in parts]
-        self.spend(len(parts) * len(d))
-        return str(d).join(map(self._text, parts))
+        self._budget.spend(len(parts) * len(d))
+        return str(d).join(map(self._budget.text, parts))
 
     def _range(self, *bounds: int) -> list[int]:
         numbers = range(*bounds)
-        self.spend(len(numbers))
+        self._budget.spend(len(numbers))
         return list(numbers)
 
 
