@@ -12,22 +12,22 @@ told on stderr as it ends.
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import re
+import selectors
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
+import httptools
 import numpy as np
 from server_process import started
 
@@ -124,45 +124,79 @@ def request_of(user: int, options: argparse.Namespace, mixes: str, forbidden: li
     }
 
 
-def ask(port: int, body: Any, begin: threading.Barrier) -> tuple[list[float], dict[str, int]]:
-    """Send a request when all are ready; gives when each event came, and the usage."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    with contextlib.closing(connection):
-        begin.wait()
-        start, times, usage = time.perf_counter(), [], {}
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            said = response.read(2000).decode(errors="replace")
-            raise ValueError(f"The server answered {response.status}: {said}")
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            usage = event.get("usage") or usage
-            if event["choices"] and event["choices"][0]["text"]:
-                times.append(time.perf_counter() - start)
-    return times, usage
+class Answer:
+    """A stream as it came: bytes are noted while it comes, and read only after all have ended.
+
+    times_s, usage  when each event with text was there, by time.perf_counter(); tokens
+    """
+
+    def __init__(self, port: int, body: Any) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+        content = json.dumps(body).encode()
+        lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Connection: close")
+        more = ("Content-Type: application/json", f"Content-Length: {len(content)}")
+        self.request = "\r\n".join((*lines, *more, "", "")).encode() + content
+        self.received: list[tuple[float, bytes]] = []
+        self._parser, self._line, self._now_s = httptools.HttpResponseParser(self), b"", 0.0
+        self.times_s, self.usage = list[float](), dict[str, int]()
+
+    def read(self) -> None:
+        """Raises ValueError for what is not answered with 200."""
+        for now_s, data in self.received:
+            self._now_s = now_s
+            self._parser.feed_data(data)
+        if self._parser.get_status_code() != 200:
+            raise ValueError(f"The server answered {self.received[0][1][:2000]!r}")
+
+    def on_body(self, data: bytes) -> None:
+        """For the parser."""
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                self.usage = event.get("usage") or self.usage
+                if event["choices"] and event["choices"][0]["text"]:
+                    self.times_s.append(self._now_s)
+
+
+def ask(port: int, bodies: list[Any]) -> tuple[float, list[Answer]]:
+    """Ask all at once and wait for all, in one thread, which costs the servers' cores little.
+
+    returns  when they were asked, and the answers
+    """
+    answers = [Answer(port, body) for body in bodies]
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+        start_s = time.perf_counter()
+        for answer in answers:
+            stack.enter_context(answer.socket).sendall(answer.request)
+            selector.register(answer.socket, selectors.EVENT_READ, answer)
+        while selector.get_map():
+            ready = selector.select(PATIENCE_S)
+            if not ready:
+                raise SystemExit(f"Nothing came for {PATIENCE_S} s.")
+            for key, _ in ready:
+                data = key.data.socket.recv(1 << 16)
+                if data:
+                    key.data.received.append((time.perf_counter(), data))
+                else:
+                    selector.unregister(key.data.socket)
+    for answer in answers:
+        answer.read()
+    return start_s, answers
 
 
 def measure(
     name: str, process: "subprocess.Popen[bytes] | None", port: int, bodies: list[Any], mixes: str
 ) -> Row:
     """Let all users ask at once, and wait for all."""
-    begin = threading.Barrier(len(bodies) + 1)
-    with ThreadPoolExecutor(len(bodies)) as threads:
-        futures = [threads.submit(ask, port, body, begin) for body in bodies]
-        begin.wait()
-        start = time.perf_counter()
-        answers = [future.result() for future in futures]
-        seconds = time.perf_counter() - start
-    n_token = sum(usage["completion_tokens"] for _, usage in answers)
+    start_s, answers = ask(port, bodies)
+    seconds = max(answer.received[-1][0] for answer in answers) - start_s
+    n_token = sum(answer.usage["completion_tokens"] for answer in answers)
     expected = len(bodies) * bodies[0]["max_tokens"]
     if n_token != expected:
         raise SystemExit(f"{name}: answers have {n_token} tokens together, expected {expected}.")
-    first = [1000 * times[0] for times, _ in answers]
-    pauses = [1000 * pause for times, _ in answers for pause in np.diff(times)]
+    first = [1000 * (answer.times_s[0] - start_s) for answer in answers]
+    pauses = [1000 * pause for answer in answers for pause in np.diff(answer.times_s)]
     return Row(
         name,
         len(bodies),

@@ -114,6 +114,15 @@ class EngineBase:
         """
         self._core.cancel()
 
+    def run_forever(self) -> None:
+        """Compute what other threads ask for, until close(); for servers, in a thread of its own.
+
+        Without it each call computes in its caller's thread, and callers that come at once compute
+        for each other. With it they only wait, and no core is idle while they take what they have.
+        """
+        with self._lifetime.call():
+            self._core.run_forever()
+
     def __enter__(self) -> Self:
         return self
 

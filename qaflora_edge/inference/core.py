@@ -85,6 +85,10 @@ class Core:
         """Free everything; calls of other threads that go on end with BusyError."""
         self.lifetime.close(end_calls=self._loop.close)
 
+    def run_forever(self) -> None:
+        """See Loop.run_forever."""
+        self._loop.run_forever()
+
     # ending calls early
 
     def cancellation(self, event: threading.Event | None = None) -> Cancellation:

@@ -1,4 +1,4 @@
-"""The loop: scheduler and runner, driven by whichever caller waits for something."""
+"""The loop: scheduler and runner, driven by whoever waits for something, or by a thread for all."""
 
 import contextlib
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 
 from qaflora_edge.backend.context import cancelled
 from qaflora_edge.backend.stop import Stop
-from qaflora_edge.errors import BusyError, QafloraError
+from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.runner import AnswerContext, Runner, Vocabulary
@@ -58,6 +58,8 @@ class Loop:
 
     stop  ends native work of the contexts that watch it
 
+    Without run_forever those who wait drive, one of them at a time.
+
     With several slots a thread of the loop's own computes, whoever drives. GCC's OpenMP keeps a
     team for each thread that has computed, and lets all of them sleep sooner at barriers once
     they are more than the cores: one caller on two cores decoded 0.6 to 0.8 times as fast.
@@ -70,6 +72,7 @@ class Loop:
         self._runner = Runner(vocabulary, context, self._computing)
         self._turn = threading.Condition()
         self._is_driven = self._is_closed = False
+        self._is_served = False  # by a thread in run_forever
         self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
         self._worker = ThreadPoolExecutor(1) if len(scheduler.slots) > 1 else None
 
@@ -79,6 +82,7 @@ class Loop:
         """Put a sequence into the queue."""
         with self._turn:
             self._scheduler.add(sequence)
+            self._wake_server()
 
     def run(self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation) -> Any:
         """Drive a generator to its end, others' work in between; gives what it returns.
@@ -88,6 +92,7 @@ class Loop:
         job = Job(kind, steps, cancellation)
         with self._turn:
             self._scheduler.add_job(job)
+            self._wake_server()
         self.drive(lambda: job.is_done)
         if job.error is not None:
             raise job.error
@@ -97,7 +102,7 @@ class Loop:
         """Compute, or wait for the thread that does, until something is ready."""
         with self._turn:
             while not is_ready():
-                if self._is_driven:
+                if self._is_driven or self._is_served:
                     self._turn.wait()
                     continue
                 self._is_driven = True
@@ -106,6 +111,39 @@ class Loop:
                 finally:
                     self._is_driven = False
                     self._turn.notify_all()
+
+    def run_forever(self) -> None:
+        """Compute whatever is asked for, until close(); all others only wait meanwhile.
+
+        Those who wait for a step are told when the next one computes, so that what they do with
+        it keeps no core from the threads that compute but their own.
+
+        Raises what a step failed with, and so do all whose work it was, or who waited; it may be
+        called again then.
+        """
+        with self._turn:
+            while self._is_driven or self._is_served:
+                self._turn.wait()
+            self._is_served = True
+            try:
+                while not self._is_closed:
+                    if self._scheduler.has_work:
+                        self._step()
+                    else:
+                        self._turn.notify_all()
+                        self._turn.wait()
+            except Exception as error:
+                failed = BackendError("A step of the Engine failed; its cause says how.")
+                failed.__cause__ = error
+                self._end_all(failed)
+                raise
+            finally:
+                self._is_served = False
+                self._turn.notify_all()
+
+    def _wake_server(self) -> None:
+        if self._is_served:
+            self._turn.notify_all()
 
     def stop_if_cancelled(self) -> None:
         """End the native call that goes on, if all who wait for it were cancelled."""
@@ -118,7 +156,8 @@ class Loop:
         with self._turn:
             self._is_closed = True
             self._stop.set()
-            while self._is_driven:
+            self._wake_server()
+            while self._is_driven or self._is_served:
                 self._turn.wait()
             self._end_all(BusyError("This Engine was closed in the middle of a call."))
             self._turn.notify_all()
@@ -143,8 +182,9 @@ class Loop:
             self._compute(step)
         except BaseException:
             self._runner.forget(self._scheduler.slots)
-            for sequence in self._scheduler.running:
-                sequence.fail(cancelled())
+            if not self._is_served:
+                for sequence in self._scheduler.running:
+                    sequence.fail(cancelled())
             raise
         finally:
             ms = 1e3 * (time.perf_counter() - start)
@@ -158,7 +198,7 @@ class Loop:
         self._scheduler.remove_ended()
 
     def _compute(self, step: Step) -> None:
-        if self._worker is None:
+        if self._worker is None or self._is_served:
             self._run(step)
             return
         future = self._worker.submit(self._run, step)
@@ -181,6 +221,8 @@ class Loop:
             self._now = waiting
             if not self._is_closed:
                 self._stop.clear()
+            if self._is_served:
+                self._turn.notify_all()
 
     def _end_cancelled(self) -> None:
         for sequence in (*self._scheduler.waiting, *self._scheduler.running):

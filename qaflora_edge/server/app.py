@@ -22,6 +22,7 @@ from qaflora_edge.server.answers import chat_completions, completions, responses
 from qaflora_edge.server.openapi import describe
 from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.page.routes import page_routes
+from qaflora_edge.server.post import Post
 from qaflora_edge.server.record import Metrics, Recorder
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.security import Gate
@@ -50,6 +51,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.post = Post(asyncio.get_running_loop())
         opening = asyncio.create_task(_open_first(app))
         try:
             yield

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BundleError, QafloraError
+from qaflora_edge.errors import BundleError, BusyError, QafloraError
 from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE, BundleText
 from qaflora_edge.formats.gguf_header import read_gguf_header
 from qaflora_edge.server import memory
@@ -207,6 +208,7 @@ class Shelf:
         start = time.perf_counter()
         try:
             engine: Engine = await self._in_thread(Engine, bundle.place, **self._engine)
+            threading.Thread(target=_compute, args=(engine,), name=f"qaflora-{bundle.name}").start()
             await self._in_thread(engine.keep_system)
         except QafloraError as error:
             self.failed = bundle.name
@@ -225,6 +227,17 @@ class Shelf:
             engine, bundle.engine = bundle.engine, None
             if engine is not None:
                 _close(engine)
+
+
+def _compute(engine: Engine) -> None:
+    """Compute what requests ask of an Engine until it is closed."""
+    while True:
+        try:
+            engine.run_forever()
+        except BusyError:
+            return
+        except Exception:
+            log.exception("a step failed")
 
 
 def _close(engine: Engine) -> None:

@@ -83,22 +83,27 @@ class Work(Response):
         self._producer: asyncio.Task[None] | None = None
         self._is_expired = self._is_gone = self._is_started = False
         self._parts: deque[Part] = deque()
-        self._has_parts = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None  # of a part, while it is waited for
+        self._since_s, self._is_sending = 0.0, False
         self._more: Headers = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit_s = self._options.timeout_s
+        self._loop = asyncio.get_running_loop()
         self._producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(self._watch(receive))
-        expiry = asyncio.get_running_loop().call_later(limit_s, self.expire)
+        expiry = self._loop.call_later(self._options.timeout_s, self.expire)
         self._state.running.add(self)
+        self._since_s = self._loop.time()
         try:
-            await self._send_all(scope, receive, patient(send))
+            async with asyncio.timeout(None) as patience:
+                self._look_again(patience)
+                await self._send_all(scope, receive, self._noted(send))
         except TimeoutError:  # the connection is closed, for the response is not whole
             log.info("gave up on a client that does not read")
         finally:
             self._state.running.discard(self)
             expiry.cancel()
+            self._look.cancel()
             self.stop()
             watcher.cancel()
             await asyncio.gather(self._producer, watcher, return_exceptions=True)
@@ -115,8 +120,8 @@ class Work(Response):
                 self._shelf.engine(self._bundle) as engine,
             ):
                 self._facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
-                loop = asyncio.get_running_loop()
-                self._outlet = Outlet(partial(self._put_from_thread, loop), self._facts)
+                put = partial(self._state.post.put, self._put)
+                self._outlet = Outlet(put, self._facts)
                 in_thread = asyncio.to_thread if self._is_light else self._state.in_thread
                 await in_thread(self._compute, engine, self._outlet)
         except asyncio.CancelledError:
@@ -127,10 +132,8 @@ class Work(Response):
 
     def _put(self, part: Part) -> None:
         self._parts.append(part)
-        self._has_parts.set()
-
-    def _put_from_thread(self, loop: asyncio.AbstractEventLoop, part: Part) -> None:
-        loop.call_soon_threadsafe(self._put, part)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def stop(self) -> None:
         """End it within one step of the Engine, or at once where it still waits."""
@@ -168,19 +171,51 @@ class Work(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _next_part(self) -> Part:
-        """What comes next, bytes that are there joined; a ping where a stream has none for long."""
+        """What comes next; of a stream bytes that are there are joined."""
         if not self._parts:
-            self._has_parts.clear()
-            try:
-                await asyncio.wait_for(self._has_parts.wait(), PING_S if self._is_stream else None)
-            except TimeoutError:
-                return PING
+            self._arrival = self._loop.create_future()
+            await self._arrival
         part = self._parts.popleft()
         if isinstance(part, bytes) and self._is_stream:
             while self._parts and isinstance(following := self._parts[0], bytes):
                 part += following
                 self._parts.popleft()
         return part
+
+    def _noted(self, send: Send) -> Send:
+        """The same, noting when it is that a client begins to take something, and has taken it.
+
+        A large part goes in pieces, so that who reads slowly is given as long for each.
+        """
+
+        async def send_noted(message: Message) -> None:
+            self._since_s, self._is_sending = self._loop.time(), True
+            await send(message)
+            self._is_sending = False
+
+        async def send_pieces(message: Message) -> None:
+            body, more = message.get("body", b""), message.get("more_body", False)
+            while len(body) > PIECE_BYTES:
+                await send_noted({**message, "body": body[:PIECE_BYTES], "more_body": True})
+                body = body[PIECE_BYTES:]
+            await send_noted({**message, "body": body, "more_body": more} if body else message)
+
+        return send_pieces
+
+    def _look_again(self, patience: asyncio.Timeout) -> None:
+        """Ping where a stream has nothing to say for long; give up who takes nothing for longer.
+
+        One timer for all parts: one for each would cost as much as the part.
+        """
+        now_s = self._loop.time()
+        if self._is_sending:
+            if now_s >= self._since_s + SEND_S:
+                patience.reschedule(now_s)
+        elif self._is_stream and now_s >= self._since_s + PING_S:
+            self._put(PING)
+        next_s = self._since_s + PING_S
+        at_s = next_s if next_s > now_s else now_s + min(PING_S, SEND_S)
+        self._look = self._loop.call_at(at_s, self._look_again, patience)
 
     async def _send_part(self, part: bytes, send: Send) -> None:
         if not self._is_started:
@@ -201,26 +236,6 @@ class Work(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         elif not self._is_gone:
             await refused_response(refused)(scope, receive, send)
-
-
-def patient(send: Send) -> Send:
-    """The same with TimeoutError once a client takes too little for too long.
-
-    A large part goes in pieces, so that who reads slowly is given as long for each.
-    """
-
-    async def send_in_time(message: Message) -> None:
-        async with asyncio.timeout(SEND_S):
-            await send(message)
-
-    async def send_pieces(message: Message) -> None:
-        body, more = message.get("body", b""), message.get("more_body", False)
-        while len(body) > PIECE_BYTES:
-            await send_in_time({**message, "body": body[:PIECE_BYTES], "more_body": True})
-            body = body[PIECE_BYTES:]
-        await send_in_time({**message, "body": body, "more_body": more} if body else message)
-
-    return send_pieces
 
 
 def refused_response(refused: Refusal) -> Response:

@@ -1,0 +1,123 @@
+"""Engine.run_forever: one thread that computes for all others."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from patience import PATIENCE_S, wait_until
+from tiny import write_tiny_adapter, write_tiny_base
+
+from qaflora_edge import Engine
+from qaflora_edge.backend.context import Context
+from qaflora_edge.errors import BackendError, BusyError
+from qaflora_edge.inference.runner import Runner
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("loop")
+    base = write_tiny_base(place / "base.gguf")
+    paths = {
+        name: write_tiny_adapter(place / f"{name}.gguf", base, seed=seed).path
+        for seed, name in enumerate(("math", "es"))
+    }
+    return {"base": base.path, "adapters": paths, "kv_type": "f32", "threads": 1, "n_ctx": 400}
+
+
+@contextlib.contextmanager
+def served(parts: dict[str, Any], **more: Any) -> Iterator[tuple[Engine, threading.Thread]]:
+    """An Engine and the thread that computes for all others until it is closed."""
+    engine = Engine(**{**parts, "n_parallel": 3, **more})
+    thread = threading.Thread(target=engine.run_forever)
+    thread.start()
+    try:
+        yield engine, thread
+    finally:
+        engine.close()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3])
+def test_one_thread_computes_what_many_ask_for(
+    parts: dict[str, Any], n_parallel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers and weights are those of an Engine whose callers compute."""
+    prompts = [f"the king {'and the queen ' * i}of {i}" for i in range(8)]
+    with Engine(**parts) as alone:
+        expected = [alone.generate(prompt, max_tokens=20).text() for prompt in prompts]
+        weights = alone.weights(prompts[3]).weights.tolist()
+    computing = set()
+    decode = Context.decode_spans
+
+    def noted(self: Context, spans: Any) -> list[int]:
+        computing.add(threading.current_thread())
+        return decode(self, spans)
+
+    monkeypatch.setattr(Context, "decode_spans", noted)
+    with (
+        served(parts, n_parallel=n_parallel) as (engine, thread),
+        ThreadPoolExecutor(len(prompts)) as threads,
+    ):
+        answers = threads.map(lambda text: engine.generate(text, max_tokens=20).text(), prompts)
+        assert list(answers) == expected
+        assert engine.weights(prompts[3]).weights.tolist() == weights
+        assert computing == {thread}
+
+
+def test_it_computes_whether_pieces_are_taken_or_not(parts: dict[str, Any]) -> None:
+    with served(parts) as (engine, _):
+        answer = engine.generate("the king", max_tokens=50)
+        wait_until(lambda: answer.is_done)
+        assert answer.usage["completion_tokens"] == len(answer.timings.token_s) > 0
+        assert answer.text()
+
+
+def test_closing_ends_it_and_who_waits_is_told(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Context.decode_spans
+
+    def slow(self: Context, spans: Any) -> list[int]:
+        time.sleep(0.02)
+        return decode(self, spans)
+
+    monkeypatch.setattr(Context, "decode_spans", slow)
+    with served(parts) as (engine, thread):
+        answer = engine.generate("the king", max_tokens=300)
+        engine.close()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+        with pytest.raises(BusyError, match=r"was closed in the middle of a call"):
+            answer.text()
+        with pytest.raises(BusyError):
+            engine.run_forever()
+
+
+def test_a_step_that_fails_ends_what_it_was_for_and_no_more(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a step")
+
+    with Engine(**parts, n_parallel=3) as engine:
+        expected = engine.generate("the king", max_tokens=10).text()
+        with ThreadPoolExecutor(1) as threads:
+            with monkeypatch.context() as patch:
+                patch.setattr(Runner, "run", fail)
+                running = threads.submit(engine.run_forever)
+                with pytest.raises(BackendError, match=r"A step of the Engine failed") as failed:
+                    engine.generate("the king", weights="static")
+                assert isinstance(failed.value.__cause__, RuntimeError)
+                with pytest.raises(RuntimeError, match="a step"):
+                    running.result(PATIENCE_S)
+            running = threads.submit(engine.run_forever)
+            assert engine.generate("the king", max_tokens=10).text() == expected
+            engine.close()
+            running.result(PATIENCE_S)
