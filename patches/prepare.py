@@ -119,25 +119,31 @@ def download_archive(pin: Pin, archive: Path) -> None:
     """Fetch the source archive with pip, check it, and only then give it its name."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=archive.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", pin.package, "--dest", folder]
-        if importlib.util.find_spec("scikit_build_core"):
-            # pip asks the package for its metadata; this spares it a build environment.
-            command.append("--no-build-isolation")
-        result = subprocess.run([*command, f"{pin.package}=={pin.version}"])
-        fetched = Path(folder) / pin.archive_name
-        if result.returncode != 0 or not fetched.is_file():
-            raise PrepareError(
-                f"Could not fetch the source archive {pin.archive_name} of llama.cpp: "
-                f"'{' '.join(command)} {pin.package}=={pin.version}' gave exit code "
-                f"{result.returncode} and no such file; its own message is above. Check the "
-                "network, or set QAFLORA_SOURCE_ARCHIVE to a copy of the archive."
-            )
+        fetched = fetch_release(pin, Path(folder))
         check_archive(pin, fetched, "Nothing was built. Check where pip takes packages from.")
         os.replace(fetched, archive)
 
 
-def extract(pin: Pin, archive: Path, tree: Path) -> None:
+def fetch_release(pin: Pin, folder: Path) -> Path:
+    """Fetch the source archive with pip, whatever is in it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", pin.package, "--dest", str(folder)]
+    if importlib.util.find_spec("scikit_build_core"):
+        # pip asks the package for its metadata; this spares it a build environment.
+        command.append("--no-build-isolation")
+    result = subprocess.run([*command, f"{pin.package}=={pin.version}"])
+    fetched = folder / pin.archive_name
+    if result.returncode != 0 or not fetched.is_file():
+        raise PrepareError(
+            f"Could not fetch the source archive {pin.archive_name} of llama.cpp: "
+            f"'{' '.join(command)} {pin.package}=={pin.version}' gave exit code "
+            f"{result.returncode} and no such file; its own message is above. Check the "
+            "network, or set QAFLORA_SOURCE_ARCHIVE to a copy of the archive."
+        )
+    return fetched
+
+
+def extract(pin: Pin, archive: Path, tree: Path, wanted: tuple[str, ...] = WANTED) -> None:
     """Unpack the wanted part of llama.cpp into the empty folder `tree`."""
     root = PurePosixPath(pin.archive_name.removesuffix(".tar.gz")) / pin.llama_cpp_path
     n_file = n_bytes = 0
@@ -147,7 +153,7 @@ def extract(pin: Pin, archive: Path, tree: Path) -> None:
             if not name.is_relative_to(root) or member.isdir():
                 continue
             relative = name.relative_to(root)
-            if not relative.parts or relative.parts[0] not in WANTED:
+            if not relative.parts or relative.parts[0] not in wanted:
                 continue
             n_file, n_bytes = n_file + 1, n_bytes + member.size
             reason = unsafe_reason(member, name, n_file, n_bytes)

@@ -130,18 +130,23 @@ def _show(line: bytes) -> str:
     return repr(line.decode("utf-8", "replace").strip()[:80])
 
 
-def _git_apply(patch: Path, tree: Path, *options: str) -> None:
-    tree = tree.resolve()
-    # A repository above, or a user's settings, must not change what a patch does.
+def git_environment(tree: Path) -> dict[str, str]:
+    """For git in `tree`: a repository above, or a user's settings, must not change what it does."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    env |= {
-        "GIT_CEILING_DIRECTORIES": str(tree.parent),
+    return env | {
+        "GIT_CEILING_DIRECTORIES": str(tree.resolve().parent),
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
     }
+
+
+def _git_apply(patch: Path, tree: Path, *options: str) -> None:
+    tree = tree.resolve()
     command = ["git", "apply", "--whitespace=nowarn", *options, str(patch.resolve())]
     try:
-        result = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=tree, env=git_environment(tree), capture_output=True, text=True
+        )
     except FileNotFoundError as error:
         raise PrepareError(
             "Cannot apply the patches: the command 'git' was not found. Install git and try again."

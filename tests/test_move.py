@@ -1,0 +1,186 @@
+"""Moving the pin: patches are merged into another release, and what is left to do is said."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from test_patches import PATCH, ROOT, TEXT, Project
+
+pytestmark = pytest.mark.slow
+
+NEW_COMMIT = "89ab" * 10
+HEADER = "int upstream(int);\n"
+FOUND_LATER = TEXT.replace("line 3\n", "line 3\nline 3 and a half\n")
+
+
+class Move(Project):
+    """A checkout that has what `move.py` reads, and the archive of the next release."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, {"include/up.h": HEADER})
+        shutil.copy(ROOT / "patches" / "move.py", self.patches)
+        (self.patches / "src").mkdir()
+        (self.patches / "src" / "own.cpp").write_text(
+            '#include "up.h"\n// llama.cpp 01234567, a.cpp main\n'
+            "int own() { return upstream(1); }\n"
+        )
+        (folder / "tests").mkdir()
+        (folder / "qaflora_edge" / "own.py").write_text("llama_thing()\n")
+        (folder / "pyproject.toml").write_text('dependencies = ["up-stream==1.0"]\n')
+        self.write_patch(PATCH.replace("Why: a test", "Last-checked: 0123456789ab"))
+        self.add_binding(self.archive, "1.0", "def llama_thing(): ...")
+        self.next = folder / "next.tar.gz"
+        self.release()
+
+    def add_binding(self, path: Path, version: str, text: str) -> None:
+        """The pinned archive again, with a binding in it."""
+        with tarfile.open(path, "r:gz") as tar:
+            members = {
+                name.split("llama.cpp/")[1]: tar.extractfile(name).read().decode()
+                for name in tar.getnames()
+            }
+        write_release(path, version, members, text, NEW_COMMIT)
+        self.write_pin(sha256(path))
+
+    def release(
+        self,
+        text: str = FOUND_LATER,
+        header: str = HEADER,
+        binding: str = "def llama_thing(): ...",
+        commit: str = NEW_COMMIT,
+    ) -> None:
+        members = {"CMakeLists.txt": "project(x)\n", "src/a.cpp": text, "include/up.h": header}
+        write_release(self.next, "1.1", members, binding, commit)
+
+    def move(self, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", str(self.patches / "move.py"), "1.1"]
+        env = {
+            "PYTHONPATH": str(self.needed),
+            "PATH": os.environ["PATH"],
+            "QAFLORA_CACHE": str(self.cache),
+            "QAFLORA_SOURCE_ARCHIVE": str(self.archive),
+        }
+        words = [*command, "--archive", str(self.next), *options]
+        return subprocess.run(words, cwd=self.folder, env=env, capture_output=True, text=True)
+
+    @property
+    def tree(self) -> Path:
+        return self.folder / "build" / "move-1.1"
+
+    @property
+    def files(self) -> dict[str, str]:
+        paths = [*self.patches.glob("*.patch"), self.patches / "UPSTREAM"]
+        paths.append(self.folder / "pyproject.toml")
+        return {path.name: path.read_text() for path in paths}
+
+
+def sha256(path: Path) -> str:
+    done = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
+def write_release(
+    path: Path, version: str, members: dict[str, str], binding: str, commit: str
+) -> None:
+    root = f"up_stream-{version}"
+    files = {f"{root}/vendor/llama.cpp/{name}": text for name, text in members.items()}
+    files[f"{root}/llama_cpp/llama_cpp.py"] = binding
+    files[f"{root}/.git/modules/vendor/llama.cpp/HEAD"] = f"{commit}\n"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Move:
+    return Move(tmp_path / "project")
+
+
+def test_a_hunk_on_other_lines_is_moved_and_nothing_is_written_unless_asked(project: Move) -> None:
+    before = project.files
+    done = project.move()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"up-stream 1.0 to 1.1, llama.cpp 01234567 to 89ab89ab, in {project.tree}",
+        "0001-hook.patch: the same on other lines",
+        "Upstream changed 1 of the files that we build from or follow.",
+        "  0001-hook.patch edits src/a.cpp: +1 -0",
+        "  patches/src/own.cpp:2 names a.cpp main: src/a.cpp",
+        "The binding has all names that we use.",
+        "Our sources compile with its headers.",
+    ]
+    assert project.files == before
+
+
+def test_what_is_written_is_what_prepare_takes(project: Move) -> None:
+    assert project.move("--write").returncode == 0
+    tree = project.prepare(QAFLORA_SOURCE_ARCHIVE=str(project.next))
+    patched = FOUND_LATER.replace("line 11\n", "line 11\nhook();\n")
+    assert (tree / "src" / "a.cpp").read_text() == patched
+    files = project.files
+    assert files["pyproject.toml"] == 'dependencies = ["up-stream==1.1"]\n'
+    assert f'version = "1.1"\narchive_sha256 = "{sha256(project.next)}"' in files["UPSTREAM"]
+    assert f"Last-checked: {NEW_COMMIT}\n" in files["0001-hook.patch"]
+
+
+def test_a_conflict_is_resolved_in_the_repository_and_the_command_goes_on(project: Move) -> None:
+    project.release(TEXT.replace("line 11\n", "line eleven\n"))
+    before = project.files
+    done = project.move("--write")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"patches/move.py: 0001-hook.patch conflicts in src/a.cpp. Resolve it in {project.tree} "
+        "(git add FILE; git cherry-pick --continue, or --skip where upstream has what it did), "
+        "then run this command again.\n"
+    )
+    assert project.move().stderr == done.stderr
+    assert project.files == before
+    resolved = TEXT.replace("line 11\n", "line eleven\nhook();\n")
+    (project.tree / "src" / "a.cpp").write_text(resolved)
+    for words in (["add", "src/a.cpp"], ["cherry-pick", "--continue"]):
+        identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "core.editor=true"]
+        subprocess.run(["git", *identity, *words], cwd=project.tree, check=True)
+    done = project.move("--write")
+    assert done.returncode == 0, done.stderr
+    assert "0001-hook.patch: merged with other lines around it or in it: read it" in done.stdout
+    tree = project.prepare(QAFLORA_SOURCE_ARCHIVE=str(project.next))
+    assert (tree / "src" / "a.cpp").read_text() == resolved
+
+
+def test_a_patch_that_upstream_has_is_to_be_deleted(project: Move) -> None:
+    project.release(TEXT.replace("line 11\n", "line 11\nhook();\n"))
+    assert "0001-hook.patch changes nothing any more. Resolve it in" in project.move().stderr
+    subprocess.run(["git", "cherry-pick", "--skip"], cwd=project.tree, check=True)
+    done = project.move("--write")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "patches/move.py: 0001-hook.patch changes nothing on the new source. Delete it, take its "
+        f"line out of {project.patches / 'series'}, and run this command again.\n"
+    )
+
+
+def test_sources_that_do_not_compile_and_names_that_are_gone_are_told(project: Move) -> None:
+    project.release(header="", binding="def llama_other(): ...")
+    done = project.move()
+    assert done.returncode == 1
+    assert "The binding lacks llama_thing\n" in done.stdout
+    assert "Our sources do not compile with its headers." in done.stdout
+    assert "upstream" in done.stderr
+
+
+def test_an_archive_without_its_commit_is_refused(project: Move) -> None:
+    project.release(commit="main")
+    done = project.move()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"patches/move.py: The commit of llama.cpp is not in the archive {project.next}: "
+        "up_stream-1.1/.git/modules/vendor/llama.cpp/HEAD is 'main', expected 40 hexadecimal "
+        "digits. Check that it is the source archive of up-stream 1.1.\n"
+    )
