@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from qaflora_edge.server import work
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.options import MAX_LIGHT_CHARS
 from qaflora_edge.server.refusals import Refusal
-from qaflora_edge.server.turns import Room, Turns
+from qaflora_edge.server.turns import Client, Room, Turns, Waiting
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
 
 N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]
@@ -37,14 +39,14 @@ N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]
 def test_clients_take_turns() -> None:
     order: list[str] = []
 
-    async def ask(turns: Turns, client: str, name: str) -> None:
-        async with turns.turn(client):
+    async def ask(turns: Turns, address: str, name: str) -> None:
+        async with turns.turn(Client(address)):
             order.append(name)
             await asyncio.sleep(0)
 
     async def play() -> None:
         turns = Turns(1, Room(20))
-        async with turns.turn("first"):
+        async with turns.turn(Client("first")):
             asks = [asyncio.create_task(ask(turns, "busy", f"busy{i}")) for i in range(4)]
             await asyncio.sleep(0)
             asks += [asyncio.create_task(ask(turns, "late", f"late{i}")) for i in range(2)]
@@ -56,16 +58,45 @@ def test_clients_take_turns() -> None:
     assert order == ["busy0", "late0", "busy1", "late1", "busy2", "busy3"]
 
 
+def test_many_names_are_no_second_share() -> None:
+    """Who has a turn has had no more than any other who waits: addresses, and users of one."""
+    draw = random.Random(0)
+    for _ in range(200):
+        waiting = Waiting[int]()
+        asked = {
+            number: Client(draw.choice("abc"), draw.choice(["", "u", "v", "w"]))
+            for number in range(draw.randrange(30))
+        }
+        for number, client in asked.items():
+            waiting.add(client, number)
+        for number in draw.sample(list(asked), len(asked) // 3):
+            client = asked.pop(number)
+            waiting.remove(client, number)
+            waiting.remove(client, number)  # once more: it is not there
+        of_address, of_user = Counter[str](), Counter[Client]()
+        left = dict(asked)
+        while (number := waiting.next()) is not None:
+            client = left[number]
+            addresses = {each.address for each in left.values()}
+            users = {each for each in left.values() if each.address == client.address}
+            assert of_address[client.address] == min(of_address[each] for each in addresses)
+            assert of_user[client] == min(of_user[each] for each in users)
+            of_address[client.address] += 1
+            of_user[client] += 1
+            del left[number]
+        assert not left
+
+
 def test_who_gives_up_leaves_no_hole() -> None:
     async def play() -> None:
         room = Room(3)
         turns = Turns(1, room)
 
         async def ask() -> None:
-            async with turns.turn("a"):
+            async with turns.turn(Client("a")):
                 await asyncio.sleep(0)
 
-        async with turns.turn("a"):
+        async with turns.turn(Client("a")):
             asks = [asyncio.create_task(ask()) for _ in range(3)]
             await asyncio.sleep(0)
             assert room.n_waiting == 3

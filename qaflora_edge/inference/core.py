@@ -195,7 +195,8 @@ class Core:
 
         def is_read() -> bool:
             if tell is not None:
-                tell("reading", sequence.n_past, sequence.n_prompt)
+                n_read = min(sequence.n_past, sequence.n_prompt)  # it may be answered already
+                tell("reading", n_read, sequence.n_prompt)
             return sequence.is_done or not sequence.is_prefill
 
         self._loop.drive(is_read)

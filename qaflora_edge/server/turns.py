@@ -4,8 +4,56 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Generic, NamedTuple, TypeVar
 
 from qaflora_edge.server.refusals import unavailable
+
+T = TypeVar("T")
+
+
+class Client(NamedTuple):
+    """Who asks: the address is known, and the user is what a request says."""
+
+    address: str
+    user: str = ""
+
+
+class Waiting(Generic[T]):
+    """Who waits, in turn: addresses with each other, and the users of an address among themselves.
+
+    So nobody has a second share by calling himself by two names.
+    """
+
+    def __init__(self) -> None:
+        self._addresses: OrderedDict[str, OrderedDict[str, deque[T]]] = OrderedDict()
+
+    def add(self, client: Client, one: T) -> None:
+        users = self._addresses.setdefault(client.address, OrderedDict())
+        users.setdefault(client.user, deque()).append(one)
+
+    def remove(self, client: Client, one: T) -> None:
+        """Take one out; nothing where it does not wait."""
+        users = self._addresses.get(client.address, OrderedDict())
+        queue = users.get(client.user, deque())
+        if one in queue:
+            queue.remove(one)
+            if not queue:
+                del users[client.user]
+            if not users:
+                del self._addresses[client.address]
+
+    def next(self) -> T | None:
+        """Take out the first of the user, of the address, whose turn was the longest ago."""
+        if not self._addresses:
+            return None
+        address, users = self._addresses.popitem(last=False)
+        user, queue = users.popitem(last=False)
+        one = queue.popleft()
+        if queue:
+            users[user] = queue  # at the end
+        if users:
+            self._addresses[address] = users
+        return one
 
 
 class Room:
@@ -23,10 +71,10 @@ class Turns:
 
     def __init__(self, n_at_once: int, room: Room) -> None:
         self.n_running, self._n_at_once, self._room = 0, n_at_once, room
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._waiting = Waiting[asyncio.Future[None]]()
 
     @asynccontextmanager
-    async def turn(self, client: str) -> AsyncIterator[None]:
+    async def turn(self, client: Client) -> AsyncIterator[None]:
         """Wait for a turn, and have it.
 
         Raises Refusal when too many wait.
@@ -37,7 +85,7 @@ class Turns:
         finally:
             self._leave()
 
-    async def _enter(self, client: str) -> None:
+    async def _enter(self, client: Client) -> None:
         if self.n_running < self._n_at_once:  # then nobody waits
             self.n_running += 1
             return
@@ -48,29 +96,22 @@ class Turns:
                 "queue_full",
             )
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue = self._waiting.setdefault(client, deque())
-        queue.append(mine)
+        self._waiting.add(client, mine)
         self._room.n_waiting += 1
         try:
             await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled():  # the turn came as we gave up
                 self._leave()
-            elif mine in queue:
-                queue.remove(mine)
-                if not queue:
-                    del self._waiting[client]
+            else:
+                self._waiting.remove(client, mine)
             raise
         finally:
             self._room.n_waiting -= 1
 
     def _leave(self) -> None:
-        """Give the turn to the client that was served the longest ago."""
-        while self._waiting:
-            client, queue = self._waiting.popitem(last=False)
-            mine = queue.popleft()
-            if queue:
-                self._waiting[client] = queue  # at the end
+        """Give the turn to whose it is."""
+        while (mine := self._waiting.next()) is not None:
             if not mine.done():
                 mine.set_result(None)
                 return

@@ -20,6 +20,7 @@ from qaflora_edge.server.options import PIECE_BYTES, PING_S, SEND_S, ServerOptio
 from qaflora_edge.server.refusals import NO_PARAMS, Params, Refusal, refusal
 from qaflora_edge.server.shelf import Shelf, Shelved
 from qaflora_edge.server.stream import PING, event
+from qaflora_edge.server.turns import Client
 
 log = logging.getLogger(__name__)
 STREAM_HEADERS = {
@@ -243,11 +244,11 @@ def refused_response(refused: Refusal) -> Response:
     return JSONResponse(refused.body, refused.status, refused.headers)
 
 
-def client_of(request: Request, body: Mapping[str, Any]) -> str:
-    """Whose request it is, for fairness among those who wait: an address, and OpenAI's `user`."""
+def client_of(request: Request, body: Mapping[str, Any]) -> Client:
+    """Whose request it is, for fairness among those who wait: OpenAI's `user` at an address."""
     host = request.client.host if request.client else ""
     user = body.get("user") or body.get("safety_identifier")
-    return f"{host} {user[:64]}" if isinstance(user, str) else host
+    return Client(host, user[:64] if isinstance(user, str) else "")
 
 
 def facts_of(scope: Scope) -> dict[str, Any]:
