@@ -257,6 +257,7 @@ def test_models_are_those_that_can_be_asked(client: TestClient) -> None:
         "n_ctx": 512,
         "strategy": "qa-flora",
         "loaded": True,
+        "failed": False,
     }
 
 

@@ -163,10 +163,31 @@ def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
         )
         assert str(broken) not in response.text
         assert str(broken) in caplog.text
-        assert client.get("/health").json() == {"status": "error"}
+        meta = {name: client.get(f"/v1/models/{name}").json()["meta"] for name in ("two", "broken")}
+        assert {name: each["failed"] for name, each in meta.items()} == {
+            "two": False,
+            "broken": True,
+        }
+        assert client.get("/health").json() == {"status": "ok"}  # of the server, not of a bundle
         assert ask(client, "two") == ask(client, "two:qa-flora")
         shutil.copy(places[0] / "adapters" / "es.gguf", broken / "adapters" / "es.gguf")
         assert ask(client, "broken") == ask(client, "two")
+        assert not client.get("/v1/models/broken").json()["meta"]["failed"]
+
+
+def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: Path) -> None:
+    broken = named(places[0], tmp_path / "broken", "broken")
+    adapter = broken / "adapters" / "es.gguf"
+    adapter.write_bytes(b"GGUF")
+    with client_of(broken) as client:
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "error"})
+        shutil.copy(places[0] / "adapters" / "es.gguf", adapter)
+        assert ask(client, "broken")
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (200, {"status": "ok"})
+    adapter.write_bytes(b"GGUF")
+    with client_of(broken, places[1]) as client:
         assert client.get("/health").json() == {"status": "ok"}
 
 

@@ -124,7 +124,7 @@ async def _open_first(app: Starlette) -> None:
     shelf: Shelf = app.state.shelf
     app.state.is_opening = True
     try:
-        with contextlib.suppress(Refusal):  # the log and GET /health say so
+        with contextlib.suppress(Refusal):  # the log and GET /v1/models say so
             async with shelf.engine(next(iter(shelf.bundles.values()))):
                 pass
     finally:
@@ -132,9 +132,10 @@ async def _open_first(app: Starlette) -> None:
 
 
 async def health(request: Request) -> Response:
-    """GET /health"""
+    """GET /health: whether the server can answer anything."""
     state = request.app.state
-    status = "loading" if state.is_opening else "error" if state.shelf.failed else "ok"
+    is_lost = all(bundle.has_failed for bundle in state.shelf.bundles.values())
+    status = "loading" if state.is_opening else "error" if is_lost else "ok"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 

@@ -35,6 +35,7 @@ class Shelved:
     strategies  that it can follow, as in NAME:STRATEGY
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
     engine      None while it is not loaded
+    has_failed  it could not be opened when it was last asked for
     n_user      requests that use the Engine now
     """
 
@@ -47,6 +48,7 @@ class Shelved:
     turns: Turns
     sha256: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
+    has_failed: bool = False
     n_user: int = 0
     used_s: float = 0.0
     created_s: int = field(default_factory=lambda: int(time.time()))
@@ -70,7 +72,6 @@ class Shelf:
         self._n_turn = options.n_turn
         self._loading = asyncio.Lock()
         self.room = Room(options.max_queue)
-        self.failed: str | None = None  # the name of a bundle that could not be opened last
         self.bundles: dict[str, Shelved] = {}
         for place in places:
             bundle = self._read(place)
@@ -151,6 +152,7 @@ class Shelf:
                 "n_ctx": self._engine["n_ctx"],
                 "strategy": model.partition(":")[2] or bundle.strategy,
                 "loaded": bundle.engine is not None,
+                "failed": bundle.has_failed,
             },
         }
 
@@ -206,18 +208,18 @@ class Shelf:
 
     async def _open(self, bundle: Shelved) -> Engine:
         start = time.perf_counter()
+        bundle.has_failed = False
         try:
-            engine: Engine = await self._in_thread(Engine, bundle.place, **self._engine)
-            threading.Thread(target=_compute, args=(engine,), name=f"qaflora-{bundle.name}").start()
-            await self._in_thread(engine.keep_system)
-        except QafloraError as error:
-            self.failed = bundle.name
+            engine: Engine = await self._in_thread(_opened, bundle.place, self._engine)
+        except Exception as error:
+            bundle.has_failed = True
             log.error("cannot open %s: %s", bundle.name, error)
+            if not isinstance(error, QafloraError):
+                raise
             raise unavailable(
                 f"The model {bundle.name} cannot be opened; the server's log says why.",
                 "model_unavailable",
             ) from error
-        self.failed = None
         log.info("opened %s in %.1f s", bundle.name, time.perf_counter() - start)
         return engine
 
@@ -227,6 +229,18 @@ class Shelf:
             engine, bundle.engine = bundle.engine, None
             if engine is not None:
                 _close(engine)
+
+
+def _opened(place: Path, options: Mapping[str, Any]) -> Engine:
+    """An Engine that has read its bundle's system prompt, and a thread that computes for it."""
+    engine = Engine(place, **options)
+    threading.Thread(target=_compute, args=(engine,), name=f"qaflora-{place.name}").start()
+    try:
+        engine.keep_system()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def _compute(engine: Engine) -> None:
