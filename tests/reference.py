@@ -111,7 +111,7 @@ class Reference:
         self.layers = self.causal.model.layers
         self.head = self.causal.lm_head.weight.detach().double()
         self._states: dict[tuple[tuple[int, ...], str | None], tuple[F64, F32]] = {}
-        self._weights: dict[tuple[int, ...], dict[str, F64]] = {}
+        self._weights: dict[tuple[tuple[int, ...], str], F64] = {}
 
     def states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
         """States of the last token after each block [n_layer, n_embd], and logits [n_vocab].
@@ -147,16 +147,14 @@ class Reference:
                 hook.remove()
         return torch.stack(kept).double().numpy(), logits.numpy()
 
-    def weights(self, tokens: Sequence[int]) -> dict[str, F64]:
-        """lens -> weights [n_adapter, n_layer], in float64 from float32 states; kept like them."""
-        key = tuple(tokens)
+    def weights(self, tokens: Sequence[int], lens: str) -> F64:
+        """Weights [n_adapter, n_layer], in float64 from float32 states; kept like them."""
+        key = tuple(tokens), lens
         if key not in self._weights:
             states = torch.from_numpy(
                 np.stack([self.states(tokens, name)[0] for name in (None, *self.adapters)])
             )
-            self._weights[key] = {
-                lens: self._weigh(states, lens).numpy() for lens in ("norm", "raw")
-            }
+            self._weights[key] = self._weigh(states, lens).numpy()
         return self._weights[key]
 
     def _weigh(self, states: torch.Tensor, lens: str) -> torch.Tensor:
@@ -206,15 +204,20 @@ class Reference:
         self, weights: NDArray[np.floating]
     ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         undo = []
-        for ia, folder in enumerate(self.adapters.values()):
-            tensors = load_file(folder / "adapter_model.safetensors")
-            config = json.loads((folder / "adapter_config.json").read_text())
-            scale = config["lora_alpha"] / config["r"]
-            for il, layer in enumerate(self.layers):
-                for module in HF_MODULES.values():
-                    key = f"base_model.model.model.layers.{il}.{module}.lora_"
-                    a, b = (tensors[f"{key}{part}.weight"].double() for part in "AB")
-                    parameter = layer.get_submodule(module).base_layer.weight
-                    undo.append((parameter, parameter.detach().clone()))
-                    parameter += (float(weights[ia, il]) * scale * (b @ a)).float()
-        return undo[::-1]
+        scaled = [
+            (load_file(folder / "adapter_model.safetensors"), config["lora_alpha"] / config["r"])
+            for folder in self.adapters.values()
+            for config in [json.loads((folder / "adapter_config.json").read_text())]
+        ]
+        for il, layer in enumerate(self.layers):
+            for module in HF_MODULES.values():
+                key = f"base_model.model.model.layers.{il}.{module}.lora_"
+                a = torch.cat([tensors[f"{key}A.weight"] for tensors, _ in scaled])
+                b = [
+                    float(weights[ia, il]) * scale * tensors[f"{key}B.weight"].double()
+                    for ia, (tensors, scale) in enumerate(scaled)
+                ]
+                parameter = layer.get_submodule(module).base_layer.weight
+                undo.append((parameter, parameter.detach().clone()))
+                parameter += (torch.cat(b, dim=1) @ a.double()).float()
+        return undo
