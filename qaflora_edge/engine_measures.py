@@ -9,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from qaflora_edge.arrays import F32
+from qaflora_edge.backend.kv_beginning import MemoryKindError
 from qaflora_edge.engine_base import EngineBase
 from qaflora_edge.errors import OptionError, PromptError
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, token_ids
@@ -17,7 +18,7 @@ from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
-from qaflora_edge.weighing.typical import measure_typical
+from qaflora_edge.weighing.typical import lacking, long_texts, measure_typical
 from qaflora_edge.weighing.weigher import Weights
 
 
@@ -195,13 +196,33 @@ class EngineMeasures(EngineBase):
                 measured["added_text"] = probe(text).places("added")[0]
                 return measured
 
-            return measure_typical(measure, self.adapters, prompts, progress)
+            with self._core.fast_probe(self._core.cancellation()) as fast_probe:
+
+                def measure_long(text: str) -> dict[str, Any]:
+                    try:
+                        query = replace(self._chat_query(text), typical={})
+                    except PromptError:  # longer than n_ctx, by a tokenizer of bytes
+                        return {}
+                    measured = {}
+                    for lens in numbers.LENSES if query.is_chat else ():
+                        fast = fast_probe(replace(query, lens=lens))
+                        try:
+                            found = fast.divergence()
+                        except MemoryKindError:  # a base that --fast refuses
+                            return {}
+                        exact = probe(replace(query, lens=lens, pool="answer")).divergence()
+                        measured[f"fast_{lens}"] = lacking(exact, found, fast.share_unread)
+                    return measured
+
+                measures = [(measure, prompts), (measure_long, long_texts(prompts))]
+                return measure_typical(measures, self.adapters, progress)
 
     def _chat_query(self, text: str) -> Query:
         """A question in chat form when the base has a template, else as text."""
         tokens = self._query(text)
-        span = self._weigher.find_question(tokens) or (0, len(tokens))
-        return replace(self._weigher.query(tokens), question=span)
+        span = self._weigher.find_question(tokens)
+        query = self._weigher.query(tokens)
+        return replace(query, question=span or (0, len(tokens)), is_chat=span is not None)
 
     def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32:
         """The mean embedding of sample texts, for the strategy `centroid`: float32 [n_embd].

@@ -11,8 +11,11 @@ from bundles import TinyBundle, make_bundle
 from decoded import count_decoded
 
 from qaflora_edge import Engine
-from qaflora_edge.backend.kv_beginning import with_beginning
+from qaflora_edge.backend.kv_beginning import MemoryKindError, with_beginning
+from qaflora_edge.bundles.open import load_bundle
+from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BackendError
+from qaflora_edge.weighing.typical import ALWAYS
 
 LONG = "on the ring of a thing, " * 12
 
@@ -136,3 +139,67 @@ def test_states_that_cannot_be_put_together_are_refused() -> None:
         "expected a key and a value for each token and layer; leave out the options fast and "
         "probe_tail."
     )
+
+
+# what --fast usually lacks
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("fast_calibrated"), calibrate=True)
+
+
+def part_unread(tokens: Sequence[int], start: int) -> float:
+    return (len(tokens) - start - 8) / len(tokens)
+
+
+def test_what_is_usually_lacking_is_given_back(
+    calibrated: TinyBundle, made: TinyBundle, fast: Engine
+) -> None:
+    typical = load_bundle(calibrated.folder).known.typical
+    usual = np.array([typical[name]["fast_norm"] for name in fast.adapters])
+    assert np.ptp(usual) > 0.01
+    tokens, (start, _) = chat(fast, LONG)
+    with Engine(calibrated.folder, threads=1, fast=True) as engine:
+        found = engine.weights(tokens)
+        text = engine.weights(LONG)
+        cosine = engine.weights(tokens, strategy="cosine")
+        alone = engine.weights(tokens, adapters=["es"])
+    plain = fast.weights(tokens)
+    expected = plain.divergence * usual ** (part_unread(tokens, start) / 2)
+    np.testing.assert_allclose(found.divergence, expected, rtol=1e-6)
+    np.testing.assert_allclose(found.weights, expected / expected.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(alone.divergence[0], expected[1], rtol=1e-6)
+    # As it was found: what is no chat, and what is no KL.
+    assert np.array_equal(text.divergence, fast.weights(LONG).divergence)
+    assert np.array_equal(cosine.divergence, fast.weights(tokens, strategy="cosine").divergence)
+
+
+def test_what_is_usually_lacking_is_measured_on_long_texts(
+    calibrated: TinyBundle, exact: Engine, fast: Engine
+) -> None:
+    """Oracle: both kinds of weights of three texts, one by one."""
+    prompts, logs = neutral_prompts(), []
+    for first, n in enumerate((6, 7, 8)):
+        text = " ".join((prompts * 2)[8 * first : 8 * first + n])
+        tokens, (start, _) = chat(exact, text)
+        if len(tokens) > 512:
+            continue
+        lacks = exact.weights(tokens).divergence / fast.weights(tokens).divergence
+        logs.append(np.log(lacks) / part_unread(tokens, start))
+    assert logs
+    typical = load_bundle(calibrated.folder).known.typical
+    for ia, name in enumerate(exact.adapters):
+        expected = np.exp(np.mean(logs, axis=0)[ia])
+        np.testing.assert_allclose(typical[name]["fast_norm"], expected, rtol=1e-4)
+
+
+def test_a_base_that_refuses_fast_is_calibrated_without_it(
+    exact: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryKindError("recurrent")
+
+    monkeypatch.setattr("qaflora_edge.backend.probe_context.with_beginning", refuse)
+    typical = exact.typical_divergence(["on the ring of a thing"])
+    assert {key for by_key in typical.values() for key in by_key} == set(ALWAYS)

@@ -14,6 +14,11 @@ from qaflora_edge.errors import BackendError
 
 U8 = NDArray[np.uint8]
 
+
+class MemoryKindError(BackendError):
+    """A memory that is not, or not only, one key and value for each token and layer."""
+
+
 # llama.cpp 0c1e5709: llama_context::state_seq_get_data, then llama_kv_cache::state_write once, or
 # twice where some layers have a window (llama_kv_cache_iswa).
 _N_OPENING = 8  # bytes: a magic number, the sequence
@@ -55,7 +60,7 @@ def with_beginning(state: U8, beginning: U8, n: int) -> U8:
     state, beginning  as llama_state_seq_get_data gives them, of the same model and options
     returns           the size of `state`; tokens that a window has left behind are in neither
 
-    Raises BackendError for a memory that is not, or not only, one key and value a token and layer.
+    Raises MemoryKindError.
     """
     found = state.copy()
     whole, first = _caches(state), _caches(beginning)
@@ -116,8 +121,8 @@ def _cache(reader: _Reader, state: U8, n_cell: int) -> _Cache:
     return _Cache(cells["position"], tuple(blocks))
 
 
-def _unknown(found: str) -> BackendError:
-    return BackendError(
+def _unknown(found: str) -> MemoryKindError:
+    return MemoryKindError(
         f"What this base holds of a prompt cannot be put together out of two: {found}, expected a "
         "key and a value for each token and layer; leave out the options fast and probe_tail."
     )

@@ -42,7 +42,7 @@ from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import Query, parse_strategy
-from qaflora_edge.weighing.typical import KEYS
+from qaflora_edge.weighing.typical import ALWAYS
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
 
@@ -306,7 +306,7 @@ def _calibrate(raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], 
     missing = {
         name: path
         for name, path in paths.items()
-        if not all(key in typical.get(name, {}) for key in KEYS)
+        if not all(key in typical.get(name, {}) for key in ALWAYS)
     }
     if missing:
         typical |= measure_typical(base_path, missing, tell)

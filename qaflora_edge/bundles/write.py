@@ -37,6 +37,7 @@ from qaflora_edge.formats.bundle_format import (
 )
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.progress import Tell
+from qaflora_edge.weighing.typical import long_texts
 
 PROMPTS_FILE = "data/neutral_prompts.json"
 
@@ -147,9 +148,10 @@ def recordable(path: Path) -> str:
 
 
 def prompts_record() -> dict[str, Any]:
-    """The neutral prompts that typical divergences are measured on now."""
+    """The neutral prompts that typical divergences are measured on now, and long texts of them."""
     prompts = neutral_prompts()
-    return {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts)}
+    n_long = len(long_texts(prompts))
+    return {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts), "n_long": n_long}
 
 
 def measure_typical(

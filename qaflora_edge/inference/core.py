@@ -5,7 +5,9 @@ Token ids, weights and samplers go in; text, texts' bytes and strategies are the
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +16,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.stop import Stop
+from qaflora_edge.config import FAST_TAIL
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.formats.gguf_header import GgufHeader
@@ -71,9 +74,9 @@ class Core:
         self.adapter_bytes = [info.path.stat().st_size for info in adapters.values()]
         files = list(adapters.values())
         prefixes = Prefixes(prefix_cache << 20)
-        self.prober = keep(
-            Prober(self.model, self.pack, more, tail=probe_tail, files=files, prefixes=prefixes)
-        )
+        probing: dict[str, Any] = {"files": files, "prefixes": prefixes}
+        self._new_prober = partial(Prober, self.model, self.pack, more, **probing)
+        self.prober = keep(self._new_prober(tail=probe_tail))
         self._scorer = keep(Scorer(self.model, self.pack, more))
         scheduler = Scheduler(n_parallel, self.context.pieces())
         self._loop = Loop(self.model, self.context, scheduler, stop)
@@ -115,16 +118,23 @@ class Core:
         self, cancellation: Cancellation, tell: Tell | None = None
     ) -> Callable[[Query], QueryProbe]:
         """What measures a query for a strategy, others' work in between."""
+        return partial(self._query_probe, self.prober, cancellation, tell)
 
-        def of(query: Query) -> QueryProbe:
-            def run(steps: Steps[T], /) -> T:
-                told = steps if tell is None else _telling(steps, tell, len(query.tokens))
-                result: T = self._loop.run("probe", told, cancellation)
-                return result
+    @contextmanager
+    def fast_probe(self, cancellation: Cancellation) -> Iterator[Callable[[Query], QueryProbe]]:
+        """The same under --fast, whatever the Engine's own options are."""
+        with closing(self._new_prober(tail=FAST_TAIL)) as prober:
+            yield partial(self._query_probe, prober, cancellation, None)
 
-            return QueryProbe(self.prober, query, self.rows(query.adapters), run)
+    def _query_probe(
+        self, prober: Prober, cancellation: Cancellation, tell: Tell | None, query: Query
+    ) -> QueryProbe:
+        def run(steps: Steps[T], /) -> T:
+            told = steps if tell is None else _telling(steps, tell, len(query.tokens))
+            result: T = self._loop.run("probe", told, cancellation)
+            return result
 
-        return of
+        return QueryProbe(prober, query, self.rows(query.adapters), run)
 
     def all_weights(self, fusion: FusionWeights) -> F32:
         """float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""

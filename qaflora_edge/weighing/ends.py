@@ -80,6 +80,11 @@ class Ends:
         n = n_first(question)
         return n if self._n_last and n + self._n_last < n_token else 0
 
+    def n_unread(self, n_token: int, question: Span) -> int:
+        """How many of a query's tokens adapters do not read."""
+        n = self.n_first(n_token, question)
+        return n_token - n - self._n_last if n else 0
+
     def read(
         self, context: ProbeContext, rows: tuple[int, ...], tokens: Sequence[int], n_first: int
     ) -> Steps[None]:

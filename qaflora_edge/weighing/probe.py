@@ -27,6 +27,7 @@ from qaflora_edge.weighing.reading import (
     wiped_on_failure,
 )
 from qaflora_edge.weighing.strategy import Measure, PlaceMeasure, Query, Reading, Span
+from qaflora_edge.weighing.typical import as_if_read
 
 T = TypeVar("T")
 PLACES = ("answer", "question")  # the last token, where the answer begins, and the question's mean
@@ -226,6 +227,10 @@ class Prober:
         self.timings = ProbeTimings(self.timings.forward_ms, float(lens_ms), float(divergence_ms))
         return divergence
 
+    def share_unread(self, tokens: Sequence[int], question: Span) -> float:
+        """Which part of a query's tokens adapters do not read at pool "last"."""
+        return self._ends.n_unread(len(tokens), question) / len(tokens)
+
     def timed(self, steps: Steps[T]) -> Steps[T]:
         """Do what the base alone is asked, and note its time."""
         start = time.perf_counter()
@@ -317,7 +322,15 @@ class QueryProbe:
     def divergence(self, measure: Measure = "kl") -> F64:
         query = self._query
         how = (measure, query.lens, query.pool, query.question)
-        return self._run(self._prober.divergence(query.tokens, self._rows, *how))
+        found = self._run(self._prober.divergence(query.tokens, self._rows, *how))
+        if measure != "kl" or query.pool != "last" or not self.share_unread:
+            return found
+        return as_if_read(query, found, self.share_unread)
+
+    @property
+    def share_unread(self) -> float:
+        """Which part of the query's tokens adapters do not read at pool "last", under --fast."""
+        return self._prober.share_unread(self._query.tokens, self._query.question)
 
     def states(self) -> F32:
         query = self._query
