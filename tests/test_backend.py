@@ -218,7 +218,7 @@ def test_stored_types_are_used_as_they_are(
         )
 
 
-KERNELS = ["ggml", "portable", "avx2", "avx512"]
+KERNELS = ["ggml", "portable", "avx2", "avx512", "avx512vnni"]
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> None:
@@ -629,6 +629,38 @@ def test_quantised_head_keeps_weak_adapters(tmp_path: Path, lens: str) -> None:
     found = divergence(base, states, lens)
     # 8-bit rounding of activations that no longer depends on their size
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=1.2e-2)
+
+
+@pytest.mark.parametrize("kernels", ["avx2", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("n_embd", [32, 160])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_quantised_head_takes_rows_of_8_bits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, n_embd: int, threads: int
+) -> None:
+    """Numbers of rows and outputs that fill no tile, and rows of zeros and of all sizes."""
+    names = [f"<|{i}|>" for i in range(300)]  # more than one thread takes at once
+    path = tmp_path / "base.gguf"
+    base = write_tiny_base(path, n_embd=n_embd, dtype="q8_0", user_defined=names)
+    use_kernels(monkeypatch, base, kernels)
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((29, n_embd)).astype(np.float32)
+    rows *= np.float32(10.0) ** rng.integers(-3, 4, (29, n_embd // 32)).repeat(32, axis=1)
+    rows[5, :32] = 0.0
+    rows[6] = 0.0
+    blocks = rows.reshape(29, -1, 32)
+    step = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    whole = np.rint(np.divide(blocks, step, out=np.zeros_like(blocks), where=step > 0))
+    head = base.tensors["token_embd.weight"].astype(np.float64)
+    seen = (whole.astype(np.float64) * step).reshape(29, n_embd)
+    expected = seen @ head.T
+    model, pack = load(base, [])
+    with ProbeContext(model, pack, n_ctx=64, **EXACT | {"threads": threads}) as context:
+        found = [context.project(rows[:n]) for n in (29, 12, 1)]
+    size = np.abs(seen) @ np.abs(head).T  # of what is summed
+    # float32 sums; a half that fell to the other side would be 4e-3 of its block
+    assert (np.abs(found[0] - expected) <= 2e-6 * size).all()
+    for part in found[1:]:
+        np.testing.assert_array_equal(part, found[0][: len(part)])
 
 
 @pytest.mark.parametrize("size", [10.0, 100.0, 1000.0])

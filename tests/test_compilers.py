@@ -8,7 +8,11 @@ import pytest
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
-X86_SETS = {"qaflora-cpu-avx2": AVX2, "qaflora-cpu-avx512": AVX512}
+X86_SETS = {
+    "qaflora-cpu-avx2": AVX2,
+    "qaflora-cpu-avx512": AVX512,
+    "qaflora-cpu-avx512vnni": [*AVX512, "-mavx512vnni"],
+}
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wcast-qual", "-Wvla", "-Werror"]
 DEFINES = ["LLAMA_SHARED", "GGML_SHARED", 'QAFLORA_BUILD_INFO="x"']
 INCLUDES = ("src", "include", "ggml/include", "ggml/src")

@@ -13,53 +13,59 @@ namespace QAFLORA_ISA {
 
 enum { N_LANE = 16 }; // independent sums, so that the compiler can use vectors
 
-// exp(x) to a few units in the last place; below 1e-307 it is 1e-307
-static inline double exp_double(double x) {
-    const double magic = 6755399441055744.0; // 1.5*2^52: adding it rounds, and leaves n in the low bits
-    x = x < -708.0 ? -708.0 : x;
-    x = x > 708.0 ? 708.0 : x;
-    const double t = x*1.4426950408889634 + magic;
-    const double n = t - magic;
-    const double r = (x - n*6.93147180369123816490e-01) - n*1.90821492927058770002e-10; // |r| <= ln2/2
-    double p = 1.0/479001600.0;
-    p = p*r + 1.0/39916800.0;
-    p = p*r + 1.0/3628800.0;
-    p = p*r + 1.0/362880.0;
-    p = p*r + 1.0/40320.0;
-    p = p*r + 1.0/5040.0;
-    p = p*r + 1.0/720.0;
-    p = p*r + 1.0/120.0;
-    p = p*r + 1.0/24.0;
-    p = p*r + 1.0/6.0;
-    p = p*r + 0.5;
-    p = p*r + 1.0;
-    p = p*r + 1.0;
-    uint64_t bits, shift;
-    memcpy(&bits,  &p, sizeof(bits));
-    memcpy(&shift, &t, sizeof(shift));
-    bits += shift << 52; // p*2^n
+// 2^n in a double's bits, |n| <= 1022
+static inline double power_of_2(uint64_t n) {
+    const uint64_t bits = (n + 1023) << 52;
     double res;
     memcpy(&res, &bits, sizeof(res));
     return res;
 }
 
-// exp(x) - 1 - x, by its series for |x| < 1/2: no cancellation either way
-static inline double expm1_minus(double x) {
+struct exp_parts {
+    double n_2; // 2^n
+    double r;   // |r| <= ln2/2
+    double q;   // exp(r) = 1 + r + q r^2
+};
+
+// exp(x) = 2^n exp(r) to a few units in the last place; below 1e-307 it is 1e-307
+static inline exp_parts exp_of(double x) {
+    const double magic = 6755399441055744.0; // 1.5*2^52: adding it rounds, and leaves n in the low bits
+    const double t = x*1.4426950408889634 + magic;
+    const double n = t - magic;
+    uint64_t bits;
+    memcpy(&bits, &t, sizeof(bits));
+    exp_parts e;
+    e.r = (x - n*6.93147180369123816490e-01) - n*1.90821492927058770002e-10;
+    e.n_2 = power_of_2(bits);
     double q = 1.0/6227020800.0;
-    q = q*x + 1.0/479001600.0;
-    q = q*x + 1.0/39916800.0;
-    q = q*x + 1.0/3628800.0;
-    q = q*x + 1.0/362880.0;
-    q = q*x + 1.0/40320.0;
-    q = q*x + 1.0/5040.0;
-    q = q*x + 1.0/720.0;
-    q = q*x + 1.0/120.0;
-    q = q*x + 1.0/24.0;
-    q = q*x + 1.0/6.0;
-    q = q*x + 0.5;
-    const double small = q*x*x;
-    const double large = exp_double(x) - 1.0 - x;
-    return (x < 0.0 ? -x : x) < 0.5 ? small : large;
+    q = q*e.r + 1.0/479001600.0;
+    q = q*e.r + 1.0/39916800.0;
+    q = q*e.r + 1.0/3628800.0;
+    q = q*e.r + 1.0/362880.0;
+    q = q*e.r + 1.0/40320.0;
+    q = q*e.r + 1.0/5040.0;
+    q = q*e.r + 1.0/720.0;
+    q = q*e.r + 1.0/120.0;
+    q = q*e.r + 1.0/24.0;
+    q = q*e.r + 1.0/6.0;
+    e.q = q*e.r + 0.5;
+    return e;
+}
+
+static inline double within(double x, double limit) {
+    x = x < -limit ? -limit : x;
+    return x > limit ? limit : x;
+}
+
+static inline double exp_double(double x) {
+    const exp_parts e = exp_of(within(x, 708.0));
+    return e.n_2*(1.0 + e.r + e.q*e.r*e.r);
+}
+
+// exp(x) - 1 - x without cancellation for small x: 2^n = 1 there, and x = r
+static inline double expm1_minus(double x) {
+    const exp_parts e = exp_of(within(x, 708.0));
+    return (e.n_2 - 1.0) + (e.n_2*e.r - x) + e.n_2*(e.q*e.r*e.r);
 }
 
 static inline double lanes_sum(const double * lane) {

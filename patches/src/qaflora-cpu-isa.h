@@ -7,12 +7,14 @@
 #include "qaflora-cpu-accumulate.h"
 #include "qaflora-cpu-delta.h"
 #include "qaflora-cpu-difference.h"
+#include "qaflora-cpu-matmul.h"
 #include "qaflora-cpu-product.h"
 
 namespace QAFLORA_ISA {
 
 static const qaflora_kernels kernels = {
-    QAFLORA_ISA_NAME, rank_product, add_delta, subtract_base, rounding_power, split, add_rows, accumulate
+    QAFLORA_ISA_NAME, rank_product, add_delta, subtract_base, rounding_power, split, add_rows,
+    matmul_rounded_size, matmul_room_size, matmul_round, matmul, accumulate
 };
 
 } // namespace QAFLORA_ISA

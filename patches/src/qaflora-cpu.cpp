@@ -10,6 +10,7 @@
 #if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
+#include <intrin.h>
 #endif
 
 static bool cpu_has_avx2() {
@@ -33,6 +34,18 @@ static bool cpu_has_avx512() {
 #endif
 }
 
+static bool cpu_has_avx512vnni() {
+#if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+    int leaf_7[4]; // eax, ebx, ecx, edx
+    __cpuidex(leaf_7, 7, 0);
+    return cpu_has_avx512() && (leaf_7[2] >> 11 & 1);
+#elif defined(__x86_64__) || defined(__i386__)
+    return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
 static std::string asked_for() {
     const char * name = getenv("QAFLORA_CPU_KERNELS");
     return name ? name : "";
@@ -40,8 +53,9 @@ static std::string asked_for() {
 
 static const qaflora_kernels & choose(const std::string & name) {
     const qaflora_kernels * found[] = {
-        cpu_has_avx512() ? qaflora_kernels_avx512() : nullptr,
-        cpu_has_avx2()   ? qaflora_kernels_avx2()   : nullptr,
+        cpu_has_avx512vnni() ? qaflora_kernels_avx512vnni() : nullptr,
+        cpu_has_avx512()     ? qaflora_kernels_avx512()     : nullptr,
+        cpu_has_avx2()       ? qaflora_kernels_avx2()       : nullptr,
         qaflora_kernels_portable(),
     };
     std::string names = "ggml";

@@ -87,6 +87,14 @@ struct qaflora_kernels {
     // row rows[i] of y [.., n_out] += row i of more [n_rows, n_out]; threads divide n_out as in add_delta
     void (*add_rows)(float * y, const float * more, const int32_t * rows, int64_t n_rows, int64_t n_out, int ith, int nth);
 
+    // Many rows with a matrix of the base in Q8_0; null where this instruction set has nothing quicker than ggml. x [n_row, n_in]
+    // is rounded once, into matmul_rounded_size() bytes; then y [n_row, stride] = W x for n_out rows of W, from w on, with
+    // matmul_room_size() bytes to work in. What comes out does not depend on how many rows and outputs there are.
+    size_t (*matmul_rounded_size)(int64_t n_row, int64_t n_in);
+    size_t (*matmul_room_size)(int64_t n_in);
+    void   (*matmul_round)(const float * x, int64_t n_row, int64_t n_in, void * rounded);
+    void   (*matmul)(const uint8_t * w, int64_t n_out, int64_t n_in, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room);
+
     // one more slice of a vocabulary: logits of the base z [n], their differences d [n_adapter, stride]; p [n] is room to work in
     void (*accumulate)(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p);
 };
@@ -96,9 +104,10 @@ const qaflora_kernels * qaflora_kernels_portable(); // NEON where there is
 // null where they were not compiled
 const qaflora_kernels * qaflora_kernels_avx2();
 const qaflora_kernels * qaflora_kernels_avx512();
+const qaflora_kernels * qaflora_kernels_avx512vnni();
 
 // The fastest of this processor, or the one that the environment variable QAFLORA_CPU_KERNELS names
-// (avx512, avx2, neon, portable); throws std::runtime_error if this processor or build lacks it.
+// (avx512vnni, avx512, avx2, neon, portable); throws std::runtime_error if this processor or build lacks it.
 const qaflora_kernels & qaflora_best_kernels();
 
 // false under QAFLORA_CPU_KERNELS=ggml: ggml's own operations are used, as on a GPU

@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -20,6 +21,7 @@
 static const size_t  LENS_LOGITS_BYTES = 12u << 20;
 static const int32_t LENS_ROWS         = 256;
 static const int64_t SLICE_STEP        = 1024; // tokens: where a slice begins is aligned for every device
+static const int64_t SHARE             = 256;  // tokens that a thread takes of our own product
 
 // the values of a tensor, or none
 static std::vector<float> to_host(const ggml_tensor * t) {
@@ -32,6 +34,31 @@ static std::vector<float> to_host(const ggml_tensor * t) {
     std::vector<float> data(ggml_nelements(t));
     ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
     return data;
+}
+
+// task(i, ith) for each i, on n_threads threads numbered ith: a thread that is done takes the next
+static void run_parallel(int n_threads, int32_t n_task, const std::function<void(int32_t, int)> & task) {
+    n_threads = std::max(1, std::min<int>(n_threads, n_task));
+    std::atomic<int32_t> next { 0 };
+    const auto work = [&](int ith) {
+        for (int32_t i = next++; i < n_task; i = next++) {
+            task(i, ith);
+        }
+    };
+    std::vector<std::thread> threads;
+    threads.reserve(n_threads);
+    int ith = 1;
+    try {
+        for (; ith < n_threads; ++ith) {
+            threads.emplace_back(work, ith);
+        }
+    } catch (const std::system_error &) {
+        // no more threads to be had: those that there are do its share
+    }
+    work(0);
+    for (auto & t : threads) {
+        t.join();
+    }
 }
 
 //
@@ -73,12 +100,25 @@ struct final_norm {
 // projection: logits of rows, on the device that holds the head
 //
 
+static bool is_on_gpu(const ggml_tensor * w) {
+    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer));
+    return dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_ACCEL;
+}
+
 struct qaflora_lens_state {
     std::vector<float>   bias; // [n_vocab] of the head, or empty
     std::vector<uint8_t> meta;
     std::vector<float>   host; // logits [n_row, n_vocab] when the device's memory cannot be read in place
+    const qaflora_kernels * kernels = nullptr; // that take the head as it is stored, or none
+    std::vector<uint8_t> rounded; // states for them
+    std::vector<uint8_t> room;    // of each thread
 
-    explicit qaflora_lens_state(const llama_model & model) : bias(to_host(model.output_b)), meta(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false)) {}
+    explicit qaflora_lens_state(const llama_model & model) : bias(to_host(model.output_b)), meta(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false)) {
+        const ggml_tensor * w = model.output;
+        if (qaflora_has_kernels() && w->type == GGML_TYPE_Q8_0 && !model.output_s && !is_on_gpu(w) && ggml_backend_buffer_is_host(w->buffer)) {
+            kernels = qaflora_best_kernels().matmul ? &qaflora_best_kernels() : nullptr;
+        }
+    }
 
     static void set_n_threads(ggml_backend_t backend, int n_threads) {
         ggml_backend_dev_t dev = ggml_backend_get_device(backend);
@@ -89,9 +129,37 @@ struct qaflora_lens_state {
         }
     }
 
-    // logits [n_row, n] of the tokens v0 to v0 + n; valid until the next call, or the next llama_decode: they lie in the
+    // logits [n_row, n] of the tokens v0 to v0 + n; valid until the next call, or the next llama_decode: they may lie in the
     // memory that it computes in. The head's bias is part of every bias_step-th row, from the first: the others are differences.
-    const float * project(const llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n, int32_t bias_step) {
+    const float * project(llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n, int32_t bias_step) {
+        float * logits = kernels ? product(ctx, rows, n_row, v0, n) : ggml_product(ctx, rows, n_row, v0, n);
+        for (int32_t i = 0; i < n_row && !bias.empty(); i += bias_step) {
+            for (int64_t v = 0; v < n; ++v) {
+                logits[i*n + v] += bias[v0 + v];
+            }
+        }
+        return logits;
+    }
+
+private:
+    float * product(const llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n) {
+        const ggml_tensor * w = ctx.get_model().output;
+        const int n_threads = ctx.n_threads_batch();
+        const size_t n_room = kernels->matmul_room_size(w->ne[0]);
+        rounded.resize(kernels->matmul_rounded_size(n_row, w->ne[0]));
+        room.resize(n_threads*n_room);
+        host.resize(n_row*n);
+        kernels->matmul_round(rows, n_row, w->ne[0], rounded.data());
+        run_parallel(n_threads, (n + SHARE - 1)/SHARE, [&](int32_t i, int ith) {
+            const int64_t v = i*SHARE;
+            kernels->matmul((const uint8_t *) w->data + (v0 + v)*w->nb[1], std::min(SHARE, n - v), w->ne[0], rounded.data(), n_row,
+                                 host.data() + v, n, room.data() + ith*n_room);
+        });
+        return host.data();
+    }
+
+    float * ggml_product(llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n) {
+        ctx.qaflora->n_lens++; // the last graph's memory is taken: it cannot be used again
         const llama_model & model = ctx.get_model();
         ggml_tensor * w = model.output;
         ggml_context_ptr gctx { ggml_init({ meta.size(), meta.data(), true }) };
@@ -127,11 +195,6 @@ struct qaflora_lens_state {
             ggml_backend_tensor_get(z, host.data(), 0, ggml_nbytes(z));
             logits = host.data();
         }
-        for (int32_t i = 0; i < n_row && !bias.empty(); i += bias_step) {
-            for (int64_t v = 0; v < n; ++v) {
-                logits[i*n + v] += bias[v0 + v];
-            }
-        }
         return logits;
     }
 };
@@ -144,7 +207,6 @@ static qaflora_lens_state & lens_of(llama_context & ctx, qaflora_context & qf) {
         qf.lens = std::make_shared<qaflora_lens_state>(ctx.get_model());
     }
     ctx.synchronize();
-    qf.n_lens++; // the last graph's memory is taken: it cannot be used again
     return *qf.lens;
 }
 
@@ -152,9 +214,7 @@ static qaflora_lens_state & lens_of(llama_context & ctx, qaflora_context & qf) {
 // head is stored in an order of its own, as repacked buffers do, and rows cannot be told apart.
 static int64_t tokens_at_once(const llama_model & model, int64_t n_row) {
     const ggml_tensor * w = model.output;
-    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer));
-    const bool is_gpu = dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_ACCEL;
-    if ((!is_gpu && !ggml_backend_buffer_is_host(w->buffer)) || (model.output_s && ggml_nelements(model.output_s) > 1)) {
+    if ((!is_on_gpu(w) && !ggml_backend_buffer_is_host(w->buffer)) || (model.output_s && ggml_nelements(model.output_s) > 1)) {
         return w->ne[1];
     }
     const int64_t n = LENS_LOGITS_BYTES/(n_row*sizeof(float))/SLICE_STEP*SLICE_STEP;
@@ -164,32 +224,6 @@ static int64_t tokens_at_once(const llama_model & model, int64_t n_row) {
 //
 // divergence
 //
-
-// task(i, ith) for each i, on n_threads threads numbered ith
-static void run_parallel(int n_threads, int32_t n_task, const std::function<void(int32_t, int)> & task) {
-    n_threads = std::max(1, std::min<int>(n_threads, n_task));
-    const auto work = [&](int ith) {
-        for (int32_t i = ith; i < n_task; i += n_threads) {
-            task(i, ith);
-        }
-    };
-    std::vector<std::thread> threads;
-    threads.reserve(n_threads);
-    int ith = 1;
-    try {
-        for (; ith < n_threads; ++ith) {
-            threads.emplace_back(work, ith);
-        }
-    } catch (const std::system_error &) {
-        for (; ith < n_threads; ++ith) {
-            work(ith); // no more threads to be had: this one does their share
-        }
-    }
-    work(0);
-    for (auto & t : threads) {
-        t.join();
-    }
-}
 
 // rows [1 + n_adapter, n_embd] of one layer: what the head sees of the base, and how each adapter moves it, divided by
 // units [1 + n_adapter]. A unit is a power of two, so that nothing is rounded, and leaves values below 1: kernels that

@@ -75,7 +75,7 @@ ENVIRONMENT_SETTINGS = (
     Setting(
         None,
         ("QAFLORA_CPU_KERNELS",),
-        "avx512, avx2, neon, portable or ggml",
+        "avx512vnni, avx512, avx2, neon, portable or ggml",
         "Kernels for adapters on the CPU, for comparisons; ggml is its own operations.",
     ),
     Setting(
