@@ -22,6 +22,7 @@
     ├── PromptError               a prompt is empty, or no text
     │   └── ContextError          a prompt is longer than the context
     ├── ChatTemplateError         the base has no usable chat template
+    │   └── ToolsError            it has one, which knows no tools
     ├── WeightsError              weights of the wrong shape, NaN or infinite
     ├── StrategyError             an unknown strategy, lens, pool or adapter name
     ├── SettingsError             the settings file cannot be read, or a key of it is wrong
@@ -130,6 +131,10 @@ class ContextError(PromptError):
 
 class ChatTemplateError(QafloraError):
     """The base has no usable chat template and one is needed."""
+
+
+class ToolsError(ChatTemplateError):
+    """The base's chat template knows no tools, or has them called in a form that is not read."""
 
 
 class WeightsError(QafloraError):

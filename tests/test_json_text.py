@@ -26,6 +26,7 @@ def test_object_is_read_as_the_standard_library_does() -> None:
         (b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         (b'{"a": NaN}', "the value NaN is not JSON"),
         (b'{"a": 1e999}', "the number 1e999 is too large"),
+        (b'{"a": -' + b"7" * 5000 + b"}", f"the number -{'7' * 79} has 5000 digits"),
         (b'{"a": {"b": 1, "b": 2}}', "the key 'b' is given twice"),
         (b'{"a":' + b"[" * 200_000, "it is nested too deeply"),
     ],

@@ -376,6 +376,24 @@ REFUSED = [
         "The field fusion.weights is {'es': 1}, expected none beside the strategy base: leave one",
     ),
     ({"lora": [{"id": 2, "scale": 1}]}, 400, "lora", "The field lora is [{'id': 2, 'scale': 1}]"),
+    (
+        {"model": "tiny:base", "lora": [{"id": 1, "scale": 1}]},
+        400,
+        "lora",
+        "The field lora is [{'id': 1, 'scale': 1}], expected none beside the strategy base: leave",
+    ),
+    (
+        {"stream": True, "stream_options": {"include_usage": 1}},
+        400,
+        "stream_options.include_usage",
+        "The field stream_options.include_usage is 1, expected true or false.",
+    ),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        400,
+        "tools",
+        "The chat template of ",
+    ),
     ({"lora": 1}, 400, "lora", 'The field lora is 1, expected a list such as [{"id": 0, "scale"'),
 ]
 
@@ -482,5 +500,6 @@ def test_what_is_not_here(client: TestClient) -> None:
     }
     response = client.get(CHAT)
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["error"]["code"] == "method_not_allowed"
     assert client.get("/v1/models/other").status_code == 404
     assert client.get("/health").json() == {"status": "ok"}

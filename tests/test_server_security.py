@@ -45,12 +45,22 @@ def code(client: TestClient, path: str, **headers: str) -> tuple[int, str | None
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "given",
-    ["", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"bearer  {KEY}", "Bearer ñ", f"Basic {KEY}"],
+    [
+        "",
+        KEY,
+        f"Bearer {KEY}x",
+        f"Bearer {KEY[:-1]}",
+        f"bearer  {KEY}",
+        f"bearer{KEY}",
+        "Bearer ñ",
+        f"Basic {KEY}",
+    ],
 )
 def test_without_the_key_nothing_is_told(locked: TestClient, path: str, given: str) -> None:
     headers = {"authorization": given.encode("latin-1")} if given else {}
     response = locked.get(path, headers=headers)
     assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
     assert response.json()["error"] == {
         "message": "The API key is missing or wrong, expected the header Authorization: Bearer "
         "KEY.",
@@ -61,6 +71,8 @@ def test_without_the_key_nothing_is_told(locked: TestClient, path: str, given: s
 
 
 def test_the_key_opens(locked: TestClient) -> None:
+    headers = {"Authorization": f"bearer {KEY}"}  # the word is as one likes (RFC 9110, 11.1)
+    assert locked.get("/v1/models", headers=headers).status_code == 200
     headers = {"Authorization": f"Bearer {KEY}"}
     assert locked.get("/v1/models", headers=headers).status_code == 200
     assert locked.get("/nothing", headers=headers).status_code == 404
@@ -81,7 +93,7 @@ def test_keys_are_compared_in_constant_time(
 
     monkeypatch.setattr(security.hmac, "compare_digest", compare)
     assert code(locked, "/v1/models", authorization=f"Bearer {KEY}")[0] == 401
-    assert compared == [(f"Bearer {KEY}".encode(), f"Bearer {KEY}".encode())]
+    assert compared == [(KEY.encode(), KEY.encode())]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +144,25 @@ def test_a_page_from_elsewhere_is_refused(opened: TestClient, origin: str, is_ow
     assert response.status_code == (200 if is_own else 403)
 
 
-def test_nothing_is_for_others_to_embed(opened: TestClient) -> None:
-    for path in ("/v1/models", "/health", "/nothing"):
-        headers = opened.get(path).headers
+@pytest.mark.parametrize("name", ["host", "origin"])
+def test_of_two_names_none_is_ours(opened: TestClient, name: str) -> None:
+    ours = {"host": "localhost", "origin": ORIGIN}[name]
+    for second in (ours, "evil.example"):
+        response = opened.get("/health", headers=[(name, ours), (name, second)])
+        assert response.status_code == 403
+        assert response.json()["error"]["code"] == f"{name}_not_allowed"
+
+
+def test_nothing_is_for_others_to_embed(opened: TestClient, locked: TestClient) -> None:
+    foreign = {"origin": "https://evil.example"}
+    found = [opened.get(path) for path in ("/v1/models", "/health", "/nothing")]
+    found += [opened.get("/v1/models", headers=foreign), locked.get("/v1/models")]
+    for headers in (each.headers for each in found):
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_a_page_that_may_ask_is_told_so(opened: TestClient) -> None:
+def test_a_page_that_may_ask_is_told_so(opened: TestClient, bundle: Path) -> None:
     asks = {
         "origin": ORIGIN,
         "access-control-request-method": "POST",
@@ -152,6 +175,11 @@ def test_a_page_that_may_ask_is_told_so(opened: TestClient) -> None:
     response = opened.get("/v1/models", headers={"origin": ORIGIN})
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert "x-fusion" in response.headers["access-control-expose-headers"].lower()
+    with client_of(bundle, api_key=KEY, cors_origins=(ORIGIN,)) as locked:
+        response = locked.get("/v1/models", headers={"origin": ORIGIN})
+        assert response.status_code == 401
+        assert response.headers["access-control-allow-origin"] == ORIGIN  # it may read why
+        assert locked.options("/v1/chat/completions", headers=asks).status_code == 200
     foreign = {**asks, "origin": "https://evil.example"}
     response = opened.options("/v1/chat/completions", headers=foreign)
     assert response.status_code == 403

@@ -10,7 +10,7 @@ from qaflora_edge.backend.model import Model
 from qaflora_edge.chat import template as templates
 from qaflora_edge.chat.messages import Message, checked_messages
 from qaflora_edge.chat.typed import TypedText
-from qaflora_edge.errors import ChatTemplateError, QafloraError
+from qaflora_edge.errors import ChatTemplateError, QafloraError, ToolsError
 from qaflora_edge.openai.tools import BEGIN
 
 
@@ -21,7 +21,7 @@ def chat_tokens(
 
     What a person typed is data: a control token spelt out in a message stays text.
 
-    Raises ChatTemplateError without a usable template, or for tools where it has none; PromptError
+    Raises ChatTemplateError without a usable template, ToolsError where it knows none; PromptError
     for malformed messages.
     """
     checked = checked_messages(messages)
@@ -67,12 +67,12 @@ def _template(model: Model) -> str:
 
 def _check_tools(model: Model, template: str) -> None:
     if "tools" not in templates.variables(template):
-        raise ChatTemplateError(
+        raise ToolsError(
             f"The chat template of {model.path.name} knows no tools (it never reads `tools`), "
             "expected one that does, as Qwen2.5's; ask without tools, or use such a base."
         )
     if BEGIN not in templates.literal_text(template):
-        raise ChatTemplateError(
+        raise ToolsError(
             f"The chat template of {model.path.name} has tools be called in a form that we do not "
             f"read (it never writes {BEGIN}), expected Qwen2.5's; ask without tools, or use such a "
             "base."

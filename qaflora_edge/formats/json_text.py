@@ -10,6 +10,7 @@ from qaflora_edge.files import package_data
 
 MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
 MAX_JSON_DEPTH = 64
+MAX_DIGITS = 4000  # of a whole number; Python's own limit is somewhat higher
 
 
 def read_json_object(data: bytes) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def read_json_object(data: bytes) -> dict[str, Any]:
             object_pairs_hook=_unique,
             parse_constant=_refuse,
             parse_float=_finite,
+            parse_int=_whole,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -71,6 +73,13 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:80]} is too large")
     return value
+
+
+def _whole(text: str) -> int:
+    n_digit = len(text.lstrip("-"))
+    if n_digit > MAX_DIGITS:
+        raise ValueError(f"the number {text[:80]} has {n_digit} digits")
+    return int(text)
 
 
 def without_nan(value: Any) -> Any:

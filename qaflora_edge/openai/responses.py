@@ -17,7 +17,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "truncation": (None, "disabled"),
     "max_tool_calls": (None,),
     "top_logprobs": (None, 0),
-    "include": (None, []),
+    "include": (None, [], ["reasoning.encrypted_content"]),  # of which there is none
 }
 # What a response always has; of it nothing is done here.
 _CONSTANT: dict[str, Any] = {

@@ -25,7 +25,7 @@ from qaflora_edge.server.page.routes import page_routes
 from qaflora_edge.server.post import Post
 from qaflora_edge.server.record import Metrics, Recorder
 from qaflora_edge.server.refusals import Refusal, refusal
-from qaflora_edge.server.security import Gate
+from qaflora_edge.server.security import Gate, Lock
 from qaflora_edge.server.shelf import Shelf
 from qaflora_edge.server.tokens import detokenize, tokenize, weights
 from qaflora_edge.server.work import refused_response
@@ -68,6 +68,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
             Middleware(Recorder, metrics=record),
             Middleware(Gate, options=options),
             *_cors(options),
+            *([Middleware(Lock, key=options.api_key)] if options.api_key is not None else []),
         ],
         exception_handlers={
             Refusal: _refused,
@@ -184,6 +185,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = f"{request.method:.20} {request.url.path:.100}"
     message = f"{path}: {error.detail}; GET /openapi.json lists what there is."
-    found = refused_response(Refusal(error.status_code, message, code="not_found"))
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    found = refused_response(Refusal(error.status_code, message, code=code))
     found.headers.update(error.headers or {})
     return found

@@ -92,16 +92,15 @@ def read_fusion(body: Mapping[str, Any], strategy: str | None, adapters: Sequenc
     returned = given.get("return") or "summary"
     if returned not in RETURNS:
         raise wrong_field("fusion.return", returned, f"one of {', '.join(RETURNS)}")
-    weights = _weights(given.get("weights"))
+    weights, by = _weights(given.get("weights")), "fusion.weights"
     if body.get("lora") is not None:
         if weights is not None:
             raise wrong_field("lora", body["lora"], "no such field beside fusion.weights")
-        weights = _of_lora(body["lora"], adapters)
+        weights, by = _of_lora(body["lora"], adapters), "lora"
     named = _strategy(given.get("strategy"), strategy)
     if weights is not None and named is not None:
-        raise wrong_field(
-            "fusion.weights", weights, f"none beside the strategy {named}: leave one of them out"
-        )
+        found = weights if by == "fusion.weights" else body[by]
+        raise wrong_field(by, found, f"none beside the strategy {named}: leave one of them out")
     return Fusion(named if weights is None else weights, _adapters(given, adapters), returned)
 
 
@@ -147,7 +146,7 @@ def _of_lora(lora: Any, adapters: Sequence[str]) -> dict[str, float]:
     """llama-server's list of scales: adapters that it does not name weigh 0."""
     expected = (
         f'a list such as [{{"id": 0, "scale": 0.5}}] with ids below {len(adapters)} and scales '
-        f" from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+        f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
     )
     weights: dict[str, float] = {}
     for each in lora if isinstance(lora, list) else [None]:
@@ -165,11 +164,14 @@ def _is_weight(value: object) -> bool:
     return is_real and abs(value) <= MAX_WEIGHT  # type: ignore[arg-type]
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false; null and nothing are false."""
+def flag(body: Mapping[str, Any], name: str, *, of: str = "") -> bool:
+    """A field that is true or false; null and nothing are false.
+
+    of  the name of the field that it is in
+    """
     value = body.get(name)
     if not isinstance(value, bool | None):
-        raise wrong_field(name, value, "true or false")
+        raise wrong_field(f"{of}.{name}" if of else name, value, "true or false")
     return bool(value)
 
 
@@ -180,7 +182,7 @@ def includes_usage(body: Mapping[str, Any]) -> bool:
         return False
     if not isinstance(options, Mapping):
         raise wrong_field("stream_options", options, 'an object, as in {"include_usage": true}')
-    return flag(options, "include_usage")
+    return flag(options, "include_usage", of="stream_options")
 
 
 def messages(body: Mapping[str, Any]) -> list[Any]:

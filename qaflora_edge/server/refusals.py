@@ -13,6 +13,7 @@ from qaflora_edge.errors import (
     PromptError,
     QafloraError,
     StrategyError,
+    ToolsError,
     WeightsError,
 )
 from qaflora_edge.server.options import RETRY_AFTER_S
@@ -23,6 +24,7 @@ Params = Mapping[type[QafloraError], str | None]
 _OF_REQUEST: Params = {
     OptionError: None,
     PromptError: "messages",
+    ToolsError: "tools",
     ChatTemplateError: "messages",
     GrammarError: "response_format",
     StrategyError: "fusion",
