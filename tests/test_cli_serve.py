@@ -122,6 +122,10 @@ def test_a_second_signal_ends_at_once(bundle: Path) -> None:
         assert process.wait(PATIENCE_S) == 0
         thread.join()
         assert "data: [DONE]" not in seen
+        assert process.stderr is not None
+        log = process.stderr.read()
+        assert "Traceback" not in log
+        assert "ended in the middle of an answer" in log
 
 
 @pytest.mark.slow

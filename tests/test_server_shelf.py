@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundles import TinyBundle, bundle_json, make_bundle
+from patience import wait_until
 from serving import ENGINE, client_of, make_options
 from starlette.testclient import TestClient
 
@@ -72,6 +74,17 @@ def test_bundles_are_loaded_when_they_are_asked_for(places: list[Path]) -> None:
         with Engine(place, **ENGINE) as engine:  # type: ignore[arg-type]
             choices = engine.chat(USER, max_tokens=5)["choices"]
             assert answers[name] == choices[0]["message"]["content"]
+
+
+def test_each_engine_has_a_thread_that_ends_with_it(places: list[Path]) -> None:
+    def computing() -> list[threading.Thread]:
+        return [each for each in threading.enumerate() if each.name.startswith("qaflora-")]
+
+    with client_of(*places) as client:
+        ask(client, "two")
+        assert sorted(each.name for each in computing()) == ["qaflora-one", "qaflora-two"]
+        assert all(each.daemon for each in computing())  # the process can end without them
+    wait_until(lambda: not computing())
 
 
 def test_bundles_of_one_base_share_it(places: list[Path]) -> None:

@@ -54,7 +54,8 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         app.state.post = Post(asyncio.get_running_loop())
         opening = asyncio.create_task(_open_first(app))
         try:
-            yield
+            with contextlib.suppress(asyncio.CancelledError):  # by a second signal
+                yield
         finally:
             for work in list(app.state.running):
                 work.stop()

@@ -234,7 +234,9 @@ class Shelf:
 def _opened(place: Path, options: Mapping[str, Any]) -> Engine:
     """An Engine that has read its bundle's system prompt, and a thread that computes for it."""
     engine = Engine(place, **options)
-    threading.Thread(target=_compute, args=(engine,), name=f"qaflora-{place.name}").start()
+    name = f"qaflora-{place.name}"
+    # A daemon: where a second signal ends the process while this opens, nobody closes the Engine.
+    threading.Thread(target=_compute, args=(engine,), name=name, daemon=True).start()
     try:
         engine.keep_system()
     except BaseException:

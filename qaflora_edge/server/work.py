@@ -101,6 +101,8 @@ class Work(Response):
                 await self._send_all(scope, receive, self._noted(send))
         except TimeoutError:  # the connection is closed, for the response is not whole
             log.info("gave up on a client that does not read")
+        except asyncio.CancelledError:  # by a second signal, or where the time to end is over
+            log.info("ended in the middle of an answer")
         finally:
             self._state.running.discard(self)
             expiry.cancel()
