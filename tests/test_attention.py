@@ -1,4 +1,4 @@
-"""Flash attention on the CPU, as patched, against float64 in numpy: tiles of any number of rows."""
+"""Attention as patched: tiles of any number of rows, and heads that share keys in one product."""
 
 import ctypes
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import write_tiny_base
 
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.native import library_dir
 
 F32 = NDArray[np.float32]
@@ -128,3 +131,33 @@ def test_tiles_of_any_number_of_rows(
             found = computed(ggml, given, mask, sinks, options, dtype, int(rng.integers(1, 4)))
             worst = np.abs(found - expected(given, mask, sinks, options)).max()
             assert worst < 1e-5, (n_row, dtype)  # sums of F32, in another order
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (14, 2), (5, 1)])
+def test_a_token_alone_is_read_as_one_of_many(
+    tmp_path: Path, heads: tuple[int, int], arch: str
+) -> None:
+    """Alone, heads that share keys and values are rows of one product; among others they are not.
+
+    Oracle: the logits of a prompt that is read at once.
+    """
+    n_head, n_head_kv = heads
+    shape: dict[str, int] = {"n_embd": 16 * n_head, "n_head": n_head, "n_head_kv": n_head_kv}
+    base = write_tiny_base(tmp_path / "base.gguf", arch, window=9, **shape)
+    model = Model(base.path)
+    tokens = np.random.default_rng(n_head).integers(32, 127, 41).tolist()
+    options = {"n_ctx": 64, "n_seq": 3, "threads": 2, "flash_attn": False}
+    for kv_type in ("f32", "f16"):
+        with Context(model, Pack(model, []), kv_type=kv_type, **options) as context:
+            context.decode(tokens)
+            whole = [context.logits(41 * (seq + 1) - 1) for seq in range(3)]
+            for seq in range(3):
+                context.clear(seq)
+            context.decode(tokens[:30])
+            for at in range(30, 41):
+                context.decode(tokens[at : at + 1], start=at)
+            alone = [context.logits(row) for row in range(3)]
+        # Sums of F32 in another order; numbers that are rounded on the way there may be the next.
+        atol = 1e-5 if kv_type == "f32" else 5e-3
+        np.testing.assert_allclose(alone, whole, atol=atol, rtol=0)
