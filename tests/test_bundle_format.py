@@ -1,7 +1,6 @@
 """The JSON Schema of bundle.json and the reader: each refuses what the other refuses.
 
 The reader checks by the schema too; here it is judged by jsonschema, which shares no code with it.
-The other schemas of the package are checked by the same code, and judged likewise.
 """
 
 import base64
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import made_results
 import numpy as np
 import pytest
 from bundles import bundle_json, make_bundle
@@ -22,7 +20,6 @@ from qaflora_edge.chat.session_file import BundleIdentity, Session, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data, unsafe_reason
 from qaflora_edge.formats.bundle_format import parse_bundle
-from qaflora_edge.formats.schema_check import WrongField, check_schema
 
 Raw = dict[str, Any]
 Place = tuple[str | int, ...]
@@ -215,46 +212,6 @@ def test_the_most_adapters(validator: Any, raw: Raw, limit: int) -> None:
         "adapters": [{**one, "name": f"a{n}"} for n in range(limit)],
     }
     assert validator.is_valid(document) == reader_takes(document) == (limit == 256)
-
-
-OTHERS: dict[str, Raw] = {
-    "session": {
-        "format": "qaflora-session/1",
-        "bundle": {"name": "x", "base_sha256": "00", "adapters": {"math": "11"}},
-        "strategy": "norm:2",
-        "adapters": ["math"],
-        "messages": [
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "ho", "finish_reason": "stop"},
-        ],
-    },
-    "task": {
-        "name": "sums",
-        "metric": "number",
-        "template": "{question}",
-        "score_by": "mean",
-        "max_tokens": 9,
-        "stop": ["x"],
-        "raw_prompt": True,
-    },
-    "results_header": made_results.header(made_results.PAIRS[:1], ["math"], ["base"]),
-    "results_item": made_results.record("sums", 0, "base", 1.0, weights={"math": 1}, layers=[[1]]),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_schemas_are_followed(name: str) -> None:
-    document, by_schema = OTHERS[name], shipped(name)
-    check_schema(document, name)
-    for place in places(document):
-        for value in VALUES:
-            one = changed(document, place, value)
-            try:
-                check_schema(one, name)
-                is_taken = True
-            except WrongField:
-                is_taken = False
-            assert by_schema.is_valid(one) == is_taken, (place, str(value)[:40])
 
 
 def test_the_schema_of_sessions_takes_what_is_saved(tmp_path: Path) -> None:

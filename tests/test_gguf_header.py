@@ -10,7 +10,6 @@ import pytest
 import tiny
 
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.formats.ggml_type import GgmlType
 from qaflora_edge.formats.gguf_header import read_gguf_header, read_values
 from qaflora_edge.formats.gguf_parse import (
     MAX_ARRAY_LENGTH,
@@ -80,12 +79,6 @@ def test_header_and_values_equal_those_of_the_gguf_package(
             assert value.length == len(content)
         else:
             assert value == (tuple(content) if isinstance(content, list) else content)
-
-
-def test_types_are_those_of_the_gguf_package() -> None:
-    ours = {each.name: (int(each), (each.n_block, each.block_bytes)) for each in GgmlType}
-    theirs = gguf.GGML_QUANT_SIZES
-    assert ours == {each.name: (int(each), theirs[each]) for each in gguf.GGMLQuantizationType}
 
 
 def test_counts_come_from_the_architecture(tmp_path: Path) -> None:

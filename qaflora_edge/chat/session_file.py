@@ -20,8 +20,7 @@ from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
 from qaflora_edge.files import read_input, write_text_atomic
 from qaflora_edge.formats.checksums import checksum
-from qaflora_edge.formats.json_text import read_json_object, shown
-from qaflora_edge.formats.schema_check import WrongField, check_schema
+from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_object, shown
 
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20

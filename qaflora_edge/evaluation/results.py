@@ -18,8 +18,13 @@ from typing import Any, BinaryIO
 
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.files import open_input
-from qaflora_edge.formats.json_text import read_unicode_object, shortened, shown
-from qaflora_edge.formats.schema_check import WrongField, check_schema
+from qaflora_edge.formats.json_text import (
+    WrongField,
+    check_schema,
+    read_unicode_object,
+    shortened,
+    shown,
+)
 from qaflora_edge.line_file import LineFile
 
 MAX_LINE_BYTES = 4 << 20

@@ -27,8 +27,13 @@ from qaflora_edge.evaluation.task_checks import (
     wrong,
 )
 from qaflora_edge.files import read_input
-from qaflora_edge.formats.json_text import read_unicode_object, shortened, shown
-from qaflora_edge.formats.schema_check import WrongField, check_schema
+from qaflora_edge.formats.json_text import (
+    WrongField,
+    check_schema,
+    read_unicode_object,
+    shortened,
+    shown,
+)
 
 MAX_TASK_BYTES = 64 << 20
 MAX_ITEMS = 100_000

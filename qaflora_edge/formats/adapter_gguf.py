@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.arch_facts import is_bypassed, module_kind
 from qaflora_edge.formats.file_parts import parts
-from qaflora_edge.formats.ggml_type import GgmlType
 from qaflora_edge.formats.gguf_header import (
     GgufHeader,
     read_gguf_header,
@@ -32,14 +32,16 @@ EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 MAX_RANK = 1 << 14
 # Types of numbers that llama.cpp 0c1e5709 does not turn into floats, ggml.c type_traits.
-NO_FLOATS = tuple(GgmlType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
+NO_FLOATS = tuple(
+    GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+)
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
 PART_VALUES = 1 << 16  # that are checked at a time
 # The bits of a float that are all set where it is NaN or infinite.
 EXPONENTS = {
-    GgmlType.F32: ("<u4", np.uint32(0x7F800000)),
-    GgmlType.F16: ("<u2", np.uint16(0x7C00)),
-    GgmlType.BF16: ("<u2", np.uint16(0x7F80)),
+    GGMLQuantizationType.F32: ("<u4", np.uint32(0x7F800000)),
+    GGMLQuantizationType.F16: ("<u2", np.uint16(0x7C00)),
+    GGMLQuantizationType.BF16: ("<u2", np.uint16(0x7F80)),
 }
 
 _LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
@@ -138,7 +140,7 @@ def _count_bad(path: Path, tensor: TensorInfo, rows: range) -> int:
         form, exponent = EXPONENTS[tensor.ggml_type]
         bits = np.frombuffer(read_raw_rows(path, tensor, rows), form)
         return int(np.count_nonzero((bits & exponent) == exponent))
-    if tensor.ggml_type == GgmlType.Q8_0:  # a float16, and 32 numbers that it scales
+    if tensor.ggml_type == GGMLQuantizationType.Q8_0:  # a float16, and 32 numbers that it scales
         blocks = np.frombuffer(read_raw_rows(path, tensor, rows), np.uint8).reshape(-1, 34)
         return 32 * int(np.count_nonzero(~np.isfinite(blocks[:, :2].copy().view("<f2"))))
     values = read_value_block(path, tensor, rows, range(tensor.shape[-1]))

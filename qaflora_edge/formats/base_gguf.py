@@ -9,12 +9,12 @@ import re
 from typing import NoReturn
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import GgufFileError
 from qaflora_edge.formats.adapter_gguf import NO_FLOATS
 from qaflora_edge.formats.arch_facts import ARCH_FACTS
-from qaflora_edge.formats.ggml_type import GgmlType
 from qaflora_edge.formats.gguf_header import GgufHeader, read_array, read_texts
 from qaflora_edge.formats.gguf_parse import SkippedArray, brief
 
@@ -195,7 +195,7 @@ def _check_tensors(header: GgufHeader) -> None:
         kind = tensor.ggml_type
         if tensor.name == "d2t" or "tid2eid" in tensor.name:
             continue  # tables of token ids
-        if len(tensor.shape) == 1 and kind != GgmlType.F32:
+        if len(tensor.shape) == 1 and kind != GGMLQuantizationType.F32:
             _fail(header, f"the type of tensor {tensor.name}", kind.name, "F32, as of every vector")
         if kind in NO_FLOATS:
             _fail(header, f"the type of tensor {tensor.name}", kind.name, "a type of weights")

@@ -12,8 +12,13 @@ from typing import Any, TypeVar
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import BundleError, StrategyError, WeightsError
 from qaflora_edge.files import unsafe_reason
-from qaflora_edge.formats.json_text import read_json_object, shortened, shown
-from qaflora_edge.formats.schema_check import WrongField, check_schema
+from qaflora_edge.formats.json_text import (
+    WrongField,
+    check_schema,
+    read_json_object,
+    shortened,
+    shown,
+)
 from qaflora_edge.weighing.centroid import parse_centroid
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.typical import LAYERS

@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, InputFileError
 from qaflora_edge.files import AnyPath, open_input
 from qaflora_edge.formats.file_parts import read_columns
-from qaflora_edge.formats.ggml_type import GgmlType
 from qaflora_edge.formats.gguf_parse import (
     U64,
     GgufCursor,
@@ -201,7 +202,7 @@ def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | No
 
     Raises as read_values does, but for the type.
     """
-    n_block, block_bytes = info.ggml_type.n_block, info.ggml_type.block_bytes
+    n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
     row_bytes = info.shape[-1] // n_block * block_bytes
     columns = columns or range(info.shape[-1])
     part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
@@ -222,15 +223,13 @@ def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | No
 
 
 def _to_float32(path: Path, info: TensorInfo, rows: NDArray[np.uint8]) -> F32:
-    if info.ggml_type == GgmlType.F32:
+    if info.ggml_type == GGMLQuantizationType.F32:
         return rows.view("<f4").astype(np.float32)
-    if info.ggml_type == GgmlType.F16:
+    if info.ggml_type == GGMLQuantizationType.F16:
         return rows.view("<f2").astype(np.float32)
-    from gguf.quants import dequantize  # late: see ggml_type
-
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
-            values: F32 = dequantize(rows, info.ggml_type)
+            values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
     except NotImplementedError as error:
         raise GgufFileError(
             f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from qaflora_edge.errors import GgufFileError
 from qaflora_edge.files import LFS_ADVICE, is_lfs_pointer
-from qaflora_edge.formats.ggml_type import GGML_TYPES, GgmlType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -67,7 +68,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    ggml_type: GgmlType
+    ggml_type: GGMLQuantizationType
     offset: int
     n_bytes: int
 
@@ -306,24 +307,22 @@ class GgufCursor:
         type_number = int(self.scalar(U32, f"the type of {field}"))
         offset = int(self.scalar(U64, f"the offset of {field}"))
         try:
-            ggml_type = GGML_TYPES[type_number]
-        except KeyError:
+            ggml_type = GGMLQuantizationType(type_number)
+            n_block, block_bytes = GGML_QUANT_SIZES[ggml_type]
+        except (ValueError, KeyError):
             raise GgufFileError(
                 f"Cannot read {self.path}: the type of {field} is {type_number}, which this "
                 "version does not know. Use a file of another quantisation, or upgrade."
             ) from None
-        if dims[0] % ggml_type.n_block:
-            found, expected = (
-                f"{dims[0]} wide",
-                f"a multiple of {ggml_type.n_block} for {ggml_type.name}",
-            )
+        if dims[0] % n_block:
+            found, expected = f"{dims[0]} wide", f"a multiple of {n_block} for {ggml_type.name}"
             self.fail(field, found, expected)
         if offset % alignment:
             self.fail(f"the offset of {field}", str(offset), f"a multiple of {alignment}")
         n_elements = 1
         for dim in dims:
             n_elements *= dim
-        n_bytes = n_elements // ggml_type.n_block * ggml_type.block_bytes
+        n_bytes = n_elements // n_block * block_bytes
         return TensorInfo(name, tuple(dims[::-1]), ggml_type, offset, n_bytes)
 
     def check_places(self, tensors: Mapping[str, TensorInfo]) -> None:

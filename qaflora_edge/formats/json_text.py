@@ -1,8 +1,12 @@
-"""Read JSON that may come from anywhere: strict, and bounded in memory and depth."""
+"""Read JSON that may come from anywhere: strict, and bounded in memory and depth; check it."""
 
 import json
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
+
+from qaflora_edge.files import package_data
 
 MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
 MAX_JSON_DEPTH = 64
@@ -103,6 +107,51 @@ def _check_depth(value: object) -> None:
 
 
 MAX_SHOWN_CHARS = 80
+_KINDS = {"object": "an object", "array": "a list"}
+
+
+class WrongField(ValueError):
+    """A field that is not what it should be; the reader adds which file it is in."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(f"field {name} is {found}, expected {expected}")
+
+
+def check_schema(document: object, name: str) -> None:
+    """Check a document by `data/NAME.schema.json`, the only list of its fields.
+
+    Raises WrongField for the first difference. What a field should be is said by its title there.
+    """
+    from fastjsonschema import JsonSchemaValueException
+
+    schema, check = _load(name)
+    try:
+        check(document)
+    except JsonSchemaValueException as error:
+        definition, value, place = error.definition, error.value, error.name
+        if error.rule == "required":
+            key = next(key for key in error.rule_definition if key not in value)
+            place, definition = f"{place}.{key}", definition["properties"][key]
+            if "$ref" in definition:
+                definition = schema["$defs"][definition["$ref"].rpartition("/")[2]]
+            found = "missing"
+        elif error.rule == "maxLength":
+            found = f"{len(value)} characters long"
+        elif error.rule == "maxItems":
+            found = f"a list of {len(value)}"
+        else:
+            found = shown(value)
+        expected = definition.get("title") or _KINDS[definition["type"]]
+        place = shortened(place.removeprefix("data."))
+        raise WrongField(place, found, expected) from None
+
+
+@cache
+def _load(name: str) -> tuple[dict[str, Any], Callable[[object], object]]:
+    import fastjsonschema
+
+    schema = json.loads(package_data(f"data/{name}.schema.json").read_text(encoding="utf-8"))
+    return schema, fastjsonschema.compile(schema, use_default=False)
 
 
 def shown(value: object) -> str:
