@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Each makes what is missing and repeats nothing.
 # `make test-fast` leaves out the slow tests, for daily work.
 # `make test-vulkan` builds for Vulkan beside them and tests that; `make test-asan` with sanitizers.
+# `make test-rpc` tests layers on workers, which `make test` does too.
 # `make test-clients` tests the server with other people's clients.
 # `make release` makes wheels for every processor of an architecture: `make release ARCH=aarch64`.
 # `make fuzz MINUTES=5` gives every reader damaged files.
@@ -16,7 +17,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast test-vulkan vulkan-tests test-asan asan-tests test-clients clients-tests \
+.PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests test-asan asan-tests test-clients clients-tests \
     release test-release release-tests \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
@@ -36,6 +37,9 @@ test: $(DONE)/package $(DONE)/test-tools
 
 test-fast: $(DONE)/package $(DONE)/test-tools
 	$(PYTEST) -m "not slow"
+
+test-rpc: $(DONE)/package $(DONE)/pytest
+	$(BIN)/pytest tests/test_worker.py
 
 # The Vulkan build has an environment and a build folder of its own, so that neither disturbs the other.
 test-vulkan:

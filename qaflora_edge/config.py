@@ -178,7 +178,14 @@ OPTIONS = (
     Option("threads", int, None, "engine", "--threads", low=1, high=MAX_THREADS,
            noun="a number of threads", help="CPU threads.", unset="all cores"),
     Option("gpu_layers", int, None, "engine", "--gpu-layers", unset="all",
-           help="Layers on the GPU, where the library was built for one."),
+           help="Layers on the GPU, where the library was built for one, or on the workers of "
+           "--rpc."),
+    Option("rpc", str, None, "engine", "--rpc", metavar="HOST:PORT,...", unset="none",
+           help="Put layers on these workers, for a base that does not fit this machine: see "
+           "qaflora worker."),
+    Option("tensor_split", str, None, "engine", "--tensor-split", metavar="N,...",
+           unset="by their free memory",
+           help="How many layers each worker and then each GPU gets, relative to the others."),
     Option("max_tokens", int, None, "sampling", "--max-tokens", low=0, noun=_TOKENS,
            help="The most tokens that are generated.", aliases=("max_completion_tokens",),
            defaults={"run": 512, "chat": 512, "llm": 512, "eval": 512, "compare": 256,
@@ -257,6 +264,20 @@ OWN_OPTIONS = {
                help="Serve beyond this machine without an API key."),
         Option("log_prompts", bool, False, flag="--log-prompts/--no-log-prompts",
                help="Write what is asked into the log."),
+    ),
+    "worker": (
+        Option("host", str, "127.0.0.1", flag="--host", metavar="ADDRESS",
+               help="Where to listen: an IPv4 address; 0.0.0.0 is every one of this machine."),
+        Option("port", int, 50052, flag="--port", low=1, high=65535, noun="a number of a port",
+               help="Where to listen."),
+        Option("cache", str, flag="--cache", metavar="DIR", unset="none",
+               help="Keep large tensors that clients sent in this folder, so that they are not "
+               "sent again. Nothing in it is ever removed."),
+        Option("threads", int, None, flag="--threads", low=1, high=MAX_THREADS,
+               noun="a number of threads", help="CPU threads.", unset="all cores"),
+        Option("insecure", bool, False, flag="--insecure/--no-insecure",
+               help="Listen beyond this machine. Whoever reaches the port may read and write what "
+               "is there, and nothing is encrypted."),
     ),
     "convert": (
         Option("outtype", str, "f16", flag="--outtype", choices=OUTTYPES,

@@ -28,7 +28,9 @@ class Engine(EngineMeasures):
     n_ctx     tokens of prompt and answer together, of each request
     n_parallel  requests that are decoded together; others wait their turn
     threads   CPU threads, by default the cores this process may use
-    gpu_layers  layers offloaded where the library was built with a GPU backend
+    gpu_layers  layers offloaded where the library was built with a GPU backend, or to workers
+    rpc       HOST:PORT of workers, apart by commas: see docs/scale.md
+    tensor_split  how many layers each worker and GPU gets, relative to the others, apart by commas
     kv_type   f16, f32 or q8_0
     adapter_type  q8_0 or q4_0: convert adapters as they are loaded (docs/performance.md has what it
               gains and costs); auto: as their files have them
@@ -97,7 +99,7 @@ class Engine(EngineMeasures):
         )
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise OptionError(f"Option cancel is {cancel!r}, expected a threading.Event.")
-        with self._lifetime.call():
+        with self._call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)
             probe = self._core.probe(cancellation, on_progress)
@@ -174,7 +176,7 @@ class Engine(EngineMeasures):
                 running[index] = self._start(request, options)
             if not running:
                 return
-            with self._lifetime.call():
+            with self._call():
                 self._core.wait_for_any(running.values())
             for index in [i for i, answer in running.items() if answer.is_done]:
                 yield index, running.pop(index)

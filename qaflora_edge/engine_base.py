@@ -1,6 +1,7 @@
 """What is opened: an Engine's facts and choices, and its prompts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -34,6 +35,8 @@ class EngineBase:
         n_parallel: int = 1,
         threads: int | None = None,
         gpu_layers: int | None = None,
+        rpc: str | None = None,
+        tensor_split: str | None = None,
         kv_type: str = "f16",
         adapter_type: str = "auto",
         flash_attn: bool | None = None,
@@ -49,13 +52,14 @@ class EngineBase:
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         probing = {"probe_tail": probe_tail, "fast": fast, "prefix_cache": prefix_cache}
         others: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": n_parallel, "seed": seed}
-        others |= {"gpu_layers": gpu_layers, "adapter_type": adapter_type}
+        placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
+        others |= {**placing, "adapter_type": adapter_type}
         check("engine", {**options, **others, **probing, "min_weight": min_weight})
         self._lifetime = Lifetime(self)
 
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
-        self.probe_tail = probe_tail or (FAST_TAIL if fast else 0)
+        self.probe_tail = tail = probe_tail or (FAST_TAIL if fast else 0)
         self._loaded = tuple(opened.adapters)
         self._weigher = Weigher(
             adapters=self._loaded,
@@ -64,30 +68,36 @@ class EngineBase:
             min_weight=min_weight,
             reads_ends=self.probe_tail > 0,
         )
-        try:
-            self._core = Core(
-                self._lifetime,
+        self.system = opened.system
+
+        # Without the Engine: it would be its own owner, and never be freed when it is dropped.
+        def make(lifetime: Lifetime) -> tuple[Core, SystemPrompt | None]:
+            core = Core(
+                lifetime,
                 opened.header,
                 opened.adapters,
                 n_ctx=n_ctx,
                 n_parallel=n_parallel,
-                gpu_layers=gpu_layers,
+                placing=placing,
                 adapter_type=adapter_type,
                 options=options,
-                probe_tail=self.probe_tail,
+                probe_tail=tail,
                 prefix_cache=prefix_cache,
             )
             # llama.cpp opened the files by name, after they were checked.
             check_unchanged(opened.states)
-            self.system = opened.system
-            self._system_prompt = (
-                SystemPrompt(self._core, self.system, opened.hashes, {**options, **others})
-                if self.system
-                else None
-            )
+            facts = opened.hashes, {**options, **others}
+            return core, SystemPrompt(core, opened.system, *facts) if opened.system else None
+
+        self._make = make
+        try:
+            self._open()
         except BaseException:
             self._lifetime.close()
             raise
+
+    def _open(self) -> None:
+        self._core, self._system_prompt = self._make(self._lifetime)
         self._model = self._core.model
         finder = QuestionFinder(self._model)
         self._weigher = replace(
@@ -95,6 +105,20 @@ class EngineBase:
         )
 
     # life
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Keep the Engine open meanwhile; where a worker was lost, it is opened anew before.
+
+        Raises BusyError after close(), WorkerError where a worker is not there.
+        """
+        if self._model.is_lost and not self._lifetime.is_mine():
+            self._core.end_calls()
+            with self._lifetime.replacing():
+                if self._model.is_lost:  # another thread may have come first
+                    self._open()
+        with self._lifetime.call():
+            yield
 
     def close(self) -> None:
         """Free the model, the adapters and all contexts. A second call does nothing.
@@ -120,6 +144,7 @@ class EngineBase:
         Without it each call computes in its caller's thread, and callers that come at once compute
         for each other. With it they only wait, and no core is idle while they take what they have.
         """
+        self._lifetime.wait_until(lambda: not self._model.is_lost)  # other calls open it anew
         with self._lifetime.call():
             self._core.run_forever()
 
@@ -206,7 +231,7 @@ class EngineBase:
 
         Raises StrategyError for an unknown name, or when the strategy names another adapter.
         """
-        with self._lifetime.call():
+        with self._call():
             self._weigher = self._using(names)
 
     def use_strategy(self, strategy: str) -> None:
@@ -214,7 +239,7 @@ class EngineBase:
 
         Raises StrategyError when it is unknown or cannot be followed here.
         """
-        with self._lifetime.call():
+        with self._call():
             known = replace(self._weigher.known, strategy=strategy)
             self._weigher = replace(self._weigher, known=known)
 
@@ -243,7 +268,7 @@ class EngineBase:
 
         Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
         """
-        with self._lifetime.call():
+        with self._call():
             return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
 
     def chat_tokens(
@@ -253,7 +278,7 @@ class EngineBase:
 
         The bundle's system prompt comes first where the messages have none.
         """
-        with self._lifetime.call():
+        with self._call():
             messages = begin_with(self.system, messages)
             tokens = chat_tokens(self._model, messages, tools=tools)
             return checked_tokens(self._model, tokens, self.n_ctx)
@@ -267,6 +292,8 @@ class EngineBase:
 
         Raises OutputFileError.
         """
-        with self._lifetime.call():
+        if if_read and self._model.is_lost:
+            return
+        with self._call():
             if self._system_prompt is not None:
                 (self._system_prompt.keep_if_read if if_read else self._system_prompt.keep)()

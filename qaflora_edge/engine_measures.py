@@ -66,7 +66,7 @@ class EngineMeasures(EngineBase):
         """
 
         def weigh(each: Prompt) -> FusionWeights:
-            with self._lifetime.call():
+            with self._call():
                 tokens = self.tokenize(each, parse_special=parse_special)
                 probe = self._core.probe(self._core.cancellation(cancel))
                 return self._using(adapters).weigh(strategy, tokens, probe)
@@ -80,7 +80,7 @@ class EngineMeasures(EngineBase):
 
         adapter  the one adapter that is on, at weight 1; None for the base alone
         """
-        with self._lifetime.call():
+        with self._call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             if adapter is not None and adapter not in self.adapters:
                 raise self._not_loaded(adapter, self.adapters)
@@ -92,7 +92,7 @@ class EngineMeasures(EngineBase):
         self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False
     ) -> F32:
         """Logits of the token after the prompt: float32 [n_vocab]."""
-        with self._lifetime.call():
+        with self._call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation()
             fusion = self._weigher.weigh(weights, tokens, self._core.probe(cancellation))
@@ -146,7 +146,7 @@ class EngineMeasures(EngineBase):
                 f"score got {len(prompt)} prompts and {len(continuation)} continuations, "
                 "expected as many of both."
             )
-        with self._lifetime.call():
+        with self._call():
             cancellation = self._core.cancellation()
             probe = self._core.probe(cancellation)
             known: dict[tuple[int, ...], F32] = {}
@@ -181,7 +181,7 @@ class EngineMeasures(EngineBase):
         progress  called with (prompts done, prompts in all)
         returns   adapter -> one of weighing.typical.KEYS -> what it says
         """
-        with self._lifetime.call():
+        with self._call():
             probe = self._core.probe(self._core.cancellation())
 
             def measure(prompt: str) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class EngineMeasures(EngineBase):
 
         Raises PromptError for a text that is empty or too long.
         """
-        with self._lifetime.call():
+        with self._call():
             total = np.zeros(self._model.n_embd, np.float64)
             for done, text in enumerate(texts, 1):
                 try:

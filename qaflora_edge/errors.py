@@ -19,6 +19,7 @@
     │   └── UploadError           the Hub did not take what was pushed
     ├── LibraryError              the native library is missing, stock, or of another version
     ├── BackendError              the native library reported a failure
+    │   └── WorkerError           a worker (--rpc) cannot be used, or was lost
     ├── PromptError               a prompt is empty, or no text
     │   └── ContextError          a prompt is longer than the context
     ├── ChatTemplateError         the base has no usable chat template
@@ -119,6 +120,10 @@ class LibraryError(QafloraError):
 
 class BackendError(QafloraError):
     """The native library reported a failure; the message is its own."""
+
+
+class WorkerError(BackendError):
+    """A worker cannot be reached or used, or its connection ended."""
 
 
 class PromptError(QafloraError):

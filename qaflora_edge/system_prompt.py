@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge import __version__
+from qaflora_edge.backend.model import PLACING
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.errors import OutputFileError
@@ -57,8 +58,7 @@ class SystemPrompt:
             "pieces": [pieces.n_full, pieces.n_least, pieces.n_message],
             "hashes": list(hashes),
             "options": {
-                name: options[name]
-                for name in ("kv_type", "adapter_type", "flash_attn", "gpu_layers")
+                name: options[name] for name in ("kv_type", "adapter_type", "flash_attn", *PLACING)
             },
             "tokens": list(first[: self._n_token]),
         }

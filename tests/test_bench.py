@@ -28,7 +28,7 @@ def rig(base: tiny.TinyBase) -> Iterator[Rig]:
     for seed, name in enumerate(("math", "es")):
         path = base.path.with_name(f"{name}.gguf")
         paths[name] = tiny.write_tiny_adapter(path, base, seed=seed).path
-    with Rig(base.path, paths, n_ctx=300, gpu_layers=None, options=OPTIONS) as rig:
+    with Rig(base.path, paths, n_ctx=300, placing={}, options=OPTIONS) as rig:
         yield rig
 
 
@@ -114,7 +114,7 @@ def test_norm_is_left_out_without_query_projections(base: tiny.TinyBase, tmp_pat
         question_tokens=8,
         probe_tokens=(8,),
     )
-    with Rig(base.path, {"a": adapter.path}, n_ctx=64, gpu_layers=None, options=OPTIONS) as rig:
+    with Rig(base.path, {"a": adapter.path}, n_ctx=64, placing={}, options=OPTIONS) as rig:
         assert list(_methods(rig, plan)) == ["qa-flora", "cosine", "tail"]
 
 
@@ -131,7 +131,7 @@ def test_failed_run_of_memory_is_told(tmp_path: Path) -> None:
 
 def test_context_that_llama_cpp_refuses_is_told(base: tiny.TinyBase) -> None:
     options = {**OPTIONS, "kv_type": "q8_0"}
-    rig = Rig(base.path, {}, n_ctx=64, gpu_layers=None, options=options)
+    rig = Rig(base.path, {}, n_ctx=64, placing={}, options=options)
     with rig, pytest.raises(BackendError) as caught:
         rig.base()
     assert str(caught.value).startswith(

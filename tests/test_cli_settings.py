@@ -71,7 +71,7 @@ def test_every_shared_option_can_be_set_in_each_way(
         'strategy = "norm"\nlens = "raw"\npool = "mean"\nprobe_tail = 3\nfast = true\n'
         "min_weight = 0.25\nprefix_cache = 9\nraw_prompt = true\n"
         'ctx = 64\nkv_type = "f32"\nno_flash_attn = true\nthreads = 2\ngpu_layers = 0\n'
-        'adapter_type = "q8_0"\n'
+        'adapter_type = "q8_0"\nrpc = "a:1,b:2"\ntensor_split = "3,1"\n'
         "parallel = 3\nmax_tokens = 5\ntemp = 1\ntop_p = 0.5\ntop_k = 9\nmin_p = 0.1\n"
         "repeat_penalty = 1.5\npresence_penalty = -1\nfrequency_penalty = 2\nseed = 7\n"
         'stop = ["a b", "c"]\n',
@@ -94,6 +94,8 @@ def test_every_shared_option_can_be_set_in_each_way(
         "threads": 2,
         "gpu_layers": 0,
         "adapter_type": "q8_0",
+        "rpc": "a:1,b:2",
+        "tensor_split": "3,1",
         "max_tokens": 5,
         "temp": 1.0,
         "top_p": 0.5,

@@ -295,11 +295,12 @@ class Context(Handle):
         returns  the row of each span's last token, for logits() and sample()
 
         Raises BackendError when llama_decode fails or the batch is not one that it takes,
-        CancelledError when it was told to stop.
+        WorkerError when a worker was lost, CancelledError when it was told to stop.
         """
         batch = Batch(self._lib, spans)
         self._check(batch, spans)
         code = self._lib.llama_decode(self._pointer, batch.struct)
+        self._model.check_workers()  # all that they would have computed is 0
         if code == 0:
             for span in spans:
                 self._tokens[span.seq][span.start :] = span.tokens

@@ -3,13 +3,14 @@
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge.backend import native
+from qaflora_edge.backend.devices import place
 from qaflora_edge.backend.library import Handle, forget_said, library, said
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
@@ -17,6 +18,7 @@ from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.base_gguf import check_base
 from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 
+PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _VOCAB_TYPE_NONE = 0
 # llama.h enum llama_token_attr
 _ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
@@ -49,13 +51,23 @@ class SpecialToken:
 class Model(Handle):
     """A base, memory-mapped and shared by all contexts.
 
-    header  of the file, where it was read before
+    gpu_layers    layers on devices; None: all
+    rpc           the workers that are devices, before this machine's GPUs
+    tensor_split  how many layers each device gets, relative to the others
+    header        of the file, where it was read before
 
-    Raises GgufFileError when the file cannot be loaded, or would end the process.
+    Raises GgufFileError when the file cannot be loaded, or would end the process; WorkerError
+    where a worker cannot be used.
     """
 
     def __init__(
-        self, path: AnyPath, *, gpu_layers: int | None = None, header: GgufHeader | None = None
+        self,
+        path: AnyPath,
+        *,
+        gpu_layers: int | None = None,
+        rpc: str | None = None,
+        tensor_split: str | None = None,
+        header: GgufHeader | None = None,
     ) -> None:
         self.path = Path(path)
         self._key: _Key | None = None  # where others find it
@@ -68,23 +80,17 @@ class Model(Handle):
             )
         check_base(header or read_gguf_header(self.path))
         params = self._lib.llama_model_default_params()
-        if gpu_layers is not None:
-            params.n_gpu_layers = gpu_layers
-        self.is_on_cpu = not self._lib.llama_supports_gpu_offload() or gpu_layers == 0
+        self._workers, has_devices = place(
+            params, gpu_layers=gpu_layers, rpc=rpc, tensor_split=tensor_split
+        )
+        self.is_on_cpu = not has_devices
         forget_said()
-        self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self._pointer:
-            self._pointer = None
-            raise GgufFileError(
-                f"The base {self.path} cannot be loaded: {said()}. Fetch or convert it again."
-            )
-        self.vocab = self._lib.llama_model_get_vocab(self._pointer)
-        if self._lib.llama_vocab_type(self.vocab) == _VOCAB_TYPE_NONE:
+        self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params) or 0
+        try:
+            self._check_loaded()
+        except BaseException:
             self.close()
-            raise GgufFileError(
-                f"The base {self.path} has no vocabulary (tokenizer.ggml.model is 'none'); "
-                "use a GGUF with its tokeniser."
-            )
+            raise
         self.name = self.metadata("general.name") or self.path.name
         template = self._lib.llama_model_chat_template(self._pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
@@ -95,6 +101,29 @@ class Model(Handle):
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
+
+    def _check_loaded(self) -> None:
+        self.check_workers()
+        if not self._pointer:
+            raise GgufFileError(
+                f"The base {self.path} cannot be loaded: {said()}. Fetch or convert it again."
+            )
+        self.vocab = self._lib.llama_model_get_vocab(self._pointer)
+        if self._lib.llama_vocab_type(self.vocab) == _VOCAB_TYPE_NONE:
+            raise GgufFileError(
+                f"The base {self.path} has no vocabulary (tokenizer.ggml.model is 'none'); "
+                "use a GGUF with its tokeniser."
+            )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether layers of it were on a worker that is lost: it has to be loaded again."""
+        return self._workers is not None and self._workers.lost() is not None
+
+    def check_workers(self) -> None:
+        """Raise WorkerError where it is lost."""
+        if self._workers is not None:
+            self._workers.check()
 
     def close(self) -> None:
         """Free it, once all who share it have closed it."""
@@ -108,7 +137,10 @@ class Model(Handle):
             super().close()
 
     def _free(self, pointer: Any) -> None:
-        self._lib.llama_model_free(pointer)
+        if pointer:
+            self._lib.llama_model_free(pointer)
+        if self._workers is not None:
+            self._workers.close()
 
     def metadata(self, key: str) -> str | None:
         """One scalar of the GGUF's metadata as text, or None."""
@@ -193,40 +225,45 @@ class Model(Handle):
         return self._is_end[token]
 
 
-_Key = tuple[int, int, int, int, int | None]
+_Key = tuple[object, ...]
 _sharing = threading.RLock()  # a garbage collector may close one in the middle
 _shared: dict[_Key, Model] = {}
 
 
-def shared_model(path: Path, *, gpu_layers: int | None, header: GgufHeader) -> Model:
+def shared_model(path: Path, placing: Mapping[str, Any], header: GgufHeader) -> Model:
     """A base that is loaded once, for all who have the same file open under the same options.
 
-    Each of them closes it once. Raises GgufFileError as Model does.
+    placing  gpu_layers, rpc and tensor_split of Model
+
+    Each of them closes it once. Raises as Model does.
     """
     with _sharing:
-        key = _key_of(path, gpu_layers)
+        key = _key_of(path, placing)
         model = None if key is None else _shared.get(key)
-        if model is not None:
+        if model is not None and not model.is_lost:
             model._n_user += 1
             return model
-        model = Model(path, gpu_layers=gpu_layers, header=header)
+        if model is not None:  # others will close it
+            model._key = None
+        model = Model(path, **placing, header=header)
         if key is not None:
             model._key, _shared[key] = key, model
         return model
 
 
-def is_shared(path: Path, gpu_layers: int | None) -> bool:
+def is_shared(path: Path, placing: Mapping[str, Any]) -> bool:
     """Whether a base is loaded already."""
-    return _key_of(path, gpu_layers) in _shared
+    return _key_of(path, placing) in _shared
 
 
-def _key_of(path: Path, gpu_layers: int | None) -> _Key | None:
+def _key_of(path: Path, placing: Mapping[str, Any]) -> _Key | None:
     """What tells one state of a file from others; None where it cannot be examined."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, gpu_layers
+    where = (placing.get(name) for name in PLACING)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where
 
 
 class Pack(Handle):

@@ -98,20 +98,20 @@ class Rig:
         adapter_paths: Mapping[str, Path],
         *,
         n_ctx: int,
-        gpu_layers: int | None,
+        placing: Mapping[str, Any],
         adapter_type: str = "auto",
         options: dict[str, Any],
     ) -> None:
         self._adapter_type = adapter_type
         self._paths, self._n_ctx, self._options = dict(adapter_paths), n_ctx, options
-        self._gpu_layers = gpu_layers
+        self._placing = placing
         self._loras: list[Any] = []  # the model frees them
         self._packs: dict[int, Pack] = {}
         self._stock: dict[int, StockContext] = {}
         self._base: dict[tuple[int, int], StockContext] = {}
         self._ours: dict[tuple[int, int, int], Context] = {}
         self._open = contextlib.ExitStack()
-        self.model = Model(base_path, gpu_layers=gpu_layers)
+        self.model = Model(base_path, **placing)
         self._open.callback(self.model.close)
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class Rig:
         return Engine(
             base=self.model.path,
             adapters=adapters,
-            gpu_layers=self._gpu_layers,
+            **self._placing,
             adapter_type=self._adapter_type,
             **self._options,
             **options,

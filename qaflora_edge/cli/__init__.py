@@ -20,6 +20,7 @@ VERBS = {
     "run": "Answer a prompt with the weighed adapters.",
     "chat": "Talk with the weighed adapters.",
     "serve": "Serve bundles to programs and browsers that speak OpenAI's API.",
+    "worker": "Lend this machine's memory to a base that does not fit another.",
     "compare": "Show what several strategies answer, side by side.",
     "eval": "Score tasks under several strategies.",
     "weights": "Show what each adapter weighs for a prompt.",

@@ -29,7 +29,7 @@ from qaflora_edge.inference.generation import Generation
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
 # What changes nothing of an answer but its last digits.
-_NO_MATTER = ("n_parallel", "threads", "gpu_layers", "prefix_cache")
+_NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split", "prefix_cache")
 
 
 @dataclass

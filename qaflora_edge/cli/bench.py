@@ -215,6 +215,7 @@ def _measured(
     loaded: Bundle, plan: Plan, options: SharedOptions, only: tuple[str, ...]
 ) -> dict[str, Any]:
     """What each part gives: rows, and an object for memory; and the base's own facts."""
+    from qaflora_edge.backend.model import PLACING
     from qaflora_edge.bench import measure
     from qaflora_edge.bench.callers import measure_callers, measure_pause
     from qaflora_edge.bench.memory import measure_memory
@@ -226,7 +227,7 @@ def _measured(
         loaded.base_path,
         loaded.adapter_paths,
         n_ctx=max(plan.prompt_tokens) + plan.max_tokens,
-        gpu_layers=options.gpu_layers,
+        placing={name: engine[name] for name in PLACING},
         adapter_type=engine["adapter_type"],
         options={name: engine[name] for name in ("threads", "kv_type", "flash_attn")},
     )
@@ -263,6 +264,7 @@ def _measured(
 def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
     from qaflora_edge.backend.context import default_threads
+    from qaflora_edge.backend.model import PLACING
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 
     header, packages, sizes = loaded.header, package_facts(), asdict(plan)
@@ -276,7 +278,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
         "kv_type": options.kv_type,
         "adapter_type": options.adapter_type,
         "flash_attn": options.engine["flash_attn"],
-        "gpu_layers": options.gpu_layers,
+        **{name: getattr(options, name) for name in PLACING},
         "strategy": options.strategy or loaded.known.strategy,
         "base_file": {
             "path": str(loaded.base_path),

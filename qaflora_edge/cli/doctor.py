@@ -49,7 +49,7 @@ def library_facts() -> dict[str, Any]:
 
     Raises LibraryError when it cannot be loaded.
     """
-    from qaflora_edge.backend import library, native
+    from qaflora_edge.backend import devices, library, native
 
     binding, functions = native.load()
     library.library()  # keeps the library's log off the terminal
@@ -60,7 +60,7 @@ def library_facts() -> dict[str, Any]:
         "abi_version": functions.abi_version(),
         "build_info": functions.build_info().decode("utf-8", "replace"),
         "devices": _devices(native.ggml_of(lib)),
-        "gpu_offload": bool(binding.llama_supports_gpu_offload()),
+        "gpu_offload": bool(devices.gpus()),
         "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
     }
 

@@ -17,7 +17,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import FAST_TAIL
-from qaflora_edge.errors import QafloraError
+from qaflora_edge.errors import QafloraError, WorkerError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.inference.generation import Generation
@@ -44,6 +44,7 @@ class Core:
     adapters    name -> adapter GGUF, checked, in the order of every first axis
     n_ctx       tokens of prompt and answer together, of each request
     n_parallel  requests that are decoded together
+    placing     gpu_layers, rpc and tensor_split: where the base's layers go
     adapter_type  of config.ADAPTER_TYPES
     prefix_cache  MiB for what the probe read of prompts
     options     threads, kv_type and flash_attn of every context
@@ -57,7 +58,7 @@ class Core:
         *,
         n_ctx: int,
         n_parallel: int,
-        gpu_layers: int | None,
+        placing: Mapping[str, Any],
         adapter_type: str,
         probe_tail: int,
         prefix_cache: int,
@@ -66,7 +67,7 @@ class Core:
         self.lifetime, self.n_ctx, self.n_parallel = lifetime, n_ctx, n_parallel
         self.adapters = tuple(adapters)
         keep, stop = lifetime.keep, Stop()
-        self.model = keep(shared_model(base.path, gpu_layers=gpu_layers, header=base))
+        self.model = keep(shared_model(base.path, placing, base))
         paths = [info.path for info in adapters.values()]
         self.pack = keep(Pack(self.model, paths, adapter_type=adapter_type))
         more: dict[str, Any] = {**options, "stop": stop}
@@ -78,6 +79,7 @@ class Core:
         self._new_prober = partial(Prober, self.model, self.pack, more, **probing)
         self.prober = keep(self._new_prober(tail=probe_tail))
         self._scorer = keep(Scorer(self.model, self.pack, more))
+        self.model.check_workers()
         scheduler = Scheduler(n_parallel, self.context.pieces())
         self._loop = Loop(self.model, self.context, scheduler, stop)
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
@@ -87,6 +89,13 @@ class Core:
     def close(self) -> None:
         """Free everything; calls of other threads that go on end with BusyError."""
         self.lifetime.close(end_calls=self._loop.close)
+
+    def end_calls(self) -> None:
+        """End calls of other threads that go on with WorkerError; nothing is computed after it."""
+        try:
+            self.model.check_workers()
+        except WorkerError as error:
+            self._loop.close(error)
 
     def run_forever(self) -> None:
         """See Loop.run_forever."""

@@ -53,6 +53,35 @@ class Lifetime:
                     del self._n_call[me]
                     self._idle.notify_all()
 
+    def is_mine(self) -> bool:
+        """Whether a call of this thread goes on."""
+        return threading.get_ident() in self._n_call
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Make resources anew while no call goes on.
+
+        Those that there were are closed after that, or where it fails those that were made.
+        """
+        with self._idle:
+            self._idle.wait_for(lambda: not self._n_call)
+            self.check_open()
+            n_old = len(self._resources)
+            try:
+                yield
+            except BaseException:
+                _close_all(self._resources, n_old)
+                raise
+            old = self._resources[:n_old]
+            del self._resources[:n_old]
+            _close_all(old)
+            self._idle.notify_all()
+
+    def wait_until(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until something is ready after `replacing`, or close()."""
+        with self._idle:
+            self._idle.wait_for(lambda: self.is_closed or is_ready())
+
     def check_open(self) -> None:
         """Raise BusyError after close()."""
         if self.is_closed:
@@ -75,6 +104,7 @@ class Lifetime:
                     "after the call has returned."
                 )
             self.is_closed = True
+            self._idle.notify_all()
         end_calls()
         with self._idle:
             self._idle.wait_for(lambda: not self._n_call)
@@ -100,6 +130,6 @@ def _check_process() -> None:
         )
 
 
-def _close_all(resources: list[Any]) -> None:
-    while resources:
+def _close_all(resources: list[Any], n_left: int = 0) -> None:
+    while len(resources) > n_left:
         resources.pop().close()

@@ -72,6 +72,7 @@ class Loop:
         self._runner = Runner(vocabulary, context, self._computing)
         self._turn = threading.Condition()
         self._is_driven = self._is_closed = False
+        self._closed: QafloraError = BusyError("This Engine was closed in the middle of a call.")
         self._is_served = False  # by a thread in run_forever
         self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
         self._worker = ThreadPoolExecutor(1) if len(scheduler.slots) > 1 else None
@@ -151,15 +152,16 @@ class Loop:
             if self._now and all(each.is_cancelled for each in self._now):
                 self._stop.set()
 
-    def close(self) -> None:
-        """End all that waits or runs; whoever waits for it gets BusyError."""
+    def close(self, error: QafloraError | None = None) -> None:
+        """End all that waits or runs; whoever waits for it gets the error, or BusyError."""
         with self._turn:
             self._is_closed = True
+            self._closed = error or self._closed
             self._stop.set()
             self._wake_server()
             while self._is_driven or self._is_served:
                 self._turn.wait()
-            self._end_all(BusyError("This Engine was closed in the middle of a call."))
+            self._end_all(self._closed)
             self._turn.notify_all()
         if self._worker is not None:
             self._worker.shutdown()
@@ -235,7 +237,7 @@ class Loop:
             if isinstance(job, Job) and job.is_cancelled and not job.is_done:
                 job.fail(cancelled())
         if self._is_closed:
-            self._end_all(BusyError("This Engine was closed in the middle of a call."))
+            self._end_all(self._closed)
 
     def _end_all(self, error: QafloraError) -> None:
         for sequence in (*self._scheduler.waiting, *self._scheduler.running):

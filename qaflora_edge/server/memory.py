@@ -53,6 +53,6 @@ def needed_bytes(place: Path, engine: dict[str, Any]) -> float:
         if not is_base(place):
             text = read_bundle_text(place)
             needed += sum((place / each.file).stat().st_size for each in text.adapters)
-        return needed + (0 if is_shared(path, engine.get("gpu_layers")) else path.stat().st_size)
+        return needed + (0 if is_shared(path, engine) else path.stat().st_size)
     except (QafloraError, OSError):  # opening the bundle says what is wrong
         return 0

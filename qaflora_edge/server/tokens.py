@@ -23,7 +23,7 @@ def spelt(engine: Engine, prompt: Prompt) -> str:
     """The text of a prompt, control tokens spelt out. Raises PromptError for what is no token."""
     if isinstance(prompt, str):
         return prompt
-    with engine._lifetime.call():
+    with engine._call():
         tokens = checked_tokens(engine._model, token_ids(prompt), MAX_TOKENS)
         return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")
 
@@ -41,13 +41,13 @@ def check_messages_size(engine: Engine, messages: Sequence[Any]) -> None:
 
 def check_texts_size(engine: Engine, texts: Sequence[str]) -> None:
     """Raise ContextError for texts that cannot fit together."""
-    with engine._lifetime.call():
+    with engine._call():
         check_size(engine._model, texts, engine.n_ctx)
 
 
 def token_list(engine: Engine, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
     """Token ids of a text of any length."""
-    with engine._lifetime.call():
+    with engine._call():
         return engine._model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
 

@@ -1,0 +1,240 @@
+"""Where layers lie beside the CPU: on workers, which are other machines or processes, and on GPUs.
+
+A worker is llama.cpp's RPC backend: it lends its memory and computes the layers that lie there.
+Custom operations stay here, for their parameters are addresses of this process (patches/0004).
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qaflora_edge.backend import native
+from qaflora_edge.backend.library import Handle, library
+from qaflora_edge.errors import LibraryError, OptionError, WorkerError
+
+MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
+_MAX_DEVICES = 16  # llama_max_devices()
+_ENDS = b"^(token_embd|output)"  # names of tensors; a head that is tied has the embedding's
+_CPU, _GPU, _INTEGRATED_GPU = 0, 1, 2  # ggml-backend.h ggml_backend_dev_type
+_INT, _SIZE, _HANDLE, _TEXT = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
+_GGML: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_backend_reg_by_name": (_HANDLE, [_TEXT]),
+    "ggml_backend_reg_get_proc_address": (_HANDLE, [_HANDLE, _TEXT]),
+    "ggml_backend_reg_dev_count": (_SIZE, [_HANDLE]),
+    "ggml_backend_reg_dev_get": (_HANDLE, [_HANDLE, _SIZE]),
+    "ggml_backend_dev_count": (_SIZE, []),
+    "ggml_backend_dev_get": (_HANDLE, [_SIZE]),
+    "ggml_backend_dev_type": (_INT, [_HANDLE]),
+    "ggml_backend_dev_by_type": (_HANDLE, [_INT]),
+    "ggml_backend_dev_init": (_HANDLE, [_HANDLE, _TEXT]),
+    "ggml_backend_free": (None, [_HANDLE]),
+    "ggml_backend_cpu_buffer_type": (_HANDLE, []),
+}
+_RPC: dict[str, tuple[Any, list[Any]]] = {
+    "add_server": (_HANDLE, [_TEXT]),
+    "connection": (ctypes.c_uint64, [_TEXT, ctypes.POINTER(_TEXT)]),
+    "start_server": (None, [_TEXT, _TEXT, _SIZE, _SIZE, ctypes.POINTER(_HANDLE)]),
+}
+
+
+class _BufferOverride(ctypes.Structure):
+    """struct llama_model_tensor_buft_override."""
+
+    _fields_ = [("pattern", _TEXT), ("buft", _HANDLE)]
+
+
+@cache
+def ggml() -> SimpleNamespace:
+    """Functions of ggml's registry of backends, without `ggml_backend_`."""
+    binding, _ = library()
+    lib, functions = native.ggml_of(binding._lib), SimpleNamespace()
+    rest = lib
+    if sys.platform == "win32":  # a library gives its own functions only
+        rest = ctypes.CDLL(str(Path(lib._name).with_name("ggml-base.dll")))
+    for name, (restype, argtypes) in _GGML.items():
+        function = getattr(lib, name, None) or getattr(rest, name)
+        function.restype, function.argtypes = restype, argtypes
+        setattr(functions, name.removeprefix("ggml_backend_"), function)
+    return functions
+
+
+@cache
+def rpc() -> SimpleNamespace:
+    """Functions of the RPC backend, without `ggml_backend_rpc_`.
+
+    Raises LibraryError where the library has none.
+    """
+    reg = ggml().reg_by_name(b"RPC")
+    if not reg:
+        raise LibraryError(
+            f"The native library in {native.library_dir()} has no RPC backend, expected "
+            "libggml-rpc; build it without -DGGML_RPC=off."
+        )
+    functions = SimpleNamespace()
+    for name, (restype, argtypes) in _RPC.items():
+        address = ggml().reg_get_proc_address(reg, f"ggml_backend_rpc_{name}".encode())
+        setattr(functions, name, ctypes.CFUNCTYPE(restype, *argtypes)(address))
+    return functions
+
+
+def gpus() -> list[int]:
+    """The GPUs of this machine; those of its processor where there is no other."""
+    count, get, kind = ggml().dev_count, ggml().dev_get, ggml().dev_type
+    found = [get(i) for i in range(count())]
+    return [each for each in found if kind(each) == _GPU] or [
+        each for each in found if kind(each) == _INTEGRATED_GPU
+    ]
+
+
+def endpoints(text: str) -> tuple[str, ...]:
+    """The workers that --rpc names.
+
+    Raises OptionError.
+    """
+    found = tuple(each.strip() for each in text.split(","))
+    for each in found:
+        host, _, port = each.rpartition(":")
+        is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
+        if not (host and is_port) or ":" in host:
+            raise OptionError(
+                f"Option rpc has the worker {each!r}, expected HOST:PORT with a name or an IPv4 "
+                "address, as `qaflora worker` says it; several apart by commas.",
+                "rpc",
+            )
+    if len(set(found)) < len(found) or len(found) > MAX_WORKERS:
+        raise OptionError(
+            f"Option rpc is {text!r}, expected up to {MAX_WORKERS} different workers.", "rpc"
+        )
+    return found
+
+
+def shares(text: str, n_device: int) -> list[float]:
+    """How many layers each device gets, relative to the others, as --tensor-split has it.
+
+    Raises OptionError.
+    """
+    found = []
+    for each in text.split(","):
+        with contextlib.suppress(ValueError):
+            found.append(float(each))
+    is_number = len(found) == text.count(",") + 1
+    if not is_number or any(not 0 <= each < math.inf for each in found) or not any(found):
+        raise OptionError(
+            f"Option tensor_split is {text!r}, expected numbers from 0 up, apart by commas and "
+            "not all 0.",
+            "tensor_split",
+        )
+    if len(found) != n_device:
+        raise OptionError(
+            f"Option tensor_split has {len(found)} numbers, expected {n_device}: one for each "
+            "worker of --rpc, then one for each GPU of this machine.",
+            "tensor_split",
+        )
+    return found
+
+
+class Workers(Handle):
+    """Connections to workers.
+
+    devices  ggml_backend_dev_t of all their devices, in their order
+
+    Raises WorkerError for one that cannot be used, OptionError as `endpoints` does.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._endpoints = endpoints(text)
+        self.devices: list[int] = []
+        self._pointer: list[int] = []  # a backend for each device keeps its connection
+        try:
+            for endpoint in self._endpoints:
+                self._open(endpoint)
+            self._connections = [self._connection(each) for each in self._endpoints]
+            self.check()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, endpoint: str) -> None:
+        reg = rpc().add_server(endpoint.encode())
+        for i in range(ggml().reg_dev_count(reg) if reg else 0):
+            device = ggml().reg_dev_get(reg, i)
+            self.devices.append(device)
+            self._pointer.append(ggml().dev_init(device, None))
+        why = ctypes.c_char_p()
+        if not rpc().connection(endpoint.encode(), ctypes.byref(why)):
+            raise WorkerError(
+                f"The worker {endpoint} cannot be used: {(why.value or b'').decode()}. Start "
+                "`qaflora worker` of this version there."
+            )
+
+    @staticmethod
+    def _connection(endpoint: str) -> int:
+        return int(rpc().connection(endpoint.encode(), None))
+
+    def lost(self) -> str | None:
+        """The first worker whose connection is not the one that there was."""
+        pairs = zip(self._endpoints, self._connections, strict=True)
+        return next((each for each, old in pairs if not old or self._connection(each) != old), None)
+
+    def check(self) -> None:
+        """Raise WorkerError where a worker is lost."""
+        if endpoint := self.lost():
+            raise WorkerError(
+                f"The worker {endpoint} ended the connection, or its machine cannot be reached. "
+                "Start it again if it does not run, and ask again."
+            )
+
+    def _free(self, pointer: Any) -> None:
+        for backend in pointer:
+            ggml().free(backend)
+
+
+def place(
+    params: Any, *, gpu_layers: int | None, rpc: str | None, tensor_split: str | None
+) -> tuple[Workers | None, bool]:
+    """Write where layers go into llama_model_params.
+
+    returns  connections to the workers, and whether any layer is on a device
+
+    The head and the embedding stay here where there are workers, and with them the lens.
+    """
+    workers = None if rpc is None else Workers(rpc)
+    try:
+        devices = [*(workers.devices if workers else ()), *gpus()]
+        if tensor_split is not None:
+            split = shares(tensor_split, len(devices))
+            params.tensor_split = (ctypes.c_float * _MAX_DEVICES)(*split)
+        if gpu_layers is not None:
+            # llama.cpp 0c1e5709, llama-model.cpp load_tensors: the head is the first of them
+            params.n_gpu_layers = gpu_layers + (workers is not None and gpu_layers > 0)
+        if workers is not None:
+            chosen = (_HANDLE * (len(devices) + 1))(*devices)
+            here = (_BufferOverride * 2)(_BufferOverride(_ENDS, ggml().cpu_buffer_type()))
+            params.devices = ctypes.cast(chosen, _HANDLE)
+            params.tensor_buft_overrides = ctypes.cast(here, _HANDLE)
+            params._kept = chosen, here
+    except BaseException:
+        if workers is not None:
+            workers.close()
+        raise
+    return workers, bool(devices) and gpu_layers != 0
+
+
+def serve(host: str, port: int, *, cache: Path | None, threads: int) -> None:
+    """Lend the GPUs, or the CPU, to one client after the other; returns if it cannot listen.
+
+    cache  folder for large tensors that clients sent, or None
+    """
+    devices = gpus() or [ggml().dev_by_type(_CPU)]
+    array = (_HANDLE * len(devices))(*devices)
+    path = None if cache is None else os.fsencode(cache)
+    start = rpc().start_server
+    binding, _ = library()
+    binding.llama_log_set(binding.llama_log_callback(), None)  # to stderr
+    start(f"{host}:{port}".encode(), path, threads, len(devices), array)

@@ -1,0 +1,496 @@
+"""Layers on workers: exact, refused where they have to be, and there again after a failure.
+
+The workers compute on the CPU, in ggml's own kernels where this process has ours or repacks
+weights: sums of float32 in another order, with the limits of test_device.py.
+"""
+
+import contextlib
+import ctypes
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_backend as cpu
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from patience import PATIENCE_S, wait_until
+from serving import free_port
+from stock import write_merged
+from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
+from workers import (
+    GET_TENSOR,
+    GRAPH_COMPUTE,
+    GRAPH_RECOMPUTE,
+    VERSION,
+    Worker,
+    hello,
+    pretender,
+    relay,
+    worker,
+)
+
+from qaflora_edge import Engine
+from qaflora_edge.backend import devices, library
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.probe_context import ProbeContext
+from qaflora_edge.cli import main
+from qaflora_edge.errors import BusyError, OptionError, WorkerError
+
+F32 = NDArray[np.float32]
+TOKENS = cpu.TOKENS
+NEAR = 1e-4  # logits and states are of size 1 to 5
+ALL, SOME = 99, 2  # of three layers: all, and the last two
+LETTERS = "root ::= [a-z]{60}"  # an answer of many tokens
+base, adapters, weights = cpu.base, cpu.adapters, cpu.weights
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Worker]]:
+    folder = tmp_path_factory.mktemp("workers")
+    with worker(folder) as first, worker(folder) as second:
+        yield [first, second]
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One that no client has: what test_backend opens stays open."""
+    with worker(tmp_path_factory.mktemp("free")) as made:
+        yield made
+
+
+@pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
+def rpc(request: pytest.FixtureRequest, workers: list[Worker]) -> str:
+    return ",".join(each.endpoint for each in workers[: request.param])
+
+
+@pytest.fixture(params=[ALL, SOME], ids=["all-layers", "some-layers"])
+def gpu_layers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(autouse=True)
+def placed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let test_backend's helpers put layers on the workers, where they are to be on devices."""
+    if "rpc" in request.fixturenames:
+        rpc = request.getfixturevalue("rpc")
+
+        def model(path: Path, gpu_layers: int) -> Model:
+            return Model(path, gpu_layers=gpu_layers, rpc=rpc if gpu_layers else None)
+
+        monkeypatch.setattr(cpu, "Model", model)
+
+
+def assert_near(found: NDArray[np.floating], expected: NDArray[np.floating]) -> None:
+    np.testing.assert_allclose(found, expected, atol=NEAR, rtol=0)
+
+
+def files_of(adapters: list[TinyAdapter]) -> dict[str, Path]:
+    return {name: adapter.path for name, adapter in zip("abc", adapters, strict=True)}
+
+
+# what is computed there
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, rpc, gpu_layers) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", arch)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{rank}.gguf", base, rank=rank, seed=rank)
+        for rank in (4, 16, 5)
+    ]
+    expected = cpu.stock_logits(write_merged(tmp_path / "merged.gguf", base, adapters, weights))
+    assert np.abs(expected - cpu.stock_logits(base)).max() > 0.1  # the adapters do something
+    assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected)
+
+
+def test_head_and_embedding_are_adapted_here(tmp_path, weights, rpc, gpu_layers) -> None:
+    base, adapters, expected = cpu.with_adapted_ends(tmp_path, weights)
+    assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected)
+
+
+@pytest.mark.parametrize("differential", [False, True])
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_probe_states_equal_separate_passes(
+    base, adapters, rpc, gpu_layers, differential, pool
+) -> None:
+    single = cpu.single_states(base, adapters, TOKENS)
+    expected = single[-1] if pool == "last" else single.mean(axis=0)
+    found = cpu.probe_states(
+        base, adapters, TOKENS, differential=differential, pool=pool, gpu_layers=gpu_layers
+    )
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("lens", ["raw", "norm"])
+def test_divergence_equals_the_numpy_reference(base, adapters, rpc, lens) -> None:
+    states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=ALL)
+    model, pack = cpu.load(base, adapters, ALL)
+    with ProbeContext(model, pack, n_ctx=64, **cpu.EXACT) as context:
+        found = context.divergence(states[0], states[1:], lens)
+    np.testing.assert_allclose(found, cpu.reference_divergence(base, states, lens), rtol=2e-4)
+
+
+def test_engine_agrees_with_layers_here(base, adapters, rpc) -> None:
+    """F16 keys and values: a last bit of one is 1e-3 of it."""
+    files = files_of(adapters)
+    with (
+        Engine(
+            base=base.path, adapters=files, rpc=rpc, tensor_split="1,2" if "," in rpc else "1"
+        ) as there,
+        Engine(base=base.path, adapters=files, gpu_layers=0) as here,
+    ):
+        found, expected = there.weights(TOKENS), here.weights(TOKENS)
+        np.testing.assert_allclose(found.weights, expected.weights, atol=2e-3)
+        logits = here.logits(TOKENS, weights=expected)
+        np.testing.assert_allclose(there.logits(TOKENS, weights=expected), logits, atol=2e-2)
+        assert len(there.generate(TOKENS, grammar=LETTERS).text()) == 60
+
+
+# what is sent
+
+
+def test_changing_weights_sends_no_graph_and_logits_stay_here(base, adapters, free) -> None:
+    n_token = 20
+    with relay(free) as between:
+        model = Model(base.path, rpc=between.endpoint)
+        pack = Pack(model, [adapter.path for adapter in adapters])
+        rng = np.random.default_rng(0)
+        with Context(model, pack, n_ctx=64, **cpu.EXACT) as context:
+            context.decode(TOKENS[:1])
+            between.forget()
+            for i in range(n_token):
+                context.set_weights(rng.random((3, base.n_layer)).astype(np.float32))
+                context.decode(TOKENS[:1], start=1 + i)
+            assert between.sent[GRAPH_COMPUTE] == 0
+            assert between.sent[GRAPH_RECOMPUTE] == n_token
+            assert between.sent[GET_TENSOR] == n_token
+            # the state behind the last layer, and the size of the message
+            assert between.n_received == n_token * (8 + 4 * base.n_embd)
+            assert base.n_vocab > base.n_embd
+        pack.close()
+        model.close()
+
+
+# custom operations
+
+
+_CUSTOM = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+)  # ggml_custom_op_t
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class GraphOfTwo:
+    """x + c, with x on a worker, and c of a custom operation that writes 7."""
+
+    def __init__(self, device: int) -> None:
+        binding, _ = library.library()
+        self.lib, lib = binding._lib, binding._lib
+        for name, kinds in {
+            "ggml_init": [_P, ctypes.c_size_t, _P, ctypes.c_bool],
+            "ggml_new_tensor_1d": [_P, _I, _L],
+            "ggml_custom_4d": [_P, _I, _L, _L, _L, _L, _P, _I, _CUSTOM, _I, _P],
+            "ggml_add": [_P, _P, _P],
+            "ggml_new_graph": [_P],
+            "ggml_get_data": [_P],
+            "ggml_backend_alloc_ctx_tensors": [_P, _P],
+            "ggml_backend_dev_init": [_P, ctypes.c_char_p],
+            "ggml_backend_sched_new": [_P, _P, _I, ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool],
+        }.items():
+            getattr(lib, name).restype, getattr(lib, name).argtypes = _P, kinds
+        lib.ggml_backend_tensor_get.argtypes = [_P, _P, ctypes.c_size_t, ctypes.c_size_t]
+        lib.ggml_backend_tensor_set.argtypes = [_P, _P, ctypes.c_size_t, ctypes.c_size_t]
+        lib.ggml_build_forward_expand.argtypes = [_P, _P]
+        lib.ggml_backend_graph_compute.argtypes = [_P, _P]
+        lib.ggml_backend_sched_graph_compute.argtypes = [_P, _P]
+        lib.ggml_set_name.argtypes = [_P, ctypes.c_char_p]
+        lib.ggml_backend_buffer_set_usage.argtypes = [_P, _I]
+        self.worker = lib.ggml_backend_dev_init(device, None)
+        self.cpu = lib.ggml_backend_dev_init(devices.ggml().dev_by_type(0), None)
+        self.op = _CUSTOM(self._write)
+        weights = self._context()
+        self.x = lib.ggml_new_tensor_1d(weights, 0, 4)
+        buffer = lib.ggml_backend_alloc_ctx_tensors(weights, self.worker)
+        lib.ggml_backend_buffer_set_usage(buffer, 1)  # WEIGHTS: what reads x is best computed there
+        lib.ggml_backend_tensor_set(self.x, (ctypes.c_float * 4)(1, 2, 3, 4), 0, 16)
+        self.context = self._context()
+        sources = (_P * 1)(self.x)
+        c = lib.ggml_custom_4d(self.context, 0, 4, 1, 1, 1, sources, 1, self.op, 1, None)
+        lib.ggml_set_name(c, b"seven")
+        self.sum = lib.ggml_add(self.context, c, self.x)
+        self.graph = lib.ggml_new_graph(self.context)
+        lib.ggml_build_forward_expand(self.graph, self.sum)
+
+    def _context(self) -> int:
+        class Params(ctypes.Structure):
+            _fields_ = [("size", ctypes.c_size_t), ("buffer", _P), ("no_alloc", ctypes.c_bool)]
+
+        init = self.lib.ggml_init
+        init.argtypes = [Params]
+        made: int = init(Params(1 << 20, None, True))
+        return made
+
+    def _write(self, result: int, _ith: int, _nth: int, _data: object) -> None:
+        ctypes.memmove(self.lib.ggml_get_data(result), (ctypes.c_float * 4)(7, 7, 7, 7), 16)
+
+
+@pytest.fixture
+def graph(workers: list[Worker]) -> Iterator[GraphOfTwo]:
+    with devices.Workers(workers[0].endpoint) as opened:
+        yield GraphOfTwo(opened.devices[0])
+
+
+def test_custom_operations_are_computed_here(graph: GraphOfTwo) -> None:
+    """Where ggml's scheduler places them: their source is a weight on the worker."""
+    backends = (_P * 2)(graph.worker, graph.cpu)
+    sched = graph.lib.ggml_backend_sched_new(backends, None, 2, 64, False, False)
+    assert graph.lib.ggml_backend_sched_graph_compute(sched, graph.graph) == 0
+    found = (ctypes.c_float * 4)()
+    graph.lib.ggml_backend_tensor_get(graph.sum, found, 0, 16)
+    assert list(found) == [8.0, 9.0, 10.0, 11.0]
+
+
+def test_graph_with_a_custom_operation_is_not_sent(
+    graph: GraphOfTwo, workers: list[Worker]
+) -> None:
+    library.forget_said()
+    graph.lib.ggml_backend_alloc_ctx_tensors(graph.context, graph.worker)
+    assert graph.lib.ggml_backend_graph_compute(graph.worker, graph.graph) != 0
+    said = f"the custom operation 'seven' cannot be computed by the worker {workers[0].endpoint}"
+    assert said in library.said()
+
+
+@pytest.mark.slow
+def test_worker_refuses_a_custom_operation(tmp_path: Path) -> None:
+    """A client that is not ours, with an address of its own."""
+    lib = library.library()[0]._lib
+    lib.ggml_op_name.restype = ctypes.c_char_p
+    custom = next(op for op in range(200) if lib.ggml_op_name(op) == b"CUSTOM")
+    node = struct.pack("<QIQ", 1, 0, 0) + struct.pack("<4I", 4, 1, 1, 1)
+    node += struct.pack("<4I", 4, 16, 16, 16) + struct.pack("<I", custom) + b"\xff" * 64
+    node += bytes(4 + 10 * 8 + 3 * 8 + 64 + 4)
+    graph = struct.pack("<II", 0, 1) + struct.pack("<Q", 1) + struct.pack("<I", 1) + node
+    with worker(tmp_path) as lonely:
+        _, _, build = _hello_and_close(lonely.port)
+        client, _, _ = hello(lonely.port, build)
+        with client:
+            client.sendall(struct.pack("<BQ", GRAPH_COMPUTE, len(graph)) + graph)
+            assert client.recv(1) == b""
+        wait_until(lambda: "refused the custom operation of a client" in lonely.log.read_text())
+        assert lonely.process.poll() is None
+
+
+def _hello_and_close(port: int) -> tuple[None, tuple[int, int, int], bytes]:
+    client, version, build = hello(port, b"")
+    client.close()
+    return None, version, build
+
+
+# failures
+
+
+def pieces(engine: Engine, n: int) -> str:
+    """The beginning of an answer."""
+    answer = engine.generate(TOKENS, grammar=LETTERS)
+    text = "".join(next(answer) for _ in range(n))
+    answer.cancel()
+    return text
+
+
+@pytest.mark.slow
+def test_killed_worker_ends_an_answer_and_the_next_one_works(tmp_path, base, adapters) -> None:
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(worker(tmp_path))
+        rpc = first.endpoint
+        engine = stack.enter_context(Engine(base=base.path, adapters=files_of(adapters), rpc=rpc))
+        expected = engine.logits(TOKENS)
+        answer = engine.generate(TOKENS, grammar=LETTERS)
+        next(answer)
+        first.process.kill()
+        first.process.wait(PATIENCE_S)
+        with pytest.raises(WorkerError, match=f"The worker {rpc} ended the connection, or its"):
+            answer.text()
+        assert answer.finish_reason == "error"
+        with pytest.raises(WorkerError, match=f"{rpc} cannot be used: nothing answers there"):
+            engine.generate(TOKENS)
+        stack.enter_context(worker(tmp_path, port=first.port))
+        np.testing.assert_array_equal(engine.logits(TOKENS), expected)
+
+
+@pytest.mark.slow
+def test_worker_that_was_started_again_meanwhile_is_used(tmp_path, base, adapters) -> None:
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(worker(tmp_path))
+        engine = stack.enter_context(
+            Engine(base=base.path, adapters=files_of(adapters), rpc=first.endpoint)
+        )
+        expected = engine.logits(TOKENS)
+        first.process.kill()
+        first.process.wait(PATIENCE_S)
+        stack.enter_context(worker(tmp_path, port=first.port))
+        np.testing.assert_array_equal(engine.logits(TOKENS), expected)
+
+
+@pytest.mark.parametrize("command", [GET_TENSOR, GRAPH_RECOMPUTE], ids=["answer", "graph"])
+def test_lost_connection_ends_all_that_is_decoded(base, adapters, free, command) -> None:
+    """In the middle of a token: nothing of it is taken for a number."""
+    with relay(free) as between:
+        options = {"rpc": between.endpoint, "n_parallel": 2}
+        with Engine(base=base.path, adapters=files_of(adapters), **options) as engine:
+            expected = engine.logits(TOKENS)
+            answers = [engine.generate(TOKENS, grammar=LETTERS) for _ in range(2)]
+            for answer in answers:
+                next(answer)
+            between.before = lambda sent: sent != command
+            for answer in answers:
+                with pytest.raises(WorkerError):
+                    answer.text()
+            between.before = lambda sent: True
+            np.testing.assert_array_equal(engine.logits(TOKENS), expected)
+
+
+def test_thread_that_computes_for_all_goes_on(base, adapters, free) -> None:
+    with relay(free) as between:
+        engine = Engine(base=base.path, adapters=files_of(adapters), rpc=between.endpoint)
+
+        def compute() -> None:
+            with contextlib.suppress(BusyError):
+                while True:
+                    engine.run_forever()
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        expected = engine.logits(TOKENS)
+        between.before = lambda sent: False
+        with pytest.raises(WorkerError):
+            engine.logits(TOKENS)
+        with pytest.raises(WorkerError):  # there, and no worker
+            engine.logits(TOKENS)
+        between.before = lambda sent: True
+        np.testing.assert_array_equal(engine.logits(TOKENS), expected)
+        assert thread.is_alive()
+        engine.close()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def test_engines_share_a_worker_and_each_comes_back(base, adapters, free) -> None:
+    with relay(free) as between:
+        make = partial(Engine, base=base.path, rpc=between.endpoint)
+        with make(adapters=files_of(adapters)) as one, make(adapters={}) as other:
+            expected = one.logits(TOKENS), other.logits(TOKENS)
+            between.before = lambda sent: False
+            for engine in (one, other):
+                with pytest.raises(WorkerError):
+                    engine.logits(TOKENS)
+            between.before = lambda sent: True
+            np.testing.assert_array_equal(one.logits(TOKENS), expected[0])
+            np.testing.assert_array_equal(other.logits(TOKENS), expected[1])
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("version", "build", "said"),
+    [
+        ((6, 0, 0), b"", "it speaks version 6.0 of the protocol, expected 7.0"),
+        (VERSION, b"", "it is of the build '', expected '"),
+        (VERSION, b"0123456789-0123456789ab", "it is of the build '0123456789-0123456789ab', exp"),
+    ],
+)
+def test_worker_of_another_build_is_refused(base, version, build, said) -> None:
+    with pretender(version, build) as endpoint, pytest.raises(WorkerError) as caught:
+        Model(base.path, rpc=endpoint)
+    assert f"The worker {endpoint} cannot be used: {said}" in str(caught.value)
+    assert "Start `qaflora worker` of this version there." in str(caught.value)
+
+
+@pytest.mark.slow
+def test_worker_refuses_clients_of_another_build(tmp_path: Path) -> None:
+    with worker(tmp_path) as lonely:
+        client, version, build = hello(lonely.port, b"another")
+        with client:
+            assert version == VERSION
+            assert len(build) == 23  # of a commit and of our sources: 10 and 12 digits
+            assert client.recv(1) == b""
+        expected = f"Refused a client of the build 'another', expected '{build.decode()}'"
+        wait_until(lambda: expected in lonely.log.read_text())
+
+
+@pytest.mark.slow
+def test_worker_of_another_client_is_refused(base: TinyBase, tmp_path: Path) -> None:
+    with worker(tmp_path) as lonely:
+        _, _, build = _hello_and_close(lonely.port)
+        client, _, _ = hello(lonely.port, build)
+        with client, pytest.raises(WorkerError, match="it serves another client"):
+            Model(base.path, rpc=lonely.endpoint)
+
+
+def test_nothing_is_there(base: TinyBase) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    with pytest.raises(WorkerError) as caught:
+        Model(base.path, rpc=endpoint)
+    assert str(caught.value) == (
+        f"The worker {endpoint} cannot be used: nothing answers there. Start `qaflora worker` of "
+        "this version there."
+    )
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:0", "host:65536", ":1", "a:1,", "::1:1", "a:x"])
+def test_wrong_name_of_a_worker(base: TinyBase, text: str) -> None:
+    with pytest.raises(OptionError, match=r"Option rpc has the worker .* expected HOST:PORT"):
+        Model(base.path, rpc=text)
+
+
+def test_worker_is_named_once(base: TinyBase) -> None:
+    with pytest.raises(OptionError, match="expected up to 16 different workers"):
+        Model(base.path, rpc="a:1,a:1")
+
+
+@pytest.mark.parametrize("split", ["", "x", "0", "-1", "1,nan", "inf"])
+def test_wrong_split(base: TinyBase, workers: list[Worker], split: str) -> None:
+    with pytest.raises(OptionError, match=r"Option tensor_split is .* expected numbers from 0 up"):
+        Model(base.path, rpc=workers[0].endpoint, tensor_split=split)
+
+
+def test_split_of_another_length(base: TinyBase, workers: list[Worker]) -> None:
+    with pytest.raises(OptionError, match="tensor_split has 2 numbers, expected 1: one for each"):
+        Model(base.path, rpc=workers[0].endpoint, tensor_split="1,1")
+
+
+# the command
+
+
+def test_beyond_this_machine_is_refused() -> None:
+    result = CliRunner().invoke(main, ["worker", "--host", "0.0.0.0"])
+    assert result.exit_code == 2
+    assert "can be reached from other machines, and the protocol has no password" in result.output
+    result = CliRunner().invoke(main, ["worker", "--host", "localhost"])
+    assert result.exit_code == 2
+    assert "--host is 'localhost', expected an IPv4 address." in result.output
+
+
+def test_folder_of_the_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["worker", "--cache", str(tmp_path / "file" / "x")])
+    assert result.exit_code == 1
+    assert "of --cache cannot be made (Not a directory)" in result.output
+
+
+@pytest.mark.slow
+def test_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "qaflora_edge", "worker", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"Error: The worker cannot listen on 127.0.0.1:{port}: the port is in" in done.stderr
