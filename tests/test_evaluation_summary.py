@@ -364,3 +364,25 @@ def test_table_obeys_no_text_of_a_file(tmp_path: Path) -> None:
     assert "\u202e" not in text
     assert "t\\x1b[2J" in text
     assert write(tmp_path / "a.jsonl", head, records).exists()
+
+
+def test_the_base_and_single_adapters_are_the_same_whatever_else_is_loaded() -> None:
+    """A section without them has those of one that was asked alike, and no other's."""
+
+    def file(adapters: list[str], strategies: list[str], **changed: object) -> Results:
+        head = header([("t", "number", "es", "math")], adapters, **changed)
+        rights = {name: [float(c) for c in RIGHT[name]] for name in strategies}
+        return Results(head, tuple(scored("t", rights)))
+
+    many = file(["math", "es", "med"], ["base", "single:math", "single:es", "static"])
+    two = file(["math", "med"], ["static", "qa-flora"])
+    other = file(["math", "med"], ["static"], options={"lens": "raw"})
+    found = summarise([("many", many), ("two", two), ("other", other)])
+    assert [sorted(each.section.cells[0].rows) for each in found] == [
+        ["base", "single:es", "single:math", "static"],
+        ["base", "qa-flora", "single:math", "static"],
+        ["static"],
+    ]
+    over_single = line(found[1], "qa-flora").over_single
+    assert over_single is not None
+    assert over_single.value == pytest.approx(100 * 1 / 6)

@@ -1,5 +1,6 @@
 """What several files of results say together: sections that may be compared, and their cells."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,22 @@ def sections(files: Sequence[tuple[str, Results]]) -> list[Section]:
             section = Section()
             found.append(section)
         _add(section, results, shown)
+    for section, other in itertools.permutations(found, 2):
+        if all(map(section.is_alike, other.headers)):
+            _take_over(section, other)
     return found
+
+
+def _take_over(section: Section, other: Section) -> None:
+    """Take what another section has of the base and of single adapters, where a cell has nothing.
+
+    These are the same whatever else is loaded.
+    """
+    for cell, same in itertools.product(section.cells, other.cells):
+        if cell.task == same.task:
+            alone = {BASE, *(f"{SINGLE}{name}" for name in cell.adapters)}
+            for strategy in same.rows.keys() & alone - cell.rows.keys():
+                cell.rows[strategy] = same.rows[strategy]
 
 
 def _is_asked_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
