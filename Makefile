@@ -17,7 +17,7 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests test-asan asan-tests test-clients clients-tests \
+.PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests test-asan asan-tests test-clients clients-tests pin-clients \
     release test-release release-tests \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
@@ -77,6 +77,13 @@ asan-tests: $(DONE)/package $(DONE)/pytest
 CASES ?= 720
 test-clients:
 	$(MAKE) VENV=.venv-clients clients-tests
+
+CLIENT_PINS := --constraint .ci/clients.txt
+pin-clients:
+	rm -rf .venv-clients
+	$(MAKE) VENV=.venv-clients CLIENT_PINS= .venv-clients/.done/clients
+	{ sed -n '/^#/p' .ci/clients.txt; .venv-clients/bin/pip freeze --exclude qaflora-edge --exclude llama-cpp-python; } > $(BUILD)/clients.txt
+	mv $(BUILD)/clients.txt .ci/clients.txt
 
 clients-tests: $(DONE)/clients
 	QAFLORA_TEST_CASES=$(CASES) $(BIN)/pytest tests/test_client_openai.py tests/test_clients.py
@@ -202,8 +209,8 @@ $(DONE)/eval: pyproject.toml | $(DONE)/package
 	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[eval]'
 	@touch $@
 
-$(DONE)/clients: pyproject.toml $(DONE)/package
-	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[clients]'
+$(DONE)/clients: pyproject.toml .ci/clients.txt $(DONE)/package
+	$(PIP) install $(CLIENT_PINS) --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[clients]'
 	@touch $@
 
 $(DONE)/pytest: $(DONE)/venv
