@@ -140,7 +140,10 @@ def test_answers_under_load_are_those_alone(made: TinyBundle, alone: Engine) -> 
 
 @pytest.mark.slow
 def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> None:
-    """In the middle of a stream, before its first byte, and while they wait; by FIN and by RST."""
+    """In the middle of a stream, before its first byte, and while they wait; by FIN and by RST.
+
+    Where another request was sent behind the stream's too.
+    """
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
     asked = {"model": "tiny", "messages": USER, "stream": True}
 
@@ -149,7 +152,9 @@ def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> 
         opened = []
         for number in range(10):
             client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-            client.sendall(raw_post(json.dumps(asked | {"stream": number % 3 > 0}).encode()))
+            is_stream = number % 3 > 0
+            data = raw_post(json.dumps(asked | {"stream": is_stream}).encode())
+            client.sendall(data * (1 + is_stream))
             opened.append(client)
         wait_until(lambda: turns.n_running + room.n_waiting == len(opened))
         # Of the four that have a turn any three are decoded.

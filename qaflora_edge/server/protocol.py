@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from qaflora_edge.server.options import HEAD_S, MAX_HEAD_BYTES
 
@@ -12,13 +12,15 @@ class BoundedProtocol(HttpToolsProtocol):
     """A connection that is closed when a head takes too long to come, or has no end.
 
     uvicorn waits for a head as long as it takes, and holds all of it (0.54, httptools_impl.py).
-    A connection on which nothing was asked yet waits for a head too.
+    A connection on which nothing was asked yet waits for a head too. And where several requests
+    were sent at once, uvicorn tells only the last one that the client is gone.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._n_head = 0  # bytes since a head, a part of a body or a whole request
         self._patience: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None  # what is answered now
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -27,6 +29,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._has_come()
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         self._n_head += len(data)
@@ -35,6 +40,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self._n_head and self._patience is None and not self.transport.is_closing():
             self._wait_for_head()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_headers_complete(self) -> None:
         self._has_come()

@@ -201,6 +201,7 @@ class Work(Response):
             while len(body) > PIECE_BYTES:
                 await send_noted({**message, "body": body[:PIECE_BYTES], "more_body": True})
                 body = body[PIECE_BYTES:]
+                await asyncio.sleep(0)  # others are served, and it is heard who is gone
             await send_noted({**message, "body": body, "more_body": more} if body else message)
 
         return send_pieces
