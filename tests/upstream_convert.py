@@ -7,10 +7,13 @@ TREE is llama.cpp with conversion/, gguf-py/ and convert_lora_to_gguf.py. JOBS l
 `merges` of a byte-level vocabulary. A job's failure is written beside `out` as `.error`.
 """
 
+import copy
 import json
-import runpy
+import logging
 import sys
+from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 
@@ -48,10 +51,11 @@ def convert_base(job: dict[str, Any]) -> None:
 
 
 def restore_fields(load: Any) -> Any:
-    """Wrap load_hparams: with fields that this transformers no longer writes."""
+    """Wrap load_hparams: with fields that this transformers no longer writes, each read once."""
+    loaded = cache(load)
 
     def load_hparams(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
-        return restored(folder, load(folder, is_mistral_format))
+        return restored(folder, copy.deepcopy(loaded(folder, is_mistral_format)))
 
     return staticmethod(load_hparams)
 
@@ -63,18 +67,24 @@ def restored(folder: Path, hparams: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in hparams.items() if value is not None}
 
 
+@cache
+def compiled(script: Path) -> CodeType:
+    return compile(script.read_text(encoding="utf-8"), str(script), "exec")
+
+
 def convert_adapter(tree: Path, job: dict[str, Any]) -> None:
     """Run convert_lora_to_gguf.py as its command line would."""
-    script = str(tree / "convert_lora_to_gguf.py")
+    script = tree / "convert_lora_to_gguf.py"
     options = ["--outtype", job["outtype"], "--base", job["hf"], "--outfile", job["out"]]
-    sys.argv = [script, *options, job["peft"]]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = [str(script), *options, job["peft"]]
+    exec(compiled(script), {"__name__": "__main__", "__file__": str(script)})
 
 
 def main(tree: Path, jobs: Path) -> None:
     sys.path[:0] = [str(tree), str(tree / "gguf-py")]
     from conversion import ModelBase
 
+    logging.disable(logging.INFO)  # a line for each tensor
     ModelBase.no_mtp = True  # as with --no-mtp: transformers writes no blocks of that kind
     ModelBase.load_hparams = restore_fields(ModelBase.load_hparams)  # type: ignore[method-assign]
     for job in json.loads(jobs.read_text(encoding="utf-8")):
