@@ -52,8 +52,11 @@ def listening(*places: Path, **options: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def listening_app(app: Starlette) -> Iterator[str]:
-    """The address of an app that listens on this machine, in a thread."""
+def listening_app(app: Starlette, *, send_buffer: int = 0) -> Iterator[str]:
+    """The address of an app that listens on this machine, in a thread.
+
+    send_buffer  bytes that the system takes of a connection before its client does; 0: as it likes
+    """
     config = config_of(app)
     config.port, config.lifespan = 0, "on"
     server = uvicorn.Server(config)
@@ -62,6 +65,9 @@ def listening_app(app: Starlette) -> Iterator[str]:
     wait_until(lambda: server.started or not thread.is_alive())
     assert server.started
     try:
+        if send_buffer:
+            listening = server.servers[0].sockets[0]
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         wait_until_open(lambda: got(f"{address}/health").json()["status"])
         yield address

@@ -216,17 +216,19 @@ def test_readme_names_every_verb(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_each_row_of_each_question(
+def test_the_demo_shows_each_row_of_a_question(
     smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DEMO["show"].__globals__, "MAX_TOKENS", 4)  # rows, not words, are looked at
+    """The other questions take the same way, and test_transcript asks two of them."""
+    told = DEMO["show"].__globals__
+    monkeypatch.setitem(told, "MAX_TOKENS", 2)  # rows, not words, are looked at
+    monkeypatch.setitem(told, "QUESTIONS", DEMO["QUESTIONS"][-1:])
     DEMO["main"]()
     caveat, *shown = capsys.readouterr().out.split("\n--- ")
     assert "all of them are wrong" in caveat
-    assert [text.count("weighs most at layers") for text in shown] == [1, 1, 1]
-    for text in shown:
-        rows = [row.split()[0] for row in re.split(r"─{40,}", text)[2:-1]]
-        assert rows == ["base", "single:math", "single:es", "single:med", "qa-flora"]
+    assert [text.count("weighs most at layers") for text in shown] == [1]
+    rows = [row.split()[0] for row in re.split(r"─{40,}", shown[0])[2:-1]]
+    assert rows == ["base", "single:math", "single:es", "single:med", "qa-flora"]
 
 
 @pytest.mark.slow

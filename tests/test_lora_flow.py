@@ -82,7 +82,7 @@ def test_gates_are_trained_and_scored(tmp_path: Path, lora_flow: Any, architectu
             first = engine._model.piece(int(logits)).decode("utf-8", "replace")
             assert record["answer"].startswith(first)
             assert record["score"] == 0
-    options = ("--epochs", 30, "--lr", 0.02, "--batch", 2)
+    options = ("--epochs", 12, "--lr", 0.05, "--batch", 2)
     before = run(losses, "trained.jsonl", *options, "--half", "dev")
     trained = run(losses, "trained.jsonl", *options)  # goes on
     assert trained.records[:2] == before.records

@@ -176,11 +176,11 @@ def test_a_client_that_reads_nothing_is_given_up(
     endless: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answer is no longer computed, and others have its turn."""
-    monkeypatch.setattr(work, "SEND_S", 2.0)
+    monkeypatch.setattr(work, "SEND_S", 0.5)
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
     asked = {"model": "tiny", "messages": USER, "stream": True}
     wordy = {"logprobs": True, "top_logprobs": 20, "n": 16}
-    with listening_app(app) as url, contextlib.ExitStack() as stack:
+    with listening_app(app, send_buffer=1 << 16) as url, contextlib.ExitStack() as stack:
         client = stack.enter_context(socket.socket())
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(address_of(url))
@@ -195,6 +195,7 @@ def test_a_client_that_reads_nothing_is_given_up(
                 data += part
         assert data.startswith(b"HTTP/1.1 200 ")
         assert b"[DONE]" not in data
+        monkeypatch.setattr(work, "SEND_S", PATIENCE_S)
         short = httpx.post(url + CHAT, json={**asked, "stream": False, "max_tokens": 3})
         assert short.json()["choices"][0]["message"]["content"] == "aaa"
 
