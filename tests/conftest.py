@@ -52,11 +52,12 @@ def take_one_thread_each() -> None:
 # Files that import torch or cma, which takes seconds, and files that open the browser.
 IMPORTING = "architectures centroid convert fit lorahub lora_flow peft recipes reference spectral"
 BROWSER = "cli_plot_browser cli_report_browser page_browser page_hostile page_server"
+LONG = "transcript docs"  # single tests of many seconds: none of them is to be the last
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with these files: the first of several workers runs them all, and loads each once."""
-    first = [f"test_{name}.py" for name in f"{IMPORTING} {BROWSER}".split()]
+    first = [f"test_{name}.py" for name in f"{IMPORTING} {BROWSER} {LONG}".split()]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 99)
 
 

@@ -5,6 +5,7 @@ The base is the GGUF's own weights, dequantised by transformers; adapters are PE
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
@@ -118,13 +119,21 @@ class Reference:
 
         What was computed once is kept: tests ask for the same prompts.
         """
-        key = (tuple(tokens), adapter)
-        if key not in self._states:
-            self._states[key] = self._compute_states(tokens, adapter)
-        return self._states[key]
+        if (tuple(tokens), adapter) not in self._states:
+            self.read([tokens])
+        return self._states[tuple(tokens), adapter]
 
     @torch.inference_mode()
-    def _compute_states(self, tokens: Sequence[int], adapter: str | None) -> tuple[F64, F32]:
+    def read(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute the states of prompts; to change adapters takes PEFT longer than a pass."""
+        for adapter in (None, *self.adapters):
+            if adapter is not None:
+                self.model.set_adapter(adapter)
+            with self.model.disable_adapter() if adapter is None else nullcontext():
+                for tokens in prompts:
+                    self._states[tuple(tokens), adapter] = self._compute_states(tokens)
+
+    def _compute_states(self, tokens: Sequence[int]) -> tuple[F64, F32]:
         kept: list[torch.Tensor] = []
         hooks = [
             layer.register_forward_hook(
@@ -134,14 +143,8 @@ class Reference:
             )
             for layer in self.layers
         ]
-        ids = torch.tensor([list(tokens)])
         try:
-            if adapter is None:
-                with self.model.disable_adapter():
-                    logits = self.model(input_ids=ids).logits[0, -1]
-            else:
-                self.model.set_adapter(adapter)
-                logits = self.model(input_ids=ids).logits[0, -1]
+            logits = self.model(input_ids=torch.tensor([list(tokens)])).logits[0, -1]
         finally:
             for hook in hooks:
                 hook.remove()

@@ -14,6 +14,7 @@ from qaflora_edge import Engine
 from qaflora_edge.convert.adapter import convert_adapter
 
 if TYPE_CHECKING:
+    import gguf
     from reference import Reference  # and so torch, which takes seconds
 
 NAMES = ("math", "es", "med")
@@ -43,10 +44,17 @@ def read_once() -> Iterator[None]:
     """Let each GGUF be read once: a vocabulary takes gguf seconds, and transformers asks often."""
     import gguf
 
-    read, names = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+    reader = gguf.GGUFReader
+
+    @cache
+    def read(path: str) -> gguf.GGUFReader:
+        with pytest.MonkeyPatch.context() as patch:  # slices of a memmap take twice as long
+            patch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))
+            return reader(path)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
-        patch.setattr(gguf, "get_tensor_name_map", names)
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
         yield
 
 
@@ -66,13 +74,6 @@ def peft_folders(folder: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2: Path, peft_folders: dict[str, Path]) -> Reference:
-    from reference import Reference
-
-    return Reference(smollm2, peft_folders)
-
-
-@pytest.fixture(scope="module")
 def exact(smollm2: Path, folder: Path, peft_folders: dict[str, Path]) -> Iterator[Engine]:
     """F32 base, F32 adapters from our own converter, F32 KV, no flash attention."""
     from reference import dequantise
@@ -84,6 +85,15 @@ def exact(smollm2: Path, folder: Path, peft_folders: dict[str, Path]) -> Iterato
     }
     with Engine(base=base, adapters=adapters, kv_type="f32", flash_attn=False) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: Path, peft_folders: dict[str, Path], exact: Engine) -> Reference:
+    from reference import Reference
+
+    made = Reference(smollm2, peft_folders)
+    made.read(queries(exact))
+    return made
 
 
 def queries(engine: Engine) -> list[list[int]]:

@@ -92,7 +92,7 @@ def drawn_call(rng: random.Random, done: list[Call]) -> Call:
         last = rng.choice(done)
         prompt = (last.prompt + prompt)[:225]
     if rng.random() < 0.05:
-        prompt = prompt * 500  # too long
+        prompt = prompt * 241  # too long
     if rng.random() < 0.05:
         prompt.insert(rng.randrange(len(prompt)), POISON)
     options: dict[str, Any] = {
