@@ -17,8 +17,8 @@ DONE := $(VENV)/.done
 PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests test-asan asan-tests test-clients clients-tests pin-clients \
-    release test-release release-tests \
+.PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
+    test-clients clients-tests pin-clients release test-release release-tests test-aarch64 \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
@@ -53,6 +53,27 @@ vulkan-tests: export QAFLORA_TEST_DEVICE := Vulkan
 vulkan-tests: $(DONE)/package $(DONE)/pytest
 	GGML_VK_DISABLE_F16=1 GGML_VK_DISABLE_FUSION=1 $(BIN)/pytest tests/test_device.py
 	$(BIN)/pytest tests/test_device.py
+
+# For CUDA and one architecture, with cuBLAS from the package index: compiled, linked and loaded, in an
+# environment of its own. It needs nvcc and no GPU; the CPU is tested with it.
+CUDA_ARCH ?= 90
+CUBLAS := $(CURDIR)/.venv-cuda/cublas
+cuda-build: export CPATH := $(CUBLAS)/include
+cuda-build: export LD_LIBRARY_PATH := $(CUBLAS)/lib
+cuda-build:
+	$(MAKE) VENV=.venv-cuda .venv-cuda/.done/cublas
+	$(MAKE) VENV=.venv-cuda BUILD=build/cuda CMAKE_ARGS="$(CMAKE_ARGS) -DGGML_CUDA=on -DGGML_CUDA_NO_VMM=on \
+	    -DGGML_CUDA_FA=off -DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH) -DCMAKE_PREFIX_PATH=$(CUBLAS)" cuda-tests
+
+cuda-tests: $(DONE)/package $(DONE)/pytest
+	$(BIN)/pytest tests/test_backend.py
+
+# CMake asks for names without a version, which the wheel does not have.
+$(DONE)/cublas: $(DONE)/venv
+	$(PIP) install 'nvidia-cublas<13.2'  # for CUDA 13.0
+	ln -sfn $(CURDIR)/$(VENV)/lib/python3.*/site-packages/nvidia/cu13 $(VENV)/cublas
+	for name in cublas cublasLt; do ln -sf lib$$name.so.13 $(VENV)/cublas/lib/lib$$name.so; done
+	@touch $@
 
 # The library with address and undefined-behaviour sanitizers, and asserts, in an environment of its
 # own. Not stripped, so that a report names functions.
@@ -129,7 +150,18 @@ release-tests: $(DONE)/pytest
 	PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py $(BIN)/python
 	$(BIN)/pytest tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 	@if [ "$$(uname -m)" = x86_64 ] && command -v qemu-x86_64; then \
-	    PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py $(BIN)/python --emulator 'qemu-x86_64 -cpu' --cpu $(X86_MODELS); fi
+	    PYTHONPATH=tests $(BIN)/python -P tests/every_cpu.py qemu-x86_64 $(BIN)/python --cpu $(X86_MODELS); fi
+
+# The wheel of dist/ for aarch64 on another machine: under qemu-user, with Debian's Python for it. An
+# emulated processor is 20 to 50 times slower than this one.
+AARCH64 := .venv-aarch64/bin
+AARCH64_MODELS ?= max cortex-a53 cortex-a72 neoverse-n1
+test-aarch64: $(DONE)/venv
+	.ci/emulated-python aarch64 .venv-aarch64
+	$(PIP) --python $(AARCH64)/python install --only-binary :all: --find-links dist 'pytest>=8.2' dist/qaflora_edge-*_aarch64.whl
+	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python --cpu $(AARCH64_MODELS)
+	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python
+	$(AARCH64)/pytest -m "not slow" tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 
 # Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
 MINUTES ?= 5
@@ -180,7 +212,7 @@ eval-smoke: $(DONE)/package $(DONE)/eval
 
 # The compiled llama.cpp stays in build/, the models in the user's cache.
 clean:
-	rm -rf $(VENV) .venv-vulkan .venv-asan .venv-clients .venv-release
+	rm -rf $(VENV) .venv-vulkan .venv-asan .venv-clients .venv-release .venv-aarch64 .venv-cuda
 
 $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
