@@ -200,6 +200,7 @@ def test_a_client_that_reads_nothing_is_given_up(
         assert short.json()["choices"][0]["message"]["content"] == "aaa"
 
 
+@pytest.mark.slow
 def test_bodies_that_come_slowly_or_never(
     made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def is_closed(client: socket.socket) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_heads_that_come_slowly_or_never(
     made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
