@@ -132,7 +132,9 @@ def test_tools(client: OpenAI, choice: Any) -> None:
         whole = stream.get_final_completion().choices[0]
     (streamed,) = whole.message.tool_calls or ()
     assert json.loads(streamed.function.arguments)["place"] in ("Rome", "Oslo")
-    told = [*USER, found.message, {"role": "tool", "tool_call_id": call.id, "content": "warm"}]
+    # As Extended OpenAI Conversation 2.0.0, of Home Assistant, sends it back.
+    result = {"tool_call_id": call.id, "role": "tool", "name": "weather", "content": "warm"}
+    told: Any = [*USER, found.message.model_dump(exclude_none=True), result]
     again = client.chat.completions.create(
         model="tiny", messages=told, tools=[WEATHER], tool_choice="none", max_tokens=3
     )
