@@ -19,6 +19,12 @@ def test_table_has_every_module_once() -> None:
     assert sorted(ORDER) == sorted([*MODULES, "cli/"])
 
 
+def test_no_module_is_longer_than_the_limit() -> None:
+    """400 lines, as CONTRIBUTING.md has it."""
+    counts = {name: path.read_text(encoding="utf-8").count("\n") for name, path in EVERY.items()}
+    assert [name for name, count in counts.items() if count > 400] == []
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_module_imports_what_stands_before_it(name: str) -> None:
     known = {"cli" if before == "cli/" else before for before in ORDER[: ORDER.index(name)]}
