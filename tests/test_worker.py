@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_backend as cpu
+from bundles import make_bundle
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
-from serving import free_port
+from serving import ENGINE, client_of, free_port
 from stock import write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 from workers import (
@@ -380,6 +381,27 @@ def test_thread_that_computes_for_all_goes_on(base, adapters, free) -> None:
         engine.close()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
+
+
+def test_server_says_503_until_the_worker_is_back(tmp_path: Path, free: Worker) -> None:
+    made = make_bundle(tmp_path)
+    with relay(free) as between:
+        engine = {**ENGINE, "rpc": between.endpoint}
+        with client_of(made.folder, engine=engine) as client:
+
+            def status() -> int:
+                answer = client.post("/v1/completions", json={"prompt": "How", "max_tokens": 1})
+                if answer.status_code != 200:
+                    assert answer.json()["error"]["code"] == "model_unavailable"
+                    assert "Retry-After" in answer.headers
+                    assert between.endpoint not in answer.text
+                return answer.status_code
+
+            assert status() == 200
+            between.before = lambda sent: False
+            assert [status(), status()] == [503, 503]
+            between.before = lambda sent: True
+            assert status() == 200
 
 
 def test_engines_share_a_worker_and_each_comes_back(base, adapters, free) -> None:

@@ -15,6 +15,7 @@ from qaflora_edge.errors import (
     StrategyError,
     ToolsError,
     WeightsError,
+    WorkerError,
 )
 from qaflora_edge.server.options import RETRY_AFTER_S
 
@@ -95,6 +96,9 @@ def refusal(
         return unavailable("The request took too long; try again, or ask for less.", "timeout")
     if isinstance(error, BusyError | CancelledError):
         return unavailable("The server is shutting down.", "shutting_down")
+    if isinstance(error, WorkerError):
+        message = "A machine that holds layers of the model cannot be reached; try again."
+        return unavailable(message, "model_unavailable")
     for kind, param in {**_OF_REQUEST, **params}.items():
         if isinstance(error, kind):
             named = error.option if isinstance(error, OptionError) else None
