@@ -29,6 +29,7 @@ from workers import (
     GET_TENSOR,
     GRAPH_COMPUTE,
     GRAPH_RECOMPUTE,
+    SET_TENSOR,
     VERSION,
     Worker,
     hello,
@@ -158,7 +159,7 @@ def test_engine_agrees_with_layers_here(base, adapters, rpc) -> None:
 # what is sent
 
 
-def test_changing_weights_sends_no_graph_and_logits_stay_here(base, adapters, free) -> None:
+def test_weights_are_sent_when_they_change_graphs_and_logits_never(base, adapters, free) -> None:
     n_token = 20
     with relay(free) as between:
         model = Model(base.path, rpc=between.endpoint)
@@ -176,6 +177,11 @@ def test_changing_weights_sends_no_graph_and_logits_stay_here(base, adapters, fr
             # the state behind the last layer, and the size of the message
             assert between.n_received == n_token * (8 + 4 * base.n_embd)
             assert base.n_vocab > base.n_embd
+            n_set = between.sent[SET_TENSOR]
+            between.forget()
+            for i in range(n_token):
+                context.decode(TOKENS[:1], start=1 + n_token + i)
+            assert between.sent[SET_TENSOR] < n_set
         pack.close()
         model.close()
 

@@ -6,7 +6,7 @@ static int32_t slot_of(const llama_ubatch & ubatch, uint32_t i) {
     return ubatch.seq_idx[ubatch.seq_id[i][0]];
 }
 
-void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) const {
+void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) {
     const auto & segments = qf.pack->layouts[layout].segments;
     std::vector<float> data;
     data.reserve(ggml_nelements(dst));
@@ -19,7 +19,10 @@ void qaflora_graph_input::set_weights(int32_t layout, ggml_tensor * dst, const l
             data.resize((il*n_slot + s + 1)*dst->ne[0], 0.0f);
         }
     }
-    ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+    if (weights_there[dst] != data) { // a device may be another machine
+        ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+        weights_there[dst] = std::move(data);
+    }
 }
 
 void qaflora_graph_input::set_cpu_weights(const llama_ubatch & ubatch) const {
@@ -131,6 +134,7 @@ static ggml_tensor * layer_weights(const llm_graph_context & gctx, qaflora_graph
         all = ggml_new_tensor_3d(gctx.ctx0, GGML_TYPE_F32, inp.qf.pack->layouts[layout].rank, inp.n_slot, inp.qf.n_layer);
         ggml_format_name(all, "qaflora_weights_%d", layout);
         ggml_set_input(all);
+        ggml_set_output(all); // its memory is nobody else's, so that it stays
         if (ggml_backend_t backend = find_backend(gctx.sched, dev)) {
             ggml_backend_sched_set_tensor_backend(gctx.sched, all, backend);
         }

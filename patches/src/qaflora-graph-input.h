@@ -58,7 +58,9 @@ struct qaflora_graph_input : public llm_graph_input_i {
 
 private:
     void set_cpu_weights(const llama_ubatch & ubatch) const;
-    void set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch) const;
+    void set_weights(int32_t layout, ggml_tensor * dst, const llama_ubatch & ubatch);
+
+    std::map<const ggml_tensor *, std::vector<float>> weights_there; // what a device's tensor of `weights` holds
 };
 
 // null: the graph has none
