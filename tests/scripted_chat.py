@@ -49,5 +49,5 @@ def scripted(text: str = ANSWER, *, pause_s: float = 0.0) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    Engine.generate = scripted(sys.argv[1], pause_s=0.02)  # type: ignore[method-assign]
+    Engine.generate = scripted(sys.argv[1], pause_s=0.01)  # type: ignore[method-assign]
     main(sys.argv[2:], prog_name="qaflora")

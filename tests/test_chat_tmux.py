@@ -67,7 +67,7 @@ def test_a_chat_from_its_first_question_to_its_end(
     opened: Open, made: TinyBundle, tmp_path: Path
 ) -> None:
     """Types, interrupts an answer taller than the screen, retries, shows weights, leaves."""
-    story = "\n\n".join(" ".join(f"{name}{i}" for i in range(80)) for name in "abcd")
+    story = "\n\n".join(" ".join(f"{name}{i}" for i in range(80)) for name in "abcdefgh")
     window = opened(made.folder, answer=story, columns=80, rows=8)
     assert "math, es" in window.screen()
     window.type("Tell me a story.")
@@ -75,7 +75,7 @@ def test_a_chat_from_its_first_question_to_its_end(
     window.wait_for("b70")
     # Once it is taller than the screen, its beginning can be read above, in whole paragraphs.
     seen = window.wait_until(lambda _: "b0 " not in window.visible(), "a tall answer")
-    assert re.findall(r"[a-d]\d+", seen)[:150] == story.split()[:150]
+    assert re.findall(r"[a-h]\d+", seen)[:150] == story.split()[:150]
     window.key("C-c")
     screen = window.wait_for("stopped ·")
     status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ %  \w+ \d+ %"
@@ -88,7 +88,7 @@ def test_a_chat_from_its_first_question_to_its_end(
     question, answer = json.loads(path.read_text(encoding="utf-8"))["messages"]
     assert question["content"] == "Tell me a story."
     assert answer["finish_reason"] == "cancelled"
-    assert re.findall(r"[a-d]\d+", screen) == answer["content"].split()
+    assert re.findall(r"[a-h]\d+", screen) == answer["content"].split()
     window.type("/strategy static")
     window.key("Enter")
     window.type("/retry")
