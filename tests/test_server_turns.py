@@ -87,6 +87,49 @@ def test_many_names_are_no_second_share() -> None:
         assert not left
 
 
+def test_who_asks_often_keeps_nobody_out() -> None:
+    """A full room has a place for an address with fewer, at the cost of the one with the most."""
+
+    async def play() -> dict[str, str]:
+        room = Room(4)
+        turns = [Turns(1, room), Turns(1, room)]  # of two bundles
+        ended: dict[str, str] = {}
+
+        async def ask(which: int, address: str, name: str) -> None:
+            try:
+                async with turns[which].turn(Client(address, name)):
+                    ended[name] = "answered"
+            except Refusal as refused:
+                ended[name] = refused.code or ""
+
+        async with turns[0].turn(Client("x")), turns[1].turn(Client("x")):
+            asks = []
+            for i in range(4):
+                asks.append(asyncio.create_task(ask(i % 2, "often", f"often{i}")))
+            await asyncio.sleep(0)
+            for i, address in enumerate(("one", "two", "two", "three", "often")):
+                asks.append(asyncio.create_task(ask(i % 2, address, f"{address}{i}")))
+            while len(ended) < 5:
+                await asyncio.sleep(0)
+            assert room.n_waiting == 4
+        await asyncio.gather(*asks)
+        assert [each.n_running for each in turns] == [0, 0]
+        assert room.n_waiting == 0
+        return ended
+
+    assert asyncio.run(play()) == {
+        "often3": "queue_full",  # for one0
+        "often2": "queue_full",  # for two1
+        "two2": "queue_full",  # with it two had as many as often
+        "often1": "queue_full",  # for three3
+        "often4": "queue_full",
+        "often0": "answered",
+        "one0": "answered",
+        "two1": "answered",
+        "three3": "answered",
+    }
+
+
 def test_who_gives_up_leaves_no_hole() -> None:
     async def play() -> None:
         room = Room(3)

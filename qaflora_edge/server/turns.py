@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Generic, NamedTuple, TypeVar
 
-from qaflora_edge.server.refusals import unavailable
+from qaflora_edge.server.refusals import Refusal, unavailable
 
 T = TypeVar("T")
 
@@ -57,10 +57,45 @@ class Waiting(Generic[T]):
 
 
 class Room:
-    """How many may wait in all, whatever they wait for."""
+    """How many may wait in all, whatever they wait for.
+
+    Where it is full, who comes takes the place of the last one of the address that has the most,
+    if that has more even so: nobody keeps others out by asking often.
+    """
 
     def __init__(self, n_most: int) -> None:
-        self.n_most, self.n_waiting = n_most, 0
+        self.n_most = n_most
+        self._waiting: dict[str, list[asyncio.Future[None]]] = {}  # by address
+
+    @property
+    def n_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def enter(self, address: str, one: asyncio.Future[None]) -> None:
+        """Let one wait. Raises Refusal when there is no place for it."""
+        if self.n_waiting >= self.n_most:
+            n_mine = len(self._waiting.get(address, ()))
+            most = max(self._waiting, key=lambda each: len(self._waiting[each]), default=address)
+            last = next(
+                (each for each in reversed(self._waiting.get(most, ())) if not each.done()), None
+            )
+            if last is None or len(self._waiting[most]) <= n_mine + 1:
+                raise self._full()
+            last.set_exception(self._full())
+            self.leave(most, last)
+        self._waiting.setdefault(address, []).append(one)
+
+    def leave(self, address: str, one: asyncio.Future[None]) -> None:
+        """Take one out; nothing where its place was taken."""
+        waiting = self._waiting.get(address, [])
+        if one in waiting:
+            waiting.remove(one)
+            if not waiting:
+                del self._waiting[address]
+
+    def _full(self) -> Refusal:
+        message = f"The server is busy: {self.n_waiting} requests wait already; try again later."
+        return unavailable(message, "queue_full")
 
 
 class Turns:
@@ -89,25 +124,19 @@ class Turns:
         if self.n_running < self._n_at_once:  # then nobody waits
             self.n_running += 1
             return
-        if self._room.n_waiting >= self._room.n_most:
-            raise unavailable(
-                f"The server is busy: {self._room.n_waiting} requests wait already; try again "
-                "later.",
-                "queue_full",
-            )
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._room.enter(client.address, mine)
         self._waiting.add(client, mine)
-        self._room.n_waiting += 1
         try:
             await mine
-        except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():  # the turn came as we gave up
-                self._leave()
+        except BaseException:
+            if mine.done() and not mine.cancelled() and mine.exception() is None:
+                self._leave()  # the turn came as we gave up
             else:
                 self._waiting.remove(client, mine)
             raise
         finally:
-            self._room.n_waiting -= 1
+            self._room.leave(client.address, mine)
 
     def _leave(self) -> None:
         """Give the turn to whose it is."""
