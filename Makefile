@@ -27,9 +27,9 @@ demo: $(DONE)/venv
 	$(BIN)/qaflora pull smollm2-135m-instruct
 	$(BIN)/python models/demo.py
 
-# `pytest`, not `python -m pytest`: the installed package is tested, not the checkout. A worker for
-# each processor, each with about 1.5 GB of memory. Tests are kept as they were compiled, or each
-# worker would spend five seconds on that.
+# `pytest`, not `python -m pytest`: the installed package is tested, not the checkout. A worker more
+# than there are processors (tests/conftest.py), each with about 1.5 GB of memory. Tests are kept as
+# they were compiled, or each worker would spend five seconds on that.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test: $(DONE)/package $(DONE)/test-tools
