@@ -219,6 +219,7 @@ def test_stored_types_are_used_as_they_are(
 
 
 KERNELS = ["ggml", "portable", "avx2", "avx512", "avx512vnni"]
+OWN_MATMUL = ["avx2", "avx512", "avx512vnni"]  # those that have one
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> None:
@@ -579,6 +580,36 @@ def test_probe_of_a_head_with_a_bias(tmp_path: Path) -> None:
     np.testing.assert_array_equal(states, probe_states(plain, adapters, TOKENS, differential=True))
 
 
+@pytest.mark.parametrize("kernels", OWN_MATMUL)
+@pytest.mark.parametrize("dtype", ["q4_1", "q5_0", "q6_k", "q8_0"])
+@pytest.mark.parametrize(("differential", "n_token"), [(True, 5), (True, 40), (False, 40)])
+def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernels: str,
+    dtype: str,
+    differential: bool,
+    n_token: int,
+) -> None:
+    """Our own product rounds rows to 8 bits as ggml's does, or in smaller blocks."""
+    size = {"n_embd": 256, "n_ff": 512}
+    base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype, **size)
+    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors, **size)
+    adapters = [
+        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.1)
+        for seed in (1, 2)
+    ]
+    tokens = (TOKENS * 40)[:n_token]
+    truth = probe_states(exact, adapters, tokens, differential=False)
+    errors = []
+    for name in ("ggml", kernels):
+        use_kernels(monkeypatch, base, name)
+        states = probe_states(base, adapters, tokens, differential=differential)
+        moved = states[1:] - states[0] - (truth[1:] - truth[0])
+        errors.append([np.abs(states[0] - truth[0]).mean(), np.abs(moved).mean()])
+    assert (np.array(errors[1]) <= 1.2 * np.array(errors[0])).all(), errors
+
+
 # the lens
 
 
@@ -631,34 +662,38 @@ def test_quantised_head_keeps_weak_adapters(tmp_path: Path, lens: str) -> None:
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=1.2e-2)
 
 
-@pytest.mark.parametrize("kernels", ["avx2", "avx512", "avx512vnni"])
-@pytest.mark.parametrize("n_embd", [32, 160])
+@pytest.mark.parametrize("kernels", OWN_MATMUL)
+@pytest.mark.parametrize(
+    ("dtype", "n_embd"), [("q8_0", 32), ("q8_0", 160), ("q4_1", 96), ("q5_0", 96), ("q6_k", 256)]
+)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_quantised_head_takes_rows_of_8_bits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, n_embd: int, threads: int
+def test_quantised_head_takes_rows_of_twice_8_bits(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernels: str,
+    dtype: str,
+    n_embd: int,
+    threads: int,
 ) -> None:
     """Numbers of rows and outputs that fill no tile, and rows of zeros and of all sizes."""
     names = [f"<|{i}|>" for i in range(300)]  # more than one thread takes at once
     path = tmp_path / "base.gguf"
-    base = write_tiny_base(path, n_embd=n_embd, dtype="q8_0", user_defined=names)
+    base = write_tiny_base(path, n_embd=n_embd, n_ff=256, dtype=dtype, user_defined=names)
     use_kernels(monkeypatch, base, kernels)
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((29, n_embd)).astype(np.float32)
     rows *= np.float32(10.0) ** rng.integers(-3, 4, (29, n_embd // 32)).repeat(32, axis=1)
     rows[5, :32] = 0.0
     rows[6] = 0.0
-    blocks = rows.reshape(29, -1, 32)
-    step = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    whole = np.rint(np.divide(blocks, step, out=np.zeros_like(blocks), where=step > 0))
-    head = base.tensors["token_embd.weight"].astype(np.float64)
-    seen = (whole.astype(np.float64) * step).reshape(29, n_embd)
-    expected = seen @ head.T
     model, pack = load(base, [])
     with ProbeContext(model, pack, n_ctx=64, **EXACT | {"threads": threads}) as context:
         found = [context.project(rows[:n]) for n in (29, 12, 1)]
-    size = np.abs(seen) @ np.abs(head).T  # of what is summed
-    # float32 sums; a half that fell to the other side would be 4e-3 of its block
-    assert (np.abs(found[0] - expected) <= 2e-6 * size).all()
+    head = base.tensors["token_embd.weight"].astype(np.float64)
+    # of a block's largest number, 127 steps: half a step is left, and of it half of a 127th
+    largest = np.abs(rows.reshape(29, -1, 32)).max(axis=-1).repeat(32, axis=1)
+    lost = largest / 127 / 2 / 127 / 2 @ np.abs(head).T
+    sums = 2e-6 * np.abs(rows) @ np.abs(head).T  # in float32
+    assert (np.abs(found[0] - rows @ head.T) <= lost + sums).all()
     for part in found[1:]:
         np.testing.assert_array_equal(part, found[0][: len(part)])
 

@@ -146,7 +146,8 @@ def write_tiny_base(
     n_expert: int = 0,
     n_expert_used: int = 2,
 ) -> TinyBase:
-    """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16 or q8_0 is for matrices.
+    """Write a random llama, qwen2 or gemma3 base. `dtype` f32, f16, bf16, q8_0, q4_1, q5_0 or q6_k
+    is for matrices.
 
     n_expert  of a llama that is a mixture, as Mixtral
     window   tokens that some layers of gemma3 attend to
@@ -284,6 +285,21 @@ def _add_vocabulary(
         writer.add_chat_template(chat_template)
 
 
+def q6_k(array: F32) -> NDArray[np.uint8]:
+    """Blocks of 256: ql [128], qh [64], scales int8 [16], d float16; see dequantize_row_q6_K."""
+    rows = array.reshape(-1, 16, 16)
+    step = np.abs(rows).max(axis=-1) / 31
+    d = (step.max(axis=-1) / 127).astype(np.float16)
+    scales = np.rint(step / d.astype(np.float32)[:, None]).clip(1, 127).astype(np.int8)
+    whole = np.rint(rows / (d.astype(np.float32)[:, None] * scales)[..., None]).clip(-32, 31)
+    q = (whole + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = (q[:, :, :2] & 15) | ((q[:, :, 2:] & 15) << 4)
+    high = np.bitwise_or.reduce((q >> 4) << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2)
+    parts = [low.reshape(len(rows), 128), high.reshape(len(rows), 64), scales.view(np.uint8)]
+    blocks = np.concatenate([*parts, d.view(np.uint8).reshape(-1, 2)], axis=1)
+    return blocks.reshape(len(array), -1)
+
+
 def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F32:
     """Add one tensor and return the values that a reader will get."""
     if array.ndim == 1 or dtype == "f32":
@@ -292,8 +308,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: F32, dtype: str) -> F
     if dtype == "f16":
         writer.add_tensor(name, array.astype(np.float16))
         return array.astype(np.float16).astype(np.float32)
-    kind = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "bf16": gguf.GGMLQuantizationType.BF16}[dtype]
-    data = gguf.quants.quantize(array, kind)
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    data = q6_k(array) if dtype == "q6_k" else gguf.quants.quantize(array, kind)
     writer.add_tensor(name, data, raw_dtype=kind)
     values: F32 = gguf.quants.dequantize(data, kind)
     return values

@@ -63,6 +63,10 @@ ggml_backend_buffer_type_t qaflora_adapter_buft(const ggml_tensor * w) {
     return buft;
 }
 
+bool qaflora_has_matmul(const qaflora_kernels * kernels, const ggml_tensor * w) {
+    return kernels && kernels->matmul && qaflora_is_on_cpu(w) && ggml_backend_buffer_is_host(w->buffer) && qaflora_matrix_of(w).type != QAFLORA_MATRIX_OTHER;
+}
+
 bool qaflora_is_on_cpu(const ggml_tensor * w) {
     return qaflora_adapter_buft(w) == ggml_backend_cpu_buffer_type();
 }

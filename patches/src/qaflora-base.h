@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "qaflora-cpu-ops.h"
+
 #include "ggml-backend.h"
 
 #include <cstdint>
@@ -26,3 +28,6 @@ ggml_backend_buffer_type_t qaflora_adapter_buft(const ggml_tensor * w);
 
 // whether w is computed on the CPU
 bool qaflora_is_on_cpu(const ggml_tensor * w);
+
+// whether kernels multiply w as it is stored: llama.cpp stores some matrices in an order of its own
+bool qaflora_has_matmul(const qaflora_kernels * kernels, const ggml_tensor * w);

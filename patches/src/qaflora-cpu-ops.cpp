@@ -132,6 +132,30 @@ void qaflora_op_base_differential(ggml_tensor * dst, int ith, int nth, void * us
     copy_base(dst, rows.n_row, ith, nth);
 }
 
+qaflora_matrix qaflora_matrix_of(const ggml_tensor * w) {
+    const auto type = w->type == GGML_TYPE_Q4_1 ? QAFLORA_MATRIX_Q4_1
+                    : w->type == GGML_TYPE_Q5_0 ? QAFLORA_MATRIX_Q5_0
+                    : w->type == GGML_TYPE_Q6_K ? QAFLORA_MATRIX_Q6_K
+                    : w->type == GGML_TYPE_Q8_0 ? QAFLORA_MATRIX_Q8_0 : QAFLORA_MATRIX_OTHER;
+    return { ggml_is_contiguous(w) ? type : QAFLORA_MATRIX_OTHER, (const uint8_t *) w->data, w->ne[0] };
+}
+
+void qaflora_op_round(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const ggml_tensor * x = dst->src[0];
+    ((const qaflora_kernels *) userdata)->matmul_round((const float *) x->data, ggml_nrows(x), x->ne[0], dst->data, ith, nth);
+}
+
+void qaflora_op_matmul(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & kernels = *(const qaflora_kernels *) userdata;
+    const qaflora_matrix m = qaflora_matrix_of(dst->src[1]);
+    const int64_t n_out   = dst->ne[0];
+    const int64_t n_panel = (n_out + QAFLORA_PANEL - 1)/QAFLORA_PANEL;
+    const int64_t begin   = n_panel*ith/nth*QAFLORA_PANEL;
+    const int64_t end     = std::min(n_out, n_panel*(ith + 1)/nth*QAFLORA_PANEL);
+    std::vector<uint8_t> room(kernels.matmul_room_size(m.n_in));
+    kernels.matmul(m, begin, end, dst->src[0]->data, dst->ne[1], (float *) dst->data + begin, n_out, room.data());
+}
+
 void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & diff = *(const qaflora_cpu_difference *) userdata;
     const ggml_tensor * src  = dst->src[0];
@@ -154,8 +178,8 @@ void qaflora_op_subtract_base(ggml_tensor * dst, int ith, int nth, void * userda
 // Of Qwen2.5-0.5B and its four trained adapters, errors of a weight on 20 queries (worst / mean, lens norm): without splitting
 // 0.353 / 0.0055. With all products split: eight rows of the base 0.063 / 0.0030, and the last one of each adapter
 // 0.028 / 0.0018. With the products that rounding_of() chooses: 0.028 / 0.0019.
-int64_t qaflora_n_split(int64_t slot, int64_t n_base) {
-    return std::min<int64_t>(n_base, slot == 0 ? 8 : 1);
+int64_t qaflora_n_split(const qaflora_cpu_difference & how, int64_t slot, int64_t n_base) {
+    return std::min<int64_t>(n_base, slot == 0 ? how.n_split : 1);
 }
 
 void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -166,8 +190,8 @@ void qaflora_op_coarsest_rows(ggml_tensor * dst, int ith, int nth, void * userda
     const float * x = (const float *) src->data;
     std::vector<float> d(n);
     std::vector<std::pair<float, int32_t>> power(n_base);
-    const int64_t n_first = qaflora_n_split(0, n_base);
-    const int64_t n_other = qaflora_n_split(1, n_base);
+    const int64_t n_first = qaflora_n_split(diff, 0, n_base);
+    const int64_t n_other = qaflora_n_split(diff, 1, n_base);
     for (int64_t is = ith; is < src->ne[2]; is += nth) {
         for (int64_t i = 0; i < n_base; ++i) {
             const int64_t row = is*n_base + i;

@@ -34,7 +34,11 @@ struct qaflora_cpu_group {
 struct qaflora_cpu_difference {
     const struct qaflora_kernels * kernels = nullptr;
     qaflora_rounding rounding;
+    int64_t n_split = 0; // rows of the base that are split
 };
+
+// w as matmul() takes it, of type OTHER if it does not
+qaflora_matrix qaflora_matrix_of(const ggml_tensor * w);
 
 // ggml_custom_op_t
 //   product: src x [n_row, n_in], weights [n_layer, n_slot, n_adapter], slot I32 [n_row] or none. userdata qaflora_cpu_group
@@ -43,6 +47,8 @@ struct qaflora_cpu_difference {
 //            userdata qaflora_cpu_module
 //   *_differential: dst is [n_slot, n_row/n_slot, n_out]; after the slots of delta, and after y of base, there may be
 //            rows I32 [n]: then y has n rows more, to be added to these. y may have fewer slots: the others get the base's rows
+//   round: x [n_row, n_in]; dst matmul_rounded_size() bytes. userdata qaflora_kernels
+//   matmul: what round made, w [n_out, n_in]; dst [n_row, n_out]. userdata qaflora_kernels
 //   subtract_base: x, rows or none. userdata qaflora_cpu_difference
 //   coarsest_rows: x [n_slot, n_base, n_in]; dst I32: rows whose rounding loses most, qaflora_n_split() of each slot.
 //            userdata qaflora_cpu_difference
@@ -51,6 +57,8 @@ void qaflora_op_delta             (ggml_tensor * dst, int ith, int nth, void * u
 void qaflora_op_delta_experts     (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_delta_differential(ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_base_differential (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_round             (ggml_tensor * dst, int ith, int nth, void * userdata);
+void qaflora_op_matmul            (ggml_tensor * dst, int ith, int nth, void * userdata);
 void qaflora_op_subtract_base     (ggml_tensor * dst, int ith, int nth, void * userdata);
-int64_t qaflora_n_split(int64_t slot, int64_t n_base); // of n_base rows
+int64_t qaflora_n_split(const qaflora_cpu_difference & how, int64_t slot, int64_t n_base); // of n_base rows
 void qaflora_op_coarsest_rows     (ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -42,6 +42,21 @@ struct qaflora_cpu_rows {
     const float *   weights   = nullptr; // [n_slot, n_adapter]
 };
 
+// A matrix of the base as its file has it [n_out, n_in], of a type that matmul() takes
+enum qaflora_matrix_type {
+    QAFLORA_MATRIX_OTHER,
+    QAFLORA_MATRIX_Q4_1,
+    QAFLORA_MATRIX_Q5_0,
+    QAFLORA_MATRIX_Q6_K,
+    QAFLORA_MATRIX_Q8_0,
+};
+
+struct qaflora_matrix {
+    qaflora_matrix_type type = QAFLORA_MATRIX_OTHER;
+    const uint8_t *     data = nullptr;
+    int64_t             n_in = 0;
+};
+
 // How ggml's products on the CPU round activations to 8 bits (llama.cpp 0c1e5709: quantize_row_q8_0_ref, _q8_1_ref, _q8_K_ref)
 struct qaflora_rounding {
     int64_t block     = 0;     // numbers that share a scale: the largest of them is 127 steps; 0: no rounding
@@ -87,13 +102,13 @@ struct qaflora_kernels {
     // row rows[i] of y [.., n_out] += row i of more [n_rows, n_out]; threads divide n_out as in add_delta
     void (*add_rows)(float * y, const float * more, const int32_t * rows, int64_t n_rows, int64_t n_out, int ith, int nth);
 
-    // Many rows with a matrix of the base in Q8_0; null where this instruction set has nothing quicker than ggml. x [n_row, n_in]
-    // is rounded once, into matmul_rounded_size() bytes; then y [n_row, stride] = W x for n_out rows of W, from w on, with
+    // Many rows with a matrix of the base; null where this instruction set has nothing quicker than ggml. x [n_row, n_in] is
+    // rounded once, into matmul_rounded_size() bytes; then y [n_row, stride] are the outputs begin to end of W x, with
     // matmul_room_size() bytes to work in. What comes out does not depend on how many rows and outputs there are.
     size_t (*matmul_rounded_size)(int64_t n_row, int64_t n_in);
     size_t (*matmul_room_size)(int64_t n_in);
-    void   (*matmul_round)(const float * x, int64_t n_row, int64_t n_in, void * rounded);
-    void   (*matmul)(const uint8_t * w, int64_t n_out, int64_t n_in, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room);
+    void   (*matmul_round)(const float * x, int64_t n_row, int64_t n_in, void * rounded, int ith, int nth);
+    void   (*matmul)(const qaflora_matrix & m, int64_t begin, int64_t end, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room);
 
     // one more slice of a vocabulary: logits of the base z [n], their differences d [n_adapter, stride]; p [n] is room to work in
     void (*accumulate)(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p);

@@ -36,12 +36,15 @@ static ggml_tensor * other_sequences(ggml_context * ctx, ggml_tensor * x) {
 // How the products with w round activations, if rows are to be split for them. Where a token's activations are hundreds of
 // times those of others, as some models make them before ffn_down, rounding to 8 bits takes the small ones away, and what
 // the adapters are compared with is no longer the base. All products of a short query, where few tokens decide; of a longer
-// one those that were seen to matter at a small share of the cost.
+// one those that were seen to matter at a small share of the cost. Our own product is so quick that all of the base is split.
 static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, const ggml_tensor * w, int64_t n_base) {
     const auto & layers = qf.pack->model->layers;
     const bool is_sensitive = std::any_of(layers.begin(), layers.end(), [&](const llama_layer & l) {
         return w == l.ffn_down || w == l.wq || w == l.wk || w == l.wv || w == l.wqkv;
     });
+    if (qaflora_has_matmul(qf.pack->kernels, w)) {
+        return &qf.pack->rounded_own;
+    }
     if (!qf.pack->has_kernels(w) || (n_base > N_SHORT && !is_sensitive)) {
         return nullptr;
     }
@@ -73,24 +76,24 @@ static const qaflora_cpu_difference * rounding_of(const qaflora_context & qf, co
 }
 
 // x_0 of the base, x_j - x_0 of the others [n_in, n_row]; then the rest of the rows that are split
-static qaflora_graph_input::difference subtract_base(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w,
+static qaflora_graph_input::difference & subtract_base(const llm_graph_context & gctx, qaflora_graph_input & inp, const ggml_tensor * w,
                                                      ggml_tensor * cur, ggml_tensor * x) {
     ggml_context * ctx = gctx.ctx0;
     auto & diff = inp.last_difference;
     const bool is_cpu = inp.qf.pack->has_kernels(w);
-    if (diff.cur == cur && diff.is_cpu == is_cpu && diff.n_active == x->ne[2]) {
+    const qaflora_cpu_difference * how = rounding_of(inp.qf, w, x->ne[1]);
+    if (diff.cur == cur && diff.is_cpu == is_cpu && diff.how == how && diff.n_active == x->ne[2]) {
         return diff;
     }
-    diff = { cur, is_cpu, x->ne[2], nullptr, nullptr };
+    diff = { cur, is_cpu, how, x->ne[2], nullptr, nullptr, nullptr };
     if (!is_cpu) {
         ggml_tensor * x0 = first_sequence(ctx, x);
         diff.d = x->ne[2] == 1 ? x0 : ggml_concat(ctx, x0, ggml_sub(ctx, other_sequences(ctx, x), x0), 2);
         return diff;
     }
-    const qaflora_cpu_difference * how = rounding_of(inp.qf, w, x->ne[1]);
     std::vector<ggml_tensor *> src = { x };
     if (how) {
-        const int64_t n_split = qaflora_n_split(0, x->ne[1]) + (x->ne[2] - 1)*qaflora_n_split(1, x->ne[1]);
+        const int64_t n_split = qaflora_n_split(*how, 0, x->ne[1]) + (x->ne[2] - 1)*qaflora_n_split(*how, 1, x->ne[1]);
         diff.split = ggml_custom_4d(ctx, GGML_TYPE_I32, n_split, 1, 1, 1, src.data(), 1, qaflora_op_coarsest_rows, GGML_N_TASKS_MAX,
                                     const_cast<qaflora_cpu_difference *>(how));
         src.push_back(diff.split);
@@ -102,19 +105,42 @@ static qaflora_graph_input::difference subtract_base(const llm_graph_context & g
     return diff;
 }
 
+// W d, with d rounded once for all matrices that it is multiplied with
+static ggml_tensor * own_matmul(ggml_context * ctx, const qaflora_kernels & kernels, ggml_tensor * w, qaflora_graph_input::difference & diff) {
+    void * userdata = const_cast<qaflora_kernels *>(&kernels);
+    const int64_t n_row = ggml_nrows(diff.d);
+    if (!diff.rounded) {
+        diff.rounded = ggml_custom_4d(ctx, GGML_TYPE_I8, kernels.matmul_rounded_size(n_row, diff.d->ne[0]), 1, 1, 1, &diff.d, 1,
+                                      qaflora_op_round, GGML_N_TASKS_MAX, userdata);
+    }
+    ggml_tensor * src[] = { diff.rounded, w };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, w->ne[1], n_row, 1, 1, src, 2, qaflora_op_matmul, GGML_N_TASKS_MAX, userdata);
+}
+
 ggml_tensor * qaflora_mm_base(const llm_graph_context & gctx, ggml_tensor * w, ggml_tensor * cur, ggml_tensor * res) {
     qaflora_graph_input & inp = qaflora_get_input(gctx);
-    if (!qaflora_is_differential(inp, cur)) {
-        return res;
-    }
     ggml_context * ctx = gctx.ctx0;
+    const auto * kernels = inp.qf.pack->kernels;
+    if (!qaflora_is_differential(inp, cur)) {
+        if (!inp.qf.is_probe() || !ggml_is_contiguous(cur) || !qaflora_has_matmul(kernels, w)) {
+            return res;
+        }
+        auto & diff = inp.last_difference;
+        if (diff.d != cur) {
+            diff = { cur, true, nullptr, 0, cur, nullptr, nullptr };
+        }
+        return ggml_reshape_4d(ctx, own_matmul(ctx, *kernels, w, diff), res->ne[0], res->ne[1], res->ne[2], res->ne[3]);
+    }
     const int64_t n_active = qaflora_n_active(inp, w);
     ggml_tensor * x = ggml_reshape_3d(ctx, cur, cur->ne[0], ggml_nrows(cur)/inp.n_slot, inp.n_slot);
     x = ggml_view_3d(ctx, x, x->ne[0], x->ne[1], n_active, x->nb[1], x->nb[2], 0);
     // y_0 = W x_0, y_j = y_0 + W (x_j - x_0): rounding of the activations is then common to both
-    const auto diff = subtract_base(gctx, inp, w, cur, x);
+    auto & diff = subtract_base(gctx, inp, w, cur, x);
+    if (qaflora_has_matmul(kernels, w)) {
+        return own_matmul(ctx, *kernels, w, diff); // qaflora_mm_delta() adds y_0
+    }
     if (inp.qf.pack->has_kernels(w)) {
-        return ggml_mul_mat(ctx, w, diff.d); // qaflora_mm_delta() adds y_0
+        return ggml_mul_mat(ctx, w, diff.d);
     }
     ggml_tensor * y = ggml_mul_mat(ctx, w, ggml_reshape_2d(ctx, diff.d, x->ne[0], x->ne[1]*x->ne[2]));
     if (gctx.prec_policy) {

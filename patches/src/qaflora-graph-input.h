@@ -50,9 +50,11 @@ struct qaflora_graph_input : public llm_graph_input_i {
     struct difference {
         const ggml_tensor * cur = nullptr;
         bool          is_cpu = false; // of the weights that it is multiplied with
+        const qaflora_cpu_difference * how = nullptr; // rows are split for them
         int64_t       n_active = 0;
         ggml_tensor * d     = nullptr;
         ggml_tensor * split = nullptr; // rows that d has in two parts
+        ggml_tensor * rounded = nullptr; // d for our own product
     };
     difference last_difference;
 

@@ -100,25 +100,24 @@ struct final_norm {
 // projection: logits of rows, on the device that holds the head
 //
 
-static bool is_on_gpu(const ggml_tensor * w) {
-    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer));
-    return dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_ACCEL;
-}
-
 struct qaflora_lens_state {
     std::vector<float>   bias; // [n_vocab] of the head, or empty
     std::vector<uint8_t> meta;
     std::vector<float>   host; // logits [n_row, n_vocab] when the device's memory cannot be read in place
     const qaflora_kernels * kernels = nullptr; // that take the head as it is stored, or none
-    std::vector<uint8_t> rounded; // states for them
+    std::vector<float>   parts;   // rows in two: rounded to 8 bits, and the rest
+    std::vector<uint8_t> rounded; // these for the kernels
     std::vector<uint8_t> room;    // of each thread
 
     explicit qaflora_lens_state(const llama_model & model) : bias(to_host(model.output_b)), meta(16*ggml_tensor_overhead() + ggml_graph_overhead_custom(64, false)) {
         const ggml_tensor * w = model.output;
-        if (qaflora_has_kernels() && w->type == GGML_TYPE_Q8_0 && !model.output_s && !is_on_gpu(w) && ggml_backend_buffer_is_host(w->buffer)) {
-            kernels = qaflora_best_kernels().matmul ? &qaflora_best_kernels() : nullptr;
+        if (w && qaflora_has_kernels() && qaflora_has_matmul(&qaflora_best_kernels(), w) && !model.output_s) {
+            kernels = &qaflora_best_kernels();
         }
     }
+
+    // rows that are multiplied for each
+    int32_t n_part() const { return kernels ? 2 : 1; }
 
     static void set_n_threads(ggml_backend_t backend, int n_threads) {
         ggml_backend_dev_t dev = ggml_backend_get_device(backend);
@@ -142,18 +141,29 @@ struct qaflora_lens_state {
     }
 
 private:
+    // The rest of a row is rounded to 8 bits in turn: what is lost is a 254th of what rounding once loses.
     float * product(const llama_context & ctx, const float * rows, int32_t n_row, int64_t v0, int64_t n) {
         const ggml_tensor * w = ctx.get_model().output;
         const int n_threads = ctx.n_threads_batch();
-        const size_t n_room = kernels->matmul_room_size(w->ne[0]);
-        rounded.resize(kernels->matmul_rounded_size(n_row, w->ne[0]));
+        const int64_t n_in  = w->ne[0];
+        const size_t n_room = kernels->matmul_room_size(n_in);
+        parts.resize(2*n_row*n_in);
+        rounded.resize(kernels->matmul_rounded_size(2*n_row, n_in));
         room.resize(n_threads*n_room);
-        host.resize(n_row*n);
-        kernels->matmul_round(rows, n_row, w->ne[0], rounded.data());
+        host.resize(2*n_row*n);
+        kernels->split({ 32, false }, rows, parts.data(), parts.data() + n_row*n_in, n_row*n_in);
+        kernels->matmul_round(parts.data(), 2*n_row, n_in, rounded.data(), 0, 1);
         run_parallel(n_threads, (n + SHARE - 1)/SHARE, [&](int32_t i, int ith) {
-            const int64_t v = i*SHARE;
-            kernels->matmul((const uint8_t *) w->data + (v0 + v)*w->nb[1], std::min(SHARE, n - v), w->ne[0], rounded.data(), n_row,
-                                 host.data() + v, n, room.data() + ith*n_room);
+            const int64_t begin = i*SHARE;
+            const int64_t end   = std::min(n, begin + SHARE);
+            kernels->matmul(qaflora_matrix_of(w), v0 + begin, v0 + end, rounded.data(), 2*n_row, host.data() + begin, n, room.data() + ith*n_room);
+            for (int64_t row = 0; row < n_row; ++row) {
+                float * y = host.data() + row*n;
+                const float * rest = y + n_row*n;
+                for (int64_t v = begin; v < end; ++v) {
+                    y[v] += rest[v];
+                }
+            }
         });
         return host.data();
     }
@@ -214,7 +224,7 @@ static qaflora_lens_state & lens_of(llama_context & ctx, qaflora_context & qf) {
 // head is stored in an order of its own, as repacked buffers do, and rows cannot be told apart.
 static int64_t tokens_at_once(const llama_model & model, int64_t n_row) {
     const ggml_tensor * w = model.output;
-    if ((!is_on_gpu(w) && !ggml_backend_buffer_is_host(w->buffer)) || (model.output_s && ggml_nelements(model.output_s) > 1)) {
+    if ((qaflora_is_on_cpu(w) && !ggml_backend_buffer_is_host(w->buffer)) || (model.output_s && ggml_nelements(model.output_s) > 1)) {
         return w->ne[1];
     }
     const int64_t n = LENS_LOGITS_BYTES/(n_row*sizeof(float))/SLICE_STEP*SLICE_STEP;
@@ -280,7 +290,7 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         const int64_t n_vocab   = ctx->get_model().output->ne[1];
         const int32_t n_row     = 1 + n_adapter;
         const int32_t n_chunk   = std::min(qf.n_layer, std::max(1, LENS_ROWS/n_row)); // layers
-        const int64_t n_slice   = tokens_at_once(ctx->get_model(), (int64_t) n_chunk*n_row);
+        const int64_t n_slice   = tokens_at_once(ctx->get_model(), (int64_t) n_chunk*n_row*state.n_part());
         const size_t  stride    = (size_t) qf.n_layer*qf.n_embd;
 
         std::vector<float>  rows((size_t) n_chunk*n_row*qf.n_embd);
@@ -340,7 +350,7 @@ int32_t qaflora_project(llama_context * ctx, int32_t n_row, const float * rows, 
         }
         qaflora_lens_state & state = lens_of(*ctx, *ctx->qaflora);
         const int64_t n_vocab = ctx->get_model().output->ne[1];
-        const int32_t n_chunk = (int32_t) std::max<size_t>(1, LENS_LOGITS_BYTES/(n_vocab*sizeof(float)));
+        const int32_t n_chunk = (int32_t) std::max<size_t>(1, LENS_LOGITS_BYTES/(n_vocab*sizeof(float)*state.n_part()));
         for (int32_t i = 0; i < n_row; i += n_chunk) {
             const int32_t n = std::min(n_chunk, n_row - i);
             const float * z = state.project(*ctx, rows + (size_t) i*ctx->qaflora->n_embd, n, 0, n_vocab, 1);

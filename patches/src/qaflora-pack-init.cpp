@@ -58,9 +58,10 @@ qaflora_pack * qaflora_pack_init(llama_model * model, const char * const * paths
         pack->n_layer   = model->hparams.n_layer();
         if (qaflora_has_kernels()) {
             pack->kernels     = &qaflora_best_kernels();
-            pack->plain       = { pack->kernels, { 0, false } };
-            pack->rounded_32  = { pack->kernels, { 32, true } };
-            pack->rounded_256 = { pack->kernels, { 256, false } };
+            pack->plain       = { pack->kernels, { 0, false }, 0 };
+            pack->rounded_32  = { pack->kernels, { 32, true }, 8 };
+            pack->rounded_256 = { pack->kernels, { 256, false }, 8 };
+            pack->rounded_own = { pack->kernels, { 32, false }, INT64_MAX };
         }
 
         std::vector<qaflora_adapter_file> files;

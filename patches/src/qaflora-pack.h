@@ -66,6 +66,7 @@ struct qaflora_pack {
     qaflora_cpu_difference plain;    // for products that are not split
     qaflora_cpu_difference rounded_32;  // for weights whose products round in blocks of 32
     qaflora_cpu_difference rounded_256; // and of 256
+    qaflora_cpu_difference rounded_own; // for weights that our own product takes
 
     std::vector<qaflora_layout> layouts;
     std::vector<qaflora_group>  groups;
