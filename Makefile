@@ -157,6 +157,7 @@ release-tests: $(DONE)/pytest
 AARCH64 := .venv-aarch64/bin
 AARCH64_MODELS ?= max cortex-a53 cortex-a72 neoverse-n1
 test-aarch64: $(DONE)/venv
+	@ls dist/qaflora_edge-*_aarch64.whl || { echo "There is no such wheel; make it with 'make release ARCH=aarch64'." >&2; exit 1; }
 	.ci/emulated-python aarch64 .venv-aarch64
 	$(PIP) --python $(AARCH64)/python install --only-binary :all: --find-links dist 'pytest>=8.2' dist/qaflora_edge-*_aarch64.whl
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python --cpu $(AARCH64_MODELS)

@@ -100,10 +100,17 @@ def relay(port: int, delay_s: float, byte_s: float, counts: tuple[list[int], lis
     return own
 
 
-def measure(bundle: Path, rpc: str | None, counts: tuple[list[int], list[int]], n: int) -> str:
+def measure(
+    bundle: Path,
+    rpc: str | None,
+    flash_attn: bool | None,
+    counts: tuple[list[int], list[int]],
+    n: int,
+) -> str:
     """A row: seconds and bytes to open, bytes of three tokens and first one, then of each token."""
     start = time.perf_counter()
-    with Engine(bundle, rpc=rpc, threads=1, n_ctx=512, prefix_cache=0) as engine:
+    options = {"rpc": rpc, "threads": 1, "n_ctx": 512, "prefix_cache": 0}
+    with Engine(bundle, flash_attn=flash_attn, **options) as engine:
         opened_s, opened = time.perf_counter() - start, counts[0][0]
         firsts, rates, sizes, asked = [], [], [], []
         for i in range(3):
@@ -140,6 +147,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, nargs="+", default=[0.0])
     parser.add_argument("--mbit", type=float, default=0.0, help="0: no limit")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--flash-attn", action=argparse.BooleanOptionalAction)
     given = parser.parse_args()
     os.environ.pop("QAFLORA_RPC", None)
     print(
@@ -157,7 +165,7 @@ def main() -> None:
                 byte_s = 8e-6 / given.mbit if given.mbit else 0.0
                 relays = [relay(port, delay_ms / 1e3, byte_s, counts) for port in ports[:n_worker]]
                 rpc = ",".join(f"127.0.0.1:{port}" for port in relays) or None
-                row = measure(given.bundle, rpc, counts, given.tokens)
+                row = measure(given.bundle, rpc, given.flash_attn, counts, given.tokens)
                 print(f"{n_worker} | {delay_ms:g} ms | {row}", flush=True)
 
 

@@ -60,7 +60,7 @@ def take_one_thread_each() -> None:
 # Files that import torch or cma, which takes seconds, and files that open the browser.
 IMPORTING = "architectures centroid convert fit lorahub lora_flow peft recipes reference spectral"
 BROWSER = "cli_plot_browser cli_report_browser page_browser page_hostile page_server"
-LONG = "transcript docs"  # single tests of many seconds: none of them is to be the last
+LONG = "transcript docs worker"  # single tests of many seconds: none of them is to be the last
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
