@@ -38,7 +38,7 @@ test: $(DONE)/package $(DONE)/test-tools
 test-fast: $(DONE)/package $(DONE)/test-tools
 	$(PYTEST) -m "not slow"
 
-test-rpc: $(DONE)/package $(DONE)/pytest
+test-rpc: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/pytest tests/test_worker.py
 
 # The Vulkan build has an environment and a build folder of its own, so that neither disturbs the other.
