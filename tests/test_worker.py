@@ -183,6 +183,23 @@ def test_weights_are_sent_when_they_change_graphs_and_logits_never(base, adapter
         model.close()
 
 
+@pytest.mark.slow
+def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", n_layer=1, n_ff=48_000)  # 12 MB: three of them
+    folder = tmp_path / "new" / "cache"
+    with worker(tmp_path, "--cache", str(folder)) as made, relay(made) as between:
+        sent, logits = [], []
+        for _ in range(2):
+            between.forget()
+            with Engine(base=base.path, adapters={}, rpc=between.endpoint, threads=1) as engine:
+                logits.append(engine.logits(TOKENS))
+            sent.append(between.n_sent)
+        assert len(list(folder.iterdir())) == 3
+    assert sent[0] > 36e6
+    assert sent[1] < 1e6
+    np.testing.assert_array_equal(*logits)
+
+
 # custom operations
 
 
