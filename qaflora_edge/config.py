@@ -151,8 +151,8 @@ OPTIONS = (
            help="Weigh sooner, and not exactly: adapters read what precedes the question, and the "
            "last 8 tokens on top of what the base read. The first word of a 256-token prompt with "
            "three adapters takes 1.3 to 1.7 plain prefills instead of 2.3 to 3.16 on a processor "
-           "with AVX-512, and weights are off by 0.05 on average; two-place reads the ends of a "
-           "long question."),
+           "with AVX-512 VNNI, and weights are off by 0.05 on average; two-place reads the ends of "
+           "a long question."),
     Option("min_weight", float, 0.0, "engine", "--min-weight", low=0, high=1, metavar="SHARE",
            help="Leave out adapters with less than this share of a layer's weights, and give it to "
            "the others: fewer are read for each token. Where all have less the heaviest stays. "
