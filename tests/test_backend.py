@@ -610,6 +610,34 @@ def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
     assert (np.array(errors[1]) <= 1.2 * np.array(errors[0])).all(), errors
 
 
+@pytest.mark.parametrize("kernels", OWN_MATMUL)
+@pytest.mark.parametrize("dtype", ["q4_1", "q5_0", "q6_k", "q8_0"])
+def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, dtype: str
+) -> None:
+    """A prompt, and then tokens one by one, of one sequence and of several together."""
+    size = {"n_embd": 256, "n_ff": 512}
+    base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype, **size)
+    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors, **size)
+
+    def logits(base: TinyBase, n_seq: int) -> F32:
+        model = Model(base.path)
+        with Context(model, Pack(model, []), n_ctx=64, n_seq=n_seq, **EXACT) as context:
+            context.decode(TOKENS[:10])
+            for at in range(10, len(TOKENS)):
+                context.decode(TOKENS[at : at + 1], start=at)
+            return np.stack([context.logits(row) for row in range(n_seq)])
+
+    truth = logits(exact, 1)[0]
+    use_kernels(monkeypatch, base, "ggml")
+    theirs = np.abs(logits(base, 1)[0] - truth).mean()
+    use_kernels(monkeypatch, base, kernels)
+    alone = logits(base, 1)[0]
+    assert np.abs(alone - truth).mean() <= 1.2 * theirs
+    for n_seq in (2, 7, 13) if kernels == "avx512vnni" else ():  # else single rows are ggml's
+        assert np.array_equal(logits(base, n_seq), np.broadcast_to(alone, (n_seq, alone.size)))
+
+
 # the lens
 
 
@@ -687,7 +715,7 @@ def test_quantised_head_takes_rows_of_twice_8_bits(
     rows[6] = 0.0
     model, pack = load(base, [])
     with ProbeContext(model, pack, n_ctx=64, **EXACT | {"threads": threads}) as context:
-        found = [context.project(rows[:n]) for n in (29, 12, 1)]
+        found = [context.project(rows[:n]) for n in (29, 12, 9, *range(8, 0, -1))]
     head = base.tensors["token_embd.weight"].astype(np.float64)
     # of a block's largest number, 127 steps: half a step is left, and of it half of a 127th
     largest = np.abs(rows.reshape(29, -1, 32)).max(axis=-1).repeat(32, axis=1)

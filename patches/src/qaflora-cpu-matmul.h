@@ -1,5 +1,6 @@
 // W x of many rows: these are rounded to 8 bits in blocks of 32, as ggml does, but that their scales stay F32.
 // A tile is W outputs and MM_ROWS rows; what is summed together are 4 bytes of an output, which stand in groups beside each other.
+// A row's outputs are the same bits whatever other rows there are.
 // shapes: numpy order, last axis contiguous
 
 #pragma once
@@ -141,74 +142,71 @@ static inline float mm_f16(const uint8_t * p) {
     return f16_to_f32(h);
 }
 
-static inline void mm_store_numbers(int8_t * q, __m128i low, __m128i high) {
-    _mm_storeu_si128((__m128i *) q, low);
-    _mm_storeu_si128((__m128i *) (q + 16), high);
-}
+static inline __m256i mm_join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
 
 // 16 bytes of two numbers each: the first 16 below, the others above
 static inline __m128i mm_low_4 (__m128i x) { return _mm_and_si128(x, _mm_set1_epi8(15)); }
 static inline __m128i mm_high_4(__m128i x) { return mm_low_4(_mm_srli_epi16(x, 4)); }
 
+// numbers of a block, signed; its scale, or that of each half; and what the numbers begin at
 struct q8_0_matrix {
     enum { N_SCALE = 1, HAS_MIN = 0 };
-    static size_t block(int64_t ib) { return ib*34; }
-    static void   read(const uint8_t * row, int64_t ib, int8_t * q, float * scale, float *) {
-        const uint8_t * p = row + block(ib);
-        scale[0] = mm_f16(p);
-        memcpy(q, p + 2, MM_BLOCK);
-    }
+    static size_t  block(int64_t ib) { return ib*34; }
+    static __m256i numbers(const uint8_t * row, int64_t ib) { return _mm256_loadu_si256((const __m256i *) (row + block(ib) + 2)); }
+    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
 };
 
 struct q4_1_matrix {
     enum { N_SCALE = 1, HAS_MIN = 1 };
-    static size_t block(int64_t ib) { return ib*20; }
-    static void   read(const uint8_t * row, int64_t ib, int8_t * q, float * scale, float * min) {
-        const uint8_t * p = row + block(ib);
-        const __m128i x = _mm_loadu_si128((const __m128i *) (p + 4));
-        scale[0] = mm_f16(p);
-        min[0]   = mm_f16(p + 2);
-        mm_store_numbers(q, mm_low_4(x), mm_high_4(x));
+    static size_t  block(int64_t ib) { return ib*20; }
+    static __m256i numbers(const uint8_t * row, int64_t ib) {
+        const __m128i x = _mm_loadu_si128((const __m128i *) (row + block(ib) + 4));
+        return mm_join(mm_low_4(x), mm_high_4(x));
+    }
+    static void    scales(const uint8_t * row, int64_t ib, float * scale, float * min) {
+        scale[0] = mm_f16(row + block(ib));
+        min[0]   = mm_f16(row + block(ib) + 2);
     }
 };
 
 struct q5_0_matrix {
     enum { N_SCALE = 1, HAS_MIN = 0 };
-    static size_t block(int64_t ib) { return ib*22; }
-    // 16 where a bit is set
-    static __m128i fifth(const uint8_t * p) {
-        uint16_t bits;
+    static size_t  block(int64_t ib) { return ib*22; }
+    // 16 less where the fifth bit of a number is not set
+    static __m256i fifth(const uint8_t * p) {
+        int32_t bits;
         memcpy(&bits, p, sizeof(bits));
-        const __m128i each = _mm_set1_epi64x((int64_t) 0x8040201008040201);
-        const __m128i x = _mm_shuffle_epi8(_mm_cvtsi32_si128(bits), _mm_set_epi8(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0));
-        return _mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(x, each), each), _mm_set1_epi8(16));
+        const __m256i each = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
+        const __m256i byte = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+        const __m256i x = _mm256_andnot_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), each);
+        return _mm256_and_si256(_mm256_cmpeq_epi8(x, each), _mm256_set1_epi8(-16));
     }
-    static void read(const uint8_t * row, int64_t ib, int8_t * q, float * scale, float *) {
+    static __m256i numbers(const uint8_t * row, int64_t ib) {
         const uint8_t * p = row + block(ib);
         const __m128i x = _mm_loadu_si128((const __m128i *) (p + 6));
-        const __m128i n = _mm_set1_epi8(16);
-        scale[0] = mm_f16(p);
-        mm_store_numbers(q, _mm_sub_epi8(_mm_or_si128(mm_low_4(x), fifth(p + 2)), n), _mm_sub_epi8(_mm_or_si128(mm_high_4(x), fifth(p + 4)), n));
+        return _mm256_or_si256(mm_join(mm_low_4(x), mm_high_4(x)), fifth(p + 2));
     }
+    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) { scale[0] = mm_f16(row + block(ib)); }
 };
 
 // 256 numbers: 128 bytes of 4 bits, 64 of 2 bits, 16 scales and one for all
 struct q6_k_matrix {
     enum { N_SCALE = 2, HAS_MIN = 0 };
-    static size_t block(int64_t ib) { return ib/8*210; }
-    static void   read(const uint8_t * row, int64_t ib, int8_t * q, float * scale, float *) {
+    static size_t  block(int64_t ib) { return ib/8*210; }
+    static __m256i numbers(const uint8_t * row, int64_t ib) {
         const uint8_t * p = row + block(ib);
         const int part = (int) (ib % 8); // of the 8
-        const uint8_t * low  = p + part/4*64 + part % 2*32;
-        const uint8_t * high = p + 128 + part/4*32;
-        const int shift = part % 4*2;
+        const __m256i x = _mm256_loadu_si256((const __m256i *) (p + part/4*64 + part % 2*32));
+        const __m256i y = _mm256_srl_epi16(_mm256_loadu_si256((const __m256i *) (p + 128 + part/4*32)), _mm_cvtsi32_si128(part % 4*2));
+        const __m256i low = _mm256_and_si256(part % 4 < 2 ? x : _mm256_srli_epi16(x, 4), _mm256_set1_epi8(15));
+        const __m256i z = _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(y, _mm256_set1_epi8(3)), 4));
+        return _mm256_sub_epi8(z, _mm256_set1_epi8(32));
+    }
+    static void    scales(const uint8_t * row, int64_t ib, float * scale, float *) {
+        const uint8_t * p = row + block(ib);
         const float d = mm_f16(p + 208);
         for (int half = 0; half < 2; ++half) {
-            const __m128i x = _mm_loadu_si128((const __m128i *) (low + 16*half));
-            const __m128i y = _mm_srl_epi16(_mm_loadu_si128((const __m128i *) (high + 16*half)), _mm_cvtsi32_si128(shift));
-            const __m128i z = _mm_or_si128(part % 4 < 2 ? mm_low_4(x) : mm_high_4(x), _mm_slli_epi16(_mm_and_si128(y, _mm_set1_epi8(3)), 4));
-            _mm_storeu_si128((__m128i *) (q + 16*half), _mm_sub_epi8(z, _mm_set1_epi8(32)));
-            scale[half] = d*(float) ((const int8_t *) p)[192 + part*2 + half];
+            scale[half] = d*(float) ((const int8_t *) p)[192 + ib % 8*2 + half];
         }
     }
 };
@@ -285,7 +283,9 @@ template <typename T> static void mm_gather(const uint8_t * w, int64_t n, int64_
         for (int64_t o = 0; o < n; ++o) {
             float scale[2];
             float min = 0.0f;
-            T::read(w + o*T::block(n_block), ib, numbers[o], scale, &min);
+            const uint8_t * row = w + o*T::block(n_block);
+            _mm256_storeu_si256((__m256i *) numbers[o], T::numbers(row, ib));
+            T::scales(row, ib, scale, &min);
             for (int i = 0; i < T::N_SCALE; ++i) {
                 dst->scale[i][o] = scale[i];
             }
@@ -339,14 +339,130 @@ template <typename T> static inline void mm_product(const mm_outputs * outputs, 
     }
 }
 
+#if defined(__AVX512VNNI__)
+
+// What mm_gather() and mm_product() find, the same bits, without storing what rows are multiplied with: the quicker way up to FEW of them.
+enum { MATMUL_TAKES_FEW = 1, FEW = 8 };
+
+struct mm_few_rows { // a block of them
+    int8_t x[FEW][MM_BLOCK];
+};
+
+// the scales of W outputs, as scales() has them
+static inline __m512i mm_words(const uint8_t * w, __m512i place) { return _mm512_i32gather_epi32(place, w, 1); }
+static inline vec mm_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
+static inline vec mm_bytes(__m512i words, int shift) { return i_to_float(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - shift), 24)); }
+
+template <typename T> static inline void mm_scales(T, const uint8_t * w, int64_t ib, __m512i place, vec * scale, vec * min) {
+    const __m512i words = mm_words(w + T::block(ib), place);
+    scale[0] = mm_halves(words);
+    *min = T::HAS_MIN ? mm_halves(_mm512_srli_epi32(words, 16)) : v_zero();
+}
+
+static inline void mm_scales(q6_k_matrix, const uint8_t * w, int64_t ib, __m512i place, vec * scale, vec *) {
+    const uint8_t * p = w + q6_k_matrix::block(ib);
+    const vec d = mm_halves(_mm512_srli_epi32(mm_words(p + 206, place), 16));
+    const __m512i bytes = mm_words(p + 192 + ib % 8*2, place);
+    scale[0] = v_mul(d, mm_bytes(bytes, 0));
+    scale[1] = v_mul(d, mm_bytes(bytes, 8));
+}
+
+static inline void mm_few_gather(const mm_rows * rows, int64_t n_block, int n, mm_few_rows * few) {
+    for (int64_t ib = 0; ib < n_block; ++ib) {
+        for (int i = 0; i < n; ++i) {
+            for (int j = 0; j < MM_STEPS; ++j) {
+                memcpy(few[ib].x[i] + j*MM_STEP, rows[ib].x[j][i], MM_STEP);
+            }
+        }
+    }
+}
+
+template <typename T, int N> static inline void mm_few_product(const uint8_t * w, const mm_few_rows * few, const mm_rows * rows, int64_t n_block, vec * y) {
+    const __m512i offset = _mm512_set1_epi8((char) MM_OFFSET);
+    const __m512i even = _mm512_set_epi32(27, 26, 25, 24, 11, 10,  9,  8, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i odd  = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 23, 22, 21, 20, 7, 6, 5, 4);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i place = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int32_t) T::block(n_block))); // of each output
+    for (int i = 0; i < N; ++i) {
+        y[i] = v_zero();
+    }
+    for (int64_t ib = 0; ib < n_block; ++ib) {
+        __m512i numbers[W/2]; // of two outputs
+        vec scale[2], min;
+        mm_scales(T(), w, ib, place, scale, &min);
+        for (int o = 0; o < W/2; ++o) {
+            const uint8_t * row = w + o*T::block(n_block);
+            numbers[o] = _mm512_inserti64x4(_mm512_castsi256_si512(T::numbers(row, ib)), T::numbers(row + W/2*T::block(n_block), ib), 1);
+            numbers[o] = _mm512_xor_si512(numbers[o], offset);
+        }
+        for (int i = 0; i < N; ++i) {
+            const __m512i x = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) few[ib].x[i]));
+            __m512i sum[W/2]; // of each fourth of a register four, whose sums come to stand beside each other
+            for (int o = 0; o < W/2; ++o) {
+                sum[o] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers[o], x);
+            }
+            for (int o = 0; o < W/2; o += 2) {
+                sum[o] = i_add(i_low_32(sum[o], sum[o + 1]), i_high_32(sum[o], sum[o + 1]));
+            }
+            for (int o = 0; o < W/2; o += 4) {
+                sum[o] = i_add(i_low_64(sum[o], sum[o + 2]), i_high_64(sum[o], sum[o + 2]));
+            }
+            const __m512i half[] = { _mm512_permutex2var_epi32(sum[0], even, sum[4]), _mm512_permutex2var_epi32(sum[0], odd, sum[4]) };
+            for (int part = 0; part < T::N_SCALE; ++part) {
+                const __m512i whole = T::N_SCALE == 1 ? i_add(half[0], half[1]) : half[part];
+                const __m512i all = i_add(whole, i_set1(rows[ib].begin[T::N_SCALE == 1 ? 0 : 1 + part][i]));
+                y[i] = v_fma(i_to_float(all), v_mul(scale[part], v_set1(rows[ib].scale[i])), y[i]);
+            }
+            if (T::HAS_MIN) {
+                y[i] = v_fma(min, v_set1(rows[ib].sum[i]), y[i]);
+            }
+        }
+    }
+}
+
+#else
+
+enum { MATMUL_TAKES_FEW = 0, FEW = 0 };
+struct mm_few_rows {};
+static inline void mm_few_gather(const mm_rows *, int64_t, int, mm_few_rows *) {}
+template <typename T, int N> static inline void mm_few_product(const uint8_t *, const mm_few_rows *, const mm_rows *, int64_t, vec *) {}
+
+#endif
+
+// W outputs of each row
+template <typename T> static void mm_few_tile(const uint8_t * w, const mm_few_rows * few, const mm_rows * rows, int64_t n_block, int64_t n_row, vec * y) {
+    switch (n_row) {
+        case 1:  mm_few_product<T, 1>(w, few, rows, n_block, y); break;
+        case 2:  mm_few_product<T, 2>(w, few, rows, n_block, y); break;
+        case 3:  mm_few_product<T, 3>(w, few, rows, n_block, y); break;
+        case 4:  mm_few_product<T, 4>(w, few, rows, n_block, y); break;
+        case 5:
+        case 6:  mm_few_product<T, 6>(w, few, rows, n_block, y); break;
+        default: mm_few_product<T, 8>(w, few, rows, n_block, y);
+    }
+}
+
 template <typename T> static void mm_tiles(const qaflora_matrix & m, int64_t begin, int64_t end, const void * rounded, int64_t n_row, float * y, int64_t stride, mm_outputs * outputs) {
     const int64_t n_block = m.n_in/MM_BLOCK;
-    for (int64_t o = begin; o < end; o += W) {
+    const mm_rows * all = (const mm_rows *) rounded;
+    mm_few_rows * few = (mm_few_rows *) outputs;
+    const int64_t n_few = n_row <= (int64_t) FEW ? (end - begin)/W*W : 0; // outputs of whole tiles, if there are few rows
+    if (n_few) {
+        mm_few_gather(all, n_block, (int) n_row, few);
+    }
+    for (int64_t o = begin; o < begin + n_few; o += W) {
+        vec part[MM_ROWS];
+        mm_few_tile<T>(m.data + o*T::block(n_block), few, all, n_block, n_row, part);
+        for (int64_t i = 0; i < n_row; ++i) {
+            v_store(y + i*stride + o - begin, part[i]);
+        }
+    }
+    for (int64_t o = begin + n_few; o < end; o += W) {
         const int64_t n = end - o < (int64_t) W ? end - o : (int64_t) W;
         mm_gather<T>(m.data + o*T::block(n_block), n, m.n_in, outputs);
         for (int64_t row = 0; row < n_row; row += MM_ROWS) {
             vec part[MM_ROWS];
-            mm_product<T>(outputs, (const mm_rows *) rounded + row/MM_ROWS*n_block, n_block, part);
+            mm_product<T>(outputs, all + row/MM_ROWS*n_block, n_block, part);
             for (int i = 0; i < MM_ROWS && row + i < n_row; ++i) {
                 memcpy(y + (row + i)*stride + o - begin, &part[i], n*sizeof(float));
             }
@@ -367,6 +483,7 @@ static void matmul(const qaflora_matrix & m, int64_t begin, int64_t end, const v
 
 #else
 
+enum { MATMUL_TAKES_FEW = 0 };
 static size_t (* const matmul_rounded_size)(int64_t, int64_t) = nullptr;
 static size_t (* const matmul_room_size)(int64_t) = nullptr;
 static void (* const matmul_round)(const float *, int64_t, int64_t, void *, int, int) = nullptr;

@@ -102,13 +102,14 @@ struct qaflora_kernels {
     // row rows[i] of y [.., n_out] += row i of more [n_rows, n_out]; threads divide n_out as in add_delta
     void (*add_rows)(float * y, const float * more, const int32_t * rows, int64_t n_rows, int64_t n_out, int ith, int nth);
 
-    // Many rows with a matrix of the base; null where this instruction set has nothing quicker than ggml. x [n_row, n_in] is
+    // Rows with a matrix of the base; null where this instruction set has nothing quicker than ggml. x [n_row, n_in] is
     // rounded once, into matmul_rounded_size() bytes; then y [n_row, stride] are the outputs begin to end of W x, with
     // matmul_room_size() bytes to work in. What comes out does not depend on how many rows and outputs there are.
     size_t (*matmul_rounded_size)(int64_t n_row, int64_t n_in);
     size_t (*matmul_room_size)(int64_t n_in);
     void   (*matmul_round)(const float * x, int64_t n_row, int64_t n_in, void * rounded, int ith, int nth);
     void   (*matmul)(const qaflora_matrix & m, int64_t begin, int64_t end, const void * rounded, int64_t n_row, float * y, int64_t stride, void * room);
+    bool   matmul_takes_few; // whether it is the quicker one for few rows too, and not for many only
 
     // one more slice of a vocabulary: logits of the base z [n], their differences d [n_adapter, stride]; p [n] is room to work in
     void (*accumulate)(qaflora_divergence_sums & sums, int64_t n_adapter, const float * z, const float * d, int64_t stride, int64_t n, double * p);
