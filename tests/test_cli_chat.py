@@ -117,7 +117,7 @@ def interrupted(self):
         yield word
 
 scripted_chat.ScriptedGeneration.__iter__ = interrupted
-scripted_chat.Engine.generate = scripted_chat.scripted()
+scripted_chat.Engine.generate = scripted_chat.scripted(pause_s=0.05)
 scripted_chat.main(sys.argv[1:])
 """
 
