@@ -131,7 +131,9 @@ def test_states_of_both_places_are_those_of_single_tokens(
     with opened(base, adapters) as engine:
         expected = one_by_one(engine, tokens, span)
     with opened(base, adapters) as engine:
-        np.testing.assert_allclose(probed(engine, tokens, span), expected, rtol=1e-4, atol=1e-5)
+        # Of gemma3, whose states grow, the order of sums in float32 alone moves some by 4e-4.
+        atol = 1e-3 if base.arch == "gemma3" else 1e-5
+        np.testing.assert_allclose(probed(engine, tokens, span), expected, rtol=1e-4, atol=atol)
 
 
 def test_a_question_is_read_in_one_pass(
