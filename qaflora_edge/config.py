@@ -150,7 +150,7 @@ OPTIONS = (
     Option("fast", bool, False, "engine", "--fast/--no-fast",
            help="Weigh sooner, and not exactly: adapters read what precedes the question, and the "
            "last 8 tokens on top of what the base read. The first word of a 256-token prompt with "
-           "three adapters takes 1.3 to 1.7 plain prefills instead of 2.3 to 3.16 on a processor "
+           "three adapters takes 0.7 to 1.2 plain prefills instead of 1.6 to 2.5 on a processor "
            "with AVX-512 VNNI, and weights are off by 0.05 on average; two-place reads the ends of "
            "a long question."),
     Option("min_weight", float, 0.0, "engine", "--min-weight", low=0, high=1, metavar="SHARE",

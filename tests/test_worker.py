@@ -525,7 +525,7 @@ def test_folder_of_the_cache_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = CliRunner().invoke(main, ["worker", "--cache", str(tmp_path / "file" / "x")])
     assert result.exit_code == 1
-    assert "of --cache cannot be made (Not a directory)" in result.output
+    assert "file/x: Not a directory. Name another with --cache." in result.output
 
 
 @pytest.mark.slow

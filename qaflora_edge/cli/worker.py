@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from qaflora_edge.cli.options import command, own_options
-from qaflora_edge.errors import OutputFileError, WorkerError
+from qaflora_edge.errors import WorkerError
+from qaflora_edge.files import make_folder
 
 
 @command(
@@ -27,7 +28,9 @@ def worker(host: str, port: int, cache: str | None, threads: int | None, insecur
     say --insecure in a network of your own. It says what it does until Ctrl-C ends it.
     """
     _check_host(host, insecure)
-    folder = None if cache is None else _made(Path(cache).expanduser())
+    folder = None if cache is None else Path(cache).expanduser()
+    if folder is not None:
+        make_folder(folder, "--cache")
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.backend.devices import serve
 
@@ -51,13 +54,3 @@ def _check_host(host: str, insecure: bool) -> None:
             "and no encryption. Listen on 127.0.0.1 and reach it through a tunnel (ssh -L), or say "
             "--insecure if everyone there may use it."
         )
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputFileError(
-            f"The folder {folder} of --cache cannot be made ({error.strerror}); choose another one."
-        ) from error
-    return folder
