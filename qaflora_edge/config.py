@@ -129,7 +129,6 @@ _EXPECTED = {
     dict: "token ids, each with a number",
 }
 _TOKENS = "a number of tokens"
-FAST_TAIL = 8  # tokens: --fast is --probe-tail 8
 
 # A line or two for each: one call an option, in the order of the help texts.
 # fmt: off
@@ -146,13 +145,13 @@ OPTIONS = (
            unset="the bundle's, else last"),
     Option("probe_tail", int, 0, "engine", "--probe-tail", low=0, noun=_TOKENS, metavar="N",
            help="Probe adapters over the last N tokens of a prompt and its beginning only, after "
-           "the base has read the others: see --fast.", unset="all tokens"),
+           "the base has read the others: see --fast. With 8, 200 tokens take 0.3 of the time, and "
+           "weights are off by 0.05 on average.", unset="all tokens"),
     Option("fast", bool, False, "engine", "--fast/--no-fast",
            help="Weigh sooner, and not exactly: adapters read what precedes the question, and the "
-           "last 8 tokens on top of what the base read. The first word of a 256-token prompt with "
-           "three adapters takes 0.7 to 1.2 plain prefills instead of 1.6 to 2.5 on a processor "
-           "with AVX-512 VNNI, and weights are off by 0.05 on average; two-place reads the ends of "
-           "a long question."),
+           "last 70 % of what follows on top of what the base read. With three adapters and 200 "
+           "tokens that takes 0.8 of the time, and weights are off by 0.03 on average. Prompts of "
+           "up to 64 tokens are weighed exactly; two-place reads the ends of a long question."),
     Option("min_weight", float, 0.0, "engine", "--min-weight", low=0, high=1, metavar="SHARE",
            help="Leave out adapters with less than this share of a layer's weights, and give it to "
            "the others: fewer are read for each token. Where all have less the heaviest stays. "

@@ -8,7 +8,7 @@ from typing import Any, Self
 from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
-from qaflora_edge.config import FAST_TAIL, check
+from qaflora_edge.config import check
 from qaflora_edge.errors import OptionError, StrategyError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
@@ -16,6 +16,7 @@ from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.system_prompt import SystemPrompt, begin_with
+from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.weigher import Weigher
 
 
@@ -59,14 +60,15 @@ class EngineBase:
 
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
-        self.probe_tail = tail = probe_tail or (FAST_TAIL if fast else 0)
+        self.probe_tail: Tail = probe_tail or ("fast" if fast else 0)
+        tail = self.probe_tail
         self._loaded = tuple(opened.adapters)
         self._weigher = Weigher(
             adapters=self._loaded,
             n_layer=0,
             known=opened.known.under(strategy=strategy, lens=lens, pool=pool),
             min_weight=min_weight,
-            reads_ends=self.probe_tail > 0,
+            reads_ends=tail != 0,
         )
         self.system = opened.system
 

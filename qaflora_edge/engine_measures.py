@@ -196,7 +196,7 @@ class EngineMeasures(EngineBase):
                 measured["added_text"] = probe(text).places("added")[0]
                 return measured
 
-            with self._core.fast_probe(self._core.cancellation()) as fast_probe:
+            with self._core.ends_probe(self._core.cancellation()) as ends_probe:
 
                 def measure_long(text: str) -> dict[str, Any]:
                     try:
@@ -205,13 +205,13 @@ class EngineMeasures(EngineBase):
                         return {}
                     measured = {}
                     for lens in numbers.LENSES if query.is_chat else ():
-                        fast = fast_probe(replace(query, lens=lens))
+                        ends = ends_probe(replace(query, lens=lens))
                         try:
-                            found = fast.divergence()
+                            found = ends.divergence()
                         except MemoryKindError:  # a base that --fast refuses
                             return {}
                         exact = probe(replace(query, lens=lens, pool="answer")).divergence()
-                        measured[f"fast_{lens}"] = lacking(exact, found, fast.share_unread)
+                        measured[f"fast_{lens}"] = lacking(exact, found, ends.share_unread)
                     return measured
 
                 measures = [(measure, prompts), (measure_long, long_texts(prompts))]

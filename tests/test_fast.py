@@ -55,38 +55,54 @@ def added(engine: Engine, tokens: Sequence[int], span: tuple[int, int]) -> Any:
     return core.run(core.prober.base.added(tokens, core.rows(engine.adapters), span))
 
 
-def test_fast_is_a_tail_of_eight(made: TinyBundle, fast: Engine) -> None:
-    with Engine(made.folder, probe_tail=8, threads=1) as tail:
-        assert fast.probe_tail == tail.probe_tail == 8
-        assert np.array_equal(fast.weights(LONG).weights, tail.weights(LONG).weights)
+@pytest.fixture
+def ends(made: TinyBundle) -> Iterator[Engine]:
+    with Engine(made.folder, threads=1, probe_tail=8) as engine:
+        yield engine
+
+
+def test_fast_is_a_tail_of_seven_tenths_of_the_question(made: TinyBundle, fast: Engine) -> None:
+    tokens, (start, _) = chat(fast, LONG)
+    n_last = round(0.7 * (len(tokens) - start))
+    assert n_last < len(tokens) - start - 20
+    with Engine(made.folder, probe_tail=n_last, threads=1) as tail:
+        assert np.array_equal(fast.weights(tokens).weights, tail.weights(tokens).weights)
     with Engine(made.folder, probe_tail=3, fast=True) as own:
         assert own.probe_tail == 3
 
 
+def test_fast_weighs_short_prompts_exactly(exact: Engine, fast: Engine) -> None:
+    tokens = exact.tokenize(LONG)
+    for n in (1, 40, 8 + 64):
+        assert np.array_equal(fast.weights(tokens[:n]).weights, exact.weights(tokens[:n]).weights)
+    longer = tokens[: 8 + 65]
+    assert not np.array_equal(fast.weights(longer).weights, exact.weights(longer).weights)
+
+
 def test_a_prompt_that_is_all_ends_is_weighed_exactly(
-    made: TinyBundle, exact: Engine, fast: Engine
+    made: TinyBundle, exact: Engine, ends: Engine
 ) -> None:
     tokens = exact.tokenize(LONG)
     for n in (1, 15, 16):
-        assert np.array_equal(fast.weights(tokens[:n]).weights, exact.weights(tokens[:n]).weights)
-    assert not np.array_equal(fast.weights(tokens[:17]).weights, exact.weights(tokens[:17]).weights)
+        assert np.array_equal(ends.weights(tokens[:n]).weights, exact.weights(tokens[:n]).weights)
+    assert not np.array_equal(ends.weights(tokens[:17]).weights, exact.weights(tokens[:17]).weights)
     short, (start, _) = chat(exact, "a")
-    with Engine(made.folder, threads=1, probe_tail=len(short) - start) as ends:
-        assert np.array_equal(ends.weights(short).weights, exact.weights(short).weights)
+    with Engine(made.folder, threads=1, probe_tail=len(short) - start) as all_ends:
+        assert np.array_equal(all_ends.weights(short).weights, exact.weights(short).weights)
 
 
 def test_what_precedes_questions_is_read_by_the_adapters_once(
-    made: TinyBundle, fast: Engine, counts: list[int]
+    made: TinyBundle, ends: Engine, counts: list[int]
 ) -> None:
-    first, (start, _) = chat(fast, LONG)
-    second, _ = chat(fast, "a thing, " * 12)
+    first, (start, _) = chat(ends, LONG)
+    second, _ = chat(ends, "a thing, " * 12)
     middle = len(first) - start - 8
-    fast.weights(first)
+    ends.weights(first)
     assert (counts[0], sum(counts)) == (3 * start, 3 * start + middle + 3 * 8)
     counts.clear()
-    found = fast.weights(second).weights
+    found = ends.weights(second).weights
     assert sum(counts) == len(second) - start - 8 + 3 * 8
-    with Engine(made.folder, threads=1, fast=True) as other:
+    with Engine(made.folder, threads=1, probe_tail=8) as other:
         assert np.array_equal(other.weights(second).weights, found)
 
 
@@ -154,29 +170,29 @@ def part_unread(tokens: Sequence[int], start: int) -> float:
 
 
 def test_what_is_usually_lacking_is_given_back(
-    calibrated: TinyBundle, made: TinyBundle, fast: Engine
+    calibrated: TinyBundle, made: TinyBundle, ends: Engine
 ) -> None:
     typical = load_bundle(calibrated.folder).known.typical
-    usual = np.array([typical[name]["fast_norm"] for name in fast.adapters])
+    usual = np.array([typical[name]["fast_norm"] for name in ends.adapters])
     assert np.ptp(usual) > 0.01
-    tokens, (start, _) = chat(fast, LONG)
-    with Engine(calibrated.folder, threads=1, fast=True) as engine:
+    tokens, (start, _) = chat(ends, LONG)
+    with Engine(calibrated.folder, threads=1, probe_tail=8) as engine:
         found = engine.weights(tokens)
         text = engine.weights(LONG)
         cosine = engine.weights(tokens, strategy="cosine")
         alone = engine.weights(tokens, adapters=["es"])
-    plain = fast.weights(tokens)
+    plain = ends.weights(tokens)
     expected = plain.divergence * usual ** (part_unread(tokens, start) / 2)
     np.testing.assert_allclose(found.divergence, expected, rtol=1e-6)
     np.testing.assert_allclose(found.weights, expected / expected.sum(0), rtol=1e-6)
     np.testing.assert_allclose(alone.divergence[0], expected[1], rtol=1e-6)
     # As it was found: what is no chat, and what is no KL.
-    assert np.array_equal(text.divergence, fast.weights(LONG).divergence)
-    assert np.array_equal(cosine.divergence, fast.weights(tokens, strategy="cosine").divergence)
+    assert np.array_equal(text.divergence, ends.weights(LONG).divergence)
+    assert np.array_equal(cosine.divergence, ends.weights(tokens, strategy="cosine").divergence)
 
 
 def test_what_is_usually_lacking_is_measured_on_long_texts(
-    calibrated: TinyBundle, exact: Engine, fast: Engine
+    calibrated: TinyBundle, exact: Engine, ends: Engine
 ) -> None:
     """Oracle: both kinds of weights of three texts, one by one."""
     prompts, logs = neutral_prompts(), []
@@ -185,7 +201,7 @@ def test_what_is_usually_lacking_is_measured_on_long_texts(
         tokens, (start, _) = chat(exact, text)
         if len(tokens) > 512:
             continue
-        lacks = exact.weights(tokens).divergence / fast.weights(tokens).divergence
+        lacks = exact.weights(tokens).divergence / ends.weights(tokens).divergence
         logs.append(np.log(lacks) / part_unread(tokens, start))
     assert logs
     typical = load_bundle(calibrated.folder).known.typical

@@ -18,6 +18,7 @@ from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.adapter_inputs import QueryProjections
+from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import run_alone
@@ -36,7 +37,7 @@ class Plan:
     repeat: int
     k: tuple[int, ...]
     probe_k: int
-    probe_tail: int
+    probe_tail: Tail
     prompt_tokens: tuple[int, ...]
     max_tokens: int
     probe_tokens: tuple[int, ...]

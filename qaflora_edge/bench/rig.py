@@ -17,6 +17,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
+from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.probe import Prober
 
 _N_DRAW = 1000  # tries to find a prompt that shares no beginning with those drawn before
@@ -171,7 +172,7 @@ class Rig:
             **options,
         )
 
-    def prober(self, k: int, *, tail: int = 0) -> Prober:
+    def prober(self, k: int, *, tail: Tail = 0) -> Prober:
         """A new Prober of k adapters, which knows nothing of what others read."""
         prober = Prober(self.model, self._pack(k), self._options, tail=tail)
         self._open.callback(prober.close)

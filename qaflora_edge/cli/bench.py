@@ -14,7 +14,7 @@ import click
 
 from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, command, shared_options
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.config import FAST_TAIL, MAX_PARALLEL
+from qaflora_edge.config import MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ def bench(
 
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
-    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --probe-tail (by
-    default that of --fast). probe: exact weights alone, and reading under them, as multiples of the
+    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --fast or
+    --probe-tail. probe: exact weights alone, and reading under them, as multiples of the
     base's prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn.
     system: the time to the first token of a question behind a system prompt that was probed before.
     light: decoding with the most of --k under exact weights, as it is and with --min-weight of some
@@ -207,7 +207,7 @@ def _plan(loaded: Bundle, options: SharedOptions, sizes: dict[str, Any]) -> Plan
     known = loaded.known.under(lens=options.lens, pool=options.pool)
     sizes["probe_k"] = sizes["probe_k"] or len(loaded.adapter_paths)
     sizes["prompt_tokens"] = tuple(dict.fromkeys(sizes["prompt_tokens"]))
-    more = {"max_tokens": options.max_tokens, "probe_tail": options.probe_tail or FAST_TAIL}
+    more = {"max_tokens": options.max_tokens, "probe_tail": options.probe_tail or "fast"}
     return Plan(**sizes, **more, lens=known.lens, pool=known.pool)
 
 

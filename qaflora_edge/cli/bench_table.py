@@ -96,7 +96,8 @@ def _change(result: Row) -> Iterator[list[str]]:
 
 
 def _ttft(result: Row) -> Iterator[list[str]]:
-    labels = METHODS | {"tail": f"--probe-tail {result['probe_tail']}"}
+    tail = result["probe_tail"]
+    labels = METHODS | {"tail": "--fast" if tail == "fast" else f"--probe-tail {tail}"}
     for length, found in _by_length(result["ttft"]):
         rows: list[Cells] = [("", "ms", "of plain", "forward", "lens", "divergence", "prefill")]
         for row in found:

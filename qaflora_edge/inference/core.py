@@ -16,7 +16,6 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.stop import Stop
-from qaflora_edge.config import FAST_TAIL
 from qaflora_edge.errors import QafloraError, WorkerError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.formats.gguf_header import GgufHeader
@@ -29,11 +28,13 @@ from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.score import Item, Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.progress import Tell
+from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import Steps
 from qaflora_edge.weighing.strategy import Query
+from qaflora_edge.weighing.typical import TYPICAL_TAIL
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Core:
         n_parallel: int,
         placing: Mapping[str, Any],
         adapter_type: str,
-        probe_tail: int,
+        probe_tail: Tail,
         prefix_cache: int,
         options: Mapping[str, Any],
     ) -> None:
@@ -130,9 +131,9 @@ class Core:
         return partial(self._query_probe, self.prober, cancellation, tell)
 
     @contextmanager
-    def fast_probe(self, cancellation: Cancellation) -> Iterator[Callable[[Query], QueryProbe]]:
-        """The same under --fast, whatever the Engine's own options are."""
-        with closing(self._new_prober(tail=FAST_TAIL)) as prober:
+    def ends_probe(self, cancellation: Cancellation) -> Iterator[Callable[[Query], QueryProbe]]:
+        """The same of a query's ends, whatever the Engine's own options are."""
+        with closing(self._new_prober(tail=TYPICAL_TAIL)) as prober:
             yield partial(self._query_probe, prober, cancellation, None)
 
     def _query_probe(

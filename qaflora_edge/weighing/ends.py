@@ -1,6 +1,7 @@
 """Reading the ends of a query by the adapters, and all of it by the base: quick, and not exact."""
 
 from collections.abc import Hashable, Sequence
+from typing import Literal
 
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.weighing.prefixes import Prefixes
@@ -10,6 +11,12 @@ from qaflora_edge.weighing.strategy import Span
 N_FIRST, N_FIRST_MOST = 8, 64  # tokens that adapters read of a query's beginning
 N_OPENING, N_CLOSING = 16, 32  # tokens that are left of a question in its abridged form
 _N_BEGINNING = 8  # beginnings that are kept
+
+# 0, or how many tokens at a query's end adapters read; "fast": by how long the question is.
+Tail = int | Literal["fast"]
+_FAST_SHARE = 0.7  # of what follows the question's start: weights within 0.03 of the exact ones
+_FAST_LEAST = 8  # tokens
+_FAST_WHOLE = 64  # tokens behind the beginning that are read whole: ends would take as long
 
 
 def n_first(question: Span) -> int:
@@ -56,7 +63,7 @@ class Beginnings:
 class Ends:
     """What was read of queries so.
 
-    n_last    tokens at a query's end that adapters read; 0: queries are read whole
+    tail      which tokens at a query's end adapters read; 0: queries are read whole
     prefixes  where what the base read is kept
 
     An adapter reads the first tokens as well, which attention rests on whatever they are: what
@@ -64,8 +71,8 @@ class Ends:
     lies between is read by the base alone, and adapters attend to what it made of it.
     """
 
-    def __init__(self, n_last: int, prefixes: Prefixes) -> None:
-        self._n_last, self._prefixes = n_last, prefixes
+    def __init__(self, tail: Tail, prefixes: Prefixes) -> None:
+        self._tail, self._prefixes = tail, prefixes
         self._beginnings = Beginnings()
         self._n_base: int | None = None  # tokens of the base's in the context; None: no ends
         self._key: Hashable = None  # how the base read them
@@ -78,30 +85,41 @@ class Ends:
     def n_first(self, n_token: int, question: Span) -> int:
         """How many tokens adapters read of a query's beginning; 0 where it is read whole."""
         n = n_first(question)
-        return n if self._n_last and n + self._n_last < n_token else 0
+        n_behind = n_token - n
+        if self._tail == "fast" and n_behind <= _FAST_WHOLE:
+            return 0
+        return n if 0 < self._n_last(n_token, question) < n_behind else 0
+
+    def _n_last(self, n_token: int, question: Span) -> int:
+        if self._tail == "fast":
+            return max(_FAST_LEAST, round(_FAST_SHARE * (n_token - question[0])))
+        return self._tail
 
     def n_unread(self, n_token: int, question: Span) -> int:
         """How many of a query's tokens adapters do not read."""
         n = self.n_first(n_token, question)
-        return n_token - n - self._n_last if n else 0
+        return n_token - n - self._n_last(n_token, question) if n else 0
 
     def read(
-        self, context: ProbeContext, rows: tuple[int, ...], tokens: Sequence[int], n_first: int
+        self,
+        context: ProbeContext,
+        rows: tuple[int, ...],
+        tokens: Sequence[int],
+        question: Span,
     ) -> Steps[None]:
         """Read a query in a context that holds ends or nothing.
 
         rows  of the adapters, whose weights are set
         """
-        n_seq, n_head = 1 + len(rows), len(tokens) - self._n_last
+        n_first, n_last = (n(len(tokens), question) for n in (self.n_first, self._n_last))
+        n_seq, n_head = 1 + len(rows), len(tokens) - n_last
         key, how = (rows, tuple(tokens[:n_first])), ("ends", rows, n_first)
         if key not in self._beginnings or how != self._key:
             self.forget(context)
         beginning = yield from self._beginnings.read(context, key, tokens[:n_first], n_seq)
         self._keep_base_only(context)
         head, pieces = tokens[:n_head], context.pieces()
-        at = self._prefixes.go_on(
-            context, how, head, pieces, n_exact=self._n_base, n_after=self._n_last
-        )
+        at = self._prefixes.go_on(context, how, head, pieces, n_exact=self._n_base, n_after=n_last)
         self._n_base, self._key = n_head, how
         if at == 0:
             sequences, weights = beginning.sequences[:1], beginning.weights[:1]

@@ -15,7 +15,7 @@ from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.base_probe import BaseProber
-from qaflora_edge.weighing.ends import Ends
+from qaflora_edge.weighing.ends import Ends, Tail
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.reading import (
     ProbeTimings,
@@ -56,13 +56,13 @@ class Prober:
         pack: Pack,
         options: dict[str, Any],
         *,
-        tail: int = 0,
+        tail: Tail = 0,
         files: Sequence[Path | AdapterInfo] | None = None,
         prefixes: Prefixes | None = None,
     ) -> None:
         self.prefixes = prefixes or Prefixes(0)
         self.base = BaseProber(
-            model, pack, options, files=files, prefixes=self.prefixes, is_fast=tail > 0
+            model, pack, options, files=files, prefixes=self.prefixes, is_fast=tail != 0
         )
         self._model, self._pack, self._options = model, pack, options
         self._ends = Ends(tail, self.prefixes)
@@ -102,11 +102,11 @@ class Prober:
         if pool == "mean":
             self._forget(context)
             yield from self._read(context, tokens, 0, "all")
-        elif n_first := self._ends.n_first(len(tokens), question):
+        elif self._ends.n_first(len(tokens), question):
             if not self._ends.are_held:
                 self._forget(context)
             self._n_exact = 0
-            yield from self._ends.read(context, self._rows, tokens, n_first)
+            yield from self._ends.read(context, self._rows, tokens, question)
         else:
             n_kept = self._go_on(context, tokens)
             yield from self._read(context, tokens, n_kept, "last")

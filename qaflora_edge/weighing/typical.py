@@ -11,13 +11,15 @@ from qaflora_edge.weighing.numbers import LENSES, typical_divergence
 from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states;
-# and of how many times the KL that --fast finds it is, see `unread`.
+# and of how many times the KL that ends of the prompt show it is, see `lacking`.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_", "fast_") for lens in LENSES)
 # Mean and spread of `extent`, by what is measured (see Probe.places) and where: at the last token,
 # in the question, and at the last token of prompts as plain text.
 EXTENTS = ("added_last", "added_question", "added_text", "cosine_question")
-ALWAYS = (*LAYERS[:4], *EXTENTS)  # the others where --fast can be had and the base has a template
+ALWAYS = (*LAYERS[:4], *EXTENTS)  # the others where ends can be read and the base has a template
 KEYS = (*LAYERS, *EXTENTS)
+
+TYPICAL_TAIL = 8  # tokens at the end of a long text that adapters read: see `lacking`
 
 _EPS = 1e-12  # of what a logarithm is taken of; layers of 0 change no surprise
 _SPREAD_MIN = 0.01  # an adapter that always does the same is no surprise whatever it does
@@ -51,23 +53,24 @@ def unusual(query: Query, key: str, measured: F64) -> F64:
     return surprise(measured, [query.typical[name][key] for name in query.adapters])
 
 
-def lacking(exact: F64, fast: F64, share: float) -> F64:
+def lacking(exact: F64, ends: F64, share: float) -> F64:
     """What `as_if_read` needs to make one of the other: float64 [n_adapter, n_layer]."""
-    return np.asarray(((exact + _EPS) / (fast + _EPS)) ** (1 / share))
+    return np.asarray(((exact + _EPS) / (ends + _EPS)) ** (1 / share))
 
 
-def as_if_read(query: Query, fast: F64, share: float) -> F64:
+def as_if_read(query: Query, ends: F64, share: float) -> F64:
     """A chat prompt's KL as it would be, had the adapters read all: float64 [n_adapter, n_layer].
 
-    fast   what --fast found; it stays where the bundle does not know what is usual
+    ends   what was found where they read the ends; it stays where the bundle does not know what
+           is usual
     share  of the tokens that they did not read: the more, the weaker they seem, and by how much is
            each adapter's own. Half of what long neutral texts show is taken: it differs from one
            question to the next, and that half came nearest (docs/performance.md).
     """
     usual = [query.typical.get(name, {}).get(f"fast_{query.lens}") for name in query.adapters]
     if not query.is_chat or not all(usual):
-        return fast
-    return np.asarray(fast * np.array(usual, np.float64) ** (share / 2))
+        return ends
+    return np.asarray(ends * np.array(usual, np.float64) ** (share / 2))
 
 
 def long_texts(prompts: Sequence[str]) -> list[str]:
