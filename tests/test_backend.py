@@ -9,7 +9,15 @@ import pytest
 from numpy.typing import NDArray
 from raw_context import RawContext, Row
 from stock import StockContext, write_merged, write_slice
-from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
+from tiny import (
+    PLAIN_KERNELS,
+    STEMS,
+    TinyAdapter,
+    TinyBase,
+    write_pairs,
+    write_tiny_adapter,
+    write_tiny_base,
+)
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
@@ -218,7 +226,7 @@ def test_stored_types_are_used_as_they_are(
         )
 
 
-KERNELS = ["ggml", "portable", "avx2", "avx512", "avx512vnni"]
+KERNELS = ["ggml", PLAIN_KERNELS, "avx2", "avx512", "avx512vnni"]
 OWN_MATMUL = ["avx2", "avx512", "avx512vnni"]  # those that have one
 
 
@@ -349,7 +357,7 @@ def test_every_kernel_agrees_on_the_probe(
         np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
     model, pack = load(base, adapters)
     found = []
-    for name in ("portable", kernels):
+    for name in (PLAIN_KERNELS, kernels):
         monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
         with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
             found.append(context.divergence(probed[0], probed[1:], "norm"))

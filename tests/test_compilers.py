@@ -23,6 +23,7 @@ INCLUDES = ("src", "include", "ggml/include", "ggml/src")
     ("compiler", "defines", "sets"),
     [
         ("x86_64-w64-mingw32-g++-posix", ["_WIN32_WINNT=0x0A00"], X86_SETS),  # Windows
+        ("clang++-19 --target=x86_64-w64-mingw32", ["_WIN32_WINNT=0x0A00"], X86_SETS),
         ("aarch64-linux-gnu-g++", [], {}),
     ],
 )
@@ -33,10 +34,10 @@ def test_native_sources_compile(
     checkout: Path,
     llama_cpp_source: Path,
 ) -> None:
-    if shutil.which(compiler) is None:
+    if shutil.which(compiler.split()[0]) is None:
         pytest.skip(f"{compiler} is not installed")
     own = checkout / "patches" / "src"
-    words = [compiler, "-x", "c++", "-std=c++17", "-fsyntax-only", *WARNINGS, f"-I{own}"]
+    words = [*compiler.split(), "-x", "c++", "-std=c++17", "-fsyntax-only", *WARNINGS, f"-I{own}"]
     words += [f"-isystem{llama_cpp_source / part}" for part in INCLUDES]
     words += [f"-D{name}" for name in (*DEFINES, *defines)]
     joined = []

@@ -17,6 +17,7 @@ from test_backend import (
 )
 from tiny import (
     EXPERT_STEMS,
+    PLAIN_KERNELS,
     STEMS,
     TinyAdapter,
     TinyBase,
@@ -65,7 +66,7 @@ def weights(base: TinyBase) -> F32:
     return array
 
 
-@pytest.mark.parametrize("kernels", ["", "portable", "ggml"])
+@pytest.mark.parametrize("kernels", ["", PLAIN_KERNELS, "ggml"])
 def test_logits_equal_a_merged_base(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -6,6 +6,7 @@ these files can stand beside it as an independent witness.
 """
 
 import json
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ QWEN = (
 )
 # One merge a line, in order of rank; "Ġ" is a space as GPT-2 writes it.
 MERGES = ("t h", "i n", "e r", "Ġ t", "Ġt h", "th e", "o n", "Ġ a", "r e", "Ġth e", "in g", "a n")
+# The kernels of adapters that every processor of an architecture runs.
+PLAIN_KERNELS = "neon" if platform.machine() in ("aarch64", "arm64") else "portable"
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 
