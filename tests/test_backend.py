@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from raw_context import RawContext, Row
 from stock import StockContext, write_merged, write_slice
 from tiny import (
+    MORE_KERNELS,
     PLAIN_KERNELS,
     STEMS,
     TinyAdapter,
@@ -226,7 +227,7 @@ def test_stored_types_are_used_as_they_are(
         )
 
 
-KERNELS = ["ggml", PLAIN_KERNELS, "avx2", "avx512", "avx512vnni"]
+KERNELS = ["ggml", PLAIN_KERNELS, *MORE_KERNELS]
 OWN_MATMUL = ["avx2", "avx512", "avx512vnni"]  # those that have one
 
 

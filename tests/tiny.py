@@ -34,8 +34,10 @@ QWEN = (
 )
 # One merge a line, in order of rank; "Ġ" is a space as GPT-2 writes it.
 MERGES = ("t h", "i n", "e r", "Ġ t", "Ġt h", "th e", "o n", "Ġ a", "r e", "Ġth e", "in g", "a n")
-# The kernels of adapters that every processor of an architecture runs.
-PLAIN_KERNELS = "neon" if platform.machine() in ("aarch64", "arm64") else "portable"
+# The kernels of adapters of an architecture: those that all of its processors run, and others.
+PLAIN_KERNELS, *MORE_KERNELS = {"aarch64": ["neon"], "arm64": ["neon"]}.get(
+    platform.machine(), ["portable", "avx2", "avx512", "avx512vnni"]
+)
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 
