@@ -228,7 +228,7 @@ def test_stored_types_are_used_as_they_are(
 
 
 KERNELS = ["ggml", PLAIN_KERNELS, *MORE_KERNELS]
-OWN_MATMUL = ["avx2", "avx512", "avx512vnni"]  # those that have one
+OWN_MATMUL = MORE_KERNELS  # those that have one
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> None:
