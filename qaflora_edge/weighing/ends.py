@@ -14,7 +14,7 @@ _N_BEGINNING = 8  # beginnings that are kept
 
 # 0, or how many tokens at a query's end adapters read; "fast": by how long the question is.
 Tail = int | Literal["fast"]
-_FAST_SHARE = 0.7  # of what follows the question's start: weights within 0.03 of the exact ones
+_FAST_SHARE = 0.65  # of what follows the question's start: weights within 0.03 of the exact ones
 _FAST_LEAST = 8  # tokens
 _FAST_WHOLE = 64  # tokens behind the beginning that are read whole: ends would take as long
 
