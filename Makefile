@@ -18,7 +18,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt models/registry.json \
     $(shell find qaflora_edge patches -type f ! -path '*/__pycache__/*')
 
 .PHONY: demo test test-fast test-rpc test-vulkan vulkan-tests cuda-build cuda-tests test-asan asan-tests \
-    test-clients clients-tests pin-clients release test-release release-tests test-aarch64 \
+    test-clients clients-tests pin-clients release release-backend test-release release-tests test-aarch64 \
     fuzz bench-server load-server bench-convert lint convert-table eval-report eval-smoke clean FORCE
 
 # A wheel in dist/ that fits this machine and is newer than the sources spares the compiler.
@@ -132,6 +132,20 @@ release: $(DONE)/venv $(DONE)/release-tools
 	    --wheel-dir $(RELEASE)/wheels .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib $(AUDIT) --wheel-dir dist $(RELEASE)/wheels/qaflora_edge-*_$(ARCH).whl
 	cp $(RELEASE)/wheels/llama_cpp_python-*-any.whl dist/
+	cd dist && sha256sum *.whl > SHA256SUMS
+
+# A GPU's backend as a wheel of its own, `make release-backend BACKEND=vulkan` or cuda: installed beside
+# the other it is one more file in its folder. What drives the device comes with the user's system.
+BACKEND ?= vulkan
+BACKEND_DIR := $(RELEASE)/$(BACKEND)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qaflora_edge/__init__.py)
+release-backend: $(DONE)/venv $(DONE)/release-tools
+	mkdir -p $(BACKEND_DIR) && rm -f $(BACKEND_DIR)/*.whl
+	sed 's|{backend}|$(BACKEND)|g; s|{BACKEND}|'$$(echo $(BACKEND) | tr a-z A-Z)'|; s|{version}|$(VERSION)|; s|{source}|$(CURDIR)|' \
+	    packages/backend.toml > $(BACKEND_DIR)/pyproject.toml
+	$(PIP) wheel --no-deps --config-settings build-dir=$(CURDIR)/$(BACKEND_DIR)/build --wheel-dir $(BACKEND_DIR) ./$(BACKEND_DIR)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib --exclude libggml-base.so --exclude 'libvulkan*' \
+	    --exclude 'libcu*' --wheel-dir dist $(BACKEND_DIR)/qaflora_edge_$(BACKEND)-*.whl
 	cd dist && sha256sum *.whl > SHA256SUMS
 
 $(DONE)/release-tools: $(DONE)/venv
