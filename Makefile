@@ -169,7 +169,10 @@ release-tests: $(DONE)/pytest
 # The wheel of dist/ for aarch64 on another machine: under qemu-user, with Debian's Python for it. An
 # emulated processor is 20 to 50 times slower than this one.
 AARCH64 := .venv-aarch64/bin
-# numpy multiplies by OpenBLAS, whose kernels with SME are wrong there (10.0): its plain ones.
+# numpy multiplies by OpenBLAS, whose kernels with SME are wrong there (10.0): its plain ones. Threads
+# that wait by computing would take ten times as long.
+test-aarch64: export OPENBLAS_CORETYPE := ARMV8
+test-aarch64: export OMP_WAIT_POLICY := PASSIVE
 AARCH64_MODELS ?= max cortex-a53 cortex-a72 neoverse-n1
 test-aarch64: $(DONE)/venv
 	@ls dist/qaflora_edge-*_aarch64.whl || { echo "There is no such wheel; make it with 'make release ARCH=aarch64'." >&2; exit 1; }
@@ -177,7 +180,7 @@ test-aarch64: $(DONE)/venv
 	$(PIP) --python $(AARCH64)/python install --only-binary :all: --find-links dist 'pytest>=8.2' dist/qaflora_edge-*_aarch64.whl
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python --cpu $(AARCH64_MODELS)
 	PYTHONPATH=tests $(AARCH64)/python -P tests/every_cpu.py $(AARCH64)/python
-	OPENBLAS_CORETYPE=ARMV8 $(AARCH64)/pytest -m "not slow" tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
+	$(AARCH64)/pytest -m "not slow" tests/test_native.py tests/test_backend.py tests/test_experts.py tests/test_probe.py
 
 # Cases are spread over the readers. `make fuzz MINUTES=1 TARGETS="peft convert"` names some.
 MINUTES ?= 5
