@@ -154,8 +154,8 @@ def _take_over(section: Section, other: Section) -> None:
     for cell, same in itertools.product(section.cells, other.cells):
         if cell.task == same.task:
             alone = {BASE, *(f"{SINGLE}{name}" for name in cell.adapters)}
-            for strategy in same.rows.keys() & alone - cell.rows.keys():
-                cell.rows[strategy] = same.rows[strategy]
+            missing = {s: rows for s, rows in same.rows.items() if s in alone - cell.rows.keys()}
+            cell.rows.update(missing)  # in the order of the other's
 
 
 def _is_asked_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
