@@ -140,7 +140,7 @@ BACKEND ?= vulkan
 BACKEND_DIR := $(RELEASE)/$(BACKEND)
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qaflora_edge/__init__.py)
 release-backend: $(DONE)/venv $(DONE)/release-tools
-	mkdir -p $(BACKEND_DIR) && rm -f $(BACKEND_DIR)/*.whl
+	rm -rf $(BACKEND_DIR) && mkdir -p $(BACKEND_DIR)
 	sed 's|{backend}|$(BACKEND)|g; s|{BACKEND}|'$$(echo $(BACKEND) | tr a-z A-Z)'|; s|{version}|$(VERSION)|; s|{source}|$(CURDIR)|' \
 	    packages/backend.toml > $(BACKEND_DIR)/pyproject.toml
 	$(PIP) wheel --no-deps --config-settings build-dir=$(CURDIR)/$(BACKEND_DIR)/build --wheel-dir $(BACKEND_DIR) ./$(BACKEND_DIR)
