@@ -143,8 +143,18 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
 
 def test_the_shipped_registry_is_whole() -> None:
     models = registry.load_registry()
-    assert list(models) == ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m"]
-    assert [model.architecture for model in models.values()] == ["llama", "qwen2", "gemma3"]
+    assert list(models) == [
+        "smollm2-135m-instruct",
+        "qwen2.5-coder-0.5b-instruct",
+        "qwen2.5-coder-1.5b-instruct",
+        "gemma-3-270m",
+    ]
+    assert [model.architecture for model in models.values()] == [
+        "llama",
+        "qwen2",
+        "qwen2",
+        "gemma3",
+    ]
     for model in models.values():
         kinds = [type(source) for source in model.sources]
         assert kinds == [registry.PackageSource, registry.HubSource]
@@ -168,8 +178,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         registry.find_model("gpt-5")
     assert str(caught.value) == (
         "There is no model 'gpt-5' in the registry; it knows smollm2-135m-instruct, "
-        "qwen2.5-coder-0.5b-instruct, gemma-3-270m. See 'qaflora models', or give a Hugging Face "
-        "Hub repository as owner/name."
+        "qwen2.5-coder-0.5b-instruct, qwen2.5-coder-1.5b-instruct, gemma-3-270m. "
+        "See 'qaflora models', or give a Hugging Face Hub repository as owner/name."
     )
 
 
