@@ -292,6 +292,19 @@ def test_heads_without_end(made: TinyBundle, alone: Engine, n: int) -> None:
         assert_alone(found.json(), 3, alone)
 
 
+def test_what_is_not_http_is_refused_in_openai_s_shape(made: TinyBundle) -> None:
+    with listening(made.folder) as url:
+        for data in (b"\x16\x03\x01 hello\r\n\r\n", raw_post(b"", n_declared=-1)):
+            with socket.create_connection(address_of(url), PATIENCE_S) as client:
+                client.sendall(data)
+                head, _, body = receive_until(client, b"}}").partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 400 ")
+                assert b"\r\ncontent-type: application/json\r\n" in head
+                assert f"\r\ncontent-length: {len(body)}\r\n".encode() in head
+                assert json.loads(body)["error"]["code"] == "invalid_http"
+                assert is_closed(client)
+
+
 @pytest.mark.slow
 def test_five_hundred_connections(made: TinyBundle, alone: Engine) -> None:
     """Idle ones hinder nobody; of those that ask some are answered, others told to come again."""

@@ -1,11 +1,13 @@
 """HTTP as uvicorn speaks it, with bounds on what comes before anybody knows who asks."""
 
 import asyncio
+import json
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from qaflora_edge.server.options import HEAD_S, MAX_HEAD_BYTES
+from qaflora_edge.server.refusals import Refusal
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -56,6 +58,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._has_come()
         super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP as all else is refused; uvicorn's own answer is plain text."""
+        body = json.dumps(Refusal(400, msg, code="invalid_http").body).encode()
+        head = (
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        )
+        self.transport.write(head + body)
+        self.transport.close()
 
     def _wait_for_head(self) -> None:
         self._patience = self.loop.call_later(HEAD_S, self.transport.abort)
