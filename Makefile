@@ -54,18 +54,21 @@ vulkan-tests: $(DONE)/package $(DONE)/pytest
 	GGML_VK_DISABLE_F16=1 GGML_VK_DISABLE_FUSION=1 $(BIN)/pytest tests/test_device.py
 	$(BIN)/pytest tests/test_device.py
 
-# For CUDA and one architecture, with cuBLAS from the package index: compiled, linked and loaded, in an
-# environment of its own. It needs nvcc and no GPU; the CPU is tested with it.
+# The package for CUDA, for one architecture and without the kernels of flash attention, with cuBLAS from
+# the package index: compiled, linked and loaded, in an environment of its own, beside the wheel of dist/.
+# It needs nvcc and no GPU; the CPU is tested with it.
 CUDA_ARCH ?= 90
 CUBLAS := $(CURDIR)/.venv-cuda/cublas
 cuda-build: export CPATH := $(CUBLAS)/include
-cuda-build: export LD_LIBRARY_PATH := $(CUBLAS)/lib
 cuda-build:
+	@ls dist/qaflora_edge-*_$(ARCH).whl || { echo "There is no such wheel; make it with 'make release'." >&2; exit 1; }
 	$(MAKE) VENV=.venv-cuda .venv-cuda/.done/cublas
-	$(MAKE) VENV=.venv-cuda BUILD=build/cuda CMAKE_ARGS="$(CMAKE_ARGS) -DGGML_CUDA=on -DGGML_CUDA_NO_VMM=on \
-	    -DGGML_CUDA_FA=off -DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH) -DCMAKE_PREFIX_PATH=$(CUBLAS)" cuda-tests
+	$(MAKE) VENV=.venv-cuda BACKEND=cuda CMAKE_ARGS="$(CMAKE_ARGS) -DGGML_CUDA_NO_VMM=on \
+	    -DGGML_CUDA_FA=off -DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH) -DCMAKE_PREFIX_PATH=$(CUBLAS)" release-backend cuda-tests
 
-cuda-tests: $(DONE)/package $(DONE)/pytest
+cuda-tests: $(DONE)/pytest
+	$(PIP) install --only-binary :all: --find-links dist qaflora-edge-cuda
+	$(BIN)/python -P -c 'import ctypes; from qaflora_edge.backend.native import library_dir; ctypes.CDLL(library_dir() / "libggml-cuda.so")'
 	$(BIN)/pytest tests/test_backend.py
 
 # CMake asks for names without a version, which the wheel does not have.
@@ -138,10 +141,11 @@ release: $(DONE)/venv $(DONE)/release-tools
 # the other it is one more file in its folder. What drives the device comes with the user's system.
 BACKEND ?= vulkan
 BACKEND_DIR := $(RELEASE)/$(BACKEND)
+NEEDS_cuda := , "nvidia-cublas>=13,<14", "nvidia-cuda-runtime>=13,<14"
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qaflora_edge/__init__.py)
 release-backend: $(DONE)/venv $(DONE)/release-tools
 	rm -rf $(BACKEND_DIR) && mkdir -p $(BACKEND_DIR)
-	sed 's|{backend}|$(BACKEND)|g; s|{BACKEND}|'$$(echo $(BACKEND) | tr a-z A-Z)'|; s|{version}|$(VERSION)|; s|{source}|$(CURDIR)|' \
+	sed 's|{backend}|$(BACKEND)|g; s|{BACKEND}|'$$(echo $(BACKEND) | tr a-z A-Z)'|; s|{version}|$(VERSION)|; s|{source}|$(CURDIR)|; s|{needs}|$(NEEDS_$(BACKEND))|' \
 	    packages/backend.toml > $(BACKEND_DIR)/pyproject.toml
 	$(PIP) wheel --no-deps --config-settings build-dir=$(CURDIR)/$(BACKEND_DIR)/build --wheel-dir $(BACKEND_DIR) ./$(BACKEND_DIR)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --lib-sdir /lib --exclude libggml-base.so --exclude 'libvulkan*' \
