@@ -138,7 +138,8 @@ release: $(DONE)/venv $(DONE)/release-tools
 	cd dist && sha256sum *.whl > SHA256SUMS
 
 # A GPU's backend as a wheel of its own, `make release-backend BACKEND=vulkan` or cuda: installed beside
-# the other it is one more file in its folder. What drives the device comes with the user's system.
+# the other it is one more file in its folder. What drives the device comes with the user's system,
+# CUDA's own libraries from the package index.
 BACKEND ?= vulkan
 BACKEND_DIR := $(RELEASE)/$(BACKEND)
 NEEDS_cuda := , "nvidia-cublas>=13,<14", "nvidia-cuda-runtime>=13,<14"
