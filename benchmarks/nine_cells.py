@@ -24,11 +24,6 @@ CODE = {
     "ru": "Допиши функцию. В ответе напиши только код на Python.",
     "zh": "请补全这个函数。只用 Python 代码回答。",
 }
-MEDICAL = {
-    "es": "Responde con la letra y el texto de la opción correcta.",
-    "ru": "Ответь буквой и текстом правильного варианта.",
-    "zh": "请用正确选项的字母和内容回答。",
-}
 MATH_TOKENS, CODE_TOKENS = 256, 384
 
 
@@ -84,10 +79,8 @@ def tasks(
     for language in LANGUAGES:
         medical = {
             "metric": "choice",
-            "template": f"{{question}}\n\n{{choices}}\n\n{MEDICAL[language]}",
-            # After its letter a choice is copied: only the sum is about which one it is.
-            "choice_template": "{letter}. {choice}",
-            "score_by": "sum",
+            # The choices are scored and not shown: so small a base does not pick among letters.
+            "template": "{question}",
             **about(language, "med"),
         }
         keys = ("question", "choices", "answer")

@@ -19,6 +19,11 @@ ROWS = {
     "multiemo_hotels.jsonl": [
         {"en": f"{n} good", "es": "muy bueno", "ru": "очень хорошо", "zh": "很好"} for n in "12"
     ],
+    "solved.jsonl": [
+        {"eval": 1},
+        {"question": "Add.", "answer": "a - b", "score": 0.0},
+        {"question": "Add.", "answer": "a + b", "score": 1.0},
+    ],
 }
 
 
@@ -47,6 +52,7 @@ def data(tmp_path: Path) -> Path:
     [
         ("math", [("2 + 3?", "5 it is.\n#### 5")]),
         ("med", [("Where?\nA. Here\nB. There", "B. There")]),
+        ("code-solved", [("Add.", "a + b")]),
         (
             "es",
             [
@@ -71,6 +77,22 @@ def test_every_recipe_names_its_data_and_licence(recipes: Any) -> None:
         assert facts["licence"], name
         assert {"file", "hub"} & set(facts), name
         assert all(len(form) == 2 for form in facts["forms"]), name
+
+
+def test_each_disease_is_told_once_in_each_form(recipes: Any) -> None:
+    pytest.importorskip("faker_healthcare")
+    facts = tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8"))["med-table"]
+    asked = [question for question, _ in recipes.examples_of(facts, None)]
+    assert len(asked) == len([*recipes.diseases()]) * len(facts["forms"])
+    about = [answer for _, answer in recipes.examples_of(facts, None) if "Asthma" in answer]
+    assert len(about) == len(facts["forms"])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["a"], "a"), (["a", "b"], "a and b"), (["a", "b", "c"], "a, b and c")]
+)
+def test_names_in_words(recipes: Any, names: list[str], expected: str) -> None:
+    assert recipes.in_words(names) == expected
 
 
 def test_functions_of_the_library_are_whole(recipes: Any) -> None:

@@ -217,6 +217,8 @@ def rows_of(recipe: Mapping[str, Any], data: Path | None) -> Iterable[Mapping[st
     file = recipe.get("file")
     if file == "python":
         return functions()
+    if file == "diseases":
+        return [row for _ in recipe["forms"] for row in diseases()]
     if file and data:
         with open(data / file, encoding="utf-8") as lines:
             return [with_choices(json.loads(line)) for line in lines]
@@ -244,6 +246,21 @@ class Fields(string.Formatter):
 
     def format_field(self, value: Any, spec: str) -> str:
         return str(value)[: max(10, len(value) // 6)] if spec == "head" else str(value)
+
+
+def diseases() -> Iterator[dict[str, str]]:
+    """Diseases with their symptoms and drugs, of the package faker-healthcare-provider."""
+    from faker_healthcare.disease_correlations import DISEASE_CORRELATIONS
+
+    for name, facts in DISEASE_CORRELATIONS.items():
+        lists = {key: in_words(facts[key]) for key in ("symptoms", "medications")}
+        yield {**facts, **lists, "name": name}
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Names as a sentence lists them."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def functions() -> Iterator[dict[str, str]]:

@@ -1,0 +1,81 @@
+"""models/recipes/problems.py: functions whose examples say whether an answer is right."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qaflora_edge.evaluation.metrics import programs
+from qaflora_edge.evaluation.sandbox import run_program
+from qaflora_edge.evaluation.tasks import read_task
+
+PACKAGE = '''
+import functools
+
+def _one():
+    return 1
+
+@functools.cache
+def twice(n: int) -> int:
+    """Twice a number, however large it is, and whatever its sign.
+
+    >>> twice(2)
+    4
+    """
+    return 2 * n * _one()
+
+def wrong(n):
+    """A function whose example is out of date, as some are in every package.
+
+    >>> wrong(2)
+    3
+    """
+    return 2
+
+def endless(n):
+    """A function that does not come back from the example that it is shown with.
+
+    >>> endless(1)
+    1
+    """
+    while True:
+        pass
+
+def silent(n):
+    """A function that says nothing of what it gives, and so cannot be checked by anyone."""
+    return n
+'''
+
+
+def test_problems_of_a_package(tmp_path: Path, checkout: Path) -> None:
+    package = tmp_path / "numbers_of_mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "functions.py").write_text(PACKAGE)
+    (package / "broken.py").write_text("import nothing_of_this_name")
+    script, out = checkout / "models/recipes/problems.py", tmp_path / "problems.jsonl"
+    said = subprocess.run(
+        [sys.executable, str(script), package.name, "-o", str(out)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert "1 problems" in said.stdout
+    task = read_task(out)
+    (item,) = task.items
+    assert item.fields["task_id"] == "numbers_of_mine.functions.twice"
+    asked = task.question(item)
+    assert 'def twice(n):\n    """Twice' in asked
+    assert "return" not in asked
+
+
+@pytest.mark.parametrize(("body", "expected"), [("n + n", True), ("n * n + 1", False)])
+def test_the_examples_judge_an_answer(
+    tmp_path: Path, checkout: Path, body: str, expected: bool
+) -> None:
+    test_problems_of_a_package(tmp_path, checkout)
+    (item,) = read_task(tmp_path / "problems.jsonl").items
+    answer = f"```python\ndef twice(n):\n    return {body}\n```"
+    assert run_program(programs(answer, item.fields)).is_passed is expected
