@@ -222,11 +222,16 @@ def peak_mb(pid: int) -> float:
 # servers
 
 
+def most_users(options: argparse.Namespace) -> int:
+    """The places that any part of the plan needs."""
+    return max(*options.users, *options.one_mix, *options.probe, options.direct)
+
+
 def servers(
     options: argparse.Namespace, bundle: Path, base: Path, adapters: list[Path], n_ctx: int
 ) -> dict[str, list[str]]:
     """Name -> command, but for the port."""
-    n, threads = max(options.users), str(options.threads)
+    n, threads = most_users(options), str(options.threads)
     ours = [sys.executable, "-P", "-m", "qaflora_edge", "serve", str(bundle), "--parallel", str(n)]
     found = {"qaflora": [*ours, "--ctx", str(n_ctx), "--threads", threads]}
     if options.llama_server is not None:
@@ -273,7 +278,7 @@ class Direct:
     """
 
     def __init__(self, options: argparse.Namespace, bundle: Path, n_ctx: int) -> None:
-        engine = {"n_ctx": n_ctx, "n_parallel": max(options.users), "threads": options.threads}
+        engine = {"n_ctx": n_ctx, "n_parallel": most_users(options), "threads": options.threads}
         command = [sys.executable, "-c", DIRECT, json.dumps([str(bundle), engine])]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, **pipes)

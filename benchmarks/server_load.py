@@ -18,10 +18,10 @@ import random
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,11 +160,11 @@ def models_of(port: int) -> list[str]:
 
 
 def all_at_once(calls: Iterable[Callable[[], None]]) -> None:
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    """Call each in a thread of its own. Raises what the first of them raised."""
+    calls = list(calls)
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
 
 
 def main() -> None:

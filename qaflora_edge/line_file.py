@@ -1,7 +1,7 @@
 """A file of lines that one process adds to, and that is gone on with."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,9 +36,10 @@ class LineFile:
         try:
             yield
         finally:
-            if self._file is not None:
-                self._file.close()
             lock.release()
+            if self._file is not None:
+                with suppress(OSError):  # it still holds a line only where `add` has failed
+                    self._file.close()
 
     def add(self, text: str) -> None:
         """Add a line. Raises OutputFileError when it cannot be written."""

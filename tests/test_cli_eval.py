@@ -266,6 +266,8 @@ def test_html_shows_items_and_layers(made: TinyBundle, tmp_path: Path) -> None:
         (("--items", "20:"), 2, "The task sums has 6 items, and none of them is chosen"),
         (("-o", "none/r.jsonl"), 1, "none"),
         (("--limit", "0"), 2, "0 is not in the range x>=1"),
+        (("-o", "r.jsonl", "--json", "./r.jsonl"), 2, "r.jsonl is named twice; give each FILE a"),
+        (("--html", "sums.jsonl"), 2, "sums.jsonl is named twice"),
         (("sums.jsonl",), 2, "Two tasks have the name 'sums', expected different ones"),
     ],
 )

@@ -160,7 +160,7 @@ def test_share_of_items_whose_two_heaviest_adapters_are_the_right_ones() -> None
     ]
     names = ("math", "es", "ru", "med")
     cell = Cell({"name": "t", "metric": "number", "language": "es", "domain": "math"}, names)
-    for strategy in ("qa-flora", "static"):
+    for strategy in ("qa-flora", "static", "manual:es=1,math=1", "fitted:five"):
         cell.rows[strategy] = {
             item: record("t", item, strategy, 1.0, weights=dict(zip(names, mix, strict=True)))
             for item, mix in enumerate(mixes)
@@ -168,7 +168,8 @@ def test_share_of_items_whose_two_heaviest_adapters_are_the_right_ones() -> None
     assert found_share(cell, "qa-flora") == 0.5
     cell.rows["qa-flora"][4] = record("t", 4, "qa-flora", None, weights={}, error="too long")
     assert found_share(cell, "qa-flora") == 0.5  # that one was not weighed
-    assert found_share(cell, "static") is None
+    for strategy in ("static", "manual:es=1,math=1", "fitted:five"):
+        assert found_share(cell, strategy) is None
     assert found_share(Cell(cell.task, names[:2], cell.rows), "qa-flora") is None
 
 
@@ -251,7 +252,9 @@ def test_files_that_were_made_otherwise_stand_apart_or_together() -> None:
     assert found.cells[0].lines == one_section(records).cells[0].lines
     other = {"name": "es", "sha256": "9" * 64, "bytes": 1000}
     longer = {**head["tasks"][0], "max_tokens": 128}
-    for changed in ({"adapters": [head["adapters"][0], other]}, {"tasks": [longer]}):
+    asked = {"options": head["options"] | {"system": "Be brief."}}
+    changes = [{"adapters": [head["adapters"][0], other]}, {"tasks": [longer]}, asked]
+    for changed in changes:
         files = [("a", mine), ("b", Results(head | changed, its))]
         assert [len(each.cells) for each in summarise(files)] == [1, 1]
 
@@ -329,14 +332,16 @@ def test_other_scores_of_one_item_are_refused() -> None:
 def test_difference_of_right_and_wrong_answers_keeps_a_width() -> None:
     for gains in ([1, 1, 1, 0, 0, -1], [0] * 20, [1] * 9):
         values = np.array(gains, np.float64)
-        found = difference([values])
+        found = difference([values], is_right=True)
         low, high = bonett_price(len(gains), gains.count(1), gains.count(-1))
         assert found.value == pytest.approx(values.mean())
         assert (found.low, found.high) == pytest.approx((max(-1, low), min(1, high)))
     halves = [np.array([0.5, -1.0, 0.25]), np.array([1.0, 0.0])]
-    assert difference(halves[:1]) == mean_of_means(halves[:1])
-    assert difference(halves) == mean_of_means(halves)
-    assert difference([halves[1], halves[1]]) == mean_of_means([halves[1], halves[1]])
+    assert difference(halves[:1], is_right=False) == mean_of_means(halves[:1])
+    equal = np.zeros(20)  # losses of one mix under two names
+    assert difference([equal], is_right=False) == mean_of_means([equal])
+    for several in (halves, [halves[1], halves[1]]):
+        assert difference(several, is_right=True) == mean_of_means(several)
 
 
 def test_table_says_numbers_intervals_and_what_they_are() -> None:

@@ -273,6 +273,9 @@ def test_what_is_answered_is_what_the_task_says(folder: Path, tmp_path: Path) ->
         assert read_examples(engine, task, [0]).answers == ("B.",)
         number = read_task(write_task(tmp_path, [{"question": "q", "answer": 7}]))
         assert read_examples(engine, number, [0]).answers == ("7",)
+        several = [{"question": "q", "answer": ["Madrid", "la villa"]}]
+        words = read_task(write_task(tmp_path, several))
+        assert read_examples(engine, words, [0]).answers == ("Madrid",)
         written = {**code, "continuation": "def f(): ..."}
         task = read_task(write_task(tmp_path, [written, code], metric="code"))
         assert read_examples(engine, task, [0]).answers == ("def f(): ...",)

@@ -1,10 +1,12 @@
 """models/recipes/problems.py: functions whose examples say whether an answer is right."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from made_results import header, record
 
 from qaflora_edge.evaluation.metrics import programs
 from qaflora_edge.evaluation.sandbox import run_program
@@ -38,6 +40,8 @@ def endless(n):
 
     >>> endless(1)
     1
+    >>> endless(2)
+    2
     """
     while True:
         pass
@@ -54,6 +58,7 @@ def test_problems_of_a_package(tmp_path: Path, checkout: Path) -> None:
     (package / "__init__.py").write_text("")
     (package / "functions.py").write_text(PACKAGE)
     (package / "broken.py").write_text("import nothing_of_this_name")
+    (package / "__main__.py").write_text("raise SystemExit(3)")
     script, out = checkout / "models/recipes/problems.py", tmp_path / "problems.jsonl"
     said = subprocess.run(
         [sys.executable, str(script), package.name, "-o", str(out)],
@@ -69,6 +74,38 @@ def test_problems_of_a_package(tmp_path: Path, checkout: Path) -> None:
     asked = task.question(item)
     assert 'def twice(n):\n    """Twice' in asked
     assert "return" not in asked
+
+
+def test_right_answers_are_kept_as_code_alone(tmp_path: Path, checkout: Path) -> None:
+    test_problems_of_a_package(tmp_path, checkout)
+    task = read_task(tmp_path / "problems.jsonl")
+
+    def answer(before: str, doc: str, body: str) -> str:
+        lines = (f"{before}def twice(n):", f'    """{doc}"""', f"    return {body}", "", "print(1)")
+        return "It is:\n```python\n" + "\n".join(lines) + "\n```\n"
+
+    answers = [
+        (answer("", "Twice.", "n + n"), 1.0),
+        (answer("import math\n", "", "n + n"), 1.0),
+        (answer("", "Of n.", "n + n"), 1.0),  # as the first
+        (answer("", "", "n"), 0.0),
+    ]
+    head = header([(task.name, "code", None, "code")], [], n_item=1)
+    paths = [tmp_path / f"{i}.jsonl" for i in range(len(answers))]  # each of a run of its own
+    for path, (text, score) in zip(paths, answers, strict=True):
+        lines = (head, record(task.name, 0, "base", score, answer=text))
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked, out = tmp_path / "problems.jsonl", tmp_path / "solved.jsonl"
+    script = checkout / "models/recipes/solved.py"
+    command = [sys.executable, script, asked, *paths, "-o", out]
+    subprocess.run([*map(str, command)], check=True)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    code = "def twice(n):\n    return n + n\n```"
+    assert [each["answer"] for each in found] == [
+        f"```python\n{code}",
+        f"```python\nimport math\n\n{code}",
+    ]
+    assert {each["question"] for each in found} == {task.question(task.items[0])}
 
 
 @pytest.mark.parametrize(("body", "expected"), [("n + n", True), ("n * n + 1", False)])

@@ -19,11 +19,7 @@ ROWS = {
     "multiemo_hotels.jsonl": [
         {"en": f"{n} good", "es": "muy bueno", "ru": "очень хорошо", "zh": "很好"} for n in "12"
     ],
-    "solved.jsonl": [
-        {"eval": 1},
-        {"question": "Add.", "answer": "a - b", "score": 0.0},
-        {"question": "Add.", "answer": "a + b", "score": 1.0},
-    ],
+    "solved.jsonl": [{"question": "Add.", "answer": "a + b"}],
 }
 
 
@@ -79,20 +75,21 @@ def test_every_recipe_names_its_data_and_licence(recipes: Any) -> None:
         assert all(len(form) == 2 for form in facts["forms"]), name
 
 
-def test_each_disease_is_told_once_in_each_form(recipes: Any) -> None:
+def test_each_disease_is_told_three_times_in_each_form(recipes: Any) -> None:
     pytest.importorskip("faker_healthcare")
     facts = tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8"))["med-table"]
-    asked = [question for question, _ in recipes.examples_of(facts, None)]
-    assert len(asked) == len([*recipes.diseases()]) * len(facts["forms"])
-    about = [answer for _, answer in recipes.examples_of(facts, None) if "Asthma" in answer]
-    assert len(about) == len(facts["forms"])
+    examples = [*recipes.examples_of(facts, None)]
+    assert len(examples) == len([*recipes.diseases(0)]) * len(facts["forms"]) * 3
+    told = [each for each in examples if "Asthma" in " ".join(each)]
+    assert len(told) == len({*told}) == 3 * len(facts["forms"])
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"), [(["a"], "a"), (["a", "b"], "a and b"), (["a", "b", "c"], "a, b and c")]
+    ("names", "turn", "expected"),
+    [("a", 2, "a"), ("ab", 0, "a and b"), ("abc", 0, "a, b and c"), ("abc", 4, "b, c and a")],
 )
-def test_names_in_words(recipes: Any, names: list[str], expected: str) -> None:
-    assert recipes.in_words(names) == expected
+def test_names_in_words(recipes: Any, names: str, turn: int, expected: str) -> None:
+    assert recipes.in_words([*names], turn) == expected
 
 
 def test_functions_of_the_library_are_whole(recipes: Any) -> None:

@@ -1,6 +1,8 @@
 """The results file: written line by line, gone on with, read whatever it holds."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +112,17 @@ def test_nothing_is_written_before_the_first_result(tmp_path: Path) -> None:
         ({"tasks": []}, "its tasks are sums, now they are none"),
         ({"tasks": [{**HEADER["tasks"][0], "n_item": 5}]}, "tasks.sums.n_item is 4, now it is 5"),
         ({"n_layer": 4}, "its n_layer is 3, now it is 4"),
+        (
+            {"measured": {"typical": "a", "fitted.five": "c"}},
+            'its measured.fitted.five is "b", now it is "c"',
+        ),
     ],
 )
 def test_the_file_of_another_evaluation_stays(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "r.jsonl"
-    write(path, record(0))
+    write(path, record(0), header={**HEADER, "measured": {"typical": "a", "fitted.five": "b"}})
     before = path.read_bytes()
     with pytest.raises(OutputFileError) as failure:
         write(path, record(1), header={**HEADER, **change})
@@ -124,6 +130,31 @@ def test_the_file_of_another_evaluation_stays(
     assert message in str(failure.value)
     assert str(failure.value).endswith("or choose another -o FILE.")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("before", [{}, {"measured": {"typical": "a"}}])
+def test_a_bundle_may_measure_more_meanwhile(tmp_path: Path, before: dict[str, Any]) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, record(0), header={**HEADER, **before})
+    more = {**HEADER, "measured": {"typical": "a", "fitted.five": "b"}}
+    write(path, record(1), header=more)
+    assert len(read_results(path).records) == 2
+
+
+def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
+    """Also where the line that did not fit is still held when the file is closed."""
+    path = tmp_path / "r.jsonl"
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, size[1]))
+    try:
+        with pytest.raises(OutputFileError, match=f"Cannot write results into {path}: "):
+            write(path, *({**record(i), "answer": "a" * 900} for i in range(4)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+        signal.signal(signal.SIGXFSZ, handler)
+    with cache_lock(str(path.resolve())):  # nobody holds it
+        assert len(read_results(path).records) == 3
 
 
 def test_one_process_at_a_time_writes(tmp_path: Path) -> None:

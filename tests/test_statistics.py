@@ -109,7 +109,7 @@ def test_difference_of_few_answers_holds_the_truth(n_item: int, less: float, mor
     rng = np.random.default_rng(6)
     n_held = 0
     for drawn in rng.choice([-1.0, 0.0, 1.0], (2000, n_item), p=[less, 1 - less - more, more]):
-        found = difference([drawn])
+        found = difference([drawn], is_right=True)
         n_held += found.low <= more - less <= found.high
     assert n_held / 2000 > 0.935
 

@@ -25,7 +25,7 @@ def read(tmp_path: Path, *lines: Any, name: str = "sums.jsonl") -> Task:
 
 def test_fields_decide_where_the_task_does_not_say(tmp_path: Path) -> None:
     kinds = {
-        "number": [SUM, {"prompt": "a", "answer": "1,234.5"}],
+        "number": [SUM, {"prompt": "a", "answer": "1,234.5"}, {"question": "a", "answer": [5, 6]}],
         "contains": [SUM, {"question": "a", "answer": "b"}],
         "choice": [{"question": "a", "choices": ["b", "c"], "answer": 1}],
         "code": [{"prompt": "def f():", "entry_point": "f", "test": "assert f"}],
@@ -146,6 +146,18 @@ HOSTILE: list[tuple[list[Any], str]] = [
     ([{"question": "a", "answer": True}], "answer is true, expected a text or number"),
     ([{"task": {"metric": "number"}}, {"question": "a", "answer": "b"}], 'answer is "b", expected'),
     ([{"task": {"metric": "choice"}}, SUM], "choices is missing, expected a list of 2 to 26 texts"),
+    ([{**CHOICE, "choices": None}], "choices is null, expected a list of 2 to 26 texts"),
+    (
+        [{"task": {"template": "{choices}"}}, {**CHOICE, "choices": 3}],
+        "choices is 3, expected a list of 2 to 26 texts",
+    ),
+    (
+        [
+            {"task": {"metric": "contains", "template": "{question} {choices}"}},
+            {"question": "a", "answer": "b", "choices": None},
+        ],
+        'the template names "choices", expected one of the fields question, answer',
+    ),
     ([{**CHOICE, "choices": ["b"]}], 'choices is ["b"], expected a list of 2 to 26 texts'),
     ([{**CHOICE, "choices": ["b", ""]}], "expected a list of 2 to 26 texts"),
     ([{**CHOICE, "answer": 2}], "answer is 2, expected the number of a choice, 0 to 1"),

@@ -2,7 +2,8 @@
 
     pip install algorithms boltons more-itertools pydash toolz
     python models/recipes/problems.py algorithms boltons more_itertools pydash toolz -o ask.jsonl
-    qaflora eval BUNDLE ask.jsonl --strategies base --allow-code --temperature 0.7 -o solved.jsonl
+    qaflora eval BUNDLE ask.jsonl --strategies base --allow-code --temp 0.7 -o answers.jsonl
+    python models/recipes/solved.py ask.jsonl answers.jsonl -o solved.jsonl
     python models/recipes/train.py code-solved --base BASE.gguf --data . -o coder
 
 A problem is the signature and docstring of a function of the packages, which has examples (`>>>`)
@@ -68,10 +69,12 @@ def problems(package: str) -> Iterator[dict[str, str]]:
     root = importlib.import_module(package)
     inner = pkgutil.walk_packages(root.__path__, f"{package}.", onerror=lambda name: None)
     for name in [package, *(each.name for each in inner)]:
+        if name.endswith(".__main__"):
+            continue
         try:
             module = importlib.import_module(name)
             source = inspect.getsource(module)
-        except Exception:  # it needs what is not installed
+        except (Exception, SystemExit):  # it needs what is not installed
             continue
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
@@ -112,14 +115,15 @@ def passes(function: Any, test: str) -> bool:
     scope: dict[str, Any] = {}
     exec(test, scope)
     signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    # Again and again: doctest takes the error for that of one example, and goes on to the next.
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             scope["check"](function)
-    except Exception:  # whatever its examples raise
+    except (Exception, SystemExit):  # whatever its examples raise
         return False
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return True
 
 

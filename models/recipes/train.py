@@ -7,6 +7,12 @@ The base is a GGUF that transformers can dequantise, or a folder or name as it t
 example in 20 is held out: their loss is measured before and after, and an adapter that does not
 lower it is no adapter (exit code 1). A training that was ended goes on from its last checkpoint
 when it is started again. What comes out is a PEFT adapter for `qaflora bundle create --adapter`.
+
+On Linux torch asks the system for its memory again and again; let it keep what it has, in large
+pages, and a step takes .7 of the time (0.5B, two cores of a CPU with AVX-512):
+
+    export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
+    GLIBC_TUNABLES=$GLIBC_TUNABLES:glibc.malloc.hugetlb=1 python models/recipes/train.py ...
 """
 
 from __future__ import annotations
@@ -47,6 +53,8 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 HELD_OUT = 20  # one example in so many
 MAX_HELD_OUT = 100
 LINES = range(4, 31)  # of a function that is an example
+BEGUN = "begun.json"
+FREE = ("out", "data", "minutes")  # may differ when a training is gone on with
 DOC = range(30, 501)  # characters of its docstring
 
 
@@ -57,9 +65,11 @@ def main(words: Sequence[str] | None = None) -> int:
     examples = list(itertools.islice(examples_of(recipe, args.data), args.examples))
     if len(examples) < HELD_OUT:
         sys.exit(f"Recipe {args.recipe} gives {len(examples)} examples, expected {HELD_OUT}.")
+    begun = begun_with(args)
     set_seed(args.seed)
     model, tokenizer = load(args.base)
     read = [tokens_of(tokenizer, *example, args.max_tokens) for example in examples]
+    read = [example for example in read if any(label >= 0 for label in example["labels"])]
     trainer = Trainer(
         get_peft_model(
             model,
@@ -78,15 +88,14 @@ def main(words: Sequence[str] | None = None) -> int:
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
-    before_file, checkpoints = args.out / "before.json", args.out / "checkpoints"
-    if before_file.exists():
-        before = json.loads(before_file.read_text())["loss"]
-    else:
+    before = begun.get("loss")
+    if before is None:
         before = trainer.evaluate()["eval_loss"]
-        before_file.parent.mkdir(parents=True, exist_ok=True)
-        before_file.write_text(json.dumps({"loss": before}))
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / BEGUN).write_text(json.dumps({**begun, "loss": before}))
     trainer.add_callback(Clock(args.minutes))
-    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
+    is_begun = any((args.out / "checkpoints").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=is_begun or None)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(args.out))
     facts = {
@@ -123,6 +132,20 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=20_000, help="at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(words)
+
+
+def begun_with(args: argparse.Namespace) -> dict[str, Any]:
+    """What a training was begun with, and the loss before it where one was; no other goes on."""
+    ours = {key: value for key, value in vars(args).items() if key not in FREE}
+    try:
+        theirs: dict[str, Any] = json.loads((args.out / BEGUN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ours
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            found = f"was begun with {key} {theirs.get(key)}, expected {value}"
+            sys.exit(f"The training in {args.out} {found}. Choose another -o.")
+    return theirs
 
 
 def config(args: argparse.Namespace) -> TrainingArguments:
@@ -218,7 +241,7 @@ def rows_of(recipe: Mapping[str, Any], data: Path | None) -> Iterable[Mapping[st
     if file == "python":
         return functions()
     if file == "diseases":
-        return [row for _ in recipe["forms"] for row in diseases()]
+        return [row for turn in range(3 * len(recipe["forms"])) for row in diseases(turn)]
     if file and data:
         with open(data / file, encoding="utf-8") as lines:
             return [with_choices(json.loads(line)) for line in lines]
@@ -248,18 +271,22 @@ class Fields(string.Formatter):
         return str(value)[: max(10, len(value) // 6)] if spec == "head" else str(value)
 
 
-def diseases() -> Iterator[dict[str, str]]:
-    """Diseases with their symptoms and drugs, of the package faker-healthcare-provider."""
+def diseases(turn: int) -> Iterator[dict[str, str]]:
+    """Diseases with their symptoms and drugs, of the package faker-healthcare-provider.
+
+    turn  lists begin so many places later
+    """
     from faker_healthcare.disease_correlations import DISEASE_CORRELATIONS
 
     for name, facts in DISEASE_CORRELATIONS.items():
-        lists = {key: in_words(facts[key]) for key in ("symptoms", "medications")}
+        lists = {key: in_words(facts[key], turn) for key in ("symptoms", "medications")}
         yield {**facts, **lists, "name": name}
 
 
-def in_words(names: Sequence[str]) -> str:
-    """Names as a sentence lists them."""
-    *most, last = names
+def in_words(names: Sequence[str], turn: int) -> str:
+    """Names as a sentence lists them, beginning so many places later."""
+    at = turn % len(names)
+    *most, last = [*names[at:], *names[:at]]
     return f"{', '.join(most)} and {last}" if most else last
 
 

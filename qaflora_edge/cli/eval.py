@@ -16,6 +16,7 @@ from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
+    check_are_others,
     command,
     open_engine,
     out_file,
@@ -117,6 +118,7 @@ def eval(
     for path in (out, html, None if json_path == "-" else json_path):
         if path is not None:
             check_has_folder(Path(path))
+    check_are_others((out, html, None if json_path == "-" else json_path), tasks)
     if save:
         _check_can_save(bundle, adapters)
     read = [read_task(path) for path in tasks]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -110,8 +113,24 @@ def header(
             for name in engine.adapters
         ],
         "n_layer": engine.n_layer,
+        "measured": _measured(bundle_folder(bundle)),
         "tasks": [asking.facts(task) for task in tasks],
         "strategies": list(strategies),
         "options": {**engine_options, **sampling},
         "machine": cpu_name(),
+    }
+
+
+def _measured(folder: Path) -> dict[str, str]:
+    """SHA-256 of each thing that a bundle measured or fitted, and that some strategies go by."""
+    from qaflora_edge.bundles.open import is_base, read_bundle_text
+
+    if is_base(folder):
+        return {}
+    fusion = read_bundle_text(folder).raw.get("fusion", {})
+    parts = {key: fusion[key] for key in ("typical", "samples") if key in fusion}
+    parts |= {f"fitted.{name}": fit for name, fit in fusion.get("fitted", {}).items()}
+    return {
+        key: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        for key, part in parts.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,15 @@ def out_file(*suffixes: str, metavar: str = "FILE") -> dict[str, Any]:
 
     kind = click.Path(dir_okay=False, path_type=Path)
     return {"metavar": metavar, "type": kind, "callback": check}
+
+
+def check_are_others(written: Sequence[Path | str | None], read: Sequence[Path]) -> None:
+    """Raise click.UsageError where a file is to be written twice, or over one that is read."""
+    taken = {path.resolve() for path in read}
+    for path in (Path(each).resolve() for each in written if each is not None):
+        if path in taken and (path.is_file() or not path.exists()):
+            raise click.UsageError(f"{path.name} is named twice; give each FILE a name of its own.")
+        taken.add(path)
 
 
 def meaning(option: Option) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from qaflora_edge.cli.options import command, out_file
+from qaflora_edge.cli.options import check_are_others, command, out_file
 
 
 @command(
@@ -52,6 +52,7 @@ def report(
     for path in (html, markdown):
         if path is not None:
             check_has_folder(path)
+    check_are_others((html, markdown), files)
     words = "" if prose is None else read_text(prose)
     found = summarise([(str(path), read_results(path)) for path in files])
     if html is not None:

@@ -87,13 +87,14 @@ def _cost(cells: Sequence[Cell], strategy: str, adapters: Sequence[str]) -> floa
 
 def _task(cell: Cell, strategy: str) -> dict[str, Any]:
     gains = cell.gains(strategy, STATIC)
+    over = difference([gains], is_right=cell.unit == POINTS) if len(gains) else None
     return {
         "name": cell.name,
         "metric": cell.task["metric"],
         "sha256": cell.task["sha256"],
         "n_item": len(cell.scores(strategy)),
         "score": _numbers(mean(cell.scores(strategy))),
-        "over_static": _numbers(difference([gains])) if len(gains) and strategy != STATIC else None,
+        "over_static": _numbers(over) if over and strategy != STATIC else None,
     }
 
 

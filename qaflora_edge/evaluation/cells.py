@@ -16,6 +16,8 @@ Row = Mapping[str, Any]
 
 POINTS, NATS = "points", "nats a token"
 BASE, STATIC, SINGLE = "base", "static", "single:"
+# Options that a file does not name where they are these.
+UNSAID = {"system": "", "min_weight": 0.0, "adapter_type": "auto"}
 ROUNDING = 1e-3  # nats a token
 PREFIX_MIN = 3  # characters from which an abbreviation is taken for a name, as med for medical
 
@@ -162,7 +164,7 @@ def _is_asked_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     files = [{each["name"]: each["sha256"] for each in header["adapters"]} for header in (a, b)]
     return (
         a["base"]["sha256"] == b["base"]["sha256"]
-        and _agree(a["options"], b["options"])
+        and _agree(UNSAID | a["options"], UNSAID | b["options"])
         and _agree(*files)
     )
 

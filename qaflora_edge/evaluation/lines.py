@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from qaflora_edge.evaluation.cells import BASE, SINGLE, STATIC, Cell, Row
+from qaflora_edge.errors import StrategyError
+from qaflora_edge.evaluation.cells import POINTS, STATIC, Cell, Row
 from qaflora_edge.evaluation.statistics import Estimate, difference, mean
+from qaflora_edge.weighing.strategy import parse_strategy
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ def gain_over(cells: Sequence[Cell], strategy: str, over: str | None) -> Estimat
     if over in (None, strategy):
         return None
     gains = [values for cell in cells if len(values := cell.gains(strategy, str(over)))]
-    return difference(gains).times(cells[0].factor) if gains else None
+    if not gains:
+        return None
+    return difference(gains, is_right=cells[0].unit == POINTS).times(cells[0].factor)
 
 
 def _median(rows: Sequence[Row], *keys: str) -> float:
@@ -115,13 +119,21 @@ def found_share(cell: Cell, strategy: str) -> float | None:
     By the mean over layers; of weights that are equal none is heaviest. None where the task does
     not name both, no others are loaded, or the strategy does not look at the query.
     """
-    if strategy in (BASE, STATIC) or strategy.startswith(SINGLE):
+    if not _looks(strategy, cell.adapters):
         return None
     right = {cell.role("language"), cell.role("domain")}
     if None in right or len(right) < 2 or len(cell.adapters) <= 2:
         return None
     weighed = [weights for row in cell.rows[strategy].values() if (weights := row["weights"])]
     return sum(_lead(weights, right) for weights in weighed) / len(weighed) if weighed else None
+
+
+def _looks(strategy: str, adapters: Sequence[str]) -> bool:
+    """Whether weights differ from query to query; what another tool calls a strategy may."""
+    try:
+        return parse_strategy(strategy, adapters).strategy.is_probed
+    except StrategyError:
+        return True
 
 
 def _lead(weights: Mapping[str, float], right: set[Any]) -> bool:

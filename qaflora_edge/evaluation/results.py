@@ -138,15 +138,25 @@ class ResultsFile:
             raise lines.refused(error.strerror or str(error), "See to it") from error
         if lines.n_byte == 0:  # empty, or killed while its first line was written
             return
-        for key in IDENTITY:
-            if found.header[key] != self._header[key]:
-                what = _difference(key, found.header, self._header)
+        theirs, ours = _comparable(found.header, self._header)
+        for key in (*IDENTITY, "measured"):
+            if theirs[key] != ours[key]:
+                what = _difference(key, theirs, ours)
                 raise lines.refused(
                     f"it is of another evaluation: its {what}", "Give what it was begun with"
                 )
         for record in found.records:
             self._records[record["task"], record["item"], record["strategy"]] = record
         self._header = dict(found.header)
+
+
+def _comparable(*headers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Two headers with what both measured: a bundle may get more, and older files do not say it."""
+    shared = set.intersection(*({*header.get("measured", {})} for header in headers))
+    return [
+        {**header, "measured": {key: header["measured"][key] for key in sorted(shared)}}
+        for header in headers
+    ]
 
 
 def _read(

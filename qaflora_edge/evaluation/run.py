@@ -220,9 +220,9 @@ class Evaluation:
                 continue
             if is_choice:
                 found = choice_score(scores, item.fields["answer"], task.score_by)
-                best = found["log_probs"] if task.score_by == "sum" else None
-                best = best or np.divide(found["log_probs"], found["n_tokens"])
-                found["answer"] = item.fields["choices"][int(np.argmax(best))]
+                score = np.sum if task.score_by == "sum" else np.mean
+                best = int(np.argmax([score(each, dtype=np.float64) for each in scores]))
+                found["answer"] = item.fields["choices"][best]
             else:
                 found = {"score": loss(scores[0]), "answer": None}
             found |= {

@@ -15,6 +15,7 @@ from qaflora_edge.errors import OptionError
 CONFIDENCE = 0.95
 N_RESAMPLE, SEED = 9999, 0
 DIGITS = 12
+MAX_DRAWN = 2_000_000  # values that are drawn at once
 EQUAL = 1e-9  # values that differ by less are one value: scores are rounded long before
 
 
@@ -60,16 +61,17 @@ def mean(scores: F64) -> Estimate:
     return Estimate(float(scores.mean()), float(ends.low), float(ends.high), n_item)
 
 
-def difference(tasks: Sequence[F64]) -> Estimate:
+def difference(tasks: Sequence[F64], *, is_right: bool) -> Estimate:
     """The mean of paired differences, over tasks if there are several.
 
-    tasks  [n_item of the task] each, one or more: differences of two scores of one item
+    tasks     [n_item of the task] each, one or more: differences of two scores of one item
+    is_right  whether the scores are 1 or 0, for answers that are right or wrong
 
-    Where answers are right or wrong and one task is asked, the interval is Bonett and Price's
+    Where they are and one task is asked, the interval is Bonett and Price's
     (2012): a bootstrap of a few items that differ claims a difference too often, and where none
     differs it would have no width. Else it is that of `mean_of_means`.
     """
-    if len(tasks) > 1 or not np.isin(tasks[0], (-1.0, 0.0, 1.0)).all():
+    if len(tasks) > 1 or not is_right:
         return mean_of_means(tasks)
     n_item, n_more, n_less = len(tasks[0]), int((tasks[0] > 0).sum()), int((tasks[0] < 0).sum())
     more, less = ((n + 1) / (n_item + 2) for n in (n_more, n_less))
@@ -106,6 +108,7 @@ def mean_of_means(tasks: Sequence[F64]) -> Estimate:
         confidence_level=CONFIDENCE,
         vectorized=True,
         method="BCa",
+        batch=max(1, MAX_DRAWN // n_item),
         rng=np.random.default_rng(SEED),
     )
     ends = found.confidence_interval

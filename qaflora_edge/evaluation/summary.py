@@ -219,12 +219,16 @@ def _loaded(section: Section, fewer: Section) -> Iterator[Loaded]:
         if not gains or strategy == BASE or strategy.startswith(SINGLE):
             continue
         factor = 1.0 if unit == NATS else 100.0
-        each = {name: difference([values]).times(factor) for name, values in gains.items()}
+        is_right = unit == POINTS
+        each = {
+            name: difference([values], is_right=is_right).times(factor)
+            for name, values in gains.items()
+        }
         yield Loaded(
             strategy,
             unit,
             len(gains),
-            difference(list(gains.values())).times(factor),
+            difference(list(gains.values()), is_right=is_right).times(factor),
             min(each.items(), key=lambda item: item[1].value),
         )
 

@@ -45,9 +45,14 @@ def _check_text(fields: Mapping[str, Any], key: str, where: str) -> None:
         raise wrong(where, f"{key} is {found}", "a text that is not blank")
 
 
+def listed(answer: Any) -> list[Any]:
+    """The answers of an item, one of which is enough."""
+    return answer if isinstance(answer, list) else [answer]
+
+
 def _check_answer(fields: Mapping[str, Any], where: str) -> None:
     value = fields.get("answer")
-    several = value if isinstance(value, list) else [value]
+    several = listed(value)
     if not several or not all(
         isinstance(each, str | int | float) and not isinstance(each, bool) and str(each).strip()
         for each in several
@@ -58,7 +63,7 @@ def _check_answer(fields: Mapping[str, Any], where: str) -> None:
 
 def _check_number(fields: Mapping[str, Any], where: str) -> None:
     value = fields.get("answer")
-    several = value if isinstance(value, list) else [value]
+    several = listed(value)
     if not several or not all(as_number(each) is not None for each in several):
         found = "missing" if "answer" not in fields else shown(value)
         raise wrong(where, f"answer is {found}", "a number, or a list of them")

@@ -24,6 +24,7 @@ from qaflora_edge.evaluation.task_checks import (
     check_asked,
     check_template,
     filled,
+    listed,
     wrong,
 )
 from qaflora_edge.files import read_input
@@ -204,8 +205,9 @@ def _metric_of(items: Sequence[Item]) -> str:
     for metric in ("choice", "code", "loss"):
         if NEEDS[metric] in first:
             return metric
-    answers = (item.fields.get("answer") for item in items)
-    return "number" if all(as_number(answer) is not None for answer in answers) else "contains"
+    answers = (listed(item.fields.get("answer")) for item in items)
+    is_number = all(each and all(as_number(one) is not None for one in each) for each in answers)
+    return "number" if is_number else "contains"
 
 
 def _name_of(path: Path) -> str:
@@ -222,12 +224,12 @@ def _check_item(task: Task, item: Item) -> None:
         raise wrong(where, f"it has {what}", "question, prompt or messages")
     for key in asked:
         check_asked(key, fields[key], where, raw_prompt=task.raw_prompt)
+    CHECKS[task.metric](fields, where)
     if task.template is not None and "messages" not in fields:
-        known = [*_texts(fields), *(["choices"] if "choices" in fields else [])]
+        known = [*_texts(fields), *(["choices"] if _listed(fields) else [])]
         check_template(task.template, known, where, "the template")
         if not task.question(item).strip():
             raise wrong(where, "the template gives no text", "some")
-    CHECKS[task.metric](fields, where)
 
 
 def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -240,6 +242,7 @@ def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _listed(fields: Mapping[str, Any]) -> str:
-    """The choices as lines with letters, or ""."""
-    pairs = zip(string.ascii_uppercase, fields.get("choices", ()), strict=False)
+    """The choices as lines with letters, or "" where there is no list of them."""
+    choices = fields.get("choices")
+    pairs = zip(string.ascii_uppercase, choices if isinstance(choices, list) else (), strict=False)
     return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)

@@ -75,12 +75,13 @@ def read_examples(
 
 
 def _answer(task: Task, item: Item) -> str:
-    """The text that an item should be answered with: `continuation`, or else its answer."""
+    """The text that an item should be answered with: `continuation`, or else its first answer."""
     text = item.fields.get("continuation")
     if text is None and task.metric == "choice":
         text = task.choices(item)[item.fields["answer"]]
     if text is None and task.metric != "code":
-        text = str(task.expected(item))
+        expected = task.expected(item)
+        text = str(expected[0] if isinstance(expected, list) else expected)
     if not isinstance(text, str) or not text:
         raise TaskFileError(
             f"Cannot fit to {item.where}: its field continuation is "
