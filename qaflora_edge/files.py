@@ -116,7 +116,7 @@ def temporary_folder(path: Path, failure: str) -> Iterator[Path]:
     from filelock import FileLock
 
     remove_left_overs(path.parent)
-    name = f"-{path.stem[:100]}{path.suffix[:50]}"
+    name = f"-{cut_name(path.name, 100)}"
     try:
         folder = Path(tempfile.mkdtemp(prefix=".tmp-", suffix=name, dir=path.parent))
     except OSError as error:
@@ -222,6 +222,11 @@ def _sync_folder(folder: Path) -> None:
 def is_disk_full(error: OSError) -> bool:
     """Tell whether the system ran out of space or quota."""
     return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def cut_name(name: str, n_byte: int) -> str:
+    """Shorten a file's name, whose limit is one of bytes, between two characters."""
+    return os.fsencode(name)[:n_byte].decode("utf-8", "ignore")
 
 
 def readable(name: str) -> str:

@@ -67,9 +67,9 @@ def test_atomic_path_follows_the_umask(tmp_path: Path) -> None:
 
 
 def test_atomic_path_takes_a_long_name(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 200 + ".gguf")
-    write_text_atomic(path, "x")
-    assert path.read_text() == "x"
+    for name in ("n" * 200 + ".gguf", "数" * 80 + ".json", "a." + "数" * 80):
+        write_text_atomic(tmp_path / name, "x")
+        assert (tmp_path / name).read_text() == "x"
 
 
 def test_atomic_path_names_a_missing_folder(tmp_path: Path) -> None:
