@@ -256,6 +256,80 @@ def test_a_bundle_is_fetched_into_a_folder(
     assert [path.name for path in to.parent.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("kind", ["empty", "link", "here"])
+def test_an_empty_folder_stays_the_one_it_is(
+    hub: FakeHub,
+    hub_cache: Path,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    hub.put("owner/bundle", files)
+    folder = tmp_path / "place" / "empty"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    to = {"empty": folder, "link": tmp_path / "link", "here": Path()}[kind]
+    before, place = folder.stat().st_ino, folder.parent
+    hub.served["adapters/es.gguf"] = b"wrong"
+    with pytest.raises(DownloadError):
+        fetch_hub("owner/bundle", to)
+    hub.served.clear()
+    place.chmod(0o500)  # what is beside it need not be the user's
+    try:
+        assert fetch_hub("owner/bundle", to) == to.absolute()
+    finally:
+        place.chmod(0o700)
+    assert folder.stat().st_ino == before
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir()) == ["README.md", "adapters", "bundle.json"]
+    verify_bundle(folder)
+
+
+def test_a_file_that_comes_meanwhile_is_not_replaced(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put("owner/bundle", files)
+    to = tmp_path / "empty"
+    to.mkdir()
+
+    def put(done: int, total: int) -> None:
+        (to / "README.md").write_text("mine")
+
+    with pytest.raises(OutputFileError, match="it is not an empty folder"):
+        fetch_hub("owner/bundle", to, progress=put)
+    assert (to / "README.md").read_text() == "mine"
+
+
+def test_a_pull_leaves_those_of_others_alone(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put("owner/bundle", files)
+    old, other = (tmp_path / f".{name}.0123456789ab.partial" for name in ("a", "a.b"))
+    old.mkdir()
+    other.mkdir()
+    fetch_hub("owner/bundle", tmp_path / "a")
+    assert other.exists()
+    assert not old.exists()
+
+
+def test_a_folder_with_a_long_name(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
+    hub.put("owner/model", {"a.gguf": b"GGUF a"})
+    to = tmp_path / ("数" * 80)
+    assert fetch_hub("owner/model", to).read_bytes() == b"GGUF a"
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def test_a_link_that_leads_nowhere_is_refused_at_once(
+    hub: FakeHub, hub_cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputFileError, match="it exists already and is not an empty folder"):
+        fetch_hub("owner/bundle", tmp_path / "link")
+    assert hub.requests == []
+
+
 def test_a_single_gguf_joins_a_folder(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
     hub.put("owner/models", {"q4/a.gguf": b"GGUF a", "q8/b.gguf": b"GGUF b"})
     to = tmp_path / "here"

@@ -6,6 +6,7 @@ there. A file gets its name when it is whole; what is whole is not fetched again
 
 import glob
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from hashlib import sha1
 from pathlib import Path, PurePosixPath
 
 from qaflora_edge.errors import DownloadError, OutputFileError
-from qaflora_edge.files import AnyPath, cache_lock, safe_join, sha256_file
+from qaflora_edge.files import AnyPath, cache_lock, cut_name, safe_join, sha256_file
 from qaflora_edge.formats.bundle_format import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
@@ -40,6 +41,7 @@ MAX_FILES = 500
 MAX_BYTES = 64 << 30
 # Fetched beside what a bundle or an adapter is made of.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+_PARTIAL = re.compile(r"\.(.*)\.[0-9a-f]{12}\.partial", re.DOTALL)  # the folder's name, the commit
 
 
 def fetch_hub(
@@ -79,7 +81,7 @@ def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
 
     What may be the same, fetched before or by another pull just now, is compared later.
     """
-    if not os.path.exists(folder):
+    if not os.path.lexists(folder):
         return
     if not folder.is_dir() or not (parsed.file or _is_empty(ref, folder) or _is_like(folder)):
         raise OutputFileError(
@@ -95,7 +97,7 @@ def _is_like(folder: Path) -> bool:
 
 def _is_empty(ref: str, folder: Path) -> bool:
     try:
-        return not any(folder.iterdir())
+        return all(_PARTIAL.fullmatch(path.name) for path in folder.iterdir())
     except OSError as error:
         raise OutputFileError(
             f"Cannot pull {ref} to {folder}: listing this folder failed ({error.strerror}); "
@@ -106,26 +108,27 @@ def _is_empty(ref: str, folder: Path) -> bool:
 def _fetch_into(ref: HubRef, listing: HubListing, folder: Path, progress: TellCount | None) -> Path:
     """Fetch into a hidden folder beside, and give the folder its name when all is there.
 
-    The hidden one stays when fetching fails, so that the next attempt goes on with its files.
+    A folder that exists has the hidden one inside, and gets what is in it: it may be a link, a
+    disk of its own, or where somebody works. The hidden one stays when fetching fails, so that the
+    next attempt goes on with its files.
     """
     folder = folder.absolute()
-    if ref.file and (target := _already_there(ref, listing, folder)):
-        return target
     if same := _same(ref, listing, folder):
         return same
-    partial = folder.parent / f".{folder.name[:100]}.{listing.commit[:12]}.partial"
+    name = cut_name(folder.name, 100)
     try:
         with cache_lock(f"pull {folder}"):
             if same := _same(ref, listing, folder):  # another pull has fetched it meanwhile
                 return same
+            place = folder if folder.is_dir() else folder.parent
+            partial = place / f".{name}.{listing.commit[:12]}.partial"
             partial.mkdir(parents=True, exist_ok=True)
             path = _fetch(ref, listing, partial, progress)
             shutil.rmtree(partial / ".cache", ignore_errors=True)  # of the Hub's library
-            target = _publish(path, folder)
-            for left_over in folder.parent.glob(
-                f"{glob.escape(f'.{folder.name[:100]}.')}*.partial"
-            ):
-                shutil.rmtree(left_over, ignore_errors=True)
+            target = _same(ref, listing, folder) or _publish(path, folder)
+            for left_over in place.glob(".*.partial"):
+                if (match := _PARTIAL.fullmatch(left_over.name)) and match[1] == name:
+                    shutil.rmtree(left_over, ignore_errors=True)
             return target
     except OSError as error:
         raise OutputFileError(
@@ -151,7 +154,9 @@ def _already_there(ref: HubRef, listing: HubListing, folder: Path) -> Path | Non
 
 def _same(ref: HubRef, listing: HubListing, folder: Path) -> Path | None:
     """What is to be fetched, where it is there. Raises when the folder holds something else."""
-    if ref.file or not os.path.isdir(folder) or _is_empty(str(ref), folder):
+    if ref.file:
+        return _already_there(ref, listing, folder)
+    if not os.path.isdir(folder) or _is_empty(str(ref), folder):
         return None
     wanted = _choose(ref, listing)
     is_only = len(wanted) == 1 and wanted[0].name.endswith(".gguf")
@@ -178,9 +183,12 @@ def _first_problem(folder: Path, wanted: list[HubFile]) -> str | None:
 
 def _publish(path: Path, folder: Path) -> Path:
     if path.is_dir():
-        if folder.is_dir():
-            folder.rmdir()  # it is empty; Windows does not rename onto a folder
-        os.replace(path, folder)
+        if not folder.is_dir():
+            os.replace(path, folder)
+            return folder
+        # Last comes what makes it a bundle or an adapter.
+        for entry in sorted(path.iterdir(), key=lambda e: e.name in (BUNDLE_FILE, CONFIG_FILE)):
+            os.replace(entry, folder / entry.name)
         return folder
     folder.mkdir(exist_ok=True)
     os.replace(path, folder / path.name)
