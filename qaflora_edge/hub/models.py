@@ -1,13 +1,21 @@
 """Fetch a model of the registry into the cache, or a folder: whole, and with the right hash."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from qaflora_edge.errors import DownloadError
-from qaflora_edge.files import AnyPath, atomic_path, cache_dir, cache_lock, make_folder
+from qaflora_edge.errors import DownloadError, OutputFileError
+from qaflora_edge.files import (
+    AnyPath,
+    atomic_path,
+    cache_dir,
+    cache_lock,
+    make_folder,
+    sha256_file,
+)
 from qaflora_edge.formats.registry import Model, find_model, local_path, models_dir
-from qaflora_edge.hub.download import check_space, fetch_source, read_chunks
+from qaflora_edge.hub.download import check_space, fetch_source, folder_bytes, read_chunks
 from qaflora_edge.progress import TellCount
 
 
@@ -15,16 +23,33 @@ def fetch_model(name: str, *, to: AnyPath | None = None, progress: TellCount | N
     """Give the path of a model's file, fetching it if it is not here.
 
     `to` is the folder that gets the file, the cache by default. Raises RegistryError for an
-    unknown name, and DownloadError with what every source said when none of them gave the file.
+    unknown name, OutputFileError where that folder has another file of this name, and
+    DownloadError with what every source said when none of them gave the file.
     """
     model = find_model(name)
     folder = models_dir() if to is None else Path(to)
-    if path := local_path(model, folder):
+    if path := _already_there(model, to):
         return path
     make_folder(folder, "--to, or with the environment variable QAFLORA_CACHE")
     # Two processes must not fetch the same parts; the second then finds the file.
     with cache_lock(model.sha256):
-        return local_path(model, folder) or _fetch_locked(model, folder, progress)
+        return _already_there(model, to) or _fetch_locked(model, folder, progress)
+
+
+def _already_there(model: Model, to: AnyPath | None) -> Path | None:
+    """The model's file where it is wanted; in a folder of the user's it is compared."""
+    if to is None:
+        return local_path(model)
+    target = Path(to) / model.file
+    if not os.path.lexists(target):
+        return None
+    if local_path(model, Path(to)) is None or sha256_file(target) != model.sha256:
+        raise OutputFileError(
+            f"Cannot pull {model.name} to {to}: there is another {model.file}, which is not the "
+            f"one of {model.size_bytes} bytes with the SHA-256 {model.sha256}. Name another folder "
+            "with --to, or remove it."
+        )
+    return target
 
 
 def _fetch_locked(model: Model, folder: Path, progress: TellCount | None) -> Path:
@@ -41,8 +66,8 @@ def _fetch_locked(model: Model, folder: Path, progress: TellCount | None) -> Pat
     failures = []
     for source in model.sources:
         try:
-            with fetch_source(source, parts_folder, model.size_bytes, report) as chunks:
-                check_space(folder, model.size_bytes, target)
+            _check_space(model, parts_folder, target)
+            with fetch_source(source, parts_folder, report) as chunks:
                 _write_checked(model, chunks, target)
             return target
         except DownloadError as error:
@@ -54,6 +79,14 @@ def _fetch_locked(model: Model, folder: Path, progress: TellCount | None) -> Pat
         + f"\nCheck the network and try again (what is whole stays in {cache_dir()}), or put the "
         f"file at {models_dir() / model.file} yourself."
     )
+
+
+def _check_space(model: Model, parts_folder: Path, target: Path) -> None:
+    """Raise DownloadError where the parts that are missing and the file do not both fit."""
+    parts_bytes = max(0, model.size_bytes - folder_bytes(parts_folder))
+    is_one_disk = cache_dir().stat().st_dev == target.parent.stat().st_dev
+    check_space(target.parent, model.size_bytes + parts_bytes * is_one_disk, target)
+    check_space(cache_dir(), parts_bytes, parts_folder)
 
 
 def _write_checked(model: Model, chunks: Iterable[bytes], target: Path) -> None:
