@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundles import TinyBundle, bundle_json, make_bundle
-from patience import wait_until
-from serving import ENGINE, client_of, make_options
+from patience import PATIENCE_S, wait_until
+from serving import ENGINE, client_of, listening, make_options, metric
 from starlette.testclient import TestClient
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import model as models
 from qaflora_edge.errors import BundleError
-from qaflora_edge.server import memory
+from qaflora_edge.server import memory, shelf
 from qaflora_edge.server.app import make_app
 
 CHAT = "/v1/chat/completions"
@@ -87,12 +89,43 @@ def test_each_engine_has_a_thread_that_ends_with_it(places: list[Path]) -> None:
     wait_until(lambda: not computing())
 
 
+def test_a_bundle_is_opened_once_though_who_asked_is_gone(
+    places: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, is_let = list[Engine](), threading.Event()
+    open_engine = shelf._opened
+
+    def open_late(place: Path, options: Mapping[str, Any]) -> Engine:
+        if place.name != "one":
+            assert is_let.wait(PATIENCE_S)
+        opened.append(open_engine(place, options))
+        return opened[-1]
+
+    def ask_and_go(url: str, model: str) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps({"model": model, "messages": USER}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection((host, int(port)), PATIENCE_S) as client:
+            client.sendall(head.encode() + body)
+            wait_until(lambda: metric(url, "qaflora_requests_running") == 1)
+        wait_until(lambda: metric(url, "qaflora_requests_running") == 0)
+
+    monkeypatch.setattr(shelf, "_opened", open_late)
+    with listening(*places, hosts=None) as url:
+        for model in ("two", "two", "three"):
+            ask_and_go(url, model)
+        is_let.set()  # the server ends when they are open, and closes them
+    assert len(opened) == 3
+    assert all(engine._lifetime.is_closed for engine in opened)
+    assert models._shared == {}
+
+
 def test_bundles_of_one_base_share_it(places: list[Path]) -> None:
     with client_of(*places) as client:
         for name in ("two", "three", "other"):
             ask(client, name)
-        shelf = client.app.state.shelf  # type: ignore[attr-defined]
-        bases = [each.engine._model for each in shelf.bundles.values()]
+        bundles = client.app.state.shelf.bundles  # type: ignore[attr-defined]
+        bases = [each.engine._model for each in bundles.values()]
         assert bases[0] is bases[1] is bases[2]
         assert bases[3] is not bases[0]
         assert len(models._shared) == 2
@@ -138,11 +171,11 @@ def test_what_is_in_use_is_not_closed(
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     with client_of(*places) as client:
-        shelf = client.app.state.shelf  # type: ignore[attr-defined]
-        shelf.bundles["one"].n_user += 1
+        bundles = client.app.state.shelf.bundles  # type: ignore[attr-defined]
+        bundles["one"].n_user += 1
         ask(client, "two")
         assert loaded(client) == ["one", "two"]
-        shelf.bundles["one"].n_user -= 1
+        bundles["one"].n_user -= 1
         ask(client, "three")
         assert loaded(client) == ["three"]
     assert "memory is short for two, and no other bundle is idle" in caplog.text

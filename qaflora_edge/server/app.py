@@ -60,7 +60,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
             for work in list(app.state.running):
                 work.stop()
             await asyncio.gather(opening, return_exceptions=True)
-            await asyncio.to_thread(shelf.close)
+            await shelf.close()
             threads.shutdown()
 
     app = Starlette(

@@ -35,6 +35,7 @@ class Shelved:
     strategies  that it can follow, as in NAME:STRATEGY
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
     engine      None while it is not loaded
+    opening     the task that loads it now; it goes on when who asked gives up
     has_failed  it could not be opened when it was last asked for
     n_user      requests that use the Engine now
     """
@@ -48,6 +49,7 @@ class Shelved:
     turns: Turns
     sha256: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
+    opening: asyncio.Task[None] | None = None
     has_failed: bool = False
     n_user: int = 0
     used_s: float = 0.0
@@ -176,18 +178,24 @@ class Shelf:
         bundle.used_s = time.monotonic()
         try:
             if bundle.engine is None:
-                async with self._loading:
-                    await self._make_room(bundle)
-                    bundle.engine = bundle.engine or await self._open(bundle)
+                bundle.opening = bundle.opening or asyncio.create_task(self._load(bundle))
+                await asyncio.shield(bundle.opening)
+            assert bundle.engine is not None
             yield bundle.engine
         finally:
             bundle.n_user -= 1
             bundle.used_s = time.monotonic()
 
+    async def _load(self, bundle: Shelved) -> None:
+        try:
+            async with self._loading:
+                await self._make_room(bundle)
+                bundle.engine = await self._open(bundle)
+        finally:
+            bundle.opening = None
+
     async def _make_room(self, bundle: Shelved) -> None:
         """Close the bundles that were not used for the longest while memory is short."""
-        if bundle.engine is not None:
-            return
         while not await self._in_thread(self._has_room, bundle):
             idle = [each for each in self.bundles.values() if each.engine and not each.n_user]
             if not idle:
@@ -223,12 +231,14 @@ class Shelf:
         log.info("opened %s in %.1f s", bundle.name, time.perf_counter() - start)
         return engine
 
-    def close(self) -> None:
-        """Close every Engine; calls that go on end."""
+    async def close(self) -> None:
+        """Close every Engine, also those that are being opened; calls that go on end."""
+        opening = [each.opening for each in self.bundles.values() if each.opening]
+        await asyncio.gather(*opening, return_exceptions=True)
         for bundle in self.bundles.values():
             engine, bundle.engine = bundle.engine, None
             if engine is not None:
-                _close(engine)
+                await self._in_thread(_close, engine)
 
 
 def _opened(place: Path, options: Mapping[str, Any]) -> Engine:
