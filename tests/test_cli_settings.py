@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from qaflora_edge.cli import main
 from qaflora_edge.cli.setting_table import (
     SHARED_TABLES,
+    TABLES,
     all_settings,
     shared_settings,
 )
@@ -189,6 +190,7 @@ WRONG = [
         "",
     ),
     ("strategy = 1", "the key strategy is 1, expected a text", ""),
+    ("[serve]\napi_key = 123", "the key serve.api_key is '(secret)', expected a text", ""),
 ]
 
 
@@ -248,6 +250,15 @@ def test_settings_are_shown_with_their_origin(
     ]
 
 
+def test_secrets_are_not_shown(config: Path) -> None:
+    config.write_text('threads = 2\n[serve]\napi_key = "abc"\nport = 1\n', encoding="utf-8")
+    result = CliRunner().invoke(main, ["settings", "--json"])
+    shown = json.loads(result.stdout)
+    assert shown["as_read"] == {"threads": 2, "serve": {"api_key": "(secret)", "port": 1}}
+    assert shown["settings"]["serve.api_key"]["value"] == "(secret)"
+    assert "abc" not in result.stdout + CliRunner().invoke(main, ["settings"]).stdout
+
+
 def test_options_of_one_command_are_shown_where_they_are_set(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +305,7 @@ def expected_table() -> str:
 
 def test_table_of_the_documents_is_the_codes(checkout: Path) -> None:
     text = (checkout / "docs/settings.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"`\[([a-z]+)\]`", text)) == sorted(TABLES)
     table = "\n".join(line for line in text.splitlines() if line.startswith("| "))
     assert table.replace("\n", "\n|---|---|---|---|\n", 1) == expected_table()
 

@@ -139,7 +139,21 @@ def file_settings() -> dict[str, Any]:
 
 def _check(path: Path, key: str, option: Option, value: object) -> None:
     if not option.fits(value):
-        raise wrong_value(path, key, value, option.expected)
+        raise wrong_value(path, key, SECRET if option.is_secret else value, option.expected)
+
+
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings file says, as file_settings gives it, as far as it may be shown."""
+
+    def shown(table: str, key: str, value: object) -> object:
+        return SECRET if table_options(table)[key].is_secret else value
+
+    return {
+        key: {name: shown(key, name, value) for name, value in found.items()}
+        if key in TABLES
+        else found
+        for key, found in settings.items()
+    }
 
 
 def file_defaults(verb: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def settings(as_json: bool) -> None:
         file_settings,
         origin,
         unknown_variables,
+        without_secrets,
     )
     from qaflora_edge.settings import settings_path
 
@@ -37,8 +38,8 @@ def settings(as_json: bool) -> None:
             | ({"default": defaults[row.key]} if row.key and defaults[row.key] else {})
             for row, value, source in rows
         }
-        shown = {"file": str(path), "exists": path.is_file(), "settings": entries, "as_read": found}
-        click.echo(json.dumps(shown, ensure_ascii=False))
+        shown = {"file": str(path), "exists": path.is_file(), "settings": entries}
+        click.echo(json.dumps(shown | {"as_read": without_secrets(found)}, ensure_ascii=False))
         return
     click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
     for row, value, source in rows:
