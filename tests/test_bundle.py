@@ -475,6 +475,12 @@ def test_describe_needs_no_other_file(made: TinyBundle) -> None:
     assert f"not here: {made.base.path} does not exist" in text
 
 
+def test_describe_takes_losses_of_any_names(made: TinyBundle) -> None:
+    fit = {"weights": {"math": 1}, "loss": {"base": 1.0, "test": 0.5}}
+    rewrite(made.folder, lambda raw: raw["fusion"].update(fitted={"sums": fit}))
+    assert "fitted     sums: math 1.00\n" in describe(made.folder)
+
+
 def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
     def record(raw: Raw) -> None:
         raw["description"] = "ends\x1b[2J\nhere"
@@ -729,6 +735,7 @@ def test_wrong_field_full_message(made: TinyBundle) -> None:
         (b'{"format": ', "it is not a JSON object in UTF-8"),
         (b"[]", "it holds a list, not an object"),
         (b"[" * 100_000, "it is nested too deeply"),
+        (rb'{"a": "\ud83d"}', "it has half of a surrogate pair"),
         (b'{"a": NaN}', "the value NaN is not JSON"),
         (b'{"a": -Infinity}', "the value -Infinity is not JSON"),
         (b'{"a": 1e999}', "the number 1e999 is too large"),

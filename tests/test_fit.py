@@ -225,8 +225,10 @@ def test_renaming_and_removing_an_adapter(folder: Path) -> None:
     (folder / "bundle.json").write_text(json.dumps(raw), encoding="utf-8")
     rename_adapter(folder, "math", "sums")
     before = snapshot(folder)
-    with pytest.raises(BundleError, match="the bundle's strategy 'fitted:both' names it"):
+    with pytest.raises(BundleError, match="the strategy 'fitted:both' needs it"):
         remove_adapter(folder, "es")
+    with pytest.raises(BundleError, match="the strategy 'fitted' needs it"):
+        remove_adapter(folder, "sums", strategy="fitted")
     assert snapshot(folder) == before
     assert fusion(folder)["fitted"]["both"] == {"weights": {"sums": 0.5, "es": -1}}
     remove_adapter(folder, "es", strategy="fitted:one")

@@ -175,6 +175,17 @@ def test_a_base_is_named_and_compared(hub: FakeHub, signed_in: Path, made: TinyB
         )
 
 
+def test_a_base_that_is_found_by_name_is_not_named_as_a_file(
+    hub: FakeHub, signed_in: Path, made: TinyBundle
+) -> None:
+    fetch_hub("owner/base/base.gguf")
+    rewrite(made.folder, file="base.gguf")
+    push(made.folder, "me/mine")
+    files = hub.files("me/mine")
+    assert "base.gguf" not in files
+    assert "file" not in json.loads(files["bundle.json"])["base"]
+
+
 def test_what_is_not_right_is_not_sent(
     hub: FakeHub, signed_in: Path, made: TinyBundle, tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
 
     strategy  what an Engine takes by default from now on
 
-    Raises BundleError when there is no such adapter, or when the bundle's strategy names it.
+    Raises BundleError when there is no such adapter, or when the bundle's strategy needs it.
     """
     folder = Path(folder)
     with editing(folder) as (text, raw):
@@ -105,16 +105,17 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
         if "fitted" in fusion:  # what was fitted with it is no more
             fits = fusion["fitted"].items()
             fusion["fitted"] = {key: fit for key, fit in fits if not fit["weights"].pop(name, 0)}
+        needed = fusion.get("strategy", fuse.DEFAULT_STRATEGY)
         try:
-            chosen = parse_strategy(fusion.get("strategy", fuse.DEFAULT_STRATEGY), left)
+            chosen = parse_strategy(needed, left)
             if chosen.strategy.name == "fitted":
                 fitted = {key: fit["weights"] for key, fit in fusion.get("fitted", {}).items()}
                 query = Query((), tuple(left), text.base.n_layer, "", "", {}, fitted=fitted)
                 chosen.strategy.check(chosen.argument, query)
         except StrategyError as error:
             raise BundleError(
-                f"Cannot remove the adapter {name} from {folder}: the bundle's strategy "
-                f"{text.known.strategy!r} names it. Give it another with --strategy."
+                f"Cannot remove the adapter {name} from {folder}: the strategy {needed!r} needs "
+                "it. Give the bundle another with --strategy."
             ) from error
         _note_unfinished(folder, [text.adapters[index].file])
 

@@ -247,7 +247,9 @@ def fit_text(name: str, record: Mapping[str, Any]) -> str:
     weights = ", ".join(f"{adapter} {weight:.2f}" for adapter, weight in record["weights"].items())
     task, loss = record.get("task", {}), record.get("loss", {})
     on = f"; {len(task['items'])} examples" if "items" in task else ""
-    said = f", loss {loss['base']:.3f} -> {loss['fitted']:.3f}" if len(loss) > 1 else ""
+    said = ""
+    if {"base", "fitted"} <= loss.keys():
+        said = f", loss {loss['base']:.3f} -> {loss['fitted']:.3f}"
     return f"{name}: {weights}{on}{said}"
 
 

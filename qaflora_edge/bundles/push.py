@@ -96,7 +96,8 @@ def _check_bundle(path: Path, base_hub: str | None, progress: Tell | None) -> Bu
     """Verify a bundle; give its description as it is to be pushed, with no path of this machine."""
     raw: dict[str, Any] = json.loads(json.dumps(verify_bundle(path, progress).description_dict))
     base = raw["base"]
-    if unsafe_reason(base.get("file") or "") is not None:
+    file = base.get("file") or ""
+    if unsafe_reason(file) is not None or not (path / file).is_file():  # found by name instead
         base.pop("file", None)
     if base_hub is not None:
         base["hub"] = _check_base(base_hub, base["sha256"])

@@ -15,7 +15,7 @@ from qaflora_edge.files import unsafe_reason
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,
-    read_json_object,
+    read_unicode_object,
     shortened,
     shown,
 )
@@ -115,7 +115,7 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
             f"bundle.json may have. {_ADVICE}"
         )
     try:
-        raw = read_json_object(data)
+        raw = read_unicode_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise BundleError(
             f"Cannot read {where}: it is not a JSON object in UTF-8 ({error}). {_ADVICE}"
