@@ -50,6 +50,20 @@ def test_base_that_is_here_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read_bundle_text(tmp_path / "b").base.registry == MODEL
 
 
+def test_adapters_are_read_as_the_converter_reads_them(tmp_path: Path) -> None:
+    made = make_sources(tmp_path)
+    config = {"base_model_name_or_path": "owner/peft"}
+    tiny.write_tiny_peft(tmp_path / "outer" / "checkpoint-9", made.base, config=config)
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "adapter_config.json").write_text(
+        '{"fine_tune_type": "lora", "model": "owner/mlx"}'
+    )
+    for folder, name in (("outer", "owner/peft"), ("mlx", "owner/mlx")):
+        result = qaflora("convert", tmp_path / folder, "-o", tmp_path / "out.gguf")
+        assert result.exit_code == 2
+        assert f"trained on {name}: give a GGUF of it" in result.stderr
+
+
 def test_base_that_is_not_here_is_named_with_the_pull(tmp_path: Path) -> None:
     make(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct")
     for line in commands(tmp_path):

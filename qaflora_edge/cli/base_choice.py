@@ -21,7 +21,7 @@ def plain_name(name: str) -> str:
 def choose_base(base: str | None, adapters: Iterable[str]) -> str:
     """The base that was given, else the registry's model that the first adapter was trained on.
 
-    adapters  as they were given: those that are PEFT folders here are asked
+    adapters  as they were given: those that are PEFT or MLX folders here are asked
 
     It is fetched when a person at the terminal agrees. Raises UsageError when the base is not
     known or not here.
@@ -60,13 +60,16 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
 
 
 def _trained_on(adapter: str) -> str | None:
-    """What the config of a PEFT folder says; None for anything else."""
+    """What the config of a PEFT or MLX folder says; None for anything else."""
     from qaflora_edge.errors import QafloraError
     from qaflora_edge.files import one_line
     from qaflora_edge.peft.config import read_fields
+    from qaflora_edge.peft.files import adapter_folder
+    from qaflora_edge.peft.mlx import is_mlx
 
     try:
-        name = read_fields(Path(adapter).expanduser()).get("base_model_name_or_path")
+        fields = read_fields(adapter_folder(Path(adapter).expanduser()))
     except (QafloraError, RuntimeError):  # what reads the adapter will say what is wrong
         return None
+    name = fields.get("model" if is_mlx(fields) else "base_model_name_or_path")
     return one_line(name[:200]) if isinstance(name, str) and name.strip() else None
