@@ -21,7 +21,7 @@ def remove(name: str, is_sure: bool) -> None:
 
     here = find_pulled(name)
     needed = users_of(here) if here.kind == "base" else []
-    what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.folder})"
+    what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"
     if needed:
         what += f", which is the base of {', '.join(needed)}"
     if not is_sure:

@@ -70,22 +70,37 @@ def pulled_path(text: str) -> Path | None:
         return snapshot if _is_whole_bundle(snapshot) else None
     if os.path.isfile(snapshot / CONFIG_FILE):
         return snapshot if _is_whole_peft(snapshot) else None
-    files = [  # os.walk passes over a folder that is removed meanwhile; rglob raises
-        Path(parent, name)
-        for parent, _, names in os.walk(snapshot)
-        for name in names
-        if name.endswith(".gguf")
-    ]
-    return files[0] if len(files) == 1 and os.path.isfile(files[0]) else None
+    files = _names(snapshot, ".gguf")
+    path = snapshot / files[0] if len(files) == 1 else snapshot
+    return path if os.path.isfile(path) else None
+
+
+def _names(folder: Path, end: str = "") -> list[str]:
+    """The files below a folder; os.walk passes over one that is removed meanwhile, rglob raises."""
+    walk = os.walk(folder)
+    paths = [Path(parent, name) for parent, _, names in walk for name in names]
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path.name.endswith(end))
 
 
 def pulled() -> Iterator[tuple[Path, str, Path]]:
-    """Every repository that is here whole: its folder, owner/name, and `pulled_path` of that."""
+    """What is here whole: its repository's folder, its reference, and `pulled_path` of that.
+
+    Every commit is named by a branch or tag where one was seen there, main before others. Of one
+    that is no bundle, adapter or single GGUF file, every GGUF file is given.
+    """
     for folder in sorted(hub_cache_dir().glob("models--*--*")):
-        name = folder.name.removeprefix("models--").replace("--", "/")
-        with contextlib.suppress(RegistryError):
-            if path := pulled_path(name):
-                yield folder, name, path
+        repo = folder.name.removeprefix("models--").replace("--", "/")
+        refs = [*_names(folder / "refs"), "main"]
+        named = {cached_snapshot(HubRef(repo, None, ref)): ref for ref in refs}
+        for snapshot in sorted((folder / "snapshots").glob("*")):
+            revision = named.get(snapshot, snapshot.name)
+            for file in (None, *_names(snapshot, ".gguf")):
+                ref = str(HubRef(repo, file, None if revision == "main" else revision))
+                with contextlib.suppress(RegistryError):
+                    if path := pulled_path(ref):
+                        yield folder, ref, path
+                        if file is None:
+                            break
 
 
 def cached_ref(path: Path) -> HubRef | None:

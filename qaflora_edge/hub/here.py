@@ -19,8 +19,8 @@ class Here:
     """A bundle, a base or an adapter that is here.
 
     name     what a command takes for it
-    folder   what was pulled and can be removed: a file of our cache, or a repository's folder in
-             the Hub's; None for what is the user's own
+    folder   of what was pulled and can be removed: the file in our cache, or its repository's
+             folder in the Hub's; None for what is the user's own
     """
 
     kind: str
@@ -127,11 +127,26 @@ def remove_pulled(here: Here) -> None:
     assert here.folder is not None
     try:
         if here.folder.is_dir():
-            shutil.rmtree(here.folder)
+            _remove_cached(here.folder, here.path)
         else:
             here.folder.unlink()
     except OSError as error:
         raise OutputFileError(
-            f"Cannot remove {here.folder}: {error.strerror or error}. Check that you may change it "
+            f"Cannot remove {here.path}: {error.strerror or error}. Check that you may change it "
             "and that no other program uses it; try again."
         ) from error
+
+
+def _remove_cached(repo_dir: Path, path: Path) -> None:
+    """Remove a commit or a file of one from the Hub's cache, and the blobs that no other needs."""
+    blobs = {path.resolve() for path in (_files(path) if path.is_dir() else [path])}
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    left = {path.resolve() for path in _files(repo_dir / "snapshots")}
+    if not left:
+        shutil.rmtree(repo_dir)
+    for blob in blobs - left:
+        if blob.is_relative_to(repo_dir.resolve()):  # others are shared by repositories
+            blob.unlink(missing_ok=True)
