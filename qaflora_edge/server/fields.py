@@ -17,6 +17,7 @@ from qaflora_edge.server.options import (
 )
 from qaflora_edge.server.refusals import Refusal, wrong_field
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Weights
 
 RETURNS = ("summary", "layers", "none")
@@ -97,20 +98,23 @@ def read_fusion(body: Mapping[str, Any], strategy: str | None, adapters: Sequenc
         if weights is not None:
             raise wrong_field("lora", body["lora"], "no such field beside fusion.weights")
         weights, by = _of_lora(body["lora"], adapters), "lora"
-    named = _strategy(given.get("strategy"), strategy)
+    named = _strategy(given.get("strategy"), strategy, adapters)
     if weights is not None and named is not None:
         found = weights if by == "fusion.weights" else body[by]
         raise wrong_field(by, found, f"none beside the strategy {named}: leave one of them out")
     return Fusion(named if weights is None else weights, _adapters(given, adapters), returned)
 
 
-def _strategy(given: Any, of_model: str | None) -> str | None:
+def _strategy(given: Any, of_model: str | None, adapters: Sequence[str]) -> str | None:
     if given is None:
         return of_model
     if not isinstance(given, str) or not given:
         raise wrong_field("fusion.strategy", given, "the name of a strategy")
-    if given.startswith("manual:"):  # fusion.weights is where they are checked
-        raise wrong_field("fusion.strategy", given, "weights by hand in fusion.weights")
+    if given.startswith("manual:"):
+        weights = parse_strategy(given, adapters).argument
+        if not all(map(_is_weight, weights.values())):
+            expected = f"weights from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            raise wrong_field("fusion.strategy", given, expected)
     if of_model not in (None, given):
         raise wrong_field("fusion.strategy", given, f"{of_model}, as the model says, or nothing")
     return given
