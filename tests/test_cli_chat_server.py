@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import make_bundle
+from bundles import bundle_json, make_bundle
 from click.testing import CliRunner, Result
 from patience import wait_until
 from serving import ENGINE, listening
@@ -51,6 +53,8 @@ def without_times(text: str) -> str:
         "the thing\n/strategy static\n/retry\n/strategy single:es\nand then\n",
         "the thing\n/off es\nand then\n/on es\n/adapters\n",
         "/system be\nthe thing\n/context\n",
+        "/strategy manual:es=0.5,math=-0.25\nthe thing\n/retry\nand then\n",
+        "/strategy base\n/adapters off\nthe thing\n/retry\n/weights\n",
         "the thing\n/strategy calibrated\n/strategy nothing\n/off who\nand then\n",
     ],
 )
@@ -105,6 +109,61 @@ def test_a_strategy_may_be_part_of_the_name(address: str) -> None:
     assert by_name.exit_code == by_option.exit_code == 0
     assert by_name.stdout == by_option.stdout
     assert "es 100 %" in by_name.stderr
+
+
+def test_weights_by_hand_may_be_the_servers_default(bundle: Path, address: str) -> None:
+    with listening(bundle, engine={**ENGINE, "strategy": "manual:es=0.5"}) as other:
+        ours = chat("the thing\n", "--server", other)
+    theirs = chat("the thing\n", "--server", address, "--strategy", "manual:es=0.5")
+    assert (ours.exit_code, ours.stdout) == (0, theirs.stdout)
+    assert ours.stdout.strip()
+
+
+def test_a_base_alone_answers(bundle: Path) -> None:
+    base = bundle / bundle_json(bundle)["base"]["file"]
+    local = chat("the thing\n/retry\n", str(base), "--ctx", "512", "--kv-type", "f32")
+    with listening(base) as address:
+        remote = chat("the thing\n/retry\n", "--server", address)
+    assert (remote.exit_code, remote.stdout) == (0, local.stdout)
+
+
+class _Other(BaseHTTPRequestHandler):
+    """A server of something else."""
+
+    body, n_byte = b"", 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(self.n_byte or len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("body", "n_byte", "message"),
+    [
+        (b"<html>", 0, "answers with what cannot be read, expected the JSON of `qaflora serve`."),
+        (b"[1]", 0, "answers with what cannot be read, expected the JSON of `qaflora serve`."),
+        (b'{"data": [{"id": 3}]}', 0, "answers with what cannot be read, expected the JSON of"),
+        (b'{"data', 99, "cannot be reached: IncompleteRead(6 bytes read, 93 more expected)."),
+    ],
+)
+def test_what_is_no_server_of_ours_is_said(body: bytes, n_byte: int, message: str) -> None:
+    handler = type("Other", (_Other,), {"body": body, "n_byte": n_byte})
+    with HTTPServer(("127.0.0.1", 0), handler) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{other.server_port}"
+            result = chat("the thing\n", "--server", address)
+        finally:
+            other.shutdown()
+            thread.join()
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: The server {address} {message}")
 
 
 def test_the_key_comes_from_the_environment(bundle: Path) -> None:

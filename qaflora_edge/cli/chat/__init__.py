@@ -100,7 +100,7 @@ def _local_session(bundle: str, options: SharedOptions, keep_history: bool) -> C
 
     folder = bundle_folder(bundle)
     return ChatSession(
-        lambda n_ctx: open_engine(bundle, options, n_ctx=n_ctx),
+        lambda n_ctx: open_engine(bundle, options, n_ctx=n_ctx, n_parallel=1),
         context_size(folder, options.kv_type) if options.ctx is None else options.ctx,
         bundle_identity(folder),
         sampling=options.sampling,

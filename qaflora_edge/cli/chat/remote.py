@@ -44,8 +44,10 @@ class Server:
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON that is answered to a POST with a body, or to a GET."""
-        with self.opened(path, body) as response:
-            return json.loads(response.read())
+        with self.opened(path, body) as response, self._reached():
+            text = response.read()
+        with self.understood():
+            return json.loads(text)
 
     @contextlib.contextmanager
     def opened(
@@ -88,6 +90,17 @@ class Server:
                 "it with `qaflora serve`, or correct the address (--server)."
             ) from error
 
+    @contextlib.contextmanager
+    def understood(self) -> Iterator[None]:
+        """Raise ServerError where an answer is read that has not what is looked for."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ServerError(
+                f"The server {self.url} answers with what cannot be read, expected the JSON of "
+                "`qaflora serve`. Correct the address (--server)."
+            ) from error
+
     def _refused(self, response: http.client.HTTPResponse) -> QafloraError:
         text = response.read(1 << 20)
         try:
@@ -120,6 +133,10 @@ class RemoteEngine:
     def __init__(self, server: Server, model: str | None) -> None:
         self._server = server
         self._answer: RemoteGeneration | None = None
+        with server.understood():
+            self._read_facts(server, model)
+
+    def _read_facts(self, server: Server, model: str | None) -> None:
         listed = [each["id"] for each in server.ask("/v1/models")["data"]]
         bundles = [each for each in listed if ":" not in each]
         if model is None and len(bundles) == 1:
@@ -212,7 +229,7 @@ class RemoteEngine:
             )
         self.close()
         fusion: dict[str, Any] = {"adapters": list(self.adapters), "return": "layers"}
-        if weights is None:
+        if weights is None or not weights.adapters:  # rows of nothing are no matrix in JSON
             fusion["strategy"] = self.strategy
         else:
             fusion["weights"] = [[float(weight) for weight in row] for row in weights.weights]
@@ -228,7 +245,7 @@ class RemoteEngine:
         }
         if on_progress is not None:
             body["return_progress"] = True
-        self._answer = RemoteGeneration(self._server, body, weights, on_progress)
+        self._answer = RemoteGeneration(self._server, body, weights, self.n_layer, on_progress)
         return self._answer
 
 
@@ -240,6 +257,7 @@ class RemoteGeneration(Iterator[str]):
         server: Server,
         body: Mapping[str, Any],
         weights: FusionWeights | None,
+        n_layer: int,
         on_progress: Tell | None = None,
     ) -> None:
         self._url, self._stack = server.url, contextlib.ExitStack()
@@ -254,7 +272,7 @@ class RemoteGeneration(Iterator[str]):
             self.close()
             raise
         told = (self._first or {}).get("fusion")
-        self.fusion = weights or _fusion(told, self.n_prompt)
+        self.fusion = weights or _fusion(told, self.n_prompt, n_layer)
 
     def __next__(self) -> str:
         while (event := self._next_event()) is not None:
@@ -315,10 +333,10 @@ class RemoteGeneration(Iterator[str]):
             yield event
 
 
-def _fusion(told: Mapping[str, Any] | None, n_prompt: int) -> FusionWeights:
+def _fusion(told: Mapping[str, Any] | None, n_prompt: int, n_layer: int) -> FusionWeights:
     """The weights that a server tells, or none where it told nothing before it was cut."""
     layers = told["layers"] if told else {}
-    rows = np.array(list(layers.values()), np.float32).reshape(len(layers), -1)
+    rows = np.array(list(layers.values()), np.float32).reshape(len(layers), n_layer)
     return FusionWeights(
         adapters=tuple(layers),
         weights=rows,
