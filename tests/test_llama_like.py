@@ -13,7 +13,7 @@ from bundles import TinyBundle, make_bundle
 
 from qaflora_edge import Engine, Llama, replace_llama_cpp
 from qaflora_edge.config import MAX_SEED
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import BusyError, OptionError
 
 # What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.
 LANGCHAIN_INIT = {
@@ -109,6 +109,14 @@ def test_tokens_go_back_and_forth(llama: Llama, made: TinyBundle) -> None:
     assert llama.token_eos() == made.base.tokens.index("<|im_end|>")
     assert llama.token_nl() >= 0
     llama.reset()
+
+
+def test_tokens_are_refused_once_it_is_closed(made: TinyBundle) -> None:
+    with Llama(made.folder, n_ctx=256) as llama:
+        pass
+    for call in (lambda: llama.tokenize(b"the"), lambda: llama.detokenize([5]), llama.token_eos):
+        with pytest.raises(BusyError, match="This Engine is closed"):
+            call()
 
 
 def test_seeds_repeat_answers(llama: Llama) -> None:
