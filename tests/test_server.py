@@ -458,6 +458,10 @@ def test_a_chat_without_a_template(tmp_path: Path) -> None:
         with Engine(folder, **ENGINE) as engine:  # type: ignore[arg-type]
             expected = engine.generate("be\nthe thing?\n", max_tokens=4)
             assert found["choices"][0]["message"]["content"] == expected.text()
+            tokens = engine.tokenize("be\nthe thing?\n")
+        assert client.post("/tokenize", json={"messages": messages}).json()["tokens"] == tokens
+        weighed = client.post("/v1/weights", json={"messages": messages}).json()
+        assert weighed["prompt_tokens"] == len(tokens)
         status, error = failure(client, messages=USER, tools=[{"function": {"name": "a"}}])
         assert (status, error["param"]) == (400, "tools")
 

@@ -2,13 +2,12 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qaflora_edge.chat.messages import checked_messages
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import ChatTemplateError, GrammarError, PromptError
@@ -22,7 +21,7 @@ from qaflora_edge.server.fields import Fusion
 from qaflora_edge.server.options import MAX_PROMPTS
 from qaflora_edge.server.refusals import Params, Refusal, wrong_field
 from qaflora_edge.server.stream import DONE, encoded, event
-from qaflora_edge.server.tokens import check_messages_size, check_texts_size, spelt
+from qaflora_edge.server.tokens import chat_of, check_messages_size, check_texts_size, spelt
 from qaflora_edge.server.work import Outlet, Work
 
 SHOWN = ("temperature", "top_p")  # options that a response tells
@@ -130,7 +129,7 @@ async def chat_completions(request: Request) -> Response:
 
     def compute(engine: Engine, out: Outlet) -> None:
         check_messages_size(engine, messages)
-        asked = _RawChat(engine) if state.options.raw_prompt else engine
+        asked = chat_of(engine, state.options)
         head = chunk_head(model)
         more = {"cancel": out.cancel, **fusion.options, **options}
         if tells_progress:
@@ -146,21 +145,6 @@ async def chat_completions(request: Request) -> Response:
 
     params = form_params(body)
     return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
-
-
-class _RawChat:
-    """An Engine that takes a conversation line by line, without the base's template."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.name, self.answers, self._engine = engine.name, engine.answers, engine
-
-    def chat_tokens(
-        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
-        if tools:
-            raise wrong_field("tools", list(tools), "none: chats have no template (--raw-prompt)")
-        lines = [message["content"] for message in checked_messages(messages)]
-        return self._engine.tokenize("\n".join(lines) + "\n")
 
 
 async def completions(request: Request) -> Response:
@@ -222,7 +206,7 @@ async def responses(request: Request) -> Response:
 
     def compute(engine: Engine, out: Outlet) -> None:
         check_messages_size(engine, messages)
-        asked = _RawChat(engine) if state.options.raw_prompt else engine
+        asked = chat_of(engine, state.options)
         begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
         told = Told(begun.first, fusion, out)
         for answer in noted(begun.answers, out.facts):

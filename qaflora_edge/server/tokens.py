@@ -6,12 +6,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from qaflora_edge.chat.messages import checked_messages
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import PromptError
 from qaflora_edge.inference.prompts import Prompt, check_size, checked_tokens, token_ids
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
-from qaflora_edge.server.options import MAX_LIGHT_CHARS
+from qaflora_edge.server.options import MAX_LIGHT_CHARS, ServerOptions
 from qaflora_edge.server.refusals import Params, wrong_field
 from qaflora_edge.server.stream import encoded
 from qaflora_edge.server.work import Outlet, Work
@@ -26,6 +27,26 @@ def spelt(engine: Engine, prompt: Prompt) -> str:
     with engine._call():
         tokens = checked_tokens(engine._model, token_ids(prompt), MAX_TOKENS)
         return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")
+
+
+class _RawChat:
+    """An Engine that takes a conversation line by line, without the base's template."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.answers, self._engine = engine.name, engine.answers, engine
+
+    def chat_tokens(
+        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        if tools:
+            raise wrong_field("tools", list(tools), "none: chats have no template (--raw-prompt)")
+        lines = [message["content"] for message in checked_messages(messages)]
+        return self._engine.tokenize("\n".join(lines) + "\n")
+
+
+def chat_of(engine: Engine, options: ServerOptions) -> Engine | _RawChat:
+    """What makes tokens of a conversation, and answers it."""
+    return _RawChat(engine) if options.raw_prompt else engine
 
 
 def check_messages_size(engine: Engine, messages: Sequence[Any]) -> None:
@@ -71,7 +92,8 @@ async def weights(request: Request) -> Response:
     def compute(engine: Engine, out: Outlet) -> None:
         check_messages_size(engine, messages)
         check_texts_size(engine, [prompt] if isinstance(prompt, str) else [])
-        tokens: Any = engine.chat_tokens(messages) if is_chat else engine.tokenize(prompt)
+        asked = chat_of(engine, state.options)
+        tokens: Any = asked.chat_tokens(messages) if is_chat else engine.tokenize(prompt)
         found = engine.weights(tokens, strategy=chosen, adapters=fusion.adapters, cancel=out.cancel)
         out.facts |= {"strategy": found.strategy, "probe_ms": found.probe_ms}
         out.facts["prompt_tokens"] = found.prompt_tokens
@@ -85,7 +107,8 @@ async def weights(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     """POST /tokenize"""
     body = await json_body(request)
-    bundle, _ = request.app.state.shelf.find(body.get("model"))
+    state = request.app.state
+    bundle, _ = state.shelf.find(body.get("model"))
     text: Any = body.get("content")
     is_chat = body.get("messages") is not None
     if is_chat == isinstance(text, str):
@@ -98,7 +121,7 @@ async def tokenize(request: Request) -> Response:
     def compute(engine: Engine, out: Outlet) -> None:
         if is_chat:
             check_messages_size(engine, messages)
-            found = engine.chat_tokens(messages)
+            found = chat_of(engine, state.options).chat_tokens(messages)
         else:
             found = token_list(engine, text, add_special=add_special, parse_special=parse_special)
         tokens: Sequence[Any] = found
