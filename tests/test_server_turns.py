@@ -199,7 +199,7 @@ def body_of(**more: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def asking(url: str, n: int, **more: Any) -> Iterator[list[httpx.Response]]:
+def asking(url: str, n: int, /, **more: Any) -> Iterator[list[httpx.Response]]:
     """Ask so many times at once; the answers are there at the end."""
     found: list[httpx.Response] = []
 
@@ -346,6 +346,28 @@ def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle: Path, decodes: lis
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"].strip("A") == ""
     assert 0 < len(choice["message"]["content"]) == found["usage"]["completion_tokens"] < N_LONG
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"n": 3}),
+        ("/v1/completions", {"n": 2}),
+        ("/v1/completions", {"prompt": ["the", "thing"]}),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_answers_that_time_keeps_from_beginning_are_not_left_out(
+    bundle: Path, decodes: list[float], path: str, asked: dict[str, Any], is_stream: bool
+) -> None:
+    app = make_app([bundle], make_options(engine=LONG_ENGINE))
+    asked = {"prompt": "the", **LONG, **asked, "stream": is_stream}
+    with listening_app(app) as address, asking(f"{address}{path}", 1, **asked) as answers:
+        wait_until(lambda: len(decodes) > 5)
+        expire_all(app)
+    assert answers[0].status_code == (200 if is_stream else 503)
+    event = answers[0].text.split("data: ")[-1]
+    assert json.loads(event)["error"]["code"] == "timeout"
 
 
 @pytest.mark.parametrize("is_stream", [True, False])

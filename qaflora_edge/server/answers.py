@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import ChatTemplateError, GrammarError, PromptError
+from qaflora_edge.errors import CancelledError, ChatTemplateError, GrammarError, PromptError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.chat import begin_chat, chunk_head, completion_chunks, completion_dict
 from qaflora_edge.openai.completions import text_chunks, text_dict, text_head
@@ -87,17 +87,28 @@ class Progress:
         self._out.send(event({**self._head, "choices": [], "prompt_progress": told}))
 
 
-def noted(answers: Iterable[Generation], facts: dict[str, Any]) -> Iterator[Generation]:
-    """The same answers; what they took is noted once they are over."""
-    for index, answer in enumerate(answers):
+def noted(answers: Iterable[Generation], n: int, facts: dict[str, Any]) -> Iterator[Generation]:
+    """The same n answers to one prompt; what they took is noted once they are over.
+
+    Raises CancelledError where it is ended before the last one begins.
+    """
+    n_begun = 0
+    for answer in answers:
         try:
             yield answer
         finally:
-            if index == 0:
-                facts["prompt_tokens"] = answer.n_prompt
-                facts["first_ms"] = 1e3 * (answer.timings.token_s[:1] or [facts["start_s"]])[0]
-                facts["first_ms"] -= 1e3 * facts["start_s"]
+            n_prompt = 0 if n_begun else answer.n_prompt
+            facts["prompt_tokens"] = facts.get("prompt_tokens", 0) + n_prompt
+            for token_s in answer.timings.token_s[:1]:
+                facts.setdefault("first_ms", 1e3 * (token_s - facts["start_s"]))
             facts["completion_tokens"] = facts.get("completion_tokens", 0) + answer.n_completion
+        n_begun += 1
+    if n_begun < n:
+        raise _ended_early()
+
+
+def _ended_early() -> CancelledError:
+    return CancelledError("The request was ended before all of its answers began.")
 
 
 def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,7 +147,8 @@ async def chat_completions(request: Request) -> Response:
             more["on_progress"] = Progress(head, out)
         begun = begin_chat(asked, messages, **more)
         told = Told(begun.first, fusion, out)
-        answers, has_tools = noted(begun.answers, out.facts), begun.has_tools
+        answers = noted(begun.answers, options.get("n", 1), out.facts)
+        has_tools = begun.has_tools
         if is_stream:
             chunks = completion_chunks(head, answers, has_tools=has_tools, include_usage=usage)
             told.send_chunks(chunks)
@@ -171,12 +183,12 @@ async def completions(request: Request) -> Response:
 
         def answers() -> Iterator[tuple[str, Generation]]:
             for prompt in prompts:
+                if out.cancel.is_set():
+                    raise _ended_early()
                 check_texts_size(engine, [prompt] if isinstance(prompt, str) else [])
                 start = spelt(engine, prompt) if is_echo else ""
-                for answer in noted(engine.answers(prompt, n, **more), out.facts):
+                for answer in noted(engine.answers(prompt, n, **more), n, out.facts):
                     yield start, answer
-                if out.cancel.is_set():
-                    return
 
         all_answers = answers()
         first = next(all_answers)
@@ -209,7 +221,7 @@ async def responses(request: Request) -> Response:
         asked = chat_of(engine, state.options)
         begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
         told = Told(begun.first, fusion, out)
-        for answer in noted(begun.answers, out.facts):
+        for answer in noted(begun.answers, 1, out.facts):
             shape = ResponseShape(model, body, shown, answer)
             if is_stream:
                 told.send_events(shape.events(has_tools=begun.has_tools))
