@@ -290,6 +290,36 @@ def test_only_the_parts_asked_for(made: TinyBundle) -> None:
     assert not {"decode", "ttft", "callers", "pause", "memory"} & set(shown)
 
 
+@pytest.mark.parametrize("n_prompt", ["400", "335"])
+def test_a_pause_has_room_for_a_prompt_beside_the_question(made: TinyBundle, n_prompt: str) -> None:
+    args = ("--prompt-tokens", n_prompt, "--ctx", "512", "--question-tokens", "20")
+    result = bench(made, *args, "--repeat", "1", "--max-tokens", "1", "--only", "pause", "--json")
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads(result.stdout)["pause"]
+    assert all(run["pause_ms"] > 0 for run in row["runs"])
+
+
+def test_callers_need_two_tokens(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = (
+        "Error: Option --max-tokens is 1, expected at least 2: decoding is measured, that of "
+        "callers behind their first token. Raise it.\n"
+    )
+    result = bench(made, "--only", "callers", "--max-tokens", "1")
+    assert (result.exit_code, result.stderr) == (1, expected)
+    monkeypatch.setenv("QAFLORA_MAX_TOKENS", "1")
+    assert bench(made).stderr == expected
+
+
+def test_callers_that_are_never_decoded_together_are_told(made: TinyBundle) -> None:
+    args = ("--callers", "16", "--prompt-tokens", "400", "--max-tokens", "2")
+    result = bench(made, *args, "--only", "callers", "--repeat", "1")
+    assert result.exit_code == 1
+    assert (
+        "The part callers found an answer of 2 tokens that ended before all of 16 callers had "
+        "begun, expected that all are decoded together. Raise --max-tokens, "
+    ) in result.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -325,8 +355,9 @@ def test_wrong_usage_is_told(made: TinyBundle, args: tuple[str, ...], expected: 
             "message. Raise --ctx, lower --turn-tokens, or leave out turn with --only.",
         ),
         (
-            ("--max-tokens", "0"),
-            "Option --max-tokens is 0, expected at least 1: decoding is measured. Raise it.",
+            ("--max-tokens", "0", "--only", "decode"),
+            "Option --max-tokens is 0, expected at least 1: decoding is measured, that of callers "
+            "behind their first token. Raise it.",
         ),
     ],
 )

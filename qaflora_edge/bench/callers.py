@@ -20,7 +20,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.bench.measure import Plan, Row, Run, in_turn, ratios, spread
 from qaflora_edge.bench.rig import Prompts, Rig, read_pieces
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BackendError
+from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.reading import Steps
@@ -77,6 +77,12 @@ def _speed(times: Times) -> Run:
     """Tokens a second from when all are decoded together until the first one has ended."""
     start, ended = max(own[0] for own in times), min(times, key=lambda own: own[-1])
     end, n_step = ended[-1], sum(at > start for at in ended)
+    if not n_step:
+        raise OptionError(
+            f"The part callers found an answer of {len(ended)} tokens that ended before all of "
+            f"{len(times)} callers had begun, expected that all are decoded together. Raise "
+            "--max-tokens, lower --callers or --prompt-tokens, or leave out callers with --only."
+        )
     n_decoded = n_step * len(times)
     return {
         "decode_ms": 1e3 * (end - start),
@@ -176,7 +182,8 @@ def _row(n: int, way: str, runs: dict[tuple[int, str], list[Run]], fewest: int) 
 
 def measure_pause(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
     """How long one caller waits for a token while another's question is probed and read."""
-    k, n_ctx = plan.probe_k, plan.question_tokens + pieces_of().n_most
+    k, n_room = plan.probe_k, plan.question_tokens + pieces_of().n_most
+    n_ctx = min(plan.prompt_tokens) + n_room  # which its answer has for itself
     prober, context = rig.prober(k), rig.ours(k, 1, n_ctx=n_ctx)
     (mix,) = _mixes(1, k, rig.model.n_layer)
     runs: list[Run] = []
@@ -230,9 +237,15 @@ def _pause(engine: Engine, mix: F32, prompt: Tokens, question: Tokens) -> Run:
     _whole(answer)
     times = answer.timings.token_s
     gaps = [(at, 1e3 * (after - at)) for at, after in itertools.pairwise(times)]
+    during = [gap for at, gap in gaps if at + gap / 1e3 > start and at < end]
+    if n_alone < 2 or not during:
+        raise OptionError(
+            f"The part pause found an answer of {len(times)} tokens, expected one that lasts until "
+            "another's question is read. Raise --question-tokens, or leave out pause with --only."
+        )
     return {
         "alone_ms": statistics.median(gap for _, gap in gaps[: n_alone - 1]),
-        "pause_ms": max(gap for at, gap in gaps if at + gap / 1e3 > start and at < end),
+        "pause_ms": max(during),
         "question_ms": 1e3 * (end - start),
         "n_decoded": sum(start < at < end for at in times),
         "probe_ms": other.timings.probe_ms,

@@ -183,9 +183,11 @@ def _check_tokens(
     options: SharedOptions, only: Sequence[str], n_prompt: int, turn_tokens: tuple[int, int]
 ) -> None:
     ctx, n_decode = options.ctx, options.max_tokens
-    if n_decode < 1:
+    n_least = 2 if "callers" in only else 1
+    if n_decode < n_least:
         raise OptionError(
-            "Option --max-tokens is 0, expected at least 1: decoding is measured. Raise it."
+            f"Option --max-tokens is {n_decode}, expected at least {n_least}: decoding is "
+            "measured, that of callers behind their first token. Raise it."
         )
     if ctx < n_prompt + n_decode:
         raise OptionError(
