@@ -4,6 +4,7 @@ From here come the options of the commands, the settings file and its variables,
 `llm`, the ranges and defaults of the Python calls, and the table of docs/settings.md.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ class Option:
 def _is_id(token: object) -> bool:
     """Whether it is a token id, as a number or as the text that JSON makes of it."""
     is_number = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-    return is_number or (isinstance(token, str) and token.isdecimal() and token.isascii())
+    return is_number or (isinstance(token, str) and bool(re.fullmatch(r"[0-9]{1,10}", token)))
 
 
 _LARGEST = sys.float_info.max  # infinity is above it, and NaN fits nowhere
@@ -333,4 +334,4 @@ def check(group: str, values: Mapping[str, Any]) -> None:
             )
         option = known[name]
         if not (value is None and option.default is None) and not option.fits(value):
-            raise OptionError(f"Option {name} is {value!r}, expected {option.expected}.", name)
+            raise OptionError(f"Option {name} is {value!r:.200}, expected {option.expected}.", name)

@@ -41,9 +41,19 @@ was expected, and what to do next.
 
 from collections.abc import Sequence
 
+_MAX_CHARS = 4000  # of a message
+
 
 class QafloraError(Exception):
-    """Base of every failure that a user can cause or cure."""
+    """Base of every failure that a user can cause or cure.
+
+    A message may repeat whatever was found: the middle of a long one is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        half = _MAX_CHARS // 2
+        is_long = len(message) > _MAX_CHARS
+        super().__init__(f"{message[:half]} ... {message[-half:]}" if is_long else message)
 
 
 class InputFileError(QafloraError):

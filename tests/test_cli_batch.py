@@ -168,6 +168,11 @@ HOSTILE = [
     ('{"prompt": "a", "json_schema": {"type": "x"}}', "GrammarError", "The JSON schema"),
     ('{"prompt": "a", "grammar": "root ::= x"}', "GrammarError", "The grammar"),
     ('{"prompt": "a", "grammar": "", "json_schema": {}}', "OptionError", "both given"),
+    (
+        lines({"messages": [{"role": "a", "content": "a", "tool_calls": ["a" * 9999]}]}).strip(),
+        "PromptError",
+        "Message 0 has the tool call 'aaa",
+    ),
     ('{"prompt": "' + "a" * 400 + '"}', "ContextError", "tokens, the context 256; shorten it"),
 ]
 

@@ -305,6 +305,7 @@ def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
     assert all(size < 512 * max(16, longest) + 100 for size in cut)
 
 
+LONG_TEXT, MANY_DIGITS = "y" * 200_000, "9" * 5000
 REFUSED = [
     ({"model": "tinny"}, 404, "model", "The model is 'tinny', expected one of those that GET "),
     ({"model": "tiny:"}, 404, "model", "The model is 'tiny:', expected one of those that GET "),
@@ -464,6 +465,49 @@ def test_a_chat_without_a_template(tmp_path: Path) -> None:
         assert weighed["prompt_tokens"] == len(tokens)
         status, error = failure(client, messages=USER, tools=[{"function": {"name": "a"}}])
         assert (status, error["param"]) == (400, "tools")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"messages": [{"role": "a", "content": "a", "tool_calls": [LONG_TEXT]}]},
+        {"tools": [LONG_TEXT]},
+        {"tool_choice": LONG_TEXT},
+        {"functions": LONG_TEXT},
+        {"response_format": {"type": LONG_TEXT}},
+        {"json_schema": {LONG_TEXT: 1}},
+        {"json_schema": {"properties": {LONG_TEXT: {"type": LONG_TEXT}}}},
+        {"grammar": f"root ::= {LONG_TEXT}"},
+        {"temperature": LONG_TEXT},
+        {"fusion": {"strategy": LONG_TEXT}},
+        {"fusion": {"strategy": f"qa-flora:power={LONG_TEXT}"}},
+        {"fusion": {"strategy": f"manual:{LONG_TEXT}=1"}},
+        {"fusion": {"weights": {LONG_TEXT: 1}}},
+        {"model": LONG_TEXT},
+    ],
+)
+def test_what_is_wrong_is_repeated_within_bounds(client: TestClient, asked: Any) -> None:
+    status, error = failure(client, **{"model": "tiny", "messages": USER, **asked})
+    assert status in (400, 404)
+    assert 50 < len(json.dumps(error)) < 9000
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"fusion": {"strategy": f"norm:{MANY_DIGITS}"}}, "fusion"),
+        ({"logit_bias": {MANY_DIGITS: 1}}, "logit_bias"),
+        (
+            {"json_schema": {"anyOf": [{"const": 1}, {"$ref": f"#/anyOf/{MANY_DIGITS}"}]}},
+            "json_schema",
+        ),
+    ],
+)
+def test_numbers_of_more_digits_than_python_reads_are_refused(
+    client: TestClient, asked: Any, field: str
+) -> None:
+    status, error = failure(client, model="tiny", messages=USER, **asked)
+    assert (status, error["param"]) == (400, field)
 
 
 def test_unknown_fields_are_ignored(client: TestClient) -> None:

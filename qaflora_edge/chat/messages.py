@@ -89,6 +89,6 @@ def _tool_calls(i: int, calls: Any) -> list[dict[str, Any]]:
 
 def _wrong_call(i: int, found: Any) -> PromptError:
     return PromptError(
-        f"Message {i} has the tool call {found!r}, expected "
+        f"Message {i} has the tool call {found!r:.200}, expected "
         '{"type": "function", "function": {"name": ..., "arguments": JSON text}}.'
     )

@@ -368,6 +368,7 @@ class _Checker:
 
 
 _MISSING = object()
+_INDEX = re.compile(r"[0-9]{1,9}")
 
 
 def _along(schema: Any, place: str) -> Iterable[Any]:
@@ -377,7 +378,7 @@ def _along(schema: Any, place: str) -> Iterable[Any]:
         part = part.replace("~1", "/").replace("~0", "~")
         if isinstance(found, Mapping) and part in found:
             found = found[part]
-        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+        elif isinstance(found, list) and _INDEX.fullmatch(part) and int(part) < len(found):
             found = found[int(part)]
         else:
             yield _MISSING

@@ -77,7 +77,7 @@ def check_fixed(
             continue
         expected = repr(fixed[name][0]) if name in fixed else "no such option"
         raise OptionError(
-            f"Option {name} of {method} is {value!r}, expected {expected}: it cannot be followed "
-            "here. Leave it out.",
+            f"Option {name} of {method} is {value!r:.200}, expected {expected}: it cannot be "
+            "followed here. Leave it out.",
             name,
         )

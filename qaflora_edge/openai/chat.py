@@ -104,8 +104,8 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
     wrapped = response_format.get("json_schema") if kind == "json_schema" else None
     if not isinstance(wrapped, Mapping) or not isinstance(wrapped.get("schema"), Mapping):
         raise OptionError(
-            f"Option response_format is {response_format!r}, expected {{'type': 'json_object'}} or "
-            "{'type': 'json_schema', 'json_schema': {'schema': ...}}.",
+            f"Option response_format is {response_format!r:.200}, expected "
+            "{'type': 'json_object'} or {'type': 'json_schema', 'json_schema': {'schema': ...}}.",
             "response_format",
         )
     return wrapped["schema"]

@@ -35,7 +35,7 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
     if not named:
         names = ", ".join(tool["function"]["name"] for tool in checked) or "none is given"
         raise OptionError(
-            f"Option tool_choice is {tool_choice!r}, expected auto, none, required, or "
+            f"Option tool_choice is {tool_choice!r:.200}, expected auto, none, required, or "
             f"{{'type': 'function', 'function': {{'name': ...}}}} with a name out of: {names}.",
             "tool_choice",
         )
@@ -63,7 +63,7 @@ def _checked(tool: Any) -> dict[str, Any]:
         or not isinstance(function.get("parameters", {}), Mapping)
     ):
         raise OptionError(
-            f"Option tools has {tool!r}, expected {{'type': 'function', 'function': "
+            f"Option tools has {tool!r:.200}, expected {{'type': 'function', 'function': "
             "{'name': ..., 'description': ..., 'parameters': a JSON schema}}.",
             "tools",
         )

@@ -1,5 +1,6 @@
 """`norm` (after LoGo, arXiv 2511.07129): by what each adapter adds to a late query projection."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ class Norm(Strategy):
         """The N of norm:N, how many adapters weigh more than 0; None for all."""
         if not argument:
             return None
-        if not argument.isascii() or not argument.isdigit() or int(argument) < 1:
+        if not re.fullmatch(r"[0-9]{1,9}", argument) or int(argument) < 1:
             raise StrategyError(
                 f"Strategy {text!r}: {argument!r} is no number of adapters, expected norm or "
                 "norm:N with N from 1."
