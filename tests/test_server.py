@@ -442,6 +442,8 @@ def test_defaults_are_for_requests_that_say_nothing(made: TinyBundle) -> None:
         asked = {"messages": USER}
         assert answer(client, **asked)["usage"]["completion_tokens"] == 3
         assert answer(client, **asked, max_completion_tokens=5)["usage"]["completion_tokens"] == 5
+        found = client.post(TEXT, json={"prompt": "the"}).json()
+        assert found["usage"]["completion_tokens"] == 3
         form = {"type": "json_schema", "json_schema": {"schema": {"const": "azqb"}}}
         found = answer(client, **asked, response_format=form, max_tokens=99)
         assert json.loads(found["choices"][0]["message"]["content"]) == "azqb"

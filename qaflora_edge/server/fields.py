@@ -235,7 +235,8 @@ def text_options(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
         given["logprobs"] = n_top
     options = {**given, "n": n, "json_schema": body.get("json_schema")}
     _check_limits(options)
-    return with_defaults(options, {**defaults, "max_tokens": 16}, ("grammar", "json_schema"))
+    given = {name: value for name, value in defaults.items() if value is not None}
+    return with_defaults(options, {"max_tokens": 16, **given}, ("grammar", "json_schema"))
 
 
 def with_defaults(
