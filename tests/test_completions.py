@@ -12,6 +12,7 @@ from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_b
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
+from qaflora_edge.openai.logprobs import ShownTokens, text_logprobs
 from qaflora_edge.openai.tools import CallFilter, parse_calls
 
 WEATHER = {
@@ -347,6 +348,10 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
         ({"stop": [""]}, "Option stop is [''], expected a list of texts that are not empty."),
         ({"seed": -1}, "Option seed is -1, expected a whole number from 0 to 4294967294."),
         ({"seed": 1.5}, "Option seed is 1.5, expected a whole number from 0 to 4294967294."),
+        (
+            {"stream_options": True, "stream": True},
+            "Option stream_options is True, expected an object such as {'include_usage': True}.",
+        ),
         ({"n": 1.5}, "Option n is 1.5, expected a number of answers from 1 up."),
     ],
 )
@@ -407,6 +412,23 @@ def test_log_probabilities_end_before_a_stop_text(tmp_path: Path) -> None:
         choice = engine.chat(USER, **options, temperature=1.0, seed=1, stop=["b"])["choices"][0]
         shown = "".join(entry["token"] for entry in choice["logprobs"]["content"])
         assert (shown, choice["finish_reason"]) == (choice["message"]["content"], "stop")
+
+
+def test_control_tokens_among_others_hide_no_log_probability(tmp_path: Path) -> None:
+    replace = constant_logits(lambda token: 9 * (token in ("a", "<|im_start|>")))
+    base = write_tiny_base(tmp_path / "base.gguf", "qwen2", chat_template=QWEN, replace=replace)
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 1}
+    with Engine(base=base.path) as engine:
+        choice = engine.chat(USER, **options, logprobs=True)["choices"][0]
+        generation = engine.generate("the", **options, logprobs=0)
+        text = generation.text()
+        found = text_logprobs(ShownTokens(generation).take(text), 0)
+    shown = [entry["token"] for entry in choice["logprobs"]["content"]]
+    assert "<|im_start|>" in shown
+    assert "".join(shown).replace("<|im_start|>", "") == choice["message"]["content"]
+    is_shown = [token == "a" for token in found["tokens"]]
+    assert sum(is_shown) == len(text)
+    assert found["text_offset"] == [sum(is_shown[:i]) for i in range(len(is_shown))]
 
 
 def test_bias_decides(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The runner: computes what the scheduler decided, and decides nothing."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -178,13 +179,14 @@ class Runner:
                 self._spoilt.append(_slot(sequence))
             sequence.fail(error)
             return
-        is_end = self._vocabulary.is_end(token)
+        piece = self._vocabulary.piece
+        data = None if self._vocabulary.is_end(token) else piece(token)
         n_top = sequence.request.sampling.logprobs
-        if n_top is not None and not is_end:
-            logits, spelt = self._context.logits_view(row), self._vocabulary.piece
-            entry = token_logprob(logits, token, n_top, lambda each: spelt(each, special=True))
+        if n_top is not None and data is not None:
+            logits, spelt = self._context.logits_view(row), partial(piece, special=True)
+            entry = token_logprob(logits, token, n_top, spelt, len(data))
             sequence.logprobs.append(entry)
-        sequence.take(token, None if is_end else self._vocabulary.piece(token))
+        sequence.take(token, data)
 
     @staticmethod
     def _held(sequence: sequences.Sequence, slot: Slot, tokens: Sequence[int]) -> None:

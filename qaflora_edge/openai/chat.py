@@ -49,6 +49,12 @@ def answer_chat(
     **options: Any,
 ) -> dict[str, Any] | Iterator[dict[str, Any]]:
     """Engine.chat: a dict, or chunks with stream; the first answer has begun by then."""
+    if not isinstance(stream_options, Mapping | None):
+        raise OptionError(
+            f"Option stream_options is {stream_options!r:.200}, expected an object such as "
+            "{'include_usage': True}.",
+            "stream_options",
+        )
     begun = begin_chat(engine, messages, **openai_options(options))
     if not stream:
         return completion_dict(engine.name, begun.answers, has_tools=begun.has_tools)

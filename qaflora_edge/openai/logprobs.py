@@ -25,7 +25,7 @@ class ShownTokens:
             if self._n_byte >= self._n_text:
                 break
             taken.append(entry)
-            self._n_byte += len(entry.data)
+            self._n_byte += entry.n_shown
         self._n_token += len(taken)
         return taken
 
@@ -53,7 +53,7 @@ def text_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any
     offsets = []
     for entry in entries:
         offsets.append(offset)
-        offset += len(_text(entry))
+        offset += len(_text(entry)) if entry.n_shown else 0
     return {
         "tokens": [_text(entry) for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
