@@ -63,6 +63,14 @@ def test_kl_equals_the_textbook_in_sixty_digits(scale: float, sharpness: float) 
     assert fusion.kl_divergence(z, d) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("z", "d"),
+    [([0, -800], [0, 1600]), ([0, -5], [0, 720]), ([0, -2000, 3], [0, 1000, -1]), ([0, 0], [0, 9])],
+)
+def test_kl_of_differences_beyond_exp(z: list[float], d: list[float]) -> None:
+    assert fusion.kl_divergence(z, d) == pytest.approx(textbook_kl(z, d), rel=1e-12)
+
+
 def test_kl_ignores_a_constant_and_is_zero_without_difference() -> None:
     z = np.random.default_rng(1).standard_normal((4, 50))
     assert fusion.kl_divergence(z, np.full_like(z, 7.0)).tolist() == [0.0] * 4

@@ -200,15 +200,17 @@ def kl_divergence(base_logits: ArrayLike, difference: ArrayLike) -> F64:
     """
     z = np.asarray(base_logits, np.float64)
     d = np.asarray(difference, np.float64)
-    p = np.exp(z - z.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+    log_p = z - z.max(axis=-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(axis=-1, keepdims=True))
+    p = np.exp(log_p)
     likeliest = np.asarray(z.argmax(axis=-1, keepdims=True))
     d = d - np.take_along_axis(d, np.broadcast_to(likeliest, (*d.shape[:-1], 1)), axis=-1)
     u = d - (p * d).sum(axis=-1, keepdims=True)
-    return np.asarray(np.log1p((p * _expm1_minus(u)).sum(axis=-1)))
-
-
-def _expm1_minus(u: F64) -> F64:
-    """expm1(u) - u, by its series where that is small."""
+    # Both sides times e^-c where a term of p e^u is large: e^u alone may be beyond float64.
+    log_most = (log_p + u).max(axis=-1, keepdims=True)
+    c = np.where(log_most > 1, log_most, 0.0)
     series = u * u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u / 720))))
-    return np.where(np.abs(u) < 1e-2, series, np.expm1(u) - u)
+    term = np.exp(log_p + u - c) - np.exp(log_p - c) * (1 + u)
+    total = np.where(np.abs(u) < 1e-2, np.exp(log_p - c) * series, term).sum(axis=-1)
+    c = c[..., 0]
+    return np.asarray(c + np.log1p(np.expm1(-c) + total))
