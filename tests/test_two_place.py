@@ -78,7 +78,7 @@ def at(z: float) -> float:
 
 
 def test_one_adapter_comes_from_each_place() -> None:
-    last, question = [at(1), at(0), at(3)], [at(0.2), at(1), at(2)]
+    last, question = [at(1), at(0), at(3)], [at(0.2), at(1.1), at(2)]
     assert weighed("two-place", last, question) == [0, 0.5, 0.5]
     assert weighed("two-place:answer=0.7,question=0.8", last, question) == [0, 0.8, 0.7]
 
@@ -96,7 +96,7 @@ def test_an_adapter_is_compared_with_itself() -> None:
     assert mix.weights[:, 0].tolist() == [0.5, 0.5]  # the weak one first, the strong one second
     probe = Places([1.0, at(3)], [0.9, at(0)], [])
     mix = strategy.weigh(query, probe, None)
-    assert mix.weights[:, 0].tolist() == [0, 0.5]
+    assert mix.weights[:, 0].tolist() == [0, 1]
 
 
 def test_the_question_may_be_read_by_the_adapters() -> None:
@@ -106,15 +106,17 @@ def test_the_question_may_be_read_by_the_adapters() -> None:
 
 
 def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
-    assert weighed("two-place", [at(3), at(0), at(0)], [at(1), at(-0.1), at(-1)]) == [0.5, 0, 0]
-    assert weighed("two-place", [at(3)], [at(3)]) == [0.5]
+    assert weighed("two-place", [at(3), at(0), at(0)], [at(2), at(0.9), at(-1)]) == [1, 0, 0]
+    lower = "two-place:second=0.8"
+    assert weighed(lower, [at(3), at(0), at(0)], [at(2), at(0.9), at(-1)]) == [0.5, 0.5, 0]
+    assert weighed("two-place:answer=0.7", [at(3)], [at(3)]) == [1.2]
 
 
 @pytest.mark.parametrize(
     ("z", "share"), [(-5, 0), (1.5, 0), (1.6, 0.2), (1.75, 0.5), (2, 1), (9, 1)]
 )
 def test_the_base_answers_where_none_does_more_than_is_usual(z: float, share: float) -> None:
-    last, question = [at(z), at(z - 1), at(z - 1)], [at(0), at(1), at(0)]
+    last, question = [at(z), at(z - 1), at(z - 1)], [at(0), at(1.1), at(0)]
     expected = [0.5 * share, 0.5 * share, 0]
     np.testing.assert_allclose(weighed("two-place", last, question), expected, atol=1e-4)
     assert weighed("two-place:abstain=never", last, question) == [0.5, 0.5, 0]
@@ -246,8 +248,8 @@ def test_an_engine_follows_it_in_one_pass_of_the_base(
         return [(x - u["mean"]) / u["spread"] for x, u in zip(extents, usual[key], strict=True)]
 
     first = int(np.argmax(z(last, "added_last")))
-    second = 0.5 if z(question, "added_question")[1 - first] > 0 else 0.0
-    assert (fusion.weights[first] == 0.5).all()
+    second = 0.5 if z(question, "added_question")[1 - first] > 1 else 0.0
+    assert (fusion.weights[first] == 1 - second).all()
     assert (fusion.weights[1 - first] == second).all()
     assert sorted(text[:, 0].tolist()) == [0.0, 0.5]
     ratio = plain / [typical[name]["question_norm"] for name in ("math", "es")]

@@ -4,8 +4,9 @@ The last token of a chat prompt, where the answer begins, tells what kind of ans
 the question's own tokens tell what it is written in. What adapters do there is measured by what
 they would add to the attention of the base, in one pass of the base alone, however many there are,
 and compared with what is usual for each. The adapter that does most where the answer begins is one
-of the two, that which does most in the question the other. Where none does more at the answer than
-is usual, the base answers alone.
+of the two, that which does most in the question the other. Where none does much more in the
+question than is usual, the first is alone, with the weight of both, and where none does at the
+answer, the base is.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ _OPTIONS = (
            help="the weight of the adapter that is found where the answer begins"),
     Option("question", float, 0.5, low=0, high=16, metavar="W",
            help="the weight of the one that is found in the question"),
+    Option("second", float, 1.0, low=-100, high=100, metavar="Z",
+           help="none is taken from the question up to Z standard deviations: the other is alone"),
     Option("abstain", float, 1.5, low=-100, high=100, words=("never",), metavar="Z",
            help="the base answers alone up to Z standard deviations; 0.5 above, the mix is whole"),
     Option("by", str, "added", choices=("added", "cosine"),
@@ -77,9 +80,9 @@ def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
     first = int(last.argmax())
     others = np.where(np.arange(len(last)) == first, -np.inf, question)
     second = int(others.argmax())
-    weights[first] = options["answer"]
-    if others[second] > 0:
-        weights[second] = options["question"]
+    is_second = others[second] > options["second"]
+    weights[second if is_second else first] = options["question"]
+    weights[first] += options["answer"]
     if options["abstain"] == "never":
         return weights
     return weights * np.float32(np.clip((last.max() - options["abstain"]) / RAMP, 0.0, 1.0))
