@@ -187,3 +187,24 @@ def test_progress_is_told_piece_by_piece(tmp_path: Path, n_parallel: int) -> Non
     assert reading == sorted(reading)
     assert (reading[0], reading[-1]) == (0, 300)
     assert set(told_by_chat) == {"weighing", "reading"}
+
+
+def test_what_on_progress_raises_ends_the_weighing_at_once(tmp_path: Path) -> None:
+    """Not when the error is collected: another query is read by then, or the Engine is closed."""
+    base = write_tiny_base(tmp_path / "base.gguf")
+    paths = {name: write_tiny_adapter(tmp_path / f"{name}.gguf", base).path for name in "ab"}
+    held: list[Any] = []
+
+    def drop(*_: object) -> None:
+        held.clear()
+        gc.collect()
+
+    with Engine(base=base.path, adapters=paths, n_ctx=512) as engine:
+        with pytest.raises(ZeroDivisionError) as caught:
+            engine.generate("the king " * 60, on_progress=lambda *_: 1 // 0)  # type: ignore[arg-type]
+        held.append(caught)
+        del caught
+        answer = engine.generate("and the queen " * 60, on_progress=drop, max_tokens=1)
+    with Engine(base=base.path, adapters=paths, n_ctx=512) as engine:
+        expected = engine.weights("and the queen " * 60)
+    assert np.array_equal(answer.fusion.divergence, expected.divergence)

@@ -171,7 +171,9 @@ class Context(Handle):
         return self._tokens[seq]
 
     def clear(self, seq: int | None = None) -> None:
-        """Forget all tokens of one sequence, or of all."""
+        """Forget all tokens of one sequence, or of all; after close() there are none."""
+        if self._pointer is None:
+            return
         if seq is None:
             self._lib.llama_memory_clear(self._memory, False)
             self._tokens = [[] for _ in range(self.n_seq)]
@@ -181,6 +183,8 @@ class Context(Handle):
 
     def wipe(self) -> None:
         """Forget all sequences, and the numbers too: see clean()."""
+        if self._pointer is None:  # the steps of a query may end after it
+            return
         self._lib.llama_memory_clear(self._memory, True)
         self._tokens = [[] for _ in range(self.n_seq)]
         self._spoilt.clear()

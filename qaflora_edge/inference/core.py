@@ -231,12 +231,13 @@ class Core:
 
 def _telling(steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
     """The same steps, whose progress is told."""
-    while True:
-        try:
-            n_read = next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        if n_read is not None:
-            tell("weighing", n_read, n_token)
-        yield n_read
+    with closing(steps):
+        while True:
+            try:
+                n_read = next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if n_read is not None:
+                tell("weighing", n_read, n_token)
+            yield n_read
