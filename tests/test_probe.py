@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -463,3 +464,21 @@ def test_states_that_are_no_numbers_are_nobody_elses(
     for n in (20, 100):
         found = run_alone(spoilt.states(long[-n:], (1,), "last"))
         assert np.array_equal(found, run_alone(opened().states(long[-n:], (1,), "last")))
+
+
+def test_steps_that_end_after_close_touch_nothing(
+    base: TinyBase, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = prober(base, adapters)
+    steps = alone.prober.states(TOKENS * 5, alone.rows, "last")
+    next(steps)
+    (context,) = alone.prober.contexts
+    alone.close()
+    touched: list[Any] = []
+    for name in ("clear", "seq_rm"):
+        lib = context._lib
+        monkeypatch.setattr(lib, f"llama_memory_{name}", lambda *given: touched.append(given))
+    steps.close()
+    context.clear()
+    context.clear(0)
+    assert touched == []
