@@ -173,7 +173,7 @@ class Loop:
         self._end_cancelled()
         n_ended = self._scheduler.remove_ended()
         if not self._scheduler.has_work:
-            assert n_ended, "somebody waits for what nobody computes"
+            assert n_ended or self._is_closed, "somebody waits for what nobody computes"
             return
         step = self._scheduler.step()
         prefilled = [sequence for sequence in self._scheduler.running if sequence.is_prefill]
