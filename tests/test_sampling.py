@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny import write_tiny_adapter, write_tiny_base
+from tiny import constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError, GrammarError, OptionError
@@ -114,6 +116,25 @@ def test_answer_is_whole_where_its_grammar_may_end(
     answer.text()
     assert answer.finish_reason == ("length" if max_tokens else "stop")
     assert answer.is_whole == is_whole
+
+
+@pytest.mark.parametrize("n_parallel", [1, 2])
+@pytest.mark.parametrize("grammar", [None, "root ::= [A-Z]{8}"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_an_answer(
+    tmp_path: Path, temperature: float, grammar: str | None, n_parallel: int
+) -> None:
+    """Drawn from, they give any token, and stay in memory for the next answer."""
+    base = write_tiny_base(tmp_path / "base.gguf", "qwen2", tied=False)
+    replace = constant_logits(lambda token: 10.0 if token == "A" else -ord(token[0]))
+    replace["token_embd.weight"] = dict(base.tensors)["token_embd.weight"].copy()
+    replace["token_embd.weight"][base.tokens.index("A")] = np.nan
+    path = write_tiny_base(tmp_path / "base.gguf", "qwen2", tied=False, replace=replace).path
+    with Engine(base=path, n_parallel=n_parallel) as engine:
+        answer = engine.generate("b", temperature=temperature, grammar=grammar, max_tokens=8)
+        with pytest.raises(BackendError, match="The logits after the answer so far are NaN"):
+            answer.text()
+        assert engine.generate("c", max_tokens=1).text() == "A"
 
 
 def test_grammar_that_no_token_can_follow_is_reported(engine: Engine) -> None:

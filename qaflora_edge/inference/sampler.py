@@ -111,10 +111,9 @@ class Sampler:
         Raises BackendError when no token of the vocabulary can follow under the grammar, or the
         logits are NaN.
         """
+        likeliest = self._argmax(context, row)
         if self.constraint is None:
-            return (
-                self._argmax(context, row) if self._is_plain else context.sample(self._chain, row)
-            )
+            return likeliest if self._is_plain else context.sample(self._chain, row)
         mask = self.constraint.mask() if mask is None else mask
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits[: self._model.n_vocab])
