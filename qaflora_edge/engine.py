@@ -79,8 +79,9 @@ class Engine(EngineMeasures):
                       these are the same and the prompt begins with the earlier one): the Generation
                       that it goes on from, or True for the last one, with n_parallel=1
         on_weights    called with the weights once they are known, before the prompt is read
-        on_progress   called meanwhile, by the thread that computes, with "weighing" or "reading",
-                      how many tokens of the prompt are done, and how many it has
+        on_progress   called meanwhile with "weighing" or "reading", how many tokens of the prompt
+                      are done, and how many it has; at "weighing" by the thread that computes,
+                      whose calls of this Engine raise BusyError then
         cancel        once it is set, the answer ends as by Generation.cancel
         wait          until the prompt was read; else it is, like the tokens after it, when a piece
                       of this or another answer is asked for

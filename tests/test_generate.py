@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import BusyError, OptionError
 from qaflora_edge.inference.request import Sampling
 from qaflora_edge.inference.text import StopFilter, TextDecoder
 
@@ -189,6 +190,35 @@ def test_progress_is_told_piece_by_piece(tmp_path: Path, n_parallel: int) -> Non
     assert reading == sorted(reading)
     assert (reading[0], reading[-1]) == (0, 300)
     assert set(told_by_chat) == {"weighing", "reading"}
+
+
+@pytest.mark.parametrize("n_parallel", [1, 2])
+@pytest.mark.parametrize("is_served", [False, True])
+def test_on_progress_that_asks_the_engine_never_hangs(
+    tmp_path: Path, is_served: bool, n_parallel: int
+) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    paths = {"a": write_tiny_adapter(tmp_path / "a.gguf", base).path}
+    asked: list[Any] = []
+
+    def ask(what: str, done: int, total: int) -> None:
+        if what == "weighing":
+            for call in (lambda: engine.logits("x"), engine.close):
+                with pytest.raises(BusyError, match="in use by the call"):
+                    call()
+        else:
+            asked.append(engine.logits("x", weights="static"))
+
+    with (
+        ThreadPoolExecutor(1) as threads,
+        Engine(base=base.path, adapters=paths, n_parallel=n_parallel) as engine,
+    ):
+        if is_served:
+            threads.submit(engine.run_forever)
+        expected = engine.generate(range(200), max_tokens=3).text()
+        assert engine.generate(range(1, 200), on_progress=ask, max_tokens=3).text()
+        assert len(asked) > 1
+        assert engine.generate(range(200), max_tokens=3).text() == expected
 
 
 def test_what_on_progress_raises_ends_the_weighing_at_once(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.score import Item, Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
-from qaflora_edge.progress import Tell
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.prefixes import Prefixes
@@ -140,11 +140,25 @@ class Core:
         self, prober: Prober, cancellation: Cancellation, tell: Tell | None, query: Query
     ) -> QueryProbe:
         def run(steps: Steps[T], /) -> T:
-            told = steps if tell is None else _telling(steps, tell, len(query.tokens))
+            told = steps if tell is None else self._telling(steps, tell, len(query.tokens))
             result: T = self._loop.run("probe", told, cancellation)
             return result
 
         return QueryProbe(prober, query, self.rows(query.adapters), run)
+
+    def _telling(self, steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
+        """The same steps, whose progress is told."""
+        with closing(steps):
+            while True:
+                try:
+                    n_read = next(steps)
+                except StopIteration as end:
+                    result: T = end.value
+                    return result
+                if n_read is not None:
+                    with self.lifetime.telling():
+                        tell("weighing", n_read, n_token)
+                yield n_read
 
     def all_weights(self, fusion: FusionWeights) -> F32:
         """float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""
@@ -213,13 +227,21 @@ class Core:
         """
         sequence = answer._sequence
 
+        def n_read() -> int:
+            return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
+
         def is_read() -> bool:
-            if tell is not None:
-                n_read = min(sequence.n_past, sequence.n_prompt)  # it may be answered already
-                tell("reading", n_read, sequence.n_prompt)
             return sequence.is_done or not sequence.is_prefill
 
-        self._loop.drive(is_read)
+        def has_more() -> bool:
+            return is_read() or n_read() > n_told
+
+        tell, n_told = tell or silent, 0
+        while not is_read():
+            tell("reading", n_told, sequence.n_prompt)
+            self._loop.drive(has_more)
+            n_told = n_read()
+        tell("reading", n_read(), sequence.n_prompt)
         if sequence.error is not None and not sequence.answer:
             raise sequence.error
 
@@ -227,17 +249,3 @@ class Core:
         """Compute until one of some answers is done."""
         sequences = [answer._sequence for answer in answers]
         self._loop.drive(lambda: any(sequence.is_done for sequence in sequences))
-
-
-def _telling(steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
-    """The same steps, whose progress is told."""
-    with closing(steps):
-        while True:
-            try:
-                n_read = next(steps)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            if n_read is not None:
-                tell("weighing", n_read, n_token)
-            yield n_read

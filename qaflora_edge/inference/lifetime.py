@@ -25,6 +25,7 @@ class Lifetime:
         self.is_closed = False
         self._idle = threading.Condition()
         self._n_call: dict[int, int] = {}  # of each thread
+        self._telling: int | None = None  # the thread, which computes
         self._resources: list[Any] = []
         finalizer = weakref.finalize(owner, _close_all, self._resources)
         finalizer.atexit = False
@@ -42,6 +43,11 @@ class Lifetime:
         me = threading.get_ident()
         with self._idle:
             self.check_open()
+            if me == self._telling:
+                raise BusyError(
+                    "This Engine is in use by the call whose on_progress is told of the weighing; "
+                    "ask it after that call has returned."
+                )
             self._n_call[me] = self._n_call.get(me, 0) + 1
         _worker = os.getpid()
         try:
@@ -54,8 +60,18 @@ class Lifetime:
                     self._idle.notify_all()
 
     def is_mine(self) -> bool:
-        """Whether a call of this thread goes on."""
-        return threading.get_ident() in self._n_call
+        """Whether a call of this thread goes on, or it computes for one."""
+        me = threading.get_ident()
+        return me in self._n_call or me == self._telling
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Refuse calls of this thread, the one that computes: they would wait for it for ever."""
+        self._telling = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._telling = None
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
@@ -98,7 +114,7 @@ class Lifetime:
         if _worker not in (None, os.getpid()):
             return
         with self._idle:
-            if threading.get_ident() in self._n_call:
+            if self.is_mine():
                 raise BusyError(
                     "This Engine is in use by the call that close() was called from; close it "
                     "after the call has returned."
