@@ -101,6 +101,28 @@ def test_the_example_is_a_bundles_default(tmp_path: Path) -> None:
         Engine(made.folder)
 
 
+class Moved(Strategy):
+    """How far each adapter moves the states, worked out where they are."""
+
+    name = "moved"
+
+    def weigh(self, query: Any, probe: Any, argument: object) -> Any:
+        states = probe.states()
+        states -= states[0].copy()
+        return np.linalg.norm(states[1:], axis=-1)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "question"])
+def test_states_are_the_strategys_own(made: TinyBundle, pool: str) -> None:
+    register_strategy(Moved())
+    with Engine(made.folder, pool=pool) as engine:
+        moved = engine.weights(PROMPT, strategy="moved").weights
+        after = engine.weights(PROMPT).divergence
+        np.testing.assert_array_equal(engine.weights(PROMPT, strategy="moved").weights, moved)
+    with Engine(made.folder, pool=pool) as engine:
+        np.testing.assert_array_equal(engine.weights(PROMPT).divergence, after)
+
+
 class Thirds(Strategy):
     """A number behind its name for all, and no probe."""
 

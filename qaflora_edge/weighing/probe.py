@@ -337,7 +337,7 @@ class QueryProbe:
         if query.pool == "question":
             return np.array(self._places()[1])
         how = (query.pool, query.question)
-        return self._run(self._prober.states(query.tokens, self._rows, *how))
+        return np.array(self._run(self._prober.states(query.tokens, self._rows, *how)))
 
     def _places(self) -> F32:
         query = self._query
