@@ -12,7 +12,7 @@ class Sharper(Strategy):
 
     def weigh(self, query, probe, argument):
         divergence = probe.divergence()  # [n_adapter, n_layer], in nats
-        power = divergence**2
+        power = (divergence + 1e-30) ** 2  # 1/k where no adapter moves a layer
         return Mix(power / power.sum(axis=0), divergence)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle, make_sources
 from click.testing import CliRunner
+from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, Mix, QafloraError, Strategy, register_strategy
 from qaflora_edge.bundles.create import create_bundle
@@ -99,6 +100,20 @@ def test_the_example_is_a_bundles_default(tmp_path: Path) -> None:
     np.testing.assert_allclose(list(answer["fusion"]["weights"].values()), means, atol=1e-4)
     with pytest.raises(BundleError, match="Strategy 'sharper' is not known"):
         Engine(made.folder)
+
+
+@pytest.mark.slow
+def test_the_example_weighs_layers_that_no_adapter_moves(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    paths = {
+        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, layers=[1, 2], seed=seed).path
+        for seed, name in enumerate("abc")
+    }
+    create_bundle(tmp_path / "bundle", base.path, paths, name="tiny", calibrate=False)
+    shown = script("weights", tmp_path / "bundle", PROMPT, "--json", "--strategy", "sharper")
+    weights = np.array(json.loads(shown)["weights"])
+    np.testing.assert_allclose(weights[:, 0], 1 / 3, rtol=1e-5)
+    assert (np.ptp(weights[:, 1:], axis=0) > 0).all()
 
 
 class Moved(Strategy):
