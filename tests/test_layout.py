@@ -1,7 +1,10 @@
 """The table of modules in CONTRIBUTING is the package, and imports point upwards in it only."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,21 @@ def test_imports_are_found_at_the_top_and_later(tmp_path: Path) -> None:
         "probe",
         "probe.Prober",
     }
+
+
+def test_what_is_imported_is_a_dependency() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = (project["dependencies"], *project["optional-dependencies"].values())
+    named = {re.split(r"[\[<>=;]", line)[0] for group in groups for line in group}
+    named |= {"anyio", "markupsafe", "pydantic"}  # in the interfaces of starlette, jinja2 and llm
+    text = "\n".join(path.read_text(encoding="utf-8") for path in EVERY.values())
+    roots = set(re.findall(r"^ *(?:import|from) (\w+)(?:\.\w+)*(?: import | as |$)", text, re.M))
+    origins = packages_distributions()
+    found = {
+        origins.get(root, [root])[0].lower().replace("_", "-")
+        for root in roots - sys.stdlib_module_names - {"qaflora_edge"}
+    }
+    assert found - named == set()
 
 
 def test_import_of_the_package_is_quick_and_loads_no_library() -> None:
