@@ -9,7 +9,7 @@ lower it is no adapter (exit code 1). A training that was ended goes on from its
 when it is started again. What comes out is a PEFT adapter for `qaflora bundle create --adapter`.
 
 On Linux torch asks the system for its memory again and again; let it keep what it has, in large
-pages, and a step takes .7 of the time (0.5B, two cores of a CPU with AVX-512):
+pages: a step of 0.5B took .7 of the time (the first 13 of two runs, two cores with AVX-512):
 
     export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
     GLIBC_TUNABLES=$GLIBC_TUNABLES:glibc.malloc.hugetlb=1 python models/recipes/train.py ...

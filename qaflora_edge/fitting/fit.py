@@ -16,6 +16,7 @@ from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, OptionError, TaskFileError
 from qaflora_edge.evaluation.run import task_prompt
+from qaflora_edge.evaluation.task_checks import listed
 from qaflora_edge.evaluation.tasks import Item, Task
 from qaflora_edge.fitting.lorahub import Search, Tried, read_tried, writing
 from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE
@@ -80,8 +81,7 @@ def _answer(task: Task, item: Item) -> str:
     if text is None and task.metric == "choice":
         text = task.choices(item)[item.fields["answer"]]
     if text is None and task.metric != "code":
-        expected = task.expected(item)
-        text = str(expected[0] if isinstance(expected, list) else expected)
+        text = str(listed(task.expected(item))[0])
     if not isinstance(text, str) or not text:
         raise TaskFileError(
             f"Cannot fit to {item.where}: its field continuation is "
