@@ -241,7 +241,8 @@ def rows_of(recipe: Mapping[str, Any], data: Path | None) -> Iterable[Mapping[st
     if file == "python":
         return functions()
     if file == "diseases":
-        return [row for turn in range(3 * len(recipe["forms"])) for row in diseases(turn)]
+        n_form = len(recipe["forms"])
+        return [row for i in range(3 * n_form) for row in diseases(i // n_form)]
     if file and data:
         with open(data / file, encoding="utf-8") as lines:
             return [with_choices(json.loads(line)) for line in lines]

@@ -10,7 +10,6 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.evaluation.last_number import as_number, is_number
-from qaflora_edge.evaluation.task_checks import listed
 
 
 def answer_score(metric: str, answer: str, expected: Any) -> float:
@@ -20,7 +19,8 @@ def answer_score(metric: str, answer: str, expected: Any) -> float:
     expected  a number or text, or several, one of which is enough
     """
     right = _METRICS[metric]
-    return float(any(right(answer, each) for each in listed(expected)))
+    several = expected if isinstance(expected, list) else [expected]
+    return float(any(right(answer, each) for each in several))
 
 
 def _ends_with_number(answer: str, expected: Any) -> bool:
