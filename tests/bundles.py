@@ -69,6 +69,7 @@ def _made(place: Path, calibrate: bool, base_options: dict[str, Any]) -> TinyBun
         {"math": made.peft, "es": made.adapter.path},
         name="tiny",
         calibrate=calibrate,
+        strategy="qa-flora",  # which weighs all of them, whatever is asked
     )
     return made
 

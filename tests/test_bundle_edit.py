@@ -423,7 +423,7 @@ def test_calibrating_measures_what_is_missing(made: TinyBundle, tmp_path: Path) 
     after = bundle_json(made.folder)
     adapters = {"math": made.peft, "es": made.adapter.path}
     together = bundle_json(create_bundle(tmp_path / "new", made.base.path, adapters))
-    assert after["fusion"] == together["fusion"]
+    assert after["fusion"] == {**together["fusion"], "strategy": "qa-flora"}  # that stays
     assert ", calibrated" in describe(made.folder)
     before = snapshot(made.folder)
     assert not calibrate(made.folder)

@@ -31,8 +31,10 @@ def test_create_makes_a_calibrated_bundle(tmp_path: Path) -> None:
     made = make_sources(tmp_path)
     result = create(made)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"Created the bundle {made.folder} with 2 adapters.\n"
-    assert set(load_bundle(made.folder).known.typical) == {"math", "es"}
+    done = f"Created the bundle {made.folder} with 2 adapters, weighed by two-place.\n"
+    assert result.stderr == done
+    known = load_bundle(made.folder).known
+    assert (known.strategy, set(known.typical)) == ("two-place", {"math", "es"})
 
 
 def test_create_records_what_it_is_told(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle
+import tiny
+from bundles import TinyBundle, make_bundle, snapshot
 from decoded import count_decoded
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import calibrate
+from qaflora_edge.bundles.edit import add_adapter, calibrate
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BundleError, StrategyError
@@ -128,13 +129,61 @@ def test_plain_text_gets_the_most_unusual_one() -> None:
     assert weighed("two-place:answer=1", last, question, is_chat=False) == [0, 1, 0]
 
 
-def test_an_adapter_that_adds_nothing_to_the_attention_is_refused() -> None:
-    with pytest.raises(StrategyError) as caught:
-        weighed("two-place", [at(1), 0.0, 0.0], [at(1), 0.0, 0.0])
-    assert str(caught.value) == (
-        "Strategy two-place compares what adapters add to q, k and v, but es, med adds nothing to "
-        "any block's; use another strategy, or leave it out."
+NOTHING = (
+    "Strategy two-place compares what adapters add to q, k and v, but mlp adds nothing to any "
+    "block's; use another strategy, or leave it out."
+)
+
+
+def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
+    made: TinyBundle, tmp_path: Path
+) -> None:
+    mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"])
+    one_layer = tiny.write_tiny_adapter(
+        tmp_path / "v.gguf", made.base, targets=["attn_v"], layers=[1]
     )
+    es, base = made.adapter.path, made.base.path
+
+    def strategy_of(*adapters: Path, **options: Any) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        create_bundle(folder, base, {path.stem: path for path in adapters}, **options)
+        with Engine(folder, n_ctx=128) as engine:
+            engine.weights("the thing")
+            return engine.strategy
+
+    assert strategy_of(es, one_layer.path) == "two-place"
+    assert strategy_of(es, calibrate=False) == "qa-flora"
+    assert strategy_of(es, mlp.path) == "qa-flora"
+    assert strategy_of(es, strategy="static") == "static"
+    assert strategy_of(calibrate=True) == "qa-flora"
+    with pytest.raises(StrategyError) as caught:
+        create_bundle(tmp_path / "b", base, {"mlp": mlp.path}, strategy="two-place")
+    assert str(caught.value) == NOTHING
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_that_it_cannot_weigh_is_not_added(made: TinyBundle, tmp_path: Path) -> None:
+    mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"])
+    folder = tmp_path / "bundle"
+    create_bundle(folder, made.base.path, {"es": made.adapter.path})
+    before = snapshot(folder)
+    refusal = f"Cannot add the adapter mlp to {folder}: "
+    with pytest.raises(BundleError) as caught:
+        add_adapter(folder, "mlp", mlp.path)
+    assert str(caught.value) == f"{refusal}{NOTHING} Give the bundle another with --strategy."
+    with pytest.raises(BundleError) as caught:
+        add_adapter(folder, "mlp", mlp.path, calibrate=False)
+    assert str(caught.value) == (
+        f"{refusal}the strategy 'two-place' needs typical divergences, and they are not to be "
+        "measured. Leave --no-calibrate out, or give the bundle another with --strategy."
+    )
+    assert snapshot(folder) == before
+    with pytest.raises(StrategyError, match="'best' is not known"):
+        add_adapter(folder, "mlp", mlp.path, strategy="best")
+    assert snapshot(folder) == before
+    add_adapter(folder, "mlp", mlp.path, strategy="qa-flora")
+    with Engine(folder, n_ctx=128) as engine:
+        assert engine.weights("the thing").strategy == "qa-flora"
 
 
 def test_what_is_typical_is_a_mean_and_a_spread_of_logarithms() -> None:

@@ -43,6 +43,7 @@ from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 from qaflora_edge.weighing.typical import ALWAYS
+from qaflora_edge.weighing.weigher import Known, Weigher
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
 
@@ -58,6 +59,7 @@ def add_adapter(
     outtype: str = "f16",
     note: Mapping[str, str] | None = None,
     calibrate: bool = True,
+    strategy: str | None = None,
     progress: Tell | None = None,
 ) -> None:
     """Add an adapter to a bundle.
@@ -66,6 +68,7 @@ def add_adapter(
     outtype    of a converted adapter: f32, f16, bf16 or q8_0
     note       source, license, description
     calibrate  measure it, and the others where they were not measured on the same prompts
+    strategy   what an Engine takes by default from now on
 
     Raises a QafloraError and leaves the bundle as it was when anything fails.
     """
@@ -73,7 +76,17 @@ def add_adapter(
     tell = progress or silent
     with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
-        check_names([*loaded.adapter_paths, name])
+        names = [*loaded.adapter_paths, name]
+        check_names(names)
+        fusion = raw.setdefault("fusion", {})
+        needed = strategy or fusion.get("strategy", fuse.DEFAULT_STRATEGY)
+        needs_typical = parse_strategy(needed, names).strategy.needs_typical
+        refusal = f"Cannot add the adapter {name} to {folder}: "
+        if needs_typical and not calibrate:
+            raise BundleError(
+                f"{refusal}the strategy {needed!r} needs typical divergences, and they are not to "
+                "be measured. Leave --no-calibrate out, or give the bundle another with --strategy."
+            )
         found = find_adapter(source, tell)
         file = _new_file(folder, name)
         _note_unfinished(folder, [file])
@@ -82,6 +95,17 @@ def add_adapter(
         if calibrate:
             paths = {**loaded.adapter_paths, name: folder / file}
             _calibrate(raw, loaded.base_path, paths, tell)
+        if strategy is not None:
+            fusion["strategy"] = strategy
+        if needs_typical:
+            typical = raw["fusion"]["typical"]
+            weigher = Weigher(tuple(names), loaded.header.n_layer, Known(typical=typical))
+            try:
+                weigher.parse(needed)
+            except StrategyError as error:
+                raise BundleError(
+                    f"{refusal}{error} Give the bundle another with --strategy."
+                ) from error
 
 
 def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:

@@ -68,17 +68,23 @@ def _notes(prefix: str, **keywords: Any) -> Callable[..., Any]:
     return add_options
 
 
-def _by_default(key: str, value: str, meaning: str) -> Callable[..., Any]:
+def _by_default(
+    key: str, value: str | None, meaning: str, *, unset: str = ""
+) -> Callable[..., Any]:
     """A shared option that is written into a bundle."""
-    return click_option(replace(SHARED[key], default=value, help=meaning, unset=""), "bundle")
+    return click_option(replace(SHARED[key], default=value, help=meaning, unset=unset), "bundle")
+
+
+_BY_EVIDENCE = "two-place; qa-flora with --no-calibrate, or where an adapter adapts none of q, k, v"
 
 
 _outtype = click_option(replace(OWN["convert"]["outtype"], help="Type of what is converted."), "")
+_from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
 _calibrate = click.option(
     "--calibrate/--no-calibrate",
     default=True,
     show_default=True,
-    help="Measure typical divergences, which the strategy calibrated needs.",
+    help="Measure typical divergences, which the strategies two-place and calibrated need.",
 )
 
 
@@ -116,7 +122,7 @@ _calibrate = click.option(
     "once: what was read of it is kept in this machine's cache.",
 )
 @_outtype
-@_by_default("strategy", "qa-flora", "Used by default.")
+@_by_default("strategy", None, "Used by default.", unset=_BY_EVIDENCE)
 @_by_default("lens", "norm", "How a layer's state is read by default.")
 @_by_default("pool", "last", "The token or tokens that are weighed by default.")
 @_notes("--adapter-", metavar="NAME=TEXT", multiple=True, callback=_pairs)
@@ -135,6 +141,7 @@ def create(
     left behind.
     """
     from qaflora_edge.bundles.create import create_bundle
+    from qaflora_edge.bundles.open import read_bundle_text
 
     notes: dict[str, dict[str, str]] = {}
     for key, pairs in note.items():
@@ -145,7 +152,9 @@ def create(
     base = choose_base(base, [path for _, path in adapters])
     with progress_bars() as progress:
         create_bundle(folder, base, adapters, notes=notes, progress=progress, **options)
-    click.echo(f"Created the bundle {folder} with {_counted(len(adapters))}.", err=True)
+    strategy = read_bundle_text(folder).known.strategy
+    made = f"Created the bundle {folder} with {_counted(len(adapters))}"
+    click.echo(f"{made}, weighed by {strategy}.", err=True)
 
 
 @command(
@@ -157,6 +166,7 @@ def create(
 @click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
 @_outtype
 @_notes("--", metavar="TEXT")
+@_from_now_on
 @_calibrate
 def add(
     folder: str, pairs: list[tuple[str, str]], note: dict[str, str | None], **options: Any
@@ -180,7 +190,7 @@ def add(
 @command("qaflora bundle remove my-bundle med", group=bundle)
 @click.argument("folder", **BUNDLE)
 @click.argument("name", shell_complete=completed_by("complete_adapter"))
-@click.option("--strategy", help="Used by default from now on.  [default: as it is]")
+@_from_now_on
 def remove(folder: str, name: str, strategy: str | None) -> None:
     """Remove an adapter from a bundle, with its file.
 
@@ -237,7 +247,7 @@ def base(folder: str, base: str) -> None:
 def calibrate(folder: str) -> None:
     """Measure the typical divergences that a bundle lacks.
 
-    The strategy calibrated needs them. For a bundle whose adapters were put in with
+    The strategies two-place and calibrated need them. For a bundle whose adapters were put in with
     --no-calibrate, or measured by another version on other texts.
     """
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle

@@ -44,8 +44,17 @@ class TwoPlace(Strategy):
     needs_typical = True
 
     def check(self, argument: Any, query: Query) -> None:
+        from qaflora_edge.weighing.typical import adds_nothing
+
         keys = ["added_last", "added_text", f"{_all_options(query)['by']}_question"]
         check_typical(self.name, query, keys, "in two places")
+        silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
+        if silent:
+            raise StrategyError(
+                "Strategy two-place compares what adapters add to q, k and v, but "
+                f"{', '.join(silent)} adds nothing to any block's; use another strategy, or leave "
+                "it out."
+            )
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
@@ -54,7 +63,6 @@ class TwoPlace(Strategy):
 
         options = _all_options(query)
         last, question = probe.places("added")
-        _check_measured(query, last)
         if query.is_chat:
             if options["by"] == "cosine":
                 question = probe.places("cosine")[1]
@@ -90,12 +98,3 @@ def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
 
 def _all_options(query: Query) -> dict[str, Any]:
     return {option.name: option.default for option in _OPTIONS} | dict(query.options)
-
-
-def _check_measured(query: Query, last: F64) -> None:
-    silent = [name for name, each in zip(query.adapters, last, strict=True) if not each.any()]
-    if silent:
-        raise StrategyError(
-            f"Strategy two-place compares what adapters add to q, k and v, but {', '.join(silent)} "
-            "adds nothing to any block's; use another strategy, or leave it out."
-        )

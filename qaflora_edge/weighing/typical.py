@@ -1,5 +1,6 @@
 """What is typical of an adapter: how far it moves neutral prompts, as bundle.json stores it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,14 @@ def unusual(query: Query, key: str, measured: F64) -> F64:
     measured  [n_adapter, n_layer]
     """
     return surprise(measured, [query.typical[name][key] for name in query.adapters])
+
+
+def adds_nothing(usual: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether an adapter was seen to add nothing to q, k and v of any block.
+
+    usual  what is usual of it, by EXTENTS
+    """
+    return usual["added_last"]["mean"] < math.log(_EPS) + 1e-3  # of nine digits
 
 
 def lacking(exact: F64, ends: F64, share: float) -> F64:
