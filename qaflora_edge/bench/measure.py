@@ -22,6 +22,7 @@ from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import run_alone
+from qaflora_edge.weighing.typical import EXTENTS
 from qaflora_edge.weighing.weigher import Known, Weigher
 
 Run = dict[str, float]
@@ -259,13 +260,14 @@ def _methods(rig: Rig, plan: Plan) -> dict[str, tuple[str, Prober]]:
     methods = {name: (name, rig.prober(plan.probe_k)) for name in ("qa-flora", "cosine")}
     if _have_query_projections(rig, plan):
         methods["norm"] = ("norm", rig.prober(plan.probe_k))
+        methods["two-place"] = ("two-place:abstain=never", rig.prober(plan.probe_k))
     if plan.pool == "last":
         methods["tail"] = ("qa-flora", rig.prober(plan.probe_k, tail=plan.probe_tail))
     return methods
 
 
 def _have_query_projections(rig: Rig, plan: Plan) -> bool:
-    """Whether the strategy norm can weigh these adapters; the others need not fail with it."""
+    """Whether norm and two-place can weigh these adapters; the others need not fail with them."""
     try:
         QueryProjections(rig.paths(plan.probe_k), rig.model.n_layer)
     except StrategyError:
@@ -274,8 +276,11 @@ def _have_query_projections(rig: Rig, plan: Plan) -> bool:
 
 
 def _weigher(rig: Rig, plan: Plan) -> Weigher:
+    """Weighs prompts as if each were a question, and its adapters as if all were alike."""
     names = rig.names(plan.probe_k)
-    return Weigher(names, rig.model.n_layer, Known("qa-flora", plan.lens, plan.pool))
+    usual = {key: {"mean": 0.0, "spread": 1.0} for key in EXTENTS}
+    known = Known("qa-flora", plan.lens, plan.pool, typical=dict.fromkeys(names, usual))
+    return Weigher(names, rig.model.n_layer, known, find_question=lambda tokens: (0, len(tokens)))
 
 
 def _weigh(weigher: Weigher, strategy: str, tokens: Sequence[int], prober: Prober) -> FusionWeights:

@@ -146,18 +146,19 @@ def bench(
 
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
-    prefill, for the strategies qa-flora, cosine and norm, and for qa-flora with --fast or
-    --probe-tail. probe: exact weights alone, and reading under them, as multiples of the
-    base's prefill, for each of --k and --probe-tokens. turn: the probe of a chat's second turn.
-    system: the time to the first token of a question behind a system prompt that was probed before.
-    light: decoding with the most of --k under exact weights, as it is and with --min-weight of some
-    sizes, and the divergence of the next token (KL, in nats) that comes of it. callers: decoding
-    for --callers at once, each with a prompt (the shortest length and up) and a mix of its own: the
-    base without adapters and llama_decode called by hand (bare C), each a batch of so many
-    sequences, and an Engine by generate_many and by as many threads. pause: the longest time that
-    one of two callers waits for a token while a question of --question-tokens of the other is
-    probed and read, as a multiple of what one micro-batch of either takes alone. memory: the peak
-    of one `qaflora run` with --ctx, --strategy and the longest prompt, in a process of its own.
+    prefill, for the strategies qa-flora, cosine, norm and two-place (which never abstains here),
+    and for qa-flora with --fast or --probe-tail. probe: exact weights alone, and reading under
+    them, as multiples of the base's prefill, for each of --k and --probe-tokens. turn: the probe of
+    a chat's second turn. system: the time to the first token of a question behind a system prompt
+    that was probed before. light: decoding with the most of --k under exact weights, as it is and
+    with --min-weight of some sizes, and the divergence of the next token (KL, in nats) that comes
+    of it. callers: decoding for --callers at once, each with a prompt (the shortest length and up)
+    and a mix of its own: the base without adapters and llama_decode called by hand (bare C), each a
+    batch of so many sequences, and an Engine by generate_many and by as many threads. pause: the
+    longest time that one of two callers waits for a token while a question of --question-tokens of
+    the other is probed and read, as a multiple of what one micro-batch of either takes alone.
+    memory: the peak of one `qaflora run` with --ctx, --strategy and the longest prompt, in a
+    process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
