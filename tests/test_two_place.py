@@ -68,7 +68,8 @@ def weighed(
     chosen.strategy.check(None, query)
     probe: Any = Places(last, question, cosine or question)
     mix: Any = chosen.strategy.weigh(query, probe, None)
-    np.testing.assert_allclose(mix.divergence[:, 0], last, rtol=1e-5)
+    if mix.divergence is not None:
+        np.testing.assert_allclose(mix.divergence[:, 0], last, rtol=1e-5)
     assert (mix.weights[:, 0] == mix.weights[:, 1]).all()
     return [round(float(x), 5) for x in mix.weights[:, 0]]
 
@@ -111,6 +112,13 @@ def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
     lower = "two-place:second=0.8"
     assert weighed(lower, [at(3), at(0), at(0)], [at(2), at(0.9), at(-1)]) == [0.5, 0.5, 0]
     assert weighed("two-place:answer=0.7", [at(3)], [at(3)]) == [1.2]
+
+
+def test_the_only_one_in_use_is_not_chosen_among_others() -> None:
+    assert weighed("two-place", [at(-3)], [at(-3)]) == [1]
+    assert weighed("two-place:answer=0.7", [at(-3)], [at(-3)], is_chat=False) == [1.2]
+    assert weighed("two-place:abstain=1.5", [at(-3)], [at(-3)]) == [0]
+    assert weighed("two-place:abstain=1.5", [at(3)], [at(-3)]) == [1]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ they would add to the attention of the base, in one pass of the base alone, howe
 and compared with what is usual for each. The adapter that does most where the answer begins is one
 of the two, that which does most in the question the other. Where none does much more in the
 question than is usual, the first is alone, with the weight of both, and where none does at the
-answer, the base is.
+answer, the base is. An adapter that is the only one in use is chosen by that.
 """
 
 from collections.abc import Mapping
@@ -62,6 +62,8 @@ class TwoPlace(Strategy):
         from qaflora_edge.weighing.typical import unusual
 
         options = _all_options(query)
+        if len(query.adapters) == 1 and "abstain" not in query.options:
+            return Mix(np.full((1, query.n_layer), options["answer"] + options["question"]))
         last, question = probe.places("added")
         if query.is_chat:
             if options["by"] == "cosine":
