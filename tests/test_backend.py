@@ -20,6 +20,7 @@ from tiny import (
     write_tiny_base,
 )
 
+from qaflora_edge.backend import native
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
@@ -284,7 +285,9 @@ def rounded(values: F32, kind: str) -> F32:
 
 @pytest.mark.parametrize("kernels", KERNELS[1:])
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-@pytest.mark.parametrize("outtype", ["f32", pytest.param("f16", marks=pytest.mark.slow), "q8_0"])
+@pytest.mark.parametrize(
+    "outtype", ["f32", pytest.param("f16", marks=pytest.mark.slow), "q8_0", "q4_0"]
+)
 @pytest.mark.parametrize("rank", [5, 32])
 def test_adapters_are_converted_as_they_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
@@ -306,7 +309,8 @@ def test_adapters_are_converted_as_they_are_loaded(
     ]
     found = []
     for adapter in adapters:  # what a file has in 8 bits stays as it is under q8_0
-        is_a, is_b = (outtype != kind or n % 32 != 0 for n in (64, rank))
+        is_stored = outtype == kind == "q8_0"
+        is_a, is_b = (not is_stored or n % 32 != 0 for n in (64, rank))
         a = {name: rounded(x, kind) if is_a else x for name, x in adapter.a.items()}
         b = {name: rounded(x.T, kind).T if is_b else x for name, x in adapter.b.items()}
         found.append(replace(adapter, a=a, b=b))
@@ -318,6 +322,39 @@ def test_adapters_are_converted_as_they_are_loaded(
         atol=1e-4,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize("kernels", KERNELS[1:])
+def test_a_file_in_4_bits_is_held_in_4_bits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str
+) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf")
+    use_kernels(monkeypatch, base, kernels)
+    sizes = []
+    for outtype in ("f32", "q4_0"):
+        path = tmp_path / f"{outtype}.gguf"
+        adapter = write_tiny_adapter(path, base, rank=32, outtype=outtype)
+        sizes.append(load(base, [adapter], adapter_type="q4_0")[1].size_bytes)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_differential_context_gives_the_logits_of_a_plain_one(tmp_path: Path, tied: bool) -> None:
+    """An adapter of upper layers only: below them the base's rows are enough, at the head not."""
+    base = write_tiny_base(tmp_path / "base.gguf", tied=tied)
+    adapter = write_tiny_adapter(tmp_path / "a.gguf", base, layers=[1, 2])
+    model, pack = load(base, [adapter])
+    found = []
+    for flags in (0, native.CONTEXT_DIFFERENTIAL):
+        context = RawContext(model, pack, flags=flags, n_seq=2)
+        context.set_weights(0, np.zeros((1, base.n_layer), np.float32))
+        context.set_weights(1, np.ones((1, base.n_layer), np.float32))
+        rows = [Row(token, pos, seq, True) for seq in (0, 1) for pos, token in enumerate(TOKENS)]
+        assert context.decode(rows) == 0
+        n = len(TOKENS)
+        found.append(np.stack([context.logits(i) for i in (n - 1, 2 * n - 1)]))
+    assert np.abs(found[0][0] - found[0][1]).max() > 0.1
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4, rtol=0)
 
 
 def test_what_cannot_be_converted_is_refused(
@@ -750,7 +787,9 @@ def test_divergence_of_states_that_are_far_apart(base: TinyBase, size: float) ->
     np.testing.assert_allclose(found, expected, rtol=2e-4)
 
 
-def test_divergence_that_is_not_finite_is_reported(base: TinyBase) -> None:
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])  # the product with 8 bits is our own
+def test_divergence_that_is_not_finite_is_reported(tmp_path: Path, dtype: str) -> None:
+    base = write_tiny_base(tmp_path / "base.gguf", dtype=dtype)
     states = np.ones((3, base.n_layer, base.n_embd), np.float32)
     states[2, 1, 5] = np.nan
     with pytest.raises(BackendError) as caught:

@@ -410,8 +410,10 @@ def write_tiny_adapter(
         else:
             shape = (base.n_vocab, base.n_embd) if stem == "output" else base.shape(stem)
             a, b = random_pair(rng, shape, rank, strength)
-        kind_b = outtype if b.shape[-1] % 32 == 0 or outtype != "q8_0" else "f16"
-        kind_a = outtype if a.shape[-1] % 32 == 0 or outtype != "q8_0" else "f16"
+        in_blocks = outtype in ("q8_0", "q4_0")
+        kind_a, kind_b = (
+            "f16" if in_blocks and each.shape[-1] % 32 else outtype for each in (a, b)
+        )
         a_stored[name] = _add_tensor(writer, f"{name}.lora_a", a, kind_a)
         b_stored[name] = _add_tensor(writer, f"{name}.lora_b", b, kind_b)
     finish(writer)

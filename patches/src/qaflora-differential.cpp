@@ -20,7 +20,8 @@ bool qaflora_is_differential(const qaflora_graph_input & inp, const ggml_tensor 
 }
 
 int64_t qaflora_n_active(const qaflora_graph_input & inp, const ggml_tensor * w) {
-    const int32_t il = qaflora_layer_of(w->name, inp.qf.n_layer);
+    const bool is_head = w == inp.qf.pack->model->output; // which may be the token embedding
+    const int32_t il = is_head ? inp.qf.n_layer - 1 : qaflora_layer_of(w->name, inp.qf.n_layer);
     int64_t res = inp.n_slot;
     while (il >= 0 && res > 1 && inp.qf.first_layer[res - 1] > il) { // slot i is sequence i, see qaflora_accepts_ubatch()
         --res;

@@ -277,6 +277,23 @@ static int32_t first_moved(int32_t n_adapter, int32_t n_layer, int32_t n_embd, c
     return res;
 }
 
+[[noreturn]] static void fail_unmeasured(int32_t ia, int32_t il) {
+    throw std::runtime_error(qaflora_format("adapter %d moves the state after block %d by more than can be measured, "
+        "or one of the two is not finite; leave it out, or convert it again", ia, il));
+}
+
+// rounding to 8 bits makes numbers of what is none
+static void check_finite(int32_t n_adapter, int32_t n_layer, int32_t n_embd, const float * base, const float * adapted) {
+    const auto is_finite = [&](const float * state) {
+        return std::all_of(state, state + n_embd, [](float x) { return std::isfinite(x); });
+    };
+    for (int32_t i = 0; i < n_adapter*n_layer; ++i) {
+        if (!is_finite(base + (size_t) (i % n_layer)*n_embd) || !is_finite(adapted + (size_t) i*n_embd)) {
+            fail_unmeasured(i/n_layer, i % n_layer);
+        }
+    }
+}
+
 int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t n_adapter, const float * base, const float * adapted, double * div) {
     try {
         if (!ctx || !ctx->qaflora) {
@@ -284,6 +301,7 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
         }
         qaflora_context & qf = *ctx->qaflora;
         qaflora_lens_state & state = lens_of(*ctx, qf);
+        check_finite(n_adapter, qf.n_layer, qf.n_embd, base, adapted);
         const final_norm norm(ctx->get_model());
         const qaflora_kernels & kernels = qaflora_best_kernels();
         const int     n_threads = ctx->n_threads_batch();
@@ -329,8 +347,7 @@ int32_t qaflora_divergence(llama_context * ctx, enum qaflora_lens lens, int32_t 
                 for (int32_t ia = 0; ia < n_adapter; ++ia) {
                     const double divergence = sums[i].divergence(ia);
                     if (!std::isfinite(divergence)) {
-                        throw std::runtime_error(qaflora_format("adapter %d moves the state after block %d by more than can be measured, "
-                            "or one of the two is not finite; leave it out, or convert it again", ia, il0 + i));
+                        fail_unmeasured(ia, il0 + i);
                     }
                     div[(size_t) ia*qf.n_layer + il0 + i] = divergence;
                 }

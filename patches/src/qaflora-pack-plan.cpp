@@ -111,8 +111,9 @@ struct planner {
         return m;
     }
 
+    // what a file has in Q4_0 is no order of the kernels
     bool is_converted(const ggml_tensor & t) const {
-        return pack.type != GGML_TYPE_COUNT && t.type != pack.type;
+        return pack.type != GGML_TYPE_COUNT && (t.type != pack.type || t.type == GGML_TYPE_Q4_0);
     }
 
     void check_kernels(const std::string & name) const {

@@ -47,7 +47,7 @@ LLAMA_API const char * qaflora_last_error (void); // of the calling thread, neve
 
 // how A and B of adapters are stored
 enum qaflora_adapter_type {
-    QAFLORA_ADAPTER_AUTO = 0, // as the files have them
+    QAFLORA_ADAPTER_AUTO = 0, // as the files have them; what the CPU's kernels do not know, such as Q4_0, as F32
     QAFLORA_ADAPTER_Q8_0 = 1, // converted, where the CPU's kernels multiply with them: 8 bits, a scale for each 32 numbers
     QAFLORA_ADAPTER_Q4_0 = 2, // 4 bits
 };
