@@ -299,7 +299,7 @@ def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) ->
         remove_adapter(made.folder, "es")
     assert str(caught.value) == (
         f"Cannot remove the adapter es from {made.folder}: the strategy "
-        "'manual:es=1,math=0.5' needs it. Give the bundle another with --strategy."
+        "'manual:es=1,math=0.5' needs it. Choose another with --strategy."
     )
     with pytest.raises(StrategyError):
         remove_adapter(made.folder, "es", strategy="single:es")

@@ -8,7 +8,7 @@ import tiny
 from bundles import TinyBundle, bundle_json, make_bundle, make_sources, snapshot
 from click.testing import CliRunner, Result
 
-from qaflora_edge.bundles.open import load_bundle
+from qaflora_edge.bundles.open import describe, load_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 
@@ -164,11 +164,25 @@ def test_calibrate(tmp_path: Path) -> None:
     assert "measure them with `qaflora bundle calibrate DIR`." in result.stderr
     result = qaflora("bundle", "calibrate", made.folder)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"Measured the adapters of {made.folder}.\n"
-    result = qaflora("bundle", "calibrate", made.folder)
-    assert result.stderr == f"Every adapter was measured already in {made.folder}.\n"
+    assert result.stderr == f"Measured the adapters of {made.folder}, weighed by qa-flora.\n"
+    result = qaflora("bundle", "calibrate", made.folder, "--strategy", "two-place")
+    known = f"Every adapter was measured already in {made.folder}, weighed by two-place.\n"
+    assert result.stderr == known
+    assert "fusion     two-place, lens norm, pool last, calibrated" in describe(made.folder)
     args = ("--strategy", "calibrated", "--max-tokens", 1, "--raw-prompt")
     assert qaflora("run", made.folder, "the", *args).exit_code == 0
+
+
+def test_add_may_name_what_comes_later_in_the_strategy(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path)
+    pairs = (f"law={made.peft}", f"med={made.adapter.path}")
+    more = ("--no-calibrate", "--strategy", "manual:law=1,med=0.5")
+    assert qaflora("bundle", "add", made.folder, *pairs, *more).exit_code == 0
+    assert load_bundle(made.folder).known.strategy == "manual:law=1,med=0.5"
+    result = qaflora("bundle", "add", made.folder, f"a={made.peft}", "--strategy", "single:b")
+    assert result.exit_code == 1
+    assert "'b'" in result.stderr
+    assert "a" not in load_bundle(made.folder).adapter_paths
 
 
 def test_changes_take_bundles_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

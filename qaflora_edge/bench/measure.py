@@ -16,8 +16,9 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.progress import Tell
-from qaflora_edge.weighing.adapter_inputs import QueryProjections
+from qaflora_edge.weighing.adapter_inputs import KINDS, QueryProjections
 from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober, QueryProbe
@@ -260,6 +261,8 @@ def _methods(rig: Rig, plan: Plan) -> dict[str, tuple[str, Prober]]:
     methods = {name: (name, rig.prober(plan.probe_k)) for name in ("qa-flora", "cosine")}
     if _have_query_projections(rig, plan):
         methods["norm"] = ("norm", rig.prober(plan.probe_k))
+    infos = map(read_adapter_gguf, rig.paths(plan.probe_k))
+    if all({*KINDS} & {*info.targets} for info in infos):
         methods["two-place"] = ("two-place:abstain=never", rig.prober(plan.probe_k))
     if plan.pool == "last":
         methods["tail"] = ("qa-flora", rig.prober(plan.probe_k, tail=plan.probe_tail))
@@ -267,7 +270,7 @@ def _methods(rig: Rig, plan: Plan) -> dict[str, tuple[str, Prober]]:
 
 
 def _have_query_projections(rig: Rig, plan: Plan) -> bool:
-    """Whether norm and two-place can weigh these adapters; the others need not fail with them."""
+    """Whether the strategy norm can weigh these adapters; the others need not fail with it."""
     try:
         QueryProjections(rig.paths(plan.probe_k), rig.model.n_layer)
     except StrategyError:

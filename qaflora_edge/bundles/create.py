@@ -9,7 +9,9 @@ from typing import Any
 from qaflora_edge.bundles.source import BaseSource, find_adapter, find_base
 from qaflora_edge.bundles.write import (
     adapter_record,
+    check_measured,
     check_names,
+    check_strategy,
     keep_system,
     measure_typical,
     prompts_record,
@@ -25,7 +27,6 @@ from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
 from qaflora_edge.formats.registry import model_name
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
-from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known, Weigher
 
 MAX_NAME_CHARS = 200  # of what a base's file calls itself
@@ -74,13 +75,9 @@ def create_bundle(
     names = [adapter_name for adapter_name, _ in pairs]
     check_names(names)
     _check_notes(names, notes or {})
-    needs_typical = strategy and parse_strategy(strategy, names).strategy.needs_typical
-    if needs_typical and not calibrate:
-        raise BundleError(
-            f"Cannot create the bundle {folder}: its strategy is {strategy!r}, which needs typical "
-            "divergences, and they are not to be measured; expected another strategy. Leave "
-            "--no-calibrate out."
-        )
+    what = f"Cannot create the bundle {folder}"
+    if strategy is not None:
+        check_measured(what, strategy, names, calibrate=calibrate)
     fuse.check_choice("lens", lens, fuse.LENSES)
     fuse.check_choice("pool", pool, fuse.POOLS)
     tell = progress or silent
@@ -98,16 +95,17 @@ def create_bundle(
             note = (notes or {}).get(adapter_name, {})
             records.append(adapter_record(adapter_name, file, info, source, note))
         tell("adapters", len(pairs), len(pairs))
-        fusion: dict[str, Any] = {"strategy": strategy or PUBLISHED, "lens": lens, "pool": pool}
+        fusion: dict[str, Any] = {"strategy": PUBLISHED, "lens": lens, "pool": pool}
         if calibrate and pairs:
             paths = {record["name"]: temporary / record["file"] for record in records}
             fusion["typical"] = measure_typical(base_source.path, paths, tell)
             fusion["typical_prompts"] = prompts_record()
-            measured = Weigher(tuple(names), header.n_layer, Known(typical=fusion["typical"]))
-            if strategy is None and measured.follows(BEST):
+            known = Known(typical=fusion["typical"])
+            if Weigher(tuple(names), header.n_layer, known).follows(BEST):
                 fusion["strategy"] = BEST
-            elif needs_typical:
-                measured.parse(fusion["strategy"])
+        if strategy is not None:
+            fusion["strategy"] = strategy
+            check_strategy(what, fusion, names, header.n_layer)
         text = {
             "format": FORMAT,
             "name": name or readable(folder.resolve().name),

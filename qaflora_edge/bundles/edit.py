@@ -19,7 +19,9 @@ from qaflora_edge.bundles.open import link_roots, load_bundle, read_bundle_text
 from qaflora_edge.bundles.source import find_adapter, find_base
 from qaflora_edge.bundles.write import (
     adapter_record,
+    check_measured,
     check_names,
+    check_strategy,
     measure_typical,
     prompts_record,
     put_adapter,
@@ -43,7 +45,6 @@ from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 from qaflora_edge.weighing.typical import ALWAYS
-from qaflora_edge.weighing.weigher import Known, Weigher
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
 
@@ -79,14 +80,11 @@ def add_adapter(
         names = [*loaded.adapter_paths, name]
         check_names(names)
         fusion = raw.setdefault("fusion", {})
-        needed = strategy or fusion.get("strategy", fuse.DEFAULT_STRATEGY)
-        needs_typical = parse_strategy(needed, names).strategy.needs_typical
-        refusal = f"Cannot add the adapter {name} to {folder}: "
-        if needs_typical and not calibrate:
-            raise BundleError(
-                f"{refusal}the strategy {needed!r} needs typical divergences, and they are not to "
-                "be measured. Leave --no-calibrate out, or give the bundle another with --strategy."
-            )
+        what = f"Cannot add the adapter {name} to {folder}"
+        if strategy is not None:
+            fusion["strategy"] = strategy
+        needed = fusion.get("strategy", fuse.DEFAULT_STRATEGY)
+        check_measured(what, needed, names, calibrate=calibrate)
         found = find_adapter(source, tell)
         file = _new_file(folder, name)
         _note_unfinished(folder, [file])
@@ -95,17 +93,7 @@ def add_adapter(
         if calibrate:
             paths = {**loaded.adapter_paths, name: folder / file}
             _calibrate(raw, loaded.base_path, paths, tell)
-        if strategy is not None:
-            fusion["strategy"] = strategy
-        if needs_typical:
-            typical = raw["fusion"]["typical"]
-            weigher = Weigher(tuple(names), loaded.header.n_layer, Known(typical=typical))
-            try:
-                weigher.parse(needed)
-            except StrategyError as error:
-                raise BundleError(
-                    f"{refusal}{error} Give the bundle another with --strategy."
-                ) from error
+        check_strategy(what, fusion, names, loaded.header.n_layer)
 
 
 def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:
@@ -117,6 +105,7 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
     """
     folder = Path(folder)
     with editing(folder) as (text, raw):
+        what = f"Cannot remove the adapter {name} from {folder}"
         index = adapter_index(folder, text, name)
         del raw["adapters"][index]
         left = [adapter.name for adapter in text.adapters if adapter.name != name]
@@ -138,9 +127,10 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
                 chosen.strategy.check(chosen.argument, query)
         except StrategyError as error:
             raise BundleError(
-                f"Cannot remove the adapter {name} from {folder}: the strategy {needed!r} needs "
-                "it. Give the bundle another with --strategy."
+                f"{what}: the strategy {needed!r} needs it. Choose another with --strategy."
             ) from error
+        if strategy is not None:
+            check_strategy(what, fusion, left, text.base.n_layer)
         _note_unfinished(folder, [text.adapters[index].file])
 
 
@@ -171,16 +161,26 @@ def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
             _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
 
 
-def calibrate(folder: AnyPath, *, progress: Tell | None = None) -> bool:
+def calibrate(
+    folder: AnyPath, *, strategy: str | None = None, progress: Tell | None = None
+) -> bool:
     """Measure the adapters that were not measured on the prompts of now.
 
-    returns  whether there was anything to measure
+    strategy  what an Engine takes by default from now on
+    returns   whether there was anything to measure
     """
     folder = Path(folder)
     with editing(folder) as (text, raw):
         loaded = load_bundle(folder)
+        if strategy is not None:
+            parse_strategy(strategy, list(loaded.adapter_paths))
         _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or silent)
-    return raw != text.raw
+        is_new = raw != text.raw
+        if strategy is not None:
+            raw["fusion"]["strategy"] = strategy
+            what = f"Cannot weigh {folder} by {strategy}"
+            check_strategy(what, raw["fusion"], list(loaded.adapter_paths), text.base.n_layer)
+    return is_new
 
 
 def check_can_change(folder: AnyPath) -> None:
@@ -201,7 +201,10 @@ def set_default(
     with editing(Path(folder)) as (text, raw):
         parse_strategy(strategy, [adapter.name for adapter in text.adapters])
         chosen = {"strategy": strategy, "lens": lens, "pool": pool, "evidence": dict(evidence)}
-        raw.setdefault("fusion", {}).update(chosen)
+        fusion = raw.setdefault("fusion", {})
+        fusion.update(chosen)
+        names = [adapter.name for adapter in text.adapters]
+        check_strategy(f"Cannot weigh {folder} by {strategy}", fusion, names, text.base.n_layer)
 
 
 def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) -> None:

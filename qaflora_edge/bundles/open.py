@@ -254,8 +254,10 @@ def fit_text(name: str, record: Mapping[str, Any]) -> str:
 
 
 def _is_calibrated(text: BundleText) -> bool:
-    names = {adapter.name for adapter in text.adapters}
-    return bool(names) and names <= text.known.typical.keys()
+    from qaflora_edge.weighing.typical import ALWAYS
+
+    typical = [text.known.typical.get(adapter.name, {}) for adapter in text.adapters]
+    return bool(typical) and all(key in each for each in typical for key in ALWAYS)
 
 
 def _load(folder: Path, *, always_hash: bool, progress: Tell | None) -> Bundle:

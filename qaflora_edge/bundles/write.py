@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qaflora_edge.errors import (
     GgufFileError,
     InputFileError,
     OutputFileError,
+    StrategyError,
     UnsupportedAdapterError,
 )
 from qaflora_edge.files import (
@@ -37,7 +39,9 @@ from qaflora_edge.formats.bundle_format import (
 )
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.progress import Tell
+from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.typical import long_texts
+from qaflora_edge.weighing.weigher import Known, Weigher
 
 PROMPTS_FILE = "data/neutral_prompts.json"
 
@@ -177,6 +181,40 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _rounded(each) for key, each in value.items()}
     return [_rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.9g}")
+
+
+def check_measured(what: str, strategy: str, names: Sequence[str], *, calibrate: bool) -> None:
+    """Check that a strategy is one, and that what it needs will be measured.
+
+    what       is not done otherwise, as in "Cannot add the adapter a to b"
+    calibrate  whether the adapters will be measured
+
+    Raises StrategyError or BundleError.
+    """
+    if parse_strategy(strategy, names).strategy.needs_typical and not calibrate:
+        raise BundleError(
+            f"{what}: its strategy is {strategy!r}, which needs typical divergences, and they are "
+            "not to be measured. Leave --no-calibrate out, or choose another with --strategy."
+        )
+
+
+def check_strategy(
+    what: str, fusion: Mapping[str, Any], names: Sequence[str], n_layer: int
+) -> None:
+    """Check that a bundle which is to be written can be weighed by its strategy.
+
+    what    as for check_measured
+    fusion  of bundle.json; sample texts and fits that the strategy needs may come later
+
+    Raises BundleError.
+    """
+    known = Known().under(**{key: fusion.get(key) for key in ("strategy", "lens", "pool")})
+    known = replace(known, typical=fusion.get("typical", {}))
+    try:
+        if parse_strategy(known.strategy, names).strategy.needs_typical:
+            Weigher(tuple(names), n_layer, known)
+    except StrategyError as error:
+        raise BundleError(f"{what}: {error}") from error
 
 
 def keep_system(folder: Path) -> None:

@@ -21,6 +21,7 @@ from qaflora_edge.cli.options import (
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN, SHARED
+from qaflora_edge.errors import StrategyError
 
 NOTES = {
     "source": "Where an adapter comes from.",
@@ -169,7 +170,11 @@ def create(
 @_from_now_on
 @_calibrate
 def add(
-    folder: str, pairs: list[tuple[str, str]], note: dict[str, str | None], **options: Any
+    folder: str,
+    pairs: list[tuple[str, str]],
+    note: dict[str, str | None],
+    strategy: str | None,
+    **options: Any,
 ) -> None:
     """Add adapters to a bundle.
 
@@ -178,10 +183,21 @@ def add(
     something fails, it is as it was.
     """
     from qaflora_edge.bundles.edit import add_adapter
+    from qaflora_edge.bundles.open import read_bundle_text
+    from qaflora_edge.weighing.strategy import parse_strategy
 
     path = bundle_folder(folder)
     given = {key: text for key, text in note.items() if text is not None}
+    names = [adapter.name for adapter in read_bundle_text(path).adapters]
+    if strategy is not None:
+        parse_strategy(strategy, [*names, *(name for name, _ in pairs)])
     for name, adapter in pairs:
+        names.append(name)
+        try:
+            parse_strategy(strategy or "base", names)
+            options["strategy"] = strategy
+        except StrategyError:  # it names one that is still to come
+            options["strategy"] = None
         with progress_bars() as progress:
             add_adapter(path, name, adapter, note=given, progress=progress, **options)
         click.echo(f"Added the adapter {name} to {path}.", err=True)
@@ -242,21 +258,27 @@ def base(folder: str, base: str) -> None:
     click.echo(f"The base of {path} is {base}.", err=True)
 
 
-@command("qaflora bundle calibrate my-bundle", group=bundle)
+@command(
+    "qaflora bundle calibrate my-bundle",
+    "qaflora bundle calibrate my-bundle --strategy two-place",
+    group=bundle,
+)
 @click.argument("folder", **BUNDLE)
-def calibrate(folder: str) -> None:
+@_from_now_on
+def calibrate(folder: str, strategy: str | None) -> None:
     """Measure the typical divergences that a bundle lacks.
 
     The strategies two-place and calibrated need them. For a bundle whose adapters were put in with
     --no-calibrate, or measured by another version on other texts.
     """
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
+    from qaflora_edge.bundles.open import read_bundle_text
 
     path = bundle_folder(folder)
     with progress_bars() as progress:
-        is_new = calibrate_bundle(path, progress=progress)
+        is_new = calibrate_bundle(path, strategy=strategy, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
-    click.echo(f"{done} {path}.", err=True)
+    click.echo(f"{done} {path}, weighed by {read_bundle_text(path).known.strategy}.", err=True)
 
 
 @command(

@@ -83,7 +83,7 @@ def _read(info: AdapterInfo, name: str, reading: Reading) -> F64:
 
 
 class AttentionSizes:
-    """Of one adapter's modules q, k and v, whichever it has, for `two-place`.
+    """Of one adapter's modules q, k and v, those that are not all 0, for `two-place`.
 
     Other adapters do not matter, so that what is usual of one can be kept.
     """
@@ -95,7 +95,8 @@ class AttentionSizes:
         self._matrices: dict[int, tuple[F32, list[int]]] = {}
         self._layers: list[int] = []  # of each module
         for layer in range(n_layer):
-            matrices = [_read(info, name, "spectr") for name in _common([info], layer, KINDS)]
+            found = [_read(info, name, "spectr") for name in _common([info], layer, KINDS)]
+            matrices = [matrix for matrix in found if matrix.any()]
             if not matrices:
                 continue
             starts = np.cumsum([0, *(len(matrix) for matrix in matrices[:-1])]).tolist()
