@@ -325,6 +325,10 @@ def test_help_names_every_command_and_quit_leaves(made: TinyBundle) -> None:
 
 
 def test_help_explains_a_command(made: TinyBundle) -> None:
+    result = chat(made.folder, "/help strategy")
+    assert "two-place takes one adapter by where the answer begins" in " ".join(
+        result.stderr.split()
+    )
     result = chat(made.folder, "/help penalty", "/help /undo")
     assert result.stderr.startswith("/penalty [P|off]\n  Show the penalty on repeated tokens, or")
     assert "1.03 is mild" in result.stderr

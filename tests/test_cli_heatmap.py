@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from qaflora_edge.cli.heatmap import (
 )
 from qaflora_edge.cli.show import BLOCKS, layer_ranges, mix_line, paint
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.svg_panel import leading_layers, scale
+from qaflora_edge.weighing.strategy import strategies
+from qaflora_edge.weighing.svg_panel import Measured, leading_layers, measured, scale
 
 HOSTILE = "es\x1b[31m\nred\r\u202eback"
 
@@ -206,6 +208,42 @@ def test_divergence_is_shown_where_it_was_measured() -> None:
     assert "divergence" not in heatmap(exact([1.0]), width=80, encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "read", "name"),
+    [
+        ("qa-flora", " · lens norm, pool last", "divergence"),
+        ("calibrated:power=2", " · lens norm, pool last", "divergence"),
+        ("cosine", " · pool last", "cosine distance"),
+        ("two-place", "", "added to q, k, v"),
+        ("two-place:answer=0.7", "", "added to q, k, v"),
+        ("norm:2", "", "added to q"),
+        ("centroid", "", "similarity"),
+        ("of-another-package", " · lens norm, pool last", "divergence"),
+    ],
+)
+def test_a_measure_has_its_strategys_name_and_what_it_read(
+    strategy: str, read: str, name: str
+) -> None:
+    case = replace(fusion("math", "es"), strategy=strategy)
+    head = f"strategy {strategy}{read}"
+    shown = heatmap(case, width=80, encoding="utf-8")
+    assert shown.startswith(f"{head} · 42 prompt tokens · ")
+    assert f"\n      {name}  weighs most at layers\n" in shown
+    assert f"\nmean {name}\nmath: " in heatmap(case, width=59, encoding="utf-8")
+    assert compare([("a", case)] * 2, width=80, encoding="utf-8").startswith(f"{head}\n")
+
+
+def test_every_strategy_of_the_package_that_measures_names_its_measure() -> None:
+    def found(strategy: str) -> Measured:
+        return measured(replace(fusion("math"), strategy=strategy))
+
+    ours = [each for each in strategies() if type(each).__module__.startswith("qaflora_edge.")]
+    names = [each.name for each in ours if each.is_probed]
+    assert {"qa-flora", "two-place", "norm"} <= {*names}
+    other = found("of-another-package")
+    assert [name for name in names if found(name) is other] == []
+
+
 def test_no_adapters() -> None:
     empty = FusionWeights((), np.zeros((0, 30), np.float32), None, "base")
     shown = heatmap(empty, width=80, encoding="utf-8")
@@ -225,6 +263,22 @@ def test_base_alone_has_no_rows_of_zeros() -> None:
         assert "math" not in shown
     assert mix_line(none) == "the base alone"
     assert mix_parts(none) == ["the base alone"]
+
+
+def test_where_no_adapter_stands_out_it_says_so_and_what_to_do() -> None:
+    found = fusion("math", "es")
+    alone = replace(found, strategy="two-place", weights=np.zeros_like(found.weights))
+    why = "No adapter stands out here: the base answers alone (two-place:abstain=never mixes all"
+    for shown in (
+        heatmap(alone, width=100, encoding="utf-8"),
+        compare([("a", alone), ("b", alone)], width=100, encoding="utf-8"),
+    ):
+        assert shown.endswith(f"\n\n{why} the same).")
+    mixed = replace(found, strategy="two-place")
+    both = compare([("a", mixed), ("b", alone)], width=100, encoding="utf-8")
+    assert "\n2 none: the base answers alone\n" in both
+    asked = replace(alone, strategy="two-place:question=0,answer=0,abstain=never")
+    assert "No adapter weighs anything" in heatmap(asked, width=100, encoding="utf-8")
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])

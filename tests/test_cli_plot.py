@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -192,6 +193,25 @@ def test_html_tables_hold_every_number() -> None:
     assert {f"{value:.4f}" for value in fusion.weights.flat} <= shown
     assert {f"{value:.4g}" for value in fusion.divergence.flat} <= shown
     assert {f"{mean:.3f}" for mean in fusion.weights.mean(axis=1)} <= shown
+
+
+def test_html_and_svg_name_what_the_strategy_measured() -> None:
+    prompt, fusion = weighed()
+    page = Page(html([(prompt, fusion)]))
+    assert {"mean divergence, nats", "divergence"} <= {*page.texts}
+    item = (prompt, replace(fusion, strategy="two-place"))
+    page = Page(html([item]))
+    assert {"mean added to q, k, v", "added to q, k, v"} <= {*page.texts}
+    assert "divergence" not in html([item]) + svg([item])
+    assert "strategy two-place, 7 prompt tokens\n1. How many?" in svg([item])
+    assert not any("stands out" in text for text in page.texts)
+
+
+def test_html_says_why_the_base_answers_alone() -> None:
+    prompt, fusion = weighed()
+    none = replace(fusion, strategy="two-place", weights=np.zeros_like(fusion.weights))
+    texts = Page(html([(prompt, none)])).texts
+    assert any(text.startswith("No adapter stands out here: the base") for text in texts)
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -87,6 +87,18 @@ def test_heatmap_of_a_probed_strategy_shows_divergence(made: TinyBundle) -> None
     assert "divergence" in result.stdout
 
 
+def test_two_place_says_what_it_measured_and_why_the_base_is_alone(made: TinyBundle) -> None:
+    mixed = weights(made, PROMPT, "--strategy", "two-place:abstain=never").stdout
+    assert mixed.startswith("strategy two-place:abstain=never · ")
+    assert "  added to q, k, v  weighs most at layers\n" in mixed
+    alone = weights(made, PROMPT, "--strategy", "two-place:abstain=100").stdout
+    assert "No adapter stands out here: the base answers alone (two-place:abstain=never" in alone
+    for shown in (mixed, alone):
+        assert not {"lens", "pool", "divergence"} & {*re.findall(r"\w+", shown)}
+    plain = json.loads(weights(made, PROMPT, "--strategy", "two-place", "--json").stdout)
+    assert (plain["lens"], plain["pool"]) == ("norm", "last")  # the contract
+
+
 def test_heatmap_fits_the_terminal(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "24")
     result = weights(made, PROMPT)

@@ -1,5 +1,6 @@
 """Strategies and the arithmetic of weights, against textbook formulas in high precision."""
 
+from dataclasses import replace
 from decimal import Decimal, getcontext
 
 import numpy as np
@@ -186,6 +187,12 @@ def test_fusion_weights_are_short_in_a_console_and_a_heatmap_in_a_notebook() -> 
     shares = [float(rect.get("fill-opacity", "")) for rect in cells]
     assert shares == [0.083, 0.917, 0.5, 0.917, 0.083, 0.5]  # on a scale from 0.2 to 0.8
     assert len([dot for dot in root.iter("circle") if dot.get("class") == "lead"]) == 2
+    added = replace(mixed, strategy="two-place")._repr_html_()
+    assert "<div>strategy two-place, 0 prompt tokens</div>" in added
+    assert "\nadded to q, k, v 0.5</title>" in added
+    assert "stands out" not in added
+    alone = replace(mixed, strategy="two-place", weights=weights * 0)._repr_html_()
+    assert "<div>No adapter stands out here: the base answers alone (two-place:" in alone
     empty = fusion.FusionWeights((), np.zeros((0, 3), np.float32), None, "base")
     assert repr(empty) == "<FusionWeights base, 3 layers: none>"
     assert "strategy base" in empty._repr_html_()

@@ -30,7 +30,7 @@ def bundle_card(text: BundleText, repo: str) -> str:
         "",
         *([_line(text.description), ""] if text.description else []),
         f"A bundle for {LIBRARY}: LoRA adapters for one quantised base, mixed anew for each "
-        "question and layer.",
+        "question.",
         "",
         *_code(f"qaflora pull {repo} --with-base", f'qaflora run {repo} "A question"'),
         *_table(("adapter", "rank", "modules", "trained for", "source", "licence"), rows),

@@ -119,8 +119,8 @@ _calibrate = click.option(
     "--system",
     "system_path",
     metavar="FILE",
-    help="Begin conversations that have no system message with the text in FILE. It is probed "
-    "once: what was read of it is kept in this machine's cache.",
+    help="Begin conversations that have no system message with the text in FILE. What "
+    "weighing reads of it is read once, and kept in this machine's cache.",
 )
 @_outtype
 @_by_default("strategy", None, "Used by default.", unset=_BY_EVIDENCE)

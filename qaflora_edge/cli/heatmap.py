@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 from qaflora_edge.cli.show import BLOCKS, can_show, layer_ranges
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.svg_panel import TICK, leading_layers, min_weight, scale
+from qaflora_edge.weighing.svg_panel import (
+    TICK,
+    leading_layers,
+    lens_and_pool,
+    measured,
+    min_weight,
+    scale,
+    why_alone,
+)
 
 Colour = Literal["none", "256", "truecolor"]
 
@@ -58,7 +66,7 @@ def heatmap(
     pen = Pen([fusion], encoding, colour)
     lines = [pen.wrap(_facts(fusion, pen), width), ""]
     if not fusion.weights.any():
-        return "\n".join([*lines, pen.wrap(_why_alone(fusion), width)])
+        return "\n".join([*lines, pen.wrap(why_alone(fusion), width)])
     lines += _bands(fusion, pen, width)
     lines += ["", *_leads(fusion, pen, width), "", pen.legend(fusion.weights.shape[1], width)]
     return "\n".join(lines)
@@ -80,7 +88,7 @@ def compare(
     first = fusions[0]
     lines = [pen.wrap(_facts(first, pen, is_shared=True), width), ""]
     if not any(fusion.weights.any() for fusion in fusions):
-        return "\n".join([*lines, pen.wrap(_why_alone(first), width)])
+        return "\n".join([*lines, pen.wrap(why_alone(first), width)])
     titles = [f"{number} {label}" for number, (label, _) in enumerate(labelled, 1)]
     n_layer = first.weights.shape[1]
     names = pen.names(first.adapters, width)
@@ -226,16 +234,11 @@ class Pen:
         return "\n".join([*lines, self.wrap(text, width)])
 
 
-def _why_alone(fusion: FusionWeights) -> str:
-    what = "There are no adapters" if not fusion.adapters else "No adapter weighs anything"
-    return f"{what}: the base answers alone."
-
-
 def _facts(fusion: FusionWeights, pen: Pen, *, is_shared: bool = False) -> str:
     """How the weights came about; `is_shared` leaves out what differs between queries."""
     parts = [f"strategy {fusion.strategy}"]
-    if fusion.divergence is not None:
-        parts.append(f"lens {fusion.lens}, pool {fusion.pool}")
+    if read := lens_and_pool(fusion):
+        parts.append(read)
     if not is_shared:
         parts.append(f"{fusion.prompt_tokens} prompt tokens")
         if fusion.divergence is not None:
@@ -311,17 +314,19 @@ def _ticks(layers: range, cell: int) -> str:
 
 
 def _leads(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:
-    """For each adapter its mean divergence, and the layers at which it weighs most."""
+    """For each adapter the mean of what was measured, and the layers at which it weighs most."""
     dash = pen.sign("–", "-")
     ranges = [layer_ranges(layers, dash) for layers in leading_layers(fusion)]
     means: list[str] = []
+    head = ""
     if fusion.divergence is not None:
+        head = f"  {measured(fusion).name}"
         means = [f"{float(row.mean()):.3g}" for row in fusion.divergence]
     if width < TABLE_MIN:
-        return _leads_narrow(fusion.adapters, ranges, means, pen, width)
+        return _leads_narrow(fusion, ranges, means, pen, width)
     names = pen.names(fusion.adapters, width)
-    blank, columns = " " * len_columns(names[0][0]), len("  divergence") if means else 0
-    lines = [f"{blank}{'  divergence' if means else ''}  weighs most at layers"]
+    blank, columns = " " * len_columns(names[0][0]), len(head)
+    lines = [f"{blank}{head}  weighs most at layers"]
     for name, mean, text in zip_longest(names, means, ranges, fillvalue=""):
         parts = textwrap.wrap(text, width - len(blank) - columns - GAP)
         for index, (left, part) in enumerate(zip_longest(name, parts)):
@@ -331,17 +336,20 @@ def _leads(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:
 
 
 def _leads_narrow(
-    names: Sequence[str], ranges: Sequence[str], means: Sequence[str], pen: Pen, width: int
+    fusion: FusionWeights, ranges: Sequence[str], means: Sequence[str], pen: Pen, width: int
 ) -> list[str]:
+    names = fusion.adapters
     lines = [pen.wrap("weighs most at layers", width)]
     lines += [pen.wrap(f"{n}: {r}", width, indent=2) for n, r in zip(names, ranges, strict=True)]
     if means:
-        lines += ["", "mean divergence"]
+        lines += ["", pen.wrap(f"mean {measured(fusion).name}", width)]
         lines += [pen.wrap(f"{n}: {m}", width, indent=2) for n, m in zip(names, means, strict=True)]
     return lines
 
 
 def _leads_in_words(fusion: FusionWeights, pen: Pen) -> str:
+    if not fusion.weights.any():
+        return "none: the base answers alone"
     dash = pen.sign("–", "-")
     parts = [
         f"{name} {layer_ranges(layers, dash)}"

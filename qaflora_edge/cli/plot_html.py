@@ -2,8 +2,8 @@
 
 What a model wrote is text there, escaped; the page's policy lets nothing run but its own script.
 
-Pointing at a cell, tapping it or walking to it with the arrow keys shows weight and divergence;
-without scripts the cells' titles and the tables still say everything.
+Pointing at a cell, tapping it or walking to it with the arrow keys shows its weight and what was
+measured; without scripts the cells' titles and the tables still say everything.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,12 @@ from qaflora_edge.weighing.svg_panel import (
     facts,
     leading_layers,
     legend,
+    measured,
     min_weight,
     panel,
     panel_width,
     scale,
-    unit,
+    why_alone,
 )
 
 
@@ -131,6 +132,7 @@ def _section(
 def weights_lines(fusion: FusionWeights, ends: tuple[float, float]) -> list[str]:
     """The weights of one query: a heatmap, a table of its adapters, and all numbers."""
     return [
+        *_alone(fusion),
         '<div class="wide">',
         *panel(fusion, ends, ink=INK, paper="var(--paper)"),
         "</div>",
@@ -139,10 +141,15 @@ def weights_lines(fusion: FusionWeights, ends: tuple[float, float]) -> list[str]
     ]
 
 
+def _alone(fusion: FusionWeights) -> list[str]:
+    return [] if fusion.weights.any() else [f"<p>{clean(why_alone(fusion))}</p>"]
+
+
 def _adapter_table(fusion: FusionWeights) -> list[str]:
     head = "<th>adapter</th><th>mean weight</th>"
     if fusion.divergence is not None:
-        head += f"<th>mean divergence{f',{unit(fusion)}' if unit(fusion) else ''}</th>"
+        what = measured(fusion)
+        head += f"<th>mean {what.name}{',' * bool(what.unit)}{what.unit}</th>"
     rows = []
     for row, (name, layers) in enumerate(zip(fusion.adapters, leading_layers(fusion), strict=True)):
         cells = f"<td>{float(fusion.weights[row].mean()):.3f}</td>"
@@ -160,7 +167,7 @@ def _number_table(fusion: FusionWeights) -> list[str]:
     names = "".join(
         f'<th scope="colgroup" colspan="{n_column}">{clean(name)}</th>' for name in fusion.adapters
     )
-    kinds = "<th>weight</th>" + ("<th>divergence</th>" if n_column == 2 else "")
+    kinds = "<th>weight</th>" + (f"<th>{measured(fusion).name}</th>" if n_column == 2 else "")
     lines = [
         '<details class="numbers"><summary>All numbers</summary><div class="wide"><table>',
         f'<tr><th rowspan="2">layer</th>{names}</tr><tr>{kinds * n_adapter}</tr>',
@@ -187,7 +194,7 @@ def answers_page(question: str, answers: Sequence[Answer], subject: str) -> str:
             "<section>",
             f'<h2 dir="auto">{clean(answer.strategy)}</h2>',
             f'<p class="answer" dir="auto">{clean(answer.text)}</p>',
-            *(weights_lines(answer.fusion, scale(fusions)) if answer.fusion.weights.any() else []),
+            *(_alone(answer.fusion) or weights_lines(answer.fusion, scale(fusions))),
             "</section>",
         ]
     head = [f'<p class="answer" dir="auto">{clean(question)}</p>']

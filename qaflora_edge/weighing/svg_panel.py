@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,41 @@ TICK = 5  # a label at every fifth layer
 CELL_WIDTH, CELL_HEIGHT = 18, 26
 NAME_WIDTH_MAX, MEAN_WIDTH = 180, 52
 NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a strategy measures of a query.
+
+    name   what stands above its numbers
+    unit   with a space before it
+    reads  of lens and pool, which one it depends on
+    """
+
+    name: str
+    unit: str = ""
+    reads: tuple[str, ...] = ()
+
+
+_KL = Measured("divergence", " nats", ("lens", "pool"))
+_ADDED = Measured("added to q, k, v")
+_MEASURED = {
+    "qa-flora": _KL,
+    "calibrated": _KL,
+    "cosine": Measured("cosine distance", reads=("pool",)),
+    "euclidean": Measured("distance", reads=("pool",)),
+    "two-place": _ADDED,
+    "norm": Measured("added to q"),
+    "arrow": Measured("along its direction"),
+    "spectr": _ADDED,
+    "centroid": Measured("similarity"),
+}
+_OF_OTHERS = Measured("divergence", reads=("lens", "pool"))  # other packages' strategies
+
+
+def measured(fusion: FusionWeights) -> Measured:
+    """What the strategy measures, whatever options it has."""
+    return _MEASURED.get(_name(fusion), _OF_OTHERS)
 
 
 def scale(fusions: Sequence[FusionWeights]) -> tuple[float, float]:
@@ -62,11 +98,30 @@ def facts(fusions: Sequence[FusionWeights]) -> str:
     """How the weights came about, in what all queries share."""
     first = fusions[0]
     parts = [f"strategy {first.strategy}"]
-    if first.divergence is not None:
-        parts.append(f"lens {first.lens}, pool {first.pool}")
+    if read := lens_and_pool(first):
+        parts.append(read)
     if len(fusions) == 1:
         parts.append(f"{first.prompt_tokens} prompt tokens")
     return ", ".join(parts)
+
+
+def lens_and_pool(fusion: FusionWeights) -> str:
+    """Of lens and pool what the strategy read, in words; empty where it read neither."""
+    if fusion.divergence is None:
+        return ""
+    return ", ".join(f"{each} {getattr(fusion, each)}" for each in measured(fusion).reads)
+
+
+def why_alone(fusion: FusionWeights) -> str:
+    """Why the base answers alone: for weights that are all 0."""
+    if not fusion.adapters:
+        return "There are no adapters: the base answers alone."
+    if _name(fusion) == "two-place" and "abstain=never" not in fusion.strategy:
+        return (
+            "No adapter stands out here: the base answers alone "
+            "(two-place:abstain=never mixes all the same)."
+        )
+    return "No adapter weighs anything: the base answers alone."
 
 
 def notebook_html(fusion: FusionWeights) -> str:
@@ -74,6 +129,7 @@ def notebook_html(fusion: FusionWeights) -> str:
     ends = scale([fusion])
     lines = [
         f"<div>{clean(facts([fusion]))}</div>",
+        *([] if fusion.weights.any() else [f"<div>{clean(why_alone(fusion))}</div>"]),
         *panel(fusion, ends, ink=NOTEBOOK_INK, paper="#ffffff"),
         *legend(ends, min_weight([fusion]), ink=NOTEBOOK_INK),
     ]
@@ -126,13 +182,9 @@ def cell_title(fusion: FusionWeights, row: int, layer: int) -> str:
         f"weight {float(fusion.weights[row, layer]):.3f}",
     ]
     if fusion.divergence is not None:
-        lines.append(f"divergence {float(fusion.divergence[row, layer]):.3g}{unit(fusion)}")
+        what = measured(fusion)
+        lines.append(f"{what.name} {float(fusion.divergence[row, layer]):.3g}{what.unit}")
     return "\n".join(lines)
-
-
-def unit(fusion: FusionWeights) -> str:
-    """The unit of a strategy's divergence, with a space before it."""
-    return " nats" if fusion.strategy in ("qa-flora", "calibrated") else ""
 
 
 def legend(ends: tuple[float, float], lowest: float, *, ink: str) -> list[str]:
@@ -168,6 +220,10 @@ def short_name(name: str) -> str:
 def clean(text: str) -> str:
     """A text for HTML: escaped, and with what turns text or is no text spelt out."""
     return escape(spelt(text))
+
+
+def _name(fusion: FusionWeights) -> str:
+    return fusion.strategy.partition(":")[0]
 
 
 def _text(x: float, y: float, content: str, *, anchor: str = "start", size: int = 13) -> str:

@@ -33,9 +33,10 @@ COMMANDS = {
     "strategy": Command(
         "[NAME]",
         "Show how adapters are weighed, or change it.",
-        "qa-flora weighs by how far each adapter moves the base for this conversation; calibrated "
-        "does so relative to what is typical for the adapter; static weighs all alike; single:NAME "
-        "and base take one or none; manual:NAME=W,NAME=W takes your numbers.",
+        "two-place takes one adapter by where the answer begins and one by the question's words, "
+        "or none; qa-flora weighs by how far each adapter moves the base for this conversation; "
+        "calibrated does so relative to what is typical for the adapter; static weighs all alike; "
+        "single:NAME and base take one or none; manual:NAME=W,NAME=W takes your numbers.",
     ),
     "system": Command(
         "[TEXT]",
