@@ -17,6 +17,7 @@ from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.system_prompt import SystemPrompt, begin_with
 from qaflora_edge.weighing.ends import Tail
+from qaflora_edge.weighing.strategy import Sequences
 from qaflora_edge.weighing.weigher import Weigher
 
 
@@ -105,6 +106,8 @@ class EngineBase:
         self._weigher = replace(
             self._weigher, n_layer=self._model.n_layer, find_question=finder.find
         )
+        if self._system_prompt is not None:
+            self._system_prompt.pin(self._reads)
 
     # life
 
@@ -245,6 +248,14 @@ class EngineBase:
             known = replace(self._weigher.known, strategy=strategy)
             self._weigher = replace(self._weigher, known=known)
 
+    @property
+    def _reads(self) -> Sequences:
+        """Strategy.reads of the strategy of calls that name none."""
+        if not self.adapters:
+            return "none"
+        chosen = self._weigher.parse(self.strategy)
+        return chosen.strategy.reads(self._weigher.query((), chosen))
+
     def _using(self, names: Sequence[str] | None) -> Weigher:
         """The weigher with these adapters in use; None: as they are."""
         if names is None:
@@ -288,7 +299,7 @@ class EngineBase:
     def keep_system(self, *, if_read: bool = False) -> None:
         """Let Engines to come begin where the bundle's system prompt was probed.
 
-        What was read of it is put into a file of the cache.
+        What is read of it under the strategy in use is put into a file of the cache.
 
         if_read  only where something was probed, and only if the cache can be written to
 
@@ -298,4 +309,5 @@ class EngineBase:
             return
         with self._call():
             if self._system_prompt is not None:
-                (self._system_prompt.keep_if_read if if_read else self._system_prompt.keep)()
+                kept = self._system_prompt
+                (kept.keep_if_read if if_read else kept.keep)(self._reads)

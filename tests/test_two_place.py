@@ -16,10 +16,11 @@ from decoded import count_decoded
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import add_adapter, calibrate
+from qaflora_edge.bundles.edit import add_adapter, calibrate, remove_adapter
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import neutral_prompts
-from qaflora_edge.errors import BundleError, StrategyError
+from qaflora_edge.errors import BundleError, QafloraError, StrategyError
+from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 from qaflora_edge.weighing.typical import KEYS, measure_typical
 
@@ -164,10 +165,58 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
     assert strategy_of(es, mlp.path) == "qa-flora"
     assert strategy_of(es, strategy="static") == "static"
     assert strategy_of(calibrate=True) == "qa-flora"
-    with pytest.raises(StrategyError) as caught:
-        create_bundle(tmp_path / "b", base, {"mlp": mlp.path}, strategy="two-place")
-    assert str(caught.value) == NOTHING
-    assert not (tmp_path / "b").exists()
+    refusal = f"Cannot create the bundle {tmp_path / 'b'}: "
+    mean = "Strategy calibrated needs pool last or question, found mean"
+    for options, message in (
+        ({"strategy": "two-place"}, f"{refusal}{NOTHING}"),
+        ({"strategy": "calibrated", "pool": "mean"}, f"{refusal}{mean}"),
+        ({"strategy": ""}, "Strategy '' is not known; expected one of qa-flora"),
+    ):
+        with pytest.raises(QafloraError) as caught:
+            create_bundle(tmp_path / "b", base, {"mlp": mlp.path}, **options)
+        assert str(caught.value).startswith(message)
+        assert not (tmp_path / "b").exists()
+
+
+def test_a_module_that_is_0_does_not_hide_the_others(made: TinyBundle, tmp_path: Path) -> None:
+    """q and v move as they do alone."""
+    both = [
+        tiny.write_tiny_adapter(tmp_path / f"{n}.gguf", made.base, targets=targets, seed=n)
+        for n, targets in enumerate((["attn_q", "attn_v"], ["attn_q", "attn_k", "attn_v"]))
+    ]
+    reader = gguf.GGUFReader(both[1].path, "r+")
+    for tensor in reader.tensors:
+        if "attn_k.weight.lora_b" in tensor.name:
+            tensor.data[:] = 0
+    reader.data.flush()
+    inputs = np.random.default_rng(1).random((4, made.base.n_layer, made.base.n_embd), np.float32)
+    alone, beside = (AttentionSizes(each.path, made.base.n_layer) for each in both)
+    assert len(beside.sums(inputs)) == len(alone.sums(inputs)) == 2 * made.base.n_layer
+    assert (beside.of_layers(beside.sums(inputs)) > 0).all()
+
+
+def test_a_bundle_is_given_it_later(made: TinyBundle, tmp_path: Path) -> None:
+    mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"])
+    folder = tmp_path / "bundle"
+    adapters = {"es": made.adapter.path, "math": made.adapter.path, "mlp": mlp.path}
+    create_bundle(folder, made.base.path, adapters, calibrate=False)
+    before = snapshot(folder)
+    with pytest.raises(BundleError) as caught:
+        remove_adapter(folder, "mlp", strategy="two-place")
+    assert str(caught.value).startswith(
+        f"Cannot remove the adapter mlp from {folder}: Strategy two-place needs typical "
+        "divergences, missing for es, math (added_last, "
+    )
+    with pytest.raises(BundleError) as caught:
+        calibrate(folder, strategy="two-place")
+    assert str(caught.value) == f"Cannot weigh {folder} by two-place: {NOTHING}"
+    assert snapshot(folder) == before
+    assert calibrate(folder)
+    assert load_bundle(folder).known.strategy == "qa-flora"
+    assert not calibrate(folder, strategy="static")
+    remove_adapter(folder, "mlp", strategy="two-place")
+    with Engine(folder, n_ctx=128) as engine:
+        assert engine.weights("the thing").strategy == "two-place"
 
 
 def test_an_adapter_that_it_cannot_weigh_is_not_added(made: TinyBundle, tmp_path: Path) -> None:
@@ -178,12 +227,12 @@ def test_an_adapter_that_it_cannot_weigh_is_not_added(made: TinyBundle, tmp_path
     refusal = f"Cannot add the adapter mlp to {folder}: "
     with pytest.raises(BundleError) as caught:
         add_adapter(folder, "mlp", mlp.path)
-    assert str(caught.value) == f"{refusal}{NOTHING} Give the bundle another with --strategy."
+    assert str(caught.value) == f"{refusal}{NOTHING}"
     with pytest.raises(BundleError) as caught:
         add_adapter(folder, "mlp", mlp.path, calibrate=False)
     assert str(caught.value) == (
-        f"{refusal}the strategy 'two-place' needs typical divergences, and they are not to be "
-        "measured. Leave --no-calibrate out, or give the bundle another with --strategy."
+        f"{refusal}its strategy is 'two-place', which needs typical divergences, and they are not "
+        "to be measured. Leave --no-calibrate out, or choose another with --strategy."
     )
     assert snapshot(folder) == before
     with pytest.raises(StrategyError, match="'best' is not known"):
@@ -323,7 +372,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_pat
     with Engine(old.folder, strategy="calibrated") as engine:
         assert engine.weights("a").strategy == "calibrated"
         for strategy, how in (
-            ("two-place", "in two places"),
+            ("two-place", "(added_last, added_text, added_question)"),
             ("calibrated:pool=question", "with lens norm at pool question"),
             ("qa-flora:first=1", "for the option first"),
         ):

@@ -8,7 +8,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
+from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
 from qaflora_edge.weighing.adapter_inputs import AttentionInputs, AttentionSizes, QueryProjections
@@ -22,6 +22,8 @@ from qaflora_edge.weighing.reading import (
     wiped_on_failure,
 )
 from qaflora_edge.weighing.strategy import Reading, Span
+
+BASE = "base"  # the key of what it read, in Prefixes
 
 
 class BaseProber:
@@ -74,7 +76,7 @@ class BaseProber:
             self._projections = {key: QueryProjections(files, self._model.n_layer)}
         context = self._room_for(tokens, has_inputs=True)
         context.capture_begin()
-        n_kept = self._prefixes.go_on(context, "base", tokens, context.pieces())
+        n_kept = self._prefixes.go_on(context, BASE, tokens, context.pieces())
         with wiped_on_failure(context):
             yield from read_tokens(context, tokens, n_kept, "last", n_seq=1)
         return self._projections[key].norms(context.inputs(0)[0])
@@ -159,9 +161,27 @@ class BaseProber:
         means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
         return np.array([last, means])
 
+    def prefix(self, tokens: Sequence[int], n: int) -> Steps[KvState | None]:
+        """What is held after the first n tokens of a query, one of its cuts.
+
+        returns  None where a sliding window has moved on by then: a context that takes over what
+                 it left has it in other rooms, and sums it up in another order
+        """
+        if 0 < self._model.n_swa < n:
+            return None
+        context = self._room_for(tokens)
+        with wiped_on_failure(context):
+            at = self._read_before(context, tokens, n)
+            while at < n:
+                end = context.pieces().end(tokens, at)
+                context.decode(tokens[at:end], start=at, outputs="none")
+                at = end
+                yield at
+            return context.kv_state()
+
     def _begin(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[int]:
         """Hold the first tokens of a query, read apart from the others; gives how many."""
-        self._prefixes.keep("base", context)
+        self._prefixes.keep(BASE, context)
         context.clear()
         state = yield from self._beginnings.read(context, tuple(tokens), tokens, n_seq=1)
         context.load_kv_state(state)
@@ -170,7 +190,7 @@ class BaseProber:
     def _read_before(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
         """How many tokens need not be read again: up to a cut, n_most at most."""
         pieces, cut = context.pieces(), 0
-        n_kept = self._prefixes.go_on(context, "base", tokens, pieces)
+        n_kept = self._prefixes.go_on(context, BASE, tokens, pieces)
         while (end := pieces.end(tokens, cut)) <= min(n_kept, n_most):
             cut = end
         return n_kept if n_kept == cut else context.keep_common(tokens[: cut + 1])

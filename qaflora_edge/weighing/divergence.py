@@ -4,12 +4,18 @@ from typing import Any
 
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import Measure, Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.strategy import Measure, Mix, Probe, Query, Sequences, Strategy
 
 
 class _Divergence(Strategy):
     measure: Measure = "kl"
     options = (*SHAPING, *PROBING)
+
+    def reads(self, query: Query) -> Sequences:
+        n_adapter = len(query.adapters)
+        if query.options.get("first", n_adapter) < n_adapter:
+            return "base"  # which adapters are run differs from query to query
+        return "none" if query.pool == "mean" else "all"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         from qaflora_edge.weighing.numbers import normalise

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Sequences, Strategy
 
 
 class Norm(Strategy):
@@ -23,6 +23,9 @@ class Norm(Strategy):
                 "norm:N with N from 1."
             )
         return int(argument)
+
+    def reads(self, query: Query) -> Sequences:
+        return "base"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np

@@ -10,11 +10,14 @@ these modules: one mix for the whole answer, where the published methods mix ane
 from typing import Any
 
 from qaflora_edge.arrays import F64, ArrayLike
-from qaflora_edge.weighing.strategy import Mix, Probe, Query, Reading, Strategy
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Reading, Sequences, Strategy
 
 
 class _Spectral(Strategy):
     reading: Reading
+
+    def reads(self, query: Query) -> Sequences:
+        return "none"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         return Mix(*probe.routing(self.reading))

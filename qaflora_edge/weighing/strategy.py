@@ -22,6 +22,7 @@ from qaflora_edge.weighing.strategy_options import read_options
 Measure = Literal["kl", "cosine", "euclidean"]
 PlaceMeasure = Literal["added", "cosine"]
 Reading = Literal["arrow", "spectr"]
+Sequences = Literal["all", "base", "none"]  # the base and each adapter; the base
 
 Span = tuple[int, int]  # where a part of a prompt begins, and where it ends
 
@@ -150,6 +151,14 @@ class Strategy:
         It has to give the same for the same query, and may be called from any thread.
         """
         raise NotImplementedError
+
+    def reads(self, query: Query) -> Sequences:
+        """Which sequences read what queries of this kind (tokens apart) begin with once for all.
+
+        So much is kept of a bundle's system prompt for programs to come; weights do not depend on
+        it. "none" where nothing is read, or each query as a whole.
+        """
+        return "all" if self.is_probed else "none"
 
     @property
     def usage(self) -> str:

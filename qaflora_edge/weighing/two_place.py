@@ -16,7 +16,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
-from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.strategy import Mix, Probe, Query, Sequences, Strategy
 
 RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
 
@@ -47,7 +47,7 @@ class TwoPlace(Strategy):
         from qaflora_edge.weighing.typical import adds_nothing
 
         keys = ["added_last", "added_text", f"{_all_options(query)['by']}_question"]
-        check_typical(self.name, query, keys, "in two places")
+        check_typical(self.name, query, keys, f"({', '.join(keys)})")
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
         if silent:
             raise StrategyError(
@@ -56,13 +56,18 @@ class TwoPlace(Strategy):
                 "it out."
             )
 
+    def reads(self, query: Query) -> Sequences:
+        if _is_alone(query):
+            return "none"
+        return "base" if _all_options(query)["by"] == "added" else "all"
+
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
         from qaflora_edge.weighing.typical import unusual
 
         options = _all_options(query)
-        if len(query.adapters) == 1 and "abstain" not in query.options:
+        if _is_alone(query):
             return Mix(np.full((1, query.n_layer), options["answer"] + options["question"]))
         last, question = probe.places("added")
         if query.is_chat:
@@ -96,6 +101,11 @@ def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
     if options["abstain"] == "never":
         return weights
     return weights * np.float32(np.clip((last.max() - options["abstain"]) / RAMP, 0.0, 1.0))
+
+
+def _is_alone(query: Query) -> bool:
+    """Whether there is one adapter, which is chosen without reading the query."""
+    return len(query.adapters) == 1 and "abstain" not in query.options
 
 
 def _all_options(query: Query) -> dict[str, Any]:
