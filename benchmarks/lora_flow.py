@@ -282,7 +282,7 @@ def header_of(
         "strategies": [STRATEGY],
         "options": {
             "float32": True,
-            "train": read_task(args.train).sha256,
+            "train": "itself" if args.train == args.test else read_task(args.train).sha256,
             **{name: getattr(args, name) for name in training},
         },
         "machine": cpu_name(),
