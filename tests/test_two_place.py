@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import tiny
-from bundles import TinyBundle, make_bundle, snapshot
+from bundles import TinyBundle, bundle_json, make_bundle, snapshot
 from decoded import count_decoded
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import add_adapter, calibrate, remove_adapter
+from qaflora_edge.bundles.edit import add_adapter, calibrate, remove_adapter, set_default
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BundleError, QafloraError, StrategyError
@@ -213,7 +213,11 @@ def test_a_bundle_is_given_it_later(made: TinyBundle, tmp_path: Path) -> None:
     assert snapshot(folder) == before
     assert calibrate(folder)
     assert load_bundle(folder).known.strategy == "qa-flora"
+    set_default(folder, "qa-flora", lens="norm", pool="last", evidence={"tasks": []})
+    assert not calibrate(folder, strategy="qa-flora")
+    assert "evidence" in bundle_json(folder)["fusion"]
     assert not calibrate(folder, strategy="static")
+    assert "evidence" not in bundle_json(folder)["fusion"]
     remove_adapter(folder, "mlp", strategy="two-place")
     with Engine(folder, n_ctx=128) as engine:
         assert engine.weights("the thing").strategy == "two-place"

@@ -176,10 +176,12 @@ def calibrate(
             parse_strategy(strategy, list(loaded.adapter_paths))
         _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or silent)
         is_new = raw != text.raw
-        if strategy is not None:
-            raw["fusion"]["strategy"] = strategy
+        fusion = raw["fusion"]
+        if strategy not in (None, fusion.get("strategy")):
+            fusion["strategy"] = strategy
+            fusion.pop("evidence", None)  # it was for another
             what = f"Cannot weigh {folder} by {strategy}"
-            check_strategy(what, raw["fusion"], list(loaded.adapter_paths), text.base.n_layer)
+            check_strategy(what, fusion, list(loaded.adapter_paths), text.base.n_layer)
     return is_new
 
 
