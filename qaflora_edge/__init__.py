@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
     from qaflora_edge.openai.llama_like import Llama, replace_llama_cpp
     from qaflora_edge.weighing.numbers import FusionWeights
-    from qaflora_edge.weighing.strategy import Mix, Probe, Query, Strategy, register_strategy
+    from qaflora_edge.weighing.strategy import (
+        Measured,
+        Mix,
+        Probe,
+        Query,
+        Strategy,
+        register_strategy,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "FusionWeights",
     "Generation",
     "Llama",
+    "Measured",
     "Mix",
     "Probe",
     "QafloraError",
@@ -35,6 +43,7 @@ _HOME = {
     "FusionWeights": "qaflora_edge.weighing.numbers",
     "Generation": "qaflora_edge.inference.generation",
     "Llama": "qaflora_edge.openai.llama_like",
+    "Measured": "qaflora_edge.weighing.strategy",
     "Mix": "qaflora_edge.weighing.strategy",
     "Probe": "qaflora_edge.weighing.strategy",
     "QafloraError": "qaflora_edge.errors",

@@ -17,7 +17,7 @@ from bundles import TinyBundle, make_bundle, make_sources
 from click.testing import CliRunner
 from tiny import write_tiny_adapter, write_tiny_base
 
-from qaflora_edge import Engine, Mix, QafloraError, Strategy, register_strategy
+from qaflora_edge import Engine, Measured, Mix, QafloraError, Strategy, register_strategy
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError, StrategyError, WeightsError
@@ -136,6 +136,25 @@ def test_states_are_the_strategys_own(made: TinyBundle, pool: str) -> None:
         np.testing.assert_array_equal(engine.weights(PROMPT, strategy="moved").weights, moved)
     with Engine(made.folder, pool=pool) as engine:
         np.testing.assert_array_equal(engine.weights(PROMPT).divergence, after)
+
+
+class Sizes(Strategy):
+    name = "sizes"
+    measured = Measured("size of states", " units")
+
+    def weigh(self, query: Any, probe: Any, argument: object) -> Any:
+        sizes = np.linalg.norm(probe.states()[1:], axis=-1)
+        return Mix(sizes / sizes.sum(axis=0), sizes)
+
+
+def test_a_strategy_names_what_it_measures(made: TinyBundle) -> None:
+    register_strategy(Sizes())
+    shown = qaflora("weights", made.folder, PROMPT, "--strategy", "sizes")
+    assert "size of states  weighs most at layers" in shown
+    assert "lens" not in shown
+    with Engine(made.folder) as engine:
+        fusion = engine.weights(PROMPT, strategy="sizes")
+    assert f"size of states {fusion.divergence[0, 0]:.3g} units" in fusion._repr_html_()
 
 
 class Thirds(Strategy):

@@ -11,7 +11,7 @@ from typing import Any
 
 from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import Measured, Mix, Probe, Query, Sequences, Strategy
 
 TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 
@@ -19,6 +19,7 @@ TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 class Centroid(Strategy):
     name = "centroid"
     help = "by how near the query is to sample texts of each adapter (`qaflora bundle samples`)"
+    measured = Measured("similarity")
 
     def check(self, argument: Any, query: Query) -> None:
         missing = [name for name in query.adapters if name not in query.centroids]

@@ -4,11 +4,20 @@ from typing import Any
 
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import Measure, Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import (
+    Measure,
+    Measured,
+    Mix,
+    Probe,
+    Query,
+    Sequences,
+    Strategy,
+)
 
 
 class _Divergence(Strategy):
     measure: Measure = "kl"
+    measured = Measured("divergence", " nats", ("lens", "pool"))
     options = (*SHAPING, *PROBING)
 
     def reads(self, query: Query) -> Sequences:
@@ -33,12 +42,14 @@ class Cosine(_Divergence):
     name = "cosine"
     help = "by the cosine distance of hidden states"
     measure = "cosine"
+    measured = Measured("cosine distance", reads=("pool",))
 
 
 class Euclidean(_Divergence):
     name = "euclidean"
     help = "by the Euclidean distance of hidden states"
     measure = "euclidean"
+    measured = Measured("distance", reads=("pool",))
 
 
 class Calibrated(_Divergence):

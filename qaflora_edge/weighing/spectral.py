@@ -10,7 +10,16 @@ these modules: one mix for the whole answer, where the published methods mix ane
 from typing import Any
 
 from qaflora_edge.arrays import F64, ArrayLike
-from qaflora_edge.weighing.strategy import Mix, Probe, Query, Reading, Sequences, Strategy
+from qaflora_edge.weighing.strategy import (
+    ADDED,
+    Measured,
+    Mix,
+    Probe,
+    Query,
+    Reading,
+    Sequences,
+    Strategy,
+)
 
 
 class _Spectral(Strategy):
@@ -27,12 +36,14 @@ class Arrow(_Spectral):
     name = "arrow"
     help = "by how much of the query lies in the direction that each adapter amplifies most"
     reading = "arrow"
+    measured = Measured("along its direction")
 
 
 class SpectR(_Spectral):
     name = "spectr"
     help = "by the size of what each adapter adds to the attention's projections"
     reading = "spectr"
+    measured = ADDED
 
 
 STRATEGIES = (Arrow(), SpectR())

@@ -103,6 +103,23 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a strategy measures of a query, as those read it who look at its weights.
+
+    name   what stands above its numbers
+    unit   with a space before it
+    reads  of lens and pool, which one it depends on
+    """
+
+    name: str
+    unit: str = ""
+    reads: tuple[str, ...] = ()
+
+
+ADDED = Measured("added to q, k, v")
+
+
+@dataclass(frozen=True)
 class Mix:
     """Weights [n_adapter, n_layer], and the measure [n_adapter, n_layer] that they come from."""
 
@@ -122,6 +139,7 @@ class Strategy:
               change what weigh() gives; its own, weigh() finds in query.options.
     reads_question  whether weigh() asks for what needs query.question, whatever the pool
     needs_typical   whether it needs what `qaflora bundle calibrate` measures
+    measured  what stands in the divergence of its Mix
     """
 
     name: ClassVar[str]
@@ -132,6 +150,7 @@ class Strategy:
     options: ClassVar[tuple[Option, ...]] = SHAPING
     reads_question: ClassVar[bool] = False
     needs_typical: ClassVar[bool] = False
+    measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:
         """What weigh() gets for the text behind the colon ("" without one), options apart.
@@ -253,6 +272,12 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
             f"{', '.join(each.usage for each in strategies())}."
         )
     return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
+
+
+def measured_by(name: str) -> Measured:
+    """What the strategy of this name measures; of one that is not known, what most do."""
+    _load_built_in()
+    return _registry.get(name, Strategy).measured
 
 
 @cache

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
 from qaflora_edge.weighing.picture_text import crop, len_pixels, spelt
+from qaflora_edge.weighing.strategy import Measured, measured_by
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -24,39 +24,9 @@ NAME_WIDTH_MAX, MEAN_WIDTH = 180, 52
 NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a strategy measures of a query.
-
-    name   what stands above its numbers
-    unit   with a space before it
-    reads  of lens and pool, which one it depends on
-    """
-
-    name: str
-    unit: str = ""
-    reads: tuple[str, ...] = ()
-
-
-_KL = Measured("divergence", " nats", ("lens", "pool"))
-_ADDED = Measured("added to q, k, v")
-_MEASURED = {
-    "qa-flora": _KL,
-    "calibrated": _KL,
-    "cosine": Measured("cosine distance", reads=("pool",)),
-    "euclidean": Measured("distance", reads=("pool",)),
-    "two-place": _ADDED,
-    "norm": Measured("added to q"),
-    "arrow": Measured("along its direction"),
-    "spectr": _ADDED,
-    "centroid": Measured("similarity"),
-}
-_OF_OTHERS = Measured("divergence", reads=("lens", "pool"))  # other packages' strategies
-
-
 def measured(fusion: FusionWeights) -> Measured:
     """What the strategy measures, whatever options it has."""
-    return _MEASURED.get(_name(fusion), _OF_OTHERS)
+    return measured_by(_name(fusion))
 
 
 def scale(fusions: Sequence[FusionWeights]) -> tuple[float, float]:

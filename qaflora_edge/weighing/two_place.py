@@ -16,7 +16,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
-from qaflora_edge.weighing.strategy import Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Sequences, Strategy
 
 RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
 
@@ -41,6 +41,7 @@ class TwoPlace(Strategy):
     help = "one adapter by where the answer begins, one by the question's words; or the base"
     options = _OPTIONS
     reads_question = True
+    measured = ADDED
     needs_typical = True
 
     def check(self, argument: Any, query: Query) -> None:
