@@ -150,11 +150,16 @@ class Flow:
             n = len(prompt) + len(answer)
             ids[i, :n] = torch.tensor([*prompt, *answer])
             mask[i, :n] = 1
+        first = min(len(prompt) for prompt, _ in rows) - 1  # what precedes it answers nothing
         found = self.model(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            use_cache=False,
+            logits_to_keep=torch.arange(first, longest, device=self.device),
         ).logits
         for i, (prompt, answer) in enumerate(rows):
-            yield found[i, len(prompt) - 1 : len(prompt) + len(answer) - 1]
+            at = len(prompt) - 1 - first
+            yield found[i, at : at + len(answer)]
 
     def mean_loss(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> torch.Tensor:
         """The mean over rows of nats a token of the answer."""
@@ -242,7 +247,8 @@ def generated(
 ) -> tuple[str, int, str, Any]:
     """Text, tokens, reason of the end and the prompt's mean weights of a greedy answer."""
     tokens: list[int] = []
-    out = flow.model(input_ids=torch.tensor([list(prompt)], device=flow.device), use_cache=True)
+    ids = torch.tensor([list(prompt)], device=flow.device)
+    out = flow.model(input_ids=ids, use_cache=True, logits_to_keep=1)
     means, reason = flow.mean_weights(len(prompt)), "length"
     while len(tokens) < n_most:
         token = int(out.logits[0, -1].argmax())

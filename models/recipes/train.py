@@ -149,7 +149,7 @@ def begun_with(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config(args: argparse.Namespace) -> TrainingArguments:
-    """Cosine decay after ten steps."""
+    """Cosine decay after ten steps, or a quarter of fewer than forty."""
     return TrainingArguments(
         output_dir=str(args.out / "checkpoints"),
         per_device_train_batch_size=args.batch,
@@ -157,7 +157,7 @@ def config(args: argparse.Namespace) -> TrainingArguments:
         train_sampling_strategy="group_by_length",
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=10,
+        warmup_steps=min(10, args.steps // 4),
         max_steps=args.steps,
         max_grad_norm=1.0,
         bf16=quickest() is torch.bfloat16,
