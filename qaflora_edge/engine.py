@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
+from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.engine_measures import EngineMeasures
@@ -103,7 +104,8 @@ class Engine(EngineMeasures):
         with self._call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)
-            probe = self._core.probe(cancellation, on_progress)
+            read: list[KvState | None] = []  # by the base alone, while it was measured
+            probe = self._core.probe(cancellation, on_progress, read.append)
             sampler = self._core.sampler(sampling)  # a bad grammar is refused before the work
             fusion = self._using(adapters).weigh(weights, tokens, probe)
             if on_weights is not None:
@@ -116,7 +118,9 @@ class Engine(EngineMeasures):
                 goes_on_from=self._goes_on_from(keep_history),
                 cancellation=cancellation,
             )
-            answer = self._core.begin(request, sampler, fusion)
+            is_of_base = read and request.goes_on_from is None and not fusion.weights.any()
+            held = read[-1] if is_of_base else None
+            answer = self._core.begin(request, sampler, fusion, held)
             answer._engine = self
             if wait:
                 self._core.wait_for_prompt(answer, on_progress)

@@ -122,7 +122,7 @@ def test_new_weights_build_no_graph(shown: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_first_token_is_probe_and_prefill(shown: dict[str, Any]) -> None:
-    methods = ["plain", "qa-flora", "cosine", "norm", "two-place", "tail"]
+    methods = ["plain", "qa-flora", "cosine", "norm", "two-place", "base alone", "tail"]
     assert [row["method"] for row in rows(shown, "ttft", prompt_tokens=20)] == methods
     for row in shown["ttft"]:
         assert row["k"] == (0 if row["method"] == "plain" else 3)

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from bundles import TinyBundle, bundle_json, make_bundle, snapshot
 from decoded import count_decoded
+from threadpoolctl import threadpool_info
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
@@ -20,7 +21,12 @@ from qaflora_edge.bundles.edit import add_adapter, calibrate, remove_adapter, se
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BundleError, QafloraError, StrategyError
-from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+from qaflora_edge.weighing.adapter_inputs import (
+    AttentionInputs,
+    AttentionSizes,
+    QueryProjections,
+    on_one_thread,
+)
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 from qaflora_edge.weighing.typical import KEYS, measure_typical
 
@@ -460,3 +466,16 @@ def test_what_precedes_the_question_is_read_once(
         np.testing.assert_array_equal(added(engine, turns), fresh)
         assert sum(counts) < len(engine.chat_tokens(turns)) / 2
         np.testing.assert_array_equal(added(engine, [story]), first)
+
+
+def test_what_adapters_do_is_summed_up_on_one_thread() -> None:
+    """BLAS's other threads would keep their cores from what is decoded next."""
+
+    def n_threads() -> list[int]:
+        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+    before = n_threads()
+    assert on_one_thread(n_threads)() == [1] * len(before)
+    assert n_threads() == before
+    for function in (AttentionSizes.sums, AttentionInputs.sums, QueryProjections.norms):
+        assert function.__wrapped__  # type: ignore[attr-defined]

@@ -5,7 +5,6 @@ Nothing here knows what a strategy or a bundle is.
 
 import ctypes
 import hashlib
-import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,7 +13,9 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend import native
 from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_common, n_ubatch, pieces_of
-from qaflora_edge.backend.library import Handle, forget_said, has_said, said
+from qaflora_edge.backend.context_params import FLASH_ATTN_OFF, context_params
+from qaflora_edge.backend.kv_beginning import U8, MemoryKindError, for_rooms
+from qaflora_edge.backend.library import Handle, has_said, said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import KV_TYPES
@@ -22,59 +23,6 @@ from qaflora_edge.errors import BackendError, CancelledError, OptionError
 
 MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
-_FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
-_MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
-
-
-def context_params(
-    model: Model,
-    *,
-    n_token: int,
-    n_seq: int = 1,
-    threads: int | None = None,
-    kv_type: str = "f16",
-    flash_attn: bool | None = None,
-    is_unified: bool = False,
-    is_probe: bool = False,
-) -> Any:
-    """llama_context_params, and the reasons of earlier failures forgotten.
-
-    n_token     that all sequences together can hold, and that one batch can have
-    flash_attn  None: by the rule of _flash_attn_type()
-    """
-    forget_said()
-    params = model._lib.llama_context_default_params()
-    params.n_ctx = params.n_batch = n_token
-    params.n_ubatch = min(params.n_ubatch, n_token)
-    params.n_seq_max = params.n_outputs_max = n_seq
-    params.n_threads = params.n_threads_batch = threads or default_threads()
-    params.type_k = params.type_v = KV_TYPES[kv_type]
-    params.flash_attn_type = _flash_attn_type(
-        model, flash_attn, kv_type, n_token if is_unified else n_token // n_seq, is_probe
-    )
-    params.kv_unified = is_unified
-    params.no_perf = False
-    return params
-
-
-def _flash_attn_type(
-    model: Model, flash_attn: bool | None, kv_type: str, n_ctx: int, is_probe: bool
-) -> int:
-    """llama.h llama_flash_attn_type.
-
-    On the CPU flash attention computes tiles of many rows, which is what reading a prompt takes,
-    and is slow for the single rows of decoding, the more tokens are held the slower. Without it the
-    scores of a piece of a prompt are held at once, and values cannot be quantised. What is scored
-    is computed as answers are.
-    """
-    if flash_attn is not None:
-        return _FLASH_ATTN_ON if flash_attn else _FLASH_ATTN_OFF
-    if not model.is_on_cpu:
-        return _FLASH_ATTN_AUTO  # llama.cpp looks at what the device can
-    scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
-    is_slow = not is_probe and kv_type in ("f16", "f32")
-    is_off = is_slow and scores_bytes <= _MAX_SCORES_BYTES
-    return _FLASH_ATTN_OFF if is_off else _FLASH_ATTN_ON
 
 
 class Context(Handle):
@@ -144,6 +92,7 @@ class Context(Handle):
         self.n_seq, self.n_ctx = n_seq, n_ctx
         self._n_batch, self._n_output = int(params.n_batch), int(params.n_outputs_max)
         self._is_unified = bool(params.kv_unified)
+        self._is_by_element = params.flash_attn_type == FLASH_ATTN_OFF
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
         self._spoilt: set[int] = set()
         self._weights = [b""] * n_seq  # a hash of those that were set
@@ -266,6 +215,33 @@ class Context(Handle):
         for seq in targets:
             self.copy(0, seq)
 
+    def take(self, data: U8, tokens: Sequence[int], n: int, seq: int) -> int:
+        """Let a sequence hold the first n of the tokens that one of another context held.
+
+        data     as llama_state_seq_get_data gives it, of the same model and kv_type
+        returns  n, or 0 where the memory cannot forget its end, or is of a kind that is not known
+
+        Raises BackendError, and the sequence holds nothing.
+        """
+        self.clear(seq)
+        try:
+            n_room = 1 if self._is_unified else self.n_seq
+            data = for_rooms(data, n_room, by_element=self._is_by_element)
+        except MemoryKindError:
+            return 0
+        self._load(seq, data, tokens)
+        return self.keep(n, seq)
+
+    def _load(self, seq: int, data: U8, tokens: Sequence[int]) -> None:
+        n = self._lib.llama_state_seq_set_data(self._pointer, as_bytes(data), data.size, seq)
+        if n != data.size:
+            self.clear(seq)
+            raise BackendError(
+                f"A KV state cannot be taken over: {n} of {data.size} bytes of sequence {seq} "
+                f"went in: {said()}."
+            )
+        self._tokens[seq] = list(tokens)
+
     # decoding
 
     def set_weights(self, weights: F32, *, seq: int = 0) -> None:
@@ -373,11 +349,9 @@ def cancelled() -> CancelledError:
     )
 
 
-def default_threads() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+def as_bytes(array: U8) -> Any:
+    """A pointer to bytes, for a call during which the array lives."""
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def floats(array: F32) -> Any:

@@ -22,6 +22,8 @@ class MemoryKindError(BackendError):
 # llama.cpp 0c1e5709: llama_context::state_seq_get_data, then llama_kv_cache::state_write once, or
 # twice where some layers have a window (llama_kv_cache_iswa).
 _N_OPENING = 8  # bytes: a magic number, the sequence
+_N_HEAD = 12  # bytes: a layer's type, and how large its rows or elements are
+_N_BYTE = {0: 4, 1: 2}  # of an element, by ggml_type: F32, F16
 _CELL = np.dtype([("position", "<i4"), ("n_seq", "<u4"), ("seq", "<i4")])
 
 
@@ -29,11 +31,16 @@ _CELL = np.dtype([("position", "<i4"), ("n_seq", "<u4"), ("seq", "<i4")])
 class _Cache:
     """One cache: where each token's position and numbers are.
 
+    span       where all of it is
     positions  int32 [n_cell]
-    blocks     (offset, n_outer, n_byte) of arrays uint8 [n_outer, n_cell, n_byte]
+    flag_at    offset of the number that says whether values are kept by element
+    blocks     (offset, n_outer, n_byte) of arrays uint8 [n_outer, n_cell, n_byte]: each layer's
+               keys, then each layer's values
     """
 
+    span: slice
     positions: NDArray[np.int32]
+    flag_at: int
     blocks: tuple[tuple[int, int, int], ...]
 
 
@@ -81,6 +88,39 @@ def with_beginning(state: U8, beginning: U8, n: int) -> U8:
     return found
 
 
+def for_rooms(state: U8, n_room: int, *, by_element: bool) -> U8:
+    """What a sequence of a context with one room holds, for a context with several.
+
+    by_element  without flash attention values are kept by element, not by token
+
+    Raises MemoryKindError.
+    """
+    parts = [state[:_N_OPENING]]
+    for caches in _memories(state):
+        parts.append(np.frombuffer(struct.pack("<I", n_room), np.uint8))
+        parts += [
+            _by_element(state, cache) if by_element else state[cache.span] for cache in caches
+        ]
+        parts.append(np.zeros(4 * (n_room - len(caches)), np.uint8))  # nothing in the others
+    return np.concatenate(parts)
+
+
+def _by_element(state: U8, cache: _Cache) -> U8:
+    start, n_cell = cache.span.start, cache.positions.size
+    found = state[cache.span].copy()
+    struct.pack_into("<I", found.data, cache.flag_at - start, 1)
+    for offset, n_outer, n_byte in cache.blocks[len(cache.blocks) // 2 :]:
+        (kind,) = struct.unpack_from("<i", state.data, offset - _N_HEAD)
+        if n_outer != 1 or kind not in _N_BYTE:
+            raise _unknown(f"values of type {kind}")
+        size = _N_BYTE[kind]
+        struct.pack_into("<II", found.data, offset - start - _N_HEAD + 4, size, n_byte // size)
+        rows = state[offset : offset + n_cell * n_byte].view(f"V{size}").reshape(n_cell, -1)
+        turned = np.ascontiguousarray(rows.T).view(np.uint8).ravel()
+        found[offset - start : offset - start + turned.size] = turned
+    return found
+
+
 def _view(state: U8, cache: _Cache, block: tuple[int, int, int]) -> U8:
     offset, n_outer, n_byte = block
     n_cell = cache.positions.size
@@ -88,25 +128,35 @@ def _view(state: U8, cache: _Cache, block: tuple[int, int, int]) -> U8:
 
 
 def _caches(state: U8) -> list[_Cache]:
-    """The caches of a sequence's state that hold something, checked to its last byte."""
+    return [cache for caches in _memories(state) for cache in caches]
+
+
+def _memories(state: U8) -> list[list[_Cache]]:
+    """The rooms of a sequence's state that hold something, checked to its last byte.
+
+    returns  those of each memory: some models have two
+    """
     reader = _Reader(state.data, _N_OPENING)
-    caches = []
+    memories = []
     try:
         while reader.at < state.size:
-            (n_stream,) = reader.take("<I")
-            for _ in range(n_stream):
-                (n_cell,) = reader.take("<I")
-                if n_cell:
-                    caches.append(_cache(reader, state, n_cell))
+            (n_room,) = reader.take("<I")
+            found = (_cache(reader, state) for _ in range(n_room))
+            memories.append([cache for cache in found if cache.positions.size])
     except (struct.error, ValueError) as error:
         raise _unknown(str(error)) from None
-    return caches
+    return memories
 
 
-def _cache(reader: _Reader, state: U8, n_cell: int) -> _Cache:
+def _cache(reader: _Reader, state: U8) -> _Cache:
+    start = reader.at
+    (n_cell,) = reader.take("<I")
+    if not n_cell:
+        return _Cache(slice(start, reader.at), np.zeros(0, np.int32), 0, ())
     cells = np.frombuffer(state, _CELL, n_cell, reader.skip(n_cell * _CELL.itemsize))
     if (cells["n_seq"] != 1).any():
         raise ValueError("cells of another kind")
+    flag_at = reader.at
     is_transposed, n_layer = reader.take("<II")
     blocks = []
     for _ in range(n_layer):
@@ -118,7 +168,7 @@ def _cache(reader: _Reader, state: U8, n_cell: int) -> _Cache:
         else:
             (_, n_byte), n_outer = reader.take("<iQ"), 1
         blocks.append((reader.skip(n_outer * n_cell * n_byte), n_outer, n_byte))
-    return _Cache(cells["position"], tuple(blocks))
+    return _Cache(slice(start, reader.at), cells["position"], flag_at, tuple(blocks))
 
 
 def _unknown(found: str) -> MemoryKindError:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend import native
-from qaflora_edge.backend.context import Context, floats
+from qaflora_edge.backend.context import Context, as_bytes, floats
 from qaflora_edge.backend.kv_beginning import with_beginning
-from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 
@@ -75,7 +74,7 @@ class ProbeContext(Context):
     def _sequence(self, seq: int) -> NDArray[np.uint8]:
         n_byte = int(self._lib.llama_state_seq_get_size(self._pointer, seq))
         data = _mapped(n_byte)
-        n = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), data.size, seq)
+        n = self._lib.llama_state_seq_get_data(self._pointer, as_bytes(data), data.size, seq)
         if n != data.size:
             raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
         return data
@@ -103,8 +102,12 @@ class ProbeContext(Context):
                     f"A KV state cannot be taken over: sequence {seq} was read under other weights "
                     "than it has here."
                 )
-        for seq, data in enumerate(state.sequences):
-            self._load(seq, data, state.tokens)
+        try:
+            for seq, data in enumerate(state.sequences):
+                self._load(seq, data, state.tokens)
+        except BackendError:
+            self.clear()
+            raise
 
     def share_behind(self, beginning: KvState) -> None:
         """Let the other sequences hold what the first does, but each its own beginning.
@@ -120,16 +123,6 @@ class ProbeContext(Context):
         except BackendError:
             self.clear()
             raise
-
-    def _load(self, seq: int, data: NDArray[np.uint8], tokens: list[int]) -> None:
-        n = self._lib.llama_state_seq_set_data(self._pointer, _bytes(data), data.size, seq)
-        if n != data.size:
-            self.clear()
-            raise BackendError(
-                f"A KV state cannot be taken over: {n} of {data.size} bytes of sequence {seq} "
-                f"went in: {said()}."
-            )
-        self._tokens[seq] = list(tokens)
 
     def capture_begin(self, pool: str = "last") -> None:
         """Forget captured states; keep the "last" output row, or the "mean" of all rows."""
@@ -206,7 +199,3 @@ def _mapped(n_byte: int) -> NDArray[np.uint8]:
         return np.frombuffer(mmap.mmap(-1, n_byte), np.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     return np.frombuffer(mmap.mmap(-1, n_byte, flags), np.uint8)
-
-
-def _bytes(array: NDArray[np.uint8]) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

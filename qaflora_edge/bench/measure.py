@@ -14,13 +14,16 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
+from qaflora_edge.config import default
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.adapter_inputs import KINDS, QueryProjections
 from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import run_alone
 from qaflora_edge.weighing.typical import EXTENTS
@@ -264,6 +267,8 @@ def _methods(rig: Rig, plan: Plan) -> dict[str, tuple[str, Prober]]:
     infos = map(read_adapter_gguf, rig.paths(plan.probe_k))
     if all({*KINDS} & {*info.targets} for info in infos):
         methods["two-place"] = ("two-place:abstain=never", rig.prober(plan.probe_k))
+        alone = rig.prober(plan.probe_k, prefixes=Prefixes(default("prefix_cache") << 20))
+        methods["base alone"] = ("two-place:answer=0,question=0", alone)
     if plan.pool == "last":
         methods["tail"] = ("qa-flora", rig.prober(plan.probe_k, tail=plan.probe_tail))
     return methods
@@ -286,9 +291,15 @@ def _weigher(rig: Rig, plan: Plan) -> Weigher:
     return Weigher(names, rig.model.n_layer, known, find_question=lambda tokens: (0, len(tokens)))
 
 
-def _weigh(weigher: Weigher, strategy: str, tokens: Sequence[int], prober: Prober) -> FusionWeights:
-    rows = range(len(weigher.adapters))
-    return weigher.weigh(strategy, tokens, lambda q: QueryProbe(prober, q, rows, run_alone))
+def _weigh(
+    weigher: Weigher, strategy: str, tokens: Sequence[int], prober: Prober
+) -> tuple[FusionWeights, KvState | None]:
+    """Weights, and what the base has read of the prompt, where it answers alone."""
+    rows, held = range(len(weigher.adapters)), list[KvState | None]()
+    fusion = weigher.weigh(
+        strategy, tokens, lambda q: QueryProbe(prober, q, rows, run_alone, held.append)
+    )
+    return fusion, held[-1] if held and not fusion.weights.any() else None
 
 
 def _plain(context: Context, tokens: Sequence[int]) -> Run:
@@ -304,11 +315,15 @@ def _weighed(
     context: Context, weigher: Weigher, strategy: str, prober: Prober, tokens: Sequence[int]
 ) -> tuple[Run, F32]:
     start = time.perf_counter()
-    fusion = _weigh(weigher, strategy, tokens, prober)
+    fusion, held = _weigh(weigher, strategy, tokens, prober)
     probed = time.perf_counter()
     context.clear()
     context.set_weights(fusion.weights)
-    read_prompt(context, tokens)
+    n = len(tokens) - 1
+    if held is not None and context.take(held.sequences[0], held.tokens, n, 0):
+        context.decode(tokens[n:], start=n)
+    else:
+        read_prompt(context, tokens)
     context.logits()
     end = time.perf_counter()
     run = {
@@ -369,7 +384,7 @@ def measure_turn(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row
         _weigh(weigher, "qa-flora", tokens[:n_history], going_on)
         fusions = {}
         for name, prober in in_turn([("turn", going_on), ("fresh", fresh)], turn):
-            fusions[name] = _weigh(weigher, "qa-flora", tokens, prober)
+            fusions[name], _ = _weigh(weigher, "qa-flora", tokens, prober)
         if turn:
             runs.append(
                 {f"{name}_ms": fusion.probe_ms for name, fusion in sorted(fusions.items())}

@@ -11,13 +11,15 @@ from typing import Any, Self
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.context import Context, context_params
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.context_params import context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
 from qaflora_edge.weighing.ends import Tail
+from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober
 
 _N_DRAW = 1000  # tries to find a prompt that shares no beginning with those drawn before
@@ -172,9 +174,9 @@ class Rig:
             **options,
         )
 
-    def prober(self, k: int, *, tail: Tail = 0) -> Prober:
+    def prober(self, k: int, *, tail: Tail = 0, prefixes: Prefixes | None = None) -> Prober:
         """A new Prober of k adapters, which knows nothing of what others read."""
-        prober = Prober(self.model, self._pack(k), self._options, tail=tail)
+        prober = Prober(self.model, self._pack(k), self._options, tail=tail, prefixes=prefixes)
         self._open.callback(prober.close)
         return prober
 

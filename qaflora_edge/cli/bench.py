@@ -147,7 +147,8 @@ def bench(
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
     prefill, for the strategies qa-flora, cosine, norm and two-place (which never abstains here),
-    and for qa-flora with --fast or --probe-tail. probe: exact weights alone, and reading under
+    for two-place where it leaves the answer to the base alone, and for qa-flora with --fast or
+    --probe-tail. probe: exact weights alone, and reading under
     them, as multiples of the base's prefill, for each of --k and --probe-tokens. turn: the probe of
     a chat's second turn. system: the time to the first token of a question behind a system prompt
     that was probed before. light: decoding with the most of --k under exact weights, as it is and
@@ -266,7 +267,7 @@ def _measured(
 
 def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
-    from qaflora_edge.backend.context import default_threads
+    from qaflora_edge.backend.context_params import default_threads
     from qaflora_edge.backend.model import PLACING
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
 

@@ -15,6 +15,7 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
+from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import QafloraError, WorkerError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
@@ -125,26 +126,34 @@ class Core:
         return [self.adapters.index(name) for name in names]
 
     def probe(
-        self, cancellation: Cancellation, tell: Tell | None = None
+        self,
+        cancellation: Cancellation,
+        tell: Tell | None = None,
+        held: Callable[[KvState | None], None] | None = None,
     ) -> Callable[[Query], QueryProbe]:
-        """What measures a query for a strategy, others' work in between."""
-        return partial(self._query_probe, self.prober, cancellation, tell)
+        """What measures a query for a strategy, others' work in between; held as there."""
+        return partial(self._query_probe, self.prober, cancellation, tell, held)
 
     @contextmanager
     def ends_probe(self, cancellation: Cancellation) -> Iterator[Callable[[Query], QueryProbe]]:
         """The same of a query's ends, whatever the Engine's own options are."""
         with closing(self._new_prober(tail=TYPICAL_TAIL)) as prober:
-            yield partial(self._query_probe, prober, cancellation, None)
+            yield partial(self._query_probe, prober, cancellation, None, None)
 
     def _query_probe(
-        self, prober: Prober, cancellation: Cancellation, tell: Tell | None, query: Query
+        self,
+        prober: Prober,
+        cancellation: Cancellation,
+        tell: Tell | None,
+        held: Callable[[KvState | None], None] | None,
+        query: Query,
     ) -> QueryProbe:
         def run(steps: Steps[T], /) -> T:
             told = steps if tell is None else self._telling(steps, tell, len(query.tokens))
             result: T = self._loop.run("probe", told, cancellation)
             return result
 
-        return QueryProbe(prober, query, self.rows(query.adapters), run)
+        return QueryProbe(prober, query, self.rows(query.adapters), run, held)
 
     def _telling(self, steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
         """The same steps, whose progress is told."""
@@ -201,11 +210,18 @@ class Core:
         """What chooses an answer's tokens. Raises GrammarError as it does."""
         return Sampler(self.model, sampling)
 
-    def begin(self, request: Request, sampler: Sampler, fusion: FusionWeights) -> Generation:
-        """Put a request into the queue."""
+    def begin(
+        self,
+        request: Request,
+        sampler: Sampler,
+        fusion: FusionWeights,
+        held: KvState | None = None,
+    ) -> Generation:
+        """Put a request into the queue; held as Sequence has it."""
         n_room = self.n_ctx - len(request.tokens) + 1
         most = request.sampling.max_tokens
-        sequence = RunningSequence(request, sampler, n_room if most is None else min(n_room, most))
+        n_max = n_room if most is None else min(n_room, most)
+        sequence = RunningSequence(request, sampler, n_max, held)
         self.last_answer = sequence.number
         self._loop.add(sequence)
         return self._generation(sequence, fusion)

@@ -9,16 +9,20 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
+from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.logprobs import token_logprob
 from qaflora_edge.inference.scheduler import Slot, Step
+
+_N_WORTH = 16  # tokens: fewer are read as quickly as they are taken over
 
 
 class AnswerContext(Protocol):
     """What the runner needs of backend.context.Context."""
 
     def keep(self, n_token: int, seq: int) -> int: ...
+    def take(self, data: Any, tokens: Sequence[int], n: int, seq: int) -> int: ...
     def clear(self, seq: int | None = None) -> None: ...
     def clean(self, seq: int, doubtful: Collection[int] = ()) -> None: ...
     def move(self, source: int, target: int) -> None: ...
@@ -70,7 +74,8 @@ class Runner:
         if step.decode:
             self._decode(step.decode, slots)
         for sequence, n in step.prefill:
-            self._prefill(sequence, slots[_slot(sequence)], n)
+            if not sequence.is_done:  # it failed as it was admitted
+                self._prefill(sequence, slots[_slot(sequence)], n)
         while self._spoilt:
             slot = slots[self._spoilt.pop()]
             self._clean(slot.number)
@@ -99,11 +104,31 @@ class Runner:
         if sequence.n_past < n_reused:  # the memory could not forget what came after it
             slot.hold(sequence, 0)
         self._context.set_weights(sequence.request.weights, seq=slot.number)
+        if sequence.held is not None:
+            self._take(sequence, slot, sequence.held)
+            sequence.held = None
+
+    def _take(self, sequence: sequences.Sequence, slot: Slot, held: KvState) -> None:
+        """Have all but the last token of a prompt as the base has read it to weigh it.
+
+        It read under flash attention, and is not what a prompt is read to bit for bit.
+        """
+        n = sequence.n_prompt - 1
+        if n < sequence.n_past + _N_WORTH:
+            return
+        try:
+            sequence.n_past = self._context.take(held.sequences[0], held.tokens, n, slot.number)
+        except BackendError as error:
+            sequence.n_past = 0
+            sequence.fail(error)
+        slot.hold(sequence, sequence.n_past)
+        if sequence.n_past:
+            slot.n_exact = 0
 
     def _prefill(self, sequence: sequences.Sequence, slot: Slot, n: int) -> None:
         start = sequence.n_past
         tokens = sequence.request.tokens[start : start + n]
-        is_last = start + n == sequence.n_prompt
+        is_last = start + len(tokens) == sequence.n_prompt
         self._computing([sequence])
         self._unread.add(slot.number)
         try:
