@@ -76,7 +76,7 @@ class Engine(EngineMeasures):
         grammar       GBNF text that the answer follows, with the start `root`
         json_schema   the answer is JSON that is valid under this schema; True: any JSON
         keep_history  what the prompt shares with an earlier prompt and answer is not read again,
-                      but stays as it was read under its turn's weights (as it always does where
+                      but stays as it was read under its turn's weights (as it does where
                       these are the same and the prompt begins with the earlier one): the Generation
                       that it goes on from, or True for the last one, with n_parallel=1
         on_weights    called with the weights once they are known, before the prompt is read
@@ -120,6 +120,7 @@ class Engine(EngineMeasures):
             )
             is_of_base = read and request.goes_on_from is None and not fusion.weights.any()
             held = read[-1] if is_of_base else None
+            read.clear()  # it is large
             answer = self._core.begin(request, sampler, fusion, held)
             answer._engine = self
             if wait:

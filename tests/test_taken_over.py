@@ -43,7 +43,7 @@ def answered(engine: Engine, tokens: list[int], weights: Any, **options: Any) ->
 @pytest.mark.parametrize("flash_attn", [None, True, False])
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
 def test_answer_is_that_of_the_base(
-    made: TinyBundle, kv_type: str, flash_attn: bool | None, n_parallel: int
+    made: TinyBundle, counts: list[int], kv_type: str, flash_attn: bool | None, n_parallel: int
 ) -> None:
     """Flash attention rounds queries to f16, so that a token read alone comes out a little else."""
     options: Any = {"kv_type": kv_type, "flash_attn": flash_attn, "n_parallel": n_parallel}
@@ -51,7 +51,9 @@ def test_answer_is_that_of_the_base(
         tokens = asked(engine)
         expected = answered(engine, tokens, "base")
         engine.generate("something else", max_tokens=1)
+        counts.clear()
         found = answered(engine, tokens, BASE_ALONE)
+        assert counts[:2] == [len(tokens), 1]
     assert [token for token, _ in found] == [token for token, _ in expected]
     ours, theirs = ([each for _, each in logprobs] for logprobs in (found, expected))
     np.testing.assert_allclose(ours, theirs, atol=3e-3)
@@ -139,30 +141,67 @@ def test_sliding_window_that_has_moved_on(tmp_path: Path, counts: list[int]) -> 
     np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], atol=1e-3)
 
 
-def test_failure_ends_the_answer_alone(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(made.folder, threads=1) as engine:
-        tokens = asked(engine)
+@pytest.mark.parametrize("n_parallel", [1, 3])
+def test_an_answer_depends_on_its_prompt_alone(made: TinyBundle, n_parallel: int) -> None:
+    """Whatever the slot holds, of this prompt or of another."""
+    with Engine(made.folder, threads=1, n_parallel=n_parallel) as engine:
+        tokens = asked(engine, QUESTION * 3)
         expected = answered(engine, tokens, BASE_ALONE)
-        with monkeypatch.context() as patched:
-            patched.setattr(
-                "qaflora_edge.backend.context.for_rooms", lambda data, *_, **__: data[:-4].copy()
-            )
-            with pytest.raises(Exception, match="A KV state cannot be taken over: 0 of"):
-                engine.generate(tokens, weights=BASE_ALONE)
-        assert answered(engine, tokens, BASE_ALONE) == expected
+        for before, weights in ((tokens[:-5], "base"), (tokens, "base"), (tokens, BASE_ALONE)):
+            engine.generate(before, weights=weights, max_tokens=0)
+            assert answered(engine, tokens, BASE_ALONE) == expected
 
 
-def test_memory_of_another_kind_is_read_as_usual(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, counts: list[int]
+@pytest.mark.parametrize("error", [MemoryKindError("no"), MemoryError()])
+def test_what_cannot_be_taken_is_read_as_usual(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, counts: list[int], error: Exception
 ) -> None:
+    """And what the slot holds is used as usual."""
+
     def refuse(*_: Any, **__: Any) -> Any:
-        raise MemoryKindError("no")
+        raise error
 
     monkeypatch.setattr("qaflora_edge.backend.context.for_rooms", refuse)
     with Engine(made.folder, threads=1) as engine:
         tokens = asked(engine)
         engine.generate(tokens, weights=BASE_ALONE, max_tokens=0)
         assert counts == [len(tokens)] * 2
+        counts.clear()
+        more = [*tokens, *asked(engine, "and who has not?")]
+        engine.generate(more, weights=BASE_ALONE, max_tokens=0)
+        assert counts[-1] == len(more) - len(tokens)
+
+
+def test_a_state_that_is_damaged_is_not_taken(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is held then, and others' answers go on."""
+    with Engine(made.folder, threads=1, n_parallel=2) as engine:
+        tokens = asked(engine, QUESTION * 3)
+        expected = answered(engine, tokens, "base")
+        other = answered(engine, "the king", "static")
+        engine.generate(tokens[:-9], weights="base", max_tokens=0)
+        beside = engine.generate("the king", weights="static", max_tokens=6, logprobs=3)
+        next(beside)
+        monkeypatch.setattr(
+            "qaflora_edge.backend.context.for_rooms", lambda data, *_, **__: data[:-4].copy()
+        )
+        found = answered(engine, tokens, BASE_ALONE)
+        list(beside)
+    assert [token for token, _ in found] == [token for token, _ in expected]
+    np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], atol=1e-3)
+    assert [each.token for each in beside.logprobs] == [token for token, _ in other]
+
+
+def test_several_answers_share_what_was_taken(made: TinyBundle, counts: list[int]) -> None:
+    with Engine(made.folder, threads=1, n_parallel=2) as engine:
+        tokens = asked(engine, QUESTION * 3)
+        options: Any = {"weights": BASE_ALONE, "temperature": 1.0, "max_tokens": 4}
+        answers = list(engine.answers(tokens, 2, seed=1, **options))
+        assert [count for count in counts if count > 2] == [len(tokens)]
+        texts = ["".join(answer) for answer in answers]
+        again = ["".join(answer) for answer in engine.answers(tokens, 2, seed=1, **options)]
+    assert texts == again
 
 
 def test_rooms_of_a_state(made: TinyBundle) -> None:
@@ -177,7 +216,7 @@ def test_rooms_of_a_state(made: TinyBundle) -> None:
         assert np.array_equal(for_rooms(data, 1, by_element=False), data)
         context = Context(core.model, core.pack, n_ctx=256, n_seq=3, threads=1, flash_attn=False)
         try:
-            assert context.take(data, held.tokens, len(tokens), 2) == len(tokens)
+            assert context.take(data, held.tokens, len(tokens), 2)
             assert context.tokens_of(2) == tokens
             back = np.empty(data.size + 8, np.uint8)  # two rooms more, which hold nothing
             get_data = context._lib.llama_state_seq_get_data

@@ -21,12 +21,7 @@ from qaflora_edge.bundles.edit import add_adapter, calibrate, remove_adapter, se
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BundleError, QafloraError, StrategyError
-from qaflora_edge.weighing.adapter_inputs import (
-    AttentionInputs,
-    AttentionSizes,
-    QueryProjections,
-    on_one_thread,
-)
+from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 from qaflora_edge.weighing.typical import KEYS, measure_typical
 
@@ -468,14 +463,24 @@ def test_what_precedes_the_question_is_read_once(
         np.testing.assert_array_equal(added(engine, [story]), first)
 
 
-def test_what_adapters_do_is_summed_up_on_one_thread() -> None:
-    """BLAS's other threads would keep their cores from what is decoded next."""
+def test_what_adapters_do_is_summed_up_without_threads_of_blas(
+    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would keep their cores from what is decoded next."""
 
     def n_threads() -> list[int]:
         return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
 
-    before = n_threads()
-    assert on_one_thread(n_threads)() == [1] * len(before)
+    before, inside = n_threads(), []
+    assert before
+    of_adapter = AttentionSizes.sums
+
+    def sums(self: AttentionSizes, inputs: Any) -> Any:
+        inside.append(n_threads())
+        return of_adapter(self, inputs)
+
+    monkeypatch.setattr(AttentionSizes, "sums", sums)
+    with Engine(made.folder, threads=2) as engine:
+        engine.weights("how many?", strategy="two-place")
+    assert inside == [[1] * len(before)] * 4  # two adapters in two places
     assert n_threads() == before
-    for function in (AttentionSizes.sums, AttentionInputs.sums, QueryProjections.norms):
-        assert function.__wrapped__  # type: ignore[attr-defined]

@@ -215,22 +215,25 @@ class Context(Handle):
         for seq in targets:
             self.copy(0, seq)
 
-    def take(self, data: U8, tokens: Sequence[int], n: int, seq: int) -> int:
+    def take(self, data: U8, tokens: Sequence[int], n: int, seq: int) -> bool:
         """Let a sequence hold the first n of the tokens that one of another context held.
 
         data     as llama_state_seq_get_data gives it, of the same model and kv_type
-        returns  n, or 0 where the memory cannot forget its end, or is of a kind that is not known
-
-        Raises BackendError, and the sequence holds nothing.
+        returns  whether it does. Where it cannot, for the memory is of a kind that is not known, or
+                 there is none for a copy, the sequence holds what it did; where the memory cannot
+                 forget its end, or take the state in, it holds nothing
         """
-        self.clear(seq)
         try:
             n_room = 1 if self._is_unified else self.n_seq
             data = for_rooms(data, n_room, by_element=self._is_by_element)
-        except MemoryKindError:
-            return 0
-        self._load(seq, data, tokens)
-        return self.keep(n, seq)
+        except (MemoryKindError, MemoryError):
+            return False
+        self.clear(seq)
+        try:
+            self._load(seq, data, tokens)
+        except BackendError:
+            return False
+        return self.keep(n, seq) == n
 
     def _load(self, seq: int, data: U8, tokens: Sequence[int]) -> None:
         n = self._lib.llama_state_seq_set_data(self._pointer, as_bytes(data), data.size, seq)

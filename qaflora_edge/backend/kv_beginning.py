@@ -107,11 +107,14 @@ def for_rooms(state: U8, n_room: int, *, by_element: bool) -> U8:
 
 def _by_element(state: U8, cache: _Cache) -> U8:
     start, n_cell = cache.span.start, cache.positions.size
+    (is_by_element,) = struct.unpack_from("<I", state.data, cache.flag_at)
+    if is_by_element:
+        return state[cache.span]
     found = state[cache.span].copy()
     struct.pack_into("<I", found.data, cache.flag_at - start, 1)
-    for offset, n_outer, n_byte in cache.blocks[len(cache.blocks) // 2 :]:
+    for offset, _, n_byte in cache.blocks[len(cache.blocks) // 2 :]:
         (kind,) = struct.unpack_from("<i", state.data, offset - _N_HEAD)
-        if n_outer != 1 or kind not in _N_BYTE:
+        if kind not in _N_BYTE:
             raise _unknown(f"values of type {kind}")
         size = _N_BYTE[kind]
         struct.pack_into("<II", found.data, offset - start - _N_HEAD + 4, size, n_byte // size)

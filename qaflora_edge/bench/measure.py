@@ -16,14 +16,12 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
-from qaflora_edge.config import default
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.adapter_inputs import KINDS, QueryProjections
 from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import run_alone
 from qaflora_edge.weighing.typical import EXTENTS
@@ -266,9 +264,8 @@ def _methods(rig: Rig, plan: Plan) -> dict[str, tuple[str, Prober]]:
         methods["norm"] = ("norm", rig.prober(plan.probe_k))
     infos = map(read_adapter_gguf, rig.paths(plan.probe_k))
     if all({*KINDS} & {*info.targets} for info in infos):
-        methods["two-place"] = ("two-place:abstain=never", rig.prober(plan.probe_k))
-        alone = rig.prober(plan.probe_k, prefixes=Prefixes(default("prefix_cache") << 20))
-        methods["base alone"] = ("two-place:answer=0,question=0", alone)
+        for name, more in (("two-place", "abstain=never"), ("base alone", "answer=0,question=0")):
+            methods[name] = (f"two-place:{more}", rig.prober(plan.probe_k, prefix_cache=128))
     if plan.pool == "last":
         methods["tail"] = ("qa-flora", rig.prober(plan.probe_k, tail=plan.probe_tail))
     return methods

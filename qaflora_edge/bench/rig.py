@@ -174,8 +174,12 @@ class Rig:
             **options,
         )
 
-    def prober(self, k: int, *, tail: Tail = 0, prefixes: Prefixes | None = None) -> Prober:
-        """A new Prober of k adapters, which knows nothing of what others read."""
+    def prober(self, k: int, *, tail: Tail = 0, prefix_cache: int = 0) -> Prober:
+        """A new Prober of k adapters, which knows nothing of what others read.
+
+        prefix_cache  MiB for what it reads
+        """
+        prefixes = Prefixes(prefix_cache << 20)
         prober = Prober(self.model, self._pack(k), self._options, tail=tail, prefixes=prefixes)
         self._open.callback(prober.close)
         return prober

@@ -15,14 +15,14 @@ from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.logprobs import token_logprob
 from qaflora_edge.inference.scheduler import Slot, Step
 
-_N_WORTH = 16  # tokens: fewer are read as quickly as they are taken over
+_N_WORTH = 16  # tokens of a prompt: fewer are read as quickly as they are taken over
 
 
 class AnswerContext(Protocol):
     """What the runner needs of backend.context.Context."""
 
     def keep(self, n_token: int, seq: int) -> int: ...
-    def take(self, data: Any, tokens: Sequence[int], n: int, seq: int) -> int: ...
+    def take(self, data: Any, tokens: Sequence[int], n: int, seq: int) -> bool: ...
     def clear(self, seq: int | None = None) -> None: ...
     def clean(self, seq: int, doubtful: Collection[int] = ()) -> None: ...
     def move(self, source: int, target: int) -> None: ...
@@ -74,8 +74,7 @@ class Runner:
         if step.decode:
             self._decode(step.decode, slots)
         for sequence, n in step.prefill:
-            if not sequence.is_done:  # it failed as it was admitted
-                self._prefill(sequence, slots[_slot(sequence)], n)
+            self._prefill(sequence, slots[_slot(sequence)], n)
         while self._spoilt:
             slot = slots[self._spoilt.pop()]
             self._clean(slot.number)
@@ -102,7 +101,7 @@ class Runner:
             self._clean(slot.number)
         sequence.n_past = self._context.keep(n_reused, slot.number)
         if sequence.n_past < n_reused:  # the memory could not forget what came after it
-            slot.hold(sequence, 0)
+            slot.hold(sequence, 0, is_exact=False)  # cut for another beginning
         self._context.set_weights(sequence.request.weights, seq=slot.number)
         if sequence.held is not None:
             self._take(sequence, slot, sequence.held)
@@ -111,19 +110,19 @@ class Runner:
     def _take(self, sequence: sequences.Sequence, slot: Slot, held: KvState) -> None:
         """Have all but the last token of a prompt as the base has read it to weigh it.
 
-        It read under flash attention, and is not what a prompt is read to bit for bit.
+        It read under flash attention, and is not what a prompt is read to bit for bit: so it is
+        taken whatever the slot holds, and an answer depends on its prompt alone.
         """
         n = sequence.n_prompt - 1
-        if n < sequence.n_past + _N_WORTH:
+        if n < _N_WORTH:
             return
-        try:
-            sequence.n_past = self._context.take(held.sequences[0], held.tokens, n, slot.number)
-        except BackendError as error:
-            sequence.n_past = 0
-            sequence.fail(error)
-        slot.hold(sequence, sequence.n_past)
-        if sequence.n_past:
+        if self._context.take(held.sequences[0], held.tokens, n, slot.number):
+            slot.hold(sequence, n)
             slot.n_exact = 0
+            sequence.n_past = n
+        elif len(self._context.tokens_of(slot.number)) < sequence.n_past:
+            slot.hold(sequence, 0, is_exact=False)
+            sequence.n_past = 0
 
     def _prefill(self, sequence: sequences.Sequence, slot: Slot, n: int) -> None:
         start = sequence.n_past

@@ -56,10 +56,15 @@ class Slot:
         """
         request = sequence.request
         n_same = n_common(self.tokens, request.tokens[:-1])
-        if request.goes_on_from is not None and request.goes_on_from == self.owner:
-            return n_same
         is_begun = 0 < self.n_prompt <= n_same and self.weights == request.weights_key
-        return n_same if is_begun else self.n_alike(sequence, pieces)
+        return n_same if is_begun else self.n_shared(sequence, pieces)
+
+    def n_shared(self, sequence: Sequence, pieces: Pieces) -> int:
+        """How many tokens of a prompt another slot may copy from here."""
+        request = sequence.request
+        if request.goes_on_from is not None and request.goes_on_from == self.owner:
+            return n_common(self.tokens, request.tokens[:-1])
+        return self.n_alike(sequence, pieces)
 
     def n_alike(self, sequence: Sequence, pieces: Pieces) -> int:
         """How many tokens of a prompt are here as they would be read now, bit for bit."""
@@ -194,11 +199,12 @@ class Scheduler:
             sequence = self.waiting.popleft()
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
             n_reused = self._n_reused(slot, sequence)
-            source = max(self.slots, key=lambda other: other.n_alike(sequence, self._pieces))
-            if source.n_alike(sequence, self._pieces) >= n_reused + self._pieces.n_least:
+            source = max(self.slots, key=lambda other: other.n_shared(sequence, self._pieces))
+            n_shared = source.n_shared(sequence, self._pieces)
+            if n_shared >= n_reused + self._pieces.n_least:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
-                n_reused = self._n_reused(slot, sequence)
+                n_reused = n_shared
             is_exact = n_reused == slot.n_alike(sequence, self._pieces)
             slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
             slot.hold(sequence, n_reused, is_exact=is_exact)

@@ -1,17 +1,24 @@
 """What is measured of a query with the base alone: one pass, however many adapters there are."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
+from qaflora_edge.backend.context_params import default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo
-from qaflora_edge.weighing.adapter_inputs import AttentionInputs, AttentionSizes, QueryProjections
+from qaflora_edge.weighing.adapter_inputs import (
+    AttentionInputs,
+    AttentionSizes,
+    QueryProjections,
+    sums_of,
+)
 from qaflora_edge.weighing.ends import Beginnings, abridged, n_first
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.reading import (
@@ -56,9 +63,11 @@ class BaseProber:
         self.context: ProbeContext | None = None
         self._projections: dict[tuple[int, ...], QueryProjections] = {}
         self._sizes: dict[int, AttentionSizes] = {}
+        self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
         self._readings: dict[Reading, tuple[tuple[int, ...], AttentionInputs]] = {}
 
     def close(self) -> None:
+        self._threads.shutdown(wait=False)
         if self.context is not None:
             self.context.close()
             self.context = None
@@ -151,13 +160,15 @@ class BaseProber:
                 context.decode(read[at:end], start=at, outputs="all")
                 inputs = context.inputs(0, n_row=end - at)
                 inside = inputs[max(start - at, 0) : max(stop - at, 0)]
-                question = [q + each.sums(inside) for q, each in zip(question, sizes, strict=True)]
+                found = sums_of(sizes, inside, self._threads)
+                question = [q + more for q, more in zip(question, found, strict=True)]
                 at = end
                 yield at
         if is_abridged:
             context.clear()  # it was not read as a prompt is
         n = stop - start
-        last = [each.of_layers(each.sums(inputs[-1:])) for each in sizes]
+        at_last = sums_of(sizes, inputs[-1:], self._threads)
+        last = [each.of_layers(q) for q, each in zip(at_last, sizes, strict=True)]
         means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
         return np.array([last, means])
 
