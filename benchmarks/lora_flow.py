@@ -189,12 +189,13 @@ def train(flow: Flow, rows: Sequence[Any], args: argparse.Namespace) -> None:
         losses = []
         order = rng.permutation(len(rows))
         for at in range(0, len(rows), args.batch):
-            batch = [rows[int(i)] for i in order[at : at + args.batch]]
-            found = flow.mean_loss(batch)
             optimizer.zero_grad()
-            found.backward()  # type: ignore[no-untyped-call]
+            batch = order[at : at + args.batch]
+            for i in batch:  # one by one: what several leave behind takes gigabytes
+                found = flow.mean_loss([rows[int(i)]])
+                (found / len(batch)).backward()
+                losses.append(float(found.detach()))
             optimizer.step()
-            losses.append(float(found.detach()))
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}", flush=True)
 
 
