@@ -75,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
             model,
             LoraConfig(
                 r=args.rank,
-                lora_alpha=2 * args.rank,
+                lora_alpha=2 * args.rank if args.rank <= 16 else 8,  # scale 2; 8 / sqrt(rank)
                 lora_dropout=0.0,
                 target_modules=list(MODULES),
                 use_rslora=args.rank > 16,
