@@ -163,13 +163,14 @@ def test_what_is_no_bundle_is_refused_before_it_listens(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["serve"]).exit_code == 2
 
 
-def test_without_the_extra_it_says_what_is_missing(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "qaflora_edge.server.run", None)
-    result = CliRunner().invoke(main, ["serve", str(bundle)])
-    assert result.exit_code == 1
-    assert result.stderr.endswith("install them with: pip install 'qaflora-edge[server]'.\n")
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_without_the_extra_it_says_what_is_missing(bundle: Path, package: str) -> None:
+    lines = f"import sys; sys.modules[{package!r}] = None; from qaflora_edge.cli import main"
+    command = [sys.executable, "-c", f"{lines}; main()", "serve", str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: qaflora serve needs the package {package}, ")
+    assert done.stderr.endswith("install them with: pip install 'qaflora-edge[server]'.\n")
 
 
 # --print-systemd

@@ -244,6 +244,8 @@ def rows_of(recipe: Mapping[str, Any], data: Path | None) -> Iterable[Mapping[st
         n_form = len(recipe["forms"])
         return [row for i in range(3 * n_form) for row in diseases(i // n_form)]
     if file and data:
+        if not (data / file).exists():
+            sys.exit(f"There is no {file} in {data}; models/README.md says what it is.")
         with open(data / file, encoding="utf-8") as lines:
             return [with_choices(json.loads(line)) for line in lines]
     if "hub" in recipe:

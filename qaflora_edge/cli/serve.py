@@ -6,7 +6,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -21,9 +20,6 @@ from qaflora_edge.cli.options import (
 )
 from qaflora_edge.errors import OptionError
 from qaflora_edge.server.options import DRAIN_S
-
-if TYPE_CHECKING:
-    from qaflora_edge.server.options import ServerOptions
 
 KEY_RULE = "8 or more printable ASCII characters without spaces"
 
@@ -65,9 +61,15 @@ def serve(
     options of sampling hold for requests that say nothing. Ctrl-C or SIGTERM ends what runs
     first; a second one ends at once.
     """
-    from qaflora_edge.server.options import ServerOptions
-    from qaflora_edge.server.security import LOCAL_NAMES, is_loopback
-
+    try:
+        from qaflora_edge.server.options import ServerOptions
+        from qaflora_edge.server.run import run
+        from qaflora_edge.server.security import LOCAL_NAMES, is_loopback
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"qaflora serve needs the package {error.name}, which is not installed, expected "
+            "those of the extra `server`; install them with: pip install 'qaflora-edge[server]'."
+        ) from error
     if not is_loopback(host) and api_key is None and not insecure:
         raise click.UsageError(
             f"--host {host} can be reached from other machines, and there is no API key. Set "
@@ -81,8 +83,8 @@ def serve(
         return
     names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}
     is_open = api_key is not None and not is_loopback(host)
-    _listen(
-        bundles,
+    run(
+        [bundle_folder(bundle) for bundle in bundles],
         host,
         port,
         ServerOptions(
@@ -106,17 +108,6 @@ def _check_key(api_key: str | None) -> None:
             f"The API key has {len(api_key)} characters, expected {KEY_RULE}; choose another one "
             "(--api-key, QAFLORA_API_KEY)."
         )
-
-
-def _listen(bundles: tuple[str, ...], host: str, port: int, options: ServerOptions) -> None:
-    try:
-        from qaflora_edge.server.run import run
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            f"qaflora serve needs the package {error.name}, which is not installed, expected "
-            "those of the extra `server`; install them with: pip install 'qaflora-edge[server]'."
-        ) from error
-    run([bundle_folder(bundle) for bundle in bundles], host, port, options)
 
 
 ENV_FILE = "%h/.config/qaflora-edge/serve.env"

@@ -21,7 +21,7 @@ COMMANDS = {
     "weights": Command(
         "",
         "Show what each adapter weighed for the last answer.",
-        "A row for each adapter, a column for each layer; the darker, the more it weighs there. "
+        "A row for each adapter, a column for each layer; the brighter, the more it weighs there. "
         "Below stand the layers at which each weighs most. The line below an answer has the means.",
     ),
     "adapters": Command(
