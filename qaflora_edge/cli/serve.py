@@ -66,8 +66,9 @@ def serve(
         from qaflora_edge.server.run import run
         from qaflora_edge.server.security import LOCAL_NAMES, is_loopback
     except ModuleNotFoundError as error:
+        package, _, _ = (error.name or "").partition(".")
         raise OptionError(
-            f"qaflora serve needs the package {error.name}, which is not installed, expected "
+            f"qaflora serve needs the package {package}, which is not installed, expected "
             "those of the extra `server`; install them with: pip install 'qaflora-edge[server]'."
         ) from error
     if not is_loopback(host) and api_key is None and not insecure:
