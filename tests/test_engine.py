@@ -452,8 +452,10 @@ def test_close_ends_the_calls_of_other_threads(base: TinyBase) -> None:
     begun.wait()
     engine.close()
     thread.join()
-    assert [str(err) for err in caught] == ["This Engine was closed in the middle of a call."]
-    with pytest.raises(BusyError, match="This Engine is closed; make a new one"):
+    closed = "This Engine is closed; make a new one."  # what a piece finds that is asked for later
+    assert len(caught) == 1
+    assert str(caught[0]) in ("This Engine was closed in the middle of a call.", closed)
+    with pytest.raises(BusyError, match=closed):
         engine.generate("the king")
 
 
