@@ -333,6 +333,24 @@ def test_states_that_are_no_numbers_are_nobody_elses(
             assert [answer.text() for _, answer in answers] == [expected] * len(requests)
 
 
+@pytest.mark.parametrize("n_parallel", [2, 3, 4])
+def test_several_at_once_that_are_no_numbers_are_nobody_elses(
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any, n_parallel: int
+) -> None:
+    """One of them is not cleaned by another's; what comes there next is shorter than they were."""
+    expected = alone.generate("the", max_tokens=6).text()
+    with opened(parts, n_parallel=n_parallel) as other:
+        long = "the thing of the king on the ring"
+        lost = [
+            other.generate(f"{long} {i}", weights=huge, max_tokens=6, wait=False) for i in range(2)
+        ]
+        for answer in lost:
+            with pytest.raises(BackendError, match="NaN, expected numbers"):
+                answer.text()
+        found = [other.generate("the", max_tokens=6, wait=False) for _ in range(n_parallel)]
+        assert [answer.text() for answer in found] == [expected] * n_parallel
+
+
 def test_scores_that_are_no_numbers_are_refused(
     parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any
 ) -> None:

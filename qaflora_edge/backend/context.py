@@ -138,13 +138,14 @@ class Context(Handle):
         self._tokens = [[] for _ in range(self.n_seq)]
         self._spoilt.clear()
 
-    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
+    def clean(self, seq: int, doubtful: Collection[int] = ()) -> bool:
         """Forget a sequence whose states may be no numbers, and the numbers too.
 
         Attention multiplies what it may not see by 0, and NaN stays NaN: in the same room the next
         sequence would meet it. Sequences have rooms of their own, and a copy takes a whole room.
 
         doubtful  other sequences whose rooms may have such numbers
+        returns   whether they are gone: not where no other room is known to be without
         """
         self.clear(seq)
         self._spoilt.add(seq)
@@ -156,6 +157,7 @@ class Context(Handle):
             self._spoilt.discard(seq)
         elif not any(self._tokens):
             self.wipe()
+        return seq not in self._spoilt
 
     def keep(self, n_token: int, seq: int) -> int:
         """Keep so many tokens of one sequence's beginning, and forget the rest.
