@@ -91,7 +91,10 @@ def with_beginning(state: U8, beginning: U8, n: int) -> U8:
 def for_rooms(state: U8, n_room: int, *, by_element: bool) -> U8:
     """What a sequence of a context with one room holds, for a context with several.
 
+    state       uint8 [n_byte], as llama_state_seq_get_data gives it
+    n_room      how many rooms that context has, one for each of its sequences
     by_element  without flash attention values are kept by element, not by token
+    returns     uint8, four bytes more for each room more
 
     Raises MemoryKindError.
     """
