@@ -70,6 +70,7 @@ class EngineBase:
             known=opened.known.under(strategy=strategy, lens=lens, pool=pool),
             min_weight=min_weight,
             reads_ends=tail != 0,
+            targets={name: info.targets for name, info in opened.adapters.items()},
         )
         self.system = opened.system
 

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,12 +88,12 @@ class Shelf:
     def _read(self, place: Path) -> Shelved:
         """What a bundle says of itself; nothing is loaded."""
         if is_base(place):
-            name, text, adapters = place.stem, None, tuple[str, ...]()
+            name, text, targets = place.stem, None, dict[str, Sequence[str]]()
             n_layer, known = read_gguf_header(place).n_layer, Known()
         else:
             text = read_bundle_text(place)
             name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
-            adapters = tuple(adapter.name for adapter in text.adapters)
+            targets = {adapter.name: adapter.targets for adapter in text.adapters}
             n_layer, known = text.base.n_layer, text.known
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(
@@ -101,11 +101,11 @@ class Shelf:
                 "in bundle.json, or rename the folder or file."
             )
         chosen = {key: self._engine.get(key) for key in ("strategy", "lens", "pool")}
-        weigher = Weigher(adapters, n_layer, known.under(**chosen))
+        weigher = Weigher(tuple(targets), n_layer, known.under(**chosen), targets=targets)
         return Shelved(
             name=name,
             place=place,
-            adapters=adapters,
+            adapters=tuple(targets),
             n_layer=n_layer,
             strategy=weigher.known.strategy,
             strategies=weigher.followed + ("fitted",) * weigher.follows("fitted"),

@@ -17,12 +17,10 @@ from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.weighing.numbers import softmax
 from qaflora_edge.weighing.spectral import amplified, top_direction
-from qaflora_edge.weighing.strategy import Reading
+from qaflora_edge.weighing.strategy import KINDS, QUERIES, Reading
 
 P = ParamSpec("P")
 T = TypeVar("T")
-QUERIES = ("attn_q", "attn_qkv")
-KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # they read the same input
 
 
 _limiting = threading.Lock()

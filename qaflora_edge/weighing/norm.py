@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import Measured, Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import QUERIES, Measured, Mix, Probe, Query, Sequences, Strategy
 
 
 class Norm(Strategy):
@@ -13,6 +13,7 @@ class Norm(Strategy):
     help = "by what the adapter adds to a late query projection, one weight for all layers; N: top"
     argument = "N"
     measured = Measured("added to q")
+    compares = QUERIES
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> int | None:
         """The N of norm:N, how many adapters weigh more than 0; None for all."""

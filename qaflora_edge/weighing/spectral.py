@@ -12,6 +12,7 @@ from typing import Any
 from qaflora_edge.arrays import F64, ArrayLike
 from qaflora_edge.weighing.strategy import (
     ADDED,
+    KINDS,
     Measured,
     Mix,
     Probe,
@@ -24,6 +25,7 @@ from qaflora_edge.weighing.strategy import (
 
 class _Spectral(Strategy):
     reading: Reading
+    compares = KINDS
 
     def reads(self, query: Query) -> Sequences:
         return "none"

@@ -24,6 +24,9 @@ PlaceMeasure = Literal["added", "cosine"]
 Reading = Literal["arrow", "spectr"]
 Sequences = Literal["all", "base", "none"]  # the base and each adapter; the base
 
+QUERIES = ("attn_q", "attn_qkv")
+KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # they read the same input
+
 Span = tuple[int, int]  # where a part of a prompt begins, and where it ends
 
 # adapter -> what is typical of it, by weighing.typical.KEYS, as bundle.json stores it
@@ -139,6 +142,7 @@ class Strategy:
               change what weigh() gives; its own, weigh() finds in query.options.
     reads_question  whether weigh() asks for what needs query.question, whatever the pool
     needs_typical   whether it needs what `qaflora bundle calibrate` measures
+    compares  kinds of modules, such as attn_q, of which the adapters need one in common
     measured  what stands in the divergence of its Mix
     """
 
@@ -150,6 +154,7 @@ class Strategy:
     options: ClassVar[tuple[Option, ...]] = SHAPING
     reads_question: ClassVar[bool] = False
     needs_typical: ClassVar[bool] = False
+    compares: ClassVar[tuple[str, ...]] = ()
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:

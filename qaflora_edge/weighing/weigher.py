@@ -18,6 +18,7 @@ from qaflora_edge.weighing.strategy import (
     Probe,
     Query,
     Span,
+    Strategy,
     Typical,
     parse_strategy,
     strategies,
@@ -56,6 +57,7 @@ class Weigher:
 
     find_question  where the question stands in a prompt's tokens, or None without a chat's form
     reads_ends     whether adapters are probed over a prompt's ends, for which that is needed
+    targets        adapter -> the kinds of modules that it adapts, where they are known
     """
 
     adapters: tuple[str, ...]
@@ -64,6 +66,7 @@ class Weigher:
     find_question: Callable[[Sequence[int]], Span | None] = _no_question
     min_weight: float = 0.0  # share of a layer, see shaping.without_light
     reads_ends: bool = False
+    targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers.check_choice("lens", self.known.lens, numbers.LENSES)
@@ -85,7 +88,11 @@ class Weigher:
         """
         if not self.adapters:
             return ("base",)
-        whole = [e for e in strategies() if not e.needs_argument and e.name != "fitted"]
+        whole = [
+            each
+            for each in strategies()
+            if not each.needs_argument and each.name != "fitted" and self._can_compare(each)
+        ]
         fixed = [each.name for each in whole if not each.is_probed]
         fixed.sort(key=lambda name: name != "base")
         probed = [each.name for each in whole if each.is_probed]
@@ -93,6 +100,10 @@ class Weigher:
         fits = [f"fitted:{name}" for name in self.known.fitted]
         every = (*fixed, *singles, *fits, *probed)
         return tuple(text for text in every if self.follows(text))
+
+    def _can_compare(self, strategy: Strategy) -> bool:
+        targets = (set(self.targets.get(name, strategy.compares)) for name in self.adapters)
+        return not strategy.compares or bool(set(strategy.compares).intersection(*targets))
 
     def follows(self, text: str) -> bool:
         """Tell whether a strategy can be followed here."""
