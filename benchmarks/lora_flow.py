@@ -225,7 +225,7 @@ def evaluate(flow: Flow, engine: Engine, task: Task, item: Item, asking: Asking)
         n_most = asking.max_tokens(task) or 512
         text, n_token, reason, means = generated(flow, engine, prompt, n_most)
         if task.metric == "code":
-            verdict = run_program(programs(text, item.fields))
+            verdict = run_program(*programs(text, item.fields))
             found = {"score": float(verdict.is_passed), "failure": verdict.failure}
         else:
             found = {"score": answer_score(task.metric, text, task.expected(item))}

@@ -34,6 +34,7 @@ class Answer:
         self.tokens += piece._sequence.answer
         self.fusions.append(piece.fusion)
         self.probe_ms += piece.timings.probe_ms
+        piece.text()  # finish_reason is that of what was taken
         self.reason = piece.finish_reason or "error"
 
 
@@ -71,6 +72,8 @@ def main() -> None:
     task = read_task(args.task)
     if task.metric not in ("number", "exact", "contains"):
         raise SystemExit(f"{args.task} has the metric {task.metric}, expected one of answers.")
+    if task.stop:
+        raise SystemExit(f"{args.task} has texts to stop at, which are not looked for here.")
     strategy = f"{args.strategy}, each {args.every}"
     items = [item for item in task.items if item.index % 2 == (args.half == "test")][: args.limit]
     identity = bundle_identity(args.bundle)

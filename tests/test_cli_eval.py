@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from bundles import TinyBundle, bundle_json, make_bundle
 from click.testing import CliRunner, Result
 from patience import PATIENCE_S, wait_until
@@ -221,6 +222,22 @@ def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
     assert "6 were there before; 2 failed, the first: sums, item 1: The prompt has" in again.stderr
 
 
+def test_a_conversation_that_the_template_refuses_is_one_too(tmp_path: Path) -> None:
+    base = tiny.write_tiny_base(
+        tmp_path / "b.gguf",
+        chat_template="{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+        "{{ messages[0]['content'] }}",
+    )
+    turns = [[{"role": "user", "content": "a"}] * n for n in (1, 2, 1)]
+    path = task(tmp_path / "t.jsonl", *({"messages": each, "answer": 1} for each in turns))
+    words = ["eval", base.path, path, "-o", tmp_path / "r.jsonl", *F32]
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert result.exit_code == 1
+    errors = [each["error"] for each in read_results(tmp_path / "r.jsonl").records]
+    assert sorted(map(bool, errors)) == [False, False, True]
+    assert any("one turn" in error for error in errors if error)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="there are no limits for a process")
 def test_code_is_run_only_where_it_is_allowed(made: TinyBundle, tmp_path: Path) -> None:
     item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
@@ -258,6 +275,7 @@ def test_html_shows_items_and_layers(made: TinyBundle, tmp_path: Path) -> None:
     ("args", "code", "message"),
     [
         (("--html", "/nowhere/r.html"), 1, "there is no folder /nowhere. Create it, or choose"),
+        (("--json", "."), 2, "File '.' is a directory"),
         (("--strategies", "best"), 1, "Strategy 'best' is not known"),
         (("--strategies", ""), 2, "expected 1 to 100 strategies"),
         (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),

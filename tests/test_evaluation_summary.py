@@ -9,7 +9,7 @@ from made_results import PAIRS, drawn, header, record, write
 
 from qaflora_edge.cli.eval_table import table
 from qaflora_edge.errors import ResultsFileError
-from qaflora_edge.evaluation.cells import Cell
+from qaflora_edge.evaluation.cells import Cell, sections
 from qaflora_edge.evaluation.lines import Line, found_share
 from qaflora_edge.evaluation.results import Results
 from qaflora_edge.evaluation.statistics import difference, mean, mean_of_means
@@ -259,6 +259,29 @@ def test_files_that_were_made_otherwise_stand_apart_or_together() -> None:
         assert [len(each.cells) for each in summarise(files)] == [1, 1]
 
 
+def test_what_was_fitted_anew_is_not_put_together() -> None:
+    head = header(PAIRS[:1], ["math", "es"], n_item=6)
+    files = [
+        (name, Results(head | {"measured": measured}, tuple(scored("math_es", scores))))
+        for name, measured, scores in (
+            ("a", {"fitted.f": "1", "typical": "3"}, {"fitted:f": [1.0]}),
+            ("b", {"fitted.f": "2", "typical": "3"}, {"fitted:f": [0.0]}),
+            ("c", {"typical": "3"}, {"static": [0.0]}),
+        )
+    ]
+    assert [sorted(each.cells[0].rows) for each in sections(files)] == [
+        ["fitted:f", "static"],
+        ["fitted:f"],
+    ]
+
+
+def test_the_best_single_adapter_was_asked_more_than_a_few() -> None:
+    scores = {"single:es": [1.0], "single:math": [1.0, 1.0, 0.0, 0.0]}
+    assert one_cell(scored("t", scores)).cells[0].best_single == "single:math"
+    scores = {"single:es": [1.0, 1.0, 1.0], "single:math": [1.0, 1.0, 0.0, 0.0]}
+    assert one_cell(scored("t", scores)).cells[0].best_single == "single:es"
+
+
 def one_section(records: list[dict[str, object]]) -> Summary:
     head = header(PAIRS[:1], ["math", "es"], n_item=6)
     [found] = summarise([("whole", Results(head, tuple(records)))])
@@ -284,6 +307,9 @@ def test_many_adapters_are_compared_with_few_by_item() -> None:
     assert (gain.low, gain.high) == pytest.approx([100 * end for end in bonett_price(6, 0, 1)])
     assert loaded["qa-flora"].worst == ("math_es", gain)
     assert loaded["static"].gain.value == 0
+    alone = Results(header(PAIRS[:1], [], n_item=6), tuple(scored("math_es", {"base": [0.0]})))
+    found = summarise([("alone", alone), ("many", files[0]), ("few", files[1])])
+    assert [each.fewer for each in found] == [None, found[2].section, None]  # no mix of none
     changed = header(PAIRS[:1], ["math", "es"], options={"seed": 1}, n_item=6)
     other = Results(changed, tuple(number_records("math_es")))
     assert summarise([("many", files[0]), ("other", other)])[0].fewer is None

@@ -367,6 +367,13 @@ def test_what_cannot_be_done_changes_nothing(
     assert snapshot(folder) == before
 
 
+def test_an_example_that_is_too_long_is_named(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"question": "a" * 3000, "answer": "b"}) + "\n")
+    result = qaflora("fit", folder, path, "--examples", 1, "--budget", 2, "--ctx", 64)
+    assert f"Cannot fit to {path}, line 1: The prompt has " in result.stderr
+
+
 def test_a_base_alone_cannot_be_fitted(made_once: TinyBundle, task: Path) -> None:
     result = qaflora("fit", made_once.base.path, task)
     assert result.exit_code == 1

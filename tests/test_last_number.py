@@ -41,6 +41,11 @@ ANSWERS = [
     ("\\boxed{x = 12} #### 5 of 7", "12"),
     ("#### 5\nno:\n#### 7", "7"),
     ("so 7 ####", "7"),
+    (".5", "0.5"),
+    ("$.50", "0.5"),
+    ("-.5", "-0.5"),
+    ("so ...5", "5"),
+    ("(3,-5)", "-5"),
     ("-5", "-5"),
     ("−5", "-5"),
     ("= -$5", "-5"),
@@ -90,7 +95,20 @@ def test_numbers_of_tasks(value: object, number: str) -> None:
     assert as_number(value) == Decimal(number)
 
 
-NOT_NUMBERS = [True, None, "", "ten", "1,2", "1.2.3", "5 eggs", "١", [5], "nan"]
+NOT_NUMBERS = [
+    True,
+    None,
+    "",
+    "ten",
+    "1,2",
+    "0,125",
+    "1234,567",
+    "1.2.3",
+    "5 eggs",
+    "١",
+    [5],
+    "nan",
+]
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)

@@ -91,6 +91,7 @@ def test_right_answers_are_kept_as_code_alone(tmp_path: Path, checkout: Path) ->
         (answer("", "", "n"), 0.0),
     ]
     head = header([(task.name, "code", None, "code")], [], n_item=1)
+    head["tasks"][0]["sha256"] = task.sha256
     paths = [tmp_path / f"{i}.jsonl" for i in range(len(answers))]  # each of a run of its own
     for path, (text, score) in zip(paths, answers, strict=True):
         lines = (head, record(task.name, 0, "base", score, answer=text))
@@ -115,4 +116,4 @@ def test_the_examples_judge_an_answer(
     test_problems_of_a_package(tmp_path, checkout)
     (item,) = read_task(tmp_path / "problems.jsonl").items
     answer = f"```python\ndef twice(n):\n    return {body}\n```"
-    assert run_program(programs(answer, item.fields)).is_passed is expected
+    assert run_program(*programs(answer, item.fields)).is_passed is expected

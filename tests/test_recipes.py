@@ -100,6 +100,15 @@ def test_functions_of_the_library_are_whole(recipes: Any) -> None:
         assert (ast.get_docstring(function) or "").strip() == row["doc"]
 
 
+def test_a_training_goes_on_from_what_is_whole(recipes: Any, tmp_path: Path) -> None:
+    assert recipes.last_checkpoint(tmp_path) is None
+    for n, file in ((10, "trainer_state.json"), (9, "trainer_state.json"), (20, "optimizer.pt")):
+        folder = tmp_path / f"checkpoints/checkpoint-{n}"
+        folder.mkdir(parents=True)
+        (folder / file).touch()
+    assert recipes.last_checkpoint(tmp_path) == str(tmp_path / "checkpoints/checkpoint-10")
+
+
 def test_only_the_answer_is_learnt(recipes: Any) -> None:
     class Letters:
         eos_token_id = 0

@@ -33,6 +33,13 @@ RIGHT = [
     "```python\nx = r * r\n    return round(pi * x)\n```",
     "if r == 0:\n    return 0\nreturn round(pi * r * r)",
     "  def area(r):\n      return round(pi * r * r)",
+    "```python\narea = lambda r: round(pi * r * r)\n```",
+    "```python\nclass area:\n    def __new__(cls, r):\n        return round(pi * r * r)\n```",
+    "area = pi * r * r\nreturn round(area)",
+    "from __future__ import annotations\n\ndef area(r: R):\n    return round(pi * r * r)",
+    "def area(r):\n    return round(pi * r * r)\n\nif __name__ == '__main__':\n    input()",
+    "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\n"
+    "class Disc:\n    r: int\n\ndef area(r):\n    return round(pi * Disc(r).r ** 2)",
 ]
 WRONG = [
     "",
@@ -48,19 +55,23 @@ WRONG = [
 
 @pytest.mark.parametrize("answer", RIGHT)
 def test_the_code_of_an_answer_is_found(answer: str) -> None:
-    assert run_program(programs(answer, ITEM)).failure == ""
+    assert run_program(*programs(answer, ITEM)).failure == ""
 
 
 @pytest.mark.parametrize("answer", WRONG)
 def test_what_is_wrong_is_not_right(answer: str) -> None:
-    assert run_program(programs(answer, ITEM)).failure != ""
+    assert run_program(*programs(answer, ITEM)).failure != ""
 
 
 def test_a_test_without_a_function() -> None:
     item = {"question": "Write triple(x).", "test": "assert triple(2) == 6"}
-    assert run_program(programs("```python\ntriple = lambda x: 3 * x\n```", item)).is_passed
-    failed = run_program(programs("```python\ntriple = lambda x: x\n```", item))
+    assert run_program(*programs("```python\ntriple = lambda x: 3 * x\n```", item)).is_passed
+    failed = run_program(*programs("```python\ntriple = lambda x: x\n```", item))
     assert failed.failure == "AssertionError"
+
+
+def test_an_answer_is_right_each_time_or_never() -> None:
+    assert run_program(["import sys"], "assert sys.flags.hash_randomization == 0").is_passed
 
 
 def verdict(code: str) -> Verdict:

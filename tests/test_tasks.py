@@ -160,6 +160,8 @@ HOSTILE: list[tuple[list[Any], str]] = [
     ),
     ([{**CHOICE, "choices": ["b"]}], 'choices is ["b"], expected a list of 2 to 26 texts'),
     ([{**CHOICE, "choices": ["b", ""]}], "expected a list of 2 to 26 texts"),
+    ([{**CHOICE, "choices": ["b", "b"]}], 'two choices are asked as "b", expected each to be'),
+    ([{"task": {"choice_template": "It"}}, CHOICE], 'two choices are asked as "It", expected'),
     ([{**CHOICE, "answer": 2}], "answer is 2, expected the number of a choice, 0 to 1"),
     ([{**CHOICE, "answer": "b"}], 'answer is "b", expected the number of a choice, 0 to 1'),
     ([{"task": {"metric": "code"}}, SUM], "test is missing, expected a text that is not blank"),

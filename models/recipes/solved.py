@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def main() -> None:
     args = parser.parse_args()
     check_can_run()
     task, found = read_task(args.task), dict[str, None]()
+    for path in args.results:
+        if task.sha256 not in (each["sha256"] for each in read_results(path).header["tasks"]):
+            sys.exit(f"{path} has no answers to {args.task}. Give the file that was asked.")
     for row in (row for path in args.results for row in read_results(path).records):
         item = task.items[row["item"]]
         answer = bare(row["answer"], item.fields) if row["score"] == 1 else None
@@ -43,15 +47,18 @@ def main() -> None:
 
 def bare(answer: str, fields: Mapping[str, Any]) -> str | None:
     """The code of an answer that passes, as a block; None where less of it does not pass."""
-    right = next(each for each in programs(answer, fields) if run_program([each]).is_passed)
-    tree = ast.parse(right[: right.rindex(fields["test"])])
+    readings, test = programs(answer, fields)
+    right = next((each for each in readings if run_program([each], test).is_passed), None)
+    if right is None:  # it was right by chance
+        return None
+    tree = ast.parse(right)
     tree.body = [node for node in tree.body if isinstance(node, KEPT)]
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             n = ast.get_docstring(node) is not None
             node.body = node.body[n:] or [ast.Pass()]
     block = f"```python\n{ast.unparse(tree)}\n```"
-    return block if run_program(programs(block, fields)).is_passed else None
+    return block if run_program(*programs(block, fields)).is_passed else None
 
 
 if __name__ == "__main__":

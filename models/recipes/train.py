@@ -94,8 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / BEGUN).write_text(json.dumps({**begun, "loss": before}))
     trainer.add_callback(Clock(args.minutes))
-    is_begun = any((args.out / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=is_begun or None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.out))
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(args.out))
     facts = {
@@ -146,6 +145,13 @@ def begun_with(args: argparse.Namespace) -> dict[str, Any]:
             found = f"was begun with {key} {theirs.get(key)}, expected {value}"
             sys.exit(f"The training in {args.out} {found}. Choose another -o.")
     return theirs
+
+
+def last_checkpoint(out: Path) -> str | None:
+    """The folder of the newest checkpoint that is whole: its state is written last."""
+    whole = (path.parent for path in out.glob("checkpoints/checkpoint-*/trainer_state.json"))
+    last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    return None if last is None else str(last)
 
 
 def config(args: argparse.Namespace) -> TrainingArguments:

@@ -19,11 +19,12 @@ from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.progress import Tell
-from qaflora_edge.weighing.adapter_inputs import KINDS, QueryProjections
+from qaflora_edge.weighing.adapter_inputs import QueryProjections
 from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import run_alone
+from qaflora_edge.weighing.strategy import KINDS
 from qaflora_edge.weighing.typical import EXTENTS
 from qaflora_edge.weighing.weigher import Known, Weigher
 

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     "--json",
     "json_path",
     metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=True),
     help="Write one JSON object with every result to FILE; `-` is stdout.",
 )
 @click.option(
@@ -208,9 +209,12 @@ def _run(evaluation: Evaluation) -> None:
 
 
 def _show(results: Results, json_path: str | None, html: Path | None) -> None:
+    from qaflora_edge.cli.eval_table import table
     from qaflora_edge.evaluation.summary import summarise
 
     found = summarise([("", results)])
+    if json_path != "-":
+        click.echo(table(found))
     if html is not None:
         from qaflora_edge.cli.eval_html import eval_html
 
@@ -220,8 +224,5 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
         text = json.dumps(document, ensure_ascii=json_path == "-")
         if json_path == "-":
             click.echo(text)
-            return
-        write_text_atomic(json_path, text + "\n")
-    from qaflora_edge.cli.eval_table import table
-
-    click.echo(table(found))
+        else:
+            write_text_atomic(json_path, text + "\n")

@@ -81,9 +81,20 @@ class Cell:
         return self._sign * np.array(found, np.float64)
 
     def best_single(self) -> str | None:
-        """The single adapter with the best mean, found on these items: in hindsight."""
-        scored = [strategy for strategy in self.singles if self._scored(strategy)]
-        return max(scored, key=lambda name: self._sign * self.scores(name).mean(), default=None)
+        """The single adapter with the best mean, found on these items: in hindsight.
+
+        Of those that were asked half as many items as any, by the items that all of these have.
+        """
+        scored = {name: self._scored(name) for name in self.singles}
+        most = max(map(len, scored.values()), default=0)
+        fit = {name: rows for name, rows in scored.items() if rows and 2 * len(rows) >= most}
+        shared = set.intersection(*map(set, fit.values())) if fit else set()
+
+        def mean(name: str) -> float:
+            items = shared or fit[name]
+            return self._sign * float(np.mean([fit[name][item]["score"] for item in items]))
+
+        return max(fit, key=mean, default=None)
 
     def role(self, what: str) -> str | None:
         """The adapter that is named like the task's language or domain, if just one is.
@@ -174,12 +185,22 @@ def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _fits(section: Section, header: Mapping[str, Any]) -> bool:
-    """Whether both may be compared, and the tasks of both are the same, with the same adapters."""
+    """Whether both may be compared, and a task of both is the same, with the same adapters.
+
+    What strategies go by (what is typical, or fitted) has to be the same too, where both say it.
+    """
     if section.n_adapter != len(header["adapters"]) or not section.is_alike(header):
         return False
     by_name = {cell.name: cell for cell in section.cells}
     shared = [(by_name[task["name"]], task) for task in header["tasks"] if task["name"] in by_name]
-    return all(cell.adapters == _names(header) and cell.task == task for cell, task in shared)
+    of_shared = [head for head in section.headers if _tasks(head) & _tasks(header)]
+    return all(
+        cell.adapters == _names(header) and cell.task == task for cell, task in shared
+    ) and all(_agree(head.get("measured", {}), header.get("measured", {})) for head in of_shared)
+
+
+def _tasks(header: Mapping[str, Any]) -> set[str]:
+    return {task["name"] for task in header["tasks"]}
 
 
 def _names(header: Mapping[str, Any]) -> tuple[str, ...]:

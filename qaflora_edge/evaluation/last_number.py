@@ -9,9 +9,10 @@ _GROUP = ",.'’٬ \u00a0\u2009\u202f"  # between thousands, somewhere in the wo
 _CURRENCY = "$€£¥₽₹"
 _MINUS = "-−–"
 _DIGITS = rf"\d+([{_GROUP}]\d+)*([eE][+-]?\d{{1,3}}(?!\w))?"
-# Digits with separators in between; a minus after a word or digit is a hyphen.
+# Digits with separators in between, or a point before all; a minus after a word is a hyphen.
 _TOKEN = re.compile(
-    rf"((?<![\w.,])(?P<minus>[{_MINUS}]))?([{_CURRENCY}][ \u00a0]?)?(?P<digits>{_DIGITS})"
+    rf"((?<!\w)(?P<minus>[{_MINUS}]))?([{_CURRENCY}][ \u00a0]?)?"
+    rf"(?P<digits>{_DIGITS}|(?<![\w.,])\.{_DIGITS})"
 )
 # `#### 12 eggs`, and not the heading `#### 1. Count the eggs`.
 _ALONE = rf"[{_MINUS}]?[{_CURRENCY}]?[ \t]?(?>{_DIGITS})[ \t%{_CURRENCY}]*+[^\W\d]*+\.?[ \t]*+$"
@@ -52,7 +53,8 @@ def as_number(value: object) -> Decimal | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = repr(value) if isinstance(value, float) else str(value)
-    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text.strip())
+    whole, point, rest = text.strip().partition(".")
+    text = (whole.replace(",", "") if _is_grouped(whole.lstrip("+-")) else whole) + point + rest
     if not re.fullmatch(r"[+-]?\d{1,100}(\.\d{1,100})?([eE][+-]?\d{1,3})?", text, re.ASCII):
         return None
     return Decimal(text)

@@ -75,24 +75,30 @@ _FENCED = re.compile(
     r"^[ \t]*(?P<fence>```+|~~~+)[^\n]*\n(?P<code>.*?)(^[ \t]*(?P=fence)|\Z)", re.S | re.M
 )
 _CODE_LINE = re.compile(r"^(from \w|import \w|def |async def |class |@)", re.M)
+_FUTURE = re.compile(r"^from __future__ import .*\n", re.M)
 _SHORTENED_MAX = 40  # lines that may be left out at the end of an answer
 
 
-def programs(answer: str, fields: Mapping[str, Any]) -> list[str]:
-    """Readings of an answer as a program with its test, the likeliest first.
+def programs(answer: str, fields: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Readings of an answer as a program, the likeliest first, and the test that follows it.
 
     fields  of the item: `test`; `entry_point` and `prompt` where it has them. An answer that does
             not define the entry point is taken for the body of the prompt's function.
     """
     entry, header = str(fields.get("entry_point", "")), str(fields.get("prompt", ""))
-    test = f"\n\n{fields['test']}\n"
-    if entry and re.search(r"^def check\(", fields["test"], re.M):
+    test = f"{fields['test']}\n"
+    if entry and re.search(r"^def check\(", test, re.M):
         test += f"\ncheck({entry})\n"
     code = _code(answer, entry)
     if not entry or not header or _defines(code, entry):
         start = _before(header, entry)
-        return [f"{start}{each}{test}" for each in _whole(code)]
-    return [f"{header.rstrip()}\n{each}{test}" for each in _bodies(code)]
+        return [_ordered(f"{start}{each}\n") for each in _whole(code)], test
+    return [f"{header.rstrip()}\n{each}\n" for each in _bodies(code)], test
+
+
+def _ordered(program: str) -> str:
+    """A program whose imports from __future__ are its first lines, as they have to be."""
+    return "".join([*_FUTURE.findall(program), _FUTURE.sub("", program)])
 
 
 def _code(answer: str, entry: str) -> str:
@@ -104,14 +110,15 @@ def _code(answer: str, entry: str) -> str:
 
 
 def _defines(code: str, entry: str) -> bool:
-    return bool(entry) and re.search(rf"^[ \t]*(async )?def {entry}\b", code, re.M) is not None
+    kinds = rf"((async )?def|class) {entry}\b|{entry} *= *lambda\b"
+    return bool(entry) and re.search(rf"^[ \t]*({kinds})", code, re.M) is not None
 
 
 def _before(header: str, entry: str) -> str:
     """What a prompt has before its function, such as imports."""
     if not entry:
         return ""
-    found = re.search(rf"^(async )?def {entry}\b", header, re.M)
+    found = re.search(rf"^((async )?def|class) {entry}\b", header, re.M)
     return header[: found.start()] if found else ""
 
 

@@ -148,7 +148,7 @@ class Evaluation:
                 for strategy in missing:
                     before_ms[strategy] = sum(fusion.probe_ms for fusion in fusions.values())
                     fusions[strategy] = self._engine.weights(tokens, strategy=strategy)
-            except PromptError as error:
+            except (PromptError, ChatTemplateError) as error:
                 self._fail(task, item, dict.fromkeys(missing), str(error), tell)
                 continue
             groups: dict[bytes, dict[str, FusionWeights]] = {}
@@ -197,7 +197,7 @@ class Evaluation:
     def _answer_score(self, task: Task, item: Item, text: str) -> dict[str, Any]:
         if task.metric != "code":
             return {"score": answer_score(task.metric, text, task.expected(item))}
-        verdict = run_program(programs(text, item.fields))
+        verdict = run_program(*programs(text, item.fields))
         return {
             "score": float(verdict.is_passed),
             "failure": verdict.failure,

@@ -59,8 +59,12 @@ def check_can_run() -> None:
         )
 
 
-def run_program(sources: Sequence[str], *, cpu_s: int = CPU_S, wall_s: float = WALL_S) -> Verdict:
+def run_program(
+    sources: Sequence[str], test: str = "", *, cpu_s: int = CPU_S, wall_s: float = WALL_S
+) -> Verdict:
     """Run the first of some sources that is Python, in an empty folder that goes afterwards.
+
+    test  runs after it, where it left its names; the source is a module `answer`, not `__main__`
 
     Raises SandboxError when no process can be started.
     """
@@ -73,10 +77,11 @@ def run_program(sources: Sequence[str], *, cpu_s: int = CPU_S, wall_s: float = W
     ):
         if os.geteuid() == 0:
             os.chmod(folder, 0o777)  # the user nobody writes into it
-        asked = {"pipe": writer, "word": word, "limits": limits, "sources": list(sources)}
+        asked = {"pipe": writer, "word": word, "limits": limits}
+        asked |= {"sources": list(sources), "test": test}
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-X", "utf8", str(_CHILD)],
+                [sys.executable, "-s", "-P", "-B", "-X", "utf8", str(_CHILD)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -102,10 +107,10 @@ def run_program(sources: Sequence[str], *, cpu_s: int = CPU_S, wall_s: float = W
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """Nothing of ours; libraries that would start threads start none."""
+    """Nothing of ours; libraries that would start threads start none, sets have one order."""
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     place = {"HOME": folder, "TMPDIR": folder, "PATH": os.defpath, "LANG": "C.UTF-8"}
-    return {**place, **dict.fromkeys(threads, "1")}
+    return {**place, **dict.fromkeys(threads, "1"), "PYTHONHASHSEED": "0"}
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import sys
+import types
 from typing import Any
 
 NOBODY = 65534
@@ -25,7 +26,7 @@ TCP, SCOPES = 0b11, 0b11  # bind and connect; abstract sockets and signals
 
 
 def main() -> None:
-    """Run the first source that is Python, and say whether it ended as it should."""
+    """Run the first source that is Python, then its test; say whether both ended as they should."""
     asked: dict[str, Any] = json.load(sys.stdin)
     tell = os.fdopen(asked["pipe"], "w", encoding="utf-8")
     try:
@@ -37,7 +38,10 @@ def main() -> None:
         return
     failure = ""
     try:
-        exec(first_that_compiles(asked["sources"]), {"__name__": "__main__"})
+        module = sys.modules["answer"] = types.ModuleType("answer")  # dataclasses look there
+        exec(first_that_compiles(asked["sources"]), module.__dict__)
+        module.__name__ = "__main__"
+        exec(compile(asked["test"], "<test>", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as error:
         failure = f"SystemExit: {error.code}"
     except BaseException as error:

@@ -174,12 +174,12 @@ def summarise(files: Sequence[tuple[str, Results]]) -> list[Summary]:
 
 
 def _fewer(section: Section, every: Sequence[Section]) -> Section | None:
-    """The section with the fewest adapters, fewer than in this one, that has a task of this one."""
+    """The section with the fewest adapters, fewer than here, that it may be compared with."""
     found = [
         each
         for each in every
         if each.n_adapter < section.n_adapter and all(map(section.is_alike, each.headers))
-        if any(_same(cell, each) for cell in section.cells)
+        if any(_loaded(section, each))
     ]
     return min(found, key=lambda each: each.n_adapter, default=None)
 

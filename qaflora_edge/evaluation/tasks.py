@@ -225,6 +225,9 @@ def _check_item(task: Task, item: Item) -> None:
     for key in asked:
         check_asked(key, fields[key], where, raw_prompt=task.raw_prompt)
     CHECKS[task.metric](fields, where)
+    if task.metric == "choice" and len(texts := task.choices(item)) > len(set(texts)):
+        twice = next(text for i, text in enumerate(texts) if text in texts[:i])
+        raise wrong(where, f"two choices are asked as {shown(twice)}", "each to be another text")
     if task.template is not None and "messages" not in fields:
         known = [*_texts(fields), *(["choices"] if _listed(fields) else [])]
         check_template(task.template, known, where, "the template")

@@ -14,7 +14,7 @@ from qaflora_edge import __version__
 from qaflora_edge.bundles.edit import editing
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BundleError, OptionError, TaskFileError
+from qaflora_edge.errors import BundleError, OptionError, PromptError, TaskFileError
 from qaflora_edge.evaluation.run import task_prompt
 from qaflora_edge.evaluation.task_checks import listed
 from qaflora_edge.evaluation.tasks import Item, Task
@@ -68,10 +68,15 @@ def read_examples(
     that is too long.
     """
     chosen = [task.items[index] for index in items]
+
+    def prompt(item: Item) -> tuple[int, ...]:
+        try:
+            return tuple(task_prompt(engine, task, item, raw_prompt=raw_prompt))
+        except PromptError as error:
+            raise type(error)(f"Cannot fit to {item.where}: {error}") from error
+
     return Examples(
-        tuple(items),
-        tuple(tuple(task_prompt(engine, task, item, raw_prompt=raw_prompt)) for item in chosen),
-        tuple(_answer(task, item) for item in chosen),
+        tuple(items), tuple(map(prompt, chosen)), tuple(_answer(task, item) for item in chosen)
     )
 
 
