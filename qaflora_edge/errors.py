@@ -14,7 +14,7 @@
     ├── AdapterMismatchError      adapter and base do not belong together
     ├── BundleError               bundle.json or its folder is wrong
     │   └── ChecksumError         a file is not the one that was recorded
-    ├── RegistryError             an unknown model name, or a registry that cannot be read
+    ├── RegistryError             an unknown model name
     │   ├── DownloadError         a file could not be fetched whole
     │   └── UploadError           the Hub did not take what was pushed
     ├── LibraryError              the native library is missing, stock, or of another version

@@ -183,31 +183,6 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"sources": [{"type": "ftp"}]}, "ValueError: unknown source type 'ftp'"),
-        ({"sources": [{"type": "hub"}]}, "KeyError: 'repo'"),
-        ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
-    ],
-)
-def test_a_wrong_entry_is_named(shop: Shop, change: dict[str, Any], problem: str) -> None:
-    shop.write(**change)
-    with pytest.raises(RegistryError) as caught:
-        registry.load_registry()
-    assert f"the entry 'fake' is wrong ({problem}" in str(caught.value).replace(
-        "TypeError: Model.__init__() got an ", ""
-    )
-
-
-@pytest.mark.parametrize("text", ["not json", "[]", '{"format": "qaflora-registry/9"}'])
-def test_another_file_is_no_registry(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "r.json"
-    path.write_text(text)
-    with pytest.raises(RegistryError, match=r"Cannot (read|use) the model registry .*r\.json"):
-        registry.load_registry(path)
-
-
 # --- fetching from packages -----------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ _MAX_DEVICES = 16  # llama_max_devices()
 _ENDS = b"^(token_embd|output)"  # names of tensors; a head that is tied has the embedding's
 _CPU, _GPU, _INTEGRATED_GPU = 0, 1, 2  # ggml-backend.h ggml_backend_dev_type
 _INT, _SIZE, _HANDLE, _TEXT = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
+_SIZES = ctypes.POINTER(_SIZE)
 _GGML: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_reg_by_name": (_HANDLE, [_TEXT]),
     "ggml_backend_reg_get_proc_address": (_HANDLE, [_HANDLE, _TEXT]),
@@ -31,6 +32,9 @@ _GGML: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_count": (_SIZE, []),
     "ggml_backend_dev_get": (_HANDLE, [_SIZE]),
     "ggml_backend_dev_type": (_INT, [_HANDLE]),
+    "ggml_backend_dev_name": (_TEXT, [_HANDLE]),
+    "ggml_backend_dev_description": (_TEXT, [_HANDLE]),
+    "ggml_backend_dev_memory": (None, [_HANDLE, _SIZES, _SIZES]),
     "ggml_backend_dev_by_type": (_HANDLE, [_INT]),
     "ggml_backend_dev_init": (_HANDLE, [_HANDLE, _TEXT]),
     "ggml_backend_free": (None, [_HANDLE]),

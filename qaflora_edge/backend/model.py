@@ -78,7 +78,8 @@ class Model(Handle):
                 f"The base {self.path} does not exist; give the path of a GGUF file, "
                 "or fetch one with `qaflora pull`."
             )
-        check_base(header or read_gguf_header(self.path))
+        header = header or read_gguf_header(self.path)
+        check_base(header)
         params = self._lib.llama_model_default_params()
         self._workers, has_devices = place(
             params, gpu_layers=gpu_layers, rpc=rpc, tensor_split=tensor_split
@@ -91,7 +92,7 @@ class Model(Handle):
         except BaseException:
             self.close()
             raise
-        self.name = self.metadata("general.name") or self.path.name
+        self.name = header.name or self.path.name
         template = self._lib.llama_model_chat_template(self._pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
         self._is_end: dict[int, bool] = {}
@@ -141,18 +142,6 @@ class Model(Handle):
             self._lib.llama_model_free(pointer)
         if self._workers is not None:
             self._workers.close()
-
-    def metadata(self, key: str) -> str | None:
-        """One scalar of the GGUF's metadata as text, or None."""
-        size = 256
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = self._lib.llama_model_meta_val_str(self._pointer, key.encode(), buffer, size)
-            if n < 0:
-                return None
-            if n < size:
-                return buffer.value.decode("utf-8", "replace")
-            size = n + 1
 
     @cached_property
     def special_tokens(self) -> tuple[SpecialToken, ...]:

@@ -182,17 +182,9 @@ def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> It
 
 def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of the registry's models."""
-    import json
+    from qaflora_edge.formats.registry import load_registry
 
-    from qaflora_edge.errors import QafloraError
-    from qaflora_edge.files import package_data
-
-    try:
-        text = package_data("models/registry.json").read_text(encoding="utf-8")
-        names = list(json.loads(text)["models"])
-    except (QafloraError, OSError, ValueError, KeyError, TypeError):
-        return []
-    return _items(name for name in names if name.startswith(word))
+    return _items(name for name in load_registry() if name.startswith(word))
 
 
 def bundle_adapters(ctx: click.Context) -> list[str]:

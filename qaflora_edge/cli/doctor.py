@@ -53,13 +53,13 @@ def library_facts() -> dict[str, Any]:
 
     binding, functions = native.load()
     library.library()  # keeps the library's log off the terminal
-    lib = binding._lib
+    ggml = devices.ggml()
     return {
         "ok": True,
-        "file": str(lib._name),
+        "file": str(binding._lib._name),
         "abi_version": functions.abi_version(),
         "build_info": functions.build_info().decode("utf-8", "replace"),
-        "devices": _devices(native.ggml_of(lib)),
+        "devices": [_device(ggml, ggml.dev_get(i)) for i in range(ggml.dev_count())],
         "gpu_offload": bool(devices.gpus()),
         "features": binding.llama_print_system_info().decode("utf-8", "replace").strip(),
     }
@@ -87,30 +87,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _devices(ggml: Any) -> list[dict[str, Any]]:
-    size, handle, text = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
-    sizes = ctypes.POINTER(size)
-    for name, result, *arguments in (
-        ("count", size),
-        ("get", handle, size),
-        ("name", text, handle),
-        ("description", text, handle),
-        ("type", ctypes.c_int, handle),
-        ("memory", None, handle, sizes, sizes),
-    ):
-        function = getattr(ggml, f"ggml_backend_dev_{name}")
-        function.restype, function.argtypes = result, arguments
-    get = ggml.ggml_backend_dev_get
-    return [_device(ggml, get(index)) for index in range(ggml.ggml_backend_dev_count())]
-
-
 def _device(ggml: Any, device: int) -> dict[str, Any]:
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-    number = ggml.ggml_backend_dev_type(device)
+    ggml.dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    number = ggml.dev_type(device)
     return {
-        "name": ggml.ggml_backend_dev_name(device).decode("utf-8", "replace"),
-        "description": ggml.ggml_backend_dev_description(device).decode("utf-8", "replace"),
+        "name": ggml.dev_name(device).decode("utf-8", "replace"),
+        "description": ggml.dev_description(device).decode("utf-8", "replace"),
         "type": DEVICE_TYPES[number] if 0 <= number < len(DEVICE_TYPES) else str(number),
         "memory_free_bytes": free.value,
         "memory_total_bytes": total.value,

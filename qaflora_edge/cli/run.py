@@ -154,7 +154,8 @@ def _check_usage(
 ) -> None:
     if None not in grammars:
         raise click.UsageError("Give --json-schema or --grammar, not both.")
-    if grammars[0] is not None and _is_typed("stop"):
+    stop_source = click.get_current_context().get_parameter_source("stop")
+    if grammars[0] is not None and stop_source is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--stop would cut the JSON of --json-schema.")
     if system is not None and options.raw_prompt:
         raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
@@ -179,12 +180,6 @@ def _check_sources(
         raise click.UsageError("-o is for the answers to --prompts FILE.")
     if n_answer > 1 and prompts_path is not None:
         raise click.UsageError("--n is for one PROMPT; repeat the lines of --prompts FILE.")
-
-
-def _is_typed(name: str) -> bool:
-    """Whether an option stands on the command line, and not in the user's settings."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _whole_prompt(prompt: str | None, paths: tuple[str, ...], piped: str) -> str:

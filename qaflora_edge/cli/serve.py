@@ -78,8 +78,6 @@ def serve(
         )
     _check_key(api_key)
     if print_systemd:
-        from qaflora_edge.cli.serve import unit
-
         click.echo(unit([bundle_folder(bundle) for bundle in bundles], ctx))
         return
     names = LOCAL_NAMES | {socket.gethostname().lower(), host.lower(), *map(str.lower, allow_host)}

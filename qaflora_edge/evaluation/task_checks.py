@@ -1,7 +1,8 @@
 """What the items of a task have to be; what a template may name."""
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from qaflora_edge.errors import TaskFileError
@@ -41,8 +42,7 @@ def check_asked(key: str, value: Any, where: str, *, raw_prompt: bool) -> None:
 def _check_text(fields: Mapping[str, Any], key: str, where: str) -> None:
     value = fields.get(key)
     if not isinstance(value, str) or not value.strip():
-        found = "missing" if key not in fields else shown(value)
-        raise wrong(where, f"{key} is {found}", "a text that is not blank")
+        raise wrong(where, _found(fields, key), "a text that is not blank")
 
 
 def listed(answer: Any) -> list[Any]:
@@ -50,23 +50,21 @@ def listed(answer: Any) -> list[Any]:
     return answer if isinstance(answer, list) else [answer]
 
 
-def _check_answer(fields: Mapping[str, Any], where: str) -> None:
-    value = fields.get("answer")
-    several = listed(value)
-    if not several or not all(
-        isinstance(each, str | int | float) and not isinstance(each, bool) and str(each).strip()
-        for each in several
-    ):
-        found = "missing" if "answer" not in fields else shown(value)
-        raise wrong(where, f"answer is {found}", "a text or number, or a list of them")
+def _found(fields: Mapping[str, Any], key: str) -> str:
+    return f"{key} is {shown(fields[key]) if key in fields else 'missing'}"
 
 
-def _check_number(fields: Mapping[str, Any], where: str) -> None:
-    value = fields.get("answer")
-    several = listed(value)
-    if not several or not all(as_number(each) is not None for each in several):
-        found = "missing" if "answer" not in fields else shown(value)
-        raise wrong(where, f"answer is {found}", "a number, or a list of them")
+def _is_text(value: Any) -> bool:
+    is_one = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return is_one and bool(str(value).strip())
+
+
+def _check_answer(
+    is_right: Callable[[Any], bool], what: str, fields: Mapping[str, Any], where: str
+) -> None:
+    several = listed(fields.get("answer"))
+    if not several or not all(map(is_right, several)):
+        raise wrong(where, _found(fields, "answer"), f"{what}, or a list of them")
 
 
 def _check_choice(fields: Mapping[str, Any], where: str) -> None:
@@ -76,19 +74,16 @@ def _check_choice(fields: Mapping[str, Any], where: str) -> None:
         and 2 <= len(choices) <= CHOICES_MAX
         and all(isinstance(each, str) and each.strip() for each in choices)
     ):
-        found = "missing" if "choices" not in fields else shown(choices)
-        raise wrong(where, f"choices is {found}", f"a list of 2 to {CHOICES_MAX} texts")
+        raise wrong(where, _found(fields, "choices"), f"a list of 2 to {CHOICES_MAX} texts")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        found = "missing" if "answer" not in fields else shown(answer)
         expected = f"the number of a choice, 0 to {len(choices) - 1}"
-        raise wrong(where, f"answer is {found}", expected)
+        raise wrong(where, _found(fields, "answer"), expected)
 
 
 def _check_code(fields: Mapping[str, Any], where: str) -> None:
     _check_text(fields, "test", where)
     if "entry_point" in fields and not str(fields["entry_point"]).isidentifier():
-        found = shown(fields["entry_point"])
-        raise wrong(where, f"entry_point is {found}", "the name of a function")
+        raise wrong(where, _found(fields, "entry_point"), "the name of a function")
 
 
 def _check_loss(fields: Mapping[str, Any], where: str) -> None:
@@ -96,10 +91,10 @@ def _check_loss(fields: Mapping[str, Any], where: str) -> None:
 
 
 # Metric -> what raises TaskFileError where the fields of an item do not fit it.
-CHECKS = {
-    "number": _check_number,
-    "exact": _check_answer,
-    "contains": _check_answer,
+CHECKS: dict[str, Callable[[Mapping[str, Any], str], None]] = {
+    "number": partial(_check_answer, lambda value: as_number(value) is not None, "a number"),
+    "exact": partial(_check_answer, _is_text, "a text or number"),
+    "contains": partial(_check_answer, _is_text, "a text or number"),
     "choice": _check_choice,
     "code": _check_code,
     "loss": _check_loss,

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import RegistryError
-from qaflora_edge.files import AnyPath, cache_dir, package_data
-
-REGISTRY_FORMAT = "qaflora-registry/1"
+from qaflora_edge.files import cache_dir, package_data
 
 
 @dataclass(frozen=True)
@@ -64,38 +62,13 @@ class Model:
     note: str = ""
 
 
-def load_registry(path: AnyPath | None = None) -> dict[str, Model]:
-    """Read the registry, the shipped one unless another is named: name -> model.
-
-    Raises RegistryError when it cannot be read or an entry is wrong.
-    """
-    path = package_data("models/registry.json") if path is None else Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RegistryError(
-            f"Cannot read the model registry {path}: {error}. Expected JSON of the format "
-            f"{REGISTRY_FORMAT!r}. Install the package again, or correct the file."
-        ) from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != REGISTRY_FORMAT or not isinstance(content.get("models"), dict):
-        raise RegistryError(
-            f"Cannot use the model registry {path}: its format is {found!r} and expected is "
-            f"{REGISTRY_FORMAT!r} with an object 'models'. Install a matching qaflora-edge."
-        )
-    return {name: _read_model(path, name, entry) for name, entry in content["models"].items()}
-
-
-def _read_model(path: Path, name: str, entry: dict[str, Any]) -> Model:
-    try:
-        sources = tuple(_read_source(source) for source in entry["sources"])
-        return Model(name=name, **{**entry, "sources": sources})
-    except (KeyError, TypeError, ValueError) as error:
-        raise RegistryError(
-            f"Cannot use the model registry {path}: the entry {name!r} is wrong "
-            f"({type(error).__name__}: {error}); expected the fields "
-            f"{', '.join(Model.__annotations__)}. Install the package again."
-        ) from error
+def load_registry() -> dict[str, Model]:
+    """Read the registry: name -> model."""
+    content = json.loads(package_data("models/registry.json").read_text(encoding="utf-8"))
+    return {
+        name: Model(name=name, **{**entry, "sources": tuple(map(_read_source, entry["sources"]))})
+        for name, entry in content["models"].items()
+    }
 
 
 def _read_source(source: dict[str, Any]) -> PackageSource | HubSource:
@@ -105,9 +78,7 @@ def _read_source(source: dict[str, Any]) -> PackageSource | HubSource:
             for part in source["parts"]
         ]
         return PackageSource(tuple(parts))
-    if source["type"] == "hub":
-        return HubSource(source["repo"], source["revision"], source["file"])
-    raise ValueError(f"unknown source type {source['type']!r}")
+    return HubSource(source["repo"], source["revision"], source["file"])
 
 
 def find_model(name: str) -> Model:

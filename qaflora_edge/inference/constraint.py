@@ -58,13 +58,9 @@ def schema_grammar(
     Raises GrammarError for a schema that is malformed, or asks for what cannot be followed.
     """
     checked = check_json_schema(schema, source=source)
-    texts = {
-        place: found
-        for place, part in checked.parts
-        if (found := _pattern_refusal(part)) is not None
-    }
-    for place, found in texts.items():
-        raise GrammarError(f"{source}, at {place}: {found}; widen or simplify one of them.")
+    for place, part in checked.parts:
+        if refusal := _pattern_refusal(part):
+            raise GrammarError(f"{source}, at {place}: {refusal}; widen or simplify one of them.")
     found = _refusal(_json_grammar(checked.schema))
     if found:
         place = _place_of(checked, found)

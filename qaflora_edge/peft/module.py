@@ -33,9 +33,9 @@ class PeftModule:
     n_expert: int = 0
     is_b_by_expert: bool = False
 
-    def read_a(self, *, transposed: bool = False) -> F32:
-        """returns  [rank, n_in], transposed [n_in, rank]  float32, finite"""
-        return self.a.read(transposed=transposed != self.is_transposed)
+    def read_a(self) -> F32:
+        """returns  [rank, n_in]  float32, finite"""
+        return self.a.read(transposed=self.is_transposed)
 
     def read_b(self) -> F32:
         """returns  [n_out, rank]  float32, finite"""

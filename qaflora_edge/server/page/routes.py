@@ -11,9 +11,9 @@ while it grows, and `rest` is its text, which begins the next request. Nodes are
 markdown.tree. With `is_whole` all is settled.
 """
 
+import asyncio
 from typing import Any
 
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -50,7 +50,7 @@ async def _blocks(request: Request) -> Response:
     if len(text) > MAX_TEXT_CHARS:
         message = f"The text has {len(text)} characters, at most {MAX_TEXT_CHARS} are laid out."
         raise Refusal(413, message, param="text", code="request_too_large")
-    return JSONResponse(await to_thread.run_sync(blocks, text, is_whole))
+    return JSONResponse(await asyncio.to_thread(blocks, text, is_whole))
 
 
 def blocks(text: str, is_whole: bool) -> dict[str, Any]:
