@@ -38,15 +38,14 @@ def test_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ('["a"]', "the line is a JSON list, expected an object"),
-        ("3", "the line is a JSON number, expected an object"),
+        ('["a"]', "it is no JSON object (it holds a list"),
         ("{}", '"prompt" is missing, expected a text that is not empty'),
-        ('{"prompt": 7}', '"prompt" is number, expected a text that is not empty'),
-        ('{"prompt": " "}', '"prompt" is an empty text, expected a text that is not empty'),
-        ('{"prompt": "a", "name": ""}', '"name" is an empty text, expected a text that is not e'),
-        ('{"prompt": "\\ud800"}', '"prompt" is half of a surrogate pair, expected Unicode text'),
-        ('{"prompt": "a"', "it is no JSON (Expecting ',' delimiter: line 1 column 15 (char 14))"),
-        ("[" * 200_000, "it is no JSON (maximum recursion depth exceeded"),
+        ('{"prompt": 7}', '"prompt" is 7, expected a text that is not empty'),
+        ('{"prompt": " "}', '"prompt" is " ", expected a text that is not empty'),
+        ('{"prompt": "a", "name": ""}', '"name" is "", expected a text that is not empty'),
+        ('{"prompt": "\\ud800"}', "it is no JSON object (it has half of a surrogate pair"),
+        ('{"prompt": "a"', "it is no JSON object (Expecting ',' delimiter: line 1 column 15"),
+        ("[" * 200_000, "it is no JSON object (it is nested too deeply"),
     ],
 )
 def test_bad_lines_are_named(line: str, wrong: str, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """A file of prompts: a line each, or JSON lines that can name them."""
 
-import json
 import os
 import stat
 import sys
@@ -8,11 +7,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.errors import InputFileError
-from qaflora_edge.formats.json_text import is_unicode
+from qaflora_edge.formats.json_text import read_unicode_object, shown
 
 FILE_BYTES_MAX = 16 << 20
 LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
@@ -167,37 +166,20 @@ def read_piped() -> str:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        found = read_unicode_object(line.encode())
+    except ValueError as error:  # errors of JSON too
         raise InputFileError(
-            f"Cannot read {where}: it is no JSON ({error}), expected an object such as "
+            f"Cannot read {where}: it is no JSON object ({error}), expected one such as "
             '{"prompt": "...", "name": "..."}. Correct the line.'
         ) from error
-    if not isinstance(found, dict):
-        raise _wrong(where, "the line", f"a JSON {_kind(found)}", "an object")
     for key in KEYS:
         value = found.get(key)
-        if key == "name" and value is None:
-            continue
-        if not isinstance(value, str) or not value.strip():
-            raise _wrong(where, f'"{key}"', _kind(value), "a text that is not empty")
-        if not is_unicode(value):
-            raise _wrong(where, f'"{key}"', "half of a surrogate pair", "Unicode text")
+        is_text = isinstance(value, str) and bool(value.strip())
+        if not is_text and (key == "prompt" or value is not None):
+            was = shown(value) if key in found else "missing"
+            raise InputFileError(
+                f'Cannot read {where}: "{key}" is {was}, expected a text that is not empty. '
+                "Correct the line."
+            )
     unknown = tuple(key for key in found if key not in KEYS)
     return Prompt(found["prompt"], found.get("name"), where, unknown)
-
-
-def _wrong(where: str, what: str, found: str, expected: str) -> InputFileError:
-    return InputFileError(
-        f"Cannot read {where}: {what} is {found}, expected {expected}. Correct the line."
-    )
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing"
-    if isinstance(value, str):
-        return "an empty text"
-    return {bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}[
-        type(value)
-    ]
