@@ -177,6 +177,11 @@ def atomic_path(path: AnyPath) -> Iterator[Path]:
 
 def _check_replaceable(path: Path) -> None:
     """Refuse to put a file where something else is: /dev/null would be a file from then on."""
+    parent = os.path.realpath(path.parent)
+    if parent == "/dev" or parent.startswith("/proc/"):  # links there may lead to a file
+        raise OutputFileError(
+            f"Cannot write {path}: files are not made in {path.parent}. Choose another name."
+        )
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -241,11 +246,20 @@ def one_line(text: str) -> str:
 
 
 def check_has_folder(path: Path) -> None:
-    """Raise OutputFileError, before any work, where the folder of a file to come is missing."""
+    """Raise OutputFileError, before any work, where a file to come has no folder that takes it."""
     if not path.parent.is_dir():
         raise OutputFileError(
             f"Cannot write {path}: there is no folder {path.parent}. Create it, or choose another."
         )
+    if not os.path.lexists(path):
+        check_takes_file(path)
+
+
+def check_takes_file(path: Path) -> None:
+    """Raise what atomic_path would raise where its place cannot be written to."""
+    _check_replaceable(path)
+    with temporary_folder(path, f"Cannot write {path}"):
+        pass
 
 
 def write_text_atomic(path: AnyPath, text: str) -> None:

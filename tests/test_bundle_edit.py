@@ -17,7 +17,9 @@ from qaflora_edge.bundles import edit
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import (
     add_adapter,
+    add_adapters,
     calibrate,
+    editing,
     remove_adapter,
     rename_adapter,
     set_base,
@@ -244,6 +246,64 @@ def test_failed_adding_leaves_the_bundle_as_it_was(made: TinyBundle, tmp_path: P
         with pytest.raises(error):
             add_adapter(made.folder, name, source)
         assert snapshot(tmp_path) == before
+
+
+def test_adapters_are_added_together_or_not_at_all(made: TinyBundle, tmp_path: Path) -> None:
+    before = snapshot(made.folder)
+    pairs = [("a", made.adapter.path), ("b", tmp_path / "none")]
+    with pytest.raises(InputFileError):
+        add_adapters(made.folder, pairs, calibrate=False)
+    assert snapshot(made.folder) == before
+    pairs[1] = ("b", made.peft)
+    add_adapters(made.folder, pairs, calibrate=False, strategy="manual:a=1,b=0.5")
+    bundle = verify_bundle(made.folder)
+    assert list(bundle.adapter_paths) == ["math", "es", "a", "b"]
+    assert bundle.known.strategy == "manual:a=1,b=0.5"
+
+
+def test_a_change_that_came_meanwhile_is_not_overwritten(made: TinyBundle) -> None:
+    """As by a program with another cache, which does not see the lock."""
+
+    def change() -> None:
+        with editing(made.folder) as (_, raw):
+            set_fusion(made.folder, strategy="static")
+            raw["name"] = "another"
+
+    with pytest.raises(BundleError, match="another program has changed it meanwhile"):
+        change()
+    assert bundle_json(made.folder)["fusion"]["strategy"] == "static"
+    assert bundle_json(made.folder)["name"] == "tiny"
+
+
+def test_a_strategy_has_to_fit_the_adapters_before_they_are_measured(
+    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"]).path
+    monkeypatch.setattr("qaflora_edge.bundles.write.measure_typical", pytest.fail)
+    monkeypatch.setattr("qaflora_edge.bundles.edit.measure_typical", pytest.fail)
+    before = snapshot(made.folder)
+    for strategy, message in (
+        ("two-place", "goes by what adapters add to attn_q, attn_k, attn_v, attn_qkv, and mlp"),
+        ("norm:1", "by attn_q, attn_qkv, and no one of these is adapted by all of math, es, mlp"),
+        ("best", "Strategy 'best' is not known"),
+    ):
+        with pytest.raises(QafloraError, match=message):
+            add_adapter(made.folder, "mlp", mlp, strategy=strategy)
+    with pytest.raises(BundleError, match="needs typical divergences"):
+        add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:first=1", calibrate=False)
+    assert snapshot(made.folder) == before
+    add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:first=3", calibrate=False)
+
+
+def test_a_file_of_another_adapter_is_not_to_be_removed(made: TinyBundle) -> None:
+    raw = bundle_json(made.folder)["adapters"]
+    rewrite(made.folder, lambda text: text["adapters"][0].update(name="sums"))
+    with pytest.raises(BundleError, match=r"gguf is there already, and it is sums's\. Choose"):
+        add_adapter(made.folder, "math", made.adapter.path, calibrate=False)
+    rewrite(made.folder, lambda text: text.update(adapters=raw))
+    rename_adapter(made.folder, "math", "Math")  # a change of capitals keeps the file
+    rename_adapter(made.folder, "Math", "algebra")
+    assert names_in(made.folder) == {"bundle.json", "adapters/algebra.gguf", "adapters/es.gguf"}
 
 
 def test_a_file_of_the_users_is_not_overwritten(made: TinyBundle) -> None:

@@ -15,6 +15,7 @@ from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
 from qaflora_edge.files import (
     atomic_path,
     cache_dir,
+    check_has_folder,
     data_dir,
     open_input,
     package_data,
@@ -101,6 +102,21 @@ def test_atomic_path_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such folder")
+def test_a_link_of_the_system_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qaflora_edge.files.temporary_folder", pytest.fail)
+    for place in ("/dev/stdout", "/proc/self/fd/1"):
+        with pytest.raises(OutputFileError, match="files are not made in"), atomic_path(place):
+            pass
+
+
+def test_a_folder_that_takes_no_file_is_seen_before_the_work(tmp_path: Path) -> None:
+    check_has_folder(tmp_path / "new")
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(OutputFileError, match="files are not made in"):
+        check_has_folder(Path("/proc/self/fd/99"))
 
 
 def test_atomic_path_names_a_name_that_is_too_long(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_the_format_is_as_documented(path: Path) -> None:
         "base_sha256": "ab" * 32,
         "adapters": {"math": "cd" * 32, "es": "ef" * 32},
     }
+    if os.name == "posix":
+        assert path.stat().st_mode & 0o777 == 0o600
     assert (document["strategy"], document["adapters"]) == ("manual:math=0.5", ["math"])
     assert document["messages"][:3] == [
         {"role": "system", "content": "be short"},

@@ -139,9 +139,10 @@ def test_plain_text_gets_the_most_unusual_one() -> None:
     assert weighed("two-place:answer=1", last, question, is_chat=False) == [0, 1, 0]
 
 
-NOTHING = (
-    "Strategy two-place compares what adapters add to q, k and v, but mlp adds nothing to any "
-    "block's; use another strategy, or leave it out."
+NOTHING = (  # said before anything is measured
+    "its strategy is 'two-place', which goes by what adapters add to attn_q, attn_k, attn_v, "
+    "attn_qkv, and mlp adds nothing to any of them. Choose another with --strategy, or leave it "
+    "out."
 )
 
 

@@ -12,6 +12,7 @@ from qaflora_edge.bundles.write import (
     check_measured,
     check_names,
     check_strategy,
+    check_targets,
     keep_system,
     measure_typical,
     prompts_record,
@@ -95,6 +96,8 @@ def create_bundle(
             note = (notes or {}).get(adapter_name, {})
             records.append(adapter_record(adapter_name, file, info, source, note))
         tell("adapters", len(pairs), len(pairs))
+        if strategy is not None:
+            check_targets(what, strategy, records)
         fusion: dict[str, Any] = {"strategy": PUBLISHED, "lens": lens, "pool": pool}
         if calibrate and pairs:
             paths = {record["name"]: temporary / record["file"] for record in records}
@@ -105,7 +108,7 @@ def create_bundle(
                 fusion["strategy"] = BEST
         if strategy is not None:
             fusion["strategy"] = strategy
-            check_strategy(what, fusion, names, header.n_layer)
+            check_strategy(what, fusion, records, header.n_layer)
         text = {
             "format": FORMAT,
             "name": name or readable(folder.resolve().name),

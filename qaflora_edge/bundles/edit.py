@@ -22,6 +22,7 @@ from qaflora_edge.bundles.write import (
     check_measured,
     check_names,
     check_strategy,
+    check_targets,
     measure_typical,
     prompts_record,
     put_adapter,
@@ -33,6 +34,7 @@ from qaflora_edge.files import (
     AnyPath,
     atomic_path,
     cache_lock,
+    check_takes_file,
     read_input,
     remove_left_overs,
     safe_join,
@@ -63,12 +65,34 @@ def add_adapter(
     strategy: str | None = None,
     progress: Tell | None = None,
 ) -> None:
-    """Add an adapter to a bundle.
+    """Add one adapter to a bundle, as add_adapters does."""
+    add_adapters(
+        folder,
+        {name: source},
+        outtype=outtype,
+        note=note,
+        calibrate=calibrate,
+        strategy=strategy,
+        progress=progress,
+    )
 
-    source     a PEFT folder, an adapter GGUF, or a Hub reference to one of them
+
+def add_adapters(
+    folder: AnyPath,
+    adapters: Mapping[str, AnyPath] | Sequence[tuple[str, AnyPath]],
+    *,
+    outtype: str = "f16",
+    note: Mapping[str, str] | None = None,
+    calibrate: bool = True,
+    strategy: str | None = None,
+    progress: Tell | None = None,
+) -> None:
+    """Add adapters to a bundle.
+
+    adapters   name -> a PEFT folder, an adapter GGUF, or a Hub reference to one of them
     outtype    of a converted adapter: f32, f16, bf16 or q8_0
-    note       source, license, description
-    calibrate  measure it, and the others where they were not measured on the same prompts
+    note       source, license, description of each
+    calibrate  measure them, and the others where they were not measured on the same prompts
     strategy   what an Engine takes by default from now on
 
     Raises a QafloraError and leaves the bundle as it was when anything fails.
@@ -77,23 +101,27 @@ def add_adapter(
     tell = progress or silent
     with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
-        names = [*loaded.adapter_paths, name]
+        pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+        new = [name for name, _ in pairs]
+        names = [*loaded.adapter_paths, *new]
         check_names(names)
         fusion = raw.setdefault("fusion", {})
-        what = f"Cannot add the adapter {name} to {folder}"
+        what = f"Cannot add the adapter{'s' * (len(new) > 1)} {', '.join(new)} to {folder}"
         if strategy is not None:
             fusion["strategy"] = strategy
         needed = fusion.get("strategy", fuse.DEFAULT_STRATEGY)
         check_measured(what, needed, names, calibrate=calibrate)
-        found = find_adapter(source, tell)
-        file = _new_file(folder, name)
-        _note_unfinished(folder, [file])
-        info = put_adapter(found, folder / file, loaded.header, outtype)
-        raw["adapters"].append(adapter_record(name, file, info, found, note or {}))
+        found = {name: find_adapter(source, tell) for name, source in pairs}
+        files = {name: _new_file(folder, name, raw) for name in found}
+        _note_unfinished(folder, [*files.values()])
+        for name, source in found.items():
+            info = put_adapter(source, folder / files[name], loaded.header, outtype)
+            raw["adapters"].append(adapter_record(name, files[name], info, source, note or {}))
+        check_targets(what, needed, raw["adapters"])
         if calibrate:
-            paths = {**loaded.adapter_paths, name: folder / file}
-            _calibrate(raw, loaded.base_path, paths, tell)
-        check_strategy(what, fusion, names, loaded.header.n_layer)
+            added = {name: folder / file for name, file in files.items()}
+            _calibrate(folder, raw, loaded.base_path, {**loaded.adapter_paths, **added}, tell)
+        check_strategy(what, fusion, raw["adapters"], loaded.header.n_layer)
 
 
 def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:
@@ -130,7 +158,7 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
                 f"{what}: the strategy {needed!r} needs it. Choose another with --strategy."
             ) from error
         if strategy is not None:
-            check_strategy(what, fusion, left, text.base.n_layer)
+            check_strategy(what, fusion, raw["adapters"], text.base.n_layer)
         _note_unfinished(folder, [text.adapters[index].file])
 
 
@@ -155,8 +183,8 @@ def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
         if "strategy" in fusion:
             fusion["strategy"] = _renamed_strategy(fusion["strategy"], old, new)
         # On a disk that knows no capitals the two would be one file.
-        if record["file"] == f"adapters/{old}.gguf" and old.lower() != new.lower():
-            record["file"] = _new_file(folder, new)
+        if record["file"].lower() == f"adapters/{old}.gguf".lower() and old.lower() != new.lower():
+            record["file"] = _new_file(folder, new, raw)
             _note_unfinished(folder, [text.adapters[index].file, record["file"]])
             _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
 
@@ -172,23 +200,23 @@ def calibrate(
     folder = Path(folder)
     with editing(folder) as (text, raw):
         loaded = load_bundle(folder)
+        what = f"Cannot weigh {folder} by {strategy}"
         if strategy is not None:
-            parse_strategy(strategy, list(loaded.adapter_paths))
-        _calibrate(raw, loaded.base_path, loaded.adapter_paths, progress or silent)
+            check_targets(what, strategy, raw["adapters"])
+        _calibrate(folder, raw, loaded.base_path, loaded.adapter_paths, progress or silent)
         is_new = raw != text.raw
         fusion = raw["fusion"]
         if strategy not in (None, fusion.get("strategy")):
             fusion["strategy"] = strategy
             fusion.pop("evidence", None)  # it was for another
-            what = f"Cannot weigh {folder} by {strategy}"
-            check_strategy(what, fusion, list(loaded.adapter_paths), text.base.n_layer)
+            check_strategy(what, fusion, raw["adapters"], text.base.n_layer)
     return is_new
 
 
 def check_can_change(folder: AnyPath) -> None:
     """Raise what a change of a bundle would raise, before work that ends with one."""
     with editing(Path(folder)):
-        pass
+        check_takes_file(Path(folder, BUNDLE_FILE))
 
 
 def set_default(
@@ -205,8 +233,8 @@ def set_default(
         chosen = {"strategy": strategy, "lens": lens, "pool": pool, "evidence": dict(evidence)}
         fusion = raw.setdefault("fusion", {})
         fusion.update(chosen)
-        names = [adapter.name for adapter in text.adapters]
-        check_strategy(f"Cannot weigh {folder} by {strategy}", fusion, names, text.base.n_layer)
+        what = f"Cannot weigh {folder} by {strategy}"
+        check_strategy(what, fusion, raw["adapters"], text.base.n_layer)
 
 
 def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) -> None:
@@ -268,6 +296,12 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
             if raw["adapters"] != text.raw["adapters"]:  # it was of others
                 raw.get("fusion", {}).pop("evidence", None)
             if raw != text.raw:
+                # Programs whose caches are apart do not see each other's locks.
+                if read_bundle_text(folder).raw != text.raw:
+                    raise BundleError(
+                        f"Cannot change the bundle {folder}: another program has changed it "
+                        "meanwhile, and this change was not made. Run the command again."
+                    )
                 write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
         finally:
             _tidy(folder)
@@ -283,14 +317,17 @@ def adapter_index(folder: Path, text: BundleText, name: str) -> int:
     return names.index(name)
 
 
-def _new_file(folder: Path, name: str) -> str:
+def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
     """A place for an adapter's file. Raises BundleError when something is there."""
     file = f"adapters/{name}.gguf"
     path = safe_join(folder, file)
     if path.exists():
+        named = (each["name"] for each in raw["adapters"] if each["file"].lower() == file.lower())
+        owner = next(named, None)
+        whose = f"{owner}'s. Choose" if owner else "not this adapter's. Remove it, or choose"
         raise BundleError(
             f"Cannot put an adapter {name} into {folder}: the file {path} is there already, and "
-            "it is not this adapter's. Remove it, or choose another name."
+            f"it is {whose} another name."
         )
     try:
         path.parent.mkdir(exist_ok=True)
@@ -327,7 +364,9 @@ def _renamed_strategy(strategy: str, old: str, new: str) -> str:
     )
 
 
-def _calibrate(raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], tell: Tell) -> None:
+def _calibrate(
+    folder: Path, raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], tell: Tell
+) -> None:
     """Measure the adapters that were not measured on the prompts of now."""
     fusion, prompts = raw.setdefault("fusion", {}), prompts_record()
     if fusion.get("typical_prompts") != prompts:
@@ -339,6 +378,7 @@ def _calibrate(raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], 
         if not all(key in typical.get(name, {}) for key in ALWAYS)
     }
     if missing:
+        check_takes_file(folder / BUNDLE_FILE)
         typical |= measure_typical(base_path, missing, tell)
     fusion["typical_prompts"] = prompts
 

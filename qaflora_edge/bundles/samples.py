@@ -7,7 +7,8 @@ from qaflora_edge.bundles.edit import adapter_index, editing
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import prompts_sha256
 from qaflora_edge.errors import BundleError
-from qaflora_edge.files import AnyPath
+from qaflora_edge.files import AnyPath, check_takes_file
+from qaflora_edge.formats.bundle_format import BUNDLE_FILE
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.centroid import centroid_text
 
@@ -36,6 +37,7 @@ def set_samples(
     with editing(folder) as (text, raw):
         adapter_index(folder, text, name)
         loaded = load_bundle(folder)
+        check_takes_file(folder / BUNDLE_FILE)
         with Engine(base=loaded.base_path, n_ctx=SAMPLE_CTX) as engine:
             centroid = engine.centroid(texts, lambda *done: tell("samples", *done))
         raw.setdefault("fusion", {}).setdefault("samples", {})[name] = {

@@ -1,5 +1,6 @@
 """What making and editing a bundle have in common: adapter files, their records, measurements."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -8,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import read_adapter
+from qaflora_edge.bundles.open import read_adapter, read_bundle_text
 from qaflora_edge.bundles.source import AdapterSource
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
@@ -39,7 +40,7 @@ from qaflora_edge.formats.bundle_format import (
 )
 from qaflora_edge.formats.gguf_header import GgufHeader
 from qaflora_edge.progress import Tell
-from qaflora_edge.weighing.strategy import parse_strategy
+from qaflora_edge.weighing.strategy import Chosen, parse_strategy
 from qaflora_edge.weighing.typical import long_texts
 from qaflora_edge.weighing.weigher import Known, Weigher
 
@@ -191,28 +192,61 @@ def check_measured(what: str, strategy: str, names: Sequence[str], *, calibrate:
 
     Raises StrategyError or BundleError.
     """
-    if parse_strategy(strategy, names).strategy.needs_typical and not calibrate:
+    if not calibrate and _needs_typical(parse_strategy(strategy, names), names):
         raise BundleError(
             f"{what}: its strategy is {strategy!r}, which needs typical divergences, and they are "
             "not to be measured. Leave --no-calibrate out, or choose another with --strategy."
         )
 
 
-def check_strategy(
-    what: str, fusion: Mapping[str, Any], names: Sequence[str], n_layer: int
-) -> None:
-    """Check that a bundle which is to be written can be weighed by its strategy.
+def _needs_typical(chosen: Chosen, names: Sequence[str]) -> bool:
+    is_choice = chosen.options.get("first", len(names)) < len(names)
+    return chosen.strategy.needs_typical or is_choice
 
-    what    as for check_measured
-    fusion  of bundle.json; sample texts and fits that the strategy needs may come later
+
+def check_targets(what: str, strategy: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Check that adapters adapt what a strategy goes by, before they are measured.
+
+    what     as for check_measured
+    records  adapters of bundle.json
 
     Raises BundleError.
     """
+    targets = {record["name"]: record["targets"] for record in records}
+    found = parse_strategy(strategy, tuple(targets)).strategy
+    others = [name for name, kinds in targets.items() if not {*kinds} & {*found.reads_of_each}]
+    if others and found.reads_of_each:
+        raise BundleError(
+            f"{what}: its strategy is {strategy!r}, which goes by what adapters add to "
+            f"{', '.join(found.reads_of_each)}, and {', '.join(others)} adds nothing to any of "
+            "them. Choose another with --strategy, or leave it out."
+        )
+    if not Weigher(tuple(targets), 0, Known("base"), targets=targets).can_compare(found):
+        raise BundleError(
+            f"{what}: its strategy is {strategy!r}, which compares adapters by "
+            f"{', '.join(found.compares)}, and no one of these is adapted by all of "
+            f"{', '.join(targets)}. Choose another with --strategy."
+        )
+
+
+def check_strategy(
+    what: str, fusion: Mapping[str, Any], records: Sequence[Mapping[str, Any]], n_layer: int
+) -> None:
+    """Check that a bundle which is to be written can be weighed by its strategy.
+
+    what     as for check_measured
+    fusion   of bundle.json; sample texts and fits that the strategy needs may come later
+    records  adapters of bundle.json
+
+    Raises BundleError.
+    """
+    names = tuple(record["name"] for record in records)
     known = Known().under(**{key: fusion.get(key) for key in ("strategy", "lens", "pool")})
     known = replace(known, typical=fusion.get("typical", {}))
     try:
-        if parse_strategy(known.strategy, names).strategy.needs_typical:
-            Weigher(tuple(names), n_layer, known)
+        check_targets(what, known.strategy, records)
+        if _needs_typical(parse_strategy(known.strategy, names), names):
+            Weigher(names, n_layer, known)
     except StrategyError as error:
         raise BundleError(f"{what}: {error}") from error
 
@@ -224,8 +258,11 @@ def keep_system(folder: Path) -> None:
     """
     from qaflora_edge.engine import Engine
 
-    with Engine(folder) as engine:
+    known = read_bundle_text(folder).known
+    with Engine(folder, strategy="base") as engine:
         engine.chat_tokens([{"role": "user", "content": "?"}])
+        with contextlib.suppress(StrategyError):  # samples or a fit may be still to come
+            engine.use_strategy(known.strategy)
         engine.keep_system()
 
 

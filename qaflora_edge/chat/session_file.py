@@ -18,7 +18,7 @@ from typing import Any, Self
 from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
-from qaflora_edge.files import read_input, write_text_atomic
+from qaflora_edge.files import atomic_path, read_input, readable
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_object, shown
 
@@ -64,10 +64,10 @@ class Session:
 def bundle_identity(folder: Path) -> BundleIdentity:
     """The identity of a bundle by its bundle.json, or of a base alone. Raises BundleError."""
     if is_base(folder):
-        return BundleIdentity(folder.name, checksum(folder))
+        return BundleIdentity(readable(folder.name), checksum(folder))
     text = read_bundle_text(folder)
     return BundleIdentity(
-        name=text.name or folder.name,
+        name=text.name or readable(folder.name),
         base_sha256=text.base.sha256,
         adapters={adapter.name: adapter.sha256 for adapter in text.adapters},
     )
@@ -95,7 +95,10 @@ def save_session(path: Path, session: Session) -> None:
         "adapters": list(session.adapters),
         "messages": messages,
     }
-    write_text_atomic(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.touch(mode=0o600)  # for its owner alone
+        temporary.write_bytes(text.encode("utf-8"))
 
 
 def load_session(path: Path) -> Session:

@@ -1,7 +1,6 @@
 """qaflora bundle create, add, remove, rename, base, calibrate, samples, show and verify"""
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import click
 
+from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.base_choice import choose_base
 from qaflora_edge.cli.options import (
     BUNDLE,
@@ -21,7 +21,6 @@ from qaflora_edge.cli.options import (
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN, SHARED
-from qaflora_edge.errors import StrategyError
 
 NOTES = {
     "source": "Where an adapter comes from.",
@@ -179,27 +178,16 @@ def add(
     """Add adapters to a bundle.
 
     NAME=PATH gives an adapter its name in the bundle; PATH is what `qaflora bundle create
-    --adapter` takes. The bundle changes in one step for each adapter, when all has worked; when
-    something fails, it is as it was.
+    --adapter` takes. The bundle changes in one step, when all has worked; when something fails, it
+    is as it was.
     """
-    from qaflora_edge.bundles.edit import add_adapter
-    from qaflora_edge.bundles.open import read_bundle_text
-    from qaflora_edge.weighing.strategy import parse_strategy
+    from qaflora_edge.bundles.edit import add_adapters
 
     path = bundle_folder(folder)
     given = {key: text for key, text in note.items() if text is not None}
-    names = [adapter.name for adapter in read_bundle_text(path).adapters]
-    if strategy is not None:
-        parse_strategy(strategy, [*names, *(name for name, _ in pairs)])
-    for name, adapter in pairs:
-        names.append(name)
-        try:
-            parse_strategy(strategy or "base", names)
-            options["strategy"] = strategy
-        except StrategyError:  # it names one that is still to come
-            options["strategy"] = None
-        with progress_bars() as progress:
-            add_adapter(path, name, adapter, note=given, progress=progress, **options)
+    with progress_bars() as progress:
+        add_adapters(path, pairs, note=given, strategy=strategy, progress=progress, **options)
+    for name, _ in pairs:
         click.echo(f"Added the adapter {name} to {path}.", err=True)
 
 
@@ -323,7 +311,7 @@ def show(folder: str, as_json: bool) -> None:
         text = read_bundle_text(path)
         base_path = recorded_base(path, text.base)
         shown = {**text.raw, "base_path": None if base_path is None else str(base_path)}
-        click.echo(json.dumps(shown, ensure_ascii=False))
+        print_json(shown)
         return
     click.echo(describe(path))
 

@@ -79,17 +79,17 @@ def compare(
         strategies = expand(ways or f"base,single,{engine.strategy}", engine.adapters)
         tokens = prompt_tokens(engine, text, options)
         answers = ask(engine, tokens, strategies, options.sampling)
+    if as_json:
+        shown = [{"strategy": answer.strategy, **answer.facts} for answer in answers]
+        click.echo(json.dumps({"prompt": text, "answers": shown}))
+    else:
+        click.echo(table(answers, width=terminal_size(sys.stdout)[0], encoding=sys.stdout.encoding))
     if html_path is not None:
         from qaflora_edge.cli.plot_html import answers_page
         from qaflora_edge.cli.weights import subject
         from qaflora_edge.files import write_text_atomic
 
         write_text_atomic(html_path, answers_page(text, answers, subject(bundle)))
-    if as_json:
-        shown = [{"strategy": answer.strategy, **answer.facts} for answer in answers]
-        click.echo(json.dumps({"prompt": text, "answers": shown}))
-    else:
-        click.echo(table(answers, width=terminal_size(sys.stdout)[0], encoding=sys.stdout.encoding))
 
 
 def expand(ways: str, adapters: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.base_choice import choose_base, plain_name
 from qaflora_edge.cli.options import command, own_options
 from qaflora_edge.cli.progress import progress_bars
@@ -107,7 +107,7 @@ def _show_checks(checks: Sequence[Any], converted: ConvertedAdapter | None, as_j
         report: dict[str, Any] = {} if converted is None else asdict(converted)
         report["path"] = str(report["path"]) if report else None
         report["checks"] = [{**asdict(check), "is_right": check.is_right} for check in checks]
-        click.echo(json.dumps(without_nan(report), ensure_ascii=False, allow_nan=False))
+        print_json(without_nan(report))
         return
     if wrong := [check for check in checks if not check.is_right]:
         click.echo(f"{'largest':>10} {'relative':>10} {'of allowed':>10}  module")

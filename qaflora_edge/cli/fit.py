@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
+from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.eval_tasks import HALVES
 from qaflora_edge.cli.options import (
     BUNDLE,
@@ -96,7 +96,7 @@ def fit(
             tell=tell,
         )
     if as_json:
-        click.echo(json.dumps(record, ensure_ascii=False))
+        print_json(record)
     weights = ", ".join(f"{key} {weight:.2f}" for key, weight in record["weights"].items())
     loss = record["loss"]
     click.echo(

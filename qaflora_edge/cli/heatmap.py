@@ -189,7 +189,7 @@ class Pen:
                 continue
             if lines[-1].strip():
                 lines.append(" " * indent)
-            first, *rest = chop_cells(word, width - indent)
+            first, *rest = chop_cells(word, max(2, width - indent))
             lines[-1] += first
             lines += [" " * indent + part for part in rest]
         return "\n".join(lines)

@@ -4,6 +4,7 @@ import json
 
 import click
 
+from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.options import command
 
 
@@ -39,7 +40,7 @@ def settings(as_json: bool) -> None:
             for row, value, source in rows
         }
         shown = {"file": str(path), "exists": path.is_file(), "settings": entries}
-        click.echo(json.dumps(shown | {"as_read": without_secrets(found)}, ensure_ascii=False))
+        print_json(shown | {"as_read": without_secrets(found)})
         return
     click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
     for row, value, source in rows:

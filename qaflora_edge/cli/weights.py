@@ -117,13 +117,13 @@ def weights(
                 click.echo(json.dumps(facts))
             elif as_csv:
                 _print_csv(csv_rows(asked, fusion))
+    if not as_json and not as_csv:
+        _print_heatmap(weighed)
     if plot is not None:
         from qaflora_edge.cli.plot import write_plot
 
         if note := write_plot(plot, weighed, subject(bundle), dpi=dpi, is_dark=dark):
             click.echo(note, err=True)
-    if not as_json and not as_csv:
-        _print_heatmap(weighed)
 
 
 def subject(bundle: str) -> str:

@@ -68,7 +68,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def all_here() -> list[Here]:
     """Bundles of the working folder, of the setting `bundles` and of the Hub; then bases."""
-    bundles = {str(path): Path(path) for path in bundles_in(Path())} | named_bundles()
+    own = {str(path): Path(path) for path in bundles_in(Path())}
+    bundles = own | named_bundles() | own  # in the order of the first, and they win
     found = [Here("bundle", name, path.absolute()) for name, path in bundles.items()]
     others = [Here(_kind(path), name, path, folder) for folder, name, path in pulled()]
     found += [here for here in others if here.kind == "bundle"]

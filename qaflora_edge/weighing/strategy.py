@@ -143,6 +143,7 @@ class Strategy:
     reads_question  whether weigh() asks for what needs query.question, whatever the pool
     needs_typical   whether it needs what `qaflora bundle calibrate` measures
     compares  kinds of modules, such as attn_q, of which the adapters need one in common
+    reads_of_each   kinds of which each adapter needs one
     measured  what stands in the divergence of its Mix
     """
 
@@ -155,6 +156,7 @@ class Strategy:
     reads_question: ClassVar[bool] = False
     needs_typical: ClassVar[bool] = False
     compares: ClassVar[tuple[str, ...]] = ()
+    reads_of_each: ClassVar[tuple[str, ...]] = ()
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:

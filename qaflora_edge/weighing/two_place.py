@@ -16,7 +16,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
-from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import ADDED, KINDS, Mix, Probe, Query, Sequences, Strategy
 
 RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
 
@@ -43,6 +43,7 @@ class TwoPlace(Strategy):
     reads_question = True
     measured = ADDED
     needs_typical = True
+    reads_of_each = KINDS
 
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.typical import adds_nothing

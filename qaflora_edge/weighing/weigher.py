@@ -91,7 +91,7 @@ class Weigher:
         whole = [
             each
             for each in strategies()
-            if not each.needs_argument and each.name != "fitted" and self._can_compare(each)
+            if not each.needs_argument and each.name != "fitted" and self.can_compare(each)
         ]
         fixed = [each.name for each in whole if not each.is_probed]
         fixed.sort(key=lambda name: name != "base")
@@ -101,7 +101,8 @@ class Weigher:
         every = (*fixed, *singles, *fits, *probed)
         return tuple(text for text in every if self.follows(text))
 
-    def _can_compare(self, strategy: Strategy) -> bool:
+    def can_compare(self, strategy: Strategy) -> bool:
+        """Whether all adapters, as far as is known, adapt one kind of those that it compares."""
         targets = (set(self.targets.get(name, strategy.compares)) for name in self.adapters)
         return not strategy.compares or bool(set(strategy.compares).intersection(*targets))
 
