@@ -241,6 +241,7 @@ def test_failed_adding_leaves_the_bundle_as_it_was(made: TinyBundle, tmp_path: P
         (InputFileError, "a", tmp_path / "none"),
         (BundleError, "a/b", made.adapter.path),
         (BundleError, "ES", made.adapter.path),
+        (BundleError, "nul.x", made.adapter.path),
     ]
     for error, name, source in attempts:
         with pytest.raises(error):

@@ -482,6 +482,8 @@ def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
     [
         ([], "Give PROMPT or --file FILE, or else --prompts FILE."),
         (["-", "--file", "-"], "stdin (`-`) can be read only once."),
+        (["-", "--json-schema", "-"], "stdin (`-`) can be read only once."),
+        (["--prompts", "-", "--grammar", "-"], "stdin (`-`) can be read only once."),
         ([PROMPT, "--json-schema", "a", "--grammar", "b"], "Give --json-schema or --grammar, not"),
         ([PROMPT, "--json-schema", "a", "--stop", "}"], "--stop would cut the JSON of --json-"),
         ([PROMPT, "--system", "a", "--raw-prompt"], "--system needs the chat template, which"),

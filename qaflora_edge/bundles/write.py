@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -58,6 +59,7 @@ def prompts_sha256(prompts: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode("utf-8")).hexdigest()
 
 
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 
 
@@ -67,6 +69,11 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(f"The adapter name {name!r} cannot be used; expected {NAME_RULE}.")
+        if _DEVICE.fullmatch(name):
+            raise BundleError(
+                f"The adapter name {name!r} cannot be used: files of that name are devices on "
+                "Windows; expected another."
+            )
         if name.lower() in seen:
             raise BundleError(
                 f"The adapter name {name!r} is taken already (capital letters make no difference: "

@@ -117,6 +117,8 @@ def run(
     is_asked = prompts_path is not None or "-" in (prompt, *paths, schema_path, grammar_path)
     piped = "" if is_asked else read_piped()
     _check_sources(prompt, paths or (("-",) if piped else ()), prompts_path, out, n_answer)
+    if [prompt, *paths, prompts_path, schema_path, grammar_path].count("-") > 1:
+        raise click.UsageError("stdin (`-`) can be read only once.")
     text = "" if prompts_path is not None else _whole_prompt(prompt, paths, piped)
     sampling = options.sampling
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)
@@ -174,8 +176,6 @@ def _check_sources(
 ) -> None:
     if (prompt is None and not paths) == (prompts_path is None):
         raise click.UsageError("Give PROMPT or --file FILE, or else --prompts FILE.")
-    if [prompt, *paths].count("-") > 1:
-        raise click.UsageError("stdin (`-`) can be read only once.")
     if out is not None and prompts_path is None:
         raise click.UsageError("-o is for the answers to --prompts FILE.")
     if n_answer > 1 and prompts_path is not None:
