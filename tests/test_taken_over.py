@@ -74,6 +74,69 @@ def test_only_the_last_token_is_read_again(made: TinyBundle, counts: list[int]) 
         assert counts == [len(tokens) + 1]
 
 
+def test_a_room_that_is_being_copied_is_not_taken_too_soon(made: TinyBundle) -> None:
+    """Between rooms llama.cpp notes a copy, and makes it with the next decode."""
+    options: Any = {"threads": 1, "n_ctx": 1024, "kv_type": "f32"}
+    alike = [{"role": "system", "content": "the thing is in another place and who has " * 6}]
+    question = [*alike, {"role": "user", "content": QUESTION}]
+    with Engine(made.folder, **options) as engine:
+        tokens = engine.chat_tokens(question)
+        expected = answered(engine, tokens, BASE_ALONE)
+    with Engine(made.folder, n_parallel=2, **options) as engine:
+        beside = engine.chat_tokens([*alike, {"role": "user", "content": "one"}])
+        running = engine.generate(beside, weights="base", max_tokens=40)
+        next(running)  # it begins alike: its room is copied
+        assert_same(answered(engine, tokens, BASE_ALONE), expected)
+        assert not running.is_done
+
+
+def test_a_room_that_is_being_cleaned_is_not_taken_too_soon(made: TinyBundle) -> None:
+    options: Any = {"threads": 1, "n_ctx": 1024, "kv_type": "f32"}
+    with Engine(made.folder, **options) as engine:
+        expected = answered(engine, asked(engine), BASE_ALONE)
+    with Engine(made.folder, n_parallel=2, **options) as engine:
+        half = engine.generate(
+            engine.tokenize("the thing is in " * 80), weights="static", wait=False, max_tokens=1
+        )
+        engine._core._loop.drive(lambda: half._sequence.n_past > 0)
+        half.cancel()
+        engine.generate("something else", weights="static", max_tokens=2).text()
+        assert_same(answered(engine, asked(engine), BASE_ALONE), expected)
+
+
+def test_a_room_that_was_left_is_not_taken_too_soon(made: TinyBundle) -> None:
+    """Nor does the answer that moved out of it get what comes in."""
+    options: Any = {"threads": 1, "n_ctx": 1024, "kv_type": "f32", "n_parallel": 3}
+
+    def answers(has_other: bool) -> list[Any]:
+        with Engine(made.folder, **options) as engine:
+
+            def ask(tokens: list[int], weights: str, n: int) -> Any:
+                return engine.generate(
+                    tokens, weights=weights, wait=False, max_tokens=n, logprobs=0
+                )
+
+            def text(n: int, seed: int) -> list[int]:
+                return [(7 * seed + i * i) % 200 + 3 for i in range(n)]
+
+            short = [ask(text(20, 120), "static", 1), ask(text(20, 99), "static", 3)]
+            long = [ask(text(900, 112), "static", 3), ask(text(900, 110), "static", 3)]
+            if has_other:
+                short.append(ask(asked(engine, QUESTION[:45] * 10), BASE_ALONE, 3))
+            for each in (*long, short[1]):
+                each.text()
+            return [[(x.token, x.logprob) for x in each.logprobs] for each in (*long, short[1])]
+
+    for found, expected in zip(answers(True), answers(False), strict=True):
+        assert_same(found, expected)
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    assert [token for token, *_ in found] == [token for token, *_ in expected]
+    ours, theirs = (np.array([each[1] for each in one]) for one in (found, expected))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_each_of_several_has_its_own(made: TinyBundle) -> None:
     with Engine(made.folder, threads=1, n_parallel=3) as engine:
         prompts = [asked(engine, QUESTION[i:] + " what?") for i in range(5)]

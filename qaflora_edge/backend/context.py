@@ -95,6 +95,7 @@ class Context(Handle):
         self._is_by_element = params.flash_attn_type == FLASH_ATTN_OFF
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
         self._spoilt: set[int] = set()
+        self._copying: set[int] = set()  # rooms of copies that the next decode makes
         self._weights = [b""] * n_seq  # a hash of those that were set
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
@@ -152,7 +153,7 @@ class Context(Handle):
         bad = self._spoilt.union(doubtful)
         good = next((each for each in range(self.n_seq) if each not in bad), None)
         if good is not None:
-            self._lib.llama_memory_seq_cp(self._memory, good, seq, -1, -1)
+            self._cp(good, seq)
             self.clear(seq)
             self._spoilt.discard(seq)
         elif not any(self._tokens):
@@ -209,8 +210,13 @@ class Context(Handle):
         """Let one sequence hold what another does."""
         # All of it: a part between rooms ends the process (llama.cpp 0c1e5709, llama_kv_cache).
         self.clear(target)
-        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._cp(source, target)
         self._tokens[target] = list(self._tokens[source])
+
+    def _cp(self, source: int, target: int) -> None:
+        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        if not self._is_unified:
+            self._copying |= {source, target}
 
     def share(self, targets: Sequence[int]) -> None:
         """Let other sequences hold what the first one does."""
@@ -238,6 +244,12 @@ class Context(Handle):
         return self.keep(n, seq) == n
 
     def _load(self, seq: int, data: U8, tokens: Sequence[int]) -> None:
+        # llama.cpp 0c1e5709, llama_kv_cache::seq_cp: copies between rooms are made by the next
+        # llama_decode, over what would be loaded, or of it.
+        if seq in self._copying:
+            self.clear(seq)
+            self.decode_spans([Span(seq, [0], 0, "none")])
+            self.clear(seq)
         n = self._lib.llama_state_seq_set_data(self._pointer, as_bytes(data), data.size, seq)
         if n != data.size:
             self.clear(seq)
@@ -287,6 +299,7 @@ class Context(Handle):
         code = self._lib.llama_decode(self._pointer, batch.struct)
         self._model.check_workers()  # all that they would have computed is 0
         if code == 0:
+            self._copying.clear()
             for span in spans:
                 self._tokens[span.seq][span.start :] = span.tokens
             return batch.last
