@@ -195,7 +195,7 @@ OPTIONS = (
     Option("temperature", float, 0.0, "sampling", "--temp", low=0,
            defaults={"chat": 0.7, "serve": 0.7},
            help="Temperature of sampling; 0 is greedy."),
-    Option("top_p", float, 0.95, "sampling", "--top-p", low=0, is_open=True, high=1,
+    Option("top_p", float, 0.95, "sampling", "--top-p", low=0, high=1,
            help="Sample from the likeliest tokens that make up this much; 1 is all."),
     Option("top_k", int, 0, "sampling", "--top-k", low=0, high=2**31 - 1, noun=_TOKENS,
            help="Sample from so many likeliest tokens; 0 is all."),

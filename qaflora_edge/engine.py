@@ -167,7 +167,8 @@ class Engine(EngineMeasures):
                   by one, as there is room
         options   of those that do not have them
 
-        A request that fails ends with finish_reason "error", and `error` says why.
+        A request that fails ends with finish_reason "error", and `error` says why. After cancel()
+        no more requests are taken.
         """
         if isinstance(requests, str | Mapping):
             raise OptionError(
@@ -176,9 +177,11 @@ class Engine(EngineMeasures):
             )
         source = enumerate(requests)
         running: dict[int, Generation] = {}
+        cancellation = self._core.cancellation()
         while True:
             # One more than fit: it is weighed while the others are decoded.
-            for index, request in itertools.islice(source, self.n_parallel + 1 - len(running)):
+            n_more = 0 if cancellation.is_set else self.n_parallel + 1 - len(running)
+            for index, request in itertools.islice(source, n_more):
                 running[index] = self._start(request, options)
             if not running:
                 return

@@ -1,7 +1,7 @@
 """What is measured of prompts: the part of an Engine that weighs and scores."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, overload
@@ -71,6 +71,7 @@ class EngineMeasures(EngineBase):
                 probe = self._core.probe(self._core.cancellation(cancel))
                 return self._using(adapters).weigh(strategy, tokens, probe)
 
+        prompt = _whole(prompt)
         return [weigh(each) for each in prompt] if _are_many(prompt) else weigh(prompt)
 
     def hidden_states(
@@ -133,6 +134,7 @@ class EngineMeasures(EngineBase):
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
         """
+        prompt, continuation = _whole(prompt), _whole(continuation)
         is_list = _are_many(prompt)
         if is_list != _are_many(continuation):
             raise OptionError(
@@ -249,6 +251,11 @@ class EngineMeasures(EngineBase):
         if not self.has_chat_template:
             return self.tokenize(text)
         return self.chat_tokens([{"role": "user", "content": text}])
+
+
+def _whole(prompt: Any) -> Any:
+    """A list in place of what can be gone through once."""
+    return list(prompt) if isinstance(prompt, Iterator) else prompt
 
 
 def _are_many(prompt: Any) -> bool:

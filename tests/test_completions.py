@@ -12,6 +12,7 @@ from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_b
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
+from qaflora_edge.inference.logprobs import TokenLogprob
 from qaflora_edge.openai.logprobs import ShownTokens, text_logprobs
 from qaflora_edge.openai.tools import CallFilter, parse_calls
 
@@ -429,6 +430,11 @@ def test_control_tokens_among_others_hide_no_log_probability(tmp_path: Path) -> 
     is_shown = [token == "a" for token in found["tokens"]]
     assert sum(is_shown) == len(text)
     assert found["text_offset"] == [sum(is_shown[:i]) for i in range(len(is_shown))]
+
+
+def test_offsets_of_characters_of_several_tokens() -> None:
+    entries = [TokenLogprob(i, bytes([byte]), -1.0, (), 1) for i, byte in enumerate("語a".encode())]
+    assert text_logprobs(entries, 5)["text_offset"] == [5, 5, 5, 6]
 
 
 def test_bias_decides(tmp_path: Path) -> None:

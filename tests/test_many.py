@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Iterator
@@ -208,6 +209,8 @@ def test_weights_of_a_list_are_those_one_by_one(alone: Engine, strategy: str) ->
         expected = alone.weights(prompt, strategy=strategy)  # type: ignore[call-overload]
         np.testing.assert_allclose(fusion.weights, expected.weights, atol=1e-5)
         assert fusion.prompt_tokens == expected.prompt_tokens
+    drawn_once = alone.weights(iter(prompts), strategy=strategy)  # type: ignore[call-overload]
+    assert len(drawn_once) == len(prompts)
     (fusion,) = alone.weights(["a thing"], strategy="static", adapters=["es"])
     assert fusion.adapters == ("es",)
     assert fusion.weights.shape == (1, 3)
@@ -462,3 +465,18 @@ def test_an_event_ends_the_rest_of_many(engine: Engine) -> None:
         event.set()
     assert ended[0] == (1, "length")
     assert sorted(ended[1:]) == [(0, "cancelled"), (2, "cancelled"), (3, "cancelled")]
+
+
+def test_cancelling_all_ends_the_rest_of_many(engine: Engine) -> None:
+    requests = ({"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 1 else 300} for i in range(9))
+    ended = []
+    for index, answer in engine.generate_many(requests, weights="static"):
+        with contextlib.suppress(CancelledError):  # of one that had not begun
+            answer.text()
+        ended.append((index, answer.finish_reason))
+        engine.cancel()
+    assert ended[0] == (1, "length")
+    assert {reason for _, reason in ended[1:]} <= {"cancelled", "error"}
+    assert 1 < len(ended) < 9  # no more were taken
+    assert_idle(engine)
+    assert len([*engine.generate_many(["a"], max_tokens=2)]) == 1

@@ -397,6 +397,12 @@ REFUSED = [
         "tools",
         "The chat template of ",
     ),
+    (
+        {"json_schema": {}, "response_format": {"type": "json_object"}},
+        400,
+        "json_schema",
+        "The field json_schema is {}, expected nothing beside response_format",
+    ),
     ({"lora": 1}, 400, "lora", 'The field lora is 1, expected a list such as [{"id": 0, "scale"'),
 ]
 
@@ -419,6 +425,7 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
         (TEXT, {"prompt": [99999]}, "prompt"),
         (TEXT, {"prompt": "a", "json_schema": {"type": "who"}}, "json_schema"),
         ("/v1/weights", {"prompt": [99999]}, "prompt"),
+        ("/v1/weights", {"prompt": "a", "lora": [{"id": 0, "scale": 1}]}, "lora"),
         ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input"),
         ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_object"}}}, None),
         ("/detokenize", {"tokens": [99999]}, "tokens"),
@@ -447,6 +454,15 @@ def test_defaults_are_for_requests_that_say_nothing(made: TinyBundle) -> None:
         form = {"type": "json_schema", "json_schema": {"schema": {"const": "azqb"}}}
         found = answer(client, **asked, response_format=form, max_tokens=99)
         assert json.loads(found["choices"][0]["message"]["content"]) == "azqb"
+        prose = {"response_format": {"type": "text"}}
+        schema = {"json_schema": {"const": "azqb"}}
+        found = answer(client, **asked, **prose, **schema, max_tokens=99)
+        assert json.loads(found["choices"][0]["message"]["content"]) == "azqb"
+        sign = answer(client, **asked)["choices"][0]["message"]["content"][0]
+    with client_of(made.folder, sampling={**sampling, "stop": (sign,)}) as client:
+        for form in ({}, prose, {"tool_choice": "none"}):
+            found = answer(client, **asked, **form)["choices"][0]
+            assert (found["finish_reason"], found["message"]["content"]) == ("stop", "")
 
 
 def test_a_chat_without_a_template(tmp_path: Path) -> None:

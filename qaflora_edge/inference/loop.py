@@ -133,7 +133,7 @@ class Loop:
                     else:
                         self._turn.notify_all()
                         self._turn.wait()
-            except Exception as error:
+            except BaseException as error:  # Ctrl-C in the middle of a step too
                 failed = BackendError("A step of the Engine failed; its cause says how.")
                 failed.__cause__ = error
                 self._end_all(failed)

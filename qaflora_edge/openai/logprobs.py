@@ -1,5 +1,6 @@
 """Log-probabilities of an answer's tokens in OpenAI's shapes."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,10 +51,10 @@ def text_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any
 
     offset  characters of the text before the first token
     """
-    offsets = []
+    offsets, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
     for entry in entries:
         offsets.append(offset)
-        offset += len(_text(entry)) if entry.n_shown else 0
+        offset += len(decoder.decode(entry.data)) if entry.n_shown else 0
     return {
         "tokens": [_text(entry) for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],

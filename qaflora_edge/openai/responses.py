@@ -17,6 +17,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "truncation": (None, "disabled"),
     "max_tool_calls": (None,),
     "top_logprobs": (None, 0),
+    # Of other shapes.
+    "n": (None, 1),
+    "logprobs": (None, False),
+    **dict.fromkeys(("response_format", "json_schema"), (None,)),
     "include": (None, [], ["reasoning.encrypted_content"]),  # of which there is none
 }
 # What a response always has; of it nothing is done here.

@@ -209,9 +209,10 @@ async def responses(request: Request) -> Response:
     state = request.app.state
     bundle, strategy = state.shelf.find(body.get("model"))
     messages, given = chat_request(body)
+    own = {name: body[name] for name in fields.OF_SAMPLING & body.keys() - {"logprobs"}}
     fusion = fields.read_fusion(body, strategy, bundle.adapters)
     messages = fields.messages({"messages": messages})
-    options = fields.chat_options(given, state.options.sampling)
+    options = fields.chat_options(own | given, state.options.sampling)
     shown = {name: options.get(name, in_group("sampling")[name].default) for name in SHOWN}
     is_stream = fields.flag(body, "stream")
     model = body.get("model") or bundle.name

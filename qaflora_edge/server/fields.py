@@ -23,9 +23,10 @@ from qaflora_edge.weighing.weigher import Weights
 RETURNS = ("summary", "layers", "none")
 _FUSION = ("strategy", "adapters", "weights", "return")
 _SAMPLING = in_group("sampling")
-_OF_SAMPLING = {name for option in _SAMPLING.values() for name in (option.name, *option.aliases)}
+OF_SAMPLING = {name for option in _SAMPLING.values() for name in (option.name, *option.aliases)}
+_PROSE = {"type": "text"}  # a response_format that asks for nothing
 _OF_CHAT = frozenset(
-    {*_OF_SAMPLING, *FIXED, "n", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
+    {*OF_SAMPLING, *FIXED, "n", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
     | {"response_format", "json_schema"}
 )
 
@@ -213,7 +214,9 @@ def chat_options(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     given = {name: value for name, value in body.items() if name in _OF_CHAT}
     given = {name: value for name, value in given.items() if value is not None}
     schema = given.pop("json_schema", None)  # llama-server's own
-    if schema is not None and "response_format" not in given:
+    if schema is not None:
+        if given.get("response_format", _PROSE) != _PROSE:
+            raise wrong_field("json_schema", schema, "nothing beside response_format")
         given["response_format"] = {"type": "json_object", "schema": schema}
     options = openai_options(given)
     _check_limits(options)
@@ -227,7 +230,7 @@ def text_options(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     for name, harmless in (("suffix", ""), ("best_of", n)):
         if fixed.get(name, harmless) != harmless:
             raise wrong_field(name, fixed[name], "nothing: it cannot be followed here")
-    given = {name: value for name, value in body.items() if name in _OF_SAMPLING}
+    given = {name: value for name, value in body.items() if name in OF_SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}
     n_top = given.pop("logprobs", None)  # here a number
     given = openai_options(given)
@@ -243,7 +246,10 @@ def with_defaults(
     options: dict[str, Any], defaults: Mapping[str, Any], forms: Sequence[str]
 ) -> dict[str, Any]:
     """Options, and the defaults of others. A stop text among these is meant for prose."""
-    has_form = any(options.get(form) for form in forms)
+    asked = {form: options.get(form) for form in forms}
+    if options.get("tool_choice") == "none":
+        asked.pop("tools", None)
+    has_form = any(form and form != _PROSE for form in asked.values())
     own = {name: value for name, value in defaults.items() if name != "stop" or not has_form}
     return {**own, **options}
 

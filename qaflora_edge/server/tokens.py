@@ -80,7 +80,8 @@ async def weights(request: Request) -> Response:
     fusion = fields.read_fusion(body, strategy, bundle.adapters)
     chosen = fusion.weights
     if not isinstance(chosen, str | None):
-        raise wrong_field("fusion.weights", chosen, "a strategy: these are known already")
+        name = "fusion.weights" if body.get("lora") is None else "lora"
+        raise wrong_field(name, chosen, "a strategy: these are known already")
     prompt: Any
     prompt, is_chat = body.get("prompt"), body.get("messages") is not None
     if is_chat == (prompt is not None):
