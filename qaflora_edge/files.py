@@ -179,18 +179,15 @@ def _check_replaceable(path: Path) -> None:
     """Refuse to put a file where something else is: /dev/null would be a file from then on."""
     parent = os.path.realpath(path.parent)
     if parent == "/dev" or parent.startswith("/proc/"):  # links there may lead to a file
-        raise OutputFileError(
-            f"Cannot write {path}: files are not made in {path.parent}. Choose another name."
-        )
+        where = f"files are not made in {path.parent}"
+        raise OutputFileError(f"Cannot write {path}: {where}. Choose another name.")
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return  # nothing is there, or making the file says what is wrong
     if not stat.S_ISREG(mode):
-        raise OutputFileError(
-            f"Cannot write {path}: it is {_kind(mode)} and a file was expected. "
-            "Choose another name."
-        )
+        found = f"it is {_kind(mode)} and a file was expected"
+        raise OutputFileError(f"Cannot write {path}: {found}. Choose another name.")
 
 
 def _kind(mode: int) -> str:
@@ -248,9 +245,8 @@ def one_line(text: str) -> str:
 def check_has_folder(path: Path) -> None:
     """Raise OutputFileError, before any work, where a file to come has no folder that takes it."""
     if not path.parent.is_dir():
-        raise OutputFileError(
-            f"Cannot write {path}: there is no folder {path.parent}. Create it, or choose another."
-        )
+        where = f"there is no folder {path.parent}"
+        raise OutputFileError(f"Cannot write {path}: {where}. Create it, or choose another.")
     if not os.path.lexists(path):
         check_takes_file(path)
 

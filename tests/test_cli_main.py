@@ -143,7 +143,7 @@ def test_version() -> None:
         ["run"],
         ["run", "DIR", "hi", "--lens", "wide"],
         ["run", "DIR", "hi", "--temp", "-1"],
-        ["run", "DIR", "hi", "--top-p", "0"],
+        ["run", "DIR", "hi", "--top-p", "-1"],
         ["run", "DIR", "hi", "--ctx", "0"],
         ["run", "DIR", "hi", "--kv-type", "f8"],
         ["weights", "DIR", "hi", "--plot", "weights.gif"],

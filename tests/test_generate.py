@@ -155,7 +155,7 @@ def test_end_token_ends_the_answer(tmp_path: Path) -> None:
         ("max_tokens", -1, "a number of tokens from 0 up"),
         ("temperature", -0.5, "a number from 0 up"),
         ("temperature", float("nan"), "a number from 0 up"),
-        ("top_p", 0.0, "a number above 0 to 1"),
+        ("top_p", -0.1, "a number from 0 to 1"),
         ("seed", 2**32, "a whole number from 0 to 4294967294"),
         ("stop", ("",), "a list of texts that are not empty"),
     ],

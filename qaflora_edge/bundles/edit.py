@@ -54,27 +54,9 @@ UNFINISHED_FILE = ".unfinished.json"
 MAX_UNFINISHED_BYTES = 1 << 16
 
 
-def add_adapter(
-    folder: AnyPath,
-    name: str,
-    source: AnyPath,
-    *,
-    outtype: str = "f16",
-    note: Mapping[str, str] | None = None,
-    calibrate: bool = True,
-    strategy: str | None = None,
-    progress: Tell | None = None,
-) -> None:
-    """Add one adapter to a bundle, as add_adapters does."""
-    add_adapters(
-        folder,
-        {name: source},
-        outtype=outtype,
-        note=note,
-        calibrate=calibrate,
-        strategy=strategy,
-        progress=progress,
-    )
+def add_adapter(folder: AnyPath, name: str, source: AnyPath, **options: Any) -> None:
+    """Add one adapter to a bundle, with the options of add_adapters."""
+    add_adapters(folder, {name: source}, **options)
 
 
 def add_adapters(
