@@ -242,12 +242,12 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 
-def check_has_folder(path: Path) -> None:
+def check_has_folder(path: Path, *, is_added_to: bool = False) -> None:
     """Raise OutputFileError, before any work, where a file to come has no folder that takes it."""
     if not path.parent.is_dir():
         where = f"there is no folder {path.parent}"
         raise OutputFileError(f"Cannot write {path}: {where}. Create it, or choose another.")
-    if not os.path.lexists(path):
+    if not (is_added_to and os.path.lexists(path)):
         check_takes_file(path)
 
 

@@ -296,6 +296,13 @@ def test_a_strategy_has_to_fit_the_adapters_before_they_are_measured(
     add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:first=3", calibrate=False)
 
 
+def test_an_old_bundle_with_the_name_of_a_device_is_edited(made: TinyBundle) -> None:
+    rewrite(made.folder, lambda raw: raw["adapters"][0].update(name="aux"))
+    add_adapter(made.folder, "law", made.adapter.path, calibrate=False)
+    rename_adapter(made.folder, "aux", "math")
+    assert list(load_bundle(made.folder).adapter_paths) == ["math", "es", "law"]
+
+
 def test_a_file_of_another_adapter_is_not_to_be_removed(made: TinyBundle) -> None:
     raw = bundle_json(made.folder)["adapters"]
     rewrite(made.folder, lambda text: text["adapters"][0].update(name="sums"))

@@ -115,8 +115,10 @@ def test_a_link_of_the_system_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -
 def test_a_folder_that_takes_no_file_is_seen_before_the_work(tmp_path: Path) -> None:
     check_has_folder(tmp_path / "new")
     assert not [*tmp_path.iterdir()]
-    with pytest.raises(OutputFileError, match="files are not made in"):
-        check_has_folder(Path("/proc/self/fd/99"))
+    for place in ("/proc/self/fd/99", "/dev/null"):
+        with pytest.raises(OutputFileError, match="files are not made in"):
+            check_has_folder(Path(place))
+    check_has_folder(Path("/dev/null"), is_added_to=True)
 
 
 def test_atomic_path_names_a_name_that_is_too_long(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ RIGHT = [
     "```python\nclass area:\n    def __new__(cls, r):\n        return round(pi * r * r)\n```",
     "area = pi * r * r\nreturn round(area)",
     "from __future__ import annotations\n\ndef area(r: R):\n    return round(pi * r * r)",
+    'T = """\nfrom __future__ import x\n"""\n\ndef area(r):\n    return round(pi * r * r) '
+    "if 'x' in T else 0",
+    "import sys\n\ndef area(r):\n    return round(sys.modules[__name__].pi * r * r)",
     "def area(r):\n    return round(pi * r * r)\n\nif __name__ == '__main__':\n    input()",
     "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\n"
     "class Disc:\n    r: int\n\ndef area(r):\n    return round(pi * Disc(r).r ** 2)",

@@ -158,6 +158,7 @@ def test_shape_is_openais(http: TestClient) -> None:
         ({"max_output_tokens": -1}, "max_tokens", "Option max_tokens is -1, expected a number of"),
         ({"n": 2}, "n", "Option n of responses is 2, expected"),
         ({"response_format": {}}, "response_format", "Option response_format of responses is {}"),
+        ({"grammar": "root ::= ("}, "grammar", ""),
         ({"stop": 3}, "stop", "Option stop is 3, expected"),
         ({"text": 3}, "text", "Option text is 3, expected an object such as"),
     ],

@@ -239,7 +239,7 @@ class Context(Handle):
         self.clear(seq)
         try:
             self._load(seq, data, tokens)
-        except BackendError:
+        except (BackendError, CancelledError):  # the next decode ends what was cancelled
             return False
         return self.keep(n, seq) == n
 

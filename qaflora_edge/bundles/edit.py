@@ -86,7 +86,7 @@ def add_adapters(
         pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
         new = [name for name, _ in pairs]
         names = [*loaded.adapter_paths, *new]
-        check_names(names)
+        check_names(names, new)
         fusion = raw.setdefault("fusion", {})
         what = f"Cannot add the adapter{'s' * (len(new) > 1)} {', '.join(new)} to {folder}"
         if strategy is not None:
@@ -153,7 +153,7 @@ def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
     folder = Path(folder)
     with editing(folder) as (text, raw):
         index = adapter_index(folder, text, old)
-        check_names([*(a.name for a in text.adapters if a.name != old), new])
+        check_names([*(a.name for a in text.adapters if a.name != old), new], [new])
         record = raw["adapters"][index]
         record["name"] = new
         fusion = raw.get("fusion", {})

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,16 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Check that names can be adapters of one bundle. Raises BundleError."""
+def check_names(names: Sequence[str], new: Collection[str] | None = None) -> None:
+    """Check that names can be adapters of one bundle. Raises BundleError.
+
+    new  those that it has not; None: all of them
+    """
     seen: set[str] = set()
     for name in names:
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(f"The adapter name {name!r} cannot be used; expected {NAME_RULE}.")
-        if _DEVICE.fullmatch(name):
+        if _DEVICE.fullmatch(name) and (new is None or name in new):
             raise BundleError(
                 f"The adapter name {name!r} cannot be used: files of that name are devices on "
                 "Windows; expected another."

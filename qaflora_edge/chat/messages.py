@@ -44,7 +44,7 @@ def _text(i: int, message: Message) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    if content is None and "tool_calls" in message:
+    if content is None and message.get("role") == "assistant" and "tool_calls" in message:
         return ""
     if isinstance(content, list) and content and all(map(_is_text_part, content)):
         return "".join(part["text"] for part in content)

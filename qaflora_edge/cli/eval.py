@@ -118,7 +118,7 @@ def eval(
     check_can_estimate()
     for path in (out, html, None if json_path == "-" else json_path):
         if path is not None:
-            check_has_folder(Path(path))
+            check_has_folder(Path(path), is_added_to=path is out)
     check_are_others((out, html, None if json_path == "-" else json_path), tasks)
     if save:
         _check_can_save(bundle, adapters)

@@ -187,20 +187,32 @@ def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 def _fits(section: Section, header: Mapping[str, Any]) -> bool:
     """Whether both may be compared, and a task of both is the same, with the same adapters.
 
-    What strategies go by (what is typical, or fitted) has to be the same too, where both say it.
+    What is fitted has to be the same too, where both were asked under it.
     """
     if section.n_adapter != len(header["adapters"]) or not section.is_alike(header):
         return False
     by_name = {cell.name: cell for cell in section.cells}
     shared = [(by_name[task["name"]], task) for task in header["tasks"] if task["name"] in by_name]
-    of_shared = [head for head in section.headers if _tasks(head) & _tasks(header)]
     return all(
         cell.adapters == _names(header) and cell.task == task for cell, task in shared
-    ) and all(_agree(head.get("measured", {}), header.get("measured", {})) for head in of_shared)
+    ) and all(_has_same_fits(head, header) for head in section.headers)
 
 
-def _tasks(header: Mapping[str, Any]) -> set[str]:
-    return {task["name"] for task in header["tasks"]}
+def _has_same_fits(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether what was fitted for a task of both is the same, where both were asked under it."""
+    both = {*a["strategies"]} & {*b["strategies"]}
+    if not {task["name"] for task in a["tasks"]} & {task["name"] for task in b["tasks"]}:
+        return True
+    fits = [
+        {key: value for key, value in header.get("measured", {}).items() if _strategy(key) in both}
+        for header in (a, b)
+    ]
+    return _agree(*fits)
+
+
+def _strategy(key: str) -> str:
+    """The strategy that goes by what a header calls fitted.NAME."""
+    return key.replace(".", ":", 1)
 
 
 def _names(header: Mapping[str, Any]) -> tuple[str, ...]:

@@ -92,7 +92,8 @@ def programs(answer: str, fields: Mapping[str, Any]) -> tuple[list[str], str]:
     code = _code(answer, entry)
     if not entry or not header or _defines(code, entry):
         start = _before(header, entry)
-        return [_ordered(f"{start}{each}\n") for each in _whole(code)], test
+        found = (f"{start}{each}\n" for each in _whole(code))
+        return [reading for each in found for reading in (each, _ordered(each))], test
     return [f"{header.rstrip()}\n{each}\n" for each in _bodies(code)], test
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     try:
         module = sys.modules["answer"] = types.ModuleType("answer")  # dataclasses look there
         exec(first_that_compiles(asked["sources"]), module.__dict__)
-        module.__name__ = "__main__"
+        module.__name__, sys.modules["__main__"] = "__main__", module
         exec(compile(asked["test"], "<test>", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as error:
         failure = f"SystemExit: {error.code}"

@@ -27,10 +27,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 _CONSTANT: dict[str, Any] = {
     "background": False,
     "error": None,
-    "frequency_penalty": 0,
     "max_tool_calls": None,
     "object": "response",
-    "presence_penalty": 0,
     "previous_response_id": None,
     "reasoning": {"effort": None, "summary": None},
     "service_tier": "default",

@@ -24,7 +24,9 @@ from qaflora_edge.server.stream import DONE, encoded, event
 from qaflora_edge.server.tokens import chat_of, check_messages_size, check_texts_size, spelt
 from qaflora_edge.server.work import Outlet, Work
 
-SHOWN = ("temperature", "top_p")  # options that a response tells
+# Options that a response tells.
+SHOWN = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
+_OTHERS = {"logprobs", "max_tokens", "max_completion_tokens"}  # of chats, that responses name else
 
 
 class Told:
@@ -209,7 +211,7 @@ async def responses(request: Request) -> Response:
     state = request.app.state
     bundle, strategy = state.shelf.find(body.get("model"))
     messages, given = chat_request(body)
-    own = {name: body[name] for name in fields.OF_SAMPLING & body.keys() - {"logprobs"}}
+    own = {name: body[name] for name in (fields.OF_SAMPLING - _OTHERS) & body.keys()}
     fusion = fields.read_fusion(body, strategy, bundle.adapters)
     messages = fields.messages({"messages": messages})
     options = fields.chat_options(own | given, state.options.sampling)
@@ -229,7 +231,8 @@ async def responses(request: Request) -> Response:
             else:
                 told.send_response(shape.whole(has_tools=begun.has_tools))
 
-    params: Params = {PromptError: "input", ChatTemplateError: "input", GrammarError: "text"}
+    form = "text" if body.get("grammar") is None else "grammar"
+    params: Params = {PromptError: "input", ChatTemplateError: "input", GrammarError: form}
     return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
 
 
