@@ -135,6 +135,13 @@ def test_text_under_a_schema(client: openai.OpenAI) -> None:
     assert json.loads(found.output_text)["to"] in ("left", "right")
 
 
+def test_options_are_told_as_they_were(http: TestClient) -> None:
+    body = {"model": "tiny", "input": "a", "max_output_tokens": 1, "frequency_penalty": 0.5}
+    found = http.post("/v1/responses", json=body).json()
+    told = [found[name] for name in ("frequency_penalty", "presence_penalty", "top_p")]
+    assert told == [0.5, 0, 0.95]
+
+
 def test_shape_is_openais(http: TestClient) -> None:
     body = {"model": "tiny", "input": "the?", "max_output_tokens": 3, "metadata": {"a": "b"}}
     found = http.post("/v1/responses", json=body).json()

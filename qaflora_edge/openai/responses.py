@@ -145,7 +145,7 @@ class ResponseShape:
     """One answer in the shape of a response.
 
     body     of the request, of which a response repeats some fields
-    options  of the answer: temperature and top_p
+    options  of the answer that are told, such as temperature
     """
 
     def __init__(
@@ -265,11 +265,10 @@ class ResponseShape:
             "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
             "prompt_cache_key": body.get("prompt_cache_key"),
             "safety_identifier": body.get("safety_identifier"),
-            "temperature": self._options["temperature"],
+            **self._options,
             "text": body.get("text") or {"format": {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": [{**_OF_TOOL, **tool} for tool in body.get("tools") or ()],
-            "top_p": self._options["top_p"],
             "usage": None if output is None else usage,
             "metadata": body.get("metadata") or {},
         }
