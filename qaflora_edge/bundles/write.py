@@ -231,7 +231,7 @@ def check_targets(what: str, strategy: str, records: Sequence[Mapping[str, Any]]
             f"{', '.join(found.reads_of_each)}, and {', '.join(others)} adds nothing to any of "
             "them. Choose another with --strategy, or leave it out."
         )
-    if not Weigher(tuple(targets), 0, Known("base"), targets=targets).can_compare(found):
+    if not found.can_compare(targets.values()):
         raise BundleError(
             f"{what}: its strategy is {strategy!r}, which compares adapters by "
             f"{', '.join(found.compares)}, and no one of these is adapted by all of "

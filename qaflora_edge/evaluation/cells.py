@@ -200,19 +200,11 @@ def _fits(section: Section, header: Mapping[str, Any]) -> bool:
 
 def _has_same_fits(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether what was fitted for a task of both is the same, where both were asked under it."""
-    both = {*a["strategies"]} & {*b["strategies"]}
     if not {task["name"] for task in a["tasks"]} & {task["name"] for task in b["tasks"]}:
         return True
-    fits = [
-        {key: value for key, value in header.get("measured", {}).items() if _strategy(key) in both}
-        for header in (a, b)
-    ]
-    return _agree(*fits)
-
-
-def _strategy(key: str) -> str:
-    """The strategy that goes by what a header calls fitted.NAME."""
-    return key.replace(".", ":", 1)
+    both = {way.replace(":", ".", 1) for way in {*a["strategies"]} & {*b["strategies"]}}
+    ours, theirs = a.get("measured", {}), b.get("measured", {})
+    return all(ours[key] == theirs[key] for key in both & ours.keys() & theirs.keys())
 
 
 def _names(header: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ Help texts and completion name strategies, so numpy is imported by what computes
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -167,6 +167,13 @@ class Strategy:
         Raises StrategyError or WeightsError for what cannot be meant.
         """
         return argument
+
+    def can_compare(self, targets: Iterable[Sequence[str]]) -> bool:
+        """Whether adapters have one kind in common of those that it compares.
+
+        targets  the kinds of modules that each adapts
+        """
+        return not self.compares or bool({*self.compares}.intersection(*targets))
 
     def check(self, argument: Any, query: Query) -> None:
         """Raise StrategyError where a query of this kind (its tokens apart) cannot be weighed."""

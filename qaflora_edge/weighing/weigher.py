@@ -18,7 +18,6 @@ from qaflora_edge.weighing.strategy import (
     Probe,
     Query,
     Span,
-    Strategy,
     Typical,
     parse_strategy,
     strategies,
@@ -88,10 +87,11 @@ class Weigher:
         """
         if not self.adapters:
             return ("base",)
+        targets = [self.targets[name] for name in self.adapters if name in self.targets]
         whole = [
             each
             for each in strategies()
-            if not each.needs_argument and each.name != "fitted" and self.can_compare(each)
+            if not each.needs_argument and each.name != "fitted" and each.can_compare(targets)
         ]
         fixed = [each.name for each in whole if not each.is_probed]
         fixed.sort(key=lambda name: name != "base")
@@ -100,11 +100,6 @@ class Weigher:
         fits = [f"fitted:{name}" for name in self.known.fitted]
         every = (*fixed, *singles, *fits, *probed)
         return tuple(text for text in every if self.follows(text))
-
-    def can_compare(self, strategy: Strategy) -> bool:
-        """Whether all adapters, as far as is known, adapt one kind of those that it compares."""
-        targets = (set(self.targets.get(name, strategy.compares)) for name in self.adapters)
-        return not strategy.compares or bool(set(strategy.compares).intersection(*targets))
 
     def follows(self, text: str) -> bool:
         """Tell whether a strategy can be followed here."""
