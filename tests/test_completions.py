@@ -169,6 +169,29 @@ def test_named_tool_is_always_called(engine: Engine) -> None:
     jsonschema.validate(arguments, WEATHER["function"]["parameters"])
 
 
+def test_beside_a_schema_tools_may_be_called(tmp_path: Path) -> None:
+    replace = constant_logits(lambda token: 4 if token in "}\n" else -9 * (token[0] in "ĠĊĉč"))
+    path = tmp_path / "base.gguf"
+    base = write_tiny_base(path, "qwen2", chat_template=QWEN, n_ctx=1024, replace=replace)
+    form = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    asked: dict[str, Any] = {
+        "tools": [WEATHER],
+        "response_format": {"type": "json_schema", "json_schema": {"schema": form}},
+    }
+    reasons, seeds = set(), iter(range(50))
+    with Engine(base=base.path, n_ctx=1024) as engine:
+        while reasons != {"stop", "tool_calls"}:
+            options = {"temperature": 1.0, "top_p": 1.0, "seed": next(seeds), "max_tokens": 150}
+            (made,) = engine.chat(USER, **asked, **options)["choices"]
+            if made["finish_reason"] == "stop":
+                jsonschema.validate(json.loads(made["message"]["content"]), form)
+            for call in made["message"].get("tool_calls", ()):
+                arguments = json.loads(call["function"]["arguments"])
+                jsonschema.validate(arguments, WEATHER["function"]["parameters"])
+            reasons.add(made["finish_reason"])
+            reasons.discard("length")  # a random base may write a text without end
+
+
 def test_tools_reach_the_template_as_data(engine: Engine) -> None:
     tokens = engine.chat_tokens(USER, tools=[WEATHER])
     text = b"".join(engine._model.piece(token, special=True) for token in tokens).decode()

@@ -71,6 +71,20 @@ def schema_grammar(
     return Grammar(f"{lark}body: %json {json.dumps(checked.schema)}\n", source)
 
 
+def either_grammar(form: Grammar, other: Grammar) -> Grammar:
+    """One text under form, or lines of texts under other.
+
+    form  of a schema with nothing around the JSON; other  of one with `before` and `after`
+    """
+    (schema,) = json.loads(form)["grammars"]
+    parts = [
+        {"lark_grammar": 'start: @form | @other ("\\n" @other)*'},
+        {"name": "form", **schema},
+        {"name": "other", "lark_grammar": other},
+    ]
+    return Grammar(json.dumps({"grammars": parts}), f"{form.source} or {other.source.lower()}")
+
+
 def chosen_grammar(
     grammar: str | None, json_schema: Mapping[str, Any] | bool | None
 ) -> Grammar | None:

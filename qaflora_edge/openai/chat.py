@@ -10,7 +10,7 @@ from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.call_options import openai_options
 from qaflora_edge.openai.completions import Usage, answer_head
 from qaflora_edge.openai.logprobs import ShownTokens, chat_logprobs
-from qaflora_edge.openai.tools import END, CallFilter, chosen_tools, one_form, parse_calls
+from qaflora_edge.openai.tools import END, CallFilter, answer_form, chosen_tools, parse_calls
 
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
 
@@ -83,13 +83,12 @@ def begin_chat(
 
     options  as Engine.generate takes them
     """
-    schema = response_schema(response_format)
-    told, call_grammar = chosen_tools(tools, tool_choice)
-    grammar = one_form(grammar, schema, call_grammar)
+    told, call = chosen_tools(tools, tool_choice)
+    form = answer_form(grammar, response_schema(response_format), told, call)
     if told and parallel_tool_calls is False:
         stop = [*((stop,) if isinstance(stop, str) else stop or ()), END]
     tokens = engine.chat_tokens(messages, tools=told)
-    answers = engine.answers(tokens, n, grammar=grammar, json_schema=schema, stop=stop, **options)
+    answers = engine.answers(tokens, n, grammar=form, stop=stop, **options)
     first = next(answers)
     return BegunChat(first, itertools.chain([first], answers), bool(told))
 

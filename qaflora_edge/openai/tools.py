@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.errors import OptionError
-from qaflora_edge.inference.constraint import Grammar, schema_grammar
+from qaflora_edge.inference.constraint import (
+    Grammar,
+    chosen_grammar,
+    either_grammar,
+    schema_grammar,
+)
 
 MAX_DEPTH = 128  # objects and lists of the parameters in each other
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -42,17 +47,24 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
     return checked, _call_grammar(named[:1])
 
 
-def one_form(grammar: str | None, schema: Any, call_grammar: str | None) -> str | None:
-    """The grammar of an answer, its own or that of a call; OptionError when both are asked for."""
-    if call_grammar is None:
-        return grammar
-    if grammar is not None or schema is not None:
+def answer_form(
+    grammar: str | None, schema: Any, tools: Sequence[dict[str, Any]], call: Grammar | None
+) -> Grammar | None:
+    """What an answer follows: its own form, a call, or with a schema beside free tools either.
+
+    tools, call  from chosen_tools
+
+    Raises OptionError for a form beside a call that has to be made.
+    """
+    if call is not None and (grammar is not None or schema is not None):
         raise OptionError(
             "Options tool_choice and grammar or response_format are given, expected one of them; "
             "leave the others out.",
             "tool_choice",
         )
-    return call_grammar
+    if tools and call is None and grammar is None and schema is not None:
+        return either_grammar(schema_grammar(schema), _call_grammar(tools))
+    return call or chosen_grammar(grammar, schema)
 
 
 def _checked(tool: Any) -> dict[str, Any]:
