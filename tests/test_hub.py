@@ -177,6 +177,24 @@ def test_what_is_here_is_not_asked_for_again_but_updated_on_request(
     assert fetch_hub("owner/bundle") == second
 
 
+def test_one_file_that_is_here_is_not_taken_for_the_whole(
+    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put("owner/bundle", files)
+    adapter = fetch_hub("owner/bundle/adapters/es.gguf")
+    assert fetch_hub("owner/bundle") == adapter.parents[1]
+    assert pulled_path("owner/bundle") == adapter.parents[1]
+    hub.put("owner/models", {"a.gguf": b"GGUF a", "b.gguf": b"GGUF b"})
+    fetch_hub("owner/models/a.gguf")
+    assert "its .gguf files are: a.gguf, b.gguf. Name one" in refusal("owner/models")
+    hub.put("owner/model", {"a.gguf": b"GGUF a"})
+    only = fetch_hub("owner/model")
+    hub.put("owner/model", {"a.gguf": b"GGUF newer"})
+    assert fetch_hub("owner/model") == only
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch_hub("owner/model") == only
+
+
 def fetch_hub_at(hub: FakeHub, files: dict[str, bytes], message: str) -> Path:
     hub.put("owner/bundle", files, message=message)
     return fetch_hub("owner/bundle")

@@ -55,10 +55,11 @@ def fetch_hub(
 
     Raises DownloadError when the Hub does not give it, BundleError for a broken bundle.json.
     """
-    if to is None and not update and (pulled := pulled_path(ref)):
-        return pulled
     parsed = parse_hub_ref(ref)
     try:
+        pulled = None if to is not None or update else pulled_path(ref)
+        if pulled is not None and _is_all(parsed, pulled):
+            return pulled
         if to is not None:
             _check_free(ref, parsed, Path(to))
             return _fetch_into(parsed, list_files(parsed), Path(to), progress)
@@ -74,6 +75,21 @@ def fetch_pinned(ref: str, *, progress: TellCount | None = None) -> tuple[Path, 
     snapshot = cached_snapshot(parsed)
     assert snapshot is not None  # fetch_hub gave a path in it
     return path, str(HubRef(parsed.repo, parsed.file, snapshot.name))
+
+
+def _is_all(ref: HubRef, pulled: Path) -> bool:
+    """Tell whether a pulled GGUF is all that a reference names: a bundle may have it, or others.
+
+    Only the Hub knows, so that offline it is taken.
+    """
+    from huggingface_hub import constants
+
+    if ref.file or pulled.is_dir() or constants.HF_HUB_OFFLINE:
+        return True
+    snapshot = cached_snapshot(ref)
+    assert snapshot is not None  # pulled_path gave a path in it
+    chosen = _choose(ref, list_files(HubRef(ref.repo, None, snapshot.name)))
+    return [snapshot / file.name for file in chosen] == [pulled]
 
 
 def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
