@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import hubs
 import pytest
 from bundles import TinyBundle, make_bundle
 from hubs import TOKEN, FakeHub
@@ -687,6 +688,21 @@ def test_refusals_say_what_to_do(
     assert refusal("owner/a") == "Could not pull owner/a: " + absent.format("owner/a")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch_hub("owner/a").read_bytes() == b"GGUF"
+
+
+def test_what_the_hub_answered_is_told_and_not_the_network_blamed(
+    hub: FakeHub, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put("owner/a", {"a.gguf": b"GGUF"})
+
+    def answer(path: str, status: int, content: Any) -> None:
+        route = ("GET HEAD", path, lambda self, *_: self.answer(status, content))
+        monkeypatch.setattr(hubs, "_ROUTES", (route, *hubs._ROUTES))
+
+    answer("/owner/a/resolve/.*", 403, {"error": "Forbidden"})
+    assert "files of owner/a: it asks for a token, and there is none" in refusal("owner/a")
+    answer("/api/models/owner/a", 200, b"<html>Log in to the network</html>")
+    assert refusal("owner/a").endswith("(char 0). Check the network and try again.")
 
 
 def test_a_cache_that_cannot_be_used_is_no_matter_of_the_network(

@@ -5,6 +5,7 @@ the cache; it is imported when it is needed.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +108,10 @@ def _reason(error: Exception) -> tuple[str, str]:
     import huggingface_hub
     from huggingface_hub import errors
 
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return _reason(error.__cause__)  # what an upload in a thread failed of
+    # What an upload in a thread failed of; why a file is not here, which need not be the network.
+    is_outer = isinstance(error, (RuntimeError, errors.LocalEntryNotFoundError))
+    if is_outer and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)
     if isinstance(error, errors.GatedRepoError):
         return (
             "it is gated, and you have no access to it",
@@ -139,7 +142,8 @@ def _reason(error: Exception) -> tuple[str, str]:
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 412:
         return "it was changed meanwhile", "Look at what is there now, and try again"
     lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, ValueError):  # what was sent is wrong: the Hub says where
+    is_sent = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    if is_sent:  # what was sent is wrong: the Hub says where
         return " ".join(line.strip() for line in lines if line.strip()), "Correct it and try again"
     advice = "Check the network and try again"
     if isinstance(error, OSError) and error.filename is not None:
