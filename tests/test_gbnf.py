@@ -21,6 +21,7 @@ GOOD = [
     'root ::= (\n  a |\n  b\n)\na ::= "a"{2,3}\nb ::= .{2}',
     "root ::= [-+]? [0-9]{1,}\r\n\r\n",
     'root ::= ("a" | "b" root)?',
+    'root ::= "a"{0} ("b" | "c"){0,0} [de]+ x{0}\nx ::= "f"',
 ]
 BAD = [
     ("", 1, 1, "there is no rule 'root'; add root ::= ..., the start."),

@@ -156,7 +156,8 @@ class _Parser:
                 sign = self._repetition(is_nested)
                 if not items or items[-1] == _EMPTY:
                     raise self.fail(at, f"found {char!r}", "expected an item before it")
-                items[-1] = f"({items[-1]}){sign}"
+                # llguidance takes no repetition that is none.
+                items[-1] = _EMPTY if sign == "{0,0}" else f"({items[-1]}){sign}"
                 continue
             if char == "(":
                 items.append(self._group())
