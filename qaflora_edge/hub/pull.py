@@ -80,16 +80,17 @@ def fetch_pinned(ref: str, *, progress: TellCount | None = None) -> tuple[Path, 
 def _is_all(ref: HubRef, pulled: Path) -> bool:
     """Tell whether a pulled GGUF is all that a reference names: a bundle may have it, or others.
 
-    Only the Hub knows, so that offline it is taken.
+    Only the Hub knows: where it does not answer, the file is taken.
     """
-    from huggingface_hub import constants
-
-    if ref.file or pulled.is_dir() or constants.HF_HUB_OFFLINE:
+    if ref.file or pulled.is_dir():
         return True
     snapshot = cached_snapshot(ref)
     assert snapshot is not None  # pulled_path gave a path in it
-    chosen = _choose(ref, list_files(HubRef(ref.repo, None, snapshot.name)))
-    return [snapshot / file.name for file in chosen] == [pulled]
+    try:
+        files = list_files(HubRef(ref.repo, None, snapshot.name))
+    except DownloadError:
+        return True
+    return [snapshot / file.name for file in _choose(ref, files)] == [pulled]
 
 
 def _check_free(ref: str, parsed: HubRef, folder: Path) -> None:
