@@ -25,14 +25,19 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from qaflora_edge import Engine, __version__
+from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.bundles.open import Bundle, load_bundle
-from qaflora_edge.chat.session_file import bundle_identity
-from qaflora_edge.cli.doctor import cpu_name
-from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss, programs
+from qaflora_edge.cli.eval_tasks import check_code, header
 from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.run import LIKELIHOOD, Asking, task_prompt
-from qaflora_edge.evaluation.sandbox import check_can_run, run_program
+from qaflora_edge.evaluation.run import (
+    LIKELIHOOD,
+    Asking,
+    answer_fields,
+    asked_fields,
+    likelihood_fields,
+    scored_texts,
+    task_prompt,
+)
 from qaflora_edge.evaluation.tasks import Item, Task, read_task
 from qaflora_edge.fitting.fit import choose, read_examples
 from qaflora_edge.formats.adapter_gguf import read_pair
@@ -200,39 +205,27 @@ def train(flow: Flow, rows: Sequence[Any], args: argparse.Namespace) -> None:
 
 
 def evaluate(flow: Flow, engine: Engine, task: Task, item: Item, asking: Asking) -> dict[str, Any]:
-    """The fields of an item's result that depend on the answer, and `means`.
-
-    means  the gates' weights [n_adapter, n_layer], the mean over the prompt's tokens
-    """
+    """An item's result; its weights are the gates', the mean over the prompt's tokens."""
     prompt = task_prompt(engine, task, item)
     start = time.perf_counter()
     if task.metric in LIKELIHOOD:
-        is_choice = task.metric == "choice"
-        texts = task.choices(item) if is_choice else [item.fields["continuation"]]
-        rows = [(prompt, plain_tokens(engine, text)) for text in texts]
+        rows = [(prompt, plain_tokens(engine, text)) for text in scored_texts(task, item)]
         scores = []
         for logits, (_, answer) in zip(flow.answer_logits(rows), rows, strict=True):
             chosen = torch.tensor(answer, device=flow.device)[:, None]
             log_p = logits.double().log_softmax(dim=-1).gather(1, chosen)
             scores.append(log_p[:, 0].float().cpu().numpy())
         means = flow.mean_weights(len(prompt))
-        if is_choice:
-            found = choice_score(scores, item.fields["answer"], task.score_by)
-        else:
-            found = {"score": loss(scores[0])}
-        n_token, text, reason = sum(map(len, scores)), None, None
+        found = likelihood_fields(task, item, scores)
+        n_token, reason = sum(map(len, scores)), None
     else:
         n_most = asking.max_tokens(task) or 512
         text, n_token, reason, means = generated(flow, engine, prompt, n_most)
-        if task.metric == "code":
-            verdict = run_program(*programs(text, item.fields))
-            found = {"score": float(verdict.is_passed), "failure": verdict.failure}
-        else:
-            found = {"score": answer_score(task.metric, text, task.expected(item))}
+        found = answer_fields(task, item, text)
+    fusion = FusionWeights(engine.adapters, means, None, STRATEGY)
     return {
+        **asked_fields(task, item, STRATEGY, fusion, asking),
         **found,
-        "means": means,
-        "answer": text,
         "probe_ms": 0.0,
         "prefill_ms": 0.0,
         "decode_ms": round(1e3 * (time.perf_counter() - start), 3),
@@ -268,31 +261,13 @@ def plain_tokens(engine: Engine, text: str) -> list[int]:
     return engine._model.tokenize(text, add_special=False, parse_special=False)
 
 
-def header_of(
-    args: argparse.Namespace, engine: Engine, adapters: Sequence[str], task: Task, asking: Asking
-) -> dict[str, Any]:
-    """The first line of the results file."""
-    identity = bundle_identity(args.bundle)
-    training = ("examples", "epochs", "lr", "batch", "train_half", "seed")
-    sizes = engine.adapter_bytes
+def training(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that the results file tells."""
+    names = ("examples", "epochs", "lr", "batch", "train_half", "seed")
     return {
-        "eval": 1,
-        "version": __version__,
-        "bundle": identity.name,
-        "base": {"name": engine.name, "sha256": identity.base_sha256},
-        "adapters": [
-            {"name": name, "sha256": identity.adapters[name], "bytes": sizes[name]}
-            for name in adapters
-        ],
-        "n_layer": engine.n_layer,
-        "tasks": [asking.facts(task)],
-        "strategies": [STRATEGY],
-        "options": {
-            "float32": True,
-            "train": "itself" if args.train == args.test else read_task(args.train).sha256,
-            **{name: getattr(args, name) for name in training},
-        },
-        "machine": cpu_name(),
+        "float32": True,
+        "train": "itself" if args.train == args.test else read_task(args.train).sha256,
+        **{name: getattr(args, name) for name in names},
     }
 
 
@@ -325,15 +300,14 @@ def main(words: Sequence[str] | None = None) -> None:
     args = arguments(words)
     torch.manual_seed(args.seed)
     bundle = load_bundle(args.bundle)
-    adapters = args.adapters.split(",") if args.adapters else list(bundle.adapters)
     task, train_task = read_task(args.test), read_task(args.train)
-    if task.metric == "code":
-        if not args.allow_code:
-            raise SystemExit("The task runs code that the model writes: give --allow-code.")
-        check_can_run()
+    check_code([task], args.allow_code)
     asking = Asking()
     with Engine(args.bundle, strategy="base", n_ctx=4096) as engine:
-        file = ResultsFile(args.out, header_of(args, engine, adapters, task, asking))
+        if args.adapters:
+            engine.use_adapters(args.adapters.split(","))
+        head = header(args.bundle, engine, [task], [STRATEGY], asking, training(args))
+        file = ResultsFile(args.out, head)
         with file.opened():
             indexes = range(len(task.items))[HALVES[args.half]][: args.limit]
             left = [i for i in indexes if not file.has(task.name, i, STRATEGY)]
@@ -343,25 +317,12 @@ def main(words: Sequence[str] | None = None) -> None:
             chosen = choose(items, min(args.examples, len(items)), args.seed)
             examples = read_examples(engine, train_task, chosen)
             answers = [plain_tokens(engine, text) for text in examples.answers]
-            flow = Flow.load(bundle, adapters, args.device)
+            flow = Flow.load(bundle, engine.adapters, args.device)
             train(flow, list(zip(examples.prompts, answers, strict=True)), args)
             with torch.inference_mode():
                 for index in left:
-                    item = task.items[index]
-                    found = evaluate(flow, engine, task, item, asking)
-                    means = [round(float(mean), 4) for mean in found.pop("means").mean(axis=1)]
-                    file.write(
-                        {
-                            "task": task.name,
-                            "item": index,
-                            "strategy": STRATEGY,
-                            "expected": task.expected(item),
-                            "question": task.question(item),
-                            "weights": dict(zip(adapters, means, strict=True)),
-                            "total": round(sum(means), 4),
-                            **found,
-                        }
-                    )
+                    found = evaluate(flow, engine, task, task.items[index], asking)
+                    file.write(found)
                     print(f"{task.name} {index}: {found['score']:.4g}", flush=True)
 
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge import Engine, __version__
-from qaflora_edge.chat.session_file import bundle_identity
-from qaflora_edge.cli.doctor import cpu_name
-from qaflora_edge.evaluation.metrics import answer_score
+import numpy as np
+
+from qaflora_edge import Engine, FusionWeights
+from qaflora_edge.cli.eval_tasks import header
 from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.run import Asking, task_prompt
+from qaflora_edge.evaluation.run import Asking, answer_fields, asked_fields, task_prompt
 from qaflora_edge.evaluation.tasks import read_task
 from qaflora_edge.inference.generation import Generation
 
@@ -74,55 +74,31 @@ def main() -> None:
         raise SystemExit(f"{args.task} has the metric {task.metric}, expected one of answers.")
     if task.stop:
         raise SystemExit(f"{args.task} has texts to stop at, which are not looked for here.")
+    asking = Asking()
     strategy = f"{args.strategy}, each {args.every}"
     items = [item for item in task.items if item.index % 2 == (args.half == "test")][: args.limit]
-    identity = bundle_identity(args.bundle)
     with Engine(
         args.bundle, strategy=args.strategy, n_ctx=2048, n_parallel=16, prefix_cache=1024
     ) as engine:
         if args.adapters:
             engine.use_adapters(args.adapters.split(","))
-        header = {
-            "eval": 1,
-            "version": __version__,
-            "bundle": identity.name,
-            "base": {"name": engine.name, "sha256": identity.base_sha256},
-            "adapters": [
-                {
-                    "name": name,
-                    "sha256": identity.adapters[name],
-                    "bytes": engine.adapter_bytes[name],
-                }
-                for name in engine.adapters
-            ],
-            "n_layer": engine.n_layer,
-            "tasks": [Asking().facts(task)],
-            "strategies": [strategy],
-            "options": {"every": args.every, "n_ctx": 2048},
-            "machine": cpu_name(),
-        }
-        file = ResultsFile(args.out, header)
+        told = {"every": args.every, "n_ctx": 2048}
+        head = header(args.bundle, engine, [task], [strategy], asking, told)
+        file = ResultsFile(args.out, head)
         with file.opened():
             left = [item for item in items if not file.has(task.name, item.index, strategy)]
             prompts = [task_prompt(engine, task, item) for item in left]
             answers = answers_of(engine, prompts, every=args.every, n_most=task.max_tokens or 256)
             for item, answer in zip(left, answers, strict=True):
-                weights = [fusion.weights.mean(axis=1) for fusion in answer.fusions]
-                means = [round(float(mean), 4) for mean in sum(weights) / len(weights)]
+                means = np.mean([fusion.weights for fusion in answer.fusions], axis=0)
+                fusion = FusionWeights(engine.adapters, means, None, strategy)
                 pieces = map(engine._model.piece, answer.tokens[len(answer.prompt) :])
                 text = b"".join(pieces).decode("utf-8", "replace")
-                score = answer_score(task.metric, text, task.expected(item))
+                found = answer_fields(task, item, text)
                 file.write(
                     {
-                        "task": task.name,
-                        "item": item.index,
-                        "strategy": strategy,
-                        "expected": task.expected(item),
-                        "question": task.question(item),
-                        "weights": dict(zip(answer.fusions[0].adapters, means, strict=True)),
-                        "total": round(sum(means), 4),
-                        "score": score,
-                        "answer": text,
+                        **asked_fields(task, item, strategy, fusion, asking),
+                        **found,
                         "probe_ms": round(answer.probe_ms, 3),
                         "probe_before_ms": 0.0,
                         "prefill_ms": 0.0,
@@ -133,7 +109,7 @@ def main() -> None:
                         "error": None,
                     }
                 )
-                print(f"{task.name} {item.index}: {score:.4g}", flush=True)
+                print(f"{task.name} {item.index}: {found['score']:.4g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from qaflora_edge.cli.compare import expand
-from qaflora_edge.cli.eval_tasks import HALVES, check_code, check_names, choose, header, span
+from qaflora_edge.cli.eval_tasks import (
+    HALVES,
+    asked_under,
+    check_code,
+    check_names,
+    choose,
+    header,
+    span,
+)
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
@@ -133,7 +141,9 @@ def eval(
             engine.use_strategy("base")  # one that names no adapter
             engine.use_adapters(adapters.split(","))
         strategies = _strategies(engine, ways, options.strategy)
-        file = ResultsFile(out, header(bundle, engine, read, strategies, asking, options))
+        told = asked_under(engine, asking, options)
+        head = header(bundle_folder(bundle), engine, read, strategies, asking, told)
+        file = ResultsFile(out, head)
         with file.opened():
             evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
             _run(evaluation)

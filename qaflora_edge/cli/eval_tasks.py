@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.options import SharedOptions, bundle_folder
+from qaflora_edge.cli.options import SharedOptions
 from qaflora_edge.errors import SandboxError
 
 if TYPE_CHECKING:
@@ -80,21 +80,8 @@ def _chosen(n_item: int, limit: int | None, items: range | None, half: str | Non
     return chosen[:limit]
 
 
-def header(
-    bundle: str,
-    engine: Engine,
-    tasks: Sequence[Task],
-    strategies: Sequence[str],
-    asking: Asking,
-    options: SharedOptions,
-) -> dict[str, Any]:
-    """The first line of a results file."""
-    from qaflora_edge import __version__
-    from qaflora_edge.chat.session_file import bundle_identity
-    from qaflora_edge.cli.doctor import cpu_name
-
-    identity = bundle_identity(bundle_folder(bundle))
-    sizes = engine.adapter_bytes
+def asked_under(engine: Engine, asking: Asking, options: SharedOptions) -> dict[str, Any]:
+    """The options that a results file tells."""
     sampling = {**asking.sampling, "stop": list(asking.sampling["stop"])}
     del sampling["max_tokens"]  # that of each task is in its facts
     engine_options = {"lens": engine.lens, "pool": engine.pool, "probe_tail": engine.probe_tail}
@@ -102,7 +89,26 @@ def header(
     more = {"min_weight": options.engine["min_weight"], "system": engine.system}
     if (adapter_type := options.engine["adapter_type"]) != "auto":
         more["adapter_type"] = adapter_type
-    engine_options |= {key: value for key, value in more.items() if value}
+    return {**engine_options, **{key: value for key, value in more.items() if value}, **sampling}
+
+
+def header(
+    folder: Path,
+    engine: Engine,
+    tasks: Sequence[Task],
+    strategies: Sequence[str],
+    asking: Asking,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The first line of a results file.
+
+    folder  of the bundle
+    """
+    from qaflora_edge import __version__
+    from qaflora_edge.chat.session_file import bundle_identity
+    from qaflora_edge.cli.doctor import cpu_name
+
+    identity, sizes = bundle_identity(folder), engine.adapter_bytes
     return {
         "eval": 1,
         "version": __version__,
@@ -113,10 +119,10 @@ def header(
             for name in engine.adapters
         ],
         "n_layer": engine.n_layer,
-        "measured": _measured(bundle_folder(bundle)),
+        "measured": _measured(folder),
         "tasks": [asking.facts(task) for task in tasks],
         "strategies": list(strategies),
-        "options": {**engine_options, **sampling},
+        "options": dict(options),
         "machine": cpu_name(),
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
 from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss, programs
@@ -184,8 +185,7 @@ class Evaluation:
             raise CancelledError("The evaluation was ended; the same command goes on with it.")
         text, timings = answer.text(), answer.timings
         found = {
-            **self._answer_score(task, weighed.item, text),
-            "answer": text,
+            **answer_fields(task, weighed.item, text),
             "prefill_ms": round(timings.prefill_ms, 3),
             "decode_ms": round(timings.decode_ms, 3),
             "n_prompt": answer.n_prompt,
@@ -194,23 +194,12 @@ class Evaluation:
         }
         self._write(task, weighed, found, tell)
 
-    def _answer_score(self, task: Task, item: Item, text: str) -> dict[str, Any]:
-        if task.metric != "code":
-            return {"score": answer_score(task.metric, text, task.expected(item))}
-        verdict = run_program(*programs(text, item.fields))
-        return {
-            "score": float(verdict.is_passed),
-            "failure": verdict.failure,
-            "isolated": list(verdict.isolated),
-        }
-
     # likelihoods
 
     def _score_task(self, task: Task, tell: Tell) -> None:
         for weighed in self._weighed(task, tell):
             item = weighed.item
-            is_choice = task.metric == "choice"
-            texts = task.choices(item) if is_choice else [item.fields["continuation"]]
+            texts = scored_texts(task, item)
             start = time.perf_counter()
             try:
                 prompts = [weighed.tokens] * len(texts)
@@ -218,14 +207,8 @@ class Evaluation:
             except PromptError as error:
                 self._fail(task, item, weighed.fusions, str(error), tell)
                 continue
-            if is_choice:
-                found = choice_score(scores, item.fields["answer"], task.score_by)
-                score = np.sum if task.score_by == "sum" else np.mean
-                best = int(np.argmax([score(each, dtype=np.float64) for each in scores]))
-                found["answer"] = item.fields["choices"][best]
-            else:
-                found = {"score": loss(scores[0]), "answer": None}
-            found |= {
+            found = {
+                **likelihood_fields(task, item, scores),
                 "prefill_ms": round(1e3 * (time.perf_counter() - start), 3),
                 "decode_ms": 0.0,
                 "n_prompt": len(weighed.tokens),
@@ -242,7 +225,7 @@ class Evaluation:
             same = {} if strategy == first else {"same_as": first}
             self._file.write(
                 {
-                    **self._record(task, weighed.item, strategy, fusion),
+                    **asked_fields(task, weighed.item, strategy, fusion, self._asking),
                     **found,
                     "probe_ms": round(fusion.probe_ms, 3),
                     "probe_before_ms": round(weighed.before_ms[strategy], 3),
@@ -263,34 +246,68 @@ class Evaluation:
         self.n_failed += len(fusions)
         self.first_failure = self.first_failure or f"{task.name}, item {item.index}: {message}"
         for strategy, fusion in fusions.items():
-            record = self._record(task, item, strategy, fusion)
-            self._file.write({**record, "score": None, "answer": None, "error": message})
+            record = asked_fields(task, item, strategy, fusion, self._asking)
+            self._file.write({**record, "error": message})
             tell(0)
 
-    def _record(
-        self, task: Task, item: Item, strategy: str, fusion: FusionWeights | None
-    ) -> dict[str, Any]:
-        record = {
-            "task": task.name,
-            "item": item.index,
-            "strategy": strategy,
-            "score": None,
-            "answer": None,
-            "expected": task.expected(item),
-            "question": task.question(item),
-        }
-        if fusion is None:
-            return {**record, "weights": {}}
-        weights = np.asarray(fusion.weights, np.float64)  # [n_adapter, n_layer]
-        means = weights.mean(axis=1)
-        record["weights"] = {
-            name: round(float(mean), _DIGITS)
-            for name, mean in zip(fusion.adapters, means, strict=True)
-        }
-        record["total"] = round(float(means.sum()), _DIGITS)
-        if self._asking.has_layers:
-            record["layers"] = np.round(weights, _DIGITS).tolist()
-        return record
+
+def asked_fields(
+    task: Task, item: Item, strategy: str, fusion: FusionWeights | None, asking: Asking
+) -> dict[str, Any]:
+    """A result's fields of what was asked under which weights; it has no answer yet.
+
+    fusion  None where it could not be weighed
+    """
+    record = {
+        "task": task.name,
+        "item": item.index,
+        "strategy": strategy,
+        "score": None,
+        "answer": None,
+        "expected": task.expected(item),
+        "question": task.question(item),
+    }
+    if fusion is None:
+        return {**record, "weights": {}}
+    weights = np.asarray(fusion.weights, np.float64)  # [n_adapter, n_layer]
+    means = weights.mean(axis=1)
+    rounded = (round(float(mean), _DIGITS) for mean in means)
+    record["weights"] = dict(zip(fusion.adapters, rounded, strict=True))
+    record["total"] = round(float(means.sum()), _DIGITS)
+    if asking.has_layers:
+        record["layers"] = np.round(weights, _DIGITS).tolist()
+    return record
+
+
+def answer_fields(task: Task, item: Item, text: str) -> dict[str, Any]:
+    """A result's fields of an answer that was generated."""
+    if task.metric != "code":
+        return {"score": answer_score(task.metric, text, task.expected(item)), "answer": text}
+    verdict = run_program(*programs(text, item.fields))
+    return {
+        "score": float(verdict.is_passed),
+        "failure": verdict.failure,
+        "isolated": list(verdict.isolated),
+        "answer": text,
+    }
+
+
+def scored_texts(task: Task, item: Item) -> list[str]:
+    """What is scored of an item where nothing is generated."""
+    return task.choices(item) if task.metric == "choice" else [item.fields["continuation"]]
+
+
+def likelihood_fields(task: Task, item: Item, scores: Sequence[F32]) -> dict[str, Any]:
+    """A result's fields of texts that were scored.
+
+    scores  log-probabilities of each text's tokens, in nats: float32 [n_token] each
+    """
+    if task.metric == "loss":
+        return {"score": loss(scores[0]), "answer": None}
+    found = choice_score(scores, item.fields["answer"], task.score_by)
+    score = np.sum if task.score_by == "sum" else np.mean
+    best = int(np.argmax([score(each, dtype=np.float64) for each in scores]))
+    return {**found, "answer": item.fields["choices"][best]}
 
 
 def task_prompt(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> list[int]:
