@@ -22,42 +22,26 @@ from qaflora_edge.cli.eval_words import (
     number,
     text,
 )
-from qaflora_edge.cli.plot_html import asset, html_file
+from qaflora_edge.cli.plot_html import INK, PAPER, asset, markup, page
 from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE, Cell, Row
 from qaflora_edge.evaluation.lines import CellSummary, Line
 from qaflora_edge.evaluation.statistics import Estimate
 from qaflora_edge.evaluation.summary import Summary, Verdict, mean_layers
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.picture_text import crop, spelt
+from qaflora_edge.weighing.picture_text import crop
 from qaflora_edge.weighing.svg_panel import legend, min_weight, panel, scale
 
 AXIS_WIDTH, MARGIN = 140, 6  # pixels
-INK = "var(--ink)"
 
 
 def eval_html(summaries: Sequence[Summary]) -> str:
     """The page of `qaflora eval --html` and `qaflora report --html`."""
-    import jinja2
-
-    def shown(value: object) -> object:
-        return value if hasattr(value, "__html__") else spelt(str(value))
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     names = dict.fromkeys(
         str(head["bundle"]) for summary in summaries for head in summary.section.headers
     )
     title = f"Evaluation of {', '.join(names)}"
-    body = environment.from_string(asset("eval.html.j2").lstrip("\n")).render(
-        title=title, sections=[_section(summary) for summary in summaries]
-    )
-    style = asset("weights.css") + asset("eval.css")
-    return html_file(title, [body.rstrip("\n")], style=style, script=asset("weights.js"))
+    style = f"{asset('weights.css')}\n{asset('eval.css')}"
+    return page("eval.html.j2", style, title=title, sections=list(map(_section, summaries)))
 
 
 class _Axis:
@@ -209,8 +193,6 @@ def _line(
 
 def _maps(cell: Cell, strategies: Sequence[str]) -> dict[str, Any]:
     """A heatmap for each strategy whose weights differ over layers or adapters, on one scale."""
-    from markupsafe import Markup
-
     fusions = [
         FusionWeights(cell.adapters, layers.astype(np.float32), None, strategy)
         for strategy in strategies
@@ -219,14 +201,10 @@ def _maps(cell: Cell, strategies: Sequence[str]) -> dict[str, Any]:
     ]
     ends = scale(fusions)
     panels = [
-        {
-            "strategy": fusion.strategy,
-            "panel": Markup("\n".join(panel(fusion, ends, ink=INK, paper="var(--paper)"))),
-        }
-        for fusion in fusions
+        {"strategy": each.strategy, "panel": markup(panel(each, ends, ink=INK, paper=PAPER))}
+        for each in fusions
     ]
-    key = Markup("\n".join(legend(ends, min_weight(fusions), ink=INK)))
-    return {"maps": panels, "legend": key}
+    return {"maps": panels, "legend": markup(legend(ends, min_weight(fusions), ink=INK))}
 
 
 TITLE_CHARS = 160  # of a question, in the list of items

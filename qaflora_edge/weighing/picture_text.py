@@ -14,6 +14,8 @@ def spelt(text: str) -> str:
 
     Tabs and line ends stay; so do marks inside words, such as the joiners of emoji.
     """
+    if text.isprintable():  # neither is
+        return text
     return "".join(
         ascii(char)[1:-1] if char in _TURNING or _is_control(char) else char for char in text
     )
