@@ -31,6 +31,7 @@ import httptools
 import numpy as np
 from server_process import started
 
+from qaflora_edge.bench.memory import status_bytes
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.hub.models import fetch_model
 
@@ -205,18 +206,8 @@ def measure(
         statistics.median(first),
         float(np.percentile(first, 95)),
         float(np.percentile(pauses, 95)) if pauses else 0.0,
-        peak_mb(process.pid) if process is not None else 0.0,
+        ((status_bytes("VmHWM", process.pid) or 0) / 1e6) if process is not None else 0.0,
     )
-
-
-def peak_mb(pid: int) -> float:
-    """The most memory that a process has had, where /proc tells it."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return 0.0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) / 1000 if found else 0.0
 
 
 # servers

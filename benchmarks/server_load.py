@@ -28,6 +28,8 @@ from typing import Any
 
 from server_process import started
 
+from qaflora_edge.bench.memory import status_bytes
+
 TIMEOUT_S = 120  # of a request, after which the server ends it
 PATIENCE_S = TIMEOUT_S + 180  # a machine may be busy with other things, or stand still
 CHAT = "/v1/chat/completions"
@@ -146,10 +148,9 @@ class Client:
 
 def memory_mb(pid: int) -> float:
     """What a process has in memory now, files that are mapped apart."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1000
-    raise SystemExit(f"/proc/{pid}/status has no RssAnon: this needs Linux.")
+    if (n_byte := status_bytes("RssAnon", pid)) is None:
+        raise SystemExit(f"/proc/{pid}/status has no RssAnon: this needs Linux.")
+    return n_byte / 1e6
 
 
 def models_of(port: int) -> list[str]:

@@ -60,16 +60,8 @@ class Line:
 
 @contextlib.contextmanager
 def worker(port: int) -> Iterator[None]:
-    command = [
-        sys.executable,
-        "-m",
-        "qaflora_edge",
-        "worker",
-        "--threads",
-        "1",
-        "--port",
-        str(port),
-    ]
+    module = [sys.executable, "-m", "qaflora_edge"]
+    command = [*module, "worker", "--threads", "1", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         while b"Waiting" not in process.stdout.readline():

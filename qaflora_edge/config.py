@@ -21,7 +21,6 @@ KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
 LENSES, POOLS = ("norm", "raw"), ("last", "mean", "question")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 ADAPTER_TYPES = {"auto": 0, "q8_0": 1, "q4_0": 2}  # qaflora.h enum qaflora_adapter_type
-# How each strategy is written; what follows a colon in capitals stands for a value.
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from typing import Any
 from qaflora_edge.backend.context import Context
 from qaflora_edge.errors import BackendError, OptionError, QafloraError
 
-_STATUS = Path("/proc/self/status")
-
 
 def measure_memory(
     bundle: Path,
@@ -62,8 +60,7 @@ def peak_rss_bytes() -> int:
 
     Raises OptionError where the system does not say.
     """
-    peak = _status_bytes("VmHWM")
-    if peak is not None:
+    if (peak := status_bytes("VmHWM")) is not None:
         return peak
     try:
         import resource
@@ -75,10 +72,10 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _status_bytes(field: str) -> int | None:
-    """A size in Linux's account of this process; unlike ru_maxrss it knows no parent's peak."""
+def status_bytes(field: str, pid: int | str = "self") -> int | None:
+    """A size in Linux's account of a process; unlike ru_maxrss it knows no parent's peak."""
     try:
-        text = _STATUS.read_text()
+        text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
     match = re.search(rf"^{field}:\s+(\d+) kB$", text, re.M)

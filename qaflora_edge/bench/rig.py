@@ -4,9 +4,10 @@ import contextlib
 import ctypes
 import os
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober
 
+T = TypeVar("T")
 _N_DRAW = 1000  # tries to find a prompt that shares no beginning with those drawn before
 
 
@@ -109,10 +111,7 @@ class Rig:
         self._paths, self._n_ctx, self._options = dict(adapter_paths), n_ctx, options
         self._placing = placing
         self._loras: list[Any] = []  # the model frees them
-        self._packs: dict[int, Pack] = {}
-        self._stock: dict[int, StockContext] = {}
-        self._base: dict[tuple[int, int], StockContext] = {}
-        self._ours: dict[tuple[int, int, int], Context] = {}
+        self._made: dict[tuple[Any, ...], Any] = {}
         self._open = contextlib.ExitStack()
         self.model = Model(base_path, **placing)
         self._open.callback(self.model.close)
@@ -137,30 +136,30 @@ class Rig:
 
     def base(self, n_seq: int = 1, *, n_ctx: int | None = None) -> StockContext:
         """The base alone, without any of us."""
-        key = (n_seq, n_ctx or self._n_ctx)
-        if key not in self._base:
-            self._base[key] = self._stock_context([], *key)
-        return self._base[key]
+        sizes: dict[str, Any] = {"n_seq": n_seq, "n_ctx": n_ctx or self._n_ctx}
+        make = partial(StockContext, self.model, [], **sizes, **self._options)
+        return self._kept(("base", *sizes.values()), make)
 
     def stock(self, k: int) -> StockContext:
         """k adapters at scale 1/k through llama_set_adapters_lora."""
-        if k not in self._stock:
-            for path in self.paths(k)[len(self._loras) :]:
-                self._loras.append(self._load_lora(path))
-            self._stock[k] = self._stock_context(self._loras[:k])
-        return self._stock[k]
+        for path in self.paths(k)[len(self._loras) :]:
+            self._loras.append(self._load_lora(path))
+        loras = self._loras[:k]
+        make = partial(StockContext, self.model, loras, n_ctx=self._n_ctx, **self._options)
+        return self._kept(("stock", k), make)
 
     def ours(self, k: int, n_seq: int = 1, *, n_ctx: int | None = None) -> Context:
         """k adapters of one pack, at weight 1/k in every layer of every sequence."""
-        key = (k, n_seq, n_ctx or self._n_ctx)
-        if key not in self._ours:
-            context = Context(self.model, self._pack(k), n_ctx=key[2], n_seq=n_seq, **self._options)
-            self._open.callback(context.close)
+        sizes: dict[str, Any] = {"n_seq": n_seq, "n_ctx": n_ctx or self._n_ctx}
+
+        def make() -> Context:
+            context = Context(self.model, self._pack(k), **sizes, **self._options)
             for seq in range(n_seq):
                 weights = np.full((k, self.model.n_layer), 1.0 / k, np.float32)
                 context.set_weights(weights, seq=seq)
-            self._ours[key] = context
-        return self._ours[key]
+            return context
+
+        return self._kept(("ours", k, *sizes.values()), make)
 
     def engine(self, k: int, **options: Any) -> Engine:
         """An Engine of k adapters, with a base of its own; its caller closes it."""
@@ -185,19 +184,17 @@ class Rig:
         return prober
 
     def _pack(self, k: int) -> Pack:
-        if k not in self._packs:
-            self._packs[k] = Pack(self.model, self.paths(k), adapter_type=self._adapter_type)
-            self._open.callback(self._packs[k].close)
-        return self._packs[k]
+        make = partial(Pack, self.model, self.paths(k), adapter_type=self._adapter_type)
+        return self._kept(("pack", k), make)
 
-    def _stock_context(
-        self, loras: Sequence[Any], n_seq: int = 1, n_ctx: int | None = None
-    ) -> StockContext:
-        context = StockContext(
-            self.model, loras, n_ctx=n_ctx or self._n_ctx, n_seq=n_seq, **self._options
-        )
-        self._open.callback(context.close)
-        return context
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What is made when it is first asked for, and freed by close()."""
+        if key not in self._made:
+            made: Any = make()
+            self._open.callback(made.close)
+            self._made[key] = made
+        found: T = self._made[key]
+        return found
 
     def _load_lora(self, path: Path) -> Any:
         lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))

@@ -59,7 +59,7 @@ def answer_chat(
     if not stream:
         return completion_dict(engine.name, begun.answers, has_tools=begun.has_tools)
     return completion_chunks(
-        chunk_head(engine.name),
+        answer_head("chat.completion.chunk", engine.name),
         begun.answers,
         has_tools=begun.has_tools,
         include_usage=bool((stream_options or {}).get("include_usage")),
@@ -136,13 +136,8 @@ def completion_dict(
             {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         )
         usage.add(index, generation)
-    head = answer_head("chatcmpl", "chat.completion", model_name)
+    head = answer_head("chat.completion", model_name)
     return {**head, "choices": choices, "usage": usage.total()}
-
-
-def chunk_head(model_name: str) -> dict[str, Any]:
-    """What the chunks of one answer have in common."""
-    return answer_head("chatcmpl", "chat.completion.chunk", model_name)
 
 
 def completion_chunks(
@@ -156,7 +151,7 @@ def completion_chunks(
 
     Choices come one after another. A tool call comes whole, at the end of its choice.
 
-    head  see chunk_head
+    head  see answer_head
     """
     if include_usage:
         head = {**head, "usage": None}

@@ -24,7 +24,8 @@ def text_dict(model_name: str, answers: Answers, n: int = 1) -> dict[str, Any]:
         logprobs = text_logprobs(entries, len(start)) if shown.is_asked else None
         choices.append(_choice(index, start + text, logprobs, generation.finish_reason))
         usage.add(index, generation)
-    return {**text_head(model_name), "choices": choices, "usage": usage.total()}
+    head = answer_head("text_completion", model_name)
+    return {**head, "choices": choices, "usage": usage.total()}
 
 
 def text_chunks(
@@ -32,7 +33,7 @@ def text_chunks(
 ) -> Iterator[dict[str, Any]]:
     """The same as a stream of chunks, choices one after another.
 
-    head  see text_head
+    head  see answer_head
     """
     usage = Usage(n)
     if include_usage:
@@ -79,15 +80,13 @@ def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[st
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-def text_head(model_name: str) -> dict[str, Any]:
-    """What a text's answer begins with, and each chunk of one."""
-    return answer_head("cmpl", "text_completion", model_name)
+def answer_head(kind: str, model_name: str) -> dict[str, Any]:
+    """What an answer, or each chunk of one, begins with.
 
-
-def answer_head(prefix: str, kind: str, model_name: str) -> dict[str, Any]:
-    """What an answer, or each chunk of one, begins with."""
+    kind  text_completion, chat.completion or chat.completion.chunk
+    """
     return {
-        "id": f"{prefix}-{uuid.uuid4()}",
+        "id": f"{'chat' * kind.startswith('chat')}cmpl-{uuid.uuid4()}",
         "object": kind,
         "created": int(time.time()),
         "model": model_name,

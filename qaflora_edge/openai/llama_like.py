@@ -16,7 +16,7 @@ from qaflora_edge.config import MAX_SEED
 from qaflora_edge.engine import Engine
 from qaflora_edge.files import AnyPath
 from qaflora_edge.openai.call_options import check_fixed
-from qaflora_edge.openai.completions import text_chunks, text_dict, text_head
+from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
 
 # Of Llama(): what changes no answer, and what has to stay at these values (the default first).
 _UNUSED = frozenset(
@@ -145,7 +145,8 @@ class Llama:
         )
         start = self._text(prompt) if echo else ""
         if stream:
-            return text_chunks(text_head(self.model_path), [(start, generation)])
+            head = answer_head("text_completion", self.model_path)
+            return text_chunks(head, [(start, generation)])
         return text_dict(self.model_path, [(start, generation)])
 
     __call__ = create_completion

@@ -12,8 +12,8 @@ from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, GrammarError, PromptError
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.chat import begin_chat, chunk_head, completion_chunks, completion_dict
-from qaflora_edge.openai.completions import text_chunks, text_dict, text_head
+from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
+from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
 from qaflora_edge.openai.responses import ResponseShape, chat_request
 from qaflora_edge.server import fields
 from qaflora_edge.server.body import json_body
@@ -58,10 +58,6 @@ class Told:
             self._out.send(event({**_ended(chunk), **more}))
             more = {}
         self._out.send(DONE)
-
-    def send_response(self, response: Mapping[str, Any]) -> None:
-        self._out.send(self.head())
-        self._out.send(encoded({**response, **self.end()}))
 
     def send_events(self, events: Iterator[dict[str, Any]]) -> None:
         """Events of a response; the mix is in the response of each that has one."""
@@ -115,7 +111,7 @@ def _ended_early() -> CancelledError:
 
 def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the time limit has cut was cut by length, in OpenAI's words."""
-    for choice in answer["choices"]:
+    for choice in answer.get("choices", ()):
         if choice["finish_reason"] == "cancelled":
             choice["finish_reason"] = "length"
     return answer
@@ -143,7 +139,7 @@ async def chat_completions(request: Request) -> Response:
     def compute(engine: Engine, out: Outlet) -> None:
         check_messages_size(engine, messages)
         asked = chat_of(engine, state.options)
-        head = chunk_head(model)
+        head = answer_head("chat.completion.chunk", model)
         more = {"cancel": out.cancel, **fusion.options, **options}
         if tells_progress:
             more["on_progress"] = Progress(head, out)
@@ -178,7 +174,7 @@ async def completions(request: Request) -> Response:
     model = body.get("model") or bundle.name
 
     def compute(engine: Engine, out: Outlet) -> None:
-        head = text_head(model)
+        head = answer_head("text_completion", model)
         more = {"cancel": out.cancel, "parse_special": True, **fusion.options, **options}
         if tells_progress and len(prompts) == 1:
             more["on_progress"] = Progress(head, out)
@@ -229,7 +225,7 @@ async def responses(request: Request) -> Response:
             if is_stream:
                 told.send_events(shape.events(has_tools=begun.has_tools))
             else:
-                told.send_response(shape.whole(has_tools=begun.has_tools))
+                told.send_whole(shape.whole(has_tools=begun.has_tools))
 
     form = "text" if body.get("grammar") is None else "grammar"
     params: Params = {PromptError: "input", ChatTemplateError: "input", GrammarError: form}
