@@ -150,15 +150,15 @@ HOSTILE = [
     (b'{"prompt": "\xff"}', "InputFileError", "it is not UTF-8 (invalid start byte at byte 12)"),
     ("{}", "OptionError", "The request has neither prompt and messages"),
     ('{"prompt": "a", "messages": []}', "OptionError", "The request has both prompt and messages"),
-    ('{"prompt": " "}', "OptionError", "Option prompt is ' ', expected a text that is not empty"),
+    ('{"prompt": " "}', "OptionError", 'Option prompt is " ", expected a text that is not empty'),
     ('{"prompt": 5}', "OptionError", "Option prompt is 5, expected a text"),
     ('{"messages": 5}', "OptionError", "Option messages is 5, expected a list of messages"),
     ('{"messages": []}', "OptionError", "Option messages is [], expected a list of messages"),
     ('{"messages": [5]}', "PromptError", "Message 0 is 5, expected a text"),
     ('{"messages": [{"role": "user"}]}', "PromptError", "Message 0 has content = None"),
-    ('{"prompt": "a", "temperature": "hot"}', "OptionError", "Option temperature is 'hot', exp"),
+    ('{"prompt": "a", "temperature": "hot"}', "OptionError", 'Option temperature is "hot", exp'),
     ('{"prompt": "a", "max_tokens": -1}', "OptionError", "expected a number of tokens from 0"),
-    ('{"prompt": "a", "max_tokens": true}', "OptionError", "Option max_tokens is True, expected"),
+    ('{"prompt": "a", "max_tokens": true}', "OptionError", "Option max_tokens is true, expected"),
     ('{"prompt": "a", "stop": [""]}', "OptionError", "expected a list of texts that are not empty"),
     ('{"prompt": "a", "seed": 1e99}', "OptionError", "Option seed is 1e+99, expected a whole num"),
     ('{"prompt": "a", "temp": 1, "temperature": 1}', "OptionError", "temperature is given twice"),
@@ -227,7 +227,7 @@ def test_every_sampling_option_has_its_name_on_a_line() -> None:
         value: Any = values[option.kind]
         found = to_request({"prompt": "a", option.name: value}, system=None, raw_prompt=False)
         assert found[option.name] == value
-        with pytest.raises(OptionError, match=f"^Option {option.name} is {{'x': 1}}, expected "):
+        with pytest.raises(OptionError, match=f'^Option {option.name} is {{"x": 1}}, expected '):
             to_request({"prompt": "a", option.name: {"x": 1}}, system=None, raw_prompt=False)
 
 

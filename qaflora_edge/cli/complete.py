@@ -101,8 +101,8 @@ def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> It
 
     found = _folders_near(word)
     with contextlib.suppress(QafloraError):
-        found += [name for name in named_bundles() if name.startswith(word)]
-    return _items(found) or [CompletionItem(word, type="dir")]
+        found += named_bundles()
+    return _items(found, word) or [CompletionItem(word, type="dir")]
 
 
 def _folders_near(word: str) -> list[str]:
@@ -136,36 +136,34 @@ def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> 
     if colon and kind == "fitted":
         from qaflora_edge.hub.bundle_names import fit_names
 
-        fits = _of_bundle(ctx, fit_names)
-        return _items(f"fitted:{name}" for name in fits if name.startswith(rest))
+        return _items((f"fitted:{name}" for name in _of_bundle(ctx, fit_names)), word)
     if colon and kind == "single":
-        return _items(f"single:{name}" for name in names if name.startswith(rest))
+        return _items((f"single:{name}" for name in names), word)
     if colon and kind == "manual":
-        done, comma, last = rest.rpartition(",")
+        done, comma, _ = rest.rpartition(",")
         used = {pair.partition("=")[0] for pair in done.split(",")}
-        left = [name for name in names if name not in used and name.startswith(last)]
-        return _items(f"manual:{done}{comma}{name}=" for name in left)
+        left = (name for name in names if name not in used)
+        return _items((f"manual:{done}{comma}{name}=" for name in left), word)
     if colon:
-        return _items(_with_option(word, kind))
-    forms = (each.name + (":" if each.needs_argument else "") for each in strategies())
-    return _items(form for form in forms if form.startswith(word))
+        return _items(_with_option(word, kind), word)
+    return _items((each.name + ":" * each.needs_argument for each in strategies()), word)
 
 
 def _with_option(word: str, name: str) -> Iterator[str]:
     """A strategy with the options that its last, unfinished one may become."""
-    head, comma, last = word.rpartition(",") if "," in word else word.partition(":")
+    head, comma, _ = word.rpartition(",") if "," in word else word.partition(":")
     used = {item.partition("=")[0] for item in word.partition(":")[2].split(",")[:-1]}
     known = next((each for each in strategies() if each.name == name and each.is_probed), None)
     for option in known.options if known else ():
         if option.name not in used:
             forms = [f"{option.name}={each}" for each in (*option.choices, *option.words)]
             forms += [] if option.choices else [f"{option.name}="]
-            yield from (f"{head}{comma}{form}" for form in forms if form.startswith(last))
+            yield from (f"{head}{comma}{form}" for form in forms)
 
 
 def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of the adapters of the bundle on the line."""
-    return _items(name for name in bundle_adapters(ctx) if name.startswith(word))
+    return _items(bundle_adapters(ctx), word)
 
 
 def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
@@ -174,17 +172,16 @@ def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> It
     from qaflora_edge.hub.here import all_here
 
     try:
-        names = [here.name for here in all_here() if here.folder is not None]
+        return _items((here.name for here in all_here() if here.folder is not None), word)
     except (QafloraError, OSError):
         return []
-    return _items(name for name in names if name.startswith(word))
 
 
 def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of the registry's models."""
     from qaflora_edge.formats.registry import load_registry
 
-    return _items(name for name in load_registry() if name.startswith(word))
+    return _items(load_registry(), word)
 
 
 def bundle_adapters(ctx: click.Context) -> list[str]:
@@ -212,5 +209,6 @@ def _of_bundle(ctx: click.Context, names_in: Callable[[Path], list[str]]) -> lis
     return names
 
 
-def _items(values: Iterable[str]) -> Items:
-    return [CompletionItem(value) for value in values]
+def _items(values: Iterable[str], word: str) -> Items:
+    """Those that begin with what is typed."""
+    return [CompletionItem(value) for value in values if value.startswith(word)]

@@ -31,17 +31,13 @@ def doctor(as_json: bool) -> None:
         library = library_facts()
     except LibraryError as err:
         error = err
-        library = {"ok": False, "folder": _library_folder(), "error": str(err)}
+        from qaflora_edge.backend.native import library_dir
+
+        library = {"ok": False, "folder": str(library_dir()), "error": str(err)}
     report = {"library": library, **package_facts()}
     click.echo(json.dumps(report) if as_json else _lines(report))
     if error is not None:
         raise error
-
-
-def _library_folder() -> str:
-    from qaflora_edge.backend import native
-
-    return str(native.library_dir())
 
 
 def library_facts() -> dict[str, Any]:

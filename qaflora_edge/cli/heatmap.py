@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, zip_longest
 from typing import Any, Literal
 
+import numpy as np
+
 from qaflora_edge.cli.show import BLOCKS, can_show, layer_ranges
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.svg_panel import (
@@ -113,10 +115,9 @@ def compare(
 
 def ramp_colour(share: float) -> tuple[int, int, int]:
     """RGB at a share of the scale, 0 to 1."""
-    at = min(1.0, share) * (len(RAMP) - 1)
-    low = min(int(at), len(RAMP) - 2)
+    at = share * (len(RAMP) - 1)
     red, green, blue = (
-        round(a + (b - a) * (at - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True)
+        round(np.interp(at, range(len(RAMP)), part)) for part in zip(*RAMP, strict=True)
     )
     return red, green, blue
 

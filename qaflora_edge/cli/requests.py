@@ -9,10 +9,9 @@ from typing import Any, BinaryIO
 from qaflora_edge.cli.prompts import LINE_BYTES_MAX, read_lines
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import InputFileError, OptionError
-from qaflora_edge.formats.json_text import read_unicode_object
+from qaflora_edge.formats.json_text import read_unicode_object, shown
 
 _KEYS = ("prompt", "messages", "id", "json_schema")
-_SHOWN_MAX = 80  # characters of a wrong value in a message
 
 
 def _by_spelling() -> dict[str, Option]:
@@ -61,16 +60,16 @@ class Line:
         )
 
 
-def read_requests(stream: BinaryIO, shown: str) -> Iterator[Line]:
+def read_requests(stream: BinaryIO, name: str) -> Iterator[Line]:
     """Read lines one at a time; blank ones are counted, and left out.
 
-    shown  the name of the stream in messages
+    name  of the stream, for messages
     """
-    for index, data in enumerate(read_lines(stream, shown)):
+    for index, data in enumerate(read_lines(stream, name)):
         if index == 0 and data is not None:
             data = data.removeprefix(codecs.BOM_UTF8)
         if data is None or data.strip():
-            yield Line(index, data, f"{shown}, line {index + 1}")
+            yield Line(index, data, f"{name}, line {index + 1}")
 
 
 def unknown_keys(found: Mapping[str, Any]) -> list[str]:
@@ -141,6 +140,4 @@ def _conversation(prompt: str | None, messages: list[Any] | None, system: str | 
 
 
 def _wrong(name: str, value: Any, expected: str) -> OptionError:
-    shown = repr(value)
-    shown = shown if len(shown) <= _SHOWN_MAX else f"{shown[:_SHOWN_MAX]}..."
-    return OptionError(f"Option {name} is {shown}, expected {expected}; correct the line.")
+    return OptionError(f"Option {name} is {shown(value)}, expected {expected}; correct the line.")

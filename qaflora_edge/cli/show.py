@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -38,13 +39,9 @@ def mix_line(fusion: FusionWeights) -> str:
 
 def layer_ranges(layers: list[int], dash: str) -> str:
     """Layers in ascending order as text, such as `0–3, 7`; `none` without any."""
-    runs: list[tuple[int, int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1] = (runs[-1][0], layer)
-        else:
-            runs.append((layer, layer))
-    shown = (f"{a}" if a == b else f"{a}{dash}{b}" for a, b in runs)
+    by_run = groupby(enumerate(layers), lambda item: item[1] - item[0])
+    runs = [[layer for _, layer in run] for _, run in by_run]
+    shown = (dash.join(dict.fromkeys((str(run[0]), str(run[-1])))) for run in runs)
     return ", ".join(shown) or "none"
 
 

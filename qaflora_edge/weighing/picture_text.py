@@ -1,6 +1,7 @@
 """Text in pictures: what may not stand there is spelt out, and what is too long is cut."""
 
 import unicodedata
+from bisect import bisect
 from collections.abc import Callable
 
 # They turn the direction of what follows: "\u202etxt.exe" would read as "exe.txt".
@@ -50,9 +51,9 @@ def wrap(text: str, width: float, measure: Callable[[str], float], *, n_line: in
     lines: list[str] = []
     while measure(rest) > width:
         if len(lines) == n_line - 1:
-            n_char = _n_fitting(rest, lambda part: measure(f"{part}…") <= width)
+            n_char = _n_fitting(rest, lambda part: measure(f"{part}…") > width)
             return [*lines, f"{rest[:n_char].rstrip()}…"]
-        n_char = _n_fitting(rest, lambda part: measure(part) <= width)
+        n_char = _n_fitting(rest, lambda part: measure(part) > width)
         at = rest.rfind(" ", 0, n_char + 1)
         n_char = at if at > n_char // 2 else max(1, n_char)
         lines.append(rest[:n_char].rstrip())
@@ -60,16 +61,9 @@ def wrap(text: str, width: float, measure: Callable[[str], float], *, n_line: in
     return [*lines, rest]
 
 
-def _n_fitting(text: str, is_fitting: Callable[[str], bool]) -> int:
-    """The most characters from the start that fit, found by halving."""
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if is_fitting(text[:middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _n_fitting(text: str, is_too_wide: Callable[[str], bool]) -> int:
+    """The most characters from the start that fit."""
+    return bisect(range(1, len(text) + 1), False, key=lambda n: is_too_wide(text[:n]))
 
 
 def len_pixels(text: str) -> float:
