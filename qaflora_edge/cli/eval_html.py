@@ -4,7 +4,7 @@ What a task says and what a model wrote is text there, escaped.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,9 @@ from qaflora_edge.cli.eval_words import (
 )
 from qaflora_edge.cli.plot_html import INK, PAPER, asset, markup, page
 from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE, Cell, Row
-from qaflora_edge.evaluation.lines import CellSummary, Line
+from qaflora_edge.evaluation.lines import CellSummary
 from qaflora_edge.evaluation.statistics import Estimate
-from qaflora_edge.evaluation.summary import Summary, Verdict, mean_layers
+from qaflora_edge.evaluation.summary import Summary, mean_layers
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.picture_text import crop
 from qaflora_edge.weighing.svg_panel import legend, min_weight, panel, scale
@@ -39,155 +39,104 @@ def eval_html(summaries: Sequence[Summary]) -> str:
     names = dict.fromkeys(
         str(head["bundle"]) for summary in summaries for head in summary.section.headers
     )
-    title = f"Evaluation of {', '.join(names)}"
-    style = f"{asset('weights.css')}\n{asset('eval.css')}"
-    return page("eval.html.j2", style, title=title, sections=list(map(_section, summaries)))
+    words = {each.__name__: each for each in (facts, figure, heading, items, kind, number)}
+    return page(
+        "eval.html.j2",
+        f"{asset('weights.css')}\n{asset('eval.css')}",
+        title=f"Evaluation of {', '.join(names)}",
+        summaries=summaries,
+        parts=_parts,
+        loaded_axes=_loaded_axes,
+        drawn_cell=_cell,
+        NONE=NONE,
+        nan=math.nan,
+        **words,
+    )
 
 
 class _Axis:
-    """From numbers to pixels of a small picture.
+    """From numbers of a unit to pixels of a small picture, which shows all that are given.
 
     zero  where 0 is, on an axis of differences; None on one of scores
     """
 
-    def __init__(self, low: float, high: float, *, is_difference: bool) -> None:
+    def __init__(
+        self, found: Iterable[Estimate | None], unit: str, *, is_difference: bool = True
+    ) -> None:
+        ends = [
+            end
+            for each in found
+            if each is not None
+            for end in (each.value, each.low, each.high)
+            if not math.isnan(end)
+        ]
+        low, high = min(ends, default=0.0), max(ends, default=1.0)
+        if is_difference:
+            high = max(map(abs, ends), default=1.0)
+            low = -high
         self._low, self._high = low, high if high > low else low + 1
-        self.width = AXIS_WIDTH
-        self.zero = self.pixel(0.0) if is_difference else None
+        self._unit, self.width = unit, AXIS_WIDTH
+        self.zero = self._pixel(0.0) if is_difference else None
 
-    def pixel(self, value: float) -> float:
+    def _pixel(self, value: float) -> float:
         share = (value - self._low) / (self._high - self._low)
         return round(MARGIN + share * (self.width - 2 * MARGIN), 1)
 
-
-def _axis(found: Iterable[Estimate | None], *, is_difference: bool) -> _Axis:
-    ends = [
-        end
-        for each in found
-        if each is not None
-        for end in (each.value, each.low, each.high)
-        if not math.isnan(end)
-    ]
-    if is_difference:
-        most = max((abs(end) for end in ends), default=1.0)
-        return _Axis(-most, most, is_difference=True)
-    return _Axis(min(ends, default=0.0), max(ends, default=1.0), is_difference=False)
-
-
-def _drawn(
-    found: Estimate | None, axis: _Axis, unit: str, *, is_difference: bool = True
-) -> dict[str, Any]:
-    """An estimate as text and as places in its picture."""
-    text = estimate(found, unit, is_difference=is_difference)
-    if found is None or math.isnan(found.value):
-        return {"text": text, "is_empty": True}
-    low, high = (found.value if math.isnan(end) else end for end in (found.low, found.high))
-    verdict = "open"
-    if is_difference and not math.isnan(found.low):
-        verdict = "better" if found.low > 0 else "worse" if found.high < 0 else "open"
-    places = {"low": axis.pixel(low), "high": axis.pixel(high), "at": axis.pixel(found.value)}
-    return {"text": text, "is_empty": False, "kind": verdict, **places}
+    def drawn(self, found: Estimate | None) -> dict[str, Any]:
+        """An estimate as text and as places in the picture, where it has any."""
+        is_difference = self.zero is not None
+        text = estimate(found, self._unit, is_difference=is_difference)
+        if found is None or math.isnan(found.value):
+            return {"text": text, "kind": ""}
+        low, high = (found.value if math.isnan(end) else end for end in (found.low, found.high))
+        verdict = "open"
+        if is_difference and not math.isnan(found.low):
+            verdict = "better" if found.low > 0 else "worse" if found.high < 0 else "open"
+        ends = {"low": self._pixel(low), "high": self._pixel(high), "at": self._pixel(found.value)}
+        return {"text": text, "kind": verdict, **ends}
 
 
-def _section(summary: Summary) -> dict[str, Any]:
-    ends = {
-        unit: [end for row in summary.loaded if row.unit == unit for end in row.estimates]
-        for unit in (POINTS, NATS)
-    }
-    axes = {unit: _axis(each, is_difference=True) for unit, each in ends.items()}
-    return {
-        "heading": heading(summary.section),
-        "facts": facts(summary.section),
-        "parts": [
-            {
+def _parts(summary: Summary) -> Iterator[dict[str, Any]]:
+    """Of several tasks those of one unit: their scores, and the verdicts over them."""
+    for unit in (POINTS, NATS) if len(summary.cells) > 1 else ():
+        if cells := [each for each in summary.cells if each.cell.unit == unit]:
+            verdicts = [each for each in summary.verdicts if each.unit == unit]
+            every = (
+                end for row in verdicts for end in (row.over_static, row.worst and row.worst[1])
+            )
+            yield {
                 "title": SCORES[unit],
+                "unit": unit,
                 "matrix": matrix(cells, summary.section.strategies),
-                "verdicts": _verdicts(
-                    unit, [each for each in summary.verdicts if each.unit == unit]
-                ),
+                "verdicts": verdicts,
+                "axis": _Axis(every, unit),
             }
-            for unit in (POINTS, NATS)
-            if len(summary.cells) > 1
-            if (cells := [each for each in summary.cells if each.cell.unit == unit])
-        ],
-        "loaded": [
-            {
-                "strategy": each.strategy,
-                "n_cell": each.n_cell,
-                "gain": _drawn(each.gain, axes[each.unit], each.unit),
-                "unit": each.unit,
-                "axis": axes[each.unit],
-                "worst": _drawn(each.worst[1], axes[each.unit], each.unit),
-                "worst_in": each.worst[0],
-            }
-            for each in summary.loaded
-        ],
-        "n_fewer": summary.fewer.n_adapter if summary.fewer else 0,
-        "cells": [_cell(cell) for cell in summary.cells],
-    }
 
 
-def _verdicts(unit: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    every = [each for row in verdicts for each in (row.over_static, row.worst and row.worst[1])]
-    axis = _axis(every, is_difference=True)
+def _loaded_axes(summary: Summary) -> dict[str, _Axis]:
     return {
-        "unit": unit,
-        "axis": axis,
-        "rows": [
-            {
-                "strategy": row.strategy,
-                "n_cell": row.n_cell,
-                "static": _drawn(row.over_static, axis, unit),
-                "worst": _drawn(row.worst[1] if row.worst else None, axis, unit),
-                "worst_in": row.worst[0] if row.worst else NONE,
-                "below": ", ".join(row.below) or "none",
-            }
-            for row in verdicts
-        ],
+        unit: _Axis((end for row in rows for end in (row.gain, row.worst[1])), unit)
+        for unit in (POINTS, NATS)
+        if (rows := [row for row in summary.loaded if row.unit == unit])
     }
 
 
 def _cell(found: CellSummary) -> dict[str, Any]:
-    cell, unit = found.cell, found.cell.unit
-    axis = _axis((line.score for line in found.lines), is_difference=False)
+    """What the page shows of a task beside its lines."""
+    cell, unit, names = found.cell, found.cell.unit, [line.strategy for line in found.lines]
     over = (each for line in found.lines for each in (line.over_static, line.over_single))
-    difference_axis = _axis(over, is_difference=True)
-    is_marked = unit == POINTS
-    others = list(dict.fromkeys(name for line in found.lines for name in line.others))
     return {
-        "name": cell.name,
-        "kind": kind(cell) + (", lower is better" if unit == NATS else ""),
-        "n_item": items(found),
-        "unit": unit,
-        "others": others,
-        "best": found.best_single or "the best single adapter",
-        "axis": axis,
-        "difference_axis": difference_axis,
-        "rows": [_line(line, unit, others, axis, difference_axis) for line in found.lines],
-        **_maps(cell, [line.strategy for line in found.lines]),
-        "is_marked": is_marked,
-        "order": ", ".join(line.strategy for line in found.lines),
+        "better": ", lower is better" if unit == NATS else "",
+        "others": list(dict.fromkeys(name for line in found.lines for name in line.others)),
+        "axis": _Axis((line.score for line in found.lines), unit, is_difference=False),
+        "difference_axis": _Axis(over, unit),
+        "is_marked": unit == POINTS,
+        "order": ", ".join(names),
         "every": [
-            item(cell, index, [line.strategy for line in found.lines])
+            item(cell, index, names)
             for index in sorted({index for rows in cell.rows.values() for index in rows})
         ],
-    }
-
-
-def _line(
-    line: Line, unit: str, others: Sequence[str], axis: _Axis, difference_axis: _Axis
-) -> dict[str, Any]:
-    return {
-        "strategy": line.strategy,
-        "score": _drawn(line.score, axis, unit, is_difference=False),
-        "static": _drawn(line.over_static, difference_axis, unit),
-        "single": _drawn(line.over_single, difference_axis, unit),
-        "others": [number(line.others.get(name, math.nan), unit) for name in others],
-        "seconds": figure(line.seconds, 2),
-        "prefills": figure(line.prefills, 1),
-        "found": figure(line.found, 2),
-        "n_cut": line.n_cut or NONE,
-        "n_failed": line.n_failed or NONE,
+        **_maps(cell, names),
     }
 
 

@@ -143,11 +143,6 @@ class Loaded:
     gain: Estimate
     worst: tuple[str, Estimate]
 
-    @property
-    def estimates(self) -> tuple[Estimate, Estimate]:
-        """Both differences."""
-        return self.gain, self.worst[1]
-
 
 @dataclass(frozen=True)
 class Summary:
