@@ -54,45 +54,35 @@ def variables(key: str, table: str | None) -> tuple[str, ...]:
     return own + shared
 
 
-LIBRARY_SETTINGS = (
-    Setting("cache", ("QAFLORA_CACHE",), "a folder", "Where downloads are kept."),
-    Setting(
-        "bundles",
-        ("QAFLORA_BUNDLES",),
+# Kind and meaning of what no command takes: by keys of the file, and by variables alone.
+_OF_LIBRARY = {
+    "cache": ("a folder", "Where downloads are kept."),
+    "bundles": (
         "a list of folders",
         "Bundles, or folders of bundles, that can be used by name; in the environment separated "
         "as in PATH.",
     ),
-)
-ENVIRONMENT_SETTINGS = (
-    Setting(None, ("QAFLORA_CONFIG",), "a file", "The settings file to read instead of the usual."),
-    Setting(
-        None,
-        ("QAFLORA_LIB_PATH",),
-        "a folder",
-        "The native library to load instead of the package's own.",
-    ),
-    Setting(
-        None,
-        ("QAFLORA_CPU_KERNELS",),
+}
+_OF_ENVIRONMENT = {
+    "QAFLORA_CONFIG": ("a file", "The settings file to read instead of the usual."),
+    "QAFLORA_LIB_PATH": ("a folder", "The native library to load instead of the package's own."),
+    "QAFLORA_CPU_KERNELS": (
         "avx512vnni, avx512, avx2, neon, portable or ggml",
         "Kernels for adapters on the CPU, for comparisons; ggml is its own operations.",
     ),
-    Setting(
-        None,
-        ("QAFLORA_SOURCE_ARCHIVE",),
+    "QAFLORA_SOURCE_ARCHIVE": (
         "a file",
         "llama.cpp's source for the build, instead of fetching it.",
     ),
-)
+}
 
 
 def all_settings() -> list[Setting]:
     """Every setting, in the order of the documents: the table of docs/settings.md."""
-    rows = [*LIBRARY_SETTINGS, *(_setting(key, None, option) for key, option in SHARED.items())]
-    for table, options in OWN.items():
+    rows = [Setting(k, (f"{PREFIX}{k}".upper(),), *said) for k, said in _OF_LIBRARY.items()]
+    for table, options in ((None, SHARED), *OWN.items()):
         rows += [_setting(key, table, option) for key, option in options.items()]
-    return [*rows, *ENVIRONMENT_SETTINGS]
+    return [*rows, *(Setting(None, (name,), *said) for name, said in _OF_ENVIRONMENT.items())]
 
 
 def command_settings() -> list[Setting]:
