@@ -32,33 +32,26 @@ class Metrics:
         self.prefix_cache = Gauge(
             "prefix_cache_bytes", "What the probe read of prompts, kept for others.", **more
         )
-        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **more)
-        self.completion_tokens = Counter(
-            "completion_tokens", "Tokens of answers.", ["model"], **more
+        tokens = {"prompt_tokens": "Tokens of prompts.", "completion_tokens": "Tokens of answers."}
+        self._tokens = {key: Counter(key, said, ["model"], **more) for key, said in tokens.items()}
+        times = (
+            ("whole_ms", "request_seconds", "From a request to its end."),
+            ("first_ms", "first_token_seconds", "From a request to its token."),
+            ("wait_ms", "wait_seconds", "For a turn, and for a bundle to open."),
+            ("probe_ms", "probe_seconds", "For weighing."),
         )
-        seconds = {**more, "buckets": _SECONDS}
-        self.whole = Histogram("request_seconds", "From a request to its end.", **seconds)
-        self.first = Histogram("first_token_seconds", "From a request to its token.", **seconds)
-        self.wait = Histogram("wait_seconds", "For a turn, and for a bundle to open.", **seconds)
-        self.probe = Histogram("probe_seconds", "For weighing.", **seconds)
+        self._times = {
+            key: Histogram(name, said, **more, buckets=_SECONDS) for key, name, said in times
+        }
 
     def add(self, path: str, status: int, facts: Mapping[str, Any], ms: float) -> None:
         """Count a request that is over."""
         self.requests.labels(path, str(status)).inc()
-        self.whole.observe(ms / 1e3)
-        for name, histogram in (
-            ("first_ms", self.first),
-            ("wait_ms", self.wait),
-            ("probe_ms", self.probe),
-        ):
-            if name in facts:
-                histogram.observe(facts[name] / 1e3)
-        for name, counter in (
-            ("prompt_tokens", self.prompt_tokens),
-            ("completion_tokens", self.completion_tokens),
-        ):
-            if name in facts:
-                counter.labels(facts["model"]).inc(facts[name])
+        facts = {**facts, "whole_ms": ms}
+        for key in self._times.keys() & facts:
+            self._times[key].observe(facts[key] / 1e3)
+        for key in self._tokens.keys() & facts:
+            self._tokens[key].labels(facts["model"]).inc(facts[key])
 
 
 class Recorder:

@@ -74,7 +74,7 @@ class Work(Response):
         self._bundle, self._compute, self._is_stream = bundle, compute, is_stream
         self._is_light, self._params = is_light, params
         self._client = client_of(request, body)
-        self._facts = facts_of(request.scope)
+        self._facts: dict[str, Any] = request.scope["qaflora"]  # for the log and the metrics
         self._facts["model"] = bundle.name
         if self._options.logs_prompts:
             self._facts["prompt"] = next(
@@ -252,9 +252,3 @@ def client_of(request: Request, body: Mapping[str, Any]) -> Client:
     host = request.client.host if request.client else ""
     user = body.get("user") or body.get("safety_identifier")
     return Client(host, user[:64] if isinstance(user, str) else "")
-
-
-def facts_of(scope: Scope) -> dict[str, Any]:
-    """What the log and the metrics are told of a request."""
-    facts: dict[str, Any] = scope["qaflora"]
-    return facts
