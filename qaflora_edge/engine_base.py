@@ -1,7 +1,7 @@
 """What is opened: an Engine's facts and choices, and its prompts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.config import check
-from qaflora_edge.errors import OptionError, StrategyError
+from qaflora_edge.errors import OptionError, OutputFileError, StrategyError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
@@ -308,7 +308,7 @@ class EngineBase:
         """
         if if_read and self._model.is_lost:
             return
-        with self._call():
-            if self._system_prompt is not None:
-                kept = self._system_prompt
-                (kept.keep_if_read if if_read else kept.keep)(self._reads)
+        harmless = (OutputFileError,) if if_read else ()
+        with self._call(), suppress(*harmless):
+            if self._system_prompt is not None and (self._core.prober.contexts or not if_read):
+                self._system_prompt.keep(self._reads)

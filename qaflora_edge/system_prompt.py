@@ -14,7 +14,6 @@ from qaflora_edge.backend.model import PLACING
 from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.chat.tokens import chat_tokens
-from qaflora_edge.errors import OutputFileError
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.prefix_file import prefix_path, read_prefix, write_prefix
 from qaflora_edge.weighing.base_probe import BASE
@@ -107,11 +106,3 @@ class SystemPrompt:
             return None
         self._pin(reads, state)
         return write_prefix(facts, state)
-
-    def keep_if_read(self, reads: Sequences) -> None:
-        """The same, where something was probed; a cache that cannot be written to is left alone."""
-        if self._core.prober.contexts:
-            try:
-                self.keep(reads)
-            except OutputFileError:
-                return

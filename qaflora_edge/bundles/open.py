@@ -130,20 +130,9 @@ def load(place: Path) -> Opened:
     return open_files(place, {}) if is_base(place) else load_bundle(place)
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Read a bundle, find its base, and compare every file with its record.
-
-    A file is hashed when this state of it (see formats.checksums) was not hashed before.
-
-    Raises BundleError for a wrong description or folder, ChecksumError for a file that is not
-    the recorded one, AdapterMismatchError for an adapter of another base.
-    """
-    return _load(folder, always_hash=False, progress=None)
-
-
 def verify_bundle(folder: Path, progress: Tell | None = None) -> Bundle:
     """Load a bundle and hash all of its files again, the base included."""
-    return _load(folder, always_hash=True, progress=progress)
+    return load_bundle(folder, always_hash=True, progress=progress)
 
 
 def read_bundle_text(folder: Path) -> BundleText:
@@ -260,7 +249,14 @@ def _is_calibrated(text: BundleText) -> bool:
     return bool(typical) and all(key in each for each in typical for key in ALWAYS)
 
 
-def _load(folder: Path, *, always_hash: bool, progress: Tell | None) -> Bundle:
+def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | None = None) -> Bundle:
+    """Read a bundle, find its base, and compare every file with its record.
+
+    always_hash  also files of which this state (see formats.checksums) was hashed before
+
+    Raises BundleError for a wrong description or folder, ChecksumError for a file that is not
+    the recorded one, AdapterMismatchError for an adapter of another base.
+    """
     text = read_bundle_text(folder)
     where = str(folder / BUNDLE_FILE)
     adapter_paths = {adapter.name: _adapter_path(folder, adapter) for adapter in text.adapters}
