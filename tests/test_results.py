@@ -56,7 +56,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     found = read_results(path)
     assert (found.header, list(found.records)) == (HEADER, records)
     assert found.strategies == ("static", "base")
-    assert found.tasks == ("sums",)
     assert found.adapters == ("math", "es")
 
 

@@ -54,11 +54,6 @@ class Results:
         return tuple(found | dict.fromkeys(record["strategy"] for record in self.records))
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in their order."""
-        return tuple(task["name"] for task in self.header["tasks"])
-
-    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters in use, in the order of the first axis of `layers`."""
         return tuple(adapter["name"] for adapter in self.header["adapters"])

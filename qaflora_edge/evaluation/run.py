@@ -98,6 +98,7 @@ class Evaluation:
     ) -> None:
         self._engine, self._tasks, self._strategies = engine, tasks, strategies
         self._file, self._items, self._asking = file, items, asking
+        self._tell: Tell = lambda n_token: None
         failed = [record for record in file.results.records if record["score"] is None]
         self.n_failed, self.first_failure = len(failed), ""
         if failed:
@@ -111,13 +112,14 @@ class Evaluation:
         asked = ((task, item) for task in self._tasks for item in self._of(task))
         return sum(len(self._missing(task, item)) for task, item in asked)
 
-    def run(self, tell: Tell = lambda n_token: None) -> None:
+    def run(self, tell: Tell | None = None) -> None:
         """Ask what is left; each result is written when it is there."""
+        self._tell = tell or self._tell
         for task in self._tasks:
             if task.metric in LIKELIHOOD:
-                self._score_task(task, tell)
+                self._score_task(task)
             else:
-                self._answer_task(task, tell)
+                self._answer_task(task)
 
     # which
 
@@ -131,7 +133,7 @@ class Evaluation:
         turned = (*self._strategies[turn:], *self._strategies[:turn])
         return [s for s in turned if not self._file.has(task.name, item.index, s)]
 
-    def _weighed(self, task: Task, tell: Tell) -> Iterator[_Weighed]:
+    def _weighed(self, task: Task) -> Iterator[_Weighed]:
         """Items that are to be asked, weighed: the strategies of an item one after the other.
 
         They share what is measured of it, and those that give the same weights share an answer.
@@ -150,7 +152,7 @@ class Evaluation:
                     before_ms[strategy] = sum(fusion.probe_ms for fusion in fusions.values())
                     fusions[strategy] = self._engine.weights(tokens, strategy=strategy)
             except (PromptError, ChatTemplateError) as error:
-                self._fail(task, item, dict.fromkeys(missing), str(error), tell)
+                self._fail(task, item, dict.fromkeys(missing), str(error))
                 continue
             groups: dict[bytes, dict[str, FusionWeights]] = {}
             for strategy, fusion in fusions.items():
@@ -160,12 +162,12 @@ class Evaluation:
 
     # answers that are generated
 
-    def _answer_task(self, task: Task, tell: Tell) -> None:
+    def _answer_task(self, task: Task) -> None:
         running: dict[int, _Weighed] = {}
         numbers = itertools.count()
 
         def requests() -> Iterator[dict[str, Any]]:
-            for weighed in self._weighed(task, tell):
+            for weighed in self._weighed(task):
                 running[next(numbers)] = weighed
                 yield {"prompt": weighed.tokens, "weights": weighed.fusion}
 
@@ -173,11 +175,11 @@ class Evaluation:
         if task.stop is not None:
             sampling["stop"] = task.stop
         for number, answer in self._engine.generate_many(requests(), **sampling):
-            self._take_answer(task, running.pop(number), answer, tell)
+            self._take_answer(task, running.pop(number), answer)
 
-    def _take_answer(self, task: Task, weighed: _Weighed, answer: Generation, tell: Tell) -> None:
+    def _take_answer(self, task: Task, weighed: _Weighed, answer: Generation) -> None:
         if isinstance(answer.error, PromptError):
-            self._fail(task, weighed.item, weighed.fusions, str(answer.error), tell)
+            self._fail(task, weighed.item, weighed.fusions, str(answer.error))
             return
         if answer.error is not None:
             raise answer.error
@@ -192,12 +194,12 @@ class Evaluation:
             "n_token": answer.n_completion,
             "finish_reason": answer.finish_reason,
         }
-        self._write(task, weighed, found, tell)
+        self._write(task, weighed, found)
 
     # likelihoods
 
-    def _score_task(self, task: Task, tell: Tell) -> None:
-        for weighed in self._weighed(task, tell):
+    def _score_task(self, task: Task) -> None:
+        for weighed in self._weighed(task):
             item = weighed.item
             texts = scored_texts(task, item)
             start = time.perf_counter()
@@ -205,7 +207,7 @@ class Evaluation:
                 prompts = [weighed.tokens] * len(texts)
                 scores = self._engine.score(prompts, texts, weights=weighed.fusion)
             except PromptError as error:
-                self._fail(task, item, weighed.fusions, str(error), tell)
+                self._fail(task, item, weighed.fusions, str(error))
                 continue
             found = {
                 **likelihood_fields(task, item, scores),
@@ -215,11 +217,11 @@ class Evaluation:
                 "n_token": sum(map(len, scores)),
                 "finish_reason": None,
             }
-            self._write(task, weighed, found, tell)
+            self._write(task, weighed, found)
 
     # results
 
-    def _write(self, task: Task, weighed: _Weighed, found: Mapping[str, Any], tell: Tell) -> None:
+    def _write(self, task: Task, weighed: _Weighed, found: Mapping[str, Any]) -> None:
         first = next(iter(weighed.fusions))
         for strategy, fusion in weighed.fusions.items():
             same = {} if strategy == first else {"same_as": first}
@@ -233,22 +235,17 @@ class Evaluation:
                     **same,
                 }
             )
-            tell(0 if same else found["n_token"])
+            self._tell(0 if same else found["n_token"])
 
     def _fail(
-        self,
-        task: Task,
-        item: Item,
-        fusions: Mapping[str, FusionWeights | None],
-        message: str,
-        tell: Tell,
+        self, task: Task, item: Item, fusions: Mapping[str, FusionWeights | None], message: str
     ) -> None:
         self.n_failed += len(fusions)
         self.first_failure = self.first_failure or f"{task.name}, item {item.index}: {message}"
         for strategy, fusion in fusions.items():
             record = asked_fields(task, item, strategy, fusion, self._asking)
             self._file.write({**record, "error": message})
-            tell(0)
+            self._tell(0)
 
 
 def asked_fields(
