@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from qaflora_edge.bundles.open import open_any
-from qaflora_edge.chat.messages import Message
+from qaflora_edge.chat.messages import Message, begin_with
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.config import check
 from qaflora_edge.errors import OptionError, OutputFileError, StrategyError
@@ -15,7 +15,7 @@ from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
-from qaflora_edge.system_prompt import SystemPrompt, begin_with
+from qaflora_edge.system_prompt import SystemPrompt
 from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.strategy import Sequences
 from qaflora_edge.weighing.weigher import Weigher
@@ -293,7 +293,7 @@ class EngineBase:
         The bundle's system prompt comes first where the messages have none.
         """
         with self._call():
-            messages = begin_with(self.system, messages)
+            messages = begin_with(self.system or None, messages)
             tokens = chat_tokens(self._model, messages, tools=tools)
             return checked_tokens(self._model, tokens, self.n_ctx)
 

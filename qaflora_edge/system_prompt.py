@@ -12,22 +12,12 @@ from typing import Any
 from qaflora_edge import __version__
 from qaflora_edge.backend.model import PLACING
 from qaflora_edge.backend.probe_context import KvState
-from qaflora_edge.chat.messages import Message
+from qaflora_edge.chat.messages import begin_with
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.prefix_file import prefix_path, read_prefix, write_prefix
 from qaflora_edge.weighing.base_probe import BASE
 from qaflora_edge.weighing.strategy import Sequences
-
-
-def begin_with(system: str, messages: Sequence[Message]) -> Sequence[Message]:
-    """Messages behind a system prompt, where they do not begin with one."""
-    if not system or not isinstance(messages, list | tuple) or not messages:
-        return messages  # what is no conversation is refused elsewhere
-    first = messages[0]
-    if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
 
 
 class SystemPrompt:

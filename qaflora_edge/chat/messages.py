@@ -9,6 +9,16 @@ from qaflora_edge.errors import PromptError
 Message = Mapping[str, Any]
 
 
+def begin_with(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:
+    """Messages behind a system prompt, where they do not begin with one."""
+    if system is None or not isinstance(messages, list | tuple) or not messages:
+        return messages  # what is no conversation is refused elsewhere
+    first = messages[0]
+    if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages with `content` as one text, and the arguments of tool calls as objects.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from qaflora_edge.chat.messages import begin_with
 from qaflora_edge.cli.prompts import LINE_BYTES_MAX, read_lines
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import InputFileError, OptionError
@@ -104,7 +105,8 @@ def to_request(found: Mapping[str, Any], *, system: str | None, raw_prompt: bool
     if prompt is None and not (isinstance(messages, list) and messages):
         raise _wrong("messages", messages, "a list of messages")
     if not is_raw:
-        return {**own, "messages": _conversation(prompt, messages, system)}
+        asked = messages or [{"role": "user", "content": prompt}]
+        return {**own, "messages": begin_with(system, asked)}
     if prompt is None or own_system is not None:
         raise OptionError(
             "The request has messages or system, which need the chat template, and raw_prompt, "
@@ -128,15 +130,6 @@ def _own_options(found: Mapping[str, Any]) -> dict[str, Any]:
             raise OptionError(f"Option {option.name} is given twice, as {key} too; expected once.")
         own[option.name] = value
     return own
-
-
-def _conversation(prompt: str | None, messages: list[Any] | None, system: str | None) -> list[Any]:
-    """The messages; a system message comes first where they do not begin with one."""
-    messages = messages or [{"role": "user", "content": prompt}]
-    first = messages[0]
-    if system is None or (isinstance(first, dict) and first.get("role") == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
 
 
 def _wrong(name: str, value: Any, expected: str) -> OptionError:

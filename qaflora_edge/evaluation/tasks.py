@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qaflora_edge.chat.messages import begin_with
 from qaflora_edge.errors import TaskFileError
 from qaflora_edge.evaluation.last_number import as_number
 from qaflora_edge.evaluation.task_checks import (
@@ -103,9 +104,7 @@ class Task:
         """What an item asks, as a conversation."""
         messages = item.fields.get("messages")
         messages = messages or [{"role": "user", "content": self.question(item)}]
-        if self.system is None or messages[0].get("role") == "system":
-            return list(messages)
-        return [{"role": "system", "content": self.system}, *messages]
+        return list(begin_with(self.system, messages))
 
     def choices(self, item: Item) -> list[str]:
         """What is scored of each choice."""
