@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import wrong_option
 
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 MAX_PARALLEL = 256  # sequences of one context: llama-cparams.h LLAMA_MAX_SEQ
@@ -327,11 +327,8 @@ def check(group: str, values: Mapping[str, Any]) -> None:
     known = in_group(group)
     for name, value in values.items():
         if name not in known:
-            raise OptionError(
-                f"Option {name} is {value!r}, expected no such option; those of {group} are "
-                f"{', '.join(known)}.",
-                name,
-            )
+            names = ", ".join(known)
+            raise wrong_option(name, value, f"no such option; those of {group} are {names}")
         option = known[name]
         if not (value is None and option.default is None) and not option.fits(value):
-            raise OptionError(f"Option {name} is {value!r:.200}, expected {option.expected}.", name)
+            raise wrong_option(name, value, option.expected)

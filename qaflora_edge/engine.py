@@ -10,7 +10,7 @@ from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.engine_measures import EngineMeasures
-from qaflora_edge.errors import OptionError, QafloraError
+from qaflora_edge.errors import OptionError, QafloraError, wrong_option
 from qaflora_edge.inference.constraint import chosen_grammar
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.prompts import Prompt
@@ -100,7 +100,7 @@ class Engine(EngineMeasures):
             **more,
         )
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-            raise OptionError(f"Option cancel is {cancel!r}, expected a threading.Event.")
+            raise wrong_option("cancel", cancel, "a threading.Event")
         with self._call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)

@@ -9,7 +9,7 @@ from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message, begin_with
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.config import check
-from qaflora_edge.errors import OptionError, OutputFileError, StrategyError
+from qaflora_edge.errors import OutputFileError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
@@ -262,7 +262,7 @@ class EngineBase:
         if names is None:
             return self._weigher
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise OptionError(f"Option adapters is {names!r}, expected a list of their names.")
+            raise wrong_option("adapters", names, "a list of their names")
         unknown = [name for name in names if name not in self._loaded]
         if unknown:
             raise self._not_loaded(unknown[0], self._loaded)

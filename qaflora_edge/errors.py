@@ -175,6 +175,11 @@ class OptionError(QafloraError):
         self.option = option
 
 
+def wrong_option(name: str, found: object, expected: str) -> OptionError:
+    """An option that is not what it should be."""
+    return OptionError(f"Option {name} is {found!r:.200}, expected {expected}.", name)
+
+
 class GrammarError(QafloraError):
     """A grammar or a JSON schema cannot be read, or asks for what cannot be followed."""
 

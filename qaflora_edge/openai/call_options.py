@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qaflora_edge.config import in_group
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import OptionError, wrong_option
 
 # Of OpenAI's chat completions: what changes no answer here.
 _UNUSED = frozenset(
@@ -48,7 +48,7 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _logprobs(is_asked: Any, n_top: Any) -> dict[str, Any]:
     """OpenAI's `logprobs` and `top_logprobs` as the one option that they are here."""
     if not isinstance(is_asked, bool | None):
-        raise OptionError(f"Option logprobs is {is_asked!r}, expected true or false.", "logprobs")
+        raise wrong_option("logprobs", is_asked, "true or false")
     if not is_asked and n_top not in (None, 0):
         raise OptionError(
             f"Option top_logprobs is {n_top!r} without logprobs, expected logprobs = true beside "
@@ -58,9 +58,7 @@ def _logprobs(is_asked: Any, n_top: Any) -> dict[str, Any]:
     if n_top is not None:
         option = in_group("sampling")["logprobs"]
         if not option.fits(n_top):
-            raise OptionError(
-                f"Option top_logprobs is {n_top!r}, expected {option.expected}.", "top_logprobs"
-            )
+            raise wrong_option("top_logprobs", n_top, option.expected)
     return {"logprobs": n_top or 0} if is_asked else {}
 
 

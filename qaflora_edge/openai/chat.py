@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.call_options import openai_options
 from qaflora_edge.openai.completions import Usage, answer_head
@@ -50,10 +50,8 @@ def answer_chat(
 ) -> dict[str, Any] | Iterator[dict[str, Any]]:
     """Engine.chat: a dict, or chunks with stream; the first answer has begun by then."""
     if not isinstance(stream_options, Mapping | None):
-        raise OptionError(
-            f"Option stream_options is {stream_options!r:.200}, expected an object such as "
-            "{'include_usage': True}.",
-            "stream_options",
+        raise wrong_option(
+            "stream_options", stream_options, "an object such as {'include_usage': True}"
         )
     begun = begin_chat(engine, messages, **openai_options(options))
     if not stream:
@@ -108,11 +106,9 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
         return {"type": "object"} if schema is None else schema
     wrapped = response_format.get("json_schema") if kind == "json_schema" else None
     if not isinstance(wrapped, Mapping) or not isinstance(wrapped.get("schema"), Mapping):
-        raise OptionError(
-            f"Option response_format is {response_format!r:.200}, expected "
-            "{'type': 'json_object'} or {'type': 'json_schema', 'json_schema': {'schema': ...}}.",
-            "response_format",
-        )
+        schema = "{'type': 'json_schema', 'json_schema': {'schema': ...}}"
+        expected = f"{{'type': 'json_object'}} or {schema}"
+        raise wrong_option("response_format", response_format, expected)
     return wrapped["schema"]
 
 

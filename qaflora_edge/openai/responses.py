@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.call_options import check_fixed
 from qaflora_edge.openai.tools import CallFilter, parse_calls
@@ -49,7 +49,7 @@ def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[st
     messages = _messages(body.get("input"))
     if (instructions := body.get("instructions")) is not None:
         if not isinstance(instructions, str):
-            raise _wrong("instructions", instructions, "a text")
+            raise wrong_option("instructions", instructions, "a text")
         messages.insert(0, {"role": "system", "content": instructions})
     options: dict[str, Any] = {
         "max_tokens": body.get("max_output_tokens"),
@@ -66,7 +66,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise _wrong("input", given, "a text or a list of items")
+        raise wrong_option("input", given, "a text or a list of items")
     messages: list[dict[str, Any]] = []
     for item in given:
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
@@ -86,7 +86,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
                 {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
             )
         elif kind != "reasoning":
-            raise _wrong("input", item, "items of the types message and function_call")
+            raise wrong_option("input", item, "items of the types message and function_call")
     return messages
 
 
@@ -109,7 +109,7 @@ def _response_format(text: Any) -> dict[str, Any] | None:
     if form is None:
         return None
     if not isinstance(form, Mapping):
-        raise _wrong("text", text, 'an object such as {"format": {"type": "text"}}')
+        raise wrong_option("text", text, 'an object such as {"format": {"type": "text"}}')
     if form.get("type") != "json_schema":
         return dict(form)
     return {"type": "json_schema", "json_schema": {k: form[k] for k in form if k != "type"}}
@@ -119,11 +119,11 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     if not isinstance(tools, list):
-        raise _wrong("tools", tools, "a list of functions")
+        raise wrong_option("tools", tools, "a list of functions")
     found = []
     for tool in tools:
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
-            raise _wrong("tools", tool, 'functions, as in {"type": "function", "name": ...}')
+            raise wrong_option("tools", tool, 'functions, as in {"type": "function", "name": ...}')
         function = {name: tool[name] for name in tool if name not in ("type", "strict")}
         if function.get("parameters") is None:
             function.pop("parameters", None)
@@ -135,10 +135,6 @@ def _tool_choice(choice: Any) -> Any:
     if isinstance(choice, Mapping) and choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
     return choice
-
-
-def _wrong(name: str, found: Any, expected: str) -> OptionError:
-    return OptionError(f"Option {name} is {found!r:.100}, expected {expected}.", name)
 
 
 class ResponseShape:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import OptionError, wrong_option
 from qaflora_edge.inference.constraint import (
     Grammar,
     chosen_grammar,
@@ -39,11 +39,9 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
     named = [tool for tool in checked if tool["function"]["name"] == name]
     if not named:
         names = ", ".join(tool["function"]["name"] for tool in checked) or "none is given"
-        raise OptionError(
-            f"Option tool_choice is {tool_choice!r:.200}, expected auto, none, required, or "
-            f"{{'type': 'function', 'function': {{'name': ...}}}} with a name out of: {names}.",
-            "tool_choice",
-        )
+        form = "{'type': 'function', 'function': {'name': ...}}"
+        expected = f"auto, none, required, or {form} with a name out of: {names}"
+        raise wrong_option("tool_choice", tool_choice, expected)
     return checked, _call_grammar(named[:1])
 
 
