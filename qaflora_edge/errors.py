@@ -39,7 +39,8 @@ A message has four parts: what failed, which file, tensor or field, what was fou
 was expected, and what to do next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _MAX_CHARS = 4000  # of a message
 
@@ -54,6 +55,15 @@ class QafloraError(Exception):
         half = _MAX_CHARS // 2
         is_long = len(message) > _MAX_CHARS
         super().__init__(f"{message[:half]} ... {message[-half:]}" if is_long else message)
+
+
+@contextmanager
+def os_errors(kind: type[QafloraError], failure: str, advice: str) -> Iterator[None]:
+    """Raise an error of ours in place of the system's: what failed, its reason, what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{failure}: {error.strerror or error}. {advice}") from error
 
 
 class InputFileError(QafloraError):

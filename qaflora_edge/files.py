@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
-from qaflora_edge.errors import BundleError, InputFileError, OutputFileError
+from qaflora_edge.errors import BundleError, InputFileError, OutputFileError, os_errors
 from qaflora_edge.progress import TellBytes
 from qaflora_edge.settings import APP, cache_setting
 
@@ -117,13 +117,10 @@ def temporary_folder(path: Path, failure: str) -> Iterator[Path]:
 
     remove_left_overs(path.parent)
     name = f"-{cut_name(path.name, 100)}"
-    try:
+    refused = f"{failure}: the folder {path.parent} does not take a new file"
+    advice = "Create the folder, or choose one that you can write to."
+    with os_errors(OutputFileError, refused, advice):
         folder = Path(tempfile.mkdtemp(prefix=".tmp-", suffix=name, dir=path.parent))
-    except OSError as error:
-        raise OutputFileError(
-            f"{failure}: the folder {path.parent} does not take a new file ({error.strerror}). "
-            "Create the folder, or choose one that you can write to."
-        ) from error
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     with contextlib.suppress(OSError, NotImplementedError):  # a disk that knows no locks
         lock.acquire()
@@ -271,18 +268,14 @@ def sha256_file(path: AnyPath, progress: TellBytes | None = None) -> str:
     """
     digest = hashlib.sha256()
     done_bytes = 0
-    try:
-        with open_input(path) as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-                done_bytes += len(chunk)
-                if progress is not None:
-                    progress(done_bytes)
-    except OSError as error:
-        raise InputFileError(
-            f"Cannot hash {os.fspath(path)}: reading it failed ({error.strerror}). "
-            "Check that the file exists and that you may read it."
-        ) from error
+    failure = f"Cannot hash {os.fspath(path)}: reading it failed"
+    advice = "Check that the file exists and that you may read it."
+    with os_errors(InputFileError, failure, advice), open_input(path) as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            done_bytes += len(chunk)
+            if progress is not None:
+                progress(done_bytes)
     return digest.hexdigest()
 
 
@@ -305,12 +298,9 @@ def make_folder(folder: Path, setting: str) -> None:
 
     Raises OutputFileError.
     """
-    try:
+    advice = f"Name another with {setting}."
+    with os_errors(OutputFileError, f"Cannot make the folder {folder}", advice):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot make the folder {folder}: {error.strerror}. Name another with {setting}."
-        ) from error
 
 
 def cache_dir() -> Path:

@@ -258,6 +258,6 @@ def test_folder_that_cannot_be_made_is_told(
     path = tmp_path / "file/bash-completion/completions/qaflora"
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        f"Error: Cannot write {path}: making the folder {path.parent} failed (Not a directory). "
+        f"Error: Cannot write {path}: making the folder {path.parent} failed: Not a directory. "
         "Print it with `qaflora completion bash` and put it elsewhere.\n"
     )

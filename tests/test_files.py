@@ -78,8 +78,8 @@ def test_atomic_path_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputFileError) as caught:
         write_text_atomic(path, "x")
     assert str(caught.value) == (
-        f"Cannot write {path}: the folder {path.parent} does not take a new file (No such file "
-        "or directory). Create the folder, or choose one that you can write to."
+        f"Cannot write {path}: the folder {path.parent} does not take a new file: No such file "
+        "or directory. Create the folder, or choose one that you can write to."
     )
 
 
@@ -163,7 +163,7 @@ def test_sha256_file_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputFileError) as caught:
         sha256_file(path)
     assert str(caught.value) == (
-        f"Cannot hash {path}: reading it failed (No such file or directory). Check that the file "
+        f"Cannot hash {path}: reading it failed: No such file or directory. Check that the file "
         "exists and that you may read it."
     )
 
@@ -320,7 +320,7 @@ def test_hash_of_a_pipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputFileError) as caught:
         sha256_file(tmp_path / "pipe")
     assert str(caught.value) == (
-        f"Cannot hash {tmp_path / 'pipe'}: reading it failed (it is a named pipe, not a file). "
+        f"Cannot hash {tmp_path / 'pipe'}: reading it failed: it is a named pipe, not a file. "
         "Check that the file exists and that you may read it."
     )
 

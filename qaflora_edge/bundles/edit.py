@@ -29,7 +29,7 @@ from qaflora_edge.bundles.write import (
     recordable,
     write_bundle_json,
 )
-from qaflora_edge.errors import BundleError, OutputFileError, StrategyError
+from qaflora_edge.errors import BundleError, OutputFileError, StrategyError, os_errors
 from qaflora_edge.files import (
     AnyPath,
     atomic_path,
@@ -311,13 +311,9 @@ def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
             f"Cannot put an adapter {name} into {folder}: the file {path} is there already, and "
             f"it is {whose} another name."
         )
-    try:
+    failure, advice = f"Cannot make the folder {path.parent}", "Check that you may write there."
+    with os_errors(OutputFileError, failure, advice):
         path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot make the folder {path.parent}: {error.strerror}. Check that you may write to "
-            "the bundle."
-        ) from error
     return file
 
 

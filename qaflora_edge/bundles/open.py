@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import BundleError, InputFileError, OptionError
+from qaflora_edge.errors import BundleError, InputFileError, OptionError, os_errors
 from qaflora_edge.files import AnyPath, one_line, open_input, safe_join, what_is_at
 from qaflora_edge.formats import registry
 from qaflora_edge.formats.adapter_gguf import (
@@ -151,14 +151,9 @@ def read_bundle_text(folder: Path) -> BundleText:
             f"Cannot open the bundle {folder}: there is no file {BUNDLE_FILE} in it. "
             "Give the folder of a bundle, or make one with `qaflora bundle create`."
         )
-    try:
-        with open_input(path) as file:
-            data = file.read(MAX_BUNDLE_BYTES + 1)
-    except OSError as error:
-        raise BundleError(
-            f"Cannot open the bundle {folder}: reading {BUNDLE_FILE} failed ({error.strerror}). "
-            "Check that you may read it."
-        ) from error
+    failure = f"Cannot open the bundle {folder}: reading {BUNDLE_FILE} failed"
+    with os_errors(BundleError, failure, "Check that you may read it."), open_input(path) as file:
+        data = file.read(MAX_BUNDLE_BYTES + 1)
     return parse_bundle(data, str(path))
 
 
@@ -306,13 +301,9 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
 
 def _size_of(path: Path) -> int:
     """Give the size of a file in bytes. Raises InputFileError when it is gone meanwhile."""
-    try:
+    failure = f"Cannot read {path}: examining it failed"
+    with os_errors(InputFileError, failure, "Check that it exists and that you may read it."):
         return path.stat().st_size
-    except OSError as error:
-        raise InputFileError(
-            f"Cannot read {path}: examining it failed ({error.strerror}). "
-            "Check that the file exists and that you may read it."
-        ) from error
 
 
 def _how_to_get(folder: Path, base: BaseRecord) -> str:

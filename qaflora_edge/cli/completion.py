@@ -46,16 +46,13 @@ def completion(shell: str, install: bool) -> None:
     if not install:
         click.echo(text, nl=False)
         return
-    from qaflora_edge.errors import OutputFileError
+    from qaflora_edge.errors import OutputFileError, os_errors
     from qaflora_edge.files import write_text_atomic
 
     path = script_path(shell)
-    try:
+    failure = f"Cannot write {path}: making the folder {path.parent} failed"
+    advice = f"Print it with `qaflora completion {shell}` and put it elsewhere."
+    with os_errors(OutputFileError, failure, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot write {path}: making the folder {path.parent} failed ({error.strerror}). "
-            f"Print it with `qaflora completion {shell}` and put it elsewhere."
-        ) from error
     write_text_atomic(path, text)
     click.echo(f"Wrote {path}. {hint(shell, path)}", err=True)

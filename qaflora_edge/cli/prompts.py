@@ -4,13 +4,13 @@ import os
 import stat
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from qaflora_edge.cli.progress import waiting
-from qaflora_edge.errors import InputFileError
+from qaflora_edge.errors import InputFileError, os_errors
 from qaflora_edge.formats.json_text import read_unicode_object, shown
 
 FILE_BYTES_MAX = 16 << 20
@@ -93,15 +93,9 @@ def read_lines(stream: BinaryIO, shown: str) -> Iterator[bytes | None]:
         is_inside = (is_inside or is_long) and not piece.endswith(b"\n")
 
 
-@contextmanager
-def _readable(shown: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputFileError(
-            f"Cannot read {shown}: {error.strerror or error}. Check that the file exists and that "
-            "you may read it."
-        ) from error
+def _readable(shown: str) -> AbstractContextManager[None]:
+    advice = "Check that the file exists and that you may read it."
+    return os_errors(InputFileError, f"Cannot read {shown}", advice)
 
 
 def _read(path: str, shown: str) -> bytes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qaflora_edge.errors import ResultsFileError
+from qaflora_edge.errors import ResultsFileError, os_errors
 from qaflora_edge.files import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
@@ -33,6 +33,7 @@ MAX_LOSS = 10_000  # nats a token; float32 logits of a model are far below
 # What has to be the same in a file that is gone on with; `strategies` may be added to.
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "tasks", "options")
 
+_ADVICE = "Give a file that `qaflora eval -o` has written."
 _BEGIN = b'{"eval": '  # of every file
 
 
@@ -65,7 +66,7 @@ def read_results(path: str | Path) -> Results:
     Raises ResultsFileError naming the line and field, what was found and what was expected.
     """
     try:
-        with open_input(path) as file:
+        with os_errors(ResultsFileError, f"Cannot read {path}", _ADVICE), open_input(path) as file:
             if str(path).endswith(".gz"):
                 with gzip.open(file) as unpacked:
                     return _read(unpacked, str(path))[0]
@@ -73,11 +74,6 @@ def read_results(path: str | Path) -> Results:
     except (EOFError, zlib.error) as error:
         raise ResultsFileError(
             f"Cannot read {path}: it is no whole gzip file ({error}), expected one. Copy it again."
-        ) from error
-    except OSError as error:
-        raise ResultsFileError(
-            f"Cannot read {path}: {error.strerror or error}. Give a file that `qaflora eval -o` "
-            "has written."
         ) from error
 
 
@@ -226,9 +222,6 @@ def _check_record(
     if layers is not None and [len(row) for row in layers] != [header["n_layer"]] * len(adapters):
         expected = f"{len(adapters)} lists of {header['n_layer']} numbers"
         raise _wrong(where, number, f"layers is {shown(layers)}", expected)
-
-
-_ADVICE = "Give a file that `qaflora eval -o` has written."
 
 
 def _wrong(where: str, number: int, found: str, expected: str) -> ResultsFileError:

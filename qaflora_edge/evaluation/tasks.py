@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.chat.messages import begin_with
-from qaflora_edge.errors import TaskFileError
+from qaflora_edge.errors import TaskFileError, os_errors
 from qaflora_edge.evaluation.last_number import as_number
 from qaflora_edge.evaluation.task_checks import (
     ADVICE,
@@ -160,13 +160,10 @@ def read_task(path: str | Path) -> Task:
 
 
 def _read(path: str | Path) -> bytes:
+    advice = "Give a file of JSON lines, as docs/evaluate.md says."
     try:
-        return read_input(path, MAX_TASK_BYTES).removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise TaskFileError(
-            f"Cannot read the task {path}: {error.strerror or error}. Give a file of JSON lines, "
-            "as docs/evaluate.md says."
-        ) from error
+        with os_errors(TaskFileError, f"Cannot read the task {path}", advice):
+            return read_input(path, MAX_TASK_BYTES).removeprefix(codecs.BOM_UTF8)
     except ValueError as error:
         raise wrong(str(path), str(error), "no more") from error
 

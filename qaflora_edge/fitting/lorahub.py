@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qaflora_edge.errors import OptionError, OutputFileError
+from qaflora_edge.errors import OptionError, OutputFileError, os_errors
 from qaflora_edge.files import open_input, write_text_atomic
 
 BOUND = 1.5
@@ -164,14 +164,12 @@ def writing(
         file.flush()
         os.fsync(file.fileno())
 
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            yield put
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot write {path}: {error.strerror}. Check that the disk has room and that you may "
-            "write there."
-        ) from error
+    advice = "Check that the disk has room and that you may write there."
+    with (
+        os_errors(OutputFileError, f"Cannot write {path}", advice),
+        path.open("a", encoding="utf-8") as file,
+    ):
+        yield put
 
 
 def _record(tried: Tried) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from qaflora_edge.errors import OptionError
+from qaflora_edge.errors import OptionError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
 from qaflora_edge.server.options import CUT_S, DRAIN_S, ServerOptions
 from qaflora_edge.server.protocol import BoundedProtocol
@@ -73,7 +73,8 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    try:
+    advice = "Choose an address of this machine and a free port (--host, --port)."
+    with os_errors(OptionError, f"Cannot listen at {host} port {port}", advice):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # Of a name with both, such as localhost, the one that programs try where they try one.
         family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
@@ -85,9 +86,4 @@ def _listener(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        raise OptionError(
-            f"Cannot listen at {host} port {port}: {error.strerror}. Choose an address of this "
-            "machine and a free port (--host, --port)."
-        ) from error
     return listener
