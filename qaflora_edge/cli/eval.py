@@ -24,14 +24,14 @@ from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
-    check_are_others,
+    check_outputs,
     command,
     open_engine,
     out_file,
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.files import check_has_folder, one_line, write_text_atomic
+from qaflora_edge.files import one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -124,10 +124,7 @@ def eval(
     from qaflora_edge.evaluation.tasks import read_task
 
     check_can_estimate()
-    for path in (out, html, None if json_path == "-" else json_path):
-        if path is not None:
-            check_has_folder(Path(path), is_added_to=path is out)
-    check_are_others((out, html, None if json_path == "-" else json_path), tasks)
+    check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
     if save:
         _check_can_save(bundle, adapters)
     read = [read_task(path) for path in tasks]

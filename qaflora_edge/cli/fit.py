@@ -1,9 +1,5 @@
 """qaflora fit"""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import click
 
 from qaflora_edge.cli.answers import print_json
@@ -19,9 +15,6 @@ from qaflora_edge.cli.options import (
 )
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import BundleError
-
-if TYPE_CHECKING:
-    from qaflora_edge.fitting.lorahub import Search
 
 
 @command(
@@ -80,10 +73,6 @@ def fit(
         if adapters is not None:
             engine.use_adapters(adapters.split(","))
         name = name or read.name
-
-        def tell(search: Search) -> None:
-            progress("fit", len(search.tried), budget)
-
         record = fit_bundle(
             folder,
             engine,
@@ -93,7 +82,7 @@ def fit(
             budget=budget,
             seed=seed,
             raw_prompt=options.raw_prompt,
-            tell=tell,
+            tell=lambda search: progress("fit", len(search.tried), budget),
         )
     if as_json:
         print_json(record)

@@ -15,6 +15,7 @@ from qaflora_edge.cli.progress import waiting
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import BundleError, PromptError, RegistryError
+from qaflora_edge.files import check_has_folder
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -93,13 +94,22 @@ def out_file(*suffixes: str, metavar: str = "FILE") -> dict[str, Any]:
     return {"metavar": metavar, "type": kind, "callback": check}
 
 
-def check_are_others(written: Sequence[Path | str | None], read: Sequence[Path]) -> None:
-    """Raise click.UsageError where a file is to be written twice, or over one that is read."""
+def check_outputs(
+    written: Sequence[Path | str | None], read: Sequence[Path], *, added_to: Path | None = None
+) -> None:
+    """Fail before the work where files cannot be written.
+
+    Raises click.UsageError for one that is named twice or is read, OutputFileError for one whose
+    folder is not there or does not take it.
+    """
     taken = {path.resolve() for path in read}
     for path in (Path(each).resolve() for each in written if each is not None):
         if path in taken and (path.is_file() or not path.exists()):
             raise click.UsageError(f"{path.name} is named twice; give each FILE a name of its own.")
         taken.add(path)
+    for each in written:
+        if each is not None:
+            check_has_folder(Path(each), is_added_to=each is added_to)
 
 
 def meaning(option: Option) -> str:

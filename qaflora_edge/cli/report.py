@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from qaflora_edge.cli.options import check_are_others, command, out_file
+from qaflora_edge.cli.options import check_outputs, command, out_file
 
 
 @command(
@@ -46,13 +46,10 @@ def report(
     from qaflora_edge.evaluation.results import read_results
     from qaflora_edge.evaluation.statistics import check_can_estimate
     from qaflora_edge.evaluation.summary import summarise
-    from qaflora_edge.files import check_has_folder, write_text_atomic
+    from qaflora_edge.files import write_text_atomic
 
     check_can_estimate()
-    for path in (html, markdown):
-        if path is not None:
-            check_has_folder(path)
-    check_are_others((html, markdown), files)
+    check_outputs((html, markdown), files)
     words = "" if prose is None else read_text(prose)
     found = summarise([(str(path), read_results(path)) for path in files])
     if html is not None:

@@ -17,7 +17,7 @@ from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     bundle_folder,
-    check_are_others,
+    check_outputs,
     command,
     open_engine,
     out_file,
@@ -91,7 +91,7 @@ def weights(
         raise click.UsageError("Give either PROMPT or --prompts FILE.")
     if as_json and as_csv:
         raise click.UsageError("Give --json or --csv, not both.")
-    check_are_others([plot], [] if prompts_path is None else [Path(prompts_path)])
+    check_outputs([plot], [] if prompts_path is None else [Path(prompts_path)])
     suffix = "" if plot is None else plot.suffix.lower()
     if dpi is not None and suffix != ".png":
         raise click.UsageError("--dpi is of a PNG: give it with --plot FILE.png.")
