@@ -31,30 +31,16 @@ class StockContext(Context):
     """A context as llama.cpp makes it: no pack, one scale per adapter.
 
     adapters  of llama_adapter_lora_init; none for the base alone
+    options   of context_params
 
     Its parameters are those of a Context, but for llama.cpp's own micro-batch.
     """
 
     def __init__(
-        self,
-        model: Model,
-        adapters: Sequence[Any],
-        *,
-        n_ctx: int,
-        n_seq: int = 1,
-        threads: int | None = None,
-        kv_type: str = "f16",
-        flash_attn: bool | None = None,
+        self, model: Model, adapters: Sequence[Any], *, n_ctx: int, n_seq: int = 1, **options: Any
     ) -> None:
         self._model, self._lib = model, model._lib
-        params = context_params(
-            model,
-            n_token=n_ctx * n_seq,
-            n_seq=n_seq,
-            threads=threads,
-            kv_type=kv_type,
-            flash_attn=flash_attn,
-        )
+        params = context_params(model, n_token=n_ctx * n_seq, n_seq=n_seq, **options)
         self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
         if self._pointer is None:
             raise BackendError(
