@@ -222,6 +222,17 @@ def test_the_mean_over_a_prompt_is_never_a_part_of_it(
     )
 
 
+def test_the_mean_over_a_short_prompt_after_a_long_one(
+    base: TinyBase, adapters: list[TinyAdapter]
+) -> None:
+    """It takes another context, which has room for what is held."""
+    second = prober(base, adapters)
+    second.states(TOKENS * 5, "last")
+    assert np.array_equal(
+        second.states(TOKENS, "mean"), prober(base, adapters).states(TOKENS, "mean")
+    )
+
+
 def ends_states(base: TinyBase, adapters: Sequence[TinyAdapter], n: int, tail: int) -> F32:
     """In one pool, where llama.cpp lets a sequence have a part of what another holds."""
     model = Model(base.path)

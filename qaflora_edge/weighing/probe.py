@@ -285,17 +285,16 @@ class Prober:
             context.set_weights(alone, seq=1 + i)
 
     def _room_for(self, tokens: Sequence[int], pool: str) -> ProbeContext:
-        if self._context is not None and (
-            self._context.n_ctx >= len(tokens) and pool in (self._pool, "last")
-        ):
-            return self._context
-        state, self._context = closed(self._context), None
+        held = self._context
+        if held is not None and held.n_ctx >= len(tokens) and pool in (self._pool, "last"):
+            return held
+        state, self._context = closed(held), None
         n_adapter, self._pool = self._pack.n_adapter, pool
         context = probe_context(
             self._model,
             self._pack,
             self._options,
-            len(tokens),
+            max(len(tokens), 0 if held is None else held.n_ctx),
             n_seq=1 + n_adapter,
             is_differential=n_adapter > 0,
             all_outputs=pool == "mean",
