@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import convert_table
 import gguf
@@ -18,6 +19,7 @@ import tiny
 from families import FAMILIES, GEMMA_3N, MIXTURES
 from features import FEATURES
 
+from qaflora_edge import Engine
 from qaflora_edge.convert import layouts
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.layouts import (
@@ -35,7 +37,7 @@ from qaflora_edge.convert.layouts import (
     rope_rows,
     tiled_rows,
 )
-from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
+from qaflora_edge.errors import AdapterMismatchError, BackendError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
 from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 from qaflora_edge.formats.arch_facts import ARCH_FACTS
@@ -107,6 +109,28 @@ def test_block_that_passes_several_streams_on_is_no_crash(
         "A context of 2 x 256 tokens cannot be made: architecture 'gemma3n' shows the output of 0 "
         "of 2 blocks; its states cannot be captured.",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Mamba"])
+def test_recurrent_states_that_are_no_numbers_are_nobody_elses(
+    findings: convert_table.Findings, family: str
+) -> None:
+    """Sequences have no rooms: what one has left is where any other begins."""
+    specimen = findings.specimens[family]
+    adapters = {"it": specimen.upstream("projections")}
+    options: Any = {"base": specimen.base, "adapters": adapters, "strategy": "static", "threads": 1}
+    with Engine(n_parallel=3, n_ctx=64, **options) as engine:
+        expected = engine.logits([5, 17, 99])
+        beside = engine.generate([5, 17, 99, 3], max_tokens=40)
+        for _ in range(3):
+            with pytest.raises(BackendError, match="NaN, expected numbers"):
+                engine.generate([7, 8, 9], weights={"it": 1e30})
+            assert np.array_equal(engine.logits([5, 17, 99]), expected)
+        list(beside)
+        again = engine.generate([5, 17, 99, 3], max_tokens=40)
+        list(again)
+        assert beside._sequence.answer == again._sequence.answer
 
 
 @pytest.mark.slow

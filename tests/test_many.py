@@ -354,6 +354,21 @@ def test_several_at_once_that_are_no_numbers_are_nobody_elses(
         assert [answer.text() for answer in found] == [expected] * n_parallel
 
 
+def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(
+    parts: tuple[TinyBase, dict[str, TinyAdapter]], huge: Any
+) -> None:
+    """No other room is known to be without such numbers, and what it holds stays."""
+    with opened(parts, n_ctx=1024) as other:
+        expected = [other.generate(each, max_tokens=6).text() for each in ("the", drawn(900))]
+    with opened(parts, n_parallel=2, n_ctx=1024) as other:
+        beside = other.generate(drawn(900), max_tokens=6, wait=False)
+        with pytest.raises(BackendError, match="NaN, expected numbers"):
+            other.generate("the thing of the king", weights=huge, max_tokens=6)
+        assert 0 < beside._sequence.n_past < 900
+        found = other.generate("the", max_tokens=6, wait=False)
+        assert [found.text(), beside.text()] == expected
+
+
 def test_scores_that_are_no_numbers_are_refused(
     parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any
 ) -> None:

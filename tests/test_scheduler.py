@@ -39,9 +39,8 @@ class NotedContext:
         for i in range(len(self.cells)) if seq is None else [seq]:
             self.cells[i] = []
 
-    def clean(self, seq: int, doubtful: Collection[int] = ()) -> bool:
+    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
         self.clear(seq)
-        return True
 
     def move(self, source: int, target: int) -> None:
         self.cells[target], self.cells[source] = self.cells[source], []

@@ -3,6 +3,7 @@
 Nothing here knows what a strategy or a bundle is.
 """
 
+import contextlib
 import ctypes
 import hashlib
 from collections.abc import Collection, Sequence
@@ -14,7 +15,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend import native
 from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_common, n_ubatch, pieces_of
 from qaflora_edge.backend.context_params import FLASH_ATTN_OFF, context_params
-from qaflora_edge.backend.kv_beginning import U8, MemoryKindError, for_rooms
+from qaflora_edge.backend.kv_beginning import U8, MemoryKindError, for_rooms, mapped
 from qaflora_edge.backend.library import Handle, has_said, said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.stop import Stop
@@ -94,7 +95,6 @@ class Context(Handle):
         self._is_unified = bool(params.kv_unified)
         self._is_by_element = params.flash_attn_type == FLASH_ATTN_OFF
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
-        self._spoilt: set[int] = set()
         self._copying: set[int] = set()  # rooms of copies that the next decode makes
         self._weights = [b""] * n_seq  # a hash of those that were set
         self._memory = self._lib.llama_get_memory(self._pointer)
@@ -137,28 +137,32 @@ class Context(Handle):
             return
         self._lib.llama_memory_clear(self._memory, True)
         self._tokens = [[] for _ in range(self.n_seq)]
-        self._spoilt.clear()
 
-    def clean(self, seq: int, doubtful: Collection[int] = ()) -> bool:
+    def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
         """Forget a sequence whose states may be no numbers, and the numbers too.
 
         Attention multiplies what it may not see by 0, and NaN stays NaN: in the same room the next
-        sequence would meet it. Sequences have rooms of their own, and a copy takes a whole room.
+        sequence would meet it. Sequences have rooms of their own, and a copy takes a whole room;
+        recurrent states have none, and any sequence that begins would meet it.
 
         doubtful  other sequences whose rooms may have such numbers
-        returns   whether they are gone: not where no other room is known to be without
         """
         self.clear(seq)
-        self._spoilt.add(seq)
-        bad = self._spoilt.union(doubtful)
+        bad = {seq, *doubtful}
         good = next((each for each in range(self.n_seq) if each not in bad), None)
-        if good is not None:
+        if good is None or self._model.is_recurrent:
+            self._wipe_around(seq)
+        else:
             self._cp(good, seq)
             self.clear(seq)
-            self._spoilt.discard(seq)
-        elif not any(self._tokens):
-            self.wipe()
-        return seq not in self._spoilt
+
+    def _wipe_around(self, seq: int) -> None:
+        """Let other sequences hold what they do, and nothing else be left."""
+        self._make_copies(seq)
+        held = [(i, self._sequence(i), each) for i, each in enumerate(self._tokens) if each]
+        self.wipe()
+        for other, data, tokens in held:
+            self._load(other, data, tokens)
 
     def keep(self, n_token: int, seq: int) -> int:
         """Keep so many tokens of one sequence's beginning, and forget the rest.
@@ -244,12 +248,8 @@ class Context(Handle):
         return self.keep(n, seq) == n
 
     def _load(self, seq: int, data: U8, tokens: Sequence[int]) -> None:
-        # llama.cpp 0c1e5709, llama_kv_cache::seq_cp: copies between rooms are made by the next
-        # llama_decode, over what would be loaded, or of it.
         if seq in self._copying:
-            self.clear(seq)
-            self.decode_spans([Span(seq, [0], 0, "none")])
-            self.clear(seq)
+            self._make_copies(seq)
         n = self._lib.llama_state_seq_set_data(self._pointer, as_bytes(data), data.size, seq)
         if n != data.size:
             self.clear(seq)
@@ -258,6 +258,27 @@ class Context(Handle):
                 f"went in: {said()}."
             )
         self._tokens[seq] = list(tokens)
+
+    def _make_copies(self, seq: int) -> None:
+        """Let copies between rooms be made now; seq holds nothing after it.
+
+        llama.cpp 0c1e5709, llama_kv_cache::seq_cp: the next llama_decode makes them, over what
+        would be loaded, or of it. It does so before it computes, which may be told to stop.
+        """
+        if self._copying:
+            self.clear(seq)
+            with contextlib.suppress(CancelledError):
+                self.decode_spans([Span(seq, [0], 0, "none")])
+            self.clear(seq)
+            self._copying.clear()
+
+    def _sequence(self, seq: int) -> U8:
+        n_byte = int(self._lib.llama_state_seq_get_size(self._pointer, seq))
+        data = mapped(n_byte)
+        n = self._lib.llama_state_seq_get_data(self._pointer, as_bytes(data), data.size, seq)
+        if n != data.size:
+            raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
+        return data
 
     # decoding
 

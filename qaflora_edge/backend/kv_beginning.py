@@ -4,7 +4,9 @@ llama_memory_seq_cp() copies all that a sequence holds or nothing where sequence
 their own, so that the two are put together outside.
 """
 
+import mmap
 import struct
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +61,14 @@ class _Reader:
         if self.at > self._data.nbytes:
             raise ValueError(f"{self.at} bytes of {self._data.nbytes}")
         return start
+
+
+def mapped(n_byte: int) -> U8:
+    """Memory that goes back to the system when it is dropped; malloc would keep it."""
+    if sys.platform == "win32":
+        return np.frombuffer(mmap.mmap(-1, n_byte), np.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, n_byte, flags), np.uint8)
 
 
 def with_beginning(state: U8, beginning: U8, n: int) -> U8:

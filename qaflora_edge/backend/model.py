@@ -102,6 +102,10 @@ class Model(Handle):
         self.n_head: int = self._lib.llama_model_n_head(self._pointer)
         self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self._pointer)
         self.n_swa: int = self._lib.llama_model_n_swa(self._pointer)  # 0: attention sees all
+        self.is_recurrent = bool(  # in some of its layers at least
+            self._lib.llama_model_is_recurrent(self._pointer)
+            or self._lib.llama_model_is_hybrid(self._pointer)
+        )
 
     def _check_loaded(self) -> None:
         self.check_workers()

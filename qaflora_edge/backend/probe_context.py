@@ -1,8 +1,6 @@
 """A context whose states are captured after every block, and read through the base's head."""
 
 import ctypes
-import mmap
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend import native
-from qaflora_edge.backend.context import Context, as_bytes, floats
+from qaflora_edge.backend.context import Context, floats
 from qaflora_edge.backend.kv_beginning import with_beginning
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
@@ -70,14 +68,6 @@ class ProbeContext(Context):
         """A copy of what the sequences hold, for a context that was made alike."""
         sequences = [self._sequence(seq) for seq in self._held()]
         return KvState(list(self.tokens), sequences, [self._weights[seq] for seq in self._held()])
-
-    def _sequence(self, seq: int) -> NDArray[np.uint8]:
-        n_byte = int(self._lib.llama_state_seq_get_size(self._pointer, seq))
-        data = _mapped(n_byte)
-        n = self._lib.llama_state_seq_get_data(self._pointer, as_bytes(data), data.size, seq)
-        if n != data.size:
-            raise BackendError(f"A KV state cannot be copied: {n} of {data.size} bytes came.")
-        return data
 
     @property
     def n_kv_byte(self) -> int:
@@ -191,11 +181,3 @@ class ProbeContext(Context):
         """Milliseconds so far in divergence(): projecting states, and what follows."""
         stats = self._functions.get_stats(self._pointer)
         return stats.lens_us / 1e3, stats.divergence_us / 1e3
-
-
-def _mapped(n_byte: int) -> NDArray[np.uint8]:
-    """Memory that goes back to the system when it is dropped; malloc would keep it."""
-    if sys.platform == "win32":
-        return np.frombuffer(mmap.mmap(-1, n_byte), np.uint8)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, n_byte, flags), np.uint8)
