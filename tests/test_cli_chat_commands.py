@@ -116,6 +116,7 @@ FAILING = [
     ("/save", "/save got no file name; expected /save FILE."),
     ("/load none.json", "Cannot load the session none.json: it cannot be read (No such file"),
     ("/load a\0b", "the path has a null character"),
+    ("/save ~nobody-here/a.json", "Cannot write ~nobody-here/a.json: the folder"),
     ("/system " + "x" * 5000, "The prompt has"),
     ("/system " + "xyz " * 108, "The system prompt leaves less than a quarter of the context"),
 ]

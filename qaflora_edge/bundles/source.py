@@ -1,6 +1,5 @@
 """Where the base and the adapters of a new bundle come from: files here, a name, or the Hub."""
 
-import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from qaflora_edge.hub.models import fetch_model
 from qaflora_edge.hub.pull import fetch_hub, fetch_pinned
 from qaflora_edge.peft.files import check_no_part
 from qaflora_edge.progress import Tell, TellCount
+from qaflora_edge.settings import expanded
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 1 << 20
@@ -140,8 +140,7 @@ def _local(text: AnyPath) -> Path:
     """A path as given, or with the home folder for the ~ that a shell leaves behind NAME=."""
     path = Path(text)
     if not os.path.exists(path) and path.parts[:1] and path.parts[0].startswith("~"):
-        with contextlib.suppress(RuntimeError):  # of a user that is not there
-            return path.expanduser()
+        return expanded(str(path))
     return path
 
 

@@ -3,11 +3,11 @@
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import click
 
 from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.settings import expanded
 
 _FILE_TYPES = ("gguf", "hf", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
 
@@ -68,8 +68,8 @@ def _trained_on(adapter: str) -> str | None:
     from qaflora_edge.peft.mlx import is_mlx
 
     try:
-        fields = read_fields(adapter_folder(Path(adapter).expanduser()))
-    except (QafloraError, RuntimeError):  # what reads the adapter will say what is wrong
+        fields = read_fields(adapter_folder(expanded(adapter)))
+    except QafloraError:  # what reads the adapter will say what is wrong
         return None
     name = fields.get("model" if is_mlx(fields) else "base_model_name_or_path")
     return one_line(name[:200]) if isinstance(name, str) and name.strip() else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import signal
-from pathlib import Path
 
 import click
 
 from qaflora_edge.cli.options import command, own_options
 from qaflora_edge.errors import WorkerError
 from qaflora_edge.files import make_folder
+from qaflora_edge.settings import expanded
 
 
 @command(
@@ -28,7 +28,7 @@ def worker(host: str, port: int, cache: str | None, threads: int | None, insecur
     say --insecure in a network of your own. It says what it does until Ctrl-C ends it.
     """
     _check_host(host, insecure)
-    folder = None if cache is None else Path(cache).expanduser()
+    folder = None if cache is None else expanded(cache)
     if folder is not None:
         make_folder(folder, "--cache")
     from qaflora_edge.backend.context_params import default_threads

@@ -10,6 +10,7 @@ from qaflora_edge.cli.chat.command_table import COMMANDS, did_you_mean, strategy
 from qaflora_edge.cli.chat.session import ChatSession
 from qaflora_edge.cli.chat.view import View
 from qaflora_edge.errors import QafloraError
+from qaflora_edge.settings import expanded
 from qaflora_edge.weighing.strategy import strategies
 
 Ask = Callable[..., bool]
@@ -238,7 +239,7 @@ def _n_turn(argument: str, n_most: int) -> int:
 def _path(argument: str, name: str) -> Path:
     if not argument:
         raise click.UsageError(f"/{name} got no file name; expected /{name} FILE.")
-    return Path(argument).expanduser()
+    return expanded(argument)
 
 
 def _number(text: str, name: str, *, is_whole: bool) -> float:
