@@ -182,6 +182,10 @@ def test_the_key_comes_from_the_environment(bundle: Path) -> None:
     [
         ((), 2, "Error: Missing argument 'DIR'."),
         (("--server", "ftp://x"), 1, "Error: Option server is 'ftp://x', expected an address such"),
+        (("--server", "http://[::1"), 1, "Error: Option server is 'http://[::1', expected an add"),
+        (("--server", "http://a b"), 1, "Error: Option server is 'http://a b', expected an addres"),
+        (("--server", "a:port"), 1, "Error: Option server is 'a:port', expected an address such"),
+        (("--server", "a..b"), 1, "Error: The server http://a..b cannot be reached:"),
         (("--server", "127.0.0.1:1"), 1, "Error: The server http://127.0.0.1:1 cannot be reached:"),
         (("--server", "ADDRESS", "other"), 1, "Error: The model is 'other', and ADDRESS has tiny,"),
         (("--server", "ADDRESS", "--ctx", "9"), 2, "Error: --ctx is the server's matter: give it"),

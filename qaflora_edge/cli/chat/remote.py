@@ -33,8 +33,13 @@ class Server:
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            is_address = parts.scheme in ("http", "https") and parts.hostname
+            http.client.HTTPConnection(parts.netloc)  # checks it, and connects to nothing
+        except (ValueError, http.client.InvalidURL):
+            is_address = None
+        if not is_address:
             raise OptionError(
                 f"Option server is {url!r}, expected an address such as http://127.0.0.1:8080."
             )
@@ -84,7 +89,7 @@ class Server:
     def _reached(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise ServerError(
                 f"The server {self.url} cannot be reached: {error or type(error).__name__}. Start "
                 "it with `qaflora serve`, or correct the address (--server)."
