@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -233,6 +234,22 @@ def test_an_answer_is_stopped_there_too(address: str, monkeypatch: pytest.Monkey
     assert len(times) < 400
     assert engine.generate(tokens, max_tokens=2, **options).fusion.adapters == ("math", "es")
     engine.close()
+
+
+@pytest.mark.parametrize("left", [b"", b'data: {"choices": [{"te', b"data: {}\n\n"])
+def test_a_server_that_goes_away_is_no_stop(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bytes
+) -> None:
+    def readline(self: HTTPResponse, limit: int) -> bytes:
+        line = read(self, limit)
+        return left if b'"usage":{' in line else line
+
+    read = HTTPResponse.readline
+    monkeypatch.setattr(HTTPResponse, "readline", readline)
+    result = chat(f"the thing\n/save {tmp_path}/a.json\n", "--server", address)
+    reason = "answers with what" if left.endswith(b"\n") else "cannot be reached: it went away"
+    assert result.stderr.startswith(f"Error: The server {address} {reason}")
+    assert "[0 turns saved" in result.stderr
 
 
 def test_what_the_server_says_of_a_failure_is_told(address: str) -> None:

@@ -49,7 +49,7 @@ class Server:
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON that is answered to a POST with a body, or to a GET."""
-        with self.opened(path, body) as response, self._reached():
+        with self.opened(path, body) as response, self.reached():
             text = response.read()
         with self.understood():
             return json.loads(text)
@@ -64,7 +64,7 @@ class Server:
             kind = http.client.HTTPSConnection
         connection = kind(self._parts.netloc, timeout=_CONNECT_S)
         try:
-            with self._reached():
+            with self.reached():
                 connection.connect()
                 self._socket = connection.sock
                 connection.sock.settimeout(None)  # it may weigh, or let others pass, for long
@@ -81,12 +81,13 @@ class Server:
             connection.close()
 
     def cut(self) -> None:
-        """End the request that is on its way, if any; its reader sees an end."""
+        """End the request that is on its way, if any; its reader raises ServerError."""
         with contextlib.suppress(OSError, AttributeError):
             self._socket.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
 
     @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
+    def reached(self) -> Iterator[None]:
+        """Raise ServerError where the connection fails."""
         try:
             yield
         except (OSError, UnicodeError, http.client.HTTPException) as error:
@@ -265,21 +266,25 @@ class RemoteGeneration(Iterator[str]):
         n_layer: int,
         on_progress: Tell | None = None,
     ) -> None:
-        self._url, self._stack = server.url, contextlib.ExitStack()
+        self._server, self._stack = server, contextlib.ExitStack()
         self._response = self._stack.enter_context(server.opened("/v1/completions", body))
         self.n_prompt, self.n_completion = len(body["prompt"]), 0
         self.finish_reason: str | None = None
         self.timings = Timings()
         self._events = self._read()
         try:
-            self._first = self._read_first(on_progress)
+            with server.understood():
+                self._first: Mapping[str, Any] | None = self._read_first(on_progress)
+                self.fusion = weights or _fusion(self._first["fusion"], self.n_prompt, n_layer)
         except BaseException:
             self.close()
             raise
-        told = (self._first or {}).get("fusion")
-        self.fusion = weights or _fusion(told, self.n_prompt, n_layer)
 
     def __next__(self) -> str:
+        with self._server.understood():
+            return self._next_piece()
+
+    def _next_piece(self) -> str:
         while (event := self._next_event()) is not None:
             for choice in event["choices"]:
                 self.finish_reason = choice["finish_reason"] or self.finish_reason
@@ -289,14 +294,13 @@ class RemoteGeneration(Iterator[str]):
             if usage := event.get("usage"):
                 self._take_times(usage, event["timings"])
         self.close()
-        self.finish_reason = self.finish_reason or "cancelled"
         raise StopIteration
 
     def close(self) -> None:
         """End it, where it has not ended."""
         self._stack.close()
 
-    def _read_first(self, on_progress: Tell | None) -> dict[str, Any] | None:
+    def _read_first(self, on_progress: Tell | None) -> dict[str, Any]:
         """The event behind those that tell how far the prompt is weighed and read."""
         for event in self._events:
             told = event.get("prompt_progress")
@@ -304,9 +308,9 @@ class RemoteGeneration(Iterator[str]):
                 return event
             if on_progress is not None:
                 on_progress(told["stage"], told["processed"], told["total"])
-        return None
+        raise LookupError("no answer")
 
-    def _next_event(self) -> dict[str, Any] | None:
+    def _next_event(self) -> Mapping[str, Any] | None:
         if self._first is not None:
             first, self._first = self._first, None
             return first
@@ -322,30 +326,31 @@ class RemoteGeneration(Iterator[str]):
         )
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """Events until the end, or until the request is cut."""
+        """Events until the end. Raises ServerError where that does not come."""
         while True:
-            try:
+            with self._server.reached():
                 line = self._response.readline(_MAX_LINE)
-            except (OSError, ValueError, http.client.HTTPException):  # cut
-                return
-            if not line or line == b"data: [DONE]\n":
+                if not line.endswith(b"\n"):
+                    raise ConnectionError("it went away before the answer ended")
+            if line == b"data: [DONE]\n":
                 return
             if not line.startswith(b"data: "):
                 continue
             event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
-                raise ServerError(f"The server {self._url} failed: {event['error']['message']}")
+                said = event["error"]["message"]
+                raise ServerError(f"The server {self._server.url} failed: {said}")
             yield event
 
 
-def _fusion(told: Mapping[str, Any] | None, n_prompt: int, n_layer: int) -> FusionWeights:
-    """The weights that a server tells, or none where it told nothing before it was cut."""
-    layers = told["layers"] if told else {}
+def _fusion(told: Mapping[str, Any], n_prompt: int, n_layer: int) -> FusionWeights:
+    """The weights that a server tells."""
+    layers = told["layers"]
     rows = np.array(list(layers.values()), np.float32).reshape(len(layers), n_layer)
     return FusionWeights(
         adapters=tuple(layers),
         weights=rows,
-        strategy=told["strategy"] if told else "base",
+        strategy=told["strategy"],
         prompt_tokens=n_prompt,
-        probe_ms=told["probe_ms"] if told else 0.0,
+        probe_ms=told["probe_ms"],
     )
