@@ -257,6 +257,8 @@ def test_a_pipe_is_read_once(made: TinyBundle) -> None:
         (("--file", "a", "--prompts", "f"), "Give PROMPT or --file FILE, or else --prompts FILE."),
         (("a", "-o", "f"), "-o is for the answers to --prompts FILE."),
         (("--prompts", "f", "--n", 2, "--temp", 1), "--n is for one PROMPT; repeat the lines"),
+        (("--prompts", "f", "-o", "./f"), "f is named twice; give each FILE a name of its own."),
+        (("--prompts", "f", "-o", "-"), "a file is needed, stdout will not do."),
     ],
 )
 def test_wrong_usage(made: TinyBundle, words: tuple[object, ...], message: str) -> None:
@@ -270,6 +272,8 @@ def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: Cannot read {tmp_path / 'gone.jsonl'}: No such file")
     assert os.listdir(tmp_path) == []
+    result = run(made, "--prompts", tmp_path / "gone.jsonl", "-o", tmp_path / "no" / "out.jsonl")
+    assert f"there is no folder {tmp_path / 'no'}" in result.stderr  # before anything is read
 
 
 # going on

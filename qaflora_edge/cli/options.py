@@ -86,6 +86,8 @@ def out_file(*suffixes: str, metavar: str = "FILE") -> dict[str, Any]:
     """Keywords of click.option for a file that is written, and has to end so."""
 
     def check(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+        if value == Path("-"):
+            raise click.BadParameter("a file is needed, stdout will not do.")
         if value is not None and suffixes and value.suffix.lower() not in suffixes:
             raise click.BadParameter(f"{str(value)!r} does not end in {', '.join(suffixes)}.")
         return value
