@@ -61,7 +61,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             data = file.read(MAX_SETTINGS_BYTES + 1)
         if len(data) > MAX_SETTINGS_BYTES:
             raise ValueError(f"it has more than {MAX_SETTINGS_BYTES} bytes")
-        return tomllib.loads(data.decode("utf-8"))
+        return tomllib.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise SettingsError(
             f"Cannot read the settings in {path}: {error.strerror}, expected a file that you may "

@@ -64,6 +64,11 @@ def test_end_of_input_leaves(made: TinyBundle) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_a_byte_order_mark_hides_no_command(made: TinyBundle) -> None:
+    result = chat(made, "\ufeff/strategy base\n", *GREEDY)
+    assert (result.stdout, result.stderr) == ("", "[strategy base]\n")
+
+
 def test_last_line_needs_no_end(made: TinyBundle) -> None:
     assert chat(made, "the thing", *GREEDY).stdout == chat(made, "the thing\n", *GREEDY).stdout
 

@@ -42,8 +42,9 @@ def test_null_device_means_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_settings() == {}
 
 
-def test_values_are_read(config: Path) -> None:
-    config.write_text('strategy = "norm"\n[chat]\ntemp = 1\n', encoding="utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_values_are_read(config: Path, encoding: str) -> None:
+    config.write_text('strategy = "norm"\n[chat]\ntemp = 1\n', encoding=encoding)
     assert read_settings() == {"strategy": "norm", "chat": {"temp": 1}}
 
 

@@ -36,7 +36,7 @@ class PlainInput:
 
 
 def _line() -> str | None:
-    line = sys.stdin.readline()
+    line = sys.stdin.readline().removeprefix("\ufeff")  # a byte order mark
     return line.removesuffix("\n").removesuffix("\r") if line else None
 
 
