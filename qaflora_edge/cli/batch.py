@@ -19,7 +19,7 @@ from qaflora_edge.cli.answers import Answers, answer_dict
 from qaflora_edge.cli.options import (
     SharedOptions,
     bundle_folder,
-    check_are_others,
+    check_outputs,
     open_engine,
 )
 from qaflora_edge.cli.progress import is_shown
@@ -27,7 +27,7 @@ from qaflora_edge.cli.prompts import UNKNOWN_MAX, open_prompts, unknown_note
 from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
 from qaflora_edge.cli.show import mean_weights
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
-from qaflora_edge.files import check_has_folder, one_line
+from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle_format import BUNDLE_FILE
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.inference.generation import Generation
@@ -169,9 +169,7 @@ def answer_file(
 
     out  the file that gets the answers and is gone on with; None: stdout
     """
-    check_are_others([out], [Path(path)])
-    if out is not None:
-        check_has_folder(out, is_added_to=True)
+    check_outputs([out], [Path(path)], added_to=out)
     ctx = click.get_current_context()
     if ctx.get_parameter_source("parallel") is ParameterSource.DEFAULT:
         options.parallel = PARALLEL
