@@ -50,7 +50,8 @@ def fetch_hub(
     """Fetch a bundle or a PEFT adapter (gives its folder), or a single GGUF (gives its file).
 
     to      a folder that does not exist yet or is empty, of a named GGUF any folder; without it
-            the Hub's cache, and what was pulled there before is given without asking the Hub
+            the Hub's cache; of what was pulled there before the Hub is asked no more than whether
+            one GGUF is all
     update  ask the Hub even so, for the newest commit of the branch
 
     Raises DownloadError when the Hub does not give it, BundleError for a broken bundle.json.
