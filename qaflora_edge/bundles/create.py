@@ -33,8 +33,8 @@ from qaflora_edge.weighing.weigher import Known, Weigher
 MAX_NAME_CHARS = 200  # of what a base's file calls itself
 
 # Right answers of 100 over nine cells, six adapters loaded (docs/evaluation.md): two-place 38.0,
-# static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 41.8, 39.0,
-# 35.2, 33.4; and two-place weighs six in a seventh of the time.
+# static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
+# 28.0, 26.8; and two-place weighs six in a seventh of the time.
 BEST, PUBLISHED = "two-place", fuse.DEFAULT_STRATEGY
 
 
