@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from qaflora_edge.errors import wrong_option
+from qaflora_edge.errors import OptionError, wrong_option
 
 MAX_CTX = 2**24  # tokens; some sequences of so many still fit llama.cpp's 32-bit counts
 MAX_PARALLEL = 256  # sequences of one context: llama-cparams.h LLAMA_MAX_SEQ
@@ -312,6 +312,24 @@ OWN = {
 }
 
 
+# What was there in 0.1 -> what to do instead. Verbs, flags, settings and keywords alike.
+REMOVED = {
+    "fit": "`qaflora fit` is gone; give weights by --strategy manual:NAME=W, or use two-place.",
+    "report": "`qaflora report` is gone; `qaflora eval --html FILE` writes a page of results.",
+    "fast": "The option fast is gone; use --strategy two-place, which is fast and exact.",
+    "probe_tail": "The option probe_tail is gone; use --strategy two-place, fast and exact.",
+    "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
+    "server": "`chat --server` is gone; open the server's page, or use a client for OpenAI's API.",
+    "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
+    "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",
+}
+
+
+def removed(name: str) -> str | None:
+    """What to do instead of an option or verb that was removed, if it was."""
+    return REMOVED.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
+
+
 def in_group(group: str) -> dict[str, Option]:
     """The options that something takes, by their names."""
     return {option.name: option for option in OPTIONS if group in option.groups.split()}
@@ -327,6 +345,8 @@ def check(group: str, values: Mapping[str, Any]) -> None:
     known = in_group(group)
     for name, value in values.items():
         if name not in known:
+            if instead := removed(name):
+                raise OptionError(instead)
             names = ", ".join(known)
             raise wrong_option(name, value, f"no such option; those of {group} are {names}")
         option = known[name]

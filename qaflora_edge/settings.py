@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qaflora_edge.config import removed
 from qaflora_edge.errors import SettingsError
 
 APP, FILE = "qaflora-edge", "config.toml"
@@ -88,6 +89,8 @@ def wrong_value(path: Path, key: str, found: object, expected: str) -> SettingsE
 
 def unknown_key(path: Path, key: str, known: Iterable[str]) -> SettingsError:
     """The error for a key that is no setting, with the nearest one that is."""
+    if instead := removed(key.rpartition(".")[2]):
+        return SettingsError(f"Cannot use the settings in {path}: {instead} Remove the key {key}.")
     names = sorted(known)
     near = difflib.get_close_matches(key, names, n=1)
     meant = f"Did you mean {near[0]}? Correct the key" if near else "Correct the key"

@@ -65,15 +65,7 @@ def _running(tree: ast.AST) -> list[ast.AST]:
 
 
 def table_rows(contributing: str) -> list[list[str]]:
-    """The modules of each row of the table in CONTRIBUTING, top to bottom.
-
-    A row that begins with a folder, as `formats/`, has the modules of that folder.
-    """
-    table = contributing.split("| module | what it holds |")[1].split("\n\n")[0]
+    """Packages and root modules of each row of the table in CONTRIBUTING, top to bottom."""
+    table = contributing.split("| package | what it holds |")[1].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    found = []
-    for names in (re.findall(r"`([a-z_./]+)`", row) for row in rows):
-        is_folder = names[0].endswith("/") and len(names) > 1
-        prefix = names[0].replace("/", ".") if is_folder else ""
-        found.append([prefix + name for name in names[is_folder:]])
-    return found
+    return [re.findall(r"`([a-z_]+)/?`", row) for row in rows]

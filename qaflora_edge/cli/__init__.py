@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from qaflora_edge import __version__
 from qaflora_edge.cli.signals import signals_unwind
+from qaflora_edge.config import removed
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.files import is_disk_full, one_line
 
@@ -65,6 +66,8 @@ class VerbGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
+            if instead := removed(args[0]):
+                raise click.UsageError(instead, ctx) from error
             near = difflib.get_close_matches(args[0], VERBS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"{error.message}{hint}", ctx) from error
@@ -90,6 +93,10 @@ class VerbGroup(click.Group):
                 code = super().main(*args, **kwargs)
         except QafloraError as error:
             _fail(str(error))
+        except click.NoSuchOption as error:
+            instead = removed(error.option_name)
+            (click.UsageError(instead, error.ctx) if instead else error).show()
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             _with_variable(error).show()
             sys.exit(error.exit_code)
