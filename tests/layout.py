@@ -14,6 +14,8 @@ def module_paths(package: Path) -> dict[str, Path]:
         parts = path.relative_to(package).with_suffix("").parts
         if parts[-1] == "__init__" and parts[0] == "cli":
             parts = parts[:-1]
+        if parts[-1] == "__init__" and parts[0] == "show":
+            parts = parts[:-1]
         if not parts[-1].startswith("__"):
             found[".".join(parts)] = path
     return found
