@@ -40,7 +40,7 @@ from qaflora_edge.evaluation.run import (
 )
 from qaflora_edge.evaluation.tasks import Item, Task, read_task
 from qaflora_edge.fitting.fit import choose, read_examples
-from qaflora_edge.formats.adapter_gguf import read_pair
+from qaflora_edge.formats.adapter import read_pair
 
 STRATEGY = "lora-flow"
 HALVES = {"all": slice(None), "dev": slice(0, None, 2), "test": slice(1, None, 2)}

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
-from qaflora_edge.formats.adapter_gguf import (
+from qaflora_edge.formats.adapter import (
     NO_FLOATS,
     AdapterInfo,
     check_adapter,
@@ -19,7 +19,7 @@ from qaflora_edge.formats.adapter_gguf import (
     read_adapter_gguf,
     read_pair,
 )
-from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.formats.gguf import read_gguf_header
 
 Q0 = "blk.0.attn_q.weight"
 UP0 = "blk.0.ffn_up_exps.weight"

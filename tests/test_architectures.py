@@ -39,9 +39,9 @@ from qaflora_edge.convert.layouts import (
 )
 from qaflora_edge.errors import AdapterMismatchError, BackendError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
-from qaflora_edge.formats.arch_facts import ARCH_FACTS
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.formats.base import ARCH_FACTS
+from qaflora_edge.formats.gguf import GgufHeader
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from fuzz.mutate import Gguf
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GgufFileError
-from qaflora_edge.formats import base_gguf
-from qaflora_edge.formats.base_gguf import check_base
-from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.formats import base
+from qaflora_edge.formats.base import check_base
+from qaflora_edge.formats.gguf import read_gguf_header
 
 U32, F32, STRING, ARRAY = 4, 6, 8, 9
 NAN = float("nan")
@@ -195,7 +195,7 @@ def test_tensor_of_whole_numbers_is_refused(
 def test_vocabulary_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of texts without a character a header of 64 MB holds eight million."""
     path = write_base(tmp_path / "base.gguf")
-    monkeypatch.setattr(base_gguf, "MAX_TOKENS", 200)
+    monkeypatch.setattr(base, "MAX_TOKENS", 200)
     n_token = len(tiny.byte_tokens()) + len(tiny.MERGES) + len(tiny.CONTROLS)
     assert refusal(path) == (
         f"the length of tokenizer.ggml.tokens is {n_token}; expected at most 200"

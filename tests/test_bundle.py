@@ -36,8 +36,9 @@ from qaflora_edge.errors import (
     StrategyError,
 )
 from qaflora_edge.files import LEFT_OVER_SECONDS
-from qaflora_edge.formats import checksums, gguf_parse, registry
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats import checksums, registry
+from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.formats.gguf import GgufCursor
 from qaflora_edge.inference import core
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.typical import LAYERS
@@ -945,13 +946,13 @@ def test_each_file_is_parsed_once(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     parsed: list[str] = []
-    original = gguf_parse.GgufCursor.read_header
+    original = GgufCursor.read_header
 
     def count(cursor: Any) -> Any:
         parsed.append(cursor.path.name)
         return original(cursor)
 
-    monkeypatch.setattr(gguf_parse.GgufCursor, "read_header", count)
+    monkeypatch.setattr(GgufCursor, "read_header", count)
     adapters = {name: made.folder / f"adapters/{name}.gguf" for name in ("math", "es")}
     sources: dict[str, Any] = {"base": made.base.path, "adapters": adapters}
     with Engine(**({"bundle": made.folder} if way == "bundle" else sources), n_ctx=64) as opened:

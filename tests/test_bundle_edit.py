@@ -34,7 +34,7 @@ from qaflora_edge.errors import (
     InputFileError,
     StrategyError,
 )
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.hub.pull import fetch_hub
 from qaflora_edge.weighing.typical import EXTENTS, LAYERS
 

@@ -19,7 +19,7 @@ from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data, unsafe_reason
-from qaflora_edge.formats.bundle_format import parse_bundle
+from qaflora_edge.formats.bundle import parse_bundle
 
 Raw = dict[str, Any]
 Place = tuple[str | int, ...]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qaflora_edge.formats.arch_facts import ARCH_FACTS, is_bypassed
+from qaflora_edge.formats.base import ARCH_FACTS, is_bypassed
 
 # llama.cpp's names of tensors in its code -> in a GGUF, where they differ.
 FIELDS = {

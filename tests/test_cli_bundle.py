@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge.bundles.open import describe, load_bundle
 from qaflora_edge.cli import main
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats.adapter import read_adapter_gguf
 
 
 @pytest.fixture(autouse=True)

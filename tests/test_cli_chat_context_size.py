@@ -8,7 +8,7 @@ from bundles import make_bundle
 from qaflora_edge import Engine
 from qaflora_edge.cli.chat import context_size as module
 from qaflora_edge.cli.chat.context_size import context_size
-from qaflora_edge.formats.gguf_header import n_kv_value, read_gguf_header
+from qaflora_edge.formats.gguf import n_kv_value, read_gguf_header
 
 
 def test_it_is_what_the_base_was_trained_for(tmp_path: Path) -> None:

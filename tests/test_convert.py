@@ -20,8 +20,8 @@ from qaflora_edge.errors import (
     OutputFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.formats.adapter_gguf import check_adapter, read_adapter_gguf
-from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.formats.adapter import check_adapter, read_adapter_gguf
+from qaflora_edge.formats.gguf import read_gguf_header
 
 F64 = NDArray[np.float64]
 MakeBase = Callable[..., tiny.TinyBase]

@@ -24,7 +24,7 @@ from qaflora_edge.errors import (
     StrategyError,
     WeightsError,
 )
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.weighing.numbers import kl_divergence
 from qaflora_edge.weighing.typical import KEYS
 

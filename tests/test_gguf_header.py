@@ -10,13 +10,14 @@ import pytest
 import tiny
 
 from qaflora_edge.errors import GgufFileError, InputFileError
-from qaflora_edge.formats.gguf_header import read_gguf_header, read_values
-from qaflora_edge.formats.gguf_parse import (
+from qaflora_edge.formats.gguf import (
     MAX_ARRAY_LENGTH,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     GgufCursor,
     SkippedArray,
+    read_gguf_header,
+    read_values,
 )
 
 

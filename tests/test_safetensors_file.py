@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.formats.safetensors_file import MAX_HEADER_BYTES, PIECE_VALUES, read_safetensors
+from qaflora_edge.formats.safetensors import MAX_HEADER_BYTES, PIECE_VALUES, read_safetensors
 
 
 def raw(header: object, data: bytes = b"", n_header: int | None = None) -> bytes:

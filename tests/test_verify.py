@@ -20,7 +20,7 @@ from qaflora_edge.convert.plan import PlannedModule, plan_modules
 from qaflora_edge.convert.source_order import source_columns, source_rows
 from qaflora_edge.convert.verify import verify_conversion
 from qaflora_edge.errors import ConversionError
-from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.peft.folder import read_peft
 
 MODULES = 3 * 7

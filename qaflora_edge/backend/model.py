@@ -15,8 +15,8 @@ from qaflora_edge.backend.library import Handle, forget_said, library, said
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.base_gguf import check_base
-from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.formats.base import check_base
+from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _VOCAB_TYPE_NONE = 0

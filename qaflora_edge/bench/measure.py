@@ -17,7 +17,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.bench.rig import Prompts, Rig, StockContext, read_prompt
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.adapter_inputs import QueryProjections
 from qaflora_edge.weighing.ends import Tail

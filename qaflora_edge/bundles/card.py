@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from qaflora_edge.bundles.open import fit_text
-from qaflora_edge.formats.adapter_gguf import AdapterInfo
-from qaflora_edge.formats.bundle_format import BundleText
+from qaflora_edge.formats.adapter import AdapterInfo
+from qaflora_edge.formats.bundle import BundleText
 from qaflora_edge.formats.hub_ref import is_repo, parse_hub_ref
 from qaflora_edge.peft.module import PeftAdapter
 

@@ -22,9 +22,9 @@ from qaflora_edge.bundles.write import (
 )
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, readable, temporary_folder, what_is_at
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE, FORMAT
+from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
-from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.registry import model_name
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse

@@ -40,7 +40,7 @@ from qaflora_edge.files import (
     safe_join,
     write_text_atomic,
 )
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText
+from qaflora_edge.formats.bundle import BUNDLE_FILE, BundleText
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.progress import Tell, silent

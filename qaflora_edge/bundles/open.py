@@ -17,13 +17,13 @@ from typing import Any
 from qaflora_edge.errors import BundleError, InputFileError, OptionError, os_errors
 from qaflora_edge.files import AnyPath, one_line, open_input, safe_join, what_is_at
 from qaflora_edge.formats import registry
-from qaflora_edge.formats.adapter_gguf import (
+from qaflora_edge.formats.adapter import (
     AdapterInfo,
     check_adapter,
     check_values,
     read_adapter_gguf,
 )
-from qaflora_edge.formats.bundle_format import (
+from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
     AdapterRecord,
@@ -32,7 +32,7 @@ from qaflora_edge.formats.bundle_format import (
     parse_bundle,
 )
 from qaflora_edge.formats.checksums import FileState, check_file, file_state
-from qaflora_edge.formats.gguf_header import GgufHeader, read_gguf_header
+from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.weigher import Known
 

@@ -14,8 +14,8 @@ from qaflora_edge.bundles.card import bundle_card, gguf_card, peft_card
 from qaflora_edge.bundles.open import link_roots, verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
 from qaflora_edge.files import AnyPath, safe_join, sha256_file, unsafe_reason
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BundleText, packed_files, parse_bundle
+from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.formats.bundle import BUNDLE_FILE, BundleText, packed_files, parse_bundle
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref, parse_repo
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.hub.client import hub_errors, list_files

@@ -8,7 +8,7 @@ from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import prompts_sha256
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import AnyPath, check_takes_file
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE
+from qaflora_edge.formats.bundle import BUNDLE_FILE
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.centroid import centroid_text
 

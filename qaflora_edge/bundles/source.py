@@ -14,7 +14,7 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.files import AnyPath, open_input, readable, what_is_at
 from qaflora_edge.formats import registry
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE, BaseRecord
+from qaflora_edge.formats.bundle import BUNDLE_FILE, BaseRecord
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub.cache import cached_ref

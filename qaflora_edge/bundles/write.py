@@ -31,15 +31,15 @@ from qaflora_edge.files import (
     sha256_file,
     write_text_atomic,
 )
-from qaflora_edge.formats.adapter_gguf import AdapterInfo
-from qaflora_edge.formats.bundle_format import (
+from qaflora_edge.formats.adapter import AdapterInfo
+from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     MAX_ADAPTERS,
     NAME_PATTERN,
     NAME_RULE,
     parse_bundle,
 )
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.strategy import Chosen, parse_strategy
 from qaflora_edge.weighing.typical import long_texts

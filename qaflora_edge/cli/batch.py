@@ -28,7 +28,7 @@ from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_k
 from qaflora_edge.cli.show import mean_weights
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
 from qaflora_edge.files import one_line
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE
+from qaflora_edge.formats.bundle import BUNDLE_FILE
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.inference.generation import Generation
 

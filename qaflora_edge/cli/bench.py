@@ -305,7 +305,7 @@ def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]
 
 
 def _adapter_facts(name: str, path: Path) -> dict[str, Any]:
-    from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
+    from qaflora_edge.formats.adapter import read_adapter_gguf
 
     info = read_adapter_gguf(path)
     return {

@@ -57,7 +57,7 @@ def _fetch_base(folder: Path, progress: TellCount) -> None:
     from qaflora_edge.bundles.open import read_bundle_text, recorded_base
     from qaflora_edge.bundles.source import fetch_base
     from qaflora_edge.errors import BundleError
-    from qaflora_edge.formats.bundle_format import BUNDLE_FILE
+    from qaflora_edge.formats.bundle import BUNDLE_FILE
 
     if not (folder / BUNDLE_FILE).exists():
         raise BundleError(

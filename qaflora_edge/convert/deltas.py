@@ -12,9 +12,9 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.convert.experts import SingleExperts, StackedExperts
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.convert.source_order import Index, expert_rows, source_columns, source_rows
-from qaflora_edge.formats.adapter_gguf import AdapterInfo
-from qaflora_edge.formats.gguf_header import GgufHeader, read_value_block
-from qaflora_edge.formats.safetensors_file import StoredTensor
+from qaflora_edge.formats.adapter import AdapterInfo
+from qaflora_edge.formats.gguf import GgufHeader, read_value_block
+from qaflora_edge.formats.safetensors import StoredTensor
 from qaflora_edge.peft.module import PeftModule
 
 

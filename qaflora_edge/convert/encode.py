@@ -18,7 +18,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.convert.experts import PlannedExperts
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.errors import UnsupportedAdapterError
-from qaflora_edge.formats.safetensors_file import PIECE_VALUES
+from qaflora_edge.formats.safetensors import PIECE_VALUES
 
 OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in config.OUTTYPES}
 LARGEST_VALUE = {

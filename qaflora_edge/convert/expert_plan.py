@@ -16,8 +16,8 @@ import numpy as np
 from qaflora_edge.convert.experts import PlannedExperts, SingleExperts, StackedExperts, scale_factor
 from qaflora_edge.convert.layouts import MIXTURES, Index
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
-from qaflora_edge.formats.arch_facts import ARCH_FACTS
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.base import ARCH_FACTS
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
 
 _ANY = re.compile(r"\.experts?(\.|$)")

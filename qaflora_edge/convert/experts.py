@@ -12,7 +12,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
-from qaflora_edge.formats.arch_facts import module_kind
+from qaflora_edge.formats.base import module_kind
 from qaflora_edge.peft.module import PeftModule
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.formats import arch_facts
-from qaflora_edge.formats.arch_facts import ARCH_FACTS, ArchFacts
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.base import ARCH_FACTS, ArchFacts
+from qaflora_edge.formats.base import REASONS as WHY
+from qaflora_edge.formats.gguf import GgufHeader
 
 Index = NDArray[np.int64]
 
@@ -232,6 +232,6 @@ MIXTURES = tuple(name for name, facts in ARCH_FACTS.items() if facts.experts)
 # Why adapters are refused -> for which architectures
 REASONS: Mapping[str, tuple[str, ...]] = {
     why: tuple(name for name, facts in ARCH_FACTS.items() if facts.refused == key)
-    for key, why in arch_facts.REASONS.items()
+    for key, why in WHY.items()
 }
 REFUSED: Mapping[str, str] = {name: why for why, names in REASONS.items() for name in names}

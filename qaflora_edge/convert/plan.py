@@ -9,8 +9,8 @@ from qaflora_edge.convert.expert_plan import is_of_experts, plan_experts
 from qaflora_edge.convert.experts import PlannedExperts, Target, common_alpha, scale_factor
 from qaflora_edge.convert.layouts import ARCHITECTURES, REFUSED, Index, Layout, LayoutError, Part
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
-from qaflora_edge.formats.arch_facts import ARCH_FACTS, is_bypassed
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.base import ARCH_FACTS, is_bypassed
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.peft.module import PeftAdapter, PeftModule
 
 # A language model inside a multimodal one, and what its modules are called on their own; these are

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qaflora_edge.convert.experts import StackedExperts
 from qaflora_edge.convert.plan import PlannedModule
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.gguf import GgufHeader
 
 Index = NDArray[np.int64]
 

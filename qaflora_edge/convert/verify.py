@@ -16,9 +16,8 @@ from qaflora_edge.arrays import F64
 from qaflora_edge.convert.deltas import Delta, source_deltas, stored_deltas
 from qaflora_edge.convert.plan import Planned, PlannedModule
 from qaflora_edge.errors import ConversionError
-from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf
-from qaflora_edge.formats.file_parts import parts
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
+from qaflora_edge.formats.gguf import GgufHeader, parts
 from qaflora_edge.progress import TellBytes
 
 TILE_ROWS, TILE_COLUMNS = 128, 128  # of a delta that are in memory; whole blocks of 8 bits

@@ -19,7 +19,7 @@ from qaflora_edge.evaluation.run import task_prompt
 from qaflora_edge.evaluation.task_checks import listed
 from qaflora_edge.evaluation.tasks import Item, Task
 from qaflora_edge.fitting.lorahub import Search, Tried, read_tried, writing
-from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE
+from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qaflora_edge.errors import BundleError, RegistryError
 from qaflora_edge.files import read_input
-from qaflora_edge.formats.bundle_format import (
+from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
     packed_files,

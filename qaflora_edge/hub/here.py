@@ -82,7 +82,7 @@ def all_here() -> list[Here]:
 def _kind(path: Path) -> str:
     if path.is_dir():
         return "bundle" if is_bundle(path) else "adapter"
-    from qaflora_edge.formats.gguf_header import read_gguf_header
+    from qaflora_edge.formats.gguf import read_gguf_header
 
     try:
         is_adapter = read_gguf_header(path).metadata.get("general.type") == "adapter"

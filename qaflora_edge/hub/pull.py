@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from qaflora_edge.errors import DownloadError, OutputFileError
 from qaflora_edge.files import AnyPath, cache_lock, cut_name, safe_join, sha256_file
-from qaflora_edge.formats.bundle_format import (
+from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     MAX_BUNDLE_BYTES,
     BundleText,

@@ -18,8 +18,8 @@ from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import QafloraError, WorkerError
-from qaflora_edge.formats.adapter_gguf import AdapterInfo
-from qaflora_edge.formats.gguf_header import GgufHeader
+from qaflora_edge.formats.adapter import AdapterInfo
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.loop import Loop

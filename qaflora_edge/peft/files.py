@@ -8,9 +8,9 @@ from typing import NoReturn
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.files import AnyPath, read_input, what_is_at
-from qaflora_edge.formats.bundle_format import BUNDLE_FILE
+from qaflora_edge.formats.bundle import BUNDLE_FILE
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.formats.safetensors_file import StoredTensor, read_safetensors
+from qaflora_edge.formats.safetensors import StoredTensor, read_safetensors
 from qaflora_edge.peft.config import CONFIG_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qaflora_edge.errors import PeftConfigError, SafetensorsFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.safetensors_file import StoredTensor
+from qaflora_edge.formats.safetensors import StoredTensor
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields
 from qaflora_edge.peft.files import adapter_folder, read_weights
 from qaflora_edge.peft.mlx import is_mlx, read_mlx

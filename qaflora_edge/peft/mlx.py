@@ -19,7 +19,7 @@ from qaflora_edge.errors import (
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.formats.safetensors_file import StoredTensor, read_safetensors
+from qaflora_edge.formats.safetensors import StoredTensor, read_safetensors
 from qaflora_edge.peft.config import (
     CONFIG_FILE,
     PeftConfig,

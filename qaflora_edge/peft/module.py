@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import PeftConfigError, SafetensorsFileError, UnsupportedAdapterError
-from qaflora_edge.formats.safetensors_file import StoredTensor
+from qaflora_edge.formats.safetensors import StoredTensor
 from qaflora_edge.peft.config import PeftConfig
 
 

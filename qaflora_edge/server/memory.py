@@ -9,7 +9,7 @@ import psutil
 from qaflora_edge.backend.model import is_shared
 from qaflora_edge.bundles.open import base_of, is_base, read_bundle_text
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.formats.gguf_header import kv_bytes, read_gguf_header
+from qaflora_edge.formats.gguf import kv_bytes, read_gguf_header
 
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError
-from qaflora_edge.formats.bundle_format import NAME_PATTERN, NAME_RULE, BundleText
-from qaflora_edge.formats.gguf_header import read_gguf_header
+from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, BundleText
+from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.server import memory
 from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.refusals import Refusal, unavailable

@@ -14,7 +14,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.formats.adapter_gguf import AdapterInfo, read_adapter_gguf, read_pair
+from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.weighing.numbers import softmax
 from qaflora_edge.weighing.spectral import amplified, top_direction
 from qaflora_edge.weighing.strategy import KINDS, QUERIES, Reading

@@ -12,7 +12,7 @@ from qaflora_edge.backend.batch import Outputs
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
-from qaflora_edge.formats.adapter_gguf import AdapterInfo
+from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.base_probe import BaseProber
 from qaflora_edge.weighing.ends import Ends, Tail

@@ -13,8 +13,8 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.library import library
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, QafloraError
-from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
-from qaflora_edge.formats.gguf_header import read_values
+from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.formats.gguf import read_values
 
 TOKENS = (72, 101, 108, 108)
 # The build with sanitizers has asserts, and ggml's are against activations that are not finite.

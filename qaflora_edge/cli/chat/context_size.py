@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from qaflora_edge.bundles.open import base_of
-from qaflora_edge.formats.gguf_header import GgufHeader, kv_bytes, read_gguf_header
+from qaflora_edge.formats.gguf import GgufHeader, kv_bytes, read_gguf_header
 
 LARGEST, LEAST = 8192, 2048  # tokens
 _PART = 8  # of the memory that this machine has

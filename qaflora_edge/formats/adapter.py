@@ -16,25 +16,24 @@ from gguf.constants import GGMLQuantizationType
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.arch_facts import is_bypassed, module_kind
-from qaflora_edge.formats.file_parts import parts
-from qaflora_edge.formats.gguf_header import (
+from qaflora_edge.formats.base import is_bypassed, module_kind
+from qaflora_edge.formats.gguf import (
+    NO_FLOATS,
+    Double,
     GgufHeader,
+    TensorInfo,
+    brief,
+    parts,
     read_gguf_header,
     read_raw_rows,
     read_value_block,
     read_values,
 )
-from qaflora_edge.formats.gguf_parse import Double, TensorInfo, brief
 from qaflora_edge.formats.hub_ref import from_address, is_repo
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 MAX_RANK = 1 << 14
-# Types of numbers that llama.cpp 0c1e5709 does not turn into floats, ggml.c type_traits.
-NO_FLOATS = tuple(
-    GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
-)
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
 PART_VALUES = 1 << 16  # that are checked at a time
 # The bits of a float that are all set where it is NaN or infinite.

@@ -17,7 +17,7 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
 from qaflora_edge.files import LFS_ADVICE, AnyPath, is_lfs_pointer, open_input
-from qaflora_edge.formats.file_parts import parts, read_columns
+from qaflora_edge.formats.gguf import parts, read_columns
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
