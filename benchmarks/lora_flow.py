@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorahub import HALVES, choose, read_examples
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -39,11 +40,9 @@ from qaflora_edge.evaluation.run import (
     task_prompt,
 )
 from qaflora_edge.evaluation.tasks import Item, Task, read_task
-from qaflora_edge.fitting.fit import choose, read_examples
 from qaflora_edge.formats.adapter import read_pair
 
 STRATEGY = "lora-flow"
-HALVES = {"all": slice(None), "dev": slice(0, None, 2), "test": slice(1, None, 2)}
 MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",

@@ -7,7 +7,7 @@ entry_point, test), `medical_L.jsonl` (question, choices, answer) for L in es, r
 `medical_sentences.jsonl` (a sentence in each language). OUT gets a file for each task. A question
 is asked in its own language. The same data give the same bytes.
 
-With --answers items also have what should be answered (`continuation`), for `qaflora fit` and
+With --answers items also have what should be answered (`continuation`), for lorahub.py and
 lora_flow.py: of maths the last line, for MGSM has no steps, of code the canonical solution.
 """
 

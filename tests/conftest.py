@@ -57,8 +57,8 @@ def take_one_thread_each() -> None:
         os.environ[name] = "1"
 
 
-# Files that import torch or cma, which takes seconds, and files that open the browser.
-IMPORTING = "architectures centroid convert fit lorahub lora_flow peft recipes reference spectral"
+# Files that import torch, which takes seconds, and files that open the browser.
+IMPORTING = "architectures centroid convert lora_flow peft recipes reference spectral"
 BROWSER = "cli_plot_browser cli_report_browser page_browser page_hostile page_server"
 LONG = "transcript docs worker"  # single tests of many seconds: none of them is to be the last
 

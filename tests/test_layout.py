@@ -20,7 +20,6 @@ STILL = {
     ("bundles", "engine"),
     ("chat", "bundles"),
     ("chat", "openai"),
-    ("fitting", "evaluation"),
     ("formats", "weighing"),
     ("hub", "bundles"),
     ("openai", "engine"),

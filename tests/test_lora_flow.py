@@ -32,6 +32,7 @@ def lora_flow(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(checkout / "benchmarks")  # it uses lorahub
     spec = importlib.util.spec_from_file_location("lora_flow", checkout / "benchmarks/lora_flow.py")
     assert spec is not None
     assert spec.loader is not None

@@ -25,7 +25,6 @@ VERBS = {
     "compare": "Show what several strategies answer, side by side.",
     "eval": "Score tasks under several strategies.",
     "weights": "Show what each adapter weighs for a prompt.",
-    "fit": "Fit a mix to examples with right answers.",
     "bundle": "Make, change, show and verify bundles.",
     "convert": "Convert a PEFT adapter to an adapter GGUF.",
     "pull": "Fetch a model, an adapter or a bundle.",

@@ -26,7 +26,7 @@ from qaflora_edge.settings import (
 PREFIX = "QAFLORA_"
 SECRET = "(secret)"  # shown instead of a value that is one
 # Tables that take the shared options; `llm` is the plugin for the program of that name.
-SHARED_TABLES = ("run", "chat", "compare", "eval", "fit", "weights", "bench", "serve", "llm")
+SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "bench", "serve", "llm")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
 
 

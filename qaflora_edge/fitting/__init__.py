@@ -1,1 +1,0 @@
-"""Weights that are fitted to labelled examples."""
