@@ -143,19 +143,6 @@ OPTIONS = (
            help="Weigh by the last token of the prompt, by the mean of all, or by the mean of the "
            "question's own: the last user turn without its template.",
            unset="the bundle's, else last"),
-    Option("probe_tail", int, 0, "engine", "--probe-tail", low=0, noun=_TOKENS, metavar="N",
-           help="Probe adapters over the last N tokens of a prompt and its beginning only, after "
-           "the base has read the others: see --fast. With 8, 200 tokens take 0.3 of the time, and "
-           "weights are off by 0.05 on average.", unset="all tokens"),
-    Option("fast", bool, False, "engine", "--fast/--no-fast",
-           help="Weigh sooner, and not exactly: adapters read what precedes the question, and the "
-           "last 65 % of what follows on top of what the base read. With three adapters and 200 "
-           "tokens that takes 0.75 of the time, and weights are off by 0.03 on average. Prompts "
-           "of up to 64 tokens are weighed exactly; two-place reads the ends of a long question."),
-    Option("min_weight", float, 0.0, "engine", "--min-weight", low=0, high=1, metavar="SHARE",
-           help="Leave out adapters with less than this share of a layer's weights, and give it to "
-           "the others: fewer are read for each token. Where all have less the heaviest stays. "
-           "For strategies that look at the query."),
     Option("prefix_cache", int, 128, "engine", "--prefix-cache", low=0, high=2**20,
            noun="a number of MiB", metavar="MIB",
            help="Memory for what the probe read of prompts, so that others which begin alike are "

@@ -37,11 +37,6 @@ class Engine(EngineMeasures):
               gains and costs); auto: as their files have them
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
-    fast      weigh sooner, and not exactly: see `qaflora weights --help`
-    probe_tail  0, or how many tokens at a prompt's end the adapters are probed over, besides its
-              beginning, on top of what the base read: sooner than `fast`, and less exact
-    min_weight  share of a layer's weights below which an adapter is left out there, for strategies
-              that look at the query
     prefix_cache  MiB for what the probe read of prompts, for others that begin alike
     seed      of sampled answers, when a call gives none
 

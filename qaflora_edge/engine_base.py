@@ -8,15 +8,14 @@ from typing import Any, Self
 from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message, begin_with
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
-from qaflora_edge.config import check
-from qaflora_edge.errors import OutputFileError, StrategyError, wrong_option
+from qaflora_edge.config import check, removed
+from qaflora_edge.errors import OptionError, OutputFileError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
 from qaflora_edge.system_prompt import SystemPrompt
-from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.strategy import Sequences
 from qaflora_edge.weighing.weigher import Weigher
 
@@ -45,31 +44,28 @@ class EngineBase:
         strategy: str | None = None,
         lens: str | None = None,
         pool: str | None = None,
-        probe_tail: int = 0,
-        fast: bool = False,
-        min_weight: float = 0.0,
         prefix_cache: int = 128,
         seed: int | None = None,
+        **unknown: Any,
     ) -> None:
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
-        probing = {"probe_tail": probe_tail, "fast": fast, "prefix_cache": prefix_cache}
         others: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": n_parallel, "seed": seed}
         placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
-        others |= {**placing, "adapter_type": adapter_type}
-        check("engine", {**options, **others, **probing, "min_weight": min_weight})
+        others |= {**placing, "adapter_type": adapter_type, "prefix_cache": prefix_cache}
+        for name in unknown:
+            if (instead := removed(name)) is None:
+                raise TypeError(f"Engine() got an unexpected keyword argument {name!r}")
+            raise OptionError(instead)
+        check("engine", {**options, **others})
         self._lifetime = Lifetime(self)
 
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
-        self.probe_tail: Tail = probe_tail or ("fast" if fast else 0)
-        tail = self.probe_tail
         self._loaded = tuple(opened.adapters)
         self._weigher = Weigher(
             adapters=self._loaded,
             n_layer=0,
             known=opened.known.under(strategy=strategy, lens=lens, pool=pool),
-            min_weight=min_weight,
-            reads_ends=tail != 0,
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
         self.system = opened.system
@@ -85,7 +81,6 @@ class EngineBase:
                 placing=placing,
                 adapter_type=adapter_type,
                 options=options,
-                probe_tail=tail,
                 prefix_cache=prefix_cache,
             )
             # llama.cpp opened the files by name, after they were checked.

@@ -9,7 +9,6 @@ from typing import Any, overload
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.kv_beginning import MemoryKindError
 from qaflora_edge.engine_base import EngineBase
 from qaflora_edge.errors import OptionError, PromptError
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, token_ids
@@ -18,7 +17,7 @@ from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
-from qaflora_edge.weighing.typical import lacking, long_texts, measure_typical
+from qaflora_edge.weighing.typical import measure_typical
 from qaflora_edge.weighing.weigher import Weights
 
 
@@ -198,26 +197,7 @@ class EngineMeasures(EngineBase):
                 measured["added_text"] = probe(text).places("added")[0]
                 return measured
 
-            with self._core.ends_probe(self._core.cancellation()) as ends_probe:
-
-                def measure_long(text: str) -> dict[str, Any]:
-                    try:
-                        query = replace(self._chat_query(text), typical={})
-                    except PromptError:  # longer than n_ctx, by a tokenizer of bytes
-                        return {}
-                    measured = {}
-                    for lens in numbers.LENSES if query.is_chat else ():
-                        ends = ends_probe(replace(query, lens=lens))
-                        try:
-                            found = ends.divergence()
-                        except MemoryKindError:  # a base that --fast refuses
-                            return {}
-                        exact = probe(replace(query, lens=lens, pool="answer")).divergence()
-                        measured[f"fast_{lens}"] = lacking(exact, found, ends.share_unread)
-                    return measured
-
-                measures = [(measure, prompts), (measure_long, long_texts(prompts))]
-                return measure_typical(measures, self.adapters, progress)
+            return measure_typical(measure, prompts, self.adapters, progress)
 
     def _chat_query(self, text: str) -> Query:
         """A question in chat form when the base has a template, else as text."""

@@ -105,7 +105,6 @@ def test_norm_is_left_out_without_query_projections(base: tiny.TinyBase, tmp_pat
         max_tokens=1,
         k=(1,),
         probe_k=1,
-        probe_tail=4,
         turn_tokens=(8, 4),
         system_tokens=(8, 4),
         lens="norm",
@@ -115,7 +114,7 @@ def test_norm_is_left_out_without_query_projections(base: tiny.TinyBase, tmp_pat
         probe_tokens=(8,),
     )
     with Rig(base.path, {"a": adapter.path}, n_ctx=64, placing={}, options=OPTIONS) as rig:
-        assert list(_methods(rig, plan)) == ["qa-flora", "cosine", "tail"]
+        assert list(_methods(rig, plan)) == ["qa-flora", "cosine"]
 
 
 def test_failed_run_of_memory_is_told(tmp_path: Path) -> None:

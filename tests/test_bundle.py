@@ -120,7 +120,6 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     assert recorded == {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "n_prompt": len(prompts),
-        "n_long": 3,
     }
 
 

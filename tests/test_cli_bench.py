@@ -12,12 +12,12 @@ from click.testing import CliRunner, Result
 from qaflora_edge.cli import main
 
 PARTS = (
-    *("decode", "change", "ttft", "probe", "turn", "system", "light"),
+    *("decode", "change", "ttft", "probe", "turn", "system"),
     *("callers", "pause", "memory"),
 )
 SMALL = (
     *("--repeat", "3", "--prompt-tokens", "40", "--max-tokens", "6", "--ctx", "64"),
-    *("--k", "1,3", "--turn-tokens", "40,8", "--probe-tail", "8", "--threads", "1"),
+    *("--k", "1,3", "--turn-tokens", "40,8", "--threads", "1"),
     *(
         "--system-tokens",
         "70,8",
@@ -122,7 +122,7 @@ def test_new_weights_build_no_graph(shown: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_first_token_is_probe_and_prefill(shown: dict[str, Any]) -> None:
-    methods = ["plain", "qa-flora", "cosine", "norm", "two-place", "base alone", "tail"]
+    methods = ["plain", "qa-flora", "cosine", "norm", "two-place", "base alone"]
     assert [row["method"] for row in rows(shown, "ttft", prompt_tokens=20)] == methods
     for row in shown["ttft"]:
         assert row["k"] == (0 if row["method"] == "plain" else 3)
@@ -132,7 +132,7 @@ def test_first_token_is_probe_and_prefill(shown: dict[str, Any]) -> None:
             assert run["ttft_ms"] == pytest.approx(run["probe_ms"] + run["prefill_ms"])
             split = run["forward_ms"] + run["lens_ms"] + run["divergence_ms"]
             assert 0 < split <= run["probe_ms"]
-            assert (run["divergence_ms"] > 0) == (row["method"] in ("qa-flora", "tail"))
+            assert (run["divergence_ms"] > 0) == (row["method"] == "qa-flora")
 
 
 @pytest.mark.slow
@@ -145,19 +145,6 @@ def test_probe_is_compared_with_the_prefill_of_its_round(shown: dict[str, Any]) 
             assert row[f"{what}_of_plain"]["median"] == pytest.approx(median(quotients))
         for run in row["runs"]:
             assert 0 < run["forward_ms"] < run["probe_ms"]
-
-
-@pytest.mark.slow
-def test_deviation_of_a_tail(shown: dict[str, Any]) -> None:
-    (row,) = rows(shown, "ttft", prompt_tokens=40, method="tail")
-    assert 0 < row["deviation_mean"] < row["deviation_worst"] < 1
-    assert row["deviation_worst"] == max(run["deviation_worst"] for run in row["runs"])
-
-
-def test_a_tail_as_long_as_the_prompt_is_exact(made: TinyBundle) -> None:
-    result = bench(made, *SMALL, "--probe-tail", "40", "--only", "ttft", "--json")
-    (row,) = rows(json.loads(result.stdout), "ttft", method="tail")
-    assert row["deviation_worst"] == 0
 
 
 @pytest.mark.slow
@@ -178,18 +165,6 @@ def test_a_question_behind_a_system_prompt(shown: dict[str, Any]) -> None:
         assert run["ttft_ms"] == pytest.approx(run["probe_ms"] + run["prefill_ms"])
     quotients = [run["ttft_ms"] / run["plain_ms"] for run in row["runs"]]
     assert row["ttft_of_plain"]["median"] == pytest.approx(median(quotients))
-
-
-@pytest.mark.slow
-def test_without_adapters_of_a_small_share(shown: dict[str, Any]) -> None:
-    rows_ = shown["light"]
-    assert [row["min_weight"] for row in rows_] == [0.0, 0.02, 0.05, 0.1, 0.2]
-    assert {(row["k"], row["prompt_tokens"]) for row in rows_} == {(3, 20)}
-    applied = [row["applied"]["median"] for row in rows_]
-    assert applied == sorted(applied, reverse=True)
-    assert (applied[0], applied[-1] < 1) == (1.0, True)
-    assert all(run["kl"] == 0 for run in rows_[0]["runs"])
-    assert all(run["kl"] > -1e-9 for row in rows_ for run in row["runs"])
 
 
 @pytest.mark.slow
@@ -268,12 +243,10 @@ def test_table_to_read(made: TinyBundle) -> None:
         "ours k=3",
         "new weights",
         "time to first token, prompt 40 tokens, 1 adapter\n",
-        "--probe-tail 8",
         "exact weights",
         "70 tokens, k=3",
         "second turn of a chat, 40 tokens of history and 8 new, 1 adapter\n",
         "question of 8 tokens behind a system prompt of 70 that was probed before, 1 adapter\n",
-        "decoding under exact weights, 3 adapters, without those of a small share\n",
         "callers at once, 1 adapter, a mix each\n",
         "  3 generate_many",
         "longest wait for a token while another's 200 tokens are probed and read, 1 adapter\n",
@@ -331,7 +304,7 @@ def test_callers_that_are_never_decoded_together_are_told(made: TinyBundle) -> N
         (
             ("--only", "decode,speed"),
             "'--only': 'speed' is not one of decode, change, ttft, probe, turn, system, "
-            "light, callers, pause, memory.",
+            "callers, pause, memory.",
         ),
     ],
 )

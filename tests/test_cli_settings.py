@@ -69,8 +69,8 @@ def test_every_shared_option_can_be_set_in_each_way(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.write_text(
-        'strategy = "norm"\nlens = "raw"\npool = "mean"\nprobe_tail = 3\nfast = true\n'
-        "min_weight = 0.25\nprefix_cache = 9\nraw_prompt = true\n"
+        'strategy = "norm"\nlens = "raw"\npool = "mean"\n'
+        "prefix_cache = 9\nraw_prompt = true\n"
         'ctx = 64\nkv_type = "f32"\nno_flash_attn = true\nthreads = 2\ngpu_layers = 0\n'
         'adapter_type = "q8_0"\nrpc = "a:1,b:2"\ntensor_split = "3,1"\n'
         "parallel = 3\nmax_tokens = 5\ntemp = 1\ntop_p = 0.5\ntop_k = 9\nmin_p = 0.1\n"
@@ -83,9 +83,6 @@ def test_every_shared_option_can_be_set_in_each_way(
         "strategy": "norm",
         "lens": "raw",
         "pool": "mean",
-        "probe_tail": 3,
-        "fast": True,
-        "min_weight": 0.25,
         "prefix_cache": 9,
         "raw_prompt": True,
         "ctx": 64,

@@ -32,8 +32,6 @@ GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "pool": (["last", "mean"], ["first"]),
     "kv_type": (["f16", "f32", "q8_0"], ["q4"]),
     "adapter_type": (["auto", "q8_0", "q4_0"], ["f16"]),
-    "probe_tail": ([0, 1, 10**6], [-1]),
-    "min_weight": ([0, 0.05, 1], [-0.1, 1.1]),
     "prefix_cache": ([0, 1, 2**20], [-1, 2**20 + 1]),
     "n_ctx": ([1, 16777216], [0, 16777217]),
     "n_parallel": ([1, 256], [0, 257]),
@@ -59,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 def test_every_option_with_a_range_is_tried() -> None:
-    others = {"raw_prompt", "fast", "flash_attn", "stop", "grammar", "n", "logit_bias", "logprobs"}
+    others = {"raw_prompt", "flash_attn", "stop", "grammar", "n", "logit_bias", "logprobs"}
     assert sorted(GOOD_AND_BAD) == sorted(BY_NAME.keys() - others)
 
 
@@ -147,9 +145,6 @@ def test_defaults_of_a_command(command: str) -> None:
         "lens": None,
         "pool": None,
         "raw_prompt": False,
-        "probe_tail": 0,
-        "fast": False,
-        "min_weight": 0.0,
         "prefix_cache": 128,
         "ctx": 2048,
         "parallel": 1,
@@ -216,7 +211,18 @@ def test_engine_refuses_before_it_loads(tmp_path: Path) -> None:
     for options, message in (
         ({"n_ctx": 0}, "Option n_ctx is 0, expected a number of tokens from 1 to 16777216."),
         ({"n_parallel": 0}, "Option n_parallel is 0, expected a number of requests from 1 to 256."),
-        ({"probe_tail": -1}, "Option probe_tail is -1, expected a number of tokens from 0 up."),
+        (
+            {"fast": True},
+            "The option fast is gone; use --strategy two-place, which is fast and exact.",
+        ),
+        (
+            {"probe_tail": 8},
+            "The option probe_tail is gone; use --strategy two-place, fast and exact.",
+        ),
+        (
+            {"min_weight": 0.1},
+            "The option min_weight is gone; use a strategy option such as top=2.",
+        ),
         ({"flash_attn": "no"}, "Option flash_attn is 'no', expected true or false."),
         ({"gpu_layers": 1.5}, "Option gpu_layers is 1.5, expected a whole number."),
         ({"seed": -1}, "Option seed is -1, expected a whole number from 0 to 4294967294."),

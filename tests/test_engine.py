@@ -229,7 +229,7 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
     typical = engine.typical_divergence(
         ["the", "air is"], progress=lambda i, n: done.append((i, n))
     )
-    assert done == [(i, 5) for i in range(1, 6)]  # with three long texts made of them
+    assert done == [(1, 2), (2, 2)]
     queries = [
         engine.chat_tokens([{"role": "user", "content": text}]) for text in ("the", "air is")
     ]

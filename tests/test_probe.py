@@ -1,4 +1,4 @@
-"""The probe over several queries: turns of a chat, a short tail, one pass for all adapters."""
+"""The probe over several queries: turns of a chat, one pass for all adapters."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
-from qaflora_edge.errors import BackendError, OptionError, StrategyError
+from qaflora_edge.errors import BackendError, StrategyError
 from qaflora_edge.weighing import numbers as fusion
-from qaflora_edge.weighing.ends import N_FIRST
 from qaflora_edge.weighing.probe import Prober
 from qaflora_edge.weighing.reading import run_alone
 
@@ -62,10 +60,10 @@ class Alone:
         self.prober.close()
 
 
-def prober(base: TinyBase, adapters: Sequence[TinyAdapter], *, tail: int = 0) -> Alone:
+def prober(base: TinyBase, adapters: Sequence[TinyAdapter]) -> Alone:
     model = Model(base.path)
     pack = Pack(model, [adapter.path for adapter in adapters])
-    return Alone(Prober(model, pack, EXACT, tail=tail), len(adapters))
+    return Alone(Prober(model, pack, EXACT), len(adapters))
 
 
 def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
@@ -137,15 +135,10 @@ def test_turns_longer_than_a_sliding_window(tmp_path: Path) -> None:
     adapters = [write_tiny_adapter(tmp_path / "a.gguf", base)]
     tokens = np.random.default_rng(4).integers(0, 256, 1500).tolist()
     going_on = prober(base, adapters)
-    short = prober(base, adapters, tail=300)
     for n in (600, 900, 1000, 1500):
         found = going_on.divergence(tokens[:n], "kl", "norm", "last")
         fresh = prober(base, adapters).divergence(tokens[:n], "kl", "norm", "last")
         np.testing.assert_allclose(found, fresh, rtol=1e-2, atol=1e-9)
-        # trimmed to what precedes the tail each time
-        found = short.states(tokens[:n], "last")
-        fresh = prober(base, adapters, tail=300).states(tokens[:n], "last")
-        np.testing.assert_allclose(found, fresh, rtol=1e-3, atol=1e-3)
     kept = Engine(base=base.path, adapters={"a": adapters[0].path}, n_ctx=2048, strategy="static")
     with kept as engine:
         engine.generate(tokens, max_tokens=1)
@@ -231,66 +224,6 @@ def test_the_mean_over_a_short_prompt_after_a_long_one(
     assert np.array_equal(
         second.states(TOKENS, "mean"), prober(base, adapters).states(TOKENS, "mean")
     )
-
-
-def ends_states(base: TinyBase, adapters: Sequence[TinyAdapter], n: int, tail: int) -> F32:
-    """In one pool, where llama.cpp lets a sequence have a part of what another holds."""
-    model = Model(base.path)
-    pack = Pack(model, [adapter.path for adapter in adapters])
-    states = []
-    with ProbeContext(model, pack, n_ctx=256, n_seq=2, is_unified=True, **EXACT) as context:
-        context.set_weights(np.zeros((len(adapters), base.n_layer), np.float32))
-        for ia in range(-1, len(adapters)):
-            weights = np.zeros((len(adapters), base.n_layer), np.float32)
-            if ia >= 0:
-                weights[ia] = 1.0
-            context.clear()
-            context.set_weights(weights, seq=1)
-            context.decode_spans([Span(0, TOKENS[: n - tail], 0, "none")])
-            context.decode_spans([Span(1, TOKENS[:N_FIRST], 0, "none")])
-            context._lib.llama_memory_seq_cp(context._memory, 0, 1, N_FIRST, n - tail)
-            context.capture_begin()
-            context.decode_spans([Span(1, TOKENS[n - tail : n], n - tail)])
-            states.append(context.states(1))
-    return np.stack(states)
-
-
-@pytest.mark.parametrize("flash_attn", [False, True])
-def test_tail_runs_adapters_over_the_ends_on_top_of_the_base(
-    monkeypatch: pytest.MonkeyPatch,
-    base: TinyBase,
-    adapters: list[TinyAdapter],
-    flash_attn: bool,
-) -> None:
-    monkeypatch.setitem(EXACT, "flash_attn", flash_attn)  # keys and values are stored otherwise
-    short = prober(base, adapters, tail=8)
-    counts = count_decoded(monkeypatch)
-    # gemma3's GELU is a table of float16 in llama.cpp: a last digit may fall to its next entry;
-    # flash attention rounds to float16, in tiles that are others in one pool
-    atol = 1e-2 if flash_attn else 2e-4 if base.arch == "gemma3" else 2e-5
-    for n, expected in ((30, [24, 14, 24]), (33, [17, 24]), (60, [44, 24]), (20, [4, 24])):
-        counts.clear()
-        found = short.states(TOKENS[:n], "last")
-        assert counts == expected  # the first tokens are read by the adapters once
-        np.testing.assert_allclose(
-            found, ends_states(base, adapters, n, 8), atol=atol, rtol=1e-4, err_msg=str(n)
-        )
-    exact = prober(base, adapters).states(TOKENS[:20], "last")
-    assert np.abs(short.states(TOKENS[:20], "last") - exact)[1:].max() > 1e-3  # no longer exact
-    for n in (8, 15, 16):  # nothing is left between the ends
-        whole = prober(base, adapters).states(TOKENS[:n], "last")
-        assert np.array_equal(short.states(TOKENS[:n], "last"), whole)
-    again = prober(base, adapters, tail=8).states(TOKENS[:33], "last")
-    assert np.array_equal(short.states(TOKENS[:33], "last"), again)  # whatever was asked before
-
-
-def test_tail_of_a_prompt_whose_beginning_has_left_the_window(tmp_path: Path) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf", "gemma3", window=16)
-    adapters = [write_tiny_adapter(tmp_path / "1.gguf", base, seed=1)]
-    short = prober(base, adapters, tail=8)
-    for n in (60, 30):
-        found = short.states(TOKENS[:n], "last")
-        np.testing.assert_allclose(found, ends_states(base, adapters, n, 8), atol=2e-4, rtol=1e-4)
 
 
 def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int) -> F32:
@@ -429,11 +362,6 @@ def test_keep_history_forgets_what_the_prompt_does_not_share(
         np.testing.assert_allclose(found, engine.logits(query), atol=2e-3, rtol=0)
         again = engine.generate(query, max_tokens=4, keep_history=True).text()
         assert again == engine.generate(query, max_tokens=4).text()
-
-
-def test_a_negative_tail_is_refused(base: TinyBase) -> None:
-    with pytest.raises(OptionError, match="-1, expected a number of tokens from 0 up"):
-        Engine(base=base.path, probe_tail=-1)
 
 
 def test_a_state_that_is_no_number_is_reported(tmp_path: Path) -> None:

@@ -10,14 +10,13 @@ import click
 import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle
-from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, Strategy, register_strategy
 from qaflora_edge.cli.complete import complete_strategy
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing import strategy as registry
-from qaflora_edge.weighing.shaping import shaped, without_light
+from qaflora_edge.weighing.shaping import shaped
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.strategy_options import written
 from qaflora_edge.weighing.two_place import TwoPlace
@@ -170,34 +169,3 @@ def test_the_page_has_every_option() -> None:
     rows = re.findall(r"^\| `(\w+=[^`]*)` \| ([^|]*) \| ([^|]*) \|$", text, re.M)
     own = TwoPlace.options
     assert rows == [(written(option), str(option.default), option.help) for option in own]
-
-
-def test_adapters_of_a_small_share_are_left_out() -> None:
-    weights = np.array(
-        [[0.90, 0.50, 0.30, 0.0, 0.6], [0.06, 0.46, 0.30, 0.0, -0.1], [0.04, 0.54, 0.40, 0.0, 0.5]],
-        np.float32,
-    )
-    found = without_light(weights, 0.05)
-    assert found[:, 0] == pytest.approx([0.90 / 0.96, 0.06 / 0.96, 0])
-    assert np.array_equal(found[:, 1:], weights[:, 1:])  # none is light, or one is below 0
-    found = without_light(weights, 0.35)  # of 1.5 in the second layer: 0.525
-    assert found[:, 1] == pytest.approx([0, 0, 1.5])
-    assert found[:, 2] == pytest.approx([0, 0, 1.0])
-    assert found[:, 4] == pytest.approx(weights[:, 4])
-    alone = without_light(weights, 1.0)  # where all are light the heaviest stays
-    assert alone[:, 0] == pytest.approx([1, 0, 0])
-    assert without_light(np.full((2, 1), 0.5, np.float32), 1.0).tolist() == [[0.5], [0.5]]
-    assert without_light(weights, 0.0) is not weights
-    assert np.array_equal(without_light(weights, 0.0), weights)
-
-
-def test_min_weight_is_for_strategies_that_look_at_the_query(tmp_path: Path) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf")
-    paths = {f"a{i}": write_tiny_adapter(tmp_path / f"{i}.gguf", base, seed=i).path for i in (1, 2)}
-    found = []
-    for least in (0.0, 0.45):
-        with Engine(base=base.path, adapters=paths, n_ctx=64, min_weight=least) as engine:
-            found.append(engine.weights("how far").weights)
-            assert (engine.weights("how far", strategy="manual:a1=1,a2=0.1").weights > 0).all()
-    assert np.array_equal(found[1], without_light(found[0], 0.45))
-    assert (found[1] == 0).any()

@@ -154,7 +154,6 @@ def test_each_of_several_has_its_own(made: TinyBundle) -> None:
         ("two-place:abstain=never", {}),  # a mix
         ("qa-flora", {}),  # the base is read with others
         (BASE_ALONE, {"prefix_cache": 0}),  # nothing is kept
-        (BASE_ALONE, {"fast": True}),  # the middle of it is not read
     ],
 )
 def test_a_prompt_is_read_where_there_is_nothing_to_take(

@@ -256,7 +256,7 @@ def test_what_is_typical_is_a_mean_and_a_spread_of_logarithms() -> None:
         distance = np.array(found[int(prompt)])
         return {"added_last": distance, "norm": distance}
 
-    typical = measure_typical([(measure, ["0", "1"])], ("math", "es"))
+    typical = measure_typical(measure, ["0", "1"], ("math", "es"))
     means = [(log(0.1) + log(0.2)) / 2, (log(0.3) + log(0.1)) / 2]
     mean = sum(means) / 2
     assert typical["math"]["added_last"]["mean"] == pytest.approx(mean)

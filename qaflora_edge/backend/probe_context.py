@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend import native
 from qaflora_edge.backend.context import Context, floats
-from qaflora_edge.backend.kv_beginning import with_beginning
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
 
@@ -95,21 +94,6 @@ class ProbeContext(Context):
         try:
             for seq, data in enumerate(state.sequences):
                 self._load(seq, data, state.tokens)
-        except BackendError:
-            self.clear()
-            raise
-
-    def share_behind(self, beginning: KvState) -> None:
-        """Let the other sequences hold what the first does, but each its own beginning.
-
-        beginning  what every sequence made of the first tokens itself
-
-        Raises BackendError, and holds nothing, for memories that cannot be put together.
-        """
-        base, n = self._sequence(0), len(beginning.tokens)
-        try:
-            for seq, own in enumerate(beginning.sequences[1:], 1):
-                self._load(seq, with_beginning(base, own, n), self.tokens)
         except BackendError:
             self.clear()
             raise

@@ -20,7 +20,6 @@ from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.adapter_inputs import QueryProjections
-from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import run_alone
@@ -41,7 +40,6 @@ class Plan:
     repeat: int
     k: tuple[int, ...]
     probe_k: int
-    probe_tail: Tail
     prompt_tokens: tuple[int, ...]
     max_tokens: int
     probe_tokens: tuple[int, ...]
@@ -231,9 +229,9 @@ def measure_ttft(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row
     weigher = _weigher(rig, plan)
     context = rig.ours(plan.probe_k)
 
-    def measure(name: str, tokens: Sequence[int]) -> tuple[Run, F32 | None]:
+    def measure(name: str, tokens: Sequence[int]) -> Run:
         if name == "plain":
-            return _plain(rig.base(), tokens), None
+            return _plain(rig.base(), tokens)
         strategy, prober = methods[name]
         return _weighed(context, weigher, strategy, prober, tokens)
 
@@ -246,13 +244,10 @@ def measure_ttft(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row
         runs: dict[str, list[Run]] = {name: [] for name in names}
         for turn in range(1 + plan.repeat):
             tokens = prompts.draw(length)
-            weights: dict[str, F32 | None] = {}
             for name in in_turn(names, turn):
-                run, weights[name] = measure(name, tokens)
+                run = measure(name, tokens)
                 if turn:
                     runs[name].append(run)
-            if turn:
-                _add_deviation(runs, weights)
             tell("ttft", at * (1 + plan.repeat) + turn + 1, total)
         rows += [_ttft_row(length, plan.probe_k, name, runs) for name in names]
     return rows
@@ -267,8 +262,6 @@ def _methods(rig: Rig, plan: Plan) -> dict[str, tuple[str, Prober]]:
     if all({*KINDS} & {*info.targets} for info in infos):
         for name, more in (("two-place", "abstain=never"), ("base alone", "answer=0,question=0")):
             methods[name] = (f"two-place:{more}", rig.prober(plan.probe_k, prefix_cache=128))
-    if plan.pool == "last":
-        methods["tail"] = ("qa-flora", rig.prober(plan.probe_k, tail=plan.probe_tail))
     return methods
 
 
@@ -311,7 +304,7 @@ def _plain(context: Context, tokens: Sequence[int]) -> Run:
 
 def _weighed(
     context: Context, weigher: Weigher, strategy: str, prober: Prober, tokens: Sequence[int]
-) -> tuple[Run, F32]:
+) -> Run:
     start = time.perf_counter()
     fusion, held = _weigh(weigher, strategy, tokens, prober)
     probed = time.perf_counter()
@@ -332,13 +325,7 @@ def _weighed(
         "divergence_ms": prober.timings.divergence_ms,
         "prefill_ms": 1e3 * (end - probed),
     }
-    return run, fusion.weights
-
-
-def _add_deviation(runs: Mapping[str, list[Run]], weights: Mapping[str, F32 | None]) -> None:
-    exact, tail = weights["qa-flora"], weights.get("tail")
-    if exact is not None and tail is not None:
-        runs["tail"][-1] |= _deviation(tail, exact)
+    return run
 
 
 def _deviation(weights: F32, exact: F32) -> Run:
@@ -352,7 +339,7 @@ def _ttft_row(length: int, k: int, name: str, runs: Mapping[str, list[Run]]) -> 
     row |= {key: spread([run[key] for run in own]) for key in own[0] if key.endswith("_ms")}
     if name != "plain":
         row["of_plain"] = spread(ratios(own, runs["plain"], "ttft_ms"))
-    return row | _deviations(own) | {"runs": own}
+    return row | {"runs": own}
 
 
 def _deviations(runs: Sequence[Run]) -> Row:

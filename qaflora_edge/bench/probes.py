@@ -3,20 +3,12 @@
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
-from qaflora_edge.arrays import F64
 from qaflora_edge.backend.context import Context
 from qaflora_edge.bench.measure import Plan, Row, Run, in_turn, spread
 from qaflora_edge.bench.rig import Prompts, Rig, read_prompt
-from qaflora_edge.inference.logprobs import log_softmax
 from qaflora_edge.progress import Tell
-from qaflora_edge.weighing.probe import Prober, QueryProbe
+from qaflora_edge.weighing.probe import Prober
 from qaflora_edge.weighing.reading import run_alone
-from qaflora_edge.weighing.shaping import without_light
-from qaflora_edge.weighing.weigher import Known, Weigher
-
-LEAST = (0.0, 0.02, 0.05, 0.1, 0.2)  # shares below which adapters are left out
 
 
 def measure_probe(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
@@ -73,64 +65,6 @@ def measure_system(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[R
     for what in ("probe", "ttft"):
         row[f"{what}_of_plain"] = spread([run[f"{what}_ms"] / run["plain_ms"] for run in runs])
     return [row | {"runs": runs}]
-
-
-def measure_light(rig: Rig, plan: Plan, prompts: Prompts, tell: Tell) -> list[Row]:
-    """Decoding under exact weights of most adapters, without those of a small share.
-
-    Beside the base's decoding, and how far the next token's distribution moves.
-    """
-    k, length = max(plan.k), min(plan.prompt_tokens)
-    base, context, prober = rig.base(), rig.ours(k), rig.prober(k)
-    known = Known("qa-flora", plan.lens, plan.pool)
-    weigher = Weigher(rig.names(k), rig.model.n_layer, known)
-    runs: dict[float, list[Run]] = {least: [] for least in LEAST}
-    for turn in range(1 + plan.repeat):
-        tokens = prompts.draw(length + plan.max_tokens)
-        weights = weigher.weigh(
-            None, tokens[:length], lambda query: QueryProbe(prober, query, range(k), run_alone)
-        ).weights
-        found: dict[float, tuple[Run, F64]] = {}
-        base_ms = 0.0
-        for least in in_turn([None, *LEAST], turn):
-            if least is None:
-                base_ms, _ = _decode(base, tokens, length)
-                continue
-            own = without_light(weights, least)
-            context.set_weights(own)
-            decode_ms, log_p = _decode(context, tokens, length)
-            found[least] = {"decode_ms": decode_ms, "applied": float((own != 0).mean())}, log_p
-        full = found[0.0][1]
-        for least, (run, log_p) in found.items():
-            run |= {"base_ms": base_ms, "kl": float((np.exp(full) * (full - log_p)).sum())}
-            if turn:
-                runs[least].append(run)
-        tell("light", turn + 1, 1 + plan.repeat)
-    return [_light_row(k, length, least, runs[least], plan.max_tokens) for least in LEAST]
-
-
-def _decode(context: Context, tokens: Sequence[int], length: int) -> tuple[float, F64]:
-    """Milliseconds of what is decoded behind a prompt, and what the prompt's last token foretells.
-
-    returns  and float64 [n_vocab], log-probabilities
-    """
-    context.clear()
-    read_prompt(context, tokens[:length])
-    log_p = log_softmax(context.logits_view())
-    start = time.perf_counter()
-    for position in range(length, len(tokens)):
-        context.decode([tokens[position]], start=position)
-    context.logits_view()
-    return 1e3 * (time.perf_counter() - start), log_p
-
-
-def _light_row(k: int, length: int, least: float, runs: Sequence[Run], n_decode: int) -> Row:
-    row: Row = {"k": k, "prompt_tokens": length, "min_weight": least}
-    row["decode_tokens_per_second"] = spread([1e3 * n_decode / run["decode_ms"] for run in runs])
-    row["decode_of_base"] = spread([run["base_ms"] / run["decode_ms"] for run in runs])
-    for key in ("applied", "kl"):
-        row[key] = spread([run[key] for run in runs])
-    return row | {"runs": list(runs)}
 
 
 def _probe(prober: Prober, k: int, plan: Plan, tokens: Sequence[int]) -> Run:

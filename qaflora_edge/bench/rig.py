@@ -19,7 +19,6 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError, OptionError
-from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober
 
@@ -159,13 +158,13 @@ class Rig:
             **options,
         )
 
-    def prober(self, k: int, *, tail: Tail = 0, prefix_cache: int = 0) -> Prober:
+    def prober(self, k: int, *, prefix_cache: int = 0) -> Prober:
         """A new Prober of k adapters, which knows nothing of what others read.
 
         prefix_cache  MiB for what it reads
         """
         prefixes = Prefixes(prefix_cache << 20)
-        prober = Prober(self.model, self._pack(k), self._options, tail=tail, prefixes=prefixes)
+        prober = Prober(self.model, self._pack(k), self._options, prefixes=prefixes)
         self._open.callback(prober.close)
         return prober
 

@@ -46,7 +46,7 @@ from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
 from qaflora_edge.weighing.strategy import Query, parse_strategy
-from qaflora_edge.weighing.typical import ALWAYS
+from qaflora_edge.weighing.typical import KEYS
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
 
@@ -347,13 +347,13 @@ def _calibrate(
 ) -> None:
     """Measure the adapters that were not measured on the prompts of now."""
     fusion, prompts = raw.setdefault("fusion", {}), prompts_record()
-    if fusion.get("typical_prompts") != prompts:
+    if fusion.get("typical_prompts", {}).get("sha256") != prompts["sha256"]:
         fusion["typical"] = {}
     typical = fusion.setdefault("typical", {})
     missing = {
         name: path
         for name, path in paths.items()
-        if not all(key in typical.get(name, {}) for key in ALWAYS)
+        if not all(key in typical.get(name, {}) for key in KEYS)
     }
     if missing:
         check_takes_file(folder / BUNDLE_FILE)

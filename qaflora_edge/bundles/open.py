@@ -238,10 +238,10 @@ def fit_text(name: str, record: Mapping[str, Any]) -> str:
 
 
 def _is_calibrated(text: BundleText) -> bool:
-    from qaflora_edge.weighing.typical import ALWAYS
+    from qaflora_edge.weighing.typical import KEYS
 
     typical = [text.known.typical.get(adapter.name, {}) for adapter in text.adapters]
-    return bool(typical) and all(key in each for each in typical for key in ALWAYS)
+    return bool(typical) and all(key in each for each in typical for key in KEYS)
 
 
 def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | None = None) -> Bundle:

@@ -42,7 +42,6 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.strategy import Chosen, parse_strategy
-from qaflora_edge.weighing.typical import long_texts
 from qaflora_edge.weighing.weigher import Known, Weigher
 
 PROMPTS_FILE = "data/neutral_prompts.json"
@@ -163,10 +162,9 @@ def recordable(path: Path) -> str:
 
 
 def prompts_record() -> dict[str, Any]:
-    """The neutral prompts that typical divergences are measured on now, and long texts of them."""
+    """The neutral prompts that typical divergences are measured on now."""
     prompts = neutral_prompts()
-    n_long = len(long_texts(prompts))
-    return {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts), "n_long": n_long}
+    return {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts)}
 
 
 def measure_typical(

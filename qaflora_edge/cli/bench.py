@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Bundle
 
 PARTS = (
-    *("decode", "change", "ttft", "probe", "turn", "system", "light"),
+    *("decode", "change", "ttft", "probe", "turn", "system"),
     *("callers", "pause", "memory"),
 )
 MAX_K, MAX_TOKENS = 255, 2**24  # a probe is one sequence more, llama.cpp allows 256
@@ -147,19 +147,16 @@ def bench(
     decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
     the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
     prefill, for the strategies qa-flora, cosine, norm and two-place (which never abstains here),
-    for two-place where it leaves the answer to the base alone, and for qa-flora with --fast or
-    --probe-tail. probe: exact weights alone, and reading under
-    them, as multiples of the base's prefill, for each of --k and --probe-tokens. turn: the probe of
-    a chat's second turn. system: the time to the first token of a question behind a system prompt
-    that was probed before. light: decoding with the most of --k under exact weights, as it is and
-    with --min-weight of some sizes, and the divergence of the next token (KL, in nats) that comes
-    of it. callers: decoding for --callers at once, each with a prompt (the shortest length and up)
-    and a mix of its own: the base without adapters and llama_decode called by hand (bare C), each a
-    batch of so many sequences, and an Engine by generate_many and by as many threads. pause: the
-    longest time that one of two callers waits for a token while a question of --question-tokens of
-    the other is probed and read, as a multiple of what one micro-batch of either takes alone.
-    memory: the peak of one `qaflora run` with --ctx, --strategy and the longest prompt, in a
-    process of its own.
+    and for two-place where it leaves the answer to the base alone. probe: exact weights alone, and
+    reading under them, as multiples of the base's prefill, for each of --k and --probe-tokens.
+    turn: the probe of a chat's second turn. system: the time to the first token of a question
+    behind a system prompt that was probed before. callers: decoding for --callers at once, each
+    with a prompt (the shortest length and up) and a mix of its own: the base without adapters and
+    llama_decode called by hand (bare C), each a batch of so many sequences, and an Engine by
+    generate_many and by as many threads. pause: the longest time that one of two callers waits for
+    a token while a question of --question-tokens of the other is probed and read, as a multiple of
+    what one micro-batch of either takes alone. memory: the peak of one `qaflora run` with --ctx,
+    --strategy and the longest prompt, in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
@@ -211,7 +208,7 @@ def _plan(loaded: Bundle, options: SharedOptions, sizes: dict[str, Any]) -> Plan
     known = loaded.known.under(lens=options.lens, pool=options.pool)
     sizes["probe_k"] = sizes["probe_k"] or len(loaded.adapter_paths)
     sizes["prompt_tokens"] = tuple(dict.fromkeys(sizes["prompt_tokens"]))
-    more = {"max_tokens": options.max_tokens, "probe_tail": options.probe_tail or "fast"}
+    more = {"max_tokens": options.max_tokens}
     return Plan(**sizes, **more, lens=known.lens, pool=known.pool)
 
 
@@ -223,7 +220,7 @@ def _measured(
     from qaflora_edge.bench import measure
     from qaflora_edge.bench.callers import measure_callers, measure_pause
     from qaflora_edge.bench.memory import measure_memory
-    from qaflora_edge.bench.probes import measure_light, measure_probe, measure_system
+    from qaflora_edge.bench.probes import measure_probe, measure_system
     from qaflora_edge.bench.rig import Prompts, Rig
 
     engine = options.engine
@@ -244,7 +241,6 @@ def _measured(
         "probe": measure_probe,
         "turn": measure.measure_turn,
         "system": measure_system,
-        "light": measure_light,
     }
     with rig, progress_bars() as tell:
         prompts = Prompts(rig.model, options.seed or 0)

@@ -96,18 +96,15 @@ def _change(result: Row) -> Iterator[list[str]]:
 
 
 def _ttft(result: Row) -> Iterator[list[str]]:
-    tail = result["probe_tail"]
-    labels = METHODS | {"tail": "--fast" if tail == "fast" else f"--probe-tail {tail}"}
     for length, found in _by_length(result["ttft"]):
         rows: list[Cells] = [("", "ms", "of plain", "forward", "lens", "divergence", "prefill")]
         for row in found:
             parts = (f"{part}_ms" for part in ("forward", "lens", "divergence", "prefill"))
             times = (_median(row, part, ".1f") for part in parts)
-            label = labels.get(row["method"], str(row["method"]))
+            label = METHODS.get(row["method"], str(row["method"]))
             rows.append((label, _range(row["ttft_ms"]), _median(row, "of_plain"), *times))
         title = f"time to first token, prompt {length} tokens, {_adapters(result['probe_k'])}"
-        deviations = (_deviation(row) for row in found if "deviation_worst" in row)
-        yield [title, *columns(rows), *deviations]
+        yield [title, *columns(rows)]
 
 
 def _probe(result: Row) -> Iterator[list[str]]:
@@ -149,17 +146,6 @@ def _system(result: Row) -> Iterator[list[str]]:
             ("fused prefill", _ms(row, "prefill")),
         ]
         yield [title, *columns(rows)]
-
-
-def _light(result: Row) -> Iterator[list[str]]:
-    k = result["light"][0]["k"]
-    title = f"decoding under exact weights, {_adapters(k)}, without those of a small share"
-    rows = [("", "decode tok/s", "of base", "applied", "KL of the next token")]
-    for row in result["light"]:
-        label = f"--min-weight {row['min_weight']:g}" if row["min_weight"] else "all of them"
-        speed = (_range(row["decode_tokens_per_second"]), _median(row, "decode_of_base"))
-        rows.append((label, *speed, _median(row, "applied"), _median(row, "kl", ".2g")))
-    yield [title, *columns(rows)]
 
 
 def _callers(result: Row) -> Iterator[list[str]]:
@@ -205,5 +191,5 @@ def _mb(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.1f} MB"
 
 
-_BLOCKS = _decode, _change, _ttft, _probe, _turn, _system, _light, _callers, _pause, _memory
+_BLOCKS = _decode, _change, _ttft, _probe, _turn, _system, _callers, _pause, _memory
 _PARTS = {blocks.__name__.removeprefix("_"): blocks for blocks in _BLOCKS}

@@ -84,9 +84,9 @@ def asked_under(engine: Engine, asking: Asking, options: SharedOptions) -> dict[
     """The options that a results file tells."""
     sampling = {**asking.sampling, "stop": list(asking.sampling["stop"])}
     del sampling["max_tokens"]  # that of each task is in its facts
-    engine_options = {"lens": engine.lens, "pool": engine.pool, "probe_tail": engine.probe_tail}
+    engine_options = {"lens": engine.lens, "pool": engine.pool}
     engine_options |= {key: options.engine[key] for key in ("n_ctx", "kv_type", "flash_attn")}
-    more = {"min_weight": options.engine["min_weight"], "system": engine.system}
+    more = {"system": engine.system}
     if (adapter_type := options.engine["adapter_type"]) != "auto":
         more["adapter_type"] = adapter_type
     return {**engine_options, **{key: value for key, value in more.items() if value}, **sampling}

@@ -5,8 +5,8 @@ Token ids, weights and samplers go in; text, texts' bytes and strategies are the
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,13 +29,11 @@ from qaflora_edge.inference.scheduler import Scheduler
 from qaflora_edge.inference.score import Item, Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.ends import Tail
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.probe import Prober, QueryProbe
 from qaflora_edge.weighing.reading import Steps
 from qaflora_edge.weighing.strategy import Query
-from qaflora_edge.weighing.typical import TYPICAL_TAIL
 
 T = TypeVar("T")
 
@@ -62,7 +60,6 @@ class Core:
         n_parallel: int,
         placing: Mapping[str, Any],
         adapter_type: str,
-        probe_tail: Tail,
         prefix_cache: int,
         options: Mapping[str, Any],
     ) -> None:
@@ -77,9 +74,7 @@ class Core:
         self.adapter_bytes = [info.path.stat().st_size for info in adapters.values()]
         files = list(adapters.values())
         prefixes = Prefixes(prefix_cache << 20)
-        probing: dict[str, Any] = {"files": files, "prefixes": prefixes}
-        self._new_prober = partial(Prober, self.model, self.pack, more, **probing)
-        self.prober = keep(self._new_prober(tail=probe_tail))
+        self.prober = keep(Prober(self.model, self.pack, more, files=files, prefixes=prefixes))
         self._scorer = keep(Scorer(self.model, self.pack, more))
         self.model.check_workers()
         scheduler = Scheduler(n_parallel, self.context.pieces())
@@ -132,17 +127,10 @@ class Core:
         held: Callable[[KvState | None], None] | None = None,
     ) -> Callable[[Query], QueryProbe]:
         """What measures a query for a strategy, others' work in between; held as there."""
-        return partial(self._query_probe, self.prober, cancellation, tell, held)
-
-    @contextmanager
-    def ends_probe(self, cancellation: Cancellation) -> Iterator[Callable[[Query], QueryProbe]]:
-        """The same of a query's ends, whatever the Engine's own options are."""
-        with closing(self._new_prober(tail=TYPICAL_TAIL)) as prober:
-            yield partial(self._query_probe, prober, cancellation, None, None)
+        return partial(self._query_probe, cancellation, tell, held)
 
     def _query_probe(
         self,
-        prober: Prober,
         cancellation: Cancellation,
         tell: Tell | None,
         held: Callable[[KvState | None], None] | None,
@@ -153,7 +141,7 @@ class Core:
             result: T = self._loop.run("probe", told, cancellation)
             return result
 
-        return QueryProbe(prober, query, self.rows(query.adapters), run, held)
+        return QueryProbe(self.prober, query, self.rows(query.adapters), run, held)
 
     def _telling(self, steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
         """The same steps, whose progress is told."""

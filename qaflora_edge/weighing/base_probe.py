@@ -19,7 +19,6 @@ from qaflora_edge.weighing.adapter_inputs import (
     QueryProjections,
     sums_of,
 )
-from qaflora_edge.weighing.ends import Beginnings, abridged, n_first
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.reading import (
     Steps,
@@ -38,7 +37,6 @@ class BaseProber:
 
     files     of the adapters, where they were read before
     prefixes  where what was read of prompts is kept
-    is_fast   whether added() reads queries in their abridged form
 
     The context is made when first needed and replaced by a larger one for a longer query. What a
     query begins with costs norms() and added() nothing where it was read before.
@@ -54,12 +52,10 @@ class BaseProber:
         *,
         files: Sequence[Path | AdapterInfo] | None = None,
         prefixes: Prefixes | None = None,
-        is_fast: bool = False,
     ) -> None:
         self._files = files or pack.paths
         self._model, self._pack, self._options = model, pack, options
         self._prefixes = prefixes or Prefixes(0)
-        self._is_fast, self._beginnings = is_fast, Beginnings()
         self.context: ProbeContext | None = None
         self._projections: dict[tuple[int, ...], QueryProjections] = {}
         self._sizes: dict[int, AttentionSizes] = {}
@@ -139,33 +135,27 @@ class BaseProber:
 
         |scale B A x| with x as the base alone reads it, the geometric mean over a layer's modules:
         at the last token, and in the mean over the question's tokens, which stand at span. 0 where
-        an adapter adapts none of them. A fast one reads the ends of a long question only.
+        an adapter adapts none of them.
         """
         for row in rows:
             if row not in self._sizes:
                 self._sizes[row] = AttentionSizes(self._files[row], self._model.n_layer)
         sizes = [self._sizes[row] for row in rows]
-        read, (start, stop) = abridged(tokens, span) if self._is_fast else (tokens, span)
-        is_abridged = len(read) < len(tokens)
-        context = self._room_for(read, has_inputs=True, all_outputs=True)
+        start, stop = span
+        context = self._room_for(tokens, has_inputs=True, all_outputs=True)
         question: list[F64] = [np.zeros(1) for _ in rows]
         with wiped_on_failure(context):
-            if is_abridged:
-                at = yield from self._begin(context, read[: n_first(span)])
-            else:
-                at = self._read_before(context, read, start)
-            while at < len(read):
-                end = context.pieces().end(read, at)
+            at = self._read_before(context, tokens, start)
+            while at < len(tokens):
+                end = context.pieces().end(tokens, at)
                 context.capture_begin("mean")
-                context.decode(read[at:end], start=at, outputs="all")
+                context.decode(tokens[at:end], start=at, outputs="all")
                 inputs = context.inputs(0, n_row=end - at)
                 inside = inputs[max(start - at, 0) : max(stop - at, 0)]
                 found = sums_of(sizes, inside, self._threads)
                 question = [q + more for q, more in zip(question, found, strict=True)]
                 at = end
                 yield at
-        if is_abridged:
-            context.clear()  # it was not read as a prompt is
         n = stop - start
         at_last = sums_of(sizes, inputs[-1:], self._threads)
         last = [each.of_layers(q) for q, each in zip(at_last, sizes, strict=True)]
@@ -199,14 +189,6 @@ class BaseProber:
                 at = end
                 yield at
             return context.kv_state()
-
-    def _begin(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[int]:
-        """Hold the first tokens of a query, read apart from the others; gives how many."""
-        self._prefixes.keep(BASE, context)
-        context.clear()
-        state = yield from self._beginnings.read(context, tuple(tokens), tokens, n_seq=1)
-        context.load_kv_state(state)
-        return len(tokens)
 
     def _read_before(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
         """How many tokens need not be read again: up to a cut, n_most at most."""

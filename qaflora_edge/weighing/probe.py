@@ -15,7 +15,6 @@ from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.base_probe import BaseProber
-from qaflora_edge.weighing.ends import Ends, Tail
 from qaflora_edge.weighing.prefixes import Prefixes
 from qaflora_edge.weighing.reading import (
     ProbeTimings,
@@ -27,7 +26,6 @@ from qaflora_edge.weighing.reading import (
     wiped_on_failure,
 )
 from qaflora_edge.weighing.strategy import Measure, PlaceMeasure, Query, Reading, Span
-from qaflora_edge.weighing.typical import as_if_read
 
 T = TypeVar("T")
 PLACES = ("answer", "question")  # the last token, where the answer begins, and the question's mean
@@ -39,8 +37,6 @@ class Prober:
     """Sequences of one context: the base first, then adapters alone at weight 1.
 
     files  of the adapters, where they were read before
-    tail   0, or how many tokens at a query's end the adapters run over, besides its beginning:
-           see Ends
     prefixes  where what was read of queries is kept; by default the last one's alone
 
     The context is made when first needed and replaced by a larger one for a longer query. What a
@@ -56,16 +52,12 @@ class Prober:
         pack: Pack,
         options: dict[str, Any],
         *,
-        tail: Tail = 0,
         files: Sequence[Path | AdapterInfo] | None = None,
         prefixes: Prefixes | None = None,
     ) -> None:
         self.prefixes = prefixes or Prefixes(0)
-        self.base = BaseProber(
-            model, pack, options, files=files, prefixes=self.prefixes, is_fast=tail != 0
-        )
+        self.base = BaseProber(model, pack, options, files=files, prefixes=self.prefixes)
         self._model, self._pack, self._options = model, pack, options
-        self._ends = Ends(tail, self.prefixes)
         self._context: ProbeContext | None = None
         self._pool = "last"  # what the context has room for; "mean" includes it
         self._rows: tuple[int, ...] = ()  # of the adapters whose KV state is held
@@ -84,29 +76,19 @@ class Prober:
         """The contexts that there are."""
         return [context for context in (self._context, self.base.context) if context is not None]
 
-    def states(
-        self, tokens: Sequence[int], rows: Sequence[int], pool: str, question: Span = (0, 0)
-    ) -> Steps[F32]:
+    def states(self, tokens: Sequence[int], rows: Sequence[int], pool: str) -> Steps[F32]:
         """States after each block: float32 [1 + n_row, n_layer, n_embd], the base first.
 
         pool      "last" token of the query, or the "mean" state over its tokens
-        question  where it stands: what is before it counts as the query's beginning, see Ends
         """
         key = (tuple(tokens), tuple(rows), pool)
-        return self._measured(key, pool, lambda c: self._read_query(c, tokens, pool, question))
+        return self._measured(key, pool, lambda c: self._read_query(c, tokens, pool))
 
-    def _read_query(
-        self, context: ProbeContext, tokens: Sequence[int], pool: str, question: Span
-    ) -> Steps[F32]:
+    def _read_query(self, context: ProbeContext, tokens: Sequence[int], pool: str) -> Steps[F32]:
         context.capture_begin(pool)
         if pool == "mean":
             self._forget(context)
             yield from self._read(context, tokens, 0, "all")
-        elif self._ends.n_first(len(tokens), question):
-            if not self._ends.are_held:
-                self._forget(context)
-            self._n_exact = 0
-            yield from self._ends.read(context, self._rows, tokens, question)
         else:
             n_kept = self._go_on(context, tokens)
             yield from self._read(context, tokens, n_kept, "last")
@@ -213,7 +195,7 @@ class Prober:
             places = yield from self.places(tokens, rows, span)
             states = places[PLACES.index(pool)]
         else:
-            states = yield from self.states(tokens, rows, pool, span)
+            states = yield from self.states(tokens, rows, pool)
         if measure == "cosine":
             return numbers.cosine_distance(states[0], states[1:])
         if measure == "euclidean":
@@ -226,10 +208,6 @@ class Prober:
         lens_ms, divergence_ms = np.subtract(context.lens_ms, before)
         self.timings = ProbeTimings(self.timings.forward_ms, float(lens_ms), float(divergence_ms))
         return divergence
-
-    def share_unread(self, tokens: Sequence[int], question: Span) -> float:
-        """Which part of a query's tokens adapters do not read at pool "last"."""
-        return self._ends.n_unread(len(tokens), question) / len(tokens)
 
     def timed(self, steps: Steps[T]) -> Steps[T]:
         """Do what the base alone is asked, and note its time."""
@@ -263,8 +241,6 @@ class Prober:
 
     def _go_on(self, context: ProbeContext, tokens: Sequence[int], n_after: int = 0) -> int:
         """Hold what was read of a query's beginning; gives how many tokens."""
-        if self._ends.are_held:
-            self._forget(context)
         pieces = context.pieces(1 + len(self._rows))
         return self.prefixes.go_on(
             context, self._rows, tokens, pieces, n_exact=self._n_exact, n_after=n_after
@@ -272,11 +248,8 @@ class Prober:
 
     def _forget(self, context: ProbeContext) -> None:
         """Hold nothing, but keep what is of use to other queries."""
-        if self._ends.are_held:
-            self._ends.forget(context)
-        else:
-            self.prefixes.keep(self._rows, context, self._n_exact)
-            context.clear()
+        self.prefixes.keep(self._rows, context, self._n_exact)
+        context.clear()
 
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         for i, row in enumerate(self._in_order(rows)):
@@ -330,22 +303,13 @@ class QueryProbe:
     def divergence(self, measure: Measure = "kl") -> F64:
         query = self._query
         how = (measure, query.lens, query.pool, query.question)
-        found = self._run(self._prober.divergence(query.tokens, self._rows, *how))
-        if measure != "kl" or query.pool != "last" or not self.share_unread:
-            return found
-        return as_if_read(query, found, self.share_unread)
-
-    @property
-    def share_unread(self) -> float:
-        """Which part of the query's tokens adapters do not read at pool "last", under --fast."""
-        return self._prober.share_unread(self._query.tokens, self._query.question)
+        return self._run(self._prober.divergence(query.tokens, self._rows, *how))
 
     def states(self) -> F32:
         query = self._query
         if query.pool == "question":
             return np.array(self._places()[1])
-        how = (query.pool, query.question)
-        return np.array(self._run(self._prober.states(query.tokens, self._rows, *how)))
+        return np.array(self._run(self._prober.states(query.tokens, self._rows, query.pool)))
 
     def _places(self) -> F32:
         query = self._query

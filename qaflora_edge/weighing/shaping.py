@@ -40,22 +40,6 @@ def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
     return (share * _factor(share, options.get("total", 1.0))).astype(np.float32)
 
 
-def without_light(weights: F32, least: float) -> F32:
-    """Weights of the adapters that have a large enough share of a layer; their sums stay.
-
-    weights  [n_adapter, n_layer]; those of a layer with one below 0 stay as they are
-    least    share below which a weight becomes 0, the heaviest of its layer apart
-    """
-    total = weights.sum(axis=0, keepdims=True, dtype=np.float64)
-    is_light = (weights < least * total) & (weights < weights.max(axis=0, keepdims=True))
-    is_light &= (weights >= 0).all(axis=0, keepdims=True)
-    kept = np.where(is_light, 0.0, weights)
-    sums = kept.sum(axis=0, keepdims=True)
-    factor = np.divide(total, sums, out=np.ones_like(total), where=is_light.any(0) & (sums > 0))
-    found: F32 = (kept * factor).astype(np.float32)
-    return found
-
-
 def _power(share: F64, power: float) -> F64:
     """The power of each layer's shares of its largest one, which cannot underflow all together."""
     largest = share.max(axis=0, keepdims=True)

@@ -55,7 +55,6 @@ class Weigher:
     """How an Engine weighs: the adapters in use, its defaults, what is known of each adapter.
 
     find_question  where the question stands in a prompt's tokens, or None without a chat's form
-    reads_ends     whether adapters are probed over a prompt's ends, for which that is needed
     targets        adapter -> the kinds of modules that it adapts, where they are known
     """
 
@@ -63,8 +62,6 @@ class Weigher:
     n_layer: int
     known: Known = Known()
     find_question: Callable[[Sequence[int]], Span | None] = _no_question
-    min_weight: float = 0.0  # share of a layer, see shaping.without_light
-    reads_ends: bool = False
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,7 +112,6 @@ class Weigher:
         pool = options.get("pool", self.known.pool)
         needs_question = (
             pool == "question"
-            or self.reads_ends
             or "first" in options
             or (chosen is not None and chosen.strategy.reads_question)
         )
@@ -167,8 +163,6 @@ class Weigher:
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
         found = shaping.shaped(fusion.weights, chosen.options, source)
-        if strategy.is_probed and self.min_weight:
-            found = shaping.without_light(found, self.min_weight)
         return replace(fusion, weights=found)
 
     def _given(self, weights: FusionWeights) -> FusionWeights:
