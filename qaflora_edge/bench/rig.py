@@ -1,38 +1,30 @@
-"""What `qaflora bench` compares: the base, llama.cpp's own adapters, and ours, on one model."""
+"""What `qaflora bench` compares on one base: no adapter, llama.cpp's own adapters, and ours."""
 
 import contextlib
 import ctypes
 import os
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
-from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.context_params import context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.write import neutral_prompts
-from qaflora_edge.engine import Engine
-from qaflora_edge.errors import BackendError, OptionError
-from qaflora_edge.weighing.prefixes import Prefixes
-from qaflora_edge.weighing.probe import Prober
-
-T = TypeVar("T")
-_N_DRAW = 1000  # tries to find a prompt that shares no beginning with those drawn before
+from qaflora_edge.errors import BackendError
 
 
 class StockContext(Context):
-    """A context as llama.cpp makes it: no pack, one scale per adapter.
+    """A context as llama.cpp makes it: no pack, each adapter at scale 1/k.
 
     adapters  of llama_adapter_lora_init; none for the base alone
     options   of context_params
 
-    Its parameters are those of a Context, but for llama.cpp's own micro-batch.
+    It has llama.cpp's own micro-batch size. Raises BackendError when it cannot be made.
     """
 
     def __init__(
@@ -47,204 +39,109 @@ class StockContext(Context):
                 f"llama.cpp says: {said()}."
             )
         self._set_up(n_seq, n_ctx, params, None)
-        self._n_adapter = len(adapters)
-        self._adapters = (ctypes.c_void_p * len(adapters))(
-            *(ctypes.cast(adapter, ctypes.c_void_p) for adapter in adapters)
-        )
-        self.set_scales(np.full(len(adapters), 1.0 / max(1, len(adapters)), np.float32))
-
-    def set_scales(self, scales: F32) -> None:
-        """Scale adapters from the next decode on.
-
-        scales  [n_adapter]
-        """
-        if self._n_adapter == 0:
+        if not adapters:
             return
-        pointers = ctypes.cast(self._adapters, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
-        array = (ctypes.c_float * self._n_adapter)(*scales)
-        code = self._lib.llama_set_adapters_lora(self._pointer, pointers, self._n_adapter, array)
-        if code != 0:
+        n = len(adapters)
+        pointers = (ctypes.c_void_p * n)(*(ctypes.cast(each, ctypes.c_void_p) for each in adapters))
+        array = ctypes.cast(pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
+        scales = (ctypes.c_float * n)(*[1.0 / n] * n)
+        if code := self._lib.llama_set_adapters_lora(self._pointer, array, n, scales):
             raise BackendError(f"llama_set_adapters_lora failed with code {code}.")
-
-    @property
-    def n_reused(self) -> int:
-        """Micro-batches so far that were computed with the graph of the one before."""
-        return int(self._lib.llama_perf_context(self._pointer).n_reused)
 
 
 class Rig:
-    """One base and all that is measured on it; made when first asked for, freed by close().
+    """One base and the contexts that are timed on it; close() frees all of them.
 
-    adapter_paths  name -> adapter GGUF; more than these are had by loading them again, each copy
-                   for itself, so that it costs what another adapter would
-    n_ctx          tokens that the contexts which answer can hold
-    adapter_type   that ours are converted to; llama.cpp's own stay as their files have them
-    options        threads, kv_type and flash_attn of every context
+    adapters      name -> adapter GGUF; for more than these each is loaded again, and costs what
+                  another adapter would
+    placing       gpu_layers, rpc and tensor_split
+    adapter_type  type that ours are converted to; llama.cpp's own stay as their files have them
+    options       threads, kv_type and flash_attn of every context
     """
 
     def __init__(
         self,
-        base_path: Path,
-        adapter_paths: Mapping[str, Path],
+        base: Path,
+        adapters: Mapping[str, Path],
         *,
-        n_ctx: int,
         placing: Mapping[str, Any],
         adapter_type: str = "auto",
-        options: dict[str, Any],
+        options: Mapping[str, Any],
     ) -> None:
-        self._adapter_type = adapter_type
-        self._paths, self._n_ctx, self._options = dict(adapter_paths), n_ctx, options
-        self._placing = placing
+        self._paths = list(adapters.values())
+        self._adapter_type, self._options = adapter_type, dict(options)
         self._loras: list[Any] = []  # the model frees them
-        self._made: dict[tuple[Any, ...], Any] = {}
         self._open = contextlib.ExitStack()
-        self.model = Model(base_path, **placing)
-        self._open.callback(self.model.close)
-
-    def close(self) -> None:
-        self._open.close()
+        self.model = self._open.enter_context(contextlib.closing(Model(base, **placing)))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._open.close()
 
-    def names(self, k: int) -> tuple[str, ...]:
-        """Names of k adapters; that of a copy ends in its number, as in math#2."""
-        names, n = list(self._paths), len(self._paths)
-        return tuple(names[i % n] + (f"#{1 + i // n}" if i >= n else "") for i in range(k))
+    def base(self, n_ctx: int, n_seq: int = 1) -> StockContext:
+        """The base alone, for n_seq sequences of n_ctx tokens each."""
+        return self.stock(0, n_ctx, n_seq)
 
-    def paths(self, k: int) -> list[Path]:
-        paths = list(self._paths.values())
-        return [paths[i % len(paths)] for i in range(k)]
-
-    def base(self, n_seq: int = 1, *, n_ctx: int | None = None) -> StockContext:
-        """The base alone, without any of us."""
-        sizes: dict[str, Any] = {"n_seq": n_seq, "n_ctx": n_ctx or self._n_ctx}
-        make = partial(StockContext, self.model, [], **sizes, **self._options)
-        return self._kept(("base", *sizes.values()), make)
-
-    def stock(self, k: int) -> StockContext:
+    def stock(self, k: int, n_ctx: int, n_seq: int = 1) -> StockContext:
         """k adapters at scale 1/k through llama_set_adapters_lora."""
-        for path in self.paths(k)[len(self._loras) :]:
-            self._loras.append(self._load_lora(path))
+        for path in self._copies(k)[len(self._loras) :]:
+            lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))
+            if not lora:
+                raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
+            self._loras.append(lora)
         loras = self._loras[:k]
-        make = partial(StockContext, self.model, loras, n_ctx=self._n_ctx, **self._options)
-        return self._kept(("stock", k), make)
+        context = StockContext(self.model, loras, n_ctx=n_ctx, n_seq=n_seq, **self._options)
+        return self._open.enter_context(contextlib.closing(context))
 
-    def ours(self, k: int, n_seq: int = 1, *, n_ctx: int | None = None) -> Context:
-        """k adapters of one pack, at weight 1/k in every layer of every sequence."""
-        sizes: dict[str, Any] = {"n_seq": n_seq, "n_ctx": n_ctx or self._n_ctx}
+    def ours(self, k: int, n_ctx: int) -> Context:
+        """k adapters of one pack, at weight 1/k in every layer."""
+        pack = Pack(self.model, self._copies(k), adapter_type=self._adapter_type)
+        self._open.callback(pack.close)
+        context = Context(self.model, pack, n_ctx=n_ctx, **self._options)
+        self._open.callback(context.close)
+        context.set_weights(np.full((k, self.model.n_layer), 1.0 / k, np.float32))
+        return context
 
-        def make() -> Context:
-            context = Context(self.model, self._pack(k), **sizes, **self._options)
-            for seq in range(n_seq):
-                weights = np.full((k, self.model.n_layer), 1.0 / k, np.float32)
-                context.set_weights(weights, seq=seq)
-            return context
-
-        return self._kept(("ours", k, *sizes.values()), make)
-
-    def engine(self, k: int, **options: Any) -> Engine:
-        """An Engine of k adapters, with a base of its own; its caller closes it."""
-        adapters = dict(zip(self.names(k), self.paths(k), strict=True))
-        return Engine(
-            base=self.model.path,
-            adapters=adapters,
-            **self._placing,
-            adapter_type=self._adapter_type,
-            **self._options,
-            **options,
-        )
-
-    def prober(self, k: int, *, prefix_cache: int = 0) -> Prober:
-        """A new Prober of k adapters, which knows nothing of what others read.
-
-        prefix_cache  MiB for what it reads
-        """
-        prefixes = Prefixes(prefix_cache << 20)
-        prober = Prober(self.model, self._pack(k), self._options, prefixes=prefixes)
-        self._open.callback(prober.close)
-        return prober
-
-    def _pack(self, k: int) -> Pack:
-        make = partial(Pack, self.model, self.paths(k), adapter_type=self._adapter_type)
-        return self._kept(("pack", k), make)
-
-    def _kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """What is made when it is first asked for, and freed by close()."""
-        if key not in self._made:
-            made: Any = make()
-            self._open.callback(made.close)
-            self._made[key] = made
-        found: T = self._made[key]
-        return found
-
-    def _load_lora(self, path: Path) -> Any:
-        lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))
-        if not lora:
-            raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
-        return lora
+    def _copies(self, k: int) -> list[Path]:
+        return [self._paths[i % len(self._paths)] for i in range(k)]
 
 
-def read_prompt(context: Context, tokens: Sequence[int]) -> None:
-    """Read a prompt as its kind of context does: ours in pieces, llama.cpp's cuts it itself."""
+def prefill(context: Context, tokens: Sequence[int]) -> None:
+    """Prefill a prompt: ours in the chunks of an Engine, llama.cpp's in its own micro-batches."""
+    context.clear()
     if isinstance(context, StockContext):
         context.decode(tokens)
-    else:
-        for _ in read_pieces(context, tokens):
-            pass
-
-
-def read_pieces(context: Context, tokens: Sequence[int]) -> Generator[None]:
-    """Read a prompt as an Engine does; yields between its pieces."""
+        return
     at = 0
     while at < len(tokens):
-        if at:
-            yield
         end = context.pieces().end(tokens, at)
         context.decode(tokens[at:end], start=at)
         at = end
 
 
 class Prompts:
-    """Draws prompts of everyday text in many languages, none of which begins with another.
+    """Draws prompts out of everyday text in many languages, each with another first token.
 
-    So nothing that was read for one prompt can be used again for the next.
+    So no KV state of one prompt serves the next.
     """
 
     def __init__(self, model: Model, seed: int) -> None:
         self._model, self._random = model, random.Random(seed)
         self._start = model.tokenize("", add_special=True, parse_special=False)[:1]
-        self._drawn: list[list[int]] = []
+        self._n_drawn = 0
 
     def draw(self, n_token: int) -> list[int]:
-        """Token ids, from the middle of a sentence on, after BOS where the base asks for it."""
-        for _ in range(_N_DRAW):
-            tokens = self._text(n_token)
-            if not any(_is_beginning(tokens, other) for other in self._drawn):
-                self._drawn.append(tokens)
-                return tokens
-        raise OptionError(
-            f"No more different prompts of {n_token} tokens were found; raise --prompt-tokens "
-            "or lower --repeat."
-        )
+        """Token ids: BOS where the base asks for it, a number, then text from any place on."""
+        self._n_drawn += 1
+        tokens = self._ids(f"{self._n_drawn}. ")
+        texts = neutral_prompts()
+        while len(tokens) < n_token:
+            self._random.shuffle(texts)
+            text = "\n".join(texts)
+            tokens += self._ids(text[self._random.randrange(len(text) // 2) :] + "\n")
+        return (self._start + tokens)[:n_token]
 
-    def _text(self, n_token: int) -> list[int]:
-        tokens: list[int] = []
-        n_skip: int | None = None
-        while n_skip is None or len(tokens) < n_skip + n_token:
-            prompts = neutral_prompts()
-            self._random.shuffle(prompts)
-            tokens += self._model.tokenize(
-                "\n".join(prompts) + "\n", add_special=False, parse_special=False
-            )
-            n_skip = self._random.randrange(len(tokens)) if n_skip is None else n_skip
-        return (self._start + tokens[n_skip:])[:n_token]
-
-
-def _is_beginning(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether one of the two begins with the other."""
-    n = min(len(a), len(b))
-    return list(a[:n]) == list(b[:n])
+    def _ids(self, text: str) -> list[int]:
+        return self._model.tokenize(text, add_special=False, parse_special=False)

@@ -4,48 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, command, shared_options
 from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.cli.tables import columns
 from qaflora_edge.config import MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
-    from qaflora_edge.bench.measure import Plan
     from qaflora_edge.bundles.open import Bundle
 
-PARTS = (
-    *("decode", "change", "ttft", "probe", "turn", "system"),
-    *("callers", "pause", "memory"),
-)
-MAX_K, MAX_TOKENS = 255, 2**24  # a probe is one sequence more, llama.cpp allows 256
+PARTS = ("decode", "ttft", "callers", "memory")
+Row = Mapping[str, Any]
 
 
-def _numbers(
-    flag: str, default: str, allowed: range, *, help: str, metavar: str = "N,N"
-) -> Callable[..., Any]:
-    """An option of whole numbers, as in 1,2,4: as many as its metavar names, or any that differ."""
-    n = None if metavar == "N,N" else metavar.count(",") + 1
+def _numbers(flag: str, default: str, most: int, help: str) -> Callable[..., Any]:
+    """An option of different whole numbers from 1, as in 1,2,4."""
 
     def read(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
         items = [item.strip() for item in value.split(",")]
-        if not all(re.fullmatch(r"[0-9]{1,9}", item) and int(item) in allowed for item in items):
-            expected = f"from {allowed[0]} to {allowed[-1]}"
-            raise click.BadParameter(f"{value!r} is not a list of numbers {expected}.")
-        if n is not None and len(items) != n:
-            raise click.BadParameter(f"{value!r} has {len(items)} numbers, expected {n}.")
-        numbers = tuple(int(item) for item in items)
-        return numbers if n is not None else tuple(dict.fromkeys(numbers))
+        if not all(item.isdecimal() and 1 <= int(item) <= most for item in items):
+            raise click.BadParameter(f"{value!r} is not a list of numbers from 1 to {most}.")
+        return tuple(dict.fromkeys(map(int, items)))
 
-    shown: dict[str, Any] = {"metavar": metavar, "default": default, "show_default": True}
-    return click.option(flag, callback=read, help=help, **shown)
+    return click.option(
+        flag, callback=read, help=help, metavar="N,N", default=default, show_default=True
+    )
 
 
 def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -59,7 +48,6 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @command(
     "qaflora bench models/demo",
     "qaflora bench models/demo --k 3 --prompt-tokens 128 --only decode,ttft",
-    "qaflora bench models/demo --repeat 9 --json",
 )
 @click.argument("bundle", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every run.")
@@ -74,17 +62,12 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @_numbers(
     "--k",
     "1,2,3,4,8",
-    range(1, MAX_K + 1),
-    help="Numbers of adapters that decode, and that the part probe probes. Beyond those of the "
-    "bundle, its adapters are loaded again, each copy for itself, which costs what other adapters "
-    "would.",
+    255,
+    "Numbers of adapters in the part decode. Beyond those of the bundle, its adapters are loaded "
+    "again; each copy costs what another adapter would.",
 )
-@click.option(
-    "--probe-k",
-    type=click.IntRange(1, MAX_K),
-    metavar="N",
-    help="Adapters in the parts ttft, turn, callers and pause.  [default: the bundle's]",
-)
+@_numbers("--prompt-tokens", "42,512", 2**24, "Tokens of the prompt.")
+@_numbers("--callers", "1,2,4,8,16", MAX_PARALLEL, "Callers at once.")
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
@@ -92,223 +75,174 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     show_default=True,
     help="Interleaved runs; medians are printed.",
 )
-@click.option(
-    "--prompt-tokens",
-    type=click.IntRange(min=2),
-    multiple=True,
-    default=(42, 512),
-    help="Tokens of the prompt; repeatable.  [default: 42 and 512]",
-)
-# Prompts that are cut in two and that are not; few are powers of two.
-@_numbers(
-    "--probe-tokens",
-    "42,100,256,300",
-    range(2, MAX_TOKENS + 1),
-    help="Tokens of the prompts in the part probe.",
-)
-@_numbers(
-    "--turn-tokens",
-    "300,30",
-    range(1, MAX_TOKENS + 1),
-    metavar="HISTORY,NEW",
-    help="Tokens of a chat so far, and of its next message.",
-)
-@_numbers(
-    "--system-tokens",
-    "400,40",
-    range(2, MAX_TOKENS + 1),
-    metavar="SYSTEM,NEW",
-    help="Tokens of a system prompt, and of a question behind it.",
-)
-@_numbers(
-    "--callers",
-    "1,2,4,8,16",
-    range(1, MAX_PARALLEL + 1),
-    help="Callers at once; the fewest are the measure of the others.",
-)
-@click.option(
-    "--question-tokens",
-    type=click.IntRange(1, MAX_TOKENS),
-    default=1000,
-    show_default=True,
-    help="Tokens of the question that comes in the part pause.",
-)
 @shared_options
 def bench(
     bundle: str, as_json: bool, only: tuple[str, ...], options: SharedOptions, **sizes: Any
 ) -> None:
     """Measure speed on this machine.
 
-    In one process and in turn: the base alone as llama.cpp runs it, --k adapters through
-    llama.cpp's own llama_set_adapters_lora, and as many fused by us. All read the same prompt and
-    decode the same tokens after it (--max-tokens); every round has a new prompt.
-    Ratios are taken within a round, then the median. Both kinds of adapters weigh 1/k.
+    Contestants take turns in one process, and every round has a new prompt. Ratios are taken within
+    a round, then the median.
 
-    decode: reading and decoding. change: what new weights cost before a token. ttft: the time to
-    the first token (probe, weights, fused prefill, first logits) as a multiple of the base's
-    prefill, for the strategies qa-flora, cosine, norm and two-place (which never abstains here),
-    and for two-place where it leaves the answer to the base alone. probe: exact weights alone, and
-    reading under them, as multiples of the base's prefill, for each of --k and --probe-tokens.
-    turn: the probe of a chat's second turn. system: the time to the first token of a question
-    behind a system prompt that was probed before. callers: decoding for --callers at once, each
-    with a prompt (the shortest length and up) and a mix of its own: the base without adapters and
-    llama_decode called by hand (bare C), each a batch of so many sequences, and an Engine by
-    generate_many and by as many threads. pause: the longest time that one of two callers waits for
-    a token while a question of --question-tokens of the other is probed and read, as a multiple of
-    what one micro-batch of either takes alone. memory: the peak of one `qaflora run` with --ctx,
-    --strategy and the longest prompt, in a process of its own.
+    decode: prefill and decoding of the base as llama.cpp runs it, of --k adapters through
+    llama_set_adapters_lora, and of as many fused by us; each at weight 1/k. ttft: the time to the
+    first token under several strategies, as a multiple of the base's prefill. callers: decoding
+    for --callers at once, each with a mix of its own, next to the base in one batch. memory: the
+    peak of one answer in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
-    _check_tokens(options, only, max(sizes["prompt_tokens"]), sizes["turn_tokens"])
+    if options.max_tokens < 2:
+        raise OptionError(
+            f"Option --max-tokens is {options.max_tokens}, expected at least 2: decoding is "
+            "measured after the first token. Raise it."
+        )
     loaded = load_bundle(bundle_folder(bundle))
     if not loaded.adapter_paths:
         raise BundleError(
             f"Cannot measure the bundle {loaded.folder}: it has no adapters, expected at least "
             "one. Give a bundle with adapters."
         )
-    plan = _plan(loaded, options, sizes)
-    result = _facts(loaded, plan, options) | {"parts": list(only)}
-    result |= _measured(loaded, plan, options, only)
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    from qaflora_edge.cli.bench_table import table
-
-    click.echo(table(result))
-
-
-def _check_tokens(
-    options: SharedOptions, only: Sequence[str], n_prompt: int, turn_tokens: tuple[int, int]
-) -> None:
-    ctx, n_decode = options.ctx, options.max_tokens
-    n_least = 2 if "callers" in only else 1
-    if n_decode < n_least:
-        raise OptionError(
-            f"Option --max-tokens is {n_decode}, expected at least {n_least}: decoding is "
-            "measured, that of callers behind their first token. Raise it."
-        )
-    if ctx < n_prompt + n_decode:
-        raise OptionError(
-            f"Option --ctx is {ctx}, expected at least {n_prompt + n_decode}: "
-            f"{n_prompt} tokens of prompt and {n_decode} of answer. Raise --ctx, or lower "
-            "--prompt-tokens or --max-tokens."
-        )
-    if "turn" in only and ctx < sum(turn_tokens):
-        raise OptionError(
-            f"Option --ctx is {ctx}, expected at least {sum(turn_tokens)}: {turn_tokens[0]} "
-            f"tokens of a chat and {turn_tokens[1]} of its next message. Raise --ctx, lower "
-            "--turn-tokens, or leave out turn with --only."
-        )
-
-
-def _plan(loaded: Bundle, options: SharedOptions, sizes: dict[str, Any]) -> Plan:
-    from qaflora_edge.bench.measure import Plan
-
-    known = loaded.known.under(lens=options.lens, pool=options.pool)
-    sizes["probe_k"] = sizes["probe_k"] or len(loaded.adapter_paths)
-    sizes["prompt_tokens"] = tuple(dict.fromkeys(sizes["prompt_tokens"]))
-    more = {"max_tokens": options.max_tokens}
-    return Plan(**sizes, **more, lens=known.lens, pool=known.pool)
+    sizes |= {"max_tokens": options.max_tokens}
+    result = _facts(loaded, options) | sizes | _measured(loaded, options, only, sizes)
+    click.echo(json.dumps(result) if as_json else _table(result))
 
 
 def _measured(
-    loaded: Bundle, plan: Plan, options: SharedOptions, only: tuple[str, ...]
+    loaded: Bundle, options: SharedOptions, only: Sequence[str], sizes: dict[str, Any]
 ) -> dict[str, Any]:
-    """What each part gives: rows, and an object for memory; and the base's own facts."""
+    """Rows of each part; an object for memory."""
     from qaflora_edge.backend.model import PLACING
-    from qaflora_edge.bench import measure
-    from qaflora_edge.bench.callers import measure_callers, measure_pause
+    from qaflora_edge.bench import parts
     from qaflora_edge.bench.memory import measure_memory
-    from qaflora_edge.bench.probes import measure_probe, measure_system
     from qaflora_edge.bench.rig import Prompts, Rig
+    from qaflora_edge.engine import Engine
 
-    engine = options.engine
+    plan = parts.Plan(**sizes)
+    given = options.engine
+    longest = max(plan.prompt_tokens)
+    size = {"n_ctx": longest + max(plan.callers) + plan.max_tokens, "strategy": options.strategy}
     rig = Rig(
         loaded.base_path,
         loaded.adapter_paths,
-        n_ctx=max(plan.prompt_tokens) + plan.max_tokens,
-        placing={name: engine[name] for name in PLACING},
-        adapter_type=engine["adapter_type"],
-        options={name: engine[name] for name in ("threads", "kv_type", "flash_attn")},
+        placing={name: given[name] for name in PLACING},
+        adapter_type=given["adapter_type"],
+        options={name: given[name] for name in ("threads", "kv_type", "flash_attn")},
     )
-    measures = {  # callers first: it is slower in threads once this one has computed (see Loop)
-        "callers": measure_callers,
-        "pause": measure_pause,
-        "decode": measure.measure_decode,
-        "change": measure.measure_change,
-        "ttft": measure.measure_ttft,
-        "probe": measure_probe,
-        "turn": measure.measure_turn,
-        "system": measure_system,
-    }
+    result: dict[str, Any] = {}
     with rig, progress_bars() as tell:
         prompts = Prompts(rig.model, options.seed or 0)
-        result: dict[str, Any] = {"base": rig.model.name}
-        if "memory" in only:  # first, for it is short and may refuse an option
-            tokens = prompts.draw(max(plan.prompt_tokens))
-            memory = measure_memory(
-                loaded.folder,
-                tokens,
-                max_tokens=plan.max_tokens,
-                strategy=options.strategy,
-                engine=engine,
+        if "memory" in only:  # first: it is short and may refuse an option
+            tokens = prompts.draw(longest)
+            result["memory"] = measure_memory(
+                loaded.folder, tokens, plan.max_tokens, {**given, **size}
             )
-            result["memory"] = {"prompt_tokens": len(tokens), "n_ctx": options.ctx, **memory}
-        for part, measured in measures.items():
-            if part in only:
-                result[part] = measured(rig, plan, prompts, tell)
+        if "callers" in only:
+            with Engine(
+                loaded.folder, **given | size | {"n_parallel": max(plan.callers)}
+            ) as engine:
+                result["callers"] = parts.measure_callers(rig, engine, plan, prompts, tell)
+        if "decode" in only:
+            result["decode"] = parts.measure_decode(rig, plan, prompts, tell)
+        if "ttft" in only:
+            with Engine(loaded.folder, **given | size) as engine:
+                result["ttft"] = parts.measure_ttft(rig, engine, plan, prompts, tell)
     return result
 
 
-def _facts(loaded: Bundle, plan: Plan, options: SharedOptions) -> dict[str, Any]:
+def _facts(loaded: Bundle, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
     from qaflora_edge.backend.context_params import default_threads
-    from qaflora_edge.backend.model import PLACING
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
+    from qaflora_edge.formats.adapter_gguf import read_adapter_gguf
 
-    header, packages, sizes = loaded.header, package_facts(), asdict(plan)
-    sizes["callers_at_once"] = sizes.pop("callers")  # callers are what was measured of them
+    packages = package_facts()
+    adapters = []
+    for name, path in loaded.adapter_paths.items():
+        info = read_adapter_gguf(path)
+        types = sorted({tensor.ggml_type.name for tensor in info.tensors.values()})
+        adapters.append({"name": name, "rank": info.rank, "types": types})
     return {
-        "adapters": list(loaded.adapter_paths),
-        **sizes,
-        "seed": options.seed or 0,
+        "base": loaded.base_path.stem,
+        "base_bytes": loaded.header.size_bytes,
+        "adapters": adapters,
+        "options": vars(options),
         "threads": options.threads or default_threads(),
-        "ctx": options.ctx,
-        "kv_type": options.kv_type,
-        "adapter_type": options.adapter_type,
-        "flash_attn": options.engine["flash_attn"],
-        **{name: getattr(options, name) for name in PLACING},
-        "strategy": options.strategy or loaded.known.strategy,
-        "base_file": {
-            "path": str(loaded.base_path),
-            "size_bytes": header.size_bytes,
-            "architecture": header.architecture,
-            "n_layer": header.n_layer,
-            "n_embd": header.n_embd,
-            "n_vocab": header.n_vocab,
-        },
-        "adapter_files": [_adapter_facts(*item) for item in loaded.adapter_paths.items()],
-        "machine": {
-            "cpu": cpu_name(),
-            "n_cpu": default_threads(),
-            "platform": packages["platform"],
-            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        },
+        "cpu": cpu_name(),
+        "platform": packages["platform"],
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "library": library_facts(),
         "versions": packages["versions"],
     }
 
 
-def _adapter_facts(name: str, path: Path) -> dict[str, Any]:
-    from qaflora_edge.formats.adapter import read_adapter_gguf
+# the table
 
-    info = read_adapter_gguf(path)
-    return {
-        "name": name,
-        "rank": info.rank,
-        "alpha": info.alpha,
-        "targets": list(info.targets),
-        "types": sorted({tensor.ggml_type.name for tensor in info.tensors.values()}),
-        "size_bytes": path.stat().st_size,
-    }
+
+def _table(result: Row) -> str:
+    """Medians and, in brackets, the lowest and highest run."""
+    adapters = ", ".join(
+        f"{each['name']} (rank {each['rank']}, {'/'.join(each['types'])})"
+        for each in result["adapters"]
+    )
+    lines = [
+        f"{result['base']}, {_mb(result['base_bytes'])}; adapters: {adapters}",
+        f"{result['cpu']}, {result['threads']} threads; {result['library']['build_info']}",
+        f"medians of {result['repeat']} interleaved runs (lowest-highest); ratios within a run",
+    ]
+    tables: dict[str, Callable[[Any], Iterator[Any]]]
+    tables = {"decode": _decode, "ttft": _ttft, "callers": _callers, "memory": _memory}
+    for part, rows in tables.items():
+        if part in result:
+            for table in rows(result[part]):
+                lines += ["", *columns(table)]
+    return "\n".join(lines)
+
+
+def _decode(rows: Sequence[Row]) -> Iterator[list[Sequence[str]]]:
+    for length, found in groupby(rows, key=lambda row: row["prompt_tokens"]):
+        ratios = ("of base", "of llama.cpp's")
+        head = (f"prompt {length} tokens", "decode tok/s", *ratios, "prefill tok/s", *ratios)
+        table: list[Sequence[str]] = [head]
+        for row in found:
+            cells = [f"{row['contestant']} k={row['k']}" if row["k"] else "base"]
+            for what in ("decode", "prefill"):
+                cells.append(_range(row[f"{what}_tokens_per_second"]))
+                cells += [_median(row, f"{what}_of_base"), _median(row, f"{what}_of_stock")]
+            table.append(cells)
+        yield table
+
+
+def _ttft(rows: Sequence[Row]) -> Iterator[list[Sequence[str]]]:
+    for length, found in groupby(rows, key=lambda row: row["prompt_tokens"]):
+        head = (f"first token, prompt {length} tokens", "ms", "of the base's prefill")
+        own = [(row["method"], _range(row["ttft_ms"]), _median(row, "of_plain")) for row in found]
+        yield [head, *own]
+
+
+def _callers(rows: Sequence[Row]) -> Iterator[list[Sequence[str]]]:
+    table: list[Sequence[str]] = [("callers", "tok/s", "of the fewest", "of base")]
+    for row in rows:
+        cells = (_range(row["tokens_per_second"]), _median(row, "of_one"), _median(row, "of_base"))
+        table.append((f"{row['callers']:>3} {row['way']}", *cells))
+    yield table
+
+
+def _memory(memory: Row) -> Iterator[list[Sequence[str]]]:
+    names = {"peak": "peak memory", "base": "the base's file", "adapters": "adapters"}
+    names |= {"python": "Python before the base is loaded"}
+    yield [(label, _mb(memory[f"{key}_bytes"])) for key, label in names.items()]
+
+
+def _range(spread: Mapping[str, float]) -> str:
+    digits = 1 if spread["max"] < 1000 else 0
+    low, high = (f"{spread[end]:.{digits}f}" for end in ("min", "max"))
+    return f"{spread['median']:.{digits}f} ({low}-{high})"
+
+
+def _median(row: Row, key: str) -> str:
+    return f"{row[key]['median']:.2f}" if key in row else ""
+
+
+def _mb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB"
