@@ -16,14 +16,14 @@ from collections.abc import Callable
 
 from qaflora_edge import Engine
 
-WORDS = ("river copper window quiet seven garden letter north paper under music early").split()
+WORDS = [f"{word} " for word in ("river", "copper", "window", "quiet", "seven", "garden", "letter")]
 N_HISTORY, N_SYSTEM, N_NEW, N_QUESTION = 300, 400, 40, 1000
 
 
 def text(engine: Engine, n_token: int, seed: object) -> list[int]:
     """Tokens of random words."""
     rng = random.Random(str(seed))
-    return engine.tokenize(" ".join(rng.choices(WORDS, k=n_token)))[:n_token]
+    return engine.tokenize("".join(rng.choices(WORDS, k=n_token)))[:n_token]
 
 
 def timed(engine: Engine, tokens: list[int]) -> float:
