@@ -299,6 +299,7 @@ REMOVED = {
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
     "server": "`chat --server` is gone; open the server's page, or use a client for OpenAI's API.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
+    "print_systemd": "The option print_systemd is gone; docs/server.md has a unit to copy.",
     "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",
 }
 

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from qaflora_edge.server.page.routes import page_routes
+from qaflora_edge.server.app import show_page
 from qaflora_edge.server.refusals import Refusal
 from qaflora_edge.server.work import refused_response
 
@@ -153,7 +153,7 @@ def app(script: Script) -> Starlette:
 
     made = Starlette(
         routes=[
-            *page_routes(),
+            Route("/", show_page),
             Route("/v1/models", models),
             Route("/v1/models/{id}", model),
             Route("/v1/chat/completions", answer, methods=["POST"]),

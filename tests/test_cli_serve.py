@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -171,31 +170,3 @@ def test_without_the_extra_it_says_what_is_missing(bundle: Path, package: str) -
     assert done.returncode == 1
     assert done.stderr.startswith(f"Error: qaflora serve needs the package {package}, ")
     assert done.stderr.endswith("install them with: pip install 'qaflora-edge[server]'.\n")
-
-
-# --print-systemd
-
-
-def unit_of(*words: str, **more: Any) -> list[str]:
-    result = CliRunner().invoke(main, ["serve", "--print-systemd", *words], **more)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout.splitlines()
-
-
-def test_unit_starts_the_same_command(bundle: Path) -> None:
-    words = ["--port", "8123", "--temp", "0.5", "--stop", "a b", "--stop", "$x%"]
-    lines = unit_of(str(bundle), *words, "--no-log-prompts")
-    (start,) = (line for line in lines if line.startswith("ExecStart="))
-    command = start.removeprefix("ExecStart=").replace("$$", "$").replace("%%", "%")
-    assert shlex.split(command) == [
-        *(sys.executable, "-m", "qaflora_edge", "serve", str(bundle)),
-        *("--port", "8123", "--no-log-prompts", "--temp", "0.5", "--stop", "a b", "--stop", "$x%"),
-    ]
-    assert "EnvironmentFile=-%h/.config/qaflora-edge/serve.env" in lines
-    assert {"MemoryMax=80%", "TasksMax=512", "NoNewPrivileges=yes"} <= set(lines)
-
-
-def test_unit_has_no_key(bundle: Path) -> None:
-    key = "correct-horse"
-    assert key not in "\n".join(unit_of(str(bundle), "--api-key", key))
-    assert key not in "\n".join(unit_of(str(bundle), env={"QAFLORA_API_KEY": key}))

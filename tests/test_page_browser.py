@@ -82,7 +82,7 @@ def test_nothing_is_asked_of_anybody_else(desk: Desk) -> None:
     )
     assert asked
     assert [name for name in asked if not name.startswith(desk.address)] == []
-    assert {*desk.script.paths} == {"/", "/v1/models", "/v1/chat/completions", "/page/blocks"}
+    assert {*desk.script.paths} == {"/", "/v1/models", "/v1/chat/completions"}
 
 
 def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:

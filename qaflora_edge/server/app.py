@@ -21,7 +21,7 @@ from qaflora_edge.errors import QafloraError
 from qaflora_edge.server.answers import chat_completions, completions, responses
 from qaflora_edge.server.openapi import describe
 from qaflora_edge.server.options import ServerOptions
-from qaflora_edge.server.page.routes import page_routes
+from qaflora_edge.server.page.content import page
 from qaflora_edge.server.post import Post
 from qaflora_edge.server.record import Metrics, Recorder
 from qaflora_edge.server.refusals import Refusal, refusal
@@ -92,7 +92,7 @@ def expire_all(app: Any) -> None:
 
 def _routes() -> list[Route]:
     return [
-        *page_routes(),
+        Route("/", show_page, methods=["GET"], include_in_schema=False),
         Route("/health", health, methods=["GET"]),
         Route("/openapi.json", openapi, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
@@ -131,6 +131,12 @@ async def _open_first(app: Starlette) -> None:
                 pass
     finally:
         app.state.is_opening = False
+
+
+async def show_page(request: Request) -> Response:
+    """GET /: the page, which is no part of the API."""
+    found = page()
+    return Response(found.body, media_type="text/html; charset=utf-8", headers=found.headers)
 
 
 async def health(request: Request) -> Response:

@@ -11,7 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("qaflora_edge.server")
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
-_QUIET = "/page/blocks"  # a part of showing an answer, many times a second
 # Facts that a line shows, in order; prompts only where --log-prompts asks for them.
 _SHOWN_MOST = 100_000  # characters
 _SHOWN = ("model", "strategy", "prompt_tokens", "completion_tokens", "wait_ms", "first_ms")
@@ -83,11 +82,10 @@ class Recorder:
             status = 500
             raise
         finally:
-            if status != 200 or scope["path"] != _QUIET:
-                ms = 1e3 * (time.perf_counter() - start)
-                route = scope.get("route")
-                self._metrics.add(getattr(route, "path", "other"), status, facts, ms)
-                log.info("%s", _line(scope, status, facts, ms))
+            ms = 1e3 * (time.perf_counter() - start)
+            route = scope.get("route")
+            self._metrics.add(getattr(route, "path", "other"), status, facts, ms)
+            log.info("%s", _line(scope, status, facts, ms))
 
 
 def _line(scope: Scope, status: int, facts: Mapping[str, Any], ms: float) -> str:

@@ -57,7 +57,7 @@ const answerView = (answer, adapters, { isNamed }) => {
   update();
   if (!isRunning(answer)) {
     body.feed(answer.text);
-    body.finish().catch(() => {});
+    body.finish();
   }
   return { answer, element, body, actions, update };
 };
@@ -88,7 +88,7 @@ const fill = async (view, request, signal) => {
     state = error.name === "AbortError" ? "cancelled" : "error";
     if (state === "error") answer.error = told(error);
   }
-  await body.finish().catch(error => { answer.error ||= told(error); });
+  body.finish();
   answer.state = state;
   view.update();
 };

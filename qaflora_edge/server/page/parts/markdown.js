@@ -1,79 +1,261 @@
-// Markdown comes from the server as a tree; only these elements are made of it.
-const ELEMENTS = {
-  p: "p", ul: "ul", ol: "ol", li: "li", blockquote: "blockquote", hr: "hr", br: "br",
-  strong: "strong", em: "em", s: "s", code: "code",
-  table: "table", thead: "thead", tbody: "tbody", tr: "tr", th: "th", td: "td",
-  // The page's own headings stand above those of an answer.
-  h1: "h3", h2: "h4", h3: "h5", h4: "h6", h5: "h6", h6: "h6",
-};
-const KINDS = ["comment", "keyword", "function", "type", "number", "string"];
+// Markdown as models write it: a text becomes nodes, and nodes become these elements only.
+// A node is a text, or [tag, attributes, nodes]. No text is ever read as HTML.
+//
+// Less is markup than elsewhere, for no number and no formula may lose a sign: a star is emphasis
+// neither inside a word nor beside a digit, `__` never is, and a backslash that is LaTeX's stays.
+// HTML, images, underlined headings and definitions of links stay text.
+const MAX_NESTED = 32; // quotes and lists in each other; deeper ones are text
+const MAX_OPEN = 100; // runs of stars that wait for their end
 
-const build = node => {
-  if (typeof node === "string") return document.createTextNode(node);
-  const [tag, attributes, nodes] = node;
-  const children = nodes.map(build);
-  if (tag === "pre") return codeBlock(attributes.lang, children);
-  if (tag === "link") return linkText(attributes.address, children);
-  if (tag === "span") {
-    const kind = KINDS.includes(attributes.kind) ? attributes.kind : "";
-    return el("span", { className: kind }, ...children);
+const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})[ \t]*(\S*)/;
+const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.*)$/;
+const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
+const QUOTE = /^ {0,3}> ?/;
+const ITEM = /^( {0,3})([-+*]|\d{1,9}[.)])( *)(.*)$/;
+const DELIMITERS = /^[ \t]*:?-+:?[ \t]*$/;
+
+const isBlank = line => !line.trim();
+const indentOf = line => line.length - line.trimStart().length;
+
+// An item's mark: how far its text is indented. Null for what begins none.
+const itemAt = line => {
+  const found = ITEM.exec(line);
+  if (!found || RULE.test(line) || (found[4] && !found[3])) return null;
+  const [, before, mark, space, text] = found;
+  const width = before.length + mark.length;
+  const isPlain = !text || space.length > 4; // the text is empty, or code
+  return { kind: mark.at(-1), number: parseInt(mark, 10), isEmpty: !text, indent: width + (isPlain ? 1 : space.length) };
+};
+
+// Whether a line ends the paragraph above it.
+const breaks = line => {
+  if (FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line)) return true;
+  const item = itemAt(line);
+  return item !== null && !item.isEmpty && !(item.number !== 1 && /[.)]/.test(item.kind));
+};
+
+// The cells of a row; a bar with a backslash, or in code, is a letter.
+const cellsOf = line => {
+  const cells = [""];
+  for (const part of line.trim().match(/\\\||`[^`|]*`|\||[^\\|`]+|[\\`]/g) || []) {
+    if (part === "|") cells.push("");
+    else cells[cells.length - 1] += part === "\\|" ? "|" : part;
   }
-  if (!Object.hasOwn(ELEMENTS, tag)) throw new Error(`No element ${tag} is known.`);
-  const made = el(ELEMENTS[tag], {}, ...children);
-  if (tag === "ol") made.start = Number(attributes.start);
-  if (["right", "center"].includes(attributes.align)) made.classList.add(attributes.align);
-  return tag === "table" ? el("div", { className: "wide", tabIndex: 0, role: "region", "aria-label": "Table" }, made) : made;
+  if (!cells[0].trim()) cells.shift();
+  if (cells.length > 1 && !cells.at(-1).trim()) cells.pop();
+  return cells.map(cell => cell.trim());
 };
 
-const codeBlock = (language, children) => {
-  const code = el("code", {}, ...children);
-  return el("div", { className: "code" },
-    el("div", { className: "code-head" }, el("span", {}, language || "text"),
-      copyButton("Copy this code", () => code.textContent)),
-    el("pre", { tabIndex: 0, role: "region", "aria-label": `Code, ${language || "text"}` }, code));
+const alignOf = mark => mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : "left";
+
+// The table that begins at a line, and the line behind it; null where none does.
+const tableAt = (lines, start) => {
+  if (!/^ {0,3}\|/.test(lines[start]) || start + 1 >= lines.length) return null;
+  const head = cellsOf(lines[start]), marks = cellsOf(lines[start + 1]);
+  if (!lines[start + 1].includes("-") || marks.length !== head.length || !marks.every(mark => DELIMITERS.test(mark))) return null;
+  const rows = [];
+  let at = start + 2;
+  for (; at < lines.length && !isBlank(lines[at]) && !breaks(lines[at]) && !itemAt(lines[at]); at++) {
+    const cells = cellsOf(lines[at]);
+    if (cells.length > head.length) break; // no cell is left out: the row is text below the table
+    rows.push(cells);
+  }
+  const row = (tag, cells) => ["tr", {}, head.map((_, i) => [tag, { align: alignOf(marks[i]) }, inline(cells[i] || "")])];
+  const body = rows.length ? [["tbody", {}, rows.map(cells => row("td", cells))]] : [];
+  return [["table", {}, [["thead", {}, [row("th", head)]], ...body]], at];
 };
 
-// A link of a model leads nowhere: its address can be read and copied.
-const linkText = (address, children) => {
-  const label = el("span", { className: "link" }, ...children);
-  const isShown = label.textContent === address;
-  return isShown ? label : el("span", {}, label, el("span", { className: "address" }, ` (${address})`));
+const fenceAt = (lines, start) => {
+  const [, fence, language] = FENCE.exec(lines[start]), indent = indentOf(lines[start]);
+  const end = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}[ \\t]*$`);
+  let at = start + 1;
+  while (at < lines.length && !end.test(lines[at])) at++;
+  const code = lines.slice(start + 1, at).map(line => line.slice(Math.min(indent, indentOf(line))));
+  return [["pre", { lang: language }, [code.join("\n")]], at + 1];
 };
 
-const REDRAW_MS = 60, LOAD = 4; // a redraw is followed by a pause of so many times its own time
+// The lines inside a quote or an item, without their marks: those that `inner` knows, and those
+// that go on with its last paragraph (isOpen). `inner` gives a line's text, null for a foreign one.
+const gathered = (lines, start, inner, isOpen = true) => {
+  const found = [];
+  let at = start;
+  for (; at < lines.length; at++) {
+    const text = inner(lines[at], at);
+    const isLazy = isOpen && found.length && !isBlank(found.at(-1)) && !isBlank(lines[at]) && !breaks(lines[at]) && !itemAt(lines[at]);
+    if (text === null && !isLazy) break;
+    found.push(text ?? lines[at].trimStart());
+  }
+  return [found, at];
+};
 
-// An answer that grows. Blocks that are settled stay the elements that they are.
-const markdownView = onSettled => {
-  const settled = el("div", { className: "part" }), live = el("div", { className: "part" });
-  const element = el("div", { className: "markdown", dir: "auto" }, settled, live);
-  let rest = "", fresh = "", isWhole = false, drawing = null;
+const listAt = (lines, start, depth) => {
+  const first = itemAt(lines[start]), items = [];
+  let at = start, isLoose = false;
+  while (at < lines.length) {
+    const item = itemAt(lines[at]);
+    if (!item || item.kind !== first.kind) break;
+    const from = at;
+    const [own, next] = gathered(lines, at, (line, i) => {
+      if (i === from || indentOf(line) >= item.indent) return line.slice(item.indent);
+      return isBlank(line) ? "" : null;
+    });
+    let n = own.length;
+    while (n > 1 && isBlank(own[n - 1])) n--;
+    const nodes = blocksOf(own.slice(0, n), depth + 1);
+    const goesOn = next < lines.length && itemAt(lines[next])?.kind === first.kind;
+    isLoose ||= (n < own.length && goesOn) || nodes.some((block, i) => i && isBlank(own[block.start - 1]));
+    items.push(nodes.map(block => block.node));
+    at = next - (own.length - n) * !goesOn;
+    if (!goesOn) break;
+  }
+  const shown = isLoose ? items : items.map(nodes => nodes.flatMap(node => node[0] === "p" ? node[2] : [node]));
+  const nodes = shown.map(inside => ["li", {}, inside]);
+  return [Number.isNaN(first.number) ? ["ul", {}, nodes] : ["ol", { start: first.number }, nodes], at];
+};
 
-  const draw = async () => {
-    while (fresh || isWhole) {
-      const start = performance.now(), text = rest + fresh, last = isWhole;
-      [rest, fresh] = [text, ""];
-      const reply = await (await call("page/blocks", { text, is_whole: last })).json();
-      const nodes = reply.settled.map(build);
-      settled.append(...nodes);
-      live.replaceChildren(...reply.live.map(build));
-      rest = reply.rest;
-      onSettled(nodes.map(node => node.innerText).join("\n"));
-      if (last) return;
-      const pause = Math.max(REDRAW_MS, LOAD * (performance.now() - start));
-      await new Promise(done => setTimeout(done, isWhole ? 0 : pause));
+const paragraphAt = (lines, start) => {
+  let at = start + 1;
+  while (at < lines.length && !isBlank(lines[at]) && !breaks(lines[at]) && !tableAt(lines, at)) at++;
+  const text = lines.slice(start, at).map(line => line.trim()).join("\n");
+  return [["p", {}, inline(text)], at];
+};
+
+const blockAt = (lines, at, depth) => {
+  const line = lines[at];
+  if (FENCE.test(line)) return fenceAt(lines, at);
+  const heading = HEADING.exec(line);
+  if (heading) return [[`h${heading[1].length}`, {}, inline(heading[2].trim().replace(/(^|[ \t])#+$/, "").trim())], at + 1];
+  if (RULE.test(line)) return [["hr", {}, []], at + 1];
+  if (depth < MAX_NESTED && QUOTE.test(line)) {
+    const [own, next] = gathered(lines, at, each => QUOTE.test(each) ? each.replace(QUOTE, "") : null);
+    return [["blockquote", {}, blocksOf(own, depth + 1).map(block => block.node)], next];
+  }
+  if (depth < MAX_NESTED && itemAt(line)) return listAt(lines, at, depth);
+  if (indentOf(line) >= 4) {
+    let [code, next] = gathered(lines, at, each => indentOf(each) >= 4 ? each.slice(4) : isBlank(each) ? "" : null, false);
+    while (isBlank(code.at(-1))) { code.pop(); next--; }
+    return [["pre", { lang: "" }, [code.join("\n")]], next];
+  }
+  return tableAt(lines, at) || paragraphAt(lines, at);
+};
+
+// The blocks of lines: [{node, start}], where start is a block's first line.
+const blocksOf = (lines, depth = 0) => {
+  const found = [];
+  for (let at = 0; at < lines.length;) {
+    if (isBlank(lines[at])) { at++; continue; }
+    const [node, next] = blockAt(lines, at, depth);
+    found.push({ node, start: at });
+    at = next;
+  }
+  return found;
+};
+
+const rowsOf = text => text.replace(/\r\n?/g, "\n").replace(/\t/g, "    ").split("\n");
+const markdownNodes = text => blocksOf(rowsOf(text)).map(block => block.node);
+
+// How many rows hold blocks that stay as they are, whatever comes behind: all but the last block.
+// A row that still grows tells nothing, for `2` may yet become `2.`, an item of the list above it.
+const settledRows = rows => blocksOf(rows.slice(0, -1)).at(-1)?.start || 0;
+
+// What may stand before and behind emphasis beside blanks; scripts without blanks are such places.
+const WIDE = /[\u3000-\u303f\uff00-\uff60\uffe0-\uffe6]|\p{sc=Han}|\p{sc=Hiragana}|\p{sc=Katakana}|\p{sc=Hangul}/u;
+const isEdge = (sign, marks) => !sign.trim() || marks.includes(sign) || WIDE.test(sign);
+const isDigit = sign => /\d/.test(sign);
+const isPunctuation = sign => /[\p{P}\p{S}]/u.test(sign);
+
+const PLAIN = /[^`\\*_~[\n]+/y, RUN = /`+|\*+|_+|~+/y;
+const LINK = /\[([^[\]\n]*)\]\(<?((?:https?|ftp|mailto):[^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: +"[^"\n]*")?\)/iy;
+const LATEX = "()[]{}\\,:;|"; // behind a backslash, LaTeX's
+
+const matchAt = (pattern, text, at) => { pattern.lastIndex = at; return pattern.exec(text); };
+
+// The nodes of a paragraph, a heading or a cell; a line end is one.
+const inline = text => {
+  const parts = [], noEnd = new Set(); // lengths of runs of ` that have no end
+  const code = (run, at) => {
+    for (let end = text.indexOf(run, at); end >= 0 && !noEnd.has(run.length); ) {
+      const [found] = matchAt(/`+/y, text, end);
+      if (found.length === run.length) return end;
+      end = text.indexOf(run, end + found.length);
     }
+    noEnd.add(run.length);
+    return -1;
   };
+  for (let at = 0; at < text.length;) {
+    const sign = text[at], plain = matchAt(PLAIN, text, at);
+    let took = (plain || matchAt(RUN, text, at) || [sign])[0], node = took;
+    const link = sign === "[" ? matchAt(LINK, text, at) : null;
+    if (sign === "\n") node = ["br", {}, []];
+    else if (sign === "\\" && at + 1 < text.length) {
+      const next = text[at + 1];
+      if (next === "\n") node = "";
+      else {
+        took = /[!-/:-@[-`{-~]/.test(next) ? sign + next : sign;
+        node = LATEX.includes(next) ? took : took.at(-1);
+      }
+    } else if (sign === "`") {
+      const end = code(took, at + took.length);
+      if (end >= 0) {
+        const inside = text.slice(at + took.length, end).replace(/\n/g, " ");
+        const isPadded = inside.startsWith(" ") && inside.endsWith(" ") && inside.trim();
+        node = ["code", {}, [isPadded ? inside.slice(1, -1) : inside]];
+        took = text.slice(at, end + took.length);
+      }
+    } else if (link) {
+      [took] = link;
+      node = ["link", { address: link[2] }, inline(link[1])];
+    } else if ("*_~".includes(sign)) node = runOf(text, at, took);
+    parts.push(node);
+    at += took.length;
+  }
+  return joined(matched(parts));
+};
 
-  // Should reading it fail, the letters are there all the same.
-  const plain = error => {
-    live.replaceChildren(el("p", { className: "plain" }, rest + fresh));
-    throw error;
-  };
-  const run = () => drawing ||= draw().catch(plain).finally(() => { drawing = null; });
+// A run of stars: how many are left, the tags that it ends, and those that it begins.
+const runOf = (text, at, run) => {
+  const before = [...text.slice(Math.max(0, at - 2), at)].at(-1) || "", behind = [...text.slice(at + run.length, at + run.length + 2)][0] || "";
+  const isText = (run.length === 1 && (isDigit(before) || isDigit(behind))) || (run[0] === "_" && run.length > 1) || (run[0] === "~" && run.length !== 2);
+  const opens = !isText && isEdge(before, "([{\"'“‘«„¿¡—–*_~") && behind.trim() && (!isPunctuation(behind) || !before.trim() || isPunctuation(before));
+  const closes = !isText && isEdge(behind, ")]}\"'”’»“.,;:!?…—–-*_~") && before.trim() && (!isPunctuation(before) || !behind.trim() || isPunctuation(behind));
+  return { sign: run[0], size: run.length, left: run.length, opens, closes, ended: [], begun: [] };
+};
 
-  return {
-    element,
-    feed: text => { fresh += text; run().catch(() => {}); },
-    finish: () => { isWhole = true; return run(); },
+// Parts with each run's tags: an end belongs to the nearest beginning of its sign.
+const matched = parts => {
+  let open = [];
+  for (const run of parts) {
+    if (typeof run === "string" || Array.isArray(run)) continue;
+    while (run.closes && run.left) {
+      const at = open.findLastIndex(other => other.sign === run.sign
+        && !((other.closes || run.opens) && (other.size + run.size) % 3 === 0 && other.size % 3));
+      if (at < 0) break;
+      const start = open[at], n = Math.min(start.left, run.left, 2);
+      const tag = run.sign === "~" ? "s" : n === 2 ? "strong" : "em";
+      start.begun.unshift(tag);
+      run.ended.push(tag);
+      start.left -= n;
+      run.left -= n;
+      open = open.slice(0, start.left ? at + 1 : at);
+    }
+    if (run.opens && run.left && open.length < MAX_OPEN) open.push(run);
+  }
+  return parts;
+};
+
+// Nodes that hold each other, with neighbouring texts as one.
+const joined = parts => {
+  const stack = [[]];
+  const add = node => {
+    const nodes = stack.at(-1);
+    if (typeof node === "string" && typeof nodes.at(-1) === "string") nodes.push(nodes.pop() + node);
+    else if (node !== "") nodes.push(node);
   };
+  for (const part of parts) {
+    if (typeof part === "string" || Array.isArray(part)) { add(part); continue; }
+    for (const tag of part.ended) { const inside = stack.pop(); add([tag, {}, inside]); }
+    add(part.sign.repeat(part.left));
+    for (const _ of part.begun) stack.push([]);
+  }
+  return stack[0];
 };
