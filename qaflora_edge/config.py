@@ -1,7 +1,6 @@
 """Every option, declared once.
 
-From here come the options of the commands, the settings file and its variables, the options of
-`llm`, the ranges and defaults of the Python calls, and the table of docs/settings.md.
+Commands, settings, `llm`, Python calls, server requests and docs/settings.md are made from it.
 """
 
 import re
