@@ -145,8 +145,7 @@ OPTIONS = (
     Option("prefix_cache", int, 128, "engine", "--prefix-cache", low=0, high=2**20,
            noun="a number of MiB", metavar="MIB",
            help="Memory for what the probe read of prompts, so that others which begin alike are "
-           "weighed sooner, and of one that the base is left to answer, which goes on from it; "
-           "0 keeps the last prompt only, to weigh."),
+           "weighed sooner; 0 keeps the last prompt only."),
     Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
            help="Take the prompt as it is: no chat template."),
     Option("n_ctx", int, 2048, "engine", "--ctx", low=1, high=MAX_CTX, noun=_TOKENS,

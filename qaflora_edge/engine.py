@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.chat.messages import Message
 from qaflora_edge.config import MAX_SEED, check
 from qaflora_edge.engine_measures import EngineMeasures
@@ -99,8 +98,7 @@ class Engine(EngineMeasures):
         with self._call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)
-            read: list[KvState | None] = []  # by the base alone, while it was measured
-            probe = self._core.probe(cancellation, on_progress, read.append)
+            probe = self._core.probe(cancellation, on_progress)
             sampler = self._core.sampler(sampling)  # a bad grammar is refused before the work
             fusion = self._using(adapters).weigh(weights, tokens, probe)
             if on_weights is not None:
@@ -113,10 +111,7 @@ class Engine(EngineMeasures):
                 goes_on_from=self._goes_on_from(keep_history),
                 cancellation=cancellation,
             )
-            is_of_base = read and request.goes_on_from is None and not fusion.weights.any()
-            held = read[-1] if is_of_base else None
-            read.clear()  # it is large
-            answer = self._core.begin(request, sampler, fusion, held)
+            answer = self._core.begin(request, sampler, fusion)
             answer._engine = self
             if wait:
                 self._core.wait_for_prompt(answer, on_progress)
@@ -135,10 +130,12 @@ class Engine(EngineMeasures):
     def answers(
         self, prompt: Prompt, n: int, *, seed: int | None = None, **options: Any
     ) -> Iterator[Generation]:
-        """Answer a prompt n times, weighed and read once; after cancel() no further answer comes.
+        """Answer a prompt n times, weighed once; after cancel() no further answer comes.
 
         seed     of the first answer; the others have the next numbers
         options  as generate takes them
+
+        Each answer is the one that the prompt gets alone, bit for bit.
         """
         first = self.seed if seed is None else seed
         check("answers", {"n": n, "seed": first})
@@ -149,9 +146,8 @@ class Engine(EngineMeasures):
             yield answer
             if answer.is_cancelled:
                 return
-            # The same weights: what the context holds of the prompt is what it would read again.
             weights = replace(answer.fusion, probe_ms=0.0)
-            options |= {"keep_history": answer, "on_weights": None, "on_progress": None}
+            options |= {"on_weights": None, "on_progress": None}
 
     def generate_many(
         self, requests: Iterable[Prompt | Mapping[str, Any]], **options: Any

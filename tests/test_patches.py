@@ -49,7 +49,14 @@ class Project:
         for name in ("prepare.py", "strict.py"):
             (self.patches / name).write_bytes((ROOT / "patches" / name).read_bytes())
         (folder / "qaflora_edge").mkdir()
-        for name in ("__init__.py", "errors.py", "files.py", "progress.py", "settings.py"):
+        for name in (
+            "__init__.py",
+            "errors.py",
+            "files.py",
+            "progress.py",
+            "settings.py",
+            "config.py",
+        ):
             source = ROOT / "qaflora_edge" / name
             (folder / "qaflora_edge" / name).write_bytes(source.read_bytes())
         self.write_archive({"CMakeLists.txt": "project(x)\n", "src/a.cpp": TEXT} | (members or {}))

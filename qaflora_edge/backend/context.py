@@ -6,22 +6,25 @@ Nothing here knows what a strategy or a bundle is.
 import contextlib
 import ctypes
 import hashlib
+import mmap
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend import native
 from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_common, n_ubatch, pieces_of
-from qaflora_edge.backend.context_params import FLASH_ATTN_OFF, context_params
-from qaflora_edge.backend.kv_beginning import U8, MemoryKindError, for_rooms, mapped
+from qaflora_edge.backend.context_params import context_params
 from qaflora_edge.backend.library import Handle, has_said, said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError, OptionError
 
+U8 = NDArray[np.uint8]
 MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
 
@@ -93,7 +96,6 @@ class Context(Handle):
         self.n_seq, self.n_ctx = n_seq, n_ctx
         self._n_batch, self._n_output = int(params.n_batch), int(params.n_outputs_max)
         self._is_unified = bool(params.kv_unified)
-        self._is_by_element = params.flash_attn_type == FLASH_ATTN_OFF
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
         self._copying: set[int] = set()  # rooms of copies that the next decode makes
         self._weights = [b""] * n_seq  # a hash of those that were set
@@ -226,26 +228,6 @@ class Context(Handle):
         """Let other sequences hold what the first one does."""
         for seq in targets:
             self.copy(0, seq)
-
-    def take(self, data: U8, tokens: Sequence[int], n: int, seq: int) -> bool:
-        """Let a sequence hold the first n of the tokens that one of another context held.
-
-        data     as llama_state_seq_get_data gives it, of the same model and kv_type
-        returns  whether it does. Where it cannot, for the memory is of a kind that is not known, or
-                 there is none for a copy, the sequence holds what it did; where the memory cannot
-                 forget its end, or take the state in, it holds nothing
-        """
-        try:
-            n_room = 1 if self._is_unified else self.n_seq
-            data = for_rooms(data, n_room, by_element=self._is_by_element)
-        except (MemoryKindError, MemoryError):
-            return False
-        self.clear(seq)
-        try:
-            self._load(seq, data, tokens)
-        except (BackendError, CancelledError):  # the next decode ends what was cancelled
-            return False
-        return self.keep(n, seq) == n
 
     def _load(self, seq: int, data: U8, tokens: Sequence[int]) -> None:
         if seq in self._copying:
@@ -386,6 +368,14 @@ def cancelled() -> CancelledError:
     return CancelledError(
         "The call was cancelled (Engine.cancel) before there was an answer; ask again."
     )
+
+
+def mapped(n_byte: int) -> U8:
+    """Allocate memory that goes back to the system when it is dropped; malloc would keep it."""
+    if sys.platform == "win32":
+        return np.frombuffer(mmap.mmap(-1, n_byte), np.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, n_byte, flags), np.uint8)
 
 
 def as_bytes(array: U8) -> Any:

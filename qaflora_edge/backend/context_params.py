@@ -8,7 +8,7 @@ from qaflora_edge.backend.library import forget_said
 from qaflora_edge.backend.model import Model
 from qaflora_edge.config import KV_TYPES
 
-_FLASH_ATTN_AUTO, FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
+_FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 
 
@@ -54,13 +54,13 @@ def _flash_attn_type(
     is computed as answers are.
     """
     if flash_attn is not None:
-        return _FLASH_ATTN_ON if flash_attn else FLASH_ATTN_OFF
+        return _FLASH_ATTN_ON if flash_attn else _FLASH_ATTN_OFF
     if not model.is_on_cpu:
         return _FLASH_ATTN_AUTO  # llama.cpp looks at what the device can
     scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
     is_slow = not is_probe and kv_type in ("f16", "f32")
     is_off = is_slow and scores_bytes <= _MAX_SCORES_BYTES
-    return FLASH_ATTN_OFF if is_off else _FLASH_ATTN_ON
+    return _FLASH_ATTN_OFF if is_off else _FLASH_ATTN_ON
 
 
 def default_threads() -> int:

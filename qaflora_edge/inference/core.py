@@ -15,7 +15,6 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
-from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import QafloraError, WorkerError
 from qaflora_edge.formats.adapter import AdapterInfo
@@ -121,19 +120,15 @@ class Core:
         return [self.adapters.index(name) for name in names]
 
     def probe(
-        self,
-        cancellation: Cancellation,
-        tell: Tell | None = None,
-        held: Callable[[KvState | None], None] | None = None,
+        self, cancellation: Cancellation, tell: Tell | None = None
     ) -> Callable[[Query], QueryProbe]:
-        """What measures a query for a strategy, others' work in between; held as there."""
-        return partial(self._query_probe, cancellation, tell, held)
+        """Measure a query for a strategy, with other callers' work in between."""
+        return partial(self._query_probe, cancellation, tell)
 
     def _query_probe(
         self,
         cancellation: Cancellation,
         tell: Tell | None,
-        held: Callable[[KvState | None], None] | None,
         query: Query,
     ) -> QueryProbe:
         def run(steps: Steps[T], /) -> T:
@@ -141,7 +136,7 @@ class Core:
             result: T = self._loop.run("probe", told, cancellation)
             return result
 
-        return QueryProbe(self.prober, query, self.rows(query.adapters), run, held)
+        return QueryProbe(self.prober, query, self.rows(query.adapters), run)
 
     def _telling(self, steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
         """The same steps, whose progress is told."""
@@ -203,13 +198,12 @@ class Core:
         request: Request,
         sampler: Sampler,
         fusion: FusionWeights,
-        held: KvState | None = None,
     ) -> Generation:
-        """Put a request into the queue; held as Sequence has it."""
+        """Put a request into the queue."""
         n_room = self.n_ctx - len(request.tokens) + 1
         most = request.sampling.max_tokens
         n_max = n_room if most is None else min(n_room, most)
-        sequence = RunningSequence(request, sampler, n_max, held)
+        sequence = RunningSequence(request, sampler, n_max)
         self.last_answer = sequence.number
         self._loop.add(sequence)
         return self._generation(sequence, fusion)

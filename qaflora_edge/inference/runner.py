@@ -9,20 +9,16 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
-from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.logprobs import token_logprob
 from qaflora_edge.inference.scheduler import Slot, Step
-
-_N_WORTH = 16  # tokens of a prompt: fewer are read as quickly as they are taken over
 
 
 class AnswerContext(Protocol):
     """What the runner needs of backend.context.Context."""
 
     def keep(self, n_token: int, seq: int) -> int: ...
-    def take(self, data: Any, tokens: Sequence[int], n: int, seq: int) -> bool: ...
     def clear(self, seq: int | None = None) -> None: ...
     def clean(self, seq: int, doubtful: Collection[int] = ()) -> None: ...
     def move(self, source: int, target: int) -> None: ...
@@ -103,26 +99,6 @@ class Runner:
         if sequence.n_past < n_reused:  # the memory could not forget what came after it
             slot.hold(sequence, 0, is_exact=False)  # cut for another beginning
         self._context.set_weights(sequence.request.weights, seq=slot.number)
-        if sequence.held is not None:
-            self._take(sequence, slot, sequence.held)
-            sequence.held = None
-
-    def _take(self, sequence: sequences.Sequence, slot: Slot, held: KvState) -> None:
-        """Have all but the last token of a prompt as the base has read it to weigh it.
-
-        It read under flash attention, and is not what a prompt is read to bit for bit: so it is
-        taken whatever the slot holds, and an answer depends on its prompt alone.
-        """
-        n = sequence.n_prompt - 1
-        if n < _N_WORTH:
-            return
-        if self._context.take(held.sequences[0], held.tokens, n, slot.number):
-            slot.hold(sequence, n)
-            slot.n_exact = 0
-            sequence.n_past = n
-        elif len(self._context.tokens_of(slot.number)) < sequence.n_past:
-            slot.hold(sequence, 0, is_exact=False)
-            sequence.n_past = 0
 
     def _prefill(self, sequence: sequences.Sequence, slot: Slot, n: int) -> None:
         start = sequence.n_past

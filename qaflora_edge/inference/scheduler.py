@@ -201,8 +201,7 @@ class Scheduler:
             n_reused = self._n_reused(slot, sequence)
             source = max(self.slots, key=lambda other: other.n_shared(sequence, self._pieces))
             n_shared = source.n_shared(sequence, self._pieces)
-            # What the base has read to weigh it is taken over whatever the slot holds.
-            if sequence.held is None and n_shared >= n_reused + self._pieces.n_least:
+            if n_shared >= n_reused + self._pieces.n_least:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
                 n_reused = n_shared

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.probe_context import KvState
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.logprobs import TokenLogprob
 from qaflora_edge.inference.request import Request
@@ -66,18 +65,11 @@ class Sequence:
     next_token  chosen, not yet decoded
     pieces      of text that nobody has taken yet, each with the tokens of the answer until there
     logprobs    of each token of the answer, where the request asks for them
-    held        what the base alone holds of the prompt, for an answer of the base; None once used
     logits      float32 [n_vocab] after the prompt, where the request keeps them
     error       why there is no answer; finish_reason is "error" then
     """
 
-    def __init__(
-        self,
-        request: Request,
-        sampler: TokenSampler | None,
-        n_max: int,
-        held: KvState | None = None,
-    ) -> None:
+    def __init__(self, request: Request, sampler: TokenSampler | None, n_max: int) -> None:
         self.number = next(_numbers)
         self.request, self.sampler, self.n_max = request, sampler, n_max
         self.slot: int | None = None
@@ -88,7 +80,6 @@ class Sequence:
         self.pieces: deque[tuple[str, int]] = deque()
         self.logprobs: list[TokenLogprob] = []
         self.timings = Timings()
-        self.held = held
         self.logits: F32 | None = None
         self.finish_reason: str | None = None
         self.is_whole = True
@@ -147,7 +138,7 @@ class Sequence:
             self._end("error")
 
     def _end(self, reason: str) -> None:
-        self.next_token = self.held = None
+        self.next_token = None
         if self.sampler is not None:
             self.sampler.close()
         self.finish_reason = reason

@@ -162,16 +162,6 @@ class BaseProber:
         means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
         return np.array([last, means])
 
-    def held(self, tokens: Sequence[int]) -> KvState | None:
-        """What is held of a query whose every token was just read, for an answer of the base.
-
-        returns  None where that is more than is kept of prompts, or where a window has moved on
-        """
-        context = self.context
-        if context is None or context.tokens != list(tokens) or 0 < self._model.n_swa < len(tokens):
-            return None
-        return context.kv_state() if self._prefixes.has_room_for(context.n_kv_byte) else None
-
     def prefix(self, tokens: Sequence[int], n: int) -> Steps[KvState | None]:
         """What is held after the first n tokens of a query, one of its cuts.
 

@@ -33,10 +33,6 @@ class Prefixes:
     def n_byte(self) -> int:
         return sum(entry.state.n_byte for entry in self._entries if not entry.is_pinned)
 
-    def has_room_for(self, n_byte: int) -> bool:
-        """Whether a state of this size is kept, in place of others."""
-        return n_byte <= self._n_most
-
     def go_on(
         self,
         context: ProbeContext,
@@ -69,7 +65,7 @@ class Prefixes:
         """Keep what a context holds, or its first n_exact tokens; it forgets the others."""
         if n_exact is not None and len(context.tokens) > n_exact:
             context.keep_first(n_exact)
-        if not context.tokens or not self.has_room_for(context.n_kv_byte):
+        if not context.tokens or context.n_kv_byte > self._n_most:
             return
         state = context.kv_state()
         self.add(key, state, context.pieces(len(state.sequences)))

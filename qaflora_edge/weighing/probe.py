@@ -282,20 +282,11 @@ class Prober:
 class QueryProbe:
     """What a strategy may measure of one query: strategy.Probe over a Prober.
 
-    run   drives what measures it
-    held  told what the base holds of the query once it has read all of it: see BaseProber.held
+    run  drives what measures it
     """
 
-    def __init__(
-        self,
-        prober: Prober,
-        query: Query,
-        rows: Sequence[int],
-        run: Run,
-        held: Callable[[KvState | None], None] | None = None,
-    ) -> None:
+    def __init__(self, prober: Prober, query: Query, rows: Sequence[int], run: Run) -> None:
         self._prober, self._query, self._rows, self._run = prober, query, tuple(rows), run
-        self._held = held
 
     def _of_base(self, steps: Steps[T]) -> T:
         return self._run(self._prober.timed(steps))
@@ -317,15 +308,9 @@ class QueryProbe:
 
     def places(self, measure: PlaceMeasure) -> F64:
         if measure == "added":
-            return self._of_base(self._added())
+            query, base = self._query, self._prober.base
+            return self._of_base(base.added(query.tokens, self._rows, query.question))
         return np.stack([numbers.cosine_distance(each[0], each[1:]) for each in self._places()])
-
-    def _added(self) -> Steps[F64]:
-        base, query = self._prober.base, self._query
-        added = yield from base.added(query.tokens, self._rows, query.question)
-        if self._held is not None:
-            self._held(base.held(query.tokens))
-        return added
 
     def embedding(self) -> F32:
         return self._of_base(self._prober.base.embedding(self._query.tokens))
