@@ -1,7 +1,7 @@
 """What is opened: an Engine's facts and choices, and its prompts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -9,14 +9,12 @@ from qaflora_edge.bundles.open import open_any
 from qaflora_edge.chat.messages import Message, begin_with
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.config import check, removed
-from qaflora_edge.errors import OptionError, OutputFileError, StrategyError, wrong_option
+from qaflora_edge.errors import OptionError, StrategyError, wrong_option
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.prompts import Prompt, checked_tokens, prompt_tokens
-from qaflora_edge.system_prompt import SystemPrompt
-from qaflora_edge.weighing.strategy import Sequences
 from qaflora_edge.weighing.weigher import Weigher
 
 
@@ -71,7 +69,7 @@ class EngineBase:
         self.system = opened.system
 
         # Without the Engine: it would be its own owner, and never be freed when it is dropped.
-        def make(lifetime: Lifetime) -> tuple[Core, SystemPrompt | None]:
+        def make(lifetime: Lifetime) -> Core:
             core = Core(
                 lifetime,
                 opened.header,
@@ -85,8 +83,7 @@ class EngineBase:
             )
             # llama.cpp opened the files by name, after they were checked.
             check_unchanged(opened.states)
-            facts = opened.hashes, {**options, **others}
-            return core, SystemPrompt(core, opened.system, *facts) if opened.system else None
+            return core
 
         self._make = make
         try:
@@ -96,14 +93,12 @@ class EngineBase:
             raise
 
     def _open(self) -> None:
-        self._core, self._system_prompt = self._make(self._lifetime)
+        self._core = self._make(self._lifetime)
         self._model = self._core.model
         finder = QuestionFinder(self._model)
         self._weigher = replace(
             self._weigher, n_layer=self._model.n_layer, find_question=finder.find
         )
-        if self._system_prompt is not None:
-            self._system_prompt.pin(self._reads)
 
     # life
 
@@ -244,14 +239,6 @@ class EngineBase:
             known = replace(self._weigher.known, strategy=strategy)
             self._weigher = replace(self._weigher, known=known)
 
-    @property
-    def _reads(self) -> Sequences:
-        """Strategy.reads of the strategy of calls that name none."""
-        if not self.adapters:
-            return "none"
-        chosen = self._weigher.parse(self.strategy)
-        return chosen.strategy.reads(self._weigher.query((), chosen))
-
     def _using(self, names: Sequence[str] | None) -> Weigher:
         """The weigher with these adapters in use; None: as they are."""
         if names is None:
@@ -291,19 +278,3 @@ class EngineBase:
             messages = begin_with(self.system or None, messages)
             tokens = chat_tokens(self._model, messages, tools=tools)
             return checked_tokens(self._model, tokens, self.n_ctx)
-
-    def keep_system(self, *, if_read: bool = False) -> None:
-        """Let Engines to come begin where the bundle's system prompt was probed.
-
-        What is read of it under the strategy in use is put into a file of the cache.
-
-        if_read  only where something was probed, and only if the cache can be written to
-
-        Raises OutputFileError.
-        """
-        if if_read and self._model.is_lost:
-            return
-        harmless = (OutputFileError,) if if_read else ()
-        with self._call(), suppress(*harmless):
-            if self._system_prompt is not None and (self._core.prober.contexts or not if_read):
-                self._system_prompt.keep(self._reads)

@@ -12,8 +12,8 @@ from qaflora_edge.bundles.write import (
     check_measured,
     check_names,
     check_strategy,
+    check_system,
     check_targets,
-    keep_system,
     measure_typical,
     prompts_record,
     put_adapter,
@@ -62,8 +62,7 @@ def create_bundle(
     adapters   name -> a PEFT folder, which is converted, an adapter GGUF, which is copied, or a
                Hub reference to one of them, which is recorded with its commit
     outtype    of converted adapters: f32, f16, bf16 or q8_0
-    system     what conversations begin with that have no system message; what the probe reads of it
-               is kept in this machine's cache
+    system     what conversations begin with that have no system message
     strategy, lens, pool  what an Engine takes by default; where no strategy is given, BEST, or
                PUBLISHED where the adapters are not measured or BEST has nothing to go by
     notes      adapter name -> source, license, description
@@ -88,6 +87,8 @@ def create_bundle(
         header = read_gguf_header(base_source.path)
         sources = [find_adapter(source, tell) for _, source in pairs]
         base_record = _base_record(base_source, header, tell)
+        if system:
+            check_system(base_source.path, system)
         (temporary / "adapters").mkdir()
         records = []
         for done, (adapter_name, source) in enumerate(zip(names, sources, strict=True)):
@@ -121,10 +122,6 @@ def create_bundle(
             "fusion": fusion,
         }
         write_bundle_json(temporary, text, str(folder / BUNDLE_FILE))
-        if system:
-            tell("system", 0, 1)
-            keep_system(temporary)
-            tell("system", 1, 1)
     return folder
 
 

@@ -46,7 +46,6 @@ class Opened:
     states           each file -> its state when it was checked, for check_unchanged after its use
     known            strategy, lens and pool by default, and what was measured
     system           what conversations begin with, or empty
-    hashes           SHA-256 of the base and of each adapter, where a bundle records them
     """
 
     header: GgufHeader = field(repr=False)
@@ -54,7 +53,6 @@ class Opened:
     states: Mapping[Path, FileState] = field(repr=False)
     known: Known = field(default_factory=Known)
     system: str = field(default="", repr=False)
-    hashes: tuple[str, ...] = ()
 
     @property
     def base_path(self) -> Path:
@@ -293,7 +291,6 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
         adapters=infos,
         known=text.known,
         system=text.system,
-        hashes=(base.sha256, *(adapter.sha256 for adapter in text.adapters)),
         description_dict=text.raw,
         states=states,
     )

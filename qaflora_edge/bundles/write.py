@@ -1,6 +1,5 @@
 """What making and editing a bundle have in common: adapter files, their records, measurements."""
 
-import contextlib
 import hashlib
 import json
 import re
@@ -10,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import read_adapter, read_bundle_text
+from qaflora_edge.bundles.open import read_adapter
 from qaflora_edge.bundles.source import AdapterSource
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
@@ -259,19 +258,14 @@ def check_strategy(
         raise BundleError(f"{what}: {error}") from error
 
 
-def keep_system(folder: Path) -> None:
-    """Probe a bundle's system prompt for the Engines to come.
+def check_system(base_path: Path, system: str) -> None:
+    """Raise ChatTemplateError or PromptError where a text cannot begin a conversation."""
+    from qaflora_edge.backend.model import Model
+    from qaflora_edge.chat.messages import begin_with
+    from qaflora_edge.chat.tokens import chat_tokens
 
-    Raises ChatTemplateError or PromptError where it cannot begin a conversation.
-    """
-    from qaflora_edge.engine import Engine
-
-    known = read_bundle_text(folder).known
-    with Engine(folder, strategy="base") as engine:
-        engine.chat_tokens([{"role": "user", "content": "?"}])
-        with contextlib.suppress(StrategyError):  # samples or a fit may be still to come
-            engine.use_strategy(known.strategy)
-        engine.keep_system()
+    with Model(base_path) as model:
+        chat_tokens(model, begin_with(system, [{"role": "user", "content": "?"}]))
 
 
 def write_bundle_json(folder: Path, text: Mapping[str, Any], where: str) -> None:

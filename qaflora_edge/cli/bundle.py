@@ -118,8 +118,7 @@ _calibrate = click.option(
     "--system",
     "system_path",
     metavar="FILE",
-    help="Begin conversations that have no system message with the text in FILE. What "
-    "weighing reads of it is read once, and kept in this machine's cache.",
+    help="Begin conversations that have no system message with the text in FILE.",
 )
 @_outtype
 @_by_default("strategy", None, "Used by default.", unset=_BY_EVIDENCE)

@@ -142,7 +142,6 @@ def run(
                 click.echo(summary_line(answers[0]), err=True)
         else:
             answers = _print_answers(engine, tokens, sampling, n_answer, as_json)
-        engine.keep_system(if_read=True)
     _check_whole(answers, schema_path or grammar_path)
 
 

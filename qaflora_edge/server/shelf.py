@@ -1,7 +1,6 @@
 """The bundles that a server has: what they are called, and the Engines of those in use."""
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -204,7 +203,7 @@ class Shelf:
             oldest = min(idle, key=lambda each: each.used_s)
             engine, oldest.engine = oldest.engine, None
             assert engine is not None
-            await self._in_thread(_close, engine)
+            await self._in_thread(engine.close)
             log.info("closed %s, to make room for %s", oldest.name, bundle.name)
 
     def _has_room(self, bundle: Shelved) -> bool:
@@ -238,20 +237,15 @@ class Shelf:
         for bundle in self.bundles.values():
             engine, bundle.engine = bundle.engine, None
             if engine is not None:
-                await self._in_thread(_close, engine)
+                await self._in_thread(engine.close)
 
 
 def _opened(place: Path, options: Mapping[str, Any]) -> Engine:
-    """An Engine that has read its bundle's system prompt, and a thread that computes for it."""
+    """An Engine, and a thread that computes for it."""
     engine = Engine(place, **options)
     name = f"qaflora-{place.name}"
     # A daemon: where a second signal ends the process while this opens, nobody closes the Engine.
     threading.Thread(target=_compute, args=(engine,), name=name, daemon=True).start()
-    try:
-        engine.keep_system()
-    except BaseException:
-        engine.close()
-        raise
     return engine
 
 
@@ -264,13 +258,6 @@ def _compute(engine: Engine) -> None:
             return
         except Exception:
             log.exception("a step failed")
-
-
-def _close(engine: Engine) -> None:
-    """Close an Engine; where its bundle has a system prompt, the next one begins behind it."""
-    with contextlib.suppress(QafloraError):  # it only costs time
-        engine.keep_system(if_read=True)
-    engine.close()
 
 
 def _hashes(text: BundleText) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.context_params import default_threads
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import KvState, ProbeContext
+from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.weighing.adapter_inputs import (
@@ -161,24 +161,6 @@ class BaseProber:
         last = [each.of_layers(q) for q, each in zip(at_last, sizes, strict=True)]
         means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
         return np.array([last, means])
-
-    def prefix(self, tokens: Sequence[int], n: int) -> Steps[KvState | None]:
-        """What is held after the first n tokens of a query, one of its cuts.
-
-        returns  None where a sliding window has moved on by then: a context that takes over what
-                 it left has it in other rooms, and sums it up in another order
-        """
-        if 0 < self._model.n_swa < n:
-            return None
-        context = self._room_for(tokens)
-        with wiped_on_failure(context):
-            at = self._read_before(context, tokens, n)
-            while at < n:
-                end = context.pieces().end(tokens, at)
-                context.decode(tokens[at:end], start=at, outputs="none")
-                at = end
-                yield at
-            return context.kv_state()
 
     def _read_before(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
         """How many tokens need not be read again: up to a cut, n_most at most."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import Measured, Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import Measured, Mix, Probe, Query, Strategy
 
 TEMPERATURE = 0.01  # of DAM's own experiments (its README, --router_temp)
 
@@ -28,9 +28,6 @@ class Centroid(Strategy):
                 f"Strategy centroid needs sample texts of each adapter, missing for "
                 f"{', '.join(missing)}; give them with `qaflora bundle samples DIR ADAPTER FILE`."
             )
-
-    def reads(self, query: Query) -> Sequences:
-        return "none"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np

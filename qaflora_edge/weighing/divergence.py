@@ -10,7 +10,6 @@ from qaflora_edge.weighing.strategy import (
     Mix,
     Probe,
     Query,
-    Sequences,
     Strategy,
 )
 
@@ -19,12 +18,6 @@ class _Divergence(Strategy):
     measure: Measure = "kl"
     measured = Measured("divergence", " nats", ("lens", "pool"))
     options = (*SHAPING, *PROBING)
-
-    def reads(self, query: Query) -> Sequences:
-        n_adapter = len(query.adapters)
-        if query.options.get("first", n_adapter) < n_adapter:
-            return "base"  # which adapters are run differs from query to query
-        return "none" if query.pool == "mean" else "all"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         from qaflora_edge.weighing.numbers import normalise

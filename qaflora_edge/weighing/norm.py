@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy import QUERIES, Measured, Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import QUERIES, Measured, Mix, Probe, Query, Strategy
 
 
 class Norm(Strategy):
@@ -25,9 +25,6 @@ class Norm(Strategy):
                 "norm:N with N from 1."
             )
         return int(argument)
-
-    def reads(self, query: Query) -> Sequences:
-        return "base"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np

@@ -13,13 +13,12 @@ _N_WORTH = 64  # tokens: fewer are read again as quickly as they are kept
 class _Entry:
     key: Hashable
     state: KvState
-    is_pinned: bool = False
 
 
 class Prefixes:
     """KV states of prompts that were read, those used the longest ago dropped first.
 
-    n_byte  of all states together at most, those that are pinned apart; 0 keeps none
+    n_byte  of all states together at most; 0 keeps none
 
     key, in all methods: whose states they are. The same key stands for the same sequences of
     contexts that were made alike.
@@ -31,7 +30,7 @@ class Prefixes:
 
     @property
     def n_byte(self) -> int:
-        return sum(entry.state.n_byte for entry in self._entries if not entry.is_pinned)
+        return sum(entry.state.n_byte for entry in self._entries)
 
     def go_on(
         self,
@@ -77,17 +76,11 @@ class Prefixes:
             return pieces.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
 
         kept = [
-            entry
-            for entry in self._entries
-            if entry.is_pinned or entry.key != key or not is_in(entry.state.tokens)
+            entry for entry in self._entries if entry.key != key or not is_in(entry.state.tokens)
         ]
         self._entries = [*kept, _Entry(key, state)]
         while self.n_byte > self._n_most:
-            self._entries.remove(next(each for each in self._entries if not each.is_pinned))
-
-    def pin(self, key: Hashable, state: KvState) -> None:
-        """Keep a state as long as there is this object."""
-        self._entries.append(_Entry(key, state, is_pinned=True))
+            del self._entries[0]
 
     def _longest(
         self, key: Hashable, tokens: Sequence[int], pieces: Pieces, n_after: int

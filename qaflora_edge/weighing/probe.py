@@ -10,7 +10,7 @@ import numpy as np
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Outputs
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import KvState, ProbeContext
+from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.weighing import numbers
@@ -109,18 +109,6 @@ class Prober:
         self._last = (key, states)
         self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
         return states
-
-    def prefix(self, tokens: Sequence[int], rows: Sequence[int], n: int) -> Steps[KvState | None]:
-        """What is held after the first n tokens of a query, one of its cuts.
-
-        returns  None where the memory cannot forget what comes after them
-        """
-        self._last = None
-        yield from self.states(tokens, rows, "last")
-        context = self._context
-        assert context is not None
-        is_kept = self._n_exact is None and context.keep_first(n) == n
-        return context.kv_state() if is_kept else None
 
     def places(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F32]:
         """States in two places: float32 [2, 1 + n_row, n_layer, n_embd], in one pass.

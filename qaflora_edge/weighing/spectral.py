@@ -18,7 +18,6 @@ from qaflora_edge.weighing.strategy import (
     Probe,
     Query,
     Reading,
-    Sequences,
     Strategy,
 )
 
@@ -26,9 +25,6 @@ from qaflora_edge.weighing.strategy import (
 class _Spectral(Strategy):
     reading: Reading
     compares = KINDS
-
-    def reads(self, query: Query) -> Sequences:
-        return "none"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         return Mix(*probe.routing(self.reading))

@@ -22,7 +22,6 @@ from qaflora_edge.weighing.strategy_options import read_options
 Measure = Literal["kl", "cosine", "euclidean"]
 PlaceMeasure = Literal["added", "cosine"]
 Reading = Literal["arrow", "spectr"]
-Sequences = Literal["all", "base", "none"]  # the base and each adapter; the base
 
 QUERIES = ("attn_q", "attn_qkv")
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # they read the same input
@@ -184,14 +183,6 @@ class Strategy:
         It has to give the same for the same query, and may be called from any thread.
         """
         raise NotImplementedError
-
-    def reads(self, query: Query) -> Sequences:
-        """Which sequences read what queries of this kind (tokens apart) begin with once for all.
-
-        So much is kept of a bundle's system prompt for programs to come; weights do not depend on
-        it. "none" where nothing is read, or each query as a whole.
-        """
-        return "all" if self.is_probed else "none"
 
     @property
     def usage(self) -> str:

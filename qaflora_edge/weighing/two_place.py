@@ -16,7 +16,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
-from qaflora_edge.weighing.strategy import ADDED, KINDS, Mix, Probe, Query, Sequences, Strategy
+from qaflora_edge.weighing.strategy import ADDED, KINDS, Mix, Probe, Query, Strategy
 
 RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
 
@@ -57,11 +57,6 @@ class TwoPlace(Strategy):
                 f"{', '.join(silent)} adds nothing to any block's; use another strategy, or leave "
                 "it out."
             )
-
-    def reads(self, query: Query) -> Sequences:
-        if _is_alone(query):
-            return "none"
-        return "base" if _all_options(query)["by"] == "added" else "all"
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np

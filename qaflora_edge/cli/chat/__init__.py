@@ -224,7 +224,6 @@ class _Chat:
             finally:
                 view.end()
         reason = session.conclude(question, reply)
-        session.engine.keep_system(if_read=True)
         if reason == "cancelled" and not reply.text:
             view.note("stopped before it began; the question is as if it had not been asked")
             return False

@@ -173,9 +173,6 @@ class RemoteEngine:
         """End what is asked now; any thread may call it."""
         self._server.cut()
 
-    def keep_system(self, *, if_read: bool = False) -> None:
-        """Nothing: the server keeps its own."""
-
     def use_adapters(self, names: Sequence[str]) -> None:
         """Weigh only these from now on. Raises StrategyError as an Engine does."""
         chosen = tuple(name for name in self.loaded_adapters if name in names)
