@@ -17,7 +17,7 @@ MAX_PARALLEL = 256  # sequences of one context: llama-cparams.h LLAMA_MAX_SEQ
 MAX_SEED = 2**32 - 1  # llama.h LLAMA_DEFAULT_SEED: a new one each time
 MAX_THREADS = 512  # ggml.h GGML_MAX_N_THREADS: ggml aborts the process above it
 KV_TYPES = {"f16": 1, "f32": 0, "q8_0": 8}  # ggml.h GGML_TYPE_*
-LENSES, POOLS = ("norm", "raw"), ("last", "mean", "question")
+LENSES, POOLS = ("norm", "raw"), ("last", "question")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 ADAPTER_TYPES = {"auto": 0, "q8_0": 1, "q4_0": 2}  # qaflora.h enum qaflora_adapter_type
 
@@ -139,9 +139,8 @@ OPTIONS = (
            help="How a layer's state is read: through the final norm, or raw.",
            unset="the bundle's, else norm"),
     Option("pool", str, None, "engine weighing", "--pool", choices=POOLS,
-           help="Weigh by the last token of the prompt, by the mean of all, or by the mean of the "
-           "question's own: the last user turn without its template.",
-           unset="the bundle's, else last"),
+           help="Weigh by the last token of the prompt, or by the mean of the question's tokens: "
+           "the last user turn without its template.", unset="the bundle's, else last"),
     Option("prefix_cache", int, 128, "engine", "--prefix-cache", low=0, high=2**20,
            noun="a number of MiB", metavar="MIB",
            help="Memory for what the probe read of prompts, so that others which begin alike are "
@@ -292,6 +291,7 @@ OWN = {
 REMOVED = {
     "fit": "`qaflora fit` is gone; give weights by --strategy manual:NAME=W, or use two-place.",
     "report": "`qaflora report` is gone; `qaflora eval --html FILE` writes a page of results.",
+    "fitted": "The strategy fitted is gone; give its weights by --strategy manual:NAME=W.",
     "fast": "The option fast is gone; use --strategy two-place, which is fast and exact.",
     "probe_tail": "The option probe_tail is gone; use --strategy two-place, fast and exact.",
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",

@@ -85,7 +85,7 @@ class EngineMeasures(EngineBase):
             if adapter is not None and adapter not in self.adapters:
                 raise self._not_loaded(adapter, self.adapters)
             rows = self._core.rows([] if adapter is None else [adapter])
-            steps = self._core.prober.states(tokens, rows, "last")
+            steps = self._core.prober.states(tokens, rows)
             return np.array(self._core.run(steps)[-1])
 
     def logits(

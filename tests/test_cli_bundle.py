@@ -42,14 +42,14 @@ def test_create_records_what_it_is_told(tmp_path: Path) -> None:
     result = create(
         made,
         *("--no-calibrate", "--outtype", "f32", "--name", "N", "--description", "D"),
-        *("--license", "L", "--strategy", "single:es", "--lens", "raw", "--pool", "mean"),
+        *("--license", "L", "--strategy", "single:es", "--lens", "raw", "--pool", "question"),
         *("--adapter-source", "es=S=1", "--adapter-license", "es=AL"),
         *("--adapter-description", "math=AD"),
     )
     assert result.exit_code == 0
     raw = load_bundle(made.folder).description_dict
     assert (raw["name"], raw["description"], raw["license"]) == ("N", "D", "L")
-    assert raw["fusion"] == {"strategy": "single:es", "lens": "raw", "pool": "mean"}
+    assert raw["fusion"] == {"strategy": "single:es", "lens": "raw", "pool": "question"}
     math, es = raw["adapters"]
     assert (es["source"], es["license"], es["description"]) == ("S=1", "AL", "")
     assert (math["source"], math["description"]) == ("peft", "AD")

@@ -28,7 +28,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     made = make_bundle(tmp_path_factory.mktemp("completion"))
     path = made.folder / "bundle.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
-    raw["fusion"]["fitted"] = {name: {"weights": {"math": 1}} for name in ("sums", "words")}
     path.write_text(json.dumps(raw), encoding="utf-8")
     return made
 
@@ -66,8 +65,6 @@ def suggested(made: TinyBundle, line: str, last: str | None = None, **more: str)
         ("qaflora run bundle --strategy single:", "", ["plain,math", "plain,es"]),
         ("qaflora run bundle hi --strategy single:m", "m", ["plain,math"]),
         ("qaflora run bundle --strategy=single:m", "m", ["plain,math"]),
-        ("qaflora run bundle --strategy fitted:", "", ["plain,sums", "plain,words"]),
-        ("qaflora run bundle --strategy=fitted:s", "s", ["plain,sums"]),
         ("qaflora run bundle --strategy manual:", "", ["plain,math=", "plain,es="]),
         ("qaflora run bundle --strategy manual:math=1,", "1,", ["plain,1,es="]),
         ("qaflora run --strategy single:", "", []),

@@ -69,7 +69,7 @@ def test_every_shared_option_can_be_set_in_each_way(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.write_text(
-        'strategy = "norm"\nlens = "raw"\npool = "mean"\n'
+        'strategy = "norm"\nlens = "raw"\npool = "question"\n'
         "prefix_cache = 9\nraw_prompt = true\n"
         'ctx = 64\nkv_type = "f32"\nno_flash_attn = true\nthreads = 2\ngpu_layers = 0\n'
         'adapter_type = "q8_0"\nrpc = "a:1,b:2"\ntensor_split = "3,1"\n'
@@ -82,7 +82,7 @@ def test_every_shared_option_can_be_set_in_each_way(
     assert read == {
         "strategy": "norm",
         "lens": "raw",
-        "pool": "mean",
+        "pool": "question",
         "prefix_cache": 9,
         "raw_prompt": True,
         "ctx": 64,

@@ -53,14 +53,14 @@ def test_json_is_the_contract_and_the_engines(made: TinyBundle) -> None:
 
 
 def test_options_reach_the_engine(made: TinyBundle) -> None:
-    options = ("--strategy", "cosine", "--lens", "raw", "--pool", "mean", "--raw-prompt")
+    options = ("--strategy", "cosine", "--lens", "raw", "--pool", "question", "--raw-prompt")
     more = ("--kv-type", "f32", "--no-flash-attn", "--threads", 1, "--ctx", 64)
     shown = json.loads(weights(made, PROMPT, "--json", *options, *more).stdout)
     with Engine(
-        made.folder, pool="mean", kv_type="f32", flash_attn=False, threads=1, n_ctx=64
+        made.folder, pool="question", kv_type="f32", flash_attn=False, threads=1, n_ctx=64
     ) as engine:
         fusion = engine.weights(PROMPT, strategy="cosine")
-    assert (shown["strategy"], shown["lens"], shown["pool"]) == ("cosine", "raw", "mean")
+    assert (shown["strategy"], shown["lens"], shown["pool"]) == ("cosine", "raw", "question")
     assert shown["prompt_tokens"] == fusion.prompt_tokens
     np.testing.assert_allclose(shown["weights"], fusion.weights, rtol=1e-5)
 

@@ -29,7 +29,7 @@ NEEDED = {"compare": ["QUESTION"], "eval": ["TASK"], "fit": ["TASK"]}  # besides
 GOOD_AND_BAD: Mapping[str, tuple[list[Any], list[Any]]] = {
     "strategy": (["norm", "manual:a=1"], []),
     "lens": (["norm", "raw"], ["wide"]),
-    "pool": (["last", "mean"], ["first"]),
+    "pool": (["last", "question"], ["mean"]),
     "kv_type": (["f16", "f32", "q8_0"], ["q4"]),
     "adapter_type": (["auto", "q8_0", "q4_0"], ["f16"]),
     "prefix_cache": ([0, 1, 2**20], [-1, 2**20 + 1]),

@@ -78,14 +78,14 @@ def test_lenses_and_pools_differ_and_the_last_raw_layer_is_normed(
 ) -> None:
     found = {}
     for lens in ("norm", "raw"):
-        for pool in ("last", "mean"):
+        for pool in ("last", "question"):
             with Engine(base=base.path, adapters=adapters, lens=lens, pool=pool) as engine:
                 found[lens, pool] = engine.weights(PROMPT)
             assert (found[lens, pool].lens, found[lens, pool].pool) == (lens, pool)
     norm, raw = found["norm", "last"].divergence, found["raw", "last"].divergence
     assert np.array_equal(norm[:, -1], raw[:, -1])
     assert not np.allclose(norm[:, 0], raw[:, 0], rtol=0.01)
-    assert not np.allclose(norm, found["norm", "mean"].divergence, rtol=0.01)
+    assert not np.allclose(norm, found["norm", "question"].divergence, rtol=0.01)
 
 
 def test_an_embedding_that_is_no_number_is_refused(tmp_path: Path, base: TinyBase) -> None:

@@ -122,7 +122,7 @@ def test_unknown_strategy_is_refused(text: str) -> None:
         parse_strategy(text, NAMES)
     assert str(caught.value) == (
         f"Strategy {text!r} is not known; expected one of qa-flora, cosine, euclidean, calibrated, "
-        "two-place, norm[:N], centroid, arrow, spectr, fitted[:NAME], static, single:NAME, "
+        "two-place, norm[:N], centroid, arrow, spectr, static, single:NAME, "
         "manual:NAME=W,NAME=W, base."
     )
 
@@ -135,6 +135,13 @@ def test_similar_strategy_is_offered(text: str, near: str) -> None:
     with pytest.raises(StrategyError) as caught:
         parse_strategy(text, NAMES)
     assert f"{text!r} is not known; did you mean {near}? Expected one of qa-" in str(caught.value)
+
+
+def test_a_removed_strategy_is_refused_with_what_to_use() -> None:
+    with pytest.raises(
+        StrategyError, match=r"strategy fitted is gone; .* --strategy manual:NAME=W"
+    ):
+        parse_strategy("fitted:sums", NAMES)
 
 
 def test_unknown_adapter_is_refused() -> None:

@@ -120,7 +120,7 @@ def test_a_piece_of_the_probe_is_one_micro_batch(
     monkeypatch.setattr(Context, "decode_spans", noting)
     model = Model(base.path)
     prober = Prober(model, Pack(model, paths), {"threads": 1})
-    run_alone(prober.states(TOKENS[:n], range(k), "last"))
+    run_alone(prober.states(TOKENS[:n], range(k)))
     assert lengths == expected
     assert n_decoded == [1] * len(expected)
     prober.close()

@@ -90,7 +90,7 @@ def test_what_is_dropped_is_the_systems_again(loaded: tuple[Model, Pack]) -> Non
 
 
 def states(prober: Prober, tokens: Sequence[int], rows: Sequence[int] = (0, 1, 2)) -> F32:
-    return run_alone(prober.states(tokens, rows, "last"))
+    return run_alone(prober.states(tokens, rows))
 
 
 @pytest.mark.slow

@@ -47,8 +47,11 @@ class Alone:
     def __init__(self, prober: Prober, n_adapter: int) -> None:
         self.prober, self.rows = prober, range(n_adapter)
 
-    def states(self, tokens: Sequence[int], pool: str) -> F32:
-        return run_alone(self.prober.states(tokens, self.rows, pool))
+    def states(self, tokens: Sequence[int]) -> F32:
+        return run_alone(self.prober.states(tokens, self.rows))
+
+    def mean(self, tokens: Sequence[int]) -> F32:
+        return run_alone(self.prober.places(tokens, self.rows, (0, len(tokens))))[1]
 
     def divergence(self, tokens: Sequence[int], measure: str, lens: str, pool: str) -> F64:
         return run_alone(self.prober.divergence(tokens, self.rows, measure, lens, pool))
@@ -100,18 +103,19 @@ def test_below_where_adapters_begin_states_are_the_bases(
     whole = [with_zeros(tmp_path / f"w{i}.gguf", base, a) for i, a in enumerate(adapters)]
     short, full = prober(base, adapters), prober(base, whole)
     assert Pack(Model(base.path), [a.path for a in adapters]).first_layers == firsts
-    for pool in ("last", "mean"):
-        for n in (1, 12, 20, 60):  # of up to 16 tokens all products have rows in two parts
-            states = short.states(TOKENS[:n], pool)
-            expected = full.states(TOKENS[:n], pool)
+    for n in (1, 12, 20, 60):  # of up to 16 tokens all products have rows in two parts
+        for states, expected in (
+            (short.states(TOKENS[:n]), full.states(TOKENS[:n])),
+            (short.mean(TOKENS[:n]), full.mean(TOKENS[:n])),
+        ):
             np.testing.assert_allclose(states, expected, atol=atol, rtol=0)
             for i, first in enumerate(firsts):
                 is_moved = (states[1 + i] != states[0]).any(axis=1)
                 assert is_moved.tolist() == [il >= first for il in range(4)]
-            found = short.divergence(TOKENS[:n], "kl", "norm", pool)
-            expected = full.divergence(TOKENS[:n], "kl", "norm", pool)
-            np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
-            assert all((found[i, :first] == 0).all() for i, first in enumerate(firsts))
+        found = short.divergence(TOKENS[:n], "kl", "norm", "last")
+        expected = full.divergence(TOKENS[:n], "kl", "norm", "last")
+        np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
+        assert all((found[i, :first] == 0).all() for i, first in enumerate(firsts))
     for each in (short, full):
         each.close()
 
@@ -167,7 +171,7 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
         probed = Alone(Prober(model, pack, options), 2)
         found[n_first], n_read = [], []
         for n in (200, 250, 300, 700):
-            found[n_first].append(probed.states(tokens[:n], "last"))
+            found[n_first].append(probed.states(tokens[:n]))
             n_read.append(sum(counts))
         found[n_first] += [probed.norms(tokens[:n]) for n in (200, 300)]
         probed.close()
@@ -205,30 +209,9 @@ def test_another_query_is_read_from_its_beginning(
         assert np.array_equal(second.divergence(query, "kl", "norm", "last"), fresh)
 
 
-def test_the_mean_over_a_prompt_is_never_a_part_of_it(
-    base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
-    going_on = prober(base, adapters)
-    going_on.states(TOKENS[:20], "mean")
-    assert np.array_equal(
-        going_on.states(TOKENS[:30], "mean"), prober(base, adapters).states(TOKENS[:30], "mean")
-    )
-
-
-def test_the_mean_over_a_short_prompt_after_a_long_one(
-    base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
-    """It takes another context, which has room for what is held."""
-    second = prober(base, adapters)
-    second.states(TOKENS * 5, "last")
-    assert np.array_equal(
-        second.states(TOKENS, "mean"), prober(base, adapters).states(TOKENS, "mean")
-    )
-
-
 def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int) -> F32:
     """What the query projection reads: the norm of the state that the block before left."""
-    states = prober(base, adapters).states(TOKENS, "last")[0, layer - 1].astype(np.float64)
+    states = prober(base, adapters).states(TOKENS)[0, layer - 1].astype(np.float64)
     reader = gguf.GGUFReader(base.path)
     gain = next(t.data for t in reader.tensors if t.name == f"blk.{layer}.attn_norm.weight")
     return gain * states / np.sqrt((states**2).mean() + 1e-6)
@@ -393,7 +376,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
         return Prober(model, Pack(model, [adapter.path for adapter in adapters]), options)
 
     spoilt = opened()
-    steps = spoilt.states(long, (0, 1), "last")
+    steps = spoilt.states(long, (0, 1))
     if cancelled:
         next(steps)
         steps.close()
@@ -401,15 +384,15 @@ def test_states_that_are_no_numbers_are_nobody_elses(
         with pytest.raises(BackendError, match="NaN"):
             run_alone(steps)
     for n in (20, 100):
-        found = run_alone(spoilt.states(long[-n:], (1,), "last"))
-        assert np.array_equal(found, run_alone(opened().states(long[-n:], (1,), "last")))
+        found = run_alone(spoilt.states(long[-n:], (1,)))
+        assert np.array_equal(found, run_alone(opened().states(long[-n:], (1,))))
 
 
 def test_steps_that_end_after_close_touch_nothing(
     base: TinyBase, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = prober(base, adapters)
-    steps = alone.prober.states(TOKENS * 5, alone.rows, "last")
+    steps = alone.prober.states(TOKENS * 5, alone.rows)
     next(steps)
     (context,) = alone.prober.contexts
     alone.close()

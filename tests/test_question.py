@@ -15,7 +15,7 @@ from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.numbers import kl_divergence
+from qaflora_edge.weighing.numbers import cosine_distance, kl_divergence
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}
 QUESTION = "the king is in the air"
@@ -187,15 +187,17 @@ def test_pool_question_weighs_by_the_questions_mean(
 
 def test_plain_text_is_its_own_question(base: TinyBase, adapters: dict[str, Path]) -> None:
     with opened(base, adapters) as engine:
-        mean = engine.weights(QUESTION, strategy="cosine:pool=mean")
-        question = engine.weights(QUESTION, strategy="cosine:pool=question")
-    np.testing.assert_allclose(shown(question), shown(mean), rtol=1e-3, atol=1e-7)
+        tokens = engine.tokenize(QUESTION)
+        fusion = engine.weights(QUESTION, strategy="cosine:pool=question")
+        plain, *adapted = one_by_one(engine, tokens, (0, len(tokens)))[1]
+    found = [cosine_distance(plain, each[None])[0] for each in adapted]
+    np.testing.assert_allclose(shown(fusion), found, rtol=1e-3, atol=1e-7)
 
 
 def test_a_wrong_pool_is_refused(base: TinyBase, adapters: dict[str, Path]) -> None:
     with opened(base, adapters) as engine, pytest.raises(StrategyError) as caught:
         engine.weights("a", strategy="qa-flora:pool=first")
     assert str(caught.value) == (
-        "Strategy 'qa-flora:pool=first': the option pool is 'first', expected one of last, mean, "
+        "Strategy 'qa-flora:pool=first': the option pool is 'first', expected one of last, "
         "question."
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle
+from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, client_of, listening, make_options, metric
 from starlette.testclient import TestClient
@@ -262,14 +262,3 @@ def test_a_base_alone_is_a_model(made: TinyBundle) -> None:
         found = client.post(CHAT, json={"messages": USER, "max_tokens": 1})
         assert found.json()["fusion"]["weights"] == {}
         assert "x-fusion" not in found.headers
-
-
-def test_what_was_fitted_is_a_model(places: list[Path], tmp_path: Path) -> None:
-    place = named(places[0], tmp_path / "fitted", "fitted")
-    text = bundle_json(place)
-    text["fusion"] |= {"fitted": {"sums": {"weights": {"math": 0.5}}}, "strategy": "fitted:sums"}
-    (place / "bundle.json").write_text(json.dumps(text))
-    with client_of(place) as client:
-        assert "fitted:fitted" in [each["id"] for each in client.get("/v1/models").json()["data"]]
-        found = client.post(CHAT, json={"messages": USER, "max_tokens": 1}).json()["fusion"]
-    assert (found["strategy"], found["weights"]) == ("fitted:sums", {"math": 0.5, "es": 0.0})

@@ -127,7 +127,7 @@ class Moved(Strategy):
         return np.linalg.norm(states[1:], axis=-1)
 
 
-@pytest.mark.parametrize("pool", ["last", "mean", "question"])
+@pytest.mark.parametrize("pool", ["last", "question"])
 def test_states_are_the_strategys_own(made: TinyBundle, pool: str) -> None:
     register_strategy(Moved())
     with Engine(made.folder, pool=pool) as engine:

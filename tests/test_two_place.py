@@ -168,10 +168,8 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
     assert strategy_of(es, strategy="static") == "static"
     assert strategy_of(calibrate=True) == "qa-flora"
     refusal = f"Cannot create the bundle {tmp_path / 'b'}: "
-    mean = "Strategy calibrated needs pool last or question, found mean"
     for options, message in (
         ({"strategy": "two-place"}, f"{refusal}{NOTHING}"),
-        ({"strategy": "calibrated", "pool": "mean"}, f"{refusal}{mean}"),
         ({"strategy": ""}, "Strategy '' is not known; expected one of qa-flora"),
     ):
         with pytest.raises(QafloraError) as caught:

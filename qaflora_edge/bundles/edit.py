@@ -45,7 +45,7 @@ from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
-from qaflora_edge.weighing.strategy import Query, parse_strategy
+from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.typical import KEYS
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
@@ -130,11 +130,7 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
             fusion["fitted"] = {key: fit for key, fit in fits if not fit["weights"].pop(name, 0)}
         needed = fusion.get("strategy", fuse.DEFAULT_STRATEGY)
         try:
-            chosen = parse_strategy(needed, left)
-            if chosen.strategy.name == "fitted":
-                fitted = {key: fit["weights"] for key, fit in fusion.get("fitted", {}).items()}
-                query = Query((), tuple(left), text.base.n_layer, "", "", {}, fitted=fitted)
-                chosen.strategy.check(chosen.argument, query)
+            parse_strategy(needed, left)
         except StrategyError as error:
             raise BundleError(
                 f"{what}: the strategy {needed!r} needs it. Choose another with --strategy."

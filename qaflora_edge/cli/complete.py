@@ -133,10 +133,6 @@ def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> 
     """Strategies; after their colon the adapters of the bundle on the line, or their options."""
     names = bundle_adapters(ctx)
     kind, colon, rest = word.partition(":")
-    if colon and kind == "fitted":
-        from qaflora_edge.hub.bundle_names import fit_names
-
-        return _items((f"fitted:{name}" for name in _of_bundle(ctx, fit_names)), word)
     if colon and kind == "single":
         return _items((f"single:{name}" for name in names), word)
     if colon and kind == "manual":

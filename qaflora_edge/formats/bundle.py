@@ -155,7 +155,6 @@ def _bundle_text(raw: Mapping[str, Any]) -> BundleText:
         chosen,
         typical=typical,
         centroids=_centroids(fusion.get("samples", {}), names, base.n_embd),
-        fitted={name: record["weights"] for name, record in fits.items()},
     )
     return BundleText(
         name=raw.get("name", ""),

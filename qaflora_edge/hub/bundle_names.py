@@ -60,14 +60,6 @@ def adapter_names(folder: Path) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def fit_names(folder: Path) -> list[str]:
-    """What was fitted in a bundle, likewise: the names behind `fitted:`."""
-    try:
-        return [str(name) for name in _unchecked(folder)["fusion"]["fitted"]]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return []
-
-
 def _unchecked(folder: Path) -> Any:
     with (folder / BUNDLE_FILE).open("rb") as file:
         return json.loads(file.read(MAX_NAMES_BYTES))

@@ -107,7 +107,7 @@ class Shelf:
             adapters=tuple(targets),
             n_layer=n_layer,
             strategy=weigher.known.strategy,
-            strategies=weigher.followed + ("fitted",) * weigher.follows("fitted"),
+            strategies=weigher.followed,
             sha256={} if text is None else _hashes(text),
             turns=Turns(self._n_turn, self.room),
         )

@@ -51,11 +51,6 @@ class Calibrated(_Divergence):
     needs_typical = True
 
     def check(self, argument: Any, query: Query) -> None:
-        if query.pool == "mean":
-            raise StrategyError(
-                "Strategy calibrated needs pool last or question, found mean: typical divergences "
-                "are measured there only."
-            )
         place = "" if query.pool == "last" else f" at pool {query.pool}"
         check_typical(self.name, query, [_key(query)], f"with lens {query.lens}{place}")
 

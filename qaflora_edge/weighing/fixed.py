@@ -1,4 +1,4 @@
-"""Strategies that do not look at the query: static, single, manual, base, fitted."""
+"""Strategies that do not look at the query: static, single, manual, base."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -83,35 +83,7 @@ class Base(_Fixed):
         return {}
 
 
-class Fitted(_Fixed):
-    name = "fitted"
-    help = "by the weights that `qaflora fit` found on a task's examples"
-    argument = "NAME"
-
-    def check(self, argument: Any, query: Query) -> None:
-        known = ", ".join(f"fitted:{name}" for name in query.fitted)
-        if not query.fitted:
-            raise StrategyError(
-                "Strategy fitted needs weights that were fitted, and the bundle has none; find "
-                "them with `qaflora fit DIR TASK.jsonl`."
-            )
-        if argument not in query.fitted and (argument or len(query.fitted) > 1):
-            written = f"fitted:{argument}" if argument else "fitted"
-            raise StrategyError(f"Strategy {written!r} is not one of this bundle's: {known}.")
-        missing = [name for name in self.weights(query, argument) if name not in query.adapters]
-        if missing:
-            raise StrategyError(
-                f"Strategy {self.name} was fitted with {', '.join(missing)}, and in use are "
-                f"{', '.join(query.adapters) or 'none'}; use all that it was fitted with, or fit "
-                "again with `qaflora fit --adapters`."
-            )
-
-    def weights(self, query: Query, argument: Any) -> dict[str, float]:
-        found = query.fitted[argument or next(iter(query.fitted))]
-        return {adapter: weight for adapter, weight in found.items() if weight}
-
-
-STRATEGIES = (Fitted(), Static(), Single(), Manual(), Base())
+STRATEGIES = (Static(), Single(), Manual(), Base())
 
 
 def _known(name: str, adapters: Sequence[str], where: str) -> str:

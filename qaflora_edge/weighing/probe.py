@@ -29,8 +29,8 @@ from qaflora_edge.weighing.strategy import Measure, PlaceMeasure, Query, Reading
 
 T = TypeVar("T")
 PLACES = ("answer", "question")  # the last token, where the answer begins, and the question's mean
-# tokens, rows, and how they are read: a pool, or where the question stands
-_Key = tuple[tuple[int, ...], tuple[int, ...], str | tuple[int, int]]
+# tokens, rows, and where the question stands; None: only the last token's states are captured
+_Key = tuple[tuple[int, ...], tuple[int, ...], Span | None]
 
 
 class Prober:
@@ -59,7 +59,6 @@ class Prober:
         self.base = BaseProber(model, pack, options, files=files, prefixes=self.prefixes)
         self._model, self._pack, self._options = model, pack, options
         self._context: ProbeContext | None = None
-        self._pool = "last"  # what the context has room for; "mean" includes it
         self._rows: tuple[int, ...] = ()  # of the adapters whose KV state is held
         self._n_exact: int | None = None  # tokens held that were read as a prompt is; None: all
         self._last: tuple[_Key, F32] | None = None
@@ -76,32 +75,24 @@ class Prober:
         """The contexts that there are."""
         return [context for context in (self._context, self.base.context) if context is not None]
 
-    def states(self, tokens: Sequence[int], rows: Sequence[int], pool: str) -> Steps[F32]:
-        """States after each block: float32 [1 + n_row, n_layer, n_embd], the base first.
+    def states(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F32]:
+        """Give the last token's states: float32 [1 + n_row, n_layer, n_embd], the base first."""
+        key = (tuple(tokens), tuple(rows), None)
+        return self._measured(key, lambda c: self._read_query(c, tokens))
 
-        pool      "last" token of the query, or the "mean" state over its tokens
-        """
-        key = (tuple(tokens), tuple(rows), pool)
-        return self._measured(key, pool, lambda c: self._read_query(c, tokens, pool))
-
-    def _read_query(self, context: ProbeContext, tokens: Sequence[int], pool: str) -> Steps[F32]:
-        context.capture_begin(pool)
-        if pool == "mean":
-            self._forget(context)
-            yield from self._read(context, tokens, 0, "all")
-        else:
-            n_kept = self._go_on(context, tokens)
-            yield from self._read(context, tokens, n_kept, "last")
+    def _read_query(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[F32]:
+        context.capture_begin()
+        n_kept = self._go_on(context, tokens)
+        self._n_exact = None
+        yield from self._read_part(context, tokens, n_kept, "last")
         return self._states(context)
 
-    def _measured(
-        self, key: _Key, pool: str, read: Callable[[ProbeContext], Steps[F32]]
-    ) -> Steps[F32]:
+    def _measured(self, key: _Key, read: Callable[[ProbeContext], Steps[F32]]) -> Steps[F32]:
         """The states of a query: those of the last one, or what is read now and kept as these."""
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         start = time.perf_counter()
-        context = self._room_for(key[0], pool)
+        context = self._room_for(key[0], all_outputs=key[2] is not None)
         with wiped_on_failure(context):
             self._use(context, key[1])
             states = yield from read(context)
@@ -117,7 +108,7 @@ class Prober:
         returns  the last token's states, and the means over the question's tokens
         """
         key = (tuple(tokens), tuple(rows), span)
-        return self._measured(key, "mean", lambda c: self._read_places(c, tokens, span))
+        return self._measured(key, lambda c: self._read_places(c, tokens, span))
 
     def _read_places(self, context: ProbeContext, tokens: Sequence[int], span: Span) -> Steps[F32]:
         """Read what stands before the question, the question, and the rest, each for itself.
@@ -176,21 +167,21 @@ class Prober:
         """How far each adapter moves the base: float64 [n_row, n_layer].
 
         measure  "cosine" and "euclidean" distances of states, else KL in nats through the lens
-        pool     of `states`, or one of PLACES: what `places` gives for a question's span
+        pool     "last": the last token; or one of PLACES: what `places` gives for a span
         """
         self.timings = ProbeTimings()
         if pool in PLACES:
             places = yield from self.places(tokens, rows, span)
             states = places[PLACES.index(pool)]
         else:
-            states = yield from self.states(tokens, rows, pool)
+            states = yield from self.states(tokens, rows)
         if measure == "cosine":
             return numbers.cosine_distance(states[0], states[1:])
         if measure == "euclidean":
             return numbers.euclidean_distance(states[0], states[1:])
         if self.timings.forward_ms:
             yield None
-        context = self._room_for(tokens, "last" if pool == "last" else "mean")
+        context = self._room_for(tokens, all_outputs=pool != "last")
         before = context.lens_ms
         divergence = context.divergence(states[0], states[1:], lens)
         lens_ms, divergence_ms = np.subtract(context.lens_ms, before)
@@ -213,12 +204,6 @@ class Prober:
             f"The state after block {layer} is NaN or infinite with {path}, expected finite "
             "numbers; convert or fetch it again, or leave it out."
         )
-
-    def _read(
-        self, context: ProbeContext, tokens: Sequence[int], n_kept: int, outputs: Outputs
-    ) -> Steps[None]:
-        self._n_exact = None
-        yield from read_tokens(context, tokens, n_kept, outputs, n_seq=1 + len(self._rows))
 
     def _use(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         """Let a sequence be each of these adapters; what was read with others is forgotten."""
@@ -245,12 +230,12 @@ class Prober:
             alone[row] = 1.0
             context.set_weights(alone, seq=1 + i)
 
-    def _room_for(self, tokens: Sequence[int], pool: str) -> ProbeContext:
+    def _room_for(self, tokens: Sequence[int], *, all_outputs: bool) -> ProbeContext:
         held = self._context
-        if held is not None and held.n_ctx >= len(tokens) and pool in (self._pool, "last"):
+        if held is not None and held.n_ctx >= len(tokens) and held.all_outputs >= all_outputs:
             return held
         state, self._context = closed(held), None
-        n_adapter, self._pool = self._pack.n_adapter, pool
+        n_adapter = self._pack.n_adapter
         context = probe_context(
             self._model,
             self._pack,
@@ -258,7 +243,7 @@ class Prober:
             max(len(tokens), 0 if held is None else held.n_ctx),
             n_seq=1 + n_adapter,
             is_differential=n_adapter > 0,
-            all_outputs=pool == "mean",
+            all_outputs=all_outputs,
         )
         self._set_weights(context, self._rows)
         if state is not None:
@@ -288,7 +273,7 @@ class QueryProbe:
         query = self._query
         if query.pool == "question":
             return np.array(self._places()[1])
-        return np.array(self._run(self._prober.states(query.tokens, self._rows, query.pool)))
+        return np.array(self._run(self._prober.states(query.tokens, self._rows)))
 
     def _places(self) -> F32:
         query = self._query

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal, Protocol
 
 from qaflora_edge.arrays import F32, F64, ArrayLike
-from qaflora_edge.config import SHAPING, Option
+from qaflora_edge.config import SHAPING, Option, removed
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy_options import read_options
 
@@ -43,10 +43,9 @@ class Query:
 
     tokens    ids of the prompt
     adapters  names of those in use, in the order of every first axis
-    lens      "norm" or "raw", pool "last", "mean" or "question": see `qaflora weights --help`
+    lens      "norm" or "raw", pool "last" or "question": see `qaflora weights --help`
     typical   adapter -> what is typical of it, where the bundle has it: see weighing.typical
     centroids adapter -> float32 [n_embd], mean embedding of its sample texts, where it has them
-    fitted    name -> adapter -> weight, what was fitted to examples
     options   the strategy's own options, as they were given
     question  where the question's tokens stand: the last user turn of a prompt in chat form, else
               the whole prompt
@@ -60,7 +59,6 @@ class Query:
     pool: str
     typical: Typical
     centroids: Mapping[str, F32] = field(default_factory=dict)
-    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     question: Span = (0, 0)
     is_chat: bool = False
@@ -269,6 +267,8 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
         if colon or strategy.needs_argument
         else not argument
     )
+    if strategy is None and (instead := removed(name)):
+        raise StrategyError(instead)
     if strategy is None or not is_written:
         near = [] if strategy else difflib.get_close_matches(name.lower(), _registry, n=1)
         hint = f"did you mean {_registry[near[0]].usage}? Expected" if near else "expected"

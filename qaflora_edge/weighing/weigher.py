@@ -34,7 +34,7 @@ def _no_question(tokens: Sequence[int]) -> Span | None:
 class Known:
     """What a bundle says of how to weigh: its defaults, and what was measured of its adapters.
 
-    typical, centroids, fitted  see Query
+    typical, centroids  see Query
     """
 
     strategy: str = numbers.DEFAULT_STRATEGY
@@ -42,7 +42,6 @@ class Known:
     pool: str = numbers.DEFAULT_POOL
     typical: Typical = field(default_factory=dict, repr=False)
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
-    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
 
     def under(self, **given: str | None) -> Self:
         """The same with the strategy, lens and pool that a caller gives."""
@@ -79,23 +78,21 @@ class Weigher:
 
     @property
     def followed(self) -> tuple[str, ...]:
-        """The strategies that can be followed here and need nothing said besides: the base and
-        static mixes, each adapter alone, what was fitted, then those that look at the query.
+        """List the strategies that can be followed here without an argument.
+
+        First the base, the static mix and each adapter alone, then those that look at the query.
         """
         if not self.adapters:
             return ("base",)
         targets = [self.targets[name] for name in self.adapters if name in self.targets]
         whole = [
-            each
-            for each in strategies()
-            if not each.needs_argument and each.name != "fitted" and each.can_compare(targets)
+            each for each in strategies() if not each.needs_argument and each.can_compare(targets)
         ]
         fixed = [each.name for each in whole if not each.is_probed]
         fixed.sort(key=lambda name: name != "base")
         probed = [each.name for each in whole if each.is_probed]
         singles = [f"single:{name}" for name in self.adapters]
-        fits = [f"fitted:{name}" for name in self.known.fitted]
-        every = (*fixed, *singles, *fits, *probed)
+        every = (*fixed, *singles, *probed)
         return tuple(text for text in every if self.follows(text))
 
     def follows(self, text: str) -> bool:
@@ -124,7 +121,6 @@ class Weigher:
             pool=pool,
             typical=self.known.typical,
             centroids=self.known.centroids,
-            fitted=self.known.fitted,
             options=options,
             question=question or (0, len(tokens)),
             is_chat=question is not None,
