@@ -7,11 +7,11 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -26,12 +26,11 @@ AnyPath = str | os.PathLike[str]
 
 HASH_CHUNK_BYTES = 1 << 20
 LEFT_OVER_SECONDS = 60
-LOCK_FILE = ".lock"  # of a temporary folder
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 # What to do with a file that is_lfs_pointer.
 LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
-_LEFT_OVER = re.compile(r"\.tmp-[a-z0-9_]{8}-.*", re.DOTALL)
+_LEFT_OVER = re.compile(r"\.tmp-[a-z0-9_]{8}-(.*)", re.DOTALL)
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 _KINDS = {
@@ -104,28 +103,46 @@ def is_lfs_pointer(path: AnyPath) -> bool:
 
 
 @contextlib.contextmanager
-def temporary_folder(path: Path, failure: str) -> Iterator[Path]:
-    """Give a hidden folder beside a path that is made in it; it goes when the block ends.
+def atomic_path(path: AnyPath) -> Iterator[Path]:
+    """Give a temporary file beside `path` that replaces it when the block succeeds.
 
-    What processes that were killed left there is removed.
+    Raises OutputFileError when the place cannot be written to or the disk is full.
+    """
+    path = Path(path)
+    _check_replaceable(path)
+    with _temporary(path, f"Cannot write {path}", _make_file) as temporary:
+        yield temporary
+        _put_in_place(temporary, path)
+    _sync_folder(path.parent)
 
-    failure  the beginning of messages, such as "Cannot write a.gguf"
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, failure: str) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` that gets its name when the block succeeds.
+
+    failure  the beginning of messages, such as "Cannot create the bundle b"
 
     Raises OutputFileError when the place does not take a folder, or the disk is full.
     """
-    from filelock import FileLock
+    with _temporary(folder, failure, os.mkdir) as temporary:
+        yield temporary
+        reason = f"{failure}: giving it its name failed"
+        with os_errors(OutputFileError, reason, "Look at what is there, and try again."):
+            os.rename(temporary, folder)
+    _sync_folder(folder.parent)
 
-    remove_left_overs(path.parent)
-    name = f"-{cut_name(path.name, 100)}"
+
+@contextlib.contextmanager
+def _temporary(path: Path, failure: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    name = cut_name(path.name, 100)
+    remove_left_overs(path.parent, name)
+    temporary = path.parent / f".tmp-{secrets.token_hex(4)}-{name}"
     refused = f"{failure}: the folder {path.parent} does not take a new file"
     advice = "Create the folder, or choose one that you can write to."
     with os_errors(OutputFileError, refused, advice):
-        folder = Path(tempfile.mkdtemp(prefix=".tmp-", suffix=name, dir=path.parent))
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    with contextlib.suppress(OSError, NotImplementedError):  # a disk that knows no locks
-        lock.acquire()
+        make(temporary)
     try:
-        yield folder
+        yield temporary
     except (OSError, OutputFileError) as error:
         reason = error if isinstance(error, OSError) else error.__cause__
         if isinstance(reason, OSError) and is_disk_full(reason):
@@ -134,42 +151,37 @@ def temporary_folder(path: Path, failure: str) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        lock.release()
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(temporary)
 
 
-def remove_left_overs(folder: Path) -> None:
-    """Remove the temporary folders that nobody holds the lock of: their writers were killed."""
-    from filelock import FileLock, Timeout
+def _make_file(path: Path) -> None:
+    """Make an empty file with the usual permissions, where there is none."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
+
+def remove_left_overs(folder: Path, name: str = "") -> None:
+    """Remove temporary files and folders of killed writers, once they are 60 s old.
+
+    name  of the file that they were for; "" for any file
+
+    Whoever gives no name holds a lock that keeps other writers out of the folder.
+    """
     # They do no harm where they cannot be removed.
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if not _LEFT_OVER.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
-                continue
-            lock = Path(entry.path, LOCK_FILE)
-            is_young = time.time() - entry.stat().st_mtime < LEFT_OVER_SECONDS
-            if is_young or lock.is_symlink() or not lock.is_file():
-                continue  # a writer locks what it made a moment later
-            with contextlib.suppress(OSError, NotImplementedError, Timeout):
-                with FileLock(lock, timeout=0):
-                    pass
-                shutil.rmtree(entry.path, ignore_errors=True)
+            match = _LEFT_OVER.fullmatch(entry.name)
+            if match and name in ("", match[1]):
+                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                if age > LEFT_OVER_SECONDS and not entry.is_symlink():
+                    _remove(Path(entry.path))
 
 
-@contextlib.contextmanager
-def atomic_path(path: AnyPath) -> Iterator[Path]:
-    """Give a temporary path that becomes `path` when the block succeeds.
-
-    It lies in a temporary folder beside it, and has the same name. Raises OutputFileError when the
-    place cannot be written to or the disk is full.
-    """
-    path = Path(path)
-    _check_replaceable(path)
-    with temporary_folder(path, f"Cannot write {path}") as folder:
-        yield folder / path.name
-        _put_in_place(folder / path.name, path)
-    _sync_folder(path.parent)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _check_replaceable(path: Path) -> None:
@@ -251,7 +263,7 @@ def check_has_folder(path: Path, *, is_added_to: bool = False) -> None:
 def check_takes_file(path: Path) -> None:
     """Raise what atomic_path would raise where its place cannot be written to."""
     _check_replaceable(path)
-    with temporary_folder(path, f"Cannot write {path}"):
+    with _temporary(path, f"Cannot write {path}", _make_file):
         pass
 
 

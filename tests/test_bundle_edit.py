@@ -456,7 +456,6 @@ def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: Tiny
 def test_left_overs_are_removed_and_nothing_else(made: TinyBundle) -> None:
     for left_over in ("adapters/.tmp-01234567-med.gguf", ".tmp-01234567-bundle.json"):
         (made.folder / left_over).mkdir()
-        (made.folder / left_over / ".lock").touch()
         os.utime(made.folder / left_over, (0, 0))
     (made.folder / "adapters/orphan.gguf").write_bytes(b"of an edit that was killed")
     (made.folder / "adapters/mine.gguf").write_bytes(b"mine")

@@ -21,7 +21,7 @@ from qaflora_edge.bundles.write import (
     write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import AnyPath, readable, temporary_folder, what_is_at
+from qaflora_edge.files import AnyPath, atomic_folder, cache_lock, readable, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT
 from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
@@ -157,29 +157,17 @@ def _base_record(source: BaseSource, header: GgufHeader, tell: Tell) -> dict[str
     return record
 
 
-def _give_name(temporary: Path, folder: Path) -> None:
-    try:
-        os.rename(temporary, folder)
-    except OSError as error:
-        raise OutputFileError(
-            f"Cannot create the bundle {folder}: giving it its name failed ({error.strerror}); "
-            "expected that nothing takes the name meanwhile. Look at what is there, and try again."
-        ) from error
-
-
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` when the block succeeds."""
-    if os.path.lexists(folder):
-        raise OutputFileError(
-            f"Cannot create the bundle {folder}: there is something of that name already. "
-            "Choose another name, or remove it first."
-        )
-    if (what := what_is_at(folder)) != "does not exist":
-        raise OutputFileError(
-            f"Cannot create the bundle {folder}: it {what}. Choose another name or place."
-        )
-    with temporary_folder(folder, f"Cannot create the bundle {folder}") as temporary:
-        (temporary / "bundle").mkdir()
-        yield temporary / "bundle"
-        _give_name(temporary / "bundle", folder)
+    failure = f"Cannot create the bundle {folder}"
+    if (what := what_is_at(folder)) not in ("does not exist", "is a folder", "is a file"):
+        raise OutputFileError(f"{failure}: it {what}. Choose another name or place.")
+    with cache_lock(f"bundle {folder.resolve()}"):
+        if os.path.lexists(folder):
+            raise OutputFileError(
+                f"{failure}: there is something of that name already. "
+                "Choose another name, or remove it first."
+            )
+        with atomic_folder(folder, failure) as temporary:
+            yield temporary
