@@ -39,6 +39,7 @@ A message has four parts: what failed, which file, tensor or field, what was fou
 was expected, and what to do next.
 """
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -59,11 +60,22 @@ class QafloraError(Exception):
 
 @contextmanager
 def os_errors(kind: type[QafloraError], failure: str, advice: str) -> Iterator[None]:
-    """Raise an error of ours in place of the system's: what failed, its reason, what to do."""
+    """Raise an error of ours in place of the system's: what failed, its reason, what to do.
+
+    Of a full disk the kind is OutputFileError, and the advice is to free some space.
+    """
     try:
         yield
     except OSError as error:
+        if is_disk_full(error):
+            message = f"{failure}: the disk is full. Free some space and try again."
+            raise OutputFileError(message) from error
         raise kind(f"{failure}: {error.strerror or error}. {advice}") from error
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Tell whether the system ran out of space or quota."""
+    return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class InputFileError(QafloraError):

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
@@ -30,6 +31,7 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 
 # What to do with a file that is_lfs_pointer.
 LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
+_PLACE_ADVICE = "Create the folder, or choose one that you can write to."
 _LEFT_OVER = re.compile(r"\.tmp-[a-z0-9_]{8}-(.*)", re.DOTALL)
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
@@ -103,17 +105,22 @@ def is_lfs_pointer(path: AnyPath) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_path(path: AnyPath) -> Iterator[Path]:
+def atomic_path(path: AnyPath, mode: int = 0o666) -> Iterator[Path]:
     """Give a temporary file beside `path` that replaces it when the block succeeds.
+
+    mode  its permissions, from which the umask takes some
 
     Raises OutputFileError when the place cannot be written to or the disk is full.
     """
     path = Path(path)
     _check_replaceable(path)
-    with _temporary(path, f"Cannot write {path}", _make_file) as temporary:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+
+    def make(temporary: Path) -> None:
+        os.close(os.open(temporary, flags, mode))
+
+    with _temporary(path, f"Cannot write {path}", make) as temporary:
         yield temporary
-        _put_in_place(temporary, path)
-    _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -126,10 +133,6 @@ def atomic_folder(folder: Path, failure: str) -> Iterator[Path]:
     """
     with _temporary(folder, failure, os.mkdir) as temporary:
         yield temporary
-        reason = f"{failure}: giving it its name failed"
-        with os_errors(OutputFileError, reason, "Look at what is there, and try again."):
-            os.rename(temporary, folder)
-    _sync_folder(folder.parent)
 
 
 @contextlib.contextmanager
@@ -137,26 +140,33 @@ def _temporary(path: Path, failure: str, make: Callable[[Path], None]) -> Iterat
     name = cut_name(path.name, 100)
     remove_left_overs(path.parent, name)
     temporary = path.parent / f".tmp-{secrets.token_hex(4)}-{name}"
-    refused = f"{failure}: the folder {path.parent} does not take a new file"
-    advice = "Create the folder, or choose one that you can write to."
-    with os_errors(OutputFileError, refused, advice):
+    with os_errors(OutputFileError, _refused(path, failure), _PLACE_ADVICE):
         make(temporary)
+    advice = f"Check the disk and that you may write to {path.parent}; what was there is unchanged."
     try:
-        yield temporary
-    except (OSError, OutputFileError) as error:
-        reason = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(reason, OSError) and is_disk_full(reason):
-            raise OutputFileError(
-                f"{failure}: the disk is full. Free some space and try again."
-            ) from error
-        raise
+        with os_errors(OutputFileError, failure, advice):
+            yield temporary
+            if temporary.is_file():
+                _sync(temporary)
+            os.replace(temporary, path)
     finally:
         _remove(temporary)
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+            _sync(path.parent)
 
 
-def _make_file(path: Path) -> None:
-    """Make an empty file with the usual permissions, where there is none."""
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+def _refused(path: Path, failure: str) -> str:
+    return f"{failure}: the folder {path.parent} does not take a new file"
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_left_overs(folder: Path, name: str = "") -> None:
@@ -203,38 +213,6 @@ def _kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
-    try:
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise OutputFileError(
-            f"Cannot write {path}: putting the finished file in its place failed "
-            f"({error.strerror}); what was there before is unchanged. Check the disk and that you "
-            f"may write to {path.parent}, and try again."
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system offers it."""
-    if os.name != "posix":
-        return
-    with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Tell whether the system ran out of space or quota."""
-    return error.errno in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
-
 def cut_name(name: str, n_byte: int) -> str:
     """Shorten a file's name, whose limit is one of bytes, between two characters."""
     return os.fsencode(name)[:n_byte].decode("utf-8", "ignore")
@@ -263,8 +241,8 @@ def check_has_folder(path: Path, *, is_added_to: bool = False) -> None:
 def check_takes_file(path: Path) -> None:
     """Raise what atomic_path would raise where its place cannot be written to."""
     _check_replaceable(path)
-    with _temporary(path, f"Cannot write {path}", _make_file):
-        pass
+    with os_errors(OutputFileError, _refused(path, f"Cannot write {path}"), _PLACE_ADVICE):
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_text_atomic(path: AnyPath, text: str) -> None:
@@ -374,6 +352,10 @@ def unsafe_reason(relative: str) -> str | None:
         return "it is absolute"
     if ".." in windows.parts:
         return "it contains '..'"
+    if relative.startswith("~"):
+        return "it begins with '~', which stands for a home folder"
+    if relative.lower().startswith("file:"):
+        return "it is an address"
     return None
 
 

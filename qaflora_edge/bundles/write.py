@@ -17,13 +17,12 @@ from qaflora_edge.errors import (
     BundleError,
     GgufFileError,
     InputFileError,
-    OutputFileError,
     StrategyError,
     UnsupportedAdapterError,
+    os_errors,
 )
 from qaflora_edge.files import (
     atomic_path,
-    is_disk_full,
     open_input,
     package_data,
     readable,
@@ -104,23 +103,14 @@ def put_adapter(
 
 
 def _copy(source: Path, target: Path) -> None:
-    try:
-        with (
-            open_input(source) as file,
-            atomic_path(target) as temporary,
-            temporary.open("wb") as copy,
-        ):
-            shutil.copyfileobj(file, copy, 1 << 20)
-    except OSError as error:
-        if is_disk_full(error):
-            raise OutputFileError(
-                f"Cannot copy the adapter {source} into the bundle: the disk is full. "
-                "Free some space and try again."
-            ) from error
-        raise InputFileError(
-            f"Cannot copy the adapter {source} into the bundle ({error.strerror}). "
-            "Check that you may read it."
-        ) from error
+    failure = f"Cannot copy the adapter {source} into the bundle"
+    with (
+        os_errors(InputFileError, failure, "Check that you may read it."),
+        open_input(source) as file,
+        atomic_path(target) as temporary,
+        temporary.open("wb") as copy,
+    ):
+        shutil.copyfileobj(file, copy, 1 << 20)
 
 
 def adapter_record(

@@ -96,8 +96,7 @@ def save_session(path: Path, session: Session) -> None:
         "messages": messages,
     }
     text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.touch(mode=0o600)  # for its owner alone
+    with atomic_path(path, mode=0o600) as temporary:  # for its owner alone
         temporary.write_bytes(text.encode("utf-8"))
 
 

@@ -13,8 +13,8 @@ from click.core import ParameterSource
 from qaflora_edge import __version__
 from qaflora_edge.cli.signals import signals_unwind
 from qaflora_edge.config import removed
-from qaflora_edge.errors import QafloraError
-from qaflora_edge.files import is_disk_full, one_line
+from qaflora_edge.errors import QafloraError, is_disk_full
+from qaflora_edge.files import one_line
 
 # Verb -> its line in `qaflora --help`. The first line of a command's own help says the same.
 VERBS = {

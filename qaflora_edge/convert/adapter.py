@@ -25,7 +25,7 @@ from qaflora_edge.convert.encode import (
 from qaflora_edge.convert.plan import Planned, plan_modules
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError
-from qaflora_edge.files import AnyPath, atomic_path, is_disk_full, readable
+from qaflora_edge.files import AnyPath, atomic_path, readable
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.formats.hub_ref import is_repo
 from qaflora_edge.peft.folder import read_peft
@@ -94,14 +94,7 @@ def convert_adapter(
 
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:
-        try:
-            _write(temporary, header.architecture, name, trained_on, alpha, modules, kind, tell)
-        except OSError as error:
-            if is_disk_full(error):
-                raise
-            raise OutputFileError(
-                f"Cannot write {out_path}: writing failed ({error}). Check the disk and try again."
-            ) from error
+        _write(temporary, header.architecture, name, trained_on, alpha, modules, kind, tell)
         if verify:
             checks = verify_conversion(
                 temporary, header, modules, lambda n_done: tell(len(modules) + n_done)

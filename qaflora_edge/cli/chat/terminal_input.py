@@ -250,6 +250,6 @@ def _forget_oldest(path: Path) -> None:
         file.seek(-BYTES_MAX // 2, os.SEEK_END)
         data = file.read()
     _, begin, kept = data.partition(_ENTRY)
-    with contextlib.suppress(OutputFileError), atomic_path(os.path.realpath(path)) as temporary:
-        temporary.touch(0o600)
+    place = os.path.realpath(path)
+    with contextlib.suppress(OutputFileError), atomic_path(place, mode=0o600) as temporary:
         temporary.write_bytes(begin + kept)
