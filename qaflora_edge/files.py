@@ -79,11 +79,7 @@ def read_input(path: AnyPath, most: int) -> bytes:
 
 
 def what_is_at(path: AnyPath) -> str:
-    """Say what is at a path, as "does not exist" or "is a folder".
-
-    Path.exists and its like raise where the system cannot look: a name that is too long, a folder
-    that may not be entered. os.path.exists says no there, and this says why.
-    """
+    """Say what is at a path, such as "does not exist" or "is a folder"; never raise."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -96,7 +92,7 @@ def what_is_at(path: AnyPath) -> str:
 
 
 def is_lfs_pointer(path: AnyPath) -> bool:
-    """Tell whether a file is what git leaves in place of a large one where Git LFS is missing."""
+    """Tell whether a file is the pointer that git leaves where Git LFS is missing."""
     try:
         with open_input(path) as file:
             return file.read(len(_LFS_START)) == _LFS_START
