@@ -68,10 +68,9 @@ class EngineBase:
         )
         self.system = opened.system
 
-        # Without the Engine: it would be its own owner, and never be freed when it is dropped.
-        def make(lifetime: Lifetime) -> Core:
-            core = Core(
-                lifetime,
+        try:
+            self._core = Core(
+                self._lifetime,
                 opened.header,
                 opened.adapters,
                 n_ctx=n_ctx,
@@ -83,17 +82,9 @@ class EngineBase:
             )
             # llama.cpp opened the files by name, after they were checked.
             check_unchanged(opened.states)
-            return core
-
-        self._make = make
-        try:
-            self._open()
         except BaseException:
             self._lifetime.close()
             raise
-
-    def _open(self) -> None:
-        self._core = self._make(self._lifetime)
         self._model = self._core.model
         finder = QuestionFinder(self._model)
         self._weigher = replace(
@@ -104,16 +95,12 @@ class EngineBase:
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """Keep the Engine open meanwhile; where a worker was lost, it is opened anew before.
+        """Keep the Engine open during a call.
 
-        Raises BusyError after close(), WorkerError where a worker is not there.
+        Raises BusyError after close(), WorkerError once a worker was lost.
         """
-        if self._model.is_lost and not self._lifetime.is_mine():
-            self._core.end_calls()
-            with self._lifetime.replacing():
-                if self._model.is_lost:  # another thread may have come first
-                    self._open()
         with self._lifetime.call():
+            self._model.check_workers()
             yield
 
     def close(self) -> None:
@@ -140,7 +127,6 @@ class EngineBase:
         Without it each call computes in its caller's thread, and callers that come at once compute
         for each other. With it they only wait, and no core is idle while they take what they have.
         """
-        self._lifetime.wait_until(lambda: not self._model.is_lost)  # other calls open it anew
         with self._lifetime.call():
             self._core.run_forever()
 

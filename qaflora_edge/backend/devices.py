@@ -191,7 +191,8 @@ class Workers(Handle):
         if endpoint := self.lost():
             raise WorkerError(
                 f"The worker {endpoint} ended the connection, or its machine cannot be reached. "
-                "Start it again if it does not run, and ask again."
+                "Start it again if it does not run; then start this program again, or make a new "
+                "Engine."
             )
 
     def _free(self, pointer: Any) -> None:

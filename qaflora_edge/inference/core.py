@@ -16,7 +16,7 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.stop import Stop
-from qaflora_edge.errors import QafloraError, WorkerError
+from qaflora_edge.errors import QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.inference.generation import Generation
@@ -85,13 +85,6 @@ class Core:
     def close(self) -> None:
         """Free everything; calls of other threads that go on end with BusyError."""
         self.lifetime.close(end_calls=self._loop.close)
-
-    def end_calls(self) -> None:
-        """End calls of other threads that go on with WorkerError; nothing is computed after it."""
-        try:
-            self.model.check_workers()
-        except WorkerError as error:
-            self._loop.close(error)
 
     def run_forever(self) -> None:
         """See Loop.run_forever."""

@@ -59,11 +59,6 @@ class Lifetime:
                     del self._n_call[me]
                     self._idle.notify_all()
 
-    def is_mine(self) -> bool:
-        """Whether a call of this thread goes on, or it computes for one."""
-        me = threading.get_ident()
-        return me in self._n_call or me == self._telling
-
     @contextmanager
     def telling(self) -> Iterator[None]:
         """Refuse calls of this thread, the one that computes: they would wait for it for ever."""
@@ -72,31 +67,6 @@ class Lifetime:
             yield
         finally:
             self._telling = None
-
-    @contextmanager
-    def replacing(self) -> Iterator[None]:
-        """Make resources anew while no call goes on.
-
-        Those that there were are closed after that, or where it fails those that were made.
-        """
-        with self._idle:
-            self._idle.wait_for(lambda: not self._n_call)
-            self.check_open()
-            n_old = len(self._resources)
-            try:
-                yield
-            except BaseException:
-                _close_all(self._resources, n_old)
-                raise
-            old = self._resources[:n_old]
-            del self._resources[:n_old]
-            _close_all(old)
-            self._idle.notify_all()
-
-    def wait_until(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until something is ready after `replacing`, or close()."""
-        with self._idle:
-            self._idle.wait_for(lambda: self.is_closed or is_ready())
 
     def check_open(self) -> None:
         """Raise BusyError after close()."""
@@ -114,13 +84,13 @@ class Lifetime:
         if _worker not in (None, os.getpid()):
             return
         with self._idle:
-            if self.is_mine():
+            me = threading.get_ident()
+            if me in self._n_call or me == self._telling:
                 raise BusyError(
                     "This Engine is in use by the call that close() was called from; close it "
                     "after the call has returned."
                 )
             self.is_closed = True
-            self._idle.notify_all()
         end_calls()
         with self._idle:
             self._idle.wait_for(lambda: not self._n_call)
@@ -146,6 +116,6 @@ def _check_process() -> None:
         )
 
 
-def _close_all(resources: list[Any], n_left: int = 0) -> None:
-    while len(resources) > n_left:
+def _close_all(resources: list[Any]) -> None:
+    while resources:
         resources.pop().close()

@@ -72,7 +72,7 @@ class Loop:
         self._runner = Runner(vocabulary, context, self._computing)
         self._turn = threading.Condition()
         self._is_driven = self._is_closed = False
-        self._closed: QafloraError = BusyError("This Engine was closed in the middle of a call.")
+        self._closed = BusyError("This Engine was closed in the middle of a call.")
         self._is_served = False  # by a thread in run_forever
         self._now: Sequence[sequences.Sequence | Job] = ()  # who waits for the native call
         self._worker = ThreadPoolExecutor(1) if len(scheduler.slots) > 1 else None
@@ -152,11 +152,10 @@ class Loop:
             if self._now and all(each.is_cancelled for each in self._now):
                 self._stop.set()
 
-    def close(self, error: QafloraError | None = None) -> None:
-        """End all that waits or runs; whoever waits for it gets the error, or BusyError."""
+    def close(self) -> None:
+        """End all that waits or runs; whoever waits for it gets BusyError."""
         with self._turn:
             self._is_closed = True
-            self._closed = error or self._closed
             self._stop.set()
             self._wake_server()
             while self._is_driven or self._is_served:
