@@ -15,9 +15,9 @@ from qaflora_edge.inference.prompts import Prompt, checked_tokens, token_ids
 from qaflora_edge.inference.score import Item
 from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing import numbers
+from qaflora_edge.weighing.calibration import measure_typical
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import Query
-from qaflora_edge.weighing.typical import measure_typical
 from qaflora_edge.weighing.weigher import Weights
 
 
@@ -180,7 +180,7 @@ class EngineMeasures(EngineBase):
 
         prompts   neutral texts; in chat form when the base has a template, and as text
         progress  called with (prompts done, prompts in all)
-        returns   adapter -> one of weighing.typical.KEYS -> what it says
+        returns   adapter -> one of weighing.calibration.KEYS -> what it says
         """
         with self._call():
             probe = self._core.probe(self._core.cancellation())

@@ -41,7 +41,7 @@ from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
 from qaflora_edge.inference import core
 from qaflora_edge.weighing import numbers as fuse
-from qaflora_edge.weighing.typical import LAYERS
+from qaflora_edge.weighing.calibration import LAYERS
 
 Raw = dict[str, Any]
 

@@ -18,7 +18,7 @@ from qaflora_edge.bundles.open import describe, load_bundle
 from qaflora_edge.bundles.samples import MAX_SAMPLES, set_samples
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError, PromptError, StrategyError
-from qaflora_edge.weighing.centroid import centroid_text, parse_centroid
+from qaflora_edge.weighing.baselines import centroid_text, parse_centroid
 
 SAMPLES = {"math": ["one ring and ten", "three in all"], "es": ["the rain", "an hour", "on time"]}
 QUERY = "in the rain"

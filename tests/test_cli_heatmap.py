@@ -20,9 +20,9 @@ from qaflora_edge.cli.heatmap import (
     terminal_colour,
 )
 from qaflora_edge.cli.show import BLOCKS, layer_ranges, mix_line, paint
+from qaflora_edge.show.svg_panel import leading_layers, scale
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.strategy import strategies
-from qaflora_edge.weighing.svg_panel import Measured, leading_layers, measured, scale
+from qaflora_edge.weighing.strategy import Measured, strategies
 
 HOSTILE = "es\x1b[31m\nred\r\u202eback"
 
@@ -235,7 +235,7 @@ def test_a_measure_has_its_strategys_name_and_what_it_read(
 
 def test_every_strategy_of_the_package_that_measures_names_its_measure() -> None:
     def found(strategy: str) -> Measured:
-        return measured(replace(fusion("math"), strategy=strategy))
+        return replace(fusion("math"), strategy=strategy).measured
 
     ours = [each for each in strategies() if type(each).__module__.startswith("qaflora_edge.")]
     names = [each.name for each in ours if each.is_probed]

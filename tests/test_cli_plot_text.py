@@ -11,7 +11,7 @@ from test_cli_plot import SUBJECT, ElementTree, html, pixels, svg, texts, weighe
 from qaflora_edge.cli.plot import write_plot
 from qaflora_edge.cli.plot_figure import LAYER_INCHES, TITLE_POINTS
 from qaflora_edge.cli.plot_fonts import fonts_for
-from qaflora_edge.weighing.picture_text import crop, spelt, wrap
+from qaflora_edge.show.picture_text import crop, spelt, wrap
 
 TURNED = "abc\u202etxt.exe\u2066"
 CHINESE = "\u3400\u3401"  # of an extension that hardly a font has: drawn by the one below

@@ -25,8 +25,8 @@ from qaflora_edge.errors import (
     WeightsError,
 )
 from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.numbers import kl_divergence
-from qaflora_edge.weighing.typical import KEYS
 
 PROMPT = "the king is in the air"
 NAMES = ("math", "es", "med")
@@ -502,7 +502,7 @@ def test_adapters_out_of_use_are_as_if_they_were_not_there(
 def test_adapters_out_of_use_are_not_probed(engine: Engine) -> None:
     def n_probed() -> int:
         engine.weights(PROMPT)
-        context = engine._core.prober._context
+        context = engine._core.prober._contexts.context
         assert context is not None
         return sum(bool(context.tokens_of(seq)) for seq in range(context.n_seq))
 

@@ -11,8 +11,7 @@ from qaflora_edge.backend.batch import N_TILE, Pieces, Span, n_ubatch, pieces_of
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.engine import Engine
-from qaflora_edge.weighing.probe import Prober
-from qaflora_edge.weighing.reading import run_alone
+from qaflora_edge.weighing.probe import Prober, run_alone
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 700).tolist()
 

@@ -18,8 +18,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError, StrategyError
 from qaflora_edge.weighing import numbers as fusion
-from qaflora_edge.weighing.probe import Prober
-from qaflora_edge.weighing.reading import run_alone
+from qaflora_edge.weighing.probe import Prober, run_alone
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -167,7 +166,7 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
     counts = count_decoded(monkeypatch)
     found: dict[int, list[F32]] = {}
     for n_first in (256, 1024):  # tokens that there is room for at first
-        monkeypatch.setattr("qaflora_edge.weighing.reading._N_CTX_MIN", n_first)
+        monkeypatch.setattr("qaflora_edge.weighing.probe._N_CTX_MIN", n_first)
         probed = Alone(Prober(model, pack, options), 2)
         found[n_first], n_read = [], []
         for n in (200, 250, 300, 700):

@@ -17,8 +17,7 @@ from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing import strategy as registry
 from qaflora_edge.weighing.shaping import shaped
-from qaflora_edge.weighing.strategy import parse_strategy
-from qaflora_edge.weighing.strategy_options import written
+from qaflora_edge.weighing.strategy import parse_strategy, written
 from qaflora_edge.weighing.two_place import TwoPlace
 
 PROMPT = "the thing on a ring"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.spectral import amplified, top_direction
+from qaflora_edge.weighing.adapter_inputs import amplified, top_direction
 
 EXACT = {"kv_type": "f32", "flash_attn": False}
 TOKENS = np.random.default_rng(5).integers(0, 256, 300).tolist()  # several micro-batches

@@ -22,8 +22,8 @@ from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BundleError, QafloraError, StrategyError
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes
+from qaflora_edge.weighing.calibration import KEYS, measure_typical
 from qaflora_edge.weighing.strategy import Query, parse_strategy
-from qaflora_edge.weighing.typical import KEYS, measure_typical
 
 NAMES = ("math", "es", "med")
 USUAL = {"mean": log(0.01), "spread": 0.5}
@@ -287,7 +287,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(made: 
         core, tokens, span = engine._core, list(range(60, 72)), (3, 9)
         rows = core.rows(engine.adapters)
         found = core.run(core.prober.base.added(tokens, rows, span))
-        context = core.prober.base.context
+        context = core.prober.base.contexts.context
         assert context is not None
         inputs = []
         context.clear()

@@ -159,9 +159,3 @@ class ProbeContext(Context):
             self._check_cancelled()
             raise BackendError(f"Rows cannot be normed: {native.last_error()}.")
         return normed
-
-    @property
-    def lens_ms(self) -> tuple[float, float]:
-        """Milliseconds so far in divergence(): projecting states, and what follows."""
-        stats = self._functions.get_stats(self._pointer)
-        return stats.lens_us / 1e3, stats.divergence_us / 1e3

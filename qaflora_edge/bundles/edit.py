@@ -45,8 +45,8 @@ from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers as fuse
+from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
-from qaflora_edge.weighing.typical import KEYS
 
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
 

@@ -236,7 +236,7 @@ def fit_text(name: str, record: Mapping[str, Any]) -> str:
 
 
 def _is_calibrated(text: BundleText) -> bool:
-    from qaflora_edge.weighing.typical import KEYS
+    from qaflora_edge.weighing.calibration import KEYS
 
     typical = [text.known.typical.get(adapter.name, {}) for adapter in text.adapters]
     return bool(typical) and all(key in each for each in typical for key in KEYS)

@@ -10,7 +10,7 @@ from qaflora_edge.errors import BundleError
 from qaflora_edge.files import AnyPath, check_takes_file
 from qaflora_edge.formats.bundle import BUNDLE_FILE
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.centroid import centroid_text
+from qaflora_edge.weighing.baselines import centroid_text
 
 MAX_SAMPLES = 1000
 SAMPLE_CTX = 2048  # tokens of one text

@@ -161,7 +161,7 @@ def measure_typical(
 ) -> dict[str, dict[str, Any]]:
     """Typical divergences of each adapter over the neutral prompts (method.md section 7).
 
-    returns  adapter -> one of weighing.typical.KEYS -> what it says
+    returns  adapter -> one of weighing.calibration.KEYS -> what it says
     """
     from qaflora_edge.engine import Engine
 

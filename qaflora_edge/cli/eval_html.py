@@ -27,9 +27,9 @@ from qaflora_edge.evaluation.cells import NATS, POINTS, SINGLE, Cell, Row
 from qaflora_edge.evaluation.lines import CellSummary
 from qaflora_edge.evaluation.statistics import Estimate
 from qaflora_edge.evaluation.summary import Summary, mean_layers
+from qaflora_edge.show.picture_text import crop
+from qaflora_edge.show.svg_panel import legend, min_weight, panel, scale
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.picture_text import crop
-from qaflora_edge.weighing.svg_panel import legend, min_weight, panel, scale
 
 AXIS_WIDTH, MARGIN = 140, 6  # pixels
 

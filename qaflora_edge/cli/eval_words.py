@@ -13,7 +13,7 @@ from qaflora_edge.evaluation.lines import CellSummary
 from qaflora_edge.evaluation.statistics import Estimate
 from qaflora_edge.evaluation.summary import Loaded, Summary, Verdict
 from qaflora_edge.formats.json_text import without_nan
-from qaflora_edge.weighing.picture_text import beginning
+from qaflora_edge.show.picture_text import beginning
 
 NONE = "-"
 BUNDLES_MAX = 2  # that a heading names

@@ -14,16 +14,15 @@ from typing import Any, Literal
 import numpy as np
 
 from qaflora_edge.cli.show import BLOCKS, can_show, layer_ranges
-from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.svg_panel import (
+from qaflora_edge.show.svg_panel import (
     TICK,
     leading_layers,
     lens_and_pool,
-    measured,
     min_weight,
     scale,
     why_alone,
 )
+from qaflora_edge.weighing.numbers import FusionWeights
 
 Colour = Literal["none", "256", "truecolor"]
 
@@ -321,7 +320,7 @@ def _leads(fusion: FusionWeights, pen: Pen, width: int) -> list[str]:
     means: list[str] = []
     head = ""
     if fusion.divergence is not None:
-        head = f"  {measured(fusion).name}"
+        head = f"  {fusion.measured.name}"
         means = [f"{float(row.mean()):.3g}" for row in fusion.divergence]
     if width < TABLE_MIN:
         return _leads_narrow(fusion, ranges, means, pen, width)
@@ -343,7 +342,7 @@ def _leads_narrow(
     lines = [pen.wrap("weighs most at layers", width)]
     lines += [pen.wrap(f"{n}: {r}", width, indent=2) for n, r in zip(names, ranges, strict=True)]
     if means:
-        lines += ["", pen.wrap(f"mean {measured(fusion).name}", width)]
+        lines += ["", pen.wrap(f"mean {fusion.measured.name}", width)]
         lines += [pen.wrap(f"{n}: {m}", width, indent=2) for n, m in zip(names, means, strict=True)]
     return lines
 

@@ -118,8 +118,7 @@ def meaning(option: Option) -> str:
     """The help text of an option, with the strategies that there are by now."""
     if "{strategies}" not in option.help:
         return option.help
-    from qaflora_edge.weighing.strategy import strategies
-    from qaflora_edge.weighing.strategy_options import written
+    from qaflora_edge.weighing.strategy import strategies, written
 
     known = strategies()
     *others, last = (strategy.usage for strategy in known)

@@ -13,9 +13,8 @@ import numpy as np
 from qaflora_edge.cli.plot_fonts import Fonts, fonts_for
 from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.cli.show import mean_weights
-from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.picture_text import beginning, crop, spelt, wrap
-from qaflora_edge.weighing.svg_panel import (
+from qaflora_edge.show.picture_text import beginning, crop, spelt, wrap
+from qaflora_edge.show.svg_panel import (
     TICK,
     cell_title,
     facts,
@@ -25,6 +24,7 @@ from qaflora_edge.weighing.svg_panel import (
     scale,
     short_name,
 )
+from qaflora_edge.weighing.numbers import FusionWeights
 
 DPI, PIXELS_MAX = 150, 30_000  # the second is what common viewers still open
 LAYER_INCHES, ROW_INCHES, LINE_INCHES, WIDTH_INCHES_MAX = 0.22, 0.36, 0.2, 30.0

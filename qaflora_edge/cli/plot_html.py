@@ -17,19 +17,18 @@ from qaflora_edge.cli.answers import Answer
 from qaflora_edge.cli.prompts import Prompt
 from qaflora_edge.cli.show import layer_ranges
 from qaflora_edge.server.page.content import allowing
-from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.picture_text import crop, spelt
-from qaflora_edge.weighing.svg_panel import (
+from qaflora_edge.show.picture_text import crop, spelt
+from qaflora_edge.show.svg_panel import (
     facts,
     leading_layers,
     legend,
-    measured,
     min_weight,
     panel,
     panel_width,
     scale,
     why_alone,
 )
+from qaflora_edge.weighing.numbers import FusionWeights
 
 TITLE_CHARS = 90
 INK, PAPER = "var(--ink)", "var(--paper)"
@@ -125,7 +124,7 @@ def _drawn(fusion: FusionWeights, others: Sequence[FusionWeights]) -> dict[str, 
     """The weights of one query, on the scale of all."""
     return {
         "fusion": fusion,
-        "what": None if fusion.divergence is None else measured(fusion),
+        "what": None if fusion.divergence is None else fusion.measured,
         "why_alone": "" if fusion.weights.any() else why_alone(fusion),
         "panel": markup(panel(fusion, scale(others), ink=INK, paper=PAPER)),
         "layers": [layer_ranges(layers, "–") for layers in leading_layers(fusion)],

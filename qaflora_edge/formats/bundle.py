@@ -19,9 +19,9 @@ from qaflora_edge.formats.json_text import (
     shortened,
     shown,
 )
-from qaflora_edge.weighing.centroid import parse_centroid
+from qaflora_edge.weighing.baselines import parse_centroid
+from qaflora_edge.weighing.calibration import LAYERS
 from qaflora_edge.weighing.strategy import parse_strategy
-from qaflora_edge.weighing.typical import LAYERS
 from qaflora_edge.weighing.weigher import Known
 
 FORMAT = "qaflora-bundle/1"

@@ -29,9 +29,8 @@ from qaflora_edge.inference.score import Item, Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.prefixes import Prefixes
-from qaflora_edge.weighing.probe import Prober, QueryProbe
-from qaflora_edge.weighing.reading import Steps
+from qaflora_edge.weighing.prefix_cache import Prefixes
+from qaflora_edge.weighing.probe import Prober, QueryProbe, Steps
 from qaflora_edge.weighing.strategy import Query
 
 T = TypeVar("T")

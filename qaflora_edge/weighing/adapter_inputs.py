@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf, read_pair
 from qaflora_edge.weighing.numbers import softmax
-from qaflora_edge.weighing.spectral import amplified, top_direction
 from qaflora_edge.weighing.strategy import KINDS, QUERIES, Reading
 
 P = ParamSpec("P")
@@ -58,6 +58,21 @@ def _common(infos: Sequence[AdapterInfo], layer: int, kinds: Sequence[str]) -> l
     """Tensors of a layer that all of these adapters adapt."""
     names = (f"blk.{layer}.{kind}.weight" for kind in kinds)
     return [name for name in names if all(name in info.ranks for info in infos)]
+
+
+def amplified(a: ArrayLike, b: ArrayLike) -> F64:
+    """Compute a matrix P with |P x| = |B A x| for every x: float64 [rank, n_in], or of fewer rows.
+
+    a  [rank, n_in]
+    b  [n_out, rank]
+    """
+    _, r = np.linalg.qr(np.asarray(b, np.float64))
+    return np.asarray(r @ np.asarray(a, np.float64))
+
+
+def top_direction(amplified: F64) -> F64:
+    """Find the unit vector v with the largest |P v|, up to its sign: float64 [n_in]."""
+    return np.asarray(np.linalg.svd(amplified, full_matrices=False)[2][0])
 
 
 class AttentionInputs:

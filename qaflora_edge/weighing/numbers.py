@@ -6,7 +6,7 @@ what the library computes through the quantised head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,7 +15,10 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import LENSES as LENSES
 from qaflora_edge.config import POOLS as POOLS
 from qaflora_edge.errors import StrategyError, WeightsError
-from qaflora_edge.weighing.picture_text import spelt
+from qaflora_edge.show.picture_text import spelt
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.strategy import Measured
 
 DEFAULT_STRATEGY, DEFAULT_LENS, DEFAULT_POOL = "qa-flora", "norm", "last"
 
@@ -59,6 +62,13 @@ class FusionWeights:
             "probe_ms": round(self.probe_ms, 3),
         }
 
+    @property
+    def measured(self) -> "Measured":
+        """Name and unit of `divergence`: what the strategy measures."""
+        from qaflora_edge.weighing.strategy import measured_by
+
+        return measured_by(self.strategy.partition(":")[0])
+
     def __repr__(self) -> str:
         means = self.weights.mean(axis=1)
         pairs = (
@@ -68,8 +78,8 @@ class FusionWeights:
         return f"<FusionWeights {self.strategy}, {n_layer} layers: {', '.join(pairs) or 'none'}>"
 
     def _repr_html_(self) -> str:
-        """The weights as notebooks show them: a heatmap."""
-        from qaflora_edge.weighing.svg_panel import notebook_html
+        """Draw the weights as notebooks show them: a heatmap."""
+        from qaflora_edge.show.svg_panel import notebook_html
 
         return notebook_html(self)
 

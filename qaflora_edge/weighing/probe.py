@@ -1,47 +1,274 @@
-"""The probe: one query through the base and through each adapter alone, in one batch."""
+"""The probe: measure one query with the base and with each adapter alone.
 
-import time
-from collections.abc import Callable, Sequence
+Work is cut at micro-batches. A generator yields between them, so that its driver can decode tokens
+of other requests in between.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Outputs
+from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.context_params import default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.weighing import numbers
-from qaflora_edge.weighing.base_probe import BaseProber
-from qaflora_edge.weighing.prefixes import Prefixes
-from qaflora_edge.weighing.reading import (
-    ProbeTimings,
-    Run,
-    Steps,
-    closed,
-    probe_context,
-    read_tokens,
-    wiped_on_failure,
+from qaflora_edge.weighing.adapter_inputs import (
+    AttentionInputs,
+    AttentionSizes,
+    QueryProjections,
+    sums_of,
 )
+from qaflora_edge.weighing.prefix_cache import Prefixes
 from qaflora_edge.weighing.strategy import Measure, PlaceMeasure, Query, Reading, Span
 
 T = TypeVar("T")
-PLACES = ("answer", "question")  # the last token, where the answer begins, and the question's mean
+# Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
+Steps = Generator[int | None, None, T]
+PLACES = ("answer", "question")  # the last token, where the answer begins; the question's mean
 # tokens, rows, and where the question stands; None: only the last token's states are captured
 _Key = tuple[tuple[int, ...], tuple[int, ...], Span | None]
 
+_N_CTX_MIN = 256  # tokens
+_BASE = "base"  # key of the base alone in the prefix cache
+
+
+class Run(Protocol):
+    """Drives a generator to its end and returns its result."""
+
+    def __call__(self, steps: Steps[T], /) -> T: ...
+
+
+def run_alone(steps: Steps[T]) -> T:
+    """Drive a generator to its end with nothing in between."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+@contextmanager
+def wiped_on_failure(context: Context) -> Iterator[None]:
+    """Empty a context when a block fails; a cancelled query's GeneratorExit counts."""
+    try:
+        yield
+    except BaseException:
+        context.wipe()
+        raise
+
+
+def n_ctx_for(n_token: int) -> int:
+    """Size a context for so many tokens; it grows by doubling."""
+    return max(_N_CTX_MIN, 1 << (n_token - 1).bit_length())
+
+
+def _prefill(
+    context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
+) -> Steps[None]:
+    """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
+    pieces, at = context.pieces(n_seq), start
+    while at < len(tokens):
+        end = pieces.end(tokens, at)
+        is_last = end == len(tokens)
+        context.decode(
+            tokens[at:end],
+            start=at,
+            outputs=outputs if is_last or outputs == "all" else "none",
+            n_seq=n_seq,
+        )
+        at = end
+        if not is_last:
+            yield at
+
+
+class _GrowingContext:
+    """A probe context that a longer query replaces by a larger one; the KV state moves along.
+
+    make  makes one from n_ctx, has_inputs and all_outputs
+    """
+
+    def __init__(self, make: Callable[..., ProbeContext]) -> None:
+        self._make = make
+        self.context: ProbeContext | None = None
+
+    def for_query(
+        self, n_token: int, *, has_inputs: bool = False, all_outputs: bool = False
+    ) -> ProbeContext:
+        """Give a context with room for a query that captures what was asked for so far."""
+        held, state = self.context, None
+        if held is not None:
+            has_inputs, all_outputs = has_inputs or held.has_inputs, all_outputs or held.all_outputs
+            have = (held.has_inputs, held.all_outputs)
+            if held.n_ctx >= n_token and have == (has_inputs, all_outputs):
+                return held
+            n_token = max(n_token, held.n_ctx)
+            state = held.kv_state() if held.tokens else None
+            self.close()
+        flags = {"has_inputs": has_inputs, "all_outputs": all_outputs}
+        self.context = self._make(n_ctx=n_ctx_for(n_token), **flags)
+        if state is not None:
+            self.context.load_kv_state(state)
+        return self.context
+
+    def close(self) -> None:
+        """Free the context."""
+        if self.context is not None:
+            self.context.close()
+        self.context = None
+
+
+class BaseProber:
+    """Measures with one sequence of the base: one pass, however many adapters there are.
+
+    files     of the adapters, or their facts where they were read before
+    prefixes  the prefix cache
+
+    rows, in all methods: which adapters of the pack are compared, in ascending order.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pack: Pack,
+        options: dict[str, Any],
+        files: Sequence[Path | AdapterInfo],
+        prefixes: Prefixes,
+    ) -> None:
+        self._model, self._files, self._prefixes = model, files, prefixes
+        self.contexts = _GrowingContext(partial(ProbeContext, model, pack, n_seq=1, **options))
+        self._projections: dict[tuple[int, ...], QueryProjections] = {}
+        self._sizes: dict[int, AttentionSizes] = {}
+        self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
+        self._readings: dict[Reading, tuple[tuple[int, ...], AttentionInputs]] = {}
+
+    def close(self) -> None:
+        """Free the context and its threads."""
+        self._threads.shutdown(wait=False)
+        self.contexts.close()
+
+    def norms(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F64]:
+        """Measure what each adapter adds to a late query projection: float64 [n_row].
+
+        |scale B A x| for the last token's x (after LoGo, arXiv 2511.07129).
+
+        Raises StrategyError when the adapters have no query projection in common.
+        """
+        key = tuple(rows)
+        if key not in self._projections:
+            files = [self._files[row] for row in rows]
+            self._projections = {key: QueryProjections(files, self._model.n_layer)}
+        context = self.contexts.for_query(len(tokens), has_inputs=True)
+        context.capture_begin()
+        n_kept = self._prefixes.go_on(context, _BASE, tokens, context.pieces())
+        with wiped_on_failure(context):
+            yield from _prefill(context, tokens, n_kept, "last")
+        return self._projections[key].norms(context.inputs(0)[0])
+
+    def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
+        """Average the state after the last block over tokens: float32 [n_embd]."""
+        context = self.contexts.for_query(len(tokens), all_outputs=True)
+        context.clear()
+        context.capture_begin("mean")
+        with wiped_on_failure(context):
+            yield from _prefill(context, tokens, 0, "all")
+            embedding: F32 = context.states(0)[-1]
+        if not np.isfinite(embedding).all():
+            raise BackendError(
+                f"The state after the last block is NaN or infinite with {self._model.path}, "
+                "expected finite numbers; fetch or convert it again."
+            )
+        return embedding
+
+    def routing(
+        self, tokens: Sequence[int], rows: Sequence[int], reading: Reading
+    ) -> Steps[tuple[F64, F64]]:
+        """Compute Arrow's or SpectR's weights and their measure, means over tokens and modules.
+
+        returns  two float64 [n_row, n_layer]
+
+        Raises StrategyError when the adapters have no projection of the attention in common.
+        """
+        key, inputs = self._readings.get(reading, ((), None))
+        if inputs is None or key != tuple(rows):
+            files = [self._files[row] for row in rows]
+            inputs = AttentionInputs(files, self._model.n_layer, reading)
+            self._readings[reading] = (tuple(rows), inputs)
+        context = self.contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
+        context.clear()
+        sums = np.zeros((2, len(rows), self._model.n_layer))
+        with wiped_on_failure(context):
+            for at, x in self._inputs(context, tokens, 0):
+                sums += inputs.sums(x)
+                yield at
+        weights, sizes = sums / len(tokens)
+        return weights, sizes
+
+    def added(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F64]:
+        """Measure what each adapter would add to q, k and v in two places: [2, n_row, n_layer].
+
+        |scale B A x| with x of the base alone, the geometric mean over a layer's modules: at the
+        last token, and in the mean over the question's tokens, which stand at span. 0 where an
+        adapter adapts none of them.
+        """
+        for row in rows:
+            if row not in self._sizes:
+                self._sizes[row] = AttentionSizes(self._files[row], self._model.n_layer)
+        sizes = [self._sizes[row] for row in rows]
+        start, stop = span
+        context = self.contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
+        question: list[F64] = [np.zeros(1) for _ in rows]
+        with wiped_on_failure(context):
+            at = self._reuse(context, tokens, start)
+            for end, inputs in self._inputs(context, tokens, at):
+                inside = inputs[max(start - at, 0) : max(stop - at, 0)]
+                found = sums_of(sizes, inside, self._threads)
+                question = [q + more for q, more in zip(question, found, strict=True)]
+                at = end
+                yield at
+        n = stop - start
+        at_last = sums_of(sizes, inputs[-1:], self._threads)
+        last = [each.of_layers(q) for q, each in zip(at_last, sizes, strict=True)]
+        means = [each.of_layers(q / n) for q, each in zip(question, sizes, strict=True)]
+        return np.array([last, means])
+
+    @staticmethod
+    def _inputs(context: ProbeContext, tokens: Sequence[int], at: int) -> Iterator[tuple[int, F32]]:
+        """Prefill tokens[at:]; give ends and inputs [n_token, n_layer, n_embd] of micro-batches."""
+        while at < len(tokens):
+            end = context.pieces().end(tokens, at)
+            context.capture_begin("mean")
+            context.decode(tokens[at:end], start=at, outputs="all")
+            yield end, context.inputs(0, n_row=end - at)
+            at = end
+
+    def _reuse(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
+        """Reuse the KV state of a query's beginning, up to a cut and n_most tokens at most."""
+        pieces, cut = context.pieces(), 0
+        n_kept = self._prefixes.go_on(context, _BASE, tokens, pieces)
+        while (end := pieces.end(tokens, cut)) <= min(n_kept, n_most):
+            cut = end
+        return n_kept if n_kept == cut else context.keep_common(tokens[: cut + 1])
+
 
 class Prober:
-    """Sequences of one context: the base first, then adapters alone at weight 1.
+    """Measures with sequences of one context: the base, then each adapter alone at weight 1.
 
-    files  of the adapters, where they were read before
-    prefixes  where what was read of queries is kept; by default the last one's alone
+    files     of the adapters, or their facts where they were read before
+    prefixes  the prefix cache; by default only the last query's KV state is reused
 
-    The context is made when first needed and replaced by a larger one for a longer query. What a
-    query begins with is not read again where it was read for another. The states of the last query
-    are kept, so that two measures of one query cost one pass. `base` measures with the base alone.
+    The states of the last query are kept, so that two measures of one query cost one pass. `base`
+    measures with the base alone.
 
     rows, in all methods: which adapters of the pack are probed, in ascending order.
     """
@@ -56,104 +283,36 @@ class Prober:
         prefixes: Prefixes | None = None,
     ) -> None:
         self.prefixes = prefixes or Prefixes(0)
-        self.base = BaseProber(model, pack, options, files=files, prefixes=self.prefixes)
+        self.base = BaseProber(model, pack, options, files or pack.paths, self.prefixes)
         self._model, self._pack, self._options = model, pack, options
-        self._context: ProbeContext | None = None
-        self._rows: tuple[int, ...] = ()  # of the adapters whose KV state is held
-        self._n_exact: int | None = None  # tokens held that were read as a prompt is; None: all
+        self._contexts = _GrowingContext(self._make_context)
+        self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's
+        self._n_exact: int | None = None  # tokens held in the cuts of a whole prompt; None: all
         self._last: tuple[_Key, F32] | None = None
-        self.timings = ProbeTimings()
 
     def close(self) -> None:
+        """Free all contexts."""
         self.base.close()
-        if self._context is not None:
-            self._context.close()
-        self._context = self._last = None
+        self._contexts.close()
+        self._last = None
 
     @property
     def contexts(self) -> list[ProbeContext]:
-        """The contexts that there are."""
-        return [context for context in (self._context, self.base.context) if context is not None]
+        """The contexts that exist."""
+        both = (self._contexts.context, self.base.contexts.context)
+        return [context for context in both if context is not None]
 
     def states(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F32]:
         """Give the last token's states: float32 [1 + n_row, n_layer, n_embd], the base first."""
-        key = (tuple(tokens), tuple(rows), None)
-        return self._measured(key, lambda c: self._read_query(c, tokens))
-
-    def _read_query(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[F32]:
-        context.capture_begin()
-        n_kept = self._go_on(context, tokens)
-        self._n_exact = None
-        yield from self._read_part(context, tokens, n_kept, "last")
-        return self._states(context)
-
-    def _measured(self, key: _Key, read: Callable[[ProbeContext], Steps[F32]]) -> Steps[F32]:
-        """The states of a query: those of the last one, or what is read now and kept as these."""
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        start = time.perf_counter()
-        context = self._room_for(key[0], all_outputs=key[2] is not None)
-        with wiped_on_failure(context):
-            self._use(context, key[1])
-            states = yield from read(context)
-            self._check_finite(states, key[1])
-        self._last = (key, states)
-        self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
-        return states
+        return self._measured((tuple(tokens), tuple(rows), None))
 
     def places(self, tokens: Sequence[int], rows: Sequence[int], span: Span) -> Steps[F32]:
-        """States in two places: float32 [2, 1 + n_row, n_layer, n_embd], in one pass.
+        """Give states in two places: float32 [2, 1 + n_row, n_layer, n_embd], in one pass.
 
         span     where the question's tokens stand
         returns  the last token's states, and the means over the question's tokens
         """
-        key = (tuple(tokens), tuple(rows), span)
-        return self._measured(key, lambda c: self._read_places(c, tokens, span))
-
-    def _read_places(self, context: ProbeContext, tokens: Sequence[int], span: Span) -> Steps[F32]:
-        """Read what stands before the question, the question, and the rest, each for itself.
-
-        Where nothing follows the question, its last token is the rest, and counts for the mean too.
-        """
-        start, end = span
-        n_mean = end - start
-        n_kept = self._go_on(context, tokens[:start], n_after=len(tokens) - start)
-        self._n_exact = start  # what follows is not cut where others are
-        if start > n_kept:
-            yield from self._read_part(context, tokens[:start], n_kept, "none")
-        if end == len(tokens):
-            end -= 1
-        context.capture_begin("mean")
-        if start < end:
-            yield from self._read_part(context, tokens[:end], start, "all")
-            question = self._states(context)
-        context.capture_begin("last")
-        yield from self._read_part(context, tokens, end, "last")
-        last = self._states(context)
-        if start == end:
-            question = last
-        elif n_mean > end - start:
-            question = question + (last - question) / np.float32(n_mean)
-        return np.stack([last, question])
-
-    def _read_part(
-        self, context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs
-    ) -> Steps[None]:
-        yield from read_tokens(context, tokens, start, outputs, n_seq=1 + len(self._rows))
-
-    def _states(self, context: ProbeContext) -> F32:
-        order = self._in_order(self._rows)
-        return np.stack(
-            [context.states(0), *(context.states(1 + order.index(r)) for r in self._rows)]
-        )
-
-    def _in_order(self, rows: tuple[int, ...]) -> list[int]:
-        """The adapters as they follow the base: those that begin in a higher layer come later.
-
-        Below where they begin they are what the base is, and the library computes the first
-        sequences alone.
-        """
-        return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
+        return self._measured((tuple(tokens), tuple(rows), span))
 
     def divergence(
         self,
@@ -164,12 +323,11 @@ class Prober:
         pool: str,
         span: Span = (0, 0),
     ) -> Steps[F64]:
-        """How far each adapter moves the base: float64 [n_row, n_layer].
+        """Measure how far each adapter moves the base: float64 [n_row, n_layer].
 
         measure  "cosine" and "euclidean" distances of states, else KL in nats through the lens
-        pool     "last": the last token; or one of PLACES: what `places` gives for a span
+        pool     "last": the last token; or one of PLACES, of the question at span
         """
-        self.timings = ProbeTimings()
         if pool in PLACES:
             places = yield from self.places(tokens, rows, span)
             states = places[PLACES.index(pool)]
@@ -179,21 +337,87 @@ class Prober:
             return numbers.cosine_distance(states[0], states[1:])
         if measure == "euclidean":
             return numbers.euclidean_distance(states[0], states[1:])
-        if self.timings.forward_ms:
-            yield None
-        context = self._room_for(tokens, all_outputs=pool != "last")
-        before = context.lens_ms
-        divergence = context.divergence(states[0], states[1:], lens)
-        lens_ms, divergence_ms = np.subtract(context.lens_ms, before)
-        self.timings = ProbeTimings(self.timings.forward_ms, float(lens_ms), float(divergence_ms))
-        return divergence
+        yield None
+        return self._contexts.for_query(1).divergence(states[0], states[1:], lens)
 
-    def timed(self, steps: Steps[T]) -> Steps[T]:
-        """Do what the base alone is asked, and note its time."""
-        start = time.perf_counter()
-        result = yield from steps
-        self.timings = ProbeTimings(forward_ms=1e3 * (time.perf_counter() - start))
-        return result
+    def _measured(self, key: _Key) -> Steps[F32]:
+        """Give the states of a query: the last one's again, or measured now and kept."""
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        tokens, rows, span = key
+        context = self._contexts.for_query(len(tokens), all_outputs=span is not None)
+        with wiped_on_failure(context):
+            if rows != self._rows:
+                self.prefixes.keep(self._rows, context, self._n_exact)
+                context.clear()
+                self._set_weights(context, rows)
+                self._rows = rows
+            if span is None:
+                states = yield from self._last_states(context, tokens)
+            else:
+                states = yield from self._place_states(context, tokens, span)
+            self._check_finite(states, rows)
+        self._last = (key, states)
+        return states
+
+    def _last_states(self, context: ProbeContext, tokens: Sequence[int]) -> Steps[F32]:
+        context.capture_begin()
+        n_kept = self._reuse(context, tokens)
+        self._n_exact = None
+        yield from self._prefill(context, tokens, n_kept, "last")
+        return self._states(context)
+
+    def _place_states(self, context: ProbeContext, tokens: Sequence[int], span: Span) -> Steps[F32]:
+        """Prefill the tokens before the question, the question, and the rest, each for itself.
+
+        Where nothing follows the question, its last token is the rest, and counts for the mean too.
+        """
+        start, end = span
+        n_mean = end - start
+        n_kept = self._reuse(context, tokens[:start], n_after=len(tokens) - start)
+        self._n_exact = start  # the rest is cut otherwise than a whole prompt
+        if start > n_kept:
+            yield from self._prefill(context, tokens[:start], n_kept, "none")
+        if end == len(tokens):
+            end -= 1
+        context.capture_begin("mean")
+        if start < end:
+            yield from self._prefill(context, tokens[:end], start, "all")
+            question = self._states(context)
+        context.capture_begin("last")
+        yield from self._prefill(context, tokens, end, "last")
+        last = self._states(context)
+        if start == end:
+            question = last
+        elif n_mean > end - start:
+            question = question + (last - question) / np.float32(n_mean)
+        return np.stack([last, question])
+
+    def _prefill(
+        self, context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs
+    ) -> Steps[None]:
+        return _prefill(context, tokens, start, outputs, n_seq=1 + len(self._rows))
+
+    def _reuse(self, context: ProbeContext, tokens: Sequence[int], n_after: int = 0) -> int:
+        """Reuse the KV state of a query's beginning; gives how many tokens."""
+        pieces = context.pieces(1 + len(self._rows))
+        return self.prefixes.go_on(
+            context, self._rows, tokens, pieces, n_exact=self._n_exact, n_after=n_after
+        )
+
+    def _states(self, context: ProbeContext) -> F32:
+        order = self._in_order(self._rows)
+        return np.stack(
+            [context.states(0), *(context.states(1 + order.index(r)) for r in self._rows)]
+        )
+
+    def _in_order(self, rows: tuple[int, ...]) -> list[int]:
+        """Order the adapters after the base: those that begin in a higher layer come later.
+
+        Below its first layer an adapter equals the base, and the library computes only the first
+        sequences there.
+        """
+        return sorted(rows, key=lambda row: (self._pack.first_layers[row], row))
 
     def _check_finite(self, states: F32, rows: Sequence[int]) -> None:
         if np.isfinite(states).all():
@@ -205,64 +429,28 @@ class Prober:
             "numbers; convert or fetch it again, or leave it out."
         )
 
-    def _use(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
-        """Let a sequence be each of these adapters; what was read with others is forgotten."""
-        if rows != self._rows:
-            self._forget(context)
-            self._set_weights(context, rows)
-            self._rows = rows
-
-    def _go_on(self, context: ProbeContext, tokens: Sequence[int], n_after: int = 0) -> int:
-        """Hold what was read of a query's beginning; gives how many tokens."""
-        pieces = context.pieces(1 + len(self._rows))
-        return self.prefixes.go_on(
-            context, self._rows, tokens, pieces, n_exact=self._n_exact, n_after=n_after
-        )
-
-    def _forget(self, context: ProbeContext) -> None:
-        """Hold nothing, but keep what is of use to other queries."""
-        self.prefixes.keep(self._rows, context, self._n_exact)
-        context.clear()
-
     def _set_weights(self, context: ProbeContext, rows: tuple[int, ...]) -> None:
         for i, row in enumerate(self._in_order(rows)):
             alone = np.zeros((self._pack.n_adapter, self._model.n_layer), np.float32)
             alone[row] = 1.0
             context.set_weights(alone, seq=1 + i)
 
-    def _room_for(self, tokens: Sequence[int], *, all_outputs: bool) -> ProbeContext:
-        held = self._context
-        if held is not None and held.n_ctx >= len(tokens) and held.all_outputs >= all_outputs:
-            return held
-        state, self._context = closed(held), None
+    def _make_context(self, **flags: Any) -> ProbeContext:
         n_adapter = self._pack.n_adapter
-        context = probe_context(
-            self._model,
-            self._pack,
-            self._options,
-            max(len(tokens), 0 if held is None else held.n_ctx),
-            n_seq=1 + n_adapter,
-            is_differential=n_adapter > 0,
-            all_outputs=all_outputs,
-        )
+        options = {**self._options, **flags, "is_differential": n_adapter > 0}
+        context = ProbeContext(self._model, self._pack, n_seq=1 + n_adapter, **options)
         self._set_weights(context, self._rows)
-        if state is not None:
-            context.load_kv_state(state)
-        self._context = context
         return context
 
 
 class QueryProbe:
-    """What a strategy may measure of one query: strategy.Probe over a Prober.
+    """Measures one query for a strategy, with a Prober: see strategy.Probe.
 
-    run  drives what measures it
+    run  drives the work
     """
 
     def __init__(self, prober: Prober, query: Query, rows: Sequence[int], run: Run) -> None:
         self._prober, self._query, self._rows, self._run = prober, query, tuple(rows), run
-
-    def _of_base(self, steps: Steps[T]) -> T:
-        return self._run(self._prober.timed(steps))
 
     def divergence(self, measure: Measure = "kl") -> F64:
         query = self._query
@@ -280,16 +468,17 @@ class QueryProbe:
         return self._run(self._prober.places(query.tokens, self._rows, query.question))
 
     def places(self, measure: PlaceMeasure) -> F64:
+        query = self._query
         if measure == "added":
-            query, base = self._query, self._prober.base
-            return self._of_base(base.added(query.tokens, self._rows, query.question))
+            steps = self._prober.base.added(query.tokens, self._rows, query.question)
+            return self._run(steps)
         return np.stack([numbers.cosine_distance(each[0], each[1:]) for each in self._places()])
 
     def embedding(self) -> F32:
-        return self._of_base(self._prober.base.embedding(self._query.tokens))
+        return self._run(self._prober.base.embedding(self._query.tokens))
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
-        return self._of_base(self._prober.base.routing(self._query.tokens, self._rows, reading))
+        return self._run(self._prober.base.routing(self._query.tokens, self._rows, reading))
 
     def norms(self) -> F64:
-        return self._of_base(self._prober.base.norms(self._query.tokens, self._rows))
+        return self._run(self._prober.base.norms(self._query.tokens, self._rows))

@@ -8,10 +8,10 @@ from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.weighing.calibration import unusual
 from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.numbers import normalise
 from qaflora_edge.weighing.strategy import Mix, Probe, Query
-from qaflora_edge.weighing.typical import unusual
 
 
 def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:

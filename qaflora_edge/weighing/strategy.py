@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, Protocol
 from qaflora_edge.arrays import F32, F64, ArrayLike
 from qaflora_edge.config import SHAPING, Option, removed
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.strategy_options import read_options
 
 Measure = Literal["kl", "cosine", "euclidean"]
 PlaceMeasure = Literal["added", "cosine"]
@@ -28,12 +27,12 @@ KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # they read the same input
 
 Span = tuple[int, int]  # where a part of a prompt begins, and where it ends
 
-# adapter -> what is typical of it, by weighing.typical.KEYS, as bundle.json stores it
+# adapter -> what is typical of it, by weighing.calibration.KEYS, as bundle.json stores it
 Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
 # Modules beside this one.
-_BUILT_IN = ("divergence", "two_place", "norm", "centroid", "spectral", "fixed")
+_BUILT_IN = ("divergence", "two_place", "baselines", "fixed")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -44,7 +43,7 @@ class Query:
     tokens    ids of the prompt
     adapters  names of those in use, in the order of every first axis
     lens      "norm" or "raw", pool "last" or "question": see `qaflora weights --help`
-    typical   adapter -> what is typical of it, where the bundle has it: see weighing.typical
+    typical   adapter -> what is typical of it, where the bundle has it: see weighing.calibration
     centroids adapter -> float32 [n_embd], mean embedding of its sample texts, where it has them
     options   the strategy's own options, as they were given
     question  where the question's tokens stand: the last user turn of a prompt in chat form, else
@@ -277,6 +276,64 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
             f"{', '.join(each.usage for each in strategies())}."
         )
     return Chosen(text, strategy, strategy.parse(argument, adapters, text), options)
+
+
+def read_options(
+    behind: str, options: Sequence[Option], text: str, *, has_argument: bool
+) -> tuple[str, dict[str, Any]]:
+    """What stands behind a strategy's colon: its argument, and its options by name.
+
+    behind        items with commas between them
+    has_argument  whether items that are no option are the strategy's argument
+    text          the whole of it, for messages
+
+    Raises StrategyError for an unknown option, one that stands twice, or a value out of its range.
+    """
+    known = {option.name: option for option in options}
+    found: dict[str, Any] = {}
+    others = []
+    for item in behind.split(","):
+        name, equals, value = item.partition("=")
+        if name not in known or not equals:
+            if not has_argument:
+                raise _unknown(item, name, options, text)
+            others.append(item)
+        elif name in found:
+            raise StrategyError(f"Strategy {text!r} has the option {name} twice, expected it once.")
+        else:
+            found[name] = _value(known[name], value, text)
+    return ",".join(others), found
+
+
+def written(option: Option) -> str:
+    """How an option is written, as in total=T or l2."""
+    return f"{option.name}=" + " or ".join(
+        (*option.choices, *((option.metavar,) if option.metavar else ()), *option.words)
+    )
+
+
+def _value(option: Option, value: str, text: str) -> Any:
+    given: Any = value
+    if option.kind in (int, float) and value not in option.words:
+        try:
+            given = option.kind(value)
+        except ValueError:
+            given = None  # fits nowhere
+    if not option.fits(given):
+        raise StrategyError(
+            f"Strategy {text!r}: the option {option.name} is {value!r}, expected {option.expected}."
+        )
+    return given
+
+
+def _unknown(item: str, name: str, options: Sequence[Option], text: str) -> StrategyError:
+    near = difflib.get_close_matches(name, [option.name for option in options], n=1)
+    hint = f"did you mean {near[0]}=? Expected" if near else "expected"
+    forms = ", ".join(map(written, options))
+    return StrategyError(
+        f"Strategy {text!r}: {item!r} is no option of it; {hint} some of {forms}, with commas "
+        "between them."
+    )
 
 
 def measured_by(name: str) -> Measured:

@@ -46,7 +46,7 @@ class TwoPlace(Strategy):
     reads_of_each = KINDS
 
     def check(self, argument: Any, query: Query) -> None:
-        from qaflora_edge.weighing.typical import adds_nothing
+        from qaflora_edge.weighing.calibration import adds_nothing
 
         keys = ["added_last", "added_text", f"{_all_options(query)['by']}_question"]
         check_typical(self.name, query, keys, f"({', '.join(keys)})")
@@ -61,7 +61,7 @@ class TwoPlace(Strategy):
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix:
         import numpy as np
 
-        from qaflora_edge.weighing.typical import unusual
+        from qaflora_edge.weighing.calibration import unusual
 
         options = _all_options(query)
         if _is_alone(query):

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from qaflora_edge.weighing.picture_text import crop, len_pixels, spelt
-from qaflora_edge.weighing.strategy import Measured, measured_by
+from qaflora_edge.show.picture_text import crop, len_pixels, spelt
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -22,11 +21,6 @@ TICK = 5  # a label at every fifth layer
 CELL_WIDTH, CELL_HEIGHT = 18, 26
 NAME_WIDTH_MAX, MEAN_WIDTH = 180, 52
 NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
-
-
-def measured(fusion: FusionWeights) -> Measured:
-    """What the strategy measures, whatever options it has."""
-    return measured_by(_name(fusion))
 
 
 def scale(fusions: Sequence[FusionWeights]) -> tuple[float, float]:
@@ -79,7 +73,7 @@ def lens_and_pool(fusion: FusionWeights) -> str:
     """Of lens and pool what the strategy read, in words; empty where it read neither."""
     if fusion.divergence is None:
         return ""
-    return ", ".join(f"{each} {getattr(fusion, each)}" for each in measured(fusion).reads)
+    return ", ".join(f"{each} {getattr(fusion, each)}" for each in fusion.measured.reads)
 
 
 def why_alone(fusion: FusionWeights) -> str:
@@ -152,7 +146,7 @@ def cell_title(fusion: FusionWeights, row: int, layer: int) -> str:
         f"weight {float(fusion.weights[row, layer]):.3f}",
     ]
     if fusion.divergence is not None:
-        what = measured(fusion)
+        what = fusion.measured
         lines.append(f"{what.name} {float(fusion.divergence[row, layer]):.3g}{what.unit}")
     return "\n".join(lines)
 
