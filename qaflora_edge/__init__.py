@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.errors import QafloraError
     from qaflora_edge.inference.generation import Generation
-    from qaflora_edge.openai.llama_like import Llama, replace_llama_cpp
+    from qaflora_edge.openai.llama import Llama, replace_llama_cpp
     from qaflora_edge.weighing.numbers import FusionWeights
     from qaflora_edge.weighing.strategy import (
         Measured,
@@ -42,7 +42,7 @@ _HOME = {
     "Engine": "qaflora_edge.engine",
     "FusionWeights": "qaflora_edge.weighing.numbers",
     "Generation": "qaflora_edge.inference.generation",
-    "Llama": "qaflora_edge.openai.llama_like",
+    "Llama": "qaflora_edge.openai.llama",
     "Measured": "qaflora_edge.weighing.strategy",
     "Mix": "qaflora_edge.weighing.strategy",
     "Probe": "qaflora_edge.weighing.strategy",
@@ -50,7 +50,7 @@ _HOME = {
     "Query": "qaflora_edge.weighing.strategy",
     "Strategy": "qaflora_edge.weighing.strategy",
     "register_strategy": "qaflora_edge.weighing.strategy",
-    "replace_llama_cpp": "qaflora_edge.openai.llama_like",
+    "replace_llama_cpp": "qaflora_edge.openai.llama",
 }
 
 

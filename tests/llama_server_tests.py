@@ -155,8 +155,8 @@ class _Starter:
             engine=engine, sampling=sampling, api_key=server.api_key, cors_origins=origins
         )
         app = make_app([self._base.path], options)
-        bundle = next(iter(app.state.shelf.bundles.values()))
-        app.state.shelf.find = lambda model: (bundle, None)
+        bundle = next(iter(app.state.models.by_name.values()))
+        app.state.models.find = lambda model: (bundle, None)
         stack = contextlib.ExitStack()
         url = stack.enter_context(listening_app(_without_v1(app)))
         server.server_port = int(url.rpartition(":")[2])

@@ -21,7 +21,6 @@ from starlette.routing import Route
 
 from qaflora_edge.server.app import show_page
 from qaflora_edge.server.refusals import Refusal
-from qaflora_edge.server.work import refused_response
 
 ADAPTERS = {"demo": ("math", "es", "med"), "code": ("sql",)}
 STRATEGIES = ("qa-flora", "calibrated", "static", "base")
@@ -97,7 +96,7 @@ def fusion_of(script: Script, body: dict[str, Any]) -> dict[str, Any]:
 def app(script: Script) -> Starlette:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
-        return refused_response(error)
+        return error.response()
 
     async def models(request: Request) -> Response:
         found = [
@@ -166,7 +165,7 @@ def app(script: Script) -> Starlette:
             script.paths.append(scope["path"])
             given = dict(scope["headers"]).get(b"authorization", b"").decode()
             if script.key and scope["path"] != "/" and given != f"Bearer {script.key}":
-                await refused_response(Refusal(401, "A key is needed."))(scope, receive, send)
+                await Refusal(401, "A key is needed.").response()(scope, receive, send)
                 return
         await made(scope, receive, send)
 

@@ -22,10 +22,9 @@ from serving import ENGINE, free_port, launched, listening, listening_app, make_
 from tiny import constant_logits
 
 from qaflora_edge import Engine
-from qaflora_edge.server import body as server_body
-from qaflora_edge.server import fields, protocol, work
+from qaflora_edge.server import requests, stream
 from qaflora_edge.server.app import make_app
-from qaflora_edge.server.options import MAX_HEAD_BYTES
+from qaflora_edge.server.run import MAX_HEAD_BYTES
 
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-tests"
@@ -141,23 +140,19 @@ def test_answers_under_load_are_those_alone(made: TinyBundle, alone: Engine) -> 
 
 @pytest.mark.slow
 def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> None:
-    """In the middle of a stream, before its first byte, and while they wait; by FIN and by RST.
-
-    Where another request was sent behind the stream's too.
-    """
+    """In the middle of a stream, before its first byte, and while they wait; by FIN and by RST."""
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
     asked = {"model": "tiny", "messages": USER, "stream": True}
 
     with listening_app(app) as url, contextlib.ExitStack() as stack:
-        turns, room = app.state.shelf.bundles["tiny"].turns, app.state.shelf.room
+        running = app.state.running
         opened = []
         for number in range(10):
             client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
             is_stream = number % 3 > 0
-            data = raw_post(json.dumps(asked | {"stream": is_stream}).encode())
-            client.sendall(data * (1 + is_stream))
+            client.sendall(raw_post(json.dumps(asked | {"stream": is_stream}).encode()))
             opened.append(client)
-        wait_until(lambda: turns.n_running + room.n_waiting == len(opened))
+        wait_until(lambda: len(running) == len(opened))
         # Of the four that have a turn any three are decoded.
         wait_until(lambda: any(b'"content"' in peeked(client) for client in opened[1:3]))
         for number, client in enumerate(opened):
@@ -165,7 +160,7 @@ def test_clients_that_vanish_are_no_longer_computed_for(endless: TinyBundle) -> 
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
         wait_until(lambda: metric(url, "qaflora_requests_total", CHAT) == len(opened))
-        assert (turns.n_running, room.n_waiting, app.state.running) == (0, 0, set())
+        assert (running, app.state.models.queue.waiting.total()) == (set(), 0)
         assert metric(url, "qaflora_completion_tokens_total") < LONG_CTX / 2  # not one to its end
         body = {**asked, "stream": False, "max_tokens": 3}
         short = httpx.post(url + CHAT, json=body, timeout=PATIENCE_S)
@@ -177,7 +172,7 @@ def test_a_client_that_reads_nothing_is_given_up(
     endless: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answer is no longer computed, and others have its turn."""
-    monkeypatch.setattr(work, "SEND_S", 0.5)
+    monkeypatch.setattr(stream, "SEND_S", 0.5)
     app = make_app([endless.folder], make_options(engine={**ENGINE, "n_ctx": LONG_CTX}))
     asked = {"model": "tiny", "messages": USER, "stream": True}
     wordy = {"logprobs": True, "top_logprobs": 20, "n": 16}
@@ -186,9 +181,8 @@ def test_a_client_that_reads_nothing_is_given_up(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(address_of(url))
         client.sendall(raw_post(json.dumps(asked | wordy).encode()))
-        turns = app.state.shelf.bundles["tiny"].turns
-        wait_until(lambda: turns.n_running == 1)
-        wait_until(lambda: turns.n_running == 0 and not app.state.running)
+        wait_until(lambda: len(app.state.running) == 1)
+        wait_until(lambda: not app.state.running)
         client.settimeout(PATIENCE_S)
         data = b""
         with contextlib.suppress(ConnectionError):
@@ -196,7 +190,7 @@ def test_a_client_that_reads_nothing_is_given_up(
                 data += part
         assert data.startswith(b"HTTP/1.1 200 ")
         assert b"[DONE]" not in data
-        monkeypatch.setattr(work, "SEND_S", PATIENCE_S)
+        monkeypatch.setattr(stream, "SEND_S", PATIENCE_S)
         short = httpx.post(url + CHAT, json={**asked, "stream": False, "max_tokens": 3})
         assert short.json()["choices"][0]["message"]["content"] == "aaa"
 
@@ -206,7 +200,7 @@ def test_bodies_that_come_slowly_or_never(
     made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They hold no turn, and are not waited for without end; others are answered meanwhile."""
-    monkeypatch.setattr(server_body, "BODY_S", 3.0)
+    monkeypatch.setattr(requests, "BODY_S", 3.0)
     data = json.dumps(body_of(0)).encode()
     with listening(made.folder, max_queue=0) as url, contextlib.ExitStack() as stack:
 
@@ -242,31 +236,6 @@ def is_closed(client: socket.socket) -> bool:
     return True
 
 
-@pytest.mark.slow
-def test_heads_that_come_slowly_or_never(
-    made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are waited for, but not without end: on new connections, and on those in use."""
-    monkeypatch.setattr(protocol, "HEAD_S", 1.0)
-    data = json.dumps(body_of(2)).encode()
-    head = raw_post(data)[: -len(data)]
-    with listening(made.folder) as url, contextlib.ExitStack() as stack:
-
-        def connect() -> socket.socket:
-            return stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-
-        silent, begun, used, slow = connect(), connect(), connect(), connect()
-        begun.sendall(head[:20])
-        used.sendall(raw_post(data))
-        assert_alone(read_response(used).json(), 2, alone)
-        used.sendall(head[:20])
-        slow.sendall(head)
-        for client in (silent, begun, used):
-            assert is_closed(client)
-        slow.sendall(data)  # what is known of is not in a hurry
-        assert_alone(read_response(slow).json(), 2, alone)
-
-
 @pytest.mark.parametrize("n", [30_000, 200_000])
 def test_heads_without_end(made: TinyBundle, alone: Engine, n: int) -> None:
     """What belongs to no body is bounded, long before anybody's key was seen."""
@@ -290,19 +259,6 @@ def test_heads_without_end(made: TinyBundle, alone: Engine, n: int) -> None:
         body = {**body_of(3), "unknown": "a" * 1_000_000}
         found = httpx.post(url + CHAT, json=body, headers=headers, timeout=PATIENCE_S)
         assert_alone(found.json(), 3, alone)
-
-
-def test_what_is_not_http_is_refused_in_openai_s_shape(made: TinyBundle) -> None:
-    with listening(made.folder) as url:
-        for data in (b"\x16\x03\x01 hello\r\n\r\n", raw_post(b"", n_declared=-1)):
-            with socket.create_connection(address_of(url), PATIENCE_S) as client:
-                client.sendall(data)
-                head, _, body = receive_until(client, b"}}").partition(b"\r\n\r\n")
-                assert head.startswith(b"HTTP/1.1 400 ")
-                assert b"\r\ncontent-type: application/json\r\n" in head
-                assert f"\r\ncontent-length: {len(body)}\r\n".encode() in head
-                assert json.loads(body)["error"]["code"] == "invalid_http"
-                assert is_closed(client)
 
 
 @pytest.mark.slow
@@ -379,7 +335,7 @@ def test_a_sequence_that_fails_harms_no_other(
     ):
         refused = client.post(CHAT, json=body_of(0, **huge))
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "fusion.weights")
-        monkeypatch.setattr(fields, "MAX_WEIGHT", float("inf"))
+        monkeypatch.setattr(requests, "MAX_WEIGHT", float("inf"))
 
         def ask(number: int) -> httpx.Response:
             return client.post(CHAT, json=body_of(number, **({} if number % 3 else huge)))

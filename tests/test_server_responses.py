@@ -152,22 +152,22 @@ def test_shape_is_openais(http: TestClient) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        ({"input": None}, "input", "Option input is None, expected a text or a list of items."),
+        ({"input": None}, "input", "The field input is None, expected a text or a list of items."),
         ({"input": [{"type": "item_reference"}]}, "input", "Option input is {'type': 'item_ref"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "Option previous_response_id"),
         ({"background": True}, "background", "Option background of responses is True, expected"),
-        ({"instructions": 3}, "instructions", "Option instructions is 3, expected a text."),
+        ({"instructions": 3}, "instructions", "The field instructions is 3, expected a text."),
         (
             {"tools": [{"type": "web_search"}]},
             "tools",
             "Option tools is {'type': 'web_search'}, ex",
         ),
-        ({"max_output_tokens": -1}, "max_tokens", "Option max_tokens is -1, expected a number of"),
+        ({"max_output_tokens": -1}, "max_output_tokens", "The field max_output_tokens is -1, expe"),
         ({"n": 2}, "n", "Option n of responses is 2, expected"),
         ({"response_format": {}}, "response_format", "Option response_format of responses is {}"),
         ({"grammar": "root ::= ("}, "grammar", ""),
-        ({"stop": 3}, "stop", "Option stop is 3, expected"),
-        ({"text": 3}, "text", "Option text is 3, expected an object such as"),
+        ({"stop": 3}, "stop", "The field stop is 3, expected"),
+        ({"text": 3}, "text", "The field text is 3, expected an object such as"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(

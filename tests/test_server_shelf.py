@@ -1,4 +1,4 @@
-"""Several bundles in one server: loaded when asked for, freed when memory is short."""
+"""Several bundles in one server: loaded when asked for, closed beyond --max-models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import shutil
 import socket
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from starlette.testclient import TestClient
 from qaflora_edge import Engine
 from qaflora_edge.backend import model as models
 from qaflora_edge.errors import BundleError
-from qaflora_edge.server import memory, shelf
+from qaflora_edge.server import served_models
 from qaflora_edge.server.app import make_app
 
 CHAT = "/v1/chat/completions"
@@ -93,12 +92,11 @@ def test_a_bundle_is_opened_once_though_who_asked_is_gone(
     places: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, is_let = list[Engine](), threading.Event()
-    open_engine = shelf._opened
 
-    def open_late(place: Path, options: Mapping[str, Any]) -> Engine:
+    def open_late(place: Path, **options: Any) -> Engine:
         if place.name != "one":
             assert is_let.wait(PATIENCE_S)
-        opened.append(open_engine(place, options))
+        opened.append(Engine(place, **options))
         return opened[-1]
 
     def ask_and_go(url: str, model: str) -> None:
@@ -110,7 +108,7 @@ def test_a_bundle_is_opened_once_though_who_asked_is_gone(
             wait_until(lambda: metric(url, "qaflora_requests_running") == 1)
         wait_until(lambda: metric(url, "qaflora_requests_running") == 0)
 
-    monkeypatch.setattr(shelf, "_opened", open_late)
+    monkeypatch.setattr(served_models, "Engine", open_late)
     with listening(*places, hosts=None) as url:
         for model in ("two", "two", "three"):
             ask_and_go(url, model)
@@ -124,7 +122,7 @@ def test_bundles_of_one_base_share_it(places: list[Path]) -> None:
     with client_of(*places) as client:
         for name in ("two", "three", "other"):
             ask(client, name)
-        bundles = client.app.state.shelf.bundles  # type: ignore[attr-defined]
+        bundles = client.app.state.models.by_name  # type: ignore[attr-defined]
         bases = [each.engine._model for each in bundles.values()]
         assert bases[0] is bases[1] is bases[2]
         assert bases[3] is not bases[0]
@@ -143,57 +141,21 @@ def test_a_base_stays_while_one_uses_it(made: TinyBundle) -> None:
     assert models._shared == {}
 
 
-@pytest.mark.parametrize("n_fit", [1, 2])
-def test_the_one_not_used_for_the_longest_makes_room(
-    places: list[Path],
-    n_fit: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_beyond_max_models_the_one_not_used_for_the_longest_is_closed(
+    places: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if each took one unit, and so many there were; the sizes themselves have a test below."""
-    monkeypatch.setattr(memory, "base_id", lambda place: (place, 1))
-    monkeypatch.setattr(memory, "needed_bytes", lambda *_: 1)
-    monkeypatch.setattr(memory, "available_bytes", lambda: n_fit)
-    with client_of(*places) as client, caplog.at_level(logging.INFO):
-        assert loaded(client) == ["one"]
-        ask(client, "two")
-        assert loaded(client) == ["one", "two"][-n_fit:]
-        ask(client, "one")
-        ask(client, "three")
-        assert loaded(client) == ["one", "three"][-n_fit:]
-        ask(client, "two:base")
-        assert loaded(client) == [["two"], ["two", "three"]][n_fit - 1]
-    assert "to make room for two" in caplog.text
-
-
-def test_what_is_in_use_is_not_closed(
-    places: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
-    with client_of(*places) as client:
-        bundles = client.app.state.shelf.bundles  # type: ignore[attr-defined]
-        bundles["one"].n_user += 1
+    with client_of(*places, max_models=2) as client, caplog.at_level(logging.INFO):
         ask(client, "two")
         assert loaded(client) == ["one", "two"]
-        bundles["one"].n_user -= 1
+        ask(client, "one")
         ask(client, "three")
-        assert loaded(client) == ["three"]
-    assert "memory is short for two, and no other bundle is idle" in caplog.text
-
-
-def test_needs_are_those_of_the_files(made: TinyBundle) -> None:
-    options: dict[str, Any] = {"n_ctx": 100, "n_parallel": 3, "kv_type": "f32"}
-    base = made.base
-    kv = 100 * 3 * 4 * base.n_layer * 2 * base.n_head_kv * base.n_head_dim
-    adapters = sum(path.stat().st_size for path in (made.folder / "adapters").iterdir())
-    whole = kv + adapters + base.path.stat().st_size
-    assert memory.needed_bytes(made.folder, options) == whole
-    assert memory.needed_bytes(base.path, options) == whole - adapters
-    with Engine(made.folder, n_ctx=64):
-        assert memory.needed_bytes(made.folder, options) == kv + adapters
-    assert memory.available_bytes() > 0
-    assert memory.base_id(made.folder) == (base.path.resolve(), base.path.stat().st_size)
-    assert memory.base_id(made.folder / "none") == (None, 0)
+        assert loaded(client) == ["one", "three"]
+        bundles = client.app.state.models.by_name  # type: ignore[attr-defined]
+        for name in ("one", "three"):  # as long as they are in use
+            bundles[name].n_user += 1
+        ask(client, "two:base")
+        assert loaded(client) == ["one", "two", "three"]
+    assert "closed two: --max-models are open" in caplog.text
 
 
 def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
@@ -219,6 +181,13 @@ def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
         shutil.copy(places[0] / "adapters" / "es.gguf", broken / "adapters" / "es.gguf")
         assert ask(client, "broken") == ask(client, "two")
         assert not client.get("/v1/models/broken").json()["meta"]["failed"]
+
+
+def test_health_asks_what_computes(places: list[Path]) -> None:
+    with client_of(places[0]) as client:
+        [model] = client.app.state.models.by_name.values()  # type: ignore[attr-defined]
+        model.engine.close()  # as where a worker is lost
+        wait_until(lambda: client.get("/health").json() == {"status": "error"})
 
 
 def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: Path) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,137 +19,68 @@ from bundles import make_bundle
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, listening, listening_app, make_options, metric
 
-from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
-from qaflora_edge.server import work
+from qaflora_edge.server import requests, stream
+from qaflora_edge.server.answers import MAX_LIGHT
 from qaflora_edge.server.app import expire_all, make_app
-from qaflora_edge.server.options import MAX_LIGHT_CHARS
 from qaflora_edge.server.refusals import Refusal
-from qaflora_edge.server.turns import Client, Room, Turns, Waiting
+from qaflora_edge.server.served_models import Queue
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
 
 N_TURN = int(ENGINE["n_parallel"]) + 1  # type: ignore[call-overload]
 
 
-# turns alone
+# the queue alone
 
 
-def test_clients_take_turns() -> None:
-    order: list[str] = []
-
-    async def ask(turns: Turns, address: str, name: str) -> None:
-        async with turns.turn(Client(address)):
-            order.append(name)
-            await asyncio.sleep(0)
+def test_the_queue_is_in_order_and_no_address_has_more_than_a_quarter() -> None:
+    ended: dict[str, str] = {}
 
     async def play() -> None:
-        turns = Turns(1, Room(20))
-        async with turns.turn(Client("first")):
-            asks = [asyncio.create_task(ask(turns, "busy", f"busy{i}")) for i in range(4)]
+        queue, slots = Queue(8), asyncio.Semaphore(1)
+
+        async def ask(address: str, name: str) -> None:
+            try:
+                async with queue.slot(slots, address):
+                    ended[name] = "answered"
+                    await asyncio.sleep(0)
+            except Refusal as refused:
+                ended[name] = refused.body["error"]["code"]
+
+        async with queue.slot(slots, "10.0.0.1"):
+            asks = [asyncio.create_task(ask("10.0.0.1", f"often{i}")) for i in range(3)]
+            asks += [asyncio.create_task(ask("127.0.0.1", f"here{i}")) for i in range(7)]
             await asyncio.sleep(0)
-            asks += [asyncio.create_task(ask(turns, "late", f"late{i}")) for i in range(2)]
+            assert queue.waiting == {"10.0.0.1": 2, "127.0.0.1": 6}
+            asks[0].cancel()
             await asyncio.sleep(0)
-        await asyncio.gather(*asks)
-        assert turns.n_running == 0
+            asks.append(asyncio.create_task(ask("10.0.0.2", "other")))
+            await asyncio.sleep(0)
+        await asyncio.gather(*asks, return_exceptions=True)
+        assert not queue.waiting
+        assert not slots.locked()
 
     asyncio.run(play())
-    assert order == ["busy0", "late0", "busy1", "late1", "busy2", "busy3"]
+    refused = {name for name, end in ended.items() if end == "queue_full"}
+    assert refused == {"often2", "here6"}
+    answered = [name for name, end in ended.items() if end == "answered"]
+    assert answered == ["often1", *(f"here{i}" for i in range(6)), "other"]
 
 
-def test_many_names_are_no_second_share() -> None:
-    """Who has a turn has had no more than any other who waits: addresses, and users of one."""
-    draw = random.Random(0)
-    for _ in range(200):
-        waiting = Waiting[int]()
-        asked = {
-            number: Client(draw.choice("abc"), draw.choice(["", "u", "v", "w"]))
-            for number in range(draw.randrange(30))
-        }
-        for number, client in asked.items():
-            waiting.add(client, number)
-        for number in draw.sample(list(asked), len(asked) // 3):
-            client = asked.pop(number)
-            waiting.remove(client, number)
-            waiting.remove(client, number)  # once more: it is not there
-        of_address, of_user = Counter[str](), Counter[Client]()
-        left = dict(asked)
-        while (number := waiting.next()) is not None:
-            client = left[number]
-            addresses = {each.address for each in left.values()}
-            users = {each for each in left.values() if each.address == client.address}
-            assert of_address[client.address] == min(of_address[each] for each in addresses)
-            assert of_user[client] == min(of_user[each] for each in users)
-            of_address[client.address] += 1
-            of_user[client] += 1
-            del left[number]
-        assert not left
-
-
-def test_who_asks_often_keeps_nobody_out() -> None:
-    """A full room has a place for an address with fewer, at the cost of the one with the most."""
-
-    async def play() -> dict[str, str]:
-        room = Room(4)
-        turns = [Turns(1, room), Turns(1, room)]  # of two bundles
-        ended: dict[str, str] = {}
-
-        async def ask(which: int, address: str, name: str) -> None:
-            try:
-                async with turns[which].turn(Client(address, name)):
-                    ended[name] = "answered"
-            except Refusal as refused:
-                ended[name] = refused.code or ""
-
-        async with turns[0].turn(Client("x")), turns[1].turn(Client("x")):
-            asks = []
-            for i in range(4):
-                asks.append(asyncio.create_task(ask(i % 2, "often", f"often{i}")))
-            await asyncio.sleep(0)
-            for i, address in enumerate(("one", "two", "two", "three", "often")):
-                asks.append(asyncio.create_task(ask(i % 2, address, f"{address}{i}")))
-            while len(ended) < 5:
-                await asyncio.sleep(0)
-            assert room.n_waiting == 4
-        await asyncio.gather(*asks)
-        assert [each.n_running for each in turns] == [0, 0]
-        assert room.n_waiting == 0
-        return ended
-
-    assert asyncio.run(play()) == {
-        "often3": "queue_full",  # for one0
-        "often2": "queue_full",  # for two1
-        "two2": "queue_full",  # with it two had as many as often
-        "often1": "queue_full",  # for three3
-        "often4": "queue_full",
-        "often0": "answered",
-        "one0": "answered",
-        "two1": "answered",
-        "three3": "answered",
-    }
-
-
-def test_who_gives_up_leaves_no_hole() -> None:
+def test_who_gives_up_as_the_turn_comes_leaves_no_hole() -> None:
     async def play() -> None:
-        room = Room(3)
-        turns = Turns(1, room)
+        queue, slots = Queue(4), asyncio.Semaphore(1)
 
         async def ask() -> None:
-            async with turns.turn(Client("a")):
+            async with queue.slot(slots, "127.0.0.1"):
                 await asyncio.sleep(0)
 
-        async with turns.turn(Client("a")):
+        async with queue.slot(slots, "127.0.0.1"):
             asks = [asyncio.create_task(ask()) for _ in range(3)]
             await asyncio.sleep(0)
-            assert room.n_waiting == 3
-            with pytest.raises(Refusal, match=r"^The server is busy: 3 requests wait already"):
-                await ask()
-            asks[1].cancel()
-            await asyncio.sleep(0)
-            assert room.n_waiting == 2
-            asks[0].cancel()  # as its turn comes
+        asks[0].cancel()
         await asyncio.wait(asks)
-        assert (turns.n_running, room.n_waiting) == (0, 0)
-        await ask()
+        assert (queue.waiting.total(), slots.locked()) == (0, False)
 
     asyncio.run(play())
 
@@ -236,23 +165,10 @@ def test_a_full_queue_is_told_at_once(bundle: Path, held: Held) -> None:
         assert [answer.status_code for answer in answers] == [200] * (N_TURN + 2)
 
 
-def test_tokens_wait_for_no_turn(bundle: Path, held: Held) -> None:
-    with (
-        listening(bundle, max_queue=0) as address,
-        asking(f"{address}/v1/chat/completions", N_TURN) as answers,
-    ):
-        for _ in range(N_TURN):
-            assert held.busy.acquire(timeout=PATIENCE_S)
-        found = httpx.post(f"{address}/tokenize", json={"content": "a"}, timeout=PATIENCE_S)
-        assert len(found.json()["tokens"]) == 1
-        assert not answers
-        held.go.set()
-
-
 def test_a_stream_that_is_weighed_for_long_says_that_it_lives(
     bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "PING_S", 0.05)
+    monkeypatch.setattr(stream, "PING_S", 0.05)
     with listening(bundle) as address:
         url, body = f"{address}/v1/chat/completions", body_of(stream=True)
         with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as response:
@@ -276,7 +192,7 @@ def test_what_fails_behind_a_ping_is_an_event(
         assert self.go.wait(PATIENCE_S)
         raise RuntimeError("a secret of the server")
 
-    monkeypatch.setattr(work, "PING_S", 0.05)
+    monkeypatch.setattr(stream, "PING_S", 0.05)
     monkeypatch.setattr(Held, "weigh", fail)
     with listening(bundle) as address:
         url, body = f"{address}/v1/chat/completions", body_of(stream=True)
@@ -394,20 +310,40 @@ def test_for_who_goes_away_nothing_is_computed(
         assert found.status_code == 200
 
 
-def test_only_long_texts_wait_to_be_tokenized(bundle: Path, held: Held) -> None:
-    def ask(address: str, n: int) -> httpx.Response:
-        body = {"model": "tiny", "content": "a" * n}
-        return httpx.post(f"{address}/tokenize", json=body, timeout=PATIENCE_S)
+def test_only_what_is_small_waits_for_no_slot(bundle: Path, held: Held) -> None:
+    def ask(address: str, n: int) -> list[tuple[int, str | None]]:
+        bodies = {"/tokenize": {"content": "a" * n}, "/detokenize": {"tokens": [65] * n}}
+        found = [
+            httpx.post(address + path, json=body, timeout=PATIENCE_S)
+            for path, body in bodies.items()
+        ]
+        return [(each.status_code, each.json().get("error", {}).get("code")) for each in found]
 
     with listening(bundle, max_queue=0) as address:
         with asking(f"{address}/v1/chat/completions", N_TURN):
             for _ in range(N_TURN):
                 assert held.busy.acquire(timeout=PATIENCE_S)
-            assert len(ask(address, MAX_LIGHT_CHARS).json()["tokens"]) == MAX_LIGHT_CHARS
-            late = ask(address, MAX_LIGHT_CHARS + 1)
-            assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_full")
+            assert ask(address, MAX_LIGHT) == [(200, None)] * 2
+            assert ask(address, MAX_LIGHT + 1) == [(503, "queue_full")] * 2
             held.go.set()
-        assert len(ask(address, MAX_LIGHT_CHARS + 1).json()["tokens"]) == MAX_LIGHT_CHARS + 1
+        assert ask(address, MAX_LIGHT + 1) == [(200, None)] * 2
+
+
+def test_few_large_bodies_are_read_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MAX_LARGE_BODIES", 1)
+    head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+    with listening(bundle) as address:
+        host, port = address.removeprefix("http://").split(":")
+        large, small = ({"content": "a" * n} for n in (100_000, 10))
+
+        def status(body: Any) -> int:
+            return httpx.post(f"{address}/tokenize", json=body, timeout=PATIENCE_S).status_code
+
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode())
+            wait_until(lambda: status(large) == 503)
+            assert status(small) == 200
+        wait_until(lambda: status(large) == 200)
 
 
 def test_who_goes_away_while_waiting_leaves_the_queue(bundle: Path, held: Held) -> None:
@@ -424,41 +360,3 @@ def test_who_goes_away_while_waiting_leaves_the_queue(bundle: Path, held: Held) 
             wait_until(lambda: metric(address, "qaflora_requests_waiting") == 0)
             held.go.set()
         assert [answer.status_code for answer in answers] == [200] * N_TURN
-
-
-def test_every_answer_among_others_is_the_one_given_alone(bundle: Path) -> None:
-    asks: list[dict[str, Any]] = [
-        {"strategy": strategy, "seed": seed, "content": content, "max_tokens": n}
-        for seed, content in enumerate(("the thing?", "a longer question of the king", "er"))
-        for n, strategy in ((5, "qa-flora"), (40, "static"), (17, "single:es"), (30, "cosine"))
-    ]
-    found: dict[int, str] = {}
-    with listening(bundle) as address:
-
-        def ask(i: int) -> None:
-            one = dict(asks[i])
-            body = {
-                "model": f"tiny:{one.pop('strategy')}",
-                "messages": [{"role": "user", "content": one.pop("content")}],
-                "temperature": 1.0,
-                **one,
-            }
-            url = f"{address}/v1/chat/completions"
-            answer = httpx.post(url, json=body, timeout=PATIENCE_S).json()
-            found[i] = answer["choices"][0]["message"]["content"]
-
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asks))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    with Engine(bundle, n_ctx=512, threads=1, kv_type="f32") as engine:
-        for i, one in enumerate(asks):
-            expected = engine.chat(
-                [{"role": "user", "content": one["content"]}],
-                weights=one["strategy"],
-                seed=one["seed"],
-                max_tokens=one["max_tokens"],
-                temperature=1.0,
-            )
-            assert found[i] == expected["choices"][0]["message"]["content"], one

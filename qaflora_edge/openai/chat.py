@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.call_options import openai_options
 from qaflora_edge.openai.completions import Usage, answer_head
 from qaflora_edge.openai.logprobs import ShownTokens, chat_logprobs
+from qaflora_edge.openai.options import openai_options
 from qaflora_edge.openai.tools import END, CallFilter, answer_form, chosen_tools, parse_calls
 
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for

@@ -7,7 +7,7 @@ from typing import Any
 
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.call_options import check_fixed
+from qaflora_edge.openai.options import check_fixed
 from qaflora_edge.openai.tools import CallFilter, parse_calls
 
 # What would need what was said before, or another server.

@@ -1,92 +1,225 @@
-"""Routes that answer: chats and texts."""
+"""Routes that take a body: chats, texts, weights and tokens."""
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from qaflora_edge.chat.messages import checked_messages
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, GrammarError, PromptError
 from qaflora_edge.inference.generation import Generation
+from qaflora_edge.inference.prompts import Prompt, check_size, checked_tokens, token_ids
 from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
 from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
+from qaflora_edge.openai.options import FIXED, openai_options
 from qaflora_edge.openai.responses import ResponseShape, chat_request
-from qaflora_edge.server import fields
-from qaflora_edge.server.body import json_body
-from qaflora_edge.server.fields import Fusion
-from qaflora_edge.server.options import MAX_PROMPTS
-from qaflora_edge.server.refusals import Params, Refusal, wrong_field
-from qaflora_edge.server.stream import DONE, encoded, event
-from qaflora_edge.server.tokens import chat_of, check_messages_size, check_texts_size, spelt
-from qaflora_edge.server.work import Outlet, Work
+from qaflora_edge.server.refusals import Params, wrong_field
+from qaflora_edge.server.requests import (
+    MAX_TOKENS,
+    MAX_WEIGHT,
+    Answered,
+    Body,
+    ChatBody,
+    DetokenizeBody,
+    Fusion,
+    ResponsesBody,
+    TextBody,
+    TokenizeBody,
+    Weighed,
+    WeightsBody,
+    read,
+)
+from qaflora_edge.server.served_models import ServedModel
+from qaflora_edge.server.stream import DONE, Computed, Outlet, encoded, event
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import parse_strategy
 
-# Options that a response tells.
-SHOWN = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
-_OTHERS = {"logprobs", "max_tokens", "max_completion_tokens"}  # of chats, that responses name else
+MAX_LIGHT = 4096  # characters or tokens that are converted without a slot
+SHOWN = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # in a response
+FORMS = ("grammar", "json_schema", "response_format", "tools")
+_PROSE = {"type": "text"}  # a response_format that asks for nothing
+B = TypeVar("B", bound=Body)
+
+
+# what is asked
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How a request wants to be weighed, and what the answer tells of it.
+
+    weights   a strategy, or weights as Engine.generate takes them; None: the default
+    adapters  those in use, None: all
+    returned  "summary", "layers" or "none"
+    """
+
+    weights: Any = None
+    adapters: list[str] | None = None
+    returned: str = "summary"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of Engine.generate."""
+        return {"weights": self.weights, "adapters": self.adapters}
+
+    def told(self, fusion: FusionWeights) -> dict[str, Any]:
+        """Return the field `fusion` of an answer, or nothing."""
+        if self.returned == "none":
+            return {}
+        named = list(zip(fusion.adapters, fusion.weights, strict=True))
+        told: dict[str, Any] = {
+            "strategy": fusion.strategy,
+            "probe_ms": round(fusion.probe_ms, 3),
+            "weights": {name: round(float(row.mean()), 6) for name, row in named},
+        }
+        if self.returned == "layers":
+            told["layers"] = {name: [float(weight) for weight in row] for name, row in named}
+        return {"fusion": told}
+
+    def headers(self, fusion: FusionWeights) -> dict[str, str]:
+        """Return the mix as a header, such as math=0.61,es=0.39."""
+        if self.returned == "none" or not fusion.adapters:
+            return {}
+        named = zip(fusion.adapters, fusion.weights, strict=True)
+        return {"X-Fusion": ",".join(f"{name}={float(row.mean()):.2f}" for name, row in named)}
+
+
+def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) -> Weighing:
+    """Put together the fields `fusion` and `lora`, and the strategy that the model id names.
+
+    Raises Refusal where they contradict each other, or name no adapter of the bundle.
+    """
+    fusion = body.fusion or Fusion.model_validate({})
+    weights, by = fusion.weights, "fusion.weights"
+    if body.lora is not None:
+        given = [scale.model_dump() for scale in body.lora]
+        if weights is not None:
+            raise wrong_field("lora", given, "no such field beside fusion.weights")
+        if any(scale.id >= len(adapters) for scale in body.lora):
+            raise wrong_field("lora", given, f"ids below {len(adapters)}")
+        weights, by = {adapters[scale.id]: scale.scale for scale in body.lora}, "lora"
+    if any(name not in adapters for name in fusion.adapters or ()):
+        expected = f"a list out of {', '.join(adapters) or 'none'}"
+        raise wrong_field("fusion.adapters", fusion.adapters, expected)
+    strategy = fusion.strategy or of_model
+    if of_model not in (None, strategy):
+        expected = f"{of_model}, as the model says, or nothing"
+        raise wrong_field("fusion.strategy", strategy, expected)
+    if weights is not None and strategy is not None:
+        raise wrong_field(by, weights, f"none beside the strategy {strategy}: leave one out")
+    if fusion.strategy and fusion.strategy.startswith("manual:"):
+        given = parse_strategy(fusion.strategy, adapters).argument
+        if any(abs(weight) > MAX_WEIGHT for weight in given.values()):
+            expected = f"weights from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            raise wrong_field("fusion.strategy", strategy, expected)
+    chosen = strategy if weights is None else weights
+    return Weighing(chosen, fusion.adapters, fusion.returned or "summary")
+
+
+async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, str | None]:
+    """Read a body; return it with its bundle, and the strategy that the model id names."""
+    body = await read(request, kind)
+    return body, *request.app.state.models.find(body.model)
+
+
+def with_defaults(request: Request, options: dict[str, Any]) -> dict[str, Any]:
+    """Add the server's sampling options. A stop text among these is meant for prose."""
+    forms = [options.get(form) for form in FORMS]
+    if options.get("tool_choice") == "none":
+        forms[-1] = None
+    has_form = any(form and form != _PROSE for form in forms)
+    defaults = request.app.state.options.sampling.items()
+    own = {name: value for name, value in defaults if name != "stop" or not has_form}
+    return {**own, **options}
+
+
+def chat_options(request: Request, body: Answered, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a chat as openai.chat.begin_chat takes them."""
+    fixed = {name: value for name, value in (body.model_extra or {}).items() if name in FIXED}
+    options = {name: value for name, value in {**fixed, **given}.items() if value is not None}
+    if body.json_schema is not None:  # llama-server's own
+        if options.get("response_format", _PROSE) != _PROSE:
+            raise wrong_field("json_schema", body.json_schema, "nothing beside response_format")
+        options["response_format"] = {"type": "json_object", "schema": body.json_schema}
+    return with_defaults(request, openai_options({**options, **body.sampling}))
+
+
+def form_params(body: Answered) -> Params:
+    """Name the field that a failure of a grammar is about: the form that is asked for."""
+    given = (name for name in FORMS if getattr(body, name, None) is not None)
+    return {GrammarError: next(given, "response_format")}
+
+
+# what is answered
 
 
 class Told:
-    """What an answer tells beside OpenAI's fields: the mix, and the times."""
+    """Sends answers with what stands beside OpenAI's fields: the mix, and the times."""
 
-    def __init__(self, first: Generation, fusion: Fusion, out: Outlet) -> None:
-        self._first, self._fusion, self._out = first, fusion, out
+    def __init__(self, first: Generation, weighing: Weighing, out: Outlet) -> None:
+        self._first, self._out = first, out
+        self._mix = weighing.told(first.fusion)
         out.facts |= {"strategy": first.fusion.strategy, "probe_ms": first.fusion.probe_ms}
+        out.send(weighing.headers(first.fusion))
 
-    def head(self) -> dict[str, str]:
-        return self._fusion.headers(self._first.fusion)
-
-    def begin(self) -> dict[str, Any]:
-        return self._fusion.answer_fields(self._first.fusion)
-
-    def end(self) -> dict[str, Any]:
-        return {**self.begin(), "timings": self._first.timings.to_dict()}
+    @property
+    def _end(self) -> dict[str, Any]:
+        return {**self._mix, "timings": self._first.timings.to_dict()}
 
     def send_whole(self, answer: Mapping[str, Any]) -> None:
-        self._out.send(self.head())
-        self._out.send(encoded({**_ended(answer), **self.end()}))
+        self._out.send(encoded({**_ended(answer), **self._end}))
 
     def send_chunks(self, chunks: Iterator[dict[str, Any]]) -> None:
-        """Chunks as events: the mix is on the first, and with the times on that of the usage."""
-        self._out.send(self.head())
-        more = self.begin()
+        """Send chunks as events: the mix is on the first, and with the times on the usage's."""
+        more = self._mix
         for chunk in chunks:
-            more = more if chunk["choices"] else self.end()
+            more = more if chunk["choices"] else self._end
             self._out.send(event({**_ended(chunk), **more}))
             more = {}
         self._out.send(DONE)
 
     def send_events(self, events: Iterator[dict[str, Any]]) -> None:
-        """Events of a response; the mix is in the response of each that has one."""
-        self._out.send(self.head())
+        """Send events of a response; the mix is in the response of each that has one."""
         for each in events:
             if "response" in each:
                 is_end = each["response"]["usage"] is not None
-                each["response"] |= self.end() if is_end else self.begin()
+                each["response"] |= self._end if is_end else self._mix
             self._out.send(event(each, each["type"]))
 
 
-class Progress:
-    """Tells a stream how much of its prompt is weighed and read, as llama-server does if asked."""
+def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Say in OpenAI's words that the time limit has cut an answer: by length."""
+    for choice in answer.get("choices", ()):
+        if choice["finish_reason"] == "cancelled":
+            choice["finish_reason"] = "length"
+    return answer
 
-    def __init__(self, head: Mapping[str, Any], out: Outlet) -> None:
-        self._head, self._out, self._start = head, out, time.perf_counter()
-        self._last: tuple[str, int] | None = None
 
-    def __call__(self, stage: str, n_done: int, n_token: int) -> None:
-        if (stage, n_done) == self._last:
+def progress(head: Mapping[str, Any], out: Outlet) -> Any:
+    """Return a function that tells a stream how far its prompt is, as llama-server does."""
+    start = time.perf_counter()
+    last: tuple[str, int] | None = None
+
+    def tell(stage: str, n_done: int, n_token: int) -> None:
+        nonlocal last
+        if (stage, n_done) == last:
             return
-        self._last = stage, n_done
-        ms = round(1e3 * (time.perf_counter() - self._start), 3)
+        last = stage, n_done
+        ms = round(1e3 * (time.perf_counter() - start), 3)
         told = {"stage": stage, "total": n_token, "processed": n_done, "time_ms": ms}
-        self._out.send(event({**self._head, "choices": [], "prompt_progress": told}))
+        out.send(event({**head, "choices": [], "prompt_progress": told}))
+
+    return tell
 
 
 def noted(answers: Iterable[Generation], n: int, facts: dict[str, Any]) -> Iterator[Generation]:
-    """The same n answers to one prompt; what they took is noted once they are over.
+    """Yield the n answers to one prompt; note the tokens of each when it is over.
 
     Raises CancelledError where it is ended before the last one begins.
     """
@@ -109,144 +242,227 @@ def _ended_early() -> CancelledError:
     return CancelledError("The request was ended before all of its answers began.")
 
 
-def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the time limit has cut was cut by length, in OpenAI's words."""
-    for choice in answer.get("choices", ()):
-        if choice["finish_reason"] == "cancelled":
-            choice["finish_reason"] = "length"
-    return answer
+class _RawChat:
+    """An Engine that takes a conversation line by line, without the base's template."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.answers, self._engine = engine.name, engine.answers, engine
+
+    def chat_tokens(
+        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        if tools:
+            raise wrong_field("tools", list(tools), "none: chats have no template (--raw-prompt)")
+        lines = [message["content"] for message in checked_messages(messages)]
+        return self._engine.tokenize("\n".join(lines) + "\n")
 
 
-def form_params(body: Mapping[str, Any]) -> Params:
-    """Of several forms that an answer can have, the one that a request asks for."""
-    forms = ("grammar", "json_schema", "response_format", "tools")
-    given = (name for name in forms if body.get(name) is not None)
-    return {GrammarError: next(given, "response_format")}
+def chat_of(request: Request, engine: Engine, messages: Sequence[Any]) -> Engine | _RawChat:
+    """Return what answers a conversation. Raises ContextError for one that cannot fit."""
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        found = [part.get("text") for part in parts if isinstance(part, Mapping)]
+        texts += [text for text in found if isinstance(text, str)]
+    with engine._call():
+        check_size(engine._model, texts, engine.n_ctx)
+    return _RawChat(engine) if request.app.state.options.raw_prompt else engine
+
+
+def check_text_size(engine: Engine, prompt: Any) -> None:
+    """Raise ContextError for a text that cannot fit, before it is cut into tokens."""
+    with engine._call():
+        check_size(engine._model, [prompt] if isinstance(prompt, str) else [], engine.n_ctx)
+
+
+# routes
 
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions"""
-    body = await json_body(request)
-    state = request.app.state
-    bundle, strategy = state.shelf.find(body.get("model"))
-    messages = fields.messages(body)
-    fusion = fields.read_fusion(body, strategy, bundle.adapters)
-    options = fields.chat_options(body, state.options.sampling)
-    is_stream, usage = fields.flag(body, "stream"), fields.includes_usage(body)
-    tells_progress = fields.flag(body, "return_progress") and is_stream
-    model = body.get("model") or bundle.name
+    body, served, strategy = await asked(request, ChatBody)
+    weighing = weighing_of(body, strategy, served.adapters)
+    own = ("logprobs", "top_logprobs", "n", *FORMS[2:], "tool_choice", "parallel_tool_calls")
+    options = chat_options(request, body, {name: getattr(body, name) for name in own})
+    model = body.model or served.name
 
     def compute(engine: Engine, out: Outlet) -> None:
-        check_messages_size(engine, messages)
-        asked = chat_of(engine, state.options)
+        chat = chat_of(request, engine, body.messages)
         head = answer_head("chat.completion.chunk", model)
-        more = {"cancel": out.cancel, **fusion.options, **options}
-        if tells_progress:
-            more["on_progress"] = Progress(head, out)
-        begun = begin_chat(asked, messages, **more)
-        told = Told(begun.first, fusion, out)
+        more = {"cancel": out.cancel, **weighing.options, **options}
+        if body.return_progress and body.stream:
+            more["on_progress"] = progress(head, out)
+        begun = begin_chat(chat, body.messages, **more)
+        told = Told(begun.first, weighing, out)
         answers = noted(begun.answers, options.get("n", 1), out.facts)
-        has_tools = begun.has_tools
-        if is_stream:
-            chunks = completion_chunks(head, answers, has_tools=has_tools, include_usage=usage)
-            told.send_chunks(chunks)
+        if body.stream:
+            usage = body.includes_usage
+            told.send_chunks(
+                completion_chunks(head, answers, has_tools=begun.has_tools, include_usage=usage)
+            )
         else:
-            told.send_whole(completion_dict(model, answers, has_tools=has_tools))
+            told.send_whole(completion_dict(model, answers, has_tools=begun.has_tools))
 
-    params = form_params(body)
-    return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
+    more: dict[str, Any] = {"is_stream": bool(body.stream), "prompt": body.messages}
+    return Computed(request, served, compute, params=form_params(body), **more)
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions"""
-    body = await json_body(request)
-    state = request.app.state
-    bundle, strategy = state.shelf.find(body.get("model"))
-    prompts = _prompts(body.get("prompt"))
-    fusion = fields.read_fusion(body, strategy, bundle.adapters)
-    options = fields.text_options(body, state.options.sampling)
-    n = options.pop("n")
-    is_stream, usage = fields.flag(body, "stream"), fields.includes_usage(body)
-    tells_progress = fields.flag(body, "return_progress") and is_stream
-    is_echo = fields.flag(body, "echo")
-    if is_echo and options.get("logprobs") is not None:
+    body, served, strategy = await asked(request, TextBody)
+    weighing = weighing_of(body, strategy, served.adapters)
+    prompt, n = body.prompt, body.n or 1
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    prompts: Any = [prompt] if is_one else prompt
+    extra = body.model_extra or {}
+    for name, harmless in (("suffix", (None, "")), ("best_of", (None, n))):
+        if extra.get(name) not in harmless:
+            raise wrong_field(name, extra[name], "nothing: it cannot be followed here")
+    if body.echo and body.logprobs is not None:
         raise wrong_field("echo", True, "false beside logprobs")
-    model = body.get("model") or bundle.name
+    n_top = {} if body.logprobs is None else {"logprobs": body.logprobs}
+    sampling = {name: value for name, value in body.sampling.items() if name != "logprobs"}
+    given = {"json_schema": body.json_schema, **openai_options(sampling), **n_top}
+    options = {"max_tokens": 16, **with_defaults(request, given)}
+    model = body.model or served.name
 
     def compute(engine: Engine, out: Outlet) -> None:
         head = answer_head("text_completion", model)
-        more = {"cancel": out.cancel, "parse_special": True, **fusion.options, **options}
-        if tells_progress and len(prompts) == 1:
-            more["on_progress"] = Progress(head, out)
+        more = {"cancel": out.cancel, "parse_special": True, **weighing.options, **options}
+        if body.return_progress and body.stream and len(prompts) == 1:
+            more["on_progress"] = progress(head, out)
 
         def answers() -> Iterator[tuple[str, Generation]]:
-            for prompt in prompts:
+            for each in prompts:
                 if out.cancel.is_set():
                     raise _ended_early()
-                check_texts_size(engine, [prompt] if isinstance(prompt, str) else [])
-                start = spelt(engine, prompt) if is_echo else ""
-                for answer in noted(engine.answers(prompt, n, **more), n, out.facts):
+                check_text_size(engine, each)
+                start = spelt(engine, each) if body.echo else ""
+                for answer in noted(engine.answers(each, n, **more), n, out.facts):
                     yield start, answer
 
-        all_answers = answers()
-        first = next(all_answers)
-        told = Told(first[1], fusion, out)
-        rest = itertools.chain([first], all_answers)
-        if is_stream:
-            told.send_chunks(text_chunks(head, rest, n, include_usage=usage))
+        found = answers()
+        first = next(found)
+        told = Told(first[1], weighing, out)
+        rest = itertools.chain([first], found)
+        if body.stream:
+            told.send_chunks(text_chunks(head, rest, n, include_usage=body.includes_usage))
         else:
             told.send_whole(text_dict(model, rest, n))
 
+    more: dict[str, Any] = {"is_stream": bool(body.stream), "prompt": body.prompt}
     params = {**form_params(body), PromptError: "prompt"}
-    return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
+    return Computed(request, served, compute, params=params, **more)
 
 
 async def responses(request: Request) -> Response:
     """POST /v1/responses"""
-    body = await json_body(request)
-    state = request.app.state
-    bundle, strategy = state.shelf.find(body.get("model"))
-    messages, given = chat_request(body)
-    own = {name: body[name] for name in (fields.OF_SAMPLING - _OTHERS) & body.keys()}
-    fusion = fields.read_fusion(body, strategy, bundle.adapters)
-    messages = fields.messages({"messages": messages})
-    options = fields.chat_options(own | given, state.options.sampling)
+    body, served, strategy = await asked(request, ResponsesBody)
+    raw = body.model_dump(by_alias=True, exclude_unset=True)
+    weighing = weighing_of(body, strategy, served.adapters)
+    messages, given = chat_request(raw)
+    options = chat_options(request, body, given)
     shown = {name: options.get(name, in_group("sampling")[name].default) for name in SHOWN}
-    is_stream = fields.flag(body, "stream")
-    model = body.get("model") or bundle.name
+    model = body.model or served.name
 
     def compute(engine: Engine, out: Outlet) -> None:
-        check_messages_size(engine, messages)
-        asked = chat_of(engine, state.options)
-        begun = begin_chat(asked, messages, cancel=out.cancel, **fusion.options, **options)
-        told = Told(begun.first, fusion, out)
+        chat = chat_of(request, engine, messages)
+        begun = begin_chat(chat, messages, cancel=out.cancel, **weighing.options, **options)
+        told = Told(begun.first, weighing, out)
         for answer in noted(begun.answers, 1, out.facts):
-            shape = ResponseShape(model, body, shown, answer)
-            if is_stream:
+            shape = ResponseShape(model, raw, shown, answer)
+            if body.stream:
                 told.send_events(shape.events(has_tools=begun.has_tools))
             else:
                 told.send_whole(shape.whole(has_tools=begun.has_tools))
 
-    form = "text" if body.get("grammar") is None else "grammar"
+    form = "text" if body.grammar is None else "grammar"
     params: Params = {PromptError: "input", ChatTemplateError: "input", GrammarError: form}
-    return Work(request, body, bundle, compute, is_stream=is_stream, params=params)
+    more: dict[str, Any] = {"is_stream": bool(body.stream), "prompt": body.input}
+    return Computed(request, served, compute, params=params, **more)
 
 
-def _prompts(prompt: Any) -> list[Any]:
-    """The prompts of a completion: texts, or lists of token ids."""
-    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_token, prompt)))
-    found = [prompt] if is_one else prompt
-    if not isinstance(found, list) or not found or not prompt:
-        raise wrong_field("prompt", prompt, "a text, a list of token ids, or a list of these")
-    for each in found:
-        is_ids = isinstance(each, list) and all(map(_is_token, each))
-        if not each or not (isinstance(each, str) or is_ids):
-            raise wrong_field("prompt", prompt, "a text, a list of token ids, or a list of these")
-    if len(found) > MAX_PROMPTS:
-        message = f"The field prompt has {len(found)} prompts, expected {MAX_PROMPTS} at most."
-        raise Refusal(400, message, param="prompt")
-    return found
+async def weights(request: Request) -> Response:
+    """POST /v1/weights"""
+    body, served, strategy = await asked(request, WeightsBody)
+    weighing = weighing_of(body, strategy, served.adapters)
+    if not isinstance(weighing.weights, str | None):
+        name = "fusion.weights" if body.lora is None else "lora"
+        raise wrong_field(name, weighing.weights, "a strategy: these are known already")
+    prompt, messages = body.prompt, body.messages
+    if (messages is None) == (prompt is None):
+        raise wrong_field("prompt", prompt, "either prompt or messages")
+
+    def compute(engine: Engine, out: Outlet) -> None:
+        if messages is not None:
+            tokens = chat_of(request, engine, messages).chat_tokens(messages)
+        else:
+            check_text_size(engine, prompt)
+            tokens = engine.tokenize(prompt or "")
+        chosen, adapters = weighing.weights, weighing.adapters
+        found = engine.weights(tokens, strategy=chosen, adapters=adapters, cancel=out.cancel)
+        out.facts |= {"strategy": found.strategy, "probe_ms": found.probe_ms}
+        out.facts["prompt_tokens"] = found.prompt_tokens
+        out.send(weighing.headers(found))
+        out.send(encoded(found.to_dict()))
+
+    params: Params = {} if prompt is None else {PromptError: "prompt"}
+    return Computed(request, served, compute, params=params, prompt=prompt or messages)
 
 
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize"""
+    body, served, _ = await asked(request, TokenizeBody)
+    text, messages = body.content, body.messages
+    if (messages is None) == (text is None):
+        raise wrong_field("content", text, "a text, or else messages")
+    parse_special = body.parse_special is not False
+
+    def compute(engine: Engine, out: Outlet) -> None:
+        if messages is not None:
+            found = chat_of(request, engine, messages).chat_tokens(messages)
+        else:
+            options = {"add_special": bool(body.add_special), "parse_special": parse_special}
+            with engine._call():
+                found = engine._model.tokenize(text or "", **options)
+        tokens: Sequence[Any] = found
+        if body.with_pieces:
+            tokens = [{"id": each, "piece": _piece(engine, each)} for each in found]
+        out.send(encoded({"tokens": tokens}))
+
+    is_light = text is not None and len(text) <= MAX_LIGHT
+    return Computed(request, served, compute, is_light=is_light, prompt=text or messages)
+
+
+def _piece(engine: Engine, token: int) -> str | list[int]:
+    """Return the text of a token; its bytes where they are no text, as llama-server has it."""
+    data = engine._model.piece(token, special=True)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(data)
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize"""
+    body, served, _ = await asked(request, DetokenizeBody)
+
+    def compute(engine: Engine, out: Outlet) -> None:
+        out.send(encoded({"content": spelt(engine, body.tokens) if body.tokens else ""}))
+
+    is_light = len(body.tokens) <= MAX_LIGHT
+    params: Params = {PromptError: "tokens"}
+    return Computed(request, served, compute, is_light=is_light, params=params)
+
+
+def spelt(engine: Engine, prompt: Prompt) -> str:
+    """Return the text of a prompt with control tokens spelt out.
+
+    Raises PromptError for what is no token.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    with engine._call():
+        tokens = checked_tokens(engine._model, token_ids(prompt), MAX_TOKENS)
+        return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""The application: routes, and what stands before them."""
+"""The application: routes, and the checks before them."""
 
 import asyncio
 import contextlib
@@ -18,40 +18,31 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.server.answers import chat_completions, completions, responses
-from qaflora_edge.server.openapi import describe
+from qaflora_edge.server import answers
+from qaflora_edge.server import requests as bodies
+from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.page.content import page
-from qaflora_edge.server.post import Post
-from qaflora_edge.server.record import Metrics, Recorder
 from qaflora_edge.server.refusals import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
-from qaflora_edge.server.shelf import Shelf
-from qaflora_edge.server.tokens import detokenize, tokenize, weights
-from qaflora_edge.server.work import refused_response
+from qaflora_edge.server.served_models import InThread, ServedModels
 
 NOT_HERE = ("/v1/embeddings", "/v1/images/{rest:path}", "/v1/audio/{rest:path}")
 
 
 def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
-    """The server for some bundles, or bases alone; the first is opened as it starts.
+    """Return the server for some bundles, or bases alone; the first is opened as it starts.
 
     Raises BundleError for a bundle that cannot be read.
     """
     places = list(places)
-    n_thread = len(places) * options.n_turn + 2  # all who have a turn, and opening and closing
-    threads = ThreadPoolExecutor(n_thread, thread_name_prefix="qaflora")
-
-    async def in_thread(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-        call = partial(function, *args, **keywords)
-        return await asyncio.get_running_loop().run_in_executor(threads, call)
-
-    record = Metrics()
-    shelf = Shelf(places, options, in_thread)
+    # All that have a slot, and one that opens and one that closes.
+    threads = ThreadPoolExecutor(len(places) * options.n_slot + 2, thread_name_prefix="qaflora")
+    light = ThreadPoolExecutor(2, thread_name_prefix="qaflora-light")
+    models = ServedModels(places, options, _runner(threads))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.post = Post(asyncio.get_running_loop())
         opening = asyncio.create_task(_open_first(app))
         try:
             with contextlib.suppress(asyncio.CancelledError):  # by a second signal
@@ -60,17 +51,13 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
             for work in list(app.state.running):
                 work.stop()
             await asyncio.gather(opening, return_exceptions=True)
-            await shelf.close()
+            await models.close()
             threads.shutdown()
+            light.shutdown()
 
     app = Starlette(
         routes=_routes(),
-        middleware=[
-            Middleware(Recorder, metrics=record),
-            Middleware(Gate, options=options),
-            *_cors(options),
-            *([Middleware(Lock, key=options.api_key)] if options.api_key is not None else []),
-        ],
+        middleware=_middleware(options, metrics := Metrics()),
         exception_handlers={
             Refusal: _refused,
             QafloraError: _refused,
@@ -79,9 +66,19 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         },
         lifespan=lifespan,
     )
-    app.state.options, app.state.shelf, app.state.in_thread = options, shelf, in_thread
-    app.state.metrics, app.state.running, app.state.is_opening = record, set(), False
+    app.state.options, app.state.models, app.state.metrics = options, models, metrics
+    app.state.in_thread, app.state.light = _runner(threads), _runner(light)
+    app.state.running, app.state.is_opening, app.state.n_large_body = set(), False, 0
+    app.state.on_lost = lambda error: None
     return app
+
+
+def _runner(threads: ThreadPoolExecutor) -> InThread:
+    async def run(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        call = partial(function, *args, **more)
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+    return run
 
 
 def expire_all(app: Any) -> None:
@@ -90,44 +87,32 @@ def expire_all(app: Any) -> None:
         work.expire()
 
 
-def _routes() -> list[Route]:
-    return [
-        Route("/", show_page, methods=["GET"], include_in_schema=False),
-        Route("/health", health, methods=["GET"]),
-        Route("/openapi.json", openapi, methods=["GET"]),
-        Route("/metrics", metrics, methods=["GET"]),
-        Route("/v1/models", models, methods=["GET"]),
-        Route("/v1/models/{model:path}", model, methods=["GET"]),
-        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/responses", responses, methods=["POST"]),
-        Route("/v1/weights", weights, methods=["POST"]),
-        Route("/tokenize", tokenize, methods=["POST"]),
-        Route("/detokenize", detokenize, methods=["POST"]),
-        *(Route(path, not_here, methods=["GET", "POST"]) for path in NOT_HERE),
+def _middleware(options: ServerOptions, metrics: Metrics) -> list[Middleware]:
+    found = [
+        Middleware(Recorder, metrics=metrics),
+        Middleware(Gate, hosts=options.hosts, origins=options.cors_origins),
     ]
-
-
-def _cors(options: ServerOptions) -> list[Middleware]:
-    if not options.cors_origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=list(options.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["X-Fusion", "Retry-After"],
+    if options.cors_origins:
+        found.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=options.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["X-Fusion", "Retry-After"],
+            )
         )
-    ]
+    if options.api_key is not None:
+        found.append(Middleware(Lock, key=options.api_key))
+    return found
 
 
 async def _open_first(app: Starlette) -> None:
-    shelf: Shelf = app.state.shelf
+    models: ServedModels = app.state.models
     app.state.is_opening = True
     try:
         with contextlib.suppress(Refusal):  # the log and GET /v1/models say so
-            async with shelf.engine(next(iter(shelf.bundles.values()))):
+            async with models.engine(next(iter(models.by_name.values()))):
                 pass
     finally:
         app.state.is_opening = False
@@ -142,7 +127,7 @@ async def show_page(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """GET /health: whether the server can answer anything."""
     state = request.app.state
-    is_lost = all(bundle.has_failed for bundle in state.shelf.bundles.values())
+    is_lost = all(model.is_lost for model in state.models.by_name.values())
     status = "loading" if state.is_opening else "error" if is_lost else "ok"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
@@ -150,42 +135,43 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """GET /metrics"""
     state = request.app.state
-    record: Metrics = state.metrics
-    waiting = state.shelf.room.n_waiting
-    record.waiting.set(waiting)
-    record.running.set(len(state.running) - waiting)
-    engines = [each.engine for each in state.shelf.bundles.values() if each.engine is not None]
-    record.loaded.set(len(engines))
-    record.prefix_cache.set(sum(engine.prefix_cache_bytes for engine in engines))
-    return Response(generate_latest(record.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    found: Metrics = state.metrics
+    n_waiting = state.models.queue.waiting.total()
+    found.waiting.set(n_waiting)
+    found.running.set(len(state.running) - n_waiting)
+    engines = [each.engine for each in state.models.by_name.values() if each.engine is not None]
+    found.loaded.set(len(engines))
+    found.prefix_cache.set(sum(engine.prefix_cache_bytes for engine in engines))
+    return Response(generate_latest(found.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def openapi(request: Request) -> Response:
     """GET /openapi.json"""
-    shelf: Shelf = request.app.state.shelf
-    return JSONResponse(describe(each["id"] for each in shelf.listed()))
+    names = [each["id"] for each in request.app.state.models.listed()]
+    paths = ((path.replace(":path", ""), summary, kind) for path, _, summary, kind in API)
+    return JSONResponse(bodies.describe(paths, names))
 
 
 async def models(request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse({"object": "list", "data": request.app.state.shelf.listed()})
+    return JSONResponse({"object": "list", "data": request.app.state.models.listed()})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/{model}"""
-    shelf: Shelf = request.app.state.shelf
+    served: ServedModels = request.app.state.models
     name = request.path_params["model"]
-    return JSONResponse(shelf.whole_card(shelf.find(name)[0], name))
+    return JSONResponse(served.card(served.find(name)[0], name, is_whole=True))
 
 
 async def not_here(request: Request) -> Response:
-    """What OpenAI has and a bundle has not."""
+    """Refuse what OpenAI has and a bundle has not."""
     message = f"{request.url.path:.100} is not offered here: a bundle reads and writes text."
-    return refused_response(Refusal(501, message, code="not_implemented"))
+    return Refusal(501, message, code="not_implemented").response()
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return refused_response(refusal(error))
+    return refusal(error).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -193,6 +179,50 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path = f"{request.method:.20} {request.url.path:.100}"
     message = f"{path}: {error.detail}; GET /openapi.json lists what there is."
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    found = refused_response(Refusal(error.status_code, message, code=code))
+    found = Refusal(error.status_code, message, code=code).response()
     found.headers.update(error.headers or {})
     return found
+
+
+# (path, route, summary, body): those with a body are POST, the others GET.
+API: tuple[tuple[str, Any, str, type[bodies.Body] | None], ...] = (
+    (
+        "/v1/chat/completions",
+        answers.chat_completions,
+        "Answer a conversation",
+        bodies.ChatBody,
+    ),
+    ("/v1/completions", answers.completions, "Go on with a text", bodies.TextBody),
+    (
+        "/v1/responses",
+        answers.responses,
+        "Answer in the shape of responses",
+        bodies.ResponsesBody,
+    ),
+    (
+        "/v1/weights",
+        answers.weights,
+        "Weigh the adapters for a prompt, or for messages",
+        bodies.WeightsBody,
+    ),
+    (
+        "/tokenize",
+        answers.tokenize,
+        "Token ids of a text, or of messages under the chat template",
+        bodies.TokenizeBody,
+    ),
+    ("/detokenize", answers.detokenize, "The text of token ids", bodies.DetokenizeBody),
+    ("/v1/models", models, "What can be asked", None),
+    ("/v1/models/{model:path}", model, "One of it", None),
+    ("/health", health, "Whether it works", None),
+    ("/metrics", metrics, "Counters for Prometheus", None),
+    ("/openapi.json", openapi, "This document", None),
+)
+
+
+def _routes() -> list[Route]:
+    return [
+        Route("/", show_page, methods=["GET"], include_in_schema=False),
+        *(Route(path, route, methods=["POST" if kind else "GET"]) for path, route, _, kind in API),
+        *(Route(path, not_here, methods=["GET", "POST"]) for path in NOT_HERE),
+    ]

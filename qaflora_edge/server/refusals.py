@@ -1,7 +1,8 @@
 """Failures as OpenAI's clients expect them: a status, and an object `error`."""
 
 from collections.abc import Mapping
-from typing import Any
+
+from starlette.responses import JSONResponse, Response
 
 from qaflora_edge.errors import (
     BusyError,
@@ -17,8 +18,8 @@ from qaflora_edge.errors import (
     WeightsError,
     WorkerError,
 )
-from qaflora_edge.server.options import RETRY_AFTER_S
 
+RETRY_AFTER_S = 2
 Params = Mapping[type[QafloraError], str | None]
 
 # What the sender of a request can cure -> the field that it is about, where the error names none.
@@ -31,15 +32,15 @@ _OF_REQUEST: Params = {
     StrategyError: "fusion",
     WeightsError: "fusion",
 }
-NO_PARAMS: Params = {}
 
 
 class Refusal(Exception):
     """Why a request is not answered.
 
-    kind     OpenAI's `type`
-    param    the field that is wrong
-    code     what programs tell it by
+    kind         OpenAI's `type`
+    param        the field that is wrong
+    code         what programs tell it by
+    is_retried   whether it may be answered at another time
     """
 
     def __init__(
@@ -53,24 +54,17 @@ class Refusal(Exception):
         is_retried: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.param, self.code = status, kind, param, code
+        self.status = status
         self.headers = {"Retry-After": str(RETRY_AFTER_S)} if is_retried else {}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON that is answered."""
-        return {
-            "error": {
-                "message": str(self),
-                "type": self.kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+    def response(self) -> Response:
+        """Return it as a whole response."""
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 def wrong_field(param: str, found: object, expected: str) -> Refusal:
-    """Status 400 for a field that cannot be meant."""
+    """Return status 400 for a field with a wrong value."""
     shown = repr(found)
     shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
     message = f"The field {param} is {shown}, expected {expected}."
@@ -78,14 +72,14 @@ def wrong_field(param: str, found: object, expected: str) -> Refusal:
 
 
 def unavailable(message: str, code: str) -> Refusal:
-    """Status 503: another time it may be answered."""
+    """Return status 503: it may be answered at another time."""
     return Refusal(503, message, kind="server_error", code=code, is_retried=True)
 
 
 def refusal(
-    error: BaseException, *, is_expired: bool = False, params: Params = NO_PARAMS
+    error: BaseException, *, is_expired: bool = False, params: Params | None = None
 ) -> Refusal:
-    """What is answered for a failure; what is inside the server stays there.
+    """Return what is answered for a failure; what is inside the server stays there.
 
     is_expired  whether the request has used up its time
     params      the fields that errors are about in this request, where that is another one
@@ -97,18 +91,13 @@ def refusal(
     if isinstance(error, BusyError | CancelledError):
         return unavailable("The server is shutting down.", "shutting_down")
     if isinstance(error, WorkerError):
-        message = "A machine that holds layers of the model cannot be reached; try again."
+        message = "A machine that holds layers of the model is lost; the server ends."
         return unavailable(message, "model_unavailable")
-    for kind, param in {**_OF_REQUEST, **params}.items():
+    for kind, param in {**_OF_REQUEST, **(params or {})}.items():
         if isinstance(error, kind):
             named = error.option if isinstance(error, OptionError) else None
-            code = "invalid_value"
-            if isinstance(error, ContextError):
-                code = "context_length_exceeded"
+            is_long = isinstance(error, ContextError)
+            code = "context_length_exceeded" if is_long else "invalid_value"
             return Refusal(400, str(error), param=named or param, code=code)
-    return Refusal(
-        500,
-        "The server failed to answer; its log says why.",
-        kind="server_error",
-        code="internal_error",
-    )
+    message = "The server failed to answer; its log says why."
+    return Refusal(500, message, kind="server_error", code="internal_error")

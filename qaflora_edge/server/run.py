@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -11,28 +13,41 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from qaflora_edge.errors import OptionError, os_errors
+from qaflora_edge.errors import OptionError, QafloraError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
-from qaflora_edge.server.options import CUT_S, DRAIN_S, ServerOptions
-from qaflora_edge.server.protocol import BoundedProtocol
+from qaflora_edge.server.options import ServerOptions
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
+DRAIN_S = 30.0  # running requests may take as long to end when the server is told to
+CUT_S = 5.0  # and then as long to say that they were cut
+MAX_CONNECTIONS = 1000  # more get status 503
+MAX_HEAD_BYTES = 64 << 10  # of a request: its first line and its headers
+
+
 class _Server(uvicorn.Server):
-    """Whose second signal ends it at once, whichever it is."""
+    """A server that the second signal ends at once."""
 
     is_interrupted = False
+    lost: QafloraError | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.is_interrupted = sig == signal.SIGINT
         self.force_exit = self.should_exit
         self.should_exit = True
 
+    def on_lost(self, error: QafloraError) -> None:
+        """End the server: a worker was lost, and only a new process can use it again."""
+        self.lost = error
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let end what runs; what takes too long for that is cut."""
-        loop = asyncio.get_running_loop()
-        end = loop.call_later(DRAIN_S, expire_all, self.config.app)
+        """Let running requests end; cut those that take too long, and end in any case."""
+        end = asyncio.get_running_loop().call_later(DRAIN_S, expire_all, self.config.app)
+        self.last_resort = threading.Timer(DRAIN_S + 2 * CUT_S, os._exit, [1])
+        self.last_resort.daemon = True
+        self.last_resort.start()
         try:
             await super().shutdown(sockets)
         finally:
@@ -40,10 +55,12 @@ class _Server(uvicorn.Server):
 
 
 def config_of(app: Starlette) -> uvicorn.Config:
-    """How an app is served."""
+    """Return how an app is served."""
     return uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        limit_concurrency=MAX_CONNECTIONS,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -55,10 +72,10 @@ def config_of(app: Starlette) -> uvicorn.Config:
 
 
 def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) -> None:
-    """Serve bundles until SIGINT or SIGTERM; what runs then has some seconds to end.
+    """Serve bundles until SIGINT or SIGTERM; running requests then have some seconds to end.
 
-    Raises BundleError for a bundle that cannot be read, OptionError where it cannot listen, and
-    KeyboardInterrupt at its end where that was SIGINT.
+    Raises BundleError for a bundle that cannot be read, OptionError where it cannot listen,
+    WorkerError when a worker was lost, and KeyboardInterrupt at its end where that was SIGINT.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     app = make_app(places, options)
@@ -66,8 +83,11 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
     shown = f"[{host}]" if ":" in host else host
     logging.getLogger(__name__).info("http://%s:%d/", shown, listener.getsockname()[1])
     server = _Server(config_of(app))
+    app.state.on_lost = server.on_lost
     with listener:
         server.run(sockets=[listener])
+    if server.lost is not None:
+        raise server.lost
     if server.is_interrupted:
         raise KeyboardInterrupt
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Self, overload
 
+from qaflora_edge import Engine
 from qaflora_edge.backend import native
 from qaflora_edge.config import MAX_SEED
-from qaflora_edge.engine import Engine
 from qaflora_edge.files import AnyPath
-from qaflora_edge.openai.call_options import check_fixed
 from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
+from qaflora_edge.openai.options import check_fixed
 
 # Of Llama(): what changes no answer, and what has to stay at these values (the default first).
 _UNUSED = frozenset(

@@ -1,4 +1,4 @@
-"""What happened: a line of the log for each request, and the metrics."""
+"""Metrics, and a line of the log for each request."""
 
 import logging
 import time
@@ -54,7 +54,7 @@ class Metrics:
 
 
 class Recorder:
-    """Stands before all else, and notes how each request ended.
+    """Note how each request ended; it comes before all else.
 
     The path of a metric is the route's: names that anyone may ask for would fill the memory.
     """

@@ -1,0 +1,441 @@
+"""Requests: how bodies are read and checked, and their description in OpenAPI.
+
+The models below are the one source of all three. A field's `title` says what it has to be, in
+messages too. Sampling options come from `config`, with their ranges.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic.json_schema import models_json_schema
+from starlette.requests import ClientDisconnect, Request
+
+from qaflora_edge import __version__
+from qaflora_edge.config import Option, in_group
+from qaflora_edge.formats.json_text import read_unicode_object
+from qaflora_edge.server.refusals import Refusal, unavailable, wrong_field
+
+MAX_BODY_BYTES = 4 << 20
+MAX_SMALL_BYTES = 64 << 10  # of a body that is parsed at once, however many come
+MAX_LARGE_BODIES = 8  # that are received and parsed at the same time
+BODY_S = 60.0  # the longest that a body may take to come
+MAX_MESSAGES = 2048
+MAX_PROMPTS = 64
+MAX_TOOLS = 128
+MAX_CHOICES = 16  # answers of one request
+MAX_STOPS = 16
+MAX_TOKENS = 1 << 20  # to detokenize
+MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
+MAX_FORM_CHARS = 256 << 10  # of a grammar, a schema or tools
+
+Schema = dict[str, Any]
+Weights = dict[str, float] | list[list[float]]
+
+
+# fields
+
+
+def _is_weight(value: object) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= MAX_WEIGHT  # type: ignore[arg-type]
+
+
+def _are_weights(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_weight, value.values()))
+    rows = value if isinstance(value, list) else [None]
+    return all(isinstance(row, list) and all(map(_is_weight, row)) for row in rows)
+
+
+def _is_short(value: Any) -> bool:
+    return value is None or len(value if isinstance(value, str) else repr(value)) <= MAX_FORM_CHARS
+
+
+def _checked_by(fits: Any, expected: str) -> AfterValidator:
+    """Check a value by a function; a model of thousands of values would list each wrong one."""
+
+    def check(value: Any) -> Any:
+        if not fits(value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+_SHORT = _checked_by(_is_short, f"{MAX_FORM_CHARS} characters at most")
+_WEIGHT: Schema = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
+_BY_NAME: Schema = {"type": "object", "additionalProperties": _WEIGHT}
+_BY_LAYER: Schema = {"type": "array", "items": {"type": "array", "items": _WEIGHT}}
+_RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+_WEIGHTS = f'weights {_RANGE} by name, as in {{"math": 0.7}}, or [n_adapter][n_layer] numbers'
+_SCALES = f'a list such as [{{"id": 0, "scale": 0.5}}] with scales {_RANGE}'
+_MESSAGE: Schema = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array", "null"]}},
+}
+
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+Messages = Annotated[
+    list[dict[str, Any]],
+    Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        fail_fast=True,
+        title=f"a list of messages, {MAX_MESSAGES} at most",
+        json_schema_extra={"items": _MESSAGE},
+    ),
+]
+Flag = Annotated[bool | None, Field(title="true or false")]
+Form = Annotated[dict[str, Any] | None, _SHORT]
+
+
+class Strict(BaseModel):
+    """An object of a request: values have exactly the types that are declared."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Fusion(Strict):
+    """The field `fusion`: how a request is weighed, and what the answer tells of it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", title="Fusion")
+
+    strategy: Text | None = Field(None, title="the name of a strategy")
+    adapters: list[str] | None = Field(None, title="names of adapters")
+    weights: Annotated[
+        Any,
+        _checked_by(lambda value: value is None or _are_weights(value), _WEIGHTS),
+        WithJsonSchema({"anyOf": [_BY_NAME, _BY_LAYER, {"type": "null"}]}),
+    ] = Field(None, title=_WEIGHTS)
+    returned: Literal["summary", "layers", "none"] | None = Field(
+        None, alias="return", title="one of summary, layers, none"
+    )
+
+
+class Scale(Strict):
+    """An entry of llama-server's `lora`."""
+
+    id: int = Field(ge=0)
+    scale: float = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+class StreamOptions(Strict):
+    include_usage: Flag = None
+
+
+class Body(Strict):
+    """What every request may say."""
+
+    model: str | None = Field(None, title="a model that GET /v1/models lists")
+
+
+class Weighed(Body):
+    """A request that is weighed."""
+
+    fusion: Fusion | None = Field(None, title='an object, as in {"strategy": "calibrated"}')
+    lora: list[Scale] | None = Field(None, title=_SCALES, fail_fast=True)
+
+
+def _option_field(option: Option) -> tuple[Any, Any]:
+    """An option of `config` as a field of a model; null stands for the default."""
+    kind: Any = option.kind
+    low = "gt" if option.is_open else "ge"
+    limits: dict[str, Any] = {low: option.low, "le": option.high}
+    if kind is tuple:
+        kind = Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)]
+        limits, expected = {}, f"a text or {MAX_STOPS} texts at most, none of them empty"
+    elif kind is dict:
+        number = {"type": "number", "minimum": option.low, "maximum": option.high}
+        names = {"propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": number}
+        schema = WithJsonSchema({"type": "object", **names})
+        kind = Annotated[Any, _checked_by(option.fits, option.expected), schema]
+        limits, expected = {}, option.expected
+    else:
+        expected = option.expected
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    kind = Annotated[kind, Field(**limits)]
+    if option.name == "grammar":
+        kind = Annotated[kind, _SHORT]
+    return kind | None, Field(None, title=expected, description=option.help)
+
+
+def _option_fields() -> dict[str, Any]:
+    return {
+        name: _option_field(option)
+        for option in in_group("sampling").values()
+        for name in (option.name, *option.aliases)
+    }
+
+
+SAMPLING = frozenset(_option_fields())
+Sampled: Any = create_model("Sampled", __base__=Weighed, **_option_fields())
+
+
+class Answered(Sampled):  # type: ignore[misc]
+    """A request for answers: sampling options, and how the answers are sent."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, title=f"a number of answers from 1 to {MAX_CHOICES}"
+    )
+    stream: Flag = None
+    stream_options: StreamOptions | None = Field(
+        None, title='an object, as in {"include_usage": true}'
+    )
+    return_progress: Flag = None
+    json_schema: Annotated[dict[str, Any] | bool | None, _SHORT] = Field(
+        None, title="a JSON schema"
+    )
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling options that are given."""
+        return {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+
+
+class ChatBody(Answered):
+    """The body of /v1/chat/completions."""
+
+    messages: Messages
+    logprobs: Flag = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None, title="a number of tokens from 0 to 20"
+    )
+    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS), _SHORT] | None = Field(
+        None, title=f"a list of {MAX_TOOLS} tools at most"
+    )
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: Flag = None
+    response_format: Form = Field(None, title='an object, as in {"type": "json_object"}')
+
+
+class TextBody(Answered):
+    """The body of /v1/completions."""
+
+    prompt: Text | Tokens | Prompts = Field(
+        title=f"a text, a list of token ids, or a list of these, {MAX_PROMPTS} at most"
+    )
+    echo: Flag = None
+
+
+class ResponsesBody(Answered):
+    """The body of /v1/responses."""
+
+    input: Annotated[str | list[Any], Field(min_length=1)] = Field(
+        title="a text or a list of items"
+    )
+    instructions: str | None = Field(None, title="a text")
+    max_output_tokens: _option_field(in_group("sampling")["max_tokens"])[0] = None  # type: ignore[valid-type]
+    text: Form = Field(None, title='an object such as {"format": {"type": "text"}}')
+    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS), _SHORT] | None = Field(
+        None, title=f"a list of {MAX_TOOLS} functions at most"
+    )
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: Flag = None
+
+
+class WeightsBody(Weighed):
+    """The body of /v1/weights."""
+
+    prompt: Text | Tokens | None = Field(None, title="a text or token ids")
+    messages: Messages | None = None
+
+
+class TokenizeBody(Body):
+    """The body of /tokenize."""
+
+    content: str | None = Field(None, title="a text")
+    messages: Messages | None = None
+    add_special: Flag = None
+    parse_special: Flag = None
+    with_pieces: Flag = None
+
+
+class DetokenizeBody(Body):
+    """The body of /detokenize."""
+
+    tokens: list[int] = Field(
+        max_length=MAX_TOKENS, fail_fast=True, title=f"a list of {MAX_TOKENS} token ids at most"
+    )
+
+
+# reading and checking
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """Read and check a body. Raises Refusal for one that is too large, or wrong, by its field."""
+    n_byte = request.headers.get("content-length", "")
+    if n_byte.isdecimal() and int(n_byte) <= MAX_SMALL_BYTES:
+        return parsed(kind, await _bytes(request, MAX_SMALL_BYTES))
+    state = request.app.state
+    if state.n_large_body >= MAX_LARGE_BODIES:
+        raise unavailable("The server is busy with large bodies; try again later.", "queue_full")
+    state.n_large_body += 1
+    try:
+        if n_byte.isdecimal() and int(n_byte) > MAX_BODY_BYTES:
+            raise _too_large()
+        data = await _bytes(request, MAX_BODY_BYTES)
+        return await asyncio.to_thread(parsed, kind, data)
+    finally:
+        state.n_large_body -= 1
+
+
+async def _bytes(request: Request, n_most: int) -> bytes:
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                data += part
+                if len(data) > n_most:
+                    raise _too_large()
+    except TimeoutError as error:
+        message = f"The body has not come within {BODY_S:g} s."
+        raise Refusal(408, message, code="request_timeout") from error
+    except ClientDisconnect as error:
+        raise Refusal(400, "The body was not sent to its end.") from error
+    return bytes(data)
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, f"The body has more than {MAX_BODY_BYTES} bytes.", code="request_too_large")
+
+
+def parsed(kind: type[B], data: bytes) -> B:
+    """Return the body that some bytes spell."""
+    try:
+        found = read_unicode_object(data)
+    except ValueError as error:  # errors of JSON and UTF-8 too
+        raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _refusal(kind, first, found) from None
+
+
+def _refusal(kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any) -> Refusal:
+    """Say which field is wrong, by the innermost model that declares one."""
+    names: list[str] = []
+    expected = ""
+    for key in error["loc"]:
+        if kind is None:
+            break
+        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+        value = value.get(key) if isinstance(value, dict) else None
+        names.append(f"{key:.80}")
+        if key not in fields:
+            message = f"The field {'.'.join(names)} does not exist, expected one of "
+            message += f"{', '.join(fields)}."
+            return Refusal(400, message, param=".".join(names), code="unknown_field")
+        expected = fields[key].title or error["msg"]
+        parts = get_args(fields[key].annotation) or (fields[key].annotation,)
+        kind = next((part for part in parts if _is_model(part)), None)
+    if error["type"] == "value_error":
+        expected = error["msg"].removeprefix("Value error, ")
+    return wrong_field(".".join(names), value, expected)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+# OpenAPI
+
+_ERROR_TEXTS: Schema = {
+    "message": {"type": "string"},
+    "type": {"type": "string"},
+    "param": {"type": ["string", "null"]},
+    "code": {"type": ["string", "null"]},
+}
+_ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {"type": "object", "required": [*_ERROR_TEXTS], "properties": _ERROR_TEXTS}
+    },
+}
+_REFUSED = {
+    "400": "A field is wrong; param names it",
+    "401": "The API key is missing or wrong",
+    "403": "The host or the page that asks is not allowed",
+    "404": "There is no such model",
+    "408": "The body was sent too slowly",
+    "413": "The body is too large",
+    "500": "The server failed",
+    "503": "The queue is full, or the model cannot be opened; see Retry-After",
+}
+
+
+def describe(
+    paths: Iterable[tuple[str, str, type[Body] | None]], models: Sequence[str]
+) -> dict[str, Any]:
+    """Describe a server in OpenAPI 3.1.
+
+    paths   (path, summary, body, or None for GET)
+    models  the ids that can be asked
+    """
+    paths = list(paths)
+    kinds = [(kind, "validation") for _, _, kind in paths if kind is not None]
+    place = "#/components/schemas/{model}"
+    _, defs = models_json_schema(kinds, ref_template=place)  # type: ignore[arg-type]
+    schemas = {**defs["$defs"], "Error": _ERROR}
+    model = {"type": "string", "title": "The model", "enum": list(models)}
+    for schema in schemas.values():
+        if "model" in schema["properties"]:
+            schema["properties"]["model"] = model
+            schema["required"] = ["model", *schema.get("required", ())]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "qaflora serve", "version": __version__},
+        "security": [{"key": []}],
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "paths": {path: _operation(path, text, kind, model) for path, text, kind in paths},
+    }
+
+
+def _operation(path: str, summary: str, kind: type[Body] | None, model: Schema) -> Schema:
+    answer: Schema = {"application/json": {"schema": {"type": "object"}}}
+    if path == "/metrics":
+        answer = {"text/plain": {"schema": {"type": "string"}}}
+    if kind is not None and issubclass(kind, Answered):
+        answer["text/event-stream"] = {"schema": {}}
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    refused = {code: {"description": text, "content": error} for code, text in _REFUSED.items()}
+    operation: Schema = {
+        "summary": summary,
+        "responses": {"200": {"description": "The answer", "content": answer}, **refused},
+    }
+    if kind is not None:
+        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+        content = {"application/json": {"schema": schema}}
+        return {"post": {**operation, "requestBody": {"required": True, "content": content}}}
+    if path == "/health":
+        operation["security"] = []
+        operation["responses"]["503"]["content"] = answer
+    if "{model}" in path:
+        named = {"name": "model", "in": "path", "required": True, "schema": model}
+        operation["parameters"] = [named]
+    return {"get": operation}

@@ -1,0 +1,276 @@
+"""The bundles that a server has: their names, their Engines, and the queue before them."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qaflora_edge.bundles.open import is_base, read_bundle_text
+from qaflora_edge.engine import Engine
+from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerError
+from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
+from qaflora_edge.formats.gguf import read_gguf_header
+from qaflora_edge.server.options import ServerOptions
+from qaflora_edge.server.refusals import Refusal, unavailable
+from qaflora_edge.server.security import is_loopback
+from qaflora_edge.weighing.weigher import Known, Weigher
+
+log = logging.getLogger(__name__)
+InThread = Callable[..., Awaitable[Any]]
+
+
+class Queue:
+    """Let requests wait in the order that they come.
+
+    n_most   requests that may wait, whatever they wait for
+    waiting  how many wait, by address
+    """
+
+    def __init__(self, n_most: int) -> None:
+        self.n_most, self.waiting = n_most, Counter[str]()
+
+    @asynccontextmanager
+    async def slot(self, slots: asyncio.Semaphore, address: str) -> AsyncIterator[None]:
+        """Wait for a slot, and hold it.
+
+        Raises Refusal when the queue is full, or a quarter of it is taken by this address;
+        programs of this machine may take all of it.
+        """
+        if slots.locked():
+            share = self.n_most if is_loopback(address) else (self.n_most + 3) // 4
+            if self.waiting.total() >= self.n_most or self.waiting[address] >= share:
+                message = f"The server is busy: {self.waiting.total()} requests wait already; "
+                raise unavailable(f"{message}try again later.", "queue_full")
+            self.waiting[address] += 1
+            try:
+                await slots.acquire()
+            finally:
+                self.waiting -= Counter([address])  # an address that has none is forgotten
+        else:
+            await slots.acquire()
+        try:
+            yield
+        finally:
+            slots.release()
+
+
+@dataclass
+class ServedModel:
+    """One bundle, opened or not.
+
+    name        how clients call it
+    strategies  that it can follow, as in NAME:STRATEGY
+    sha256      of the base's file, and of each adapter's by its name; empty for a base alone
+    slots       requests that are answered at once
+    engine      None while it is not loaded; `worker` computes for it
+    opening     the task that loads it now; it goes on when the caller gives up
+    has_failed  it could not be opened when it was last asked for
+    n_user      requests that use the Engine now
+    """
+
+    name: str
+    place: Path
+    adapters: tuple[str, ...]
+    n_layer: int
+    strategy: str
+    strategies: tuple[str, ...]
+    slots: asyncio.Semaphore
+    sha256: Mapping[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None
+    worker: threading.Thread | None = None
+    opening: asyncio.Task[None] | None = None
+    has_failed: bool = False
+    n_user: int = 0
+    used_s: float = 0.0
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.name, *(f"{self.name}:{strategy}" for strategy in self.strategies)]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no request can be answered: it cannot be opened, or nothing computes for it."""
+        is_stopped = self.worker is not None and not self.worker.is_alive()
+        return self.has_failed or (self.engine is not None and is_stopped)
+
+
+class ServedModels:
+    """Bundles by name; each is opened when it is first asked for.
+
+    in_thread  runs a function that takes long
+
+    Raises BundleError for a bundle that cannot be read, or a name that is given twice.
+    """
+
+    def __init__(self, places: Iterable[Path], options: ServerOptions, in_thread: InThread) -> None:
+        self._options, self._in_thread = options, in_thread
+        self._loading = asyncio.Lock()
+        self.queue = Queue(options.max_queue)
+        self.by_name: dict[str, ServedModel] = {}
+        for place in places:
+            model = self._read(place)
+            if model.name in self.by_name:
+                raise BundleError(
+                    f"Cannot serve {place}: its name {model.name} is that of "
+                    f"{self.by_name[model.name].place} too, expected different names. Change "
+                    "`name` in the bundle.json of one."
+                )
+            self.by_name[model.name] = model
+
+    def _read(self, place: Path) -> ServedModel:
+        """Read what a bundle says of itself; nothing is loaded."""
+        sha256: dict[str, Any] = {}
+        targets: dict[str, Sequence[str]] = {}
+        if is_base(place):
+            name, n_layer, known = place.stem, read_gguf_header(place).n_layer, Known()
+        else:
+            text = read_bundle_text(place)
+            name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
+            targets = {adapter.name: adapter.targets for adapter in text.adapters}
+            n_layer, known = text.base.n_layer, text.known
+            hashes = {adapter.name: adapter.sha256 for adapter in text.adapters}
+            sha256 = {"base": text.base.sha256, "adapters": hashes}
+        if not NAME_PATTERN.fullmatch(name):
+            raise BundleError(
+                f"Cannot serve {place}: its name is {name!r}, expected {NAME_RULE}. Correct `name` "
+                "in bundle.json, or rename the folder or file."
+            )
+        engine = self._options.engine
+        chosen = {key: engine.get(key) for key in ("strategy", "lens", "pool")}
+        weigher = Weigher(tuple(targets), n_layer, known.under(**chosen), targets=targets)
+        return ServedModel(
+            name=name,
+            place=place,
+            adapters=tuple(targets),
+            n_layer=n_layer,
+            strategy=weigher.known.strategy,
+            strategies=weigher.followed,
+            slots=asyncio.Semaphore(self._options.n_slot),
+            sha256=sha256,
+        )
+
+    # names
+
+    def find(self, model: str | None) -> tuple[ServedModel, str | None]:
+        """Return the bundle of a model id, and the strategy that the id names.
+
+        Raises Refusal for an id that is not listed. Without one, the only bundle is meant.
+        """
+        if model is None and len(self.by_name) == 1:
+            return next(iter(self.by_name.values())), None
+        name, colon, strategy = (model or "").partition(":")
+        found = self.by_name.get(name)
+        if found is not None and (not colon or strategy in found.strategies):
+            return found, strategy if colon else None
+        raise Refusal(
+            400 if model is None else 404,
+            f"The model is {'missing' if model is None else repr(model):.100}, expected one of "
+            "those that GET /v1/models lists.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return every model id in the shape of OpenAI's list."""
+        return [self.card(model, name) for model in self.by_name.values() for name in model.ids]
+
+    def card(self, model: ServedModel, name: str, *, is_whole: bool = False) -> dict[str, Any]:
+        """Return one model id in OpenAI's shape; `meta` says what it is here.
+
+        is_whole  with the hashes, and what is known of the base once it is loaded
+        """
+        meta: dict[str, Any] = {
+            "adapters": list(model.adapters),
+            "n_layer": model.n_layer,
+            "n_ctx": self._options.engine["n_ctx"],
+            "strategy": name.partition(":")[2] or model.strategy,
+            "loaded": model.engine is not None,
+            "failed": model.has_failed,
+        }
+        if is_whole:
+            meta["sha256"] = model.sha256
+        if is_whole and model.engine is not None:
+            meta |= {"base": model.engine.name, "n_ctx_train": model.engine.n_ctx_train}
+        head = {"id": name, "object": "model", "created": model.created_s, "owned_by": "qaflora"}
+        return {**head, "meta": meta}
+
+    # Engines
+
+    @asynccontextmanager
+    async def engine(self, model: ServedModel) -> AsyncIterator[Engine]:
+        """Open the Engine of a bundle where it is not, and keep it open for the block.
+
+        Raises Refusal when it cannot be opened.
+        """
+        model.n_user += 1
+        model.used_s = time.monotonic()
+        try:
+            if model.engine is None:
+                model.opening = model.opening or asyncio.create_task(self._load(model))
+                await asyncio.shield(model.opening)
+            assert model.engine is not None
+            yield model.engine
+        finally:
+            model.n_user -= 1
+            model.used_s = time.monotonic()
+
+    async def _load(self, model: ServedModel) -> None:
+        start = time.perf_counter()
+        model.has_failed = False
+        try:
+            async with self._loading:
+                await self._close_unused()
+                engine = await self._in_thread(Engine, model.place, **self._options.engine)
+            thread = threading.Thread(target=_compute, args=(engine,), daemon=True)
+            thread.name = f"qaflora-{model.name}"
+            thread.start()
+            model.engine, model.worker = engine, thread
+        except Exception as error:
+            model.has_failed = True
+            log.error("cannot open %s: %s", model.name, error)
+            if not isinstance(error, QafloraError):
+                raise
+            message = f"The model {model.name} cannot be opened; the server's log says why."
+            raise unavailable(message, "model_unavailable") from error
+        finally:
+            model.opening = None
+        log.info("opened %s in %.1f s", model.name, time.perf_counter() - start)
+
+    async def _close_unused(self) -> None:
+        """Close the bundle not used for the longest where max_models are open."""
+        opened = [each for each in self.by_name.values() if each.engine]
+        idle = [each for each in opened if not each.n_user]
+        if self._options.max_models and len(opened) >= self._options.max_models and idle:
+            oldest = min(idle, key=lambda each: each.used_s)
+            await self._close(oldest)
+            log.info("closed %s: --max-models are open", oldest.name)
+
+    async def close(self) -> None:
+        """Close every Engine, also those that are being opened; calls that go on end."""
+        opening = [each.opening for each in self.by_name.values() if each.opening]
+        await asyncio.gather(*opening, return_exceptions=True)
+        for model in self.by_name.values():
+            await self._close(model)
+
+    async def _close(self, model: ServedModel) -> None:
+        engine, model.engine = model.engine, None
+        if engine is not None:
+            await self._in_thread(engine.close)
+
+
+def _compute(engine: Engine) -> None:
+    """Compute what requests ask of an Engine until it is closed, or has lost a worker."""
+    while True:
+        try:
+            engine.run_forever()
+        except (BusyError, WorkerError):
+            return
+        except Exception:
+            log.exception("a step failed")
