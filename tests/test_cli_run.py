@@ -406,9 +406,13 @@ def test_answer_cut_where_its_grammar_may_end_is_whole(made: TinyBundle, grammar
 @pytest.mark.parametrize(
     ("option", "text", "wrong"),
     [
-        ("--grammar", 'root ::= "a', "The grammar {path}, line 1, column 10"),
+        ("--grammar", 'root ::= "a', "The grammar {path} cannot be read: Unexpected end"),
         ("--grammar", 'start ::= "a"', "The grammar {path}"),
-        ("--json-schema", '{"type": "txt"}', "The JSON schema {path}, at #"),
+        (
+            "--json-schema",
+            '{"type": "txt"}',
+            "The JSON schema {path} cannot be followed: Invalid type: txt",
+        ),
         ("--json-schema", '{"type": ', "Cannot read the JSON schema {path}: Expecting value: line"),
         ("--json-schema", "[]", "Cannot read the JSON schema {path}: it holds a list, not an obj"),
     ],

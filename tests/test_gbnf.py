@@ -1,10 +1,11 @@
-"""GBNF: refused with its place, or followed as llama.cpp's own sampler follows it."""
+"""GBNF grammars: refused with the place, or followed as llama.cpp's own sampler follows it."""
 
 import ctypes
 import random
 import time
 from collections.abc import Iterator
 
+import llguidance
 import numpy as np
 import pytest
 from test_json_schema import allowed
@@ -12,6 +13,7 @@ from tiny import write_tiny_base
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
+from qaflora_edge.inference import constraint
 from qaflora_edge.inference.constraint import Constraint, gbnf_grammar
 
 GOOD = [
@@ -23,33 +25,23 @@ GOOD = [
     'root ::= ("a" | "b" root)?',
     'root ::= "a"{0} ("b" | "c"){0,0} [de]+ x{0}\nx ::= "f"',
 ]
+ARITHMETIC = """\
+root  ::= (expr "=" ws term "\\n")+
+expr  ::= term ([-+*/] term)*
+term  ::= ident | num | "(" ws expr ")" ws
+ident ::= [a-z] [a-z0-9_]* ws # llguidance's own converter swallows the newline with these spaces
+num   ::= [0-9]+ ws
+ws    ::= [ \\t\\n]*
+"""
+GOOD += [ARITHMETIC, 'root ::= [a-c&&.~~]{2} "&&" start? [+\\-]\nstart ::= "\\-" | "\\]" | "/"']
 BAD = [
-    ("", 1, 1, "there is no rule 'root'; add root ::= ..., the start."),
-    ('a ::= "x"', 1, 1, "there is no rule 'root'; add root ::= ..., the start."),
-    ("root = x", 1, 6, "found '='; expected ::= after the name 'root'."),
-    ("root ::= x", 1, 10, "the rule 'x' is not defined; add x ::= ...."),
-    ("\n_ ::= x", 2, 1, "found '_'; expected the name of a rule (a-z, 0-9, -)."),
-    ('root ::= "a', 1, 10, 'a " is not closed; add ".'),
-    ("root ::= [a", 1, 10, "a [ is not closed; add ]."),
-    ("root ::= [^]", 1, 10, "a class of no characters; expected at least one."),
-    ("root ::= (a", 1, 12, "found the end; expected an item, | or )."),
-    ('root ::= "a" )', 1, 14, "found ')'; expected an item, | or the end of the line."),
-    ("root ::= *", 1, 10, "found '*'; expected an item before it."),
-    ('root ::= "" +', 1, 13, "found '+'; expected an item before it."),
-    ('root ::= "a"{x}', 1, 14, "found 'x'; expected a number, as in {2} or {2,5}."),
-    ('root ::= "a"{1;', 1, 15, "found ';'; expected , or }."),
-    ('root ::= "a"{3,2}', 1, 13, "at least 3 and at most 2; expected least <= most."),
-    ('root ::= "a"{0,2001}', 1, 13, "2001 repetitions; expected at most 2000."),
-    ('root ::= "a\\x00"', 1, 12, "U+0000; expected what a base writes."),
-    ("root ::= [b-a]", 1, 10, "the range 'b' to 'a'; expected first <= last."),
-    ('root ::= "\\uD800"', 1, 11, "\\uD800; expected a character of Unicode."),
-    ('root ::= "\\q"', 1, 11, "the escape \\q; expected \\ and one of t r n"),
-    ('root ::= "\\x4"', 1, 11, "\\x; expected 2 hex digits after it."),
-    ("root ::= <think>", 1, 10, "found '<'; tokens in grammars are not supported."),
-    ('root ::= "a\0"', 1, 12, "found '\\x00'; expected text that UTF-8 can write."),
-    ('root ::= "a\ud800"', 1, 12, "found '\\ud800'; expected text that UTF-8 can write."),
-    ('root ::= "a"\nroot ::= "b"', 2, 1, "the rule 'root' is defined twice; keep one of them."),
-    ("root ::= " + "(" * 70, 1, 74, "more than 64 groups in each other; name some."),
+    ("", "there is no rule 'root', expected root ::= ..., the start"),
+    ("root ::= x", "the rule 'x' is not defined, expected x ::="),
+    ("\nroot ::= [a] )", r"Expected name at line 2, '\nroot ::= [a] ' ^ ')\n'"),
+    ('root ::= "a', "Unexpected end of input at line 2"),
+    ('root ::= "\\', "Invalid escape sequence \\\n at line 1"),
+    ('root ::= "\\uD800"', "found \\uD800, expected a character of Unicode"),
+    ("root ::= " + "(" * 9000, "maximum recursion depth exceeded"),
 ]
 
 
@@ -144,14 +136,12 @@ def test_grammars_by_chance_are_followed_as_llama_cpp_does(model: Model, seed: i
             check_same(model, text, walk)
 
 
-@pytest.mark.parametrize(("text", "line", "column", "rest"), BAD)
-def test_bad_grammar_is_refused_with_its_place(
-    text: str, line: int, column: int, rest: str
-) -> None:
+@pytest.mark.parametrize(("text", "reason"), BAD)
+def test_bad_grammar_is_refused_with_its_place(text: str, reason: str) -> None:
     with pytest.raises(GrammarError) as caught:
         gbnf_grammar(text, source="The grammar x.gbnf")
-    start = f"The grammar x.gbnf, line {line}, column {column}: {rest}"
-    assert str(caught.value).startswith(start)
+    assert str(caught.value).startswith(f"The grammar x.gbnf cannot be read: {reason}")
+    assert str(caught.value).endswith("; correct it there.")
 
 
 @pytest.mark.parametrize(
@@ -169,13 +159,13 @@ def test_left_recursion_is_followed(model: Model, text: str) -> None:
     """llama.cpp refuses it, or goes round in a circle."""
     chance, n_whole = random.Random(1), 0
     for _ in range(20):
-        constraint = Constraint(model, gbnf_grammar(text))
+        follows = Constraint(model, gbnf_grammar(text))
         for _ in range(30):
-            token = int(chance.choice(allowed(model, constraint)))
+            token = int(chance.choice(allowed(model, follows)))
             if model.is_end(token):
                 n_whole += 1
                 break
-            constraint.accept(token)
+            follows.accept(token)
     assert n_whole > 5
 
 
@@ -188,18 +178,19 @@ def test_grammar_under_which_nothing_is_written_is_refused() -> None:
     )
 
 
+def _chain(n: int, rule: str = "r{}") -> str:
+    rules = "".join(f"r{i} ::= {rule.format(i + 1)}\n" for i in range(n))
+    return f'root ::= r0\n{rules}r{n} ::= "x"'
+
+
 HOSTILE = [
-    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(9000)) + 'r9000 ::= "x"',
-    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(9000)) + 'r9000 ::= "x" r0',
-    "root ::= r0\n"
-    + "".join(f"r{i} ::= {'(' * 60}r{i + 1}{')' * 60}\n" for i in range(15))
-    + 'r15 ::= "x"',
-    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} | r{i + 1}\n" for i in range(60)) + 'r60 ::= "x"',
-    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(60)) + 'r60 ::= "x"?',
+    _chain(60, "r{0} | r{0}"),
+    _chain(60, "r{0} r{0}"),
     "root ::= " + '"a"{0,2000} ' * 300,
     "root ::= " + "(" * 20 + '"a"' + "{0,2000})" * 20,
     "root ::= " + '("a"* "a"*)*' * 50,
-    "root ::= (" + "|".join(f'"{i}"' for i in range(30_000)) + ")*",
+    "root ::= (" + "|".join(f'"{i}"' for i in range(7000)) + ")*",
+    'root ::= "a"{1,999999999}',
     "root ::= .{0,2000} .{0,2000} .{0,2000}",
     'root ::= "a" root root | "b" | ""',
 ]
@@ -210,37 +201,37 @@ HOSTILE = [
 def test_hostile_grammars_end_in_bounded_time(model: Model, text: str) -> None:
     start = time.process_time()
     try:
-        constraint = Constraint(model, gbnf_grammar(text))
+        follows = Constraint(model, gbnf_grammar(text))
         for _ in range(50):
-            tokens = [token for token in allowed(model, constraint) if not model.is_end(token)]
+            tokens = [token for token in allowed(model, follows) if not model.is_end(token)]
             if not tokens:
                 break
-            constraint.accept(int(tokens[0]))
+            follows.accept(int(tokens[0]))
     except GrammarError:
         pass
     assert time.process_time() - start < 60
 
 
-def test_a_grammar_that_is_too_long_is_refused() -> None:
-    with pytest.raises(GrammarError, match="has 1048577 characters, expected at most 1048576"):
-        gbnf_grammar("#" * (2**20 + 1))
+@pytest.mark.parametrize("is_recursive", [False, True])
+def test_long_chains_never_reach_the_compiler(is_recursive: bool) -> None:
+    """A chain of 865 rules overflows a stack of 2 MiB, and ends the process."""
+    text = _chain(98) + " r0" * is_recursive
+    gbnf_grammar(text)
+    for text in (_chain(110) + " r0" * is_recursive, _chain(20, "((((((r{}))))))")):
+        with pytest.raises(GrammarError, match="more than 100 parts in each other at r"):
+            gbnf_grammar(text)
+    with pytest.raises(GrammarError, match="has 65537 characters, expected at most 65536"):
+        gbnf_grammar("#" * (2**16 + 1))
 
 
-@pytest.mark.slow
-def test_what_is_let_through_is_taken(model: Model, capfd: pytest.CaptureFixture[str]) -> None:
-    """Grammars by chance, mostly broken: no message of the library, no refusal but ours."""
-    draw = random.Random(3)
-    parts = ["root", "a", "::=", '"x"', '""', "[a-c]", "[^x]", "(", ")", "|", "*", "?", "{2}"]
-    parts += ["{0,3}", "\n", " ", "#c", ".", "root ::= ", "\na ::= "]
-    taken = 0
-    for _ in range(300):
-        chosen = draw.choices(parts, k=draw.randrange(1, 12))
-        text = "root ::= " + " ".join(chosen) + '\na ::= "k"'
-        try:
-            grammar = gbnf_grammar(text)
-        except GrammarError:
-            continue
-        Constraint(model, grammar)
-        taken += 1
-    assert taken > 9
-    assert capfd.readouterr() == ("", "")
+def test_compiling_ends_at_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object, **__: object) -> None:
+        time.sleep(1)
+
+    monkeypatch.setattr(constraint, "MAX_SECONDS", 0.01)
+    monkeypatch.setattr(llguidance, "LLMatcher", slow)
+    with pytest.raises(GrammarError) as caught:
+        gbnf_grammar('root ::= "a"')
+    assert str(caught.value) == (
+        "The grammar cannot be followed: it takes more than 0 s to compile. Write it more simply."
+    )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from decimal import Decimal, localcontext
@@ -199,7 +200,7 @@ class Draw:
         schema = {"type": "object", "additionalProperties": self.schema(depth)}
         if self.random.random() < 0.5:
             schema |= {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}
-            return schema | {"minProperties": 3, "maxProperties": 4}
+            return schema | {"maxProperties": 4}
         return schema | self.random.choice([{"minProperties": 1}, {"maxProperties": 2}])
 
     def _union(self, depth: int) -> Any:
@@ -269,27 +270,6 @@ def test_integer_ranges_are_exact(model: Model) -> None:
             assert is_taken(model, grammar, str(number)) == (low <= number <= high), (low, high)
 
 
-def test_number_ranges_are_exact(model: Model) -> None:
-    """Numbers around the bounds are taken exactly when jsonschema finds them valid."""
-    draw = random.Random(7)
-    for _ in range(12):
-        low = draw.randint(-12, 11)
-        schema = {
-            "type": "number",
-            draw.choice(["minimum", "exclusiveMinimum"]): low,
-            draw.choice(["maximum", "exclusiveMaximum"]): low + draw.randint(1, 12),
-        }
-        del schema[draw.choice(["type", *schema])]
-        schema["type"] = "number"
-        grammar = schema_grammar(schema)
-        bounds = {bound for key, bound in schema.items() if key != "type"} | {0}
-        for bound in bounds:
-            for text in (
-                f"{bound + i}{end}" for i in range(-2, 3) for end in ("", ".0", ".5", ".01")
-            ):
-                check_number(model, grammar, schema, text)
-
-
 @pytest.mark.parametrize("kind", ["number", "integer"])
 def test_fractional_ranges_are_exact(model: Model, kind: str) -> None:
     """Numbers around the bounds are taken exactly when jsonschema finds them valid."""
@@ -297,6 +277,7 @@ def test_fractional_ranges_are_exact(model: Model, kind: str) -> None:
     ends = ("", "0", "00", "1", "01", "49", "5", "9", "99")
     given: list[dict[str, Any]] = [
         {"exclusiveMinimum": 0.5, "maximum": 0.75},
+        {"exclusiveMinimum": -4, "maximum": 3},
         {"minimum": 0.25, "exclusiveMaximum": 1.5},
         {"exclusiveMinimum": -1, "exclusiveMaximum": 0.25},
     ]
@@ -382,122 +363,89 @@ def test_good_texts_are_taken(model: Model, schema: Any, text: str) -> None:
     jsonschema.validate(json.loads(text), schema)
 
 
-def test_a_bound_of_thousands_of_digits_is_cut_as_others_are() -> None:
-    """Python writes no integer of more than 4300 digits."""
-    cut = schema_grammar({"type": "integer", "minimum": 3, "maximum": 10**15})
-    assert schema_grammar({"type": "integer", "minimum": 3, "maximum": 10**5000}) == cut
-
-
 REFUSED = [
-    ({"type": "number", "multipleOf": 0}, "#", "'multipleOf' is 0; expected a number above 0"),
-    ({"type": "number", "multipleOf": 10**6}, "#", "'multipleOf' is too large or too fine; use"),
-    ({"type": "number", "maximum": "2"}, "#", "'maximum' is '2'; expected a number"),
-    ({"type": "number", "maximum": float("inf")}, "#", "'maximum' is inf; expected a number"),
-    (
-        {"exclusiveMinimum": True, "minimum": 3},
-        "#",
-        "'exclusiveMinimum' is True; expected a number",
-    ),
-    (
-        {"type": "number", "minimum": 0.5, "maximum": 0.25},
-        "#",
-        "Unsatisfiable schema: minimum (0.5)",
-    ),
-    (
-        {"type": "number", "minimum": 123456.123456789},
-        "#",
-        "a bound of more than 14 digits (123456",
-    ),
-    ({"type": "number", "minimum": 10**16}, "#", "the bound 10000000000000000; expected one"),
-    ({"type": "integer", "minimum": 10**5000}, "#", "the bound 1000000000000000000000000000000"),
-    (
-        {"type": "array", "uniqueItems": True},
-        "#",
-        "the keyword 'uniqueItems' is not supported; lea",
-    ),
-    ({"type": "array", "contains": {}}, "#", "the keyword 'contains' is not supported; leave it"),
+    ({"type": "number", "multipleOf": 10**5 + 1}, "#", "'multipleOf' is too large or too fine; us"),
+    ({"uniqueItems": True}, "#", "the keyword 'uniqueItems' is not supported; leave it out"),
+    ({"additionalItems": False}, "#", "the keyword 'additionalItems' is not supported; leave"),
     ({"items": [{}]}, "#/items", "found [{}]; expected a schema (an object)"),
-    ({"prefixItems": [], "additionalItems": False}, "#", "the keyword 'additionalItems' is not"),
-    ({"not": {}}, "#", "the keyword 'not' is not supported; leave it out"),
-    ({"if": {}, "then": {}}, "#", "the keyword 'if' is not supported; leave it out"),
     (
-        {"properties": {"a/b": {"maxLenght": 2}}},
-        "#/properties/a~1b",
-        "the keyword 'maxLenght' is n",
+        {"properties": {"a/b": {"anyOf": [True, {"maxLenght": 2}]}}},
+        "#/properties/a~1b/anyOf/1",
+        "the keyword 'maxLenght' is not supported; leave it out",
     ),
-    ({"propertyNames": {}}, "#", "the keyword 'propertyNames' is not supported; leave it out"),
-    ({"$dynamicRef": "#x"}, "#", "the keyword '$dynamicRef' is not supported; leave it out"),
-    ({"properties": {"a": {"type": "text"}}}, "#/properties/a", "'type' is 'text'; expected of"),
-    ({"type": "array", "minItems": 9999}, "#", "'minItems' is 9999; expected a number from 0"),
-    ({"type": "array", "minItems": True}, "#", "'minItems' is True; expected a number from 0"),
-    ({"type": "string", "minLength": 3, "maxLength": 2}, "#", "'minLength' is 3, 'maxLength' is"),
-    ({"type": "integer", "minimum": 0.5, "maximum": 0.75}, "#", "Unsatisfiable schema: integer in"),
-    ({"minProperties": 2, "type": "object"}, "#", "'minProperties' is 2, with 0 required; require"),
-    ({"$ref": "https://example.org/s"}, "#", "'$ref' is 'https://example.org/s'; expected a place"),
-    ({"$ref": "#/$defs/x"}, "#", "'$ref' is '#/$defs/x'; expected a place that exists"),
-    (
-        {"items": {"$id": "x", "items": {"$ref": "#/y"}}},
-        "#/items/items",
-        "'$ref' below an inner '$id'; leave the '$id' out",
-    ),
-    ({"anyOf": []}, "#", "'anyOf' is []; expected a list of schemas"),
-    ({"anyOf": [False]}, "#", "Unsatisfiable schema: schema is false"),
-    (
-        {"allOf": [{"type": "null"}, {"type": "string"}]},
-        "#",
-        "Unsatisfiable schema: incompatible t",
-    ),
-    ({"patternProperties": {"a": {}, "b": {}}}, "#", "patternProperty regexes /"),
-    ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "#/oneOf", "a value may fit both 0 and"),
-    ({"oneOf": [{"type": "null", "$ref": "#"}, {}]}, "#/oneOf", "a value may fit both 0 and 1"),
-    ({"oneOf": [{"type": [["x"]]}, {}]}, "#/oneOf/0", "'type' is [['x']]; expected of object"),
-    ({"oneOf": [{"type": "object", "required": 5}] * 2}, "#/oneOf/0", "'required' is 5; expected"),
-    ({"oneOf": [{}] * 201}, "#/oneOf", "more than 200 schemas; use anyOf"),
-    ({"enum": []}, "#", "'enum' is []; expected a list of values"),
-    (
-        {"enum": ["a"], "minLength": 2},
-        "#",
-        'Unsatisfiable schema: Constant "a" doesn\'t match leng',
-    ),
-    ({"enum": ["a"], "type": "null"}, "#", "Unsatisfiable schema: incompatible types"),
-    ({"const": "\ud800"}, "#", "the character '\\ud800' in '\\ud800'; leave it out"),
-    ({"const": ["a\x01"]}, "#", "the character '\\x01' in 'a\\x01'; leave it out"),
-    ({"const": float("nan")}, "#", "the constant nan; expected a JSON value"),
-    ({"const": 3.141592653589793}, "#", "the constant 3.141592653589793 has more than 15 digits"),
-    ({"const": 2**53 + 1}, "#", "the constant 9007199254740993 has more than 15 digits; round it"),
-    ({"properties": []}, "#", "'properties' is []; expected an object"),
-    ({"required": "a"}, "#", "'required' is 'a'; expected a list of names"),
-    ({"required": ["a"], "additionalProperties": False}, "#", "Unsatisfiable schema: required pro"),
-    (False, "#", "found false, which nothing fits; leave it out"),
+    ({"minProperties": 2}, "#", "'minProperties' is 2; expected 0 or 1"),
+    ({"$ref": "file:///etc/passwd"}, "#", "'$ref' is 'file:///etc/passwd'; expected a place here"),
+    ({"items": {"$id": "x"}}, "#/items", "the keyword '$id' is not supported; leave it out"),
+    ({"anyOf": 3}, "#", "'anyOf' is 3; expected a list"),
+    ({"properties": []}, "#", "'properties' is []; expected a dict"),
     ("x", "#", "found 'x'; expected a schema (an object)"),
 ]
 
 
 @pytest.mark.parametrize(("schema", "place", "found"), REFUSED)
-def test_what_cannot_be_followed_is_refused(schema: Any, place: str, found: str) -> None:
+def test_what_the_library_would_pass_over_is_refused(schema: Any, place: str, found: str) -> None:
     with pytest.raises(GrammarError) as caught:
         schema_grammar(schema, source="The schema x.json")
     assert str(caught.value).startswith(f"The schema x.json, at {place}: {found}")
-    assert str(caught.value).endswith(".")
 
 
 @pytest.mark.parametrize(
-    "schema",
+    ("schema", "reason"),
     [
-        {"$ref": "#"},
-        {
-            "allOf": [{"$ref": "#/$defs/a"}],
-            "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#"}},
-        },
-        {"properties": {"x": {"$ref": "#"}}, "required": ["x"]},
-        {"type": "array", "items": {"$ref": "#"}, "minItems": 1},
-        {"anyOf": [{"$ref": "#"}, {"items": {"$ref": "#"}, "minItems": 2}]},
-        {"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        ({"type": "text"}, "Invalid type: text"),
+        ({"$ref": "#/$defs/x"}, "Pointer '/$defs/x' does not exist"),
+        ({"type": "array", "minItems": True}, "Expected positive integer for 'minItems', got true"),
+        ({"enum": ["a"], "type": "null"}, "Unsatisfiable schema: incompatible types"),
+        (
+            {"pattern": "a(?=b)"},
+            "regex parse error: a(?=b) ^^^ error: look-around, including look-",
+        ),
+        ({"$ref": "#"}, "nothing can be written under it"),
+        (False, "Unsatisfiable schema: schema is false"),
     ],
 )
-def test_schemas_that_only_endless_values_fit_are_refused(schema: Any) -> None:
-    with pytest.raises(GrammarError, match=r": what fits needs itself, without end; let a part"):
+def test_refusal_of_the_library_is_told(schema: Any, reason: str) -> None:
+    with pytest.raises(GrammarError) as caught:
         schema_grammar(schema)
+    assert str(caught.value).startswith(f"The JSON schema cannot be followed: {reason}")
+    assert str(caught.value).endswith(". Write it more simply.")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}])
+def test_what_is_no_json_is_refused(value: object) -> None:
+    with pytest.raises(GrammarError, match=r"^The JSON schema is no JSON \(.*\); correct it\.$"):
+        schema_grammar({"const": value})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (r"^\d{4}-\d{2}-\d{2}$", ["2024-01-31"], ["2024-1-31", "x2024-01-31"]),
+        ("^(?:a|ab)(c|bcd)$", ["ac", "abc", "abcd", "abbcd"], ["a", "acd"]),
+        ("^ab?|c$", ["abz", "xc"], ["b", ""]),
+        ("b", ["abc"], ["ac"]),
+        ("^(é|日本|😀){2}$", ["é😀", "日本é"], ["é"]),
+        ("^[a-z]+$", ["abc"], ["abcdefghijk", "A"]),
+    ],
+)
+def test_texts_are_taken_when_they_match(
+    model: Model, pattern: str, good: list[str], bad: list[str]
+) -> None:
+    """Oracle: Python's re; maxLength holds too."""
+    grammar = schema_grammar({"pattern": pattern, "maxLength": 10})
+    for text in (*good, *bad):
+        is_good = bool(re.search(pattern, text)) and len(text) <= 10
+        assert is_taken(model, grammar, json.dumps(text, ensure_ascii=False)) == is_good
+        assert is_good == (text in good)
+
+
+def test_only_named_properties_come_unless_schemas_are_combined(model: Model) -> None:
+    schema: dict[str, Any] = {"properties": {"a": {}}, "required": ["a"]}
+    text = '{"a":1,"b":2}'
+    assert not is_taken(model, schema_grammar(schema), text)
+    assert not is_taken(model, schema_grammar(schema), "3")
+    for more in ({"additionalProperties": True}, {"allOf": [schema]}):
+        assert is_taken(model, schema_grammar(schema | more), text)
 
 
 def _deep(n: int) -> Any:
@@ -527,16 +475,15 @@ def _grid(n: int) -> Any:
 
 
 HOSTILE = {
-    "deep": _deep(5000),
+    "deep": _deep(900),
     "deep constant": {"const": json.loads("[" * 900 + "]" * 900)},
-    "chain": _chain(5000),
     "powers": _powers(60),
     "grid": _grid(30),
     "all of itself": {"allOf": [{"$ref": "#"}] * 50, "type": "object"},
-    "enum": {"enum": [f"value {i}" for i in range(50_000)]},
-    "const": {"const": {f"k{i}": list(range(9)) for i in range(3000)}},
+    "enum": {"enum": [f"value {i}" for i in range(3500)]},
+    "const": {"const": {f"k{i}": list(range(9)) for i in range(1500)}},
     "one of": {"oneOf": [{"const": i} for i in range(200)]},
-    "properties": {"properties": {f"p{i}": {"type": "integer"} for i in range(9000)}},
+    "properties": {"properties": {f"p{i}": {"type": "integer"} for i in range(2500)}},
     "pattern properties": {"patternProperties": {f"^{i}.*x.*y": {} for i in range(60)}},
     "length": {"type": "string", "minLength": 90_000},
     "lengths": {"type": "string", "maxLength": 10**400},
@@ -545,7 +492,8 @@ HOSTILE = {
     "many properties": {"type": "object", "maxProperties": 10**12},
     "multiples": {"allOf": [{"multipleOf": n} for n in (65521, 65519, 65497)], "type": "integer"},
     "fine multiple": {"type": "number", "multipleOf": 1e-300},
-    "references": {"anyOf": [{"$ref": "#/$defs/a"}] * 5000, "$defs": {"a": {"type": "null"}}},
+    "multiple": {"type": "integer", "multipleOf": 99_999_999},
+    "references": {"anyOf": [{"$ref": "#/$defs/a"}] * 2000, "$defs": {"a": {"type": "null"}}},
     "big": [{}] * 100_000,
     **{
         f"pattern {pattern[:20]}": {"type": "string", "pattern": pattern}
@@ -556,6 +504,17 @@ HOSTILE = {
         )
     },
 }
+
+
+def test_long_chains_never_reach_the_compiler() -> None:
+    """20,000 references in a chain overflow a stack of 8 MiB, and end the process."""
+    schema_grammar(_chain(48))
+    with pytest.raises(GrammarError, match="more than 100 parts in each other at #"):
+        schema_grammar(_chain(1000))
+    with pytest.raises(GrammarError, match="more than 100 schemas in each other"):
+        schema_grammar(_deep(250))
+    with pytest.raises(GrammarError, match="characters, expected at most 65536"):
+        schema_grammar({"enum": ["x" * 70_000]})
 
 
 @pytest.mark.slow
@@ -616,7 +575,7 @@ def test_answers_of_a_real_base_are_valid(smollm2: Path) -> None:
         "required": ["name", "legs", "parts"],
     }
     with Engine(base=smollm2, n_ctx=256) as engine:
-        for seed in range(2):
+        for seed in range(1):
             options = {"json_schema": schema, "temperature": 1.0, "seed": seed, "max_tokens": 150}
             answer = engine.generate("A dog is", **options)
             jsonschema.Draft202012Validator(schema).validate(json.loads(answer.text()))

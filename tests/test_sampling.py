@@ -153,9 +153,8 @@ def test_bad_grammar_is_refused_before_the_work(
     monkeypatch.setattr(engine._core.prober, "states", None)  # would fail
     with pytest.raises(GrammarError) as caught:
         engine.generate(PROMPT, grammar="root ::= (", weights="qa-flora")
-    assert str(caught.value) == (
-        "The grammar, line 1, column 11: found the end; expected an item, | or )."
-    )
+    reason = r"Expected ')' at line 2, 'root ::= (\n' ^ ''"
+    assert str(caught.value) == f"The grammar cannot be read: {reason}; correct it there."
     with pytest.raises(GrammarError, match="The JSON schema, at #: the keyword 'not'"):
         engine.generate(PROMPT, json_schema={"not": {}})
 

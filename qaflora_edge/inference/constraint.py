@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,15 @@ from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, GrammarError, OptionError
-from qaflora_edge.grammar.gbnf import gbnf_to_lark
-from qaflora_edge.grammar.json_schema import OPTIONS, CheckedSchema, check_json_schema
+from qaflora_edge.grammar.guards import checked_schema, gbnf_to_lark
 
 if TYPE_CHECKING:  # llguidance takes 80 ms to import
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_STEPS = 2_000_000  # of the parser, for one mask: about 0.1 s
-_PLACE_SECONDS = 2.0  # for finding the place of what llguidance refuses
+MAX_SECONDS = 2.0  # for compiling
+STACK_BYTES = 16 << 20  # llguidance recurses; threads of Windows have 1 MiB
+_STACK_SIZE = threading.Lock()
 
 
 class Grammar(str):
@@ -40,11 +42,9 @@ class Grammar(str):
 
 def gbnf_grammar(text: str, *, source: str = "The grammar") -> Grammar:
     """The grammar of a GBNF text with the start `root`. Raises GrammarError."""
-    grammar = Grammar(gbnf_to_lark(text, source=source), source)
-    found = _refusal(grammar)
-    if found:
-        raise GrammarError(f"{source} cannot be followed: {found}. Write it more simply.")
-    return grammar
+    lark = gbnf_to_lark(text, source=source)
+    _check(lark, source)
+    return Grammar(lark, source)
 
 
 def schema_grammar(
@@ -57,18 +57,12 @@ def schema_grammar(
 
     Raises GrammarError for a schema that is malformed, or asks for what cannot be followed.
     """
-    checked = check_json_schema(schema, source=source)
-    for place, part in checked.parts:
-        if refusal := _pattern_refusal(part):
-            raise GrammarError(f"{source}, at {place}: {refusal}; widen or simplify one of them.")
-    found = _refusal(_json_grammar(checked.schema))
-    if found:
-        place = _place_of(checked, found)
-        raise GrammarError(f"{source}, at {place}: {found}; write it more simply.")
+    checked = checked_schema(schema, source=source)
+    _check(_json_grammar(checked), source)
     if not before and not after:
-        return Grammar(_json_grammar(checked.schema), source)
+        return Grammar(_json_grammar(checked), source)
     lark = f"start: {json.dumps(before)} body {json.dumps(after)}\n"
-    return Grammar(f"{lark}body: %json {json.dumps(checked.schema)}\n", source)
+    return Grammar(f"{lark}body: %json {json.dumps(checked)}\n", source)
 
 
 def either_grammar(form: Grammar, other: Grammar) -> Grammar:
@@ -111,7 +105,7 @@ class Constraint:
     def __init__(self, model: Model, grammar: Grammar) -> None:
         self._source = grammar.source
         self._tokenizer = _tokenizer(model)
-        self._matcher = _matcher(self._tokenizer, grammar)
+        self._matcher = _matcher(self._tokenizer, grammar, grammar.source)
         self._check()
 
     @property
@@ -235,54 +229,51 @@ def _limits() -> LLParserLimits:
     return LLParserLimits(step_max_items=MAX_STEPS, verbose_errors=False)
 
 
-def _matcher(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+def _matcher(tokenizer: LLTokenizer, text: str, source: str) -> LLMatcher:
+    """Compile a grammar in a thread with a large stack. Raises GrammarError after the deadline."""
     from llguidance import LLMatcher
 
-    return LLMatcher(tokenizer, text, log_level=0, limits=_limits())
+    made: Future[LLMatcher] = Future()
+
+    def compile_grammar() -> None:
+        try:
+            made.set_result(LLMatcher(tokenizer, text, log_level=0, limits=_limits()))
+        except BaseException as error:  # a panic of the library is no Exception
+            made.set_exception(error)
+
+    with _STACK_SIZE:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=compile_grammar, daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    try:
+        return made.result(MAX_SECONDS)
+    except TimeoutError:
+        reason = f"it takes more than {MAX_SECONDS:.0f} s to compile"
+    except BaseException as error:
+        reason = f"llguidance failed ({_said(str(error))})"
+    raise GrammarError(f"{source} cannot be followed: {reason}. Write it more simply.")
 
 
 def _json_grammar(schema: Mapping[str, Any]) -> str:
     return json.dumps({"grammars": [{"json_schema": schema}]})
 
 
-def _refusal(text: str) -> str:
-    """Why llguidance does not take a grammar, or ""."""
-    matcher = _matcher(_bytes_tokenizer(), text)
+def _check(text: str, source: str) -> None:
+    """Compile a grammar without a base. Raises GrammarError."""
+    matcher = _matcher(_bytes_tokenizer(), text, source)
     mask = b"" if matcher.is_error() else matcher.compute_bitmask()
     if any(mask[:32]) or matcher.is_accepting():
-        return ""
+        return
     is_empty = mask and (_is_dead(matcher) or not matcher.is_error())
-    return "nothing can be written under it" if is_empty else _said(matcher.get_error())
+    reason = "nothing can be written under it" if is_empty else _said(matcher.get_error())
+    raise GrammarError(f"{source} cannot be followed: {reason}. Write it more simply.")
 
 
 def _is_dead(matcher: LLMatcher) -> bool:
     """Whether no text leads on from here to an end: the reason's name heads the message."""
     return matcher.get_error().startswith("NoExtension")
-
-
-def _pattern_refusal(part: Mapping[str, Any]) -> str | None:
-    """Why no string fits the pattern and length of one schema, if none does."""
-    keys = ("pattern", "format", "minLength", "maxLength")
-    if "pattern" not in part:
-        return None
-    alone = {"type": "string", **{key: part[key] for key in keys if key in part}}
-    matcher = _matcher(_bytes_tokenizer(), _json_grammar({**alone, "x-guidance": OPTIONS}))
-    if matcher.is_error():
-        return f"'pattern' cannot be followed ({_said(matcher.get_error())})"
-    # Characters that JSON writes by \u only have no spelling here.
-    return None if matcher.consume_token(ord('"')) else "no text fits 'pattern' and the length"
-
-
-def _place_of(checked: CheckedSchema, refusal: str) -> str:
-    """Where the innermost schema stands that is refused for the same reason."""
-    until = time.monotonic() + _PLACE_SECONDS
-    shared = {key: checked.schema[key] for key in ("x-guidance", "$defs")}
-    for place, part in checked.parts:
-        if time.monotonic() > until:
-            break
-        if _refusal(_json_grammar({**part, **shared})) == refusal:
-            return place
-    return "#"
 
 
 def _said(error: str) -> str:

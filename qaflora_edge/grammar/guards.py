@@ -1,0 +1,288 @@
+"""Guards around llguidance, which compiles GBNF grammars and JSON schemas.
+
+llguidance 1.9.1 alone overflows its stack on chains of 5,000 rules, takes minutes for a large
+`multipleOf`, and passes over keywords that it does not know.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
+from graphlib import CycleError, TopologicalSorter
+from math import lcm
+from typing import Any
+from urllib.parse import unquote
+
+from qaflora_edge.errors import GrammarError
+
+MAX_LENGTH = 1 << 16  # characters of a grammar or a schema
+MAX_CHAIN = 100  # rules and groups, or schemas, in each other
+MAX_MULTIPLE = 10**5  # common multiple of every `multipleOf` in a schema: 1.5 s
+
+
+def _check_length(text: str, source: str) -> None:
+    if len(text) > MAX_LENGTH:
+        raise GrammarError(
+            f"{source} has {len(text)} characters, expected at most {MAX_LENGTH}; make it smaller."
+        )
+
+
+def _check_chain(
+    start: str, parts: Callable[[str], Iterable[tuple[str, int]]], source: str
+) -> None:
+    """Refuse more than MAX_CHAIN steps on a way; a name on its own way counts once.
+
+    parts  gives the names that a name leads to, and the steps to each
+    """
+    lengths: dict[str, int] = {}
+
+    def length(name: str, n_before: int) -> int:
+        if n_before + lengths.get(name, 0) > MAX_CHAIN:
+            raise GrammarError(
+                f"{source} has more than {MAX_CHAIN} parts in each other at {name}, expected "
+                "fewer; make it flatter."
+            )
+        if name not in lengths:
+            lengths[name] = 0
+            ways = [n + length(part, n_before + n) for part, n in parts(name)]
+            lengths[name] = max(ways, default=0)
+        return lengths[name]
+
+    length(start, 0)
+
+
+# GBNF
+
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(-)|.)", re.DOTALL)
+_CHAR = re.compile(r"\\x(..)|\\(.)|(.)", re.DOTALL)
+
+
+def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
+    """Put a GBNF text with the start `root` into Lark's notation for llguidance.
+
+    source  how messages call the grammar, such as "The grammar list.gbnf"
+
+    llguidance parses it, but its own printer changes the language: a terminal takes the longest
+    text that it can. Under `ws ::= [ \\n]*` a newline that has to follow never comes. So the whole
+    grammar becomes one terminal, or where a rule needs itself, each character does.
+
+    Raises GrammarError.
+    """
+    from llguidance.gbnf_to_lark import GbnfToLarkError, GrammarParser
+
+    _check_length(text, source)
+    try:
+        rules = GrammarParser().parse(_ESCAPE.sub(_plain_escape, text) + "\n")
+        if "root" not in rules:
+            raise ValueError("there is no rule 'root', expected root ::= ..., the start")
+        printer = _Printer(rules)
+        lines = [f"{name}: {rule}\n" for name, rule in printer.rules()]
+    except (GbnfToLarkError, ValueError, RecursionError) as error:
+        raise GrammarError(f"{source} cannot be read: {error}; correct it there.") from error
+    _check_chain("root", lambda name: printer.uses[name].items(), source)
+    lark = f"start: {printer.numbers['root']}\n{''.join(lines)}"
+    try:
+        TopologicalSorter(printer.uses).prepare()
+    except CycleError:
+        return lark
+    return re.sub(r"\br(?=\d)", "R", lark)  # one terminal
+
+
+def _plain_escape(match: re.Match[str]) -> str:
+    """Write an escape so that llguidance's parser takes it."""
+    digits = match[1] or match[2]
+    if not digits:
+        return r"\x2d" if match[3] else match[0]
+    code = int(digits, 16)
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        raise ValueError(f"found {match[0]}, expected a character of Unicode")
+    return chr(code) if code > 0x7F else rf"\x{code:02x}"
+
+
+class _Printer:
+    """Prints parsed GBNF rules in Lark's notation.
+
+    uses  rule -> rules in it, with the groups around them
+    """
+
+    def __init__(self, rules: Mapping[str, Any]) -> None:
+        self._rules = rules
+        self.numbers = {name: f"r{number}" for number, name in enumerate(rules)}
+        self.uses: dict[str, dict[str, int]] = {name: {} for name in rules}
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        for name, rule in self._rules.items():
+            yield self.numbers[name], self._text(rule.alternatives, name, 0)
+
+    def _text(self, node: Any, rule: str, depth: int) -> str:
+        kind = type(node).__name__
+        if kind == "RuleRefNode":
+            if node.name not in self._rules:
+                raise ValueError(f"the rule {node.name!r} is not defined, expected {node.name} ::=")
+            self.uses[rule][node.name] = max(depth, self.uses[rule].get(node.name, 0))
+            return self.numbers[node.name]
+        if kind == "LiteralNode":
+            return " ".join(map(_char_class, _CHAR.findall(node.value))) or '""'
+        if kind == "RegexNode":  # && and ~~ mean something in a class of Rust
+            regex = "(?s:.)" if node.rx == "." else re.sub("([&~]){2,}", r"\1", node.rx)
+            return f"/{regex}/"
+        depth += kind == "AlternativeNode"
+        inner = [self._text(child, rule, depth) for child in node.children()]
+        if kind != "RepetitionNode":
+            sign = " | " if kind == "AlternativeNode" else " "
+            return f"({sign.join(inner)})" if inner else '""'
+        most = "" if node.max_times is None else node.max_times
+        return '""' if most == 0 else f"({inner[0]}){{{node.min_times},{most}}}"
+
+
+def _char_class(char: tuple[str, str, str]) -> str:
+    """Print a character of a literal: by its hex digits, escaped, or as it is."""
+    escaped = {"n": "\n", "r": "\r", "t": "\t"}.get(char[1], char[1])
+    code = int(char[0], 16) if char[0] else ord(escaped or char[2])
+    return rf"/\x{{{code:x}}}/"
+
+
+# JSON schemas
+
+_NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+_NOTES |= {"$schema", "$anchor", "$comment"}
+_NOTES |= {"contentEncoding", "contentMediaType", "contentSchema"}
+_NOTES |= {"example", "externalDocs", "discriminator", "nullable", "xml"}  # OpenAPI's
+_TYPED = {
+    "object": {"properties", "required", "additionalProperties", "patternProperties"}
+    | {"minProperties", "maxProperties"},
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "string": {"minLength", "maxLength", "format", "pattern"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+}
+_OF_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
+_OF_LISTS = {"prefixItems", "allOf", "anyOf", "oneOf", "required"}
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
+_KNOWN = {"type", "enum", "const", "$id", "$defs", "definitions"}.union(_COMBINED, *_TYPED.values())
+_FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"]
+_FORMATS += ["uri"]
+OPTIONS = {
+    "lenient": False,
+    "coerce_one_of": True,
+    "whitespace_pattern": r" |\n[ \t]{0,20}",
+    # With \u a named property could be spelt another way, past its schema.
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+
+
+def checked_schema(schema: Any, *, source: str = "The JSON schema") -> dict[str, Any]:
+    """Check a JSON schema, and write it so that llguidance follows every keyword.
+
+    schema  as json.loads gives it; True or {} takes any value
+    source  how messages call the schema, such as "The schema person.json"
+
+    The result allows only named properties where the schema does not say, unless some value has to
+    fit several schemas with keywords. It allows more where several schemas of `oneOf` fit.
+
+    Raises GrammarError with the place.
+    """
+    try:
+        text = json.dumps(schema, allow_nan=False)
+        schema = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GrammarError(f"{source} is no JSON ({error}); correct it.") from error
+    _check_length(text, source)
+    checker = _Checker(source)
+    found = checker.visit(schema, "#")
+    _check_chain("#", checker.leads_to, source)
+    checker.check_multiples()
+    if not checker.is_combined:
+        checker.narrows = True
+        found = checker.visit(schema, "#")
+    return {"x-guidance": OPTIONS, **(found if isinstance(found, dict) else {"anyOf": [found]})}
+
+
+class _Checker:
+    """A walk through a schema; llguidance itself checks the values of most keywords.
+
+    is_combined  whether some value has to fit several schemas with keywords
+    narrows      whether objects get named properties only, and schemas the types of their keywords
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source, self.is_combined, self.narrows = source, False, False
+        self._references: dict[str, str] = {}  # place of a $ref -> place that it names
+        self._multiples: list[Decimal] = []
+
+    def _fail(self, place: str, found: str, advice: str) -> GrammarError:
+        return GrammarError(f"{self._source}, at {place}: {found}; {advice}.")
+
+    def visit(self, schema: Any, place: str) -> Any:
+        """Give the schema without notes."""
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise self._fail(place, f"found {schema!r:.60}", "expected a schema (an object)")
+        if place.count("/") > 2 * MAX_CHAIN:
+            found = f"more than {MAX_CHAIN} schemas in each other"
+            raise self._fail(place[:60], found, "make it flatter")
+        written = {
+            key: self._value(key, value, place)
+            for key, value in schema.items()
+            if key not in _NOTES and not key.startswith("x-")
+        }
+        if written.get("format") not in _FORMATS:  # the others restrict nothing
+            written.pop("format", None)
+        kinds = [kind for kind, keys in _TYPED.items() if keys & written.keys()]
+        n_part = len(_COMBINED & written.keys()) + bool(kinds)
+        self.is_combined |= n_part > 1 or len(schema.get("allOf", [])) > 1
+        if not self.narrows or not kinds:
+            return written
+        is_named = {"properties", "patternProperties"} & written.keys()
+        if is_named and "additionalProperties" not in written:
+            names = written.get("properties", {})
+            unnamed = {str(name): True for name in written.get("required", []) if name not in names}
+            written |= {"properties": names | unnamed, "additionalProperties": False}
+        return {"type": kinds, **written}
+
+    def _value(self, key: str, value: Any, place: str) -> Any:
+        """Check the value of a keyword, and the schemas in it."""
+        at = f"{place}/{key}"
+        expected = list if key in _OF_LISTS else dict if key in _OF_MAPS else object
+        if key not in _KNOWN or (key == "$id" and place != "#"):
+            raise self._fail(place, f"the keyword {key!r} is not supported", "leave it out")
+        if not isinstance(value, expected):
+            raise self._fail(place, f"{key!r} is {value!r:.60}", f"expected a {expected.__name__}")
+        if key == "minProperties" and value not in (0, 1):  # llguidance counts a name twice
+            raise self._fail(place, f"{key!r} is {value!r:.60}", "expected 0 or 1")
+        if key == "$ref":
+            if not isinstance(value, str) or not re.match("#(/|$)", value):
+                found = f"'$ref' is {value!r:.60}"
+                raise self._fail(place, found, "expected a place here, as in #/$defs/x")
+            self._references[place] = unquote(value)
+        is_number = type(value) in (int, float)
+        step = {"exclusiveMinimum": 1e-9, "exclusiveMaximum": -1e-9}.get(key, 0)
+        if step and is_number and value % 1 == 0 and value * step >= 0 and abs(value) < 10**6:
+            return value + step  # llguidance takes a whole bound itself near a fractional one
+        if key == "multipleOf" and is_number:
+            self._multiples.append(Decimal(repr(value)))
+        if key in ("items", "additionalProperties"):
+            return self.visit(value, at)
+        if key in _OF_MAPS:
+            return {
+                name: self.visit(each, f"{at}/{name.replace('~', '~0').replace('/', '~1')}")
+                for name, each in value.items()
+            }
+        is_list = key in _OF_LISTS and key != "required"
+        return [self.visit(each, f"{at}/{i}") for i, each in enumerate(value)] if is_list else value
+
+    def leads_to(self, place: str) -> list[tuple[str, int]]:
+        """Give the places that references in a schema name, and how deep each reference stands."""
+        return [
+            (target, 1 + (inner.count("/") - place.count("/")) // 2)
+            for inner, target in self._references.items()
+            if f"{inner}/".startswith(f"{place}/")
+        ]
+
+    def check_multiples(self) -> None:
+        """Refuse multiples that llguidance would take seconds for."""
+        exponents = [int(each.normalize().as_tuple().exponent) for each in self._multiples]
+        n_digit = -min(0, *exponents, 0)
+        whole = [int(each.scaleb(n_digit)) for each in self._multiples]
+        if lcm(*whole, 10**n_digit) > MAX_MULTIPLE:
+            raise self._fail("#", "'multipleOf' is too large or too fine", "use smaller numbers")
