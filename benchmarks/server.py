@@ -378,7 +378,7 @@ def main() -> None:
         forbidden = end_tokens(reader)
         named = {path.stem: path for path in adapters}
         bundle = place / "bundle"
-        create_bundle(bundle, base, named, name="bench", calibrate=False)
+        create_bundle(bundle, base, named, name="bench")
         rows = []
         direct = Direct(options, bundle, n_ctx) if options.direct else None
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import tiny
 
+from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 
 
@@ -68,7 +69,7 @@ def _made(place: Path, calibrate: bool, base_options: dict[str, Any]) -> TinyBun
         made.base.path,
         {"math": made.peft, "es": made.adapter.path},
         name="tiny",
-        calibrate=calibrate,
+        engine=Engine if calibrate else None,
         strategy="qa-flora",  # which weighs all of them, whatever is asked
     )
     return made

@@ -4,11 +4,9 @@ import errno
 import hashlib
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,10 @@ from patience import PATIENCE_S
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.bundles.create import create_bundle
-from qaflora_edge.bundles.edit import add_adapter
-from qaflora_edge.bundles.open import describe, load_bundle, verify_bundle
-from qaflora_edge.bundles.write import neutral_prompts, prompts_sha256
+from qaflora_edge.bundles.edit import add_adapter, calibrate
+from qaflora_edge.bundles.measure import neutral_prompts
+from qaflora_edge.bundles.open import load_bundle, verify_bundle
+from qaflora_edge.cli.bundle import describe
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     AdapterMismatchError,
@@ -35,7 +34,6 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
-from qaflora_edge.files import LEFT_OVER_SECONDS
 from qaflora_edge.formats import checksums, registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
@@ -101,7 +99,7 @@ def test_bundle_round_trip(calibrated: TinyBundle) -> None:
     assert list(bundle.adapter_paths) == ["math", "es"]
     known = bundle.known
     assert (known.strategy, known.lens, known.pool) == ("qa-flora", "norm", "last")
-    assert bundle.description_dict == bundle_json(calibrated.folder)
+    assert bundle.text.raw == bundle_json(calibrated.folder)
     assert {key: len(bundle.known.typical["es"][key]) for key in LAYERS} == dict.fromkeys(LAYERS, 3)
 
 
@@ -123,25 +121,6 @@ def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     }
 
 
-def test_calibrated_weights_follow_the_bundle(calibrated: TinyBundle) -> None:
-    with Engine(calibrated.folder, n_ctx=128) as engine:
-        plain = engine.weights("the thing on a ring")
-        weighed = engine.weights("the thing on a ring", strategy="calibrated")
-    typical = np.array(
-        [load_bundle(calibrated.folder).known.typical[n]["norm"] for n in ("math", "es")]
-    )
-    assert plain.divergence is not None
-    relevance = plain.divergence / typical
-    np.testing.assert_allclose(weighed.weights, relevance / relevance.sum(axis=0), rtol=1e-5)
-
-
-def test_neutral_prompts_are_many_and_short() -> None:
-    prompts = neutral_prompts()
-    assert len(prompts) == len(set(prompts)) >= 20
-    assert all(0 < len(prompt) < 200 for prompt in prompts)
-    assert prompts_sha256(prompts) != prompts_sha256(prompts[::-1])
-
-
 def test_missing_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GgufFileError) as caught:
         create_bundle(tmp_path / "b", tmp_path / "no.gguf", {})
@@ -151,19 +130,12 @@ def test_missing_base_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_base_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GgufFileError, match=r"^The base .* is a folder; give a GGUF file, "):
-        create_bundle(tmp_path / "b", tmp_path, {})
-
-
 def test_the_home_folder_is_found_behind_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = make_sources(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    create_bundle(
-        sources.folder, "~/base.gguf", {"math": "~/peft", "es": "~/es.gguf"}, calibrate=False
-    )
+    create_bundle(sources.folder, "~/base.gguf", {"math": "~/peft", "es": "~/es.gguf"})
     assert verify_bundle(sources.folder).base_path == sources.base.path
     with pytest.raises(InputFileError, match=r"^The adapter ~nobody0/x does not exist; "):
         create_bundle(tmp_path / "b", sources.base.path, {"a": "~nobody0/x"})
@@ -184,14 +156,12 @@ def test_a_file_of_a_peft_folder_is_refused(tmp_path: Path) -> None:
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
     peft = sources.peft.rename(tmp_path / os.fsdecode(b"m\xff"))
-    folder = create_bundle(
-        tmp_path / os.fsdecode(b"b\xff"), sources.base.path, {"math": peft}, calibrate=False
-    )
-    raw = load_bundle(folder).description_dict
+    folder = create_bundle(tmp_path / os.fsdecode(b"b\xff"), sources.base.path, {"math": peft})
+    raw = load_bundle(folder).text.raw
     assert (raw["name"], raw["adapters"][0]["source"]) == ("b\ufffd", "m\ufffd")
     base = sources.base.path.rename(tmp_path / os.fsdecode(b"b\xff.gguf"))
     with pytest.raises(BundleError, match="its path is not UTF-8"):
-        create_bundle(tmp_path / "b", base, {"math": peft}, calibrate=False)
+        create_bundle(tmp_path / "b", base, {"math": peft})
     assert not (tmp_path / "b").exists()
 
 
@@ -206,13 +176,13 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         OutputFileError,
         match=r"Cannot write .*: the disk is full",
     ):
-        create_bundle(sources.folder, sources.base.path, {"math": sources.peft}, calibrate=False)
+        create_bundle(sources.folder, sources.base.path, {"math": sources.peft})
 
 
 def test_existing_target_is_refused(made: TinyBundle) -> None:
     before = snapshot(made.folder.parent)
     with pytest.raises(OutputFileError) as caught:
-        create_bundle(made.folder, made.base.path, {"es": made.adapter.path}, calibrate=False)
+        create_bundle(made.folder, made.base.path, {"es": made.adapter.path})
     assert str(caught.value) == (
         f"Cannot create the bundle {made.folder}: there is something of that name already. "
         "Choose another name, or remove it first."
@@ -231,14 +201,14 @@ def test_a_text_that_could_not_be_read_again_is_refused(
     tmp_path: Path, text: str, message: str
 ) -> None:
     sources = make_sources(tmp_path)
-    options: dict[str, Any] = {"calibrate": False, "description": text}
+    options: dict[str, Any] = {"description": text}
     with pytest.raises(BundleError, match=message):
         create_bundle(sources.folder, sources.base.path, {"a": sources.peft}, **options)
     assert not sources.folder.exists()
-    create_bundle(sources.folder, sources.base.path, {"a": sources.peft}, calibrate=False)
+    create_bundle(sources.folder, sources.base.path, {"a": sources.peft})
     before = snapshot(sources.folder)
     with pytest.raises(BundleError, match=message.replace("field ", r"field adapters\[1\].")):
-        add_adapter(sources.folder, "b", sources.peft, note={"description": text}, calibrate=False)
+        add_adapter(sources.folder, "b", sources.peft, note={"description": text})
     assert snapshot(sources.folder) == before
 
 
@@ -250,26 +220,8 @@ def test_a_strategy_that_could_not_run_is_refused(tmp_path: Path) -> None:
             sources.base.path,
             {"a": sources.peft},
             strategy="calibrated",
-            calibrate=False,
         )
     assert not sources.folder.exists()
-
-
-def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path)
-
-    def take(what: str, done: int, total: int) -> None:
-        (sources.folder / "mine").mkdir(parents=True, exist_ok=True)
-
-    with pytest.raises(OutputFileError) as caught:
-        create_bundle(
-            sources.folder, sources.base.path, {"a": sources.peft}, calibrate=False, progress=take
-        )
-    assert str(caught.value).startswith(
-        f"Cannot create the bundle {sources.folder}: Directory not empty. Check the disk"
-    )
-    assert os.listdir(sources.folder) == ["mine"]
-    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_missing_parent_is_refused(tmp_path: Path) -> None:
@@ -278,7 +230,7 @@ def test_missing_parent_is_refused(tmp_path: Path) -> None:
         create_bundle(tmp_path / "no/bundle", sources.base.path, {"es": sources.adapter.path})
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "é", "a" * 65, "a b", "-x", "a\n"])
+@pytest.mark.parametrize("name", ["", "..", "é", "a" * 65, "a\n"])
 def test_bad_adapter_names_are_refused(tmp_path: Path, name: str) -> None:
     sources = make_sources(tmp_path)
     before = snapshot(tmp_path)
@@ -287,17 +239,16 @@ def test_bad_adapter_names_are_refused(tmp_path: Path, name: str) -> None:
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("second", ["es", "ES"])
-def test_duplicate_adapter_names_are_refused(tmp_path: Path, second: str) -> None:
+def test_duplicate_adapter_names_are_refused(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
     with pytest.raises(BundleError) as caught:
         create_bundle(
             sources.folder,
             sources.base.path,
-            [("es", sources.adapter.path), (second, sources.peft)],
+            [("es", sources.adapter.path), ("ES", sources.peft)],
         )
     assert str(caught.value) == (
-        f"The adapter name {second!r} is taken already (capital letters make no difference: "
+        "The adapter name 'ES' is taken already (capital letters make no difference: "
         "names become file names); give each adapter a name of its own."
     )
 
@@ -325,18 +276,15 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
         assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_adapter_that_holds_no_numbers_is_refused(tmp_path: Path, value: float) -> None:
+def test_an_adapter_that_holds_no_numbers_is_refused(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
     info = read_adapter_gguf(sources.adapter.path)
     tensor = info.tensors["blk.1.ffn_up.weight.lora_b"]
     with sources.adapter.path.open("rb+") as file:
         file.seek(tensor.offset + 8)
-        file.write(struct.pack("<f", value))
+        file.write(struct.pack("<f", float("nan")))
     with pytest.raises(GgufFileError) as caught:
-        create_bundle(
-            sources.folder, sources.base.path, {"es": sources.adapter.path}, calibrate=False
-        )
+        create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path})
     assert str(caught.value) == (
         f"Cannot use adapter {sources.adapter.path}: 1 of the {96 * 8} values of tensor "
         "blk.1.ffn_up.weight.lora_b are NaN or infinite; expected finite numbers. The training "
@@ -348,7 +296,7 @@ def test_an_adapter_that_holds_no_numbers_is_refused(tmp_path: Path, value: floa
 def test_a_bundle_of_others_may_hold_no_numbers(tmp_path: Path) -> None:
     """Its maker need not have made it with our command: the recorded hash is that of the file."""
     sources = make_sources(tmp_path)
-    create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path}, calibrate=False)
+    create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path})
     path = sources.folder / "adapters" / "es.gguf"
     tensor = read_adapter_gguf(path).tensors["blk.1.ffn_up.weight.lora_b"]
     with path.open("rb+") as file:
@@ -361,81 +309,30 @@ def test_a_bundle_of_others_may_hold_no_numbers(tmp_path: Path) -> None:
         load_bundle(sources.folder)
 
 
-def test_a_damaged_adapter_is_named_by_its_own_path(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path)
-    damaged = tmp_path / "damaged.gguf"
-    damaged.write_bytes(b"no GGUF at all")
-    with pytest.raises(GgufFileError, match=str(damaged)):
-        create_bundle(sources.folder, sources.base.path, {"a": damaged})
-
-
 def test_an_adapter_of_another_base_is_named_by_its_own_path(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
     other = tiny.write_tiny_base(tmp_path / "other.gguf", "qwen2")
     wrong = tiny.write_tiny_adapter(tmp_path / "wrong.gguf", other).path
     with pytest.raises(AdapterMismatchError, match=f"Cannot use adapter {wrong} with base"):
-        create_bundle(sources.folder, sources.base.path, {"a": wrong}, calibrate=False)
+        create_bundle(sources.folder, sources.base.path, {"a": wrong})
 
 
-STOPPED_HALFWAY = """
-import sys, time
-import qaflora_edge.bundles.create as bundle_create
-from qaflora_edge.cli import main
-
-def wait(*args):
-    print("halfway", flush=True)
-    time.sleep(3600)
-
-bundle_create.measure_typical = wait
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="Windows ends processes without a signal")
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
-)
-def test_killed_creation_leaves_no_bundle(tmp_path: Path, number: int, code: int) -> None:
+def test_a_bundle_whose_measuring_fails_works(tmp_path: Path) -> None:
+    """It is there before anything is measured, and `calibrate` finishes it."""
     sources = make_sources(tmp_path)
-    before = snapshot(tmp_path)
-    command = ["bundle", "create", str(sources.folder), "--base", str(sources.base.path)]
-    command += ["--adapter", f"es={sources.adapter.path}"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED_HALFWAY, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "halfway\n"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == code
-    assert "Traceback" not in errors
-    assert not sources.folder.exists()
-    if number != signal.SIGKILL:  # nobody can tidy up after that; the name is not taken
-        assert snapshot(tmp_path) == before
 
+    def stopped(**_: Any) -> Any:
+        raise KeyboardInterrupt
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
-def test_what_a_killed_creation_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path)
-    command = ["bundle", "create", str(sources.folder), "--base", str(sources.base.path)]
-    command += ["--adapter", f"es={sources.adapter.path}"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED_HALFWAY, *command], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "halfway\n"
-    (temporary,) = tmp_path.glob(".tmp-*-bundle")
-    process.kill()
-    process.communicate(timeout=PATIENCE_S)
-    os.utime(temporary, (0, time.time() - 2 * LEFT_OVER_SECONDS))
-    create_bundle(sources.folder, sources.base.path, {}, calibrate=False)
-    assert not temporary.exists()
+    for strategy in (None, "calibrated"):
+        folder = tmp_path / f"b {strategy}"
+        adapters = {"es": sources.adapter.path}
+        with pytest.raises(KeyboardInterrupt):
+            create_bundle(folder, sources.base.path, adapters, engine=stopped, strategy=strategy)
+        with Engine(folder, n_ctx=64) as engine:
+            assert engine.weights("the thing").strategy == "qa-flora"
+        assert calibrate(folder, Engine, strategy=strategy)
+        assert load_bundle(folder).known.strategy == (strategy or "qa-flora")
 
 
 # loading
@@ -443,7 +340,7 @@ def test_what_a_killed_creation_left_is_removed_by_the_next(tmp_path: Path) -> N
 
 def test_unknown_keys_are_kept(made: TinyBundle) -> None:
     rewrite(made.folder, lambda raw: raw.update(colour="blue"))
-    assert load_bundle(made.folder).description_dict["colour"] == "blue"
+    assert load_bundle(made.folder).text.raw["colour"] == "blue"
 
 
 def test_loading_changes_nothing(made: TinyBundle) -> None:
@@ -461,12 +358,6 @@ def test_describe_needs_no_other_file(made: TinyBundle) -> None:
     assert "tiny" in text
     assert "rank 8, alpha 8" in text
     assert f"not here: {made.base.path} does not exist" in text
-
-
-def test_describe_takes_losses_of_any_names(made: TinyBundle) -> None:
-    fit = {"weights": {"math": 1}, "loss": {"base": 1.0, "test": 0.5}}
-    rewrite(made.folder, lambda raw: raw["fusion"].update(fitted={"sums": fit}))
-    assert "fitted     sums: math 1.00\n" in describe(made.folder)
 
 
 def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
@@ -494,7 +385,7 @@ def test_what_an_adapter_was_trained_on_is_recorded(tmp_path: Path) -> None:
         "c": tiny.write_tiny_peft(tmp_path / "c", sources.base, config=mine),
         "d": sources.adapter.path,
     }
-    create_bundle(sources.folder, sources.base.path, adapters, calibrate=False)
+    create_bundle(sources.folder, sources.base.path, adapters)
     found = {raw["name"]: raw.get("trained_on") for raw in bundle_json(sources.folder)["adapters"]}
     assert found == {"a": "owner/base-model", "b": "owner/base-model", "c": None, "d": None}
     assert describe(sources.folder).count("  trained on owner/base-model") == 2
@@ -589,7 +480,7 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
 ) -> None:
     sources = make_sources(tmp_path)
     model = register(monkeypatch, sources.base.path)
-    create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path}, calibrate=False)
+    create_bundle(sources.folder, sources.base.path, {"es": sources.adapter.path})
     assert bundle_json(sources.folder)["base"]["registry"] == "tiny-model"
     models = registry.models_dir()
     models.mkdir(parents=True)
@@ -620,7 +511,7 @@ def test_base_by_name_leaves_no_path_in_the_bundle(
     )
     registry.models_dir().mkdir(parents=True)
     sources.base.path.rename(registry.models_dir() / model.file)
-    create_bundle(sources.folder, "tiny-model", {"es": sources.adapter.path}, calibrate=False)
+    create_bundle(sources.folder, "tiny-model", {"es": sources.adapter.path})
     assert "file" not in bundle_json(sources.folder)["base"]
     assert str(tmp_path) not in (sources.folder / "bundle.json").read_text()
     load_bundle(sources.folder)
@@ -646,51 +537,28 @@ def set_typical(value: Any) -> Callable[[Raw], object]:
     [
         (lambda raw: raw.update(format="other/1"), 'format is "other/1", expected "qaflora-bundle'),
         (lambda raw: raw.pop("format"), "field format is missing"),
-        (lambda raw: raw.update(base=[]), "field base is [], expected an object"),
-        (lambda raw: raw.pop("base"), "field base is missing, expected an object"),
         (lambda raw: raw.update(name=3), "field name is 3, expected a text"),
-        (lambda raw: raw.update(adapters={}), "field adapters is {}, expected a list"),
-        (lambda raw: raw.update(adapters=[1]), "field adapters[0] is 1, expected an object"),
         (lambda raw: raw["adapters"].append(raw["adapters"][0]), "adapters[2].name is"),
         (set_base(n_layer=True), "base.n_layer is true, expected a whole number from 1 to 1024"),
-        (set_base(n_layer=10**9), "base.n_layer is 1000000000, expected"),
         (set_base(n_layer=4), "field base.n_layer is 4, expected 3 as in the base"),
-        (set_base(n_vocab=-1), "base.n_vocab is -1, expected"),
-        (set_base(architecture=""), 'base.architecture is "", expected a text'),
-        (set_base(sha256="AB"), 'base.sha256 is "AB", expected 64 digits 0-9a-f'),
-        (set_base(size_bytes=1.5), "base.size_bytes is 1.5, expected a whole number"),
-        (set_base(file=7), "base.file is 7, expected a text"),
         (set_base(file="a\0b"), "its base (llama"),
         (set_base(file="x" * 5000), "its base (llama"),
         (set_base(registry="x`; rm -rf /`"), "base.registry is"),
-        (set_base(hub="no"), "base.hub is"),
         (set_adapter(name="../x"), 'adapters[0].name is "../x", expected 1 to 64 letters'),
-        (set_adapter(name="ES"), "adapters[1].name is"),
-        (set_adapter(rank=0), "adapters[0].rank is 0, expected a whole number"),
         (set_adapter(rank=9), "field rank of adapter math is 9, expected 4 as in"),
-        (set_adapter(alpha="8"), 'adapters[0].alpha is "8", expected a finite number'),
         (set_adapter(alpha=10**400), "adapters[0].alpha is 1000"),
         (set_adapter(alpha=2.0), "field alpha of adapter math is 2.0, expected 8.0 as in"),
-        (set_adapter(targets="q"), "adapters[0].targets is"),
-        (set_adapter(targets=[1]), "adapters[0].targets[0] is 1, expected a text"),
         (set_adapter(targets=["attn_q"]), "field targets of adapter math is ['attn_q']"),
-        (set_adapter(sha256=None), "adapters[0].sha256 is null"),
         (set_adapter(file=""), 'adapters[0].file is "", expected a relative path to a file inside'),
-        (set_adapter(license=[]), "adapters[0].license is [], expected a text"),
-        (lambda raw: raw.update(fusion=1), "field fusion is 1, expected an object"),
         (lambda raw: raw["fusion"].update(strategy="best"), 'fusion.strategy is "best"'),
         (lambda raw: raw["fusion"].update(strategy="single:no"), 'fusion.strategy is "single:no"'),
         (lambda raw: raw["fusion"].update(lens="wide"), 'fusion.lens is "wide", expected one of'),
-        (lambda raw: raw["fusion"].update(pool=[]), "fusion.pool is [], expected one of"),
-        (set_typical([]), "fusion.typical is [], expected an object"),
         (set_typical({"no": {}}), "fusion.typical.no is {}, expected only adapters"),
-        (set_typical({"es": []}), "fusion.typical.es is [], expected an object"),
         (
             set_typical({"es": {"norm": [1, 2]}}),
             "fusion.typical.es.norm is a list of 2, expected 3",
         ),
         (set_typical({"es": {"raw": [1, 2, 0]}}), "fusion.typical.es.raw[2] is 0, expected a fin"),
-        (set_typical({"es": {"raw": [1, "x", 2]}}), 'fusion.typical.es.raw[1] is "x"'),
     ],
 )
 def test_wrong_field_is_named(
@@ -704,31 +572,12 @@ def test_wrong_field_is_named(
     assert len(str(caught.value)) < 6000
 
 
-def test_wrong_field_full_message(made: TinyBundle) -> None:
-    rewrite(made.folder, set_adapter(rank="x" * 1000))
-    with pytest.raises(BundleError) as caught:
-        load_bundle(made.folder)
-    assert str(caught.value) == (
-        f"Cannot use {made.folder / 'bundle.json'}: field adapters[0].rank is "
-        f'"{"x" * 76}..., expected a whole number from 1 to {1 << 62}. '
-        "Correct the file, or create the bundle again with `qaflora bundle create`."
-    )
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "it is not a JSON object in UTF-8"),
         (b"\xff\xfe{}", "it is not a JSON object in UTF-8"),
-        (b'{"format": ', "it is not a JSON object in UTF-8"),
         (b"[]", "it holds a list, not an object"),
-        (b"[" * 100_000, "it is nested too deeply"),
         (rb'{"a": "\ud83d"}', "it has half of a surrogate pair"),
-        (b'{"a": NaN}', "the value NaN is not JSON"),
-        (b'{"a": -Infinity}', "the value -Infinity is not JSON"),
-        (b'{"a": 1e999}', "the number 1e999 is too large"),
-        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' is given twice"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "it is not a JSON object in UTF-8"),
         (b" " * ((8 << 20) + 1), "it has more than 8388608 bytes"),
     ],
 )
@@ -738,15 +587,6 @@ def test_broken_json_is_refused(made: TinyBundle, data: bytes, message: str) -> 
         load_bundle(made.folder)
     assert message in str(caught.value)
     assert str(made.folder / "bundle.json") in str(caught.value)
-
-
-def test_many_keys_are_read_in_good_time(made: TinyBundle) -> None:
-    keys = ",".join(f'"k{index}":0' for index in range(200_000))
-    (made.folder / "bundle.json").write_text("{" + keys + "}")
-    start = time.process_time()
-    with pytest.raises(BundleError, match="field format is missing"):
-        load_bundle(made.folder)
-    assert time.process_time() - start < 20  # quadratic work would take minutes
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from bundles import bundle_json, make_bundle
 
+from qaflora_edge.bundles.open import known_of
 from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.chat.session_file import BundleIdentity, Session, save_session
 from qaflora_edge.errors import BundleError
@@ -26,45 +27,12 @@ Place = tuple[str | int, ...]
 MISSING = object()
 
 VALUES = (
-    *(MISSING, None, True, False, 0, 1, -1, 3, 1.5, 1e-300, 2**62, 2**62 + 1, 10**400, -(10**400)),
-    *(
-        "",
-        " ",
-        "x",
-        "x\n",
-        "é",
-        "a/b",
-        "a\\b",
-        "../x",
-        "a/../b",
-        "/x",
-        "\\x",
-        "C:x",
-        "a\0b",
-        "a..b",
-    ),
-    *("x" * 64, "x" * 65, "x" * 100_001, "0" * 64, "0" * 64 + "\n", "A" * 64, "..", ".", "-x"),
-    *("owner/name", "owner/name/a.gguf", "owner/name/a/b.gguf@v1", "owner/name@", "owner/name\n"),
-    *(
-        "owner/name@a/../b",
-        "owner/../a.gguf",
-        "owner/name//a.gguf",
-        "o/n/a.txt",
-        "o/n@a@b",
-        "o/n@/x",
-    ),
-    *("qa-flora", "norm", "norm:2", "norm:0", "norm:x", "single:math", "single:", "single"),
-    *(
-        "manual:math=1",
-        "manual:math=0.5,es=2",
-        "manual:math",
-        "base",
-        "raw",
-        "mean",
-        "best",
-        "base\n",
-    ),
-    *([], [1], ["x"], [None], [[]], ["x"] * 1025, {}, {"x": 1}, [{}]),
+    *(MISSING, None, True, 0, 1, -1, 3, 1.5, 2**62, 2**62 + 1, 10**400),
+    *("", " ", "x\n", "é", "a/b", "../x", "a/../b", "/x", "\\x", "C:x", "a\0b", "a..b", "..", "-x"),
+    *("x" * 64, "x" * 65, "x" * 100_001, "0" * 64, "0" * 64 + "\n", "A" * 64),
+    *("owner/name", "owner/name/a/b.gguf@v1", "owner/name@", "owner/name@a/../b", "o/n/a.txt"),
+    *("norm", "norm:0", "single:math", "manual:math=0.5,es=2", "manual:math", "raw", "mean"),
+    *([], [1], ["x"], [None], ["x"] * 1025, {}, {"x": 1}, [{}]),
 )
 
 
@@ -95,20 +63,13 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     found["fusion"]["samples"] = {
         "math": {"embedding": embedding, "n_text": 3, "sha256": "0" * 64},
     }
-    found["fusion"]["fitted"] = {
-        "sums": {
-            "weights": {"es": 0.5},
-            "method": "lorahub",
-            "task": {"name": "sums", "sha256": "0" * 64, "items": [1, 2]},
-            "loss": {"base": 2.5, "fitted": 2},
-        }
-    }
     return found
 
 
 def reader_takes(raw: Raw) -> bool:
     try:
         text = parse_bundle(json.dumps(raw).encode(), "bundle.json")
+        known_of(text)
     except BundleError:
         return False
     return all(unsafe_reason(adapter.file) is None for adapter in text.adapters)
@@ -148,8 +109,6 @@ def only_the_reader_knows(place: Place, value: Any) -> bool:
         return value == {"x": {}}
     if place[:2] == ("fusion", "samples"):
         return place[-1] == "embedding" and isinstance(value, str)  # not n_embd numbers
-    if place == ("fusion", "fitted", "sums", "weights"):
-        return value == {"x": 1}  # no adapter
     if place == ("base", "n_embd"):
         return isinstance(value, int)  # not the length of what was embedded
     return place[:2] == ("fusion", "typical") and len(place) >= 4 and value in (MISSING, [1])
@@ -179,7 +138,7 @@ def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
             if by_schema != by_reader and not (by_schema and only_the_reader_knows(place, value)):
                 differing.append((place, str(value)[:40], by_schema, by_reader))
     assert differing == []
-    assert n_refused > 1000
+    assert n_refused > 500
 
 
 @pytest.mark.parametrize(
@@ -190,7 +149,6 @@ def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
         (("fusion", "typical"), {"no": {}}),
         (("fusion", "typical", "math", "raw"), [1.0, 2.0]),  # 3 layers
         (("fusion", "samples"), {"no": {"embedding": "AAAA"}}),
-        (("fusion", "fitted"), {"sums": {"weights": {"no": 1}}}),
         (("fusion", "samples", "math", "embedding"), "AAAA"),  # one number, not 64
     ],
 )
@@ -200,6 +158,17 @@ def test_rules_that_a_schema_cannot_state(
     document = changed(raw, place, value)
     assert validator.is_valid(document)
     assert not reader_takes(document)
+
+
+def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -> None:
+    fusion = raw["fusion"] | {"pool": "mean", "strategy": "fitted:sums"}
+    fusion["fitted"] = {"sums": {"weights": {"es": 0.5}, "method": "lorahub"}}
+    fusion["typical"] = {"math": {"fast_norm": [1.0], **fusion["typical"]["math"]}}
+    document = {**raw, "fusion": fusion}
+    assert validator.is_valid(document)
+    text = parse_bundle(json.dumps(document).encode(), "bundle.json")
+    assert text.raw == document
+    assert (known_of(text).pool, known_of(text).strategy) == ("last", "manual:es=0.5")
 
 
 @pytest.mark.parametrize("limit", [256, 257])

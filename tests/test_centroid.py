@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from qaflora_edge import Engine
-from qaflora_edge.bundles.edit import remove_adapter, rename_adapter
-from qaflora_edge.bundles.open import describe, load_bundle
-from qaflora_edge.bundles.samples import MAX_SAMPLES, set_samples
+from qaflora_edge.bundles.edit import MAX_SAMPLES, remove_adapter, rename_adapter, set_samples
+from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli import main
+from qaflora_edge.cli.bundle import describe
 from qaflora_edge.errors import BundleError, PromptError, StrategyError
 from qaflora_edge.weighing.baselines import centroid_text, parse_centroid
 
@@ -29,7 +29,7 @@ EXACT = {"kv_type": "f32", "flash_attn": False}
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     made = make_bundle(tmp_path_factory.mktemp("centroid"))
     for name, texts in SAMPLES.items():
-        set_samples(made.folder, name, texts)
+        set_samples(made.folder, name, texts, Engine)
     return made
 
 
@@ -127,7 +127,7 @@ def test_the_bundle_keeps_no_text(folder: Path) -> None:
     centroid = load_bundle(folder).known.centroids["es"]
     assert (centroid.dtype, centroid.shape) == (np.float32, (64,))
     assert "samples    of math, es" in describe(folder)
-    set_samples(folder, "es", ["another"])
+    set_samples(folder, "es", ["another"], Engine)
     assert fusion(folder)["samples"]["es"]["n_text"] == 1
     assert list(fusion(folder)["samples"]) == ["math", "es"]
 
@@ -160,16 +160,16 @@ def test_the_command_reads_lines_and_json_lines(folder: Path, tmp_path: Path) ->
 def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> None:
     before = snapshot(folder)
     with pytest.raises(BundleError, match="has no adapter 'law'; expected one of: math, es"):
-        set_samples(folder, "law", ["a"])
+        set_samples(folder, "law", ["a"], Engine)
     for texts in ([], ["a"] * (MAX_SAMPLES + 1)):
         with pytest.raises(BundleError) as caught:
-            set_samples(folder, "es", texts)
+            set_samples(folder, "es", texts, Engine)
         assert str(caught.value) == (
             f"{len(texts)} sample texts were given for the adapter es of {folder}, expected 1 to "
             "1000; a few dozen are enough."
         )
     with pytest.raises(PromptError, match="Sample text 2 cannot be used: The prompt has"):
-        set_samples(folder, "es", ["a", "word " * 3000])
+        set_samples(folder, "es", ["a", "word " * 3000], Engine)
     file = tmp_path / "none.txt"
     result = qaflora("bundle", "samples", folder, "es", file)
     assert (result.exit_code, result.stderr) == (
@@ -182,7 +182,7 @@ def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> No
 
 def test_it_needs_samples_of_each_adapter(tmp_path: Path) -> None:
     made = make_bundle(tmp_path)
-    set_samples(made.folder, "math", ["one"])
+    set_samples(made.folder, "math", ["one"], Engine)
     with Engine(made.folder) as engine:
         with pytest.raises(StrategyError) as caught:
             engine.weights("a", strategy="centroid")

@@ -8,8 +8,9 @@ import tiny
 from bundles import TinyBundle, bundle_json, make_bundle, make_sources, snapshot
 from click.testing import CliRunner, Result
 
-from qaflora_edge.bundles.open import describe, load_bundle
+from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli import main
+from qaflora_edge.cli.bundle import describe
 from qaflora_edge.formats.adapter import read_adapter_gguf
 
 
@@ -47,7 +48,7 @@ def test_create_records_what_it_is_told(tmp_path: Path) -> None:
         *("--adapter-description", "math=AD"),
     )
     assert result.exit_code == 0
-    raw = load_bundle(made.folder).description_dict
+    raw = load_bundle(made.folder).text.raw
     assert (raw["name"], raw["description"], raw["license"]) == ("N", "D", "L")
     assert raw["fusion"] == {"strategy": "single:es", "lens": "raw", "pool": "question"}
     math, es = raw["adapters"]
@@ -136,7 +137,7 @@ def test_add_rename_and_remove(tmp_path: Path) -> None:
     assert result.stderr == (
         f"Added the adapter law to {made.folder}.\nAdded the adapter med to {made.folder}.\n"
     )
-    assert load_bundle(made.folder).description_dict["adapters"][2]["license"] == "MIT"
+    assert load_bundle(made.folder).text.raw["adapters"][2]["license"] == "MIT"
     result = qaflora("bundle", "rename", made.folder, "med", "medicine")
     assert result.stderr == f"Renamed the adapter med of {made.folder} to medicine.\n"
     result = qaflora("bundle", "remove", made.folder, "law", "--strategy", "single:medicine")

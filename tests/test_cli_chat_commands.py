@@ -66,7 +66,7 @@ def test_weights_shows_the_heatmap_of_the_last_answer(made: TinyBundle) -> None:
 def test_switched_off_adapters_are_as_if_they_were_not_there(
     made: TinyBundle, tmp_path: Path
 ) -> None:
-    create_bundle(tmp_path / "es", made.base.path, {"es": made.adapter.path}, calibrate=False)
+    create_bundle(tmp_path / "es", made.base.path, {"es": made.adapter.path})
     result = chat(made.folder, "the thing", "/undo", "/adapters off math", "the thing")
     expected = answers(tmp_path / "es", "the thing")
     assert result.stdout.splitlines()[1:] == as_lines(expected).splitlines()
@@ -276,7 +276,7 @@ def test_switched_off_adapters_are_saved(made: TinyBundle, tmp_path: Path) -> No
 def test_another_bundle_is_told(made: TinyBundle, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     chat(made.folder, "/strategy single:math", "the thing", f"/save {path}")
-    create_bundle(tmp_path / "es", made.base.path, {"es": made.adapter.path}, calibrate=False)
+    create_bundle(tmp_path / "es", made.base.path, {"es": made.adapter.path})
     result = chat(tmp_path / "es", f"/load {path}", "and then", "/strategy")
     assert "[warning: saved with another bundle: the adapter math is not here]" in result.stderr
     assert "[warning: its strategy is not used here: Strategy 'single:math' names" in result.stderr

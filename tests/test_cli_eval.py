@@ -17,8 +17,8 @@ from patience import PATIENCE_S, wait_until
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.edit import rename_adapter
-from qaflora_edge.bundles.open import describe
 from qaflora_edge.cli import main
+from qaflora_edge.cli.bundle import describe
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.best import best_strategy, evidence
 from qaflora_edge.evaluation.results import Results, read_results

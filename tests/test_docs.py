@@ -53,7 +53,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert_adapter(folder / "peft/math", base.path, folder / "adapter.gguf")
     adapters = {name: folder / "peft" / name for name in ("math", "es", "med")}
     (folder / "models").mkdir()
-    create_bundle(folder / "models/demo", base.path, adapters, name="demo")
+    create_bundle(folder / "models/demo", base.path, adapters, engine=Engine, name="demo")
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     return folder
 

@@ -144,7 +144,6 @@ def test_create(start: Path, tmp_path: Path) -> None:
                 copy / "new",
                 copy / "base.gguf",
                 {"a": copy / "peft", "b": copy / "es.gguf"},
-                calibrate=False,
             )
 
         def check(copy):
@@ -181,7 +180,7 @@ def check(copy):
     ("action", "names"),
     [
         (
-            'bundle_edit.add_adapter(copy / "bundle", "c", copy / "peft", calibrate=False)',
+            'bundle_edit.add_adapter(copy / "bundle", "c", copy / "peft")',
             ["math", "es", "c"],
         ),
         ('bundle_edit.remove_adapter(copy / "bundle", "es")', ["math"]),

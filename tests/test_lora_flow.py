@@ -53,7 +53,7 @@ def test_gates_are_trained_and_scored(tmp_path: Path, lora_flow: Any, architectu
         ).path
         for seed, name in enumerate(("math", "es"))
     }
-    bundle = create_bundle(tmp_path / "bundle", base.path, adapters, calibrate=False)
+    bundle = create_bundle(tmp_path / "bundle", base.path, adapters)
     losses = write(
         tmp_path / "loss.jsonl",
         [{"question": q, "continuation": a} for q, a in WORDS],

@@ -81,7 +81,7 @@ def test_a_bundle_comes_back_as_it_went(
     folder = fetch_hub(pushed.pinned)
     fetch_hub("owner/base/base.gguf")
     assert set(verify_bundle(folder).adapter_paths) == {"math", "es"}
-    pulled, own = (load_bundle(place).description_dict for place in (folder, made.folder))
+    pulled, own = (load_bundle(place).text.raw for place in (folder, made.folder))
     assert {**own, "base": {**own["base"], "file": None}} == {
         **pulled,
         "base": {**pulled["base"], "file": None},

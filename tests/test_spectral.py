@@ -32,7 +32,7 @@ def test_weights_are_those_of_a_direct_reimplementation(tmp_path: Path, n_token:
         "es": tiny.write_tiny_peft(tmp_path / "es", base, seed=3, rank=8, alpha=4, strength=3),
         "law": tiny.write_tiny_peft(tmp_path / "law", base, seed=4, use_rslora=True, strength=3),
     }
-    create_bundle(tmp_path / "b", base.path, folders, outtype="f32", calibrate=False)
+    create_bundle(tmp_path / "b", base.path, folders, outtype="f32")
     tokens = TOKENS[:n_token]
     model = reference.Reference(base.path, folders)
     inputs: list[Any] = []

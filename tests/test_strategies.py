@@ -109,7 +109,7 @@ def test_the_example_weighs_layers_that_no_adapter_moves(tmp_path: Path) -> None
         name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, layers=[1, 2], seed=seed).path
         for seed, name in enumerate("abc")
     }
-    create_bundle(tmp_path / "bundle", base.path, paths, name="tiny", calibrate=False)
+    create_bundle(tmp_path / "bundle", base.path, paths, name="tiny")
     shown = script("weights", tmp_path / "bundle", PROMPT, "--json", "--strategy", "sharper")
     weights = np.array(json.loads(shown)["weights"])
     np.testing.assert_allclose(weights[:, 0], 1 / 3, rtol=1e-5)
@@ -314,8 +314,8 @@ def test_a_strategy_is_checked_when_a_bundle_is_made(tmp_path: Path) -> None:
     made = make_sources(tmp_path)
     adapters = {"es": made.adapter.path}
     with pytest.raises(StrategyError, match="Strategy 'thirds' is not known"):
-        create_bundle(made.folder, made.base.path, adapters, strategy="thirds", calibrate=False)
+        create_bundle(made.folder, made.base.path, adapters, strategy="thirds")
     register_strategy(Thirds())
-    create_bundle(made.folder, made.base.path, adapters, strategy="thirds", calibrate=False)
+    create_bundle(made.folder, made.base.path, adapters, strategy="thirds")
     with Engine(made.folder) as engine:
         assert engine.weights("a").weights[0, 0] == np.float32(1 / 3)

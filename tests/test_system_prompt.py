@@ -18,7 +18,7 @@ QUESTION = [{"role": "user", "content": "How far is the moon?"}]
 def test_conversations_without_a_system_message_begin_with_it(tmp_path: Path) -> None:
     made = make_sources(tmp_path, n_ctx=2048)
     adapters = {"es": made.adapter.path}
-    create_bundle(made.folder, made.base.path, adapters, system=SYSTEM, calibrate=False)
+    create_bundle(made.folder, made.base.path, adapters, system=SYSTEM)
     with (
         Engine(made.folder, n_ctx=1024) as engine,
         Engine(base=made.base.path, n_ctx=1024) as plain,
@@ -47,7 +47,5 @@ def test_a_base_without_a_template_is_refused(tmp_path: Path) -> None:
     made = make_sources(tmp_path, chat_template=None)
     before = snapshot(tmp_path)
     with pytest.raises(ChatTemplateError, match="has no chat template"):
-        create_bundle(
-            made.folder, made.base.path, {"es": made.adapter.path}, system="x", calibrate=False
-        )
+        create_bundle(made.folder, made.base.path, {"es": made.adapter.path}, system="x")
     assert snapshot(tmp_path) == before

@@ -18,8 +18,8 @@ from threadpoolctl import threadpool_info
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapter, calibrate, remove_adapter, set_default
+from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.bundles.write import neutral_prompts
 from qaflora_edge.errors import BundleError, QafloraError, StrategyError
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.calibration import KEYS, measure_typical
@@ -157,23 +157,24 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
 
     def strategy_of(*adapters: Path, **options: Any) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        options = {"engine": Engine, **options}
         create_bundle(folder, base, {path.stem: path for path in adapters}, **options)
         with Engine(folder, n_ctx=128) as engine:
             engine.weights("the thing")
             return engine.strategy
 
     assert strategy_of(es, one_layer.path) == "two-place"
-    assert strategy_of(es, calibrate=False) == "qa-flora"
+    assert strategy_of(es, engine=None) == "qa-flora"
     assert strategy_of(es, mlp.path) == "qa-flora"
     assert strategy_of(es, strategy="static") == "static"
-    assert strategy_of(calibrate=True) == "qa-flora"
+    assert strategy_of() == "qa-flora"
     refusal = f"Cannot create the bundle {tmp_path / 'b'}: "
     for options, message in (
         ({"strategy": "two-place"}, f"{refusal}{NOTHING}"),
         ({"strategy": ""}, "Strategy '' is not known; expected one of qa-flora"),
     ):
         with pytest.raises(QafloraError) as caught:
-            create_bundle(tmp_path / "b", base, {"mlp": mlp.path}, **options)
+            create_bundle(tmp_path / "b", base, {"mlp": mlp.path}, engine=Engine, **options)
         assert str(caught.value).startswith(message)
         assert not (tmp_path / "b").exists()
 
@@ -199,7 +200,7 @@ def test_a_bundle_is_given_it_later(made: TinyBundle, tmp_path: Path) -> None:
     mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"])
     folder = tmp_path / "bundle"
     adapters = {"es": made.adapter.path, "math": made.adapter.path, "mlp": mlp.path}
-    create_bundle(folder, made.base.path, adapters, calibrate=False)
+    create_bundle(folder, made.base.path, adapters)
     before = snapshot(folder)
     with pytest.raises(BundleError) as caught:
         remove_adapter(folder, "mlp", strategy="two-place")
@@ -208,15 +209,15 @@ def test_a_bundle_is_given_it_later(made: TinyBundle, tmp_path: Path) -> None:
         "divergences, missing for es, math (added_last, "
     )
     with pytest.raises(BundleError) as caught:
-        calibrate(folder, strategy="two-place")
+        calibrate(folder, Engine, strategy="two-place")
     assert str(caught.value) == f"Cannot weigh {folder} by two-place: {NOTHING}"
     assert snapshot(folder) == before
-    assert calibrate(folder)
+    assert calibrate(folder, Engine)
     assert load_bundle(folder).known.strategy == "qa-flora"
     set_default(folder, "qa-flora", lens="norm", pool="last", evidence={"tasks": []})
-    assert not calibrate(folder, strategy="qa-flora")
+    assert not calibrate(folder, Engine, strategy="qa-flora")
     assert "evidence" in bundle_json(folder)["fusion"]
-    assert not calibrate(folder, strategy="static")
+    assert not calibrate(folder, Engine, strategy="static")
     assert "evidence" not in bundle_json(folder)["fusion"]
     remove_adapter(folder, "mlp", strategy="two-place")
     with Engine(folder, n_ctx=128) as engine:
@@ -226,14 +227,14 @@ def test_a_bundle_is_given_it_later(made: TinyBundle, tmp_path: Path) -> None:
 def test_an_adapter_that_it_cannot_weigh_is_not_added(made: TinyBundle, tmp_path: Path) -> None:
     mlp = tiny.write_tiny_adapter(tmp_path / "mlp.gguf", made.base, targets=["ffn_up"])
     folder = tmp_path / "bundle"
-    create_bundle(folder, made.base.path, {"es": made.adapter.path})
+    create_bundle(folder, made.base.path, {"es": made.adapter.path}, engine=Engine)
     before = snapshot(folder)
     refusal = f"Cannot add the adapter mlp to {folder}: "
     with pytest.raises(BundleError) as caught:
-        add_adapter(folder, "mlp", mlp.path)
+        add_adapter(folder, "mlp", mlp.path, engine=Engine)
     assert str(caught.value) == f"{refusal}{NOTHING}"
     with pytest.raises(BundleError) as caught:
-        add_adapter(folder, "mlp", mlp.path, calibrate=False)
+        add_adapter(folder, "mlp", mlp.path)
     assert str(caught.value) == (
         f"{refusal}its strategy is 'two-place', which needs typical divergences, and they are not "
         "to be measured. Leave --no-calibrate out, or choose another with --strategy."
@@ -386,7 +387,7 @@ def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_pat
                 f"Strategy {strategy.partition(':')[0]} needs typical divergences, missing for "
                 f"math, es {how}; measure them with `qaflora bundle calibrate DIR`."
             )
-    calibrate(old.folder)
+    calibrate(old.folder, Engine)
     assert load_bundle(old.folder).known.typical == load_bundle(made.folder).known.typical
 
 
@@ -395,9 +396,7 @@ def test_a_bundle_that_is_not_measured_cannot_begin_with_it(
 ) -> None:
     adapters = {"es": made.adapter.path}
     with pytest.raises(BundleError, match="its strategy is 'two-place', which needs typical"):
-        create_bundle(
-            tmp_path / "b", made.base.path, adapters, strategy="two-place", calibrate=False
-        )
+        create_bundle(tmp_path / "b", made.base.path, adapters, strategy="two-place")
     assert not (tmp_path / "b").exists()
 
 

@@ -14,7 +14,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.context_params import context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.bundles.write import neutral_prompts
+from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.errors import BackendError
 
 

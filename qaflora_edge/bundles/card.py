@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from qaflora_edge.bundles.open import fit_text
+from qaflora_edge.bundles.open import known_of
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.formats.bundle import BundleText
 from qaflora_edge.formats.hub_ref import is_repo, parse_hub_ref
@@ -40,7 +40,7 @@ def bundle_card(text: BundleText, repo: str) -> str:
         + (f", from `{place}`." if (place := base.hub or base.registry) else "."),
         "",
         *(
-            [f"Strategy {_line(text.known.strategy)}, {_line(text.evidence)}.", ""]
+            [f"Strategy {_line(known_of(text).strategy)}, {_line(text.evidence)}.", ""]
             if text.evidence
             else []
         ),
@@ -51,12 +51,8 @@ def bundle_card(text: BundleText, repo: str) -> str:
 
 def _measured(text: BundleText) -> list[str]:
     """What the bundle knows of its adapters besides what they are: lines, or none."""
-    found = [
-        f"`--strategy fitted:{name}`: {fit_text(name, fit)}" for name, fit in text.fits.items()
-    ]
-    if text.known.centroids:
-        found.append(f"`--strategy centroid`: sample texts of {', '.join(text.known.centroids)}")
-    return [*(f"* {line}" for line in found), ""] if found else []
+    samples = ", ".join(text.fusion.get("samples", {}))
+    return [f"* `--strategy centroid`: sample texts of {samples}", ""] if samples else []
 
 
 def gguf_card(info: AdapterInfo, repo: str) -> str:

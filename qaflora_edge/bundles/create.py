@@ -1,41 +1,36 @@
-"""Make a bundle: convert or copy adapters, measure them, write bundle.json. All or nothing."""
+"""Make a bundle: convert or copy adapters, write bundle.json, then measure."""
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.source import BaseSource, find_adapter, find_base
-from qaflora_edge.bundles.write import (
-    adapter_record,
+from qaflora_edge.bundles.edit import calibrate, set_default, write_bundle_json
+from qaflora_edge.bundles.measure import (
+    OpenEngine,
     check_measured,
-    check_names,
     check_strategy,
-    check_system,
-    check_targets,
-    measure_typical,
-    prompts_record,
+    needs_typical,
+)
+from qaflora_edge.bundles.source import (
+    base_record,
+    check_names,
+    find_adapter,
+    find_base,
     put_adapter,
-    recordable,
-    write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_folder, cache_lock, readable, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE, FORMAT
-from qaflora_edge.formats.checksums import hash_file
-from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
-from qaflora_edge.formats.registry import model_name
+from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing import numbers as fuse
-from qaflora_edge.weighing.weigher import Known, Weigher
-
-MAX_NAME_CHARS = 200  # of what a base's file calls itself
+from qaflora_edge.weighing import numbers
 
 # Right answers of 100 over nine cells, six adapters loaded (docs/evaluation.md): two-place 38.0,
 # static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
 # 28.0, 26.8; and two-place weighs six in a seventh of the time.
-BEST, PUBLISHED = "two-place", fuse.DEFAULT_STRATEGY
+BEST, PUBLISHED = "two-place", numbers.DEFAULT_STRATEGY
 
 
 def create_bundle(
@@ -43,16 +38,16 @@ def create_bundle(
     base: AnyPath,
     adapters: Mapping[str, AnyPath] | Iterable[tuple[str, AnyPath]],
     *,
+    engine: OpenEngine | None = None,
     name: str | None = None,
     description: str = "",
     license: str = "",
     system: str = "",
     outtype: str = "f16",
     strategy: str | None = None,
-    lens: str = fuse.DEFAULT_LENS,
-    pool: str = fuse.DEFAULT_POOL,
+    lens: str = numbers.DEFAULT_LENS,
+    pool: str = numbers.DEFAULT_POOL,
     notes: Mapping[str, Mapping[str, str]] | None = None,
-    calibrate: bool = True,
     progress: Tell | None = None,
 ) -> Path:
     """Make the folder of a new bundle.
@@ -61,68 +56,75 @@ def create_bundle(
                the name is recorded then, so the bundle works wherever that base is pulled
     adapters   name -> a PEFT folder, which is converted, an adapter GGUF, which is copied, or a
                Hub reference to one of them, which is recorded with its commit
+    engine     the class Engine, to measure typical divergences; None: they are not measured
     outtype    of converted adapters: f32, f16, bf16 or q8_0
-    system     what conversations begin with that have no system message
-    strategy, lens, pool  what an Engine takes by default; where no strategy is given, BEST, or
-               PUBLISHED where the adapters are not measured or BEST has nothing to go by
+    system     system message of conversations that have none
+    strategy, lens, pool  defaults of an Engine; without a strategy BEST, or PUBLISHED where the
+               adapters are not measured or BEST has nothing to go by
     notes      adapter name -> source, license, description
-    calibrate  measure typical divergences (needs the native library)
     returns    the folder
 
-    Raises a QafloraError and leaves nothing behind when anything fails.
+    Raises a QafloraError and leaves nothing when anything fails. Measuring comes last: when it
+    fails, the bundle is there and works by PUBLISHED, and `calibrate` finishes it.
     """
     folder = Path(folder)
+    tell = progress or silent
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     names = [adapter_name for adapter_name, _ in pairs]
+    what = f"Cannot create the bundle {folder}"
     check_names(names)
     _check_notes(names, notes or {})
-    what = f"Cannot create the bundle {folder}"
-    if strategy is not None:
-        check_measured(what, strategy, names, calibrate=calibrate)
-    fuse.check_choice("lens", lens, fuse.LENSES)
-    fuse.check_choice("pool", pool, fuse.POOLS)
-    tell = progress or silent
-    with _new_folder(folder) as temporary:
-        base_source = find_base(base, tell)
-        header = read_gguf_header(base_source.path)
-        sources = [find_adapter(source, tell) for _, source in pairs]
-        base_record = _base_record(base_source, header, tell)
+    numbers.check_choice("lens", lens, numbers.LENSES)
+    numbers.check_choice("pool", pool, numbers.POOLS)
+    if strategy is not None and engine is None:
+        check_measured(what, strategy, names)
+    is_later = engine is not None and strategy is not None and needs_typical(strategy, names)
+    _check_is_new(folder, what)
+    with cache_lock(f"bundle {folder.resolve()}"), atomic_folder(folder, what) as temporary:
+        source = find_base(base, tell)
+        header = read_gguf_header(source.path)
         if system:
-            check_system(base_source.path, system)
-        (temporary / "adapters").mkdir()
-        records = []
-        for done, (adapter_name, source) in enumerate(zip(names, sources, strict=True)):
-            tell("adapters", done, len(pairs))
-            file = f"adapters/{adapter_name}.gguf"
-            info = put_adapter(source, temporary / file, header, outtype)
-            note = (notes or {}).get(adapter_name, {})
-            records.append(adapter_record(adapter_name, file, info, source, note))
-        tell("adapters", len(pairs), len(pairs))
-        if strategy is not None:
-            check_targets(what, strategy, records)
-        fusion: dict[str, Any] = {"strategy": PUBLISHED, "lens": lens, "pool": pool}
-        if calibrate and pairs:
-            paths = {record["name"]: temporary / record["file"] for record in records}
-            fusion["typical"] = measure_typical(base_source.path, paths, tell)
-            fusion["typical_prompts"] = prompts_record()
-            known = Known(typical=fusion["typical"])
-            if Weigher(tuple(names), header.n_layer, known).follows(BEST):
-                fusion["strategy"] = BEST
-        if strategy is not None:
-            fusion["strategy"] = strategy
-            check_strategy(what, fusion, records, header.n_layer)
-        text = {
+            _check_system(source.path, system)
+        sources = [find_adapter(path, tell) for _, path in pairs]
+        records: list[dict[str, Any]] = []
+        raw: dict[str, Any] = {
             "format": FORMAT,
             "name": name or readable(folder.resolve().name),
             "description": description,
             "license": license,
             **({"system": system} if system else {}),
-            "base": base_record,
+            "base": base_record(source, header, tell),
             "adapters": records,
-            "fusion": fusion,
+            "fusion": {"strategy": strategy or PUBLISHED, "lens": lens, "pool": pool},
         }
-        write_bundle_json(temporary, text, str(folder / BUNDLE_FILE))
+        (temporary / "adapters").mkdir()
+        for done, (adapter_name, found) in enumerate(zip(names, sources, strict=True)):
+            tell("adapters", done, len(pairs))
+            file, note = f"adapters/{adapter_name}.gguf", (notes or {}).get(adapter_name, {})
+            facts = put_adapter(found, temporary / file, header, outtype, note)
+            records.append({"name": adapter_name, "file": file, **facts})
+        tell("adapters", len(pairs), len(pairs))
+        if strategy is not None:
+            check_strategy(what, raw, is_measured=not is_later)
+        if is_later:
+            raw["fusion"] |= {"strategy": PUBLISHED}
+        write_bundle_json(temporary, raw, str(folder / BUNDLE_FILE))
+    if engine is not None and pairs:
+        calibrate(folder, engine, strategy=strategy, progress=tell)
+        if strategy is None:
+            with contextlib.suppress(BundleError):  # adapters that BEST cannot weigh
+                set_default(folder, BEST)
     return folder
+
+
+def _check_system(base_path: Path, system: str) -> None:
+    """Raise ChatTemplateError or PromptError where a text cannot begin a conversation."""
+    from qaflora_edge.backend.model import Model
+    from qaflora_edge.chat.messages import begin_with
+    from qaflora_edge.chat.tokens import chat_tokens
+
+    with Model(base_path) as model:
+        chat_tokens(model, begin_with(system, [{"role": "user", "content": "?"}]))
 
 
 def _check_notes(names: list[str], notes: Mapping[str, Any]) -> None:
@@ -134,40 +136,11 @@ def _check_notes(names: list[str], notes: Mapping[str, Any]) -> None:
             )
 
 
-def _base_record(source: BaseSource, header: GgufHeader, tell: Tell) -> dict[str, Any]:
-    path = source.path
-    size_bytes = path.stat().st_size
-    sha256 = hash_file(path, lambda done: tell("base", done, size_bytes))
-    record: dict[str, Any] = {
-        "architecture": header.architecture,
-        "n_layer": header.n_layer,
-        "n_embd": header.n_embd,
-        "n_vocab": header.n_vocab,
-        "sha256": sha256,
-        "size_bytes": size_bytes,
-    }
-    if header.name is not None:
-        record["name"] = header.name[:MAX_NAME_CHARS]
-    if source.registry is None and source.hub is None:
-        record["file"] = recordable(path.absolute())
-    if registry_name := source.registry or model_name(sha256):
-        record["registry"] = registry_name
-    if source.hub is not None:
-        record["hub"] = source.hub
-    return record
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `folder` when the block succeeds."""
-    failure = f"Cannot create the bundle {folder}"
-    if (what := what_is_at(folder)) not in ("does not exist", "is a folder", "is a file"):
-        raise OutputFileError(f"{failure}: it {what}. Choose another name or place.")
-    with cache_lock(f"bundle {folder.resolve()}"):
-        if os.path.lexists(folder):
-            raise OutputFileError(
-                f"{failure}: there is something of that name already. "
-                "Choose another name, or remove it first."
-            )
-        with atomic_folder(folder, failure) as temporary:
-            yield temporary
+def _check_is_new(folder: Path, what: str) -> None:
+    if os.path.lexists(folder):
+        raise OutputFileError(
+            f"{what}: there is something of that name already. "
+            "Choose another name, or remove it first."
+        )
+    if (found := what_is_at(folder)) != "does not exist":
+        raise OutputFileError(f"{what}: it {found}. Choose another name or place.")

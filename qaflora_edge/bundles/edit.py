@@ -1,57 +1,49 @@
-"""Change a bundle: its adapters, and where its base lies.
+"""Change a bundle: its adapters, their measurements, its strategy, and where its base lies.
 
-bundle.json is replaced last, in one step.
-
-Files that a step may leave unused are first named in a note beside bundle.json. Whoever edits the
-bundle next, after a crash too, removes those that bundle.json does not name.
+New files come first, then bundle.json is replaced in one step, then old files go. So a bundle is
+the old or the new one at any moment.
 """
 
 import contextlib
 import copy
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import link_roots, load_bundle, read_bundle_text
-from qaflora_edge.bundles.source import find_adapter, find_base
-from qaflora_edge.bundles.write import (
-    adapter_record,
+from qaflora_edge.bundles.measure import (
+    OpenEngine,
     check_measured,
-    check_names,
     check_strategy,
-    check_targets,
+    measure_samples,
     measure_typical,
-    prompts_record,
+    unmeasured,
+)
+from qaflora_edge.bundles.open import known_of, link_roots, load_bundle, read_bundle_text
+from qaflora_edge.bundles.source import (
+    check_names,
+    copy_file,
+    find_adapter,
+    find_base,
     put_adapter,
     recordable,
-    write_bundle_json,
 )
 from qaflora_edge.errors import BundleError, OutputFileError, StrategyError, os_errors
 from qaflora_edge.files import (
     AnyPath,
-    atomic_path,
     cache_lock,
     check_takes_file,
-    read_input,
-    remove_left_overs,
     safe_join,
     write_text_atomic,
 )
-from qaflora_edge.formats.bundle import BUNDLE_FILE, BundleText
+from qaflora_edge.formats.bundle import BUNDLE_FILE, BundleText, parse_bundle
 from qaflora_edge.formats.checksums import check_file
-from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing import numbers as fuse
-from qaflora_edge.weighing.calibration import KEYS
+from qaflora_edge.weighing.numbers import DEFAULT_STRATEGY
 from qaflora_edge.weighing.strategy import parse_strategy
 
-_OF_ADAPTERS = ("typical", "samples")  # of fusion: what is measured of each adapter, by its name
-
-UNFINISHED_FILE = ".unfinished.json"
-MAX_UNFINISHED_BYTES = 1 << 16
+MAX_SAMPLES = 1000
+_OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
 
 
 def add_adapter(folder: AnyPath, name: str, source: AnyPath, **options: Any) -> None:
@@ -63,81 +55,77 @@ def add_adapters(
     folder: AnyPath,
     adapters: Mapping[str, AnyPath] | Sequence[tuple[str, AnyPath]],
     *,
+    engine: OpenEngine | None = None,
     outtype: str = "f16",
     note: Mapping[str, str] | None = None,
-    calibrate: bool = True,
     strategy: str | None = None,
     progress: Tell | None = None,
 ) -> None:
     """Add adapters to a bundle.
 
     adapters   name -> a PEFT folder, an adapter GGUF, or a Hub reference to one of them
+    engine     the class Engine, to measure them, and others that were measured on other prompts;
+               None: they are not measured
     outtype    of a converted adapter: f32, f16, bf16 or q8_0
     note       source, license, description of each
-    calibrate  measure them, and the others where they were not measured on the same prompts
-    strategy   what an Engine takes by default from now on
+    strategy   default of an Engine from now on
 
     Raises a QafloraError and leaves the bundle as it was when anything fails.
     """
     folder = Path(folder)
     tell = progress or silent
+    pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+    new = [name for name, _ in pairs]
+    what = f"Cannot add the adapter{'s' * (len(new) > 1)} {', '.join(new)} to {folder}"
     with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
-        pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
-        new = [name for name, _ in pairs]
         names = [*loaded.adapter_paths, *new]
         check_names(names, new)
         fusion = raw.setdefault("fusion", {})
-        what = f"Cannot add the adapter{'s' * (len(new) > 1)} {', '.join(new)} to {folder}"
         if strategy is not None:
             fusion["strategy"] = strategy
-        needed = fusion.get("strategy", fuse.DEFAULT_STRATEGY)
-        check_measured(what, needed, names, calibrate=calibrate)
-        found = {name: find_adapter(source, tell) for name, source in pairs}
-        files = {name: _new_file(folder, name, raw) for name in found}
-        _note_unfinished(folder, [*files.values()])
-        for name, source in found.items():
-            info = put_adapter(source, folder / files[name], loaded.header, outtype)
-            raw["adapters"].append(adapter_record(name, files[name], info, source, note or {}))
-        check_targets(what, needed, raw["adapters"])
-        if calibrate:
-            added = {name: folder / file for name, file in files.items()}
-            _calibrate(folder, raw, loaded.base_path, {**loaded.adapter_paths, **added}, tell)
-        check_strategy(what, fusion, raw["adapters"], loaded.header.n_layer)
+        if engine is None:
+            check_measured(what, fusion.get("strategy", DEFAULT_STRATEGY), names)
+        else:
+            parse_strategy(fusion.get("strategy", DEFAULT_STRATEGY), names)
+        for name, source in [(name, find_adapter(source, tell)) for name, source in pairs]:
+            record = {"name": name, "file": _new_file(folder, name, raw)}
+            raw["adapters"].append(record)
+            path = folder / record["file"]
+            record |= put_adapter(source, path, loaded.header, outtype, note or {})
+        check_strategy(what, raw, is_measured=engine is None)
+        if engine is not None:
+            paths = {record["name"]: folder / record["file"] for record in raw["adapters"]}
+            check_takes_file(folder / BUNDLE_FILE)
+            measure_typical(fusion, loaded.base_path, paths, engine, tell)
+            check_strategy(what, raw)
 
 
 def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:
     """Remove an adapter from a bundle; its own files need not be whole.
 
-    strategy  what an Engine takes by default from now on
+    strategy  default of an Engine from now on
 
     Raises BundleError when there is no such adapter, or when the bundle's strategy needs it.
     """
     folder = Path(folder)
+    what = f"Cannot remove the adapter {name} from {folder}"
     with editing(folder) as (text, raw):
-        what = f"Cannot remove the adapter {name} from {folder}"
-        index = adapter_index(folder, text, name)
-        del raw["adapters"][index]
-        left = [adapter.name for adapter in text.adapters if adapter.name != name]
-        if strategy is not None:
-            parse_strategy(strategy, left)
-            raw.setdefault("fusion", {})["strategy"] = strategy
-        fusion = raw.get("fusion", {})
+        del raw["adapters"][_index(folder, text, name)]
+        left = [adapter["name"] for adapter in raw["adapters"]]
+        fusion = raw.setdefault("fusion", {})
         for key in _OF_ADAPTERS:
             fusion.get(key, {}).pop(name, None)
-        if "fitted" in fusion:  # what was fitted with it is no more
-            fits = fusion["fitted"].items()
-            fusion["fitted"] = {key: fit for key, fit in fits if not fit["weights"].pop(name, 0)}
-        needed = fusion.get("strategy", fuse.DEFAULT_STRATEGY)
+        if strategy is not None:
+            fusion["strategy"] = strategy
+            check_strategy(what, raw)
+        needed = fusion.get("strategy", DEFAULT_STRATEGY)
         try:
             parse_strategy(needed, left)
         except StrategyError as error:
             raise BundleError(
                 f"{what}: the strategy {needed!r} needs it. Choose another with --strategy."
             ) from error
-        if strategy is not None:
-            check_strategy(what, fusion, raw["adapters"], text.base.n_layer)
-        _note_unfinished(folder, [text.adapters[index].file])
 
 
 def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
@@ -148,47 +136,81 @@ def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
     """
     folder = Path(folder)
     with editing(folder) as (text, raw):
-        index = adapter_index(folder, text, old)
+        record = raw["adapters"][_index(folder, text, old)]
         check_names([*(a.name for a in text.adapters if a.name != old), new], [new])
-        record = raw["adapters"][index]
         record["name"] = new
         fusion = raw.get("fusion", {})
-        for kind in _OF_ADAPTERS:
-            if kind in fusion:
-                fusion[kind] = _renamed_key(fusion[kind], old, new)
-        for fit in fusion.get("fitted", {}).values():
-            fit["weights"] = _renamed_key(fit["weights"], old, new)
+        for key in _OF_ADAPTERS:
+            if key in fusion:
+                fusion[key] = {new if n == old else n: each for n, each in fusion[key].items()}
         if "strategy" in fusion:
             fusion["strategy"] = _renamed_strategy(fusion["strategy"], old, new)
         # On a disk that knows no capitals the two would be one file.
-        if record["file"].lower() == f"adapters/{old}.gguf".lower() and old.lower() != new.lower():
+        file = record["file"]
+        if file.lower() == f"adapters/{old}.gguf".lower() and old.lower() != new.lower():
             record["file"] = _new_file(folder, new, raw)
-            _note_unfinished(folder, [text.adapters[index].file, record["file"]])
-            _link(safe_join(folder, text.adapters[index].file), folder / record["file"])
+            copy_file(safe_join(folder, file), folder / record["file"])
 
 
 def calibrate(
-    folder: AnyPath, *, strategy: str | None = None, progress: Tell | None = None
+    folder: AnyPath,
+    engine: OpenEngine,
+    *,
+    strategy: str | None = None,
+    progress: Tell | None = None,
 ) -> bool:
     """Measure the adapters that were not measured on the prompts of now.
 
-    strategy  what an Engine takes by default from now on
+    engine    the class Engine
+    strategy  default of an Engine from now on
     returns   whether there was anything to measure
     """
     folder = Path(folder)
-    with editing(folder) as (text, raw):
+    what = f"Cannot weigh {folder} by {strategy}"
+    with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
-        what = f"Cannot weigh {folder} by {strategy}"
-        if strategy is not None:
-            check_targets(what, strategy, raw["adapters"])
-        _calibrate(folder, raw, loaded.base_path, loaded.adapter_paths, progress or silent)
-        is_new = raw != text.raw
-        fusion = raw["fusion"]
+        fusion = raw.setdefault("fusion", {})
+        is_new = bool(unmeasured(fusion, [*loaded.adapter_paths]))
         if strategy not in (None, fusion.get("strategy")):
             fusion["strategy"] = strategy
             fusion.pop("evidence", None)  # it was for another
-            check_strategy(what, fusion, raw["adapters"], text.base.n_layer)
+            check_strategy(what, raw, is_measured=False)
+        check_takes_file(folder / BUNDLE_FILE)
+        measure_typical(fusion, loaded.base_path, loaded.adapter_paths, engine, progress or silent)
+        if strategy is not None:
+            check_strategy(what, raw)
     return is_new
+
+
+def set_samples(
+    folder: AnyPath,
+    name: str,
+    texts: Sequence[str],
+    engine: OpenEngine,
+    *,
+    progress: Tell | None = None,
+) -> None:
+    """Embed sample texts of an adapter, for the strategy `centroid`; they replace earlier ones.
+
+    bundle.json gets their mean embedding, their number and their hash, and no text.
+
+    engine  the class Engine
+
+    Raises BundleError for no adapter of the bundle, no text or too many, PromptError for a text of
+    more than 2,048 tokens; the bundle is as it was then.
+    """
+    folder = Path(folder)
+    if not 1 <= len(texts) <= MAX_SAMPLES:
+        raise BundleError(
+            f"{len(texts)} sample texts were given for the adapter {name} of {folder}, expected 1 "
+            f"to {MAX_SAMPLES}; a few dozen are enough."
+        )
+    with editing(folder) as (text, raw):
+        _index(folder, text, name)
+        base_path = load_bundle(folder).base_path
+        check_takes_file(folder / BUNDLE_FILE)
+        found = measure_samples(base_path, texts, engine, progress or silent)
+        raw.setdefault("fusion", {}).setdefault("samples", {})[name] = found
 
 
 def check_can_change(folder: AnyPath) -> None:
@@ -197,22 +219,16 @@ def check_can_change(folder: AnyPath) -> None:
         check_takes_file(Path(folder, BUNDLE_FILE))
 
 
-def set_default(
-    folder: AnyPath, strategy: str, *, lens: str, pool: str, evidence: Mapping[str, Any]
-) -> None:
-    """Make a strategy the one that an Engine takes by default, and say why.
+def set_default(folder: AnyPath, strategy: str, **more: Any) -> None:
+    """Make a strategy the default of an Engine.
 
-    evidence  `fusion.evidence` of bundle.json; it goes when the adapters change
+    more  lens, pool, or evidence for the strategy (which goes when the adapters change)
 
     Raises StrategyError or BundleError and leaves the bundle as it was when anything fails.
     """
-    with editing(Path(folder)) as (text, raw):
-        parse_strategy(strategy, [adapter.name for adapter in text.adapters])
-        chosen = {"strategy": strategy, "lens": lens, "pool": pool, "evidence": dict(evidence)}
-        fusion = raw.setdefault("fusion", {})
-        fusion.update(chosen)
-        what = f"Cannot weigh {folder} by {strategy}"
-        check_strategy(what, fusion, raw["adapters"], text.base.n_layer)
+    with editing(Path(folder)) as (_, raw):
+        raw["fusion"] = raw.get("fusion", {}) | {"strategy": strategy, **more}
+        check_strategy(f"Cannot weigh {folder} by {strategy}", raw)
 
 
 def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) -> None:
@@ -232,7 +248,7 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
             what="The base",
             sha256=text.base.sha256,
             size_bytes=text.base.size_bytes,
-            recorded_in=str(folder / BUNDLE_FILE),
+            recorded_in=text.where,
             advice="Give the file that the bundle was made with; adapters fit no other.",
             progress=lambda done: tell("base", done, text.base.size_bytes),
         )
@@ -245,7 +261,7 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
 
 
 def _inside(folder: Path, path: Path) -> Path:
-    """A path relative to the bundle's folder where it lies inside, else absolute."""
+    """Make a path relative to the bundle's folder where it lies inside, else absolute."""
     path = path.absolute()
     with contextlib.suppress(ValueError):
         return path.resolve().relative_to(folder.resolve())
@@ -254,12 +270,12 @@ def _inside(folder: Path, path: Path) -> Path:
 
 @contextlib.contextmanager
 def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
-    """Hold a bundle for one edit: what bundle.json says, and a copy of it that is to be changed.
+    """Hold a bundle for one edit: give what bundle.json says, and a copy of it to change.
 
-    The copy replaces it when the block succeeds and has changed it; then what bundle.json does not
-    need is removed.
+    The copy replaces bundle.json when the block succeeds, and adapter files that it no longer
+    names are deleted. When the block fails, the files of new adapters are.
     """
-    text = read_bundle_text(folder)
+    read_bundle_text(folder)
     if link_roots(folder):
         raise BundleError(
             f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools "
@@ -267,25 +283,48 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
         )
     with cache_lock(f"bundle {folder.resolve()}"):
         text = read_bundle_text(folder)
-        _tidy(folder)
         raw: dict[str, Any] = copy.deepcopy(dict(text.raw))
         try:
             yield text, raw
-            if raw["adapters"] != text.raw["adapters"]:  # it was of others
+            if raw["adapters"] != text.raw["adapters"]:  # it was for other adapters
                 raw.get("fusion", {}).pop("evidence", None)
             if raw != text.raw:
-                # Programs whose caches are apart do not see each other's locks.
-                if read_bundle_text(folder).raw != text.raw:
-                    raise BundleError(
-                        f"Cannot change the bundle {folder}: another program has changed it "
-                        "meanwhile, and this change was not made. Run the command again."
-                    )
-                write_bundle_json(folder, raw, str(folder / BUNDLE_FILE))
-        finally:
-            _tidy(folder)
+                write_bundle_json(folder, raw, text.where)
+        except BaseException:
+            _delete(folder, raw, text.raw)
+            raise
+        _delete(folder, text.raw, raw)
 
 
-def adapter_index(folder: Path, text: BundleText, name: str) -> int:
+def _delete(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Delete the adapter files that `old` names and `new` does not."""
+    kept = {record["file"] for record in new["adapters"]}
+    for record in old["adapters"]:
+        if record["file"] not in kept:
+            with contextlib.suppress(OSError, BundleError):  # a file that is left harms nobody
+                safe_join(folder, record["file"]).unlink()
+
+
+def write_bundle_json(folder: Path, raw: Mapping[str, Any], where: str) -> None:
+    """Replace a bundle's description, whole or not at all.
+
+    where  names it in messages
+
+    Raises BundleError for a text that could not be read again; nothing is written then.
+    """
+    content = json.dumps(raw, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        known_of(parse_bundle(content.encode("utf-8"), where))
+    except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8
+        found = content[max(0, error.start - 20) : error.end + 20]
+        raise BundleError(
+            f"Cannot write {where}: a text for it is not UTF-8 (near {found!r}); expected UTF-8. "
+            "Type it in a terminal that uses UTF-8."
+        ) from error
+    write_text_atomic(folder / BUNDLE_FILE, content)
+
+
+def _index(folder: Path, text: BundleText, name: str) -> int:
     names = [adapter.name for adapter in text.adapters]
     if name not in names:
         raise BundleError(
@@ -296,7 +335,7 @@ def adapter_index(folder: Path, text: BundleText, name: str) -> int:
 
 
 def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
-    """A place for an adapter's file. Raises BundleError when something is there."""
+    """Choose a place for an adapter's file. Raises BundleError when something is there."""
     file = f"adapters/{name}.gguf"
     path = safe_join(folder, file)
     if path.exists():
@@ -313,19 +352,6 @@ def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
     return file
 
 
-def _link(old_path: Path, new_path: Path) -> None:
-    """Give a file a second name; where the disk knows no such thing, a copy."""
-    try:
-        os.link(old_path, new_path)
-    except OSError:
-        with atomic_path(new_path) as temporary:
-            shutil.copyfile(old_path, temporary)
-
-
-def _renamed_key(items: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    return {new if key == old else key: value for key, value in items.items()}
-
-
 def _renamed_strategy(strategy: str, old: str, new: str) -> str:
     kind, _, argument = strategy.partition(":")
     if kind == "single":
@@ -336,49 +362,3 @@ def _renamed_strategy(strategy: str, old: str, new: str) -> str:
     return "manual:" + ",".join(
         f"{new if name == old else name}={weight}" for name, _, weight in pairs
     )
-
-
-def _calibrate(
-    folder: Path, raw: dict[str, Any], base_path: Path, paths: Mapping[str, Path], tell: Tell
-) -> None:
-    """Measure the adapters that were not measured on the prompts of now."""
-    fusion, prompts = raw.setdefault("fusion", {}), prompts_record()
-    if fusion.get("typical_prompts", {}).get("sha256") != prompts["sha256"]:
-        fusion["typical"] = {}
-    typical = fusion.setdefault("typical", {})
-    missing = {
-        name: path
-        for name, path in paths.items()
-        if not all(key in typical.get(name, {}) for key in KEYS)
-    }
-    if missing:
-        check_takes_file(folder / BUNDLE_FILE)
-        typical |= measure_typical(base_path, missing, tell)
-    fusion["typical_prompts"] = prompts
-
-
-def _note_unfinished(folder: Path, files: Sequence[str]) -> None:
-    write_text_atomic(folder / UNFINISHED_FILE, json.dumps({"files": list(files)}) + "\n")
-
-
-def _tidy(folder: Path) -> None:
-    """Remove left-overs, and the noted files that bundle.json does not name."""
-    named = {folder / adapter.file for adapter in read_bundle_text(folder).adapters}
-    for file in _unfinished(folder):
-        with contextlib.suppress(BundleError):  # the note of a bundle from elsewhere
-            path = safe_join(folder, file)
-            if path not in named and path.parent == folder / "adapters" and path.suffix == ".gguf":
-                path.unlink(missing_ok=True)
-    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
-    remove_left_overs(folder)
-    if not (folder / "adapters").is_symlink():
-        remove_left_overs(folder / "adapters")
-
-
-def _unfinished(folder: Path) -> list[str]:
-    try:
-        note = read_json_object(read_input(folder / UNFINISHED_FILE, MAX_UNFINISHED_BYTES))
-        files = note.get("files")
-    except (OSError, ValueError):
-        return []
-    return [file for file in files if isinstance(file, str)] if isinstance(files, list) else []

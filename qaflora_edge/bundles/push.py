@@ -94,7 +94,7 @@ def _collect(
 
 def _check_bundle(path: Path, base_hub: str | None, progress: Tell | None) -> BundleText:
     """Verify a bundle; give its description as it is to be pushed, with no path of this machine."""
-    raw: dict[str, Any] = json.loads(json.dumps(verify_bundle(path, progress).description_dict))
+    raw: dict[str, Any] = json.loads(json.dumps(verify_bundle(path, progress).text.raw))
     base = raw["base"]
     file = base.get("file") or ""
     if unsafe_reason(file) is not None or not (path / file).is_file():  # found by name instead

@@ -1,21 +1,42 @@
-"""Where the base and the adapters of a new bundle come from: files here, a name, or the Hub."""
+"""Bases and adapters for a bundle: found by file, name or Hub reference, put into it, recorded."""
 
 import os
 import re
-from dataclasses import dataclass
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from qaflora_edge.bundles.open import read_adapter
+from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     BundleError,
     DownloadError,
     GgufFileError,
     InputFileError,
     RegistryError,
+    os_errors,
 )
-from qaflora_edge.files import AnyPath, open_input, readable, what_is_at
+from qaflora_edge.files import (
+    AnyPath,
+    atomic_path,
+    open_input,
+    readable,
+    sha256_file,
+    what_is_at,
+)
 from qaflora_edge.formats import registry
-from qaflora_edge.formats.bundle import BUNDLE_FILE, BaseRecord
-from qaflora_edge.formats.checksums import check_file
+from qaflora_edge.formats.adapter import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
+    MAX_ADAPTERS,
+    NAME_PATTERN,
+    NAME_RULE,
+    BaseRecord,
+)
+from qaflora_edge.formats.checksums import check_file, hash_file
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub.cache import cached_ref
 from qaflora_edge.hub.models import fetch_model
@@ -26,6 +47,9 @@ from qaflora_edge.settings import expanded
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 1 << 20
+MAX_NAME_CHARS = 200  # of a base's own name
+
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,9 @@ class AdapterSource:
     name: str
     license: str = ""
     hub: str | None = None
+
+
+# Finding
 
 
 def find_base(base: AnyPath, tell: Tell) -> BaseSource:
@@ -107,7 +134,7 @@ def find_adapter(source: AnyPath, tell: Tell) -> AdapterSource:
 def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None) -> Path:
     """Fetch the base of the bundle in a folder from where bundle.json says.
 
-    Raises BundleError when it says only a file, ChecksumError when what came is another file,
+    Raises BundleError when it says only a file, ChecksumError when another file came,
     DownloadError when it does not come.
     """
     where = folder / BUNDLE_FILE
@@ -137,7 +164,7 @@ def _name(ref: HubRef) -> str:
 
 
 def _local(text: AnyPath) -> Path:
-    """A path as given, or with the home folder for the ~ that a shell leaves behind NAME=."""
+    """Make a path; the ~ that a shell leaves after NAME= becomes the home folder."""
     path = Path(text)
     if not os.path.exists(path) and path.parts[:1] and path.parts[0].startswith("~"):
         return expanded(str(path))
@@ -145,7 +172,7 @@ def _local(text: AnyPath) -> Path:
 
 
 def _card_license(path: Path) -> str:
-    """The licence that the card of an adapter's folder states in its head, else ""."""
+    """Read the licence that the card of an adapter's folder states in its head, else ""."""
     try:
         with open_input(path / CARD_FILE) as file:
             card = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
@@ -157,7 +184,7 @@ def _card_license(path: Path) -> str:
 
 
 def _hub_ref(text: str) -> HubRef | None:
-    """Read a Hub reference; None when it has another form, such as folder/file.gguf."""
+    """Parse a Hub reference; None when it has another form, such as folder/file.gguf."""
     if text.endswith(".gguf") and text.count("/") < 2:
         return None
     try:
@@ -171,3 +198,113 @@ def _fetch(name: str, tell: Tell) -> tuple[Path, str]:
         return fetch_pinned(name, progress=lambda done, total: tell(name, done, total))
     except DownloadError as error:
         raise DownloadError(f"There is no file or folder {name} here. {error}") from error
+
+
+# Putting into a bundle
+
+
+def check_names(names: Sequence[str], new: Collection[str] | None = None) -> None:
+    """Check that names can be adapters of one bundle. Raises BundleError.
+
+    new  names that the bundle lacks yet; None: all of them
+    """
+    seen: set[str] = set()
+    for name in names:
+        if not NAME_PATTERN.fullmatch(name):
+            raise BundleError(f"The adapter name {name!r} cannot be used; expected {NAME_RULE}.")
+        if _DEVICE.fullmatch(name) and (new is None or name in new):
+            raise BundleError(
+                f"The adapter name {name!r} cannot be used: files of that name are devices on "
+                "Windows; expected another."
+            )
+        if name.lower() in seen:
+            raise BundleError(
+                f"The adapter name {name!r} is taken already (capital letters make no difference: "
+                "names become file names); give each adapter a name of its own."
+            )
+        seen.add(name.lower())
+    if len(names) > MAX_ADAPTERS:
+        raise BundleError(
+            f"{len(names)} adapters are too many for one bundle; expected at most {MAX_ADAPTERS}."
+        )
+
+
+def put_adapter(
+    source: AdapterSource, target: Path, header: GgufHeader, outtype: str, note: Mapping[str, str]
+) -> dict[str, Any]:
+    """Convert or copy one adapter to its place in a bundle, and check it against the base.
+
+    header   of the base
+    note     may have source, license and description
+    returns  what bundle.json says of it, name and file apart
+    """
+    if source.path.is_dir():  # its values are checked on their way
+        convert_adapter(source.path, header.path, target, outtype=outtype, name=source.name)
+        info = read_adapter_gguf(target)
+        check_adapter(info, header)
+    else:  # messages name the file that the user knows
+        info = read_adapter(source.path, header)
+        copy_file(source.path, target)
+    return _adapter_record(replace(info, path=target), source, note)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy an adapter file, whole or not at all."""
+    failure = f"Cannot copy the adapter {source} into the bundle"
+    with (
+        os_errors(InputFileError, failure, "Check that you may read it."),
+        open_input(source) as file,
+        atomic_path(target) as temporary,
+        temporary.open("wb") as copy,
+    ):
+        shutil.copyfileobj(file, copy, 1 << 20)
+
+
+def _adapter_record(
+    info: AdapterInfo, source: AdapterSource, note: Mapping[str, str]
+) -> dict[str, Any]:
+    record = {
+        "sha256": sha256_file(info.path),
+        "size_bytes": info.path.stat().st_size,
+        "rank": info.rank,
+        "alpha": info.alpha,
+        "targets": list(info.targets),
+        "source": note.get("source", source.hub or source.name),
+        "license": note.get("license", source.license),
+        "description": note.get("description", ""),
+        "trained_on": info.trained_on,
+        "hub": source.hub,
+    }
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def base_record(source: BaseSource, header: GgufHeader, tell: Tell) -> dict[str, Any]:
+    """Hash a base, and say of it what bundle.json says."""
+    path = source.path
+    size_bytes = path.stat().st_size
+    sha256 = hash_file(path, lambda done: tell("base", done, size_bytes))
+    is_file = source.registry is None and source.hub is None
+    record: dict[str, Any] = {
+        "architecture": header.architecture,
+        "n_layer": header.n_layer,
+        "n_embd": header.n_embd,
+        "n_vocab": header.n_vocab,
+        "sha256": sha256,
+        "size_bytes": size_bytes,
+        "name": None if header.name is None else header.name[:MAX_NAME_CHARS],
+        "file": recordable(path.absolute()) if is_file else None,
+        "registry": source.registry or registry.model_name(sha256),
+        "hub": source.hub,
+    }
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def recordable(path: Path) -> str:
+    """Give a path as text of bundle.json. Raises BundleError when it is no text."""
+    if readable(str(path)) != str(path):
+        raise BundleError(
+            f"Cannot record the base {path} in {BUNDLE_FILE}: its path is not UTF-8, and JSON "
+            "holds nothing else; expected a path that is. Rename the file or its folder, or give "
+            "the base by a name of `qaflora models`."
+        )
+    return path.as_posix()

@@ -1,10 +1,13 @@
 """qaflora bundle create, add, remove, rename, base, calibrate, samples, show and verify"""
 
+from __future__ import annotations
+
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +24,10 @@ from qaflora_edge.cli.options import (
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN, SHARED
+from qaflora_edge.files import one_line
+
+if TYPE_CHECKING:
+    from qaflora_edge.engine import Engine
 
 NOTES = {
     "source": "Where an adapter comes from.",
@@ -132,15 +139,16 @@ def create(
     adapters: list[tuple[str, str]],
     note: dict[str, Any],
     system_path: str | None,
+    calibrate: bool,
     **options: Any,
 ) -> None:
     """Make a bundle from a base and adapters.
 
-    DIR must not exist. It appears when everything has worked; when something fails, nothing is
-    left behind.
+    DIR must not exist. It appears when every adapter is in it; when something fails before, nothing
+    is left. Measuring comes last: a bundle that is not measured works, and `qaflora bundle
+    calibrate` finishes it.
     """
     from qaflora_edge.bundles.create import create_bundle
-    from qaflora_edge.bundles.open import read_bundle_text
 
     notes: dict[str, dict[str, str]] = {}
     for key, pairs in note.items():
@@ -149,11 +157,21 @@ def create(
     if system_path is not None:
         options["system"] = check_prompt(read_text(system_path).strip())
     base = choose_base(base, [path for _, path in adapters])
-    with progress_bars() as progress:
-        create_bundle(folder, base, adapters, notes=notes, progress=progress, **options)
-    strategy = read_bundle_text(folder).known.strategy
+    is_there = os.path.lexists(folder)
+    options["engine"] = _engine() if calibrate else None
+    try:
+        with progress_bars() as progress:
+            create_bundle(folder, base, adapters, notes=notes, progress=progress, **options)
+    except BaseException:
+        if folder.is_dir() and not is_there:
+            click.echo(
+                f"The bundle {folder} is made and works, weighed by {_strategy(folder)}; its "
+                f"adapters are not measured. Finish it with `qaflora bundle calibrate {folder}`.",
+                err=True,
+            )
+        raise
     made = f"Created the bundle {folder} with {_counted(len(adapters))}"
-    click.echo(f"{made}, weighed by {strategy}.", err=True)
+    click.echo(f"{made}, weighed by {_strategy(folder)}.", err=True)
 
 
 @command(
@@ -172,7 +190,8 @@ def add(
     pairs: list[tuple[str, str]],
     note: dict[str, str | None],
     strategy: str | None,
-    **options: Any,
+    outtype: str,
+    calibrate: bool,
 ) -> None:
     """Add adapters to a bundle.
 
@@ -185,7 +204,15 @@ def add(
     path = bundle_folder(folder)
     given = {key: text for key, text in note.items() if text is not None}
     with progress_bars() as progress:
-        add_adapters(path, pairs, note=given, strategy=strategy, progress=progress, **options)
+        add_adapters(
+            path,
+            pairs,
+            engine=_engine() if calibrate else None,
+            outtype=outtype,
+            note=given,
+            strategy=strategy,
+            progress=progress,
+        )
     for name, _ in pairs:
         click.echo(f"Added the adapter {name} to {path}.", err=True)
 
@@ -259,13 +286,12 @@ def calibrate(folder: str, strategy: str | None) -> None:
     --no-calibrate, or measured by another version on other texts.
     """
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
-    from qaflora_edge.bundles.open import read_bundle_text
 
     path = bundle_folder(folder)
     with progress_bars() as progress:
-        is_new = calibrate_bundle(path, strategy=strategy, progress=progress)
+        is_new = calibrate_bundle(path, _engine(), strategy=strategy, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
-    click.echo(f"{done} {path}, weighed by {read_bundle_text(path).known.strategy}.", err=True)
+    click.echo(f"{done} {path}, weighed by {_strategy(path)}.", err=True)
 
 
 @command(
@@ -285,13 +311,13 @@ def samples(folder: str, name: str, file: str) -> None:
     embeddings is kept in bundle.json, as many numbers as the base is wide, with how many texts
     there were and their hash. What was given before is replaced.
     """
-    from qaflora_edge.bundles.samples import set_samples
+    from qaflora_edge.bundles.edit import set_samples
     from qaflora_edge.cli.prompts import read_prompts
 
     path = bundle_folder(folder)
     texts = [prompt.text for prompt in read_prompts(file)]
     with progress_bars() as progress:
-        set_samples(path, name, texts, progress=progress)
+        set_samples(path, name, texts, _engine(), progress=progress)
     click.echo(f"Embedded {len(texts)} sample texts of {name} in {path}.", err=True)
 
 
@@ -303,16 +329,53 @@ def show(folder: str, as_json: bool) -> None:
 
     The files need not be there: nothing is hashed or loaded.
     """
-    from qaflora_edge.bundles.open import describe, read_bundle_text, recorded_base
+    from qaflora_edge.bundles.open import read_bundle_text, recorded_base
 
     path = bundle_folder(folder)
-    if as_json:
-        text = read_bundle_text(path)
-        base_path = recorded_base(path, text.base)
-        shown = {**text.raw, "base_path": None if base_path is None else str(base_path)}
-        print_json(shown)
+    if not as_json:
+        click.echo(describe(path))
         return
-    click.echo(describe(path))
+    text = read_bundle_text(path)
+    base_path = recorded_base(path, text.base)
+    print_json({**text.raw, "base_path": None if base_path is None else str(base_path)})
+
+
+def describe(folder: Path) -> str:
+    """Give a bundle's description as lines to read; its files need not be there."""
+    from qaflora_edge.bundles.measure import unmeasured
+    from qaflora_edge.bundles.open import how_to_get_base, known_of, read_bundle_text, recorded_base
+
+    text = read_bundle_text(folder)
+    base, known, names = text.base, known_of(text), [adapter.name for adapter in text.adapters]
+    base_path = recorded_base(folder, base)
+    where = str(base_path) if base_path else f"not here: {how_to_get_base(folder, base)}"
+    is_measured = names and not unmeasured(text.fusion, names)
+    lines = [
+        f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
+        f"licence    {text.license or 'not stated'}",
+        "base       "
+        + (f"{base.name}: " if base.name else "")
+        + f"{base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
+        f"vocabulary {base.n_vocab}, {base.size_bytes / 1e6:.0f} MB",
+        f"           {where}",
+        f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}"
+        + (", calibrated" if is_measured else ""),
+        *([f"samples    of {', '.join(known.centroids)}"] if known.centroids else []),
+        *([f"chosen     {text.evidence}"] if text.evidence else []),
+        *([f"system     {text.system}"] if text.system else []),
+        f"adapters   {len(text.adapters)}",
+    ]
+    for adapter in text.adapters:
+        lines.append(
+            f"  {adapter.name:<8} rank {adapter.rank}, alpha {adapter.alpha:g}, on "
+            f"{', '.join(adapter.targets)}"
+        )
+        notes = [adapter.description, adapter.source, adapter.license]
+        if adapter.trained_on:
+            lines.append(f"  {'':<8} trained on {adapter.trained_on}")
+        if any(notes):
+            lines.append(f"  {'':<8} {'; '.join(note for note in notes if note)}")
+    return "\n".join(map(one_line, lines))
 
 
 @command("qaflora bundle verify models/demo", group=bundle)
@@ -328,6 +391,18 @@ def verify(folder: str) -> None:
         verified = verify_bundle(bundle_folder(folder), progress)
     adapters = _counted(len(verified.adapter_paths))
     click.echo(f"{verified.folder}: the base and {adapters} are the recorded ones.")
+
+
+def _engine() -> type[Engine]:
+    from qaflora_edge.engine import Engine
+
+    return Engine
+
+
+def _strategy(folder: Path) -> str:
+    from qaflora_edge.bundles.open import known_of, read_bundle_text
+
+    return known_of(read_bundle_text(folder)).strategy
 
 
 def _counted(n_adapter: int) -> str:

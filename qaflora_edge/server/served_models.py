@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import is_base, read_bundle_text
+from qaflora_edge.bundles.open import is_base, known_of, read_bundle_text
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
@@ -134,7 +134,7 @@ class ServedModels:
             text = read_bundle_text(place)
             name = text.name if NAME_PATTERN.fullmatch(text.name or "") else place.resolve().name
             targets = {adapter.name: adapter.targets for adapter in text.adapters}
-            n_layer, known = text.base.n_layer, text.known
+            n_layer, known = text.base.n_layer, known_of(text)
             hashes = {adapter.name: adapter.sha256 for adapter in text.adapters}
             sha256 = {"base": text.base.sha256, "adapters": hashes}
         if not NAME_PATTERN.fullmatch(name):

@@ -248,7 +248,7 @@ def _bundles(place: Path) -> list[Case]:
 
     base = _base(place)
     adapter = tiny.write_tiny_adapter(place / "es.gguf", base, layers=(0,), targets=("attn_q",))
-    create_bundle(place / "bundle", base.path, {"es": adapter.path}, name="tiny", calibrate=False)
+    create_bundle(place / "bundle", base.path, {"es": adapter.path}, name="tiny")
     text = json.loads((place / "bundle/bundle.json").read_bytes())
     text["fusion"]["typical"] = {"es": {"norm": [0.5, 1.0], "raw": [0.25, 2.0]}}
     return [{**_read_case(place / "bundle"), "bundle.json": json.dumps(text).encode()}]
