@@ -1,6 +1,7 @@
-"""How much a Context decodes, while a test looks."""
+"""How much a Context decodes, while a test looks; and a probe with nothing in between."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -19,3 +20,12 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch, *, first_only: bool = False) 
 
     monkeypatch.setattr(Context, "decode_spans", counting)
     return counts
+
+
+def run_alone(steps: Any) -> Any:
+    """Drive a generator of the probe to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

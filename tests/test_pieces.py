@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from decoded import run_alone
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend.batch import N_TILE, Pieces, Span, n_ubatch, pieces_of
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.engine import Engine
-from qaflora_edge.weighing.probe import Prober, run_alone
+from qaflora_edge.weighing.probe import Prober
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 700).tolist()
 

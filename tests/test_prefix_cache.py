@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decoded import count_decoded
+from decoded import count_decoded, run_alone
 from numpy.typing import NDArray
 from tiny import EOS, TinyBase, write_tiny_adapter, write_tiny_base
 
@@ -15,7 +15,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.weighing.prefix_cache import Prefixes
-from qaflora_edge.weighing.probe import Prober, run_alone
+from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
 MIB = 1 << 20

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from decoded import count_decoded
+from decoded import count_decoded, run_alone
 from numpy.typing import NDArray
 from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, write_tiny_base
 
@@ -18,7 +18,7 @@ from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError, StrategyError
 from qaflora_edge.weighing import numbers as fusion
-from qaflora_edge.weighing.probe import Prober, run_alone
+from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -21,6 +21,7 @@ from qaflora_edge.bundles.edit import add_adapter, calibrate, remove_adapter, se
 from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import BundleError, QafloraError, StrategyError
+from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.calibration import KEYS, measure_typical
 from qaflora_edge.weighing.strategy import Query, parse_strategy
@@ -191,7 +192,9 @@ def test_a_module_that_is_0_does_not_hide_the_others(made: TinyBundle, tmp_path:
             tensor.data[:] = 0
     reader.data.flush()
     inputs = np.random.default_rng(1).random((4, made.base.n_layer, made.base.n_embd), np.float32)
-    alone, beside = (AttentionSizes(each.path, made.base.n_layer) for each in both)
+    alone, beside = (
+        AttentionSizes(read_adapter_gguf(each.path), made.base.n_layer) for each in both
+    )
     assert len(beside.sums(inputs)) == len(alone.sums(inputs)) == 2 * made.base.n_layer
     assert (beside.of_layers(beside.sums(inputs)) > 0).all()
 

@@ -72,7 +72,7 @@ class Core:
         self.adapter_bytes = [info.path.stat().st_size for info in adapters.values()]
         files = list(adapters.values())
         prefixes = Prefixes(prefix_cache << 20)
-        self.prober = keep(Prober(self.model, self.pack, more, files=files, prefixes=prefixes))
+        self.prober = keep(Prober(self.model, self.pack, more, infos=files, prefixes=prefixes))
         self._scorer = keep(Scorer(self.model, self.pack, more))
         self.model.check_workers()
         scheduler = Scheduler(n_parallel, self.context.pieces())

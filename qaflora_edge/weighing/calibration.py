@@ -1,4 +1,4 @@
-"""What is typical of an adapter: how far it moves neutral prompts, as bundle.json stores it."""
+"""Calibration: what is typical of an adapter over neutral prompts, as bundle.json stores it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +13,17 @@ from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
-# Mean and spread of `extent`, by what is measured (see Probe.places) and where: at the last token,
-# in the question, and at the last token of prompts as plain text.
+# Mean and spread of `extent`, by measure (see Probe.places) and place: at the last token, in the
+# question, and at the last token of prompts as plain text.
 EXTENTS = ("added_last", "added_question", "added_text", "cosine_question")
 KEYS = (*LAYERS, *EXTENTS)
 
-_EPS = 1e-12  # of what a logarithm is taken of; layers of 0 change no surprise
-_SPREAD_MIN = 0.01  # an adapter that always does the same is no surprise whatever it does
+_EPS = 1e-12  # added before a logarithm; layers of 0 change no surprise
+_SPREAD_MIN = 0.01  # an adapter that always does the same would surprise whatever it does
 
 
 def extent(measured: F64) -> F64:
-    """How much an adapter does to a query, in one number: mean over layers of log(x + 1e-12).
+    """Sum up what an adapter does in one number: the mean over layers of log(x + 1e-12).
 
     measured  [n_adapter, n_layer]  >= 0, in any unit
     returns   [n_adapter]
@@ -31,31 +31,23 @@ def extent(measured: F64) -> F64:
     return np.asarray(np.log(measured + _EPS).mean(axis=1))
 
 
-def surprise(measured: F64, usual: Sequence[Mapping[str, float]]) -> F64:
-    """How unusual an extent is, in standard deviations: float64 [n_adapter].
+def unusual(query: Query, key: str, measured: F64) -> F64:
+    """Tell how unusual an extent is, in standard deviations: float64 [n_adapter].
 
-    measured  [n_adapter, n_layer]  as for extent
-    usual     mean and spread of each adapter over neutral prompts
+    key       one of EXTENTS, the measure
+    measured  [n_adapter, n_layer]
     """
-    mean, spread = (np.array([each[key] for each in usual]) for key in ("mean", "spread"))
+    typical = [query.typical[name][key] for name in query.adapters]
+    mean, spread = (np.array([each[part] for each in typical]) for part in ("mean", "spread"))
     return np.asarray((extent(measured) - mean) / spread)
 
 
-def unusual(query: Query, key: str, measured: F64) -> F64:
-    """How unusual what a query's adapters do is, in standard deviations: float64 [n_adapter].
+def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
+    """Tell whether an adapter added nothing to q, k and v of any block.
 
-    key       one of EXTENTS, what is measured
-    measured  [n_adapter, n_layer]
+    typical  of this adapter, by EXTENTS
     """
-    return surprise(measured, [query.typical[name][key] for name in query.adapters])
-
-
-def adds_nothing(usual: Mapping[str, Mapping[str, float]]) -> bool:
-    """Whether an adapter was seen to add nothing to q, k and v of any block.
-
-    usual  what is usual of it, by EXTENTS
-    """
-    return usual["added_last"]["mean"] < math.log(_EPS) + 1e-3  # of nine digits
+    return typical["added_last"]["mean"] < math.log(_EPS) + 1e-3  # stored with nine digits
 
 
 def measure_typical(
@@ -64,7 +56,7 @@ def measure_typical(
     adapters: Sequence[str],
     progress: TellCount | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Measure each adapter against itself, over neutral prompts.
+    """Measure each adapter over neutral prompts.
 
     measure   a prompt -> one of KEYS -> float64 [n_adapter, n_layer]
     progress  called with (prompts done, prompts in all)
@@ -77,7 +69,7 @@ def measure_typical(
         if progress is not None:
             progress(done, len(prompts))
     typical = {
-        key: _usual(values) if key in EXTENTS else typical_divergence(values).tolist()
+        key: _mean_and_spread(values) if key in EXTENTS else typical_divergence(values).tolist()
         for key, values in measured.items()
     }
     return {
@@ -86,11 +78,8 @@ def measure_typical(
     }
 
 
-def _usual(measured: Sequence[F64]) -> list[dict[str, float]]:
-    """Mean and spread of each adapter's extent, of what was measured of some prompts."""
+def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, float]]:
     extents = np.stack([extent(each) for each in measured])
     spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)
-    return [
-        {"mean": float(mean), "spread": float(spread)}
-        for mean, spread in zip(extents.mean(axis=0), spreads, strict=True)
-    ]
+    means = extents.mean(axis=0)
+    return [{"mean": float(m), "spread": float(s)} for m, s in zip(means, spreads, strict=True)]

@@ -1,4 +1,4 @@
-"""Strategies that weigh an adapter by how far it moves the base: qa-FLoRA and its kin."""
+"""Strategies that weigh by how far each adapter moves the base: qa-FLoRA and its variants."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ class _Fixed(Strategy):
         return np.repeat(column[:, None], query.n_layer, axis=1)
 
     def weights(self, query: Query, argument: Any) -> dict[str, float]:
-        """Adapter -> weight, the same at every layer; those that are not named weigh 0."""
+        """Give adapter -> weight, the same at every layer; adapters not named weigh 0."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""What prompts begin with, as it was read: kept for other prompts that begin so."""
+"""The prefix cache: KV states of prompts, reused by prompts with the same beginning."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qaflora_edge.backend.batch import Pieces
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
 
-_N_WORTH = 64  # tokens: fewer are read again as quickly as they are kept
+_N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,17 @@ class _Entry:
 
 
 class Prefixes:
-    """KV states of prompts that were read, those used the longest ago dropped first.
+    """KV states of prefilled prompts; the least recently used one is dropped first.
 
-    n_byte  of all states together at most; 0 keeps none
+    n_byte  limit of all states together; 0 keeps none
 
-    key, in all methods: whose states they are. The same key stands for the same sequences of
-    contexts that were made alike.
+    key, in all methods: the sequences of a state. The same key stands for the same sequences of
+    contexts made alike.
     """
 
     def __init__(self, n_byte: int) -> None:
         self._n_most = n_byte
-        self._entries: list[_Entry] = []  # used last: at the end
+        self._entries: list[_Entry] = []  # the most recently used one last
 
     @property
     def n_byte(self) -> int:
@@ -42,12 +42,12 @@ class Prefixes:
         n_exact: int | None = None,
         n_after: int = 0,
     ) -> int:
-        """Let a context hold what was read of a prompt's beginning, by it or by others.
+        """Reuse the KV state of a prompt's beginning, from this context or another prompt.
 
-        n_exact  how many of its tokens the context read in the pieces of a prompt; by default all
-        n_after  tokens that are read behind the prompt in any case
-        returns  how many tokens: up to where the prompt is cut as those others were, so that what
-                 follows comes out the same bits as if all of it had been read now
+        n_exact  tokens that the context holds in the chunks of a whole prompt; by default all
+        n_after  tokens that will follow the prompt in any case
+        returns  how many tokens are held: up to where both prompts have the same chunks, so that
+                 the rest comes out the same bits as in a prefill of all
         """
         read = context.tokens[:n_exact]
         n_held = pieces.n_alike(read, tokens, n_after)
@@ -61,7 +61,7 @@ class Prefixes:
         return context.keep_first(n_kept)
 
     def keep(self, key: Hashable, context: ProbeContext, n_exact: int | None = None) -> None:
-        """Keep what a context holds, or its first n_exact tokens; it forgets the others."""
+        """Keep a copy of a context's KV state, cut to n_exact tokens."""
         if n_exact is not None and len(context.tokens) > n_exact:
             context.keep_first(n_exact)
         if not context.tokens or context.n_kv_byte > self._n_most:
@@ -70,7 +70,7 @@ class Prefixes:
         self.add(key, state, context.pieces(len(state.sequences)))
 
     def add(self, key: Hashable, state: KvState, pieces: Pieces) -> None:
-        """Keep a state, and drop what there is no room for and what can be had from it as well."""
+        """Keep a state; drop states that it contains, and the oldest ones beyond the limit."""
 
         def is_in(tokens: list[int]) -> bool:
             return pieces.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
@@ -85,7 +85,7 @@ class Prefixes:
     def _longest(
         self, key: Hashable, tokens: Sequence[int], pieces: Pieces, n_after: int
     ) -> tuple[_Entry | None, int]:
-        """The entry of which most can be used, and how many tokens; it counts as used."""
+        """Find the entry of which most can be reused, and how many tokens; it counts as used."""
         best, n_best = None, 0
         for entry in self._entries:
             if entry.key == key:

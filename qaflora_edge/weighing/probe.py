@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -20,7 +19,7 @@ from qaflora_edge.backend.context_params import default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
-from qaflora_edge.formats.adapter import AdapterInfo
+from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.adapter_inputs import (
     AttentionInputs,
@@ -46,16 +45,6 @@ class Run(Protocol):
     """Drives a generator to its end and returns its result."""
 
     def __call__(self, steps: Steps[T], /) -> T: ...
-
-
-def run_alone(steps: Steps[T]) -> T:
-    """Drive a generator to its end with nothing in between."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 @contextmanager
@@ -131,7 +120,7 @@ class _GrowingContext:
 class BaseProber:
     """Measures with one sequence of the base: one pass, however many adapters there are.
 
-    files     of the adapters, or their facts where they were read before
+    infos     the adapters
     prefixes  the prefix cache
 
     rows, in all methods: which adapters of the pack are compared, in ascending order.
@@ -142,12 +131,12 @@ class BaseProber:
         model: Model,
         pack: Pack,
         options: dict[str, Any],
-        files: Sequence[Path | AdapterInfo],
+        infos: Sequence[AdapterInfo],
         prefixes: Prefixes,
     ) -> None:
-        self._model, self._files, self._prefixes = model, files, prefixes
+        self._model, self._infos, self._prefixes = model, infos, prefixes
         self.contexts = _GrowingContext(partial(ProbeContext, model, pack, n_seq=1, **options))
-        self._projections: dict[tuple[int, ...], QueryProjections] = {}
+        self._projections: tuple[tuple[int, ...], QueryProjections] | None = None
         self._sizes: dict[int, AttentionSizes] = {}
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
         self._readings: dict[Reading, tuple[tuple[int, ...], AttentionInputs]] = {}
@@ -164,16 +153,15 @@ class BaseProber:
 
         Raises StrategyError when the adapters have no query projection in common.
         """
-        key = tuple(rows)
-        if key not in self._projections:
-            files = [self._files[row] for row in rows]
-            self._projections = {key: QueryProjections(files, self._model.n_layer)}
+        if self._projections is None or self._projections[0] != tuple(rows):
+            infos = [self._infos[row] for row in rows]
+            self._projections = tuple(rows), QueryProjections(infos, self._model.n_layer)
         context = self.contexts.for_query(len(tokens), has_inputs=True)
         context.capture_begin()
         n_kept = self._prefixes.go_on(context, _BASE, tokens, context.pieces())
         with wiped_on_failure(context):
             yield from _prefill(context, tokens, n_kept, "last")
-        return self._projections[key].norms(context.inputs(0)[0])
+        return self._projections[1].norms(context.inputs(0)[0])
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """Average the state after the last block over tokens: float32 [n_embd]."""
@@ -201,8 +189,8 @@ class BaseProber:
         """
         key, inputs = self._readings.get(reading, ((), None))
         if inputs is None or key != tuple(rows):
-            files = [self._files[row] for row in rows]
-            inputs = AttentionInputs(files, self._model.n_layer, reading)
+            infos = [self._infos[row] for row in rows]
+            inputs = AttentionInputs(infos, self._model.n_layer, reading)
             self._readings[reading] = (tuple(rows), inputs)
         context = self.contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
         context.clear()
@@ -223,7 +211,7 @@ class BaseProber:
         """
         for row in rows:
             if row not in self._sizes:
-                self._sizes[row] = AttentionSizes(self._files[row], self._model.n_layer)
+                self._sizes[row] = AttentionSizes(self._infos[row], self._model.n_layer)
         sizes = [self._sizes[row] for row in rows]
         start, stop = span
         context = self.contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
@@ -264,7 +252,7 @@ class BaseProber:
 class Prober:
     """Measures with sequences of one context: the base, then each adapter alone at weight 1.
 
-    files     of the adapters, or their facts where they were read before
+    infos     the adapters' facts, where they were read before
     prefixes  the prefix cache; by default only the last query's KV state is reused
 
     The states of the last query are kept, so that two measures of one query cost one pass. `base`
@@ -279,11 +267,12 @@ class Prober:
         pack: Pack,
         options: dict[str, Any],
         *,
-        files: Sequence[Path | AdapterInfo] | None = None,
+        infos: Sequence[AdapterInfo] | None = None,
         prefixes: Prefixes | None = None,
     ) -> None:
         self.prefixes = prefixes or Prefixes(0)
-        self.base = BaseProber(model, pack, options, files or pack.paths, self.prefixes)
+        infos = infos or [read_adapter_gguf(path) for path in pack.paths]
+        self.base = BaseProber(model, pack, options, infos, self.prefixes)
         self._model, self._pack, self._options = model, pack, options
         self._contexts = _GrowingContext(self._make_context)
         self._rows: tuple[int, ...] = ()  # adapters of the sequences after the base's

@@ -1,4 +1,4 @@
-"""The options of strategies that probe: sharper and larger mixes, and few of many adapters."""
+"""Options of probed strategies: sharper and larger mixes, and few of many adapters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from qaflora_edge.weighing.strategy import Mix, Probe, Query
 
 
 def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
-    """Weights under power, layers, top and total, in this order; as they are without any of them.
+    """Apply power, layers, top and total, in this order; without any, weights stay as they are.
 
-    weights  [n_adapter, n_layer], finite, which a strategy gave
-    options  those of config.SHAPING that were given
-    source   what messages begin with
+    weights  [n_adapter, n_layer], finite, of a strategy
+    options  given ones of config.SHAPING
+    source   begins messages
     returns  [n_adapter, n_layer]
 
     Raises StrategyError for options on weights below 0.
@@ -41,14 +41,14 @@ def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
 
 
 def _power(share: F64, power: float) -> F64:
-    """The power of each layer's shares of its largest one, which cannot underflow all together."""
+    """Raise each layer's shares of its largest one to a power; they cannot all underflow."""
     largest = share.max(axis=0, keepdims=True)
     powers: F64 = np.divide(share, largest, out=np.zeros_like(share), where=largest > 0) ** power
     return powers
 
 
 def _heaviest(share: F64, top: int) -> F64:
-    """Shares of the `top` adapters of the largest mean over layers; the others 0."""
+    """Keep the `top` adapters of the largest mean over layers; the others get 0."""
     kept = np.argsort(-share.mean(axis=1), kind="stable")[:top]
     left = np.zeros_like(share)
     left[kept] = normalise(share[kept])
@@ -56,7 +56,7 @@ def _heaviest(share: F64, top: int) -> F64:
 
 
 def _factor(share: F64, total: float | str) -> F64 | float:
-    """What a layer's shares are multiplied by: one number, or [1, n_layer]."""
+    """Compute the factor of a layer's shares: one number, or [1, n_layer]."""
     if total == "l2":
         norms: F64 = np.sqrt((share**2).sum(axis=0, keepdims=True))
         return 1.0 / norms
@@ -64,14 +64,14 @@ def _factor(share: F64, total: float | str) -> F64 | float:
 
 
 def check_first(strategy: str, query: Query) -> None:
-    """Raise StrategyError where adapters cannot be chosen, for want of what is usual of them."""
+    """Raise StrategyError where the option first lacks typical values."""
     if "first" in query.options and len(query.adapters) > query.options["first"]:
         keys = ["added_last", "added_question", "added_text"]
         check_typical(strategy, query, keys, "for the option first")
 
 
 def first_of(query: Query, probe: Probe) -> tuple[str, ...]:
-    """The adapters that are probed: those that would add the most unusual amounts to the base.
+    """Choose the adapters to probe: the most unusual by what they would add to the base.
 
     In chat form by the sum of both places, in standard deviations; else at the last token.
     """
@@ -79,7 +79,6 @@ def first_of(query: Query, probe: Probe) -> tuple[str, ...]:
     if n >= len(query.adapters):
         return query.adapters
     last, question = probe.places("added")
-
     if query.is_chat:
         order = unusual(query, "added_last", last) + unusual(query, "added_question", question)
     else:
@@ -89,7 +88,7 @@ def first_of(query: Query, probe: Probe) -> tuple[str, ...]:
 
 
 def with_others(mix: Mix, names: Sequence[str], adapters: Sequence[str]) -> Mix:
-    """A mix of some adapters as one of all: the others weigh 0, and were found to do nothing."""
+    """Extend a mix of some adapters to all: the others get weight 0 and divergence 0."""
 
     def of_all(array: ArrayLike) -> F64:
         some = np.asarray(array, np.float64)

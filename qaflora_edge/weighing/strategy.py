@@ -1,9 +1,9 @@
-"""What a strategy is, and the registry of those that there are.
+"""Strategies and their registry.
 
 A strategy is one object: its name, a word of help, and how it turns a query into weights. Those of
-the package, of other packages and of a program stand in one registry, on one footing.
+the package, of other packages and of a program have the same standing in one registry.
 
-Help texts and completion name strategies, so numpy is imported by what computes with it only.
+Help texts and completion name strategies, so modules of strategies import numpy in functions.
 """
 
 import difflib
@@ -23,11 +23,11 @@ PlaceMeasure = Literal["added", "cosine"]
 Reading = Literal["arrow", "spectr"]
 
 QUERIES = ("attn_q", "attn_qkv")
-KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # they read the same input
+KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # modules with the same input
 
-Span = tuple[int, int]  # where a part of a prompt begins, and where it ends
+Span = tuple[int, int]  # begin and end of a part of a prompt
 
-# adapter -> what is typical of it, by weighing.calibration.KEYS, as bundle.json stores it
+# adapter -> typical values by weighing.calibration.KEYS, as bundle.json stores them
 Typical = Mapping[str, Mapping[str, Any]]
 
 ENTRY_POINTS = "qaflora_edge.strategies"  # the group in which packages offer theirs
@@ -38,16 +38,15 @@ _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 @dataclass(frozen=True)
 class Query:
-    """What is weighed.
+    """One query and what is known of the adapters in use.
 
     tokens    ids of the prompt
     adapters  names of those in use, in the order of every first axis
     lens      "norm" or "raw", pool "last" or "question": see `qaflora weights --help`
-    typical   adapter -> what is typical of it, where the bundle has it: see weighing.calibration
-    centroids adapter -> float32 [n_embd], mean embedding of its sample texts, where it has them
-    options   the strategy's own options, as they were given
-    question  where the question's tokens stand: the last user turn of a prompt in chat form, else
-              the whole prompt
+    typical   adapter -> typical values by calibration.KEYS, where the bundle has them
+    centroids adapter -> float32 [n_embd], mean embedding of its sample texts
+    options   the strategy's own options, as given
+    question  span of the question's tokens: the last user turn of a chat prompt, else all tokens
     is_chat   whether the prompt is in chat form
     """
 
@@ -64,36 +63,35 @@ class Query:
 
 
 class Probe(Protocol):
-    """What a strategy may measure of its query; each measure is computed once."""
+    """Measures that a strategy may take of its query; each is computed once."""
 
     def divergence(self, measure: Measure = "kl") -> F64:
-        """How far each adapter moves the base: float64 [n_adapter, n_layer], >= 0.
+        """Measure how far each adapter moves the base: float64 [n_adapter, n_layer], >= 0.
 
         measure  KL in nats through the query's lens, or a distance of states
         """
 
     def states(self) -> F32:
-        """States after each block: float32 [1 + n_adapter, n_layer, n_embd], the base first."""
+        """Give states after each block: float32 [1 + n_adapter, n_layer, n_embd], base first."""
 
     def places(self, measure: PlaceMeasure) -> F64:
-        """What adapters do in two places, in one pass: float64 [2, n_adapter, n_layer], at the last
-        token and in the question's tokens.
+        """Measure adapters at the last token and in the question: [2, n_adapter, n_layer].
 
-        measure  "added": |scale B A x| at q, k and v, in a pass of the base alone; "cosine"
+        measure  "added": |scale B A x| at q, k and v, in one pass of the base alone; "cosine"
                  distances of states under each adapter
         """
 
     def embedding(self) -> F32:
-        """The mean over tokens of the base's state after its last block: float32 [n_embd]."""
+        """Average the base's state after its last block over tokens: float32 [n_embd]."""
 
     def norms(self) -> F64:
-        """|scale B A x| at a late query projection: float64 [n_adapter], in one pass of the base.
+        """Measure |scale B A x| at a late query projection: float64 [n_adapter], base pass only.
 
         Raises StrategyError when the adapters have no query projection in common.
         """
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
-        """Arrow's or SpectR's weights, their mean over tokens and modules, and what they come from.
+        """Compute Arrow's or SpectR's weights and their measure, means over tokens and modules.
 
         returns  two float64 [n_adapter, n_layer], in one pass of the base
 
@@ -103,11 +101,11 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a strategy measures of a query, as those read it who look at its weights.
+    """How a strategy's measure is shown.
 
-    name   what stands above its numbers
+    name   heading of its numbers
     unit   with a space before it
-    reads  of lens and pool, which one it depends on
+    reads  "lens" and "pool", where the measure depends on them
     """
 
     name: str
@@ -120,7 +118,7 @@ ADDED = Measured("added to q, k, v")
 
 @dataclass(frozen=True)
 class Mix:
-    """Weights [n_adapter, n_layer], and the measure [n_adapter, n_layer] that they come from."""
+    """Weights [n_adapter, n_layer], and the measure [n_adapter, n_layer] they come from."""
 
     weights: ArrayLike
     divergence: ArrayLike | None = None
@@ -131,16 +129,16 @@ class Strategy:
 
     name      as in `--strategy NAME`: small letters, digits and hyphens
     help      half a sentence on what it does
-    argument  what stands behind a colon, as NAME in single:NAME; "" when nothing may
-    needs_argument  whether it has to stand there
+    argument  what follows a colon, as NAME in single:NAME; "" when nothing may
+    needs_argument  whether it has to be given
     is_probed whether weigh() asks the probe, so that weights differ from query to query
-    options   what else may stand there, as in qa-flora:power=2, if it is probed. Those of SHAPING
-              change what weigh() gives; its own, weigh() finds in query.options.
-    reads_question  whether weigh() asks for what needs query.question, whatever the pool
+    options   further ones after the colon, as in qa-flora:power=2, if it is probed. Those of
+              SHAPING change the result of weigh(); its own are in query.options.
+    reads_question  whether weigh() needs query.question, whatever the pool
     needs_typical   whether it needs what `qaflora bundle calibrate` measures
-    compares  kinds of modules, such as attn_q, of which the adapters need one in common
-    reads_of_each   kinds of which each adapter needs one
-    measured  what stands in the divergence of its Mix
+    compares  kinds of modules, such as attn_q; the adapters need one in common
+    reads_of_each   kinds of modules; each adapter needs one
+    measured  the divergence of its Mix
     """
 
     name: ClassVar[str]
@@ -156,28 +154,28 @@ class Strategy:
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:
-        """What weigh() gets for the text behind the colon ("" without one), options apart.
+        """Read the text after the colon ("" without one), options apart, for weigh().
 
-        text  all of it, for messages
+        text  the whole strategy, for messages
 
-        Raises StrategyError or WeightsError for what cannot be meant.
+        Raises StrategyError or WeightsError.
         """
         return argument
 
     def can_compare(self, targets: Iterable[Sequence[str]]) -> bool:
-        """Whether adapters have one kind in common of those that it compares.
+        """Tell whether adapters share one of the kinds of modules that it compares.
 
-        targets  the kinds of modules that each adapts
+        targets  kinds of modules of each adapter
         """
         return not self.compares or bool({*self.compares}.intersection(*targets))
 
     def check(self, argument: Any, query: Query) -> None:
-        """Raise StrategyError where a query of this kind (its tokens apart) cannot be weighed."""
+        """Raise StrategyError where a query of this kind, tokens apart, cannot be weighed."""
 
     def weigh(self, query: Query, probe: Probe, argument: Any) -> Mix | ArrayLike:
-        """Weights [n_adapter, n_layer], any finite numbers; in a Mix with the measure behind them.
+        """Give weights [n_adapter, n_layer], any finite numbers, or a Mix with their measure.
 
-        It has to give the same for the same query, and may be called from any thread.
+        The same query must get the same weights. Any thread may call.
         """
         raise NotImplementedError
 
@@ -192,7 +190,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A strategy as it was written, read; options are those that were given."""
+    """A parsed strategy; options are the given ones."""
 
     text: str
     strategy: Strategy
@@ -204,13 +202,13 @@ _registry: dict[str, Strategy] = {}
 
 
 def register_strategy(strategy: Strategy) -> None:
-    """Let this process weigh by a strategy of its own, wherever a strategy is named.
+    """Add a strategy to this process, for use wherever a strategy is named.
 
     Packages offer theirs by an entry point in the group `qaflora_edge.strategies` that names a
-    Strategy object. An object of the same class takes the place of the one before, so that a cell
-    of a notebook can be run again.
+    Strategy object. An object of the same class replaces the one before, so that a notebook cell
+    can run again.
 
-    Raises StrategyError for a name that is taken or is none, or an object without weigh().
+    Raises StrategyError for a wrong or taken name, or an object without weigh().
     """
     _load_built_in()
     name = getattr(strategy, "name", None)
@@ -237,17 +235,17 @@ def _class_of(strategy: Strategy) -> str:
 
 
 def strategies() -> list[Strategy]:
-    """Every strategy: those of the package, then others in the order they came."""
+    """List every strategy: those of the package, then others in order of registration."""
     _load_built_in()
     _load_entry_points()
     return list(_registry.values())
 
 
 def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
-    """Read a strategy's name and what follows its colon, as in single:NAME or qa-flora:power=2.
+    """Parse a strategy, as in single:NAME or qa-flora:power=2.
 
     Raises StrategyError for an unknown strategy, option or adapter, WeightsError for a weight that
-    is no finite number.
+    is not finite.
     """
     name, colon, argument = text.partition(":")
     _load_built_in()
@@ -281,13 +279,13 @@ def parse_strategy(text: str, adapters: Sequence[str]) -> Chosen:
 def read_options(
     behind: str, options: Sequence[Option], text: str, *, has_argument: bool
 ) -> tuple[str, dict[str, Any]]:
-    """What stands behind a strategy's colon: its argument, and its options by name.
+    """Split the text after a strategy's colon into its argument and its options by name.
 
     behind        items with commas between them
-    has_argument  whether items that are no option are the strategy's argument
-    text          the whole of it, for messages
+    has_argument  whether other items are the strategy's argument
+    text          the whole strategy, for messages
 
-    Raises StrategyError for an unknown option, one that stands twice, or a value out of its range.
+    Raises StrategyError for an unknown or repeated option, or a value out of its range.
     """
     known = {option.name: option for option in options}
     found: dict[str, Any] = {}
@@ -306,7 +304,7 @@ def read_options(
 
 
 def written(option: Option) -> str:
-    """How an option is written, as in total=T or l2."""
+    """Write the form of an option, as in total=T or l2."""
     return f"{option.name}=" + " or ".join(
         (*option.choices, *((option.metavar,) if option.metavar else ()), *option.words)
     )
@@ -337,7 +335,7 @@ def _unknown(item: str, name: str, options: Sequence[Option], text: str) -> Stra
 
 
 def measured_by(name: str) -> Measured:
-    """What the strategy of this name measures; of one that is not known, what most do."""
+    """Give how the measure of a strategy of this name is shown; the default for an unknown one."""
     _load_built_in()
     return _registry.get(name, Strategy).measured
 

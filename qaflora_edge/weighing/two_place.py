@@ -1,12 +1,11 @@
-"""`two-place`: one adapter for the kind of answer, one for what the question is written in.
+"""`two-place`: one adapter for the kind of answer, one for the question's language or subject.
 
-The last token of a chat prompt, where the answer begins, tells what kind of answer is asked for;
-the question's own tokens tell what it is written in. What adapters do there is measured by what
-they would add to the attention of the base, in one pass of the base alone, however many there are,
-and compared with what is usual for each. The adapter that does most where the answer begins is one
-of the two, that which does most in the question the other. Where none does much more in the
-question than is usual, the first is alone, with the weight of both, and where none does at the
-answer, the base is. An adapter that is the only one in use is chosen by that.
+Two places are measured in one pass of the base alone: the last token of a chat prompt, where the
+answer begins, and the question's own tokens. The measure is what each adapter would add to q, k
+and v there, compared with what is typical of it. The adapter that stands out most where the answer
+begins is the first; another that stands out in the question is the second. Without a second one
+the first has both weights. Where none stands out at the answer, the base answers alone. An adapter
+that is the only one in use is chosen without a measure.
 """
 
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.strategy import ADDED, KINDS, Mix, Probe, Query, Strategy
 
-RAMP = 0.5  # standard deviations from where the base answers alone to where the mix is whole
+RAMP = 0.5  # standard deviations between the base alone and the whole mix
 
 # fmt: off
 _OPTIONS = (
@@ -72,7 +71,7 @@ class TwoPlace(Strategy):
                 question = probe.places("cosine")[1]
             in_question = unusual(query, f"{options['by']}_question", question)
             weights = pair(unusual(query, "added_last", last), in_question, options)
-        else:  # a text to go on with asks for nothing: the most unusual one alone
+        else:  # plain text has no question: the most unusual adapter alone
             weights = np.zeros(len(last), np.float32)
             weights[unusual(query, "added_text", last).argmax()] = options["answer"]
         return Mix(np.repeat(weights[:, None], query.n_layer, axis=1), last)
@@ -82,9 +81,9 @@ STRATEGIES = (TwoPlace(),)
 
 
 def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
-    """The weights of a prompt in chat form: float32 [n_adapter].
+    """Weigh adapters for a chat prompt: float32 [n_adapter].
 
-    last, question  [n_adapter]  how unusual what adapters do there is, in standard deviations
+    last, question  [n_adapter]  how unusual each adapter is there, in standard deviations
     """
     import numpy as np
 
@@ -101,7 +100,7 @@ def pair(last: F64, question: F64, options: Mapping[str, Any]) -> F32:
 
 
 def _is_alone(query: Query) -> bool:
-    """Whether there is one adapter, which is chosen without reading the query."""
+    """Tell whether the only adapter is chosen without a measure."""
     return len(query.adapters) == 1 and "abstain" not in query.options
 
 

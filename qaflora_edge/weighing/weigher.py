@@ -1,4 +1,4 @@
-"""From a strategy's name, or weights as they are given, to the fusion weights of a query."""
+"""The weigher: from a strategy's name, or given weights, to the fusion weights of a query."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ def _no_question(tokens: Sequence[int]) -> Span | None:
 
 @dataclass(frozen=True)
 class Known:
-    """What a bundle says of how to weigh: its defaults, and what was measured of its adapters.
+    """A bundle's defaults of weighing, and measurements of its adapters.
 
     typical, centroids  see Query
     """
@@ -44,17 +44,17 @@ class Known:
     centroids: Mapping[str, F32] = field(default_factory=dict, repr=False)
 
     def under(self, **given: str | None) -> Self:
-        """The same with the strategy, lens and pool that a caller gives."""
+        """Replace the defaults by the strategy, lens and pool that a caller gives."""
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
         return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
 class Weigher:
-    """How an Engine weighs: the adapters in use, its defaults, what is known of each adapter.
+    """Weighs for an Engine: the adapters in use, defaults, and facts of each adapter.
 
-    find_question  where the question stands in a prompt's tokens, or None without a chat's form
-    targets        adapter -> the kinds of modules that it adapts, where they are known
+    find_question  finds the question's span in a prompt's tokens; None for plain text
+    targets        adapter -> kinds of modules that it adapts, where known
     """
 
     adapters: tuple[str, ...]
@@ -69,7 +69,7 @@ class Weigher:
         self.parse(self.known.strategy)
 
     def parse(self, text: str) -> Chosen:
-        """Read a strategy; StrategyError if it is unknown or cannot be followed here."""
+        """Parse a strategy; StrategyError if it is unknown or cannot be followed here."""
         chosen = parse_strategy(text, self.adapters)
         query = self.query((), chosen)
         chosen.strategy.check(chosen.argument, query)
@@ -104,7 +104,7 @@ class Weigher:
         return True
 
     def query(self, tokens: Sequence[int], chosen: Chosen | None = None) -> Query:
-        """What is weighed, under these defaults and the options behind the strategy's name."""
+        """Make a query from tokens, these defaults and the strategy's options."""
         options = {} if chosen is None else chosen.options
         pool = options.get("pool", self.known.pool)
         needs_question = (
@@ -129,11 +129,11 @@ class Weigher:
     def weigh(
         self, weights: Weights, tokens: Sequence[int], probe: Callable[[Query], Probe]
     ) -> FusionWeights:
-        """Weights for a query, by a strategy name, or as they are given.
+        """Weigh a query by a strategy, or take given weights.
 
         weights  None (the default strategy), a strategy name, FusionWeights, a mapping from
                  adapter names to numbers, or an array [n_adapter, n_layer]
-        probe    what measures a query, made when a strategy asks
+        probe    makes the probe of a query
         """
         query = self.query(tokens)
         if isinstance(weights, FusionWeights):
@@ -173,7 +173,7 @@ class Weigher:
     def _fusion(
         self, mix: Mix, strategy: str, query: Query, probe_ms: float = 0.0, *, source: str = ""
     ) -> FusionWeights:
-        """FusionWeights of a mix, checked; messages begin with `source`."""
+        """Check a mix and make FusionWeights of it; messages begin with `source`."""
 
         def checked(array: ArrayLike) -> F32:
             return numbers.check_weights(array, self.adapters, self.n_layer, source=source)
