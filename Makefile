@@ -220,14 +220,13 @@ convert-table: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/python tests/convert_table.py
 
 # docs/evaluation.md, out of the results of `qaflora eval` that are kept and the words around them.
-RESULTS = $(sort $(wildcard benchmarks/results/*.jsonl benchmarks/results/*.jsonl.gz))
-eval-report: $(DONE)/package $(DONE)/eval
-	$(BIN)/qaflora report $(RESULTS) --markdown docs/evaluation.md --prose benchmarks/evaluation.md
+eval-report: $(DONE)/package
+	$(BIN)/python benchmarks/report.py $(wildcard benchmarks/results/*.jsonl benchmarks/results/*.jsonl.gz) -o docs/evaluation.md
 
-# Every path of `qaflora eval` on ten items: each metric, going on, the page, the best strategy.
+# Every path of `qaflora eval` on ten items: each metric, resuming, the page, the best strategy.
 SMOKE := $(BUILD)/smoke
-SMOKE_EVAL := $(BIN)/qaflora eval $(SMOKE)/bundle benchmarks/smoke/*.jsonl --allow-code --layers -o $(SMOKE)/results.jsonl
-eval-smoke: $(DONE)/package $(DONE)/eval
+SMOKE_EVAL := $(BIN)/python benchmarks/code_metric.py eval $(SMOKE)/bundle benchmarks/smoke/*.jsonl --layers -o $(SMOKE)/results.jsonl
+eval-smoke: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
 	rm -rf $(SMOKE) && mkdir -p $(SMOKE) && cp -r models/demo $(SMOKE)/bundle
 	$(SMOKE_EVAL) --limit 1
@@ -259,10 +258,6 @@ $(DONE)/package: $(DONE)/binding $(DONE)/cmake-args $(PACKAGE_FILES)
 # Plain `torch` is what pip's configuration makes it; the tests need only a CPU build.
 $(DONE)/test-tools: pyproject.toml | $(DONE)/package
 	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[test]'
-	@touch $@
-
-$(DONE)/eval: pyproject.toml | $(DONE)/package
-	$(PIP) install --config-settings build-dir='$(BUILD)/{wheel_tag}' '.[eval]'
 	@touch $@
 
 $(DONE)/clients: pyproject.toml .ci/clients.txt $(DONE)/package

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import code_metric
 import numpy as np
 import torch
 from lorahub import HALVES, choose, read_examples
@@ -28,13 +29,12 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.bundles.open import Bundle, load_bundle
-from qaflora_edge.cli.eval_tasks import check_code, header
 from qaflora_edge.evaluation.results import ResultsFile
 from qaflora_edge.evaluation.run import (
-    LIKELIHOOD,
     Asking,
     answer_fields,
     asked_fields,
+    header,
     likelihood_fields,
     scored_texts,
     task_prompt,
@@ -207,7 +207,7 @@ def evaluate(flow: Flow, engine: Engine, task: Task, item: Item, asking: Asking)
     """An item's result; its weights are the gates', the mean over the prompt's tokens."""
     prompt = task_prompt(engine, task, item)
     start = time.perf_counter()
-    if task.metric in LIKELIHOOD:
+    if task.by.is_likelihood:
         rows = [(prompt, plain_tokens(engine, text)) for text in scored_texts(task, item)]
         scores = []
         for logits, (_, answer) in zip(flow.answer_logits(rows), rows, strict=True):
@@ -290,7 +290,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--allow-code", action="store_true")
+    parser.add_argument("--allow-code", action="store_true", help="run what the model writes")
     return parser.parse_args(words)
 
 
@@ -299,8 +299,9 @@ def main(words: Sequence[str] | None = None) -> None:
     args = arguments(words)
     torch.manual_seed(args.seed)
     bundle = load_bundle(args.bundle)
+    if args.allow_code:
+        code_metric.register()
     task, train_task = read_task(args.test), read_task(args.train)
-    check_code([task], args.allow_code)
     asking = Asking()
     with Engine(args.bundle, strategy="base", n_ctx=4096) as engine:
         if args.adapters:

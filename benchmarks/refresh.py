@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.cli.eval_tasks import header
 from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.run import Asking, answer_fields, asked_fields, task_prompt
+from qaflora_edge.evaluation.run import Asking, answer_fields, asked_fields, header, task_prompt
 from qaflora_edge.evaluation.tasks import read_task
 from qaflora_edge.inference.generation import Generation
 

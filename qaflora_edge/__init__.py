@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.errors import QafloraError
+    from qaflora_edge.evaluation.metrics import Metric, register_metric
     from qaflora_edge.inference.generation import Generation
     from qaflora_edge.openai.llama import Llama, replace_llama_cpp
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -28,12 +29,14 @@ __all__ = [
     "Generation",
     "Llama",
     "Measured",
+    "Metric",
     "Mix",
     "Probe",
     "QafloraError",
     "Query",
     "Strategy",
     "__version__",
+    "register_metric",
     "register_strategy",
     "replace_llama_cpp",
 ]
@@ -44,11 +47,13 @@ _HOME = {
     "Generation": "qaflora_edge.inference.generation",
     "Llama": "qaflora_edge.openai.llama",
     "Measured": "qaflora_edge.weighing.strategy",
+    "Metric": "qaflora_edge.evaluation.metrics",
     "Mix": "qaflora_edge.weighing.strategy",
     "Probe": "qaflora_edge.weighing.strategy",
     "QafloraError": "qaflora_edge.errors",
     "Query": "qaflora_edge.weighing.strategy",
     "Strategy": "qaflora_edge.weighing.strategy",
+    "register_metric": "qaflora_edge.evaluation.metrics",
     "register_strategy": "qaflora_edge.weighing.strategy",
     "replace_llama_cpp": "qaflora_edge.openai.llama",
 }

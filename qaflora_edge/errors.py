@@ -29,7 +29,6 @@
     ├── SettingsError             the settings file cannot be read, or a key of it is wrong
     ├── OptionError               an engine or sampling option out of its range
     ├── GrammarError              a grammar or a JSON schema that cannot be followed
-    ├── SandboxError              code of a model cannot be run safely, or was not allowed to be
     ├── ServerError               a server cannot be reached, or refused what was asked
     ├── CancelledError            a call was ended by Engine.cancel before there was an answer
     ├── IncompleteAnswerError     an answer was cut before the grammar that it follows ended
@@ -204,10 +203,6 @@ def wrong_option(name: str, found: object, expected: str) -> OptionError:
 
 class GrammarError(QafloraError):
     """A grammar or a JSON schema cannot be read, or asks for what cannot be followed."""
-
-
-class SandboxError(QafloraError):
-    """Code that a model wrote cannot be run within bounds here, or nobody allowed it."""
 
 
 class ServerError(QafloraError):

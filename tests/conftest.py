@@ -58,8 +58,8 @@ def take_one_thread_each() -> None:
 
 
 # Files that import torch, which takes seconds, and files that open the browser.
-IMPORTING = "architectures centroid convert lora_flow peft recipes reference spectral"
-BROWSER = "cli_plot_browser cli_report_browser page_browser page_hostile page_server"
+IMPORTING = "architectures centroid convert benchmarks peft recipes reference spectral"
+BROWSER = "cli_plot_browser results_page page_browser page_hostile page_server"
 LONG = "transcript docs worker"  # single tests of many seconds: none of them is to be the last
 
 

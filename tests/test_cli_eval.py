@@ -19,9 +19,7 @@ from qaflora_edge import Engine
 from qaflora_edge.bundles.edit import rename_adapter
 from qaflora_edge.cli import main
 from qaflora_edge.cli.bundle import describe
-from qaflora_edge.errors import ResultsFileError
-from qaflora_edge.evaluation.best import best_strategy, evidence
-from qaflora_edge.evaluation.results import Results, read_results
+from qaflora_edge.evaluation.results import read_results
 
 # F32 everywhere: what is decoded together changes no token.
 F32 = ("--kv-type", "f32", "--no-flash-attn", "--ctx", 256, "--threads", 1)
@@ -137,12 +135,8 @@ def test_items_are_chosen(made: TinyBundle, tmp_path: Path) -> None:
     path = sums(tmp_path / "sums.jsonl", 9)
     for given, expected in [
         (("--limit", 2), [0, 1]),
-        (("--items", "2:4"), [2, 3]),
-        (("--items", "7:"), [7, 8]),
-        (("--items", ":1"), [0]),
         (("--half", "dev"), [0, 2, 4, 6, 8]),
         (("--half", "test", "--limit", 2), [1, 3]),
-        (("--half", "test", "--items", "4:8"), [5, 7]),
     ]:
         out = tmp_path / "r.jsonl"
         result = run(made, path, "--strategies", "base", "-o", out, *given)
@@ -238,21 +232,6 @@ def test_a_conversation_that_the_template_refuses_is_one_too(tmp_path: Path) -> 
     assert any("one turn" in error for error in errors if error)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="there are no limits for a process")
-def test_code_is_run_only_where_it_is_allowed(made: TinyBundle, tmp_path: Path) -> None:
-    item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
-    path, out = task(tmp_path / "code.jsonl", item, max_tokens=4), tmp_path / "r.jsonl"
-    result = run(made, path, "-o", out)
-    assert result.exit_code == 1
-    assert "The task code runs code that the model writes, and nobody allowed it" in result.stderr
-    assert not out.exists()
-    assert run(made, path, "-o", out, "--allow-code", "--strategies", "base").exit_code == 0
-    (found,) = by_key(out).values()
-    assert (found["score"] == 1) is (found["failure"] == "")
-    assert isinstance(found["isolated"], list)
-    assert found["expected"] == "f"
-
-
 def test_json_has_every_item(made: TinyBundle, tmp_path: Path) -> None:
     path, file = sums(tmp_path / "sums.jsonl", 2), tmp_path / "r.json"
     assert run(made, path, "--strategies", "base", "--json", file).exit_code == 0
@@ -262,13 +241,17 @@ def test_json_has_every_item(made: TinyBundle, tmp_path: Path) -> None:
     assert json.loads(shown.stdout)["tasks"] == document["tasks"]
 
 
-def test_html_shows_items_and_layers(made: TinyBundle, tmp_path: Path) -> None:
+def test_html_shows_bars_and_items(made: TinyBundle, tmp_path: Path) -> None:
     path, page = sums(tmp_path / "sums.jsonl", 2), tmp_path / "r.html"
-    assert run(made, path, "--strategies", "static,qa-flora", "--html", page).exit_code == 0
+    result = run(made, path, "--strategies", "static,qa-flora", "--html", page)
+    assert result.exit_code == 0
     text = page.read_text(encoding="utf-8")
-    assert text.count('<span class="number">') == 2
+    assert text.count('<details class="item"') + text.count('<details class="item same"') == 2
+    assert text.count("<svg") == 3  # two scores, and qa-flora over static
     assert "thing 1 on a ring\nA number:" in text
-    assert text.count('<svg class="map"') == 1  # of qa-flora: static weighs all layers alike
+    lines = result.stdout.splitlines()
+    assert lines[0] == "sums: number, points"
+    assert [line.split()[0] for line in lines[2:4]] == ["static", "qa-flora"]
 
 
 @pytest.mark.parametrize(
@@ -279,13 +262,14 @@ def test_html_shows_items_and_layers(made: TinyBundle, tmp_path: Path) -> None:
         (("--strategies", "best"), 1, "Strategy 'best' is not known"),
         (("--strategies", ""), 2, "expected 1 to 100 strategies"),
         (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),
-        (("--items", "3"), 2, "'3' is no A:B, such as 0:50, with A below B"),
-        (("--items", "5:5"), 2, "with A below B"),
-        (("--items", "20:"), 2, "The task sums has 6 items, and none of them is chosen"),
-        (("-o", "none/r.jsonl"), 1, "none"),
-        (("--limit", "0"), 2, "0 is not in the range x>=1"),
+        (
+            ("one.jsonl", "--half", "test"),
+            2,
+            "The task one has 1 item, and none of them",
+        ),
+        (("--items", "2:4"), 2, "The option items is gone; use --limit N or --half dev|test."),
+        (("--allow-code",), 2, "The metric code is gone; benchmarks/code_metric.py runs eval with"),
         (("-o", "r.jsonl", "--json", "./r.jsonl"), 2, "r.jsonl is named twice; give each FILE a"),
-        (("--html", "sums.jsonl"), 2, "sums.jsonl is named twice"),
         (("sums.jsonl",), 2, "Two tasks have the name 'sums', expected different ones"),
     ],
 )
@@ -299,6 +283,7 @@ def test_wrong_usage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")
+    sums(tmp_path / "one.jsonl", 1)
     result = run(made, "sums.jsonl", *args)
     assert result.exit_code == code
     assert message in result.stderr
@@ -311,59 +296,6 @@ def test_a_base_alone_is_evaluated(made: TinyBundle, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     (found,) = by_key(out).values()
     assert (found["strategy"], found["weights"]) == ("base", {})
-
-
-@pytest.mark.parametrize(
-    ("metric", "scores", "best"),
-    [
-        ("number", {"static": [0, 0], "qa-flora": [0, 1], "norm": [1, 1]}, "norm"),
-        ("number", {"norm": [1, 0], "qa-flora": [0, 1], "static": [0, 0]}, "norm"),  # cheaper
-        ("number", {"qa-flora": [1, 1], "norm": [1, 1], "static": [1, 1]}, "static"),
-        ("number", {"static": [0, 1], "norm": [1, None]}, "static"),
-        ("loss", {"static": [2, 3], "norm": [1, 3], "qa-flora": [4, 0.5]}, "norm"),
-    ],
-)
-def test_the_best_strategy_by_hand(metric: str, scores: dict[str, list[Any]], best: str) -> None:
-    header = {
-        "base": {"sha256": "0"},
-        "adapters": [{"name": "math"}, {"name": "es"}],
-        "tasks": [{"name": "t", "metric": metric, "sha256": "0" * 64, "n_item": 2}],
-        "strategies": list(scores),
-        "options": {},
-        "version": "0",
-    }
-    records = [
-        {"task": "t", "item": i, "strategy": way, "score": score, "weights": {"math": 1, "es": 0}}
-        | {"probe_ms": {"qa-flora": 9.0, "norm": 2.0}.get(way, 0.0)}
-        for way, values in scores.items()
-        for i, score in enumerate(values)
-    ]
-    results = Results(header, tuple(records))
-    assert best_strategy(results) == best
-    found = evidence(results, best)
-    assert found["compared"] == list(scores)
-    (about,) = found["tasks"]
-    assert about["n_item"] == 2
-    assert about["score"][0] == sum(scores[best]) / 2
-    if best == "static":
-        assert about["over_static"] is None
-    else:
-        sign = -1 if metric == "loss" else 1
-        gain = sign * (sum(scores[best]) - sum(scores["static"])) / 2
-        assert about["over_static"][0] == pytest.approx(gain)
-
-
-def test_no_strategy_is_the_best_where_none_is_whole() -> None:
-    header = {
-        "base": {"sha256": "0"},
-        "adapters": [],
-        "tasks": [{"name": "t", "metric": "number", "sha256": "0", "n_item": 2}],
-        "strategies": ["base"],
-        "options": {},
-    }
-    record = {"task": "t", "item": 0, "strategy": "base", "score": None, "weights": {}}
-    with pytest.raises(ResultsFileError, match="No strategy can be saved: none has a score"):
-        best_strategy(Results(header, (record,)))
 
 
 def test_save_makes_the_best_strategy_the_default(tmp_path: Path) -> None:

@@ -1,9 +1,25 @@
-"""Scores of answers, by hand."""
+"""Scores of answers, the numbers in them, and metrics of a program's own; all by hand."""
+
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss
+from qaflora_edge import Metric, register_metric
+from qaflora_edge.errors import TaskFileError
+from qaflora_edge.evaluation import metrics
+from qaflora_edge.evaluation.metrics import (
+    BUILT_IN,
+    as_number,
+    check_answer,
+    choice_score,
+    last_number,
+    loss,
+)
+from qaflora_edge.evaluation.tasks import read_task
 
 
 @pytest.mark.parametrize(
@@ -28,7 +44,7 @@ from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss
     ],
 )
 def test_scores_by_hand(metric: str, answer: str, expected: object, score: int) -> None:
-    assert answer_score(metric, answer, expected) == score
+    assert BUILT_IN[metric].score(answer, {"answer": expected}) == score
 
 
 def logs(*rows: list[float]) -> list[np.ndarray]:
@@ -38,16 +54,170 @@ def logs(*rows: list[float]) -> list[np.ndarray]:
 def test_choices_by_sum_and_by_mean() -> None:
     """The first has the larger sum, -3 against -4; the second the larger mean, -1 against -1.5."""
     given = logs([-1, -2], [-1, -1, -1, -1])
-    expected = {"log_probs": [-3, -4], "n_tokens": [2, 4]}
     for answer, by_sum, by_mean in ((0, 1, 0), (1, 0, 1)):
-        both = {**expected, "score_sum": by_sum, "score_mean": by_mean}
-        assert choice_score(given, answer, "sum") == {**both, "score": by_sum}
-        assert choice_score(given, answer, "mean") == {**both, "score": by_mean}
+        assert choice_score(given, {"choices": ["a", "b"], "answer": answer}) == {
+            "score": by_mean,
+            "answer": "b",
+            "log_probs": [-3, -4],
+            "n_tokens": [2, 4],
+            "score_sum": by_sum,
+            "score_mean": by_mean,
+        }
 
 
 def test_a_tie_of_choices_is_not_right() -> None:
-    assert choice_score(logs([-1], [-1]), 0, "mean")["score"] == 0
+    assert choice_score(logs([-1], [-1]), {"choices": ["a", "b"], "answer": 0})["score"] == 0
 
 
 def test_loss_is_nats_a_token() -> None:
-    assert loss(logs([-1, -2, -6])[0]) == 3
+    assert loss(logs([-1, -2, -6]), {}) == 3
+
+
+# metrics of a program's own
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_registry", {})
+
+
+def polite(answer: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"score": float("please" in answer), "words": len(answer.split())}
+
+
+def test_a_registered_metric_stands_with_the_others(tmp_path: Path) -> None:
+    register_metric(Metric("polite", polite, needs="manners"))
+    register_metric(Metric("polite", polite, needs="manners", check=lambda fields: None))  # again
+    assert [*metrics.metrics()] == [*BUILT_IN, "polite"]
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"question": "Ask for tea.", "manners": "any"}\n')
+    task = read_task(path)
+    assert task.metric == "polite"
+    assert task.by.score("Tea, please", {}) == {"score": 1.0, "words": 2}
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (Metric("loss", polite), "'loss': the package has one of that name, expected another"),
+        (Metric("Not a name", polite), "expected a qaflora_edge.Metric whose name has small let"),
+        (polite, "expected a qaflora_edge.Metric whose name has small letters"),
+    ],
+)
+def test_what_is_no_metric_is_refused(metric: Any, message: str) -> None:
+    with pytest.raises(TaskFileError) as failure:
+        register_metric(metric)
+    assert message in str(failure.value)
+    assert metrics.metrics() == BUILT_IN
+
+
+def test_an_answer_is_expected_unless_a_metric_checks_otherwise() -> None:
+    assert check_answer({"answer": ["a", 5]}) is None
+    assert check_answer({"answer": True}) == ("answer", "a text or number, or a list of them")
+
+
+# the last number of an answer
+
+# Answer -> what it may stand for, in any order.
+ANSWERS = [
+    ("#### 12", "12"),
+    ("The answer is 12.", "12"),
+    ("6 and 6 make **12**", "12"),
+    ("It costs $12", "12"),
+    ("12.50", "12.5"),
+    ("12,5 euros", "12.5"),
+    ("1,234", "1234 1.234"),
+    ("1.234", "1234 1.234"),
+    ("1.234,50 €", "1234.5"),
+    ("$1,234.50.", "1234.5"),
+    ("1,234,567", "1234567"),
+    ("1,23,456 rupees", "123456"),
+    ("2,000", "2000"),
+    ("2.000", "2000 2"),
+    ("0,500", "0.5"),
+    ("1'234", "1234"),
+    ("Всего 3 400 рублей", "3400 400"),
+    ("80\u00a0000 $", "80000 0"),
+    ("一共是18。", "18"),
+    ("１，２３４ 个", "1234 1.234"),
+    ("٣٬٤٠٠", "3400"),
+    ("١٢٫٥", "12.5"),
+    ("४२", "42"),
+    ("\\boxed{42}", "42"),
+    ("\\boxed{1{,}234} dollars, by 3 steps", "1234 1.234"),
+    ("#### 12 eggs\nin 3 days", "12"),
+    ("#### $1,234.50\n", "1234.5"),
+    ("#### 1. Count the eggs\nThere are 16 of them.\n#### 2. Step\nIt is 18", "18"),
+    ("#### Step 3: add\n5 + 6 = 11", "11"),
+    ("#### -7%", "-7"),
+    ("\\boxed{x = 12} #### 5 of 7", "12"),
+    ("#### 5\nno:\n#### 7", "7"),
+    ("so 7 ####", "7"),
+    (".5", "0.5"),
+    ("$.50", "0.5"),
+    ("-.5", "-0.5"),
+    ("so ...5", "5"),
+    ("(3,-5)", "-5"),
+    ("-5", "-5"),
+    ("−5", "-5"),
+    ("= -$5", "-5"),
+    ("$-5", "-5"),
+    ("8 - 3", "3"),
+    ("8-3", "3"),
+    ("pages 3–5", "5"),
+    ("COVID-19", "19"),
+    ("x2", "2"),
+    ("12kg", "12"),
+    ("50%", "50"),
+    ("10:30", "30"),
+    ("3,4,5", "5"),
+    ("1.5,2.5", "2.5"),
+    ("1e3", "1000"),
+    ("1.2.3", "3"),
+    ("", ""),
+    ("none", ""),
+    ("####", ""),
+    ("9" * 200, ""),
+    ("12 " * 60, "12"),
+]
+
+
+@pytest.mark.parametrize(("answer", "values"), ANSWERS)
+def test_the_last_number_by_hand(answer: str, values: str) -> None:
+    assert last_number(answer) == {Decimal(value) for value in values.split()}
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (18, "18"),
+        (2.5, "2.5"),
+        ("18", "18"),
+        (" -1,234.5 ", "-1234.5"),
+        ("1e3", "1000"),
+        (0.1, "0.1"),
+    ],
+)
+def test_numbers_of_tasks(value: object, number: str) -> None:
+    assert as_number(value) == Decimal(number)
+
+
+NOT_NUMBERS = [
+    True,
+    None,
+    "",
+    "ten",
+    "1,2",
+    "0,125",
+    "1234,567",
+    "1.2.3",
+    "5 eggs",
+    "١",
+    [5],
+    "nan",
+]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+def test_what_is_no_number_of_a_task(value: object) -> None:
+    assert as_number(value) is None

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from made_results import header, record
 
-from qaflora_edge.evaluation.metrics import programs
-from qaflora_edge.evaluation.sandbox import run_program
+from qaflora_edge import Metric
+from qaflora_edge.evaluation import metrics
 from qaflora_edge.evaluation.tasks import read_task
+
+pytestmark = pytest.mark.slow  # Pythons of its own
 
 PACKAGE = '''
 import functools
@@ -50,6 +52,13 @@ def silent(n):
     """A function that says nothing of what it gives, and so cannot be checked by anyone."""
     return n
 '''
+
+
+@pytest.fixture(autouse=True)
+def _code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tasks have the metric; the scripts register their own."""
+    code = Metric("code", lambda answer, fields: 0.0, needs="test", check=lambda fields: None)
+    monkeypatch.setattr(metrics, "_registry", {"code": code})
 
 
 def test_problems_of_a_package(tmp_path: Path, checkout: Path) -> None:
@@ -107,13 +116,3 @@ def test_right_answers_are_kept_as_code_alone(tmp_path: Path, checkout: Path) ->
         f"```python\nimport math\n\n{code}",
     ]
     assert {each["question"] for each in found} == {task.question(task.items[0])}
-
-
-@pytest.mark.parametrize(("body", "expected"), [("n + n", True), ("n * n + 1", False)])
-def test_the_examples_judge_an_answer(
-    tmp_path: Path, checkout: Path, body: str, expected: bool
-) -> None:
-    test_problems_of_a_package(tmp_path, checkout)
-    (item,) = read_task(tmp_path / "problems.jsonl").items
-    answer = f"```python\ndef twice(n):\n    return {body}\n```"
-    assert run_program(*programs(answer, item.fields)).is_passed is expected

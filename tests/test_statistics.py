@@ -1,16 +1,13 @@
 """Intervals against closed formulas, exact enumeration and coverage."""
 
-import importlib.util
 import itertools
 import math
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import pytest
 
-from qaflora_edge.errors import OptionError
-from qaflora_edge.evaluation.statistics import check_can_estimate, difference, mean, mean_of_means
+from qaflora_edge.evaluation.statistics import difference, mean, mean_of_means
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -91,18 +88,7 @@ def test_equal_values_have_no_width_and_one_item_no_interval() -> None:
     assert math.isnan(alone.high)
 
 
-@pytest.mark.slow
-def test_bootstrap_holds_the_truth_as_often_as_it_says() -> None:
-    """150 draws of true mean 0.1: 95 % plus or minus 1.8 %."""
-    rng = np.random.default_rng(5)
-    n_held = 0
-    for _ in range(150):
-        found = mean_of_means([rng.choice([-1.0, 0.0, 1.0], size=60, p=[0.15, 0.6, 0.25])])
-        n_held += found.low <= 0.1 <= found.high
-    assert 0.9 <= n_held / 150 <= 0.99
-
-
-@pytest.mark.parametrize("n_item", [40, 125, 250])
+@pytest.mark.parametrize("n_item", [40, 250])
 @pytest.mark.parametrize(("less", "more"), [(0.0, 0.03), (0.02, 0.02), (0.05, 0.05), (0.05, 0.15)])
 def test_difference_of_few_answers_holds_the_truth(n_item: int, less: float, more: float) -> None:
     """2000 draws: the share stays above 95 % less three standard deviations of 0.5 %."""
@@ -112,19 +98,3 @@ def test_difference_of_few_answers_holds_the_truth(n_item: int, less: float, mor
         found = difference([drawn], is_right=True)
         n_held += found.low <= more - less <= found.high
     assert n_held / 2000 > 0.935
-
-
-def test_missing_scipy_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_can_estimate()
-    find = importlib.util.find_spec
-
-    def without(name: str, *args: Any) -> Any:
-        return None if name == "scipy" else find(name, *args)
-
-    monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(OptionError) as failure:
-        check_can_estimate()
-    assert str(failure.value) == (
-        "Intervals need scipy, which is not installed. Install it with "
-        "`pip install 'qaflora-edge[eval]'`."
-    )

@@ -2,7 +2,7 @@
 
     pip install algorithms boltons more-itertools pydash toolz
     python models/recipes/problems.py algorithms boltons more_itertools pydash toolz -o ask.jsonl
-    qaflora eval BUNDLE ask.jsonl --strategies base --allow-code --temp 0.7 -o answers.jsonl
+    python benchmarks/code_metric.py eval BUNDLE ask.jsonl --temp 0.7 -o answers.jsonl
     python models/recipes/solved.py ask.jsonl answers.jsonl -o solved.jsonl
     python models/recipes/train.py code-solved --base BASE.gguf --data . -o coder
 

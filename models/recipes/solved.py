@@ -3,7 +3,7 @@
     python models/recipes/solved.py ask.jsonl answers.jsonl ... -o solved.jsonl
 
 Of each the code alone is kept, without docstrings and examples, if it still passes. An answer that
-was given twice is kept once. What the answers say is run, as `qaflora eval --allow-code` runs it.
+was given twice is kept once. What the answers say is run, as benchmarks/code_metric.py runs it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.evaluation.metrics import programs
 from qaflora_edge.evaluation.results import read_results
-from qaflora_edge.evaluation.sandbox import check_can_run, run_program
 from qaflora_edge.evaluation.tasks import read_task
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from code_metric import programs, register
+from sandbox import run_program
 
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
 
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS")
     parser.add_argument("-o", dest="out", type=Path, required=True)
     args = parser.parse_args()
-    check_can_run()
+    register()
     task, found = read_task(args.task), dict[str, None]()
     for path in args.results:
         if task.sha256 not in (each["sha256"] for each in read_results(path).header["tasks"]):

@@ -33,7 +33,6 @@ VERBS = {
     "list": "List the bundles and bases that are here.",
     "remove": "Remove a model, an adapter or a bundle that was pulled.",
     "bench": "Measure speed on this machine.",
-    "report": "Show what results of `qaflora eval` say.",
     "doctor": "Report the library, the devices and the versions.",
     "settings": "Show what is set by environment and settings file.",
     "completion": "Print or install completion for a shell.",

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qaflora_edge.cli.compare import expand
-from qaflora_edge.cli.eval_tasks import (
-    HALVES,
-    asked_under,
-    check_code,
-    check_names,
-    choose,
-    header,
-    span,
-)
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
@@ -35,14 +26,22 @@ from qaflora_edge.files import one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.evaluation.results import Results
-    from qaflora_edge.evaluation.run import Evaluation
+    from qaflora_edge.evaluation.results import Record, Results
+    from qaflora_edge.evaluation.run import Asking, Evaluation
+    from qaflora_edge.evaluation.table import Cell
+    from qaflora_edge.evaluation.tasks import Task
+    from qaflora_edge.show.results_page import ItemShown, TaskShown
+
+HALVES = ("dev", "test")
+NOTES = """\
+In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.
+*: the best single adapter, found on these items, in hindsight."""
 
 
 @command(
     "qaflora eval models/demo sums.jsonl",
     "qaflora eval models/demo sums.jsonl chat.jsonl --strategies base,static,qa-flora -o r.jsonl",
-    "qaflora eval models/demo humaneval.jsonl --allow-code --limit 20",
+    "qaflora eval models/demo sums.jsonl --limit 20 --html results.html",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument(
@@ -60,7 +59,7 @@ if TYPE_CHECKING:
     "-o",
     "--output",
     "out",
-    help="Write each result to FILE as it comes. A file that was begun is gone on with.",
+    help="Write each result to FILE as it comes. A file that was begun is resumed.",
     **out_file(metavar="FILE.jsonl"),
 )
 @click.option(
@@ -70,25 +69,15 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, allow_dash=True),
     help="Write one JSON object with every result to FILE; `-` is stdout.",
 )
-@click.option(
-    "--html",
-    help="Write a page that stands alone, with every item, to FILE; with --layers.",
-    **out_file(),
-)
+@click.option("--html", help="Write one page with bars and every item to FILE.", **out_file())
 @click.option("--adapters", metavar="NAME,NAME,...", help="The adapters in use.  [default: all]")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")
-@click.option("--items", metavar="A:B", callback=span, help="Ask items A to B - 1, from 0.")
 @click.option(
     "--half",
     type=click.Choice(HALVES),
     help="Ask one half of the items: dev has 0, 2, 4, ..., test has 1, 3, 5, ...",
 )
 @click.option("--layers", is_flag=True, help="Keep the weights of every layer in the results.")
-@click.option(
-    "--allow-code",
-    is_flag=True,
-    help="Run the code that the model writes, for tasks that test it: see docs/evaluate.md.",
-)
 @click.option(
     "--save",
     is_flag=True,
@@ -105,10 +94,8 @@ def eval(
     html: Path | None,
     adapters: str | None,
     limit: int | None,
-    items: range | None,
     half: str | None,
     layers: bool,
-    allow_code: bool,
     save: bool,
     options: SharedOptions,
 ) -> None:
@@ -118,35 +105,32 @@ def eval(
     scored; docs/evaluate.md says how to write one. Every item is asked under every strategy, many
     at once (--parallel).
     """
+    from qaflora_edge.cli.doctor import cpu_name
     from qaflora_edge.evaluation.results import ResultsFile
-    from qaflora_edge.evaluation.run import Asking, Evaluation
-    from qaflora_edge.evaluation.statistics import check_can_estimate
+    from qaflora_edge.evaluation.run import Asking, Evaluation, header
     from qaflora_edge.evaluation.tasks import read_task
 
-    check_can_estimate()
     check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
     if save:
         _check_can_save(bundle, adapters)
     read = [read_task(path) for path in tasks]
-    check_names(read)
-    check_code(read, allow_code)
-    chosen = choose(read, limit=limit, items=items, half=half)
-    layers = layers or html is not None
+    chosen = _chosen(read, limit, half)
     asking = Asking(options.sampling, raw_prompt=options.raw_prompt, has_layers=layers)
     with open_engine(bundle, options) as engine:
         if adapters is not None:
             engine.use_strategy("base")  # one that names no adapter
             engine.use_adapters(adapters.split(","))
         strategies = _strategies(engine, ways, options.strategy)
-        told = asked_under(engine, asking, options)
-        head = header(bundle_folder(bundle), engine, read, strategies, asking, told)
+        told = _asked_under(engine, asking, options)
+        folder = bundle_folder(bundle)
+        head = header(folder, engine, read, strategies, asking, told, machine=cpu_name())
         file = ResultsFile(out, head)
         with file.opened():
             evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
             _run(evaluation)
     _show(file.results, json_path, html)
     if save:
-        _save(bundle, file.results)
+        _save(folder, file.results)
     click.get_current_context().exit(1 if evaluation.n_failed else 0)
 
 
@@ -161,20 +145,26 @@ def _check_can_save(bundle: str, adapters: str | None) -> None:
     check_can_change(bundle_folder(bundle))
 
 
-def _save(bundle: str, results: Results) -> None:
-    from qaflora_edge.bundles.edit import set_default
-    from qaflora_edge.evaluation.best import best_strategy, evidence
+def _chosen(tasks: Sequence[Task], limit: int | None, half: str | None) -> dict[str, range]:
+    """Choose the indexes of the items that are asked, by task.
 
-    folder, strategy = bundle_folder(bundle), best_strategy(results)
-    options = results.header["options"]
-    set_default(
-        folder,
-        strategy,
-        lens=options["lens"],
-        pool=options["pool"],
-        evidence=evidence(results, strategy),
-    )
-    click.echo(f"The strategy of {folder} is {strategy} from now on.", err=True)
+    Raises UsageError where two tasks have one name, or a task has no item left.
+    """
+    start, step = (0, 1) if half is None else (HALVES.index(half), 2)
+    chosen: dict[str, range] = {}
+    for task in tasks:
+        if task.name in chosen:
+            raise click.UsageError(
+                f"Two tasks have the name {task.name!r}, expected different ones: give one of them "
+                'another, as in {"task": {"name": "..."}} in its first line.'
+            )
+        chosen[task.name] = range(start, len(task.items), step)[:limit]
+        if not chosen[task.name]:
+            raise click.UsageError(
+                f"The task {task.name} has 1 item, and none of them is in this half; leave --half "
+                "or the task out."
+            )
+    return chosen
 
 
 def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> list[str]:
@@ -185,6 +175,19 @@ def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> li
     for each in found:
         engine.use_strategy(each)  # says what is wrong with one that cannot be followed
     return found
+
+
+def _asked_under(engine: Engine, asking: Asking, options: SharedOptions) -> dict[str, Any]:
+    """Collect the options that a results file tells."""
+    sampling = {**asking.sampling, "stop": list(asking.sampling["stop"])}
+    del sampling["max_tokens"]  # that of each task is in its facts
+    engine_options = {"lens": engine.lens, "pool": engine.pool}
+    engine_options |= {key: options.engine[key] for key in ("n_ctx", "kv_type", "flash_attn")}
+    if engine.system:
+        engine_options["system"] = engine.system
+    if (adapter_type := options.engine["adapter_type"]) != "auto":
+        engine_options["adapter_type"] = adapter_type
+    return engine_options | sampling
 
 
 def _run(evaluation: Evaluation) -> None:
@@ -209,27 +212,86 @@ def _run(evaluation: Evaluation) -> None:
 
         try:
             evaluation.run(tell)
-        except (KeyboardInterrupt, SystemExit):  # SIGTERM
+        finally:  # also of Ctrl-C
             say_sum()
-            raise
-    say_sum()
 
 
 def _show(results: Results, json_path: str | None, html: Path | None) -> None:
-    from qaflora_edge.cli.eval_table import table
-    from qaflora_edge.evaluation.summary import summarise
+    from qaflora_edge.cli.tables import columns, plain
+    from qaflora_edge.evaluation.table import cells, rows, total_rows
 
-    found = summarise([("", results)])
-    if json_path != "-":
-        click.echo(table(found))
+    found = cells(results)
+    document = json.dumps(
+        {**results.header, "results": list(results.records)}, ensure_ascii=json_path == "-"
+    )
+    if json_path == "-":
+        click.echo(document)
+    else:
+        for cell in found:
+            click.echo(f"{plain(cell.name)}: {cell.task['metric']}, {cell.unit}")
+            lines = [[*map(plain, row)] for row in rows(cell)]
+            click.echo("\n".join([*columns(lines), ""]))
+        for title, total in total_rows(found):
+            click.echo("\n".join([title, *columns([[*map(plain, row)] for row in total]), ""]))
+        click.echo(NOTES)
+    if json_path not in (None, "-"):
+        write_text_atomic(str(json_path), document + "\n")
     if html is not None:
-        from qaflora_edge.cli.eval_html import eval_html
+        from qaflora_edge.show.results_page import results_page
 
-        write_text_atomic(html, eval_html(found))
-    if json_path is not None:
-        document = {**results.header, "results": list(results.records)}
-        text = json.dumps(document, ensure_ascii=json_path == "-")
-        if json_path == "-":
-            click.echo(text)
-        else:
-            write_text_atomic(json_path, text + "\n")
+        head = results.header
+        title = f"Evaluation of {head['bundle']} on {head['base']['name']}"
+        facts = {"strategies": ", ".join(results.strategies), **head["options"]}
+        facts |= {"version": head["version"], "machine": head["machine"]}
+        write_text_atomic(html, results_page(title, facts, [_task_shown(cell) for cell in found]))
+
+
+def _task_shown(cell: Cell) -> TaskShown:
+    from qaflora_edge.evaluation.table import STATIC, estimate
+    from qaflora_edge.show.results_page import Bar, TaskShown
+
+    best = cell.best_single()
+
+    def bar(found: Any, *, is_difference: bool) -> Bar | None:
+        text = estimate(found, cell.unit, is_difference=is_difference)
+        return found and Bar(text, found.value, found.low, found.high)
+
+    lines = {
+        strategy: (
+            bar(cell.score(strategy), is_difference=False),
+            *(bar(cell.gain(strategy, over), is_difference=True) for over in (STATIC, best)),
+        )
+        for strategy in cell.rows
+    }
+    items = sorted({item for rows in cell.rows.values() for item in rows})
+    heads = (f"score, {cell.unit}", "over static", f"over {best or 'the best single adapter'}")
+    return TaskShown(
+        cell.name, str(cell.task["metric"]), heads, lines, [_item_shown(cell, i) for i in items]
+    )
+
+
+def _item_shown(cell: Cell, index: int) -> ItemShown:
+    from qaflora_edge.evaluation.table import number
+    from qaflora_edge.show.results_page import AnswerShown, ItemShown
+
+    given: Mapping[str, Record] = {
+        strategy: rows[index] for strategy, rows in cell.rows.items() if index in rows
+    }
+    answers = []
+    for strategy, row in given.items():
+        score = row["score"]
+        mix = ", ".join(f"{name} {w:.2f}" for name, w in row["weights"].items() if w) or "base"
+        shown = "failed" if score is None else number(cell.factor * score, cell.unit)
+        answers.append(AnswerShown(strategy, shown, mix, row.get("error") or row.get("answer")))
+    first = next(iter(given.values()))
+    return ItemShown(index, str(first.get("question", "")), first.get("expected"), answers)
+
+
+def _save(folder: Path, results: Results) -> None:
+    from qaflora_edge.bundles.edit import set_default
+    from qaflora_edge.evaluation.table import best_strategy, evidence
+
+    strategy, options = best_strategy(results), results.header["options"]
+    told = evidence(results, strategy)
+    set_default(folder, strategy, lens=options["lens"], pool=options["pool"], evidence=told)
+    click.echo(f"The strategy of {folder} is {strategy} from now on.", err=True)

@@ -4,9 +4,14 @@ from collections.abc import Sequence, Set
 from html import escape
 from itertools import zip_longest
 
-from qaflora_edge.cli.eval_words import plain
+from qaflora_edge.show.picture_text import beginning
 
 _MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|#&~$"})
+
+
+def plain(text: object) -> str:
+    """Write a text on one line, with what a terminal would obey spelt out."""
+    return beginning(str(text))
 
 
 def table(

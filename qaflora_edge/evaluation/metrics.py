@@ -1,146 +1,301 @@
-"""How answers are scored: 1 or 0, or nats a token; the code of an answer as a program."""
+"""Metrics: how an answer is scored, and the registry of all that there are."""
 
 import re
-import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.evaluation.last_number import as_number, is_number
+from qaflora_edge.errors import TaskFileError
+
+ENTRY_POINTS = "qaflora_edge.metrics"  # the group in which packages offer theirs
+CHOICES_MAX = 26  # as many as there are letters
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+
+Fields = Mapping[str, Any]
+# A field of an item, and what it should be; None where all is well.
+Fault = tuple[str, str] | None
 
 
-def answer_score(metric: str, answer: str, expected: Any) -> float:
-    """1.0 for a right answer, else 0.0.
+def check_answer(fields: Fields) -> Fault:
+    """Expect `answer`: a text or number, or a list of them."""
+    return _fault(fields, "a text or number", lambda each: bool(str(each).strip()))
 
-    metric    number (the last one is it), exact (the same text) or contains (the text is in it)
-    expected  a number or text, or several, one of which is enough
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to score an item. Give an object to register_metric.
+
+    name   as in {"task": {"metric": NAME}}: small letters, digits and hyphens
+    score  answer, the item's fields -> 1.0 for right, 0.0 for wrong or a number between; or a dict
+           with `score` and more fields for the results file
+    needs  field that marks an item as one of this metric
+    check  the item's fields -> the field that is wrong and what it should be, or None
+    is_likelihood  score gets log-probabilities in nats, a float32 [n_token] for each text that is
+           scored, in place of an answer: nothing is generated
     """
-    right = _METRICS[metric]
-    several = expected if isinstance(expected, list) else [expected]
-    return float(any(right(answer, each) for each in several))
+
+    name: str
+    score: Callable[[Any, Fields], float | Mapping[str, Any]]
+    needs: str = "answer"
+    check: Callable[[Fields], Fault] = check_answer
+    is_likelihood: bool = False
+
+
+_registry: dict[str, Metric] = {}
+
+
+def register_metric(metric: Metric) -> None:
+    """Let tasks of this process be scored by a metric of its own.
+
+    Packages offer theirs by an entry point in the group `qaflora_edge.metrics` that names a Metric
+    object. A metric replaces an earlier one of its name, so that a notebook's cell can run twice;
+    those of the package stay.
+
+    Raises TaskFileError for a name that is taken or malformed, or an object that is no Metric.
+    """
+    if not isinstance(metric, Metric) or not _NAME.fullmatch(str(metric.name)):
+        raise TaskFileError(
+            f"Cannot register the metric {metric!r}, expected a qaflora_edge.Metric whose name has "
+            "small letters, digits and hyphens, at most 40, and begins with a letter. Correct it."
+        )
+    if metric.name in BUILT_IN:
+        raise TaskFileError(
+            f"Cannot register the metric {metric.name!r}: the package has one of that name, "
+            "expected another. Choose another name."
+        )
+    _registry[metric.name] = metric
+
+
+def metrics() -> dict[str, Metric]:
+    """Give every metric by its name: the package's own first."""
+    _load_entry_points()
+    return BUILT_IN | _registry
+
+
+@cache
+def _load_entry_points() -> None:
+    from importlib.metadata import entry_points  # slow to import
+
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            register_metric(point.load())
+        except Exception as error:  # another package's code: anything may come
+            raise TaskFileError(
+                f"The metric {point.name!r} of the entry point {point.value} cannot be used: "
+                f"{error}. Correct or remove its package."
+            ) from error
+
+
+# the metrics of the package
+
+
+def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], float]:
+    """Score 1 where one of the item's answers is right."""
+    return lambda answer, fields: float(
+        any(is_right(answer, each) for each in listed(fields["answer"]))
+    )
+
+
+def listed(answer: Any) -> list[Any]:
+    """Give the answers of an item as a list; one of them is enough."""
+    return answer if isinstance(answer, list) else [answer]
 
 
 def _ends_with_number(answer: str, expected: Any) -> bool:
-    number = as_number(expected)
-    return number is not None and is_number(answer, number)
+    return as_number(expected) in last_number(answer)
 
 
-_METRICS: dict[str, Callable[[str, Any], bool]] = {
-    "number": _ends_with_number,
-    "exact": lambda answer, expected: _spaced(answer) == _spaced(str(expected)),
-    "contains": lambda answer, e: _spaced(str(e)).casefold() in _spaced(answer).casefold(),
-}
+def _spaced(text: Any) -> str:
+    """Write a text in Unicode's NFC, with single spaces for all white space, none at its ends."""
+    return " ".join(unicodedata.normalize("NFC", str(text)).split())
 
 
-def _spaced(text: str) -> str:
-    """A text in Unicode's NFC, with single spaces for all white space and none at its ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def choice_score(log_probs: Sequence[F32], answer: int, score_by: str) -> dict[str, Any]:
-    """Which choice is the likeliest, by all its tokens and by their mean.
+def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
+    """Tell whether the right choice is the likeliest, by the mean and by the sum of its tokens.
 
     log_probs  of each choice's tokens, in nats: float32 [n_token] each
-    score_by   "sum" or "mean": which of them is the score
 
-    A tie is no right answer.
+    A tie is no right answer. `score` is by the mean.
     """
+    right, choices = fields["answer"], fields["choices"]
     sums = [float(each.sum(dtype=np.float64)) for each in log_probs]
     n_tokens = [len(each) for each in log_probs]
     means = [total / n for total, n in zip(sums, n_tokens, strict=True)]
-    scores = {"sum": _is_best(sums, answer), "mean": _is_best(means, answer)}
+    by_sum, by_mean = (
+        float(all(each[right] > value for i, value in enumerate(each) if i != right))
+        for each in (sums, means)
+    )
     return {
-        "score": scores[score_by],
+        "score": by_mean,
+        "answer": choices[int(np.argmax(means))],
         "log_probs": [round(total, 4) for total in sums],
         "n_tokens": n_tokens,
-        "score_sum": scores["sum"],
-        "score_mean": scores["mean"],
+        "score_sum": by_sum,
+        "score_mean": by_mean,
     }
 
 
-def _is_best(values: Sequence[float], index: int) -> float:
-    return float(all(values[index] > value for i, value in enumerate(values) if i != index))
+def loss(log_probs: Sequence[F32], fields: Fields) -> float:
+    """Nats a token of a continuation with log-probabilities float32 [n_token]."""
+    return -float(log_probs[0].mean(dtype=np.float64))
 
 
-def loss(log_probs: F32) -> float:
-    """Nats a token of a continuation whose tokens' log-probabilities are float32 [n_token]."""
-    return -float(log_probs.mean(dtype=np.float64))
+def _fault(fields: Fields, what: str, is_right: Callable[[Any], bool]) -> Fault:
+    several = listed(fields.get("answer"))
+    kinds = all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in several)
+    if several and kinds and all(map(is_right, several)):
+        return None
+    return "answer", f"{what}, or a list of them"
 
 
-# A block between fences; one that is not closed goes to the end.
-_FENCED = re.compile(
-    r"^[ \t]*(?P<fence>```+|~~~+)[^\n]*\n(?P<code>.*?)(^[ \t]*(?P=fence)|\Z)", re.S | re.M
+def _check_number(fields: Fields) -> Fault:
+    return _fault(fields, "a number", lambda each: as_number(each) is not None)
+
+
+def _check_choice(fields: Fields) -> Fault:
+    choices, answer = fields.get("choices"), fields.get("answer")
+    if not (
+        isinstance(choices, list)
+        and 2 <= len(choices) <= CHOICES_MAX
+        and all(isinstance(each, str) and each.strip() for each in choices)
+    ):
+        return "choices", f"a list of 2 to {CHOICES_MAX} texts"
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        return "answer", f"the number of a choice, 0 to {len(choices) - 1}"
+    return None
+
+
+def _check_loss(fields: Fields) -> Fault:
+    text = fields.get("continuation")
+    is_text = isinstance(text, str) and bool(text.strip())
+    return None if is_text else ("continuation", "a text that is not blank")
+
+
+BUILT_IN = {
+    metric.name: metric
+    for metric in (
+        Metric("number", _any_of(_ends_with_number), check=_check_number),
+        Metric("exact", _any_of(lambda answer, each: _spaced(answer) == _spaced(each))),
+        Metric(
+            "contains",
+            _any_of(lambda answer, each: _spaced(each).casefold() in _spaced(answer).casefold()),
+        ),
+        Metric("choice", choice_score, "choices", _check_choice, is_likelihood=True),
+        Metric("loss", loss, "continuation", _check_loss, is_likelihood=True),
+    )
+}
+
+
+# the number that an answer ends with, as people of many languages write numbers
+
+_GROUP = ",.'’٬ \u00a0\u2009\u202f"  # between thousands, somewhere in the world
+_CURRENCY = "$€£¥₽₹"
+_MINUS = "-−–"
+_DIGITS = rf"\d+([{_GROUP}]\d+)*([eE][+-]?\d{{1,3}}(?!\w))?"
+# Digits with separators in between, or a point before all; a minus after a word is a hyphen.
+_TOKEN = re.compile(
+    rf"((?<!\w)(?P<minus>[{_MINUS}]))?([{_CURRENCY}][ \u00a0]?)?"
+    rf"(?P<digits>{_DIGITS}|(?<![\w.,])\.{_DIGITS})"
 )
-_CODE_LINE = re.compile(r"^(from \w|import \w|def |async def |class |@)", re.M)
-_FUTURE = re.compile(r"^from __future__ import .*\n", re.M)
-_SHORTENED_MAX = 40  # lines that may be left out at the end of an answer
+# `#### 12 eggs`, and not the heading `#### 1. Count the eggs`.
+_ALONE = rf"[{_MINUS}]?[{_CURRENCY}]?[ \t]?(?>{_DIGITS})[ \t%{_CURRENCY}]*+[^\W\d]*+\.?[ \t]*+$"
+_MARK = re.compile(rf"\\boxed\s*\{{|####[ \t]*+(?={_ALONE})", re.MULTILINE)
+_SPACES = re.compile(r"[ \u00a0\u2009\u202f]")
+_LONGEST = 100  # digits and separators of a number; what is longer is none
 
 
-def programs(answer: str, fields: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Readings of an answer as a program, the likeliest first, and the test that follows it.
+def last_number(answer: str) -> frozenset[Decimal]:
+    """The values that the last number of an answer may stand for; none where it has no number.
 
-    fields  of the item: `test`; `entry_point` and `prompt` where it has them. An answer that does
-            not define the entry point is taken for the body of the prompt's function.
+    It is the first one in the last `\\boxed{}`, or behind `####` where the line has little else.
+    Digits are those of any script. What may be thousands or decimals, as 1.234, stands for both;
+    so may 100 200 for two numbers.
     """
-    entry, header = str(fields.get("entry_point", "")), str(fields.get("prompt", ""))
-    test = f"{fields['test']}\n"
-    if entry and re.search(r"^def check\(", test, re.M):
-        test += f"\ncheck({entry})\n"
-    code = _code(answer, entry)
-    if not entry or not header or _defines(code, entry):
-        start = _before(header, entry)
-        found = (f"{start}{each}\n" for each in _whole(code))
-        return [reading for each in found for reading in (each, _ordered(each))], test
-    return [f"{header.rstrip()}\n{each}\n" for each in _bodies(code)], test
+    text = _plain(answer)
+    marks = list(_MARK.finditer(text))
+    if marks:
+        first = next(_numbers(text[marks[-1].end() :]), None)
+        if first is not None:
+            return first
+    found: frozenset[Decimal] = frozenset()
+    for found in _numbers(text):  # noqa: B007
+        pass
+    return found
 
 
-def _ordered(program: str) -> str:
-    """A program whose imports from __future__ are its first lines, as they have to be."""
-    return "".join([*_FUTURE.findall(program), _FUTURE.sub("", program)])
+def as_number(value: object) -> Decimal | None:
+    """A JSON number, or a text that is one number and nothing else; None for anything else.
+
+    A text may have commas between thousands, and a point before decimals.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    text = repr(value) if isinstance(value, float) else str(value)
+    whole, point, rest = text.strip().partition(".")
+    text = (whole.replace(",", "") if _is_grouped(whole.lstrip("+-")) else whole) + point + rest
+    if not re.fullmatch(r"[+-]?\d{1,100}(\.\d{1,100})?([eE][+-]?\d{1,3})?", text, re.ASCII):
+        return None
+    return Decimal(text)
 
 
-def _code(answer: str, entry: str) -> str:
-    """The block that defines the entry point, else the first block, else all of it."""
-    blocks = [match["code"] for match in _FENCED.finditer(answer)]
-    if not blocks:
-        return answer
-    return next((block for block in blocks if _defines(block, entry)), blocks[0])
+def _plain(text: str) -> str:
+    """Digits and signs of all scripts as those of ASCII; what only LaTeX needs is left out."""
+    text = text.translate({0x66B: ".", 0xFF0E: ".", 0xFF0C: ",", 0xFF0D: "-"})
+    text = text.replace("{,}", ",").replace("\\,", "\u2009").replace("\\!", "").replace("\\$", "$")
+    if text.isascii():
+        return text
+    return "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
 
 
-def _defines(code: str, entry: str) -> bool:
-    kinds = rf"((async )?def|class) {entry}\b|{entry} *= *lambda\b"
-    return bool(entry) and re.search(rf"^[ \t]*({kinds})", code, re.M) is not None
+def _numbers(text: str) -> Iterator[frozenset[Decimal]]:
+    """What each number in a text may stand for."""
+    for match in _TOKEN.finditer(text):
+        digits = match["digits"]
+        if len(digits) > _LONGEST:  # numbers with spaces between them, perhaps
+            digits = _SPACES.split(digits)[-1]
+        if len(digits) > _LONGEST:
+            continue
+        values = _readings(digits)
+        yield frozenset(-value for value in values) if match["minus"] else frozenset(values)
 
 
-def _before(header: str, entry: str) -> str:
-    """What a prompt has before its function, such as imports."""
-    if not entry:
-        return ""
-    found = re.search(rf"^((async )?def|class) {entry}\b", header, re.M)
-    return header[: found.start()] if found else ""
+def _readings(token: str) -> set[Decimal]:
+    """What digits with separators in between may stand for."""
+    if _SPACES.search(token):
+        *_, last = _SPACES.split(token)
+        spaced = _SPACES.sub(" ", token)
+        is_grouped = re.fullmatch(r"\d{1,3}( \d{3})+([,.]\d+)?", spaced)
+        return _readings(last) | (_readings(spaced.replace(" ", "")) if is_grouped else set())
+    token = re.sub(r"(?<=\d)['’٬](?=\d{3})", "", token)
+    token = re.split("['’٬]", token)[-1]
+    mantissa, sign, exponent = token.lower().partition("e")
+    return {Decimal(each + sign + exponent) for each in _decimals(mantissa)}
 
 
-def _whole(code: str) -> Iterator[str]:
-    """The code; then without words before it; then without lines at its end."""
-    code = textwrap.dedent(code)
-    yield code
-    found = _CODE_LINE.search(code)
-    lines = code[found.start() if found else 0 :].rstrip().split("\n")
-    for n in range(min(_SHORTENED_MAX, len(lines))):
-        yield "\n".join(lines[: len(lines) - n])
+def _decimals(token: str) -> set[str]:
+    """Digits with points and commas, as decimal numbers with a point."""
+    separators = re.findall("[.,]", token)
+    if not separators:
+        return {token}
+    last = separators[-1]
+    head, _, tail = token.rpartition(last)
+    if len(set(separators)) == 2:
+        if separators.count(last) == 1 and _is_grouped(head):  # 1,234.50 and 1.234,50
+            return {f"{re.sub('[.,]', '', head)}.{tail}"}
+        return _decimals(token.rpartition("," if last == "." else ".")[2])  # a list
+    if len(separators) > 1:  # 1,234,567, or a list
+        return {token.replace(last, "")} if _is_grouped(token) else {tail}
+    decimal = set() if last == "," and tail == "000" else {f"{head}.{tail}"}
+    whole = {head + tail} if _is_grouped(token) else set()
+    return decimal | whole or {tail}
 
 
-def _bodies(code: str) -> Iterator[str]:
-    """The lines of a function's body, which may have lost their indentation."""
-    lines = code.strip("\n").split("\n")
-    if lines[0][:1].isspace():
-        n = next((i for i, line in enumerate(lines) if line and not line[0].isspace()), len(lines))
-        yield "\n".join(lines[:n])
-        for i in range(n - 1, max(0, n - _SHORTENED_MAX), -1):
-            yield "\n".join(lines[:i])
-    else:
-        yield "\n".join(["    " + lines[0], *lines[1:]])
-        yield textwrap.indent("\n".join(lines), "    ")
+def _is_grouped(token: str) -> bool:
+    """Whether separators stand at thousands, or as India writes them."""
+    return re.fullmatch(r"[1-9]\d{0,2}([.,]\d{3})+|[1-9]\d?([.,]\d\d)*[.,]\d{3}", token) is not None

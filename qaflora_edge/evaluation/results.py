@@ -1,40 +1,30 @@
-"""The file of an evaluation: its first line says what is asked, the others what came of each item.
+"""The results file: its first line says what is asked, the others what came of each item.
 
     {"eval": 1, "version": "...", "bundle": "...", "base": {...}, "adapters": [...], ...}
     {"task": "math_es", "item": 0, "strategy": "static", "score": 1.0, "answer": "...", ...}
 
-Lines are added as items end, so that a run that was killed is gone on with. A file may come from
-anywhere: every line is checked, and the fields are those of `data/results_*.schema.json`.
+Lines are added as items end, so that a run that was killed can resume.
 """
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from qaflora_edge.errors import ResultsFileError, os_errors
 from qaflora_edge.files import open_input
-from qaflora_edge.formats.json_text import (
-    WrongField,
-    check_schema,
-    read_unicode_object,
-    shortened,
-    shown,
-)
+from qaflora_edge.formats.json_text import read_unicode_object, shown
 from qaflora_edge.line_file import LineFile
 
-MAX_LINE_BYTES = 4 << 20
-MAX_FILE_BYTES = 1 << 30
-MAX_LOSS = 10_000  # nats a token; float32 logits of a model are far below
-# What has to be the same in a file that is gone on with; `strategies` may be added to.
+# What has to be the same in a file that is resumed; `strategies` may be added to.
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "tasks", "options")
+RECORD = ("task", "item", "strategy", "score", "weights")
+ADVICE = "Give a file that `qaflora eval -o` has written."
 
-_ADVICE = "Give a file that `qaflora eval -o` has written."
-_BEGIN = b'{"eval": '  # of every file
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,8 +35,8 @@ class Results:
     records  the others, one for each item and strategy, in the order that they came
     """
 
-    header: Mapping[str, Any]
-    records: tuple[Mapping[str, Any], ...]
+    header: Record
+    records: tuple[Record, ...]
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -61,37 +51,33 @@ class Results:
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results file, or one packed by gzip as FILE.gz; a last line that was cut is left out.
+    """Read a results file, or one packed by gzip as FILE.gz.
 
-    Raises ResultsFileError naming the line and field, what was found and what was expected.
+    Raises ResultsFileError naming the line, what was found and what was expected.
     """
-    try:
-        with os_errors(ResultsFileError, f"Cannot read {path}", _ADVICE), open_input(path) as file:
-            if str(path).endswith(".gz"):
-                with gzip.open(file) as unpacked:
-                    return _read(unpacked, str(path))[0]
-            return _read(file, str(path))[0]
-    except (EOFError, zlib.error) as error:
-        raise ResultsFileError(
-            f"Cannot read {path}: it is no whole gzip file ({error}), expected one. Copy it again."
-        ) from error
+    with os_errors(ResultsFileError, f"Cannot read {path}", ADVICE), open_input(path) as file:
+        data = file.read()
+        lines = _whole_lines(gzip.decompress(data) if str(path).endswith(".gz") else data)
+    if not lines:
+        raise _wrong(path, 1, "it is empty or cut", "a header and results")
+    return _results(path, lines)
 
 
 class ResultsFile:
-    """A results file that grows: read as far as it goes, then added to, one whole line at a time.
+    """A results file that grows by whole lines; what it has already is read first.
 
     path    None: nothing is written, and results are kept in memory only
     header  of this run
     """
 
-    def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, header: Record) -> None:
         self._lines = None if path is None else LineFile(path, "results")
         self._header = dict(header)
-        self._records: dict[tuple[str, int, str], Mapping[str, Any]] = {}
+        self._records: dict[tuple[str, int, str], Record] = {}
 
     @property
     def results(self) -> Results:
-        """All that there is by now."""
+        """Everything that there is by now."""
         return Results(self._header, tuple(self._records.values()))
 
     def has(self, task: str, item: int, strategy: str) -> bool:
@@ -109,141 +95,93 @@ class ResultsFile:
             yield
             return
         with self._lines.opened():
-            self._go_on(self._lines)
+            self._resume(self._lines)
             yield
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Add the result of an item under a strategy."""
         if self._lines is not None:
             for line in (record,) if self._lines.n_byte else (self._header, record):
                 self._lines.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        self._keep(record)
+
+    def _keep(self, record: Record) -> None:
         self._records[record["task"], record["item"], record["strategy"]] = record
 
-    def _go_on(self, lines: LineFile) -> None:
+    def _resume(self, file: LineFile) -> None:
         try:
-            with open_input(lines.path) as file:
-                found, lines.n_byte = _read(file, str(lines.path), is_begun=True)
+            with open_input(file.path) as begun:
+                data = begun.read()
         except FileNotFoundError:
             return
         except OSError as error:
-            raise lines.refused(error.strerror or str(error), "See to it") from error
-        if lines.n_byte == 0:  # empty, or killed while its first line was written
+            raise file.refused(error.strerror or str(error), "See to it") from error
+        lines = _whole_lines(data)
+        if not lines and not data.startswith(b'{"eval": '[: len(data)]):
+            raise _wrong(file.path, 1, "it is no results file", "one, or no file")
+        if not lines:  # killed while the first line was written
             return
+        found = _results(file.path, lines)
         theirs, ours = _comparable(found.header, self._header)
-        for key in (*IDENTITY, "measured"):
-            if theirs[key] != ours[key]:
-                what = _difference(key, theirs, ours)
-                raise lines.refused(
-                    f"it is of another evaluation: its {what}", "Give what it was begun with"
-                )
-        for record in found.records:
-            self._records[record["task"], record["item"], record["strategy"]] = record
+        if theirs != ours:
+            what = _difference("", theirs, ours)
+            advice = "Give what it was begun with"
+            raise file.refused(f"it is of another evaluation: its {what}", advice)
         self._header = dict(found.header)
+        for record in found.records:
+            self._keep(record)
+        file.n_byte = sum(map(len, lines))
 
 
-def _comparable(*headers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Two headers with what both measured: a bundle may get more, and older files do not say it."""
+def _comparable(*headers: Record) -> list[Record]:
+    """Take from two headers what has to be the same, and what both have measured.
+
+    A bundle may get more samples, and older files do not say what was measured.
+    """
     shared = set.intersection(*({*header.get("measured", {})} for header in headers))
     return [
-        {**header, "measured": {key: header["measured"][key] for key in sorted(shared)}}
+        {key: header[key] for key in IDENTITY}
+        | {"measured": {key: header["measured"][key] for key in sorted(shared)}}
         for header in headers
     ]
 
 
-def _read(
-    file: BinaryIO | gzip.GzipFile, where: str, *, is_begun: bool = False
-) -> tuple[Results, int]:
-    """A results file, and the bytes of its whole lines.
-
-    is_begun  it may be empty, or cut in its first line: then the header is empty
-    """
-    header: dict[str, Any] = {}
-    records: dict[tuple[str, int, str], Mapping[str, Any]] = {}
-    n_byte = 0
-    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-        if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
-            if number == 1 and not (is_begun and _BEGIN.startswith(line[: len(_BEGIN)])):
-                raise _wrong(where, number, "it is cut", "a line that ends")
-            break  # of a run that was killed
-        n_byte += len(line)
-        if len(line) > MAX_LINE_BYTES or n_byte > MAX_FILE_BYTES:
-            what = "the file" if n_byte > MAX_FILE_BYTES else "it"
-            most = MAX_FILE_BYTES if n_byte > MAX_FILE_BYTES else MAX_LINE_BYTES
-            raise _wrong(where, number, f"{what} is too long", f"at most {most >> 20} MiB")
-        found = _parsed(line, where, number)
-        if number == 1:
-            header = found
-            continue
-        key = (found["task"], found["item"], found["strategy"])
-        _check_record(found, header, where, number, is_new=key not in records)
-        records[key] = found
-    if not header and not is_begun:
-        raise _wrong(where, 1, "the file is empty", "a header and results")
-    return Results(header, tuple(records.values())), n_byte
+def _difference(key: str, old: Any, new: Any) -> str:
+    """Say where two headers differ, or two values of them."""
+    if isinstance(old, list) and isinstance(new, list):
+        parts = [{each["name"]: each for each in part} for part in (old, new)]
+        names = [", ".join(part) or "none" for part in parts]
+        if names[0] != names[1]:
+            return f"{key} are {names[0]}, now they are {names[1]}"
+        old, new = parts
+    if isinstance(old, dict) and isinstance(new, dict):
+        name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+        return _difference(f"{key}.{name}".lstrip("."), old.get(name), new.get(name))
+    return f"{key} is {shown(old)}, now it is {shown(new)}"
 
 
-def _parsed(line: bytes, where: str, number: int) -> dict[str, Any]:
+def _whole_lines(data: bytes) -> list[bytes]:
+    """Split a file into its lines; a last one that was cut is left out."""
+    return [line + b"\n" for line in data.split(b"\n")[:-1]]
+
+
+def _results(path: str | Path, lines: list[bytes]) -> Results:
+    header, *records = (_parsed(path, number, line) for number, line in enumerate(lines, 1))
+    return Results(header, tuple(records))
+
+
+def _parsed(path: str | Path, number: int, line: bytes) -> Record:
     try:
         found = read_unicode_object(line)
-        check_schema(found, "results_header" if number == 1 else "results_item")
-    except WrongField as error:
-        raise ResultsFileError(f"Cannot use {where}, line {number}: {error}. {_ADVICE}") from error
     except ValueError as error:  # errors of JSON and UTF-8 too
-        raise _wrong(where, number, f"it is no JSON object ({error})", "one") from error
+        raise _wrong(path, number, f"it is no JSON object ({error})", "one") from error
+    needed = RECORD if number > 1 else ("eval", "strategies", *IDENTITY)
+    if missing := [key for key in needed if key not in found]:
+        raise _wrong(path, number, f"it has no field {missing[0]}", ", ".join(needed))
     return found
 
 
-def _check_record(
-    record: Mapping[str, Any], header: Mapping[str, Any], where: str, number: int, *, is_new: bool
-) -> None:
-    """What a schema cannot say: that a result is one of these tasks and adapters."""
-    tasks = {task["name"]: task["n_item"] for task in header["tasks"]}
-    task, adapters = record["task"], [adapter["name"] for adapter in header["adapters"]]
-    if task not in tasks:
-        raise _wrong(where, number, f"task is {shown(task)}", f"one of {', '.join(tasks)}")
-    if record["item"] >= tasks[task]:
-        most = f"at most {tasks[task] - 1}, the last of {task}"
-        raise _wrong(where, number, f"item is {record['item']}", most)
-    if not is_new:
-        raise _wrong(where, number, "item and strategy are those of an earlier line", "others")
-    is_weighed = record.get("error") is None or record["weights"]
-    if is_weighed and list(record["weights"]) != adapters:
-        names = ", ".join(adapters) or "no adapters"
-        raise _wrong(where, number, f"weights are of {shown(list(record['weights']))}", names)
-    if (record["score"] is None) == (record.get("error") is None):
-        found = f"score is {shown(record['score'])} and error {shown(record.get('error'))}"
-        raise _wrong(where, number, found, "one of them to be null")
-    metric = next(each["metric"] for each in header["tasks"] if each["name"] == task)
-    limit = MAX_LOSS if metric == "loss" else 1
-    if record["score"] is not None and not 0 <= record["score"] <= limit:
-        expected = f"0 to {limit} for the metric {metric}"
-        raise _wrong(where, number, f"score is {record['score']}", expected)
-    layers = record.get("layers")
-    if layers is not None and [len(row) for row in layers] != [header["n_layer"]] * len(adapters):
-        expected = f"{len(adapters)} lists of {header['n_layer']} numbers"
-        raise _wrong(where, number, f"layers is {shown(layers)}", expected)
-
-
-def _wrong(where: str, number: int, found: str, expected: str) -> ResultsFileError:
+def _wrong(path: str | Path, number: int, found: str, expected: str) -> ResultsFileError:
     return ResultsFileError(
-        f"Cannot use {where}, line {number}: {found}, expected {expected}. {_ADVICE}"
+        f"Cannot use {path}, line {number}: {found}, expected {expected}. {ADVICE}"
     )
-
-
-def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """What differs in a part of two headers, in words."""
-    old, new = theirs[key], ours[key]
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            if old.get(name) != new.get(name):
-                return f"{key}.{name} is {shown(old.get(name))}, now it is {shown(new.get(name))}"
-    if isinstance(old, list) and isinstance(new, list):
-        names = [[each["name"] for each in part] for part in (old, new)]
-        if names[0] != names[1]:
-            listed = [shortened(", ".join(part) or "none") for part in names]
-            return f"{key} are {listed[0]}, now they are {listed[1]}"
-        for before, after in zip(old, new, strict=True):
-            if before != after:
-                name = before["name"]
-                return f"{key}.{_difference(name, {name: before}, {name: after})}"
-    return f"{key} is {shown(old)}, now it is {shown(new)}"

@@ -1,9 +1,12 @@
 """Ask every item of some tasks under every strategy, score the answers, and write each result."""
 
+import hashlib
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,22 +14,19 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
-from qaflora_edge.evaluation.metrics import answer_score, choice_score, loss, programs
-from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.sandbox import run_program
+from qaflora_edge.evaluation.results import Record, ResultsFile
 from qaflora_edge.evaluation.tasks import Item, Task
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.weighing.numbers import FusionWeights
 
 Tell = Callable[[int], None]  # given the tokens that were generated for a result
-LIKELIHOOD = ("choice", "loss")  # metrics that generate nothing
 
 _DIGITS = 4  # of weights that are written
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How items are asked, but for what their task says.
+    """How items are asked, where their task does not say.
 
     sampling    keywords of Engine.generate
     raw_prompt  no chat template
@@ -38,29 +38,71 @@ class Asking:
     has_layers: bool = False
 
     def max_tokens(self, task: Task) -> int | None:
-        """The most tokens of an answer; None where nothing is generated, or nothing says."""
-        if task.metric in LIKELIHOOD:
-            return None
+        """Give the most tokens of an answer; None where nothing is generated, or nothing says."""
         limit: int | None = task.max_tokens or self.sampling.get("max_tokens")
-        return limit
+        return None if task.by.is_likelihood else limit
 
     def facts(self, task: Task) -> dict[str, Any]:
-        """What a results file says of a task."""
-        facts = {
-            "name": task.name,
-            "metric": task.metric,
-            "sha256": task.sha256,
+        """Describe a task for the results file."""
+        keys = ("name", "metric", "sha256", "language", "domain", "system", "template")
+        facts = {key: getattr(task, key) for key in keys}
+        facts |= {
             "n_item": len(task.items),
-            "language": task.language,
-            "domain": task.domain,
-            "system": task.system,
-            "template": task.template,
             "max_tokens": self.max_tokens(task),
             "raw_prompt": self.raw_prompt or task.raw_prompt,
         }
         if task.metric == "choice":
             facts |= {"choice_template": task.choice_template, "score_by": task.score_by}
         return facts
+
+
+def header(
+    folder: Path,
+    engine: Engine,
+    tasks: Sequence[Task],
+    strategies: Sequence[str],
+    asking: Asking,
+    options: Mapping[str, Any],
+    *,
+    machine: str = "",
+) -> dict[str, Any]:
+    """Write the first line of a results file.
+
+    folder   of the bundle
+    machine  name of the processor
+    """
+    from qaflora_edge import __version__
+    from qaflora_edge.chat.session_file import bundle_identity
+
+    identity, sizes = bundle_identity(folder), engine.adapter_bytes
+    return {
+        "eval": 1,
+        "version": __version__,
+        "bundle": identity.name,
+        "base": {"name": engine.name, "sha256": identity.base_sha256},
+        "adapters": [
+            {"name": name, "sha256": identity.adapters[name], "bytes": sizes[name]}
+            for name in engine.adapters
+        ],
+        "n_layer": engine.n_layer,
+        "measured": _measured(folder),
+        "tasks": [asking.facts(task) for task in tasks],
+        "strategies": list(strategies),
+        "options": dict(options),
+        "machine": machine,
+    }
+
+
+def _measured(folder: Path) -> dict[str, str]:
+    """SHA-256 of each thing that a bundle measured, and that some strategies use."""
+    from qaflora_edge.bundles.open import is_base, read_bundle_text
+
+    fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
+    return {
+        key: hashlib.sha256(json.dumps(fusion[key], sort_keys=True).encode()).hexdigest()
+        for key in ("typical", "samples")
+        if key in fusion
+    }
 
 
 @dataclass(frozen=True)
@@ -70,7 +112,7 @@ class _Weighed:
     item: Item
     tokens: tuple[int, ...]
     fusions: Mapping[str, FusionWeights]  # by strategy
-    before_ms: Mapping[str, float]  # by strategy: what weighing took others, before it
+    before_ms: Mapping[str, float]  # by strategy: probe time of the strategies before it
 
     @property
     def fusion(self) -> FusionWeights:
@@ -82,8 +124,8 @@ class Evaluation:
 
     items  task name -> indexes of the items that are asked
 
-    An item whose prompt cannot be used, one that is too long for example, is a result without a
-    score. Any other failure ends the run, which can be gone on with.
+    An item with a prompt that cannot be used, one that is too long for example, is a result
+    without a score. Any other failure ends the run, which can resume.
     """
 
     def __init__(
@@ -108,7 +150,7 @@ class Evaluation:
 
     @property
     def n_left(self) -> int:
-        """Results that the file does not have."""
+        """How many results the file does not have."""
         asked = ((task, item) for task in self._tasks for item in self._of(task))
         return sum(len(self._missing(task, item)) for task, item in asked)
 
@@ -116,27 +158,25 @@ class Evaluation:
         """Ask what is left; each result is written when it is there."""
         self._tell = tell or self._tell
         for task in self._tasks:
-            if task.metric in LIKELIHOOD:
+            if task.by.is_likelihood:
                 self._score_task(task)
             else:
                 self._answer_task(task)
-
-    # which
 
     def _of(self, task: Task) -> Iterator[Item]:
         return (task.items[index] for index in self._items[task.name])
 
     def _missing(self, task: Task, item: Item) -> list[str]:
-        # In turn each is the first of an item: what is shared by several costs that one alone.
-        # By twos, for half of the items is every other one.
+        # Each strategy is in turn the first of an item: the first pays for what several share.
+        # The turn changes by two items, since one half of the items is every other one.
         turn = item.index // 2 % len(self._strategies)
         turned = (*self._strategies[turn:], *self._strategies[:turn])
         return [s for s in turned if not self._file.has(task.name, item.index, s)]
 
     def _weighed(self, task: Task) -> Iterator[_Weighed]:
-        """Items that are to be asked, weighed: the strategies of an item one after the other.
+        """Weigh the items that are left: the strategies of an item one after the other.
 
-        They share what is measured of it, and those that give the same weights share an answer.
+        They share what is measured of it. Strategies with the same weights share an answer.
         """
         for item in self._of(task):
             missing = self._missing(task, item)
@@ -145,9 +185,8 @@ class Evaluation:
             fusions: dict[str, FusionWeights] = {}
             before_ms: dict[str, float] = {}
             try:
-                tokens = tuple(
-                    task_prompt(self._engine, task, item, raw_prompt=self._asking.raw_prompt)
-                )
+                raw_prompt = self._asking.raw_prompt
+                tokens = tuple(task_prompt(self._engine, task, item, raw_prompt=raw_prompt))
                 for strategy in missing:
                     before_ms[strategy] = sum(fusion.probe_ms for fusion in fusions.values())
                     fusions[strategy] = self._engine.weights(tokens, strategy=strategy)
@@ -160,9 +199,8 @@ class Evaluation:
             for group in groups.values():
                 yield _Weighed(item, tokens, group, before_ms)
 
-    # answers that are generated
-
     def _answer_task(self, task: Task) -> None:
+        """Generate answers, many at once."""
         running: dict[int, _Weighed] = {}
         numbers = itertools.count()
 
@@ -173,7 +211,7 @@ class Evaluation:
 
         sampling = {**self._asking.sampling, "max_tokens": self._asking.max_tokens(task)}
         if task.stop is not None:
-            sampling["stop"] = task.stop
+            sampling["stop"] = tuple(task.stop)
         for number, answer in self._engine.generate_many(requests(), **sampling):
             self._take_answer(task, running.pop(number), answer)
 
@@ -196,9 +234,8 @@ class Evaluation:
         }
         self._write(task, weighed, found)
 
-    # likelihoods
-
     def _score_task(self, task: Task) -> None:
+        """Score texts by their likelihood; nothing is generated."""
         for weighed in self._weighed(task):
             item = weighed.item
             texts = scored_texts(task, item)
@@ -219,9 +256,7 @@ class Evaluation:
             }
             self._write(task, weighed, found)
 
-    # results
-
-    def _write(self, task: Task, weighed: _Weighed, found: Mapping[str, Any]) -> None:
+    def _write(self, task: Task, weighed: _Weighed, found: Record) -> None:
         first = next(iter(weighed.fusions))
         for strategy, fusion in weighed.fusions.items():
             same = {} if strategy == first else {"same_as": first}
@@ -251,7 +286,7 @@ class Evaluation:
 def asked_fields(
     task: Task, item: Item, strategy: str, fusion: FusionWeights | None, asking: Asking
 ) -> dict[str, Any]:
-    """A result's fields of what was asked under which weights; it has no answer yet.
+    """Write a result's fields of the question and its weights; there is no answer yet.
 
     fusion  None where it could not be weighed
     """
@@ -263,9 +298,10 @@ def asked_fields(
         "answer": None,
         "expected": task.expected(item),
         "question": task.question(item),
+        "weights": {},
     }
     if fusion is None:
-        return {**record, "weights": {}}
+        return record
     weights = np.asarray(fusion.weights, np.float64)  # [n_adapter, n_layer]
     means = weights.mean(axis=1)
     rounded = (round(float(mean), _DIGITS) for mean in means)
@@ -277,38 +313,31 @@ def asked_fields(
 
 
 def answer_fields(task: Task, item: Item, text: str) -> dict[str, Any]:
-    """A result's fields of an answer that was generated."""
-    if task.metric != "code":
-        return {"score": answer_score(task.metric, text, task.expected(item)), "answer": text}
-    verdict = run_program(*programs(text, item.fields))
-    return {
-        "score": float(verdict.is_passed),
-        "failure": verdict.failure,
-        "isolated": list(verdict.isolated),
-        "answer": text,
-    }
+    """Score an answer that was generated; `score` and what else its metric says."""
+    found = task.by.score(text, item.fields)
+    return {"answer": text, **(found if isinstance(found, Mapping) else {"score": float(found)})}
 
 
 def scored_texts(task: Task, item: Item) -> list[str]:
-    """What is scored of an item where nothing is generated."""
-    return task.choices(item) if task.metric == "choice" else [item.fields["continuation"]]
+    """Give the texts that are scored where nothing is generated."""
+    return task.choices(item) if task.metric == "choice" else [item.fields[task.by.needs]]
 
 
 def likelihood_fields(task: Task, item: Item, scores: Sequence[F32]) -> dict[str, Any]:
-    """A result's fields of texts that were scored.
+    """Score texts by their likelihood; `score` and what else the metric says.
 
     scores  log-probabilities of each text's tokens, in nats: float32 [n_token] each
     """
-    if task.metric == "loss":
-        return {"score": loss(scores[0]), "answer": None}
-    found = choice_score(scores, item.fields["answer"], task.score_by)
-    score = np.sum if task.score_by == "sum" else np.mean
-    best = int(np.argmax([score(each, dtype=np.float64) for each in scores]))
-    return {**found, "answer": item.fields["choices"][best]}
+    found = task.by.score(scores, item.fields)
+    found = dict(found) if isinstance(found, Mapping) else {"score": float(found), "answer": None}
+    if task.metric == "choice" and task.score_by == "sum":
+        best = int(np.argmax(found["log_probs"]))
+        found |= {"score": found["score_sum"], "answer": item.fields["choices"][best]}
+    return found
 
 
 def task_prompt(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = False) -> list[int]:
-    """Token ids of what an item asks: in chat form where there is a template, or as it is.
+    """Tokenize what an item asks: in chat form where there is a template, or as it is.
 
     raw_prompt  no chat template, whatever the task says
 

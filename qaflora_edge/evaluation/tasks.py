@@ -3,8 +3,8 @@
     {"task": {"name": "sums", "metric": "number", "template": "{question}\\nAnswer:"}}
     {"question": "What is 2 + 3?", "answer": 5}
 
-One JSON object a line; the first line may be left out, and then the fields of the items decide.
-Files may come from anywhere: every line is checked before anything is asked.
+One JSON object a line. Without the first line the fields of the items decide. Files may come from
+anywhere: every line is checked before anything is asked.
 """
 
 import codecs
@@ -18,16 +18,7 @@ from typing import Any
 
 from qaflora_edge.chat.messages import begin_with
 from qaflora_edge.errors import TaskFileError, os_errors
-from qaflora_edge.evaluation.last_number import as_number
-from qaflora_edge.evaluation.task_checks import (
-    ADVICE,
-    CHECKS,
-    check_asked,
-    check_template,
-    filled,
-    listed,
-    wrong,
-)
+from qaflora_edge.evaluation.metrics import Metric, as_number, listed, metrics
 from qaflora_edge.files import read_input
 from qaflora_edge.formats.json_text import (
     WrongField,
@@ -38,17 +29,8 @@ from qaflora_edge.formats.json_text import (
 )
 
 MAX_TASK_BYTES = 64 << 20
-MAX_ITEMS = 100_000
 ASKED = ("question", "prompt", "messages")
-# What an item must have for each metric.
-NEEDS = {
-    "number": "answer",
-    "exact": "answer",
-    "contains": "answer",
-    "choice": "choices",
-    "code": "test",
-    "loss": "continuation",
-}
+ADVICE = "Correct the file; docs/evaluate.md says what it may have."
 
 
 @dataclass(frozen=True)
@@ -68,13 +50,14 @@ class Item:
 class Task:
     """Items, and how they are asked and scored.
 
-    metric       one of NEEDS
+    metric       name of a metric
     sha256       of the file
     template     text with the names of an item's fields in braces; None: the question as it is
     choice_template  what is scored of a choice: text with {choice}, {letter}
     score_by     of a choice: "mean" of its tokens' log-probabilities, or "sum"
     raw_prompt   no chat template, whatever the options say
     max_tokens, stop  None: the options say
+    language, domain  of the questions; adapters are named like them
     """
 
     name: str
@@ -87,38 +70,41 @@ class Task:
     score_by: str = "mean"
     raw_prompt: bool = False
     max_tokens: int | None = None
-    stop: tuple[str, ...] | None = None
+    stop: Sequence[str] | None = None
     language: str | None = None
     domain: str | None = None
 
+    @property
+    def by(self) -> Metric:
+        """The metric itself."""
+        return metrics()[self.metric]
+
     def question(self, item: Item) -> str:
-        """What an item asks, as one text."""
+        """Write what an item asks as one text."""
         fields = item.fields
         if "messages" in fields:
             return str(fields["messages"][-1]["content"])
         if self.template is None:
             return str(fields.get("question", fields.get("prompt")))
-        return filled(self.template, {**_texts(fields), "choices": _listed(fields)})
+        return _filled(self.template, _texts(fields))
 
     def messages(self, item: Item) -> list[Any]:
-        """What an item asks, as a conversation."""
+        """Write what an item asks as a conversation."""
         messages = item.fields.get("messages")
         messages = messages or [{"role": "user", "content": self.question(item)}]
         return list(begin_with(self.system, messages))
 
     def choices(self, item: Item) -> list[str]:
-        """What is scored of each choice."""
+        """Write what is scored of each choice."""
         pairs = zip(string.ascii_uppercase, item.fields["choices"], strict=False)
-        return [filled(self.choice_template, {"letter": a, "choice": b}) for a, b in pairs]
+        return [_filled(self.choice_template, {"letter": a, "choice": b}) for a, b in pairs]
 
     def expected(self, item: Item) -> Any:
-        """What is right: for a choice its text, for code the name of what is tested."""
+        """Give what is right: of a choice its text; None where only the metric knows."""
         fields = item.fields
-        if self.metric == "code":
-            return fields.get("entry_point")
         if self.metric == "choice":
             return fields["choices"][fields["answer"]]
-        return fields[NEEDS[self.metric]]
+        return fields.get("continuation" if self.metric == "loss" else "answer")
 
 
 def read_task(path: str | Path) -> Task:
@@ -131,32 +117,26 @@ def read_task(path: str | Path) -> Task:
     items: list[Item] = []
     for number, found in _objects(data, str(path)):
         where = f"{path}, line {number}"
-        if "task" in found:
-            if items or header:
-                raise wrong(where, "it has a field task", "it in the first line only")
+        if "task" not in found:
+            items.append(Item(len(items), found, where))
+        elif items or header:
+            raise _wrong(where, "it has a field task", "it in the first line only")
+        else:
             header = _header(found, where)
-            continue
-        if len(items) == MAX_ITEMS:
-            raise wrong(where, f"it is item {MAX_ITEMS + 1}", f"at most {MAX_ITEMS} items")
-        items.append(Item(len(items), found, where))
     if not items:
-        raise wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
-    metric = header.pop("metric", None) or _metric_of(items)
-    name = header.pop("name", None) or _name_of(Path(path))
-    stop = header.pop("stop", None)
-    task = Task(
-        name,
-        metric,
-        hashlib.sha256(data).hexdigest(),
-        tuple(items),
-        stop=None if stop is None else tuple(stop),
-        **header,
-    )
-    known = ("letter", "choice")
-    check_template(task.choice_template, known, f"{path}, line 1", "choice_template")
+        raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
+    defaults = {"name": _name_of(Path(path)), "metric": _metric_of(items)}
+    task = Task(sha256=hashlib.sha256(data).hexdigest(), items=tuple(items), **defaults | header)
+    if task.metric not in metrics():
+        expected = f"one of {', '.join(metrics())}"
+        raise _wrong(f"{path}, line 1", f"field metric is {shown(task.metric)}", expected)
     for item in items:
         _check_item(task, item)
     return task
+
+
+def _wrong(where: str, found: str, expected: str) -> TaskFileError:
+    return TaskFileError(f"Cannot use the task {where}: {found}, expected {expected}. {ADVICE}")
 
 
 def _read(path: str | Path) -> bytes:
@@ -165,29 +145,29 @@ def _read(path: str | Path) -> bytes:
         with os_errors(TaskFileError, f"Cannot read the task {path}", advice):
             return read_input(path, MAX_TASK_BYTES).removeprefix(codecs.BOM_UTF8)
     except ValueError as error:
-        raise wrong(str(path), str(error), "no more") from error
+        raise _wrong(str(path), str(error), "no more") from error
 
 
 def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines that are not blank, with their numbers."""
+    """Read the lines that are not blank, with their numbers."""
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
             yield number, read_unicode_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            raise wrong(where, f"it is no JSON object ({error})", "one") from error
+            where = f"{path}, line {number}"
+            raise _wrong(where, f"it is no JSON object ({error})", "one") from error
 
 
 def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     if len(found) > 1 or not isinstance(found["task"], dict):
-        raise wrong(where, f"it is {shown(found)}", 'nothing but {"task": {...}}')
+        raise _wrong(where, f"it is {shown(found)}", 'nothing but {"task": {...}}')
     header: dict[str, Any] = dict(found["task"])
-    known = {*("name", "metric", "stop"), *Task.__dataclass_fields__} - {"items", "sha256"}
+    known = Task.__dataclass_fields__.keys() - {"items", "sha256"}
     for key in header:
         if key not in known:
-            raise wrong(where, f"it has a field task.{shortened(key)}", ", ".join(sorted(known)))
+            raise _wrong(where, f"it has a field task.{shortened(key)}", ", ".join(sorted(known)))
     try:
         check_schema(header, "task")
     except WrongField as error:
@@ -196,11 +176,10 @@ def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _metric_of(items: Sequence[Item]) -> str:
-    """The metric that the fields ask for."""
-    first = items[0].fields
-    for metric in ("choice", "code", "loss"):
-        if NEEDS[metric] in first:
-            return metric
+    """Find the metric that the fields ask for."""
+    for metric in metrics().values():
+        if metric.needs != "answer" and metric.needs in items[0].fields:
+            return metric.name
     answers = (listed(item.fields.get("answer")) for item in items)
     is_number = all(each and all(as_number(one) is not None for one in each) for each in answers)
     return "number" if is_number else "contains"
@@ -217,31 +196,69 @@ def _check_item(task: Task, item: Item) -> None:
     asked = [key for key in ASKED if key in fields]
     if ("messages" in asked and len(asked) > 1) or not asked:
         what = " and ".join(asked) or "none of question, prompt and messages"
-        raise wrong(where, f"it has {what}", "question, prompt or messages")
+        raise _wrong(where, f"it has {what}", "question, prompt or messages")
     for key in asked:
-        check_asked(key, fields[key], where, raw_prompt=task.raw_prompt)
-    CHECKS[task.metric](fields, where)
-    if task.metric == "choice" and len(texts := task.choices(item)) > len(set(texts)):
+        _check_asked(task, key, fields[key], where)
+    if fault := task.by.check(fields):
+        key, expected = fault
+        found = f"{key} is {shown(fields[key]) if key in fields else 'missing'}"
+        raise _wrong(where, found, expected)
+    try:
+        texts = task.choices(item) if task.metric == "choice" else []
+        question = task.question(item)
+    except KeyError as error:
+        name, known = error.args
+        found = f"its template names {shown(name)}"
+        raise _wrong(where, found, f"one of the fields {shortened(known)}") from error
+    if not question.strip():
+        raise _wrong(where, "the template gives no text", "some")
+    if len(texts) > len(set(texts)):
         twice = next(text for i, text in enumerate(texts) if text in texts[:i])
-        raise wrong(where, f"two choices are asked as {shown(twice)}", "each to be another text")
-    if task.template is not None and "messages" not in fields:
-        known = [*_texts(fields), *(["choices"] if _listed(fields) else [])]
-        check_template(task.template, known, where, "the template")
-        if not task.question(item).strip():
-            raise wrong(where, "the template gives no text", "some")
+        raise _wrong(where, f"two choices are asked as {shown(twice)}", "each to be another text")
+
+
+def _check_asked(task: Task, key: str, value: Any, where: str) -> None:
+    """Raise TaskFileError for what cannot be asked; key is one of ASKED."""
+    if key != "messages":
+        if not isinstance(value, str) or not value.strip():
+            raise _wrong(where, f"{key} is {shown(value)}", "a text that is not blank")
+        return
+    if not (isinstance(value, list) and value) or not all(
+        isinstance(each, dict)
+        and isinstance(each.get("role"), str)
+        and isinstance(each.get("content"), str)
+        for each in value
+    ):
+        expected = 'a list of objects with role and content, as [{"role": "user", ...}]'
+        raise _wrong(where, f"messages is {shown(value)}", expected)
+    if task.raw_prompt:
+        raise _wrong(where, "it has messages", "none where the task says raw_prompt")
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """Replace names in braces; {{ and }} are braces.
+
+    Raises KeyError with a name that is none, and those that are.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] is None:
+            return found[0][0]
+        if found[1] not in values:
+            raise KeyError(found[1], ", ".join(values))
+        return values[found[1]]
+
+    return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", value, template)
 
 
 def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The fields that a template may name."""
-    return {
+    """Give the fields that a template may name; choices are lines with letters."""
+    found = {
         key: str(value)
         for key, value in fields.items()
         if isinstance(value, str | int | float) and not isinstance(value, bool)
     }
-
-
-def _listed(fields: Mapping[str, Any]) -> str:
-    """The choices as lines with letters, or "" where there is no list of them."""
-    choices = fields.get("choices")
-    pairs = zip(string.ascii_uppercase, choices if isinstance(choices, list) else (), strict=False)
-    return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
+    if isinstance(choices := fields.get("choices"), list):
+        pairs = zip(string.ascii_uppercase, choices, strict=False)
+        found["choices"] = "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
+    return found

@@ -1,4 +1,12 @@
-"""Run code that a model wrote, in a process of its own with bounds on all that it may use."""
+"""Run code that a model wrote, in a process of its own with bounds on all that it may use.
+
+10 seconds of processor time (60 in all), 512 MiB of memory, 1 MiB for each file, no further process
+or thread, an empty folder that goes afterwards, none of the environment. On Linux there is no
+network where the system lets a user make a namespace, and nothing outside the folder is written
+where the kernel has Landlock; a verdict says what of the two held. As root it runs as `nobody`.
+
+The bounds are for mistakes of models. What you may read, the code may read.
+"""
 
 import contextlib
 import json
@@ -13,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from qaflora_edge.errors import SandboxError
+
+class SandboxError(Exception):
+    """Code cannot be run within bounds on this system."""
+
 
 CPU_S, WALL_S = 10, 60  # the second is for what sleeps, and for a busy machine
 MEMORY_BYTES = 512 << 20
@@ -50,7 +61,7 @@ def check_can_run() -> None:
     if os.name != "posix":
         raise SandboxError(
             f"Cannot run the code of answers: this system ({sys.platform}) has no limits for a "
-            "process. Leave out tasks with the metric code, or evaluate them on Linux or macOS."
+            "process. Evaluate on Linux or macOS."
         )
     verdict = run_program(["pass"])
     if not verdict.is_passed:

@@ -1,0 +1,269 @@
+"""What results say: scores with intervals, paired differences, and which strategy was the best."""
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.arrays import F64
+from qaflora_edge.errors import ResultsFileError
+from qaflora_edge.evaluation.results import Record, Results
+from qaflora_edge.evaluation.statistics import Estimate, difference, mean, mean_of_means
+from qaflora_edge.weighing.strategy import parse_strategy
+
+POINTS, NATS = "points", "nats a token"
+STATIC, SINGLE = "static", "single:"
+NONE = "-"
+TIE = 1e-9  # means that differ by less are equal
+DIGITS = 6  # of the evidence in a bundle
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task, answered with one set of adapters.
+
+    task      its facts in the header
+    adapters  names, in the order of the first axis of `layers`
+    rows      strategy -> item -> record
+    """
+
+    task: Record
+    adapters: tuple[str, ...]
+    rows: dict[str, dict[int, Record]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.task["name"])
+
+    @property
+    def unit(self) -> str:
+        """Unit of scores: points of 100, where more is better, or nats a token, where less is."""
+        return NATS if self.task["metric"] == "loss" else POINTS
+
+    @property
+    def factor(self) -> float:
+        """Factor from scores in the file to the unit."""
+        return 1.0 if self.unit == NATS else 100.0
+
+    @property
+    def sign(self) -> float:
+        """1 where a higher score is better, else -1."""
+        return -1.0 if self.unit == NATS else 1.0
+
+    def scored(self, strategy: str) -> dict[int, Record]:
+        """Records that have a score, by item."""
+        rows = self.rows.get(strategy, {})
+        return {item: row for item, row in rows.items() if row["score"] is not None}
+
+    def scores(self, strategy: str) -> F64:
+        """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
+        return np.array([row["score"] for row in self.scored(strategy).values()], np.float64)
+
+    def gains(self, strategy: str, over: str, of: "Cell | None" = None) -> F64:
+        """How much better a strategy is than another, above 0 where it is: float64 [n_item].
+
+        of  the other's cell: the same task under other adapters; None: this one
+
+        Differences of scores as they were written, over the items that both have.
+        """
+        theirs = (of or self).scored(over)
+        pairs = [(row, theirs.get(item)) for item, row in self.scored(strategy).items()]
+        found = [mine["score"] - other["score"] for mine, other in pairs if other is not None]
+        return self.sign * np.array(found, np.float64)
+
+    def gain(self, strategy: str, over: str | None) -> Estimate | None:
+        """How much better a strategy is than another, in the unit; None where one is missing."""
+        if over is None or over == strategy or not len(gains := self.gains(strategy, over)):
+            return None
+        return difference([gains], is_right=self.unit == POINTS).times(self.factor)
+
+    def score(self, strategy: str) -> Estimate:
+        """The mean score in the unit; NaN where no item has one."""
+        scores = self.scores(strategy)
+        if len(scores) == 0:
+            return Estimate(math.nan, math.nan, math.nan, 0)
+        return mean(scores).times(self.factor)
+
+    def best_single(self) -> str | None:
+        """Find the single adapter with the best mean, in hindsight: on these items.
+
+        Adapters that were asked less than half of the items are left out. The others are compared
+        by the items that all of them have.
+        """
+        names = [f"{SINGLE}{adapter}" for adapter in self.adapters]
+        scored = {name: rows for name in names if (rows := self.scored(name))}
+        most = max(map(len, scored.values()), default=0)
+        fit = {name: rows for name, rows in scored.items() if 2 * len(rows) >= most}
+        shared = set.intersection(*map(set, fit.values())) if fit else set()
+
+        def value(name: str) -> float:
+            items = shared or fit[name]
+            return self.sign * float(np.mean([fit[name][item]["score"] for item in items]))
+
+        return max(fit, key=value, default=None)
+
+    def seconds(self, strategy: str) -> float:
+        """Median time of an item; of its probe only where no strategy had probed before it."""
+        rows = list(self.scored(strategy).values())
+        probed = [row for row in rows if not row.get("probe_before_ms")]
+        ms = _median(probed, "probe_ms") + _median(rows, "prefill_ms", "decode_ms")
+        return ms / 1000
+
+
+def _median(rows: Sequence[Record], *keys: str) -> float:
+    times = [sum(row.get(key, math.nan) for key in keys) for row in rows]
+    return float(np.median(times)) if times else math.nan
+
+
+def cells(results: Results) -> list[Cell]:
+    """Sort records by task and strategy, in the order asked for: answers end in another one."""
+    found = {task["name"]: Cell(task, results.adapters) for task in results.header["tasks"]}
+    for cell in found.values():
+        cell.rows.update({strategy: {} for strategy in results.strategies})
+    for row in results.records:
+        found[row["task"]].rows[row["strategy"]][row["item"]] = row
+    for cell in found.values():
+        for strategy in [name for name, rows in cell.rows.items() if not rows]:
+            del cell.rows[strategy]
+    return list(found.values())
+
+
+# as text
+
+
+def number(value: float, unit: str, *, is_difference: bool = False) -> str:
+    """Write a score or difference in its unit; `-` where there is none."""
+    digits = 3 if unit == NATS else 1
+    return NONE if math.isnan(value) else f"{value:{'+' if is_difference else ''}.{digits}f}"
+
+
+def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) -> str:
+    """Write a mean and its interval, as in `12.0 (8.5 to 16.7)`."""
+    if found is None:
+        return NONE
+    ends = (found.value, found.low, found.high)
+    value, low, high = (number(end, unit, is_difference=is_difference) for end in ends)
+    return value if low == NONE else f"{value} ({low} to {high})"
+
+
+def rows(cell: Cell) -> list[tuple[str, ...]]:
+    """Write a task as a table: its head, then a row for each strategy."""
+    best, unit = cell.best_single(), cell.unit
+    over_best = f"over {best} *" if best else "over the best single"
+    found: list[tuple[str, ...]] = [
+        ("", f"score, {unit}", "over static", over_best, "items", "seconds")
+    ]
+    for strategy in cell.rows:
+        gains = (cell.gain(strategy, over) for over in (STATIC, best))
+        score, seconds = cell.score(strategy), cell.seconds(strategy)
+        found.append(
+            (
+                strategy,
+                estimate(score, unit),
+                *(estimate(gain, unit, is_difference=True) for gain in gains),
+                str(score.n_item),
+                NONE if math.isnan(seconds) else f"{seconds:.2f}",
+            )
+        )
+    return found
+
+
+def total_rows(found: Sequence[Cell]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Write a title and a table over several tasks of one unit, each of which counts the same."""
+    totals = []
+    for unit in (POINTS, NATS):
+        alike = [cell for cell in found if cell.unit == unit]
+        table: list[tuple[str, ...]] = [
+            ("", f"score, {unit}", "over static", "over each best single *")
+        ]
+        for strategy in dict.fromkeys(name for cell in alike for name in cell.rows):
+            if all(strategy in cell.rows for cell in alike):
+                score = float(np.mean([cell.score(strategy).value for cell in alike]))
+                over = [[cell.gains(strategy, STATIC) for cell in alike]]
+                over += [[cell.gains(strategy, cell.best_single() or "") for cell in alike]]
+                gains = [
+                    mean_of_means(each).times(alike[0].factor) if all(map(len, each)) else None
+                    for each in over
+                ]
+                gains[0] = None if strategy == STATIC else gains[0]
+                texts = (estimate(gain, unit, is_difference=True) for gain in gains)
+                table.append((strategy, number(score, unit), *texts))
+        if len(alike) > 1:
+            totals.append((f"all {len(alike)} tasks in {unit}, each counts the same", table))
+    return totals
+
+
+# the best strategy
+
+
+def best_strategy(results: Results) -> str:
+    """Find the strategy with the highest mean over the tasks; of equal ones the cheapest.
+
+    Losses count only where no task has points.
+
+    Raises ResultsFileError where no strategy has a score for all items.
+    """
+    found = cells(results)
+    found = [cell for cell in found if cell.unit == POINTS] or found
+    whole = [name for name in results.strategies if all(_is_whole(cell, name) for cell in found)]
+    if not found or not whole:
+        raise ResultsFileError(
+            "No strategy can be saved: none has a score for every item of every task. See what "
+            "failed, or leave those items out."
+        )
+    means = {
+        name: math.fsum(cell.sign * cell.scores(name).mean() for cell in found) / len(found)
+        for name in whole
+    }
+    equal = [name for name in whole if max(means.values()) - means[name] <= TIE]
+    return min(equal, key=lambda name: _probe_ms(found, name, results.adapters))
+
+
+def _is_whole(cell: Cell, strategy: str) -> bool:
+    """Tell whether a strategy has a score for each item that any has one for."""
+    items = {item for name in cell.rows for item in cell.scored(name)}
+    return bool(items) and items == cell.scored(strategy).keys()
+
+
+def _probe_ms(found: Sequence[Cell], strategy: str, adapters: Sequence[str]) -> float:
+    """Mean time of the probe, without items that another strategy had probed if there are others.
+
+    0 where a strategy does not look at the query.
+    """
+    if not parse_strategy(strategy, adapters).strategy.is_probed:
+        return 0.0
+    every = [row for cell in found for row in cell.rows[strategy].values()]
+    every = [row for row in every if not row.get("probe_before_ms")] or every
+    return math.fsum(row.get("probe_ms", 0.0) for row in every) / len(every)
+
+
+def evidence(results: Results, strategy: str) -> dict[str, Any]:
+    """Say why this is the bundle's strategy: `fusion.evidence` of bundle.json."""
+    return {
+        "strategy": strategy,
+        "version": results.header["version"],
+        "date": datetime.date.today().isoformat(),
+        "compared": list(results.strategies),
+        "tasks": [_evidence_of(cell, strategy) for cell in cells(results)],
+    }
+
+
+def _evidence_of(cell: Cell, strategy: str) -> Mapping[str, Any]:
+    score, over = cell.score(strategy), cell.gain(strategy, STATIC)
+    return {
+        "name": cell.name,
+        "metric": cell.task["metric"],
+        "sha256": cell.task["sha256"],
+        "n_item": score.n_item,
+        "score": _numbers(score.times(1 / cell.factor)),
+        "over_static": _numbers(over.times(1 / cell.factor)) if over else None,
+    }
+
+
+def _numbers(found: Estimate) -> list[float | None]:
+    """Value and ends of the 95 % interval; null where a single item has none."""
+    ends = (found.value, found.low, found.high)
+    return [None if math.isnan(value) else round(value, DIGITS) for value in ends]

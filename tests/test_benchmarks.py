@@ -1,0 +1,123 @@
+"""benchmarks/: every script starts, and those that need a bundle do so on a tiny one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import make_bundle
+
+from qaflora_edge import Engine
+from qaflora_edge.evaluation.results import read_results
+
+pytestmark = pytest.mark.slow  # a Python for each script, and torch
+CHECKOUT = Path(__file__).resolve().parents[1]
+BENCHMARKS = CHECKOUT / "benchmarks"
+# Files that another script uses.
+PARTS = {"sandbox", "sandbox_child", "server_process", "llama_server", "lora_flow"}
+SCRIPTS = [path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in PARTS]
+MAX_BYTES = 8_000_000
+
+
+def script(name: str, *words: object, code: int = 0) -> str:
+    """What a script prints."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, words)]
+    # Scripts import each other: their folder is on the path, as for a user.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, env=env)
+    assert done.returncode == code, done.stderr
+    return done.stdout
+
+
+def write(path: Path, *lines: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path).folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_explains_itself(name: str) -> None:
+    assert "usage: " in script(name, "--help").lower()
+
+
+def test_the_page_of_results_is_that_of_the_report(tmp_path: Path) -> None:
+    """Byte for byte."""
+    results = sorted((BENCHMARKS / "results").glob("*.jsonl*"))
+    script("report", *results, "-o", tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_bytes() == (CHECKOUT / "docs/evaluation.md").read_bytes()
+    assert [path.name for path in results if path.stat().st_size > MAX_BYTES] == []
+
+
+def test_code_is_scored_by_its_tests(bundle: Path, tmp_path: Path) -> None:
+    item = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() is None"}
+    path, out = write(tmp_path / "code.jsonl", item), tmp_path / "r.jsonl"
+    script("code_metric", "eval", bundle, path, "-o", out, "--strategies", "base")
+    (found,) = read_results(out).records
+    assert (found["score"] == 1) is (found["failure"] == "")
+    assert isinstance(found["isolated"], list)
+
+
+def test_lorahub_gives_a_manual_mix(bundle: Path, tmp_path: Path) -> None:
+    items = [{"question": f"thing {i}", "answer": i, "continuation": " on a ring"} for i in "12"]
+    path = write(tmp_path / "t.jsonl", *items)
+    words = ("--adapters", "math", "--budget", 3, "--examples", 2)
+    *tried, mix = script("lorahub", bundle, path, *words).splitlines()
+    assert [line.partition(" at ")[2] for line in tried] == ["0.000", "-1.500", "1.500"]
+    with Engine(bundle, strategy=mix, n_ctx=256) as engine:
+        assert {*engine.weights("thing").weights[0]} <= {-1.5, 0.0, 1.5}
+
+
+def test_lora_flow_starts_as_the_static_mix(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    item = {"question": "one and two", "continuation": "three"}
+    path, out = write(tmp_path / "t.jsonl", item), tmp_path / "r.jsonl"
+    script("lora_flow", bundle, path, path, "-o", out, "--epochs", 0)
+    (found,) = read_results(out).records
+    with Engine(bundle, strategy="static", kv_type="f32", flash_attn=False) as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": item["question"]}])
+        expected = -float(engine.score(tokens, item["continuation"]).mean())
+    assert found["score"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_refresh_weighs_every_few_tokens(bundle: Path, tmp_path: Path) -> None:
+    items = ({"question": q, "answer": 1} for q in "abc")
+    path = write(tmp_path / "t.jsonl", {"task": {"max_tokens": 12}}, *items)
+    out = tmp_path / "r.jsonl"
+    script("refresh", bundle, path, "-o", out, "--every", 5, "--half", "dev")
+    found = read_results(out).records
+    assert [record["item"] for record in found] == [0, 2]
+    assert max(record["n_token"] for record in found) > 5
+
+
+def test_tasks_of_the_nine_cells_can_be_read(tmp_path: Path) -> None:
+    made = {
+        "math": {"question": "2 + 3?", "answer": "5"},
+        "code": {
+            "task_id": "p/0",
+            "prompt": "def add(a, b):\n",
+            "entry_point": "add",
+            "test": "assert add",
+            "canonical_solution": "    return a + b\n\n",
+        },
+        "medical": {"question": "Which?", "choices": ["one", "two"], "answer": 1},
+    }
+    for name, item in made.items():
+        for language in ("es", "ru", "zh"):
+            write(tmp_path / f"{name}_{language}.jsonl", item)
+    sentence = {"es": "uno dos tres cuatro", "ru": "раз два три", "zh": "一二三四五"}
+    write(tmp_path / "medical_sentences.jsonl", sentence)
+    script("nine_cells", tmp_path, tmp_path / "out", "--answers")
+    found = {path.stem: path.read_text("utf-8") for path in (tmp_path / "out").iterdir()}
+    assert len(found) == 12
+    items = {name: json.loads(text.splitlines()[1]) for name, text in found.items()}
+    assert items["math_ru"]["continuation"] == "Ответ: 5"
+    assert items["code_es"]["continuation"].endswith("    return a + b\n```")
+    assert items["medical_text_zh"] == {"prompt": "一二", "continuation": "三四五"}

@@ -1,0 +1,165 @@
+"""What is made of results, by hand: differences, the best adapter, the best strategy, the table."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from made_results import header, record
+
+from qaflora_edge.errors import ResultsFileError
+from qaflora_edge.evaluation.results import Results
+from qaflora_edge.evaluation.statistics import mean_of_means
+from qaflora_edge.evaluation.table import (
+    Cell,
+    best_strategy,
+    cells,
+    evidence,
+    rows,
+    total_rows,
+)
+
+RIGHT = {  # strategy -> which of six items it answers rightly
+    "base": "000001",
+    "single:math": "111000",
+    "single:es": "100001",
+    "static": "110000",
+    "qa-flora": "111100",
+}
+LOSS = {"static": [3.0, 2.0, 4.0], "single:math": [2.5, 2.5, 3.0], "qa-flora": [2.0, 2.0, 3.5]}
+
+
+def scored(task: str, scores: dict[str, list[Any]], **more: Any) -> list[dict[str, Any]]:
+    return [
+        record(task, item, strategy, score, **more)
+        for strategy, values in scores.items()
+        for item, score in enumerate(values)
+    ]
+
+
+def points(task: str) -> list[dict[str, Any]]:
+    return scored(task, {name: [float(c) for c in marks] for name, marks in RIGHT.items()})
+
+
+def results(records: list[dict[str, Any]], **metrics: str) -> Results:
+    tasks = [(name, metric, None, None) for name, metric in metrics.items()]
+    return Results(header(tasks, ["math", "es"], n_item=6), tuple(records))
+
+
+def one_cell(records: list[dict[str, Any]], metric: str = "number") -> Cell:
+    [found] = cells(results(records, t=metric))
+    return found
+
+
+def bonett_price(n: int, n_more: int, n_less: int) -> tuple[float, float]:
+    """D. G. Bonett and R. M. Price (2012), adjusted Wald interval of paired shares."""
+    p, q = (n_more + 1) / (n + 2), (n_less + 1) / (n + 2)
+    half = 1.959963984540054 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return p - q - half, p - q + half
+
+
+def test_points_over_static_and_over_the_best_single_adapter() -> None:
+    cell = one_cell(points("t"))
+    assert cell.best_single() == "single:math"
+    assert cell.score("qa-flora").value == pytest.approx(100 * 4 / 6)
+    over_static, over_best = (cell.gain("qa-flora", s) for s in ("static", "single:math"))
+    assert over_static is not None
+    assert over_best is not None
+    assert over_static.value == pytest.approx(100 * 2 / 6)
+    assert (over_best.value, over_best.n_item) == (pytest.approx(100 * 1 / 6), 6)
+    assert (over_best.low, over_best.high) == pytest.approx(
+        [100 * end for end in bonett_price(6, 1, 0)]
+    )
+    assert cell.gain("static", "static") is None
+    assert cell.gain("qa-flora", "norm") is None
+
+
+def test_of_losses_less_is_better() -> None:
+    cell = one_cell(scored("t", LOSS), "loss")
+    assert cell.best_single() == "single:math"
+    assert cell.score("qa-flora").value == pytest.approx(2.5)
+    over_static, over_best = (cell.gain("qa-flora", s) for s in ("static", "single:math"))
+    assert over_static is not None
+    assert over_static.value == pytest.approx(0.5)
+    assert over_best == mean_of_means([np.array([0.5, 0.5, -0.5])])
+
+
+def test_differences_are_of_the_items_that_both_have_a_score_for() -> None:
+    records = [*points("t")[:-1], record("t", 5, "qa-flora", None, error="too long")]
+    cell = one_cell(records)
+    over = cell.gain("qa-flora", "static")
+    assert cell.score("qa-flora").n_item == 5
+    assert over is not None
+    assert (over.n_item, over.value) == (5, pytest.approx(40.0))
+    failed = one_cell([*points("t"), record("t", 0, "norm", None, error="no projections")])
+    assert math.isnan(failed.score("norm").value)
+    assert rows(failed)[-1][:4] == ("norm", "-", "-", "-")
+
+
+def test_the_best_single_adapter_was_asked_more_than_a_few() -> None:
+    scores = {"single:es": [1.0], "single:math": [1.0, 1.0, 0.0, 0.0]}
+    assert one_cell(scored("t", scores)).best_single() == "single:math"
+    scores = {"single:es": [1.0, 1.0, 1.0], "single:math": [1.0, 1.0, 0.0, 0.0]}
+    assert one_cell(scored("t", scores)).best_single() == "single:es"
+
+
+def test_a_probe_costs_what_it_does_where_none_came_before() -> None:
+    """Others share what the first has measured."""
+    times = [(900.0, 0.0), (2.0, 900.0), (1000.0, 0.0), (3.0, 800.0)]
+    records = [
+        record("t", item, "qa-flora", 1.0, probe_ms=probe, probe_before_ms=before)
+        for item, (probe, before) in enumerate(times)
+    ]
+    assert one_cell(records).seconds("qa-flora") == pytest.approx(1.42)
+
+
+def test_tables_have_a_row_for_each_strategy_and_count_tasks_alike() -> None:
+    worse = {name: [1.0 - float(c) for c in marks] for name, marks in RIGHT.items()}
+    made = results([*points("a"), *scored("b", worse)], a="number", b="exact")
+    found = cells(made)
+    table = rows(found[0])
+    assert table[0][:4] == ("", "score, points", "over static", "over single:math *")
+    assert [row[0] for row in table[1:]] == list(RIGHT)
+    assert table[4][1].startswith("33.3 (9.7 to 70.0)")  # static: Wilson's interval of 2 in 6
+    [(title, total)] = total_rows(found)
+    assert title == "all 2 tasks in points, each counts the same"
+    gains = [np.array([0, 0, 1, 1, 0, 0.0]), -np.array([0, 0, 1, 1, 0, 0.0])]
+    over = mean_of_means(gains).times(100)
+    assert total[5][:3] == ("qa-flora", "50.0", f"+0.0 ({over.low:+.1f} to {over.high:+.1f})")
+    assert total_rows(found[:1]) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "best"),
+    [
+        ("number", {"static": [0, 0], "qa-flora": [0, 1], "norm": [1, 1]}, "norm"),
+        ("number", {"norm": [1, 0], "qa-flora": [0, 1], "static": [0, 0]}, "norm"),  # cheaper
+        ("number", {"qa-flora": [1, 1], "norm": [1, 1], "static": [1, 1]}, "static"),
+        ("number", {"static": [0, 1], "norm": [1, None]}, "static"),
+        ("loss", {"static": [2, 3], "norm": [1, 3], "qa-flora": [4, 0.5]}, "norm"),
+    ],
+)
+def test_the_best_strategy(metric: str, scores: dict[str, list[Any]], best: str) -> None:
+    probes = {"qa-flora": 9.0, "norm": 2.0}
+    records = [
+        row
+        for way, values in scores.items()
+        for row in scored("t", {way: values}, probe_ms=probes.get(way, 0.0))
+    ]
+    made = results(records, t=metric)
+    assert best_strategy(made) == best
+    found = evidence(made, best)
+    assert found["compared"] == list(scores)
+    (about,) = found["tasks"]
+    assert (about["n_item"], about["score"][0]) == (2, sum(scores[best]) / 2)
+    if best == "static":
+        assert about["over_static"] is None
+    else:
+        sign = -1 if metric == "loss" else 1
+        gain = sign * (sum(scores[best]) - sum(scores["static"])) / 2
+        assert about["over_static"][0] == pytest.approx(gain)
+
+
+def test_no_strategy_is_the_best_where_none_is_whole() -> None:
+    with pytest.raises(ResultsFileError, match="No strategy can be saved: none has a score"):
+        best_strategy(results([record("t", 0, "base", None)], t="number"))
