@@ -1,16 +1,15 @@
-"""Read safetensors files: little-endian header length, JSON header, raw tensors.
+"""Read safetensors files by pieces, as float32.
 
-Ours because the safetensors package hands numpy no bfloat16, and because an error must name the
-file and the tensor. The header is checked as the format demands: known dtypes, dtype x shape equal
-to the bytes, tensors side by side without holes from the header to the end of the file.
+The safetensors package checks the header: known dtypes, dtype x shape equal to the bytes, tensors
+side by side without holes up to the end of the file. Values are read here, for the package hands
+numpy no bfloat16, and maps a file that someone may shorten. A tensor that is named twice, which the
+package takes, is refused here.
 """
 
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -22,17 +21,9 @@ from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
 MAX_NAME_LENGTH = 256
-MAX_DIMS = 8
 MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
-MAX_COUNT = (1 << 63) - 1  # of a dimension or an offset
 PIECE_VALUES = 1 << 14  # that are read and turned at a time
-DTYPE_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
-FLOAT_DTYPES = ("F32", "F16", "BF16")
+FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class StoredTensor:
         the type is no float.
         """
         self._check_readable()
-        n = DTYPE_BYTES[self.dtype]
+        n = FLOAT_BYTES[self.dtype]
         part = range(columns.start * n, columns.stop * n)
         try:
             raw = read_columns(self.path, self.offset, math.prod(self.shape[1:]) * n, rows, part)
@@ -106,10 +97,10 @@ class StoredTensor:
         return _to_float32(raw, self.dtype).reshape(len(rows), len(columns))
 
     def _check_readable(self) -> None:
-        if self.dtype not in FLOAT_DTYPES:
+        if self.dtype not in FLOAT_BYTES:
             raise SafetensorsFileError(
                 f"Cannot use tensor {self.name} of {self.path}: its dtype is {self.dtype}; "
-                f"expected {', '.join(FLOAT_DTYPES)}. Save the adapter in one of these."
+                f"expected {', '.join(FLOAT_BYTES)}. Save the adapter in one of these."
             )
         if self.n_bytes > MAX_READ_BYTES:
             raise SafetensorsFileError(
@@ -133,6 +124,8 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
 
     Raises InputFileError when it cannot be opened, SafetensorsFileError when it is not sound.
     """
+    import safetensors
+
     path = Path(path)
     if is_lfs_pointer(path):
         raise SafetensorsFileError(
@@ -141,97 +134,27 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
         )
     try:
         with open_input(path) as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            n_header = int.from_bytes(_read_exactly(file.read(8), 8, path), "little")
+            n_header = int.from_bytes(file.read(8), "little")
             if n_header > MAX_HEADER_BYTES:
-                raise _damaged(path, "the header's length", n_header, f"<= {MAX_HEADER_BYTES}")
-            if n_header > size_bytes - 8:
-                raise _damaged(path, "the header's length", n_header, f"<= {size_bytes - 8}")
-            header_bytes = _read_exactly(file.read(n_header), n_header, path)
+                found = f"its header has {n_header} bytes, expected at most {MAX_HEADER_BYTES}"
+                raise _damaged(path, found)
+            header = file.read(n_header)
+        with safetensors.safe_open(path, "numpy"):
+            entries = read_json_object(header)
     except OSError as error:
         raise _unreadable(path, error) from error
-    entries = _parse_header(path, header_bytes)
-    tensors = {
-        name: _parse_entry(path, name, entry, 8 + n_header, size_bytes)
-        for name, entry in entries.items()
-    }
-    _check_places(path, tensors, 8 + n_header, size_bytes)
-    return tensors
-
-
-def _parse_header(path: Path, header_bytes: bytes) -> dict[str, Any]:
-    try:
-        entries = read_json_object(header_bytes)
-    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors
-        raise SafetensorsFileError(
-            f"Cannot read {path}: its header is not a JSON object ({error}). "
-            "The file is corrupted or not a safetensors file; fetch or save it again."
-        ) from error
+    except (safetensors.SafetensorError, ValueError) as error:  # errors of JSON and UTF-8 too
+        raise _damaged(path, f"its header cannot be used ({error})") from error
     entries.pop("__metadata__", None)
-    return entries
-
-
-def _parse_entry(
-    path: Path, name: str, entry: object, data_offset: int, size_bytes: int
-) -> StoredTensor:
-    if not name or len(name) > MAX_NAME_LENGTH:
-        expected = f"1 to {MAX_NAME_LENGTH} characters"
-        raise _damaged(path, "the name of a tensor", f"{len(name)} characters long", expected)
-    field = f"tensor {name}"
-    if not isinstance(entry, Mapping):
-        raise _damaged(path, field, repr(entry)[:80], "an object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _damaged(path, f"the dtype of {field}", repr(dtype)[:80], ", ".join(DTYPE_BYTES))
-    if not _is_counts(shape) or len(shape) > MAX_DIMS:
-        expected = f"a list of up to {MAX_DIMS} whole numbers"
-        raise _damaged(path, f"the shape of {field}", repr(shape)[:80], expected)
-    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        expected = "two offsets, begin and end"
-        raise _damaged(path, f"data_offsets of {field}", repr(offsets)[:80], expected)
-    n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
-    if n_bytes != offsets[1] - offsets[0]:
-        expected = f"{n_bytes} for {dtype} {list(shape)}"
-        raise _damaged(path, f"the size in bytes of {field}", offsets[1] - offsets[0], expected)
-    if data_offset + offsets[1] > size_bytes:
-        expected = f"<= {size_bytes}, the size of the file"
-        raise _damaged(path, f"the last byte of {field}", data_offset + offsets[1], expected)
-    return StoredTensor(path, name, dtype, tuple(shape), data_offset + offsets[0], n_bytes)
-
-
-def _is_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(
-        type(item) is int and 0 <= item <= MAX_COUNT for item in value
-    )
-
-
-def _check_places(
-    path: Path, tensors: Mapping[str, StoredTensor], begin: int, size_bytes: int
-) -> None:
-    """Check that the tensors fill the data without a hole and without sharing bytes."""
-    end = begin
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.n_bytes)):
-        if tensor.offset != end:
-            raise _damaged(
-                path,
-                f"the offset of tensor {tensor.name}",
-                tensor.offset - begin,
-                f"{end - begin}, where the tensor before it ends",
-            )
-        end += tensor.n_bytes
-    if end != size_bytes:
-        raise _damaged(
-            path,
-            "the size of the file",
-            f"{size_bytes} bytes",
-            f"{end}, where its last tensor ends",
-        )
-
-
-def _read_exactly(data: bytes, n_bytes: int, path: Path) -> bytes:
-    if len(data) != n_bytes:
-        raise _damaged(path, "the file", f"{len(data)} bytes long", "a header first")
-    return data
+    if (longest := max(map(len, entries), default=0)) > MAX_NAME_LENGTH:
+        found = f"a tensor's name has {longest} characters, expected at most {MAX_NAME_LENGTH}"
+        raise _damaged(path, found)
+    tensors = {}
+    for name, entry in entries.items():
+        begin, end = (8 + n_header + offset for offset in entry["data_offsets"])
+        shape = tuple(entry["shape"])
+        tensors[name] = StoredTensor(path, name, entry["dtype"], shape, begin, end - begin)
+    return tensors
 
 
 def _unreadable(path: Path, error: OSError) -> InputFileError:
@@ -241,8 +164,8 @@ def _unreadable(path: Path, error: OSError) -> InputFileError:
     )
 
 
-def _damaged(path: Path, field: str, found: object, expected: str) -> SafetensorsFileError:
+def _damaged(path: Path, found: str) -> SafetensorsFileError:
     return SafetensorsFileError(
-        f"Cannot read {path}: {field} is {found}; expected {expected}. "
-        "The file is truncated or corrupted; fetch or save it again."
+        f"Cannot read {path}: {found}. The file is truncated, corrupted or not a safetensors file; "
+        "fetch or save it again."
     )
