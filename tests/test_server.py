@@ -325,7 +325,7 @@ REFUSED = [
     ({"temperature": "1"}, 400, "temperature", "The field temperature is '1', expected a number"),
     ({"n": 17}, 400, "n", "The field n is 17, expected a number of answers from 1 to 16."),
     ({"stop": ["a"] * 17}, 400, "stop", "The field stop is ["),
-    ({"stop": [""]}, 400, "stop", "The field stop is [''], expected a text or 16 texts at most, n"),
+    ({"stop": [""]}, 400, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
     ({"stream": "yes"}, 400, "stream", "The field stream is 'yes', expected true or false."),
     (
         {"stream": True, "stream_options": {"include_usage": 1}},
@@ -438,18 +438,6 @@ def test_defaults_are_for_requests_that_say_nothing(made: TinyBundle) -> None:
         assert answer(client, **asked, max_completion_tokens=5)["usage"]["completion_tokens"] == 5
         found = client.post(TEXT, json={"prompt": "the"}).json()
         assert found["usage"]["completion_tokens"] == 3
-        form = {"type": "json_schema", "json_schema": {"schema": {"const": "azqb"}}}
-        found = answer(client, **asked, response_format=form, max_tokens=99)
-        assert json.loads(found["choices"][0]["message"]["content"]) == "azqb"
-        prose = {"response_format": {"type": "text"}}
-        schema = {"json_schema": {"const": "azqb"}}
-        found = answer(client, **asked, **prose, **schema, max_tokens=99)
-        assert json.loads(found["choices"][0]["message"]["content"]) == "azqb"
-        sign = answer(client, **asked)["choices"][0]["message"]["content"][0]
-    with client_of(made.folder, sampling={**sampling, "stop": (sign,)}) as client:
-        for form in ({}, prose, {"tool_choice": "none"}):
-            found = answer(client, **asked, **form)["choices"][0]
-            assert (found["finish_reason"], found["message"]["content"]) == ("stop", "")
 
 
 def test_a_chat_without_a_template(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def prompt_tokens(model: Model, prompt: Prompt, n_ctx: int, *, parse_special: bo
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("The prompt is empty; give at least one character.")
+        check_size(model, [prompt], n_ctx)
         tokens = model.tokenize(prompt, add_special=True, parse_special=parse_special)
     else:
         tokens = token_ids(prompt)

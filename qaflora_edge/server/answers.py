@@ -128,15 +128,10 @@ async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, str | 
     return body, *request.app.state.models.find(body.model)
 
 
-def with_defaults(request: Request, options: dict[str, Any]) -> dict[str, Any]:
-    """Add the server's sampling options. A stop text among these is meant for prose."""
-    forms = [options.get(form) for form in FORMS]
-    if options.get("tool_choice") == "none":
-        forms[-1] = None
-    has_form = any(form and form != _PROSE for form in forms)
-    defaults = request.app.state.options.sampling.items()
-    own = {name: value for name, value in defaults if name != "stop" or not has_form}
-    return {**own, **options}
+def defaults(request: Request) -> dict[str, Any]:
+    """Return the sampling options that hold where a request says nothing."""
+    options = request.app.state.options.sampling.items()
+    return {name: value for name, value in options if value is not None}
 
 
 def chat_options(request: Request, body: Answered, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +142,7 @@ def chat_options(request: Request, body: Answered, given: Mapping[str, Any]) -> 
         if options.get("response_format", _PROSE) != _PROSE:
             raise wrong_field("json_schema", body.json_schema, "nothing beside response_format")
         options["response_format"] = {"type": "json_object", "schema": body.json_schema}
-    return with_defaults(request, openai_options({**options, **body.sampling}))
+    return {**defaults(request), **openai_options({**options, **body.sampling})}
 
 
 def form_params(body: Answered) -> Params:
@@ -270,12 +265,6 @@ def chat_of(request: Request, engine: Engine, messages: Sequence[Any]) -> Engine
     return _RawChat(engine) if request.app.state.options.raw_prompt else engine
 
 
-def check_text_size(engine: Engine, prompt: Any) -> None:
-    """Raise ContextError for a text that cannot fit, before it is cut into tokens."""
-    with engine._call():
-        check_size(engine._model, [prompt] if isinstance(prompt, str) else [], engine.n_ctx)
-
-
 # routes
 
 
@@ -324,7 +313,7 @@ async def completions(request: Request) -> Response:
     n_top = {} if body.logprobs is None else {"logprobs": body.logprobs}
     sampling = {name: value for name, value in body.sampling.items() if name != "logprobs"}
     given = {"json_schema": body.json_schema, **openai_options(sampling), **n_top}
-    options = {"max_tokens": 16, **with_defaults(request, given)}
+    options = {"max_tokens": 16, **defaults(request), **given}
     model = body.model or served.name
 
     def compute(engine: Engine, out: Outlet) -> None:
@@ -337,7 +326,6 @@ async def completions(request: Request) -> Response:
             for each in prompts:
                 if out.cancel.is_set():
                     raise _ended_early()
-                check_text_size(engine, each)
                 start = spelt(engine, each) if body.echo else ""
                 for answer in noted(engine.answers(each, n, **more), n, out.facts):
                     yield start, answer
@@ -398,7 +386,6 @@ async def weights(request: Request) -> Response:
         if messages is not None:
             tokens = chat_of(request, engine, messages).chat_tokens(messages)
         else:
-            check_text_size(engine, prompt)
             tokens = engine.tokenize(prompt or "")
         chosen, adapters = weighing.weights, weighing.adapters
         found = engine.weights(tokens, strategy=chosen, adapters=adapters, cancel=out.cancel)

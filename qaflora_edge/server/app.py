@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from qaflora_edge.errors import QafloraError
 from qaflora_edge.server import answers
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.metrics import Metrics, Recorder
@@ -58,12 +57,7 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
     app = Starlette(
         routes=_routes(),
         middleware=_middleware(options, metrics := Metrics()),
-        exception_handlers={
-            Refusal: _refused,
-            QafloraError: _refused,
-            HTTPException: _http_error,
-            Exception: _refused,
-        },
+        exception_handlers={HTTPException: _http_error, Exception: _refused, Refusal: _refused},
         lifespan=lifespan,
     )
     app.state.options, app.state.models, app.state.metrics = options, models, metrics
@@ -186,31 +180,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 # (path, route, summary, body): those with a body are POST, the others GET.
 API: tuple[tuple[str, Any, str, type[bodies.Body] | None], ...] = (
-    (
-        "/v1/chat/completions",
-        answers.chat_completions,
-        "Answer a conversation",
-        bodies.ChatBody,
-    ),
+    ("/v1/chat/completions", answers.chat_completions, "Answer a conversation", bodies.ChatBody),
     ("/v1/completions", answers.completions, "Go on with a text", bodies.TextBody),
-    (
-        "/v1/responses",
-        answers.responses,
-        "Answer in the shape of responses",
-        bodies.ResponsesBody,
-    ),
-    (
-        "/v1/weights",
-        answers.weights,
-        "Weigh the adapters for a prompt, or for messages",
-        bodies.WeightsBody,
-    ),
-    (
-        "/tokenize",
-        answers.tokenize,
-        "Token ids of a text, or of messages under the chat template",
-        bodies.TokenizeBody,
-    ),
+    ("/v1/responses", answers.responses, "Answer as a response", bodies.ResponsesBody),
+    ("/v1/weights", answers.weights, "Weigh the adapters for a prompt", bodies.WeightsBody),
+    ("/tokenize", answers.tokenize, "Token ids of a text, or of messages", bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, "The text of token ids", bodies.DetokenizeBody),
     ("/v1/models", models, "What can be asked", None),
     ("/v1/models/{model:path}", model, "One of it", None),

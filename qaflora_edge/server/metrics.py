@@ -11,9 +11,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("qaflora_edge.server")
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
+_MAX_PROMPT_CHARS = 100_000
 # Facts that a line shows, in order; prompts only where --log-prompts asks for them.
-_SHOWN_MOST = 100_000  # characters
 _SHOWN = ("model", "strategy", "prompt_tokens", "completion_tokens", "wait_ms", "first_ms")
+_TOKENS = {"prompt_tokens": "Tokens of prompts.", "completion_tokens": "Tokens of answers."}
+_TIMES = {
+    "whole_ms": ("request_seconds", "From a request to its end."),
+    "first_ms": ("first_token_seconds", "From a request to its first token."),
+    "wait_ms": ("wait_seconds", "For a slot, and for a bundle to open."),
+    "probe_ms": ("probe_seconds", "For weighing."),
+}
 
 
 class Metrics:
@@ -22,31 +29,20 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         more: dict[str, Any] = {"namespace": "qaflora", "registry": self.registry}
-        self.requests = Counter(
-            "requests", "Requests that were answered.", ["path", "status"], **more
-        )
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **more)
         self.running = Gauge("requests_running", "Requests that are computed now.", **more)
-        self.waiting = Gauge("requests_waiting", "Requests that wait for a turn.", **more)
+        self.waiting = Gauge("requests_waiting", "Requests that wait for a slot.", **more)
         self.loaded = Gauge("bundles_loaded", "Bundles that are open.", **more)
-        self.prefix_cache = Gauge(
-            "prefix_cache_bytes", "What the probe read of prompts, kept for others.", **more
-        )
-        tokens = {"prompt_tokens": "Tokens of prompts.", "completion_tokens": "Tokens of answers."}
-        self._tokens = {key: Counter(key, said, ["model"], **more) for key, said in tokens.items()}
-        times = (
-            ("whole_ms", "request_seconds", "From a request to its end."),
-            ("first_ms", "first_token_seconds", "From a request to its token."),
-            ("wait_ms", "wait_seconds", "For a turn, and for a bundle to open."),
-            ("probe_ms", "probe_seconds", "For weighing."),
-        )
+        self.prefix_cache = Gauge("prefix_cache_bytes", "KV states kept of prompts.", **more)
+        self._tokens = {key: Counter(key, text, ["model"], **more) for key, text in _TOKENS.items()}
         self._times = {
-            key: Histogram(name, said, **more, buckets=_SECONDS) for key, name, said in times
+            key: Histogram(name, text, **more, buckets=_SECONDS)
+            for key, (name, text) in _TIMES.items()
         }
 
-    def add(self, path: str, status: int, facts: Mapping[str, Any], ms: float) -> None:
+    def add(self, path: str, status: int, facts: Mapping[str, Any]) -> None:
         """Count a request that is over."""
         self.requests.labels(path, str(status)).inc()
-        facts = {**facts, "whole_ms": ms}
         for key in self._times.keys() & facts:
             self._times[key].observe(facts[key] / 1e3)
         for key in self._tokens.keys() & facts:
@@ -66,8 +62,9 @@ class Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.perf_counter()
-        facts = scope["qaflora"] = {"start_s": start}
+        start_s = time.perf_counter()
+        facts: dict[str, Any] = {"start_s": start_s}
+        scope["qaflora"] = facts
         status = 499  # as nginx has it: gone before there was an answer
 
         async def noting(message: Message) -> None:
@@ -82,27 +79,20 @@ class Recorder:
             status = 500
             raise
         finally:
-            ms = 1e3 * (time.perf_counter() - start)
-            route = scope.get("route")
-            self._metrics.add(getattr(route, "path", "other"), status, facts, ms)
-            log.info("%s", _line(scope, status, facts, ms))
+            facts["whole_ms"] = 1e3 * (time.perf_counter() - start_s)
+            self._metrics.add(getattr(scope.get("route"), "path", "other"), status, facts)
+            log.info("%s", _line(scope, status, facts))
 
 
-def _line(scope: Scope, status: int, facts: Mapping[str, Any], ms: float) -> str:
-    """One line, whatever a client wrote into its request."""
-    client = scope.get("client")
-    parts = [
-        ascii(client[0])[1:-1] if client else "-",  # a proxy may say anything
-        scope["method"],
-        ascii(scope["path"][:100])[1:-1],
-        str(status),
-        f"{ms:.1f}ms",
-    ]
-    parts += [f"{name}={_shown(facts[name])}" for name in _SHOWN if name in facts]
+def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
+    """Return one line, whatever a client or a proxy wrote into its request."""
+    client = ascii(scope["client"][0])[1:-1] if scope.get("client") else "-"
+    path = ascii(scope["path"][:100])[1:-1]
+    parts = [client, scope["method"], path, str(status), f"{facts['whole_ms']:.1f}ms"]
+    for name in _SHOWN:
+        if name in facts:
+            value = facts[name]
+            parts.append(f"{name}={value:.1f}" if isinstance(value, float) else f"{name}={value}")
     if "prompt" in facts:
-        parts.append(f"prompt={ascii(facts['prompt'])[:_SHOWN_MOST]}")
+        parts.append(f"prompt={ascii(facts['prompt'])[:_MAX_PROMPT_CHARS]}")
     return " ".join(parts)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)

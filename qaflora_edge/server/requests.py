@@ -5,13 +5,13 @@ messages too. Sampling options come from `config`, with their ranges.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     WithJsonSchema,
@@ -39,10 +39,20 @@ MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number b
 MAX_FORM_CHARS = 256 << 10  # of a grammar, a schema or tools
 
 Schema = dict[str, Any]
-Weights = dict[str, float] | list[list[float]]
 
 
 # fields
+
+
+def _checked_by(fits: Callable[[Any], bool], expected: str) -> AfterValidator:
+    """Check a value by a function; a model of thousands of values would list each wrong one."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not fits(value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
 
 
 def _is_weight(value: object) -> bool:
@@ -51,25 +61,13 @@ def _is_weight(value: object) -> bool:
 
 
 def _are_weights(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_weight, value.values()))
-    rows = value if isinstance(value, list) else [None]
-    return all(isinstance(row, list) and all(map(_is_weight, row)) for row in rows)
+    rows = [value.values()] if isinstance(value, dict) else value
+    is_matrix = isinstance(rows, list) and all(isinstance(row, Collection) for row in rows)
+    return is_matrix and all(map(_is_weight, itertools.chain.from_iterable(rows)))
 
 
 def _is_short(value: Any) -> bool:
-    return value is None or len(value if isinstance(value, str) else repr(value)) <= MAX_FORM_CHARS
-
-
-def _checked_by(fits: Any, expected: str) -> AfterValidator:
-    """Check a value by a function; a model of thousands of values would list each wrong one."""
-
-    def check(value: Any) -> Any:
-        if not fits(value):
-            raise ValueError(expected)
-        return value
-
-    return AfterValidator(check)
+    return len(value if isinstance(value, str) else repr(value)) <= MAX_FORM_CHARS
 
 
 _SHORT = _checked_by(_is_short, f"{MAX_FORM_CHARS} characters at most")
@@ -100,24 +98,21 @@ Messages = Annotated[
 ]
 Flag = Annotated[bool | None, Field(title="true or false")]
 Form = Annotated[dict[str, Any] | None, _SHORT]
+Tools = Annotated[Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None, _SHORT]
 
 
-class Strict(BaseModel):
+class Strict(BaseModel, strict=True):
     """An object of a request: values have exactly the types that are declared."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
 
-
-class Fusion(Strict):
+class Fusion(Strict, extra="forbid"):
     """The field `fusion`: how a request is weighed, and what the answer tells of it."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", title="Fusion")
 
     strategy: Text | None = Field(None, title="the name of a strategy")
     adapters: list[str] | None = Field(None, title="names of adapters")
     weights: Annotated[
         Any,
-        _checked_by(lambda value: value is None or _are_weights(value), _WEIGHTS),
+        _checked_by(_are_weights, _WEIGHTS),
         WithJsonSchema({"anyOf": [_BY_NAME, _BY_LAYER, {"type": "null"}]}),
     ] = Field(None, title=_WEIGHTS)
     returned: Literal["summary", "layers", "none"] | None = Field(
@@ -150,44 +145,32 @@ class Weighed(Body):
 
 
 def _option_field(option: Option) -> tuple[Any, Any]:
-    """An option of `config` as a field of a model; null stands for the default."""
-    kind: Any = option.kind
+    """Return an option of `config` as a field of a model; null stands for the default."""
     low = "gt" if option.is_open else "ge"
-    limits: dict[str, Any] = {low: option.low, "le": option.high}
-    if kind is tuple:
+    bounds = {low: option.low, "le": option.high} if option.kind in (int, float) else {}
+    limits: dict[str, Any] = {name: each for name, each in bounds.items() if each is not None}
+    kind: Any = Annotated[option.kind, Field(**limits)]
+    if option.kind is tuple:
         kind = Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)]
-        limits, expected = {}, f"a text or {MAX_STOPS} texts at most, none of them empty"
-    elif kind is dict:
+    elif option.kind is dict:
         number = {"type": "number", "minimum": option.low, "maximum": option.high}
         names = {"propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": number}
         schema = WithJsonSchema({"type": "object", **names})
         kind = Annotated[Any, _checked_by(option.fits, option.expected), schema]
-        limits, expected = {}, option.expected
-    else:
-        expected = option.expected
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    kind = Annotated[kind, Field(**limits)]
-    if option.name == "grammar":
-        kind = Annotated[kind, _SHORT]
-    return kind | None, Field(None, title=expected, description=option.help)
+    elif option.name == "grammar":
+        kind = Annotated[str, _SHORT]
+    expected = f"a text or 1 to {MAX_STOPS} texts, none empty" if option.kind is tuple else ""
+    return kind | None, Field(None, title=expected or option.expected, description=option.help)
 
 
-def _option_fields() -> dict[str, Any]:
-    return {
-        name: _option_field(option)
-        for option in in_group("sampling").values()
-        for name in (option.name, *option.aliases)
-    }
+_OPTIONS = in_group("sampling").values()
+_NAMED = {name: option for option in _OPTIONS for name in (option.name, *option.aliases)}
+_FIELDS: dict[str, Any] = {name: _option_field(option) for name, option in _NAMED.items()}
+Sampled: Any = create_model("Sampled", __base__=Weighed, **_FIELDS)
 
 
-SAMPLING = frozenset(_option_fields())
-Sampled: Any = create_model("Sampled", __base__=Weighed, **_option_fields())
-
-
-class Answered(Sampled):  # type: ignore[misc]
+class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
     """A request for answers: sampling options, and how the answers are sent."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         None, title=f"a number of answers from 1 to {MAX_CHOICES}"
@@ -208,10 +191,18 @@ class Answered(Sampled):  # type: ignore[misc]
     @property
     def sampling(self) -> dict[str, Any]:
         """The sampling options that are given."""
-        return {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in _NAMED if getattr(self, name) is not None}
 
 
-class ChatBody(Answered):
+class Tooled(Answered):
+    """A request whose answers may call tools."""
+
+    tools: Tools = Field(None, title=f"a list of {MAX_TOOLS} tools at most")
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: Flag = None
+
+
+class ChatBody(Tooled):
     """The body of /v1/chat/completions."""
 
     messages: Messages
@@ -219,11 +210,6 @@ class ChatBody(Answered):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, title="a number of tokens from 0 to 20"
     )
-    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS), _SHORT] | None = Field(
-        None, title=f"a list of {MAX_TOOLS} tools at most"
-    )
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: Flag = None
     response_format: Form = Field(None, title='an object, as in {"type": "json_object"}')
 
 
@@ -236,20 +222,15 @@ class TextBody(Answered):
     echo: Flag = None
 
 
-class ResponsesBody(Answered):
+class ResponsesBody(Tooled):
     """The body of /v1/responses."""
 
     input: Annotated[str | list[Any], Field(min_length=1)] = Field(
         title="a text or a list of items"
     )
     instructions: str | None = Field(None, title="a text")
-    max_output_tokens: _option_field(in_group("sampling")["max_tokens"])[0] = None  # type: ignore[valid-type]
+    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
     text: Form = Field(None, title='an object such as {"format": {"type": "text"}}')
-    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS), _SHORT] | None = Field(
-        None, title=f"a list of {MAX_TOOLS} functions at most"
-    )
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: Flag = None
 
 
 class WeightsBody(Weighed):
@@ -344,45 +325,37 @@ def _refusal(kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any)
         value = value.get(key) if isinstance(value, dict) else None
         names.append(f"{key:.80}")
         if key not in fields:
-            message = f"The field {'.'.join(names)} does not exist, expected one of "
-            message += f"{', '.join(fields)}."
-            return Refusal(400, message, param=".".join(names), code="unknown_field")
-        expected = fields[key].title or error["msg"]
-        parts = get_args(fields[key].annotation) or (fields[key].annotation,)
-        kind = next((part for part in parts if _is_model(part)), None)
+            name, expected = ".".join(names), ", ".join(fields)
+            message = f"The field {name} does not exist, expected one of {expected}."
+            return Refusal(400, message, param=name, code="unknown_field")
+        expected = fields[key].title or error["msg"].removeprefix("Input should be ")
+        parts = get_args(fields[key].annotation)
+        models = (part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
+        kind = next(models, None)
     if error["type"] == "value_error":
         expected = error["msg"].removeprefix("Value error, ")
     return wrong_field(".".join(names), value, expected)
 
 
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
 # OpenAPI
 
-_ERROR_TEXTS: Schema = {
-    "message": {"type": "string"},
-    "type": {"type": "string"},
-    "param": {"type": ["string", "null"]},
-    "code": {"type": ["string", "null"]},
-}
-_ERROR: Schema = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {"type": "object", "required": [*_ERROR_TEXTS], "properties": _ERROR_TEXTS}
-    },
-}
+
+class ErrorText(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """What is answered for a failure."""
+
+    error: ErrorText
+
+
 _REFUSED = {
-    "400": "A field is wrong; param names it",
-    "401": "The API key is missing or wrong",
-    "403": "The host or the page that asks is not allowed",
-    "404": "There is no such model",
-    "408": "The body was sent too slowly",
-    "413": "The body is too large",
-    "500": "The server failed",
-    "503": "The queue is full, or the model cannot be opened; see Retry-After",
+    "4XX": "The request is wrong or not allowed; param names the field",
+    "5XX": "The queue is full, or the model cannot be opened (503: see Retry-After), or a mistake",
 }
 
 
@@ -395,10 +368,10 @@ def describe(
     models  the ids that can be asked
     """
     paths = list(paths)
-    kinds = [(kind, "validation") for _, _, kind in paths if kind is not None]
+    kinds: Any = [(kind, "validation") for _, _, kind in paths if kind is not None]
     place = "#/components/schemas/{model}"
-    _, defs = models_json_schema(kinds, ref_template=place)  # type: ignore[arg-type]
-    schemas = {**defs["$defs"], "Error": _ERROR}
+    _, found = models_json_schema([*kinds, (Error, "validation")], ref_template=place)
+    schemas = found["$defs"]
     model = {"type": "string", "title": "The model", "enum": list(models)}
     for schema in schemas.values():
         if "model" in schema["properties"]:
@@ -434,7 +407,7 @@ def _operation(path: str, summary: str, kind: type[Body] | None, model: Schema) 
         return {"post": {**operation, "requestBody": {"required": True, "content": content}}}
     if path == "/health":
         operation["security"] = []
-        operation["responses"]["503"]["content"] = answer
+        operation["responses"]["503"] = operation["responses"]["200"]
     if "{model}" in path:
         named = {"name": "model", "in": "path", "required": True, "schema": model}
         operation["parameters"] = [named]

@@ -49,24 +49,21 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = partial(_with_headers, send)
-        if scope["type"] == "http":
-            found = self._refusal(Headers(scope=scope))
-            if found is not None:
-                await found.response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        refused = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self._app if refused is None else refused.response())(scope, receive, send)
 
     def _refusal(self, headers: Headers) -> Refusal | None:
-        host = ", ".join(headers.getlist("host"))  # of several none is known
-        if self._hosts is not None and not self._is_known(host, self._hosts):
+        # Of several none is known.
+        host, origins = ", ".join(headers.getlist("host")), headers.getlist("origin")
+        if self._hosts is not None and not is_known(host, self._hosts):
             message = (
                 f"The request is to the host {host!r:.100}, by which this server is not called; "
                 "start it with --allow-host to allow it."
             )
             return Refusal(403, message, code="host_not_allowed")
-        origins = headers.getlist("origin")
         origin = ", ".join(origins)
-        if origins and not self._is_own(origin, host):
+        is_allowed = "*" in self._origins or origin in self._origins
+        if origins and not is_allowed and not is_same(origin, host):
             message = (
                 f"The page at {origin!r:.100} may not ask here; start the server with "
                 "--cors-origin to allow it."
@@ -74,22 +71,24 @@ class Gate:
             return Refusal(403, message, code="origin_not_allowed")
         return None
 
-    def _is_known(self, host: str, names: frozenset[str]) -> bool:
-        """Tell whether a Host is an address, which no other name can be, or one of our names."""
-        name = _hostname(host)
-        if name is None:
-            return False
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return name in names
-        return True
 
-    def _is_own(self, origin: str, host: str) -> bool:
-        if "*" in self._origins or origin in self._origins:
-            return True
-        scheme, _, rest = origin.partition("://")
-        return scheme in ("http", "https") and bool(rest) and rest.lower() == host.lower()
+def is_known(host: str, names: frozenset[str]) -> bool:
+    """Tell whether a Host is an address, which no other name can be, or one of our names."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return False
+    try:
+        ipaddress.ip_address(name or "")
+    except ValueError:
+        return name in names
+    return True
+
+
+def is_same(origin: str, host: str) -> bool:
+    """Tell whether a page comes from the host that it asks."""
+    scheme, _, rest = origin.partition("://")
+    return scheme in ("http", "https") and bool(rest) and rest.lower() == host.lower()
 
 
 class Lock:
@@ -111,10 +110,3 @@ class Lock:
                 await refused(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-def _hostname(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
