@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.completions import Usage, answer_head
-from qaflora_edge.openai.logprobs import ShownTokens, chat_logprobs
+from qaflora_edge.openai.completions import ShownTokens, Usage, answer_head, chat_logprobs
 from qaflora_edge.openai.options import openai_options
 from qaflora_edge.openai.tools import END, CallFilter, answer_form, chosen_tools, parse_calls
 

@@ -5,11 +5,11 @@ done is refused by name, and never ignored; what only steers speed or memory is 
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Self, overload
+from typing import Any, Self
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import native
@@ -42,6 +42,10 @@ _FIXED_IN_CALLS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("functions", "function_call"), (None,)),
     **{"suffix": (None, ""), "logprobs": (None, False), "logit_bias": (None, {})},
     **{"typical_p": (1.0,), "tfs_z": (1.0,), "mirostat_mode": (0,)},
+}
+_DEFAULTS: dict[str, Any] = {
+    **{"top_p": 0.95, "min_p": 0.05, "top_k": 40, "stop": (), "repeat_penalty": 1.0},
+    **{"frequency_penalty": 0.0, "presence_penalty": 0.0, "seed": None, "grammar": None},
 }
 _UNUSED_IN_CALLS = frozenset({"model", "mirostat_tau", "mirostat_eta"})
 
@@ -95,55 +99,24 @@ class Llama:
 
     # answers
 
-    @overload
-    def create_completion(
-        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any
-    ) -> dict[str, Any]: ...
-    @overload
-    def create_completion(
-        self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Any
-    ) -> Iterator[dict[str, Any]]: ...
-    @overload
-    def create_completion(
-        self, prompt: str | Sequence[int], *, stream: bool, **options: Any
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
     def create_completion(
         self,
         prompt: str | Sequence[int],
         *,
-        max_tokens: int | None = 16,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        top_k: int = 40,
-        stop: str | Sequence[str] | None = (),
-        repeat_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        seed: int | None = None,
-        grammar: Any = None,
         echo: bool = False,
         stream: bool = False,
-        **others: Any,
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
-        """Go on with a text. Control tokens spelt out in it are control tokens, as there."""
+        **options: Any,
+    ) -> Any:
+        """Go on with a text: a dict, or chunks with stream=True.
+
+        Control tokens spelt out in it are control tokens, as there.
+        """
+        sampling, others = _sampling(options, max_tokens=16, temperature=0.8)
         check_fixed("create_completion", others, _FIXED_IN_CALLS, unused=_UNUSED_IN_CALLS)
-        generation = self.engine.generate(
-            prompt,
-            parse_special=True,
-            max_tokens=_max_tokens(max_tokens),
-            temperature=temperature,
-            top_p=top_p,
-            min_p=min_p,
-            top_k=max(0, top_k),
-            stop=stop or (),
-            repeat_penalty=repeat_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            seed=_seed(seed),
-            grammar=_grammar(grammar),
-        )
-        start = self._text(prompt) if echo else ""
+        generation = self.engine.generate(prompt, parse_special=True, **sampling)
+        start = ""
+        if echo:
+            start = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8")
         if stream:
             head = answer_head("text_completion", self.model_path)
             return text_chunks(head, [(start, generation)])
@@ -151,59 +124,22 @@ class Llama:
 
     __call__ = create_completion
 
-    @overload
-    def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **_: Any
-    ) -> dict[str, Any]: ...
-    @overload
-    def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **_: Any
-    ) -> Iterator[dict[str, Any]]: ...
-    @overload
-    def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: bool, **_: Any
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
     def create_chat_completion(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        max_tokens: int | None = None,
-        temperature: float = 0.2,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        top_k: int = 40,
-        stop: str | Sequence[str] | None = (),
-        repeat_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        seed: int | None = None,
-        grammar: Any = None,
         response_format: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         stream: bool = False,
-        **others: Any,
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        **options: Any,
+    ) -> Any:
         """Answer a conversation under the base's chat template; see Engine.chat."""
+        sampling, others = _sampling(options, max_tokens=None, temperature=0.2)
         check_fixed("create_chat_completion", others, _FIXED_IN_CALLS, unused=_UNUSED_IN_CALLS)
-        return self.engine.chat(
-            messages,
-            stream=stream,
-            tools=tools,
-            tool_choice=tool_choice,
-            response_format=response_format,
-            grammar=_grammar(grammar),
-            max_tokens=_max_tokens(max_tokens),
-            temperature=temperature,
-            top_p=top_p,
-            min_p=min_p,
-            top_k=max(0, top_k),
-            stop=stop or (),
-            repeat_penalty=repeat_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            seed=_seed(seed),
-        )
+        asked: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice}
+        asked |= {"response_format": response_format, "stream": stream}
+        return self.engine.chat(messages, **asked, **sampling)
 
     # tokens
 
@@ -227,9 +163,6 @@ class Llama:
             text = self.engine._model.detokenize(tokens, special=special)
         is_begin = not prev_tokens and bool(tokens) and tokens[0] == self.token_bos()
         return text[1:] if is_begin and text[:1] == b" " else text
-
-    def _text(self, prompt: str | Sequence[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8")
 
     def n_ctx(self) -> int:
         return self.engine.n_ctx
@@ -271,15 +204,26 @@ def replace_llama_cpp() -> None:
     import_module("llama_cpp").Llama = Llama  # type: ignore[attr-defined]
 
 
-def _max_tokens(max_tokens: int | None) -> int | None:
-    return None if max_tokens is None or max_tokens <= 0 else max_tokens
+def _sampling(
+    options: Mapping[str, Any], *, max_tokens: int | None, temperature: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return options of a call as Engine.generate takes them, with the defaults there; the others.
+
+    max_tokens, temperature  defaults of this call
+    """
+    found = {**_DEFAULTS, "max_tokens": max_tokens, "temperature": temperature}
+    found |= {name: value for name, value in options.items() if name in found}
+    others = {name: value for name, value in options.items() if name not in found}
+    limit, grammar = found["max_tokens"], found["grammar"]
+    found["max_tokens"] = None if limit is None or limit <= 0 else limit
+    found["top_k"] = max(0, found["top_k"])
+    found["stop"] = found["stop"] or ()
+    found["seed"] = _seed(found["seed"])
+    if grammar is not None and not isinstance(grammar, str):
+        found["grammar"] = str(grammar._grammar)  # a LlamaGrammar's text
+    return found, others
 
 
 def _seed(seed: int | None) -> int | None:
     """None for llama.cpp's "a new one each time", which is also -1."""
     return None if seed is None or seed in (-1, MAX_SEED) else seed
-
-
-def _grammar(grammar: Any) -> str | None:
-    """The text of a LlamaGrammar, or GBNF text."""
-    return grammar if grammar is None or isinstance(grammar, str) else str(grammar._grammar)
