@@ -28,10 +28,7 @@ def prompt_tokens(model: Model, prompt: Prompt, n_ctx: int, *, parse_special: bo
 
 
 def check_size(model: Model, texts: Iterable[str], n_ctx: int) -> None:
-    """Raise ContextError for texts that no cutting into tokens makes fit; they are not cut.
-
-    A text of megabytes takes seconds to cut.
-    """
+    """Raise ContextError for texts that cannot fit; cutting megabytes into tokens takes seconds."""
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size > n_ctx * _PIECE_BYTES and size > n_ctx * model.longest_piece:
         raise ContextError(
