@@ -1,13 +1,13 @@
-"""Chat templates out of a file: jinja with bounded work.
+"""Chat templates out of a file: jinja's sandbox with bounded work.
 
-A template is a program by whoever made the file. It sees only the conversation: jinja's immutable
-sandbox, and of filters, methods and functions only those named here. It ends: every step of a loop,
-every operation, call and piece of output is paid for out of one budget, by the size of what it
-handles, before it is done.
+A template is a program by whoever made the file. It sees only the conversation, and only the
+filters, methods and functions named here. Loops, operations, calls and output are paid for out of
+one budget, by the size of what they handle, before they are done.
 """
 
 import json
-from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from types import CodeType
@@ -19,44 +19,37 @@ from jinja2 import meta, nodes
 from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
-from qaflora_edge.chat.budget import MAX_DEPTH, Budget, TemplateLimit, size
-
+MAX_SECONDS = 5.0  # of the thread
 MAX_TEMPLATE = 1 << 16  # characters of a template
-MAX_WORK = 500_000  # steps and characters, beside WORK_PER_INPUT for each that comes in
+MAX_WORK = 500_000  # steps and characters, and WORK_PER_INPUT for each that comes in
 WORK_PER_INPUT = 100
 MAX_INPUT = 1 << 26  # characters of a conversation
+MAX_DEPTH = 40  # lists in lists
+MAX_INDENT = 16
 MAX_INTEGER = 1 << 63
-_MAX_INDENT = 16
+_TOO_MUCH = "more text or more steps than a conversation needs"
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_FILTERS = _words(
-    """abs capitalize dictsort e escape float groupby int items list lower map max min reject
-    rejectattr reverse round safe select selectattr sort string striptags sum title trim unique
-    upper wordcount"""
+_FILTERS = frozenset(
+    """abs capitalize dictsort e escape float groupby indent int items join list lower map max min
+    reject rejectattr replace reverse round safe select selectattr sort string sum title tojson trim
+    unique upper""".split()  # noqa: SIM905
 )
-_FREE_FILTERS = _words("count d default first last length")  # they make nothing
-_COMPARING_TESTS = _words("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lt ne")
-_VIEWS = (KeysView, ValuesView, ItemsView)
-_METHODS: dict[type, frozenset[str]] = {
-    str: _words(
-        """capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit
-        islower isnumeric isspace istitle isupper join lower lstrip partition removeprefix
-        removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith
-        strip swapcase title upper"""
-    ),
-    dict: _words("copy get items keys values"),
-    list: _words("copy count index"),
-    tuple: _words("count index"),
-    LoopContext: _words(
-        """cycle changed depth depth0 first index index0 last length nextitem previtem revindex
-        revindex0"""
-    ),
-}
+_FREE_FILTERS = frozenset({"count", "d", "default", "first", "last", "length"})  # they make nothing
+_ATTRIBUTES = frozenset(
+    """capitalize count endswith find index isalnum isalpha isascii isdigit islower isnumeric
+    isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex
+    rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+    copy get items keys values
+    changed cycle depth depth0 first index0 last length nextitem previtem revindex
+    revindex0""".split()  # noqa: SIM905  (of texts, of lists and objects, of `loop`)
+)
+
+
+class TemplateLimit(Exception):
+    """A template asks for more than it is given."""
 
 
 class TemplateRefused(Exception):
@@ -64,7 +57,7 @@ class TemplateRefused(Exception):
 
 
 def render(template: str, *, bos_token: str, eos_token: str, **variables: Any) -> str:
-    """The text of a conversation under a template.
+    """Write a conversation under a template.
 
     variables  messages and what else the template may read: JSON values
 
@@ -72,7 +65,7 @@ def render(template: str, *, bos_token: str, eos_token: str, **variables: Any) -
     """
     if len(template) > MAX_TEMPLATE:
         raise TemplateLimit(f"it has {len(template)} characters, expected at most {MAX_TEMPLATE}")
-    environment = _Environment(MAX_WORK + WORK_PER_INPUT * size(variables, MAX_INPUT))
+    environment = _Environment(MAX_WORK + WORK_PER_INPUT * _size(variables, MAX_INPUT))
     program = jinja2.Template.from_code(environment, _compiled(template), environment.globals)
     names = {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": True}
     return "".join(program.generate({**names, **variables}))
@@ -80,22 +73,38 @@ def render(template: str, *, bos_token: str, eos_token: str, **variables: Any) -
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> CodeType:
-    """What every environment makes of a template: its budget is for what is computed later."""
     return _Environment(0).compile(template)
 
 
 @lru_cache(maxsize=8)
 def literal_text(template: str) -> str:
     """All text that a template itself may write, its pieces apart by U+0000."""
-    tree = _Environment(0).parse(template)
-    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
-    texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-    return "\0".join(texts)
+    constants = _Environment(0).parse(template).find_all(nodes.Const)
+    return "\0".join(each.value for each in constants if isinstance(each.value, str))
 
 
 def variables(template: str) -> set[str]:
     """Names that a template reads from outside."""
     return meta.find_undeclared_variables(_Environment(0).parse(template))
+
+
+def _size(value: Any, most: int, depth: int = 0) -> int:
+    """Size of a value when it is written out: what is in it twice counts twice.
+
+    Raises TemplateLimit above `most`, or where lists are too deep in each other.
+    """
+    if isinstance(value, str):
+        return 1 + len(value)
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    if depth > MAX_DEPTH:
+        raise TemplateLimit(f"more than {MAX_DEPTH} lists or objects in each other")
+    total = 1
+    for part in value if not isinstance(value, dict) else (*value.keys(), *value.values()):
+        total += _size(part, most - total, depth + 1)
+        if total > most:
+            raise TemplateLimit(_TOO_MUCH)
+    return total
 
 
 class _Generation(jinja2.ext.Extension):
@@ -108,8 +117,58 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Payments(NodeTransformer):
+    """Lets what no method of an environment sees pass through filters that pay for it."""
+
+    def __init__(self, environment: Any) -> None:
+        self._environment = environment
+
+    def _through(self, name: str, value: Any) -> nodes.Filter:
+        made = nodes.Filter(value, name, [], [], None, None, lineno=value.lineno or 1)
+        made.set_environment(self._environment)
+        return made
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        if node.recursive:
+            raise TemplateLimit("a recursive loop")
+        self.generic_visit(node)
+        node.iter = self._through(_STEPS, node.iter)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return self._through("join", nodes.List(node.nodes, lineno=node.lineno))
+
+    def visit_Compare(self, node: Any) -> Any:
+        self.generic_visit(node)
+        for part in (node, *node.ops):
+            part.expr = self._through(_PAID, part.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = self._through(_PAID, node.node)
+        return node
+
+    def visit_Tuple(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        return node if getattr(node, "ctx", "") == "store" else self._through(_PAID, node)
+
+    visit_List = visit_Dict = visit_Tuple
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
+        return nodes.Const(node.data, lineno=node.lineno, environment=self._environment)
+
+
+_STEPS, _PAID = "the steps", "the paid"  # no template can write these names
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    """One rendering: an environment with a budget."""
+    """One rendering.
+
+    work  steps and characters that it may handle
+    """
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -121,56 +180,75 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, jinja2.ext.loopcontrols],
             finalize=self._written,
         )
-        self._budget, self._depth = Budget(work), 0
-        tests: dict[str, Any] = self.tests
-        tests |= {name: self._paid(tests[name]) for name in _COMPARING_TESTS}
-        filters = {name: self._paid(self.filters[name]) for name in _FILTERS}
-        self.filters = {name: self.filters[name] for name in _FREE_FILTERS} | filters
-        self.filters |= {
-            "tojson": self._to_json,
-            "replace": self._replace,
-            "indent": self._indent,
-            "join": self._join,
-            _STEPS: self._steps_filter,
-            _SEEN: self._seen_filter,
-            _CONCAT: self._concat_filter,
+        self._work, self._end = work, time.thread_time() + MAX_SECONDS
+        steps, paid = self._steps, self._paid
+        known = {**self.filters, "tojson": _to_json}
+        self.filters = {
+            _STEPS: jinja2.pass_context(lambda _, iterable: steps(iterable)),
+            _PAID: jinja2.pass_context(lambda _, value: paid(value)),
+            **{name: known[name] for name in _FREE_FILTERS},
+            **{name: self._priced(name, known[name]) for name in _FILTERS},
         }
         self.globals = {
-            "range": self._range,
-            "namespace": self.globals["namespace"],
+            "range": lambda *bounds: list(steps(range(*bounds))),
+            "namespace": Namespace,
             "dict": dict,
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
         }
 
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree: nodes.Template = _Payments(self).visit(super()._parse(source, name, filename))
+        return tree
+
+    def _spend(self, n: int) -> None:
+        self._work -= n
+        if self._work < 0:
+            raise TemplateLimit(_TOO_MUCH)
+        if time.thread_time() > self._end:
+            raise TemplateLimit(f"more than {MAX_SECONDS:.0f} seconds")
+
+    def _paid(self, value: Any) -> Any:
+        self._spend(_size(value, max(0, self._work)))
+        return value
+
+    def _steps(self, iterable: Iterable[Any]) -> Iterator[Any]:
+        for item in iterable:
+            self._spend(1)
+            yield item
+
     @jinja2.pass_context
     def _written(self, _: Any, value: Any) -> Any:
-        return value if isinstance(value, Undefined) else self._budget.text(value)
+        return value if isinstance(value, Undefined) else str(self._paid(value))
 
-    @jinja2.pass_context
-    def _steps_filter(self, _: Any, iterable: Any) -> Iterator[Any]:
-        return self._budget.steps(iterable)
+    def _pay(self, name: str, values: list[Any]) -> None:
+        """Pay for what a filter or method is given, and for what it makes of it."""
+        for value in values:
+            self._paid(value)
+        self._spend(_price(name, values))
 
-    @jinja2.pass_context
-    def _seen_filter(self, _: Any, value: Any) -> Any:
-        return self._budget.seen(value)
+    def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a filter be paid for."""
+        passed = getattr(function, "jinja_pass_arg", None)
 
-    @jinja2.pass_context
-    def _concat_filter(self, _: Any, *parts: Any) -> str:
-        return "".join(map(self._budget.text, parts))
+        @jinja2.pass_context
+        def priced(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(value, Iterator):
+                value = list(self._steps(value))
+            self._pay(name, [value, *args, *kwargs.values()])
+            first = {"context": context, "eval_context": context.eval_ctx, "environment": self}
+            given = [first[passed.name]] if passed is not None else []
+            result = function(*given, value, *args, **kwargs)
+            is_lazy = isinstance(result, Iterator)
+            return self._paid(list(self._steps(result)) if is_lazy else result)
 
-    # what a template is made of
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _with_payments(super()._parse(source, name, filename))
+        return priced
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self._budget.seen(left)
-        self._budget.seen(right)
-        if operator == "*":
-            for sequence, count in ((left, right), (right, left)):
-                if isinstance(sequence, (str, list, tuple)) and isinstance(count, int):
-                    self._budget.spend(max(0, count) * self._budget.size(sequence))
+        for one, other in ((left, right), (right, left)):
+            n = _size(one, max(0, self._work))
+            times = other if operator == "*" and isinstance(other, int) else 1
+            self._spend(n * max(1, times) if isinstance(one, (str, list, tuple)) else n)
         if operator == "%" and isinstance(left, str) and not _is_plain_format(left):
             raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
         if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= 64):
@@ -178,173 +256,46 @@ class _Environment(ImmutableSandboxedEnvironment):
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and abs(result) > MAX_INTEGER:
             raise TemplateLimit("an integer of more than 64 bits")
-        self._budget.seen(result)
-        return result
+        return self._paid(result)
 
     def wrap_str_format(self, value: Any) -> None:
-        """No str.format: it is not among the methods."""
+        """Leave str.format out: it is not among the methods."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, Namespace):
             return not attr.startswith("_")
-        return any(isinstance(obj, kind) and attr in names for kind, names in _METHODS.items())
+        return isinstance(obj, (str, dict, list, tuple, LoopContext)) and attr in _ATTRIBUTES
 
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(called, (Macro, LoopContext)):
-            return self._call_macro(context, called, *args, **kwargs)
-        for value in (*args, *kwargs.values()):
-            self._budget.seen(value)
-        owner = getattr(called, "__self__", None)
+        name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
+        args = tuple(list(self._steps(x)) if isinstance(x, Iterator) else x for x in args)
+        values = [] if isinstance(called, Macro) else [*args, *kwargs.values()]
         if isinstance(owner, str):
-            self._budget.seen(owner)
-            if called.__name__ == "replace":
-                self._pay_replace(owner, *args)
-            if called.__name__ == "join":
-                args = (self._joined_parts(owner, *args),)
+            values = [*values, owner] if name == "join" else [owner, *values]
+        self._pay(name, values)
         result = super().call(context, called, *args, **kwargs)
-        if isinstance(owner, dict) and called.__name__ == "get":
+        if isinstance(owner, dict) and name == "get":
             return result  # nothing was made
-        return self._budget.seen(list(result) if isinstance(result, _VIEWS) else result)
-
-    def _call_macro(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        self._budget.spend(1)
-        if isinstance(called, LoopContext):
-            args = (self._budget.steps(args[0]), *args[1:])
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise TemplateLimit(f"more than {MAX_DEPTH} macros in each other")
-        try:
-            return super().call(context, called, *args, **kwargs)
-        finally:
-            self._depth -= 1
-
-    # filters and functions
-
-    def _paid(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that pays for what goes in and for what comes out."""
-        passed = getattr(function, "jinja_pass_arg", None)
-
-        @jinja2.pass_context
-        def paid(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(value, Iterator):
-                value = list(self._budget.steps(value))
-            for each in (value, *args, *kwargs.values()):
-                self._budget.seen(each)
-            first = {"context": context, "eval_context": context.eval_ctx, "environment": self}
-            name = passed.name if passed is not None else ""
-            result = function(*([first[name]] if name else []), value, *args, **kwargs)
-            if isinstance(result, Iterator):
-                result = list(self._budget.steps(result))
-            return self._budget.seen(result)
-
-        return paid
-
-    @jinja2.pass_context
-    def _to_json(
-        self,
-        _: Any,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """As transformers has it: nothing is escaped for HTML."""
-        indent = self._check_indent(indent)
-        self._budget.spend(self._budget.size(value) * (1 + MAX_DEPTH * indent if indent else 1))
-        text = json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-        self._budget.spend(len(text))
-        return text
-
-    def _check_indent(self, indent: Any) -> Any:
-        if indent is not None and not (isinstance(indent, int) and 0 <= indent <= _MAX_INDENT):
-            raise TemplateLimit(f"an indent of {indent!r}, expected 0 to {_MAX_INDENT}")
-        return indent
-
-    @jinja2.pass_context
-    def _indent(
-        self, _: Any, value: Any, width: int = 4, first: bool = False, blank: bool = False
-    ) -> str:
-        lines = self._budget.text(value).split("\n")
-        self._budget.spend(len(lines) * (self._check_indent(width) or 0))
-        margin = " " * width
-        rest = [margin + line if line or blank else line for line in lines[1:]]
-        return "\n".join([margin + lines[0] if first else lines[0], *rest])
-
-    def _pay_replace(self, text: str, old: str = "", new: str = "", *_: Any) -> None:
-        self._budget.spend((len(text) // max(1, len(old)) + 1) * len(new))
-
-    @jinja2.pass_context
-    def _replace(self, _: Any, value: Any, old: str, new: str, count: int | None = None) -> str:
-        text, old, new = self._budget.text(value), self._budget.text(old), self._budget.text(new)
-        self._pay_replace(text, old, new)
-        return text.replace(old, new, -1 if count is None else count)
-
-    def _joined_parts(self, separator: str, parts: Any) -> list[str]:
-        found = list(self._budget.steps(parts))
-        self._budget.spend(len(found) * len(separator))
-        self._budget.seen(found)
-        return found
-
-    @jinja2.pass_context
-    def _join(self, _: Any, value: Any, d: str = "", attribute: Any = None) -> str:
-        parts = list(self._budget.steps(value))
-        if attribute is not None:
-            parts = [self.getitem(part, attribute) for part in parts]
-        self._budget.spend(len(parts) * len(d))
-        return str(d).join(map(self._budget.text, parts))
-
-    def _range(self, *bounds: int) -> list[int]:
-        numbers = range(*bounds)
-        self._budget.spend(len(numbers))
-        return list(numbers)
+        return self._paid(list(result) if isinstance(owner, dict) else result)
 
 
-_STEPS, _SEEN, _CONCAT = "the steps", "the seen", "the concat"  # no template can write these
+def _price(name: str, values: list[Any]) -> int:
+    """Characters that a filter or method may make out of values; those to join come first."""
+    if name == "replace" and len(values) > 2:
+        text, old, new = map(str, values[:3])
+        return (len(text) // max(1, len(old)) + 1) * len(new)
+    if name == "join" and hasattr(values[0], "__len__"):
+        return len(values[0]) * sum(len(text) for text in values[1:] if isinstance(text, str))
+    widths = [value for value in values[1:] if isinstance(value, int)]
+    if name in ("indent", "tojson") and max(widths, default=0) > MAX_INDENT:
+        raise TemplateLimit(f"an indent of {max(widths)}, expected 0 to {MAX_INDENT}")
+    return 1 + MAX_INDENT * str(values[0]).count("\n") if name == "indent" else 1
 
 
-def _with_payments(tree: nodes.Template) -> nodes.Template:
-    """Let loops, comparisons, slices, ~ and literal text pass through filters that pay for them."""
-    environment: Any = tree.environment
-
-    def through(name: str, value: Any, *more: nodes.Expr) -> nodes.Filter:
-        made = nodes.Filter(value, name, list(more), [], None, None)
-        made.set_lineno(value.lineno or 1)
-        made.set_environment(environment)
-        return made
-
-    for loop in tree.find_all(nodes.For):
-        loop.iter = through(_STEPS, loop.iter)
-    for comparison in tree.find_all(nodes.Compare):
-        comparison.expr = through(_SEEN, comparison.expr)
-        for operand in comparison.ops:
-            operand.expr = through(_SEEN, operand.expr)
-    for output in tree.find_all(nodes.Output):
-        output.nodes = [
-            through(_SEEN, nodes.Const(node.data, lineno=node.lineno, environment=environment))
-            if isinstance(node, nodes.TemplateData)
-            else node
-            for node in output.nodes
-        ]
-    for piece in tree.find_all(nodes.Getitem):
-        if isinstance(piece.arg, nodes.Slice):
-            piece.node = through(_SEEN, piece.node)
-    for parent in reversed([tree, *tree.find_all(nodes.Node)]):  # what is inside comes first
-        for field, value in parent.iter_fields():
-            if isinstance(value, nodes.Concat):
-                setattr(parent, field, through(_CONCAT, *value.nodes))
-            elif isinstance(value, list):
-                value[:] = [
-                    through(_CONCAT, *each.nodes) if isinstance(each, nodes.Concat) else each
-                    for each in value
-                ]
-    return tree
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+    """Write JSON as transformers does: nothing is escaped for HTML."""
+    allowed = {key: more[key] for key in ("separators", "sort_keys") if key in more}
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **allowed)
 
 
 def _is_plain_format(text: str) -> bool:
