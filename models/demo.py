@@ -16,8 +16,8 @@ import click
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.cli.compare import ask, expand, table
-from qaflora_edge.cli.heatmap import heatmap
 from qaflora_edge.cli.show import terminal_size
+from qaflora_edge.show.heatmap import print_heatmap
 
 BUNDLE = Path(__file__).resolve().parent / "demo"
 MAX_TOKENS = 64
@@ -47,9 +47,7 @@ def main() -> None:
         for what, question, right in QUESTIONS:
             show(engine, what, question, right)
     say("The rows with `single:` are one adapter alone, the last row is the mix. A column of the")
-    say(
-        "heatmap is a layer: the brighter, the more an adapter weighs there. med weighs much in all"
-    )
+    say("heatmap is a layer: the higher, the more an adapter weighs there. med weighs much in all")
     say("of them: it was trained hard and moves the base on every question. --strategy calibrated")
     say(
         "is for that. Your own:  qaflora compare models/demo QUESTION  or  qaflora chat models/demo"
@@ -64,7 +62,8 @@ def show(engine: Engine, what: str, question: str, right: str) -> None:
     answers = ask(engine, tokens, strategies, {"max_tokens": MAX_TOKENS})
     width, encoding = terminal_size(sys.stdout)[0], sys.stdout.encoding
     say(table(answers, width=width, encoding=encoding))
-    say(f"\n{heatmap(answers[-1].fusion, width=width, encoding=encoding)}\n")
+    say("")
+    print_heatmap([("", answers[-1].fusion)])
 
 
 def say(text: str) -> None:

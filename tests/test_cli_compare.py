@@ -12,8 +12,8 @@ from rich.cells import cell_len
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
 from qaflora_edge.cli.compare import Answer, expand, table
-from qaflora_edge.cli.plot_html import answers_page
 from qaflora_edge.errors import StrategyError
+from qaflora_edge.show.pages import answers_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
 PROMPT = "the thing on a ring"
@@ -51,8 +51,8 @@ def test_table_has_each_strategy_with_its_mix_and_answer(made: TinyBundle) -> No
     order = ["base", "single:math", "single:es", "manual:math=1,es=0", "static"]
     places = [next(i for i, s in enumerate(starts) if s.startswith(way)) for way in order]
     assert places == sorted(places)
-    assert starts[places[0] + 1] == "the base alone"
-    assert starts[places[-1] + 1 : places[-1] + 3] == ["math 0.50", "es 0.50"]
+    assert starts[places[0] + 1] == "base"
+    assert starts[places[-1] + 1] == "math 50 % · es 50"  # folded at 20 columns
     assert result.stdout.count("[cut at the limit of tokens]") == 5
 
 
@@ -109,7 +109,8 @@ def test_table_fits_and_lets_no_control_character_out(encoding: str, width: int)
 
 
 def test_page_escapes_what_the_model_wrote(tmp_path: Path) -> None:
-    text = answers_page(EVIL, [answer(EVIL, EVIL)], EVIL)
+    made = answer(EVIL, EVIL)
+    text = answers_page(EVIL, [(made.strategy, made.text, made.fusion)], EVIL)
     assert text.count("<script>") == 1
     assert "<img" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J" in text

@@ -14,10 +14,10 @@ import click
 
 from qaflora_edge.cli.prompts import read_lines
 from qaflora_edge.cli.requests import Line
-from qaflora_edge.cli.show import can_show, mix_line
 from qaflora_edge.errors import OutputFileError
 from qaflora_edge.files import open_input
 from qaflora_edge.line_file import LineFile
+from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
@@ -51,12 +51,10 @@ def stream_answer(answer: Generation) -> None:
 
     A terminal gets none of its control characters; a pipe or a file gets it as it is.
     """
-    from qaflora_edge.cli.show import visible
-
     is_terminal = sys.stdout.isatty()
     try:
         for piece in answer:
-            click.echo(visible(piece, has_signs=False) if is_terminal else piece, nl=False)
+            click.echo(visible(piece) if is_terminal else piece, nl=False)
     finally:
         click.echo()
 
@@ -83,7 +81,7 @@ def summary_line(answer: Generation) -> str:
     """Mix, times and the reason of the end, in one line."""
     timings = answer.timings
     parts = [
-        mix_line(answer.fusion),
+        who_spoke(answer.fusion),
         f"probe {timings.probe_ms:.0f} ms",
         f"prefill {timings.prefill_ms:.0f} ms",
         f"{answer.n_completion} tokens at {timings.tokens_per_second:.1f} tok/s",

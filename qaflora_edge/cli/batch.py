@@ -25,12 +25,12 @@ from qaflora_edge.cli.options import (
 from qaflora_edge.cli.progress import is_shown
 from qaflora_edge.cli.prompts import UNKNOWN_MAX, open_prompts, unknown_note
 from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
-from qaflora_edge.cli.show import mean_weights
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.inference.generation import Generation
+from qaflora_edge.show.text import mean_weights
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
 # What changes nothing of an answer but its last digits.

@@ -12,9 +12,9 @@ import click
 
 from qaflora_edge.cli.options import BUNDLE, SharedOptions, bundle_folder, command, shared_options
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.tables import columns
 from qaflora_edge.config import MAX_PARALLEL
 from qaflora_edge.errors import BundleError, OptionError
+from qaflora_edge.show.text import columns
 
 if TYPE_CHECKING:
     from qaflora_edge.bundles.open import Bundle

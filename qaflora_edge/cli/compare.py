@@ -23,11 +23,12 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.show import mean_weights, terminal_size
+from qaflora_edge.cli.show import has_signs, terminal_size, to_ascii
+from qaflora_edge.files import check_has_folder, write_text_atomic
+from qaflora_edge.show.text import visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.weighing.numbers import FusionWeights
 
 WAYS_MAX = 100
 # A comma between two strategies; those within manual:NAME=W,NAME=W stand before NAME=.
@@ -66,30 +67,28 @@ def compare(
 ) -> None:
     """Show what several strategies answer, side by side.
 
-    The base, each adapter alone, and the mix answer the same question; beside each answer stand the
-    mean weights it was given under. QUESTION `-` reads stdin. Several answers are computed together
-    (--parallel), which rounds otherwise than one alone: --parallel 1 answers as `qaflora run` does.
+    The base, each adapter alone, and the mix answer the same question. Each answer shows who spoke.
+    QUESTION `-` reads stdin. Several answers are computed together (--parallel), which rounds
+    otherwise than one alone: --parallel 1 answers as `qaflora run` does.
     """
     text = read_prompt(question)
     if html_path is not None:
-        from qaflora_edge.cli.plot import check_can_plot
-
-        check_can_plot(html_path, 1)
+        check_has_folder(html_path)
     with open_engine(bundle, options) as engine:
         strategies = expand(ways or f"base,single,{engine.strategy}", engine.adapters)
         tokens = prompt_tokens(engine, text, options)
         answers = ask(engine, tokens, strategies, options.sampling)
     if as_json:
-        shown = [{"strategy": answer.strategy, **answer.facts} for answer in answers]
-        click.echo(json.dumps({"prompt": text, "answers": shown}))
+        facts = [{"strategy": answer.strategy, **answer.facts} for answer in answers]
+        click.echo(json.dumps({"prompt": text, "answers": facts}))
     else:
         click.echo(table(answers, width=terminal_size(sys.stdout)[0], encoding=sys.stdout.encoding))
     if html_path is not None:
-        from qaflora_edge.cli.plot_html import answers_page
         from qaflora_edge.cli.weights import subject
-        from qaflora_edge.files import write_text_atomic
+        from qaflora_edge.show.pages import answers_page
 
-        write_text_atomic(html_path, answers_page(text, answers, subject(bundle)))
+        shown = [(answer.strategy, answer.text, answer.fusion) for answer in answers]
+        write_text_atomic(html_path, answers_page(text, shown, subject(bundle)))
 
 
 def expand(ways: str, adapters: Sequence[str]) -> list[str]:
@@ -129,14 +128,6 @@ def ask(
     return [answers[index] for index in range(len(strategies))]
 
 
-def _mix(fusion: FusionWeights) -> list[str]:
-    """The mean weights, a line for each adapter that weighs anything."""
-    if not fusion.weights.any():
-        return ["the base alone"]
-    means = zip(mean_weights(fusion).items(), fusion.weights, strict=True)
-    return [f"{name} {mean:.2f}" for (name, mean), row in means if row.any()]
-
-
 def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str:
     """The answers as a table: strategy and mix on the left, the answer on the right.
 
@@ -147,8 +138,6 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
     from rich.table import Table
     from rich.text import Text
 
-    from qaflora_edge.cli.show import has_signs, visible
-
     signs = has_signs(encoding)
     shown = Table(
         box=HORIZONTALS if signs else ASCII2, show_lines=True, expand=True, padding=(0, 1)
@@ -156,7 +145,8 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
     shown.add_column("strategy, mix", ratio=1, overflow="fold")
     shown.add_column("answer", ratio=3, overflow="fold")
     for answer in answers:
-        way = "\n".join([answer.strategy, *_mix(answer.fusion)])
+        who = who_spoke(answer.fusion)
+        way = f"{answer.strategy}\n{who if signs else to_ascii(who)}"
         shown.add_row(*(Text(visible(text, has_signs=signs)) for text in (way, answer.text)))
     console = Console(width=width, no_color=True, color_system=None)
     with console.capture() as capture:

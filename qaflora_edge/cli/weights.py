@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,8 @@ from qaflora_edge.cli.options import (
 )
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import Prompt, read_prompts, unknown_note
-from qaflora_edge.errors import PromptError
+from qaflora_edge.errors import OutputFileError, PromptError
+from qaflora_edge.files import write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -58,17 +57,10 @@ CSV_HEAD = ("prompt", "layer", "adapter", "weight", "divergence")
 )
 @click.option(
     "--plot",
-    help="Draw the weights, a panel per prompt, to FILE.png, FILE.svg (both need matplotlib) or a "
-    "FILE.html that stands alone.",
-    **out_file(".png", ".html", ".svg"),
+    help="Draw the weights, a panel per prompt, to FILE.svg or to FILE.html, a page that stands "
+    "alone.",
+    **out_file(".html", ".svg"),
 )
-@click.option(
-    "--dpi",
-    type=click.IntRange(min=30, max=1200),
-    metavar="N",
-    help="Dots per inch of the PNG.  [default: 150]",
-)
-@click.option("--dark", is_flag=True, help="Draw the PNG or SVG on dark; HTML follows its viewer.")
 @shared_options
 def weights(
     bundle: str,
@@ -77,14 +69,11 @@ def weights(
     as_json: bool,
     as_csv: bool,
     plot: Path | None,
-    dpi: int | None,
-    dark: bool,
     options: SharedOptions,
 ) -> None:
     """Show what each adapter weighs for a prompt.
 
-    Prints a heatmap of adapters and layers, the mean weight of each adapter and the layers at which
-    it weighs most; several prompts are shown side by side where the terminal is wide enough. PROMPT
+    Prints who speaks, the mean weight of each adapter, and a heatmap of adapters and layers. PROMPT
     `-` reads stdin. Nothing is generated, so the sampling options have no effect here.
     """
     if (prompt is None) == (prompts_path is None):
@@ -92,21 +81,12 @@ def weights(
     if as_json and as_csv:
         raise click.UsageError("Give --json or --csv, not both.")
     check_outputs([plot], [] if prompts_path is None else [Path(prompts_path)])
-    suffix = "" if plot is None else plot.suffix.lower()
-    if dpi is not None and suffix != ".png":
-        raise click.UsageError("--dpi is of a PNG: give it with --plot FILE.png.")
-    if dark and suffix not in (".png", ".svg"):
-        raise click.UsageError("--dark is of a PNG or SVG: give it with --plot FILE.png or .svg.")
     if prompts_path is not None:
         prompts = read_prompts(prompts_path)
         if note := unknown_note(dict.fromkeys(key for each in prompts for key in each.unknown)):
             click.echo(note, err=True)
     else:
         prompts = [Prompt(read_prompt(str(prompt)))]
-    if plot is not None:
-        from qaflora_edge.cli.plot import check_can_plot
-
-        check_can_plot(plot, len(prompts))
     weighed = []
     with open_engine(bundle, options) as engine:
         queries = [_query(engine, asked, options) for asked in prompts]  # all fit, or none is shown
@@ -122,10 +102,7 @@ def weights(
     if not as_json and not as_csv:
         _print_heatmap(weighed)
     if plot is not None:
-        from qaflora_edge.cli.plot import write_plot
-
-        if note := write_plot(plot, weighed, subject(bundle), dpi=dpi, is_dark=dark):
-            click.echo(note, err=True)
+        _write_plot(plot, weighed, subject(bundle))
 
 
 def subject(bundle: str) -> str:
@@ -189,13 +166,28 @@ def _print_csv(rows: Sequence[Sequence[Any]]) -> None:
 
 
 def _print_heatmap(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> None:
-    from qaflora_edge.cli.heatmap import compare, heatmap, terminal_colour
+    from qaflora_edge.show.heatmap import print_heatmap
 
-    width, encoding = shutil.get_terminal_size().columns, sys.stdout.encoding
-    colour = terminal_colour(sys.stdout)
-    if len(weighed) == 1:
-        text = heatmap(weighed[0][1], width=width, encoding=encoding, colour=colour)
+    is_one = len(weighed) == 1
+    print_heatmap([("" if is_one else prompt.label, fusion) for prompt, fusion in weighed])
+
+
+def _write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> None:
+    """Draw a panel per prompt; the suffix chooses .svg or .html.
+
+    Raises OutputFileError, also when there is no adapter.
+    """
+    if not weighed[0][1].adapters:
+        raise OutputFileError(
+            f"Cannot draw {path}: the bundle has no adapters, expected one or more. Add one with "
+            "`qaflora bundle add`."
+        )
+    if path.suffix.lower() == ".html":
+        from qaflora_edge.show.pages import weights_page
+
+        labelled = [(prompt.label, prompt.text, fusion) for prompt, fusion in weighed]
+        write_text_atomic(path, weights_page(labelled, subject))
     else:
-        labelled = [(prompt.label, fusion) for prompt, fusion in weighed]
-        text = compare(labelled, width=width, encoding=encoding, colour=colour)
-    click.echo(text, color=True)
+        from qaflora_edge.show.svg import picture
+
+        write_text_atomic(path, picture([(p.label, fusion) for p, fusion in weighed], subject))

@@ -15,7 +15,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import LENSES as LENSES
 from qaflora_edge.config import POOLS as POOLS
 from qaflora_edge.errors import StrategyError, WeightsError
-from qaflora_edge.show.picture_text import spelt
+from qaflora_edge.show.text import who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.strategy import Measured
@@ -70,16 +70,11 @@ class FusionWeights:
         return measured_by(self.strategy.partition(":")[0])
 
     def __repr__(self) -> str:
-        means = self.weights.mean(axis=1)
-        pairs = (
-            f"{spelt(name)} {mean:.2f}" for name, mean in zip(self.adapters, means, strict=True)
-        )
-        n_layer = self.weights.shape[1]
-        return f"<FusionWeights {self.strategy}, {n_layer} layers: {', '.join(pairs) or 'none'}>"
+        return f"<FusionWeights {self.strategy}, {self.weights.shape[1]} layers: {who_spoke(self)}>"
 
     def _repr_html_(self) -> str:
         """Draw the weights as notebooks show them: a heatmap."""
-        from qaflora_edge.show.svg_panel import notebook_html
+        from qaflora_edge.show.svg import notebook_html
 
         return notebook_html(self)
 

@@ -87,7 +87,7 @@ class Commands:
         self.view.show("\n".join(self._adapter_lines()))
 
     def _adapter_lines(self) -> Iterator[str]:
-        from qaflora_edge.cli.show import mean_weights
+        from qaflora_edge.show.text import mean_weights
 
         fusion, engine = self.session.fusion, self.session.engine
         means = {} if fusion is None else mean_weights(fusion)

@@ -11,8 +11,8 @@ from wcwidth import wcwidth
 
 from qaflora_edge.cli.chat.markdown import render_block
 from qaflora_edge.cli.chat.settled import ESCAPE, n_settled
-from qaflora_edge.cli.show import visible
 from qaflora_edge.markdown.syntax import block_starts, sure_starts
+from qaflora_edge.show.text import visible
 
 
 class LiveLines:

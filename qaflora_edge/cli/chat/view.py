@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import click
 
 from qaflora_edge.cli.chat.reply import Reply
-from qaflora_edge.cli.show import has_signs, mean_weights, paint, terminal_size, visible
+from qaflora_edge.cli.show import has_signs, paint, terminal_size
 from qaflora_edge.files import one_line
+from qaflora_edge.show.text import visible, who_spoke
 from qaflora_edge.weighing.numbers import FusionWeights
 
 _WAIT_S = 0.4  # nothing is said about a shorter wait
@@ -52,15 +53,13 @@ class View:
         click.echo(text, err=True, color=self._color)
 
     def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
-        mix = [] if fusion is None else ["  ".join(mix_parts(fusion))]
+        mix = [] if fusion is None else [who_spoke(fusion)]
         self.note(*parts, *mix)
 
     def weights(self, fusion: FusionWeights) -> None:
-        from qaflora_edge.cli.heatmap import heatmap, terminal_colour
+        from qaflora_edge.show.heatmap import print_heatmap
 
-        colour = "none" if self._color is False else terminal_colour(sys.stderr)
-        encoding = sys.stderr.encoding
-        self.show(heatmap(fusion, width=self.width, encoding=encoding, colour=colour))
+        print_heatmap([("", fusion)], sys.stderr)
 
     def keys(self) -> None:
         """The keys of an input with line editing, in words."""
@@ -115,7 +114,7 @@ class TerminalView(View):
             click.echo(paint(line, "red"), err=True)
 
     def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
-        self._dim(parts, [] if fusion is None else mix_parts(fusion))
+        self._dim([*parts, *([] if fusion is None else [who_spoke(fusion)])])
 
     def keys(self) -> None:
         """The keys of an input with line editing, in words."""
@@ -126,10 +125,10 @@ class TerminalView(View):
         """Leave a line free below what was shown."""
         click.echo(err=True)
 
-    def _dim(self, parts: Sequence[str], mix: Sequence[str] = ()) -> None:
-        """Parts with dots between them and the mix, broken between parts where the line ends."""
+    def _dim(self, parts: Sequence[str]) -> None:
+        """Parts with dots between them, broken between parts where the line ends."""
         dot = " · " if self._has_signs else " - "
-        lines = flow([*parts, *mix], [dot] * len(parts) + ["  "] * len(mix), self.width)
+        lines = flow(parts, [dot] * len(parts), self.width)
         for line in (row for text in lines for row in self._wrapped(text)):
             click.echo(click.style(line, dim=True), err=True)
 
@@ -152,11 +151,3 @@ def flow(parts: Sequence[str], gaps: Sequence[str], width: int) -> list[str]:
         else:
             lines.append(part)
     return lines
-
-
-def mix_parts(fusion: FusionWeights) -> list[str]:
-    """The mean weight of each adapter, the largest first, such as `math 61 %`."""
-    if not fusion.weights.any():
-        return ["the base alone"]
-    means = sorted(mean_weights(fusion).items(), key=lambda item: -item[1])
-    return [f"{name} {100 * mean:.0f} %" for name, mean in means]

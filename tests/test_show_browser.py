@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from browser import Browser, missing
 
-from qaflora_edge.cli.plot import write_plot
-from qaflora_edge.cli.prompts import Prompt
+from qaflora_edge.show.pages import weights_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
 pytestmark = [
@@ -40,7 +39,8 @@ def expected(row: int, layer: int, seed: int = 0) -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plot") / "weights.html"
-    write_plot(path, [(Prompt(EVIL), fusion()), (Prompt("two"), fusion(1))], EVIL)
+    items = [(EVIL, EVIL, fusion()), ("two", "two", fusion(1))]
+    path.write_text(weights_page(items, EVIL), "utf-8")
     return path
 
 
@@ -79,15 +79,6 @@ def test_mouse_shows_weight_and_divergence(window: Browser, page: Path) -> None:
     assert tip(window) is None
 
 
-def test_finger_shows_the_same(window: Browser, page: Path) -> None:
-    window.open(page, 420, 800)
-    window.point(cell(2, 4), "touch", press=True)
-    assert tip(window) == expected(2, 4)
-    assert is_tip_inside(window)
-    window.point("h1", "touch", press=True)
-    assert tip(window) is None
-
-
 def test_keyboard_walks_over_the_cells(window: Browser, page: Path) -> None:
     window.open(page, 420, 800)  # too narrow for all layers: the picture scrolls
     window.press(TAB)
@@ -105,15 +96,6 @@ def test_keyboard_walks_over_the_cells(window: Browser, page: Path) -> None:
     )
     window.press(ESCAPE)
     assert tip(window) is None
-
-
-def test_cells_have_names_and_roles_for_screen_readers(window: Browser, page: Path) -> None:
-    window.open(page)
-    found = window.find(cell(1, 2))["element-6066-11e4-a52e-4f735466cecf"]
-    assert window.send("GET", f"/element/{found}/computedrole") == "gridcell"
-    label = window.send("GET", f"/element/{found}/computedlabel")
-    assert label.split() == expected(1, 2).split()
-    assert window.run("return document.querySelectorAll('.cell title').length") == 0
 
 
 def test_nothing_is_loaded_and_nothing_runs(window: Browser, page: Path) -> None:
@@ -152,14 +134,6 @@ def test_light_and_dark(window: Browser, is_dark: bool, page: Path) -> None:
     assert tip(window) == expected(0, 0)
     assert (paper < text) == (paper < ink) == is_dark
     assert min(abs(paper - text), abs(paper - ink)) > 380  # of 765
-
-
-def test_paper_shows_all_numbers(window: Browser, page: Path) -> None:
-    window.open(page)
-    count = "return document.querySelectorAll('details[open]').length"
-    assert window.run(f"dispatchEvent(new Event('beforeprint')); {count}") == 2
-    assert window.run(f"dispatchEvent(new Event('afterprint')); {count}") == 0
-    assert len(window.send("POST", "/print", {})) > 10_000  # a PDF in base64
 
 
 def test_page_is_no_wider_than_the_window(window: Browser, page: Path) -> None:

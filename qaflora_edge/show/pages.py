@@ -1,47 +1,51 @@
 """Fusion weights, and answers under them, as one HTML file that stands alone: it asks no host.
 
-What a model wrote is text there, escaped; the page's policy lets nothing run but its own script.
-
-Pointing at a cell, tapping it or walking to it with the arrow keys shows its weight and what was
-measured; without scripts the cells' titles and the tables still say everything.
+What a model wrote is escaped text; the page's policy lets nothing run but its own script. Pointing
+at a cell, tapping it or walking to it with the arrow keys shows its numbers; without scripts the
+cells' titles and the tables say everything.
 """
 
+from __future__ import annotations
+
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
-from qaflora_edge.cli.answers import Answer
-from qaflora_edge.cli.prompts import Prompt
-from qaflora_edge.cli.show import layer_ranges
-from qaflora_edge.server.page.content import allowing
-from qaflora_edge.show.picture_text import crop, spelt
-from qaflora_edge.show.svg_panel import (
-    facts,
+from qaflora_edge.show.svg import (
     leading_layers,
     legend,
     min_weight,
     panel,
     panel_width,
     scale,
-    why_alone,
 )
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.show.text import crop, facts, layer_ranges, spelt, why_alone
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.numbers import FusionWeights
 
 TITLE_CHARS = 90
 INK, PAPER = "var(--ink)", "var(--paper)"
 
 
+def allowing(text: str) -> str:
+    """The source of a content security policy that allows one inline text."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
 def asset(name: str) -> str:
-    """A text of the folder assets."""
-    text = (files("qaflora_edge.cli") / "assets" / name).read_text(encoding="utf-8")
+    """Read a text of the folder assets."""
+    text = (files("qaflora_edge.show") / "assets" / name).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")
 
 
 def page(template: str, style: str, **values: Any) -> str:
-    """A whole file.
+    """Make a whole file.
 
     template  of the folder assets, which fills the body of page.html.j2
     values    of its names: texts are escaped, and signs that command are spelt
@@ -68,35 +72,37 @@ def page(template: str, style: str, **values: Any) -> str:
     return environment.get_template(template).render(**own, **values)
 
 
-def html(weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> str:
-    """The page of `qaflora weights`: for each prompt a heatmap, a table of its adapters, and all
-    numbers.
+def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: str) -> str:
+    """Draw the page of `qaflora weights`: for each query a heatmap, a table and all numbers.
 
-    subject  names of bundle and base
+    labelled  a label, the prompt and the weights of each query
+    subject   names of bundle and base
     """
-    fusions = [fusion for _, fusion in weighed]
+    fusions = [fusion for _, _, fusion in labelled]
     sections = []
-    for number, (prompt, fusion) in enumerate(weighed, 1):
-        title = crop(prompt.label, TITLE_CHARS)
-        is_whole = title == spelt(" ".join(prompt.text.split()))
-        shown = {"prompt": "" if is_whole else prompt.text, "answer": ""}
-        shown["title"] = f"{number}. {title}"
+    for number, (label, prompt, fusion) in enumerate(labelled, 1):
+        title = crop(label, TITLE_CHARS)
+        is_whole = title == spelt(" ".join(prompt.split()))
+        shown = {"title": f"{number}. {title}", "prompt": "" if is_whole else prompt, "answer": ""}
         sections.append(shown | _drawn(fusion, fusions))
     return _weights_page("qaflora weights", subject, facts(fusions), fusions, sections)
 
 
-def answers_page(question: str, answers: Sequence[Answer], subject: str) -> str:
-    """The page of `qaflora compare`: for each answer its text and the weights it was given under.
+def answers_page(
+    question: str, answers: Sequence[tuple[str, str, FusionWeights]], subject: str
+) -> str:
+    """Draw the page of `qaflora compare`.
 
+    answers  the strategy, the text and the weights of each answer
     subject  names of bundle and base
     """
-    fusions = [answer.fusion for answer in answers]
+    fusions = [fusion for _, _, fusion in answers]
     sections = []
-    for answer in answers:
-        drawn = _drawn(answer.fusion, fusions)
+    for strategy, text, fusion in answers:
+        drawn = _drawn(fusion, fusions)
         if drawn["why_alone"]:
             drawn["panel"] = ""
-        sections.append(drawn | {"title": answer.strategy, "answer": answer.text})
+        sections.append(drawn | {"title": strategy, "answer": text})
     how = f"{len(answers)} strategies, {fusions[0].prompt_tokens} prompt tokens"
     return _weights_page("qaflora compare", subject, how, fusions, sections, question)
 
@@ -116,16 +122,16 @@ def _weights_page(
 
 
 def markup(lines: Sequence[str]) -> Markup:
-    """Lines that are HTML already."""
+    """Take lines that are HTML already."""
     return Markup("\n".join(lines))
 
 
 def _drawn(fusion: FusionWeights, others: Sequence[FusionWeights]) -> dict[str, Any]:
-    """The weights of one query, on the scale of all."""
+    """Draw the weights of one query, on the scale of all."""
     return {
         "fusion": fusion,
         "what": None if fusion.divergence is None else fusion.measured,
         "why_alone": "" if fusion.weights.any() else why_alone(fusion),
         "panel": markup(panel(fusion, scale(others), ink=INK, paper=PAPER)),
-        "layers": [layer_ranges(layers, "–") for layers in leading_layers(fusion)],
+        "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
     }

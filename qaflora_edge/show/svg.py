@@ -1,17 +1,20 @@
-"""Weights of one query as inline SVG, for the HTML page and for notebooks.
+"""Fusion weights as SVG: for pages, for notebooks, and as a file.
 
-A row is an adapter, a cell a layer. A cell is one ink, the more opaque the more the adapter weighs,
-so that a page can choose ink and paper; a dot marks the adapter that weighs most at a layer.
+A row is an adapter, a cell a layer. A cell has one ink, more opaque the more the adapter weighs; a
+dot marks the adapter that weighs most at a layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
+<<<<<<<< HEAD:qaflora_edge/show/svg_panel.py
 from qaflora_edge.show.picture_text import crop, len_pixels, spelt
+========
+from qaflora_edge.show.text import clean, crop, facts, len_pixels, why_alone
+>>>>>>>> 39ffe00 (show: one place for text, heatmap, SVG and pages):qaflora_edge/show/svg.py
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -58,6 +61,7 @@ def leading_layers(fusion: FusionWeights) -> list[list[int]]:
     return leads
 
 
+<<<<<<<< HEAD:qaflora_edge/show/svg_panel.py
 def facts(fusions: Sequence[FusionWeights]) -> str:
     """How the weights came about, in what all queries share."""
     first = fusions[0]
@@ -88,8 +92,10 @@ def why_alone(fusion: FusionWeights) -> str:
     return "No adapter weighs anything: the base answers alone."
 
 
+========
+>>>>>>>> 39ffe00 (show: one place for text, heatmap, SVG and pages):qaflora_edge/show/svg.py
 def notebook_html(fusion: FusionWeights) -> str:
-    """The weights as notebooks show them: what they are, the cells, the scale."""
+    """Show weights in a notebook: how they came about, the cells, the scale."""
     ends = scale([fusion])
     lines = [
         f"<div>{clean(facts([fusion]))}</div>",
@@ -98,6 +104,30 @@ def notebook_html(fusion: FusionWeights) -> str:
         *legend(ends, min_weight([fusion]), ink=NOTEBOOK_INK),
     ]
     return "\n".join(lines)
+
+
+def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
+    """Draw an SVG file that stands alone: a panel per query, all on one scale.
+
+    labelled  a label and the weights of each query
+    subject   names of bundle and base, which stand above the panels
+    """
+    fusions = [fusion for _, fusion in labelled]
+    ends, width = scale(fusions), max(max(map(panel_width, fusions)), 460) + 32
+    parts, y = [_text(16, 28, crop(subject, width - 32, len_pixels), size=15)], 64
+    for label, fusion in labelled:
+        lines = panel(fusion, ends, ink=NOTEBOOK_INK, paper="#ffffff")
+        lines[0] = lines[0].replace("<svg ", f'<svg x="16" y="{y}" ', 1)
+        parts += [_text(16, y - 10, crop(label, width - 32, len_pixels)), *lines]
+        y += len(fusion.adapters) * CELL_HEIGHT + 56
+    key = legend(ends, min_weight(fusions), ink=NOTEBOOK_INK)
+    key[0] = key[0].replace("<svg ", f'<svg x="16" y="{y - 16}" ', 1)
+    parts += [*key, _text(16, y + 24, facts(fusions), size=11)]
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 36}" '
+        'font-family="sans-serif" color="#808890" fill="currentColor">'
+    )
+    return "\n".join([head, *parts, "</svg>", ""])
 
 
 def panel_width(fusion: FusionWeights) -> int:
@@ -179,15 +209,6 @@ def legend_words(lowest: float) -> str:
 def short_name(name: str) -> str:
     """An adapter's name as it stands before its row."""
     return crop(name, NAME_WIDTH_MAX, len_pixels)
-
-
-def clean(text: str) -> str:
-    """A text for HTML: escaped, and with what turns text or is no text spelt out."""
-    return escape(spelt(text))
-
-
-def _name(fusion: FusionWeights) -> str:
-    return fusion.strategy.partition(":")[0]
 
 
 def _text(x: float, y: float, content: str, *, anchor: str = "start", size: int = 13) -> str:

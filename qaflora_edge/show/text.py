@@ -1,0 +1,172 @@
+"""Text made safe for a terminal, a page or a picture, and fusion weights in words."""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from html import escape
+from itertools import groupby, zip_longest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.numbers import FusionWeights
+
+BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:=+x*#@"
+CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
+# They turn the direction of what follows: "\u202etxt.exe" would read as "exe.txt".
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_WIDE_LATIN = frozenset("MWmw@%—…")
+
+
+# terminals
+
+
+def can_show(text: str, encoding: str | None) -> bool:
+    """Tell whether an encoding has every sign of a text."""
+    try:
+        text.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def visible(text: str, *, has_signs: bool = False) -> str:
+    """Replace control characters: an answer moves no cursor and changes no colour.
+
+    Line ends and tabs stay; carriage returns go.
+
+    has_signs  show the others as the signs of Unicode, instead of `?`
+    """
+    return text.translate(_PICTURES if has_signs else _MARKS)
+
+
+_CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"]
+_MARKS: dict[int, str | None] = {code: "?" for code in _CONTROLS} | {ord("\r"): None}
+_PICTURES: dict[int, str | None] = {
+    **{code: chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}" for code in _MARKS},
+    0x7F: "\N{SYMBOL FOR DELETE}",
+    ord("\r"): None,
+}
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out rows as lines: the first column to the left, others to the right."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return [
+        "   ".join(
+            f"{cell:{'>' if index else '<'}{width}}"
+            for index, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# pages and pictures
+
+
+def spelt(text: str) -> str:
+    """Spell control characters, and those that turn a text's direction, as escapes.
+
+    Tabs and line ends stay; so do marks inside words, such as the joiners of emoji.
+    """
+    if text.isprintable():  # neither is in it
+        return text
+    return "".join(
+        ascii(char)[1:-1] if char in _TURNING or _is_control(char) else char for char in text
+    )
+
+
+def _is_control(char: str) -> bool:
+    if char in "\t\n":
+        return False
+    # Surrogates and U+FFFE are no text, and XML has no way to write them.
+    return unicodedata.category(char) in ("Cc", "Cs") or ord(char) & 0xFFFE == 0xFFFE
+
+
+def clean(text: str) -> str:
+    """Escape a text for HTML and SVG, and spell what is no text."""
+    return escape(spelt(text))
+
+
+def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
+    """Put a text on one line, and cut it with a sign where it is wider than `width`.
+
+    measure  the width of a text; it may not shrink when the text grows
+    """
+    text = spelt(" ".join(text[: 2 * CHARS_MAX].split()))[:CHARS_MAX]
+    if measure(text) <= width:
+        return text
+    ends = range(1, len(text) + 1)
+    n_char = bisect(ends, False, key=lambda n: measure(f"{text[:n]}…") > width)
+    return f"{text[:n_char].rstrip()}…"
+
+
+def len_pixels(text: str) -> float:
+    """About how wide a text is at 13 pixels in a sans-serif font, on the wide side."""
+    from rich.cells import cell_len
+
+    def width(char: str) -> float:
+        if (n_column := cell_len(char)) != 1:
+            return 13.5 * n_column / 2
+        if char in _WIDE_LATIN:
+            return 13.0
+        return 9.5 if char.isupper() else 7.5
+
+    return sum(map(width, text))
+
+
+# weights in words
+
+
+def mean_weights(fusion: FusionWeights) -> dict[str, float]:
+    """Adapter -> mean weight over layers."""
+    means = fusion.weights.mean(axis=1)
+    return {name: float(mean) for name, mean in zip(fusion.adapters, means, strict=True)}
+
+
+def who_spoke(fusion: FusionWeights) -> str:
+    """Name the adapters that weigh anything, heaviest first, and the base's share.
+
+    As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`.
+    """
+    means = sorted(mean_weights(fusion).items(), key=lambda item: -item[1])
+    shares = {spelt(name): round(100 * mean) for name, mean in means}
+    rest = 100 - sum(shares.values())
+    parts = [f"{name} {share} %" for name, share in shares.items() if share]
+    if not parts:
+        return "base"
+    return " · ".join(parts + [f"base {rest} %"] * (rest > 1))
+
+
+def why_alone(fusion: FusionWeights) -> str:
+    """Say why the base answers alone: for weights that are all 0."""
+    if not fusion.adapters:
+        return "There are no adapters: the base answers alone."
+    if fusion.strategy.startswith("two-place") and "abstain=never" not in fusion.strategy:
+        return (
+            "No adapter stands out here: the base answers alone "
+            "(two-place:abstain=never mixes all the same)."
+        )
+    return "No adapter weighs anything: the base answers alone."
+
+
+def facts(fusions: Sequence[FusionWeights]) -> str:
+    """Say how weights came about, in what all queries share."""
+    first = fusions[0]
+    parts = [f"strategy {first.strategy}"]
+    if first.divergence is not None:
+        parts += [f"{each} {getattr(first, each)}" for each in first.measured.reads]
+    if len(fusions) == 1:
+        parts.append(f"{first.prompt_tokens} prompt tokens")
+    if len(fusions) == 1 and first.probe_ms:
+        parts.append(f"probe {first.probe_ms:.0f} ms")
+    return ", ".join(parts)
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Write layers in ascending order, such as `0–3, 7`; `none` without any."""
+    by_run = groupby(enumerate(layers), lambda item: item[1] - item[0])
+    runs = [[layer for _, layer in run] for _, run in by_run]
+    shown = ("–".join(dict.fromkeys((str(run[0]), str(run[-1])))) for run in runs)
+    return ", ".join(shown) or "none"

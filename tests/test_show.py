@@ -1,0 +1,225 @@
+"""Fusion weights in words, on a terminal, as SVG and as a page."""
+
+import base64
+import hashlib
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.cells import cell_len
+
+from qaflora_edge.show.heatmap import print_heatmap
+from qaflora_edge.show.pages import weights_page
+from qaflora_edge.show.svg import leading_layers, picture, scale
+from qaflora_edge.show.text import crop, layer_ranges, spelt, visible, who_spoke
+from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.strategy import strategies
+
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = (
+    "</title></svg></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\x00\x1b]"
+)
+Weighed = tuple[str, FusionWeights]
+SUBJECT = "demo on tiny"
+
+
+def html(items: list[Weighed]) -> str:
+    return weights_page([(text, text, fusion) for text, fusion in items], SUBJECT)
+
+
+def weighed(text: str = "How many?", *names: str, seed: int = 0, n_layer: int = 12) -> Weighed:
+    names = names or ("math", "es", "med")
+    divergence = np.random.default_rng(seed).gamma(1.0, size=(len(names), n_layer))
+    weights = (divergence / divergence.sum(axis=0)).astype(np.float32)
+    more = {"strategy": "qa-flora", "prompt_tokens": 7}
+    return text, FusionWeights(names, weights, divergence.astype(np.float32), **more)  # type: ignore[arg-type]
+
+
+def exact(*rows: list[float]) -> FusionWeights:
+    names = ("math", "es", "med")[: len(rows)]
+    return FusionWeights(names, np.array(rows, np.float32), None, "manual")
+
+
+def printed(items: list[Weighed], encoding: str = "utf-8") -> list[str]:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    print_heatmap(items, stream)
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[0.5], [0.5]], "math 50 % · es 50 %"),
+        ([[0.0], [0.81]], "es 81 % · base 19 %"),
+        ([[0.0], [0.0]], "base"),
+        ([[0.2, 0.4], [0.8, 0.6]], "es 70 % · math 30 %"),
+        ([[1.5], [-0.5]], "math 150 % · es -50 %"),
+    ],
+)
+def test_who_spoke(rows: list[list[float]], expected: str) -> None:
+    assert who_spoke(exact(*rows)) == expected
+    assert expected in repr(exact(*rows))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("width", [40, 79, 200])
+def test_heatmap_fits_the_terminal(
+    width: int, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for item in (weighed(), weighed("x " * 200, "日本語", HOSTILE, n_layer=126)):
+        lines = printed([item, item], encoding)
+        assert max(cell_len(line) for line in lines[:-2]) <= width
+        assert not [char for line in lines for char in line if ord(char) < 32]
+
+
+def test_cells_show_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    row = [0.0, 0.13, 0.26, 0.38, 0.51, 0.63, 0.76, 1.0]
+    lines = printed([("", exact(row, row[::-1]))])
+    cells = {line.split()[0]: line.split()[-1] for line in lines if line[:4] in ("math", "es  ")}
+    assert cells == {
+        "math": "".join(3 * c for c in "▁▂▃▄▅▆▇█"),
+        "es": "".join(3 * c for c in "█▇▆▅▄▃▂▁"),
+    }
+    assert "weight 0 ▁▂▃▄▅▆▇█ 1; layers 0 to 7" in lines
+
+
+def test_colour_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[36m" in "\n".join(printed([weighed()]))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[36m" not in "\n".join(printed([weighed()]))
+
+
+def test_base_alone_says_why() -> None:
+    alone = replace(exact([0.0], [0.0]), strategy="two-place")
+    lines = printed([("", alone)])
+    assert lines[0] == "base"
+    assert lines[1].startswith("No adapter stands out here: the base answers alone")
+
+
+def test_what_turns_or_controls_is_spelt() -> None:
+    assert spelt("a\u202etxt.exe\x1b[2J") == "a\\u202etxt.exe\\x1b[2J"
+    assert visible("a\x1b[31m\r\nb") == "a?[31m\nb"
+    assert crop("ab cd ef", 5) == "ab c…"
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [([], "none"), ([0, 1, 2, 7], "0–2, 7"), ([3], "3")]
+)
+def test_layer_ranges(layers: list[int], expected: str) -> None:
+    assert layer_ranges(layers) == expected
+
+
+def test_leading_layers_and_scale() -> None:
+    fusion = exact([0.5, 0.2, 0.9], [0.5, 0.7, 0.1])
+    assert leading_layers(fusion) == [[2], [1]]
+    assert scale([fusion]) == (0.1, 0.9)
+    assert scale([exact([0.0], [0.0])]) == (0.0, 1.0)
+
+
+def test_every_strategy_names_its_measure() -> None:
+    for strategy in strategies():
+        assert replace(exact([1.0]), strategy=strategy.name).measured == strategy.measured
+
+
+def test_svg_has_a_cell_per_weight_with_its_numbers() -> None:
+    item = weighed()
+    root = ElementTree.fromstring(picture([item, weighed("two", seed=1)], SUBJECT))
+    cells = [each for each in root.iter(f"{SVG}rect") if each.get("class") == "cell"]
+    fusion = item[1]
+    assert fusion.divergence is not None
+    assert len(cells) == 2 * 3 * 12
+    low, high = scale([fusion, weighed(seed=1)[1]])
+    for index, cell in enumerate(cells[: 3 * 12]):
+        row, layer = divmod(index, 12)
+        weight, divergence = fusion.weights[row, layer], fusion.divergence[row, layer]
+        title = f"{fusion.adapters[row]}, layer {layer}\nweight {weight:.3f}\n"
+        title += f"divergence {divergence:.3g} nats"
+        assert [each.text for each in cell] == [title]
+        opacity = (weight - low) / (high - low)
+        assert float(cell.get("fill-opacity", "")) == pytest.approx(opacity, abs=6e-4)
+    texts = {each.text for each in root.iter(f"{SVG}text")}
+    assert {"math", "es", "med", "How many?", "two", SUBJECT} <= texts
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, as a parser of the standard library sees them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_html_asks_for_nothing_from_elsewhere() -> None:
+    text = html([weighed(), weighed("Another?", seed=1)])
+    page = Page(text)
+    names = {name for _, attributes in page.tags for name in attributes}
+    assert not names & {"src", "href", "srcset", "style", "action", "data", "background"}
+    assert not [name for name in names if name.startswith("on")]
+    assert {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "base"} == set()
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    for word in ("url(", "@import", "http:", "https:", "fetch(", "import("):
+        assert word not in text
+    assert sum(tag == "section" for tag, _ in page.tags) == 2
+
+
+def test_html_policy_allows_only_its_own_script_and_style() -> None:
+    text = html([weighed()])
+    policy = next(
+        attributes["content"]
+        for tag, attributes in Page(text).tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    for tag in ("script", "style"):
+        (body,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.S)
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+
+
+def test_html_tables_hold_every_number() -> None:
+    prompt, fusion = weighed()
+    page = Page(html([(prompt, fusion)]))
+    assert fusion.divergence is not None
+    shown = set(page.texts)
+    assert {f"{value:.4f}" for value in fusion.weights.flat} <= shown
+    assert {f"{value:.4g}" for value in fusion.divergence.flat} <= shown
+    assert {f"{mean:.3f}" for mean in fusion.weights.mean(axis=1)} <= shown
+
+
+def test_html_says_why_the_base_answers_alone() -> None:
+    prompt, fusion = weighed()
+    none = replace(fusion, strategy="two-place", weights=np.zeros_like(fusion.weights))
+    texts = Page(html([(prompt, none)])).texts
+    assert any(text.startswith("No adapter stands out here: the base") for text in texts)
+
+
+def test_hostile_text_stays_text() -> None:
+    item = weighed(HOSTILE, HOSTILE, "b")
+    page, plain = Page(html([item])), Page(html([weighed("x", "a", "b")]))
+    assert [tag for tag, _ in page.tags if tag != "p"] == [
+        tag for tag, _ in plain.tags if tag != "p"
+    ]
+    shown = HOSTILE.replace("\x00", "\\x00").replace("\x1b", "\\x1b")
+    assert any(shown in text for text in page.texts)
+    root = ElementTree.fromstring(picture([item], HOSTILE))
+    assert root.find(f".//{SVG}script") is None
+    assert f"{shown}, layer 0\n" in "".join(root.itertext())
