@@ -10,7 +10,8 @@ from screen import Screen, Ticks, stream_on, whole
 
 from qaflora_edge.cli.chat.markdown import THEME, render_block
 from qaflora_edge.cli.chat.stream import LiveLines
-from qaflora_edge.cli.show import to_ascii, visible
+from qaflora_edge.cli.show import to_ascii
+from qaflora_edge.show.text import visible
 
 ANSWER = """\
 # Adding numbers

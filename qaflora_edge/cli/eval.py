@@ -217,7 +217,7 @@ def _run(evaluation: Evaluation) -> None:
 
 
 def _show(results: Results, json_path: str | None, html: Path | None) -> None:
-    from qaflora_edge.cli.tables import columns, plain
+    from qaflora_edge.show.text import columns, crop
     from qaflora_edge.evaluation.table import cells, rows, total_rows
 
     found = cells(results)
@@ -228,11 +228,11 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
         click.echo(document)
     else:
         for cell in found:
-            click.echo(f"{plain(cell.name)}: {cell.task['metric']}, {cell.unit}")
-            lines = [[*map(plain, row)] for row in rows(cell)]
+            click.echo(f"{crop(cell.name, 200)}: {cell.task['metric']}, {cell.unit}")
+            lines = [[crop(cell, 200) for cell in row] for row in rows(cell)]
             click.echo("\n".join([*columns(lines), ""]))
         for title, total in total_rows(found):
-            click.echo("\n".join([title, *columns([[*map(plain, row)] for row in total]), ""]))
+            click.echo("\n".join([title, *columns([[crop(cell, 200) for cell in row] for row in total]), ""]))
         click.echo(NOTES)
     if json_path not in (None, "-"):
         write_text_atomic(str(json_path), document + "\n")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from qaflora_edge.show.picture_text import crop, spelt
+from qaflora_edge.show.text import crop, spelt
 
 WIDTH, MARGIN = 140, 6  # of a bar, in pixels
 TITLE_CHARS = 160  # of a question, in the list of items

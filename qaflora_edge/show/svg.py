@@ -10,11 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-<<<<<<<< HEAD:qaflora_edge/show/svg_panel.py
-from qaflora_edge.show.picture_text import crop, len_pixels, spelt
-========
 from qaflora_edge.show.text import clean, crop, facts, len_pixels, why_alone
->>>>>>>> 39ffe00 (show: one place for text, heatmap, SVG and pages):qaflora_edge/show/svg.py
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
@@ -61,39 +57,6 @@ def leading_layers(fusion: FusionWeights) -> list[list[int]]:
     return leads
 
 
-<<<<<<<< HEAD:qaflora_edge/show/svg_panel.py
-def facts(fusions: Sequence[FusionWeights]) -> str:
-    """How the weights came about, in what all queries share."""
-    first = fusions[0]
-    parts = [f"strategy {first.strategy}"]
-    if read := lens_and_pool(first):
-        parts.append(read)
-    if len(fusions) == 1:
-        parts.append(f"{first.prompt_tokens} prompt tokens")
-    return ", ".join(parts)
-
-
-def lens_and_pool(fusion: FusionWeights) -> str:
-    """Of lens and pool what the strategy read, in words; empty where it read neither."""
-    if fusion.divergence is None:
-        return ""
-    return ", ".join(f"{each} {getattr(fusion, each)}" for each in fusion.measured.reads)
-
-
-def why_alone(fusion: FusionWeights) -> str:
-    """Why the base answers alone: for weights that are all 0."""
-    if not fusion.adapters:
-        return "There are no adapters: the base answers alone."
-    if _name(fusion) == "two-place" and "abstain=never" not in fusion.strategy:
-        return (
-            "No adapter stands out here: the base answers alone "
-            "(two-place:abstain=never mixes all the same)."
-        )
-    return "No adapter weighs anything: the base answers alone."
-
-
-========
->>>>>>>> 39ffe00 (show: one place for text, heatmap, SVG and pages):qaflora_edge/show/svg.py
 def notebook_html(fusion: FusionWeights) -> str:
     """Show weights in a notebook: how they came about, the cells, the scale."""
     ends = scale([fusion])
