@@ -232,7 +232,11 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
             lines = [[crop(cell, 200) for cell in row] for row in rows(cell)]
             click.echo("\n".join([*columns(lines), ""]))
         for title, total in total_rows(found):
-            click.echo("\n".join([title, *columns([[crop(cell, 200) for cell in row] for row in total]), ""]))
+            click.echo(
+                "\n".join(
+                    [title, *columns([[crop(cell, 200) for cell in row] for row in total]), ""]
+                )
+            )
         click.echo(NOTES)
     if json_path not in (None, "-"):
         write_text_atomic(str(json_path), document + "\n")
