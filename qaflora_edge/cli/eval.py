@@ -217,8 +217,8 @@ def _run(evaluation: Evaluation) -> None:
 
 
 def _show(results: Results, json_path: str | None, html: Path | None) -> None:
-    from qaflora_edge.show.text import columns, crop
     from qaflora_edge.evaluation.table import cells, rows, total_rows
+    from qaflora_edge.show.text import columns, crop
 
     found = cells(results)
     document = json.dumps(
