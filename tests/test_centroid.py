@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from qaflora_edge import Engine
-from qaflora_edge.bundles.edit import MAX_SAMPLES, remove_adapter, rename_adapter, set_samples
+from qaflora_edge.bundles.edit import MAX_SAMPLES, set_samples
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.cli.bundle import describe
@@ -108,16 +108,6 @@ def test_the_embedding_is_the_mean_state_of_the_base_alone(made_once: TinyBundle
         np.testing.assert_array_equal(run(base.embedding(tokens)), long)
 
 
-def test_it_goes_with_the_adapters_in_use(folder: Path) -> None:
-    with Engine(folder, strategy="centroid") as engine:
-        both = engine.weights(QUERY)
-        alone = engine.weights(QUERY, adapters=["es"])
-    np.testing.assert_array_equal(alone.weights, np.ones((1, 3), np.float32))
-    assert both.divergence is not None
-    assert alone.divergence is not None
-    np.testing.assert_array_equal(alone.divergence[0], both.divergence[1])
-
-
 def test_the_bundle_keeps_no_text(folder: Path) -> None:
     record = fusion(folder)["samples"]["es"]
     assert sorted(record) == ["embedding", "n_text", "sha256"]
@@ -130,15 +120,6 @@ def test_the_bundle_keeps_no_text(folder: Path) -> None:
     set_samples(folder, "es", ["another"], Engine)
     assert fusion(folder)["samples"]["es"]["n_text"] == 1
     assert list(fusion(folder)["samples"]) == ["math", "es"]
-
-
-def test_renamed_and_removed_adapters_take_theirs_along(folder: Path) -> None:
-    before = fusion(folder)["samples"]
-    rename_adapter(folder, "math", "sums")
-    assert fusion(folder)["samples"] == {"sums": before["math"], "es": before["es"]}
-    remove_adapter(folder, "es")
-    assert fusion(folder)["samples"] == {"sums": before["math"]}
-    load_bundle(folder)
 
 
 def test_the_command_reads_lines_and_json_lines(folder: Path, tmp_path: Path) -> None:
@@ -211,16 +192,3 @@ def test_a_centroid_that_is_none_is_refused(text: str, reason: str) -> None:
     np.testing.assert_array_equal(parse_centroid(centroid_text(VALUES), 3), VALUES)
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse_centroid(text, 3)
-
-
-def test_a_bundle_with_a_wrong_centroid_names_the_field(folder: Path) -> None:
-    path = folder / "bundle.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    raw["fusion"]["samples"]["es"]["embedding"] = "AAAA"
-    path.write_text(json.dumps(raw), encoding="utf-8")
-    with pytest.raises(BundleError) as caught:
-        load_bundle(folder)
-    assert str(caught.value).startswith(
-        f"Cannot use {path}: field fusion.samples.es.embedding is of 3 bytes, expected base64 of "
-        "64 finite float32 numbers, not all 0. "
-    )

@@ -1,8 +1,6 @@
 """What prompts begin with is read once, and nothing else comes out because of that."""
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ F32 = NDArray[np.float32]
 MIB = 1 << 20
 KINDS = {
     "f16": {"kv_type": "f16", "flash_attn": True},
-    "f16 without flash": {"kv_type": "f16", "flash_attn": False},
     "q8_0": {"kv_type": "q8_0", "flash_attn": True},
 }
 
@@ -65,27 +62,6 @@ class Chats:
     def prompt(self, *messages: Sequence[int]) -> list[int]:
         parts = [[*message, self._end, *self._opening] for message in messages]
         return [token for part in parts for token in part]
-
-
-def resident_bytes() -> int:
-    """What this process has in memory, files that are mapped apart."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (each for each in lines if each.startswith("RssAnon:"))
-    return 1024 * int(line.split()[1])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="figures are read from /proc")
-def test_what_is_dropped_is_the_systems_again(loaded: tuple[Model, Pack]) -> None:
-    """Of every other one, too: what stays holds no memory between."""
-    with ProbeContext(*loaded, n_ctx=256, threads=1) as context:
-        context.decode(drawn(200, 5))
-        kept = [context.kv_state() for _ in range(200)]
-        before = resident_bytes()
-        del kept[::2]
-        freed = before - resident_bytes()
-    size = kept[0].n_byte
-    assert size > 50_000
-    assert freed > 0.9 * 100 * size
 
 
 def states(prober: Prober, tokens: Sequence[int], rows: Sequence[int] = (0, 1, 2)) -> F32:
@@ -145,23 +121,6 @@ def test_adapters_in_use_are_kept_apart(
             assert sum(counts) == (240 if seed < 4 else 35)
         alone = Prober(*loaded, {"threads": 1})
         assert np.array_equal(found, states(alone, prompt, rows))
-        alone.close()
-    sharing.close()
-
-
-def test_norms_go_on_too(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
-) -> None:
-    sharing = Prober(*loaded, {"threads": 1}, prefixes=Prefixes(64 * MIB))
-    for seed in range(3):
-        prompt = Chats(base).prompt(drawn(200, seed % 2), drawn(30, 10 + seed))
-        counts = count_decoded(monkeypatch, first_only=True)
-        found = run_alone(sharing.base.norms(prompt, (0, 1, 2)))
-        monkeypatch.undo()
-        if base.arch != "gemma3":
-            assert sum(counts) == (35 if seed == 2 else 240)
-        alone = Prober(*loaded, {"threads": 1})
-        assert np.array_equal(found, run_alone(alone.base.norms(prompt, (0, 1, 2))))
         alone.close()
     sharing.close()
 

@@ -14,8 +14,7 @@ from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
-from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.numbers import cosine_distance, kl_divergence
+from qaflora_edge.weighing.numbers import kl_divergence
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}
 QUESTION = "the king is in the air"
@@ -63,12 +62,6 @@ def test_the_question_is_the_last_user_turn(tmp_path: Path, template: str) -> No
         text = found(model, messages)
         assert text is not None
         assert text.strip() == messages[-1]["content"]
-    model.close()
-
-
-def test_white_space_at_its_beginning_belongs_to_it(tmp_path: Path) -> None:
-    model = Model(write_tiny_base(tmp_path / "base.gguf").path)
-    assert found(model, asked("\n\n the air")) == "\n\n the air"
     model.close()
 
 
@@ -183,21 +176,3 @@ def test_pool_question_weighs_by_the_questions_mean(
     with Engine(base=base.path, adapters=adapters, n_ctx=128, pool="question", **EXACT) as engine:
         same = engine.weights(tokens, strategy="cosine")
         np.testing.assert_array_equal(same.weights, fusion.weights)
-
-
-def test_plain_text_is_its_own_question(base: TinyBase, adapters: dict[str, Path]) -> None:
-    with opened(base, adapters) as engine:
-        tokens = engine.tokenize(QUESTION)
-        fusion = engine.weights(QUESTION, strategy="cosine:pool=question")
-        plain, *adapted = one_by_one(engine, tokens, (0, len(tokens)))[1]
-    found = [cosine_distance(plain, each[None])[0] for each in adapted]
-    np.testing.assert_allclose(shown(fusion), found, rtol=1e-3, atol=1e-7)
-
-
-def test_a_wrong_pool_is_refused(base: TinyBase, adapters: dict[str, Path]) -> None:
-    with opened(base, adapters) as engine, pytest.raises(StrategyError) as caught:
-        engine.weights("a", strategy="qa-flora:pool=first")
-    assert str(caught.value) == (
-        "Strategy 'qa-flora:pool=first': the option pool is 'first', expected one of last, "
-        "question."
-    )

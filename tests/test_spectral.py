@@ -117,23 +117,6 @@ def test_a_layer_without_such_a_module_has_the_mean_of_the_others(tmp_path: Path
             assert np.ptp(weights[0]) > 1e-4
 
 
-def test_weights_do_not_depend_on_what_was_asked_before(tmp_path: Path) -> None:
-    base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
-    with Engine(
-        base=base.path, adapters=write(tmp_path, base, a=tiny.STEMS, b=tiny.STEMS)
-    ) as engine:
-        first = {
-            strategy: engine.weights(TOKENS[:40], strategy=strategy).weights
-            for strategy in ("norm", "arrow", "spectr")
-        }
-        engine.weights(TOKENS[:10], strategy="norm")
-        for strategy, weights in first.items():
-            found = engine.weights(TOKENS[:40], strategy=strategy).weights
-            np.testing.assert_allclose(found, weights, rtol=1e-3, err_msg=strategy)
-        arrow = engine.weights(TOKENS[:40], strategy="arrow", adapters=["b"])
-        np.testing.assert_array_equal(arrow.weights, np.ones((1, 3), np.float32))
-
-
 @pytest.mark.parametrize(("n_out", "rank"), [(40, 4), (3, 8)])
 def test_lengths_are_kept_by_the_smaller_matrix(n_out: int, rank: int) -> None:
     rng = np.random.default_rng(0)

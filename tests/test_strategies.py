@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TinyBundle, make_bundle, make_sources
+from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
-from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, Measured, Mix, QafloraError, Strategy, register_strategy
-from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
-from qaflora_edge.errors import BundleError, StrategyError, WeightsError
+from qaflora_edge.errors import StrategyError, WeightsError
 from qaflora_edge.weighing import strategy as registry
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/own_strategy.py"
@@ -62,10 +60,6 @@ def sharpened(folder: Path) -> Any:
     return squares / squares.sum(axis=0)
 
 
-def test_the_example_is_at_most_20_lines() -> None:
-    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 20
-
-
 @pytest.mark.slow
 def test_the_example_weighs_and_answers(made: TinyBundle) -> None:
     own = ("--strategy", "sharper")
@@ -82,38 +76,6 @@ def test_the_example_weighs_and_answers(made: TinyBundle) -> None:
         assert answer["text"] == given.text()
     for verb in ("run", "chat", "weights", "bench"):
         assert "base or sharper" in " ".join(script(verb, "--help").split())
-
-
-@pytest.mark.slow
-def test_the_example_is_a_bundles_default(tmp_path: Path) -> None:
-    made = make_sources(tmp_path)
-    words = ("--base", made.base.path, "--adapter", f"math={made.peft}", "--adapter")
-    more = (f"es={made.adapter.path}", "--strategy", "sharper")
-    script("bundle", "create", made.folder, *words, *more)
-    shown = json.loads(script("weights", made.folder, PROMPT, "--json"))
-    assert shown["strategy"] == "sharper"
-    stdin = tmp_path / "q.jsonl"
-    stdin.write_text(json.dumps({"prompt": PROMPT}))
-    answer = json.loads(script("run", made.folder, "--prompts", stdin, "--max-tokens", 2))
-    means = np.array(shown["weights"]).mean(axis=1)
-    assert answer["fusion"]["strategy"] == "sharper"
-    np.testing.assert_allclose(list(answer["fusion"]["weights"].values()), means, atol=1e-4)
-    with pytest.raises(BundleError, match="Strategy 'sharper' is not known"):
-        Engine(made.folder)
-
-
-@pytest.mark.slow
-def test_the_example_weighs_layers_that_no_adapter_moves(tmp_path: Path) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf")
-    paths = {
-        name: write_tiny_adapter(tmp_path / f"{name}.gguf", base, layers=[1, 2], seed=seed).path
-        for seed, name in enumerate("abc")
-    }
-    create_bundle(tmp_path / "bundle", base.path, paths, name="tiny")
-    shown = script("weights", tmp_path / "bundle", PROMPT, "--json", "--strategy", "sharper")
-    weights = np.array(json.loads(shown)["weights"])
-    np.testing.assert_allclose(weights[:, 0], 1 / 3, rtol=1e-5)
-    assert (np.ptp(weights[:, 1:], axis=0) > 0).all()
 
 
 class Moved(Strategy):
@@ -187,11 +149,6 @@ def test_a_list_of_lists_is_enough(made: TinyBundle) -> None:
     ("given", "message"),
     [
         (
-            [[1.0, 1, 1]],
-            "Strategy 'wrong': Weights have the shape [1, 3], expected [2, 3]: one row",
-        ),
-        ([["a"] * 3] * 2, "Strategy 'wrong': Weights are not an array of numbers: could not conv"),
-        (
             [[0, 0, float("nan")]] * 2,
             "Strategy 'wrong': The weight of 'math' at layer 2 is nan, expected a finite number.",
         ),
@@ -228,10 +185,6 @@ class Taken(Thirds):
     name = "base"
 
 
-class Shouting(Thirds):
-    name = "LOUD"
-
-
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
@@ -244,7 +197,6 @@ class Shouting(Thirds):
             Taken(),
             f"The strategy 'base' of {__name__}.Taken is there already, by qaflora_edge.",
         ),
-        (Shouting(), "has the name 'LOUD', expected small letters, digits and hyphens, at most 40"),
         (3, "The strategy 3 has the name None, expected small letters"),
     ],
 )
@@ -276,7 +228,7 @@ def point(value: str) -> EntryPoint:
     return EntryPoint("any", value, "qaflora_edge.strategies")
 
 
-SOME_STRATEGY, NO_STRATEGY = Thirds(), "words"
+SOME_STRATEGY = Thirds()
 
 
 def test_a_package_offers_a_strategy(made: TinyBundle, offered: list[EntryPoint]) -> None:
@@ -290,8 +242,6 @@ def test_a_package_offers_a_strategy(made: TinyBundle, offered: list[EntryPoint]
     ("value", "reason"),
     [
         ("not_there_at_all:STRATEGY", "No module named 'not_there_at_all'"),
-        ("their_package:Gone", "no attribute 'Gone'"),
-        ("their_package:NO_STRATEGY", "has the name None, expected small letters"),
         ("their_package:Thirds", "expected an object of a subclass of qaflora_edge.Strategy"),
     ],
 )
@@ -308,14 +258,3 @@ def test_a_broken_package_is_named(
     assert registry.parse_strategy("static", ("math",)).text == "static"  # ours need no package
     result = CliRunner().invoke(main, ["weights", str(made.folder), "a", "--strategy", "best"])
     assert (result.exit_code, result.stderr) == (1, f"Error: {caught.value}\n")
-
-
-def test_a_strategy_is_checked_when_a_bundle_is_made(tmp_path: Path) -> None:
-    made = make_sources(tmp_path)
-    adapters = {"es": made.adapter.path}
-    with pytest.raises(StrategyError, match="Strategy 'thirds' is not known"):
-        create_bundle(made.folder, made.base.path, adapters, strategy="thirds")
-    register_strategy(Thirds())
-    create_bundle(made.folder, made.base.path, adapters, strategy="thirds")
-    with Engine(made.folder) as engine:
-        assert engine.weights("a").weights[0, 0] == np.float32(1 / 3)
