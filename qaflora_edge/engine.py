@@ -4,43 +4,489 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
+from numbers import Integral
+from typing import Any, Literal, Self, overload
 
-from qaflora_edge.chat.messages import Message
-from qaflora_edge.config import MAX_SEED, check
-from qaflora_edge.engine_measures import EngineMeasures
-from qaflora_edge.errors import OptionError, QafloraError, wrong_option
+import numpy as np
+
+from qaflora_edge.arrays import F32, F64
+from qaflora_edge.bundles.open import open_any
+from qaflora_edge.chat.messages import Message, begin_with
+from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
+from qaflora_edge.config import MAX_SEED, check, removed
+from qaflora_edge.errors import (
+    OptionError,
+    PromptError,
+    QafloraError,
+    StrategyError,
+    wrong_option,
+)
+from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.constraint import chosen_grammar
+from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.prompts import Prompt
-from qaflora_edge.inference.request import Request, make_sampling
+from qaflora_edge.inference.request import (
+    Prompt,
+    Request,
+    checked_tokens,
+    make_sampling,
+    prompt_tokens,
+    token_ids,
+)
+from qaflora_edge.inference.sampler import Sampler
+from qaflora_edge.inference.score import Item
 from qaflora_edge.openai.chat import answer_chat
-from qaflora_edge.progress import Tell
+from qaflora_edge.progress import Tell, TellCount, silent
+from qaflora_edge.weighing.calibration import measure_prompt, measure_typical
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.weigher import Weights
+from qaflora_edge.weighing.strategy import Query
+from qaflora_edge.weighing.weigher import Weigher, Weights
 
 
-class Engine(EngineMeasures):
+class Engine:
     """A base with its adapters, ready to weigh them for each query.
 
     bundle    a bundle folder, or a base alone, a GGUF file; or give base and adapters (name ->
               adapter GGUF) instead
     n_ctx     tokens of prompt and answer together, of each request
-    n_parallel  requests that are decoded together; others wait their turn
-    threads   CPU threads, by default the cores this process may use
+    n_parallel  requests that are decoded together; others wait in a queue
+    threads   CPU threads, by default the cores that this process may use
     gpu_layers  layers offloaded where the library was built with a GPU backend, or to workers
-    rpc       HOST:PORT of workers, apart by commas: see docs/scale.md
-    tensor_split  how many layers each worker and GPU gets, relative to the others, apart by commas
+    rpc       HOST:PORT of workers, separated by commas: see docs/scale.md
+    tensor_split  how many layers each worker and GPU gets, relative to the others
     kv_type   f16, f32 or q8_0
-    adapter_type  q8_0 or q4_0: convert adapters as they are loaded (docs/performance.md has what it
-              gains and costs); auto: as their files have them
+    adapter_type  q8_0 or q4_0: convert adapters as they are loaded (docs/performance.md has gain
+              and cost); auto: as their files have them
     flash_attn  True or False; None: on where it is quicker (docs/performance.md)
     strategy, lens, pool  by default the bundle's; see `qaflora weights --help`
-    prefix_cache  MiB for what the probe read of prompts, for others that begin alike
+    prefix_cache  MiB for the probe's KV states of earlier prompts, for prompts that begin alike
     seed      of sampled answers, when a call gives none
 
     Any thread may call it. Every failure is a QafloraError.
     """
+
+    def __init__(
+        self,
+        bundle: AnyPath | None = None,
+        *,
+        base: AnyPath | None = None,
+        adapters: Mapping[str, AnyPath] | None = None,
+        n_ctx: int = 2048,
+        n_parallel: int = 1,
+        threads: int | None = None,
+        gpu_layers: int | None = None,
+        rpc: str | None = None,
+        tensor_split: str | None = None,
+        kv_type: str = "f16",
+        adapter_type: str = "auto",
+        flash_attn: bool | None = None,
+        strategy: str | None = None,
+        lens: str | None = None,
+        pool: str | None = None,
+        prefix_cache: int = 128,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            if (instead := removed(name)) is None:
+                raise TypeError(f"Engine() got an unexpected keyword argument {name!r}")
+            raise OptionError(instead)
+        options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
+        placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
+        of_core: dict[str, Any] = {
+            "n_ctx": n_ctx,
+            "n_parallel": n_parallel,
+            "adapter_type": adapter_type,
+            "prefix_cache": prefix_cache,
+        }
+        check("engine", {**options, **placing, **of_core, "seed": seed})
+        opened = open_any(bundle, base, adapters)
+        self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
+        self.system = opened.system
+        self._weigher = Weigher(
+            adapters=tuple(opened.adapters),
+            n_layer=opened.header.n_layer,
+            known=opened.known.under(strategy=strategy, lens=lens, pool=pool),
+            targets={name: info.targets for name, info in opened.adapters.items()},
+        )
+        self._core = Core(
+            opened.header, opened.adapters, placing=placing, options=options, **of_core
+        )
+        try:
+            check_unchanged(opened.states)  # llama.cpp opened the files by name, after the checks
+        except BaseException:
+            self._core.close()
+            raise
+        self._model = self._core.model
+        find = QuestionFinder(self._model).find
+        self._weigher = replace(self._weigher, find_question=find)
+
+    # life
+
+    def close(self) -> None:
+        """Free the model, the adapters and all contexts. A second call does nothing.
+
+        Calls of other threads end with BusyError. So does close() itself within a call of the
+        same thread, such as on_weights.
+        """
+        self._core.close()
+
+    def cancel(self) -> None:
+        """End what the Engine does now; any thread may call it, and it returns at once.
+
+        Answers end with finish_reason "cancelled" and keep their text so far. Calls that weigh or
+        prefill raise CancelledError. The next call works as ever. To end one call alone, give it
+        an event (`cancel=`), or use Generation.cancel.
+        """
+        self._core.cancel()
+
+    def run_forever(self) -> None:
+        """Compute what other threads ask for, until close(); for servers, in a thread of its own.
+
+        Without it each call computes in its caller's thread, and concurrent callers compute for
+        each other. With it they only wait, and no core is idle while they use their pieces.
+        """
+        with self._core.call():
+            self._core.loop.run_forever()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.adapters) or "no adapters"
+        return f"<Engine {self.name}: {names}; strategy {self.strategy}>"
+
+    # facts
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Name the adapters in use, in the order of every first axis."""
+        return self._weigher.adapters
+
+    @property
+    def loaded_adapters(self) -> tuple[str, ...]:
+        """Name all adapters, also those not in use."""
+        return self._core.adapters
+
+    @property
+    def adapter_bytes(self) -> dict[str, int]:
+        """Give the file size of each loaded adapter."""
+        return dict(zip(self.loaded_adapters, self._core.adapter_bytes, strict=True))
+
+    @property
+    def strategy(self) -> str:
+        """Name the strategy of calls that name none."""
+        return self._weigher.known.strategy
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Name every strategy that needs no argument and can be followed here."""
+        return self._weigher.followed
+
+    @property
+    def lens(self) -> str:
+        """Say how a layer's state is read: see Engine."""
+        return self._weigher.known.lens
+
+    @property
+    def pool(self) -> str:
+        """Say which tokens of a prompt are weighed by: see Engine."""
+        return self._weigher.known.pool
+
+    @property
+    def n_layer(self) -> int:
+        return int(self._model.n_layer)
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._model.n_vocab)
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
+        return self._core.prober.prefixes.n_byte
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Count the tokens of the longest text that the base was trained for."""
+        return int(self._model.n_ctx_train)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._model.chat_template)
+
+    @property
+    def name(self) -> str:
+        """Give the base's own name, or its file name."""
+        return self._model.name
+
+    # choices
+
+    def use_adapters(self, names: Sequence[str]) -> None:
+        """Weigh only these adapters from now on; the others are neither probed nor applied.
+
+        names  in any order; the order of the first axes stays that of `loaded_adapters`
+
+        Raises StrategyError for an unknown name, or when the strategy names another adapter.
+        """
+        with self._core.call():
+            self._weigher = self._using(names)
+
+    def use_strategy(self, strategy: str) -> None:
+        """Weigh by this strategy from now on, where a call names none.
+
+        Raises StrategyError when it is unknown or cannot be followed here.
+        """
+        with self._core.call():
+            known = replace(self._weigher.known, strategy=strategy)
+            self._weigher = replace(self._weigher, known=known)
+
+    def _using(self, names: Sequence[str] | None) -> Weigher:
+        """Give the weigher with these adapters in use; None: as they are."""
+        if names is None:
+            return self._weigher
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise wrong_option("adapters", names, "a list of their names")
+        loaded = self.loaded_adapters
+        for name in names:
+            if name not in loaded:
+                raise _not_loaded(name, loaded)
+        return replace(self._weigher, adapters=tuple(n for n in loaded if n in names))
+
+    # prompts
+
+    def tokenize(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
+        """Turn a prompt into token ids: text as it is, with BOS where the base asks for it, or ids.
+
+        Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
+        """
+        with self._core.call():
+            return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Turn a conversation into token ids under the base's chat template.
+
+        The bundle's system prompt comes first where the messages have none.
+        """
+        with self._core.call():
+            messages = begin_with(self.system or None, messages)
+            tokens = chat_tokens(self._model, messages, tools=tools)
+            return checked_tokens(self._model, tokens, self.n_ctx)
+
+    # weights and states
+
+    @overload
+    def weights(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        *,
+        strategy: str | None = ...,
+        adapters: Sequence[str] | None = ...,
+        parse_special: bool = ...,
+        cancel: threading.Event | None = ...,
+    ) -> FusionWeights: ...
+    @overload
+    def weights(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        strategy: str | None = ...,
+        adapters: Sequence[str] | None = ...,
+        parse_special: bool = ...,
+        cancel: threading.Event | None = ...,
+    ) -> list[FusionWeights]: ...
+    def weights(
+        self,
+        prompt: Any,
+        *,
+        strategy: str | None = None,
+        adapters: Sequence[str] | None = None,
+        parse_special: bool = False,
+        cancel: threading.Event | None = None,
+    ) -> FusionWeights | list[FusionWeights]:
+        """Weigh the adapters for a prompt, or for each of a list of prompts.
+
+        adapters  those to weigh; by default those in use
+        cancel    once it is set, CancelledError is raised
+
+        Returns FusionWeights with weights and divergence, float32 [n_adapter, n_layer].
+        """
+
+        def weigh(each: Prompt) -> FusionWeights:
+            with self._core.call():
+                tokens = self.tokenize(each, parse_special=parse_special)
+                probe = self._core.probe(self._core.cancellation(cancel))
+                return self._using(adapters).weigh(strategy, tokens, probe)
+
+        prompt = _whole(prompt)
+        return [weigh(each) for each in prompt] if _are_many(prompt) else weigh(prompt)
+
+    def hidden_states(
+        self, prompt: Prompt, *, adapter: str | None = None, parse_special: bool = False
+    ) -> F32:
+        """Give the states of the last token after each block: float32 [n_layer, n_embd].
+
+        adapter  the one adapter that is on, at weight 1; None for the base alone
+        """
+        with self._core.call():
+            tokens = self.tokenize(prompt, parse_special=parse_special)
+            if adapter is not None and adapter not in self.adapters:
+                raise _not_loaded(adapter, self.adapters)
+            rows = self._core.rows([] if adapter is None else [adapter])
+            steps = self._core.prober.states(tokens, rows)
+            return np.array(self._core.run("probe", steps)[-1])
+
+    def logits(
+        self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False
+    ) -> F32:
+        """Give the logits of the token after the prompt: float32 [n_vocab]."""
+        with self._core.call():
+            tokens = self.tokenize(prompt, parse_special=parse_special)
+            cancellation = self._core.cancellation()
+            fusion = self._weigher.weigh(weights, tokens, self._core.probe(cancellation))
+            request = Request(
+                tuple(tokens),
+                self._core.all_weights(fusion),
+                adapters=fusion.adapters,
+                keeps_logits=True,
+                cancellation=cancellation,
+            )
+            answer = self._core.begin(request, None, fusion)
+            answer.wait_for_prompt()
+            return answer.prompt_logits
+
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        continuation: Prompt,
+        *,
+        weights: Weights = ...,
+        parse_special: bool = ...,
+    ) -> F32: ...
+    @overload
+    def score(
+        self,
+        prompt: Sequence[Prompt],
+        continuation: Sequence[Prompt],
+        *,
+        weights: Weights = ...,
+        parse_special: bool = ...,
+    ) -> list[F32]: ...
+    def score(
+        self,
+        prompt: Any,
+        continuation: Any,
+        *,
+        weights: Weights = None,
+        parse_special: bool = False,
+    ) -> F32 | list[F32]:
+        """Score each token of a continuation: log-probabilities in nats, float32 [n_token].
+
+        prompt, continuation  text or ids, a continuation's text without BOS; or lists of both, of
+                              the same length, scored together. A prompt that occurs several times
+                              is weighed and prefilled once.
+        weights               for all of them
+
+        Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
+        """
+        prompt, continuation = _whole(prompt), _whole(continuation)
+        is_list = _are_many(prompt)
+        if is_list != _are_many(continuation):
+            raise OptionError(
+                "score got a list of prompts or of continuations and one of the others, expected "
+                "one of both or lists of both: repeat the one, as in [prompt] * 3."
+            )
+        if not is_list:
+            prompt, continuation = [prompt], [continuation]
+        if len(prompt) != len(continuation):
+            raise OptionError(
+                f"score got {len(prompt)} prompts and {len(continuation)} continuations, "
+                "expected as many of both."
+            )
+        with self._core.call():
+            cancellation = self._core.cancellation()
+            probe = self._core.probe(cancellation)
+            known: dict[tuple[int, ...], F32] = {}
+            items = []
+            for each, text in zip(prompt, continuation, strict=True):
+                tokens = tuple(self.tokenize(each, parse_special=parse_special))
+                following = self._continuation(tokens, text)
+                if tokens not in known:
+                    fusion = self._weigher.weigh(weights, tokens, probe)
+                    known[tokens] = self._core.all_weights(fusion)
+                items.append(Item(tokens, following, known[tokens]))
+            scores = self._core.run("score", self._core.scorer.score(items), cancellation)
+        return scores if is_list else scores[0]
+
+    def _continuation(self, prompt: Sequence[int], text: Prompt) -> tuple[int, ...]:
+        if isinstance(text, str):
+            tokens = self._model.tokenize(text, add_special=False, parse_special=False)
+        else:
+            tokens = token_ids(text, "continuation")
+        if not tokens:
+            raise PromptError("The continuation is empty; give at least one token.")
+        what = "prompt with its continuation"
+        checked_tokens(self._model, [*prompt, *tokens], self.n_ctx, what)
+        return tuple(tokens)
+
+    # calibration
+
+    def typical_divergence(
+        self, prompts: Sequence[str], progress: TellCount | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Measure each adapter against itself, for the strategies `calibrated` and `two-place`.
+
+        prompts   neutral texts; in chat form when the base has a template, and as text
+        progress  called with (prompts done, prompts in all)
+        returns   adapter -> one of weighing.calibration.KEYS -> numbers
+        """
+        with self._core.call():
+            probe = self._core.probe(self._core.cancellation())
+
+            def measure(prompt: str) -> dict[str, F64]:
+                text = self._weigher.query(self.tokenize(prompt))
+                return measure_prompt(probe, self._chat_query(prompt), text)
+
+            return measure_typical(measure, prompts, self.adapters, progress)
+
+    def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32:
+        """Average the embeddings of sample texts, for the strategy `centroid`: float32 [n_embd].
+
+        texts     in chat form when the base has a template, else as text
+        progress  called with (texts done, texts in all)
+
+        Raises PromptError for a text that is empty or too long.
+        """
+        with self._core.call():
+            total = np.zeros(self._model.n_embd, np.float64)
+            for done, text in enumerate(texts, 1):
+                try:
+                    tokens = self._chat_query(text).tokens
+                except PromptError as error:
+                    raise PromptError(f"Sample text {done} cannot be used: {error}") from error
+                total += self._core.run("probe", self._core.prober.base.embedding(tokens))
+                if progress is not None:
+                    progress(done, len(texts))
+            return (total / len(texts)).astype(np.float32)
+
+    def _chat_query(self, text: str) -> Query:
+        """Ask a question in chat form when the base has a template, else as text."""
+        if self.has_chat_template:
+            tokens = self.chat_tokens([{"role": "user", "content": text}])
+        else:
+            tokens = self.tokenize(text)
+        span = self._weigher.find_question(tokens)
+        query = self._weigher.query(tokens)
+        return replace(query, question=span or (0, len(tokens)), is_chat=span is not None)
+
+    # answers
 
     def generate(
         self,
@@ -69,17 +515,17 @@ class Engine(EngineMeasures):
         adapters      those to weigh; by default those in use
         grammar       GBNF text that the answer follows, with the start `root`
         json_schema   the answer is JSON that is valid under this schema; True: any JSON
-        keep_history  what the prompt shares with an earlier prompt and answer is not read again,
-                      but stays as it was read under its turn's weights (as it does where
-                      these are the same and the prompt begins with the earlier one): the Generation
-                      that it goes on from, or True for the last one, with n_parallel=1
-        on_weights    called with the weights once they are known, before the prompt is read
-        on_progress   called meanwhile with "weighing" or "reading", how many tokens of the prompt
-                      are done, and how many it has; at "weighing" by the thread that computes,
-                      whose calls of this Engine raise BusyError then
+        keep_history  reuse the KV state that the prompt shares with an earlier prompt and answer,
+                      computed under that turn's weights. Give the earlier Generation, or True for
+                      the last one, with n_parallel=1. Without it KV state is reused only under
+                      the same weights.
+        on_weights    called with the weights once they are known, before prefill
+        on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
+                      and how many it has; at "weighing" by the thread that computes, which may
+                      not call this Engine then (BusyError)
         cancel        once it is set, the answer ends as by Generation.cancel
-        wait          until the prompt was read; else it is, like the tokens after it, when a piece
-                      of this or another answer is asked for
+        wait          prefill before returning. False: prefill when the first piece of this or
+                      another answer is requested.
         more          top_k, min_p, repeat_penalty, ...: see request.Sampling
 
         The prompt is weighed before this returns.
@@ -95,11 +541,11 @@ class Engine(EngineMeasures):
         )
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise wrong_option("cancel", cancel, "a threading.Event")
-        with self._call():
+        with self._core.call():
             tokens = self.tokenize(prompt, parse_special=parse_special)
             cancellation = self._core.cancellation(cancel)
             probe = self._core.probe(cancellation, on_progress)
-            sampler = self._core.sampler(sampling)  # a bad grammar is refused before the work
+            sampler = Sampler(self._model, sampling)  # a bad grammar is refused before the work
             fusion = self._using(adapters).weigh(weights, tokens, probe)
             if on_weights is not None:
                 on_weights(fusion)
@@ -112,9 +558,8 @@ class Engine(EngineMeasures):
                 cancellation=cancellation,
             )
             answer = self._core.begin(request, sampler, fusion)
-            answer._engine = self
             if wait:
-                self._core.wait_for_prompt(answer, on_progress)
+                answer.wait_for_prompt(on_progress or silent)
             return answer
 
     def _goes_on_from(self, keep_history: bool | Generation) -> int | None:
@@ -155,8 +600,8 @@ class Engine(EngineMeasures):
         """Answer many prompts, n_parallel of them together; (index, Generation) as they end.
 
         requests  prompts, or dicts with `prompt` or `messages` and options of generate; taken one
-                  by one, as there is room
-        options   of those that do not have them
+                  by one, as slots become free
+        options   of requests that do not have them
 
         A request that fails ends with finish_reason "error", and `error` says why. After cancel()
         no more requests are taken.
@@ -176,13 +621,13 @@ class Engine(EngineMeasures):
                 running[index] = self._start(request, options)
             if not running:
                 return
-            with self._call():
-                self._core.wait_for_any(running.values())
+            with self._core.call():
+                self._core.loop.drive(lambda: any(each.is_done for each in running.values()))
             for index in [i for i, answer in running.items() if answer.is_done]:
                 yield index, running.pop(index)
 
     def _start(self, request: Prompt | Mapping[str, Any], options: Mapping[str, Any]) -> Generation:
-        """Begin one of many; what is wrong with it is its own failure."""
+        """Begin one of many; its errors end itself alone."""
         try:
             if not isinstance(request, Mapping):
                 request = {"prompt": request}
@@ -213,37 +658,35 @@ class Engine(EngineMeasures):
         self, messages: Sequence[Message], *, stream: bool, **options: Any
     ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
     def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        stream: bool = False,
-        n: int = 1,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        stream_options: Mapping[str, Any] | None = None,
-        grammar: str | None = None,
-        **options: Any,
+        self, messages: Sequence[Message], *, stream: bool = False, **options: Any
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
 
-        n                answers (choices); the conversation is weighed and read once
-        tools, tool_choice  for bases whose template reads tools and that write <tool_call>
+        n                answers (choices); the conversation is weighed once
+        tools, tool_choice  for bases with a template that reads tools and that write <tool_call>
         response_format  {"type": "json_object"}, or {"type": "json_schema", "json_schema": ...}
         stream_options   {"include_usage": True} ends the chunks with one of the usage
         options          as generate takes them, and OpenAI's others where they change nothing
 
-        The conversation is weighed and read before this returns.
+        The conversation is weighed and prefilled before this returns.
         """
-        return answer_chat(
-            self,
-            messages,
-            stream=stream,
-            n=n,
-            tools=tools,
-            tool_choice=tool_choice,
-            response_format=response_format,
-            stream_options=stream_options,
-            grammar=grammar,
-            **options,
-        )
+        return answer_chat(self, messages, stream=stream, **options)
+
+
+def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:
+    return StrategyError(
+        f"The adapter {name!r} is not loaded; expected names out of: "
+        f"{', '.join(known) or 'none is loaded'}."
+    )
+
+
+def _whole(prompt: Any) -> Any:
+    """Give a list in place of an iterator."""
+    return list(prompt) if isinstance(prompt, Iterator) else prompt
+
+
+def _are_many(prompt: Any) -> bool:
+    """Tell a list of prompts, texts or sequences of ids, from one prompt."""
+    if isinstance(prompt, str | Mapping) or not isinstance(prompt, Iterable):
+        return False  # one, if a wrong one
+    return any(not isinstance(each, Integral) for each in prompt)

@@ -169,7 +169,7 @@ def test_close_between_weights_and_prompt_ends_the_call(tmp_path: Path, n_parall
 
     def close(_: FusionWeights) -> None:
         closing.start()
-        wait_until(lambda: engine._core._loop._is_closed)
+        wait_until(lambda: engine._core.loop._is_closed)
 
     with pytest.raises(BusyError, match=r"was closed in the middle of a call"):
         engine.generate("the king", on_weights=close)

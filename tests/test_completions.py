@@ -12,7 +12,7 @@ from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_b
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
-from qaflora_edge.inference.logprobs import TokenLogprob
+from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.openai.completions import ShownTokens, text_logprobs
 from qaflora_edge.openai.tools import CallFilter, parse_calls
 

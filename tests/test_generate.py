@@ -14,7 +14,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BusyError, OptionError
 from qaflora_edge.inference.request import Sampling
-from qaflora_edge.inference.text import StopFilter, TextDecoder
+from qaflora_edge.inference.sequence import StopFilter, TextDecoder
 
 
 def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:

@@ -433,7 +433,7 @@ def test_a_source_that_fails_ends_all(engine: Engine) -> None:
 def assert_idle(engine: Engine) -> None:
     """Nothing of earlier calls is computed any more."""
     gc.collect()
-    scheduler = engine._core._loop._scheduler
+    scheduler = engine._core.loop._scheduler
     assert engine.generate("a", max_tokens=1).text() is not None
     assert not scheduler.has_work
 

@@ -114,7 +114,7 @@ def test_a_bundle_is_opened_once_though_who_asked_is_gone(
             ask_and_go(url, model)
         is_let.set()  # the server ends when they are open, and closes them
     assert len(opened) == 3
-    assert all(engine._lifetime.is_closed for engine in opened)
+    assert all(engine._core.is_closed for engine in opened)
     assert models._shared == {}
 
 

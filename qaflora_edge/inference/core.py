@@ -1,13 +1,13 @@
-"""The core: a base with its adapters and contexts, and the loop that computes for all callers.
+"""The core: a base with its adapters and contexts, opened and closed, and the loop that computes.
 
-Token ids, weights and samplers go in; text, texts' bytes and strategies are the Engine's matter.
+Token ids, weights and samplers go in. Texts and strategies are the Engine's matter.
 """
 
+import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,41 +16,43 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Pack, shared_model
 from qaflora_edge.backend.stop import Stop
-from qaflora_edge.errors import QafloraError
+from qaflora_edge.errors import BusyError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.lifetime import Lifetime
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request, Sampling
+from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
-from qaflora_edge.inference.score import Item, Scorer
+from qaflora_edge.inference.score import Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
-from qaflora_edge.progress import Tell, silent
+from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.prefix_cache import Prefixes
 from qaflora_edge.weighing.probe import Prober, QueryProbe, Steps
 from qaflora_edge.weighing.strategy import Query
 
 T = TypeVar("T")
+_process: int | None = None  # in which the library computed first
 
 
 class Core:
-    """What an Engine computes with; freed by its lifetime.
+    """Everything of the library that an Engine has open.
 
+    base        header of the base's file
     adapters    name -> adapter GGUF, checked, in the order of every first axis
     n_ctx       tokens of prompt and answer together, of each request
     n_parallel  requests that are decoded together
     placing     gpu_layers, rpc and tensor_split: where the base's layers go
-    adapter_type  of config.ADAPTER_TYPES
-    prefix_cache  MiB for what the probe read of prompts
+    adapter_type  one of config.ADAPTER_TYPES
+    prefix_cache  MiB for the probe's KV states of earlier prompts
     options     threads, kv_type and flash_attn of every context
+
+    Without close() the resources are freed when the core is collected.
     """
 
     def __init__(
         self,
-        lifetime: Lifetime,
         base: GgufHeader,
         adapters: Mapping[str, AdapterInfo],
         *,
@@ -61,38 +63,125 @@ class Core:
         prefix_cache: int,
         options: Mapping[str, Any],
     ) -> None:
-        self.lifetime, self.n_ctx, self.n_parallel = lifetime, n_ctx, n_parallel
-        self.adapters = tuple(adapters)
-        keep, stop = lifetime.keep, Stop()
-        self.model = keep(shared_model(base.path, placing, base))
-        paths = [info.path for info in adapters.values()]
-        self.pack = keep(Pack(self.model, paths, adapter_type=adapter_type))
-        more: dict[str, Any] = {**options, "stop": stop}
-        self.context = keep(Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **more))
-        self.adapter_bytes = [info.path.stat().st_size for info in adapters.values()]
-        files = list(adapters.values())
-        prefixes = Prefixes(prefix_cache << 20)
-        self.prober = keep(Prober(self.model, self.pack, more, infos=files, prefixes=prefixes))
-        self._scorer = keep(Scorer(self.model, self.pack, more))
-        self.model.check_workers()
-        scheduler = Scheduler(n_parallel, self.context.pieces())
-        self._loop = Loop(self.model, self.context, scheduler, stop)
+        _check_process()
+        self.adapters, self.n_ctx = tuple(adapters), n_ctx
+        self.is_closed = False
+        self._idle = threading.Condition()
+        self._n_call: dict[int, int] = {}  # by thread
+        self._telling: int | None = None  # the thread that reports progress while it computes
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
-        self._cancelling = threading.RLock()  # of a set that all threads change
+        self._cancelling = threading.RLock()  # all threads change that set
         self.last_answer: int | None = None  # number of the last request's sequence
+        self._resources: list[Any] = []  # freed in reverse order: contexts before their model
+        weakref.finalize(self, _close_all, self._resources).atexit = False
+        try:
+            self._open(base, list(adapters.values()), placing, adapter_type)
+            self._open_contexts(n_parallel, prefix_cache, options)
+        except BaseException:
+            _close_all(self._resources)
+            raise
+
+    def _open(
+        self,
+        base: GgufHeader,
+        files: Sequence[AdapterInfo],
+        placing: Mapping[str, Any],
+        adapter_type: str,
+    ) -> None:
+        self._files = files
+        self.model = self._keep(shared_model(base.path, placing, base))
+        paths = [info.path for info in files]
+        self.pack = self._keep(Pack(self.model, paths, adapter_type=adapter_type))
+        self.adapter_bytes = [path.stat().st_size for path in paths]
+
+    def _open_contexts(
+        self, n_parallel: int, prefix_cache: int, options: Mapping[str, Any]
+    ) -> None:
+        stop = Stop()
+        more: dict[str, Any] = {**options, "stop": stop}
+        self.context = self._keep(
+            Context(self.model, self.pack, n_ctx=self.n_ctx, n_seq=n_parallel, **more)
+        )
+        prefixes = Prefixes(prefix_cache << 20)
+        self.prober = self._keep(
+            Prober(self.model, self.pack, more, infos=self._files, prefixes=prefixes)
+        )
+        self.scorer = self._keep(Scorer(self.model, self.pack, more))
+        self.model.check_workers()
+        self.loop = Loop(
+            self.model, self.context, Scheduler(n_parallel, self.context.pieces()), stop
+        )
+
+    def _keep(self, resource: T) -> T:
+        self._resources.append(resource)
+        return resource
+
+    # life
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Keep the resources open during a call.
+
+        Raises BusyError after close() or a fork, WorkerError once a worker was lost.
+        """
+        global _process
+        _check_process()
+        me = threading.get_ident()
+        with self._idle:
+            self._check_open()
+            if me == self._telling:
+                raise BusyError(
+                    "This Engine is in use by the call whose on_progress is told of the weighing; "
+                    "ask it after that call has returned."
+                )
+            self._n_call[me] = self._n_call.get(me, 0) + 1
+        _process = os.getpid()
+        try:
+            self.model.check_workers()
+            yield
+        finally:
+            with self._idle:
+                self._n_call[me] -= 1
+                if not self._n_call[me]:
+                    del self._n_call[me]
+                    self._idle.notify_all()
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise BusyError("This Engine is closed; make a new one.")
 
     def close(self) -> None:
-        """Free everything; calls of other threads that go on end with BusyError."""
-        self.lifetime.close(end_calls=self._loop.close)
+        """Free everything once no call uses it. A second call does nothing.
 
-    def run_forever(self) -> None:
-        """See Loop.run_forever."""
-        self._loop.run_forever()
+        Calls of other threads end with BusyError. A forked process leaves all to its parent.
 
-    # ending calls early
+        Raises BusyError within a call of the same thread, such as on_weights.
+        """
+        if _process not in (None, os.getpid()):
+            return
+        me = threading.get_ident()
+        with self._idle:
+            if me in self._n_call or me == self._telling:
+                raise BusyError(
+                    "This Engine is in use by the call that close() was called from; close it "
+                    "after the call has returned."
+                )
+            self.is_closed = True
+        self.loop.close()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._n_call)
+        _close_all(self._resources)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "An Engine cannot be pickled or copied; give its options to the other process, and "
+            "make one there."
+        )
+
+    # cancelling
 
     def cancellation(self, event: threading.Event | None = None) -> Cancellation:
-        """What ends one call: cancel() does, and so does an event that its caller sets."""
+        """Make what ends one call: cancel() does, and so does an event that its caller sets."""
         cancellation = Cancellation(event)
         with self._cancelling:
             self._cancellations.add(cancellation)
@@ -103,35 +192,40 @@ class Core:
         with self._cancelling:
             for cancellation in list(self._cancellations):
                 cancellation.set()
-        self._loop.stop_if_cancelled()
+        self.loop.stop_if_cancelled()
 
-    # before the answer
+    # weighing
 
     def rows(self, names: Iterable[str]) -> list[int]:
-        """Where adapters stand among all that are loaded."""
+        """Find where adapters stand among all that are loaded."""
         return [self.adapters.index(name) for name in names]
+
+    def all_weights(self, fusion: FusionWeights) -> F32:
+        """Give float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""
+        weights = np.zeros((len(self.adapters), self.model.n_layer), np.float32)
+        weights[self.rows(fusion.adapters)] = fusion.weights
+        return weights
 
     def probe(
         self, cancellation: Cancellation, tell: Tell | None = None
     ) -> Callable[[Query], QueryProbe]:
-        """Measure a query for a strategy, with other callers' work in between."""
-        return partial(self._query_probe, cancellation, tell)
+        """Measure a query for a strategy, with other callers' work in between.
 
-    def _query_probe(
-        self,
-        cancellation: Cancellation,
-        tell: Tell | None,
-        query: Query,
-    ) -> QueryProbe:
-        def run(steps: Steps[T], /) -> T:
-            told = steps if tell is None else self._telling(steps, tell, len(query.tokens))
-            result: T = self._loop.run("probe", told, cancellation)
-            return result
+        tell  called with "weighing", how many tokens are read, and how many there are
+        """
 
-        return QueryProbe(self.prober, query, self.rows(query.adapters), run)
+        def query_probe(query: Query) -> QueryProbe:
+            def run(steps: Steps[T], /) -> T:
+                told = steps if tell is None else self._told(steps, tell, len(query.tokens))
+                result: T = self.loop.run("probe", told, cancellation)
+                return result
 
-    def _telling(self, steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
-        """The same steps, whose progress is told."""
+            return QueryProbe(self.prober, query, self.rows(query.adapters), run)
+
+        return query_probe
+
+    def _told(self, steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
+        """Do the same steps, and report their progress."""
         with closing(steps):
             while True:
                 try:
@@ -140,102 +234,55 @@ class Core:
                     result: T = end.value
                     return result
                 if n_read is not None:
-                    with self.lifetime.telling():
+                    self._telling = threading.get_ident()  # its calls would wait for ever
+                    try:
                         tell("weighing", n_read, n_token)
+                    finally:
+                        self._telling = None
                 yield n_read
 
-    def all_weights(self, fusion: FusionWeights) -> F32:
-        """float32 [n_adapter, n_layer] of all loaded adapters, 0 for those not in use."""
-        weights = np.zeros((len(self.adapters), self.model.n_layer), np.float32)
-        weights[self.rows(fusion.adapters)] = fusion.weights
-        return weights
-
-    def logits(
-        self, tokens: Sequence[int], fusion: FusionWeights, cancellation: Cancellation
-    ) -> F32:
-        """float32 [n_vocab] after a prompt that is read under weights."""
-        request = Request(
-            tuple(tokens),
-            self.all_weights(fusion),
-            adapters=fusion.adapters,
-            keeps_logits=True,
-            cancellation=cancellation,
-        )
-        sequence = RunningSequence(request, None, 0)
-        self._loop.add(sequence)
-        self._loop.drive(lambda: sequence.is_done)
-        if sequence.error is not None:
-            raise sequence.error
-        assert sequence.logits is not None
-        return sequence.logits
-
-    def run(self, steps: Steps[T]) -> T:
-        """What a generator returns, others' work in between."""
-        result: T = self._loop.run("probe", steps, self.cancellation())
+    def run(self, kind: str, steps: Steps[T], cancellation: Cancellation | None = None) -> T:
+        """Drive a generator to its end, with other callers' work in between."""
+        result: T = self.loop.run(kind, steps, cancellation or self.cancellation())
         return result
-
-    def score(self, items: Sequence[Item], cancellation: Cancellation) -> list[F32]:
-        """Log-probabilities in nats of each item's continuation: float32 [n_token] each."""
-        scores: list[F32] = self._loop.run("score", self._scorer.score(items), cancellation)
-        return scores
 
     # answers
 
-    def sampler(self, sampling: Sampling) -> Sampler:
-        """What chooses an answer's tokens. Raises GrammarError as it does."""
-        return Sampler(self.model, sampling)
-
-    def begin(
-        self,
-        request: Request,
-        sampler: Sampler,
-        fusion: FusionWeights,
-    ) -> Generation:
+    def begin(self, request: Request, sampler: Sampler | None, fusion: FusionWeights) -> Generation:
         """Put a request into the queue."""
         n_room = self.n_ctx - len(request.tokens) + 1
         most = request.sampling.max_tokens
         n_max = n_room if most is None else min(n_room, most)
         sequence = RunningSequence(request, sampler, n_max)
-        self.last_answer = sequence.number
-        self._loop.add(sequence)
+        if sampler is not None:
+            self.last_answer = sequence.number
+        self.loop.add(sequence)
         return self._generation(sequence, fusion)
 
     def failed(self, error: QafloraError) -> Generation:
-        """An answer that failed before its request was made."""
+        """Make an answer that failed before its request was made."""
         nothing = np.zeros((0, self.model.n_layer), np.float32)
         sequence = RunningSequence(Request((), nothing), None, 0)
         sequence.fail(error)
         return self._generation(sequence, FusionWeights((), nothing))
 
     def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
-        return Generation(sequence, fusion, drive=self._loop.drive, call=self.lifetime.call)
+        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
 
-    def wait_for_prompt(self, answer: Generation, tell: Tell | None = None) -> None:
-        """Compute until an answer's prompt was read.
 
-        Raises what went wrong before its first token.
-        """
-        sequence = answer._sequence
+def _check_process() -> None:
+    """Raise BusyError in a process that was forked from one in which the library has computed.
 
-        def n_read() -> int:
-            return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
+    Its threads do not exist after a fork, and the library would wait for them for ever.
+    """
+    if _process not in (None, os.getpid()):
+        raise BusyError(
+            f"This process was forked from process {_process}, in which an Engine was in use, and "
+            "the library's threads are not here. Start processes with multiprocessing's method "
+            "'spawn', or fork before the first Engine is used."
+        )
 
-        def is_read() -> bool:
-            return sequence.is_done or not sequence.is_prefill
 
-        def has_more() -> bool:
-            return is_read() or n_read() > n_told
-
-        tell, n_told = tell or silent, 0
-        while not is_read():
-            tell("reading", n_told, sequence.n_prompt)
-            self._loop.drive(has_more)
-            n_told = n_read()
-        tell("reading", n_read(), sequence.n_prompt)
-        if sequence.error is not None and not sequence.answer:
-            raise sequence.error
-
-    def wait_for_any(self, answers: Iterable[Generation]) -> None:
-        """Compute until one of some answers is done."""
-        sequences = [answer._sequence for answer in answers]
-        self._loop.drive(lambda: any(sequence.is_done for sequence in sequences))
+def _close_all(resources: list[Any]) -> None:
+    while resources:
+        resources.pop().close()

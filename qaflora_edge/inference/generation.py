@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.logprobs import TokenLogprob
 from qaflora_edge.inference.request import Cancellation
-from qaflora_edge.inference.sequence import Sequence, Timings
+from qaflora_edge.inference.sequence import Sequence, Timings, TokenLogprob
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import FusionWeights
 
 
@@ -31,7 +32,6 @@ class Generation(Iterator[str]):
     ) -> None:
         self._sequence, self.fusion = sequence, fusion
         self._drive, self._call = drive, call
-        self._engine: object = None  # lives as long as its answers
         self._n_taken = 0  # tokens of the answer until the last piece that was taken
         sequence.timings.probe_ms = fusion.probe_ms
         weakref.finalize(self, Cancellation.set, sequence.request.cancellation).atexit = False
@@ -96,6 +96,12 @@ class Generation(Iterator[str]):
         is_all = sequence.is_done and not sequence.pieces
         return list(sequence.logprobs if is_all else sequence.logprobs[: self._n_taken])
 
+    @property
+    def prompt_logits(self) -> F32:
+        """Give float32 [n_vocab] after the prompt, where the request keeps them."""
+        assert self._sequence.logits is not None
+        return self._sequence.logits
+
     def __next__(self) -> str:
         sequence = self._sequence
         if not sequence.pieces and not sequence.is_done:
@@ -107,6 +113,30 @@ class Generation(Iterator[str]):
         if sequence.error is not None:
             raise sequence.error
         raise StopIteration
+
+    def wait_for_prompt(self, tell: Tell = silent) -> None:
+        """Compute until the prompt is prefilled; raise what went wrong before the first token.
+
+        tell  called with "reading", how many tokens are done, and how many there are
+        """
+        sequence, n_told = self._sequence, 0
+
+        def n_read() -> int:
+            return min(sequence.n_past, sequence.n_prompt)  # it may be answered already
+
+        def is_read() -> bool:
+            return sequence.is_done or not sequence.is_prefill
+
+        def has_more() -> bool:
+            return is_read() or n_read() > n_told
+
+        while not is_read():
+            tell("reading", n_told, sequence.n_prompt)
+            self._drive(has_more)
+            n_told = n_read()
+        tell("reading", n_read(), sequence.n_prompt)
+        if sequence.error is not None and not sequence.answer:
+            raise sequence.error
 
     def text(self) -> str:
         """The rest of the answer, joined."""

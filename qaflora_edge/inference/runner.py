@@ -11,8 +11,8 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
 from qaflora_edge.errors import BackendError, CancelledError, QafloraError
 from qaflora_edge.inference import sequence as sequences
-from qaflora_edge.inference.logprobs import token_logprob
 from qaflora_edge.inference.scheduler import Slot, Step
+from qaflora_edge.inference.sequence import token_logprob
 
 
 class AnswerContext(Protocol):

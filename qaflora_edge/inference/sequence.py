@@ -1,16 +1,20 @@
 """A sequence: what one running request needs, from the queue to its last piece of text."""
 
+import codecs
 import itertools
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.inference.logprobs import TokenLogprob
 from qaflora_edge.inference.request import Request
-from qaflora_edge.inference.text import TextDecoder
 
 _numbers = itertools.count(1)
 
@@ -41,6 +45,23 @@ class Timings:
             "decode_ms": round(self.decode_ms, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
         }
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token, and how likely it was.
+
+    data     its bytes; of a control token its spelling
+    logprob  in nats, before temperature, penalties, biases and grammar
+    top      the likeliest tokens at its place, in order
+    n_shown  bytes that the text has of it: none of a control token
+    """
+
+    token: int
+    data: bytes
+    logprob: float
+    top: tuple[Self, ...] = ()
+    n_shown: int = 0
 
 
 class TokenSampler(Protocol):
@@ -142,3 +163,82 @@ class Sequence:
         if self.sampler is not None:
             self.sampler.close()
         self.finish_reason = reason
+
+
+class StopFilter:
+    """Passes text on as soon as it can no longer be the beginning of a stop text."""
+
+    def __init__(self, stops: Many[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown now, once text has arrived."""
+        held = self._held + text
+        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self._held, self.is_stopped = "", True
+            return held[: min(found)]
+        n = self._n_undecided(held)
+        self._held = held[len(held) - n :]
+        return held[: len(held) - n]
+
+    def flush(self) -> str:
+        """What was held back, once no more text will come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _n_undecided(self, held: str) -> int:
+        longest = min(len(held), max((len(stop) for stop in self._stops), default=1) - 1)
+        for n in range(longest, 0, -1):
+            if any(stop.startswith(held[-n:]) for stop in self._stops):
+                return n
+        return 0
+
+
+class TextDecoder:
+    """The bytes of an answer's tokens in, pieces of its text out."""
+
+    def __init__(self, stops: Many[str]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._filter = StopFilter(stops)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop text came."""
+        return self._filter.is_stopped
+
+    def feed(self, data: bytes) -> str:
+        return self._filter.feed(self._decoder.decode(data))
+
+    def flush(self) -> str:
+        """What was held back. Bytes of a character that was never finished are dropped."""
+        return "" if self.is_stopped else self._filter.flush()
+
+
+def log_softmax(logits: F32) -> NDArray[np.float64]:
+    """float64 [n_vocab], of logits float32 [n_vocab]."""
+    z = logits.astype(np.float64)
+    z -= z.max()
+    return np.asarray(z - np.log(np.exp(z).sum()))
+
+
+def token_logprob(
+    logits: F32, token: int, n_top: int, piece: Callable[[int], bytes], n_shown: int
+) -> TokenLogprob:
+    """How likely a token is that was chosen by logits.
+
+    logits  float32 [n_vocab]
+    piece   the bytes of a token
+    n_shown  see TokenLogprob
+    """
+    log_p = log_softmax(logits)
+
+    def entry(each: int) -> TokenLogprob:
+        return TokenLogprob(each, piece(each), float(log_p[each]))
+
+    n_top = min(n_top, len(log_p))
+    likeliest = np.argpartition(-log_p, n_top - 1)[:n_top] if n_top else np.zeros(0, np.int64)
+    ordered = likeliest[np.argsort(-log_p[likeliest], kind="stable")]
+    return replace(entry(token), top=tuple(entry(int(i)) for i in ordered), n_shown=n_shown)

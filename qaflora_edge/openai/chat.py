@@ -44,7 +44,7 @@ def answer_chat(
     messages: Sequence[Any],
     *,
     stream: bool,
-    stream_options: Mapping[str, Any] | None,
+    stream_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any] | Iterator[dict[str, Any]]:
     """Engine.chat: a dict, or chunks with stream; the first answer has begun by then."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.logprobs import TokenLogprob
+from qaflora_edge.inference.sequence import TokenLogprob
 
 Answers = Iterable[tuple[str, Generation]]
 

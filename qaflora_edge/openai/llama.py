@@ -150,7 +150,7 @@ class Llama:
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of UTF-8 text."""
-        with self.engine._call():
+        with self.engine._core.call():
             return self.engine._model.tokenize(
                 text.decode("utf-8"), add_special=add_bos, parse_special=special
             )
@@ -159,7 +159,7 @@ class Llama:
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
     ) -> bytes:
         """The text of tokens, without the space that a vocabulary puts before the first word."""
-        with self.engine._call():
+        with self.engine._core.call():
             text = self.engine._model.detokenize(tokens, special=special)
         is_begin = not prev_tokens and bool(tokens) and tokens[0] == self.token_bos()
         return text[1:] if is_begin and text[:1] == b" " else text
@@ -183,7 +183,7 @@ class Llama:
         return self._token("nl")
 
     def _token(self, name: str) -> int:
-        with self.engine._call():
+        with self.engine._core.call():
             model = self.engine._model
             return int(getattr(model._lib, f"llama_vocab_{name}")(model.vocab))
 

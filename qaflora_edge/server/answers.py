@@ -14,7 +14,7 @@ from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, GrammarError, PromptError
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.prompts import Prompt, check_size, checked_tokens, token_ids
+from qaflora_edge.inference.request import Prompt, check_size, checked_tokens, token_ids
 from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
 from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
 from qaflora_edge.openai.options import FIXED, openai_options
@@ -260,7 +260,7 @@ def chat_of(request: Request, engine: Engine, messages: Sequence[Any]) -> Engine
         parts = content if isinstance(content, list) else [{"text": content}]
         found = [part.get("text") for part in parts if isinstance(part, Mapping)]
         texts += [text for text in found if isinstance(text, str)]
-    with engine._call():
+    with engine._core.call():
         check_size(engine._model, texts, engine.n_ctx)
     return _RawChat(engine) if request.app.state.options.raw_prompt else engine
 
@@ -411,7 +411,7 @@ async def tokenize(request: Request) -> Response:
             found = chat_of(request, engine, messages).chat_tokens(messages)
         else:
             options = {"add_special": bool(body.add_special), "parse_special": parse_special}
-            with engine._call():
+            with engine._core.call():
                 found = engine._model.tokenize(text or "", **options)
         tokens: Sequence[Any] = found
         if body.with_pieces:
@@ -450,6 +450,6 @@ def spelt(engine: Engine, prompt: Prompt) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    with engine._call():
+    with engine._core.call():
         tokens = checked_tokens(engine._model, token_ids(prompt), MAX_TOKENS)
         return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")
