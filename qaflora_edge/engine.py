@@ -340,7 +340,7 @@ class Engine:
                 raise _not_loaded(adapter, self.adapters)
             rows = self._core.rows([] if adapter is None else [adapter])
             steps = self._core.prober.states(tokens, rows)
-            return np.array(self._core.run("probe", steps)[-1])
+            return np.array(self._core.run(steps)[-1])
 
     def logits(
         self, prompt: Prompt, *, weights: Weights = None, parse_special: bool = False
@@ -422,7 +422,7 @@ class Engine:
                     fusion = self._weigher.weigh(weights, tokens, probe)
                     known[tokens] = self._core.all_weights(fusion)
                 items.append(Item(tokens, following, known[tokens]))
-            scores = self._core.run("score", self._core.scorer.score(items), cancellation)
+            scores = self._core.run(self._core.scorer.score(items), cancellation, kind="score")
         return scores if is_list else scores[0]
 
     def _continuation(self, prompt: Sequence[int], text: Prompt) -> tuple[int, ...]:
@@ -471,7 +471,7 @@ class Engine:
                     tokens = self._chat_query(text).tokens
                 except PromptError as error:
                     raise PromptError(f"Sample text {done} cannot be used: {error}") from error
-                total += self._core.run("probe", self._core.prober.base.embedding(tokens))
+                total += self._core.run(self._core.prober.base.embedding(tokens))
                 if progress is not None:
                     progress(done, len(texts))
             return (total / len(texts)).astype(np.float32)

@@ -360,7 +360,7 @@ def test_what_precedes_the_question_is_read_once(
         span = engine._weigher.find_question(tokens)
         assert span is not None
         rows = engine._core.rows(engine.adapters)
-        return engine._core.run("probe", engine._core.prober.base.added(tokens, rows, span))
+        return engine._core.run(engine._core.prober.base.added(tokens, rows, span))
 
     story = {"role": "user", "content": "the thing on a ring is in the air " * 8}
     turns = [story, {"role": "assistant", "content": "It is."}, {"role": "user", "content": "Why?"}]

@@ -241,7 +241,9 @@ class Core:
                         self._telling = None
                 yield n_read
 
-    def run(self, kind: str, steps: Steps[T], cancellation: Cancellation | None = None) -> T:
+    def run(
+        self, steps: Steps[T], cancellation: Cancellation | None = None, *, kind: str = "probe"
+    ) -> T:
         """Drive a generator to its end, with other callers' work in between."""
         result: T = self.loop.run(kind, steps, cancellation or self.cancellation())
         return result
