@@ -38,8 +38,8 @@ from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.score import Item
 from qaflora_edge.openai.chat import answer_chat
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.weighing.calibration import measure_prompt, measure_typical
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing.calibration import measure_typical
+from qaflora_edge.weighing.numbers import LENSES, FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
 
@@ -451,8 +451,14 @@ class Engine:
             probe = self._core.probe(self._core.cancellation())
 
             def measure(prompt: str) -> dict[str, F64]:
-                text = self._weigher.query(self.tokenize(prompt))
-                return measure_prompt(probe, self._chat_query(prompt), text)
+                chat, text = self._chat_query(prompt), self._weigher.query(self.tokenize(prompt))
+                found = {"cosine_question": probe(chat).places("cosine")[1]}
+                for lens in LENSES:
+                    for key, pool in ((lens, "answer"), (f"question_{lens}", "question")):
+                        found[key] = probe(replace(chat, lens=lens, pool=pool)).divergence()
+                found["added_last"], found["added_question"] = probe(chat).places("added")
+                found["added_text"] = probe(text).places("added")[0]
+                return found
 
             return measure_typical(measure, prompts, self.adapters, progress)
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from qaflora_edge.arrays import F64
 from qaflora_edge.progress import TellCount
 from qaflora_edge.weighing.numbers import LENSES, typical_divergence
-from qaflora_edge.weighing.strategy import Probe, Query
+from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
@@ -59,7 +58,7 @@ def measure_typical(
 ) -> dict[str, dict[str, Any]]:
     """Measure each adapter over neutral prompts.
 
-    measure   a prompt -> one of KEYS -> float64 [n_adapter, n_layer]: see `measure_prompt`
+    measure   a prompt -> one of KEYS -> float64 [n_adapter, n_layer]
     progress  called with (prompts done, prompts in all)
     returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean and spread
     """
@@ -77,21 +76,6 @@ def measure_typical(
         name: {key: values[ia] for key, values in typical.items()}
         for ia, name in enumerate(adapters)
     }
-
-
-def measure_prompt(probe: Callable[[Query], Probe], chat: Query, text: Query) -> dict[str, F64]:
-    """Measure one prompt: one of KEYS -> float64 [n_adapter, n_layer].
-
-    chat, text  the prompt in chat form, and as text
-    """
-    measured: dict[str, F64] = {}
-    for lens in LENSES:
-        for key, pool in ((lens, "answer"), (f"question_{lens}", "question")):
-            measured[key] = probe(replace(chat, lens=lens, pool=pool)).divergence()
-    measured["cosine_question"] = probe(chat).places("cosine")[1]
-    measured["added_last"], measured["added_question"] = probe(chat).places("added")
-    measured["added_text"] = probe(text).places("added")[0]
-    return measured
 
 
 def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, float]]:
