@@ -15,7 +15,7 @@ from hubs import FakeHub
 import qaflora_edge
 from qaflora_edge.cli.setting_table import SHARED, SHARED_TABLES, variables
 from qaflora_edge.files import cache_dir
-from qaflora_edge.hub.models import fetch_model
+from qaflora_edge.hub.fetch import fetch_model
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -35,7 +35,7 @@ from qaflora_edge.errors import (
     StrategyError,
 )
 from qaflora_edge.formats.adapter import read_adapter_gguf
-from qaflora_edge.hub.pull import fetch_hub
+from qaflora_edge.hub.fetch import fetch_hub
 from qaflora_edge.weighing.calibration import EXTENTS, LAYERS
 
 Raw = dict[str, Any]

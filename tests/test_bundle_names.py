@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from bundles import make_bundle
 
-from qaflora_edge.hub import cache as hub_cache
-from qaflora_edge.hub.bundle_names import (
+from qaflora_edge.hub import local as hub_cache
+from qaflora_edge.hub.names import (
     adapter_names,
     bundles_in,
     named_bundles,

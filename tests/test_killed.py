@@ -33,9 +33,10 @@ start, place, most = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 print(json.dumps(at_many_points(start, place, action, check, most)))
 """
     start, place, *rest = args
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, "-c", program, str(start), str(place), str(most), *map(str, rest)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), **env},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), **env},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -91,7 +92,7 @@ def test_convert(start: Path, tmp_path: Path, before: bytes | None) -> None:
 PULL_A_MODEL = """
 import hashlib, json
 from qaflora_edge.formats import registry
-from qaflora_edge.hub.models import fetch_model
+from qaflora_edge.hub.fetch import fetch_model
 
 whole = (start / "models" / "fake.gguf").read_bytes()
 entry = {
@@ -196,8 +197,8 @@ def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> 
 
 PULL = """
 from qaflora_edge.bundles.open import verify_bundle
-from qaflora_edge.hub.pull import fetch_hub
-from qaflora_edge.hub.cache import pulled_path
+from qaflora_edge.hub.fetch import fetch_hub
+from qaflora_edge.hub.local import pulled_path
 from huggingface_hub import HfApi, constants, hf_hub_download  # once, not in every fork
 
 def home(copy):
@@ -233,7 +234,7 @@ def action(copy):
 
 def check(copy):
     folder = copy / "mine"
-    if not folder.exists():
+    if not (folder / "bundle.json").exists():
         return False
     check_whole(folder)
     return True

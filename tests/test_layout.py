@@ -19,7 +19,6 @@ LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
 STILL = {
     ("chat", "bundles"),
     ("chat", "openai"),
-    ("hub", "bundles"),
 }
 
 

@@ -22,7 +22,7 @@ from qaflora_edge.errors import (
     RegistryError,
     UploadError,
 )
-from qaflora_edge.hub.pull import fetch_hub
+from qaflora_edge.hub.fetch import fetch_hub
 
 # The Hub's library itself uploads with what its network library calls outdated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -297,24 +297,9 @@ def test_someone_else_pushed_meanwhile(
 
     monkeypatch.setattr(Repo, "find", find)
     assert refusal(made) == (
-        "the Hub did not take the files for me/mine: it was changed meanwhile. "
+        "the Hub did not take the files for me/mine: somebody else changed it. "
         "Look at what is there now, and try again."
     )
-
-
-def test_what_arrived_is_compared(
-    hub: FakeHub, signed_in: Path, made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Repo.commit
-
-    def commit(self: Repo, files: dict[str, bytes], *args: Any) -> str:
-        if "es.gguf" in files:
-            files["es.gguf"] = b"GGUF of another"
-        return original(self, files, *args)
-
-    monkeypatch.setattr(Repo, "commit", commit)
-    assert "es.gguf of me/mine@" in (message := refusal(made))
-    assert message.endswith("Was it changed meanwhile? Push again.")
 
 
 def qaflora(*args: object) -> Result:

@@ -189,7 +189,7 @@ def link_roots(folder: Path) -> tuple[Path, ...]:
     snapshot = folder.absolute()
     if snapshot.parent.name != "snapshots":
         return ()
-    from qaflora_edge.hub.cache import hub_cache_dir, is_commit
+    from qaflora_edge.hub.local import hub_cache_dir, is_commit
 
     repo_dir, cache = snapshot.parents[1], hub_cache_dir()
     with contextlib.suppress(OSError):
@@ -209,7 +209,7 @@ def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
     if base.registry and (pulled := registry.pulled_model(base.registry)):
         return pulled
     if base.hub:
-        from qaflora_edge.hub.cache import pulled_path
+        from qaflora_edge.hub.local import pulled_path
 
         return pulled_path(base.hub)
     return None

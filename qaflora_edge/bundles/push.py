@@ -1,4 +1,4 @@
-"""Push a bundle or an adapter to the Hugging Face Hub: checked before, one commit, checked after.
+"""Push a bundle or an adapter to the Hugging Face Hub: checked before, as one commit.
 
 Only the files that belong to it go there, and no path of this machine.
 """
@@ -13,13 +13,12 @@ from typing import Any
 from qaflora_edge.bundles.card import bundle_card, gguf_card, peft_card
 from qaflora_edge.bundles.open import link_roots, verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
-from qaflora_edge.files import AnyPath, safe_join, sha256_file, unsafe_reason
+from qaflora_edge.files import AnyPath, safe_join, unsafe_reason
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.bundle import BUNDLE_FILE, BundleText, packed_files, parse_bundle
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref, parse_repo
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.hub.client import hub_errors, list_files
-from qaflora_edge.hub.pull import DOCUMENTS
+from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors, list_files
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.files import INDEX_FILE
 from qaflora_edge.peft.folder import read_peft
@@ -62,12 +61,8 @@ def push(
     repo = parse_repo(from_address(repo))
     path = Path(path)
     files, make_card = _collect(path, repo, base_hub, progress)
-    expected = {
-        name: sha256_file(content) if isinstance(content, Path) else None
-        for name, content in files.items()
-    }
     try:
-        return _send(files, make_card, expected, repo, private, revision, message)
+        return _send(files, make_card, repo, private, revision, message)
     except UploadError as error:
         raise UploadError(f"Could not push {path} to {repo}: {error}") from error
 
@@ -113,15 +108,15 @@ def _check_bundle(path: Path, base_hub: str | None, progress: Tell | None) -> Bu
 def _check_base(base_hub: str, sha256: str) -> str:
     """Pin a Hub reference to a base. Raises BundleError when the Hub has another file there."""
     ref = parse_hub_ref(from_address(base_hub))
-    listing = list_files(ref)
-    found = None if ref.file is None else listing.file(ref.file)
+    commit, listing = list_files(ref)
+    found = listing.get(ref.file or "")
     if found is None or found.sha256 != sha256:
         what = "no such file" if found is None else f"the SHA-256 {found.sha256}"
         raise BundleError(
             f"Cannot name {base_hub} as the base: the Hub has {what} there, expected {sha256}. "
             "Give the file that the bundle was made with, as owner/name/file.gguf."
         )
-    return str(HubRef(ref.repo, ref.file, listing.commit))
+    return str(HubRef(ref.repo, ref.file, commit))
 
 
 def _bundle_files(folder: Path, text: BundleText) -> dict[str, Content]:
@@ -160,7 +155,6 @@ def _check_config(path: Path) -> None:
 def _send(
     files: dict[str, Content],
     make_card: Callable[[], str],
-    expected: dict[str, str | None],
     repo: str,
     private: bool,
     revision: str | None,
@@ -194,19 +188,4 @@ def _send(
             revision=branch,
             parent_commit=info.sha,
         )
-    pinned = HubRef(repo, None, commit.oid)
-    _check_sent(pinned, expected)
-    return Pushed(commit.commit_url, str(pinned), tuple(sorted(files)))
-
-
-def _check_sent(pinned: HubRef, expected: dict[str, str | None]) -> None:
-    """Compare what the Hub lists now with the files that were checked."""
-    listing = list_files(pinned)
-    for name, sha256 in expected.items():
-        file = listing.file(name)
-        if file is None or (file.sha256 is not None and file.sha256 != sha256):
-            found = "it is missing" if file is None else f"its SHA-256 is {file.sha256}"
-            raise UploadError(
-                f"{name} of {pinned} is not what was sent: {found}, expected {sha256}. "
-                "Was it changed meanwhile? Push again."
-            )
+    return Pushed(commit.commit_url, str(HubRef(repo, None, commit.oid)), tuple(sorted(files)))

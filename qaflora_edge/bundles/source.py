@@ -38,9 +38,8 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.checksums import check_file, hash_file
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
-from qaflora_edge.hub.cache import cached_ref
-from qaflora_edge.hub.models import fetch_model
-from qaflora_edge.hub.pull import fetch_hub, fetch_pinned
+from qaflora_edge.hub.fetch import fetch_hub, fetch_model
+from qaflora_edge.hub.local import cached_ref
 from qaflora_edge.peft.files import check_no_part
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded
@@ -195,9 +194,10 @@ def _hub_ref(text: str) -> HubRef | None:
 
 def _fetch(name: str, tell: Tell) -> tuple[Path, str]:
     try:
-        return fetch_pinned(name, progress=lambda done, total: tell(name, done, total))
+        path = fetch_hub(name, progress=lambda done, total: tell(name, done, total))
     except DownloadError as error:
         raise DownloadError(f"There is no file or folder {name} here. {error}") from error
+    return path, str(cached_ref(path))
 
 
 # Putting into a bundle

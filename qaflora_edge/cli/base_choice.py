@@ -51,7 +51,7 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
                 f"{model.name} names it."
             )
         click.confirm(f"{said}, which is not here; {how}. Fetch it now?", abort=True, err=True)
-        from qaflora_edge.hub.models import fetch_model
+        from qaflora_edge.hub.fetch import fetch_model
 
         with progress_bars() as tell:
             fetch_model(model.name, progress=lambda done, total: tell(model.name, done, total))

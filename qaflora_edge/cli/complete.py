@@ -97,7 +97,7 @@ def script(main: click.Command, shell: str) -> str:
 def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Bundles for DIR: folders near what is typed, and names from the setting `bundles`."""
     from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub.bundle_names import named_bundles
+    from qaflora_edge.hub.names import named_bundles
 
     found = _folders_near(word)
     with contextlib.suppress(QafloraError):
@@ -107,7 +107,7 @@ def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> It
 
 def _folders_near(word: str) -> list[str]:
     """Bundles whose path begins with `word`, at that depth or one below, written as typed."""
-    from qaflora_edge.hub.bundle_names import bundles_in, is_bundle
+    from qaflora_edge.hub.names import bundles_in, is_bundle
     from qaflora_edge.settings import expanded
 
     head, slash, tail = word.rpartition("/")
@@ -165,10 +165,10 @@ def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> I
 def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of what was pulled."""
     from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub.here import all_here
+    from qaflora_edge.hub.names import all_here
 
     try:
-        return _items((here.name for here in all_here() if here.folder is not None), word)
+        return _items((here.name for here in all_here() if here.is_pulled), word)
     except (QafloraError, OSError):
         return []
 
@@ -182,7 +182,7 @@ def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Ite
 
 def bundle_adapters(ctx: click.Context) -> list[str]:
     """The adapters of the bundle that stands on the line already; none without one."""
-    from qaflora_edge.hub.bundle_names import adapter_names
+    from qaflora_edge.hub.names import adapter_names
 
     return _of_bundle(ctx, adapter_names)
 
@@ -190,7 +190,7 @@ def bundle_adapters(ctx: click.Context) -> list[str]:
 def _of_bundle(ctx: click.Context, names_in: Callable[[Path], list[str]]) -> list[str]:
     """What a function finds in the folder of the bundle that stands on the line already."""
     from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub.bundle_names import named_bundles
+    from qaflora_edge.hub.names import named_bundles
 
     given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
     # Click leaves arguments unnamed when the option before the cursor has no value yet.

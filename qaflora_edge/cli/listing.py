@@ -17,7 +17,7 @@ def listing(as_json: bool) -> None:
     it was last used as far as the file system notes it, and where it is.
     """
     from qaflora_edge.files import one_line
-    from qaflora_edge.hub.here import all_here
+    from qaflora_edge.hub.names import all_here
 
     found = [here.to_dict() for here in all_here()]
     if as_json:

@@ -220,8 +220,8 @@ def bundle_folder(text: str) -> Path:
         return folder
     from qaflora_edge.formats.hub_ref import from_address
     from qaflora_edge.formats.registry import load_registry, local_path
-    from qaflora_edge.hub import cache as hub_cache
-    from qaflora_edge.hub.bundle_names import named_bundles
+    from qaflora_edge.hub import local as hub_cache
+    from qaflora_edge.hub.names import named_bundles
 
     if named := named_bundles().get(text):
         return named

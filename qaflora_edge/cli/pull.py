@@ -39,8 +39,7 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     """
     from qaflora_edge.formats.hub_ref import from_address
     from qaflora_edge.formats.registry import load_registry
-    from qaflora_edge.hub.models import fetch_model
-    from qaflora_edge.hub.pull import fetch_hub
+    from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 
     ref = from_address(ref)
     with progress_bars() as tell:

@@ -1,5 +1,6 @@
 """qaflora remove"""
 
+import os
 import sys
 
 import click
@@ -14,15 +15,16 @@ def remove(name: str, is_sure: bool) -> None:
     """Remove a model, an adapter or a bundle that was pulled.
 
     NAME is one that `qaflora list` shows as pulled; files and folders of your own stay. What came
-    from the Hub lies in a cache that other tools share, and is gone for them too. It can be pulled
-    again.
+    from the Hub lies in a cache that other tools share, and is gone for them too: all files of its
+    commit. It can be pulled again.
     """
-    from qaflora_edge.hub.here import find_pulled, remove_pulled, users_of
+    from qaflora_edge.hub.names import find_pulled, remove_pulled
 
-    here = find_pulled(name)
-    needed = users_of(here) if here.kind == "base" else []
+    here, *others = find_pulled(name)
     what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"
-    if needed:
+    if others:
+        what += f", and with it {', '.join(each.name for each in others)}"
+    if here.kind == "base" and (needed := _bundles_on(here.path)):
         what += f", which is the base of {', '.join(needed)}"
     if not is_sure:
         if not sys.stdin.isatty():
@@ -30,3 +32,21 @@ def remove(name: str, is_sure: bool) -> None:
         click.confirm(f"Remove {what}?", abort=True, err=True)
     remove_pulled(here)
     click.echo(f"Removed {what}.", err=True)
+
+
+def _bundles_on(base: os.PathLike[str]) -> list[str]:
+    """List the bundles here that need a base."""
+    from qaflora_edge.bundles.open import read_bundle_text, recorded_base
+    from qaflora_edge.errors import BundleError
+    from qaflora_edge.hub.names import all_here
+
+    names = []
+    for here in all_here():
+        if here.kind == "bundle":
+            try:
+                path = recorded_base(here.path, read_bundle_text(here.path).base)
+            except BundleError:
+                continue
+            if path is not None and os.path.samefile(path, base):
+                names.append(here.name)
+    return names
