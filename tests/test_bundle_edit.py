@@ -135,7 +135,7 @@ def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: 
         f"owner/maths@{commit}",
         "apache-2.0",
     )
-    assert b["hub"] == f"owner/one@{hub.repos['owner/one'].branches['main']}"
+    assert b["hub"] == f"owner/one/one.gguf@{hub.repos['owner/one'].branches['main']}"
     bundle = verify_bundle(made.folder)
     assert read_adapter_gguf(bundle.adapter_paths["a"]).name == "maths"
     math = bundle.adapter_paths["math"]

@@ -1,5 +1,6 @@
 """Bases and adapters for a bundle: found by file, name or Hub reference, put into it, recorded."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import read_adapter
+from qaflora_edge.bundles.open import read_adapter, read_bundle_text, recorded_base
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     BundleError,
@@ -40,6 +41,7 @@ from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref
+from qaflora_edge.hub.names import all_here
 from qaflora_edge.peft.files import check_no_part
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded
@@ -156,6 +158,18 @@ def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None
         advice="Ask the owner of the bundle for its base.",
     )
     return path
+
+
+def bundles_on(base: Path) -> list[str]:
+    """Name the bundles here that need a base."""
+    names = []
+    for here in all_here():
+        if here.kind == "bundle":
+            with contextlib.suppress(BundleError):
+                path = recorded_base(here.path, read_bundle_text(here.path).base)
+                if path is not None and path.samefile(base):
+                    names.append(here.name)
+    return names
 
 
 def _name(ref: HubRef) -> str:

@@ -1,6 +1,5 @@
 """qaflora remove"""
 
-import os
 import sys
 
 import click
@@ -18,13 +17,14 @@ def remove(name: str, is_sure: bool) -> None:
     from the Hub lies in a cache that other tools share, and is gone for them too: all files of its
     commit. It can be pulled again.
     """
+    from qaflora_edge.bundles.source import bundles_on
     from qaflora_edge.hub.names import find_pulled, remove_pulled
 
     here, *others = find_pulled(name)
     what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"
     if others:
         what += f", and with it {', '.join(each.name for each in others)}"
-    if here.kind == "base" and (needed := _bundles_on(here.path)):
+    if here.kind == "base" and (needed := bundles_on(here.path)):
         what += f", which is the base of {', '.join(needed)}"
     if not is_sure:
         if not sys.stdin.isatty():
@@ -32,21 +32,3 @@ def remove(name: str, is_sure: bool) -> None:
         click.confirm(f"Remove {what}?", abort=True, err=True)
     remove_pulled(here)
     click.echo(f"Removed {what}.", err=True)
-
-
-def _bundles_on(base: os.PathLike[str]) -> list[str]:
-    """List the bundles here that need a base."""
-    from qaflora_edge.bundles.open import read_bundle_text, recorded_base
-    from qaflora_edge.errors import BundleError
-    from qaflora_edge.hub.names import all_here
-
-    names = []
-    for here in all_here():
-        if here.kind == "bundle":
-            try:
-                path = recorded_base(here.path, read_bundle_text(here.path).base)
-            except BundleError:
-                continue
-            if path is not None and os.path.samefile(path, base):
-                names.append(here.name)
-    return names
