@@ -227,7 +227,7 @@ def line_of(cell: Cell, strategy: str, best: str | None) -> Line:
         score=cell.score(strategy),
         over_static=cell.gain(strategy, STATIC),
         over_single=cell.gain(strategy, best),
-        seconds=cell.seconds(strategy),
+        seconds=(probe_ms + median([r["prefill_ms"] + r["decode_ms"] for r in scored])) / 1000,
         probe_ms=probe_ms,
         prefills=probe_ms / prefill_ms if prefill_ms > 0 else math.nan,
         found=found_share(cell, strategy),

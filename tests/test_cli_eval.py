@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,21 +130,19 @@ def test_strategies_that_weigh_alike_share_an_answer(made: TinyBundle, tmp_path:
     }
 
 
-def test_items_are_chosen(made: TinyBundle, tmp_path: Path) -> None:
-    path = sums(tmp_path / "sums.jsonl", 9)
-    for given, expected in [
-        (("--limit", 2), [0, 1]),
-        (("--half", "dev"), [0, 2, 4, 6, 8]),
-        (("--half", "test", "--limit", 2), [1, 3]),
-    ]:
-        out = tmp_path / "r.jsonl"
-        result = run(made, path, "--strategies", "base", "-o", out, *given)
-        assert result.exit_code == 0, result.output
-        assert sorted(item for _, item, _ in by_key(out)) == expected
-        out.unlink()
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(("--limit", 2), [0, 1]), (("--half", "test", "--limit", 2), [1, 3])],
+)
+def test_items_are_chosen(
+    made: TinyBundle, tmp_path: Path, given: tuple[Any, ...], expected: list[int]
+) -> None:
+    path, out = sums(tmp_path / "sums.jsonl", 9), tmp_path / "r.jsonl"
+    assert run(made, path, "--strategies", "base", "-o", out, *given).exit_code == 0
+    assert sorted(item for _, item, _ in by_key(out)) == expected
 
 
-def test_a_file_is_gone_on_with(made: TinyBundle, tmp_path: Path) -> None:
+def test_a_file_is_resumed(made: TinyBundle, tmp_path: Path) -> None:
     path, out, whole = sums(tmp_path / "s.jsonl"), tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
     assert run(made, path, "--strategies", "base", "--limit", 2, "-o", out).exit_code == 0
     before = out.read_bytes()
@@ -159,7 +156,7 @@ def test_a_file_is_gone_on_with(made: TinyBundle, tmp_path: Path) -> None:
     result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
     assert result.stderr.startswith("[0 results in ")
     assert out.read_bytes() == full
-    for other in (("--temp", 1), ("--lens", "raw"), ("--adapters", "es"), ("--raw-prompt",)):
+    for other in (("--temp", 1), ("--adapters", "es"), ("--raw-prompt",)):
         result = run(made, path, "--strategies", "base", "-o", out, *other)
         assert result.exit_code == 1
         assert "Cannot write results into" in result.stderr
@@ -168,23 +165,18 @@ def test_a_file_is_gone_on_with(made: TinyBundle, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on(made: TinyBundle, tmp_path: Path, number: int) -> None:
+def test_a_killed_run_resumes(made: TinyBundle, tmp_path: Path) -> None:
     path, out, whole = tmp_path / "s.jsonl", tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
-    lines = ({"question": f"thing {i}", "answer": i} for i in range(6))
-    task(path, *lines, max_tokens=100)
+    task(path, *({"question": f"thing {i}", "answer": i} for i in range(6)), max_tokens=100)
     ways = ("--strategies", "base,static,single,qa-flora,calibrated,norm,cosine,euclidean")
     options = ["--parallel", "4", *ways, *map(str, F32), str(path)]
     command = [sys.executable, "-m", "qaflora_edge", "eval", str(made.folder), *options, "-o", out]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     wait_until(
         lambda: process.poll() is not None or (out.exists() and out.read_bytes().count(b"\n") >= 5)
     )
-    assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(number)
-    _, told = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
-    assert number == signal.SIGKILL or " results in " in told
+    process.kill()
+    assert process.wait(PATIENCE_S) != 0, "it ended before it could be killed"
     n_before = out.read_bytes().count(b"\n") - 1
     assert 4 <= n_before < 54
     with out.open("ab") as file:
@@ -217,19 +209,14 @@ def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
 
 
 def test_a_conversation_that_the_template_refuses_is_one_too(tmp_path: Path) -> None:
-    base = tiny.write_tiny_base(
-        tmp_path / "b.gguf",
-        chat_template="{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
-        "{{ messages[0]['content'] }}",
-    )
+    refuse = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}a"
+    base = tiny.write_tiny_base(tmp_path / "b.gguf", chat_template=refuse)
     turns = [[{"role": "user", "content": "a"}] * n for n in (1, 2, 1)]
     path = task(tmp_path / "t.jsonl", *({"messages": each, "answer": 1} for each in turns))
     words = ["eval", base.path, path, "-o", tmp_path / "r.jsonl", *F32]
-    result = CliRunner().invoke(main, [*map(str, words)])
-    assert result.exit_code == 1
-    errors = [each["error"] for each in read_results(tmp_path / "r.jsonl").records]
-    assert sorted(map(bool, errors)) == [False, False, True]
-    assert any("one turn" in error for error in errors if error)
+    assert CliRunner().invoke(main, [*map(str, words)]).exit_code == 1
+    found = [(each["item"], each["error"]) for each in read_results(tmp_path / "r.jsonl").records]
+    assert [item for item, error in found if error] == [1]
 
 
 def test_json_has_every_item(made: TinyBundle, tmp_path: Path) -> None:
@@ -258,9 +245,7 @@ def test_html_shows_bars_and_items(made: TinyBundle, tmp_path: Path) -> None:
     ("args", "code", "message"),
     [
         (("--html", "/nowhere/r.html"), 1, "there is no folder /nowhere. Create it, or choose"),
-        (("--json", "."), 2, "File '.' is a directory"),
         (("--strategies", "best"), 1, "Strategy 'best' is not known"),
-        (("--strategies", ""), 2, "expected 1 to 100 strategies"),
         (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),
         (
             ("one.jsonl", "--half", "test"),
@@ -287,15 +272,6 @@ def test_wrong_usage(
     result = run(made, "sums.jsonl", *args)
     assert result.exit_code == code
     assert message in result.stderr
-
-
-def test_a_base_alone_is_evaluated(made: TinyBundle, tmp_path: Path) -> None:
-    path, out = sums(tmp_path / "sums.jsonl", 1), tmp_path / "r.jsonl"
-    words = ["eval", str(made.base.path), str(path), "-o", str(out), *map(str, F32)]
-    result = CliRunner().invoke(main, words)
-    assert result.exit_code == 0, result.output
-    (found,) = by_key(out).values()
-    assert (found["strategy"], found["weights"]) == ("base", {})
 
 
 def test_save_makes_the_best_strategy_the_default(tmp_path: Path) -> None:

@@ -68,13 +68,6 @@ def test_rows_become_questions_and_answers(
     assert list(recipes.examples_of(facts, data)) == expected
 
 
-def test_every_recipe_names_its_data_and_licence(recipes: Any) -> None:
-    for name, facts in tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8")).items():
-        assert facts["licence"], name
-        assert {"file", "hub"} & set(facts), name
-        assert all(len(form) == 2 for form in facts["forms"]), name
-
-
 def test_each_disease_is_told_three_times_in_each_form(recipes: Any) -> None:
     pytest.importorskip("faker_healthcare")
     facts = tomllib.loads(recipes.RECIPES.read_text(encoding="utf-8"))["med-table"]
@@ -82,14 +75,6 @@ def test_each_disease_is_told_three_times_in_each_form(recipes: Any) -> None:
     assert len(examples) == len([*recipes.diseases(0)]) * len(facts["forms"]) * 3
     told = [each for each in examples if "Asthma" in " ".join(each)]
     assert len(told) == len({*told}) == 3 * len(facts["forms"])
-
-
-@pytest.mark.parametrize(
-    ("names", "turn", "expected"),
-    [("a", 2, "a"), ("ab", 0, "a and b"), ("abc", 0, "a, b and c"), ("abc", 4, "b, c and a")],
-)
-def test_names_in_words(recipes: Any, names: str, turn: int, expected: str) -> None:
-    assert recipes.in_words([*names], turn) == expected
 
 
 def test_functions_of_the_library_are_whole(recipes: Any) -> None:

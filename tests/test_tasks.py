@@ -108,7 +108,7 @@ HOSTILE: list[tuple[list[Any], str]] = [
     ),
     ([{"task": 1}, SUM], 'line 1: it is {"task": 1}, expected nothing but {"task": {...}}'),
     ([SUM, {"task": {}}], "line 2: it has a field task, expected it in the first line only"),
-    ([{"task": {"metrics": "x"}}, SUM], "line 1: it has a field task.metrics, expected choice_te"),
+    ([{"task": {"metrics": "x"}}, SUM], "line 1: it has a field task.metrics, expected c"),
     ([{"task": {"metric": "bleu"}}, SUM], 'field metric is "bleu", expected one of number, exact'),
     ([{"task": {"name": "a b"}}, SUM], 'field name is "a b", expected 1 to 64 letters'),
     ([{"task": {"max_tokens": 0}}, SUM], "field max_tokens is 0, expected a whole number from 1"),
@@ -124,7 +124,10 @@ HOSTILE: list[tuple[list[Any], str]] = [
     ([{"question": " ", "answer": 1}], 'question is " ", expected a text that is not blank'),
     ([{"prompt": 5, "answer": 1}], "prompt is 5, expected a text that is not blank"),
     ([{"question": "a", "messages": [], "answer": 1}], "it has question and messages, expected"),
-    ([{"messages": [{"role": "user"}], "answer": 1}], "expected a list of objects with role and"),
+    (
+        [{"messages": [{"role": "user"}], "answer": 1}],
+        "Message 0 has content = None, expected",
+    ),
     (
         [
             {"task": {"raw_prompt": True}},

@@ -26,7 +26,7 @@ from qaflora_edge.files import one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.evaluation.results import Record, Results
+    from qaflora_edge.evaluation.results import Record, Results, ResultsFile
     from qaflora_edge.evaluation.run import Asking, Evaluation
     from qaflora_edge.evaluation.table import Cell
     from qaflora_edge.evaluation.tasks import Task
@@ -127,11 +127,11 @@ def eval(
         file = ResultsFile(out, head)
         with file.opened():
             evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
-            _run(evaluation)
+            _run(evaluation, file)
     _show(file.results, json_path, html)
     if save:
         _save(folder, file.results)
-    click.get_current_context().exit(1 if evaluation.n_failed else 0)
+    click.get_current_context().exit(1 if file.results.failed else 0)
 
 
 def _check_can_save(bundle: str, adapters: str | None) -> None:
@@ -190,7 +190,7 @@ def _asked_under(engine: Engine, asking: Asking, options: SharedOptions) -> dict
     return engine_options | sampling
 
 
-def _run(evaluation: Evaluation) -> None:
+def _run(evaluation: Evaluation, file: ResultsFile) -> None:
     """Ask what is left, with a bar on a terminal, and say at the end what was done."""
     n_left, n_done, n_token, start = evaluation.n_left, 0, 0, time.perf_counter()
 
@@ -199,8 +199,9 @@ def _run(evaluation: Evaluation) -> None:
         parts = [f"{n_done} results in {seconds:.0f} s, {n_token} tokens"]
         if n_before := evaluation.n_before:
             parts.append(f"{n_before} were there before")
-        if evaluation.n_failed:
-            parts.append(f"{evaluation.n_failed} failed, the first: {evaluation.first_failure}")
+        if failed := file.results.failed:
+            first = "{task}, item {item}: {error}".format_map(failed[0])
+            parts.append(f"{len(failed)} failed, the first: {first}")
         click.echo(f"[{one_line('; '.join(parts))}]", err=True)
 
     with progress_bars() as bar:

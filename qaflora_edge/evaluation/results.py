@@ -21,7 +21,7 @@ from qaflora_edge.line_file import LineFile
 
 # What has to be the same in a file that is resumed; `strategies` may be added to.
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "tasks", "options")
-RECORD = ("task", "item", "strategy", "score", "weights")
+BEGIN = b'{"eval": '  # of every file
 ADVICE = "Give a file that `qaflora eval -o` has written."
 
 Record = Mapping[str, Any]
@@ -45,6 +45,11 @@ class Results:
         return tuple(found | dict.fromkeys(record["strategy"] for record in self.records))
 
     @property
+    def failed(self) -> list[Record]:
+        """Records of items that could not be asked."""
+        return [record for record in self.records if record["score"] is None]
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters in use, in the order of the first axis of `layers`."""
         return tuple(adapter["name"] for adapter in self.header["adapters"])
@@ -56,10 +61,10 @@ def read_results(path: str | Path) -> Results:
     Raises ResultsFileError naming the line, what was found and what was expected.
     """
     with os_errors(ResultsFileError, f"Cannot read {path}", ADVICE), open_input(path) as file:
-        data = file.read()
-        lines = _whole_lines(gzip.decompress(data) if str(path).endswith(".gz") else data)
-    if not lines:
-        raise _wrong(path, 1, "it is empty or cut", "a header and results")
+        data = gzip.decompress(file.read()) if str(path).endswith(".gz") else file.read()
+    lines = _whole_lines(data)
+    if not lines or not data.startswith(BEGIN):
+        raise _wrong(path, 1, "it is empty, cut or of another kind", "a header and results")
     return _results(path, lines)
 
 
@@ -117,7 +122,7 @@ class ResultsFile:
         except OSError as error:
             raise file.refused(error.strerror or str(error), "See to it") from error
         lines = _whole_lines(data)
-        if not lines and not data.startswith(b'{"eval": '[: len(data)]):
+        if not data.startswith(BEGIN[: len(data)]):
             raise _wrong(file.path, 1, "it is no results file", "one, or no file")
         if not lines:  # killed while the first line was written
             return
@@ -175,9 +180,6 @@ def _parsed(path: str | Path, number: int, line: bytes) -> Record:
         found = read_unicode_object(line)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise _wrong(path, number, f"it is no JSON object ({error})", "one") from error
-    needed = RECORD if number > 1 else ("eval", "strategies", *IDENTITY)
-    if missing := [key for key in needed if key not in found]:
-        raise _wrong(path, number, f"it has no field {missing[0]}", ", ".join(needed))
     return found
 
 

@@ -16,7 +16,6 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, ChatTemplateError, PromptError
 from qaflora_edge.evaluation.results import Record, ResultsFile
 from qaflora_edge.evaluation.tasks import Item, Task
-from qaflora_edge.inference.generation import Generation
 from qaflora_edge.weighing.numbers import FusionWeights
 
 Tell = Callable[[int], None]  # given the tokens that were generated for a result
@@ -72,9 +71,11 @@ def header(
     machine  name of the processor
     """
     from qaflora_edge import __version__
+    from qaflora_edge.bundles.open import is_base, read_bundle_text
     from qaflora_edge.chat.session_file import bundle_identity
 
     identity, sizes = bundle_identity(folder), engine.adapter_bytes
+    fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
     return {
         "eval": 1,
         "version": __version__,
@@ -85,23 +86,16 @@ def header(
             for name in engine.adapters
         ],
         "n_layer": engine.n_layer,
-        "measured": _measured(folder),
+        # what some strategies use
+        "measured": {
+            key: hashlib.sha256(json.dumps(fusion[key], sort_keys=True).encode()).hexdigest()
+            for key in ("typical", "samples")
+            if key in fusion
+        },
         "tasks": [asking.facts(task) for task in tasks],
         "strategies": list(strategies),
         "options": dict(options),
         "machine": machine,
-    }
-
-
-def _measured(folder: Path) -> dict[str, str]:
-    """SHA-256 of each thing that a bundle measured, and that some strategies use."""
-    from qaflora_edge.bundles.open import is_base, read_bundle_text
-
-    fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
-    return {
-        key: hashlib.sha256(json.dumps(fusion[key], sort_keys=True).encode()).hexdigest()
-        for key in ("typical", "samples")
-        if key in fusion
     }
 
 
@@ -141,12 +135,7 @@ class Evaluation:
         self._engine, self._tasks, self._strategies = engine, tasks, strategies
         self._file, self._items, self._asking = file, items, asking
         self._tell: Tell = lambda n_token: None
-        failed = [record for record in file.results.records if record["score"] is None]
-        self.n_failed, self.first_failure = len(failed), ""
-        if failed:
-            self.first_failure = "{task}, item {item}: {error}".format_map(failed[0])
-        n_asked = sum(map(len, items.values())) * len(strategies)
-        self.n_before = n_asked - self.n_left
+        self.n_before = sum(map(len, items.values())) * len(strategies) - self.n_left
 
     @property
     def n_left(self) -> int:
@@ -213,44 +202,38 @@ class Evaluation:
         if task.stop is not None:
             sampling["stop"] = tuple(task.stop)
         for number, answer in self._engine.generate_many(requests(), **sampling):
-            self._take_answer(task, running.pop(number), answer)
-
-    def _take_answer(self, task: Task, weighed: _Weighed, answer: Generation) -> None:
-        if isinstance(answer.error, PromptError):
-            self._fail(task, weighed.item, weighed.fusions, str(answer.error))
-            return
-        if answer.error is not None:
-            raise answer.error
-        if answer.is_cancelled:
-            raise CancelledError("The evaluation was ended; the same command goes on with it.")
-        text, timings = answer.text(), answer.timings
-        found = {
-            **answer_fields(task, weighed.item, text),
-            "prefill_ms": round(timings.prefill_ms, 3),
-            "decode_ms": round(timings.decode_ms, 3),
-            "n_prompt": answer.n_prompt,
-            "n_token": answer.n_completion,
-            "finish_reason": answer.finish_reason,
-        }
-        self._write(task, weighed, found)
+            weighed = running.pop(number)
+            if isinstance(answer.error, PromptError):
+                self._fail(task, weighed.item, weighed.fusions, str(answer.error))
+                continue
+            if answer.error is not None:
+                raise answer.error
+            if answer.is_cancelled:
+                raise CancelledError("The evaluation was ended; the same command resumes it.")
+            found = {
+                **answer_fields(task, weighed.item, answer.text()),
+                "prefill_ms": round(answer.timings.prefill_ms, 3),
+                "decode_ms": round(answer.timings.decode_ms, 3),
+                "n_token": answer.n_completion,
+                "finish_reason": answer.finish_reason,
+            }
+            self._write(task, weighed, found)
 
     def _score_task(self, task: Task) -> None:
         """Score texts by their likelihood; nothing is generated."""
         for weighed in self._weighed(task):
-            item = weighed.item
-            texts = scored_texts(task, item)
+            texts = scored_texts(task, weighed.item)
             start = time.perf_counter()
             try:
                 prompts = [weighed.tokens] * len(texts)
                 scores = self._engine.score(prompts, texts, weights=weighed.fusion)
             except PromptError as error:
-                self._fail(task, item, weighed.fusions, str(error))
+                self._fail(task, weighed.item, weighed.fusions, str(error))
                 continue
             found = {
-                **likelihood_fields(task, item, scores),
+                **likelihood_fields(task, weighed.item, scores),
                 "prefill_ms": round(1e3 * (time.perf_counter() - start), 3),
                 "decode_ms": 0.0,
-                "n_prompt": len(weighed.tokens),
                 "n_token": sum(map(len, scores)),
                 "finish_reason": None,
             }
@@ -259,24 +242,20 @@ class Evaluation:
     def _write(self, task: Task, weighed: _Weighed, found: Record) -> None:
         first = next(iter(weighed.fusions))
         for strategy, fusion in weighed.fusions.items():
-            same = {} if strategy == first else {"same_as": first}
-            self._file.write(
-                {
-                    **asked_fields(task, weighed.item, strategy, fusion, self._asking),
-                    **found,
-                    "probe_ms": round(fusion.probe_ms, 3),
-                    "probe_before_ms": round(weighed.before_ms[strategy], 3),
-                    "error": None,
-                    **same,
-                }
-            )
-            self._tell(0 if same else found["n_token"])
+            record = {
+                **asked_fields(task, weighed.item, strategy, fusion, self._asking),
+                **found,
+                "probe_ms": round(fusion.probe_ms, 3),
+                "probe_before_ms": round(weighed.before_ms[strategy], 3),
+                "n_prompt": len(weighed.tokens),
+                "error": None,
+            }
+            self._file.write(record if strategy == first else {**record, "same_as": first})
+            self._tell(found["n_token"] if strategy == first else 0)
 
     def _fail(
         self, task: Task, item: Item, fusions: Mapping[str, FusionWeights | None], message: str
     ) -> None:
-        self.n_failed += len(fusions)
-        self.first_failure = self.first_failure or f"{task.name}, item {item.index}: {message}"
         for strategy, fusion in fusions.items():
             record = asked_fields(task, item, strategy, fusion, self._asking)
             self._file.write({**record, "error": message})

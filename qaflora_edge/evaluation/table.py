@@ -2,7 +2,7 @@
 
 import datetime
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,13 @@ from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Record, Results
 from qaflora_edge.evaluation.statistics import Estimate, difference, mean, mean_of_means
+from qaflora_edge.formats.json_text import without_nan
 from qaflora_edge.weighing.strategy import parse_strategy
 
 POINTS, NATS = "points", "nats a token"
 STATIC, SINGLE = "static", "single:"
 NONE = "-"
 TIE = 1e-9  # means that differ by less are equal
-DIGITS = 6  # of the evidence in a bundle
 
 
 @dataclass(frozen=True)
@@ -105,30 +105,20 @@ class Cell:
 
         return max(fit, key=value, default=None)
 
-    def seconds(self, strategy: str) -> float:
-        """Median time of an item; of its probe only where no strategy had probed before it."""
-        rows = list(self.scored(strategy).values())
-        probed = [row for row in rows if not row.get("probe_before_ms")]
-        ms = _median(probed, "probe_ms") + _median(rows, "prefill_ms", "decode_ms")
-        return ms / 1000
-
-
-def _median(rows: Sequence[Record], *keys: str) -> float:
-    times = [sum(row.get(key, math.nan) for key in keys) for row in rows]
-    return float(np.median(times)) if times else math.nan
-
 
 def cells(results: Results) -> list[Cell]:
     """Sort records by task and strategy, in the order asked for: answers end in another one."""
-    found = {task["name"]: Cell(task, results.adapters) for task in results.header["tasks"]}
-    for cell in found.values():
-        cell.rows.update({strategy: {} for strategy in results.strategies})
+    rows: dict[tuple[str, str], dict[int, Record]] = {}
     for row in results.records:
-        found[row["task"]].rows[row["strategy"]][row["item"]] = row
-    for cell in found.values():
-        for strategy in [name for name, rows in cell.rows.items() if not rows]:
-            del cell.rows[strategy]
-    return list(found.values())
+        rows.setdefault((row["task"], row["strategy"]), {})[row["item"]] = row
+    return [
+        Cell(
+            task,
+            results.adapters,
+            {s: rows[task["name"], s] for s in results.strategies if (task["name"], s) in rows},
+        )
+        for task in results.header["tasks"]
+    ]
 
 
 # as text
@@ -153,56 +143,56 @@ def rows(cell: Cell) -> list[tuple[str, ...]]:
     """Write a task as a table: its head, then a row for each strategy."""
     best, unit = cell.best_single(), cell.unit
     over_best = f"over {best} *" if best else "over the best single"
-    found: list[tuple[str, ...]] = [
-        ("", f"score, {unit}", "over static", over_best, "items", "seconds")
-    ]
+    found: list[tuple[str, ...]] = [("", f"score, {unit}", "over static", over_best, "items")]
     for strategy in cell.rows:
+        score = cell.score(strategy)
         gains = (cell.gain(strategy, over) for over in (STATIC, best))
-        score, seconds = cell.score(strategy), cell.seconds(strategy)
-        found.append(
-            (
-                strategy,
-                estimate(score, unit),
-                *(estimate(gain, unit, is_difference=True) for gain in gains),
-                str(score.n_item),
-                NONE if math.isnan(seconds) else f"{seconds:.2f}",
-            )
-        )
+        texts = (estimate(gain, unit, is_difference=True) for gain in gains)
+        found.append((strategy, estimate(score, unit), *texts, str(score.n_item)))
     return found
 
 
 def total_rows(found: Sequence[Cell]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Write a title and a table over several tasks of one unit, each of which counts the same."""
+    """Write a title and a table over several tasks of one unit, each of which counts the same.
+
+    Strategies that a task was not asked under are left out.
+    """
     totals = []
     for unit in (POINTS, NATS):
         alike = [cell for cell in found if cell.unit == unit]
-        table: list[tuple[str, ...]] = [
-            ("", f"score, {unit}", "over static", "over each best single *")
-        ]
-        for strategy in dict.fromkeys(name for cell in alike for name in cell.rows):
-            if all(strategy in cell.rows for cell in alike):
+        head = ("", f"score, {unit}", "over static", "over each best single *")
+        table: list[tuple[str, ...]] = [head]
+        for strategy in alike[0].rows if len(alike) > 1 else ():
+            if all(len(cell.scores(strategy)) for cell in alike):
                 score = float(np.mean([cell.score(strategy).value for cell in alike]))
-                over = [[cell.gains(strategy, STATIC) for cell in alike]]
-                over += [[cell.gains(strategy, cell.best_single() or "") for cell in alike]]
-                gains = [
-                    mean_of_means(each).times(alike[0].factor) if all(map(len, each)) else None
-                    for each in over
-                ]
-                gains[0] = None if strategy == STATIC else gains[0]
+                gains = (
+                    _total_gain(alike, strategy, [STATIC] * len(alike)),
+                    _total_gain(alike, strategy, [cell.best_single() for cell in alike]),
+                )
                 texts = (estimate(gain, unit, is_difference=True) for gain in gains)
                 table.append((strategy, number(score, unit), *texts))
-        if len(alike) > 1:
+        if len(table) > 1:
             totals.append((f"all {len(alike)} tasks in {unit}, each counts the same", table))
     return totals
+
+
+def _total_gain(alike: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> Any:
+    """Average gains over one strategy of each task; None where a task lacks it."""
+    pairs = zip(alike, others, strict=True)
+    gains = [cell.gains(strategy, over or "") for cell, over in pairs]
+    if {strategy} == {*others} or not all(map(len, gains)):
+        return None
+    return mean_of_means(gains).times(alike[0].factor)
 
 
 # the best strategy
 
 
 def best_strategy(results: Results) -> str:
-    """Find the strategy with the highest mean over the tasks; of equal ones the cheapest.
+    """Find the strategy with the highest mean over the tasks.
 
-    Losses count only where no task has points.
+    Losses count only where no task has points. Of equal strategies the first is taken that does
+    not look at the query, else the first.
 
     Raises ResultsFileError where no strategy has a score for all items.
     """
@@ -219,7 +209,7 @@ def best_strategy(results: Results) -> str:
         for name in whole
     }
     equal = [name for name in whole if max(means.values()) - means[name] <= TIE]
-    return min(equal, key=lambda name: _probe_ms(found, name, results.adapters))
+    return min(equal, key=lambda each: parse_strategy(each, results.adapters).strategy.is_probed)
 
 
 def _is_whole(cell: Cell, strategy: str) -> bool:
@@ -228,42 +218,27 @@ def _is_whole(cell: Cell, strategy: str) -> bool:
     return bool(items) and items == cell.scored(strategy).keys()
 
 
-def _probe_ms(found: Sequence[Cell], strategy: str, adapters: Sequence[str]) -> float:
-    """Mean time of the probe, without items that another strategy had probed if there are others.
-
-    0 where a strategy does not look at the query.
-    """
-    if not parse_strategy(strategy, adapters).strategy.is_probed:
-        return 0.0
-    every = [row for cell in found for row in cell.rows[strategy].values()]
-    every = [row for row in every if not row.get("probe_before_ms")] or every
-    return math.fsum(row.get("probe_ms", 0.0) for row in every) / len(every)
-
-
 def evidence(results: Results, strategy: str) -> dict[str, Any]:
-    """Say why this is the bundle's strategy: `fusion.evidence` of bundle.json."""
-    return {
-        "strategy": strategy,
-        "version": results.header["version"],
-        "date": datetime.date.today().isoformat(),
-        "compared": list(results.strategies),
-        "tasks": [_evidence_of(cell, strategy) for cell in cells(results)],
-    }
+    """Say why this is the bundle's strategy: `fusion.evidence` of bundle.json.
 
-
-def _evidence_of(cell: Cell, strategy: str) -> Mapping[str, Any]:
-    score, over = cell.score(strategy), cell.gain(strategy, STATIC)
-    return {
-        "name": cell.name,
-        "metric": cell.task["metric"],
-        "sha256": cell.task["sha256"],
-        "n_item": score.n_item,
-        "score": _numbers(score.times(1 / cell.factor)),
-        "over_static": _numbers(over.times(1 / cell.factor)) if over else None,
-    }
-
-
-def _numbers(found: Estimate) -> list[float | None]:
-    """Value and ends of the 95 % interval; null where a single item has none."""
-    ends = (found.value, found.low, found.high)
-    return [None if math.isnan(value) else round(value, DIGITS) for value in ends]
+    Scores are 0 to 1, or nats a token; an interval's ends are null where one item has none.
+    """
+    tasks = []
+    for cell in cells(results):
+        score, over = cell.score(strategy), cell.gain(strategy, STATIC)
+        values = [
+            each and [round(end / cell.factor, 6) for end in (each.value, each.low, each.high)]
+            for each in (score, over)
+        ]
+        about = {key: cell.task[key] for key in ("name", "metric", "sha256")}
+        tasks.append(about | {"n_item": score.n_item, "score": values[0], "over_static": values[1]})
+    found: dict[str, Any] = without_nan(
+        {
+            "strategy": strategy,
+            "version": results.header["version"],
+            "date": datetime.date.today().isoformat(),
+            "compared": list(results.strategies),
+            "tasks": tasks,
+        }
+    )
+    return found

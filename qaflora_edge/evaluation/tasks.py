@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.chat.messages import begin_with
-from qaflora_edge.errors import TaskFileError, os_errors
+from qaflora_edge.chat.messages import begin_with, checked_messages
+from qaflora_edge.errors import PromptError, TaskFileError, os_errors
 from qaflora_edge.evaluation.metrics import Metric, as_number, listed, metrics
 from qaflora_edge.files import read_input
 from qaflora_edge.formats.json_text import (
@@ -83,7 +83,7 @@ class Task:
         """Write what an item asks as one text."""
         fields = item.fields
         if "messages" in fields:
-            return str(fields["messages"][-1]["content"])
+            return str(checked_messages(fields["messages"])[-1]["content"])
         if self.template is None:
             return str(fields.get("question", fields.get("prompt")))
         return _filled(self.template, _texts(fields))
@@ -165,9 +165,9 @@ def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise _wrong(where, f"it is {shown(found)}", 'nothing but {"task": {...}}')
     header: dict[str, Any] = dict(found["task"])
     known = Task.__dataclass_fields__.keys() - {"items", "sha256"}
-    for key in header:
-        if key not in known:
-            raise _wrong(where, f"it has a field task.{shortened(key)}", ", ".join(sorted(known)))
+    if wrong := header.keys() - known:
+        found_key = f"it has a field task.{shortened(min(wrong))}"
+        raise _wrong(where, found_key, ", ".join(sorted(known)))
     try:
         check_schema(header, "task")
     except WrongField as error:
@@ -198,14 +198,20 @@ def _check_item(task: Task, item: Item) -> None:
         what = " and ".join(asked) or "none of question, prompt and messages"
         raise _wrong(where, f"it has {what}", "question, prompt or messages")
     for key in asked:
-        _check_asked(task, key, fields[key], where)
+        if key != "messages" and not (isinstance(fields[key], str) and fields[key].strip()):
+            raise _wrong(where, f"{key} is {shown(fields[key])}", "a text that is not blank")
+    if "messages" in asked and task.raw_prompt:
+        raise _wrong(where, "it has messages", "none where the task says raw_prompt")
     if fault := task.by.check(fields):
         key, expected = fault
         found = f"{key} is {shown(fields[key]) if key in fields else 'missing'}"
         raise _wrong(where, found, expected)
     try:
+        checked_messages(fields.get("messages", [{"role": "user", "content": ""}]))
         texts = task.choices(item) if task.metric == "choice" else []
         question = task.question(item)
+    except PromptError as error:
+        raise TaskFileError(f"Cannot use the task {where}: {error} {ADVICE}") from error
     except KeyError as error:
         name, known = error.args
         found = f"its template names {shown(name)}"
@@ -215,24 +221,6 @@ def _check_item(task: Task, item: Item) -> None:
     if len(texts) > len(set(texts)):
         twice = next(text for i, text in enumerate(texts) if text in texts[:i])
         raise _wrong(where, f"two choices are asked as {shown(twice)}", "each to be another text")
-
-
-def _check_asked(task: Task, key: str, value: Any, where: str) -> None:
-    """Raise TaskFileError for what cannot be asked; key is one of ASKED."""
-    if key != "messages":
-        if not isinstance(value, str) or not value.strip():
-            raise _wrong(where, f"{key} is {shown(value)}", "a text that is not blank")
-        return
-    if not (isinstance(value, list) and value) or not all(
-        isinstance(each, dict)
-        and isinstance(each.get("role"), str)
-        and isinstance(each.get("content"), str)
-        for each in value
-    ):
-        expected = 'a list of objects with role and content, as [{"role": "user", ...}]'
-        raise _wrong(where, f"messages is {shown(value)}", expected)
-    if task.raw_prompt:
-        raise _wrong(where, "it has messages", "none where the task says raw_prompt")
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
