@@ -176,17 +176,6 @@ def test_a_base_is_named_and_compared(hub: FakeHub, signed_in: Path, made: TinyB
         )
 
 
-def test_a_base_that_is_found_by_name_is_not_named_as_a_file(
-    hub: FakeHub, signed_in: Path, made: TinyBundle
-) -> None:
-    fetch_hub("owner/base/base.gguf")
-    rewrite(made.folder, file="base.gguf")
-    push(made.folder, "me/mine")
-    files = hub.files("me/mine")
-    assert "base.gguf" not in files
-    assert "file" not in json.loads(files["bundle.json"])["base"]
-
-
 def test_what_is_not_right_is_not_sent(
     hub: FakeHub, signed_in: Path, made: TinyBundle, tmp_path: Path
 ) -> None:
@@ -242,9 +231,7 @@ def test_no_token(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
     assert "me/mine" not in hub.repos
 
 
-@pytest.mark.parametrize(
-    ("base", "stated"), [("owner/base", "owner/base"), ("./base", None), ("base", None)]
-)
+@pytest.mark.parametrize(("base", "stated"), [("owner/base", "owner/base"), ("./base", None)])
 def test_only_a_repository_is_stated_as_base_model(
     hub: FakeHub, signed_in: Path, made: TinyBundle, base: str, stated: str | None
 ) -> None:
@@ -253,16 +240,6 @@ def test_only_a_repository_is_stated_as_base_model(
     path.write_text(json.dumps(config))
     push(made.peft, "me/maths")
     assert head_of(hub.files("me/maths")["README.md"]).get("base_model") == stated
-
-
-def test_the_card_names_a_base_of_the_registry(
-    hub: FakeHub, signed_in: Path, made: TinyBundle
-) -> None:
-    rewrite(made.folder, hub=None, registry="tiny-model")
-    push(made.folder, "me/mine")
-    card = hub.files("me/mine")["README.md"].decode()
-    assert ", from `tiny-model`." in card
-    assert "base_model" not in head_of(card.encode())
 
 
 def test_private_means_private(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
@@ -274,14 +251,6 @@ def test_private_means_private(hub: FakeHub, signed_in: Path, made: TinyBundle) 
         "--private out, or name another."
     )
     assert set(hub.files("me/mine")) == {"x.txt"}
-
-
-def test_a_card_that_the_hub_refuses(hub: FakeHub, signed_in: Path, made: TinyBundle) -> None:
-    hub.card_problem = '"license" must be one of [...]'
-    assert refusal(made) == (
-        "the Hub did not take the files for me/mine: Invalid metadata in README.md. - "
-        '"license" must be one of [...]. Correct it and try again.'
-    )
 
 
 def test_someone_else_pushed_meanwhile(

@@ -321,27 +321,10 @@ def _choose(ref: HubRef, listing: Mapping[str, HubFile]) -> list[HubFile]:
     expected = ref.file or f"{BUNDLE_FILE}, {CONFIG_FILE} or exactly one .gguf file"
     raise DownloadError(
         f"expected {expected} in {ref.repo}; it has {len(listing)} files, and its .gguf "
-        f"files are: {', '.join(ggufs[:10]) or 'none'}. {_advice(ref, listing)}"
+        f"files are: {', '.join(ggufs[:10]) or 'none'}. Name one as owner/name/file.gguf. An "
+        f"adapter in a sub-folder is fetched with `hf download {ref.repo} --local-dir DIR`; a "
+        "whole model has to become a GGUF first, with llama.cpp's convert_hf_to_gguf.py."
     )
-
-
-def _advice(ref: HubRef, listing: Mapping[str, HubFile]) -> str:
-    """Say what to do with a repository that is none of ours, by its files."""
-    if any(name.endswith(".gguf") for name in listing):
-        return "Name one file as owner/name/file.gguf."
-    if inside := [name for name in listing if name.endswith(f"/{CONFIG_FILE}")]:
-        place = inside[-1].removesuffix(f"/{CONFIG_FILE}")
-        revision = f"--revision {ref.revision} " if ref.revision else ""
-        return (
-            f"There is an adapter in {place}: fetch it with `hf download {ref.repo} {revision}"
-            f"--include '{place}/*' --local-dir DIR` and give DIR/{place}."
-        )
-    if "config.json" in listing:
-        return (
-            "It is a whole model for transformers; a base has to be a GGUF: search the Hub for one "
-            "of the same name, or convert it with llama.cpp's convert_hf_to_gguf.py."
-        )
-    return "Check the name."
 
 
 def _choose_peft(ref: HubRef, listing: Mapping[str, HubFile]) -> list[HubFile]:
