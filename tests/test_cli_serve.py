@@ -135,15 +135,6 @@ def test_a_second_signal_ends_at_once(bundle: Path) -> None:
         assert "ended in the middle of an answer" in log
 
 
-@pytest.mark.slow
-def test_an_idle_server_ends_at_once_and_can_be_started_again(bundle: Path) -> None:
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        with serving(str(bundle)) as (process, address):
-            assert httpx.get(f"{address}/v1/models", timeout=PATIENCE_S).status_code == 200
-            process.send_signal(number)
-            assert process.wait(PATIENCE_S) == (0 if number == signal.SIGTERM else -number)
-
-
 def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

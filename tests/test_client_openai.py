@@ -1,6 +1,5 @@
 """The package openai against a server that listens: sync, async, streams, tools, parsed answers."""
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 import openai
 import pytest
 from bundles import TinyBundle, make_bundle
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 from pydantic import BaseModel
 from serving import ENGINE, listening
 from tiny import QWEN
@@ -94,26 +93,6 @@ def test_stream_with_the_mix_asked_for(client: OpenAI, alone: Engine) -> None:
     assert chunks[-1].choices[0].finish_reason == wanted["choices"][0]["finish_reason"]
     assert last.usage is not None
     assert last.usage.completion_tokens == wanted["usage"]["completion_tokens"]
-
-
-def test_many_at_once_async(url: str, alone: Engine) -> None:
-    asked = [(seed, model) for seed in range(4) for model in ("tiny", "tiny:single:es")]
-
-    async def ask(client: AsyncOpenAI, seed: int, model: str) -> str:
-        options: Any = {"max_tokens": 12, "temperature": 1.5, "seed": seed}
-        stream = await client.chat.completions.create(
-            model=model, messages=USER, stream=True, **options
-        )
-        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-
-    async def ask_all() -> list[str]:
-        async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
-            return await asyncio.gather(*(ask(client, *each) for each in asked))
-
-    for (seed, model), text in zip(asked, asyncio.run(ask_all()), strict=True):
-        weights = model.partition(":")[2] or None
-        options: Any = {"max_tokens": 12, "temperature": 1.5, "seed": seed}
-        assert text == text_of(alone.chat(USER, weights=weights, **options))
 
 
 @pytest.mark.parametrize(

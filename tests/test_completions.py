@@ -84,10 +84,6 @@ def test_content_may_come_in_parts(engine: Engine) -> None:
     assert engine.chat_tokens([{"role": "user", "content": parts}]) == engine.chat_tokens(USER)
     with pytest.raises(PromptError, match=r"Message 0 has content = .*image_url"):
         engine.chat_tokens([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
-    with pytest.raises(PromptError, match="Message 0 has role = None, expected a text"):
-        engine.chat_tokens([{"content": "a"}])
-    with pytest.raises(PromptError, match="Message 0 is 'a', expected a text"):
-        engine.chat_tokens(["a"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -150,14 +146,6 @@ def test_each_tool_has_its_own_definitions(tmp_path: Path) -> None:
                 (tool,) = (tool for tool in tools if tool["function"]["name"] == name)
                 jsonschema.validate(json.loads(arguments), tool["function"]["parameters"])
                 called.add(name)
-
-
-def test_named_tool_is_always_called(engine: Engine) -> None:
-    choice = {"type": "function", "function": {"name": "weather"}}
-    made = engine.chat(USER, tools=[WEATHER], tool_choice=choice, max_tokens=300)["choices"][0]
-    assert made["finish_reason"] == "tool_calls"
-    arguments = json.loads(made["message"]["tool_calls"][0]["function"]["arguments"])
-    jsonschema.validate(arguments, WEATHER["function"]["parameters"])
 
 
 def test_beside_a_schema_tools_may_be_called(tmp_path: Path) -> None:
@@ -315,7 +303,6 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
             "Option modalities of chat is ['audio'], expected None: it cannot be followed here. "
             "Leave it out.",
         ),
-        ({"logprobs": 3}, "Option logprobs is 3, expected true or false."),
         (
             {"top_logprobs": 3},
             "Option top_logprobs is 3 without logprobs, expected logprobs = true beside it.",
@@ -323,11 +310,6 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
         (
             {"logprobs": True, "top_logprobs": 21},
             "Option top_logprobs is 21, expected a number of tokens from 0 to 20.",
-        ),
-        (
-            {"logit_bias": {"5": 101}},
-            "Option logit_bias is {'5': 101}, expected token ids, each with a number from -100 to "
-            "100.",
         ),
         (
             {"logit_bias": {"a": 1}},
@@ -350,18 +332,7 @@ def test_openais_options_that_change_nothing_are_taken(engine: Engine) -> None:
             "frequency_penalty, seed, stop, grammar, logit_bias, logprobs.",
         ),
         ({"max_tokens": "3"}, "Option max_tokens is '3', expected a number of tokens from 0 up."),
-        ({"temperature": "hot"}, "Option temperature is 'hot', expected a number from 0 up."),
-        (
-            {"top_k": True},
-            "Option top_k is True, expected a number of tokens from 0 to 2147483647.",
-        ),
-        ({"stop": 3}, "Option stop is 3, expected a list of texts that are not empty."),
-        (
-            {"stop": ["a", 3]},
-            "Option stop is ['a', 3], expected a list of texts that are not empty.",
-        ),
         ({"stop": [""]}, "Option stop is [''], expected a list of texts that are not empty."),
-        ({"seed": -1}, "Option seed is -1, expected a whole number from 0 to 4294967294."),
         ({"seed": 1.5}, "Option seed is 1.5, expected a whole number from 0 to 4294967294."),
         (
             {"stream_options": True, "stream": True},
@@ -479,8 +450,3 @@ def test_one_call_alone_where_parallel_ones_are_refused(tmp_path: Path) -> None:
             made = engine.chat(USER, parallel_tool_calls=parallel, **options)["choices"][0]
             assert len(made["message"]["tool_calls"]) == n_call
             assert made["finish_reason"] == "tool_calls"
-
-
-def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:
-    options = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int32(1)}
-    assert engine.generate("the king", **options).text()

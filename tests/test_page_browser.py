@@ -16,7 +16,6 @@ from desk import (
     LEFT,
     QUESTION,
     RIGHT,
-    SHIFT,
     TAB,
     UP,
     Desk,
@@ -124,20 +123,6 @@ def test_the_mix_is_a_bar_that_opens_into_layers(desk: Desk) -> None:
     assert desk.window.run(expanded) == "false"
 
 
-def test_a_dot_stands_where_one_adapter_weighs_most(desk: Desk) -> None:
-    desk.ask()
-    desk.set("#strategy", "static")
-    desk.ask()
-    for n in (1, 2):
-        desk.click(f".turn:nth-child({n}) button.mix")
-    rows = layers(["math", "es", "med"], "qa-flora")
-    leading = [max(range(3), key=lambda row: rows[row][layer]) for layer in range(N_LAYER)]
-    for row in range(3):
-        dots = f".turn:nth-child(1) [role=row]:nth-child({row + 1}) .cell.lead"
-        assert len(desk.texts(dots)) == leading.count(row)
-    assert desk.texts(".turn:nth-child(2) .cell.lead") == []
-
-
 def test_weights_that_are_no_shares_are_shown_as_weights(desk: Desk) -> None:
     desk.script.weights = {"math": 1.5, "es": -0.5, "med": 0.0}
     desk.ask()
@@ -182,15 +167,6 @@ def test_strategy_adapters_and_other_settings_go_into_the_request(desk: Desk) ->
     desk.set("#bundle", "code")
     desk.ask()
     assert desk.script.asked[-1]["model"] == "code"
-
-
-def test_the_last_adapter_in_use_stays(desk: Desk) -> None:
-    for n in (1, 2):
-        desk.click(f"li:nth-child({n}) input[type=checkbox]")
-    states = (
-        "return [...document.querySelectorAll('.adapters input')].map(e => [e.checked, e.disabled])"
-    )
-    assert desk.window.run(states) == [[False, False], [False, False], [True, True]]
 
 
 def test_weights_by_hand(desk: Desk) -> None:
@@ -254,20 +230,6 @@ def test_stop_keeps_what_was_written(desk: Desk) -> None:
     assert desk.script.n_left == 2
 
 
-def test_stop_while_the_adapters_are_weighed(desk: Desk) -> None:
-    desk.script.probe_s = 60
-    desk.type(QUESTION)
-    desk.window.press(ENTER)
-    desk.window.until("return document.querySelector('[data-state=waiting]')")
-    assert desk.text(".note") == "Weighing the adapters"
-    desk.window.press(ESCAPE)
-    desk.wait()
-    assert desk.text(".note") == "Stopped."
-    desk.script.probe_s = 0
-    desk.ask()  # an answer without a text is no part of the conversation
-    assert desk.script.asked[-1]["messages"] == [{"role": "user", "content": QUESTION}]
-
-
 @pytest.mark.parametrize(
     ("stage", "ms", "shown"),
     [
@@ -286,18 +248,6 @@ def test_what_a_long_prompt_waits_for_is_shown(
     desk.window.until(f"return document.querySelector('.note')?.innerText === {shown!r}")
     desk.window.press(ESCAPE)
     desk.wait()
-
-
-def test_ask_again(desk: Desk) -> None:
-    desk.ask()
-    desk.script.answers[QUESTION] = "Another."
-    desk.set("#strategy", "static")
-    desk.click("[title^='Ask again']")
-    desk.wait()
-    assert desk.texts(".said") == [QUESTION]
-    assert desk.texts(".markdown") == ["Another."]
-    assert desk.script.asked[-1]["fusion"]["strategy"] == "static"
-    assert desk.script.asked[-1]["messages"] == [{"role": "user", "content": QUESTION}]
 
 
 def test_edit_asks_again_and_forgets_what_came_after(desk: Desk) -> None:
@@ -319,27 +269,6 @@ def test_edit_asks_again_and_forgets_what_came_after(desk: Desk) -> None:
     ]
     desk.window.press(UP)  # in the empty box: the last question
     assert desk.window.run("return document.activeElement.value") == "zwei"
-
-
-def test_new_lines_and_several_lines(desk: Desk) -> None:
-    desk.type("a")
-    steps = [
-        {"type": kind, "value": key}
-        for kind, key in (
-            ("keyDown", SHIFT),
-            ("keyDown", ENTER),
-            ("keyUp", ENTER),
-            ("keyUp", SHIFT),
-        )
-    ]
-    desk.window.send(
-        "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]}
-    )
-    desk.type("b")
-    desk.window.press(ENTER)
-    desk.wait()
-    assert desk.script.asked[-1]["messages"][0]["content"] == "a\nb"
-    assert desk.window.run("return document.getElementById('question').value") == ""
 
 
 def test_a_reload_keeps_the_chat_and_new_chat_ends_it(desk: Desk) -> None:
@@ -641,19 +570,3 @@ def test_a_phone_shows_everything_without_scrolling_sideways(desk: Desk) -> None
         ".map(b => Math.min(b.width, b.height))"
     )
     assert min(sizes) >= 22
-
-
-@pytest.mark.parametrize("is_dark", [False, True])
-def test_light_and_dark(window: Browser, is_dark: bool) -> None:
-    window.prefer(is_dark=is_dark)
-    with desk_at(window):
-        paper, text = (
-            sum(colour)
-            for colour in window.run(
-                "const s = getComputedStyle(document.body);"
-                "return [s.backgroundColor, s.color]"
-                ".map(c => c.match(/\\d+/g).slice(0, 3).map(Number))"
-            )
-        )
-        assert (paper < text) == is_dark
-        assert abs(paper - text) > 450  # of 765

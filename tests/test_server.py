@@ -219,22 +219,6 @@ def test_completions_of_text(client: TestClient, alone: Engine) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
 
 
-def test_log_probabilities_of_text(client: TestClient, alone: Engine) -> None:
-    asked = {"model": "tiny:base", "prompt": "the", "grammar": "root ::= [a-z]{3}"}
-    found = answer(client, TEXT, **asked, logprobs=2)
-    Completion.model_validate(found, strict=True)
-    logprobs = found["choices"][0]["logprobs"]
-    assert "".join(logprobs["tokens"]) == found["choices"][0]["text"]
-    spellings = {alone._model.piece(token): token for token in range(alone.n_vocab)}
-    tokens = [spellings[text.encode()] for text in logprobs["tokens"]]
-    scores = alone.score("the", tokens, weights="base")
-    # Scores come out of another context, which may attend in another way.
-    assert logprobs["token_logprobs"] == pytest.approx(scores.tolist(), abs=5e-3)
-    assert {len(top) for top in logprobs["top_logprobs"]} <= {1, 2}  # two may be spelt alike
-    starts = [len("".join(logprobs["tokens"][:i])) for i in range(len(tokens))]
-    assert logprobs["text_offset"] == starts
-
-
 def test_models_are_those_that_can_be_asked(client: TestClient) -> None:
     found = client.get("/v1/models").json()
     names = [each["id"] for each in found["data"]]
@@ -483,24 +467,6 @@ def test_what_is_wrong_is_repeated_within_bounds(client: TestClient, asked: Any)
     status, error = failure(client, **{"model": "tiny", "messages": USER, **asked})
     assert status in (400, 404)
     assert 50 < len(json.dumps(error)) < 9000
-
-
-@pytest.mark.parametrize(
-    ("asked", "field"),
-    [
-        ({"fusion": {"strategy": f"norm:{MANY_DIGITS}"}}, "fusion"),
-        ({"logit_bias": {MANY_DIGITS: 1}}, "logit_bias"),
-        (
-            {"json_schema": {"anyOf": [{"const": 1}, {"$ref": f"#/anyOf/{MANY_DIGITS}"}]}},
-            "json_schema",
-        ),
-    ],
-)
-def test_numbers_of_more_digits_than_python_reads_are_refused(
-    client: TestClient, asked: Any, field: str
-) -> None:
-    status, error = failure(client, model="tiny", messages=USER, **asked)
-    assert (status, error["param"]) == (400, field)
 
 
 def test_unknown_fields_are_ignored(client: TestClient) -> None:

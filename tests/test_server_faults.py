@@ -4,7 +4,6 @@ import contextlib
 import json
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -16,7 +15,7 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
-from bundles import TinyBundle, bundle_json, make_bundle, snapshot
+from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S, wait_until
 from serving import ENGINE, free_port, launched, listening, listening_app, make_options, metric
 from tiny import constant_logits
@@ -301,27 +300,6 @@ def read_response(client: socket.socket) -> httpx.Response:
     return httpx.Response(int(status.split()[1]), headers=headers, content=content)
 
 
-def test_a_bundle_that_is_deleted_under_it(made: TinyBundle, alone: Engine, tmp_path: Path) -> None:
-    """What is loaded goes on; what is not is unavailable, and the others stay."""
-    loaded, absent = tmp_path / "loaded", tmp_path / "absent"
-    for place in (loaded, absent):
-        shutil.copytree(made.folder, place)
-        text = bundle_json(place)
-        text["name"] = place.name if place is absent else "tiny"
-        text["base"]["file"] = str(made.base.path)
-        (place / "bundle.json").write_text(json.dumps(text), encoding="utf-8")
-    with listening(loaded, absent) as url, httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
-        assert_alone(client.post(CHAT, json=body_of(0)).json(), 0, alone)
-        shutil.rmtree(loaded)
-        shutil.rmtree(absent)
-        gone = client.post(CHAT, json={"model": "absent", "messages": USER})
-        assert gone.status_code == 503
-        assert gone.json()["error"]["code"] == "model_unavailable"
-        assert str(tmp_path) not in gone.text
-        for number in range(1, 6):
-            assert_alone(client.post(CHAT, json=body_of(number)).json(), number, alone)
-
-
 @pytest.mark.slow
 def test_a_sequence_that_fails_harms_no_other(
     made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
@@ -366,28 +344,6 @@ def test_what_cannot_be_written_harms_no_answer(made: TinyBundle, alone: Engine)
             assert_alone(client.post(CHAT, json=body_of(number)).json(), number, alone)
         server.send_signal(signal.SIGTERM)
         assert server.wait(PATIENCE_S) == 0
-
-
-@pytest.mark.slow
-def test_killed_and_started_again(made: TinyBundle, alone: Engine, tmp_path: Path) -> None:
-    """In the middle of a stream, with a bundle that nothing is left of but its own files."""
-    port, before = free_port(), snapshot(made.folder)
-    for _ in range(3):
-        with (
-            open(tmp_path / "log", "ab") as log,
-            launched(*arguments(made), port=port, stderr=log) as server,
-            client_at(port) as client,
-        ):
-            assert_alone(client.post(CHAT, json=body_of(4)).json(), 4, alone)
-            long = body_of(5, stream=True, max_tokens=300)
-            with client.stream("POST", CHAT, json=long) as stream:
-                parts = stream.iter_bytes()
-                next(parts)
-                server.kill()
-                with contextlib.suppress(httpx.HTTPError):  # a busy client may have had it all
-                    list(parts)
-            assert server.wait(PATIENCE_S) == -signal.SIGKILL
-    assert snapshot(made.folder) == before
 
 
 def arguments(made: TinyBundle) -> list[str | Path]:

@@ -4,16 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundles import TinyBundle, make_bundle
 
-from qaflora_edge import Engine, Llama, replace_llama_cpp
+from qaflora_edge import Llama
 from qaflora_edge.config import MAX_SEED
-from qaflora_edge.errors import BusyError, OptionError
+from qaflora_edge.errors import OptionError
 
 # What langchain_community.llms.LlamaCpp gives to Llama() and to each call, by its own defaults.
 LANGCHAIN_INIT = {
@@ -111,14 +110,6 @@ def test_tokens_go_back_and_forth(llama: Llama, made: TinyBundle) -> None:
     llama.reset()
 
 
-def test_tokens_are_refused_once_it_is_closed(made: TinyBundle) -> None:
-    with Llama(made.folder, n_ctx=256) as llama:
-        pass
-    for call in (lambda: llama.tokenize(b"the"), lambda: llama.detokenize([5]), llama.token_eos):
-        with pytest.raises(BusyError, match="This Engine is closed"):
-            call()
-
-
 def test_seeds_repeat_answers(llama: Llama) -> None:
     def text(**options: Any) -> str:
         return str(llama("the king", temperature=1.5, **options)["choices"][0]["text"])
@@ -156,48 +147,6 @@ def test_call_pattern_of_langchain_works(made: TinyBundle) -> None:
         result = llama.create_chat_completion(messages=USER, **params)
         assert result["choices"][0]["message"]["role"] == "assistant"
         assert llama.engine.weights("the king").adapters == ("math", "es")
-
-
-def test_langchain_itself_works(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("langchain_community", reason="langchain-community is not installed")
-    import llama_cpp
-    from langchain_community.chat_models import ChatLlamaCpp
-    from langchain_community.llms import LlamaCpp
-
-    monkeypatch.setattr(llama_cpp, "Llama", llama_cpp.Llama)  # put back at the end
-    replace_llama_cpp()
-    options: dict[str, Any] = {"model_path": str(made.folder), "n_ctx": 256, "max_tokens": 8}
-    llm = LlamaCpp(**options, temperature=0.0, repeat_penalty=1.0)
-    with Engine(made.folder) as engine:
-        assert llm.invoke("the king") == engine.generate("the king", max_tokens=8).text()
-        assert "".join(llm.stream("the king")) == llm.invoke("the king")
-        chat = ChatLlamaCpp(**options, temperature=0.0, repeat_penalty=1.0)
-        expected = engine.chat(USER, max_tokens=8)["choices"][0]["message"]["content"]
-        assert chat.invoke("the thing?").content == expected
-    llm.client.close()
-    chat.client.close()
-
-
-def test_llama_index_itself_works(made: TinyBundle) -> None:
-    if find_spec("llama_index") is None:  # importing it here would import llama_cpp
-        pytest.skip("llama-index-llms-llama-cpp is not installed")
-    code = (
-        "import sys; from qaflora_edge import replace_llama_cpp\n"
-        "replace_llama_cpp()\n"
-        "from llama_index.llms.llama_cpp import LlamaCPP\n"
-        "llm = LlamaCPP(model_path=sys.argv[1], context_window=256, max_new_tokens=8, "
-        "temperature=0.0, verbose=False, generate_kwargs={'top_p': 1.0}, "
-        "completion_to_prompt=str, messages_to_prompt=str)\n"
-        "assert llm.metadata.context_window == 256\n"
-        "text = llm.complete('the king').text\n"
-        "assert list(llm.stream_complete('the king'))[-1].text == text\n"
-        "print(repr(text))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(made.folder)], capture_output=True, text=True, check=True
-    )
-    with Engine(made.folder) as engine:
-        assert done.stdout == f"{engine.generate('the king', max_tokens=8).text()!r}\n"
 
 
 @pytest.mark.slow
@@ -283,11 +232,3 @@ def test_every_default_of_the_original_is_taken(made: TinyBundle) -> None:
             options = original_defaults(method)
             assert len(options) > 20
             assert getattr(llama, method)(first, **(options | {"max_tokens": 2, "top_k": -1}))
-
-
-def test_importing_it_loads_no_library() -> None:
-    import subprocess
-
-    code = "import sys, qaflora_edge; print('llama_cpp' in sys.modules, 'jinja2' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.stdout == "False False\n"

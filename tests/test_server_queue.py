@@ -67,24 +67,6 @@ def test_the_queue_is_in_order_and_no_address_has_more_than_a_quarter() -> None:
     assert answered == ["often1", *(f"here{i}" for i in range(6)), "other"]
 
 
-def test_who_gives_up_as_the_turn_comes_leaves_no_hole() -> None:
-    async def play() -> None:
-        queue, slots = Queue(4), asyncio.Semaphore(1)
-
-        async def ask() -> None:
-            async with queue.slot(slots, "127.0.0.1"):
-                await asyncio.sleep(0)
-
-        async with queue.slot(slots, "127.0.0.1"):
-            asks = [asyncio.create_task(ask()) for _ in range(3)]
-            await asyncio.sleep(0)
-        asks[0].cancel()
-        await asyncio.wait(asks)
-        assert (queue.waiting.total(), slots.locked()) == (0, False)
-
-    asyncio.run(play())
-
-
 # a server whose requests wait for as long as a test likes
 
 
@@ -286,30 +268,6 @@ def test_answers_that_time_keeps_from_beginning_are_not_left_out(
     assert json.loads(event)["error"]["code"] == "timeout"
 
 
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_for_who_goes_away_nothing_is_computed(
-    bundle: Path, decodes: list[float], is_stream: bool
-) -> None:
-    body = body_of(**LONG, stream=is_stream)
-    with listening(bundle, engine=LONG_ENGINE) as address:
-        host, port = address.removeprefix("http://").split(":")
-        data = json.dumps(body).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
-        )
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(head.encode() + b"\r\n\r\n" + data)
-            wait_until(lambda: len(decodes) > 5)
-        wait_until(lambda: metric(address, "qaflora_requests_running") == 0)
-        n_decoded = len(decodes)
-        time.sleep(0.2)
-        assert len(decodes) == n_decoded < N_LONG
-        # who waits is not kept by those who are gone
-        body = body_of(model="tiny:base", max_tokens=2)
-        found = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE_S)
-        assert found.status_code == 200
-
-
 def test_only_what_is_small_waits_for_no_slot(bundle: Path, held: Held) -> None:
     def ask(address: str, n: int) -> list[tuple[int, str | None]]:
         bodies = {"/tokenize": {"content": "a" * n}, "/detokenize": {"tokens": [65] * n}}
@@ -344,19 +302,3 @@ def test_few_large_bodies_are_read_at_a_time(bundle: Path, monkeypatch: pytest.M
             wait_until(lambda: status(large) == 503)
             assert status(small) == 200
         wait_until(lambda: status(large) == 200)
-
-
-def test_who_goes_away_while_waiting_leaves_the_queue(bundle: Path, held: Held) -> None:
-    data = json.dumps(body_of()).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
-    with listening(bundle) as address:
-        host, port = address.removeprefix("http://").split(":")
-        with asking(f"{address}/v1/chat/completions", N_TURN) as answers:
-            for _ in range(N_TURN):
-                assert held.busy.acquire(timeout=PATIENCE_S)
-            with socket.create_connection((host, int(port))) as connection:
-                connection.sendall(head.encode() + b"\r\n\r\n" + data)
-                wait_until(lambda: metric(address, "qaflora_requests_waiting") == 1)
-            wait_until(lambda: metric(address, "qaflora_requests_waiting") == 0)
-            held.go.set()
-        assert [answer.status_code for answer in answers] == [200] * N_TURN

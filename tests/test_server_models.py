@@ -130,17 +130,6 @@ def test_bundles_of_one_base_share_it(places: list[Path]) -> None:
     assert models._shared == {}
 
 
-def test_a_base_stays_while_one_uses_it(made: TinyBundle) -> None:
-    first = Engine(made.folder, **ENGINE)  # type: ignore[arg-type]
-    second = Engine(made.folder, **ENGINE)  # type: ignore[arg-type]
-    expected = second.generate("the", max_tokens=5).text()
-    first.close()
-    first.close()
-    assert second.generate("the", max_tokens=5).text() == expected
-    second.close()
-    assert models._shared == {}
-
-
 def test_beyond_max_models_the_one_not_used_for_the_longest_is_closed(
     places: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
