@@ -17,7 +17,6 @@ ROWS = table_rows((CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
 # (importer, imported): upward imports that are still there. Remove lines, never add one.
 STILL = {
-    ("chat", "bundles"),
     ("chat", "openai"),
 }
 

@@ -19,7 +19,7 @@ from qaflora_edge.bundles.measure import (
     measure_typical,
     unmeasured,
 )
-from qaflora_edge.bundles.open import known_of, link_roots, load_bundle, read_bundle_text
+from qaflora_edge.bundles.open import known_of, load_bundle
 from qaflora_edge.bundles.source import (
     check_names,
     copy_file,
@@ -36,7 +36,13 @@ from qaflora_edge.files import (
     safe_join,
     write_text_atomic,
 )
-from qaflora_edge.formats.bundle import BUNDLE_FILE, BundleText, parse_bundle
+from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
+    BundleText,
+    link_roots,
+    parse_bundle,
+    read_bundle_text,
+)
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.numbers import DEFAULT_STRATEGY

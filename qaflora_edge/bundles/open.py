@@ -8,39 +8,34 @@ Opening compares every file with its record and changes nothing.
 
 import contextlib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.errors import BundleError, OptionError, QafloraError, os_errors
-from qaflora_edge.files import AnyPath, open_input, safe_join, what_is_at
+from qaflora_edge.errors import BundleError, OptionError, QafloraError
+from qaflora_edge.files import AnyPath
 from qaflora_edge.formats import registry
-from qaflora_edge.formats.adapter import (
-    AdapterInfo,
-    check_adapter,
-    check_values,
-    read_adapter_gguf,
-)
+from qaflora_edge.formats.adapter import AdapterInfo, read_with_adapters
 from qaflora_edge.formats.bundle import (
-    BUNDLE_FILE,
-    MAX_BUNDLE_BYTES,
     AdapterRecord,
     BaseRecord,
     BundleText,
-    parse_bundle,
+    adapter_paths,
+    is_base,
+    read_bundle_text,
     wrong_bundle,
 )
 from qaflora_edge.formats.checksums import FileState, check_file, file_state
-from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.json_text import WrongField, shown
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.baselines import parse_centroid
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known
 
-AGAIN = "Create the bundle again with `qaflora bundle create`."
+# A file, its role in messages, its record, and what to do when it is another one.
+FileRecord = tuple[Path, str, BaseRecord | AdapterRecord, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,46 +92,13 @@ def open_any(
     paths = {name: Path(path) for name, path in (adapters or {}).items()}
     files = (Path(base_path), *paths.values())
     states = {path: state for path in files if (state := file_state(path))}
-    header = read_gguf_header(base_path)
-    infos = {name: read_adapter(path, header) for name, path in paths.items()}
+    header, infos = read_with_adapters(Path(base_path), paths)
     return Opened(header=header, adapters=infos, states=states)
-
-
-def read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
-    """Read an adapter GGUF and check it against its base, values included."""
-    info = read_adapter_gguf(path)
-    check_adapter(info, header)
-    check_values(info)
-    return info
-
-
-def is_base(place: Path) -> bool:
-    """Tell a base alone, which is one GGUF file, from a bundle."""
-    return place.suffix.lower() == ".gguf" and os.path.isfile(place)
 
 
 def base_of(place: Path) -> Path | None:
     """Find the file of a base alone, or of a bundle's base; None where it is not here."""
     return place if is_base(place) else recorded_base(place, read_bundle_text(place).base)
-
-
-def read_bundle_text(folder: Path) -> BundleText:
-    """Read bundle.json alone; no other file need be there. Raises BundleError."""
-    if not os.path.isdir(folder):
-        raise BundleError(
-            f"Cannot open the bundle {folder}: it {what_is_at(folder)}, expected a folder with "
-            f"{BUNDLE_FILE}. Give the folder of a bundle, or make one with `qaflora bundle create`."
-        )
-    path = safe_join(folder, BUNDLE_FILE, link_roots(folder))
-    if not path.is_file():
-        raise BundleError(
-            f"Cannot open the bundle {folder}: there is no file {BUNDLE_FILE} in it. "
-            "Give the folder of a bundle, or make one with `qaflora bundle create`."
-        )
-    failure = f"Cannot open the bundle {folder}: reading {BUNDLE_FILE} failed"
-    with os_errors(BundleError, failure, "Check that you may read it."), open_input(path) as file:
-        data = file.read(MAX_BUNDLE_BYTES + 1)
-    return parse_bundle(data, str(path))
 
 
 def known_of(text: BundleText) -> Known:
@@ -181,24 +143,6 @@ def _manual(fusion: Mapping[str, Any]) -> str | None:
     return "manual:" + ",".join(f"{adapter}={weight}" for adapter, weight in weights.items())
 
 
-def link_roots(folder: Path) -> tuple[Path, ...]:
-    """Name the folders that links in a folder may lead to, besides itself.
-
-    None, unless it is a snapshot in the Hub's cache: its files are links into that cache.
-    """
-    snapshot = folder.absolute()
-    if snapshot.parent.name != "snapshots":
-        return ()
-    from qaflora_edge.hub.local import hub_cache_dir, is_commit
-
-    repo_dir, cache = snapshot.parents[1], hub_cache_dir()
-    with contextlib.suppress(OSError):
-        is_in_cache = is_commit(snapshot.name) and repo_dir.parent.samefile(cache)
-        if is_in_cache and repo_dir.name.startswith("models--"):
-            return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
-    return ()
-
-
 def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
     """Find the base where bundle.json says, else where `qaflora pull` puts it, else None."""
     if base.file:
@@ -229,19 +173,24 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
     the recorded one, AdapterMismatchError for an adapter of another base.
     """
     text = read_bundle_text(folder)
-    known = known_of(text)
+    paths = adapter_paths(folder, text)
     base_path = recorded_base(folder, text.base)
     if base_path is None:
         raise BundleError(
             f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
             f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(folder, text.base)}."
         )
+    base_file: FileRecord = (base_path, "The base", text.base, "Fetch the base again.")
+    adapter_files: list[FileRecord] = [
+        (paths[record.name], f"The adapter {record.name}", record, "Copy the bundle again.")
+        for record in text.adapters
+    ]
     states: dict[Path, FileState] = {}
+    for path, what, record, advice in (base_file, *adapter_files):
 
-    def check(path: Path, what: str, record: BaseRecord | AdapterRecord, advice: str) -> None:
-        def tell(done: int) -> None:
+        def tell(done: int, what: str = what, total: int | None = record.size_bytes) -> None:
             if progress is not None:
-                progress(what, done, record.size_bytes or done)
+                progress(what, done, total or done)
 
         states[path] = check_file(
             path,
@@ -253,23 +202,13 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
             always_hash=always_hash,
             progress=tell,
         )
-
-    roots = link_roots(folder)
-    paths = {adapter.name: _adapter_path(folder, adapter, roots) for adapter in text.adapters}
-    check(base_path, "The base", text.base, "Fetch the base again.")
-    header = read_gguf_header(base_path)
-    _check_base_shape(text, header)
-    infos: dict[str, AdapterInfo] = {}
-    for adapter in text.adapters:
-        path = paths[adapter.name]
-        check(path, f"The adapter {adapter.name}", adapter, "Copy the bundle again.")
-        infos[adapter.name] = read_adapter(path, header)
-        _check_adapter_record(text.where, adapter, infos[adapter.name])
+    header, infos = read_with_adapters(base_path, paths)
+    _check_records(text, header, infos)
     return Bundle(
         folder=folder,
         header=header,
         adapters=infos,
-        known=known,
+        known=known_of(text),
         system=text.system,
         text=text,
         states=states,
@@ -290,37 +229,23 @@ def how_to_get_base(folder: Path, base: BaseRecord) -> str:
     return f"{looked}{moved}{f', else {pull}' if pull else ''}"
 
 
-def _adapter_path(folder: Path, adapter: AdapterRecord, roots: tuple[Path, ...]) -> Path:
-    path = safe_join(folder, adapter.file, roots)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise BundleError(
-            f"Cannot open the bundle {folder}: the file of adapter {adapter.name}, {path}, "
-            f"{found}; expected the file that {BUNDLE_FILE} names. Copy the bundle again."
-        )
-    return path
+def _check_records(text: BundleText, header: GgufHeader, infos: Mapping[str, AdapterInfo]) -> None:
+    """Compare what bundle.json says with the headers of the files. Raises BundleError."""
 
-
-def _check_base_shape(text: BundleText, header: GgufHeader) -> None:
-    for key in ("architecture", "n_layer", "n_embd", "n_vocab"):
-        found, expected = getattr(text.base, key), getattr(header, key)
-        if found != expected:
-            raise BundleError(
-                f"Cannot use {text.where}: field base.{key} is {found}, expected {expected} as in "
-                f"the base {header.path}. {AGAIN}"
-            )
-
-
-def _check_adapter_record(where: str, adapter: AdapterRecord, info: AdapterInfo) -> None:
-    targets, expected_targets = sorted({*adapter.targets}), sorted({*info.targets})
-    is_alpha = math.isclose(adapter.alpha, info.alpha, rel_tol=1e-6)
-    for key, found, expected, is_same in (
-        ("rank", adapter.rank, info.rank, adapter.rank == info.rank),
-        ("alpha", adapter.alpha, info.alpha, is_alpha),
-        ("targets", targets, expected_targets, targets == expected_targets),
-    ):
+    def check(key: str, found: object, expected: object, of: object, *, is_same: bool) -> None:
         if not is_same:
             raise BundleError(
-                f"Cannot use {where}: field {key} of adapter {adapter.name} is {found}, expected "
-                f"{expected} as in {info.path}. {AGAIN}"
+                f"Cannot use {text.where}: field {key} is {found}, expected {expected} as in {of}. "
+                "Create the bundle again with `qaflora bundle create`."
             )
+
+    for key in ("architecture", "n_layer", "n_embd", "n_vocab"):
+        found, expected = getattr(text.base, key), getattr(header, key)
+        check(f"base.{key}", found, expected, f"the base {header.path}", is_same=found == expected)
+    for record in text.adapters:
+        info, of = infos[record.name], f"of adapter {record.name}"
+        is_alpha = math.isclose(record.alpha, info.alpha, rel_tol=1e-6)
+        targets, expected = sorted({*record.targets}), sorted({*info.targets})
+        check(f"rank {of}", record.rank, info.rank, info.path, is_same=record.rank == info.rank)
+        check(f"alpha {of}", record.alpha, info.alpha, info.path, is_same=is_alpha)
+        check(f"targets {of}", targets, expected, info.path, is_same=targets == expected)

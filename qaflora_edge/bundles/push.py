@@ -11,11 +11,17 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qaflora_edge.bundles.card import bundle_card, gguf_card, peft_card
-from qaflora_edge.bundles.open import link_roots, verify_bundle
+from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
 from qaflora_edge.files import AnyPath, safe_join, unsafe_reason
 from qaflora_edge.formats.adapter import read_adapter_gguf
-from qaflora_edge.formats.bundle import BUNDLE_FILE, BundleText, packed_files, parse_bundle
+from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
+    BundleText,
+    link_roots,
+    packed_files,
+    parse_bundle,
+)
 from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref, parse_repo
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors, list_files

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import read_adapter, read_bundle_text, recorded_base
+from qaflora_edge.bundles.open import recorded_base
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.errors import (
     BundleError,
@@ -28,13 +28,14 @@ from qaflora_edge.files import (
     what_is_at,
 )
 from qaflora_edge.formats import registry
-from qaflora_edge.formats.adapter import AdapterInfo, check_adapter, read_adapter_gguf
+from qaflora_edge.formats.adapter import AdapterInfo, check_adapter, read_adapter, read_adapter_gguf
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     MAX_ADAPTERS,
     NAME_PATTERN,
     NAME_RULE,
     BaseRecord,
+    read_bundle_text,
 )
 from qaflora_edge.formats.checksums import check_file, hash_file
 from qaflora_edge.formats.gguf import GgufHeader

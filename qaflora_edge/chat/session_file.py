@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.chat.conversation import Conversation, Turn
 from qaflora_edge.errors import OutputFileError, SessionFileError
 from qaflora_edge.files import atomic_path, read_input, readable
+from qaflora_edge.formats.bundle import is_base, read_bundle_text
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_object, shown
 

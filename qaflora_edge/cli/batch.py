@@ -14,7 +14,6 @@ from typing import Any, BinaryIO, NoReturn
 import click
 from click.core import ParameterSource
 
-from qaflora_edge.bundles.open import is_base, read_bundle_text
 from qaflora_edge.cli.answers import Answers, answer_dict
 from qaflora_edge.cli.options import (
     SharedOptions,
@@ -27,7 +26,7 @@ from qaflora_edge.cli.prompts import UNKNOWN_MAX, open_prompts, unknown_note
 from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
 from qaflora_edge.files import one_line
-from qaflora_edge.formats.bundle import BUNDLE_FILE
+from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.show.text import mean_weights

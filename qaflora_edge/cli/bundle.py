@@ -329,7 +329,8 @@ def show(folder: str, as_json: bool) -> None:
 
     The files need not be there: nothing is hashed or loaded.
     """
-    from qaflora_edge.bundles.open import read_bundle_text, recorded_base
+    from qaflora_edge.bundles.open import recorded_base
+    from qaflora_edge.formats.bundle import read_bundle_text
 
     path = bundle_folder(folder)
     if not as_json:
@@ -343,7 +344,8 @@ def show(folder: str, as_json: bool) -> None:
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
     from qaflora_edge.bundles.measure import unmeasured
-    from qaflora_edge.bundles.open import how_to_get_base, known_of, read_bundle_text, recorded_base
+    from qaflora_edge.bundles.open import how_to_get_base, known_of, recorded_base
+    from qaflora_edge.formats.bundle import read_bundle_text
 
     text = read_bundle_text(folder)
     base, known, names = text.base, known_of(text), [adapter.name for adapter in text.adapters]
@@ -400,7 +402,8 @@ def _engine() -> type[Engine]:
 
 
 def _strategy(folder: Path) -> str:
-    from qaflora_edge.bundles.open import known_of, read_bundle_text
+    from qaflora_edge.bundles.open import known_of
+    from qaflora_edge.formats.bundle import read_bundle_text
 
     return known_of(read_bundle_text(folder)).strategy
 

@@ -107,7 +107,7 @@ def weights(
 
 def subject(bundle: str) -> str:
     """The names of a bundle and its base, which stand above a picture."""
-    from qaflora_edge.bundles.open import is_base, read_bundle_text
+    from qaflora_edge.formats.bundle import is_base, read_bundle_text
 
     folder = bundle_folder(bundle)
     if is_base(folder):

@@ -6,7 +6,7 @@ without a word; so everything is checked here before a library sees the file.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,27 @@ def is_experts(base_name: str) -> bool:
     return _EXPERTS.fullmatch(base_name) is not None
 
 
+def read_with_adapters(
+    base_path: Path, paths: Mapping[str, Path]
+) -> tuple[GgufHeader, dict[str, AdapterInfo]]:
+    """Read the header of a base, and adapters that are checked against it.
+
+    paths  name -> adapter GGUF
+
+    Raises as read_gguf_header and read_adapter do.
+    """
+    header = read_gguf_header(base_path)
+    return header, {name: read_adapter(path, header) for name, path in paths.items()}
+
+
+def read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
+    """Read an adapter GGUF and check it against its base, values included."""
+    info = read_adapter_gguf(path)
+    check_adapter(info, header)
+    check_values(info)
+    return info
+
+
 def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
     """Read an adapter GGUF and check that it is whole in itself.
 
@@ -118,7 +139,9 @@ def check_values(info: AdapterInfo) -> None:
     Raises GgufFileError naming the tensor.
     """
     for tensor in info.tensors.values():
-        n_bad = sum(_count_bad(info.path, tensor, rows) for rows in _parts(tensor))
+        n_row = max(1, PART_VALUES // tensor.shape[-1])  # so many stay in a core's cache
+        rows_of_parts = parts(math.prod(tensor.shape[:-1]), n_row)
+        n_bad = sum(_count_bad(info.path, tensor, rows) for rows in rows_of_parts)
         if n_bad:
             n_value = math.prod(tensor.shape)
             raise GgufFileError(
@@ -126,11 +149,6 @@ def check_values(info: AdapterInfo) -> None:
                 f"{tensor.name} are NaN or infinite; expected finite numbers. The training "
                 "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
             )
-
-
-def _parts(tensor: TensorInfo) -> Iterator[range]:
-    """Neighbouring rows, so many that they stay in a core's cache."""
-    return parts(math.prod(tensor.shape[:-1]), max(1, PART_VALUES // tensor.shape[-1]))
 
 
 def _count_bad(path: Path, tensor: TensorInfo, rows: range) -> int:

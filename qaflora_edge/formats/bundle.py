@@ -1,16 +1,19 @@
-"""bundle.json: parsed and checked; no other file is touched.
+"""bundle.json: read, parsed and checked; and the files that it names, kept inside its folder.
 
 Format "qaflora-bundle/1". The text may come from anywhere. `data/bundle.schema.json` lists the
 fields; rules between fields stand here. Unknown keys are kept in `raw`.
 """
 
+import contextlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
-from qaflora_edge.errors import BundleError
-from qaflora_edge.files import unsafe_reason
+from qaflora_edge.errors import BundleError, os_errors
+from qaflora_edge.files import open_input, safe_join, unsafe_reason, what_is_at
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,
@@ -95,6 +98,62 @@ class BundleText:
         counts = [(task["name"], task["n_item"]) for task in found["tasks"]]
         tasks = ", ".join(f"{name} ({n} item{'s' * (n != 1)})" for name, n in counts)
         return f"by qaflora eval on {found.get('date', 'an unknown day')}: {tasks}"
+
+
+def is_base(place: Path) -> bool:
+    """Tell a base alone, which is one GGUF file, from a bundle."""
+    return place.suffix.lower() == ".gguf" and os.path.isfile(place)
+
+
+def read_bundle_text(folder: Path) -> BundleText:
+    """Read bundle.json alone; no other file need be there. Raises BundleError."""
+    if not os.path.isdir(folder):
+        raise BundleError(
+            f"Cannot open the bundle {folder}: it {what_is_at(folder)}, expected a folder with "
+            f"{BUNDLE_FILE}. Give the folder of a bundle, or make one with `qaflora bundle create`."
+        )
+    path = safe_join(folder, BUNDLE_FILE, link_roots(folder))
+    if not path.is_file():
+        raise BundleError(
+            f"Cannot open the bundle {folder}: there is no file {BUNDLE_FILE} in it. "
+            "Give the folder of a bundle, or make one with `qaflora bundle create`."
+        )
+    failure = f"Cannot open the bundle {folder}: reading {BUNDLE_FILE} failed"
+    with os_errors(BundleError, failure, "Check that you may read it."), open_input(path) as file:
+        data = file.read(MAX_BUNDLE_BYTES + 1)
+    return parse_bundle(data, str(path))
+
+
+def link_roots(folder: Path) -> tuple[Path, ...]:
+    """Name the folders that links in a folder may lead to, besides itself.
+
+    None, unless it is a snapshot in the Hub's cache: its files are links into that cache.
+    """
+    snapshot = folder.absolute()
+    if snapshot.parent.name != "snapshots":
+        return ()
+    from huggingface_hub import constants
+
+    repo_dir, cache = snapshot.parents[1], Path(constants.HF_HUB_CACHE)
+    with contextlib.suppress(OSError):
+        is_in_cache = repo_dir.parent.samefile(cache)
+        if is_in_cache and repo_dir.name.startswith("models--"):
+            return repo_dir / "blobs", cache / "blobs"  # the second is shared by repositories
+    return ()
+
+
+def adapter_paths(folder: Path, text: BundleText) -> dict[str, Path]:
+    """Give adapter -> its file, which lies in the bundle's folder. Raises BundleError."""
+    roots = link_roots(folder)
+    paths = {adapter.name: safe_join(folder, adapter.file, roots) for adapter in text.adapters}
+    for name, path in paths.items():
+        if not path.is_file():
+            found = "is a folder" if path.is_dir() else "does not exist"
+            raise BundleError(
+                f"Cannot open the bundle {folder}: the file of adapter {name}, {path}, {found}; "
+                f"expected the file that {BUNDLE_FILE} names. Copy the bundle again."
+            )
+    return paths
 
 
 def parse_bundle(data: bytes, where: str) -> BundleText:

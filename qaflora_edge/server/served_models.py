@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import is_base, known_of, read_bundle_text
+from qaflora_edge.bundles.open import known_of
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerError
-from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE
+from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.refusals import Refusal, unavailable
