@@ -1,6 +1,5 @@
 """The strategy `centroid`: sample texts of each adapter, and weights by how near a query lies."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -117,25 +116,13 @@ def test_the_bundle_keeps_no_text(folder: Path) -> None:
     centroid = load_bundle(folder).known.centroids["es"]
     assert (centroid.dtype, centroid.shape) == (np.float32, (64,))
     assert "samples    of math, es" in describe(folder)
-    set_samples(folder, "es", ["another"], Engine)
-    assert fusion(folder)["samples"]["es"]["n_text"] == 1
-    assert list(fusion(folder)["samples"]) == ["math", "es"]
-
-
-def test_the_command_reads_lines_and_json_lines(folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
-    file.write_text("the rain\n\nan hour\non time\n", encoding="utf-8")
-    before = fusion(folder)["samples"]["es"]
+    file = folder.with_name("a.jsonl")
+    file.write_text('{"prompt": "two\\nlines"}\n{"prompt": "b"}\n', encoding="utf-8")
     result = qaflora("bundle", "samples", folder, "es", file)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == f"Embedded 3 sample texts of es in {folder}.\n"
-    assert fusion(folder)["samples"]["es"] == before
-    lines = tmp_path / "a.jsonl"
-    lines.write_text('{"prompt": "two\\nlines"}\n', encoding="utf-8")
-    assert qaflora("bundle", "samples", folder, "es", lines).exit_code == 0
-    assert fusion(folder)["samples"]["es"]["n_text"] == 1
-    result = qaflora("weights", folder, QUERY, "--strategy", "centroid", "--json")
-    assert json.loads(result.stdout)["strategy"] == "centroid"
+    assert result.stderr == f"Embedded 2 sample texts of es in {folder}.\n"
+    assert fusion(folder)["samples"]["es"]["n_text"] == 2
+    assert list(fusion(folder)["samples"]) == ["math", "es"]
 
 
 def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_prompt_that_is_no_unicode_text_is_refused(engine: Engine) -> None:
 
 
 def test_weights_beyond_float32_are_refused(engine: Engine) -> None:
-    with pytest.raises(WeightsError, match="the weight of 'es' is 1e300, expected a finite"):
+    with pytest.raises(WeightsError, match="the weight of 'es' is '1e300', expected a finite"):
         engine.weights(PROMPT, strategy="manual:es=1e300")
 
 

@@ -1,6 +1,7 @@
 """What prompts begin with is read once, and nothing else comes out because of that."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_what_is_kept_is_bounded_and_what_was_used_last_stays(
         assert two.n_byte <= 2 * n_byte
 
 
-def test_a_state_read_under_other_weights_is_refused(loaded: tuple[Model, Pack]) -> None:
+def test_a_state_of_other_weights_or_cut_short_is_refused(loaded: tuple[Model, Pack]) -> None:
     model, pack = loaded
     weights = np.ones((3, model.n_layer), np.float32)
     with ProbeContext(model, pack, n_seq=2, n_ctx=64, threads=1) as context:
@@ -167,6 +168,9 @@ def test_a_state_read_under_other_weights_is_refused(loaded: tuple[Model, Pack])
         )
         assert context.tokens == []
         context.set_weights(weights, seq=1)
+        with pytest.raises(BackendError, match="A KV state cannot be taken over: 0 of"):
+            context.load_kv_state(replace(held, sequences=[held.sequences[0][:-100]] * 2))
+        assert context.tokens == []
         context.load_kv_state(held)
         assert context.tokens == [1, 2, 3]
 

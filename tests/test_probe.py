@@ -15,9 +15,7 @@ from tiny import STEMS, TinyAdapter, TinyBase, write_pairs, write_tiny_adapter, 
 from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError, StrategyError
-from qaflora_edge.weighing import numbers as fusion
 from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
@@ -149,32 +147,6 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
         assert np.array_equal(moved, stayed)
 
 
-def test_what_another_context_held_is_checked(base: TinyBase, adapters: list[TinyAdapter]) -> None:
-    model = Model(base.path)
-    pack = Pack(model, [adapter.path for adapter in adapters])
-    with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
-        context.decode(TOKENS[:20])
-        held = context.kv_state()
-        damaged = replace(held, sequences=[held.sequences[0][:-100]])
-        with pytest.raises(BackendError, match="A KV state cannot be taken over: 0 of"):
-            context.load_kv_state(damaged)
-        assert context.tokens == []
-        context.load_kv_state(held)
-        assert context.tokens == TOKENS[:20]
-
-
-def test_another_query_is_read_from_its_beginning(
-    base: TinyBase, adapters: list[TinyAdapter]
-) -> None:
-    """Even one that shares its beginning: its weights are the same bits whatever came before."""
-    query = [*TOKENS[:20], 7, 8, 9]
-    fresh = prober(base, adapters).divergence(query, "kl", "norm", "last")
-    second = prober(base, adapters)
-    for tokens in (TOKENS[:30], TOKENS[1:6], [*query, 5]):
-        second.divergence(tokens, "kl", "norm", "last")
-        assert np.array_equal(second.divergence(query, "kl", "norm", "last"), fresh)
-
-
 def attn_norm_input(base: TinyBase, adapters: Sequence[TinyAdapter], layer: int) -> F32:
     """What the query projection reads: the norm of the state that the block before left."""
     states = prober(base, adapters).states(TOKENS)[0, layer - 1].astype(np.float64)
@@ -195,12 +167,6 @@ def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
     without = write_tiny_adapter(tmp_path / "c.gguf", base, targets=("ffn_up",))
     with pytest.raises(StrategyError, match=r"no block's is adapted by all of them \(.*c\.gguf\)"):
         prober(base, [both[0], without]).norms(TOKENS)
-
-
-def test_top_scores() -> None:
-    assert fusion.normalise_top([3.0, 1.0, 4.0], None).tolist() == [0.375, 0.125, 0.5]
-    np.testing.assert_allclose(fusion.normalise_top([3.0, 1.0, 4.0], 2), [3 / 7, 0, 4 / 7])
-    assert fusion.normalise_top([0.0, 0.0], 1).tolist() == [0.5, 0.5]
 
 
 # the fused sequence

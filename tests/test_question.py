@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoded import count_decoded
 from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
@@ -127,25 +126,6 @@ def test_states_of_both_places_are_those_of_single_tokens(
         # Of gemma3, whose states grow, the order of sums in float32 alone moves some by 4e-4.
         atol = 1e-3 if base.arch == "gemma3" else 1e-5
         np.testing.assert_allclose(probed(engine, tokens, span), expected, rtol=1e-4, atol=atol)
-
-
-def test_a_question_is_read_in_one_pass(
-    base: TinyBase, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with opened(base, adapters) as engine:
-        tokens = engine.chat_tokens(asked(QUESTION))
-        counts = count_decoded(monkeypatch)
-        first = engine.weights(tokens, strategy="cosine:pool=question")
-        assert sum(counts) == 3 * len(tokens)
-        engine.weights(tokens, strategy="qa-flora:pool=question")  # of the same states
-        assert sum(counts) == 3 * len(tokens)
-        plain = engine.weights(tokens, strategy="cosine")
-        other = engine.weights(tokens, strategy="cosine:pool=question")
-        np.testing.assert_array_equal(other.weights, first.weights)
-    with opened(base, adapters) as engine:  # what was read for one does not change the other
-        np.testing.assert_array_equal(
-            engine.weights(tokens, strategy="cosine").weights, plain.weights
-        )
 
 
 def test_pool_question_weighs_by_the_questions_mean(

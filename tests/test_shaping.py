@@ -52,14 +52,6 @@ def test_power_sharpens_each_layer_for_itself() -> None:
     np.testing.assert_allclose(shaped(tiny, {"power": 16.0}, "")[0, 0], 1 / (1 + 2**16), rtol=1e-5)
 
 
-def test_top_keeps_the_heaviest_of_all_layers_and_shares_what_they_leave() -> None:
-    kept = shaped(SHARES, {"top": 1}, "")
-    np.testing.assert_array_equal(kept, [[0, 0, 0], [0, 0, 0], [1, 1, 1]])
-    two = shaped(SHARES, {"top": 2}, "")
-    np.testing.assert_allclose(two[:, 0], [0, 0.6, 0.4], rtol=1e-6)
-    np.testing.assert_array_equal(shaped(SHARES, {"top": 9}, ""), shaped(SHARES, {"power": 1}, ""))
-
-
 def test_total_is_a_sum_or_the_length_of_a_layers_weights() -> None:
     np.testing.assert_allclose(shaped(SHARES, {"total": 1.5}, ""), 1.5 * SHARES, rtol=1e-6)
     first = np.array([5, 3, 2]) / sqrt(25 + 9 + 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from math import exp, log, sqrt
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing.adapter_inputs import AttentionSizes
-from qaflora_edge.weighing.calibration import KEYS, measure_typical
+from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 
 NAMES = ("math", "es", "med")
@@ -168,22 +168,6 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
             create_bundle(tmp_path / "b", base, {"mlp": mlp.path}, engine=Engine, **options)
         assert str(caught.value).startswith(message)
         assert not (tmp_path / "b").exists()
-
-
-def test_what_is_typical_is_a_mean_and_a_spread_of_logarithms() -> None:
-    found = [[[0.1, 0.2], [0.01, 0.01]], [[0.3, 0.1], [0.01, 0.01]]]  # [n_prompt][n_adapter]
-
-    def measure(prompt: str) -> dict[str, Any]:
-        distance = np.array(found[int(prompt)])
-        return {"added_last": distance, "norm": distance}
-
-    typical = measure_typical(measure, ["0", "1"], ("math", "es"))
-    means = [(log(0.1) + log(0.2)) / 2, (log(0.3) + log(0.1)) / 2]
-    mean = sum(means) / 2
-    assert typical["math"]["added_last"]["mean"] == pytest.approx(mean)
-    assert typical["math"]["added_last"]["spread"] == pytest.approx(abs(means[0] - means[1]) / 2)
-    assert typical["es"]["added_last"] == {"mean": pytest.approx(log(0.01)), "spread": 0.01}
-    assert typical["math"]["norm"] == pytest.approx([sqrt(0.1 * 0.3), sqrt(0.2 * 0.1)])
 
 
 def deltas(adapter: Path, n_layer: int) -> dict[int, list[Any]]:

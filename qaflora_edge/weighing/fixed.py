@@ -1,7 +1,6 @@
 """Strategies that do not look at the query: static, single, manual, base."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import StrategyError, WeightsError
@@ -11,26 +10,23 @@ _LARGEST = 3.4028234663852886e38  # of float32
 
 
 class _Fixed(Strategy):
+    """Weighs by adapter -> weight, which parse() gives; others weigh 0."""
+
     is_probed = False
 
-    def weigh(self, query: Query, probe: Probe, argument: Any) -> F32:
+    def weigh(self, query: Query, probe: Probe, argument: Mapping[str, float]) -> F32:
         import numpy as np
 
-        of_adapter = self.weights(query, argument)
-        column = np.array([of_adapter.get(name, 0.0) for name in query.adapters], np.float32)
+        column = np.array([argument.get(name, 0.0) for name in query.adapters], np.float32)
         return np.repeat(column[:, None], query.n_layer, axis=1)
-
-    def weights(self, query: Query, argument: Any) -> dict[str, float]:
-        """Give adapter -> weight, the same at every layer; adapters not named weigh 0."""
-        raise NotImplementedError
 
 
 class Static(_Fixed):
     name = "static"
     help = "all alike"
 
-    def weights(self, query: Query, argument: Any) -> dict[str, float]:
-        return {name: 1.0 / len(query.adapters) for name in query.adapters}
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
+        return {name: 1.0 / len(adapters) for name in adapters}
 
 
 class Single(_Fixed):
@@ -38,11 +34,8 @@ class Single(_Fixed):
     help = "one adapter alone"
     argument, needs_argument = "NAME", True
 
-    def parse(self, argument: str, adapters: Sequence[str], text: str) -> str:
-        return _known(argument, adapters, text)
-
-    def weights(self, query: Query, argument: Any) -> dict[str, float]:
-        return {argument: 1.0}
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
+        return {_known(argument, adapters, text): 1.0}
 
 
 class Manual(_Fixed):
@@ -60,26 +53,20 @@ class Manual(_Fixed):
             try:
                 weights[name] = float(number)
             except ValueError:
-                raise WeightsError(
-                    f"Strategy {text!r}: the weight of {name!r} is {number!r}, expected a number "
-                    "as in manual:math=0.7,es=0.3."
-                ) from None
+                weights[name] = float("nan")
             if not abs(weights[name]) <= _LARGEST:
                 raise WeightsError(
-                    f"Strategy {text!r}: the weight of {name!r} is {number}, expected a finite "
-                    "number."
+                    f"Strategy {text!r}: the weight of {name!r} is {number!r}, expected a finite "
+                    "number as in manual:math=0.7,es=0.3."
                 )
         return weights
-
-    def weights(self, query: Query, argument: Any) -> dict[str, float]:
-        return dict(argument)
 
 
 class Base(_Fixed):
     name = "base"
     help = "the base without any adapter"
 
-    def weights(self, query: Query, argument: Any) -> dict[str, float]:
+    def parse(self, argument: str, adapters: Sequence[str], text: str) -> dict[str, float]:
         return {}
 
 
