@@ -96,7 +96,7 @@ def test_differences_are_of_the_items_that_both_have_a_score_for() -> None:
     assert rows(failed)[-1][:4] == ("norm", "-", "-", "-")
 
 
-def test_the_best_single_adapter_was_asked_more_than_a_few() -> None:
+def test_single_adapters_are_compared_by_the_items_that_all_have() -> None:
     scores = {"single:es": [1.0], "single:math": [1.0, 1.0, 0.0, 0.0]}
     assert one_cell(scored("t", scores)).best_single() == "single:math"
     scores = {"single:es": [1.0, 1.0, 1.0], "single:math": [1.0, 1.0, 0.0, 0.0]}

@@ -96,7 +96,7 @@ def test_a_file_without_a_whole_header_is_begun(tmp_path: Path, start: bytes) ->
             'its adapters.es.sha256 is "2222222222222222',
         ),
         ({"options": {"lens": "raw", "n_ctx": 2048}}, 'options.lens is "norm", now it is "raw"'),
-        ({"tasks": []}, "its tasks are sums, now they are none"),
+        ({"tasks": []}, 'its tasks is "sums", now it is "none"'),
         (
             {"measured": {"typical": "a", "samples": "c"}},
             'its measured.samples is "b", now it is "c"',
@@ -143,9 +143,9 @@ def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
 
 
 WRONG = [
-    (b"", "line 1: it is empty, cut or of another kind, expected a header"),
-    (b"my notes", "line 1: it is empty, cut or of"),
-    (b"my notes\n", "line 1: it is empty, cut or of another kind"),
+    (b"", "line 1: it is empty or cut, expected a header"),
+    (b"my notes", "line 1: it is no results file, expected one"),
+    (WHOLE[:-9], "line 1: it is empty or cut"),
     (b'{"eval": \n', "line 1: it is no JSON object (Expecting value"),
     (WHOLE + b'{"score": 1e999}\n', "line 2: it is no JSON object (the number 1e999 is too large"),
 ]

@@ -22,9 +22,22 @@ Fields = Mapping[str, Any]
 Fault = tuple[str, str] | None
 
 
-def check_answer(fields: Fields) -> Fault:
+def listed(answer: Any) -> list[Any]:
+    """Give the answers of an item as a list; one of them is enough."""
+    return answer if isinstance(answer, list) else [answer]
+
+
+def check_answer(
+    fields: Fields,
+    what: str = "a text or number",
+    is_right: Callable[[Any], bool] = lambda each: bool(str(each).strip()),
+) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
-    return _fault(fields, "a text or number", lambda each: bool(str(each).strip()))
+    several = listed(fields.get("answer"))
+    kinds = all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in several)
+    if several and kinds and all(map(is_right, several)):
+        return None
+    return "answer", f"{what}, or a list of them"
 
 
 @dataclass(frozen=True)
@@ -96,11 +109,6 @@ def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], flo
     )
 
 
-def listed(answer: Any) -> list[Any]:
-    """Give the answers of an item as a list; one of them is enough."""
-    return answer if isinstance(answer, list) else [answer]
-
-
 def _ends_with_number(answer: str, expected: Any) -> bool:
     return as_number(expected) in last_number(answer)
 
@@ -140,16 +148,8 @@ def loss(log_probs: Sequence[F32], fields: Fields) -> float:
     return -float(log_probs[0].mean(dtype=np.float64))
 
 
-def _fault(fields: Fields, what: str, is_right: Callable[[Any], bool]) -> Fault:
-    several = listed(fields.get("answer"))
-    kinds = all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in several)
-    if several and kinds and all(map(is_right, several)):
-        return None
-    return "answer", f"{what}, or a list of them"
-
-
 def _check_number(fields: Fields) -> Fault:
-    return _fault(fields, "a number", lambda each: as_number(each) is not None)
+    return check_answer(fields, "a number", lambda each: as_number(each) is not None)
 
 
 def _check_choice(fields: Fields) -> Fault:

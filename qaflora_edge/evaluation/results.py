@@ -56,16 +56,16 @@ class Results:
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results file, or one packed by gzip as FILE.gz.
+    """Read a results file, or one packed by gzip as FILE.gz; a last line that was cut is left out.
 
     Raises ResultsFileError naming the line, what was found and what was expected.
     """
     with os_errors(ResultsFileError, f"Cannot read {path}", ADVICE), open_input(path) as file:
         data = gzip.decompress(file.read()) if str(path).endswith(".gz") else file.read()
-    lines = _whole_lines(data)
-    if not lines or not data.startswith(BEGIN):
-        raise _wrong(path, 1, "it is empty, cut or of another kind", "a header and results")
-    return _results(path, lines)
+    found, _ = _parsed(path, data)
+    if not found.header:
+        raise _wrong(path, 1, "it is empty or cut", "a header and results")
+    return found
 
 
 class ResultsFile:
@@ -116,71 +116,63 @@ class ResultsFile:
     def _resume(self, file: LineFile) -> None:
         try:
             with open_input(file.path) as begun:
-                data = begun.read()
+                found, n_byte = _parsed(file.path, begun.read())
         except FileNotFoundError:
             return
         except OSError as error:
             raise file.refused(error.strerror or str(error), "See to it") from error
-        lines = _whole_lines(data)
-        if not data.startswith(BEGIN[: len(data)]):
-            raise _wrong(file.path, 1, "it is no results file", "one, or no file")
-        if not lines:  # killed while the first line was written
+        if not found.header:  # empty, or killed while its first line was written
             return
-        found = _results(file.path, lines)
-        theirs, ours = _comparable(found.header, self._header)
-        if theirs != ours:
-            what = _difference("", theirs, ours)
+        if what := _difference(found.header, self._header):
             advice = "Give what it was begun with"
             raise file.refused(f"it is of another evaluation: its {what}", advice)
         self._header = dict(found.header)
         for record in found.records:
             self._keep(record)
-        file.n_byte = sum(map(len, lines))
+        file.n_byte = n_byte
 
 
-def _comparable(*headers: Record) -> list[Record]:
-    """Take from two headers what has to be the same, and what both have measured.
+def _difference(theirs: Record, ours: Record) -> str:
+    """Say where two headers differ in what has to be the same; "" where they do not.
 
-    A bundle may get more samples, and older files do not say what was measured.
+    What only one of them measured is no difference: a bundle may get more samples.
     """
-    shared = set.intersection(*({*header.get("measured", {})} for header in headers))
-    return [
-        {key: header[key] for key in IDENTITY}
-        | {"measured": {key: header["measured"][key] for key in sorted(shared)}}
-        for header in headers
-    ]
+    old, new = (
+        dict(_flat({key: each.get(key, {}) for key in (*IDENTITY, "measured")}))
+        for each in (theirs, ours)
+    )
+    for key in old | new:
+        is_new = key.startswith("measured.") and not (key in old and key in new)
+        if old.get(key) != new.get(key) and not is_new:
+            return f"{key} is {shown(old.get(key))}, now it is {shown(new.get(key))}"
+    return ""
 
 
-def _difference(key: str, old: Any, new: Any) -> str:
-    """Say where two headers differ, or two values of them."""
-    if isinstance(old, list) and isinstance(new, list):
-        parts = [{each["name"]: each for each in part} for part in (old, new)]
-        names = [", ".join(part) or "none" for part in parts]
-        if names[0] != names[1]:
-            return f"{key} are {names[0]}, now they are {names[1]}"
-        old, new = parts
-    if isinstance(old, dict) and isinstance(new, dict):
-        name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
-        return _difference(f"{key}.{name}".lstrip("."), old.get(name), new.get(name))
-    return f"{key} is {shown(old)}, now it is {shown(new)}"
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Give each part of a header by its place, as in `adapters.es.sha256`; lists by names too."""
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        value = {each["name"]: each for each in value}
+        yield key, ", ".join(value) or "none"
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, each in value.items():
+        yield from _flat(each, f"{key}.{name}".lstrip("."))
 
 
-def _whole_lines(data: bytes) -> list[bytes]:
-    """Split a file into its lines; a last one that was cut is left out."""
-    return [line + b"\n" for line in data.split(b"\n")[:-1]]
-
-
-def _results(path: str | Path, lines: list[bytes]) -> Results:
-    header, *records = (_parsed(path, number, line) for number, line in enumerate(lines, 1))
-    return Results(header, tuple(records))
-
-
-def _parsed(path: str | Path, number: int, line: bytes) -> Record:
-    try:
-        found = read_unicode_object(line)
-    except ValueError as error:  # errors of JSON and UTF-8 too
-        raise _wrong(path, number, f"it is no JSON object ({error})", "one") from error
-    return found
+def _parsed(path: str | Path, data: bytes) -> tuple[Results, int]:
+    """Read whole lines, and count their bytes; the header is empty where there is none."""
+    if not data.startswith(BEGIN[: len(data)]):
+        raise _wrong(path, 1, "it is no results file", "one")
+    lines = data.split(b"\n")[:-1]
+    found: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(read_unicode_object(line))
+        except ValueError as error:  # errors of JSON and UTF-8 too
+            raise _wrong(path, number, f"it is no JSON object ({error})", "one") from error
+    header, *records = found or [{}]
+    return Results(header, tuple(records)), sum(len(line) + 1 for line in lines)
 
 
 def _wrong(path: str | Path, number: int, found: str, expected: str) -> ResultsFileError:

@@ -43,16 +43,13 @@ class Asking:
 
     def facts(self, task: Task) -> dict[str, Any]:
         """Describe a task for the results file."""
-        keys = ("name", "metric", "sha256", "language", "domain", "system", "template")
-        facts = {key: getattr(task, key) for key in keys}
-        facts |= {
+        keys = ["name", "metric", "sha256", "language", "domain", "system", "template"]
+        keys += ["choice_template", "score_by"] if task.metric == "choice" else []
+        return {key: getattr(task, key) for key in keys} | {
             "n_item": len(task.items),
             "max_tokens": self.max_tokens(task),
             "raw_prompt": self.raw_prompt or task.raw_prompt,
         }
-        if task.metric == "choice":
-            facts |= {"choice_template": task.choice_template, "score_by": task.score_by}
-        return facts
 
 
 def header(
@@ -101,16 +98,17 @@ def header(
 
 @dataclass(frozen=True)
 class _Weighed:
-    """An item that is asked under the same weights by one strategy or several."""
+    """An item that is asked under the same weights by one strategy or several.
+
+    fusions    by strategy
+    before_ms  by strategy: probe time of the strategies before it
+    """
 
     item: Item
     tokens: tuple[int, ...]
-    fusions: Mapping[str, FusionWeights]  # by strategy
-    before_ms: Mapping[str, float]  # by strategy: probe time of the strategies before it
-
-    @property
-    def fusion(self) -> FusionWeights:
-        return next(iter(self.fusions.values()))
+    fusion: FusionWeights
+    fusions: Mapping[str, FusionWeights]
+    before_ms: Mapping[str, float]
 
 
 class Evaluation:
@@ -186,7 +184,7 @@ class Evaluation:
             for strategy, fusion in fusions.items():
                 groups.setdefault(fusion.weights.tobytes(), {})[strategy] = fusion
             for group in groups.values():
-                yield _Weighed(item, tokens, group, before_ms)
+                yield _Weighed(item, tokens, next(iter(group.values())), group, before_ms)
 
     def _answer_task(self, task: Task) -> None:
         """Generate answers, many at once."""
@@ -286,9 +284,8 @@ def asked_fields(
     rounded = (round(float(mean), _DIGITS) for mean in means)
     record["weights"] = dict(zip(fusion.adapters, rounded, strict=True))
     record["total"] = round(float(means.sum()), _DIGITS)
-    if asking.has_layers:
-        record["layers"] = np.round(weights, _DIGITS).tolist()
-    return record
+    layers = {"layers": np.round(weights, _DIGITS).tolist()} if asking.has_layers else {}
+    return record | layers
 
 
 def answer_fields(task: Task, item: Item, text: str) -> dict[str, Any]:

@@ -89,11 +89,11 @@ def mean_of_means(tasks: Sequence[F64]) -> Estimate:
     share = ((drawn < middle).mean() + (drawn <= middle).mean()) / 2
     bias = NormalDist().inv_cdf(min(max(share, 1 / N_RESAMPLE), 1 - 1 / N_RESAMPLE))
     acceleration = _acceleration(tasks)
-    ends = []
-    for z in (-Z, Z):
-        moved = bias + (bias + z) / (1 - acceleration * (bias + z))
-        ends.append(float(np.quantile(drawn, NormalDist().cdf(moved))))
-    return Estimate(value, ends[0], ends[1], n_item)
+    low, high = (
+        float(np.quantile(drawn, NormalDist().cdf(bias + at / (1 - acceleration * at))))
+        for at in (bias - Z, bias + Z)
+    )
+    return Estimate(value, low, high, n_item)
 
 
 def _resampled(tasks: Sequence[F64]) -> F64:

@@ -90,20 +90,17 @@ class Cell:
     def best_single(self) -> str | None:
         """Find the single adapter with the best mean, in hindsight: on these items.
 
-        Adapters that were asked less than half of the items are left out. The others are compared
-        by the items that all of them have.
+        Adapters are compared by the items that all of them have, if there are such items.
         """
-        names = [f"{SINGLE}{adapter}" for adapter in self.adapters]
-        scored = {name: rows for name in names if (rows := self.scored(name))}
-        most = max(map(len, scored.values()), default=0)
-        fit = {name: rows for name, rows in scored.items() if 2 * len(rows) >= most}
-        shared = set.intersection(*map(set, fit.values())) if fit else set()
+        scored = {f"{SINGLE}{name}": self.scored(f"{SINGLE}{name}") for name in self.adapters}
+        scored = {name: rows for name, rows in scored.items() if rows}
+        shared = set.intersection(*map(set, scored.values())) if scored else set()
 
         def value(name: str) -> float:
-            items = shared or fit[name]
-            return self.sign * float(np.mean([fit[name][item]["score"] for item in items]))
+            rows = scored[name]
+            return self.sign * float(np.mean([rows[item]["score"] for item in shared or rows]))
 
-        return max(fit, key=value, default=None)
+        return max(scored, key=value, default=None)
 
 
 def cells(results: Results) -> list[Cell]:
