@@ -68,7 +68,7 @@ cuda-build:
 
 cuda-tests: $(DONE)/pytest
 	$(PIP) install --only-binary :all: --find-links dist qaflora-edge-cuda
-	$(BIN)/python -P -c 'import ctypes; from qaflora_edge.backend.native import library_dir; ctypes.CDLL(library_dir() / "libggml-cuda.so")'
+	$(BIN)/python -P -c 'import ctypes; from qaflora_edge.backend.library import library_dir; ctypes.CDLL(library_dir() / "libggml-cuda.so")'
 	$(BIN)/pytest tests/test_backend.py
 
 # CMake asks for names without a version, which the wheel does not have.

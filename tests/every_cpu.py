@@ -24,7 +24,7 @@ ANSWER = Path(__file__).with_name("one_answer.py")
 # Weights are up to 1, logits up to 10. In F32 sums are in another order and exponentials
 # activations rounded to 8 bits, and what falls on the other side of a step is 1/127 of the largest.
 LIMITS = {"weights": 1e-3, "logits": 5e-3, "quantised": 0.3}
-FOLDER = "from qaflora_edge.backend.native import library_dir; print(library_dir())"
+FOLDER = "from qaflora_edge.backend.library import library_dir; print(library_dir())"
 
 CLEAN = {"PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"}  # the installed package, not the checkout
 Case = tuple[str, list[str], dict[str, str]]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 
 PROMPT = "The cat sat on the mat, and the dog in the garden."
 N_STEP = 8

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model, Pack
 
 F32 = NDArray[np.float32]

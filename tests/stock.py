@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tiny import TinyAdapter, TinyBase, begin_adapter, finish, write_tiny_base
 
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model
 
 F32 = NDArray[np.float32]

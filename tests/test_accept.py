@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from raw_context import RawContext, Row, rows_of
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model, Pack
 
 F32 = NDArray[np.float32]

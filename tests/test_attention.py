@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from tiny import write_tiny_base
 
 from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.library import library_dir
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.native import library_dir
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -20,7 +20,7 @@ from tiny import (
     write_tiny_base,
 )
 
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext

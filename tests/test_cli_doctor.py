@@ -9,7 +9,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from qaflora_edge import __version__
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 from qaflora_edge.cli import main
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.backend.context_params import context_params
+from qaflora_edge.backend.context import context_params
 from qaflora_edge.backend.model import Model
 
 

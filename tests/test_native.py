@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny_base
 
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 
 LOAD = """
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library as native
 from qaflora_edge.errors import LibraryError
 try:
     native.load()

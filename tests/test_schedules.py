@@ -19,8 +19,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, Generation, QafloraError
 from qaflora_edge.backend.batch import Batch, Span
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.context_params import context_params
+from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, PromptError
 from qaflora_edge.inference.runner import Runner

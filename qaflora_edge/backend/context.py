@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import hashlib
 import mmap
+import os
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,10 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend import native
 from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_common, n_ubatch, pieces_of
-from qaflora_edge.backend.context_params import context_params
-from qaflora_edge.backend.library import Handle, has_said, said
+from qaflora_edge.backend.library import (
+    CONTEXT_PROBE,
+    Handle,
+    forget_said,
+    has_said,
+    last_error,
+    said,
+)
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import KV_TYPES
@@ -29,6 +35,10 @@ MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
 
 
+_FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
+_MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
+
+
 class Context(Handle):
     """Sequences of one base with one pack; every sequence has its own weights, 0 at first.
 
@@ -37,7 +47,7 @@ class Context(Handle):
     n_together  sequences that read a prompt together: see pieces
     is_unified  one pool of n_ctx tokens for all sequences, instead of a room for each: sequences
                 may share what they hold (see `share`), and all rows fit one micro-batch
-    flags       native.CONTEXT_*, for what states are captured: see ProbeContext
+    flags       library.CONTEXT_*, for what states are captured: see ProbeContext
     stop        when it is set, decode() ends
 
     Positions count from 0. A decode that fails leaves the sequences as they were before it.
@@ -77,7 +87,7 @@ class Context(Handle):
             kv_type=kv_type,
             flash_attn=flash_attn,
             is_unified=is_unified,
-            is_probe=bool(flags & native.CONTEXT_PROBE),
+            is_probe=bool(flags & CONTEXT_PROBE),
         )
         params.n_ubatch = min(n_ubatch(n_together), params.n_batch)
         if n_output is not None:
@@ -87,7 +97,7 @@ class Context(Handle):
         )
         if not self._pointer:
             raise BackendError(
-                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {native.last_error()}."
+                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}."
                 + (f" llama.cpp says: {said()}." if has_said() else "")
             )
         self._set_up(n_seq, n_ctx, params, stop)
@@ -271,7 +281,7 @@ class Context(Handle):
         """
         array = np.ascontiguousarray(weights, dtype=np.float32)
         if not self._functions.set_weights(self._pointer, seq, floats(array), array.size):
-            raise BackendError(f"Weights cannot be set: {native.last_error()}.")
+            raise BackendError(f"Weights cannot be set: {last_error()}.")
         self._weights[seq] = hashlib.sha256(array.tobytes()).digest()
 
     def decode(
@@ -312,9 +322,7 @@ class Context(Handle):
                 self.clear(span.seq)
         if code == _DECODE_ABORTED:
             self._check_cancelled()
-        raise BackendError(
-            f"llama_decode failed with code {code}: {native.last_error() or said()}."
-        )
+        raise BackendError(f"llama_decode failed with code {code}: {last_error() or said()}.")
 
     def _check(self, batch: Batch, spans: Sequence[Span]) -> None:
         """Raise BackendError for what would end the process inside llama.cpp."""
@@ -386,3 +394,61 @@ def as_bytes(array: U8) -> Any:
 def floats(array: F32) -> Any:
     """A float pointer to an array, for a call during which the array lives."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def context_params(
+    model: Model,
+    *,
+    n_token: int,
+    n_seq: int = 1,
+    threads: int | None = None,
+    kv_type: str = "f16",
+    flash_attn: bool | None = None,
+    is_unified: bool = False,
+    is_probe: bool = False,
+) -> Any:
+    """llama_context_params, and the reasons of earlier failures forgotten.
+
+    n_token     that all sequences together can hold, and that one batch can have
+    flash_attn  None: by the rule of _flash_attn_type()
+    """
+    forget_said()
+    params = model._lib.llama_context_default_params()
+    params.n_ctx = params.n_batch = n_token
+    params.n_ubatch = min(params.n_ubatch, n_token)
+    params.n_seq_max = params.n_outputs_max = n_seq
+    params.n_threads = params.n_threads_batch = threads or default_threads()
+    params.type_k = params.type_v = KV_TYPES[kv_type]
+    params.flash_attn_type = _flash_attn_type(
+        model, flash_attn, kv_type, n_token if is_unified else n_token // n_seq, is_probe
+    )
+    params.kv_unified = is_unified
+    params.no_perf = False
+    return params
+
+
+def _flash_attn_type(
+    model: Model, flash_attn: bool | None, kv_type: str, n_ctx: int, is_probe: bool
+) -> int:
+    """llama.h llama_flash_attn_type.
+
+    On the CPU flash attention computes tiles of many rows, which is what reading a prompt takes,
+    and is slow for the single rows of decoding, the more tokens are held the slower. Without it the
+    scores of a piece of a prompt are held at once, and values cannot be quantised. What is scored
+    is computed as answers are.
+    """
+    if flash_attn is not None:
+        return _FLASH_ATTN_ON if flash_attn else _FLASH_ATTN_OFF
+    if not model.is_on_cpu:
+        return _FLASH_ATTN_AUTO  # llama.cpp looks at what the device can
+    scores_bytes = 4 * model.n_head * n_ctx * n_ubatch()
+    is_slow = not is_probe and kv_type in ("f16", "f32")
+    is_off = is_slow and scores_bytes <= _MAX_SCORES_BYTES
+    return _FLASH_ATTN_OFF if is_off else _FLASH_ATTN_ON
+
+
+def default_threads() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1

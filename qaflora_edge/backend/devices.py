@@ -14,8 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qaflora_edge.backend import native
-from qaflora_edge.backend.library import Handle, library
+from qaflora_edge.backend.library import Handle, ggml_of, library, library_dir
 from qaflora_edge.errors import LibraryError, OptionError, WorkerError
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
@@ -57,7 +56,7 @@ class _BufferOverride(ctypes.Structure):
 def ggml() -> SimpleNamespace:
     """Functions of ggml's registry of backends, without `ggml_backend_`."""
     binding, _ = library()
-    lib, functions = native.ggml_of(binding._lib), SimpleNamespace()
+    lib, functions = ggml_of(binding._lib), SimpleNamespace()
     rest = lib
     if sys.platform == "win32":  # a library gives its own functions only
         rest = ctypes.CDLL(str(Path(lib._name).with_name("ggml-base.dll")))
@@ -77,7 +76,7 @@ def rpc() -> SimpleNamespace:
     reg = ggml().reg_by_name(b"RPC")
     if not reg:
         raise LibraryError(
-            f"The native library in {native.library_dir()} has no RPC backend, expected "
+            f"The native library in {library_dir()} has no RPC backend, expected "
             "libggml-rpc; build it without -DGGML_RPC=off."
         )
     functions = SimpleNamespace()

@@ -1,20 +1,231 @@
-"""The library's functions, why they failed, and what every handle of it has in common."""
+"""Find and load the patched library; declare what it adds to llama.cpp; keep its errors.
 
+llama_cpp reads LLAMA_CPP_LIB_PATH once, when it is imported, and binds every symbol then. So
+this module sets the variable, imports llama_cpp, and refuses a library without our ABI.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import sys
 from collections import deque
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 
-from qaflora_edge.backend import native
+from qaflora_edge.errors import LibraryError
+
+ABI_VERSION = 3
+
+CONTEXT_PROBE = 1
+CONTEXT_DIFFERENTIAL = 2
+CONTEXT_INPUTS = 4
+CAPTURE = {"last": 0, "mean": 1}
+LENS = {"raw": 0, "norm": 1}
+
+# How long a thread of GCC's OpenMP looks for the others at a barrier before it sleeps. Its own
+# default, 300,000, keeps cores busy that another program waits for; without any, every one of the
+# thousands of barriers of a token costs a wake-up. docs/performance.md has the figures.
+SPIN_COUNT = 10_000
+
+_DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
 
 _LOG_LEVEL_ERROR = 4  # ggml.h GGML_LOG_LEVEL_ERROR
 _errors: deque[str] = deque(maxlen=4)
 _log_callback: Any = None
 
+_INSTALL_ADVICE = "reinstall qaflora-edge (pip install --force-reinstall --no-deps qaflora-edge)"
+
+
+class Stats(ctypes.Structure):
+    """struct qaflora_stats: counters of one context."""
+
+    _fields_ = [
+        ("n_graph_built", ctypes.c_int64),
+        ("n_decoded", ctypes.c_int64),
+        ("lens_us", ctypes.c_int64),
+        ("divergence_us", ctypes.c_int64),
+    ]
+
+
+_INT, _LONG, _HANDLE, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+_TEXTS, _FLOATS, _DOUBLES = map(ctypes.POINTER, (_TEXT, ctypes.c_float, ctypes.c_double))
+_LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, _TEXT, _HANDLE)
+# What each function of qaflora.h returns, and what it takes.
+_PROTOTYPES: dict[str, tuple[object, list[object]]] = {
+    "qaflora_abi_version": (_INT, []),
+    "qaflora_build_info": (_TEXT, []),
+    "qaflora_last_error": (_TEXT, []),
+    "qaflora_pack_init": (_HANDLE, [_HANDLE, _TEXTS, _INT, _INT]),
+    "qaflora_pack_free": (None, [_HANDLE]),
+    "qaflora_pack_size_bytes": (_LONG, [_HANDLE]),
+    "qaflora_pack_first_layer": (_INT, [_HANDLE, _INT]),
+    "qaflora_context_init": (_HANDLE, [_HANDLE, _HANDLE, _HANDLE, ctypes.c_uint32]),
+    "qaflora_set_weights": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "qaflora_capture_begin": (_INT, [_HANDLE, _INT]),
+    "qaflora_get_states": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "qaflora_get_inputs": (_INT, [_HANDLE, _INT, _FLOATS, _LONG]),
+    "qaflora_divergence": (_INT, [_HANDLE, _INT, _INT, _FLOATS, _FLOATS, _DOUBLES]),
+    "qaflora_project": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
+    "qaflora_final_norm": (_INT, [_HANDLE, _INT, _FLOATS, _FLOATS]),
+    "qaflora_get_stats": (Stats, [_HANDLE]),
+}
+
+
+def library_dir() -> Path:
+    """The folder of the patched library: QAFLORA_LIB_PATH, else the package's lib/.
+
+    A source checkout has none: there it is that of the package that is installed beside it.
+    """
+    if override := os.environ.get("QAFLORA_LIB_PATH"):
+        return Path(override)
+    own = Path(__file__).parents[1] / "lib"
+    if not own.is_dir():
+        from importlib.metadata import PackageNotFoundError, distribution  # slow to import
+
+        with contextlib.suppress(PackageNotFoundError):
+            installed = Path(str(distribution("qaflora-edge").locate_file("qaflora_edge/lib")))
+            return installed if installed.is_dir() else own
+    return own
+
+
+def _library_name() -> str:
+    return {"win32": "llama.dll", "darwin": "libllama.dylib"}.get(sys.platform, "libllama.so")
+
+
+def _import_binding(folder: Path) -> ModuleType:
+    if not (folder / _library_name()).is_file():
+        raise LibraryError(
+            f"The native library is missing: {folder / _library_name()} does not exist; "
+            f"{_INSTALL_ADVICE}, or set QAFLORA_LIB_PATH to the folder that holds it."
+        )
+    wanted: dict[str, str | None] = {"LLAMA_CPP_LIB_PATH": str(folder)}
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        wanted["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    try:
+        with _environment(wanted):
+            binding = import_module("llama_cpp.llama_cpp")
+    except ImportError as err:
+        raise LibraryError(
+            f"llama-cpp-python cannot be imported ({err}); {_INSTALL_ADVICE} with its dependencies."
+        ) from err
+    except (RuntimeError, AttributeError, OSError) as err:
+        raise LibraryError(
+            f"The native library {folder / _library_name()} cannot be loaded ({err}); "
+            f"{_INSTALL_ADVICE}."
+        ) from err
+    return binding
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables for what a library reads once, as it is loaded; they are put back after.
+
+    None takes a variable away.
+    """
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def ggml_of(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with ggml's registry of backends: libllama's own dependencies, or ggml.dll."""
+    if sys.platform == "win32":
+        return ctypes.CDLL(str(Path(lib._name).with_name("ggml.dll")))
+    return lib
+
+
+def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
+    """Load the backends that are files: of the CPU's, the best that this processor can run.
+
+    Left to itself llama.cpp looks for them in the folder of the program and the current one
+    (0c1e5709, ggml-backend-reg.cpp ggml_backend_load_best), and takes one more from a variable.
+    """
+    ggml = ggml_of(lib)
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_reg_count():  # this build has them linked
+        return
+    load = ggml.ggml_backend_load_all_from_path
+    load.restype, load.argtypes = None, [ctypes.c_char_p]
+    ggml.ggml_log_set.restype, ggml.ggml_log_set.argtypes = None, [_LOG_CALLBACK, ctypes.c_void_p]
+    ignore = _LOG_CALLBACK(lambda level, text, data: None)  # it says which file it took
+    ggml.ggml_log_set(ignore, None)
+    with _environment({"GGML_BACKEND_PATH": None}):
+        load(os.fsencode(folder))
+    ggml.ggml_log_set(_LOG_CALLBACK(), None)
+    by_type = ggml.ggml_backend_dev_by_type
+    by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
+    if not by_type(_DEVICE_TYPE_CPU):
+        found = ", ".join(sorted(path.name for path in folder.glob("*ggml-cpu*"))) or "none"
+        raise LibraryError(
+            f"No CPU backend of {folder} can be loaded on this processor "
+            f"({platform.machine()}); there are: {found}. Expected one that it can run; "
+            f"{_INSTALL_ADVICE}."
+        )
+
+
+def _declare(lib: ctypes.CDLL) -> SimpleNamespace:
+    functions = SimpleNamespace()
+    for name, (restype, argtypes) in _PROTOTYPES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+        setattr(functions, name.removeprefix("qaflora_"), function)
+    return functions
+
+
+@cache
+def load() -> tuple[ModuleType, SimpleNamespace]:
+    """Load the library once per process.
+
+    returns  (llama_cpp.llama_cpp, our functions without their qaflora_ prefix)
+
+    Raises LibraryError when the library is missing, stock, of another ABI version, or without a CPU
+    backend for this processor; it names the file that was loaded.
+    """
+    folder = library_dir()
+    binding = _import_binding(folder)
+    loaded = binding._lib._name
+    if not hasattr(binding._lib, "qaflora_abi_version"):
+        raise LibraryError(
+            f"{loaded} is a stock llama.cpp: it has no qaflora_abi_version, expected "
+            f"{ABI_VERSION}. If llama_cpp was imported before qaflora_edge, import qaflora_edge's "
+            f"Engine first; else {_INSTALL_ADVICE}."
+        )
+    found = binding._lib.qaflora_abi_version()
+    if found != ABI_VERSION:
+        raise LibraryError(
+            f"{loaded} has qaflora_abi_version {found}, expected {ABI_VERSION}; {_INSTALL_ADVICE}."
+        )
+    _load_backends(binding._lib, folder.absolute())
+    binding.llama_backend_init()
+    return binding, _declare(binding._lib)
+
+
+def last_error() -> str:
+    """What the library said of its last failure on this thread."""
+    _, functions = load()
+    return str(functions.last_error(), "utf-8", "replace")
+
 
 def library() -> tuple[Any, Any]:
     """The binding and our functions, with the library's log kept off the terminal."""
     global _log_callback
-    binding, functions = native.load()
+    binding, functions = load()
     if _log_callback is None:
 
         def keep_errors(level: int, text: bytes, _: object) -> None:

@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.backend import native
 from qaflora_edge.backend.devices import place
-from qaflora_edge.backend.library import Handle, forget_said, library, said
+from qaflora_edge.backend.library import Handle, forget_said, last_error, library, said
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.files import AnyPath
@@ -280,7 +279,7 @@ class Pack(Handle):
             model._pointer, array, len(paths), ADAPTER_TYPES[adapter_type]
         )
         if not self._pointer:
-            raise BackendError(f"Adapters cannot be loaded: {native.last_error()}.")
+            raise BackendError(f"Adapters cannot be loaded: {last_error()}.")
         first_layer = self._functions.pack_first_layer
         self.first_layers = [int(first_layer(self._pointer, ia)) for ia in range(len(paths))]
 

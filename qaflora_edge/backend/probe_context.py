@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library
 from qaflora_edge.backend.context import Context, floats
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError
@@ -51,9 +51,9 @@ class ProbeContext(Context):
         all_outputs: bool = False,
         **options: Any,
     ) -> None:
-        flags = native.CONTEXT_PROBE
-        flags |= native.CONTEXT_DIFFERENTIAL if is_differential else 0
-        flags |= native.CONTEXT_INPUTS if has_inputs else 0
+        flags = library.CONTEXT_PROBE
+        flags |= library.CONTEXT_DIFFERENTIAL if is_differential else 0
+        flags |= library.CONTEXT_INPUTS if has_inputs else 0
         # 0: llama.cpp's own limit, a whole batch
         n_output = 0 if all_outputs else None
         super().__init__(
@@ -100,14 +100,14 @@ class ProbeContext(Context):
 
     def capture_begin(self, pool: str = "last") -> None:
         """Forget captured states; keep the "last" output row, or the "mean" of all rows."""
-        if not self._functions.capture_begin(self._pointer, native.CAPTURE[pool]):
-            raise BackendError(f"States cannot be captured: {native.last_error()}.")
+        if not self._functions.capture_begin(self._pointer, library.CAPTURE[pool]):
+            raise BackendError(f"States cannot be captured: {library.last_error()}.")
 
     def states(self, seq: int) -> F32:
         """float32 [n_layer, n_embd] of one sequence after each block."""
         states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
         if not self._functions.get_states(self._pointer, seq, floats(states), states.size):
-            raise BackendError(f"States cannot be read: {native.last_error()}.")
+            raise BackendError(f"States cannot be read: {library.last_error()}.")
         return states
 
     def inputs(self, seq: int, n_row: int = 1) -> F32:
@@ -117,7 +117,7 @@ class ProbeContext(Context):
         """
         inputs = np.empty((n_row, self._model.n_layer, self._model.n_embd), np.float32)
         if not self._functions.get_inputs(self._pointer, seq, floats(inputs), inputs.size):
-            raise BackendError(f"Inputs cannot be read: {native.last_error()}.")
+            raise BackendError(f"Inputs cannot be read: {library.last_error()}.")
         return inputs
 
     def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
@@ -132,14 +132,14 @@ class ProbeContext(Context):
         result = np.zeros(adapted.shape[:2], np.float64)
         if not self._functions.divergence(
             self._pointer,
-            native.LENS[lens],
+            library.LENS[lens],
             len(adapted),
             floats(base),
             floats(adapted),
             result.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
         ):
             self._check_cancelled()
-            raise BackendError(f"Divergences cannot be computed: {native.last_error()}.")
+            raise BackendError(f"Divergences cannot be computed: {library.last_error()}.")
         return result
 
     def project(self, rows: F32) -> F32:
@@ -148,7 +148,7 @@ class ProbeContext(Context):
         logits = np.empty((len(rows), self._model.n_vocab), np.float32)
         if not self._functions.project(self._pointer, len(rows), floats(rows), floats(logits)):
             self._check_cancelled()
-            raise BackendError(f"Rows cannot be projected: {native.last_error()}.")
+            raise BackendError(f"Rows cannot be projected: {library.last_error()}.")
         return logits
 
     def final_norm(self, rows: F32) -> F32:
@@ -157,5 +157,5 @@ class ProbeContext(Context):
         normed = np.empty_like(rows)
         if not self._functions.final_norm(self._pointer, len(rows), floats(rows), floats(normed)):
             self._check_cancelled()
-            raise BackendError(f"Rows cannot be normed: {native.last_error()}.")
+            raise BackendError(f"Rows cannot be normed: {library.last_error()}.")
         return normed

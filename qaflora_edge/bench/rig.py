@@ -10,8 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.context_params import context_params
+from qaflora_edge.backend.context import Context, context_params
 from qaflora_edge.backend.library import said
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.measure import neutral_prompts

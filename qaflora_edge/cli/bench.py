@@ -152,7 +152,7 @@ def _measured(
 
 def _facts(loaded: Bundle, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
-    from qaflora_edge.backend.context_params import default_threads
+    from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts
     from qaflora_edge.formats.adapter import read_adapter_gguf
 

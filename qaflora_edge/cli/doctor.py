@@ -31,7 +31,7 @@ def doctor(as_json: bool) -> None:
         library = library_facts()
     except LibraryError as err:
         error = err
-        from qaflora_edge.backend.native import library_dir
+        from qaflora_edge.backend.library import library_dir
 
         library = {"ok": False, "folder": str(library_dir()), "error": str(err)}
     report = {"library": library, **package_facts()}
@@ -45,9 +45,9 @@ def library_facts() -> dict[str, Any]:
 
     Raises LibraryError when it cannot be loaded.
     """
-    from qaflora_edge.backend import devices, library, native
+    from qaflora_edge.backend import devices, library
 
-    binding, functions = native.load()
+    binding, functions = library.load()
     library.library()  # keeps the library's log off the terminal
     ggml = devices.ggml()
     return {

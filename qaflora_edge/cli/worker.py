@@ -31,7 +31,7 @@ def worker(host: str, port: int, cache: str | None, threads: int | None, insecur
     folder = None if cache is None else expanded(cache)
     if folder is not None:
         make_folder(folder, "--cache")
-    from qaflora_edge.backend.context_params import default_threads
+    from qaflora_edge.backend.context import default_threads
     from qaflora_edge.backend.devices import serve
 
     for number in (signal.SIGINT, signal.SIGTERM):  # no handler of Python runs meanwhile

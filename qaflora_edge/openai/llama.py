@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from qaflora_edge import Engine
-from qaflora_edge.backend import native
+from qaflora_edge.backend import library
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.files import AnyPath
 from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
@@ -200,7 +200,7 @@ def replace_llama_cpp() -> None:
 
     Call it before such a program is imported. Raises LibraryError as the first Engine does.
     """
-    native.load()  # llama_cpp binds the library that it finds when it is first imported
+    library.load()  # llama_cpp binds the library that it finds when it is first imported
     import_module("llama_cpp").Llama = Llama  # type: ignore[attr-defined]
 
 

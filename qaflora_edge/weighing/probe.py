@@ -14,8 +14,7 @@ import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.backend.batch import Outputs
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.context_params import default_threads
+from qaflora_edge.backend.context import Context, default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
