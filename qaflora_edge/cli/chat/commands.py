@@ -1,32 +1,118 @@
 """Slash commands: what a chat does besides asking."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from qaflora_edge.cli.chat.command_table import COMMANDS, did_you_mean, strategy_names
 from qaflora_edge.cli.chat.session import ChatSession
 from qaflora_edge.cli.chat.view import View
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.settings import expanded
+from qaflora_edge.show.text import mean_weights
 from qaflora_edge.weighing.strategy import strategies
 
 Ask = Callable[..., bool]
+KEYS = "Enter: send; Alt-Enter or Ctrl-J: new line; Ctrl-C: stop an answer; Ctrl-D: leave"
+
+# Command -> what follows its name, what it does, and the rest of its help.
+COMMANDS = {
+    "weights": (
+        "",
+        "Show what each adapter weighed for the last answer.",
+        "A row for each adapter, a sign for each layer; the higher, the more it weighs there.",
+    ),
+    "adapters": (
+        "[on|off [NAME ...]]",
+        "List the adapters, or switch some on or off.",
+        "An adapter that is off is neither probed nor applied. Without names all are meant.",
+    ),
+    "strategy": (
+        "[NAME]",
+        "List the strategies, or choose one.",
+        "manual:NAME=W,NAME=W takes your numbers; single:NAME takes one adapter.",
+    ),
+    "system": (
+        "[TEXT]",
+        "Show the system prompt, or change it; - takes it away.",
+        "It holds for the whole conversation, from the next answer on, and never drops out of it.",
+    ),
+    "temp": (
+        "[T]",
+        "Show the temperature of sampling, or change it; 0 is greedy.",
+        "0 takes the likeliest token each time, so that the same question has the same answer. "
+        "0.7 is lively; above 1 answers fall apart.",
+    ),
+    "penalty": (
+        "[P|off]",
+        "Show the penalty on repeated tokens, or change it.",
+        "Tokens among the last 64 of an answer become less likely: 1.03 is mild, off is none. It "
+        "ends loops of small models. 1.1 already spoils sums, tables and long numbers.",
+    ),
+    "seed": (
+        "[N|off]",
+        "Show the seed of sampling, or change it.",
+        "With a seed, the same conversation is answered the same again. /retry takes the next "
+        "seed. off: a new one each time.",
+    ),
+    "ctx": (
+        "[N]",
+        "Show how full the context is, or change its size.",
+        "The context holds system prompt, conversation and answer, in tokens. Another size loads "
+        "the base again; the conversation stays.",
+    ),
+    "retry": (
+        "",
+        "Answer the last question again.",
+        "With a seed, under the next one; at temperature 0 the answer changes only if something "
+        "else did, such as the strategy or the adapters in use.",
+    ),
+    "undo": ("[N]", "Take back the last question and its answer, or N of them.", ""),
+    "clear": (
+        "",
+        "Forget the conversation.",
+        "System prompt, strategy, adapters in use and sampling stay. /save keeps it in a file.",
+    ),
+    "keep-history": (
+        "[on|off]",
+        "Prefill only what is new in each turn, for long chats.",
+        "on: the KV state of earlier turns stays, each under its own weights. Long chats answer "
+        "sooner, and not exactly as without it.",
+    ),
+    "save": ("FILE", "Save the conversation to a file, over nothing but an older session.", ""),
+    "load": (
+        "FILE",
+        "Go on with a saved conversation.",
+        "Strategy and adapters in use become those of the file, as far as the bundle has them.",
+    ),
+    "help": ("[COMMAND]", "Show this list, or explain one command.", ""),
+    "quit": ("", "Leave, as exit, /bye and Ctrl-D do.", ""),
+}
 
 
-class LeaveChat(Exception):
-    """The user wants to leave."""
+def completions(text: str, session: ChatSession) -> Iterator[str]:
+    """Complete the last word of a slash command that is being typed."""
+    words = text.split(" ")
+    name, word = words[0][1:], words[-1]
+    candidates: list[str] = []
+    if len(words) == 1:
+        candidates = [f"/{name}" for name in COMMANDS]
+    elif name == "adapters" and len(words) > 2:
+        candidates = [n for n in session.engine.loaded_adapters if n not in words[2:-1]]
+    elif len(words) == 2:
+        found = {"strategy": session.engine.strategies, "help": COMMANDS, "penalty": ("off",)}
+        found |= {"adapters": ("on", "off"), "keep-history": ("on", "off"), "seed": ("off",)}
+        candidates = list(found.get(name, ()))
+    yield from (candidate for candidate in candidates if candidate.startswith(word))
 
 
 @dataclass(frozen=True)
 class Commands:
-    """Runs slash commands of one chat.
+    """Runs the slash commands of one chat; the method of a command has its name.
 
     ask  answers a question: ask(question, is_retry=False); False if no turn came of it
-
-    The method of a command has its name, with `_` for `-`; command_table has the words.
     """
 
     session: ChatSession
@@ -37,41 +123,32 @@ class Commands:
         """Run `/name argument`. A failure is shown, and the chat goes on."""
         parts = [] if line[1:2].isspace() else line[1:].split(maxsplit=1)
         name, argument = (*parts, "", "")[:2]
-        command = COMMANDS.get(name)
-        if command is None:
-            self._unknown(name)
-            return
+        name = "help" if name == "?" else name
         try:
-            if argument and not command.argument:
-                raise click.UsageError(f"/{name} takes nothing behind it, found {argument!r}.")
+            if name not in COMMANDS:
+                more = f" For a message that begins with a slash, type //{name}."
+                raise _no_command(name, "/", more)
+            if argument and not COMMANDS[name][0]:
+                raise click.UsageError(f"/{name} takes nothing after it, found {argument!r}.")
             getattr(self, name.replace("-", "_"))(argument.strip())
         except (QafloraError, click.UsageError) as error:
             self.view.error(error)
 
-    def _unknown(self, name: str) -> None:
-        rest = f" For a message that begins with a slash, type //{name}."
-        self.view.error(_no_command(name, "/", rest))
-
     def help(self, argument: str) -> None:
-        width = max(20, min(80, self.view.width))
-        formatter = click.HelpFormatter(width=width)
+        formatter = click.HelpFormatter(width=80)
         if argument:
-            self._explain(argument.removeprefix("/"), formatter)
+            name = argument.removeprefix("/")
+            if name not in COMMANDS:
+                raise _no_command(name, "/help ")
+            follows, does, more = COMMANDS[name]
+            formatter.write_text(f"/{name} {follows}".rstrip())
+            with formatter.indentation():
+                formatter.write_text(f"{does} {more}".rstrip())
         else:
-            rows = [(f"/{name} {c.argument}".rstrip(), c.help) for name, c in COMMANDS.items()]
-            rows.append(("//TEXT", "Send a message that begins with one slash."))
-            formatter.write_dl(rows, col_max=width // 3)
+            rows = [(f"/{name} {how}".rstrip(), does) for name, (how, does, _) in COMMANDS.items()]
+            formatter.write_dl([*rows, ("//TEXT", "Send a message that begins with one slash.")])
+            formatter.write(f"\n{KEYS}\n")
         self.view.show(formatter.getvalue().rstrip("\n"))
-        if not argument:
-            self.view.keys()
-
-    def _explain(self, name: str, formatter: click.HelpFormatter) -> None:
-        command = COMMANDS.get(name)
-        if command is None:
-            raise _no_command(name, "/help ")
-        formatter.write_text(f"/{name} {command.argument}".rstrip())
-        with formatter.indentation():
-            formatter.write_text(f"{command.help} {command.more}".rstrip())
 
     def weights(self, argument: str) -> None:
         if self.session.fusion is None:
@@ -84,37 +161,34 @@ class Commands:
         _check_switch("adapters", action, " [NAME ...]")
         if action:
             self.session.switch(names, is_on=action == "on")
-        self.view.show("\n".join(self._adapter_lines()))
-
-    def _adapter_lines(self) -> Iterator[str]:
-        from qaflora_edge.show.text import mean_weights
-
         fusion, engine = self.session.fusion, self.session.engine
         means = {} if fusion is None else mean_weights(fusion)
-        width = max((len(name) for name in engine.loaded_adapters), default=0)
+        rows = []
         for name in engine.loaded_adapters:
-            state = "on " if name in engine.adapters else "off"
             last = f"  {100 * means[name]:3.0f} % of the last answer" if name in means else ""
-            yield f"{name:<{width}}  {state}{last}"
-        if not engine.loaded_adapters:
-            yield "The bundle has no adapters: the base answers alone."
+            rows.append(f"{name}  {'on ' if name in engine.adapters else 'off'}{last}")
+        self.view.show("\n".join(rows) or "The bundle has no adapters: the base answers alone.")
 
     def strategy(self, argument: str) -> None:
+        engine = self.session.engine
         if argument:
-            names = list(strategy_names(self.session))
             is_known = any(argument.partition(":")[0] == known.name for known in strategies())
-            near = None if is_known else did_you_mean(argument, names)
+            near = None if is_known else _near(argument, engine.strategies)
             if near:
                 raise click.UsageError(f"There is no strategy {argument}; did you mean {near}?")
-            self.session.engine.use_strategy(argument)
-        self.view.note(f"strategy {self.session.engine.strategy}")
+            engine.use_strategy(argument)
+        else:
+            formatter = click.HelpFormatter(width=80)
+            followed = {text.partition(":")[0] for text in engine.strategies} | {"manual"}
+            known = [each for each in strategies() if each.name in followed]
+            formatter.write_dl([(each.usage, each.help) for each in known])
+            self.view.show(formatter.getvalue().rstrip("\n"))
+        self.view.note(f"strategy {engine.strategy}")
 
     def system(self, argument: str) -> None:
         if argument:
             self.session.set_system(None if argument == "-" else argument)
-        text = self.session.conversation.system
-        if text is None:
-            text = self.session.engine.system or None
+        text = self.session.conversation.system or self.session.engine.system or None
         self.view.note("no system prompt" if text is None else f"system prompt: {text}")
 
     def temp(self, argument: str) -> None:
@@ -140,14 +214,13 @@ class Commands:
         session = self.session
         if argument:
             session.reopen(int(_number(argument, "number of tokens", is_whole=True)))
-        n_train = session.engine.n_ctx_train
         parts = [f"context {session.engine.n_ctx}", f"{session.n_token} tokens of it in use"]
-        self.view.note(*parts, f"the base was trained for {n_train}")
+        self.view.note(*parts, f"the base was trained for {session.engine.n_ctx_train}")
 
     def clear(self, argument: str) -> None:
-        n_turn = len(self.session.conversation.turns)
+        turns = _turns(len(self.session.conversation.turns))
         self.session.clear()
-        self.view.note(f"{n_turn} {'turn' if n_turn == 1 else 'turns'} forgotten")
+        self.view.note(f"{turns} forgotten")
 
     def retry(self, argument: str) -> None:
         turn = self.session.conversation.undo()
@@ -157,33 +230,35 @@ class Commands:
             self.session.conversation.turns.append(turn)
 
     def undo(self, argument: str) -> None:
-        turns = self.session.conversation.turns
-        if not turns:
+        conversation, n_turn = self.session.conversation, len(self.session.conversation.turns)
+        if not n_turn:
             self.view.note("nothing has been asked yet")
             return
-        n = _n_turn(argument or "1", len(turns))
-        taken = [self.session.conversation.undo() for _ in range(n)][-1]
+        n = int(argument or "1") if (argument or "1").isdecimal() and len(argument) < 9 else 0
+        if not 1 <= n <= n_turn:
+            raise click.UsageError(
+                f"/undo {_short(argument)} cannot be done: expected a number of turns, from 1 to "
+                f"the {n_turn} there {'is' if n_turn == 1 else 'are'}."
+            )
+        taken = [conversation.undo() for _ in range(n)][-1]
         self.session.fusion = None
         what = "taken back" if n == 1 else f"{n} turns taken back, from"
         self.view.note(f"{what}: {_short(taken.question if taken else '')}")
 
     def keep_history(self, argument: str) -> None:
         _check_switch("keep-history", argument)
-        if argument == "on" and self.session.is_remote:
-            raise click.UsageError("a server reads each turn under its own weights.")
         if argument:
             self.session.keep_history = argument == "on"
         self.view.note(
-            "each turn reads only what is new; earlier turns stay as they were read"
+            "each turn prefills only what is new; earlier turns keep their KV state"
             if self.session.keep_history
-            else "each turn reads the whole conversation anew, under its own weights"
+            else "each turn prefills the whole conversation under its own weights"
         )
 
     def save(self, argument: str) -> None:
         path = _path(argument, "save")
         self.session.save(path)
-        n_turn = len(self.session.conversation.turns)
-        self.view.note(f"{n_turn} {'turn' if n_turn == 1 else 'turns'} saved to {path}")
+        self.view.note(f"{_turns(len(self.session.conversation.turns))} saved to {path}")
 
     def load(self, argument: str) -> None:
         self.load_file(_path(argument, "load"))
@@ -193,19 +268,20 @@ class Commands:
         for warning in self.session.load(path):
             self.view.note(f"warning: {warning}")
         turns = self.session.conversation.turns
-        parts = [f"{len(turns)} {'turn' if len(turns) == 1 else 'turns'} loaded from {path}"]
+        parts = [f"{_turns(len(turns))} loaded from {path}"]
         if turns:
             parts.append(f"the last question was: {_short(turns[-1].question)}")
         self.view.note(*parts)
 
-    def quit(self, argument: str) -> None:
-        raise LeaveChat
 
-    exit = quit
+def _near(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant, if there is one."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return near[0] if near else None
 
 
 def _no_command(name: str, before: str, rest: str = "") -> click.UsageError:
-    near = did_you_mean(name, COMMANDS)
+    near = _near(name, COMMANDS)
     advice = f"did you mean {before}{near}?" if near else "see /help."
     return click.UsageError(f"There is no command /{name}; {advice}{rest}")
 
@@ -216,24 +292,14 @@ def _check_switch(name: str, action: str, rest: str = "") -> None:
         raise click.UsageError(f"/{name} {action} is no choice; expected {forms}.")
 
 
+def _turns(n: int) -> str:
+    return f"{n} {'turn' if n == 1 else 'turns'}"
+
+
 def _short(text: str) -> str:
     """A text on one line of at most 40 characters."""
     text = " ".join(text.split())
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _n_turn(argument: str, n_most: int) -> int:
-    """How many turns are meant."""
-    try:
-        number = int(argument)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= n_most:
-        raise click.UsageError(
-            f"/undo {_short(argument)} cannot be done: expected a number of turns, from 1 to the "
-            f"{n_most} there {'is' if n_most == 1 else 'are'}."
-        )
-    return number
 
 
 def _path(argument: str, name: str) -> Path:
@@ -243,7 +309,7 @@ def _path(argument: str, name: str) -> Path:
 
 
 def _number(text: str, name: str, *, is_whole: bool) -> float:
-    """The number that was typed."""
+    """Read the number that was typed."""
     try:
         return int(text) if is_whole else float(text)
     except ValueError:

@@ -2,59 +2,66 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from qaflora_edge.bundles.open import base_of
 from qaflora_edge.chat.conversation import Conversation, Message, Turn
-from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
-from qaflora_edge.cli.options import check_prompt
+from qaflora_edge.chat.session_file import Session, bundle_identity, load_session, save_session
+from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_prompt, open_engine
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
+from qaflora_edge.formats.gguf import kv_bytes, read_gguf_header
 from qaflora_edge.inference.request import make_sampling
 
 if TYPE_CHECKING:
-    from qaflora_edge.cli.chat.reply import Reply
-    from qaflora_edge.engine import Engine
     from qaflora_edge.inference.generation import Generation
+    from qaflora_edge.progress import Tell
     from qaflora_edge.weighing.numbers import FusionWeights
 
 _MESSAGE = ("message", "for example with iconv")
 _Asked = tuple[list[int], str, tuple[str, ...]]  # token ids, strategy, adapters in use
+_LARGEST, _LEAST = 8192, 2048  # tokens of a context that nobody chose
+_MEMORY_PART = 8  # an eighth of this machine's memory for its KV state
+
+
+def context_size(folder: Path, kv_type: str) -> int:
+    """Choose the tokens of a chat's context: what the base was trained for, within memory."""
+    base_path = base_of(folder)
+    if base_path is None:  # opening the bundle says so
+        return _LEAST
+    header = read_gguf_header(base_path)
+    n_train = header.metadata.get(f"{header.architecture}.context_length")
+    size = min(_LARGEST, n_train if isinstance(n_train, int) and n_train > 0 else _LEAST)
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return size
+    n_most = memory / _MEMORY_PART / kv_bytes(header, kv_type)
+    return size if size <= n_most else max(_LEAST, int(n_most))
 
 
 class ChatSession:
     """A conversation, the Engine that answers it, and how.
 
-    open_engine   opens the bundle with a context of so many tokens
-    is_remote     whether it is an Engine of a server: it has what is used here of one
-    n_ctx         that of the first Engine
     sampling      keywords of Engine.generate; a retry adds to the seed, or it would change nothing
-    keep_history  whether earlier turns stay as they were read; may be changed between turns
+    keep_history  keep the KV state of earlier turns; may be changed between turns
     fusion        the weights of the last answer, if there was one
-    progress      what is done before an answer, in words, once that is known
     """
 
-    def __init__(
-        self,
-        open_engine: Callable[[int], Engine],
-        n_ctx: int,
-        identity: BundleIdentity,
-        *,
-        sampling: dict[str, Any],
-        raw_prompt: bool = False,
-        keep_history: bool = False,
-        is_remote: bool = False,
-    ) -> None:
-        self._open_engine = open_engine
-        self.engine, self.identity = open_engine(n_ctx), identity
+    def __init__(self, bundle: str, options: SharedOptions, *, keep_history: bool = False) -> None:
+        folder = bundle_folder(bundle)
+        n_ctx = context_size(folder, options.kv_type) if options.ctx is None else options.ctx
+        self._bundle, self._options = bundle, options
+        self.engine = open_engine(bundle, options, n_ctx=n_ctx, n_parallel=1)
+        self.identity = bundle_identity(folder)
         self.conversation = Conversation()
         self.fusion: FusionWeights | None = None
-        self.progress: str | None = None
-        self.sampling = sampling
-        self._raw_prompt = raw_prompt
-        self.keep_history, self.is_remote = keep_history, is_remote
+        self.sampling, self.keep_history = options.sampling, keep_history
         self._n_retry = 0
         self._asked: _Asked | None = None  # what the last answer answered
         self._asking: _Asked | None = None
@@ -67,73 +74,55 @@ class ChatSession:
 
     @property
     def title(self) -> list[str]:
-        """The base, its adapters, the strategy and what sampling holds off, in words."""
+        """The base, its adapters, the strategy and the repeat penalty, in words."""
         names = ", ".join(self.engine.adapters) or "no adapters"
         parts = [self.engine.name, names, f"strategy {self.engine.strategy}"]
         penalty = self.sampling["repeat_penalty"]
         return parts if penalty == 1.0 else [*parts, f"repeat penalty {penalty:g}"]
 
     def check(self) -> None:
-        """Raises ChatTemplateError when the base has no usable template and one is needed."""
-        if not self._raw_prompt:
+        """Raise ChatTemplateError when the base has no usable template and one is needed."""
+        if not self._options.raw_prompt:
             self.engine.chat_tokens([{"role": "user", "content": "?"}])
 
     # turns
 
-    def prepare(self, question: str, *, is_retry: bool = False) -> Callable[[], Generation]:
-        """What makes the answer to a question, which is then not yet part of the conversation.
+    def prepare(
+        self, question: str, *, is_retry: bool = False
+    ) -> Callable[[threading.Event, Tell], Generation]:
+        """Make what answers a question, which is not yet part of the conversation.
 
-        Turns that have no room beside it drop out (`conversation.n_dropped`).
-
-        Raises PromptError when the question cannot be asked.
+        Turns that do not fit drop out (`conversation.n_dropped`). The answer ends once the event
+        is set. Raises PromptError when the question cannot be asked.
         """
         check_prompt(question, *_MESSAGE)
         self._n_retry = self._n_retry + 1 if is_retry else 0
         n_ctx = self.engine.n_ctx
-        room = min(self.sampling["max_tokens"], n_ctx // 4)
-        tokens = self._fitted(question, n_ctx - room)
-        sampling = dict(self.sampling)
-        if sampling["seed"] is not None:
-            sampling["seed"] = (sampling["seed"] + self._n_retry) % MAX_SEED
-        self._asking = (tokens, self.engine.strategy, self.engine.adapters)
-        keep_history = self.keep_history
-        if is_retry and self.fusion is not None and self._asking == self._asked:
-            # The same weights: what the context holds of the prompt is what it would read again.
-            sampling["weights"] = replace(self.fusion, probe_ms=0.0)
-            keep_history = True
-        self._asked = None  # until there is an answer
-        self.progress = None
-
-        def tell(what: str, done: int, total: int) -> None:
-            self.progress = f"{what} {100 * done // total} %"
-
-        return lambda: self.engine.generate(
-            tokens, keep_history=keep_history, on_progress=tell, **sampling
-        )
-
-    def _fitted(self, question: str, n_most: int) -> list[int]:
         try:
-            return self.conversation.fit(question, self._tokens, n_most)
+            room = min(self.sampling["max_tokens"], n_ctx // 4)
+            tokens = self.conversation.fit(question, self._tokens, n_ctx - room)
         except PromptError as error:
             raise PromptError(
                 f"{error} In this chat /ctx N makes it larger, and the message is still in the "
                 "history (Up)."
             ) from error
+        sampling = dict(self.sampling)
+        if sampling["seed"] is not None:
+            sampling["seed"] = (sampling["seed"] + self._n_retry) % MAX_SEED
+        self._asking = (tokens, self.engine.strategy, self.engine.adapters)
+        sampling["keep_history"] = self.keep_history
+        if is_retry and self.fusion is not None and self._asking == self._asked:
+            # The same weights: the KV state of the prompt is what prefill would give again.
+            sampling |= {"weights": replace(self.fusion, probe_ms=0.0), "keep_history": True}
+        self._asked = None  # until there is an answer
+        return lambda stop, tell: self.engine.generate(
+            tokens, cancel=stop, on_progress=tell, **sampling
+        )
 
-    def conclude(self, question: str, reply: Reply) -> str:
-        """Add a question and what was answered to it; gives the reason of the answer's end.
-
-        An answer that was stopped before it began adds nothing.
-        """
-        generation = reply.generation
-        reason = "cancelled" if reply.is_stopped or generation is None else None
-        reason = reason or (generation and generation.finish_reason) or "cancelled"
-        if reason == "cancelled" and not reply.text:
-            return reason
-        self.conversation.turns.append(Turn(question, reply.text, reason))
-        self.fusion = None if generation is None else generation.fusion
-        self._asked = self._asking
-        return reason
+    def conclude(self, question: str, answer: str, reason: str, generation: Generation) -> None:
+        """Add a question and its answer to the conversation."""
+        self.conversation.turns.append(Turn(question, answer, reason))
+        self.fusion, self._asked = generation.fusion, self._asking
 
     def clear(self) -> None:
         """Forget all turns."""
@@ -146,16 +135,8 @@ class ChatSession:
         messages = self.conversation.messages(n_dropped=self.conversation.n_dropped)
         return len(self._tokens(messages)) if messages else 0
 
-    def is_beyond(self, generation: Generation) -> bool:
-        """Whether an answer went on where the base was not trained to."""
-        return generation.n_prompt + generation.n_completion > self.engine.n_ctx_train
-
-    def is_full(self, generation: Generation) -> bool:
-        """Whether an answer ended because the context has no room for more."""
-        return generation.n_prompt + generation.n_completion > self.engine.n_ctx
-
     def _tokens(self, messages: list[Message]) -> list[int]:
-        if self._raw_prompt:
+        if self._options.raw_prompt:
             text = "\n".join(message["content"] for message in messages) + "\n"
             return self.engine.tokenize(text)
         return self.engine.chat_tokens(messages)
@@ -171,14 +152,14 @@ class ChatSession:
     def reopen(self, n_ctx: int) -> None:
         """Change the size of the context, by another Engine.
 
-        Raises a QafloraError, and stays with the size as it was, when that cannot be.
+        Raises a QafloraError, and keeps the size as it was, when that cannot be.
         """
         before = self.engine
         before.close()
         try:
-            self.engine = self._open_engine(n_ctx)
+            self.engine = open_engine(self._bundle, self._options, n_ctx=n_ctx, n_parallel=1)
         except QafloraError:
-            self.engine = self._open_engine(before.n_ctx)
+            self.engine = open_engine(self._bundle, self._options, n_ctx=before.n_ctx, n_parallel=1)
             raise
         finally:
             self._use(before.strategy, before.adapters)
@@ -189,20 +170,16 @@ class ChatSession:
         Raises a QafloraError, and changes nothing, when the base's template takes none or the
         context is too small for it.
         """
-        self._check_system(text)
+        if text is not None:
+            check_prompt(text, *_MESSAGE)
+            n_ctx = self.engine.n_ctx
+            if len(self._tokens(Conversation(system=text).messages("?"))) > n_ctx - n_ctx // 4:
+                raise PromptError(
+                    f"The system prompt leaves less than a quarter of the context of {n_ctx} "
+                    "tokens, expected more room for questions and answers. Shorten it, or raise "
+                    "the context (--ctx)."
+                )
         self.conversation.system = text
-
-    def _check_system(self, text: str | None) -> None:
-        if text is None:
-            return
-        check_prompt(text, *_MESSAGE)
-        n_ctx = self.engine.n_ctx
-        if len(self._tokens(Conversation(system=text).messages("?"))) > n_ctx - n_ctx // 4:
-            raise PromptError(
-                f"The system prompt leaves less than a quarter of the context of {n_ctx} tokens, "
-                "expected more room for questions and answers. Shorten it, or raise the context "
-                "(--ctx)."
-            )
 
     def switch(self, names: list[str], *, is_on: bool) -> None:
         """Take adapters into use, or out of it; all of them where none is named.
@@ -216,8 +193,7 @@ class ChatSession:
                 f"The adapter {unknown[0]!r} is not in this bundle; expected one of: "
                 f"{', '.join(loaded) or 'none is there'}. See /adapters."
             )
-        chosen = set(names or loaded)
-        in_use = set(self.engine.adapters)
+        chosen, in_use = set(names or loaded), set(self.engine.adapters)
         self.engine.use_adapters(sorted(in_use | chosen if is_on else in_use - chosen))
 
     # files
@@ -232,22 +208,18 @@ class ChatSession:
         """Go on with a saved conversation; gives warnings. Raises SessionFileError."""
         session = load_session(path)
         differences = session.bundle.differences(self.identity)
-        self._check_system(session.conversation.system)
+        self.set_system(session.conversation.system)
         self.conversation, self.fusion = session.conversation, None
         warnings = [f"saved with another bundle: {', '.join(differences)}"] if differences else []
-        return warnings + self._follow(session)
-
-    def _follow(self, session: Session) -> list[str]:
-        """Answer as the saved session did, as far as this bundle can."""
         off = set(session.bundle.adapters) - set(session.adapters)
-        names = [name for name in self.engine.loaded_adapters if name not in off]
         before = self.engine.strategy, self.engine.adapters
         try:
-            self._use(session.strategy, names)
+            used = [name for name in self.engine.loaded_adapters if name not in off]
+            self._use(session.strategy, used)
         except QafloraError as error:
             self._use(*before)
-            return [f"its strategy is not used here: {error}"]
-        return []
+            warnings.append(f"its strategy is not used here: {error}")
+        return warnings
 
     def _use(self, strategy: str, names: Sequence[str]) -> None:
         self.engine.use_strategy("base")  # which fits any adapters

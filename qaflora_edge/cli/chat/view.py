@@ -1,153 +1,156 @@
-"""What a chat shows: plainly, for pipes and dumb terminals, or with Markdown on a terminal."""
+"""What a chat shows: plainly for pipes and dumb terminals, or Markdown on a terminal."""
 
+from __future__ import annotations
+
+import re
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.cli.chat.reply import Reply
-from qaflora_edge.cli.show import has_signs, paint, terminal_size
+from qaflora_edge.cli.show import has_signs
 from qaflora_edge.files import one_line
 from qaflora_edge.show.text import visible, who_spoke
-from qaflora_edge.weighing.numbers import FusionWeights
 
-_WAIT_S = 0.4  # nothing is said about a shorter wait
+if TYPE_CHECKING:
+    from qaflora_edge.weighing.numbers import FusionWeights
+
+_WAIT_S, _REDRAW_S = 0.4, 0.05  # nothing is said about a shorter wait; between two redraws
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 class View:
-    """What a chat shows without escape codes: answers on stdout, everything else on stderr."""
-
-    _color: bool | None = False  # of click: None is for a terminal that may have colours
+    """Shows a chat without escape codes: answers on stdout, everything else on stderr."""
 
     def __init__(self) -> None:
         self._is_tty = sys.stdout.isatty()
 
-    @property
-    def width(self) -> int:
-        return terminal_size(sys.stderr)[0]
-
     def begin(self) -> None:
-        """Before an answer."""
+        """Get ready for an answer."""
 
     def piece(self, text: str) -> None:
-        # A file gets the answer as it is; a terminal none of its control characters.
-        click.echo(visible(text, has_signs=False) if self._is_tty else text, nl=False)
+        """Show more of an answer; a terminal gets none of its control characters."""
+        click.echo(visible(text) if self._is_tty else text, nl=False)
 
-    def tick(self, reply: Reply, progress: str | None) -> None:
-        """While an answer is waited for.
-
-        progress  what is done before it, in words
-        """
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far weighing and prefill are."""
 
     def end(self) -> None:
+        """End an answer."""
         click.echo()
 
     def note(self, *parts: str) -> None:
-        text = visible("; ".join(parts), has_signs=False)
-        click.echo(f"[{text}]", err=True, color=False)
+        click.echo(f"[{visible('; '.join(parts))}]", err=True, color=False)
 
     def error(self, error: Exception) -> None:
         click.echo(f"Error: {one_line(str(error))}", err=True, color=False)
 
     def show(self, text: str) -> None:
-        click.echo(text, err=True, color=self._color)
+        click.echo(text, err=True, color=False)
 
-    def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
-        mix = [] if fusion is None else [who_spoke(fusion)]
-        self.note(*parts, *mix)
+    def status(self, parts: Sequence[str], fusion: FusionWeights) -> None:
+        """Say how an answer ended and who spoke."""
+        self.note(*parts, who_spoke(fusion))
 
     def weights(self, fusion: FusionWeights) -> None:
         from qaflora_edge.show.heatmap import print_heatmap
 
         print_heatmap([("", fusion)], sys.stderr)
 
-    def keys(self) -> None:
-        """The keys of an input with line editing, in words."""
-
     def done(self) -> None:
-        """After an answer or a command."""
+        """End what was shown for an answer or a command."""
 
 
 class TerminalView(View):
-    """Markdown as it streams, dim notes, colours unless NO_COLOR forbids them."""
-
-    _color = None
+    """Prints each closed block of Markdown by rich; the open block is plain text below."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
-        from qaflora_edge.cli.chat.markdown import THEME
-
-        self._console = Console(theme=THEME, highlight=False)
-        self._has_signs = has_signs(sys.stdout.encoding)
-
-    @property
-    def width(self) -> int:
-        return terminal_size(sys.stdout)[0]
+        super().__init__()
+        self._out = Console(highlight=False, markup=False)
+        self._err = Console(highlight=False, markup=False, stderr=True)
+        self._dot = " · " if has_signs(sys.stderr.encoding) else " - "
 
     def begin(self) -> None:
-        from qaflora_edge.cli.chat.stream import MarkdownStream
+        from rich.live import Live
 
         click.echo()
-        self._stream = MarkdownStream(
-            self._console, size=lambda: terminal_size(sys.stdout), ascii_only=not self._has_signs
-        )
+        self._open, self._n_block = "", 0
+        self._start = self._drawn = time.perf_counter()
+        self._live = Live(console=self._out, transient=True, auto_refresh=False)
+        self._live.start()
 
     def piece(self, text: str) -> None:
-        self._stream.feed(text)
+        self._open += visible(text, has_signs=True)
+        closed, self._open = split_closed(self._open)
+        for block in closed:
+            self._print(block)
+        if closed or time.perf_counter() - self._drawn > _REDRAW_S:
+            self._draw(self._open)
 
-    def tick(self, reply: Reply, progress: str | None) -> None:
-        if reply.first_ms is None and reply.elapsed_s > _WAIT_S:
-            what = "stopping" if reply.is_stopped else progress or "reading"
-            dots = "…" if self._has_signs else "..."
-            self._stream.wait(f"{what}{dots} {reply.elapsed_s:.0f} s")
-        self._stream.tick()
+    def progress(self, what: str, done: int, total: int) -> None:
+        seconds = time.perf_counter() - self._start
+        if seconds > _WAIT_S:
+            self._draw(f"{what} {100 * done // total} %  {seconds:.0f} s")
 
     def end(self) -> None:
-        self._stream.finish()
+        self._live.update("")
+        self._live.stop()
+        self._print(self._open)
 
-    def note(self, *parts: str) -> None:
-        self._dim(parts)
-
-    def error(self, error: Exception) -> None:
-        for line in self._wrapped(f"Error: {one_line(str(error))}"):
-            click.echo(paint(line, "red"), err=True)
-
-    def status(self, parts: Sequence[str], fusion: FusionWeights | None) -> None:
-        self._dim([*parts, *([] if fusion is None else [who_spoke(fusion)])])
-
-    def keys(self) -> None:
-        """The keys of an input with line editing, in words."""
-        parts = ("Enter: send", "Alt-Enter or Ctrl-J: new line", "Ctrl-C: stop an answer")
-        self._dim([*parts, "Ctrl-D: leave"])
-
-    def done(self) -> None:
-        """Leave a line free below what was shown."""
-        click.echo(err=True)
-
-    def _dim(self, parts: Sequence[str]) -> None:
-        """Parts with dots between them, broken between parts where the line ends."""
-        dot = " · " if self._has_signs else " - "
-        lines = flow(parts, [dot] * len(parts), self.width)
-        for line in (row for text in lines for row in self._wrapped(text)):
-            click.echo(click.style(line, dim=True), err=True)
-
-    def _wrapped(self, text: str) -> list[str]:
-        """Text in lines that fit, broken between words."""
+    def _draw(self, text: str) -> None:
+        """Draw the end of a text, as much as fits below what is printed for good."""
         from rich.text import Text
 
-        lines = Text(visible(text, has_signs=self._has_signs)).wrap(self._console, self.width)
-        return [line.plain.rstrip() for line in lines]
+        width, height = self._out.size
+        lines = Text(text[-width * height :]).wrap(self._out, width)
+        self._live.update(Text("\n").join(lines[-max(1, height - 2) :]), refresh=True)
+        self._drawn = time.perf_counter()
+
+    def _print(self, block: str) -> None:
+        """Print a block for good, with a blank line before it."""
+        from markdown_it import MarkdownIt
+        from rich.markdown import Markdown
+
+        if not block.strip():
+            return
+        shown = Markdown(block, code_theme="ansi_dark", hyperlinks=False)
+        # Tags are text, as a model writes them; rich leaves them out.
+        parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+        shown.parsed = parser.parse(block)
+        if self._n_block:
+            self._out.print()
+        self._out.print(shown)
+        self._n_block += 1
+
+    def note(self, *parts: str) -> None:
+        self._err.print(visible(self._dot.join(parts)), style="dim")
+
+    def error(self, error: Exception) -> None:
+        self._err.print(f"Error: {one_line(str(error))}", style="red")
+
+    def done(self) -> None:
+        click.echo(err=True)
 
 
-def flow(parts: Sequence[str], gaps: Sequence[str], width: int) -> list[str]:
-    """Parts in lines of at most width columns; gaps[i] stands behind part i, within a line."""
-    from rich.cells import cell_len
+def split_closed(text: str) -> tuple[list[str], str]:
+    """Split Markdown into blocks that no later text changes, and the open rest.
 
-    lines = [parts[0]] if parts else []
-    for gap, part in zip(gaps, parts[1:], strict=False):
-        if cell_len(lines[-1] + gap + part) <= width:
-            lines[-1] += gap + part
-        else:
-            lines.append(part)
-    return lines
+    A block ends at a blank line, unless a fence of code is open.
+    """
+    blocks: list[str] = []
+    begin, fence = 0, ""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:-1]):
+        if match := _FENCE.match(line):
+            if not fence:
+                fence = match[1]
+            elif line.strip().startswith(fence) and not line.strip().strip(fence[0]):
+                fence = ""
+        elif not fence and not line.strip():
+            blocks.append("\n".join(lines[begin:number]))
+            begin = number + 1
+    return [block for block in blocks if block.strip()], "\n".join(lines[begin:])
