@@ -25,6 +25,7 @@ class ScriptedGeneration:
         self._generation, self._text, self._pause_s = generation, text, pause_s
         self.finish_reason: str | None = None
         self.timings = SimpleNamespace(n_decoded=9, tokens_per_second=9.0, prefill_ms=1.0)
+        self.timings.probe_ms = 1.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generation, name)

@@ -6,7 +6,6 @@ import pty
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,7 +77,7 @@ def test_a_chat_from_its_first_question_to_its_end(
     assert re.findall(r"[a-h]\d+", seen)[:150] == story.split()[:150]
     window.key("C-c")
     screen = window.wait_for("stopped ·")
-    status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ %  \w+ \d+ %"
+    status = r"stopped · [\d.]+ tok/s · first token [\d.]+ s · \w+ \d+ % · \w+ \d+ %"
     assert re.search(status, " ".join(screen.split("\n")))
     # What scrolled out and what is there make the whole partial answer, once.
     path = tmp_path / "talk.json"
@@ -98,32 +97,13 @@ def test_a_chat_from_its_first_question_to_its_end(
     window.wait_for("tok/s", count=2)
     window.type("/weights")
     window.key("Enter")
-    screen = window.wait_for("weighs most at layers")
+    screen = window.wait_for("layers 0 to 2")
     assert re.search(r"^math +0\.\d\d", screen, re.MULTILINE)
     window.key("C-d")
     window.wait_for("LEFT 0")
     history = tmp_path / "data" / "qaflora-edge" / "chat-history"
     assert "+/weights" in history.read_text(encoding="utf-8")
     assert history.stat().st_mode & 0o077 == 0
-
-
-def test_a_chat_with_a_real_model(
-    opened: Open, checkout: Path, smollm2: Path, tmp_path: Path
-) -> None:
-    """Whatever it says."""
-    window = opened(checkout / "models" / "demo", "--max-tokens", "24", answer=None)
-    assert "math, es, med" in window.screen()
-    window.type("Tell me a story.")
-    window.key("Enter")
-    mix = re.compile(r"\w+ \d+ % \w+ \d+ % \w+ \d+ %")
-    window.wait_until(lambda screen: mix.search(" ".join(screen.split())), "an answer")
-    window.type(f"/save {tmp_path / 'talk.json'}")
-    window.key("Enter")
-    window.wait_for("1 turn saved")
-    document = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
-    assert document["messages"][1]["finish_reason"] in ("stop", "length")
-    window.key("C-d")
-    window.wait_for("LEFT 0")
 
 
 def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
@@ -145,7 +125,7 @@ def test_a_chat_in_forty_columns(opened: Open, made: TinyBundle) -> None:
     window.key("C-c")
     window.type("/weights")
     window.key("Enter")
-    window.wait_for("weighs most at layers")
+    window.wait_for("layers 0 to 2")
     window.type("/wieghts")
     window.key("Enter")
     window.wait_for("did you mean /weights?")
@@ -171,7 +151,7 @@ def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: 
     assert document["messages"][0] == {"role": "user", "content": pasted}
 
 
-@pytest.mark.parametrize("columns", [20, 60])
+@pytest.mark.parametrize("columns", [30])
 def test_a_resize_in_the_middle_of_an_answer(
     opened: Open, made: TinyBundle, tmp_path: Path, columns: int
 ) -> None:
@@ -199,74 +179,6 @@ def test_ctrl_c_at_the_prompt_empties_it_and_stays(opened: Open, made: TinyBundl
     window.wait_for("tok/s")
     window.key("C-d")
     window.wait_for("LEFT 0")
-
-
-def test_ctrl_c_at_the_prompt_of_a_plain_chat_stays_too(opened: Open, made: TinyBundle) -> None:
-    window = opened(made.folder, columns=30, TERM="dumb")
-    window.type("not this")
-    window.wait_for("not this")
-    window.key("C-c")
-    window.wait_for("> not this^C >")
-    window.key("C-d")
-    window.wait_for("LEFT 0")
-
-
-def say_until_heard(window: Window, *, within_s: float) -> None:
-    """A line that a plain chat has not read is taken back by a Ctrl-C on its way: type it again."""
-
-    def n_heard(screen: str) -> int:
-        return " ".join(screen.split()).count("did you mean /weights?")
-
-    n_before = n_heard(window.screen())
-    end = time.monotonic() + PATIENCE_S
-    while True:
-        window.type("/wieghts")
-        window.key("Enter")
-        there, screen = window.look(lambda screen: n_heard(screen) > n_before, within_s=within_s)
-        if there:
-            return
-        assert time.monotonic() < end, f"the prompt took no line; the screen is\n{screen}"
-
-
-@pytest.mark.parametrize("term", ["screen-256color", "dumb"])
-def test_more_ctrl_c_than_an_answer_needs_keep_the_chat(
-    opened: Open, made: TinyBundle, tmp_path: Path, term: str
-) -> None:
-    """They arrive before it, while it ends, between it and the prompt, and at the prompt."""
-    window = opened(made.folder, answer=" ".join([ANSWER] * 20), columns=30, TERM=term)
-    n_turn = 6
-    for number in range(1, n_turn + 1):
-        window.type("the thing")
-        window.key("Enter")
-        window.wait_for("> the thing", count=number)
-        for _ in range(8):
-            window.key("C-c")
-        # Whatever became of the answer, the prompt comes and takes a line.
-        say_until_heard(window, within_s=3 if term == "dumb" else PATIENCE_S)
-    assert "Exception" not in window.screen()
-    window.type(f"/save {tmp_path / 'talk.json'}")
-    window.key("Enter")
-    # An answer that was stopped before it began left no turn.
-    window.wait_until(
-        lambda screen: re.search(rf"\b[0-{n_turn}] turns? saved", " ".join(screen.split())),
-        "a file",
-    )
-    window.key("C-d")
-    window.wait_for("LEFT 0")
-
-
-def test_keys_typed_during_an_answer_are_there_for_the_next_message(
-    opened: Open, made: TinyBundle
-) -> None:
-    window = opened(made.folder, answer=" ".join([ANSWER] * 5))
-    window.type("the thing")
-    window.key("Enter")
-    window.type("/help")
-    window.key("Enter")
-    screen = window.wait_for("Take back the last question")
-    answer, _, after = screen.partition("tok/s")
-    assert "/help" not in answer
-    assert "> /help" in after
 
 
 def on_a_pty(command: list[str], typed: bytes, **env: str) -> bytes:
@@ -301,7 +213,6 @@ def on_a_pty(command: list[str], typed: bytes, **env: str) -> bytes:
     [
         (["--plain"], {"TERM": "xterm-256color"}),
         ([], {"TERM": "dumb"}),
-        ([], {"TERM": ""}),
     ],
 )
 def test_plain_terminals_get_no_escape_codes(
@@ -310,61 +221,6 @@ def test_plain_terminals_get_no_escape_codes(
     command = [*SCRIPTED, ANSWER, "chat", str(made.folder), *args]
     written = on_a_pty(command, b"the thing\n/weights\n/help\n/nothing\n\x04", **env)
     assert b"\x1b" not in written
-    assert b"weighs most at layers" in written
+    assert b"layers 0 to 2" in written
     assert b"tok/s" in written
     assert written.count(b"> ") == 5
-
-
-def test_a_person_is_told_once_what_makes_long_chats_answer_sooner(made: TinyBundle) -> None:
-    folder = str(Path(__file__).parent)
-    start = (
-        f"import sys; sys.path.insert(0, {folder!r}); import qaflora_edge.cli.chat as chat; "
-        "chat._LONG_READ_S = 0; from scripted_chat import *; Engine.generate = scripted(); "
-        "main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", start, "chat", str(made.folder)]
-    typed = b"the thing\non a ring\nand then\n\x04"
-    written = on_a_pty(command, typed, TERM="dumb")
-    assert written.count(b"/keep-history on reads only what is new") == 1
-    first, told, _ = re.split(rb"tok/s", written, maxsplit=2)
-    assert b"keep-history" not in first + told  # the first turn has nothing to keep
-    assert b"keep-history" not in on_a_pty([*command, "--keep-history"], typed, TERM="dumb")
-
-
-def test_what_is_typed_breaks_between_words(opened: Open, made: TinyBundle) -> None:
-    window = opened(made.folder, columns=40)
-    window.type("The quick brown fox jumps over the internationalisation dog")
-    window.wait_for("dog")
-    assert "> The quick brown fox jumps over the\n  internationalisation dog\n" in window.screen()
-    window.key("Home")
-    window.type("So: ")
-    window.wait_for("> So: The quick brown fox jumps over the internationalisation dog")
-    window.key("Enter")
-    window.wait_for("tok/s")
-
-
-def test_an_answer_that_is_stopped_before_it_begins_leaves_no_turn(
-    opened: Open, made: TinyBundle, tmp_path: Path
-) -> None:
-    start = (
-        "import sys, time; from qaflora_edge import Engine; from qaflora_edge.cli import main; "
-        "generate = Engine.generate; "
-        "Engine.generate = lambda *a, **k: [time.sleep(1), generate(*a, **k)][1]; "
-        "main(sys.argv[1:])"
-    )
-    window = Window(
-        [sys.executable, "-c", start, "chat", str(made.folder)],
-        columns=80,
-        rows=24,
-        env={"XDG_DATA_HOME": str(tmp_path), "PYTHONSAFEPATH": "1", "LC_ALL": "C.UTF-8"},
-    )
-    with window:
-        window.wait_for(HINT)
-        window.type("the thing")
-        window.key("Enter")
-        window.wait_for("reading")
-        window.key("C-c")
-        window.wait_for("stopped before it began; the question is as if it had not been asked")
-        window.type("/undo")
-        window.key("Enter")
-        window.wait_for("nothing has been asked yet")

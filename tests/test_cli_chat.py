@@ -1,5 +1,6 @@
 """qaflora chat, driven through a pipe"""
 
+import io
 import re
 import subprocess
 import sys
@@ -8,10 +9,14 @@ from pathlib import Path
 import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner, Result
+from rich.console import Console
+from rich.markdown import Markdown
 from scripted_chat import scripted
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
+from qaflora_edge.cli.chat.session import context_size
+from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
 
 REPEAT_PENALTY = in_group("sampling")["repeat_penalty"].default_of("chat")
@@ -47,14 +52,14 @@ def test_turns_build_on_each_other(made: TinyBundle) -> None:
     assert len(lines) == 2
     # What the model says may end early, or at once.
     status = r"\[(cut at --max-tokens; )?([\d.]+ tok/s; )?(first token \d\.\d\d s; )?MIX\]"
-    status = status.replace("MIX", r"math \d+ %  es \d+ %")
+    status = status.replace("MIX", r"\w+ \d+ % · \w+ \d+ %")
     assert all(re.fullmatch(status, line) for line in lines), lines
 
 
 def test_the_status_tells_speed_and_mix(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "generate", scripted())
     result = chat(made, "the thing\n")
-    status = r"\[9\.0 tok/s; first token \d\.\d\d s; math \d+ %  es \d+ %\]\n"
+    status = r"\[9\.0 tok/s; first token \d\.\d\d s; \w+ \d+ % · \w+ \d+ %\]\n"
     assert re.fullmatch(status, result.stderr), result.stderr
     assert result.stdout == "The thing on a ring is there, and so is another.\n"
 
@@ -81,7 +86,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(
     lines = f"{question}\n" * 4
     result = chat(made, lines, *GREEDY, "--ctx", "128")
     assert result.exit_code == 0
-    assert "[the context is full: the oldest 2 turns are no longer read]" in result.stderr
+    assert "[the context is full: the oldest 2 turns are no longer sent]" in result.stderr
     assert result.stderr.count("tok/s") == 4
 
 
@@ -152,3 +157,68 @@ def test_more_than_the_base_was_trained_for_is_told_once(
     )
     assert result.stderr.count(warning) == 1
     assert result.stderr.index(warning) > result.stderr.index("tok/s")
+
+
+@pytest.mark.parametrize(
+    ("text", "closed", "rest"),
+    [
+        ("one\ntwo", [], "one\ntwo"),
+        ("one\n\ntwo", ["one"], "two"),
+        ("a\n\n\nb\n\nc", ["a", "b"], "c"),
+        ("```py\nx\n\ny\n```\n\nend", ["```py\nx\n\ny\n```"], "end"),
+        ("```\nx\n\ny", [], "```\nx\n\ny"),
+    ],
+)
+def test_blocks_close_at_a_blank_line_outside_of_code(
+    text: str, closed: list[str], rest: str
+) -> None:
+    assert split_closed(text) == (closed, rest)
+
+
+def markdown(text: str) -> str:
+    """An answer as it stands on the screen, with single blanks between words."""
+    shown = Markdown("")
+    shown.parsed = parse_markdown(text)
+    console = Console(width=80, file=io.StringIO())
+    console.print(shown)
+    assert isinstance(console.file, io.StringIO)
+    return " ".join(console.file.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2*3*4=24",
+        "so <<5*6=30>>30 and <<5*6=30>>30",
+        r"\(x\) and \[y^2\], \{1,2\}, a \\ b",
+        "2**3 and 2**4, (a)**2*(b)**3, |x|*|y|*|z|",
+        "def f(*args, **kwargs): __init__ and a_1_b",
+        "a[0](1), <tag> <https://example.org/5>",
+        "3. three\n5. five\n\n24.",
+        "- one\n- two",
+    ],
+)
+def test_markdown_loses_no_digit_and_no_sign(text: str) -> None:
+    assert markdown(text) == " ".join(text.split())
+
+
+def test_markdown_is_still_markdown() -> None:
+    assert markdown("**18** is *it*, `x*y`") == "18 is it, x*y"
+    assert "print(1)" in markdown("```python\nprint(1)\n```")
+    assert "a b ──── 1 2" in markdown("| a | b |\n|---|---|\n| 1 | 2 |")
+
+
+def test_context_size_is_what_the_base_was_trained_for(made: TinyBundle) -> None:
+    assert context_size(made.folder, "f16") == 512
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", "/bye"])
+def test_words_that_leave(made: TinyBundle, word: str) -> None:
+    result = chat(made, f"{word}\nthe thing\n", *GREEDY)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_server_is_gone_and_says_what_to_use(made: TinyBundle) -> None:
+    result = chat(made, "", "--server", "http://127.0.0.1:8080")
+    assert result.exit_code == 2
+    assert "`chat --server` is gone; open the server's page" in result.stderr

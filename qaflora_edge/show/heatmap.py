@@ -30,18 +30,22 @@ NAME_MAX, CELL_MAX = 20, 3  # columns
 
 
 def print_heatmap(
-    labelled: Sequence[tuple[str, FusionWeights]], stream: TextIO | None = None
+    labelled: Sequence[tuple[str, FusionWeights]],
+    stream: TextIO | None = None,
+    *,
+    is_plain: bool = False,
 ) -> None:
     """Print the weights of each query to a terminal or a pipe, all on one scale.
 
     labelled  a label, which may be empty, and the weights of each query
 
-    rich decides on colours, by the terminal, NO_COLOR and FORCE_COLOR.
+    is_plain  write no escape codes; else rich decides, by the terminal, NO_COLOR and FORCE_COLOR
     """
     from rich.console import Console
 
     stream = stream or sys.stdout
-    console = Console(file=stream, highlight=False, markup=False)
+    is_terminal = False if is_plain else None
+    console = Console(file=stream, highlight=False, markup=False, force_terminal=is_terminal)
     blocks = BLOCKS if can_show(BLOCKS + "·", stream.encoding) else ASCII_BLOCKS
     fusions = [fusion for _, fusion in labelled]
     ends = scale(fusions)

@@ -1,7 +1,7 @@
 """Slash commands: what a chat does besides asking."""
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,19 +163,15 @@ class Commands:
             self.session.switch(names, is_on=action == "on")
         fusion, engine = self.session.fusion, self.session.engine
         means = {} if fusion is None else mean_weights(fusion)
-        rows = []
+        rows, width = [], max(map(len, engine.loaded_adapters), default=0)
         for name in engine.loaded_adapters:
             last = f"  {100 * means[name]:3.0f} % of the last answer" if name in means else ""
-            rows.append(f"{name}  {'on ' if name in engine.adapters else 'off'}{last}")
+            rows.append(f"{name:<{width}}  {'on ' if name in engine.adapters else 'off'}{last}")
         self.view.show("\n".join(rows) or "The bundle has no adapters: the base answers alone.")
 
     def strategy(self, argument: str) -> None:
         engine = self.session.engine
         if argument:
-            is_known = any(argument.partition(":")[0] == known.name for known in strategies())
-            near = None if is_known else _near(argument, engine.strategies)
-            if near:
-                raise click.UsageError(f"There is no strategy {argument}; did you mean {near}?")
             engine.use_strategy(argument)
         else:
             formatter = click.HelpFormatter(width=80)
@@ -274,15 +270,9 @@ class Commands:
         self.view.note(*parts)
 
 
-def _near(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant, if there is one."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return near[0] if near else None
-
-
 def _no_command(name: str, before: str, rest: str = "") -> click.UsageError:
-    near = _near(name, COMMANDS)
-    advice = f"did you mean {before}{near}?" if near else "see /help."
+    near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+    advice = f"did you mean {before}{near[0]}?" if near else "see /help."
     return click.UsageError(f"There is no command /{name}; {advice}{rest}")
 
 

@@ -15,14 +15,24 @@ from qaflora_edge.files import one_line
 from qaflora_edge.show.text import visible, who_spoke
 
 if TYPE_CHECKING:
+    from markdown_it.token import Token
+
     from qaflora_edge.weighing.numbers import FusionWeights
 
 _WAIT_S, _REDRAW_S = 0.4, 0.05  # nothing is said about a shorter wait; between two redraws
+# Stars that multiply, as in 2*3 or (a)*(b), and low lines of names; others stand for them while
+# Markdown is parsed.
+_SIGNS = re.compile(r"(?<=[0-9A-Za-z)\]|])\*+(?=[0-9A-Za-z(\[|])|_+")
+_HIDE, _SHOW = str.maketrans("*_", "\ue000\ue001"), str.maketrans("\ue000\ue001", "*_")
+# What models write as text: formulas with backslashes, a[0](1), tags, numbers of items.
+_OFF = ("escape", "entity", "link", "image", "autolink", "reference", "lheading", "code", "list")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 class View:
     """Shows a chat without escape codes: answers on stdout, everything else on stderr."""
+
+    _is_plain = True
 
     def __init__(self) -> None:
         self._is_tty = sys.stdout.isatty()
@@ -57,7 +67,7 @@ class View:
     def weights(self, fusion: FusionWeights) -> None:
         from qaflora_edge.show.heatmap import print_heatmap
 
-        print_heatmap([("", fusion)], sys.stderr)
+        print_heatmap([("", fusion)], sys.stderr, is_plain=self._is_plain)
 
     def done(self) -> None:
         """End what was shown for an answer or a command."""
@@ -65,6 +75,8 @@ class View:
 
 class TerminalView(View):
     """Prints each closed block of Markdown by rich; the open block is plain text below."""
+
+    _is_plain = False
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -112,15 +124,12 @@ class TerminalView(View):
 
     def _print(self, block: str) -> None:
         """Print a block for good, with a blank line before it."""
-        from markdown_it import MarkdownIt
         from rich.markdown import Markdown
 
         if not block.strip():
             return
-        shown = Markdown(block, code_theme="ansi_dark", hyperlinks=False)
-        # Tags are text, as a model writes them; rich leaves them out.
-        parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-        shown.parsed = parser.parse(block)
+        shown = Markdown("", code_theme="ansi_dark")
+        shown.parsed = parse_markdown(block)
         if self._n_block:
             self._out.print()
         self._out.print(shown)
@@ -154,3 +163,16 @@ def split_closed(text: str) -> tuple[list[str], str]:
             blocks.append("\n".join(lines[begin:number]))
             begin = number + 1
     return [block for block in blocks if block.strip()], "\n".join(lines[begin:])
+
+
+def parse_markdown(block: str) -> list[Token]:
+    """Parse headings, emphasis, code, quotes and tables; all else is text, line by line."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(_OFF)
+    tokens = parser.parse(_SIGNS.sub(lambda match: match[0].translate(_HIDE), block))
+    for token in (each for parent in tokens for each in (parent, *(parent.children or ()))):
+        token.content = token.content.translate(_SHOW)
+        if token.type == "softbreak":
+            token.type = "hardbreak"
+    return tokens

@@ -1,1 +1,0 @@
-"""Markdown as models write it: what of it is markup, its blocks, and as data for a page."""
