@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from bundles import TinyBundle, bundle_json, make_bundle
 from click.testing import CliRunner, Result
 from patience import PATIENCE_S, wait_until
@@ -208,17 +207,6 @@ def test_an_item_that_cannot_be_asked_is_a_result_without_a_score(
     assert "6 were there before; 2 failed, the first: sums, item 1: The prompt has" in again.stderr
 
 
-def test_a_conversation_that_the_template_refuses_is_one_too(tmp_path: Path) -> None:
-    refuse = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}a"
-    base = tiny.write_tiny_base(tmp_path / "b.gguf", chat_template=refuse)
-    turns = [[{"role": "user", "content": "a"}] * n for n in (1, 2, 1)]
-    path = task(tmp_path / "t.jsonl", *({"messages": each, "answer": 1} for each in turns))
-    words = ["eval", base.path, path, "-o", tmp_path / "r.jsonl", *F32]
-    assert CliRunner().invoke(main, [*map(str, words)]).exit_code == 1
-    found = [(each["item"], each["error"]) for each in read_results(tmp_path / "r.jsonl").records]
-    assert [item for item, error in found if error] == [1]
-
-
 def test_json_has_every_item(made: TinyBundle, tmp_path: Path) -> None:
     path, file = sums(tmp_path / "sums.jsonl", 2), tmp_path / "r.json"
     assert run(made, path, "--strategies", "base", "--json", file).exit_code == 0
@@ -245,14 +233,12 @@ def test_html_shows_bars_and_items(made: TinyBundle, tmp_path: Path) -> None:
     ("args", "code", "message"),
     [
         (("--html", "/nowhere/r.html"), 1, "there is no folder /nowhere. Create it, or choose"),
-        (("--strategies", "best"), 1, "Strategy 'best' is not known"),
         (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),
         (
             ("one.jsonl", "--half", "test"),
             2,
             "The task one has 1 item, and none of them",
         ),
-        (("--items", "2:4"), 2, "The option items is gone; use --limit N or --half dev|test."),
         (("--allow-code",), 2, "The metric code is gone; benchmarks/code_metric.py runs eval with"),
         (("-o", "r.jsonl", "--json", "./r.jsonl"), 2, "r.jsonl is named twice; give each FILE a"),
         (("sums.jsonl",), 2, "Two tasks have the name 'sums', expected different ones"),

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import sandbox
 from code_metric import programs
-from sandbox import SandboxError, Verdict, run_program
+from sandbox import Verdict, run_program
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,12 +26,9 @@ RIGHT = [
     "```\nfrom math import pi as p\n\ndef area(r):\n    return round(p * r * r)\n",  # not closed
     "Here it is:\n\ndef area(r):\n    return round(pi * r * r)\n\nIt squares the radius.",
     "    return round(pi * r * r)",
-    "    return round(pi * r * r)\n\n\nprint(area(2) / 0)\n",
     "```python\nx = r * r\n    return round(pi * x)\n```",
     "if r == 0:\n    return 0\nreturn round(pi * r * r)",
     "```python\narea = lambda r: round(pi * r * r)\n```",
-    "area = pi * r * r\nreturn round(area)",
-    "import sys\n\ndef area(r):\n    return round(sys.modules[__name__].pi * r * r)",
     "def area(r):\n    return round(pi * r * r)\n\nif __name__ == '__main__':\n    input()",
     "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\n"
     "class Disc:\n    r: int\n\ndef area(r):\n    return round(pi * Disc(r).r ** 2)",
@@ -41,7 +37,6 @@ WRONG = [
     "I cannot do that.",
     "```python\ndef area(r):\n    return round(3 * r * r)\n```",
     "```python\ndef area(r):\n    import os\n    os._exit(0)\n```",
-    "def area(r):\n    return round(pi * r *\0 r)",
     "```python\ndef area(r:\n```",
 ]
 
@@ -56,13 +51,6 @@ def test_what_is_wrong_is_not_right(answer: str) -> None:
     assert run_program(*programs(answer, ITEM)).failure != ""
 
 
-def test_a_test_without_a_function() -> None:
-    item = {"question": "Write triple(x).", "test": "assert triple(2) == 6"}
-    assert run_program(*programs("```python\ntriple = lambda x: 3 * x\n```", item)).is_passed
-    failed = run_program(*programs("```python\ntriple = lambda x: x\n```", item))
-    assert failed.failure == "AssertionError"
-
-
 def verdict(code: str) -> Verdict:
     return run_program([code], cpu_s=1, wall_s=30)
 
@@ -73,11 +61,9 @@ def verdict(code: str) -> Verdict:
         ("raise KeyError('a')", "KeyError: 'a'"),
         ("x = bytearray(10**10)", "MemoryError"),
         ("open('x', 'w').write('a' * (2 << 20))", "OSError: [Errno 27] File too large"),
-        ("import sys\nsys.exit(0)", "SystemExit: 0"),
         ("import os\nos._exit(0)", "its process ended early (exit code 0)"),
         ("import os\nos.fork()", "BlockingIOError: [Errno 11] Resource temporarily unavailable"),
         ("import os\nassert os.listdir('.') == []", ""),
-        ("import os\nopen('x', 'w').write('a')\nos.mkdir('d')\nos.remove('x')", ""),
         ("input()", "EOFError: EOF when reading a line"),
         ("import resource as r\nr.setrlimit(r.RLIMIT_CPU, (99, 99))", "ValueError: not allowed"),
     ],
@@ -119,9 +105,3 @@ def test_the_rest_of_the_machine_is_out_of_reach(tmp_path: Path) -> None:
 def test_what_the_environment_has_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
     assert verdict("import os\nassert 'SECRET_TOKEN' not in os.environ").is_passed
-
-
-def test_a_system_where_code_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.sys, "executable", "/nowhere/python")
-    with pytest.raises(SandboxError, match=r"/nowhere/python does not start \(No such file"):
-        sandbox.check_can_run()
