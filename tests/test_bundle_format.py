@@ -16,8 +16,7 @@ import pytest
 from bundles import bundle_json, make_bundle
 
 from qaflora_edge.bundles.open import known_of
-from qaflora_edge.chat.conversation import Conversation, Turn
-from qaflora_edge.chat.session_file import BundleIdentity, Session, save_session
+from qaflora_edge.chat.conversation import BundleIdentity, Conversation, Session, Turn, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data, unsafe_reason
 from qaflora_edge.formats.bundle import parse_bundle

@@ -24,8 +24,14 @@ from desk import (
 from patience import PATIENCE_S
 from scripted_server import N_LAYER, SHA256, layers
 
-from qaflora_edge.chat.conversation import Conversation, Turn
-from qaflora_edge.chat.session_file import BundleIdentity, Session, load_session, save_session
+from qaflora_edge.chat.conversation import (
+    BundleIdentity,
+    Conversation,
+    Session,
+    Turn,
+    load_session,
+    save_session,
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,10 +8,9 @@ import jinja2
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat import template as templates
-from qaflora_edge.chat.messages import Message, checked_messages
+from qaflora_edge.chat.messages import BEGIN, Message, checked_messages
 from qaflora_edge.chat.typed import TypedText
 from qaflora_edge.errors import ChatTemplateError, QafloraError, ToolsError
-from qaflora_edge.openai.tools import BEGIN
 
 
 def chat_tokens(

@@ -68,7 +68,7 @@ def header(
     machine  name of the processor
     """
     from qaflora_edge import __version__
-    from qaflora_edge.chat.session_file import bundle_identity
+    from qaflora_edge.chat.conversation import bundle_identity
     from qaflora_edge.formats.bundle import is_base, read_bundle_text
 
     identity, sizes = bundle_identity(folder), engine.adapter_bytes

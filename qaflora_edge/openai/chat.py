@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from qaflora_edge.chat.messages import END
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.completions import ShownTokens, Usage, answer_head, chat_logprobs
 from qaflora_edge.openai.options import openai_options
-from qaflora_edge.openai.tools import END, CallFilter, answer_form, chosen_tools, parse_calls
+from qaflora_edge.openai.tools import CallFilter, answer_form, chosen_tools, parse_calls
 
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
 

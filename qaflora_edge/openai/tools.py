@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qaflora_edge.chat.messages import BEGIN, END
 from qaflora_edge.errors import OptionError, wrong_option
 from qaflora_edge.inference.constraint import (
     Grammar,
@@ -15,7 +16,6 @@ from qaflora_edge.inference.constraint import (
 )
 
 MAX_DEPTH = 128  # objects and lists of the parameters in each other
-BEGIN, END = "<tool_call>", "</tool_call>"
 _CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)", re.DOTALL)
 
 

@@ -16,7 +16,7 @@ import tiny
 
 from fuzz.mutate import Case
 from qaflora_edge.bundles.open import load_bundle
-from qaflora_edge.chat.session_file import load_session
+from qaflora_edge.chat.conversation import load_session
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.formats.adapter import (
     check_adapter,

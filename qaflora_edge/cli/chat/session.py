@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from qaflora_edge.bundles.open import base_of
-from qaflora_edge.chat.conversation import Conversation, Message, Turn
-from qaflora_edge.chat.session_file import Session, bundle_identity, load_session, save_session
+from qaflora_edge.chat.conversation import (
+    Conversation,
+    Message,
+    Session,
+    Turn,
+    bundle_identity,
+    load_session,
+    save_session,
+)
 from qaflora_edge.cli.options import SharedOptions, bundle_folder, check_prompt, open_engine
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.errors import PromptError, QafloraError, StrategyError
