@@ -179,8 +179,7 @@ def test_a_state_of_other_weights_or_cut_short_is_refused(loaded: tuple[Model, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_parallel", [1, 3])
-@pytest.mark.parametrize("strategy", ["static", "single:a", "base"])
+@pytest.mark.parametrize(("strategy", "n_parallel"), [("single:a", 1), ("base", 3)])
 def test_the_fused_prefix_is_read_once_under_fixed_weights(
     monkeypatch: pytest.MonkeyPatch, base: TinyBase, strategy: str, n_parallel: int
 ) -> None:

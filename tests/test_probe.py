@@ -80,8 +80,7 @@ def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
 
 
 @pytest.mark.parametrize("kernels", ["", pytest.param("ggml", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
-@pytest.mark.parametrize("firsts", [[2, 2], [3, 0, 2], [2, 1]])
+@pytest.mark.parametrize(("dtype", "firsts"), [("f32", [3, 0, 2]), ("q8_0", [2, 1])])
 def test_below_where_adapters_begin_states_are_the_bases(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, dtype: str, firsts: list[int]
 ) -> None:
@@ -250,7 +249,7 @@ def test_steps_that_end_after_close_touch_nothing(
     alone = prober(base, adapters)
     steps = alone.prober.states(TOKENS * 5, alone.rows)
     next(steps)
-    (context,) = alone.prober.contexts
+    context = alone.prober._contexts.for_query(1)
     alone.close()
     touched: list[Any] = []
     for name in ("clear", "seq_rm"):

@@ -148,7 +148,7 @@ def test_pool_question_weighs_by_the_questions_mean(
         np.testing.assert_allclose(shown(fusion), cosine, rtol=1e-3, atol=1e-6)
         assert fusion.pool == "question"
         kl = shown(engine.weights(tokens, strategy="qa-flora:pool=question"))
-        core = engine._core.prober.contexts[0]
+        core = engine._core.prober._contexts.for_query(1)
         for ia, states in enumerate(adapted):
             logits = [core.project(core.final_norm(s.astype(np.float32))) for s in (plain, states)]
             reference = kl_divergence(logits[0], logits[1] - logits[0])

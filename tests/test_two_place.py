@@ -194,7 +194,7 @@ def test_what_adapters_would_add_is_their_delta_times_what_the_base_reads(made: 
         core, tokens, span = engine._core, list(range(60, 72)), (3, 9)
         rows = core.rows(engine.adapters)
         found = core.run(core.prober.base.added(tokens, rows, span))
-        context = core.prober.base.contexts.context
+        context = core.prober.base._contexts.context
         assert context is not None
         inputs = []
         context.clear()

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from qaflora_edge.arrays import F32, F64, ArrayLike
+from qaflora_edge.arrays import F32
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import (
     ADDED,
@@ -83,8 +83,9 @@ class Centroid(Strategy):
 
         from qaflora_edge.weighing.numbers import softmax
 
-        centroids = [query.centroids[name] for name in query.adapters]
-        similarity = cosine_similarity(probe.embedding(), centroids)
+        x = probe.embedding().astype(np.float64)
+        c = np.array([query.centroids[name] for name in query.adapters], np.float64)
+        similarity = c @ x / (np.linalg.norm(c, axis=-1) * np.linalg.norm(x))
         weights = softmax(similarity / TEMPERATURE)
         shape = (len(weights), query.n_layer)
         return Mix(*(np.broadcast_to(each[:, None], shape) for each in (weights, similarity)))
@@ -113,18 +114,6 @@ class SpectR(_Spectral):
 
 
 STRATEGIES = (Norm(), Centroid(), Arrow(), SpectR())
-
-
-def cosine_similarity(embedding: ArrayLike, centroids: ArrayLike) -> F64:
-    """Compute the cosine of the angle to each centroid: float64 [n_adapter].
-
-    embedding  [n_embd]
-    centroids  [n_adapter, n_embd]
-    """
-    import numpy as np
-
-    x, c = np.asarray(embedding, np.float64), np.asarray(centroids, np.float64)
-    return np.asarray(c @ x / (np.linalg.norm(c, axis=-1) * np.linalg.norm(x)))
 
 
 def centroid_text(centroid: F32) -> str:

@@ -134,7 +134,7 @@ class BaseProber:
         prefixes: Prefixes,
     ) -> None:
         self._model, self._infos, self._prefixes = model, infos, prefixes
-        self.contexts = _GrowingContext(partial(ProbeContext, model, pack, n_seq=1, **options))
+        self._contexts = _GrowingContext(partial(ProbeContext, model, pack, n_seq=1, **options))
         self._projections: tuple[tuple[int, ...], QueryProjections] | None = None
         self._sizes: dict[int, AttentionSizes] = {}
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
@@ -143,7 +143,7 @@ class BaseProber:
     def close(self) -> None:
         """Free the context and its threads."""
         self._threads.shutdown(wait=False)
-        self.contexts.close()
+        self._contexts.close()
 
     def norms(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F64]:
         """Measure what each adapter adds to a late query projection: float64 [n_row].
@@ -155,7 +155,7 @@ class BaseProber:
         if self._projections is None or self._projections[0] != tuple(rows):
             infos = [self._infos[row] for row in rows]
             self._projections = tuple(rows), QueryProjections(infos, self._model.n_layer)
-        context = self.contexts.for_query(len(tokens), has_inputs=True)
+        context = self._contexts.for_query(len(tokens), has_inputs=True)
         context.capture_begin()
         n_kept = self._prefixes.go_on(context, _BASE, tokens, context.pieces())
         with wiped_on_failure(context):
@@ -164,7 +164,7 @@ class BaseProber:
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """Average the state after the last block over tokens: float32 [n_embd]."""
-        context = self.contexts.for_query(len(tokens), all_outputs=True)
+        context = self._contexts.for_query(len(tokens), all_outputs=True)
         context.clear()
         context.capture_begin("mean")
         with wiped_on_failure(context):
@@ -191,7 +191,7 @@ class BaseProber:
             infos = [self._infos[row] for row in rows]
             inputs = AttentionInputs(infos, self._model.n_layer, reading)
             self._readings[reading] = (tuple(rows), inputs)
-        context = self.contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
+        context = self._contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
         context.clear()
         sums = np.zeros((2, len(rows), self._model.n_layer))
         with wiped_on_failure(context):
@@ -213,7 +213,7 @@ class BaseProber:
                 self._sizes[row] = AttentionSizes(self._infos[row], self._model.n_layer)
         sizes = [self._sizes[row] for row in rows]
         start, stop = span
-        context = self.contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
+        context = self._contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
         question: list[F64] = [np.zeros(1) for _ in rows]
         with wiped_on_failure(context):
             at = self._reuse(context, tokens, start)
@@ -283,12 +283,6 @@ class Prober:
         self.base.close()
         self._contexts.close()
         self._last = None
-
-    @property
-    def contexts(self) -> list[ProbeContext]:
-        """The contexts that exist."""
-        both = (self._contexts.context, self.base.contexts.context)
-        return [context for context in both if context is not None]
 
     def states(self, tokens: Sequence[int], rows: Sequence[int]) -> Steps[F32]:
         """Give the last token's states: float32 [1 + n_row, n_layer, n_embd], the base first."""
@@ -438,35 +432,31 @@ class QueryProbe:
     """
 
     def __init__(self, prober: Prober, query: Query, rows: Sequence[int], run: Run) -> None:
-        self._prober, self._query, self._rows, self._run = prober, query, tuple(rows), run
+        self._prober, self._run, self._query = prober, run, query
+        self._what = (query.tokens, tuple(rows))
 
     def divergence(self, measure: Measure = "kl") -> F64:
-        query = self._query
-        how = (measure, query.lens, query.pool, query.question)
-        return self._run(self._prober.divergence(query.tokens, self._rows, *how))
+        lens, pool, question = self._query.lens, self._query.pool, self._query.question
+        return self._run(self._prober.divergence(*self._what, measure, lens, pool, question))
 
     def states(self) -> F32:
-        query = self._query
-        if query.pool == "question":
+        if self._query.pool == "question":
             return np.array(self._places()[1])
-        return np.array(self._run(self._prober.states(query.tokens, self._rows)))
-
-    def _places(self) -> F32:
-        query = self._query
-        return self._run(self._prober.places(query.tokens, self._rows, query.question))
+        return np.array(self._run(self._prober.states(*self._what)))
 
     def places(self, measure: PlaceMeasure) -> F64:
-        query = self._query
         if measure == "added":
-            steps = self._prober.base.added(query.tokens, self._rows, query.question)
-            return self._run(steps)
+            return self._run(self._prober.base.added(*self._what, self._query.question))
         return np.stack([numbers.cosine_distance(each[0], each[1:]) for each in self._places()])
 
     def embedding(self) -> F32:
         return self._run(self._prober.base.embedding(self._query.tokens))
 
     def routing(self, reading: Reading) -> tuple[F64, F64]:
-        return self._run(self._prober.base.routing(self._query.tokens, self._rows, reading))
+        return self._run(self._prober.base.routing(*self._what, reading))
 
     def norms(self) -> F64:
-        return self._run(self._prober.base.norms(self._query.tokens, self._rows))
+        return self._run(self._prober.base.norms(*self._what))
+
+    def _places(self) -> F32:
+        return self._run(self._prober.places(*self._what, self._query.question))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -93,15 +94,11 @@ class Weigher:
         probed = [each.name for each in whole if each.is_probed]
         singles = [f"single:{name}" for name in self.adapters]
         every = (*fixed, *singles, *probed)
-        return tuple(text for text in every if self.follows(text))
-
-    def follows(self, text: str) -> bool:
-        """Tell whether a strategy can be followed here."""
-        try:
-            self.parse(text)
-        except QafloraError:
-            return False
-        return True
+        found = []
+        for text in every:
+            with suppress(QafloraError):
+                found.append(self.parse(text).text)
+        return tuple(found)
 
     def query(self, tokens: Sequence[int], chosen: Chosen | None = None) -> Query:
         """Make a query from tokens, these defaults and the strategy's options."""
