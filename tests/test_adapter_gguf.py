@@ -67,8 +67,7 @@ def refusal(kind: type[Exception], path: Path, base: tiny.TinyBase | None = None
     return str(caught.value)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+@pytest.mark.parametrize(("arch", "outtype"), [("llama", "f32"), ("gemma3", "q8_0")])
 def test_what_was_written_is_read(tmp_path: Path, arch: str, outtype: str) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", arch, tied=False)
     targets = ("ffn_down", "attn_q", "output", "token_embd")
@@ -97,10 +96,6 @@ def test_rank_is_the_largest_of_the_modules(tmp_path: Path, base: tiny.TinyBase)
     assert info.ranks == {Q0: 4, "blk.1.attn_q.weight": 7}
 
 
-def test_name_defaults_to_that_of_the_file(tmp_path: Path) -> None:
-    assert read_adapter_gguf(write(tmp_path / "math.gguf", PAIR)).name == "math"
-
-
 def test_head_of_a_tied_base_is_accepted(tmp_path: Path, base: tiny.TinyBase) -> None:
     assert base.tied
     adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=["output"])
@@ -114,8 +109,6 @@ def test_head_of_a_tied_base_is_accepted(tmp_path: Path, base: tiny.TinyBase) ->
     ("fields", "key", "found", "expected"),
     [
         ({"kind": None}, "general.type", "missing", "adapter"),
-        ({"kind": "model"}, "general.type", "'model'", "adapter"),
-        ({"adapter": None}, "adapter.type", "missing", "lora"),
         ({"adapter": "control"}, "adapter.type", "'control'", "lora"),
     ],
 )
@@ -135,8 +128,6 @@ def test_file_of_another_kind_is_refused(
         (None, "missing"),
         (0.0, "0.0"),
         (float("nan"), "nan"),
-        (float("inf"), "inf"),
-        (8, "8"),
         (np.float64(8), "8.0 of 64 bits"),
     ],
 )
@@ -163,7 +154,6 @@ def test_activated_lora_is_refused(tmp_path: Path) -> None:
     [
         ("blk.0.attn_norm.weight", "a norm"),
         ("blk.0.attn_q.bias", "neither lora_a nor lora_b"),
-        (Q0, "neither lora_a nor lora_b"),
     ],
 )
 def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
@@ -174,12 +164,11 @@ def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str, kind: str)
     )
 
 
-@pytest.mark.parametrize(("present", "missing"), [("a", "b"), ("b", "a")])
-def test_half_of_a_pair_is_refused(tmp_path: Path, present: str, missing: str) -> None:
-    name = f"{Q0}.lora_{present}"
+def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
+    name = f"{Q0}.lora_a"
     path = write(tmp_path / "a.gguf", {name: PAIR[name]})
     assert refusal(GgufFileError, path) == (
-        f"Cannot use adapter {path}: tensor {Q0}.lora_{missing} is missing and {name} is there; "
+        f"Cannot use adapter {path}: tensor {Q0}.lora_b is missing and {name} is there; "
         "expected both. Convert the adapter again."
     )
 
@@ -255,15 +244,6 @@ def test_other_architecture_is_refused(tmp_path: Path, base: tiny.TinyBase) -> N
     assert refusal(AdapterMismatchError, path, base) == (
         f"Cannot use adapter {path} with base {base.path}: the adapter is for architecture "
         f"'qwen2', the base is 'llama'. {TRAINED}"
-    )
-
-
-def test_tensor_that_the_base_lacks_is_named(tmp_path: Path, base: tiny.TinyBase) -> None:
-    name = "blk.3.attn_q.weight"
-    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (64, 4)})
-    assert refusal(AdapterMismatchError, path, base) == (
-        f"Cannot use adapter {path} with base {base.path}: it adapts tensor {name}, which the base "
-        f"lacks. {TRAINED}"
     )
 
 
@@ -370,14 +350,12 @@ def test_type_that_holds_no_floats_is_refused(tmp_path: Path, kind: str) -> None
     )
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     ("outtype", "n_bad"), [("f32", 1), ("f16", 1), ("bf16", 1), ("q8_0", 32), ("q4_0", 32)]
 )
-def test_values_that_are_no_numbers_are_counted(
-    tmp_path: Path, outtype: str, n_bad: int, value: float
-) -> None:
+def test_values_that_are_no_numbers_are_counted(tmp_path: Path, outtype: str, n_bad: int) -> None:
     """Of types in blocks, the scale of one: it makes the whole block so."""
+    value = np.nan if n_bad == 1 else np.inf
     kind = gguf.GGMLQuantizationType[outtype.upper()]
     values = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     stored = gguf.quants.quantize(values, kind)

@@ -29,7 +29,6 @@ from qaflora_edge.errors import (
     AdapterMismatchError,
     BundleError,
     ChecksumError,
-    DownloadError,
     GgufFileError,
     InputFileError,
     StrategyError,
@@ -177,33 +176,6 @@ def test_paths_in_the_hubs_cache_are_recorded_as_references(
     assert hub.requests == []
 
 
-def test_what_the_hub_does_not_have_changes_nothing(
-    hub: FakeHub, hub_cache: Path, made: TinyBundle
-) -> None:
-    files = {
-        path.relative_to(made.folder).as_posix(): path.read_bytes()
-        for path in made.folder.rglob("*.*")
-    }
-    hub.put("owner/bundle", files)
-    before = snapshot(made.folder)
-    with pytest.raises(DownloadError) as missing:
-        add_adapter(made.folder, "a", "owner/none")
-    assert str(missing.value).startswith(
-        "There is no file or folder owner/none here. Could not pull owner/none: the Hub did not"
-    )
-    with pytest.raises(InputFileError) as bundle:
-        add_adapter(made.folder, "a", "owner/bundle")
-    assert str(bundle.value) == (
-        "The adapter owner/bundle is a bundle, expected one adapter. "
-        "Name one of its files, as owner/bundle/adapters/NAME.gguf."
-    )
-    hub.requests.clear()
-    with pytest.raises(InputFileError, match=r"The adapter folder/a\.gguf does not exist"):
-        add_adapter(made.folder, "a", "folder/a.gguf")  # a path, not a repository
-    assert hub.requests == []
-    assert snapshot(made.folder) == before
-
-
 def test_failed_adding_leaves_the_bundle_as_it_was(made: TinyBundle, tmp_path: Path) -> None:
     other = tiny.write_tiny_base(tmp_path / "other.gguf", n_embd=32)
     foreign = tiny.write_tiny_adapter(tmp_path / "foreign.gguf", other)
@@ -258,17 +230,6 @@ def test_a_strategy_has_to_fit_the_adapters_before_they_are_measured(
     add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:first=3")
 
 
-def test_a_file_of_another_adapter_is_not_to_be_removed(made: TinyBundle) -> None:
-    raw = bundle_json(made.folder)["adapters"]
-    rewrite(made.folder, lambda text: text["adapters"][0].update(name="sums"))
-    with pytest.raises(BundleError, match=r"gguf is there already, and it is sums's\. Choose"):
-        add_adapter(made.folder, "math", made.adapter.path)
-    rewrite(made.folder, lambda text: text.update(adapters=raw))
-    rename_adapter(made.folder, "math", "Math")  # a change of capitals keeps the file
-    rename_adapter(made.folder, "Math", "algebra")
-    assert names_in(made.folder) == {"bundle.json", "adapters/algebra.gguf", "adapters/es.gguf"}
-
-
 def test_a_file_of_the_users_is_not_overwritten(made: TinyBundle) -> None:
     mine = made.folder / "adapters/med.gguf"
     mine.write_bytes(b"mine")
@@ -306,13 +267,6 @@ def test_a_broken_adapter_can_be_removed(made: TinyBundle) -> None:
     remove_adapter(made.folder, "es")
     remove_adapter(made.folder, "math")
     load_bundle(made.folder)
-
-
-def test_a_file_of_two_adapters_stays_for_the_other(made: TinyBundle) -> None:
-    twin = {**bundle_json(made.folder)["adapters"][1], "name": "twin"}
-    rewrite(made.folder, lambda raw: raw["adapters"].append(twin))
-    remove_adapter(made.folder, "es")
-    assert list(verify_bundle(made.folder).adapter_paths) == ["math", "twin"]
 
 
 def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) -> None:
@@ -354,22 +308,6 @@ def test_a_renamed_adapter_keeps_its_place(made: TinyBundle, strategy: str, rena
         "adapters/math.gguf",
         "adapters/spanish.gguf",
     }
-
-
-def test_names_that_are_not_there_or_taken(made: TinyBundle) -> None:
-    before = snapshot(made.folder)
-    missing = f"The bundle {made.folder} has no adapter 'no'; expected one of: math, es."
-    for attempt in (
-        lambda: remove_adapter(made.folder, "no"),
-        lambda: rename_adapter(made.folder, "no", "x"),
-    ):
-        with pytest.raises(BundleError) as caught:
-            attempt()
-        assert str(caught.value) == missing
-    for new in ("math", "MATH", "../x"):
-        with pytest.raises(BundleError):
-            rename_adapter(made.folder, "es", new)
-    assert snapshot(made.folder) == before
 
 
 def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
@@ -418,15 +356,6 @@ def test_the_base_may_lie_elsewhere(made: TinyBundle, tmp_path: Path) -> None:
     assert bundle_json(made.folder)["base"]["file"] == "base.gguf"
     elsewhere = made.folder.rename(tmp_path / "elsewhere")
     assert verify_bundle(elsewhere).base_path == elsewhere / "base.gguf"
-
-
-def test_the_base_may_be_on_the_hub(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:
-    commit = hub.put("owner/base", {"a.gguf": made.base.path.read_bytes()})
-    set_base(made.folder, "owner/base/a.gguf")
-    base = bundle_json(made.folder)["base"]
-    assert "file" not in base
-    assert base["hub"] == f"owner/base/a.gguf@{commit}"
-    assert load_bundle(made.folder).base_path.is_relative_to(hub_cache)
 
 
 def test_another_base_is_refused(made: TinyBundle, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The GGUF header reader, against gguf's own reader and against hostile files."""
 
-import random
 import struct
 from pathlib import Path
 
@@ -55,8 +54,9 @@ def make(
     return head + b"\0" * (-len(head) % 32) + data
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("llama", "f32"), ("qwen2", "f16"), ("gemma3", "bf16"), ("llama", "q8_0")]
+)
 def test_header_and_values_equal_those_of_the_gguf_package(
     tmp_path: Path, arch: str, dtype: str
 ) -> None:
@@ -88,20 +88,6 @@ def test_counts_come_from_the_architecture(tmp_path: Path) -> None:
     assert header.architecture == "qwen2"
     assert (header.n_layer, header.n_embd, header.n_vocab) == (3, 64, base.n_vocab)
     assert (header.n_head, header.n_head_kv) == (4, 2)
-
-
-def test_head_count_kv_defaults_to_head_count(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    heads = field("llama.attention.head_count", 4, struct.pack("<I", 9))
-    path.write_bytes(make(ARCH, heads))
-    assert read_gguf_header(path).n_head_kv == 9
-
-
-def test_count_given_per_layer_is_that_of_the_layers_that_have_it(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    array = struct.pack("<IQ3I", 4, 3, 0, 2, 2)
-    path.write_bytes(make(ARCH, field("llama.attention.head_count_kv", 9, array)))
-    assert read_gguf_header(path).n_head_kv == 2
 
 
 def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
@@ -233,10 +219,6 @@ HOSTILE = {
         make(ARCH, field("general.alignment", 4, struct.pack("<I", 24))),
         f"metadata field general.alignment is 24; expected a power of two up to 65536. {CORRUPT}",
     ),
-    "alignment of zero": (
-        make(ARCH, field("general.alignment", 4, struct.pack("<I", 0))),
-        f"metadata field general.alignment is 0; expected a power of two up to 65536. {CORRUPT}",
-    ),
     "dimensions": (
         make(ARCH, entries=(entry("t", [1] * 5, 0, 0),)),
         f"the number of dimensions of tensor 't' is 5; expected at most 4. {CORRUPT}",
@@ -306,21 +288,6 @@ def test_tensor_past_the_end_is_refused(tmp_path: Path, dims: list[int]) -> None
     )
 
 
-def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    path.write_bytes(make(field("general.architecture", 8, text("x" * 100_000))))
-    with pytest.raises(GgufFileError) as caught:
-        read_gguf_header(path)
-    assert str(caught.value) == (
-        f"Cannot read {path}: metadata field general.architecture is 100000 characters long; "
-        f"expected at most 64. {CORRUPT}"
-    )
-    path.write_bytes(make(field("k" * 60_000, 13, b"")))
-    with pytest.raises(GgufFileError) as caught:
-        read_gguf_header(path)
-    assert len(str(caught.value)) < len(str(path)) + 250
-
-
 def test_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     head = make(ARCH, field("words", 9, struct.pack("<IQ", 8, 2) + struct.pack("<Q", 1 << 40)))
@@ -380,24 +347,6 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:n_bytes])
         with pytest.raises(GgufFileError):
             read_gguf_header(path)
-
-
-def test_random_damage_never_leads_to_another_error(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    words = field("words", 9, struct.pack("<IQ", 8, 2) + text("one") + text("two"))
-    whole = make(ARCH, words, entries=(entry("t", [2, 4], 0, 0),), data=bytes(32))
-    rng = random.Random(0)
-    n_refused = 0
-    for _ in range(400):
-        damaged = bytearray(whole)
-        for _ in range(rng.randint(1, 4)):
-            damaged[rng.randrange(len(damaged))] = rng.choice((0, 1, 8, 9, 127, 255))
-        path.write_bytes(damaged)
-        try:
-            read_gguf_header(path)
-        except GgufFileError:
-            n_refused += 1
-    assert n_refused > 200
 
 
 def test_missing_and_empty_files_and_folders_are_named(tmp_path: Path) -> None:
