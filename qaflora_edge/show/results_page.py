@@ -13,7 +13,7 @@ from html import escape
 
 from qaflora_edge.show.text import crop, spelt
 
-WIDTH, MARGIN = 140, 6  # of a bar, in pixels
+WIDTH, MARGIN = 110, 6  # of a bar, in pixels
 TITLE_CHARS = 160  # of a question, in the list of items
 _STYLE = """
 :root { --ink: #1f2328; --quiet: #656d76; --line: #d0d7de; --paper: #fff; --good: #1a7f37;
