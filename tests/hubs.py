@@ -43,9 +43,8 @@ class FakeHub(ThreadingHTTPServer):
     """Repositories by name.
 
     served    file name -> what is sent in place of what is listed
-    cut       file name -> the connection drops after so many bytes, once for each number
     refused   a content that is not taken
-    requests  what was asked for, as "METHOD path" with the range where there was one
+    requests  what was asked for, as "METHOD path"
     """
 
     daemon_threads = True
@@ -55,10 +54,8 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.served: dict[str, bytes] = {}
-        self.cut: dict[str, list[int]] = {}
         self.requests: list[str] = []
         self.objects: dict[str, bytes] = {}
-        self.card_problem = ""
         self.refused = b""
 
     @property
@@ -72,9 +69,6 @@ class FakeHub(ThreadingHTTPServer):
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         found = self.repos[repo]
         return found.commits[found.branches.get(revision, revision)]
-
-    def asked(self, start: str) -> int:
-        return sum(request.startswith(start) for request in self.requests)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,8 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
         path = urlsplit(self.path).path
-        wanted = self.headers.get("Range")
-        self.server.requests.append(f"{self.command} {path}" + (f" {wanted}" if wanted else ""))
+        self.server.requests.append(f"{self.command} {path}")
         for method, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
@@ -168,14 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
         if file.endswith(LARGE):
             headers["X-Linked-ETag"] = f'"{sha256(listed).hexdigest()}"'
             headers["X-Linked-Size"] = str(len(content))
-        headers |= {"ETag": f'"{_git_sha1(listed)}"', "Accept-Ranges": "bytes"}
-        start = 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            start = int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        cuts = self.server.cut.get(file)
-        stop = cuts.pop(0) if cuts and self.command == "GET" else None
-        self.answer(206 if start else 200, content[start:], headers, stop)
+        headers["ETag"] = f'"{_git_sha1(listed)}"'
+        self.answer(200, content, headers)
 
     # writing
 
@@ -203,13 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def check_card(self) -> None:
-        problem = self.server.card_problem
-        if not json.loads(self.body)["content"].startswith("---\n"):
-            self.answer(200, {"errors": [], "warnings": [{"message": "empty or missing yaml"}]})
-        elif problem:
-            self.answer(400, {"errors": [{"message": problem}], "warnings": []})
-        else:
-            self.answer(200, {"errors": [], "warnings": []})
+        assert json.loads(self.body)["content"].startswith("---\n")
+        self.answer(200, {"errors": [], "warnings": []})
 
     def send_modes(self, name: str, revision: str) -> None:
         repo = self.open_repo(name, write=True)
@@ -281,9 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
         status: int,
         content: bytes | dict[str, Any] | list[dict[str, Any]],
         headers: dict[str, str] | None = None,
-        stop: int | None = None,
     ) -> None:
-        """Answer; `stop` drops the connection after so many bytes."""
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
         self.send_response(status)
@@ -292,9 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[:stop])
-            if stop is not None:
-                self.close_connection = True
+            self.wfile.write(content)
 
 
 def _git_sha1(content: bytes) -> str:

@@ -19,6 +19,7 @@ from bundles import PROMPTS, TinyBundle, bundle_json, make_bundle, make_sources,
 from patience import PATIENCE_S
 
 from qaflora_edge import Engine, QafloraError
+from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapter, calibrate
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
@@ -33,7 +34,8 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
-from qaflora_edge.formats import checksums, registry
+from qaflora_edge.formats import checksums
+from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
 from qaflora_edge.inference import core
@@ -393,7 +395,8 @@ def register(monkeypatch: pytest.MonkeyPatch, base: Path) -> registry.Model:
         license="MIT",
         sources=(),
     )
-    monkeypatch.setattr(registry, "load_registry", lambda path=None: {model.name: model})
+    for module in (registry, source):
+        monkeypatch.setattr(module, "load_registry", lambda: {model.name: model})
     return model
 
 

@@ -8,7 +8,7 @@ from bundles import TinyBundle, make_sources
 from click.testing import CliRunner, Result
 
 from qaflora_edge.cli import main
-from qaflora_edge.formats import registry
+from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.bundle import read_bundle_text
 
 MODEL = "smollm2-135m-instruct"

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from hubs import FakeHub
 
 from qaflora_edge.cli import main
-from qaflora_edge.formats import registry
+from qaflora_edge.formats import names as registry
 from qaflora_edge.hub.fetch import fetch_hub
 
 BASE = "smollm2-135m-instruct"

@@ -245,7 +245,7 @@ def test_what_no_file_reports_itself_is_no_traceback(
     error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that goes between two looks at it, and memory that is not there."""
-    from qaflora_edge.formats import registry
+    from qaflora_edge.formats import names as registry
 
     def fail() -> None:
         raise error

@@ -12,7 +12,7 @@ from hubs import FakeHub
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.cli import main
 from qaflora_edge.errors import BundleError
-from qaflora_edge.formats import registry
+from qaflora_edge.formats import names as registry
 
 ADAPTERS = ("adapters/math.gguf", "adapters/es.gguf")
 

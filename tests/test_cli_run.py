@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main
-from qaflora_edge.formats import registry
+from qaflora_edge.formats import names as registry
 from qaflora_edge.hub import local as hub_cache
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.weigher import Weigher

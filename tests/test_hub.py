@@ -17,7 +17,7 @@ from patience import PATIENCE_S
 
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
-from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
+from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
 from qaflora_edge.hub.fetch import fetch_hub
 from qaflora_edge.hub.local import pulled_path
 
@@ -52,7 +52,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
 
 
 def downloads(hub: FakeHub) -> list[str]:
-    """The files whose content was asked for, with the range."""
+    """The files whose content was asked for."""
     return [
         request.partition("/resolve/")[2].partition("/")[2]
         for request in hub.requests
@@ -551,7 +551,7 @@ def test_a_model_of_the_registry_comes_from_the_hub(hub: FakeHub, tmp_path: Path
     path.write_text(json.dumps({"format": "qaflora-registry/1", "models": models}))
     script = """
         import pathlib, sys
-        from qaflora_edge.formats import registry
+        from qaflora_edge.formats import names as registry
         from qaflora_edge.hub.fetch import fetch_model
         registry.package_data = lambda name: pathlib.Path(sys.argv[1])
         seen = []

@@ -91,7 +91,7 @@ def test_convert(start: Path, tmp_path: Path, before: bytes | None) -> None:
 
 PULL_A_MODEL = """
 import hashlib, json
-from qaflora_edge.formats import registry
+from qaflora_edge.formats import names as registry
 from qaflora_edge.hub.fetch import fetch_model
 
 whole = (start / "models" / "fake.gguf").read_bytes()

@@ -180,7 +180,7 @@ def test_environment_is_left_as_it_was() -> None:
 IN_THE_CLONE = """
 import qaflora_edge
 from qaflora_edge import Engine
-from qaflora_edge.formats.registry import load_registry
+from qaflora_edge.formats.names import load_registry
 print(qaflora_edge.__file__, "smollm2-135m-instruct" in load_registry())
 with Engine("base.gguf") as engine:
     print(engine.n_layer)

@@ -22,7 +22,7 @@ import pytest
 from patience import PATIENCE_S
 
 from qaflora_edge.errors import DownloadError, OutputFileError, RegistryError
-from qaflora_edge.formats import registry
+from qaflora_edge.formats import names as registry
 from qaflora_edge.hub.fetch import fetch_model
 
 PARTS = [bytes(range(256)) * 40, b"second" * 1000]
@@ -113,7 +113,7 @@ class Shop:
         """Fetch in another process that kills itself once so many bytes are there."""
         script = textwrap.dedent(f"""
             import os, pathlib, signal
-            from qaflora_edge.formats import registry
+            from qaflora_edge.formats import names as registry
             from qaflora_edge.hub.fetch import fetch_model
             registry.package_data = lambda name: pathlib.Path({str(self.registry)!r})
             def progress(done, total):
@@ -308,7 +308,7 @@ def test_a_file_of_the_users_is_compared_and_never_replaced(shop: Shop, tmp_path
 def test_two_processes_fetch_once(shop: Shop) -> None:
     script = textwrap.dedent(f"""
         import pathlib
-        from qaflora_edge.formats import registry
+        from qaflora_edge.formats import names as registry
         from qaflora_edge.hub.fetch import fetch_model
         registry.package_data = lambda name: pathlib.Path({str(shop.registry)!r})
         calls = []

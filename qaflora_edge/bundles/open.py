@@ -15,7 +15,6 @@ from typing import Any
 
 from qaflora_edge.errors import BundleError, OptionError, QafloraError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats import registry
 from qaflora_edge.formats.adapter import AdapterInfo, read_with_adapters
 from qaflora_edge.formats.bundle import (
     AdapterRecord,
@@ -29,6 +28,7 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.checksums import FileState, check_file, file_state
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.json_text import WrongField, shown
+from qaflora_edge.formats.names import pulled_model
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.baselines import parse_centroid
 from qaflora_edge.weighing.strategy import parse_strategy
@@ -150,7 +150,7 @@ def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
         with contextlib.suppress(ValueError, OSError):  # a name that no file can have
             if path.is_file():
                 return path
-    if base.registry and (pulled := registry.pulled_model(base.registry)):
+    if base.registry and (pulled := pulled_model(base.registry)):
         return pulled
     if base.hub:
         from qaflora_edge.hub.local import pulled_path

@@ -5,16 +5,15 @@ Only the files that belong to it go there, and no path of this machine.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qaflora_edge.bundles.card import bundle_card, gguf_card, peft_card
-from qaflora_edge.bundles.open import verify_bundle
+from qaflora_edge.bundles.open import known_of, verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
 from qaflora_edge.files import AnyPath, safe_join, unsafe_reason
-from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     BundleText,
@@ -22,17 +21,24 @@ from qaflora_edge.formats.bundle import (
     packed_files,
     parse_bundle,
 )
-from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref, parse_repo
 from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref, parse_repo
 from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors, list_files
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.files import INDEX_FILE
 from qaflora_edge.peft.folder import read_peft
+from qaflora_edge.peft.module import PeftAdapter
 from qaflora_edge.progress import Tell
 
 Content = Path | bytes
 
 CARD_FILE = "README.md"
+LIBRARY = "qaflora-edge"
+# Licences as bundles name them -> the Hub's names. Others are stated in the text only.
+LICENSES = {
+    name.lower(): name.lower()
+    for name in ("MIT", "Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC0-1.0", "BSD-3-Clause")
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def _collect(
     """Check what is to be pushed; give its files by name, and a way to make a card."""
     if os.path.exists(path / BUNDLE_FILE):
         text = _check_bundle(path, base_hub, progress)
-        return _bundle_files(path, text), lambda: bundle_card(text, repo)
+        return _bundle_files(path, text), lambda: _bundle_card(text, repo)
     if base_hub is not None:
         raise BundleError(
             f"Cannot push {path} with a base: it is no bundle, expected {BUNDLE_FILE} in it. "
@@ -88,9 +94,9 @@ def _collect(
     if os.path.isdir(path):
         adapter = read_peft(path)
         _check_config(adapter.folder / CONFIG_FILE)
-        return _peft_files(adapter.folder), lambda: peft_card(adapter, repo)
+        return _peft_files(adapter.folder), lambda: _peft_card(adapter, repo)
     info = read_adapter_gguf(path)
-    return {path.name: path}, lambda: gguf_card(info, repo)
+    return {path.name: path}, lambda: _gguf_card(info, repo)
 
 
 def _check_bundle(path: Path, base_hub: str | None, progress: Tell | None) -> BundleText:
@@ -195,3 +201,112 @@ def _send(
             parent_commit=info.sha,
         )
     return Pushed(commit.commit_url, str(HubRef(repo, None, commit.oid)), tuple(sorted(files)))
+
+
+# --- the card: README.md of a pushed repository -------------------------------------------------
+
+
+def _bundle_card(text: BundleText, repo: str) -> str:
+    """The card of a bundle."""
+    base = text.base
+    base_model = parse_hub_ref(base.hub).repo if base.hub else None
+    rows = [
+        (a.name, str(a.rank), ", ".join(a.targets), a.description, a.source, a.license)
+        for a in text.adapters
+    ]
+    lines = [
+        *_head(text.license, base_model),
+        f"# {_line(text.name) or repo}",
+        "",
+        *([_line(text.description), ""] if text.description else []),
+        f"A bundle for {LIBRARY}: LoRA adapters for one quantised base, mixed anew for each "
+        "question.",
+        "",
+        *_code(f"qaflora pull {repo} --with-base", f'qaflora run {repo} "A question"'),
+        *_table(("adapter", "rank", "modules", "trained for", "source", "licence"), rows),
+        *_measured(text),
+        f"The base: {base.architecture}, {base.n_layer} layers, {base.size_bytes} bytes, SHA-256 "
+        f"`{base.sha256}`"
+        + (f", from `{place}`." if (place := base.hub or base.registry) else "."),
+        "",
+        *(
+            [f"Strategy {_line(known_of(text).strategy)}, {_line(text.evidence)}.", ""]
+            if text.evidence
+            else []
+        ),
+        f"Licence: {_line(text.license) or 'not stated'}. The base has its own.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(text: BundleText) -> list[str]:
+    """What the bundle knows of its adapters besides what they are: lines, or none."""
+    samples = ", ".join(text.fusion.get("samples", {}))
+    return [f"* `--strategy centroid`: sample texts of {samples}", ""] if samples else []
+
+
+def _gguf_card(info: AdapterInfo, repo: str) -> str:
+    """The card of a single adapter GGUF."""
+    facts = (info.path.name, str(info.rank), f"{info.alpha:g}", ", ".join(info.targets))
+    names = ("file", "rank", "alpha", "modules")
+    return _adapter_card(repo, info.architecture, _head("", None), names, facts)
+
+
+def _peft_card(adapter: PeftAdapter, repo: str) -> str:
+    """The card of a PEFT adapter."""
+    config = adapter.config
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.modules})
+    facts = (str(config.rank), f"{config.alpha:g}", ", ".join(kinds))
+    head = _head("", config.base_name, library="peft", tags="[lora, qaflora]")
+    return _adapter_card(repo, "PEFT", head, ("rank", "alpha", "modules"), facts)
+
+
+def _adapter_card(
+    repo: str, kind: str, head: Sequence[str], names: Sequence[str], facts: Sequence[str]
+) -> str:
+    name = repo.partition("/")[2]
+    lines = [
+        *head,
+        f"# {name}",
+        "",
+        f"A LoRA adapter ({_line(kind)}) that {LIBRARY} mixes with others for each question.",
+        "",
+        *_code(f"qaflora bundle create my-bundle --base BASE.gguf --adapter {name}={repo}"),
+        *_table(names, [facts]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(
+    license: str,
+    base_model: str | None,
+    *,
+    library: str = LIBRARY,
+    tags: str = "[qaflora, lora, gguf]",
+) -> list[str]:
+    """The YAML that the Hub reads; it refuses a base_model that is no repository's name."""
+    if base_model is not None and not is_repo(base_model):
+        base_model = None
+    fields: Mapping[str, str | None] = {
+        "library_name": library,
+        "license": LICENSES.get(license.strip().lower()),
+        "base_model": base_model,
+        "base_model_relation": "adapter" if base_model else None,
+        "tags": tags,
+    }
+    return ["---", *(f"{key}: {value}" for key, value in fields.items() if value), "---", ""]
+
+
+def _code(*commands: str) -> list[str]:
+    return ["```sh", f"pip install {LIBRARY}", *commands, "```", ""]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [*("| " + " | ".join(map(_line, line)) + " |" for line in lines), ""]
+
+
+def _line(text: str) -> str:
+    """A text of a bundle as one line of Markdown that cannot become anything else."""
+    flat = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return flat.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")

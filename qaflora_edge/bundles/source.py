@@ -27,7 +27,6 @@ from qaflora_edge.files import (
     sha256_file,
     what_is_at,
 )
-from qaflora_edge.formats import registry
 from qaflora_edge.formats.adapter import AdapterInfo, check_adapter, read_adapter, read_adapter_gguf
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
@@ -39,7 +38,14 @@ from qaflora_edge.formats.bundle import (
 )
 from qaflora_edge.formats.checksums import check_file, hash_file
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.hub_ref import HubRef, from_address, parse_hub_ref
+from qaflora_edge.formats.names import (
+    HubRef,
+    from_address,
+    load_registry,
+    model_name,
+    parse_hub_ref,
+    pulled_model,
+)
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref
 from qaflora_edge.hub.names import all_here
@@ -85,8 +91,8 @@ def find_base(base: AnyPath, tell: Tell) -> BaseSource:
     if os.path.isfile(path):
         cached = cached_ref(path)
         return BaseSource(path, hub=None if cached is None else str(cached))
-    if name in registry.load_registry():
-        pulled = registry.pulled_model(name)
+    if name in load_registry():
+        pulled = pulled_model(name)
         if pulled is None:
             raise GgufFileError(
                 f"The base {name} is in the registry but not on this machine; "
@@ -140,7 +146,7 @@ def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None
     DownloadError when it does not come.
     """
     where = folder / BUNDLE_FILE
-    if base.registry in registry.load_registry():
+    if base.registry in load_registry():
         path = fetch_model(str(base.registry), progress=progress)
     elif base.hub:
         path = fetch_hub(base.hub, progress=progress)
@@ -308,7 +314,7 @@ def base_record(source: BaseSource, header: GgufHeader, tell: Tell) -> dict[str,
         "size_bytes": size_bytes,
         "name": None if header.name is None else header.name[:MAX_NAME_CHARS],
         "file": recordable(path.absolute()) if is_file else None,
-        "registry": source.registry or registry.model_name(sha256),
+        "registry": source.registry or model_name(sha256),
         "hub": source.hub,
     }
     return {key: value for key, value in record.items() if value is not None}

@@ -28,7 +28,7 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
     """
     if base is not None:
         return base
-    from qaflora_edge.formats.registry import load_registry, local_path
+    from qaflora_edge.formats.names import load_registry, local_path
 
     trained_on = next(filter(None, map(_trained_on, adapters)), None)
     if trained_on is None:

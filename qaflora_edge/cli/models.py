@@ -14,7 +14,7 @@ def models(as_json: bool) -> None:
 
     Tells size, kind (chat or base) and licence of each, and where it is when it is here already.
     """
-    from qaflora_edge.formats.registry import load_registry, local_path
+    from qaflora_edge.formats.names import load_registry, local_path
 
     known = [(model, local_path(model)) for model in load_registry().values()]
     if as_json:

@@ -218,8 +218,7 @@ def bundle_folder(text: str) -> Path:
     folder = Path(text)
     if os.path.exists(folder):
         return folder
-    from qaflora_edge.formats.hub_ref import from_address
-    from qaflora_edge.formats.registry import load_registry, local_path
+    from qaflora_edge.formats.names import from_address, load_registry, local_path
     from qaflora_edge.hub import local as hub_cache
     from qaflora_edge.hub.names import named_bundles
 

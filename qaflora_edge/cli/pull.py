@@ -37,8 +37,7 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
     the Hub's own cache, shared with other tools. What is here already is not fetched again.
     Prints where it is.
     """
-    from qaflora_edge.formats.hub_ref import from_address
-    from qaflora_edge.formats.registry import load_registry
+    from qaflora_edge.formats.names import from_address, load_registry
     from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 
     ref = from_address(ref)

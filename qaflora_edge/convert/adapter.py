@@ -27,7 +27,7 @@ from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError
 from qaflora_edge.files import AnyPath, atomic_path, readable
 from qaflora_edge.formats.gguf import read_gguf_header
-from qaflora_edge.formats.hub_ref import is_repo
+from qaflora_edge.formats.names import is_repo
 from qaflora_edge.peft.folder import read_peft
 from qaflora_edge.progress import TellBytes, TellCount
 

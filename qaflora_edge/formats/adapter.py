@@ -29,7 +29,7 @@ from qaflora_edge.formats.gguf import (
     read_value_block,
     read_values,
 )
-from qaflora_edge.formats.hub_ref import from_address, is_repo
+from qaflora_edge.formats.names import from_address, is_repo
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"

@@ -44,8 +44,8 @@ from qaflora_edge.formats.bundle import (
     parse_bundle,
 )
 from qaflora_edge.formats.checksums import checksum
-from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
-from qaflora_edge.formats.registry import (
+from qaflora_edge.formats.names import (
+    HubRef,
     HubSource,
     Model,
     PackagePart,
@@ -53,6 +53,7 @@ from qaflora_edge.formats.registry import (
     find_model,
     local_path,
     models_dir,
+    parse_hub_ref,
 )
 from qaflora_edge.hub.local import cached_ref, hub_cache_dir, pulled_path
 from qaflora_edge.peft.config import CONFIG_FILE

@@ -16,7 +16,7 @@ from pathlib import Path
 from qaflora_edge.errors import BundleError, OutputFileError, RegistryError
 from qaflora_edge.files import read_input
 from qaflora_edge.formats.bundle import BUNDLE_FILE, MAX_BUNDLE_BYTES, packed_files, parse_bundle
-from qaflora_edge.formats.hub_ref import HubRef, parse_hub_ref
+from qaflora_edge.formats.names import HubRef, parse_hub_ref
 from qaflora_edge.peft.config import CONFIG_FILE
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

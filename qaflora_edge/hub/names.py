@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import InputFileError, OutputFileError, QafloraError, os_errors
-from qaflora_edge.formats.registry import load_registry, local_path
+from qaflora_edge.formats.names import load_registry, local_path
 from qaflora_edge.settings import bundle_places
 
 BUNDLE_FILE = "bundle.json"
