@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -32,7 +32,6 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 # What to do with a file that is_lfs_pointer.
 LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
 _PLACE_ADVICE = "Create the folder, or choose one that you can write to."
-_LEFT_OVER = re.compile(r"\.tmp-[a-z0-9_]{8}-(.*)", re.DOTALL)
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 _KINDS = {
@@ -134,7 +133,7 @@ def atomic_folder(folder: Path, failure: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def _temporary(path: Path, failure: str, make: Callable[[Path], None]) -> Iterator[Path]:
     name = cut_name(path.name, 100)
-    remove_left_overs(path.parent, name)
+    _remove_left_overs(path.parent, name)
     temporary = path.parent / f".tmp-{secrets.token_hex(4)}-{name}"
     with os_errors(OutputFileError, _refused(path, failure), _PLACE_ADVICE):
         make(temporary)
@@ -165,21 +164,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def remove_left_overs(folder: Path, name: str = "") -> None:
-    """Remove temporary files and folders of killed writers, once they are 60 s old.
-
-    name  of the file that they were for; "" for any file
-
-    Whoever gives no name holds a lock that keeps other writers out of the folder.
-    """
-    # They do no harm where they cannot be removed.
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            match = _LEFT_OVER.fullmatch(entry.name)
-            if match and name in ("", match[1]):
-                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                if age > LEFT_OVER_SECONDS and not entry.is_symlink():
-                    _remove(Path(entry.path))
+def _remove_left_overs(folder: Path, name: str) -> None:
+    """Remove what killed writers of the same file left, once it is 60 s old."""
+    with contextlib.suppress(OSError):  # it does no harm where it cannot be removed
+        for path in folder.glob(f".tmp-????????-{glob.escape(name)}"):
+            is_old = time.time() - path.lstat().st_mtime > LEFT_OVER_SECONDS
+            if is_old and not path.is_symlink():
+                _remove(path)
 
 
 def _remove(path: Path) -> None:

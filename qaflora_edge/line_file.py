@@ -10,10 +10,10 @@ from qaflora_edge.files import cache_lock
 
 
 class LineFile:
-    """Lines are added whole; a last one that was cut is taken off before the first of them.
+    """A file to which one process adds whole lines; a cut last line is removed first.
 
     holds   what the lines are, for errors
-    n_byte  of its whole lines: who reads the file sets it
+    n_byte  of its whole lines, set by the reader of the file
     """
 
     def __init__(self, path: Path, holds: str) -> None:
