@@ -80,7 +80,7 @@ class BundleModel(llm.Model):
         conversation: llm.Conversation | None,
     ) -> Iterator[str]:
         """Answer; the weights and the times are in response_json, and so in the logs."""
-        from qaflora_edge.cli.setting_table import shared_settings
+        from qaflora_edge.cli.settings import shared_settings
 
         given = prompt.options.model_dump(exclude_none=True)
         schema: Any = prompt.schema  # llm has turned a class into a schema by now

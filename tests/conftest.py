@@ -13,7 +13,7 @@ from browser import Browser, browser
 from hubs import FakeHub
 
 import qaflora_edge
-from qaflora_edge.cli.setting_table import SHARED, SHARED_TABLES, variables
+from qaflora_edge.cli.settings import SHARED, SHARED_TABLES, variables
 from qaflora_edge.files import cache_dir
 from qaflora_edge.hub.fetch import fetch_model
 

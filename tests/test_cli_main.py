@@ -92,16 +92,6 @@ def test_every_argument_is_explained(words: list[str]) -> None:
             assert name == "DIR" or name in text, (words, name)
 
 
-def test_help_names_the_settings_of_a_command() -> None:
-    text = " ".join(CliRunner().invoke(main, ["run", "--help"]).stdout.split())
-    assert (
-        "--temp is set by the variable QAFLORA_RUN_TEMP, or QAFLORA_TEMP for all commands, and by "
-        "the key temp of the settings file, in its table [run] or above all tables; likewise "
-        "--strategy, --lens, --pool,"
-    ) in text
-    assert "Environment and files" not in CliRunner().invoke(main, ["doctor", "--help"]).stdout
-
-
 def test_similar_commands_are_offered() -> None:
     for words, near in ((["rnu"], "'run'"), (["bundle", "shwo"], "'show'")):
         result = CliRunner().invoke(main, words)

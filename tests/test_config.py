@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from qaflora_edge import Engine, Llama, config
 from qaflora_edge.cli import main
 from qaflora_edge.cli.options import SharedOptions
-from qaflora_edge.cli.setting_table import SHARED_TABLES, file_settings, shared_settings
+from qaflora_edge.cli.settings import SHARED_TABLES, file_settings, shared_settings
 from qaflora_edge.config import OPTIONS, SHARED, Option, in_group
 from qaflora_edge.errors import OptionError, SettingsError
 from qaflora_edge.inference.request import Sampling

@@ -6,13 +6,11 @@ import re
 from math import sqrt
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle
 
 from qaflora_edge import Engine
-from qaflora_edge.cli.complete import complete_strategy
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.shaping import shaped
@@ -104,29 +102,6 @@ def test_what_is_no_option_is_refused(text: str, message: str) -> None:
     with pytest.raises(StrategyError) as caught:
         parse_strategy(text, ("math", "es"))
     assert message in str(caught.value)
-
-
-def completed(word: str) -> list[str]:
-    context = click.Context(click.Command("run"))
-    return [str(item.value) for item in complete_strategy(context, context.command, word)]  # type: ignore[arg-type]
-
-
-def test_options_are_completed() -> None:
-    assert completed("qa-flora:") == [
-        "qa-flora:power=",
-        "qa-flora:layers=each",
-        "qa-flora:layers=mean",
-        "qa-flora:top=",
-        "qa-flora:total=l2",
-        "qa-flora:total=",
-        "qa-flora:pool=last",
-        "qa-flora:pool=question",
-        "qa-flora:first=",
-    ]
-    assert completed("norm:2,la") == ["norm:2,layers=each", "norm:2,layers=mean"]
-    assert completed("qa-flora:power=2,pow") == []
-    assert completed("two-place:by=c") == ["two-place:by=cosine"]
-    assert completed("static:") == []
 
 
 def test_the_page_has_every_option() -> None:

@@ -35,7 +35,7 @@ VERBS = {
     "bench": "Measure speed on this machine.",
     "doctor": "Report the library, the devices and the versions.",
     "settings": "Show what is set by environment and settings file.",
-    "completion": "Print or install completion for a shell.",
+    "completion": "Print completion for a shell.",
 }
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -49,12 +49,12 @@ class VerbGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        from qaflora_edge.cli import setting_table
+        from qaflora_edge.cli.settings import attach_variables
 
         name = "listing" if cmd_name == "list" else cmd_name  # list is a word of Python
         module = importlib.import_module(f"qaflora_edge.cli.{name}")
         command: click.Command = getattr(module, name)
-        setting_table.attach_variables(cmd_name, command)
+        attach_variables(cmd_name, command)
         return command
 
     def resolve_command(
@@ -83,8 +83,6 @@ class VerbGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
-        if "_QAFLORA_COMPLETE" in os.environ:
-            from qaflora_edge.cli import complete  # noqa: F401  (tells click of our bash)
         _prepare_streams()
         try:
             with signals_unwind():
@@ -194,6 +192,6 @@ def main(ctx: click.Context) -> None:
     verb = ctx.invoked_subcommand or ""
     command = main.get_command(ctx, verb)
     if command is not None and verb != "completion":  # which has to work in any case
-        from qaflora_edge.cli.setting_table import file_defaults
+        from qaflora_edge.cli.settings import file_defaults
 
         ctx.default_map = {verb: file_defaults(verb)}

@@ -1,58 +1,97 @@
-"""qaflora completion"""
+"""qaflora completion, and what may stand in place of a word.
 
-import os
+Nothing here loads a model, and a broken bundle or settings file suggests nothing.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
-from qaflora_edge.cli.complete import SHELLS, script
 from qaflora_edge.cli.options import command
 
-PROGRAM = "qaflora"
+SHELLS = ("bash", "zsh", "fish")
+VARIABLE = "_QAFLORA_COMPLETE"
+Items: TypeAlias = "list[CompletionItem[str]]"
 
 
-def script_path(shell: str) -> Path:
-    """Where a shell finds completions of its user without being told."""
-    home = Path.home()
-    data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
-    return {
-        "bash": data / "bash-completion" / "completions" / PROGRAM,
-        "zsh": data / "zsh" / "site-functions" / f"_{PROGRAM}",
-        "fish": config / "fish" / "completions" / f"{PROGRAM}.fish",
-    }[shell]
-
-
-def hint(shell: str, path: Path) -> str:
-    """What a user has to know for the script to be found."""
-    return {
-        "bash": "New shells have it where bash-completion is set up; "
-        f"else add to ~/.bashrc: source {path}",
-        "zsh": f"Add to ~/.zshrc, before compinit: fpath=({path.parent} $fpath)",
-        "fish": "New shells have it.",
-    }[shell]
-
-
-@command("qaflora completion bash --install", "qaflora completion zsh > _qaflora")
+@command(
+    "qaflora completion bash > ~/.local/share/bash-completion/completions/qaflora",
+    "qaflora completion fish > ~/.config/fish/completions/qaflora.fish",
+)
 @click.argument("shell", type=click.Choice(SHELLS))
-@click.option("--install", is_flag=True, help="Write it where the shell looks for it.")
-def completion(shell: str, install: bool) -> None:
-    """Print or install completion for a shell.
+def completion(shell: str) -> None:
+    """Print completion for a shell.
 
     It completes commands, options, bundles, strategies, and the names of a bundle's adapters and
-    of models. SHELL is bash (4.4 or newer), zsh or fish.
+    of models. SHELL is bash (4.4 or newer), zsh or fish; docs/settings.md says where each looks.
     """
-    text = script(click.get_current_context().find_root().command, shell)
-    if not install:
-        click.echo(text, nl=False)
-        return
-    from qaflora_edge.errors import OutputFileError, os_errors
-    from qaflora_edge.files import write_text_atomic
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    root = click.get_current_context().find_root().command
+    click.echo(shell_class(root, {}, "qaflora", VARIABLE).source(), nl=False)
 
-    path = script_path(shell)
-    failure = f"Cannot write {path}: making the folder {path.parent} failed"
-    advice = f"Print it with `qaflora completion {shell}` and put it elsewhere."
-    with os_errors(OutputFileError, failure, advice):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, text)
-    click.echo(f"Wrote {path}. {hint(shell, path)}", err=True)
+
+def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names from the setting `bundles`, else folders and files."""
+    from qaflora_edge.hub.names import named_bundles
+
+    return _items(named_bundles, word) or [CompletionItem(word, type="file")]
+
+
+def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Strategies, and single: and manual: with the adapters of the bundle on the line."""
+    from qaflora_edge.weighing.strategy import strategies
+
+    names = _adapters(ctx)
+    found = [each.name for each in strategies() if not each.needs_argument]
+    found += [f"single:{name}" for name in names]
+    done, comma, _ = word.rpartition(",")
+    found += [f"{done},{name}=" if comma else f"manual:{name}=" for name in names]
+    return _items(lambda: found, word)
+
+
+def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names of the adapters of the bundle on the line."""
+    return _items(lambda: _adapters(ctx), word)
+
+
+def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names of what was pulled."""
+    from qaflora_edge.hub.names import all_here
+
+    return _items(lambda: (here.name for here in all_here() if here.is_pulled), word)
+
+
+def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
+    """Names of the registry's models."""
+    from qaflora_edge.formats.registry import load_registry
+
+    return _items(load_registry, word)
+
+
+def _adapters(ctx: click.Context) -> list[str]:
+    """The adapters of the bundle that stands on the line already; none without one."""
+    from qaflora_edge.errors import QafloraError
+    from qaflora_edge.hub.names import adapter_names, named_bundles
+
+    given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
+    # Click leaves arguments unnamed when the option before the cursor has no value yet.
+    for text in itertools.islice((*given, *ctx.args), 1):
+        with contextlib.suppress(QafloraError):
+            return adapter_names(named_bundles().get(str(text), Path(text)))
+    return []
+
+
+def _items(values: Any, word: str) -> Items:
+    """Those that begin with what is typed; none where they cannot be found."""
+    from qaflora_edge.errors import QafloraError
+
+    found: Iterable[str] = ()
+    with contextlib.suppress(QafloraError, OSError):
+        found = list(values())
+    return [CompletionItem(value) for value in found if value.startswith(word)]

@@ -1,74 +1,216 @@
-"""qaflora settings"""
+"""qaflora settings: what environment and settings file can set, its checks, and who wins.
+
+The command line wins over the environment, that over the file, that over a bundle's own
+defaults, and those over what is built in.
+"""
 
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import click
 
 from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.options import command
+from qaflora_edge.cli.options import SharedOptions, command, meaning, shared_options
+from qaflora_edge.config import OWN, SHARED, Option
+from qaflora_edge.settings import (
+    LIBRARY_KEYS,
+    read_settings,
+    settings_path,
+    unknown_key,
+    wrong_value,
+)
+
+PREFIX = "QAFLORA_"
+SECRET = "(secret)"  # shown instead of a value that is one
+# Tables that take the shared options; `llm` is the plugin for the program of that name.
+SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "bench", "serve", "llm")
+TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table.
+
+    key        its name in the settings file, None when the environment alone sets it
+    variables  of the environment, the first that is set wins
+    """
+
+    key: str | None
+    variables: tuple[str, ...]
+    kind: str
+    meaning: str
+    is_secret: bool = False
+
+
+def variables(key: str, table: str | None) -> tuple[str, ...]:
+    """Environment variables for a key: of one command first, then of all."""
+    own: tuple[str, ...] = (f"{PREFIX}{table}_{key}".upper(),) if table else ()
+    if (option := OWN.get(table or "", {}).get(key)) and option.variable:
+        own += (option.variable,)
+    shared = (f"{PREFIX}{key}".upper(),) if key in SHARED else ()
+    return own + shared
+
+
+# Kind and meaning of what no command takes: by keys of the file, and by variables alone.
+_OF_LIBRARY = {
+    "cache": ("a folder", "Where downloads are kept."),
+    "bundles": (
+        "a list of folders",
+        "Bundles, or folders of bundles, that can be used by name; in the environment separated "
+        "as in PATH.",
+    ),
+}
+_OF_ENVIRONMENT = {
+    "QAFLORA_CONFIG": ("a file", "The settings file to read instead of the usual."),
+    "QAFLORA_LIB_PATH": ("a folder", "The native library to load instead of the package's own."),
+    "QAFLORA_CPU_KERNELS": (
+        "avx512vnni, avx512, avx2, neon, portable or ggml",
+        "Kernels for adapters on the CPU, for comparisons; ggml is its own operations.",
+    ),
+    "QAFLORA_SOURCE_ARCHIVE": (
+        "a file",
+        "llama.cpp's source for the build, instead of fetching it.",
+    ),
+}
+
+
+def all_settings() -> list[Setting]:
+    """Every setting, in the order of the documents: the table of docs/settings.md."""
+    rows = [Setting(k, (f"{PREFIX}{k}".upper(),), *said) for k, said in _OF_LIBRARY.items()]
+    for table, options in ((None, SHARED), *OWN.items()):
+        rows += [_setting(key, table, option) for key, option in options.items()]
+    return [*rows, *(Setting(None, (name,), *said) for name, said in _OF_ENVIRONMENT.items())]
+
+
+def command_settings() -> list[Setting]:
+    """What all commands share, as set for one command alone, such as run.temp."""
+    return [
+        Setting(f"{table}.{key}", variables(key, table)[:1], option.expected, meaning(option))
+        for table in SHARED_TABLES
+        for key, option in SHARED.items()
+    ]
+
+
+def _setting(key: str, table: str | None, option: Option) -> Setting:
+    name = f"{table}.{key}" if table else key
+    kind = option.expected + ("; in the environment one text" if option.kind is tuple else "")
+    return Setting(name, variables(key, table), kind, meaning(option), option.is_secret)
+
+
+def table_options(table: str) -> dict[str, Option]:
+    """The options that a table of the settings file may set, by their keys."""
+    return {**(SHARED if table in SHARED_TABLES else {}), **OWN.get(table, {})}
+
+
+def file_settings() -> dict[str, Any]:
+    """The settings file with all keys and values checked.
+
+    Raises SettingsError.
+    """
+    path, settings = settings_path(), read_settings()
+    for key, value in settings.items():
+        if key in SHARED:
+            _check(path, key, SHARED[key], value)
+        elif key in TABLES:
+            if not isinstance(value, dict):
+                raise wrong_value(path, key, value, f"a table, as in [{key}]")
+            options = table_options(key)
+            for name in value:
+                if name not in options:
+                    raise unknown_key(path, f"{key}.{name}", [f"{key}.{each}" for each in options])
+                _check(path, f"{key}.{name}", options[name], value[name])
+        elif key not in LIBRARY_KEYS:
+            raise unknown_key(path, key, (*SHARED, *LIBRARY_KEYS, *TABLES))
+    return settings
+
+
+def _check(path: Path, key: str, option: Option, value: object) -> None:
+    if not option.fits(value):
+        raise wrong_value(path, key, SECRET if option.is_secret else value, option.expected)
+
+
+def file_defaults(verb: str) -> dict[str, Any]:
+    """What the settings file says for the options of one command, as click's default_map."""
+    settings = file_settings()
+    return {
+        key: value
+        for key, value in {**settings, **settings.get(verb, {})}.items()
+        if key in table_options(verb)
+    }
+
+
+def attach_variables(verb: str, command: click.Command) -> None:
+    """Let the environment set the options of a command that can be set."""
+    for param in command.params:
+        if param.name in table_options(verb):
+            param.envvar = list(variables(param.name, verb))
+
+
+def shared_settings(table: str) -> SharedOptions:
+    """The shared options as environment and file set them, without a command line."""
+
+    def nothing(options: SharedOptions) -> SharedOptions:
+        return options
+
+    nothing.__name__ = table
+    taking = click.command()(shared_options(nothing))
+    attach_variables(table, taking)
+    with taking.make_context(table, [], default_map=file_defaults(table)) as context:
+        chosen: SharedOptions = taking.invoke(context)
+    return chosen
+
+
+def unknown_variables() -> list[str]:
+    """Variables of the environment that look like settings and are none."""
+    rows = [*all_settings(), *command_settings()]
+    known = {variable for row in rows for variable in row.variables}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
+    """The value of a setting and where it comes from: a variable, the file, or `default`.
+
+    settings  what the file says, as file_settings gives it
+    """
+    for variable in row.variables:
+        if value := os.environ.get(variable):
+            return SECRET if row.is_secret else value, variable
+    found: Any = settings
+    for part in (row.key or "").split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    if found is None:
+        return None, "default"
+    return SECRET if row.is_secret else found, str(settings_path())
 
 
 @command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
+@click.option("--all", "is_all", is_flag=True, help="Show what is not set too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, setting by setting.")
-def settings(as_json: bool) -> None:
+def settings(is_all: bool, as_json: bool) -> None:
     """Show what is set by environment and settings file.
 
-    Names each setting with its value and where that comes from, or its default; last come options
-    that are set for one command alone, as in a table such as [chat]. The file need not exist.
+    Names each setting that is set, with its value and where that comes from. The file need not
+    exist.
     """
-    from qaflora_edge.cli.setting_table import (
-        all_settings,
-        command_settings,
-        file_settings,
-        origin,
-        unknown_variables,
-        without_secrets,
-    )
-    from qaflora_edge.settings import settings_path
-
     path, found = settings_path(), file_settings()
-    rows = [(row, *origin(row, found)) for row in all_settings()]
-    own = [(row, *origin(row, found)) for row in command_settings()]
-    rows += [row for row in own if row[2] != "default"]
+    known = [*all_settings(), *(command_settings() if not is_all else ())]
+    rows = [(row, *origin(row, found)) for row in known]
+    rows = [row for row in rows if is_all or row[2] != "default"]
     for name in unknown_variables():
         click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
-    defaults = {row.key: _default(row.key) for row, _, _ in rows if row.key}
     if as_json:
         entries = {
             row.key or row.variables[0]: {"value": value, "from": source}
-            | ({"default": defaults[row.key]} if row.key and defaults[row.key] else {})
             for row, value, source in rows
         }
-        shown = {"file": str(path), "exists": path.is_file(), "settings": entries}
-        print_json(shown | {"as_read": without_secrets(found)})
+        print_json({"file": str(path), "exists": path.is_file(), "settings": entries})
         return
     click.echo(f"{path}{'' if path.is_file() else ' (does not exist)'}")
     for row, value, source in rows:
-        name = row.key or row.variables[0]
-        is_file = source == str(path)
-        shown_value = "" if value is None else json.dumps(value, ensure_ascii=False)
-        shown_value = shown_value or defaults.get(row.key or "") or "-"
-        click.echo(f"{name:<22} {shown_value:<24} {'the file' if is_file else source}")
-
-
-def _default(key: str) -> str:
-    """The default of a setting in words; "" where there is none."""
-    from qaflora_edge.config import OWN, SHARED
-    from qaflora_edge.files import cache_dir
-
-    table, _, name = key.rpartition(".")
-    option = OWN.get(table, {}).get(name) or SHARED.get(name)
-    if option is None:
-        return str(cache_dir()) if key == "cache" else ""
-
-    def shown(value: object) -> str:
-        if isinstance(value, bool):  # of the flag, which may turn off what is on
-            return json.dumps(value is not option.is_negated)
-        return "" if value in (None, ()) else str(value)
-
-    if option.unset:
-        return option.unset
-    others = {} if table else option.defaults
-    parts = [shown(option.default_of(table))]
-    parts += [f"{verb} {shown(value)}" for verb, value in others.items() if shown(value)]
-    return ", ".join(part for part in parts if part)
+        shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
+        where = "the file" if source == str(path) else source
+        click.echo(f"{row.key or row.variables[0]:<22} {shown:<24} {where}")
