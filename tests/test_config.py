@@ -298,8 +298,3 @@ def test_strategies_are_named_when_help_is_asked_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(strategy._registry, "mine", Mine())
     help_text = " ".join(CliRunner().invoke(main, ["run", "--help"]).stdout.split())
     assert "manual:NAME=W,NAME=W, base or mine:LIST." in help_text
-    line = {"COMP_WORDS": "qaflora run DIR --strategy mi", "COMP_LAST": "mi"}
-    shown = CliRunner().invoke(
-        main, [], prog_name="qaflora", env={"_QAFLORA_COMPLETE": "bash_complete", **line}
-    )
-    assert shown.stdout.splitlines() == ["plain,mine:"]
