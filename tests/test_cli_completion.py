@@ -35,12 +35,12 @@ def suggested(made: TinyBundle, line: str, **more: str) -> list[str]:
         ("qaflora run bundle hi --lens ", ["norm", "raw"]),
         ("qaflora run bundle --strategy c", ["cosine", "calibrated", "centroid"]),
         ("qaflora run bundle --strategy single:", ["single:math", "single:es"]),
-        ("qaflora run bundle --strategy manual:math=1,", ["manual:math=1,math=", "manual:math=1,es="]),
+        ("qaflora run bundle --strategy manual:es=1,m", ["manual:es=1,math="]),
         ("qaflora run --strategy single:", []),
         ("qaflora bundle remove bundle m", ["math"]),
         ("qaflora pull smol", ["smollm2-135m-instruct"]),
     ],
-)  # fmt: skip
+)
 def test_suggestions(made: TinyBundle, line: str, expected: list[str]) -> None:
     assert suggested(made, line) == expected
 
