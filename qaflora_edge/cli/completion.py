@@ -69,7 +69,7 @@ def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> It
 
 def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of the registry's models."""
-    from qaflora_edge.formats.registry import load_registry
+    from qaflora_edge.formats.names import load_registry
 
     return _items(load_registry, word)
 
