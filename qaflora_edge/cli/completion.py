@@ -1,22 +1,12 @@
-"""qaflora completion, and what may stand in place of a word.
-
-Nothing here loads a model, and a broken bundle or settings file suggests nothing.
-"""
-
-import contextlib
-import itertools
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, TypeAlias
+"""qaflora completion"""
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import get_completion_class
 
 from qaflora_edge.cli.options import command
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_QAFLORA_COMPLETE"
-Items: TypeAlias = "list[CompletionItem[str]]"
 
 
 @command(
@@ -34,64 +24,3 @@ def completion(shell: str) -> None:
     assert shell_class is not None
     root = click.get_current_context().find_root().command
     click.echo(shell_class(root, {}, "qaflora", VARIABLE).source(), nl=False)
-
-
-def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
-    """Names from the setting `bundles`, else folders and files."""
-    from qaflora_edge.hub.names import named_bundles
-
-    return _items(named_bundles, word) or [CompletionItem(word, type="file")]
-
-
-def complete_strategy(ctx: click.Context, param: click.Parameter, word: str) -> Items:
-    """Strategies, and single: and manual: with the adapters of the bundle on the line."""
-    from qaflora_edge.weighing.strategy import strategies
-
-    names = _adapters(ctx)
-    found = [each.name for each in strategies() if not each.needs_argument]
-    found += [f"single:{name}" for name in names]
-    done, comma, _ = word.rpartition(",")
-    found += [f"{done},{name}=" if comma else f"manual:{name}=" for name in names]
-    return _items(lambda: found, word)
-
-
-def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> Items:
-    """Names of the adapters of the bundle on the line."""
-    return _items(lambda: _adapters(ctx), word)
-
-
-def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
-    """Names of what was pulled."""
-    from qaflora_edge.hub.names import all_here
-
-    return _items(lambda: (here.name for here in all_here() if here.is_pulled), word)
-
-
-def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Items:
-    """Names of the registry's models."""
-    from qaflora_edge.formats.names import load_registry
-
-    return _items(load_registry, word)
-
-
-def _adapters(ctx: click.Context) -> list[str]:
-    """The adapters of the bundle that stands on the line already; none without one."""
-    from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub.names import adapter_names, named_bundles
-
-    given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
-    # Click leaves arguments unnamed when the option before the cursor has no value yet.
-    for text in itertools.islice((*given, *ctx.args), 1):
-        with contextlib.suppress(QafloraError):
-            return adapter_names(named_bundles().get(str(text), Path(text)))
-    return []
-
-
-def _items(values: Any, word: str) -> Items:
-    """Those that begin with what is typed; none where they cannot be found."""
-    from qaflora_edge.errors import QafloraError
-
-    found: Iterable[str] = ()
-    with contextlib.suppress(QafloraError, OSError):
-        found = list(values())
-    return [CompletionItem(value) for value in found if value.startswith(word)]

@@ -20,7 +20,7 @@ from qaflora_edge.files import check_has_folder
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
 
-# Options whose values a shell completes -> a function of `completion`.
+# Options whose values a shell completes -> a function of `complete`.
 _COMPLETED = {"strategy": "complete_strategy"}
 
 
@@ -53,10 +53,10 @@ class SharedOptions(SimpleNamespace):
 
 
 def completed_by(name: str) -> Callable[..., Any]:
-    """A function of `completion`, imported when a shell asks."""
+    """A function of `complete`, imported when a shell asks."""
 
     def complete(ctx: click.Context, param: click.Parameter, word: str) -> Any:
-        import qaflora_edge.cli.completion as functions
+        import qaflora_edge.cli.complete as functions
 
         return getattr(functions, name)(ctx, param, word)
 
