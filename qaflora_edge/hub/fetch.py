@@ -285,7 +285,7 @@ def fetch_hub(
         files = _choose(parsed, listing)
         if files[0].name == BUNDLE_FILE:
             files = _choose_packed(parsed, commit, listing)
-        place = None if to is None else Path(to)
+        place = None if to is None else Path(to).absolute()  # the library expands ~
         if place is not None:
             _check_place(f"Cannot pull {ref} to {to}", place, files, joins=bool(parsed.file))
         folder = _download(parsed, commit, files, place, progress)
