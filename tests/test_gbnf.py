@@ -1,5 +1,6 @@
 """GBNF grammars: refused with the place, or followed as llama.cpp's own sampler follows it."""
 
+import contextlib
 import ctypes
 import random
 import time
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import llguidance
 import numpy as np
 import pytest
-from test_json_schema import allowed
+from test_json_schema import allowed, on_a_small_stack
 from tiny import write_tiny_base
 
 from qaflora_edge.backend.model import Model
@@ -125,7 +126,7 @@ def draw_rule(chance: random.Random, depth: int, names: list[str]) -> str:
     return " | ".join(options)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_grammars_by_chance_are_followed_as_llama_cpp_does(model: Model, seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(10):
@@ -186,6 +187,9 @@ def _chain(n: int, rule: str = "r{}") -> str:
 HOSTILE = [
     _chain(60, "r{0} | r{0}"),
     _chain(60, "r{0} r{0}"),
+    _chain(98),
+    _chain(98) + " r0",
+    "root ::= " + "(" * 95 + '"a" root? ' + ")?" * 95,
     "root ::= " + '"a"{0,2000} ' * 300,
     "root ::= " + "(" * 20 + '"a"' + "{0,2000})" * 20,
     "root ::= " + '("a"* "a"*)*' * 50,
@@ -199,16 +203,17 @@ HOSTILE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_grammars_end_in_bounded_time(model: Model, text: str) -> None:
-    start = time.process_time()
-    try:
+    def follow() -> None:
         follows = Constraint(model, gbnf_grammar(text))
         for _ in range(50):
             tokens = [token for token in allowed(model, follows) if not model.is_end(token)]
             if not tokens:
                 break
             follows.accept(int(tokens[0]))
-    except GrammarError:
-        pass
+
+    start = time.process_time()
+    with contextlib.suppress(GrammarError):
+        on_a_small_stack(follow)
     assert time.process_time() - start < 60
 
 

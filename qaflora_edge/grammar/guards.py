@@ -6,7 +6,7 @@ llguidance 1.9.1 alone overflows its stack on chains of 5,000 rules, takes minut
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from graphlib import CycleError, TopologicalSorter
 from math import lcm
@@ -76,7 +76,10 @@ def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
         if "root" not in rules:
             raise ValueError("there is no rule 'root', expected root ::= ..., the start")
         printer = _Printer(rules)
-        lines = [f"{name}: {rule}\n" for name, rule in printer.rules()]
+        lines = [
+            f"{printer.numbers[name]}: {printer.text(rule.alternatives, name)}\n"
+            for name, rule in rules.items()
+        ]
     except (GbnfToLarkError, ValueError, RecursionError) as error:
         raise GrammarError(f"{source} cannot be read: {error}; correct it there.") from error
     _check_chain("root", lambda name: printer.uses[name].items(), source)
@@ -110,11 +113,8 @@ class _Printer:
         self.numbers = {name: f"r{number}" for number, name in enumerate(rules)}
         self.uses: dict[str, dict[str, int]] = {name: {} for name in rules}
 
-    def rules(self) -> Iterator[tuple[str, str]]:
-        for name, rule in self._rules.items():
-            yield self.numbers[name], self._text(rule.alternatives, name, 0)
-
-    def _text(self, node: Any, rule: str, depth: int) -> str:
+    def text(self, node: Any, rule: str, depth: int = 0) -> str:
+        """Print a node of a rule that has so many groups around it."""
         kind = type(node).__name__
         if kind == "RuleRefNode":
             if node.name not in self._rules:
@@ -127,7 +127,7 @@ class _Printer:
             regex = "(?s:.)" if node.rx == "." else re.sub("([&~]){2,}", r"\1", node.rx)
             return f"/{regex}/"
         depth += kind == "AlternativeNode"
-        inner = [self._text(child, rule, depth) for child in node.children()]
+        inner = [self.text(child, rule, depth) for child in node.children()]
         if kind != "RepetitionNode":
             sign = " | " if kind == "AlternativeNode" else " "
             return f"({sign.join(inner)})" if inner else '""'
@@ -145,8 +145,7 @@ def _char_class(char: tuple[str, str, str]) -> str:
 # JSON schemas
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
-_NOTES |= {"$schema", "$anchor", "$comment"}
-_NOTES |= {"contentEncoding", "contentMediaType", "contentSchema"}
+_NOTES |= {"$schema", "$anchor", "$comment", "contentEncoding", "contentMediaType", "contentSchema"}
 _NOTES |= {"example", "externalDocs", "discriminator", "nullable", "xml"}  # OpenAPI's
 _TYPED = {
     "object": {"properties", "required", "additionalProperties", "patternProperties"}
@@ -155,12 +154,12 @@ _TYPED = {
     "string": {"minLength", "maxLength", "format", "pattern"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
-_OF_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
-_OF_LISTS = {"prefixItems", "allOf", "anyOf", "oneOf", "required"}
+_HOLDS = dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), dict)
+_HOLDS |= dict.fromkeys(("prefixItems", "allOf", "anyOf", "oneOf", "required"), list)
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
 _KNOWN = {"type", "enum", "const", "$id", "$defs", "definitions"}.union(_COMBINED, *_TYPED.values())
-_FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"]
-_FORMATS += ["uri"]
+_FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6"]
+_FORMATS += ["uuid", "uri"]
 OPTIONS = {
     "lenient": False,
     "coerce_one_of": True,
@@ -243,7 +242,7 @@ class _Checker:
     def _value(self, key: str, value: Any, place: str) -> Any:
         """Check the value of a keyword, and the schemas in it."""
         at = f"{place}/{key}"
-        expected = list if key in _OF_LISTS else dict if key in _OF_MAPS else object
+        expected: type = _HOLDS.get(key, object)
         if key not in _KNOWN or (key == "$id" and place != "#"):
             raise self._fail(place, f"the keyword {key!r} is not supported", "leave it out")
         if not isinstance(value, expected):
@@ -251,10 +250,10 @@ class _Checker:
         if key == "minProperties" and value not in (0, 1):  # llguidance counts a name twice
             raise self._fail(place, f"{key!r} is {value!r:.60}", "expected 0 or 1")
         if key == "$ref":
-            if not isinstance(value, str) or not re.match("#(/|$)", value):
-                found = f"'$ref' is {value!r:.60}"
-                raise self._fail(place, found, "expected a place here, as in #/$defs/x")
-            self._references[place] = unquote(value)
+            self._references[place] = unquote(str(value))
+            if not re.match("#(/|$)", self._references[place]):
+                advice = "expected a place here, as in #/$defs/x"
+                raise self._fail(place, f"'$ref' is {value!r:.60}", advice)
         is_number = type(value) in (int, float)
         step = {"exclusiveMinimum": 1e-9, "exclusiveMaximum": -1e-9}.get(key, 0)
         if step and is_number and value % 1 == 0 and value * step >= 0 and abs(value) < 10**6:
@@ -263,13 +262,14 @@ class _Checker:
             self._multiples.append(Decimal(repr(value)))
         if key in ("items", "additionalProperties"):
             return self.visit(value, at)
-        if key in _OF_MAPS:
+        if expected is dict:
             return {
                 name: self.visit(each, f"{at}/{name.replace('~', '~0').replace('/', '~1')}")
                 for name, each in value.items()
             }
-        is_list = key in _OF_LISTS and key != "required"
-        return [self.visit(each, f"{at}/{i}") for i, each in enumerate(value)] if is_list else value
+        if expected is list and key != "required":
+            return [self.visit(each, f"{at}/{i}") for i, each in enumerate(value)]
+        return value
 
     def leads_to(self, place: str) -> list[tuple[str, int]]:
         """Give the places that references in a schema name, and how deep each reference stands."""
@@ -282,7 +282,7 @@ class _Checker:
     def check_multiples(self) -> None:
         """Refuse multiples that llguidance would take seconds for."""
         exponents = [int(each.normalize().as_tuple().exponent) for each in self._multiples]
-        n_digit = -min(0, *exponents, 0)
+        n_digit = -min(0, 0, *exponents)
         whole = [int(each.scaleb(n_digit)) for each in self._multiples]
         if lcm(*whole, 10**n_digit) > MAX_MULTIPLE:
             raise self._fail("#", "'multipleOf' is too large or too fine", "use smaller numbers")

@@ -1,4 +1,4 @@
-"""What an answer has to follow, a grammar or a JSON schema: which tokens may come next."""
+"""Grammars and JSON schemas that an answer follows: which tokens may come next."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STACK_SIZE = threading.Lock()
 
 
 class Grammar(str):
-    """What an answer follows, checked, in llguidance's notation; other text is GBNF.
+    """A checked grammar in llguidance's notation; any other text is taken for GBNF.
 
     source  how messages call it, such as "The grammar list.gbnf"
     """
@@ -41,7 +41,7 @@ class Grammar(str):
 
 
 def gbnf_grammar(text: str, *, source: str = "The grammar") -> Grammar:
-    """The grammar of a GBNF text with the start `root`. Raises GrammarError."""
+    """Compile a GBNF text with the start `root`. Raises GrammarError."""
     lark = gbnf_to_lark(text, source=source)
     _check(lark, source)
     return Grammar(lark, source)
@@ -50,12 +50,12 @@ def gbnf_grammar(text: str, *, source: str = "The grammar") -> Grammar:
 def schema_grammar(
     schema: Any, *, source: str = "The JSON schema", before: str = "", after: str = ""
 ) -> Grammar:
-    """The grammar of JSON that is valid under a schema.
+    """Compile a JSON schema.
 
     schema  as json.loads gives it; True or {} takes any value
-    before, after  texts that stand around the JSON
+    before, after  texts around the JSON
 
-    Raises GrammarError for a schema that is malformed, or asks for what cannot be followed.
+    Raises GrammarError for a schema that is malformed or cannot be followed.
     """
     checked = checked_schema(schema, source=source)
     _check(_json_grammar(checked), source)
@@ -66,7 +66,7 @@ def schema_grammar(
 
 
 def either_grammar(form: Grammar, other: Grammar) -> Grammar:
-    """One text under form, or lines of texts under other.
+    """Join two grammars: one text under form, or lines of texts under other.
 
     form  of a schema with nothing around the JSON; other  of one with `before` and `after`
     """
@@ -82,7 +82,7 @@ def either_grammar(form: Grammar, other: Grammar) -> Grammar:
 def chosen_grammar(
     grammar: str | None, json_schema: Mapping[str, Any] | bool | None
 ) -> Grammar | None:
-    """What an answer follows, by GBNF text, a Grammar or a JSON schema; None without any."""
+    """Choose the grammar by GBNF text, Grammar or JSON schema; None without any."""
     if grammar is not None and json_schema is not None:
         raise OptionError(
             "Options grammar and a JSON schema are both given; give one or the other."
@@ -97,7 +97,7 @@ def chosen_grammar(
 
 
 class Constraint:
-    """Where one answer stands in its grammar.
+    """The state of one answer in its grammar.
 
     Raises GrammarError for a grammar that llguidance does not take.
     """
@@ -110,22 +110,22 @@ class Constraint:
 
     @property
     def n_word(self) -> int:
-        """Words of 32 bits of its mask."""
+        """Number of 32-bit words in a mask."""
         return (int(self._tokenizer.vocab_size) + 31) // 32
 
     def mask(self) -> NDArray[np.uint32]:
-        """uint32 [n_word]: bit i % 32 of word i // 32 says that token i may follow."""
+        """Compute uint32 [n_word]: bit i % 32 of word i // 32 says that token i may follow."""
         mask = np.zeros(self.n_word, np.uint32)
         fill_masks([self], mask[np.newaxis])
         return mask
 
     def accept(self, token: int) -> None:
-        """Go on behind a token that the mask has."""
+        """Advance by a token that the mask allows."""
         self._matcher.consume_token(token)
         self._check()
 
     def can_end(self) -> bool:
-        """Whether what came so far is whole."""
+        """Tell whether the answer so far is whole."""
         return self._matcher.is_accepting()
 
     @property
@@ -142,7 +142,7 @@ class Constraint:
 
 
 def fill_masks(constraints: Sequence[Constraint], masks: NDArray[np.uint32]) -> None:
-    """The masks of several answers, worked out in parallel.
+    """Compute the masks of several answers in parallel.
 
     masks  uint32 [n_constraint, ceil(n_vocab / 32)], C order; see Constraint.mask
     """
@@ -192,7 +192,7 @@ _tokenizers: weakref.WeakKeyDictionary[Model, LLTokenizer] = weakref.WeakKeyDict
 
 
 def _tokenizer(model: Model) -> LLTokenizer:
-    """Of a base, made at its first grammar."""
+    """Make the tokenizer of a base at its first grammar."""
     from llguidance import LLTokenizer
 
     if model not in _tokenizers:
@@ -209,7 +209,7 @@ def _tokenizer(model: Model) -> LLTokenizer:
 
 @cache
 def _bytes_tokenizer() -> LLTokenizer:
-    """Every byte is a token: for checks without a base."""
+    """Make a tokenizer with a token for each byte: for checks without a base."""
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")
@@ -272,11 +272,11 @@ def _check(text: str, source: str) -> None:
 
 
 def _is_dead(matcher: LLMatcher) -> bool:
-    """Whether no text leads on from here to an end: the reason's name heads the message."""
+    """Tell whether no text leads to an end: the message begins with the reason's name."""
     return matcher.get_error().startswith("NoExtension")
 
 
 def _said(error: str) -> str:
-    """llguidance's message on one line."""
+    """Shorten llguidance's message to one line."""
     text = " ".join(error.split("\n<state>")[0].split())
     return text if len(text) <= 200 else f"{text[:197]}..."
