@@ -154,7 +154,9 @@ _TYPED = {
     "string": {"minLength", "maxLength", "format", "pattern"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
-_HOLDS = dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), dict)
+_HOLDS: dict[str, Any] = dict.fromkeys(
+    ("properties", "patternProperties", "$defs", "definitions"), dict
+)
 _HOLDS |= dict.fromkeys(("prefixItems", "allOf", "anyOf", "oneOf", "required"), list)
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
 _KNOWN = {"type", "enum", "const", "$id", "$defs", "definitions"}.union(_COMBINED, *_TYPED.values())
@@ -242,7 +244,7 @@ class _Checker:
     def _value(self, key: str, value: Any, place: str) -> Any:
         """Check the value of a keyword, and the schemas in it."""
         at = f"{place}/{key}"
-        expected: type = _HOLDS.get(key, object)
+        expected = _HOLDS.get(key, object)
         if key not in _KNOWN or (key == "$id" and place != "#"):
             raise self._fail(place, f"the keyword {key!r} is not supported", "leave it out")
         if not isinstance(value, expected):
