@@ -363,7 +363,7 @@ REFUSED = [
         "the keyword 'maxLenght' is not supported; leave it out",
     ),
     ({"minProperties": 2}, "#", "'minProperties' is 2; expected 0 or 1"),
-    ({"$ref": "file:///etc/passwd"}, "#", "'$ref' is 'file:///etc/passwd'; expected a place here"),
+    ({"$ref": "file:///etc/passwd"}, "#", "'$ref' is 'file:///etc/passwd'; expected #/ and a"),
     ({"items": {"$id": "x"}}, "#/items", "the keyword '$id' is not supported; leave it out"),
     ({"anyOf": 3}, "#", "'anyOf' is 3; expected a list"),
     ({"properties": []}, "#", "'properties' is []; expected a dict"),

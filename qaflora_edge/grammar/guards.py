@@ -27,9 +27,10 @@ def _check_length(text: str, source: str) -> None:
         )
 
 
-def _check_chain(
-    start: str, parts: Callable[[str], Iterable[tuple[str, int]]], source: str
-) -> None:
+Parts = Callable[[str], Iterable[tuple[str, int]]]
+
+
+def _check_chain(start: str, parts: Parts, source: str) -> None:
     """Refuse more than MAX_CHAIN steps on a way; a name on its own way counts once.
 
     parts  gives the names that a name leads to, and the steps to each
@@ -54,7 +55,7 @@ def _check_chain(
 # GBNF
 
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(-)|.)", re.DOTALL)
-_CHAR = re.compile(r"\\x(..)|\\(.)|(.)", re.DOTALL)
+_CHAR = re.compile(r"\\x..|\\.|.", re.DOTALL)
 
 
 def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
@@ -122,7 +123,9 @@ class _Printer:
             self.uses[rule][node.name] = max(depth, self.uses[rule].get(node.name, 0))
             return self.numbers[node.name]
         if kind == "LiteralNode":
-            return " ".join(map(_char_class, _CHAR.findall(node.value))) or '""'
+            chars = _CHAR.findall(node.value)  # an escape means the same in a regular expression
+            each = [f"/{c}/" if len(c) > 1 else rf"/\x{{{ord(c):x}}}/" for c in chars]
+            return " ".join(each) or '""'
         if kind == "RegexNode":  # && and ~~ mean something in a class of Rust
             regex = "(?s:.)" if node.rx == "." else re.sub("([&~]){2,}", r"\1", node.rx)
             return f"/{regex}/"
@@ -135,28 +138,19 @@ class _Printer:
         return '""' if most == 0 else f"({inner[0]}){{{node.min_times},{most}}}"
 
 
-def _char_class(char: tuple[str, str, str]) -> str:
-    """Print a character of a literal: by its hex digits, escaped, or as it is."""
-    escaped = {"n": "\n", "r": "\r", "t": "\t"}.get(char[1], char[1])
-    code = int(char[0], 16) if char[0] else ord(escaped or char[2])
-    return rf"/\x{{{code:x}}}/"
-
-
 # JSON schemas
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
 _NOTES |= {"$schema", "$anchor", "$comment", "contentEncoding", "contentMediaType", "contentSchema"}
 _NOTES |= {"example", "externalDocs", "discriminator", "nullable", "xml"}  # OpenAPI's
+_NAMED = {"properties", "patternProperties"}
 _TYPED = {
-    "object": {"properties", "required", "additionalProperties", "patternProperties"}
-    | {"minProperties", "maxProperties"},
+    "object": _NAMED | {"required", "additionalProperties", "minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength", "format", "pattern"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
-_HOLDS: dict[str, Any] = dict.fromkeys(
-    ("properties", "patternProperties", "$defs", "definitions"), dict
-)
+_HOLDS: dict[str, Any] = dict.fromkeys(_NAMED | {"$defs", "definitions"}, dict)
 _HOLDS |= dict.fromkeys(("prefixItems", "allOf", "anyOf", "oneOf", "required"), list)
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
 _KNOWN = {"type", "enum", "const", "$id", "$defs", "definitions"}.union(_COMBINED, *_TYPED.values())
@@ -220,8 +214,9 @@ class _Checker:
         if not isinstance(schema, dict):
             raise self._fail(place, f"found {schema!r:.60}", "expected a schema (an object)")
         if place.count("/") > 2 * MAX_CHAIN:
-            found = f"more than {MAX_CHAIN} schemas in each other"
-            raise self._fail(place[:60], found, "make it flatter")
+            raise self._fail(
+                place[:60], f"more than {MAX_CHAIN} schemas in each other", "use fewer"
+            )
         written = {
             key: self._value(key, value, place)
             for key, value in schema.items()
@@ -234,8 +229,7 @@ class _Checker:
         self.is_combined |= n_part > 1 or len(schema.get("allOf", [])) > 1
         if not self.narrows or not kinds:
             return written
-        is_named = {"properties", "patternProperties"} & written.keys()
-        if is_named and "additionalProperties" not in written:
+        if _NAMED & written.keys() and "additionalProperties" not in written:
             names = written.get("properties", {})
             unnamed = {str(name): True for name in written.get("required", []) if name not in names}
             written |= {"properties": names | unnamed, "additionalProperties": False}
@@ -254,8 +248,7 @@ class _Checker:
         if key == "$ref":
             self._references[place] = unquote(str(value))
             if not re.match("#(/|$)", self._references[place]):
-                advice = "expected a place here, as in #/$defs/x"
-                raise self._fail(place, f"'$ref' is {value!r:.60}", advice)
+                raise self._fail(place, f"'$ref' is {value!r:.60}", "expected #/ and a place here")
         is_number = type(value) in (int, float)
         step = {"exclusiveMinimum": 1e-9, "exclusiveMaximum": -1e-9}.get(key, 0)
         if step and is_number and value % 1 == 0 and value * step >= 0 and abs(value) < 10**6:
