@@ -90,7 +90,7 @@ def at_many_points(
         assert n_call is not None
         assert check(copy)
     most = min(most, n_call)
-    moments = [1 + index * n_call // most for index in range(most)]
+    moments = sorted({1 + index * n_call // most for index in range(most)} | {n_call - 1, n_call})
     n_killed = n_done = 0
     for moment in moments:
         copy = shutil.copytree(start, place / f"killed-{moment}", symlinks=True)

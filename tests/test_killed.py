@@ -167,6 +167,10 @@ from qaflora_edge.bundles import edit as bundle_edit
 from qaflora_edge.bundles.open import verify_bundle
 
 def action(copy):
+    named = (copy / "bundle" / "bundle.json").read_text()
+    for path in (copy / "bundle" / "adapters").glob("*.gguf"):
+        if path.name not in named:  # a kill left it, as docs/bundle-format.md says
+            path.unlink()
     {action}
 
 def check(copy):
