@@ -136,6 +136,17 @@ def test_the_home_folder_is_found_behind_the_name(
         create_bundle(tmp_path / "b", sources.base.path, {"a": "~nobody0/x"})
 
 
+def test_a_file_of_a_peft_folder_is_refused(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path)
+    path = sources.peft / "adapter_model.safetensors"
+    with pytest.raises(InputFileError) as caught:
+        create_bundle(sources.folder, sources.base.path, {"math": path})
+    assert str(caught.value) == (
+        f"Cannot read the adapter {path}: it is a file of a PEFT folder; expected the folder. "
+        f"Give {sources.peft}."
+    )
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names that are no UTF-8")
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)

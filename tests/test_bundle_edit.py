@@ -261,14 +261,6 @@ def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
     assert load_bundle(made.folder).adapter_paths == {}
 
 
-def test_a_broken_adapter_can_be_removed(made: TinyBundle) -> None:
-    (made.folder / "adapters/es.gguf").unlink()
-    rewrite(made.folder, lambda raw: raw["adapters"][0].update(file="adapters/none.gguf"))
-    remove_adapter(made.folder, "es")
-    remove_adapter(made.folder, "math")
-    load_bundle(made.folder)
-
-
 def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) -> None:
     set_fusion(made.folder, strategy="manual:es=1,math=0.5")
     before = snapshot(made.folder)

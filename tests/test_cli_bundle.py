@@ -146,12 +146,6 @@ def test_failed_changes_change_nothing(tmp_path: Path, arguments: tuple[str, ...
     assert snapshot(tmp_path) == before
 
 
-def test_add_wants_a_name(tmp_path: Path) -> None:
-    result = qaflora("bundle", "add", tmp_path, "peft/math")
-    assert result.exit_code == 2
-    assert "'peft/math' is not of the form NAME=PATH." in result.stderr
-
-
 LONG = "x" * 300  # longer than any file's name may be
 
 
