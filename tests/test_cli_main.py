@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import shlex
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -208,19 +205,6 @@ def test_reader_that_leaves_is_no_failure(made: TinyBundle) -> None:
     assert (process.wait(timeout=PATIENCE_S), errors) == (0, "")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-@pytest.mark.parametrize("args", [["--max-tokens", "4"], ["--max-tokens", "4", "--json"]])
-def test_full_disk_behind_stdout_is_told(args: list[str], made: TinyBundle) -> None:
-    with open("/dev/full", "wb") as full:
-        command = [*QAFLORA, "run", str(made.folder), "the thing", *args]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (
-        1,
-        "Error: Cannot write the output: the disk is full. Free some space and try again.\n",
-    )
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -243,23 +227,6 @@ def test_what_no_file_reports_itself_is_no_traceback(
     monkeypatch.setattr(registry, "load_registry", fail)
     done = CliRunner().invoke(main, ["models"])
     assert (done.exit_code, done.stderr) == (1, f"Error: {message}\n")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.parametrize(
-    ("closed", "prompt", "code"), [("<&-", "-", 1), (">&-", "hi", 0), ("2>&-", "hi", 0)]
-)
-def test_closed_streams_are_empty_ones(
-    closed: str, prompt: str, code: int, made: TinyBundle
-) -> None:
-    command = shlex.join([*QAFLORA, "run", str(made.folder), prompt, "--max-tokens", "4"])
-    done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
-    assert done.returncode == code
-    assert "Traceback" not in done.stderr
-    assert bool(done.stdout) == (closed == "2>&-")
-    if closed == "<&-":
-        assert done.stderr == "Error: The prompt is empty; give at least one character.\n"
 
 
 STOPPED_WHILE_ANSWERING = """
@@ -311,16 +278,6 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_while_llama_cpp_logs_is_not_lost(made: TinyBundle, number: int, code: int) -> None:
-    args = [str(int(number)), "run", str(made.folder), "the thing", "--max-tokens", "400"]
-    result = subprocess.run(
-        [sys.executable, "-c", STOPPED_WHILE_LOADING, *args], capture_output=True, text=True
-    )
-    assert (result.returncode, result.stderr.strip()) == (code, "")
-
-
 STOPPED_WHERE_PYTHON_DROPS_IT = """
 import signal, sys, time, weakref
 from qaflora_edge.cli.signals import signals_unwind
@@ -337,27 +294,6 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_while_a_weak_reference_ends_is_not_lost(number: int, code: int) -> None:
-    """Every import has a moment of that kind."""
-    result = subprocess.run(
-        [sys.executable, "-c", STOPPED_WHERE_PYTHON_DROPS_IT, str(int(number))],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert (result.returncode, result.stderr.strip()) == (code, "")
-
-
-@pytest.mark.slow
-def test_signs_that_the_terminal_lacks_are_replaced(made: TinyBundle) -> None:
-    args = ["weights", str(made.folder), "¿qué?", "--strategy", "static"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run([*QAFLORA, *args], capture_output=True, env=environment)
-    assert result.returncode == 0
-    result.stdout.decode("ascii")
 
 
 def test_names_in_a_file_cannot_command_the_terminal(made: TinyBundle, tmp_path: Path) -> None:

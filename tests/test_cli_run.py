@@ -1,7 +1,5 @@
 """qaflora run"""
 
-import contextlib
-import hashlib
 import json
 import os
 import re
@@ -9,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -48,7 +45,7 @@ def test_answer_on_stdout_the_rest_on_stderr(made: TinyBundle) -> None:
     result = run(made.folder, PROMPT, "--max-tokens", 8)
     assert result.exit_code == 0
     assert result.stdout == answer(made, max_tokens=8) + "\n"
-    assert result.stderr.startswith("[math 0.")
+    assert re.match(r"\[\w+ \d+ % · \w+ \d+ %; probe \d+ ms; prefill \d+ ms; ", result.stderr)
     assert "8 tokens at" in result.stderr
     assert result.stderr.endswith("cut at the limit of tokens]\n")
 
@@ -75,28 +72,6 @@ def test_json_is_the_contract(made: TinyBundle) -> None:
     assert set(shown) == {"text", "finish_reason", "usage", "fusion", "timings"}
 
 
-def test_byte_order_mark_on_stdin_is_no_part_of_the_prompt(made: TinyBundle) -> None:
-    for arguments in (["-"], ["--file", "-"]):
-        result = run(made.folder, *arguments, "--max-tokens", 8, stdin=f"\ufeff{PROMPT}\r\n")
-        assert result.stdout == answer(made, max_tokens=8) + "\n"
-
-
-def test_stdin_without_end_is_refused(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qaflora_edge.cli.prompts.FILE_BYTES_MAX", 1 << 20)
-    result = run(made.folder, "-", stdin="a" * (1 << 20) + "b")
-    assert result.exit_code == 1
-    assert result.stderr == (
-        "Error: Cannot read stdin: it is larger than 1 MiB, the most that is read as text. Split "
-        "it, or check that it is the right file.\n"
-    )
-
-
-def test_empty_stop_is_wrong_usage(made: TinyBundle) -> None:
-    result = run(made.folder, PROMPT, "--stop", "")
-    assert result.exit_code == 2
-    assert "'--stop': the text is empty, expected one character or more" in result.stderr
-
-
 def test_stop_ends_the_answer(made: TinyBundle) -> None:
     text = answer(made, max_tokens=12)
     stop = text[4:6]
@@ -105,13 +80,6 @@ def test_stop_ends_the_answer(made: TinyBundle) -> None:
     )
     assert shown["text"] == text[: text.index(stop)]
     assert shown["finish_reason"] == "stop"
-
-
-def test_seed_repeats_a_sampled_answer(made: TinyBundle) -> None:
-    sampled = ("--temp", 1.5, "--top-p", 0.9, "--max-tokens", 12, "--seed")
-    texts = [run(made.folder, PROMPT, *sampled, seed).stdout for seed in (1, 1, 2)]
-    assert texts[0] == texts[1]
-    assert texts[0] != texts[2]
 
 
 @pytest.mark.parametrize(
@@ -143,19 +111,6 @@ def test_calibrated_needs_a_calibrated_bundle(made: TinyBundle) -> None:
     result = run(made.folder, PROMPT, "--strategy", "calibrated")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "needs typical divergences, missing for math, es" in result.stderr
-
-
-def test_missing_base_is_told(tmp_path: Path) -> None:
-    made = make_bundle(tmp_path)
-    content = made.base.path.read_bytes()
-    made.base.path.unlink()
-    result = run(made.folder, PROMPT)
-    assert (result.exit_code, result.stdout) == (1, "")
-    sha256 = hashlib.sha256(content).hexdigest()
-    assert result.stderr.endswith(
-        f"{made.base.path} does not exist; if it was moved, name it with `qaflora bundle base "
-        f"{made.folder} FILE` (its SHA-256 is {sha256}).\n"
-    )
 
 
 def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,37 +235,6 @@ def test_what_is_piped_stands_behind_the_prompt(
     with Engine(made.folder) as engine:
         expected = len(engine.chat_tokens([{"role": "user", "content": asked}]))
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected, done.stderr
-
-
-@pytest.mark.slow
-def test_closed_stdin_says_nothing(made: TinyBundle) -> None:
-    line = [*QAFLORA, "run", str(made.folder), PROMPT, "--max-tokens", "2"]
-    done = subprocess.run(["bash", "-c", f"{shlex.join(line)} <&-"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, answer(made, max_tokens=2) + "\n"), done.stderr
-
-
-def test_empty_pipe_is_no_prompt(made: TinyBundle) -> None:
-    line = [*QAFLORA, "run", str(made.folder)]
-    done = subprocess.run(line, input="", capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Give PROMPT or --file FILE" in done.stderr
-
-
-@pytest.mark.parametrize("more", [[], ["--json"], ["--n", "2", "--temp", "1"]])
-def test_what_it_waits_for_is_said(
-    more: list[str], made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-
-    @contextlib.contextmanager
-    def note(what: str) -> Iterator[None]:
-        said.append(what)
-        yield
-
-    monkeypatch.setattr("qaflora_edge.cli.run.waiting", note)
-    assert run(made.folder, PROMPT, "--max-tokens", 2, *more).exit_code == 0
-    assert said[0] == "Weighing the adapters and reading the prompt"
-    assert ("Answering" in said) is ("--json" in more)
 
 
 def test_system_message_comes_first(made: TinyBundle) -> None:
@@ -502,26 +426,6 @@ def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None
     assert message in result.stderr
 
 
-SUMMARY = (
-    r"\[math 0\.\d\d, es 0\.\d\d; probe \d+ ms; prefill \d+ ms; 8 tokens at [\d.]+ tok/s; "
-    r"cut at the limit of tokens\]\n"
-)
-
-
-@pytest.mark.slow
-def test_transcript_of_a_pipe(made: TinyBundle) -> None:
-    """Byte for byte: the answer and its line end on stdout, one line on stderr, no escapes."""
-    expected = answer(made, max_tokens=8)
-    command = [*QAFLORA, "run", str(made.folder), "-", "--max-tokens", "8"]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
-    done = subprocess.run(
-        command, input=PROMPT.encode() + b"\n", capture_output=True, env=environment
-    )
-    assert done.returncode == 0
-    assert done.stdout == expected.encode() + b"\n"
-    assert re.fullmatch(SUMMARY, done.stderr.decode())
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize("options", ["", "--json", "--temp 1 --n 3"])
@@ -553,14 +457,3 @@ def test_answer_moves_no_cursor_of_a_terminal(made: TinyBundle, tmp_path: Path) 
     assert (done.returncode, shown) == (0, b"a?[2Jb?\r\n")
     piped = subprocess.run(command, capture_output=True)
     assert piped.stdout == b"a\x1b[2Jb\x07\n"
-
-
-@pytest.mark.slow
-def test_json_is_escaped_where_the_output_lacks_a_character(made: TinyBundle) -> None:
-    command = [*QAFLORA, "run", str(made.folder), "x", "--grammar", "-", "--json"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        command, input='root ::= "¿ñ?"'.encode(), capture_output=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.decode("ascii"))["text"] == "¿ñ?"

@@ -20,7 +20,6 @@ from qaflora_edge.cli.settings import (
     shared_settings,
 )
 from qaflora_edge.config import OWN
-from qaflora_edge.errors import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +56,6 @@ def test_command_line_wins_over_environment_over_file_over_bundle(
     monkeypatch.setenv("QAFLORA_WEIGHTS_STRATEGY", "single:es")
     assert weighed(made.folder) == "single:es"
     assert weighed(made.folder, "--strategy", "single:math") == "single:math"
-
-
-def test_table_of_another_command_changes_nothing(made: TinyBundle, config: Path) -> None:
-    config.write_text('[chat]\nstrategy = "static"\n', encoding="utf-8")
-    assert weighed(made.folder) == "qa-flora"
 
 
 def test_every_shared_option_can_be_set_in_each_way(
@@ -133,17 +127,6 @@ def test_flag_of_the_file_is_taken_back_on_the_command_line(made: TinyBundle, co
     assert prompt_tokens("--no-raw-prompt") == in_chat_form
 
 
-def test_own_key_of_a_command(made: TinyBundle, config: Path, tmp_path: Path) -> None:
-    def size(name: str) -> int:
-        args = ["convert", str(made.peft), "--base", str(made.base.path), "-o", tmp_path / name]
-        assert CliRunner().invoke(main, list(map(str, args))).exit_code == 0
-        return (tmp_path / name).stat().st_size
-
-    as_f16 = size("a.gguf")
-    config.write_text('[convert]\nouttype = "f32"\n', encoding="utf-8")
-    assert size("b.gguf") > 1.5 * as_f16
-
-
 def test_bundle_by_name(made: TinyBundle, config: Path) -> None:
     config.write_text(f"bundles = [{json.dumps(str(made.folder.parent))}]\n", encoding="utf-8")
     result = CliRunner().invoke(main, ["bundle", "show", made.folder.name])
@@ -211,12 +194,6 @@ def test_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_help_and_completion_work_with_a_broken_file(config: Path) -> None:
-    config.write_text("=", encoding="utf-8")
-    for args in (["--help"], ["--version"], ["completion", "bash"]):
-        assert CliRunner().invoke(main, args).exit_code == 0
-
-
 def test_settings_are_shown_with_their_origin(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,12 +241,6 @@ def test_options_of_one_command_are_shown_where_they_are_set(
     assert shown["run.temp"]["value"] == "0.7"
     assert shown["run.temp"]["from"] == "QAFLORA_RUN_TEMP"
     assert "chat.temp" not in shown
-
-
-def test_settings_fail_with_the_file(config: Path) -> None:
-    config.write_text("=", encoding="utf-8")
-    result = CliRunner().invoke(main, ["settings"])
-    assert (result.exit_code, result.stdout) == (1, "")
 
 
 def test_tables_are_commands_with_these_options() -> None:
@@ -326,9 +297,3 @@ def test_library_reads_no_options_from_the_file(made: TinyBundle, config: Path) 
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
     )
     assert (done.stderr, done.stdout) == ("", "qa-flora\n")
-
-
-def test_shared_settings_raise_for_a_wrong_file(config: Path) -> None:
-    config.write_text("[llm]\nctx = 0\n", encoding="utf-8")
-    with pytest.raises(SettingsError, match=r"the key llm\.ctx is 0"):
-        shared_settings("llm")

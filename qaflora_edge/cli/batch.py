@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 import click
 from click.core import ParameterSource
 
-from qaflora_edge.cli.answers import Answers, answer_dict
+from qaflora_edge.cli.answers import answer_dict, print_json
 from qaflora_edge.cli.options import (
     SharedOptions,
     bundle_folder,
@@ -22,18 +22,122 @@ from qaflora_edge.cli.options import (
     open_engine,
 )
 from qaflora_edge.cli.progress import is_shown
-from qaflora_edge.cli.prompts import UNKNOWN_MAX, open_prompts, unknown_note
+from qaflora_edge.cli.prompts import open_prompts, read_lines, unknown_note
 from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
-from qaflora_edge.files import one_line
+from qaflora_edge.files import one_line, open_input
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.inference.generation import Generation
+from qaflora_edge.line_file import LineFile
 from qaflora_edge.show.text import mean_weights
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
 # What changes nothing of an answer but its last digits.
 _NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split", "prefix_cache")
+
+
+_BEGIN = b'{"index": '  # of every line that is written
+
+
+class Answers:
+    """One JSON object a line, written whole when an answer ends.
+
+    Each says in `request` what it answers: options, and a line. So a file that was interrupted is
+    gone on with, and no other file is taken for one.
+
+    path  None: stdout
+    key   equal where the options are
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._lines = None if path is None else LineFile(path, "answers")
+        self._key = key
+        self._digests: dict[int, str] = {}  # of the lines that the file answers, by their index
+        self.n_failed = 0
+        self.first_failure = ""
+
+    @property
+    def indexes(self) -> set[int]:
+        """The lines that the file answers."""
+        return set(self._digests)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Read what the file has, and keep others from writing into it.
+
+        Raises OutputFileError when it cannot be written to, or has anything else in it.
+        """
+        if self._lines is None:
+            yield
+            return
+        with self._lines.opened():
+            self._read(self._lines)
+            yield
+
+    def has(self, line: Line) -> bool:
+        """Tell whether the file answers a line. Raises OutputFileError if it answers another."""
+        digest = self._digests.get(line.index)
+        if digest not in (None, line.digest):
+            assert self._lines is not None
+            raise self._lines.refused(
+                f"it answers another text than {line.where}", "Give the same lines"
+            )
+        return digest is not None
+
+    def write(self, line: Line, answer: dict[str, Any]) -> None:
+        """Add the answer to a line."""
+        request = f"{self._key}-{line.digest}"
+        record = {"index": line.index, **answer, "request": request}
+        self._note(line.index, answer.get("error", {}).get("message", ""))
+        if self._lines is None:
+            print_json(record)
+        else:
+            self._lines.add(json.dumps(record, ensure_ascii=False))
+
+    def _read(self, lines: LineFile) -> None:
+        try:
+            file = open_input(lines.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise lines.refused(error.strerror or str(error), "Leave -o out for stdout") from error
+        with file:
+            for number, data in enumerate(read_lines(file, str(lines.path)), 1):
+                if data is not None and not data.endswith(b"\n"):
+                    if not data.startswith(_BEGIN[: len(data)]):
+                        raise _not_ours(lines, number)
+                    return
+                self._take(lines, number, data)
+                lines.n_byte += len(data or b"")
+
+    def _take(self, lines: LineFile, number: int, data: bytes | None) -> None:
+        """Note a line of the file."""
+        try:
+            record = json.loads(data or b"")
+            index, (key, digest) = int(record["index"]), record["request"].split("-")
+            error = record.get("error", {}).get("message", "")
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise _not_ours(lines, number) from None
+        if key != self._key:
+            raise lines.refused(
+                f"line {number} was answered by another bundle or under other options than these",
+                "Give those that it was begun with",
+            )
+        self._digests[index] = digest
+        self._note(index, error)
+
+    def _note(self, index: int, error: str) -> None:
+        self.n_failed += bool(error)
+        if error and not self.first_failure:
+            self.first_failure = f"line {index + 1}: {error}"
+
+
+def _not_ours(lines: LineFile, number: int) -> OutputFileError:
+    return lines.refused(
+        f"line {number} is no answer of this command, and a file was expected that it began",
+        "Leave the file",
+    )
 
 
 @dataclass
@@ -50,30 +154,18 @@ class _Job:
     n_done: int = 0
     n_token: int = 0
 
-    def survey(self, stream: BinaryIO) -> int:
-        """Read all lines once before the work: how many are to be answered.
+    def count(self, stream: BinaryIO) -> int:
+        """Count the lines that are to be answered. Raises as Answers.has does."""
+        has_answer = [self.answers.has(line) for line in read_requests(stream, self.shown)]
+        self._check_any(len(has_answer))
+        return has_answer.count(False)
 
-        Raises OutputFileError when the file of answers is not one of these lines.
-        """
-        left, n_line, n_left = self.answers.indexes, 0, 0
-        for line in read_requests(stream, self.shown):
-            n_line += 1
-            if self.answers.has(line):
-                left.discard(line.index)
-                continue
-            n_left += 1
-            try:
-                self._note_unknown(line.parse())
-            except InputFileError:
-                continue  # told when it is answered
-        if left:
-            raise OutputFileError(
-                f"Cannot go on with these answers: they answer line {min(left) + 1} of "
-                f"{self.shown}, which has no such line. Give the same lines, or choose another "
-                "-o FILE."
+    def _check_any(self, n_line: int) -> None:
+        if not n_line:
+            raise InputFileError(
+                f"Cannot use the prompts in {self.shown}: it has no line that is not blank, "
+                'expected one JSON object a line. Write {"prompt": "..."} into it.'
             )
-        self._check_any(n_line)
-        return n_left
 
     def answer(self, engine: Any, stream: BinaryIO, tell: Callable[[float], None]) -> None:
         """Answer what is not answered; each answer is written when it ends."""
@@ -95,7 +187,7 @@ class _Job:
                 mark: dict[str, Any] = {}
                 try:
                     found = line.parse()
-                    self._note_unknown(found)
+                    self.unknown |= dict.fromkeys(unknown_keys(found))
                     mark = {"id": found["id"]} if "id" in found else {}
                     request = to_request(
                         found, system=self.system, raw_prompt=self.options.raw_prompt
@@ -128,24 +220,9 @@ class _Job:
         )
         return {**result, **_failure(cut)}
 
-    def _note_unknown(self, found: dict[str, Any]) -> None:
-        for key in unknown_keys(found):
-            if len(self.unknown) <= UNKNOWN_MAX:
-                self.unknown[key] = None
-
-    def _check_any(self, n_line: int) -> None:
-        if not n_line:
-            raise InputFileError(
-                f"Cannot use the prompts in {self.shown}: it has no line that is not blank, "
-                'expected one JSON object a line. Write {"prompt": "..."} into it.'
-            )
-
-    def tell_unknown(self) -> None:
-        """Say once which keys were left aside."""
+    def tell_sum(self, seconds: float) -> None:
         if note := unknown_note(self.unknown):
             click.echo(note, err=True)
-
-    def tell_sum(self, seconds: float) -> None:
         answers, rate = self.answers, self.n_token / seconds if seconds > 0 else 0.0
         parts = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
         if n_before := len(answers.indexes):
@@ -178,9 +255,8 @@ def answer_file(
         total = None
         if stream.seekable():
             start = stream.tell()
-            total = job.survey(stream)
+            total = job.count(stream)
             stream.seek(start)
-            job.tell_unknown()
             options.parallel = min(options.parallel, max(1, total))
         start_s = time.perf_counter()
         try:
@@ -191,8 +267,6 @@ def answer_file(
         except (KeyboardInterrupt, SystemExit):  # SIGTERM
             job.tell_sum(time.perf_counter() - start_s)
             raise
-        if total is None:
-            job.tell_unknown()
         job.tell_sum(time.perf_counter() - start_s)
     ctx.exit(1 if answers.n_failed else 0)
 
