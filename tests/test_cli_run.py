@@ -133,7 +133,7 @@ def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) ->
     alone = answer(made, max_tokens=8, weights="base")
     result = run(made.base.path, PROMPT, "--max-tokens", 8)
     assert (result.exit_code, result.stdout) == (0, f"{alone}\n"), result.stderr
-    assert result.stderr.startswith("[the base alone;")
+    assert result.stderr.startswith("[base;")
     with Engine(made.base.path) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": PROMPT}])
         assert engine.adapters == ()
@@ -145,7 +145,7 @@ def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) ->
     [
         ("chat", ["--plain", "--max-tokens", "4"], "a thing\n/save {place}/s.json\n", ""),
         ("weights", [PROMPT], "", "There are no adapters: the base answers alone.\n"),
-        ("compare", [PROMPT, "--max-tokens", "4", "--html", "{place}/a.html"], "", "base alone"),
+        ("compare", [PROMPT, "--max-tokens", "4", "--html", "{place}/a.html"], "", "base"),
         ("run", ["--prompts", "-", "--max-tokens", "4"], '{"prompt": "a"}', '"index"'),
     ],
 )

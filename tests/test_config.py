@@ -194,11 +194,6 @@ def test_defaults_of_python_calls() -> None:
     ("call", "different"),
     [
         (Llama.__init__, {"n_ctx": 512, "seed": 2**32 - 1}),
-        (
-            Llama.create_completion,
-            {"max_tokens": 16, "temperature": 0.8, "min_p": 0.05, "top_k": 40},
-        ),
-        (Llama.create_chat_completion, {"temperature": 0.2, "min_p": 0.05, "top_k": 40}),
     ],
 )
 def test_llama_has_the_defaults_of_llama_cpp_python(call: Any, different: dict[str, Any]) -> None:
