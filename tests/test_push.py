@@ -103,7 +103,7 @@ def test_the_card_says_what_it_is(hub: FakeHub, signed_in: Path, made: TinyBundl
     }
     text = card.decode()
     assert "qaflora pull me/mine --with-base\n" in text
-    assert "for one quantised base, mixed anew for each question.\n" in text
+    assert "for one quantised base, mixed for each question.\n" in text
     row = next(line for line in text.splitlines() if line.startswith("| math |"))
     assert "Sums \\| and &lt;b>more&lt;/b> \\`x\\` \\[a](b)" in row
     assert "| es | 8 |" in text

@@ -219,8 +219,7 @@ def _bundle_card(text: BundleText, repo: str) -> str:
         f"# {_line(text.name) or repo}",
         "",
         *([_line(text.description), ""] if text.description else []),
-        f"A bundle for {LIBRARY}: LoRA adapters for one quantised base, mixed anew for each "
-        "question.",
+        f"A bundle for {LIBRARY}: LoRA adapters for one quantised base, mixed for each question.",
         "",
         *_code(f"qaflora pull {repo} --with-base", f'qaflora run {repo} "A question"'),
         *_table(("adapter", "rank", "modules", "trained for", "source", "licence"), rows),
