@@ -366,7 +366,7 @@ REFUSED = [
     ({"$ref": "file:///etc/passwd"}, "#", "'$ref' is 'file:///etc/passwd'; expected #/ and a"),
     ({"items": {"$id": "x"}}, "#/items", "the keyword '$id' is not supported; leave it out"),
     ({"anyOf": 3}, "#", "'anyOf' is 3; expected a list"),
-    ({"properties": []}, "#", "'properties' is []; expected a dict"),
+    ({"properties": []}, "#", "'properties' is []; expected an object"),
     ("x", "#", "found 'x'; expected a schema (an object)"),
 ]
 

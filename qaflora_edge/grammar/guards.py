@@ -242,7 +242,8 @@ class _Checker:
         if key not in _KNOWN or (key == "$id" and place != "#"):
             raise self._fail(place, f"the keyword {key!r} is not supported", "leave it out")
         if not isinstance(value, expected):
-            raise self._fail(place, f"{key!r} is {value!r:.60}", f"expected a {expected.__name__}")
+            kind = "an object" if expected is dict else "a list"
+            raise self._fail(place, f"{key!r} is {value!r:.60}", f"expected {kind}")
         if key == "minProperties" and value not in (0, 1):  # llguidance counts a name twice
             raise self._fail(place, f"{key!r} is {value!r:.60}", "expected 0 or 1")
         if key == "$ref":
