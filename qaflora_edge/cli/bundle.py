@@ -282,7 +282,7 @@ def base(folder: str, base: str) -> None:
 def calibrate(folder: str, strategy: str | None) -> None:
     """Measure the typical divergences that a bundle lacks.
 
-    The strategies two-place and calibrated need them. For a bundle whose adapters were put in with
+    The strategies two-place and calibrated need them. For a bundle with adapters put in with
     --no-calibrate, or measured by another version on other texts.
     """
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle

@@ -1,4 +1,4 @@
-"""Read what an adapter GGUF says of itself, and check it against the base it is for.
+"""Read adapter GGUFs, and check them against their base.
 
 llama.cpp accepts an adapter whose experts do not fit and writes out of bounds, and drops norms
 without a word; so everything is checked here before a library sees the file.
@@ -165,7 +165,7 @@ def _count_bad(path: Path, tensor: TensorInfo, rows: range) -> int:
 
 
 def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
-    """One module of an adapter: A [rank, n_in] and B [n_out, rank] as float32, and its scale.
+    """Read a module of an adapter: A [rank, n_in] and B [n_out, rank] as float32, and its scale.
 
     Of experts, A is [n_expert, rank, n_in] and B [n_expert, n_out, rank].
 

@@ -132,13 +132,13 @@ def _fail(header: GgufHeader, key: str, found: object, expected: str) -> NoRetur
 
 
 def _numbers(header: GgufHeader, field: str) -> tuple[object, ...]:
-    """The values of a field that is given once, or layer by layer; none where it is missing."""
+    """Give the values of a field, one or one a layer; none where it is missing."""
     value = header.metadata.get(f"{header.architecture}.{field}")
     return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def _number(header: GgufHeader, field: str, default: int) -> int:
-    """The first value of a field; the loader refuses what is no whole number."""
+    """Give the first value of a field; the loader refuses what is no whole number."""
     (value, *_) = (*_numbers(header, field), default)
     return value if isinstance(value, int) else default
 
@@ -157,7 +157,7 @@ def _check_layers(header: GgufHeader) -> None:
 
 
 def _check_experts(header: GgufHeader) -> None:
-    """As llama-model.cpp load_hparams asserts."""
+    """Check numbers of experts, as llama-model.cpp load_hparams asserts."""
     _check_range(header, "expert_count", 0, MAX_EXPERTS)
     n_expert = _number(header, "expert_count", 0)
     _check_range(header, "expert_used_count", 0, n_expert)
@@ -210,13 +210,13 @@ def _check_heads(header: GgufHeader) -> None:
 
 
 def _at(values: tuple[object, ...], layer: int) -> int | None:
-    """The value for a layer, of a field that is given once or layer by layer."""
+    """Give the value for a layer, of a field with one value or one a layer."""
     value = values[0] if len(values) == 1 else values[layer] if layer < len(values) else None
     return value if isinstance(value, int) else None
 
 
 def _check_shared(header: GgufHeader) -> None:
-    """Every key belongs to equally many queries."""
+    """Check that every key belongs to equally many queries."""
     queries = _numbers(header, "attention.head_count")
     keys = _numbers(header, "attention.head_count_kv")
     for layer in range(max(len(queries), len(keys))):
@@ -227,7 +227,7 @@ def _check_shared(header: GgufHeader) -> None:
 
 
 def _check_projections(header: GgufHeader, n_key: int) -> None:
-    """Projections have rows for every head: the loader compares some with the model's width."""
+    """Check that projections have rows for every head; the loader checks only some."""
     queries = _numbers(header, "attention.head_count")
     keys = _numbers(header, "attention.head_count_kv") or queries
     for tensor in header.tensors.values():

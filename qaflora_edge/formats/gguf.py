@@ -356,7 +356,7 @@ class GgufCursor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says about itself, checked against its size."""
+    """The header of a GGUF file, checked against the file's size."""
 
     path: Path
     architecture: str
@@ -563,12 +563,12 @@ _BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # of a value
 
 
 def kv_bytes(header: GgufHeader, kv_type: str) -> float:
-    """Bytes that a token takes."""
+    """Give the bytes that a token takes in the KV cache."""
     return _BYTES[kv_type] * n_kv_value(header)
 
 
 def n_kv_value(header: GgufHeader) -> int:
-    """Values that the KV cache holds for a token, by the rows of the weights that make them."""
+    """Count the values of a token in the KV cache, by the rows of the weights that make them."""
     n = 0
     for name, info in header.tensors.items():
         if name.endswith((".attn_k.weight", ".attn_v.weight")):
