@@ -4,15 +4,14 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from numbers import Integral
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.bundles.open import open_any
-from qaflora_edge.chat.messages import Message, begin_with
-from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import (
     OptionError,
@@ -23,7 +22,6 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
-from qaflora_edge.inference.constraint import chosen_grammar
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
@@ -35,13 +33,16 @@ from qaflora_edge.inference.request import (
     token_ids,
 )
 from qaflora_edge.inference.sampler import Sampler
-from qaflora_edge.inference.score import Item
-from qaflora_edge.openai.chat import answer_chat
 from qaflora_edge.progress import Tell, TellCount, silent
 from qaflora_edge.weighing.calibration import measure_typical
 from qaflora_edge.weighing.numbers import LENSES, FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
+
+if TYPE_CHECKING:
+    from qaflora_edge.backend.model import Model
+    from qaflora_edge.chat.messages import Message
+    from qaflora_edge.chat.tokens import QuestionFinder
 
 
 class Engine:
@@ -119,8 +120,7 @@ class Engine:
             self._core.close()
             raise
         self._model = self._core.model
-        find = QuestionFinder(self._model).find
-        self._weigher = replace(self._weigher, find_question=find)
+        self._weigher = replace(self._weigher, find_question=_question_finder(self._model))
 
     # life
 
@@ -268,12 +268,15 @@ class Engine:
             return prompt_tokens(self._model, prompt, self.n_ctx, parse_special=parse_special)
 
     def chat_tokens(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
+        self, messages: Sequence["Message"], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
         """Turn a conversation into token ids under the base's chat template.
 
         The bundle's system prompt comes first where the messages have none.
         """
+        from qaflora_edge.chat.messages import begin_with
+        from qaflora_edge.chat.tokens import chat_tokens
+
         with self._core.call():
             messages = begin_with(self.system or None, messages)
             tokens = chat_tokens(self._model, messages, tools=tools)
@@ -410,6 +413,8 @@ class Engine:
                 f"score got {len(prompt)} prompts and {len(continuation)} continuations, "
                 "expected as many of both."
             )
+        from qaflora_edge.inference.score import Item
+
         with self._core.call():
             cancellation = self._core.cancellation()
             probe = self._core.probe(cancellation)
@@ -536,13 +541,17 @@ class Engine:
 
         The prompt is weighed before this returns.
         """
+        if grammar is not None or json_schema is not None:
+            from qaflora_edge.inference.constraint import chosen_grammar
+
+            grammar = chosen_grammar(grammar, json_schema)
         sampling = make_sampling(
             stop,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=self.seed if seed is None else seed,
-            grammar=chosen_grammar(grammar, json_schema),
+            grammar=grammar,
             **more,
         )
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
@@ -653,18 +662,18 @@ class Engine:
 
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any
+        self, messages: Sequence["Message"], *, stream: Literal[False] = False, **options: Any
     ) -> dict[str, Any]: ...
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[True], **options: Any
+        self, messages: Sequence["Message"], *, stream: Literal[True], **options: Any
     ) -> Iterator[dict[str, Any]]: ...
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: bool, **options: Any
+        self, messages: Sequence["Message"], *, stream: bool, **options: Any
     ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
     def chat(
-        self, messages: Sequence[Message], *, stream: bool = False, **options: Any
+        self, messages: Sequence["Message"], *, stream: bool = False, **options: Any
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
 
@@ -676,7 +685,21 @@ class Engine:
 
         The conversation is weighed and prefilled before this returns.
         """
+        from qaflora_edge.openai.chat import answer_chat
+
         return answer_chat(self, messages, stream=stream, **options)
+
+
+def _question_finder(model: "Model") -> Callable[[Sequence[int]], tuple[int, int] | None]:
+    """Find the question in a prompt; the chat template is read when the first one is sought."""
+
+    @cache
+    def finder() -> "QuestionFinder":
+        from qaflora_edge.chat.tokens import QuestionFinder
+
+        return QuestionFinder(model)
+
+    return lambda tokens: finder().find(tokens)
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:

@@ -30,7 +30,6 @@ from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.json_text import WrongField, shown
 from qaflora_edge.formats.names import pulled_model
 from qaflora_edge.progress import Tell
-from qaflora_edge.weighing.baselines import parse_centroid
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known
 
@@ -121,6 +120,8 @@ def known_of(text: BundleText) -> Known:
     centroids = {}
     n_embd = text.base.n_embd
     for name, record in fusion.get("samples", {}).items():
+        from qaflora_edge.weighing.baselines import parse_centroid
+
         try:
             centroids[name] = parse_centroid(record["embedding"], n_embd)
         except ValueError as error:

@@ -80,16 +80,16 @@ def either_grammar(form: Grammar, other: Grammar) -> Grammar:
 
 
 def chosen_grammar(
-    grammar: str | None, json_schema: Mapping[str, Any] | bool | None
-) -> Grammar | None:
-    """Choose the grammar by GBNF text, Grammar or JSON schema; None without any."""
+    grammar: str | None, json_schema: Mapping[str, Any] | bool | None = None
+) -> Grammar:
+    """Compile GBNF text or a JSON schema; a Grammar is given back."""
     if grammar is not None and json_schema is not None:
         raise OptionError(
             "Options grammar and a JSON schema are both given; give one or the other."
         )
     if json_schema is not None:
         return schema_grammar(json_schema)
-    if grammar is None or isinstance(grammar, Grammar):
+    if isinstance(grammar, Grammar):
         return grammar
     if not isinstance(grammar, str):
         raise OptionError(f"Option grammar is {grammar!r}, expected GBNF text or None.", "grammar")

@@ -6,9 +6,9 @@ Token ids, weights and samplers go in. Texts and strategies are the Engine's mat
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,13 +24,14 @@ from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Cancellation, Request
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.inference.scheduler import Scheduler
-from qaflora_edge.inference.score import Scorer
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.prefix_cache import Prefixes
-from qaflora_edge.weighing.probe import Prober, QueryProbe, Steps
 from qaflora_edge.weighing.strategy import Query
+
+if TYPE_CHECKING:
+    from qaflora_edge.inference.score import Scorer
+    from qaflora_edge.weighing.probe import Prober, QueryProbe, Steps
 
 T = TypeVar("T")
 _process: int | None = None  # in which the library computed first
@@ -65,6 +66,11 @@ class Core:
     ) -> None:
         _check_process()
         self.adapters, self.n_ctx = tuple(adapters), n_ctx
+        self._infos, self._prefix_cache = list(adapters.values()), prefix_cache
+        self._options: dict[str, Any] = {**options, "stop": Stop()}  # of every context
+        self._opening = threading.Lock()
+        self._prober: Prober | None = None
+        self._scorer: Scorer | None = None
         self.is_closed = False
         self._idle = threading.Condition()
         self._n_call: dict[int, int] = {}  # by thread
@@ -75,8 +81,7 @@ class Core:
         self._resources: list[Any] = []  # freed in reverse order: contexts before their model
         weakref.finalize(self, _close_all, self._resources).atexit = False
         try:
-            self._open(base, list(adapters.values()), placing, adapter_type)
-            self._open_contexts(n_parallel, prefix_cache, options)
+            self._open(base, placing, adapter_type, n_parallel)
         except BaseException:
             _close_all(self._resources)
             raise
@@ -84,33 +89,46 @@ class Core:
     def _open(
         self,
         base: GgufHeader,
-        files: Sequence[AdapterInfo],
         placing: Mapping[str, Any],
         adapter_type: str,
+        n_parallel: int,
     ) -> None:
-        self._files = files
         self.model = self._keep(shared_model(base.path, placing, base))
-        paths = [info.path for info in files]
+        paths = [info.path for info in self._infos]
         self.pack = self._keep(Pack(self.model, paths, adapter_type=adapter_type))
         self.adapter_bytes = [path.stat().st_size for path in paths]
-
-    def _open_contexts(
-        self, n_parallel: int, prefix_cache: int, options: Mapping[str, Any]
-    ) -> None:
-        stop = Stop()
-        more: dict[str, Any] = {**options, "stop": stop}
         self.context = self._keep(
-            Context(self.model, self.pack, n_ctx=self.n_ctx, n_seq=n_parallel, **more)
+            Context(self.model, self.pack, n_ctx=self.n_ctx, n_seq=n_parallel, **self._options)
         )
-        prefixes = Prefixes(prefix_cache << 20)
-        self.prober = self._keep(
-            Prober(self.model, self.pack, more, infos=self._files, prefixes=prefixes)
-        )
-        self.scorer = self._keep(Scorer(self.model, self.pack, more))
         self.model.check_workers()
-        self.loop = Loop(
-            self.model, self.context, Scheduler(n_parallel, self.context.pieces()), stop
-        )
+        scheduler = Scheduler(n_parallel, self.context.pieces())
+        self.loop = Loop(self.model, self.context, scheduler, self._options["stop"])
+
+    @property
+    def prober(self) -> "Prober":
+        """Open the prober, when first asked for: many strategies never probe."""
+        from qaflora_edge.weighing.prefix_cache import Prefixes
+        from qaflora_edge.weighing.probe import Prober
+
+        with self._opening:
+            if self._prober is None:
+                prefixes = Prefixes(self._prefix_cache << 20)
+                self._prober = self._keep(
+                    Prober(
+                        self.model, self.pack, self._options, infos=self._infos, prefixes=prefixes
+                    )
+                )
+            return self._prober
+
+    @property
+    def scorer(self) -> "Scorer":
+        """Open the scorer, when first asked for."""
+        from qaflora_edge.inference.score import Scorer
+
+        with self._opening:
+            if self._scorer is None:
+                self._scorer = self._keep(Scorer(self.model, self.pack, self._options))
+            return self._scorer
 
     def _keep(self, resource: T) -> T:
         self._resources.append(resource)
@@ -208,14 +226,16 @@ class Core:
 
     def probe(
         self, cancellation: Cancellation, tell: Tell | None = None
-    ) -> Callable[[Query], QueryProbe]:
+    ) -> Callable[[Query], "QueryProbe"]:
         """Measure a query for a strategy, with other callers' work in between.
 
         tell  called with "weighing", how many tokens are read, and how many there are
         """
 
+        from qaflora_edge.weighing.probe import QueryProbe
+
         def query_probe(query: Query) -> QueryProbe:
-            def run(steps: Steps[T], /) -> T:
+            def run(steps: "Steps[T]", /) -> T:
                 told = steps if tell is None else self._told(steps, tell, len(query.tokens))
                 result: T = self.loop.run("probe", told, cancellation)
                 return result
@@ -224,7 +244,7 @@ class Core:
 
         return query_probe
 
-    def _told(self, steps: Steps[T], tell: Tell, n_token: int) -> Steps[T]:
+    def _told(self, steps: "Steps[T]", tell: Tell, n_token: int) -> "Steps[T]":
         """Do the same steps, and report their progress."""
         with closing(steps):
             while True:
@@ -242,7 +262,7 @@ class Core:
                 yield n_read
 
     def run(
-        self, steps: Steps[T], cancellation: Cancellation | None = None, *, kind: str = "probe"
+        self, steps: "Steps[T]", cancellation: Cancellation | None = None, *, kind: str = "probe"
     ) -> T:
         """Drive a generator to its end, with other callers' work in between."""
         result: T = self.loop.run(kind, steps, cancellation or self.cancellation())

@@ -3,15 +3,17 @@
 import ctypes
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, OptionError
-from qaflora_edge.inference.constraint import Constraint, chosen_grammar
 from qaflora_edge.inference.request import MAX_SEED, Sampling
+
+if TYPE_CHECKING:
+    from qaflora_edge.inference.constraint import Constraint
 
 _N_PENALISED = 64  # tokens
 _COLDEST = 1e-6  # temperatures below overflow float32 logits
@@ -46,8 +48,12 @@ class Sampler:
         )
         self._pointers.append(self._chain)
         self._fill_chain()
-        grammar = chosen_grammar(sampling.grammar, None)
-        self.constraint = None if grammar is None else Constraint(model, grammar)
+        self.constraint: Constraint | None = None
+        if sampling.grammar is not None:
+            from qaflora_edge.inference import constraint
+
+            grammar = constraint.chosen_grammar(sampling.grammar)
+            self.constraint = constraint.Constraint(model, grammar)
 
     @property
     def _is_plain(self) -> bool:

@@ -62,7 +62,9 @@ def answer_form(
         )
     if tools and call is None and grammar is None and schema is not None:
         return either_grammar(schema_grammar(schema), _call_grammar(tools))
-    return call or chosen_grammar(grammar, schema)
+    if call is not None or (grammar is None and schema is None):
+        return call
+    return chosen_grammar(grammar, schema)
 
 
 def _checked(tool: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import LENSES as LENSES
 from qaflora_edge.config import POOLS as POOLS
 from qaflora_edge.errors import StrategyError, WeightsError
-from qaflora_edge.show.text import who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.strategy import Measured
@@ -70,6 +69,8 @@ class FusionWeights:
         return measured_by(self.strategy.partition(":")[0])
 
     def __repr__(self) -> str:
+        from qaflora_edge.show.text import who_spoke
+
         return f"<FusionWeights {self.strategy}, {self.weights.shape[1]} layers: {who_spoke(self)}>"
 
     def _repr_html_(self) -> str:
