@@ -119,7 +119,11 @@ class Engine:
         except BaseException:
             self._core.close()
             raise
-        self._model = self._core.model
+        self._model = model = self._core.model
+        self.name = model.name  # the base's own, or its file's
+        self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
+        self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
+        self.has_chat_template = bool(model.chat_template)
         self._weigher = replace(self._weigher, find_question=_question_finder(self._model))
 
     # life
@@ -198,31 +202,9 @@ class Engine:
         return self._weigher.known.pool
 
     @property
-    def n_layer(self) -> int:
-        return int(self._model.n_layer)
-
-    @property
-    def n_vocab(self) -> int:
-        return int(self._model.n_vocab)
-
-    @property
     def prefix_cache_bytes(self) -> int:
         """Give the size of the cached prefixes, at most `prefix_cache`: see Engine."""
         return self._core.prober.prefixes.n_byte
-
-    @property
-    def n_ctx_train(self) -> int:
-        """Count the tokens of the longest text that the base was trained for."""
-        return int(self._model.n_ctx_train)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._model.chat_template)
-
-    @property
-    def name(self) -> str:
-        """Give the base's own name, or its file name."""
-        return self._model.name
 
     # choices
 

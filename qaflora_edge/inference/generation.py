@@ -1,4 +1,4 @@
-"""An answer as its caller sees it: an iterator over pieces of text."""
+"""A generation: an answer as its caller sees it."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,10 +16,10 @@ from qaflora_edge.weighing.numbers import FusionWeights
 class Generation(Iterator[str]):
     """An answer as it is generated: an iterator over pieces of text.
 
-    An answer that is dropped before its end is cancelled; one that is kept goes on while other
+    An answer that is dropped before its end is cancelled. One that is kept goes on while other
     calls of its Engine compute, and its pieces wait.
 
-    fusion  the weights that it is read and answered under
+    fusion  the weights of prefill and answer
     """
 
     def __init__(
@@ -38,22 +38,22 @@ class Generation(Iterator[str]):
 
     @property
     def number(self) -> int:
-        """Tells it from others of this process."""
+        """Give its number, unique in this process."""
         return self._sequence.number
 
     @property
     def is_done(self) -> bool:
-        """Whether all of it is computed; pieces may still wait to be taken."""
+        """Tell whether all of it is computed; pieces may still wait to be taken."""
         return self._sequence.is_done
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether it was told to end."""
+        """Tell whether it was told to end."""
         return self._sequence.is_cancelled
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it ended; None while there is more to come.
+        """Say why it ended; None while there is more to come.
 
         "stop" (end of generation, or a stop text), "length" (max_tokens, or the context is full),
         "cancelled", or "error", which iterating raises.
@@ -62,12 +62,12 @@ class Generation(Iterator[str]):
 
     @property
     def is_whole(self) -> bool:
-        """False when "length" cut it where the grammar that it follows expects more."""
+        """Tell whether its grammar is satisfied; False when "length" cut it before."""
         return self._sequence.is_whole
 
     @property
     def error(self) -> QafloraError | None:
-        """Why there is no answer, or no whole one."""
+        """Say why there is no whole answer."""
         return self._sequence.error
 
     @property
@@ -76,22 +76,22 @@ class Generation(Iterator[str]):
 
     @property
     def n_prompt(self) -> int:
-        """Tokens of the prompt."""
+        """Count the tokens of the prompt."""
         return self._sequence.n_prompt
 
     @property
     def n_completion(self) -> int:
-        """Tokens of the answer so far, a last one without text not among them."""
+        """Count the tokens of the answer so far, without an end token."""
         return len(self._sequence.answer)
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether `logprobs` was asked for."""
+        """Tell whether `logprobs` was asked for."""
         return self._sequence.request.sampling.logprobs is not None
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """How likely the tokens of the text so far were, where `logprobs` asked for that."""
+        """Give log-probabilities of the tokens so far, where `logprobs` asked for them."""
         sequence = self._sequence
         is_all = sequence.is_done and not sequence.pieces
         return list(sequence.logprobs if is_all else sequence.logprobs[: self._n_taken])
@@ -139,7 +139,7 @@ class Generation(Iterator[str]):
             raise sequence.error
 
     def text(self) -> str:
-        """The rest of the answer, joined."""
+        """Join the rest of the answer."""
         return "".join(self)
 
     def cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""The loop: scheduler and runner, driven by whoever waits for something, or by a thread for all."""
+"""The loop: scheduler and runner, driven by waiting callers in turn, or by one thread for all."""
 
 import contextlib
 import threading
@@ -17,9 +17,9 @@ from qaflora_edge.inference.scheduler import Scheduler, Step
 
 
 class Job:
-    """Work of the loop beside answers: a generator that yields between micro-batches.
+    """Work other than answers, such as a probe: a generator that yields between micro-batches.
 
-    result  what it returned, once it is done
+    result  what the generator returned, once it is done
     error   what it raised
     """
 
@@ -37,14 +37,14 @@ class Job:
         return self._cancellation.is_set
 
     def advance(self) -> None:
-        """Compute the next part; what it raises is kept for the one who waits."""
+        """Compute the next part; an error is kept for the caller that waits."""
         try:
             next(self._steps)
         except StopIteration as end:
             self.result, self.is_done = end.value, True
         except BaseException as error:
             self.error, self.is_done = error, True
-            if not isinstance(error, Exception):  # KeyboardInterrupt is for who drives
+            if not isinstance(error, Exception):  # KeyboardInterrupt is for the driver
                 raise
 
     def fail(self, error: QafloraError) -> None:
@@ -54,15 +54,14 @@ class Job:
 
 
 class Loop:
-    """One thread at a time drives; the others wait for what concerns them.
+    """Lets one thread at a time drive; the others wait for what concerns them.
 
     stop  ends native work of the contexts that watch it
 
-    Without run_forever those who wait drive, one of them at a time.
-
-    With several slots a thread of the loop's own computes, whoever drives. GCC's OpenMP keeps a
-    team for each thread that has computed, and lets all of them sleep sooner at barriers once
-    they are more than the cores: one caller on two cores decoded 0.6 to 0.8 times as fast.
+    Without run_forever the waiting callers drive, one at a time. With several slots one thread of
+    the loop's own computes for all drivers. GCC's OpenMP keeps a team for each thread that has
+    computed, and more teams than cores sleep sooner at barriers: one caller on two cores decoded
+    0.6 to 0.8 times as fast.
     """
 
     def __init__(
@@ -86,9 +85,9 @@ class Loop:
             self._wake_server()
 
     def run(self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation) -> Any:
-        """Drive a generator to its end, others' work in between; gives what it returns.
+        """Drive a generator to its end, with other work in between; give its result.
 
-        kind  generators of one kind share contexts: one is done before the next begins
+        kind  generators of one kind share contexts, and run one after the other
         """
         job = Job(kind, steps, cancellation)
         with self._turn:
@@ -114,13 +113,12 @@ class Loop:
                     self._turn.notify_all()
 
     def run_forever(self) -> None:
-        """Compute whatever is asked for, until close(); all others only wait meanwhile.
+        """Compute whatever is asked for, until close(); other threads only wait.
 
-        Those who wait for a step are told when the next one computes, so that what they do with
-        it keeps no core from the threads that compute but their own.
+        Waiting callers wake when the next step computes, so that handling their pieces does not
+        delay it.
 
-        Raises what a step failed with, and so do all whose work it was, or who waited; it may be
-        called again then.
+        Raises what a step failed with, as do all callers that waited; it may be called again then.
         """
         with self._turn:
             while self._is_driven or self._is_served:
@@ -147,13 +145,13 @@ class Loop:
             self._turn.notify_all()
 
     def stop_if_cancelled(self) -> None:
-        """End the native call that goes on, if all who wait for it were cancelled."""
+        """End the running native call, if all callers that wait for it were cancelled."""
         with self._turn:
             if self._now and all(each.is_cancelled for each in self._now):
                 self._stop.set()
 
     def close(self) -> None:
-        """End all that waits or runs; whoever waits for it gets BusyError."""
+        """End all that waits or runs with BusyError."""
         with self._turn:
             self._is_closed = True
             self._stop.set()
@@ -168,7 +166,7 @@ class Loop:
     # by the thread that drives
 
     def _step(self) -> None:
-        """Decide and compute one step; called with the lock, which is free while it computes."""
+        """Decide and compute one step; called with the lock, which is free during computation."""
         self._end_cancelled()
         n_ended = self._scheduler.remove_ended()
         if not self._scheduler.has_work:

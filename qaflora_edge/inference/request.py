@@ -24,7 +24,7 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to stop: the options of `config` in the group sampling.
+    """How tokens are chosen and when to stop: the options of `config` in group sampling.
 
     max_tokens   None: until the context is full
     temperature  0, or below 1e-6: greedy
@@ -54,9 +54,9 @@ class Sampling:
 
 
 def make_sampling(stop: Any, **options: Any) -> Sampling:
-    """Sampling of options as a caller gave them: stop as one text, several or None.
+    """Make a Sampling from a caller's options: stop as one text, several or None.
 
-    Raises OptionError for one that does not exist, or has a wrong value.
+    Raises OptionError for an unknown option, or a wrong value.
     """
     if "strategy" in options:
         raise OptionError(
@@ -69,7 +69,7 @@ def make_sampling(stop: Any, **options: Any) -> Sampling:
 
 
 class Cancellation:
-    """Whether a call was told to end, by cancel() or by an event that the caller gave."""
+    """Tells whether a call was told to end, by cancel() or by an event of the caller."""
 
     def __init__(self, event: threading.Event | None = None) -> None:
         self._is_set, self._event = False, event
@@ -84,14 +84,14 @@ class Cancellation:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt, the weights that it is read and answered under, and how tokens are chosen.
+    """A prompt, the weights of prefill and answer, and how tokens are chosen.
 
     tokens        ids of the prompt
     weights       float32 [n_adapter, n_layer], of all loaded adapters
-    adapters      names of those in use, for messages
-    goes_on_from  number of the Sequence whose KV state stays as it was read, whatever its weights
-                  were, as far as the prompt begins like what that one held; None: no other's
-    keeps_logits  keep those after the prompt, and choose no token
+    adapters      names of the adapters in use, for messages
+    goes_on_from  number of the Sequence that lends its KV state under whatever weights, as far as
+                  the prompts begin alike; None: reuse under the same weights only
+    keeps_logits  keep the logits after the prompt, and choose no token
     """
 
     tokens: tuple[int, ...]
@@ -104,12 +104,12 @@ class Request:
 
     @property
     def weights_key(self) -> bytes:
-        """Equal where the weights are."""
+        """Give bytes that are equal where the weights are."""
         return self.weights.tobytes()
 
 
 def prompt_tokens(model: "Model", prompt: Prompt, n_ctx: int, *, parse_special: bool) -> list[int]:
-    """Token ids of text as it is, with BOS where the base asks for it, or of ids.
+    """Give token ids of text as it is, with BOS where the base asks for it, or of ids.
 
     Raises PromptError when it is empty, longer than n_ctx, or has an id out of range.
     """
@@ -134,7 +134,7 @@ def check_size(model: "Model", texts: Iterable[str], n_ctx: int) -> None:
 
 
 def token_ids(prompt: Any, what: str = "prompt") -> list[int]:
-    """Ids of what is no text. Raises PromptError when it is no sequence of whole numbers."""
+    """Check ids. Raises PromptError for what is no sequence of whole numbers."""
     try:
         if not isinstance(prompt, bytes | bytearray | Mapping):  # they would give numbers or keys
             return [operator.index(token) for token in prompt]
@@ -146,7 +146,7 @@ def token_ids(prompt: Any, what: str = "prompt") -> list[int]:
 def checked_tokens(
     model: "Model", tokens: list[int], n_ctx: int, what: str = "prompt"
 ) -> list[int]:
-    """The same tokens; PromptError when there are none, too many, or one is out of range."""
+    """Check tokens. Raises PromptError for none, too many, or one out of range."""
     if not tokens:
         raise PromptError("The prompt is empty; give at least one token.")
     if len(tokens) > n_ctx:

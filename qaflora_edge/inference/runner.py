@@ -39,7 +39,7 @@ class Vocabulary(Protocol):
 
 
 class Runner:
-    """Reads prompts and decodes tokens in the slots of one context.
+    """Prefills prompts and decodes tokens in the slots of one context.
 
     computing  called before each native call with the sequences that wait for it
     """
@@ -51,11 +51,11 @@ class Runner:
         computing: Callable[[Sequence[sequences.Sequence]], None],
     ) -> None:
         self._vocabulary, self._context, self._computing = vocabulary, context, computing
-        self._spoilt: list[int] = []  # slots whose states are no numbers
-        self._unread: set[int] = set()  # slots whose prompt is read in part: states may be none
+        self._spoilt: list[int] = []  # slots with states that are NaN
+        self._unread: set[int] = set()  # slots with a prompt prefilled in part: states may be NaN
 
     def run(self, step: Step, slots: Sequence[Slot]) -> None:
-        """Compute a step, the job's part apart. What fails ends the sequences that it concerns."""
+        """Compute a step, except its job. A failure ends only the sequences that it concerns."""
         for source, target in step.copies:
             self._context.copy(source, target)
             self._took(source, target)
@@ -77,13 +77,13 @@ class Runner:
             slot.forget()
 
     def forget(self, slots: Sequence[Slot]) -> None:
-        """Empty all slots, after something stopped in the middle."""
+        """Empty all slots, after an interruption."""
         self._context.clear()
         for slot in slots:
             slot.forget()
 
     def _took(self, source: int, target: int) -> None:
-        """Note that a slot has what is in another's room, and nothing of its own."""
+        """Note that a slot now has the states of another one."""
         self._unread.discard(target)
         if source in self._unread:
             self._unread.add(target)
@@ -120,7 +120,7 @@ class Runner:
             self._begin(sequence, row)
 
     def _begin(self, sequence: sequences.Sequence, row: int) -> None:
-        """What follows a prompt: its first token, or nothing where none was asked for."""
+        """Choose the first token, where one was asked for."""
         if np.isnan(self._context.logits_view(row)).any():
             self._spoilt.append(_slot(sequence))
             sequence.fail(
@@ -160,7 +160,7 @@ class Runner:
     def _decode_apart(
         self, group: Sequence[sequences.Sequence], slots: Sequence[Slot], error: BackendError
     ) -> None:
-        """Find out whose failure it was: the others go on."""
+        """Find the sequences that fail; the others go on."""
         for sequence in group:
             is_lost = len(self._context.tokens_of(_slot(sequence))) != sequence.n_past
             if len(group) == 1 or is_lost:  # states that cannot be taken back are lost
@@ -195,7 +195,7 @@ class Runner:
 
 
 def _masks(group: Sequence[sequences.Sequence]) -> dict[int, NDArray[np.uint32]]:
-    """Number of a sequence -> the mask of its constraint, where several are worked out at once."""
+    """Compute masks of several constraints at once: number of a sequence -> its mask."""
     constraints = {
         sequence.number: sequence.sampler.constraint
         for sequence in group

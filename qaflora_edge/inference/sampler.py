@@ -3,7 +3,7 @@
 import ctypes
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,30 +16,23 @@ if TYPE_CHECKING:
     from qaflora_edge.inference.constraint import Constraint
 
 _N_PENALISED = 64  # tokens
+_NO_PENALTIES = (1.0, 0.0, 0.0)  # repeat, frequency, presence
 _COLDEST = 1e-6  # temperatures below overflow float32 logits
 # llama.h struct llama_token_data
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
-class Logits(Protocol):
-    """Logits of the last decode: of backend.context.Context."""
-
-    def logits(self, row: int = -1) -> Any: ...
-    def logits_view(self, row: int = -1) -> Any: ...
-    def sample(self, sampler: Any, row: int = -1) -> int: ...
-
-
 class Sampler:
-    """What draws tokens for one answer: a llama_sampler chain, and what it has to follow.
+    """Draws the tokens of one answer: a llama_sampler chain, and a grammar's constraint.
 
-    It is freed by close(), or when nothing uses it any more.
+    Without close() it is freed when it is collected.
 
-    Raises GrammarError for a grammar that cannot be followed, OptionError for the bias of a token
-    that is none.
+    Raises GrammarError for a grammar that cannot be followed, OptionError for a bias on an unknown
+    token.
     """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
-        self.sampling, self._model, self._lib = sampling, model, model._lib
+        self._model, self._lib = model, model._lib
         self._pointers: list[Any] = []
         self._finalizer = weakref.finalize(self, _free, self._lib, self._pointers)
         self._finalizer.atexit = False
@@ -47,7 +40,7 @@ class Sampler:
             self._lib.llama_sampler_chain_default_params()
         )
         self._pointers.append(self._chain)
-        self._fill_chain()
+        self._fill_chain(sampling)
         self.constraint: Constraint | None = None
         if sampling.grammar is not None:
             from qaflora_edge.inference import constraint
@@ -55,16 +48,8 @@ class Sampler:
             grammar = constraint.chosen_grammar(sampling.grammar)
             self.constraint = constraint.Constraint(model, grammar)
 
-    @property
-    def _is_plain(self) -> bool:
-        """Whether the likeliest token is chosen, whatever came before."""
-        sampling = self.sampling
-        penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-        is_changed = bool(sampling.logit_bias) or penalties != (1.0, 0.0, 0.0)
-        return sampling.temperature < _COLDEST and not is_changed
-
     @staticmethod
-    def _argmax(context: Logits, row: int) -> int:
+    def _argmax(context: Any, row: int) -> int:
         logits = context.logits_view(row)
         token = int(logits.argmax())
         if np.isnan(logits[token]):  # numpy takes NaN for the largest
@@ -74,16 +59,19 @@ class Sampler:
             )
         return token
 
-    def _fill_chain(self) -> None:
-        lib, sampling = self._lib, self.sampling
+    def _fill_chain(self, sampling: Sampling) -> None:
+        lib = self._lib
         if sampling.logit_bias:
             self._add_bias({int(token): bias for token, bias in sampling.logit_bias.items()})
         penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-        if penalties != (1.0, 0.0, 0.0):
+        if penalties != _NO_PENALTIES:
             self._add(
                 lib.llama_sampler_init_penalties(self._model.n_vocab, _N_PENALISED, *penalties)
             )
-        if sampling.temperature < _COLDEST:
+        is_greedy = sampling.temperature < _COLDEST
+        # The likeliest token is chosen, whatever came before.
+        self._is_plain = is_greedy and not sampling.logit_bias and penalties == _NO_PENALTIES
+        if is_greedy:
             self._add(lib.llama_sampler_init_greedy())
             return
         if sampling.top_k > 0:
@@ -109,10 +97,11 @@ class Sampler:
     def _add(self, sampler: Any) -> None:
         self._lib.llama_sampler_chain_add(self._chain, sampler)
 
-    def sample(self, context: Logits, row: int = -1, mask: NDArray[np.uint32] | None = None) -> int:
-        """A token for what follows a row of the context; the constraint, if any, goes on behind it.
+    def sample(self, context: Any, row: int = -1, mask: NDArray[np.uint32] | None = None) -> int:
+        """Draw the token that follows a row of the context, and advance the constraint.
 
-        mask  uint32 [ceil(n_vocab / 32)] of the constraint, where it was worked out before
+        context  backend.context.Context
+        mask  uint32 [ceil(n_vocab / 32)] of the constraint, where it is known
 
         Raises BackendError when no token of the vocabulary can follow under the grammar, or the
         logits are NaN.
@@ -137,11 +126,11 @@ class Sampler:
         return token
 
     def can_end(self) -> bool:
-        """Whether what was drawn so far is whole under the grammar; True without one."""
+        """Tell whether the tokens so far are whole under the grammar; True without one."""
         return self.constraint is None or self.constraint.can_end()
 
     def _apply(self, candidates: np.ndarray[Any, Any]) -> int:
-        """Let the chain choose among candidates, changed in place; the index of its choice."""
+        """Let the chain choose among candidates, changed in place; give the index of its choice."""
         array = self._lib.llama_token_data_array(
             data=candidates.ctypes.data_as(ctypes.POINTER(self._lib.llama_token_data)),
             size=len(candidates),

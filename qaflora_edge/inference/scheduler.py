@@ -1,4 +1,4 @@
-"""The scheduler: who is prefilled, decoded or probed next. It decides, and touches nothing."""
+"""The scheduler: which request is prefilled, decoded or probed next. It only decides."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from qaflora_edge.inference.sequence import Sequence
 class Job(Protocol):
     """Work in micro-batches on contexts of its own, such as a probe.
 
-    kind  jobs of one kind share contexts and come one after the other
+    kind  jobs of one kind share contexts, and run one after the other
     """
 
     @property
@@ -26,15 +26,15 @@ class Job(Protocol):
 
 @dataclass
 class Slot:
-    """One sequence of the context that answers, and the KV state that it holds.
+    """One sequence of the answering context, and its KV state.
 
-    tokens   ids whose KV state it is
+    tokens   ids of the KV state
     n_prompt how many of them were the last request's prompt
-    n_exact  how many of them were read in the pieces of their prompt, so that another prompt which
-             is cut alike may have them
-    weights  the key of those under which all of it was read; None where they differ
-    owner    number of the last Sequence in it; 0 for none
-    turn     when that came, counted in sequences
+    n_exact  how many of them were prefilled in the chunks of their prompt: a prompt with the same
+             chunks may reuse them bit for bit
+    weights  the key of the weights that all of it was computed under; None where they differ
+    owner    number of the last Sequence here; 0 for none
+    turn     when that Sequence came, counted in sequences
     """
 
     number: int
@@ -47,12 +47,11 @@ class Slot:
     turn: int = 0
 
     def n_reused(self, sequence: Sequence, pieces: Pieces) -> int:
-        """How many tokens of a prompt need not be read, all but the last one at most.
+        """Count the tokens of a prompt that can be reused here, at most all but the last one.
 
-        KV state under one set of weights is wrong under another: it is reused where the weights
-        are the same, or where the request says that it goes on from just this sequence. What was
-        generated is reused where the prompt goes on from all of the last one, as a chat's next
-        turn does.
+        KV state is reused under the same weights, or where the request goes on from this sequence.
+        Generated tokens are reused where the prompt extends all of the last prompt, as a chat's
+        next turn does.
         """
         request = sequence.request
         n_same = n_common(self.tokens, request.tokens[:-1])
@@ -60,22 +59,22 @@ class Slot:
         return n_same if is_begun else self.n_shared(sequence, pieces)
 
     def n_shared(self, sequence: Sequence, pieces: Pieces) -> int:
-        """How many tokens of a prompt another slot may copy from here."""
+        """Count the tokens of a prompt that another slot may copy from here."""
         request = sequence.request
         if request.goes_on_from is not None and request.goes_on_from == self.owner:
             return n_common(self.tokens, request.tokens[:-1])
         return self.n_alike(sequence, pieces)
 
     def n_alike(self, sequence: Sequence, pieces: Pieces) -> int:
-        """How many tokens of a prompt are here as they would be read now, bit for bit."""
+        """Count the tokens of a prompt that are here as prefill would compute them, bit for bit."""
         if self.weights != sequence.request.weights_key:
             return 0
         return pieces.n_alike(self.tokens[: self.n_exact], sequence.request.tokens)
 
     def hold(self, sequence: Sequence, n_kept: int, *, is_exact: bool = True) -> None:
-        """Note whose KV state is held from now on, of which n_kept tokens were there before.
+        """Note a new owner, who reuses the first n_kept tokens.
 
-        is_exact  whether those were read in the pieces of this prompt
+        is_exact  whether those were prefilled in the chunks of this prompt
         """
         key = sequence.request.weights_key
         is_mixed = n_kept > 0 and self.weights != key
@@ -90,7 +89,7 @@ class Slot:
         self.weights, self.owner = None, 0
 
     def copy(self, other: Self) -> None:
-        """Note that what another slot holds is here too, and nobody's yet."""
+        """Note a copy of another slot's KV state, without an owner."""
         self.tokens, self.n_exact, self.weights = list(other.tokens), other.n_exact, other.weights
         self.n_prompt = self.owner = 0
 
@@ -99,12 +98,12 @@ class Slot:
 class Step:
     """What is computed before the scheduler is asked again, in this order.
 
-    copies    (from, to): slots whose KV state is copied, because prompts begin alike
-    moves     (from, to): slots whose KV state moves, so that those in use are adjacent
+    copies    (from, to): slots to copy KV state between, because prompts begin alike
+    moves     (from, to): slots to move KV state between, so that those in use are adjacent
     admitted  (sequence, tokens that may be reused in its slot)
     decode    sequences with one token each, all in one batch
     prefill   (sequence, how many tokens of its prompt), one batch each
-    job       one micro-batch of it; not beside prefill
+    job       one micro-batch of it; never in a step with prefill
     """
 
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -116,13 +115,13 @@ class Step:
 
 
 class Scheduler:
-    """First come, first served: for slots, for prefill, and for jobs.
+    """Serves requests in order of arrival: for slots, for prefill, and for jobs.
 
     n_slot  requests that are decoded together
-    pieces  how prompts are cut; one of them is prefilled in a step, or several short ones, so that
-            nobody who decodes waits for more than a micro-batch
+    pieces  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
+            decoding request waits for more than a micro-batch.
 
-    Prefill and jobs take turns where there are both; decoding goes on beside either.
+    Prefill and jobs alternate where there are both; decoding goes on in every step.
     """
 
     def __init__(self, n_slot: int, pieces: Pieces) -> None:
@@ -150,7 +149,7 @@ class Scheduler:
         self.jobs.append(job)
 
     def remove_ended(self) -> int:
-        """Take out what is done, in the queues or in slots; what slots hold stays for reuse.
+        """Remove what is done from queues and slots; KV state stays for reuse.
 
         returns  how many sequences and jobs that were
         """
@@ -160,14 +159,14 @@ class Scheduler:
         self.jobs = deque(job for job in self.jobs if not job.is_done)
         for slot in self.slots:
             if slot.sequence is not None and slot.sequence.is_done:
-                if slot.sequence.is_prefill:  # where the rest would have been cut is unknown
+                if slot.sequence.is_prefill:  # where the next chunk would have ended is unknown
                     slot.n_exact = 0
                 slot.sequence.slot = None
                 slot.sequence = None
         return n_ended
 
     def step(self) -> Step:
-        """Decide what comes next; without work it is empty."""
+        """Decide what comes next: an empty step without work."""
         step = Step()
         self._admit(step)
         self._move(step)
@@ -176,7 +175,7 @@ class Scheduler:
             (sequence for sequence in self.running if sequence.is_prefill), key=lambda s: s.number
         )
         if self.jobs and (self._is_jobs_turn or not prefills):
-            # Kinds take turns: a long one of one kind lets others' work of another pass.
+            # Kinds alternate: a long job of one kind does not block another kind.
             others = (job for job in self.jobs if job.kind != self._last_kind)
             step.job = next(others, self.jobs[0])
             self._last_kind, self._is_jobs_turn = step.job.kind, False
@@ -213,7 +212,7 @@ class Scheduler:
             step.admitted.append((sequence, n_reused))
 
     def _fitness(self, slot: Slot, sequence: Sequence) -> tuple[int, int, bool, int]:
-        """The most reuse; else next to those in use; else empty; else used the longest ago."""
+        """Prefer most reuse; then next to slots in use; then empty; then least recently used."""
         used = [other.number for other in self.slots if other.sequence is not None]
         gap = max(min(used) - slot.number, slot.number - max(used), 1) if used else 1
         return self._n_reused(slot, sequence), -gap, not slot.tokens, -slot.turn
@@ -222,9 +221,9 @@ class Scheduler:
         return slot.n_reused(sequence, self._pieces)
 
     def _move(self, step: Step) -> None:
-        """Close gaps between slots in use: llama.cpp 0c1e5709 puts only adjacent ones together.
+        """Close gaps between slots in use: llama.cpp 0c1e5709 batches adjacent ones only.
 
-        A sequence that moves takes the place of KV state that nobody uses now.
+        A sequence that moves replaces KV state that is not in use.
         """
         used = [slot for slot in self.slots if slot.sequence is not None]
         admitted = {sequence.number for sequence, _ in step.admitted}
@@ -238,11 +237,7 @@ class Scheduler:
             assert sequence is not None
             if sequence.number in admitted:  # it holds little or nothing yet: next time
                 return
-            target.sequence, target.tokens = sequence, source.tokens
-            target.n_prompt, target.weights = source.n_prompt, source.weights
-            target.n_exact = source.n_exact
-            target.owner, target.turn, sequence.slot = source.owner, source.turn, target.number
-            source.sequence, source.tokens = None, []
-            source.n_prompt = source.n_exact = source.owner = source.turn = 0
-            source.weights = None
+            vars(target).update(vars(source), number=target.number)
+            sequence.slot, source.sequence, source.turn = target.number, None, 0
+            source.forget()
             step.moves.append((source.number, target.number))

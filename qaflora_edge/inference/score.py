@@ -1,4 +1,4 @@
-"""Scoring: how likely continuations are, many of them in one batch."""
+"""Scoring: log-probabilities of continuations, many in one batch."""
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class Item:
 
     @property
     def key(self) -> tuple[tuple[int, ...], bytes]:
-        """Equal where the prompt's KV state is: it is computed once."""
+        """Give a key that is equal where the KV state of the prompt is: it is computed once."""
         return self.prompt, self.weights.tobytes()
 
 
 class Scorer:
-    """Computes log-probabilities in a context of its own, made when first asked for.
+    """Computes log-probabilities in its own context, made when first asked for.
 
     Continuations of one prompt under the same weights share its KV state.
     """
@@ -48,7 +48,7 @@ class Scorer:
             self._context = None
 
     def score(self, items: Sequence[Item]) -> Generator[None, None, list[F32]]:
-        """Log-probabilities in nats of each item's continuation: float32 [n_token] each.
+        """Give log-probabilities in nats of each item's continuation: float32 [n_token] each.
 
         Yields between micro-batches. Raises BackendError when one is NaN.
         """
@@ -95,7 +95,7 @@ def _check(results: Iterable[F32]) -> None:
 def _score_group(
     context: Context, prompt: Sequence[int], part: Sequence[tuple[Item, F32]]
 ) -> Generator[None, None, None]:
-    """Read the prompt once, then all continuations behind it."""
+    """Prefill the prompt once, then all continuations after it."""
     weights = part[0][0].weights
     context.set_weights(weights)
     rows, at = [-1], 0

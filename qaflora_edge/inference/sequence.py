@@ -1,4 +1,4 @@
-"""A sequence: what one running request needs, from the queue to its last piece of text."""
+"""A sequence: one running request, from the queue to its last piece of text."""
 
 import codecs
 import itertools
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +16,18 @@ from qaflora_edge.arrays import F32
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Request
 
+if TYPE_CHECKING:
+    from qaflora_edge.inference.sampler import Sampler
+
 _numbers = itertools.count(1)
 
 
 @dataclass
 class Timings:
-    """Milliseconds spent, and the speed of generation (tokens decoded after the first).
+    """Milliseconds spent; prefill_ms and decode_ms include concurrent work for other requests.
 
-    prefill_ms and decode_ms have the work for others in them that was done meanwhile.
-
-    token_s  when each token of the answer was chosen, by time.perf_counter()
+    n_decoded  tokens decoded after the first
+    token_s    when each token of the answer was chosen, by time.perf_counter()
     """
 
     probe_ms: float = 0.0
@@ -49,12 +51,12 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token, and how likely it was.
+    """One token and its log-probability.
 
     data     its bytes; of a control token its spelling
     logprob  in nats, before temperature, penalties, biases and grammar
     top      the likeliest tokens at its place, in order
-    n_shown  bytes that the text has of it: none of a control token
+    n_shown  bytes of it in the text: 0 for a control token
     """
 
     token: int
@@ -64,33 +66,20 @@ class TokenLogprob:
     n_shown: int = 0
 
 
-class TokenSampler(Protocol):
-    """What chooses an answer's tokens: see sampler.Sampler."""
-
-    @property
-    def constraint(self) -> Any: ...
-
-    def sample(self, context: Any, row: int, mask: Any = None) -> int: ...
-
-    def can_end(self) -> bool: ...
-
-    def close(self) -> None: ...
-
-
 class Sequence:
-    """A request on its way: waiting, then prefill, then decoding, then done.
+    """A request on its way: waiting, prefill, decoding, done.
 
     n_max       most tokens of the answer
     slot        of the context, None while it waits or once it is done
-    n_past      tokens of prompt and answer whose KV state the slot holds
+    n_past      tokens of prompt and answer with KV state in the slot
     next_token  chosen, not yet decoded
-    pieces      of text that nobody has taken yet, each with the tokens of the answer until there
+    pieces      text not yet taken, each with the number of answer tokens until there
     logprobs    of each token of the answer, where the request asks for them
     logits      float32 [n_vocab] after the prompt, where the request keeps them
     error       why there is no answer; finish_reason is "error" then
     """
 
-    def __init__(self, request: Request, sampler: TokenSampler | None, n_max: int) -> None:
+    def __init__(self, request: Request, sampler: "Sampler | None", n_max: int) -> None:
         self.number = next(_numbers)
         self.request, self.sampler, self.n_max = request, sampler, n_max
         self.slot: int | None = None
@@ -124,10 +113,7 @@ class Sequence:
         return self.request.cancellation.is_set
 
     def take(self, token: int, data: bytes | None) -> None:
-        """Go on with a chosen token.
-
-        data  its bytes; None where it ends the answer
-        """
+        """Append a chosen token; data are its bytes, None where it ends the answer."""
         if data is None:
             self.finish("stop")
             return
@@ -143,7 +129,7 @@ class Sequence:
             self.next_token = token
 
     def finish(self, reason: str) -> None:
-        """End the answer: "stop", "length" or "cancelled"; what was held back of it is text now."""
+        """End the answer with "stop", "length" or "cancelled"; text held back is shown now."""
         if self.is_done:
             return
         if rest := self.text.flush():
@@ -166,7 +152,7 @@ class Sequence:
 
 
 class StopFilter:
-    """Passes text on as soon as it can no longer be the beginning of a stop text."""
+    """Passes text on once it can no longer begin a stop text."""
 
     def __init__(self, stops: Many[str]) -> None:
         self._stops = tuple(stops)
@@ -174,7 +160,7 @@ class StopFilter:
         self.is_stopped = False
 
     def feed(self, text: str) -> str:
-        """What may be shown now, once text has arrived."""
+        """Give the text that may be shown now."""
         held = self._held + text
         found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
         if found:
@@ -185,7 +171,7 @@ class StopFilter:
         return held[: len(held) - n]
 
     def flush(self) -> str:
-        """What was held back, once no more text will come."""
+        """Give the text held back, once no more will come."""
         held, self._held = self._held, ""
         return held
 
@@ -198,7 +184,7 @@ class StopFilter:
 
 
 class TextDecoder:
-    """The bytes of an answer's tokens in, pieces of its text out."""
+    """Turns the bytes of tokens into text: whole UTF-8 characters, up to the first stop text."""
 
     def __init__(self, stops: Many[str]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -206,19 +192,18 @@ class TextDecoder:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop text came."""
         return self._filter.is_stopped
 
     def feed(self, data: bytes) -> str:
         return self._filter.feed(self._decoder.decode(data))
 
     def flush(self) -> str:
-        """What was held back. Bytes of a character that was never finished are dropped."""
+        """Give the text held back; bytes of an unfinished character are dropped."""
         return "" if self.is_stopped else self._filter.flush()
 
 
 def log_softmax(logits: F32) -> NDArray[np.float64]:
-    """float64 [n_vocab], of logits float32 [n_vocab]."""
+    """Normalise logits float32 [n_vocab] to log-probabilities in nats, float64 [n_vocab]."""
     z = logits.astype(np.float64)
     z -= z.max()
     return np.asarray(z - np.log(np.exp(z).sum()))
@@ -227,10 +212,10 @@ def log_softmax(logits: F32) -> NDArray[np.float64]:
 def token_logprob(
     logits: F32, token: int, n_top: int, piece: Callable[[int], bytes], n_shown: int
 ) -> TokenLogprob:
-    """How likely a token is that was chosen by logits.
+    """Say how likely a chosen token was.
 
     logits  float32 [n_vocab]
-    piece   the bytes of a token
+    piece   gives the bytes of a token
     n_shown  see TokenLogprob
     """
     log_p = log_softmax(logits)

@@ -54,16 +54,16 @@ def answer_form(
 
     Raises OptionError for a form beside a call that has to be made.
     """
-    if call is not None and (grammar is not None or schema is not None):
+    if grammar is None and schema is None:
+        return call
+    if call is not None:
         raise OptionError(
             "Options tool_choice and grammar or response_format are given, expected one of them; "
             "leave the others out.",
             "tool_choice",
         )
-    if tools and call is None and grammar is None and schema is not None:
+    if tools and grammar is None:
         return either_grammar(schema_grammar(schema), _call_grammar(tools))
-    if call is not None or (grammar is None and schema is None):
-        return call
     return chosen_grammar(grammar, schema)
 
 

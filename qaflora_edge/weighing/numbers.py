@@ -32,8 +32,7 @@ class FusionWeights:
 
     adapters       names, in the order of the first axis
     weights        float32 [n_adapter, n_layer]
-    divergence     float32 [n_adapter, n_layer] in the strategy's own measure (nats of KL for
-                   qa-flora and calibrated), or None when the strategy does not look at the query
+    divergence     float32 [n_adapter, n_layer] in the strategy's measure (KL in nats), or None
     prompt_tokens  tokens of the query
     probe_ms       time of the probe in milliseconds, 0 without one
     """
