@@ -120,6 +120,8 @@ class Engine:
             self._core.close()
             raise
         self._model = model = self._core.model
+        self.loaded_adapters = self._core.adapters  # also those not in use
+        self.adapter_bytes = dict(zip(self.loaded_adapters, self._core.adapter_bytes, strict=True))
         self.name = model.name  # the base's own, or its file's
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
@@ -170,16 +172,6 @@ class Engine:
     def adapters(self) -> tuple[str, ...]:
         """Name the adapters in use, in the order of every first axis."""
         return self._weigher.adapters
-
-    @property
-    def loaded_adapters(self) -> tuple[str, ...]:
-        """Name all adapters, also those not in use."""
-        return self._core.adapters
-
-    @property
-    def adapter_bytes(self) -> dict[str, int]:
-        """Give the file size of each loaded adapter."""
-        return dict(zip(self.loaded_adapters, self._core.adapter_bytes, strict=True))
 
     @property
     def strategy(self) -> str:

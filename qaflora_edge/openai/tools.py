@@ -48,11 +48,9 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
 def answer_form(
     grammar: str | None, schema: Any, tools: Sequence[dict[str, Any]], call: Grammar | None
 ) -> Grammar | None:
-    """What an answer follows: its own form, a call, or with a schema beside free tools either.
+    """Choose what an answer follows: its own form, a call, or with a schema and free tools either.
 
-    tools, call  from chosen_tools
-
-    Raises OptionError for a form beside a call that has to be made.
+    tools, call  from chosen_tools; OptionError for a form together with a call
     """
     if grammar is None and schema is None:
         return call
