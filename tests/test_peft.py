@@ -17,8 +17,7 @@ from qaflora_edge.errors import (
     SafetensorsFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.peft import refusals as peft_refusals
-from qaflora_edge.peft.config import parse_config
+from qaflora_edge.peft.config import REFUSED, parse_config
 from qaflora_edge.peft.folder import read_peft
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -375,7 +374,7 @@ def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str) -> None
 def test_types_that_are_named_are_those_of_peft() -> None:
     peft = pytest.importorskip("peft")
     known = {kind.value for kind in peft.PeftType}
-    assert peft_refusals.TYPES.keys() <= known
+    assert REFUSED["types"].keys() <= known
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])

@@ -25,9 +25,7 @@ from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref, parse_repo
 from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors, list_files
 from qaflora_edge.peft.config import CONFIG_FILE
-from qaflora_edge.peft.files import INDEX_FILE
-from qaflora_edge.peft.folder import read_peft
-from qaflora_edge.peft.module import PeftAdapter
+from qaflora_edge.peft.folder import INDEX_FILE, PeftAdapter, read_peft
 from qaflora_edge.progress import Tell
 
 Content = Path | bytes

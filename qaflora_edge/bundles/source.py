@@ -49,7 +49,7 @@ from qaflora_edge.formats.names import (
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref
 from qaflora_edge.hub.names import all_here
-from qaflora_edge.peft.files import check_no_part
+from qaflora_edge.peft.folder import check_no_part
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded
 

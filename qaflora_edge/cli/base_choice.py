@@ -63,9 +63,8 @@ def _trained_on(adapter: str) -> str | None:
     """What the config of a PEFT or MLX folder says; None for anything else."""
     from qaflora_edge.errors import QafloraError
     from qaflora_edge.files import one_line
-    from qaflora_edge.peft.config import read_fields
-    from qaflora_edge.peft.files import adapter_folder
-    from qaflora_edge.peft.mlx import is_mlx
+    from qaflora_edge.peft.config import is_mlx, read_fields
+    from qaflora_edge.peft.folder import adapter_folder
 
     try:
         fields = read_fields(adapter_folder(expanded(adapter)))

@@ -15,7 +15,7 @@ from qaflora_edge.convert.source_order import Index, expert_rows, source_columns
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.formats.gguf import GgufHeader, read_value_block
 from qaflora_edge.formats.safetensors import StoredTensor
-from qaflora_edge.peft.module import PeftModule
+from qaflora_edge.peft.modules import PeftModule
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from qaflora_edge.convert.layouts import MIXTURES, Index
 from qaflora_edge.errors import AdapterMismatchError, UnsupportedAdapterError
 from qaflora_edge.formats.base import ARCH_FACTS
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.peft.module import PeftAdapter, PeftModule
+from qaflora_edge.peft.folder import PeftAdapter
+from qaflora_edge.peft.modules import PeftModule
 
 _ANY = re.compile(r"\.experts?(\.|$)")
 _NAME = re.compile(

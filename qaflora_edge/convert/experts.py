@@ -13,7 +13,7 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
 from qaflora_edge.formats.base import module_kind
-from qaflora_edge.peft.module import PeftModule
+from qaflora_edge.peft.modules import PeftModule
 
 
 @dataclass(frozen=True)

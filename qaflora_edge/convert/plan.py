@@ -11,7 +11,8 @@ from qaflora_edge.convert.layouts import ARCHITECTURES, REFUSED, Index, Layout, 
 from qaflora_edge.errors import AdapterMismatchError, QafloraError, UnsupportedAdapterError
 from qaflora_edge.formats.base import ARCH_FACTS, is_bypassed
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.peft.module import PeftAdapter, PeftModule
+from qaflora_edge.peft.folder import PeftAdapter
+from qaflora_edge.peft.modules import PeftModule
 
 # A language model inside a multimodal one, and what its modules are called on their own; these are
 # tried after the name itself, in order.

@@ -56,7 +56,7 @@ from qaflora_edge.formats.names import (
 )
 from qaflora_edge.hub.local import cached_ref, hub_cache_dir, pulled_path
 from qaflora_edge.peft.config import CONFIG_FILE
-from qaflora_edge.peft.files import INDEX_FILE, PICKLES, WEIGHTS_FILE
+from qaflora_edge.peft.folder import INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qaflora_edge.progress import TellBytes, TellCount
 
 LIST_TIMEOUT_SECONDS = 30

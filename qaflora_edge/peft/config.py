@@ -1,42 +1,94 @@
-"""Read adapter_config.json: rank, alpha and scale of each module, and what cannot be had.
+"""adapter_config.json of PEFT or MLX: rank and scale of each module, and what is refused.
 
-A feature of PEFT that a plain LoRA cannot represent is refused by its own name.
+A feature that a plain LoRA cannot represent is refused by its own name. Patterns are matched in
+bounded time.
 """
 
+from __future__ import annotations
+
+import functools
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qaflora_edge.errors import InputFileError, PeftConfigError, UnsupportedAdapterError
-from qaflora_edge.files import read_input
+from qaflora_edge.files import package_data, read_input
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.peft.patterns import (
-    MAX_CHOICES,
-    MAX_PATTERN_LENGTH,
-    MAX_PATTERNS,
-    MAX_REPEATS,
-    MAX_WORK,
-    TargetRule,
-    compile_key,
-    is_bounded,
-    match_work,
-    matching_key,
-)
-from qaflora_edge.peft.refusals import FIELDS, MERGE, is_set, type_refusal
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 22
 MAX_RANK = 1 << 14
 MAX_NAMES = 1 << 16  # of modules or layers, in a list
-
+MAX_PATTERNS = 1 << 14
+MAX_PATTERN_LENGTH = 256
+MAX_REPEATS = 3  # of unbounded repeats in a pattern, so that matching ends
+MAX_CHOICES = 1 << 12  # ways through a pattern's alternatives and optional parts
+MAX_WORK = 1 << 31  # steps to match all patterns with all modules; half a minute
 MIN_ALPHA, MAX_ALPHA = 1e-30, 1e30  # magnitudes that a float32 holds with room for a scale
 
+PLAIN = "Train a plain LoRA."
+MERGE = "Merge the adapter into its base, or train a plain LoRA."
+CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
 # Named initialisations that leave the base as it is; others subtract their start from the base.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+
+# Features that a plain LoRA cannot represent, by field and by kind of adapter (of PEFT 0.21,
+# peft/utils/peft_types.py): why, and what to do. Tensors: a pattern of the name -> what it is.
+REFUSED: Mapping[str, Any] = json.loads(package_data("data/refused.json").read_text("utf-8"))
+_OTHER_TYPE = ("only LoRA can be represented", MERGE)
+_MLX_TYPES = {
+    "dora": "DoRA also rescales the base's weights",
+    "full": "whole matrices were trained, which are not low-rank",
+}
+
+_UNBOUNDED = re.compile(r"[*+{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_IN_BRACKETS = re.compile(r"\[\^?\]?[^\]]*\]")
+_REGEX_ERRORS = (re.error, RecursionError, OverflowError)
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """Which modules a config says are adapted.
+
+    targets   names or ends of names; one expression; or None where the config leaves it open
+    excluded  the same, for modules that are left out
+    layers    the only layers that are adapted, or None
+    fields    the config's fields that say so
+    """
+
+    targets: tuple[str, ...] | str | None = None
+    excluded: tuple[str, ...] | str | None = None
+    layers: tuple[int, ...] | None = None
+    layers_patterns: tuple[str, ...] = ()
+    fields: str = "target_modules, exclude_modules and layers_to_transform"
+
+    def allows(self, module: str) -> bool:
+        """Tell whether a module may be adapted; what cannot be decided may be.
+
+        As PEFT 0.21 does, peft/tuners/tuners_utils.py check_target_module_exists.
+        """
+        if self.excluded is not None and _names(self.excluded, module) is True:
+            return False
+        if self.targets is None:
+            return True
+        is_named = _names(self.targets, module)
+        if is_named is None or isinstance(self.targets, str) or module in self.targets:
+            return is_named is not False
+        return is_named and self._is_in_layers(module)
+
+    def _is_in_layers(self, module: str) -> bool:
+        if self.layers is None:
+            return True
+        patterns = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in self.layers_patterns]
+        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+            if match := re.match(pattern, module):
+                return int(match[1]) in self.layers
+        return False
 
 
 @dataclass(frozen=True)
@@ -44,8 +96,9 @@ class PeftConfig:
     """What decides the size and the scale of each module of a LoRA.
 
     parameters  bare parameters that are adapted, by their names or ends of names
-    bias  "none", or which of the base's biases were trained, if it has any
-    version  of the PEFT that wrote it, if it says so
+    bias        "none", or which of the base's biases were trained, if it has any
+    version     of the PEFT that wrote it, if it says so
+    mlx_scale   the scale of every module where MLX wrote the folder; None: PEFT did
     """
 
     path: Path
@@ -60,23 +113,30 @@ class PeftConfig:
     ties_weights: bool = False
     base_name: str | None = None
     version: str | None = None
+    mlx_scale: float | None = None
 
     def rank_of(self, module: str) -> int:
-        return self.rank_pattern.get(matching_key(self.rank_pattern, module), self.rank)
-
-    def alpha_of(self, module: str) -> float:
-        return self.alpha_pattern.get(matching_key(self.alpha_pattern, module), self.alpha)
+        return self.rank_pattern.get(_matching_key(self.rank_pattern, module), self.rank)
 
     def scale_of(self, module: str) -> float:
         """Give alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+        if self.mlx_scale is not None:
+            return self.mlx_scale
         rank = self.rank_of(module)
-        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+        alpha = self.alpha_pattern.get(_matching_key(self.alpha_pattern, module), self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def check_work(self, modules: Collection[str]) -> None:
+    def check_modules(self, modules: Collection[str]) -> None:
         """Refuse patterns that would take very long to match with these modules."""
         n_char = max(map(len, modules), default=0)
-        keys = [*self.rank_pattern, *self.alpha_pattern]
-        work = self.targets.work(n_char) + sum(match_work(key, n_char, n_repeat=1) for key in keys)
+        work = 0
+        for rule in (self.targets.targets, self.targets.excluded):
+            if isinstance(rule, tuple):
+                work += len(rule)
+            elif rule is not None and _is_bounded(rule):
+                work += _match_work(rule, n_char)
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            work += _match_work(key, n_char, n_repeat=1)
         if work * len(modules) > MAX_WORK:
             raise PeftConfigError(
                 f"Cannot use {self.path}: matching its patterns with {len(modules)} modules takes "
@@ -96,7 +156,7 @@ class PeftConfig:
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json` as the JSON object that it is.
+    """Read `adapter_config.json` as a JSON object, unchecked.
 
     Raises InputFileError when it cannot be opened, PeftConfigError when it is no object.
     """
@@ -115,48 +175,59 @@ def read_fields(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
-    """Check what an adapter_config.json of PEFT holds.
+def is_mlx(fields: Mapping[str, Any]) -> bool:
+    """Tell by its fields whether MLX wrote an adapter_config.json."""
+    return "peft_type" not in fields and ("lora_parameters" in fields or "fine_tune_type" in fields)
 
-    Raises PeftConfigError when it is wrong, UnsupportedAdapterError when it asks for more than a
+
+def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+    """Check the fields of an adapter_config.json.
+
+    Raises PeftConfigError when one is wrong, UnsupportedAdapterError when it asks for more than a
     plain LoRA.
     """
+    if is_mlx(fields):
+        return _parse_mlx(_Fields(path, fields))
     _check_supported(path, fields)
-    # It says that the base's weight is stored as [n_in, n_out], as Conv1D of GPT-2 does; PEFT 0.21
-    # corrects it by the layer (lora/layer.py dispatch_default). A and B are as for a linear layer
-    # all the same, and a GGUF holds every weight as [n_out, n_in].
-    _flag(path, fields, "fan_in_fan_out")
+    found = _Fields(path, fields)
+    # fan_in_fan_out: the base's weight is stored as [n_in, n_out], as Conv1D of GPT-2 does; PEFT
+    # 0.21 corrects it by the layer (lora/layer.py dispatch_default). A and B are as for a linear
+    # layer all the same, and a GGUF holds every weight as [n_out, n_in].
+    found.flag("fan_in_fan_out")
+    bias = fields.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        raise found.wrong("bias", bias, "'none', 'all' or 'lora_only'")
+    parameters = found.names("target_parameters")
+    if isinstance(parameters, str):
+        raise found.wrong("target_parameters", parameters, "a list of names")
     return PeftConfig(
         path=path,
-        rank=check_rank(path, "r", fields.get("r", 8)),  # the defaults are PEFT's own
-        alpha=check_alpha(path, "lora_alpha", fields.get("lora_alpha", 8)),
-        use_rslora=_flag(path, fields, "use_rslora"),
-        rank_pattern=_pattern(path, fields, "rank_pattern", check_rank),
-        alpha_pattern=_pattern(path, fields, "alpha_pattern", check_alpha),
-        targets=_target_rule(path, fields),
-        parameters=_parameters(path, fields),
-        bias=_bias(path, fields),
-        ties_weights=_flag(path, fields, "ensure_weight_tying"),
-        base_name=check_name(
-            path, "base_model_name_or_path", fields.get("base_model_name_or_path")
-        ),
-        version=check_name(path, "peft_version", fields.get("peft_version")),
+        rank=found.rank("r", fields.get("r", 8)),  # the defaults are PEFT's own
+        alpha=found.alpha("lora_alpha", fields.get("lora_alpha", 8)),
+        use_rslora=found.flag("use_rslora"),
+        rank_pattern=found.patterns("rank_pattern", found.rank),
+        alpha_pattern=found.patterns("alpha_pattern", found.alpha),
+        targets=_target_rule(found),
+        parameters=parameters or (),
+        bias=bias,
+        ties_weights=found.flag("ensure_weight_tying"),
+        base_name=found.text("base_model_name_or_path"),
+        version=found.text("peft_version"),
     )
 
 
 def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
     kind = fields.get("peft_type")
     if not isinstance(kind, str):
-        raise wrong_field(path, "peft_type", kind, '"LORA"')
+        raise _Fields(path, fields).wrong("peft_type", kind, '"LORA"')
     if kind.upper() != "LORA":
-        reason, advice = type_refusal(kind)
+        reason, advice = REFUSED["types"].get(kind.upper(), _OTHER_TYPE)
         raise UnsupportedAdapterError(
             f"Cannot use {path}: peft_type is {kind[:80]!r}; expected 'LORA', for {reason}. "
             f"{advice}"
         )
-    for name, (reason, advice) in FIELDS.items():
-        value = fields.get(name)
-        if is_set(value):
+    for name, (reason, advice) in REFUSED["fields"].items():
+        if value := fields.get(name):
             raise UnsupportedAdapterError(
                 f"Cannot use {path}: {name} is {_brief(value)}; {reason}, and a plain LoRA cannot "
                 f"represent it. {advice}"
@@ -165,12 +236,139 @@ def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
     if not (init is None or isinstance(init, bool) or init in PLAIN_INITS):
         # What PEFT 0.21 converts, tuners/lora/model.py; of LoftQ it knows no unchanged base.
         is_converted = str(init).lower().startswith(("pissa", "corda", "olora", "lora_ga"))
-        advice = CONVERT if is_converted else MERGE
         raise UnsupportedAdapterError(
             f"Cannot use {path}: init_lora_weights is {_brief(init)}; this initialisation changes "
             "the base's weights too, and the adapter alone does not fit the unchanged base. "
-            f"{advice}"
+            f"{CONVERT if is_converted else MERGE}"
         )
+
+
+def _parse_mlx(found: _Fields) -> PeftConfig:
+    """Check the fields of MLX. Its scale is the factor of B A, whatever the rank."""
+    path, fields = found.path, found.fields
+    kind = fields.get("fine_tune_type", "lora")
+    if kind == "lora" and fields.get("use_dora"):
+        kind = "dora"  # as versions before September 2024 wrote it
+    if isinstance(kind, str) and kind in _MLX_TYPES:
+        raise UnsupportedAdapterError(
+            f"Cannot use {path}: fine_tune_type is {kind!r}; {_MLX_TYPES[kind]}, and a plain LoRA "
+            "cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a plain LoRA."
+        )
+    if kind != "lora":
+        raise found.wrong("fine_tune_type", kind, "'lora'")
+    parameters = fields.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise found.wrong("lora_parameters", parameters, "an object with rank and scale")
+    rank = found.rank("lora_parameters.rank", parameters.get("rank"))
+    scale = found.alpha("lora_parameters.scale", parameters.get("scale"))
+    alpha = parameters.get("alpha")
+    # Before mlx-lm 57b16724, June 2024, the factor was scale * alpha / rank. Later versions ignore
+    # alpha, but wrote their default of 16 until 191d81d1, April 2025. fine_tune_type came in
+    # September 2024: a config without it may be of either kind.
+    if "fine_tune_type" not in fields and alpha is not None and alpha != rank:
+        raise PeftConfigError(
+            f"Cannot use {path}: lora_parameters.alpha is {alpha!r} beside scale; MLX used it "
+            f"until June 2024 and ignores it since, and without fine_tune_type the scale cannot be "
+            f"known; expected none, or {rank} as the rank. Remove alpha if a later version trained "
+            "the adapter; else multiply scale by alpha / rank and remove it."
+        )
+    keys = _Fields(path, {"lora_parameters.keys": parameters.get("keys")})
+    return PeftConfig(
+        path=path,
+        rank=rank,
+        alpha=scale * rank,
+        targets=TargetRule(keys.names("lora_parameters.keys"), fields="lora_parameters.keys"),
+        base_name=found.text("model"),
+        mlx_scale=scale,
+    )
+
+
+def _target_rule(found: _Fields) -> TargetRule:
+    layers = found.fields.get("layers_to_transform")
+    layers = [layers] if type(layers) is int else layers
+    if layers is not None and not _is_list_of(layers, int):
+        raise found.wrong("layers_to_transform", layers, "a layer or a list of layers")
+    patterns, targets = found.names("layers_pattern"), found.names("target_modules")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = None
+    return TargetRule(
+        targets=targets,
+        excluded=found.names("exclude_modules"),
+        layers=tuple(layers) if layers else None,
+        layers_patterns=(patterns,) if isinstance(patterns, str) else patterns or (),
+    )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Fields of adapter_config.json, each checked as it is taken. Raises PeftConfigError."""
+
+    path: Path
+    fields: Mapping[str, Any]
+
+    def wrong(self, field: str, found: object, expected: str) -> PeftConfigError:
+        what = "missing" if found is None else _brief(found)
+        return PeftConfigError(
+            f"Cannot use {self.path}: {field} is {what}; expected {expected}. "
+            "Correct the file, or save the adapter again."
+        )
+
+    def flag(self, field: str) -> bool:
+        value = self.fields.get(field)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(field, value, "true or false")
+        return bool(value)
+
+    def text(self, field: str) -> str | None:
+        value = self.fields.get(field)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(field, value, "a name")
+        return value
+
+    def names(self, field: str) -> tuple[str, ...] | str | None:
+        """Give names of modules, or one expression; None for nothing or an empty list."""
+        value = self.fields.get(field) or None
+        if value is None or isinstance(value, str):
+            return value
+        if _is_list_of(value, str):
+            return tuple(value)
+        raise self.wrong(field, value, "a text or a list of names")
+
+    def rank(self, field: str, value: object) -> int:
+        if type(value) is int and 1 <= value <= MAX_RANK:
+            return value
+        raise self.wrong(field, value, f"a whole number from 1 to {MAX_RANK}")
+
+    def alpha(self, field: str, value: Any) -> float:
+        """Give an alpha, or a scale, that a float32 holds."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # A GGUF keeps alpha as a float32, and 0 would mean "no scale" there.
+        if is_number and MIN_ALPHA <= abs(value) <= MAX_ALPHA:
+            return float(value)
+        expected = f"a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or minus such"
+        raise self.wrong(field, value, expected)
+
+    def patterns(self, field: str, check: Callable[[str, object], Any]) -> dict[str, Any]:
+        """Give a mapping from regular expressions to ranks or alphas."""
+        value = self.fields.get(field)
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
+            raise self.wrong(field, value, f"an object of up to {MAX_PATTERNS} patterns")
+        for key in value:
+            expected = (
+                f"patterns of up to {MAX_PATTERN_LENGTH} characters, {MAX_REPEATS} repeats and "
+                f"{MAX_CHOICES} choices, and no repeated group"
+            )
+            if not _is_bounded(key):
+                raise self.wrong(f"a pattern in {field}", key, expected)
+            try:
+                re.compile(key)  # alone first, for the position in the message
+                _compile_key(key)
+            except _REGEX_ERRORS as error:
+                expected = f"a regular expression ({error})"
+                raise self.wrong(f"a pattern in {field}", key, expected) from error
+        return {key: check(f"{field}[{_brief(key)}]", item) for key, item in value.items()}
 
 
 def _brief(value: object) -> str:
@@ -178,126 +376,81 @@ def _brief(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def wrong_field(path: Path, field: str, found: object, expected: str) -> PeftConfigError:
-    """The error for a field with a value that it cannot have."""
-    what = "missing" if found is None else _brief(found)
-    return PeftConfigError(
-        f"Cannot use {path}: {field} is {what}; expected {expected}. "
-        "Correct the file, or save the adapter again."
-    )
-
-
-def _flag(path: Path, fields: Mapping[str, Any], field: str) -> bool:
-    value = fields.get(field)
-    if value is not None and not isinstance(value, bool):
-        raise wrong_field(path, field, value, "true or false")
-    return bool(value)
-
-
-def check_rank(path: Path, field: str, value: object) -> int:
-    """Give a rank. Raises PeftConfigError for what is none, as the other checks here do."""
-    if type(value) is int and 1 <= value <= MAX_RANK:
-        return value
-    raise wrong_field(path, field, value, f"a whole number from 1 to {MAX_RANK}")
-
-
-def check_alpha(path: Path, field: str, value: Any) -> float:
-    """Give an alpha, or a scale, that a float32 holds."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # A GGUF keeps alpha as a float32, and 0 would mean "no scale" there.
-    if is_number and MIN_ALPHA <= abs(value) <= MAX_ALPHA:
-        return float(value)
-    raise wrong_field(
-        path, field, value, f"a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or minus such"
-    )
-
-
-def _pattern(
-    path: Path, fields: Mapping[str, Any], field: str, check: Callable[[Path, str, object], Any]
-) -> dict[str, Any]:
-    """Check a mapping from regular expressions to ranks or alphas."""
-    value = fields.get(field)
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
-        raise wrong_field(path, field, value, f"an object of up to {MAX_PATTERNS} patterns")
-    for key in value:
-        _check_regex(path, field, key)
-    return {key: check(path, f"{field}[{_brief(key)}]", item) for key, item in value.items()}
-
-
-def _check_regex(path: Path, field: str, key: str) -> None:
-    if not is_bounded(key):
-        expected = (
-            f"patterns of up to {MAX_PATTERN_LENGTH} characters, {MAX_REPEATS} repeats and "
-            f"{MAX_CHOICES} choices, and no repeated group"
-        )
-        raise wrong_field(path, f"a pattern in {field}", key, expected)
-    try:
-        re.compile(key)  # alone first, for the position in the message
-        compile_key(key)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise wrong_field(
-            path, f"a pattern in {field}", key, f"a regular expression ({error})"
-        ) from error
-
-
-def _target_rule(path: Path, fields: Mapping[str, Any]) -> TargetRule:
-    layers = fields.get("layers_to_transform")
-    if type(layers) is int:
-        layers = [layers]
-    if layers is not None and not (
-        isinstance(layers, list)
-        and len(layers) <= MAX_NAMES
-        and all(type(layer) is int for layer in layers)
-    ):
-        raise wrong_field(path, "layers_to_transform", layers, "a layer or a list of layers")
-    patterns = check_names(path, "layers_pattern", fields.get("layers_pattern"))
-    targets = check_names(path, "target_modules", fields.get("target_modules"))
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = None
-    return TargetRule(
-        targets=targets,
-        excluded=check_names(path, "exclude_modules", fields.get("exclude_modules")),
-        layers=tuple(layers) if layers else None,
-        layers_patterns=(patterns,) if isinstance(patterns, str) else patterns or (),
-    )
-
-
-def _parameters(path: Path, fields: Mapping[str, Any]) -> tuple[str, ...]:
-    names = check_names(path, "target_parameters", fields.get("target_parameters"))
-    if isinstance(names, str):
-        raise wrong_field(path, "target_parameters", names, "a list of names")
-    return names or ()
-
-
-def check_names(path: Path, field: str, value: object) -> tuple[str, ...] | str | None:
-    """Give names of modules or one expression; None for nothing, as PEFT takes an empty list."""
-    if not is_set(value):
-        return None
-    if isinstance(value, str):
-        return value
-    if (
+def _is_list_of(value: object, kind: type) -> TypeGuard[list[Any]]:
+    return (
         isinstance(value, list)
         and len(value) <= MAX_NAMES
-        and all(isinstance(name, str) for name in value)
-    ):
-        return tuple(value)
-    raise wrong_field(path, field, value, "a text or a list of names")
+        and all(type(item) is kind for item in value)
+    )
 
 
-def _bias(path: Path, fields: Mapping[str, Any]) -> str:
-    """Which biases were trained. Where the base has none, `all` is the same as `none`."""
-    value = fields.get("bias")
-    if not is_set(value):
-        return "none"
-    if value not in ("none", "all", "lora_only"):
-        raise wrong_field(path, "bias", value, "'none', 'all' or 'lora_only'")
-    return str(value)
+# Patterns
 
 
-def check_name(path: Path, field: str, value: object) -> str | None:
-    """Give a name; None where there is none."""
-    if value is not None and not isinstance(value, str):
-        raise wrong_field(path, field, value, "a name")
-    return value
+@functools.lru_cache(maxsize=MAX_PATTERNS)
+def _compile_key(key: str) -> re.Pattern[str]:
+    """Compile a key of rank_pattern or alpha_pattern. Raises re.error and its like."""
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def _matching_key(patterns: Mapping[str, object], module: str) -> str:
+    """Give the first key that matches the module's name or the end of it at a dot.
+
+    As PEFT 0.21 does, peft/utils/other.py get_pattern_key.
+    """
+    return next((key for key in patterns if _compile_key(key).match(module)), module)
+
+
+def _names(rule: tuple[str, ...] | str, module: str) -> bool | None:
+    """Tell whether a rule names a module; None for an expression that is not safe to match."""
+    if isinstance(rule, tuple):
+        return module in rule or any(module.endswith(f".{name}") for name in rule)
+    try:
+        return bool(re.fullmatch(rule, module)) if _is_bounded(rule) else None
+    except _REGEX_ERRORS:
+        return None
+
+
+def _is_bounded(pattern: str) -> bool:
+    """Tell whether matching a name surely ends: no repeated group, few repeats and choices.
+
+    An expression may otherwise take time that is exponential in its length.
+    """
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        return False
+    plain = _plain(pattern)
+    return (
+        _REPEATED_GROUP.search(plain) is None
+        and len(_UNBOUNDED.findall(plain)) <= MAX_REPEATS
+        and _n_choice(plain) <= MAX_CHOICES
+    )
+
+
+def _match_work(pattern: str, n_char: int, *, n_repeat: int = 0) -> int:
+    """Bound the steps of matching a bounded pattern with a name: choices times places of repeats.
+
+    n_repeat  unbounded repeats that are put around the pattern
+    """
+    plain = _plain(pattern)
+    n_repeat += len(_UNBOUNDED.findall(plain))
+    return _n_choice(plain) * math.comb(n_char + n_repeat, n_repeat)
+
+
+def _plain(pattern: str) -> str:
+    """Put a dot in place of escaped signs and of sets, whose signs have no meaning."""
+    return _IN_BRACKETS.sub(".", re.sub(r"\\.", ".", pattern, flags=re.DOTALL))
+
+
+def _n_choice(plain: str) -> int:
+    """Multiply the alternatives of each group, and two for each optional part."""
+    n_choice, open_groups = 1, [1]
+    for before, sign in zip(" " + plain, plain, strict=False):
+        if sign == "(":
+            open_groups.append(1)
+        elif sign == "|":
+            open_groups[-1] += 1
+        elif sign == ")" and len(open_groups) > 1:
+            n_choice *= open_groups.pop()
+        elif sign == "?" and before not in "(*+?}":
+            n_choice *= 2
+    return n_choice * math.prod(open_groups)

@@ -1,36 +1,46 @@
-"""Read a PEFT folder: adapter_config.json beside adapter_model.safetensors. No torch is needed.
+"""A folder of PEFT or MLX: where the adapter's files are, and what they hold."""
 
-A folder of MLX is told by its config and read by `mlx`.
-"""
-
+import contextlib
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from qaflora_edge.errors import PeftConfigError, SafetensorsFileError, UnsupportedAdapterError
-from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.safetensors import StoredTensor
+from qaflora_edge.errors import InputFileError, SafetensorsFileError
+from qaflora_edge.files import AnyPath, read_input, what_is_at
+from qaflora_edge.formats.bundle import BUNDLE_FILE
+from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.formats.safetensors import StoredTensor, read_safetensors
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields
-from qaflora_edge.peft.files import adapter_folder, read_weights
-from qaflora_edge.peft.mlx import is_mlx, read_mlx
-from qaflora_edge.peft.module import (
-    PeftAdapter,
-    PeftModule,
-    check_matrix,
-    check_pair,
-    parameter_names,
-)
-from qaflora_edge.peft.refusals import tensor_kind
+from qaflora_edge.peft.modules import PeftModule, make_modules
 
-_PREFIX = "base_model.model."
-# What torch.compile, DDP and FSDP put into the names of a model that is saved inside them.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# PEFT leaves out the adapter's name where it saves one adapter; a whole state has it in each key.
-_LORA_NAME = re.compile(
-    r"(?P<module>.+)\.(?:"
-    r"lora_(?P<part>[AB])(?:\.weight|\.(?P<adapter>[^.]+)\.weight)?"
-    r"|lora_embedding_(?P<embedding_part>[AB])(?:\.weight|\.(?P<embedding_adapter>[^.]+))?)"
-)
+WEIGHTS_FILE = "adapter_model.safetensors"
+INDEX_FILE = "adapter_model.safetensors.index.json"
+MLX_FILE, OLD_MLX_FILE = "adapters.safetensors", "adapters.npz"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of names of adapters that are pickles
+MAX_INDEX_BYTES = 1 << 24
+MAX_SHARDS = 1000
+MAX_SUBFOLDERS = 1000
+MAX_SEARCHED = 50  # sub-folders that are searched for advice
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A checked folder; the values are read when asked for."""
+
+    config: PeftConfig
+    modules: Mapping[str, PeftModule]
+
+    @property
+    def folder(self) -> Path:
+        return self.config.path.parent
+
+    @property
+    def trained_on(self) -> str:
+        """Quote the config's name of its base, for the end of a sentence."""
+        name = self.config.base_name
+        return f" (adapter_config.json says {name[:200]!r})" if name else ""
 
 
 def read_peft(folder: AnyPath) -> PeftAdapter:
@@ -40,131 +50,181 @@ def read_peft(folder: AnyPath) -> PeftAdapter:
     UnsupportedAdapterError when the adapter is more than a plain LoRA.
     """
     folder = adapter_folder(folder)
-    fields = read_fields(folder)
-    if is_mlx(fields):
-        return read_mlx(folder, fields)
-    config = parse_config(folder / CONFIG_FILE, fields)
-    modules = _pair_tensors(folder, config, read_weights(folder))
-    if config.ties_weights:
-        _check_not_tied(config, modules)
-    return PeftAdapter(folder, config, modules)
+    config = parse_config(folder / CONFIG_FILE, read_fields(folder))
+    tensors = _read_weights(folder) if config.mlx_scale is None else _read_mlx_weights(folder)
+    return PeftAdapter(config, make_modules(config, tensors))
 
 
-def module_name(name: str) -> str:
-    """Strip what PEFT and other wrappers put before and into the name of a tensor."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    plain = ".".join(parts).removeprefix(f"module.{_PREFIX}").removeprefix(_PREFIX)
-    return plain.removeprefix(_PREFIX)  # PEFT in PEFT, as some trainers save it
+def adapter_folder(folder: AnyPath) -> Path:
+    """Give the folder that holds the adapter: itself, or its one sub-folder that does.
 
+    PEFT saves an adapter called NAME in PEFT_DIR/NAME, and trainers save checkpoints so.
 
-def _pair_tensors(
-    folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTensor]
-) -> dict[str, PeftModule]:
-    parts: dict[str, dict[str, StoredTensor]] = {}
-    embeddings: set[str] = set()
-    adapters: set[str] = set()
-    copies: list[StoredTensor] = []
-    for name, tensor in tensors.items():
-        match = _LORA_NAME.fullmatch(module_name(name))
-        if match is None:
-            copies.append(tensor)
-            continue
-        adapters.add(match["adapter"] or match["embedding_adapter"] or "")
-        _check_one_adapter(tensor, adapters)
-        module, part = match["module"], match["part"] or match["embedding_part"]
-        if part in parts.setdefault(module, {}):
-            raise SafetensorsFileError(
-                f"Cannot use {tensor.path}: module {module} has two tensors for lora_{part}; "
-                "expected one. Save the adapter again."
-            )
-        parts[module][part] = tensor
-        if match["embedding_part"]:
-            embeddings.add(module)
-    for tensor in copies:
-        _check_copy(config, tensor, parts)
-    if not parts:
-        raise SafetensorsFileError(
-            f"Cannot use the adapter {folder}: its weights hold no lora_A or lora_B; expected a "
-            "trained LoRA. Save the adapter again."
+    Raises InputFileError when there is none, or when there are several to choose from.
+    """
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        raise InputFileError(
+            f"Cannot read the adapter {folder}: it {what_is_at(folder)}; expected a PEFT folder "
+            f"with {CONFIG_FILE} and {WEIGHTS_FILE}. {_advice_for_file(folder)}"
         )
-    config.check_work(parts)
-    parameters = parameter_names(config, parts)
-    modules = [
-        _make_module(
-            config, module, pair, parameters.get(module), is_embedding=module in embeddings
+    if os.path.exists(folder / CONFIG_FILE):
+        return folder
+    inside = _subfolders(folder)
+    if len(inside) > 1:
+        names = ", ".join(sub.name for sub in inside[:10]) + (", ..." if len(inside) > 10 else "")
+        raise InputFileError(
+            f"Cannot read the adapter {folder}: it holds {len(inside)} adapters in sub-folders, "
+            f"{names}; expected one. Give one of them, such as {inside[-1]}."
         )
-        for module, pair in parts.items()
-    ]
-    return {module.name: module for module in modules}
+    if not inside:
+        raise InputFileError(
+            f"Cannot read the adapter {folder}: {CONFIG_FILE} is missing; expected a PEFT folder. "
+            f"{_advice_for_folder(folder)}"
+        )
+    return inside[0]
 
 
-def _check_one_adapter(tensor: StoredTensor, adapters: set[str]) -> None:
-    if len(adapters) > 1:
-        names = ", ".join(repr(name) if name else "one without a name" for name in sorted(adapters))
-        raise UnsupportedAdapterError(
-            f"Cannot use {tensor.path}: its tensors belong to several adapters, {names}; expected "
-            "one. Load it with PEFT and save each with save_pretrained(selected_adapters=[...])."
+def check_no_part(path: Path) -> None:
+    """Refuse a file of a PEFT folder that is given in place of the folder."""
+    if os.path.isfile(path) and path.suffix != ".gguf" and _is_adapter(path.parent):
+        raise InputFileError(
+            f"Cannot read the adapter {path}: it is a file of a PEFT folder; expected the folder. "
+            f"{_advice_for_file(path)}"
         )
 
 
-def _check_copy(config: PeftConfig, tensor: StoredTensor, parts: Mapping[str, object]) -> None:
-    """Let pass the copies of the base's own tensors that PEFT saves beside LoRA on embeddings."""
-    name = module_name(tensor.name)
-    module, _, part = name.rpartition(".base_layer.")
-    is_untrained = part == "weight" or (part == "bias" and config.bias == "none")
-    if module in parts and is_untrained:
-        return
-    kind = tensor_kind(name)
-    advice = "Train a plain LoRA, or merge the adapter into its base."
-    if re.search(r"(^|\.)(embed_tokens|lm_head)(\.base_layer)?\.weight$", name):
-        advice = (
-            "PEFT saves these whole where the vocabulary was resized or an embedding is a target. "
-            "If they were not trained, save the adapter again with "
-            "save_pretrained(save_embedding_layers=False); else merge it into its base."
+def _advice_for_file(path: Path) -> str:
+    """Say what to do instead of giving a path that is no folder."""
+    if not os.path.isfile(path):
+        return "Check the path."
+    if path.suffix == ".gguf":
+        return (
+            "A GGUF is not converted: put an adapter GGUF in a bundle as it is, with `qaflora "
+            "bundle create`."
         )
-    raise UnsupportedAdapterError(
-        f"Cannot use {tensor.path}: tensor {tensor.name} is {kind}; expected only lora_A and "
-        f"lora_B, for a plain LoRA cannot represent more. {advice}"
+    return f"Give {path.parent}." if _is_adapter(path.parent) else "Give the folder that it is in."
+
+
+def _advice_for_folder(folder: Path) -> str:
+    """Say what to do with a folder that is no adapter, by what it holds."""
+    for sub in reversed(_entries(folder)[:MAX_SEARCHED]):  # as trainers nest runs and checkpoints
+        with contextlib.suppress(InputFileError):  # one that may not be read
+            if inside := _subfolders(sub):
+                return f"There is one in {inside[-1]}; give that."
+    if os.path.isfile(folder / BUNDLE_FILE):
+        place = folder / "adapters" / "NAME.gguf"
+        return f"It is a bundle; of a bundle give one file, such as {place}."
+    if os.path.isfile(folder / WEIGHTS_FILE):
+        return (
+            f"Without it nobody knows the scale of {WEIGHTS_FILE}: fetch or save it as well, with "
+            "PEFT's save_pretrained."
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"Of an adapter GGUF give the file, such as {ggufs[0]}."
+    if os.path.isfile(folder / "config.json"):
+        return (
+            "It holds a whole model: a merged adapter is no adapter any more. Give the folder that "
+            "was merged, or make the model itself a base with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return "Give the folder that PEFT's save_pretrained wrote."
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Give the sub-folders that are adapters, checkpoint-9 before checkpoint-10."""
+    return [sub for sub in _entries(folder) if _is_adapter(sub)]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return os.path.isfile(folder / CONFIG_FILE)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Give the sub-folders, sorted by the numbers in their names."""
+    try:
+        entries = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read the adapter {folder}: listing it failed ({error.strerror}); expected a "
+            "PEFT folder. Check that you may read it."
+        ) from error
+
+    def natural(name: str) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d{1,18})", name)
+        return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+
+    return [folder / name for name in sorted(entries, key=natural)[:MAX_SUBFOLDERS]]
+
+
+def _read_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Read the header of a PEFT folder's weights, in one file or in several."""
+    path = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file():
+        return read_safetensors(folder / WEIGHTS_FILE)
+    if path.is_file():
+        return _read_shards(path)
+    if pickles := sorted(path.name for path in folder.glob("adapter*") if path.suffix in PICKLES):
+        raise InputFileError(
+            f"Cannot read the adapter {folder}: it has {pickles[0]}, and pickles are not opened "
+            f"because they can run code; expected {WEIGHTS_FILE}. Load it with PEFT and save it "
+            "with save_pretrained(..., safe_serialization=True)."
+        )
+    raise InputFileError(
+        f"Cannot read the adapter {folder}: {WEIGHTS_FILE} is missing. "
+        "Give the folder that PEFT's save_pretrained wrote."
     )
 
 
-def _make_module(
-    config: PeftConfig,
-    module: str,
-    pair: Mapping[str, StoredTensor],
-    parameter: str | None,
-    *,
-    is_embedding: bool,
-) -> PeftModule:
-    check_pair(module, pair, "AB")
-    a, b = pair["A"], pair["B"]
-    for tensor in (a, b):
-        check_matrix(tensor)
-    if parameter is None:
-        config.check_target(module)
-    key = parameter or module  # what PEFT's patterns are matched with
-    rank = config.rank_of(key)
-    is_stacked = parameter is not None and not parameter.endswith(".weight")
-    n_expert = max(1, a.shape[0] // rank) if is_stacked else 0
-    n_rank = rank * max(1, n_expert)
-    if not a.shape[0] == b.shape[1] == n_rank:
-        wanted = f"{rank} times the number of experts" if is_stacked else f"{rank}"
-        raise PeftConfigError(
-            f"Cannot use {config.path}: module {module} has rank {rank} by r and rank_pattern, but "
-            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}; expected [{wanted}, n_in] and "
-            f"[n_out, {wanted}]. The two files do not belong together; save the adapter again."
+def _read_shards(path: Path) -> dict[str, StoredTensor]:
+    """Read the headers of the files that an index names."""
+
+    def wrong(field: str, found: str, expected: str) -> SafetensorsFileError:
+        return SafetensorsFileError(
+            f"Cannot read {path}: {field} is {found}; expected {expected}. "
+            "The index and the files do not belong together; fetch or save the adapter again."
         )
-    name, scale, n_in, n_out = module, config.scale_of(key), a.shape[1], b.shape[0]
-    if is_stacked:
-        name = key
-    return PeftModule(name, rank, n_in, n_out, scale, a, b, is_embedding, n_expert=n_expert)
+
+    try:
+        weight_map = read_json_object(read_input(path, MAX_INDEX_BYTES)).get("weight_map")
+    except OSError as error:
+        raise InputFileError(
+            f"Cannot read {path}: opening or reading it failed ({error.strerror}); expected the "
+            "list of the adapter's files. Check that you may read it."
+        ) from error
+    except ValueError as error:
+        raise wrong("its content", f"not JSON ({error})", "an object") from error
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise wrong("weight_map", repr(weight_map)[:80], "names of tensors and their files")
+    files = sorted(set(weight_map.values()))
+    if len(files) > MAX_SHARDS:
+        raise wrong("the number of files", str(len(files)), f"at most {MAX_SHARDS}")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", file):
+            raise wrong("a file in weight_map", repr(file), "a .safetensors file beside it")
+        for name, tensor in read_safetensors(path.parent / file).items():
+            if weight_map.get(name) != file:
+                place = weight_map.get(name, "no file")
+                raise wrong(f"tensor {name}", f"in {file}", f"in {place}")
+            tensors[name] = tensor
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise wrong(f"tensor {name}", "missing", f"in {file}")
+    return tensors
 
 
-def _check_not_tied(config: PeftConfig, modules: Mapping[str, PeftModule]) -> None:
-    for name, module in modules.items():
-        if module.is_embedding or name.rpartition(".")[2] == "lm_head":
-            raise UnsupportedAdapterError(
-                f"Cannot use {config.path}: ensure_weight_tying is true and module {name} has a "
-                "LoRA; one LoRA shared by embedding and head cannot be represented. Train without "
-                "it, or leave these modules out."
-            )
+def _read_mlx_weights(folder: Path) -> dict[str, StoredTensor]:
+    if (folder / MLX_FILE).is_file():
+        return read_safetensors(folder / MLX_FILE)
+    if (folder / OLD_MLX_FILE).is_file():
+        raise InputFileError(
+            f"Cannot read the adapter {folder}: it has {OLD_MLX_FILE}, the format of early MLX; "
+            f"expected {MLX_FILE}. Load it with mlx.core.load and save it with "
+            "mlx.core.save_safetensors."
+        )
+    raise InputFileError(
+        f"Cannot read the adapter {folder}: {MLX_FILE} is missing, which belongs to an "
+        f"{CONFIG_FILE} of MLX. Give the folder that mlx_lm.lora wrote."
+    )
