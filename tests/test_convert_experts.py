@@ -11,9 +11,9 @@ import pytest
 import tiny
 from numpy.typing import NDArray
 
-from qaflora_edge.convert import expert_plan
+from qaflora_edge.convert import plan
 from qaflora_edge.convert.adapter import ConvertedAdapter, convert_adapter
-from qaflora_edge.convert.experts import StackedExperts
+from qaflora_edge.convert.targets import StackedExperts
 from qaflora_edge.errors import (
     AdapterMismatchError,
     ConversionError,
@@ -210,10 +210,13 @@ def test_mistake_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         {EXPERTS: stacked_pair(N_EMBD, 2 * N_FF)},
         target_parameters=["experts.gate_up_proj"],
     )
-    right = StackedExperts.values
-    monkeypatch.setattr(
-        StackedExperts, "values", lambda self, side: iter(list(right(self, side))[::-1])
-    )
+    right = StackedExperts.slices
+
+    def wrong(self: StackedExperts, side: str) -> Any:
+        places, values = zip(*right(self, side), strict=True)
+        return zip(places, values[::-1], strict=True)
+
+    monkeypatch.setattr(StackedExperts, "slices", wrong)
     with pytest.raises(ConversionError, match=r"2 of 2 modules differ .* \(blk\.0\.ffn_"):
         convert(folder, base)
 
@@ -279,9 +282,9 @@ def test_filling_up_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     base = write_base(tmp_path / "base.gguf")
     folder = write_peft(tmp_path / "a", {SINGLE: PAIR})
     n_bytes = 4 * N_EXPERT * RANK * N_FF
-    monkeypatch.setattr(expert_plan, "MAX_STACKED_BYTES", n_bytes)
+    monkeypatch.setattr(plan, "MAX_STACKED_BYTES", n_bytes)
     convert(folder, base)
-    monkeypatch.setattr(expert_plan, "MAX_STACKED_BYTES", n_bytes - 1)
+    monkeypatch.setattr(plan, "MAX_STACKED_BYTES", n_bytes - 1)
     assert refusal(UnsupportedAdapterError, folder, base) == (
         f"Cannot convert {folder} for {base}: {N_EXPERT} experts filled up to rank {RANK}, the "
         f"largest for blk.0.ffn_up_exps.weight, take {n_bytes} bytes; expected at most "

@@ -13,12 +13,11 @@ from test_mlx import random_pairs, write_mlx
 
 from qaflora_edge.convert import adapter as convert
 from qaflora_edge.convert import verify
-from qaflora_edge.convert.adapter import convert_adapter
-from qaflora_edge.convert.encode import stored_shape, stored_type
+from qaflora_edge.convert.adapter import convert_adapter, stored_type
 from qaflora_edge.convert.layouts import ARCHITECTURES
-from qaflora_edge.convert.plan import PlannedModule, plan_modules
-from qaflora_edge.convert.source_order import source_columns, source_rows
-from qaflora_edge.convert.verify import verify_conversion
+from qaflora_edge.convert.plan import plan_modules
+from qaflora_edge.convert.targets import PlannedModule
+from qaflora_edge.convert.verify import source_columns, source_rows, verify_conversion
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.peft.folder import read_peft
@@ -149,7 +148,7 @@ def test_mistake_is_found_and_the_older_file_kept(
         encoded = original(module, side, wanted, buffer)
         if module.kind != "attn_q" or side != wrong_side:
             return encoded
-        kind = stored_type(stored_shape(module, side)[-1], wanted)
+        kind = stored_type(module.shape(side)[-1], wanted)
         values = gguf.quants.dequantize(encoded, kind).astype(np.float32)
         return gguf.quants.quantize(np.ascontiguousarray(change(values), np.float32), kind)
 

@@ -1,11 +1,14 @@
 """Convert a PEFT folder to an adapter GGUF that stock llama.cpp loads too.
 
-`plan` says where each module goes and `encode` turns its values; here the file is written,
-one encoded tensor in memory at a time.
+`plan` says where each module goes; here values are scaled, put in the base's order, encoded and
+written. They go from the source to the encoded tensor by slices of rows: one encoded tensor is in
+memory at a time, and of its source no more than a slice.
 """
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +18,27 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from qaflora_edge.convert.encode import (
-    OUTTYPES,
-    encoded_tensor,
-    stored_bytes,
-    stored_shape,
-    stored_type,
-)
-from qaflora_edge.convert.plan import Planned, plan_modules
+from qaflora_edge import config
+from qaflora_edge.arrays import F32
+from qaflora_edge.convert.plan import plan_modules
+from qaflora_edge.convert.targets import Planned
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
-from qaflora_edge.errors import OptionError, OutputFileError
+from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath, atomic_path, readable
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.formats.names import is_repo
 from qaflora_edge.peft.folder import read_peft
 from qaflora_edge.progress import TellBytes, TellCount
+
+OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in config.OUTTYPES}
+LARGEST_VALUE = {
+    GGMLQuantizationType.F32: 3.4028234e38,
+    GGMLQuantizationType.F16: 65504.0,
+    GGMLQuantizationType.BF16: 3.3895313e38,
+    GGMLQuantizationType.Q8_0: 127 * 65504.0,  # 8-bit numbers times a float16
+}
+_Q8_0_BLOCK = 32
+_FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 
 @dataclass(frozen=True)
@@ -74,19 +83,17 @@ def convert_adapter(
             f"{', '.join(OUTTYPES)}."
         )
     out_path = Path(out_path)
-    header = read_gguf_header(base_gguf)
-    _check_is_no_source(out_path, "the base itself", [header.path])
-    adapter = read_peft(peft_dir)
-    sources = {
-        tensor.path for module in adapter.modules.values() for tensor in (module.a, module.b)
-    }
-    _check_is_no_source(out_path, "a file of the adapter", [adapter.config.path, *sources])
+    header, adapter = read_gguf_header(base_gguf), read_peft(peft_dir)
     alpha, modules = plan_modules(adapter, header)
-    name = readable(name or adapter.folder.resolve().name)
+    sources = {tensor.path for m in adapter.modules.values() for tensor in (m.a, m.b)}
+    for source in (header.path, adapter.config.path, *sources):
+        if os.path.exists(out_path) and out_path.samefile(source):
+            what = "the base itself" if source == header.path else "a file of the adapter"
+            raise OutputFileError(f"Cannot write {out_path}: it is {what}. Choose another name.")
     trained_on = adapter.config.base_name
     if trained_on is not None and not is_repo(trained_on):
         trained_on = None  # a folder of whoever trained it
-    n_step, kind = len(modules) * (2 if verify else 1), OUTTYPES[outtype]
+    n_step = len(modules) * (2 if verify else 1)
 
     def tell(n_done: int) -> None:
         if progress is not None:
@@ -94,7 +101,10 @@ def convert_adapter(
 
     checks: tuple[ModuleCheck, ...] = ()
     with atomic_path(out_path) as temporary:
-        _write(temporary, header.architecture, name, trained_on, alpha, modules, kind, tell)
+        with closing(gguf.GGUFWriter(temporary, header.architecture)) as writer:
+            _add_metadata(writer, readable(name or adapter.folder.resolve().name), trained_on)
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            _write_tensors(writer, modules, OUTTYPES[outtype], tell)
         if verify:
             checks = verify_conversion(
                 temporary, header, modules, lambda n_done: tell(len(modules) + n_done)
@@ -114,68 +124,98 @@ def convert_adapter(
     )
 
 
-def _check_is_no_source(out_path: Path, what: str, sources: Iterable[Path]) -> None:
-    if os.path.exists(out_path) and any(out_path.samefile(source) for source in sources):
-        raise OutputFileError(f"Cannot write {out_path}: it is {what}. Choose another name.")
+def _add_metadata(writer: gguf.GGUFWriter, name: str, trained_on: str | None) -> None:
+    """Add the keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py."""
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_name(name)
+    if trained_on is not None:  # as upstream does where the folder's card says it
+        owner, _, repo = trained_on.partition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, repo)
+        writer.add_base_model_organization(0, owner)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{trained_on}")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _write(
-    path: Path,
-    architecture: str,
-    name: str,
-    trained_on: str | None,
-    alpha: float,
+def _write_tensors(
+    writer: gguf.GGUFWriter,
     modules: Sequence[Planned],
     wanted: GGMLQuantizationType,
     tell: TellBytes,
 ) -> None:
-    """Write the file with one encoded tensor in memory at a time."""
-    writer = gguf.GGUFWriter(path, architecture)
-    try:
-        # The keys of llama.cpp 0c1e5709, convert_lora_to_gguf.py.
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_name(name)
-        if trained_on is not None:
-            _add_base_model(writer, trained_on)
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for module in modules:
-            for side in "ab":
-                shape = stored_shape(module, side)
-                kind = stored_type(shape[-1], wanted)
-                n_bytes = stored_bytes(module, side, wanted)
-                tensor = f"{module.base_name}.lora_{side}"
-                writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_bytes, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        sizes = [stored_bytes(module, side, wanted) for module in modules for side in "ab"]
-        buffer = np.empty(max(sizes), np.uint8)
-        for index, module in enumerate(modules):
-            for side in "ab":
-                _write_data(writer, encoded_tensor(module, side, wanted, buffer))
-            tell(index + 1)
-    finally:
-        writer.close()
-
-
-def _add_base_model(writer: gguf.GGUFWriter, repo: str) -> None:
-    """Name what it was trained on, as upstream does where the folder's card says it."""
-    owner, _, name = repo.partition("/")
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, name)
-    writer.add_base_model_organization(0, owner)
-    writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo}")
-
-
-def _write_data(writer: gguf.GGUFWriter, data: NDArray[Any]) -> None:
-    """Write the data of the next tensor.
-
-    gguf's write_tensor_data uses numpy's tofile, which is silent about a full disk when it has a
-    few kilobytes to write.
-    """
+    """Write the header and all values, with one encoded tensor in memory at a time."""
+    sizes = []
+    for module in modules:
+        for side in "ab":
+            shape = module.shape(side)
+            kind = stored_type(shape[-1], wanted)
+            sizes.append(stored_bytes(module, side, wanted))
+            tensor = f"{module.base_name}.lora_{side}"
+            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), sizes[-1], kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
     (file,) = writer.fout
-    writer.write_padding(file, file.tell())
-    file.write(np.ascontiguousarray(data, data.dtype.newbyteorder("<")))
-    writer.write_padding(file, data.nbytes)
+    buffer = np.empty(max(sizes), np.uint8)
+    for index, module in enumerate(modules):
+        for side in "ab":
+            data = encoded_tensor(module, side, wanted, buffer)
+            # gguf's write_tensor_data uses numpy's tofile, which is silent about a full disk when
+            # it has a few kilobytes to write.
+            writer.write_padding(file, file.tell())
+            file.write(np.ascontiguousarray(data, data.dtype.newbyteorder("<")))
+            writer.write_padding(file, data.nbytes)
+        tell(index + 1)
+
+
+def stored_type(n_row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Fall back to F16 where rows do not divide into blocks, as upstream's converter does."""
+    if wanted == GGMLQuantizationType.Q8_0 and n_row % _Q8_0_BLOCK:
+        return GGMLQuantizationType.F16
+    return wanted
+
+
+def stored_bytes(module: Planned, side: str, wanted: GGMLQuantizationType) -> int:
+    """Give the size of lora_a or lora_b in the file."""
+    shape = module.shape(side)
+    return math.prod(gguf.quant_shape_to_byte_shape(shape, stored_type(shape[-1], wanted)))
+
+
+def encoded_tensor(
+    module: Planned, side: str, wanted: GGMLQuantizationType, buffer: NDArray[np.uint8]
+) -> NDArray[Any]:
+    """Read, turn and encode lora_a or lora_b of a module.
+
+    buffer   [stored_bytes or more]  is used again for each tensor, so that memory stays whole
+    returns  [n_row, n]  floats, or the bytes of their blocks, as the file holds them; in `buffer`.
+             Of experts, the rows of all of them
+
+    Raises UnsupportedAdapterError for values that the type cannot hold.
+    """
+    shape = module.shape(side)
+    kind = stored_type(shape[-1], wanted)
+    raw = buffer[: stored_bytes(module, side, wanted)]
+    encoded = raw.view(_FLOATS.get(kind, np.uint8)).reshape(math.prod(shape[:-1]), -1)
+    largest = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found below
+        for place, values in module.slices(side):
+            largest = max(largest, float(values.max(initial=0)), -float(values.min(initial=0)))
+            encoded[place] = _encode(values, kind)
+    if largest > LARGEST_VALUE[kind]:
+        raise UnsupportedAdapterError(
+            f"Cannot convert module {module.name} of {module.path}: the largest value of "
+            f"lora_{side.upper()} is {largest:g}, more than {kind.name} holds. "
+            "Choose output type f32, or check the adapter's alpha."
+        )
+    return encoded
+
+
+def _encode(values: F32, kind: GGMLQuantizationType) -> NDArray[Any]:
+    """values  [n_row, n]  float32, of whole blocks"""
+    if kind in _FLOATS:
+        return values.astype(_FLOATS[kind], copy=False)
+    # As one row: gguf steps over rows in Python, and blocks are the same either way.
+    flat = np.ascontiguousarray(values).reshape(1, -1)
+    encoded: NDArray[Any] = gguf.quants.quantize(flat, kind).reshape(len(values), -1)
+    return encoded

@@ -1,24 +1,29 @@
 """Verify a conversion: does the file that was written say what the PEFT adapter says?
 
 The delta `scale * B A` of each module is computed twice in float64, from the source and from the
-file as a runtime reads it, and compared entry by entry. How rows were reordered is worked out once
-more (`source_order`), and not taken from the code that reordered them.
+file as a runtime reads it, and compared entry by entry, a tile in memory at a time. The order of
+rows is worked out once more, by plain arithmetic and in other terms than `layouts` does, from
+llama.cpp 0c1e5709, conversion/*.py: nothing is taken from the code that converts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
 
-from qaflora_edge.arrays import F64
-from qaflora_edge.convert.deltas import Delta, source_deltas, stored_deltas
-from qaflora_edge.convert.plan import Planned, PlannedModule
+from qaflora_edge.arrays import F32, F64
+from qaflora_edge.convert.targets import Planned, PlannedModule, SingleExperts, StackedExperts
 from qaflora_edge.errors import ConversionError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
-from qaflora_edge.formats.gguf import GgufHeader, parts
+from qaflora_edge.formats.gguf import GgufHeader, parts, read_value_block
+from qaflora_edge.formats.safetensors import StoredTensor
+from qaflora_edge.peft.modules import PeftModule
 from qaflora_edge.progress import TellBytes
+
+Index = NDArray[np.int64]
 
 TILE_ROWS, TILE_COLUMNS = 128, 128  # of a delta that are in memory; whole blocks of 8 bits
 FLOAT32_ROUNDING = 2.0**-22  # of alpha, of the factor in B and of their product, with room
@@ -30,6 +35,23 @@ _ROUNDING = {
 }
 # Half a step of 1/127 of the block's largest, and a step that is itself rounded to float16.
 _Q8_0_ROUNDING = (0.5 / 127 + 2.0**-11, 127 * 2.0**-25)
+
+# What llama.cpp's converter does to rows: of which architectures, and in which modules.
+_PAIRED_ROPE = (
+    *("llama", "arcee", "bailingmoe", "deepseek", "granite", "granitehybrid", "granitemoe"),
+    *("internlm2", "minicpm", "mistral3", "olmo", "smollm3", "xverse"),
+)
+_HALVED_ROPE = ("glm4",)
+_GROUPED_QKV = ("bloom", "falcon", "gptneox")
+_PACKED = {"bailingmoe": "query_key_value"}
+# The stem that has the second of a module's two halves.
+_SECOND = {
+    **{"proj_1": ("ffn_up",), "kv": ("attn_v",), "gate_up_proj": ("ffn_up",)},
+    "input_linear": ("ffn_up", "ffn_up_shexp"),
+}
+_GROUPED = {"internlm2": "wqkv"}
+_GATE_UP_BY_TURNS = ("gpt-oss",)
+_TILED = ("qwen35", "qwen35moe")
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,20 @@ class ModuleCheck:
     @property
     def is_right(self) -> bool:
         return self.of_allowed <= 1.0  # False for NaN
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A matrix [n_out, n_in], which is left [n_out, rank] times right [rank, n_in].
+
+    left   gives some neighbouring rows of the left, with the scale
+    right  gives some neighbouring columns of the right
+    """
+
+    n_out: int
+    n_in: int
+    left: Callable[[range], F64]
+    right: Callable[[range], F64]
 
 
 def verify_conversion(
@@ -166,3 +202,212 @@ def _rounding(values: F64, kind: GGMLQuantizationType, axis: int) -> F64:
         relative, smallest = _ROUNDING[kind]
         rounded = size * relative
     return rounded + smallest + size * FLOAT32_ROUNDING
+
+
+# Both sides: a delta as its source and as the file say it
+
+
+def source_deltas(header: GgufHeader, module: Planned) -> Iterator[Delta]:
+    """The deltas that the source says: one, or that of each expert; in the tensor's order."""
+    if isinstance(module, PlannedModule):
+        rows, columns = source_rows(header, module), source_columns(header, module)
+        yield _of_module(module.source, rows, columns)
+    elif isinstance(module, SingleExperts):
+        for expert in range(module.n_expert):
+            if expert in module.experts:
+                source, _ = module.experts[expert]
+                yield _of_module(source, np.arange(module.n_out), np.arange(module.n_in))
+            else:
+                yield Delta(module.n_out, module.n_in, lambda rows: np.zeros((len(rows), 1)),
+                            lambda columns: np.zeros((1, len(columns))))  # fmt: skip
+    else:
+        for expert in range(module.n_expert):
+            yield _of_parameter(header, module, expert)
+
+
+def _of_module(source: PeftModule, rows: Index, columns: Index) -> Delta:
+    ranks = range(source.rank)
+
+    def left(part: range) -> F64:
+        return source.scale * _gather(lambda own: _block(source, source.b, own, ranks), rows, part)
+
+    def right(part: range) -> F64:
+        return _gather(lambda own: _block(source, source.a, ranks, own).T, columns, part).T
+
+    return Delta(len(rows), len(columns), left, right)
+
+
+def _of_parameter(header: GgufHeader, module: StackedExperts, expert: int) -> Delta:
+    """One expert of the parameter of all: by PEFT's rule, "o r e, e r i"; by MLX's, b[e] @ a[e]."""
+    source = module.source
+    ranks = range(expert * source.rank, (expert + 1) * source.rank)
+    side_by_side = range(source.rank * source.n_expert)
+
+    def of_a(part: range) -> F32:  # [len(part), rank]
+        return source.a.read_block(ranks, part).T
+
+    def of_b(part: range) -> F32:  # [len(part), rank]
+        if source.is_b_by_expert:
+            begin = expert * source.n_out
+            rows = range(begin + part.start, begin + part.stop)
+            return source.b.read_block(rows, range(source.rank))
+        return source.b.read_block(part, side_by_side)[:, expert :: source.n_expert]
+
+    writes, reads = (of_a, of_b) if module.is_swapped else (of_b, of_a)
+    own = expert_rows(header, module, source.n_in if module.is_swapped else source.n_out)
+    return Delta(
+        len(own),
+        module.n_in,
+        lambda part: source.scale * _gather(writes, own, part),
+        lambda part: reads(part).T.astype(np.float64),
+    )
+
+
+def _block(source: PeftModule, tensor: StoredTensor, rows: range, columns: range) -> F32:
+    if source.is_transposed:
+        return tensor.read_block(columns, rows).T
+    return tensor.read_block(rows, columns)
+
+
+def _gather(read: Callable[[range], F32], places: Index, part: range) -> F64:
+    """Read the places of a part, which need not be neighbours.
+
+    read     gives [n, rank] for neighbouring places
+    returns  [len(part), rank]
+    """
+    own = places[part.start : part.stop]
+    first = int(own.min())
+    return read(range(first, int(own.max()) + 1))[own - first].astype(np.float64)
+
+
+def stored_deltas(info: AdapterInfo, module: Planned) -> Iterator[Delta]:
+    """The deltas that the file says, as a runtime reads it: one, or that of each expert."""
+    a, b = (info.tensors[f"{module.base_name}.lora_{side}"] for side in "ab")
+    n_rank = info.ranks[module.base_name]
+    scale = info.alpha / n_rank
+    is_embedding = isinstance(module, PlannedModule) and module.source.is_embedding
+    n_expert = a.shape[0] if len(a.shape) == 3 else 1
+    n_out, n_in = b.shape[-2], a.shape[0] if is_embedding else a.shape[-1]
+
+    def of_expert(expert: int) -> Delta:
+        def left(part: range) -> F64:
+            rows = range(expert * n_out + part.start, expert * n_out + part.stop)
+            values = read_value_block(info.path, b, rows, range(n_rank))
+            return scale * values.astype(np.float64)
+
+        def right(part: range) -> F64:
+            ranks = range(expert * n_rank, (expert + 1) * n_rank)
+            if is_embedding:
+                return read_value_block(info.path, a, part, ranks).T.astype(np.float64)
+            return read_value_block(info.path, a, ranks, part).astype(np.float64)
+
+        return Delta(n_out, n_in, left, right)
+
+    yield from map(of_expert, range(n_expert))
+
+
+# The order of rows, told a second time
+
+
+def source_rows(header: GgufHeader, module: PlannedModule) -> Index:
+    """returns  [n_out]  the module's row for each row of the tensor"""
+    architecture, stem, n_out = header.architecture, module.kind, module.n_out
+    name = module.source.name.rpartition(".")[2]
+    row = np.arange(n_out)
+    if stem == "attn_qkv" and architecture in _GROUPED_QKV:
+        return _grouped_row(row, n_out, header.n_head, header.n_head_kv)
+    if name == "in_proj_qkvz":
+        return _gated_row(row, header, is_gate=stem == "attn_gate")
+    if architecture in _TILED and stem in ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"):
+        n_before = 2 * header.n_ssm("group_count") * header.n_ssm("state_size")
+        n_before = n_before if stem == "attn_qkv" else 0
+        tiled = n_before + _tiled_place(row - n_before, n_out - n_before, header)
+        return np.where(row < n_before, row, tiled)
+    if stem in ("attn_q", "attn_k"):
+        row = _turned(row, header, header.n_head if stem == "attn_q" else header.n_head_kv)
+    if module.source.n_out == 2 * n_out and stem in _SECOND.get(name, ()):
+        row = n_out + row
+    if name in (_PACKED.get(architecture), _GROUPED.get(architecture)):
+        n_dim = module.source.n_out // (header.n_head + 2 * header.n_head_kv)
+        n_before = {"attn_q": 0, "attn_k": header.n_head}.get(
+            stem, header.n_head + header.n_head_kv
+        )
+        row = n_before * n_dim + row
+        if name == _GROUPED.get(architecture):
+            return _grouped_row(row, module.source.n_out, header.n_head, header.n_head_kv)
+    return row
+
+
+def source_columns(header: GgufHeader, module: PlannedModule) -> Index:
+    """returns  [n_in]  the module's column for each column of the tensor"""
+    column = np.arange(module.source.n_in)
+    if header.architecture in _TILED and module.kind == "ssm_out":
+        return _tiled_place(column, len(column), header)
+    return column
+
+
+def expert_rows(header: GgufHeader, module: StackedExperts, n_row: int) -> Index:
+    """Give the parameter's row, of n_row, for each row of an expert's tensor.
+
+    returns  [n_out]
+    """
+    row, half = np.arange(module.n_out), n_row // 2
+    is_by_turns = header.architecture in _GATE_UP_BY_TURNS
+    if not module.name.endswith(".gate_up_proj"):
+        return row
+    if module.kind == "ffn_gate_up_exps" and is_by_turns:
+        return row % half * 2 + row // half
+    if module.kind == "ffn_gate_exps":
+        return 2 * row if is_by_turns else row
+    if module.kind == "ffn_up_exps":
+        return 2 * row + 1 if is_by_turns else row + half
+    return row
+
+
+def _turned(row: Index, header: GgufHeader, n_head: int) -> Index:
+    """Rows of q or k, of all heads, in the order that HF's rope has them in."""
+    n_dim = len(row) // n_head
+    head, dim = row - row % n_dim, row % n_dim
+    if header.architecture in _PAIRED_ROPE:  # 0, half, 1, half + 1, ...
+        return head + dim // 2 + dim % 2 * (n_dim // 2)
+    if header.architecture in _HALVED_ROPE and (
+        f"{header.architecture}.rope.dimension_sections" in header.metadata
+    ):  # 0, 2, 4, ..., 1, 3, 5, ... of the dimensions that are rotated
+        half = header.n_rotary // 2
+        turned = np.where(dim < half, 2 * dim, 2 * (dim - half) + 1)
+        return head + np.where(dim < header.n_rotary, turned, dim)
+    return row
+
+
+def _grouped_row(row: Index, n_row: int, n_head: int, n_head_kv: int) -> Index:
+    """Of all q, then all k, then all v, where the source has them by groups: q ... q k v."""
+    n_shared = n_head // n_head_kv
+    n_dim = n_row // (n_head + 2 * n_head_kv)
+    head, dim = row // n_dim, row % n_dim
+    in_key, in_value = head - n_head, head - n_head - n_head_kv
+    group = np.select([head < n_head, in_value < 0], [head // n_shared, in_key], in_value)
+    place = np.select([head < n_head, in_value < 0], [head % n_shared, n_shared], n_shared + 1)
+    rows: Index = (group * (n_shared + 2) + place) * n_dim + dim
+    return rows
+
+
+def _gated_row(row: Index, header: GgufHeader, *, is_gate: bool) -> Index:
+    """Of all q, k and v, or of all gates, where the source has those of a key together."""
+    n_key, n_dim = header.n_ssm("group_count"), header.n_ssm("state_size")
+    n_value = header.n_ssm("inner_size") // n_key  # rows of the values of one key
+    n_group = 2 * (n_dim + n_value)
+    if is_gate:
+        return row // n_value * n_group + 2 * n_dim + n_value + row % n_value
+    part, row_v = row // (n_key * n_dim), row - 2 * n_key * n_dim  # 0: q, 1: k
+    in_key = row % (n_key * n_dim)
+    key = in_key // n_dim * n_group + part * n_dim + in_key % n_dim
+    value = row_v // n_value * n_group + 2 * n_dim + row_v % n_value
+    return np.where(part < 2, key, value)
+
+
+def _tiled_place(place: Index, n_place: int, header: GgufHeader) -> Index:
+    """Of the first value of every key, then the second, where the source has a key's together."""
+    n_key, n_value = header.n_ssm("group_count"), header.n_ssm("time_step_rank")
+    n_dim = n_place // n_value
+    head, dim = place // n_dim, place % n_dim
+    return (head % n_key * (n_value // n_key) + head // n_key) * n_dim + dim

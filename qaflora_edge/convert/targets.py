@@ -1,0 +1,190 @@
+"""Tensors of the base that take a delta, and the values that an adapter's file holds for them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qaflora_edge.arrays import F32
+from qaflora_edge.convert.layouts import Index
+from qaflora_edge.formats.base import module_kind
+from qaflora_edge.formats.safetensors import PIECE_VALUES
+from qaflora_edge.peft.modules import PeftModule
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of the base that takes a delta.
+
+    source  the module, or the first of them, that the delta comes from
+    """
+
+    source: PeftModule
+    base_name: str  # such as blk.0.attn_q.weight
+
+    @property
+    def kind(self) -> str:
+        return module_kind(self.base_name)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def path(self) -> Path:
+        return self.source.a.path
+
+
+@dataclass(frozen=True)
+class PlannedModule(Target):
+    """One tensor of the base, and the module whose delta it takes.
+
+    factor   what B is multiplied by
+    rows     [n_out]  the row of the source's B for each of the tensor's; None: all as they are
+    columns  [n_in]   the column of the source's A for each of the tensor's; None: all as they are
+    """
+
+    factor: float
+    rows: Index | None = None
+    columns: Index | None = None
+
+    @property
+    def n_out(self) -> int:
+        return self.source.n_out if self.rows is None else len(self.rows)
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
+
+    @property
+    def is_rescaled(self) -> bool:
+        return self.factor != 1.0
+
+    def shape(self, side: str) -> tuple[int, ...]:
+        """Give the shape of lora_a or lora_b in the file, in numpy order."""
+        n_in, rank = self.source.n_in, self.rank
+        if side == "b":
+            return self.n_out, rank
+        # llama.cpp 0c1e5709, llama-graph.cpp build_inp_embd takes rows of A by token.
+        return (n_in, rank) if self.source.is_embedding else (rank, n_in)
+
+    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+        """Read lora_a or lora_b by slices of rows: their places in the file, and [some rows, n]."""
+        source = self.source
+        tensor = source.a if side == "a" else source.b
+        if source.is_transposed != (side == "a" and source.is_embedding):
+            # Rows of a tensor that is turned are whole only when all of it was read.
+            pieces = _cut(tensor.read(transposed=True))
+        else:
+            pieces = tensor.pieces()
+        places = None
+        if side == "b" and self.rows is not None:
+            places = np.full(source.n_out, -1)  # -1: rows that other tensors take
+            places[self.rows] = np.arange(len(self.rows))
+        for begin, piece in pieces:
+            own = slice(begin, begin + len(piece))
+            if side == "a":
+                yield own, piece if self.columns is None else piece[:, self.columns]
+            elif places is None:
+                yield own, _scaled(piece, self.factor)
+            else:
+                place = places[own]
+                yield place[place >= 0], _scaled(piece[place >= 0], self.factor)
+
+
+@dataclass(frozen=True)
+class SingleExperts(Target):
+    """A stacked tensor of the base, and the modules of its experts; those without one stay as is.
+
+    experts  expert -> its module, and what its B is multiplied by
+    rank     the largest of theirs; the rest of smaller ones is zeros
+    """
+
+    n_expert: int
+    rank: int
+    n_in: int
+    n_out: int
+    experts: Mapping[int, tuple[PeftModule, float]]
+
+    @property
+    def is_rescaled(self) -> bool:
+        return any(factor != 1.0 for _, factor in self.experts.values())
+
+    def shape(self, side: str) -> tuple[int, ...]:
+        own = (self.rank, self.n_in) if side == "a" else (self.n_out, self.rank)
+        return self.n_expert, *own
+
+    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+        """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
+        n_row = self.shape(side)[1]
+        for expert in range(self.n_expert):
+            values = np.zeros(self.shape(side)[1:], np.float32)
+            if expert in self.experts:
+                module, factor = self.experts[expert]
+                if side == "a":
+                    values[: module.rank] = module.read_a()
+                else:
+                    values[:, : module.rank] = _scaled(module.read_b(), factor)
+            yield slice(expert * n_row, (expert + 1) * n_row), values
+
+
+@dataclass(frozen=True)
+class StackedExperts(Target):
+    """A stacked tensor of the base, and the parameter that its experts' deltas are taken from.
+
+    rows        [n_out]  the parameter's row for each of an expert's; None: all as they are
+    is_swapped  the file's A writes the output, and its B reads the input
+    """
+
+    n_in: int
+    n_out: int
+    factor: float
+    rows: Index | None
+    is_swapped: bool
+
+    @property
+    def n_expert(self) -> int:
+        return self.source.n_expert
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
+
+    @property
+    def is_rescaled(self) -> bool:
+        return self.factor != 1.0
+
+    def shape(self, side: str) -> tuple[int, ...]:
+        own = (self.rank, self.n_in) if side == "a" else (self.n_out, self.rank)
+        return self.n_expert, *own
+
+    def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
+        """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
+        if (side == "a") != self.is_swapped:
+            stacked = self.source.read_a().reshape(self.n_expert, self.rank, -1)
+        elif self.source.is_b_by_expert:
+            stacked = self.source.read_b().reshape(self.n_expert, -1, self.rank)
+        else:  # the experts lie side by side in each rank
+            stacked = np.moveaxis(self.source.read_b().reshape(-1, self.rank, self.n_expert), 2, 0)
+        n_row = self.shape(side)[1]
+        for expert, values in enumerate(stacked):
+            own = values.T if self.is_swapped else values
+            if side == "b":
+                own = _scaled(own if self.rows is None else own[self.rows], self.factor)
+            yield slice(expert * n_row, (expert + 1) * n_row), own
+
+
+Planned = PlannedModule | SingleExperts | StackedExperts
+
+
+def _cut(values: F32) -> Iterator[tuple[int, F32]]:
+    """Cut values into slices of rows, as `StoredTensor.pieces` gives them."""
+    n_row = max(1, PIECE_VALUES // values.shape[1])
+    for begin in range(0, len(values), n_row):
+        yield begin, values[begin : begin + n_row]
+
+
+def _scaled(values: F32, factor: float) -> F32:
+    return values if factor == 1.0 else values * np.float32(factor)
