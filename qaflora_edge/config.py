@@ -276,8 +276,6 @@ SHAPING = (
 PROBING = (
     Option("pool", str, None, choices=POOLS, unset="that of `--pool`",
            help="the token or tokens that are weighed by"),
-    Option("first", int, None, low=1, noun="a number of adapters", metavar="N", unset="all",
-           help="run only the N adapters that would add most to the base, relative to their usual"),
 )
 # fmt: on
 # By their keys: what weights, run, chat, bench and `llm` share, and what one command has.
@@ -289,6 +287,7 @@ OWN = {
 
 # What was there in 0.1 -> what to do instead. Verbs, flags, settings and keywords alike.
 REMOVED = {
+    "first": "The option first is gone; use --strategy two-place, which runs the base alone.",
     "fit": "`qaflora fit` is gone; give weights by --strategy manual:NAME=W, or use two-place.",
     "report": "`qaflora report` is gone; `qaflora eval --html FILE` writes a page of results.",
     "fitted": "The strategy fitted is gone; give its weights by --strategy manual:NAME=W.",

@@ -431,12 +431,12 @@ class Engine:
 
             def measure(prompt: str) -> dict[str, F64]:
                 chat, text = self._chat_query(prompt), self._weigher.query(self.tokenize(prompt))
-                found = {"cosine_question": probe(chat).places("cosine")[1]}
+                found: dict[str, F64] = {}
                 for lens in LENSES:
                     for key, pool in ((lens, "answer"), (f"question_{lens}", "question")):
                         found[key] = probe(replace(chat, lens=lens, pool=pool)).divergence()
-                found["added_last"], found["added_question"] = probe(chat).places("added")
-                found["added_text"] = probe(text).places("added")[0]
+                found["added_last"], found["added_question"] = probe(chat).added()
+                found["added_text"] = probe(text).added()[0]
                 return found
 
             return measure_typical(measure, prompts, self.adapters, progress)

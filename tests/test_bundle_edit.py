@@ -225,9 +225,9 @@ def test_a_strategy_has_to_fit_the_adapters_before_they_are_measured(
         with pytest.raises(QafloraError, match=message):
             add_adapter(made.folder, "mlp", mlp, strategy=strategy, engine=unused)
     with pytest.raises(BundleError, match="needs typical divergences"):
-        add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:first=1")
+        add_adapter(made.folder, "mlp", mlp, strategy="calibrated")
     assert snapshot(made.folder) == before
-    add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:first=3")
+    add_adapter(made.folder, "mlp", mlp, strategy="qa-flora:top=3")
 
 
 def test_a_file_of_the_users_is_not_overwritten(made: TinyBundle) -> None:

@@ -86,7 +86,7 @@ def test_every_probed_strategy_takes_them(made: TinyBundle, text: str) -> None:
             "qa-flora:pwer=2",
             "Strategy 'qa-flora:pwer=2': 'pwer=2' is no option of it; did you mean power=? "
             "Expected some of power=P, layers=each or mean, top=N, total=T or l2, pool=last or "
-            "question, first=N, with commas between them.",
+            "question, with commas between them.",
         ),
         ("qa-flora:2", "'2' is no option of it; expected some of power=P"),
         ("qa-flora:power=0", "the option power is '0', expected a number above 0 to 16."),

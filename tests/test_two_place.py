@@ -27,7 +27,7 @@ from qaflora_edge.weighing.strategy import Query, parse_strategy
 
 NAMES = ("math", "es", "med")
 USUAL = {"mean": log(0.01), "spread": 0.5}
-PLACES = ("added_last", "added_question", "added_text", "cosine_question")
+PLACES = ("added_last", "added_question", "added_text")
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +38,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 class Places:
     """A probe that found these numbers [n_adapter] at each layer."""
 
-    def __init__(self, last: list[float], question: list[float], cosine: list[float]) -> None:
-        self.found = {"added": (last, question), "cosine": (last, cosine)}
+    def __init__(self, last: list[float], question: list[float]) -> None:
+        self.found = (last, question)
 
-    def places(self, measure: str) -> Any:
-        return np.repeat(np.array(self.found[measure])[:, :, None], 2, axis=2)
+    def added(self) -> Any:
+        return np.repeat(np.array(self.found)[:, :, None], 2, axis=2)
 
 
 def weighed(
     text: str,
     last: list[float],
     question: list[float],
-    cosine: list[float] | None = None,
     *,
     is_chat: bool = True,
 ) -> list[float]:
@@ -68,7 +67,7 @@ def weighed(
         is_chat=is_chat,
     )
     chosen.strategy.check(None, query)
-    probe: Any = Places(last, question, cosine or question)
+    probe: Any = Places(last, question)
     mix: Any = chosen.strategy.weigh(query, probe, None)
     if mix.divergence is not None:
         np.testing.assert_allclose(mix.divergence[:, 0], last, rtol=1e-5)
@@ -95,18 +94,12 @@ def test_an_adapter_is_compared_with_itself() -> None:
     query = Query(
         (1,), ("strong", "weak"), 2, "norm", "last", typical, question=(0, 1), is_chat=True
     )
-    probe: Any = Places([1.0, at(3)], [2.0, at(0)], [])
+    probe: Any = Places([1.0, at(3)], [2.0, at(0)])
     mix: Any = strategy.weigh(query, probe, None)
     assert mix.weights[:, 0].tolist() == [0.5, 0.5]  # the weak one first, the strong one second
-    probe = Places([1.0, at(3)], [0.9, at(0)], [])
+    probe = Places([1.0, at(3)], [0.9, at(0)])
     mix = strategy.weigh(query, probe, None)
     assert mix.weights[:, 0].tolist() == [0, 1]
-
-
-def test_the_question_may_be_read_by_the_adapters() -> None:
-    last, added, cosine = [at(3), at(0), at(0)], [at(0), at(2), at(1)], [at(0), at(1), at(2)]
-    assert weighed("two-place", last, added, cosine) == [0.5, 0.5, 0]
-    assert weighed("two-place:by=cosine", last, added, cosine) == [0.5, 0, 0.5]
 
 
 def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
@@ -228,8 +221,6 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
             chat = engine.chat_tokens([{"role": "user", "content": prompt}])
             span = engine._weigher.find_question(chat)
             assert span is not None
-            cosine = engine.weights(chat, strategy="cosine:pool=question").divergence
-            note("cosine_question", cosine)
             last, question = core.run(core.prober.base.added(chat, rows, span))
             note("added_last", last)
             note("added_question", question)
@@ -285,7 +276,6 @@ def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_pat
         for strategy, how in (
             ("two-place", "(added_last, added_text, added_question)"),
             ("calibrated:pool=question", "with lens norm at pool question"),
-            ("qa-flora:first=1", "for the option first"),
         ):
             with pytest.raises(StrategyError) as caught:
                 engine.weights("a", strategy=strategy)
@@ -295,43 +285,6 @@ def test_an_older_bundle_is_asked_to_be_measured_again(made: TinyBundle, tmp_pat
             )
     calibrate(old.folder, Engine)
     assert load_bundle(old.folder).known.typical == load_bundle(made.folder).known.typical
-
-
-def test_first_runs_only_the_most_unusual_ones(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    typical = load_bundle(made.folder).known.typical
-    with Engine(made.folder) as engine:
-        tokens = engine.chat_tokens([{"role": "user", "content": "the thing on a ring"}])
-        counts = count_decoded(monkeypatch)
-        fusion = engine.weights(tokens, strategy="calibrated:first=1,total=1.5")
-        assert sum(counts) == 3 * len(tokens)  # the base, then the base and one adapter
-        counts.clear()
-        both = engine.weights(tokens, strategy="calibrated:first=2")
-        assert sum(counts) == 3 * len(tokens)  # as without it
-        plain = engine.weights(tokens, strategy="calibrated")
-        np.testing.assert_array_equal(both.weights, plain.weights)
-        core, span = engine._core, engine._weigher.find_question(tokens)
-        assert span is not None
-        places = core.run(core.prober.base.added(tokens, core.rows(engine.adapters), span))
-        text = engine.weights("the thing", strategy="qa-flora:first=1")
-        assert sorted(text.weights[:, 0].tolist()) == [0, 1]
-
-    def order(name: str, ia: int) -> float:
-        total = 0.0
-        for place, key in zip(places, ("added_last", "added_question"), strict=True):
-            usual = typical[name][key]
-            mean = sum(log(x + 1e-12) for x in place[ia]) / len(place[ia])
-            total += (mean - usual["mean"]) / usual["spread"]
-        return total
-
-    best = 0 if order("math", 0) > order("es", 1) else 1
-    assert (fusion.weights[best] == 1.5).all()
-    assert not fusion.weights[1 - best].any()
-    assert plain.divergence is not None
-    assert fusion.divergence is not None
-    np.testing.assert_allclose(fusion.divergence[best], plain.divergence[best], rtol=5e-2)
-    assert not fusion.divergence[1 - best].any()
 
 
 def test_what_precedes_the_question_is_read_once(

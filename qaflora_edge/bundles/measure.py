@@ -112,8 +112,7 @@ def needs_typical(strategy: str, names: Sequence[str]) -> bool:
 
     names  adapters of the bundle
     """
-    chosen = parse_strategy(strategy, names)
-    return chosen.strategy.needs_typical or chosen.options.get("first", len(names)) < len(names)
+    return parse_strategy(strategy, names).strategy.needs_typical
 
 
 def check_measured(what: str, strategy: str, names: Sequence[str]) -> None:

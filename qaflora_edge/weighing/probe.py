@@ -27,7 +27,7 @@ from qaflora_edge.weighing.adapter_inputs import (
     sums_of,
 )
 from qaflora_edge.weighing.prefix_cache import Prefixes
-from qaflora_edge.weighing.strategy import Measure, PlaceMeasure, Query, Reading, Span
+from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
 # Yields the number of prefilled tokens, or None, between micro-batches; returns its result.
@@ -441,13 +441,11 @@ class QueryProbe:
 
     def states(self) -> F32:
         if self._query.pool == "question":
-            return np.array(self._places()[1])
+            return np.array(self._run(self._prober.places(*self._what, self._query.question))[1])
         return np.array(self._run(self._prober.states(*self._what)))
 
-    def places(self, measure: PlaceMeasure) -> F64:
-        if measure == "added":
-            return self._run(self._prober.base.added(*self._what, self._query.question))
-        return np.stack([numbers.cosine_distance(each[0], each[1:]) for each in self._places()])
+    def added(self) -> F64:
+        return self._run(self._prober.base.added(*self._what, self._query.question))
 
     def embedding(self) -> F32:
         return self._run(self._prober.base.embedding(self._query.tokens))
@@ -457,6 +455,3 @@ class QueryProbe:
 
     def norms(self) -> F64:
         return self._run(self._prober.base.norms(*self._what))
-
-    def _places(self) -> F32:
-        return self._run(self._prober.places(*self._what, self._query.question))

@@ -1,17 +1,13 @@
 """Options of probed strategies: sharper and larger mixes, and few of many adapters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.calibration import unusual
-from qaflora_edge.weighing.divergence import check_typical
 from qaflora_edge.weighing.numbers import normalise
-from qaflora_edge.weighing.strategy import Mix, Probe, Query
 
 
 def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
@@ -61,39 +57,3 @@ def _factor(share: F64, total: float | str) -> F64 | float:
         norms: F64 = np.sqrt((share**2).sum(axis=0, keepdims=True))
         return 1.0 / norms
     return float(total)
-
-
-def check_first(strategy: str, query: Query) -> None:
-    """Raise StrategyError where the option first lacks typical values."""
-    if "first" in query.options and len(query.adapters) > query.options["first"]:
-        keys = ["added_last", "added_question", "added_text"]
-        check_typical(strategy, query, keys, "for the option first")
-
-
-def first_of(query: Query, probe: Probe) -> tuple[str, ...]:
-    """Choose the adapters to probe: the most unusual by what they would add to the base.
-
-    In chat form by the sum of both places, in standard deviations; else at the last token.
-    """
-    n = query.options.get("first", len(query.adapters))
-    if n >= len(query.adapters):
-        return query.adapters
-    last, question = probe.places("added")
-    if query.is_chat:
-        order = unusual(query, "added_last", last) + unusual(query, "added_question", question)
-    else:
-        order = unusual(query, "added_text", last)
-    kept = set(np.argsort(-order, kind="stable")[:n].tolist())
-    return tuple(name for ia, name in enumerate(query.adapters) if ia in kept)
-
-
-def with_others(mix: Mix, names: Sequence[str], adapters: Sequence[str]) -> Mix:
-    """Extend a mix of some adapters to all: the others get weight 0 and divergence 0."""
-
-    def of_all(array: ArrayLike) -> F64:
-        some = np.asarray(array, np.float64)
-        found = np.zeros((len(adapters), *some.shape[1:]))
-        found[[adapters.index(name) for name in names]] = some
-        return found
-
-    return Mix(of_all(mix.weights), None if mix.divergence is None else of_all(mix.divergence))

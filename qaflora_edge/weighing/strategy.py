@@ -19,7 +19,6 @@ from qaflora_edge.config import SHAPING, Option, removed
 from qaflora_edge.errors import StrategyError
 
 Measure = Literal["kl", "cosine", "euclidean"]
-PlaceMeasure = Literal["added", "cosine"]
 Reading = Literal["arrow", "spectr"]
 
 QUERIES = ("attn_q", "attn_qkv")
@@ -74,11 +73,11 @@ class Probe(Protocol):
     def states(self) -> F32:
         """Give states after each block: float32 [1 + n_adapter, n_layer, n_embd], base first."""
 
-    def places(self, measure: PlaceMeasure) -> F64:
-        """Measure adapters at the last token and in the question: [2, n_adapter, n_layer].
+    def added(self) -> F64:
+        """What adapters would add in two places: float64 [2, n_adapter, n_layer].
 
-        measure  "added": |scale B A x| at q, k and v, in one pass of the base alone; "cosine"
-                 distances of states under each adapter
+        |scale B A x| at q, k and v, in one pass of the base alone: at the last token, and in the
+        question's tokens.
         """
 
     def embedding(self) -> F32:

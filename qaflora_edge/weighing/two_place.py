@@ -29,8 +29,6 @@ _OPTIONS = (
            help="none is taken from the question up to Z standard deviations: the other is alone"),
     Option("abstain", float, 1.5, low=-100, high=100, words=("never",), metavar="Z",
            help="the base answers alone up to Z standard deviations; 0.5 above, the mix is whole"),
-    Option("by", str, "added", choices=("added", "cosine"),
-           help="read the question as the base alone does, or by how far each adapter moves it"),
 )
 # fmt: on
 
@@ -47,7 +45,7 @@ class TwoPlace(Strategy):
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
 
-        keys = ["added_last", "added_text", f"{_all_options(query)['by']}_question"]
+        keys = ["added_last", "added_text", "added_question"]
         check_typical(self.name, query, keys, f"({', '.join(keys)})")
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
         if silent:
@@ -65,11 +63,9 @@ class TwoPlace(Strategy):
         options = _all_options(query)
         if _is_alone(query):
             return Mix(np.full((1, query.n_layer), options["answer"] + options["question"]))
-        last, question = probe.places("added")
+        last, question = probe.added()
         if query.is_chat:
-            if options["by"] == "cosine":
-                question = probe.places("cosine")[1]
-            in_question = unusual(query, f"{options['by']}_question", question)
+            in_question = unusual(query, "added_question", question)
             weights = pair(unusual(query, "added_last", last), in_question, options)
         else:  # plain text has no question: the most unusual adapter alone
             weights = np.zeros(len(last), np.float32)

@@ -74,7 +74,6 @@ class Weigher:
         chosen = parse_strategy(text, self.adapters)
         query = self.query((), chosen)
         chosen.strategy.check(chosen.argument, query)
-        shaping.check_first(chosen.strategy.name, query)
         return chosen
 
     @property
@@ -104,10 +103,8 @@ class Weigher:
         """Make a query from tokens, these defaults and the strategy's options."""
         options = {} if chosen is None else chosen.options
         pool = options.get("pool", self.known.pool)
-        needs_question = (
-            pool == "question"
-            or "first" in options
-            or (chosen is not None and chosen.strategy.reads_question)
+        needs_question = pool == "question" or (
+            chosen is not None and chosen.strategy.reads_question
         )
         question = self.find_question(tokens) if needs_question and tokens else None
         return Query(
@@ -146,13 +143,9 @@ class Weigher:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
         query = self.query(tokens, chosen)
         start = time.perf_counter()
-        few = shaping.first_of(query, probe(query))
-        of_few = replace(query, adapters=few)
-        mix = strategy.weigh(of_few, probe(of_few), chosen.argument)
+        mix = strategy.weigh(query, probe(query), chosen.argument)
         probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
         mix = mix if isinstance(mix, Mix) else Mix(mix)
-        if few != self.adapters:
-            mix = shaping.with_others(mix, few, self.adapters)
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
         found = shaping.shaped(fusion.weights, chosen.options, source)
