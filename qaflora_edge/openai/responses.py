@@ -41,15 +41,13 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages of a chat, and its options, for a request of the responses API.
+    """Return messages of a chat, and its options, for a request whose types are checked.
 
     Raises OptionError for a field that cannot be followed.
     """
     check_fixed("responses", {name: body[name] for name in _FIXED if name in body}, _FIXED)
-    messages = _messages(body.get("input"))
+    messages = _messages(body["input"])
     if (instructions := body.get("instructions")) is not None:
-        if not isinstance(instructions, str):
-            raise wrong_option("instructions", instructions, "a text")
         messages.insert(0, {"role": "system", "content": instructions})
     options: dict[str, Any] = {
         "max_tokens": body.get("max_output_tokens"),
@@ -65,8 +63,6 @@ def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[st
 def _messages(given: Any) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    if not isinstance(given, list) or not given:
-        raise wrong_option("input", given, "a text or a list of items")
     messages: list[dict[str, Any]] = []
     for item in given:
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
@@ -103,9 +99,7 @@ def _content(content: Any) -> Any:
 
 
 def _response_format(text: Any) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    form = text.get("format") if isinstance(text, Mapping) else False
+    form = (text or {}).get("format")
     if form is None:
         return None
     if not isinstance(form, Mapping):
@@ -118,8 +112,6 @@ def _response_format(text: Any) -> dict[str, Any] | None:
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
-    if not isinstance(tools, list):
-        raise wrong_option("tools", tools, "a list of functions")
     found = []
     for tool in tools:
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
@@ -163,33 +155,31 @@ class ResponseShape:
         return self._response(self._output(text, calls))
 
     def events(self, *, has_tools: bool) -> Iterator[dict[str, Any]]:
-        """The same as events, each with its type."""
+        """Yield the same as events, each with its type."""
         yield self._event("response.created", response=self._response(None))
         yield self._event("response.in_progress", response=self._response(None))
-        held = CallFilter()
-        item: dict[str, Any] | None = None
-        text = ""
-        for piece in self._generation:
-            shown = held.feed(piece) if has_tools else piece
-            if not shown:
-                continue
-            if item is None:
-                item = _message("", "in_progress")
+        calls: list[dict[str, Any]] = []
+
+        def pieces() -> Iterator[str]:
+            held = CallFilter()
+            for piece in self._generation:
+                yield held.feed(piece) if has_tools else piece
+            rest, found = parse_calls(held.held)
+            calls.extend(found)
+            yield rest
+
+        text, item = "", _message("", "in_progress")
+        for piece in filter(None, pieces()):
+            if not text:
                 yield from self._begin_text(item)
-            text += shown
-            yield self._text_event("response.output_text.delta", item, delta=shown, logprobs=[])
-        rest, calls = parse_calls(held.held) if has_tools else ("", [])
-        if item is None and (rest or not calls):
-            item = _message("", "in_progress")
-            yield from self._begin_text(item)
-        if item is not None and rest:
-            text += rest
-            yield self._text_event("response.output_text.delta", item, delta=rest, logprobs=[])
+            text += piece
+            yield self._text_event("response.output_text.delta", item, delta=piece, logprobs=[])
         output: list[dict[str, Any]] = []
-        if item is not None:
-            done = _message(text, self._status(), item["id"])
-            yield from self._end_text(done)
-            output.append(done)
+        if text or not calls:
+            if not text:
+                yield from self._begin_text(item)
+            output.append(_message(text, self._status(), item["id"]))
+            yield from self._end_text(output[0])
         for call in calls:
             output.append(_call(call))
             yield from self._call_events(len(output) - 1, output[-1])

@@ -122,10 +122,14 @@ def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) ->
     return Weighing(chosen, fusion.adapters, fusion.returned or "summary")
 
 
-async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, str | None]:
-    """Read a body; return it with its bundle, and the strategy that the model id names."""
+async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, Weighing]:
+    """Read a body; return it with its bundle, and how it wants to be weighed."""
     body = await read(request, kind)
-    return body, *request.app.state.models.find(body.model)
+    served, strategy = request.app.state.models.find(body.model)
+    weighing = Weighing()
+    if isinstance(body, Weighed):
+        weighing = weighing_of(body, strategy, served.adapters)
+    return body, served, weighing
 
 
 def defaults(request: Request) -> dict[str, Any]:
@@ -230,11 +234,7 @@ def noted(answers: Iterable[Generation], n: int, facts: dict[str, Any]) -> Itera
             facts["completion_tokens"] = facts.get("completion_tokens", 0) + answer.n_completion
         n_begun += 1
     if n_begun < n:
-        raise _ended_early()
-
-
-def _ended_early() -> CancelledError:
-    return CancelledError("The request was ended before all of its answers began.")
+        raise CancelledError("The request was ended before all of its answers began.")
 
 
 class _RawChat:
@@ -270,8 +270,7 @@ def chat_of(request: Request, engine: Engine, messages: Sequence[Any]) -> Engine
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions"""
-    body, served, strategy = await asked(request, ChatBody)
-    weighing = weighing_of(body, strategy, served.adapters)
+    body, served, weighing = await asked(request, ChatBody)
     own = ("logprobs", "top_logprobs", "n", *FORMS[2:], "tool_choice", "parallel_tool_calls")
     options = chat_options(request, body, {name: getattr(body, name) for name in own})
     model = body.model or served.name
@@ -293,14 +292,12 @@ async def chat_completions(request: Request) -> Response:
         else:
             told.send_whole(completion_dict(model, answers, has_tools=begun.has_tools))
 
-    more: dict[str, Any] = {"is_stream": bool(body.stream), "prompt": body.messages}
-    return Computed(request, served, compute, params=form_params(body), **more)
+    return Computed(request, served, body, compute, params=form_params(body))
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions"""
-    body, served, strategy = await asked(request, TextBody)
-    weighing = weighing_of(body, strategy, served.adapters)
+    body, served, weighing = await asked(request, TextBody)
     prompt, n = body.prompt, body.n or 1
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     prompts: Any = [prompt] if is_one else prompt
@@ -325,7 +322,7 @@ async def completions(request: Request) -> Response:
         def answers() -> Iterator[tuple[str, Generation]]:
             for each in prompts:
                 if out.cancel.is_set():
-                    raise _ended_early()
+                    raise CancelledError("The request was ended before all of its answers began.")
                 start = spelt(engine, each) if body.echo else ""
                 for answer in noted(engine.answers(each, n, **more), n, out.facts):
                     yield start, answer
@@ -339,16 +336,14 @@ async def completions(request: Request) -> Response:
         else:
             told.send_whole(text_dict(model, rest, n))
 
-    more: dict[str, Any] = {"is_stream": bool(body.stream), "prompt": body.prompt}
     params = {**form_params(body), PromptError: "prompt"}
-    return Computed(request, served, compute, params=params, **more)
+    return Computed(request, served, body, compute, params=params)
 
 
 async def responses(request: Request) -> Response:
     """POST /v1/responses"""
-    body, served, strategy = await asked(request, ResponsesBody)
+    body, served, weighing = await asked(request, ResponsesBody)
     raw = body.model_dump(by_alias=True, exclude_unset=True)
-    weighing = weighing_of(body, strategy, served.adapters)
     messages, given = chat_request(raw)
     options = chat_options(request, body, given)
     shown = {name: options.get(name, in_group("sampling")[name].default) for name in SHOWN}
@@ -367,14 +362,12 @@ async def responses(request: Request) -> Response:
 
     form = "text" if body.grammar is None else "grammar"
     params: Params = {PromptError: "input", ChatTemplateError: "input", GrammarError: form}
-    more: dict[str, Any] = {"is_stream": bool(body.stream), "prompt": body.input}
-    return Computed(request, served, compute, params=params, **more)
+    return Computed(request, served, body, compute, params=params)
 
 
 async def weights(request: Request) -> Response:
     """POST /v1/weights"""
-    body, served, strategy = await asked(request, WeightsBody)
-    weighing = weighing_of(body, strategy, served.adapters)
+    body, served, weighing = await asked(request, WeightsBody)
     if not isinstance(weighing.weights, str | None):
         name = "fusion.weights" if body.lora is None else "lora"
         raise wrong_field(name, weighing.weights, "a strategy: these are known already")
@@ -395,7 +388,7 @@ async def weights(request: Request) -> Response:
         out.send(encoded(found.to_dict()))
 
     params: Params = {} if prompt is None else {PromptError: "prompt"}
-    return Computed(request, served, compute, params=params, prompt=prompt or messages)
+    return Computed(request, served, body, compute, params=params)
 
 
 async def tokenize(request: Request) -> Response:
@@ -419,7 +412,7 @@ async def tokenize(request: Request) -> Response:
         out.send(encoded({"tokens": tokens}))
 
     is_light = text is not None and len(text) <= MAX_LIGHT
-    return Computed(request, served, compute, is_light=is_light, prompt=text or messages)
+    return Computed(request, served, body, compute, is_light=is_light)
 
 
 def _piece(engine: Engine, token: int) -> str | list[int]:
@@ -440,7 +433,7 @@ async def detokenize(request: Request) -> Response:
 
     is_light = len(body.tokens) <= MAX_LIGHT
     params: Params = {PromptError: "tokens"}
-    return Computed(request, served, compute, is_light=is_light, params=params)
+    return Computed(request, served, body, compute, is_light=is_light, params=params)
 
 
 def spelt(engine: Engine, prompt: Prompt) -> str:

@@ -63,7 +63,7 @@ Compute = Callable[[Engine, Outlet], None]
 
 
 class Computed(Response):
-    """An answer that is computed: events of a stream with is_stream, else one JSON text.
+    """An answer that is computed: events where the body has `stream`, else one JSON text.
 
     is_light  it takes a moment, and no step of the Engine: it waits for no slot
     params    see refusal
@@ -73,21 +73,23 @@ class Computed(Response):
         self,
         request: Request,
         model: ServedModel,
+        body: Any,
         compute: Compute,
         *,
-        is_stream: bool = False,
         is_light: bool = False,
         params: Params | None = None,
-        prompt: Any = None,
     ) -> None:
         self._state = request.app.state
         self._address = request.client.host if request.client else ""
-        self._model, self._compute, self._is_stream = model, compute, is_stream
+        self._model, self._compute = model, compute
+        self._is_stream = bool(getattr(body, "stream", False))
         self._is_light, self._params = is_light, params
         self._facts: dict[str, Any] = request.scope["qaflora"]  # for the log and the metrics
         self._facts["model"] = model.name
         if self._state.options.logs_prompts:
-            self._facts["prompt"] = prompt
+            names = ("messages", "prompt", "input", "content")
+            given = (getattr(body, name, None) for name in names)
+            self._facts["prompt"] = next((each for each in given if each is not None), None)
         self._outlet: Outlet | None = None
         self._is_expired = self._is_gone = self._is_started = False
         self._more: Headers = {}
