@@ -142,43 +142,6 @@ def test_fewer_adapters_than_all_are_subtracted_alike(loaded: tuple[Model, Pack]
 # sizes at which llama.cpp would end the process
 
 
-def test_a_batch_larger_than_the_context_takes_is_refused(loaded: tuple[Model, Pack]) -> None:
-    context = RawContext(*loaded, n_batch=8)
-    assert context.decode(rows_of(TOKENS[:9])) == -1
-    assert native.last_error() == (
-        "the batch has 9 tokens, and this context takes 8 at most; decode it in parts"
-    )
-    assert context.decode(rows_of(TOKENS[:8])) == 0
-    context.close()
-
-
-def test_more_outputs_than_there_is_room_for_are_refused(loaded: tuple[Model, Pack]) -> None:
-    context = RawContext(*loaded, n_outputs_max=2)
-    rows = [Row(token, i, 0, True) for i, token in enumerate(TOKENS)]
-    assert context.decode(rows[:3]) == -1
-    assert native.last_error() == (
-        "the batch asks for 3 outputs, and this context has room for 2; ask for fewer, or make it "
-        "with a larger n_outputs_max"
-    )
-    assert context.decode(rows[:2]) == 0
-    context.close()
-    refused = RawContext(*loaded, n_seq=3, n_outputs_max=2)
-    assert not refused.pointer
-    assert native.last_error() == (
-        "n_outputs_max is 2, expected at least the number of sequences, 3"
-    )
-
-
-def test_failures_of_llama_cpp_itself_leave_no_sentence(loaded: tuple[Model, Pack]) -> None:
-    context = RawContext(*loaded, n_batch=256)
-    assert context.decode(rows_of([72] * 257)) == -1
-    assert native.last_error() != ""
-    assert context.decode(rows_of([72] * 256)) == 0
-    assert context.decode(rows_of([72], start=256)) == 1  # no room left
-    assert native.last_error() == ""
-    context.close()
-
-
 # a decode that was ended
 
 

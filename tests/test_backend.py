@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from raw_context import RawContext, Row
-from stock import StockContext, write_merged, write_slice
+from stock import StockContext, write_merged
 from tiny import (
     MORE_KERNELS,
     PLAIN_KERNELS,
@@ -134,19 +134,6 @@ def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weig
     np.testing.assert_allclose(fused_logits(base, adapters, weights), expected, atol=1e-4, rtol=0)
 
 
-def test_sliced_adapters_on_the_stock_path_agree(
-    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter], weights: F32
-) -> None:
-    paths, scales = [], []
-    for ia, adapter in enumerate(adapters):
-        for il in range(base.n_layer):
-            path = write_slice(tmp_path / f"{ia}-{il}.gguf", base, adapter, il)
-            paths.append(path)
-            scales.append(float(weights[ia, il]))
-    fused = fused_logits(base, adapters, weights)
-    np.testing.assert_allclose(fused, stock_logits(base, paths, scales), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("ia", [0, 1, 2])
 def test_one_hot_weights_equal_stock_lora(
     base: TinyBase, adapters: list[TinyAdapter], ia: int
@@ -204,28 +191,6 @@ def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAda
         stock.decode([TOKENS[i % len(TOKENS)]])
     assert stock.n_reused == before
     stock.close()
-
-
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("rank", [16, 32])
-def test_stored_types_are_used_as_they_are(
-    tmp_path: Path, base: TinyBase, outtype: str, rank: int
-) -> None:
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=rank, seed=seed, outtype=outtype)
-        for seed in (1, 2)
-    ]
-    for ia in (0, 1):
-        weights = np.zeros((2, base.n_layer), np.float32)
-        weights[ia] = 1.0
-        # the kernels round activations to the stored type: the same rounding on both paths,
-        # but for sums of another length
-        np.testing.assert_allclose(
-            fused_logits(base, adapters, weights),
-            stock_logits(base, [adapters[ia].path], [1.0]),
-            atol=2e-2,
-            rtol=0,
-        )
 
 
 KERNELS = ["ggml", PLAIN_KERNELS, *MORE_KERNELS]

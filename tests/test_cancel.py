@@ -129,22 +129,6 @@ def test_cancel_ends_all_answers_that_were_asked_for(engine: Engine, is_done: bo
     assert found == ["length" if is_done else "cancelled"]
 
 
-def test_cancel_without_work_does_nothing(engine: Engine) -> None:
-    engine.cancel()
-    assert engine.generate("the king", max_tokens=3).text()
-    done = engine.generate("the king", max_tokens=3)
-    done.text()
-    engine.cancel()
-    assert done.finish_reason == "length"
-    assert engine.weights("the king").adapters == ("a",)
-
-
-def test_cancel_after_close_does_nothing(tmp_path: Path) -> None:
-    engine = Engine(base=write_tiny_base(tmp_path / "base.gguf").path)
-    engine.close()
-    engine.cancel()
-
-
 def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
     engine.generate("before", max_tokens=1).text()
     held = list(engine._core.context.tokens)

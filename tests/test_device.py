@@ -97,21 +97,6 @@ def test_fused_logits_equal_a_merged_base(tmp_path, arch, weights, gpu_layers) -
     assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected, BATCH)
 
 
-def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path, weights, gpu_layers) -> None:
-    base, adapters, expected = cpu.with_adapted_ends(tmp_path, weights)
-    assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, STEP)
-    assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), expected, BATCH)
-
-
-@pytest.mark.parametrize("ia", [0, 1, 2])
-def test_one_hot_weights_equal_stock_lora(base, adapters, ia, gpu_layers) -> None:
-    weights = cpu.one_hot(3, base.n_layer, ia)
-    expected = cpu.stock_logits(base, [adapters[ia].path], [1.0])
-    assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, STEP)
-    stock = cpu.stock_logits(base, [adapters[ia].path], [1.0], gpu_layers=gpu_layers)
-    assert_near(cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers), stock, BATCH)
-
-
 def test_zero_weights_equal_the_base(base, adapters, gpu_layers) -> None:
     """Bit for bit, unless the device fuses a sum into the next norm, which orders it anew."""
     weights = np.zeros((3, base.n_layer), np.float32)
@@ -123,20 +108,6 @@ def test_zero_weights_equal_the_base(base, adapters, gpu_layers) -> None:
         assert np.array_equal(found, expected)
     nothing = cpu.fused_logits(base, [], weights[:0], gpu_layers=gpu_layers)
     assert np.array_equal(nothing, expected)
-
-
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-def test_stored_types_equal_a_merged_base(tmp_path, base, outtype, gpu_layers) -> None:
-    """Merged from the values that the files hold: the device does not round activations to them."""
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, rank=32, seed=seed, outtype=outtype)
-        for seed in (1, 2)
-    ]
-    weights = np.random.default_rng(3).random((2, base.n_layer)).astype(np.float32)
-    expected = cpu.stock_logits(write_merged(tmp_path / "merged.gguf", base, adapters, weights))
-    # the CPU's kernels round to the stored type where its layers are
-    atol = STEP if gpu_layers == ALL else 5e-2
-    assert_near(stepwise_logits(base, adapters, weights, gpu_layers), expected, atol)
 
 
 def test_each_sequence_has_its_own_weights(base, adapters, weights, gpu_layers) -> None:
@@ -154,38 +125,6 @@ def test_each_sequence_has_its_own_weights(base, adapters, weights, gpu_layers) 
 
 
 # weights as inputs of a graph that a device may still be running
-
-
-def test_changing_weights_builds_no_graph(base, adapters, gpu_layers) -> None:
-    """And every step follows its own weights: nothing is read in between that would wait."""
-    rng = np.random.default_rng(0)
-    changes = rng.random((101, 3, base.n_layer)).astype(np.float32)
-    found = []
-    for layers in (gpu_layers, 0):
-        model, pack = cpu.load(base, adapters, layers)
-        with Context(model, pack, n_ctx=128, **cpu.EXACT) as context:
-            for i, weights in enumerate(changes):
-                context.set_weights(weights)
-                context.decode([TOKENS[i % len(TOKENS)]], start=i)
-                if i == 0:
-                    n_built, n_decoded = context.n_graph_built, context.n_decoded
-            assert context.n_decoded - n_decoded == 100
-            assert context.n_graph_built == n_built
-            found.append(context.logits())
-    assert_near(found[0], found[1], STEP)
-
-
-def test_changed_weights_equal_a_fresh_run_bit_for_bit(base, adapters, weights, gpu_layers) -> None:
-    model, pack = cpu.load(base, adapters, gpu_layers)
-    with Context(model, pack, n_ctx=64, **cpu.EXACT) as context:
-        context.set_weights(weights[::-1])
-        context.decode(TOKENS)
-        context.clear()
-        context.set_weights(weights)
-        context.decode(TOKENS[:-1])
-        context.decode(TOKENS[-1:], start=len(TOKENS) - 1)
-        fresh = cpu.fused_logits(base, adapters, weights, gpu_layers=gpu_layers)
-        assert np.array_equal(context.logits(), fresh)
 
 
 # the probe and the lens
@@ -213,32 +152,6 @@ def test_probe_states_equal_separate_passes(base, adapters, gpu_layers) -> None:
                 base, adapters, TOKENS, differential=differential, pool=pool, gpu_layers=gpu_layers
             )
             assert_near(found, expected, BATCH)
-
-
-def test_prompt_longer_than_a_micro_batch(tmp_path, gpu_layers) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
-    adapters = [write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed) for seed in (1, 2)]
-    tokens = np.random.default_rng(5).integers(0, 256, 700).tolist()  # 3 x 700 > 512
-    single = cpu.single_states(base, adapters, tokens)
-    found = cpu.probe_states(
-        base, adapters, tokens, differential=True, n_ctx=1024, gpu_layers=gpu_layers
-    )
-    assert_near(found, single[-1], 2 * BATCH)
-
-
-def test_differential_probe_keeps_weak_adapters(tmp_path, gpu_layers) -> None:
-    """What an adapter of a hundredth of the strength does, on a quantised base, in one batch."""
-    base = write_tiny_base(tmp_path / "base.gguf", dtype="q8_0")
-    exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors)
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed, strength=0.01)
-        for seed in (1, 2)
-    ]
-    truth = cpu.single_states(exact, adapters, TOKENS)[-1]
-    truth = truth[1:] - truth[:1]
-    states = cpu.probe_states(base, adapters, TOKENS, differential=True, gpu_layers=gpu_layers)
-    error = np.abs(states[1:] - states[:1] - truth).mean() / np.abs(truth).mean()
-    assert error < 0.1
 
 
 @pytest.mark.parametrize("lens", ["raw", "norm"])

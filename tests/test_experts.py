@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from stock import write_merged, write_slice
+from stock import write_merged
 from test_backend import (
     EXACT,
     TOKENS,
@@ -110,35 +110,6 @@ def test_an_overflow_of_what_weighs_nothing_is_not_seen(
     logits = fused_logits(loud, [adapter], weights)
     assert np.isfinite(logits).all()
     assert np.array_equal(logits, stock_logits(loud))
-
-
-def test_sliced_adapters_on_the_stock_path_agree(
-    tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter], weights: F32
-) -> None:
-    paths, scales = [], []
-    for ia, adapter in enumerate(adapters):
-        for il in range(base.n_layer):
-            paths.append(write_slice(tmp_path / f"{ia}-{il}.gguf", base, adapter, il))
-            scales.append(float(weights[ia, il]))
-    fused = fused_logits(base, adapters, weights)
-    np.testing.assert_allclose(fused, stock_logits(base, paths, scales), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-def test_stored_types_are_used_as_they_are(tmp_path: Path, outtype: str) -> None:
-    base = write_base(tmp_path / "base.gguf", n_ff=128)
-    adapters = [
-        write_tiny_adapter(
-            tmp_path / f"{seed}.gguf", base, rank=32, seed=seed, outtype=outtype, targets=ALL
-        )
-        for seed in (1, 2)
-    ]
-    weights = np.asarray([[0.5] * 3, [-0.75] * 3], np.float32)
-    merged = write_merged(
-        tmp_path / "merged.gguf", base, adapters, weights, n_expert=N_EXPERT, n_ff=128
-    )
-    expected = stock_logits(merged)
-    np.testing.assert_allclose(fused_logits(base, adapters, weights), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kernels", ["", "ggml"])

@@ -89,51 +89,6 @@ def test_convert(start: Path, tmp_path: Path, before: bytes | None) -> None:
     assert 0 < counted["done"] < counted["killed"]  # killed on either side of the one step
 
 
-PULL_A_MODEL = """
-import hashlib, json
-from qaflora_edge.formats import names as registry
-from qaflora_edge.hub.fetch import fetch_model
-
-whole = (start / "models" / "fake.gguf").read_bytes()
-entry = {
-    "description": "a model",
-    "file": "fake.gguf",
-    "sha256": hashlib.sha256(whole).hexdigest(),
-    "size_bytes": len(whole),
-    "architecture": "llama",
-    "kind": "base",
-    "license": "MIT",
-    "sources": [],
-}
-(place / "registry.json").write_text(
-    json.dumps({"format": "qaflora-registry/1", "models": {"fake": entry}})
-)
-registry.package_data = lambda name: place / "registry.json"
-
-def action(copy):
-    fetch_model("fake", to=copy / "mine")
-
-def check(copy):
-    pulled = copy / "mine" / "fake.gguf"
-    if not pulled.exists():
-        return False
-    assert pulled.read_bytes() == whole
-    return True
-"""
-
-
-def test_pull_of_a_model_that_the_cache_has(tmp_path: Path) -> None:
-    """Every attempt copies it from there into a folder of its own."""
-    cache = tmp_path / "cache"
-    (cache / "models").mkdir(parents=True)
-    (cache / "models" / "fake.gguf").write_bytes(bytes(range(256)) * 20_000)  # some chunks
-    (tmp_path / "place").mkdir()
-    place, env = tmp_path / "place", {"QAFLORA_CACHE": str(cache)}
-    counted = killed(PULL_A_MODEL, cache, place, most=EVERY, **env)
-    assert counted["killed"] == counted["calls"] > 15
-    assert 0 < counted["done"] < counted["killed"]
-
-
 def test_create(start: Path, tmp_path: Path) -> None:
     counted = killed(
         """

@@ -119,29 +119,11 @@ def test_schema_shapes_the_answer(run: Run) -> None:
     jsonschema.validate(json.loads(done.stdout), schema)
 
 
-def test_settings_hold_where_no_option_is_given(run: Run, tmp_path: Path) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text('strategy = "norm"\n[llm]\nmax_tokens = 3\n', encoding="utf-8")
-    done = run("-m", "qaflora/bundle", "the thing", QAFLORA_CONFIG=str(config))
-    assert done.exit_code == 0, done.stderr
-    entry = logged(run)
-    assert (entry["output_tokens"], entry["response_json"]["fusion"]["strategy"]) == (3, "norm")
-
-
 def test_failure_is_told(run: Run) -> None:
     done = run("-m", "qaflora/bundle", "the thing", "-o", "strategy", "single:nobody")
     assert (done.exit_code, done.stdout) == (1, "")
     assert "nobody" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_broken_settings_leave_the_other_models(run: Run, tmp_path: Path) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text("=", encoding="utf-8")
-    done = run("models", QAFLORA_CONFIG=str(config), QAFLORA_BUNDLES="")
-    assert done.exit_code == 0
-    assert "OpenAI" in done.stdout
-    assert done.stderr.startswith(f"qaflora: no models: Cannot read the settings in {config}: ")
 
 
 @pytest.mark.slow
@@ -159,26 +141,6 @@ def test_start_of_llm_loads_no_engine(made: TinyBundle) -> None:
         text=True,
     )
     assert json.loads(done.stdout) == [True, []], done.stderr
-
-
-def test_engine_stays_open_until_another_is_asked_for(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qaflora_edge import llm_plugin
-
-    monkeypatch.setenv("QAFLORA_CTX", "128")
-    monkeypatch.setenv("QAFLORA_MAX_TOKENS", "2")
-    model = llm_plugin.BundleModel("tiny", made.folder)
-    conversation = model.conversation()
-    conversation.prompt("the thing").text()
-    (first,) = llm_plugin._open.values()
-    conversation.prompt("and on").text()
-    assert list(llm_plugin._open.values()) == [first]
-    conversation.prompt("and on", lens="raw").text()
-    (second,) = llm_plugin._open.values()
-    assert second is not first
-    llm_plugin.close_all()
-    assert llm_plugin._open == {}
 
 
 def test_messages_become_text() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.backend.batch import pieces_of
 from qaflora_edge.backend.model import Model
-from qaflora_edge.errors import BackendError, CancelledError, OptionError, PromptError, WeightsError
+from qaflora_edge.errors import BackendError, OptionError, PromptError, WeightsError
 from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 
 F32 = NDArray[np.float32]
@@ -116,19 +115,6 @@ def test_scores_are_those_of_a_merged_base(
     assert (found.dtype, found.shape) == (np.float32, (n_continuation,))
     expected = stock_score(tmp_path, parts, array, prompt, continuation)
     np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
-
-
-def test_scores_are_those_of_the_logits_prefix_by_prefix(engine: Engine) -> None:
-    prompt, continuation = drawn(9), drawn(12, seed=1)
-    fusion = engine.weights(prompt)  # of the prompt, for all of the continuation
-    expected = [
-        log_softmax(engine.logits(prompt + continuation[:i], weights=fusion))[token]
-        for i, token in enumerate(continuation)
-    ]
-    np.testing.assert_allclose(engine.score(prompt, continuation), expected, atol=ATOL, rtol=0)
-    np.testing.assert_allclose(
-        engine.score(prompt, continuation, weights=fusion), expected, atol=ATOL, rtol=0
-    )
 
 
 def test_scores_of_lists_are_those_one_by_one(alone: Engine) -> None:
@@ -279,15 +265,6 @@ def test_each_request_has_its_own_options(engine: Engine, alone: Engine) -> None
     assert found[6].n_completion > 12
 
 
-def test_answers_come_as_they_end(engine: Engine) -> None:
-    lengths = [40, 3, 20, 3, 3, 3]
-    requests = [{"prompt": drawn(4, seed=i), "max_tokens": n} for i, n in enumerate(lengths)]
-    order = [index for index, _ in engine.generate_many(requests, weights="static")]
-    assert order.index(1) < order.index(2) < order.index(0)
-    assert order[-1] == 0
-    assert sorted(order) == list(range(6))
-
-
 def test_a_request_that_fails_stops_no_other(engine: Engine) -> None:
     requests: list[Any] = [
         "fine",
@@ -334,24 +311,6 @@ def test_states_that_are_no_numbers_are_nobody_elses(
             requests = ["the king"] * (n_parallel + 1)
             answers = other.generate_many(requests, max_tokens=6)
             assert [answer.text() for _, answer in answers] == [expected] * len(requests)
-
-
-@pytest.mark.parametrize("n_parallel", [2, 3, 4])
-def test_several_at_once_that_are_no_numbers_are_nobody_elses(
-    parts: tuple[TinyBase, dict[str, TinyAdapter]], alone: Engine, huge: Any, n_parallel: int
-) -> None:
-    """One of them is not cleaned by another's; what comes there next is shorter than they were."""
-    expected = alone.generate("the", max_tokens=6).text()
-    with opened(parts, n_parallel=n_parallel) as other:
-        long = "the thing of the king on the ring"
-        lost = [
-            other.generate(f"{long} {i}", weights=huge, max_tokens=6, wait=False) for i in range(2)
-        ]
-        for answer in lost:
-            with pytest.raises(BackendError, match="NaN, expected numbers"):
-                answer.text()
-        found = [other.generate("the", max_tokens=6, wait=False) for _ in range(n_parallel)]
-        assert [answer.text() for answer in found] == [expected] * n_parallel
 
 
 def test_states_that_are_no_numbers_beside_a_prompt_that_is_read(
@@ -460,17 +419,6 @@ def test_an_event_ends_one_call_of_several(engine: Engine, alone: Engine) -> Non
     assert others.finish_reason == "length"
 
 
-@pytest.mark.parametrize("strategy", ["qa-flora", "static"])
-def test_an_event_that_is_set_before(engine: Engine, strategy: str) -> None:
-    event = threading.Event()
-    event.set()
-    with pytest.raises(CancelledError):
-        engine.generate("the thing", weights=strategy, cancel=event)
-    ((_, answer),) = engine.generate_many([{"prompt": "the", "weights": strategy, "cancel": event}])
-    assert isinstance(answer.error, CancelledError)
-    assert_idle(engine)
-
-
 def test_an_event_ends_the_rest_of_many(engine: Engine) -> None:
     event, ended = threading.Event(), []
     requests = [{"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 1 else 300} for i in range(4)]
@@ -480,18 +428,3 @@ def test_an_event_ends_the_rest_of_many(engine: Engine) -> None:
         event.set()
     assert ended[0] == (1, "length")
     assert sorted(ended[1:]) == [(0, "cancelled"), (2, "cancelled"), (3, "cancelled")]
-
-
-def test_cancelling_all_ends_the_rest_of_many(engine: Engine) -> None:
-    requests = ({"prompt": drawn(4, seed=i), "max_tokens": 5 if i == 1 else 300} for i in range(9))
-    ended = []
-    for index, answer in engine.generate_many(requests, weights="static"):
-        with contextlib.suppress(CancelledError):  # of one that had not begun
-            answer.text()
-        ended.append((index, answer.finish_reason))
-        engine.cancel()
-    assert ended[0] == (1, "length")
-    assert {reason for _, reason in ended[1:]} <= {"cancelled", "error"}
-    assert 1 < len(ended) < 9  # no more were taken
-    assert_idle(engine)
-    assert len([*engine.generate_many(["a"], max_tokens=2)]) == 1

@@ -154,18 +154,6 @@ def test_a_conflict_is_resolved_in_the_repository_and_the_command_goes_on(projec
     assert (tree / "src" / "a.cpp").read_text() == resolved
 
 
-def test_a_patch_that_upstream_has_is_to_be_deleted(project: Move) -> None:
-    project.release(TEXT.replace("line 11\n", "line 11\nhook();\n"))
-    assert "0001-hook.patch changes nothing any more. Resolve it in" in project.move().stderr
-    subprocess.run(["git", "cherry-pick", "--skip"], cwd=project.tree, check=True)
-    done = project.move("--write")
-    assert done.returncode == 1
-    assert done.stderr == (
-        "patches/move.py: 0001-hook.patch changes nothing on the new source. Delete it, take its "
-        f"line out of {project.patches / 'series'}, and run this command again.\n"
-    )
-
-
 def test_sources_that_do_not_compile_and_names_that_are_gone_are_told(project: Move) -> None:
     project.release(header="", binding="def llama_other(): ...")
     done = project.move()
@@ -173,14 +161,3 @@ def test_sources_that_do_not_compile_and_names_that_are_gone_are_told(project: M
     assert "The binding lacks llama_thing\n" in done.stdout
     assert "Our sources do not compile with its headers." in done.stdout
     assert "upstream" in done.stderr
-
-
-def test_an_archive_without_its_commit_is_refused(project: Move) -> None:
-    project.release(commit="main")
-    done = project.move()
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"patches/move.py: The commit of llama.cpp is not in the archive {project.next}: "
-        "up_stream-1.1/.git/modules/vendor/llama.cpp/HEAD is 'main', expected 40 hexadecimal "
-        "digits. Check that it is the source archive of up-stream 1.1.\n"
-    )

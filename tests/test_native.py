@@ -1,15 +1,12 @@
 """Which library is loaded, and what is refused. Each case has a process of its own."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny_base
 
 from qaflora_edge.backend import library as native
 
@@ -68,12 +65,6 @@ def spin_count(**environment: str) -> str:
 
 def test_threads_do_not_spin_for_long() -> None:
     assert spin_count() == str(native.SPIN_COUNT)
-
-
-@pytest.mark.slow
-def test_spinning_is_the_users_choice() -> None:
-    assert spin_count(GOMP_SPINCOUNT="77") == "77"
-    assert spin_count(OMP_WAIT_POLICY="passive") == "0"
 
 
 def test_missing_library_is_named(tmp_path: Path) -> None:
@@ -170,74 +161,3 @@ def test_library_without_a_backend_for_this_processor_is_refused(
 def test_import_of_the_package_loads_no_library_and_no_numpy() -> None:
     code = "import qaflora_edge, sys; print('llama_cpp' in sys.modules, 'numpy' in sys.modules)"
     assert run(code) == "False False"
-
-
-def test_environment_is_left_as_it_was() -> None:
-    code = LOAD + "import os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
-    assert run(code, LLAMA_CPP_LIB_PATH="/somewhere").splitlines() == ["loaded", "/somewhere"]
-
-
-IN_THE_CLONE = """
-import qaflora_edge
-from qaflora_edge import Engine
-from qaflora_edge.formats.names import load_registry
-print(qaflora_edge.__file__, "smollm2-135m-instruct" in load_registry())
-with Engine("base.gguf") as engine:
-    print(engine.n_layer)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "text"),
-    [
-        (["script.py"], ""),
-        (["-"], IN_THE_CLONE),
-        (["-i", "-q"], IN_THE_CLONE.replace("as engine:\n    ", "as engine: ") + "\n"),
-        (["-c", IN_THE_CLONE], ""),
-    ],
-    ids=["script", "stdin", "prompt", "code"],
-)
-def test_python_in_the_clone_finds_the_library(command: list[str], text: str, clone: Path) -> None:
-    """There Python imports the source tree, which has no library of its own."""
-    done = in_clone(clone, *command, stdin=text)
-    package = clone / "qaflora_edge" / "__init__.py"
-    assert done.stdout.splitlines() == [f"{package} True", "2"], done.stderr
-
-
-@pytest.mark.slow
-def test_commands_in_the_clone_work(clone: Path) -> None:
-    facts = json.loads(in_clone(clone, "-m", "qaflora_edge", "doctor", "--json").stdout)
-    installed = Path(str(distribution("qaflora-edge").locate_file("qaflora_edge/lib")))
-    assert facts["library"]["file"] == str(installed / native._library_name()), facts
-    answered = in_clone(
-        clone, "-m", "qaflora_edge", "run", "base.gguf", "a thing", "--max-tokens", "2"
-    )
-    assert answered.returncode == 0, answered.stderr
-    assert len(answered.stdout) > 1
-    models = in_clone(clone, "-m", "qaflora_edge", "models")
-    assert "smollm2-135m-instruct" in models.stdout
-
-
-@pytest.fixture
-def clone(tmp_path: Path, checkout: Path) -> Path:
-    """The clone as it is after `make demo`, and a script and a base in it.
-
-    What a developer may have put beside its sources, a library, is not part of it.
-    """
-    folder = tmp_path / "clone"
-    (folder / "qaflora_edge").mkdir(parents=True)
-    for path in (checkout / "qaflora_edge").iterdir():
-        if path.name != "lib":
-            (folder / "qaflora_edge" / path.name).symlink_to(path)
-    for name in ("models", "patches"):
-        (folder / name).symlink_to(checkout / name)
-    (folder / "script.py").write_text(IN_THE_CLONE)
-    write_tiny_base(folder / "base.gguf", n_layer=2)
-    return folder
-
-
-def in_clone(clone: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    line = [sys.executable, *words]
-    return subprocess.run(line, cwd=clone, env=env, input=stdin, capture_output=True, text=True)

@@ -11,7 +11,6 @@ from tiny import constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.errors import BackendError, GrammarError, OptionError
-from qaflora_edge.inference.request import make_sampling
 
 PROMPT = "the king is in the air"
 PERSON = {
@@ -57,15 +56,6 @@ def test_greedy_under_a_grammar_is_the_likeliest_allowed_token(engine: Engine) -
     assert (answer.finish_reason, answer.n_completion) == ("stop", 6)
 
 
-def test_seed_repeats_an_answer_under_a_grammar(engine: Engine) -> None:
-    def draw(seed: int) -> str:
-        options = {"temperature": 2.0, "seed": seed, "max_tokens": 12}
-        return engine.generate(PROMPT, grammar="root ::= [a-z]+", **options).text()
-
-    assert draw(4) == draw(4)
-    assert len({draw(seed) for seed in range(5)}) > 1
-
-
 def test_answer_under_a_schema_is_valid_json(engine: Engine) -> None:
     answer = engine.generate(PROMPT, json_schema=PERSON, max_tokens=200)
     value = json.loads(answer.text())
@@ -80,13 +70,6 @@ def test_answer_under_a_schema_is_valid_json(engine: Engine) -> None:
             [{"role": "user", "content": "who?"}], response_format=response_format, max_tokens=200
         )
         assert set(json.loads(reply["choices"][0]["message"]["content"])) == {"name", "age"}
-
-
-def test_limits_and_stop_texts_cut_an_answer_under_a_grammar(engine: Engine) -> None:
-    short = engine.generate(PROMPT, json_schema=PERSON, max_tokens=4)
-    assert (len(short.text()) > 0, short.finish_reason) == (True, "length")
-    stopped = engine.generate(PROMPT, grammar='root ::= "one" "two" "three"', stop="two")
-    assert (stopped.text(), stopped.finish_reason) == ("one", "stop")
 
 
 def test_control_tokens_never_pass_for_their_text(engine: Engine) -> None:
@@ -174,13 +157,4 @@ def test_unknown_response_format_is_refused(engine: Engine, wrong: object) -> No
     assert str(caught.value) == (
         f"Option response_format is {wrong!r}, expected {{'type': 'json_object'}} or "
         "{'type': 'json_schema', 'json_schema': {'schema': ...}}."
-    )
-
-
-def test_strategy_is_told_to_be_weights() -> None:
-    with pytest.raises(OptionError) as caught:
-        make_sampling((), strategy="static")
-    assert str(caught.value) == (
-        "Option strategy is 'static', expected no such option here: an answer takes its strategy "
-        "as weights='static'."
     )

@@ -14,7 +14,7 @@ from qaflora_edge.backend.batch import Pieces, Span
 from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
-from qaflora_edge.inference.request import Cancellation, Request, Sampling
+from qaflora_edge.inference.request import Request, Sampling
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 
@@ -225,17 +225,6 @@ def test_a_long_job_lets_one_of_another_kind_pass() -> None:
     assert seen == [0, 1, 0, 1, 0, 2, 0, 2, 0, 0, 0, 0, 0]
 
 
-def test_what_a_conversation_left_stays_while_there_is_room_elsewhere() -> None:
-    bench = Bench(3)
-    first = bench.add([1, 2, 3], n=4)
-    bench.finish(first)
-    others = [bench.add([7, 8, i], n=9) for i in range(2)]
-    bench.finish(*others)
-    bench.add([1, 2, 3, *first.answer, 9])
-    bench.step()
-    assert bench.context.batches[0][0].start == 3 + 3
-
-
 def request(tokens: Sequence[int], **more: Any) -> Request:
     return Request(tuple(tokens), np.ones((1, 2), np.float32), **more)
 
@@ -402,15 +391,3 @@ def wrong_answers(seeds: Sequence[int]) -> int:
             is_cut = each.finish_reason in ("cancelled", "error")
             n_wrong += each.answer != (expected[: len(each.answer)] if is_cut else expected)
     return n_wrong
-
-
-def test_cancellation_by_event() -> None:
-    import threading
-
-    event = threading.Event()
-    bench = Bench(1)
-    sequence = bench.add([1, 2], n=99, cancellation=Cancellation(event))
-    bench.step()
-    event.set()
-    bench.finish(sequence)
-    assert sequence.finish_reason == "cancelled"

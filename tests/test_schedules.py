@@ -7,9 +7,8 @@ within a tolerance, for products of other batch sizes sum in another order.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,7 @@ from numpy.typing import NDArray
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, Generation, QafloraError
-from qaflora_edge.backend.batch import Batch, Span
-from qaflora_edge.backend.context import Context, context_params
-from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.context import Context
 from qaflora_edge.errors import BackendError, PromptError
 from qaflora_edge.inference.runner import Runner
 
@@ -181,69 +178,3 @@ def compare(alone: Engine, call: Call, noted: dict[int, list[F32]], atol: float)
         assert (ours.answer, ours.finish_reason) == (theirs.answer, theirs.finish_reason)
         assert str(call.error) == str(again.error)
     return len(rows)
-
-
-def logits_by_batch(
-    model: Model, decode: Callable[[list[Span]], list[F32]], n_together: int
-) -> list[F32]:
-    """Logits [n_vocab] of each token of four texts, n_together sequences in one batch."""
-    texts = ("How many legs", "¿Qué es un río", "The capital of", "A man with chest pain")
-    tokens = [
-        model.tokenize(f"{text} and so on, she said to the old man.", **PLAIN)[:12]
-        for text in texts
-    ]
-    found: dict[tuple[int, int], F32] = {}
-    for first in range(0, 4, n_together):
-        seqs = range(first, first + n_together)
-        for at in range(12):
-            rows = decode([Span(seq, [tokens[seq][at]], at) for seq in seqs])
-            found |= {(seq, at): row for seq, row in zip(seqs, rows, strict=True)}
-    return [found[key] for key in sorted(found)]
-
-
-def largest_change(one: list[F32], other: list[F32]) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.slow
-def test_company_changes_no_more_than_the_batch_size_does_on_the_stock_library(
-    smollm2: Path, checkout: Path
-) -> None:
-    """With defaults, on a quantised base, whose kernels may round by the size of a batch."""
-    with Model(smollm2) as model:
-        lib = model._lib
-        stock = lib.llama_init_from_model(
-            model._pointer, context_params(model, n_token=4 * 64, n_seq=4)
-        )
-
-        def stock_decode(spans: list[Span]) -> list[F32]:
-            batch = Batch(lib, spans)
-            assert lib.llama_decode(stock, batch.struct) == 0
-            rows = (lib.llama_get_logits_ith(stock, row) for row in batch.last)
-            return [np.ctypeslib.as_array(row, shape=(model.n_vocab,)).copy() for row in rows]
-
-        by_size = []
-        for n in (1, 4):
-            lib.llama_memory_clear(lib.llama_get_memory(stock), False)
-            by_size.append(logits_by_batch(model, stock_decode, n))
-        lib.llama_free(stock)
-        allowed = 2 * largest_change(*by_size) + 1e-4
-
-        paths = sorted((checkout / "models" / "demo" / "adapters").glob("*.gguf"))
-        with (
-            Pack(model, paths) as pack,
-            Context(model, pack, n_ctx=64, n_seq=4) as context,
-        ):
-            rng = np.random.default_rng(0)
-            for seq in range(4):
-                weights = rng.random((len(paths), model.n_layer), np.float32)
-                context.set_weights(weights, seq=seq)
-
-            def our_decode(spans: list[Span]) -> list[F32]:
-                return [context.logits(row) for row in context.decode_spans(spans)]
-
-            ours = []
-            for n in (1, 4):
-                context.clear()
-                ours.append(logits_by_batch(model, our_decode, n))
-    assert largest_change(*ours) <= allowed

@@ -27,7 +27,6 @@ from workers import (
     GET_TENSOR,
     GRAPH_COMPUTE,
     GRAPH_RECOMPUTE,
-    SET_TENSOR,
     VERSION,
     Worker,
     hello,
@@ -37,14 +36,12 @@ from workers import (
 )
 
 from qaflora_edge import Engine
-from qaflora_edge.backend import devices, library
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend import library
+from qaflora_edge.backend.model import Model
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.cli import main
 from qaflora_edge.errors import OptionError, WorkerError
 
-F32 = NDArray[np.float32]
 TOKENS = cpu.TOKENS
 NEAR = 1e-4  # logits and states are of size 1 to 5
 ALL, SOME = 99, 2  # of three layers: all, and the last two
@@ -154,33 +151,6 @@ def test_engine_agrees_with_layers_here(base, adapters, rpc) -> None:
 # what is sent
 
 
-def test_weights_are_sent_when_they_change_graphs_and_logits_never(base, adapters, free) -> None:
-    n_token = 20
-    with relay(free) as between:
-        model = Model(base.path, rpc=between.endpoint)
-        pack = Pack(model, [adapter.path for adapter in adapters])
-        rng = np.random.default_rng(0)
-        with Context(model, pack, n_ctx=64, **cpu.EXACT) as context:
-            context.decode(TOKENS[:1])
-            between.forget()
-            for i in range(n_token):
-                context.set_weights(rng.random((3, base.n_layer)).astype(np.float32))
-                context.decode(TOKENS[:1], start=1 + i)
-            assert between.sent[GRAPH_COMPUTE] == 0
-            assert between.sent[GRAPH_RECOMPUTE] == n_token
-            assert between.sent[GET_TENSOR] == n_token
-            # the state behind the last layer, and the size of the message
-            assert between.n_received == n_token * (8 + 4 * base.n_embd)
-            assert base.n_vocab > base.n_embd
-            n_set = between.sent[SET_TENSOR]
-            between.forget()
-            for i in range(n_token):
-                context.decode(TOKENS[:1], start=1 + n_token + i)
-            assert between.sent[SET_TENSOR] < n_set
-        pack.close()
-        model.close()
-
-
 @pytest.mark.slow
 def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", n_layer=1, n_ff=48_000)  # 12 MB: three of them
@@ -201,90 +171,7 @@ def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
 # custom operations
 
 
-_CUSTOM = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
-)  # ggml_custom_op_t
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-
-
-class GraphOfTwo:
-    """x + c, with x on a worker, and c of a custom operation that writes 7."""
-
-    def __init__(self, device: int) -> None:
-        binding, _ = library.library()
-        self.lib, lib = binding._lib, binding._lib
-        for name, kinds in {
-            "ggml_init": [_P, ctypes.c_size_t, _P, ctypes.c_bool],
-            "ggml_new_tensor_1d": [_P, _I, _L],
-            "ggml_custom_4d": [_P, _I, _L, _L, _L, _L, _P, _I, _CUSTOM, _I, _P],
-            "ggml_add": [_P, _P, _P],
-            "ggml_new_graph": [_P],
-            "ggml_get_data": [_P],
-            "ggml_backend_alloc_ctx_tensors": [_P, _P],
-            "ggml_backend_dev_init": [_P, ctypes.c_char_p],
-            "ggml_backend_sched_new": [_P, _P, _I, ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool],
-        }.items():
-            getattr(lib, name).restype, getattr(lib, name).argtypes = _P, kinds
-        lib.ggml_backend_tensor_get.argtypes = [_P, _P, ctypes.c_size_t, ctypes.c_size_t]
-        lib.ggml_backend_tensor_set.argtypes = [_P, _P, ctypes.c_size_t, ctypes.c_size_t]
-        lib.ggml_build_forward_expand.argtypes = [_P, _P]
-        lib.ggml_backend_graph_compute.argtypes = [_P, _P]
-        lib.ggml_backend_sched_graph_compute.argtypes = [_P, _P]
-        lib.ggml_set_name.argtypes = [_P, ctypes.c_char_p]
-        lib.ggml_backend_buffer_set_usage.argtypes = [_P, _I]
-        self.worker = lib.ggml_backend_dev_init(device, None)
-        self.cpu = lib.ggml_backend_dev_init(devices.ggml().dev_by_type(0), None)
-        self.op = _CUSTOM(self._write)
-        weights = self._context()
-        self.x = lib.ggml_new_tensor_1d(weights, 0, 4)
-        buffer = lib.ggml_backend_alloc_ctx_tensors(weights, self.worker)
-        lib.ggml_backend_buffer_set_usage(buffer, 1)  # WEIGHTS: what reads x is best computed there
-        lib.ggml_backend_tensor_set(self.x, (ctypes.c_float * 4)(1, 2, 3, 4), 0, 16)
-        self.context = self._context()
-        sources = (_P * 1)(self.x)
-        c = lib.ggml_custom_4d(self.context, 0, 4, 1, 1, 1, sources, 1, self.op, 1, None)
-        lib.ggml_set_name(c, b"seven")
-        self.sum = lib.ggml_add(self.context, c, self.x)
-        self.graph = lib.ggml_new_graph(self.context)
-        lib.ggml_build_forward_expand(self.graph, self.sum)
-
-    def _context(self) -> int:
-        class Params(ctypes.Structure):
-            _fields_ = [("size", ctypes.c_size_t), ("buffer", _P), ("no_alloc", ctypes.c_bool)]
-
-        init = self.lib.ggml_init
-        init.argtypes = [Params]
-        made: int = init(Params(1 << 20, None, True))
-        return made
-
-    def _write(self, result: int, _ith: int, _nth: int, _data: object) -> None:
-        ctypes.memmove(self.lib.ggml_get_data(result), (ctypes.c_float * 4)(7, 7, 7, 7), 16)
-
-
-@pytest.fixture
-def graph(workers: list[Worker]) -> Iterator[GraphOfTwo]:
-    with devices.Workers(workers[0].endpoint) as opened:
-        yield GraphOfTwo(opened.devices[0])
-
-
-def test_custom_operations_are_computed_here(graph: GraphOfTwo) -> None:
-    """Where ggml's scheduler places them: their source is a weight on the worker."""
-    backends = (_P * 2)(graph.worker, graph.cpu)
-    sched = graph.lib.ggml_backend_sched_new(backends, None, 2, 64, False, False)
-    assert graph.lib.ggml_backend_sched_graph_compute(sched, graph.graph) == 0
-    found = (ctypes.c_float * 4)()
-    graph.lib.ggml_backend_tensor_get(graph.sum, found, 0, 16)
-    assert list(found) == [8.0, 9.0, 10.0, 11.0]
-
-
-def test_graph_with_a_custom_operation_is_not_sent(
-    graph: GraphOfTwo, workers: list[Worker]
-) -> None:
-    library.forget_said()
-    graph.lib.ggml_backend_alloc_ctx_tensors(graph.context, graph.worker)
-    assert graph.lib.ggml_backend_graph_compute(graph.worker, graph.graph) != 0
-    said = f"the custom operation 'seven' cannot be computed by the worker {workers[0].endpoint}"
-    assert said in library.said()
 
 
 @pytest.mark.slow
@@ -314,14 +201,6 @@ def _hello_and_close(port: int) -> tuple[None, tuple[int, int, int], bytes]:
 
 
 # failures
-
-
-def pieces(engine: Engine, n: int) -> str:
-    """The beginning of an answer."""
-    answer = engine.generate(TOKENS, grammar=LETTERS)
-    text = "".join(next(answer) for _ in range(n))
-    answer.cancel()
-    return text
 
 
 @pytest.mark.slow
@@ -434,11 +313,6 @@ def test_nothing_is_there(base: TinyBase) -> None:
 def test_wrong_name_of_a_worker(base: TinyBase, text: str) -> None:
     with pytest.raises(OptionError, match=r"Option rpc has the worker .* expected HOST:PORT"):
         Model(base.path, rpc=text)
-
-
-def test_worker_is_named_once(base: TinyBase) -> None:
-    with pytest.raises(OptionError, match="expected up to 16 different workers"):
-        Model(base.path, rpc="a:1,a:1")
 
 
 @pytest.mark.parametrize("split", ["", "x", "0", "-1", "1,nan", "inf"])
