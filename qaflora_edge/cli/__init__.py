@@ -4,14 +4,17 @@ import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from qaflora_edge import __version__
-from qaflora_edge.cli.signals import signals_unwind
 from qaflora_edge.config import removed
 from qaflora_edge.errors import QafloraError, is_disk_full
 from qaflora_edge.files import one_line
@@ -85,7 +88,7 @@ class VerbGroup(click.Group):
         kwargs["standalone_mode"] = False
         _prepare_streams()
         try:
-            with signals_unwind():
+            with _sigterm_leaves():
                 code = super().main(*args, **kwargs)
         except QafloraError as error:
             _fail(str(error))
@@ -116,6 +119,23 @@ class VerbGroup(click.Group):
                 "base, fewer adapters or a smaller --ctx."
             )
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _sigterm_leaves() -> Iterator[None]:
+    """Let SIGTERM end the command by an exception, with exit code 143: it cleans up on its way."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # the main thread's owner decides about signals
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(message: str) -> NoReturn:

@@ -5,8 +5,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -21,7 +21,7 @@ from qaflora_edge.cli.options import (
     check_outputs,
     open_engine,
 )
-from qaflora_edge.cli.progress import is_shown
+from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import open_prompts, read_lines, unknown_note
 from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
@@ -30,6 +30,7 @@ from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.line_file import LineFile
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.show.text import mean_weights
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
@@ -167,15 +168,15 @@ class _Job:
                 'expected one JSON object a line. Write {"prompt": "..."} into it.'
             )
 
-    def answer(self, engine: Any, stream: BinaryIO, tell: Callable[[float], None]) -> None:
+    def answer(self, engine: Any, stream: BinaryIO, total: int | None, tell: Tell) -> None:
         """Answer what is not answered; each answer is written when it ends."""
         running: dict[int, tuple[Line, dict[str, Any]]] = {}
-        n_line, start = 0, time.perf_counter()
+        n_line = 0
 
         def write(line: Line, answer: dict[str, Any]) -> None:
             self.answers.write(line, answer)
             self.n_done += 1
-            tell(self.n_token / (time.perf_counter() - start))
+            tell("Answering", self.n_done, total or self.n_done)
 
         def requests() -> Iterator[dict[str, Any]]:
             nonlocal n_line
@@ -261,9 +262,11 @@ def answer_file(
         start_s = time.perf_counter()
         try:
             if total != 0:
-                with open_engine(bundle, options) as engine, _bar(total, out) as tell:
+                with open_engine(bundle, options) as engine:
                     start_s = time.perf_counter()
-                    job.answer(engine, stream, tell)
+                    is_mixed = out is None and sys.stdout.isatty()  # with the answers
+                    with nullcontext(silent) if is_mixed else progress_bars() as tell:
+                        job.answer(engine, stream, total, tell)
         except (KeyboardInterrupt, SystemExit):  # SIGTERM
             job.tell_sum(time.perf_counter() - start_s)
             raise
@@ -289,20 +292,3 @@ def _key(
 
 def _failure(error: QafloraError) -> dict[str, Any]:
     return {"error": {"type": type(error).__name__, "message": str(error)}}
-
-
-@contextmanager
-def _bar(total: int | None, out: Path | None) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal, unless the answers are shown there; its function is given tokens/s."""
-    if not is_shown() or (out is None and sys.stdout.isatty()):
-        yield lambda rate: None
-        return
-    counted: Any = {"length": total} if total is not None else {"iterable": itertools.count()}
-    with click.progressbar(
-        **counted,
-        label="Answering",
-        file=sys.stderr,
-        show_pos=True,
-        item_show_func=lambda rate: "" if rate is None else f"{rate:.0f} tok/s",
-    ) as bar:
-        yield lambda rate: bar.update(1, rate)
