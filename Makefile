@@ -225,7 +225,7 @@ eval-report: $(DONE)/package
 
 # Every path of `qaflora eval` on ten items: each metric, resuming, the page, the best strategy.
 SMOKE := $(BUILD)/smoke
-SMOKE_EVAL := $(BIN)/python benchmarks/code_metric.py eval $(SMOKE)/bundle benchmarks/smoke/*.jsonl --layers -o $(SMOKE)/results.jsonl
+SMOKE_EVAL := $(BIN)/python benchmarks/code_metric.py eval $(SMOKE)/bundle benchmarks/smoke/*.jsonl -o $(SMOKE)/results.jsonl
 eval-smoke: $(DONE)/package
 	$(BIN)/qaflora pull smollm2-135m-instruct
 	rm -rf $(SMOKE) && mkdir -p $(SMOKE) && cp -r models/demo $(SMOKE)/bundle

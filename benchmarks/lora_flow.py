@@ -31,11 +31,9 @@ from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.bundles.open import Bundle, load_bundle
 from qaflora_edge.evaluation.results import ResultsFile
 from qaflora_edge.evaluation.run import (
-    Asking,
-    answer_fields,
     asked_fields,
     header,
-    likelihood_fields,
+    score_fields,
     scored_texts,
     task_prompt,
 )
@@ -203,7 +201,7 @@ def train(flow: Flow, rows: Sequence[Any], args: argparse.Namespace) -> None:
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}", flush=True)
 
 
-def evaluate(flow: Flow, engine: Engine, task: Task, item: Item, asking: Asking) -> dict[str, Any]:
+def evaluate(flow: Flow, engine: Engine, task: Task, item: Item) -> dict[str, Any]:
     """An item's result; its weights are the gates', the mean over the prompt's tokens."""
     prompt = task_prompt(engine, task, item)
     start = time.perf_counter()
@@ -215,15 +213,15 @@ def evaluate(flow: Flow, engine: Engine, task: Task, item: Item, asking: Asking)
             log_p = logits.double().log_softmax(dim=-1).gather(1, chosen)
             scores.append(log_p[:, 0].float().cpu().numpy())
         means = flow.mean_weights(len(prompt))
-        found = likelihood_fields(task, item, scores)
+        found = score_fields(task, item, scores)
         n_token, reason = sum(map(len, scores)), None
     else:
-        n_most = asking.max_tokens(task) or 512
+        n_most = task.max_tokens or 512
         text, n_token, reason, means = generated(flow, engine, prompt, n_most)
-        found = answer_fields(task, item, text)
+        found = score_fields(task, item, text)
     fusion = FusionWeights(engine.adapters, means, None, STRATEGY)
     return {
-        **asked_fields(task, item, STRATEGY, fusion, asking),
+        **asked_fields(task, item, STRATEGY, fusion),
         **found,
         "probe_ms": 0.0,
         "prefill_ms": 0.0,
@@ -231,7 +229,6 @@ def evaluate(flow: Flow, engine: Engine, task: Task, item: Item, asking: Asking)
         "n_prompt": len(prompt),
         "n_token": n_token,
         "finish_reason": reason,
-        "error": None,
     }
 
 
@@ -302,15 +299,14 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.allow_code:
         code_metric.register()
     task, train_task = read_task(args.test), read_task(args.train)
-    asking = Asking()
     with Engine(args.bundle, strategy="base", n_ctx=4096) as engine:
         if args.adapters:
             engine.use_adapters(args.adapters.split(","))
-        head = header(args.bundle, engine, [task], [STRATEGY], asking, training(args))
+        head = header(args.bundle, engine, [task], [STRATEGY], training(args))
         file = ResultsFile(args.out, head)
         with file.opened():
             indexes = range(len(task.items))[HALVES[args.half]][: args.limit]
-            left = [i for i in indexes if not file.has(task.name, i, STRATEGY)]
+            left = [i for i in indexes if (task.name, i, STRATEGY) not in file.records]
             if not left:
                 return
             items = range(len(train_task.items))[HALVES[args.train_half]]
@@ -321,7 +317,7 @@ def main(words: Sequence[str] | None = None) -> None:
             train(flow, list(zip(examples.prompts, answers, strict=True)), args)
             with torch.inference_mode():
                 for index in left:
-                    found = evaluate(flow, engine, task, task.items[index], asking)
+                    found = evaluate(flow, engine, task, task.items[index])
                     file.write(found)
                     print(f"{task.name} {index}: {found['score']:.4g}", flush=True)
 

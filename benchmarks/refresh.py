@@ -15,7 +15,7 @@ import numpy as np
 
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.evaluation.results import ResultsFile
-from qaflora_edge.evaluation.run import Asking, answer_fields, asked_fields, header, task_prompt
+from qaflora_edge.evaluation.run import asked_fields, header, score_fields, task_prompt
 from qaflora_edge.evaluation.tasks import read_task
 from qaflora_edge.inference.generation import Generation
 
@@ -73,7 +73,6 @@ def main() -> None:
         raise SystemExit(f"{args.task} has the metric {task.metric}, expected one of answers.")
     if task.stop:
         raise SystemExit(f"{args.task} has texts to stop at, which are not looked for here.")
-    asking = Asking()
     strategy = f"{args.strategy}, each {args.every}"
     items = [item for item in task.items if item.index % 2 == (args.half == "test")][: args.limit]
     with Engine(
@@ -82,10 +81,10 @@ def main() -> None:
         if args.adapters:
             engine.use_adapters(args.adapters.split(","))
         told = {"every": args.every, "n_ctx": 2048}
-        head = header(args.bundle, engine, [task], [strategy], asking, told)
+        head = header(args.bundle, engine, [task], [strategy], told)
         file = ResultsFile(args.out, head)
         with file.opened():
-            left = [item for item in items if not file.has(task.name, item.index, strategy)]
+            left = [item for item in items if (task.name, item.index, strategy) not in file.records]
             prompts = [task_prompt(engine, task, item) for item in left]
             answers = answers_of(engine, prompts, every=args.every, n_most=task.max_tokens or 256)
             for item, answer in zip(left, answers, strict=True):
@@ -93,10 +92,10 @@ def main() -> None:
                 fusion = FusionWeights(engine.adapters, means, None, strategy)
                 pieces = map(engine._model.piece, answer.tokens[len(answer.prompt) :])
                 text = b"".join(pieces).decode("utf-8", "replace")
-                found = answer_fields(task, item, text)
+                found = score_fields(task, item, text)
                 file.write(
                     {
-                        **asked_fields(task, item, strategy, fusion, asking),
+                        **asked_fields(task, item, strategy, fusion),
                         **found,
                         "probe_ms": round(answer.probe_ms, 3),
                         "probe_before_ms": 0.0,
@@ -105,7 +104,6 @@ def main() -> None:
                         "n_prompt": len(answer.prompt),
                         "n_token": len(answer.tokens) - len(answer.prompt),
                         "finish_reason": answer.reason,
-                        "error": None,
                     }
                 )
                 print(f"{task.name} {item.index}: {found['score']:.4g}", flush=True)

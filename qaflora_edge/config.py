@@ -291,6 +291,7 @@ REMOVED = {
     "fit": "`qaflora fit` is gone; give weights by --strategy manual:NAME=W, or use two-place.",
     "report": "`qaflora report` is gone; `qaflora eval --html FILE` writes a page of results.",
     "fitted": "The strategy fitted is gone; give its weights by --strategy manual:NAME=W.",
+    "layers": "The option layers is gone; `qaflora weights --json` prints the weights by layer.",
     "items": "The option items is gone; use --limit N or --half dev|test.",
     "allow_code": "The metric code is gone; benchmarks/code_metric.py runs eval with it.",
     "fast": "The option fast is gone; use --strategy two-place, which is fast and exact.",

@@ -99,7 +99,10 @@ def test_a_registered_metric_stands_with_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (Metric("loss", polite), "'loss': the package has one of that name, expected another"),
+        (
+            Metric("loss", polite),
+            "and is none of number, exact, contains, choice, loss.",
+        ),
         (Metric("Not a name", polite), "expected a qaflora_edge.Metric whose name has small let"),
         (polite, "expected a qaflora_edge.Metric whose name has small letters"),
     ],

@@ -1,4 +1,4 @@
-"""The HTML plot in a real browser: mouse, finger, keyboard, light and dark, and nothing runs."""
+"""Pages of weights and of results in a real browser: what they show, and that nothing runs."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from browser import Browser, missing
 
-from qaflora_edge.show.pages import weights_page
+from qaflora_edge.show.pages import Bar, TaskShown, results_page, weights_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
 pytestmark = [
@@ -19,6 +19,23 @@ N_LAYER = 30
 LEFT, UP, RIGHT, DOWN, TAB, END, ESCAPE = (
     *("\ue012", "\ue013", "\ue014", "\ue015", "\ue004", "\ue010", "\ue00c"),
 )
+NAN = float("nan")
+LINES = {
+    "base": (Bar("20.0", 20, 5, 40), None, Bar("-60.0", -60, -80, -20)),
+    EVIL: (Bar("100.0", 100, 80, 100), Bar("+5.0", 5, NAN, NAN), Bar("+20.0", 20, 10, 30)),
+}
+ITEMS = [
+    {
+        "index": i,
+        "question": f"How many is {i}?\n{EVIL}",
+        "expected": i,
+        "answers": [
+            {"strategy": "base", "score": "0.0", "mix": "base", "text": f"base says {i} {EVIL}"},
+            {"strategy": EVIL, "score": "0.0" if i else "100.0", "mix": "math 50 %", "text": ""},
+        ],
+    }
+    for i in range(3)
+]
 
 
 def fusion(seed: int = 0) -> FusionWeights:
@@ -37,11 +54,51 @@ def expected(row: int, layer: int, seed: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plot") / "weights.html"
     items = [(EVIL, EVIL, fusion()), ("two", "two", fusion(1))]
     path.write_text(weights_page(items, EVIL), "utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("results") / "results.html"
+    task = TaskShown(EVIL, "number", ("score, points", "over static", "over math"), LINES, ITEMS)
+    path.write_text(results_page(f"Evaluation of {EVIL}\x1b[2J", {"base": EVIL}, [task]), "utf-8")
+    return path
+
+
+@pytest.fixture(params=["weights", "results"])
+def page(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
+def test_nothing_is_loaded_and_nothing_runs(window: Browser, page: Path, tmp_path: Path) -> None:
+    window.log()
+    window.open(page)
+    title = window.run("return document.title")
+    assert title == "qaflora weights" or title.endswith("</script>\\x1b[2J")
+    assert window.run("return performance.getEntriesByType('resource').length") == 0
+    assert window.run("return document.querySelectorAll('img, section script').length") == 0
+    assert window.log() == []  # the policy allows the page's own style and script
+    broken = tmp_path / "broken.html"  # as if escaping had failed
+    broken.write_text(page.read_text("utf-8").replace("<section>", f"<section>{EVIL}", 1), "utf-8")
+    window.open(broken)
+    assert window.run("return document.querySelectorAll('section > img').length") == 1
+    assert window.run("return document.title") == title
+    assert any("Content Security Policy" in line for line in window.log())
+
+
+@pytest.mark.parametrize("width", [420, 1700])
+def test_page_is_no_wider_than_the_window(width: int, window: Browser, page: Path) -> None:
+    window.open(page, width)
+    window.run("for (const each of document.querySelectorAll('details')) each.open = true")
+    assert window.run("return document.documentElement.scrollWidth <= innerWidth")
+
+
+# weights
 
 
 def cell(row: int, layer: int, panel: int = 1) -> str:
@@ -51,36 +108,27 @@ def cell(row: int, layer: int, panel: int = 1) -> str:
 
 
 def tip(window: Browser) -> str | None:
-    """The text of the tip as it is rendered, or None while it is hidden."""
+    """The text of the tip as it is rendered inside the window, or None while it is hidden."""
     shown: str | None = window.run(
-        "const tip = document.getElementById('tip');"
+        "const tip = document.getElementById('tip'), b = tip.getBoundingClientRect();"
+        "if (b.left < 0 || b.top < 0 || b.right > innerWidth || b.bottom > innerHeight) return '';"
         "return tip.checkVisibility() ? tip.innerText : null"
     )
     return shown
 
 
-def is_tip_inside(window: Browser) -> bool:
-    return bool(
-        window.run(
-            "const b = document.getElementById('tip').getBoundingClientRect();"
-            "return b.left >= 0 && b.top >= 0 && b.right <= innerWidth && b.bottom <= innerHeight"
-        )
-    )
-
-
-def test_mouse_shows_weight_and_divergence(window: Browser, page: Path) -> None:
-    window.open(page)
+def test_mouse_shows_weight_and_divergence(window: Browser, weights: Path) -> None:
+    window.open(weights)
     assert tip(window) is None
-    for row, layer, panel in ((0, 0, 1), (1, 7, 1), (2, N_LAYER - 1, 1), (0, 3, 2)):
+    for row, layer, panel in ((1, 7, 1), (2, N_LAYER - 1, 1), (0, 3, 2)):
         window.point(cell(row, layer, panel))
         assert tip(window) == expected(row, layer, panel - 1)
-        assert is_tip_inside(window)
     window.point("h1")
     assert tip(window) is None
 
 
-def test_keyboard_walks_over_the_cells(window: Browser, page: Path) -> None:
-    window.open(page, 420, 800)  # too narrow for all layers: the picture scrolls
+def test_keyboard_walks_over_the_cells(window: Browser, weights: Path) -> None:
+    window.open(weights, 420, 800)  # too narrow for all layers: the picture scrolls
     window.press(TAB)
     assert tip(window) == expected(0, 0)
     window.press(RIGHT, RIGHT, DOWN, LEFT)
@@ -89,33 +137,8 @@ def test_keyboard_walks_over_the_cells(window: Browser, page: Path) -> None:
     assert tip(window) == expected(0, 1)
     window.press(END)
     assert tip(window) == expected(0, N_LAYER - 1)
-    assert is_tip_inside(window)
-    assert window.run(
-        "const b = document.activeElement.getBoundingClientRect();"
-        "return b.left >= 0 && b.right <= innerWidth"
-    )
     window.press(ESCAPE)
     assert tip(window) is None
-
-
-def test_nothing_is_loaded_and_nothing_runs(window: Browser, page: Path) -> None:
-    window.log()
-    window.open(page)
-    assert window.run("return document.title") == "qaflora weights"
-    assert window.run("return performance.getEntriesByType('resource').length") == 0
-    assert window.run("return document.querySelectorAll('img, section script').length") == 0
-    assert window.log() == []
-
-
-def test_policy_holds_even_if_escaping_failed(window: Browser, page: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.html"
-    broken.write_text(page.read_text("utf-8").replace("<main>", f"<main>{EVIL}"), "utf-8")
-    window.open(broken)
-    assert window.run("return document.querySelectorAll('main > img').length") == 1
-    assert window.run("return document.title") == "qaflora weights"
-    assert any("Content Security Policy" in line for line in window.log())
-    window.point(cell(0, 0))
-    assert tip(window) == expected(0, 0)
 
 
 PAPER_AND_TEXT = (
@@ -126,17 +149,38 @@ PAPER_AND_TEXT = (
 
 
 @pytest.mark.parametrize("is_dark", [False, True])
-def test_light_and_dark(window: Browser, is_dark: bool, page: Path) -> None:
+def test_light_and_dark(window: Browser, is_dark: bool, weights: Path) -> None:
     window.prefer(is_dark=is_dark)
-    window.open(page)
+    window.open(weights)
     paper, text, ink = (sum(colour) for colour in window.run(PAPER_AND_TEXT))
-    window.point(cell(0, 0))
-    assert tip(window) == expected(0, 0)
     assert (paper < text) == (paper < ink) == is_dark
     assert min(abs(paper - text), abs(paper - ink)) > 380  # of 765
 
 
-def test_page_is_no_wider_than_the_window(window: Browser, page: Path) -> None:
-    for width in (420, 800, 1700):
-        window.open(page, width)
-        assert window.run("return document.documentElement.scrollWidth <= innerWidth")
+# results
+
+
+def test_an_item_opens_to_its_question_and_answers(window: Browser, results: Path) -> None:
+    window.open(results)
+    assert "How many is 2?" not in window.run("return document.body.innerText")
+    window.run("for (const e of document.querySelectorAll('.items, .item')) e.open = true")
+    text = window.run("return document.querySelector('.item:last-of-type').innerText")
+    for part in (f"How many is 2?\n{EVIL}", "Expected: 2", f"base says 2 {EVIL}"):
+        assert part in text
+    count = "return [...document.querySelectorAll('.item')].filter(e => e.checkVisibility()).length"
+    assert window.run(count) == 3
+    window.run("document.querySelector('input').click()")  # only where they differ
+    assert window.run(count) == 1
+
+
+def test_every_bar_is_drawn_inside_its_picture(window: Browser, results: Path) -> None:
+    window.open(results)
+    outside = (
+        "return [...document.querySelectorAll('svg')].filter(svg => "
+        "[...svg.querySelectorAll('line, circle, rect')].some(part => {"
+        " const a = part.getBoundingClientRect(), b = svg.getBoundingClientRect();"
+        " return a.left < b.left - 1 || a.right > b.right + 1 })).length"
+    )
+    count = "return document.querySelectorAll(arguments[0]).length"
+    assert [window.run(count, f"svg{kind}") for kind in ("", ".better", ".worse")] == [5, 1, 1]
+    assert window.run(outside) == 0

@@ -22,7 +22,7 @@ def wilson(n_right: int, n: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("n_right", "n"), [(0, 1), (1, 1), (3, 10), (0, 24), (60, 250)])
 def test_share_of_right_answers_has_a_wilson_interval(n_right: int, n: int) -> None:
-    found = mean(np.repeat([1.0, 0.0], [n_right, n - n_right]))
+    found = mean([np.repeat([1.0, 0.0], [n_right, n - n_right])])
     assert (found.value, found.n_item) == (n_right / n, n)
     assert (found.low, found.high) == pytest.approx(wilson(n_right, n), abs=1e-12)
 
@@ -76,7 +76,7 @@ def test_tasks_count_the_same_whatever_their_length() -> None:
 
 def test_numbers_give_the_same_interval_each_time() -> None:
     values = np.random.default_rng(3).normal(size=50)
-    assert mean_of_means([values]) == mean_of_means([values]) == mean(values)
+    assert mean_of_means([values]) == mean_of_means([values]) == mean([values])
 
 
 def test_equal_values_have_no_width_and_one_item_no_interval() -> None:

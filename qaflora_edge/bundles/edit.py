@@ -179,7 +179,6 @@ def calibrate(
         is_new = bool(unmeasured(fusion, [*loaded.adapter_paths]))
         if strategy not in (None, fusion.get("strategy")):
             fusion["strategy"] = strategy
-            fusion.pop("evidence", None)  # it was for another
             check_strategy(what, raw, is_measured=False)
         check_takes_file(folder / BUNDLE_FILE)
         measure_typical(fusion, loaded.base_path, loaded.adapter_paths, engine, progress or silent)
@@ -228,7 +227,7 @@ def check_can_change(folder: AnyPath) -> None:
 def set_default(folder: AnyPath, strategy: str, **more: Any) -> None:
     """Make a strategy the default of an Engine.
 
-    more  lens, pool, or evidence for the strategy (which goes when the adapters change)
+    more  lens, pool
 
     Raises StrategyError or BundleError and leaves the bundle as it was when anything fails.
     """
@@ -292,8 +291,6 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
         raw: dict[str, Any] = copy.deepcopy(dict(text.raw))
         try:
             yield text, raw
-            if raw["adapters"] != text.raw["adapters"]:  # it was for other adapters
-                raw.get("fusion", {}).pop("evidence", None)
             if raw != text.raw:
                 write_bundle_json(folder, raw, text.where)
         except BaseException:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qaflora_edge.bundles.open import known_of, verify_bundle
+from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.errors import BundleError, InputFileError, UploadError
 from qaflora_edge.files import AnyPath, safe_join, unsafe_reason
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
@@ -226,11 +226,6 @@ def _bundle_card(text: BundleText, repo: str) -> str:
         f"`{base.sha256}`"
         + (f", from `{place}`." if (place := base.hub or base.registry) else "."),
         "",
-        *(
-            [f"Strategy {_line(known_of(text).strategy)}, {_line(text.evidence)}.", ""]
-            if text.evidence
-            else []
-        ),
         f"Licence: {_line(text.license) or 'not stated'}. The base has its own.",
     ]
     return "\n".join(lines) + "\n"

@@ -363,7 +363,6 @@ def describe(folder: Path) -> str:
         f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}"
         + (", calibrated" if is_measured else ""),
         *([f"samples    of {', '.join(known.centroids)}"] if known.centroids else []),
-        *([f"chosen     {text.evidence}"] if text.evidence else []),
         *([f"system     {text.system}"] if text.system else []),
         f"adapters   {len(text.adapters)}",
     ]

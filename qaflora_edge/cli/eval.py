@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,12 @@ from qaflora_edge.files import one_line, write_text_atomic
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-    from qaflora_edge.evaluation.results import Record, Results, ResultsFile
-    from qaflora_edge.evaluation.run import Asking, Evaluation
+    from qaflora_edge.evaluation.results import Results
+    from qaflora_edge.evaluation.run import Evaluation
+    from qaflora_edge.evaluation.statistics import Estimate
     from qaflora_edge.evaluation.table import Cell
     from qaflora_edge.evaluation.tasks import Task
-    from qaflora_edge.show.results_page import ItemShown, TaskShown
+    from qaflora_edge.show.pages import TaskShown
 
 HALVES = ("dev", "test")
 NOTES = """\
@@ -77,12 +78,10 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
     type=click.Choice(HALVES),
     help="Ask one half of the items: dev has 0, 2, 4, ..., test has 1, 3, 5, ...",
 )
-@click.option("--layers", is_flag=True, help="Keep the weights of every layer in the results.")
 @click.option(
     "--save",
     is_flag=True,
-    help="Make the strategy with the best mean over the tasks the bundle's default, and note the "
-    "evidence in bundle.json.",
+    help="Make the strategy with the best mean over the tasks the bundle's default.",
 )
 @shared_options
 def eval(
@@ -95,7 +94,6 @@ def eval(
     adapters: str | None,
     limit: int | None,
     half: str | None,
-    layers: bool,
     save: bool,
     options: SharedOptions,
 ) -> None:
@@ -107,7 +105,7 @@ def eval(
     """
     from qaflora_edge.cli.doctor import cpu_name
     from qaflora_edge.evaluation.results import ResultsFile
-    from qaflora_edge.evaluation.run import Asking, Evaluation, header
+    from qaflora_edge.evaluation.run import Evaluation, header
     from qaflora_edge.evaluation.tasks import read_task
 
     check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
@@ -115,22 +113,30 @@ def eval(
         _check_can_save(bundle, adapters)
     read = [read_task(path) for path in tasks]
     chosen = _chosen(read, limit, half)
-    asking = Asking(options.sampling, raw_prompt=options.raw_prompt, has_layers=layers)
+    sampling, raw_prompt = options.sampling, options.raw_prompt
     with open_engine(bundle, options) as engine:
         if adapters is not None:
             engine.use_strategy("base")  # one that names no adapter
             engine.use_adapters(adapters.split(","))
         strategies = _strategies(engine, ways, options.strategy)
-        told = _asked_under(engine, asking, options)
-        folder = bundle_folder(bundle)
-        head = header(folder, engine, read, strategies, asking, told, machine=cpu_name())
-        file = ResultsFile(out, head)
+        file = ResultsFile(
+            out,
+            header(
+                bundle_folder(bundle),
+                engine,
+                read,
+                strategies,
+                _asked_under(engine, options),
+                max_tokens=sampling.get("max_tokens"),
+                raw_prompt=raw_prompt,
+                machine=cpu_name(),
+            ),
+        )
         with file.opened():
-            evaluation = Evaluation(engine, read, strategies, file, items=chosen, asking=asking)
-            _run(evaluation, file)
+            _run(Evaluation(engine, read, strategies, file, chosen, sampling, raw_prompt))
     _show(file.results, json_path, html)
     if save:
-        _save(folder, file.results)
+        _save(bundle_folder(bundle), file.results)
     click.get_current_context().exit(1 if file.results.failed else 0)
 
 
@@ -177,49 +183,46 @@ def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> li
     return found
 
 
-def _asked_under(engine: Engine, asking: Asking, options: SharedOptions) -> dict[str, Any]:
+def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
     """Collect the options that a results file tells."""
-    sampling = {**asking.sampling, "stop": list(asking.sampling["stop"])}
-    del sampling["max_tokens"]  # that of each task is in its facts
-    engine_options = {"lens": engine.lens, "pool": engine.pool}
-    engine_options |= {key: options.engine[key] for key in ("n_ctx", "kv_type", "flash_attn")}
+    found = {"lens": engine.lens, "pool": engine.pool}
+    found |= {key: options.engine[key] for key in ("n_ctx", "kv_type", "flash_attn")}
     if engine.system:
-        engine_options["system"] = engine.system
+        found["system"] = engine.system
     if (adapter_type := options.engine["adapter_type"]) != "auto":
-        engine_options["adapter_type"] = adapter_type
-    return engine_options | sampling
+        found["adapter_type"] = adapter_type
+    # The most tokens are among the facts of each task.
+    sampling = {key: each for key, each in options.sampling.items() if key != "max_tokens"}
+    return {**found, **sampling, "stop": list(sampling["stop"])}
 
 
-def _run(evaluation: Evaluation, file: ResultsFile) -> None:
+def _run(evaluation: Evaluation) -> None:
     """Ask what is left, with a bar on a terminal, and say at the end what was done."""
-    n_left, n_done, n_token, start = evaluation.n_left, 0, 0, time.perf_counter()
+    file, start = evaluation.file, time.perf_counter()
+    n_left, n_before, n_token = evaluation.n_left, len(file.records), 0
+    try:
+        with progress_bars() as bar:
 
-    def say_sum() -> None:
+            def tell(n: int) -> None:
+                nonlocal n_token
+                n_token += n
+                bar("Evaluating", len(file.records) - n_before, n_left)
+
+            evaluation.tell = tell
+            evaluation.run()
+    finally:  # also of Ctrl-C
         seconds = time.perf_counter() - start
-        parts = [f"{n_done} results in {seconds:.0f} s, {n_token} tokens"]
-        if n_before := evaluation.n_before:
+        parts = [f"{len(file.records) - n_before} results in {seconds:.0f} s, {n_token} tokens"]
+        if n_before:
             parts.append(f"{n_before} were there before")
         if failed := file.results.failed:
             first = "{task}, item {item}: {error}".format_map(failed[0])
             parts.append(f"{len(failed)} failed, the first: {first}")
         click.echo(f"[{one_line('; '.join(parts))}]", err=True)
 
-    with progress_bars() as bar:
-
-        def tell(n: int) -> None:
-            nonlocal n_done, n_token
-            n_done, n_token = n_done + 1, n_token + n
-            bar("Evaluating", n_done, n_left)
-
-        try:
-            evaluation.run(tell)
-        finally:  # also of Ctrl-C
-            say_sum()
-
 
 def _show(results: Results, json_path: str | None, html: Path | None) -> None:
-    from qaflora_edge.evaluation.table import cells, rows, total_rows
-    from qaflora_edge.show.text import columns, crop
+    from qaflora_edge.evaluation.table import cells
 
     found = cells(results)
     document = json.dumps(
@@ -228,21 +231,11 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
     if json_path == "-":
         click.echo(document)
     else:
-        for cell in found:
-            click.echo(f"{crop(cell.name, 200)}: {cell.task['metric']}, {cell.unit}")
-            lines = [[crop(cell, 200) for cell in row] for row in rows(cell)]
-            click.echo("\n".join([*columns(lines), ""]))
-        for title, total in total_rows(found):
-            click.echo(
-                "\n".join(
-                    [title, *columns([[crop(cell, 200) for cell in row] for row in total]), ""]
-                )
-            )
-        click.echo(NOTES)
+        _print_tables(found)
     if json_path not in (None, "-"):
         write_text_atomic(str(json_path), document + "\n")
     if html is not None:
-        from qaflora_edge.show.results_page import results_page
+        from qaflora_edge.show.pages import results_page
 
         head = results.header
         title = f"Evaluation of {head['bundle']} on {head['base']['name']}"
@@ -251,15 +244,33 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
         write_text_atomic(html, results_page(title, facts, [_task_shown(cell) for cell in found]))
 
 
+def _print_tables(found: Sequence[Cell]) -> None:
+    """Print a table for each task, then one over all tasks of a unit where there are several."""
+    from qaflora_edge.evaluation.table import NATS, POINTS, rows
+    from qaflora_edge.show.text import columns, crop
+
+    tables = [(f"{cell.name}: {cell.task['metric']}, {cell.unit}", [cell]) for cell in found]
+    for unit in (POINTS, NATS):
+        alike = [cell for cell in found if cell.unit == unit]
+        if len(alike) > 1:
+            tables.append((f"all {len(alike)} tasks in {unit}, each counts the same", alike))
+    for title, each in tables:
+        lines = [[crop(text, 200) for text in row] for row in rows(each)]
+        click.echo("\n".join([crop(title, 200), *columns(lines), ""]))
+    click.echo(NOTES)
+
+
 def _task_shown(cell: Cell) -> TaskShown:
     from qaflora_edge.evaluation.table import STATIC, estimate
-    from qaflora_edge.show.results_page import Bar, TaskShown
+    from qaflora_edge.show.pages import Bar, TaskShown
 
     best = cell.best_single()
 
-    def bar(found: Any, *, is_difference: bool) -> Bar | None:
+    def bar(found: Estimate | None, *, is_difference: bool) -> Bar | None:
+        if found is None:
+            return None
         text = estimate(found, cell.unit, is_difference=is_difference)
-        return found and Bar(text, found.value, found.low, found.high)
+        return Bar(text, found.value, found.low, found.high)
 
     lines = {
         strategy: (
@@ -270,33 +281,35 @@ def _task_shown(cell: Cell) -> TaskShown:
     }
     items = sorted({item for rows in cell.rows.values() for item in rows})
     heads = (f"score, {cell.unit}", "over static", f"over {best or 'the best single adapter'}")
-    return TaskShown(
-        cell.name, str(cell.task["metric"]), heads, lines, [_item_shown(cell, i) for i in items]
-    )
+    shown = [_item_shown(cell, item) for item in items]
+    return TaskShown(cell.name, str(cell.task["metric"]), heads, lines, shown)
 
 
-def _item_shown(cell: Cell, index: int) -> ItemShown:
+def _item_shown(cell: Cell, index: int) -> dict[str, Any]:
     from qaflora_edge.evaluation.table import number
-    from qaflora_edge.show.results_page import AnswerShown, ItemShown
+    from qaflora_edge.show.text import who_spoke
 
-    given: Mapping[str, Record] = {
-        strategy: rows[index] for strategy, rows in cell.rows.items() if index in rows
-    }
-    answers = []
-    for strategy, row in given.items():
-        score = row["score"]
-        mix = ", ".join(f"{name} {w:.2f}" for name, w in row["weights"].items() if w) or "base"
-        shown = "failed" if score is None else number(cell.factor * score, cell.unit)
-        answers.append(AnswerShown(strategy, shown, mix, row.get("error") or row.get("answer")))
+    given = {strategy: rows[index] for strategy, rows in cell.rows.items() if index in rows}
     first = next(iter(given.values()))
-    return ItemShown(index, str(first.get("question", "")), first.get("expected"), answers)
+    answers = [
+        {
+            "strategy": strategy,
+            "score": "failed"
+            if row["score"] is None
+            else number(cell.factor * row["score"], cell.unit),
+            "mix": who_spoke(row["weights"]),
+            "text": row["error"] or row["answer"] or "",
+        }
+        for strategy, row in given.items()
+    ]
+    told = {key: first[key] for key in ("question", "expected")}
+    return {"index": index, **told, "answers": answers}
 
 
 def _save(folder: Path, results: Results) -> None:
     from qaflora_edge.bundles.edit import set_default
-    from qaflora_edge.evaluation.table import best_strategy, evidence
+    from qaflora_edge.evaluation.table import best_strategy
 
     strategy, options = best_strategy(results), results.header["options"]
-    told = evidence(results, strategy)
-    set_default(folder, strategy, lens=options["lens"], pool=options["pool"], evidence=told)
+    set_default(folder, strategy, lens=options["lens"], pool=options["pool"])
     click.echo(f"The strategy of {folder} is {strategy} from now on.", err=True)

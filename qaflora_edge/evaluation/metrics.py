@@ -27,17 +27,13 @@ def listed(answer: Any) -> list[Any]:
     return answer if isinstance(answer, list) else [answer]
 
 
-def check_answer(
-    fields: Fields,
-    what: str = "a text or number",
-    is_right: Callable[[Any], bool] = lambda each: bool(str(each).strip()),
-) -> Fault:
+def check_answer(fields: Fields) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
     several = listed(fields.get("answer"))
     kinds = all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in several)
-    if several and kinds and all(map(is_right, several)):
+    if several and kinds and all(str(one).strip() for one in several):
         return None
-    return "answer", f"{what}, or a list of them"
+    return "answer", "a text or number, or a list of them"
 
 
 @dataclass(frozen=True)
@@ -72,15 +68,12 @@ def register_metric(metric: Metric) -> None:
 
     Raises TaskFileError for a name that is taken or malformed, or an object that is no Metric.
     """
-    if not isinstance(metric, Metric) or not _NAME.fullmatch(str(metric.name)):
+    is_metric = isinstance(metric, Metric) and _NAME.fullmatch(str(metric.name))
+    if not is_metric or metric.name in BUILT_IN:
         raise TaskFileError(
             f"Cannot register the metric {metric!r}, expected a qaflora_edge.Metric whose name has "
-            "small letters, digits and hyphens, at most 40, and begins with a letter. Correct it."
-        )
-    if metric.name in BUILT_IN:
-        raise TaskFileError(
-            f"Cannot register the metric {metric.name!r}: the package has one of that name, "
-            "expected another. Choose another name."
+            "small letters, digits and hyphens, at most 40, begins with a letter, and is none of "
+            f"{', '.join(BUILT_IN)}. Correct it."
         )
     _registry[metric.name] = metric
 
@@ -107,10 +100,6 @@ def _any_of(is_right: Callable[[str, Any], bool]) -> Callable[[str, Fields], flo
     return lambda answer, fields: float(
         any(is_right(answer, each) for each in listed(fields["answer"]))
     )
-
-
-def _ends_with_number(answer: str, expected: Any) -> bool:
-    return as_number(expected) in last_number(answer)
 
 
 def _spaced(text: Any) -> str:
@@ -148,8 +137,14 @@ def loss(log_probs: Sequence[F32], fields: Fields) -> float:
     return -float(log_probs[0].mean(dtype=np.float64))
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _check_number(fields: Fields) -> Fault:
-    return check_answer(fields, "a number", lambda each: as_number(each) is not None)
+    several = listed(fields.get("answer"))
+    is_right = several and all(as_number(each) is not None for each in several)
+    return None if is_right else ("answer", "a number, or a list of them")
 
 
 def _check_choice(fields: Fields) -> Fault:
@@ -157,24 +152,27 @@ def _check_choice(fields: Fields) -> Fault:
     if not (
         isinstance(choices, list)
         and 2 <= len(choices) <= CHOICES_MAX
-        and all(isinstance(each, str) and each.strip() for each in choices)
+        and all(map(_is_text, choices))
     ):
         return "choices", f"a list of 2 to {CHOICES_MAX} texts"
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+    if type(answer) is not int or not 0 <= answer < len(choices):
         return "answer", f"the number of a choice, 0 to {len(choices) - 1}"
     return None
 
 
 def _check_loss(fields: Fields) -> Fault:
-    text = fields.get("continuation")
-    is_text = isinstance(text, str) and bool(text.strip())
+    is_text = _is_text(fields.get("continuation"))
     return None if is_text else ("continuation", "a text that is not blank")
 
 
 BUILT_IN = {
     metric.name: metric
     for metric in (
-        Metric("number", _any_of(_ends_with_number), check=_check_number),
+        Metric(
+            "number",
+            _any_of(lambda answer, each: as_number(each) in last_number(answer)),
+            check=_check_number,
+        ),
         Metric("exact", _any_of(lambda answer, each: _spaced(answer) == _spaced(each))),
         Metric(
             "contains",

@@ -16,11 +16,11 @@ from typing import Any
 
 from qaflora_edge.errors import ResultsFileError, os_errors
 from qaflora_edge.files import open_input
-from qaflora_edge.formats.json_text import read_unicode_object, shown
+from qaflora_edge.formats.json_text import read_unicode_object
 from qaflora_edge.line_file import LineFile
 
-# What has to be the same in a file that is resumed; `strategies` may be added to.
-IDENTITY = ("bundle", "base", "adapters", "n_layer", "tasks", "options")
+# Has to be equal in a file that is resumed; strategies may be added.
+IDENTITY = ("bundle", "base", "adapters", "n_layer", "measured", "tasks", "options")
 BEGIN = b'{"eval": '  # of every file
 ADVICE = "Give a file that `qaflora eval -o` has written."
 
@@ -71,23 +71,20 @@ def read_results(path: str | Path) -> Results:
 class ResultsFile:
     """A results file that grows by whole lines; what it has already is read first.
 
-    path    None: nothing is written, and results are kept in memory only
-    header  of this run
+    path     None: nothing is written, and results are kept in memory only
+    header   of this run
+    records  what there is by now, by task, item and strategy
     """
 
     def __init__(self, path: Path | None, header: Record) -> None:
         self._lines = None if path is None else LineFile(path, "results")
-        self._header = dict(header)
-        self._records: dict[tuple[str, int, str], Record] = {}
+        self._header = header
+        self.records: dict[tuple[str, int, str], Record] = {}
 
     @property
     def results(self) -> Results:
         """Everything that there is by now."""
-        return Results(self._header, tuple(self._records.values()))
-
-    def has(self, task: str, item: int, strategy: str) -> bool:
-        """Tell whether an item was scored under a strategy."""
-        return (task, item, strategy) in self._records
+        return Results(self._header, tuple(self.records.values()))
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -108,10 +105,7 @@ class ResultsFile:
         if self._lines is not None:
             for line in (record,) if self._lines.n_byte else (self._header, record):
                 self._lines.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
-        self._keep(record)
-
-    def _keep(self, record: Record) -> None:
-        self._records[record["task"], record["item"], record["strategy"]] = record
+        self.records[record["task"], record["item"], record["strategy"]] = record
 
     def _resume(self, file: LineFile) -> None:
         try:
@@ -123,41 +117,14 @@ class ResultsFile:
             raise file.refused(error.strerror or str(error), "See to it") from error
         if not found.header:  # empty, or killed while its first line was written
             return
-        if what := _difference(found.header, self._header):
-            advice = "Give what it was begun with"
-            raise file.refused(f"it is of another evaluation: its {what}", advice)
-        self._header = dict(found.header)
-        for record in found.records:
-            self._keep(record)
-        file.n_byte = n_byte
-
-
-def _difference(theirs: Record, ours: Record) -> str:
-    """Say where two headers differ in what has to be the same; "" where they do not.
-
-    What only one of them measured is no difference: a bundle may get more samples.
-    """
-    old, new = (
-        dict(_flat({key: each.get(key, {}) for key in (*IDENTITY, "measured")}))
-        for each in (theirs, ours)
-    )
-    for key in old | new:
-        is_new = key.startswith("measured.") and not (key in old and key in new)
-        if old.get(key) != new.get(key) and not is_new:
-            return f"{key} is {shown(old.get(key))}, now it is {shown(new.get(key))}"
-    return ""
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Give each part of a header by its place, as in `adapters.es.sha256`; lists by names too."""
-    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
-        value = {each["name"]: each for each in value}
-        yield key, ", ".join(value) or "none"
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, each in value.items():
-        yield from _flat(each, f"{key}.{name}".lstrip("."))
+        ours, theirs = self._header, found.header
+        if changed := [key for key in IDENTITY if ours[key] != theirs.get(key)]:
+            what = f"it was begun with other {', '.join(changed)}, expected the same"
+            raise file.refused(what, "Give what it was begun with")
+        self._header, file.n_byte = found.header, n_byte
+        self.records = {
+            (each["task"], each["item"], each["strategy"]): each for each in found.records
+        }
 
 
 def _parsed(path: str | Path, data: bytes) -> tuple[Results, int]:

@@ -36,14 +36,19 @@ class Estimate:
         return type(self)(factor * self.value, factor * self.low, factor * self.high, self.n_item)
 
 
-def mean(scores: F64) -> Estimate:
-    """Average scores [n_item]: a Wilson interval (1927) where all are 0 or 1, else a bootstrap's.
+def mean(tasks: Sequence[F64]) -> Estimate:
+    """Average scores, over tasks if there are several; NaN of none.
 
-    n_item >= 1
+    tasks  [n_item of the task] each
+
+    Scores of one task that are all 0 or 1 have a Wilson interval (1927), others a bootstrap's.
     """
-    if not np.isin(scores, (0.0, 1.0)).all():
-        return mean_of_means([scores])
-    n_item, share = len(scores), float(scores.mean())
+    if len(tasks) > 1 or not np.isin(tasks[0], (0.0, 1.0)).all():
+        return mean_of_means(tasks)
+    n_item = len(tasks[0])
+    if n_item == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    share = float(tasks[0].mean())
     middle = (share + Z * Z / (2 * n_item)) / (1 + Z * Z / n_item)
     spread = math.sqrt(share * (1 - share) / n_item + Z * Z / (4 * n_item**2))
     half = Z / (1 + Z * Z / n_item) * spread

@@ -1,18 +1,15 @@
 """What results say: scores with intervals, paired differences, and which strategy was the best."""
 
-import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Record, Results
-from qaflora_edge.evaluation.statistics import Estimate, difference, mean, mean_of_means
-from qaflora_edge.formats.json_text import without_nan
+from qaflora_edge.evaluation.statistics import Estimate, difference, mean
 from qaflora_edge.weighing.strategy import parse_strategy
 
 POINTS, NATS = "points", "nats a token"
@@ -26,7 +23,7 @@ class Cell:
     """One task, answered with one set of adapters.
 
     task      its facts in the header
-    adapters  names, in the order of the first axis of `layers`
+    adapters  names of those in use
     rows      strategy -> item -> record
     """
 
@@ -53,16 +50,16 @@ class Cell:
         """1 where a higher score is better, else -1."""
         return -1.0 if self.unit == NATS else 1.0
 
-    def scored(self, strategy: str) -> dict[int, Record]:
+    def scored(self, strategy: str | None) -> dict[int, Record]:
         """Records that have a score, by item."""
-        rows = self.rows.get(strategy, {})
+        rows = self.rows.get(strategy or "", {})
         return {item: row for item, row in rows.items() if row["score"] is not None}
 
     def scores(self, strategy: str) -> F64:
         """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
         return np.array([row["score"] for row in self.scored(strategy).values()], np.float64)
 
-    def gains(self, strategy: str, over: str, of: "Cell | None" = None) -> F64:
+    def gains(self, strategy: str, over: str | None, of: "Cell | None" = None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
 
         of  the other's cell: the same task under other adapters; None: this one
@@ -74,18 +71,13 @@ class Cell:
         found = [mine["score"] - other["score"] for mine, other in pairs if other is not None]
         return self.sign * np.array(found, np.float64)
 
-    def gain(self, strategy: str, over: str | None) -> Estimate | None:
-        """How much better a strategy is than another, in the unit; None where one is missing."""
-        if over is None or over == strategy or not len(gains := self.gains(strategy, over)):
-            return None
-        return difference([gains], is_right=self.unit == POINTS).times(self.factor)
-
     def score(self, strategy: str) -> Estimate:
         """The mean score in the unit; NaN where no item has one."""
-        scores = self.scores(strategy)
-        if len(scores) == 0:
-            return Estimate(math.nan, math.nan, math.nan, 0)
-        return mean(scores).times(self.factor)
+        return mean([self.scores(strategy)]).times(self.factor)
+
+    def gain(self, strategy: str, over: str | None) -> Estimate | None:
+        """How much better a strategy is than another, in the unit; None where one is missing."""
+        return total_gain([self], strategy, [over])
 
     def best_single(self) -> str | None:
         """Find the single adapter with the best mean, in hindsight: on these items.
@@ -105,17 +97,31 @@ class Cell:
 
 def cells(results: Results) -> list[Cell]:
     """Sort records by task and strategy, in the order asked for: answers end in another one."""
-    rows: dict[tuple[str, str], dict[int, Record]] = {}
-    for row in results.records:
-        rows.setdefault((row["task"], row["strategy"]), {})[row["item"]] = row
-    return [
-        Cell(
-            task,
-            results.adapters,
-            {s: rows[task["name"], s] for s in results.strategies if (task["name"], s) in rows},
-        )
+    found = [
+        Cell(task, results.adapters, {strategy: {} for strategy in results.strategies})
         for task in results.header["tasks"]
     ]
+    by_name = {cell.name: cell for cell in found}
+    for row in results.records:
+        by_name[row["task"]].rows[row["strategy"]][row["item"]] = row
+    return [
+        Cell(cell.task, cell.adapters, {s: rows for s, rows in cell.rows.items() if rows})
+        for cell in found
+    ]
+
+
+def total_gain(
+    found: Sequence[Cell], strategy: str, others: Sequence[str | None]
+) -> Estimate | None:
+    """Average how much better a strategy is than another one of each task, in the unit.
+
+    None where a task lacks one of them, or they are the same. Every task counts the same.
+    """
+    gains = [cell.gains(strategy, over) for cell, over in zip(found, others, strict=True)]
+    if {strategy} == {*others} or not all(map(len, gains)):
+        return None
+    is_right = found[0].unit == POINTS
+    return difference(gains, is_right=is_right).times(found[0].factor)
 
 
 # as text
@@ -136,50 +142,25 @@ def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) 
     return value if low == NONE else f"{value} ({low} to {high})"
 
 
-def rows(cell: Cell) -> list[tuple[str, ...]]:
-    """Write a task as a table: its head, then a row for each strategy."""
-    best, unit = cell.best_single(), cell.unit
-    over_best = f"over {best} *" if best else "over the best single"
-    found: list[tuple[str, ...]] = [("", f"score, {unit}", "over static", over_best, "items")]
-    for strategy in cell.rows:
-        score = cell.score(strategy)
-        gains = (cell.gain(strategy, over) for over in (STATIC, best))
-        texts = (estimate(gain, unit, is_difference=True) for gain in gains)
-        found.append((strategy, estimate(score, unit), *texts, str(score.n_item)))
-    return found
+def rows(found: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """Write a task, or the mean over several of one unit, as a table: a head, then strategies.
 
-
-def total_rows(found: Sequence[Cell]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Write a title and a table over several tasks of one unit, each of which counts the same.
-
-    Strategies that a task was not asked under are left out.
+    Strategies that one of several tasks lacks are left out.
     """
-    totals = []
-    for unit in (POINTS, NATS):
-        alike = [cell for cell in found if cell.unit == unit]
-        head = ("", f"score, {unit}", "over static", "over each best single *")
-        table: list[tuple[str, ...]] = [head]
-        for strategy in alike[0].rows if len(alike) > 1 else ():
-            if all(len(cell.scores(strategy)) for cell in alike):
-                score = float(np.mean([cell.score(strategy).value for cell in alike]))
-                gains = (
-                    _total_gain(alike, strategy, [STATIC] * len(alike)),
-                    _total_gain(alike, strategy, [cell.best_single() for cell in alike]),
-                )
-                texts = (estimate(gain, unit, is_difference=True) for gain in gains)
-                table.append((strategy, number(score, unit), *texts))
-        if len(table) > 1:
-            totals.append((f"all {len(alike)} tasks in {unit}, each counts the same", table))
-    return totals
-
-
-def _total_gain(alike: Sequence[Cell], strategy: str, others: Sequence[str | None]) -> Any:
-    """Average gains over one strategy of each task; None where a task lacks it."""
-    pairs = zip(alike, others, strict=True)
-    gains = [cell.gains(strategy, over or "") for cell, over in pairs]
-    if {strategy} == {*others} or not all(map(len, gains)):
-        return None
-    return mean_of_means(gains).times(alike[0].factor)
+    unit, singles = found[0].unit, [cell.best_single() for cell in found]
+    over_best = f"over {singles[0] or 'the best single'} *"
+    if len(found) > 1:
+        over_best = "over each best single *"
+    table: list[tuple[str, ...]] = [("", f"score, {unit}", "over static", over_best, "items")]
+    for strategy in found[0].rows:
+        scores = [cell.scores(strategy) for cell in found]
+        if len(found) > 1 and not all(map(len, scores)):
+            continue
+        score = mean(scores).times(found[0].factor)
+        gains = (total_gain(found, strategy, each) for each in ([STATIC] * len(found), singles))
+        texts = (estimate(gain, unit, is_difference=True) for gain in gains)
+        table.append((strategy, estimate(score, unit), *texts, str(score.n_item)))
+    return table
 
 
 # the best strategy
@@ -195,8 +176,13 @@ def best_strategy(results: Results) -> str:
     """
     found = cells(results)
     found = [cell for cell in found if cell.unit == POINTS] or found
-    whole = [name for name in results.strategies if all(_is_whole(cell, name) for cell in found)]
-    if not found or not whole:
+    items = [{item for name in cell.rows for item in cell.scored(name)} for cell in found]
+    whole = [
+        name
+        for name in results.strategies
+        if all(cell.scored(name).keys() == each for cell, each in zip(found, items, strict=True))
+    ]
+    if not whole or not all(items):
         raise ResultsFileError(
             "No strategy can be saved: none has a score for every item of every task. See what "
             "failed, or leave those items out."
@@ -207,35 +193,3 @@ def best_strategy(results: Results) -> str:
     }
     equal = [name for name in whole if max(means.values()) - means[name] <= TIE]
     return min(equal, key=lambda each: parse_strategy(each, results.adapters).strategy.is_probed)
-
-
-def _is_whole(cell: Cell, strategy: str) -> bool:
-    """Tell whether a strategy has a score for each item that any has one for."""
-    items = {item for name in cell.rows for item in cell.scored(name)}
-    return bool(items) and items == cell.scored(strategy).keys()
-
-
-def evidence(results: Results, strategy: str) -> dict[str, Any]:
-    """Say why this is the bundle's strategy: `fusion.evidence` of bundle.json.
-
-    Scores are 0 to 1, or nats a token; an interval's ends are null where one item has none.
-    """
-    tasks = []
-    for cell in cells(results):
-        score, over = cell.score(strategy), cell.gain(strategy, STATIC)
-        values = [
-            each and [round(end / cell.factor, 6) for end in (each.value, each.low, each.high)]
-            for each in (score, over)
-        ]
-        about = {key: cell.task[key] for key in ("name", "metric", "sha256")}
-        tasks.append(about | {"n_item": score.n_item, "score": values[0], "over_static": values[1]})
-    found: dict[str, Any] = without_nan(
-        {
-            "strategy": strategy,
-            "version": results.header["version"],
-            "date": datetime.date.today().isoformat(),
-            "compared": list(results.strategies),
-            "tasks": tasks,
-        }
-    )
-    return found

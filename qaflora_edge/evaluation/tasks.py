@@ -3,8 +3,8 @@
     {"task": {"name": "sums", "metric": "number", "template": "{question}\\nAnswer:"}}
     {"question": "What is 2 + 3?", "answer": 5}
 
-One JSON object a line. Without the first line the fields of the items decide. Files may come from
-anywhere: every line is checked before anything is asked.
+One JSON object a line. Without the first line the fields of the items decide. Every line is checked
+before anything is asked; `data/task.schema.json` lists what the first may say.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from typing import Any
 from qaflora_edge.chat.messages import begin_with, checked_messages
 from qaflora_edge.errors import PromptError, TaskFileError, os_errors
 from qaflora_edge.evaluation.metrics import Metric, as_number, listed, metrics
-from qaflora_edge.files import read_input
+from qaflora_edge.files import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,
@@ -28,8 +28,7 @@ from qaflora_edge.formats.json_text import (
     shown,
 )
 
-MAX_TASK_BYTES = 64 << 20
-ASKED = ("question", "prompt", "messages")
+ASKED = ("messages", "question", "prompt")
 ADVICE = "Correct the file; docs/evaluate.md says what it may have."
 
 
@@ -50,12 +49,11 @@ class Item:
 class Task:
     """Items, and how they are asked and scored.
 
-    metric       name of a metric
-    sha256       of the file
-    template     text with the names of an item's fields in braces; None: the question as it is
+    metric           name of a metric
+    sha256           of the file
+    template         text with names of an item's fields in braces; None: the question as it is
     choice_template  what is scored of a choice: text with {choice}, {letter}
-    score_by     of a choice: "mean" of its tokens' log-probabilities, or "sum"
-    raw_prompt   no chat template, whatever the options say
+    raw_prompt       no chat template, whatever the options say
     max_tokens, stop  None: the options say
     language, domain  of the questions; adapters are named like them
     """
@@ -67,7 +65,6 @@ class Task:
     system: str | None = None
     template: str | None = None
     choice_template: str = "{choice}"
-    score_by: str = "mean"
     raw_prompt: bool = False
     max_tokens: int | None = None
     stop: Sequence[str] | None = None
@@ -86,7 +83,7 @@ class Task:
             return str(checked_messages(fields["messages"])[-1]["content"])
         if self.template is None:
             return str(fields.get("question", fields.get("prompt")))
-        return _filled(self.template, _texts(fields))
+        return _filled(self.template, fields)
 
     def messages(self, item: Item) -> list[Any]:
         """Write what an item asks as a conversation."""
@@ -112,7 +109,11 @@ def read_task(path: str | Path) -> Task:
 
     Raises TaskFileError naming the line and field, what was found and what was expected.
     """
-    data = _read(path)
+    with (
+        os_errors(TaskFileError, f"Cannot read the task {path}", "Give a file of JSON lines."),
+        open_input(path) as file,
+    ):
+        data = file.read().removeprefix(codecs.BOM_UTF8)
     header: dict[str, Any] = {}
     items: list[Item] = []
     for number, found in _objects(data, str(path)):
@@ -125,7 +126,7 @@ def read_task(path: str | Path) -> Task:
             header = _header(found, where)
     if not items:
         raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
-    defaults = {"name": _name_of(Path(path)), "metric": _metric_of(items)}
+    defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
     task = Task(sha256=hashlib.sha256(data).hexdigest(), items=tuple(items), **defaults | header)
     if task.metric not in metrics():
         expected = f"one of {', '.join(metrics())}"
@@ -137,15 +138,6 @@ def read_task(path: str | Path) -> Task:
 
 def _wrong(where: str, found: str, expected: str) -> TaskFileError:
     return TaskFileError(f"Cannot use the task {where}: {found}, expected {expected}. {ADVICE}")
-
-
-def _read(path: str | Path) -> bytes:
-    advice = "Give a file of JSON lines, as docs/evaluate.md says."
-    try:
-        with os_errors(TaskFileError, f"Cannot read the task {path}", advice):
-            return read_input(path, MAX_TASK_BYTES).removeprefix(codecs.BOM_UTF8)
-    except ValueError as error:
-        raise _wrong(str(path), str(error), "no more") from error
 
 
 def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -161,18 +153,13 @@ def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if len(found) > 1 or not isinstance(found["task"], dict):
-        raise _wrong(where, f"it is {shown(found)}", 'nothing but {"task": {...}}')
-    header: dict[str, Any] = dict(found["task"])
-    known = Task.__dataclass_fields__.keys() - {"items", "sha256"}
-    if wrong := header.keys() - known:
-        found_key = f"it has a field task.{shortened(min(wrong))}"
-        raise _wrong(where, found_key, ", ".join(sorted(known)))
+    if len(found) > 1:
+        raise _wrong(where, "it has task and other fields", 'nothing but {"task": {...}}')
     try:
-        check_schema(header, "task")
+        check_schema(found, "task")
     except WrongField as error:
         raise TaskFileError(f"Cannot use the task {where}: {error}. {ADVICE}") from error
-    return header
+    return dict(found["task"])
 
 
 def _metric_of(items: Sequence[Item]) -> str:
@@ -185,46 +172,32 @@ def _metric_of(items: Sequence[Item]) -> str:
     return "number" if is_number else "contains"
 
 
-def _name_of(path: Path) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", path.name.removesuffix(".jsonl"))[:64]
-    return name if name[:1].isalnum() else f"task{name}"[:64]
-
-
 def _check_item(task: Task, item: Item) -> None:
     """Raise TaskFileError where an item cannot be asked or scored."""
-    fields, where = item.fields, item.where
-    asked = [key for key in ASKED if key in fields]
-    if ("messages" in asked and len(asked) > 1) or not asked:
-        what = " and ".join(asked) or "none of question, prompt and messages"
-        raise _wrong(where, f"it has {what}", "question, prompt or messages")
-    for key in asked:
-        if key != "messages" and not (isinstance(fields[key], str) and fields[key].strip()):
-            raise _wrong(where, f"{key} is {shown(fields[key])}", "a text that is not blank")
-    if "messages" in asked and task.raw_prompt:
-        raise _wrong(where, "it has messages", "none where the task says raw_prompt")
+    fields = item.fields
+    asked = next((key for key in ASKED if key in fields), None)
+    if asked is None:
+        raise _wrong(item.where, "it has no question", "question, prompt or messages")
+    if asked != "messages" and not (isinstance(fields[asked], str) and fields[asked].strip()):
+        raise _wrong(item.where, f"{asked} is {shown(fields[asked])}", "a text that is not blank")
     if fault := task.by.check(fields):
         key, expected = fault
-        found = f"{key} is {shown(fields[key]) if key in fields else 'missing'}"
-        raise _wrong(where, found, expected)
+        found = shown(fields[key]) if key in fields else "missing"
+        raise _wrong(item.where, f"{key} is {found}", expected)
     try:
-        checked_messages(fields.get("messages", [{"role": "user", "content": ""}]))
-        texts = task.choices(item) if task.metric == "choice" else []
-        question = task.question(item)
-    except PromptError as error:
-        raise TaskFileError(f"Cannot use the task {where}: {error} {ADVICE}") from error
+        task.question(item)
+        if task.metric == "choice":
+            task.choices(item)
+    except PromptError as error:  # of its messages
+        raise TaskFileError(f"Cannot use the task {item.where}: {error} {ADVICE}") from error
     except KeyError as error:
         name, known = error.args
-        found = f"its template names {shown(name)}"
-        raise _wrong(where, found, f"one of the fields {shortened(known)}") from error
-    if not question.strip():
-        raise _wrong(where, "the template gives no text", "some")
-    if len(texts) > len(set(texts)):
-        twice = next(text for i, text in enumerate(texts) if text in texts[:i])
-        raise _wrong(where, f"two choices are asked as {shown(twice)}", "each to be another text")
+        expected = f"one of the fields {shortened(known)}"
+        raise _wrong(item.where, f"its template names {shown(name)}", expected) from error
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
-    """Replace names in braces; {{ and }} are braces.
+def _filled(template: str, fields: Mapping[str, Any]) -> str:
+    """Replace names of fields in braces; {{ and }} are braces, {choices} lines with letters.
 
     Raises KeyError with a name that is none, and those that are.
     """
@@ -232,21 +205,12 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
     def value(found: re.Match[str]) -> str:
         if found[1] is None:
             return found[0][0]
-        if found[1] not in values:
-            raise KeyError(found[1], ", ".join(values))
-        return values[found[1]]
+        if found[1] not in fields:
+            raise KeyError(found[1], ", ".join(fields))
+        each = fields[found[1]]
+        if isinstance(each, list):
+            pairs = zip(string.ascii_uppercase, each, strict=False)
+            return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
+        return str(each)
 
     return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", value, template)
-
-
-def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Give the fields that a template may name; choices are lines with letters."""
-    found = {
-        key: str(value)
-        for key, value in fields.items()
-        if isinstance(value, str | int | float) and not isinstance(value, bool)
-    }
-    if isinstance(choices := fields.get("choices"), list):
-        pairs = zip(string.ascii_uppercase, choices, strict=False)
-        found["choices"] = "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
-    return found

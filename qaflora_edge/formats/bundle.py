@@ -89,16 +89,6 @@ class BundleText:
     where: str
     raw: Mapping[str, Any]
 
-    @property
-    def evidence(self) -> str:
-        """Say why the strategy is the default; "" where nothing is recorded."""
-        found = self.fusion.get("evidence", {})
-        if not found.get("tasks"):
-            return ""
-        counts = [(task["name"], task["n_item"]) for task in found["tasks"]]
-        tasks = ", ".join(f"{name} ({n} item{'s' * (n != 1)})" for name, n in counts)
-        return f"by qaflora eval on {found.get('date', 'an unknown day')}: {tasks}"
-
 
 def is_base(place: Path) -> bool:
     """Tell a base alone, which is one GGUF file, from a bundle."""

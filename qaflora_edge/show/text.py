@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
@@ -31,6 +31,14 @@ def can_show(text: str, encoding: str | None) -> bool:
     return True
 
 
+_CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t\r"]
+_MARKS: dict[int, str | None] = {code: "?" for code in _CONTROLS} | {ord("\r"): None}
+_PICTURES: dict[int, str | None] = _MARKS | {
+    code: chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}" for code in _CONTROLS
+}
+_PICTURES[0x7F] = "\N{SYMBOL FOR DELETE}"
+
+
 def visible(text: str, *, has_signs: bool = False) -> str:
     """Replace control characters: an answer moves no cursor and changes no colour.
 
@@ -39,15 +47,6 @@ def visible(text: str, *, has_signs: bool = False) -> str:
     has_signs  show the others as the signs of Unicode, instead of `?`
     """
     return text.translate(_PICTURES if has_signs else _MARKS)
-
-
-_CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"]
-_MARKS: dict[int, str | None] = {code: "?" for code in _CONTROLS} | {ord("\r"): None}
-_PICTURES: dict[int, str | None] = {
-    **{code: chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}" for code in _MARKS},
-    0x7F: "\N{SYMBOL FOR DELETE}",
-    ord("\r"): None,
-}
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -68,20 +67,17 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def spelt(text: str) -> str:
     """Spell control characters, and those that turn a text's direction, as escapes.
 
-    Tabs and line ends stay; so do marks inside words, such as the joiners of emoji.
+    Tabs and line ends stay; so do marks inside words, such as the joiners of emoji. Surrogates and
+    U+FFFE are no text, and XML has no way to write them.
     """
-    if text.isprintable():  # neither is in it
+
+    def is_spelt(char: str) -> bool:
+        is_control = char not in "\t\n" and unicodedata.category(char) in ("Cc", "Cs")
+        return is_control or char in _TURNING or ord(char) & 0xFFFE == 0xFFFE
+
+    if text.isprintable():  # quick: nothing of it is in most texts
         return text
-    return "".join(
-        ascii(char)[1:-1] if char in _TURNING or _is_control(char) else char for char in text
-    )
-
-
-def _is_control(char: str) -> bool:
-    if char in "\t\n":
-        return False
-    # Surrogates and U+FFFE are no text, and XML has no way to write them.
-    return unicodedata.category(char) in ("Cc", "Cs") or ord(char) & 0xFFFE == 0xFFFE
+    return "".join(ascii(char)[1:-1] if is_spelt(char) else char for char in text)
 
 
 def clean(text: str) -> str:
@@ -125,12 +121,15 @@ def mean_weights(fusion: FusionWeights) -> dict[str, float]:
     return {name: float(mean) for name, mean in zip(fusion.adapters, means, strict=True)}
 
 
-def who_spoke(fusion: FusionWeights) -> str:
+def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
     """Name the adapters that weigh anything, heaviest first, and the base's share.
+
+    weights  of a query, or the mean over layers by adapter
 
     As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`.
     """
-    means = sorted(mean_weights(fusion).items(), key=lambda item: -item[1])
+    by_name = weights if isinstance(weights, Mapping) else mean_weights(weights)
+    means = sorted(by_name.items(), key=lambda item: -item[1])
     shares = {spelt(name): round(100 * mean) for name, mean in means}
     rest = 100 - sum(shares.values())
     parts = [f"{name} {share} %" for name, share in shares.items() if share]
@@ -159,8 +158,7 @@ def facts(fusions: Sequence[FusionWeights]) -> str:
         parts += [f"{each} {getattr(first, each)}" for each in first.measured.reads]
     if len(fusions) == 1:
         parts.append(f"{first.prompt_tokens} prompt tokens")
-    if len(fusions) == 1 and first.probe_ms:
-        parts.append(f"probe {first.probe_ms:.0f} ms")
+        parts += [f"probe {first.probe_ms:.0f} ms"] * (first.probe_ms > 0)
     return ", ".join(parts)
 
 

@@ -5,13 +5,12 @@ its own server alone. No script may turn a text into HTML: trusted types see to 
 whatever a model writes stays text even where the page has a mistake.
 """
 
-import base64
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from qaflora_edge.show.pages import allowing
 from qaflora_edge.weighing.strategy import strategies
 
 # In this order: each uses what stands before it.
@@ -64,9 +63,3 @@ def page() -> Page:
 def _part(name: str) -> str:
     text = (files("qaflora_edge.server.page") / "parts" / name).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")
-
-
-def allowing(text: str) -> str:
-    """The source expression of a policy that allows exactly this text."""
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
