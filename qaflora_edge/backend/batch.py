@@ -1,4 +1,4 @@
-"""Rows of one llama_decode call: which token, where, of which sequence, with or without logits."""
+"""Batches: rows of one llama_decode call, and how prompts are cut into chunks."""
 
 import struct
 from array import array
@@ -20,7 +20,7 @@ class Span:
 
 
 class Batch:
-    """A llama_batch of spans, one behind the other; its memory is ours and lives as long.
+    """A llama_batch of consecutive spans; it owns its memory.
 
     n_token, n_output  rows in all, and those with an output
     last               row of each span's last token
@@ -53,7 +53,7 @@ class Batch:
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Count the tokens that two sequences have in common from the start."""
     low, high = 0, min(len(a), len(b))
     a, b = list(a[:high]), list(b[:high])
     while low < high:  # a slice is compared far faster than item by item
@@ -78,16 +78,15 @@ def _never(token: int) -> bool:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces of n_full tokens; a rest of fewer than n_least joins the one before it.
+    """Cuts prompts into chunks of n_full tokens; a rest below n_least joins the chunk before it.
 
-    A cut depends on the tokens of the prompt and on nothing else, so that a prompt is read alike
-    alone, in company, and after others. It falls where messages end, so that prompts which begin
-    with the same messages are cut alike there, and what was read of one can be used for another,
-    bit for bit.
+    A cut depends on the prompt's tokens alone: prefill gives the same bits whatever else is
+    computed. Cuts fall where messages end, so that prompts with the same first messages share
+    chunks, and reuse each other's KV state bit for bit.
 
-    n_message  the fewest tokens of a piece that ends where a message does
-    is_break   whether a token ends a message. One that is followed by what the prompt ends with,
-               the beginning of an answer, ends behind that: so it does in the next turn's prompt.
+    n_message  the fewest tokens of a chunk that ends with a message
+    is_break   whether a token ends a message. The chunk ends after the opening of an answer where
+               that follows, as it does in the next turn's prompt.
     """
 
     n_full: int
@@ -100,7 +99,7 @@ class Pieces:
         return self.n_full + self.n_least - 1
 
     def end(self, tokens: Sequence[int], at: int) -> int:
-        """Where the piece of a prompt ends that begins at `at`."""
+        """Find the end of the chunk that begins at `at`."""
         most = min(len(tokens), at + self.n_most)
         opening = self._opening(tokens)
         for i in range(max(at, at + self.n_message - 1 - len(opening)), most):
@@ -113,17 +112,17 @@ class Pieces:
         return most if most == len(tokens) else at + self.n_full
 
     def _opening(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """How an answer begins: the few tokens behind a prompt's last message."""
+        """Give the few tokens after a prompt's last message, which open the answer."""
         for n in range(min(len(tokens), _N_OPENING + 1)):
             if self.is_break(tokens[len(tokens) - 1 - n]):
                 return tuple(tokens[len(tokens) - n :])
         return ()
 
     def n_alike(self, read: Sequence[int], tokens: Sequence[int], n_after: int = 0) -> int:
-        """How far a prompt is cut, and therefore read, as another was that begins like it.
+        """Count the tokens in chunks that a prompt shares with one prefilled earlier.
 
-        n_after  tokens that are read behind the prompt in any case
-        returns  tokens, all but the last one that is read at most
+        n_after  tokens that are prefilled after the prompt in any case
+        returns  at most all tokens but the last one that is prefilled
         """
         n, at = n_common(read, tokens if n_after else tokens[:-1]), 0
         while at < n and (end := self.end(tokens, at)) <= n and self.end(read, at) == end:
@@ -132,15 +131,15 @@ class Pieces:
 
 
 def pieces_of(n_seq: int = 1, is_break: Callable[[int], bool] = _never) -> Pieces:
-    """Pieces of a prompt that n_seq sequences read together.
+    """Choose the chunks of a prompt that n_seq sequences prefill together.
 
-    Whole tiles of each sequence, however many there are: the rows computed at once grow with them.
-    A message that is a piece of its own has a tile's rows of all sequences together.
+    Chunks are whole tiles of each sequence, so the rows computed at once grow with n_seq. A message
+    that is a chunk of its own has at least a tile's rows of all sequences together.
     """
     n_full = N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq))
     return Pieces(n_full, N_TILE, -(-N_TILE // n_seq), is_break)
 
 
 def n_ubatch(n_seq: int = 1) -> int:
-    """Rows that a context needs room for, where up to n_seq sequences read together."""
+    """Count the rows of the largest micro-batch, where up to n_seq sequences prefill together."""
     return max(n * pieces_of(n).n_most for n in range(1, n_seq + 1))

@@ -1,6 +1,6 @@
-"""Sequences of one base with one pack: token ids and weights go in, logits come out.
+"""Contexts: sequences of one base with one pack; token ids and weights in, logits out.
 
-Nothing here knows what a strategy or a bundle is.
+Nothing here knows of strategies or bundles.
 """
 
 import contextlib
@@ -40,15 +40,15 @@ _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
 
 
 class Context(Handle):
-    """Sequences of one base with one pack; every sequence has its own weights, 0 at first.
+    """Runs sequences of one base with one pack, each under its own weights, 0 at first.
 
     n_ctx       tokens that each sequence can hold
     n_output    most outputs of one decode; by default one of each sequence
-    n_together  sequences that read a prompt together: see pieces
-    is_unified  one pool of n_ctx tokens for all sequences, instead of a room for each: sequences
-                may share what they hold (see `share`), and all rows fit one micro-batch
-    flags       library.CONTEXT_*, for what states are captured: see ProbeContext
-    stop        when it is set, decode() ends
+    n_together  sequences that prefill a prompt together: see pieces
+    is_unified  one pool of n_ctx tokens for all sequences, instead of a buffer for each: sequences
+                may share KV state (see `share`), and all rows fit one micro-batch
+    flags       library.CONTEXT_*: which states are captured, see ProbeContext
+    stop        ends decode() when it is set
 
     Positions count from 0. A decode that fails leaves the sequences as they were before it.
 
@@ -107,7 +107,7 @@ class Context(Handle):
         self._n_batch, self._n_output = int(params.n_batch), int(params.n_outputs_max)
         self._is_unified = bool(params.kv_unified)
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
-        self._copying: set[int] = set()  # rooms of copies that the next decode makes
+        self._copying: set[int] = set()  # buffers of copies that the next decode makes
         self._weights = [b""] * n_seq  # a hash of those that were set
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._stop = stop
@@ -117,23 +117,23 @@ class Context(Handle):
     def _free(self, pointer: Any) -> None:
         self._lib.llama_free(pointer)
 
-    # what the sequences hold
+    # KV state
 
     def pieces(self, n_seq: int = 1) -> Pieces:
-        """How a prompt is cut that n_seq sequences read together."""
+        """Choose how a prompt is cut that n_seq sequences prefill together."""
         return pieces_of(n_seq, self._model.is_end)
 
     @property
     def tokens(self) -> list[int]:
-        """What the first sequence holds."""
+        """Give the tokens of the first sequence."""
         return self._tokens[0]
 
     def tokens_of(self, seq: int) -> list[int]:
-        """What a sequence holds."""
+        """Give the tokens of a sequence."""
         return self._tokens[seq]
 
     def clear(self, seq: int | None = None) -> None:
-        """Forget all tokens of one sequence, or of all; after close() there are none."""
+        """Forget all tokens of one sequence, or of all; after close() do nothing."""
         if self._pointer is None:
             return
         if seq is None:
@@ -144,20 +144,20 @@ class Context(Handle):
             self._tokens[seq] = []
 
     def wipe(self) -> None:
-        """Forget all sequences, and the numbers too: see clean()."""
+        """Forget all sequences and zero their memory: see clean()."""
         if self._pointer is None:  # the steps of a query may end after it
             return
         self._lib.llama_memory_clear(self._memory, True)
         self._tokens = [[] for _ in range(self.n_seq)]
 
     def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
-        """Forget a sequence whose states may be no numbers, and the numbers too.
+        """Forget a sequence with states that may be NaN, and overwrite its memory.
 
-        Attention multiplies what it may not see by 0, and NaN stays NaN: in the same room the next
-        sequence would meet it. Sequences have rooms of their own, and a copy takes a whole room;
-        recurrent states have none, and any sequence that begins would meet it.
+        Attention multiplies masked cells by 0, and NaN stays NaN: the next sequence in the same
+        buffer would meet it. A copy of another sequence overwrites the whole buffer. Recurrent
+        states share one buffer, so it is wiped.
 
-        doubtful  other sequences whose rooms may have such numbers
+        doubtful  other sequences with buffers that may hold NaN
         """
         self.clear(seq)
         bad = {seq, *doubtful}
@@ -169,7 +169,7 @@ class Context(Handle):
             self.clear(seq)
 
     def _wipe_around(self, seq: int) -> None:
-        """Let other sequences hold what they do, and nothing else be left."""
+        """Zero all memory, and load the other sequences again."""
         self._make_copies(seq)
         held = [(i, self._sequence(i), each) for i, each in enumerate(self._tokens) if each]
         self.wipe()
@@ -177,10 +177,10 @@ class Context(Handle):
             self._load(other, data, tokens)
 
     def keep(self, n_token: int, seq: int) -> int:
-        """Keep so many tokens of one sequence's beginning, and forget the rest.
+        """Keep the first n_token tokens of one sequence, and forget the rest.
 
-        returns  how many are kept: 0 where the memory cannot forget its end (recurrent states,
-                 sliding windows that have moved on)
+        returns  n_token, or 0 where the memory cannot forget its end (recurrent states, sliding
+                 windows that have moved on)
         """
         held = self._tokens[seq]
         if n_token >= len(held):
@@ -199,10 +199,9 @@ class Context(Handle):
         return bool(self._lib.llama_memory_seq_rm(self._memory, seq, start, -1))
 
     def keep_common(self, tokens: Sequence[int]) -> int:
-        """Keep what all sequences hold of a prompt's beginning, and forget the rest.
+        """Keep the tokens that all sequences share with a prompt, and forget the rest.
 
-        returns  how many tokens are kept: at most all but the last one, and 0 where the memory
-                 cannot forget its end
+        returns  how many tokens are kept, at most all but the last one: see keep_first
         """
         return self.keep_first(n_common(self.tokens, tokens[:-1]))
 
@@ -218,13 +217,13 @@ class Context(Handle):
         return n if kept else 0
 
     def move(self, source: int, target: int) -> None:
-        """Let one sequence hold what another did, which is empty afterwards."""
+        """Move the KV state of one sequence to another."""
         self.copy(source, target)
         self.clear(source)
 
     def copy(self, source: int, target: int) -> None:
-        """Let one sequence hold what another does."""
-        # All of it: a part between rooms ends the process (llama.cpp 0c1e5709, llama_kv_cache).
+        """Copy the KV state of one sequence to another."""
+        # All of it: a part between buffers ends the process (llama.cpp 0c1e5709, llama_kv_cache).
         self.clear(target)
         self._cp(source, target)
         self._tokens[target] = list(self._tokens[source])
@@ -235,7 +234,7 @@ class Context(Handle):
             self._copying |= {source, target}
 
     def share(self, targets: Sequence[int]) -> None:
-        """Let other sequences hold what the first one does."""
+        """Share the KV state of the first sequence with others."""
         for seq in targets:
             self.copy(0, seq)
 
@@ -252,10 +251,10 @@ class Context(Handle):
         self._tokens[seq] = list(tokens)
 
     def _make_copies(self, seq: int) -> None:
-        """Let copies between rooms be made now; seq holds nothing after it.
+        """Make pending copies between buffers now; seq is empty afterwards.
 
-        llama.cpp 0c1e5709, llama_kv_cache::seq_cp: the next llama_decode makes them, over what
-        would be loaded, or of it. It does so before it computes, which may be told to stop.
+        llama.cpp 0c1e5709, llama_kv_cache::seq_cp: the next llama_decode would make them, over
+        what is loaded here. It makes them before it computes, so a stopped decode does too.
         """
         if self._copying:
             self.clear(seq)
@@ -275,10 +274,7 @@ class Context(Handle):
     # decoding
 
     def set_weights(self, weights: F32, *, seq: int = 0) -> None:
-        """Weigh adapters for one sequence from the next decode on.
-
-        weights  [n_adapter, n_layer]
-        """
+        """Weigh adapters by [n_adapter, n_layer] for one sequence, from the next decode on."""
         array = np.ascontiguousarray(weights, dtype=np.float32)
         if not self._functions.set_weights(self._pointer, seq, floats(array), array.size):
             raise BackendError(f"Weights cannot be set: {last_error()}.")
@@ -300,7 +296,7 @@ class Context(Handle):
         self.decode_spans([Span(seq, tokens, start, outputs) for seq in range(n_seq)])
 
     def decode_spans(self, spans: Sequence[Span]) -> list[int]:
-        """Run tokens of some sequences, each after what it holds up to the span's start.
+        """Run tokens of some sequences, each after its tokens up to the span's start.
 
         returns  the row of each span's last token, for logits() and sample()
 
@@ -325,7 +321,7 @@ class Context(Handle):
         raise BackendError(f"llama_decode failed with code {code}: {last_error() or said()}.")
 
     def _check(self, batch: Batch, spans: Sequence[Span]) -> None:
-        """Raise BackendError for what would end the process inside llama.cpp."""
+        """Raise BackendError for a batch that would end the process inside llama.cpp."""
         seqs = [span.seq for span in spans]
         facts = (
             (batch.n_token, self._n_batch, "tokens"),
@@ -344,35 +340,35 @@ class Context(Handle):
             raise cancelled()
 
     def logits(self, row: int = -1) -> F32:
-        """float32 [n_vocab] of a row of the last decode that has an output; -1: the last one."""
+        """Copy the logits of an output row of the last decode: float32 [n_vocab]; -1: the last."""
         return self.logits_view(row).copy()
 
     def logits_view(self, row: int = -1) -> F32:
-        """The same in llama.cpp's own memory, which the next decode writes over."""
+        """Give the same in llama.cpp's own memory, which the next decode overwrites."""
         pointer = self._lib.llama_get_logits_ith(self._pointer, row)
         if not pointer:
             raise BackendError(f"Row {row} of the last batch has no logits.")
         return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,))
 
     def sample(self, sampler: Any, row: int = -1) -> int:
-        """A token drawn by a llama_sampler chain from the logits of a row."""
+        """Draw a token by a llama_sampler chain from the logits of a row."""
         return int(self._lib.llama_sampler_sample(sampler, self._pointer, row))
 
     # counters
 
     @property
     def n_graph_built(self) -> int:
-        """Graphs this context has built so far, those of reservations included."""
+        """Count the graphs built so far, including reservations."""
         return int(self._functions.get_stats(self._pointer).n_graph_built)
 
     @property
     def n_decoded(self) -> int:
-        """Micro-batches this context has computed so far."""
+        """Count the micro-batches computed so far."""
         return int(self._functions.get_stats(self._pointer).n_decoded)
 
 
 def cancelled() -> CancelledError:
-    """The error of a call that was ended before there was an answer."""
+    """Make the error of a call that was ended before there was an answer."""
     return CancelledError(
         "The call was cancelled (Engine.cancel) before there was an answer; ask again."
     )
@@ -387,12 +383,12 @@ def mapped(n_byte: int) -> U8:
 
 
 def as_bytes(array: U8) -> Any:
-    """A pointer to bytes, for a call during which the array lives."""
+    """Give a pointer to bytes, for a call during which the array lives."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def floats(array: F32) -> Any:
-    """A float pointer to an array, for a call during which the array lives."""
+    """Give a float pointer to an array, for a call during which the array lives."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
@@ -407,9 +403,9 @@ def context_params(
     is_unified: bool = False,
     is_probe: bool = False,
 ) -> Any:
-    """llama_context_params, and the reasons of earlier failures forgotten.
+    """Make llama_context_params, and forget the reasons of earlier failures.
 
-    n_token     that all sequences together can hold, and that one batch can have
+    n_token     tokens of all sequences together, and of one batch
     flash_attn  None: by the rule of _flash_attn_type()
     """
     forget_said()
@@ -430,12 +426,11 @@ def context_params(
 def _flash_attn_type(
     model: Model, flash_attn: bool | None, kv_type: str, n_ctx: int, is_probe: bool
 ) -> int:
-    """llama.h llama_flash_attn_type.
+    """Choose llama.h's llama_flash_attn_type.
 
-    On the CPU flash attention computes tiles of many rows, which is what reading a prompt takes,
-    and is slow for the single rows of decoding, the more tokens are held the slower. Without it the
-    scores of a piece of a prompt are held at once, and values cannot be quantised. What is scored
-    is computed as answers are.
+    On the CPU flash attention computes tiles of many rows: quick for prefill, and slow for the
+    single rows of decoding, the slower the longer the context. Without it all scores of a chunk
+    are in memory at once, and values cannot be quantised. Scoring computes as answers do.
     """
     if flash_attn is not None:
         return _FLASH_ATTN_ON if flash_attn else _FLASH_ATTN_OFF
@@ -448,7 +443,7 @@ def _flash_attn_type(
 
 
 def default_threads() -> int:
-    """Cores this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1

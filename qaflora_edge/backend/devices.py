@@ -1,4 +1,4 @@
-"""Where layers lie beside the CPU: on workers, which are other machines or processes, and on GPUs.
+"""Devices: layers on workers, which are other machines or processes, and on GPUs.
 
 A worker is llama.cpp's RPC backend: it lends its memory and computes the layers that lie there.
 Custom operations stay here, for their parameters are addresses of this process (patches/0004).
@@ -54,7 +54,7 @@ class _BufferOverride(ctypes.Structure):
 
 @cache
 def ggml() -> SimpleNamespace:
-    """Functions of ggml's registry of backends, without `ggml_backend_`."""
+    """Declare functions of ggml's registry of backends, without `ggml_backend_`."""
     binding, _ = library()
     lib, functions = ggml_of(binding._lib), SimpleNamespace()
     rest = lib
@@ -69,7 +69,7 @@ def ggml() -> SimpleNamespace:
 
 @cache
 def rpc() -> SimpleNamespace:
-    """Functions of the RPC backend, without `ggml_backend_rpc_`.
+    """Declare functions of the RPC backend, without `ggml_backend_rpc_`.
 
     Raises LibraryError where the library has none.
     """
@@ -87,7 +87,7 @@ def rpc() -> SimpleNamespace:
 
 
 def gpus() -> list[int]:
-    """The GPUs of this machine; those of its processor where there is no other."""
+    """List the GPUs of this machine; integrated ones where there is no other."""
     count, get, kind = ggml().dev_count, ggml().dev_get, ggml().dev_type
     found = [get(i) for i in range(count())]
     return [each for each in found if kind(each) == _GPU] or [
@@ -96,7 +96,7 @@ def gpus() -> list[int]:
 
 
 def endpoints(text: str) -> tuple[str, ...]:
-    """The workers that --rpc names.
+    """Read the workers that --rpc names.
 
     Raises OptionError.
     """
@@ -118,7 +118,7 @@ def endpoints(text: str) -> tuple[str, ...]:
 
 
 def shares(text: str, n_device: int) -> list[float]:
-    """How many layers each device gets, relative to the others, as --tensor-split has it.
+    """Read --tensor-split: how many layers each device gets, relative to the others.
 
     Raises OptionError.
     """
@@ -181,7 +181,7 @@ class Workers(Handle):
         return int(rpc().connection(endpoint.encode(), None))
 
     def lost(self) -> str | None:
-        """The first worker whose connection is not the one that there was."""
+        """Name the first worker with another connection than at the start."""
         pairs = zip(self._endpoints, self._connections, strict=True)
         return next((each for each, old in pairs if not old or self._connection(each) != old), None)
 

@@ -217,13 +217,13 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
 
 
 def last_error() -> str:
-    """What the library said of its last failure on this thread."""
+    """Give our library's message of the last failure on this thread."""
     _, functions = load()
     return str(functions.last_error(), "utf-8", "replace")
 
 
 def library() -> tuple[Any, Any]:
-    """The binding and our functions, with the library's log kept off the terminal."""
+    """Load the binding and our functions, and keep the library's log off the terminal."""
     global _log_callback
     binding, functions = load()
     if _log_callback is None:
@@ -238,12 +238,12 @@ def library() -> tuple[Any, Any]:
 
 
 def said() -> str:
-    """What llama.cpp gave as the reasons of its last failure."""
+    """Give llama.cpp's reasons of its last failure."""
     return "; ".join(_errors) or "no reason given"
 
 
 def has_said() -> bool:
-    """Whether llama.cpp gave a reason since `forget_said`."""
+    """Tell whether llama.cpp gave a reason since `forget_said`."""
     return bool(_errors)
 
 
@@ -253,7 +253,7 @@ def forget_said() -> None:
 
 
 class Handle:
-    """Something of the library that is freed once, by close().
+    """A resource of the library that is freed once, by close().
 
     There is no __del__: a garbage collector may take a model before its contexts.
     """

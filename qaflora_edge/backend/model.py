@@ -1,4 +1,4 @@
-"""What is loaded once and shared by all contexts: a base, and its adapters as one pack."""
+"""Models: a base and its adapters, loaded once and shared by all contexts."""
 
 import ctypes
 import os
@@ -35,7 +35,7 @@ class SpecialToken:
 
     @property
     def is_parsed_on_demand(self) -> bool:
-        """Whether it is found with parse_special only; others are found always."""
+        """Tell whether it is found with parse_special only."""
         return bool(self.attributes & (_ATTR_UNKNOWN | _ATTR_CONTROL))
 
     @property
@@ -121,11 +121,11 @@ class Model(Handle):
 
     @property
     def is_lost(self) -> bool:
-        """Whether layers of it were on a worker that is lost: it has to be loaded again."""
+        """Tell whether a worker with layers of it is lost: it has to be loaded again."""
         return self._workers is not None and self._workers.lost() is not None
 
     def check_workers(self) -> None:
-        """Raise WorkerError where it is lost."""
+        """Raise WorkerError where a worker is lost."""
         if self._workers is not None:
             self._workers.check()
 
@@ -148,7 +148,7 @@ class Model(Handle):
 
     @cached_property
     def special_tokens(self) -> tuple[SpecialToken, ...]:
-        """Control, unknown and user-defined tokens, and those that end an answer; longest first."""
+        """List control, unknown, user-defined and end tokens, longest first."""
         found = []
         for token in range(self.n_vocab):
             attributes = int(self._lib.llama_vocab_get_attr(self.vocab, token))
@@ -160,11 +160,11 @@ class Model(Handle):
 
     @cached_property
     def longest_piece(self) -> int:
-        """Bytes of the longest token."""
+        """Count the bytes of the longest token."""
         return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of text; add_special adds BOS where the vocabulary asks for it.
+        """Turn text into token ids; add_special adds BOS where the vocabulary asks for it.
 
         Raises PromptError for text with lone surrogates.
         """
@@ -186,7 +186,7 @@ class Model(Handle):
             size = -n
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes a token stands for; control tokens are empty unless special."""
+        """Give the bytes of a token; control tokens are empty unless special."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -196,12 +196,12 @@ class Model(Handle):
             size = -n
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> bytes:
-        """The bytes that tokens stand for."""
+        """Give the bytes of tokens."""
         return b"".join(self.piece(token, special=special) for token in tokens)
 
     @property
     def end(self) -> int:
-        """The token that ends a message."""
+        """Give the token that ends a message."""
         for get in (self._lib.llama_vocab_eot, self._lib.llama_vocab_eos):
             if (token := int(get(self.vocab))) >= 0:
                 return token
@@ -211,7 +211,7 @@ class Model(Handle):
         )
 
     def is_end(self, token: int) -> bool:
-        """Whether the token ends a generation."""
+        """Tell whether a token ends a generation."""
         if token not in self._is_end:
             self._is_end[token] = bool(self._lib.llama_vocab_is_eog(self.vocab, token))
         return self._is_end[token]
@@ -223,11 +223,11 @@ _shared: dict[_Key, Model] = {}
 
 
 def shared_model(path: Path, placing: Mapping[str, Any], header: GgufHeader) -> Model:
-    """A base that is loaded once, for all who have the same file open under the same options.
+    """Load a base once for all users of the same file under the same options.
 
     placing  gpu_layers, rpc and tensor_split of Model
 
-    Each of them closes it once. Raises as Model does.
+    Each user closes it once. Raises as Model does.
     """
     with _sharing:
         key = _key_of(path, placing)
@@ -243,13 +243,8 @@ def shared_model(path: Path, placing: Mapping[str, Any], header: GgufHeader) -> 
         return model
 
 
-def is_shared(path: Path, placing: Mapping[str, Any]) -> bool:
-    """Whether a base is loaded already."""
-    return _key_of(path, placing) in _shared
-
-
 def _key_of(path: Path, placing: Mapping[str, Any]) -> _Key | None:
-    """What tells one state of a file from others; None where it cannot be examined."""
+    """Identify one state of a file; None where it cannot be examined."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""A context whose states are captured after every block, and read through the base's head."""
+"""Probe contexts: states captured after every block, and read through the base's head."""
 
 import ctypes
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from qaflora_edge.errors import BackendError
 
 @dataclass(frozen=True)
 class KvState:
-    """What the sequences of a context hold: the same tokens each.
+    """A copy of the KV state of a context's sequences, which have the same tokens.
 
     tokens     ids
     sequences  uint8 [n_byte] of each
-    weights    hash of the weights under which each was read
+    weights    hash of the weights that each was computed under
     """
 
     tokens: list[int]
@@ -33,7 +33,7 @@ class KvState:
 
 
 class ProbeContext(Context):
-    """Sequences that run the same tokens, whose states are captured; no logits are computed.
+    """Runs the same tokens in all sequences and captures their states; computes no logits.
 
     is_differential  see method: sequence 0 is the base, the others run the same tokens
     has_inputs       capture what query projections read as well
@@ -64,25 +64,24 @@ class ProbeContext(Context):
             self._n_output = self._n_batch
 
     def kv_state(self) -> KvState:
-        """A copy of what the sequences hold, for a context that was made alike."""
+        """Copy the KV state, for a context made with the same options."""
         sequences = [self._sequence(seq) for seq in self._held()]
         return KvState(list(self.tokens), sequences, [self._weights[seq] for seq in self._held()])
 
     @property
     def n_kv_byte(self) -> int:
-        """The size of kv_state()."""
+        """Give the size of kv_state()."""
         get_size = self._lib.llama_state_seq_get_size
         return sum(int(get_size(self._pointer, seq)) for seq in self._held())
 
     def _held(self) -> range:
-        """The sequences that hold something: the first ones."""
+        """Give the sequences that have tokens: the first ones."""
         return range(sum(bool(self._tokens[seq]) for seq in range(self.n_seq)))
 
     def load_kv_state(self, state: KvState) -> None:
-        """Hold what another context held, in place of what is here.
+        """Replace the KV state by another context's.
 
-        Raises BackendError, and holds nothing, when that is not of this shape or was read under
-        other weights.
+        Raises BackendError, and is empty then, for another shape or other weights.
         """
         self.clear()
         for seq, weights in enumerate(state.weights):
@@ -104,14 +103,14 @@ class ProbeContext(Context):
             raise BackendError(f"States cannot be captured: {library.last_error()}.")
 
     def states(self, seq: int) -> F32:
-        """float32 [n_layer, n_embd] of one sequence after each block."""
+        """Give the states of one sequence after each block: float32 [n_layer, n_embd]."""
         states = np.empty((self._model.n_layer, self._model.n_embd), np.float32)
         if not self._functions.get_states(self._pointer, seq, floats(states), states.size):
             raise BackendError(f"States cannot be read: {library.last_error()}.")
         return states
 
     def inputs(self, seq: int, n_row: int = 1) -> F32:
-        """What the query projections read: float32 [n_row, n_layer, n_embd].
+        """Give the inputs of the query projections: float32 [n_row, n_layer, n_embd].
 
         n_row  1: for the last output row; of a "mean": how many there are since capture_begin
         """
@@ -121,7 +120,7 @@ class ProbeContext(Context):
         return inputs
 
     def divergence(self, base: F32, adapted: F32, lens: str) -> F64:
-        """KL of the base's next-token distribution to each adapter's, in nats.
+        """Compute the KL of the base's next-token distribution to each adapter's, in nats.
 
         base     [n_layer, n_embd]             states without adapter
         adapted  [n_adapter, n_layer, n_embd]  states with one adapter each
@@ -143,7 +142,7 @@ class ProbeContext(Context):
         return result
 
     def project(self, rows: F32) -> F32:
-        """Logits [n_row, n_vocab] that the base's head gives to rows [n_row, n_embd]."""
+        """Compute logits [n_row, n_vocab] of rows [n_row, n_embd] by the base's head."""
         rows = np.ascontiguousarray(rows, np.float32)
         logits = np.empty((len(rows), self._model.n_vocab), np.float32)
         if not self._functions.project(self._pointer, len(rows), floats(rows), floats(logits)):
@@ -152,7 +151,7 @@ class ProbeContext(Context):
         return logits
 
     def final_norm(self, rows: F32) -> F32:
-        """The base's final norm of rows [n_row, n_embd], the same shape."""
+        """Apply the base's final norm to rows [n_row, n_embd]."""
         rows = np.ascontiguousarray(rows, np.float32)
         normed = np.empty_like(rows)
         if not self._functions.final_norm(self._pointer, len(rows), floats(rows), floats(normed)):

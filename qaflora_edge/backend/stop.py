@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Stop:
-    """Set by one thread, looked at by another: between tokens, and inside llama_decode.
+    """A flag set by one thread and read by another: between tokens, and inside llama_decode.
 
     llama.cpp asks its abort callback before every node of a graph. A Python function there would
     wait for the interpreter's lock each time; strlen of a buffer that is empty or "\\1" looks at
