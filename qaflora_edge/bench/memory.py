@@ -45,18 +45,11 @@ def measure_memory(
 def peak_rss_bytes() -> int:
     """The most memory that this process had resident so far.
 
-    Raises OptionError where the system does not say.
+    Raises OptionError where the system is not Linux, which alone says.
     """
-    if (peak := status_bytes("VmHWM")) is not None:
-        return peak
-    try:
-        import resource
-    except ImportError as error:
-        raise OptionError(
-            "Peak memory cannot be measured on this system; leave out memory with --only."
-        ) from error
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if (peak := status_bytes("VmHWM")) is None:
+        raise OptionError("Peak memory is measured on Linux only; leave out memory with --only.")
+    return peak
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int | None:

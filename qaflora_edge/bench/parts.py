@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.batch import Span
 from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.model import Model
 from qaflora_edge.bench.rig import Prompts, Rig, prefill
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import OptionError
@@ -149,53 +149,37 @@ def measure_ttft(rig: Rig, engine: Engine, plan: Plan, prompts: Prompts, tell: T
 
 
 def measure_callers(
-    rig: Rig, engine: Engine, plan: Plan, prompts: Prompts, tell: Tell
+    engines: Mapping[str, Engine], model: Model, plan: Plan, prompts: Prompts, tell: Tell
 ) -> list[Row]:
-    """Decode for some callers at once, each with a mix of its own, next to the base alone."""
-    length, most = min(plan.prompt_tokens), max(plan.callers)
-    base = rig.base(length + most + plan.max_tokens, most)
-    n_adapter = len(engine.adapters)
-    drawn = np.random.default_rng(0).dirichlet(np.ones(n_adapter), (most, rig.model.n_layer))
-    mixes = drawn.transpose(0, 2, 1).astype(np.float32)  # [most, n_adapter, n_layer]
-    ends = [token for token in range(rig.model.n_vocab) if rig.model.is_end(token)]
-    options = {"max_tokens": plan.max_tokens, "logit_bias": dict.fromkeys(ends, -100.0)}
-    runs: dict[tuple[int, str], list[Run]] = {
-        (n, way): [] for n in plan.callers for way in ("base", "ours")
+    """Decode for some callers at once, each with a mix of its own, next to the base alone.
+
+    engines  "base" and "ours", for as many callers as the plan has at most
+    """
+    length, most, n_adapter = (
+        min(plan.prompt_tokens),
+        max(plan.callers),
+        len(engines["ours"].adapters),
+    )
+    drawn = np.random.default_rng(0).dirichlet(np.ones(n_adapter), (most, model.n_layer))
+    mixes: dict[str, Any] = {
+        "base": [None] * most,
+        "ours": drawn.transpose(0, 2, 1).astype(np.float32),
     }
+    ends = [token for token in range(model.n_vocab) if model.is_end(token)]
+    options = {"max_tokens": plan.max_tokens, "logit_bias": dict.fromkeys(ends, -100.0)}
+    runs: dict[tuple[int, str], list[Run]] = {(n, way): [] for n in plan.callers for way in mixes}
     for turn in range(1 + plan.repeat):
         for n in plan.callers:
             read = [prompts.draw(length + i) for i in range(n)]  # of different lengths
-            for way in in_turn(("base", "ours"), turn):
-                if way == "base":
-                    times = _base_times(base, read, plan.max_tokens)
-                else:
-                    requests = [
-                        {"prompt": p, "weights": w} for p, w in zip(read, mixes[:n], strict=True)
-                    ]
-                    answers = [answer for _, answer in engine.generate_many(requests, **options)]
-                    times = [answer.timings.token_s for answer in answers]
+            for way in in_turn(list(mixes), turn):
+                pairs = zip(read, mixes[way][:n], strict=True)
+                requests = [{"prompt": tokens, "weights": mix} for tokens, mix in pairs]
+                answers = engines[way].generate_many(requests, **options)
+                speed = _speed([answer.timings.token_s for _, answer in answers])
                 if turn:
-                    runs[n, way].append({"tokens_per_second": _speed(times)})
+                    runs[n, way].append({"tokens_per_second": speed})
         tell("callers", turn + 1, 1 + plan.repeat)
     return [_caller_row(n, way, runs, min(plan.callers)) for n, way in runs]
-
-
-def _base_times(
-    context: Context, prompts: Sequence[Sequence[int]], n_token: int
-) -> list[list[float]]:
-    """Seconds at which each sequence's tokens were chosen, by llama_decode and an argmax."""
-    context.clear()
-    ids = []
-    for seq, tokens in enumerate(prompts):
-        (row,) = context.decode_spans([Span(seq, tokens)])
-        ids.append(int(context.logits_view(row).argmax()))
-    times = [time.perf_counter()]
-    for step in range(n_token - 1):
-        spans = [Span(s, [ids[s]], len(tokens) + step) for s, tokens in enumerate(prompts)]
-        rows = context.decode_spans(spans)
-        ids = [int(context.logits_view(row).argmax()) for row in rows]
-        times.append(time.perf_counter())
-    return [times] * len(prompts)
 
 
 def _speed(times: Sequence[Sequence[float]]) -> float:

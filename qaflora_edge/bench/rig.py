@@ -27,17 +27,17 @@ class StockContext(Context):
     """
 
     def __init__(
-        self, model: Model, adapters: Sequence[Any], *, n_ctx: int, n_seq: int = 1, **options: Any
+        self, model: Model, adapters: Sequence[Any], *, n_ctx: int, **options: Any
     ) -> None:
         self._model, self._lib = model, model._lib
-        params = context_params(model, n_token=n_ctx * n_seq, n_seq=n_seq, **options)
+        params = context_params(model, n_token=n_ctx, **options)
         self._pointer = self._lib.llama_init_from_model(model._pointer, params) or None
         if self._pointer is None:
             raise BackendError(
-                f"A context of {n_seq} x {n_ctx} tokens without our adapters cannot be made. "
+                f"A context of {n_ctx} tokens without our adapters cannot be made. "
                 f"llama.cpp says: {said()}."
             )
-        self._set_up(n_seq, n_ctx, params, None)
+        self._set_up(1, n_ctx, params, None)
         if not adapters:
             return
         n = len(adapters)
@@ -79,11 +79,11 @@ class Rig:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def base(self, n_ctx: int, n_seq: int = 1) -> StockContext:
-        """The base alone, for n_seq sequences of n_ctx tokens each."""
-        return self.stock(0, n_ctx, n_seq)
+    def base(self, n_ctx: int) -> StockContext:
+        """The base alone."""
+        return self.stock(0, n_ctx)
 
-    def stock(self, k: int, n_ctx: int, n_seq: int = 1) -> StockContext:
+    def stock(self, k: int, n_ctx: int) -> StockContext:
         """k adapters at scale 1/k through llama_set_adapters_lora."""
         for path in self._copies(k)[len(self._loras) :]:
             lora = self.model._lib.llama_adapter_lora_init(self.model._pointer, os.fsencode(path))
@@ -91,7 +91,7 @@ class Rig:
                 raise BackendError(f"llama.cpp cannot load the adapter {path}; convert it again.")
             self._loras.append(lora)
         loras = self._loras[:k]
-        context = StockContext(self.model, loras, n_ctx=n_ctx, n_seq=n_seq, **self._options)
+        context = StockContext(self.model, loras, n_ctx=n_ctx, **self._options)
         return self._open.enter_context(contextlib.closing(context))
 
     def ours(self, k: int, n_ctx: int) -> Context:

@@ -138,10 +138,11 @@ def _measured(
                 loaded.folder, tokens, plan.max_tokens, {**given, **size}
             )
         if "callers" in only:
-            with Engine(
-                loaded.folder, **given | size | {"n_parallel": max(plan.callers)}
-            ) as engine:
-                result["callers"] = parts.measure_callers(rig, engine, plan, prompts, tell)
+            many = given | size | {"n_parallel": max(plan.callers)}
+            alone = Engine(base=loaded.base_path, **many | {"strategy": None})
+            with alone as base, Engine(loaded.folder, **many) as ours:
+                both = {"base": base, "ours": ours}
+                result["callers"] = parts.measure_callers(both, rig.model, plan, prompts, tell)
         if "decode" in only:
             result["decode"] = parts.measure_decode(rig, plan, prompts, tell)
         if "ttft" in only:
