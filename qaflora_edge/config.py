@@ -298,6 +298,7 @@ REMOVED = {
     "probe_tail": "The option probe_tail is gone; use --strategy two-place, fast and exact.",
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
     "server": "`chat --server` is gone; open the server's page, or use a client for OpenAI's API.",
+    "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
     "print_systemd": "The option print_systemd is gone; docs/server.md has a unit to copy.",
     "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",

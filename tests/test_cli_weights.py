@@ -1,7 +1,5 @@
 """qaflora weights: table, JSON, pictures"""
 
-import csv
-import io
 import json
 import re
 from pathlib import Path
@@ -134,28 +132,6 @@ def test_prompts_can_have_names(made: TinyBundle, tmp_path: Path) -> None:
         ("a\nb", "two lines"),
         ("the\u2028thing", None),
     ]
-    rows = list(csv.DictReader(io.StringIO(weights(made, "--prompts", path, "--csv").stdout)))
-    assert {row["prompt"] for row in rows} == {"two lines", "the\u2028thing"}
-
-
-def test_csv_is_the_long_form_of_json(made: TinyBundle, prompts: Path) -> None:
-    result = weights(made, "--prompts", prompts, "--csv")
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith("prompt,layer,adapter,weight,divergence\n")
-    shown = weights(made, "--prompts", prompts, "--json").stdout.splitlines()
-    by_prompt = {item["prompt"]: item for item in map(json.loads, shown)}
-    rows = list(csv.DictReader(io.StringIO(result.stdout)))
-    assert len(rows) == 3 * 3 * 2
-    for row in rows:
-        item = by_prompt[row["prompt"]]
-        index, layer = item["adapters"].index(row["adapter"]), int(row["layer"])
-        for key, name in (("weight", "weights"), ("divergence", "divergence")):
-            assert np.float32(row[key]) == np.float32(item[name][index][layer])
-
-
-def test_csv_is_utf8_and_empty_where_nothing_was_measured(made: TinyBundle) -> None:
-    result = weights(made, "¿qué?", "--csv", "--strategy", "static")
-    assert result.stdout_bytes.decode("utf-8").splitlines()[1] == "¿qué?,0,math,0.5,"
 
 
 def test_prompts_are_drawn_a_panel_each(made: TinyBundle, prompts: Path, tmp_path: Path) -> None:
@@ -169,10 +145,9 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
 ) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("short\n" + "long " * 200 + "\n")
-    for form in ("--json", "--csv"):
-        result = weights(made, "--prompts", path, form, "--ctx", 64)
-        assert (result.exit_code, result.stdout) == (1, "")
-        assert result.stderr.startswith(f"Error: {path}, line 2: The prompt has ")
+    result = weights(made, "--prompts", path, "--json", "--ctx", 64)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: {path}, line 2: The prompt has ")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +155,6 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
     [
         (),
         (PROMPT, "--prompts", "prompts.txt"),
-        (PROMPT, "--json", "--csv"),
         (PROMPT, "--plot", "weights.pdf"),
         (PROMPT, "--plot", "weights.png"),
     ],
@@ -254,7 +228,7 @@ def test_unknown_keys_of_prompts_are_told_once(made: TinyBundle, tmp_path: Path)
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a", "id": 1, "nmae": "b"}\n' * 2)
     result = CliRunner().invoke(
-        main, ["weights", str(made.folder), "--prompts", str(path), "--csv"]
+        main, ["weights", str(made.folder), "--prompts", str(path), "--json"]
     )
     assert result.exit_code == 0
     assert result.stderr == "Not options of a request, and ignored: 'id', 'nmae'\n"

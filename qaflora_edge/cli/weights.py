@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,13 +30,10 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.weighing.numbers import FusionWeights
 
-CSV_HEAD = ("prompt", "layer", "adapter", "weight", "divergence")
-
 
 @command(
     'qaflora weights models/demo "Cuatro cajas tienen 12 huevos cada una. ¿Cuántos hay?"',
     "qaflora weights models/demo --prompts prompts.txt --plot weights.html",
-    "qaflora weights models/demo - --csv < question.txt > weights.csv",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("prompt", required=False)
@@ -53,9 +48,6 @@ CSV_HEAD = ("prompt", "layer", "adapter", "weight", "divergence")
     "--json", "as_json", is_flag=True, help="Print one JSON object, with --prompts one a line."
 )
 @click.option(
-    "--csv", "as_csv", is_flag=True, help=f"Print CSV with the columns {', '.join(CSV_HEAD)}."
-)
-@click.option(
     "--plot",
     help="Draw the weights, a panel per prompt, to FILE.svg or to FILE.html, a page that stands "
     "alone.",
@@ -67,7 +59,6 @@ def weights(
     prompt: str | None,
     prompts_path: str | None,
     as_json: bool,
-    as_csv: bool,
     plot: Path | None,
     options: SharedOptions,
 ) -> None:
@@ -78,8 +69,6 @@ def weights(
     """
     if (prompt is None) == (prompts_path is None):
         raise click.UsageError("Give either PROMPT or --prompts FILE.")
-    if as_json and as_csv:
-        raise click.UsageError("Give --json or --csv, not both.")
     check_outputs([plot], [] if prompts_path is None else [Path(prompts_path)])
     if prompts_path is not None:
         prompts = read_prompts(prompts_path)
@@ -90,16 +79,12 @@ def weights(
     weighed = []
     with open_engine(bundle, options) as engine:
         queries = [_query(engine, asked, options) for asked in prompts]  # all fit, or none is shown
-        if as_csv:
-            _print_csv([CSV_HEAD])
         for asked, fusion in zip(prompts, _weigh(engine, queries), strict=True):
             weighed.append((asked, fusion))
             if as_json:
                 facts = fusion.to_dict() if prompt is not None else _named_dict(asked, fusion)
                 click.echo(json.dumps(facts))
-            elif as_csv:
-                _print_csv(csv_rows(asked, fusion))
-    if not as_json and not as_csv:
+    if not as_json:
         _print_heatmap(weighed)
     if plot is not None:
         _write_plot(plot, weighed, subject(bundle))
@@ -140,29 +125,6 @@ def _named_dict(prompt: Prompt, fusion: FusionWeights) -> dict[str, Any]:
     """The contract's object, with the prompt in front."""
     name = {} if prompt.name is None else {"name": prompt.name}
     return {"prompt": prompt.text, **name, **fusion.to_dict()}
-
-
-def csv_rows(prompt: Prompt, fusion: FusionWeights) -> list[tuple[Any, ...]]:
-    """A row per layer and adapter; the divergence is empty where none was measured."""
-    n_layer = fusion.weights.shape[1]
-    return [
-        (
-            prompt.name or prompt.text,
-            layer,
-            name,
-            fusion.weights[index, layer],
-            "" if fusion.divergence is None else fusion.divergence[index, layer],
-        )
-        for layer in range(n_layer)
-        for index, name in enumerate(fusion.adapters)
-    ]
-
-
-def _print_csv(rows: Sequence[Sequence[Any]]) -> None:
-    """Write CSV in UTF-8, whatever a terminal's encoding is: it is for tools."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    click.echo(text.getvalue().encode("utf-8"), nl=False)
 
 
 def _print_heatmap(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> None:
