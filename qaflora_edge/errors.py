@@ -41,6 +41,7 @@ was expected, and what to do next.
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 _MAX_CHARS = 4000  # of a message
 
@@ -112,7 +113,7 @@ class OutputFileError(QafloraError):
 class ConversionError(OutputFileError):
     """A converted file does not say what its source says; `checks` has what was compared."""
 
-    def __init__(self, message: str, checks: Sequence[object]) -> None:
+    def __init__(self, message: str, checks: Sequence[Any]) -> None:
         super().__init__(message)
         self.checks = checks
 

@@ -41,6 +41,20 @@ def test_file_is_written_and_named(tmp_path: Path, base: tiny.TinyBase) -> None:
     assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
 
 
+def test_file_that_exists_is_kept_without_force(tmp_path: Path, base: tiny.TinyBase) -> None:
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"older")
+    result = run(folder, "--base", base.path, "-o", out)
+    assert (result.exit_code, out.read_bytes()) == (1, b"older")
+    assert result.stderr == (
+        f"Error: Cannot write {out}: it is a file already. Choose another name, or replace it with "
+        "--force.\n"
+    )
+    assert run(folder, "--base", base.path, "-o", out, "--force").exit_code == 0
+    assert out.read_bytes().startswith(b"GGUF")
+
+
 def test_both_bases_are_named(tmp_path: Path, base: tiny.TinyBase) -> None:
     config = {"base_model_name_or_path": "owner/other"}
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
@@ -82,19 +96,23 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path, base: tiny.TinyBase) -
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["owner/Tiny-Llama-0", "unsloth/tiny_llama-0-bnb-4bit"])
+@pytest.mark.parametrize(
+    "name", ["owner/Tiny-Llama-0", "unsloth/tiny_llama-0-bnb-4bit", "owner/Base-7B"]
+)
 def test_no_remark_on_names_that_are_the_same(
     name: str, tmp_path: Path, base: tiny.TinyBase
 ) -> None:
+    """As the metadata of the base or its file name has it."""
     config = {"base_model_name_or_path": name}
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
-    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf")
+    path = base.path.rename(tmp_path / "base-7b-Q4_K_M.gguf")
+    result = run(folder, "--base", path, "-o", tmp_path / "out.gguf")
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_verify_sums_up(tmp_path: Path, base: tiny.TinyBase) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "o_proj"], layers=[1])
-    arguments = (folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify")
+    arguments = (folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify", "--force")
     result, report = run(*arguments), json.loads(run(*arguments, "--json").stdout)
     worst = max(report["checks"], key=lambda check: check["of_allowed"])
     assert 0 < worst["largest_difference"] < 1e-3
@@ -160,7 +178,7 @@ def test_wrong_conversion_is_reported_with_exit_code_1(
 
 def test_feature_that_cannot_be_represented_is_named(tmp_path: Path, base: tiny.TinyBase) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, config={"use_dora": True})
-    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify")
+    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify", "--force")
     assert result.exit_code == 1
     assert "use_dora is True; DoRA also rescales the base's weights" in result.stderr
     assert not (tmp_path / "out.gguf").exists()

@@ -71,11 +71,10 @@ class BaseSource:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter's PEFT folder or GGUF here, its name, its licence, its pinned Hub reference."""
+    """An adapter's PEFT folder or GGUF here, its name, its pinned Hub reference."""
 
     path: Path
     name: str
-    license: str = ""
     hub: str | None = None
 
 
@@ -118,12 +117,14 @@ def find_adapter(source: AnyPath, tell: Tell) -> AdapterSource:
 
     Raises InputFileError when it is neither, DownloadError when the Hub does not give it.
     """
-    path, name = _local(source), from_address(os.fspath(source))
+    path = _local(source)
     if os.path.exists(path):
+        ref = cached_ref(path)
         check_no_part(path)
-        if cached := cached_ref(path):
-            return AdapterSource(path, _name(cached), _card_license(path), str(cached))
-        return AdapterSource(path, readable(path.resolve().name), _card_license(path))
+        if ref is None:
+            return AdapterSource(path, readable(path.resolve().name))
+        return AdapterSource(path, _name(ref), str(ref))
+    name = from_address(os.fspath(source))
     ref = _hub_ref(name)
     if ref is None or what_is_at(path) != "does not exist":
         raise InputFileError(
@@ -136,7 +137,7 @@ def find_adapter(source: AnyPath, tell: Tell) -> AdapterSource:
             f"The adapter {name} is a bundle, expected one adapter. "
             f"Name one of its files, as {ref.repo}/adapters/NAME.gguf."
         )
-    return AdapterSource(path, _name(ref), _card_license(path), pinned)
+    return AdapterSource(path, _name(ref), pinned)
 
 
 def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None) -> Path:
@@ -291,7 +292,7 @@ def _adapter_record(
         "alpha": info.alpha,
         "targets": list(info.targets),
         "source": note.get("source", source.hub or source.name),
-        "license": note.get("license", source.license),
+        "license": note.get("license", _card_license(source.path)),
         "description": note.get("description", ""),
         "trained_on": info.trained_on,
         "hub": source.hub,

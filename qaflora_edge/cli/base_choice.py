@@ -1,21 +1,13 @@
 """The base of an adapter, where the user gives none: the adapter says what it was trained on."""
 
-import re
 import sys
 from collections.abc import Iterable
 
 import click
 
 from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.formats.names import plain_name
 from qaflora_edge.settings import expanded
-
-_FILE_TYPES = ("gguf", "hf", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
-
-
-def plain_name(name: str) -> str:
-    """A base's name without its owner, its file type, and the signs between words."""
-    words = re.split(r"[^a-z0-9]+", name.rpartition("/")[2].lower())
-    return "".join(word for word in words if word not in _FILE_TYPES)
 
 
 def choose_base(base: str | None, adapters: Iterable[str]) -> str:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from qaflora_edge.cli.answers import print_json
-from qaflora_edge.cli.base_choice import choose_base, plain_name
+from qaflora_edge.cli.base_choice import choose_base
 from qaflora_edge.cli.options import command, own_options
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.errors import ConversionError
+from qaflora_edge.errors import ConversionError, OutputFileError
+from qaflora_edge.files import what_is_at
 from qaflora_edge.formats.json_text import without_nan
-
-if TYPE_CHECKING:
-    from qaflora_edge.convert.adapter import ConvertedAdapter
+from qaflora_edge.formats.names import plain_name
 
 
 @command("qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf --verify")
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     help="The file to write.",
 )
 @own_options
+@click.option("--force", is_flag=True, help="Replace OUT.gguf where it exists.")
 @click.option(
     "--verify",
     is_flag=True,
@@ -51,7 +50,13 @@ if TYPE_CHECKING:
     "--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout."
 )
 def convert(
-    peft_dir: str, base: str | None, output: Path, outtype: str, verify: bool, as_json: bool
+    peft_dir: str,
+    base: str | None,
+    output: Path,
+    outtype: str,
+    force: bool,
+    verify: bool,
+    as_json: bool,
 ) -> None:
     """Convert a PEFT adapter to an adapter GGUF.
 
@@ -66,6 +71,11 @@ def convert(
 
     if str(output) == "-":
         raise click.BadParameter("a file is needed, stdout will not do", param_hint="-o")
+    if not force and os.path.lexists(output):
+        raise OutputFileError(
+            f"Cannot write {output}: it {what_is_at(output)} already. Choose another name, or "
+            "replace it with --force."
+        )
     base = choose_base(base, [peft_dir])
     label = "Converting and verifying" if verify else "Converting"
     try:
@@ -81,14 +91,19 @@ def convert(
                 progress=functools.partial(tell, label),
             )
     except ConversionError as error:
-        _show_checks(error.checks, None, as_json)
+        _print_report({"path": None, "checks": [asdict(check) for check in error.checks]}, as_json)
         raise
-    _show_checks(converted.checks, converted, as_json)
-    click.echo(f"Wrote {output} ({converted.size_bytes / 1e6:.1f} MB).", err=True)
-    trained_on, base_name = converted.trained_on, converted.base_name
-    if trained_on and base_name and plain_name(trained_on) != plain_name(base_name):
-        names = f"{trained_on}; the base calls itself {base_name[:200]!r}"
-        click.echo(f"Its config says that it was trained on {names}.", err=True)
+    report = asdict(converted)
+    _print_report({**report, "path": str(output)}, as_json)
+    click.echo(f"Wrote {output} ({report['size_bytes'] / 1e6:.1f} MB).", err=True)
+    trained_on, base_name = report["trained_on"], report["base_name"]
+    names = {plain_name(name) for name in (base_name, base) if name}
+    if trained_on and base_name and plain_name(trained_on) not in names:
+        click.echo(
+            f"Its config says that it was trained on {trained_on}; the base calls itself "
+            f"{base_name[:200]!r}.",
+            err=True,
+        )
 
 
 def _use_one_blas_thread() -> None:
@@ -101,28 +116,24 @@ def _use_one_blas_thread() -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _show_checks(checks: Sequence[Any], converted: ConvertedAdapter | None, as_json: bool) -> None:
-    """Print a summary of what was compared and each module that is wrong; with JSON, all of it."""
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    """Print a summary of the checks and each module that is wrong; with JSON, the whole report."""
+    checks = [{**check, "is_right": check["of_allowed"] <= 1.0} for check in report["checks"]]
     if as_json:
-        report: dict[str, Any] = {} if converted is None else asdict(converted)
-        report["path"] = str(report["path"]) if report else None
-        report["checks"] = [{**asdict(check), "is_right": check.is_right} for check in checks]
-        print_json(without_nan(report))
-        return
-    if wrong := [check for check in checks if not check.is_right]:
+        print_json(without_nan({**report, "checks": checks}))
+    elif wrong := [check for check in checks if not check["is_right"]]:
         click.echo(f"{'largest':>10} {'relative':>10} {'of allowed':>10}  module")
         for check in wrong:
             click.echo(
-                f"{check.largest_difference:10.3g} {check.relative_difference:10.3g} "
-                f"{check.of_allowed:10.1%}  {check.module}"
+                f"{check['largest_difference']:10.3g} {check['relative_difference']:10.3g} "
+                f"{check['of_allowed']:10.1%}  {check['module']}"
             )
     elif checks:
-        worst = max(checks, key=lambda check: check.of_allowed)
-        if worst.of_allowed == 0:
-            found = "none differs from its source"
-        else:
+        worst = max(checks, key=lambda check: check["of_allowed"])
+        found = "none differs from its source"
+        if worst["of_allowed"] > 0:
             found = (
-                f"the largest difference is {worst.largest_difference:.2g}, "
-                f"{worst.of_allowed:.0%} of what rounding explains, in {worst.module}"
+                f"the largest difference is {worst['largest_difference']:.2g}, "
+                f"{worst['of_allowed']:.0%} of what rounding explains, in {worst['module']}"
             )
         click.echo(f"Verified {len(checks)} modules: {found}.")

@@ -28,6 +28,9 @@ _ADDRESS = re.compile(
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?P<path>/[^?#]*)?)?/?(?:[?#].*)?"
 )
 
+_FILE_TYPE = re.compile(r"[-._](I?Q\d\w*|B?F16|F32)(\.gguf)?$|\.gguf$", re.IGNORECASE)
+_FORMATS = ("gguf", "hf", "unsloth", "bnb", "4bit", "8bit", "bf16", "f16", "fp16")
+
 
 @dataclass(frozen=True)
 class HubRef:
@@ -84,6 +87,12 @@ def parse_repo(text: str) -> str:
             f"Cannot use {text!r} as the name of a Hub repository; expected owner/name."
         )
     return text
+
+
+def plain_name(name: str) -> str:
+    """Strip a model's name of its owner, its file type, and the signs between words."""
+    words = re.split(r"[^a-z0-9]+", _FILE_TYPE.sub("", name.rpartition("/")[2]).lower())
+    return "".join(word for word in words if word not in _FORMATS)
 
 
 def _is_plain(path: str | None) -> bool:

@@ -24,6 +24,10 @@ MAX_NAME_LENGTH = 256
 MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
 PIECE_VALUES = 1 << 14  # that are read and turned at a time
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_UNREADABLE = (
+    "Cannot read {}: opening or reading it failed ({}). Check that it exists and that you may read "
+    "it."
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class StoredTensor:
         try:
             raw = read_columns(self.path, self.offset, math.prod(self.shape[1:]) * n, rows, part)
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise InputFileError(_UNREADABLE.format(self.path, error.strerror)) from error
         n_expected = len(rows) * len(part)
         if len(raw) != n_expected:
             raise SafetensorsFileError(
@@ -127,6 +131,13 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
     import safetensors
 
     path = Path(path)
+
+    def damaged(found: str) -> SafetensorsFileError:
+        return SafetensorsFileError(
+            f"Cannot read {path}: {found}. The file is truncated, corrupted or not a safetensors "
+            "file; fetch or save it again."
+        )
+
     if is_lfs_pointer(path):
         raise SafetensorsFileError(
             f"Cannot read {path}: it is a Git LFS pointer; expected the file that it stands for. "
@@ -137,35 +148,21 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
             n_header = int.from_bytes(file.read(8), "little")
             if n_header > MAX_HEADER_BYTES:
                 found = f"its header has {n_header} bytes, expected at most {MAX_HEADER_BYTES}"
-                raise _damaged(path, found)
+                raise damaged(found)
             header = file.read(n_header)
         with safetensors.safe_open(path, "numpy"):
             entries = read_json_object(header)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise InputFileError(_UNREADABLE.format(path, error.strerror)) from error
     except (safetensors.SafetensorError, ValueError) as error:  # errors of JSON and UTF-8 too
-        raise _damaged(path, f"its header cannot be used ({error})") from error
+        raise damaged(f"its header cannot be used ({error})") from error
     entries.pop("__metadata__", None)
     if (longest := max(map(len, entries), default=0)) > MAX_NAME_LENGTH:
         found = f"a tensor's name has {longest} characters, expected at most {MAX_NAME_LENGTH}"
-        raise _damaged(path, found)
+        raise damaged(found)
     tensors = {}
     for name, entry in entries.items():
         begin, end = (8 + n_header + offset for offset in entry["data_offsets"])
         shape = tuple(entry["shape"])
         tensors[name] = StoredTensor(path, name, entry["dtype"], shape, begin, end - begin)
     return tensors
-
-
-def _unreadable(path: Path, error: OSError) -> InputFileError:
-    return InputFileError(
-        f"Cannot read {path}: opening or reading it failed ({error.strerror}). "
-        "Check that it exists and that you may read it."
-    )
-
-
-def _damaged(path: Path, found: str) -> SafetensorsFileError:
-    return SafetensorsFileError(
-        f"Cannot read {path}: {found}. The file is truncated, corrupted or not a safetensors file; "
-        "fetch or save it again."
-    )

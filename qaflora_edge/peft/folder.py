@@ -51,7 +51,7 @@ def read_peft(folder: AnyPath) -> PeftAdapter:
     """
     folder = adapter_folder(folder)
     config = parse_config(folder / CONFIG_FILE, read_fields(folder))
-    tensors = _read_weights(folder) if config.mlx_scale is None else _read_mlx_weights(folder)
+    tensors = _read_weights(folder, config.mlx_scale is not None)
     return PeftAdapter(config, make_modules(config, tensors))
 
 
@@ -156,27 +156,46 @@ def _entries(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(entries, key=natural)[:MAX_SUBFOLDERS]]
 
 
-def _read_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Read the header of a PEFT folder's weights, in one file or in several."""
-    path = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).is_file():
-        return read_safetensors(folder / WEIGHTS_FILE)
+def _read_weights(folder: Path, is_mlx: bool) -> dict[str, StoredTensor]:
+    """Read the headers of the adapter's weights, in one file or, of PEFT, in several."""
+    tensors: dict[str, StoredTensor] = {}
+    paths = _weight_files(folder, is_mlx)
+    for path in paths:
+        tensors |= read_safetensors(path)
+    if paths[0].name not in (WEIGHTS_FILE, MLX_FILE):
+        _check_index(folder / INDEX_FILE, {name: t.path.name for name, t in tensors.items()})
+    return tensors
+
+
+def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
+    path = folder / (MLX_FILE if is_mlx else WEIGHTS_FILE)
     if path.is_file():
-        return _read_shards(path)
-    if pickles := sorted(path.name for path in folder.glob("adapter*") if path.suffix in PICKLES):
-        raise InputFileError(
-            f"Cannot read the adapter {folder}: it has {pickles[0]}, and pickles are not opened "
-            f"because they can run code; expected {WEIGHTS_FILE}. Load it with PEFT and save it "
-            "with save_pretrained(..., safe_serialization=True)."
+        return [path]
+    shards = sorted(folder.glob("adapter_model*.safetensors"))[:MAX_SHARDS]
+    if shards and not is_mlx and (folder / INDEX_FILE).is_file():
+        return shards
+    found, advice = f"{path.name} is missing", "Give the folder that PEFT's save_pretrained wrote."
+    pickles = sorted(path.name for path in folder.glob("adapter*") if path.suffix in PICKLES)
+    if is_mlx and (folder / OLD_MLX_FILE).is_file():
+        found = f"it has {OLD_MLX_FILE}, the format of early MLX; expected {MLX_FILE}"
+        advice = "Load it with mlx.core.load and save it with mlx.core.save_safetensors."
+    elif is_mlx:
+        found = f"{MLX_FILE} is missing, which belongs to an {CONFIG_FILE} of MLX"
+        advice = "Give the folder that mlx_lm.lora wrote."
+    elif pickles:
+        found = (
+            f"it has {pickles[0]}, and pickles are not opened because they can run code; expected "
+            f"{WEIGHTS_FILE}"
         )
-    raise InputFileError(
-        f"Cannot read the adapter {folder}: {WEIGHTS_FILE} is missing. "
-        "Give the folder that PEFT's save_pretrained wrote."
-    )
+        advice = "Load it with PEFT and save it with save_pretrained(..., safe_serialization=True)."
+    raise InputFileError(f"Cannot read the adapter {folder}: {found}. {advice}")
 
 
-def _read_shards(path: Path) -> dict[str, StoredTensor]:
-    """Read the headers of the files that an index names."""
+def _check_index(path: Path, files: Mapping[str, str]) -> None:
+    """Check that the index of several files names the tensors that they hold.
+
+    files  tensor -> the file that holds it
+    """
 
     def wrong(field: str, found: str, expected: str) -> SafetensorsFileError:
         return SafetensorsFileError(
@@ -193,38 +212,11 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
         ) from error
     except ValueError as error:
         raise wrong("its content", f"not JSON ({error})", "an object") from error
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
+    if not isinstance(weight_map, dict):
         raise wrong("weight_map", repr(weight_map)[:80], "names of tensors and their files")
-    files = sorted(set(weight_map.values()))
-    if len(files) > MAX_SHARDS:
-        raise wrong("the number of files", str(len(files)), f"at most {MAX_SHARDS}")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", file):
-            raise wrong("a file in weight_map", repr(file), "a .safetensors file beside it")
-        for name, tensor in read_safetensors(path.parent / file).items():
-            if weight_map.get(name) != file:
-                place = weight_map.get(name, "no file")
-                raise wrong(f"tensor {name}", f"in {file}", f"in {place}")
-            tensors[name] = tensor
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise wrong(f"tensor {name}", "missing", f"in {file}")
-    return tensors
-
-
-def _read_mlx_weights(folder: Path) -> dict[str, StoredTensor]:
-    if (folder / MLX_FILE).is_file():
-        return read_safetensors(folder / MLX_FILE)
-    if (folder / OLD_MLX_FILE).is_file():
-        raise InputFileError(
-            f"Cannot read the adapter {folder}: it has {OLD_MLX_FILE}, the format of early MLX; "
-            f"expected {MLX_FILE}. Load it with mlx.core.load and save it with "
-            "mlx.core.save_safetensors."
-        )
-    raise InputFileError(
-        f"Cannot read the adapter {folder}: {MLX_FILE} is missing, which belongs to an "
-        f"{CONFIG_FILE} of MLX. Give the folder that mlx_lm.lora wrote."
-    )
+    for name in sorted({*weight_map, *files}):
+        file = weight_map.get(name, "no file")
+        if name not in files:
+            raise wrong(f"tensor {name}", "missing", f"in {str(file)[:80]}")
+        if file != files[name]:
+            raise wrong(f"tensor {name}", f"in {files[name]}", f"in {str(file)[:80]}")
