@@ -4,7 +4,6 @@ import copy
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from bundles import TinyBundle, make_bundle
@@ -78,9 +77,3 @@ def test_engine_is_not_copied(made: TinyBundle, take: object) -> None:
             "make one there."
         )
         assert engine.weights("the king").adapters == ("math", "es")
-
-
-def test_types_come_with_the_package() -> None:
-    import qaflora_edge
-
-    assert (Path(qaflora_edge.__file__).parent / "py.typed").is_file()

@@ -100,17 +100,6 @@ def test_every_part_is_in_the_page_and_none_makes_html_of_a_text() -> None:
         )
 
 
-@needs_node
-def test_the_script_can_be_read(client: TestClient, tmp_path: Path) -> None:
-    path = tmp_path / "page.js"
-    [script] = [
-        t for tag, t in Elements(client.get("/").text).inline if tag == "script" and t[0] != "{"
-    ]
-    path.write_text(script, encoding="utf-8")
-    done = subprocess.run(["node", "--check", path], capture_output=True, text=True)
-    assert done.stderr == ""
-
-
 def in_node(code: str, value: Any) -> Any:
     """What a line of JavaScript makes of `value`, beside the page's own Markdown."""
     source = (PARTS / "markdown.js").read_text(encoding="utf-8")
@@ -240,18 +229,6 @@ def test_no_text_takes_longer_than_its_length_explains() -> None:
     }))"""
     for pattern, (short, long) in zip(patterns, in_node(seconds, patterns), strict=True):
         assert long < 0.5 + 40 * short, pattern
-
-
-def test_the_scripted_server_streams_as_the_page_reads_it() -> None:
-    reply = TestClient(app(Script(answers={"a": "b c"}))).post(
-        "/v1/chat/completions",
-        json={"model": "demo", "messages": [{"content": "a"}], "fusion": {"return": "layers"}},
-    )
-    events = [
-        json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")
-    ]
-    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1]) == "b c"
-    assert len(events[0]["fusion"]["layers"]) == 3
 
 
 def test_the_real_server_has_the_page_which_needs_no_key(tmp_path: Path) -> None:

@@ -65,24 +65,6 @@ def test_text_and_weights_are_those_of_the_engine_alone(desk: Desk, folder: Path
     assert desk.window.log() == []
 
 
-def test_every_strategy_on_the_list_answers(desk: Desk) -> None:
-    strategies = desk.window.run(
-        "return [...document.querySelectorAll('#strategy option')].map(e => e.value)"
-    )
-    assert {"", "qa-flora", "calibrated", "static", "base", "manual"} < {*strategies}
-    for strategy in strategies:
-        desk.set("#strategy", strategy)
-        desk.click("#new")
-        desk.ask(QUESTION)
-        assert desk.texts(".note.trouble") == [], strategy
-    desk.set("#strategy", "qa-flora")
-    desk.click("li:nth-child(1) input")
-    desk.click("#new")
-    desk.ask(QUESTION)
-    assert desk.texts(".note.trouble") == []
-    assert len(desk.texts(".mix bdi")) == 1
-
-
 def test_a_refusal_is_shown_and_stop_ends_the_work(desk: Desk) -> None:
     desk.ask("word " * 2000)
     assert "context" in desk.text(".note.trouble")

@@ -18,10 +18,6 @@ from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
 MIB = 1 << 20
-KINDS = {
-    "f16": {"kv_type": "f16", "flash_attn": True},
-    "q8_0": {"kv_type": "q8_0", "flash_attn": True},
-}
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -70,9 +66,8 @@ def states(prober: Prober, tokens: Sequence[int], rows: Sequence[int] = (0, 1, 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept_changes_no_bit(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack], kind: str
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase, loaded: tuple[Model, Pack]
 ) -> None:
     """Two chats in turn, and questions under one system prompt: all as if they were alone."""
     chats = Chats(base)
@@ -89,7 +84,7 @@ def test_what_is_kept_changes_no_bit(
         drawn(300, 12),
         [*drawn(300, 12)[:250], *drawn(40, 13)],
     ]
-    options = {**KINDS[kind], "threads": 1}
+    options = {"kv_type": "q8_0", "flash_attn": True, "threads": 1}
     sharing = Prober(*loaded, options, prefixes=Prefixes(64 * MIB))
     n_read = []
     for prompt in prompts:
@@ -179,15 +174,14 @@ def test_a_state_of_other_weights_or_cut_short_is_refused(loaded: tuple[Model, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "n_parallel"), [("single:a", 1), ("base", 3)])
 def test_the_fused_prefix_is_read_once_under_fixed_weights(
-    monkeypatch: pytest.MonkeyPatch, base: TinyBase, strategy: str, n_parallel: int
+    monkeypatch: pytest.MonkeyPatch, base: TinyBase
 ) -> None:
     path = write_tiny_adapter(base.path.with_name("a.gguf"), base, seed=5).path
     chats, system = Chats(base), drawn(400, 1)
     prompts = [chats.prompt(system, drawn(30 + i, 2 + i)) for i in range(4)]
     made = {"base": base.path, "adapters": {"a": path}, "n_ctx": 1024, "threads": 1}
-    with Engine(**made, strategy=strategy, n_parallel=n_parallel) as engine:
+    with Engine(**made, strategy="single:a", n_parallel=3) as engine:
         for i, prompt in enumerate(prompts):
             counts = count_decoded(monkeypatch, first_only=True)
             answer = engine.generate(prompt, max_tokens=3)
@@ -197,7 +191,7 @@ def test_the_fused_prefix_is_read_once_under_fixed_weights(
             if base.arch != "gemma3":
                 n_read = sum(n for n in counts if n > 1)  # the others are of the answer
                 assert n_read == (405 if i == 0 else 0) + 2 * (35 + i)
-            with Engine(**made, strategy=strategy) as alone:
+            with Engine(**made, strategy="single:a") as alone:
                 assert np.array_equal(found, alone.logits(prompt))
 
 

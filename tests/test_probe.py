@@ -79,10 +79,9 @@ def with_zeros(path: Path, base: TinyBase, adapter: TinyAdapter) -> TinyAdapter:
     return replace(adapter, path=write_pairs(path, tensors))
 
 
-@pytest.mark.parametrize("kernels", ["", pytest.param("ggml", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dtype", "firsts"), [("f32", [3, 0, 2]), ("q8_0", [2, 1])])
 def test_below_where_adapters_begin_states_are_the_bases(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, dtype: str, firsts: list[int]
+    tmp_path: Path, dtype: str, firsts: list[int]
 ) -> None:
     """What is not computed there is what would have come out.
 
@@ -90,7 +89,6 @@ def test_below_where_adapters_begin_states_are_the_bases(
     multiplies fewer rows at once, which it may sum in another order, and 8 bits round otherwise.
     """
     atol = 1e-5 if dtype == "f32" else 5e-3
-    monkeypatch.setenv("QAFLORA_CPU_KERNELS", kernels)
     base = write_tiny_base(tmp_path / "base.gguf", n_layer=4, dtype=dtype)
     adapters = [
         write_tiny_adapter(tmp_path / f"{i}.gguf", base, layers=range(first, 4), seed=i)
@@ -203,17 +201,6 @@ def test_keep_history_leaves_earlier_turns_as_they_were(
             assert keep == (np.abs(found - fresh).max() > 1e-3)
 
 
-def test_a_state_that_is_no_number_is_reported(tmp_path: Path) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf")
-    adapter = write_tiny_adapter(tmp_path / "a.gguf", base, outtype="f32")
-    reader = gguf.GGUFReader(adapter.path, "r+")
-    tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight.lora_b")
-    tensor.data[:] = np.nan
-    del tensor, reader
-    with pytest.raises(BackendError, match=r"after block 1 is NaN or infinite with .*a\.gguf"):
-        prober(base, [adapter]).divergence(TOKENS, "kl", "norm", "last")
-
-
 @pytest.mark.parametrize(("cancelled", "flash_attn"), [(False, True), (True, False)])
 def test_states_that_are_no_numbers_are_nobody_elses(
     base: TinyBase, adapters: list[TinyAdapter], flash_attn: bool, cancelled: bool
@@ -236,7 +223,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
         next(steps)
         steps.close()
     else:
-        with pytest.raises(BackendError, match="NaN"):
+        with pytest.raises(BackendError, match=r"after block 0 is NaN or infinite with .*1\.gguf"):
             run_alone(steps)
     for n in (20, 100):
         found = run_alone(spoilt.states(long[-n:], (1,)))

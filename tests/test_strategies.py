@@ -89,14 +89,13 @@ class Moved(Strategy):
         return np.linalg.norm(states[1:], axis=-1)
 
 
-@pytest.mark.parametrize("pool", ["last", "question"])
-def test_states_are_the_strategys_own(made: TinyBundle, pool: str) -> None:
+def test_states_are_the_strategys_own(made: TinyBundle) -> None:
     register_strategy(Moved())
-    with Engine(made.folder, pool=pool) as engine:
+    with Engine(made.folder) as engine:
         moved = engine.weights(PROMPT, strategy="moved").weights
         after = engine.weights(PROMPT).divergence
         np.testing.assert_array_equal(engine.weights(PROMPT, strategy="moved").weights, moved)
-    with Engine(made.folder, pool=pool) as engine:
+    with Engine(made.folder) as engine:
         np.testing.assert_array_equal(engine.weights(PROMPT).divergence, after)
 
 

@@ -13,7 +13,6 @@ import pytest
 import tiny
 from bundles import TinyBundle, make_bundle
 from decoded import count_decoded
-from threadpoolctl import threadpool_info
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
@@ -21,7 +20,6 @@ from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
-from qaflora_edge.weighing.adapter_inputs import AttentionSizes
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import Query, parse_strategy
 
@@ -309,26 +307,3 @@ def test_what_precedes_the_question_is_read_once(
         np.testing.assert_array_equal(added(engine, turns), fresh)
         assert sum(counts) < len(engine.chat_tokens(turns)) / 2
         np.testing.assert_array_equal(added(engine, [story]), first)
-
-
-def test_what_adapters_do_is_summed_up_without_threads_of_blas(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They would keep their cores from what is decoded next."""
-
-    def n_threads() -> list[int]:
-        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
-
-    before, inside = n_threads(), []
-    assert before
-    of_adapter = AttentionSizes.sums
-
-    def sums(self: AttentionSizes, inputs: Any) -> Any:
-        inside.append(n_threads())
-        return of_adapter(self, inputs)
-
-    monkeypatch.setattr(AttentionSizes, "sums", sums)
-    with Engine(made.folder, threads=2) as engine:
-        engine.weights("how many?", strategy="two-place")
-    assert inside == [[1] * len(before)] * 4  # two adapters in two places
-    assert n_threads() == before
