@@ -131,19 +131,6 @@ def test_parsed_by_a_schema(client: OpenAI) -> None:
     assert {"content.delta", "content.done"} <= kinds
 
 
-def test_text_models_and_probabilities(client: OpenAI, alone: Engine) -> None:
-    text = client.completions.create(model="tiny:base", prompt="the", max_tokens=5, temperature=0)
-    assert text.choices[0].text == alone.generate("the", max_tokens=5, weights="base").text()
-    assert "tiny:single:es" in {model.id for model in client.models.list()}
-    assert client.models.retrieve("tiny:base").id == "tiny:base"
-    found = client.chat.completions.create(
-        model="tiny", messages=USER, max_tokens=3, logprobs=True, top_logprobs=2
-    )
-    assert found.choices[0].logprobs is not None
-    tokens = found.choices[0].logprobs.content or []
-    assert {len(token.top_logprobs) for token in tokens} == {2}
-
-
 def test_failures_are_its_own_exceptions(client: OpenAI, url: str) -> None:
     def chat(by: OpenAI = client, **asked: Any) -> None:
         by.chat.completions.create(**{"model": "tiny", "messages": USER, **asked})

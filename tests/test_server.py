@@ -66,11 +66,8 @@ def failure(client: TestClient, path: str = CHAT, **body: Any) -> tuple[int, dic
     "options",
     [
         {},
-        {"temperature": 1.3, "seed": 5},
         {"temperature": 1.0, "seed": 7, "n": 3},
         {"stop": ["e", "a"], "temperature": 2.0, "seed": 1},
-        {"presence_penalty": 2.0, "frequency_penalty": 1.0},
-        {"logit_bias": {"65": 100}},
         {"logprobs": True, "top_logprobs": 3},
         {"response_format": {"type": "json_object"}, "max_tokens": 30},
         {"temperature": None, "stop": None, "user": "me", "store": True, "metadata": {}},
@@ -168,12 +165,9 @@ def test_the_mix_is_told(client: TestClient, alone: Engine) -> None:
         ({"fusion": {"strategy": "single:es"}}, "single:es", {"math": 0, "es": 1}),
         ({"model": "tiny:base"}, "base", {"math": 0, "es": 0}),
         ({"fusion": {"adapters": ["es"]}}, "qa-flora", {"es": 1}),
-        ({"fusion": {"adapters": []}}, "qa-flora", {}),
-        ({"fusion": {"strategy": "manual:es=-1"}}, "manual:es=-1", {"math": 0, "es": -1}),
         ({"fusion": {"weights": {"math": 0.75}}}, "manual:math=0.75", {"math": 0.75, "es": 0}),
         ({"fusion": {"weights": [[1] * 3, [0, 0.5, 1]]}}, "manual", {"math": 1, "es": 0.5}),
         ({"lora": [{"id": 1, "scale": 0.5}]}, "manual:es=0.5", {"math": 0, "es": 0.5}),
-        ({"lora": []}, "base", {"math": 0, "es": 0}),
     ],
 )
 def test_weights_by_request(
@@ -262,7 +256,7 @@ def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
     )
 
 
-@pytest.mark.parametrize("n", [505, 5_000, 50_000, 4_000_000])
+@pytest.mark.parametrize("n", [505, 4_000_000])
 def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
     client: TestClient, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,14 +283,10 @@ def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
     assert all(size < 512 * max(16, longest) + 100 for size in cut)
 
 
-LONG_TEXT, MANY_DIGITS = "y" * 200_000, "9" * 5000
+LONG_TEXT = "y" * 200_000
 REFUSED = [
     ({"model": "tinny"}, 404, "model", "The model is 'tinny', expected one of those that GET "),
-    ({"model": "tiny:"}, 404, "model", "The model is 'tiny:', expected one of those that GET "),
-    ({"model": 3}, 400, "model", "The field model is 3, expected a model that GET /v1/models"),
     ({"messages": None}, 400, "messages", "The field messages is None, expected a list of "),
-    ({"messages": []}, 400, "messages", "The field messages is [], expected a list of messages"),
-    ({"messages": ["a"]}, 400, "messages", "The field messages is ['a'], expected a list of mess"),
     ({"messages": [{}]}, 400, "messages", "Message 0 has role = None, expected a text, as in {"),
     ({"messages": USER * 2049}, 400, "messages", "The field messages is [{'role': 'user', 'con"),
     (
@@ -306,27 +296,13 @@ REFUSED = [
         "The prompt has 617 tokens, the context 512; shorten it, or raise the context (--ctx",
     ),
     ({"temperature": -1}, 400, "temperature", "The field temperature is -1, expected a number fr"),
-    ({"temperature": "1"}, 400, "temperature", "The field temperature is '1', expected a number"),
     ({"n": 17}, 400, "n", "The field n is 17, expected a number of answers from 1 to 16."),
-    ({"stop": ["a"] * 17}, 400, "stop", "The field stop is ["),
     ({"stop": [""]}, 400, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
     ({"stream": "yes"}, 400, "stream", "The field stream is 'yes', expected true or false."),
-    (
-        {"stream": True, "stream_options": {"include_usage": 1}},
-        400,
-        "stream_options.include_usage",
-        "The field stream_options.include_usage is 1, expected true or false.",
-    ),
-    ({"logprobs": 3}, 400, "logprobs", "The field logprobs is 3, expected true or false."),
     ({"top_logprobs": 3}, 400, "top_logprobs", "Option top_logprobs is 3 without logprobs, exp"),
-    ({"logit_bias": {"a": 1}}, 400, "logit_bias", "The field logit_bias is {'a': 1}, expected t"),
     ({"logit_bias": {"999": 1}}, 400, "logit_bias", "Option logit_bias has the token 999, expec"),
-    ({"tools": 3}, 400, "tools", "The field tools is 3, expected a list of 128 tools at most."),
     ({"tools": [3]}, 400, "tools", "Option tools has 3, expected {'type': 'function', "),
-    ({"tool_choice": "some"}, 400, "tool_choice", "Option tool_choice is 'some', expected auto,"),
     ({"functions": [{}]}, 400, "functions", "Option functions of chat is [{}], expected None: it"),
-    ({"modalities": ["audio"]}, 400, "modalities", "Option modalities of chat is ['audio'], exp"),
-    ({"response_format": {"type": "x"}}, 400, "response_format", "Option response_format is {'ty"),
     (
         {"response_format": {"type": "json_object", "schema": {"type": "who"}}},
         400,
@@ -335,9 +311,7 @@ REFUSED = [
     ),
     ({"grammar": "root ::= ("}, 400, "grammar", "The grammar"),
     ({"grammar": "a" * 300_000}, 400, "grammar", "The field grammar is 'aaaa"),
-    ({"fusion": 3}, 400, "fusion", "The field fusion is 3, expected an object, as in {"),
     ({"fusion": {"a": 1}}, 400, "fusion.a", "The field fusion.a does not exist, expected one of"),
-    ({"fusion": {"return": "all"}}, 400, "fusion.return", "The field fusion.return is 'all', exp"),
     ({"fusion": {"strategy": "x"}}, 400, "fusion", "Strategy 'x' is not known; expected one of"),
     (
         {"model": "tiny:base", "fusion": {"strategy": "static"}},
@@ -362,7 +336,6 @@ REFUSED = [
         "The field fusion.weights is {'es': 1}, expected none beside the strategy base: leave one",
     ),
     ({"lora": [{"id": 2, "scale": 1}]}, 400, "lora", "The field lora is [{'id': 2, 'scale': 1.0}]"),
-    ({"lora": 1}, 400, "lora", 'The field lora is 1, expected a list such as [{"id": 0, "scale"'),
     (
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         400,
@@ -395,21 +368,14 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
     [
         (TEXT, {"prompt": [99999]}, "prompt"),
         (TEXT, {"prompt": "a", "json_schema": {"type": "who"}}, "json_schema"),
-        ("/v1/weights", {"prompt": [99999]}, "prompt"),
         ("/v1/weights", {"prompt": "a", "lora": [{"id": 0, "scale": 1}]}, "lora"),
         ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input"),
-        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_object"}}}, None),
-        ("/detokenize", {"tokens": [99999]}, "tokens"),
-        ("/tokenize", {"content": 3}, "content"),
         ("/tokenize", {"messages": [3]}, "messages"),
     ],
 )
 def test_the_field_that_is_wrong_is_the_one_of_the_path(
-    client: TestClient, path: str, body: dict[str, Any], param: str | None
+    client: TestClient, path: str, body: dict[str, Any], param: str
 ) -> None:
-    if param is None:
-        answer(client, path, model="tiny", max_output_tokens=1, **body)
-        return
     status, error = failure(client, path, model="tiny", **body)
     assert (status, error["param"]) == (400, param), error
 
@@ -449,16 +415,10 @@ def test_a_chat_without_a_template(tmp_path: Path) -> None:
     [
         {"messages": [{"role": "a", "content": "a", "tool_calls": [LONG_TEXT]}]},
         {"tools": [LONG_TEXT]},
-        {"tool_choice": LONG_TEXT},
-        {"functions": LONG_TEXT},
-        {"response_format": {"type": LONG_TEXT}},
-        {"json_schema": {LONG_TEXT: 1}},
         {"json_schema": {"properties": {LONG_TEXT: {"type": LONG_TEXT}}}},
         {"grammar": f"root ::= {LONG_TEXT}"},
         {"temperature": LONG_TEXT},
-        {"fusion": {"strategy": LONG_TEXT}},
         {"fusion": {"strategy": f"qa-flora:power={LONG_TEXT}"}},
-        {"fusion": {"strategy": f"manual:{LONG_TEXT}=1"}},
         {"fusion": {"weights": {LONG_TEXT: 1}}},
         {"model": LONG_TEXT},
     ],

@@ -2,14 +2,11 @@
 
 import contextlib
 import json
-import resource
 import select
-import signal
 import socket
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 from bundles import TinyBundle, make_bundle
 from patience import PATIENCE_S, wait_until
-from serving import ENGINE, free_port, launched, listening, listening_app, make_options, metric
+from serving import ENGINE, listening, listening_app, make_options, metric
 from tiny import constant_logits
 
 from qaflora_edge import Engine
@@ -235,9 +232,9 @@ def is_closed(client: socket.socket) -> bool:
     return True
 
 
-@pytest.mark.parametrize("n", [30_000, 200_000])
-def test_heads_without_end(made: TinyBundle, alone: Engine, n: int) -> None:
+def test_heads_without_end(made: TinyBundle, alone: Engine) -> None:
     """What belongs to no body is bounded, long before anybody's key was seen."""
+    n = 2 * MAX_HEAD_BYTES
     start = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
     chunked = b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
     unending = (
@@ -252,40 +249,11 @@ def test_heads_without_end(made: TinyBundle, alone: Engine, n: int) -> None:
             client = stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
             with contextlib.suppress(ConnectionError):
                 client.sendall(data)
-            if n > MAX_HEAD_BYTES:
-                assert is_closed(client)
+            assert is_closed(client)
         headers = {"Authorization": f"Bearer {KEY}"}
         body = {**body_of(3), "unknown": "a" * 1_000_000}
         found = httpx.post(url + CHAT, json=body, headers=headers, timeout=PATIENCE_S)
         assert_alone(found.json(), 3, alone)
-
-
-@pytest.mark.slow
-def test_five_hundred_connections(made: TinyBundle, alone: Engine) -> None:
-    """Idle ones hinder nobody; of those that ask some are answered, others told to come again."""
-    n_idle, n_asking = 300, 200
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, min(hard, 4096)), hard))
-    statuses = []
-    with listening(made.folder, max_queue=20) as url, contextlib.ExitStack() as stack:
-        clients = [
-            stack.enter_context(socket.create_connection(address_of(url), PATIENCE_S))
-            for _ in range(n_idle + n_asking)
-        ]
-        for number, client in enumerate(clients[n_idle:]):
-            client.sendall(raw_post(json.dumps(body_of(number % 10)).encode()))
-        for number, client in enumerate(clients[n_idle:]):
-            response = read_response(client)
-            statuses.append(response.status_code)
-            if response.status_code == 200:
-                assert_alone(response.json(), number % 10, alone)
-            else:
-                assert response.headers["retry-after"] == "2"
-                assert response.json()["error"]["code"] == "queue_full"
-        assert set(statuses) == {200, 503}
-        assert statuses.count(200) >= 20
-        assert_alone(httpx.post(url + CHAT, json=body_of(3), timeout=PATIENCE_S).json(), 3, alone)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def read_response(client: socket.socket) -> httpx.Response:
@@ -298,58 +266,3 @@ def read_response(client: socket.socket) -> httpx.Response:
         assert part
         content += part
     return httpx.Response(int(status.split()[1]), headers=headers, content=content)
-
-
-@pytest.mark.slow
-def test_a_sequence_that_fails_harms_no_other(
-    made: TinyBundle, alone: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """States that overflow, among others that are decoded with them."""
-    huge = {"model": "tiny", "fusion": {"weights": {"math": 1e30}}}
-    with (
-        listening(made.folder) as url,
-        httpx.Client(base_url=url, timeout=PATIENCE_S) as client,
-        ThreadPoolExecutor(6) as threads,
-    ):
-        refused = client.post(CHAT, json=body_of(0, **huge))
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "fusion.weights")
-        monkeypatch.setattr(requests, "MAX_WEIGHT", float("inf"))
-
-        def ask(number: int) -> httpx.Response:
-            return client.post(CHAT, json=body_of(number, **({} if number % 3 else huge)))
-
-        found = list(threads.map(ask, range(24)))
-    for number, response in enumerate(found):
-        if number % 3:
-            assert_alone(response.json(), number, alone)
-        else:
-            assert response.status_code == 500
-            assert response.json()["error"]["code"] == "internal_error"
-
-
-@pytest.mark.slow
-def test_what_cannot_be_written_harms_no_answer(made: TinyBundle, alone: Engine) -> None:
-    """No file can grow, as on a full disk, and the log cannot be written either."""
-
-    def no_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-    port = free_port()
-    with (
-        open("/dev/full", "wb") as full,
-        launched(*arguments(made), port=port, stderr=full, preexec_fn=no_room) as server,
-        client_at(port) as client,
-    ):
-        for number in range(3):
-            assert_alone(client.post(CHAT, json=body_of(number)).json(), number, alone)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(PATIENCE_S) == 0
-
-
-def arguments(made: TinyBundle) -> list[str | Path]:
-    """Of `qaflora serve`, for the Engine that `alone` is."""
-    return [made.folder, "--ctx", "512", "--parallel", "3", "--kv-type", "f32"]
-
-
-def client_at(port: int) -> httpx.Client:
-    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)

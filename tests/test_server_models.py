@@ -77,17 +77,6 @@ def test_bundles_are_loaded_when_they_are_asked_for(places: list[Path]) -> None:
             assert answers[name] == choices[0]["message"]["content"]
 
 
-def test_each_engine_has_a_thread_that_ends_with_it(places: list[Path]) -> None:
-    def computing() -> list[threading.Thread]:
-        return [each for each in threading.enumerate() if each.name.startswith("qaflora-")]
-
-    with client_of(*places) as client:
-        ask(client, "two")
-        assert sorted(each.name for each in computing()) == ["qaflora-one", "qaflora-two"]
-        assert all(each.daemon for each in computing())  # the process can end without them
-    wait_until(lambda: not computing())
-
-
 def test_a_bundle_is_opened_once_though_who_asked_is_gone(
     places: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,15 +182,6 @@ def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: 
     adapter.write_bytes(b"GGUF")
     with client_of(broken, places[1]) as client:
         assert client.get("/health").json() == {"status": "ok"}
-
-
-def test_a_bundle_that_is_deleted_goes_on_while_it_is_loaded(
-    places: list[Path], tmp_path: Path
-) -> None:
-    gone = named(places[0], tmp_path / "gone", "gone")
-    with client_of(gone, places[1]) as client:
-        shutil.rmtree(gone)
-        assert ask(client, "gone") == ask(client, "two")
 
 
 def test_names_are_different(places: list[Path]) -> None:

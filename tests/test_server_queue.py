@@ -247,14 +247,12 @@ def test_an_answer_that_is_cut_by_time_keeps_its_text(bundle: Path, decodes: lis
 
 
 @pytest.mark.parametrize(
-    ("path", "asked"),
+    ("path", "asked", "is_stream"),
     [
-        ("/v1/chat/completions", {"n": 3}),
-        ("/v1/completions", {"n": 2}),
-        ("/v1/completions", {"prompt": ["the", "thing"]}),
+        ("/v1/chat/completions", {"n": 3}, True),
+        ("/v1/completions", {"prompt": ["the", "thing"]}, False),
     ],
 )
-@pytest.mark.parametrize("is_stream", [False, True])
 def test_answers_that_time_keeps_from_beginning_are_not_left_out(
     bundle: Path, decodes: list[float], path: str, asked: dict[str, Any], is_stream: bool
 ) -> None:

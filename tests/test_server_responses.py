@@ -135,13 +135,6 @@ def test_text_under_a_schema(client: openai.OpenAI) -> None:
     assert json.loads(found.output_text)["to"] in ("left", "right")
 
 
-def test_options_are_told_as_they_were(http: TestClient) -> None:
-    body = {"model": "tiny", "input": "a", "max_output_tokens": 1, "frequency_penalty": 0.5}
-    found = http.post("/v1/responses", json=body).json()
-    told = [found[name] for name in ("frequency_penalty", "presence_penalty", "top_p")]
-    assert told == [0.5, 0, 0.95]
-
-
 def test_shape_is_openais(http: TestClient) -> None:
     body = {"model": "tiny", "input": "the?", "max_output_tokens": 3, "metadata": {"a": "b"}}
     found = http.post("/v1/responses", json=body).json()
@@ -155,18 +148,12 @@ def test_shape_is_openais(http: TestClient) -> None:
         ({"input": None}, "input", "The field input is None, expected a text or a list of items."),
         ({"input": [{"type": "item_reference"}]}, "input", "Option input is {'type': 'item_ref"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "Option previous_response_id"),
-        ({"background": True}, "background", "Option background of responses is True, expected"),
-        ({"instructions": 3}, "instructions", "The field instructions is 3, expected a text."),
         (
             {"tools": [{"type": "web_search"}]},
             "tools",
             "Option tools is {'type': 'web_search'}, ex",
         ),
-        ({"max_output_tokens": -1}, "max_output_tokens", "The field max_output_tokens is -1, expe"),
         ({"n": 2}, "n", "Option n of responses is 2, expected"),
-        ({"response_format": {}}, "response_format", "Option response_format of responses is {}"),
-        ({"grammar": "root ::= ("}, "grammar", ""),
-        ({"stop": 3}, "stop", "The field stop is 3, expected"),
         ({"text": 3}, "text", "The field text is 3, expected an object such as"),
     ],
 )
