@@ -11,7 +11,7 @@ import pytest
 from tiny import CHATML, QWEN, constant_logits, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
-from qaflora_edge.errors import ChatTemplateError, OptionError, PromptError
+from qaflora_edge.errors import OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.openai.completions import ShownTokens, text_logprobs
 from qaflora_edge.openai.tools import CallFilter, parse_calls
@@ -251,11 +251,11 @@ def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:
 
 def test_template_without_tool_call_is_refused(engine: Engine, monkeypatch: Any) -> None:
     monkeypatch.setattr(engine._model, "chat_template", CHATML + "{% if tools %}T{% endif %}")
-    with pytest.raises(ChatTemplateError) as caught:
+    with pytest.raises(ToolsError) as caught:
         engine.chat(USER, tools=[TIME])
     assert str(caught.value) == (
-        "The chat template of base.gguf has tools be called in a form that we do not read (it "
-        "never writes <tool_call>), expected Qwen2.5's; ask without tools, or use such a base."
+        "The chat template of base.gguf has no tools in the form that we read (it never writes "
+        "<tool_call>), expected Qwen2.5's; ask without tools, or use such a base."
     )
 
 

@@ -44,17 +44,14 @@ def test_what_fits_is_sent_whole() -> None:
     assert conversation.n_dropped == 0
 
 
-@pytest.mark.parametrize("n_turn", [4, 37])
-@pytest.mark.parametrize("n_most", [30, 100])
-def test_oldest_turns_drop_out_and_the_system_prompt_stays(n_turn: int, n_most: int) -> None:
-    conversation = talk(n_turn, system="sys")
-    tokens = conversation.fit("why?", tokenize, n_most)
-    kept = conversation.turns[conversation.n_dropped :]
-    # A turn is 20 tokens; the system prompt is 4 and the question 5.
-    is_all = 9 + n_turn * 20 <= n_most
-    assert len(kept) == (n_turn if is_all else (n_most - 9) // 2 // 20)
-    assert tokens == tokenize(Conversation("sys", kept).messages("why?"))
-    assert len(conversation.turns) == n_turn  # they are kept for a session file
+def test_the_older_half_drops_out_until_the_rest_fits() -> None:
+    for n_turn, n_most, n_kept in ((4, 100, 4), (37, 100, 4), (37, 30, 1), (37, 15, 0)):
+        conversation = talk(n_turn, system="sys")
+        tokens = conversation.fit("why?", tokenize, n_most)  # a turn is 20 tokens, the rest 9
+        kept = conversation.turns[conversation.n_dropped :]
+        assert len(kept) == n_kept
+        assert tokens == tokenize(Conversation("sys", kept).messages("why?"))
+        assert len(conversation.turns) == n_turn  # they are kept for a session file
 
 
 def test_a_full_context_is_not_begun_anew_with_every_turn() -> None:
@@ -144,17 +141,14 @@ def test_the_format_is_as_documented(path: Path) -> None:
 
 def test_saving_spares_other_files(path: Path, tmp_path: Path) -> None:
     path.write_text('{"format": "mine"}', encoding="utf-8")
-    with pytest.raises(OutputFileError) as failure:
-        save_session(path, SESSION)
-    assert str(failure.value) == (
-        f"Cannot save the session to {path}: it is another kind of file, expected no file or an "
-        "older session file. Choose another name."
-    )
+    for place in (path, tmp_path):
+        with pytest.raises(OutputFileError) as failure:
+            save_session(place, SESSION)
+        assert str(failure.value) == (
+            f"Cannot save the session to {place}: something else is there, expected no file or an "
+            "older session file. Choose another name."
+        )
     assert path.read_text(encoding="utf-8") == '{"format": "mine"}'
-    with pytest.raises(
-        OutputFileError, match=r"it cannot be replaced \(Is a directory\), expected"
-    ):
-        save_session(tmp_path, SESSION)
     with pytest.raises(OutputFileError, match="does not take a new file"):
         save_session(tmp_path / "missing" / "talk.json", SESSION)
     assert sorted(os.listdir(tmp_path)) == ["talk.json"]
@@ -176,31 +170,15 @@ USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "ho", "finish_reason": "stop"}
 
 HOSTILE = {
-    "no JSON": (b"hello", "it is no session as JSON in UTF-8 (Expecting value"),
-    "a list": (b"[]", "session as JSON in UTF-8 (it holds a list, not an object), expected a file"),
+    "no JSON": (b"hello", "Expecting value"),
+    "too large": (b" " * (MAX_SESSION_BYTES + 1), f"it has more than {MAX_SESSION_BYTES} bytes"),
     "another version": (changed(format="qaflora-session/2"), 'is "qaflora-session/2", expected'),
-    "no bundle": (changed(bundle=None), "field bundle is null, expected an object"),
     "adapters in use": (changed(adapters=[1]), "field adapters[0] is 1, expected a text"),
-    "two questions": (
-        changed(messages=[USER, USER]),
-        'field messages[1].role is "user", expected "assistant"',
-    ),
     "a system prompt in between": (
         changed(messages=[USER, ANSWER, {"role": "system", "content": "obey"}]),
-        'role is "system", expected "user"',
+        'field messages is a list of ["user", "assistant", "system"], expected a user\'s and an',
     ),
-    "no answer": (
-        changed(messages=[USER]),
-        "messages is a list of 1, expected an answer to every",
-    ),
-    "a reason": (
-        changed(messages=[USER, {**ANSWER, "finish_reason": "tired"}]),
-        'finish_reason is "tired", expected one of stop, length, cancelled',
-    ),
-    "an empty question": (
-        changed(messages=[{"role": "user", "content": " "}, ANSWER]),
-        "expected a text that is not empty",
-    ),
+    "no answer": (changed(messages=[USER]), 'messages is a list of ["user"], expected a user\'s'),
     "half a character": (
         changed(messages=[{"role": "user", "content": "\ud800"}, ANSWER]),
         'content is "\\ud800", expected a text',
@@ -214,18 +192,16 @@ def test_hostile_files_are_refused_by_name(path: Path, case: str) -> None:
     path.write_bytes(data)
     with pytest.raises(SessionFileError) as failure:
         load_session(path)
-    message = str(failure.value)
-    assert message.startswith(f"Cannot load the session {path}: ")
-    assert words in message
-    assert message.endswith(".")
+    assert str(failure.value).startswith(f"Cannot load the session {path}: ")
+    assert words in str(failure.value)
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     with pytest.raises(SessionFileError) as failure:
         load_session(tmp_path / "none.json")
     assert str(failure.value) == (
-        f"Cannot load the session {tmp_path}/none.json: it cannot be read (No such file or "
-        "directory), expected a file written by /save. Check the name, and that you may read it."
+        f"Cannot load the session {tmp_path}/none.json: No such file or directory; expected a file "
+        "written by /save. Check the name, or take a copy of the file."
     )
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -234,19 +210,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
             load_session(place)
 
 
-def test_too_large_a_file_is_refused(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(MAX_SESSION_BYTES + 1)
-    with pytest.raises(SessionFileError, match=f"it has more than {MAX_SESSION_BYTES} bytes"):
-        load_session(path)
-
-
 def test_another_bundle_is_told_apart() -> None:
     assert IDENTITY.differences(BundleIdentity("renamed", "ab" * 32, dict(IDENTITY.adapters))) == []
     other = BundleIdentity("demo", "00" * 32, {"math": "99" * 32, "med": "11" * 32})
-    assert IDENTITY.differences(other) == [
-        "the base is another",
-        "the adapter math changed",
-        "the adapter es is not here",
-        "the adapter med is new",
-    ]
+    assert IDENTITY.differences(other) == ["the base", "math", "es", "med"]

@@ -12,11 +12,11 @@ A session file is versioned JSON, and may come from anywhere:
 """
 
 import json
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
 from qaflora_edge.files import atomic_path, read_input, readable
@@ -78,41 +78,27 @@ class Conversation:
     ) -> list[int]:
         """Tokenize the conversation with a new question, to at most n_most tokens where possible.
 
-        The oldest turns drop out whole, and stay out (`n_dropped`). The system prompt and the
-        question always stay. When turns must go, they make half the space free: a prompt that
-        begins differently is prefilled again, and that should not happen at every turn.
+        When they are too many, the older half of the turns drops out, and stays out (`n_dropped`),
+        as often as needed: a prompt that begins differently is prefilled again, and that should
+        not happen at every turn. The system prompt and the question always stay.
 
         tokenize  messages -> token ids; raises PromptError when they are too many
 
         Raises PromptError, and drops nothing, when system prompt and question alone are too long.
         """
-        n_turn = len(self.turns)
-
-        def tokens_without(n_dropped: int, n_most: int) -> list[int] | None:
+        n_dropped = self.n_dropped
+        while n_dropped < len(self.turns):
             messages = self.messages(question, n_dropped=n_dropped)
-            if n_dropped == n_turn:
-                return tokenize(messages)
-            if sum(len(each["content"]) for each in messages) > n_most * _CHARS_PER_TOKEN:
-                return None
-            try:
-                tokens = tokenize(messages)
-            except PromptError:
-                return None
-            return tokens if len(tokens) <= n_most else None
-
-        tokens = tokens_without(self.n_dropped, n_most)
-        if tokens is None:
-            n_alone = len(tokens_without(n_turn, n_most) or ())
-            n_half = n_alone + max(0, n_most - n_alone) // 2
-            n_dropped = bisect_left(
-                range(n_turn),
-                True,
-                lo=self.n_dropped + 1,
-                key=lambda n: tokens_without(n, n_half) is not None,
-            )
-            tokens = tokens_without(n_dropped, n_half)
-            self.n_dropped = n_dropped
-        assert tokens is not None
+            n_char = sum(len(each["content"]) for each in messages)
+            if n_char <= n_most * _CHARS_PER_TOKEN:
+                with suppress(PromptError):
+                    tokens = tokenize(messages)
+                    if len(tokens) <= n_most:
+                        break
+            n_dropped += (len(self.turns) - n_dropped + 1) // 2
+        else:
+            tokens = tokenize(self.messages(question, n_dropped=n_dropped))
+        self.n_dropped = n_dropped
         return tokens
 
 
@@ -128,16 +114,10 @@ class BundleIdentity:
     adapters: dict[str, str] = field(default_factory=dict)
 
     def differences(self, other: Self) -> list[str]:
-        """Say in words what is different in another bundle; empty when both answer alike."""
-        found = []
-        if self.base_sha256 != other.base_sha256:
-            found.append("the base is another")
-        for name in (*self.adapters, *(set(other.adapters) - set(self.adapters))):
-            ours, theirs = self.adapters.get(name), other.adapters.get(name)
-            if ours != theirs:
-                what = "is not here" if theirs is None else "is new" if ours is None else "changed"
-                found.append(f"the adapter {name} {what}")
-        return found
+        """Name what differs in another bundle; empty when both answer alike."""
+        ours = {"the base": self.base_sha256, **self.adapters}
+        theirs = {"the base": other.base_sha256, **other.adapters}
+        return [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
 
 
 @dataclass(frozen=True)
@@ -164,12 +144,14 @@ def save_session(path: Path, session: Session) -> None:
 
     Raises OutputFileError when something else is there, or the file cannot be written.
     """
-    found = _obstacle(path)
-    if found is not None:
-        raise OutputFileError(
-            f"Cannot save the session to {path}: {found}, expected no file or an older session "
-            "file. Choose another name."
-        )
+    if path.exists():
+        try:
+            load_session(path)
+        except SessionFileError as error:
+            raise OutputFileError(
+                f"Cannot save the session to {path}: something else is there, expected no file or "
+                "an older session file. Choose another name."
+            ) from error
     messages: list[dict[str, str]] = list(session.conversation.messages())
     answers = [message for message in messages if message["role"] == "assistant"]
     for message, turn in zip(answers, session.conversation.turns, strict=True):
@@ -188,8 +170,8 @@ def save_session(path: Path, session: Session) -> None:
 
 def load_session(path: Path) -> Session:
     """Read a session file. Raises SessionFileError when it is missing or not what it should be."""
-    document = _read(path)
     try:
+        document = read_json_object(read_input(path, MAX_SESSION_BYTES))
         check_schema(document, "session")
         return Session(
             bundle=BundleIdentity(**{key: document["bundle"][key] for key in _IDENTITY}),
@@ -197,61 +179,21 @@ def load_session(path: Path) -> Session:
             strategy=document["strategy"],
             adapters=tuple(document["adapters"]),
         )
-    except WrongField as problem:
+    except (OSError, ValueError, WrongField) as error:  # errors of JSON and UTF-8 too
+        reason = error.strerror if isinstance(error, OSError) else error
         raise SessionFileError(
-            f"Cannot load the session {path}: {problem}. Correct it, or load another file."
-        ) from problem
-
-
-def _obstacle(path: Path) -> str | None:
-    """Say what is in the way of a file; None for nothing or an older session."""
-    try:
-        _read(path)
-    except SessionFileError as error:
-        reason = error.__cause__
-        if isinstance(reason, FileNotFoundError):
-            return None
-        if isinstance(reason, OSError):
-            return f"it cannot be replaced ({reason.strerror})"
-        return "it is another kind of file"
-    return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = read_json_object(read_input(path, MAX_SESSION_BYTES))
-    except OSError as error:
-        raise SessionFileError(
-            f"Cannot load the session {path}: it cannot be read ({error.strerror}), expected a "
-            "file written by /save. Check the name, and that you may read it."
+            f"Cannot load the session {path}: {reason}; expected a file written by /save. Check "
+            "the name, or take a copy of the file."
         ) from error
-    except ValueError as error:  # errors of JSON and UTF-8 too
-        raise SessionFileError(
-            f"Cannot load the session {path}: it is no session as JSON in UTF-8 ({error}), "
-            "expected a file written by /save. Check the name, or take a copy of the file."
-        ) from error
-    found = document.get("format")
-    if found != FORMAT:
-        raise SessionFileError(
-            f"Cannot load the session {path}: field format is {shown(found)}, expected "
-            f'"{FORMAT}". Check the name; a newer qaflora may have written it.'
-        )
-    return document
 
 
 def _conversation(messages: Sequence[Mapping[str, str]]) -> Conversation:
     n_system = int(bool(messages) and messages[0]["role"] == "system")
-    for place, message in enumerate(messages[n_system:], n_system):
-        expected = "assistant" if (place - n_system) % 2 else "user"
-        if message["role"] != expected:
-            field = f"messages[{place}].role"
-            raise WrongField(field, shown(message["role"]), shown(expected))
-        if expected == "user" and not message["content"].strip():
-            field = f"messages[{place}].content"
-            raise WrongField(field, shown(message["content"]), "a text that is not empty")
     questions, answers = messages[n_system::2], messages[n_system + 1 :: 2]
-    if len(questions) != len(answers):
-        raise WrongField("messages", f"a list of {len(messages)}", "an answer to every question")
+    roles = [message["role"] for message in messages[n_system:]]
+    if roles != ["user", "assistant"] * len(questions):
+        expected = "a user's and an assistant's in turns, after at most one of system"
+        raise WrongField("messages", f"a list of {shown(roles)}", expected)
     return Conversation(
         messages[0]["content"] if n_system else None,
         [

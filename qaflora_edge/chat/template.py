@@ -1,22 +1,22 @@
 """Chat templates out of a file: jinja's sandbox with bounded work.
 
 A template is a program by whoever made the file. It sees only the conversation, and only the
-filters, methods and functions named here. Loops, operations, calls and output are paid for out of
-one budget, by the size of what they handle, before they are done.
+filters, methods and functions named here. Each step and each value that it makes is paid for out
+of one budget, by its size. Whatever may multiply a text is paid for before it is done.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2 import meta, nodes
-from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2 import nodes
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -27,17 +27,16 @@ MAX_WORK = 500_000  # steps and characters, and WORK_PER_INPUT for each that com
 WORK_PER_INPUT = 100
 MAX_INPUT = 1 << 26  # characters of a conversation
 MAX_DEPTH = 40  # lists in lists
-MAX_INDENT = 16
+MAX_WIDTH = 16  # of an indent
 MAX_INTEGER = 1 << 63
-_TOO_MUCH = "more text or more steps than a conversation needs"
-
 
 _FILTERS = frozenset(
-    """abs capitalize dictsort e escape float groupby indent int items join list lower map max min
-    reject rejectattr replace reverse round safe select selectattr sort string sum title tojson trim
-    unique upper""".split()  # noqa: SIM905
+    """abs capitalize count dictsort e escape float groupby indent int items join length list lower
+    map max min reject rejectattr replace reverse round safe select selectattr sort string sum title
+    tojson trim unique upper""".split()  # noqa: SIM905
 )
-_FREE_FILTERS = frozenset({"count", "d", "default", "first", "last", "length"})  # they make nothing
+_FREE_FILTERS = frozenset({"d", "default", "first", "last"})  # they make nothing
+_FILTERS_OF_EACH = frozenset({"map", "reject", "rejectattr", "select", "selectattr"})
 _ATTRIBUTES = frozenset(
     """capitalize count endswith find index isalnum isalpha isascii isdigit islower isnumeric
     isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex
@@ -53,7 +52,7 @@ class TemplateLimit(Exception):
 
 
 class TemplateRefused(Exception):
-    """A template's own raise_exception."""
+    """A template calls raise_exception."""
 
 
 def render(template: str, *, bos_token: str, eos_token: str, **variables: Any) -> str:
@@ -78,32 +77,30 @@ def _compiled(template: str) -> CodeType:
 
 @lru_cache(maxsize=8)
 def literal_text(template: str) -> str:
-    """All text that a template itself may write, its pieces apart by U+0000."""
+    """Join all texts that a template itself may write, with U+0000 between them."""
     constants = _Environment(0).parse(template).find_all(nodes.Const)
     return "\0".join(each.value for each in constants if isinstance(each.value, str))
 
 
-def variables(template: str) -> set[str]:
-    """Names that a template reads from outside."""
-    return meta.find_undeclared_variables(_Environment(0).parse(template))
-
-
 def _size(value: Any, most: int, depth: int = 0) -> int:
-    """Size of a value when it is written out: what is in it twice counts twice.
+    """Count the characters and parts of a value when written out: shared parts count each time.
 
-    Raises TemplateLimit above `most`, or where lists are too deep in each other.
+    Raises TemplateLimit above `most`, where lists are too deep in each other, and for a namespace,
+    which may hold namespaces without any such limit.
     """
     if isinstance(value, str):
         return 1 + len(value)
-    if not isinstance(value, (dict, list, tuple)):
+    if isinstance(value, Namespace):
+        raise TemplateLimit("a namespace as a value")
+    if not isinstance(value, Collection):
         return 1
     if depth > MAX_DEPTH:
         raise TemplateLimit(f"more than {MAX_DEPTH} lists or objects in each other")
     total = 1
-    for part in value if not isinstance(value, dict) else (*value.keys(), *value.values()):
+    for part in (*value, *value.values()) if isinstance(value, Mapping) else value:
         total += _size(part, most - total, depth + 1)
         if total > most:
-            raise TemplateLimit(_TOO_MUCH)
+            raise TemplateLimit("more text or more steps than a conversation needs")
     return total
 
 
@@ -117,8 +114,11 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+_STEPS, _PAID = "the steps", "the paid"  # filters that no template can name
+
+
 class _Payments(NodeTransformer):
-    """Lets what no method of an environment sees pass through filters that pay for it."""
+    """Adds filters that pay where no method of an environment is called."""
 
     def __init__(self, environment: Any) -> None:
         self._environment = environment
@@ -145,32 +145,27 @@ class _Payments(NodeTransformer):
             part.expr = self._through(_PAID, part.expr)
         return node
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            node.node = self._through(_PAID, node.node)
-        return node
-
-    def visit_Tuple(self, node: Any) -> nodes.Node:
+    def visit_List(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
         return node if getattr(node, "ctx", "") == "store" else self._through(_PAID, node)
 
-    visit_List = visit_Dict = visit_Tuple
+    visit_Tuple = visit_Dict = visit_List
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return self._through(_PAID, node) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
         return nodes.Const(node.data, lineno=node.lineno, environment=self._environment)
 
 
-_STEPS, _PAID = "the steps", "the paid"  # no template can write these names
-
-
 class _Environment(ImmutableSandboxedEnvironment):
-    """One rendering.
+    """The environment of one rendering.
 
     work  steps and characters that it may handle
     """
 
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+    intercepted_binops = frozenset({"+", "*", "%", "**"})
 
     def __init__(self, work: int) -> None:
         super().__init__(
@@ -178,19 +173,18 @@ class _Environment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             optimized=False,  # nothing is computed while a template is compiled
             extensions=[_Generation, jinja2.ext.loopcontrols],
-            finalize=self._written,
+            finalize=jinja2.pass_context(lambda _, value: str(self._paid(value))),
         )
         self._work, self._end = work, time.thread_time() + MAX_SECONDS
-        steps, paid = self._steps, self._paid
         known = {**self.filters, "tojson": _to_json}
         self.filters = {
-            _STEPS: jinja2.pass_context(lambda _, iterable: steps(iterable)),
-            _PAID: jinja2.pass_context(lambda _, value: paid(value)),
+            _STEPS: jinja2.pass_context(lambda _, iterable: self._steps(iterable)),
+            _PAID: jinja2.pass_context(lambda _, value: self._paid(value)),
             **{name: known[name] for name in _FREE_FILTERS},
             **{name: self._priced(name, known[name]) for name in _FILTERS},
         }
         self.globals = {
-            "range": lambda *bounds: list(steps(range(*bounds))),
+            "range": lambda *bounds: list(self._steps(range(*bounds))),
             "namespace": Namespace,
             "dict": dict,
             "raise_exception": _raise_exception,
@@ -204,7 +198,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _spend(self, n: int) -> None:
         self._work -= n
         if self._work < 0:
-            raise TemplateLimit(_TOO_MUCH)
+            raise TemplateLimit("more text or more steps than a conversation needs")
         if time.thread_time() > self._end:
             raise TemplateLimit(f"more than {MAX_SECONDS:.0f} seconds")
 
@@ -217,42 +211,48 @@ class _Environment(ImmutableSandboxedEnvironment):
             self._spend(1)
             yield item
 
-    @jinja2.pass_context
-    def _written(self, _: Any, value: Any) -> Any:
-        return value if isinstance(value, Undefined) else str(self._paid(value))
-
     def _pay(self, name: str, values: list[Any]) -> None:
-        """Pay for what a filter or method is given, and for what it makes of it."""
-        for value in values:
-            self._paid(value)
-        self._spend(_price(name, values))
+        """Pay for a text that a filter or method makes of texts; other values are paid for later.
+
+        values  what it gets; for join the list comes first
+        """
+        if name == "replace" and len(values) > 2:
+            text, one, other = map(str, values[:3])
+            self._spend(text.count(one) * len(other) + text.count(other) * len(one))
+        elif name == "join":
+            self._paid(values[0])
+            separators = [each for each in values[1:] if isinstance(each, str)]
+            self._spend(len(list(values[0])) * sum(map(len, separators)))
+        elif name in ("indent", "tojson"):
+            widths = [x if isinstance(x, int) else _size(x, MAX_WIDTH) for x in values[1:]]
+            if max(widths, default=0) > MAX_WIDTH:
+                raise TemplateLimit(f"an indent of {max(widths)}, expected 0 to {MAX_WIDTH}")
+            self._spend(_size(values[0], max(0, self._work)) * sum(widths))
 
     def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let a filter be paid for."""
-        passed = getattr(function, "jinja_pass_arg", None)
+        n_own = int(hasattr(function, "jinja_pass_arg"))  # a context or environment comes first
 
-        @jinja2.pass_context
-        def priced(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(value, Iterator):
-                value = list(self._steps(value))
-            self._pay(name, [value, *args, *kwargs.values()])
-            first = {"context": context, "eval_context": context.eval_ctx, "environment": self}
-            given = [first[passed.name]] if passed is not None else []
-            result = function(*given, value, *args, **kwargs)
-            is_lazy = isinstance(result, Iterator)
-            return self._paid(list(self._steps(result)) if is_lazy else result)
+        @wraps(function)
+        def priced(*args: Any, **kwargs: Any) -> Any:
+            own, values = args[:n_own], [*args[n_own:]]
+            self._pay(name, [*values, *kwargs.values()])
+            if name in _FILTERS_OF_EACH:
+                values[0] = self._steps(values[0])
+            result = function(*own, *values, **kwargs)
+            return self._paid(list(result) if isinstance(result, Iterator) else result)
 
         return priced
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        for one, other in ((left, right), (right, left)):
-            n = _size(one, max(0, self._work))
-            times = other if operator == "*" and isinstance(other, int) else 1
-            self._spend(n * max(1, times) if isinstance(one, (str, list, tuple)) else n)
+        if operator == "*":
+            for one, times in ((left, right), (right, left)):
+                if isinstance(one, Collection) and isinstance(times, int):
+                    self._spend(_size(one, max(0, self._work)) * max(1, times))
         if operator == "%" and isinstance(left, str) and not _is_plain_format(left):
             raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
-        if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= 64):
-            raise TemplateLimit("a power above 64")
+        if operator == "**":
+            raise TemplateLimit("a power")
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and abs(result) > MAX_INTEGER:
             raise TemplateLimit("an integer of more than 64 bits")
@@ -268,28 +268,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
         name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
-        args = tuple(list(self._steps(x)) if isinstance(x, Iterator) else x for x in args)
-        values = [] if isinstance(called, Macro) else [*args, *kwargs.values()]
         if isinstance(owner, str):
-            values = [*values, owner] if name == "join" else [owner, *values]
-        self._pay(name, values)
+            values = [*args, *kwargs.values()]
+            self._pay(name, [*values, owner] if name == "join" else [owner, *values])
         result = super().call(context, called, *args, **kwargs)
-        if isinstance(owner, dict) and name == "get":
+        if name == "get" or isinstance(result, Namespace):
             return result  # nothing was made
-        return self._paid(list(result) if isinstance(owner, dict) else result)
-
-
-def _price(name: str, values: list[Any]) -> int:
-    """Characters that a filter or method may make out of values; those to join come first."""
-    if name == "replace" and len(values) > 2:
-        text, old, new = map(str, values[:3])
-        return (len(text) // max(1, len(old)) + 1) * len(new)
-    if name == "join" and hasattr(values[0], "__len__"):
-        return len(values[0]) * sum(len(text) for text in values[1:] if isinstance(text, str))
-    widths = [value for value in values[1:] if isinstance(value, int)]
-    if name in ("indent", "tojson") and max(widths, default=0) > MAX_INDENT:
-        raise TemplateLimit(f"an indent of {max(widths)}, expected 0 to {MAX_INDENT}")
-    return 1 + MAX_INDENT * str(values[0]).count("\n") if name == "indent" else 1
+        return self._paid(result)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:

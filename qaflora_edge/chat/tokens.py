@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
 from qaflora_edge.backend.batch import n_common
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat import template as templates
@@ -16,66 +14,51 @@ from qaflora_edge.errors import ChatTemplateError, QafloraError, ToolsError
 def chat_tokens(
     model: Model, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
 ) -> list[int]:
-    """Token ids of a conversation under the base's template, ready for an answer.
+    """Tokenize a conversation under the base's template, ready for an answer.
 
     What a person typed is data: a control token spelt out in a message stays text.
 
-    Raises ChatTemplateError without a usable template, ToolsError where it knows none; PromptError
-    for malformed messages.
+    Raises ChatTemplateError without a usable template, ToolsError where it takes no tools, and
+    PromptError for malformed messages.
     """
     checked = checked_messages(messages)
-    template = _template(model)
+    template, name = str(model.chat_template or ""), model.path.name
+    if not template:
+        raise ChatTemplateError(
+            f"The base {name} has no chat template (tokenizer.chat_template is missing); give the "
+            "prompt as plain text (--raw-prompt), or use an instruct model."
+        )
+    bos, eos = model._lib.llama_vocab_bos(model.vocab), model._lib.llama_vocab_eos(model.vocab)
     try:
-        typed = TypedText(model, templates.literal_text(template), [checked, tools])
-        marked = [
-            typed.marked(message, is_assistant=message["role"] == "assistant")
-            for message in checked
-        ]
-        variables: dict[str, Any] = {"messages": marked}
+        literal = templates.literal_text(template)
+        typed = TypedText(model, literal, [checked, tools])
+        variables: dict[str, Any] = {
+            "messages": [
+                typed.marked(message, is_assistant=message["role"] == "assistant")
+                for message in checked
+            ]
+        }
         if tools:
-            _check_tools(model, template)
+            if BEGIN not in literal:
+                raise ToolsError(
+                    f"The chat template of {name} has no tools in the form that we read (it never "
+                    f"writes {BEGIN}), expected Qwen2.5's; ask without tools, or use such a base."
+                )
             variables["tools"] = typed.marked(tools)
         text = templates.render(
-            template,
-            bos_token=_special(model, model._lib.llama_vocab_bos(model.vocab)),
-            eos_token=_special(model, model._lib.llama_vocab_eos(model.vocab)),
-            **variables,
+            template, bos_token=_special(model, bos), eos_token=_special(model, eos), **variables
         )
     except QafloraError:
         raise
     except Exception as err:  # a template is a program of the file's author: anything may come
         raise ChatTemplateError(
-            f"The chat template of {model.path.name} refused the conversation: {_reason(err)}. "
+            f"The chat template of {name} refused the conversation: {_reason(err)}. "
             "Give the prompt as plain text (--raw-prompt), or change the messages."
         ) from err
     tokens = typed.tokens(text)
-    bos = model._lib.llama_vocab_bos(model.vocab)
     if model._lib.llama_vocab_get_add_bos(model.vocab) and tokens[:1] != [bos]:
         tokens.insert(0, bos)
     return tokens
-
-
-def _template(model: Model) -> str:
-    if not model.chat_template:
-        raise ChatTemplateError(
-            f"The base {model.path.name} has no chat template (tokenizer.chat_template is "
-            "missing); give the prompt as plain text (--raw-prompt), or use an instruct model."
-        )
-    return str(model.chat_template)
-
-
-def _check_tools(model: Model, template: str) -> None:
-    if "tools" not in templates.variables(template):
-        raise ToolsError(
-            f"The chat template of {model.path.name} knows no tools (it never reads `tools`), "
-            "expected one that does, as Qwen2.5's; ask without tools, or use such a base."
-        )
-    if BEGIN not in templates.literal_text(template):
-        raise ToolsError(
-            f"The chat template of {model.path.name} has tools be called in a form that we do not "
-            f"read (it never writes {BEGIN}), expected Qwen2.5's; ask without tools, or use such a "
-            "base."
-        )
 
 
 def _special(model: Model, token: int) -> str:
@@ -83,25 +66,22 @@ def _special(model: Model, token: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in a template, in one line."""
+    """Say in one line what went wrong in a template."""
     if isinstance(error, RecursionError):
         return "too many expressions in each other"
     text = (str(error).strip().split("\n")[0] or type(error).__name__)[:300].rstrip(".")
-    if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"line {error.lineno}: {text}"
-    return text
+    line = getattr(error, "lineno", None)  # of jinja's syntax errors
+    return f"line {line}: {text}" if line else text
 
 
 _SAMPLES = ("a", "Some other words.")  # two questions, which a template has to frame alike
 
 
 class QuestionFinder:
-    """Where the question stands in a prompt: the last user turn, as the base's template writes it.
+    """Finds the question in a prompt: the last user turn, as the base's template writes it.
 
-    What the template puts before a question is learnt from two short ones.
-
-    Only tokens are looked at, so that prompts are understood however they were made. What people
-    type never becomes a control token, and so cannot look like a turn.
+    What the template puts before a question is learnt from two short ones. Only tokens count, so
+    prompts are understood however they were made. Typed text never becomes a control token.
     """
 
     def __init__(self, model: Model) -> None:
@@ -109,8 +89,9 @@ class QuestionFinder:
         self._head, self._rest = self._opening(model)
 
     def _opening(self, model: Model) -> tuple[list[int], list[int]]:
-        """How a user turn begins, from a control token on: what is sought for, and the white space
-        behind it, which may have become one token with the question's first one.
+        """Learn how a user turn begins: from a control token on, and the white space after it.
+
+        The white space may have become one token with the question's first one.
         """
         try:
             one, other = (
@@ -118,9 +99,8 @@ class QuestionFinder:
             )
         except QafloraError:  # no template, or one that cannot be used
             return [], []
-        n = n_common(one, other)
+        n = end = n_common(one, other)
         behind = one[len(one) - n_common(one[::-1], other[::-1]) :]
-        end = n
         while end > 0 and not model.piece(one[end - 1], special=True).strip():
             end -= 1
         for start in range(end - 1, -1, -1):
@@ -130,7 +110,7 @@ class QuestionFinder:
         return [], []
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """Where the last user turn's text begins and ends; None where there is no such turn."""
+        """Find where the last user turn's text begins and ends; None without such a turn."""
         at = _last_place(self._head, tokens)
         if at is None:
             return None
@@ -144,6 +124,6 @@ class QuestionFinder:
 
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Where a part that is not empty begins for the last time."""
+    """Find where a part begins for the last time; None for an empty one."""
     places = range(len(tokens) - len(part), -1, -1) if part else ()
     return next((at for at in places if list(tokens[at : at + len(part)]) == list(part)), None)

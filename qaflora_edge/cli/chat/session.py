@@ -217,7 +217,8 @@ class ChatSession:
         differences = session.bundle.differences(self.identity)
         self.set_system(session.conversation.system)
         self.conversation, self.fusion = session.conversation, None
-        warnings = [f"saved with another bundle: {', '.join(differences)}"] if differences else []
+        others = f"saved with another bundle; different here: {', '.join(differences)}"
+        warnings = [others] if differences else []
         off = set(session.bundle.adapters) - set(session.adapters)
         before = self.engine.strategy, self.engine.adapters
         try:
