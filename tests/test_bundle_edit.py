@@ -142,10 +142,6 @@ def test_an_adapter_from_the_hub_is_pinned(hub: FakeHub, hub_cache: Path, made: 
         read_adapter_gguf(math).tensors.keys()
         == read_adapter_gguf(bundle.adapter_paths["a"]).tensors.keys()
     )
-    hub.requests.clear()
-    add_adapter(made.folder, "c", "owner/one")
-    (asked,) = hub.requests  # whether that file, which is here, is all
-    assert asked.startswith("GET /api/models/owner/one/revision/")
 
 
 def test_paths_in_the_hubs_cache_are_recorded_as_references(

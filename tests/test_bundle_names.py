@@ -2,14 +2,14 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 from bundles import make_bundle
+from hubs import FakeHub
 
-from qaflora_edge.hub import local as hub_cache
-from qaflora_edge.hub.names import (
+from qaflora_edge.hub.fetch import fetch_hub
+from qaflora_edge.hub.local import (
     adapter_names,
     named_bundles,
     pulled_bundles,
@@ -44,17 +44,12 @@ def test_broken_bundle_json_suggests_nothing(tmp_path: Path, text: str) -> None:
 
 
 def test_pulled_bundles_have_their_repositorys_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hub: FakeHub, hub_cache: Path
 ) -> None:
-    made, commit = make_bundle(tmp_path), "0123456789" * 4
-    repo = tmp_path / "hub/models--owner--mine"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs/main").write_text(commit, encoding="ascii")
-    shutil.copytree(made.folder, repo / "snapshots" / commit)
-    shutil.copytree(repo, tmp_path / "hub/models--owner--cut")
-    cut = tmp_path / "hub/models--owner--cut/snapshots" / commit
-    (cut / "adapters/es.gguf").unlink()
-    (tmp_path / "hub/models--owner--no.bundle/refs").mkdir(parents=True)
-    (tmp_path / "hub/models--odd name--x").mkdir()
-    monkeypatch.setattr(hub_cache, "hub_cache_dir", lambda: tmp_path / "hub")
-    assert pulled_bundles() == {"owner/mine": repo / "snapshots" / commit}
+    made = make_bundle(tmp_path)
+    files = ("bundle.json", "adapters/math.gguf", "adapters/es.gguf")
+    hub.put("owner/mine", {name: (made.folder / name).read_bytes() for name in files})
+    folder = fetch_hub("owner/mine")
+    hub.put("owner/other", {"a.gguf": b"GGUF"})
+    fetch_hub("owner/other")
+    assert pulled_bundles() == {"owner/mine": folder}

@@ -1,8 +1,6 @@
 """qaflora list and qaflora remove, off the network"""
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -45,13 +43,6 @@ def here() -> dict[str, dict[str, object]]:
     return {entry["name"]: entry for entry in json.loads(qaflora("list", "--json").stdout)}
 
 
-def test_nothing_is_here() -> None:
-    result = qaflora("list")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr.startswith("Nothing is here yet; see `qaflora models`")
-    assert here() == {}
-
-
 def test_bundles_and_bases_are_listed(
     place: Path, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,8 +53,6 @@ def test_bundles_and_bases_are_listed(
     monkeypatch.setenv("QAFLORA_BUNDLES", str(named.folder.rename(tmp_path / "named" / "mine")))
     hub.put("owner/theirs", {name: (made.folder / name).read_bytes() for name in FILES})
     fetch_hub("owner/theirs")
-    day = time.mktime((2024, 2, 3, 12, 0, 0, 0, 0, -1))
-    os.utime(base, (day, day))
 
     found = here()
     kinds = {name: entry["kind"] for name, entry in found.items()}
@@ -72,11 +61,10 @@ def test_bundles_and_bases_are_listed(
         folder = Path(str(found[name]["path"]))
         assert found[name]["size_bytes"] == sum((folder / file).stat().st_size for file in FILES)
     assert [entry["is_pulled"] for entry in found.values()] == [False, False, True, True]
-    assert found[BASE]["last_used"] == "2024-02-03"
     for name, entry in found.items():
         assert Path(str(entry["path"])).exists()
         assert name not in ("bundle", "mine") or qaflora("bundle", "show", name).exit_code == 0
-    assert f"base     {BASE}      98 MB  2024-02-03  pulled  {base}\n" in qaflora("list").stdout
+    assert f"base     {BASE}      98 MB  pulled  {base}\n" in qaflora("list").stdout
 
 
 def test_what_was_pulled_is_removed(place: Path, hub: FakeHub) -> None:
@@ -102,11 +90,10 @@ def test_every_commit_and_file_is_listed_and_removed(
     made = make_bundle(place)
     files = {name: (made.folder / name).read_bytes() for name in FILES}
     old = hub.put("owner/theirs", {**files, "README.md": b"old"})
-    older = hub.put("owner/theirs", {**files, "README.md": b"older"}, branch="refs/pr/1")
     hub.repos["owner/theirs"].branches["v1"] = old
     hub.put("owner/theirs", files)
     hub.put("owner/models", {"q4/a.gguf": b"GGUF a", "b.gguf": b"GGUF b", "c.gguf": b"GGUF"})
-    names = ["owner/theirs@v1", f"owner/theirs@{older}", "owner/theirs"]
+    names = ["owner/theirs@v1", "owner/theirs"]
     names += ["owner/models/q4/a.gguf", "owner/models/b.gguf"]
     paths = {name: fetch_hub(name) for name in names}
 
@@ -114,8 +101,8 @@ def test_every_commit_and_file_is_listed_and_removed(
         return {name: str(entry["path"]) for name, entry in here().items() if name != "bundle"}
 
     assert listed() == {name: str(path) for name, path in paths.items()}
-    assert {here()[name]["kind"] for name in names[:3]} == {"bundle"}
-    for name in names[:3]:
+    assert {here()[name]["kind"] for name in names[:2]} == {"bundle"}
+    for name in names[:2]:
         assert qaflora("remove", name, "--yes").exit_code == 0
         paths.pop(name)
         assert set(listed()) == set(paths)
@@ -137,19 +124,12 @@ def test_bundles_that_need_a_base_are_named(place: Path) -> None:
     assert "which is the base of bundle; add --yes" in qaflora("remove", BASE).stderr
 
 
-@pytest.mark.parametrize("name", ["nothing", "owner/name"])
-def test_what_was_not_pulled_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["nothing", "bundle"])
+def test_what_was_not_pulled_is_refused(place: Path, name: str) -> None:
+    make_bundle(place)
     result = qaflora("remove", name, "--yes")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         f"Error: Cannot remove {name}: nothing was pulled under this name; expected one that "
-        "`qaflora list` shows as pulled. Look there.\n"
+        "`qaflora list` shows as pulled. Delete files and folders of your own yourself.\n"
     )
-
-
-def test_folder_of_ones_own_stays(place: Path) -> None:
-    made = make_bundle(place)
-    result = qaflora("remove", "bundle", "--yes")
-    assert result.exit_code == 1
-    assert "it was not pulled but is a file or folder of your own" in result.stderr
-    assert made.folder.exists()

@@ -1,11 +1,10 @@
 """qaflora pull and qaflora models, off the network"""
 
 import json
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from bundles import bundle_json, make_bundle, snapshot
+from bundles import bundle_json, make_bundle
 from click.testing import CliRunner, Result
 from hubs import FakeHub
 
@@ -47,13 +46,6 @@ def test_models_tells_what_is_here() -> None:
     assert list(shown) == list(registry.load_registry())
     assert shown["smollm2-135m-instruct"]["path"] == str(path)
     assert shown["gemma-3-270m"]["path"] is None
-
-
-def test_pull_of_an_unknown_name_fails(tmp_path: Path) -> None:
-    result = qaflora("pull", "no-such-model")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("Error: There is no model 'no-such-model' in the registry;")
-    assert snapshot(tmp_path) == {}
 
 
 def test_pull_from_the_hub(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
@@ -106,36 +98,6 @@ def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> No
     for ref in ("owner/bundle", address, "https://huggingface.co/owner/bundle"):
         verified = qaflora("bundle", "verify", ref)
         assert verified.stdout == f"{folder}: the base and 2 adapters are the recorded ones.\n"
-
-
-def test_pull_with_a_base_that_is_another_file(
-    hub: FakeHub, hub_cache: Path, tmp_path: Path
-) -> None:
-    hub_bundle(hub, tmp_path / "made", hub="owner/base/base.gguf")
-    hub.put("owner/base", {"base.gguf": b"GGUF another"})
-    result = qaflora("pull", "owner/bundle", "--with-base")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "Error: The base is not the file that was recorded:" in result.stderr
-    assert "Ask the owner of the bundle for its base." in result.stderr
-
-
-def test_a_base_is_pulled_with_a_bundle_only(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
-    hub.put("owner/a", {"a.gguf": b"GGUF"})
-    result = qaflora("pull", "owner/a", "--with-base")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "which is no bundle: only bundle.json names a base" in result.stderr
-
-
-def test_pull_with_a_base_that_is_nowhere(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
-    base = hub_bundle(hub, tmp_path / "made")
-    result = qaflora("pull", "owner/bundle", "--with-base")
-    folder = Path(qaflora("pull", "owner/bundle").stdout.strip())
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == (
-        f"Error: Cannot fetch the base of {folder / 'bundle.json'}: it says neither base.registry "
-        "nor base.hub; expected one of them. Find the file with the SHA-256 "
-        f"{sha256(base).hexdigest()} and name it with `qaflora bundle base`.\n"
-    )
 
 
 def test_a_bundle_that_was_not_pulled_is_named_with_the_command() -> None:

@@ -161,7 +161,7 @@ def test_an_edit(start: Path, tmp_path: Path, action: str, names: list[str]) -> 
 PULL = """
 from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.hub.fetch import fetch_hub
-from qaflora_edge.hub.local import pulled_path
+from qaflora_edge.hub.local import pulled_path, whole_path
 from huggingface_hub import HfApi, constants, hf_hub_download  # once, not in every fork
 
 def home(copy):
@@ -196,8 +196,8 @@ def action(copy):
     fetch_hub("owner/bundle", copy / "mine")
 
 def check(copy):
-    folder = copy / "mine"
-    if not (folder / "bundle.json").exists():
+    folder = whole_path(copy / "mine", None)
+    if folder is None:
         return False
     check_whole(folder)
     return True

@@ -81,11 +81,11 @@ def create_bundle(
     is_later = engine is not None and strategy is not None and needs_typical(strategy, names)
     _check_is_new(folder, what)
     with cache_lock(f"bundle {folder.resolve()}"), atomic_folder(folder, what) as temporary:
-        source = find_base(base, tell)
+        source = find_base(base)
         header = read_gguf_header(source.path)
         if system:
             _check_system(source.path, system)
-        sources = [find_adapter(path, tell) for _, path in pairs]
+        sources = [find_adapter(path) for _, path in pairs]
         records: list[dict[str, Any]] = []
         raw: dict[str, Any] = {
             "format": FORMAT,

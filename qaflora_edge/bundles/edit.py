@@ -94,7 +94,7 @@ def add_adapters(
             check_measured(what, fusion.get("strategy", DEFAULT_STRATEGY), names)
         else:
             parse_strategy(fusion.get("strategy", DEFAULT_STRATEGY), names)
-        for name, source in [(name, find_adapter(source, tell)) for name, source in pairs]:
+        for name, source in [(name, find_adapter(source)) for name, source in pairs]:
             record = {"name": name, "file": _new_file(folder, name, raw)}
             raw["adapters"].append(record)
             path = folder / record["file"]
@@ -247,7 +247,7 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
     folder = Path(folder)
     tell = progress or silent
     with editing(folder) as (text, raw):
-        found = find_base(base, tell)
+        found = find_base(base)
         check_file(
             found.path,
             what="The base",

@@ -23,7 +23,7 @@ from qaflora_edge.formats.bundle import (
 )
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref, parse_repo
-from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors, list_files
+from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors, model_info
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import INDEX_FILE, PeftAdapter, read_peft
 from qaflora_edge.progress import Tell
@@ -118,15 +118,17 @@ def _check_bundle(path: Path, base_hub: str | None, progress: Tell | None) -> Bu
 def _check_base(base_hub: str, sha256: str) -> str:
     """Pin a Hub reference to a base. Raises BundleError when the Hub has another file there."""
     ref = parse_hub_ref(from_address(base_hub))
-    commit, listing = list_files(ref)
-    found = listing.get(ref.file or "")
-    if found is None or found.sha256 != sha256:
-        what = "no such file" if found is None else f"the SHA-256 {found.sha256}"
+    info = model_info(ref)
+    found = [
+        file.lfs and file.lfs.sha256 for file in info.siblings or [] if file.rfilename == ref.file
+    ]
+    if found != [sha256]:
+        what = f"the SHA-256 {found[0]}" if found else "no such file"
         raise BundleError(
             f"Cannot name {base_hub} as the base: the Hub has {what} there, expected {sha256}. "
             "Give the file that the bundle was made with, as owner/name/file.gguf."
         )
-    return str(HubRef(ref.repo, ref.file, commit))
+    return str(HubRef(ref.repo, ref.file, info.sha))
 
 
 def _bundle_files(folder: Path, text: BundleText) -> dict[str, Content]:

@@ -47,8 +47,7 @@ from qaflora_edge.formats.names import (
     pulled_model,
 )
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
-from qaflora_edge.hub.local import cached_ref
-from qaflora_edge.hub.names import all_here
+from qaflora_edge.hub.local import all_here, cached_ref
 from qaflora_edge.peft.folder import check_no_part
 from qaflora_edge.progress import Tell, TellCount
 from qaflora_edge.settings import expanded
@@ -81,7 +80,7 @@ class AdapterSource:
 # Finding
 
 
-def find_base(base: AnyPath, tell: Tell) -> BaseSource:
+def find_base(base: AnyPath) -> BaseSource:
     """Find a base by its file, its registry name, or its Hub reference, which is fetched.
 
     Raises GgufFileError when it is none of them, DownloadError when the Hub does not give it.
@@ -103,7 +102,7 @@ def find_base(base: AnyPath, tell: Tell) -> BaseSource:
             f"The base {path} {what_is_at(path)}; give a GGUF file, the name of a model from "
             "`qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
         )
-    path, pinned = _fetch(name, tell)
+    path, pinned = _fetch(name)
     if not path.is_file():
         raise GgufFileError(
             f"The base {name} is a folder of files, expected one GGUF file. "
@@ -112,7 +111,7 @@ def find_base(base: AnyPath, tell: Tell) -> BaseSource:
     return BaseSource(path, hub=pinned)
 
 
-def find_adapter(source: AnyPath, tell: Tell) -> AdapterSource:
+def find_adapter(source: AnyPath) -> AdapterSource:
     """Find an adapter by its folder or file, or by its Hub reference, which is fetched.
 
     Raises InputFileError when it is neither, DownloadError when the Hub does not give it.
@@ -131,7 +130,7 @@ def find_adapter(source: AnyPath, tell: Tell) -> AdapterSource:
             f"The adapter {path} {what_is_at(path)}; expected a PEFT folder (adapter_config.json "
             "and adapter_model.safetensors), an adapter GGUF, or a Hub reference as owner/name."
         )
-    path, pinned = _fetch(name, tell)
+    path, pinned = _fetch(name)
     if (path / BUNDLE_FILE).exists():
         raise InputFileError(
             f"The adapter {name} is a bundle, expected one adapter. "
@@ -150,7 +149,7 @@ def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None
     if base.registry in load_registry():
         path = fetch_model(str(base.registry), progress=progress)
     elif base.hub:
-        path = fetch_hub(base.hub, progress=progress)
+        path = fetch_hub(base.hub)
     else:
         raise BundleError(
             f"Cannot fetch the base of {where}: it says neither base.registry nor base.hub; "
@@ -214,9 +213,9 @@ def _hub_ref(text: str) -> HubRef | None:
         return None
 
 
-def _fetch(name: str, tell: Tell) -> tuple[Path, str]:
+def _fetch(name: str) -> tuple[Path, str]:
     try:
-        path = fetch_hub(name, progress=lambda done, total: tell(name, done, total))
+        path = fetch_hub(name)
     except DownloadError as error:
         raise DownloadError(f"There is no file or folder {name} here. {error}") from error
     return path, str(cached_ref(path))

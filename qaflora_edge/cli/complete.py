@@ -17,7 +17,7 @@ Items: TypeAlias = "list[CompletionItem[str]]"
 
 def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names from the setting `bundles`, else folders and files."""
-    from qaflora_edge.hub.names import named_bundles
+    from qaflora_edge.hub.local import named_bundles
 
     return _items(named_bundles, word) or [CompletionItem(word, type="file")]
 
@@ -41,7 +41,7 @@ def complete_adapter(ctx: click.Context, param: click.Parameter, word: str) -> I
 
 def complete_pulled(ctx: click.Context, param: click.Parameter, word: str) -> Items:
     """Names of what was pulled."""
-    from qaflora_edge.hub.names import all_here
+    from qaflora_edge.hub.local import all_here
 
     return _items(lambda: (here.name for here in all_here() if here.is_pulled), word)
 
@@ -56,7 +56,7 @@ def complete_model(ctx: click.Context, param: click.Parameter, word: str) -> Ite
 def _adapters(ctx: click.Context) -> list[str]:
     """The adapters of the bundle that stands on the line already; none without one."""
     from qaflora_edge.errors import QafloraError
-    from qaflora_edge.hub.names import adapter_names, named_bundles
+    from qaflora_edge.hub.local import adapter_names, named_bundles
 
     given = [ctx.params[key] for key in ("bundle", "folder") if ctx.params.get(key)]
     # Click leaves arguments unnamed when the option before the cursor has no value yet.

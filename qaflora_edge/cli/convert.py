@@ -80,10 +80,10 @@ def convert(
     label = "Converting and verifying" if verify else "Converting"
     try:
         with progress_bars() as tell:
-            source = find_adapter(peft_dir, tell)
+            source = find_adapter(peft_dir)
             converted = convert_adapter(
                 source.path,
-                find_base(base, tell).path,
+                find_base(base).path,
                 output,
                 outtype=outtype,
                 verify=verify,

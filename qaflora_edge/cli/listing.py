@@ -13,11 +13,10 @@ def listing(as_json: bool) -> None:
     """List the bundles and bases that are here.
 
     Bundles of the working folder and of the setting `bundles`, and all that was pulled: each with
-    the name by which a command takes it, its size without a base of its own entry, the day on which
-    it was last used as far as the file system notes it, and where it is.
+    the name by which a command takes it, its size without a base of its own entry, and where it is.
     """
     from qaflora_edge.files import one_line
-    from qaflora_edge.hub.names import all_here
+    from qaflora_edge.hub.local import all_here
 
     found = [here.to_dict() for here in all_here()]
     if as_json:
@@ -32,6 +31,6 @@ def listing(as_json: bool) -> None:
         click.echo(
             one_line(
                 f"{entry['kind']:<7}  {entry['name']:<{width}}  {entry['size_bytes'] / 1e6:6.0f} MB"
-                f"  {entry['last_used']}  {'pulled  ' if entry['is_pulled'] else ''}{entry['path']}"
+                f"  {'pulled  ' if entry['is_pulled'] else ''}{entry['path']}"
             )
         )

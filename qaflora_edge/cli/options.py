@@ -219,8 +219,7 @@ def bundle_folder(text: str) -> Path:
     if os.path.exists(folder):
         return folder
     from qaflora_edge.formats.names import from_address, load_registry, local_path
-    from qaflora_edge.hub import local as hub_cache
-    from qaflora_edge.hub.names import named_bundles
+    from qaflora_edge.hub.local import named_bundles, pulled_path
 
     if named := named_bundles().get(text):
         return named
@@ -229,7 +228,7 @@ def bundle_folder(text: str) -> Path:
     if (model := load_registry().get(text)) and (path := local_path(model)):
         return path
     try:
-        pulled = hub_cache.pulled_path(text)
+        pulled = pulled_path(text)
     except RegistryError:
         if model is None:
             return folder  # no reference at all: reported as the missing folder that it is

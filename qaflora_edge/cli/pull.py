@@ -45,7 +45,7 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
         if ref in load_registry() or "/" not in ref:
             path = fetch_model(ref, to=to, progress=partial(tell, ref))
         else:
-            path = fetch_hub(ref, to=to, update=update, progress=partial(tell, ref))
+            path = fetch_hub(ref, to=to, update=update)
             if with_base:
                 _fetch_base(path, partial(tell, "base"))
     click.echo(str(path))

@@ -18,7 +18,7 @@ def remove(name: str, is_sure: bool) -> None:
     commit. It can be pulled again.
     """
     from qaflora_edge.bundles.source import bundles_on
-    from qaflora_edge.hub.names import find_pulled, remove_pulled
+    from qaflora_edge.hub.local import find_pulled, remove_pulled
 
     here, *others = find_pulled(name)
     what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"

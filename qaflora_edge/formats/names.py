@@ -123,18 +123,6 @@ class PackageSource:
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """A file of a Hugging Face Hub repository."""
-
-    repo: str
-    revision: str | None
-    file: str
-
-    def __str__(self) -> str:
-        return f"Hub {self.repo}{'@' + self.revision if self.revision else ''}, {self.file}"
-
-
-@dataclass(frozen=True)
 class Model:
     """One model of the registry; `kind` is `chat` when it has a chat template."""
 
@@ -146,7 +134,7 @@ class Model:
     architecture: str
     kind: str
     license: str
-    sources: tuple[PackageSource | HubSource, ...]
+    sources: tuple[PackageSource | HubRef, ...]
     note: str = ""
 
 
@@ -159,14 +147,14 @@ def load_registry() -> dict[str, Model]:
     }
 
 
-def _read_source(source: dict[str, Any]) -> PackageSource | HubSource:
+def _read_source(source: dict[str, Any]) -> PackageSource | HubRef:
     if source["type"] == "package":
         parts = [
             PackagePart(part["distribution"], tuple(part["members"]), part["size_bytes"])
             for part in source["parts"]
         ]
         return PackageSource(tuple(parts))
-    return HubSource(source["repo"], source["revision"], source["file"])
+    return HubRef(source["repo"], source["file"], source["revision"])
 
 
 def find_model(name: str) -> Model:

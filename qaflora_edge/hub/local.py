@@ -1,25 +1,82 @@
-"""The Hub's cache on this machine, shared with other tools: what is in it, and removing that.
+"""What is on this machine, by name: bundles, bases and adapters; removing what was pulled.
 
-    models--OWNER--NAME/refs/REVISION          the commit that a branch or tag was last seen at
-    models--OWNER--NAME/snapshots/COMMIT/FILE  a link to ../../blobs/HASH, or the file itself
-
-The environment variables HF_HOME and HF_HUB_CACHE move it. Looking up imports none of the Hub's
-library, which takes half a second: `qaflora run owner/name` would wait for it.
+What was pulled from the Hub lies in the Hub's own cache, which other tools share. The Hub's library
+finds it there. It is imported when a reference is looked up, which takes a moment.
 """
 
 import contextlib
+import glob
+import itertools
+import json
 import os
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qaflora_edge.errors import BundleError, OutputFileError, RegistryError
-from qaflora_edge.files import read_input
-from qaflora_edge.formats.bundle import BUNDLE_FILE, MAX_BUNDLE_BYTES, packed_files, parse_bundle
-from qaflora_edge.formats.names import HubRef, parse_hub_ref
+from qaflora_edge.errors import (
+    BundleError,
+    InputFileError,
+    OutputFileError,
+    QafloraError,
+    RegistryError,
+    os_errors,
+)
+from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text
+from qaflora_edge.formats.names import HubRef, load_registry, local_path, parse_hub_ref
 from qaflora_edge.peft.config import CONFIG_FILE
+from qaflora_edge.settings import bundle_places
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+MAX_NAMES_BYTES = 16 << 20
+MAX_ENTRIES = 1000
+
+
+# --- bundles by name ----------------------------------------------------------------------------
+
+
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder looks like a bundle; nothing is read."""
+    return os.path.isfile(folder / BUNDLE_FILE)
+
+
+def bundles_in(folder: Path) -> list[Path]:
+    """List the bundles directly inside a folder; none when it cannot be read."""
+    try:
+        entries = sorted(itertools.islice(folder.iterdir(), MAX_ENTRIES))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in entries if is_bundle(entry)]
+
+
+def named_bundles() -> dict[str, Path]:
+    """Map names to the bundles in the places of the setting `bundles`; the first one wins.
+
+    Raises SettingsError when the settings file cannot be read.
+    """
+    found: dict[str, Path] = {}
+    for place in bundle_places():
+        for folder in [place] if is_bundle(place) else bundles_in(place):
+            found.setdefault(folder.name, folder)
+    return found
+
+
+def pulled_bundles() -> dict[str, Path]:
+    """Map owner/name to every complete bundle that `qaflora pull` has fetched."""
+    return {name: path for name, path, _ in pulled() if is_bundle(path)}
+
+
+def adapter_names(folder: Path) -> list[str]:
+    """List the adapters that a bundle names, unchecked, for suggestions; none when unreadable."""
+    try:
+        with (folder / BUNDLE_FILE).open("rb") as file:
+            content = json.loads(file.read(MAX_NAMES_BYTES))
+        names = [adapter["name"] for adapter in content["adapters"]]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    return [name for name in names if isinstance(name, str)]
+
+
+# --- the Hub's cache ----------------------------------------------------------------------------
 
 
 def hub_cache_dir() -> Path:
@@ -29,77 +86,67 @@ def hub_cache_dir() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def is_commit(revision: str) -> bool:
-    """Tell whether a revision names one commit for ever."""
-    return _COMMIT.fullmatch(revision) is not None
-
-
-def cached_snapshot(ref: HubRef) -> Path | None:
-    """Find the folder of a reference's files in the cache, complete or not."""
-    repo_dir = hub_cache_dir() / f"models--{ref.repo.replace('/', '--')}"
-    commit = ref.revision or "main"
-    if not is_commit(commit):
-        try:
-            commit = (repo_dir / "refs" / commit).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            return None
-    snapshot = repo_dir / "snapshots" / commit
-    return snapshot if is_commit(commit) and os.path.isdir(snapshot) else None
-
-
 def pulled_path(text: str) -> Path | None:
     """Find a reference's files in the cache; None unless all are there.
 
     A bundle and a PEFT adapter are folders, anything else is one GGUF file.
     """
     ref = parse_hub_ref(text)
-    snapshot = cached_snapshot(ref)
-    if snapshot is None:
-        return None
-    if ref.file:
-        path = snapshot / ref.file
-        return path if os.path.isfile(path) else None
-    if os.path.isfile(snapshot / BUNDLE_FILE):
-        return snapshot if _is_whole_bundle(snapshot) else None
-    if os.path.isfile(snapshot / CONFIG_FILE):
-        return snapshot if any(snapshot.glob("adapter*.safetensors")) else None
-    files = _names(snapshot, ".gguf")
-    return snapshot / files[0] if len(files) == 1 else None
+    from huggingface_hub import snapshot_download
 
-
-def _is_whole_bundle(snapshot: Path) -> bool:
+    needed = [glob.escape(ref.file)] if ref.file else [BUNDLE_FILE, CONFIG_FILE]
     try:
-        text = parse_bundle(read_input(snapshot / BUNDLE_FILE, MAX_BUNDLE_BYTES), BUNDLE_FILE)
-    except (OSError, ValueError, BundleError):
-        return False
-    return all(os.path.isfile(snapshot / name) for name in packed_files(text))
+        folder = snapshot_download(
+            ref.repo, revision=ref.revision, allow_patterns=needed, local_files_only=True
+        )
+    except (ValueError, OSError):  # the library's errors for what is not here
+        return None
+    return whole_path(Path(folder), ref.file)
 
 
-def _names(folder: Path, end: str = "") -> list[str]:
-    """List the files below a folder that end so."""
-    paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path.relative_to(folder).as_posix() for path in paths if path.name.endswith(end))
+def whole_path(folder: Path, file: str | None) -> Path | None:
+    """Find a file, bundle, PEFT adapter or only GGUF in a folder; None unless it is whole."""
+    if file:
+        return folder / file if os.path.isfile(folder / file) else None
+    if is_bundle(folder):
+        try:
+            names = packed_files(read_bundle_text(folder))
+        except BundleError:
+            return None
+        return folder if all(os.path.isfile(folder / name) for name in names) else None
+    if os.path.isfile(folder / CONFIG_FILE):
+        return folder if any(folder.glob("adapter*.safetensors")) else None
+    files = _ggufs(folder)
+    return folder / files[0] if len(files) == 1 else None
+
+
+def _ggufs(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf"))
 
 
 def pulled() -> Iterator[tuple[str, Path, str]]:
-    """Give everything complete in the cache: its reference, `pulled_path` of that, its commit.
+    """Give everything complete in the cache: its reference, its path, its commit.
 
     A commit is named by a branch or tag that was seen there, main before others. Of a commit that
     is no bundle, adapter or single GGUF file, every GGUF file is given.
     """
-    for folder in sorted(hub_cache_dir().glob("models--*--*")):
-        repo = folder.name.removeprefix("models--").replace("--", "/")
-        refs = [*_names(folder / "refs"), "main"]
-        named = {cached_snapshot(HubRef(repo, None, ref)): ref for ref in refs}
-        for snapshot in sorted((folder / "snapshots").glob("*")):
-            revision = named.get(snapshot, snapshot.name)
-            for file in (None, *_names(snapshot, ".gguf")):
-                ref = str(HubRef(repo, file, None if revision == "main" else revision))
-                with contextlib.suppress(RegistryError):  # a folder of another name
-                    if path := pulled_path(ref):
-                        yield ref, path, snapshot.name
-                        if file is None:
-                            break
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = sorted(scan_cache_dir(hub_cache_dir()).repos, key=lambda repo: repo.repo_id)
+    except CacheNotFound:
+        return
+    for repo in repos:
+        for found in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
+            names = sorted(found.refs, key=lambda name: (name != "main", name))
+            revision = names[0] if names else found.commit_hash
+            whole = whole_path(found.snapshot_path, None)
+            for file in [None] if whole else _ggufs(found.snapshot_path):
+                ref = HubRef(repo.repo_id, file, None if revision == "main" else revision)
+                with contextlib.suppress(RegistryError):  # a repository without an owner
+                    parse_hub_ref(str(ref))
+                    yield str(ref), whole or found.snapshot_path / str(file), found.commit_hash
 
 
 def cached_ref(path: Path) -> HubRef | None:
@@ -111,25 +158,97 @@ def cached_ref(path: Path) -> HubRef | None:
             os.path.realpath(hub_cache_dir())
         ).parts
         owner, name = repo_dir.removeprefix("models--").split("--")
-        ref = HubRef(f"{owner}/{name}", "/".join(file) or None, commit)
-        is_ref = parse_hub_ref(str(ref)) == ref
+        ref = parse_hub_ref(str(HubRef(f"{owner}/{name}", "/".join(file) or None, commit)))
     except (ValueError, RegistryError):
         return None
-    return ref if is_ref and snapshots == "snapshots" and is_commit(commit) else None
+    return ref if snapshots == "snapshots" else None
 
 
-def remove_commit(commit: str, path: Path) -> None:
-    """Remove all files of a commit from the cache, and the blobs that no other commit needs.
+# --- all that is here ---------------------------------------------------------------------------
 
-    path  one of its files or its folder, for messages
 
-    Raises OutputFileError when it is still there afterwards.
+@dataclass(frozen=True)
+class Here:
+    """A bundle, a base or an adapter on this machine.
+
+    name    by which a command takes it
+    commit  of the Hub's repository that it was pulled from, "" for others
     """
+
+    kind: str
+    name: str
+    path: Path
+    is_pulled: bool = False
+    commit: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its files; a bundle's base is another entry."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what `qaflora list --json` prints."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "path": str(self.path),
+            "size_bytes": self.size_bytes,
+            "is_pulled": self.is_pulled,
+        }
+
+
+def all_here() -> list[Here]:
+    """List bundles of the working folder, the setting `bundles` and the Hub; then the rest."""
+    own = {str(path): Path(path) for path in bundles_in(Path())}
+    bundles = own | named_bundles() | own  # in the order of the first, and they win
+    found = [Here("bundle", name, path.absolute()) for name, path in bundles.items()]
+    others = [Here(_kind(path), name, path, True, commit) for name, path, commit in pulled()]
+    found += [here for here in others if here.kind == "bundle"]
+    for model in load_registry().values():
+        if place := local_path(model):
+            found.append(Here("base", model.name, place, is_pulled=True))
+    return found + [here for here in others if here.kind != "bundle"]
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "bundle" if is_bundle(path) else "adapter"
+    from qaflora_edge.formats.gguf import read_gguf_header
+
+    try:
+        is_adapter = read_gguf_header(path).metadata.get("general.type") == "adapter"
+    except QafloraError:
+        return "file"
+    return "adapter" if is_adapter else "base"
+
+
+def find_pulled(name: str) -> list[Here]:
+    """Find what was pulled under a name, and after it the other files of its commit.
+
+    Raises InputFileError when nothing was.
+    """
+    everything = all_here()
+    for here in everything:
+        if here.name == name and here.is_pulled:
+            others = [each for each in everything if each.commit == here.commit != ""]
+            return [here, *(each for each in others if each is not here)]
+    raise InputFileError(
+        f"Cannot remove {name}: nothing was pulled under this name; expected one that `qaflora "
+        "list` shows as pulled. Delete files and folders of your own yourself."
+    )
+
+
+def remove_pulled(here: Here) -> None:
+    """Remove what was pulled, with its whole commit. Raises OutputFileError."""
     from huggingface_hub import scan_cache_dir
 
-    scan_cache_dir(hub_cache_dir()).delete_revisions(commit).execute()
-    if os.path.lexists(path):  # the library only logs what it cannot remove
-        raise OutputFileError(
-            f"Cannot remove {path}: it is still there. Check that you may change it and that no "
-            "other program uses it; try again."
-        )
+    advice = "Check that you may change it and that no other program uses it; try again."
+    with os_errors(OutputFileError, f"Cannot remove {here.path}", advice):
+        if not here.commit:
+            here.path.unlink()
+            return
+        # Blobs that other commits need stay.
+        scan_cache_dir(hub_cache_dir()).delete_revisions(here.commit).execute()
+    if os.path.lexists(here.path):  # the library only logs what it cannot remove
+        raise OutputFileError(f"Cannot remove {here.path}: it is still there. {advice}")
