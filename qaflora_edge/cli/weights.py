@@ -150,6 +150,6 @@ def _write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]], sub
         labelled = [(prompt.label, prompt.text, fusion) for prompt, fusion in weighed]
         write_text_atomic(path, weights_page(labelled, subject))
     else:
-        from qaflora_edge.show.svg import picture
+        from qaflora_edge.show.pages import picture
 
         write_text_atomic(path, picture([(p.label, fusion) for p, fusion in weighed], subject))

@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from qaflora_edge.show.svg import leading_layers, legend, min_weight, panel, panel_width, scale
-from qaflora_edge.show.text import crop, facts, layer_ranges, spelt, why_alone
+from qaflora_edge.show.heatmap import TICK, leading_layers, min_weight, scale
+from qaflora_edge.show.text import crop, facts, layer_ranges, len_pixels, spelt, why_alone
 
 if TYPE_CHECKING:
     from qaflora_edge.weighing.numbers import FusionWeights
 
 TITLE_CHARS = 90
-INK, PAPER = "var(--ink)", "var(--paper)"
+CELL_WIDTH, CELL_HEIGHT = 18, 26  # panel.svg.j2 has them too
+NAME_WIDTH_MAX, MEAN_WIDTH, PANEL_MIN = 180, 52, 240
+NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
 
 
 def allowing(text: str) -> str:
@@ -39,15 +41,13 @@ def _asset(name: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _page(template: str, style: str, script: str = "", **values: Any) -> str:
-    """Make a whole file.
-
-    template  of the folder assets, which fills the body of page.html.j2
-    values    of its names: texts are escaped and signs that command are spelt; others are JSON
-    """
+def _render(template: str, **values: Any) -> Markup:
+    """Fill a template of assets: texts are escaped, signs that command spelt; others are JSON."""
 
     def shown(value: object) -> object:
-        return value if hasattr(value, "__html__") else spelt(_plain(value))
+        if hasattr(value, "__html__"):
+            return value
+        return spelt(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
@@ -55,18 +55,20 @@ def _page(template: str, style: str, script: str = "", **values: Any) -> str:
         finalize=shown,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
+    return Markup(environment.get_template(template).render(**values))
+
+
+def _page(template: str, style: str, script: str = "", **values: Any) -> str:
+    """Fill a template that extends page.html.j2."""
     policy = (
         f"default-src 'none'; style-src '{allowing(style)}'; script-src '{allowing(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     own = {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
-    return environment.get_template(template).render(**own, **values) + "\n"
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _render(template, **own, **values)
 
 
 # weights
@@ -115,10 +117,15 @@ def _weights_page(
     sections: Sequence[Mapping[str, Any]],
     question: str = "",
 ) -> str:
-    style = f"{_asset('weights.css')}main {{ --panel: {panel_width(fusions[0])}px; }}\n"
-    key = Markup("\n".join(legend(scale(fusions), min_weight(fusions), ink=INK)))
+    width = _panel(fusions[0], scale(fusions))["width"]
+    style = f"{_asset('weights.css')}main {{ --panel: {width}px; }}\n"
     told = {"subject": subject, "how": how, "question": question, "sections": sections}
-    return _page("weights.html.j2", style, _asset("weights.js"), title=title, legend=key, **told)
+    told |= _scale(fusions)
+    return _page("weights.html.j2", style, _asset("weights.js"), title=title, **told)
+
+
+def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
+    return {"ends": scale(fusions), "lowest": min_weight(fusions), "ink": NOTEBOOK_INK}
 
 
 def _drawn(fusion: FusionWeights, others: Sequence[FusionWeights]) -> dict[str, Any]:
@@ -127,9 +134,72 @@ def _drawn(fusion: FusionWeights, others: Sequence[FusionWeights]) -> dict[str, 
         "fusion": fusion,
         "what": None if fusion.divergence is None else fusion.measured,
         "why_alone": "" if fusion.weights.any() else why_alone(fusion),
-        "panel": Markup("\n".join(panel(fusion, scale(others), ink=INK, paper=PAPER))),
+        "panel": _panel(fusion, scale(others)),
         "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
     }
+
+
+def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
+    """Lay out rows of cells between the adapters' names and their means, in pixels."""
+    n_adapter, n_layer = fusion.weights.shape
+    names = [crop(name, NAME_WIDTH_MAX, len_pixels) for name in fusion.adapters]
+    left = math.ceil(max(map(len_pixels, names), default=30)) + 12
+    right = left + n_layer * CELL_WIDTH
+    leads = leading_layers(fusion)
+
+    def cell(row: int, layer: int) -> dict[str, Any]:
+        weight = float(fusion.weights[row, layer])
+        title = f"{fusion.adapters[row]}, layer {layer}\nweight {weight:.3f}"
+        if fusion.divergence is not None:
+            what = fusion.measured
+            title += f"\n{what.name} {float(fusion.divergence[row, layer]):.3g}{what.unit}"
+        share = max(0.0, min(1.0, (weight - ends[0]) / (ends[1] - ends[0])))
+        x, is_lead = left + layer * CELL_WIDTH, layer in leads[row]
+        return {"x": x, "share": share, "title": title, "weight": weight, "is_lead": is_lead}
+
+    rows = [
+        {
+            "name": name,
+            "y": row * CELL_HEIGHT,
+            "mean": f"{float(fusion.weights[row].mean()):.2f}",
+            "cells": [cell(row, layer) for layer in range(n_layer)],
+        }
+        for row, name in enumerate(names)
+    ]
+    ticks = [i for i in range(n_layer) if i % TICK == 0 or (i == n_layer - 1 and i % TICK > 1)]
+    return {
+        "rows": rows,
+        "ticks": ticks,
+        "left": left,
+        "right": right,
+        "width": max(right + MEAN_WIDTH, PANEL_MIN),
+        "bottom": n_adapter * CELL_HEIGHT,
+    }
+
+
+def notebook_html(fusion: FusionWeights) -> str:
+    """Show weights in a notebook: how they came about, the cells, the scale."""
+    words = [facts([fusion])] + ([] if fusion.weights.any() else [why_alone(fusion)])
+    shown = _panel(fusion, scale([fusion]))
+    return _render("notebook.html.j2", words=words, panel=shown, **_scale([fusion]))
+
+
+def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
+    """Draw an SVG file that stands alone: a panel per query, all on one scale.
+
+    labelled  a label and the weights of each query
+    subject   names of bundle and base, which stand above the panels
+    """
+    fusions = [fusion for _, fusion in labelled]
+    shown = [_panel(fusion, scale(fusions)) for fusion in fusions]
+    width, y = max(460, *(each["width"] for each in shown)), 64
+    panels = []
+    for (label, _), each in zip(labelled, shown, strict=True):
+        panels.append({"label": crop(label, width, len_pixels), "y": y, "panel": each})
+        y += each["bottom"] + 56
+    size = {"width": width + 32, "height": y + 36, "subject": crop(subject, width, len_pixels)}
+    how = facts(fusions)
+    return _render("picture.svg.j2", panels=panels, how=how, **size, **_scale(fusions))
 
 
 # results

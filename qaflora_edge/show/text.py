@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:=+x*#@"
 CHARS_MAX = 2000  # of a label that are looked at: no picture has room for more
 # They turn the direction of what follows: "\u202etxt.exe" would read as "exe.txt".
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_WIDE_LATIN = frozenset("MWmw@%—…")
 
 
 # terminals
@@ -80,11 +78,6 @@ def spelt(text: str) -> str:
     return "".join(ascii(char)[1:-1] if is_spelt(char) else char for char in text)
 
 
-def clean(text: str) -> str:
-    """Escape a text for HTML and SVG, and spell what is no text."""
-    return escape(spelt(text))
-
-
 def crop(text: str, width: float, measure: Callable[[str], float] = len) -> str:
     """Put a text on one line, and cut it with a sign where it is wider than `width`.
 
@@ -102,14 +95,8 @@ def len_pixels(text: str) -> float:
     """About how wide a text is at 13 pixels in a sans-serif font, on the wide side."""
     from rich.cells import cell_len
 
-    def width(char: str) -> float:
-        if (n_column := cell_len(char)) != 1:
-            return 13.5 * n_column / 2
-        if char in _WIDE_LATIN:
-            return 13.0
-        return 9.5 if char.isupper() else 7.5
-
-    return sum(map(width, text))
+    n_wide = sum(char.isupper() or char in "mw@%—…" for char in text)
+    return 7.5 * cell_len(text) + 5 * n_wide
 
 
 # weights in words

@@ -74,7 +74,7 @@ class FusionWeights:
 
     def _repr_html_(self) -> str:
         """Draw the weights as notebooks show them: a heatmap."""
-        from qaflora_edge.show.svg import notebook_html
+        from qaflora_edge.show.pages import notebook_html
 
         return notebook_html(self)
 
