@@ -39,7 +39,7 @@ STEPS = (
     Step(f'qaflora run models/demo "{LETTERS}"', ("36", "tok/s")),
     Step(
         'qaflora compare models/demo "¿Cuál es la capital de Perú?" --max-tokens 24',
-        ("the base alone", "single:es", "qa-flora"),
+        ("single:es", "qa-flora"),
     ),
     Step(
         r"printf 'Malaria is spread by\nA. Mosquitoes\nB. Flies\nC. Ticks\nD. Water'"
