@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import click
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.cli.compare import ask, expand, table
-from qaflora_edge.cli.show import terminal_size
 from qaflora_edge.show.heatmap import print_heatmap
 
 BUNDLE = Path(__file__).resolve().parent / "demo"
@@ -60,7 +60,7 @@ def show(engine: Engine, what: str, question: str, right: str) -> None:
     tokens = engine.chat_tokens([{"role": "user", "content": question}])
     strategies = expand("base,single,qa-flora", engine.adapters)
     answers = ask(engine, tokens, strategies, {"max_tokens": MAX_TOKENS})
-    width, encoding = terminal_size(sys.stdout)[0], sys.stdout.encoding
+    width, encoding = shutil.get_terminal_size().columns, sys.stdout.encoding
     say(table(answers, width=width, encoding=encoding))
     say("")
     print_heatmap([("", answers[-1].fusion)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,8 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.show import has_signs, terminal_size, to_ascii
 from qaflora_edge.files import check_has_folder, write_text_atomic
-from qaflora_edge.show.text import visible, who_spoke
+from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -82,7 +82,9 @@ def compare(
         facts = [{"strategy": answer.strategy, **answer.facts} for answer in answers]
         click.echo(json.dumps({"prompt": text, "answers": facts}))
     else:
-        click.echo(table(answers, width=terminal_size(sys.stdout)[0], encoding=sys.stdout.encoding))
+        click.echo(
+            table(answers, width=shutil.get_terminal_size().columns, encoding=sys.stdout.encoding)
+        )
     if html_path is not None:
         from qaflora_edge.cli.weights import subject
         from qaflora_edge.show.pages import answers_page
@@ -138,15 +140,15 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
     from rich.table import Table
     from rich.text import Text
 
-    signs = has_signs(encoding)
+    signs = can_show("─", encoding)
     shown = Table(
         box=HORIZONTALS if signs else ASCII2, show_lines=True, expand=True, padding=(0, 1)
     )
     shown.add_column("strategy, mix", ratio=1, overflow="fold")
     shown.add_column("answer", ratio=3, overflow="fold")
     for answer in answers:
-        who = who_spoke(answer.fusion)
-        way = f"{answer.strategy}\n{who if signs else to_ascii(who)}"
+        who = who_spoke(answer.fusion).replace(" · ", "\n")
+        way = f"{answer.strategy}\n{who}"
         shown.add_row(*(Text(visible(text, has_signs=signs)) for text in (way, answer.text)))
     console = Console(width=width, no_color=True, color_system=None)
     with console.capture() as capture:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.cli.show import has_signs
 from qaflora_edge.files import one_line
-from qaflora_edge.show.text import visible, who_spoke
+from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
@@ -84,7 +83,7 @@ class TerminalView(View):
         super().__init__()
         self._out = Console(highlight=False, markup=False)
         self._err = Console(highlight=False, markup=False, stderr=True)
-        self._dot = " · " if has_signs(sys.stderr.encoding) else " - "
+        self._dot = " · " if can_show("·", sys.stderr.encoding) else " - "
 
     def begin(self) -> None:
         from rich.live import Live
