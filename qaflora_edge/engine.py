@@ -156,6 +156,12 @@ class Engine:
         with self._core.call():
             self._core.loop.run_forever()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "An Engine cannot be pickled or copied; give its options to the other process, and "
+            "make one there."
+        )
+
     def __enter__(self) -> Self:
         return self
 

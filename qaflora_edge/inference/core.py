@@ -190,12 +190,6 @@ class Core:
             self._idle.wait_for(lambda: not self._n_call)
         _close_all(self._resources)
 
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "An Engine cannot be pickled or copied; give its options to the other process, and "
-            "make one there."
-        )
-
     # cancelling
 
     def cancellation(self, event: threading.Event | None = None) -> Cancellation:
