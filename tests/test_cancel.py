@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from patience import PATIENCE_S, wait_until
 from tiny import write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BusyError, CancelledError
 
 LONG = "the king " * 120
@@ -52,27 +50,6 @@ def test_cancel_ends_the_reading_of_a_prompt(
     monkeypatch.undo()
     assert np.array_equal(engine.weights(LONG).divergence, expected)
     assert engine.generate(LONG, weights=strategy, max_tokens=3).n_prompt > 200
-
-
-@pytest.mark.parametrize("lens", ["raw", "norm"])
-def test_cancel_ends_the_weighing_in_its_lens_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lens: str
-) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf")
-    adapters = {"a": write_tiny_adapter(tmp_path / "a.gguf", base).path}
-    with Engine(base=base.path, adapters=adapters, lens=lens) as engine:
-        expected = engine.weights("the king").divergence
-        divergence = ProbeContext.divergence
-
-        def cancelled_before(*args: Any) -> Any:
-            engine.cancel()
-            return divergence(*args)
-
-        monkeypatch.setattr(ProbeContext, "divergence", cancelled_before)
-        with pytest.raises(CancelledError):
-            engine.weights("the queen")
-        monkeypatch.undo()
-        assert np.array_equal(engine.weights("the king").divergence, expected)
 
 
 def test_cancel_ends_an_answer_and_keeps_its_text(engine: Engine) -> None:
@@ -146,9 +123,8 @@ def test_weights_are_told_before_the_prompt_is_read(engine: Engine) -> None:
     assert engine._core.context.tokens != held
 
 
-@pytest.mark.parametrize("n_parallel", [1, 2])
-def test_close_between_weights_and_prompt_ends_the_call(tmp_path: Path, n_parallel: int) -> None:
-    engine = Engine(base=write_tiny_base(tmp_path / "base.gguf").path, n_parallel=n_parallel)
+def test_close_between_weights_and_prompt_ends_the_call(tmp_path: Path) -> None:
+    engine = Engine(base=write_tiny_base(tmp_path / "base.gguf").path, n_parallel=2)
     closing = threading.Thread(target=engine.close)
 
     def close(_: FusionWeights) -> None:
