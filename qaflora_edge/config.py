@@ -301,6 +301,10 @@ REMOVED = {
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
     "print_systemd": "The option print_systemd is gone; docs/server.md has a unit to copy.",
+    "adapter_source": "The option adapter-source is gone; use `bundle add --source`.",
+    "adapter_license": "The option adapter-license is gone; use `bundle add --license`.",
+    "adapter_description": "The option is gone; use `bundle add --description`.",
+    "base_hub": "The option base-hub is gone; use `qaflora bundle base DIR REF` before the push.",
     "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",
 }
 

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from numbers import Integral
@@ -34,7 +34,7 @@ from qaflora_edge.inference.request import (
 )
 from qaflora_edge.inference.sampler import Sampler
 from qaflora_edge.progress import Tell, TellCount, silent
-from qaflora_edge.weighing.calibration import measure_typical
+from qaflora_edge.weighing.calibration import EXTENTS, KEYS, measure_typical
 from qaflora_edge.weighing.numbers import LENSES, FusionWeights
 from qaflora_edge.weighing.strategy import Query
 from qaflora_edge.weighing.weigher import Weigher, Weights
@@ -424,13 +424,17 @@ class Engine:
     # calibration
 
     def typical_divergence(
-        self, prompts: Sequence[str], progress: TellCount | None = None
+        self,
+        prompts: Sequence[str],
+        progress: TellCount | None = None,
+        keys: Collection[str] = KEYS,
     ) -> dict[str, dict[str, Any]]:
         """Measure each adapter against itself, for the strategies `calibrated` and `two-place`.
 
         prompts   neutral texts; in chat form when the base has a template, and as text
         progress  called with (prompts done, prompts in all)
-        returns   adapter -> one of weighing.calibration.KEYS -> numbers
+        keys      what to measure, of weighing.calibration.KEYS; EXTENTS take the base alone
+        returns   adapter -> key -> numbers
         """
         with self._core.call():
             probe = self._core.probe(self._core.cancellation())
@@ -440,9 +444,11 @@ class Engine:
                 found: dict[str, F64] = {}
                 for lens in LENSES:
                     for key, pool in ((lens, "answer"), (f"question_{lens}", "question")):
-                        found[key] = probe(replace(chat, lens=lens, pool=pool)).divergence()
-                found["added_last"], found["added_question"] = probe(chat).added()
-                found["added_text"] = probe(text).added()[0]
+                        if key in keys:
+                            found[key] = probe(replace(chat, lens=lens, pool=pool)).divergence()
+                if not {*EXTENTS}.isdisjoint(keys):
+                    found["added_last"], found["added_question"] = probe(chat).added()
+                    found["added_text"] = probe(text).added()[0]
                 return found
 
             return measure_typical(measure, prompts, self.adapters, progress)

@@ -14,6 +14,7 @@ import tiny
 from qaflora_edge import Engine
 from qaflora_edge.bundles import measure
 from qaflora_edge.bundles.create import create_bundle
+from qaflora_edge.bundles.edit import add_adapters, calibrate
 
 PROMPTS = measure.neutral_prompts()[::5]  # measuring with all of them takes seconds
 measure.neutral_prompts = lambda: [*PROMPTS]
@@ -40,6 +41,8 @@ def make_sources(place: Path, **base_options: Any) -> TinyBundle:
 def make_bundle(place: Path, *, calibrate: bool = False, **base_options: Any) -> TinyBundle:
     """Write the sources and make the bundle; without calibration that loads no library.
 
+    calibrate  measure all that can be
+
     What was made once with the same options is copied.
     """
     if "replace" in base_options:  # arrays
@@ -65,7 +68,7 @@ _FIRST: dict[Any, TinyBundle] = {}  # by their options
 _PLACE = TemporaryDirectory()  # of those; it ends with the process
 
 
-def _made(place: Path, calibrate: bool, base_options: dict[str, Any]) -> TinyBundle:
+def _made(place: Path, is_calibrated: bool, base_options: dict[str, Any]) -> TinyBundle:
     place.mkdir(exist_ok=True)
     made = make_sources(place, **base_options)
     create_bundle(
@@ -73,10 +76,15 @@ def _made(place: Path, calibrate: bool, base_options: dict[str, Any]) -> TinyBun
         made.base.path,
         {"math": made.peft, "es": made.adapter.path},
         name="tiny",
-        engine=Engine if calibrate else None,
         strategy="qa-flora",  # which weighs all of them, whatever is asked
     )
+    if is_calibrated:
+        calibrate(made.folder, Engine)
     return made
+
+
+def add_adapter(folder: Path, name: str, source: Path | str, **options: Any) -> None:
+    add_adapters(folder, {name: source}, **options)
 
 
 def bundle_json(folder: Path) -> dict[str, Any]:

@@ -113,17 +113,6 @@ def test_every_commit_and_file_is_listed_and_removed(
     assert list(hub_cache.glob("models--*")) == []
 
 
-def test_bundles_that_need_a_base_are_named(place: Path) -> None:
-    put_base()
-    made = make_bundle(place)
-    path = made.folder / "bundle.json"
-    text = json.loads(path.read_text())
-    text["base"] |= {"registry": BASE}
-    del text["base"]["file"]
-    path.write_text(json.dumps(text))
-    assert "which is the base of bundle; add --yes" in qaflora("remove", BASE).stderr
-
-
 @pytest.mark.parametrize("name", ["nothing", "bundle"])
 def test_what_was_not_pulled_is_refused(place: Path, name: str) -> None:
     make_bundle(place)

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import pytest
-from bundles import bundle_json, make_sources, snapshot
+from bundles import bundle_json, make_sources
 from click.testing import CliRunner
 
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
-from qaflora_edge.errors import ChatTemplateError
 
 SYSTEM = "You are the king of the sea, and answer what the people ask you. " * 6
 QUESTION = [{"role": "user", "content": "How far is the moon?"}]
@@ -41,11 +39,3 @@ def test_create_by_command_and_show(tmp_path: Path) -> None:
     assert bundle_json(made.folder)["system"] == SYSTEM.strip()
     shown = CliRunner().invoke(main, ["bundle", "show", str(made.folder)])
     assert f"system     {SYSTEM.strip()}\n" in shown.stdout
-
-
-def test_a_base_without_a_template_is_refused(tmp_path: Path) -> None:
-    made = make_sources(tmp_path, chat_template=None)
-    before = snapshot(tmp_path)
-    with pytest.raises(ChatTemplateError, match="has no chat template"):
-        create_bundle(made.folder, made.base.path, {"es": made.adapter.path}, system="x")
-    assert snapshot(tmp_path) == before

@@ -121,13 +121,6 @@ def test_plain_text_gets_the_most_unusual_one() -> None:
     assert weighed("two-place:answer=1", last, question, is_chat=False) == [0, 1, 0]
 
 
-NOTHING = (  # said before anything is measured
-    "its strategy is 'two-place', which goes by what adapters add to attn_q, attn_k, attn_v, "
-    "attn_qkv, and mlp adds nothing to any of them. Choose another with --strategy, or leave it "
-    "out."
-)
-
-
 def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
     made: TinyBundle, tmp_path: Path
 ) -> None:
@@ -152,7 +145,11 @@ def test_new_bundles_are_weighed_by_it_where_it_has_something_to_go_by(
     assert strategy_of() == "qa-flora"
     refusal = f"Cannot create the bundle {tmp_path / 'b'}: "
     for options, message in (
-        ({"strategy": "two-place"}, f"{refusal}{NOTHING}"),
+        (
+            {"strategy": "two-place"},
+            f"{refusal}the strategy 'two-place' needs one of attn_q, attn_k, attn_v, attn_qkv in "
+            "each adapter, and mlp has none. Choose another with --strategy.",
+        ),
         ({"strategy": ""}, "Strategy '' is not known; expected one of qa-flora"),
     ):
         with pytest.raises(QafloraError) as caught:

@@ -13,11 +13,9 @@ from typing import Any
 
 from qaflora_edge.bundles.measure import (
     OpenEngine,
-    check_measured,
     check_strategy,
     measure_samples,
     measure_typical,
-    unmeasured,
 )
 from qaflora_edge.bundles.open import known_of, load_bundle
 from qaflora_edge.bundles.source import (
@@ -26,7 +24,6 @@ from qaflora_edge.bundles.source import (
     find_adapter,
     find_base,
     put_adapter,
-    recordable,
 )
 from qaflora_edge.errors import BundleError, OutputFileError, StrategyError, os_errors
 from qaflora_edge.files import (
@@ -45,16 +42,10 @@ from qaflora_edge.formats.bundle import (
 )
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.numbers import DEFAULT_STRATEGY
 from qaflora_edge.weighing.strategy import parse_strategy
 
 MAX_SAMPLES = 1000
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
-
-
-def add_adapter(folder: AnyPath, name: str, source: AnyPath, **options: Any) -> None:
-    """Add one adapter to a bundle, with the options of add_adapters."""
-    add_adapters(folder, {name: source}, **options)
 
 
 def add_adapters(
@@ -70,41 +61,32 @@ def add_adapters(
     """Add adapters to a bundle.
 
     adapters   name -> a PEFT folder, an adapter GGUF, or a Hub reference to one of them
-    engine     the class Engine, to measure them, and others that were measured on other prompts;
-               None: they are not measured
+    engine     the class Engine, to measure what the strategy needs; None: nothing is measured
     outtype    of a converted adapter: f32, f16, bf16 or q8_0
     note       source, license, description of each
     strategy   default of an Engine from now on
 
     Raises a QafloraError and leaves the bundle as it was when anything fails.
     """
-    folder = Path(folder)
-    tell = progress or silent
+    folder, tell = Path(folder), progress or silent
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
-    new = [name for name, _ in pairs]
-    what = f"Cannot add the adapter{'s' * (len(new) > 1)} {', '.join(new)} to {folder}"
     with editing(folder) as (_, raw):
         loaded = load_bundle(folder)
-        names = [*loaded.adapter_paths, *new]
-        check_names(names, new)
-        fusion = raw.setdefault("fusion", {})
+        names = [*loaded.adapter_paths, *(name for name, _ in pairs)]
+        check_names(names)
+        wanted = loaded.known.strategy if strategy is None else strategy
+        parse_strategy(wanted, names)  # raises before the work
         if strategy is not None:
-            fusion["strategy"] = strategy
-        if engine is None:
-            check_measured(what, fusion.get("strategy", DEFAULT_STRATEGY), names)
-        else:
-            parse_strategy(fusion.get("strategy", DEFAULT_STRATEGY), names)
+            raw.setdefault("fusion", {})["strategy"] = strategy
         for name, source in [(name, find_adapter(source)) for name, source in pairs]:
             record = {"name": name, "file": _new_file(folder, name, raw)}
             raw["adapters"].append(record)
-            path = folder / record["file"]
-            record |= put_adapter(source, path, loaded.header, outtype, note or {})
-        check_strategy(what, raw, is_measured=engine is None)
-        if engine is not None:
-            paths = {record["name"]: folder / record["file"] for record in raw["adapters"]}
-            check_takes_file(folder / BUNDLE_FILE)
-            measure_typical(fusion, loaded.base_path, paths, engine, tell)
-            check_strategy(what, raw)
+            record |= put_adapter(source, folder / record["file"], loaded.header, outtype)
+            record |= note or {}
+        if engine is None:
+            check_strategy(f"Cannot weigh the bundle {folder}", raw, wanted)
+        else:
+            measure_typical(folder, raw, wanted, loaded.base_path, engine, tell)
 
 
 def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -> None:
@@ -115,45 +97,43 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
     Raises BundleError when there is no such adapter, or when the bundle's strategy needs it.
     """
     folder = Path(folder)
-    what = f"Cannot remove the adapter {name} from {folder}"
     with editing(folder) as (text, raw):
         del raw["adapters"][_index(folder, text, name)]
-        left = [adapter["name"] for adapter in raw["adapters"]]
         fusion = raw.setdefault("fusion", {})
         for key in _OF_ADAPTERS:
             fusion.get(key, {}).pop(name, None)
         if strategy is not None:
             fusion["strategy"] = strategy
-            check_strategy(what, raw)
-        needed = fusion.get("strategy", DEFAULT_STRATEGY)
+            check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
+            return
+        needed = known_of(text).strategy
         try:
-            parse_strategy(needed, left)
+            parse_strategy(needed, [adapter["name"] for adapter in raw["adapters"]])
         except StrategyError as error:
             raise BundleError(
-                f"{what}: the strategy {needed!r} needs it. Choose another with --strategy."
+                f"Cannot remove the adapter {name} from {folder}: the strategy {needed!r} needs "
+                "it. Choose another with --strategy."
             ) from error
 
 
 def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
-    """Rename an adapter of a bundle, in its strategy and measurements too.
+    """Rename an adapter of a bundle, with its file, in its strategy and measurements too.
 
-    Its file is renamed when it has the adapter's name. Raises BundleError when there is no such
-    adapter, or when the new name cannot be used.
+    Raises BundleError when there is no such adapter, or when the new name cannot be used.
     """
     folder = Path(folder)
     with editing(folder) as (text, raw):
         record = raw["adapters"][_index(folder, text, old)]
-        check_names([*(a.name for a in text.adapters if a.name != old), new], [new])
         record["name"] = new
+        check_names([adapter["name"] for adapter in raw["adapters"]])
         fusion = raw.get("fusion", {})
         for key in _OF_ADAPTERS:
             if key in fusion:
                 fusion[key] = {new if n == old else n: each for n, each in fusion[key].items()}
         if "strategy" in fusion:
             fusion["strategy"] = _renamed_strategy(fusion["strategy"], old, new)
-        # On a disk that knows no capitals the two would be one file.
         file = record["file"]
-        if file.lower() == f"adapters/{old}.gguf".lower() and old.lower() != new.lower():
+        if file.lower() != f"adapters/{new}.gguf".lower():  # on some disks these are one file
             record["file"] = _new_file(folder, new, raw)
             copy_file(safe_join(folder, file), folder / record["file"])
 
@@ -165,26 +145,18 @@ def calibrate(
     strategy: str | None = None,
     progress: Tell | None = None,
 ) -> bool:
-    """Measure the adapters that were not measured on the prompts of now.
+    """Measure what the adapters lack of typical values.
 
     engine    the class Engine
-    strategy  default of an Engine from now on
+    strategy  default of an Engine from now on: only what it needs is measured; None: all
     returns   whether there was anything to measure
     """
-    folder = Path(folder)
-    what = f"Cannot weigh {folder} by {strategy}"
+    folder, tell = Path(folder), progress or silent
     with editing(folder) as (_, raw):
-        loaded = load_bundle(folder)
-        fusion = raw.setdefault("fusion", {})
-        is_new = bool(unmeasured(fusion, [*loaded.adapter_paths]))
-        if strategy not in (None, fusion.get("strategy")):
-            fusion["strategy"] = strategy
-            check_strategy(what, raw, is_measured=False)
-        check_takes_file(folder / BUNDLE_FILE)
-        measure_typical(fusion, loaded.base_path, loaded.adapter_paths, engine, progress or silent)
+        base_path = load_bundle(folder).base_path
         if strategy is not None:
-            check_strategy(what, raw)
-    return is_new
+            raw.setdefault("fusion", {})["strategy"] = strategy
+        return measure_typical(folder, raw, strategy, base_path, engine, tell)
 
 
 def set_samples(
@@ -212,28 +184,19 @@ def set_samples(
         )
     with editing(folder) as (text, raw):
         _index(folder, text, name)
-        base_path = load_bundle(folder).base_path
-        check_takes_file(folder / BUNDLE_FILE)
-        found = measure_samples(base_path, texts, engine, progress or silent)
+        found = measure_samples(load_bundle(folder).base_path, texts, engine, progress or silent)
         raw.setdefault("fusion", {}).setdefault("samples", {})[name] = found
 
 
-def check_can_change(folder: AnyPath) -> None:
-    """Raise what a change of a bundle would raise, before work that ends with one."""
-    with editing(Path(folder)):
-        check_takes_file(Path(folder, BUNDLE_FILE))
-
-
-def set_default(folder: AnyPath, strategy: str, **more: Any) -> None:
-    """Make a strategy the default of an Engine.
-
-    more  lens, pool
+def set_default(folder: AnyPath, strategy: str, *, lens: str, pool: str) -> None:
+    """Make a strategy, a lens and a pool the defaults of an Engine.
 
     Raises StrategyError or BundleError and leaves the bundle as it was when anything fails.
     """
     with editing(Path(folder)) as (_, raw):
-        raw["fusion"] = raw.get("fusion", {}) | {"strategy": strategy, **more}
-        check_strategy(f"Cannot weigh {folder} by {strategy}", raw)
+        chosen = {"strategy": strategy, "lens": lens, "pool": pool}
+        raw["fusion"] = raw.get("fusion", {}) | chosen
+        check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
 
 
 def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) -> None:
@@ -244,8 +207,7 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
 
     Raises ChecksumError for another file, and leaves the bundle as it was when anything fails.
     """
-    folder = Path(folder)
-    tell = progress or silent
+    folder, tell = Path(folder), progress or silent
     with editing(folder) as (text, raw):
         found = find_base(base)
         check_file(
@@ -257,20 +219,11 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
             advice="Give the file that the bundle was made with; adapters fit no other.",
             progress=lambda done: tell("base", done, text.base.size_bytes),
         )
-        record = raw["base"]
-        record.pop("file", None)
-        if found.registry is None and found.hub is None:
-            record["file"] = recordable(_inside(folder, found.path))
-        record |= {} if found.registry is None else {"registry": found.registry}
-        record |= {} if found.hub is None else {"hub": found.hub}
-
-
-def _inside(folder: Path, path: Path) -> Path:
-    """Make a path relative to the bundle's folder where it lies inside, else absolute."""
-    path = path.absolute()
-    with contextlib.suppress(ValueError):
-        return path.resolve().relative_to(folder.resolve())
-    return path
+        raw["base"].pop("file", None)
+        raw["base"] |= found.recorded
+        if "file" in found.recorded and found.path.resolve().is_relative_to(folder.resolve()):
+            inside = found.path.resolve().relative_to(folder.resolve())
+            raw["base"]["file"] = inside.as_posix()
 
 
 @contextlib.contextmanager
@@ -280,7 +233,6 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
     The copy replaces bundle.json when the block succeeds, and adapter files that it no longer
     names are deleted. When the block fails, the files of new adapters are.
     """
-    read_bundle_text(folder)
     if link_roots(folder):
         raise BundleError(
             f"Cannot change the bundle {folder}: it lies in the Hub's cache, which other tools "
@@ -288,6 +240,7 @@ def editing(folder: Path) -> Iterator[tuple[BundleText, dict[str, Any]]]:
         )
     with cache_lock(f"bundle {folder.resolve()}"):
         text = read_bundle_text(folder)
+        check_takes_file(folder / BUNDLE_FILE)
         raw: dict[str, Any] = copy.deepcopy(dict(text.raw))
         try:
             yield text, raw
@@ -319,10 +272,9 @@ def write_bundle_json(folder: Path, raw: Mapping[str, Any], where: str) -> None:
     try:
         known_of(parse_bundle(content.encode("utf-8"), where))
     except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8
-        found = content[max(0, error.start - 20) : error.end + 20]
         raise BundleError(
-            f"Cannot write {where}: a text for it is not UTF-8 (near {found!r}); expected UTF-8. "
-            "Type it in a terminal that uses UTF-8."
+            f"Cannot write {where}: a text or a path for it is not UTF-8 ({error}); expected "
+            "UTF-8. Correct the text, or rename the file."
         ) from error
     write_text_atomic(folder / BUNDLE_FILE, content)
 
@@ -338,17 +290,18 @@ def _index(folder: Path, text: BundleText, name: str) -> int:
 
 
 def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
-    """Choose a place for an adapter's file. Raises BundleError when something is there."""
+    """Choose a place for an adapter's file; what a killed command left there is overwritten.
+
+    Raises BundleError when the file is another adapter's.
+    """
     file = f"adapters/{name}.gguf"
+    for record in raw["adapters"]:
+        if record["file"].lower() == file.lower():
+            raise BundleError(
+                f"Cannot put an adapter {name} into {folder}: the file {file} is that of the "
+                f"adapter {record['name']}. Choose another name."
+            )
     path = safe_join(folder, file)
-    if path.exists():
-        named = (each["name"] for each in raw["adapters"] if each["file"].lower() == file.lower())
-        owner = next(named, None)
-        whose = f"{owner}'s. Choose" if owner else "not this adapter's. Remove it, or choose"
-        raise BundleError(
-            f"Cannot put an adapter {name} into {folder}: the file {path} is there already, and "
-            f"it is {whose} another name."
-        )
     failure, advice = f"Cannot make the folder {path.parent}", "Check that you may write there."
     with os_errors(OutputFileError, failure, advice):
         path.parent.mkdir(exist_ok=True)

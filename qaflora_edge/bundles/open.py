@@ -29,12 +29,9 @@ from qaflora_edge.formats.checksums import FileState, check_file, file_state
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.json_text import WrongField, shown
 from qaflora_edge.formats.names import pulled_model
-from qaflora_edge.progress import Tell
+from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known
-
-# A file, its role in messages, its record, and what to do when it is another one.
-FileRecord = tuple[Path, str, BaseRecord | AdapterRecord, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,18 +178,9 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
             f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
             f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(folder, text.base)}."
         )
-    base_file: FileRecord = (base_path, "The base", text.base, "Fetch the base again.")
-    adapter_files: list[FileRecord] = [
-        (paths[record.name], f"The adapter {record.name}", record, "Copy the bundle again.")
-        for record in text.adapters
-    ]
     states: dict[Path, FileState] = {}
-    for path, what, record, advice in (base_file, *adapter_files):
 
-        def tell(done: int, what: str = what, total: int | None = record.size_bytes) -> None:
-            if progress is not None:
-                progress(what, done, total or done)
-
+    def check(path: Path, what: str, record: BaseRecord | AdapterRecord, advice: str) -> None:
         states[path] = check_file(
             path,
             what=what,
@@ -201,8 +189,13 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
             recorded_in=text.where,
             advice=advice,
             always_hash=always_hash,
-            progress=tell,
+            progress=lambda done: (progress or silent)(what, done, record.size_bytes or done),
         )
+
+    check(base_path, "The base", text.base, "Fetch the base again.")
+    for record in text.adapters:
+        path, what = paths[record.name], f"The adapter {record.name}"
+        check(path, what, record, "Copy the bundle again.")
     header, infos = read_with_adapters(base_path, paths)
     _check_records(text, header, infos)
     return Bundle(
@@ -220,14 +213,9 @@ def how_to_get_base(folder: Path, base: BaseRecord) -> str:
     """Say which command finds a base that is not here."""
     looked = f"{folder / base.file} does not exist; " if base.file else ""
     name = base.registry or base.hub
-    pull = f"fetch it with `qaflora pull {name}`" if name else ""
-    if pull and not looked:
-        return pull
-    moved = (
-        f"if it was moved, name it with `qaflora bundle base {folder} FILE` (its SHA-256 is "
-        f"{base.sha256})"
-    )
-    return f"{looked}{moved}{f', else {pull}' if pull else ''}"
+    pull = f"fetch it with `qaflora pull {name}`, or " if name else ""
+    named = f"name it with `qaflora bundle base {folder} FILE` (its SHA-256 is {base.sha256})"
+    return f"{looked}{pull}{named}"
 
 
 def _check_records(text: BundleText, header: GgufHeader, infos: Mapping[str, AdapterInfo]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +21,11 @@ from qaflora_edge.cli.options import (
 )
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
-from qaflora_edge.config import OWN, SHARED
+from qaflora_edge.config import OWN
 from qaflora_edge.files import one_line
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-
-NOTES = {
-    "source": "Where an adapter comes from.",
-    "license": "An adapter's licence.",
-    "description": "What an adapter was trained for.",
-}
 
 
 @click.group()
@@ -57,41 +49,13 @@ def _pairs(
     return pairs
 
 
-def _notes(prefix: str, **keywords: Any) -> Callable[..., Any]:
-    """Options of what is noted of an adapter; the command gets them as one argument `note`."""
-
-    def add_options(command: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(command)
-        def collected(**given: Any) -> Any:
-            return command(note={key: given.pop(f"note_{key}") for key in NOTES}, **given)
-
-        decorated: Callable[..., Any] = collected
-        for key, meaning in reversed(NOTES.items()):
-            decorated = click.option(f"{prefix}{key}", f"note_{key}", help=meaning, **keywords)(
-                decorated
-            )
-        return decorated
-
-    return add_options
-
-
-def _by_default(
-    key: str, value: str | None, meaning: str, *, unset: str = ""
-) -> Callable[..., Any]:
-    """A shared option that is written into a bundle."""
-    return click_option(replace(SHARED[key], default=value, help=meaning, unset=unset), "bundle")
-
-
-_BY_EVIDENCE = "two-place; qa-flora with --no-calibrate, or where an adapter adapts none of q, k, v"
-
-
 _outtype = click_option(replace(OWN["convert"]["outtype"], help="Type of what is converted."), "")
 _from_now_on = click.option("--strategy", help="Used by default from now on.  [default: as it is]")
 _calibrate = click.option(
     "--calibrate/--no-calibrate",
     default=True,
     show_default=True,
-    help="Measure typical divergences, which the strategies two-place and calibrated need.",
+    help="Measure what the strategy needs to know of each adapter; this happens once.",
 )
 
 
@@ -128,16 +92,16 @@ _calibrate = click.option(
     help="Begin conversations that have no system message with the text in FILE.",
 )
 @_outtype
-@_by_default("strategy", None, "Used by default.", unset=_BY_EVIDENCE)
-@_by_default("lens", "norm", "How a layer's state is read by default.")
-@_by_default("pool", "last", "The token or tokens that are weighed by default.")
-@_notes("--adapter-", metavar="NAME=TEXT", multiple=True, callback=_pairs)
+@click.option(
+    "--strategy",
+    help="Used by default.  [default: two-place; qa-flora with --no-calibrate, or where an "
+    "adapter adapts none of q, k, v]",
+)
 @_calibrate
 def create(
     folder: Path,
     base: str | None,
     adapters: list[tuple[str, str]],
-    note: dict[str, Any],
     system_path: str | None,
     calibrate: bool,
     **options: Any,
@@ -145,15 +109,11 @@ def create(
     """Make a bundle from a base and adapters.
 
     DIR must not exist. It appears when every adapter is in it; when something fails before, nothing
-    is left. Measuring comes last: a bundle that is not measured works, and `qaflora bundle
-    calibrate` finishes it.
+    is left. Measuring comes last and happens once: what the strategy compares a question with. A
+    bundle that is not measured works, and `qaflora bundle calibrate` finishes it.
     """
     from qaflora_edge.bundles.create import create_bundle
 
-    notes: dict[str, dict[str, str]] = {}
-    for key, pairs in note.items():
-        for adapter, text in pairs:
-            notes.setdefault(adapter, {})[key] = text
     if system_path is not None:
         options["system"] = check_prompt(read_text(system_path).strip())
     base = choose_base(base, [path for _, path in adapters])
@@ -161,17 +121,18 @@ def create(
     options["engine"] = _engine() if calibrate else None
     try:
         with progress_bars() as progress:
-            create_bundle(folder, base, adapters, notes=notes, progress=progress, **options)
+            create_bundle(folder, base, adapters, progress=progress, **options)
     except BaseException:
         if folder.is_dir() and not is_there:
             click.echo(
-                f"The bundle {folder} is made and works, weighed by {_strategy(folder)}; its "
-                f"adapters are not measured. Finish it with `qaflora bundle calibrate {folder}`.",
+                f"The bundle {folder} works, weighed by {_strategy(folder)}; it is not measured. "
+                f"Finish it with `qaflora bundle calibrate {folder} --strategy "
+                f"{options['strategy'] or 'two-place'}`.",
                 err=True,
             )
         raise
     made = f"Created the bundle {folder} with {_counted(len(adapters))}"
-    click.echo(f"{made}, weighed by {_strategy(folder)}.", err=True)
+    click.echo(f"{made}, weighed by {_strategy(folder)}. Try: qaflora chat {folder}", err=True)
 
 
 @command(
@@ -182,16 +143,18 @@ def create(
 @click.argument("folder", **BUNDLE)
 @click.argument("pairs", metavar="NAME=PATH", nargs=-1, required=True, callback=_pairs)
 @_outtype
-@_notes("--", metavar="TEXT")
+@click.option("--source", help="Where the adapters come from.")
+@click.option("--license", help="The adapters' licence.")
+@click.option("--description", help="What the adapters were trained for.")
 @_from_now_on
 @_calibrate
 def add(
     folder: str,
     pairs: list[tuple[str, str]],
-    note: dict[str, str | None],
     strategy: str | None,
     outtype: str,
     calibrate: bool,
+    **note: str | None,
 ) -> None:
     """Add adapters to a bundle.
 
@@ -280,10 +243,11 @@ def base(folder: str, base: str) -> None:
 @click.argument("folder", **BUNDLE)
 @_from_now_on
 def calibrate(folder: str, strategy: str | None) -> None:
-    """Measure the typical divergences that a bundle lacks.
+    """Measure what strategies need to know of each adapter, and a bundle lacks.
 
-    The strategies two-place and calibrated need them. For a bundle with adapters put in with
-    --no-calibrate, or measured by another version on other texts.
+    What is typical of it on neutral prompts; two-place and calibrated compare a question with that.
+    --strategy makes one the default and measures what it needs: for two-place passes of the base
+    alone. Without it all is measured.
     """
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
 
@@ -303,13 +267,11 @@ def calibrate(folder: str, strategy: str | None) -> None:
 @click.argument("name", metavar="ADAPTER", shell_complete=completed_by("complete_adapter"))
 @click.argument("file", metavar="FILE")
 def samples(folder: str, name: str, file: str) -> None:
-    """Give sample texts of an adapter.
+    """Give sample texts of an adapter, for the strategy centroid.
 
-    The strategy centroid needs them of each adapter: questions like those that ADAPTER is for, a
-    few dozen, 1,000 at most. FILE holds one a line, or in a .jsonl file one object a line with
-    `prompt`. They are read by the base under its chat template, and only the mean of their
-    embeddings is kept in bundle.json, as many numbers as the base is wide, with how many texts
-    there were and their hash. What was given before is replaced.
+    Each adapter needs a few dozen questions like those that it is for, 1,000 at most. FILE holds
+    one a line, or in a .jsonl file one object a line with `prompt`. bundle.json keeps the mean of
+    their embeddings, and no text. What was given before is replaced.
     """
     from qaflora_edge.bundles.edit import set_samples
     from qaflora_edge.cli.prompts import read_prompts
@@ -343,39 +305,33 @@ def show(folder: str, as_json: bool) -> None:
 
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
-    from qaflora_edge.bundles.measure import unmeasured
     from qaflora_edge.bundles.open import how_to_get_base, known_of, recorded_base
     from qaflora_edge.formats.bundle import read_bundle_text
 
     text = read_bundle_text(folder)
-    base, known, names = text.base, known_of(text), [adapter.name for adapter in text.adapters]
-    base_path = recorded_base(folder, base)
-    where = str(base_path) if base_path else f"not here: {how_to_get_base(folder, base)}"
-    is_measured = names and not unmeasured(text.fusion, names)
+    base, known = text.base, known_of(text)
+    where = recorded_base(folder, base) or f"not here: {how_to_get_base(folder, base)}"
     lines = [
         f"{text.name or folder.name}" + (f": {text.description}" if text.description else ""),
         f"licence    {text.license or 'not stated'}",
-        "base       "
-        + (f"{base.name}: " if base.name else "")
-        + f"{base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
-        f"vocabulary {base.n_vocab}, {base.size_bytes / 1e6:.0f} MB",
+        f"base       {base.name or base.architecture}, {base.n_layer} layers, {base.n_embd} wide, "
+        f"{base.size_bytes / 1e6:.0f} MB",
         f"           {where}",
-        f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}"
-        + (", calibrated" if is_measured else ""),
+        f"fusion     {known.strategy}, lens {known.lens}, pool {known.pool}",
         *([f"samples    of {', '.join(known.centroids)}"] if known.centroids else []),
         *([f"system     {text.system}"] if text.system else []),
         f"adapters   {len(text.adapters)}",
     ]
+    width = max((len(adapter.name) for adapter in text.adapters), default=0)
     for adapter in text.adapters:
-        lines.append(
-            f"  {adapter.name:<8} rank {adapter.rank}, alpha {adapter.alpha:g}, on "
-            f"{', '.join(adapter.targets)}"
+        notes = filter(None, (adapter.description, adapter.source, adapter.license))
+        modules = ",".join(
+            kind.removeprefix("attn_").removeprefix("ffn_") for kind in adapter.targets
         )
-        notes = [adapter.description, adapter.source, adapter.license]
-        if adapter.trained_on:
-            lines.append(f"  {'':<8} trained on {adapter.trained_on}")
-        if any(notes):
-            lines.append(f"  {'':<8} {'; '.join(note for note in notes if note)}")
+        lines.append(
+            f"  {adapter.name:<{width}}  rank {adapter.rank:<3} alpha {adapter.alpha:<4g} "
+            f"{modules}  {'; '.join(notes)}".rstrip()
+        )
     return "\n".join(map(one_line, lines))
 
 

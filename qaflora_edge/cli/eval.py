@@ -141,14 +141,15 @@ def eval(
 
 
 def _check_can_save(bundle: str, adapters: str | None) -> None:
-    from qaflora_edge.bundles.edit import check_can_change
+    from qaflora_edge.bundles.edit import editing
 
     if adapters is not None:
         raise click.UsageError(
             "--save is for a bundle with all of its adapters, and --adapters takes some; leave "
             "one of the two out."
         )
-    check_can_change(bundle_folder(bundle))
+    with editing(bundle_folder(bundle)):  # says now what it would say at the end
+        pass
 
 
 def _chosen(tasks: Sequence[Task], limit: int | None, half: str | None) -> dict[str, range]:

@@ -19,11 +19,6 @@ from qaflora_edge.cli.progress import progress_bars
 @click.option("--private", is_flag=True, help="Make the repository private.")
 @click.option("--revision", metavar="BRANCH", help="The branch that gets it.  [default: main]")
 @click.option("--message", metavar="TEXT", help="What the commit says.")
-@click.option(
-    "--base-hub",
-    metavar="REF",
-    help="Where others find the base, as owner/name/file.gguf, when the bundle does not say.",
-)
 def push(path: Path, repo: str, **options: Any) -> None:
     """Push a bundle or an adapter to the Hub.
 

@@ -17,15 +17,12 @@ def remove(name: str, is_sure: bool) -> None:
     from the Hub lies in a cache that other tools share, and is gone for them too: all files of its
     commit. It can be pulled again.
     """
-    from qaflora_edge.bundles.source import bundles_on
     from qaflora_edge.hub.local import find_pulled, remove_pulled
 
     here, *others = find_pulled(name)
     what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"
     if others:
         what += f", and with it {', '.join(each.name for each in others)}"
-    if here.kind == "base" and (needed := bundles_on(here.path)):
-        what += f", which is the base of {', '.join(needed)}"
     if not is_sure:
         if not sys.stdin.isatty():
             raise click.UsageError(f"This removes {what}; add --yes where nobody can be asked.")

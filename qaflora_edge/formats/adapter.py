@@ -29,7 +29,6 @@ from qaflora_edge.formats.gguf import (
     read_value_block,
     read_values,
 )
-from qaflora_edge.formats.names import from_address, is_repo
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -52,7 +51,6 @@ class AdapterInfo:
 
     rank     the largest of its modules; `ranks` has each by base tensor name
     targets  kinds of modules, sorted, such as attn_q, ffn_down, output
-    trained_on  the repository of its base, where the file names one
     tensors  name in the file -> shape in numpy order, type and place
     """
 
@@ -64,7 +62,6 @@ class AdapterInfo:
     ranks: Mapping[str, int]
     targets: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
-    trained_on: str | None = None
 
 
 def is_experts(base_name: str) -> bool:
@@ -112,7 +109,6 @@ def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
         ranks=ranks,
         targets=tuple(sorted({module_kind(base) for base in pairs})),
         tensors=header.tensors,
-        trained_on=_trained_on(header),
     )
 
 
@@ -192,12 +188,6 @@ def _check_kind(header: GgufHeader) -> None:
             "makes it an activated LoRA, which acts only after certain tokens; expected a plain "
             "LoRA. Train a plain LoRA."
         )
-
-
-def _trained_on(header: GgufHeader) -> str | None:
-    url = header.metadata.get("general.base_model.0.repo_url")
-    repo = from_address(url) if isinstance(url, str) else ""
-    return repo if is_repo(repo) else None
 
 
 def _alpha(header: GgufHeader) -> float:

@@ -66,7 +66,6 @@ class AdapterRecord:
     license: str = ""
     description: str = ""
     hub: str | None = None
-    trained_on: str = ""
 
 
 @dataclass(frozen=True)

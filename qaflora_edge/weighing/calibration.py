@@ -13,8 +13,8 @@ from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
-# Mean and spread of `extent` of Probe.added: at the last token, in the question, and at the last
-# token of prompts as plain text.
+# Mean and spread of `extent` of Probe.added, by passes of the base alone: at the last token, in
+# the question, and at the last token of prompts as plain text.
 EXTENTS = ("added_last", "added_question", "added_text")
 KEYS = (*LAYERS, *EXTENTS)
 

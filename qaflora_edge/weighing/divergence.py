@@ -1,5 +1,6 @@
 """Strategies that weigh by how far each adapter moves the base: qa-FLoRA and its variants."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from qaflora_edge.config import PROBING, SHAPING
@@ -48,7 +49,7 @@ class Euclidean(_Divergence):
 class Calibrated(_Divergence):
     name = "calibrated"
     help = "as qa-flora, relative to each adapter's typical divergence"
-    needs_typical = True
+    needs_typical = ("norm", "raw", "question_norm", "question_raw")  # any lens, any pool
 
     def check(self, argument: Any, query: Query) -> None:
         place = "" if query.pool == "last" else f" at pool {query.pool}"
@@ -65,7 +66,7 @@ class Calibrated(_Divergence):
 STRATEGIES = (QaFlora(), Cosine(), Euclidean(), Calibrated())
 
 
-def check_typical(strategy: str, query: Query, keys: list[str], how: str) -> None:
+def check_typical(strategy: str, query: Query, keys: Sequence[str], how: str) -> None:
     """Raise StrategyError where an adapter lacks one of some keys of `typical`."""
     missing = [
         name

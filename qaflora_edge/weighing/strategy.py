@@ -134,7 +134,7 @@ class Strategy:
     options   further ones after the colon, as in qa-flora:power=2, if it is probed. Those of
               SHAPING change the result of weigh(); its own are in query.options.
     reads_question  whether weigh() needs query.question, whatever the pool
-    needs_typical   whether it needs what `qaflora bundle calibrate` measures
+    needs_typical   what it needs of each adapter in query.typical, of calibration.KEYS
     compares  kinds of modules, such as attn_q; the adapters need one in common
     reads_of_each   kinds of modules; each adapter needs one
     measured  the divergence of its Mix
@@ -147,7 +147,7 @@ class Strategy:
     is_probed: ClassVar[bool] = True
     options: ClassVar[tuple[Option, ...]] = SHAPING
     reads_question: ClassVar[bool] = False
-    needs_typical: ClassVar[bool] = False
+    needs_typical: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[tuple[str, ...]] = ()
     reads_of_each: ClassVar[tuple[str, ...]] = ()
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))

@@ -39,13 +39,13 @@ class TwoPlace(Strategy):
     options = _OPTIONS
     reads_question = True
     measured = ADDED
-    needs_typical = True
+    needs_typical = ("added_last", "added_text", "added_question")
     reads_of_each = KINDS
 
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
 
-        keys = ["added_last", "added_text", "added_question"]
+        keys = self.needs_typical
         check_typical(self.name, query, keys, f"({', '.join(keys)})")
         silent = [name for name in query.adapters if adds_nothing(query.typical[name])]
         if silent:
