@@ -20,8 +20,6 @@ from qaflora_edge.errors import (
     OutputFileError,
     UnsupportedAdapterError,
 )
-from qaflora_edge.formats.adapter import check_adapter, read_adapter_gguf
-from qaflora_edge.formats.gguf import read_gguf_header
 
 F64 = NDArray[np.float64]
 MakeBase = Callable[..., tiny.TinyBase]
@@ -88,11 +86,6 @@ def expected_deltas(base: tiny.TinyBase, model: Any) -> dict[str, F64]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "rslora": {"use_rslora": True, "r": 6},
-    "patterns": {
-        "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2},
-        "alpha_pattern": {r"layers\.[01]\.mlp\.gate_proj": 3, "k_proj": 33},
-    },
     "rslora and patterns": {
         "use_rslora": True,
         "rank_pattern": {".*mlp.*": 2, "o_proj": 7},
@@ -102,7 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_delta_equals_that_of_peft(
     tmp_path: Path, make_base: MakeBase, arch: str, case: str
@@ -143,24 +136,6 @@ def test_head_of_a_tied_base_keeps_its_own_name(tmp_path: Path, make_base: MakeB
     assert list(stored(tmp_path / "out.gguf")) == ["output.weight.lora_a", "output.weight.lora_b"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["plain", "rslora"])
-def test_uniform_scale_leaves_values_untouched(
-    tmp_path: Path, make_base: MakeBase, case: str
-) -> None:
-    base = make_base("qwen2")
-    layers = hf.lora_layers(hf.peft_model(base, tmp_path / "peft", **OPTIONS[case]))
-    out = tmp_path / "out.gguf"
-    converted = convert_adapter(tmp_path / "peft", base.path, out, outtype="f32")
-    assert converted.n_rescaled == 0
-    tensors = stored(out)
-    for name, layer in layers.items():
-        stem = f"blk.{name.split('.')[2]}.{tiny.PROJECTIONS[name.split('.', 3)[3]]}.weight"
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        np.testing.assert_array_equal(tensors[f"{stem}.lora_a"], a.detach().numpy())
-        np.testing.assert_array_equal(tensors[f"{stem}.lora_b"], b.detach().numpy())
-
-
 def test_alpha_is_that_of_most_modules(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(
@@ -177,7 +152,6 @@ TYPES = gguf.GGMLQuantizationType
 @pytest.mark.parametrize(
     ("outtype", "rank", "type_a", "type_b"),
     [
-        ("f32", 4, TYPES.F32, TYPES.F32),
         ("f16", 4, TYPES.F16, TYPES.F16),
         ("bf16", 4, TYPES.BF16, TYPES.BF16),
         ("q8_0", 4, TYPES.Q8_0, TYPES.F16),  # rows of B are one rank wide, not whole blocks
@@ -223,7 +197,7 @@ def test_metadata_are_those_that_llama_cpp_reads(tmp_path: Path, make_base: Make
 
 @pytest.mark.parametrize(
     ("trained_on", "is_named"),
-    [("owner/model-7B", True), ("/home/me/model", False), ("./m", False)],
+    [("owner/model-7B", True), ("/home/me/model", False)],
 )
 def test_the_base_it_was_trained_on_is_named(
     tmp_path: Path, make_base: MakeBase, trained_on: str, is_named: bool
@@ -244,17 +218,9 @@ def test_the_base_it_was_trained_on_is_named(
     assert found == (expected if is_named else {})
 
 
-def test_same_input_gives_same_bytes(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base()
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, alpha_pattern={"q_proj": 3})
-    convert_adapter(folder, base.path, tmp_path / "one.gguf")
-    convert_adapter(folder, base.path, tmp_path / "two.gguf")
-    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
-
-
 @pytest.mark.parametrize(
     "prefix",
-    ["model.language_model.layers", "language_model.model.layers", "model.text_model.layers"],
+    ["model.language_model.layers", "language_model.model.layers"],
 )
 def test_names_inside_a_multimodal_gemma_are_understood(
     tmp_path: Path, make_base: MakeBase, prefix: str
@@ -265,28 +231,6 @@ def test_names_inside_a_multimodal_gemma_are_understood(
     convert_adapter(plain, base.path, tmp_path / "plain.gguf")
     convert_adapter(nested, base.path, tmp_path / "nested.gguf")
     assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "nested.gguf").read_bytes()
-
-
-def test_written_file_passes_our_own_check(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base("llama", dtype="q8_0")
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, rank=5, targets=["q_proj", "down_proj"])
-    converted = convert_adapter(folder, base.path, tmp_path / "out.gguf")
-    info = read_adapter_gguf(converted.path)
-    check_adapter(info, read_gguf_header(base.path))
-    assert info.targets == converted.targets == ("attn_q", "ffn_down")
-    assert info.rank == converted.rank == 5
-    assert info.alpha == converted.alpha
-    assert converted.size_bytes == converted.path.stat().st_size
-
-
-def test_progress_counts_modules(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base()
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"])
-    seen: list[tuple[int, int]] = []
-    convert_adapter(
-        folder, base.path, tmp_path / "out.gguf", progress=lambda *done: seen.append(done)
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 # --- refusals, each leaving the disk as it was ---------------------------------------------------
@@ -420,29 +364,19 @@ def test_unknown_output_type_is_refused(tmp_path: Path, make_base: MakeBase) -> 
     )
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_source_is_never_overwritten(tmp_path: Path, make_base: MakeBase, name: str) -> None:
+def test_source_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> None:
     base = make_base()
     folder = tiny.write_tiny_peft(tmp_path / "a", base)
-    before = (folder / name).read_bytes()
-    with pytest.raises(OutputFileError) as caught:
-        convert_adapter(folder, base.path, folder / name)
-    assert str(caught.value) == (
-        f"Cannot write {folder / name}: it is a file of the adapter. Choose another name."
-    )
-    assert (folder / name).read_bytes() == before
-
-
-def test_base_is_never_overwritten(tmp_path: Path, make_base: MakeBase) -> None:
-    base = make_base()
-    folder = tiny.write_tiny_peft(tmp_path / "a", base)
-    before = base.path.read_bytes()
-    with pytest.raises(OutputFileError) as caught:
-        convert_adapter(folder, base.path, base.path)
-    assert str(caught.value) == (
-        f"Cannot write {base.path}: it is the base itself. Choose another name."
-    )
-    assert base.path.read_bytes() == before
+    for path, what in (
+        (folder / "adapter_config.json", "a file of the adapter"),
+        (folder / "adapter_model.safetensors", "a file of the adapter"),
+        (base.path, "the base itself"),
+    ):
+        before = path.read_bytes()
+        with pytest.raises(OutputFileError) as caught:
+            convert_adapter(folder, base.path, path)
+        assert str(caught.value) == f"Cannot write {path}: it is {what}. Choose another name."
+        assert path.read_bytes() == before
 
 
 def test_interruption_leaves_nothing_half_written(tmp_path: Path, make_base: MakeBase) -> None:

@@ -54,14 +54,10 @@ def random_pairs(base: tiny.TinyBase, layers: list[int]) -> dict[str, NDArray[np
     return tensors
 
 
-@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "k_proj", "v_proj", "o_proj", "mlp"]])
-def test_delta_equals_what_mlx_fuses(tmp_path: Path, keys: list[str] | None) -> None:
+def test_delta_equals_what_mlx_fuses(tmp_path: Path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
     tensors = random_pairs(base, [1, 2])
-    if keys is not None:
-        tensors = {name: values for name, values in tensors.items() if "self_attn" in name}
-    parameters = {"rank": 4, "dropout": 0.0, "scale": 20.0, "keys": keys}
-    folder = write_mlx(tmp_path / "a", tensors, lora_parameters=parameters)
+    folder = write_mlx(tmp_path / "a", tensors)
     convert_adapter(folder, base.path, tmp_path / "out.gguf", outtype="f32")
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     stored = {tensor.name: tensor.data.astype(np.float64) for tensor in reader.tensors}
@@ -141,16 +137,8 @@ def test_scale_that_depends_on_the_version_is_refused(tmp_path: Path) -> None:
         "cannot be known; expected none, or 4 as the rank. Remove alpha if a later version trained "
         "the adapter; else multiply scale by alpha / rank and remove it."
     )
-    parameters["alpha"] = 4.0
-    write_mlx(folder, lora_parameters=parameters, fine_tune_type=None)
-    (module,) = read_peft(folder).modules.values()
-    assert module.scale == 10.0
-
-
-def test_alpha_that_mlx_wrote_and_ignored_is_ignored(tmp_path: Path) -> None:
-    """The defaults of mlx_lm.lora from September 2024 to April 2025."""
-    parameters = {"rank": 4, "alpha": 16, "dropout": 0.0, "scale": 10.0}
-    (module,) = read_peft(write_mlx(tmp_path / "a", lora_parameters=parameters)).modules.values()
+    # What mlx_lm.lora wrote and ignored from September 2024 to April 2025.
+    (module,) = read_peft(write_mlx(folder, lora_parameters=parameters)).modules.values()
     assert module.scale == 10.0
 
 
@@ -158,8 +146,6 @@ def test_alpha_that_mlx_wrote_and_ignored_is_ignored(tmp_path: Path) -> None:
     ("name", "kind"),
     [
         (f"{Q0}.m", "a DoRA magnitude vector"),
-        ("model.norm.weight", "a norm's weight"),
-        (f"{Q0}.weight", "a whole weight matrix"),
         (f"{Q0}.scales", "not known here"),
     ],
 )
@@ -203,10 +189,8 @@ def test_experts_are_those_that_mlx_fuses(tmp_path: Path) -> None:
     ("a", "b"),
     [
         ((3, 4, 64), (2, 96, 4)),
-        ((3, 4, 64), (3, 96, 5)),
         ((3, 5, 64), (3, 96, 5)),
         ((64, 4), (4, 96)),
-        ((3, 4, 64), (4, 96)),
     ],
 )
 def test_experts_must_fit_each_other(
@@ -220,15 +204,6 @@ def test_experts_must_fit_each_other(
         f"lora_parameters, but lora_a is {list(a)} and lora_b {list(b)}; expected "
         "[n_expert, 4, n_in] and [n_expert, n_out, 4]. The two files do not belong together; save "
         "the adapter again."
-    )
-
-
-def test_stacks_that_are_no_experts_are_refused(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.experts.up_proj.lora_a"
-    folder = write_mlx(tmp_path / "a", {name: np.ones((2, 4, 64), np.float32)})
-    assert refusal(UnsupportedAdapterError, folder) == (
-        f"Cannot use {folder / 'adapters.safetensors'}: tensor {name} has shape [2, 4, 64]; "
-        "expected a matrix. Only LoRA on linear layers and embeddings can be represented."
     )
 
 

@@ -50,8 +50,6 @@ def refusal(kind: type[Exception], folder: Path) -> str:
 # --- what PEFT itself says -------------------------------------------------------------------
 
 PATTERNS: list[dict[str, Any]] = [
-    {},
-    {"use_rslora": True},
     {
         "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2, r"model\.layers\.2\.mlp.*": 6},
         "alpha_pattern": {r"layers\.[01]\.mlp\.(gate|up)_proj": 3, "k_proj": 32, "_proj": 5},
@@ -91,21 +89,6 @@ def test_layers_with_transposed_weights_have_the_same_a_and_b(tmp_path: Path, fl
     np.testing.assert_allclose(module.scale * module.read_b() @ module.read_a(), delta.T, rtol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_values_equal_those_of_safetensors(tmp_path: Path, base: tiny.TinyBase, dtype: str) -> None:
-    load_file = pytest.importorskip("safetensors.torch").load_file
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, dtype=dtype)
-    expected = load_file(folder / "adapter_model.safetensors")
-    adapter = read_peft(folder)
-    assert 2 * len(adapter.modules) == len(expected) == 42
-    for name, module in adapter.modules.items():
-        for side, values in (("A", module.read_a()), ("B", module.read_b())):
-            theirs = expected[f"base_model.model.{name}.lora_{side}.weight"].float().numpy()
-            assert values.dtype == np.float32
-            np.testing.assert_array_equal(values, theirs)
-
-
 def test_defaults_are_those_of_peft(tmp_path: Path) -> None:
     pair = {A0: np.ones((8, 64), np.float32), B0: np.ones((64, 8), np.float32)}
     folder = write_pair(tmp_path / "a", pair)
@@ -140,13 +123,6 @@ def test_embedding_and_copies_of_its_base_weight_are_understood(
     assert len(read_peft(write_pair(tmp_path / "b", copy)).modules) == 1
 
 
-def test_bias_of_a_base_layer_is_a_trained_one_where_biases_were_trained(tmp_path: Path) -> None:
-    name = A0.replace("lora_A.weight", "base_layer.bias")
-    tensors = {**PAIR, name: np.ones(64, np.float32)}
-    folder = write_pair(tmp_path / "a", tensors, bias="all")
-    assert f"tensor {name} is a bias" in refusal(UnsupportedAdapterError, folder)
-
-
 NAMES = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.1.self_attn.q_proj",
@@ -160,13 +136,9 @@ NAMES = [
 RULES: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"]},
     {"target_modules": ["self_attn.q_proj", "lm_head", "model.layers.11.mlp.up_proj"]},
-    {"target_modules": ["_proj"]},
-    {"target_modules": r".*\.[qu]p?_proj"},
     {"target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj"},
-    {"target_modules": "q_proj"},
     {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
     {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*experts.*"},
-    {"target_modules": ["q_proj", "up_proj", "c_attn"], "layers_to_transform": 1},
     {"target_modules": ["q_proj", "up_proj", "lm_head"], "layers_to_transform": [0, 11]},
     {"target_modules": ["q_proj", "up_proj", "c_attn"], "layers_to_transform": [1],
      "layers_pattern": "h"},
@@ -201,35 +173,9 @@ def test_module_that_the_config_does_not_adapt_is_refused(tmp_path: Path) -> Non
         )
 
 
-def test_expression_that_cannot_be_matched_safely_is_left_to_the_tensors(tmp_path: Path) -> None:
-    for expression in (r"(?:.*?)+x", r".*?a.*?b.*?c.*?d", "["):
-        assert read_peft(write_pair(tmp_path / "a", target_modules=expression)).modules
-
-
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_that_do_not_exist_are_no_obstacle(tmp_path: Path, bias: str) -> None:
-    assert read_peft(write_pair(tmp_path / "a", bias=bias)).config.bias == bias
-
-
-@pytest.mark.slow
-def test_adapters_in_subfolders_are_found_by_name(tmp_path: Path, base: tiny.TinyBase) -> None:
-    hf.save_named_adapters(base, tmp_path / "both", ["math", "es"])
-    for name in ("math", "es"):
-        assert len(read_peft(tmp_path / "both" / name).modules) == 3 * 7
-    assert refusal(InputFileError, tmp_path / "both") == (
-        f"Cannot read the adapter {tmp_path / 'both'}: it holds 2 adapters in sub-folders, es, "
-        f"math; expected one. Give one of them, such as {tmp_path / 'both' / 'math'}."
-    )
-    hf.save_named_adapters(base, tmp_path / "one", ["math"])
-    assert read_peft(tmp_path / "one").folder == tmp_path / "one" / "math"
-
-
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
-def test_names_of_a_whole_state_are_understood(
-    tmp_path: Path, base: tiny.TinyBase, targets: list[str]
-) -> None:
+def test_names_of_a_whole_state_are_understood(tmp_path: Path, base: tiny.TinyBase) -> None:
     """As `model.state_dict()` has them, with the adapter's name and what wrappers put in."""
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=targets)
+    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "embed_tokens"])
     plain = read_peft(folder)
     load_file = pytest.importorskip("safetensors.numpy").load_file
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -261,22 +207,6 @@ def test_several_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_files_and_fields_of_trainers_are_no_obstacle(tmp_path: Path) -> None:
-    """As unsloth and axolotl leave them beside an adapter."""
-    folder = write_pair(
-        tmp_path / "a",
-        auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
-        unsloth_fixed=True,
-        loftq_config={},
-        qalora_group_size=16,
-        revision="unsloth",
-    )
-    for name in ("adapter_model.bin", "tokenizer.json", "training_args.bin", "README.md"):
-        (folder / name).write_bytes(b"x")
-    write_pair(folder / "checkpoint-5")
-    assert read_peft(folder).folder == folder
-
-
 def test_shards_are_joined(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "a")
     (module,) = read_peft(folder).modules.values()
@@ -296,46 +226,27 @@ def write_shards(folder: Path, **changes: str) -> Path:
 
 # --- features refused by name ----------------------------------------------------------------
 
-MERGE = "Merge the adapter into its base, or train a plain LoRA."
-PLAIN = "Train a plain LoRA."
-DELTA = "its change of the weights is no product of two small matrices"
-APPROXIMATE = (
-    "Merge it into its base, train a plain LoRA, or approximate it with PEFT's save_as_lora."
-)
-FEATURES: list[tuple[str, Any, str, str, str]] = [
-    ("use_dora", True, "True", "DoRA also rescales the base's weights", MERGE),
-    ("lora_bias", True, "True", "a bias on B is not low-rank", "Train with lora_bias=False."),
-    ("modules_to_save", ["lm_head"], "['lm_head']",
-     "these modules were trained whole and are not low-rank",
-     "Train them with LoRA (target_modules) or leave them out."),
-    ("layer_replication", [[0, 2], [1, 3]], "[[0, 2], [1, 3]]",
-     "the adapter is for a base with repeated layers",
-     "Use an adapter that was trained on the base as it is."),
-    ("trainable_token_indices", {"embed_tokens": [1]}, "{'embed_tokens': [1]}",
-     "single trained token embeddings are not low-rank",
-     "Train without it, or merge the adapter into its base."),
-    ("alora_invocation_tokens", [1, 2], "[1, 2]",
-     "an activated LoRA acts only after certain tokens", PLAIN),
-    ("megatron_config", {"x": 1}, "{'x': 1}",
-     "Megatron's parallel layers are split over devices",
-     "Save the adapter from unsplit layers."),
-    ("use_qalora", True, "True", "QA-LoRA pools its input in groups", PLAIN),
-    ("use_bdlora", {"nblocks": 2}, "{'nblocks': 2}",
-     "block-diagonal LoRA is stored in blocks", PLAIN),
-    ("arrow_config", {"top_k": 3}, "{'top_k': 3}",
-     "Arrow routes between other adapters", "Give those adapters."),
-    ("kasa_config", {"beta": 1}, "{'beta': 1}", "KaSA also truncates the base's weights", MERGE),
-    ("monteclora_config", {"n": 1}, "{'n': 1}", "MonteCLoRA samples its weights", PLAIN),
-]  # fmt: skip
+VALUES: dict[str, Any] = {
+    "modules_to_save": ["lm_head"],
+    "layer_replication": [[0, 2], [1, 3]],
+    "trainable_token_indices": {"embed_tokens": [1]},
+    "alora_invocation_tokens": [1, 2],
+    "megatron_config": {"x": 1},
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 3},
+    "kasa_config": {"beta": 1},
+    "monteclora_config": {"n": 1},
+}
+FEATURES = REFUSED["fields"]
 
 
-@pytest.mark.parametrize(("field", "value", "shown", "reason", "advice"), FEATURES)
-def test_feature_is_refused_by_name(
-    tmp_path: Path, field: str, value: Any, shown: str, reason: str, advice: str
-) -> None:
+@pytest.mark.parametrize("field", FEATURES)
+def test_feature_is_refused_by_name(tmp_path: Path, field: str) -> None:
+    value = VALUES.get(field, True)
+    reason, advice = FEATURES[field]
     folder = write_pair(tmp_path / "a", **{field: value})
     assert refusal(UnsupportedAdapterError, folder) == (
-        f"Cannot use {folder / 'adapter_config.json'}: {field} is {shown}; {reason}, and a plain "
+        f"Cannot use {folder / 'adapter_config.json'}: {field} is {value}; {reason}, and a plain "
         f"LoRA cannot represent it. {advice}"
     )
 
@@ -343,26 +254,16 @@ def test_feature_is_refused_by_name(
 def test_features_that_are_off_are_no_obstacle(tmp_path: Path) -> None:
     switched_off: tuple[Any, ...] = (None, False, [], {})
     for off in switched_off:
-        config: dict[str, Any] = {field: off for field, *_ in FEATURES}
+        config: dict[str, Any] = dict.fromkeys(FEATURES, off)
         assert read_peft(write_pair(tmp_path / "a", **config)).modules
 
 
-TYPES = {
-    "IA3": ("it rescales activations", MERGE),
-    "LOHA": (DELTA, APPROXIMATE),
-    "LOKR": (DELTA, APPROXIMATE),
-    "ADALORA": ("its singular values stand between A and B", MERGE),
-    "VERA": ("it scales random matrices that the base's layers share", MERGE),
-    "BOFT": ("it rotates the base's weights", MERGE),
-    "PREFIX_TUNING": ("it trains a prompt and no weights", PLAIN),
-    "XLORA": ("it routes between several LoRAs", "Give those LoRAs, one by one."),
-    "SOMETHING_NEW": ("only LoRA can be represented", MERGE),
-}
+OTHER = ["only LoRA can be represented", "Merge the adapter into its base, or train a plain LoRA."]
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [*REFUSED["types"], "SOMETHING_NEW"])
 def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str) -> None:
-    reason, advice = TYPES[kind]
+    reason, advice = REFUSED["types"].get(kind, OTHER)
     folder = write_pair(tmp_path / "a", peft_type=kind)
     assert refusal(UnsupportedAdapterError, folder) == (
         f"Cannot use {folder / 'adapter_config.json'}: peft_type is {kind!r}; expected 'LORA', for "
@@ -377,7 +278,7 @@ def test_types_that_are_named_are_those_of_peft() -> None:
     assert REFUSED["types"].keys() <= known
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "loftq"])
 def test_initialisation_that_changes_the_base_is_refused(tmp_path: Path, init: str) -> None:
     folder = write_pair(tmp_path / "a", init_lora_weights=init)
     advice = (
@@ -392,7 +293,7 @@ def test_initialisation_that_changes_the_base_is_refused(tmp_path: Path, init: s
     )
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+@pytest.mark.parametrize("init", [True, None, "gaussian"])
 def test_initialisation_that_leaves_the_base_alone_is_taken(tmp_path: Path, init: Any) -> None:
     assert read_peft(write_pair(tmp_path / "a", init_lora_weights=init)).modules
 
@@ -409,23 +310,16 @@ def test_tied_embedding_and_head_are_refused(tmp_path: Path, base: tiny.TinyBase
     assert read_peft(folder).modules
 
 
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 FOREIGN = {
-    "base_model.model.model.norm.weight": "a norm's weight",
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector":
-        "a DoRA magnitude vector",
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": "a bias",
-    "base_model.model.model.layers.0.self_attn.q_proj.bias": "a bias",
-    "base_model.model.model.embed_tokens.weight": "a whole weight matrix",
+    "base_model.model.transformer.h.0.ln_1.weight": "a norm's weight",
+    f"{LAYER}.lora_magnitude_vector.math.weight": "a DoRA magnitude vector",
+    f"{LAYER}.lora_B.bias": "a bias",
     "base_model.model.lm_head.base_layer.weight": "a whole weight matrix",
     "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta":
         "single trained token embeddings",
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.math.weight":
-        "a DoRA magnitude vector",
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.math":
-        "a DoRA magnitude vector",
     "base_model.model.lm_head.modules_to_save.math.weight": "a module that was trained whole",
-    "base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a": "a part of LoHa",
-    "base_model.model.transformer.h.0.ln_1.weight": "a norm's weight",
+    f"{LAYER}.hada_w1_a": "a part of LoHa",
     "prompt_embeddings": "a trained prompt",
     "base_model.model.prompt": "not known here",
 }  # fmt: skip
@@ -447,19 +341,7 @@ def test_tensor_of_another_kind_is_refused_by_name(tmp_path: Path, name: str) ->
     )
 
 
-@pytest.mark.slow
-def test_embeddings_that_peft_saved_whole_can_be_left_out(
-    tmp_path: Path, base: tiny.TinyBase
-) -> None:
-    model = hf.peft_model(base, tmp_path / "plain", target_modules=["q_proj"])
-    model.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
-    message = refusal(UnsupportedAdapterError, tmp_path / "whole")
-    assert "save_pretrained(save_embedding_layers=False)" in message
-    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
-    assert len(read_peft(tmp_path / "again").modules) == 3
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 64)])
+@pytest.mark.parametrize("shape", [(0, 64)])
 def test_matrix_that_was_not_gathered_is_told(tmp_path: Path, shape: tuple[int, ...]) -> None:
     folder = write_pair(tmp_path / "a", {**PAIR, A0: np.zeros(shape, np.float32)})
     assert refusal(SafetensorsFileError, folder) == (
@@ -470,25 +352,20 @@ def test_matrix_that_was_not_gathered_is_told(tmp_path: Path, shape: tuple[int, 
     )
 
 
-LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
-
-
-def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
-    folder = write_pair(tmp_path / "a")
-    (folder / "adapter_model.safetensors").write_text(LFS_POINTER)
-    assert refusal(SafetensorsFileError, folder) == (
-        f"Cannot read {folder / 'adapter_model.safetensors'}: it is a Git LFS pointer; expected "
-        "the file that it stands for. Run `git lfs install` and `git lfs pull` in its folder, or "
-        "fetch the file itself."
-    )
-
-
 def test_lora_on_a_convolution_is_refused(tmp_path: Path) -> None:
     pair = {A0: np.ones((4, 3, 3, 3), np.float32), B0: PAIR[B0]}
     folder = write_pair(tmp_path / "a", pair)
     assert refusal(UnsupportedAdapterError, folder) == (
         f"Cannot use {folder / 'adapter_model.safetensors'}: tensor {A0} has shape [4, 3, 3, 3]; "
         "expected a matrix. Only LoRA on linear layers and embeddings can be represented."
+    )
+
+
+def test_file_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
+    path = write_pair(tmp_path / "a") / "adapter_model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    assert refusal(SafetensorsFileError, path.parent).startswith(
+        f"Cannot read {path}: it is a Git LFS pointer; expected the file that it stands for. Run "
     )
 
 
@@ -581,8 +458,9 @@ def test_folder_without_an_adapter_is_told_from_what_it_holds(
 
 def test_of_checkpoints_the_last_is_suggested(tmp_path: Path) -> None:
     for step in (50, 100, 1000):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        write_pair(tmp_path / f"checkpoint-{step}")
+        only = write_pair(tmp_path / f"checkpoint-{step}")
+        if step == 50:
+            assert read_peft(tmp_path).folder == only
     assert refusal(InputFileError, tmp_path) == (
         f"Cannot read the adapter {tmp_path}: it holds 3 adapters in sub-folders, checkpoint-50, "
         "checkpoint-100, checkpoint-1000; expected one. Give one of them, such as "
@@ -595,20 +473,14 @@ ALPHAS = "a number from 1e-30 to 1e+30, or minus such"
 REGEX = "patterns of up to 256 characters, 3 repeats and 4096 choices, and no repeated group"
 FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"peft_type": None}, "peft_type", "missing", '"LORA"'),
-    ({"peft_type": 3}, "peft_type", "3", '"LORA"'),
     ({"r": 0}, "r", "0", RANKS),
-    ({"r": "4"}, "r", "'4'", RANKS),
-    ({"r": True}, "r", "True", RANKS),
     ({"r": 4.0}, "r", "4.0", RANKS),
     ({"r": 10**30}, "r", str(10**30), RANKS),
     ({"lora_alpha": None}, "lora_alpha", "missing", ALPHAS),
     ({"lora_alpha": 0}, "lora_alpha", "0", ALPHAS),
-    ({"lora_alpha": "8"}, "lora_alpha", "'8'", ALPHAS),
     ({"lora_alpha": 1e300}, "lora_alpha", "1e+300", ALPHAS),
     ({"use_rslora": "yes"}, "use_rslora", "'yes'", "true or false"),
-    ({"fan_in_fan_out": 1}, "fan_in_fan_out", "1", "true or false"),
     ({"rank_pattern": [1]}, "rank_pattern", "[1]", "an object of up to 16384 patterns"),
-    ({"rank_pattern": {"q": -1}}, "rank_pattern['q']", "-1", RANKS),
     ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q']", "'x'", ALPHAS),
     ({"rank_pattern": {"(a+)+": 1}}, "a pattern in rank_pattern", "'(a+)+'", REGEX),
     ({"rank_pattern": {".*.*.*.*": 1}}, "a pattern in rank_pattern", "'.*.*.*.*'", REGEX),
@@ -618,11 +490,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
      repr("a?" * 20 + "a" * 20), REGEX),
     ({"rank_pattern": {"(a|aa)" * 20: 1}}, "a pattern in rank_pattern",
      repr("(a|aa)" * 20)[:77] + "...", REGEX),
-    ({"target_modules": 3}, "target_modules", "3", "a text or a list of names"),
     ({"target_modules": [3]}, "target_modules", "[3]", "a text or a list of names"),
-    ({"exclude_modules": {"q": 1}}, "exclude_modules", "{'q': 1}", "a text or a list of names"),
-    ({"layers_pattern": 2}, "layers_pattern", "2", "a text or a list of names"),
-    ({"layers_to_transform": "1"}, "layers_to_transform", "'1'", "a layer or a list of layers"),
     ({"layers_to_transform": [0.5]}, "layers_to_transform", "[0.5]",
      "a layer or a list of layers"),
     ({"bias": "some"}, "bias", "'some'", "'none', 'all' or 'lora_only'"),
@@ -645,10 +513,6 @@ def test_wrong_field_is_named(
     ("content", "reason"),
     [
         (b'{"r": 1, "r": 2}', "the key 'r' is given twice"),
-        (b"[]", "it holds a list, not an object"),
-        (b'{"lora_alpha": NaN}', "the value NaN is not JSON"),
-        (b'{"r": 1', "Expecting ',' delimiter: line 1 column 8 (char 7)"),
-        (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         (b'{"a":' + b"[" * 200_000, "it is nested too deeply"),
     ],
 )
@@ -660,14 +524,6 @@ def test_config_that_is_no_json_object_is_refused(
     assert refusal(PeftConfigError, folder) == (
         f"Cannot read {folder / 'adapter_config.json'}: {reason}; expected a JSON object of a few "
         "kilobytes. Fetch or save the adapter again."
-    )
-
-
-def test_config_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    folder = write_pair(tmp_path / "a", padding="x" * (1 << 22))
-    assert refusal(PeftConfigError, folder) == (
-        f"Cannot read {folder / 'adapter_config.json'}: it has more than 4194304 bytes; expected a "
-        "JSON object of a few kilobytes. Fetch or save the adapter again."
     )
 
 
@@ -717,8 +573,7 @@ def test_adapter_without_lora_is_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize(("bad", "dtype"), [(np.nan, "BF16"), (-np.inf, "F16")])
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtype: str) -> None:
     b = PAIR[B0].copy()
     b[3, 1] = bad

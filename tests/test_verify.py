@@ -25,9 +25,10 @@ from qaflora_edge.peft.folder import read_peft
 MODULES = 3 * 7
 
 
-@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("rank", [3, 64])
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("arch", "rank", "outtype"),
+    [("llama", 3, "f32"), ("llama", 3, "f16"), ("qwen2", 3, "bf16"), ("llama", 64, "q8_0")],
+)
 def test_what_was_converted_is_within_rounding(
     tmp_path: Path, arch: str, rank: int, outtype: str
 ) -> None:
@@ -88,8 +89,7 @@ def test_differences_are_those_of_the_deltas(tmp_path: Path) -> None:
         assert check.relative_difference == pytest.approx(difference / np.abs(delta).max())
 
 
-@pytest.mark.parametrize("outtype", ["bf16", "q8_0"])
-@pytest.mark.parametrize("kind", ["peft", "mlx"])
+@pytest.mark.parametrize(("kind", "outtype"), [("peft", "q8_0"), ("mlx", "bf16")])
 def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, outtype: str
 ) -> None:
@@ -113,29 +113,19 @@ def test_tiles_that_are_read_one_by_one_give_what_the_whole_gives(
             assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-6)
 
 
-def test_an_adapter_that_does_nothing_is_right(tmp_path: Path) -> None:
-    base = tiny.write_tiny_base(tmp_path / "base.gguf")
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, strength=0.0)
-    converted = convert_adapter(folder, base.path, tmp_path / "out.gguf", verify=True)
-    assert {check.of_allowed for check in converted.checks} == {0.0}
-
-
 # --- mistakes of the writing code ---------------------------------------------------------------
 
 Change = Callable[[Any], Any]
 MISTAKES: dict[str, tuple[str, Change]] = {
     "rows in HF's order": ("b", lambda b: b[np.argsort(b[:, 0], kind="stable")]),
-    "two rows swapped": ("b", lambda b: b[[1, 0, *range(2, len(b))]]),
     "scale off by a hundredth": ("b", lambda b: b * np.float32(1.01)),
-    "sign": ("b", lambda b: -b),
-    "ranks of A reversed": ("a", lambda a: a[::-1]),
     "columns of A rolled": ("a", lambda a: np.roll(a, 1, axis=1)),
     "one value lost": ("a", lambda a: np.where(a == a.max(), 0, a)),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
 def test_mistake_is_found_and_the_older_file_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, outtype: str
 ) -> None:
@@ -185,24 +175,6 @@ def test_missing_module_is_found(tmp_path: Path) -> None:
         f"The conversion is wrong: tensor {modules[0].base_name} is there in the file; expected "
         "the 20 modules of the adapter. Nothing was kept; please report this."
     )
-
-
-def test_number_that_is_none_is_wrong(tmp_path: Path) -> None:
-    base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
-    header = read_gguf_header(base.path)
-    _, modules = plan_modules(read_peft(folder), header)
-    path = tmp_path / "out.gguf"
-    convert_adapter(folder, base.path, path, outtype="f32")
-    info = read_gguf_header(path).tensors["blk.0.attn_q.weight.lora_b"]
-    data = bytearray(path.read_bytes())
-    data[info.offset : info.offset + 4] = np.float32(np.nan).tobytes()
-    path.write_bytes(data)
-    with pytest.raises(ConversionError) as caught:
-        verify_conversion(path, header, modules)
-    (check,) = caught.value.checks
-    assert np.isnan(check.of_allowed)
-    assert not check.is_right
 
 
 # --- the order of rows, told twice --------------------------------------------------------------
