@@ -20,7 +20,6 @@ from tiny import (
     write_tiny_base,
 )
 
-from qaflora_edge.backend import library as native
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
@@ -289,25 +288,6 @@ def test_adapters_are_converted_as_they_are_loaded(
     )
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_differential_context_gives_the_logits_of_a_plain_one(tmp_path: Path, tied: bool) -> None:
-    """An adapter of upper layers only: below them the base's rows are enough, at the head not."""
-    base = write_tiny_base(tmp_path / "base.gguf", tied=tied)
-    adapter = write_tiny_adapter(tmp_path / "a.gguf", base, layers=[1, 2])
-    model, pack = load(base, [adapter])
-    found = []
-    for flags in (0, native.CONTEXT_DIFFERENTIAL):
-        context = RawContext(model, pack, flags=flags, n_seq=2)
-        context.set_weights(0, np.zeros((1, base.n_layer), np.float32))
-        context.set_weights(1, np.ones((1, base.n_layer), np.float32))
-        rows = [Row(token, pos, seq, True) for seq in (0, 1) for pos, token in enumerate(TOKENS)]
-        assert context.decode(rows) == 0
-        n = len(TOKENS)
-        found.append(np.stack([context.logits(i) for i in (n - 1, 2 * n - 1)]))
-    assert np.abs(found[0][0] - found[0][1]).max() > 0.1
-    np.testing.assert_allclose(found[1], found[0], atol=1e-4, rtol=0)
-
-
 def test_what_cannot_be_converted_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -414,18 +394,6 @@ def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, base: Tiny
         Pack(Model(base.path), [])
 
 
-def test_mixed_types_are_fused(tmp_path: Path, base: TinyBase) -> None:
-    adapters = [
-        write_tiny_adapter(tmp_path / f"{kind}.gguf", base, rank=4, seed=4, outtype=kind)
-        for kind in ("f32", "f16")
-    ]
-    weights = np.full((2, base.n_layer), 0.5, np.float32)
-    merged = write_merged(tmp_path / "merged.gguf", base, adapters, weights)
-    np.testing.assert_allclose(
-        fused_logits(base, adapters, weights), stock_logits(merged), atol=1e-4, rtol=0
-    )
-
-
 # the probe
 
 
@@ -484,18 +452,6 @@ def test_probe_states_equal_separate_passes(
     single = single_states(base, adapters, TOKENS)
     expected = single[-1] if pool == "last" else single.mean(axis=0)
     np.testing.assert_allclose(probed, expected, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_prompt_longer_than_a_micro_batch(tmp_path: Path, pool: str) -> None:
-    base = write_tiny_base(tmp_path / "base.gguf", n_ctx=1024)
-    adapters = [write_tiny_adapter(tmp_path / f"{seed}.gguf", base, seed=seed) for seed in (1, 2)]
-    tokens = np.random.default_rng(5).integers(0, 256, 700).tolist()  # 3 x 700 > 512
-    long = probe_states(base, adapters, tokens, differential=True, pool=pool, n_ctx=1024)
-    single = single_states(base, adapters, tokens)
-    expected = single[-1] if pool == "last" else single.mean(axis=0)
-    np.testing.assert_allclose(long, expected, atol=5e-5, rtol=1e-4)
 
 
 def test_last_state_gives_the_logits(base: TinyBase, adapters: list[TinyAdapter]) -> None:
@@ -565,16 +521,6 @@ def test_massive_activations_leave_the_base_as_it_is(
         states = probe_states(base, adapters, TOKENS[:12], differential=True)
         errors.append(np.abs(states[0] - truth[0]).mean())
     assert errors[1] < errors[0] / 5
-
-
-def test_probe_of_a_head_with_a_bias(tmp_path: Path) -> None:
-    """A probe has no logits for upstream to add the head's bias to."""
-    plain = write_tiny_base(tmp_path / "plain.gguf", "qwen2")
-    bias = {"output.bias": np.ones(plain.n_vocab, np.float32)}
-    base = write_tiny_base(tmp_path / "base.gguf", "qwen2", replace=bias)
-    adapters = [write_tiny_adapter(tmp_path / "a.gguf", base)]
-    states = probe_states(base, adapters, TOKENS, differential=True)
-    np.testing.assert_array_equal(states, probe_states(plain, adapters, TOKENS, differential=True))
 
 
 @pytest.mark.parametrize("kernels", OWN_MATMUL)

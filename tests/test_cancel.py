@@ -65,26 +65,6 @@ def test_cancel_ends_an_answer_and_keeps_its_text(engine: Engine) -> None:
     assert engine.generate("the king", max_tokens=30).text() == whole
 
 
-def test_cancel_while_a_token_is_computed_ends_the_answer_too(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = engine.generate("the king", max_tokens=30).text()
-    answer = engine.generate("the king", max_tokens=30)
-    begin = next(answer)
-    decode = engine._model._lib.llama_decode
-
-    def cancelled_meanwhile(*args: object) -> int:
-        engine.cancel()
-        return int(decode(*args))
-
-    monkeypatch.setattr(engine._model._lib, "llama_decode", cancelled_meanwhile)
-    text = begin + answer.text()
-    monkeypatch.undo()
-    assert whole.startswith(text)
-    assert answer.finish_reason == "cancelled"
-    assert engine.generate("the king", max_tokens=30).text() == whole
-
-
 def test_cancelled_chat_says_so(engine: Engine) -> None:
     chunks = engine.chat([{"role": "user", "content": "a"}], stream=True, max_tokens=50)
     next(chunks)

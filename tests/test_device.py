@@ -110,20 +110,6 @@ def test_zero_weights_equal_the_base(base, adapters, gpu_layers) -> None:
     assert np.array_equal(nothing, expected)
 
 
-def test_each_sequence_has_its_own_weights(base, adapters, weights, gpu_layers) -> None:
-    model, pack = cpu.load(base, adapters, gpu_layers)
-    sets = [weights, weights[::-1], 0 * weights]
-    with Context(model, pack, n_ctx=64, n_seq=3, **cpu.EXACT) as context:
-        for seq, each in enumerate(sets):
-            context.set_weights(each, seq=seq)
-        for i, token in enumerate(TOKENS):
-            context.decode([token], start=i)
-        for seq, each in enumerate(sets):
-            pointer = context._lib.llama_get_logits_ith(context._pointer, seq)
-            found = np.ctypeslib.as_array(pointer, shape=(base.n_vocab,))
-            assert_near(found, cpu.fused_logits(base, adapters, each), STEP)
-
-
 # weights as inputs of a graph that a device may still be running
 
 

@@ -114,12 +114,6 @@ def test_logits_take_weights_in_every_form(engine: Engine) -> None:
     assert not np.array_equal(engine.logits(PROMPT, weights="base"), logits)
 
 
-def test_token_ids_are_taken_as_a_prompt(engine: Engine) -> None:
-    tokens = engine.tokenize(PROMPT)
-    assert np.array_equal(engine.logits(tokens), engine.logits(PROMPT))
-    assert np.array_equal(engine.logits(np.array(tokens)), engine.logits(PROMPT))
-
-
 def test_bos_is_added_where_the_vocabulary_asks_for_it(tmp_path: Path) -> None:
     with_bos = write_tiny_base(tmp_path / "bos.gguf", add_bos=True)
     with Engine(base=with_bos.path) as engine:
@@ -168,13 +162,6 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
     for ia, name in enumerate(NAMES):
         assert set(typical[name]) == set(KEYS)
         np.testing.assert_allclose(typical[name]["norm"], expected[ia], rtol=1e-5)
-
-
-def test_engine_without_adapters_is_the_base(base: TinyBase) -> None:
-    with Engine(base=base.path) as engine:
-        fusion = engine.weights(PROMPT)
-        assert fusion.weights.shape == (0, base.n_layer)
-        assert engine.generate(PROMPT, max_tokens=3).usage["prompt_tokens"] > 0
 
 
 # failures

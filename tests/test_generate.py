@@ -64,10 +64,6 @@ def test_characters_of_several_bytes_are_never_cut(model: Model) -> None:
     assert len(pieces) == len(text)
 
 
-def test_stop_text_of_several_bytes_is_found(model: Model) -> None:
-    assert "".join(as_text(model, "uno 好 dos".encode(), ("好",))) == "uno "
-
-
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     base = write_tiny_base(tmp_path / "tiny.gguf")
@@ -100,15 +96,6 @@ def test_max_tokens_ends_by_length(engine: Engine) -> None:
     assert engine.generate("the king", max_tokens=0).text() == ""
     # a shorter answer is a prefix of a longer one
     assert engine.generate("the king", max_tokens=9).text().startswith(text)
-
-
-def test_full_context_ends_by_length(engine: Engine) -> None:
-    generation = engine.generate("the king of the thing", seed=1)
-    generation.text()
-    if generation.finish_reason == "length":
-        assert generation.usage["total_tokens"] == engine.n_ctx + 1
-    else:
-        assert generation.usage["total_tokens"] <= engine.n_ctx
 
 
 def test_stop_string_ends_the_answer(engine: Engine) -> None:

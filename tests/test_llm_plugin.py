@@ -15,11 +15,9 @@ from click.testing import CliRunner, Result
 
 llm = pytest.importorskip("llm", reason="the extra llm is not installed")
 from llm.cli import cli  # noqa: E402
-from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart  # noqa: E402
 
 from qaflora_edge import Engine  # noqa: E402
-from qaflora_edge.errors import PromptError  # noqa: E402
-from qaflora_edge.llm_plugin import chat_message, close_all  # noqa: E402
+from qaflora_edge.llm_plugin import close_all  # noqa: E402
 
 Run = Callable[..., Result]
 
@@ -141,15 +139,3 @@ def test_start_of_llm_loads_no_engine(made: TinyBundle) -> None:
         text=True,
     )
     assert json.loads(done.stdout) == [True, []], done.stderr
-
-
-def test_messages_become_text() -> None:
-    parts = [ReasoningPart(text="hm"), TextPart(text="a"), TextPart(text="b")]
-    message = Message(role="assistant", parts=parts)
-    assert chat_message(message) == {"role": "assistant", "content": "ab"}
-    with pytest.raises(PromptError) as caught:
-        chat_message(Message(role="assistant", parts=[ToolCallPart(name="f")]))
-    assert str(caught.value) == (
-        "A message of the assistant holds a ToolCallPart, expected text: a bundle reads text only. "
-        "Begin a new conversation, or use another model."
-    )

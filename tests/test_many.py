@@ -211,12 +211,6 @@ def test_what_is_no_prompt(engine: Engine, prompt: Any) -> None:
         engine.generate(prompt)
 
 
-@pytest.mark.parametrize("messages", [5, None, "abc", {"role": "user", "content": "a"}])
-def test_what_is_no_conversation(engine: Engine, messages: Any) -> None:
-    with pytest.raises(PromptError, match=r"^The conversation is .*, expected a list of messages"):
-        engine.chat(messages)
-
-
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -376,16 +370,6 @@ def test_requests_are_taken_as_there_is_room(engine: Engine) -> None:
     for n_done, _ in enumerate(engine.generate_many(source())):
         assert len(taken) <= n_done + engine.n_parallel + 1
     assert len(taken) == 12
-
-
-def test_a_source_that_fails_ends_all(engine: Engine) -> None:
-    def source() -> Iterator[Any]:
-        yield {"prompt": "a", "max_tokens": 300}
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        list(engine.generate_many(source()))
-    assert_idle(engine)
 
 
 def assert_idle(engine: Engine) -> None:

@@ -157,15 +157,6 @@ def test_prefill_of_one_goes_on_beside_decoding_of_others() -> None:
     assert second.answer == alone(range(100, 120))
 
 
-def test_short_prompts_share_a_step_and_are_cut_as_they_are_alone() -> None:
-    bench = Bench(4)
-    for tokens in ([1, 2, 3], [4, 5, 6, 7], [8, 9], range(30)):
-        bench.add(tokens)
-    assert [[len(s.tokens) for s in batch] for batch in bench.step()] == [[3], [4]]
-    *_, short, long = bench.step()  # two tokens, and no room for a whole piece of the long one
-    assert [len(s.tokens) for s in short] == [2] or [len(s.tokens) for s in long] == [2]
-
-
 def test_the_newest_waits_when_all_slots_are_taken_and_fails_nobody() -> None:
     bench = Bench(2)
     answers = [bench.add([i, i + 1], n=3 + i) for i in range(7)]
@@ -229,19 +220,6 @@ def request(tokens: Sequence[int], **more: Any) -> Request:
     return Request(tuple(tokens), np.ones((1, 2), np.float32), **more)
 
 
-def test_gaps_between_slots_are_closed() -> None:
-    """Only adjacent sequences are computed together."""
-    bench = Bench(4)
-    answers = [bench.add([i, i], n=n) for i, n in enumerate((3, 20, 3, 20))]
-    bench.finish(answers[0], answers[2])
-    bench.step()
-    assert [answer.slot for answer in answers] == [None, 1, None, 2]
-    bench.finish(*answers)
-    assert [answer.answer for answer in answers] == [
-        alone([i, i], n=n) for i, n in enumerate((3, 20, 3, 20))
-    ]
-
-
 def test_rows_are_decoded_in_the_order_of_adjacent_slots() -> None:
     """llama.cpp computes each run of ascending, adjacent sequences apart from the others."""
     n_together = 0
@@ -286,14 +264,6 @@ def test_a_prompt_that_does_not_go_on_is_read_whole(prompt: list[int]) -> None:
     bench.add(prompt)
     bench.step()
     assert bench.context.batches[0][0].start == 0
-
-
-def test_what_was_read_under_other_weights_is_never_reused() -> None:
-    bench = Bench(1)
-    bench.finish(bench.add([1, 2, 3], weight=1.0))
-    other = bench.add([1, 2, 3, 4], weight=2.0)
-    bench.finish(other)
-    assert other.answer == alone([1, 2, 3, 4], weight=2.0)
 
 
 def test_history_is_kept_for_the_one_whose_it_is() -> None:

@@ -269,15 +269,6 @@ def test_worker_refuses_clients_of_another_build(tmp_path: Path) -> None:
         wait_until(lambda: expected in lonely.log.read_text())
 
 
-@pytest.mark.slow
-def test_worker_of_another_client_is_refused(base: TinyBase, tmp_path: Path) -> None:
-    with worker(tmp_path) as lonely:
-        _, _, build = _hello_and_close(lonely.port)
-        client, _, _ = hello(lonely.port, build)
-        with client, pytest.raises(WorkerError, match="it serves another client"):
-            Model(base.path, rpc=lonely.endpoint)
-
-
 def test_nothing_is_there(base: TinyBase) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     with pytest.raises(WorkerError) as caught:
@@ -317,10 +308,3 @@ def test_beyond_this_machine_is_refused() -> None:
     result = CliRunner().invoke(main, ["worker", "--host", "localhost"])
     assert result.exit_code == 2
     assert "--host is 'localhost', expected an IPv4 address." in result.output
-
-
-def test_folder_of_the_cache_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    result = CliRunner().invoke(main, ["worker", "--cache", str(tmp_path / "file" / "x")])
-    assert result.exit_code == 1
-    assert "file/x: Not a directory. Name another with --cache." in result.output

@@ -138,15 +138,20 @@ class Core:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Keep the resources open during a call.
+        """Keep the resources open. Raises as _hold does, and WorkerError once a worker was lost."""
+        with self._hold():
+            self.model.check_workers()
+            yield
 
-        Raises BusyError after close() or a fork, WorkerError once a worker was lost.
-        """
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        """Keep the resources open. Raises BusyError after close() or a fork."""
         global _process
         _check_process()
         me = threading.get_ident()
         with self._idle:
-            self._check_open()
+            if self.is_closed:
+                raise BusyError("This Engine is closed; make a new one.")
             if me == self._telling:
                 raise BusyError(
                     "This Engine is in use by the call whose on_progress is told of the weighing; "
@@ -155,7 +160,6 @@ class Core:
             self._n_call[me] = self._n_call.get(me, 0) + 1
         _process = os.getpid()
         try:
-            self.model.check_workers()
             yield
         finally:
             with self._idle:
@@ -163,10 +167,6 @@ class Core:
                 if not self._n_call[me]:
                     del self._n_call[me]
                     self._idle.notify_all()
-
-    def _check_open(self) -> None:
-        if self.is_closed:
-            raise BusyError("This Engine is closed; make a new one.")
 
     def close(self) -> None:
         """Free everything once no call uses it. A second call does nothing.
@@ -283,7 +283,7 @@ class Core:
         return self._generation(sequence, FusionWeights((), nothing))
 
     def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
-        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
+        return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
 
 
 def _check_process() -> None:
