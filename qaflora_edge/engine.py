@@ -133,25 +133,22 @@ class Engine:
     def close(self) -> None:
         """Free the model, the adapters and all contexts. A second call does nothing.
 
-        Calls of other threads end with BusyError. So does close() itself within a call of the
-        same thread, such as on_weights.
+        Calls of other threads end with BusyError, and so does close() within a call.
         """
         self._core.close()
 
     def cancel(self) -> None:
         """End what the Engine does now; any thread may call it, and it returns at once.
 
-        Answers end with finish_reason "cancelled" and keep their text so far. Calls that weigh or
-        prefill raise CancelledError. The next call works as ever. To end one call alone, give it
-        an event (`cancel=`), or use Generation.cancel.
+        Answers end with finish_reason "cancelled" and keep their text. Calls that weigh or prefill
+        raise CancelledError. To end one call alone, give it an event (`cancel=`).
         """
         self._core.cancel()
 
     def run_forever(self) -> None:
         """Compute what other threads ask for, until close(); for servers, in a thread of its own.
 
-        Without it each call computes in its caller's thread, and concurrent callers compute for
-        each other. With it they only wait, and no core is idle while they use their pieces.
+        Without it callers compute for each other. With it they only wait.
         """
         with self._core.call():
             self._core.loop.run_forever()
@@ -175,8 +172,7 @@ class Engine:
     # facts
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        """Name the adapters in use, in the order of every first axis."""
+    def adapters(self) -> tuple[str, ...]:  # in use, in the order of every first axis
         return self._weigher.adapters
 
     @property
@@ -191,12 +187,10 @@ class Engine:
 
     @property
     def lens(self) -> str:
-        """Say how a layer's state is read: see Engine."""
         return self._weigher.known.lens
 
     @property
     def pool(self) -> str:
-        """Say which tokens of a prompt are weighed by: see Engine."""
         return self._weigher.known.pool
 
     @property
@@ -217,10 +211,7 @@ class Engine:
             self._weigher = self._using(names)
 
     def use_strategy(self, strategy: str) -> None:
-        """Weigh by this strategy from now on, where a call names none.
-
-        Raises StrategyError when it is unknown or cannot be followed here.
-        """
+        """Weigh by this strategy where a call names none. Raises StrategyError."""
         with self._core.call():
             known = replace(self._weigher.known, strategy=strategy)
             self._weigher = replace(self._weigher, known=known)

@@ -105,17 +105,15 @@ def known_of(text: BundleText) -> Known:
     fusion, names = text.fusion, [adapter.name for adapter in text.adapters]
     pool = fusion.get("pool")
     strategy = _manual(fusion) or fusion.get("strategy")
-    known = Known().under(
-        strategy=strategy, lens=fusion.get("lens"), pool=None if pool == "mean" else pool
-    )
+    pool = None if pool == "mean" else pool
+    known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool)
     try:
         parse_strategy(known.strategy, names)
     except QafloraError as error:
         expected = f"a strategy for these adapters ({error})"
         wrong = WrongField("fusion.strategy", shown(known.strategy), expected)
         raise wrong_bundle(text.where, wrong) from error
-    centroids = {}
-    n_embd = text.base.n_embd
+    centroids, n_embd = {}, text.base.n_embd
     for name, record in fusion.get("samples", {}).items():
         from qaflora_edge.weighing.baselines import parse_centroid
 
