@@ -4,7 +4,7 @@
 
 Python itself is not instrumented, so the runtime is preloaded, and Python takes its memory from
 malloc so that the buffers it lends to the library are guarded. A report about memory or undefined
-behaviour fails, but for KNOWN, each with its reason. Leaks count where our libraries allocated: the
+behaviour fails. Leaks count where our libraries allocated: the
 interpreter keeps much until its end. They are not looked for in tests that close nothing, for a
 model that Python still holds at its end is no leak of the library.
 
@@ -20,8 +20,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# A part of a report -> why it is let pass. They are upstream's, at the pin of patches/UPSTREAM.
-KNOWN: dict[str, str] = {}
 # Frames of our libraries: by the source's path, as symbols are found, or by the library's.
 OURS = re.compile(r"^\s+#\d+ .*(/llama\.cpp-\w|/patches/src/|/libllama|/libggml)", re.MULTILINE)
 
@@ -58,8 +56,6 @@ def split_reports(text: str) -> list[str]:
 
 
 def is_problem(report: str) -> bool:
-    if any(part in report for part in KNOWN):
-        return False
     if "runtime error:" in report:
         return True
     if report.startswith(("Direct leak", "Indirect leak")):

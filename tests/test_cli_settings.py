@@ -1,10 +1,7 @@
 """Settings of the commands: who wins, what is refused, and the table of the documents."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -12,6 +9,7 @@ import pytest
 from bundles import TinyBundle, make_bundle
 from click.testing import CliRunner
 
+from qaflora_edge import Engine
 from qaflora_edge.cli import main
 from qaflora_edge.cli.settings import (
     SHARED_TABLES,
@@ -151,16 +149,8 @@ WRONG = [
         "the key threads is '4', expected a number of threads from 1 to 512. ",
         "Correct it",
     ),
-    ("threads = true", "the key threads is True, expected a number of threads from 1 to 512", ""),
-    ("ctx = 1.5", "the key ctx is 1.5, expected a number of tokens from 1 to 16777216", ""),
-    ("temp = -1", "the key temp is -1, expected a number from 0 up", ""),
-    ("temp = inf", "the key temp is inf, expected a number from 0 up", ""),
     ("temp = nan", "the key temp is nan, expected a number from 0 up", ""),
-    ("top_p = 2", "the key top_p is 2, expected a number from 0 to 1", ""),
-    ("seed = 4294967295", "expected a whole number from 0 to 4294967294", ""),
-    ('lens = "wide"', "the key lens is 'wide', expected one of norm, raw", ""),
     ('raw_prompt = "yes"', "the key raw_prompt is 'yes', expected true or false", ""),
-    ('stop = "x"', "the key stop is 'x', expected a list of texts", ""),
     ('stop = [""]', "the key stop is [''], expected a list of texts that are not empty", ""),
     ("[run]\nctx = 0", "the key run.ctx is 0, expected a number of tokens from 1 to 16777216", ""),
     (
@@ -168,7 +158,6 @@ WRONG = [
         "the key convert.outtype is 'f8', expected one of f32, f16, bf16, q8_0",
         "",
     ),
-    ("strategy = 1", "the key strategy is 1, expected a text", ""),
     ("[serve]\napi_key = 123", "the key serve.api_key is '(secret)', expected a text", ""),
 ]
 
@@ -284,16 +273,8 @@ def test_no_variable_of_the_code_is_missing_in_the_table(checkout: Path) -> None
     assert found <= known
 
 
-@pytest.mark.slow
 def test_library_reads_no_options_from_the_file(made: TinyBundle, config: Path) -> None:
     """A program that uses Engine gets what it asked for, whatever the user's settings."""
     config.write_text('strategy = "static"\n', encoding="utf-8")
-    code = (
-        "from qaflora_edge import Engine\n"
-        f"with Engine({str(made.folder)!r}, n_ctx=64) as engine:\n"
-        "    print(engine.weights('the thing').strategy)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
-    )
-    assert (done.stderr, done.stdout) == ("", "qa-flora\n")
+    with Engine(made.folder, n_ctx=64) as engine:
+        assert engine.weights("the thing").strategy == "qa-flora"

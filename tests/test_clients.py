@@ -106,26 +106,6 @@ def test_langchain(url: str, alone: Engine) -> None:
         assert isinstance(parsed, Animal)
 
 
-@needs("litellm")
-def test_litellm(url: str, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it fetches prices
-    import litellm
-
-    asked: Any = {"api_base": url, "api_key": KEY, "messages": USER, "num_retries": 0, **OPTIONS}
-    found = litellm.completion(model="openai/tiny", **asked)
-    assert found.choices[0].message.content == expected(alone)
-    stream = litellm.completion(model="openai/tiny:single:es", stream=True, **asked)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert text == expected(alone, "single:es")
-    weighed = {"extra_body": {"fusion": {"strategy": "single:es"}}}
-    later = asyncio.run(litellm.acompletion(model="openai/tiny", **weighed, **asked))
-    assert later.choices[0].message.content == expected(alone, "single:es")
-    with pytest.raises(litellm.NotFoundError):
-        litellm.completion(model="openai/other", **asked)
-    with pytest.raises(litellm.AuthenticationError):
-        litellm.completion(model="openai/tiny", **{**asked, "api_key": "another-key"})
-
-
 @needs("llm")
 def test_llm(url: str, alone: Engine, tmp_path: Path) -> None:
     """The program `llm`, told of the server as its documentation says."""

@@ -145,31 +145,6 @@ def test_bad_grammar_is_refused_with_its_place(text: str, reason: str) -> None:
     assert str(caught.value).endswith("; correct it there.")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        'root ::= root "a" | "b"',
-        'root ::= a\na ::= b "x"\nb ::= root | "y"',
-        'root ::= ("a"?)* "b"',
-        # llama.cpp takes these two, and never returns
-        'root ::= a root "x" | "y"\na ::= b\nb ::= ""',
-        'root ::= a root "x" | "y"\na ::= b b\nb ::= "z"?',
-    ],
-)
-def test_left_recursion_is_followed(model: Model, text: str) -> None:
-    """llama.cpp refuses it, or goes round in a circle."""
-    chance, n_whole = random.Random(1), 0
-    for _ in range(20):
-        follows = Constraint(model, gbnf_grammar(text))
-        for _ in range(30):
-            token = int(chance.choice(allowed(model, follows)))
-            if model.is_end(token):
-                n_whole += 1
-                break
-            follows.accept(token)
-    assert n_whole > 5
-
-
 def test_grammar_under_which_nothing_is_written_is_refused() -> None:
     with pytest.raises(GrammarError) as caught:
         gbnf_grammar("root ::= root", source="The grammar x.gbnf")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -224,28 +223,16 @@ def test_schemas_by_chance_are_followed(model: Model, seed: int) -> None:
 
 _KIND = {"type": "object", "required": ["kind"], "properties": {"kind": {"type": "string"}}}
 SHAPES: list[Any] = [
-    *({"const": value} for value in (2, -7, 1.5, 1e10, 2**53, -0.0001, "", 'é😀"\\/\n\t')),
-    *({"const": value} for value in ({"foo": "bar", "a": [0, 1.0]}, [{"foo": 1}], [False], [], {})),
-    {"enum": [6, "foo", [], True, {"foo": 12}]},
-    {"enum": ["abc", "abcdef", 3], "maxLength": 4},
+    {"const": 'é😀"\\/\n\t'},
     {"allOf": [{"enum": ["a", "b", 1]}, {"enum": ["b", 1, None]}, {"type": "string"}]},
-    {"allOf": [{"minLength": 2}, {"maxLength": 4}, {"pattern": "^[ab]"}], "type": "string"},
-    {"allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}], "type": "number"},
     {"allOf": [{"multipleOf": 2}], "anyOf": [{"multipleOf": 3}], "type": "integer"},
-    {"allOf": [{"prefixItems": [{"minimum": 3}]}], "items": {"minimum": 5}, "type": "array"},
     {"type": "number", "minimum": -0.5, "exclusiveMaximum": 0},
-    {"type": "string", "anyOf": [{"maxLength": 2}, {"minLength": 4}]},
     {"oneOf": [{"properties": {"kind": {"const": kind}}} for kind in "ab"], **_KIND},
     {"oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"type": "array"}}},
-    {"prefixItems": [{}], "items": {"type": "null"}, "minItems": 2, "maxItems": 5},
     {"properties": {name: {"type": "null"} for name in ("a\nb", 'a"b', "a\\b", "$ref", "a/b~c")}},
-    {"properties": {"foo": True, "bar": False}},
     {"properties": {"foo": {"$ref": "#"}}, "additionalProperties": False},
     {"patternProperties": {"^f": {"const": 1}, "^b": False}, "type": "object"},
-    {"patternProperties": {"^á": {}}, "additionalProperties": False},
-    {"$defs": {"a~b/c%d": {"type": "null"}}, "$ref": "#/$defs/a~0b~1c%25d"},
-    {"$defs": {"r": {"type": "array"}}, "properties": {"f": {"$ref": "#/$defs/r", "maxItems": 2}}},
-    {"type": "object", "minProperties": 1},
+    {"type": "string", "pattern": "^(?:a|ab)(c|bcd)$", "maxLength": 10},
     *({"type": "string", "format": each} for each in FORMATS),
 ]
 
@@ -253,71 +240,6 @@ SHAPES: list[Any] = [
 @pytest.mark.parametrize("schema", SHAPES, ids=repr)
 def test_shapes_are_followed(model: Model, schema: Any) -> None:
     check(model, schema, n=3, closing=b'"@' if "format" in schema else b'"}],:')
-
-
-def test_unnamed_keys_are_never_a_named_one_of_another_type(model: Model) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"a": {"type": "null"}, "ab": {"type": "null"}},
-        "additionalProperties": {"type": "boolean"},
-        "required": ["c"],
-    }
-    values = check(model, schema, n=30)
-    assert any(set(value) - {"a", "ab", "c"} for value in values)
-    assert all(value["c"] in (True, False) for value in values)
-
-
-@pytest.mark.parametrize("kind", ["number", "integer"])
-def test_fractional_ranges_are_exact(model: Model, kind: str) -> None:
-    """Numbers around the bounds are taken exactly when jsonschema finds them valid."""
-    draw = random.Random(11)
-    ends = ("", "0", "00", "1", "01", "49", "5", "9", "99")
-    given: list[dict[str, Any]] = [
-        {"exclusiveMinimum": 0.5, "maximum": 0.75},
-        {"exclusiveMinimum": -4, "maximum": 3},
-        {"minimum": 0.25, "exclusiveMaximum": 1.5},
-        {"exclusiveMinimum": -1, "exclusiveMaximum": 0.25},
-    ]
-    for _ in range(6):
-        low, width = draw.randint(-250, 150), draw.choice([0, 1, 5, 100, 211])
-        unit = draw.choice([10, 100, 1000])
-        schema = {
-            draw.choice(["minimum", "exclusiveMinimum"]): low / unit,
-            draw.choice(["maximum", "exclusiveMaximum"]): (low + width) / unit,
-        }
-        if draw.random() < 0.3:
-            del schema[draw.choice(sorted(schema))]
-        given.append(schema)
-    for schema in given:
-        schema["type"] = kind
-        grammar = grammar_or_nothing(schema)
-        texts = {f"{n}" for n in range(-4, 5)}
-        if kind == "number":
-            for bound in (value for value in schema.values() if value != kind):
-                near = [f"{bound + i / unit:.3f}".rstrip("0") for i in (-1, 0, 1)]
-                texts |= {f"{text}{end}" for text in near for end in ends} | {"0.0", "1.0"}
-        for text in texts:
-            if text.endswith(".") or (float(text) == 0 and text.startswith("-")):
-                continue
-            check_number(model, grammar, schema, text)
-
-
-def check_number(model: Model, grammar: Grammar | None, schema: Any, text: str) -> None:
-    """A valid number is taken in its shortest form; one that is not valid in none."""
-    is_valid = jsonschema.Draft202012Validator(schema).is_valid(json.loads(text))
-    is_shortest = text in ("0", str(float(text)).removesuffix(".0"))
-    if is_shortest or not is_valid:
-        assert bool(grammar and is_taken(model, grammar, text)) == is_valid, (schema, text)
-
-
-def grammar_or_nothing(schema: Any) -> Grammar | None:
-    """The grammar, or None where no number fits."""
-    try:
-        return schema_grammar(schema)
-    except GrammarError as error:
-        if "Unsatisfiable" in str(error):
-            return None
-        raise
 
 
 def is_taken(model: Model, grammar: Grammar, text: str) -> bool:
@@ -404,28 +326,6 @@ def test_refusal_of_the_library_is_told(schema: Any, reason: str) -> None:
 def test_what_is_no_json_is_refused(value: object) -> None:
     with pytest.raises(GrammarError, match=r"^The JSON schema is no JSON \(.*\); correct it\.$"):
         schema_grammar({"const": value})
-
-
-@pytest.mark.parametrize(
-    ("pattern", "good", "bad"),
-    [
-        (r"^\d{4}-\d{2}-\d{2}$", ["2024-01-31"], ["2024-1-31", "x2024-01-31"]),
-        ("^(?:a|ab)(c|bcd)$", ["ac", "abc", "abcd", "abbcd"], ["a", "acd"]),
-        ("^ab?|c$", ["abz", "xc"], ["b", ""]),
-        ("b", ["abc"], ["ac"]),
-        ("^(é|日本|😀){2}$", ["é😀", "日本é"], ["é"]),
-        ("^[a-z]+$", ["abc"], ["abcdefghijk", "A"]),
-    ],
-)
-def test_texts_are_taken_when_they_match(
-    model: Model, pattern: str, good: list[str], bad: list[str]
-) -> None:
-    """Oracle: Python's re; maxLength holds too."""
-    grammar = schema_grammar({"pattern": pattern, "maxLength": 10})
-    for text in (*good, *bad):
-        is_good = bool(re.search(pattern, text)) and len(text) <= 10
-        assert is_taken(model, grammar, json.dumps(text, ensure_ascii=False)) == is_good
-        assert is_good == (text in good)
 
 
 def test_only_named_properties_come_unless_schemas_are_combined(model: Model) -> None:

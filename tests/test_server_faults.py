@@ -6,7 +6,6 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2 as httpx
@@ -104,34 +103,6 @@ def peeked(client: socket.socket) -> bytes:
     # By select: a socket with a time limit waits whatever flags its recv is given.
     is_there = select.select([client], [], [], 0)[0]
     return client.recv(65536, socket.MSG_PEEK) if is_there else b""
-
-
-@pytest.mark.slow
-def test_answers_under_load_are_those_alone(made: TinyBundle, alone: Engine) -> None:
-    """Weights and tokens, from whole answers and streams, with three decoded together."""
-
-    def ask(client: httpx.Client, number: int) -> dict[str, Any]:
-        if number % 2:
-            found: dict[str, Any] = client.post(CHAT, json=body_of(number)).json()
-            return found
-        more = {"stream": True, "stream_options": {"include_usage": True}}
-        lines = client.post(CHAT, json=body_of(number, **more)).text.split("\n\n")
-        assert lines[-2] == "data: [DONE]"
-        chunks = [json.loads(line[6:]) for line in lines[:-2] if line.startswith("data:")]
-        text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1])
-        message = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
-        reason = chunks[-2]["choices"][0]["finish_reason"]
-        whole = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return {**chunks[-1], "choices": [whole]}
-
-    with (
-        listening(made.folder) as url,
-        httpx.Client(base_url=url, timeout=PATIENCE_S) as client,
-        ThreadPoolExecutor(8) as threads,
-    ):
-        found = list(threads.map(lambda number: ask(client, number), range(40)))
-    for number, answer in enumerate(found):
-        assert_alone(answer, number, alone)
 
 
 @pytest.mark.slow
