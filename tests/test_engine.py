@@ -228,7 +228,7 @@ def test_base_without_template_is_refused_for_chat(tmp_path: Path) -> None:
 
 
 def test_malformed_messages_are_refused(engine: Engine) -> None:
-    with pytest.raises(PromptError, match="The conversation is empty"):
+    with pytest.raises(PromptError, match=r"The conversation is \[\], expected a list of messages"):
         engine.chat([])
     with pytest.raises(PromptError, match="Message 0 has content = None, expected a text"):
         engine.chat([{"role": "user", "content": None}])
