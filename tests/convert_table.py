@@ -15,7 +15,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 from families import FAMILIES, MIXTURES, AnyFamily
-from features import FEATURES, outcome
 from numpy.typing import NDArray
 from specimen import ADAPTERS, EXPERTS, LAYER_WEIGHTS, TOKENS, UPSTREAM, Specimen
 from stock import StockContext
@@ -213,12 +212,6 @@ def expert_rows(findings: Findings, families: Iterable[AnyFamily]) -> list[tuple
     return rows
 
 
-def feature_row(name: str, folder: Path) -> tuple[str, ...]:
-    """Find one row of the table of PEFT's features."""
-    feature = FEATURES[name]
-    return (name, outcome(feature, folder), feature.advice or "–")
-
-
 def refused_rows() -> list[list[str]]:
     """Give the rows of the table of architectures that are refused."""
     return [[", ".join(names), why] for why, names in REASONS.items()]
@@ -248,8 +241,6 @@ def main() -> None:
         rows = expert_rows(findings, MIXTURES)
         write("experts", ("architecture", "model", *EXPERT_COLUMNS), rows)
         write("refused", ("architectures", "refused, for"), refused_rows())
-        rows = [feature_row(feature, folder) for feature in FEATURES]
-        write("features", ("feature", "outcome", "what to do instead"), rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tiny
 from families import FAMILIES, GEMMA_3N, MIXTURES
-from features import FEATURES
 
 from qaflora_edge import Engine
 from qaflora_edge.convert import layouts
@@ -129,22 +128,13 @@ def test_recurrent_states_that_are_no_numbers_are_nobody_elses(
         assert beside._sequence.answer == again._sequence.answer
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("feature", FEATURES)
-def test_feature_of_peft_is_what_the_table_says(tmp_path: Path, feature: str) -> None:
-    pytest.importorskip("peft")
-    row = convert_table.feature_row(feature, tmp_path)
-    assert list(row) in convert_table.committed("features")
-
-
-def test_tables_have_every_family_architecture_and_feature() -> None:
+def test_tables_have_every_family_and_architecture() -> None:
     rows = convert_table.committed("architectures")
     assert [row[1] for row in rows] == list(FAMILIES)
     assert {row[0] for row in rows} == set(ARCHITECTURES)
     rows = convert_table.committed("experts")
     assert [row[1] for row in rows] == [family.name for family in MIXTURES]
     assert {row[0] for row in rows} == set(layouts.MIXTURES)
-    assert [row[0] for row in convert_table.committed("features")] == list(FEATURES)
 
 
 def test_every_architecture_of_llama_cpp_is_reviewed_or_refused(llama_cpp_source: Path) -> None:

@@ -26,21 +26,6 @@ def base(tmp_path: Path) -> tiny.TinyBase:
     return tiny.write_tiny_base(tmp_path / "base.gguf")
 
 
-def test_help_shows_an_example() -> None:
-    result = run("--help")
-    assert result.exit_code == 0
-    assert "qaflora convert my-peft-adapter --base base.gguf -o adapter.gguf" in result.output
-
-
-def test_file_is_written_and_named(tmp_path: Path, base: tiny.TinyBase) -> None:
-    folder = tiny.write_tiny_peft(tmp_path / "a", base)
-    out = tmp_path / "out.gguf"
-    result = run(folder, "--base", base.path, "-o", out, "--outtype", "f32")
-    assert result.exit_code == 0
-    assert result.stdout == ""
-    assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
-
-
 def test_file_that_exists_is_kept_without_force(tmp_path: Path, base: tiny.TinyBase) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     out = tmp_path / "out.gguf"
@@ -51,8 +36,9 @@ def test_file_that_exists_is_kept_without_force(tmp_path: Path, base: tiny.TinyB
         f"Error: Cannot write {out}: it is a file already. Choose another name, or replace it with "
         "--force.\n"
     )
-    assert run(folder, "--base", base.path, "-o", out, "--force").exit_code == 0
-    assert out.read_bytes().startswith(b"GGUF")
+    result = run(folder, "--base", base.path, "-o", out, "--force")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).\n"
 
 
 def test_both_bases_are_named(tmp_path: Path, base: tiny.TinyBase) -> None:
@@ -174,14 +160,6 @@ def test_wrong_conversion_is_reported_with_exit_code_1(
     head, line = run(folder, "--base", base.path, "-o", out, "--verify").stdout.splitlines()
     assert head.split() == ["largest", "relative", "of", "allowed", "module"]
     assert line.split()[-1] == "model.layers.0.self_attn.q_proj"
-
-
-def test_feature_that_cannot_be_represented_is_named(tmp_path: Path, base: tiny.TinyBase) -> None:
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, config={"use_dora": True})
-    result = run(folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify", "--force")
-    assert result.exit_code == 1
-    assert "use_dora is True; DoRA also rescales the base's weights" in result.stderr
-    assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.slow

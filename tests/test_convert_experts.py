@@ -115,20 +115,6 @@ def test_experts_of_their_own_are_stacked(tmp_path: Path, names: tuple[str, str]
     np.testing.assert_allclose(deltas(converted)["up"], expected, rtol=2e-6, atol=1e-5)
 
 
-def test_types_are_rounded_as_others(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base.gguf", n_ff=64)
-    tensors = {
-        f"{EXPERTS}.base_layer": stacked_pair(N_EMBD, 128),
-        EXPERTS: stacked_pair(64, N_EMBD),
-    }
-    targets = ["experts.gate_up_proj", "experts.down_proj"]
-    folder = write_peft(tmp_path / "a", tensors, target_parameters=targets)
-    for outtype in ("f16", "bf16", "q8_0"):
-        out = tmp_path / f"{outtype}.gguf"
-        converted = convert_adapter(folder, base, out, outtype=outtype, verify=True)
-        assert all(0.0 < check.of_allowed <= 1.0 for check in converted.checks)
-
-
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_parameter_of_gate_and_up_is_taken_apart(tmp_path: Path, arch: str, fused: bool) -> None:
