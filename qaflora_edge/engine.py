@@ -572,7 +572,7 @@ class Engine:
         seed     of the first answer; the others have the next numbers
         options  as generate takes them
 
-        Each answer is the one that the prompt gets alone, bit for bit.
+        Each answer begins from the same prefill as one alone, bit for bit.
         """
         first = self.seed if seed is None else seed
         check("answers", {"n": n, "seed": first})
