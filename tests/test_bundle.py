@@ -394,7 +394,7 @@ def set_typical(value: Any) -> Callable[[Raw], object]:
         (lambda raw: raw.update(name=3), "field name is 3, expected a text"),
         (lambda raw: raw["adapters"].append(raw["adapters"][0]), "adapters[2].name is"),
         (set_base(n_layer=True), "base.n_layer is true, expected a whole number from 1 to 1024"),
-        (set_base(n_layer=4), "field base.n_layer is 4, expected 3 as in the base"),
+        (set_base(n_layer=4), "field base.n_layer is 4, expected 3 as in"),
         (set_base(file="a\0b"), "its base (llama"),
         (set_base(file="x" * 5000), "its base (llama"),
         (set_base(registry="x`; rm -rf /`"), "base.registry is"),

@@ -32,8 +32,7 @@ def test_create_makes_a_calibrated_bundle(tmp_path: Path) -> None:
     result = create(made)
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr == (
-        f"Created the bundle {made.folder} with 2 adapters, weighed by two-place. "
-        f"Try: qaflora chat {made.folder}\n"
+        f"Created the bundle {made.folder}, weighed by two-place. Try: qaflora chat {made.folder}\n"
     )
     known = load_bundle(made.folder).known
     assert (known.strategy, set(known.typical)) == ("two-place", {"math", "es"})

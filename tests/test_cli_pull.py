@@ -78,14 +78,11 @@ def hub_bundle(server: FakeHub, place: Path, **base_fields: str) -> bytes:
 
 
 def test_pull_with_the_base(hub: FakeHub, hub_cache: Path, tmp_path: Path) -> None:
-    base = hub_bundle(hub, tmp_path / "made", hub="owner/base/base.gguf")
+    hub_bundle(hub, tmp_path / "made", hub="owner/base/base.gguf")
     folder = Path(qaflora("pull", "owner/bundle").stdout.strip())
     with pytest.raises(BundleError) as caught:
         load_bundle(folder)
-    assert str(caught.value) == (
-        f"Cannot open the bundle {folder}: its base (llama, {len(base)} bytes) is not here; "
-        "fetch it with `qaflora pull owner/base/base.gguf`."
-    )
+    assert "is not here; fetch it with `qaflora pull owner/base/base.gguf`" in str(caught.value)
     result = qaflora("pull", "owner/bundle", "--with-base")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{folder}\n", "")
     loaded = load_bundle(folder)

@@ -1,6 +1,5 @@
 """Make a bundle: convert or copy adapters, write bundle.json, then measure."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -92,21 +91,18 @@ def create_bundle(
             facts = put_adapter(found, temporary / file, header, outtype)
             raw["adapters"].append({"name": adapter_name, "file": file, **facts})
         tell("Converting the adapters", len(names), len(names))
-        try:
-            check_strategy(what, raw, wanted, is_measured=engine is None)
-        except BundleError:
-            if strategy is not None:
-                raise
-            wanted, keys = PUBLISHED, ()
+        if engine is None:
+            check_strategy(what, raw, wanted)
         raw["fusion"] = {
-            "strategy": PUBLISHED if engine is not None and keys else wanted,
+            "strategy": PUBLISHED if keys else wanted,
             "lens": numbers.DEFAULT_LENS,
             "pool": numbers.DEFAULT_POOL,
         }
         write_bundle_json(temporary, raw, str(folder / BUNDLE_FILE))
     if engine is not None and keys:
-        # BEST cannot weigh an adapter that adds nothing, which measuring finds.
-        expected = (BundleError,) if strategy is None else ()
-        with contextlib.suppress(*expected):
+        try:
             calibrate(folder, engine, strategy=wanted, progress=tell)
+        except BundleError:  # BEST cannot weigh an adapter that adds nothing to q, k and v
+            if strategy is not None:
+                raise
     return folder

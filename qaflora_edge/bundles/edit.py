@@ -60,11 +60,9 @@ def add_adapters(
 ) -> None:
     """Add adapters to a bundle.
 
-    adapters   name -> a PEFT folder, an adapter GGUF, or a Hub reference to one of them
-    engine     the class Engine, to measure what the strategy needs; None: nothing is measured
-    outtype    of a converted adapter: f32, f16, bf16 or q8_0
-    note       source, license, description of each
-    strategy   default of an Engine from now on
+    adapters, engine, outtype  as create_bundle takes them
+    note                       source, license, description of each
+    strategy                   default of an Engine from now on
 
     Raises a QafloraError and leaves the bundle as it was when anything fails.
     """
@@ -74,10 +72,10 @@ def add_adapters(
         loaded = load_bundle(folder)
         names = [*loaded.adapter_paths, *(name for name, _ in pairs)]
         check_names(names)
-        wanted = loaded.known.strategy if strategy is None else strategy
-        parse_strategy(wanted, names)  # raises before the work
+        wanted = loaded.known.strategy
         if strategy is not None:
-            raw.setdefault("fusion", {})["strategy"] = strategy
+            wanted = raw.setdefault("fusion", {})["strategy"] = strategy
+        parse_strategy(wanted, names)  # raises before the work
         for name, source in [(name, find_adapter(source)) for name, source in pairs]:
             record = {"name": name, "file": _new_file(folder, name, raw)}
             raw["adapters"].append(record)
@@ -171,10 +169,8 @@ def set_samples(
 
     bundle.json gets their mean embedding, their number and their hash, and no text.
 
-    engine  the class Engine
-
     Raises BundleError for no adapter of the bundle, no text or too many, PromptError for a text of
-    more than 2,048 tokens; the bundle is as it was then.
+    more than 2,048 tokens.
     """
     folder = Path(folder)
     if not 1 <= len(texts) <= MAX_SAMPLES:
@@ -221,9 +217,9 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
         )
         raw["base"].pop("file", None)
         raw["base"] |= found.recorded
-        if "file" in found.recorded and found.path.resolve().is_relative_to(folder.resolve()):
-            inside = found.path.resolve().relative_to(folder.resolve())
-            raw["base"]["file"] = inside.as_posix()
+        path, inside = found.path.resolve(), folder.resolve()
+        if "file" in found.recorded and path.is_relative_to(inside):
+            raw["base"]["file"] = path.relative_to(inside).as_posix()
 
 
 @contextlib.contextmanager

@@ -5,15 +5,14 @@ The class Engine is handed in: an Engine opens bundles, so nothing here imports 
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from qaflora_edge.arrays import F32
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import package_data
-from qaflora_edge.progress import Tell, TellCount
+from qaflora_edge.progress import Tell
 from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
@@ -25,20 +24,7 @@ SAMPLE_CTX = 2048  # tokens of one sample text
 ONCE = "Measuring what is typical of each adapter, once"  # label of the progress
 
 
-class Measures(Protocol):
-    """An opened Engine, as far as it is needed here."""
-
-    def typical_divergence(
-        self,
-        prompts: Sequence[str],
-        progress: TellCount | None = None,
-        keys: Collection[str] = KEYS,
-    ) -> dict[str, dict[str, Any]]: ...
-
-    def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32: ...
-
-
-OpenEngine = Callable[..., AbstractContextManager[Measures]]  # the class Engine
+OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
 
 
 def neutral_prompts() -> list[str]:
@@ -66,15 +52,12 @@ def measure_typical(
     strategy  measure what it needs; None: all
     returns   whether there was anything to measure
 
-    Raises as check_strategy, before the work where it can.
+    Raises as check_strategy.
     """
-    what = f"Cannot weigh the bundle {folder}"
     adapters = {record["name"]: folder / record["file"] for record in raw["adapters"]}
     keys = (
         KEYS if strategy is None else parse_strategy(strategy, [*adapters]).strategy.needs_typical
     )
-    if strategy is not None:
-        check_strategy(what, raw, strategy, is_measured=False)
     prompts, fusion = neutral_prompts(), raw.setdefault("fusion", {})
     recorded = {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts)}
     typical: dict[str, dict[str, Any]] = fusion.get("typical", {})
@@ -94,7 +77,7 @@ def measure_typical(
             typical[name] = typical.get(name, {}) | _rounded(values)
         fusion |= {"typical": typical, "typical_prompts": recorded}
     if strategy is not None:
-        check_strategy(what, raw, strategy)
+        check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
     return bool(names)
 
 
@@ -118,33 +101,18 @@ def _rounded(value: Any) -> Any:
     return [_rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.9g}")
 
 
-def check_strategy(
-    what: str, raw: Mapping[str, Any], strategy: str, *, is_measured: bool = True
-) -> None:
-    """Check that a strategy can weigh a bundle's adapters.
+def check_strategy(what: str, raw: Mapping[str, Any], strategy: str) -> None:
+    """Check that a strategy finds what it needs to know of a bundle's adapters.
 
-    what         fails otherwise, as in "Cannot create the bundle b"
-    raw          bundle.json
-    is_measured  False: typical values come later
+    what  fails otherwise, as in "Cannot create the bundle b"
+    raw   bundle.json; sample texts may come later
 
     Raises StrategyError for an unknown strategy, else BundleError.
     """
-    targets = {record["name"]: record["targets"] for record in raw["adapters"]}
-    kind = parse_strategy(strategy, tuple(targets)).strategy
-    reads = kind.reads_of_each
-    others = [name for name, kinds in targets.items() if reads and not {*kinds} & {*reads}]
-    needed = ""
-    if others:
-        needed = f"one of {', '.join(reads)} in each adapter, and {', '.join(others)} has none"
-    elif not kind.can_compare(targets.values()):
-        needed = f"one of {', '.join(kind.compares)} in all adapters ({', '.join(targets)})"
-    if needed:
-        raise BundleError(
-            f"{what}: the strategy {strategy!r} needs {needed}. Choose another with --strategy."
-        )
-    if is_measured and kind.needs_typical:
+    names = tuple(record["name"] for record in raw["adapters"])
+    if parse_strategy(strategy, names).strategy.needs_typical:
         known = Known(strategy=strategy, typical=raw.get("fusion", {}).get("typical", {}))
         try:
-            Weigher(tuple(targets), raw["base"]["n_layer"], known)
+            Weigher(names, raw["base"]["n_layer"], known)
         except StrategyError as error:
             raise BundleError(f"{what}: {error}") from error

@@ -218,21 +218,23 @@ def how_to_get_base(folder: Path, base: BaseRecord) -> str:
 
 def _check_records(text: BundleText, header: GgufHeader, infos: Mapping[str, AdapterInfo]) -> None:
     """Compare what bundle.json says with the headers of the files. Raises BundleError."""
-
-    def check(key: str, found: object, expected: object, of: object, *, is_same: bool) -> None:
-        if not is_same:
-            raise BundleError(
-                f"Cannot use {text.where}: field {key} is {found}, expected {expected} as in {of}. "
-                "Create the bundle again with `qaflora bundle create`."
-            )
-
-    for key in ("architecture", "n_layer", "n_embd", "n_vocab"):
-        found, expected = getattr(text.base, key), getattr(header, key)
-        check(f"base.{key}", found, expected, f"the base {header.path}", is_same=found == expected)
+    fields = [
+        (f"base.{key}", getattr(text.base, key), getattr(header, key), header.path)
+        for key in ("architecture", "n_layer", "n_embd", "n_vocab")
+    ]
     for record in text.adapters:
         info, of = infos[record.name], f"of adapter {record.name}"
-        is_alpha = math.isclose(record.alpha, info.alpha, rel_tol=1e-6)
+        is_alpha = math.isclose(record.alpha, info.alpha, rel_tol=1e-6)  # a float32, as text
+        alpha = info.alpha if is_alpha else record.alpha
         targets, expected = sorted({*record.targets}), sorted({*info.targets})
-        check(f"rank {of}", record.rank, info.rank, info.path, is_same=record.rank == info.rank)
-        check(f"alpha {of}", record.alpha, info.alpha, info.path, is_same=is_alpha)
-        check(f"targets {of}", targets, expected, info.path, is_same=targets == expected)
+        fields += [
+            (f"rank {of}", record.rank, info.rank, info.path),
+            (f"alpha {of}", alpha, info.alpha, info.path),
+            (f"targets {of}", targets, expected, info.path),
+        ]
+    for field_name, found, expected, path in fields:
+        if found != expected:
+            raise BundleError(
+                f"Cannot use {text.where}: field {field_name} is {found}, expected {expected} as "
+                f"in {path}. Create the bundle again with `qaflora bundle create`."
+            )

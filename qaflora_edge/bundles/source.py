@@ -19,7 +19,7 @@ from qaflora_edge.errors import (
 from qaflora_edge.files import AnyPath, atomic_path, open_input, readable, sha256_file, what_is_at
 from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.bundle import BUNDLE_FILE, NAME_PATTERN, NAME_RULE, BaseRecord
-from qaflora_edge.formats.checksums import check_file, hash_file
+from qaflora_edge.formats.checksums import hash_file
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
@@ -101,29 +101,17 @@ def find_adapter(source: AnyPath) -> AdapterSource:
 def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None) -> Path:
     """Fetch the base of the bundle in a folder from where bundle.json says.
 
-    Raises BundleError when it says only a file, ChecksumError when another file came,
-    DownloadError when it does not come.
+    Raises BundleError when it says only a file, DownloadError when it does not come.
     """
-    where = folder / BUNDLE_FILE
     if base.registry in load_registry():
-        path = fetch_model(str(base.registry), progress=progress)
-    elif base.hub:
-        path = fetch_hub(base.hub)
-    else:
-        raise BundleError(
-            f"Cannot fetch the base of {where}: it says neither base.registry nor base.hub; "
-            f"expected one of them. Find the file with the SHA-256 {base.sha256} and name it with "
-            "`qaflora bundle base`."
-        )
-    check_file(
-        path,
-        what="The base",
-        sha256=base.sha256,
-        size_bytes=base.size_bytes,
-        recorded_in=str(where),
-        advice="Ask the owner of the bundle for its base.",
+        return fetch_model(str(base.registry), progress=progress)
+    if base.hub:
+        return fetch_hub(base.hub)
+    raise BundleError(
+        f"Cannot fetch the base of {folder / BUNDLE_FILE}: it says neither base.registry nor "
+        f"base.hub; expected one of them. Find the file with the SHA-256 {base.sha256} and name it "
+        "with `qaflora bundle base`."
     )
-    return path
 
 
 def _card_license(path: Path) -> str:

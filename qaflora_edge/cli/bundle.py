@@ -124,15 +124,11 @@ def create(
             create_bundle(folder, base, adapters, progress=progress, **options)
     except BaseException:
         if folder.is_dir() and not is_there:
-            click.echo(
-                f"The bundle {folder} works, weighed by {_strategy(folder)}; it is not measured. "
-                f"Finish it with `qaflora bundle calibrate {folder} --strategy "
-                f"{options['strategy'] or 'two-place'}`.",
-                err=True,
-            )
+            finish = f"qaflora bundle calibrate {folder} --strategy two-place"
+            click.echo(f"{folder} works, but is not measured; `{finish}` does.", err=True)
         raise
-    made = f"Created the bundle {folder} with {_counted(len(adapters))}"
-    click.echo(f"{made}, weighed by {_strategy(folder)}. Try: qaflora chat {folder}", err=True)
+    weighed = f"weighed by {_strategy(folder)}"
+    click.echo(f"Created the bundle {folder}, {weighed}. Try: qaflora chat {folder}", err=True)
 
 
 @command(
@@ -148,34 +144,20 @@ def create(
 @click.option("--description", help="What the adapters were trained for.")
 @_from_now_on
 @_calibrate
-def add(
-    folder: str,
-    pairs: list[tuple[str, str]],
-    strategy: str | None,
-    outtype: str,
-    calibrate: bool,
-    **note: str | None,
-) -> None:
+def add(folder: str, pairs: list[tuple[str, str]], calibrate: bool, **options: Any) -> None:
     """Add adapters to a bundle.
 
     NAME=PATH gives an adapter its name in the bundle; PATH is what `qaflora bundle create
-    --adapter` takes. The bundle changes in one step, when all has worked; when something fails, it
-    is as it was.
+    --adapter` takes. When something fails, the bundle is as it was.
     """
     from qaflora_edge.bundles.edit import add_adapters
 
     path = bundle_folder(folder)
-    given = {key: text for key, text in note.items() if text is not None}
+    notes = {key: options.pop(key) for key in ("source", "license", "description")}
+    options["note"] = {key: text for key, text in notes.items() if text is not None}
+    options["engine"] = _engine() if calibrate else None
     with progress_bars() as progress:
-        add_adapters(
-            path,
-            pairs,
-            engine=_engine() if calibrate else None,
-            outtype=outtype,
-            note=given,
-            strategy=strategy,
-            progress=progress,
-        )
+        add_adapters(path, pairs, progress=progress, **options)
     for name, _ in pairs:
         click.echo(f"Added the adapter {name} to {path}.", err=True)
 
@@ -222,10 +204,8 @@ def rename(folder: str, old: str, new: str) -> None:
 def base(folder: str, base: str) -> None:
     """Say where a bundle's base lies.
 
-    For a bundle or a base that was moved. BASE is what `qaflora bundle create --base` takes.
-    It must be the file that the bundle was made with: it is hashed and compared. A file inside
-    the bundle's folder goes with it; a name of `qaflora models` or a Hub reference is right on
-    every machine.
+    BASE is what `qaflora bundle create --base` takes. It must be the file that the bundle was made
+    with. A file inside the bundle's folder goes with it; a name or reference is right everywhere.
     """
     from qaflora_edge.bundles.edit import set_base
 
@@ -346,8 +326,8 @@ def verify(folder: str) -> None:
 
     with progress_bars() as progress:
         verified = verify_bundle(bundle_folder(folder), progress)
-    adapters = _counted(len(verified.adapter_paths))
-    click.echo(f"{verified.folder}: the base and {adapters} are the recorded ones.")
+    n_adapter = len(verified.adapter_paths)
+    click.echo(f"{verified.folder}: the base and {n_adapter} adapters are the recorded ones.")
 
 
 def _engine() -> type[Engine]:
@@ -361,7 +341,3 @@ def _strategy(folder: Path) -> str:
     from qaflora_edge.formats.bundle import read_bundle_text
 
     return known_of(read_bundle_text(folder)).strategy
-
-
-def _counted(n_adapter: int) -> str:
-    return "1 adapter" if n_adapter == 1 else f"{n_adapter} adapters"

@@ -136,7 +136,6 @@ class Strategy:
     reads_question  whether weigh() needs query.question, whatever the pool
     needs_typical   what it needs of each adapter in query.typical, of calibration.KEYS
     compares  kinds of modules, such as attn_q; the adapters need one in common
-    reads_of_each   kinds of modules; each adapter needs one
     measured  the divergence of its Mix
     """
 
@@ -149,7 +148,6 @@ class Strategy:
     reads_question: ClassVar[bool] = False
     needs_typical: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[tuple[str, ...]] = ()
-    reads_of_each: ClassVar[tuple[str, ...]] = ()
     measured: ClassVar[Measured] = Measured("divergence", reads=("lens", "pool"))
 
     def parse(self, argument: str, adapters: Sequence[str], text: str) -> Any:

@@ -15,7 +15,7 @@ from qaflora_edge.arrays import F32, F64
 from qaflora_edge.config import Option
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.divergence import check_typical
-from qaflora_edge.weighing.strategy import ADDED, KINDS, Mix, Probe, Query, Strategy
+from qaflora_edge.weighing.strategy import ADDED, Mix, Probe, Query, Strategy
 
 RAMP = 0.5  # standard deviations between the base alone and the whole mix
 
@@ -40,7 +40,6 @@ class TwoPlace(Strategy):
     reads_question = True
     measured = ADDED
     needs_typical = ("added_last", "added_text", "added_question")
-    reads_of_each = KINDS
 
     def check(self, argument: Any, query: Query) -> None:
         from qaflora_edge.weighing.calibration import adds_nothing
