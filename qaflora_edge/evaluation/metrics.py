@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -199,30 +199,28 @@ _TOKEN = re.compile(
 _ALONE = rf"[{_MINUS}]?[{_CURRENCY}]?[ \t]?(?>{_DIGITS})[ \t%{_CURRENCY}]*+[^\W\d]*+\.?[ \t]*+$"
 _MARK = re.compile(rf"\\boxed\s*\{{|####[ \t]*+(?={_ALONE})", re.MULTILINE)
 _SPACES = re.compile(r"[ \u00a0\u2009\u202f]")
-_LONGEST = 100  # digits and separators of a number; what is longer is none
+_LATEX = (("{,}", ","), ("\\,", "\u2009"), ("\\!", ""), ("\\$", "$"))
 
 
 def last_number(answer: str) -> frozenset[Decimal]:
-    """The values that the last number of an answer may stand for; none where it has no number.
+    """Find the values that the last number of an answer may stand for; none without a number.
 
     It is the first one in the last `\\boxed{}`, or behind `####` where the line has little else.
     Digits are those of any script. What may be thousands or decimals, as 1.234, stands for both;
     so may 100 200 for two numbers.
     """
     text = _plain(answer)
-    marks = list(_MARK.finditer(text))
-    if marks:
-        first = next(_numbers(text[marks[-1].end() :]), None)
-        if first is not None:
-            return first
-    found: frozenset[Decimal] = frozenset()
-    for found in _numbers(text):  # noqa: B007
-        pass
-    return found
+    numbers = list(_TOKEN.finditer(text))
+    if marks := list(_MARK.finditer(text)):
+        numbers = list(_TOKEN.finditer(text, marks[-1].end()))[:1] or numbers
+    if not numbers:
+        return frozenset()
+    values = _readings(numbers[-1]["digits"])
+    return frozenset(-value for value in values) if numbers[-1]["minus"] else frozenset(values)
 
 
 def as_number(value: object) -> Decimal | None:
-    """A JSON number, or a text that is one number and nothing else; None for anything else.
+    """Read a JSON number, or a text that is one number and nothing else; None for anything else.
 
     A text may have commas between thousands, and a point before decimals.
     """
@@ -237,30 +235,19 @@ def as_number(value: object) -> Decimal | None:
 
 
 def _plain(text: str) -> str:
-    """Digits and signs of all scripts as those of ASCII; what only LaTeX needs is left out."""
+    """Write digits and signs of all scripts as those of ASCII, without what only LaTeX needs."""
     text = text.translate({0x66B: ".", 0xFF0E: ".", 0xFF0C: ",", 0xFF0D: "-"})
-    text = text.replace("{,}", ",").replace("\\,", "\u2009").replace("\\!", "").replace("\\$", "$")
+    for latex, plain in _LATEX:
+        text = text.replace(latex, plain)
     if text.isascii():
         return text
     return "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
 
 
-def _numbers(text: str) -> Iterator[frozenset[Decimal]]:
-    """What each number in a text may stand for."""
-    for match in _TOKEN.finditer(text):
-        digits = match["digits"]
-        if len(digits) > _LONGEST:  # numbers with spaces between them, perhaps
-            digits = _SPACES.split(digits)[-1]
-        if len(digits) > _LONGEST:
-            continue
-        values = _readings(digits)
-        yield frozenset(-value for value in values) if match["minus"] else frozenset(values)
-
-
 def _readings(token: str) -> set[Decimal]:
-    """What digits with separators in between may stand for."""
-    if _SPACES.search(token):
-        *_, last = _SPACES.split(token)
+    """Read digits with separators in between in every way that they may stand for."""
+    *before, last = _SPACES.split(token)
+    if before:
         spaced = _SPACES.sub(" ", token)
         is_grouped = re.fullmatch(r"\d{1,3}( \d{3})+([,.]\d+)?", spaced)
         return _readings(last) | (_readings(spaced.replace(" ", "")) if is_grouped else set())
@@ -271,7 +258,7 @@ def _readings(token: str) -> set[Decimal]:
 
 
 def _decimals(token: str) -> set[str]:
-    """Digits with points and commas, as decimal numbers with a point."""
+    """Write digits with points and commas as decimal numbers with a point."""
     separators = re.findall("[.,]", token)
     if not separators:
         return {token}
@@ -289,5 +276,5 @@ def _decimals(token: str) -> set[str]:
 
 
 def _is_grouped(token: str) -> bool:
-    """Whether separators stand at thousands, or as India writes them."""
+    """Tell whether separators stand at thousands, or as India writes them."""
     return re.fullmatch(r"[1-9]\d{0,2}([.,]\d{3})+|[1-9]\d?([.,]\d\d)*[.,]\d{3}", token) is not None

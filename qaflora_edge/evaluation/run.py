@@ -87,6 +87,10 @@ class _Weighed:
     before_ms: float
 
 
+# What came of it: an answer, log-probabilities or why there is none; and what else is written.
+_Asked = tuple[_Weighed, "str | Sequence[F32] | PromptError", dict[str, Any]]
+
+
 @dataclass
 class Evaluation:
     """Tasks that are asked under strategies; what the file has already is left out.
@@ -130,10 +134,16 @@ class Evaluation:
     def run(self) -> None:
         """Ask what is left; each result is written when it is there."""
         for task in self.tasks:
-            if task.by.is_likelihood:
-                self._score_task(task)
-            else:
-                self._answer_task(task)
+            asked = self._scored(task) if task.by.is_likelihood else self._generated(task)
+            for weighed, given, facts in asked:
+                fusion = weighed.fusion
+                record = asked_fields(task, weighed.item, weighed.strategy, fusion)
+                times = {"probe_ms": fusion.probe_ms, "probe_before_ms": weighed.before_ms, **facts}
+                record |= {"n_prompt": len(weighed.tokens), **times}
+                if isinstance(given, PromptError):
+                    self._write({**record, "error": str(given)})
+                else:
+                    self._write(record | score_fields(task, weighed.item, given))
 
     def _weighed(self, task: Task) -> Iterator[_Weighed]:
         """Weigh the items that are left."""
@@ -150,7 +160,7 @@ class Evaluation:
             yield _Weighed(item, strategy, tokens, fusion, before_ms)
             before_ms += fusion.probe_ms
 
-    def _answer_task(self, task: Task) -> None:
+    def _generated(self, task: Task) -> Iterator[_Asked]:
         """Generate answers, many at once."""
         running: dict[int, _Weighed] = {}
 
@@ -162,25 +172,20 @@ class Evaluation:
         own = {"max_tokens": task.max_tokens, "stop": task.stop and tuple(task.stop)}
         sampling = {**self.sampling, **{key: each for key, each in own.items() if each is not None}}
         for number, answer in self.engine.generate_many(requests(), **sampling):
-            weighed = running.pop(number)
-            if isinstance(answer.error, PromptError):
-                self._finish(task, weighed, {"error": str(answer.error)})
-                continue
-            if answer.error is not None:
+            if answer.error is not None and not isinstance(answer.error, PromptError):
                 raise answer.error
             if answer.is_cancelled:
                 raise CancelledError("The evaluation was ended; the same command resumes it.")
-            found = {
-                **score_fields(task, weighed.item, answer.text()),
-                "prefill_ms": round(answer.timings.prefill_ms, 3),
-                "decode_ms": round(answer.timings.decode_ms, 3),
+            facts = {
+                "prefill_ms": answer.timings.prefill_ms,
+                "decode_ms": answer.timings.decode_ms,
                 "n_token": answer.n_completion,
                 "finish_reason": answer.finish_reason,
             }
-            self._finish(task, weighed, found)
+            yield running.pop(number), answer.error or answer.text(), facts
 
-    def _score_task(self, task: Task) -> None:
-        """Score texts by their likelihood; nothing is generated."""
+    def _scored(self, task: Task) -> Iterator[_Asked]:
+        """Measure the likelihood of texts; nothing is generated."""
         for weighed in self._weighed(task):
             texts = scored_texts(task, weighed.item)
             start = time.perf_counter()
@@ -188,26 +193,19 @@ class Evaluation:
                 prompts = [weighed.tokens] * len(texts)
                 scores = self.engine.score(prompts, texts, weights=weighed.fusion)
             except PromptError as error:
-                self._finish(task, weighed, {"error": str(error)})
+                yield weighed, error, {}
                 continue
-            found = {
-                **score_fields(task, weighed.item, scores),
-                "prefill_ms": round(1e3 * (time.perf_counter() - start), 3),
+            facts = {
+                "prefill_ms": 1e3 * (time.perf_counter() - start),
                 "decode_ms": 0.0,
                 "n_token": sum(map(len, scores)),
                 "finish_reason": None,
             }
-            self._finish(task, weighed, found)
+            yield weighed, scores, facts
 
-    def _finish(self, task: Task, weighed: _Weighed, found: Mapping[str, Any]) -> None:
-        fusion = weighed.fusion
-        record = asked_fields(task, weighed.item, weighed.strategy, fusion)
-        times = {"probe_ms": fusion.probe_ms, "probe_before_ms": weighed.before_ms}
-        rounded = {key: round(ms, 3) for key, ms in times.items()}
-        self._write({**record, "n_prompt": len(weighed.tokens), **rounded, **found})
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self.file.write(record)
+    def _write(self, record: dict[str, Any]) -> None:
+        ms = {key: round(record[key], 3) for key in record if key.endswith("_ms")}
+        self.file.write(record | ms)
         self.tell(record.get("n_token", 0))
 
 
