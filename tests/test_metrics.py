@@ -14,7 +14,6 @@ from qaflora_edge.evaluation import metrics
 from qaflora_edge.evaluation.metrics import (
     BUILT_IN,
     as_number,
-    check_answer,
     choice_score,
     last_number,
     loss,
@@ -26,7 +25,6 @@ from qaflora_edge.evaluation.tasks import read_task
     ("metric", "answer", "expected", "score"),
     [
         ("number", "So it is 18.", 18, 1),
-        ("number", "So it is 18.", "18", 1),
         ("number", "So it is 19.", "18", 0),
         ("number", "no idea", 18, 0),
         ("number", "3 or 4", [4, 5], 1),
@@ -34,8 +32,6 @@ from qaflora_edge.evaluation.tasks import read_task
         ("exact", "the  red\nhouse", "the red house", 1),
         ("exact", "Cafe\u0301", "Café", 1),
         ("exact", "Madrid.", "Madrid", 0),
-        ("exact", "madrid", "Madrid", 0),
-        ("exact", "5", 5, 1),
         ("exact", "yes", ["sí", "yes"], 1),
         ("contains", "It is MADRID, of course.", "Madrid", 1),
         ("contains", "Straße", "STRASSE", 1),
@@ -65,11 +61,8 @@ def test_choices_by_sum_and_by_mean() -> None:
         }
 
 
-def test_a_tie_of_choices_is_not_right() -> None:
+def test_a_tie_of_choices_is_not_right_and_loss_is_nats_a_token() -> None:
     assert choice_score(logs([-1], [-1]), {"choices": ["a", "b"], "answer": 0})["score"] == 0
-
-
-def test_loss_is_nats_a_token() -> None:
     assert loss(logs([-1, -2, -6]), {}) == 3
 
 
@@ -114,17 +107,10 @@ def test_what_is_no_metric_is_refused(metric: Any, message: str) -> None:
     assert metrics.metrics() == BUILT_IN
 
 
-def test_an_answer_is_expected_unless_a_metric_checks_otherwise() -> None:
-    assert check_answer({"answer": ["a", 5]}) is None
-    assert check_answer({"answer": True}) == ("answer", "a text or number, or a list of them")
-
-
 # the last number of an answer
 
 # Answer -> what it may stand for, in any order.
 ANSWERS = [
-    ("#### 12", "12"),
-    ("It costs $12", "12"),
     ("12,5 euros", "12.5"),
     ("1,234", "1234 1.234"),
     ("1.234", "1234 1.234"),
@@ -133,7 +119,6 @@ ANSWERS = [
     ("1,234,567", "1234567"),
     ("1,23,456 rupees", "123456"),
     ("2,000", "2000"),
-    ("2.000", "2000 2"),
     ("1'234", "1234"),
     ("Всего 3 400 рублей", "3400 400"),
     ("一共是18。", "18"),
@@ -141,7 +126,6 @@ ANSWERS = [
     ("٣٬٤٠٠", "3400"),
     ("١٢٫٥", "12.5"),
     ("४२", "42"),
-    ("\\boxed{42}", "42"),
     ("\\boxed{1{,}234} dollars, by 3 steps", "1234 1.234"),
     ("#### 12 eggs\nin 3 days", "12"),
     ("#### $1,234.50\n", "1234.5"),
@@ -149,16 +133,12 @@ ANSWERS = [
     ("#### -7%", "-7"),
     ("#### 5\nno:\n#### 7", "7"),
     (".5", "0.5"),
-    ("-.5", "-0.5"),
     ("(3,-5)", "-5"),
-    ("-5", "-5"),
     ("−5", "-5"),
     ("$-5", "-5"),
-    ("8 - 3", "3"),
     ("8-3", "3"),
     ("pages 3–5", "5"),
     ("COVID-19", "19"),
-    ("12kg", "12"),
     ("1e3", "1000"),
     ("", ""),
     ("12 " * 60, "12"),
@@ -170,37 +150,12 @@ def test_the_last_number_by_hand(answer: str, values: str) -> None:
     assert last_number(answer) == {Decimal(value) for value in values.split()}
 
 
-@pytest.mark.parametrize(
-    ("value", "number"),
-    [
-        (18, "18"),
-        (2.5, "2.5"),
-        ("18", "18"),
-        (" -1,234.5 ", "-1234.5"),
-        ("1e3", "1000"),
-        (0.1, "0.1"),
-    ],
-)
-def test_numbers_of_tasks(value: object, number: str) -> None:
-    assert as_number(value) == Decimal(number)
+NUMBERS = {18: "18", 2.5: "2.5", "18": "18", " -1,234.5 ": "-1234.5", "1e3": "1000", 0.1: "0.1"}
+NO_NUMBERS = [True, None, "", "ten", "1,2", "0,125", "1234,567", "1.2.3", "5 eggs", "١", [5], "nan"]
 
 
-NOT_NUMBERS = [
-    True,
-    None,
-    "",
-    "ten",
-    "1,2",
-    "0,125",
-    "1234,567",
-    "1.2.3",
-    "5 eggs",
-    "١",
-    [5],
-    "nan",
-]
-
-
-@pytest.mark.parametrize("value", NOT_NUMBERS)
-def test_what_is_no_number_of_a_task(value: object) -> None:
-    assert as_number(value) is None
+def test_numbers_of_tasks() -> None:
+    assert {value: as_number(value) for value in NUMBERS} == {
+        value: Decimal(number) for value, number in NUMBERS.items()
+    }
+    assert [as_number(value) for value in NO_NUMBERS] == [None] * len(NO_NUMBERS)

@@ -37,17 +37,6 @@ def wrong(n):
     """
     return 2
 
-def endless(n):
-    """A function that does not come back from the example that it is shown with.
-
-    >>> endless(1)
-    1
-    >>> endless(2)
-    2
-    """
-    while True:
-        pass
-
 def silent(n):
     """A function that says nothing of what it gives, and so cannot be checked by anyone."""
     return n
@@ -61,7 +50,7 @@ def _code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_registry", {"code": code})
 
 
-def test_problems_of_a_package(tmp_path: Path, checkout: Path) -> None:
+def test_problems_of_a_package_and_what_solves_them(tmp_path: Path, checkout: Path) -> None:
     package = tmp_path / "numbers_of_mine"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -84,11 +73,6 @@ def test_problems_of_a_package(tmp_path: Path, checkout: Path) -> None:
     assert 'def twice(n):\n    """Twice' in asked
     assert "return" not in asked
 
-
-def test_right_answers_are_kept_as_code_alone(tmp_path: Path, checkout: Path) -> None:
-    test_problems_of_a_package(tmp_path, checkout)
-    task = read_task(tmp_path / "problems.jsonl")
-
     def answer(before: str, doc: str, body: str) -> str:
         lines = (f"{before}def twice(n):", f'    """{doc}"""', f"    return {body}", "", "print(1)")
         return "It is:\n```python\n" + "\n".join(lines) + "\n```\n"
@@ -99,17 +83,16 @@ def test_right_answers_are_kept_as_code_alone(tmp_path: Path, checkout: Path) ->
         (answer("", "Of n.", "n + n"), 1.0),  # as the first
         (answer("", "", "n"), 0.0),
     ]
-    head = header([(task.name, "code", None, "code")], [], n_item=1)
+    head = header({task.name: "code"}, [])
     head["tasks"][0]["sha256"] = task.sha256
     paths = [tmp_path / f"{i}.jsonl" for i in range(len(answers))]  # each of a run of its own
     for path, (text, score) in zip(paths, answers, strict=True):
         lines = (head, record(task.name, 0, "base", score, answer=text))
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked, out = tmp_path / "problems.jsonl", tmp_path / "solved.jsonl"
-    script = checkout / "models/recipes/solved.py"
-    command = [sys.executable, script, asked, *paths, "-o", out]
+    solved, script = tmp_path / "solved.jsonl", checkout / "models/recipes/solved.py"
+    command = [sys.executable, script, out, *paths, "-o", solved]
     subprocess.run([*map(str, command)], check=True)
-    found = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [json.loads(line) for line in solved.read_text().splitlines()]
     code = "def twice(n):\n    return n + n\n```"
     assert [each["answer"] for each in found] == [
         f"```python\n{code}",

@@ -135,15 +135,6 @@ def test_a_file_that_is_no_results_is_refused(tmp_path: Path, data: bytes, messa
     assert str(failure.value).endswith("Give a file that `qaflora eval -o` has written.")
 
 
-def test_other_peoples_notes_are_not_written_into(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    for notes in (b"my notes", b"my notes\n"):
-        path.write_bytes(notes)
-        with pytest.raises(ResultsFileError):
-            write(path, record(0))
-        assert path.read_bytes() == notes
-
-
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ResultsFileError, match="No such file"):
         read_results(tmp_path / "none.jsonl")

@@ -70,15 +70,6 @@ def test_bootstrap_is_that_of_every_resample(tasks: list[list[float]]) -> None:
     assert found.n_item == sum(map(len, tasks))
 
 
-def test_tasks_count_the_same_whatever_their_length() -> None:
-    assert mean_of_means([np.zeros(8), np.ones(2)]).value == 0.5
-
-
-def test_numbers_give_the_same_interval_each_time() -> None:
-    values = np.random.default_rng(3).normal(size=50)
-    assert mean_of_means([values]) == mean_of_means([values]) == mean([values])
-
-
 def test_equal_values_have_no_width_and_one_item_no_interval() -> None:
     found = mean_of_means([np.full(5, -0.25), np.full(3, 0.75)])
     assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
@@ -88,13 +79,12 @@ def test_equal_values_have_no_width_and_one_item_no_interval() -> None:
     assert math.isnan(alone.high)
 
 
-@pytest.mark.parametrize("n_item", [40, 250])
 @pytest.mark.parametrize(("less", "more"), [(0.0, 0.03), (0.02, 0.02), (0.05, 0.05), (0.05, 0.15)])
-def test_difference_of_few_answers_holds_the_truth(n_item: int, less: float, more: float) -> None:
+def test_difference_of_few_answers_holds_the_truth(less: float, more: float) -> None:
     """2000 draws: the share stays above 95 % less three standard deviations of 0.5 %."""
     rng = np.random.default_rng(6)
     n_held = 0
-    for drawn in rng.choice([-1.0, 0.0, 1.0], (2000, n_item), p=[less, 1 - less - more, more]):
+    for drawn in rng.choice([-1.0, 0.0, 1.0], (2000, 40), p=[less, 1 - less - more, more]):
         found = difference([drawn], is_right=True)
         n_held += found.low <= more - less <= found.high
     assert n_held / 2000 > 0.935
