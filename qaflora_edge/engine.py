@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.model import Model
     from qaflora_edge.chat.messages import Message
     from qaflora_edge.chat.tokens import QuestionFinder
+    from qaflora_edge.openai.chat import Answer
 
 
 class Engine:
@@ -640,19 +641,21 @@ class Engine:
     @overload
     def chat(
         self, messages: Sequence["Message"], *, stream: Literal[False] = False, **options: Any
-    ) -> dict[str, Any]: ...
+    ) -> "Answer": ...
     @overload
     def chat(
         self, messages: Sequence["Message"], *, stream: Literal[True], **options: Any
-    ) -> Iterator[dict[str, Any]]: ...
+    ) -> Iterator["Answer"]: ...
     @overload
     def chat(
         self, messages: Sequence["Message"], *, stream: bool, **options: Any
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
+    ) -> "Answer | Iterator[Answer]": ...
     def chat(
         self, messages: Sequence["Message"], *, stream: bool = False, **options: Any
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+    ) -> "Answer | Iterator[Answer]":
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
+
+        Fields are attributes too: answer.choices[0].message.content.
 
         n                answers (choices); the conversation is weighed once
         tools, tool_choice  for bases with a template that reads tools and that write <tool_call>

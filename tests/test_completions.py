@@ -1,5 +1,6 @@
 """Engine.chat in OpenAI's shape: choices, chunks, usage, tools."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from qaflora_edge import Engine
 from qaflora_edge.errors import OptionError, PromptError, ToolsError
 from qaflora_edge.inference.sequence import TokenLogprob
 from qaflora_edge.openai.completions import ShownTokens, text_logprobs
-from qaflora_edge.openai.tools import CallFilter, parse_calls
+from qaflora_edge.openai.tools import parse_calls, shown_text
 
 WEATHER = {
     "type": "function",
@@ -214,12 +215,41 @@ def test_calls_are_read_out_of_text() -> None:
 
 
 def test_text_is_shown_until_a_call_begins() -> None:
-    call_filter = CallFilter()
-    shown = [
-        call_filter.feed(piece) for piece in ("a <", "b> <tool", "_", "call>{", "}</tool_call>")
-    ]
-    assert shown == ["a ", "<b> ", "", "", ""]
-    assert call_filter.held == "<tool_call>{}</tool_call>"
+    for pieces, shown, names in (
+        (("a <", "b> <tool", "_", 'call>{"name"', ': "x"}</tool_call>'), ["a ", "<b> "], ["x"]),
+        (("a <", "tool", "_cal"), ["a ", "<tool_cal"], []),
+        (("`", "``", "py\n<", "``"), ["```py\n", "<", "``"], []),
+    ):
+        calls: list[Any] = []
+        assert list(shown_text(pieces, calls)) == shown
+        assert [call["function"]["name"] for call in calls] == names
+
+
+def test_fenced_json_with_name_and_arguments_is_a_call() -> None:
+    """Small bases write their calls so, whatever the template shows them."""
+    for fence, end in (("```json\n", "\n```\n"), ("```\n", "```"), ("```json", "")):
+        text = f'I look.\n{fence}{{"name": "weather", "arguments": {{"city": "Lima"}}}}{end}'
+        rest, (call,) = parse_calls(text)
+        assert (rest, call["function"]["name"]) == ("I look.", "weather")
+        assert json.loads(call["function"]["arguments"]) == {"city": "Lima"}
+        calls: list[Any] = []
+        assert "".join(shown_text(text, calls)) in ("I look.\n", "I look.")
+        assert [each["function"] for each in calls] == [call["function"]]
+    for other in ('```json\n{"name": "Ana"}\n```', "```python\n{}\n```", "```json\n[1]\n```"):
+        assert parse_calls(other) == (other, [])
+        assert "".join(shown_text(other, [])) == other
+
+
+def test_fields_of_an_answer_are_attributes(engine: Engine) -> None:
+    answer = engine.chat(USER, max_tokens=3)
+    assert answer.choices[0].message.content == answer["choices"][0]["message"]["content"]
+    assert answer.choices[0].message.tool_calls is None
+    assert json.loads(json.dumps(answer)) == answer == copy.deepcopy(answer)
+    with pytest.raises(AttributeError, match="has no choice, only id, object, created, model"):
+        _ = answer.choice
+    chunks = list(engine.chat(USER, max_tokens=3, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == answer.choices[0].message.content
 
 
 def test_wrong_tools_and_choices_are_refused(engine: Engine) -> None:

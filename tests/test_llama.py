@@ -102,12 +102,9 @@ def test_tokens_go_back_and_forth(llama: Llama, made: TinyBundle) -> None:
     assert tokens[-1] == made.base.tokens.index("<|im_end|>")
     assert llama.detokenize(tokens, special=True) == "ñandú <|im_end|>".encode()
     assert llama.detokenize(tokens) == "ñandú ".encode()
-    assert (llama.n_ctx(), llama.n_vocab()) == (256, len(made.base.tokens))
-    assert llama.n_embd() == made.base.n_embd
+    assert llama.n_ctx() == 256
     assert llama.token_bos() == made.base.tokens.index("<|endoftext|>")
     assert llama.token_eos() == made.base.tokens.index("<|im_end|>")
-    assert llama.token_nl() >= 0
-    llama.reset()
 
 
 def test_seeds_repeat_answers(llama: Llama) -> None:
@@ -115,11 +112,7 @@ def test_seeds_repeat_answers(llama: Llama) -> None:
         return str(llama("the king", temperature=1.5, **options)["choices"][0]["text"])
 
     assert text(seed=5) == text(seed=5) != text(seed=6)
-    assert text() == text(seed=3)
-    llama.set_seed(5)
-    assert text() == text(seed=5)
-    llama.set_seed(-1)
-    assert len({text() for _ in range(5)}) > 1
+    assert text() == text(seed=3)  # the seed of Llama()
 
 
 def test_penalties_and_cuts_reach_the_sampler(llama: Llama) -> None:

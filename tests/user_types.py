@@ -30,11 +30,11 @@ def program(is_stream: bool) -> None:
         assert_type(engine.weights("a"), FusionWeights)
         assert_type(engine.weights("a").adapters, tuple[str, ...])
         assert_type("".join(engine.generate("a", max_tokens=3, top_k=4)), str)
-        assert_type(engine.chat(messages, max_tokens=3), dict[str, Any])
-        assert_type(engine.chat(messages, stream=True), Iterator[dict[str, Any]])
-        assert_type(
-            engine.chat(messages, stream=is_stream), dict[str, Any] | Iterator[dict[str, Any]]
-        )
+        whole: dict[str, Any] = engine.chat(messages, max_tokens=3)
+        chunks: Iterator[dict[str, Any]] = engine.chat(messages, stream=True)
+        either: dict[str, Any] | Iterator[dict[str, Any]]
+        either = engine.chat(messages, stream=is_stream)
+        print(whole, chunks, either)
         engine.chat(messages, stream=True)["choices"]  # type: ignore[index]
         engine.weights(3)  # type: ignore[call-overload]
     llm = Llama("bundle")

@@ -10,8 +10,9 @@ from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.completions import ShownTokens, Usage, answer_head, chat_logprobs
 from qaflora_edge.openai.options import openai_options
-from qaflora_edge.openai.tools import CallFilter, answer_form, chosen_tools, parse_calls
+from qaflora_edge.openai.tools import answer_form, chosen_tools, parse_calls, shown_text
 
+_ONE_PROMPT = 1 << 30  # answers of one prompt: any number
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
 
 
@@ -26,6 +27,24 @@ class Answering(Protocol):
     ) -> list[int]: ...
 
     def answers(self, prompt: Any, n: int, **options: Any) -> Iterator[Generation]: ...
+
+
+class Answer(dict[str, Any]):
+    """An object of an answer, its fields also as attributes: answer.choices[0].message.content."""
+
+    _MAY_LACK = frozenset({"content", "role", "tool_calls", "usage", "logprobs"})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self or name in self._MAY_LACK:
+            return self.get(name)
+        raise AttributeError(f"This part of an answer has no {name}, only {', '.join(self)}.")
+
+
+def with_attributes(value: Any) -> Any:
+    """Make every object in a value an Answer."""
+    if isinstance(value, dict):
+        return Answer({key: with_attributes(each) for key, each in value.items()})
+    return [*map(with_attributes, value)] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -47,21 +66,23 @@ def answer_chat(
     stream: bool,
     stream_options: Mapping[str, Any] | None = None,
     **options: Any,
-) -> dict[str, Any] | Iterator[dict[str, Any]]:
-    """Engine.chat: a dict, or chunks with stream; the first answer has begun by then."""
+) -> Answer | Iterator[Answer]:
+    """Answer as Engine.chat does: a dict, or chunks with stream; the first answer has begun."""
     if not isinstance(stream_options, Mapping | None):
         raise wrong_option(
             "stream_options", stream_options, "an object such as {'include_usage': True}"
         )
     begun = begin_chat(engine, messages, **openai_options(options))
     if not stream:
-        return completion_dict(engine.name, begun.answers, has_tools=begun.has_tools)
-    return completion_chunks(
+        found = completion_dict(engine.name, begun.answers, has_tools=begun.has_tools)
+        return Answer(with_attributes(found))
+    chunks = completion_chunks(
         answer_head("chat.completion.chunk", engine.name),
         begun.answers,
         has_tools=begun.has_tools,
         include_usage=bool((stream_options or {}).get("include_usage")),
     )
+    return map(with_attributes, chunks)
 
 
 def begin_chat(
@@ -77,7 +98,7 @@ def begin_chat(
     stop: str | Sequence[str] | None = None,
     **options: Any,
 ) -> BegunChat:
-    """Begin to answer a conversation: it is weighed and read when this returns.
+    """Begin to answer a conversation; it is weighed and prefilled when this returns.
 
     options  as Engine.generate takes them
     """
@@ -92,7 +113,7 @@ def begin_chat(
 
 
 def response_schema(response_format: Mapping[str, Any] | None) -> Any:
-    """The JSON schema that OpenAI's response_format asks for, or None for free text.
+    """Read the JSON schema out of OpenAI's response_format; None is free text.
 
     Raises OptionError when it is none of text, json_object and json_schema.
     """
@@ -115,15 +136,12 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
 def completion_dict(
     model_name: str, answers: Iterable[Generation], *, has_tools: bool = False
 ) -> dict[str, Any]:
-    """Whole answers in the shape of OpenAI's chat completions; each answer is a choice."""
-    choices, usage = [], Usage()
+    """Put whole answers to one conversation into OpenAI's shape; each is a choice."""
+    choices, usage = [], Usage(_ONE_PROMPT)
     for index, generation in enumerate(answers):
-        shown = ShownTokens(generation)
-        text = generation.text()
+        shown, text = ShownTokens(generation), generation.text()
         logprobs = chat_logprobs(shown.take(text)) if shown.is_asked else None
-        calls: list[dict[str, Any]] = []
-        if has_tools:
-            text, calls = parse_calls(text)
+        text, calls = parse_calls(text) if has_tools else (text, [])
         message: dict[str, Any] = {"role": "assistant", "content": text, **_EMPTY}
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
@@ -143,7 +161,7 @@ def completion_chunks(
     has_tools: bool = False,
     include_usage: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """The same as a stream of chunks: the role, then pieces, then the reason of the end.
+    """Yield the same as chunks: the role, then pieces, then the reason of the end.
 
     Choices come one after another. A tool call comes whole, at the end of its choice.
 
@@ -151,7 +169,7 @@ def completion_chunks(
     """
     if include_usage:
         head = {**head, "usage": None}
-    usage = Usage()
+    usage = Usage(_ONE_PROMPT)
     for index, generation in enumerate(answers):
         shown = ShownTokens(generation)
         for delta, reason in _deltas(generation, has_tools):
@@ -167,19 +185,10 @@ def completion_chunks(
 def _deltas(generation: Generation, has_tools: bool) -> Iterator[tuple[dict[str, Any], str | None]]:
     yield {"role": "assistant"}, None
     calls: list[dict[str, Any]] = []
-    if not has_tools:
-        for piece in generation:
-            yield {"content": piece}, None
-    else:
-        call_filter = CallFilter()
-        for piece in generation:
-            if shown := call_filter.feed(piece):
-                yield {"content": shown}, None
-        text, calls = parse_calls(call_filter.held)
-        if text:
-            yield {"content": text}, None
-        if calls:
-            yield {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}, None
+    for text in shown_text(generation, calls) if has_tools else generation:
+        yield {"content": text}, None
+    if calls:
+        yield {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}, None
     yield {}, _reason(generation, calls)
 
 

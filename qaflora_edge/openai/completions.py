@@ -13,7 +13,7 @@ Answers = Iterable[tuple[str, Generation]]
 
 
 def text_dict(model_name: str, answers: Answers, n: int = 1) -> dict[str, Any]:
-    """Whole answers; each is a choice.
+    """Put whole answers into OpenAI's shape; each is a choice.
 
     answers  each with the text that stands before it
     n        answers of each prompt
@@ -32,7 +32,7 @@ def text_dict(model_name: str, answers: Answers, n: int = 1) -> dict[str, Any]:
 def text_chunks(
     head: dict[str, Any], answers: Answers, n: int = 1, *, include_usage: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The same as a stream of chunks, choices one after another.
+    """Yield the same as chunks, choices one after another.
 
     head  see answer_head
     """
@@ -55,26 +55,19 @@ def text_chunks(
 
 
 class Usage:
-    """Tokens of all answers; the prompt of several is read once.
+    """Counts tokens of answers; a prompt counts with the first of its n answers."""
 
-    n  answers of each prompt; None: all are of one
-    """
-
-    def __init__(self, n: int | None = None) -> None:
-        self._n = n
-        self._n_prompt = self._n_completion = 0
+    def __init__(self, n: int) -> None:
+        self._n, self._n_prompt, self._n_completion = n, 0, 0
 
     def add(self, index: int, generation: Generation) -> None:
-        if (index if self._n is None else index % self._n) == 0:
-            self._n_prompt += generation.n_prompt
+        self._n_prompt += 0 if index % self._n else generation.n_prompt
         self._n_completion += generation.n_completion
 
     def total(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self._n_prompt,
-            "completion_tokens": self._n_completion,
-            "total_tokens": self._n_prompt + self._n_completion,
-        }
+        n_prompt, n_completion = self._n_prompt, self._n_completion
+        total = {"prompt_tokens": n_prompt, "completion_tokens": n_completion}
+        return {**total, "total_tokens": n_prompt + n_completion}
 
 
 def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
@@ -82,7 +75,7 @@ def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[st
 
 
 def answer_head(kind: str, model_name: str) -> dict[str, Any]:
-    """What an answer, or each chunk of one, begins with.
+    """Make what an answer, or each chunk of one, begins with.
 
     kind  text_completion, chat.completion or chat.completion.chunk
     """
@@ -103,7 +96,7 @@ class ShownTokens:
         self._n_token = self._n_byte = self._n_text = 0
 
     def take(self, text: str) -> list[TokenLogprob]:
-        """The tokens of a next piece of text."""
+        """Take the tokens of a next piece of text."""
         if not self.is_asked:
             return []
         self._n_text += len(text.encode("utf-8"))
@@ -118,7 +111,7 @@ class ShownTokens:
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """The field `logprobs` of a choice of chat completions."""
+    """Make the field `logprobs` of a choice of chat completions."""
     return {
         "content": [
             {**_of_chat(entry), "top_logprobs": [_of_chat(each) for each in entry.top]}
@@ -133,7 +126,7 @@ def _of_chat(entry: TokenLogprob) -> dict[str, Any]:
 
 
 def text_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """The field `logprobs` of a choice of text completions.
+    """Make the field `logprobs` of a choice of text completions.
 
     offset  characters of the text before the first token
     """

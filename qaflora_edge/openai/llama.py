@@ -51,7 +51,7 @@ _UNUSED_IN_CALLS = frozenset({"model", "mirostat_tau", "mirostat_eta"})
 
 
 class Llama:
-    """A bundle that answers as llama-cpp-python's Llama does, each prompt weighed anew.
+    """A bundle that answers as llama-cpp-python's Llama does; each prompt is weighed.
 
     model_path    a bundle folder, or a base GGUF
     n_ctx         tokens of prompt and answer together
@@ -149,7 +149,7 @@ class Llama:
         return SimpleNamespace(n_ctx=self.engine.n_ctx)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of UTF-8 text."""
+        """Tokenize UTF-8 text."""
         with self.engine._core.call():
             return self.engine._model.tokenize(
                 text.decode("utf-8"), add_special=add_bos, parse_special=special
@@ -158,7 +158,7 @@ class Llama:
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
     ) -> bytes:
-        """The text of tokens, without the space that a vocabulary puts before the first word."""
+        """Spell tokens, without the space that a vocabulary puts before the first word."""
         with self.engine._core.call():
             text = self.engine._model.detokenize(tokens, special=special)
         is_begin = not prev_tokens and bool(tokens) and tokens[0] == self.token_bos()
@@ -167,32 +167,16 @@ class Llama:
     def n_ctx(self) -> int:
         return self.engine.n_ctx
 
-    def n_vocab(self) -> int:
-        return self.engine.n_vocab
-
-    def n_embd(self) -> int:
-        return int(self.engine._model.n_embd)
-
     def token_bos(self) -> int:
         return self._token("bos")
 
     def token_eos(self) -> int:
         return self._token("eos")
 
-    def token_nl(self) -> int:
-        return self._token("nl")
-
     def _token(self, name: str) -> int:
         with self.engine._core.call():
             model = self.engine._model
             return int(getattr(model._lib, f"llama_vocab_{name}")(model.vocab))
-
-    def set_seed(self, seed: int) -> None:
-        """The seed of calls that give none."""
-        self.engine.seed = _seed(seed)
-
-    def reset(self) -> None:
-        """Nothing: each call has its whole prompt."""
 
 
 def replace_llama_cpp() -> None:

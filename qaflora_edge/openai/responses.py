@@ -8,7 +8,7 @@ from typing import Any
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.options import check_fixed
-from qaflora_edge.openai.tools import CallFilter, parse_calls
+from qaflora_edge.openai.tools import parse_calls, shown_text
 
 # What would need what was said before, or another server.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -149,7 +149,7 @@ class ResponseShape:
         self._number = 0
 
     def whole(self, *, has_tools: bool) -> dict[str, Any]:
-        """The response, once the answer is there."""
+        """Make the response, once the answer is there."""
         text = self._generation.text()
         text, calls = parse_calls(text) if has_tools else (text, [])
         return self._response(self._output(text, calls))
@@ -159,17 +159,8 @@ class ResponseShape:
         yield self._event("response.created", response=self._response(None))
         yield self._event("response.in_progress", response=self._response(None))
         calls: list[dict[str, Any]] = []
-
-        def pieces() -> Iterator[str]:
-            held = CallFilter()
-            for piece in self._generation:
-                yield held.feed(piece) if has_tools else piece
-            rest, found = parse_calls(held.held)
-            calls.extend(found)
-            yield rest
-
         text, item = "", _message("", "in_progress")
-        for piece in filter(None, pieces()):
+        for piece in shown_text(self._generation, calls) if has_tools else self._generation:
             if not text:
                 yield from self._begin_text(item)
             text += piece
@@ -226,7 +217,7 @@ class ResponseShape:
         return [*messages, *map(_call, calls)]
 
     def _response(self, output: list[dict[str, Any]] | None) -> dict[str, Any]:
-        """The response; without output it is on its way."""
+        """Make the response; without output it is on its way."""
         body, generation = self._body, self._generation
         status = "in_progress" if output is None else self._status()
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None

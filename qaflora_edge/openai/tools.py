@@ -3,7 +3,7 @@
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qaflora_edge.chat.messages import BEGIN, END
@@ -16,11 +16,12 @@ from qaflora_edge.inference.constraint import (
 )
 
 MAX_DEPTH = 128  # objects and lists of the parameters in each other
-_CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)", re.DOTALL)
+_MARKS = (BEGIN, "```json", "```\n{")
+_CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)|```(?:json)?\s*(\{{.*?\}})\s*(?:```|\Z)", re.DOTALL)
 
 
 def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Grammar | None]:
-    """The tools that the base is told of, and the grammar of a call that it has to make.
+    """Check the tools that the base is told of; make the grammar of a call that it has to make.
 
     tool_choice  None or "auto", "none", "required", or {"type": "function", "function":
                  {"name": ...}}
@@ -81,7 +82,7 @@ def _checked(tool: Any) -> dict[str, Any]:
 
 
 def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:
-    """One call of one of these tools, with arguments by its schema."""
+    """Make the grammar of one call of one of these tools, with arguments by its schema."""
     calls = []
     for i, tool in enumerate(tools):
         parameters = tool["function"].get("parameters") or {"type": "object"}
@@ -100,7 +101,7 @@ def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:
 
 
 def _moved(schema: Any, place: str, depth: int = 0) -> Any:
-    """A schema whose references, from `#` on, are read at another place of a larger schema."""
+    """Point the references of a schema, from `#` on, to its place in a larger schema."""
     if depth > MAX_DEPTH:
         raise OptionError(
             f"Option tools has parameters with more than {MAX_DEPTH} objects and lists in each "
@@ -118,31 +119,36 @@ def _moved(schema: Any, place: str, depth: int = 0) -> Any:
     return moved
 
 
-class CallFilter:
-    """Passes text on until a tool call begins; the rest is kept for parse_calls()."""
+def shown_text(pieces: Iterable[str], calls: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield an answer's text until a tool call begins; at the end add the calls to a list."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        begins = (at for at in range(len(held)) if _may_begin(held[at : at + len(BEGIN)]))
+        at = next(begins, len(held))
+        if at:
+            yield held[:at]
+        held = held[at:]
+    rest, found = parse_calls(held)
+    calls += found
+    if rest:
+        yield rest
 
-    def __init__(self) -> None:
-        self.held = ""
 
-    def feed(self, text: str) -> str:
-        """What may be shown now, once text has arrived."""
-        self.held += text
-        at = self.held.find(BEGIN)
-        if at < 0:
-            at = len(self.held)
-            for n in range(1, len(BEGIN)):
-                if self.held.endswith(BEGIN[:n]):
-                    at = len(self.held) - n
-        shown, self.held = self.held[:at], self.held[at:]
-        return shown
+def _may_begin(text: str) -> bool:
+    """Tell whether a text begins with what a tool call begins with, or could with more of it."""
+    return any(text.startswith(mark) or mark.startswith(text) for mark in _MARKS)
 
 
 def parse_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """An answer without its tool calls, and the calls; a call that is no JSON stays text."""
+    """Give an answer without its tool calls, and the calls; a call that is no JSON stays text.
+
+    Small bases write a call as fenced JSON; it is one if it has a name and arguments.
+    """
     calls = []
 
     def take(match: re.Match[str]) -> str:
-        call = _parsed(match[1])
+        call = _parsed(match[1] or match[2], needs_arguments=match[1] is None)
         if call is None:
             return match[0]
         calls.append(call)
@@ -152,12 +158,14 @@ def parse_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     return (rest.strip() if calls else rest), calls
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: str, *, needs_arguments: bool) -> dict[str, Any] | None:
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    if needs_arguments and not isinstance(call.get("arguments"), dict):
         return None
     arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
     return {
