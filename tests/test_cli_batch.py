@@ -180,7 +180,6 @@ HOSTILE = [
 def test_a_failed_line_stops_no_other(
     made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qaflora_edge.cli.requests.LINE_BYTES_MAX", 1 << 20)
     monkeypatch.setattr(prompts, "LINE_BYTES_MAX", 1 << 20)
     path = tmp_path / "q.jsonl"
     fine = lines({"prompt": "a"}).encode()

@@ -22,8 +22,8 @@ from qaflora_edge.cli.options import (
     open_engine,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.prompts import open_prompts, read_lines, unknown_note
-from qaflora_edge.cli.requests import Line, read_requests, to_request, unknown_keys
+from qaflora_edge.cli.prompts import Line, open_prompts, read_lines, unknown_note
+from qaflora_edge.cli.requests import read_requests, to_request, unknown_keys
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
 from qaflora_edge.files import one_line, open_input
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text

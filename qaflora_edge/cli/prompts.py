@@ -1,5 +1,6 @@
 """A file of prompts: a line each, or JSON lines that can name them."""
 
+import hashlib
 import os
 import stat
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.errors import InputFileError, os_errors
@@ -36,6 +37,37 @@ class Prompt:
     def label(self) -> str:
         """The name, or else the text on one line."""
         return self.name or " ".join(self.text.split())
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank, as it stands in its file; without data where it is too long."""
+
+    index: int
+    data: bytes | None
+    where: str
+
+    @property
+    def digest(self) -> str:
+        """Equal where the lines are."""
+        return hashlib.sha256((self.data or b"").strip()).hexdigest()[:16]
+
+    def parse(self) -> dict[str, Any]:
+        """The JSON object. Raises InputFileError for what is none."""
+        if self.data is None:
+            raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
+        try:
+            return read_unicode_object(self.data)
+        except UnicodeDecodeError as error:
+            raise self._wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
+        except ValueError as error:
+            raise self._wrong(f"it is no JSON object ({error})") from error
+
+    def _wrong(self, found: str) -> InputFileError:
+        return InputFileError(
+            f"Cannot read {self.where}: {found}, expected an object such as "
+            '{"prompt": "How many ...?"}. Correct the line.'
+        )
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -159,13 +191,7 @@ def read_piped() -> str:
 
 
 def _parse(line: str, where: str) -> Prompt:
-    try:
-        found = read_unicode_object(line.encode())
-    except ValueError as error:  # errors of JSON too
-        raise InputFileError(
-            f"Cannot read {where}: it is no JSON object ({error}), expected one such as "
-            '{"prompt": "...", "name": "..."}. Correct the line.'
-        ) from error
+    found = Line(0, line.encode(), where).parse()
     for key in KEYS:
         value = found.get(key)
         is_text = isinstance(value, str) and bool(value.strip())

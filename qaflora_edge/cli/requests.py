@@ -1,16 +1,14 @@
 """A file of requests: one JSON object a line, a prompt or messages with options of its own."""
 
 import codecs
-import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from qaflora_edge.chat.messages import begin_with
-from qaflora_edge.cli.prompts import LINE_BYTES_MAX, read_lines
+from qaflora_edge.cli.prompts import Line, read_lines
 from qaflora_edge.config import OWN, SHARED, Option, in_group
-from qaflora_edge.errors import InputFileError, OptionError
-from qaflora_edge.formats.json_text import read_unicode_object, shown
+from qaflora_edge.errors import OptionError
+from qaflora_edge.formats.json_text import shown
 
 _KEYS = ("prompt", "messages", "id", "json_schema")
 
@@ -28,37 +26,6 @@ def _by_spelling() -> dict[str, Option]:
 
 
 _OPTIONS = _by_spelling()
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line that is not blank, as it stands in its file; without data where it is too long."""
-
-    index: int
-    data: bytes | None
-    where: str
-
-    @property
-    def digest(self) -> str:
-        """Equal where the lines are."""
-        return hashlib.sha256((self.data or b"").strip()).hexdigest()[:16]
-
-    def parse(self) -> dict[str, Any]:
-        """The JSON object. Raises InputFileError for what is none."""
-        if self.data is None:
-            raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
-        try:
-            return read_unicode_object(self.data)
-        except UnicodeDecodeError as error:
-            raise self._wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
-        except ValueError as error:
-            raise self._wrong(f"it is no JSON object ({error})") from error
-
-    def _wrong(self, found: str) -> InputFileError:
-        return InputFileError(
-            f"Cannot read {self.where}: {found}, expected an object such as "
-            '{"prompt": "How many ...?"}. Correct the line.'
-        )
 
 
 def read_requests(stream: BinaryIO, name: str) -> Iterator[Line]:
