@@ -299,7 +299,8 @@ def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> l
         factor = _scale_factor(module.scale, module.rank, alpha)
         for name, rows in _expert_parts(pair, module):
             _, n_out, n_in = _expert_shape(pair, module, name)
-            own = StackedExperts(module, name, n_in, n_out, factor, rows, is_swapped)
+            shape = module.n_expert, module.rank, n_in, n_out
+            own = StackedExperts(module, name, *shape, factor, rows, is_swapped)
             put(planned, name, own, module)
     for name, experts in members.items():
         put(planned, name, _single(pair, name, experts, alpha), experts[min(experts)])

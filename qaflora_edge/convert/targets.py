@@ -95,26 +95,33 @@ class PlannedModule(Target):
 
 
 @dataclass(frozen=True)
-class SingleExperts(Target):
-    """A stacked tensor of the base, and the modules of its experts; those without one stay as is.
-
-    experts  expert -> its module, and what its B is multiplied by
-    rank     the largest of theirs; the rest of smaller ones is zeros
-    """
+class _Experts(Target):
+    """A stacked tensor of the base: [n_expert, n_out, n_in]."""
 
     n_expert: int
     rank: int
     n_in: int
     n_out: int
+
+    def shape(self, side: str) -> tuple[int, ...]:
+        """Give the shape of lora_a or lora_b in the file, in numpy order."""
+        own = (self.rank, self.n_in) if side == "a" else (self.n_out, self.rank)
+        return self.n_expert, *own
+
+
+@dataclass(frozen=True)
+class SingleExperts(_Experts):
+    """The modules of single experts; those without one stay as they are.
+
+    experts  expert -> its module, and what its B is multiplied by
+    rank     the largest of theirs; the rest of smaller ones is zeros
+    """
+
     experts: Mapping[int, tuple[PeftModule, float]]
 
     @property
     def is_rescaled(self) -> bool:
         return any(factor != 1.0 for _, factor in self.experts.values())
-
-    def shape(self, side: str) -> tuple[int, ...]:
-        own = (self.rank, self.n_in) if side == "a" else (self.n_out, self.rank)
-        return self.n_expert, *own
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""
@@ -131,34 +138,20 @@ class SingleExperts(Target):
 
 
 @dataclass(frozen=True)
-class StackedExperts(Target):
-    """A stacked tensor of the base, and the parameter that its experts' deltas are taken from.
+class StackedExperts(_Experts):
+    """The parameter of all experts that their deltas are taken from.
 
     rows        [n_out]  the parameter's row for each of an expert's; None: all as they are
     is_swapped  the file's A writes the output, and its B reads the input
     """
 
-    n_in: int
-    n_out: int
     factor: float
     rows: Index | None
     is_swapped: bool
 
     @property
-    def n_expert(self) -> int:
-        return self.source.n_expert
-
-    @property
-    def rank(self) -> int:
-        return self.source.rank
-
-    @property
     def is_rescaled(self) -> bool:
         return self.factor != 1.0
-
-    def shape(self, side: str) -> tuple[int, ...]:
-        own = (self.rank, self.n_in) if side == "a" else (self.n_out, self.rank)
-        return self.n_expert, *own
 
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b expert by expert, as `PlannedModule.slices` does."""

@@ -41,16 +41,13 @@ _PAIRED_ROPE = (
     *("llama", "arcee", "bailingmoe", "deepseek", "granite", "granitehybrid", "granitemoe"),
     *("internlm2", "minicpm", "mistral3", "olmo", "smollm3", "xverse"),
 )
-_HALVED_ROPE = ("glm4",)
 _GROUPED_QKV = ("bloom", "falcon", "gptneox")
-_PACKED = {"bailingmoe": "query_key_value"}
+_PACKED = (("bailingmoe", "query_key_value"), ("internlm2", "wqkv"))  # q, k and v in one module
 # The stem that has the second of a module's two halves.
 _SECOND = {
     **{"proj_1": ("ffn_up",), "kv": ("attn_v",), "gate_up_proj": ("ffn_up",)},
     "input_linear": ("ffn_up", "ffn_up_shexp"),
 }
-_GROUPED = {"internlm2": "wqkv"}
-_GATE_UP_BY_TURNS = ("gpt-oss",)
 _TILED = ("qwen35", "qwen35moe")
 
 
@@ -327,13 +324,13 @@ def source_rows(header: GgufHeader, module: PlannedModule) -> Index:
         row = _turned(row, header, header.n_head if stem == "attn_q" else header.n_head_kv)
     if module.source.n_out == 2 * n_out and stem in _SECOND.get(name, ()):
         row = n_out + row
-    if name in (_PACKED.get(architecture), _GROUPED.get(architecture)):
+    if (architecture, name) in _PACKED:
         n_dim = module.source.n_out // (header.n_head + 2 * header.n_head_kv)
         n_before = {"attn_q": 0, "attn_k": header.n_head}.get(
             stem, header.n_head + header.n_head_kv
         )
         row = n_before * n_dim + row
-        if name == _GROUPED.get(architecture):
+        if name == "wqkv":
             return _grouped_row(row, module.source.n_out, header.n_head, header.n_head_kv)
     return row
 
@@ -352,7 +349,7 @@ def expert_rows(header: GgufHeader, module: StackedExperts, n_row: int) -> Index
     returns  [n_out]
     """
     row, half = np.arange(module.n_out), n_row // 2
-    is_by_turns = header.architecture in _GATE_UP_BY_TURNS
+    is_by_turns = header.architecture == "gpt-oss"
     if not module.name.endswith(".gate_up_proj"):
         return row
     if module.kind == "ffn_gate_up_exps" and is_by_turns:
@@ -370,8 +367,8 @@ def _turned(row: Index, header: GgufHeader, n_head: int) -> Index:
     head, dim = row - row % n_dim, row % n_dim
     if header.architecture in _PAIRED_ROPE:  # 0, half, 1, half + 1, ...
         return head + dim // 2 + dim % 2 * (n_dim // 2)
-    if header.architecture in _HALVED_ROPE and (
-        f"{header.architecture}.rope.dimension_sections" in header.metadata
+    if (
+        "glm4.rope.dimension_sections" in header.metadata
     ):  # 0, 2, 4, ..., 1, 3, 5, ... of the dimensions that are rotated
         half = header.n_rotary // 2
         turned = np.where(dim < half, 2 * dim, 2 * (dim - half) + 1)

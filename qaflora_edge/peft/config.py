@@ -4,8 +4,6 @@ A feature that a plain LoRA cannot represent is refused by its own name. Pattern
 bounded time.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -30,7 +28,6 @@ MAX_CHOICES = 1 << 12  # ways through a pattern's alternatives and optional part
 MAX_WORK = 1 << 31  # steps to match all patterns with all modules; half a minute
 MIN_ALPHA, MAX_ALPHA = 1e-30, 1e30  # magnitudes that a float32 holds with room for a scale
 
-PLAIN = "Train a plain LoRA."
 MERGE = "Merge the adapter into its base, or train a plain LoRA."
 CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
 # Named initialisations that leave the base as it is; others subtract their start from the base.
@@ -40,10 +37,6 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # peft/utils/peft_types.py): why, and what to do. Tensors: a pattern of the name -> what it is.
 REFUSED: Mapping[str, Any] = json.loads(package_data("data/refused.json").read_text("utf-8"))
 _OTHER_TYPE = ("only LoRA can be represented", MERGE)
-_MLX_TYPES = {
-    "dora": "DoRA also rescales the base's weights",
-    "full": "whole matrices were trained, which are not low-rank",
-}
 
 _UNBOUNDED = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -180,6 +173,78 @@ def is_mlx(fields: Mapping[str, Any]) -> bool:
     return "peft_type" not in fields and ("lora_parameters" in fields or "fine_tune_type" in fields)
 
 
+@dataclass(frozen=True)
+class _Fields:
+    """Fields of adapter_config.json, each checked as it is taken. Raises PeftConfigError."""
+
+    path: Path
+    fields: Mapping[str, Any]
+
+    def wrong(self, field: str, found: object, expected: str) -> PeftConfigError:
+        what = "missing" if found is None else _brief(found)
+        return PeftConfigError(
+            f"Cannot use {self.path}: {field} is {what}; expected {expected}. "
+            "Correct the file, or save the adapter again."
+        )
+
+    def flag(self, field: str) -> bool:
+        value = self.fields.get(field)
+        if isinstance(value, bool | None):
+            return bool(value)
+        raise self.wrong(field, value, "true or false")
+
+    def text(self, field: str) -> str | None:
+        value = self.fields.get(field)
+        if isinstance(value, str | None):
+            return value
+        raise self.wrong(field, value, "a name")
+
+    def names(self, field: str) -> tuple[str, ...] | str | None:
+        """Give names of modules, or one expression; None for nothing or an empty list."""
+        value = self.fields.get(field) or None
+        if value is None or isinstance(value, str):
+            return value
+        if _is_list_of(value, str):
+            return tuple(value)
+        raise self.wrong(field, value, "a text or a list of names")
+
+    def rank(self, field: str, value: object) -> int:
+        if type(value) is int and 1 <= value <= MAX_RANK:
+            return value
+        raise self.wrong(field, value, f"a whole number from 1 to {MAX_RANK}")
+
+    def alpha(self, field: str, value: Any) -> float:
+        """Give an alpha, or a scale, that a float32 holds."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # A GGUF keeps alpha as a float32, and 0 would mean "no scale" there.
+        if is_number and MIN_ALPHA <= abs(value) <= MAX_ALPHA:
+            return float(value)
+        expected = f"a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or minus such"
+        raise self.wrong(field, value, expected)
+
+    def patterns(self, field: str, check: Callable[[str, object], Any]) -> dict[str, Any]:
+        """Give a mapping from regular expressions to ranks or alphas."""
+        value = self.fields.get(field)
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
+            raise self.wrong(field, value, f"an object of up to {MAX_PATTERNS} patterns")
+        for key in value:
+            expected = (
+                f"patterns of up to {MAX_PATTERN_LENGTH} characters, {MAX_REPEATS} repeats and "
+                f"{MAX_CHOICES} choices, and no repeated group"
+            )
+            if not _is_bounded(key):
+                raise self.wrong(f"a pattern in {field}", key, expected)
+            try:
+                re.compile(key)  # alone first, for the position in the message
+                _compile_key(key)
+            except _REGEX_ERRORS as error:
+                expected = f"a regular expression ({error})"
+                raise self.wrong(f"a pattern in {field}", key, expected) from error
+        return {key: check(f"{field}[{_brief(key)}]", item) for key, item in value.items()}
+
+
 def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     """Check the fields of an adapter_config.json.
 
@@ -249,10 +314,11 @@ def _parse_mlx(found: _Fields) -> PeftConfig:
     kind = fields.get("fine_tune_type", "lora")
     if kind == "lora" and fields.get("use_dora"):
         kind = "dora"  # as versions before September 2024 wrote it
-    if isinstance(kind, str) and kind in _MLX_TYPES:
+    if isinstance(kind, str) and kind in REFUSED["mlx_types"]:
         raise UnsupportedAdapterError(
-            f"Cannot use {path}: fine_tune_type is {kind!r}; {_MLX_TYPES[kind]}, and a plain LoRA "
-            "cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a plain LoRA."
+            f"Cannot use {path}: fine_tune_type is {kind!r}; {REFUSED['mlx_types'][kind]}, and a "
+            "plain LoRA cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a "
+            "plain LoRA."
         )
     if kind != "lora":
         raise found.wrong("fine_tune_type", kind, "'lora'")
@@ -297,78 +363,6 @@ def _target_rule(found: _Fields) -> TargetRule:
         layers=tuple(layers) if layers else None,
         layers_patterns=(patterns,) if isinstance(patterns, str) else patterns or (),
     )
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """Fields of adapter_config.json, each checked as it is taken. Raises PeftConfigError."""
-
-    path: Path
-    fields: Mapping[str, Any]
-
-    def wrong(self, field: str, found: object, expected: str) -> PeftConfigError:
-        what = "missing" if found is None else _brief(found)
-        return PeftConfigError(
-            f"Cannot use {self.path}: {field} is {what}; expected {expected}. "
-            "Correct the file, or save the adapter again."
-        )
-
-    def flag(self, field: str) -> bool:
-        value = self.fields.get(field)
-        if value is not None and not isinstance(value, bool):
-            raise self.wrong(field, value, "true or false")
-        return bool(value)
-
-    def text(self, field: str) -> str | None:
-        value = self.fields.get(field)
-        if value is not None and not isinstance(value, str):
-            raise self.wrong(field, value, "a name")
-        return value
-
-    def names(self, field: str) -> tuple[str, ...] | str | None:
-        """Give names of modules, or one expression; None for nothing or an empty list."""
-        value = self.fields.get(field) or None
-        if value is None or isinstance(value, str):
-            return value
-        if _is_list_of(value, str):
-            return tuple(value)
-        raise self.wrong(field, value, "a text or a list of names")
-
-    def rank(self, field: str, value: object) -> int:
-        if type(value) is int and 1 <= value <= MAX_RANK:
-            return value
-        raise self.wrong(field, value, f"a whole number from 1 to {MAX_RANK}")
-
-    def alpha(self, field: str, value: Any) -> float:
-        """Give an alpha, or a scale, that a float32 holds."""
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # A GGUF keeps alpha as a float32, and 0 would mean "no scale" there.
-        if is_number and MIN_ALPHA <= abs(value) <= MAX_ALPHA:
-            return float(value)
-        expected = f"a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or minus such"
-        raise self.wrong(field, value, expected)
-
-    def patterns(self, field: str, check: Callable[[str, object], Any]) -> dict[str, Any]:
-        """Give a mapping from regular expressions to ranks or alphas."""
-        value = self.fields.get(field)
-        if value is None:
-            return {}
-        if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
-            raise self.wrong(field, value, f"an object of up to {MAX_PATTERNS} patterns")
-        for key in value:
-            expected = (
-                f"patterns of up to {MAX_PATTERN_LENGTH} characters, {MAX_REPEATS} repeats and "
-                f"{MAX_CHOICES} choices, and no repeated group"
-            )
-            if not _is_bounded(key):
-                raise self.wrong(f"a pattern in {field}", key, expected)
-            try:
-                re.compile(key)  # alone first, for the position in the message
-                _compile_key(key)
-            except _REGEX_ERRORS as error:
-                expected = f"a regular expression ({error})"
-                raise self.wrong(f"a pattern in {field}", key, expected) from error
-        return {key: check(f"{field}[{_brief(key)}]", item) for key, item in value.items()}
 
 
 def _brief(value: object) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import PeftConfigError, SafetensorsFileError, UnsupportedAdapterError
 from qaflora_edge.formats.safetensors import StoredTensor
-from qaflora_edge.peft.config import PLAIN, REFUSED, PeftConfig
+from qaflora_edge.peft.config import REFUSED, PeftConfig
 
 _PREFIX = "base_model.model."
 # What torch.compile, DDP and FSDP put into the names of a model that is saved inside them.
@@ -304,7 +304,7 @@ def _mlx_pairs(tensors: Mapping[str, StoredTensor]) -> Pairs:
         if match is None:
             # DoRA's name in MLX; PEFT calls the vector so.
             plain = f"{name}.lora_magnitude_vector" if name.endswith(".m") else name
-            raise _other_tensor(tensor, plain, "lora_a and lora_b", PLAIN)
+            raise _other_tensor(tensor, plain, "lora_a and lora_b", "Train a plain LoRA.")
         if not (_MLX_EXPERTS.fullmatch(match["module"]) and len(tensor.shape) == 3):
             _check_matrix(tensor)
         pairs.setdefault(match["module"], {})[match["part"]] = tensor
