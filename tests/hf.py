@@ -49,29 +49,6 @@ def peft_model(base: tiny.TinyBase, folder: Path, **lora: Any) -> Any:
         return peft.PeftModel.from_pretrained(getattr(transformers, model_class)(config), folder)
 
 
-def save_named_adapters(base: tiny.TinyBase, folder: Path, names: list[str]) -> None:
-    """Save a llama with several adapters, as PEFT lays them out."""
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-    config = transformers.LlamaConfig(
-        hidden_size=base.n_embd,
-        intermediate_size=base.n_ff,
-        num_hidden_layers=base.n_layer,
-        num_attention_heads=base.n_head,
-        num_key_value_heads=base.n_head_kv,
-        vocab_size=base.n_vocab,
-    )
-    lora = peft.LoraConfig(r=4, target_modules=list(tiny.HF_TARGETS))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(
-            transformers.LlamaForCausalLM(config), lora, adapter_name=names[0]
-        )
-        for name in names[1:]:
-            model.add_adapter(name, lora)
-        model.save_pretrained(folder)
-
-
 def lora_layers(model: Any) -> dict[str, Any]:
     """Give PEFT's layers by the name that they have in the HF model."""
     return {

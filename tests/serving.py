@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,35 +88,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-@contextlib.contextmanager
-def launched(*args: str | Path, port: int, **process: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """`qaflora serve` as a process that answers; it is killed if it still runs at the end.
-
-    process  keywords of Popen
-    """
-    command = [sys.executable, "-m", "qaflora_edge", "serve", "--port", str(port), *map(str, args)]
-    environment = {**os.environ, "QAFLORA_THREADS": "1", **process.pop("env", {})}
-    with subprocess.Popen(command, env=environment, **process) as server:
-        try:
-            wait_until_answers(server, port, "/health")
-            yield server
-        finally:
-            server.kill()
-
-
-def wait_until_answers(server: subprocess.Popen[bytes], port: int, path: str) -> None:
-    """Until a process answers a path with status 200; a failure when it has ended."""
-    wait_until(lambda: server.poll() is not None or _is_ready(port, path))
-    assert server.poll() is None, server.returncode
-
-
-def _is_ready(port: int, path: str) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    with contextlib.closing(connection):
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status == 200
-        except OSError:
-            return False

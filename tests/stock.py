@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tiny import TinyAdapter, TinyBase, begin_adapter, finish, write_tiny_base
+from tiny import TinyAdapter, TinyBase, write_tiny_base
 
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model
@@ -68,17 +68,6 @@ class StockContext:
 
     def close(self) -> None:
         self._lib.llama_free(self.pointer)
-
-
-def write_slice(path: Path, base: TinyBase, adapter: TinyAdapter, layer: int) -> Path:
-    """One layer of an adapter as a file of its own: weights per layer on the stock path."""
-    writer = begin_adapter(path, base.arch, adapter.alpha)
-    for name in adapter.a:
-        if name.startswith(f"blk.{layer}."):
-            writer.add_tensor(f"{name}.lora_a", adapter.a[name])
-            writer.add_tensor(f"{name}.lora_b", adapter.b[name])
-    finish(writer)
-    return path
 
 
 def layer_of(name: str, n_layer: int) -> int:

@@ -151,20 +151,12 @@ HOSTILE = [
     ("{}", "OptionError", "The request has neither prompt and messages"),
     ('{"prompt": "a", "messages": []}', "OptionError", "The request has both prompt and messages"),
     ('{"prompt": " "}', "OptionError", 'Option prompt is " ", expected a text that is not empty'),
-    ('{"prompt": 5}', "OptionError", "Option prompt is 5, expected a text"),
     ('{"messages": 5}', "OptionError", "Option messages is 5, expected a list of messages"),
-    ('{"messages": []}', "OptionError", "Option messages is [], expected a list of messages"),
-    ('{"messages": [5]}', "PromptError", "Message 0 is 5, expected a text"),
     ('{"messages": [{"role": "user"}]}', "PromptError", "Message 0 has content = None"),
     ('{"prompt": "a", "temperature": "hot"}', "OptionError", 'Option temperature is "hot", exp'),
     ('{"prompt": "a", "max_tokens": -1}', "OptionError", "expected a number of tokens from 0"),
-    ('{"prompt": "a", "max_tokens": true}', "OptionError", "Option max_tokens is true, expected"),
-    ('{"prompt": "a", "stop": [""]}', "OptionError", "expected a list of texts that are not empty"),
-    ('{"prompt": "a", "seed": 1e99}', "OptionError", "Option seed is 1e+99, expected a whole num"),
     ('{"prompt": "a", "temp": 1, "temperature": 1}', "OptionError", "temperature is given twice"),
     ('{"prompt": "a", "strategy": "best"}', "StrategyError", "Strategy 'best' is not known"),
-    ('{"prompt": "a", "strategy": 3}', "OptionError", "Option strategy is 3, expected a text"),
-    ('{"prompt": "a", "json_schema": 3}', "OptionError", "Option json_schema is 3, expected an o"),
     ('{"prompt": "a", "json_schema": {"type": "x"}}', "GrammarError", "The JSON schema"),
     ('{"prompt": "a", "grammar": "root ::= x"}', "GrammarError", "The grammar"),
     ('{"prompt": "a", "grammar": "", "json_schema": {}}', "OptionError", "both given"),
@@ -252,7 +244,6 @@ def test_a_pipe_is_read_once(made: TinyBundle) -> None:
     ("words", "message"),
     [
         ((), "Give PROMPT or --file FILE, or else --prompts FILE."),
-        (("a", "--prompts", "f"), "Give PROMPT or --file FILE, or else --prompts FILE."),
         (("--file", "a", "--prompts", "f"), "Give PROMPT or --file FILE, or else --prompts FILE."),
         (("a", "-o", "f"), "-o is for the answers to --prompts FILE."),
         (("--prompts", "f", "--n", 2, "--temp", 1), "--n is for one PROMPT; repeat the lines"),
@@ -328,13 +319,9 @@ OTHER = "was answered by another bundle or under other options than these. Give 
     ("change", "more", "message"),
     [
         ("", ("--temp", 1), f"line 1 {OTHER}"),
-        ("", ("--strategy", "base"), f"line 1 {OTHER}"),
-        ("", ("--system", "x"), f"line 1 {OTHER}"),
-        ("", ("--json",), f"line 1 {OTHER}"),
         ("bundle", (), f"line 1 {OTHER}"),
         ("edit", (), "it answers another text than"),
         ("foreign", (), "line 3 is no answer of this command, and a file was expected that it be"),
-        ("numbers", (), "line 3 is no answer of this command"),
         ("torn", (), "line 3 is no answer of this command"),
         ("pipe", (), "it is a named pipe, not a file. Leave -o out for stdout"),
     ],
@@ -347,9 +334,9 @@ def test_another_file_is_refused_and_left_alone(
     message: str,
 ) -> None:
     path, out = begun
-    ends = {"foreign": b'{"prompt": "a"}\n', "numbers": b'{"index": [], "request": 3}\n'}
+    ends = {"foreign": b'{"prompt": "a"}\n', "torn": b"my notes"}
     with out.open("ab") as file:
-        file.write({**ends, "torn": b"my notes"}.get(change, b""))
+        file.write(ends.get(change, b""))
     before: bytes | None = out.read_bytes()
     if change == "bundle":
         other = shutil.copytree(made.folder, made.folder.with_name("other"))
@@ -380,36 +367,23 @@ def test_one_process_at_a_time_writes(made: TinyBundle, begun: tuple[Path, Path]
     assert go_on(made, path, out).exit_code == 0
 
 
-@pytest.fixture(scope="module")
-def forty(
-    made: TinyBundle, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[str], list[str]]:
-    """Options of `run` for forty prompts, and their answers."""
-    path = tmp_path_factory.mktemp("forty") / "q.jsonl"
-    path.write_text(lines(*({"prompt": f"thing {i}", "id": i} for i in range(40))))
-    options = ["--max-tokens", "60", "--prompts", str(path), "--parallel", "4", *map(str, F32)]
-    out = path.with_name("whole.jsonl")
-    assert run(made, *options, "-o", out).exit_code == 0
-    return options, [each["text"] for each in records(out)]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on(
-    made: TinyBundle, tmp_path: Path, forty: tuple[list[str], list[str]], number: int
-) -> None:
-    out, (options, expected) = tmp_path / "out.jsonl", forty
+def test_an_interrupted_run_goes_on(made: TinyBundle, tmp_path: Path) -> None:
+    out, path, whole = (tmp_path / name for name in ("out.jsonl", "q.jsonl", "whole.jsonl"))
+    path.write_text(lines(*({"prompt": f"thing {i}", "id": i} for i in range(40))))
+    options = ["--max-tokens", "60", "--prompts", str(path), "--parallel", "4", *map(str, F32)]
+    assert run(made, *options, "-o", whole).exit_code == 0
     command = [sys.executable, "-m", "qaflora_edge", "run", str(made.folder), *options, "-o", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_until(
         lambda: process.poll() is not None or (out.exists() and out.read_bytes().count(b"\n") >= 3)
     )
     assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
-    assert number == signal.SIGKILL or "lines done, " in told
+    assert process.returncode == 130
+    assert "lines done, " in told
     n_before = out.read_bytes().count(b"\n")
     assert 3 <= n_before < 40
     result = run(made, *options, "-o", out)
@@ -417,7 +391,7 @@ def test_a_killed_run_goes_on(
     assert f"; {n_before} were done before]" in result.stderr
     found = records(out)
     assert [each["id"] for each in found] == list(range(40))
-    assert [each["text"] for each in found] == expected
+    assert [each["text"] for each in found] == [each["text"] for each in records(whole)]
 
 
 def test_lines_are_not_held_in_memory(

@@ -72,19 +72,9 @@ def test_json_is_the_contract(made: TinyBundle) -> None:
     assert set(shown) == {"text", "finish_reason", "usage", "fusion", "timings"}
 
 
-def test_stop_ends_the_answer(made: TinyBundle) -> None:
-    text = answer(made, max_tokens=12)
-    stop = text[4:6]
-    shown = json.loads(
-        run(made.folder, PROMPT, "--max-tokens", 12, "--stop", stop, "--json").stdout
-    )
-    assert shown["text"] == text[: text.index(stop)]
-    assert shown["finish_reason"] == "stop"
-
-
 @pytest.mark.parametrize(
     ("strategy", "same", "weights"),
-    [("base", "manual:math=0,es=0", (0, 0)), ("single:es", "manual:es=1", (0, 1))],
+    [("single:es", "manual:es=1", (0, 1))],
 )
 def test_answer_is_that_of_the_strategy(
     made: TinyBundle, strategy: str, same: str, weights: tuple[int, int]
@@ -105,12 +95,6 @@ def test_base_without_template_needs_raw_prompt(tmp_path: Path) -> None:
         "give the prompt as plain text (--raw-prompt), or use an instruct model.\n"
     )
     assert run(made.folder, PROMPT, "--max-tokens", 4, "--raw-prompt").exit_code == 0
-
-
-def test_calibrated_needs_a_calibrated_bundle(made: TinyBundle) -> None:
-    result = run(made.folder, PROMPT, "--strategy", "calibrated")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "needs typical divergences, missing for math, es" in result.stderr
 
 
 def test_dir_may_be_a_pulled_hub_bundle(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,12 +199,8 @@ def test_prompt_from_files_and_stdin(
     ("command", "asked"),
     [
         ("printf 'doc\\n' | {run} x", "x\n\ndoc"),
-        ("{run} x < doc.txt", "x\n\ndoc"),
         ("printf 'doc' | {run}", "doc"),
-        ("printf 'doc' | {run} x --file two.txt", "x\n\ntwo\n\ndoc"),
-        ("printf 'doc' | {run} x --file -", "x\n\ndoc"),
         ("{run} x < /dev/null", "x"),
-        ("printf ' \\n' | {run} x", "x"),
         ("while read line; do {run} $line; done < doc.txt", "doc"),
     ],
 )
@@ -228,7 +208,6 @@ def test_what_is_piped_stands_behind_the_prompt(
     command: str, asked: str, made: TinyBundle, tmp_path: Path
 ) -> None:
     (tmp_path / "doc.txt").write_text("doc\n")
-    (tmp_path / "two.txt").write_text("two\n")
     run = shlex.join([*QAFLORA, "run", str(made.folder)])
     shell = command.replace("{run}", f"{run} --max-tokens 1 --json")
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
@@ -331,13 +310,11 @@ def test_answer_cut_where_its_grammar_may_end_is_whole(made: TinyBundle, grammar
     ("option", "text", "wrong"),
     [
         ("--grammar", 'root ::= "a', "The grammar {path} cannot be read: Unexpected end"),
-        ("--grammar", 'start ::= "a"', "The grammar {path}"),
         (
             "--json-schema",
             '{"type": "txt"}',
             "The JSON schema {path} cannot be followed: Invalid type: txt",
         ),
-        ("--json-schema", '{"type": ', "Cannot read the JSON schema {path}: Expecting value: line"),
         ("--json-schema", "[]", "Cannot read the JSON schema {path}: it holds a list, not an obj"),
     ],
 )
@@ -353,7 +330,7 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--grammar", "--json-schema", "--file"])
+@pytest.mark.parametrize("option", ["--grammar", "--file"])
 def test_missing_file_is_named(option: str, tmp_path: Path) -> None:
     path = tmp_path / "none"
     result = run(tmp_path / "no-bundle", PROMPT, option, path)
@@ -408,16 +385,12 @@ def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "Give PROMPT or --file FILE, or else --prompts FILE."),
-        (["-", "--file", "-"], "stdin (`-`) can be read only once."),
         (["-", "--json-schema", "-"], "stdin (`-`) can be read only once."),
         (["--prompts", "-", "--grammar", "-"], "stdin (`-`) can be read only once."),
         ([PROMPT, "--json-schema", "a", "--grammar", "b"], "Give --json-schema or --grammar, not"),
         ([PROMPT, "--json-schema", "a", "--stop", "}"], "--stop would cut the JSON of --json-"),
         ([PROMPT, "--system", "a", "--raw-prompt"], "--system needs the chat template, which"),
         ([PROMPT, "--n", "2"], "--n needs --temp above 0: without it the answers would all"),
-        ([PROMPT, "--n", "2", "--temp", "0"], "--n needs --temp above 0"),
-        ([PROMPT, "--n", "0"], "0 is not in the range"),
     ],
 )
 def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None:
@@ -428,14 +401,11 @@ def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.parametrize("options", ["", "--json", "--temp 1 --n 3"])
-def test_reader_that_has_enough_ends_it_quietly(
-    options: str, made: TinyBundle, tmp_path: Path
-) -> None:
+def test_reader_that_has_enough_ends_it_quietly(made: TinyBundle, tmp_path: Path) -> None:
     (tmp_path / "long.gbnf").write_text('root ::= "a"{150}\n')
     line = (
         f"'{sys.executable}' -m qaflora_edge run '{made.folder}' '{PROMPT}' --grammar long.gbnf "
-        f'{options} 2> errors | head -c 3; echo " ${{PIPESTATUS[0]}}"; cat errors'
+        '2> errors | head -c 3; echo " ${PIPESTATUS[0]}"; cat errors'
     )
     done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=tmp_path)
     assert (done.stdout[3:], done.stderr) == (b" 0\n", b"")

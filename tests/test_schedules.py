@@ -23,7 +23,6 @@ from qaflora_edge.inference.runner import Runner
 
 F32 = NDArray[np.float32]
 N_SCHEDULE = 200
-PLAIN: dict[str, Any] = {"add_special": True, "parse_special": False}
 NAMES = ("math", "es", "med")
 STRATEGIES = ("qa-flora", "cosine", "norm", "static", "base", "single:es", "manual:math=1.5,med=-1")
 # Of logits. The stock library itself changes this tiny gemma3's by up to 1.1e-3 with the batch size
