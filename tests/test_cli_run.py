@@ -246,7 +246,7 @@ def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_answer_follows_a_grammar(made: TinyBundle, grammar: Path) -> None:
-    for seed in range(3):
+    for seed in range(2):
         sampled = ("--temp", 1, "--seed", seed)
         result = run(made.folder, PROMPT, "--grammar", grammar, *sampled)
         assert (result.exit_code, result.stdout[-1]) == (0, "\n")
@@ -256,7 +256,7 @@ def test_answer_follows_a_grammar(made: TinyBundle, grammar: Path) -> None:
 def test_answer_is_valid_under_a_schema(made: TinyBundle, tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
-    for seed in range(3):
+    for seed in range(2):
         sampled = ("--temp", 1, "--seed", seed)
         result = run(made.folder, PROMPT, "--json-schema", path, *sampled)
         assert result.exit_code == 0

@@ -249,9 +249,9 @@ def calibrate(folder: str, strategy: str | None) -> None:
 def samples(folder: str, name: str, file: str) -> None:
     """Give sample texts of an adapter, for the strategy centroid.
 
-    Each adapter needs a few dozen questions like those that it is for, 1,000 at most. FILE holds
-    one a line, or in a .jsonl file one object a line with `prompt`. bundle.json keeps the mean of
-    their embeddings, and no text. What was given before is replaced.
+    ADAPTER needs a few dozen questions of its own subject, 1,000 at most. FILE holds one a line,
+    or in a .jsonl file one object a line with `prompt`. bundle.json keeps the mean of their
+    embeddings, and no text. What was given before is replaced.
     """
     from qaflora_edge.bundles.edit import set_samples
     from qaflora_edge.cli.prompts import read_prompts
