@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.evaluation.results import Results
     from qaflora_edge.evaluation.run import Evaluation
-    from qaflora_edge.evaluation.statistics import Estimate
     from qaflora_edge.evaluation.table import Cell
     from qaflora_edge.evaluation.tasks import Task
     from qaflora_edge.show.pages import TaskShown
@@ -247,7 +246,7 @@ def _show(results: Results, json_path: str | None, html: Path | None) -> None:
 
 def _print_tables(found: Sequence[Cell]) -> None:
     """Print a table for each task, then one over all tasks of a unit where there are several."""
-    from qaflora_edge.evaluation.table import NATS, POINTS, rows
+    from qaflora_edge.evaluation.table import NATS, POINTS, estimate, heads, rows
     from qaflora_edge.show.text import columns, crop
 
     tables = [(f"{cell.name}: {cell.task['metric']}, {cell.unit}", [cell]) for cell in found]
@@ -256,34 +255,29 @@ def _print_tables(found: Sequence[Cell]) -> None:
         if len(alike) > 1:
             tables.append((f"all {len(alike)} tasks in {unit}, each counts the same", alike))
     for title, each in tables:
-        lines = [[crop(text, 200) for text in row] for row in rows(each)]
-        click.echo("\n".join([crop(title, 200), *columns(lines), ""]))
+        lines = [["", *heads(each), "items"]]
+        for strategy, (score, *gains) in rows(each).items():
+            texts = (estimate(gain, each[0].unit, is_difference=True) for gain in gains)
+            lines.append([strategy, estimate(score, each[0].unit), *texts, str(score.n_item)])
+        shown = [[crop(text, 200) for text in line] for line in lines]
+        click.echo("\n".join([crop(title, 200), *columns(shown), ""]))
     click.echo(NOTES)
 
 
 def _task_shown(cell: Cell) -> TaskShown:
-    from qaflora_edge.evaluation.table import STATIC, estimate
+    from qaflora_edge.evaluation.table import estimate, heads, rows
     from qaflora_edge.show.pages import Bar, TaskShown
 
-    best = cell.best_single()
-
-    def bar(found: Estimate | None, *, is_difference: bool) -> Bar | None:
-        if found is None:
-            return None
-        text = estimate(found, cell.unit, is_difference=is_difference)
-        return Bar(text, found.value, found.low, found.high)
-
-    lines = {
-        strategy: (
-            bar(cell.score(strategy), is_difference=False),
-            *(bar(cell.gain(strategy, over), is_difference=True) for over in (STATIC, best)),
-        )
-        for strategy in cell.rows
-    }
+    lines: dict[str, list[Bar | None]] = {}
+    for strategy, row in rows([cell]).items():
+        texts = (estimate(e, cell.unit, is_difference=at > 0) for at, e in enumerate(row))
+        pairs = zip(texts, row, strict=True)
+        lines[strategy] = [
+            e if e is None else Bar(text, e.value, e.low, e.high) for text, e in pairs
+        ]
     items = sorted({item for rows in cell.rows.values() for item in rows})
-    heads = (f"score, {cell.unit}", "over static", f"over {best or 'the best single adapter'}")
     shown = [_item_shown(cell, item) for item in items]
-    return TaskShown(cell.name, str(cell.task["metric"]), heads, lines, shown)
+    return TaskShown(cell.name, str(cell.task["metric"]), heads([cell]), lines, shown)
 
 
 def _item_shown(cell: Cell, index: int) -> dict[str, Any]:

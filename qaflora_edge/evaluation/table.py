@@ -124,7 +124,30 @@ def total_gain(
     return difference(gains, is_right=is_right).times(found[0].factor)
 
 
-# as text
+# tables
+
+
+def heads(found: Sequence[Cell]) -> tuple[str, str, str]:
+    """Name the columns of `rows`."""
+    best = "each best single" if len(found) > 1 else found[0].best_single() or "the best single"
+    return f"score, {found[0].unit}", "over static", f"over {best} *"
+
+
+def rows(found: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Estimate | None]]:
+    """Give the score of each strategy, and how much better than static and the best single it is.
+
+    found  a task, or several of one unit, each of which counts the same: then strategies that one
+           of them lacks are left out
+    """
+    singles = [cell.best_single() for cell in found]
+    table = {}
+    for strategy in found[0].rows:
+        scores = [cell.scores(strategy) for cell in found]
+        if len(found) == 1 or all(map(len, scores)):
+            over_static = total_gain(found, strategy, [STATIC] * len(found))
+            over_best = total_gain(found, strategy, singles)
+            table[strategy] = mean(scores).times(found[0].factor), over_static, over_best
+    return table
 
 
 def number(value: float, unit: str, *, is_difference: bool = False) -> str:
@@ -140,27 +163,6 @@ def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) 
     ends = (found.value, found.low, found.high)
     value, low, high = (number(end, unit, is_difference=is_difference) for end in ends)
     return value if low == NONE else f"{value} ({low} to {high})"
-
-
-def rows(found: Sequence[Cell]) -> list[tuple[str, ...]]:
-    """Write a task, or the mean over several of one unit, as a table: a head, then strategies.
-
-    Strategies that one of several tasks lacks are left out.
-    """
-    unit, singles = found[0].unit, [cell.best_single() for cell in found]
-    over_best = f"over {singles[0] or 'the best single'} *"
-    if len(found) > 1:
-        over_best = "over each best single *"
-    table: list[tuple[str, ...]] = [("", f"score, {unit}", "over static", over_best, "items")]
-    for strategy in found[0].rows:
-        scores = [cell.scores(strategy) for cell in found]
-        if len(found) > 1 and not all(map(len, scores)):
-            continue
-        score = mean(scores).times(found[0].factor)
-        gains = (total_gain(found, strategy, each) for each in ([STATIC] * len(found), singles))
-        texts = (estimate(gain, unit, is_difference=True) for gain in gains)
-        table.append((strategy, estimate(score, unit), *texts, str(score.n_item)))
-    return table
 
 
 # the best strategy
