@@ -87,7 +87,7 @@ class Noting:
 
     constraint = None
 
-    def sample(self, context: NotedContext, row: int, mask: object = None) -> int:
+    def sample(self, context: NotedContext, row: int) -> int:
         return context.sample(None, row)
 
     def can_end(self) -> bool:

@@ -67,9 +67,9 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[F32]]:
     found: dict[int, list[F32]] = {}
     sample, decode = Runner._sample, Context.decode_spans
 
-    def noting(self: Runner, sequence: Any, row: int, mask: Any = None) -> None:
+    def noting(self: Runner, sequence: Any, row: int) -> None:
         found.setdefault(sequence.number, []).append(self._context.logits(row))
-        sample(self, sequence, row, mask)
+        sample(self, sequence, row)
 
     monkeypatch.setattr(Runner, "_sample", noting)
 

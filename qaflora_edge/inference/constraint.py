@@ -18,7 +18,7 @@ from qaflora_edge.errors import BackendError, GrammarError, OptionError
 from qaflora_edge.grammar.guards import checked_schema, gbnf_to_lark
 
 if TYPE_CHECKING:  # llguidance takes 80 ms to import
-    from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_STEPS = 2_000_000  # of the parser, for one mask: about 0.1 s
 MAX_SECONDS = 2.0  # for compiling
@@ -66,7 +66,7 @@ def schema_grammar(
 
 
 def either_grammar(form: Grammar, other: Grammar) -> Grammar:
-    """Join two grammars: one text under form, or lines of texts under other.
+    """Join two grammars: a text follows `form`, or each of its lines follows `other`.
 
     form  of a schema with nothing around the JSON; other  of one with `before` and `after`
     """
@@ -108,15 +108,14 @@ class Constraint:
         self._matcher = _matcher(self._tokenizer, grammar, grammar.source)
         self._check()
 
-    @property
-    def n_word(self) -> int:
-        """Number of 32-bit words in a mask."""
-        return (int(self._tokenizer.vocab_size) + 31) // 32
-
     def mask(self) -> NDArray[np.uint32]:
-        """Compute uint32 [n_word]: bit i % 32 of word i // 32 says that token i may follow."""
-        mask = np.zeros(self.n_word, np.uint32)
-        fill_masks([self], mask[np.newaxis])
+        """Compute uint32 [ceil(n_vocab / 32)]: bit i % 32 of word i // 32 lets token i follow."""
+        mask = np.zeros((int(self._tokenizer.vocab_size) + 31) // 32, np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
+        if not self.can_end():  # llguidance lets an answer end where it finds no way on
+            for token in self._tokenizer.eos_tokens:
+                mask[token // 32] &= ~np.uint32(1 << token % 32)
         return mask
 
     def accept(self, token: int) -> None:
@@ -128,39 +127,12 @@ class Constraint:
         """Tell whether the answer so far is whole."""
         return self._matcher.is_accepting()
 
-    @property
-    def ended(self) -> bool:
-        """Whether nothing but the end can follow."""
-        return self._matcher.is_stopped()
-
     def _check(self) -> None:
         if self._matcher.is_error() and not _is_dead(self._matcher):
             raise GrammarError(
                 f"{self._source} cannot be followed here: {_said(self._matcher.get_error())}. "
                 "Write it more simply."
             )
-
-
-def fill_masks(constraints: Sequence[Constraint], masks: NDArray[np.uint32]) -> None:
-    """Compute the masks of several answers in parallel.
-
-    masks  uint32 [n_constraint, ceil(n_vocab / 32)], C order; see Constraint.mask
-    """
-    assert masks.dtype == np.uint32
-    assert masks.flags.c_contiguous
-    assert len(masks) == len(constraints)
-    if len(constraints) == 1:
-        constraints[0]._matcher.unsafe_compute_mask_ptr(masks.ctypes.data, masks.nbytes)
-    else:
-        rows = [(each._matcher, row) for row, each in enumerate(constraints)]
-        _executor().unsafe_compute_mask_ptr(
-            rows, masks.ctypes.data, masks.strides[0], len(constraints)
-        )
-    for each, mask in zip(constraints, masks, strict=True):
-        each._check()
-        if not each.can_end():  # llguidance lets an answer end where it finds no way on
-            for token in each._tokenizer.eos_tokens:
-                mask[token // 32] &= ~np.uint32(1 << token % 32)
 
 
 class _Vocabulary:
@@ -215,29 +187,16 @@ def _bytes_tokenizer() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-@cache
-def _executor() -> LLExecutor:
-    from llguidance import LLExecutor
-
-    return LLExecutor()
-
-
-@cache
-def _limits() -> LLParserLimits:
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(step_max_items=MAX_STEPS, verbose_errors=False)
-
-
 def _matcher(tokenizer: LLTokenizer, text: str, source: str) -> LLMatcher:
     """Compile a grammar in a thread with a large stack. Raises GrammarError after the deadline."""
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLParserLimits
 
+    limits = LLParserLimits(step_max_items=MAX_STEPS, verbose_errors=False)
     made: Future[LLMatcher] = Future()
 
     def compile_grammar() -> None:
         try:
-            made.set_result(LLMatcher(tokenizer, text, log_level=0, limits=_limits()))
+            made.set_result(LLMatcher(tokenizer, text, log_level=0, limits=limits))
         except BaseException as error:  # a panic of the library is no Exception
             made.set_exception(error)
 

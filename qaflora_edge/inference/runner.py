@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Span
@@ -151,11 +150,10 @@ class Runner:
         except BackendError as error:
             self._decode_apart(group, slots, error)
             return
-        masks = _masks(group)
         for sequence, span, row in zip(group, spans, rows, strict=True):
             self._held(sequence, slots[span.seq], span.tokens)
             sequence.timings.n_decoded += 1
-            self._sample(sequence, row, masks.get(sequence.number))
+            self._sample(sequence, row)
 
     def _decode_apart(
         self, group: Sequence[sequences.Sequence], slots: Sequence[Slot], error: BackendError
@@ -168,12 +166,10 @@ class Runner:
             else:
                 self._decode([sequence], slots)
 
-    def _sample(
-        self, sequence: sequences.Sequence, row: int, mask: NDArray[np.uint32] | None = None
-    ) -> None:
+    def _sample(self, sequence: sequences.Sequence, row: int) -> None:
         assert sequence.sampler is not None
         try:
-            token = sequence.sampler.sample(self._context, row, mask)
+            token = sequence.sampler.sample(self._context, row)
         except QafloraError as error:
             if isinstance(error, BackendError):  # no numbers
                 self._spoilt.append(_slot(sequence))
@@ -192,26 +188,6 @@ class Runner:
     def _held(sequence: sequences.Sequence, slot: Slot, tokens: Sequence[int]) -> None:
         sequence.n_past += len(tokens)
         slot.tokens.extend(tokens)
-
-
-def _masks(group: Sequence[sequences.Sequence]) -> dict[int, NDArray[np.uint32]]:
-    """Compute masks of several constraints at once: number of a sequence -> its mask."""
-    constraints = {
-        sequence.number: sequence.sampler.constraint
-        for sequence in group
-        if sequence.sampler is not None and sequence.sampler.constraint is not None
-    }
-    if len(constraints) < 2:
-        return {}
-    from qaflora_edge.inference.constraint import fill_masks
-
-    constrained = list(constraints.values())
-    masks = np.empty((len(constrained), constrained[0].n_word), np.uint32)
-    try:
-        fill_masks(constrained, masks)
-    except QafloraError:  # of one of them: each works out its own, and one meets it again
-        return {}
-    return dict(zip(constraints, masks, strict=True))
 
 
 def _slot(sequence: sequences.Sequence) -> int:

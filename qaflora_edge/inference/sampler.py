@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, OptionError
@@ -97,11 +96,10 @@ class Sampler:
     def _add(self, sampler: Any) -> None:
         self._lib.llama_sampler_chain_add(self._chain, sampler)
 
-    def sample(self, context: Any, row: int = -1, mask: NDArray[np.uint32] | None = None) -> int:
+    def sample(self, context: Any, row: int = -1) -> int:
         """Draw the token that follows a row of the context, and advance the constraint.
 
         context  backend.context.Context
-        mask  uint32 [ceil(n_vocab / 32)] of the constraint, where it is known
 
         Raises BackendError when no token of the vocabulary can follow under the grammar, or the
         logits are NaN.
@@ -109,8 +107,7 @@ class Sampler:
         likeliest = self._argmax(context, row)
         if self.constraint is None:
             return likeliest if self._is_plain else context.sample(self._chain, row)
-        mask = self.constraint.mask() if mask is None else mask
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        bits = np.unpackbits(self.constraint.mask().view(np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits[: self._model.n_vocab])
         if not len(allowed):
             raise BackendError(
