@@ -170,7 +170,7 @@ def put_adapter(
     returns  what bundle.json says of it, name and file apart
     """
     if source.path.is_dir():
-        convert_adapter(source.path, header.path, target, outtype=outtype, name=source.name)
+        convert_adapter(source.path, header, target, outtype=outtype, name=source.name)
         info = read_adapter(target, header)
     else:  # messages name the file that the user knows
         info = read_adapter(source.path, header)

@@ -25,7 +25,7 @@ from qaflora_edge.convert.targets import Planned
 from qaflora_edge.convert.verify import ModuleCheck, verify_conversion
 from qaflora_edge.errors import OptionError, OutputFileError, UnsupportedAdapterError
 from qaflora_edge.files import AnyPath, atomic_path, readable
-from qaflora_edge.formats.gguf import read_gguf_header
+from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
 from qaflora_edge.formats.names import is_repo
 from qaflora_edge.peft.folder import read_peft
 from qaflora_edge.progress import TellBytes, TellCount
@@ -60,7 +60,7 @@ class ConvertedAdapter:
 
 def convert_adapter(
     peft_dir: AnyPath,
-    base_gguf: AnyPath,
+    base: AnyPath | GgufHeader,
     out_path: AnyPath,
     *,
     outtype: str = "f16",
@@ -70,6 +70,7 @@ def convert_adapter(
 ) -> ConvertedAdapter:
     """Convert a PEFT folder for a base; the file is written whole or not at all.
 
+    base    its GGUF file, or the header of that
     verify  read the file back before it takes its name, and compare each module with its source
     name    what the file calls the adapter, by default the folder's name
 
@@ -83,7 +84,8 @@ def convert_adapter(
             f"{', '.join(OUTTYPES)}."
         )
     out_path = Path(out_path)
-    header, adapter = read_gguf_header(base_gguf), read_peft(peft_dir)
+    header = base if isinstance(base, GgufHeader) else read_gguf_header(base)
+    adapter = read_peft(peft_dir)
     alpha, modules = plan_modules(adapter, header)
     sources = {tensor.path for m in adapter.modules.values() for tensor in (m.a, m.b)}
     for source in (header.path, adapter.config.path, *sources):

@@ -37,13 +37,14 @@ def _on_one_thread() -> Iterator[None]:
         yield
 
 
+@_on_one_thread()
 def amplified(a: ArrayLike, b: ArrayLike) -> F64:
     """Compute a matrix P with |P x| = |B A x| for every x: float64 [rank, n_in], or fewer rows.
 
     a  [rank, n_in]
     b  [n_out, rank]
     """
-    _, r = np.linalg.qr(np.asarray(b, np.float64))
+    r = np.linalg.qr(np.asarray(b, np.float64), mode="r")
     return np.asarray(r @ np.asarray(a, np.float64))
 
 
