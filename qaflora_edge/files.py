@@ -13,11 +13,11 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError, os_errors
-from qaflora_edge.progress import TellBytes
 from qaflora_edge.settings import APP, cache_setting
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 AnyPath = str | os.PathLike[str]
 
-HASH_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 LEFT_OVER_SECONDS = 60
 PACKAGE_DIR = Path(__file__).resolve().parent
 
@@ -34,17 +34,11 @@ LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch t
 _PLACE_ADVICE = "Create the folder, or choose one that you can write to."
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
-_KINDS = {
-    stat.S_IFREG: "a file",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+
+# --- reading ------------------------------------------------------------------------------------
 
 
-def open_input(path: AnyPath) -> BinaryIO:
+def open_input(path: AnyPath) -> BufferedReader:
     """Open a regular file to read.
 
     A named pipe or a device would make a reader wait for ever or never end. Raises OSError for
@@ -58,8 +52,6 @@ def open_input(path: AnyPath) -> BinaryIO:
         raise OSError(errno.EINVAL, "the path has a null character") from error
     try:
         mode = os.fstat(handle).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a file")
         return os.fdopen(handle, "rb")
@@ -83,11 +75,15 @@ def what_is_at(path: AnyPath) -> str:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "does not exist"
-    except OSError as error:
-        return f"cannot be examined ({error.strerror})"
-    except ValueError:
-        return "cannot be examined (the path has a null character)"
+    except (OSError, ValueError) as error:
+        return f"cannot be examined ({getattr(error, 'strerror', error)})"
     return f"is {_kind(mode)}"
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISREG(mode):
+        return "a file"
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
 def is_lfs_pointer(path: AnyPath) -> bool:
@@ -97,6 +93,17 @@ def is_lfs_pointer(path: AnyPath) -> bool:
             return file.read(len(_LFS_START)) == _LFS_START
     except OSError:
         return False
+
+
+def sha256_file(path: AnyPath) -> str:
+    """Hash a file. Raises InputFileError when it cannot be read."""
+    failure = f"Cannot hash {os.fspath(path)}: reading it failed"
+    advice = "Check that the file exists and that you may read it."
+    with os_errors(InputFileError, failure, advice), open_input(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- writing ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -132,7 +139,7 @@ def atomic_folder(folder: Path, failure: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary(path: Path, failure: str, make: Callable[[Path], None]) -> Iterator[Path]:
-    name = cut_name(path.name, 100)
+    name = os.fsencode(path.name)[:100].decode("utf-8", "ignore")  # file systems count bytes
     _remove_left_overs(path.parent, name)
     temporary = path.parent / f".tmp-{secrets.token_hex(4)}-{name}"
     with os_errors(OutputFileError, _refused(path, failure), _PLACE_ADVICE):
@@ -184,25 +191,81 @@ def _remove(path: Path) -> None:
 def _check_replaceable(path: Path) -> None:
     """Refuse to put a file where something else is: /dev/null would be a file from then on."""
     parent = os.path.realpath(path.parent)
-    if parent == "/dev" or parent.startswith("/proc/"):  # links there may lead to a file
-        where = f"files are not made in {path.parent}"
-        raise OutputFileError(f"Cannot write {path}: {where}. Choose another name.")
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return  # nothing is there, or making the file says what is wrong
-    if not stat.S_ISREG(mode):
-        found = f"it is {_kind(mode)} and a file was expected"
-        raise OutputFileError(f"Cannot write {path}: {found}. Choose another name.")
+    is_system = parent == "/dev" or parent.startswith("/proc/")  # links there may lead to a file
+    found = what_is_at(path)
+    if is_system or found not in ("does not exist", "is a file"):
+        raise OutputFileError(
+            f"Cannot write {path}: it {found} in {parent}; expected a file's name in a folder of "
+            "files. Choose another name."
+        )
 
 
-def _kind(mode: int) -> str:
-    return _KINDS.get(stat.S_IFMT(mode), "something else")
+def check_takes_file(path: Path) -> None:
+    """Raise, before any work, what atomic_path would raise where its place takes no file."""
+    _check_replaceable(path)
+    with os_errors(OutputFileError, _refused(path, f"Cannot write {path}"), _PLACE_ADVICE):
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def cut_name(name: str, n_byte: int) -> str:
-    """Shorten a file's name, whose limit is one of bytes, between two characters."""
-    return os.fsencode(name)[:n_byte].decode("utf-8", "ignore")
+def write_text_atomic(path: AnyPath, text: str) -> None:
+    """Write UTF-8 text with the given line ends, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+class LineFile:
+    """A file to which one process adds whole lines; a cut last line is removed first.
+
+    holds   what the lines are, for errors
+    n_byte  of its whole lines, set by the reader of the file
+    """
+
+    def __init__(self, path: Path, holds: str) -> None:
+        self.path, self.n_byte, self._holds = path, 0, holds
+        self._file: BinaryIO | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep others from writing into it. Raises OutputFileError when another process does."""
+        from filelock import Timeout
+
+        lock = cache_lock(str(self.path.resolve()))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            found = f"another process writes {self._holds} into it, and no other was expected"
+            raise self.refused(found, "Wait for it to end") from None
+        try:
+            yield
+        finally:
+            lock.release()
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # only where `add` has failed
+                    self._file.close()
+
+    def add(self, text: str) -> None:
+        """Add a line. Raises OutputFileError when it cannot be written."""
+        line = text.encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab")  # noqa: SIM115
+                self._file.truncate(self.n_byte)
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            advice = "See to it and run the same again, which goes on"
+            raise self.refused(error.strerror or str(error), advice) from error
+        self.n_byte += len(line)
+
+    def refused(self, found: str, advice: str) -> OutputFileError:
+        """Make an error that names the file, what was found in the way, and what to do."""
+        return OutputFileError(
+            f"Cannot write {self._holds} into {self.path}: {found}. {advice}, or choose another "
+            "-o FILE."
+        )
+
+
+# --- names and places ---------------------------------------------------------------------------
 
 
 def readable(name: str) -> str:
@@ -216,48 +279,8 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 
-def check_has_folder(path: Path, *, is_added_to: bool = False) -> None:
-    """Raise OutputFileError, before any work, where a file to come has no folder that takes it."""
-    if not path.parent.is_dir():
-        where = f"there is no folder {path.parent}"
-        raise OutputFileError(f"Cannot write {path}: {where}. Create it, or choose another.")
-    if not (is_added_to and os.path.lexists(path)):
-        check_takes_file(path)
-
-
-def check_takes_file(path: Path) -> None:
-    """Raise what atomic_path would raise where its place cannot be written to."""
-    _check_replaceable(path)
-    with os_errors(OutputFileError, _refused(path, f"Cannot write {path}"), _PLACE_ADVICE):
-        tempfile.TemporaryFile(dir=path.parent).close()
-
-
-def write_text_atomic(path: AnyPath, text: str) -> None:
-    """Write UTF-8 text with the given line ends, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
-
-
-def sha256_file(path: AnyPath, progress: TellBytes | None = None) -> str:
-    """Hash a file; `progress` is told the bytes done so far.
-
-    Raises InputFileError when the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    done_bytes = 0
-    failure = f"Cannot hash {os.fspath(path)}: reading it failed"
-    advice = "Check that the file exists and that you may read it."
-    with os_errors(InputFileError, failure, advice), open_input(path) as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            done_bytes += len(chunk)
-            if progress is not None:
-                progress(done_bytes)
-    return digest.hexdigest()
-
-
 def cache_lock(key: str) -> FileLock:
-    """A lock between processes, held in a `with` block; it lies in the cache folder.
+    """Make a lock between processes, held in a `with` block; it lies in the cache folder.
 
     Raises OutputFileError when that folder cannot be made.
     """
@@ -299,6 +322,15 @@ def data_dir() -> Path:
     return platformdirs.user_data_path(APP, appauthor=False)
 
 
+def package_data(name: str) -> Path:
+    """Find a file that ships with the package, such as `models/registry.json`.
+
+    An installed package carries it beside its modules, a source checkout at its top level.
+    """
+    path = PACKAGE_DIR / name
+    return path if path.exists() else PACKAGE_DIR.parent / name
+
+
 def safe_join(folder: AnyPath, relative: str, link_roots: Sequence[Path] = ()) -> Path:
     """Join a path written in a bundle to the bundle's folder.
 
@@ -307,43 +339,30 @@ def safe_join(folder: AnyPath, relative: str, link_roots: Sequence[Path] = ()) -
     The file need not exist. Raises BundleError when the path is absolute, climbs with `..`, leads
     out through a link, or names something that is neither a file nor a folder.
     """
-    reason = unsafe_reason(relative)
-    if reason:
-        raise _unsafe(folder, relative, reason)
+    if not is_inside(relative):
+        raise _unsafe(folder, relative, "it is absolute, climbs with '..', or is no file name")
     joined = Path(folder) / relative
     # Unlike Path.resolve, realpath raises nothing for a loop of links; stat below reports it.
     real = Path(os.path.realpath(joined))
     if not any(real.is_relative_to(os.path.realpath(root)) for root in (folder, *link_roots)):
         raise _unsafe(folder, relative, "a link in it leads out of the bundle")
-    try:
-        mode = joined.stat().st_mode
-    except FileNotFoundError:
-        return joined
-    except OSError as error:
-        raise _unsafe(folder, relative, f"it cannot be examined ({error.strerror})") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise _unsafe(folder, relative, "it is neither a file nor a folder")
+    found = what_is_at(joined)
+    if found not in ("does not exist", "is a file", "is a folder"):
+        raise _unsafe(folder, relative, f"it {found}")
     return joined
 
 
-def unsafe_reason(relative: str) -> str | None:
-    """Say why a path written in a bundle could lead out of it; None when it cannot by itself."""
+def is_inside(relative: str) -> bool:
+    """Tell whether a path written in a bundle leads into it on any system, links apart."""
     windows = PureWindowsPath(relative)  # a bundle made here may be opened there
-    if not relative.strip():
-        return "it is empty"
-    if "\0" in relative:
-        return "it contains a null character"
-    if any("\ud800" <= sign <= "\udfff" for sign in relative):
-        return "it contains half a character (a lone surrogate), which no file name has"
-    if relative.startswith(("/", "\\")) or windows.drive or windows.is_absolute():
-        return "it is absolute"
-    if ".." in windows.parts:
-        return "it contains '..'"
-    if relative.startswith("~"):
-        return "it begins with '~', which stands for a home folder"
-    if relative.lower().startswith("file:"):
-        return "it is an address"
-    return None
+    return not (
+        not relative.strip()
+        or any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in relative)
+        or relative.startswith(("/", "\\", "~"))
+        or relative.lower().startswith("file:")
+        or windows.drive
+        or ".." in windows.parts
+    )
 
 
 def _unsafe(folder: AnyPath, relative: str, reason: str) -> BundleError:
@@ -351,20 +370,4 @@ def _unsafe(folder: AnyPath, relative: str, reason: str) -> BundleError:
         f"Refused the path {relative!r} in bundle {os.fspath(folder)}: {reason}; expected a "
         "relative path to a file inside the bundle. Copy the file into the bundle's folder and "
         "correct the path in bundle.json."
-    )
-
-
-def package_data(name: str) -> Path:
-    """Find a file that ships with the package, such as `models/registry.json`.
-
-    An installed package carries it beside its modules, a source checkout at its top level.
-    """
-    candidates = (PACKAGE_DIR / name, PACKAGE_DIR.parent / name)
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    places = " or ".join(str(candidate) for candidate in candidates)
-    raise InputFileError(
-        f"Cannot find {name}, which ships with qaflora-edge: neither {places} exists. "
-        "Install the package again."
     )

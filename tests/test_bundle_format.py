@@ -18,7 +18,7 @@ from bundles import bundle_json, make_bundle
 from qaflora_edge.bundles.open import known_of
 from qaflora_edge.chat.conversation import BundleIdentity, Conversation, Session, Turn, save_session
 from qaflora_edge.errors import BundleError
-from qaflora_edge.files import package_data, unsafe_reason
+from qaflora_edge.files import is_inside, package_data
 from qaflora_edge.formats.bundle import parse_bundle
 
 Raw = dict[str, Any]
@@ -71,7 +71,7 @@ def reader_takes(raw: Raw) -> bool:
         known_of(text)
     except BundleError:
         return False
-    return all(unsafe_reason(adapter.file) is None for adapter in text.adapters)
+    return all(is_inside(adapter.file) for adapter in text.adapters)
 
 
 def places(value: Any, place: Place = ()) -> Iterator[Place]:

@@ -263,7 +263,9 @@ def test_no_file_of_prompts(made: TinyBundle, tmp_path: Path) -> None:
     assert result.stderr.startswith(f"Error: Cannot read {tmp_path / 'gone.jsonl'}: No such file")
     assert os.listdir(tmp_path) == []
     result = run(made, "--prompts", tmp_path / "gone.jsonl", "-o", tmp_path / "no" / "out.jsonl")
-    assert f"there is no folder {tmp_path / 'no'}" in result.stderr  # before anything is read
+    assert (
+        f"the folder {tmp_path / 'no'} does not take a new file" in result.stderr
+    )  # before anything is read
 
 
 # going on
@@ -323,7 +325,7 @@ OTHER = "was answered by another bundle or under other options than these. Give 
         ("edit", (), "it answers another text than"),
         ("foreign", (), "line 3 is no answer of this command, and a file was expected that it be"),
         ("torn", (), "line 3 is no answer of this command"),
-        ("pipe", (), "it is a named pipe, not a file. Leave -o out for stdout"),
+        ("pipe", (), "it is a pipe, a socket or a device, not a file. Leave -o out for stdout"),
     ],
 )
 def test_another_file_is_refused_and_left_alone(

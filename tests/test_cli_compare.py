@@ -129,5 +129,5 @@ def test_page_is_written_with_every_answer(made: TinyBundle, tmp_path: Path) -> 
     assert page.count('<svg class="map"') == 3  # the base has no weights
     result = compare(made, PROMPT, "--html", tmp_path / "gone" / "a.html")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "there is no folder" in result.stderr
+    assert "does not take a new file" in result.stderr
     assert compare(made, PROMPT, "--html", "a.txt").exit_code == 2

@@ -180,7 +180,7 @@ def test_table_json_and_page_show_every_item(made: TinyBundle, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (("--html", "/nowhere/r.html"), 1, "there is no folder /nowhere. Create it, or choose"),
+        (("--html", "/nowhere/r.html"), 1, "the folder /nowhere does not take a new file"),
         (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),
         (
             ("one.jsonl", "--half", "test"),

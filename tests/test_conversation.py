@@ -181,7 +181,7 @@ HOSTILE = {
     "no answer": (changed(messages=[USER]), 'messages is a list of ["user"], expected a user\'s'),
     "half a character": (
         changed(messages=[{"role": "user", "content": "\ud800"}, ANSWER]),
-        'content is "\\ud800", expected a text',
+        "half of a surrogate pair",
     ),
 }
 
@@ -206,7 +206,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for place in (pipe, tmp_path):
-        with pytest.raises(SessionFileError, match=r"Is a directory|it is a named pipe"):
+        with pytest.raises(SessionFileError, match=r"it is a (folder|pipe)"):
             load_session(place)
 
 

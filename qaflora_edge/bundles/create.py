@@ -81,7 +81,7 @@ def create_bundle(
             "description": description,
             "license": license,
             **({"system": system} if system else {}),
-            "base": base_record(source, header, tell),
+            "base": base_record(source, header),
             "adapters": [],
         }
         (temporary / "adapters").mkdir()

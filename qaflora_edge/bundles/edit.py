@@ -195,7 +195,7 @@ def set_default(folder: AnyPath, strategy: str, *, lens: str, pool: str) -> None
         check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
 
 
-def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) -> None:
+def set_base(folder: AnyPath, base: AnyPath) -> None:
     """Note where a bundle's base lies now, which must be the recorded file.
 
     base  a GGUF file, which is recorded relative to the bundle when it lies inside; the name of a
@@ -203,7 +203,7 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
 
     Raises ChecksumError for another file, and leaves the bundle as it was when anything fails.
     """
-    folder, tell = Path(folder), progress or silent
+    folder = Path(folder)
     with editing(folder) as (text, raw):
         found = find_base(base)
         check_file(
@@ -213,7 +213,6 @@ def set_base(folder: AnyPath, base: AnyPath, *, progress: Tell | None = None) ->
             size_bytes=text.base.size_bytes,
             recorded_in=text.where,
             advice="Give the file that the bundle was made with; adapters fit no other.",
-            progress=lambda done: tell("base", done, text.base.size_bytes),
         )
         raw["base"].pop("file", None)
         raw["base"] |= found.recorded

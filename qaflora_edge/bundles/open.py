@@ -179,6 +179,7 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
     states: dict[Path, FileState] = {}
 
     def check(path: Path, what: str, record: BaseRecord | AdapterRecord, advice: str) -> None:
+        (progress or silent)("Checking", len(states), 1 + len(text.adapters))
         states[path] = check_file(
             path,
             what=what,
@@ -187,7 +188,6 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
             recorded_in=text.where,
             advice=advice,
             always_hash=always_hash,
-            progress=lambda done: (progress or silent)(what, done, record.size_bytes or done),
         )
 
     check(base_path, "The base", text.base, "Fetch the base again.")

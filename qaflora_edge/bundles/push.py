@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.errors import BundleError, UploadError
-from qaflora_edge.files import AnyPath, safe_join, unsafe_reason
+from qaflora_edge.files import AnyPath, is_inside, safe_join
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.bundle import BUNDLE_FILE, link_roots, packed_files, parse_bundle
 from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref, parse_repo
@@ -74,7 +74,7 @@ def _bundle(path: Path, repo: str, progress: Tell | None) -> tuple[dict[str, Con
     raw = dict(verify_bundle(path, progress).text.raw)
     base = raw["base"] = dict(raw["base"])
     file = base.get("file") or ""
-    if unsafe_reason(file) is not None or not (path / file).is_file():  # found by name instead
+    if not is_inside(file) or not (path / file).is_file():  # found by name instead
         base.pop("file", None)
     if not any(base.get(key) for key in ("file", "registry", "hub")):
         raise BundleError(

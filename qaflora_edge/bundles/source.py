@@ -19,13 +19,13 @@ from qaflora_edge.errors import (
 from qaflora_edge.files import AnyPath, atomic_path, open_input, readable, sha256_file, what_is_at
 from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.bundle import BUNDLE_FILE, NAME_PATTERN, NAME_RULE, BaseRecord
-from qaflora_edge.formats.checksums import hash_file
+from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref
 from qaflora_edge.peft.folder import check_no_part
-from qaflora_edge.progress import Tell, TellCount
+from qaflora_edge.progress import TellCount
 from qaflora_edge.settings import expanded
 
 CARD_FILE = "README.md"
@@ -198,11 +198,11 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
-def base_record(source: BaseSource, header: GgufHeader, tell: Tell) -> dict[str, Any]:
+def base_record(source: BaseSource, header: GgufHeader) -> dict[str, Any]:
     """Hash a base, and say of it what bundle.json says."""
     path = source.path
     size_bytes = path.stat().st_size
-    sha256 = hash_file(path, lambda done: tell("Hashing the base", done, size_bytes))
+    sha256 = checksum(path)
     registry = model_name(sha256)
     return {
         "architecture": header.architecture,

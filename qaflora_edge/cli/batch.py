@@ -25,11 +25,10 @@ from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import Line, open_prompts, read_lines, unknown_note
 from qaflora_edge.cli.requests import read_requests, to_request, unknown_keys
 from qaflora_edge.errors import IncompleteAnswerError, InputFileError, OutputFileError, QafloraError
-from qaflora_edge.files import one_line, open_input
+from qaflora_edge.files import LineFile, one_line, open_input
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.line_file import LineFile
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.show.text import mean_weights
 

@@ -210,8 +210,7 @@ def base(folder: str, base: str) -> None:
     from qaflora_edge.bundles.edit import set_base
 
     path = bundle_folder(folder)
-    with progress_bars() as progress:
-        set_base(path, base, progress=progress)
+    set_base(path, base)
     click.echo(f"The base of {path} is {base}.", err=True)
 
 

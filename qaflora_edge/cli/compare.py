@@ -24,7 +24,7 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.files import check_has_folder, write_text_atomic
+from qaflora_edge.files import check_takes_file, write_text_atomic
 from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def compare(
     """
     text = read_prompt(question)
     if html_path is not None:
-        check_has_folder(html_path)
+        check_takes_file(html_path)
     with open_engine(bundle, options) as engine:
         strategies = expand(ways or f"base,single,{engine.strategy}", engine.adapters)
         tokens = prompt_tokens(engine, text, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -17,7 +18,6 @@ from qaflora_edge.cli.options import command, own_options
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.errors import ConversionError, OutputFileError
 from qaflora_edge.files import what_is_at
-from qaflora_edge.formats.json_text import without_nan
 from qaflora_edge.formats.names import plain_name
 
 
@@ -116,11 +116,20 @@ def _use_one_blas_thread() -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+def _without_nan(value: Any) -> Any:
+    """Put None in place of numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
     """Print a summary of the checks and each module that is wrong; with JSON, the whole report."""
     checks = [{**check, "is_right": check["of_allowed"] <= 1.0} for check in report["checks"]]
     if as_json:
-        print_json(without_nan({**report, "checks": checks}))
+        print_json(_without_nan({**report, "checks": checks}))
     elif wrong := [check for check in checks if not check["is_right"]]:
         click.echo(f"{'largest':>10} {'relative':>10} {'of allowed':>10}  module")
         for check in wrong:

@@ -15,7 +15,7 @@ from qaflora_edge.cli.progress import waiting
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import BundleError, PromptError, RegistryError
-from qaflora_edge.files import check_has_folder
+from qaflora_edge.files import check_takes_file
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -110,8 +110,8 @@ def check_outputs(
             raise click.UsageError(f"{path.name} is named twice; give each FILE a name of its own.")
         taken.add(path)
     for each in written:
-        if each is not None:
-            check_has_folder(Path(each), is_added_to=each is added_to)
+        if each is not None and not (each is added_to and os.path.lexists(each)):
+            check_takes_file(Path(each))
 
 
 def meaning(option: Option) -> str:

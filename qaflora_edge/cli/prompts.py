@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.errors import InputFileError, os_errors
-from qaflora_edge.formats.json_text import read_unicode_object, shown
+from qaflora_edge.formats.json_text import read_json_object, shown
 
 FILE_BYTES_MAX = 16 << 20
 LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
@@ -57,7 +57,7 @@ class Line:
         if self.data is None:
             raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
         try:
-            return read_unicode_object(self.data)
+            return read_json_object(self.data)
         except UnicodeDecodeError as error:
             raise self._wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
         except ValueError as error:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import ResultsFileError, os_errors
-from qaflora_edge.files import open_input
-from qaflora_edge.formats.json_text import read_unicode_object
-from qaflora_edge.line_file import LineFile
+from qaflora_edge.files import LineFile, open_input
+from qaflora_edge.formats.json_text import read_json_object
 
 # Has to be equal in a file that is resumed; strategies may be added.
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "measured", "tasks", "options")
@@ -135,7 +134,7 @@ def _parsed(path: str | Path, data: bytes) -> tuple[Results, int]:
     found: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(read_unicode_object(line))
+            found.append(read_json_object(line))
         except ValueError as error:  # errors of JSON and UTF-8 too
             raise _wrong(path, number, f"it is no JSON object ({error})", "one") from error
     header, *records = found or [{}]

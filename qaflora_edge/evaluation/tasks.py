@@ -23,7 +23,7 @@ from qaflora_edge.files import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,
-    read_unicode_object,
+    read_json_object,
     shortened,
     shown,
 )
@@ -146,7 +146,7 @@ def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            yield number, read_unicode_object(line)
+            yield number, read_json_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
             where = f"{path}, line {number}"
             raise _wrong(where, f"it is no JSON object ({error})", "one") from error

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qaflora_edge.errors import BundleError, os_errors
-from qaflora_edge.files import open_input, safe_join, unsafe_reason, what_is_at
+from qaflora_edge.files import is_inside, open_input, safe_join, what_is_at
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,
-    read_unicode_object,
+    read_json_object,
     shortened,
     shown,
 )
@@ -158,7 +158,7 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
             f"bundle.json may have. {_ADVICE}"
         )
     try:
-        raw = read_unicode_object(data)
+        raw = read_json_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise BundleError(
             f"Cannot read {where}: it is not a JSON object in UTF-8 ({error}). {_ADVICE}"
@@ -190,7 +190,7 @@ def wrong_bundle(where: str, problem: WrongField) -> BundleError:
 def packed_files(text: BundleText) -> tuple[str, ...]:
     """List the files that belong into a bundle's folder, as bundle.json names them."""
     files = dict.fromkeys(adapter.file for adapter in text.adapters)
-    if text.base.file is not None and unsafe_reason(text.base.file) is None:
+    if text.base.file is not None and is_inside(text.base.file):
         files[text.base.file] = None
     return tuple(files)
 

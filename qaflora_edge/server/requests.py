@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from qaflora_edge import __version__
 from qaflora_edge.config import Option, in_group
-from qaflora_edge.formats.json_text import read_unicode_object
+from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.server.refusals import Refusal, unavailable, wrong_field
 
 MAX_BODY_BYTES = 4 << 20
@@ -304,7 +304,7 @@ def _too_large() -> Refusal:
 def parsed(kind: type[B], data: bytes) -> B:
     """Return the body that some bytes spell."""
     try:
-        found = read_unicode_object(data)
+        found = read_json_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise Refusal(400, f"The body is no JSON object in UTF-8: {error}.") from error
     try:
