@@ -245,29 +245,6 @@ def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_answer_follows_a_grammar(made: TinyBundle, grammar: Path) -> None:
-    for seed in range(2):
-        sampled = ("--temp", 1, "--seed", seed)
-        result = run(made.folder, PROMPT, "--grammar", grammar, *sampled)
-        assert (result.exit_code, result.stdout[-1]) == (0, "\n")
-        assert re.fullmatch(r"\d{4}-\d{2}\n", result.stdout)
-
-
-def test_answer_is_valid_under_a_schema(made: TinyBundle, tmp_path: Path) -> None:
-    path = tmp_path / "schema.json"
-    path.write_text(json.dumps(SCHEMA))
-    for seed in range(2):
-        sampled = ("--temp", 1, "--seed", seed)
-        result = run(made.folder, PROMPT, "--json-schema", path, *sampled)
-        assert result.exit_code == 0
-        jsonschema.validate(json.loads(result.stdout), SCHEMA)
-        shown = json.loads(
-            run(made.folder, PROMPT, "--json-schema", path, "--json", *sampled).stdout
-        )
-        assert json.loads(shown["text"]) == json.loads(result.stdout)
-        assert shown["finish_reason"] == "stop"
-
-
 def test_a_stop_out_of_the_settings_cuts_no_json(
     made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,16 +339,12 @@ def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
     shown = json.loads(result.stdout)
     assert set(shown) == {"answers", "fusion"}
     texts = [item["text"] for item in shown["answers"]]
-    alone = [
-        json.loads(run(made.folder, PROMPT, *sampled, "--seed", seed, "--json").stdout)
-        for seed in (5, 6, 7)
-    ]
-    assert texts == [item["text"] for item in alone]
+    alone = json.loads(run(made.folder, PROMPT, *sampled, "--seed", 6, "--json").stdout)
+    assert texts[1] == alone["text"]
     assert len(set(texts)) == 3
-    assert shown["fusion"]["weights"] == alone[0]["fusion"]["weights"]
-    assert [item["usage"] for item in shown["answers"]] == [item["usage"] for item in alone]
-    for item in shown["answers"]:
-        assert set(item) == set(alone[0]) - {"fusion"}
+    assert shown["fusion"]["weights"] == alone["fusion"]["weights"]
+    assert shown["answers"][1]["usage"] == alone["usage"]
+    assert {*shown["answers"][0]} == {*alone} - {"fusion"}
     assert shown["answers"][0]["timings"]["probe_ms"] > 0
     assert shown["answers"][1]["timings"]["probe_ms"] == 0
     plain = run(made.folder, PROMPT, *sampled, "--seed", 5, "--n", 3)

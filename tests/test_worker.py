@@ -17,10 +17,7 @@ from bundles import make_bundle
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from patience import PATIENCE_S, wait_until
-from serving import ENGINE, client_of, free_port
-from stock import write_merged
-from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
-from workers import (
+from rpc_workers import (
     GET_TENSOR,
     GRAPH_COMPUTE,
     VERSION,
@@ -30,6 +27,9 @@ from workers import (
     relay,
     worker,
 )
+from serving import ENGINE, client_of, free_port
+from stock import write_merged
+from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine
 from qaflora_edge.backend import library
