@@ -10,7 +10,6 @@ import tiny
 
 from qaflora_edge.errors import GgufFileError, InputFileError
 from qaflora_edge.formats.gguf import (
-    MAX_ARRAY_LENGTH,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     GgufCursor,
@@ -99,20 +98,8 @@ def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
     path.write_bytes(make(ARCH, field("llama.attention.head_count_kv", 9, array)))
     with pytest.raises(GgufFileError) as caught:
         _ = read_gguf_header(path).n_head_kv
-    assert str(caught.value) == (
-        f"Cannot use {path}: metadata field llama.attention.head_count_kv is (2, 4, 2); expected "
-        "one whole number from 1 to 16777216. Use the GGUF of a language model as base."
-    )
-
-
-def test_missing_vocabulary_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    path.write_bytes(make(ARCH))
-    with pytest.raises(GgufFileError) as caught:
-        _ = read_gguf_header(path).n_vocab
-    assert str(caught.value) == (
-        f"Cannot tell the vocabulary's size of {path}: tensor token_embd.weight is missing; "
-        "expected [n_vocab, n_embd]. Use the GGUF of a language model as base."
+    assert "metadata field llama.attention.head_count_kv is (2, 4, 2); expected a" in str(
+        caught.value
     )
 
 
@@ -144,148 +131,128 @@ def test_many_short_arrays_do_not_fill_the_memory(tmp_path: Path) -> None:
     assert isinstance(metadata["x64"], SkippedArray)
 
 
-CORRUPT = "The file is corrupted or incomplete; fetch or convert it again."
+ONE = entry("t", [1], 0, 0)
 HOSTILE = {
-    "magic": (
-        make(ARCH, magic=b"PK\3\4"),
-        "its first bytes are b'PK\\x03\\x04'; expected b'GGUF'. It is not a GGUF file; check the "
-        "path, or convert the model to GGUF.",
-    ),
-    "git lfs": (
-        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n".encode(),
-        "it is a Git LFS pointer; expected the file that it stands for. Run `git lfs install` and "
-        "`git lfs pull` in its folder, or fetch the file itself.",
-    ),
-    "version": (
-        make(ARCH, version=1),
-        "it is GGUF version 1; expected version 2 or 3. Fetch or convert it again.",
-    ),
-    "big endian": (
-        make(ARCH, version=3 << 24),
-        "it is written for a big-endian machine; expected little-endian. "
-        "Fetch or convert a little-endian file.",
-    ),
-    "number of tensors": (
-        make(ARCH, n_tensor=1 << 63),
-        f"the number of tensors is {1 << 63}; expected at most {MAX_TENSORS}. {CORRUPT}",
-    ),
-    "number of fields": (
-        make(ARCH, n_field=1 << 40),
-        f"the number of metadata fields is {1 << 40}; expected at most 4096. {CORRUPT}",
-    ),
+    "magic": (make(ARCH, magic=b"PK\3\4"), r"its beginning is b'PK\x03\x04'"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "its beginning is b'vers'"),
+    "version": (make(ARCH, version=1), "the version is 1"),
+    "big endian": (make(ARCH, version=3 << 24), f"the version is {3 << 24}"),
+    "tensors": (make(ARCH, n_tensor=1 << 63), f"the number of tensors is {1 << 63}"),
+    "fields": (make(ARCH, n_field=1 << 40), f"the number of fields is {1 << 40}"),
     "length of a key": (
         make(struct.pack("<Q", 1 << 62)),
-        f"the length of the name of metadata field 0 is {1 << 62}; expected at most 65535. "
-        f"{CORRUPT}",
+        f"the length of the name of metadata field 0 is {1 << 62}",
     ),
-    "text of a key": (
+    "key": (
         make(field(b"\xff\xfe", 4, bytes(4))),
-        f"the name of metadata field 0 is b'\\xff\\xfe'; expected UTF-8 text. {CORRUPT}",
+        r"the name of metadata field 0 is b'\xff\xfe'",
     ),
-    "field twice": (
-        make(ARCH, ARCH),
-        "metadata field 'general.architecture' is given twice; expected every field once. "
-        f"{CORRUPT}",
-    ),
-    "type of a field": (
-        make(field("k", 13, b"")),
-        f"the type of metadata field 'k' is 13; expected a type of GGUF, 0 to 12. {CORRUPT}",
-    ),
+    "field twice": (make(ARCH, ARCH), "metadata field 'general.architecture' is given twice"),
+    "type of a field": (make(field("k", 13, b"")), "the type of metadata field 'k' is 13"),
     "array of arrays": (
         make(field("k", 9, struct.pack("<IQ", 9, 1))),
-        f"the element type of metadata field 'k' is 9; expected a number or a string. {CORRUPT}",
+        "the element type of metadata field 'k' is 9",
     ),
     "length of an array": (
         make(field("k", 9, struct.pack("<IQ", 8, 1 << 60))),
-        f"the length of metadata field 'k' is {1 << 60}; expected at most {MAX_ARRAY_LENGTH}. "
-        f"{CORRUPT}",
+        f"the length of metadata field 'k' is {1 << 60}",
     ),
     "strings past the end": (
         make(field("k", 9, struct.pack("<IQ", 8, 1000) + text("a"))),
-        "the file ends inside metadata field 'k', an array of 1000 strings. "
-        "The file is truncated or corrupted; fetch or convert it again.",
+        "the end of metadata field 'k' is byte ",
     ),
     "string longer than the file": (
         make(field("k", 9, struct.pack("<IQQ", 8, 1, (1 << 64) - 1))),
-        "the file ends inside metadata field 'k', an array of 1 strings. "
-        "The file is truncated or corrupted; fetch or convert it again.",
+        "the end of metadata field 'k' is byte ",
     ),
-    "no architecture": (
-        make(),
-        "metadata field general.architecture is missing; expected the name of an architecture. "
-        f"{CORRUPT}",
-    ),
+    "no architecture": (make(), "metadata field general.architecture is missing"),
     "alignment": (
         make(ARCH, field("general.alignment", 4, struct.pack("<I", 24))),
-        f"metadata field general.alignment is 24; expected a power of two up to 65536. {CORRUPT}",
+        "metadata field general.alignment is 24",
+    ),
+    "part of a model": (
+        make(ARCH, field("split.count", 2, struct.pack("<H", 3))),
+        "metadata field split.count is 3; expected a whole model. Join the parts with",
     ),
     "dimensions": (
         make(ARCH, entries=(entry("t", [1] * 5, 0, 0),)),
-        f"the number of dimensions of tensor 't' is 5; expected at most 4. {CORRUPT}",
+        "the number of dimensions of tensor 't' is 5",
     ),
     "empty dimension": (
         make(ARCH, entries=(entry("t", [0, 3], 0, 0),)),
-        f"the shape of tensor 't' is [3, 0]; expected positive dimensions. {CORRUPT}",
+        "the shape of tensor 't' is [3, 0]",
     ),
     "name of a tensor": (
         make(ARCH, entries=(entry("t" * 64, [1], 0, 0),)),
-        f"the length of the name of tensor 0 is 64; expected at most 63. {CORRUPT}",
+        "the length of the name of tensor 0 is 64",
     ),
     "unknown type": (
         make(ARCH, entries=(entry("t", [32], 999, 0),)),
-        "the type of tensor 't' is 999, which this version does not know. "
-        "Use a file of another quantisation, or upgrade.",
+        "the type of tensor 't' is 999",
     ),
     "row not of whole blocks": (
         make(ARCH, entries=(entry("t", [33], 8, 0),), data=bytes(64)),
-        f"tensor 't' is 33 wide; expected a multiple of 32 for Q8_0. {CORRUPT}",
+        "the width of tensor 't' is 33; expected a multiple of 32 for Q8_0",
     ),
     "offset not aligned": (
         make(ARCH, entries=(entry("t", [1], 0, 4),), data=bytes(64)),
-        f"the offset of tensor 't' is 4; expected a multiple of 32. {CORRUPT}",
+        "the offset of tensor 't' is 4",
     ),
     "tensor twice": (
-        make(ARCH, entries=(entry("t", [1], 0, 0), entry("t", [1], 0, 32)), data=bytes(64)),
-        f"tensor 't' is listed twice; expected every tensor once. {CORRUPT}",
+        make(ARCH, entries=(ONE, entry("t", [1], 0, 32)), data=bytes(64)),
+        "tensor 't' is listed twice",
     ),
+    "overlapping tensors": (
+        make(ARCH, entries=(entry("big", [16], 0, 0), entry("small", [1], 0, 32)), data=bytes(64)),
+        "the place of tensor 'small' is byte 192; expected byte 224 or later, after tensor 'big'",
+    ),
+    "tensor past the end": (
+        make(ARCH, entries=(entry("t", [17], 0, 0),), data=bytes(64)),
+        "the end of tensor 't' is byte 196; expected at most the file's 192",
+    ),
+    "tensor past all ends": (
+        make(ARCH, entries=(entry("t", [1 << 62, 1 << 62], 0, 0),), data=bytes(64)),
+        f"the end of tensor 't' is byte {128 + (1 << 126)}",
+    ),
+    "empty": (b"", "the end of the magic is byte 4 or later"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_header_is_refused_by_field(tmp_path: Path, case: str) -> None:
-    content, message = HOSTILE[case]
+    content, found = HOSTILE[case]
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     with pytest.raises(GgufFileError) as caught:
         read_gguf_header(path)
-    assert str(caught.value) == f"Cannot read {path}: {message}"
+    assert str(caught.value).startswith(f"Cannot read {path}: {found}")
 
 
-def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
+def test_refusals_have_four_parts(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    entries = (entry("big", [16], 0, 0), entry("small", [1], 0, 32))
-    path.write_bytes(make(ARCH, entries=entries, data=bytes(64)))
-    data_offset = path.stat().st_size - 64
-    with pytest.raises(GgufFileError) as caught:
+    with pytest.raises(InputFileError) as missing:
         read_gguf_header(path)
-    assert str(caught.value) == (
-        f"Cannot read {path}: tensor 'small' is at byte {data_offset + 32}, inside tensor 'big'; "
-        f"expected byte {data_offset + 64} or later. {CORRUPT}"
+    assert str(missing.value) == (
+        f"Cannot read {path}: opening or reading it failed (No such file or directory); expected a "
+        "GGUF file. Check that it exists and that you may read it."
     )
-
-
-@pytest.mark.parametrize("dims", [[1 << 62, 1 << 62], [17]])
-def test_tensor_past_the_end_is_refused(tmp_path: Path, dims: list[int]) -> None:
-    path = tmp_path / "a.gguf"
-    path.write_bytes(make(ARCH, entries=(entry("t", dims, 0, 0),), data=bytes(64)))
-    size_bytes = path.stat().st_size
-    end = size_bytes - 64 + 4 * int(np.prod([int(dim) for dim in dims], dtype=object))
-    with pytest.raises(GgufFileError) as caught:
+    path.write_bytes(make(ARCH, n_tensor=1 << 63))
+    with pytest.raises(GgufFileError) as damaged:
         read_gguf_header(path)
-    assert str(caught.value) == (
-        f"Cannot read {path}: tensor 't' ends at byte {end}, and the file has {size_bytes}. "
-        "The file is truncated or corrupted; fetch or convert it again."
+    assert str(damaged.value) == (
+        f"Cannot read {path}: the number of tensors is {1 << 63}; expected at most {MAX_TENSORS}. "
+        "The file is truncated, corrupted or of another kind; fetch or convert it again."
     )
+    path.write_bytes(make(ARCH, field("llama.block_count", 4, struct.pack("<I", 1 << 31))))
+    header = read_gguf_header(path)
+    with pytest.raises(GgufFileError) as absurd:
+        _ = header.n_layer
+    assert str(absurd.value) == (
+        f"Cannot use {path} as a base: metadata field llama.block_count is {1 << 31}; expected a "
+        "whole number up to 1024. Use the GGUF of a language model as base."
+    )
+    with pytest.raises(GgufFileError, match=r"token_embd\.weight is missing; expected \[n_vocab"):
+        _ = header.n_vocab
 
 
 def test_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
@@ -294,46 +261,16 @@ def test_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:  # a sparse file
         file.write(head)
         file.truncate(1 << 41)
-    with pytest.raises(GgufFileError) as caught:
+    with pytest.raises(GgufFileError, match=f"'words' is byte .* bytes and {MAX_HEADER_BYTES}"):
         read_gguf_header(path)
-    assert str(caught.value) == (
-        f"Cannot read {path}: the header is longer than {MAX_HEADER_BYTES} bytes, of which "
-        f"metadata field 'words' is a part; expected a shorter one. {CORRUPT}"
-    )
-
-
-def test_absurd_number_of_layers_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    path.write_bytes(make(ARCH, field("llama.block_count", 4, struct.pack("<I", 1 << 31))))
-    with pytest.raises(GgufFileError) as caught:
-        _ = read_gguf_header(path).n_layer
-    assert str(caught.value) == (
-        f"Cannot use {path}: metadata field llama.block_count is {1 << 31}; expected one whole "
-        "number from 1 to 1024. Use the GGUF of a language model as base."
-    )
 
 
 def test_file_that_shrinks_while_its_header_is_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(make(ARCH))
     size_bytes = path.stat().st_size
-    with path.open("rb") as file, pytest.raises(GgufFileError) as caught:
+    with path.open("rb") as file, pytest.raises(GgufFileError, match="it changed while it was"):
         GgufCursor(path, file, size_bytes + 100).take(size_bytes + 1, "the header")
-    assert str(caught.value) == (
-        f"Cannot read {path}: it had {size_bytes + 100} bytes and became shorter while the header "
-        f"was read, at byte {size_bytes}. Try again."
-    )
-
-
-def test_split_model_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    path.write_bytes(make(ARCH, field("split.count", 2, struct.pack("<H", 3))))
-    with pytest.raises(GgufFileError) as caught:
-        read_gguf_header(path)
-    assert str(caught.value) == (
-        f"Cannot use {path}: metadata field split.count says that it is one of 3 parts; expected a "
-        "whole model. Join the parts with llama.cpp's `llama-gguf-split --merge`."
-    )
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -349,26 +286,6 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_gguf_header(path)
 
 
-def test_missing_and_empty_files_and_folders_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "none.gguf"
-    with pytest.raises(InputFileError) as caught:
-        read_gguf_header(path)
-    assert str(caught.value) == (
-        f"Cannot read {path}: it does not exist; expected a GGUF file. Check the path."
-    )
-    with pytest.raises(InputFileError) as caught:
-        read_gguf_header(tmp_path)
-    assert str(caught.value) == (
-        f"Cannot read {tmp_path}: it is not a file; expected a GGUF file. Check the path."
-    )
-    path.write_bytes(b"")
-    with pytest.raises(GgufFileError) as caught:
-        read_gguf_header(path)
-    assert str(caught.value) == (
-        f"Cannot read {path}: it is empty; expected a GGUF file. Fetch it again."
-    )
-
-
 def test_file_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     header = read_gguf_header(base.path)
@@ -378,8 +295,8 @@ def test_file_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(GgufFileError) as caught:
         read_values(header.path, info)
     assert str(caught.value) == (
-        f"Cannot read tensor output_norm.weight of {base.path}: the file gave 8 bytes and 256 were "
-        "expected; it changed while it was open. Try again."
+        f"Cannot read {base.path}: it changed while it was read; expected a file that stays as it "
+        "is. Try again."
     )
 
 

@@ -11,7 +11,7 @@ import os
 import reprlib
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -27,13 +27,13 @@ from qaflora_edge.files import LFS_ADVICE, AnyPath, is_lfs_pointer, open_input
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MAX_ALIGNMENT = 1 << 16
+ALIGNMENTS = tuple(1 << n for n in range(17))
 MAX_HEADER_BYTES = 1 << 26  # the longest vocabularies have 20 MB
 MAX_METADATA = 1 << 12  # keys in a file; models have less than a hundred
 MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_STRING_BYTES = 1 << 24  # of a metadata value
-MAX_ARCHITECTURE_LENGTH = 64
+MAX_NAME_LENGTH = 64  # of an architecture
 MAX_ARRAY_LENGTH = 1 << 24
 MAX_KEPT = 1 << 18  # numbers of all arrays; those after them are stepped over
 MAX_KEPT_ARRAY = 1 << 12  # numbers; longer arrays are stepped over
@@ -86,20 +86,13 @@ class TensorInfo:
     n_bytes: int
 
 
-@dataclass(frozen=True)
-class ParsedHeader:
-    """The header's content; the offsets of tensors count from the start of the file."""
-
-    architecture: str
-    metadata: Mapping[str, MetadataValue]
-    tensors: Mapping[str, TensorInfo]
-    data_offset: int
-
-
 def brief(value: object) -> str:
     """Show a value of a file in a message: short, on one line, however long or deep it is."""
     text = reprlib.repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+ADVICE = "The file is truncated, corrupted or of another kind; fetch or convert it again."
 
 
 class GgufCursor:
@@ -118,30 +111,23 @@ class GgufCursor:
         self.position = 0
         self.n_kept = 0
 
-    def fail(self, field: str, found: str, expected: str) -> NoReturn:
+    def fail(self, field: str, found: object, expected: str, advice: str = ADVICE) -> NoReturn:
         raise GgufFileError(
-            f"Cannot read {self.path}: {field} is {found}; expected {expected}. "
-            "The file is corrupted or incomplete; fetch or convert it again."
+            f"Cannot read {self.path}: {field} is {found}; expected {expected}. {advice}"
         )
 
     def take(self, n_bytes: int, field: str) -> int:
         """Step over bytes and give where they begin in `data`."""
         begin = self.position
-        if n_bytes > self.size_bytes - begin:
-            raise GgufFileError(
-                f"Cannot read {self.path}: the file ends inside {field}: {n_bytes} bytes at offset "
-                f"{begin} were expected, {self.size_bytes - begin} are left. "
-                "The file is truncated or corrupted; fetch or convert it again."
-            )
         self.load(begin + n_bytes, field)
         self.position = begin + n_bytes
         return begin - self.n_dropped
 
     def load(self, end: int, field: str) -> None:
-        """Read the file up to `end`, which lies inside it, and drop what was stepped over."""
-        if end > MAX_HEADER_BYTES:
-            found = f"longer than {MAX_HEADER_BYTES} bytes, of which {field} is a part"
-            self.fail("the header", found, "a shorter one")
+        """Read the file up to `end` and drop what was stepped over."""
+        if end > min(self.size_bytes, MAX_HEADER_BYTES):
+            expected = f"a header inside the file's {self.size_bytes} bytes and {MAX_HEADER_BYTES}"
+            self.fail(f"the end of {field}", f"byte {end} or later", expected)
         if self.n_dropped + len(self.data) >= end:
             return
         n_used = min(len(self.data), self.position - self.n_dropped)
@@ -150,11 +136,7 @@ class GgufCursor:
         while self.n_dropped + len(self.data) < end:
             chunk = self.file.read(READ_BYTES)
             if not chunk:
-                raise GgufFileError(
-                    f"Cannot read {self.path}: it had {self.size_bytes} bytes and became shorter "
-                    f"while {field} was read, at byte "
-                    f"{self.n_dropped + len(self.data)}. Try again."
-                )
+                raise _changed(self.path)
             self.data += chunk
 
     def scalar(self, form: struct.Struct, field: str) -> Scalar:
@@ -164,7 +146,7 @@ class GgufCursor:
     def count(self, form: struct.Struct, limit: int, field: str) -> int:
         value = int(self.scalar(form, field))
         if value > limit:
-            self.fail(field, str(value), f"at most {limit}")
+            self.fail(field, value, f"at most {limit}")
         return value
 
     def text(self, limit: int, field: str, *, strict: bool) -> str:
@@ -176,51 +158,40 @@ class GgufCursor:
         except UnicodeDecodeError:
             self.fail(field, repr(raw[:64]), "UTF-8 text")
 
-    def read_header(self) -> ParsedHeader:
+    def read_header(self) -> "GgufHeader":
         n_tensor = self.read_preamble()
-        n_metadata = self.count(U64, MAX_METADATA, "the number of metadata fields")
-        metadata = self.read_metadata(n_metadata)
+        metadata = self.read_metadata(self.count(U64, MAX_METADATA, "the number of fields"))
         architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str) or not architecture:
-            found = "missing" if architecture is None else brief(architecture)
-            self.fail("metadata field general.architecture", found, "the name of an architecture")
-        if len(architecture) > MAX_ARCHITECTURE_LENGTH:
-            found, expected = f"{len(architecture)} characters long", f"{MAX_ARCHITECTURE_LENGTH}"
-            self.fail("metadata field general.architecture", found, f"at most {expected}")
+        if not isinstance(architecture, str) or not 0 < len(architecture) <= MAX_NAME_LENGTH:
+            found = brief(architecture) if architecture else "missing"
+            expected = f"a name of at most {MAX_NAME_LENGTH} characters"
+            self.fail("metadata field general.architecture", found, expected)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        is_power = isinstance(alignment, int) and alignment > 0 and alignment.bit_count() == 1
-        if not isinstance(alignment, int) or not is_power or alignment > MAX_ALIGNMENT:
-            expected = f"a power of two up to {MAX_ALIGNMENT}"
+        if alignment not in ALIGNMENTS or not isinstance(alignment, int):
+            expected = f"a power of two up to {ALIGNMENTS[-1]}"
             self.fail("metadata field general.alignment", brief(alignment), expected)
-        self.check_not_split(metadata)
-        tensors = self.read_tensors(n_tensor, alignment)
-        return ParsedHeader(architecture, metadata, tensors, self.data_offset(alignment))
+        n_split = metadata.get("split.count", 0)
+        if isinstance(n_split, int) and n_split > 1:
+            advice = "Join the parts with llama.cpp's `llama-gguf-split --merge`."
+            self.fail("metadata field split.count", n_split, "a whole model", advice)
+        relative = self.read_tensors(n_tensor, alignment)
+        data_offset = -(-self.position // alignment) * alignment
+        tensors = {
+            name: replace(info, offset=data_offset + info.offset) for name, info in relative.items()
+        }
+        self.check_places(tensors)
+        return GgufHeader(self.path, architecture, metadata, tensors, data_offset, self.size_bytes)
 
     def read_preamble(self) -> int:
         """Check magic and version, and give the number of tensors."""
-        begin = self.take(4, "the magic bytes")
+        begin = self.take(4, "the magic")
         magic = bytes(self.data[begin : begin + 4])
-        if magic != MAGIC and is_lfs_pointer(self.path):
-            raise GgufFileError(
-                f"Cannot read {self.path}: it is a Git LFS pointer; expected the file that it "
-                f"stands for. {LFS_ADVICE}"
-            )
         if magic != MAGIC:
-            raise GgufFileError(
-                f"Cannot read {self.path}: its first bytes are {magic!r}; expected {MAGIC!r}. "
-                "It is not a GGUF file; check the path, or convert the model to GGUF."
-            )
+            advice = LFS_ADVICE if is_lfs_pointer(self.path) else ADVICE
+            self.fail("its beginning", repr(magic), f"{MAGIC!r} of a GGUF file", advice)
         version = int(self.scalar(U32, "the version"))
-        if version & 0xFFFF == 0:
-            raise GgufFileError(
-                f"Cannot read {self.path}: it is written for a big-endian machine; expected "
-                "little-endian. Fetch or convert a little-endian file."
-            )
         if version not in VERSIONS:
-            raise GgufFileError(
-                f"Cannot read {self.path}: it is GGUF version {version}; expected version "
-                f"{' or '.join(map(str, VERSIONS))}. Fetch or convert it again."
-            )
+            self.fail("the version", version, "2 or 3, little-endian")
         return self.count(U64, MAX_TENSORS, "the number of tensors")
 
     def read_metadata(self, n_metadata: int) -> dict[str, MetadataValue]:
@@ -240,23 +211,22 @@ class GgufCursor:
         if kind == STRING:
             return self.text(MAX_STRING_BYTES, field, strict=False)
         if kind != ARRAY:
-            self.fail(f"the type of {field}", str(kind), "a type of GGUF, 0 to 12")
+            self.fail(f"the type of {field}", kind, "a type of GGUF, 0 to 12")
         item_kind = int(self.scalar(U32, f"the element type of {field}"))
         length = self.count(U64, MAX_ARRAY_LENGTH, f"the length of {field}")
+        offset = self.position
         if item_kind == STRING:
-            offset = self.position
             self.skip_strings(length, field)
             return SkippedArray(length, offset, self.position - offset)
         if item_kind not in SCALARS:
-            self.fail(f"the element type of {field}", str(item_kind), "a number or a string")
+            self.fail(f"the element type of {field}", item_kind, "a number or a string")
         form = SCALARS[item_kind]
-        begin = self.take(length * form.size, field)
+        n_bytes = length * form.size
+        begin = self.take(n_bytes, field)
         if length > MAX_KEPT_ARRAY or self.n_kept + length > MAX_KEPT:
-            n_bytes = length * form.size
-            return SkippedArray(length, self.position - n_bytes, n_bytes)
+            return SkippedArray(length, offset, n_bytes)
         self.n_kept += length
-        raw = self.data[begin : begin + length * form.size]
-        return tuple(value for (value,) in form.iter_unpack(raw)) if raw else ()
+        return tuple(value for (value,) in form.iter_unpack(self.data[begin : begin + n_bytes]))
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""
@@ -265,93 +235,56 @@ class GgufCursor:
         for _ in range(length):
             if index + U64.size > len(data):
                 self.position = self.n_dropped + index
-                self.load_strings(self.position + U64.size, length, field)
+                self.load(self.position + U64.size, field)
                 index = self.position - self.n_dropped
             index += U64.size + unpack_length(data, index)[0]
         end = self.n_dropped + index
-        self.load_strings(end, length, field)
+        self.load(end, field)
         self.position = end
 
-    def load_strings(self, end: int, length: int, field: str) -> None:
-        if end > self.size_bytes:
-            raise GgufFileError(
-                f"Cannot read {self.path}: the file ends inside {field}, an array of {length} "
-                "strings. The file is truncated or corrupted; fetch or convert it again."
-            )
-        self.load(end, field)
-
-    def check_not_split(self, metadata: Mapping[str, MetadataValue]) -> None:
-        n_split = metadata.get("split.count", 0)
-        if isinstance(n_split, int) and n_split > 1:
-            raise GgufFileError(
-                f"Cannot use {self.path}: metadata field split.count says that it is one of "
-                f"{n_split} parts; expected a whole model. Join the parts with "
-                "llama.cpp's `llama-gguf-split --merge`."
-            )
-
-    def data_offset(self, alignment: int) -> int:
-        return -(-self.position // alignment) * alignment
-
     def read_tensors(self, n_tensor: int, alignment: int) -> dict[str, TensorInfo]:
-        relative: dict[str, TensorInfo] = {}
+        """Read the entries; their offsets count from the tensor data."""
+        tensors: dict[str, TensorInfo] = {}
         for index in range(n_tensor):
             info = self.read_tensor_info(index, alignment)
-            if info.name in relative:
+            if info.name in tensors:
                 self.fail(f"tensor {info.name!r}", "listed twice", "every tensor once")
-            relative[info.name] = info
-        data_offset = self.data_offset(alignment)
-        tensors = {
-            name: TensorInfo(
-                name, info.shape, info.ggml_type, data_offset + info.offset, info.n_bytes
-            )
-            for name, info in relative.items()
-        }
-        self.check_places(tensors)
+            tensors[info.name] = info
         return tensors
 
     def read_tensor_info(self, index: int, alignment: int) -> TensorInfo:
-        """Read one entry; its offset is still relative to the tensor data."""
         name = self.text(MAX_TENSOR_NAME_BYTES, f"the name of tensor {index}", strict=True)
         field = f"tensor {name!r}"
         n_dims = self.count(U32, MAX_DIMS, f"the number of dimensions of {field}")
         dims = [int(self.scalar(U64, f"the shape of {field}")) for _ in range(n_dims)]
         if not dims or min(dims) < 1:
-            self.fail(f"the shape of {field}", str(dims[::-1]), "positive dimensions")
+            self.fail(f"the shape of {field}", dims[::-1], "positive dimensions")
         type_number = int(self.scalar(U32, f"the type of {field}"))
         offset = int(self.scalar(U64, f"the offset of {field}"))
         try:
             ggml_type = GGMLQuantizationType(type_number)
             n_block, block_bytes = GGML_QUANT_SIZES[ggml_type]
         except (ValueError, KeyError):
-            raise GgufFileError(
-                f"Cannot read {self.path}: the type of {field} is {type_number}, which this "
-                "version does not know. Use a file of another quantisation, or upgrade."
-            ) from None
+            self.fail(f"the type of {field}", type_number, "one that this version knows")
         if dims[0] % n_block:
-            found, expected = f"{dims[0]} wide", f"a multiple of {n_block} for {ggml_type.name}"
-            self.fail(field, found, expected)
+            expected = f"a multiple of {n_block} for {ggml_type.name}"
+            self.fail(f"the width of {field}", dims[0], expected)
         if offset % alignment:
-            self.fail(f"the offset of {field}", str(offset), f"a multiple of {alignment}")
-        n_elements = 1
-        for dim in dims:
-            n_elements *= dim
-        n_bytes = n_elements // n_block * block_bytes
+            self.fail(f"the offset of {field}", offset, f"a multiple of {alignment}")
+        n_bytes = math.prod(dims) // n_block * block_bytes
         return TensorInfo(name, tuple(dims[::-1]), ggml_type, offset, n_bytes)
 
     def check_places(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Check that tensors lie inside the file and do not share bytes."""
         end, previous = 0, ""
         for info in sorted(tensors.values(), key=lambda info: info.offset):
-            if info.offset + info.n_bytes > self.size_bytes:
-                raise GgufFileError(
-                    f"Cannot read {self.path}: tensor {info.name!r} ends at byte "
-                    f"{info.offset + info.n_bytes}, and the file has {self.size_bytes}. "
-                    "The file is truncated or corrupted; fetch or convert it again."
-                )
             if info.offset < end:
-                found = f"at byte {info.offset}, inside tensor {previous!r}"
-                self.fail(f"tensor {info.name!r}", found, f"byte {end} or later")
+                expected = f"byte {end} or later, after tensor {previous!r}"
+                self.fail(f"the place of tensor {info.name!r}", f"byte {info.offset}", expected)
             end, previous = info.offset + info.n_bytes, info.name
+            if end > self.size_bytes:
+                expected = f"at most the file's {self.size_bytes}"
+                self.fail(f"the end of tensor {info.name!r}", f"byte {end}", expected)
 
 
 @dataclass(frozen=True)
@@ -401,11 +334,8 @@ class GgufHeader:
     def n_vocab(self) -> int:
         info = self.tensors.get("token_embd.weight")
         if info is None or len(info.shape) != 2:
-            raise GgufFileError(
-                f"Cannot tell the vocabulary's size of {self.path}: tensor token_embd.weight is "
-                f"{'missing' if info is None else f'of shape {list(info.shape)}'}; expected "
-                "[n_vocab, n_embd]. Use the GGUF of a language model as base."
-            )
+            found = "missing" if info is None else f"of shape {list(info.shape)}"
+            raise self._no_model("tensor token_embd.weight", found, "[n_vocab, n_embd]")
         return info.shape[0]
 
     def _count(self, field: str, largest: int = MAX_COUNT) -> int:
@@ -416,16 +346,12 @@ class GgufHeader:
             value = max(value)  # given per layer: the same in all, or 0 in those that have none
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
             return value
-        kind = self.metadata.get("general.type", "model")
-        if kind != "model":
-            raise GgufFileError(
-                f"Cannot use {self.path} as a base: metadata field general.type is {brief(kind)}; "
-                "expected the GGUF of a language model. Give the base that the adapter is for."
-            )
-        raise GgufFileError(
-            f"Cannot use {self.path}: metadata field {key} is "
-            f"{'missing' if value is None else brief(value)}; expected one whole number from 1 to "
-            f"{largest}. "
+        found = "missing" if value is None else brief(value)
+        raise self._no_model(f"metadata field {key}", found, f"a whole number up to {largest}")
+
+    def _no_model(self, field: str, found: str, expected: str) -> GgufFileError:
+        return GgufFileError(
+            f"Cannot use {self.path} as a base: {field} is {found}; expected {expected}. "
             "Use the GGUF of a language model as base."
         )
 
@@ -438,24 +364,17 @@ def read_gguf_header(path: AnyPath) -> GgufHeader:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            raise InputFileError(
-                f"Cannot read {path}: it {what}; expected a GGUF file. Check the path."
-            )
         with open_input(path) as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes == 0:
-                raise GgufFileError(
-                    f"Cannot read {path}: it is empty; expected a GGUF file. Fetch it again."
-                )
-            parsed = GgufCursor(path, file, size_bytes).read_header()
+            return GgufCursor(path, file, os.fstat(file.fileno()).st_size).read_header()
     except OSError as error:
-        raise InputFileError(
-            f"Cannot read {path}: opening or reading it failed ({error.strerror}). "
-            "Check that you may read it."
-        ) from error
-    return GgufHeader(**vars(parsed), path=path, size_bytes=size_bytes)
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputFileError:
+    return InputFileError(
+        f"Cannot read {path}: opening or reading it failed ({error.strerror}); expected a GGUF "
+        "file. Check that it exists and that you may read it."
+    )
 
 
 def read_array(path: Path, array: SkippedArray) -> bytes:
@@ -463,14 +382,16 @@ def read_array(path: Path, array: SkippedArray) -> bytes:
 
     Raises InputFileError when the file is gone, GgufFileError when it changed.
     """
+    return _read(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
+
+
+def _read(path: Path, offset: int, row_bytes: int, rows: range, columns: range) -> bytes:
+    """Read as read_columns does, with errors of ours."""
     try:
-        data = read_columns(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
+        data = read_columns(path, offset, row_bytes, rows, columns)
     except OSError as error:
-        raise InputFileError(
-            f"Cannot read {path}: reading it again failed ({error.strerror}); expected the file "
-            "that was read before. Put it back and try again."
-        ) from error
-    if len(data) != array.n_bytes:
+        raise _unreadable(path, error) from error
+    if len(data) != len(rows) * len(columns):
         raise _changed(path)
     return data
 
@@ -492,7 +413,10 @@ def read_texts(path: Path, array: SkippedArray) -> list[bytes]:
 
 
 def _changed(path: Path) -> GgufFileError:
-    return GgufFileError(f"Cannot read {path}: it changed while it was read. Try again.")
+    return GgufFileError(
+        f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
+        "Try again."
+    )
 
 
 def read_values(path: Path, info: TensorInfo) -> F32:
@@ -527,20 +451,7 @@ def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | No
     row_bytes = info.shape[-1] // n_block * block_bytes
     columns = columns or range(info.shape[-1])
     part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
-    n_bytes = len(rows) * len(part)
-    try:
-        raw = read_columns(path, info.offset, row_bytes, rows, part)
-    except OSError as error:
-        raise InputFileError(
-            f"Cannot read tensor {info.name} of {path}: reading failed ({error.strerror}); "
-            "expected the file that was read before. Put it back and try again."
-        ) from error
-    if len(raw) != n_bytes:
-        raise GgufFileError(
-            f"Cannot read tensor {info.name} of {path}: the file gave {len(raw)} bytes and "
-            f"{n_bytes} were expected; it changed while it was open. Try again."
-        )
-    return raw
+    return _read(path, info.offset, row_bytes, rows, part)
 
 
 def _to_float32(path: Path, info: TensorInfo, rows: NDArray[np.uint8]) -> F32:

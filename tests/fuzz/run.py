@@ -53,8 +53,9 @@ def _run_worker(name: str, work: Path, seed: int, seconds: float, n_case: int) -
     """Run one worker to its end. returns  how it died, or None"""
     command = [sys.executable, "-P", "-m", "fuzz.worker"]
     command += [name, str(work), str(seed), str(seconds), str(n_case)]
+    places = [os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[1])]
     env = os.environ | {
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": os.pathsep.join(place for place in places if place),
         "QAFLORA_CACHE": str(work / "cache"),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
