@@ -142,28 +142,6 @@ def test_the_home_folder_is_found_behind_the_name(
         create_bundle(tmp_path / "b", sources.base.path, {"a": "~nobody0/x"})
 
 
-def test_a_file_of_a_peft_folder_is_refused(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path)
-    path = sources.peft / "adapter_model.safetensors"
-    with pytest.raises(InputFileError) as caught:
-        create_bundle(sources.folder, sources.base.path, {"math": path})
-    assert str(caught.value) == (
-        f"Cannot read the adapter {path}: it is a file of a PEFT folder; expected the folder. "
-        f"Give {sources.peft}."
-    )
-
-
-def test_existing_target_is_refused(made: TinyBundle) -> None:
-    before = snapshot(made.folder.parent)
-    with pytest.raises(OutputFileError) as caught:
-        create_bundle(made.folder, made.base.path, {"es": made.adapter.path})
-    assert str(caught.value) == (
-        f"Cannot create the bundle {made.folder}: there is something of that name already. "
-        "Choose another name, or remove it first."
-    )
-    assert snapshot(made.folder.parent) == before
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -186,15 +164,6 @@ def test_a_text_that_could_not_be_read_again_is_refused(
     assert snapshot(sources.folder) == before
 
 
-@pytest.mark.parametrize("name", ["..", "a" * 65, "a\n"])
-def test_bad_adapter_names_are_refused(tmp_path: Path, name: str) -> None:
-    sources = make_sources(tmp_path)
-    before = snapshot(tmp_path)
-    with pytest.raises(BundleError, match="cannot be used; expected 1 to 64 letters"):
-        create_bundle(sources.folder, sources.base.path, {name: sources.adapter.path})
-    assert snapshot(tmp_path) == before
-
-
 def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
     other = tiny.write_tiny_base(tmp_path / "other.gguf", n_embd=32)
@@ -206,6 +175,7 @@ def test_failed_creation_leaves_the_disk_untouched(tmp_path: Path) -> None:
         (AdapterMismatchError, other.path, sources.peft, {}),
         (GgufFileError, sources.base.path, truncated, {}),
         (InputFileError, sources.base.path, tmp_path / "missing", {}),
+        (InputFileError, sources.base.path, sources.peft / "adapter_model.safetensors", {}),
         (StrategyError, sources.base.path, sources.peft, {"strategy": "single:no"}),
         (BundleError, sources.base.path, sources.peft, {"strategy": "two-place"}),
     ]
@@ -254,14 +224,6 @@ def test_a_bundle_whose_measuring_fails_works(tmp_path: Path) -> None:
 # loading
 
 
-def test_loading_changes_nothing(made: TinyBundle) -> None:
-    before = snapshot(made.folder.parent)
-    load_bundle(made.folder)
-    verify_bundle(made.folder)
-    describe(made.folder)
-    assert snapshot(made.folder.parent) == before
-
-
 def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
     def record(raw: Raw) -> None:
         raw["description"] = "ends\x1b[2J\nhere"
@@ -275,22 +237,48 @@ def test_texts_of_a_bundle_command_no_terminal(made: TinyBundle) -> None:
     assert lines[2].startswith(r"base       base \u202e, 3 layers")
 
 
+@pytest.mark.parametrize("name", ["../x", "a\n"])
+def test_a_name_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> None:
+    sources = make_sources(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(BundleError, match="cannot be used; expected 1 to 64 letters"):
+        create_bundle(sources.folder, sources.base.path, {name: sources.adapter.path})
+    assert snapshot(tmp_path) == before
+
+
+def test_what_is_there_is_not_replaced(made: TinyBundle) -> None:
+    before = snapshot(made.folder.parent)
+    with pytest.raises(OutputFileError, match="there is something of that name already"):
+        create_bundle(made.folder, made.base.path, {"es": made.adapter.path})
+    load_bundle(made.folder)
+    assert snapshot(made.folder.parent) == before
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, found in (
+        ("none", "it does not exist"),
+        ("file", "it is a file"),
+        ("empty", "there is no file bundle.json"),
+    ):
+        with pytest.raises(BundleError, match=f"Cannot open the bundle .*: {found}"):
+            load_bundle(tmp_path / name)
+
+
 def flip_last_byte(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-@pytest.mark.parametrize("open_bundle", [load_bundle, verify_bundle])
-def test_changed_adapter_is_refused(
-    made: TinyBundle, open_bundle: Callable[[Path], object]
-) -> None:
-    open_bundle(made.folder)
+def test_changed_adapter_is_refused(made: TinyBundle) -> None:
+    load_bundle(made.folder)
     path = made.folder / "adapters/es.gguf"
     recorded = sha256(path)
     flip_last_byte(path)
     before = snapshot(made.folder.parent)
     with pytest.raises(ChecksumError) as caught:
-        open_bundle(made.folder)
+        load_bundle(made.folder)
     assert str(caught.value) == (
         f"The adapter es is not the file that was recorded: {path} has the SHA-256 "
         f"{sha256(path)}, expected {recorded} as {made.folder / 'bundle.json'} says. "
@@ -352,25 +340,6 @@ def test_bundle_can_move_to_a_machine_with_the_pulled_base(
     )
 
 
-def test_base_by_name_leaves_no_path_in_the_bundle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sources = make_sources(tmp_path)
-    model = register(monkeypatch, sources.base.path)
-    with pytest.raises(GgufFileError) as caught:
-        create_bundle(sources.folder, "tiny-model", {"es": sources.adapter.path})
-    assert str(caught.value) == (
-        "The base tiny-model is in the registry but not on this machine; "
-        "fetch it with `qaflora pull tiny-model`."
-    )
-    registry.models_dir().mkdir(parents=True)
-    sources.base.path.rename(registry.models_dir() / model.file)
-    create_bundle(sources.folder, "tiny-model", {"es": sources.adapter.path})
-    assert "file" not in bundle_json(sources.folder)["base"]
-    assert str(tmp_path) not in (sources.folder / "bundle.json").read_text()
-    load_bundle(sources.folder)
-
-
 # a hostile bundle.json
 
 
@@ -390,29 +359,21 @@ def set_typical(value: Any) -> Callable[[Raw], object]:
     ("change", "message"),
     [
         (lambda raw: raw.update(format="other/1"), 'format is "other/1", expected "qaflora-bundle'),
-        (lambda raw: raw.pop("format"), "field format is missing"),
-        (lambda raw: raw.update(name=3), "field name is 3, expected a text"),
         (lambda raw: raw["adapters"].append(raw["adapters"][0]), "adapters[2].name is"),
         (set_base(n_layer=True), "base.n_layer is true, expected a whole number from 1 to 1024"),
         (set_base(n_layer=4), "field base.n_layer is 4, expected 3 as in"),
         (set_base(file="a\0b"), "its base (llama"),
-        (set_base(file="x" * 5000), "its base (llama"),
-        (set_base(registry="x`; rm -rf /`"), "base.registry is"),
         (set_adapter(name="../x"), 'adapters[0].name is "../x", expected 1 to 64 letters'),
         (set_adapter(rank=9), "field rank of adapter math is 9, expected 4 as in"),
-        (set_adapter(alpha=10**400), "adapters[0].alpha is 1000"),
         (set_adapter(alpha=2.0), "field alpha of adapter math is 2.0, expected 8.0 as in"),
         (set_adapter(targets=["attn_q"]), "field targets of adapter math is ['attn_q']"),
         (set_adapter(file=""), 'adapters[0].file is "", expected a relative path to a file inside'),
-        (lambda raw: raw["fusion"].update(strategy="best"), 'fusion.strategy is "best"'),
         (lambda raw: raw["fusion"].update(strategy="single:no"), 'fusion.strategy is "single:no"'),
-        (lambda raw: raw["fusion"].update(lens="wide"), 'fusion.lens is "wide", expected one of'),
         (set_typical({"no": {}}), "fusion.typical.no is {}, expected only adapters"),
         (
             set_typical({"es": {"norm": [1, 2]}}),
             "fusion.typical.es.norm is a list of 2, expected 3",
         ),
-        (set_typical({"es": {"raw": [1, 2, 0]}}), "fusion.typical.es.raw[2] is 0, expected a fin"),
     ],
 )
 def test_wrong_field_is_named(
@@ -450,8 +411,6 @@ def test_broken_json_is_refused(made: TinyBundle, data: bytes, message: str) -> 
         ("C:\\windows\\x", "expected a relative path"),
         ("../es.gguf", "inside the bundle's folder, without '..'"),
         ("~/es.gguf", "not beginning with '~' or 'file:'"),
-        ("File:es.gguf", "not beginning with '~' or 'file:'"),
-        ("adapters/../../es.gguf", "without '..'"),
         ("adapters", "is a folder"),
         ("adapters/none.gguf", "does not exist"),
         ("out.gguf", "a link in it leads out of the bundle"),
@@ -463,24 +422,6 @@ def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str)
     rewrite(made.folder, set_adapter(file=file))
     with pytest.raises(BundleError, match=message):
         load_bundle(made.folder)
-
-
-def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "empty").mkdir()
-    for name, found in (("none", "it does not exist"), ("file", "it is a file")):
-        with pytest.raises(BundleError) as caught:
-            load_bundle(tmp_path / name)
-        assert str(caught.value) == (
-            f"Cannot open the bundle {tmp_path / name}: {found}, expected a folder with "
-            "bundle.json. Give the folder of a bundle, or make one with `qaflora bundle create`."
-        )
-    with pytest.raises(BundleError) as caught:
-        load_bundle(tmp_path / "empty")
-    assert str(caught.value) == (
-        f"Cannot open the bundle {tmp_path / 'empty'}: there is no file bundle.json in it. "
-        "Give the folder of a bundle, or make one with `qaflora bundle create`."
-    )
 
 
 # checked hashes

@@ -7,6 +7,7 @@ the old or the new one at any moment.
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 from qaflora_edge.bundles.measure import (
     OpenEngine,
     check_strategy,
-    measure_samples,
     measure_typical,
+    prompts_sha256,
 )
 from qaflora_edge.bundles.open import known_of, load_bundle
 from qaflora_edge.bundles.source import (
@@ -25,7 +26,7 @@ from qaflora_edge.bundles.source import (
     find_base,
     put_adapter,
 )
-from qaflora_edge.errors import BundleError, OutputFileError, StrategyError, os_errors
+from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import (
     AnyPath,
     cache_lock,
@@ -42,9 +43,11 @@ from qaflora_edge.formats.bundle import (
 )
 from qaflora_edge.formats.checksums import check_file
 from qaflora_edge.progress import Tell, silent
+from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy
 
 MAX_SAMPLES = 1000
+SAMPLE_CTX = 2048  # tokens of one sample text
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
 
 
@@ -172,7 +175,7 @@ def set_samples(
     Raises BundleError for no adapter of the bundle, no text or too many, PromptError for a text of
     more than 2,048 tokens.
     """
-    folder = Path(folder)
+    folder, tell = Path(folder), progress or silent
     if not 1 <= len(texts) <= MAX_SAMPLES:
         raise BundleError(
             f"{len(texts)} sample texts were given for the adapter {name} of {folder}, expected 1 "
@@ -180,8 +183,13 @@ def set_samples(
         )
     with editing(folder) as (text, raw):
         _index(folder, text, name)
-        found = measure_samples(load_bundle(folder).base_path, texts, engine, progress or silent)
-        raw.setdefault("fusion", {}).setdefault("samples", {})[name] = found
+        with engine(base=load_bundle(folder).base_path, n_ctx=SAMPLE_CTX) as opened:
+            centroid = opened.centroid(texts, lambda *done: tell("Embedding the samples", *done))
+        raw.setdefault("fusion", {}).setdefault("samples", {})[name] = {
+            "embedding": centroid_text(centroid),
+            "n_text": len(texts),
+            "sha256": prompts_sha256(texts),
+        }
 
 
 def set_default(folder: AnyPath, strategy: str, *, lens: str, pool: str) -> None:
@@ -296,20 +304,12 @@ def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
                 f"Cannot put an adapter {name} into {folder}: the file {file} is that of the "
                 f"adapter {record['name']}. Choose another name."
             )
-    path = safe_join(folder, file)
-    failure, advice = f"Cannot make the folder {path.parent}", "Check that you may write there."
-    with os_errors(OutputFileError, failure, advice):
-        path.parent.mkdir(exist_ok=True)
+    safe_join(folder, file).parent.mkdir(exist_ok=True)
     return file
 
 
 def _renamed_strategy(strategy: str, old: str, new: str) -> str:
     kind, _, argument = strategy.partition(":")
-    if kind == "single":
-        return f"single:{new if argument == old else argument}"
-    if kind != "manual":
+    if kind not in ("single", "manual"):
         return strategy
-    pairs = [item.partition("=") for item in argument.split(",")]
-    return "manual:" + ",".join(
-        f"{new if name == old else name}={weight}" for name, _, weight in pairs
-    )
+    return f"{kind}:" + re.sub(rf"(^|,){re.escape(old)}(?=[=,]|$)", rf"\g<1>{new}", argument)

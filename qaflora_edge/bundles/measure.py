@@ -13,14 +13,12 @@ from typing import Any
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import package_data
 from qaflora_edge.progress import Tell
-from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.calibration import KEYS
 from qaflora_edge.weighing.strategy import parse_strategy
 from qaflora_edge.weighing.weigher import Known, Weigher
 
 PROMPTS_FILE = "data/neutral_prompts.json"
 CALIBRATION_CTX = 512  # tokens; the neutral prompts are short
-SAMPLE_CTX = 2048  # tokens of one sample text
 ONCE = "Measuring what is typical of each adapter, once"  # label of the progress
 
 
@@ -79,19 +77,6 @@ def measure_typical(
     if strategy is not None:
         check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
     return bool(names)
-
-
-def measure_samples(
-    base_path: Path, texts: Sequence[str], engine: OpenEngine, tell: Tell
-) -> dict[str, Any]:
-    """Embed sample texts: what bundle.json keeps of them, which is no text."""
-    with engine(base=base_path, n_ctx=SAMPLE_CTX) as opened:
-        centroid = opened.centroid(texts, lambda *done: tell("samples", *done))
-    return {
-        "embedding": centroid_text(centroid),
-        "n_text": len(texts),
-        "sha256": prompts_sha256(texts),
-    }
 
 
 def _rounded(value: Any) -> Any:

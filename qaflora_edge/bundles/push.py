@@ -24,6 +24,7 @@ Content = Path | bytes
 
 CARD_FILE = "README.md"
 LIBRARY = "qaflora-edge"
+ADAPTER = f"A LoRA adapter, mixed with others by {LIBRARY}."
 # Licences as bundles name them, in the Hub's names. The card states no others.
 LICENSES = {"mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause"}
 
@@ -62,7 +63,7 @@ def push(
         files, card = _peft(path, repo)
     else:
         read_adapter_gguf(path)
-        files, card = {path.name: path}, _adapter_card(repo, {})
+        files, card = {path.name: path}, _card(repo, {}, ADAPTER, _use(repo))
     try:
         return _send(files, card, repo, private, revision, message)
     except UploadError as error:
@@ -108,7 +109,7 @@ def _peft(path: Path, repo: str) -> tuple[dict[str, Content], str]:
         names.append(INDEX_FILE)
     fields = {"library_name": "peft"} | ({"base_model": base} if base and is_repo(base) else {})
     files: dict[str, Content] = {name: folder / name for name in names}
-    return files | _documents(folder), _adapter_card(repo, fields)
+    return files | _documents(folder), _card(repo, fields, ADAPTER, _use(repo))
 
 
 def _documents(folder: Path) -> dict[str, Content]:
@@ -154,10 +155,9 @@ def _send(
     return Pushed(commit.commit_url, str(HubRef(repo, None, commit.oid)), tuple(sorted(files)))
 
 
-def _adapter_card(repo: str, fields: Mapping[str, str]) -> str:
+def _use(repo: str) -> str:
     name = repo.partition("/")[2]
-    command = f"qaflora bundle create my-bundle --base BASE.gguf --adapter {name}={repo}"
-    return _card(repo, fields, f"A LoRA adapter, mixed with others by {LIBRARY}.", command)
+    return f"qaflora bundle create my-bundle --base BASE.gguf --adapter {name}={repo}"
 
 
 def _card(repo: str, fields: Mapping[str, str], about: str, *commands: str) -> str:
