@@ -580,8 +580,10 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtyp
 @pytest.mark.parametrize(
     ("changes", "field", "found", "expected"),
     [
-        ({B0: "../x.safetensors"}, f"tensor {B0}", "in adapter_model-2.safetensors",
-         "in ../x.safetensors"),
+        ({B0: "../x.safetensors"}, "a file in weight_map", "'../x.safetensors'",
+         "a .safetensors file beside it"),
+        ({B0: "adapter_model-1.safetensors"}, f"tensor {B0}", "in adapter_model-2.safetensors",
+         "in adapter_model-1.safetensors"),
         ({"more": "adapter_model-1.safetensors"}, "tensor more", "missing",
          "in adapter_model-1.safetensors"),
     ],

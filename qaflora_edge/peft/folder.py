@@ -214,9 +214,12 @@ def _check_index(path: Path, files: Mapping[str, str]) -> None:
         raise wrong("its content", f"not JSON ({error})", "an object") from error
     if not isinstance(weight_map, dict):
         raise wrong("weight_map", repr(weight_map)[:80], "names of tensors and their files")
+    for file in weight_map.values():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", str(file)):
+            raise wrong("a file in weight_map", repr(file)[:80], "a .safetensors file beside it")
     for name in sorted({*weight_map, *files}):
         file = weight_map.get(name, "no file")
         if name not in files:
-            raise wrong(f"tensor {name}", "missing", f"in {str(file)[:80]}")
+            raise wrong(f"tensor {name}", "missing", f"in {file}")
         if file != files[name]:
-            raise wrong(f"tensor {name}", f"in {files[name]}", f"in {str(file)[:80]}")
+            raise wrong(f"tensor {name}", f"in {files[name]}", f"in {file}")
