@@ -105,131 +105,58 @@ def test_head_of_a_tied_base_is_accepted(tmp_path: Path, base: tiny.TinyBase) ->
 # --- files that are no sound adapters -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fields", "key", "found", "expected"),
-    [
-        ({"kind": None}, "general.type", "missing", "adapter"),
-        ({"adapter": "control"}, "adapter.type", "'control'", "lora"),
-    ],
-)
-def test_file_of_another_kind_is_refused(
-    tmp_path: Path, fields: dict[str, Any], key: str, found: str, expected: str
+Q_A, Q_B, UP_A, UP_B = f"{Q0}.lora_a", f"{Q0}.lora_b", f"{UP0}.lora_a", f"{UP0}.lora_b"
+EMBEDDING = "token_embd.weight"
+PLAIN = UnsupportedAdapterError
+ALPHA = "metadata field adapter.lora.alpha is"
+WRONG: list[tuple[dict[str, tuple[int, ...]], dict[str, Any], type[Exception], str]] = [
+    (PAIR, {"kind": None}, GgufFileError, "metadata field general.type is missing; expected 'adap"),
+    (PAIR, {"adapter": "x"}, GgufFileError, "metadata field adapter.type is 'x'; expected 'lora'"),
+    (PAIR, {"alpha": None}, GgufFileError, f"{ALPHA} missing; expected a float of 32 bits"),
+    (PAIR, {"alpha": 0.0}, GgufFileError, f"{ALPHA} 0.0"),
+    (PAIR, {"alpha": float("nan")}, GgufFileError, f"{ALPHA} nan"),
+    (PAIR, {"alpha": np.float64(8)}, GgufFileError, f"{ALPHA} 8.0 of 64 bits"),
+    (PAIR, {"tokens": [1]}, PLAIN, "metadata field adapter.alora.invocation_tokens makes it an"),
+    ({**PAIR, "blk.0.attn_q.bias": (64,)}, {}, PLAIN, "it has tensor blk.0.attn_q.bias, which a"),
+    ({Q_A: (4, 64)}, {}, GgufFileError, f"{Q0} has one half of a pair"),
+    ({}, {}, GgufFileError, "it has no tensors"),
+    ({Q_A: (5, 64), Q_B: (64, 4)}, {}, GgufFileError, f"{Q_A} is [5, 64] and lora_b [64, 4]"),
+    (
+        {f"{EMBEDDING}.lora_a": (4, 271), f"{EMBEDDING}.lora_b": (64, 4)},
+        {},
+        GgufFileError,
+        f"{EMBEDDING}.lora_a is [4, 271] and lora_b [64, 4]; expected one rank",
+    ),
+    ({Q_A: (2, 4, 64), Q_B: (64, 4)}, {}, PLAIN, f"{Q_A} is [2, 4, 64] and lora_b [64, 4]"),
+    ({Q_A: (64,), Q_B: (64, 4)}, {}, PLAIN, f"{Q_A} is [64] and lora_b [64, 4]; expected 2 dim"),
+    (
+        {UP_A: (4, 64), UP_B: (64, 4)},
+        {},
+        PLAIN,
+        f"{UP_A} is [4, 64] and lora_b [64, 4]; exp",
+    ),
+    ({UP_A: (2, 4, 64), UP_B: (2, 96, 3)}, {}, GgufFileError, f"{UP_A} is [2, 4, 64] and lora_b"),
+    ({UP_A: (2, 4, 64), UP_B: (3, 96, 4)}, {}, GgufFileError, f"{UP_A} is [2, 4, 64] and lora_b"),
+    ({Q_A: (16385, 1), Q_B: (1, 16385)}, {}, GgufFileError, f"{Q0} has rank 16385; expected at"),
+]
+
+
+@pytest.mark.parametrize(("shapes", "fields", "kind", "found"), WRONG)
+def test_what_is_no_sound_adapter_is_refused(
+    tmp_path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    fields: dict[str, Any],
+    kind: type[Exception],
+    found: str,
 ) -> None:
-    path = write(tmp_path / "a.gguf", PAIR, **fields)
-    assert refusal(GgufFileError, path) == (
-        f"Cannot use {path} as an adapter: metadata field {key} is {found}; expected "
-        f"{expected!r}. Give an adapter GGUF, as `qaflora convert` writes it."
-    )
+    path = write(tmp_path / "a.gguf", shapes, **fields)
+    assert refusal(kind, path).startswith(f"Cannot use adapter {path}: {found}")
 
 
-@pytest.mark.parametrize(
-    ("alpha", "found"),
-    [
-        (None, "missing"),
-        (0.0, "0.0"),
-        (float("nan"), "nan"),
-        (np.float64(8), "8.0 of 64 bits"),
-    ],
-)
-def test_alpha_must_be_a_number_other_than_zero(tmp_path: Path, alpha: object, found: str) -> None:
-    path = write(tmp_path / "a.gguf", PAIR, alpha=alpha)
-    assert refusal(GgufFileError, path) == (
-        f"Cannot use adapter {path}: metadata field adapter.lora.alpha is {found}; expected a "
-        "float of 32 bits other than 0, for alpha / rank is the adapter's scale and llama.cpp "
-        "takes 1 without it. Convert the adapter again."
-    )
-
-
-def test_activated_lora_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.gguf", PAIR, tokens=[1, 2])
-    assert refusal(UnsupportedAdapterError, path) == (
-        f"Cannot use adapter {path}: metadata field adapter.alora.invocation_tokens makes it an "
-        "activated LoRA, which acts only after certain tokens; expected a plain LoRA. "
-        "Train a plain LoRA."
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("blk.0.attn_norm.weight", "a norm"),
-        ("blk.0.attn_q.bias", "neither lora_a nor lora_b"),
-    ],
-)
-def test_other_tensors_are_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
-    path = write(tmp_path / "a.gguf", {**PAIR, name: (64,)})
-    assert refusal(UnsupportedAdapterError, path) == (
-        f"Cannot use adapter {path}: tensor {name} is {kind}; expected pairs of lora_a and lora_b "
-        "only, for a plain LoRA cannot represent more. Convert a plain LoRA."
-    )
-
-
-def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
-    name = f"{Q0}.lora_a"
-    path = write(tmp_path / "a.gguf", {name: PAIR[name]})
-    assert refusal(GgufFileError, path) == (
-        f"Cannot use adapter {path}: tensor {Q0}.lora_b is missing and {name} is there; "
-        "expected both. Convert the adapter again."
-    )
-
-
-def test_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
+def test_a_refusal_has_four_parts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.gguf", {})
     assert refusal(GgufFileError, path) == (
         f"Cannot use adapter {path}: it has no tensors; expected pairs of lora_a and lora_b. "
-        "Convert the adapter again."
-    )
-
-
-def test_a_and_b_must_have_one_rank(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.gguf", {f"{Q0}.lora_a": (5, 64), f"{Q0}.lora_b": (64, 4)})
-    assert refusal(GgufFileError, path) == (
-        f"Cannot use adapter {path}: {Q0}.lora_a is [5, 64] and lora_b [64, 4], of ranks 5 and 4; "
-        "expected [rank, n_in] and [n_out, rank]. Convert the adapter again."
-    )
-    path = write(
-        tmp_path / "b.gguf",
-        {"token_embd.weight.lora_a": (4, 271), "token_embd.weight.lora_b": (64, 4)},
-    )
-    assert refusal(GgufFileError, path) == (
-        f"Cannot use adapter {path}: token_embd.weight.lora_a is [4, 271] and lora_b [64, 4], of "
-        "ranks 271 and 4; expected [n_vocab, rank] and [n_embd, rank]. Convert the adapter again."
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "expected"),
-    [(Q0, (2, 4, 64), "two dimensions"), (Q0, (64,), "two dimensions"),
-     (UP0, (4, 64), "three dimensions (experts)")],
-)  # fmt: skip
-def test_tensors_must_be_matrices_or_experts(
-    tmp_path: Path, name: str, shape: tuple[int, ...], expected: str
-) -> None:
-    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": shape, f"{name}.lora_b": (64, 4)})
-    assert refusal(UnsupportedAdapterError, path) == (
-        f"Cannot use adapter {path}: tensor {name}.lora_a has shape {list(shape)}; expected "
-        f"{expected}. Use an adapter of linear layers, embeddings or experts."
-    )
-
-
-def test_experts_have_one_rank_and_one_number(tmp_path: Path) -> None:
-    for a, b, ranks in (
-        ((2, 4, 64), (2, 96, 3), "4 and 3"),
-        ((2, 4, 64), (3, 96, 4), "4 and 4"),
-    ):
-        path = write(tmp_path / "a.gguf", {f"{UP0}.lora_a": a, f"{UP0}.lora_b": b})
-        assert refusal(GgufFileError, path) == (
-            f"Cannot use adapter {path}: {UP0}.lora_a is {list(a)} and lora_b {list(b)}, of ranks "
-            f"{ranks}; expected [n_expert, rank, n_in] and [n_expert, n_out, rank]. Convert the "
-            "adapter again."
-        )
-
-
-def test_rank_has_a_limit(tmp_path: Path) -> None:
-    shapes = {f"{Q0}.lora_a": (16385, 1), f"{Q0}.lora_b": (1, 16385)}
-    path = write(tmp_path / "a.gguf", shapes)
-    assert refusal(GgufFileError, path) == (
-        f"Cannot use adapter {path}: {Q0} has rank 16385; expected at most 16384. "
         "Convert the adapter again."
     )
 
@@ -268,7 +195,7 @@ def test_shape_that_does_not_fit_the_base_is_named(
     path = write(tmp_path / "a.gguf", {f"{name}.lora_a": a, f"{name}.lora_b": b})
     assert refusal(AdapterMismatchError, path, base) == (
         f"Cannot use adapter {path} with base {base.path}: it adapts {name} as shape {found}, and "
-        f"the base's is {expected}. {TRAINED}"
+        f"the base has {expected}; expected equal shapes. {TRAINED}"
     )
 
 
@@ -286,7 +213,7 @@ def test_experts_of_the_base_are_compared(tmp_path: Path) -> None:
         check_adapter(read_adapter_gguf(path), base)
     assert str(caught.value) == (
         f"Cannot use adapter {path} with base {base.path}: it adapts {UP0} as shape [3, 96, 64], "
-        f"and the base's is [2, 96, 64]. {TRAINED}"
+        f"and the base has [2, 96, 64]; expected equal shapes. {TRAINED}"
     )
 
 
@@ -294,7 +221,7 @@ def test_stack_that_is_no_experts_is_refused(tmp_path: Path) -> None:
     name = "blk.0.attn_v_b.weight"
     base = read_gguf_header(write(tmp_path / "base.gguf", {name: (2, 96, 64)}))
     path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (96, 4)})
-    with pytest.raises(AdapterMismatchError, match=r"as shape \[96, 64\], and the base's is \[2"):
+    with pytest.raises(AdapterMismatchError, match=r"as shape \[96, 64\], and the base has \[2"):
         check_adapter(read_adapter_gguf(path), base)
 
 

@@ -156,6 +156,6 @@ def test_bundle_takes_adapters_of_experts(
             weights = engine.weights(TOKENS, strategy=strategy).weights
             np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-5)
     fewer = write_tiny_base(tmp_path / "fewer.gguf", n_expert=N_EXPERT - 1)
-    with pytest.raises(AdapterMismatchError, match=r"as shape \[5, .* and the base's is \[4, "):
+    with pytest.raises(AdapterMismatchError, match=r"as shape \[5, .* and the base has \[4, "):
         create_bundle(tmp_path / "none", fewer.path, files)
     assert not (tmp_path / "none").exists()

@@ -14,7 +14,12 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import AdapterMismatchError, GgufFileError, UnsupportedAdapterError
+from qaflora_edge.errors import (
+    AdapterMismatchError,
+    GgufFileError,
+    QafloraError,
+    UnsupportedAdapterError,
+)
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.base import is_bypassed, module_kind
 from qaflora_edge.formats.gguf import (
@@ -173,21 +178,28 @@ def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
     return a, b, info.alpha / info.ranks[base_name]
 
 
+def _wrong(
+    header: GgufHeader,
+    found: str,
+    expected: str,
+    advice: str = "Convert the adapter again.",
+    kind: type[QafloraError] = GgufFileError,
+) -> QafloraError:
+    return kind(f"Cannot use adapter {header.path}: {found}; expected {expected}. {advice}")
+
+
 def _check_kind(header: GgufHeader) -> None:
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = header.metadata.get(key)
         if value != expected:
-            found = "missing" if value is None else brief(value)
-            raise GgufFileError(
-                f"Cannot use {header.path} as an adapter: metadata field {key} is {found}; "
-                f"expected {expected!r}. Give an adapter GGUF, as `qaflora convert` writes it."
-            )
-    if "adapter.alora.invocation_tokens" in header.metadata:
-        raise UnsupportedAdapterError(
-            f"Cannot use adapter {header.path}: metadata field adapter.alora.invocation_tokens "
-            "makes it an activated LoRA, which acts only after certain tokens; expected a plain "
-            "LoRA. Train a plain LoRA."
-        )
+            found = f"metadata field {key} is {'missing' if value is None else brief(value)}"
+            advice = "Give an adapter GGUF, as `qaflora convert` writes it."
+            raise _wrong(header, found, repr(expected), advice)
+    key = "adapter.alora.invocation_tokens"
+    if key in header.metadata:
+        found = f"metadata field {key} makes it an activated LoRA"
+        advice = "Train a plain LoRA."
+        raise _wrong(header, found, "a plain LoRA", advice, UnsupportedAdapterError)
 
 
 def _alpha(header: GgufHeader) -> float:
@@ -195,14 +207,10 @@ def _alpha(header: GgufHeader) -> float:
     is_double = isinstance(value, Double)
     if isinstance(value, float) and not is_double and math.isfinite(value) and value != 0.0:
         return value
-    kind = " of 64 bits" if is_double else ""
     # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
-    raise GgufFileError(
-        f"Cannot use adapter {header.path}: metadata field adapter.lora.alpha is "
-        f"{'missing' if value is None else brief(value)}{kind}; expected a float of 32 bits other "
-        "than 0, for alpha / rank is the adapter's scale and llama.cpp takes 1 without it. Convert "
-        "the adapter again."
-    )
+    shown = "missing" if value is None else brief(value) + " of 64 bits" * is_double
+    found = f"metadata field adapter.lora.alpha is {shown}"
+    raise _wrong(header, found, "a float of 32 bits other than 0")
 
 
 def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
@@ -211,97 +219,58 @@ def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
     for name, info in header.tensors.items():
         match = _LORA_NAME.fullmatch(name)
         if match is None:
-            kind = "a norm" if "norm" in name else "neither lora_a nor lora_b"
-            raise UnsupportedAdapterError(
-                f"Cannot use adapter {header.path}: tensor {name} is {kind}; expected pairs of "
-                "lora_a and lora_b only, for a plain LoRA cannot represent more. Convert a plain "
-                "LoRA."
-            )
-        _check_type(header, info)
+            found = f"it has tensor {name}, which a plain LoRA cannot represent"
+            expected, advice = "pairs of lora_a and lora_b only", "Convert a plain LoRA."
+            raise _wrong(header, found, expected, advice, UnsupportedAdapterError)
+        if info.ggml_type in NO_FLOATS:
+            found = f"tensor {name} is of type {info.ggml_type.name}"
+            raise _wrong(header, found, "F32, F16, BF16 or a quantised type")
         pairs.setdefault(match["base"], {})[match["side"]] = info
-    for base, pair in pairs.items():
-        if len(pair) == 1:
-            (present,) = pair
-            missing = "b" if present == "a" else "a"
-            raise GgufFileError(
-                f"Cannot use adapter {header.path}: tensor {base}.lora_{missing} is missing and "
-                f"{base}.lora_{present} is there; expected both. Convert the adapter again."
-            )
-    if not pairs:
-        raise GgufFileError(
-            f"Cannot use adapter {header.path}: it has no tensors; expected pairs of lora_a and "
-            "lora_b. Convert the adapter again."
-        )
+    halves = [base for base, pair in pairs.items() if len(pair) == 1]
+    if halves or not pairs:
+        found = f"{halves[0]} has one half of a pair" if halves else "it has no tensors"
+        raise _wrong(header, found, "pairs of lora_a and lora_b")
     return pairs
 
 
 def _rank(header: GgufHeader, base: str, pair: Mapping[str, TensorInfo]) -> int:
     """Give the rank of a module; A and B must agree on it."""
     n_axis = 3 if is_experts(base) else 2
-    for info in pair.values():
-        if len(info.shape) != n_axis:
-            expected = "three dimensions (experts)" if n_axis == 3 else "two dimensions"
-            raise UnsupportedAdapterError(
-                f"Cannot use adapter {header.path}: tensor {info.name} has shape "
-                f"{list(info.shape)}; expected {expected}. Use an adapter of linear layers, "
-                "embeddings or experts."
-            )
     a, b = pair["a"].shape, pair["b"].shape
+    found = f"{base}.lora_a is {list(a)} and lora_b {list(b)}"
+    if not len(a) == len(b) == n_axis:
+        expected = f"{n_axis} dimensions of each, as of a linear layer, an embedding or experts"
+        advice = "Use an adapter of such layers."
+        raise _wrong(header, found, expected, advice, UnsupportedAdapterError)
     rank, rank_axis = b[-1], -1 if base == EMBEDDING else -2
     if a[rank_axis] != rank or a[:-2] != b[:-2]:
-        expected = "[rank, n_in] and [n_out, rank]"
-        if base == EMBEDDING:
-            expected = "[n_vocab, rank] and [n_embd, rank]"
-        if n_axis == 3:
-            expected = "[n_expert, rank, n_in] and [n_expert, n_out, rank]"
-        raise GgufFileError(
-            f"Cannot use adapter {header.path}: {base}.lora_a is {list(a)} and lora_b {list(b)}, "
-            f"of ranks {a[rank_axis]} and {rank}; expected {expected}. Convert the adapter again."
-        )
+        raise _wrong(header, found, "one rank and one number of experts in both")
     if rank > MAX_RANK:
-        raise GgufFileError(
-            f"Cannot use adapter {header.path}: {base} has rank {rank}; expected at most "
-            f"{MAX_RANK}. Convert the adapter again."
-        )
+        raise _wrong(header, f"{base} has rank {rank}", f"at most {MAX_RANK}")
     return rank
 
 
-def _check_type(header: GgufHeader, info: TensorInfo) -> None:
-    if info.ggml_type in NO_FLOATS:
-        raise GgufFileError(
-            f"Cannot use adapter {header.path}: tensor {info.name} is of type "
-            f"{info.ggml_type.name}; expected F32, F16, BF16 or a quantised type. Convert the "
-            "adapter again."
-        )
-
-
 def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None:
+    start = f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}"
     if is_bypassed(header.architecture, base_name):
         raise UnsupportedAdapterError(
-            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}, which "
-            f"llama.cpp computes without adapters for {header.architecture}, and this part would "
-            "be ignored; expected tensors that it adapts. Train without this module, or merge the "
-            "adapter into its base."
+            f"{start}, which llama.cpp computes without adapters for {header.architecture}, and "
+            "this part would be ignored; expected tensors that it adapts. Train without this "
+            "module, or merge the adapter into its base."
         )
     if not re.match(r"blk\.\d+\.", base_name) and base_name not in (EMBEDDING, HEAD):
         raise UnsupportedAdapterError(
-            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name}, which "
-            "belongs to no layer, so that no layer's weight applies; expected blk.N., "
-            f"{EMBEDDING} or {HEAD}. Train without this module."
+            f"{start}, which belongs to no layer, so that no layer's weight applies; expected "
+            f"blk.N., {EMBEDDING} or {HEAD}. Train without this module."
         )
     tensor = header.tensors.get(base_name)
     if tensor is None and base_name == HEAD:
         tensor = header.tensors.get(EMBEDDING)  # a tied head
-    if tensor is None:
-        raise AdapterMismatchError(
-            f"Cannot use adapter {info.path} with base {header.path}: it adapts tensor "
-            f"{base_name}, which the base lacks. Use an adapter that was trained on this base."
-        )
     a, b = (info.tensors[f"{base_name}.lora_{side}"].shape for side in "ab")
     shape = (a[0], b[0]) if base_name == EMBEDDING else (*b[:-1], a[-1])
-    if shape != tensor.shape:
+    if tensor is None or shape != tensor.shape:
+        there = "lacks it" if tensor is None else f"has {list(tensor.shape)}"
         raise AdapterMismatchError(
-            f"Cannot use adapter {info.path} with base {header.path}: it adapts {base_name} as "
-            f"shape {list(shape)}, and the base's is {list(tensor.shape)}. "
+            f"{start} as shape {list(shape)}, and the base {there}; expected equal shapes. "
             "Use an adapter that was trained on this base."
         )
