@@ -8,6 +8,13 @@ def header(tasks: Mapping[str, str], adapters: Sequence[str] = ("math", "es")) -
     """Make a first line. tasks: name -> metric."""
     return {
         "eval": 1,
+        "version": "0.1.0",
+        "bundle": "demo",
+        "base": {"name": "tiny", "sha256": "0" * 64},
+        "n_layer": 3,
+        "measured": {"typical": "a"},
+        "options": {"lens": "norm", "n_ctx": 2048},
+        "machine": "a processor",
         "adapters": [{"name": name, "sha256": "1" * 64, "bytes": 1000} for name in adapters],
         "tasks": [
             {"name": name, "metric": metric, "sha256": "2" * 64} for name, metric in tasks.items()

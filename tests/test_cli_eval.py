@@ -182,11 +182,7 @@ def test_table_json_and_page_show_every_item(made: TinyBundle, tmp_path: Path) -
     [
         (("--html", "/nowhere/r.html"), 1, "the folder /nowhere does not take a new file"),
         (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),
-        (
-            ("one.jsonl", "--half", "test"),
-            2,
-            "The task one has 1 item, and none of them",
-        ),
+        (("one.jsonl", "--half", "test"), 2, "The task one has 1 item, and none of them"),
         (("--layers",), 2, "The option layers is gone; `qaflora weights --json` prints the"),
         (("-o", "r.jsonl", "--json", "./r.jsonl"), 2, "r.jsonl is named twice; give each FILE a"),
         (("sums.jsonl",), 2, "Two tasks have the name 'sums', expected different ones"),

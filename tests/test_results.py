@@ -6,41 +6,23 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import made_results
 import pytest
 
 from qaflora_edge.errors import OutputFileError, ResultsFileError
 from qaflora_edge.evaluation.results import ResultsFile, read_results
 from qaflora_edge.files import cache_lock
 
-HEADER: dict[str, Any] = {
-    "eval": 1,
-    "version": "0.1.0",
-    "bundle": "demo",
-    "base": {"name": "tiny", "sha256": "0" * 64},
-    "adapters": [
-        {"name": "math", "sha256": "1" * 64, "bytes": 10},
-        {"name": "es", "sha256": "2" * 64, "bytes": 20},
-    ],
-    "n_layer": 3,
-    "measured": {"typical": "a"},
-    "tasks": [{"name": "sums", "metric": "number", "sha256": "3" * 64, "n_item": 4}],
-    "strategies": ["static"],
-    "options": {"lens": "norm", "n_ctx": 2048},
-    "machine": "a processor",
-}
-
-
+HEADER = {**made_results.header({"sums": "number"}), "strategies": ["static"]}
 WHOLE = json.dumps(HEADER).encode() + b"\n"
 
 
 def record(item: int, strategy: str = "static", **fields: Any) -> dict[str, Any]:
-    weights = {"math": 0.5, "es": 0.5}
-    base = {"task": "sums", "item": item, "strategy": strategy, "score": 1.0, "weights": weights}
-    return {**base, **fields}
+    return made_results.record("sums", item, strategy, fields.pop("score", 1.0), **fields)
 
 
-def write(path: Path, *records: dict[str, Any], header: dict[str, Any] = HEADER) -> None:
-    file = ResultsFile(path, header)
+def write(path: Path, *records: dict[str, Any], head: dict[str, Any] = HEADER) -> None:
+    file = ResultsFile(path, head)
     with file.opened():
         for each in records:
             file.write(each)
@@ -92,7 +74,7 @@ def test_the_file_of_another_evaluation_stays(tmp_path: Path, key: str) -> None:
     write(path, record(0))
     before = path.read_bytes()
     with pytest.raises(OutputFileError) as failure:
-        write(path, record(1), header={**HEADER, key: "another"})
+        write(path, record(1), head={**HEADER, key: "another"})
     assert str(failure.value) == (
         f"Cannot write results into {path}: it was begun with other {key}, expected the same. "
         "Give what it was begun with, or choose another -o FILE."

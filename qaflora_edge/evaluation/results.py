@@ -50,7 +50,7 @@ class Results:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters in use, in the order of the first axis of `layers`."""
+        """Names of the adapters in use."""
         return tuple(adapter["name"] for adapter in self.header["adapters"])
 
 
