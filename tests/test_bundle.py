@@ -145,7 +145,7 @@ def test_the_home_folder_is_found_behind_the_name(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (os.fsdecode(b"caf\xe9"), r"a text or a path for it is not UTF-8"),
+        (os.fsdecode(b"caf\xe9"), r"it is not a JSON object in UTF-8"),
         ("x" * 100_001, "expected a text of at most 100000 characters"),
     ],
 )

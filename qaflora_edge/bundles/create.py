@@ -72,8 +72,8 @@ def create_bundle(
             "Choose another name, or remove it first."
         )
     with cache_lock(f"bundle {folder.resolve()}"), atomic_folder(folder, what) as temporary:
-        source = find_base(base)
-        header = read_gguf_header(source.path)
+        base_path, recorded = find_base(base)
+        header = read_gguf_header(base_path)
         sources = [find_adapter(path) for _, path in pairs]
         raw: dict[str, Any] = {
             "format": FORMAT,
@@ -81,7 +81,7 @@ def create_bundle(
             "description": description,
             "license": license,
             **({"system": system} if system else {}),
-            "base": base_record(source, header),
+            "base": base_record(header, recorded),
             "adapters": [],
         }
         (temporary / "adapters").mkdir()

@@ -46,7 +46,6 @@ from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy
 
-MAX_SAMPLES = 1000
 SAMPLE_CTX = 2048  # tokens of one sample text
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it
 
@@ -172,14 +171,13 @@ def set_samples(
 
     bundle.json gets their mean embedding, their number and their hash, and no text.
 
-    Raises BundleError for no adapter of the bundle, no text or too many, PromptError for a text of
+    Raises BundleError for no adapter of the bundle or no text, PromptError for a text of
     more than 2,048 tokens.
     """
     folder, tell = Path(folder), progress or silent
-    if not 1 <= len(texts) <= MAX_SAMPLES:
+    if not texts:
         raise BundleError(
-            f"{len(texts)} sample texts were given for the adapter {name} of {folder}, expected 1 "
-            f"to {MAX_SAMPLES}; a few dozen are enough."
+            f"No sample texts were given for the adapter {name} of {folder}; expected a few dozen."
         )
     with editing(folder) as (text, raw):
         _index(folder, text, name)
@@ -213,9 +211,9 @@ def set_base(folder: AnyPath, base: AnyPath) -> None:
     """
     folder = Path(folder)
     with editing(folder) as (text, raw):
-        found = find_base(base)
+        path, recorded = find_base(base)
         check_file(
-            found.path,
+            path,
             what="The base",
             sha256=text.base.sha256,
             size_bytes=text.base.size_bytes,
@@ -223,9 +221,9 @@ def set_base(folder: AnyPath, base: AnyPath) -> None:
             advice="Give the file that the bundle was made with; adapters fit no other.",
         )
         raw["base"].pop("file", None)
-        raw["base"] |= found.recorded
-        path, inside = found.path.resolve(), folder.resolve()
-        if "file" in found.recorded and path.is_relative_to(inside):
+        raw["base"] |= recorded
+        path, inside = path.resolve(), folder.resolve()
+        if "file" in recorded and path.is_relative_to(inside):
             raw["base"]["file"] = path.relative_to(inside).as_posix()
 
 
@@ -272,13 +270,8 @@ def write_bundle_json(folder: Path, raw: Mapping[str, Any], where: str) -> None:
     Raises BundleError for a text that could not be read again; nothing is written then.
     """
     content = json.dumps(raw, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        known_of(parse_bundle(content.encode("utf-8"), where))
-    except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8
-        raise BundleError(
-            f"Cannot write {where}: a text or a path for it is not UTF-8 ({error}); expected "
-            "UTF-8. Correct the text, or rename the file."
-        ) from error
+    # What is no UTF-8, as bytes of a command line, is refused by the reader.
+    known_of(parse_bundle(content.encode("utf-8", "surrogatepass"), where))
     write_text_atomic(folder / BUNDLE_FILE, content)
 
 

@@ -72,18 +72,11 @@ def measure_typical(
                 keys=[key for key, each in lacking.items() if each],
             )
         for name, values in found.items():
-            typical[name] = typical.get(name, {}) | _rounded(values)
+            typical[name] = typical.get(name, {}) | values
         fusion |= {"typical": typical, "typical_prompts": recorded}
     if strategy is not None:
         check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
     return bool(names)
-
-
-def _rounded(value: Any) -> Any:
-    """Round numbers to nine digits, all that float32 has."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.9g}")
 
 
 def check_strategy(what: str, raw: Mapping[str, Any], strategy: str) -> None:

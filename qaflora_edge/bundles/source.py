@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,6 @@ MAX_NAME_CHARS = 200  # of a base's own name
 
 
 @dataclass(frozen=True)
-class BaseSource:
-    """A base's file here, and the field of bundle.json that records where others find it."""
-
-    path: Path
-    recorded: dict[str, str]
-
-
-@dataclass(frozen=True)
 class AdapterSource:
     """An adapter's PEFT folder or GGUF here, its name, its pinned Hub reference."""
 
@@ -53,14 +45,15 @@ class AdapterSource:
 # Finding
 
 
-def find_base(base: AnyPath) -> BaseSource:
+def find_base(base: AnyPath) -> tuple[Path, dict[str, str]]:
     """Find a base by its file, its registry name, or its Hub reference, which is fetched.
 
+    Returns its file and the field of bundle.json by which it is found: file, registry or hub.
     Raises GgufFileError when it is none of them, DownloadError when the Hub does not give it.
     """
     name, path = os.fspath(base), expanded(os.fspath(base))
     if os.path.isfile(path):
-        return BaseSource(path, {"file": path.absolute().as_posix()})
+        return path, {"file": path.absolute().as_posix()}
     if name in load_registry():
         pulled = pulled_model(name)
         if pulled is None:
@@ -68,11 +61,11 @@ def find_base(base: AnyPath) -> BaseSource:
                 f"The base {name} is in the registry but not on this machine; "
                 f"fetch it with `qaflora pull {name}`."
             )
-        return BaseSource(pulled, {"registry": name})
+        return pulled, {"registry": name}
     if _is_hub_ref(name):
         path, pinned = _fetch(name)
         if path.is_file():
-            return BaseSource(path, {"hub": pinned})
+            return path, {"hub": pinned}
     raise GgufFileError(
         f"The base {path} {what_is_at(path)}; give a GGUF file, the name of a model from "
         "`qaflora models` that was pulled, or a Hub reference as owner/name/file.gguf."
@@ -198,11 +191,9 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
-def base_record(source: BaseSource, header: GgufHeader) -> dict[str, Any]:
-    """Hash a base, and say of it what bundle.json says."""
-    path = source.path
-    size_bytes = path.stat().st_size
-    sha256 = checksum(path)
+def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, Any]:
+    """Hash a base, and say of it what bundle.json says; recorded is find_base's."""
+    sha256 = checksum(header.path)
     registry = model_name(sha256)
     return {
         "architecture": header.architecture,
@@ -210,8 +201,8 @@ def base_record(source: BaseSource, header: GgufHeader) -> dict[str, Any]:
         "n_embd": header.n_embd,
         "n_vocab": header.n_vocab,
         "sha256": sha256,
-        "size_bytes": size_bytes,
+        "size_bytes": header.path.stat().st_size,
         **({"name": header.name[:MAX_NAME_CHARS]} if header.name else {}),
-        **source.recorded,
+        **recorded,
         **({"registry": registry} if registry else {}),
     }

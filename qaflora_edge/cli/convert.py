@@ -83,7 +83,7 @@ def convert(
             source = find_adapter(peft_dir)
             converted = convert_adapter(
                 source.path,
-                find_base(base).path,
+                find_base(base)[0],
                 output,
                 outtype=outtype,
                 verify=verify,

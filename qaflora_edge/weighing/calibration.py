@@ -47,7 +47,7 @@ def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
 
     typical  of this adapter, by EXTENTS
     """
-    return typical["added_last"]["mean"] < math.log(_EPS) + 1e-3  # stored with nine digits
+    return typical["added_last"]["mean"] < math.log(_EPS) + 1e-3
 
 
 def measure_typical(
