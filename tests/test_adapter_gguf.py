@@ -88,14 +88,6 @@ def test_what_was_written_is_read(tmp_path: Path, arch: str, outtype: str) -> No
     }
 
 
-def test_rank_is_the_largest_of_the_modules(tmp_path: Path, base: tiny.TinyBase) -> None:
-    shapes = {**PAIR, "blk.1.attn_q.weight.lora_a": (7, 64), "blk.1.attn_q.weight.lora_b": (64, 7)}
-    info = read_adapter_gguf(write(tmp_path / "a.gguf", shapes))
-    check_adapter(info, read_gguf_header(base.path))
-    assert info.rank == 7
-    assert info.ranks == {Q0: 4, "blk.1.attn_q.weight": 7}
-
-
 def test_head_of_a_tied_base_is_accepted(tmp_path: Path, base: tiny.TinyBase) -> None:
     assert base.tied
     adapter = tiny.write_tiny_adapter(tmp_path / "a.gguf", base, targets=["output"])
@@ -215,14 +207,6 @@ def test_experts_of_the_base_are_compared(tmp_path: Path) -> None:
         f"Cannot use adapter {path} with base {base.path}: it adapts {UP0} as shape [3, 96, 64], "
         f"and the base has [2, 96, 64]; expected equal shapes. {TRAINED}"
     )
-
-
-def test_stack_that_is_no_experts_is_refused(tmp_path: Path) -> None:
-    name = "blk.0.attn_v_b.weight"
-    base = read_gguf_header(write(tmp_path / "base.gguf", {name: (2, 96, 64)}))
-    path = write(tmp_path / "a.gguf", {f"{name}.lora_a": (4, 64), f"{name}.lora_b": (96, 4)})
-    with pytest.raises(AdapterMismatchError, match=r"as shape \[96, 64\], and the base has \[2"):
-        check_adapter(read_adapter_gguf(path), base)
 
 
 # --- what llama.cpp would ignore, or stop at ------------------------------------------------------

@@ -170,18 +170,6 @@ def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -
     assert (known_of(text).pool, known_of(text).strategy) == ("last", "manual:es=0.5")
 
 
-@pytest.mark.parametrize("limit", [256, 257])
-def test_the_most_adapters(validator: Any, raw: Raw, limit: int) -> None:
-    one = raw["adapters"][1]
-    fusion = {"strategy": "qa-flora"}
-    document = {
-        **raw,
-        "fusion": fusion,
-        "adapters": [{**one, "name": f"a{n}"} for n in range(limit)],
-    }
-    assert validator.is_valid(document) == reader_takes(document) == (limit == 256)
-
-
 def test_the_schema_of_sessions_takes_what_is_saved(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     talk = Conversation("be short", [Turn("hi", "ho"), Turn("more", "cut", "length")])

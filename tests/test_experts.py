@@ -151,7 +151,10 @@ def test_bundle_takes_adapters_of_experts(
     tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
 ) -> None:
     files = {"a": adapters[0].path, "b": adapters[1].path}
-    with Engine(create_bundle(tmp_path / "bundle", base.path, files, engine=Engine)) as engine:
+    made = create_bundle(
+        tmp_path / "bundle", base.path, files, strategy="calibrated", engine=Engine
+    )
+    with Engine(made) as engine:
         for strategy in ("qa-flora", "calibrated"):
             weights = engine.weights(TOKENS, strategy=strategy).weights
             np.testing.assert_allclose(weights.sum(axis=0), 1.0, rtol=1e-5)

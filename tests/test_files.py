@@ -1,7 +1,6 @@
 """Whole files, hashes, and paths that stay inside."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from qaflora_edge.errors import BundleError, OutputFileError
 from qaflora_edge.files import (
     atomic_path,
-    cache_dir,
     check_takes_file,
     open_input,
     safe_join,
@@ -83,21 +81,6 @@ def test_sha256_file_matches_the_standard(tmp_path: Path) -> None:
     path.write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
     assert sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the XDG rules are for Linux")
-@pytest.mark.parametrize(
-    ("xdg", "expected"), [("/some/cache", "/some/cache"), ("", "{home}/.cache")]
-)
-def test_cache_dir_follows_xdg(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xdg: str, expected: str
-) -> None:
-    monkeypatch.delenv("QAFLORA_CACHE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
-    assert cache_dir() == Path(expected.format(home=tmp_path)) / "qaflora-edge"
-    monkeypatch.setenv("QAFLORA_CACHE", str(tmp_path / "mine"))
-    assert cache_dir() == tmp_path / "mine"
 
 
 @pytest.mark.parametrize(

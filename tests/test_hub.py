@@ -68,7 +68,6 @@ def downloads(hub: FakeHub) -> list[str]:
     [
         ("owner/name", HubRef("owner/name", None, None)),
         ("owner/name@v1.0", HubRef("owner/name", None, "v1.0")),
-        ("owner/name/a.gguf", HubRef("owner/name", "a.gguf", None)),
         ("owner/name/sub/a b.gguf@refs/pr/1", HubRef("owner/name", "sub/a b.gguf", "refs/pr/1")),
     ],
 )
@@ -80,10 +79,8 @@ def test_reference_forms(text: str, expected: HubRef) -> None:
 @pytest.mark.parametrize(
     ("address", "ref"),
     [
-        ("https://huggingface.co/owner/name", "owner/name"),
         ("huggingface.co/owner/name/tree/main", "owner/name"),
         ("https://hf.co/owner/name/tree/v1.0", "owner/name@v1.0"),
-        ("https://huggingface.co/owner/name/tree/refs%2Fpr%2F1", "owner/name@refs/pr/1"),
         ("https://huggingface.co/owner/name/blob/main/q/a%20b.gguf", "owner/name/q/a b.gguf"),
         (
             "https://huggingface.co/owner/name/resolve/v1/a.gguf?download=true#x",
