@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import cache
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from qaflora_edge.backend.model import Model
     from qaflora_edge.chat.messages import Message
     from qaflora_edge.chat.tokens import QuestionFinder
-    from qaflora_edge.openai.chat import Answer
 
 
 class Engine:
@@ -256,26 +255,6 @@ class Engine:
 
     # weights and states
 
-    @overload
-    def weights(  # type: ignore[overload-overlap]
-        self,
-        prompt: Prompt,
-        *,
-        strategy: str | None = ...,
-        adapters: Sequence[str] | None = ...,
-        parse_special: bool = ...,
-        cancel: threading.Event | None = ...,
-    ) -> FusionWeights: ...
-    @overload
-    def weights(
-        self,
-        prompt: Sequence[Prompt],
-        *,
-        strategy: str | None = ...,
-        adapters: Sequence[str] | None = ...,
-        parse_special: bool = ...,
-        cancel: threading.Event | None = ...,
-    ) -> list[FusionWeights]: ...
     def weights(
         self,
         prompt: Any,
@@ -284,13 +263,14 @@ class Engine:
         adapters: Sequence[str] | None = None,
         parse_special: bool = False,
         cancel: threading.Event | None = None,
-    ) -> FusionWeights | list[FusionWeights]:
+    ) -> Any:
         """Weigh the adapters for a prompt, or for each of a list of prompts.
 
         adapters  those to weigh; by default those in use
         cancel    once it is set, CancelledError is raised
 
-        Returns FusionWeights with weights and divergence, float32 [n_adapter, n_layer].
+        Returns FusionWeights, or a list of them, with weights and divergence, float32
+        [n_adapter, n_layer].
         """
 
         def weigh(each: Prompt) -> FusionWeights:
@@ -336,24 +316,6 @@ class Engine:
             answer.wait_for_prompt()
             return answer.prompt_logits
 
-    @overload
-    def score(  # type: ignore[overload-overlap]
-        self,
-        prompt: Prompt,
-        continuation: Prompt,
-        *,
-        weights: Weights = ...,
-        parse_special: bool = ...,
-    ) -> F32: ...
-    @overload
-    def score(
-        self,
-        prompt: Sequence[Prompt],
-        continuation: Sequence[Prompt],
-        *,
-        weights: Weights = ...,
-        parse_special: bool = ...,
-    ) -> list[F32]: ...
     def score(
         self,
         prompt: Any,
@@ -361,12 +323,12 @@ class Engine:
         *,
         weights: Weights = None,
         parse_special: bool = False,
-    ) -> F32 | list[F32]:
+    ) -> Any:
         """Score each token of a continuation: log-probabilities in nats, float32 [n_token].
 
         prompt, continuation  text or ids, a continuation's text without BOS; or lists of both, of
-                              the same length, scored together. A prompt that occurs several times
-                              is weighed and prefilled once.
+                              the same length, scored together: the scores are a list then. A
+                              prompt that occurs several times is weighed and prefilled once.
         weights               for all of them
 
         Raises PromptError when a continuation is empty, or too long for n_ctx with its prompt.
@@ -506,8 +468,8 @@ class Engine:
         json_schema   the answer is JSON that is valid under this schema; True: any JSON
         keep_history  reuse the KV state that the prompt shares with an earlier prompt and answer,
                       computed under that turn's weights. Give the earlier Generation, or True for
-                      the last one, with n_parallel=1. Without it KV state is reused only under
-                      the same weights.
+                      the last one, with n_parallel=1. Without it KV state is reused only where
+                      prefill would compute the same bits.
         on_weights    called with the weights once they are known, before prefill
         on_progress   called with "weighing" or "reading", how many tokens of the prompt are done,
                       and how many it has; at "weighing" by the thread that computes, which may
@@ -638,21 +600,7 @@ class Engine:
 
     # chat
 
-    @overload
-    def chat(
-        self, messages: Sequence["Message"], *, stream: Literal[False] = False, **options: Any
-    ) -> "Answer": ...
-    @overload
-    def chat(
-        self, messages: Sequence["Message"], *, stream: Literal[True], **options: Any
-    ) -> Iterator["Answer"]: ...
-    @overload
-    def chat(
-        self, messages: Sequence["Message"], *, stream: bool, **options: Any
-    ) -> "Answer | Iterator[Answer]": ...
-    def chat(
-        self, messages: Sequence["Message"], *, stream: bool = False, **options: Any
-    ) -> "Answer | Iterator[Answer]":
+    def chat(self, messages: Sequence["Message"], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation in OpenAI's shape: a dict, or chunks with stream=True.
 
         Fields are attributes too: answer.choices[0].message.content.

@@ -23,7 +23,7 @@ from tiny import (
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
-from qaflora_edge.errors import BackendError, OptionError
+from qaflora_edge.errors import BackendError
 from qaflora_edge.weighing import numbers as fusion
 
 F32 = NDArray[np.float32]
@@ -750,9 +750,3 @@ def test_weights_of_the_wrong_size_or_value_are_refused(
             context.set_weights(weights)
         with pytest.raises(BackendError, match="sequence 1 does not exist, the context has 1"):
             context.set_weights(np.zeros((3, base.n_layer), np.float32), seq=1)
-
-
-def test_unknown_kv_type_is_refused(base: TinyBase) -> None:
-    model, pack = load(base, [])
-    with pytest.raises(OptionError, match="kv_type is 'q3', expected one of f16, f32, q8_0"):
-        Context(model, pack, n_ctx=64, kv_type="q3")

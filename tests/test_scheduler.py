@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qaflora_edge.backend.batch import Pieces, Span
-from qaflora_edge.backend.stop import Stop
+from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Request, Sampling
@@ -41,9 +41,6 @@ class NotedContext:
 
     def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
         self.clear(seq)
-
-    def move(self, source: int, target: int) -> None:
-        self.cells[target], self.cells[source] = self.cells[source], []
 
     def copy(self, source: int, target: int) -> None:
         self.cells[target] = list(self.cells[source])
@@ -245,25 +242,17 @@ def test_rows_are_decoded_in_the_order_of_adjacent_slots() -> None:
     assert n_together > 100
 
 
-def test_a_prompt_that_goes_on_is_read_from_where_it_begins() -> None:
+@pytest.mark.parametrize(("keeps_history", "start"), [(True, 3 + 3), (False, 0)])
+def test_decoded_tokens_are_reused_with_history_only(keeps_history: bool, start: int) -> None:
     bench = Bench(2)
     first = bench.add([1, 2, 3], n=4)
     bench.finish(first)
     turn = [1, 2, 3, *first.answer, 9, 9]
-    second = bench.add(turn)
+    second = bench.add(turn, goes_on_from=first.number if keeps_history else None)
     bench.step()
-    assert bench.context.batches[0][0].start == 3 + 3  # the answer's last token was not decoded
+    assert bench.context.batches[0][0].start == start  # the last token was not decoded
     bench.finish(second)
     assert second.answer == alone(turn)
-
-
-@pytest.mark.parametrize("prompt", [[1, 2], [1, 2, 4, 5], [1, 2, 3]])
-def test_a_prompt_that_does_not_go_on_is_read_whole(prompt: list[int]) -> None:
-    bench = Bench(1)
-    bench.finish(bench.add([1, 2, 3], n=2))
-    bench.add(prompt)
-    bench.step()
-    assert bench.context.batches[0][0].start == 0
 
 
 def test_history_is_kept_for_the_one_whose_it_is() -> None:
@@ -325,7 +314,7 @@ def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
             if held != token:
                 break
             n_same += 1
-        return n_same if 0 < slot.n_prompt <= n_same else 0
+        return n_same
 
     monkeypatch.setattr(Slot, "n_reused", forgets_the_weights)
     assert any(wrong_answers(seeds=[seed]) for seed in range(60))

@@ -27,16 +27,14 @@ def program(is_stream: bool) -> None:
     register_strategy(Sharper())
     messages = [{"role": "user", "content": "a"}]
     with Engine("bundle", n_ctx=64) as engine:
-        assert_type(engine.weights("a"), FusionWeights)
-        assert_type(engine.weights("a").adapters, tuple[str, ...])
+        fusion: FusionWeights = engine.weights("a")
+        assert_type(fusion.adapters, tuple[str, ...])
         assert_type("".join(engine.generate("a", max_tokens=3, top_k=4)), str)
         whole: dict[str, Any] = engine.chat(messages, max_tokens=3)
         chunks: Iterator[dict[str, Any]] = engine.chat(messages, stream=True)
         either: dict[str, Any] | Iterator[dict[str, Any]]
         either = engine.chat(messages, stream=is_stream)
         print(whole, chunks, either)
-        engine.chat(messages, stream=True)["choices"]  # type: ignore[index]
-        engine.weights(3)  # type: ignore[call-overload]
     llm = Llama("bundle")
     llm("a")["choices"], next(llm.create_completion("a", stream=True))
     llm.create_chat_completion(messages)["choices"]

@@ -10,33 +10,58 @@ import mmap
 import os
 import sys
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_common, n_ubatch, pieces_of
-from qaflora_edge.backend.library import (
-    CONTEXT_PROBE,
-    Handle,
-    forget_said,
-    has_said,
-    last_error,
-    said,
-)
+from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_ubatch, pieces_of
+from qaflora_edge.backend.library import CONTEXT_PROBE, Handle, forget_said, last_error, said
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.stop import Stop
 from qaflora_edge.config import KV_TYPES
-from qaflora_edge.errors import BackendError, CancelledError, OptionError
+from qaflora_edge.errors import BackendError, CancelledError
 
 U8 = NDArray[np.uint8]
-MAX_SEQ = 256  # llama.cpp 0c1e5709, llama-cparams.h LLAMA_MAX_SEQ
 _DECODE_ABORTED = 2  # llama.h llama_decode
-
-
 _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
 _MAX_SCORES_BYTES = 256 << 20  # 8,192 tokens of a base with 25 heads
+
+
+class Stop:
+    """A flag set by one thread and read by another: between tokens, and inside llama_decode.
+
+    llama.cpp asks its abort callback before every node of a graph. A Python function there would
+    wait for the interpreter's lock each time; strlen of a buffer that is empty or "\\1" looks at
+    the same byte without it.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(2)
+
+    @property
+    def is_set(self) -> bool:
+        return self._buffer.raw[0] != 0
+
+    def set(self) -> None:
+        self._buffer[0] = b"\1"
+
+    def clear(self) -> None:
+        self._buffer[0] = b"\0"
+
+    def watch(self, lib: Any, context: Any) -> None:
+        """Let a llama_context end its work once the flag is set; both live as long as each other.
+
+        Backends without abort callbacks (CUDA, Vulkan) end with their micro-batch.
+        """
+        callback = ctypes.cast(_strlen(), lib.ggml_abort_callback)
+        lib.llama_set_abort_callback(context, callback, ctypes.addressof(self._buffer))
+
+
+@cache
+def _strlen() -> Any:
+    return ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None).strlen
 
 
 class Context(Handle):
@@ -44,11 +69,11 @@ class Context(Handle):
 
     n_ctx       tokens that each sequence can hold
     n_output    most outputs of one decode; by default one of each sequence
-    n_together  sequences that prefill a prompt together: see pieces
     is_unified  one pool of n_ctx tokens for all sequences, instead of a buffer for each: sequences
-                may share KV state (see `share`), and all rows fit one micro-batch
+                may share KV state, and all rows fit one micro-batch
     flags       library.CONTEXT_*: which states are captured, see ProbeContext
     stop        ends decode() when it is set
+    options     threads, kv_type and flash_attn of context_params
 
     Positions count from 0. A decode that fails leaves the sequences as they were before it.
 
@@ -63,33 +88,23 @@ class Context(Handle):
         n_ctx: int,
         n_seq: int = 1,
         n_output: int | None = None,
-        n_together: int = 1,
-        threads: int | None = None,
-        kv_type: str = "f16",
-        flash_attn: bool | None = None,
         is_unified: bool = False,
         flags: int = 0,
         stop: Stop | None = None,
+        **options: Any,
     ) -> None:
-        if kv_type not in KV_TYPES:
-            raise OptionError(
-                f"Option kv_type is {kv_type!r}, expected one of {', '.join(KV_TYPES)}."
-            )
-        if not 1 <= n_seq <= MAX_SEQ:
-            raise BackendError(f"A context of {n_seq} sequences was asked for, expected 1 to 256.")
         self._model, self._pack = model, pack
         self._lib, self._functions = model._lib, model._functions
+        is_probe = bool(flags & CONTEXT_PROBE)
         params = context_params(
             model,
             n_token=n_ctx if is_unified else n_ctx * n_seq,
             n_seq=n_seq,
-            threads=threads,
-            kv_type=kv_type,
-            flash_attn=flash_attn,
             is_unified=is_unified,
-            is_probe=bool(flags & CONTEXT_PROBE),
+            is_probe=is_probe,
+            **options,
         )
-        params.n_ubatch = min(n_ubatch(n_together), params.n_batch)
+        params.n_ubatch = min(n_ubatch(n_seq if is_probe else 1), params.n_batch)
         if n_output is not None:
             params.n_outputs_max = min(n_output, params.n_batch)
         self._pointer = self._functions.context_init(
@@ -97,8 +112,8 @@ class Context(Handle):
         )
         if not self._pointer:
             raise BackendError(
-                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}."
-                + (f" llama.cpp says: {said()}." if has_said() else "")
+                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}. "
+                f"llama.cpp says: {said()}."
             )
         self._set_up(n_seq, n_ctx, params, stop)
 
@@ -137,18 +152,16 @@ class Context(Handle):
         if self._pointer is None:
             return
         if seq is None:
-            self._lib.llama_memory_clear(self._memory, False)
-            self._tokens = [[] for _ in range(self.n_seq)]
+            self.wipe(is_zeroed=False)
         else:
             self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
             self._tokens[seq] = []
 
-    def wipe(self) -> None:
+    def wipe(self, *, is_zeroed: bool = True) -> None:
         """Forget all sequences and zero their memory: see clean()."""
-        if self._pointer is None:  # the steps of a query may end after it
-            return
-        self._lib.llama_memory_clear(self._memory, True)
-        self._tokens = [[] for _ in range(self.n_seq)]
+        if self._pointer is not None:  # the steps of a query may end after close()
+            self._lib.llama_memory_clear(self._memory, is_zeroed)
+            self._tokens = [[] for _ in range(self.n_seq)]
 
     def clean(self, seq: int, doubtful: Collection[int] = ()) -> None:
         """Forget a sequence with states that may be NaN, and overwrite its memory.
@@ -198,13 +211,6 @@ class Context(Handle):
     def _rm(self, seq: int, start: int) -> bool:
         return bool(self._lib.llama_memory_seq_rm(self._memory, seq, start, -1))
 
-    def keep_common(self, tokens: Sequence[int]) -> int:
-        """Keep the tokens that all sequences share with a prompt, and forget the rest.
-
-        returns  how many tokens are kept, at most all but the last one: see keep_first
-        """
-        return self.keep_first(n_common(self.tokens, tokens[:-1]))
-
     def keep_first(self, n: int) -> int:
         """Keep the first n tokens of all sequences, and forget the rest.
 
@@ -215,11 +221,6 @@ class Context(Handle):
             self.clear()
             return 0
         return n if kept else 0
-
-    def move(self, source: int, target: int) -> None:
-        """Move the KV state of one sequence to another."""
-        self.copy(source, target)
-        self.clear(source)
 
     def copy(self, source: int, target: int) -> None:
         """Copy the KV state of one sequence to another."""
@@ -232,11 +233,6 @@ class Context(Handle):
         self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
         if not self._is_unified:
             self._copying |= {source, target}
-
-    def share(self, targets: Sequence[int]) -> None:
-        """Share the KV state of the first sequence with others."""
-        for seq in targets:
-            self.copy(0, seq)
 
     def _load(self, seq: int, data: U8, tokens: Sequence[int]) -> None:
         if seq in self._copying:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace, TracebackType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, Self
 
 from qaflora_edge.errors import LibraryError
 
@@ -206,8 +206,7 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
             f"{ABI_VERSION}. If llama_cpp was imported before qaflora_edge, import qaflora_edge's "
             f"Engine first; else {_INSTALL_ADVICE}."
         )
-    found = binding._lib.qaflora_abi_version()
-    if found != ABI_VERSION:
+    if (found := binding._lib.qaflora_abi_version()) != ABI_VERSION:
         raise LibraryError(
             f"{loaded} has qaflora_abi_version {found}, expected {ABI_VERSION}; {_INSTALL_ADVICE}."
         )
@@ -242,11 +241,6 @@ def said() -> str:
     return "; ".join(_errors) or "no reason given"
 
 
-def has_said() -> bool:
-    """Tell whether llama.cpp gave a reason since `forget_said`."""
-    return bool(_errors)
-
-
 def forget_said() -> None:
     """Forget the reasons of earlier failures."""
     _errors.clear()
@@ -268,13 +262,8 @@ class Handle:
     def _free(self, pointer: Any) -> None:
         raise NotImplementedError
 
-    def __enter__(self):  # type: ignore[no-untyped-def]
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

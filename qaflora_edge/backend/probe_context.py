@@ -56,9 +56,7 @@ class ProbeContext(Context):
         flags |= library.CONTEXT_INPUTS if has_inputs else 0
         # 0: llama.cpp's own limit, a whole batch
         n_output = 0 if all_outputs else None
-        super().__init__(
-            model, pack, n_seq=n_seq, n_output=n_output, n_together=n_seq, flags=flags, **options
-        )
+        super().__init__(model, pack, n_seq=n_seq, n_output=n_output, flags=flags, **options)
         self.has_inputs, self.all_outputs = has_inputs, all_outputs
         if all_outputs:
             self._n_output = self._n_batch

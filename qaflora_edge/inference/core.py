@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.context import Context
+from qaflora_edge.backend.context import Context, Stop
 from qaflora_edge.backend.model import Pack, shared_model
-from qaflora_edge.backend.stop import Stop
 from qaflora_edge.errors import BusyError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
 from qaflora_edge.formats.gguf import GgufHeader

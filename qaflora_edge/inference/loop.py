@@ -7,8 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from qaflora_edge.backend.context import cancelled
-from qaflora_edge.backend.stop import Stop
+from qaflora_edge.backend.context import Stop, cancelled
 from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.request import Cancellation

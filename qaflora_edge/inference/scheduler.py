@@ -29,7 +29,6 @@ class Slot:
     """One sequence of the answering context, and its KV state.
 
     tokens   ids of the KV state
-    n_prompt how many of them were the last request's prompt
     n_exact  how many of them were prefilled in the chunks of their prompt: a prompt with the same
              chunks may reuse them bit for bit
     weights  the key of the weights that all of it was computed under; None where they differ
@@ -40,58 +39,43 @@ class Slot:
     number: int
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
-    n_prompt: int = 0
     n_exact: int = 0
     weights: bytes | None = None
     owner: int = 0
     turn: int = 0
 
     def n_reused(self, sequence: Sequence, pieces: Pieces) -> int:
-        """Count the tokens of a prompt that can be reused here, at most all but the last one.
+        """Count the tokens of a prompt that can be reused from here, at most all but the last one.
 
-        KV state is reused under the same weights, or where the request goes on from this sequence.
-        Generated tokens are reused where the prompt extends all of the last prompt, as a chat's
-        next turn does.
+        A request that goes on from this sequence reuses all that is common. Others reuse what
+        prefill under their weights would compute, bit for bit.
         """
-        request = sequence.request
-        n_same = n_common(self.tokens, request.tokens[:-1])
-        is_begun = 0 < self.n_prompt <= n_same and self.weights == request.weights_key
-        return n_same if is_begun else self.n_shared(sequence, pieces)
-
-    def n_shared(self, sequence: Sequence, pieces: Pieces) -> int:
-        """Count the tokens of a prompt that another slot may copy from here."""
         request = sequence.request
         if request.goes_on_from is not None and request.goes_on_from == self.owner:
             return n_common(self.tokens, request.tokens[:-1])
-        return self.n_alike(sequence, pieces)
-
-    def n_alike(self, sequence: Sequence, pieces: Pieces) -> int:
-        """Count the tokens of a prompt that are here as prefill would compute them, bit for bit."""
-        if self.weights != sequence.request.weights_key:
+        if self.weights != request.weights_key:
             return 0
-        return pieces.n_alike(self.tokens[: self.n_exact], sequence.request.tokens)
+        return pieces.n_alike(self.tokens[: self.n_exact], request.tokens)
 
-    def hold(self, sequence: Sequence, n_kept: int, *, is_exact: bool = True) -> None:
+    def hold(self, sequence: Sequence, n_kept: int, *, is_exact: bool) -> None:
         """Note a new owner, who reuses the first n_kept tokens.
 
         is_exact  whether those were prefilled in the chunks of this prompt
         """
         key = sequence.request.weights_key
-        is_mixed = n_kept > 0 and self.weights != key
-        self.weights = None if is_mixed else key
+        self.weights = None if n_kept and self.weights != key else key
         self.tokens = list(sequence.request.tokens[:n_kept])
-        self.n_exact = sequence.n_prompt if is_exact else min(self.n_exact, n_kept)
-        self.n_prompt, self.owner = sequence.n_prompt, sequence.number
+        self.n_exact = sequence.n_prompt if is_exact else 0
+        self.owner = sequence.number
 
     def forget(self) -> None:
         """Hold nothing."""
-        self.tokens, self.n_prompt, self.n_exact = [], 0, 0
-        self.weights, self.owner = None, 0
+        self.tokens, self.n_exact, self.weights, self.owner = [], 0, None, 0
 
     def copy(self, other: Self) -> None:
         """Note a copy of another slot's KV state, without an owner."""
         self.tokens, self.n_exact, self.weights = list(other.tokens), other.n_exact, other.weights
-        self.n_prompt = self.owner = 0
+        self.owner = 0
 
 
 @dataclass
@@ -197,14 +181,13 @@ class Scheduler:
                 return
             sequence = self.waiting.popleft()
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
-            n_reused = self._n_reused(slot, sequence)
-            source = max(self.slots, key=lambda other: other.n_shared(sequence, self._pieces))
-            n_shared = source.n_shared(sequence, self._pieces)
-            if n_shared >= n_reused + self._pieces.n_least:
+            source = max(self.slots, key=lambda other: self._n_reused(other, sequence))
+            n_reused, n_there = self._n_reused(slot, sequence), self._n_reused(source, sequence)
+            is_exact = sequence.request.goes_on_from is None
+            if n_there >= n_reused + self._pieces.n_least:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
-                n_reused = n_shared
-            is_exact = n_reused == slot.n_alike(sequence, self._pieces)
+                n_reused = n_there
             slot.sequence, sequence.slot, sequence.n_past = sequence, slot.number, n_reused
             slot.hold(sequence, n_reused, is_exact=is_exact)
             self._n_turn += 1

@@ -109,8 +109,8 @@ def _score_group(
     for item, result in part:
         result[0] = first[item.continuation[0]]
     longer = [(seq, *pair) for seq, pair in enumerate(part, 1) if len(pair[0].continuation) > 1]
-    context.share([seq for seq, _, _ in longer])
     for seq, _, _ in longer:
+        context.copy(0, seq)
         context.set_weights(weights, seq=seq)
     for batch in _batches([(seq, len(item.continuation) - 1) for seq, item, _ in longer]):
         spans = [

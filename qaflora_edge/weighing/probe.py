@@ -245,7 +245,7 @@ class BaseProber:
         n_kept = self._prefixes.go_on(context, _BASE, tokens, pieces)
         while (end := pieces.end(tokens, cut)) <= min(n_kept, n_most):
             cut = end
-        return n_kept if n_kept == cut else context.keep_common(tokens[: cut + 1])
+        return context.keep_first(cut)
 
 
 class Prober:
