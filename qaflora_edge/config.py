@@ -41,6 +41,7 @@ class Option:
     unset     the default in words, where `default` does not say it
     defaults  command -> the default that it has instead
     aliases   other names in OpenAI's calls
+    left_out  commands that do not have it, of those that share options
     variable  a further variable of the environment that sets it
     is_secret whether its value is not to be shown
     """
@@ -61,6 +62,7 @@ class Option:
     unset: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     variable: str = ""
     is_secret: bool = False
 
@@ -145,7 +147,7 @@ OPTIONS = (
            noun="a number of MiB", metavar="MIB",
            help="Memory for what the probe read of prompts, so that others which begin alike are "
            "weighed sooner; 0 keeps the last prompt only."),
-    Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt",
+    Option("raw_prompt", bool, False, "", "--raw-prompt/--no-raw-prompt", left_out=("serve",),
            help="Take the prompt as it is: no chat template."),
     Option("n_ctx", int, 2048, "engine", "--ctx", low=1, high=MAX_CTX, noun=_TOKENS,
            defaults={"chat": None, "serve": 4096},
@@ -238,8 +240,6 @@ OWN_OPTIONS = {
                help="Take requests to this name, as behind a proxy; repeatable."),
         Option("insecure", bool, False, flag="--insecure/--no-insecure",
                help="Serve beyond this machine without an API key."),
-        Option("log_prompts", bool, False, flag="--log-prompts/--no-log-prompts",
-               help="Write what is asked into the log."),
     ),
     "worker": (
         Option("host", str, "127.0.0.1", flag="--host", metavar="ADDRESS",
@@ -305,6 +305,7 @@ REMOVED = {
     "adapter_license": "The option adapter-license is gone; use `bundle add --license`.",
     "adapter_description": "The option is gone; use `bundle add --description`.",
     "base_hub": "The option base-hub is gone; use `qaflora bundle base DIR REF` before the push.",
+    "log_prompts": "The option log_prompts is gone; log what is asked in the program that asks.",
     "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",
 }
 

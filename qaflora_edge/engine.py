@@ -250,7 +250,7 @@ class Engine:
 
         with self._core.call():
             messages = begin_with(self.system or None, messages)
-            tokens = chat_tokens(self._model, messages, tools=tools)
+            tokens = chat_tokens(self._model, messages, tools=tools, n_ctx=self.n_ctx)
             return checked_tokens(self._model, tokens, self.n_ctx)
 
     # weights and states

@@ -20,12 +20,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from qaflora_edge.server.app import show_page
-from qaflora_edge.server.refusals import Refusal
+from qaflora_edge.server.requests import Refusal
 
 ADAPTERS = {"demo": ("math", "es", "med"), "code": ("sql",)}
 STRATEGIES = ("qa-flora", "calibrated", "static", "base")
 N_LAYER = 24
-META = {"n_layer": N_LAYER, "strategy": "qa-flora"}
 SHA256: dict[str, Any] = {
     "base": "ab" * 32,
     "adapters": {name: name * 8 for name in ADAPTERS["demo"]},
@@ -99,17 +98,12 @@ def app(script: Script) -> Starlette:
         return error.response()
 
     async def models(request: Request) -> Response:
-        found = [
-            {"id": name, "object": "model", "meta": {"adapters": list(names), **META}}
-            for name, names in ADAPTERS.items()
-        ]
+        found = []
         for name, names in ADAPTERS.items():
-            ids = [*STRATEGIES, *(f"single:{each}" for each in names)]
-            found += [{"id": f"{name}:{strategy}", "object": "model"} for strategy in ids]
+            meta = {"adapters": list(names), "strategy": "qa-flora", "sha256": SHA256}
+            meta["strategies"] = [*STRATEGIES, *(f"single:{each}" for each in names)]
+            found += [{"id": each, "meta": meta} for each in (name, f"{name}:base")]
         return JSONResponse({"object": "list", "data": found})
-
-    async def model(request: Request) -> Response:
-        return JSONResponse({"id": request.path_params["id"], "meta": {**META, "sha256": SHA256}})
 
     async def answer(request: Request) -> Response:
         body = await request.json()
@@ -154,7 +148,6 @@ def app(script: Script) -> Starlette:
         routes=[
             Route("/", show_page),
             Route("/v1/models", models),
-            Route("/v1/models/{id}", model),
             Route("/v1/chat/completions", answer, methods=["POST"]),
         ],
         exception_handlers={Refusal: refused},

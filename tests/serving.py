@@ -16,8 +16,8 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from qaflora_edge.server.app import make_app
-from qaflora_edge.server.options import ServerOptions
 from qaflora_edge.server.run import config_of
+from qaflora_edge.server.served_models import ServerOptions
 
 ENGINE = {"n_ctx": 512, "n_parallel": 3, "threads": 1, "kv_type": "f32"}
 

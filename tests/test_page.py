@@ -18,9 +18,9 @@ from scripted_server import Script, app
 from serving import client_of
 from starlette.testclient import TestClient
 
-from qaflora_edge.server.page import content
+from qaflora_edge.server import page
 
-PARTS = Path(content.__file__).parent / "parts"
+PARTS = Path(page.__file__).parent / "parts"
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
 
 
@@ -222,4 +222,4 @@ def test_no_text_takes_longer_than_its_length_explains() -> None:
 
 def test_the_real_server_has_the_page_which_needs_no_key(tmp_path: Path) -> None:
     with client_of(make_bundle(tmp_path).folder, api_key="secret") as client:
-        assert client.get("/").content == content.page().body
+        assert client.get("/").content == page.page()[0]

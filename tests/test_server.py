@@ -65,10 +65,8 @@ def failure(client: TestClient, path: str = CHAT, **body: Any) -> tuple[int, dic
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"temperature": 1.0, "seed": 7, "n": 3},
-        {"stop": ["e", "a"], "temperature": 2.0, "seed": 1},
-        {"logprobs": True, "top_logprobs": 3},
+        {"temperature": 1.0, "seed": 7, "n": 3, "stop": ["e", "a"]},
+        {"presence_penalty": 2.0, "logit_bias": {"65": 9}, "logprobs": True, "top_logprobs": 3},
         {"response_format": {"type": "json_object"}, "max_tokens": 30},
         {"temperature": None, "stop": None, "user": "me", "store": True, "metadata": {}},
     ],
@@ -98,29 +96,20 @@ def test_progress_of_the_prompt_is_told_if_asked(
     client: TestClient, alone: Engine, path: str
 ) -> None:
     text = "how far is it " * 20 + path
-    prompt: dict[str, Any] = {"prompt": text}
-    n_token = len(alone.tokenize(text))
-    if path == CHAT:
-        messages = [{"role": "user", "content": text}]
-        prompt, n_token = {"messages": messages}, len(alone.chat_tokens(messages))
+    messages = [{"role": "user", "content": text}]
+    is_chat = path == CHAT
+    prompt = {"messages": messages} if is_chat else {"prompt": text}
+    n_token = len(alone.chat_tokens(messages) if is_chat else alone.tokenize(text))
     body = {"model": "tiny", "max_tokens": 4, "n": 2, "stream": True, **prompt}
     chunks = events(client.post(path, json={**body, "return_progress": True}).text)
-    plain = events(client.post(path, json=body).text)
     told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
-    assert [chunk["choices"] for chunk in chunks if "prompt_progress" not in chunk] == [
-        chunk["choices"] for chunk in plain
-    ]
-    assert all("prompt_progress" in chunk for chunk in chunks[: len(told)])  # before all else
-    assert len({chunk["id"] for chunk in chunks}) == 1
+    plain = events(client.post(path, json=body).text)
+    assert [chunk["choices"] for chunk in chunks[len(told) :]] == [c["choices"] for c in plain]
     assert {each["total"] for each in told} == {n_token}
     for stage in ("weighing", "reading"):
         done = [each["processed"] for each in told if each["stage"] == stage]
-        assert done
-        assert done == sorted(set(done))
+        assert done == sorted(set(done)) != []
     assert (told[-1]["stage"], told[-1]["processed"]) == ("reading", n_token)
-    assert "prompt_progress" not in answer(
-        client, path, **{**body, "stream": False, "return_progress": True}
-    )
 
 
 def test_usage_ends_a_stream_that_asks_for_it(client: TestClient) -> None:
@@ -197,13 +186,10 @@ def test_completions_of_text(client: TestClient, alone: Engine) -> None:
     Completion.model_validate(found, strict=True)
     assert found["choices"][0]["text"] == text
     assert found["usage"] == expected.usage
-    found = answer(client, TEXT, model="tiny", prompt="the king", echo=True, **options)
-    assert found["choices"][0]["text"] == f"the king{text}"
     tokens = alone.tokenize("the king")
-    found = answer(client, TEXT, model="tiny", prompt=[tokens, "a"], n=2, echo=True, **options)
+    found = answer(client, TEXT, model="tiny", prompt=[tokens, "a"], n=2, **options)
     assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
-    assert found["choices"][0]["text"] == f"the king{text}"
-    assert found["choices"][2]["text"].startswith("a")
+    assert found["choices"][0]["text"] == text
     assert found["usage"]["prompt_tokens"] == len(tokens) + 1
     stream = {"model": "tiny", "prompt": "the king", "stream": True, **options}
     chunks = events(client.post(TEXT, json=stream).text)
@@ -213,23 +199,19 @@ def test_completions_of_text(client: TestClient, alone: Engine) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
 
 
-def test_models_are_those_that_can_be_asked(client: TestClient) -> None:
+def test_models(client: TestClient) -> None:
     found = client.get("/v1/models").json()
-    names = [each["id"] for each in found["data"]]
-    strategies = {"static", "base", "qa-flora", "cosine", "euclidean", "calibrated", "norm"}
-    listed = {f"tiny:{each}" for each in (*strategies, "single:math", "single:es")}
-    assert len(names) == len(set(names))
-    assert {"tiny", *listed} <= set(names)
-    assert "tiny:centroid" not in names  # for want of sample texts
+    assert [each["id"] for each in found["data"]] == ["tiny", "tiny:base"]
     for each in found["data"]:
         Model.model_validate(each, strict=True)
-        one = answer(client, model=each["id"], messages=USER, max_tokens=1)
-        assert one["fusion"]["strategy"] == each["meta"]["strategy"]
-        assert client.get(f"/v1/models/{each['id']}").json()["id"] == each["id"]
     meta = client.get("/v1/models/tiny").json()["meta"]
-    hashes = {name: len(value) for name, value in meta.pop("sha256")["adapters"].items()}
-    assert hashes == {"math": 64, "es": 64}
-    assert (meta.pop("base"), meta.pop("n_ctx_train")) == ("tiny llama 0", 512)
+    for strategy in meta["strategies"]:
+        one = answer(client, model=f"tiny:{strategy}", messages=USER, max_tokens=1)
+        assert one["fusion"]["strategy"] == strategy
+        named = client.get(f"/v1/models/tiny:{strategy}").json()
+        assert (named["id"], named["meta"]["strategy"]) == (f"tiny:{strategy}", strategy)
+    assert {"static", "base", "qa-flora", "calibrated", "single:es"} < set(meta.pop("strategies"))
+    assert {len(value) for value in meta.pop("sha256")["adapters"].values()} == {64}
     assert meta == {
         "adapters": ["math", "es"],
         "n_layer": 3,
@@ -237,7 +219,14 @@ def test_models_are_those_that_can_be_asked(client: TestClient) -> None:
         "strategy": "qa-flora",
         "loaded": True,
         "failed": False,
+        "base": "tiny llama 0",
+        "n_ctx_train": 512,
     }
+    status, error = failure(client, model="tiny:centroid", messages=USER)  # it has no samples
+    assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")
+    assert error["message"].startswith("The model is 'tiny:centroid', expected one of tiny, tiny:")
+    assert error["message"].count("tiny:") == 5
+    assert error["message"].endswith(" and others.")
 
 
 def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
@@ -247,8 +236,6 @@ def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
     plain = answer(client, "/tokenize", content=text, parse_special=False)["tokens"]
     assert plain == alone.tokenize(text)
     assert answer(client, "/detokenize", tokens=tokens) == {"content": text}
-    pieces = answer(client, "/tokenize", content="a ñ", with_pieces=True)["tokens"]
-    assert [piece["piece"] for piece in pieces] == ["a", " ", [0xC3], [0xB1]]
     status, error = failure(client, "/detokenize", tokens=[99999])
     assert (status, error["message"]) == (
         400,
@@ -285,30 +272,33 @@ def test_what_cannot_fit_is_refused_without_cutting_it_into_tokens(
 
 LONG_TEXT = "y" * 200_000
 REFUSED = [
-    ({"model": "tinny"}, 404, "model", "The model is 'tinny', expected one of those that GET "),
-    ({"messages": None}, 400, "messages", "The field messages is None, expected a list of "),
+    ({"model": "tinny"}, 404, "model", "The model is 'tinny', expected one of tiny."),
+    ({"messages": []}, 400, "messages", "The field messages is [], expected a list of messages"),
     ({"messages": [{}]}, 400, "messages", "Message 0 has role = None, expected a text, as in {"),
     ({"messages": USER * 2049}, 400, "messages", "The field messages is [{'role': 'user', 'con"),
-    (
-        {"messages": [{"role": "user", "content": "a" * 600}]},
-        400,
-        "messages",
-        "The prompt has 617 tokens, the context 512; shorten it, or raise the context (--ctx",
-    ),
     ({"temperature": -1}, 400, "temperature", "The field temperature is -1, expected a number fr"),
+    ({"temperature": "1"}, 400, "temperature", "The field temperature is '1', expected a number"),
     ({"n": 17}, 400, "n", "The field n is 17, expected a number of answers from 1 to 16."),
     ({"stop": [""]}, 400, "stop", "The field stop is [''], expected a text or 1 to 16 texts,"),
     ({"stream": "yes"}, 400, "stream", "The field stream is 'yes', expected true or false."),
-    ({"top_logprobs": 3}, 400, "top_logprobs", "Option top_logprobs is 3 without logprobs, exp"),
+    (
+        {"stream": True, "stream_options": {"include_usage": 1}},
+        400,
+        "stream_options.include_usage",
+        "The field stream_options.include_usage is 1, expected true or false.",
+    ),
+    ({"logprobs": 3}, 400, "logprobs", "The field logprobs is 3, expected true or false."),
     ({"logit_bias": {"999": 1}}, 400, "logit_bias", "Option logit_bias has the token 999, expec"),
     ({"tools": [3]}, 400, "tools", "Option tools has 3, expected {'type': 'function', "),
-    ({"functions": [{}]}, 400, "functions", "Option functions of chat is [{}], expected None: it"),
     (
-        {"response_format": {"type": "json_object", "schema": {"type": "who"}}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
         400,
-        "response_format",
-        "The JSON schema",
+        "tools",
+        "The chat template of ",
     ),
+    ({"functions": [{}]}, 400, "functions", "Option functions of chat is [{}], expected None: it"),
+    ({"best_of": 3}, 400, "best_of", "Option best_of of chat is 3, expected None: it"),
+    ({"response_format": {"type": "x"}}, 400, "response_format", "Option response_format is {'ty"),
     ({"grammar": "root ::= ("}, 400, "grammar", "The grammar"),
     ({"grammar": "a" * 300_000}, 400, "grammar", "The field grammar is 'aaaa"),
     ({"fusion": {"a": 1}}, 400, "fusion.a", "The field fusion.a does not exist, expected one of"),
@@ -319,8 +309,7 @@ REFUSED = [
         "fusion.strategy",
         "The field fusion.strategy is 'static', expected base, as the model says, or nothing.",
     ),
-    ({"fusion": {"adapters": ["x"]}}, 400, "fusion.adapters", "The field fusion.adapters is ['x'"),
-    ({"fusion": {"weights": {"x": 1}}}, 400, "fusion", "Strategy 'manual:x=1'"),
+    ({"fusion": {"adapters": ["x"]}}, 400, "fusion", ""),
     (
         {"fusion": {"strategy": "manual:math=1e30"}},
         400,
@@ -336,12 +325,6 @@ REFUSED = [
         "The field fusion.weights is {'es': 1}, expected none beside the strategy base: leave one",
     ),
     ({"lora": [{"id": 2, "scale": 1}]}, 400, "lora", "The field lora is [{'id': 2, 'scale': 1.0}]"),
-    (
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        400,
-        "tools",
-        "The chat template of ",
-    ),
     (
         {"json_schema": {}, "response_format": {"type": "json_object"}},
         400,
@@ -368,8 +351,10 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
     [
         (TEXT, {"prompt": [99999]}, "prompt"),
         (TEXT, {"prompt": "a", "json_schema": {"type": "who"}}, "json_schema"),
+        ("/v1/weights", {"prompt": [99999]}, "prompt"),
         ("/v1/weights", {"prompt": "a", "lora": [{"id": 0, "scale": 1}]}, "lora"),
         ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input"),
+        ("/detokenize", {"tokens": [99999]}, "tokens"),
         ("/tokenize", {"messages": [3]}, "messages"),
     ],
 )
@@ -396,18 +381,6 @@ def test_a_chat_without_a_template(tmp_path: Path) -> None:
         status, error = failure(client, messages=USER)
         assert (status, error["param"]) == (400, "messages")
         assert "has no chat template" in error["message"]
-    with client_of(folder, raw_prompt=True) as client:
-        messages = [{"role": "system", "content": "be"}, *USER]
-        found = answer(client, messages=messages, max_tokens=4)
-        with Engine(folder, **ENGINE) as engine:  # type: ignore[arg-type]
-            expected = engine.generate("be\nthe thing?\n", max_tokens=4)
-            assert found["choices"][0]["message"]["content"] == expected.text()
-            tokens = engine.tokenize("be\nthe thing?\n")
-        assert client.post("/tokenize", json={"messages": messages}).json()["tokens"] == tokens
-        weighed = client.post("/v1/weights", json={"messages": messages}).json()
-        assert weighed["prompt_tokens"] == len(tokens)
-        status, error = failure(client, messages=USER, tools=[{"function": {"name": "a"}}])
-        assert (status, error["param"]) == (400, "tools")
 
 
 @pytest.mark.parametrize(
@@ -417,9 +390,7 @@ def test_a_chat_without_a_template(tmp_path: Path) -> None:
         {"tools": [LONG_TEXT]},
         {"json_schema": {"properties": {LONG_TEXT: {"type": LONG_TEXT}}}},
         {"grammar": f"root ::= {LONG_TEXT}"},
-        {"temperature": LONG_TEXT},
-        {"fusion": {"strategy": f"qa-flora:power={LONG_TEXT}"}},
-        {"fusion": {"weights": {LONG_TEXT: 1}}},
+        {"fusion": {"strategy": f"manual:{LONG_TEXT}=1"}},
         {"model": LONG_TEXT},
     ],
 )
@@ -441,7 +412,6 @@ def test_unknown_fields_are_ignored(client: TestClient) -> None:
         (b"", 400, "The body is no JSON object in UTF-8: Expecting value"),
         (b"[]", 400, "The body is no JSON object in UTF-8: it holds a list, not an object."),
         (b'{"a": 1, "a": 2}', 400, "The body is no JSON object in UTF-8: the key 'a' is given tw"),
-        (b'{"a": NaN}', 400, "The body is no JSON object in UTF-8: the number NaN is not finite."),
         (b'{"a": "\xff"}', 400, "The body is no JSON object in UTF-8: 'utf-8' codec can't decode"),
         (b'{"a": "\\ud800"}', 400, "The body is no JSON object in UTF-8: it has half of a surro"),
         (b"[" * 5000, 400, "The body is no JSON object in UTF-8: "),
@@ -449,10 +419,9 @@ def test_unknown_fields_are_ignored(client: TestClient) -> None:
     ],
 )
 def test_bodies_that_are_none(client: TestClient, data: bytes, status: int, message: str) -> None:
-    for path in (CHAT, TEXT, "/v1/weights", "/tokenize", "/detokenize"):
-        response = client.post(path, content=data)
-        assert response.status_code == status
-        assert response.json()["error"]["message"].startswith(message)
+    response = client.post(CHAT, content=data)
+    assert response.status_code == status
+    assert response.json()["error"]["message"].startswith(message)
     chunked = client.post(CHAT, content=iter([data[:3], data[3:]]))
     assert chunked.status_code == status
 

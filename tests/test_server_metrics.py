@@ -86,19 +86,6 @@ def test_a_request_is_a_line_without_what_was_asked(
     assert SECRET not in caplog.text
 
 
-def test_prompts_are_in_the_log_where_that_is_asked_for(
-    bundle: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    odd = {**BODY, "messages": [{"role": "user", "content": "a\nb\x1b[31m"}]}
-    with client_of(bundle, logs_prompts=True) as client, caplog.at_level(logging.INFO, LINES):
-        client.post(CHAT, json=BODY)
-        client.post(CHAT, json=odd)
-    lines = [record.getMessage() for record in caplog.records if CHAT in record.getMessage()]
-    assert SECRET in lines[0]
-    assert r"a\nb\x1b[31m" in lines[1]
-    assert lines[1].isprintable()
-
-
 def test_what_fails_is_told_to_the_log_and_not_to_who_asked(
     client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,9 +21,8 @@ from serving import ENGINE, listening, listening_app, make_options, metric
 
 from qaflora_edge.backend.context import Context
 from qaflora_edge.server import requests, stream
-from qaflora_edge.server.answers import MAX_LIGHT
 from qaflora_edge.server.app import expire_all, make_app
-from qaflora_edge.server.refusals import Refusal
+from qaflora_edge.server.requests import Refusal
 from qaflora_edge.server.served_models import Queue
 from qaflora_edge.weighing.strategy import Probe, Query, Strategy, _registry, register_strategy
 
@@ -266,37 +265,30 @@ def test_answers_that_time_keeps_from_beginning_are_not_left_out(
     assert json.loads(event)["error"]["code"] == "timeout"
 
 
-def test_only_what_is_small_waits_for_no_slot(bundle: Path, held: Held) -> None:
-    def ask(address: str, n: int) -> list[tuple[int, str | None]]:
-        bodies = {"/tokenize": {"content": "a" * n}, "/detokenize": {"tokens": [65] * n}}
-        found = [
-            httpx.post(address + path, json=body, timeout=PATIENCE_S)
-            for path, body in bodies.items()
-        ]
-        return [(each.status_code, each.json().get("error", {}).get("code")) for each in found]
-
-    with listening(bundle, max_queue=0) as address:
-        with asking(f"{address}/v1/chat/completions", N_TURN):
-            for _ in range(N_TURN):
-                assert held.busy.acquire(timeout=PATIENCE_S)
-            assert ask(address, MAX_LIGHT) == [(200, None)] * 2
-            assert ask(address, MAX_LIGHT + 1) == [(503, "queue_full")] * 2
-            held.go.set()
-        assert ask(address, MAX_LIGHT + 1) == [(200, None)] * 2
+def test_token_ids_wait_for_no_answer(bundle: Path, held: Held) -> None:
+    with (
+        listening(bundle, max_queue=0) as address,
+        asking(f"{address}/v1/chat/completions", N_TURN),
+    ):
+        for _ in range(N_TURN):
+            assert held.busy.acquire(timeout=PATIENCE_S)
+        tokens = httpx.post(f"{address}/tokenize", json={"content": "A"}, timeout=PATIENCE_S)
+        text = httpx.post(f"{address}/detokenize", json=tokens.json(), timeout=PATIENCE_S)
+        held.go.set()
+    assert (tokens.json(), text.json()) == ({"tokens": [65]}, {"content": "A"})
 
 
 def test_few_large_bodies_are_read_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "MAX_LARGE_BODIES", 1)
     head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
-    with listening(bundle) as address:
+    app = make_app([bundle], make_options())
+    with listening_app(app) as address:
         host, port = address.removeprefix("http://").split(":")
-        large, small = ({"content": "a" * n} for n in (100_000, 10))
-
-        def status(body: Any) -> int:
-            return httpx.post(f"{address}/tokenize", json=body, timeout=PATIENCE_S).status_code
-
+        url, large, small = f"{address}/tokenize", "a" * 100_000, "a" * 10
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode())
-            wait_until(lambda: status(large) == 503)
-            assert status(small) == 200
-        wait_until(lambda: status(large) == 200)
+            wait_until(app.state.large_bodies.locked)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json={"content": large}, timeout=0.3)
+            assert httpx.post(url, json={"content": small}, timeout=PATIENCE_S).status_code == 200
+        assert httpx.post(url, json={"content": large}, timeout=PATIENCE_S).status_code == 200

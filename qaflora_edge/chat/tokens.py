@@ -8,20 +8,27 @@ from qaflora_edge.backend.model import Model
 from qaflora_edge.chat import template as templates
 from qaflora_edge.chat.messages import BEGIN, Message, checked_messages
 from qaflora_edge.chat.typed import TypedText
+from qaflora_edge.config import MAX_CTX
 from qaflora_edge.errors import ChatTemplateError, QafloraError, ToolsError
+from qaflora_edge.inference.request import check_size
 
 
 def chat_tokens(
-    model: Model, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
+    model: Model,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] | None = None,
+    n_ctx: int = MAX_CTX,
 ) -> list[int]:
     """Tokenize a conversation under the base's template, ready for an answer.
 
     What a person typed is data: a control token spelt out in a message stays text.
 
-    Raises ChatTemplateError without a usable template, ToolsError where it takes no tools, and
-    PromptError for malformed messages.
+    Raises ChatTemplateError without a usable template, ToolsError where it takes no tools,
+    PromptError for malformed messages, ContextError for those that n_ctx tokens cannot hold.
     """
     checked = checked_messages(messages)
+    check_size(model, [message["content"] or "" for message in checked], n_ctx)
     template, name = str(model.chat_template or ""), model.path.name
     if not template:
         raise ChatTemplateError(

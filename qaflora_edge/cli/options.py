@@ -181,14 +181,15 @@ def own_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the shared options; the command gets them as one argument `options`."""
+    options = [option for option in SHARED.values() if command.__name__ not in option.left_out]
 
     @functools.wraps(command)
     def collected(**kwargs: Any) -> Any:
-        shared = {key: kwargs.pop(key) for key in SHARED}
+        shared = {option.key: kwargs.pop(option.key) for option in options}
         return command(options=SharedOptions(**shared), **kwargs)
 
     decorated: Callable[..., Any] = collected
-    for option in reversed(SHARED.values()):
+    for option in reversed(options):
         decorated = click_option(option, command.__name__)(decorated)
     return decorated
 

@@ -38,20 +38,18 @@ def serve(
     cors_origin: tuple[str, ...],
     allow_host: tuple[str, ...],
     insecure: bool,
-    log_prompts: bool,
     options: SharedOptions,
 ) -> None:
     """Serve bundles to programs and browsers that speak OpenAI's API.
 
-    Each DIR is a model by its name, and NAME:STRATEGY for each strategy that it can follow; GET
-    /v1/models lists them. Beyond this machine (--host) an API key is needed, or --insecure. The
-    options of sampling hold for requests that say nothing. Ctrl-C or SIGTERM ends what runs
-    first; a second one ends at once.
+    Each DIR is a model by its name, and NAME:STRATEGY weighs by another strategy. Beyond this
+    machine (--host) an API key is needed, or --insecure. The options of sampling hold for requests
+    that say nothing. Ctrl-C or SIGTERM lets running answers end; a second one ends at once.
     """
     try:
-        from qaflora_edge.server.options import ServerOptions
         from qaflora_edge.server.run import run
         from qaflora_edge.server.security import LOCAL_NAMES, is_loopback
+        from qaflora_edge.server.served_models import ServerOptions
     except ModuleNotFoundError as error:
         package, _, _ = (error.name or "").partition(".")
         raise OptionError(
@@ -77,10 +75,8 @@ def serve(
             max_queue=max_queue,
             max_models=max_models,
             timeout_s=timeout,
-            logs_prompts=log_prompts,
             engine={"strategy": options.strategy, **options.engine},
             sampling=options.sampling,
-            raw_prompt=options.raw_prompt,
         ),
     )
 

@@ -16,11 +16,12 @@ FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("functions", "function_call", "audio", "prediction"), (None,)),
     **dict.fromkeys(("reasoning_effort", "verbosity", "web_search_options"), (None,)),
     "modalities": (None, ["text"]),
+    **dict.fromkeys(("suffix", "best_of", "echo"), (None, "", 1, False)),  # of texts
 }
 
 
 def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of OpenAI's chat completions as `Engine.generate` takes them; others stay.
+    """Return options of OpenAI's as `Engine.generate` takes them; others stay, null is left out.
 
     Raises OptionError for one that cannot be followed.
     """
@@ -39,7 +40,6 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
                     "of them; leave the other out.",
                     alias,
                 )
-    # Where null says "the default".
     return {
         name: value for name, value in known.items() if name not in sampling or value is not None
     }

@@ -9,17 +9,15 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qaflora_edge.chat.messages import checked_messages
 from qaflora_edge.config import in_group
 from qaflora_edge.engine import Engine
-from qaflora_edge.errors import CancelledError, ChatTemplateError, GrammarError, PromptError
+from qaflora_edge.errors import CancelledError
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.inference.request import Prompt, check_size, checked_tokens, token_ids
+from qaflora_edge.inference.request import checked_tokens
 from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
 from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
 from qaflora_edge.openai.options import FIXED, openai_options
 from qaflora_edge.openai.responses import ResponseShape, chat_request
-from qaflora_edge.server.refusals import Params, wrong_field
 from qaflora_edge.server.requests import (
     MAX_TOKENS,
     MAX_WEIGHT,
@@ -34,25 +32,28 @@ from qaflora_edge.server.requests import (
     Weighed,
     WeightsBody,
     read,
+    wrong_field,
 )
 from qaflora_edge.server.served_models import ServedModel
 from qaflora_edge.server.stream import DONE, Computed, Outlet, encoded, event
 from qaflora_edge.weighing.numbers import FusionWeights
 from qaflora_edge.weighing.strategy import parse_strategy
 
-MAX_LIGHT = 4096  # characters or tokens that are converted without a slot
 SHOWN = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # in a response
-FORMS = ("grammar", "json_schema", "response_format", "tools")
+OF_CHAT = (
+    *("n", "logprobs", "top_logprobs", "response_format"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
+)
 _PROSE = {"type": "text"}  # a response_format that asks for nothing
 B = TypeVar("B", bound=Body)
 
 
-# what is asked
+# reading what is asked
 
 
 @dataclass(frozen=True)
 class Weighing:
-    """How a request wants to be weighed, and what the answer tells of it.
+    """How a request wants to be weighed, and how much the answer says of it.
 
     weights   a strategy, or weights as Engine.generate takes them; None: the default
     adapters  those in use, None: all
@@ -72,28 +73,34 @@ class Weighing:
         """Return the field `fusion` of an answer, or nothing."""
         if self.returned == "none":
             return {}
-        named = list(zip(fusion.adapters, fusion.weights, strict=True))
+        means = {name: round(mean, 6) for name, mean in mean_weights(fusion).items()}
         told: dict[str, Any] = {
             "strategy": fusion.strategy,
             "probe_ms": round(fusion.probe_ms, 3),
-            "weights": {name: round(float(row.mean()), 6) for name, row in named},
+            "weights": means,
         }
         if self.returned == "layers":
-            told["layers"] = {name: [float(weight) for weight in row] for name, row in named}
+            rows = fusion.weights.astype(float).tolist()
+            told["layers"] = dict(zip(fusion.adapters, rows, strict=True))
         return {"fusion": told}
 
     def headers(self, fusion: FusionWeights) -> dict[str, str]:
         """Return the mix as a header, such as math=0.61,es=0.39."""
         if self.returned == "none" or not fusion.adapters:
             return {}
-        named = zip(fusion.adapters, fusion.weights, strict=True)
-        return {"X-Fusion": ",".join(f"{name}={float(row.mean()):.2f}" for name, row in named)}
+        means = mean_weights(fusion).items()
+        return {"X-Fusion": ",".join(f"{name}={mean:.2f}" for name, mean in means)}
+
+
+def mean_weights(fusion: FusionWeights) -> dict[str, float]:
+    """Return the mean over layers of each adapter's weights."""
+    return dict(zip(fusion.adapters, fusion.weights.mean(axis=1).astype(float), strict=True))
 
 
 def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) -> Weighing:
-    """Put together the fields `fusion` and `lora`, and the strategy that the model id names.
+    """Combine the fields `fusion` and `lora` with the strategy that the model id names.
 
-    Raises Refusal where they contradict each other, or name no adapter of the bundle.
+    Raises Refusal where they contradict each other.
     """
     fusion = body.fusion or Fusion.model_validate({})
     weights, by = fusion.weights, "fusion.weights"
@@ -104,9 +111,6 @@ def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) ->
         if any(scale.id >= len(adapters) for scale in body.lora):
             raise wrong_field("lora", given, f"ids below {len(adapters)}")
         weights, by = {adapters[scale.id]: scale.scale for scale in body.lora}, "lora"
-    if any(name not in adapters for name in fusion.adapters or ()):
-        expected = f"a list out of {', '.join(adapters) or 'none'}"
-        raise wrong_field("fusion.adapters", fusion.adapters, expected)
     strategy = fusion.strategy or of_model
     if of_model not in (None, strategy):
         expected = f"{of_model}, as the model says, or nothing"
@@ -114,8 +118,8 @@ def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) ->
     if weights is not None and strategy is not None:
         raise wrong_field(by, weights, f"none beside the strategy {strategy}: leave one out")
     if fusion.strategy and fusion.strategy.startswith("manual:"):
-        given = parse_strategy(fusion.strategy, adapters).argument
-        if any(abs(weight) > MAX_WEIGHT for weight in given.values()):
+        by_name = parse_strategy(fusion.strategy, adapters).argument
+        if any(abs(weight) > MAX_WEIGHT for weight in by_name.values()):
             expected = f"weights from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
             raise wrong_field("fusion.strategy", strategy, expected)
     chosen = strategy if weights is None else weights
@@ -132,30 +136,21 @@ async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, Weighi
     return body, served, weighing
 
 
-def defaults(request: Request) -> dict[str, Any]:
-    """Return the sampling options that hold where a request says nothing."""
-    options = request.app.state.options.sampling.items()
-    return {name: value for name, value in options if value is not None}
+def options_of(request: Request, body: Answered, **given: Any) -> dict[str, Any]:
+    """Return the options of an answer; those of the command hold where a request says nothing.
 
+    given  fields that one path has in place of sampling options
 
-def chat_options(request: Request, body: Answered, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a chat as openai.chat.begin_chat takes them."""
+    Raises OptionError for a known field that cannot be followed.
+    """
     fixed = {name: value for name, value in (body.model_extra or {}).items() if name in FIXED}
-    options = {name: value for name, value in {**fixed, **given}.items() if value is not None}
-    if body.json_schema is not None:  # llama-server's own
-        if options.get("response_format", _PROSE) != _PROSE:
-            raise wrong_field("json_schema", body.json_schema, "nothing beside response_format")
-        options["response_format"] = {"type": "json_object", "schema": body.json_schema}
-    return {**defaults(request), **openai_options({**options, **body.sampling})}
+    asked = {**fixed, **body.sampling, **given}
+    defaults = request.app.state.options.sampling
+    known = {**defaults, **openai_options({k: v for k, v in asked.items() if v is not None})}
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def form_params(body: Answered) -> Params:
-    """Name the field that a failure of a grammar is about: the form that is asked for."""
-    given = (name for name in FORMS if getattr(body, name, None) is not None)
-    return {GrammarError: next(given, "response_format")}
-
-
-# what is answered
+# telling the answer
 
 
 class Told:
@@ -237,51 +232,26 @@ def noted(answers: Iterable[Generation], n: int, facts: dict[str, Any]) -> Itera
         raise CancelledError("The request was ended before all of its answers began.")
 
 
-class _RawChat:
-    """An Engine that takes a conversation line by line, without the base's template."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.name, self.answers, self._engine = engine.name, engine.answers, engine
-
-    def chat_tokens(
-        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
-        if tools:
-            raise wrong_field("tools", list(tools), "none: chats have no template (--raw-prompt)")
-        lines = [message["content"] for message in checked_messages(messages)]
-        return self._engine.tokenize("\n".join(lines) + "\n")
-
-
-def chat_of(request: Request, engine: Engine, messages: Sequence[Any]) -> Engine | _RawChat:
-    """Return what answers a conversation. Raises ContextError for one that cannot fit."""
-    texts: list[str] = []
-    for message in messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        found = [part.get("text") for part in parts if isinstance(part, Mapping)]
-        texts += [text for text in found if isinstance(text, str)]
-    with engine._core.call():
-        check_size(engine._model, texts, engine.n_ctx)
-    return _RawChat(engine) if request.app.state.options.raw_prompt else engine
-
-
 # routes
 
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions"""
     body, served, weighing = await asked(request, ChatBody)
-    own = ("logprobs", "top_logprobs", "n", *FORMS[2:], "tool_choice", "parallel_tool_calls")
-    options = chat_options(request, body, {name: getattr(body, name) for name in own})
+    given = {name: getattr(body, name) for name in OF_CHAT}
+    if body.json_schema is not None:  # llama-server's own
+        if body.response_format not in (None, _PROSE):
+            raise wrong_field("json_schema", body.json_schema, "nothing beside response_format")
+        given["response_format"] = {"type": "json_object", "schema": body.json_schema}
+    options = options_of(request, body, **given)
     model = body.model or served.name
 
     def compute(engine: Engine, out: Outlet) -> None:
-        chat = chat_of(request, engine, body.messages)
         head = answer_head("chat.completion.chunk", model)
         more = {"cancel": out.cancel, **weighing.options, **options}
         if body.return_progress and body.stream:
             more["on_progress"] = progress(head, out)
-        begun = begin_chat(chat, body.messages, **more)
+        begun = begin_chat(engine, body.messages, **more)
         told = Told(begun.first, weighing, out)
         answers = noted(begun.answers, options.get("n", 1), out.facts)
         if body.stream:
@@ -292,7 +262,7 @@ async def chat_completions(request: Request) -> Response:
         else:
             told.send_whole(completion_dict(model, answers, has_tools=begun.has_tools))
 
-    return Computed(request, served, body, compute, params=form_params(body))
+    return Computed(request, served, body, compute)
 
 
 async def completions(request: Request) -> Response:
@@ -301,16 +271,8 @@ async def completions(request: Request) -> Response:
     prompt, n = body.prompt, body.n or 1
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     prompts: Any = [prompt] if is_one else prompt
-    extra = body.model_extra or {}
-    for name, harmless in (("suffix", (None, "")), ("best_of", (None, n))):
-        if extra.get(name) not in harmless:
-            raise wrong_field(name, extra[name], "nothing: it cannot be followed here")
-    if body.echo and body.logprobs is not None:
-        raise wrong_field("echo", True, "false beside logprobs")
-    n_top = {} if body.logprobs is None else {"logprobs": body.logprobs}
-    sampling = {name: value for name, value in body.sampling.items() if name != "logprobs"}
-    given = {"json_schema": body.json_schema, **openai_options(sampling), **n_top}
-    options = {"max_tokens": 16, **defaults(request), **given}
+    options = {"max_tokens": 16, **options_of(request, body, logprobs=None)}
+    options |= {"json_schema": body.json_schema, "logprobs": body.logprobs}
     model = body.model or served.name
 
     def compute(engine: Engine, out: Outlet) -> None:
@@ -323,9 +285,8 @@ async def completions(request: Request) -> Response:
             for each in prompts:
                 if out.cancel.is_set():
                     raise CancelledError("The request was ended before all of its answers began.")
-                start = spelt(engine, each) if body.echo else ""
                 for answer in noted(engine.answers(each, n, **more), n, out.facts):
-                    yield start, answer
+                    yield "", answer
 
         found = answers()
         first = next(found)
@@ -336,8 +297,7 @@ async def completions(request: Request) -> Response:
         else:
             told.send_whole(text_dict(model, rest, n))
 
-    params = {**form_params(body), PromptError: "prompt"}
-    return Computed(request, served, body, compute, params=params)
+    return Computed(request, served, body, compute)
 
 
 async def responses(request: Request) -> Response:
@@ -345,13 +305,12 @@ async def responses(request: Request) -> Response:
     body, served, weighing = await asked(request, ResponsesBody)
     raw = body.model_dump(by_alias=True, exclude_unset=True)
     messages, given = chat_request(raw)
-    options = chat_options(request, body, given)
+    options = options_of(request, body, **given)
     shown = {name: options.get(name, in_group("sampling")[name].default) for name in SHOWN}
     model = body.model or served.name
 
     def compute(engine: Engine, out: Outlet) -> None:
-        chat = chat_of(request, engine, messages)
-        begun = begin_chat(chat, messages, cancel=out.cancel, **weighing.options, **options)
+        begun = begin_chat(engine, messages, cancel=out.cancel, **weighing.options, **options)
         told = Told(begun.first, weighing, out)
         for answer in noted(begun.answers, 1, out.facts):
             shape = ResponseShape(model, raw, shown, answer)
@@ -360,9 +319,7 @@ async def responses(request: Request) -> Response:
             else:
                 told.send_whole(shape.whole(has_tools=begun.has_tools))
 
-    form = "text" if body.grammar is None else "grammar"
-    params: Params = {PromptError: "input", ChatTemplateError: "input", GrammarError: form}
-    return Computed(request, served, body, compute, params=params)
+    return Computed(request, served, body, compute)
 
 
 async def weights(request: Request) -> Response:
@@ -377,7 +334,7 @@ async def weights(request: Request) -> Response:
 
     def compute(engine: Engine, out: Outlet) -> None:
         if messages is not None:
-            tokens = chat_of(request, engine, messages).chat_tokens(messages)
+            tokens = engine.chat_tokens(messages)
         else:
             tokens = engine.tokenize(prompt or "")
         chosen, adapters = weighing.weights, weighing.adapters
@@ -387,8 +344,7 @@ async def weights(request: Request) -> Response:
         out.send(weighing.headers(found))
         out.send(encoded(found.to_dict()))
 
-    params: Params = {} if prompt is None else {PromptError: "prompt"}
-    return Computed(request, served, body, compute, params=params)
+    return Computed(request, served, body, compute)
 
 
 async def tokenize(request: Request) -> Response:
@@ -397,52 +353,32 @@ async def tokenize(request: Request) -> Response:
     text, messages = body.content, body.messages
     if (messages is None) == (text is None):
         raise wrong_field("content", text, "a text, or else messages")
-    parse_special = body.parse_special is not False
+    special = {
+        "add_special": bool(body.add_special),
+        "parse_special": body.parse_special is not False,
+    }
 
     def compute(engine: Engine, out: Outlet) -> None:
         if messages is not None:
-            found = chat_of(request, engine, messages).chat_tokens(messages)
+            tokens = engine.chat_tokens(messages)
         else:
-            options = {"add_special": bool(body.add_special), "parse_special": parse_special}
             with engine._core.call():
-                found = engine._model.tokenize(text or "", **options)
-        tokens: Sequence[Any] = found
-        if body.with_pieces:
-            tokens = [{"id": each, "piece": _piece(engine, each)} for each in found]
+                tokens = engine._model.tokenize(text or "", **special)
         out.send(encoded({"tokens": tokens}))
 
-    is_light = text is not None and len(text) <= MAX_LIGHT
-    return Computed(request, served, body, compute, is_light=is_light)
-
-
-def _piece(engine: Engine, token: int) -> str | list[int]:
-    """Return the text of a token; its bytes where they are no text, as llama-server has it."""
-    data = engine._model.piece(token, special=True)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return list(data)
+    return Computed(request, served, body, compute, is_light=True)
 
 
 async def detokenize(request: Request) -> Response:
-    """POST /detokenize"""
+    """POST /detokenize: control tokens are spelt out."""
     body, served, _ = await asked(request, DetokenizeBody)
 
     def compute(engine: Engine, out: Outlet) -> None:
-        out.send(encoded({"content": spelt(engine, body.tokens) if body.tokens else ""}))
+        text = b""
+        if body.tokens:
+            with engine._core.call():
+                tokens = checked_tokens(engine._model, body.tokens, MAX_TOKENS)
+                text = engine._model.detokenize(tokens, special=True)
+        out.send(encoded({"content": text.decode("utf-8", "replace")}))
 
-    is_light = len(body.tokens) <= MAX_LIGHT
-    params: Params = {PromptError: "tokens"}
-    return Computed(request, served, body, compute, is_light=is_light, params=params)
-
-
-def spelt(engine: Engine, prompt: Prompt) -> str:
-    """Return the text of a prompt with control tokens spelt out.
-
-    Raises PromptError for what is no token.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    with engine._core.call():
-        tokens = checked_tokens(engine._model, token_ids(prompt), MAX_TOKENS)
-        return engine._model.detokenize(tokens, special=True).decode("utf-8", "replace")
+    return Computed(request, served, body, compute, is_light=True)

@@ -20,25 +20,25 @@ from starlette.routing import Route
 from qaflora_edge.server import answers
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.metrics import Metrics, Recorder
-from qaflora_edge.server.options import ServerOptions
-from qaflora_edge.server.page.content import page
-from qaflora_edge.server.refusals import Refusal, refusal
+from qaflora_edge.server.page import page
+from qaflora_edge.server.requests import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
-from qaflora_edge.server.served_models import InThread, ServedModels
+from qaflora_edge.server.served_models import N_LIGHT, InThread, ServedModels, ServerOptions
 
 NOT_HERE = ("/v1/embeddings", "/v1/images/{rest:path}", "/v1/audio/{rest:path}")
 
 
 def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
-    """Return the server for some bundles, or bases alone; the first is opened as it starts.
+    """Return the server of some bundles, or bases alone. It opens the first one as it starts.
 
     Raises BundleError for a bundle that cannot be read.
     """
     places = list(places)
-    # All that have a slot, and one that opens and one that closes.
-    threads = ThreadPoolExecutor(len(places) * options.n_slot + 2, thread_name_prefix="qaflora")
-    light = ThreadPoolExecutor(2, thread_name_prefix="qaflora-light")
-    models = ServedModels(places, options, _runner(threads))
+    # All that have a slot, one that opens and one that closes.
+    n_thread = len(places) * options.n_slot + N_LIGHT + 2
+    threads = ThreadPoolExecutor(n_thread, thread_name_prefix="qaflora")
+    in_thread = _runner(threads)
+    models = ServedModels(places, options, in_thread)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -52,7 +52,6 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
             await asyncio.gather(opening, return_exceptions=True)
             await models.close()
             threads.shutdown()
-            light.shutdown()
 
     app = Starlette(
         routes=_routes(),
@@ -61,9 +60,9 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         lifespan=lifespan,
     )
     app.state.options, app.state.models, app.state.metrics = options, models, metrics
-    app.state.in_thread, app.state.light = _runner(threads), _runner(light)
-    app.state.running, app.state.is_opening, app.state.n_large_body = set(), False, 0
-    app.state.on_lost = lambda error: None
+    app.state.in_thread, app.state.running, app.state.is_opening = in_thread, set(), False
+    app.state.large_bodies = asyncio.Semaphore(bodies.MAX_LARGE_BODIES)
+    app.state.on_ready, app.state.on_lost = lambda: None, lambda error: None
     return app
 
 
@@ -76,7 +75,7 @@ def _runner(threads: ThreadPoolExecutor) -> InThread:
 
 
 def expire_all(app: Any) -> None:
-    """Cut all answers, as if their time were over."""
+    """Cut all answers as if their time was over."""
     for work in list(app.state.running):
         work.expire()
 
@@ -110,12 +109,13 @@ async def _open_first(app: Starlette) -> None:
                 pass
     finally:
         app.state.is_opening = False
+        app.state.on_ready()
 
 
 async def show_page(request: Request) -> Response:
     """GET /: the page, which is no part of the API."""
-    found = page()
-    return Response(found.body, media_type="text/html; charset=utf-8", headers=found.headers)
+    body, headers = page()
+    return Response(body, media_type="text/html; charset=utf-8", headers=headers)
 
 
 async def health(request: Request) -> Response:
@@ -141,25 +141,23 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     """GET /openapi.json"""
-    names = [each["id"] for each in request.app.state.models.listed()]
     paths = ((path.replace(":path", ""), summary, kind) for path, _, summary, kind in API)
-    return JSONResponse(bodies.describe(paths, names))
+    return JSONResponse(bodies.describe(paths, request.app.state.models.ids))
 
 
 async def models(request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse({"object": "list", "data": request.app.state.models.listed()})
+    served: ServedModels = request.app.state.models
+    return JSONResponse({"object": "list", "data": [served.card(name) for name in served.listed]})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/{model}"""
-    served: ServedModels = request.app.state.models
-    name = request.path_params["model"]
-    return JSONResponse(served.card(served.find(name)[0], name, is_whole=True))
+    return JSONResponse(request.app.state.models.card(request.path_params["model"]))
 
 
 async def not_here(request: Request) -> Response:
-    """Refuse what OpenAI has and a bundle has not."""
+    """Refuse what OpenAI offers and a bundle cannot do."""
     message = f"{request.url.path:.100} is not offered here: a bundle reads and writes text."
     return Refusal(501, message, code="not_implemented").response()
 
@@ -178,7 +176,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return found
 
 
-# (path, route, summary, body): those with a body are POST, the others GET.
+# (path, route, summary, body): POST with a body, else GET.
 API: tuple[tuple[str, Any, str, type[bodies.Body] | None], ...] = (
     ("/v1/chat/completions", answers.chat_completions, "Answer a conversation", bodies.ChatBody),
     ("/v1/completions", answers.completions, "Go on with a text", bodies.TextBody),
@@ -186,8 +184,8 @@ API: tuple[tuple[str, Any, str, type[bodies.Body] | None], ...] = (
     ("/v1/weights", answers.weights, "Weigh the adapters for a prompt", bodies.WeightsBody),
     ("/tokenize", answers.tokenize, "Token ids of a text, or of messages", bodies.TokenizeBody),
     ("/detokenize", answers.detokenize, "The text of token ids", bodies.DetokenizeBody),
-    ("/v1/models", models, "What can be asked", None),
-    ("/v1/models/{model:path}", model, "One of it", None),
+    ("/v1/models", models, "The models", None),
+    ("/v1/models/{model:path}", model, "One model", None),
     ("/health", health, "Whether it works", None),
     ("/metrics", metrics, "Counters for Prometheus", None),
     ("/openapi.json", openapi, "This document", None),

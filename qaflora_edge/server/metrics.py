@@ -11,8 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("qaflora_edge.server")
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
-_MAX_PROMPT_CHARS = 100_000
-# Facts that a line shows, in order; prompts only where --log-prompts asks for them.
+# Facts that a line of the log shows, in order.
 _SHOWN = ("model", "strategy", "prompt_tokens", "completion_tokens", "wait_ms", "first_ms")
 _TOKENS = {"prompt_tokens": "Tokens of prompts.", "completion_tokens": "Tokens of answers."}
 _TIMES = {
@@ -50,9 +49,9 @@ class Metrics:
 
 
 class Recorder:
-    """Note how each request ended; it comes before all else.
+    """Note how each request ended; the outermost layer.
 
-    The path of a metric is the route's: names that anyone may ask for would fill the memory.
+    A metric has the path of the route: paths as they were asked would fill the memory.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -93,6 +92,4 @@ def _line(scope: Scope, status: int, facts: Mapping[str, Any]) -> str:
         if name in facts:
             value = facts[name]
             parts.append(f"{name}={value:.1f}" if isinstance(value, float) else f"{name}={value}")
-    if "prompt" in facts:
-        parts.append(f"prompt={ascii(facts['prompt'])[:_MAX_PROMPT_CHARS]}")
     return " ".join(parts)

@@ -1,7 +1,7 @@
-"""Requests: how bodies are read and checked, and their description in OpenAPI.
+"""Requests: read and check bodies, say what is wrong, and describe bodies in OpenAPI.
 
-The models below are the one source of all three. A field's `title` says what it has to be, in
-messages too. Sampling options come from `config`, with their ranges.
+The models below are the one source of checks and descriptions. A field's `title` says what it has
+to be, in messages too. Sampling options come from `config`, with their ranges.
 """
 
 import asyncio
@@ -19,16 +19,31 @@ from pydantic import (
 )
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from qaflora_edge import __version__
 from qaflora_edge.config import Option, in_group
+from qaflora_edge.errors import (
+    BusyError,
+    CancelledError,
+    ChatTemplateError,
+    ContextError,
+    GrammarError,
+    OptionError,
+    PromptError,
+    QafloraError,
+    StrategyError,
+    ToolsError,
+    WeightsError,
+    WorkerError,
+)
 from qaflora_edge.formats.json_text import read_json_object
-from qaflora_edge.server.refusals import Refusal, unavailable, wrong_field
 
 MAX_BODY_BYTES = 4 << 20
-MAX_SMALL_BYTES = 64 << 10  # of a body that is parsed at once, however many come
-MAX_LARGE_BODIES = 8  # that are received and parsed at the same time
+MAX_SMALL_BYTES = 64 << 10  # of a body that does not wait to be received
+MAX_LARGE_BODIES = 8  # received and parsed at the same time
 BODY_S = 60.0  # the longest that a body may take to come
+RETRY_AFTER_S = 2
 MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
 MAX_TOOLS = 128
@@ -39,6 +54,77 @@ MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number b
 MAX_FORM_CHARS = 256 << 10  # of a grammar, a schema or tools
 
 Schema = dict[str, Any]
+
+
+# refusals
+
+_TEXTS = ("messages", "input", "prompt", "tokens", "content")
+# What the sender of a request can cure -> the fields that may cause it.
+_CAUSES: dict[type[QafloraError], tuple[str, ...]] = {
+    OptionError: (),  # names its field
+    PromptError: _TEXTS,
+    ToolsError: ("tools",),
+    ChatTemplateError: _TEXTS,
+    GrammarError: ("grammar", "json_schema", "response_format", "tools", "text"),
+    StrategyError: ("fusion", "lora"),
+    WeightsError: ("fusion", "lora"),
+}
+
+
+class Refusal(Exception):
+    """Why a request is not answered, in OpenAI's shape; 503 may be answered at another time.
+
+    param  the field that is wrong
+    code   what programs tell it by
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = "server_error" if status in (500, 503) else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> Response:
+        """Return it as a whole response."""
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
+        return JSONResponse(self.body, self.status, headers)
+
+
+def wrong_field(param: str, found: object, expected: str) -> Refusal:
+    """Return status 400 for a field with a wrong value."""
+    shown = repr(found)
+    shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
+    message = f"The field {param} is {shown}, expected {expected}."
+    return Refusal(400, message, param=param, code="invalid_value")
+
+
+def refusal(
+    error: BaseException, body: "Body | None" = None, *, is_expired: bool = False
+) -> Refusal:
+    """Return the answer to a failure. What is inside the server stays there.
+
+    is_expired  whether the request has used up its time
+    """
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, CancelledError) and is_expired:
+        message = "The request took too long; try again, or ask for less."
+        return Refusal(503, message, code="timeout")
+    if isinstance(error, BusyError | CancelledError):
+        return Refusal(503, "The server is shutting down.", code="shutting_down")
+    if isinstance(error, WorkerError):
+        message = "A machine that holds layers of the model is lost; the server ends."
+        return Refusal(503, message, code="model_unavailable")
+    for kind, fields in _CAUSES.items():
+        if isinstance(error, kind):
+            given = (name for name in fields if getattr(body, name, None) is not None)
+            param = error.option if isinstance(error, OptionError) else next(given, None)
+            is_long = isinstance(error, ContextError)
+            code = "context_length_exceeded" if is_long else "invalid_value"
+            return Refusal(400, str(error), param=param, code=code)
+    return Refusal(500, "The server failed to answer; its log says why.", code="internal_error")
 
 
 # fields
@@ -219,7 +305,6 @@ class TextBody(Answered):
     prompt: Text | Tokens | Prompts = Field(
         title=f"a text, a list of token ids, or a list of these, {MAX_PROMPTS} at most"
     )
-    echo: Flag = None
 
 
 class ResponsesBody(Tooled):
@@ -247,7 +332,6 @@ class TokenizeBody(Body):
     messages: Messages | None = None
     add_special: Flag = None
     parse_special: Flag = None
-    with_pieces: Flag = None
 
 
 class DetokenizeBody(Body):
@@ -267,27 +351,20 @@ async def read(request: Request, kind: type[B]) -> B:
     """Read and check a body. Raises Refusal for one that is too large, or wrong, by its field."""
     n_byte = request.headers.get("content-length", "")
     if n_byte.isdecimal() and int(n_byte) <= MAX_SMALL_BYTES:
-        return parsed(kind, await _bytes(request, MAX_SMALL_BYTES))
-    state = request.app.state
-    if state.n_large_body >= MAX_LARGE_BODIES:
-        raise unavailable("The server is busy with large bodies; try again later.", "queue_full")
-    state.n_large_body += 1
-    try:
-        if n_byte.isdecimal() and int(n_byte) > MAX_BODY_BYTES:
-            raise _too_large()
-        data = await _bytes(request, MAX_BODY_BYTES)
-        return await asyncio.to_thread(parsed, kind, data)
-    finally:
-        state.n_large_body -= 1
+        return parsed(kind, await _bytes(request))
+    if n_byte.isdecimal() and int(n_byte) > MAX_BODY_BYTES:
+        raise _too_large()
+    async with request.app.state.large_bodies:
+        return await asyncio.to_thread(parsed, kind, await _bytes(request))
 
 
-async def _bytes(request: Request, n_most: int) -> bytes:
+async def _bytes(request: Request) -> bytes:
     data = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
                 data += part
-                if len(data) > n_most:
+                if len(data) > MAX_BODY_BYTES:
                     raise _too_large()
     except TimeoutError as error:
         message = f"The body has not come within {BODY_S:g} s."

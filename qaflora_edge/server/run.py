@@ -15,11 +15,9 @@ from starlette.applications import Starlette
 
 from qaflora_edge.errors import OptionError, QafloraError, os_errors
 from qaflora_edge.server.app import expire_all, make_app
-from qaflora_edge.server.options import ServerOptions
+from qaflora_edge.server.served_models import ServerOptions
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
-
 DRAIN_S = 30.0  # running requests may take as long to end when the server is told to
 CUT_S = 5.0  # and then as long to say that they were cut
 MAX_CONNECTIONS = 1000  # more get status 503
@@ -81,8 +79,11 @@ def run(places: Sequence[Path], host: str, port: int, options: ServerOptions) ->
     app = make_app(places, options)
     listener = _listener(host, port)
     shown = f"[{host}]" if ":" in host else host
-    logging.getLogger(__name__).info("http://%s:%d/", shown, listener.getsockname()[1])
+    url = f"http://{shown}:{listener.getsockname()[1]}"
+    names = ", ".join(app.state.models.listed)
+    ready = f"Page: {url}/  API: {url}/v1  Models: {names}"
     server = _Server(config_of(app))
+    app.state.on_ready = lambda: logging.getLogger(__name__).info("%s", ready)
     app.state.on_lost = server.on_lost
     with listener:
         server.run(sockets=[listener])

@@ -8,10 +8,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qaflora_edge.server.refusals import Refusal
+from qaflora_edge.server.requests import Refusal
 
 WITHOUT_KEY = frozenset({"/", "/health"})  # the page asks for the key itself
-_NO_KEY = "The API key is missing or wrong, expected the header Authorization: Bearer KEY."
 LOCAL_NAMES = frozenset({"localhost"})
 
 
@@ -23,23 +22,14 @@ def is_loopback(host: str) -> bool:
         return host in LOCAL_NAMES
 
 
-async def _with_headers(send: Send, message: Message) -> None:
-    """Add headers that keep other pages from running or embedding an answer."""
-    if message["type"] == "http.response.start":
-        headers = MutableHeaders(scope=message)
-        headers["X-Content-Type-Options"] = "nosniff"
-        headers["Cross-Origin-Resource-Policy"] = "same-origin"
-    await send(message)
-
-
 class Gate:
     """Reject requests with a wrong Host or Origin (403).
 
     A web page may send requests to this machine (Origin then names the page), or let its own name
-    point here (Host then is that name).
+    point here (Host then is that name). Headers keep other pages from embedding an answer.
 
     hosts    names that requests may call the server by, None: any
-    origins  pages that may ask beside our own; "*" is all
+    origins  pages that may ask as our own does; "*" is all
     """
 
     def __init__(
@@ -48,32 +38,33 @@ class Gate:
         self._app, self._hosts, self._origins = app, hosts, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send = partial(_with_headers, send)
+        send = partial(_send_guarded, send)
         refused = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
         await (self._app if refused is None else refused.response())(scope, receive, send)
 
     def _refusal(self, headers: Headers) -> Refusal | None:
-        # Of several none is known.
-        host, origins = ", ".join(headers.getlist("host")), headers.getlist("origin")
+        # Two headers of one name are joined, and then known as nothing.
+        host, origin = (", ".join(headers.getlist(name)) for name in ("host", "origin"))
         if self._hosts is not None and not is_known(host, self._hosts):
-            message = (
-                f"The request is to the host {host!r:.100}, by which this server is not called; "
-                "start it with --allow-host to allow it."
-            )
+            message = f"The host {host!r:.100} is not this server; --allow-host NAME allows it."
             return Refusal(403, message, code="host_not_allowed")
-        origin = ", ".join(origins)
         is_allowed = "*" in self._origins or origin in self._origins
-        if origins and not is_allowed and not is_same(origin, host):
-            message = (
-                f"The page at {origin!r:.100} may not ask here; start the server with "
-                "--cors-origin to allow it."
-            )
+        if "origin" in headers and not is_allowed and not is_same(origin, host):
+            message = f"The page {origin!r:.100} may not ask; --cors-origin ORIGIN allows it."
             return Refusal(403, message, code="origin_not_allowed")
         return None
 
 
+async def _send_guarded(send: Send, message: Message) -> None:
+    if message["type"] == "http.response.start":
+        headers = MutableHeaders(scope=message)
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    await send(message)
+
+
 def is_known(host: str, names: frozenset[str]) -> bool:
-    """Tell whether a Host is an address, which no other name can be, or one of our names."""
+    """Tell whether a Host is one of our names, or an address, which no other name can be."""
     try:
         name = urlsplit(f"//{host}").hostname
     except ValueError:
@@ -105,7 +96,8 @@ class Lock:
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             scheme, _, key = given.partition(b" ")
             if not hmac.compare_digest(key, self._key) or scheme.lower() != b"bearer":
-                refused = Refusal(401, _NO_KEY, code="invalid_api_key").response()
+                message = "The API key is missing or wrong, expected Authorization: Bearer KEY."
+                refused = Refusal(401, message, code="invalid_api_key").response()
                 refused.headers["WWW-Authenticate"] = "Bearer"
                 await refused(scope, receive, send)
                 return

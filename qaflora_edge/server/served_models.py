@@ -16,13 +16,47 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
-from qaflora_edge.server.options import ServerOptions
-from qaflora_edge.server.refusals import Refusal, unavailable
+from qaflora_edge.server.requests import Refusal
 from qaflora_edge.server.security import is_loopback
 from qaflora_edge.weighing.weigher import Known, Weigher
 
 log = logging.getLogger(__name__)
 InThread = Callable[..., Awaitable[Any]]
+N_LIGHT = 2  # requests that take no step of an Engine, computed at once
+N_NAMED = 5  # models that a 404 names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How a server answers.
+
+    api_key       what requests have to carry, None: nothing
+    cors_origins  origins of pages that may ask as our own does; "*" is all
+    hosts         names that requests may call the server by, None: any
+    max_queue     requests that may wait
+    max_models    bundles that are open at the same time, None: all
+    timeout_s     the longest that a request may take
+    engine        keywords of every Engine
+    sampling      keywords of Engine.generate where a request says nothing
+    """
+
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    hosts: frozenset[str] | None = None
+    max_queue: int = 64
+    max_models: int | None = None
+    timeout_s: float = 600.0
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_slot(self) -> int:
+        """Requests of a bundle that are answered at once.
+
+        One more than are decoded together: it is weighed at the same time.
+        """
+        n_parallel = int(self.engine.get("n_parallel", 1))
+        return n_parallel + 1 if n_parallel > 1 else 1
 
 
 class Queue:
@@ -46,7 +80,7 @@ class Queue:
             share = self.n_most if is_loopback(address) else (self.n_most + 3) // 4
             if self.waiting.total() >= self.n_most or self.waiting[address] >= share:
                 message = f"The server is busy: {self.waiting.total()} requests wait already; "
-                raise unavailable(f"{message}try again later.", "queue_full")
+                raise Refusal(503, f"{message}try again later.", code="queue_full")
             self.waiting[address] += 1
             try:
                 await slots.acquire()
@@ -112,7 +146,7 @@ class ServedModels:
     def __init__(self, places: Iterable[Path], options: ServerOptions, in_thread: InThread) -> None:
         self._options, self._in_thread = options, in_thread
         self._loading = asyncio.Lock()
-        self.queue = Queue(options.max_queue)
+        self.queue, self.light_slots = Queue(options.max_queue), asyncio.Semaphore(N_LIGHT)
         self.by_name: dict[str, ServedModel] = {}
         for place in places:
             model = self._read(place)
@@ -161,7 +195,7 @@ class ServedModels:
     def find(self, model: str | None) -> tuple[ServedModel, str | None]:
         """Return the bundle of a model id, and the strategy that the id names.
 
-        Raises Refusal for an id that is not listed. Without one, the only bundle is meant.
+        Raises Refusal for an unknown id. Without one, the only bundle is meant.
         """
         if model is None and len(self.by_name) == 1:
             return next(iter(self.by_name.values())), None
@@ -169,34 +203,43 @@ class ServedModels:
         found = self.by_name.get(name)
         if found is not None and (not colon or strategy in found.strategies):
             return found, strategy if colon else None
+        names = found.ids if found else list(self.by_name)
+        listed = ", ".join(names[:N_NAMED]) + (" and others" if len(names) > N_NAMED else "")
         raise Refusal(
             400 if model is None else 404,
             f"The model is {'missing' if model is None else repr(model):.100}, expected one of "
-            "those that GET /v1/models lists.",
+            f"{listed}.",
             param="model",
             code="model_not_found",
         )
 
-    def listed(self) -> list[dict[str, Any]]:
-        """Return every model id in the shape of OpenAI's list."""
-        return [self.card(model, name) for model in self.by_name.values() for name in model.ids]
+    @property
+    def ids(self) -> list[str]:
+        """Every model id that can be asked."""
+        return [name for model in self.by_name.values() for name in model.ids]
 
-    def card(self, model: ServedModel, name: str, *, is_whole: bool = False) -> dict[str, Any]:
-        """Return one model id in OpenAI's shape; `meta` says what it is here.
+    @property
+    def listed(self) -> list[str]:
+        """The ids that GET /v1/models lists: each bundle, and its base alone."""
+        return [each for name in self.by_name for each in (name, f"{name}:base")]
 
-        is_whole  with the hashes, and what is known of the base once it is loaded
+    def card(self, name: str) -> dict[str, Any]:
+        """Return a model id in OpenAI's shape; `meta` says what it is here.
+
+        Raises Refusal for an unknown id.
         """
+        model, strategy = self.find(name)
         meta: dict[str, Any] = {
             "adapters": list(model.adapters),
             "n_layer": model.n_layer,
             "n_ctx": self._options.engine["n_ctx"],
-            "strategy": name.partition(":")[2] or model.strategy,
+            "strategy": strategy or model.strategy,
+            "strategies": list(model.strategies),
             "loaded": model.engine is not None,
             "failed": model.has_failed,
+            "sha256": model.sha256,
         }
-        if is_whole:
-            meta["sha256"] = model.sha256
-        if is_whole and model.engine is not None:
+        if model.engine is not None:
             meta |= {"base": model.engine.name, "n_ctx_train": model.engine.n_ctx_train}
         head = {"id": name, "object": "model", "created": model.created_s, "owned_by": "qaflora"}
         return {**head, "meta": meta}
@@ -238,7 +281,7 @@ class ServedModels:
             if not isinstance(error, QafloraError):
                 raise
             message = f"The model {model.name} cannot be opened; the server's log says why."
-            raise unavailable(message, "model_unavailable") from error
+            raise Refusal(503, message, code="model_unavailable") from error
         finally:
             model.opening = None
         log.info("opened %s in %.1f s", model.name, time.perf_counter() - start)

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 from starlette.requests import Request
@@ -15,11 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, WorkerError
-from qaflora_edge.server.refusals import Params, refusal
+from qaflora_edge.server.requests import Body, refusal
 from qaflora_edge.server.served_models import ServedModel
 
 log = logging.getLogger(__name__)
-PING_S = 5.0  # a stream that has nothing to say says so after as long
+PING_S = 5.0  # a stream without news sends a comment after as long
 SEND_S = 60.0  # the longest that a client may take to read what was sent
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -48,7 +47,7 @@ def event(value: Any, name: str = "") -> bytes:
 
 
 class Outlet:
-    """What a thread that computes has of its request.
+    """The way from a thread that computes to its request.
 
     send    hands on a part of the answer: headers, then bytes
     cancel  set when the answer is no longer wanted
@@ -65,31 +64,25 @@ Compute = Callable[[Engine, Outlet], None]
 class Computed(Response):
     """An answer that is computed: events where the body has `stream`, else one JSON text.
 
-    is_light  it takes a moment, and no step of the Engine: it waits for no slot
-    params    see refusal
+    is_light  it takes no step of the Engine, and does not wait for a slot of answers
     """
 
     def __init__(
         self,
         request: Request,
         model: ServedModel,
-        body: Any,
+        body: Body,
         compute: Compute,
         *,
         is_light: bool = False,
-        params: Params | None = None,
     ) -> None:
         self._state = request.app.state
         self._address = request.client.host if request.client else ""
-        self._model, self._compute = model, compute
+        self._model, self._body, self._compute = model, body, compute
         self._is_stream = bool(getattr(body, "stream", False))
-        self._is_light, self._params = is_light, params
+        self._slots = self._state.models.light_slots if is_light else model.slots
         self._facts: dict[str, Any] = request.scope["qaflora"]  # for the log and the metrics
         self._facts["model"] = model.name
-        if self._state.options.logs_prompts:
-            names = ("messages", "prompt", "input", "content")
-            given = (getattr(body, name, None) for name in names)
-            self._facts["prompt"] = next((each for each in given if each is not None), None)
         self._outlet: Outlet | None = None
         self._is_expired = self._is_gone = self._is_started = False
         self._more: Headers = {}
@@ -120,13 +113,11 @@ class Computed(Response):
         end: BaseException | None = None
         models = self._state.models
         try:
-            queue = models.queue.slot(self._model.slots, self._address)
-            slot = nullcontext() if self._is_light else queue
+            slot = models.queue.slot(self._slots, self._address)
             async with slot, models.engine(self._model) as engine:
                 self._facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
                 self._outlet = Outlet(self._put_from_thread, self._facts)
-                in_thread = self._state.light if self._is_light else self._state.in_thread
-                await in_thread(self._compute, engine, self._outlet)
+                await self._state.in_thread(self._compute, engine, self._outlet)
         except asyncio.CancelledError:
             end = CancelledError("The request was ended before it began.")
         except Exception as error:
@@ -191,7 +182,7 @@ class Computed(Response):
     async def _send_failure(
         self, error: BaseException, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        refused = refusal(error, is_expired=self._is_expired, params=self._params)
+        refused = refusal(error, self._body, is_expired=self._is_expired)
         if refused.status == 500:
             log.error("a request failed", exc_info=error)
         if isinstance(error, WorkerError):

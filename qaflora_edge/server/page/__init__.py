@@ -1,1 +1,52 @@
-"""The page at `/` of `qaflora serve`."""
+"""The page at `/` of `qaflora serve` as one text, and the policy under which browsers use it.
+
+The folder `parts` has its parts. The policy allows one script and one style, by hash, and requests
+to its own server. Trusted types keep scripts from turning a text into HTML: whatever a model writes
+stays text, even where the page has a mistake.
+"""
+
+import json
+from functools import cache
+from importlib.resources import files
+
+from qaflora_edge.show.pages import allowing
+from qaflora_edge.weighing.strategy import strategies
+
+# In this order: each uses what stands before it.
+SCRIPTS = (
+    *("elements", "icons", "store", "server", "markdown", "answered", "mix", "answer", "turn"),
+    *("panel", "download", "session", "chat"),
+)
+
+
+@cache
+def page() -> tuple[bytes, dict[str, str]]:
+    """Return the page in UTF-8, and its headers."""
+    style = _part("page.css")
+    script = '"use strict";\n{\n' + "".join(_part(f"{name}.js") for name in SCRIPTS) + "}\n"
+    helps = json.dumps({each.name: each.help for each in strategies()}).replace("<", "\\u003c")
+    html = _part("page.html")
+    for mark, text in (("style", style), ("helps", helps), ("script", script)):
+        before, after = html.split(f"/* {mark} */")
+        html = before + text + after
+    policy = (
+        f"default-src 'none'; script-src '{allowing(script)}'; style-src '{allowing(style)}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Cache-Control": "no-cache",
+    }
+    return html.encode(), headers
+
+
+def _part(name: str) -> str:
+    text = (files("qaflora_edge.server.page") / "parts" / name).read_text(encoding="utf-8")
+    return text.replace("\r\n", "\n")

@@ -1,14 +1,12 @@
 // The settings: how adapters are weighed, and how an answer is made.
 const helps = JSON.parse(byId("helps").textContent);
-const bundles = new Map(); // name -> {adapters, strategies, about}
+const bundles = new Map(); // name -> {adapters, strategies, meta}
 
-// Ids are BUNDLE and BUNDLE:STRATEGY.
+// Of the ids BUNDLE and BUNDLE:base; a bundle's strategies stand in its meta.
 const readModels = models => {
-  const ids = models.map(model => model.id);
-  for (const { id, meta } of models) {
-    const owner = ids.find(other => id.startsWith(`${other}:`));
-    if (!owner) bundles.set(id, { adapters: meta?.adapters ?? [], strategies: [], meta: meta ?? {} });
-    else bundles.get(owner)?.strategies.push(id.slice(owner.length + 1));
+  for (const { id, meta = {} } of models) {
+    const { adapters = [], strategies = [] } = meta;
+    if (!id.endsWith(":base")) bundles.set(id, { adapters, strategies, meta });
   }
   if (!bundles.has(settings.bundle)) settings.bundle = [...bundles.keys()][0] ?? "";
 };

@@ -14,9 +14,9 @@ const answerMessage = ({ model, strategy, text, state, fusion, usage, timings })
   model, strategy, fusion, usage, timings,
 });
 
-const asSession = async () => {
+const asSession = () => {
   const { bundle, system } = settings, names = adaptersOf(bundle), off = settings.off[bundle] ?? [];
-  const { sha256 = {} } = (await (await call(`v1/models/${encodeURIComponent(bundle)}`)).json()).meta;
+  const { sha256 = {} } = bundles.get(bundle).meta;
   const messages = system.trim() ? [{ role: "system", content: system }] : [];
   for (const turn of chat.turns.filter(each => chosenAnswer(each).text)) {
     const others = turn.answers.filter(answer => answer !== chosenAnswer(turn)).map(answerMessage);
