@@ -92,14 +92,12 @@ class Draw:
 
     def _string(self, depth: int) -> Any:
         low = self.random.randrange(4)
-        return self.random.choice(
+        return {"type": "string"} | self.random.choice(
             [
-                {"type": "string"},
-                {"type": "string", "minLength": low},
-                {"type": "string", "minLength": low, "maxLength": low + self.random.randrange(5)},
-                {"type": "string", "format": self.random.choice(sorted(FORMATS))},
-                {"type": "string", "format": "unknown", "x-order": 1, "nullable": True},
-                {"maxLength": 3, "type": "string"},
+                {},
+                {"minLength": low, "maxLength": low + self.random.randrange(5)},
+                {"format": self.random.choice(sorted(FORMATS))},
+                {"format": "unknown", "x-order": 1, "nullable": True},
             ]
         )
 
@@ -187,9 +185,6 @@ class Draw:
 
     def _counted(self, depth: int) -> Any:
         schema = {"type": "object", "additionalProperties": self.schema(depth)}
-        if self.random.random() < 0.5:
-            schema |= {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}
-            return schema | {"maxProperties": 4}
         return schema | self.random.choice([{"minProperties": 1}, {"maxProperties": 2}])
 
     def _union(self, depth: int) -> Any:
@@ -223,16 +218,19 @@ def test_schemas_by_chance_are_followed(model: Model, seed: int) -> None:
 
 _KIND = {"type": "object", "required": ["kind"], "properties": {"kind": {"type": "string"}}}
 SHAPES: list[Any] = [
-    {"const": 'é😀"\\/\n\t'},
+    *({"const": value} for value in (1.5, 1e10, 2**53, -0.0001, "", 'é😀"\\/\n\t', [False], {})),
+    {"enum": [6, "foo", [], True, {"foo": 12}]},
+    {"enum": ["abc", "abcdef", 3], "maxLength": 4},
     {"allOf": [{"enum": ["a", "b", 1]}, {"enum": ["b", 1, None]}, {"type": "string"}]},
     {"allOf": [{"multipleOf": 2}], "anyOf": [{"multipleOf": 3}], "type": "integer"},
-    {"type": "number", "minimum": -0.5, "exclusiveMaximum": 0},
+    {"allOf": [{"prefixItems": [{"minimum": 3}]}], "items": {"minimum": 5}, "type": "array"},
     {"oneOf": [{"properties": {"kind": {"const": kind}}} for kind in "ab"], **_KIND},
-    {"oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"type": "array"}}},
+    {"prefixItems": [{}], "items": {"type": "null"}, "minItems": 2, "maxItems": 5},
     {"properties": {name: {"type": "null"} for name in ("a\nb", 'a"b', "a\\b", "$ref", "a/b~c")}},
-    {"properties": {"foo": {"$ref": "#"}}, "additionalProperties": False},
+    {"properties": {"foo": {"$ref": "#"}, "bar": False}, "additionalProperties": False},
     {"patternProperties": {"^f": {"const": 1}, "^b": False}, "type": "object"},
-    {"type": "string", "pattern": "^(?:a|ab)(c|bcd)$", "maxLength": 10},
+    {"$defs": {"a~b/c%d": {"type": "null"}}, "$ref": "#/$defs/a~0b~1c%25d"},
+    {"$defs": {"r": {"type": "array"}}, "properties": {"f": {"$ref": "#/$defs/r", "maxItems": 2}}},
     *({"type": "string", "format": each} for each in FORMATS),
 ]
 
@@ -256,11 +254,7 @@ def is_taken(model: Model, grammar: Grammar, text: str) -> bool:
     ("schema", "text"),
     [
         ({"type": "object"}, '{"a": [1, {"b": null}], "c": "x"}'),
-        ({"const": '\n"\\\\'}, '"\\n\\"\\\\\\\\"'),
-        ({"type": "array", "prefixItems": [{"type": "null"}], "items": True}, "[null,1,2]"),
         ({"properties": {"a": {}, "b": {}}, "required": ["b"]}, '{"a":0, "b":1}'),
-        ({"allOf": [{"$ref": "#/definitions/x"}], "definitions": {"x": {"enum": [1]}}}, "1"),
-        ({"type": "string", "format": "path", "maxLength": 5000}, '"a/b"'),
         (
             {"type": "string", "format": "uri", "maxLength": 2083},
             '"https://a-b.example.org/c?d=e#f"',
@@ -277,7 +271,6 @@ def test_good_texts_are_taken(model: Model, schema: Any, text: str) -> None:
 REFUSED = [
     ({"type": "number", "multipleOf": 10**5 + 1}, "#", "'multipleOf' is too large or too fine; us"),
     ({"uniqueItems": True}, "#", "the keyword 'uniqueItems' is not supported; leave it out"),
-    ({"additionalItems": False}, "#", "the keyword 'additionalItems' is not supported; leave"),
     ({"items": [{}]}, "#/items", "found [{}]; expected a schema (an object)"),
     (
         {"properties": {"a/b": {"anyOf": [True, {"maxLenght": 2}]}}},
@@ -288,8 +281,6 @@ REFUSED = [
     ({"$ref": "file:///etc/passwd"}, "#", "'$ref' is 'file:///etc/passwd'; expected #/ and a"),
     ({"items": {"$id": "x"}}, "#/items", "the keyword '$id' is not supported; leave it out"),
     ({"anyOf": 3}, "#", "'anyOf' is 3; expected a list"),
-    ({"properties": []}, "#", "'properties' is []; expected an object"),
-    ("x", "#", "found 'x'; expected a schema (an object)"),
 ]
 
 
@@ -304,15 +295,12 @@ def test_what_the_library_would_pass_over_is_refused(schema: Any, place: str, fo
     ("schema", "reason"),
     [
         ({"type": "text"}, "Invalid type: text"),
-        ({"$ref": "#/$defs/x"}, "Pointer '/$defs/x' does not exist"),
-        ({"type": "array", "minItems": True}, "Expected positive integer for 'minItems', got true"),
         ({"enum": ["a"], "type": "null"}, "Unsatisfiable schema: incompatible types"),
         (
             {"pattern": "a(?=b)"},
             "regex parse error: a(?=b) ^^^ error: look-around, including look-",
         ),
         ({"$ref": "#"}, "nothing can be written under it"),
-        (False, "Unsatisfiable schema: schema is false"),
     ],
 )
 def test_refusal_of_the_library_is_told(schema: Any, reason: str) -> None:
@@ -375,25 +363,16 @@ def _grid(n: int) -> Any:
 
 HOSTILE = {
     "deep": _deep(900),
-    "deep constant": {"const": json.loads("[" * 900 + "]" * 900)},
     "powers": _powers(60),
     "grid": _grid(30),
     "all of itself": {"allOf": [{"$ref": "#"}] * 50, "type": "object"},
-    "enum": {"enum": [f"value {i}" for i in range(3500)]},
-    "const": {"const": {f"k{i}": list(range(9)) for i in range(1500)}},
-    "one of": {"oneOf": [{"const": i} for i in range(200)]},
-    "properties": {"properties": {f"p{i}": {"type": "integer"} for i in range(2500)}},
     "pattern properties": {"patternProperties": {f"^{i}.*x.*y": {} for i in range(60)}},
     "long chain": _chain(48),
     "length": {"type": "string", "minLength": 90_000},
-    "lengths": {"type": "string", "maxLength": 10**400},
     "items": {"type": "array", "items": {"type": "array", "minItems": 900}, "minItems": 900},
-    "many items": {"type": "array", "maxItems": 10**12},
     "many properties": {"type": "object", "maxProperties": 10**12},
     "multiples": {"allOf": [{"multipleOf": n} for n in (65521, 65519, 65497)], "type": "integer"},
-    "fine multiple": {"type": "number", "multipleOf": 1e-300},
     "multiple": {"type": "integer", "multipleOf": 99_999_999},
-    "references": {"anyOf": [{"$ref": "#/$defs/a"}] * 2000, "$defs": {"a": {"type": "null"}}},
     "big": [{}] * 100_000,
     **{
         f"pattern {pattern[:20]}": {"type": "string", "pattern": pattern}
@@ -459,9 +438,8 @@ def test_answers_of_a_real_base_are_valid(smollm2: Path) -> None:
         },
         "required": ["name", "legs", "parts"],
     }
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 0, "max_tokens": 150}
     with Engine(base=smollm2, n_ctx=256) as engine:
-        for seed in range(1):
-            options = {"json_schema": schema, "temperature": 1.0, "seed": seed, "max_tokens": 150}
-            answer = engine.generate("A dog is", **options)
-            jsonschema.Draft202012Validator(schema).validate(json.loads(answer.text()))
-            assert answer.finish_reason == "stop"
+        answer = engine.generate("A dog is", json_schema=schema, **options)
+        jsonschema.Draft202012Validator(schema).validate(json.loads(answer.text()))
+        assert answer.finish_reason == "stop"
