@@ -162,8 +162,8 @@ def _read_weights(folder: Path, is_mlx: bool) -> dict[str, StoredTensor]:
     paths = _weight_files(folder, is_mlx)
     for path in paths:
         tensors |= read_safetensors(path)
-    if paths[0].name not in (WEIGHTS_FILE, MLX_FILE):
-        _check_index(folder / INDEX_FILE, {name: t.path.name for name, t in tensors.items()})
+    if tensors and paths[0].name not in (WEIGHTS_FILE, MLX_FILE):
+        _check_index(tensors)
     return tensors
 
 
@@ -191,11 +191,10 @@ def _weight_files(folder: Path, is_mlx: bool) -> list[Path]:
     raise InputFileError(f"Cannot read the adapter {folder}: {found}. {advice}")
 
 
-def _check_index(path: Path, files: Mapping[str, str]) -> None:
-    """Check that the index of several files names the tensors that they hold.
-
-    files  tensor -> the file that holds it
-    """
+def _check_index(tensors: Mapping[str, StoredTensor]) -> None:
+    """Check that the index next to several files names the tensors that they hold."""
+    files = {name: tensor.path.name for name, tensor in tensors.items()}
+    path = next(iter(tensors.values())).path.with_name(INDEX_FILE)
 
     def wrong(field: str, found: str, expected: str) -> SafetensorsFileError:
         return SafetensorsFileError(
