@@ -17,7 +17,7 @@ from patience import PATIENCE_S, wait_until
 
 from qaflora_edge import Engine
 from qaflora_edge.cli import main, prompts
-from qaflora_edge.cli.requests import to_request
+from qaflora_edge.cli.batch import to_request
 from qaflora_edge.config import in_group
 from qaflora_edge.errors import OptionError
 
