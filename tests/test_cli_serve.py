@@ -22,6 +22,7 @@ from patience import PATIENCE_S, wait_until
 
 from qaflora_edge.cli import main
 
+READY = r"Page: (http://\S+:\d+)/  API: \1/v1  Models: tiny, tiny:base$"
 SLOW: dict[str, Any] = {"n_layer": 16, "n_embd": 256, "n_ff": 1024, "n_head": 8, "n_head_kv": 8}
 
 
@@ -42,11 +43,11 @@ def serving(
         try:
             assert process.stderr is not None
             for line in process.stderr:
-                if found := re.search(r"http://\S+:\d+", line):
+                if found := re.search(READY, line):
                     break
             else:
                 raise AssertionError("it did not listen")
-            yield process, found[0]
+            yield process, found[1]
         finally:
             process.kill()
 

@@ -161,13 +161,6 @@ def test_a_bundle_that_cannot_be_opened_is_told_to_the_log(
         assert not client.get("/v1/models/broken").json()["meta"]["failed"]
 
 
-def test_health_asks_what_computes(places: list[Path]) -> None:
-    with client_of(places[0]) as client:
-        [model] = client.app.state.models.by_name.values()  # type: ignore[attr-defined]
-        model.engine.close()  # as where a worker is lost
-        wait_until(lambda: client.get("/health").json() == {"status": "error"})
-
-
 def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: Path) -> None:
     broken = named(places[0], tmp_path / "broken", "broken")
     adapter = broken / "adapters" / "es.gguf"
@@ -179,6 +172,9 @@ def test_a_server_that_can_answer_nothing_says_so(places: list[Path], tmp_path: 
         assert ask(client, "broken")
         health = client.get("/health")
         assert (health.status_code, health.json()) == (200, {"status": "ok"})
+        [model] = client.app.state.models.by_name.values()  # type: ignore[attr-defined]
+        model.engine.close()  # as where a worker is lost: nothing computes
+        wait_until(lambda: client.get("/health").json() == {"status": "error"})
     adapter.write_bytes(b"GGUF")
     with client_of(broken, places[1]) as client:
         assert client.get("/health").json() == {"status": "ok"}

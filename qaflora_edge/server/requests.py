@@ -21,22 +21,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from qaflora_edge import __version__
+from qaflora_edge import __version__, errors
 from qaflora_edge.config import Option, in_group
-from qaflora_edge.errors import (
-    BusyError,
-    CancelledError,
-    ChatTemplateError,
-    ContextError,
-    GrammarError,
-    OptionError,
-    PromptError,
-    QafloraError,
-    StrategyError,
-    ToolsError,
-    WeightsError,
-    WorkerError,
-)
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_BODY_BYTES = 4 << 20
@@ -60,14 +46,14 @@ Schema = dict[str, Any]
 
 _TEXTS = ("messages", "input", "prompt", "tokens", "content")
 # What the sender of a request can cure -> the fields that may cause it.
-_CAUSES: dict[type[QafloraError], tuple[str, ...]] = {
-    OptionError: (),  # names its field
-    PromptError: _TEXTS,
-    ToolsError: ("tools",),
-    ChatTemplateError: _TEXTS,
-    GrammarError: ("grammar", "json_schema", "response_format", "tools", "text"),
-    StrategyError: ("fusion", "lora"),
-    WeightsError: ("fusion", "lora"),
+_CAUSES: dict[type[errors.QafloraError], tuple[str, ...]] = {
+    errors.OptionError: (),  # names its field
+    errors.PromptError: _TEXTS,
+    errors.ToolsError: ("tools",),
+    errors.ChatTemplateError: _TEXTS,
+    errors.GrammarError: ("grammar", "json_schema", "response_format", "tools", "text"),
+    errors.StrategyError: ("fusion", "lora"),
+    errors.WeightsError: ("fusion", "lora"),
 }
 
 
@@ -109,19 +95,19 @@ def refusal(
     """
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, CancelledError) and is_expired:
+    if isinstance(error, errors.CancelledError) and is_expired:
         message = "The request took too long; try again, or ask for less."
         return Refusal(503, message, code="timeout")
-    if isinstance(error, BusyError | CancelledError):
+    if isinstance(error, errors.BusyError | errors.CancelledError):
         return Refusal(503, "The server is shutting down.", code="shutting_down")
-    if isinstance(error, WorkerError):
+    if isinstance(error, errors.WorkerError):
         message = "A machine that holds layers of the model is lost; the server ends."
         return Refusal(503, message, code="model_unavailable")
     for kind, fields in _CAUSES.items():
         if isinstance(error, kind):
             given = (name for name in fields if getattr(body, name, None) is not None)
-            param = error.option if isinstance(error, OptionError) else next(given, None)
-            is_long = isinstance(error, ContextError)
+            param = error.option if isinstance(error, errors.OptionError) else next(given, None)
+            is_long = isinstance(error, errors.ContextError)
             code = "context_length_exceeded" if is_long else "invalid_value"
             return Refusal(400, str(error), param=param, code=code)
     return Refusal(500, "The server failed to answer; its log says why.", code="internal_error")
