@@ -129,7 +129,7 @@ def test_what_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> No
     before = snapshot(folder)
     with pytest.raises(BundleError, match="has no adapter 'law'; expected one of: math, es"):
         set_samples(folder, "law", ["a"], Engine)
-    with pytest.raises(BundleError, match="No sample texts were given for the adapter es"):
+    with pytest.raises(BundleError, match="No sample texts were given for es"):
         set_samples(folder, "es", [], Engine)
     with pytest.raises(PromptError, match="Sample text 2 cannot be used: The prompt has"):
         set_samples(folder, "es", ["a", "word " * 3000], Engine)

@@ -103,7 +103,7 @@ def test_the_card_says_what_it_is(hub: FakeHub, signed_in: Path, made: TinyBundl
     }
     text = card.decode()
     assert "qaflora pull me/mine --with-base\n" in text
-    assert "mixed by qaflora-edge for each question: math, es.\n" in text
+    assert "LoRA that qaflora-edge mixes for each question.\n" in text
     assert "shown" not in text
 
 

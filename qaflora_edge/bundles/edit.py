@@ -12,28 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.measure import (
-    OpenEngine,
-    check_strategy,
-    measure_typical,
-    prompts_sha256,
-)
+from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical, prompts_sha256
 from qaflora_edge.bundles.open import known_of, load_bundle
-from qaflora_edge.bundles.source import (
-    check_names,
-    copy_file,
-    find_adapter,
-    find_base,
-    put_adapter,
-)
+from qaflora_edge.bundles.source import check_names, copy_file, find_adapter, find_base, put_adapter
 from qaflora_edge.errors import BundleError, StrategyError
-from qaflora_edge.files import (
-    AnyPath,
-    cache_lock,
-    check_takes_file,
-    safe_join,
-    write_text_atomic,
-)
+from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, safe_join, write_text_atomic
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     BundleText,
@@ -176,9 +159,7 @@ def set_samples(
     """
     folder, tell = Path(folder), progress or silent
     if not texts:
-        raise BundleError(
-            f"No sample texts were given for the adapter {name} of {folder}; expected a few dozen."
-        )
+        raise BundleError(f"No sample texts were given for {name} of {folder}; expected some.")
     with editing(folder) as (text, raw):
         _index(folder, text, name)
         with engine(base=load_bundle(folder).base_path, n_ctx=SAMPLE_CTX) as opened:
@@ -196,8 +177,7 @@ def set_default(folder: AnyPath, strategy: str, *, lens: str, pool: str) -> None
     Raises StrategyError or BundleError and leaves the bundle as it was when anything fails.
     """
     with editing(Path(folder)) as (_, raw):
-        chosen = {"strategy": strategy, "lens": lens, "pool": pool}
-        raw["fusion"] = raw.get("fusion", {}) | chosen
+        raw.setdefault("fusion", {}).update(strategy=strategy, lens=lens, pool=pool)
         check_strategy(f"Cannot weigh the bundle {folder}", raw, strategy)
 
 

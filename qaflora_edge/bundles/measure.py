@@ -49,8 +49,6 @@ def measure_typical(
     raw       bundle.json; its fusion is changed
     strategy  measure what it needs; None: all
     returns   whether there was anything to measure
-
-    Raises as check_strategy.
     """
     adapters = {record["name"]: folder / record["file"] for record in raw["adapters"]}
     keys = (

@@ -24,7 +24,6 @@ Content = Path | bytes
 
 CARD_FILE = "README.md"
 LIBRARY = "qaflora-edge"
-ADAPTER = f"A LoRA adapter, mixed with others by {LIBRARY}."
 # Licences as bundles name them, in the Hub's names. The card states no others.
 LICENSES = {"mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause"}
 
@@ -63,7 +62,7 @@ def push(
         files, card = _peft(path, repo)
     else:
         read_adapter_gguf(path)
-        files, card = {path.name: path}, _card(repo, {}, ADAPTER, _use(repo))
+        files, card = {path.name: path}, _card(repo, {})
     try:
         return _send(files, card, repo, private, revision, message)
     except UploadError as error:
@@ -90,15 +89,8 @@ def _bundle(path: Path, repo: str, progress: Tell | None) -> tuple[dict[str, Con
     fields = {"license": text.license}
     if text.base.hub:
         fields["base_model"] = parse_hub_ref(text.base.hub).repo
-    card = _card(
-        repo,
-        fields,
-        f"LoRA adapters for one quantised base, mixed by {LIBRARY} for each question: "
-        f"{', '.join(adapter.name for adapter in text.adapters)}.",
-        f"qaflora pull {repo} --with-base",
-        f'qaflora run {repo} "A question"',
-    )
-    return {BUNDLE_FILE: content} | files | _documents(path), card
+    use = (f"qaflora pull {repo} --with-base", f'qaflora run {repo} "A question"')
+    return {BUNDLE_FILE: content} | files | _documents(path), _card(repo, fields, *use)
 
 
 def _peft(path: Path, repo: str) -> tuple[dict[str, Content], str]:
@@ -109,7 +101,7 @@ def _peft(path: Path, repo: str) -> tuple[dict[str, Content], str]:
         names.append(INDEX_FILE)
     fields = {"library_name": "peft"} | ({"base_model": base} if base and is_repo(base) else {})
     files: dict[str, Content] = {name: folder / name for name in names}
-    return files | _documents(folder), _card(repo, fields, ADAPTER, _use(repo))
+    return files | _documents(folder), _card(repo, fields)
 
 
 def _documents(folder: Path) -> dict[str, Content]:
@@ -155,21 +147,19 @@ def _send(
     return Pushed(commit.commit_url, str(HubRef(repo, None, commit.oid)), tuple(sorted(files)))
 
 
-def _use(repo: str) -> str:
-    name = repo.partition("/")[2]
-    return f"qaflora bundle create my-bundle --base BASE.gguf --adapter {name}={repo}"
-
-
-def _card(repo: str, fields: Mapping[str, str], about: str, *commands: str) -> str:
+def _card(repo: str, fields: Mapping[str, str], *use: str) -> str:
     """Write README.md of a repository. Only checked names stand in it, no text of a bundle.
 
     fields  of the head that the Hub reads
+    use     commands; by default those for one adapter
     """
+    name = repo.partition("/")[2]
     known = {"library_name": LIBRARY, "tags": "[qaflora, lora]", **fields}
     license = known.pop("license", "").strip().lower()
     if license in LICENSES:
         known["license"] = license
     head = [f"{key}: {value}" for key, value in known.items()]
-    code = ["```sh", f"pip install {LIBRARY}", *commands, "```"]
-    title = f"# {repo.partition('/')[2]}"
-    return "\n".join(["---", *head, "---", "", title, "", about, "", *code]) + "\n"
+    create = f"qaflora bundle create my-bundle --base BASE.gguf --adapter {name}={repo}"
+    about = f"LoRA that {LIBRARY} mixes for each question."
+    code = ["```sh", f"pip install {LIBRARY}", *(use or [create]), "```"]
+    return "\n".join(["---", *head, "---", "", f"# {name}", "", about, "", *code]) + "\n"

@@ -30,7 +30,6 @@ from qaflora_edge.settings import expanded
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 1 << 20
-MAX_NAME_CHARS = 200  # of a base's own name
 
 
 @dataclass(frozen=True)
@@ -183,12 +182,8 @@ def put_adapter(
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy an adapter file, whole or not at all."""
-    with (
-        atomic_path(target) as temporary,
-        open_input(source) as file,
-        temporary.open("wb") as copy,
-    ):
-        shutil.copyfileobj(file, copy, 1 << 20)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, Any]:
@@ -202,7 +197,7 @@ def base_record(header: GgufHeader, recorded: Mapping[str, str]) -> dict[str, An
         "n_vocab": header.n_vocab,
         "sha256": sha256,
         "size_bytes": header.path.stat().st_size,
-        **({"name": header.name[:MAX_NAME_CHARS]} if header.name else {}),
+        **({"name": header.name} if header.name else {}),
         **recorded,
         **({"registry": registry} if registry else {}),
     }

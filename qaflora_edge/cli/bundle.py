@@ -108,9 +108,8 @@ def create(
 ) -> None:
     """Make a bundle from a base and adapters.
 
-    DIR must not exist. It appears when every adapter is in it; when something fails before, nothing
-    is left. Measuring comes last and happens once: what the strategy compares a question with. A
-    bundle that is not measured works, and `qaflora bundle calibrate` finishes it.
+    DIR must not exist. When something fails, nothing is left. Measuring comes last and happens
+    once; a bundle that is not measured works, and `qaflora bundle calibrate` finishes it.
     """
     from qaflora_edge.bundles.create import create_bundle
 
@@ -167,10 +166,7 @@ def add(folder: str, pairs: list[tuple[str, str]], calibrate: bool, **options: A
 @click.argument("name", shell_complete=completed_by("complete_adapter"))
 @_from_now_on
 def remove(folder: str, name: str, strategy: str | None) -> None:
-    """Remove an adapter from a bundle, with its file.
-
-    NAME is the adapter's name in the bundle.
-    """
+    """Remove the adapter NAME from a bundle, with its file."""
     from qaflora_edge.bundles.edit import remove_adapter
 
     path = bundle_folder(folder)
@@ -183,10 +179,7 @@ def remove(folder: str, name: str, strategy: str | None) -> None:
 @click.argument("old", shell_complete=completed_by("complete_adapter"))
 @click.argument("new")
 def rename(folder: str, old: str, new: str) -> None:
-    """Rename an adapter of a bundle, with its file.
-
-    OLD is the adapter's name, NEW the one it gets.
-    """
+    """Rename the adapter OLD of a bundle to NEW, with its file."""
     from qaflora_edge.bundles.edit import rename_adapter
 
     path = bundle_folder(folder)
@@ -222,9 +215,8 @@ def base(folder: str, base: str) -> None:
 @click.argument("folder", **BUNDLE)
 @_from_now_on
 def calibrate(folder: str, strategy: str | None) -> None:
-    """Measure what strategies need to know of each adapter, and a bundle lacks.
+    """Measure what is typical of each adapter, for two-place and calibrated.
 
-    What is typical of it on neutral prompts; two-place and calibrated compare a question with that.
     --strategy makes one the default and measures what it needs: for two-place passes of the base
     alone. Without it all is measured.
     """
@@ -266,10 +258,7 @@ def samples(folder: str, name: str, file: str) -> None:
 @click.argument("folder", **BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
 def show(folder: str, as_json: bool) -> None:
-    """Show what a bundle says of itself.
-
-    The files need not be there: nothing is hashed or loaded.
-    """
+    """Show what a bundle says of itself; its files need not be there."""
     from qaflora_edge.bundles.open import recorded_base
     from qaflora_edge.formats.bundle import read_bundle_text
 
@@ -317,10 +306,7 @@ def describe(folder: Path) -> str:
 @command("qaflora bundle verify models/demo", group=bundle)
 @click.argument("folder", **BUNDLE)
 def verify(folder: str) -> None:
-    """Hash every file of a bundle again and check all shapes.
-
-    Includes the base. Ends with exit code 1 and the first difference when there is one.
-    """
+    """Hash every file of a bundle and its base again, and check all shapes."""
     from qaflora_edge.bundles.open import verify_bundle
 
     with progress_bars() as progress:
