@@ -17,6 +17,7 @@ from patience import PATIENCE_S
 import qaflora_edge
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
+from qaflora_edge.bundles.edit import calibrate
 from qaflora_edge.cli import VERBS, main
 from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.files import cache_dir
@@ -54,6 +55,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapters = {name: folder / "peft" / name for name in ("math", "es", "med")}
     (folder / "models").mkdir()
     create_bundle(folder / "models/demo", base.path, adapters, engine=Engine, name="demo")
+    calibrate(folder / "models/demo", Engine)
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     return folder
 
