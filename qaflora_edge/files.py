@@ -336,8 +336,7 @@ def safe_join(folder: AnyPath, relative: str, link_roots: Sequence[Path] = ()) -
 
     link_roots  other folders that a link may lead to
 
-    The file need not exist. Raises BundleError when the path is absolute, climbs with `..`, leads
-    out through a link, or names something that is neither a file nor a folder.
+    The file need not exist. Raises BundleError for a path or link that leads out, or a device.
     """
     if not is_inside(relative):
         raise _unsafe(folder, relative, "it is absolute, climbs with '..', or is no file name")
