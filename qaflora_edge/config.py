@@ -278,7 +278,6 @@ PROBING = (
            help="the token or tokens that are weighed by"),
 )
 # fmt: on
-# By their keys: what weights, run, chat, bench and `llm` share, and what one command has.
 SHARED = {option.key: option for option in OPTIONS if option.flag}
 OWN = {
     command: {option.key: option for option in options} for command, options in OWN_OPTIONS.items()

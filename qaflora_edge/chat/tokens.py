@@ -14,11 +14,7 @@ from qaflora_edge.inference.request import check_size
 
 
 def chat_tokens(
-    model: Model,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Any] | None = None,
-    n_ctx: int = MAX_CTX,
+    model: Model, messages: Sequence[Message], *, tools: Sequence[Any] = (), n_ctx: int = MAX_CTX
 ) -> list[int]:
     """Tokenize a conversation under the base's template, ready for an answer.
 
@@ -39,12 +35,8 @@ def chat_tokens(
     try:
         literal = templates.literal_text(template)
         typed = TypedText(model, literal, [checked, tools])
-        variables: dict[str, Any] = {
-            "messages": [
-                typed.marked(message, is_assistant=message["role"] == "assistant")
-                for message in checked
-            ]
-        }
+        marked = [typed.marked(each, is_assistant=each["role"] == "assistant") for each in checked]
+        variables: dict[str, Any] = {"messages": marked}
         if tools:
             if BEGIN not in literal:
                 raise ToolsError(
