@@ -61,7 +61,7 @@ def assert_near(found: NDArray[np.floating], expected: NDArray[np.floating], ato
 @pytest.fixture
 def log() -> Iterator[list[str]]:
     """What the library logs during a test."""
-    binding, _ = library.library()
+    binding, _ = library.load()
     lines: list[str] = []
     callback = binding.llama_log_callback(lambda _level, text, _data: lines.append(text.decode()))
     binding.llama_log_set(callback, None)

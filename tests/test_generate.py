@@ -13,17 +13,16 @@ from tiny import write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BusyError
-from qaflora_edge.inference.sequence import StopFilter, TextDecoder
+from qaflora_edge.inference.sequence import TextDecoder
 
 
 def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:
-    stop_filter = StopFilter(stops)
-    shown = []
+    text, shown = TextDecoder(stops), []
     for piece in pieces:
-        shown.append(stop_filter.feed(piece))
-        if stop_filter.is_stopped:
+        shown.append(text.feed(piece.encode()))
+        if text.is_stopped:
             return shown, True
-    return [*shown, stop_filter.flush()], False
+    return [*shown, text.flush()], False
 
 
 def test_stop_text_across_pieces_is_cut_off() -> None:

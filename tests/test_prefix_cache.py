@@ -13,8 +13,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
-from qaflora_edge.weighing.prefix_cache import Prefixes
-from qaflora_edge.weighing.probe import Prober
+from qaflora_edge.weighing.probe import Prefixes, Prober
 
 F32 = NDArray[np.float32]
 MIB = 1 << 20

@@ -13,9 +13,9 @@ from bundles import TinyBundle, make_bundle
 from qaflora_edge import Engine
 from qaflora_edge.config import PROBING, SHAPING
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.weighing.shaping import shaped
 from qaflora_edge.weighing.strategy import parse_strategy, written
 from qaflora_edge.weighing.two_place import TwoPlace
+from qaflora_edge.weighing.weigher import shaped
 
 PROMPT = "the thing on a ring"
 SHARES = np.array([[0.5, 0.2, 0.0], [0.3, 0.7, 0.0], [0.2, 0.1, 1.0]], np.float32)

@@ -157,7 +157,7 @@ def test_large_tensors_are_kept_and_not_sent_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_worker_refuses_a_custom_operation(tmp_path: Path) -> None:
     """A client that is not ours, with an address of its own."""
-    lib = library.library()[0]._lib
+    lib = library.load()[0]._lib
     lib.ggml_op_name.restype = ctypes.c_char_p
     custom = next(op for op in range(200) if lib.ggml_op_name(op) == b"CUSTOM")
     node = struct.pack("<QIQ", 1, 0, 0) + struct.pack("<4I", 4, 1, 1, 1)

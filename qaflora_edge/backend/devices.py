@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qaflora_edge.backend.library import Handle, ggml_of, library, library_dir
+from qaflora_edge.backend.library import Handle, ggml_of, library_dir, load
 from qaflora_edge.errors import LibraryError, OptionError, WorkerError
 
 MAX_WORKERS = 16  # ggml-rpc.h GGML_RPC_MAX_SERVERS
@@ -55,7 +55,7 @@ class _BufferOverride(ctypes.Structure):
 @cache
 def ggml() -> SimpleNamespace:
     """Declare functions of ggml's registry of backends, without `ggml_backend_`."""
-    binding, _ = library()
+    binding, _ = load()
     lib, functions = ggml_of(binding._lib), SimpleNamespace()
     rest = lib
     if sys.platform == "win32":  # a library gives its own functions only
@@ -239,6 +239,6 @@ def serve(host: str, port: int, *, cache: Path | None, threads: int) -> None:
     array = (_HANDLE * len(devices))(*devices)
     path = None if cache is None else os.fsencode(cache)
     start = rpc().start_server
-    binding, _ = library()
+    binding, _ = load()
     binding.llama_log_set(binding.llama_log_callback(), None)  # to stderr
     start(f"{host}:{port}".encode(), path, threads, len(devices), array)

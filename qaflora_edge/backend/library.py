@@ -54,7 +54,6 @@ class Stats(ctypes.Structure):
 
 _INT, _LONG, _HANDLE, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
 _TEXTS, _FLOATS, _DOUBLES = map(ctypes.POINTER, (_TEXT, ctypes.c_float, ctypes.c_double))
-_LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, _TEXT, _HANDLE)
 # What each function of qaflora.h returns, and what it takes.
 _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "qaflora_abi_version": (_INT, []),
@@ -162,12 +161,8 @@ def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
         return
     load = ggml.ggml_backend_load_all_from_path
     load.restype, load.argtypes = None, [ctypes.c_char_p]
-    ggml.ggml_log_set.restype, ggml.ggml_log_set.argtypes = None, [_LOG_CALLBACK, ctypes.c_void_p]
-    ignore = _LOG_CALLBACK(lambda level, text, data: None)  # it says which file it took
-    ggml.ggml_log_set(ignore, None)
     with _environment({"GGML_BACKEND_PATH": None}):
         load(os.fsencode(folder))
-    ggml.ggml_log_set(_LOG_CALLBACK(), None)
     by_type = ggml.ggml_backend_dev_by_type
     by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
     if not by_type(_DEVICE_TYPE_CPU):
@@ -190,7 +185,7 @@ def _declare(lib: ctypes.CDLL) -> SimpleNamespace:
 
 @cache
 def load() -> tuple[ModuleType, SimpleNamespace]:
-    """Load the library once per process.
+    """Load the library once per process, and keep its log off the terminal.
 
     returns  (llama_cpp.llama_cpp, our functions without their qaflora_ prefix)
 
@@ -210,6 +205,7 @@ def load() -> tuple[ModuleType, SimpleNamespace]:
         raise LibraryError(
             f"{loaded} has qaflora_abi_version {found}, expected {ABI_VERSION}; {_INSTALL_ADVICE}."
         )
+    _keep_log(binding)
     _load_backends(binding._lib, folder.absolute())
     binding.llama_backend_init()
     return binding, _declare(binding._lib)
@@ -221,19 +217,16 @@ def last_error() -> str:
     return str(functions.last_error(), "utf-8", "replace")
 
 
-def library() -> tuple[Any, Any]:
-    """Load the binding and our functions, and keep the library's log off the terminal."""
+def _keep_log(binding: ModuleType) -> None:
+    """Keep the library's log off the terminal, and its errors for `said`."""
     global _log_callback
-    binding, functions = load()
-    if _log_callback is None:
 
-        def keep_errors(level: int, text: bytes, _: object) -> None:
-            if level == _LOG_LEVEL_ERROR:
-                _errors.append(text.decode("utf-8", "replace").strip())
+    def keep_errors(level: int, text: bytes, _: object) -> None:
+        if level == _LOG_LEVEL_ERROR:
+            _errors.append(text.decode("utf-8", "replace").strip())
 
-        _log_callback = binding.llama_log_callback(keep_errors)
-        binding.llama_log_set(_log_callback, None)
-    return binding, functions
+    _log_callback = binding.llama_log_callback(keep_errors)
+    binding.llama_log_set(_log_callback, None)
 
 
 def said() -> str:

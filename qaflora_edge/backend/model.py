@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.backend.devices import place
-from qaflora_edge.backend.library import Handle, forget_said, last_error, library, said
+from qaflora_edge.backend.library import Handle, forget_said, last_error, load, said
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.files import AnyPath
@@ -71,7 +71,7 @@ class Model(Handle):
         self.path = Path(path)
         self._key: _Key | None = None  # where others find it
         self._n_user = 1
-        self._lib, self._functions = library()
+        self._lib, self._functions = load()
         if not self.path.is_file():
             raise GgufFileError(
                 f"The base {self.path} does not exist; give the path of a GGUF file, "
@@ -230,27 +230,18 @@ def shared_model(path: Path, placing: Mapping[str, Any], header: GgufHeader) -> 
     Each user closes it once. Raises as Model does.
     """
     with _sharing:
-        key = _key_of(path, placing)
-        model = None if key is None else _shared.get(key)
+        found = path.stat()
+        where = (placing.get(name) for name in PLACING)
+        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where)
+        model = _shared.get(key)
         if model is not None and not model.is_lost:
             model._n_user += 1
             return model
         if model is not None:  # others will close it
             model._key = None
-        model = Model(path, **placing, header=header)
-        if key is not None:
-            model._key, _shared[key] = key, model
+        model = _shared[key] = Model(path, **placing, header=header)
+        model._key = key
         return model
-
-
-def _key_of(path: Path, placing: Mapping[str, Any]) -> _Key | None:
-    """Identify one state of a file; None where it cannot be examined."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    where = (placing.get(name) for name in PLACING)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where
 
 
 class Pack(Handle):

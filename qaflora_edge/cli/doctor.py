@@ -48,7 +48,6 @@ def library_facts() -> dict[str, Any]:
     from qaflora_edge.backend import devices, library
 
     binding, functions = library.load()
-    library.library()  # keeps the library's log off the terminal
     ggml = devices.ggml()
     return {
         "ok": True,

@@ -79,35 +79,25 @@ class Core:
         self.last_answer: int | None = None  # number of the last request's sequence
         self._resources: list[Any] = []  # freed in reverse order: contexts before their model
         weakref.finalize(self, _close_all, self._resources).atexit = False
+        paths = [info.path for info in self._infos]
         try:
-            self._open(base, placing, adapter_type, n_parallel)
+            self.model = self._keep(shared_model(base.path, placing, base))
+            self.pack = self._keep(Pack(self.model, paths, adapter_type=adapter_type))
+            self.adapter_bytes = [path.stat().st_size for path in paths]
+            self.context = self._keep(
+                Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **self._options)
+            )
+            self.model.check_workers()
         except BaseException:
             _close_all(self._resources)
             raise
-
-    def _open(
-        self,
-        base: GgufHeader,
-        placing: Mapping[str, Any],
-        adapter_type: str,
-        n_parallel: int,
-    ) -> None:
-        self.model = self._keep(shared_model(base.path, placing, base))
-        paths = [info.path for info in self._infos]
-        self.pack = self._keep(Pack(self.model, paths, adapter_type=adapter_type))
-        self.adapter_bytes = [path.stat().st_size for path in paths]
-        self.context = self._keep(
-            Context(self.model, self.pack, n_ctx=self.n_ctx, n_seq=n_parallel, **self._options)
-        )
-        self.model.check_workers()
         scheduler = Scheduler(n_parallel, self.context.pieces())
         self.loop = Loop(self.model, self.context, scheduler, self._options["stop"])
 
     @property
     def prober(self) -> "Prober":
         """Open the prober, when first asked for: many strategies never probe."""
-        from qaflora_edge.weighing.prefix_cache import Prefixes
-        from qaflora_edge.weighing.probe import Prober
+        from qaflora_edge.weighing.probe import Prefixes, Prober
 
         with self._opening:
             if self._prober is None:

@@ -81,7 +81,7 @@ class Loop:
         """Put a sequence into the queue."""
         with self._turn:
             self._scheduler.add(sequence)
-            self._wake_server()
+            self._turn.notify_all()
 
     def run(self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation) -> Any:
         """Drive a generator to its end, with other work in between; give its result.
@@ -91,7 +91,7 @@ class Loop:
         job = Job(kind, steps, cancellation)
         with self._turn:
             self._scheduler.add_job(job)
-            self._wake_server()
+            self._turn.notify_all()
         self.drive(lambda: job.is_done)
         if job.error is not None:
             raise job.error
@@ -139,10 +139,6 @@ class Loop:
                 self._is_served = False
                 self._turn.notify_all()
 
-    def _wake_server(self) -> None:
-        if self._is_served:
-            self._turn.notify_all()
-
     def stop_if_cancelled(self) -> None:
         """End the running native call, if all callers that wait for it were cancelled."""
         with self._turn:
@@ -154,7 +150,7 @@ class Loop:
         with self._turn:
             self._is_closed = True
             self._stop.set()
-            self._wake_server()
+            self._turn.notify_all()
             while self._is_driven or self._is_served:
                 self._turn.wait()
             self._end_all(self._closed)

@@ -26,11 +26,6 @@ class Item:
     continuation: tuple[int, ...]
     weights: F32
 
-    @property
-    def key(self) -> tuple[tuple[int, ...], bytes]:
-        """Give a key that is equal where the KV state of the prompt is: it is computed once."""
-        return self.prompt, self.weights.tobytes()
-
 
 class Scorer:
     """Computes log-probabilities in its own context, made when first asked for.
@@ -56,7 +51,7 @@ class Scorer:
         groups: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
         for i, item in enumerate(items):
             if item.continuation:
-                groups.setdefault(item.key, []).append(i)
+                groups.setdefault((item.prompt, item.weights.tobytes()), []).append(i)
         for (prompt, _), members in groups.items():
             for at in range(0, len(members), _N_SEQ - 1):
                 part = [(items[i], results[i]) for i in members[at : at + _N_SEQ - 1]]

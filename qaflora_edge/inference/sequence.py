@@ -151,17 +151,18 @@ class Sequence:
         self.finish_reason = reason
 
 
-class StopFilter:
-    """Passes text on once it can no longer begin a stop text."""
+class TextDecoder:
+    """Turns the bytes of tokens into text: whole UTF-8 characters, up to the first stop text."""
 
     def __init__(self, stops: Many[str]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = tuple(stops)
         self._held = ""
         self.is_stopped = False
 
-    def feed(self, text: str) -> str:
-        """Give the text that may be shown now."""
-        held = self._held + text
+    def feed(self, data: bytes) -> str:
+        """Give the text that may be shown now: what can no longer begin a stop text."""
+        held = self._held + self._decoder.decode(data)
         found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self._held, self.is_stopped = "", True
@@ -171,7 +172,7 @@ class StopFilter:
         return held[: len(held) - n]
 
     def flush(self) -> str:
-        """Give the text held back, once no more will come."""
+        """Give the text held back; bytes of an unfinished character are dropped."""
         held, self._held = self._held, ""
         return held
 
@@ -181,25 +182,6 @@ class StopFilter:
             if any(stop.startswith(held[-n:]) for stop in self._stops):
                 return n
         return 0
-
-
-class TextDecoder:
-    """Turns the bytes of tokens into text: whole UTF-8 characters, up to the first stop text."""
-
-    def __init__(self, stops: Many[str]) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._filter = StopFilter(stops)
-
-    @property
-    def is_stopped(self) -> bool:
-        return self._filter.is_stopped
-
-    def feed(self, data: bytes) -> str:
-        return self._filter.feed(self._decoder.decode(data))
-
-    def flush(self) -> str:
-        """Give the text held back; bytes of an unfinished character are dropped."""
-        return "" if self.is_stopped else self._filter.flush()
 
 
 def log_softmax(logits: F32) -> NDArray[np.float64]:

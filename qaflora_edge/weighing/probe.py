@@ -4,19 +4,20 @@ Work is cut at micro-batches. A generator yields between them, so that its drive
 of other requests in between.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.batch import Outputs
+from qaflora_edge.backend.batch import Outputs, Pieces
 from qaflora_edge.backend.context import Context, default_threads
 from qaflora_edge.backend.model import Model, Pack
-from qaflora_edge.backend.probe_context import ProbeContext
+from qaflora_edge.backend.probe_context import KvState, ProbeContext
 from qaflora_edge.errors import BackendError
 from qaflora_edge.formats.adapter import AdapterInfo, read_adapter_gguf
 from qaflora_edge.weighing import numbers
@@ -26,7 +27,6 @@ from qaflora_edge.weighing.adapter_inputs import (
     QueryProjections,
     sums_of,
 )
-from qaflora_edge.weighing.prefix_cache import Prefixes
 from qaflora_edge.weighing.strategy import Measure, Query, Reading, Span
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ _Key = tuple[tuple[int, ...], tuple[int, ...], Span | None]
 
 _N_CTX_MIN = 256  # tokens
 _BASE = "base"  # key of the base alone in the prefix cache
+_N_WORTH = 64  # tokens; to prefill fewer again is as quick as to keep them
 
 
 class Run(Protocol):
@@ -78,6 +79,95 @@ def _prefill(
         at = end
         if not is_last:
             yield at
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: Hashable
+    state: KvState
+
+
+class Prefixes:
+    """KV states of prefilled prompts; the least recently used one is dropped first.
+
+    n_byte  limit of all states together; 0 keeps none
+
+    key, in all methods: the sequences of a state. The same key stands for the same sequences of
+    contexts made alike.
+    """
+
+    def __init__(self, n_byte: int) -> None:
+        self._n_most = n_byte
+        self._entries: list[_Entry] = []  # the most recently used one last
+
+    @property
+    def n_byte(self) -> int:
+        return sum(entry.state.n_byte for entry in self._entries)
+
+    def go_on(
+        self,
+        context: ProbeContext,
+        key: Hashable,
+        tokens: Sequence[int],
+        pieces: Pieces,
+        *,
+        n_exact: int | None = None,
+        n_after: int = 0,
+    ) -> int:
+        """Reuse the KV state of a prompt's beginning, from this context or another prompt.
+
+        n_exact  tokens that the context holds in the chunks of a whole prompt; by default all
+        n_after  tokens that will follow the prompt in any case
+        returns  how many tokens are held: up to where both prompts have the same chunks, so that
+                 the rest comes out the same bits as in a prefill of all
+        """
+        read = context.tokens[:n_exact]
+        n_held = pieces.n_alike(read, tokens, n_after)
+        entry, n_kept = self._longest(key, tokens, pieces, n_after)
+        if entry is None or n_kept < n_held + _N_WORTH:
+            if len(read) >= n_held + _N_WORTH:
+                self.keep(key, context, n_exact)
+            return context.keep_first(n_held)
+        self.keep(key, context, n_exact)
+        context.load_kv_state(entry.state)
+        return context.keep_first(n_kept)
+
+    def keep(self, key: Hashable, context: ProbeContext, n_exact: int | None = None) -> None:
+        """Keep a copy of a context's KV state, cut to n_exact tokens."""
+        if n_exact is not None and len(context.tokens) > n_exact:
+            context.keep_first(n_exact)
+        if not context.tokens or context.n_kv_byte > self._n_most:
+            return
+        state = context.kv_state()
+        self.add(key, state, context.pieces(len(state.sequences)))
+
+    def add(self, key: Hashable, state: KvState, pieces: Pieces) -> None:
+        """Keep a state; drop states that it contains, and the oldest ones beyond the limit."""
+
+        def is_in(tokens: list[int]) -> bool:
+            return pieces.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
+
+        kept = [
+            entry for entry in self._entries if entry.key != key or not is_in(entry.state.tokens)
+        ]
+        self._entries = [*kept, _Entry(key, state)]
+        while self.n_byte > self._n_most:
+            del self._entries[0]
+
+    def _longest(
+        self, key: Hashable, tokens: Sequence[int], pieces: Pieces, n_after: int
+    ) -> tuple[_Entry | None, int]:
+        """Find the entry of which most can be reused, and how many tokens; it counts as used."""
+        best, n_best = None, 0
+        for entry in self._entries:
+            if entry.key == key:
+                n = pieces.n_alike(entry.state.tokens, tokens, n_after)
+                if n > n_best:
+                    best, n_best = entry, n
+        if best is not None:
+            self._entries.remove(best)
+            self._entries.append(best)
+        return best, n_best
 
 
 class _GrowingContext:
@@ -133,12 +223,16 @@ class BaseProber:
         infos: Sequence[AdapterInfo],
         prefixes: Prefixes,
     ) -> None:
-        self._model, self._infos, self._prefixes = model, infos, prefixes
+        def read(make: Callable[..., T], rows: tuple[int, ...], *more: Any) -> T:
+            return make([infos[row] for row in rows], model.n_layer, *more)
+
+        self._model, self._prefixes = model, prefixes
+        # Adapters' matrices as measures take them, read when first asked for.
+        self._queries = lru_cache(1)(partial(read, QueryProjections))
+        self._attention = lru_cache(2)(partial(read, AttentionInputs))
+        self._sizes = cache(lambda row: AttentionSizes(infos[row], model.n_layer))
         self._contexts = _GrowingContext(partial(ProbeContext, model, pack, n_seq=1, **options))
-        self._projections: tuple[tuple[int, ...], QueryProjections] | None = None
-        self._sizes: dict[int, AttentionSizes] = {}
         self._threads = ThreadPoolExecutor(options.get("threads") or default_threads())
-        self._readings: dict[Reading, tuple[tuple[int, ...], AttentionInputs]] = {}
 
     def close(self) -> None:
         """Free the context and its threads."""
@@ -152,15 +246,13 @@ class BaseProber:
 
         Raises StrategyError when the adapters have no query projection in common.
         """
-        if self._projections is None or self._projections[0] != tuple(rows):
-            infos = [self._infos[row] for row in rows]
-            self._projections = tuple(rows), QueryProjections(infos, self._model.n_layer)
+        projections = self._queries(tuple(rows))
         context = self._contexts.for_query(len(tokens), has_inputs=True)
         context.capture_begin()
         n_kept = self._prefixes.go_on(context, _BASE, tokens, context.pieces())
         with wiped_on_failure(context):
             yield from _prefill(context, tokens, n_kept, "last")
-        return self._projections[1].norms(context.inputs(0)[0])
+        return projections.norms(context.inputs(0)[0])
 
     def embedding(self, tokens: Sequence[int]) -> Steps[F32]:
         """Average the state after the last block over tokens: float32 [n_embd]."""
@@ -186,11 +278,7 @@ class BaseProber:
 
         Raises StrategyError when the adapters have no projection of the attention in common.
         """
-        key, inputs = self._readings.get(reading, ((), None))
-        if inputs is None or key != tuple(rows):
-            infos = [self._infos[row] for row in rows]
-            inputs = AttentionInputs(infos, self._model.n_layer, reading)
-            self._readings[reading] = (tuple(rows), inputs)
+        inputs = self._attention(tuple(rows), reading)
         context = self._contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
         context.clear()
         sums = np.zeros((2, len(rows), self._model.n_layer))
@@ -208,10 +296,7 @@ class BaseProber:
         last token, and in the mean over the question's tokens, which stand at span. 0 where an
         adapter adapts none of them.
         """
-        for row in rows:
-            if row not in self._sizes:
-                self._sizes[row] = AttentionSizes(self._infos[row], self._model.n_layer)
-        sizes = [self._sizes[row] for row in rows]
+        sizes = [self._sizes(row) for row in rows]
         start, stop = span
         context = self._contexts.for_query(len(tokens), has_inputs=True, all_outputs=True)
         question: list[F64] = [np.zeros(1) for _ in rows]

@@ -9,10 +9,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qaflora_edge.arrays import F32
+from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import QafloraError, StrategyError
-from qaflora_edge.weighing import numbers, shaping
-from qaflora_edge.weighing.numbers import FusionWeights
+from qaflora_edge.weighing import numbers
+from qaflora_edge.weighing.numbers import FusionWeights, normalise
 from qaflora_edge.weighing.strategy import (
     Chosen,
     Mix,
@@ -25,10 +25,6 @@ from qaflora_edge.weighing.strategy import (
 )
 
 Weights = FusionWeights | Mapping[str, float] | ArrayLike | str | None
-
-
-def _no_question(tokens: Sequence[int]) -> Span | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Weigher:
     adapters: tuple[str, ...]
     n_layer: int
     known: Known = Known()
-    find_question: Callable[[Sequence[int]], Span | None] = _no_question
+    find_question: Callable[[Sequence[int]], Span | None] = lambda tokens: None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,13 +84,11 @@ class Weigher:
         whole = [
             each for each in strategies() if not each.needs_argument and each.can_compare(targets)
         ]
-        fixed = [each.name for each in whole if not each.is_probed]
-        fixed.sort(key=lambda name: name != "base")
         probed = [each.name for each in whole if each.is_probed]
+        fixed = [each.name for each in whole if not each.is_probed and each.name != "base"]
         singles = [f"single:{name}" for name in self.adapters]
-        every = (*fixed, *singles, *probed)
         found = []
-        for text in every:
+        for text in ("base", *fixed, *singles, *probed):
             with suppress(QafloraError):
                 found.append(self.parse(text).text)
         return tuple(found)
@@ -129,26 +123,25 @@ class Weigher:
                  adapter names to numbers, or an array [n_adapter, n_layer]
         probe    makes the probe of a query
         """
-        query = self.query(tokens)
         if isinstance(weights, FusionWeights):
             return self._given(weights)
         if isinstance(weights, Mapping):
             pairs = ",".join(f"{name}={weight}" for name, weight in weights.items())
             weights = f"manual:{pairs}" if pairs else "base"
         if weights is not None and not isinstance(weights, str):
-            return self._fusion(Mix(weights), "manual", query)
+            return self._fusion(Mix(weights), "manual", self.query(tokens))
         chosen = self.parse(weights or self.known.strategy)
         strategy = chosen.strategy
+        query = self.query(tokens, chosen)
         if not self.adapters:
             return self._fusion(Mix(np.zeros((0, self.n_layer))), chosen.text, query)
-        query = self.query(tokens, chosen)
         start = time.perf_counter()
         mix = strategy.weigh(query, probe(query), chosen.argument)
         probe_ms = 1e3 * (time.perf_counter() - start) if strategy.is_probed else 0.0
         mix = mix if isinstance(mix, Mix) else Mix(mix)
         source = f"Strategy {chosen.text!r}: "
         fusion = self._fusion(mix, chosen.text, query, probe_ms, source=source)
-        found = shaping.shaped(fusion.weights, chosen.options, source)
+        found = shaped(fusion.weights, chosen.options, source)
         return replace(fusion, weights=found)
 
     def _given(self, weights: FusionWeights) -> FusionWeights:
@@ -178,3 +171,52 @@ class Weigher:
             prompt_tokens=len(query.tokens),
             probe_ms=probe_ms,
         )
+
+
+def shaped(weights: F32, options: Mapping[str, Any], source: str) -> F32:
+    """Apply power, layers, top and total, in this order; without any, weights stay as they are.
+
+    weights  [n_adapter, n_layer], finite, of a strategy
+    options  given ones of config.SHAPING
+    source   begins messages
+    returns  [n_adapter, n_layer]
+
+    Raises StrategyError for options on weights below 0.
+    """
+    if not options.keys() & {"power", "layers", "top", "total"}:
+        return weights
+    share = np.asarray(weights, np.float64)
+    if (share < 0).any():
+        raise StrategyError(
+            f"{source}its weights go down to {share.min():g}, expected none below 0 where power, "
+            "layers, top or total shape them; leave these options out."
+        )
+    share = normalise(_power(share, options.get("power", 1.0))).astype(np.float64)
+    if options.get("layers") == "mean":
+        share = np.repeat(share.mean(axis=1, keepdims=True), share.shape[1], axis=1)
+    if (top := options.get("top")) is not None:
+        share = _heaviest(share, top)
+    return (share * _factor(share, options.get("total", 1.0))).astype(np.float32)
+
+
+def _power(share: F64, power: float) -> F64:
+    """Raise each layer's shares of its largest one to a power; they cannot all underflow."""
+    largest = share.max(axis=0, keepdims=True)
+    powers: F64 = np.divide(share, largest, out=np.zeros_like(share), where=largest > 0) ** power
+    return powers
+
+
+def _heaviest(share: F64, top: int) -> F64:
+    """Keep the `top` adapters of the largest mean over layers; the others get 0."""
+    kept = np.argsort(-share.mean(axis=1), kind="stable")[:top]
+    left = np.zeros_like(share)
+    left[kept] = normalise(share[kept])
+    return left
+
+
+def _factor(share: F64, total: float | str) -> F64 | float:
+    """Compute the factor of a layer's shares: one number, or [1, n_layer]."""
+    if total == "l2":
+        norms: F64 = np.sqrt((share**2).sum(axis=0, keepdims=True))
+        return 1.0 / norms
+    return float(total)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.library import library
+from qaflora_edge.backend.library import load
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, QafloraError
 from qaflora_edge.formats.adapter import read_adapter_gguf
@@ -57,7 +57,7 @@ def use_base(path: Path) -> None:
 
     Raises BackendError when the library or we refuse it, AssertionError when it ends the child.
     """
-    library()  # is loaded once, here; nothing of it has run when the child begins
+    load()  # is loaded once, here; nothing of it has run when the child begins
     said_path = path.with_name("said.txt")
     child = os.fork()
     if child == 0:
