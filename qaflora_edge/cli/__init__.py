@@ -186,8 +186,8 @@ EPILOG = """\
 \b
 Example:
   qaflora pull smollm2-135m-instruct
-  qaflora run models/demo "¿Cuál es la capital de Francia?"
-  qaflora weights models/demo "¿Cuál es la capital de Francia?"
+  qaflora run models/demo "¿Cuál es la capital de Perú?"
+  qaflora weights models/demo "¿Cuál es la capital de Perú?"
 
 \b
 Environment:

@@ -36,7 +36,7 @@ _COMMA = re.compile(r",(?![^,:]*=)")
 
 
 @command(
-    'qaflora compare models/demo "¿Cuál es la capital de Francia?"',
+    'qaflora compare models/demo "¿Cuál es la capital de Perú?"',
     'qaflora compare models/demo "What is a river?" --strategies base,qa-flora,calibrated',
     "qaflora compare models/demo - --html answers.html < question.txt",
 )

@@ -34,7 +34,7 @@ PROMPT_WORK = "Weighing the adapters and reading the prompt"
 
 
 @command(
-    'qaflora run models/demo "¿Cuál es la capital de Francia?"',
+    'qaflora run models/demo "¿Cuál es la capital de Perú?"',
     'qaflora run models/demo "¿Qué es un río?" --strategy calibrated --json',
     'qaflora run models/demo "Name a country." --json-schema country.json > answer.json',
     'git diff | qaflora run models/demo "What does this change?"',
