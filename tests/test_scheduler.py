@@ -273,6 +273,14 @@ def test_history_is_kept_for_the_one_whose_it_is() -> None:
         assert after.answer == alone([*turn, 8], weight=weight)
 
 
+def test_kv_state_under_other_weights_is_never_reused() -> None:
+    bench = Bench(1)
+    bench.finish(bench.add([1, 2, 3], weight=1.0))
+    other = bench.add([1, 2, 3, 4], weight=2.0)
+    bench.finish(other)
+    assert other.answer == alone([1, 2, 3, 4], weight=2.0)
+
+
 def test_one_that_fails_ends_alone() -> None:
     bench = Bench(3)
     good = [bench.add([1, 2], n=9), bench.add([3, 4], n=9)]
