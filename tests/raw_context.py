@@ -8,9 +8,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.backend import library as native
+from qaflora_edge.backend.context import floats
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.probe_context import ProbeContext
 
 F32 = NDArray[np.float32]
+
+
+def project(context: ProbeContext, rows: F32, *, is_normed: bool = False) -> F32:
+    """Logits [n_row, n_vocab] of rows [n_row, n_embd] by the base's head.
+
+    is_normed  False: the base's final norm comes first
+    """
+    functions, pointer = context._functions, context._pointer
+    rows = np.array(rows, np.float32, order="C")
+    if not is_normed:
+        states = rows.copy()
+        assert functions.final_norm(pointer, len(rows), floats(states), floats(rows))
+    logits = np.empty((len(rows), context._model.n_vocab), np.float32)
+    assert functions.project(pointer, len(rows), floats(rows), floats(logits))
+    return logits
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from raw_context import RawContext, Row
+from raw_context import RawContext, Row, project
 from stock import StockContext, write_merged
 from tiny import (
     MORE_KERNELS,
@@ -459,7 +459,7 @@ def test_last_state_gives_the_logits(base: TinyBase, adapters: list[TinyAdapter]
     with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
         context.capture_begin()
         context.decode(TOKENS)
-        logits = context.project(context.final_norm(context.states(0)[-1:]))[0]
+        logits = project(context, context.states(0)[-1:])[0]
     np.testing.assert_allclose(logits, stock_logits(base), atol=2e-5, rtol=0)
 
 
@@ -473,7 +473,7 @@ def test_bias_of_the_head_is_part_of_the_lens(tmp_path: Path) -> None:
     states = probe_states(base, adapters, TOKENS, differential=False)
     model, pack = load(base, adapters)
     with ProbeContext(model, pack, n_ctx=64, **EXACT) as context:
-        logits = context.project(context.final_norm(states[:, -1]))
+        logits = project(context, states[:, -1])
         found = context.divergence(states[0], states[1:], "norm")[0, -1]
     np.testing.assert_allclose(logits, [expected, adapted], atol=5e-5, rtol=0)
     p, q = (np.exp(z - z.max(), dtype=np.float64) for z in (expected, adapted))
@@ -658,7 +658,7 @@ def test_quantised_head_takes_rows_of_twice_8_bits(
     rows[6] = 0.0
     model, pack = load(base, [])
     with ProbeContext(model, pack, n_ctx=64, **EXACT | {"threads": threads}) as context:
-        found = [context.project(rows[:n]) for n in (29, 12, 9, *range(8, 0, -1))]
+        found = [project(context, rows[:n], is_normed=True) for n in (29, 12, 9, *range(8, 0, -1))]
     head = base.tensors["token_embd.weight"].astype(np.float64)
     # of a block's largest number, 127 steps: half a step is left, and of it half of a 127th
     largest = np.abs(rows.reshape(29, -1, 32)).max(axis=-1).repeat(32, axis=1)

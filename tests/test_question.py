@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from raw_context import project
 from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, FusionWeights
@@ -150,7 +151,7 @@ def test_pool_question_weighs_by_the_questions_mean(
         kl = shown(engine.weights(tokens, strategy="qa-flora:pool=question"))
         core = engine._core.prober._contexts.for_query(1)
         for ia, states in enumerate(adapted):
-            logits = [core.project(core.final_norm(s.astype(np.float32))) for s in (plain, states)]
+            logits = [project(core, s) for s in (plain, states)]
             reference = kl_divergence(logits[0], logits[1] - logits[0])
             np.testing.assert_allclose(kl[ia], reference, rtol=2e-2, atol=1e-7)
     with Engine(base=base.path, adapters=adapters, n_ctx=128, pool="question", **EXACT) as engine:

@@ -4,7 +4,6 @@ A worker is llama.cpp's RPC backend: it lends its memory and computes the layers
 Custom operations stay here, for their parameters are addresses of this process (patches/0004).
 """
 
-import contextlib
 import ctypes
 import math
 import os
@@ -122,12 +121,11 @@ def shares(text: str, n_device: int) -> list[float]:
 
     Raises OptionError.
     """
-    found = []
-    for each in text.split(","):
-        with contextlib.suppress(ValueError):
-            found.append(float(each))
-    is_number = len(found) == text.count(",") + 1
-    if not is_number or any(not 0 <= each < math.inf for each in found) or not any(found):
+    try:
+        found = [float(each) for each in text.split(",")]
+    except ValueError:
+        found = []
+    if not any(found) or any(not 0 <= each < math.inf for each in found):
         raise OptionError(
             f"Option tensor_split is {text!r}, expected numbers from 0 up, apart by commas and "
             "not all 0.",

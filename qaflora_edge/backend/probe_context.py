@@ -138,21 +138,3 @@ class ProbeContext(Context):
             self._check_cancelled()
             raise BackendError(f"Divergences cannot be computed: {library.last_error()}.")
         return result
-
-    def project(self, rows: F32) -> F32:
-        """Compute logits [n_row, n_vocab] of rows [n_row, n_embd] by the base's head."""
-        rows = np.ascontiguousarray(rows, np.float32)
-        logits = np.empty((len(rows), self._model.n_vocab), np.float32)
-        if not self._functions.project(self._pointer, len(rows), floats(rows), floats(logits)):
-            self._check_cancelled()
-            raise BackendError(f"Rows cannot be projected: {library.last_error()}.")
-        return logits
-
-    def final_norm(self, rows: F32) -> F32:
-        """Apply the base's final norm to rows [n_row, n_embd]."""
-        rows = np.ascontiguousarray(rows, np.float32)
-        normed = np.empty_like(rows)
-        if not self._functions.final_norm(self._pointer, len(rows), floats(rows), floats(normed)):
-            self._check_cancelled()
-            raise BackendError(f"Rows cannot be normed: {library.last_error()}.")
-        return normed

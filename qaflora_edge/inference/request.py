@@ -26,6 +26,8 @@ Prompt = str | Sequence[int]
 class Sampling:
     """How tokens are chosen and when to stop: the options of `config` in group sampling.
 
+    make_sampling checks them.
+
     max_tokens   None: until the context is full
     temperature  0, or below 1e-6: greedy
     seed         None: a new one each time
@@ -48,9 +50,6 @@ class Sampling:
     presence_penalty: float = default("presence_penalty")
     logit_bias: Mapping[int | str, float] | None = default("logit_bias")
     logprobs: int | None = default("logprobs")
-
-    def __post_init__(self) -> None:
-        check("sampling", vars(self))
 
 
 def make_sampling(stop: Any, **options: Any) -> Sampling:

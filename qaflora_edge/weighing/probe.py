@@ -133,16 +133,16 @@ class Prefixes:
         return context.keep_first(n_kept)
 
     def keep(self, key: Hashable, context: ProbeContext, n_exact: int | None = None) -> None:
-        """Keep a copy of a context's KV state, cut to n_exact tokens."""
+        """Keep a copy of a context's KV state, cut to n_exact tokens.
+
+        States that it contains are dropped, and the oldest ones beyond the limit.
+        """
         if n_exact is not None and len(context.tokens) > n_exact:
             context.keep_first(n_exact)
         if not context.tokens or context.n_kv_byte > self._n_most:
             return
         state = context.kv_state()
-        self.add(key, state, context.pieces(len(state.sequences)))
-
-    def add(self, key: Hashable, state: KvState, pieces: Pieces) -> None:
-        """Keep a state; drop states that it contains, and the oldest ones beyond the limit."""
+        pieces = context.pieces(len(state.sequences))
 
         def is_in(tokens: list[int]) -> bool:
             return pieces.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
