@@ -1,11 +1,8 @@
-"""What is known of each architecture, and what is checked of a base before llama.cpp loads it.
+"""Facts about architectures, and checks of a base before llama.cpp loads it.
 
-`data/architectures.json` was read in llama.cpp 0c1e5709: conversion/*.py (every `modify_tensors`),
-src/models/*.cpp and src/llama-arch.cpp. The tests read it again, and compare the file with
-docs/convert.md.
-
-llama.cpp's loader refuses most of what is wrong in a base. `check_base` refuses what would end the
-process or never finish. Where a limit is llama.cpp's own, the place is named (all of 0c1e5709).
+`data/architectures.json` was read in llama.cpp 0c1e5709: conversion/*.py, src/models/*.cpp and
+src/llama-arch.cpp. llama.cpp's loader refuses most damaged bases. `check_base` refuses what would
+end the process or never finish.
 """
 
 import json
@@ -88,6 +85,7 @@ def is_bypassed(architecture: str, base_name: str) -> bool:
     return base_name != "token_embd.weight" and _NOT_MULTIPLIED.search(kind) is not None
 
 
+# Limits of llama.cpp 0c1e5709, and ours where no place is named.
 MAX_LAYERS = 512  # llama-hparams.h LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # llama-hparams.h LLAMA_MAX_EXPERTS
 MAX_GATING = 4  # llama-hparams.h llama_expert_gating_func_type
@@ -101,25 +99,15 @@ _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 _ATTENTION = re.compile(r"blk\.(?P<layer>\d+)\.attn_(?P<part>q|k|v|qkv)\.weight")
 
 
-def _with_heads(*kinds: str) -> frozenset[str]:
-    return frozenset(name for name, facts in ARCH_FACTS.items() if facts.heads in kinds)
-
-
-WHOLE_ROPE, PLAIN_HEADS = _with_heads("whole"), _with_heads("whole", "plain")
-EQUAL_HEADS = _with_heads("whole", "plain", "equal")
-NO_ROPE = frozenset(name for name, facts in ARCH_FACTS.items() if not facts.has_rope)
-
-
 def check_base(header: GgufHeader) -> None:
     """Check what llama.cpp relies on without looking. Raises GgufFileError naming the field."""
-    _check_layers(header)
-    _check_experts(header)
-    _check_heads(header)
-    for key, value in header.metadata.items():
-        is_right = isinstance(value, int | float) and 0 <= value < math.inf
-        if key.endswith("epsilon") and not is_right:
-            _fail(header, key, value, "a finite number from 0 on")
-    _check_range(header, "attention.sliding_window", 0, MAX_WINDOW)
+    base = _Base(header, ARCH_FACTS.get(header.architecture, ArchFacts()))
+    base.check_ranges()
+    base.check_experts()
+    base.check_heads()
+    base.check_shared_keys()
+    if base.facts.heads in ("whole", "plain"):
+        base.check_projections()
     _check_tensors(header)
     _check_tokens(header)
 
@@ -131,130 +119,138 @@ def _fail(header: GgufHeader, key: str, found: object, expected: str) -> NoRetur
     )
 
 
-def _numbers(header: GgufHeader, field: str) -> tuple[object, ...]:
-    """Give the values of a field, one or one a layer; none where it is missing."""
-    value = header.metadata.get(f"{header.architecture}.{field}")
-    return value if isinstance(value, tuple) else () if value is None else (value,)
+@dataclass(frozen=True)
+class _Base:
+    """Fields of a base's architecture; the loader refuses those that are no numbers."""
 
+    header: GgufHeader
+    facts: ArchFacts
 
-def _number(header: GgufHeader, field: str, default: int) -> int:
-    """Give the first value of a field; the loader refuses what is no whole number."""
-    (value, *_) = (*_numbers(header, field), default)
-    return value if isinstance(value, int) else default
+    def fail(self, field: str, found: object, expected: str) -> NoReturn:
+        _fail(self.header, f"{self.header.architecture}.{field}", found, expected)
 
+    def values(self, field: str) -> tuple[object, ...]:
+        """Give the values of a field, one or one a layer; none where it is missing."""
+        value = self.header.metadata.get(f"{self.header.architecture}.{field}")
+        return value if isinstance(value, tuple) else () if value is None else (value,)
 
-def _check_range(header: GgufHeader, field: str, least: int, most: int) -> None:
-    for value in _numbers(header, field):
-        if isinstance(value, int) and not least <= value <= most:
-            key = f"{header.architecture}.{field}"
-            _fail(header, key, value, f"a number from {least} to {most}")
+    def numbers(self, field: str) -> list[int]:
+        return [value for value in self.values(field) if isinstance(value, int)]
 
+    def number(self, field: str, default: int) -> int:
+        """Give the first value of a field."""
+        (value, *_) = (*self.values(field), default)
+        return value if isinstance(value, int) else default
 
-def _check_layers(header: GgufHeader) -> None:
-    _check_range(header, "block_count", 1, MAX_LAYERS)
-    _check_range(header, "nextn_predict_layers", 0, header.n_layer - 1)
-    _check_range(header, "n_deepstack_layers", 0, header.n_layer)
+    def check_range(self, field: str, least: int, most: int) -> None:
+        for value in self.numbers(field):
+            if not least <= value <= most:
+                self.fail(field, value, f"a number from {least} to {most}")
 
+    def check_ranges(self) -> None:
+        """Check fields with a fixed range, as llama-model.cpp load_hparams asserts."""
+        self.check_range("block_count", 1, MAX_LAYERS)
+        self.check_range("nextn_predict_layers", 0, self.header.n_layer - 1)
+        self.check_range("n_deepstack_layers", 0, self.header.n_layer)
+        self.check_range("expert_count", 0, MAX_EXPERTS)
+        self.check_range("expert_gating_func", 0, MAX_GATING)
+        self.check_range("attention.sliding_window", 0, MAX_WINDOW)
+        for key, value in self.header.metadata.items():
+            is_right = isinstance(value, int | float) and 0 <= value < math.inf
+            if key.endswith("epsilon") and not is_right:
+                _fail(self.header, key, value, "a finite number from 0 on")
 
-def _check_experts(header: GgufHeader) -> None:
-    """Check numbers of experts, as llama-model.cpp load_hparams asserts."""
-    _check_range(header, "expert_count", 0, MAX_EXPERTS)
-    n_expert = _number(header, "expert_count", 0)
-    _check_range(header, "expert_used_count", 0, n_expert)
-    used = [value for value in _numbers(header, "expert_used_count") if isinstance(value, int)]
-    if n_expert > 0 and max(used, default=0) < 1:
-        key = f"{header.architecture}.expert_used_count"
-        _fail(header, key, used[0] if used else "missing", f"1 to {n_expert} experts")
-    _check_range(header, "expert_gating_func", 0, MAX_GATING)
-    _check_range(header, "expert_group_count", 0, max(0, n_expert - 1))
-    n_group = _number(header, "expert_group_count", 0)
-    if n_group > 1:
-        if n_expert % n_group:
-            key = f"{header.architecture}.expert_group_count"
-            _fail(header, key, n_group, f"a divisor of {n_expert}, the number of experts")
-        _check_range(header, "expert_group_used_count", 1, n_group - 1)
+    def check_experts(self) -> None:
+        """Check numbers of experts, as llama-model.cpp load_hparams asserts."""
+        n_expert = self.number("expert_count", 0)
+        self.check_range("expert_used_count", 0, n_expert)
+        used = self.numbers("expert_used_count")
+        if n_expert > 0 and max(used, default=0) < 1:
+            found = used[0] if used else "missing"
+            self.fail("expert_used_count", found, f"1 to {n_expert} experts")
+        self.check_range("expert_group_count", 0, max(0, n_expert - 1))
+        n_group = self.number("expert_group_count", 0)
+        if n_group > 1:
+            if n_expert % n_group:
+                expected = f"a divisor of {n_expert}, the number of experts"
+                self.fail("expert_group_count", n_group, expected)
+            self.check_range("expert_group_used_count", 1, n_group - 1)
 
+    def check_heads(self) -> None:
+        """Check the widths of a head's query, value and rotated part, and rope's scaling."""
+        n_embd, heads = self.header.n_embd, "attention.head_count"
+        for scaling in self.values("rope.scaling.type"):
+            if scaling not in ROPE_SCALINGS:
+                self.fail("rope.scaling.type", scaling, f"one of {', '.join(ROPE_SCALINGS)}")
+        if self.facts.heads in ("whole", "plain") and self.values(heads) in ((), (0,)):
+            self.fail(heads, (*self.values(heads), "missing")[0], "the number of heads")
+        n_head = self.number(heads, 0)
+        if n_head <= 0:
+            return  # no attention in the first layer: the loader takes no widths
+        n_key = n_value = n_embd // n_head
+        if not self.values("attention.key_length") and n_embd % n_head:
+            self.fail(heads, n_head, f"a divisor of {n_embd}, the width of the model")
+        for suffix in ("", "_swa"):
+            n_key = self.number(f"attention.key_length{suffix}", n_key)
+            n_value = self.number(f"attention.value_length{suffix}", n_value)
+            if n_key < 1:
+                self.fail(heads, n_head, f"at most {n_embd}, the width of the model")
+            if n_value != n_key and self.facts.heads:
+                expected = f"{n_key}, as wide as a head's query"
+                self.fail(f"attention.value_length{suffix}", n_value, expected)
+            self.check_rotated(f"rope.dimension_count{suffix}", n_key)
+        self.check_range("rope.dimension_sections", 0, n_key)
+        if sum(self.numbers("rope.dimension_sections")) > n_key:
+            sections = self.values("rope.dimension_sections")
+            expected = f"{n_key} together at most, the width of a head"
+            self.fail("rope.dimension_sections", sections, expected)
 
-def _check_heads(header: GgufHeader) -> None:
-    """Check the widths of a head's query, value and rotated part, and rope's scaling."""
-    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "linear")
-    if scaling not in ROPE_SCALINGS:
-        key = f"{header.architecture}.rope.scaling.type"
-        _fail(header, key, scaling, f"one of {', '.join(ROPE_SCALINGS)}")
-    key = f"{header.architecture}.attention.head_count"
-    if header.architecture in PLAIN_HEADS and header.metadata.get(key) in (None, 0):
-        _fail(header, key, header.metadata.get(key, "missing"), "the number of heads")
-    n_head = _number(header, "attention.head_count", 0)
-    if n_head <= 0:
-        return  # no attention in the first layer: the loader takes no widths
-    n_key = n_value = header.n_embd // n_head
-    if not _numbers(header, "attention.key_length") and header.n_embd % n_head:
-        _fail(header, key, n_head, f"a divisor of {header.n_embd}, the width of the model")
-    for suffix in ("", "_swa"):
-        n_key = _number(header, f"attention.key_length{suffix}", n_key)
-        n_value = _number(header, f"attention.value_length{suffix}", n_value)
-        if n_key < 1:
-            _fail(header, key, n_head, f"at most {header.n_embd}, the width of the model")
-        if n_value != n_key and header.architecture in EQUAL_HEADS:
-            key = f"{header.architecture}.attention.value_length{suffix}"
-            _fail(header, key, n_value, f"{n_key}, as wide as a head's query")
-        _check_rotated(header, f"rope.dimension_count{suffix}", n_key)
-    sections = _numbers(header, "rope.dimension_sections")
-    _check_range(header, "rope.dimension_sections", 0, n_key)
-    if sum(section for section in sections if isinstance(section, int)) > n_key:
-        key = f"{header.architecture}.rope.dimension_sections"
-        _fail(header, key, sections, f"{n_key} together at most, the width of a head")
-    _check_shared(header)
-    if header.architecture in PLAIN_HEADS:
-        _check_projections(header, _number(header, "attention.key_length", header.n_embd // n_head))
+    def check_rotated(self, field: str, n_key: int) -> None:
+        for n_rotary in self.numbers(field):
+            if self.facts.heads == "whole" and n_rotary != n_key:
+                self.fail(field, n_rotary, f"{n_key}, the width of a head")
+            if n_rotary == 0 and not self.facts.has_rope:
+                continue
+            if not 2 <= n_rotary <= n_key or n_rotary % 2:
+                expected = f"an even number from 2 to {n_key}, the width of a head"
+                self.fail(field, n_rotary, expected)
 
+    def at(self, field: str, layer: int) -> int | None:
+        """Give a layer's value of a field with one value or one a layer."""
+        values = self.values(field)
+        value = values[0] if len(values) == 1 else values[layer] if layer < len(values) else None
+        return value if isinstance(value, int) else None
 
-def _at(values: tuple[object, ...], layer: int) -> int | None:
-    """Give the value for a layer, of a field with one value or one a layer."""
-    value = values[0] if len(values) == 1 else values[layer] if layer < len(values) else None
-    return value if isinstance(value, int) else None
+    def check_shared_keys(self) -> None:
+        """Check that every key belongs to equally many queries."""
+        queries, keys = "attention.head_count", "attention.head_count_kv"
+        for layer in range(max(len(self.values(queries)), len(self.values(keys)))):
+            n_head, n_head_kv = self.at(queries, layer), self.at(keys, layer)
+            if n_head and n_head_kv and n_head % n_head_kv:
+                self.fail(keys, n_head_kv, f"a divisor of {n_head}, the number of heads")
 
-
-def _check_shared(header: GgufHeader) -> None:
-    """Check that every key belongs to equally many queries."""
-    queries = _numbers(header, "attention.head_count")
-    keys = _numbers(header, "attention.head_count_kv")
-    for layer in range(max(len(queries), len(keys))):
-        n_head, n_head_kv = _at(queries, layer), _at(keys, layer)
-        if n_head and n_head_kv is not None and n_head_kv != 0 and n_head % n_head_kv:
-            key = f"{header.architecture}.attention.head_count_kv"
-            _fail(header, key, n_head_kv, f"a divisor of {n_head}, the number of heads")
-
-
-def _check_projections(header: GgufHeader, n_key: int) -> None:
-    """Check that projections have rows for every head; the loader checks only some."""
-    queries = _numbers(header, "attention.head_count")
-    keys = _numbers(header, "attention.head_count_kv") or queries
-    for tensor in header.tensors.values():
-        match = _ATTENTION.fullmatch(tensor.name)
-        if match is None:
-            continue
-        n_head, n_head_kv = (_at(values, int(match["layer"])) for values in (queries, keys))
-        if n_head is None or n_head_kv is None:
-            continue  # the loader refuses what is no number for each layer
-        n = {"q": n_head, "k": n_head_kv, "v": n_head_kv, "qkv": n_head + 2 * n_head_kv}
-        expected = n[match["part"]] * n_key
-        if tensor.shape[0] != expected:
-            what = f"{expected}, for heads of {n_key} each"
-            _fail(header, f"the number of rows of {tensor.name}", tensor.shape[0], what)
-
-
-def _check_rotated(header: GgufHeader, field: str, n_key: int) -> None:
-    key = f"{header.architecture}.{field}"
-    for n_rotary in _numbers(header, field):
-        if not isinstance(n_rotary, int):
-            continue
-        if header.architecture in WHOLE_ROPE and n_rotary != n_key:
-            _fail(header, key, n_rotary, f"{n_key}, the width of a head")
-        if n_rotary == 0 and header.architecture in NO_ROPE:
-            continue
-        if not 2 <= n_rotary <= n_key or n_rotary % 2:
-            _fail(header, key, n_rotary, f"an even number from 2 to {n_key}, the width of a head")
+    def check_projections(self) -> None:
+        """Check that projections have rows for every head; the loader checks only some."""
+        queries = keys = "attention.head_count"
+        if self.values(f"{keys}_kv"):
+            keys = f"{keys}_kv"
+        n_first = self.number(queries, 0)
+        if n_first <= 0:
+            return
+        n_key = self.number("attention.key_length", self.header.n_embd // n_first)
+        for tensor in self.header.tensors.values():
+            match = _ATTENTION.fullmatch(tensor.name)
+            if match is None:
+                continue
+            n_head, n_head_kv = (self.at(name, int(match["layer"])) for name in (queries, keys))
+            if n_head is None or n_head_kv is None:
+                continue  # the loader refuses what is no number for each layer
+            n = {"q": n_head, "k": n_head_kv, "v": n_head_kv, "qkv": n_head + 2 * n_head_kv}
+            expected = n[match["part"]] * n_key
+            if tensor.shape[0] != expected:
+                field = f"the number of rows of {tensor.name}"
+                what = f"{expected}, for heads of {n_key} each"
+                _fail(self.header, field, tensor.shape[0], what)
 
 
 def _check_tensors(header: GgufHeader) -> None:
