@@ -109,21 +109,10 @@ def test_likelihoods_are_those_of_the_engine(made: TinyBundle, tmp_path: Path) -
             assert found["text", 0, way]["score"] == pytest.approx(nats, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [(("--limit", 2), [0, 1]), (("--half", "test", "--limit", 2), [1, 3])],
-)
-def test_items_are_chosen(
-    made: TinyBundle, tmp_path: Path, given: tuple[Any, ...], expected: list[int]
-) -> None:
-    path, out = sums(tmp_path / "sums.jsonl", 9), tmp_path / "r.jsonl"
-    assert run(made, path, "--strategies", "base", "-o", out, *given).exit_code == 0
-    assert sorted(item for _, item, _ in by_key(out)) == expected
-
-
 def test_a_file_is_resumed(made: TinyBundle, tmp_path: Path) -> None:
     path, out, whole = sums(tmp_path / "s.jsonl"), tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
     assert run(made, path, "--strategies", "base", "--limit", 2, "-o", out).exit_code == 0
+    assert [item for _, item, _ in by_key(out)] == [0, 1]
     before = out.read_bytes()
     with out.open("ab") as file:
         file.write(b'{"task": "s", "item": 5, "strat')  # as if it died within a line
@@ -137,7 +126,7 @@ def test_a_file_is_resumed(made: TinyBundle, tmp_path: Path) -> None:
     result = run(made, path, "--strategies", "base,qa-flora", "-o", out)
     assert result.stderr.startswith("[0 results in ")
     assert out.read_bytes() == full
-    for other in (("--temp", 1), ("--adapters", "es"), ("--raw-prompt",)):
+    for other in (("--temp", 1), ("--raw-prompt",)):
         result = run(made, path, "--strategies", "base", "-o", out, *other)
         assert result.exit_code == 1
         assert "Cannot write results into" in result.stderr
@@ -181,11 +170,10 @@ def test_table_json_and_page_show_every_item(made: TinyBundle, tmp_path: Path) -
     ("args", "code", "message"),
     [
         (("--html", "/nowhere/r.html"), 1, "the folder /nowhere does not take a new file"),
-        (("--adapters", "fr"), 1, "The adapter 'fr' is not loaded"),
-        (("one.jsonl", "--half", "test"), 2, "The task one has 1 item, and none of them"),
+        (("--half", "dev"), 2, "The option half is gone; put the two halves of the items"),
         (("--layers",), 2, "The option layers is gone; `qaflora weights --json` prints the"),
         (("-o", "r.jsonl", "--json", "./r.jsonl"), 2, "r.jsonl is named twice; give each FILE a"),
-        (("sums.jsonl",), 2, "Two tasks have the name 'sums', expected different ones"),
+        (("sums.jsonl",), 2, "Two tasks have one name: sums, sums, expected different ones"),
     ],
 )
 def test_wrong_usage(
@@ -198,7 +186,6 @@ def test_wrong_usage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")
-    sums(tmp_path / "one.jsonl", 1)
     result = run(made, "sums.jsonl", *args)
     assert result.exit_code == code
     assert message in result.stderr
@@ -227,9 +214,6 @@ def test_save_makes_the_best_strategy_the_default(tmp_path: Path) -> None:
 
 def test_what_cannot_be_saved_is_said_before_the_work(made: TinyBundle, tmp_path: Path) -> None:
     path = sums(tmp_path / "sums.jsonl", 1)
-    result = run(made, path, "--save", "--adapters", "es")
-    assert result.exit_code == 2
-    assert "--save is for a bundle with all of its adapters" in result.stderr
     words = ["eval", str(made.base.path), str(path), "--save", *map(str, F32)]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from qaflora_edge.evaluation.tasks import Task
     from qaflora_edge.show.pages import TaskShown
 
-HALVES = ("dev", "test")
 NOTES = """\
 In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.
 *: the best single adapter, found on these items, in hindsight."""
@@ -70,13 +69,7 @@ In brackets: 95 % intervals. Differences are paired, above 0 where the strategy 
     help="Write one JSON object with every result to FILE; `-` is stdout.",
 )
 @click.option("--html", help="Write one page with bars and every item to FILE.", **out_file())
-@click.option("--adapters", metavar="NAME,NAME,...", help="The adapters in use.  [default: all]")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Ask N items of each task.")
-@click.option(
-    "--half",
-    type=click.Choice(HALVES),
-    help="Ask one half of the items: dev has 0, 2, 4, ..., test has 1, 3, 5, ...",
-)
 @click.option(
     "--save",
     is_flag=True,
@@ -90,9 +83,7 @@ def eval(
     out: Path | None,
     json_path: str | None,
     html: Path | None,
-    adapters: str | None,
     limit: int | None,
-    half: str | None,
     save: bool,
     options: SharedOptions,
 ) -> None:
@@ -102,6 +93,7 @@ def eval(
     scored; docs/evaluate.md says how to write one. Every item is asked under every strategy, many
     at once (--parallel).
     """
+    from qaflora_edge.bundles.edit import editing
     from qaflora_edge.cli.doctor import cpu_name
     from qaflora_edge.evaluation.results import ResultsFile
     from qaflora_edge.evaluation.run import Evaluation, header
@@ -109,14 +101,12 @@ def eval(
 
     check_outputs((out, html, None if json_path == "-" else json_path), tasks, added_to=out)
     if save:
-        _check_can_save(bundle, adapters)
+        with editing(bundle_folder(bundle)):  # says now what it would say at the end
+            pass
     read = [read_task(path) for path in tasks]
-    chosen = _chosen(read, limit, half)
+    chosen = _chosen(read, limit)
     sampling, raw_prompt = options.sampling, options.raw_prompt
     with open_engine(bundle, options) as engine:
-        if adapters is not None:
-            engine.use_strategy("base")  # one that names no adapter
-            engine.use_adapters(adapters.split(","))
         strategies = _strategies(engine, ways, options.strategy)
         file = ResultsFile(
             out,
@@ -139,37 +129,18 @@ def eval(
     click.get_current_context().exit(1 if file.results.failed else 0)
 
 
-def _check_can_save(bundle: str, adapters: str | None) -> None:
-    from qaflora_edge.bundles.edit import editing
-
-    if adapters is not None:
-        raise click.UsageError(
-            "--save is for a bundle with all of its adapters, and --adapters takes some; leave "
-            "one of the two out."
-        )
-    with editing(bundle_folder(bundle)):  # says now what it would say at the end
-        pass
-
-
-def _chosen(tasks: Sequence[Task], limit: int | None, half: str | None) -> dict[str, range]:
+def _chosen(tasks: Sequence[Task], limit: int | None) -> dict[str, range]:
     """Choose the indexes of the items that are asked, by task.
 
-    Raises UsageError where two tasks have one name, or a task has no item left.
+    Raises UsageError where two tasks have one name.
     """
-    start, step = (0, 1) if half is None else (HALVES.index(half), 2)
-    chosen: dict[str, range] = {}
-    for task in tasks:
-        if task.name in chosen:
-            raise click.UsageError(
-                f"Two tasks have the name {task.name!r}, expected different ones: give one of them "
-                'another, as in {"task": {"name": "..."}} in its first line.'
-            )
-        chosen[task.name] = range(start, len(task.items), step)[:limit]
-        if not chosen[task.name]:
-            raise click.UsageError(
-                f"The task {task.name} has 1 item, and none of them is in this half; leave --half "
-                "or the task out."
-            )
+    chosen = {task.name: range(len(task.items))[:limit] for task in tasks}
+    if len(chosen) < len(tasks):
+        names = ", ".join(task.name for task in tasks)
+        raise click.UsageError(
+            f"Two tasks have one name: {names}, expected different ones: give one of them another, "
+            'as in {"task": {"name": "..."}} in its first line.'
+        )
     return chosen
 
 

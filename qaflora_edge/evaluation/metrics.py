@@ -5,7 +5,6 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import TaskFileError
 
-ENTRY_POINTS = "qaflora_edge.metrics"  # the group in which packages offer theirs
-CHOICES_MAX = 26  # as many as there are letters
+CHOICES_MAX = 26  # one for each letter
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 Fields = Mapping[str, Any]
@@ -62,9 +60,7 @@ _registry: dict[str, Metric] = {}
 def register_metric(metric: Metric) -> None:
     """Let tasks of this process be scored by a metric of its own.
 
-    Packages offer theirs by an entry point in the group `qaflora_edge.metrics` that names a Metric
-    object. A metric replaces an earlier one of its name, so that a notebook's cell can run twice;
-    those of the package stay.
+    A metric replaces an earlier one of its name, so that a notebook's cell can run twice.
 
     Raises TaskFileError for a name that is taken or malformed, or an object that is no Metric.
     """
@@ -80,16 +76,7 @@ def register_metric(metric: Metric) -> None:
 
 def metrics() -> dict[str, Metric]:
     """Give every metric by its name: the package's own first."""
-    _load_entry_points()
     return BUILT_IN | _registry
-
-
-@cache
-def _load_entry_points() -> None:
-    from importlib.metadata import entry_points  # slow to import
-
-    for point in entry_points(group=ENTRY_POINTS):
-        register_metric(point.load())
 
 
 # the metrics of the package

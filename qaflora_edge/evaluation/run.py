@@ -68,7 +68,6 @@ def header(
 
 def _task_facts(task: Task, max_tokens: int | None, raw_prompt: bool) -> dict[str, Any]:
     keys = ["name", "metric", "sha256", "language", "domain", "system", "template"]
-    keys += ["choice_template"] if task.metric == "choice" else []
     return {key: getattr(task, key) for key in keys} | {
         "n_item": len(task.items),
         "max_tokens": None if task.by.is_likelihood else task.max_tokens or max_tokens,
@@ -117,12 +116,11 @@ class Evaluation:
         """Give each item and strategy that the file does not have.
 
         Strategies of an item come one after the other, for they share what is measured of it.
-        Each is in turn the first, which pays for that. The turn changes by two items, since one
-        half of the items is every other one.
+        Each is in turn the first, which pays for that.
         """
         n = len(self.strategies)
         for index, at in itertools.product(self.items[task.name], range(n)):
-            strategy = self.strategies[(index // 2 + at) % n]
+            strategy = self.strategies[(index + at) % n]
             if (task.name, index, strategy) not in self.file.records:
                 yield task.items[index], strategy
 
@@ -237,7 +235,8 @@ def asked_fields(
 
 def scored_texts(task: Task, item: Item) -> list[str]:
     """Give the texts that are scored where nothing is generated."""
-    return task.choices(item) if task.metric == "choice" else [item.fields[task.by.needs]]
+    found = item.fields[task.by.needs]
+    return found if task.metric == "choice" else [found]
 
 
 def score_fields(task: Task, item: Item, given: str | Sequence[F32]) -> dict[str, Any]:

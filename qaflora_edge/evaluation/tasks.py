@@ -52,7 +52,6 @@ class Task:
     metric           name of a metric
     sha256           of the file
     template         text with names of an item's fields in braces; None: the question as it is
-    choice_template  what is scored of a choice: text with {choice}, {letter}
     raw_prompt       no chat template, whatever the options say
     max_tokens, stop  None: the options say
     language, domain  of the questions; adapters are named like them
@@ -64,7 +63,6 @@ class Task:
     items: tuple[Item, ...]
     system: str | None = None
     template: str | None = None
-    choice_template: str = "{choice}"
     raw_prompt: bool = False
     max_tokens: int | None = None
     stop: Sequence[str] | None = None
@@ -90,11 +88,6 @@ class Task:
         messages = item.fields.get("messages")
         messages = messages or [{"role": "user", "content": self.question(item)}]
         return list(begin_with(self.system, messages))
-
-    def choices(self, item: Item) -> list[str]:
-        """Write what is scored of each choice."""
-        pairs = zip(string.ascii_uppercase, item.fields["choices"], strict=False)
-        return [_filled(self.choice_template, {"letter": a, "choice": b}) for a, b in pairs]
 
     def expected(self, item: Item) -> Any:
         """Give what is right: of a choice its text; None where only the metric knows."""
@@ -186,8 +179,6 @@ def _check_item(task: Task, item: Item) -> None:
         raise _wrong(item.where, f"{key} is {found}", expected)
     try:
         task.question(item)
-        if task.metric == "choice":
-            task.choices(item)
     except PromptError as error:  # of its messages
         raise TaskFileError(f"Cannot use the task {item.where}: {error} {ADVICE}") from error
     except KeyError as error:
