@@ -12,44 +12,7 @@ from qaflora_edge.errors import BackendError, BusyError, QafloraError
 from qaflora_edge.inference import sequence as sequences
 from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.runner import AnswerContext, Runner, Vocabulary
-from qaflora_edge.inference.scheduler import Scheduler, Step
-
-
-class Job:
-    """Work other than answers, such as a probe: a generator that yields between micro-batches.
-
-    result  what the generator returned, once it is done
-    error   what it raised
-    """
-
-    def __init__(
-        self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation
-    ) -> None:
-        self.kind = kind
-        self._steps, self._cancellation = steps, cancellation
-        self.is_done = False
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancellation.is_set
-
-    def advance(self) -> None:
-        """Compute the next part; an error is kept for the caller that waits."""
-        try:
-            next(self._steps)
-        except StopIteration as end:
-            self.result, self.is_done = end.value, True
-        except BaseException as error:
-            self.error, self.is_done = error, True
-            if not isinstance(error, Exception):  # KeyboardInterrupt is for the driver
-                raise
-
-    def fail(self, error: QafloraError) -> None:
-        """End it early."""
-        self._steps.close()
-        self.error, self.is_done = error, True
+from qaflora_edge.inference.scheduler import Job, Scheduler, Step
 
 
 class Loop:
@@ -206,7 +169,7 @@ class Loop:
 
     def _run(self, step: Step) -> None:
         self._runner.run(step, self._scheduler.slots)
-        if isinstance(step.job, Job):
+        if step.job is not None:
             self._computing([step.job])
             step.job.advance()
 
@@ -226,7 +189,7 @@ class Loop:
                 else:
                     sequence.finish("cancelled")
         for job in self._scheduler.jobs:
-            if isinstance(job, Job) and job.is_cancelled and not job.is_done:
+            if job.is_cancelled and not job.is_done:
                 job.fail(cancelled())
         if self._is_closed:
             self._end_all(self._closed)
@@ -235,6 +198,6 @@ class Loop:
         for sequence in (*self._scheduler.waiting, *self._scheduler.running):
             sequence.fail(error)
         for job in self._scheduler.jobs:
-            if isinstance(job, Job) and not job.is_done:
+            if not job.is_done:
                 job.fail(error)
         self._scheduler.remove_ended()

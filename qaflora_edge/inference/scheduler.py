@@ -1,27 +1,52 @@
 """The scheduler: which request is prefilled, decoded or probed next. It only decides."""
 
 from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Self
 
 from qaflora_edge.backend.batch import Pieces, n_common
+from qaflora_edge.errors import QafloraError
+from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.sequence import Sequence
 
 
-class Job(Protocol):
-    """Work in micro-batches on contexts of its own, such as a probe.
+class Job:
+    """Work other than answers, such as a probe: a generator that yields between micro-batches.
 
-    kind  jobs of one kind share contexts, and run one after the other
+    kind    jobs of one kind share contexts, and run one after the other
+    result  what the generator returned, once it is done
+    error   what it raised
     """
 
-    @property
-    def kind(self) -> str: ...
+    def __init__(
+        self, kind: str, steps: Generator[Any, None, Any], cancellation: Cancellation
+    ) -> None:
+        self.kind = kind
+        self._steps, self._cancellation = steps, cancellation
+        self.is_done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
 
     @property
-    def is_done(self) -> bool: ...
+    def is_cancelled(self) -> bool:
+        return self._cancellation.is_set
 
-    @property
-    def is_cancelled(self) -> bool: ...
+    def advance(self) -> None:
+        """Compute the next part; an error is kept for the caller that waits."""
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self.result, self.is_done = end.value, True
+        except BaseException as error:
+            self.error, self.is_done = error, True
+            if not isinstance(error, Exception):  # KeyboardInterrupt is for the driver
+                raise
+
+    def fail(self, error: QafloraError) -> None:
+        """End it early."""
+        self._steps.close()
+        self.error, self.is_done = error, True
 
 
 @dataclass
