@@ -306,6 +306,7 @@ REMOVED = {
     "adapter_description": "The option is gone; use `bundle add --description`.",
     "base_hub": "The option base-hub is gone; use `qaflora bundle base DIR REF` before the push.",
     "log_prompts": "The option log_prompts is gone; log what is asked in the program that asks.",
+    "n": "`run --n` is gone; repeat the line in --prompts FILE, each with a seed of its own.",
     "dark": "The option dark is gone; .svg and .html follow the reader's light or dark theme.",
 }
 

@@ -246,7 +246,6 @@ def test_a_pipe_is_read_once(made: TinyBundle) -> None:
         ((), "Give PROMPT or --file FILE, or else --prompts FILE."),
         (("--file", "a", "--prompts", "f"), "Give PROMPT or --file FILE, or else --prompts FILE."),
         (("a", "-o", "f"), "-o is for the answers to --prompts FILE."),
-        (("--prompts", "f", "--n", 2, "--temp", 1), "--n is for one PROMPT; repeat the lines"),
         (("--prompts", "f", "-o", "./f"), "f is named twice; give each FILE a name of its own."),
         (("--prompts", "f", "-o", "-"), "a file is needed, stdout will not do."),
     ],

@@ -64,7 +64,7 @@ def test_bundles_and_bases_are_listed(
     for name, entry in found.items():
         assert Path(str(entry["path"])).exists()
         assert name not in ("bundle", "mine") or qaflora("bundle", "show", name).exit_code == 0
-    assert f"base     {BASE}      98 MB  pulled  {base}\n" in qaflora("list").stdout
+    assert f"base     {BASE}      98 MB  pulled  {base}\n" in qaflora("ls").stdout
 
 
 def test_what_was_pulled_is_removed(place: Path, hub: FakeHub) -> None:
@@ -76,8 +76,8 @@ def test_what_was_pulled_is_removed(place: Path, hub: FakeHub) -> None:
     assert asked.exit_code == 2
     assert f"This removes the base {BASE} (98 MB, {base}); add --yes" in asked.stderr
     assert base.exists()
-    for name in (BASE, "owner/theirs"):
-        result = qaflora("remove", name, "--yes")
+    for verb, name in (("remove", BASE), ("rm", "owner/theirs")):
+        result = qaflora(verb, name, "--yes")
         assert (result.exit_code, result.stdout) == (0, ""), result.stderr
         assert result.stderr.startswith("Removed the b")
     assert list(here()) == ["bundle"]

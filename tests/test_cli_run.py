@@ -18,8 +18,6 @@ from qaflora_edge import Engine
 from qaflora_edge.cli import main
 from qaflora_edge.formats import names as registry
 from qaflora_edge.hub import local as hub_cache
-from qaflora_edge.weighing.numbers import FusionWeights
-from qaflora_edge.weighing.weigher import Weigher
 
 PROMPT = "the thing on a ring"
 QAFLORA = [sys.executable, "-m", "qaflora_edge"]
@@ -269,11 +267,6 @@ def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, gramm
     as_json = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5, "--json")
     assert as_json.exit_code == 1
     assert json.loads(as_json.stdout)["finish_reason"] == "length"
-    several = run(
-        made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5, "--n", 2, "--temp", 1
-    )
-    assert several.exit_code == 1
-    assert "Error: 2 of 2 answers are not whole: cut after 5 tokens" in several.stderr
 
 
 def test_answer_cut_where_its_grammar_may_end_is_whole(made: TinyBundle, grammar: Path) -> None:
@@ -318,40 +311,6 @@ def test_missing_file_is_named(option: str, tmp_path: Path) -> None:
     )
 
 
-# several answers
-
-
-def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    n_probed = 0
-    weigh = Weigher.weigh
-
-    def counted(weigher: Weigher, weights: object, *more: object) -> FusionWeights:
-        nonlocal n_probed
-        n_probed += weights is None
-        return weigh(weigher, weights, *more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Weigher, "weigh", counted)
-    sampled = ("--temp", 1.5, "--max-tokens", 8)
-    result = run(made.folder, PROMPT, *sampled, "--seed", 5, "--n", 3, "--json")
-    assert (result.exit_code, result.stderr, n_probed) == (0, "", 1)
-    shown = json.loads(result.stdout)
-    assert set(shown) == {"answers", "fusion"}
-    texts = [item["text"] for item in shown["answers"]]
-    alone = json.loads(run(made.folder, PROMPT, *sampled, "--seed", 6, "--json").stdout)
-    assert texts[1] == alone["text"]
-    assert len(set(texts)) == 3
-    assert shown["fusion"]["weights"] == alone["fusion"]["weights"]
-    assert shown["answers"][1]["usage"] == alone["usage"]
-    assert {*shown["answers"][0]} == {*alone} - {"fusion"}
-    assert shown["answers"][0]["timings"]["probe_ms"] > 0
-    assert shown["answers"][1]["timings"]["probe_ms"] == 0
-    plain = run(made.folder, PROMPT, *sampled, "--seed", 5, "--n", 3)
-    assert plain.stdout == "\n\n".join(texts) + "\n"
-    assert re.findall(r"^answer (\d of 3) \[", plain.stderr, re.M) == ["1 of 3", "2 of 3", "3 of 3"]
-
-
 # usage, streams
 
 
@@ -363,7 +322,6 @@ def test_answers_differ_by_their_seeds_and_share_weights_and_prompt(
         ([PROMPT, "--json-schema", "a", "--grammar", "b"], "Give --json-schema or --grammar, not"),
         ([PROMPT, "--json-schema", "a", "--stop", "}"], "--stop would cut the JSON of --json-"),
         ([PROMPT, "--system", "a", "--raw-prompt"], "--system needs the chat template, which"),
-        ([PROMPT, "--n", "2"], "--n needs --temp above 0: without it the answers would all"),
     ],
 )
 def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None:

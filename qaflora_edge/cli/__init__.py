@@ -40,6 +40,10 @@ VERBS = {
     "settings": "Show what is set by environment and settings file.",
     "completion": "Print completion for a shell.",
 }
+ALIASES = {"ls": "list", "rm": "remove"}
+# Verb -> its module and function, where they do not have its name.
+_PLACES = {verb: ("hub", verb) for verb in ("pull", "push", "models", "remove")}
+_PLACES["list"] = ("hub", "list_here")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -50,14 +54,16 @@ class VerbGroup(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
+        verb = ALIASES.get(cmd_name, cmd_name)
+        if verb not in VERBS:
             return None
         from qaflora_edge.cli.settings import attach_variables
 
-        name = "listing" if cmd_name == "list" else cmd_name  # list is a word of Python
-        module = importlib.import_module(f"qaflora_edge.cli.{name}")
-        command: click.Command = getattr(module, name)
-        attach_variables(cmd_name, command)
+        module, function = _PLACES.get(verb, (verb, verb))
+        command: click.Command = getattr(
+            importlib.import_module(f"qaflora_edge.cli.{module}"), function
+        )
+        attach_variables(verb, command)
         return command
 
     def resolve_command(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,10 +26,8 @@ from qaflora_edge.cli.prompts import read_piped, read_text
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.inference.constraint import Grammar
-    from qaflora_edge.inference.generation import Generation
 
-ANSWERS_MAX = 100
-PROMPT_WORK = "Weighing the adapters and reading the prompt"
+PROMPT_WORK = "Weighing the adapters, then prefill"
 
 
 @command(
@@ -80,14 +77,6 @@ PROMPT_WORK = "Weighing the adapters and reading the prompt"
     metavar="FILE",
     help="Answer under the grammar in FILE, in llama.cpp's notation (GBNF).",
 )
-@click.option(
-    "--n",
-    "n_answer",
-    type=click.IntRange(1, ANSWERS_MAX),
-    default=1,
-    show_default=True,
-    help="How many answers, drawn with different seeds; needs --temp.",
-)
 @own_options
 @shared_options
 def run(
@@ -100,7 +89,6 @@ def run(
     as_json: bool,
     schema_path: str | None,
     grammar_path: str | None,
-    n_answer: int,
     options: SharedOptions,
 ) -> None:
     """Answer a prompt with the weighed adapters.
@@ -113,10 +101,13 @@ def run(
     `index`, the number of the line from 0, and for a line that failed `error`; the others go on,
     and the exit code is 1.
     """
-    _check_usage(prompt, paths, system, (schema_path, grammar_path), n_answer, options)
+    _check_usage((schema_path, grammar_path), system, options)
     is_asked = prompts_path is not None or "-" in (prompt, *paths, schema_path, grammar_path)
     piped = "" if is_asked else read_piped()
-    _check_sources(prompt, paths or (("-",) if piped else ()), prompts_path, out, n_answer)
+    if (prompt is None and not paths and not piped) == (prompts_path is None):
+        raise click.UsageError("Give PROMPT or --file FILE, or else --prompts FILE.")
+    if out is not None and prompts_path is None:
+        raise click.UsageError("-o is for the answers to --prompts FILE.")
     if [prompt, *paths, prompts_path, schema_path, grammar_path].count("-") > 1:
         raise click.UsageError("stdin (`-`) can be read only once.")
     text = "" if prompts_path is not None else _whole_prompt(prompt, paths, piped)
@@ -130,28 +121,27 @@ def run(
         answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
     with open_engine(bundle, options) as engine:
         tokens = _tokens(engine, text, system, options)
-        if n_answer == 1:
-            with waiting(PROMPT_WORK) as tell:
-                answers = [engine.generate(tokens, on_progress=tell, **sampling)]
-            if as_json:
-                with waiting("Answering"):
-                    facts = answer_dict(answers[0])
-                print_json(facts)
-            else:
-                stream_answer(answers[0])
-                click.echo(summary_line(answers[0]), err=True)
+        with waiting(PROMPT_WORK) as tell:
+            answer = engine.generate(tokens, on_progress=tell, **sampling)
+        if as_json:
+            with waiting("Answering"):
+                facts = answer_dict(answer)
+            print_json(facts)
         else:
-            answers = _print_answers(engine, tokens, sampling, n_answer, as_json)
-    _check_whole(answers, schema_path or grammar_path)
+            stream_answer(answer)
+            click.echo(summary_line(answer), err=True)
+    if not answer.is_whole:
+        from qaflora_edge.errors import IncompleteAnswerError
+
+        raise IncompleteAnswerError(
+            f"The answer is not whole: cut after {answer.n_completion} tokens, where "
+            f"{schema_path or grammar_path} expects more. Raise --max-tokens, and --ctx where the "
+            "context is full, or allow only shorter answers."
+        )
 
 
 def _check_usage(
-    prompt: str | None,
-    paths: tuple[str, ...],
-    system: str | None,
-    grammars: tuple[str | None, str | None],
-    n_answer: int,
-    options: SharedOptions,
+    grammars: tuple[str | None, str | None], system: str | None, options: SharedOptions
 ) -> None:
     if None not in grammars:
         raise click.UsageError("Give --json-schema or --grammar, not both.")
@@ -160,29 +150,10 @@ def _check_usage(
         raise click.UsageError("--stop would cut the JSON of --json-schema.")
     if system is not None and options.raw_prompt:
         raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
-    if n_answer > 1 and not options.temp:
-        raise click.UsageError(
-            "--n needs --temp above 0: without it the answers would all be the same."
-        )
-
-
-def _check_sources(
-    prompt: str | None,
-    paths: tuple[str, ...],
-    prompts_path: str | None,
-    out: Path | None,
-    n_answer: int,
-) -> None:
-    if (prompt is None and not paths) == (prompts_path is None):
-        raise click.UsageError("Give PROMPT or --file FILE, or else --prompts FILE.")
-    if out is not None and prompts_path is None:
-        raise click.UsageError("-o is for the answers to --prompts FILE.")
-    if n_answer > 1 and prompts_path is not None:
-        raise click.UsageError("--n is for one PROMPT; repeat the lines of --prompts FILE.")
 
 
 def _whole_prompt(prompt: str | None, paths: tuple[str, ...], piped: str) -> str:
-    """PROMPT, the files and what was piped behind it, with an empty line between each two."""
+    """Join PROMPT, the files and the piped text, with an empty line between each two."""
     parts = [] if prompt is None else [read_prompt(prompt)]
     parts += [read_text(path).removesuffix("\n").removesuffix("\r") for path in paths]
     return check_prompt("\n\n".join([*parts, piped] if piped else parts))
@@ -214,47 +185,3 @@ def _tokens(engine: Engine, text: str, system: str | None, options: SharedOption
         return prompt_tokens(engine, text, options)
     roles = (("system", system), ("user", text))
     return engine.chat_tokens([{"role": role, "content": content} for role, content in roles])
-
-
-def _print_answers(
-    engine: Engine, tokens: list[int], sampling: dict[str, Any], n_answer: int, as_json: bool
-) -> list[Generation]:
-    """Several answers to a prompt that is weighed and read once, printed as they come."""
-    answers: list[Generation] = []
-    shown: list[dict[str, Any]] = []
-    for number, answer in enumerate(_waited(engine.answers(tokens, n_answer, **sampling))):
-        if as_json:
-            shown.append(answer_dict(answer, with_fusion=False))
-        else:
-            if number > 0:
-                click.echo()
-            stream_answer(answer)
-            click.echo(f"answer {number + 1} of {n_answer} {summary_line(answer)}", err=True)
-        answers.append(answer)
-    if as_json:
-        print_json({"answers": shown, "fusion": answers[0].fusion.to_dict()})
-    return answers
-
-
-def _waited(answers: Iterator[Generation]) -> Iterator[Generation]:
-    """The answers, each with a word on what is waited for before its first token."""
-    while True:
-        with waiting(PROMPT_WORK):
-            answer = next(answers, None)
-        if answer is None:
-            return
-        yield answer
-
-
-def _check_whole(answers: list[Generation], path: str | None) -> None:
-    """Raises IncompleteAnswerError when a limit cut what a schema or grammar expected."""
-    cut = [answer for answer in answers if not answer.is_whole]
-    if not cut:
-        return
-    from qaflora_edge.errors import IncompleteAnswerError
-
-    which = "The answer is" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers are"
-    raise IncompleteAnswerError(
-        f"{which} not whole: cut after {cut[0].n_completion} tokens, where {path} expects more. "
-        "Raise --max-tokens, and --ctx where the context is full, or allow only shorter answers."
-    )

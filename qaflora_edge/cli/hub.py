@@ -1,0 +1,180 @@
+"""qaflora pull, push, models, list and remove: what is here, and what the Hub has"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qaflora_edge.cli.options import command, completed_by
+from qaflora_edge.cli.progress import progress_bars
+from qaflora_edge.files import one_line
+from qaflora_edge.progress import TellCount
+
+
+@command(
+    "qaflora pull smollm2-135m-instruct",
+    "qaflora pull owner/my-bundle --with-base",
+    "qaflora pull owner/my-bundle@v1 --to my-bundle",
+)
+@click.argument("ref", shell_complete=completed_by("complete_model"))
+@click.option(
+    "--to",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder that gets it.  [default: the cache]",
+)
+@click.option(
+    "--with-base", is_flag=True, help="Fetch the base of a bundle too, when it is not here."
+)
+@click.option(
+    "--update", is_flag=True, help="Ask the Hub for a newer commit than the one that is here."
+)
+def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
+    """Fetch a model, an adapter or a bundle.
+
+    REF is a name from `qaflora models`, or a Hugging Face Hub repository as owner/name or
+    owner/name/file.gguf, each with @revision to pin it; the address of its page works too. Without
+    --to it goes to the Hub's own cache, shared with other tools. Files that are here are not
+    fetched again. Prints where it is.
+    """
+    from qaflora_edge.formats.names import from_address, load_registry
+    from qaflora_edge.hub.fetch import fetch_hub, fetch_model
+
+    ref = from_address(ref)
+    with progress_bars() as tell:
+        if ref in load_registry() or "/" not in ref:
+            path = fetch_model(ref, to=to, progress=partial(tell, ref))
+        else:
+            path = fetch_hub(ref, to=to, update=update)
+            if with_base:
+                _fetch_base(path, partial(tell, "base"))
+    click.echo(str(path))
+
+
+def _fetch_base(folder: Path, progress: TellCount) -> None:
+    from qaflora_edge.bundles.open import recorded_base
+    from qaflora_edge.bundles.source import fetch_base
+    from qaflora_edge.errors import BundleError
+    from qaflora_edge.formats.bundle import BUNDLE_FILE, read_bundle_text
+
+    if not (folder / BUNDLE_FILE).exists():
+        raise BundleError(
+            f"Pulled {folder}, which is no bundle: only {BUNDLE_FILE} names a base; expected a "
+            "bundle with --with-base. Leave it out, and pull the base by its own name."
+        )
+    base = read_bundle_text(folder).base
+    if recorded_base(folder, base) is None:
+        fetch_base(folder, base, progress)
+
+
+@command(
+    "qaflora push my-bundle owner/my-bundle --private",
+    'qaflora push math.gguf owner/math-lora --message "Two more epochs"',
+)
+@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--revision", metavar="BRANCH", help="The branch that gets it.  [default: main]")
+@click.option("--message", metavar="TEXT", help="What the commit says.")
+def push(path: Path, repo: str, **options: Any) -> None:
+    """Push a bundle or an adapter to the Hub.
+
+    PATH is a bundle's folder, a PEFT folder or an adapter .gguf. OWNER/NAME is the repository,
+    made when there is none. PATH is checked first, and goes as one commit with a card when there is
+    none. The token is the one of `hf auth login` or HF_TOKEN. Prints the reference that pins the
+    commit.
+    """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from qaflora_edge.bundles.push import push as push_path
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # the Hub's library draws them anywhere
+    with progress_bars() as progress:
+        pushed = push_path(path, repo, progress=progress, **options)
+    click.echo(f"Pushed {', '.join(pushed.files)}: {pushed.url}", err=True)
+    click.echo(pushed.pinned)
+
+
+@command("qaflora models")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, name by name.")
+def models(as_json: bool) -> None:
+    """List the models that can be pulled.
+
+    Tells size, kind (chat or base) and licence of each, and where it is when it is here already.
+    """
+    from qaflora_edge.formats.names import load_registry, local_path
+
+    known = [(model, local_path(model)) for model in load_registry().values()]
+    if as_json:
+        keys = ("description", "architecture", "kind", "license", "size_bytes", "sha256")
+        entries = {
+            model.name: {key: getattr(model, key) for key in keys}
+            | {"path": None if path is None else str(path)}
+            for model, path in known
+        }
+        click.echo(json.dumps(entries))
+        return
+    width = max((len(model.name) for model, _ in known), default=0)
+    for model, path in known:
+        click.echo(
+            f"{model.name:<{width}}  {model.size_bytes / 1e6:5.0f} MB  {model.kind:<4}  "
+            f"{model.description}; {model.license}"
+        )
+        place = f"here: {path}" if path else f"get it: qaflora pull {model.name}"
+        click.echo(f"{'':<{width}}  {place}")
+
+
+@command("qaflora list", "qaflora list --json", name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+def list_here(as_json: bool) -> None:
+    """List the bundles and bases that are here.
+
+    Lists bundles of the working folder and of the setting `bundles`, and all that was pulled: the
+    name that commands take, the size and the place.
+    """
+    from qaflora_edge.hub.local import all_here
+
+    found = [here.to_dict() for here in all_here()]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    if not found:
+        click.echo(
+            "Nothing is here yet; see `qaflora models`, and `qaflora bundle create`.", err=True
+        )
+    width = max((len(entry["name"]) for entry in found), default=0)
+    for entry in found:
+        click.echo(
+            one_line(
+                f"{entry['kind']:<7}  {entry['name']:<{width}}  {entry['size_bytes'] / 1e6:6.0f} MB"
+                f"  {'pulled  ' if entry['is_pulled'] else ''}{entry['path']}"
+            )
+        )
+
+
+@command("qaflora remove smollm2-135m-instruct", "qaflora remove owner/name --yes")
+@click.argument("name", shell_complete=completed_by("complete_pulled"))
+@click.option("--yes", "-y", "is_sure", is_flag=True, help="Do not ask.")
+def remove(name: str, is_sure: bool) -> None:
+    """Remove a model, an adapter or a bundle that was pulled.
+
+    NAME is one that `qaflora list` shows as pulled; files and folders of your own stay. Files of
+    the Hub lie in a cache that other tools share: the whole commit is gone for them too. It can be
+    pulled again.
+    """
+    from qaflora_edge.hub.local import find_pulled, remove_pulled
+
+    here, *others = find_pulled(name)
+    what = f"the {here.kind} {here.name} ({here.size_bytes / 1e6:.0f} MB, {here.path})"
+    if others:
+        what += f", and with it {', '.join(each.name for each in others)}"
+    if not is_sure:
+        if not sys.stdin.isatty():
+            raise click.UsageError(f"This removes {what}; add --yes where nobody can be asked.")
+        click.confirm(f"Remove {what}?", abort=True, err=True)
+    remove_pulled(here)
+    click.echo(f"Removed {what}.", err=True)
