@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import BundleError, InputFileError, OutputFileError, os_errors
 from qaflora_edge.settings import APP, cache_setting
@@ -108,9 +108,9 @@ def sha256_file(path: AnyPath) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: AnyPath, mode: int = 0o666) -> Iterator[Path]:
-    """Give a temporary file beside `path` that replaces it when the block succeeds.
+    """Give a temporary file that replaces `path` when the block succeeds.
 
-    mode  its permissions, from which the umask takes some
+    mode  its permissions, before the umask
 
     Raises OutputFileError when the place cannot be written to or the disk is full.
     """
@@ -127,7 +127,7 @@ def atomic_path(path: AnyPath, mode: int = 0o666) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path, failure: str) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` that gets its name when the block succeeds.
+    """Give a temporary folder that gets the name `folder` when the block succeeds.
 
     failure  the beginning of messages, such as "Cannot create the bundle b"
 
@@ -142,7 +142,8 @@ def _temporary(path: Path, failure: str, make: Callable[[Path], None]) -> Iterat
     name = os.fsencode(path.name)[:100].decode("utf-8", "ignore")  # file systems count bytes
     _remove_left_overs(path.parent, name)
     temporary = path.parent / f".tmp-{secrets.token_hex(4)}-{name}"
-    with os_errors(OutputFileError, _refused(path, failure), _PLACE_ADVICE):
+    refused = f"{failure}: the folder {path.parent} does not take a new file"
+    with os_errors(OutputFileError, refused, _PLACE_ADVICE):
         make(temporary)
     advice = f"Check the disk and that you may write to {path.parent}; what was there is unchanged."
     try:
@@ -156,10 +157,6 @@ def _temporary(path: Path, failure: str, make: Callable[[Path], None]) -> Iterat
     if os.name == "posix":
         with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
             _sync(path.parent)
-
-
-def _refused(path: Path, failure: str) -> str:
-    return f"{failure}: the folder {path.parent} does not take a new file"
 
 
 def _sync(path: Path) -> None:
@@ -203,7 +200,8 @@ def _check_replaceable(path: Path) -> None:
 def check_takes_file(path: Path) -> None:
     """Raise, before any work, what atomic_path would raise where its place takes no file."""
     _check_replaceable(path)
-    with os_errors(OutputFileError, _refused(path, f"Cannot write {path}"), _PLACE_ADVICE):
+    failure = f"Cannot write {path}: the folder {path.parent} does not take a new file"
+    with os_errors(OutputFileError, failure, _PLACE_ADVICE):
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
@@ -211,58 +209,6 @@ def write_text_atomic(path: AnyPath, text: str) -> None:
     """Write UTF-8 text with the given line ends, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
-
-
-class LineFile:
-    """A file to which one process adds whole lines; a cut last line is removed first.
-
-    holds   what the lines are, for errors
-    n_byte  of its whole lines, set by the reader of the file
-    """
-
-    def __init__(self, path: Path, holds: str) -> None:
-        self.path, self.n_byte, self._holds = path, 0, holds
-        self._file: BinaryIO | None = None
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Keep others from writing into it. Raises OutputFileError when another process does."""
-        from filelock import Timeout
-
-        lock = cache_lock(str(self.path.resolve()))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            found = f"another process writes {self._holds} into it, and no other was expected"
-            raise self.refused(found, "Wait for it to end") from None
-        try:
-            yield
-        finally:
-            lock.release()
-            if self._file is not None:
-                with contextlib.suppress(OSError):  # only where `add` has failed
-                    self._file.close()
-
-    def add(self, text: str) -> None:
-        """Add a line. Raises OutputFileError when it cannot be written."""
-        line = text.encode() + b"\n"
-        try:
-            if self._file is None:
-                self._file = open(self.path, "ab")  # noqa: SIM115
-                self._file.truncate(self.n_byte)
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            advice = "See to it and run the same again, which goes on"
-            raise self.refused(error.strerror or str(error), advice) from error
-        self.n_byte += len(line)
-
-    def refused(self, found: str, advice: str) -> OutputFileError:
-        """Make an error that names the file, what was found in the way, and what to do."""
-        return OutputFileError(
-            f"Cannot write {self._holds} into {self.path}: {found}. {advice}, or choose another "
-            "-o FILE."
-        )
 
 
 # --- names and places ---------------------------------------------------------------------------
@@ -280,10 +226,7 @@ def one_line(text: str) -> str:
 
 
 def cache_lock(key: str) -> FileLock:
-    """Make a lock between processes, held in a `with` block; it lies in the cache folder.
-
-    Raises OutputFileError when that folder cannot be made.
-    """
+    """Make a lock between processes, in the cache folder. Raises OutputFileError."""
     from filelock import FileLock
 
     locks = cache_dir() / "locks"
@@ -292,22 +235,14 @@ def cache_lock(key: str) -> FileLock:
 
 
 def make_folder(folder: Path, setting: str) -> None:
-    """Make a folder and those above it.
-
-    setting  by which another one can be named
-
-    Raises OutputFileError.
-    """
+    """Make a folder and its parents. Raises OutputFileError, which names `setting`."""
     advice = f"Name another with {setting}."
     with os_errors(OutputFileError, f"Cannot make the folder {folder}", advice):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def cache_dir() -> Path:
-    """Name the folder for downloads and fetched sources; it may not exist yet.
-
-    Raises SettingsError when the settings file, which may name it, cannot be read.
-    """
+    """Name the folder for downloads; it may not exist yet. Raises SettingsError."""
     if chosen := cache_setting():
         return chosen
     import platformdirs
@@ -316,17 +251,14 @@ def cache_dir() -> Path:
 
 
 def data_dir() -> Path:
-    """Name the folder for what a user would miss, such as a history; it may not exist yet."""
+    """Name the folder for lasting data, such as a history; it may not exist yet."""
     import platformdirs
 
     return platformdirs.user_data_path(APP, appauthor=False)
 
 
 def package_data(name: str) -> Path:
-    """Find a file that ships with the package, such as `models/registry.json`.
-
-    An installed package carries it beside its modules, a source checkout at its top level.
-    """
+    """Find a file that ships with the package, in its folder or at a checkout's top level."""
     path = PACKAGE_DIR / name
     return path if path.exists() else PACKAGE_DIR.parent / name
 

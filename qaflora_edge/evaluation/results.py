@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import ResultsFileError, os_errors
-from qaflora_edge.files import LineFile, open_input
-from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.files import open_input
+from qaflora_edge.formats.json_text import LineFile, read_json_object
 
 # Has to be equal in a file that is resumed; strategies may be added.
 IDENTITY = ("bundle", "base", "adapters", "n_layer", "measured", "tasks", "options")

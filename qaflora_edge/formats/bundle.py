@@ -96,18 +96,15 @@ def is_base(place: Path) -> bool:
 
 def read_bundle_text(folder: Path) -> BundleText:
     """Read bundle.json alone; no other file need be there. Raises BundleError."""
+    failure = f"Cannot open the bundle {folder}"
+    advice = "Give the folder of a bundle, or make one with `qaflora bundle create`."
     if not os.path.isdir(folder):
-        raise BundleError(
-            f"Cannot open the bundle {folder}: it {what_is_at(folder)}, expected a folder with "
-            f"{BUNDLE_FILE}. Give the folder of a bundle, or make one with `qaflora bundle create`."
-        )
+        found = f"it {what_is_at(folder)}, expected a folder with {BUNDLE_FILE}"
+        raise BundleError(f"{failure}: {found}. {advice}")
     path = safe_join(folder, BUNDLE_FILE, link_roots(folder))
     if not path.is_file():
-        raise BundleError(
-            f"Cannot open the bundle {folder}: there is no file {BUNDLE_FILE} in it. "
-            "Give the folder of a bundle, or make one with `qaflora bundle create`."
-        )
-    failure = f"Cannot open the bundle {folder}: reading {BUNDLE_FILE} failed"
+        raise BundleError(f"{failure}: there is no file {BUNDLE_FILE} in it. {advice}")
+    failure = f"{failure}: reading {BUNDLE_FILE} failed"
     with os_errors(BundleError, failure, "Check that you may read it."), open_input(path) as file:
         data = file.read(MAX_BUNDLE_BYTES + 1)
     return parse_bundle(data, str(path))
@@ -152,12 +149,9 @@ def parse_bundle(data: bytes, where: str) -> BundleText:
 
     Raises BundleError naming the field, what was found and what was expected.
     """
-    if len(data) > MAX_BUNDLE_BYTES:
-        raise BundleError(
-            f"Cannot read {where}: it has more than {MAX_BUNDLE_BYTES} bytes, the most that a "
-            f"bundle.json may have. {_ADVICE}"
-        )
     try:
+        if len(data) > MAX_BUNDLE_BYTES:
+            raise ValueError(f"it has more than {MAX_BUNDLE_BYTES} bytes")
         raw = read_json_object(data)
     except ValueError as error:  # errors of JSON and UTF-8 too
         raise BundleError(

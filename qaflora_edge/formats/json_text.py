@@ -1,12 +1,15 @@
-"""Read JSON that may come from anywhere: strict, and bounded in memory and depth; check it."""
+"""Read JSON from anywhere: strict, bounded in memory and depth; check it; write it by lines."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from qaflora_edge.files import package_data
+from qaflora_edge.errors import OutputFileError
+from qaflora_edge.files import cache_lock, package_data
 
 MAX_JSON_VALUES = 1 << 20  # a little text such as "[[],[]]" becomes much memory
 MAX_JSON_DEPTH = 64
@@ -116,3 +119,46 @@ def shown(value: object) -> str:
 
 def shortened(text: str) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
+
+
+class LineFile:
+    """A file to which one process adds whole lines; a cut last line is removed first.
+
+    holds   what the lines are, for errors
+    n_byte  of its whole lines, set by the reader of the file
+    """
+
+    def __init__(self, path: Path, holds: str) -> None:
+        self.path, self.n_byte, self._holds = path, 0, holds
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep others from writing into it. Raises OutputFileError when another process does."""
+        from filelock import Timeout
+
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(cache_lock(str(self.path.resolve())).acquire(timeout=0))
+            except Timeout:
+                found = f"another process writes {self._holds} into it, and no other was expected"
+                raise self.refused(found, "Wait for it to end") from None
+            yield
+
+    def add(self, text: str) -> None:
+        """Add a line. Raises OutputFileError when it cannot be written."""
+        line = text.encode() + b"\n"
+        try:
+            with open(self.path, "ab") as file:
+                file.truncate(self.n_byte)
+                file.write(line)
+        except OSError as error:
+            advice = "See to it and run the same again, which goes on"
+            raise self.refused(error.strerror or str(error), advice) from error
+        self.n_byte += len(line)
+
+    def refused(self, found: str, advice: str) -> OutputFileError:
+        """Make an error that names the file, what was found in the way, and what to do."""
+        return OutputFileError(
+            f"Cannot write {self._holds} into {self.path}: {found}. {advice}, or choose another "
+            "-o FILE."
+        )

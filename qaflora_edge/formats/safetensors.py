@@ -71,11 +71,9 @@ class StoredTensor:
             n_bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
             yield rows.start, piece
         if n_bad:
-            raise SafetensorsFileError(
-                f"Cannot use tensor {self.name} of {self.path}: {n_bad} of its {n_value} "
-                "values are NaN or infinite; expected finite numbers. The training diverged or "
-                "the file is corrupted; use an earlier checkpoint or fetch it again."
-            )
+            found = f"{n_bad} of its {n_value} values are NaN or infinite; expected finite numbers"
+            advice = "use an earlier checkpoint or fetch it again."
+            raise self._wrong(f"{found}. The training diverged or the file is corrupted; {advice}")
 
     def read_block(self, rows: range, columns: range) -> F32:
         """Read neighbouring rows and columns, and nothing else of the file.
@@ -94,24 +92,21 @@ class StoredTensor:
             raise InputFileError(_UNREADABLE.format(self.path, error.strerror)) from error
         n_expected = len(rows) * len(part)
         if len(raw) != n_expected:
-            raise SafetensorsFileError(
-                f"Cannot read tensor {self.name} of {self.path}: the file gave {len(raw)} bytes "
-                f"and {n_expected} were expected; it changed while it was open. Try again."
-            )
+            found = f"the file gave {len(raw)} bytes and {n_expected} were expected"
+            raise self._wrong(f"{found}; it changed while it was open. Try again.")
         return _to_float32(raw, self.dtype).reshape(len(rows), len(columns))
 
     def _check_readable(self) -> None:
         if self.dtype not in FLOAT_BYTES:
-            raise SafetensorsFileError(
-                f"Cannot use tensor {self.name} of {self.path}: its dtype is {self.dtype}; "
-                f"expected {', '.join(FLOAT_BYTES)}. Save the adapter in one of these."
-            )
+            found = f"its dtype is {self.dtype}; expected {', '.join(FLOAT_BYTES)}"
+            raise self._wrong(f"{found}. Save the adapter in one of these.")
         if self.n_bytes > MAX_READ_BYTES:
-            raise SafetensorsFileError(
-                f"Cannot use tensor {self.name} of {self.path}: it has {self.n_bytes} bytes; "
-                f"expected at most {MAX_READ_BYTES}, which no matrix of a LoRA exceeds. "
-                "Check that it is a plain LoRA."
-            )
+            found = f"it has {self.n_bytes} bytes; expected at most {MAX_READ_BYTES}"
+            advice = "Check that it is a plain LoRA."
+            raise self._wrong(f"{found}, which no matrix of a LoRA exceeds. {advice}")
+
+    def _wrong(self, text: str) -> SafetensorsFileError:
+        return SafetensorsFileError(f"Cannot use tensor {self.name} of {self.path}: {text}")
 
 
 def _to_float32(raw: bytes, dtype: str) -> F32:
