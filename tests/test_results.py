@@ -76,8 +76,8 @@ def test_the_file_of_another_evaluation_stays(tmp_path: Path, key: str) -> None:
     with pytest.raises(OutputFileError) as failure:
         write(path, record(1), head={**HEADER, key: "another"})
     assert str(failure.value) == (
-        f"Cannot write results into {path}: it was begun with other {key}, expected the same. "
-        "Give what it was begun with, or choose another -o FILE."
+        f"Cannot write results into {path}: it was begun for another bundle, task or option, "
+        "expected the same. Give what it was begun with, or choose another -o FILE."
     )
     assert path.read_bytes() == before
 

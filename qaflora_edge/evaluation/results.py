@@ -104,7 +104,7 @@ class ResultsFile:
         if self._lines is not None:
             for line in (record,) if self._lines.n_byte else (self._header, record):
                 self._lines.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
-        self.records[record["task"], record["item"], record["strategy"]] = record
+        self.records[_key(record)] = record
 
     def _resume(self, file: LineFile) -> None:
         try:
@@ -116,14 +116,15 @@ class ResultsFile:
             raise file.refused(error.strerror or str(error), "See to it") from error
         if not found.header:  # empty, or killed while its first line was written
             return
-        ours, theirs = self._header, found.header
-        if changed := [key for key in IDENTITY if ours[key] != theirs.get(key)]:
-            what = f"it was begun with other {', '.join(changed)}, expected the same"
+        if any(self._header[key] != found.header.get(key) for key in IDENTITY):
+            what = "it was begun for another bundle, task or option, expected the same"
             raise file.refused(what, "Give what it was begun with")
         self._header, file.n_byte = found.header, n_byte
-        self.records = {
-            (each["task"], each["item"], each["strategy"]): each for each in found.records
-        }
+        self.records = {_key(record): record for record in found.records}
+
+
+def _key(record: Record) -> tuple[str, int, str]:
+    return record["task"], record["item"], record["strategy"]
 
 
 def _parsed(path: str | Path, data: bytes) -> tuple[Results, int]:

@@ -10,12 +10,11 @@ import numpy as np
 
 from qaflora_edge.arrays import F64
 
-CONFIDENCE = 0.95
 N_RESAMPLE, SEED = 9999, 0
 DIGITS = 12
 MAX_DRAWN = 2_000_000  # values that are drawn at once
 EQUAL = 1e-9  # values that differ by less are one value: scores are rounded long before
-Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,10 @@ def mean(tasks: Sequence[F64]) -> Estimate:
     n_item = len(tasks[0])
     if n_item == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    share = float(tasks[0].mean())
-    middle = (share + Z * Z / (2 * n_item)) / (1 + Z * Z / n_item)
-    spread = math.sqrt(share * (1 - share) / n_item + Z * Z / (4 * n_item**2))
-    half = Z / (1 + Z * Z / n_item) * spread
-    low = 0.0 if share == 0 else middle - half
-    return Estimate(share, low, 1.0 if share == 1 else middle + half, n_item)
+    share, square = float(tasks[0].mean()), Z * Z / n_item
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), n_item)
 
 
 def difference(tasks: Sequence[F64], *, is_right: bool) -> Estimate:
@@ -62,9 +59,8 @@ def difference(tasks: Sequence[F64], *, is_right: bool) -> Estimate:
     tasks     [n_item of the task] each, one or more: differences of two scores of one item
     is_right  whether scores are 1 or 0, for answers that are right or wrong
 
-    One task of such answers has Bonett and Price's interval (2012). There a bootstrap claims a
-    difference too often where few items differ, and has no width where none does. Otherwise the
-    interval is that of `mean_of_means`.
+    One task of such answers has Bonett and Price's interval (2012): where few items differ, a
+    bootstrap claims a difference too often. Others have the interval of `mean_of_means`.
     """
     if len(tasks) > 1 or not is_right or not np.isin(tasks[0], (-1.0, 0.0, 1.0)).all():
         return mean_of_means(tasks)
@@ -92,12 +88,12 @@ def mean_of_means(tasks: Sequence[F64]) -> Estimate:
     drawn = _resampled(tasks)
     middle = round(value, DIGITS)
     share = ((drawn < middle).mean() + (drawn <= middle).mean()) / 2
-    bias = NormalDist().inv_cdf(min(max(share, 1 / N_RESAMPLE), 1 - 1 / N_RESAMPLE))
-    acceleration = _acceleration(tasks)
-    low, high = (
-        float(np.quantile(drawn, NormalDist().cdf(bias + at / (1 - acceleration * at))))
-        for at in (bias - Z, bias + Z)
-    )
+    bias = NormalDist().inv_cdf(float(np.clip(share, 1 / N_RESAMPLE, 1 - 1 / N_RESAMPLE)))
+    # How far the mean moves without one item, each within its task.
+    moves = np.concatenate([(each - each.mean()) / len(each) for each in tasks])
+    acceleration = float((moves**3).sum() / (6 * (moves**2).sum() ** 1.5))
+    shares = [NormalDist().cdf(bias + at / (1 - acceleration * at)) for at in (bias - Z, bias + Z)]
+    low, high = np.quantile(drawn, shares).tolist()
     return Estimate(value, low, high, n_item)
 
 
@@ -105,24 +101,11 @@ def _resampled(tasks: Sequence[F64]) -> F64:
     """Draw items again within their tasks: means of means, float64 [N_RESAMPLE]."""
     rng = np.random.default_rng(SEED)
     n_batch = max(1, MAX_DRAWN // sum(map(len, tasks)))
-    found = []
+    drawn = []
     for start in range(0, N_RESAMPLE, n_batch):
         n_row = min(n_batch, N_RESAMPLE - start)
-        means = [
-            values[rng.integers(0, len(values), (n_row, len(values)))].mean(axis=1)
-            for values in tasks
-        ]
-        # Rounded, so that equal means are equal in whatever order a machine adds.
-        found.append(np.round(np.mean(means, axis=0), DIGITS))
-    return np.concatenate(found)
-
-
-def _acceleration(tasks: Sequence[F64]) -> float:
-    """Measure how the spread changes with the mean, by leaving out one item at a time."""
-    cubes = squares = 0.0
-    for values in tasks:
-        # (n - 1) times the change of the mean of means without an item
-        moves = (values - values.mean()) / len(tasks)
-        cubes += float((moves**3).sum()) / len(values) ** 3
-        squares += float((moves**2).sum()) / len(values) ** 2
-    return cubes / (6 * math.sqrt(squares) ** 3)
+        indexes = (rng.integers(0, len(each), (n_row, len(each))) for each in tasks)
+        means = [each[at].mean(axis=1) for each, at in zip(tasks, indexes, strict=True)]
+        drawn.append(np.mean(means, axis=0))
+    # Rounded, so that equal means are equal in whatever order a machine adds.
+    return np.round(np.concatenate(drawn), DIGITS)

@@ -50,6 +50,11 @@ class Cell:
         """1 where a higher score is better, else -1."""
         return -1.0 if self.unit == NATS else 1.0
 
+    @property
+    def items(self) -> set[int]:
+        """Items that have a score under some strategy."""
+        return {item for strategy in self.rows for item in self.scored(strategy)}
+
     def scored(self, strategy: str | None) -> dict[int, Record]:
         """Records that have a score, by item."""
         rows = self.rows.get(strategy or "", {})
@@ -97,17 +102,11 @@ class Cell:
 
 def cells(results: Results) -> list[Cell]:
     """Sort records by task and strategy, in the order asked for: answers end in another one."""
-    found = [
-        Cell(task, results.adapters, {strategy: {} for strategy in results.strategies})
-        for task in results.header["tasks"]
-    ]
-    by_name = {cell.name: cell for cell in found}
-    for row in results.records:
-        by_name[row["task"]].rows[row["strategy"]][row["item"]] = row
-    return [
-        Cell(cell.task, cell.adapters, {s: rows for s, rows in cell.rows.items() if rows})
-        for cell in found
-    ]
+    found = {task["name"]: Cell(task, results.adapters) for task in results.header["tasks"]}
+    order = results.strategies.index
+    for row in sorted(results.records, key=lambda row: order(row["strategy"])):
+        found[row["task"]].rows.setdefault(row["strategy"], {})[row["item"]] = row
+    return list(found.values())
 
 
 def total_gain(
@@ -139,13 +138,12 @@ def rows(found: Sequence[Cell]) -> dict[str, tuple[Estimate, Estimate | None, Es
     found  a task, or several of one unit, each of which counts the same: then strategies that one
            of them lacks are left out
     """
-    singles = [cell.best_single() for cell in found]
+    others = [STATIC] * len(found), [cell.best_single() for cell in found]
     table = {}
     for strategy in found[0].rows:
         scores = [cell.scores(strategy) for cell in found]
         if len(found) == 1 or all(map(len, scores)):
-            over_static = total_gain(found, strategy, [STATIC] * len(found))
-            over_best = total_gain(found, strategy, singles)
+            over_static, over_best = (total_gain(found, strategy, each) for each in others)
             table[strategy] = mean(scores).times(found[0].factor), over_static, over_best
     return table
 
@@ -178,20 +176,14 @@ def best_strategy(results: Results) -> str:
     """
     found = cells(results)
     found = [cell for cell in found if cell.unit == POINTS] or found
-    items = [{item for name in cell.rows for item in cell.scored(name)} for cell in found]
-    whole = [
-        name
-        for name in results.strategies
-        if all(cell.scored(name).keys() == each for cell, each in zip(found, items, strict=True))
-    ]
-    if not whole or not all(items):
+    means: dict[str, float] = {}
+    for name in results.strategies:
+        if all(cell.items and cell.scored(name).keys() == cell.items for cell in found):
+            means[name] = math.fsum(cell.sign * cell.scores(name).mean() for cell in found)
+    if not means:
         raise ResultsFileError(
             "No strategy can be saved: none has a score for every item of every task. See what "
             "failed, or leave those items out."
         )
-    means = {
-        name: math.fsum(cell.sign * cell.scores(name).mean() for cell in found) / len(found)
-        for name in whole
-    }
-    equal = [name for name in whole if max(means.values()) - means[name] <= TIE]
-    return min(equal, key=lambda each: parse_strategy(each, results.adapters).strategy.is_probed)
+    equal = [name for name in means if max(means.values()) - means[name] <= TIE]
+    return min(equal, key=lambda name: parse_strategy(name, results.adapters).strategy.is_probed)
