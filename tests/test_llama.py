@@ -103,13 +103,12 @@ def test_tokens_go_back_and_forth(llama: Llama, made: TinyBundle) -> None:
     assert llama.detokenize(tokens, special=True) == "ñandú <|im_end|>".encode()
     assert llama.detokenize(tokens) == "ñandú ".encode()
     assert llama.n_ctx() == 256
-    assert llama.token_bos() == made.base.tokens.index("<|endoftext|>")
-    assert llama.token_eos() == made.base.tokens.index("<|im_end|>")
 
 
 def test_seeds_repeat_answers(llama: Llama) -> None:
     def text(**options: Any) -> str:
-        return str(llama("the king", temperature=1.5, **options)["choices"][0]["text"])
+        options |= {"temperature": 1.5, "max_tokens": 8}
+        return str(llama("the king", **options)["choices"][0]["text"])
 
     assert text(seed=5) == text(seed=5) != text(seed=6)
     assert text() == text(seed=3)  # the seed of Llama()
@@ -166,27 +165,19 @@ def test_base_alone_and_further_options(made: TinyBundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "name", "expected"),
-    [
-        ({"logits_all": True}, "logits_all", "False"),
-        ({"rope_freq_base": 1e6}, "rope_freq_base", "0.0"),
-        ({"lora_path": "x.gguf"}, "lora_path", "None"),
-        ({"chat_format": "chatml"}, "chat_format", "None"),
-        ({"n_contexts": 3}, "n_contexts", "no such option"),
-    ],
+    ("name", "value"),
+    [("logits_all", True), ("rope_freq_base", 1e6), ("chat_format", "chatml"), ("n_contexts", 3)],
 )
-def test_what_cannot_be_followed_is_refused(
-    made: TinyBundle, options: dict[str, Any], name: str, expected: str
-) -> None:
+def test_what_cannot_be_followed_is_refused(made: TinyBundle, name: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:
-        Llama(made.folder, **options)
+        Llama(made.folder, **{name: value})
     assert str(caught.value) == (
-        f"Option {name} of Llama is {options[name]!r}, expected {expected}: it cannot be followed "
-        "here. Leave it out."
+        f"Option {name} of Llama is {value!r}, expected None: it cannot be followed here. "
+        "Leave it out."
     )
 
 
-@pytest.mark.parametrize("name", ["logprobs", "mirostat_mode", "logit_bias", "suffix", "functions"])
+@pytest.mark.parametrize("name", ["logprobs", "mirostat_mode", "suffix"])
 def test_calls_that_cannot_be_followed_are_refused(llama: Llama, name: str) -> None:
     for call, first in ((llama.create_completion, "a"), (llama.create_chat_completion, USER)):
         with pytest.raises(OptionError, match=f"Option {name} of .* is 2, expected"):

@@ -16,38 +16,26 @@ from qaflora_edge.backend import library
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.files import AnyPath
 from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
-from qaflora_edge.openai.options import check_fixed
+from qaflora_edge.openai.options import check_off
 
-# Of Llama(): what changes no answer, and what has to stay at these values (the default first).
+# Options that change no answer, of Llama() and of its methods.
 _UNUSED = frozenset(
     {"n_batch", "n_ubatch", "n_threads_batch", "use_mmap", "use_mlock", "verbose", "f16_kv"}
     | {"last_n_tokens_size", "n_parts", "offload_kqv", "numa", "main_gpu", "op_offload"}
     | {"split_mode", "tensor_split", "swa_full", "no_perf", "lora_scale"}
+    | {"model", "mirostat_tau", "mirostat_eta"}
 )
-_FIXED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("logits_all", "vocab_only", "embedding", "spm_infill"), (False,)),
-    **dict.fromkeys(("lora_path", "lora_base", "chat_handler", "draft_model"), (None,)),
-    **dict.fromkeys(("kv_overrides", "tokenizer"), (None,)),
-    **dict.fromkeys(("type_k", "type_v"), (None,)),  # engine_options={"kv_type": ...}
-    **dict.fromkeys(("rope_scaling_type", "pooling_type", "attention_type"), (-1,)),
-    "chat_format": (None, "chat_template.default"),
-    "rope_freq_base": (0.0, None, 10000.0),  # the last ones are what LangChain always gives
-    "rope_freq_scale": (0.0, None, 1.0),
-    **{"yarn_ext_factor": (-1.0,), "yarn_attn_factor": (1.0,), "yarn_orig_ctx": (0,)},
-    **{"yarn_beta_fast": (32.0,), "yarn_beta_slow": (1.0,)},
-}
-# Of create_completion() and create_chat_completion().
-_FIXED_IN_CALLS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("top_logprobs", "stopping_criteria", "logits_processor"), (None,)),
-    **dict.fromkeys(("functions", "function_call"), (None,)),
-    **{"suffix": (None, ""), "logprobs": (None, False), "logit_bias": (None, {})},
-    **{"typical_p": (1.0,), "tfs_z": (1.0,), "mirostat_mode": (0,)},
+# Every other option has to be off, or at this default.
+_HARMLESS: dict[str, Any] = {
+    **{"rope_freq_base": 10000.0, "rope_freq_scale": 1.0},  # LangChain always gives them
+    **{"yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0},
+    **{"typical_p": 1.0, "tfs_z": 1.0, "chat_format": "chat_template.default"},
 }
 _DEFAULTS: dict[str, Any] = {
     **{"top_p": 0.95, "min_p": 0.05, "top_k": 40, "stop": (), "repeat_penalty": 1.0},
     **{"frequency_penalty": 0.0, "presence_penalty": 0.0, "seed": None, "grammar": None},
 }
-_UNUSED_IN_CALLS = frozenset({"model", "mirostat_tau", "mirostat_eta"})
+_OF_CHAT = ("response_format", "tools", "tool_choice")
 
 
 class Llama:
@@ -73,7 +61,7 @@ class Llama:
         engine_options: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
-        check_fixed("Llama", others, _FIXED, unused=_UNUSED)
+        _check("Llama", others)
         self.model_path = os.fspath(model_path)
         is_bundle = Path(model_path).is_dir()
         self.engine = Engine(
@@ -111,8 +99,7 @@ class Llama:
 
         Control tokens spelt out in it are control tokens, as there.
         """
-        sampling, others = _sampling(options, max_tokens=16, temperature=0.8)
-        check_fixed("create_completion", others, _FIXED_IN_CALLS, unused=_UNUSED_IN_CALLS)
+        sampling = _sampling("create_completion", options, max_tokens=16, temperature=0.8)
         generation = self.engine.generate(prompt, parse_special=True, **sampling)
         start = ""
         if echo:
@@ -128,18 +115,13 @@ class Llama:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        response_format: Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] | None = None,
         stream: bool = False,
         **options: Any,
     ) -> Any:
         """Answer a conversation under the base's chat template; see Engine.chat."""
-        sampling, others = _sampling(options, max_tokens=None, temperature=0.2)
-        check_fixed("create_chat_completion", others, _FIXED_IN_CALLS, unused=_UNUSED_IN_CALLS)
-        asked: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice}
-        asked |= {"response_format": response_format, "stream": stream}
-        return self.engine.chat(messages, **asked, **sampling)
+        asked = {name: options.pop(name, None) for name in _OF_CHAT}
+        sampling = _sampling("create_chat_completion", options, max_tokens=None, temperature=0.2)
+        return self.engine.chat(messages, stream=stream, **asked, **sampling)
 
     # tokens
 
@@ -155,28 +137,16 @@ class Llama:
                 text.decode("utf-8"), add_special=add_bos, parse_special=special
             )
 
-    def detokenize(
-        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
-    ) -> bytes:
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
         """Spell tokens, without the space that a vocabulary puts before the first word."""
         with self.engine._core.call():
-            text = self.engine._model.detokenize(tokens, special=special)
-        is_begin = not prev_tokens and bool(tokens) and tokens[0] == self.token_bos()
-        return text[1:] if is_begin and text[:1] == b" " else text
+            model = self.engine._model
+            text = model.detokenize(tokens, special=special)
+            is_begin = [*tokens[:1]] == [model._lib.llama_vocab_bos(model.vocab)]
+        return text.removeprefix(b" ") if is_begin else text
 
     def n_ctx(self) -> int:
         return self.engine.n_ctx
-
-    def token_bos(self) -> int:
-        return self._token("bos")
-
-    def token_eos(self) -> int:
-        return self._token("eos")
-
-    def _token(self, name: str) -> int:
-        with self.engine._core.call():
-            model = self.engine._model
-            return int(getattr(model._lib, f"llama_vocab_{name}")(model.vocab))
 
 
 def replace_llama_cpp() -> None:
@@ -188,26 +158,33 @@ def replace_llama_cpp() -> None:
     import_module("llama_cpp").Llama = Llama  # type: ignore[attr-defined]
 
 
-def _sampling(
-    options: Mapping[str, Any], *, max_tokens: int | None, temperature: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return options of a call as Engine.generate takes them, with the defaults there; the others.
+def _check(method: str, others: Mapping[str, Any]) -> None:
+    used = {name: value for name, value in others.items() if name not in _UNUSED}
+    check_off(method, used, _HARMLESS)
 
-    max_tokens, temperature  defaults of this call
+
+def _sampling(
+    method: str, options: Mapping[str, Any], *, max_tokens: int | None, temperature: float
+) -> dict[str, Any]:
+    """Return options of a call as Engine.generate takes them, with llama-cpp-python's defaults.
+
+    Raises OptionError for an option that cannot be followed.
     """
-    found = {**_DEFAULTS, "max_tokens": max_tokens, "temperature": temperature}
-    found |= {name: value for name, value in options.items() if name in found}
-    others = {name: value for name, value in options.items() if name not in found}
+    defaults = {**_DEFAULTS, "max_tokens": max_tokens, "temperature": temperature}
+    _check(method, {name: options[name] for name in options.keys() - defaults.keys()})
+    found = {name: options.get(name, default) for name, default in defaults.items()}
     limit, grammar = found["max_tokens"], found["grammar"]
-    found["max_tokens"] = None if limit is None or limit <= 0 else limit
-    found["top_k"] = max(0, found["top_k"])
-    found["stop"] = found["stop"] or ()
-    found["seed"] = _seed(found["seed"])
     if grammar is not None and not isinstance(grammar, str):
-        found["grammar"] = str(grammar._grammar)  # a LlamaGrammar's text
-    return found, others
+        grammar = str(grammar._grammar)  # a LlamaGrammar's text
+    return found | {
+        "max_tokens": None if limit is None or limit <= 0 else limit,
+        "top_k": max(0, found["top_k"]),
+        "stop": found["stop"] or (),
+        "seed": _seed(found["seed"]),
+        "grammar": grammar,
+    }
 
 
 def _seed(seed: int | None) -> int | None:
-    """None for llama.cpp's "a new one each time", which is also -1."""
+    """Return None for llama.cpp's two seeds that mean a new seed each time."""
     return None if seed is None or seed in (-1, MAX_SEED) else seed

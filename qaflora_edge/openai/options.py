@@ -11,12 +11,13 @@ _UNUSED = frozenset(
     {"model", "user", "store", "metadata", "service_tier", "safety_identifier"}
     | {"prompt_cache_key", "prompt_cache_retention"}
 )
-# What has to stay at one of these values; the first is the default.
-FIXED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("functions", "function_call", "audio", "prediction"), (None,)),
-    **dict.fromkeys(("reasoning_effort", "verbosity", "web_search_options"), (None,)),
-    "modalities": (None, ["text"]),
-    **dict.fromkeys(("suffix", "best_of", "echo"), (None, "", 1, False)),  # of texts
+# Each has to be off, or at this value.
+FIXED: dict[str, Any] = {
+    **dict.fromkeys(("functions", "function_call", "audio", "prediction"), None),
+    **dict.fromkeys(("reasoning_effort", "verbosity", "web_search_options"), None),
+    **dict.fromkeys(("suffix", "echo"), None),  # of texts
+    "best_of": 1,
+    "modalities": ["text"],
 }
 
 
@@ -26,7 +27,7 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises OptionError for one that cannot be followed.
     """
     known = {**options}
-    check_fixed("chat", {name: known.pop(name) for name in FIXED if name in known}, FIXED)
+    check_off("chat", {name: known.pop(name) for name in FIXED if name in known}, FIXED)
     for name in _UNUSED & known.keys():
         del known[name]
     known |= _logprobs(known.pop("logprobs", None), known.pop("top_logprobs", None))
@@ -62,20 +63,15 @@ def _logprobs(is_asked: Any, n_top: Any) -> dict[str, Any]:
     return {"logprobs": n_top or 0} if is_asked else {}
 
 
-def check_fixed(
-    method: str,
-    options: Mapping[str, Any],
-    fixed: Mapping[str, tuple[Any, ...]],
-    *,
-    unused: frozenset[str] = frozenset(),
-) -> None:
-    """Raise OptionError for an option that is neither unused nor at a harmless value."""
+def check_off(method: str, options: Mapping[str, Any], harmless: Mapping[str, Any]) -> None:
+    """Raise OptionError for an option that asks for something which cannot be done.
+
+    An option is off when it is None, False, 0, -1 or empty, or has its value in `harmless`.
+    """
     for name, value in options.items():
-        if name in unused or (name in fixed and any(value == each for each in fixed[name])):
-            continue
-        expected = repr(fixed[name][0]) if name in fixed else "no such option"
-        raise OptionError(
-            f"Option {name} of {method} is {value!r:.200}, expected {expected}: it cannot be "
-            "followed here. Leave it out.",
-            name,
-        )
+        if value and value not in (-1, harmless.get(name)):
+            raise OptionError(
+                f"Option {name} of {method} is {value!r:.200}, expected None: it cannot be "
+                "followed here. Leave it out.",
+                name,
+            )

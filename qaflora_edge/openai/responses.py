@@ -1,5 +1,6 @@
 """OpenAI's responses, stateless: their requests as a chat's, and a chat's answer as theirs."""
 
+import itertools
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,45 +8,44 @@ from typing import Any
 
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.options import check_fixed
+from qaflora_edge.openai.options import check_off
 from qaflora_edge.openai.tools import parse_calls, shown_text
 
-# What would need what was said before, or another server.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("previous_response_id", "conversation", "prompt"), (None,)),
-    "background": (None, False),
-    "truncation": (None, "disabled"),
-    "max_tool_calls": (None,),
-    "top_logprobs": (None, 0),
-    # Of other shapes.
-    "n": (None, 1),
-    "logprobs": (None, False),
-    **dict.fromkeys(("response_format", "json_schema"), (None,)),
-    "include": (None, [], ["reasoning.encrypted_content"]),  # of which there is none
+# Each has to be off, or at this value.
+_OFF: dict[str, Any] = {
+    **dict.fromkeys(("previous_response_id", "conversation", "prompt", "max_tool_calls"), None),
+    **dict.fromkeys(("background", "top_logprobs", "logprobs"), None),
+    **dict.fromkeys(("response_format", "json_schema"), None),
+    "truncation": "disabled",
+    "n": 1,
+    "include": ["reasoning.encrypted_content"],  # there is no reasoning
 }
-# What a response always has; of it nothing is done here.
+# Fields that a response must have. They repeat nothing of the request.
 _CONSTANT: dict[str, Any] = {
-    "background": False,
-    "error": None,
-    "max_tool_calls": None,
     "object": "response",
-    "previous_response_id": None,
+    "background": False,
+    "metadata": {},
+    "parallel_tool_calls": True,
     "reasoning": {"effort": None, "summary": None},
     "service_tier": "default",
     "store": False,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
     "top_logprobs": 0,
     "truncation": "disabled",
+    **dict.fromkeys(("error", "instructions", "max_output_tokens", "max_tool_calls"), None),
+    **dict.fromkeys(("previous_response_id", "prompt_cache_key", "safety_identifier"), None),
 }
-_OF_TOOL = {"description": None, "parameters": None, "strict": None}
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return messages of a chat, and its options, for a request whose types are checked.
+    """Return a request as messages and options of a chat; its types are checked already.
 
     Raises OptionError for a field that cannot be followed.
     """
-    check_fixed("responses", {name: body[name] for name in _FIXED if name in body}, _FIXED)
+    check_off("responses", {name: body[name] for name in _OFF if name in body}, _OFF)
     messages = _messages(body["input"])
     if (instructions := body.get("instructions")) is not None:
         messages.insert(0, {"role": "system", "content": instructions})
@@ -116,9 +116,8 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     for tool in tools:
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
             raise wrong_option("tools", tool, 'functions, as in {"type": "function", "name": ...}')
-        function = {name: tool[name] for name in tool if name not in ("type", "strict")}
-        if function.get("parameters") is None:
-            function.pop("parameters", None)
+        given = {name: value for name, value in tool.items() if value is not None}
+        function = {name: given[name] for name in given if name not in ("type", "strict")}
         found.append({"type": "function", "function": function})
     return found
 
@@ -129,131 +128,109 @@ def _tool_choice(choice: Any) -> Any:
     return choice
 
 
-class ResponseShape:
-    """One answer in the shape of a response.
+def response_head(model_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a response that is in progress.
 
-    body     of the request, of which a response repeats some fields
-    options  of the answer that are told, such as temperature
+    options  the sampling options that a response must have, such as temperature
     """
-
-    def __init__(
-        self,
-        model_name: str,
-        body: Mapping[str, Any],
-        options: Mapping[str, Any],
-        generation: Generation,
-    ) -> None:
-        self._model, self._body, self._generation = model_name, body, generation
-        self._options = options
-        self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
-        self._number = 0
-
-    def whole(self, *, has_tools: bool) -> dict[str, Any]:
-        """Make the response, once the answer is there."""
-        text = self._generation.text()
-        text, calls = parse_calls(text) if has_tools else (text, [])
-        return self._response(self._output(text, calls))
-
-    def events(self, *, has_tools: bool) -> Iterator[dict[str, Any]]:
-        """Yield the same as events, each with its type."""
-        yield self._event("response.created", response=self._response(None))
-        yield self._event("response.in_progress", response=self._response(None))
-        calls: list[dict[str, Any]] = []
-        text, item = "", _message("", "in_progress")
-        for piece in shown_text(self._generation, calls) if has_tools else self._generation:
-            if not text:
-                yield from self._begin_text(item)
-            text += piece
-            yield self._text_event("response.output_text.delta", item, delta=piece, logprobs=[])
-        output: list[dict[str, Any]] = []
-        if text or not calls:
-            if not text:
-                yield from self._begin_text(item)
-            output.append(_message(text, self._status(), item["id"]))
-            yield from self._end_text(output[0])
-        for call in calls:
-            output.append(_call(call))
-            yield from self._call_events(len(output) - 1, output[-1])
-        response = self._response(output)
-        yield self._event(f"response.{response['status']}", response=response)
-
-    def _begin_text(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        empty = {**item, "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=empty)
-        part = {"type": "output_text", "text": "", "annotations": []}
-        yield self._text_event("response.content_part.added", item, part=part)
-
-    def _end_text(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        part = item["content"][0]
-        yield self._text_event("response.output_text.done", item, text=part["text"], logprobs=[])
-        yield self._text_event("response.content_part.done", item, part=part)
-        yield self._event("response.output_item.done", output_index=0, item=item)
-
-    def _call_events(self, index: int, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        place = {"output_index": index, "item_id": item["id"]}
-        yield self._event("response.output_item.added", output_index=index, item=begun)
-        arguments = item["arguments"]
-        yield self._event("response.function_call_arguments.delta", **place, delta=arguments)
-        yield self._event(
-            "response.function_call_arguments.done", **place, arguments=arguments, name=item["name"]
-        )
-        yield self._event("response.output_item.done", output_index=index, item=item)
-
-    def _text_event(self, kind: str, item: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        return self._event(kind, **place, **more)
-
-    def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        self._number += 1
-        return {"type": kind, "sequence_number": self._number - 1, **more}
-
-    def _status(self) -> str:
-        is_cut = self._generation.finish_reason in ("length", "cancelled")
-        return "incomplete" if is_cut else "completed"
-
-    def _output(self, text: str, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        messages = [_message(text, self._status())] if text or not calls else []
-        return [*messages, *map(_call, calls)]
-
-    def _response(self, output: list[dict[str, Any]] | None) -> dict[str, Any]:
-        """Make the response; without output it is on its way."""
-        body, generation = self._body, self._generation
-        status = "in_progress" if output is None else self._status()
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        usage = {
-            "input_tokens": generation.n_prompt,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": generation.n_completion,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": generation.n_prompt + generation.n_completion,
-        }
-        return {
-            **_CONSTANT,
-            "id": self._id,
-            "created_at": self._created,
-            "completed_at": int(time.time()) if status == "completed" else None,
-            "status": status,
-            "incomplete_details": cut,
-            "instructions": body.get("instructions"),
-            "max_output_tokens": body.get("max_output_tokens"),
-            "model": self._model,
-            "output": output or [],
-            "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
-            "prompt_cache_key": body.get("prompt_cache_key"),
-            "safety_identifier": body.get("safety_identifier"),
-            **self._options,
-            "text": body.get("text") or {"format": {"type": "text"}},
-            "tool_choice": body.get("tool_choice") or "auto",
-            "tools": [{**_OF_TOOL, **tool} for tool in body.get("tools") or ()],
-            "usage": None if output is None else usage,
-            "metadata": body.get("metadata") or {},
-        }
-
-
-def _message(text: str, status: str, item_id: str | None = None) -> dict[str, Any]:
     return {
-        "id": item_id or f"msg_{uuid.uuid4().hex}",
+        **_CONSTANT,
+        **options,
+        "id": f"resp_{uuid.uuid4().hex}",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "incomplete_details": None,
+        "model": model_name,
+        "output": [],
+        "usage": None,
+    }
+
+
+def response_dict(
+    head: Mapping[str, Any], generation: Generation, *, has_tools: bool
+) -> dict[str, Any]:
+    """Put a whole answer into the shape of a response.
+
+    head  see response_head
+    """
+    text = generation.text()
+    text, calls = parse_calls(text) if has_tools else (text, [])
+    output = [_message(text, _status(generation))] if text or not calls else []
+    return _ended(head, [*output, *map(_call, calls)], generation)
+
+
+def response_events(
+    head: Mapping[str, Any], generation: Generation, *, has_tools: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the same as events, each with its type and number."""
+    for number, (kind, fields) in enumerate(_events(head, generation, has_tools)):
+        yield {"type": f"response.{kind}", "sequence_number": number, **fields}
+
+
+def _events(
+    head: Mapping[str, Any], generation: Generation, has_tools: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "created", {"response": {**head}}
+    calls: list[dict[str, Any]] = []
+    pieces = iter(shown_text(generation, calls) if has_tools else generation)
+    output: list[dict[str, Any]] = []
+    first = next(pieces, "")  # without one, the calls are known
+    if first or not calls:
+        text, item = "", _message("", "in_progress")
+        place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        yield "output_item.added", {"output_index": 0, "item": {**item, "content": []}}
+        yield "content_part.added", {**place, "part": item["content"][0]}
+        for piece in itertools.chain([first], pieces):
+            text += piece
+            yield "output_text.delta", {**place, "delta": piece, "logprobs": []}
+        output.append({**_message(text, _status(generation)), "id": item["id"]})
+        yield "output_text.done", {**place, "text": text, "logprobs": []}
+        yield "content_part.done", {**place, "part": output[0]["content"][0]}
+        yield "output_item.done", {"output_index": 0, "item": output[0]}
+    for index, item in enumerate(map(_call, calls), len(output)):
+        place = {"output_index": index, "item_id": item["id"]}
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        told = {"name": item["name"], "arguments": item["arguments"]}
+        yield "output_item.added", {"output_index": index, "item": begun}
+        yield "function_call_arguments.delta", {**place, "delta": item["arguments"]}
+        yield "function_call_arguments.done", {**place, **told}
+        yield "output_item.done", {"output_index": index, "item": item}
+        output.append(item)
+    response = _ended(head, output, generation)
+    yield response["status"], {"response": response}
+
+
+def _status(generation: Generation) -> str:
+    is_cut = generation.finish_reason in ("length", "cancelled")
+    return "incomplete" if is_cut else "completed"
+
+
+def _ended(
+    head: Mapping[str, Any], output: Sequence[Mapping[str, Any]], generation: Generation
+) -> dict[str, Any]:
+    status = _status(generation)
+    is_cut = status == "incomplete"
+    usage = {
+        "input_tokens": generation.n_prompt,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": generation.n_completion,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": generation.n_prompt + generation.n_completion,
+    }
+    return {
+        **head,
+        "completed_at": None if is_cut else int(time.time()),
+        "status": status,
+        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "output": output,
+        "usage": usage,
+    }
+
+
+def _message(text: str, status: str) -> dict[str, Any]:
+    return {
+        "id": f"msg_{uuid.uuid4().hex}",
         "type": "message",
         "role": "assistant",
         "status": status,

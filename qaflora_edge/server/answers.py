@@ -17,7 +17,12 @@ from qaflora_edge.inference.request import checked_tokens
 from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
 from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
 from qaflora_edge.openai.options import FIXED, openai_options
-from qaflora_edge.openai.responses import ResponseShape, chat_request
+from qaflora_edge.openai.responses import (
+    chat_request,
+    response_dict,
+    response_events,
+    response_head,
+)
 from qaflora_edge.server.requests import (
     MAX_TOKENS,
     MAX_WEIGHT,
@@ -313,11 +318,11 @@ async def responses(request: Request) -> Response:
         begun = begin_chat(engine, messages, cancel=out.cancel, **weighing.options, **options)
         told = Told(begun.first, weighing, out)
         for answer in noted(begun.answers, 1, out.facts):
-            shape = ResponseShape(model, raw, shown, answer)
+            head = response_head(model, shown)
             if body.stream:
-                told.send_events(shape.events(has_tools=begun.has_tools))
+                told.send_events(response_events(head, answer, has_tools=begun.has_tools))
             else:
-                told.send_whole(shape.whole(has_tools=begun.has_tools))
+                told.send_whole(response_dict(head, answer, has_tools=begun.has_tools))
 
     return Computed(request, served, body, compute)
 
