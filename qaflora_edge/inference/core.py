@@ -127,14 +127,10 @@ class Core:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Keep the resources open. Raises as _hold does, and WorkerError once a worker was lost."""
-        with self._hold():
-            self.model.check_workers()
-            yield
+        """Keep the resources open.
 
-    @contextmanager
-    def _hold(self) -> Iterator[None]:
-        """Keep the resources open. Raises BusyError after close() or a fork."""
+        Raises BusyError after close() or a fork, WorkerError once a worker was lost.
+        """
         global _process
         _check_process()
         me = threading.get_ident()
@@ -149,6 +145,7 @@ class Core:
             self._n_call[me] = self._n_call.get(me, 0) + 1
         _process = os.getpid()
         try:
+            self.model.check_workers()
             yield
         finally:
             with self._idle:
@@ -272,7 +269,7 @@ class Core:
         return self._generation(sequence, FusionWeights((), nothing))
 
     def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
-        return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
+        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
 
 
 def _check_process() -> None:
