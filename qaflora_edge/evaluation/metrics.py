@@ -25,13 +25,20 @@ def listed(answer: Any) -> list[Any]:
     return answer if isinstance(answer, list) else [answer]
 
 
+def is_text(value: object) -> bool:
+    """Tell whether a value is a text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
+
+
 def check_answer(fields: Fields) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
+
+    def is_right(value: object) -> bool:
+        return is_text(value) or (isinstance(value, int | float) and not isinstance(value, bool))
+
     several = listed(fields.get("answer"))
-    kinds = all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in several)
-    if several and kinds and all(str(one).strip() for one in several):
-        return None
-    return "answer", "a text or number, or a list of them"
+    is_all = several and all(map(is_right, several))
+    return None if is_all else ("answer", "a text or number, or a list of them")
 
 
 @dataclass(frozen=True)
@@ -105,27 +112,23 @@ def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
     sums = [float(each.sum(dtype=np.float64)) for each in log_probs]
     n_tokens = [len(each) for each in log_probs]
     means = [total / n for total, n in zip(sums, n_tokens, strict=True)]
-    by_sum, by_mean = (
-        float(all(each[right] > value for i, value in enumerate(each) if i != right))
-        for each in (sums, means)
-    )
+
+    def score(values: list[float]) -> float:
+        return float(max(values[:right] + values[right + 1 :]) < values[right])
+
     return {
-        "score": by_mean,
+        "score": score(means),
         "answer": choices[int(np.argmax(means))],
         "log_probs": [round(total, 4) for total in sums],
         "n_tokens": n_tokens,
-        "score_sum": by_sum,
-        "score_mean": by_mean,
+        "score_sum": score(sums),
+        "score_mean": score(means),
     }
 
 
 def loss(log_probs: Sequence[F32], fields: Fields) -> float:
     """Nats a token of a continuation with log-probabilities float32 [n_token]."""
     return -float(log_probs[0].mean(dtype=np.float64))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def _check_number(fields: Fields) -> Fault:
@@ -136,20 +139,17 @@ def _check_number(fields: Fields) -> Fault:
 
 def _check_choice(fields: Fields) -> Fault:
     choices, answer = fields.get("choices"), fields.get("answer")
-    if not (
-        isinstance(choices, list)
-        and 2 <= len(choices) <= CHOICES_MAX
-        and all(map(_is_text, choices))
-    ):
+    n_choice = len(choices) if isinstance(choices, list) and all(map(is_text, choices)) else 0
+    if not 2 <= n_choice <= CHOICES_MAX:
         return "choices", f"a list of 2 to {CHOICES_MAX} texts"
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        return "answer", f"the number of a choice, 0 to {len(choices) - 1}"
+    if type(answer) is not int or not 0 <= answer < n_choice:
+        return "answer", f"the number of a choice, 0 to {n_choice - 1}"
     return None
 
 
 def _check_loss(fields: Fields) -> Fault:
-    is_text = _is_text(fields.get("continuation"))
-    return None if is_text else ("continuation", "a text that is not blank")
+    found = fields.get("continuation")
+    return None if is_text(found) else ("continuation", "a text that is not blank")
 
 
 BUILT_IN = {

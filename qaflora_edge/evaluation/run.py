@@ -44,6 +44,7 @@ def header(
 
     identity, sizes = bundle_identity(folder), engine.adapter_bytes
     fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
+    keys = ("name", "metric", "sha256", "language", "domain", "system", "template")
     return {
         "eval": 1,
         "version": __version__,
@@ -59,34 +60,35 @@ def header(
             for key in ("typical", "samples")
             if key in fusion
         },
-        "tasks": [_task_facts(task, max_tokens, raw_prompt) for task in tasks],
+        "tasks": [
+            {key: getattr(task, key) for key in keys}
+            | {
+                "n_item": len(task.items),
+                "max_tokens": None if task.by.is_likelihood else task.max_tokens or max_tokens,
+                "raw_prompt": raw_prompt or task.raw_prompt,
+            }
+            for task in tasks
+        ],
         "strategies": list(strategies),
         "options": dict(options),
         "machine": machine,
     }
 
 
-def _task_facts(task: Task, max_tokens: int | None, raw_prompt: bool) -> dict[str, Any]:
-    keys = ["name", "metric", "sha256", "language", "domain", "system", "template"]
-    return {key: getattr(task, key) for key in keys} | {
-        "n_item": len(task.items),
-        "max_tokens": None if task.by.is_likelihood else task.max_tokens or max_tokens,
-        "raw_prompt": raw_prompt or task.raw_prompt,
-    }
-
-
 @dataclass(frozen=True)
 class _Weighed:
-    """An item under one strategy. before_ms: probe time of the strategies before it."""
+    """An item, weighed under one strategy.
+
+    record  what is written of it by now
+    """
 
     item: Item
-    strategy: str
     tokens: Sequence[int]
     fusion: FusionWeights
-    before_ms: float
+    record: dict[str, Any]
 
 
-# What came of it: an answer, log-probabilities or why there is none; and what else is written.
+# An item, its answer, log-probabilities or why there is none, and further facts to write.
 _Asked = tuple[_Weighed, "str | Sequence[F32] | PromptError", dict[str, Any]]
 
 
@@ -134,18 +136,15 @@ class Evaluation:
         for task in self.tasks:
             asked = self._scored(task) if task.by.is_likelihood else self._generated(task)
             for weighed, given, facts in asked:
-                fusion = weighed.fusion
-                record = asked_fields(task, weighed.item, weighed.strategy, fusion)
-                times = {"probe_ms": fusion.probe_ms, "probe_before_ms": weighed.before_ms, **facts}
-                record |= {"n_prompt": len(weighed.tokens), **times}
                 if isinstance(given, PromptError):
-                    self._write({**record, "error": str(given)})
+                    found: dict[str, Any] = {"error": str(given)}
                 else:
-                    self._write(record | score_fields(task, weighed.item, given))
+                    found = score_fields(task, weighed.item, given)
+                self._write({**weighed.record, **facts, **found})
 
     def _weighed(self, task: Task) -> Iterator[_Weighed]:
         """Weigh the items that are left."""
-        last, before_ms = None, 0.0
+        last, before_ms = None, 0.0  # probe time of the item's strategies before
         for item, strategy in self.left(task):
             if item is not last:
                 last, before_ms = item, 0.0
@@ -155,7 +154,9 @@ class Evaluation:
             except (PromptError, ChatTemplateError) as error:
                 self._write({**asked_fields(task, item, strategy), "error": str(error)})
                 continue
-            yield _Weighed(item, strategy, tokens, fusion, before_ms)
+            record = asked_fields(task, item, strategy, fusion)
+            record |= {"probe_ms": fusion.probe_ms, "probe_before_ms": before_ms}
+            yield _Weighed(item, tokens, fusion, {**record, "n_prompt": len(tokens)})
             before_ms += fusion.probe_ms
 
     def _generated(self, task: Task) -> Iterator[_Asked]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from qaflora_edge.chat.messages import begin_with, checked_messages
 from qaflora_edge.errors import PromptError, TaskFileError, os_errors
-from qaflora_edge.evaluation.metrics import Metric, as_number, listed, metrics
+from qaflora_edge.evaluation.metrics import Metric, as_number, is_text, listed, metrics
 from qaflora_edge.files import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
@@ -107,16 +107,13 @@ def read_task(path: str | Path) -> Task:
         open_input(path) as file,
     ):
         data = file.read().removeprefix(codecs.BOM_UTF8)
-    header: dict[str, Any] = {}
     items: list[Item] = []
-    for number, found in _objects(data, str(path)):
-        where = f"{path}, line {number}"
-        if "task" not in found:
-            items.append(Item(len(items), found, where))
-        elif items or header:
+    lines = list(_objects(data, str(path)))
+    header = _header(*lines.pop(0)) if lines and "task" in lines[0][1] else {}
+    for where, fields in lines:
+        if "task" in fields:
             raise _wrong(where, "it has a field task", "it in the first line only")
-        else:
-            header = _header(found, where)
+        items.append(Item(len(items), fields, where))
     if not items:
         raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
     defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
@@ -133,19 +130,19 @@ def _wrong(where: str, found: str, expected: str) -> TaskFileError:
     return TaskFileError(f"Cannot use the task {where}: {found}, expected {expected}. {ADVICE}")
 
 
-def _objects(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read the lines that are not blank, with their numbers."""
+def _objects(data: bytes, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the lines that are not blank, each with its place."""
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            yield number, read_json_object(line)
+            yield where, read_json_object(line)
         except ValueError as error:  # errors of JSON and UTF-8 too
-            where = f"{path}, line {number}"
             raise _wrong(where, f"it is no JSON object ({error})", "one") from error
 
 
-def _header(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _header(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
     if len(found) > 1:
         raise _wrong(where, "it has task and other fields", 'nothing but {"task": {...}}')
     try:
@@ -171,9 +168,10 @@ def _check_item(task: Task, item: Item) -> None:
     asked = next((key for key in ASKED if key in fields), None)
     if asked is None:
         raise _wrong(item.where, "it has no question", "question, prompt or messages")
-    if asked != "messages" and not (isinstance(fields[asked], str) and fields[asked].strip()):
-        raise _wrong(item.where, f"{asked} is {shown(fields[asked])}", "a text that is not blank")
-    if fault := task.by.check(fields):
+    fault = task.by.check(fields)
+    if asked != "messages" and not is_text(fields[asked]):
+        fault = asked, "a text that is not blank"
+    if fault:
         key, expected = fault
         found = shown(fields[key]) if key in fields else "missing"
         raise _wrong(item.where, f"{key} is {found}", expected)
@@ -182,26 +180,23 @@ def _check_item(task: Task, item: Item) -> None:
     except PromptError as error:  # of its messages
         raise TaskFileError(f"Cannot use the task {item.where}: {error} {ADVICE}") from error
     except KeyError as error:
-        name, known = error.args
-        expected = f"one of the fields {shortened(known)}"
-        raise _wrong(item.where, f"its template names {shown(name)}", expected) from error
+        expected = f"one of the fields {shortened(', '.join(fields))}"
+        raise _wrong(item.where, f"its template names {shown(error.args[0])}", expected) from error
 
 
 def _filled(template: str, fields: Mapping[str, Any]) -> str:
     """Replace names of fields in braces; {{ and }} are braces, {choices} lines with letters.
 
-    Raises KeyError with a name that is none, and those that are.
+    Raises KeyError with a name that is none.
     """
 
     def value(found: re.Match[str]) -> str:
         if found[1] is None:
             return found[0][0]
-        if found[1] not in fields:
-            raise KeyError(found[1], ", ".join(fields))
         each = fields[found[1]]
-        if isinstance(each, list):
-            pairs = zip(string.ascii_uppercase, each, strict=False)
-            return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
-        return str(each)
+        if not isinstance(each, list):
+            return str(each)
+        pairs = zip(string.ascii_uppercase, each, strict=False)
+        return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
 
     return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", value, template)
