@@ -7,6 +7,7 @@ other protocol for large files (Xet) is turned off in the tests.
 import base64
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,15 +35,10 @@ class Repo:
         self.messages.append(message)
         return name
 
-    def find(self, revision: str) -> str | None:
-        name = self.branches.get(revision, revision)
-        return name if name in self.commits else None
-
 
 class FakeHub(ThreadingHTTPServer):
     """Repositories by name.
 
-    served    file name -> what is sent in place of what is listed
     refused   a content that is not taken
     requests  what was asked for, as "METHOD path"
     """
@@ -53,7 +49,6 @@ class FakeHub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
-        self.served: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.objects: dict[str, bytes] = {}
         self.refused = b""
@@ -71,6 +66,10 @@ class FakeHub(ThreadingHTTPServer):
         return found.commits[found.branches.get(revision, revision)]
 
 
+class _Refused(Exception):
+    """Arguments of an answer that refuses a request."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
@@ -80,88 +79,67 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_one_request(self) -> None:
-        try:
-            super().handle_one_request()
-        except (BrokenPipeError, ConnectionResetError):  # a client that was killed
-            self.close_connection = True
-
-    def do_HEAD(self) -> None:
-        self.route()
+        with suppress(BrokenPipeError, ConnectionResetError):  # a client that was killed
+            return super().handle_one_request()
+        self.close_connection = True
 
     def do_GET(self) -> None:
-        self.route()
-
-    def do_POST(self) -> None:
-        self.route()
-
-    def do_PUT(self) -> None:
-        self.route()
-
-    def route(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urlsplit(self.path).path
         self.server.requests.append(f"{self.command} {path}")
         for method, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
-                return answer(self, *(unquote(part) for part in match.groups()))
+                try:
+                    return answer(self, *(unquote(part) for part in match.groups()))
+                except _Refused as refusal:
+                    return self.answer(*refusal.args)
         return self.answer(404, {"error": "no such address"})
 
-    # who may do what
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def has_token(self) -> bool:
         return bool(self.headers.get("Authorization") == f"Bearer {TOKEN}")
 
-    def open_repo(self, name: str, *, write: bool = False) -> Repo | None:
-        """The repository, or None when the refusal was answered."""
+    def open_repo(self, name: str, *, write: bool = False) -> Repo:
         repo = self.server.repos.get(name)
-        is_hidden = repo is None or (repo.access == "private" and not self.has_token())
-        if is_hidden or (write and not self.has_token()):
-            missing = {"X-Error-Code": "RepoNotFound"}
-            self.answer(404 if self.has_token() else 401, {"error": "Not found"}, missing)
-            return None
-        if repo is not None and repo.access == "gated" and not self.has_token():
-            self.answer(401, {"error": "Restricted"}, {"X-Error-Code": "GatedRepo"})
-            return None
+        is_open = repo is not None and (repo.access == "public" or self.has_token())
+        if repo is not None and repo.access == "gated" and not is_open and not write:
+            raise _Refused(401, {"error": "Restricted"}, {"X-Error-Code": "GatedRepo"})
+        if repo is None or not is_open or (write and not self.has_token()):
+            status = 404 if self.has_token() else 401
+            raise _Refused(status, {"error": "Not found"}, {"X-Error-Code": "RepoNotFound"})
         return repo
 
-    def find_commit(self, repo: Repo, revision: str) -> str | None:
-        commit = repo.find(revision)
-        if commit is None:
-            self.answer(404, {"error": "Invalid rev"}, {"X-Error-Code": "RevisionNotFound"})
-        return commit
+    def open_commit(self, name: str, revision: str, **options: bool) -> tuple[Repo, str]:
+        repo = self.open_repo(name, **options)
+        commit = repo.branches.get(revision, revision)
+        if commit not in repo.commits:
+            raise _Refused(404, {"error": "Invalid rev"}, {"X-Error-Code": "RevisionNotFound"})
+        return repo, commit
 
     # reading
 
     def send_info(self, name: str, revision: str = "main") -> None:
-        repo = self.open_repo(name)
-        if repo is None or (commit := self.find_commit(repo, revision)) is None:
-            return
+        repo, commit = self.open_commit(name, revision)
         siblings = [_sibling(*item) for item in repo.commits[commit].items()]
         info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
         self.answer(200, info | {"private": repo.access == "private"})
 
     def send_tree(self, name: str, revision: str) -> None:
-        repo = self.open_repo(name)
-        if repo is None or (commit := self.find_commit(repo, revision)) is None:
-            return
+        repo, commit = self.open_commit(name, revision)
         self.answer(200, [_entry(*item) for item in repo.commits[commit].items()])
 
     def send_file(self, name: str, revision: str, file: str) -> None:
-        repo = self.open_repo(name)
-        if repo is None or (commit := self.find_commit(repo, revision)) is None:
-            return
-        listed = repo.commits[commit].get(file)
+        repo, commit = self.open_commit(name, revision)
+        content = repo.commits[commit].get(file)
         headers = {"X-Repo-Commit": commit}
-        if listed is None:
-            self.answer(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
-            return
-        content = self.server.served.get(file, listed)
+        if content is None:
+            raise _Refused(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         if file.endswith(LARGE):
-            headers["X-Linked-ETag"] = f'"{sha256(listed).hexdigest()}"'
+            headers["X-Linked-ETag"] = f'"{_sha256(content)}"'
             headers["X-Linked-Size"] = str(len(content))
-        headers["ETag"] = f'"{_git_sha1(listed)}"'
+        headers["ETag"] = f'"{_git_sha1(content)}"'
         self.answer(200, content, headers)
 
     # writing
@@ -170,22 +148,19 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.body)
         name = f"{wanted['organization']}/{wanted['name']}"
         if not self.has_token():
-            return self.answer(401, {"error": "Invalid username or password."})
+            raise _Refused(401, {"error": "Invalid username or password."})
         url = {"url": f"{self.server.url}/{name}", "name": name, "id": name}
         if name in self.server.repos:
-            return self.answer(409, {"error": "You already created this model repo", **url})
+            raise _Refused(409, {"error": "You already created this model repo", **url})
         is_private = wanted.get("visibility") == "private" or wanted.get("private") is True
         self.server.repos[name] = Repo(access="private" if is_private else "public")
         self.server.repos[name].commit({".gitattributes": b"*.gguf filter=lfs\n"}, "initial commit")
-        return self.answer(200, url)
+        self.answer(200, url)
 
     def create_branch(self, name: str, branch: str) -> None:
         repo = self.open_repo(name, write=True)
-        if repo is None:
-            return
         if branch in repo.branches:
-            self.answer(409, {"error": "Reference already exists"})
-            return
+            raise _Refused(409, {"error": "Reference already exists"})
         repo.branches[branch] = repo.branches["main"]
         self.answer(200, {})
 
@@ -194,24 +169,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"errors": [], "warnings": []})
 
     def send_modes(self, name: str, revision: str) -> None:
-        repo = self.open_repo(name, write=True)
-        if repo is None or (commit := self.find_commit(repo, revision)) is None:
-            return
+        repo, commit = self.open_commit(name, revision, write=True)
         there = repo.commits[commit]
         files = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
-            is_large = path.endswith(LARGE)
-            oid = None
-            if path in there:
-                oid = sha256(there[path]).hexdigest() if is_large else _git_sha1(there[path])
-            mode = "lfs" if is_large else "regular"
+            name_of = _sha256 if path.endswith(LARGE) else _git_sha1
+            oid = name_of(there[path]) if path in there else None
+            mode = "lfs" if path.endswith(LARGE) else "regular"
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer(200, {"files": files})
 
     def send_batch(self, name: str) -> None:
-        if self.open_repo(name, write=True) is None:
-            return
+        self.open_repo(name, write=True)
         objects = []
         for wanted in json.loads(self.body)["objects"]:
             entry: dict[str, Any] = {"oid": wanted["oid"], "size": wanted["size"]}
@@ -224,11 +194,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def store_object(self, oid: str) -> None:
         if self.body == self.server.refused:
-            return self.answer(403, {"error": "Forbidden"})
-        if sha256(self.body).hexdigest() != oid:
-            return self.answer(400, {"error": "not the object of that name"})
+            raise _Refused(403, {"error": "Forbidden"})
+        if _sha256(self.body) != oid:
+            raise _Refused(400, {"error": "not the object of that name"})
         self.server.objects[oid] = self.body
-        return self.answer(200, b"")
+        self.answer(200, b"")
 
     def verify_object(self, oid: str) -> None:
         size = json.loads(self.body)["size"]
@@ -236,14 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200 if is_there else 404, {})
 
     def make_commit(self, name: str, revision: str) -> None:
-        repo = self.open_repo(name, write=True)
-        if repo is None or (parent := self.find_commit(repo, revision)) is None:
-            return
+        repo, parent = self.open_commit(name, revision, write=True)
         items = [json.loads(line) for line in self.body.splitlines()]
         header = items[0]["value"]
         if header.get("parentCommit") not in (None, parent):
-            self.answer(412, {"error": "A commit has happened since. Please refresh."})
-            return
+            raise _Refused(412, {"error": "A commit has happened since. Please refresh."})
         files = dict(repo.commits[parent])
         for item in items[1:]:
             value = item["value"]
@@ -279,23 +246,23 @@ def _git_sha1(content: bytes) -> str:
     return sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def _sha256(content: bytes) -> str:
+    return sha256(content).hexdigest()
+
+
 def _sibling(name: str, content: bytes) -> dict[str, Any]:
-    sibling: dict[str, Any] = {"rfilename": name, "size": len(content)}
-    sibling["blobId"] = _git_sha1(content)
-    if name.endswith(LARGE):
-        digest = sha256(content).hexdigest()
-        sibling["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
-    return sibling
+    size = len(content)
+    lfs = {"size": size, "sha256": _sha256(content), "pointerSize": 130}
+    sibling = {"rfilename": name, "size": size, "blobId": _git_sha1(content)}
+    return sibling | ({"lfs": lfs} if name.endswith(LARGE) else {})
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:
     """A file as the tree of a repository lists it."""
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
-    entry["oid"] = _git_sha1(content)
-    if name.endswith(LARGE):
-        digest = sha256(content).hexdigest()
-        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
-    return entry
+    size = len(content)
+    lfs = {"oid": _sha256(content), "size": size, "pointerSize": 130}
+    entry = {"type": "file", "path": name, "size": size, "oid": _git_sha1(content)}
+    return entry | ({"lfs": lfs} if name.endswith(LARGE) else {})
 
 
 _REPO = "([^/]+/[^/]+)"
