@@ -18,7 +18,7 @@ from qaflora_edge.formats.base import check_base
 from qaflora_edge.formats.gguf import read_gguf_header
 
 U32, F32, STRING, ARRAY = 4, 6, 8, 9
-NAN = float("nan")
+TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 
 
 def write_base(path: Path, arch: str = "llama", **options: Any) -> Path:
@@ -87,13 +87,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
                      "qwen2.rope.dimension_count", "8", "16, the width of a head"),
     "rope of nothing": ("gemma3", {"arch.rope.dimension_count": 0},
                         "gemma3.rope.dimension_count", "0", "an even number from 2 to 16"),
-    "much rope": ("gemma3", {"arch.rope.dimension_count": 74},
-                  "gemma3.rope.dimension_count", "74", "an even number from 2 to 16"),
     "odd rope": ("gemma3", {"arch.rope.dimension_count": 7},
                  "gemma3.rope.dimension_count", "7", "an even number from 2 to 16"),
     "sections": ("llama", {"arch.rope.dimension_sections": [8, 8, 8, 0]},
                  "llama.rope.dimension_sections", "(8, 8, 8, 0)", "16 together at most"),
-    "epsilon": ("llama", {"arch.attention.layer_norm_rms_epsilon": NAN},
+    "epsilon": ("llama", {"arch.attention.layer_norm_rms_epsilon": float("nan")},
                 "llama.attention.layer_norm_rms_epsilon", "nan", "a finite number from 0 on"),
     "window": ("gemma3", {"arch.attention.sliding_window": 1 << 31},
                "gemma3.attention.sliding_window", str(1 << 31), "a number from 0 to"),
@@ -108,25 +106,18 @@ def test_field_that_llama_cpp_asserts_is_refused(tmp_path: Path, case: str) -> N
     write_base(path, arch)
     check_base(read_gguf_header(path))
     change(path, **fields)
-    with pytest.raises(GgufFileError) as caught:
-        check_base(read_gguf_header(path))
-    message = str(caught.value)
-    assert message.startswith(f"Cannot use {path} as base: {field} is {found}; expected {expected}")
-    assert message.endswith(
-        ", for llama.cpp would end the process over it. Fetch or convert the model again."
-    )
-
-
-def tokens_of(path: Path, tokens: list[str]) -> Path:
-    return change(path, **{"tokenizer.ggml.tokens": tokens})
+    assert refusal(path).startswith(f"{field} is {found}; expected {expected}")
 
 
 def refusal(path: Path) -> str:
+    """Give the part of the message that differs."""
+    end = ", for llama.cpp would end the process over it. Fetch or convert the model again."
     with pytest.raises(GgufFileError) as caught:
         check_base(read_gguf_header(path))
-    return (
-        str(caught.value).removeprefix(f"Cannot use {path} as base: ").partition(", for llama")[0]
-    )
+    message = str(caught.value)
+    assert message.startswith(f"Cannot use {path} as base: ")
+    assert message.endswith(end)
+    return message.removeprefix(f"Cannot use {path} as base: ").removesuffix(end)
 
 
 @pytest.mark.parametrize("n_more", [0, 5000])
@@ -134,14 +125,14 @@ def test_token_that_is_there_twice_is_refused(tmp_path: Path, n_more: int) -> No
     """Short arrays are kept by the reader of headers, long ones are read again."""
     path = write_base(tmp_path / "base.gguf")
     tokens = [*tiny.byte_tokens(), *(f"more{index}" for index in range(n_more)), "", ""]
-    tokens_of(path, tokens)
+    change(path, **{TOKENS: tokens})
     check_base(read_gguf_header(path))  # tokens without a text are no copies of each other
     last = len(tokens)
-    tokens_of(path, [*tokens, "[EMPTY_256]"])
+    change(path, **{TOKENS: [*tokens, "[EMPTY_256]"]})
     if n_more == 0:  # what the loader calls the first one without a text
         expected = f"tokenizer.ggml.tokens[{last}] is '[EMPTY_256]'; expected a text that no other"
         assert refusal(path) == f"{expected} token has"
-    tokens_of(path, [*tokens, tokens[65]])
+    change(path, **{TOKENS: [*tokens, tokens[65]]})
     assert refusal(path) == (
         f"tokenizer.ggml.tokens[{last}] is {tokens[65]!r}; expected a text that no other token has"
     )
@@ -153,16 +144,15 @@ def test_tokens_of_bytes_need_their_names(tmp_path: Path, n_more: int) -> None:
     tokens = [*tiny.spm_tokens(), *(f"more{index}" for index in range(n_more))]
     types = [6 if text.startswith("<0x") else 1 for text in tokens]
     place = tokens.index("<0x41>")
-    key = "tokenizer.ggml.token_type"
-    change(path, **{"tokenizer.ggml.tokens": tokens, key: types})
+    change(path, **{TOKENS: tokens, TYPES: types})
     # The type of a list is that of llama.cpp: int32, and not uint32 as above.
     parts = Gguf(path.read_bytes())
     for field in parts.fields:
-        if field[0] == key.encode():
+        if field[0] == TYPES.encode():
             field[2] = struct.pack("<I", 5) + field[2][4:]
     path.write_bytes(parts.join())
     check_base(read_gguf_header(path))
-    tokens_of(path, [*tokens[:place], "A1", *tokens[place + 1 :]])
+    change(path, **{TOKENS: [*tokens[:place], "A1", *tokens[place + 1 :]]})
     assert refusal(path) == (
         f"tokenizer.ggml.tokens[{place}], of type byte, is 'A1'; expected a name such as <0x0A>"
     )
@@ -171,25 +161,20 @@ def test_tokens_of_bytes_need_their_names(tmp_path: Path, n_more: int) -> None:
 def test_sentencepiece_vocabulary_without_a_byte_is_refused(tmp_path: Path) -> None:
     path = write_base(tmp_path / "base.gguf", spm=True)
     tokens = [text for text in tiny.spm_tokens() if text != "<0xE2>"]
-    change(path, **{"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": None})
+    change(path, **{TOKENS: tokens, TYPES: None})
     assert refusal(path) == (
         "tokenizer.ggml.tokens is 'without <0xE2>'; expected a token for every byte"
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "expected"),
-    [("output_norm.weight", 26, "F32, as of every vector"),
-     ("blk.0.attn_q.weight", 26, "a type of weights")],
-)  # fmt: skip
-def test_tensor_of_whole_numbers_is_refused(
-    tmp_path: Path, name: str, kind: int, expected: str
-) -> None:
-    path = write_base(tmp_path / "base.gguf")
-    parts = Gguf(path.read_bytes())
-    next(tensor for tensor in parts.tensors if tensor[0] == name.encode())[2] = kind
-    path.write_bytes(parts.join())
-    assert refusal(path) == f"the type of tensor {name} is 'I32'; expected {expected}"
+def test_tensor_of_whole_numbers_is_refused(tmp_path: Path) -> None:
+    names = {"output_norm.weight": "F32, as of every vector", "blk.0.attn_q.weight": "a type of w"}
+    for name, expected in names.items():
+        path = write_base(tmp_path / "base.gguf")
+        parts = Gguf(path.read_bytes())
+        next(tensor for tensor in parts.tensors if tensor[0] == name.encode())[2] = 26
+        path.write_bytes(parts.join())
+        assert refusal(path).startswith(f"the type of tensor {name} is 'I32'; expected {expected}")
 
 
 def test_vocabulary_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

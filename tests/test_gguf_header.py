@@ -53,6 +53,19 @@ def make(
     return head + b"\0" * (-len(head) % 32) + data
 
 
+def array(key: str, kind: int, length: int, items: bytes = b"") -> bytes:
+    return field(key, 9, struct.pack("<IQ", kind, length) + items)
+
+
+def whole(key: str, value: int) -> bytes:
+    return field(key, 4, struct.pack("<I", value))
+
+
+def holding(*entries: bytes) -> bytes:
+    """Build a GGUF with tensors, and 64 bytes for their values."""
+    return make(ARCH, entries=entries, data=bytes(64))
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype"), [("llama", "f32"), ("qwen2", "f16"), ("gemma3", "bf16"), ("llama", "q8_0")]
 )
@@ -90,41 +103,37 @@ def test_counts_come_from_the_architecture(tmp_path: Path) -> None:
 
 
 def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    array = struct.pack("<IQ3I", 4, 3, 2, 2, 2)
-    path.write_bytes(make(ARCH, field("llama.attention.head_count_kv", 9, array)))
+    path, key = tmp_path / "a.gguf", "llama.attention.head_count_kv"
+    path.write_bytes(make(ARCH, array(key, 4, 3, struct.pack("<3I", 2, 2, 2))))
     assert read_gguf_header(path).n_head_kv == 2
-    array = struct.pack("<IQ3I", 4, 3, 2, 4, 2)
-    path.write_bytes(make(ARCH, field("llama.attention.head_count_kv", 9, array)))
-    with pytest.raises(GgufFileError) as caught:
+    path.write_bytes(make(ARCH, array(key, 4, 3, struct.pack("<3I", 2, 4, 2))))
+    with pytest.raises(GgufFileError, match=r"head_count_kv is \(2, 4, 2\); expected a"):
         _ = read_gguf_header(path).n_head_kv
-    assert "metadata field llama.attention.head_count_kv is (2, 4, 2); expected a" in str(
-        caught.value
-    )
 
 
 def test_long_arrays_are_stepped_over(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     tokens = b"".join(text(f"token {index}") for index in range(20000))
-    strings = field("tokens", 9, struct.pack("<IQ", 8, 20000) + tokens)
-    scores = field("scores", 9, struct.pack("<IQ", 6, 20000) + bytes(80000))
-    last = field("last", 8, text("reached"))
-    path.write_bytes(make(ARCH, strings, scores, last))
+    strings, scores = (
+        array("tokens", 8, 20000, tokens),
+        array("scores", 6, 20000, bytes(80000)),
+    )
+    path.write_bytes(make(ARCH, strings, scores, field("last", 8, text("reached"))))
     metadata = read_gguf_header(path).metadata
     data, expected = path.read_bytes(), {"tokens": tokens, "scores": bytes(80000)}
     for name, content in expected.items():
-        array = metadata[name]
-        assert isinstance(array, SkippedArray)
-        assert array.length == 20000
-        assert data[array.offset : array.offset + array.n_bytes] == content
+        skipped = metadata[name]
+        assert isinstance(skipped, SkippedArray)
+        assert skipped.length == 20000
+        assert data[skipped.offset : skipped.offset + skipped.n_bytes] == content
     assert metadata["last"] == "reached"
 
 
 def test_many_short_arrays_do_not_fill_the_memory(tmp_path: Path) -> None:
     """4096 fields of 4096 numbers each would take half a gigabyte in a header of 64 MB."""
     path = tmp_path / "a.gguf"
-    array = struct.pack("<IQ", 6, 4096) + bytes(4 * 4096)
-    path.write_bytes(make(ARCH, *(field(f"x{index}", 9, array) for index in range(70))))
+    numbers = bytes(4 * 4096)
+    path.write_bytes(make(ARCH, *(array(f"x{index}", 6, 4096, numbers) for index in range(70))))
     metadata = read_gguf_header(path).metadata
     kept = [index for index in range(70) if isinstance(metadata[f"x{index}"], tuple)]
     assert kept == list(range(64))
@@ -132,95 +141,40 @@ def test_many_short_arrays_do_not_fill_the_memory(tmp_path: Path) -> None:
 
 
 ONE = entry("t", [1], 0, 0)
-HOSTILE = {
-    "magic": (make(ARCH, magic=b"PK\3\4"), r"its beginning is b'PK\x03\x04'"),
-    "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "its beginning is b'vers'"),
-    "version": (make(ARCH, version=1), "the version is 1"),
-    "big endian": (make(ARCH, version=3 << 24), f"the version is {3 << 24}"),
-    "tensors": (make(ARCH, n_tensor=1 << 63), f"the number of tensors is {1 << 63}"),
-    "fields": (make(ARCH, n_field=1 << 40), f"the number of fields is {1 << 40}"),
-    "length of a key": (
-        make(struct.pack("<Q", 1 << 62)),
-        f"the length of the name of metadata field 0 is {1 << 62}",
-    ),
-    "key": (
-        make(field(b"\xff\xfe", 4, bytes(4))),
-        r"the name of metadata field 0 is b'\xff\xfe'",
-    ),
-    "field twice": (make(ARCH, ARCH), "metadata field 'general.architecture' is given twice"),
-    "type of a field": (make(field("k", 13, b"")), "the type of metadata field 'k' is 13"),
-    "array of arrays": (
-        make(field("k", 9, struct.pack("<IQ", 9, 1))),
-        "the element type of metadata field 'k' is 9",
-    ),
-    "length of an array": (
-        make(field("k", 9, struct.pack("<IQ", 8, 1 << 60))),
-        f"the length of metadata field 'k' is {1 << 60}",
-    ),
-    "strings past the end": (
-        make(field("k", 9, struct.pack("<IQ", 8, 1000) + text("a"))),
-        "the end of metadata field 'k' is byte ",
-    ),
-    "string longer than the file": (
-        make(field("k", 9, struct.pack("<IQQ", 8, 1, (1 << 64) - 1))),
-        "the end of metadata field 'k' is byte ",
-    ),
-    "no architecture": (make(), "metadata field general.architecture is missing"),
-    "alignment": (
-        make(ARCH, field("general.alignment", 4, struct.pack("<I", 24))),
-        "metadata field general.alignment is 24",
-    ),
-    "part of a model": (
-        make(ARCH, field("split.count", 2, struct.pack("<H", 3))),
-        "metadata field split.count is 3; expected a whole model. Join the parts with",
-    ),
-    "dimensions": (
-        make(ARCH, entries=(entry("t", [1] * 5, 0, 0),)),
-        "the number of dimensions of tensor 't' is 5",
-    ),
-    "empty dimension": (
-        make(ARCH, entries=(entry("t", [0, 3], 0, 0),)),
-        "the shape of tensor 't' is [3, 0]",
-    ),
-    "name of a tensor": (
-        make(ARCH, entries=(entry("t" * 64, [1], 0, 0),)),
-        "the length of the name of tensor 0 is 64",
-    ),
-    "unknown type": (
-        make(ARCH, entries=(entry("t", [32], 999, 0),)),
-        "the type of tensor 't' is 999",
-    ),
-    "row not of whole blocks": (
-        make(ARCH, entries=(entry("t", [33], 8, 0),), data=bytes(64)),
-        "the width of tensor 't' is 33; expected a multiple of 32 for Q8_0",
-    ),
-    "offset not aligned": (
-        make(ARCH, entries=(entry("t", [1], 0, 4),), data=bytes(64)),
-        "the offset of tensor 't' is 4",
-    ),
-    "tensor twice": (
-        make(ARCH, entries=(ONE, entry("t", [1], 0, 32)), data=bytes(64)),
-        "tensor 't' is listed twice",
-    ),
-    "overlapping tensors": (
-        make(ARCH, entries=(entry("big", [16], 0, 0), entry("small", [1], 0, 32)), data=bytes(64)),
-        "the place of tensor 'small' is byte 192; expected byte 224 or later, after tensor 'big'",
-    ),
-    "tensor past the end": (
-        make(ARCH, entries=(entry("t", [17], 0, 0),), data=bytes(64)),
-        "the end of tensor 't' is byte 196; expected at most the file's 192",
-    ),
-    "tensor past all ends": (
-        make(ARCH, entries=(entry("t", [1 << 62, 1 << 62], 0, 0),), data=bytes(64)),
-        f"the end of tensor 't' is byte {128 + (1 << 126)}",
-    ),
-    "empty": (b"", "the end of the magic is byte 4 or later"),
-}
+NOT_BEGUN = f"the length of the name of metadata field 0 is {1 << 62}"
+LATER = "byte 224 or later, after tensor 'big'"
+OVERLAPPING = (entry("big", [16], 0, 0), entry("small", [1], 0, 32))
+HOSTILE = [
+    (make(ARCH, magic=b"PK\3\4"), r"its beginning is b'PK\x03\x04'"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "its beginning is b'vers'"),
+    (make(ARCH, version=3 << 24), f"the version is {3 << 24}"),  # big endian
+    (make(ARCH, n_field=1 << 40), f"the number of fields is {1 << 40}"),
+    (make(struct.pack("<Q", 1 << 62)), NOT_BEGUN),
+    (make(field(b"\xff\xfe", 4, bytes(4))), r"the name of metadata field 0 is b'\xff\xfe'"),
+    (make(ARCH, ARCH), "metadata field 'general.architecture' is given twice"),
+    (make(field("k", 13, b"")), "the type of metadata field 'k' is 13"),
+    (make(array("k", 9, 1)), "the element type of metadata field 'k' is 9"),
+    (make(array("k", 8, 1 << 60)), f"the length of metadata field 'k' is {1 << 60}"),
+    (make(array("k", 8, 1, bytes([255] * 8))), "the end of metadata field 'k' is byte "),
+    (make(), "metadata field general.architecture is missing"),
+    (make(ARCH, whole("general.alignment", 24)), "metadata field general.alignment is 24"),
+    (make(ARCH, whole("split.count", 3)), "metadata field split.count is 3; expected a whole mod"),
+    (holding(entry("t", [1] * 5, 0, 0)), "the number of dimensions of tensor 't' is 5"),
+    (holding(entry("t", [0, 3], 0, 0)), "the shape of tensor 't' is [3, 0]"),
+    (holding(entry("t" * 64, [1], 0, 0)), "the length of the name of tensor 0 is 64"),
+    (holding(entry("t", [32], 999, 0)), "the type of tensor 't' is 999"),
+    (holding(entry("t", [33], 8, 0)), "the width of tensor 't' is 33; expected a multiple of 32"),
+    (holding(entry("t", [1], 0, 4)), "the offset of tensor 't' is 4"),
+    (holding(ONE, entry("t", [1], 0, 32)), "tensor 't' is listed twice"),
+    (holding(*OVERLAPPING), f"the place of tensor 'small' is byte 192; expected {LATER}"),
+    (holding(entry("t", [17], 0, 0)), "the end of tensor 't' is byte 196; expected at most the fi"),
+    (holding(entry("t", [1 << 62] * 2, 0, 0)), f"the end of tensor 't' is byte {128 + (1 << 126)}"),
+    (b"", "the end of the magic is byte 4 or later"),
+]
 
 
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_header_is_refused_by_field(tmp_path: Path, case: str) -> None:
-    content, found = HOSTILE[case]
+@pytest.mark.parametrize(("content", "found"), HOSTILE)
+def test_hostile_header_is_refused_by_field(tmp_path: Path, content: bytes, found: str) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     with pytest.raises(GgufFileError) as caught:
@@ -243,7 +197,7 @@ def test_refusals_have_four_parts(tmp_path: Path) -> None:
         f"Cannot read {path}: the number of tensors is {1 << 63}; expected at most {MAX_TENSORS}. "
         "The file is truncated, corrupted or of another kind; fetch or convert it again."
     )
-    path.write_bytes(make(ARCH, field("llama.block_count", 4, struct.pack("<I", 1 << 31))))
+    path.write_bytes(make(ARCH, whole("llama.block_count", 1 << 31)))
     header = read_gguf_header(path)
     with pytest.raises(GgufFileError) as absurd:
         _ = header.n_layer
@@ -257,7 +211,7 @@ def test_refusals_have_four_parts(tmp_path: Path) -> None:
 
 def test_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    head = make(ARCH, field("words", 9, struct.pack("<IQ", 8, 2) + struct.pack("<Q", 1 << 40)))
+    head = make(ARCH, array("words", 8, 2, struct.pack("<Q", 1 << 40)))
     with path.open("wb") as file:  # a sparse file
         file.write(head)
         file.truncate(1 << 41)
@@ -275,13 +229,13 @@ def test_file_that_shrinks_while_its_header_is_read_is_named(tmp_path: Path) -> 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    array = field("array", 9, struct.pack("<IQ3I", 4, 3, 1, 2, 3))
-    words = field("words", 9, struct.pack("<IQ", 8, 2) + text("one") + text("two"))
-    whole = make(ARCH, array, words, entries=(entry("t", [2, 4], 0, 0),), data=bytes(32))
-    path.write_bytes(whole)
+    numbers = array("array", 4, 3, struct.pack("<3I", 1, 2, 3))
+    words = array("words", 8, 2, text("one") + text("two"))
+    complete = make(ARCH, numbers, words, entries=(entry("t", [2, 4], 0, 0),), data=bytes(32))
+    path.write_bytes(complete)
     read_gguf_header(path)
-    for n_bytes in range(1, len(whole)):
-        path.write_bytes(whole[:n_bytes])
+    for n_bytes in range(1, len(complete)):
+        path.write_bytes(complete[:n_bytes])
         with pytest.raises(GgufFileError):
             read_gguf_header(path)
 
@@ -292,12 +246,8 @@ def test_file_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
     info = header.tensors["output_norm.weight"]
     with base.path.open("rb+") as file:
         file.truncate(info.offset + 8)
-    with pytest.raises(GgufFileError) as caught:
+    with pytest.raises(GgufFileError, match="it changed while it was read; expected a file that"):
         read_values(header.path, info)
-    assert str(caught.value) == (
-        f"Cannot read {base.path}: it changed while it was read; expected a file that stays as it "
-        "is. Try again."
-    )
 
 
 def test_type_that_cannot_become_floats_is_named(tmp_path: Path) -> None:
