@@ -93,8 +93,7 @@ def test_too_long_a_line_is_told_and_the_chat_goes_on(
     result = chat(made, "hi\n" + "xyz" * 100 + "\nhi\n", *GREEDY, "--ctx", "96")
     assert result.exit_code == 0
     assert "Error: The prompt has" in result.stderr
-    advice = "In this chat /ctx N makes it larger, and the message is still in the history (Up)."
-    assert advice in result.stderr
+    assert "larger context: /save FILE, then `qaflora chat --load FILE --ctx N`." in result.stderr
     assert result.stderr.count("tok/s") == 2
 
 

@@ -85,7 +85,6 @@ FAILING = [
     ("/temp warm", "The temperature 'warm' is no number; expected one such as 0.7."),
     ("/temp -1", "Option temperature is -1.0, expected a number from 0 up."),
     ("/seed 1.5", "The seed '1.5' is no whole number; expected one such as 4096."),
-    ("/ctx 99999999999", "expected a number of tokens from 1 to"),
     ("/clear all", "/clear takes nothing after it, found 'all'."),
     ("/save", "/save got no file name; expected /save FILE."),
     ("/load none.json", "Cannot load the session none.json: No such file"),
@@ -263,31 +262,10 @@ def test_clear_forgets_the_conversation_alone(made: TinyBundle) -> None:
     assert result.stdout.splitlines()[1:] == as_lines(expected).splitlines()
 
 
-def test_the_size_of_the_context_can_be_changed_in_a_conversation(made: TinyBundle) -> None:
-    long = "xyz " * 60
-    lines = ("the thing", long, "/ctx", "/strategy single:es", "/adapters off math", "/ctx 512")
-    result = chat(
-        made.folder, *lines, "/strategy", "/adapters", long, args=(*GREEDY, "--ctx", "96")
-    )
-    assert result.stderr.count("Error: The prompt has") == 1
+def test_ctx_tells_how_full_the_context_is(made: TinyBundle) -> None:
+    result = chat(made.folder, "the thing", "/ctx", args=(*GREEDY, "--ctx", "96"))
     told = r"\[context 96; \d+ tokens of it in use; the base was trained for 512\]"
     assert re.search(told, result.stderr)
-    assert re.search(told.replace("96", "512"), result.stderr)
-    assert result.stderr.count("[strategy single:es]") == 2
-    assert result.stderr.count("math  off") == 2
-    assert result.stdout.count("\n") == 2
-    # The first turn is still there, and is read with the second.
-    with Engine(made.folder, threads=1) as engine:
-        first, second = result.stdout.splitlines()
-        messages = [
-            {"role": "user", "content": "the thing"},
-            {"role": "assistant", "content": first},
-            {"role": "user", "content": long.rstrip("\n")},
-        ]
-        tokens = engine.chat_tokens(messages)
-        engine.use_adapters(["es"])
-        options = {"weights": "single:es", "max_tokens": 6, "repeat_penalty": REPEAT_PENALTY}
-        assert engine.generate(tokens, **options).text() == second
 
 
 def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made: TinyBundle) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,7 +105,9 @@ def bench(
             "one. Give a bundle with adapters."
         )
     sizes |= {"max_tokens": options.max_tokens}
-    result = _facts(loaded, options) | sizes | _measured(loaded, options, only, sizes)
+    result = _facts(loaded, options) | sizes
+    del result["callers"]  # the rows of that part have the numbers
+    result |= _measured(loaded, options, only, sizes)
     click.echo(json.dumps(result) if as_json else _table(result))
 
 
@@ -177,9 +180,6 @@ def _facts(loaded: Bundle, options: SharedOptions) -> dict[str, Any]:
     }
 
 
-# the table
-
-
 def _table(result: Row) -> str:
     """Medians and, in brackets, the lowest and highest run."""
     adapters = ", ".join(
@@ -191,58 +191,61 @@ def _table(result: Row) -> str:
         f"{result['cpu']}, {result['threads']} threads; {result['library']['build_info']}",
         f"medians of {result['repeat']} interleaved runs (lowest-highest); ratios within a run",
     ]
-    tables: dict[str, Callable[[Any], Iterator[Any]]]
-    tables = {"decode": _decode, "ttft": _ttft, "callers": _callers, "memory": _memory}
-    for part, rows in tables.items():
-        if part in result:
-            for table in rows(result[part]):
-                lines += ["", *columns(table)]
+    for part, (title, label, cells) in _TABLES.items():
+        for length, rows in groupby(result.get(part, ()), lambda row: row.get("prompt_tokens")):
+            head = (title.format(length), *(name for name, _ in cells))
+            table = [(label(row), *(_cell(row, key) for _, key in cells)) for row in rows]
+            lines += ["", *columns([head, *table])]
+    if "memory" in result:
+        sizes = result["memory"]
+        facts = [(label, _mb(sizes[f"{key}_bytes"])) for key, label in _MEMORY.items()]
+        lines += ["", *columns(facts)]
     return "\n".join(lines)
 
 
-def _decode(rows: Sequence[Row]) -> Iterator[list[Sequence[str]]]:
-    for length, found in groupby(rows, key=lambda row: row["prompt_tokens"]):
-        ratios = ("of base", "of llama.cpp's")
-        head = (f"prompt {length} tokens", "decode tok/s", *ratios, "prefill tok/s", *ratios)
-        table: list[Sequence[str]] = [head]
-        for row in found:
-            cells = [f"{row['contestant']} k={row['k']}" if row["k"] else "base"]
-            for what in ("decode", "prefill"):
-                cells.append(_range(row[f"{what}_tokens_per_second"]))
-                cells += [_median(row, f"{what}_of_base"), _median(row, f"{what}_of_stock")]
-            table.append(cells)
-        yield table
+# Part -> the title of its tables, the label of a row, and its columns with their keys.
+_TABLES: dict[str, tuple[str, Callable[[Row], str], tuple[tuple[str, str], ...]]] = {
+    "decode": (
+        "prompt {} tokens",
+        lambda row: f"{row['contestant']} k={row['k']}" if row["k"] else "base",
+        (
+            ("decode tok/s", "decode_tokens_per_second"),
+            ("of base", "decode_of_base"),
+            ("of llama.cpp's", "decode_of_stock"),
+            ("prefill tok/s", "prefill_tokens_per_second"),
+            ("of base", "prefill_of_base"),
+            ("of llama.cpp's", "prefill_of_stock"),
+        ),
+    ),
+    "ttft": (
+        "first token, prompt {} tokens",
+        itemgetter("method"),
+        (("ms", "ttft_ms"), ("of the base's prefill", "of_plain")),
+    ),
+    "callers": (
+        "callers",
+        lambda row: f"{row['callers']:>3} {row['way']}",
+        (("tok/s", "tokens_per_second"), ("of the fewest", "of_one"), ("of base", "of_base")),
+    ),
+}
+_MEMORY = {
+    "peak": "peak memory",
+    "base": "the base's file",
+    "adapters": "adapters",
+    "python": "Python before the base is loaded",
+}
 
 
-def _ttft(rows: Sequence[Row]) -> Iterator[list[Sequence[str]]]:
-    for length, found in groupby(rows, key=lambda row: row["prompt_tokens"]):
-        head = (f"first token, prompt {length} tokens", "ms", "of the base's prefill")
-        own = [(row["method"], _range(row["ttft_ms"]), _median(row, "of_plain")) for row in found]
-        yield [head, *own]
-
-
-def _callers(rows: Sequence[Row]) -> Iterator[list[Sequence[str]]]:
-    table: list[Sequence[str]] = [("callers", "tok/s", "of the fewest", "of base")]
-    for row in rows:
-        cells = (_range(row["tokens_per_second"]), _median(row, "of_one"), _median(row, "of_base"))
-        table.append((f"{row['callers']:>3} {row['way']}", *cells))
-    yield table
-
-
-def _memory(memory: Row) -> Iterator[list[Sequence[str]]]:
-    names = {"peak": "peak memory", "base": "the base's file", "adapters": "adapters"}
-    names |= {"python": "Python before the base is loaded"}
-    yield [(label, _mb(memory[f"{key}_bytes"])) for key, label in names.items()]
-
-
-def _range(spread: Mapping[str, float]) -> str:
+def _cell(row: Row, key: str) -> str:
+    """A ratio's median, or a median with the lowest and highest run."""
+    if key not in row:
+        return ""
+    spread = row[key]
+    if "of_" in key:
+        return f"{spread['median']:.2f}"
     digits = 1 if spread["max"] < 1000 else 0
     low, high = (f"{spread[end]:.{digits}f}" for end in ("min", "max"))
     return f"{spread['median']:.{digits}f} ({low}-{high})"
-
-
-def _median(row: Row, key: str) -> str:
-    return f"{row[key]['median']:.2f}" if key in row else ""
 
 
 def _mb(n_bytes: int) -> str:

@@ -58,10 +58,9 @@ COMMANDS = {
         "seed. off: a new one each time.",
     ),
     "ctx": (
-        "[N]",
-        "Show how full the context is, or change its size.",
-        "The context holds system prompt, conversation and answer, in tokens. Another size loads "
-        "the base again; the conversation stays.",
+        "",
+        "Show how full the context is.",
+        "The context holds system prompt, conversation and answer, in tokens; --ctx sets its size.",
     ),
     "retry": (
         "",
@@ -207,11 +206,9 @@ class Commands:
         self.view.note(f"no {name}" if is_off else f"{name} {value}")
 
     def ctx(self, argument: str) -> None:
-        session = self.session
-        if argument:
-            session.reopen(int(_number(argument, "number of tokens", is_whole=True)))
-        parts = [f"context {session.engine.n_ctx}", f"{session.n_token} tokens of it in use"]
-        self.view.note(*parts, f"the base was trained for {session.engine.n_ctx_train}")
+        engine, n_token = self.session.engine, self.session.n_token
+        parts = [f"context {engine.n_ctx}", f"{n_token} tokens of it in use"]
+        self.view.note(*parts, f"the base was trained for {engine.n_ctx_train}")
 
     def clear(self, argument: str) -> None:
         turns = _turns(len(self.session.conversation.turns))

@@ -63,7 +63,7 @@ class ChatSession:
     def __init__(self, bundle: str, options: SharedOptions, *, keep_history: bool = False) -> None:
         folder = bundle_folder(bundle)
         n_ctx = context_size(folder, options.kv_type) if options.ctx is None else options.ctx
-        self._bundle, self._options = bundle, options
+        self._options = options
         self.engine = open_engine(bundle, options, n_ctx=n_ctx, n_parallel=1)
         self.identity = bundle_identity(folder)
         self.conversation = Conversation()
@@ -110,8 +110,8 @@ class ChatSession:
             tokens = self.conversation.fit(question, self._tokens, n_ctx - room)
         except PromptError as error:
             raise PromptError(
-                f"{error} In this chat /ctx N makes it larger, and the message is still in the "
-                "history (Up)."
+                f"{error} For a larger context: /save FILE, then `qaflora chat --load FILE "
+                "--ctx N`."
             ) from error
         sampling = dict(self.sampling)
         if sampling["seed"] is not None:
@@ -155,21 +155,6 @@ class ChatSession:
         sampling = {**self.sampling, option: value}
         make_sampling(**sampling)
         self.sampling = sampling
-
-    def reopen(self, n_ctx: int) -> None:
-        """Change the size of the context, by another Engine.
-
-        Raises a QafloraError, and keeps the size as it was, when that cannot be.
-        """
-        before = self.engine
-        before.close()
-        try:
-            self.engine = open_engine(self._bundle, self._options, n_ctx=n_ctx, n_parallel=1)
-        except QafloraError:
-            self.engine = open_engine(self._bundle, self._options, n_ctx=before.n_ctx, n_parallel=1)
-            raise
-        finally:
-            self._use(before.strategy, before.adapters)
 
     def set_system(self, text: str | None) -> None:
         """Change the system prompt of the whole conversation, from the next turn on.
