@@ -1,8 +1,7 @@
 """Recorded checksums: a file is hashed once per size and time of change.
 
-Hashes are remembered in the cache folder. The memory may be lost, broken or read-only at any time:
-then files are hashed again. A program that sets a file's time back hides its change from this
-memory, not from `qaflora bundle verify`.
+Hashes are remembered in the cache folder; without that memory files are hashed again. A program
+that sets a file's time back hides its change from the memory, not from `qaflora bundle verify`.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
-"""Read GGUF files: metadata, where each tensor lies, and values.
+"""Read GGUF files: metadata, the place of each tensor, and values.
 
-Ours because gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts what a file says of
-itself. Here every count, length and offset is checked first, and a vocabulary is stepped over. The
-limits at the top bound the memory and the time that any file can take. The file is read and not
-mapped: a mapped file that someone shortens would end the process.
+gguf's GGUFReader needs 1.5 s for SmolLM2's vocabulary and trusts the file. Here every count, length
+and offset is checked first, and a vocabulary is stepped over. The limits bound memory and time.
+The file is not mapped: a mapped file that someone shortens would end the process.
 """
 
 import math
@@ -174,7 +173,12 @@ class GgufCursor:
         if isinstance(n_split, int) and n_split > 1:
             advice = "Join the parts with llama.cpp's `llama-gguf-split --merge`."
             self.fail("metadata field split.count", n_split, "a whole model", advice)
-        relative = self.read_tensors(n_tensor, alignment)
+        relative: dict[str, TensorInfo] = {}  # with offsets from the tensor data
+        for index in range(n_tensor):
+            info = self.read_tensor_info(index, alignment)
+            if info.name in relative:
+                self.fail(f"tensor {info.name!r}", "listed twice", "every tensor once")
+            relative[info.name] = info
         data_offset = -(-self.position // alignment) * alignment
         tensors = {
             name: replace(info, offset=data_offset + info.offset) for name, info in relative.items()
@@ -241,16 +245,6 @@ class GgufCursor:
         end = self.n_dropped + index
         self.load(end, field)
         self.position = end
-
-    def read_tensors(self, n_tensor: int, alignment: int) -> dict[str, TensorInfo]:
-        """Read the entries; their offsets count from the tensor data."""
-        tensors: dict[str, TensorInfo] = {}
-        for index in range(n_tensor):
-            info = self.read_tensor_info(index, alignment)
-            if info.name in tensors:
-                self.fail(f"tensor {info.name!r}", "listed twice", "every tensor once")
-            tensors[info.name] = info
-        return tensors
 
     def read_tensor_info(self, index: int, alignment: int) -> TensorInfo:
         name = self.text(MAX_TENSOR_NAME_BYTES, f"the name of tensor {index}", strict=True)
@@ -470,23 +464,15 @@ def _to_float32(path: Path, info: TensorInfo, rows: NDArray[np.uint8]) -> F32:
     return values
 
 
-_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # of a value
-
-
 def kv_bytes(header: GgufHeader, kv_type: str) -> float:
-    """Give the bytes that a token takes in the KV cache."""
-    return _BYTES[kv_type] * n_kv_value(header)
-
-
-def n_kv_value(header: GgufHeader) -> int:
-    """Count the values of a token in the KV cache, by the rows of the weights that make them."""
-    n = 0
+    """Give the bytes of a token in the KV cache, by the rows of the weights that make them."""
+    n_value = 0
     for name, info in header.tensors.items():
         if name.endswith((".attn_k.weight", ".attn_v.weight")):
-            n += info.shape[0]
+            n_value += info.shape[0]
         elif name.endswith(".attn_qkv.weight"):
-            n += max(0, info.shape[0] - header.n_embd)
-    return n
+            n_value += max(0, info.shape[0] - header.n_embd)
+    return n_value * {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
 
 
 def parts(n: int, n_part: int) -> Iterator[range]:

@@ -1,13 +1,13 @@
-"""Names of models: references to the Hugging Face Hub, and the registry that ships with us.
+"""Names of models: references to the Hugging Face Hub, and the registry `models/registry.json`.
 
-Nothing is fetched here. A model of `models/registry.json` is one file, pinned by its sha256. Its
-sources are tried in order: packages that carry the file in parts, then the Hub. The registry is
-ours: a test checks what it says.
+A model of the registry is one file, pinned by its sha256. Its sources are tried in order: packages
+that carry the file in parts, then the Hub.
 """
 
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,11 @@ class HubRef:
     revision: str | None
 
     def __str__(self) -> str:
-        return (
-            self.repo
-            + (f"/{self.file}" if self.file else "")
-            + (f"@{self.revision}" if self.revision else "")
+        file, revision = (
+            f"/{self.file}" * bool(self.file),
+            f"@{self.revision}" * bool(self.revision),
         )
+        return f"{self.repo}{file}{revision}"
 
 
 def parse_hub_ref(text: str) -> HubRef:
@@ -61,18 +61,15 @@ def parse_hub_ref(text: str) -> HubRef:
 
 
 def from_address(text: str) -> str:
-    """Turn the address of a Hub page, as a browser has it, into a reference.
+    """Turn the address of a Hub page into a reference; give other text as it is.
 
-    Other text is given as it is, and what an address names beyond a repository, a revision and a
-    file stays in it for parse_hub_ref to refuse.
+    parse_hub_ref refuses an address with more than a repository, a revision and a file.
     """
     match = _ADDRESS.fullmatch(text)
     if match is None:
         return text
-    path = (match["path"] or "").removeprefix("/")
-    revision = unquote(match["revision"] or "")
-    is_pinned = revision not in ("", "main")
-    return match["repo"] + (f"/{unquote(path)}" if path else "") + (f"@{revision}" * is_pinned)
+    path, revision = unquote(match["path"] or "").rstrip("/"), unquote(match["revision"] or "")
+    return match["repo"] + path + f"@{revision}" * (revision not in ("", "main"))
 
 
 def is_repo(text: str) -> bool:
@@ -108,7 +105,7 @@ class PackagePart:
     """A distribution whose files `members`, joined in order, are one part of a file."""
 
     distribution: str
-    members: tuple[str, ...]
+    members: Sequence[str]
     size_bytes: int
 
 
@@ -149,11 +146,7 @@ def load_registry() -> dict[str, Model]:
 
 def _read_source(source: dict[str, Any]) -> PackageSource | HubRef:
     if source["type"] == "package":
-        parts = [
-            PackagePart(part["distribution"], tuple(part["members"]), part["size_bytes"])
-            for part in source["parts"]
-        ]
-        return PackageSource(tuple(parts))
+        return PackageSource(tuple(PackagePart(**part) for part in source["parts"]))
     return HubRef(source["repo"], source["file"], source["revision"])
 
 
