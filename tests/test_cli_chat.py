@@ -148,7 +148,7 @@ def test_more_than_the_base_was_trained_for_is_told_once(
     result = chat(made, f"hi\n{long}\n{long}\n/clear\nhi\n", "--ctx", "4096")
     warning = (
         "[warning: the base was trained for 512 tokens, and the conversation has more; answers may "
-        "fall apart. /clear begins anew]"
+        "fall apart. /clear begins again]"
     )
     assert result.stderr.count(warning) == 1
     assert result.stderr.index(warning) > result.stderr.index("tok/s")

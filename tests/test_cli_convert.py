@@ -154,9 +154,7 @@ def test_wrong_conversion_is_reported_with_exit_code_1(
     assert not check["is_right"]
     assert (check["of_allowed"] is None) == np.isnan(value)
     assert not out.exists()
-    head, line = run(folder, "--base", base.path, "-o", out, "--verify").stdout.splitlines()
-    assert head.split() == ["largest", "relative", "of", "allowed", "module"]
-    assert line.split()[-1] == "model.layers.0.self_attn.q_proj"
+    assert run(folder, "--base", base.path, "-o", out, "--verify").stdout == ""
 
 
 @pytest.mark.slow

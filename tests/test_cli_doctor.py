@@ -34,6 +34,7 @@ def test_report_to_read() -> None:
     assert result.exit_code == 0
     assert f"ABI        {native.ABI_VERSION}\n" in result.stdout
     assert "device     " in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("All is well: ")
 
 
 def test_missing_library_is_told_beside_the_rest(tmp_path: Path) -> None:

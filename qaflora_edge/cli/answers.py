@@ -31,11 +31,8 @@ class Answer:
     def text(self) -> str:
         """The answer, with a remark where a limit cut it, or "(nothing)"."""
         text = self.facts["text"].strip() or "(nothing)"
-        return text + ("\n[cut at the limit of tokens]" if self.is_cut else "")
-
-    @property
-    def is_cut(self) -> bool:
-        return bool(self.facts["finish_reason"] == "length")
+        is_cut = self.facts["finish_reason"] == "length"
+        return text + ("\n[cut at the limit of tokens]" if is_cut else "")
 
 
 def stream_answer(answer: Generation) -> None:

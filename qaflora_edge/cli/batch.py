@@ -24,7 +24,7 @@ from qaflora_edge.cli.options import (
     open_engine,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.prompts import Line, open_prompts, read_lines, unknown_note
+from qaflora_edge.cli.prompts import Line, open_prompts, read_lines
 from qaflora_edge.config import OWN, SHARED, Option, in_group
 from qaflora_edge.errors import (
     IncompleteAnswerError,
@@ -42,6 +42,7 @@ from qaflora_edge.progress import Tell, silent
 from qaflora_edge.show.text import mean_weights
 
 _KEYS = ("prompt", "messages", "id", "json_schema")
+_UNKNOWN_MAX = 20  # keys that a remark names
 
 
 def _by_spelling() -> dict[str, Option]:
@@ -323,8 +324,10 @@ class _Job:
         return {**result, **_failure(cut)}
 
     def tell_sum(self, seconds: float) -> None:
-        if note := unknown_note(self.unknown):
-            click.echo(note, err=True)
+        if self.unknown:
+            more = " and others" if len(self.unknown) > _UNKNOWN_MAX else ""
+            names = ", ".join(map(repr, itertools.islice(self.unknown, _UNKNOWN_MAX)))
+            click.echo(f"Not options of a request, and ignored: {names}{more}", err=True)
         answers, rate = self.answers, self.n_token / seconds if seconds > 0 else 0.0
         parts = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
         if n_before := len(answers.indexes):

@@ -36,6 +36,9 @@ def doctor(as_json: bool) -> None:
         library = {"ok": False, "folder": str(library_dir()), "error": str(err)}
     report = {"library": library, **package_facts()}
     click.echo(json.dumps(report) if as_json else _lines(report))
+    if not as_json and error is None:
+        place = "a GPU" if library["gpu_offload"] else "the CPU"
+        click.echo(f"All is well: the library fits this version and computes on {place}.")
     if error is not None:
         raise error
 

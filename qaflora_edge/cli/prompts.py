@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,15 @@ FILE_BYTES_MAX = 16 << 20
 LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 KEYS = ("prompt", "name")
-UNKNOWN_MAX = 20  # keys that a remark names
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, a name for it, and for messages the file and line that it is from.
-
-    unknown  keys of its line that stand for nothing here
-    """
+    """A prompt, a name for it, and for messages the file and line that it is from."""
 
     text: str
     name: str | None = None
     where: str | None = None
-    unknown: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -151,15 +146,6 @@ def _decode(data: bytes, shown: str) -> str:
         ) from error
 
 
-def unknown_note(keys: Collection[str]) -> str:
-    """One remark on keys that were left aside, or ""."""
-    if not keys:
-        return ""
-    names = [repr(key) for key in list(keys)[:UNKNOWN_MAX]]
-    more = " and others" if len(keys) > UNKNOWN_MAX else ""
-    return f"Not options of a request, and ignored: {', '.join(names)}{more}"
-
-
 def read_text(path: str) -> str:
     """Read a file of UTF-8 text, or stdin for `-`; a byte order mark is dropped.
 
@@ -201,5 +187,4 @@ def _parse(line: str, where: str) -> Prompt:
                 f'Cannot read {where}: "{key}" is {was}, expected a text that is not empty. '
                 "Correct the line."
             )
-    unknown = tuple(key for key in found if key not in KEYS)
-    return Prompt(found["prompt"], found.get("name"), where, unknown)
+    return Prompt(found["prompt"], found.get("name"), where)

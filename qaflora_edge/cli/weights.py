@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,7 +22,7 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.prompts import Prompt, read_prompts, unknown_note
+from qaflora_edge.cli.prompts import Prompt, read_prompts
 from qaflora_edge.errors import OutputFileError, PromptError
 from qaflora_edge.files import write_text_atomic
 
@@ -72,20 +72,25 @@ def weights(
     check_outputs([plot], [] if prompts_path is None else [Path(prompts_path)])
     if prompts_path is not None:
         prompts = read_prompts(prompts_path)
-        if note := unknown_note(dict.fromkeys(key for each in prompts for key in each.unknown)):
-            click.echo(note, err=True)
     else:
         prompts = [Prompt(read_prompt(str(prompt)))]
     weighed = []
-    with open_engine(bundle, options) as engine:
+    with open_engine(bundle, options) as engine, progress_bars() as tell:
         queries = [_query(engine, asked, options) for asked in prompts]  # all fit, or none is shown
-        for asked, fusion in zip(prompts, _weigh(engine, queries), strict=True):
+        for asked, tokens in zip(prompts, queries, strict=True):
+            fusion = engine.weights(tokens)
             weighed.append((asked, fusion))
+            if len(queries) > 1:
+                tell("Weighing", len(weighed), len(queries))
             if as_json:
-                facts = fusion.to_dict() if prompt is not None else _named_dict(asked, fusion)
-                click.echo(json.dumps(facts))
+                name = {} if asked.name is None else {"name": asked.name}
+                own = {} if prompt is not None else {"prompt": asked.text, **name}
+                click.echo(json.dumps({**own, **fusion.to_dict()}))
     if not as_json:
-        _print_heatmap(weighed)
+        from qaflora_edge.show.heatmap import print_heatmap
+
+        is_one = len(weighed) == 1
+        print_heatmap([("" if is_one else asked.label, fusion) for asked, fusion in weighed])
     if plot is not None:
         _write_plot(plot, weighed, subject(bundle))
 
@@ -102,15 +107,6 @@ def subject(bundle: str) -> str:
     return f"{text.name or folder.name} on {base.name or base.registry or base.hub or base.file}"
 
 
-def _weigh(engine: Engine, queries: Sequence[list[int]]) -> Iterator[FusionWeights]:
-    with progress_bars() as tell:
-        for done, tokens in enumerate(queries, 1):
-            fusion = engine.weights(tokens)
-            if len(queries) > 1:
-                tell("Weighing", done, len(queries))
-            yield fusion
-
-
 def _query(engine: Engine, prompt: Prompt, options: SharedOptions) -> list[int]:
     """A prompt's token ids; a failure says which line of the file it was."""
     try:
@@ -119,19 +115,6 @@ def _query(engine: Engine, prompt: Prompt, options: SharedOptions) -> list[int]:
         if prompt.where is None:
             raise
         raise PromptError(f"{prompt.where}: {error}") from error
-
-
-def _named_dict(prompt: Prompt, fusion: FusionWeights) -> dict[str, Any]:
-    """The contract's object, with the prompt in front."""
-    name = {} if prompt.name is None else {"name": prompt.name}
-    return {"prompt": prompt.text, **name, **fusion.to_dict()}
-
-
-def _print_heatmap(weighed: Sequence[tuple[Prompt, FusionWeights]]) -> None:
-    from qaflora_edge.show.heatmap import print_heatmap
-
-    is_one = len(weighed) == 1
-    print_heatmap([("" if is_one else prompt.label, fusion) for prompt, fusion in weighed])
 
 
 def _write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]], subject: str) -> None:
@@ -144,12 +127,11 @@ def _write_plot(path: Path, weighed: Sequence[tuple[Prompt, FusionWeights]], sub
             f"Cannot draw {path}: the bundle has no adapters, expected one or more. Add one with "
             "`qaflora bundle add`."
         )
+    from qaflora_edge.show.pages import picture, weights_page
+
     if path.suffix.lower() == ".html":
-        from qaflora_edge.show.pages import weights_page
-
         labelled = [(prompt.label, prompt.text, fusion) for prompt, fusion in weighed]
-        write_text_atomic(path, weights_page(labelled, subject))
+        page = weights_page(labelled, subject)
     else:
-        from qaflora_edge.show.pages import picture
-
-        write_text_atomic(path, picture([(p.label, fusion) for p, fusion in weighed], subject))
+        page = picture([(prompt.label, fusion) for prompt, fusion in weighed], subject)
+    write_text_atomic(path, page)

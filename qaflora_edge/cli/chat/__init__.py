@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from qaflora_edge.cli.chat.view import View
     from qaflora_edge.inference.generation import Generation
 
-_LONG_PREFILL_S = 3.0  # a prefill that takes longer: the user is told what helps
 LEAVING = ("exit", "quit", "/exit", "/quit", "/bye")
 
 
@@ -109,7 +108,6 @@ class Chat:
 
         self._session, self._view, self._typed = session, view, typed
         self._commands = Commands(session, view, self.ask)
-        self._is_hinted = not sys.stdin.isatty()
         self._is_beyond = False
 
     def run(self, system: str | None, load_path: Path | None) -> None:
@@ -173,7 +171,6 @@ class Chat:
         session.conclude(question, text, reason, generation)
         view.status(_status(session, generation, reason), generation.fusion)
         self._warn(generation)
-        self._hint(generation)
         return True
 
     def _warn(self, generation: Generation) -> None:
@@ -183,19 +180,7 @@ class Chat:
         if self._is_beyond and not before:
             self._view.note(
                 f"warning: the base was trained for {n_train} tokens, and the conversation has "
-                "more; answers may fall apart. /clear begins anew"
-            )
-
-    def _hint(self, generation: Generation) -> None:
-        """Tell a person once that long conversations can be prefilled in less time."""
-        session, prefill_s = self._session, generation.timings.prefill_ms / 1e3
-        if self._is_hinted or session.keep_history or prefill_s <= _LONG_PREFILL_S:
-            return
-        if len(session.conversation.turns) > 1:
-            self._is_hinted = True
-            self._view.note(
-                f"prefilling the conversation under these weights took {prefill_s:.0f} s; "
-                "/keep-history on prefills only what is new"
+                "more; answers may fall apart. /clear begins again"
             )
 
 
