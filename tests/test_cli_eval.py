@@ -72,7 +72,6 @@ def test_every_item_is_answered_under_every_strategy(made: TinyBundle, tmp_path:
             fusion = engine.weights(tokens, strategy=way)
             means = dict(zip(("math", "es"), fusion.weights.mean(axis=1), strict=True))
             assert each["weights"] == pytest.approx(means, abs=6e-5)
-            assert each["total"] == pytest.approx(sum(means.values()), abs=1e-4)
             answer = engine.generate(tokens, weights=way, max_tokens=8)
             assert each["answer"] == answer.text()
             assert each["n_token"] == answer.n_completion
@@ -102,8 +101,7 @@ def test_likelihoods_are_those_of_the_engine(made: TinyBundle, tmp_path: Path) -
                 len(engine.score(asked, choice, weights="base")) for choice in choices
             ]
             means = np.divide(sums, each["n_tokens"])
-            assert each["score_sum"] == float(sums[0] > sums[1])
-            assert each["score"] == each["score_mean"] == float(means[0] > means[1])
+            assert each["score"] == float(means[0] > means[1])
             assert each["answer"] == choices[int(means.argmax())]
             nats = -float(engine.score("There was", " a thing in the ring", weights=way).mean())
             assert found["text", 0, way]["score"] == pytest.approx(nats, abs=1e-5)

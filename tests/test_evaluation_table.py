@@ -118,7 +118,7 @@ def test_tables_have_a_row_for_each_strategy_and_count_tasks_alike() -> None:
     ("metric", "scores", "best"),
     [
         ("number", {"static": [0, 0], "qa-flora": [0, 1], "norm": [1, 1]}, "norm"),
-        ("number", {"qa-flora": [1, 1], "norm": [1, 1], "static": [1, 1]}, "static"),
+        ("number", {"qa-flora": [1, 1], "norm": [1, 1], "static": [1, 1]}, "qa-flora"),
         ("number", {"static": [0, 1], "norm": [1, None]}, "static"),
         ("loss", {"static": [2, 3], "norm": [1, 3], "qa-flora": [4, 0.5]}, "norm"),
     ],

@@ -116,9 +116,7 @@ def eval(
                 read,
                 strategies,
                 _asked_under(engine, options),
-                max_tokens=sampling.get("max_tokens"),
-                raw_prompt=raw_prompt,
-                machine=cpu_name(),
+                cpu_name(),
             ),
         )
         with file.opened():
@@ -162,9 +160,8 @@ def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
         found["system"] = engine.system
     if (adapter_type := options.engine["adapter_type"]) != "auto":
         found["adapter_type"] = adapter_type
-    # The most tokens are among the facts of each task.
-    sampling = {key: each for key, each in options.sampling.items() if key != "max_tokens"}
-    return {**found, **sampling, "stop": list(sampling["stop"])}
+    found |= {**options.sampling, "raw_prompt": options.raw_prompt}
+    return {**found, "stop": list(found["stop"])}
 
 
 def _run(evaluation: Evaluation) -> None:

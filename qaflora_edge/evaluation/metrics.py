@@ -102,27 +102,17 @@ def _spaced(text: Any) -> str:
 
 
 def choice_score(log_probs: Sequence[F32], fields: Fields) -> dict[str, Any]:
-    """Tell whether the right choice is the likeliest, by the mean and by the sum of its tokens.
+    """Tell whether the right choice is the likeliest, by the mean of its tokens; a tie is wrong.
 
     log_probs  of each choice's tokens, in nats: float32 [n_token] each
-
-    A tie is no right answer. `score` is by the mean.
     """
-    right, choices = fields["answer"], fields["choices"]
-    sums = [float(each.sum(dtype=np.float64)) for each in log_probs]
-    n_tokens = [len(each) for each in log_probs]
-    means = [total / n for total, n in zip(sums, n_tokens, strict=True)]
-
-    def score(values: list[float]) -> float:
-        return float(max(values[:right] + values[right + 1 :]) < values[right])
-
+    means = [float(each.mean(dtype=np.float64)) for each in log_probs]
+    best = int(np.argmax(means))
     return {
-        "score": score(means),
-        "answer": choices[int(np.argmax(means))],
-        "log_probs": [round(total, 4) for total in sums],
-        "n_tokens": n_tokens,
-        "score_sum": score(sums),
-        "score_mean": score(means),
+        "score": float(best == fields["answer"] and means.count(means[best]) == 1),
+        "answer": fields["choices"][best],
+        "log_probs": [round(float(each.sum(dtype=np.float64)), 4) for each in log_probs],
+        "n_tokens": list(map(len, log_probs)),
     }
 
 
@@ -185,6 +175,9 @@ _TOKEN = re.compile(
 # `#### 12 eggs`, and not the heading `#### 1. Count the eggs`.
 _ALONE = rf"[{_MINUS}]?[{_CURRENCY}]?[ \t]?(?>{_DIGITS})[ \t%{_CURRENCY}]*+[^\W\d]*+\.?[ \t]*+$"
 _MARK = re.compile(rf"\\boxed\s*\{{|####[ \t]*+(?={_ALONE})", re.MULTILINE)
+_NUMBER = re.compile(  # in a task
+    r"[+-]?(\d{1,100}|[1-9]\d{0,2}(,\d{3})+)(\.\d{1,100})?([eE][+-]?\d{1,3})?", re.ASCII
+)
 _SPACES = re.compile(r"[ \u00a0\u2009\u202f]")
 _LATEX = (("{,}", ","), ("\\,", "\u2009"), ("\\!", ""), ("\\$", "$"))
 
@@ -213,12 +206,8 @@ def as_number(value: object) -> Decimal | None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    text = repr(value) if isinstance(value, float) else str(value)
-    whole, point, rest = text.strip().partition(".")
-    text = (whole.replace(",", "") if _is_grouped(whole.lstrip("+-")) else whole) + point + rest
-    if not re.fullmatch(r"[+-]?\d{1,100}(\.\d{1,100})?([eE][+-]?\d{1,3})?", text, re.ASCII):
-        return None
-    return Decimal(text)
+    text = str(value).strip()
+    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
 
 
 def _plain(text: str) -> str:

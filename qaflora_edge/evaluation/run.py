@@ -27,16 +27,12 @@ def header(
     tasks: Sequence[Task],
     strategies: Sequence[str],
     options: Mapping[str, Any],
-    *,
-    max_tokens: int | None = None,
-    raw_prompt: bool = False,
     machine: str = "",
 ) -> dict[str, Any]:
     """Write the first line of a results file.
 
-    folder                  of the bundle
-    max_tokens, raw_prompt  where a task does not say
-    machine                 name of the processor
+    folder   of the bundle
+    machine  name of the processor
     """
     from qaflora_edge import __version__
     from qaflora_edge.chat.conversation import bundle_identity
@@ -61,12 +57,7 @@ def header(
             if key in fusion
         },
         "tasks": [
-            {key: getattr(task, key) for key in keys}
-            | {
-                "n_item": len(task.items),
-                "max_tokens": None if task.by.is_likelihood else task.max_tokens or max_tokens,
-                "raw_prompt": raw_prompt or task.raw_prompt,
-            }
+            {**{key: getattr(task, key) for key in keys}, "n_item": len(task.items)}
             for task in tasks
         ],
         "strategies": list(strategies),
@@ -227,10 +218,8 @@ def asked_fields(
         "error": None,
     }
     if fusion is not None:
-        means = np.asarray(fusion.weights, np.float64).mean(axis=1)  # [n_adapter]
-        rounded = (round(float(mean), _DIGITS) for mean in means)
-        record["weights"] = dict(zip(fusion.adapters, rounded, strict=True))
-        record["total"] = round(float(means.sum()), _DIGITS)
+        means = np.asarray(fusion.weights, np.float64).mean(axis=1).round(_DIGITS)  # [n_adapter]
+        record["weights"] = dict(zip(fusion.adapters, means.tolist(), strict=True))
     return record
 
 

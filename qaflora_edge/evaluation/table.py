@@ -9,13 +9,11 @@ import numpy as np
 from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Record, Results
-from qaflora_edge.evaluation.statistics import Estimate, difference, mean
-from qaflora_edge.weighing.strategy import parse_strategy
+from qaflora_edge.evaluation.statistics import DIGITS, Estimate, difference, mean
 
 POINTS, NATS = "points", "nats a token"
 STATIC, SINGLE = "static", "single:"
 NONE = "-"
-TIE = 1e-9  # means that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,7 @@ def estimate(found: Estimate | None, unit: str, *, is_difference: bool = False) 
 def best_strategy(results: Results) -> str:
     """Find the strategy with the highest mean over the tasks.
 
-    Losses count only where no task has points. Of equal strategies the first is taken that does
-    not look at the query, else the first.
+    Losses count only where no task has points. Of equal strategies the first is taken.
 
     Raises ResultsFileError where no strategy has a score for all items.
     """
@@ -185,5 +182,4 @@ def best_strategy(results: Results) -> str:
             "No strategy can be saved: none has a score for every item of every task. See what "
             "failed, or leave those items out."
         )
-    equal = [name for name in means if max(means.values()) - means[name] <= TIE]
-    return min(equal, key=lambda name: parse_strategy(name, results.adapters).strategy.is_probed)
+    return max(means, key=lambda name: round(means[name], DIGITS))

@@ -190,13 +190,13 @@ def _filled(template: str, fields: Mapping[str, Any]) -> str:
     Raises KeyError with a name that is none.
     """
 
-    def value(found: re.Match[str]) -> str:
-        if found[1] is None:
-            return found[0][0]
-        each = fields[found[1]]
-        if not isinstance(each, list):
-            return str(each)
-        pairs = zip(string.ascii_uppercase, each, strict=False)
-        return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
+    def text(value: object) -> str:
+        if not isinstance(value, list):
+            return str(value)
+        return "\n".join(map("{}. {}".format, string.ascii_uppercase, value))
 
-    return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", value, template)
+    return re.sub(
+        r"(\{)\{|(\})\}|\{([^{}]*)\}",
+        lambda found: found[1] or found[2] or text(fields[found[3]]),
+        template,
+    )
