@@ -140,11 +140,7 @@ def test_shape_is_openais(http: TestClient) -> None:
         ({"input": None}, "input", "The field input is None, expected a text or a list of items."),
         ({"input": [{"type": "item_reference"}]}, "input", "Option input is {'type': 'item_ref"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "Option previous_response_id"),
-        (
-            {"tools": [{"type": "web_search"}]},
-            "tools",
-            "Option tools is {'type': 'web_search'}, ex",
-        ),
+        ({"tools": [{"type": "web_search"}]}, "tools", "Option tools has {'type': 'web_search'}, "),
         ({"n": 2}, "n", "Option n of responses is 2, expected"),
         ({"text": 3}, "text", "The field text is 3, expected an object such as"),
     ],

@@ -64,7 +64,7 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
 
 def _is_text(part: Any) -> bool:
     match part:
-        case {"type": "text", "text": str()}:
+        case {"type": "text" | "input_text" | "output_text", "text": str()}:
             return True
     return False
 

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 from qaflora_edge.chat.messages import END
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.completions import ShownTokens, Usage, answer_head, chat_logprobs
+from qaflora_edge.openai.completions import ShownTokens, answer_head, chat_logprobs, usage
 from qaflora_edge.openai.options import openai_options
 from qaflora_edge.openai.tools import answer_form, chosen_tools, parse_calls, shown_text
 
-_ONE_PROMPT = 1 << 30  # answers of one prompt: any number
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
 
 
@@ -125,7 +124,8 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
     if kind == "json_object":
         schema = response_format.get("schema")  # as llama-cpp-python has it
         return {"type": "object"} if schema is None else schema
-    wrapped = response_format.get("json_schema") if kind == "json_schema" else None
+    # Responses have no inner object.
+    wrapped = response_format.get("json_schema", response_format) if kind == "json_schema" else None
     if not isinstance(wrapped, Mapping) or not isinstance(wrapped.get("schema"), Mapping):
         schema = "{'type': 'json_schema', 'json_schema': {'schema': ...}}"
         expected = f"{{'type': 'json_object'}} or {schema}"
@@ -137,7 +137,7 @@ def completion_dict(
     model_name: str, answers: Iterable[Generation], *, has_tools: bool = False
 ) -> dict[str, Any]:
     """Put whole answers to one conversation into OpenAI's shape; each is a choice."""
-    choices, usage = [], Usage(_ONE_PROMPT)
+    choices, ended = [], []
     for index, generation in enumerate(answers):
         shown, text = ShownTokens(generation), generation.text()
         logprobs = chat_logprobs(shown.take(text)) if shown.is_asked else None
@@ -149,9 +149,9 @@ def completion_dict(
         choices.append(
             {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         )
-        usage.add(index, generation)
+        ended.append(generation)
     head = answer_head("chat.completion", model_name)
-    return {**head, "choices": choices, "usage": usage.total()}
+    return {**head, "choices": choices, "usage": usage(ended, len(ended))}
 
 
 def completion_chunks(
@@ -169,7 +169,7 @@ def completion_chunks(
     """
     if include_usage:
         head = {**head, "usage": None}
-    usage = Usage(_ONE_PROMPT)
+    ended: list[Generation] = []
     for index, generation in enumerate(answers):
         shown = ShownTokens(generation)
         for delta, reason in _deltas(generation, has_tools):
@@ -177,9 +177,9 @@ def completion_chunks(
             logprobs = chat_logprobs(entries) if entries else None
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             yield {**head, "choices": [choice]}
-        usage.add(index, generation)
+        ended.append(generation)
     if include_usage:
-        yield {**head, "choices": [], "usage": usage.total()}
+        yield {**head, "choices": [], "usage": usage(ended, len(ended))}
 
 
 def _deltas(generation: Generation, has_tools: bool) -> Iterator[tuple[dict[str, Any], str | None]]:

@@ -9,65 +9,58 @@ from typing import Any
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
 
-Answers = Iterable[tuple[str, Generation]]
 
-
-def text_dict(model_name: str, answers: Answers, n: int = 1) -> dict[str, Any]:
+def text_dict(model_name: str, answers: Iterable[Generation], n: int = 1) -> dict[str, Any]:
     """Put whole answers into OpenAI's shape; each is a choice.
 
-    answers  each with the text that stands before it
-    n        answers of each prompt
+    n  answers of each prompt
     """
-    choices, usage = [], Usage(n)
-    for index, (start, generation) in enumerate(answers):
+    choices, ended = [], []
+    for index, generation in enumerate(answers):
         shown, text = ShownTokens(generation), generation.text()
-        entries = shown.take(text)
-        logprobs = text_logprobs(entries, len(start)) if shown.is_asked else None
-        choices.append(_choice(index, start + text, logprobs, generation.finish_reason))
-        usage.add(index, generation)
+        logprobs = text_logprobs(shown.take(text), 0) if shown.is_asked else None
+        choices.append(_choice(index, text, logprobs, generation.finish_reason))
+        ended.append(generation)
     head = answer_head("text_completion", model_name)
-    return {**head, "choices": choices, "usage": usage.total()}
+    return {**head, "choices": choices, "usage": usage(ended, n)}
 
 
 def text_chunks(
-    head: dict[str, Any], answers: Answers, n: int = 1, *, include_usage: bool = False
+    head: dict[str, Any],
+    answers: Iterable[Generation],
+    n: int = 1,
+    *,
+    include_usage: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield the same as chunks, choices one after another.
 
     head  see answer_head
     """
-    usage = Usage(n)
+    ended = []
     if include_usage:
         head = {**head, "usage": None}
-    for index, (start, generation) in enumerate(answers):
-        shown, offset = ShownTokens(generation), len(start)
-        if start:
-            yield {**head, "choices": [_choice(index, start, None, None)]}
+    for index, generation in enumerate(answers):
+        shown, offset = ShownTokens(generation), 0
         for piece in generation:
             entries = shown.take(piece)
             logprobs = text_logprobs(entries, offset) if entries else None
             offset += len(piece)
             yield {**head, "choices": [_choice(index, piece, logprobs, None)]}
         yield {**head, "choices": [_choice(index, "", None, generation.finish_reason)]}
-        usage.add(index, generation)
+        ended.append(generation)
     if include_usage:
-        yield {**head, "choices": [], "usage": usage.total()}
+        yield {**head, "choices": [], "usage": usage(ended, n)}
 
 
-class Usage:
-    """Counts tokens of answers; a prompt counts with the first of its n answers."""
-
-    def __init__(self, n: int) -> None:
-        self._n, self._n_prompt, self._n_completion = n, 0, 0
-
-    def add(self, index: int, generation: Generation) -> None:
-        self._n_prompt += 0 if index % self._n else generation.n_prompt
-        self._n_completion += generation.n_completion
-
-    def total(self) -> dict[str, int]:
-        n_prompt, n_completion = self._n_prompt, self._n_completion
-        total = {"prompt_tokens": n_prompt, "completion_tokens": n_completion}
-        return {**total, "total_tokens": n_prompt + n_completion}
+def usage(ended: Sequence[Generation], n: int) -> dict[str, int]:
+    """Count tokens of answers; a prompt counts once for its n answers."""
+    n_prompt = sum(generation.n_prompt for generation in ended[::n])
+    n_completion = sum(generation.n_completion for generation in ended)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+    }
 
 
 def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:

@@ -98,16 +98,19 @@ class Llama:
         """Go on with a text: a dict, or chunks with stream=True.
 
         Control tokens spelt out in it are control tokens, as there.
+
+        echo  put the prompt before a whole answer
         """
+        check_off("a streamed create_completion", {"echo": echo and stream}, {})
         sampling = _sampling("create_completion", options, max_tokens=16, temperature=0.8)
         generation = self.engine.generate(prompt, parse_special=True, **sampling)
-        start = ""
+        if stream:
+            return text_chunks(answer_head("text_completion", self.model_path), [generation])
+        answer = text_dict(self.model_path, [generation])
         if echo:
             start = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8")
-        if stream:
-            head = answer_head("text_completion", self.model_path)
-            return text_chunks(head, [(start, generation)])
-        return text_dict(self.model_path, [(start, generation)])
+            answer["choices"][0]["text"] = start + answer["choices"][0]["text"]
+        return answer
 
     __call__ = create_completion
 

@@ -47,20 +47,13 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _logprobs(is_asked: Any, n_top: Any) -> dict[str, Any]:
-    """OpenAI's `logprobs` and `top_logprobs` as the one option that they are here."""
+    """Return OpenAI's `logprobs` and `top_logprobs` as one option; the second implies the first."""
     if not isinstance(is_asked, bool | None):
         raise wrong_option("logprobs", is_asked, "true or false")
-    if not is_asked and n_top not in (None, 0):
-        raise OptionError(
-            f"Option top_logprobs is {n_top!r} without logprobs, expected logprobs = true beside "
-            "it.",
-            "top_logprobs",
-        )
-    if n_top is not None:
-        option = in_group("sampling")["logprobs"]
-        if not option.fits(n_top):
-            raise wrong_option("top_logprobs", n_top, option.expected)
-    return {"logprobs": n_top or 0} if is_asked else {}
+    option = in_group("sampling")["logprobs"]
+    if n_top is not None and not option.fits(n_top):
+        raise wrong_option("top_logprobs", n_top, option.expected)
+    return {"logprobs": n_top or 0} if is_asked or n_top else {}
 
 
 def check_off(method: str, options: Mapping[str, Any], harmless: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ _OFF: dict[str, Any] = {
     "n": 1,
     "include": ["reasoning.encrypted_content"],  # there is no reasoning
 }
+_AS_IN_CHATS = ("temperature", "top_p", "tools", "tool_choice", "parallel_tool_calls")
 # Fields that a response must have. They repeat nothing of the request.
 _CONSTANT: dict[str, Any] = {
     "object": "response",
@@ -37,7 +38,6 @@ _CONSTANT: dict[str, Any] = {
     **dict.fromkeys(("error", "instructions", "max_output_tokens", "max_tool_calls"), None),
     **dict.fromkeys(("previous_response_id", "prompt_cache_key", "safety_identifier"), None),
 }
-_TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -51,12 +51,9 @@ def chat_request(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[st
         messages.insert(0, {"role": "system", "content": instructions})
     options: dict[str, Any] = {
         "max_tokens": body.get("max_output_tokens"),
-        "response_format": _response_format(body.get("text")),
-        "tools": _tools(body.get("tools")),
-        "tool_choice": _tool_choice(body.get("tool_choice")),
+        "response_format": (body.get("text") or {}).get("format"),
+        **{name: body.get(name) for name in _AS_IN_CHATS},
     }
-    for name in ("temperature", "top_p", "parallel_tool_calls"):
-        options[name] = body.get(name)
     return messages, {name: value for name, value in options.items() if value is not None}
 
 
@@ -67,7 +64,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     for item in given:
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
         if kind == "message":
-            messages.append({"role": item.get("role"), "content": _content(item.get("content"))})
+            messages.append({"role": item.get("role"), "content": item.get("content")})
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
@@ -77,55 +74,11 @@ def _messages(given: Any) -> list[dict[str, Any]]:
             else:
                 messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
         elif kind == "function_call_output":
-            content = _content(item.get("output"))
-            messages.append(
-                {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
-            )
+            told = {"tool_call_id": item.get("call_id"), "content": item.get("output")}
+            messages.append({"role": "tool", **told})
         elif kind != "reasoning":
             raise wrong_option("input", item, "items of the types message and function_call")
     return messages
-
-
-def _content(content: Any) -> Any:
-    """Parts of text as those of a chat; what is none is refused where messages are checked."""
-    if not isinstance(content, list):
-        return content
-    return [
-        {"type": "text", "text": part.get("text")}
-        if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS
-        else part
-        for part in content
-    ]
-
-
-def _response_format(text: Any) -> dict[str, Any] | None:
-    form = (text or {}).get("format")
-    if form is None:
-        return None
-    if not isinstance(form, Mapping):
-        raise wrong_option("text", text, 'an object such as {"format": {"type": "text"}}')
-    if form.get("type") != "json_schema":
-        return dict(form)
-    return {"type": "json_schema", "json_schema": {k: form[k] for k in form if k != "type"}}
-
-
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    if tools is None:
-        return None
-    found = []
-    for tool in tools:
-        if not isinstance(tool, Mapping) or tool.get("type") != "function":
-            raise wrong_option("tools", tool, 'functions, as in {"type": "function", "name": ...}')
-        given = {name: value for name, value in tool.items() if value is not None}
-        function = {name: given[name] for name in given if name not in ("type", "strict")}
-        found.append({"type": "function", "function": function})
-    return found
-
-
-def _tool_choice(choice: Any) -> Any:
-    if isinstance(choice, Mapping) and choice.get("type") == "function":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice
 
 
 def response_head(model_name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
         return checked, None
     if tool_choice == "required" and checked:
         return checked, _call_grammar(checked)
-    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
+    function = _function(tool_choice)
     name = function.get("name") if isinstance(function, Mapping) else None
     named = [tool for tool in checked if tool["function"]["name"] == name]
     if not named:
@@ -67,7 +67,7 @@ def answer_form(
 
 
 def _checked(tool: Any) -> dict[str, Any]:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
+    function = _function(tool)
     if (
         not isinstance(function, Mapping)
         or not isinstance(function.get("name"), str)
@@ -79,6 +79,14 @@ def _checked(tool: Any) -> dict[str, Any]:
             "tools",
         )
     return {"type": "function", "function": dict(function)}
+
+
+def _function(given: Any) -> Any:
+    """Return the function of a tool or choice; those of responses have no inner object."""
+    if not isinstance(given, Mapping) or given.get("type", "function") != "function":
+        return None
+    flat = {name: each for name, each in given.items() if name not in ("type", "strict")}
+    return given.get("function", {name: each for name, each in flat.items() if each is not None})
 
 
 def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:

@@ -286,16 +286,15 @@ async def completions(request: Request) -> Response:
         if body.return_progress and body.stream and len(prompts) == 1:
             more["on_progress"] = progress(head, out)
 
-        def answers() -> Iterator[tuple[str, Generation]]:
+        def answers() -> Iterator[Generation]:
             for each in prompts:
                 if out.cancel.is_set():
                     raise CancelledError("The request was ended before all of its answers began.")
-                for answer in noted(engine.answers(each, n, **more), n, out.facts):
-                    yield "", answer
+                yield from noted(engine.answers(each, n, **more), n, out.facts)
 
         found = answers()
         first = next(found)
-        told = Told(first[1], weighing, out)
+        told = Told(first, weighing, out)
         rest = itertools.chain([first], found)
         if body.stream:
             told.send_chunks(text_chunks(head, rest, n, include_usage=body.includes_usage))
