@@ -117,11 +117,8 @@ def atomic_path(path: AnyPath, mode: int = 0o666) -> Iterator[Path]:
     path = Path(path)
     _check_replaceable(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-
-    def make(temporary: Path) -> None:
-        os.close(os.open(temporary, flags, mode))
-
-    with _temporary(path, f"Cannot write {path}", make) as temporary:
+    failure = f"Cannot write {path}"
+    with _temporary(path, failure, lambda new: os.close(os.open(new, flags, mode))) as temporary:
         yield temporary
 
 

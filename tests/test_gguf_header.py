@@ -187,8 +187,8 @@ def test_refusals_have_four_parts(tmp_path: Path) -> None:
     with pytest.raises(InputFileError) as missing:
         read_gguf_header(path)
     assert str(missing.value) == (
-        f"Cannot read {path}: opening or reading it failed (No such file or directory); expected a "
-        "GGUF file. Check that it exists and that you may read it."
+        f"Cannot read {path}: opening or reading the GGUF file failed: No such file or directory. "
+        "Check that it exists and that you may read it."
     )
     path.write_bytes(make(ARCH, n_tensor=1 << 63))
     with pytest.raises(GgufFileError) as damaged:

@@ -111,6 +111,6 @@ def test_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(InputFileError) as caught:
         read_safetensors(tmp_path / "pipe")
     assert str(caught.value) == (
-        f"Cannot read {tmp_path / 'pipe'}: opening or reading it failed (it is a pipe, a socket or "
-        "a device, not a file). Check that it exists and that you may read it."
+        f"Cannot read {tmp_path / 'pipe'}: opening or reading it failed: it is a pipe, a socket or "
+        "a device, not a file. Check that it exists and that you may read it."
     )

@@ -1,7 +1,6 @@
-"""Read adapter GGUFs, and check them against their base.
+"""Read adapter GGUFs, and check them against their base before a library sees them.
 
-llama.cpp accepts an adapter whose experts do not fit and writes out of bounds, and drops norms
-without a word; so everything is checked here before a library sees the file.
+llama.cpp writes out of bounds where the number of experts differs, and drops norms silently.
 """
 
 import math
@@ -77,12 +76,7 @@ def is_experts(base_name: str) -> bool:
 def read_with_adapters(
     base_path: Path, paths: Mapping[str, Path]
 ) -> tuple[GgufHeader, dict[str, AdapterInfo]]:
-    """Read the header of a base, and adapters that are checked against it.
-
-    paths  name -> adapter GGUF
-
-    Raises as read_gguf_header and read_adapter do.
-    """
+    """Read the header of a base, and check adapters (name -> GGUF) against it."""
     header = read_gguf_header(base_path)
     return header, {name: read_adapter(path, header) for name, path in paths.items()}
 

@@ -275,12 +275,9 @@ def _check_tokens(header: GgufHeader) -> None:
     if array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
     # The loader gives those without a text a name, by their number.
-    texts = [
-        text or b"[EMPTY_%d]" % index for index, text in enumerate(read_texts(header.path, array))
-    ]
+    found = enumerate(read_texts(header.path, array))
+    texts = [text or b"[EMPTY_%d]" % index for index, text in found]
     _check_bytes(header, texts)
-    if len(set(texts)) == len(texts):
-        return
     seen: set[bytes] = set()
     for index, text in enumerate(texts):
         if text in seen:

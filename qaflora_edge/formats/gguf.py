@@ -10,6 +10,7 @@ import os
 import reprlib
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -20,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import GgufFileError, InputFileError
+from qaflora_edge.errors import GgufFileError, InputFileError, os_errors
 from qaflora_edge.files import LFS_ADVICE, AnyPath, is_lfs_pointer, open_input
 
 MAGIC = b"GGUF"
@@ -357,18 +358,13 @@ def read_gguf_header(path: AnyPath) -> GgufHeader:
     corrupted, or lies about a size.
     """
     path = Path(path)
-    try:
-        with open_input(path) as file:
-            return GgufCursor(path, file, os.fstat(file.fileno()).st_size).read_header()
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with _reading(path), open_input(path) as file:
+        return GgufCursor(path, file, os.fstat(file.fileno()).st_size).read_header()
 
 
-def _unreadable(path: Path, error: OSError) -> InputFileError:
-    return InputFileError(
-        f"Cannot read {path}: opening or reading it failed ({error.strerror}); expected a GGUF "
-        "file. Check that it exists and that you may read it."
-    )
+def _reading(path: Path) -> AbstractContextManager[None]:
+    failure = f"Cannot read {path}: opening or reading the GGUF file failed"
+    return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
 
 
 def read_array(path: Path, array: SkippedArray) -> bytes:
@@ -381,10 +377,8 @@ def read_array(path: Path, array: SkippedArray) -> bytes:
 
 def _read(path: Path, offset: int, row_bytes: int, rows: range, columns: range) -> bytes:
     """Read as read_columns does, with errors of ours."""
-    try:
+    with _reading(path):
         data = read_columns(path, offset, row_bytes, rows, columns)
-    except OSError as error:
-        raise _unreadable(path, error) from error
     if len(data) != len(rows) * len(columns):
         raise _changed(path)
     return data

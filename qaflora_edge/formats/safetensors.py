@@ -1,20 +1,20 @@
 """Read safetensors files by pieces, as float32.
 
-The safetensors package checks the header: known dtypes, dtype x shape equal to the bytes, tensors
-side by side without holes up to the end of the file. Values are read here, for the package hands
-numpy no bfloat16, and maps a file that someone may shorten. A tensor that is named twice, which the
-package takes, is refused here.
+The safetensors package checks the header: known dtypes, dtype x shape equal to the bytes, no holes
+up to the end of the file. It accepts a tensor named twice, gives numpy no bfloat16, and maps a file
+that someone may shorten. So names are checked and values read here.
 """
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import InputFileError, SafetensorsFileError
+from qaflora_edge.errors import InputFileError, SafetensorsFileError, os_errors
 from qaflora_edge.files import LFS_ADVICE, AnyPath, is_lfs_pointer, open_input
 from qaflora_edge.formats.gguf import parts, read_columns
 from qaflora_edge.formats.json_text import read_json_object
@@ -24,10 +24,6 @@ MAX_NAME_LENGTH = 256
 MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
 PIECE_VALUES = 1 << 14  # that are read and turned at a time
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_UNREADABLE = (
-    "Cannot read {}: opening or reading it failed ({}). Check that it exists and that you may read "
-    "it."
-)
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,8 @@ class StoredTensor:
         self._check_readable()
         n = FLOAT_BYTES[self.dtype]
         part = range(columns.start * n, columns.stop * n)
-        try:
+        with _reading(self.path):
             raw = read_columns(self.path, self.offset, math.prod(self.shape[1:]) * n, rows, part)
-        except OSError as error:
-            raise InputFileError(_UNREADABLE.format(self.path, error.strerror)) from error
         n_expected = len(rows) * len(part)
         if len(raw) != n_expected:
             found = f"the file gave {len(raw)} bytes and {n_expected} were expected"
@@ -118,6 +112,11 @@ def _to_float32(raw: bytes, dtype: str) -> F32:
     return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)
 
 
+def _reading(path: Path) -> AbstractContextManager[None]:
+    failure = f"Cannot read {path}: opening or reading it failed"
+    return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
+
+
 def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file; values are read later, one by one.
 
@@ -138,17 +137,14 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
             f"Cannot read {path}: it is a Git LFS pointer; expected the file that it stands for. "
             f"{LFS_ADVICE}"
         )
+    with _reading(path), open_input(path) as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        if n_header > MAX_HEADER_BYTES:
+            raise damaged(f"its header has {n_header} bytes, expected at most {MAX_HEADER_BYTES}")
+        header = file.read(n_header)
     try:
-        with open_input(path) as file:
-            n_header = int.from_bytes(file.read(8), "little")
-            if n_header > MAX_HEADER_BYTES:
-                found = f"its header has {n_header} bytes, expected at most {MAX_HEADER_BYTES}"
-                raise damaged(found)
-            header = file.read(n_header)
-        with safetensors.safe_open(path, "numpy"):
+        with _reading(path), safetensors.safe_open(path, "numpy"):
             entries = read_json_object(header)
-    except OSError as error:
-        raise InputFileError(_UNREADABLE.format(path, error.strerror)) from error
     except (safetensors.SafetensorError, ValueError) as error:  # errors of JSON and UTF-8 too
         raise damaged(f"its header cannot be used ({error})") from error
     entries.pop("__metadata__", None)
