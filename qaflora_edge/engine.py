@@ -509,7 +509,7 @@ class Engine:
                 self._core.all_weights(fusion),
                 sampling,
                 adapters=fusion.adapters,
-                goes_on_from=self._goes_on_from(keep_history),
+                reuses_from=self._reuses_from(keep_history),
                 cancellation=cancellation,
             )
             answer = self._core.begin(request, sampler, fusion)
@@ -517,7 +517,7 @@ class Engine:
                 answer.wait_for_prompt(on_progress or silent)
             return answer
 
-    def _goes_on_from(self, keep_history: bool | Generation) -> int | None:
+    def _reuses_from(self, keep_history: bool | Generation) -> int | None:
         if isinstance(keep_history, Generation):
             return keep_history.number
         if keep_history and self.n_parallel > 1:

@@ -15,7 +15,7 @@ from stock import StockContext, write_merged
 from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge import Engine, QafloraError
-from qaflora_edge.backend.batch import pieces_of
+from qaflora_edge.backend.batch import chunks_of
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, OptionError, PromptError, WeightsError
 from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
@@ -24,7 +24,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 # F32 everywhere: log-probabilities of sums in another order, and of adapters that are merged.
 ATOL = 1e-4
-N_PIECE = pieces_of().n_most
+N_PIECE = chunks_of().n_most
 OPTIONS: dict[str, Any] = {"kv_type": "f32", "flash_attn": False, "n_ctx": 400, "threads": 1}
 
 

@@ -128,7 +128,7 @@ def test_what_is_kept_is_bounded_and_what_was_used_last_stays(
         def ask(prefixes: Prefixes, seed: int) -> int:
             """A question under the system prompt of this seed; gives how much of it was there."""
             prompt = Chats(base).prompt(drawn(95, seed), drawn(5, 50))
-            n_kept = prefixes.go_on(context, "key", prompt, context.pieces())
+            n_kept = prefixes.go_on(context, "key", prompt, context.chunks())
             for start, end in ((n_kept, 100), (100, len(prompt))):
                 if start < end:
                     context.decode(prompt[start:end], start=start)

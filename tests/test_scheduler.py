@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qaflora_edge.backend.batch import Pieces, Span
+from qaflora_edge.backend.batch import Chunks, Span
 from qaflora_edge.backend.context import Stop
 from qaflora_edge.errors import BackendError, CancelledError
 from qaflora_edge.inference.loop import Loop
@@ -18,7 +18,7 @@ from qaflora_edge.inference.request import Request, Sampling
 from qaflora_edge.inference.scheduler import Scheduler, Slot
 from qaflora_edge.inference.sequence import Sequence as RunningSequence
 
-PIECES = Pieces(6, 3, 3)  # 8 tokens at most
+CHUNKS = Chunks(6, 3, 3)  # 8 tokens at most
 END = 255
 
 
@@ -98,7 +98,7 @@ class Bench:
     """A loop over a context that only notes."""
 
     def __init__(self, n_slot: int) -> None:
-        self.context, self.scheduler = NotedContext(n_slot), Scheduler(n_slot, PIECES)
+        self.context, self.scheduler = NotedContext(n_slot), Scheduler(n_slot, CHUNKS)
         self.loop = Loop(Vocabulary(), self.context, self.scheduler, Stop())
 
     def add(
@@ -175,7 +175,7 @@ class CountedJob:
 
 
 def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
-    scheduler = Scheduler(2, PIECES)
+    scheduler = Scheduler(2, CHUNKS)
     decoding = RunningSequence(request([1]), Noting(), 99)
     scheduler.add(decoding)
     scheduler.step()
@@ -199,7 +199,7 @@ def test_jobs_and_prefill_take_turns_and_decoding_stops_for_neither() -> None:
 
 
 def test_a_long_job_lets_one_of_another_kind_pass() -> None:
-    scheduler = Scheduler(1, PIECES)
+    scheduler = Scheduler(1, CHUNKS)
     jobs = [CountedJob(9, "score"), CountedJob(2), CountedJob(2)]
     for job in jobs:
         scheduler.add_job(job)
@@ -248,7 +248,7 @@ def test_decoded_tokens_are_reused_with_history_only(keeps_history: bool, start:
     first = bench.add([1, 2, 3], n=4)
     bench.finish(first)
     turn = [1, 2, 3, *first.answer, 9, 9]
-    second = bench.add(turn, goes_on_from=first.number if keeps_history else None)
+    second = bench.add(turn, reuses_from=first.number if keeps_history else None)
     bench.step()
     assert bench.context.batches[0][0].start == start  # the last token was not decoded
     bench.finish(second)
@@ -262,7 +262,7 @@ def test_history_is_kept_for_the_one_whose_it_is() -> None:
     bench.finish(mine)
     turn = [1, 2, 3, *mine.answer, 7]
     stranger = bench.add(turn, weight=2.0)
-    kept = bench.add(turn, weight=2.0, goes_on_from=mine.number)
+    kept = bench.add(turn, weight=2.0, reuses_from=mine.number)
     bench.finish(stranger, kept)
     assert stranger.answer == alone(turn, weight=2.0)
     assert kept.answer != stranger.answer
@@ -315,7 +315,7 @@ def test_many_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes when, each answer is the one it is alone. And the test would notice if not."""
     assert wrong_answers(seeds=range(100)) == 0
 
-    def forgets_the_weights(slot: Slot, sequence: RunningSequence, pieces: Pieces) -> int:
+    def forgets_the_weights(slot: Slot, sequence: RunningSequence, pieces: Chunks) -> int:
         tokens = sequence.request.tokens
         n_same = 0
         for held, token in zip(slot.tokens, tokens[:-1], strict=False):

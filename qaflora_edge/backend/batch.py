@@ -77,7 +77,7 @@ def _never(token: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Chunks:
     """Cuts prompts into chunks of n_full tokens; a rest below n_least joins the chunk before it.
 
     A cut depends on the prompt's tokens alone: prefill gives the same bits whatever else is
@@ -130,16 +130,16 @@ class Pieces:
         return at
 
 
-def pieces_of(n_seq: int = 1, is_break: Callable[[int], bool] = _never) -> Pieces:
+def chunks_of(n_seq: int = 1, is_break: Callable[[int], bool] = _never) -> Chunks:
     """Choose the chunks of a prompt that n_seq sequences prefill together.
 
     Chunks are whole tiles of each sequence, so the rows computed at once grow with n_seq. A message
     that is a chunk of its own has at least a tile's rows of all sequences together.
     """
     n_full = N_TILE * max(1, _N_AT_ONCE // (N_TILE * n_seq))
-    return Pieces(n_full, N_TILE, -(-N_TILE // n_seq), is_break)
+    return Chunks(n_full, N_TILE, -(-N_TILE // n_seq), is_break)
 
 
 def n_ubatch(n_seq: int = 1) -> int:
     """Count the rows of the largest micro-batch, where up to n_seq sequences prefill together."""
-    return max(n * pieces_of(n).n_most for n in range(1, n_seq + 1))
+    return max(n * chunks_of(n).n_most for n in range(1, n_seq + 1))

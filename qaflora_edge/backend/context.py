@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.batch import Batch, Outputs, Pieces, Span, n_ubatch, pieces_of
-from qaflora_edge.backend.library import CONTEXT_PROBE, Handle, forget_said, last_error, said
+from qaflora_edge.backend.batch import Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
+from qaflora_edge.backend.library import CONTEXT_PROBE, Handle, forget_logged, last_error, logged
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError
@@ -113,7 +113,7 @@ class Context(Handle):
         if not self._pointer:
             raise BackendError(
                 f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}. "
-                f"llama.cpp says: {said()}."
+                f"llama.cpp says: {logged()}."
             )
         self._set_up(n_seq, n_ctx, params, stop)
 
@@ -134,9 +134,9 @@ class Context(Handle):
 
     # KV state
 
-    def pieces(self, n_seq: int = 1) -> Pieces:
+    def chunks(self, n_seq: int = 1) -> Chunks:
         """Choose how a prompt is cut that n_seq sequences prefill together."""
-        return pieces_of(n_seq, self._model.is_end)
+        return chunks_of(n_seq, self._model.is_end)
 
     @property
     def tokens(self) -> list[int]:
@@ -242,7 +242,7 @@ class Context(Handle):
             self.clear(seq)
             raise BackendError(
                 f"A KV state cannot be taken over: {n} of {data.size} bytes of sequence {seq} "
-                f"went in: {said()}."
+                f"went in: {logged()}."
             )
         self._tokens[seq] = list(tokens)
 
@@ -314,7 +314,7 @@ class Context(Handle):
                 self.clear(span.seq)
         if code == _DECODE_ABORTED:
             self._check_cancelled()
-        raise BackendError(f"llama_decode failed with code {code}: {last_error() or said()}.")
+        raise BackendError(f"llama_decode failed with code {code}: {last_error() or logged()}.")
 
     def _check(self, batch: Batch, spans: Sequence[Span]) -> None:
         """Raise BackendError for a batch that would end the process inside llama.cpp."""
@@ -404,7 +404,7 @@ def context_params(
     n_token     tokens of all sequences together, and of one batch
     flash_attn  None: by the rule of _flash_attn_type()
     """
-    forget_said()
+    forget_logged()
     params = model._lib.llama_context_default_params()
     params.n_ctx = params.n_batch = n_token
     params.n_ubatch = min(params.n_ubatch, n_token)

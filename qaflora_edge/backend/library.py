@@ -229,12 +229,12 @@ def _keep_log(binding: ModuleType) -> None:
     binding.llama_log_set(_log_callback, None)
 
 
-def said() -> str:
+def logged() -> str:
     """Give llama.cpp's reasons of its last failure."""
     return "; ".join(_errors) or "no reason given"
 
 
-def forget_said() -> None:
+def forget_logged() -> None:
     """Forget the reasons of earlier failures."""
     _errors.clear()
 

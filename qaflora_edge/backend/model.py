@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.backend.devices import place
-from qaflora_edge.backend.library import Handle, forget_said, last_error, load, said
+from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.files import AnyPath
@@ -84,7 +84,7 @@ class Model(Handle):
             params, gpu_layers=gpu_layers, rpc=rpc, tensor_split=tensor_split
         )
         self.is_on_cpu = not has_devices
-        forget_said()
+        forget_logged()
         self._pointer = self._lib.llama_model_load_from_file(os.fsencode(self.path), params) or 0
         try:
             self._check_loaded()
@@ -110,7 +110,7 @@ class Model(Handle):
         self.check_workers()
         if not self._pointer:
             raise GgufFileError(
-                f"The base {self.path} cannot be loaded: {said()}. Fetch or convert it again."
+                f"The base {self.path} cannot be loaded: {logged()}. Fetch or convert it again."
             )
         self.vocab = self._lib.llama_model_get_vocab(self._pointer)
         if self._lib.llama_vocab_type(self.vocab) == _VOCAB_TYPE_NONE:

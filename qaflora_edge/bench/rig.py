@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from qaflora_edge.backend.context import Context, context_params
-from qaflora_edge.backend.library import said
+from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.errors import BackendError
@@ -35,7 +35,7 @@ class StockContext(Context):
         if self._pointer is None:
             raise BackendError(
                 f"A context of {n_ctx} tokens without our adapters cannot be made. "
-                f"llama.cpp says: {said()}."
+                f"llama.cpp says: {logged()}."
             )
         self._set_up(1, n_ctx, params, None)
         if not adapters:
@@ -115,7 +115,7 @@ def prefill(context: Context, tokens: Sequence[int]) -> None:
         return
     at = 0
     while at < len(tokens):
-        end = context.pieces().end(tokens, at)
+        end = context.chunks().end(tokens, at)
         context.decode(tokens[at:end], start=at)
         at = end
 

@@ -91,7 +91,7 @@ class Core:
         except BaseException:
             _close_all(self._resources)
             raise
-        scheduler = Scheduler(n_parallel, self.context.pieces())
+        scheduler = Scheduler(n_parallel, self.context.chunks())
         self.loop = Loop(self.model, self.context, scheduler, self._options["stop"])
 
     @property

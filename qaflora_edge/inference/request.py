@@ -88,7 +88,7 @@ class Request:
     tokens        ids of the prompt
     weights       float32 [n_adapter, n_layer], of all loaded adapters
     adapters      names of the adapters in use, for messages
-    goes_on_from  number of the Sequence that lends its KV state under whatever weights, as far as
+    reuses_from  number of the Sequence that lends its KV state under whatever weights, as far as
                   the prompts begin alike; None: reuse under the same weights only
     keeps_logits  keep the logits after the prompt, and choose no token
     """
@@ -97,7 +97,7 @@ class Request:
     weights: F32
     sampling: Sampling = field(default_factory=Sampling)
     adapters: tuple[str, ...] = ()
-    goes_on_from: int | None = None
+    reuses_from: int | None = None
     keeps_logits: bool = False
     cancellation: Cancellation = field(default_factory=Cancellation)
 

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from qaflora_edge.backend.batch import Pieces, n_common
+from qaflora_edge.backend.batch import Chunks, n_common
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.inference.request import Cancellation
 from qaflora_edge.inference.sequence import Sequence
@@ -69,18 +69,18 @@ class Slot:
     owner: int = 0
     turn: int = 0
 
-    def n_reused(self, sequence: Sequence, pieces: Pieces) -> int:
+    def n_reused(self, sequence: Sequence, chunks: Chunks) -> int:
         """Count the tokens of a prompt that can be reused from here, at most all but the last one.
 
         A request that goes on from this sequence reuses all that is common. Others reuse what
         prefill under their weights would compute, bit for bit.
         """
         request = sequence.request
-        if request.goes_on_from is not None and request.goes_on_from == self.owner:
+        if request.reuses_from is not None and request.reuses_from == self.owner:
             return n_common(self.tokens, request.tokens[:-1])
         if self.weights != request.weights_key:
             return 0
-        return pieces.n_alike(self.tokens[: self.n_exact], request.tokens)
+        return chunks.n_alike(self.tokens[: self.n_exact], request.tokens)
 
     def hold(self, sequence: Sequence, n_kept: int, *, is_exact: bool) -> None:
         """Note a new owner, who reuses the first n_kept tokens.
@@ -127,17 +127,17 @@ class Scheduler:
     """Serves requests in order of arrival: for slots, for prefill, and for jobs.
 
     n_slot  requests that are decoded together
-    pieces  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
+    chunks  how prompts are cut into chunks. A step prefills one chunk, or several short ones: no
             decoding request waits for more than a micro-batch.
 
     Prefill and jobs alternate where there are both; decoding goes on in every step.
     """
 
-    def __init__(self, n_slot: int, pieces: Pieces) -> None:
+    def __init__(self, n_slot: int, chunks: Chunks) -> None:
         self.slots = [Slot(number) for number in range(n_slot)]
         self.waiting: deque[Sequence] = deque()
         self.jobs: deque[Job] = deque()
-        self._pieces = pieces
+        self._chunks = chunks
         self._is_jobs_turn = True
         self._last_kind = ""
         self._n_turn = 0
@@ -190,9 +190,9 @@ class Scheduler:
             self._last_kind, self._is_jobs_turn = step.job.kind, False
             return step
         self._is_jobs_turn = True
-        n_left = self._pieces.n_most
+        n_left = self._chunks.n_most
         for sequence in prefills:
-            n = self._pieces.end(sequence.request.tokens, sequence.n_past) - sequence.n_past
+            n = self._chunks.end(sequence.request.tokens, sequence.n_past) - sequence.n_past
             if n > n_left:
                 break
             step.prefill.append((sequence, n))
@@ -208,8 +208,8 @@ class Scheduler:
             slot = max(free, key=lambda slot: self._fitness(slot, sequence))
             source = max(self.slots, key=lambda other: self._n_reused(other, sequence))
             n_reused, n_there = self._n_reused(slot, sequence), self._n_reused(source, sequence)
-            is_exact = sequence.request.goes_on_from is None
-            if n_there >= n_reused + self._pieces.n_least:
+            is_exact = sequence.request.reuses_from is None
+            if n_there >= n_reused + self._chunks.n_least:
                 slot.copy(source)
                 step.copies.append((source.number, slot.number))
                 n_reused = n_there
@@ -226,7 +226,7 @@ class Scheduler:
         return self._n_reused(slot, sequence), -gap, not slot.tokens, -slot.turn
 
     def _n_reused(self, slot: Slot, sequence: Sequence) -> int:
-        return slot.n_reused(sequence, self._pieces)
+        return slot.n_reused(sequence, self._chunks)
 
     def _move(self, step: Step) -> None:
         """Close gaps between slots in use: llama.cpp 0c1e5709 batches adjacent ones only.

@@ -95,7 +95,7 @@ def _score_group(
     context.set_weights(weights)
     rows, at = [-1], 0
     while at < len(prompt):
-        end = context.pieces().end(prompt, at)
+        end = context.chunks().end(prompt, at)
         outputs: Outputs = "last" if end == len(prompt) else "none"
         rows = context.decode_spans([Span(0, prompt[at:end], at, outputs)])
         at = end

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
-from qaflora_edge.backend.batch import Outputs, Pieces
+from qaflora_edge.backend.batch import Chunks, Outputs
 from qaflora_edge.backend.context import Context, default_threads
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import KvState, ProbeContext
@@ -66,9 +66,9 @@ def _prefill(
     context: ProbeContext, tokens: Sequence[int], start: int, outputs: Outputs, *, n_seq: int = 1
 ) -> Steps[None]:
     """Run tokens[start:] through the first n_seq sequences, a micro-batch at a time."""
-    pieces, at = context.pieces(n_seq), start
+    chunks, at = context.chunks(n_seq), start
     while at < len(tokens):
-        end = pieces.end(tokens, at)
+        end = chunks.end(tokens, at)
         is_last = end == len(tokens)
         context.decode(
             tokens[at:end],
@@ -109,7 +109,7 @@ class Prefixes:
         context: ProbeContext,
         key: Hashable,
         tokens: Sequence[int],
-        pieces: Pieces,
+        chunks: Chunks,
         *,
         n_exact: int | None = None,
         n_after: int = 0,
@@ -122,8 +122,8 @@ class Prefixes:
                  the rest comes out the same bits as in a prefill of all
         """
         read = context.tokens[:n_exact]
-        n_held = pieces.n_alike(read, tokens, n_after)
-        entry, n_kept = self._longest(key, tokens, pieces, n_after)
+        n_held = chunks.n_alike(read, tokens, n_after)
+        entry, n_kept = self._longest(key, tokens, chunks, n_after)
         if entry is None or n_kept < n_held + _N_WORTH:
             if len(read) >= n_held + _N_WORTH:
                 self.keep(key, context, n_exact)
@@ -142,10 +142,10 @@ class Prefixes:
         if not context.tokens or context.n_kv_byte > self._n_most:
             return
         state = context.kv_state()
-        pieces = context.pieces(len(state.sequences))
+        chunks = context.chunks(len(state.sequences))
 
         def is_in(tokens: list[int]) -> bool:
-            return pieces.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
+            return chunks.n_alike(state.tokens, tokens, n_after=1) == len(tokens)
 
         kept = [
             entry for entry in self._entries if entry.key != key or not is_in(entry.state.tokens)
@@ -155,13 +155,13 @@ class Prefixes:
             del self._entries[0]
 
     def _longest(
-        self, key: Hashable, tokens: Sequence[int], pieces: Pieces, n_after: int
+        self, key: Hashable, tokens: Sequence[int], chunks: Chunks, n_after: int
     ) -> tuple[_Entry | None, int]:
         """Find the entry of which most can be reused, and how many tokens; it counts as used."""
         best, n_best = None, 0
         for entry in self._entries:
             if entry.key == key:
-                n = pieces.n_alike(entry.state.tokens, tokens, n_after)
+                n = chunks.n_alike(entry.state.tokens, tokens, n_after)
                 if n > n_best:
                     best, n_best = entry, n
         if best is not None:
@@ -249,7 +249,7 @@ class BaseProber:
         projections = self._queries(tuple(rows))
         context = self._contexts.for_query(len(tokens), has_inputs=True)
         context.capture_begin()
-        n_kept = self._prefixes.go_on(context, _BASE, tokens, context.pieces())
+        n_kept = self._prefixes.go_on(context, _BASE, tokens, context.chunks())
         with wiped_on_failure(context):
             yield from _prefill(context, tokens, n_kept, "last")
         return projections.norms(context.inputs(0)[0])
@@ -318,7 +318,7 @@ class BaseProber:
     def _inputs(context: ProbeContext, tokens: Sequence[int], at: int) -> Iterator[tuple[int, F32]]:
         """Prefill tokens[at:]; give ends and inputs [n_token, n_layer, n_embd] of micro-batches."""
         while at < len(tokens):
-            end = context.pieces().end(tokens, at)
+            end = context.chunks().end(tokens, at)
             context.capture_begin("mean")
             context.decode(tokens[at:end], start=at, outputs="all")
             yield end, context.inputs(0, n_row=end - at)
@@ -326,9 +326,9 @@ class BaseProber:
 
     def _reuse(self, context: ProbeContext, tokens: Sequence[int], n_most: int) -> int:
         """Reuse the KV state of a query's beginning, up to a cut and n_most tokens at most."""
-        pieces, cut = context.pieces(), 0
-        n_kept = self._prefixes.go_on(context, _BASE, tokens, pieces)
-        while (end := pieces.end(tokens, cut)) <= min(n_kept, n_most):
+        chunks, cut = context.chunks(), 0
+        n_kept = self._prefixes.go_on(context, _BASE, tokens, chunks)
+        while (end := chunks.end(tokens, cut)) <= min(n_kept, n_most):
             cut = end
         return context.keep_first(cut)
 
@@ -467,9 +467,9 @@ class Prober:
 
     def _reuse(self, context: ProbeContext, tokens: Sequence[int], n_after: int = 0) -> int:
         """Reuse the KV state of a query's beginning; gives how many tokens."""
-        pieces = context.pieces(1 + len(self._rows))
+        chunks = context.chunks(1 + len(self._rows))
         return self.prefixes.go_on(
-            context, self._rows, tokens, pieces, n_exact=self._n_exact, n_after=n_after
+            context, self._rows, tokens, chunks, n_exact=self._n_exact, n_after=n_after
         )
 
     def _states(self, context: ProbeContext) -> F32:

@@ -8,7 +8,7 @@ import pytest
 from decoded import run_alone
 from tiny import write_tiny_adapter, write_tiny_base
 
-from qaflora_edge.backend.batch import N_TILE, Pieces, Span, n_ubatch, pieces_of
+from qaflora_edge.backend.batch import N_TILE, Chunks, Span, chunks_of, n_ubatch
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.engine import Engine
@@ -18,14 +18,14 @@ TOKENS = np.random.default_rng(5).integers(0, 256, 700).tolist()
 
 
 def cut(n: int, n_seq: int) -> list[int]:
-    return cut_tokens([0] * n, pieces_of(n_seq))
+    return cut_tokens([0] * n, chunks_of(n_seq))
 
 
-def cut_tokens(tokens: Sequence[int], pieces: Pieces) -> list[int]:
-    """Lengths of the pieces."""
+def cut_tokens(tokens: Sequence[int], chunks: Chunks) -> list[int]:
+    """Lengths of the chunks."""
     at, lengths = 0, []
     while at < len(tokens):
-        lengths.append(pieces.end(tokens, at) - at)
+        lengths.append(chunks.end(tokens, at) - at)
         at += lengths[-1]
     return lengths
 
@@ -47,36 +47,36 @@ def test_what_a_prompt_begins_with_is_cut_alike_however_long_it_is() -> None:
         assert cut(n, 4)[: len(shorter)] == shorter
 
 
-def test_pieces_end_where_messages_do() -> None:
-    pieces = pieces_of(4, lambda token: token == 9)
+def test_chunks_end_where_messages_do() -> None:
+    chunks = chunks_of(4, lambda token: token == 9)
     tokens = [0] * 400
     for i in (10, 30, 100, 150, 228, 340):  # 10 is too near to the beginning
         tokens[i] = 9
-    assert cut_tokens(tokens, pieces) == [31, 70, 50, 78, 112, 59]
-    alone = pieces_of(1, lambda token: token == 9)  # fewer rows would not be worth the matrices
+    assert cut_tokens(tokens, chunks) == [31, 70, 50, 78, 112, 59]
+    alone = chunks_of(1, lambda token: token == 9)  # fewer rows would not be worth the matrices
     assert cut_tokens(tokens, alone) == [101, 128, 112, 59]
 
 
 def test_a_prompt_ends_in_a_piece_that_the_next_turn_has_too() -> None:
     """A template opens the answer behind the last message: nobody waits for four tokens alone."""
-    pieces = pieces_of(4, lambda token: token == 9)
+    chunks = chunks_of(4, lambda token: token == 9)
     system, opening, answer = [1] * 90 + [9], [5, 6, 7, 8], [3] * 70 + [9]
     first = [*system, *[2] * 80, 9, *opening]
-    assert cut_tokens(first, pieces) == [91, 85]
+    assert cut_tokens(first, chunks) == [91, 85]
     second = [*first, *answer, *[4] * 66, 9, *opening]
-    assert cut_tokens(second, pieces) == [91, 85, 71, 71]
-    assert pieces.n_alike(first, second) == 176
-    assert pieces.n_alike(first, [*system, *second[100:]]) == 91
+    assert cut_tokens(second, chunks) == [91, 85, 71, 71]
+    assert chunks.n_alike(first, second) == 176
+    assert chunks.n_alike(first, [*system, *second[100:]]) == 91
 
 
 def test_prompts_are_alike_as_far_as_all_their_cuts_are() -> None:
     rng = np.random.default_rng(1)
-    pieces = Pieces(8, 4, 3, lambda token: token == 0)
+    chunks = Chunks(8, 4, 3, lambda token: token == 0)
     n_found = 0
     for _ in range(2000):
         both = rng.integers(0, 12, rng.integers(0, 60)).tolist()
         a, b = (both + rng.integers(0, 12, rng.integers(1, 40)).tolist() for _ in range(2))
-        cuts = [np.cumsum(cut_tokens(tokens, pieces)).tolist() for tokens in (a, b)]
+        cuts = [np.cumsum(cut_tokens(tokens, chunks)).tolist() for tokens in (a, b)]
         pairs = enumerate(zip(a, b, strict=False))
         n_same = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
         alike = [
@@ -84,7 +84,7 @@ def test_prompts_are_alike_as_far_as_all_their_cuts_are() -> None:
             for i, at in enumerate(cuts[0])
             if cuts[1][: i + 1] == cuts[0][: i + 1] and at <= min(n_same, len(b) - 1)
         ]
-        assert pieces.n_alike(a, b) == max(alike, default=0)
+        assert chunks.n_alike(a, b) == max(alike, default=0)
         n_found += len(alike) > 0
     assert n_found > 500
 
