@@ -140,6 +140,19 @@ def test_expected_failure_is_1_with_one_paragraph(tmp_path: Path) -> None:
     )
 
 
+def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
+    result = CliRunner().invoke(main, ["run", "smollm2-135m-instrukt", "hi"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "expected the folder of a bundle, the .gguf of a base, or a name" in result.stderr
+    assert result.stderr.endswith("Did you mean smollm2-135m-instruct?\n")
+
+
+def test_a_prompt_without_quotes_is_told() -> None:
+    result = CliRunner().invoke(main, ["run", "DIR", "how", "are", "you"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert 'quote a prompt of several words: "how are you".' in result.stderr
+
+
 LOADED = """
 import json, sys
 {work}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -232,7 +233,14 @@ def bundle_folder(text: str) -> Path:
         pulled = pulled_path(text)
     except RegistryError:
         if model is None:
-            return folder  # no reference at all: reported as the missing folder that it is
+            if folder.name != text:
+                return folder  # a path: reported as the missing folder that it is
+            near = difflib.get_close_matches(text, {*named_bundles(), *load_registry()}, n=1)
+            raise BundleError(
+                f"Cannot open {text}: there is no such folder, file or name; expected the folder "
+                "of a bundle, the .gguf of a base, or a name of `qaflora list` or `qaflora "
+                f"models`. {f'Did you mean {near[0]}?' if near else 'See `qaflora --help`.'}"
+            ) from None
         pulled = None
     if pulled is None:
         raise BundleError(
