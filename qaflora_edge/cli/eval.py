@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
     from qaflora_edge.evaluation.results import Results
     from qaflora_edge.evaluation.run import Evaluation
+    from qaflora_edge.evaluation.statistics import Estimate
     from qaflora_edge.evaluation.table import Cell
     from qaflora_edge.evaluation.tasks import Task
     from qaflora_edge.show.pages import TaskShown
@@ -104,7 +105,7 @@ def eval(
         with editing(bundle_folder(bundle)):  # says now what it would say at the end
             pass
     read = [read_task(path) for path in tasks]
-    chosen = _chosen(read, limit)
+    _check_names(read)
     sampling, raw_prompt = options.sampling, options.raw_prompt
     with open_engine(bundle, options) as engine:
         strategies = _strategies(engine, ways, options.strategy)
@@ -120,26 +121,20 @@ def eval(
             ),
         )
         with file.opened():
-            _run(Evaluation(engine, read, strategies, file, chosen, sampling, raw_prompt))
+            _run(Evaluation(engine, read, strategies, file, limit, sampling, raw_prompt))
     _show(file.results, json_path, html)
     if save:
         _save(bundle_folder(bundle), file.results)
     click.get_current_context().exit(1 if file.results.failed else 0)
 
 
-def _chosen(tasks: Sequence[Task], limit: int | None) -> dict[str, range]:
-    """Choose the indexes of the items that are asked, by task.
-
-    Raises UsageError where two tasks have one name.
-    """
-    chosen = {task.name: range(len(task.items))[:limit] for task in tasks}
-    if len(chosen) < len(tasks):
-        names = ", ".join(task.name for task in tasks)
+def _check_names(tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
         raise click.UsageError(
-            f"Two tasks have one name: {names}, expected different ones: give one of them another, "
-            'as in {"task": {"name": "..."}} in its first line.'
+            f"Two tasks have one name: {', '.join(names)}, expected different ones: give one of "
+            'them another, as in {"task": {"name": "..."}} in its first line.'
         )
-    return chosen
 
 
 def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> list[str]:
@@ -154,12 +149,9 @@ def _strategies(engine: Engine, ways: Sequence[str], strategy: str | None) -> li
 
 def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
     """Collect the options that a results file tells."""
-    found = {"lens": engine.lens, "pool": engine.pool}
-    found |= {key: options.engine[key] for key in ("n_ctx", "kv_type", "flash_attn")}
-    if engine.system:
-        found["system"] = engine.system
-    if (adapter_type := options.engine["adapter_type"]) != "auto":
-        found["adapter_type"] = adapter_type
+    found = {"lens": engine.lens, "pool": engine.pool, "system": engine.system or ""}
+    keys = ("n_ctx", "kv_type", "flash_attn", "adapter_type")
+    found |= {key: options.engine[key] for key in keys}
     found |= {**options.sampling, "raw_prompt": options.raw_prompt}
     return {**found, "stop": list(found["stop"])}
 
@@ -236,13 +228,16 @@ def _task_shown(cell: Cell) -> TaskShown:
     from qaflora_edge.evaluation.table import estimate, heads, rows
     from qaflora_edge.show.pages import Bar, TaskShown
 
-    lines: dict[str, list[Bar | None]] = {}
-    for strategy, row in rows([cell]).items():
-        texts = (estimate(e, cell.unit, is_difference=at > 0) for at, e in enumerate(row))
-        pairs = zip(texts, row, strict=True)
-        lines[strategy] = [
-            e if e is None else Bar(text, e.value, e.low, e.high) for text, e in pairs
-        ]
+    def bar(found: Estimate | None, *, is_difference: bool) -> Bar | None:
+        if found is None:
+            return None
+        text = estimate(found, cell.unit, is_difference=is_difference)
+        return Bar(text, found.value, found.low, found.high)
+
+    lines = {
+        strategy: [bar(each, is_difference=at > 0) for at, each in enumerate(row)]
+        for strategy, row in rows([cell]).items()
+    }
     items = sorted({item for rows in cell.rows.values() for item in rows})
     shown = [_item_shown(cell, item) for item in items]
     return TaskShown(cell.name, str(cell.task["metric"]), heads([cell]), lines, shown)

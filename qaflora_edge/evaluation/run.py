@@ -87,7 +87,7 @@ _Asked = tuple[_Weighed, "str | Sequence[F32] | PromptError", dict[str, Any]]
 class Evaluation:
     """Tasks that are asked under strategies; what the file has already is left out.
 
-    items       task name -> indexes of the items that are asked
+    limit       items of each task that are asked; None: all
     sampling    keywords of Engine.generate
     raw_prompt  no chat template, whatever the tasks say
     tell        called after each result with the number of its tokens
@@ -100,7 +100,7 @@ class Evaluation:
     tasks: Sequence[Task]
     strategies: Sequence[str]
     file: ResultsFile
-    items: Mapping[str, Sequence[int]]
+    limit: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     raw_prompt: bool = False
     tell: Callable[[int], None] = lambda n_token: None
@@ -112,10 +112,10 @@ class Evaluation:
         Each is in turn the first, which pays for that.
         """
         n = len(self.strategies)
-        for index, at in itertools.product(self.items[task.name], range(n)):
-            strategy = self.strategies[(index + at) % n]
-            if (task.name, index, strategy) not in self.file.records:
-                yield task.items[index], strategy
+        for item, at in itertools.product(task.items[: self.limit], range(n)):
+            strategy = self.strategies[(item.index + at) % n]
+            if (task.name, item.index, strategy) not in self.file.records:
+                yield item, strategy
 
     @property
     def n_left(self) -> int:
@@ -244,14 +244,10 @@ def task_prompt(engine: Engine, task: Task, item: Item, *, raw_prompt: bool = Fa
 
     raw_prompt  no chat template, whatever the task says
 
-    Raises PromptError for one that is too long, ChatTemplateError for a conversation without a
-    template.
+    Messages and system always need the template. Raises PromptError for one that is too long,
+    ChatTemplateError for a conversation without a template.
     """
-    if not (raw_prompt or task.raw_prompt) and engine.has_chat_template:
+    is_chat = engine.has_chat_template and not (raw_prompt or task.raw_prompt)
+    if is_chat or "messages" in item.fields or task.system is not None:
         return engine.chat_tokens(task.messages(item))
-    if "messages" in item.fields or task.system is not None:
-        raise ChatTemplateError(
-            f"Cannot ask {item.where}: messages and system need a chat template, and there is "
-            "none, or raw_prompt leaves it out. Write the prompt as one text."
-        )
     return engine.tokenize(task.question(item))
