@@ -149,7 +149,7 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
     for answer in answers:
         who = who_spoke(answer.fusion).replace(" · ", "\n")
         way = f"{answer.strategy}\n{who}"
-        shown.add_row(*(Text(visible(text, has_signs=signs)) for text in (way, answer.text)))
+        shown.add_row(*(Text(visible(text)) for text in (way, answer.text)))
     console = Console(width=width, no_color=True, color_system=None)
     with console.capture() as capture:
         console.print(shown)

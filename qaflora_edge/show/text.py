@@ -29,22 +29,16 @@ def can_show(text: str, encoding: str | None) -> bool:
     return True
 
 
-_CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t\r"]
-_MARKS: dict[int, str | None] = {code: "?" for code in _CONTROLS} | {ord("\r"): None}
-_PICTURES: dict[int, str | None] = _MARKS | {
-    code: chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}" for code in _CONTROLS
-}
-_PICTURES[0x7F] = "\N{SYMBOL FOR DELETE}"
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
+_VISIBLE = {code: "?" for code in _CONTROLS if chr(code) not in "\n\t\r"} | {ord("\r"): ""}
 
 
-def visible(text: str, *, has_signs: bool = False) -> str:
-    """Replace control characters: an answer moves no cursor and changes no colour.
+def visible(text: str) -> str:
+    """Write control characters as `?`: an answer moves no cursor and changes no colour.
 
     Line ends and tabs stay; carriage returns go.
-
-    has_signs  show the others as the signs of Unicode, instead of `?`
     """
-    return text.translate(_PICTURES if has_signs else _MARKS)
+    return text.translate(_VISIBLE)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

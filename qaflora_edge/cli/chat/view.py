@@ -95,7 +95,7 @@ class TerminalView(View):
         self._live.start()
 
     def piece(self, text: str) -> None:
-        self._open += visible(text, has_signs=True)
+        self._open += visible(text)
         closed, self._open = split_closed(self._open)
         for block in closed:
             self._print(block)
