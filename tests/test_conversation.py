@@ -37,13 +37,6 @@ def talk(n_turn: int, *, system: str | None = None, length: int = 9) -> Conversa
     return Conversation(system, turns)
 
 
-def test_what_fits_is_sent_whole() -> None:
-    conversation = talk(3, system="s")
-    tokens = conversation.fit("why?", tokenize, 90)
-    assert tokens == tokenize(conversation.messages("why?"))
-    assert conversation.n_dropped == 0
-
-
 def test_the_older_half_drops_out_until_the_rest_fits() -> None:
     for n_turn, n_most, n_kept in ((4, 100, 4), (37, 100, 4), (37, 30, 1), (37, 15, 0)):
         conversation = talk(n_turn, system="sys")
@@ -72,19 +65,6 @@ def test_too_long_a_question_is_refused_and_drops_nothing() -> None:
     with pytest.raises(PromptError, match="The prompt has 121 tokens, the context 100"):
         conversation.fit("x" * 120, tokenize, 75)
     assert conversation.n_dropped == 0
-
-
-def test_much_too_long_a_history_is_not_tokenised() -> None:
-    conversation = talk(1000, length=1000)
-    lengths: list[int] = []
-
-    def counting(messages: list[Message]) -> list[int]:
-        lengths.append(sum(len(message["content"]) for message in messages))
-        return tokenize(messages)
-
-    conversation.fit("why?", counting, N_CTX)
-    assert conversation.n_dropped == 1000
-    assert max(lengths) < 10_000
 
 
 def test_undo_takes_back_turns_until_there_are_none() -> None:

@@ -28,8 +28,6 @@ Message = dict[str, str]
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
 _IDENTITY = ("name", "base_sha256", "adapters")
-# More characters than a token of running text has: what is longer is not even tokenised.
-_CHARS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,9 @@ class Conversation:
     ) -> list[int]:
         """Tokenize the conversation with a new question, to at most n_most tokens where possible.
 
-        When they are too many, the older half of the turns drops out, and stays out (`n_dropped`),
-        as often as needed: a prompt that begins differently is prefilled again, and that should
-        not happen at every turn. The system prompt and the question always stay.
+        When they are too many, the older half of the turns drops out and stays out (`n_dropped`),
+        as often as needed. Dropping one turn each time would prefill every prompt from its start.
+        The system prompt and the question always stay.
 
         tokenize  messages -> token ids; raises PromptError when they are too many
 
@@ -88,13 +86,10 @@ class Conversation:
         """
         n_dropped = self.n_dropped
         while n_dropped < len(self.turns):
-            messages = self.messages(question, n_dropped=n_dropped)
-            n_char = sum(len(each["content"]) for each in messages)
-            if n_char <= n_most * _CHARS_PER_TOKEN:
-                with suppress(PromptError):
-                    tokens = tokenize(messages)
-                    if len(tokens) <= n_most:
-                        break
+            with suppress(PromptError):
+                tokens = tokenize(self.messages(question, n_dropped=n_dropped))
+                if len(tokens) <= n_most:
+                    break
             n_dropped += (len(self.turns) - n_dropped + 1) // 2
         else:
             tokens = tokenize(self.messages(question, n_dropped=n_dropped))
@@ -152,7 +147,7 @@ def save_session(path: Path, session: Session) -> None:
                 f"Cannot save the session to {path}: something else is there, expected no file or "
                 "an older session file. Choose another name."
             ) from error
-    messages: list[dict[str, str]] = list(session.conversation.messages())
+    messages = session.conversation.messages()
     answers = [message for message in messages if message["role"] == "assistant"]
     for message, turn in zip(answers, session.conversation.turns, strict=True):
         message["finish_reason"] = turn.finish_reason
@@ -160,7 +155,7 @@ def save_session(path: Path, session: Session) -> None:
         "format": FORMAT,
         "bundle": asdict(session.bundle),
         "strategy": session.strategy,
-        "adapters": list(session.adapters),
+        "adapters": session.adapters,
         "messages": messages,
     }
     text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"

@@ -25,7 +25,7 @@ def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
     OpenAI's role `developer` is what templates call `system`.
 
-    Raises PromptError for what is no message, with its number and field.
+    Raises PromptError with the number and field of a malformed message.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable) or not messages:
         raise PromptError(
@@ -39,34 +39,28 @@ def _checked(i: int, message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise _wrong(i, "is", message)
     checked = {key: value for key, value in message.items() if value is not None}
-    match message.get("role"):
-        case "developer":
-            checked["role"] = "system"
-        case str():
-            pass
-        case role:
-            raise _wrong(i, "has role =", role)
-    match message.get("content"):
-        case str():
-            pass
-        case None if checked["role"] == "assistant" and "tool_calls" in message:
-            checked["content"] = ""
-        case [_, *_] as parts if all(map(_is_text, parts)):
-            checked["content"] = "".join(part["text"] for part in parts)
-        case content:
-            raise _wrong(i, "has content =", content)
-    if (calls := checked.get("tool_calls")) is not None:
-        if not isinstance(calls, list):
-            raise _wrong(i, "has the tool calls", calls, _CALL)
-        checked["tool_calls"] = [_tool_call(i, call) for call in calls]
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise _wrong(i, "has role =", role)
+    if role == "developer":
+        checked["role"] = "system"
+    if content is None and role == "assistant" and "tool_calls" in message:
+        content = ""
+    elif isinstance(content, list) and content and all(map(_is_text, content)):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise _wrong(i, "has content =", content)
+    checked["content"] = content
+    if calls := checked.get("tool_calls"):
+        each_call = calls if isinstance(calls, list) else [calls]
+        checked["tool_calls"] = [_tool_call(i, call) for call in each_call]
     return checked
 
 
 def _is_text(part: Any) -> bool:
-    match part:
-        case {"type": "text" | "input_text" | "output_text", "text": str()}:
-            return True
-    return False
+    kinds = ("text", "input_text", "output_text")  # the last two are of responses
+    is_part = isinstance(part, Mapping) and part.get("type") in kinds
+    return is_part and isinstance(part.get("text"), str)
 
 
 def _tool_call(i: int, call: Any) -> dict[str, Any]:
