@@ -3,10 +3,17 @@
 import json
 import re
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
-from qaflora_edge.formats.json_text import MAX_JSON_DEPTH, MAX_JSON_VALUES, read_json_object
+from qaflora_edge.errors import OutputFileError
+from qaflora_edge.formats.json_text import (
+    MAX_JSON_DEPTH,
+    MAX_JSON_VALUES,
+    LineFile,
+    read_json_object,
+)
 
 
 def test_object_is_read_as_the_standard_library_does() -> None:
@@ -43,3 +50,17 @@ def test_many_values_are_refused_before_they_take_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2 * len(data)  # nothing was parsed
     finally:
         tracemalloc.stop()
+
+
+def test_file_of_lines_that_vanishes_is_named(tmp_path: Path) -> None:
+    lines = LineFile(tmp_path / "a.jsonl", "answers")
+    (tmp_path / "a.jsonl").write_text("{}\ncut")
+    lines.n_byte = 3
+    lines.add("[]")
+    assert (tmp_path / "a.jsonl").read_text() == "{}\n[]\n"
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(
+        OutputFileError, match=r"answers into .*a\.jsonl: No such file or directory"
+    ):
+        lines.add("{}")
+    assert not (tmp_path / "a.jsonl").exists()

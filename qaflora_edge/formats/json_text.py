@@ -148,8 +148,9 @@ class LineFile:
         """Add a line. Raises OutputFileError when it cannot be written."""
         line = text.encode() + b"\n"
         try:
-            with open(self.path, "ab") as file:
+            with open(self.path, "r+b" if self.n_byte else "wb") as file:
                 file.truncate(self.n_byte)
+                file.seek(self.n_byte)
                 file.write(line)
         except OSError as error:
             advice = "See to it and run the same again, which goes on"
