@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,20 +67,6 @@ def test_json_is_the_contract(made: TinyBundle) -> None:
     assert set(shown["timings"]) == {"probe_ms", "prefill_ms", "decode_ms", "tokens_per_second"}
     assert min(shown["timings"].values()) > 0
     assert set(shown) == {"text", "finish_reason", "usage", "fusion", "timings"}
-
-
-@pytest.mark.parametrize(
-    ("strategy", "same", "weights"),
-    [("single:es", "manual:es=1", (0, 1))],
-)
-def test_answer_is_that_of_the_strategy(
-    made: TinyBundle, strategy: str, same: str, weights: tuple[int, int]
-) -> None:
-    for name in (strategy, same):
-        result = run(made.folder, PROMPT, "--max-tokens", 12, "--strategy", name, "--json")
-        shown = json.loads(result.stdout)
-        assert shown["text"] == answer(made, max_tokens=12, weights=strategy)
-        assert shown["fusion"]["weights"] == [[weight] * made.base.n_layer for weight in weights]
 
 
 def test_base_without_template_needs_raw_prompt(tmp_path: Path) -> None:
@@ -328,18 +313,6 @@ def test_wrong_usage_is_2(args: list[str], message: str, tmp_path: Path) -> None
     result = run(tmp_path / "no-bundle", *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_reader_that_has_enough_ends_it_quietly(made: TinyBundle, tmp_path: Path) -> None:
-    (tmp_path / "long.gbnf").write_text('root ::= "a"{150}\n')
-    line = (
-        f"'{sys.executable}' -m qaflora_edge run '{made.folder}' '{PROMPT}' --grammar long.gbnf "
-        '2> errors | head -c 3; echo " ${PIPESTATUS[0]}"; cat errors'
-    )
-    done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=tmp_path)
-    assert (done.stdout[3:], done.stderr) == (b" 0\n", b"")
 
 
 @pytest.mark.slow

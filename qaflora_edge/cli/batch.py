@@ -72,11 +72,6 @@ def read_requests(stream: BinaryIO, name: str) -> Iterator[Line]:
             yield Line(index, data, f"{name}, line {index + 1}")
 
 
-def unknown_keys(found: Mapping[str, Any]) -> list[str]:
-    """What a request has that is no option of it."""
-    return [key for key in found if key not in _KEYS and key not in _OPTIONS]
-
-
 def to_request(found: Mapping[str, Any], *, system: str | None, raw_prompt: bool) -> dict[str, Any]:
     """A request of Engine.generate_many; keys that are no options are left out.
 
@@ -136,10 +131,8 @@ def _wrong(name: str, value: Any, expected: str) -> OptionError:
 
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
-# What changes nothing of an answer but its last digits.
+# Options that change only the last digits of an answer.
 _NO_MATTER = ("n_parallel", "threads", "gpu_layers", "rpc", "tensor_split", "prefix_cache")
-
-
 _BEGIN = b'{"index": '  # of every line that is written
 
 
@@ -156,14 +149,9 @@ class Answers:
     def __init__(self, path: Path | None, key: str) -> None:
         self._lines = None if path is None else LineFile(path, "answers")
         self._key = key
-        self._digests: dict[int, str] = {}  # of the lines that the file answers, by their index
+        self.digests: dict[int, str] = {}  # of the lines that the file answers, by their index
         self.n_failed = 0
         self.first_failure = ""
-
-    @property
-    def indexes(self) -> set[int]:
-        """The lines that the file answers."""
-        return set(self._digests)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -180,7 +168,7 @@ class Answers:
 
     def has(self, line: Line) -> bool:
         """Tell whether the file answers a line. Raises OutputFileError if it answers another."""
-        digest = self._digests.get(line.index)
+        digest = self.digests.get(line.index)
         if digest not in (None, line.digest):
             assert self._lines is not None
             raise self._lines.refused(
@@ -227,7 +215,7 @@ class Answers:
                 f"line {number} was answered by another bundle or under other options than these",
                 "Give those that it was begun with",
             )
-        self._digests[index] = digest
+        self.digests[index] = digest
         self._note(index, error)
 
     def _note(self, index: int, error: str) -> None:
@@ -290,7 +278,8 @@ class _Job:
                 mark: dict[str, Any] = {}
                 try:
                     found = line.parse()
-                    self.unknown |= dict.fromkeys(unknown_keys(found))
+                    others = (key for key in found if key not in _KEYS and key not in _OPTIONS)
+                    self.unknown |= dict.fromkeys(others)
                     mark = {"id": found["id"]} if "id" in found else {}
                     request = to_request(
                         found, system=self.system, raw_prompt=self.options.raw_prompt
@@ -330,7 +319,7 @@ class _Job:
             click.echo(f"Not options of a request, and ignored: {names}{more}", err=True)
         answers, rate = self.answers, self.n_token / seconds if seconds > 0 else 0.0
         parts = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
-        if n_before := len(answers.indexes):
+        if n_before := len(answers.digests):
             parts.append(f"{n_before} were done before")
         if answers.n_failed:
             parts.append(f"{answers.n_failed} failed, the first: {answers.first_failure}")

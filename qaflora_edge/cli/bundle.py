@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -23,9 +23,6 @@ from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN
 from qaflora_edge.files import one_line
-
-if TYPE_CHECKING:
-    from qaflora_edge.engine import Engine
 
 
 @click.group()
@@ -112,12 +109,13 @@ def create(
     once; a bundle that is not measured works, and `qaflora bundle calibrate` finishes it.
     """
     from qaflora_edge.bundles.create import create_bundle
+    from qaflora_edge.engine import Engine
 
     if system_path is not None:
         options["system"] = check_prompt(read_text(system_path).strip())
     base = choose_base(base, [path for _, path in adapters])
     is_there = os.path.lexists(folder)
-    options["engine"] = _engine() if calibrate else None
+    options["engine"] = Engine if calibrate else None
     try:
         with progress_bars() as progress:
             create_bundle(folder, base, adapters, progress=progress, **options)
@@ -150,11 +148,12 @@ def add(folder: str, pairs: list[tuple[str, str]], calibrate: bool, **options: A
     --adapter` takes. When something fails, the bundle is as it was.
     """
     from qaflora_edge.bundles.edit import add_adapters
+    from qaflora_edge.engine import Engine
 
     path = bundle_folder(folder)
     notes = {key: options.pop(key) for key in ("source", "license", "description")}
     options["note"] = {key: text for key, text in notes.items() if text is not None}
-    options["engine"] = _engine() if calibrate else None
+    options["engine"] = Engine if calibrate else None
     with progress_bars() as progress:
         add_adapters(path, pairs, progress=progress, **options)
     for name, _ in pairs:
@@ -221,10 +220,11 @@ def calibrate(folder: str, strategy: str | None) -> None:
     alone. Without it all is measured.
     """
     from qaflora_edge.bundles.edit import calibrate as calibrate_bundle
+    from qaflora_edge.engine import Engine
 
     path = bundle_folder(folder)
     with progress_bars() as progress:
-        is_new = calibrate_bundle(path, _engine(), strategy=strategy, progress=progress)
+        is_new = calibrate_bundle(path, Engine, strategy=strategy, progress=progress)
     done = "Measured the adapters of" if is_new else "Every adapter was measured already in"
     click.echo(f"{done} {path}, weighed by {_strategy(path)}.", err=True)
 
@@ -246,11 +246,12 @@ def samples(folder: str, name: str, file: str) -> None:
     """
     from qaflora_edge.bundles.edit import set_samples
     from qaflora_edge.cli.prompts import read_prompts
+    from qaflora_edge.engine import Engine
 
     path = bundle_folder(folder)
     texts = [prompt.text for prompt in read_prompts(file)]
     with progress_bars() as progress:
-        set_samples(path, name, texts, _engine(), progress=progress)
+        set_samples(path, name, texts, Engine, progress=progress)
     click.echo(f"Embedded {len(texts)} sample texts of {name} in {path}.", err=True)
 
 
@@ -313,12 +314,6 @@ def verify(folder: str) -> None:
         verified = verify_bundle(bundle_folder(folder), progress)
     n_adapter = len(verified.adapter_paths)
     click.echo(f"{verified.folder}: the base and {n_adapter} adapters are the recorded ones.")
-
-
-def _engine() -> type[Engine]:
-    from qaflora_edge.engine import Engine
-
-    return Engine
 
 
 def _strategy(folder: Path) -> str:
