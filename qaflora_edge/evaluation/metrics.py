@@ -30,15 +30,16 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def check_answer(fields: Fields) -> Fault:
+def check_answer(fields: Fields, *, only_numbers: bool = False) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
 
     def is_right(value: object) -> bool:
-        return is_text(value) or (isinstance(value, int | float) and not isinstance(value, bool))
+        return as_number(value) is not None or (is_text(value) and not only_numbers)
 
     several = listed(fields.get("answer"))
     is_all = several and all(map(is_right, several))
-    return None if is_all else ("answer", "a text or number, or a list of them")
+    kind = "a number" if only_numbers else "a text or number"
+    return None if is_all else ("answer", f"{kind}, or a list of them")
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,6 @@ def loss(log_probs: Sequence[F32], fields: Fields) -> float:
     return -float(log_probs[0].mean(dtype=np.float64))
 
 
-def _check_number(fields: Fields) -> Fault:
-    several = listed(fields.get("answer"))
-    is_right = several and all(as_number(each) is not None for each in several)
-    return None if is_right else ("answer", "a number, or a list of them")
-
-
 def _check_choice(fields: Fields) -> Fault:
     choices, answer = fields.get("choices"), fields.get("answer")
     n_choice = len(choices) if isinstance(choices, list) and all(map(is_text, choices)) else 0
@@ -148,7 +143,7 @@ BUILT_IN = {
         Metric(
             "number",
             _any_of(lambda answer, each: as_number(each) in last_number(answer)),
-            check=_check_number,
+            check=lambda fields: check_answer(fields, only_numbers=True),
         ),
         Metric("exact", _any_of(lambda answer, each: _spaced(answer) == _spaced(each))),
         Metric(

@@ -18,7 +18,7 @@ from typing import Any
 
 from qaflora_edge.chat.messages import begin_with, checked_messages
 from qaflora_edge.errors import PromptError, TaskFileError, os_errors
-from qaflora_edge.evaluation.metrics import Metric, as_number, is_text, listed, metrics
+from qaflora_edge.evaluation.metrics import BUILT_IN, Metric, is_text, metrics
 from qaflora_edge.files import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
@@ -157,8 +157,7 @@ def _metric_of(items: Sequence[Item]) -> str:
     for metric in metrics().values():
         if metric.needs != "answer" and metric.needs in items[0].fields:
             return metric.name
-    answers = (listed(item.fields.get("answer")) for item in items)
-    is_number = all(each and all(as_number(one) is not None for one in each) for each in answers)
+    is_number = all(BUILT_IN["number"].check(item.fields) is None for item in items)
     return "number" if is_number else "contains"
 
 
