@@ -24,6 +24,8 @@ FIXED: dict[str, Any] = {
 def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options of OpenAI's as `Engine.generate` takes them; others stay, null is left out.
 
+    Of two names of one option OpenAI's newer one counts.
+
     Raises OptionError for one that cannot be followed.
     """
     known = {**options}
@@ -34,13 +36,8 @@ def openai_options(options: Mapping[str, Any]) -> dict[str, Any]:
     sampling = in_group("sampling")
     for name, option in sampling.items():
         for alias in option.aliases:
-            value = known.pop(alias, None)
-            if value is not None and known.setdefault(name, value) != value:
-                raise OptionError(
-                    f"Options {name} and {alias} are {known[name]!r} and {value!r}, expected one "
-                    "of them; leave the other out.",
-                    alias,
-                )
+            if (value := known.pop(alias, None)) is not None:
+                known[name] = value
     return {
         name: value for name, value in known.items() if name not in sampling or value is not None
     }
