@@ -39,7 +39,8 @@ diff --git a/src/a.cpp b/src/a.cpp
 class Project:
     """A small checkout: its own patches, archive and cache, and the real tool."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: dict[str, str] | None = None) -> None:
+        """more  files of the source besides"""
         self.folder = folder
         self.patches = folder / "patches"
         self.cache = folder / "cache"
@@ -58,7 +59,7 @@ class Project:
         ):
             source = ROOT / "qaflora_edge" / name
             (folder / "qaflora_edge" / name).write_bytes(source.read_bytes())
-        self.write_archive({"CMakeLists.txt": "project(x)\n", "src/a.cpp": TEXT})
+        self.write_archive({"CMakeLists.txt": "project(x)\n", "src/a.cpp": TEXT, **(more or {})})
         self.write_patch(PATCH)
 
     def write_archive(self, members: dict[str, str]) -> None:

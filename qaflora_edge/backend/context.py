@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Batch, Chunks, Outputs, Span, chunks_of, n_ubatch
-from qaflora_edge.backend.library import CONTEXT_PROBE, Handle, forget_logged, last_error, logged
+from qaflora_edge.backend.library import (
+    CONTEXT_PROBE,
+    Handle,
+    forget_logged,
+    has_logged,
+    last_error,
+    logged,
+)
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError
@@ -112,8 +119,8 @@ class Context(Handle):
         )
         if not self._pointer:
             raise BackendError(
-                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}. "
-                f"llama.cpp says: {logged()}."
+                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}."
+                + (f" llama.cpp says: {logged()}." if has_logged() else "")
             )
         self._set_up(n_seq, n_ctx, params, stop)
 

@@ -234,6 +234,11 @@ def logged() -> str:
     return "; ".join(_errors) or "no reason given"
 
 
+def has_logged() -> bool:
+    """Tell whether llama.cpp gave a reason of its last failure."""
+    return bool(_errors)
+
+
 def forget_logged() -> None:
     """Forget the reasons of earlier failures."""
     _errors.clear()

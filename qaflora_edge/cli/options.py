@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -251,15 +252,17 @@ def bundle_folder(text: str) -> Path:
     return pulled
 
 
-def open_engine(bundle: str, options: SharedOptions, **changes: Any) -> Engine:
-    """An Engine for a bundle; on a terminal a line is shown when it takes long.
+def open_engine(
+    bundle: str, options: SharedOptions, *, is_quiet: bool = False, **changes: Any
+) -> Engine:
+    """Open an Engine for a bundle; a terminal shows that it takes long, unless is_quiet.
 
     changes  keywords of Engine in place of those that the options give
     """
     from qaflora_edge.engine import Engine
 
     folder = bundle_folder(bundle)
-    with waiting(f"Loading {folder}"):
+    with nullcontext() if is_quiet else waiting(f"Loading {folder}"):
         return Engine(folder, strategy=options.strategy, **{**options.engine, **changes})
 
 

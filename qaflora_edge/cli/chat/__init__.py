@@ -67,9 +67,11 @@ def chat(
     from qaflora_edge.cli.chat.session import ChatSession
     from qaflora_edge.cli.chat.view import TerminalView, View
 
-    with ChatSession(bundle, options, keep_history=keep_history) as session:
+    is_plain = plain or not _is_capable()
+    opened = ChatSession(bundle, options, keep_history=keep_history, is_plain=is_plain)
+    with opened as session:
         session.check()
-        if plain or not _is_capable():
+        if is_plain:
             Chat(session, View(), PlainInput()).run(system, load_path)
         else:
             from qaflora_edge.cli.chat.input import TerminalInput

@@ -60,11 +60,18 @@ class ChatSession:
     fusion        the weights of the last answer, if there was one
     """
 
-    def __init__(self, bundle: str, options: SharedOptions, *, keep_history: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: str,
+        options: SharedOptions,
+        *,
+        keep_history: bool = False,
+        is_plain: bool = False,
+    ) -> None:
         folder = bundle_folder(bundle)
         n_ctx = context_size(folder, options.kv_type) if options.ctx is None else options.ctx
         self._options = options
-        self.engine = open_engine(bundle, options, n_ctx=n_ctx, n_parallel=1)
+        self.engine = open_engine(bundle, options, is_quiet=is_plain, n_ctx=n_ctx, n_parallel=1)
         self.identity = bundle_identity(folder)
         self.conversation = Conversation()
         self.fusion: FusionWeights | None = None
