@@ -29,7 +29,6 @@
     ├── SettingsError             the settings file cannot be read, or a key of it is wrong
     ├── OptionError               an engine or sampling option out of its range
     ├── GrammarError              a grammar or a JSON schema that cannot be followed
-    ├── ServerError               a server cannot be reached, or refused what was asked
     ├── CancelledError            a call was ended by Engine.cancel before there was an answer
     ├── IncompleteAnswerError     an answer was cut before the grammar that it follows ended
     └── BusyError                 an Engine was used by two threads at once, or after close
@@ -204,10 +203,6 @@ def wrong_option(name: str, found: object, expected: str) -> OptionError:
 
 class GrammarError(QafloraError):
     """A grammar or a JSON schema cannot be read, or asks for what cannot be followed."""
-
-
-class ServerError(QafloraError):
-    """A server cannot be reached, or refused what was asked."""
 
 
 class CancelledError(QafloraError):
