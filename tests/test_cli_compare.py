@@ -34,7 +34,7 @@ def test_answers_are_those_of_the_strategies(made: TinyBundle) -> None:
     shown = json.loads(compare(made, PROMPT, "--json", "--parallel", 1).stdout)
     assert shown["prompt"] == PROMPT
     names = [answer["strategy"] for answer in shown["answers"]]
-    assert names == ["base", "single:math", "single:es", "qa-flora"]
+    assert names == ["qa-flora", "base", "single:math", "single:es"]
     with Engine(made.folder) as engine:
         tokens = engine.chat_tokens([{"role": "user", "content": PROMPT}])
         for answer in shown["answers"]:
@@ -56,9 +56,9 @@ def test_table_has_each_strategy_with_its_mix_and_answer(made: TinyBundle) -> No
     assert result.stdout.count("[cut at the limit of tokens]") == 5
 
 
-def test_strategy_of_the_options_stands_last(made: TinyBundle) -> None:
+def test_strategy_of_the_options_stands_first(made: TinyBundle) -> None:
     result = compare(made, "-", "--strategy", "norm", "--json", stdin=f"{PROMPT}\n")
-    assert [a["strategy"] for a in json.loads(result.stdout)["answers"]][-1] == "norm"
+    assert [a["strategy"] for a in json.loads(result.stdout)["answers"]][0] == "norm"
 
 
 @pytest.mark.parametrize(

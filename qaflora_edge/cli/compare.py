@@ -46,8 +46,8 @@ _COMMA = re.compile(r",(?![^,:]*=)")
     "--strategies",
     "ways",
     metavar="NAME,NAME,...",
-    help="What to compare, in this order; `single` is each adapter alone.  [default: base, single "
-    "and the strategy]",
+    help="What to compare, in this order; `single` is each adapter alone.  [default: the "
+    "strategy, base, single]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -75,7 +75,7 @@ def compare(
     if html_path is not None:
         check_takes_file(html_path)
     with open_engine(bundle, options) as engine:
-        strategies = expand(ways or f"base,single,{engine.strategy}", engine.adapters)
+        strategies = expand(ways or f"{engine.strategy},base,single", engine.adapters)
         tokens = prompt_tokens(engine, text, options)
         answers = ask(engine, tokens, strategies, options.sampling)
     if as_json:
