@@ -58,7 +58,7 @@ def test_table_has_each_strategy_with_its_mix_and_answer(made: TinyBundle) -> No
 
 def test_strategy_of_the_options_stands_first(made: TinyBundle) -> None:
     result = compare(made, "-", "--strategy", "norm", "--json", stdin=f"{PROMPT}\n")
-    assert [a["strategy"] for a in json.loads(result.stdout)["answers"]][0] == "norm"
+    assert json.loads(result.stdout)["answers"][0]["strategy"] == "norm"
 
 
 @pytest.mark.parametrize(
