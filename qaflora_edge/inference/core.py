@@ -127,10 +127,14 @@ class Core:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Keep the resources open.
+        """Keep the resources open. Raises as _hold does, and WorkerError once a worker was lost."""
+        with self._hold():
+            self.model.check_workers()
+            yield
 
-        Raises BusyError after close() or a fork, WorkerError once a worker was lost.
-        """
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        """Keep the resources open. Raises BusyError after close() or a fork."""
         global _process
         _check_process()
         me = threading.get_ident()
@@ -145,7 +149,6 @@ class Core:
             self._n_call[me] = self._n_call.get(me, 0) + 1
         _process = os.getpid()
         try:
-            self.model.check_workers()
             yield
         finally:
             with self._idle:
@@ -269,7 +272,7 @@ class Core:
         return self._generation(sequence, FusionWeights((), nothing))
 
     def _generation(self, sequence: RunningSequence, fusion: FusionWeights) -> Generation:
-        return Generation(sequence, fusion, drive=self.loop.drive, call=self.call)
+        return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
 
 
 def _check_process() -> None:
