@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from qaflora_edge.bench.memory import measure_memory
 from qaflora_edge.bench.rig import Prompts, Rig, prefill
 from qaflora_edge.cli import main
+from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BackendError
 
 SMALL = ("--repeat", "3", "--prompt-tokens", "40,20", "--max-tokens", "6", "--threads", "1")
@@ -92,6 +94,15 @@ def test_first_token_is_compared_with_the_prefill_of_its_round(shown: dict[str, 
         own = [run["ttft_ms"] for run in row["runs"]]
         pairs = zip(own, plain, strict=True)
         assert row["of_plain"]["median"] == pytest.approx(median(a / b for a, b in pairs))
+
+
+@pytest.mark.slow
+def test_no_first_token_is_had_from_a_prompt_read_before(made: TinyBundle) -> None:
+    call = mock.patch.object(Engine, "generate", autospec=True, side_effect=Engine.generate)
+    with call as generate:
+        bench(made, "--only", "ttft", *SMALL)
+    read = [tuple(each.args[1]) for each in generate.call_args_list]
+    assert len(set(read)) == len(read) > 0
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The parts of `qaflora bench`: decode, ttft, callers, memory.
 
-Contestants run in turn within a round, on a prompt that no round had before. A first round is
-thrown away. Ratios are taken within a round, then the median.
+Contestants run in turn within a round, on a prompt that no round had before; each contestant of
+ttft has its own. A first round is thrown away. Ratios are taken within a round, then the median.
 """
 
 import time
@@ -126,8 +126,8 @@ def measure_ttft(rig: Rig, engine: Engine, plan: Plan, prompts: Prompts, tell: T
     for at, length in enumerate(plan.prompt_tokens):
         runs: dict[str, list[Run]] = {name: [] for name in names}
         for turn in range(1 + plan.repeat):
-            tokens = prompts.draw(length)
             for name in in_turn(names, turn):
+                tokens = prompts.draw(length)  # an Engine keeps what it read of the last one
                 start = time.perf_counter()
                 if name == "plain":
                     prefill(base, tokens)

@@ -87,9 +87,9 @@ def bench(
 
     decode: prefill and decoding of the base as llama.cpp runs it, of --k adapters through
     llama_set_adapters_lora, and of as many fused by us; each at weight 1/k. ttft: the time to the
-    first token under several strategies, as a multiple of the base's prefill. callers: decoding
-    for --callers at once, each with a mix of its own, next to the base in one batch. memory: the
-    peak of one answer in a process of its own.
+    first token under several strategies, each with a prompt of its own, as a multiple of the base's
+    prefill. callers: decoding for --callers at once, each with a mix of its own, next to the base
+    in one batch. memory: the peak of one answer in a process of its own.
     """
     from qaflora_edge.bundles.open import load_bundle
 
