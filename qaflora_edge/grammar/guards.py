@@ -214,9 +214,7 @@ class _Checker:
         if not isinstance(schema, dict):
             raise self._fail(place, f"found {schema!r:.60}", "expected a schema (an object)")
         if place.count("/") > 2 * MAX_CHAIN:
-            raise self._fail(
-                place[:60], f"more than {MAX_CHAIN} schemas in each other", "use fewer"
-            )
+            raise self._fail(place[:60], f"over {MAX_CHAIN} schemas in each other", "use fewer")
         written = {
             key: self._value(key, value, place)
             for key, value in schema.items()
@@ -231,7 +229,7 @@ class _Checker:
             return written
         if _NAMED & written.keys() and "additionalProperties" not in written:
             names = written.get("properties", {})
-            unnamed = {str(name): True for name in written.get("required", []) if name not in names}
+            unnamed = {name: True for name in written.get("required", []) if name not in names}
             written |= {"properties": names | unnamed, "additionalProperties": False}
         return {"type": kinds, **written}
 
@@ -244,6 +242,8 @@ class _Checker:
         if not isinstance(value, expected):
             kind = "an object" if expected is dict else "a list"
             raise self._fail(place, f"{key!r} is {value!r:.60}", f"expected {kind}")
+        if key == "required" and not all(isinstance(each, str) for each in value):
+            raise self._fail(place, "'required' holds something else", "expected a list of names")
         if key == "minProperties" and value not in (0, 1):  # llguidance counts a name twice
             raise self._fail(place, f"{key!r} is {value!r:.60}", "expected 0 or 1")
         if key == "$ref":
