@@ -2,16 +2,13 @@
 
 import json
 import os
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import tiny
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.formats.safetensors import PIECE_VALUES, read_safetensors
+from qaflora_edge.formats.safetensors import read_safetensors
 
 
 def raw(header: object, data: bytes = b"", n_header: int | None = None) -> bytes:
@@ -66,28 +63,6 @@ def test_integers_cannot_be_weights(tmp_path: Path) -> None:
         f"Cannot use tensor t of {path}: its dtype is I32; expected F32, F16, BF16. "
         "Save the adapter in one of these."
     )
-
-
-@pytest.mark.parametrize("shape", [(), (0, 4), (2, 3, 4), (300, 1000)])
-def test_values_are_read_by_pieces_and_transposed(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    path = tmp_path / "a.safetensors"
-    tiny.write_safetensors(path, {"first": np.ones(3, np.float32), "t": np.asarray(values)})
-    tensor = read_safetensors(path)["t"]
-    np.testing.assert_array_equal(tensor.read(), values)
-    np.testing.assert_array_equal(tensor.read(transposed=True), values.T)
-
-
-def test_memory_holds_the_values_once(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    tiny.write_safetensors(path, {"t": np.ones((4000, 1000), np.float32)}, "BF16")
-    tensor = read_safetensors(path)["t"]
-    for transposed in (False, True):
-        tracemalloc.start()
-        values = tensor.read(transposed=transposed)
-        _, peak_bytes = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak_bytes < values.nbytes + 32 * PIECE_VALUES
 
 
 def test_matrix_larger_than_any_lora_is_not_read(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.convert.layouts import Index
 from qaflora_edge.formats.base import module_kind
-from qaflora_edge.formats.safetensors import PIECE_VALUES
 from qaflora_edge.peft.modules import PeftModule
+
+SLICE_VALUES = 1 << 14  # that are turned and encoded at a time
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,16 @@ class PlannedModule(Target):
     def slices(self, side: str) -> Iterator[tuple[Any, F32]]:
         """Read lora_a or lora_b by slices of rows: their places in the file, and [some rows, n]."""
         source = self.source
-        tensor = source.a if side == "a" else source.b
-        if source.is_transposed != (side == "a" and source.is_embedding):
-            # Rows of a tensor that is turned are whole only when all of it was read.
-            pieces = _cut(tensor.read(transposed=True))
-        else:
-            pieces = tensor.pieces()
+        values = source.read_a() if side == "a" else source.read_b()
+        if side == "a" and source.is_embedding:
+            values = values.T
         places = None
         if side == "b" and self.rows is not None:
             places = np.full(source.n_out, -1)  # -1: rows that other tensors take
             places[self.rows] = np.arange(len(self.rows))
-        for begin, piece in pieces:
+        n_row = max(1, SLICE_VALUES // values.shape[1])
+        for begin in range(0, len(values), n_row):
+            piece = values[begin : begin + n_row]
             own = slice(begin, begin + len(piece))
             if side == "a":
                 yield own, piece if self.columns is None else piece[:, self.columns]
@@ -170,13 +170,6 @@ class StackedExperts(_Experts):
 
 
 Planned = PlannedModule | SingleExperts | StackedExperts
-
-
-def _cut(values: F32) -> Iterator[tuple[int, F32]]:
-    """Cut values into slices of rows, as `StoredTensor.pieces` gives them."""
-    n_row = max(1, PIECE_VALUES // values.shape[1])
-    for begin in range(0, len(values), n_row):
-        yield begin, values[begin : begin + n_row]
 
 
 def _scaled(values: F32, factor: float) -> F32:

@@ -18,7 +18,6 @@ from typing import BinaryIO, NoReturn
 import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, InputFileError, os_errors
@@ -29,14 +28,13 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 ALIGNMENTS = tuple(1 << n for n in range(17))
 MAX_HEADER_BYTES = 1 << 26  # the longest vocabularies have 20 MB
-MAX_METADATA = 1 << 12  # keys in a file; models have less than a hundred
+MAX_METADATA = 1 << 10  # keys in a file; models have less than a hundred
 MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_STRING_BYTES = 1 << 24  # of a metadata value
 MAX_NAME_LENGTH = 64  # of an architecture
 MAX_ARRAY_LENGTH = 1 << 24
-MAX_KEPT = 1 << 18  # numbers of all arrays; those after them are stepped over
-MAX_KEPT_ARRAY = 1 << 12  # numbers; longer arrays are stepped over
+MAX_KEPT_ARRAY = 1 << 10  # numbers; longer arrays are stepped over
 MAX_TENSOR_NAME_BYTES = 63  # llama.cpp 0c1e5709, ggml.h GGML_MAX_NAME
 MAX_DIMS = 4
 MAX_LAYERS = 1024  # twice llama.cpp's own limit
@@ -96,20 +94,15 @@ ADVICE = "The file is truncated, corrupted or of another kind; fetch or convert 
 
 
 class GgufCursor:
-    """Steps through the bytes of one file; every step is checked against its end.
+    """Steps through the header of a file; every step is checked against the file's end.
 
-    data       what was read and not yet stepped over; a vocabulary is never in memory whole
-    n_dropped  bytes of the file before it
+    data  what was read of the file so far
     """
 
     def __init__(self, path: Path, file: BinaryIO, size_bytes: int) -> None:
-        self.path = path
-        self.file = file
+        self.path, self.file, self.size_bytes = path, file, size_bytes
         self.data = bytearray()
-        self.n_dropped = 0
-        self.size_bytes = size_bytes
         self.position = 0
-        self.n_kept = 0
 
     def fail(self, field: str, found: object, expected: str, advice: str = ADVICE) -> NoReturn:
         raise GgufFileError(
@@ -117,26 +110,21 @@ class GgufCursor:
         )
 
     def take(self, n_bytes: int, field: str) -> int:
-        """Step over bytes and give where they begin in `data`."""
+        """Step over bytes, and give where they begin."""
         begin = self.position
-        self.load(begin + n_bytes, field)
-        self.position = begin + n_bytes
-        return begin - self.n_dropped
+        self.position += n_bytes
+        self.load(self.position, field)
+        return begin
 
     def load(self, end: int, field: str) -> None:
-        """Read the file up to `end` and drop what was stepped over."""
+        """Read the file up to `end` at least."""
         if end > min(self.size_bytes, MAX_HEADER_BYTES):
             expected = f"a header inside the file's {self.size_bytes} bytes and {MAX_HEADER_BYTES}"
             self.fail(f"the end of {field}", f"byte {end} or later", expected)
-        if self.n_dropped + len(self.data) >= end:
-            return
-        n_used = min(len(self.data), self.position - self.n_dropped)
-        del self.data[:n_used]
-        self.n_dropped += n_used
-        while self.n_dropped + len(self.data) < end:
+        while len(self.data) < end:
             chunk = self.file.read(READ_BYTES)
             if not chunk:
-                raise _changed(self.path)
+                raise changed(self.path)
             self.data += chunk
 
     def scalar(self, form: struct.Struct, field: str) -> Scalar:
@@ -189,12 +177,13 @@ class GgufCursor:
 
     def read_preamble(self) -> int:
         """Check magic and version, and give the number of tensors."""
-        begin = self.take(4, "the magic")
-        magic = bytes(self.data[begin : begin + 4])
-        if magic != MAGIC:
+        self.take(4, "the magic")
+        if self.data[:4] != MAGIC:
             advice = LFS_ADVICE if is_lfs_pointer(self.path) else ADVICE
-            self.fail("its beginning", repr(magic), f"{MAGIC!r} of a GGUF file", advice)
-        version = int(self.scalar(U32, "the version"))
+            self.fail(
+                "its beginning", repr(bytes(self.data[:4])), f"{MAGIC!r} of a GGUF file", advice
+            )
+        version = self.scalar(U32, "the version")
         if version not in VERSIONS:
             self.fail("the version", version, "2 or 3, little-endian")
         return self.count(U64, MAX_TENSORS, "the number of tensors")
@@ -226,26 +215,21 @@ class GgufCursor:
         if item_kind not in SCALARS:
             self.fail(f"the element type of {field}", item_kind, "a number or a string")
         form = SCALARS[item_kind]
-        n_bytes = length * form.size
-        begin = self.take(n_bytes, field)
-        if length > MAX_KEPT_ARRAY or self.n_kept + length > MAX_KEPT:
-            return SkippedArray(length, offset, n_bytes)
-        self.n_kept += length
-        return tuple(value for (value,) in form.iter_unpack(self.data[begin : begin + n_bytes]))
+        begin = self.take(length * form.size, field)
+        if length > MAX_KEPT_ARRAY:
+            return SkippedArray(length, begin, length * form.size)
+        items = self.data[begin : self.position]
+        return tuple(value for (value,) in form.iter_unpack(items))
 
     def skip_strings(self, length: int, field: str) -> None:
         """Step over strings; the loop is tight because vocabularies are long."""
-        data, index = self.data, self.position - self.n_dropped
-        unpack_length = U64.unpack_from
+        data, position, unpack_length = self.data, self.position, U64.unpack_from
         for _ in range(length):
-            if index + U64.size > len(data):
-                self.position = self.n_dropped + index
-                self.load(self.position + U64.size, field)
-                index = self.position - self.n_dropped
-            index += U64.size + unpack_length(data, index)[0]
-        end = self.n_dropped + index
-        self.load(end, field)
-        self.position = end
+            if position + U64.size > len(data):
+                self.load(position + U64.size, field)
+            position += U64.size + unpack_length(data, position)[0]
+        self.load(position, field)
+        self.position = position
 
     def read_tensor_info(self, index: int, alignment: int) -> TensorInfo:
         name = self.text(MAX_TENSOR_NAME_BYTES, f"the name of tensor {index}", strict=True)
@@ -358,34 +342,17 @@ def read_gguf_header(path: AnyPath) -> GgufHeader:
     corrupted, or lies about a size.
     """
     path = Path(path)
-    with _reading(path), open_input(path) as file:
+    with reading(path), open_input(path) as file:
         return GgufCursor(path, file, os.fstat(file.fileno()).st_size).read_header()
 
 
-def _reading(path: Path) -> AbstractContextManager[None]:
-    failure = f"Cannot read {path}: opening or reading the GGUF file failed"
-    return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
-
-
 def read_array(path: Path, array: SkippedArray) -> bytes:
-    """Read the bytes of a metadata array of a header that was read before.
-
-    Raises InputFileError when the file is gone, GgufFileError when it changed.
-    """
-    return _read(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
-
-
-def _read(path: Path, offset: int, row_bytes: int, rows: range, columns: range) -> bytes:
-    """Read as read_columns does, with errors of ours."""
-    with _reading(path):
-        data = read_columns(path, offset, row_bytes, rows, columns)
-    if len(data) != len(rows) * len(columns):
-        raise _changed(path)
-    return data
+    """Read the bytes of a metadata array. Raises as read_columns does."""
+    return read_columns(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
 
 
 def read_texts(path: Path, array: SkippedArray) -> list[bytes]:
-    """Read an array of texts as read_array does."""
+    """Read an array of texts. Raises as read_columns does."""
     data = read_array(path, array)
     texts, at = [], 0
     try:
@@ -394,17 +361,10 @@ def read_texts(path: Path, array: SkippedArray) -> list[bytes]:
             at += U64.size + n_bytes
             texts.append(data[at - n_bytes : at])
     except (struct.error, OverflowError) as error:
-        raise _changed(path) from error
+        raise changed(path) from error
     if at != array.n_bytes:
-        raise _changed(path)
+        raise changed(path)
     return texts
-
-
-def _changed(path: Path) -> GgufFileError:
-    return GgufFileError(
-        f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
-        "Try again."
-    )
 
 
 def read_values(path: Path, info: TensorInfo) -> F32:
@@ -412,8 +372,7 @@ def read_values(path: Path, info: TensorInfo) -> F32:
 
     returns  [*shape]  float32; of some types it can be NaN or infinite
 
-    Raises InputFileError when the file is gone, GgufFileError when it changed or the type has no
-    floats.
+    Raises as read_columns does, and GgufFileError where the type has no floats.
     """
     n_row = math.prod(info.shape[:-1])
     return read_value_block(path, info, range(n_row), range(info.shape[-1])).reshape(info.shape)
@@ -426,36 +385,28 @@ def read_value_block(path: Path, info: TensorInfo, rows: range, columns: range) 
 
     Raises as read_values does.
     """
-    raw = read_raw_rows(path, info, rows, columns)
-    return _to_float32(path, info, np.frombuffer(raw, np.uint8).reshape(len(rows), -1))
-
-
-def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | None = None) -> bytes:
-    """Read neighbouring rows as the file holds them; of all columns, or whole blocks of them.
-
-    Raises as read_values does, but for the type.
-    """
-    n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
-    row_bytes = info.shape[-1] // n_block * block_bytes
-    columns = columns or range(info.shape[-1])
-    part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
-    return _read(path, info.offset, row_bytes, rows, part)
-
-
-def _to_float32(path: Path, info: TensorInfo, rows: NDArray[np.uint8]) -> F32:
-    if info.ggml_type == GGMLQuantizationType.F32:
-        return rows.view("<f4").astype(np.float32)
-    if info.ggml_type == GGMLQuantizationType.F16:
-        return rows.view("<f2").astype(np.float32)
+    raw = np.frombuffer(read_raw_rows(path, info, rows, columns), np.uint8)
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a block's scale may be NaN
-            values: F32 = gguf.quants.dequantize(rows, info.ggml_type)
+            values: F32 = gguf.quants.dequantize(raw.reshape(len(rows), -1), info.ggml_type)
     except NotImplementedError as error:
         raise GgufFileError(
             f"Cannot read tensor {info.name} of {path}: its type {info.ggml_type.name} cannot "
             "be turned into floats here. Use a file of another quantisation."
         ) from error
     return values
+
+
+def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | None = None) -> bytes:
+    """Read neighbouring rows as the file holds them; of all columns, or whole blocks of them.
+
+    Raises as read_columns does.
+    """
+    n_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
+    row_bytes = info.shape[-1] // n_block * block_bytes
+    columns = columns or range(info.shape[-1])
+    part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
+    return read_columns(path, info.offset, row_bytes, rows, part)
 
 
 def kv_bytes(header: GgufHeader, kv_type: str) -> float:
@@ -475,21 +426,46 @@ def parts(n: int, n_part: int) -> Iterator[range]:
         yield range(begin, min(begin + n_part, n))
 
 
-def read_columns(path: AnyPath, offset: int, row_bytes: int, rows: range, columns: range) -> bytes:
+def read_columns(
+    path: Path,
+    offset: int,
+    row_bytes: int,
+    rows: range,
+    columns: range,
+    kind: type[InputFileError] = GgufFileError,
+) -> bytes:
     """Read a part of a table of bytes: the same bytes out of each of neighbouring rows.
 
     offset   of the table in the file
     rows     neighbouring rows, and `columns` neighbouring bytes of each
-    returns  len(rows) * len(columns) bytes; less where the file ends before
+    returns  len(rows) * len(columns) bytes
 
-    Raises OSError.
+    Raises InputFileError when the file is gone, `kind` when it became shorter.
     """
-    with open_input(path) as file:
+    with reading(path), open_input(path) as file:
         if len(columns) == row_bytes:
             file.seek(offset + rows.start * row_bytes)
-            return file.read(len(rows) * row_bytes)
-        pieces = []
-        for row in rows:
-            file.seek(offset + row * row_bytes + columns.start)
-            pieces.append(file.read(len(columns)))
-        return b"".join(pieces)
+            data = file.read(len(rows) * row_bytes)
+        else:
+            pieces = []
+            for row in rows:
+                file.seek(offset + row * row_bytes + columns.start)
+                pieces.append(file.read(len(columns)))
+            data = b"".join(pieces)
+    if len(data) != len(rows) * len(columns):
+        raise changed(path, kind)
+    return data
+
+
+def reading(path: Path) -> AbstractContextManager[None]:
+    """Raise InputFileError in place of the system's error."""
+    failure = f"Cannot read {path}: opening or reading it failed"
+    return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
+
+
+def changed(path: Path, kind: type[InputFileError] = GgufFileError) -> InputFileError:
+    """Make the error of a file that was written while it was read."""
+    return kind(
+        f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
+        "Try again."
+    )

@@ -1,4 +1,4 @@
-"""Read safetensors files by pieces, as float32.
+"""Read safetensors files tensor by tensor, as float32.
 
 The safetensors package checks the header: known dtypes, dtype x shape equal to the bytes, no holes
 up to the end of the file. It accepts a tensor named twice, gives numpy no bfloat16, and maps a file
@@ -6,23 +6,20 @@ that someone may shorten. So names are checked and values read here.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import InputFileError, SafetensorsFileError, os_errors
+from qaflora_edge.errors import SafetensorsFileError
 from qaflora_edge.files import LFS_ADVICE, AnyPath, is_lfs_pointer, open_input
-from qaflora_edge.formats.gguf import parts, read_columns
+from qaflora_edge.formats.gguf import read_columns, reading
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
 MAX_NAME_LENGTH = 256
 MAX_READ_BYTES = 1 << 32  # of one tensor; rank 4096 on 256,000 tokens as F32
-PIECE_VALUES = 1 << 14  # that are read and turned at a time
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -37,39 +34,20 @@ class StoredTensor:
     offset: int
     n_bytes: int
 
-    def read(self, *, transposed: bool = False) -> F32:
-        """Read the values, a slice of rows at a time so that they are in memory once.
+    def read(self) -> F32:
+        """Read all values.
 
-        returns  [*shape]  float32, finite; the dimensions in reverse when transposed
+        returns  [*shape]  float32, finite
 
-        Raises SafetensorsFileError when the type is no float or a value is NaN or infinite.
+        Raises as read_block does, and where a value is NaN or infinite.
         """
-        self._check_readable()
-        values = np.empty(self.shape[::-1] if transposed else self.shape, np.float32)
-        rows = np.atleast_1d(values.T if transposed else values)
-        for begin, piece in self.pieces():
-            place = rows[begin : begin + len(piece)]
-            place[...] = piece.reshape(place.shape)
-        return values
-
-    def pieces(self) -> Iterator[tuple[int, F32]]:
-        """Read the values by slices of rows: the first row of each, and float32 [some rows, n].
-
-        Raises SafetensorsFileError, of values that are not finite after the last slice.
-        """
-        self._check_readable()
-        n_row = self.shape[0] if self.shape else 1
         n_value = math.prod(self.shape)
-        n_piece_row = max(1, PIECE_VALUES * n_row // max(1, n_value))
-        n_bad = 0
-        for rows in parts(n_row if n_value else 0, n_piece_row):
-            piece = self.read_block(rows, range(n_value // n_row))
-            n_bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
-            yield rows.start, piece
-        if n_bad:
+        values = self._read(range(1), range(n_value), n_value).reshape(self.shape)
+        if n_bad := n_value - int(np.count_nonzero(np.isfinite(values))):
             found = f"{n_bad} of its {n_value} values are NaN or infinite; expected finite numbers"
             advice = "use an earlier checkpoint or fetch it again."
             raise self._wrong(f"{found}. The training diverged or the file is corrupted; {advice}")
+        return values
 
     def read_block(self, rows: range, columns: range) -> F32:
         """Read neighbouring rows and columns, and nothing else of the file.
@@ -79,18 +57,9 @@ class StoredTensor:
         Raises InputFileError when the file is gone, SafetensorsFileError when it became shorter or
         the type is no float.
         """
-        self._check_readable()
-        n = FLOAT_BYTES[self.dtype]
-        part = range(columns.start * n, columns.stop * n)
-        with _reading(self.path):
-            raw = read_columns(self.path, self.offset, math.prod(self.shape[1:]) * n, rows, part)
-        n_expected = len(rows) * len(part)
-        if len(raw) != n_expected:
-            found = f"the file gave {len(raw)} bytes and {n_expected} were expected"
-            raise self._wrong(f"{found}; it changed while it was open. Try again.")
-        return _to_float32(raw, self.dtype).reshape(len(rows), len(columns))
+        return self._read(rows, columns, math.prod(self.shape[1:]))
 
-    def _check_readable(self) -> None:
+    def _read(self, rows: range, columns: range, n_column: int) -> F32:
         if self.dtype not in FLOAT_BYTES:
             found = f"its dtype is {self.dtype}; expected {', '.join(FLOAT_BYTES)}"
             raise self._wrong(f"{found}. Save the adapter in one of these.")
@@ -98,23 +67,20 @@ class StoredTensor:
             found = f"it has {self.n_bytes} bytes; expected at most {MAX_READ_BYTES}"
             advice = "Check that it is a plain LoRA."
             raise self._wrong(f"{found}, which no matrix of a LoRA exceeds. {advice}")
+        n = FLOAT_BYTES[self.dtype]
+        part = range(columns.start * n, columns.stop * n)
+        raw = read_columns(
+            self.path, self.offset, n_column * n, rows, part, kind=SafetensorsFileError
+        )
+        if self.dtype == "BF16":  # the upper half of a float32
+            bits = np.frombuffer(raw, "<u2").astype("<u4") << 16
+            values = bits.view("<f4")
+        else:
+            values = np.frombuffer(raw, "<f4" if n == 4 else "<f2")
+        return values.astype(np.float32, copy=False).reshape(len(rows), len(columns))
 
     def _wrong(self, text: str) -> SafetensorsFileError:
         return SafetensorsFileError(f"Cannot use tensor {self.name} of {self.path}: {text}")
-
-
-def _to_float32(raw: bytes, dtype: str) -> F32:
-    """returns  [n]  float32, which may be a view of `raw`"""
-    if dtype == "BF16":  # the upper half of a float32
-        bits = np.frombuffer(raw, "<u2").astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)
-
-
-def _reading(path: Path) -> AbstractContextManager[None]:
-    failure = f"Cannot read {path}: opening or reading it failed"
-    return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
 
 
 def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
@@ -137,13 +103,13 @@ def read_safetensors(path: AnyPath) -> dict[str, StoredTensor]:
             f"Cannot read {path}: it is a Git LFS pointer; expected the file that it stands for. "
             f"{LFS_ADVICE}"
         )
-    with _reading(path), open_input(path) as file:
+    with reading(path), open_input(path) as file:
         n_header = int.from_bytes(file.read(8), "little")
         if n_header > MAX_HEADER_BYTES:
             raise damaged(f"its header has {n_header} bytes, expected at most {MAX_HEADER_BYTES}")
         header = file.read(n_header)
     try:
-        with _reading(path), safetensors.safe_open(path, "numpy"):
+        with reading(path), safetensors.safe_open(path, "numpy"):
             entries = read_json_object(header)
     except (safetensors.SafetensorError, ValueError) as error:  # errors of JSON and UTF-8 too
         raise damaged(f"its header cannot be used ({error})") from error

@@ -60,11 +60,11 @@ class PeftModule:
 
     def read_a(self) -> F32:
         """returns  [rank, n_in]  float32, finite"""
-        return self.a.read(transposed=self.is_transposed)
+        return self.a.read().T if self.is_transposed else self.a.read()
 
     def read_b(self) -> F32:
         """returns  [n_out, rank]  float32, finite"""
-        return self.b.read(transposed=self.is_transposed)
+        return self.b.read().T if self.is_transposed else self.b.read()
 
 
 def make_modules(config: PeftConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, PeftModule]:
