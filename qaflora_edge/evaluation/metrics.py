@@ -158,40 +158,56 @@ BUILT_IN = {
 
 # the number that an answer ends with, as people of many languages write numbers
 
-_GROUP = ",.'’٬ \u00a0\u2009\u202f"  # between thousands, somewhere in the world
-_CURRENCY = "$€£¥₽₹"
-_MINUS = "-−–"
-_DIGITS = rf"\d+([{_GROUP}]\d+)*([eE][+-]?\d{{1,3}}(?!\w))?"
-# Digits with separators in between, or a point before all; a minus after a word is a hyphen.
+_GAP = "[ \u00a0\u2009\u202f]"  # between thousands, or between two numbers
+_APOSTROPHE = re.compile(r"(?<=\d)['’٬](?=\d{3}(?!\d))")
+# A minus that follows a word is a hyphen.
 _TOKEN = re.compile(
-    rf"((?<!\w)(?P<minus>[{_MINUS}]))?([{_CURRENCY}][ \u00a0]?)?"
-    rf"(?P<digits>{_DIGITS}|(?<![\w.,])\.{_DIGITS})"
+    r"(?P<minus>(?<!\w)[-−–])?(?:[$€£¥₽₹]\s?)?"
+    rf"(?P<digits>(?:(?<![\w.,])\.)?\d+(?:(?:[.,]|{_GAP})\d+)*)"
 )
-# `#### 12 eggs`, and not the heading `#### 1. Count the eggs`.
-_ALONE = rf"[{_MINUS}]?[{_CURRENCY}]?[ \t]?(?>{_DIGITS})[ \t%{_CURRENCY}]*+[^\W\d]*+\.?[ \t]*+$"
-_MARK = re.compile(rf"\\boxed\s*\{{|####[ \t]*+(?={_ALONE})", re.MULTILINE)
+# `#### 12 eggs` marks the answer; a heading such as `#### 1. Count the eggs` does not.
+_MARK = re.compile(
+    r"\\boxed\s*+\{|####[ \t]*+(?!\d++\.\s)(?=[^\s\d]*+\d\S*+(?:[ \t]++\S++)?+[ \t]*+$)", re.M
+)
+# Thousands as most countries and India write them, with a decimal part or without one.
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+|[1-9]\d{0,2}(?:,\d\d\d?)*,\d{3}")
 _NUMBER = re.compile(  # in a task
     r"[+-]?(\d{1,100}|[1-9]\d{0,2}(,\d{3})+)(\.\d{1,100})?([eE][+-]?\d{1,3})?", re.ASCII
 )
-_SPACES = re.compile(r"[ \u00a0\u2009\u202f]")
-_LATEX = (("{,}", ","), ("\\,", "\u2009"), ("\\!", ""), ("\\$", "$"))
+_ASCII = str.maketrans("٫．，－", "..,-")
 
 
 def last_number(answer: str) -> frozenset[Decimal]:
     """Find the values that the last number of an answer may stand for; none without a number.
 
-    It is the first one in the last `\\boxed{}`, or behind `####` where the line has little else.
-    Digits are those of any script. What may be thousands or decimals, as 1.234, stands for both;
-    so may 100 200 for two numbers.
+    It is the first one in the last `\\boxed{}`, or after `####` where the line has little else.
+    Digits are those of any script. 1.234 may have thousands or decimals, and stands for both.
     """
-    text = _plain(answer)
+    text = _APOSTROPHE.sub("", answer.replace("{,}", ",").translate(_ASCII))
+    text = "".join(str(unicodedata.decimal(sign, sign)) for sign in text)
     numbers = list(_TOKEN.finditer(text))
     if marks := list(_MARK.finditer(text)):
         numbers = list(_TOKEN.finditer(text, marks[-1].end()))[:1] or numbers
     if not numbers:
         return frozenset()
-    values = _readings(numbers[-1]["digits"])
-    return frozenset(-value for value in values) if numbers[-1]["minus"] else frozenset(values)
+    sign = -1 if numbers[-1]["minus"] else 1
+    return frozenset(sign * Decimal(each) for each in _readings(numbers[-1]["digits"]))
+
+
+def _readings(token: str) -> set[str]:
+    """Write digits with separators as every decimal number that they may stand for."""
+    if parts := re.split(_GAP, token)[1:]:
+        is_grouped = all(re.match(r"\d{3}(?!\d)", part) for part in parts)
+        whole = _readings(re.sub(_GAP, "", token)) if is_grouped else set()
+        return whole | _readings(parts[-1])
+    tail = re.split("[.,]", token)[-1]
+    before = token.removesuffix(tail)
+    head, point = before[:-1], before[-1:]
+    found = {re.sub("[.,]", "", token)} if not point or _GROUPED.fullmatch(token) else set()
+    is_whole = head.isdecimal() or not head or (point not in head and _GROUPED.fullmatch(head))
+    if point and is_whole and (point, tail) != (",", "000"):
+        found.add(f"{re.sub('[.,]', '', head)}.{tail}")
+    return found or {tail}  # a list
 
 
 def as_number(value: object) -> Decimal | None:
@@ -203,49 +219,3 @@ def as_number(value: object) -> Decimal | None:
         return None
     text = str(value).strip()
     return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
-
-
-def _plain(text: str) -> str:
-    """Write digits and signs of all scripts as those of ASCII, without what only LaTeX needs."""
-    text = text.translate({0x66B: ".", 0xFF0E: ".", 0xFF0C: ",", 0xFF0D: "-"})
-    for latex, plain in _LATEX:
-        text = text.replace(latex, plain)
-    if text.isascii():
-        return text
-    return "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
-
-
-def _readings(token: str) -> set[Decimal]:
-    """Read digits with separators in between in every way that they may stand for."""
-    *before, last = _SPACES.split(token)
-    if before:
-        spaced = _SPACES.sub(" ", token)
-        is_grouped = re.fullmatch(r"\d{1,3}( \d{3})+([,.]\d+)?", spaced)
-        return _readings(last) | (_readings(spaced.replace(" ", "")) if is_grouped else set())
-    token = re.sub(r"(?<=\d)['’٬](?=\d{3})", "", token)
-    token = re.split("['’٬]", token)[-1]
-    mantissa, sign, exponent = token.lower().partition("e")
-    return {Decimal(each + sign + exponent) for each in _decimals(mantissa)}
-
-
-def _decimals(token: str) -> set[str]:
-    """Write digits with points and commas as decimal numbers with a point."""
-    separators = re.findall("[.,]", token)
-    if not separators:
-        return {token}
-    last = separators[-1]
-    head, _, tail = token.rpartition(last)
-    if len(set(separators)) == 2:
-        if separators.count(last) == 1 and _is_grouped(head):  # 1,234.50 and 1.234,50
-            return {f"{re.sub('[.,]', '', head)}.{tail}"}
-        return _decimals(token.rpartition("," if last == "." else ".")[2])  # a list
-    if len(separators) > 1:  # 1,234,567, or a list
-        return {token.replace(last, "")} if _is_grouped(token) else {tail}
-    decimal = set() if last == "," and tail == "000" else {f"{head}.{tail}"}
-    whole = {head + tail} if _is_grouped(token) else set()
-    return decimal | whole or {tail}
-
-
-def _is_grouped(token: str) -> bool:
-    """Tell whether separators stand at thousands, or as India writes them."""
-    return re.fullmatch(r"[1-9]\d{0,2}([.,]\d{3})+|[1-9]\d?([.,]\d\d)*[.,]\d{3}", token) is not None

@@ -9,7 +9,7 @@ import numpy as np
 from qaflora_edge.arrays import F64
 from qaflora_edge.errors import ResultsFileError
 from qaflora_edge.evaluation.results import Record, Results
-from qaflora_edge.evaluation.statistics import DIGITS, Estimate, difference, mean
+from qaflora_edge.evaluation.statistics import Estimate, difference, mean
 
 POINTS, NATS = "points", "nats a token"
 STATIC, SINGLE = "static", "single:"
@@ -182,4 +182,4 @@ def best_strategy(results: Results) -> str:
             "No strategy can be saved: none has a score for every item of every task. See what "
             "failed, or leave those items out."
         )
-    return max(means, key=lambda name: round(means[name], DIGITS))
+    return max(means, key=lambda name: round(means[name], 12))
