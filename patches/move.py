@@ -25,7 +25,8 @@ from prepare import PATCHES, Pin
 from strict import PrepareError
 
 from qaflora_edge.errors import QafloraError
-from qaflora_edge.files import cache_dir, sha256_file, write_text_atomic
+from qaflora_edge.files import cache_dir, write_text_atomic
+from qaflora_edge.formats.inputs import sha256_file
 
 CHECKOUT = PATCHES.parent
 # Beside what a build reads, what comments and conversion follow.

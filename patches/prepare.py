@@ -30,7 +30,8 @@ import strict  # noqa: E402
 from strict import PrepareError  # noqa: E402
 
 from qaflora_edge.errors import QafloraError  # noqa: E402
-from qaflora_edge.files import cache_dir, sha256_file, write_text_atomic  # noqa: E402
+from qaflora_edge.files import cache_dir, write_text_atomic  # noqa: E402
+from qaflora_edge.formats.inputs import sha256_file  # noqa: E402
 
 STAMP = ".qaflora-stamp.json"
 # What a build of the libraries reads; tests, tools, models and documents stay in the archive.

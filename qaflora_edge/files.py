@@ -1,9 +1,8 @@
-"""Files: written whole or not at all, hashed, and kept inside their folder."""
+"""Files: written whole or not at all; folders for the cache and for data."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import os
@@ -12,12 +11,11 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from io import BufferedReader
-from pathlib import Path, PureWindowsPath
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qaflora_edge.errors import BundleError, InputFileError, OutputFileError, os_errors
+from qaflora_edge.errors import OutputFileError, os_errors
 from qaflora_edge.settings import APP, cache_setting
 
 if TYPE_CHECKING:
@@ -29,44 +27,7 @@ CHUNK_BYTES = 1 << 20
 LEFT_OVER_SECONDS = 60
 PACKAGE_DIR = Path(__file__).resolve().parent
 
-# What to do with a file that is_lfs_pointer.
-LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
 _PLACE_ADVICE = "Create the folder, or choose one that you can write to."
-_LFS_START = b"version https://git-lfs.github.com/spec/"
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def open_input(path: AnyPath) -> BufferedReader:
-    """Open a regular file to read.
-
-    A named pipe or a device would make a reader wait for ever or never end. Raises OSError for
-    what is no regular file; the reader says what it expected.
-    """
-    # O_NONBLOCK: opening a pipe does not wait for its writer. Files are read as ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-    try:
-        handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
-    except ValueError as error:
-        raise OSError(errno.EINVAL, "the path has a null character") from error
-    try:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a file")
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
-
-
-def read_input(path: AnyPath, most: int) -> bytes:
-    """Read a regular file whole. Raises OSError, or ValueError where it has more bytes."""
-    with open_input(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return data
 
 
 def what_is_at(path: AnyPath) -> str:
@@ -77,30 +38,13 @@ def what_is_at(path: AnyPath) -> str:
         return "does not exist"
     except (OSError, ValueError) as error:
         return f"cannot be examined ({getattr(error, 'strerror', error)})"
-    return f"is {_kind(mode)}"
+    return f"is {kind_of(mode)}"
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
     if stat.S_ISREG(mode):
         return "a file"
     return "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-
-
-def is_lfs_pointer(path: AnyPath) -> bool:
-    """Tell whether a file is the pointer that git leaves where Git LFS is missing."""
-    try:
-        with open_input(path) as file:
-            return file.read(len(_LFS_START)) == _LFS_START
-    except OSError:
-        return False
-
-
-def sha256_file(path: AnyPath) -> str:
-    """Hash a file. Raises InputFileError when it cannot be read."""
-    failure = f"Cannot hash {os.fspath(path)}: reading it failed"
-    advice = "Check that the file exists and that you may read it."
-    with os_errors(InputFileError, failure, advice), open_input(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -258,44 +202,3 @@ def package_data(name: str) -> Path:
     """Find a file that ships with the package, in its folder or at a checkout's top level."""
     path = PACKAGE_DIR / name
     return path if path.exists() else PACKAGE_DIR.parent / name
-
-
-def safe_join(folder: AnyPath, relative: str, link_roots: Sequence[Path] = ()) -> Path:
-    """Join a path written in a bundle to the bundle's folder.
-
-    link_roots  other folders that a link may lead to
-
-    The file need not exist. Raises BundleError for a path or link that leads out, or a device.
-    """
-    if not is_inside(relative):
-        raise _unsafe(folder, relative, "it is absolute, climbs with '..', or is no file name")
-    joined = Path(folder) / relative
-    # Unlike Path.resolve, realpath raises nothing for a loop of links; stat below reports it.
-    real = Path(os.path.realpath(joined))
-    if not any(real.is_relative_to(os.path.realpath(root)) for root in (folder, *link_roots)):
-        raise _unsafe(folder, relative, "a link in it leads out of the bundle")
-    found = what_is_at(joined)
-    if found not in ("does not exist", "is a file", "is a folder"):
-        raise _unsafe(folder, relative, f"it {found}")
-    return joined
-
-
-def is_inside(relative: str) -> bool:
-    """Tell whether a path written in a bundle leads into it on any system, links apart."""
-    windows = PureWindowsPath(relative)  # a bundle made here may be opened there
-    return not (
-        not relative.strip()
-        or any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in relative)
-        or relative.startswith(("/", "\\", "~"))
-        or relative.lower().startswith("file:")
-        or windows.drive
-        or ".." in windows.parts
-    )
-
-
-def _unsafe(folder: AnyPath, relative: str, reason: str) -> BundleError:
-    return BundleError(
-        f"Refused the path {relative!r} in bundle {os.fspath(folder)}: {reason}; expected a "
-        "relative path to a file inside the bundle. Copy the file into the bundle's folder and "
-        "correct the path in bundle.json."
-    )

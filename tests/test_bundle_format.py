@@ -18,8 +18,9 @@ from bundles import bundle_json, make_bundle
 from qaflora_edge.bundles.open import known_of
 from qaflora_edge.chat.conversation import BundleIdentity, Conversation, Session, Turn, save_session
 from qaflora_edge.errors import BundleError
-from qaflora_edge.files import is_inside, package_data
+from qaflora_edge.files import package_data
 from qaflora_edge.formats.bundle import parse_bundle
+from qaflora_edge.formats.inputs import is_inside
 
 Raw = dict[str, Any]
 Place = tuple[str | int, ...]

@@ -6,14 +6,8 @@ from pathlib import Path
 import pytest
 
 from qaflora_edge.errors import BundleError, OutputFileError
-from qaflora_edge.files import (
-    atomic_path,
-    check_takes_file,
-    open_input,
-    safe_join,
-    sha256_file,
-    write_text_atomic,
-)
+from qaflora_edge.files import atomic_path, check_takes_file, write_text_atomic
+from qaflora_edge.formats.inputs import open_input, safe_join, sha256_file
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions and links")
 

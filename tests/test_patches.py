@@ -48,11 +48,13 @@ class Project:
         self.patches.mkdir(parents=True)
         for name in ("prepare.py", "strict.py"):
             (self.patches / name).write_bytes((ROOT / "patches" / name).read_bytes())
-        (folder / "qaflora_edge").mkdir()
+        (folder / "qaflora_edge" / "formats").mkdir(parents=True)
         for name in (
             "__init__.py",
             "errors.py",
             "files.py",
+            "formats/__init__.py",
+            "formats/inputs.py",
             "progress.py",
             "settings.py",
             "config.py",

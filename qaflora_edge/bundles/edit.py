@@ -16,7 +16,7 @@ from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typ
 from qaflora_edge.bundles.open import known_of, load_bundle
 from qaflora_edge.bundles.source import check_names, copy_file, find_adapter, find_base, put_adapter
 from qaflora_edge.errors import BundleError, StrategyError
-from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, safe_join, write_text_atomic
+from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import (
     BUNDLE_FILE,
     BundleText,
@@ -24,7 +24,7 @@ from qaflora_edge.formats.bundle import (
     parse_bundle,
     read_bundle_text,
 )
-from qaflora_edge.formats.checksums import check_file
+from qaflora_edge.formats.inputs import check_file, safe_join
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy

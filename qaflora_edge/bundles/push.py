@@ -11,9 +11,10 @@ from pathlib import Path
 
 from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.errors import BundleError, UploadError
-from qaflora_edge.files import AnyPath, is_inside, safe_join
+from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.bundle import BUNDLE_FILE, link_roots, packed_files, parse_bundle
+from qaflora_edge.formats.inputs import is_inside, safe_join
 from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref, parse_repo
 from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors
 from qaflora_edge.peft.config import CONFIG_FILE

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.errors import ResultsFileError, os_errors
-from qaflora_edge.files import open_input
+from qaflora_edge.formats.inputs import open_input
 from qaflora_edge.formats.json_text import LineFile, read_json_object
 
 # Has to be equal in a file that is resumed; strategies may be added.

@@ -19,7 +19,7 @@ from typing import Any
 from qaflora_edge.chat.messages import begin_with, checked_messages
 from qaflora_edge.errors import PromptError, TaskFileError, os_errors
 from qaflora_edge.evaluation.metrics import BUILT_IN, Metric, is_text, metrics
-from qaflora_edge.files import open_input
+from qaflora_edge.formats.inputs import open_input
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qaflora_edge.errors import BundleError, os_errors
-from qaflora_edge.files import is_inside, open_input, safe_join, what_is_at
+from qaflora_edge.files import what_is_at
+from qaflora_edge.formats.inputs import is_inside, open_input, safe_join
 from qaflora_edge.formats.json_text import (
     WrongField,
     check_schema,

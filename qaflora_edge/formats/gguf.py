@@ -21,7 +21,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, InputFileError, os_errors
-from qaflora_edge.files import LFS_ADVICE, AnyPath, is_lfs_pointer, open_input
+from qaflora_edge.files import AnyPath
+from qaflora_edge.formats.inputs import LFS_ADVICE, is_lfs_pointer, open_input
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from qaflora_edge.errors import InputFileError, PeftConfigError, UnsupportedAdapterError
-from qaflora_edge.files import package_data, read_input
+from qaflora_edge.files import package_data
+from qaflora_edge.formats.inputs import read_input
 from qaflora_edge.formats.json_text import read_json_object
 
 CONFIG_FILE = "adapter_config.json"

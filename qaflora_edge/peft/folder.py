@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qaflora_edge.errors import InputFileError, SafetensorsFileError
-from qaflora_edge.files import AnyPath, read_input, what_is_at
+from qaflora_edge.files import AnyPath, what_is_at
 from qaflora_edge.formats.bundle import BUNDLE_FILE
+from qaflora_edge.formats.inputs import read_input
 from qaflora_edge.formats.json_text import read_json_object
 from qaflora_edge.formats.safetensors import StoredTensor, read_safetensors
 from qaflora_edge.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_fields

@@ -1,0 +1,218 @@
+"""Input files: opened with care, hashed, compared with records, and kept inside their folder.
+
+A file is hashed once per size and time of change. Hashes are remembered in the cache folder;
+without that memory files are hashed again. A program that sets a file's time back hides its change
+from the memory, not from `qaflora bundle verify`.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from io import BufferedReader
+from pathlib import Path, PureWindowsPath
+
+from qaflora_edge.errors import (
+    BundleError,
+    ChecksumError,
+    InputFileError,
+    QafloraError,
+    os_errors,
+)
+from qaflora_edge.files import AnyPath, cache_dir, kind_of, what_is_at, write_text_atomic
+
+MEMORY_FILE = "checked.json"
+MAX_MEMORY_BYTES = 4 << 20  # a larger memory begins from nothing
+
+# What to do with a file that is_lfs_pointer.
+LFS_ADVICE = "Run `git lfs install` and `git lfs pull` in its folder, or fetch the file itself."
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+
+FileState = tuple[int, int]  # bytes, and the time of the last change in ns
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def open_input(path: AnyPath) -> BufferedReader:
+    """Open a regular file to read.
+
+    A named pipe or a device would make a reader wait for ever or never end. Raises OSError for
+    what is no regular file; the reader says what it expected.
+    """
+    # O_NONBLOCK: opening a pipe does not wait for its writer. Files are read as ever.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "the path has a null character") from error
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a file")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_input(path: AnyPath, most: int) -> bytes:
+    """Read a regular file whole. Raises OSError, or ValueError where it has more bytes."""
+    with open_input(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return data
+
+
+def is_lfs_pointer(path: AnyPath) -> bool:
+    """Tell whether a file is the pointer that git leaves where Git LFS is missing."""
+    try:
+        with open_input(path) as file:
+            return file.read(len(_LFS_START)) == _LFS_START
+    except OSError:
+        return False
+
+
+def sha256_file(path: AnyPath) -> str:
+    """Hash a file. Raises InputFileError when it cannot be read."""
+    failure = f"Cannot hash {os.fspath(path)}: reading it failed"
+    advice = "Check that the file exists and that you may read it."
+    with os_errors(InputFileError, failure, advice), open_input(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_join(folder: AnyPath, relative: str, link_roots: Sequence[Path] = ()) -> Path:
+    """Join a path written in a bundle to the bundle's folder.
+
+    link_roots  other folders that a link may lead to
+
+    The file need not exist. Raises BundleError for a path or link that leads out, or a device.
+    """
+    if not is_inside(relative):
+        raise _unsafe(folder, relative, "it is absolute, climbs with '..', or is no file name")
+    joined = Path(folder) / relative
+    # Unlike Path.resolve, realpath raises nothing for a loop of links; stat below reports it.
+    real = Path(os.path.realpath(joined))
+    if not any(real.is_relative_to(os.path.realpath(root)) for root in (folder, *link_roots)):
+        raise _unsafe(folder, relative, "a link in it leads out of the bundle")
+    found = what_is_at(joined)
+    if found not in ("does not exist", "is a file", "is a folder"):
+        raise _unsafe(folder, relative, f"it {found}")
+    return joined
+
+
+def is_inside(relative: str) -> bool:
+    """Tell whether a path written in a bundle leads into it on any system, links apart."""
+    windows = PureWindowsPath(relative)  # a bundle made here may be opened there
+    return not (
+        not relative.strip()
+        or any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in relative)
+        or relative.startswith(("/", "\\", "~"))
+        or relative.lower().startswith("file:")
+        or windows.drive
+        or ".." in windows.parts
+    )
+
+
+def _unsafe(folder: AnyPath, relative: str, reason: str) -> BundleError:
+    return BundleError(
+        f"Refused the path {relative!r} in bundle {os.fspath(folder)}: {reason}; expected a "
+        "relative path to a file inside the bundle. Copy the file into the bundle's folder and "
+        "correct the path in bundle.json."
+    )
+
+
+# --- checksums ----------------------------------------------------------------------------------
+
+
+def check_file(
+    path: Path,
+    *,
+    what: str,
+    sha256: str,
+    size_bytes: int | None,
+    recorded_in: str,
+    advice: str,
+    always_hash: bool = False,
+) -> FileState:
+    """Compare a file with its record; give the state that was compared.
+
+    what         the file's role in messages, such as "the adapter math"
+    always_hash  hash it even when its hash is remembered
+
+    Raises ChecksumError when the size or the hash differs, or the file changes in the process;
+    InputFileError when it cannot be read.
+    """
+    state = file_state(path)
+    if state is not None and size_bytes not in (None, state[0]):
+        if is_lfs_pointer(path):
+            advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
+        found, expected = f"{state[0]} bytes", str(size_bytes)
+    else:
+        state, digest = _hash(path, always_hash)
+        if digest == sha256:
+            return state
+        found, expected = f"the SHA-256 {digest}", sha256
+    raise ChecksumError(
+        f"{what} is not the file that was recorded: {path} has {found}, expected {expected} as "
+        f"{recorded_in} says. {advice}"
+    )
+
+
+def check_unchanged(states: Mapping[Path, FileState]) -> None:
+    """Check that files are still those whose states were kept when they were checked.
+
+    Raises ChecksumError naming the first that was written, replaced or renamed since.
+    """
+    for path, state in states.items():
+        if file_state(path) != state:
+            raise _changed(path)
+
+
+def checksum(path: Path) -> str:
+    """Give the SHA-256 of a file, remembered or computed. Raises as check_file does."""
+    return _hash(path, False)[1]
+
+
+def file_state(path: Path) -> FileState | None:
+    """Give a file's size and time of change; None where it cannot be examined."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None  # hashing will say what is wrong
+    return status.st_size, status.st_mtime_ns
+
+
+def _hash(path: Path, always: bool) -> tuple[FileState, str]:
+    state, memory, key = file_state(path), _read_memory(), str(path.resolve())
+    if state is not None and not always and key in memory:
+        *known, digest = memory[key]
+        if known == list(state):
+            return state, str(digest)
+    found = sha256_file(path)
+    if state is None or file_state(path) != state:
+        raise _changed(path)
+    memory[key] = [*state, found]
+    with contextlib.suppress(OSError, QafloraError):
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        write_text_atomic(cache_dir() / MEMORY_FILE, json.dumps(memory, indent=0) + "\n")
+    return state, found
+
+
+def _read_memory() -> dict[str, list[object]]:
+    try:
+        memory = json.loads(read_input(cache_dir() / MEMORY_FILE, MAX_MEMORY_BYTES))
+        return {str(key): list(entry) for key, entry in memory.items() if entry}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        return {}
+
+
+def _changed(path: Path) -> ChecksumError:
+    return ChecksumError(
+        f"The file {path} was changed or replaced while it was being read; expected one that "
+        "stays as it is. Wait until nothing writes to it, and try again."
+    )
