@@ -214,8 +214,8 @@ OWN_OPTIONS = {
         Option("system", str, flag="--system", metavar="TEXT",
                help="The system prompt; /system changes it."),
         Option("keep_history", bool, False, flag="--keep-history/--no-keep-history",
-               help="Read only what is new in each turn; earlier turns stay as they were read, "
-               "each under its own weights."),
+               help="Prefill only what is new in each turn; earlier turns keep the KV state of "
+               "their own weights."),
         Option("plain", bool, False, flag="--plain/--no-plain", unset="so off a terminal",
                help="No escape codes, no line editing, no rendered Markdown."),
     ),

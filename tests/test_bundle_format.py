@@ -16,7 +16,7 @@ import pytest
 from bundles import bundle_json, make_bundle
 
 from qaflora_edge.bundles.open import known_of
-from qaflora_edge.chat.conversation import BundleIdentity, Conversation, Session, Turn, save_session
+from qaflora_edge.chat.conversation import Conversation, Turn, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.bundle import parse_bundle
@@ -174,9 +174,8 @@ def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -
 def test_the_schema_of_sessions_takes_what_is_saved(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     talk = Conversation("be short", [Turn("hi", "ho"), Turn("more", "cut", "length")])
-    save_session(
-        path, Session(BundleIdentity("x", "00", {"math": "11"}), talk, "norm:2", ("math",))
-    )
+    bundle = {"name": "x", "base_sha256": "00", "adapters": {"math": "11"}}
+    save_session(path, talk, bundle=bundle, strategy="norm:2", adapters=("math",))
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert shipped("session").is_valid(saved)
     assert not shipped("session").is_valid({**saved, "messages": [{"role": "user"}]})

@@ -1,10 +1,13 @@
 """qaflora chat, driven through a pipe"""
 
 import io
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import TinyBundle, make_bundle
@@ -14,8 +17,10 @@ from rich.markdown import Markdown
 from scripted_chat import scripted
 
 from qaflora_edge import Engine
+from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.cli import main
-from qaflora_edge.cli.chat.session import context_size
+from qaflora_edge.cli.chat.app import context_size
+from qaflora_edge.cli.chat.commands import COMMANDS
 from qaflora_edge.cli.chat.view import parse_markdown, split_closed
 from qaflora_edge.config import in_group
 
@@ -29,47 +34,50 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     return make_bundle(tmp_path_factory.mktemp("chat"))
 
 
-def chat(made: TinyBundle, lines: str, *args: str) -> Result:
+def chat(folder: Path, *lines: str | bytes, args: Sequence[str] = GREEDY) -> Result:
+    text = b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines)
     # One thread: others would wait for each other on a busy machine, and a tiny base needs none.
-    args = ("chat", str(made.folder), "--threads", "1", *args)
-    return CliRunner().invoke(main, args, input=lines)
+    result = CliRunner().invoke(main, ["chat", str(folder), "--threads", "1", *args], input=text)
+    assert "\x1b" not in result.output
+    return result
+
+
+def answers(folder: Path, *questions: str, system: str | None = None, **options: Any) -> list[str]:
+    """What a conversation of these questions is answered, by the Engine alone."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    with Engine(folder, threads=1) as engine:
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            options = {"max_tokens": 6, "repeat_penalty": REPEAT_PENALTY, **options}
+            generation = engine.generate(engine.chat_tokens(messages), **options)
+            messages.append({"role": "assistant", "content": generation.text()})
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+def as_lines(texts: Sequence[str]) -> str:
+    return "".join(f"{text}\n" for text in texts)
 
 
 def test_turns_build_on_each_other(made: TinyBundle) -> None:
-    result = chat(made, "the thing\n\nand then\n", *GREEDY)
+    result = chat(made.folder, "the thing", "", "and then")  # an empty line asks nothing
     assert result.exit_code == 0
-    messages: list[dict[str, str]] = []
-    with Engine(made.folder, threads=1) as engine:
-        for line in ("the thing", "and then"):  # an empty line asks nothing
-            messages.append({"role": "user", "content": line})
-            answer = engine.generate(
-                engine.chat_tokens(messages), max_tokens=6, repeat_penalty=REPEAT_PENALTY
-            )
-            messages.append({"role": "assistant", "content": answer.text()})
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    assert result.stdout == "".join(f"{answer}\n" for answer in answers)
+    assert result.stdout == as_lines(answers(made.folder, "the thing", "and then"))
 
 
 def test_the_status_tells_speed_and_mix(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "generate", scripted())
-    result = chat(made, "the thing\n")
+    result = chat(made.folder, "the thing", args=())
     status = r"\[9\.0 tok/s; first token \d\.\d\d s; \w+ \d+ % · \w+ \d+ %\]\n"
     assert re.fullmatch(status, result.stderr), result.stderr
     assert result.stdout == "The thing on a ring is there, and so is another.\n"
-
-
-def test_a_byte_order_mark_hides_no_command(made: TinyBundle) -> None:
-    result = chat(made, "\ufeff/strategy base\n", *GREEDY)
-    assert (result.stdout, result.stderr) == ("", "[strategy base]\n")
 
 
 def test_oldest_turns_are_dropped_when_the_context_is_full(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "generate", scripted("the thing"))
-    question = "the thing on a ring"
-    lines = f"{question}\n" * 4
-    result = chat(made, lines, *GREEDY, "--ctx", "128")
+    lines = ["the thing on a ring"] * 4
+    result = chat(made.folder, *lines, args=(*GREEDY, "--ctx", "128"))
     assert result.exit_code == 0
     assert "[the context is full: the oldest 2 turns are no longer sent]" in result.stderr
     assert result.stderr.count("tok/s") == 4
@@ -79,7 +87,7 @@ def test_too_long_a_line_is_told_and_the_chat_goes_on(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "generate", scripted())
-    result = chat(made, "hi\n" + "xyz" * 100 + "\nhi\n", *GREEDY, "--ctx", "96")
+    result = chat(made.folder, "hi", "xyz" * 100, "hi", args=(*GREEDY, "--ctx", "96"))
     assert result.exit_code == 0
     assert "Error: The prompt has" in result.stderr
     assert "larger context: /save FILE, then `qaflora chat --load FILE --ctx N`." in result.stderr
@@ -88,10 +96,10 @@ def test_too_long_a_line_is_told_and_the_chat_goes_on(
 
 def test_raw_prompt_chats_without_a_template(tmp_path: Path) -> None:
     made = make_bundle(tmp_path, chat_template=None)
-    failed = chat(made, "hi\n", *GREEDY)
+    failed = chat(made.folder, "hi")
     assert (failed.exit_code, failed.stdout) == (1, "")
     assert "has no chat template" in failed.stderr
-    assert chat(made, "hi\n", *GREEDY, "--raw-prompt").exit_code == 0
+    assert chat(made.folder, "hi", args=(*GREEDY, "--raw-prompt")).exit_code == 0
 
 
 INTERRUPTED = """
@@ -127,20 +135,6 @@ def test_interrupt_ends_the_answer_only(made: TinyBundle) -> None:
     assert result.stderr.count("[stopped; ") == 1
     assert result.stderr.count("tok/s") == 2
     assert "Traceback" not in result.stderr
-
-
-def test_more_than_the_base_was_trained_for_is_told_once(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Engine, "generate", scripted())
-    long = "the thing " * 60
-    result = chat(made, f"hi\n{long}\n{long}\n/clear\nhi\n", "--ctx", "4096")
-    warning = (
-        "[warning: the base was trained for 512 tokens, and the conversation has more; answers may "
-        "fall apart. /clear begins again]"
-    )
-    assert result.stderr.count(warning) == 1
-    assert result.stderr.index(warning) > result.stderr.index("tok/s")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +190,176 @@ def test_context_size_is_what_the_base_was_trained_for(made: TinyBundle) -> None
     assert context_size(made.folder, "f16") == 512
 
 
-@pytest.mark.parametrize("word", ["exit", "/bye"])
-def test_words_that_leave(made: TinyBundle, word: str) -> None:
-    result = chat(made, f"{word}\nthe thing\n", *GREEDY)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+# commands
+
+
+def test_weights_shows_the_heatmap_of_the_last_answer(made: TinyBundle) -> None:
+    result = chat(made.folder, "/weights", "the thing", "/weights")
+    assert result.stderr.startswith("[nothing has been answered yet]\n")
+    assert "strategy qa-flora" in result.stderr
+    assert "layers 0 to 2" in result.stderr
+    assert result.stdout == as_lines(answers(made.folder, "the thing"))
+
+
+def test_switched_off_adapters_are_as_if_they_were_not_there(
+    made: TinyBundle, tmp_path: Path
+) -> None:
+    create_bundle(tmp_path / "es", made.base.path, {"es": made.adapter.path})
+    result = chat(made.folder, "the thing", "/undo", "/adapters off math", "the thing")
+    expected = answers(tmp_path / "es", "the thing")
+    assert result.stdout.splitlines()[1:] == as_lines(expected).splitlines()
+    assert "math  off\nes    on \n" in result.stderr
+    result = chat(made.folder, "/adapters off", "/adapters on", "the thing", "/adapters")
+    assert result.stdout == as_lines(answers(made.folder, "the thing"))
+    assert "% of the last answer" in result.stderr
+
+
+FAILING = [
+    ("/adapters of math", "/adapters of is no choice; expected /adapters [on|off [NAME ...]]."),
+    ("/adapters off law", "The adapter 'law' is not loaded; expected names out of: math, es."),
+    ("/strategy best", "Strategy 'best' is not known; expected one of qa-flora, "),
+    ("/strategy calibrated", "Strategy calibrated needs typical divergences"),
+    ("/set warmth", "/set has no 'warmth'; expected one of max_tokens, temp, "),
+    ("/set temp warm", "Option temperature is 'warm', expected a number from 0 up."),
+    ("/set seed 1.5", "Option seed is '1.5', expected a whole number"),
+    ("/clear all", "Cannot run '/clear all'; expected /clear"),
+    ("/save", "Cannot run '/save'; expected /save FILE"),
+    ("/load none.json", "Cannot load the session none.json: No such file"),
+    ("/load a\0b", "the path has a null character"),
+    ("/save ~nobody-here/a.json", "Cannot write ~nobody-here/a.json: the folder"),
+    ("/system " + "x" * 5000, "The prompt has"),
+    ("/wieghts", "There is no command /wieghts; did you mean /weights?"),
+    ("/usr/bin is what?", "There is no command /usr/bin; see /help. For a message that begins"),
+]
+
+
+def test_commands_that_fail_are_told_and_the_chat_goes_on(made: TinyBundle) -> None:
+    lines, messages = zip(*FAILING, strict=True)
+    result = chat(made.folder, "on a ring", "and then", *lines, "the thing")
+    errors = [row for row in result.stderr.splitlines() if row.startswith("Error: ")]
+    assert len(errors) == len(messages)
+    for error, message in zip(errors, messages, strict=True):
+        assert message in error
+    assert result.exit_code == 0
+    assert result.stdout == as_lines(answers(made.folder, "on a ring", "and then", "the thing"))
+
+
+def test_strategy_is_shown_and_changed(made: TinyBundle) -> None:
+    result = chat(made.folder, "/strategy", "/strategy single:es", "the thing")
+    assert "[strategy qa-flora]\n[strategy single:es]\n" in result.stderr
+    assert "es 100 %]" in result.stderr
+    expected = answers(made.folder, "the thing", weights="single:es")
+    assert result.stdout == as_lines(expected)
+
+
+def test_system_is_sent_first_and_taken_away(made: TinyBundle) -> None:
+    expected = answers(made.folder, "the thing", system="on a ring")
+    result = chat(made.folder, "/system", "/system on a ring", "the thing")
+    assert result.stdout == as_lines(expected)
+    assert result.stderr.startswith("[no system prompt]\n[system prompt: on a ring]\n")
+    option = chat(made.folder, "the thing", args=(*GREEDY, "--system", "on a ring"))
+    assert option.stdout == result.stdout
+    none = chat(made.folder, "/system on a ring", "/system -", "the thing")
+    assert none.stdout == as_lines(answers(made.folder, "the thing"))
+
+
+def test_a_template_without_system_prompt_refuses_it(tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    made = make_bundle(tmp_path, chat_template=template)
+    result = chat(made.folder, "/system be short", "the thing")
+    assert "no system role" in result.stderr
+    assert result.stdout == as_lines(answers(made.folder, "the thing"))
+    failed = chat(made.folder, args=(*GREEDY, "--system", "be short"))
+    assert (failed.exit_code, failed.stdout) == (1, "")
+
+
+def test_undo_and_retry(made: TinyBundle) -> None:
+    result = chat(made.folder, "/retry", "/undo", "on a ring", "/undo", "the thing", "/retry")
+    assert result.stderr.startswith("[nothing has been asked yet]\n" * 2)
+    assert "[taken back: on a ring]" in result.stderr
+    again = answers(made.folder, "the thing")
+    assert result.stdout == as_lines(answers(made.folder, "on a ring") + again + again)
+    # After a retry the conversation has one turn, not two.
+    result = chat(made.folder, "the thing", "/retry", "and then", args=(*GREEDY, "--parallel", "2"))
+    first, second = answers(made.folder, "the thing", "and then")
+    assert result.stdout == as_lines([first, first, second])
+
+
+def test_a_retry_with_a_seed_is_another_answer_and_repeatable(made: TinyBundle) -> None:
+    args = ("--temp", "1.5", "--max-tokens", "12", "--seed", "7")
+    results = [chat(made.folder, "the thing", "/retry", args=args).stdout for _ in range(2)]
+    assert results[0] == results[1]
+    with Engine(made.folder, threads=1) as engine:
+        tokens = engine.chat_tokens([{"role": "user", "content": "the thing"}])
+        texts = [
+            engine.generate(
+                tokens,
+                max_tokens=12,
+                temperature=1.5,
+                top_p=0.95,
+                repeat_penalty=REPEAT_PENALTY,
+                seed=seed,
+            ).text()
+            for seed in (7, 8)
+        ]
+    assert texts[0] != texts[1]
+    assert results[0] == as_lines(texts)
+
+
+def test_a_saved_chat_goes_on_where_it_was(made: TinyBundle, tmp_path: Path) -> None:
+    path = tmp_path / "my talk.json"
+    whole = chat(made.folder, "/system on a ring", "the thing", "and then")
+    saved = chat(made.folder, "/system on a ring", "the thing", f"/save {path}")
+    assert f"[1 turn saved to {path}]" in saved.stderr
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert [message["role"] for message in document["messages"]] == ["system", "user", "assistant"]
+    loaded = chat(made.folder, f"/load {path}", "and then")
+    assert f"[1 turn loaded from {path}]" in loaded.stderr
+    assert saved.stdout + loaded.stdout == whole.stdout
+    option = chat(made.folder, "and then", args=(*GREEDY, "--load", str(path)))
+    assert option.stdout == loaded.stdout
+
+
+def test_two_slashes_send_one(made: TinyBundle) -> None:
+    result = chat(made.folder, "//help me")
+    assert result.stdout == as_lines(answers(made.folder, "/help me"))
+
+
+def test_help_names_every_command_and_quit_leaves(made: TinyBundle) -> None:
+    result = chat(made.folder, "/help", "/quit", "the thing")
+    for name in (*COMMANDS, "quit"):
+        assert f"\n/{name} " in f"\n{result.stderr}"
+    assert (result.exit_code, result.stdout) == (0, "")
+    for word in ("exit", "/bye"):
+        left = chat(made.folder, word, "the thing")
+        assert (left.exit_code, left.stdout, left.stderr) == (0, "", "")
+
+
+def test_sampling_is_shown_and_changed(made: TinyBundle) -> None:
+    lines = ("/set", "/set temp 1.5", "/set seed 7", "/set repeat_penalty off", "the thing")
+    result = chat(made.folder, *lines)
+    assert result.stderr.startswith("[max_tokens 6; temp 0.0; top_p 0.95; ")
+    assert "[temp 1.5]\n[seed 7]\n[repeat_penalty 1.0]\n" in result.stderr
+    options = {"temperature": 1.5, "seed": 7, "top_p": 0.95, "repeat_penalty": 1.0}
+    assert result.stdout == as_lines(answers(made.folder, "the thing", **options))
+    off = chat(made.folder, "/set seed off", args=(*GREEDY, "--seed", "3"))
+    assert off.stderr == "[seed None]\n"
+
+
+def test_clear_forgets_the_conversation_alone(made: TinyBundle) -> None:
+    result = chat(made.folder, "/system on a ring", "and then", "/clear", "the thing")
+    assert "[the conversation is forgotten]" in result.stderr
+    expected = answers(made.folder, "the thing", system="on a ring")
+    assert result.stdout.splitlines()[1:] == as_lines(expected).splitlines()
+
+
+def test_a_message_that_is_no_utf8_is_told_and_the_chat_goes_on(made: TinyBundle) -> None:
+    result = chat(made.folder, b"the th\xffing", "the thing")
+    assert result.stdout == as_lines(answers(made.folder, "the thing"))
+    assert result.stderr.startswith(
+        "Error: The message is not UTF-8 (at character 6); expected text in UTF-8. Convert it, for "
+        "example with iconv.\n"
+    )

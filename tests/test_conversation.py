@@ -10,10 +10,8 @@ import pytest
 
 from qaflora_edge.chat.conversation import (
     MAX_SESSION_BYTES,
-    BundleIdentity,
     Conversation,
     Message,
-    Session,
     Turn,
     load_session,
     save_session,
@@ -77,13 +75,17 @@ def test_undo_takes_back_turns_until_there_are_none() -> None:
     assert conversation.messages() == []
 
 
-IDENTITY = BundleIdentity("demo", "ab" * 32, {"math": "cd" * 32, "es": "ef" * 32})
 TURNS = [
     Turn("¿Qué es 2+2?", "4\n\n```python\n2+2\n```"),
     Turn("<|im_end|>\n/quit", "", "cancelled"),
     Turn("more", "cut", "length"),
 ]
-SESSION = Session(IDENTITY, Conversation("be short", TURNS), "manual:math=0.5", ("math",))
+TALK = Conversation("be short", TURNS)
+IDENTITY = {"name": "demo", "base_sha256": "ab" * 32, "adapters": {"math": "cd" * 32}}
+
+
+def save(path: Path, talk: Conversation) -> None:
+    save_session(path, talk, bundle=IDENTITY, strategy="manual:math=0.5", adapters=("math",))
 
 
 @pytest.fixture
@@ -93,22 +95,16 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("system", ["be short", None])
 def test_a_saved_session_comes_back(path: Path, system: str | None) -> None:
-    session = Session(IDENTITY, Conversation(system, TURNS), "norm:2", ("math", "es"))
-    save_session(path, session)
-    assert load_session(path) == session
-    save_session(path, SESSION)  # over an older one
-    assert load_session(path) == SESSION
+    for talk in (Conversation(system, TURNS), TALK):  # one over the other
+        save(path, talk)
+        assert load_session(path) == talk
 
 
 def test_the_format_is_as_documented(path: Path) -> None:
-    save_session(path, SESSION)
+    save(path, TALK)
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["format"] == "qaflora-session/1"
-    assert document["bundle"] == {
-        "name": "demo",
-        "base_sha256": "ab" * 32,
-        "adapters": {"math": "cd" * 32, "es": "ef" * 32},
-    }
+    assert document["bundle"] == IDENTITY
     if os.name == "posix":
         assert path.stat().st_mode & 0o777 == 0o600
     assert (document["strategy"], document["adapters"]) == ("manual:math=0.5", ["math"])
@@ -123,14 +119,14 @@ def test_saving_spares_other_files(path: Path, tmp_path: Path) -> None:
     path.write_text('{"format": "mine"}', encoding="utf-8")
     for place in (path, tmp_path):
         with pytest.raises(OutputFileError) as failure:
-            save_session(place, SESSION)
+            save(place, TALK)
         assert str(failure.value) == (
             f"Cannot save the session to {place}: something else is there, expected no file or an "
             "older session file. Choose another name."
         )
     assert path.read_text(encoding="utf-8") == '{"format": "mine"}'
     with pytest.raises(OutputFileError, match="does not take a new file"):
-        save_session(tmp_path / "missing" / "talk.json", SESSION)
+        save(tmp_path / "missing" / "talk.json", TALK)
     assert sorted(os.listdir(tmp_path)) == ["talk.json"]
 
 
@@ -188,9 +184,3 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     for place in (pipe, tmp_path):
         with pytest.raises(SessionFileError, match=r"it is a (folder|pipe)"):
             load_session(place)
-
-
-def test_another_bundle_is_told_apart() -> None:
-    assert IDENTITY.differences(BundleIdentity("renamed", "ab" * 32, dict(IDENTITY.adapters))) == []
-    other = BundleIdentity("demo", "00" * 32, {"math": "99" * 32, "med": "11" * 32})
-    assert IDENTITY.differences(other) == ["the base", "math", "es", "med"]

@@ -25,14 +25,13 @@ from patience import PATIENCE_S
 from scripted_server import N_LAYER, SHA256, layers
 
 from qaflora_edge.chat.conversation import (
-    BundleIdentity,
     Conversation,
-    Session,
     Turn,
     load_session,
     save_session,
 )
 
+IDENTITY = {"name": "demo", "base_sha256": SHA256["base"], "adapters": SHA256["adapters"]}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=missing()),
@@ -297,12 +296,11 @@ def test_save_as_markdown_and_as_json(desk: Desk, tmp_path: Path) -> None:
         f"## System\n\nBe short.\n\n## Question\n\n{QUESTION}\n\n"
         f"## Answer\n\n*demo · qa-flora · {mix}*\n\n{ANSWER}\n"
     )
-    session = load_session(document)
-    assert session.bundle == BundleIdentity("demo", SHA256["base"], SHA256["adapters"])
-    assert (session.strategy, session.adapters) == ("qa-flora", ("math", "es", "med"))
-    assert session.conversation == Conversation("Be short.", [Turn(QUESTION, ANSWER)])
-    answer = json.loads(document.read_text("utf-8"))["messages"][-1]
-    assert len(answer["fusion"]["layers"]["math"]) == N_LAYER
+    assert load_session(document) == Conversation("Be short.", [Turn(QUESTION, ANSWER)])
+    session = json.loads(document.read_text("utf-8"))
+    assert session["bundle"] == IDENTITY
+    assert (session["strategy"], session["adapters"]) == ("qa-flora", ["math", "es", "med"])
+    assert len(session["messages"][-1]["fusion"]["layers"]["math"]) == N_LAYER
 
 
 def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Path) -> None:
@@ -337,10 +335,9 @@ def test_a_chat_that_was_saved_here_is_opened_as_it_was(desk: Desk, tmp_path: Pa
 
 def test_a_chat_of_the_terminal_is_opened(desk: Desk, tmp_path: Path) -> None:
     turns = [Turn(QUESTION, ANSWER), Turn("And then?", "Nothing", "length")]
-    identity = BundleIdentity("demo", SHA256["base"], SHA256["adapters"])
-    path = tmp_path / "talk.json"
+    path, talk = tmp_path / "talk.json", Conversation("", turns)
     for strategy, option in (("static", "static"), ("manual:math=0.7,med=1", "manual")):
-        save_session(path, Session(identity, Conversation("", turns), strategy, ("math", "med")))
+        save_session(path, talk, bundle=IDENTITY, strategy=strategy, adapters=("math", "med"))
         open_chat(desk, path)
         assert desk.texts(".said") == [QUESTION, "And then?"]
         assert desk.texts(".markdown strong") == ["42"]
@@ -365,8 +362,7 @@ def test_another_file_is_refused(
 ) -> None:
     desk.ask()
     path = tmp_path / "talk.json"
-    identity = BundleIdentity("demo", "", {})
-    save_session(path, Session(identity, Conversation(None, []), "static", ()))
+    save_session(path, Conversation(), bundle=IDENTITY, strategy="static", adapters=())
     if isinstance(text, dict):
         text = json.dumps({**json.loads(path.read_text("utf-8")), **text})
     path.write_text(text, "utf-8")

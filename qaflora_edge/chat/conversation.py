@@ -8,15 +8,15 @@ A session file is versioned JSON, and may come from anywhere:
      "messages": [{"role": "user", "content": "..."},
                   {"role": "assistant", "content": "...", "finish_reason": "stop"}]}
 
-`adapters` are those in use.
+`adapters` are those in use. Loading takes the messages alone.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 from qaflora_edge.errors import OutputFileError, PromptError, SessionFileError
 from qaflora_edge.files import atomic_path, readable
@@ -27,7 +27,6 @@ from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_o
 Message = dict[str, str]
 FORMAT = "qaflora-session/1"
 MAX_SESSION_BYTES = 16 << 20
-_IDENTITY = ("name", "base_sha256", "adapters")
 
 
 @dataclass(frozen=True)
@@ -97,45 +96,23 @@ class Conversation:
         return tokens
 
 
-@dataclass(frozen=True)
-class BundleIdentity:
-    """Which bundle a conversation was had with.
+def bundle_identity(folder: Path) -> dict[str, Any]:
+    """Identify a bundle by its bundle.json, or a base alone: `bundle` of a session file.
 
-    adapters  name -> SHA-256 of its file
+    Raises BundleError.
     """
-
-    name: str
-    base_sha256: str
-    adapters: dict[str, str] = field(default_factory=dict)
-
-    def differences(self, other: Self) -> list[str]:
-        """Name what differs in another bundle; empty when both answer alike."""
-        ours = {"the base": self.base_sha256, **self.adapters}
-        theirs = {"the base": other.base_sha256, **other.adapters}
-        return [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a session file holds."""
-
-    bundle: BundleIdentity
-    conversation: Conversation
-    strategy: str
-    adapters: tuple[str, ...]
-
-
-def bundle_identity(folder: Path) -> BundleIdentity:
-    """Identify a bundle by its bundle.json, or a base alone. Raises BundleError."""
+    name = readable(folder.name)
     if is_base(folder):
-        return BundleIdentity(readable(folder.name), checksum(folder))
+        return {"name": name, "base_sha256": checksum(folder), "adapters": {}}
     text = read_bundle_text(folder)
     adapters = {adapter.name: adapter.sha256 for adapter in text.adapters}
-    return BundleIdentity(text.name or readable(folder.name), text.base.sha256, adapters)
+    return {"name": text.name or name, "base_sha256": text.base.sha256, "adapters": adapters}
 
 
-def save_session(path: Path, session: Session) -> None:
+def save_session(path: Path, conversation: Conversation, **how: Any) -> None:
     """Write a session file whole or not at all, over an older session file only.
+
+    how  `bundle`, `strategy` and `adapters` of the file
 
     Raises OutputFileError when something else is there, or the file cannot be written.
     """
@@ -147,34 +124,23 @@ def save_session(path: Path, session: Session) -> None:
                 f"Cannot save the session to {path}: something else is there, expected no file or "
                 "an older session file. Choose another name."
             ) from error
-    messages = session.conversation.messages()
+    messages = conversation.messages()
     answers = [message for message in messages if message["role"] == "assistant"]
-    for message, turn in zip(answers, session.conversation.turns, strict=True):
+    for message, turn in zip(answers, conversation.turns, strict=True):
         message["finish_reason"] = turn.finish_reason
-    document = {
-        "format": FORMAT,
-        "bundle": asdict(session.bundle),
-        "strategy": session.strategy,
-        "adapters": session.adapters,
-        "messages": messages,
-    }
+    document = {"format": FORMAT, **how, "messages": messages}
     text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
     with atomic_path(path, mode=0o600) as temporary:  # for its owner alone
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def load_session(path: Path) -> Session:
-    """Read a session file. Raises SessionFileError when it is missing or not what it should be."""
+def load_session(path: Path) -> Conversation:
+    """Read the conversation of a session file. Raises SessionFileError when it holds none."""
     try:
         document = read_json_object(read_input(path, MAX_SESSION_BYTES))
         check_schema(document, "session")
-        return Session(
-            bundle=BundleIdentity(**{key: document["bundle"][key] for key in _IDENTITY}),
-            conversation=_conversation(document["messages"]),
-            strategy=document["strategy"],
-            adapters=tuple(document["adapters"]),
-        )
-    except (OSError, ValueError, WrongField) as error:  # errors of JSON and UTF-8 too
+        return _conversation(document["messages"])
+    except (OSError, ValueError) as error:  # errors of JSON and UTF-8 too
         reason = error.strerror if isinstance(error, OSError) else error
         raise SessionFileError(
             f"Cannot load the session {path}: {reason}; expected a file written by /save. Check "

@@ -44,10 +44,10 @@ def header(
     return {
         "eval": 1,
         "version": __version__,
-        "bundle": identity.name,
-        "base": {"name": engine.name, "sha256": identity.base_sha256},
+        "bundle": identity["name"],
+        "base": {"name": engine.name, "sha256": identity["base_sha256"]},
         "adapters": [
-            {"name": name, "sha256": identity.adapters[name], "bytes": sizes[name]}
+            {"name": name, "sha256": identity["adapters"][name], "bytes": sizes[name]}
             for name in engine.adapters
         ],
         "n_layer": engine.n_layer,

@@ -15,7 +15,7 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
 from qaflora_edge.cli.chat.commands import completions
-from qaflora_edge.cli.chat.session import ChatSession
+from qaflora_edge.engine import Engine
 from qaflora_edge.files import data_dir
 
 _PROMPT, _HINT = "> ", "Alt-Enter: new line   /help   Ctrl-D: leave"
@@ -25,13 +25,13 @@ _STYLE = Style.from_dict({"bottom-toolbar": "noreverse dim fg:default bg:default
 class TerminalInput:
     """Reads messages from the user."""
 
-    def __init__(self, session: ChatSession) -> None:
+    def __init__(self, engine: Engine) -> None:
         is_command = Condition(lambda: get_app().current_buffer.text.startswith("/"))
         self._prompts: PromptSession[str] = PromptSession(
             history=open_history(),
             multiline=True,
             key_bindings=_keys(),
-            completer=_SlashCompleter(session),
+            completer=_SlashCompleter(engine),
             complete_while_typing=is_command,
             prompt_continuation=" " * len(_PROMPT),
             bottom_toolbar=_HINT,
@@ -69,8 +69,8 @@ def _keys() -> KeyBindings:
 class _SlashCompleter(Completer):
     """Completes commands, strategies, adapters and file names; nothing in messages."""
 
-    def __init__(self, session: ChatSession) -> None:
-        self._session = session
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
@@ -82,7 +82,7 @@ class _SlashCompleter(Completer):
                 path = Document(text.removeprefix(command))
                 yield from self._paths.get_completions(path, event)
                 return
-        for candidate in completions(text, self._session):
+        for candidate in completions(text, self._engine):
             yield Completion(candidate, start_position=-len(text.split(" ")[-1]))
 
 

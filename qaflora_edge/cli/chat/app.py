@@ -1,0 +1,324 @@
+"""qaflora chat: a conversation with one Engine, from the first question to the last"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qaflora_edge.cli.options import (
+    BUNDLE,
+    SharedOptions,
+    bundle_folder,
+    check_prompt,
+    command,
+    open_engine,
+    own_options,
+    shared_options,
+)
+from qaflora_edge.config import MAX_SEED
+from qaflora_edge.errors import CancelledError, PromptError, QafloraError
+
+if TYPE_CHECKING:
+    from qaflora_edge.chat.conversation import Message
+    from qaflora_edge.cli.chat.input import TerminalInput
+    from qaflora_edge.cli.chat.view import View
+    from qaflora_edge.engine import Engine
+    from qaflora_edge.inference.generation import Generation
+    from qaflora_edge.weighing.numbers import FusionWeights
+
+LEAVING = ("exit", "quit", "/exit", "/quit", "/bye")
+_MESSAGE = ("message", "for example with iconv")
+_LARGEST, _LEAST = 8192, 2048  # tokens of a context that nobody chose
+_MEMORY_PART = 8  # an eighth of this machine's memory for its KV state
+
+
+@command(
+    "qaflora chat models/demo",
+    "qaflora chat models/demo --strategy calibrated --temp 0",
+    'qaflora chat models/demo --system "Answer in one sentence." --load talk.json',
+)
+@click.argument("bundle", **BUNDLE)
+@click.option(
+    "--load",
+    "load_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Go on with a conversation that /save wrote to FILE.",
+)
+@own_options
+@shared_options
+def chat(
+    bundle: str,
+    system: str | None,
+    load_path: Path | None,
+    keep_history: bool,
+    plain: bool,
+    options: SharedOptions,
+) -> None:
+    """Talk with the weighed adapters.
+
+    Each answer is weighed for the conversation so far; a line on stderr tells the speed and who
+    spoke. A line that begins with a slash is a command; /help lists them. Ctrl-C stops an answer,
+    Ctrl-D leaves. When the context is full the oldest turns drop out. A repeat penalty of 1.03
+    holds off loops; /set repeat_penalty off takes it away.
+
+    In a pipe each line of stdin is a message, and stdout has the answers alone.
+    """
+    from qaflora_edge.cli.chat.view import TerminalView, View
+
+    folder = bundle_folder(bundle)
+    is_plain = plain or not _is_capable()
+    n_ctx = context_size(folder, options.kv_type) if options.ctx is None else options.ctx
+    opened = open_engine(bundle, options, is_quiet=is_plain, n_ctx=n_ctx, n_parallel=1)
+    with opened as engine:
+        view = View() if is_plain else TerminalView()
+        talk = Chat(engine, folder, view, options, keep_history=keep_history)
+        talk.tokens([{"role": "user", "content": "?"}])  # says that the base has no template
+        if load_path is not None:
+            talk.load(load_path)
+        if system is not None:
+            talk.set_system(system)
+        if is_plain:
+            talk.run(PlainInput())
+        else:
+            from qaflora_edge.cli.chat.input import TerminalInput
+
+            talk.run(TerminalInput(engine))
+
+
+def _is_capable() -> bool:
+    """Tell whether stdin and stdout are a terminal that can move its cursor."""
+    if os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt":
+        return False
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def context_size(folder: Path, kv_type: str) -> int:
+    """Choose the tokens of a chat's context: what the base was trained for, within memory."""
+    from qaflora_edge.bundles.open import base_of
+    from qaflora_edge.formats.gguf import kv_bytes, read_gguf_header
+
+    base_path = base_of(folder)
+    if base_path is None:  # opening the bundle says so
+        return _LEAST
+    header = read_gguf_header(base_path)
+    n_train = header.metadata.get(f"{header.architecture}.context_length")
+    size = min(_LARGEST, n_train if isinstance(n_train, int) and n_train > 0 else _LEAST)
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return size
+    n_most = memory / _MEMORY_PART / kv_bytes(header, kv_type)
+    return size if size <= n_most else max(_LEAST, int(n_most))
+
+
+class PlainInput:
+    """Reads lines from stdin; shows a terminal where to type."""
+
+    def __init__(self) -> None:
+        self._is_tty = sys.stdin.isatty()
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is told so
+
+    def read(self) -> str | None:
+        """Read the next line; None at the end of the input."""
+        if self._is_tty:
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline().removeprefix("\ufeff")  # a byte order mark
+        return line.removesuffix("\n").removesuffix("\r") if line else None
+
+
+class Chat:
+    """Reads, answers and shows, until the user leaves.
+
+    sampling      keywords of Engine.generate
+    keep_history  reuse the KV state of earlier turns, computed under their own weights
+    fusion        the weights of the last answer, if there was one
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        view: View,
+        options: SharedOptions,
+        *,
+        keep_history: bool,
+    ) -> None:
+        from qaflora_edge.chat.conversation import Conversation
+
+        self.engine, self.view, self._folder = engine, view, folder
+        self.conversation = Conversation()
+        self.sampling, self._keep_history = options.sampling, keep_history
+        self.fusion: FusionWeights | None = None
+        self._is_raw, self._n_retry = options.raw_prompt, 0
+
+    def run(self, typed: PlainInput | TerminalInput) -> None:
+        """Chat until the end of the input or a command to leave."""
+        from qaflora_edge.cli.chat.commands import run_command
+
+        if sys.stdin.isatty():
+            self._greet()
+        while (line := _read(typed)) is not None and line.strip() not in LEAVING:
+            if line.startswith("/") and not line.startswith("//"):
+                run_command(self, line.rstrip())
+                self.view.done()
+            elif line.strip():
+                self.ask(line[1:] if line.startswith("//") else line)
+                self.view.done()
+
+    def _greet(self) -> None:
+        """Tell the base, its adapters, the strategy and the repeat penalty."""
+        engine, penalty = self.engine, self.sampling["repeat_penalty"]
+        names = ", ".join(engine.adapters) or "no adapters"
+        parts = [engine.name, names, f"strategy {engine.strategy}"]
+        self.view.note(*parts, *[f"repeat penalty {penalty:g}"] * (penalty != 1.0))
+        if engine.n_ctx > engine.n_ctx_train:
+            self.view.note(
+                f"warning: the base was trained for {engine.n_ctx_train} tokens; answers to longer "
+                "conversations may fall apart"
+            )
+        self.view.done()
+
+    # answers
+
+    def ask(self, question: str, *, is_retry: bool = False) -> bool:
+        """Answer a question and tell how; False if no turn came of it."""
+        try:
+            return self._answer(question, is_retry)
+        except QafloraError as error:  # this question cannot be answered; the next one may
+            self.view.error(error)
+            return False
+
+    def _answer(self, question: str, is_retry: bool) -> bool:
+        from qaflora_edge.chat.conversation import Turn
+
+        view = self.view
+        tokens, sampling = self._fit(question), self._sampling(is_retry)
+        stop, text = threading.Event(), ""
+        generation: Generation | None = None
+        view.begin()
+        previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
+        try:
+            with contextlib.suppress(CancelledError):
+                generation = self.engine.generate(
+                    tokens, cancel=stop, on_progress=view.progress, **sampling
+                )
+                for piece in generation:
+                    if not stop.is_set():
+                        text += piece
+                        view.piece(piece)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            view.end()
+        if generation is None or (stop.is_set() and not text):
+            view.note("stopped before it began; the question is as if it had not been asked")
+            return False
+        reason = "cancelled" if stop.is_set() else generation.finish_reason or "cancelled"
+        self.conversation.turns.append(Turn(question, text, reason))
+        self.fusion = generation.fusion
+        view.status(_status(generation, reason), generation.fusion)
+        return True
+
+    def _fit(self, question: str) -> list[int]:
+        """Tokenize the conversation and a question; the oldest turns may drop out.
+
+        Raises PromptError when the question cannot be asked.
+        """
+        check_prompt(question, *_MESSAGE)
+        n_ctx, n_before = self.engine.n_ctx, self.conversation.n_dropped
+        room = min(self.sampling["max_tokens"], n_ctx // 4)
+        try:
+            tokens = self.conversation.fit(question, self.tokens, n_ctx - room)
+        except PromptError as error:
+            raise PromptError(
+                f"{error} For a larger context: /save FILE, then `qaflora chat --load FILE "
+                "--ctx N`."
+            ) from error
+        if n_dropped := self.conversation.n_dropped - n_before:
+            turns = "turn is" if n_dropped == 1 else f"{n_dropped} turns are"
+            self.view.note(f"the context is full: the oldest {turns} no longer sent")
+        return tokens
+
+    def _sampling(self, is_retry: bool) -> dict[str, Any]:
+        """Keywords of Engine.generate; a retry adds to the seed, or it would change nothing."""
+        self._n_retry = self._n_retry + 1 if is_retry else 0
+        seed = self.sampling["seed"]
+        seed = seed if seed is None else (seed + self._n_retry) % MAX_SEED
+        return {**self.sampling, "seed": seed, "keep_history": self._keep_history}
+
+    def tokens(self, messages: list[Message]) -> list[int]:
+        """Tokenize messages, under the base's template unless --raw-prompt leaves it out."""
+        if self._is_raw:
+            text = "\n".join(message["content"] for message in messages) + "\n"
+            return self.engine.tokenize(text)
+        return self.engine.chat_tokens(messages)
+
+    # what commands change
+
+    def set_system(self, text: str | None) -> None:
+        """Change the system prompt of the whole conversation, from the next turn on.
+
+        Raises a QafloraError, and changes nothing, when the base's template takes none or the
+        context is too small for it.
+        """
+        from qaflora_edge.chat.conversation import Conversation
+
+        if text is not None:
+            self.tokens(Conversation(check_prompt(text, *_MESSAGE)).messages("?"))
+        self.conversation.system = text
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation. Raises SessionFileError."""
+        from qaflora_edge.chat.conversation import load_session
+
+        conversation = load_session(path)
+        self.set_system(conversation.system)
+        self.conversation, self.fusion = conversation, None
+        self.view.note(f"{_turns(len(conversation.turns))} loaded from {path}")
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a session file. Raises OutputFileError."""
+        from qaflora_edge.chat.conversation import bundle_identity, save_session
+
+        engine = self.engine
+        save_session(
+            path,
+            self.conversation,
+            bundle=bundle_identity(self._folder),
+            strategy=engine.strategy,
+            adapters=engine.adapters,
+        )
+        self.view.note(f"{_turns(len(self.conversation.turns))} saved to {path}")
+
+
+def _turns(n: int) -> str:
+    return f"{n} {'turn' if n == 1 else 'turns'}"
+
+
+def _read(typed: PlainInput | TerminalInput) -> str | None:
+    """Read a message; on a terminal Ctrl-C takes back what is being typed."""
+    while True:
+        try:
+            return typed.read()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            click.echo(err=True)
+
+
+def _status(generation: Generation, reason: str) -> list[str]:
+    """Say how an answer ended and how fast it was."""
+    timings = generation.timings
+    ends = {"cancelled": ["stopped"], "length": ["cut at the limit of tokens"]}
+    parts = ends.get(reason, [])
+    if timings.n_decoded:
+        parts.append(f"{timings.tokens_per_second:.1f} tok/s")
+    return [*parts, f"first token {(timings.probe_ms + timings.prefill_ms) / 1e3:.2f} s"]
