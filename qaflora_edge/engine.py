@@ -21,7 +21,7 @@ from qaflora_edge.errors import (
     wrong_option,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.inputs import check_unchanged
+from qaflora_edge.formats.checksums import check_unchanged
 from qaflora_edge.inference.core import Core
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (

@@ -40,7 +40,7 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
-from qaflora_edge.formats import inputs
+from qaflora_edge.formats import checksums
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
@@ -431,13 +431,13 @@ def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str)
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of files that were hashed while checking records."""
     names: list[str] = []
-    original = inputs.sha256_file
+    original = checksums.sha256_file
 
     def count(path: Path) -> str:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(inputs, "sha256_file", count)
+    monkeypatch.setattr(checksums, "sha256_file", count)
     return names
 
 
@@ -459,7 +459,7 @@ def test_a_file_is_hashed_once(made: TinyBundle, hashed: list[str]) -> None:
 def test_a_file_that_changes_while_it_is_hashed_is_refused(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = inputs.sha256_file
+    original = checksums.sha256_file
 
     def replace_after(path: Path) -> str:
         found = original(path)
@@ -468,7 +468,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(
         other.replace(path)
         return found
 
-    monkeypatch.setattr(inputs, "sha256_file", replace_after)
+    monkeypatch.setattr(checksums, "sha256_file", replace_after)
     with pytest.raises(ChecksumError) as caught:
         load_bundle(made.folder)
     assert str(caught.value) == (

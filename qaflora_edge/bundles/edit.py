@@ -24,7 +24,8 @@ from qaflora_edge.formats.bundle import (
     parse_bundle,
     read_bundle_text,
 )
-from qaflora_edge.formats.inputs import check_file, safe_join
+from qaflora_edge.formats.checksums import check_file
+from qaflora_edge.formats.inputs import safe_join
 from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy

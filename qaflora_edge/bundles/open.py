@@ -25,8 +25,8 @@ from qaflora_edge.formats.bundle import (
     read_bundle_text,
     wrong_bundle,
 )
+from qaflora_edge.formats.checksums import FileState, check_file, file_state
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import FileState, check_file, file_state
 from qaflora_edge.formats.json_text import WrongField, shown
 from qaflora_edge.formats.names import pulled_model
 from qaflora_edge.progress import Tell, silent
@@ -163,7 +163,7 @@ def verify_bundle(folder: Path, progress: Tell | None = None) -> Bundle:
 def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | None = None) -> Bundle:
     """Read a bundle, find its base, and compare every file with its record.
 
-    always_hash  also files of which this state (see formats.inputs) was hashed before
+    always_hash  also files of which this state (see formats.checksums) was hashed before
 
     Raises BundleError for a wrong description or folder, ChecksumError for a file that is not
     the recorded one, AdapterMismatchError for an adapter of another base.

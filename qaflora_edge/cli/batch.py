@@ -35,7 +35,8 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
-from qaflora_edge.formats.inputs import checksum, open_input
+from qaflora_edge.formats.checksums import checksum
+from qaflora_edge.formats.inputs import open_input
 from qaflora_edge.formats.json_text import LineFile, shown
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import Tell, silent
