@@ -11,8 +11,8 @@ import pytest
 import tiny
 from fuzz.mutate import Gguf
 
-from qaflora_edge.backend.model import Model
-from qaflora_edge.errors import GgufFileError
+from qaflora_edge.backend.model import Model, shared_model
+from qaflora_edge.errors import GgufFileError, InputFileError
 from qaflora_edge.formats import base
 from qaflora_edge.formats.base import check_base
 from qaflora_edge.formats.gguf import read_gguf_header
@@ -192,3 +192,11 @@ def test_the_library_never_sees_such_a_base(tmp_path: Path) -> None:
     path = change(write_base(tmp_path / "base.gguf"), **{"arch.expert_count": 5000})
     with pytest.raises(GgufFileError, match=r"llama\.expert_count is 5000"):
         Model(path)
+
+
+def test_base_that_vanished_is_named(tmp_path: Path) -> None:
+    path = write_base(tmp_path / "base.gguf")
+    header = read_gguf_header(path)
+    path.unlink()
+    with pytest.raises(InputFileError, match=r"base\.gguf: opening or reading it failed: No such"):
+        shared_model(path, {}, header)

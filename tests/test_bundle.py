@@ -260,7 +260,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     for name, found in (
         ("none", "it does not exist"),
         ("file", "it is a file"),
-        ("empty", "there is no file bundle.json"),
+        ("empty", "it has no such file"),
     ):
         with pytest.raises(BundleError, match=f"Cannot open the bundle .*: {found}"):
             load_bundle(tmp_path / name)
@@ -472,8 +472,8 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(
     with pytest.raises(ChecksumError) as caught:
         load_bundle(made.folder)
     assert str(caught.value) == (
-        f"The file {made.base.path} was changed or replaced while it was being read; expected "
-        "one that stays as it is. Wait until nothing writes to it, and try again."
+        f"Cannot read {made.base.path}: it changed while it was read; expected a file that stays "
+        "as it is. Try again."
     )
 
 
@@ -491,7 +491,7 @@ def test_a_file_swapped_between_check_and_use_is_refused(
         return original(*args, **options)
 
     monkeypatch.setattr(core, "Pack", swap)
-    with pytest.raises(ChecksumError, match=f"{path} was changed or replaced while it was being"):
+    with pytest.raises(ChecksumError, match=f"{path}: it changed while it was read"):
         Engine(made.folder, n_ctx=64)
 
 

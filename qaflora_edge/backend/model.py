@@ -16,6 +16,7 @@ from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.base import check_base
 from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
+from qaflora_edge.formats.inputs import reading
 
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _VOCAB_TYPE_NONE = 0
@@ -230,7 +231,8 @@ def shared_model(path: Path, placing: Mapping[str, Any], header: GgufHeader) -> 
     Each user closes it once. Raises as Model does.
     """
     with _sharing:
-        found = path.stat()
+        with reading(path):
+            found = path.stat()
         where = (placing.get(name) for name in PLACING)
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where)
         model = _shared.get(key)

@@ -193,14 +193,7 @@ def set_base(folder: AnyPath, base: AnyPath) -> None:
     folder = Path(folder)
     with editing(folder) as (text, raw):
         path, recorded = find_base(base)
-        check_file(
-            path,
-            what="The base",
-            sha256=text.base.sha256,
-            size_bytes=text.base.size_bytes,
-            recorded_in=text.where,
-            advice="Give the file that the bundle was made with; adapters fit no other.",
-        )
+        check_file(path, text.base, text.where)
         raw["base"].pop("file", None)
         raw["base"] |= recorded
         path, inside = path.resolve(), folder.resolve()

@@ -87,7 +87,7 @@ def open_any(
         raise OptionError("Engine needs a bundle folder, or base= and adapters=.")
     paths = {name: Path(path) for name, path in (adapters or {}).items()}
     files = (Path(base_path), *paths.values())
-    states = {path: state for path in files if (state := file_state(path))}
+    states = {path: file_state(path) for path in files}
     header, infos = read_with_adapters(Path(base_path), paths)
     return Opened(header=header, adapters=infos, states=states)
 
@@ -176,24 +176,12 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
             f"Cannot open the bundle {folder}: its base ({text.base.architecture}, "
             f"{text.base.size_bytes} bytes) is not here; {how_to_get_base(folder, text.base)}."
         )
+    files: list[tuple[Path, BaseRecord | AdapterRecord]] = [(base_path, text.base)]
+    files += [(paths[record.name], record) for record in text.adapters]
     states: dict[Path, FileState] = {}
-
-    def check(path: Path, what: str, record: BaseRecord | AdapterRecord, advice: str) -> None:
-        (progress or silent)("Checking", len(states), 1 + len(text.adapters))
-        states[path] = check_file(
-            path,
-            what=what,
-            sha256=record.sha256,
-            size_bytes=record.size_bytes,
-            recorded_in=text.where,
-            advice=advice,
-            always_hash=always_hash,
-        )
-
-    check(base_path, "The base", text.base, "Fetch the base again.")
-    for record in text.adapters:
-        path, what = paths[record.name], f"The adapter {record.name}"
-        check(path, what, record, "Copy the bundle again.")
+    for path, record in files:
+        (progress or silent)("Checking", len(states), len(files))
+        states[path] = check_file(path, record, text.where, always_hash=always_hash)
     header, infos = read_with_adapters(base_path, paths)
     _check_records(text, header, infos)
     return Bundle(

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qaflora_edge.bundles.open import verify_bundle
-from qaflora_edge.errors import BundleError, UploadError
+from qaflora_edge.errors import BundleError, RegistryError, UploadError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.bundle import BUNDLE_FILE, link_roots, packed_files, parse_bundle
 from qaflora_edge.formats.inputs import is_inside, safe_join
-from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref, parse_repo
+from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref
 from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import INDEX_FILE, read_peft
@@ -56,7 +56,9 @@ def push(
     Raises a QafloraError before anything is sent when the files are not what they should be,
     UploadError when the Hub does not take them.
     """
-    repo, path = parse_repo(from_address(repo)), Path(path)
+    repo, path = from_address(repo), Path(path)
+    if not is_repo(repo):
+        raise RegistryError(f"Cannot push to {repo!r}; expected a Hub repository as owner/name.")
     if os.path.exists(path / BUNDLE_FILE):
         files, card = _bundle(path, repo, progress)
     elif os.path.isdir(path):

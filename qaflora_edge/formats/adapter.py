@@ -22,8 +22,6 @@ from qaflora_edge.errors import (
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.base import is_bypassed, module_kind
 from qaflora_edge.formats.gguf import (
-    NO_FLOATS,
-    Double,
     GgufHeader,
     TensorInfo,
     brief,
@@ -152,9 +150,6 @@ def _count_bad(path: Path, tensor: TensorInfo, rows: range) -> int:
         form, exponent = EXPONENTS[tensor.ggml_type]
         bits = np.frombuffer(read_raw_rows(path, tensor, rows), form)
         return int(np.count_nonzero((bits & exponent) == exponent))
-    if tensor.ggml_type == GGMLQuantizationType.Q8_0:  # a float16, and 32 numbers that it scales
-        blocks = np.frombuffer(read_raw_rows(path, tensor, rows), np.uint8).reshape(-1, 34)
-        return 32 * int(np.count_nonzero(~np.isfinite(blocks[:, :2].copy().view("<f2"))))
     values = read_value_block(path, tensor, rows, range(tensor.shape[-1]))
     return values.size - int(np.count_nonzero(np.isfinite(values)))
 
@@ -198,13 +193,11 @@ def _check_kind(header: GgufHeader) -> None:
 
 def _alpha(header: GgufHeader) -> float:
     value = header.metadata.get("adapter.lora.alpha")
-    is_double = isinstance(value, Double)
-    if isinstance(value, float) and not is_double and math.isfinite(value) and value != 0.0:
+    if isinstance(value, float) and math.isfinite(value) and value != 0.0:
         return value
     # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
-    shown = "missing" if value is None else brief(value) + " of 64 bits" * is_double
-    found = f"metadata field adapter.lora.alpha is {shown}"
-    raise _wrong(header, found, "a float of 32 bits other than 0")
+    shown = "missing" if value is None else brief(value)
+    raise _wrong(header, f"metadata field adapter.lora.alpha is {shown}", "a float other than 0")
 
 
 def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
@@ -216,9 +209,6 @@ def _pair_tensors(header: GgufHeader) -> dict[str, dict[str, TensorInfo]]:
             found = f"it has tensor {name}, which a plain LoRA cannot represent"
             expected, advice = "pairs of lora_a and lora_b only", "Convert a plain LoRA."
             raise _wrong(header, found, expected, advice, UnsupportedAdapterError)
-        if info.ggml_type in NO_FLOATS:
-            found = f"tensor {name} is of type {info.ggml_type.name}"
-            raise _wrong(header, found, "F32, F16, BF16 or a quantised type")
         pairs.setdefault(match["base"], {})[match["side"]] = info
     halves = [base for base, pair in pairs.items() if len(pair) == 1]
     if halves or not pairs:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from qaflora_edge.errors import GgufFileError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.gguf import (
-    NO_FLOATS,
     GgufHeader,
     SkippedArray,
     brief,
@@ -95,6 +94,10 @@ MAX_TOKENS = 1 << 21  # several times the largest vocabularies, which are read w
 TOKENS = "tokenizer.ggml.tokens"
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 BYTE_TOKEN = 6  # llama.h LLAMA_TOKEN_TYPE_BYTE
+# Types of numbers that are not turned into floats, ggml.c type_traits.
+NO_FLOATS = tuple(
+    GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+)
 _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 _ATTENTION = re.compile(r"blk\.(?P<layer>\d+)\.attn_(?P<part>q|k|v|qkv)\.weight")
 

@@ -98,13 +98,12 @@ def is_base(place: Path) -> bool:
 def read_bundle_text(folder: Path) -> BundleText:
     """Read bundle.json alone; no other file need be there. Raises BundleError."""
     failure = f"Cannot open the bundle {folder}"
-    advice = "Give the folder of a bundle, or make one with `qaflora bundle create`."
-    if not os.path.isdir(folder):
-        found = f"it {what_is_at(folder)}, expected a folder with {BUNDLE_FILE}"
-        raise BundleError(f"{failure}: {found}. {advice}")
     path = safe_join(folder, BUNDLE_FILE, link_roots(folder))
     if not path.is_file():
-        raise BundleError(f"{failure}: there is no file {BUNDLE_FILE} in it. {advice}")
+        is_folder = os.path.isdir(folder)
+        found = "it has no such file" if is_folder else f"it {what_is_at(folder)}"
+        advice = "Give the folder of a bundle, or make one with `qaflora bundle create`."
+        raise BundleError(f"{failure}: {found}; expected a folder with {BUNDLE_FILE}. {advice}")
     failure = f"{failure}: reading {BUNDLE_FILE} failed"
     with os_errors(BundleError, failure, "Check that you may read it."), open_input(path) as file:
         data = file.read(MAX_BUNDLE_BYTES + 1)

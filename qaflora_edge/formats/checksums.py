@@ -12,7 +12,15 @@ from pathlib import Path
 
 from qaflora_edge.errors import ChecksumError, QafloraError
 from qaflora_edge.files import cache_dir, write_text_atomic
-from qaflora_edge.formats.inputs import LFS_ADVICE, is_lfs_pointer, read_input, sha256_file
+from qaflora_edge.formats.bundle import AdapterRecord, BaseRecord
+from qaflora_edge.formats.inputs import (
+    LFS_ADVICE,
+    changed,
+    is_lfs_pointer,
+    read_input,
+    reading,
+    sha256_file,
+)
 
 MEMORY_FILE = "checked.json"
 MAX_MEMORY_BYTES = 4 << 20  # a larger memory begins from nothing
@@ -21,36 +29,32 @@ FileState = tuple[int, int]  # bytes, and the time of the last change in ns
 
 
 def check_file(
-    path: Path,
-    *,
-    what: str,
-    sha256: str,
-    size_bytes: int | None,
-    recorded_in: str,
-    advice: str,
-    always_hash: bool = False,
+    path: Path, record: BaseRecord | AdapterRecord, where: str, *, always_hash: bool = False
 ) -> FileState:
     """Compare a file with its record; give the state that was compared.
 
-    what         the file's role in messages, such as "the adapter math"
+    where        names the bundle.json of the record
     always_hash  hash it even when its hash is remembered
 
     Raises ChecksumError when the size or the hash differs, or the file changes in the process;
     InputFileError when it cannot be read.
     """
     state = file_state(path)
-    if state is not None and size_bytes not in (None, state[0]):
-        if is_lfs_pointer(path):
-            advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
-        found, expected = f"{state[0]} bytes", str(size_bytes)
+    if record.size_bytes not in (None, state[0]):
+        found, expected = f"{state[0]} bytes", str(record.size_bytes)
     else:
         state, digest = _hash(path, always_hash)
-        if digest == sha256:
+        if digest == record.sha256:
             return state
-        found, expected = f"the SHA-256 {digest}", sha256
+        found, expected = f"the SHA-256 {digest}", record.sha256
+    what, advice = "The base", "Give the file that the bundle was made with; adapters fit no other."
+    if isinstance(record, AdapterRecord):
+        what, advice = f"The adapter {record.name}", "Copy the bundle again."
+    if is_lfs_pointer(path):
+        advice = f"It is a Git LFS pointer, which stands for the file. {LFS_ADVICE}"
     raise ChecksumError(
         f"{what} is not the file that was recorded: {path} has {found}, expected {expected} as "
-        f"{recorded_in} says. {advice}"
+        f"{where} says. {advice}"
     )
 
 
@@ -61,7 +65,7 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """
     for path, state in states.items():
         if file_state(path) != state:
-            raise _changed(path)
+            raise changed(path, ChecksumError)
 
 
 def checksum(path: Path) -> str:
@@ -69,24 +73,21 @@ def checksum(path: Path) -> str:
     return _hash(path, False)[1]
 
 
-def file_state(path: Path) -> FileState | None:
-    """Give a file's size and time of change; None where it cannot be examined."""
-    try:
+def file_state(path: Path) -> FileState:
+    """Give a file's size and time of change. Raises InputFileError."""
+    with reading(path):
         status = os.stat(path)
-    except OSError:
-        return None  # hashing will say what is wrong
     return status.st_size, status.st_mtime_ns
 
 
 def _hash(path: Path, always: bool) -> tuple[FileState, str]:
     state, memory, key = file_state(path), _read_memory(), str(path.resolve())
-    if state is not None and not always and key in memory:
+    if not always and key in memory:
         *known, digest = memory[key]
         if known == list(state):
             return state, str(digest)
     found = sha256_file(path)
-    if state is None or file_state(path) != state:
-        raise _changed(path)
+    check_unchanged({path: state})
     memory[key] = [*state, found]
     with contextlib.suppress(OSError, QafloraError):
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -100,10 +101,3 @@ def _read_memory() -> dict[str, list[object]]:
         return {str(key): list(entry) for key, entry in memory.items() if entry}
     except (OSError, ValueError, RecursionError, AttributeError, TypeError):
         return {}
-
-
-def _changed(path: Path) -> ChecksumError:
-    return ChecksumError(
-        f"The file {path} was changed or replaced while it was being read; expected one that "
-        "stays as it is. Wait until nothing writes to it, and try again."
-    )

@@ -10,7 +10,6 @@ import os
 import reprlib
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -20,9 +19,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.errors import GgufFileError, InputFileError, os_errors
+from qaflora_edge.errors import GgufFileError, QafloraError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.inputs import LFS_ADVICE, is_lfs_pointer, open_input
+from qaflora_edge.formats.inputs import LFS_ADVICE, changed, is_lfs_pointer, open_input, reading
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -41,22 +40,14 @@ MAX_DIMS = 4
 MAX_LAYERS = 1024  # twice llama.cpp's own limit
 MAX_COUNT = 1 << 24  # of other dimensions
 
-# Types of numbers that llama.cpp 0c1e5709 does not turn into floats, ggml.c type_traits.
-NO_FLOATS = tuple(
-    GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
-)
 READ_BYTES = 1 << 18  # read at once
 
 # By the number of a type; 8 and 9 are no scalars.
 SCALARS = {n: struct.Struct(f"<{form}") for n, form in enumerate("BbHhIif?__Qqd") if form != "_"}
-STRING, ARRAY, DOUBLE = 8, 9, 12
+STRING, ARRAY = 8, 9
 U32, U64 = SCALARS[4], SCALARS[10]
 
 Scalar = int | float | bool
-
-
-class Double(float):
-    """A number of 64 bits; llama.cpp takes only 32 where it expects a float."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,7 @@ class GgufCursor:
         while len(self.data) < end:
             chunk = self.file.read(READ_BYTES)
             if not chunk:
-                raise changed(self.path)
+                raise changed(self.path, GgufFileError)
             self.data += chunk
 
     def scalar(self, form: struct.Struct, field: str) -> Scalar:
@@ -201,8 +192,7 @@ class GgufCursor:
 
     def read_value(self, kind: int, field: str) -> MetadataValue:
         if kind in SCALARS:
-            value = self.scalar(SCALARS[kind], field)
-            return Double(value) if kind == DOUBLE else value
+            return self.scalar(SCALARS[kind], field)
         if kind == STRING:
             return self.text(MAX_STRING_BYTES, field, strict=False)
         if kind != ARRAY:
@@ -362,9 +352,9 @@ def read_texts(path: Path, array: SkippedArray) -> list[bytes]:
             at += U64.size + n_bytes
             texts.append(data[at - n_bytes : at])
     except (struct.error, OverflowError) as error:
-        raise changed(path) from error
+        raise changed(path, GgufFileError) from error
     if at != array.n_bytes:
-        raise changed(path)
+        raise changed(path, GgufFileError)
     return texts
 
 
@@ -433,7 +423,7 @@ def read_columns(
     row_bytes: int,
     rows: range,
     columns: range,
-    kind: type[InputFileError] = GgufFileError,
+    kind: type[QafloraError] = GgufFileError,
 ) -> bytes:
     """Read a part of a table of bytes: the same bytes out of each of neighbouring rows.
 
@@ -456,17 +446,3 @@ def read_columns(
     if len(data) != len(rows) * len(columns):
         raise changed(path, kind)
     return data
-
-
-def reading(path: Path) -> AbstractContextManager[None]:
-    """Raise InputFileError in place of the system's error."""
-    failure = f"Cannot read {path}: opening or reading it failed"
-    return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
-
-
-def changed(path: Path, kind: type[InputFileError] = GgufFileError) -> InputFileError:
-    """Make the error of a file that was written while it was read."""
-    return kind(
-        f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
-        "Try again."
-    )

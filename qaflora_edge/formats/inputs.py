@@ -5,14 +5,11 @@ import hashlib
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from io import BufferedReader
 from pathlib import Path, PureWindowsPath
 
-from qaflora_edge.errors import (
-    BundleError,
-    InputFileError,
-    os_errors,
-)
+from qaflora_edge.errors import BundleError, InputFileError, QafloraError, os_errors
 from qaflora_edge.files import AnyPath, kind_of, what_is_at
 
 # What to do with a file that is_lfs_pointer.
@@ -42,6 +39,20 @@ def open_input(path: AnyPath) -> BufferedReader:
         raise
 
 
+def reading(path: AnyPath) -> AbstractContextManager[None]:
+    """Raise InputFileError in place of the system's error."""
+    failure = f"Cannot read {os.fspath(path)}: opening or reading it failed"
+    return os_errors(InputFileError, failure, "Check that it exists and that you may read it.")
+
+
+def changed(path: Path, kind: type[QafloraError]) -> QafloraError:
+    """Make the error of a file that was written while it was read."""
+    return kind(
+        f"Cannot read {path}: it changed while it was read; expected a file that stays as it is. "
+        "Try again."
+    )
+
+
 def read_input(path: AnyPath, most: int) -> bytes:
     """Read a regular file whole. Raises OSError, or ValueError where it has more bytes."""
     with open_input(path) as file:
@@ -62,9 +73,7 @@ def is_lfs_pointer(path: AnyPath) -> bool:
 
 def sha256_file(path: AnyPath) -> str:
     """Hash a file. Raises InputFileError when it cannot be read."""
-    failure = f"Cannot hash {os.fspath(path)}: reading it failed"
-    advice = "Check that the file exists and that you may read it."
-    with os_errors(InputFileError, failure, advice), open_input(path) as file:
+    with reading(path), open_input(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

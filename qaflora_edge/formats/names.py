@@ -41,11 +41,8 @@ class HubRef:
     revision: str | None
 
     def __str__(self) -> str:
-        file, revision = (
-            f"/{self.file}" * bool(self.file),
-            f"@{self.revision}" * bool(self.revision),
-        )
-        return f"{self.repo}{file}{revision}"
+        file = f"/{self.file}" if self.file else ""
+        return self.repo + file + (f"@{self.revision}" if self.revision else "")
 
 
 def parse_hub_ref(text: str) -> HubRef:
@@ -75,15 +72,6 @@ def from_address(text: str) -> str:
 def is_repo(text: str) -> bool:
     """Tell whether a text can be the name of a repository."""
     return len(text) <= MAX_REPO_CHARS and _REPO.fullmatch(text) is not None
-
-
-def parse_repo(text: str) -> str:
-    """Read the name of a repository. Raises RegistryError when it is no `owner/name`."""
-    if not is_repo(text):
-        raise RegistryError(
-            f"Cannot use {text!r} as the name of a Hub repository; expected owner/name."
-        )
-    return text
 
 
 def plain_name(name: str) -> str:

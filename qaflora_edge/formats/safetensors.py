@@ -14,8 +14,8 @@ import numpy as np
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import SafetensorsFileError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.gguf import read_columns, reading
-from qaflora_edge.formats.inputs import LFS_ADVICE, is_lfs_pointer, open_input
+from qaflora_edge.formats.gguf import read_columns
+from qaflora_edge.formats.inputs import LFS_ADVICE, is_lfs_pointer, open_input, reading
 from qaflora_edge.formats.json_text import read_json_object
 
 MAX_HEADER_BYTES = 1 << 24  # the format allows 100 MB; an adapter needs a few hundred KB
