@@ -219,9 +219,9 @@ lint: $(DONE)/package $(DONE)/test-tools
 convert-table: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/python tests/convert_table.py
 
-# docs/evaluation.md, out of the results of `qaflora eval` that are kept and the words around them.
+# docs/results.md, its charts and benchmarks/results/tables.md, from the results that are kept.
 eval-report: $(DONE)/package
-	$(BIN)/python benchmarks/report.py $(wildcard benchmarks/results/*.jsonl benchmarks/results/*.jsonl.gz) -o docs/evaluation.md
+	$(BIN)/python benchmarks/report.py
 
 # Every path of `qaflora eval` on ten items: each metric, resuming, the page, the best strategy.
 SMOKE := $(BUILD)/smoke

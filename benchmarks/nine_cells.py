@@ -1,4 +1,4 @@
-"""Write the nine composite tasks of docs/evaluation.md, and three of text, for `qaflora eval`.
+"""Write the nine composite tasks of docs/results.md, and three of text, for `qaflora eval`.
 
     python benchmarks/nine_cells.py DATA OUT [--answers]
 

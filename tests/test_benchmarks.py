@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow  # a Python for each script, and torch
 CHECKOUT = Path(__file__).resolve().parents[1]
 BENCHMARKS = CHECKOUT / "benchmarks"
 # Files that another script uses.
-PARTS = {"sandbox", "sandbox_child", "server_process", "llama_server", "lora_flow"}
+PARTS = {"sandbox", "sandbox_child", "server_process", "llama_server", "lora_flow", "charts"}
 SCRIPTS = [path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in PARTS]
 MAX_BYTES = 8_000_000
 
@@ -47,11 +47,14 @@ def test_every_script_explains_itself(name: str) -> None:
     assert "usage: " in script(name, "--help").lower()
 
 
-def test_the_page_of_results_is_that_of_the_report(tmp_path: Path) -> None:
+def test_pages_and_charts_of_results_are_those_of_the_report(tmp_path: Path) -> None:
     """Byte for byte."""
-    results = sorted((BENCHMARKS / "results").glob("*.jsonl*"))
-    script("report", *results, "-o", tmp_path / "page.md")
-    assert (tmp_path / "page.md").read_bytes() == (CHECKOUT / "docs/evaluation.md").read_bytes()
+    script("report", "-o", tmp_path)
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(made) == 8  # the page, all tables, six charts
+    for path in made:
+        assert path.read_bytes() == (CHECKOUT / path.relative_to(tmp_path)).read_bytes(), path.name
+    results = (BENCHMARKS / "results").iterdir()
     assert [path.name for path in results if path.stat().st_size > MAX_BYTES] == []
 
 

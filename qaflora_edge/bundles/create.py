@@ -22,7 +22,7 @@ from qaflora_edge.progress import Tell, silent
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.strategy import parse_strategy
 
-# Right answers of 100 over nine cells, six adapters loaded (docs/evaluation.md): two-place 38.0,
+# Right answers of 100 over nine cells, six adapters loaded (docs/results.md): two-place 38.0,
 # static 31.9, the base 30.3, qa-flora 28.1; with two of the six trained a second time 36.3, 32.3,
 # 28.0, 26.8; and two-place weighs six in a seventh of the time.
 BEST, PUBLISHED = "two-place", numbers.DEFAULT_STRATEGY
