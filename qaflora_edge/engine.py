@@ -45,6 +45,15 @@ if TYPE_CHECKING:
     from qaflora_edge.chat.tokens import QuestionFinder
 
 
+def _draw(fusion: FusionWeights) -> str:
+    from qaflora_edge.show.pages import notebook_html
+
+    return notebook_html(fusion)
+
+
+FusionWeights._repr_html_ = _draw
+
+
 class Engine:
     """A base with its adapters, ready to weigh them for each query.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from browser import Browser, missing
 
-from qaflora_edge.show.pages import Bar, TaskShown, results_page, weights_page
+from qaflora_edge.show.pages import results_page, weights_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
 pytestmark = [
@@ -21,12 +21,13 @@ LEFT, UP, RIGHT, DOWN, TAB, END, ESCAPE = (
 )
 NAN = float("nan")
 LINES = {
-    "base": (Bar("20.0", 20, 5, 40), None, Bar("-60.0", -60, -80, -20)),
-    EVIL: (Bar("100.0", 100, 80, 100), Bar("+5.0", 5, NAN, NAN), Bar("+20.0", 20, 10, 30)),
+    "base": (("20.0", 20, 5, 40), None, ("-60.0", -60, -80, -20)),
+    EVIL: (("100.0", 100, 80, 100), ("+5.0", 5, NAN, NAN), ("+20.0", 20, 10, 30)),
 }
 ITEMS = [
     {
         "index": i,
+        "title": EVIL,
         "question": f"How many is {i}?\n{EVIL}",
         "expected": i,
         "answers": [
@@ -64,7 +65,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("results") / "results.html"
-    task = TaskShown(EVIL, "number", ("score, points", "over static", "over math"), LINES, ITEMS)
+    heads = ("score, points", "over static", "over math")
+    task = {"name": EVIL, "metric": "number", "heads": heads, "lines": LINES, "entries": ITEMS}
     path.write_text(results_page(f"Evaluation of {EVIL}\x1b[2J", {"base": EVIL}, [task]), "utf-8")
     return path
 

@@ -40,7 +40,6 @@ from qaflora_edge.formats.inputs import open_input
 from qaflora_edge.formats.json_text import LineFile, shown
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.show.text import mean_weights
 
 _KEYS = ("prompt", "messages", "id", "json_schema")
 _UNKNOWN_MAX = 20  # keys that a remark names
@@ -303,7 +302,7 @@ class _Job:
             return _failure(answer.error)
         result = answer_dict(answer, with_fusion=self.as_json)
         if not self.as_json:
-            means = {name: round(mean, 4) for name, mean in mean_weights(answer.fusion).items()}
+            means = {name: round(mean, 4) for name, mean in answer.fusion.means().items()}
             result["fusion"] = {"strategy": answer.fusion.strategy, "weights": means}
         if answer.is_whole:
             return result

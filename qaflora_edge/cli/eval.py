@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from qaflora_edge.evaluation.statistics import Estimate
     from qaflora_edge.evaluation.table import Cell
     from qaflora_edge.evaluation.tasks import Task
-    from qaflora_edge.show.pages import TaskShown
 
 NOTES = """\
 In brackets: 95 % intervals. Differences are paired, above 0 where the strategy is better.
@@ -224,28 +223,36 @@ def _print_tables(found: Sequence[Cell]) -> None:
     click.echo(NOTES)
 
 
-def _task_shown(cell: Cell) -> TaskShown:
+def _task_shown(cell: Cell) -> dict[str, Any]:
+    """Write a task as `results_page` takes it."""
     from qaflora_edge.evaluation.table import estimate, heads, rows
-    from qaflora_edge.show.pages import Bar, TaskShown
 
-    def bar(found: Estimate | None, *, is_difference: bool) -> Bar | None:
+    def bar(
+        found: Estimate | None, *, is_difference: bool
+    ) -> tuple[str, float, float, float] | None:
         if found is None:
             return None
         text = estimate(found, cell.unit, is_difference=is_difference)
-        return Bar(text, found.value, found.low, found.high)
+        return text, found.value, found.low, found.high
 
-    lines = {
-        strategy: [bar(each, is_difference=at > 0) for at, each in enumerate(row)]
-        for strategy, row in rows([cell]).items()
+    return {
+        "name": cell.name,
+        "metric": cell.task["metric"],
+        "heads": heads([cell]),
+        "lines": {
+            strategy: [bar(each, is_difference=at > 0) for at, each in enumerate(row)]
+            for strategy, row in rows([cell]).items()
+        },
+        "entries": [
+            _item_shown(cell, item)
+            for item in sorted({item for rows in cell.rows.values() for item in rows})
+        ],
     }
-    items = sorted({item for rows in cell.rows.values() for item in rows})
-    shown = [_item_shown(cell, item) for item in items]
-    return TaskShown(cell.name, str(cell.task["metric"]), heads([cell]), lines, shown)
 
 
 def _item_shown(cell: Cell, index: int) -> dict[str, Any]:
     from qaflora_edge.evaluation.table import number
-    from qaflora_edge.show.text import who_spoke
+    from qaflora_edge.show.text import crop, who_spoke
 
     given = {strategy: rows[index] for strategy, rows in cell.rows.items() if index in rows}
     first = next(iter(given.values()))
@@ -261,7 +268,7 @@ def _item_shown(cell: Cell, index: int) -> dict[str, Any]:
         for strategy, row in given.items()
     ]
     told = {key: first[key] for key in ("question", "expected")}
-    return {"index": index, **told, "answers": answers}
+    return {"index": index, "title": crop(told["question"], 90), **told, "answers": answers}
 
 
 def _save(folder: Path, results: Results) -> None:

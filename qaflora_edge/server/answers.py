@@ -78,7 +78,7 @@ class Weighing:
         """Return the field `fusion` of an answer, or nothing."""
         if self.returned == "none":
             return {}
-        means = {name: round(mean, 6) for name, mean in mean_weights(fusion).items()}
+        means = {name: round(mean, 6) for name, mean in fusion.means().items()}
         told: dict[str, Any] = {
             "strategy": fusion.strategy,
             "probe_ms": round(fusion.probe_ms, 3),
@@ -93,13 +93,8 @@ class Weighing:
         """Return the mix as a header, such as math=0.61,es=0.39."""
         if self.returned == "none" or not fusion.adapters:
             return {}
-        means = mean_weights(fusion).items()
+        means = fusion.means().items()
         return {"X-Fusion": ",".join(f"{name}={mean:.2f}" for name, mean in means)}
-
-
-def mean_weights(fusion: FusionWeights) -> dict[str, float]:
-    """Return the mean over layers of each adapter's weights."""
-    return dict(zip(fusion.adapters, fusion.weights.mean(axis=1).astype(float), strict=True))
 
 
 def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) -> Weighing:

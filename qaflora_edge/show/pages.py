@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 TITLE_CHARS = 90
 CELL_WIDTH, CELL_HEIGHT = 18, 26  # panel.svg.j2 has them too
-NAME_WIDTH_MAX, MEAN_WIDTH, PANEL_MIN = 180, 52, 240
+NAME_WIDTH_MAX, MEAN_WIDTH = 180, 52
 NOTEBOOK_INK = "#2f81d0"  # reads on light and on dark paper
 
 
@@ -50,7 +49,7 @@ def _render(template: str, **values: Any) -> Markup:
         return spelt(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset),
+        loader=jinja2.PackageLoader("qaflora_edge.show", "assets"),
         autoescape=True,
         finalize=shown,
         trim_blocks=True,
@@ -80,14 +79,13 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
     labelled  a label, the prompt and the weights of each query
     subject   names of bundle and base
     """
-    fusions = [fusion for _, _, fusion in labelled]
     sections = []
-    for number, (label, prompt, fusion) in enumerate(labelled, 1):
+    for number, (label, prompt, _) in enumerate(labelled, 1):
         title = crop(label, TITLE_CHARS)
         is_whole = title == spelt(" ".join(prompt.split()))
-        shown = {"title": f"{number}. {title}", "prompt": "" if is_whole else prompt, "answer": ""}
-        sections.append(shown | _drawn(fusion, fusions))
-    return _weights_page("qaflora weights", subject, facts(fusions), fusions, sections)
+        sections.append({"title": f"{number}. {title}", "prompt": "" if is_whole else prompt})
+    fusions = [fusion for _, _, fusion in labelled]
+    return _weights_page(sections, fusions, subject=subject, title="qaflora weights")
 
 
 def answers_page(
@@ -98,45 +96,36 @@ def answers_page(
     answers  the strategy, the text and the weights of each answer
     subject  names of bundle and base
     """
+    sections = [{"title": strategy, "answer": text} for strategy, text, _ in answers]
     fusions = [fusion for _, _, fusion in answers]
-    sections = []
-    for strategy, text, fusion in answers:
-        drawn = _drawn(fusion, fusions)
-        if drawn["why_alone"]:
-            drawn["panel"] = ""
-        sections.append(drawn | {"title": strategy, "answer": text})
-    how = f"{len(answers)} strategies, {fusions[0].prompt_tokens} prompt tokens"
-    return _weights_page("qaflora compare", subject, how, fusions, sections, question)
+    return _weights_page(
+        sections, fusions, subject=subject, title="qaflora compare", question=question
+    )
 
 
 def _weights_page(
-    title: str,
-    subject: str,
-    how: str,
-    fusions: Sequence[FusionWeights],
-    sections: Sequence[Mapping[str, Any]],
-    question: str = "",
+    sections: Sequence[dict[str, Any]], fusions: Sequence[FusionWeights], **told: str
 ) -> str:
-    width = _panel(fusions[0], scale(fusions))["width"]
-    style = f"{_asset('weights.css')}main {{ --panel: {width}px; }}\n"
-    told = {"subject": subject, "how": how, "question": question, "sections": sections}
-    told |= _scale(fusions)
-    return _page("weights.html.j2", style, _asset("weights.js"), title=title, **told)
+    """Draw the weights of each section, all on one scale."""
+    ends = scale(fusions)
+    drawn = [
+        {
+            "fusion": fusion,
+            "what": None if fusion.divergence is None else fusion.measured,
+            "why_alone": "" if fusion.weights.any() else why_alone(fusion),
+            "panel": _panel(fusion, ends),
+            "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
+        }
+        for fusion in fusions
+    ]
+    shown = [{**each, **section} for each, section in zip(drawn, sections, strict=True)]
+    values = {"sections": shown, "how": facts(fusions), "question": "", **told}
+    values |= _scale(fusions)
+    return _page("weights.html.j2", _asset("weights.css"), _asset("weights.js"), **values)
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
     return {"ends": scale(fusions), "lowest": min_weight(fusions), "ink": NOTEBOOK_INK}
-
-
-def _drawn(fusion: FusionWeights, others: Sequence[FusionWeights]) -> dict[str, Any]:
-    """Draw the weights of one query, on the scale of all."""
-    return {
-        "fusion": fusion,
-        "what": None if fusion.divergence is None else fusion.measured,
-        "why_alone": "" if fusion.weights.any() else why_alone(fusion),
-        "panel": _panel(fusion, scale(others)),
-        "layers": [layer_ranges(layers) for layers in leading_layers(fusion)],
-    }
 
 
 def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
@@ -166,22 +155,15 @@ def _panel(fusion: FusionWeights, ends: tuple[float, float]) -> dict[str, Any]:
         }
         for row, name in enumerate(names)
     ]
-    ticks = [i for i in range(n_layer) if i % TICK == 0 or (i == n_layer - 1 and i % TICK > 1)]
-    return {
-        "rows": rows,
-        "ticks": ticks,
-        "left": left,
-        "right": right,
-        "width": max(right + MEAN_WIDTH, PANEL_MIN),
-        "bottom": n_adapter * CELL_HEIGHT,
-    }
+    size = {"width": right + MEAN_WIDTH, "bottom": n_adapter * CELL_HEIGHT}
+    return {"rows": rows, "ticks": range(0, n_layer, TICK), "left": left, "right": right, **size}
 
 
 def notebook_html(fusion: FusionWeights) -> str:
     """Show weights in a notebook: how they came about, the cells, the scale."""
     words = [facts([fusion])] + ([] if fusion.weights.any() else [why_alone(fusion)])
-    shown = _panel(fusion, scale([fusion]))
-    return _render("notebook.html.j2", words=words, panel=shown, **_scale([fusion]))
+    panel = _panel(fusion, scale([fusion]))
+    return _render("notebook.html.j2", words=words, panel=panel, **_scale([fusion]))
 
 
 def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
@@ -204,60 +186,39 @@ def picture(labelled: Sequence[tuple[str, FusionWeights]], subject: str) -> str:
 
 # results
 
-
-@dataclass(frozen=True)
-class Bar:
-    """A mean with its interval, and how it is written; low and high may be NaN."""
-
-    text: str
-    value: float
-    low: float
-    high: float
+# A mean with its interval: how it is written, value, low, high. The ends may be NaN.
+Bar = tuple[str, float, float, float]
 
 
-@dataclass(frozen=True)
-class TaskShown:
-    """One task of an evaluation.
-
-    heads  of the columns: the score first, then differences
-    lines  strategy -> a bar for each column, None where there is none
-    items  `index`, `question`, `expected`, and `answers`: `strategy`, `score`, `mix`, `text`
-    """
-
-    name: str
-    metric: str
-    heads: Sequence[str]
-    lines: Mapping[str, Sequence[Bar | None]]
-    items: Sequence[Mapping[str, Any]]
-
-
-def results_page(title: str, told: Mapping[str, object], tasks: Sequence[TaskShown]) -> str:
+def results_page(title: str, told: Mapping[str, object], tasks: Sequence[Mapping[str, Any]]) -> str:
     """Draw the page of `qaflora eval`: bars, and every item to open.
 
-    told  how the evaluation was run
+    told   how the evaluation was run
+    tasks  of each `name` and `metric`; `heads` of the columns, the score's first, then those of
+           differences; `lines`: strategy -> a Bar or None for each column; `entries`: `index`,
+           `title`, `question`, `expected`, and `answers`: `strategy`, `score`, `mix`, `text`
     """
     sections = []
     for task in tasks:
-        columns = enumerate(zip(*task.lines.values(), strict=True))
+        columns = enumerate(zip(*task["lines"].values(), strict=True))
         bars = zip(*(_places(bars, is_difference=at > 0) for at, bars in columns), strict=True)
-        items = [{**item, "title": crop(item["question"], TITLE_CHARS)} for item in task.items]
-        shown = {"name": task.name, "metric": task.metric, "heads": task.heads, "items": items}
-        sections.append(shown | {"lines": dict(zip(task.lines, bars, strict=True))})
+        sections.append({**task, "lines": dict(zip(task["lines"], bars, strict=True))})
     return _page("results.html.j2", _asset("results.css"), title=title, facts=told, tasks=sections)
 
 
 def _places(bars: Iterable[Bar | None], *, is_difference: bool) -> list[dict[str, Any]]:
     """Place a column's bars in per cent of its width: from 0 for scores, around 0 for others."""
-    bars = [None if bar is None or math.isnan(bar.value) else bar for bar in bars]
-    ends = [end for bar in bars if bar for end in (bar.value, bar.low, bar.high)]
-    most = max((abs(end) for end in ends if not math.isnan(end)), default=0.0) or 1.0
+    known = [bar if bar and not math.isnan(bar[1]) else None for bar in bars]
+    ends = [abs(end) for bar in known if bar for end in bar[1:] if not math.isnan(end)]
+    most = max(ends, default=0.0) or 1.0
     start = -most if is_difference else 0.0
 
     def place(bar: Bar) -> dict[str, Any]:
-        kind = "better" if bar.low > 0 else "worse" if bar.high < 0 else ""
-        low, high = (bar.value if math.isnan(end) else end for end in (bar.low, bar.high))
-        ends = {"zero": 0.0, "value": bar.value, "low": low, "high": high}
-        at = {key: round(4 + 92 * (x - start) / (most - start), 1) for key, x in ends.items()}
-        return {"text": bar.text, "kind": kind if is_difference else "", **at}
+        text, value, *ends = bar
+        low, high = (value if math.isnan(end) else end for end in ends)
+        kind = "better" if ends[0] > 0 else "worse" if ends[1] < 0 else ""
+        places = {"zero": 0.0, "value": value, "low": low, "high": high}
+        at = {key: round(4 + 92 * (x - start) / (most - start), 1) for key, x in places.items()}
+        return {"text": text, "kind": kind if is_difference else "", **at}
 
-    return [{"text": ""} if bar is None else place(bar) for bar in bars]
+    return [place(bar) if bar else {"text": ""} for bar in known]

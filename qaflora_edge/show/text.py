@@ -96,12 +96,6 @@ def len_pixels(text: str) -> float:
 # weights in words
 
 
-def mean_weights(fusion: FusionWeights) -> dict[str, float]:
-    """Adapter -> mean weight over layers."""
-    means = fusion.weights.mean(axis=1)
-    return {name: float(mean) for name, mean in zip(fusion.adapters, means, strict=True)}
-
-
 def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
     """Name the adapters that weigh anything, heaviest first, and the base's share.
 
@@ -109,7 +103,7 @@ def who_spoke(weights: FusionWeights | Mapping[str, float]) -> str:
 
     As in `math 50 % · es 50 %`, `es 81 % · base 19 %`, or `base`.
     """
-    by_name = weights if isinstance(weights, Mapping) else mean_weights(weights)
+    by_name = weights if isinstance(weights, Mapping) else weights.means()
     means = sorted(by_name.items(), key=lambda item: -item[1])
     shares = {spelt(name): round(100 * mean) for name, mean in means}
     rest = 100 - sum(shares.values())
@@ -132,8 +126,10 @@ def why_alone(fusion: FusionWeights) -> str:
 
 
 def facts(fusions: Sequence[FusionWeights]) -> str:
-    """Say how weights came about, in what all queries share."""
+    """Say how weights came about, in what all of them share."""
     first = fusions[0]
+    if len({each.strategy for each in fusions}) > 1:
+        return f"{len(fusions)} strategies, {first.prompt_tokens} prompt tokens"
     parts = [f"strategy {first.strategy}"]
     if first.divergence is not None:
         parts += [f"{each} {getattr(first, each)}" for each in first.measured.reads]

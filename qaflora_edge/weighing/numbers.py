@@ -4,9 +4,9 @@ The method is qa-FLoRA (AAAI 2026, arXiv 2512.11366). `kl_divergence` is the num
 what the library computes through the quantised head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -67,16 +67,16 @@ class FusionWeights:
 
         return measured_by(self.strategy.partition(":")[0])
 
+    def means(self) -> dict[str, float]:
+        """Adapter -> mean weight over layers."""
+        return dict(zip(self.adapters, map(float, self.weights.mean(axis=1)), strict=True))
+
     def __repr__(self) -> str:
-        from qaflora_edge.show.text import who_spoke
+        means = ", ".join(f"{name!r} {mean:.2f}" for name, mean in self.means().items())
+        return f"<FusionWeights {self.strategy}, {self.weights.shape[1]} layers: {means or 'base'}>"
 
-        return f"<FusionWeights {self.strategy}, {self.weights.shape[1]} layers: {who_spoke(self)}>"
-
-    def _repr_html_(self) -> str:
-        """Draw the weights as notebooks show them: a heatmap."""
-        from qaflora_edge.show.pages import notebook_html
-
-        return notebook_html(self)
+    # Draws weights in a notebook. The Engine sets it: numbers know no pictures.
+    _repr_html_: ClassVar[Callable[["FusionWeights"], str] | None] = None
 
 
 def _rows(array: F32) -> list[list[float]]:

@@ -13,7 +13,6 @@ from qaflora_edge.chat.conversation import Conversation
 from qaflora_edge.config import check, in_group
 from qaflora_edge.errors import QafloraError
 from qaflora_edge.settings import expanded
-from qaflora_edge.show.text import mean_weights
 from qaflora_edge.weighing.strategy import strategies
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def adapters(chat: Chat, argument: str) -> None:
         engine.use_adapters(sorted(in_use | chosen))
     elif action == "off":
         engine.use_adapters(sorted(in_use - chosen | chosen - loaded))  # refuses unknown names
-    means = {} if chat.fusion is None else mean_weights(chat.fusion)
+    means = {} if chat.fusion is None else chat.fusion.means()
     rows, width = [], max(map(len, engine.loaded_adapters), default=0)
     for name in engine.loaded_adapters:
         last = f"  {100 * means[name]:3.0f} % of the last answer" if name in means else ""
