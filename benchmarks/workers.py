@@ -1,4 +1,4 @@
-"""Tokens/s, first token and bytes over the wire with layers on workers: docs/scale.md.
+"""Tokens/s, first token and bytes over the wire with layers on workers: docs/backends.md.
 
     python benchmarks/workers.py BUNDLE --workers 0 1 2 3 --delay-ms 0 1 20 --mbit 100
 

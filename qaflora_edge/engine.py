@@ -63,7 +63,7 @@ class Engine:
     n_parallel  requests that are decoded together; others wait in a queue
     threads   CPU threads, by default the cores that this process may use
     gpu_layers  layers offloaded where the library was built with a GPU backend, or to workers
-    rpc       HOST:PORT of workers, separated by commas: see docs/scale.md
+    rpc       HOST:PORT of workers, separated by commas: see docs/backends.md
     tensor_split  how many layers each worker and GPU gets, relative to the others
     kv_type   f16, f32 or q8_0
     adapter_type  q8_0 or q4_0: convert adapters as they are loaded (docs/performance.md has gain
