@@ -1,7 +1,7 @@
 """A stand-in of the Hub: the part of its HTTP interface that its own library uses.
 
-Written from the library's requests, not from our code. Contents move by HTTP and LFS; the library's
-other protocol for large files (Xet) is turned off in the tests.
+Written from the library's requests, not from our code. All contents move by plain HTTP: the
+library's protocols for large files (LFS, Xet) are its own matter.
 """
 
 import base64
@@ -9,13 +9,12 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha1, sha256
+from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_token_of_the_tests"
-LARGE = (".gguf", ".safetensors", ".bin")
 
 
 @dataclass
@@ -50,7 +49,6 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
-        self.objects: dict[str, bytes] = {}
         self.refused = b""
 
     @property
@@ -136,9 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit}
         if content is None:
             raise _Refused(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
-        if file.endswith(LARGE):
-            headers["X-Linked-ETag"] = f'"{_sha256(content)}"'
-            headers["X-Linked-Size"] = str(len(content))
         headers["ETag"] = f'"{_git_sha1(content)}"'
         self.answer(200, content, headers)
 
@@ -174,36 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
         files = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
-            name_of = _sha256 if path.endswith(LARGE) else _git_sha1
-            oid = name_of(there[path]) if path in there else None
-            mode = "lfs" if path.endswith(LARGE) else "regular"
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            oid = _git_sha1(there[path]) if path in there else None
+            file = {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": oid}
+            files.append(file)
         self.answer(200, {"files": files})
-
-    def send_batch(self, name: str) -> None:
-        self.open_repo(name, write=True)
-        objects = []
-        for wanted in json.loads(self.body)["objects"]:
-            entry: dict[str, Any] = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.server.objects:
-                upload = {"href": f"{self.server.url}/objects/{wanted['oid']}"}
-                verify = {"href": f"{self.server.url}/verify/{wanted['oid']}"}
-                entry["actions"] = {"upload": upload, "verify": verify}
-            objects.append(entry)
-        self.answer(200, {"transfer": "basic", "objects": objects})
-
-    def store_object(self, oid: str) -> None:
-        if self.body == self.server.refused:
-            raise _Refused(403, {"error": "Forbidden"})
-        if _sha256(self.body) != oid:
-            raise _Refused(400, {"error": "not the object of that name"})
-        self.server.objects[oid] = self.body
-        self.answer(200, b"")
-
-    def verify_object(self, oid: str) -> None:
-        size = json.loads(self.body)["size"]
-        is_there = len(self.server.objects.get(oid, b"")) == size
-        self.answer(200 if is_there else 404, {})
 
     def make_commit(self, name: str, revision: str) -> None:
         repo, parent = self.open_commit(name, revision, write=True)
@@ -214,12 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = dict(repo.commits[parent])
         for item in items[1:]:
             value = item["value"]
-            if item["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif item["key"] == "lfsFile":
-                files[value["path"]] = self.server.objects[value["oid"]]
-            else:
-                del files[value["path"]]
+            files[value["path"]] = base64.b64decode(value["content"])
+        if self.server.refused and self.server.refused in files.values():
+            raise _Refused(403, {"error": "Forbidden"})
         oid = repo.commit(files, header["summary"], revision)
         self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{oid}", "commitOid": oid})
 
@@ -246,23 +212,13 @@ def _git_sha1(content: bytes) -> str:
     return sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _sha256(content: bytes) -> str:
-    return sha256(content).hexdigest()
-
-
 def _sibling(name: str, content: bytes) -> dict[str, Any]:
-    size = len(content)
-    lfs = {"size": size, "sha256": _sha256(content), "pointerSize": 130}
-    sibling = {"rfilename": name, "size": size, "blobId": _git_sha1(content)}
-    return sibling | ({"lfs": lfs} if name.endswith(LARGE) else {})
+    return {"rfilename": name, "size": len(content), "blobId": _git_sha1(content)}
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:
     """A file as the tree of a repository lists it."""
-    size = len(content)
-    lfs = {"oid": _sha256(content), "size": size, "pointerSize": 130}
-    entry = {"type": "file", "path": name, "size": size, "oid": _git_sha1(content)}
-    return entry | ({"lfs": lfs} if name.endswith(LARGE) else {})
+    return {"type": "file", "path": name, "size": len(content), "oid": _git_sha1(content)}
 
 
 _REPO = "([^/]+/[^/]+)"
@@ -275,8 +231,5 @@ _ROUTES: tuple[tuple[str, str, Any], ...] = (
     ("POST", "/api/validate-yaml", _Handler.check_card),
     ("POST", f"/api/models/{_REPO}/branch/([^/]+)", _Handler.create_branch),
     ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _Handler.send_modes),
-    ("POST", f"/{_REPO}\\.git/info/lfs/objects/batch", _Handler.send_batch),
-    ("PUT", "/objects/([0-9a-f]{64})", _Handler.store_object),
-    ("POST", "/verify/([0-9a-f]{64})", _Handler.verify_object),
     ("POST", f"/api/models/{_REPO}/commit/([^/]+)", _Handler.make_commit),
 )

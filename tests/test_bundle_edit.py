@@ -1,4 +1,4 @@
-"""Adapters added, removed and renamed: the bundle is the old one or the new one, never between."""
+"""Adapters added and removed: the bundle is the old one or the new one, never between."""
 
 import json
 import shutil
@@ -19,7 +19,6 @@ from qaflora_edge.bundles.edit import (
     add_adapters,
     calibrate,
     remove_adapter,
-    rename_adapter,
     set_base,
 )
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
@@ -112,8 +111,7 @@ def test_unknown_keys_and_order_are_kept(made: TinyBundle) -> None:
     rewrite(made.folder, change)
     before = bundle_json(made.folder)
     add_adapter(made.folder, "med", made.adapter.path)
-    rename_adapter(made.folder, "med", "law")
-    remove_adapter(made.folder, "law")
+    remove_adapter(made.folder, "med")
     assert json.dumps(bundle_json(made.folder)) == json.dumps(before)
 
 
@@ -189,8 +187,6 @@ def test_what_a_killed_command_left_is_overwritten(made: TinyBundle) -> None:
     left.write_bytes(b"half")
     add_adapter(made.folder, "med", made.adapter.path)
     assert left.read_bytes() == made.adapter.path.read_bytes()
-    (made.folder / "adapters/law.gguf").write_bytes(b"half")
-    rename_adapter(made.folder, "med", "law")
     bundle = verify_bundle(made.folder)
     assert names_in(made.folder) == {
         "bundle.json",
@@ -210,7 +206,7 @@ def test_a_file_of_another_adapter_is_not_overwritten(made: TinyBundle) -> None:
     verify_bundle(made.folder)
 
 
-# removing and renaming
+# removing
 
 
 def test_a_removed_adapter_is_gone(made: TinyBundle) -> None:
@@ -238,30 +234,6 @@ def test_a_strategy_that_names_the_adapter_must_be_replaced(made: TinyBundle) ->
     assert snapshot(made.folder) == before
     remove_adapter(made.folder, "es", strategy="single:math")
     assert load_bundle(made.folder).known.strategy == "single:math"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "renamed"),
-    [
-        ("single:es", "single:spanish"),
-        ("manual:es=1,math=0.5", "manual:spanish=1,math=0.5"),
-        ("norm:1", "norm:1"),
-    ],
-)
-def test_a_renamed_adapter_keeps_its_place(made: TinyBundle, strategy: str, renamed: str) -> None:
-    set_fusion(made.folder, strategy=strategy, typical={"es": TYPICAL})
-    old = (made.folder / "adapters/es.gguf").read_bytes()
-    rename_adapter(made.folder, "es", "spanish")
-    bundle = verify_bundle(made.folder)
-    assert list(bundle.adapter_paths) == ["math", "spanish"]
-    assert bundle.adapter_paths["spanish"].read_bytes() == old
-    assert bundle.known.strategy == renamed
-    assert bundle.known.typical == {"spanish": TYPICAL}
-    assert names_in(made.folder) == {
-        "bundle.json",
-        "adapters/math.gguf",
-        "adapters/spanish.gguf",
-    }
 
 
 def test_the_hubs_cache_is_not_changed(hub: FakeHub, hub_cache: Path, made: TinyBundle) -> None:

@@ -270,12 +270,6 @@ def test_a_file_name_that_leads_out_is_refused(
         fetch_hub("owner/base", tmp_path / "to")
 
 
-def test_a_broken_bundle_json_is_named(hub: FakeHub, hub_cache: Path) -> None:
-    hub.put("owner/bundle", {"bundle.json": b'{"format": "other"}'})
-    with pytest.raises(BundleError, match=r"bundle\.json: field format is"):
-        fetch_hub("owner/bundle")
-
-
 # refusals
 
 
@@ -320,18 +314,6 @@ def test_what_the_hub_refuses_is_told_with_its_reason(
     assert f"{start} owner/a: RepositoryNotFoundError: " in refusal("owner/a")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch_hub("owner/a").read_bytes() == b"GGUF"
-
-
-def test_offline_mode_takes_what_is_here(
-    hub: FakeHub, hub_cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.put("owner/bundle", files)
-    folder = fetch_hub("owner/bundle")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub.requests.clear()
-    assert fetch_hub("owner/bundle") == folder
-    assert "OfflineModeIsEnabled: " in refusal("owner/other")
-    assert hub.requests == []
 
 
 def process(script: str, *args: object, hub_url: str, home: Path, **env: str) -> str:

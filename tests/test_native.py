@@ -152,8 +152,3 @@ def test_library_without_a_backend_for_this_processor_is_refused(
         f"refused: No CPU backend of {library} can be loaded on this processor ("
     )
     assert "); there are: none. Expected one that it can run; reinstall qaflora-edge" in said
-
-
-def test_import_of_the_package_loads_no_library_and_no_numpy() -> None:
-    code = "import qaflora_edge, sys; print('llama_cpp' in sys.modules, 'numpy' in sys.modules)"
-    assert run(code) == "False False"

@@ -22,7 +22,6 @@ from qaflora_edge.backend.library import (
     CONTEXT_PROBE,
     Handle,
     forget_logged,
-    has_logged,
     last_error,
     logged,
 )
@@ -119,8 +118,8 @@ class Context(Handle):
         )
         if not self._pointer:
             raise BackendError(
-                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}."
-                + (f" llama.cpp says: {logged()}." if has_logged() else "")
+                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}. "
+                f"llama.cpp says: {logged()}."
             )
         self._set_up(n_seq, n_ctx, params, stop)
 

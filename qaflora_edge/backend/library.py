@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -102,11 +102,11 @@ def _import_binding(folder: Path) -> ModuleType:
             f"The native library is missing: {folder / _library_name()} does not exist; "
             f"{_INSTALL_ADVICE}, or set QAFLORA_LIB_PATH to the folder that holds it."
         )
-    wanted: dict[str, str | None] = {"LLAMA_CPP_LIB_PATH": str(folder)}
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        wanted["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    spin = os.environ.get("GOMP_SPINCOUNT")
+    if spin is None and "OMP_WAIT_POLICY" not in os.environ:
+        spin = str(SPIN_COUNT)
     try:
-        with _environment(wanted):
+        with _variable("LLAMA_CPP_LIB_PATH", str(folder)), _variable("GOMP_SPINCOUNT", spin):
             binding = import_module("llama_cpp.llama_cpp")
     except ImportError as err:
         raise LibraryError(
@@ -121,25 +121,20 @@ def _import_binding(folder: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Set variables for what a library reads once, as it is loaded; they are put back after.
-
-    None takes a variable away.
-    """
-    before = {name: os.environ.get(name) for name in values}
-    _set(values)
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    """Set or remove a variable that a library reads once, as it is loaded; put it back after."""
+    before = os.environ.get(name)
+    _set(name, value)
     try:
         yield
     finally:
-        _set(before)
+        _set(name, before)
 
 
-def _set(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def _set(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
 
 
 def ggml_of(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -161,7 +156,7 @@ def _load_backends(lib: ctypes.CDLL, folder: Path) -> None:
         return
     load = ggml.ggml_backend_load_all_from_path
     load.restype, load.argtypes = None, [ctypes.c_char_p]
-    with _environment({"GGML_BACKEND_PATH": None}):
+    with _variable("GGML_BACKEND_PATH", None):
         load(os.fsencode(folder))
     by_type = ggml.ggml_backend_dev_by_type
     by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
@@ -232,11 +227,6 @@ def _keep_log(binding: ModuleType) -> None:
 def logged() -> str:
     """Give llama.cpp's reasons of its last failure."""
     return "; ".join(_errors) or "no reason given"
-
-
-def has_logged() -> bool:
-    """Tell whether llama.cpp gave a reason of its last failure."""
-    return bool(_errors)
 
 
 def forget_logged() -> None:

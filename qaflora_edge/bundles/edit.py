@@ -7,14 +7,13 @@ the old or the new one at any moment.
 import contextlib
 import copy
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical, prompts_sha256
 from qaflora_edge.bundles.open import known_of, load_bundle
-from qaflora_edge.bundles.source import check_names, copy_file, find_adapter, find_base, put_adapter
+from qaflora_edge.bundles.source import check_names, find_adapter, find_base, put_adapter
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
 from qaflora_edge.formats.bundle import (
@@ -98,28 +97,6 @@ def remove_adapter(folder: AnyPath, name: str, *, strategy: str | None = None) -
                 f"Cannot remove the adapter {name} from {folder}: the strategy {needed!r} needs "
                 "it. Choose another with --strategy."
             ) from error
-
-
-def rename_adapter(folder: AnyPath, old: str, new: str) -> None:
-    """Rename an adapter of a bundle, with its file, in its strategy and measurements too.
-
-    Raises BundleError when there is no such adapter, or when the new name cannot be used.
-    """
-    folder = Path(folder)
-    with editing(folder) as (text, raw):
-        record = raw["adapters"][_index(folder, text, old)]
-        record["name"] = new
-        check_names([adapter["name"] for adapter in raw["adapters"]])
-        fusion = raw.get("fusion", {})
-        for key in _OF_ADAPTERS:
-            if key in fusion:
-                fusion[key] = {new if n == old else n: each for n, each in fusion[key].items()}
-        if "strategy" in fusion:
-            fusion["strategy"] = _renamed_strategy(fusion["strategy"], old, new)
-        file = record["file"]
-        if file.lower() != f"adapters/{new}.gguf".lower():  # on some disks these are one file
-            record["file"] = _new_file(folder, new, raw)
-            copy_file(safe_join(folder, file), folder / record["file"])
 
 
 def calibrate(
@@ -273,10 +250,3 @@ def _new_file(folder: Path, name: str, raw: Mapping[str, Any]) -> str:
             )
     safe_join(folder, file).parent.mkdir(exist_ok=True)
     return file
-
-
-def _renamed_strategy(strategy: str, old: str, new: str) -> str:
-    kind, _, argument = strategy.partition(":")
-    if kind not in ("single", "manual"):
-        return strategy
-    return f"{kind}:" + re.sub(rf"(^|,){re.escape(old)}(?=[=,]|$)", rf"\g<1>{new}", argument)

@@ -7,7 +7,6 @@ Opening compares every file with its record and changes nothing.
 """
 
 import contextlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -183,7 +182,7 @@ def load_bundle(folder: Path, *, always_hash: bool = False, progress: Tell | Non
         (progress or silent)("Checking", len(states), len(files))
         states[path] = check_file(path, record, text.where, always_hash=always_hash)
     header, infos = read_with_adapters(base_path, paths)
-    _check_records(text, header, infos)
+    _check_base_record(text, header)
     return Bundle(
         folder=folder,
         header=header,
@@ -204,25 +203,12 @@ def how_to_get_base(folder: Path, base: BaseRecord) -> str:
     return f"{looked}{pull}{named}"
 
 
-def _check_records(text: BundleText, header: GgufHeader, infos: Mapping[str, AdapterInfo]) -> None:
-    """Compare what bundle.json says with the headers of the files. Raises BundleError."""
-    fields = [
-        (f"base.{key}", getattr(text.base, key), getattr(header, key), header.path)
-        for key in ("architecture", "n_layer", "n_embd", "n_vocab")
-    ]
-    for record in text.adapters:
-        info, of = infos[record.name], f"of adapter {record.name}"
-        is_alpha = math.isclose(record.alpha, info.alpha, rel_tol=1e-6)  # a float32, as text
-        alpha = info.alpha if is_alpha else record.alpha
-        targets, expected = sorted({*record.targets}), sorted({*info.targets})
-        fields += [
-            (f"rank {of}", record.rank, info.rank, info.path),
-            (f"alpha {of}", alpha, info.alpha, info.path),
-            (f"targets {of}", targets, expected, info.path),
-        ]
-    for field_name, found, expected, path in fields:
+def _check_base_record(text: BundleText, header: GgufHeader) -> None:
+    """Compare what bundle.json says of the base with the header of its file."""
+    for key in ("architecture", "n_layer", "n_embd", "n_vocab"):
+        found, expected = getattr(text.base, key), getattr(header, key)
         if found != expected:
             raise BundleError(
-                f"Cannot use {text.where}: field {field_name} is {found}, expected {expected} as "
-                f"in {path}. Create the bundle again with `qaflora bundle create`."
+                f"Cannot use {text.where}: field base.{key} is {found}, expected {expected} as in "
+                f"{header.path}. Create the bundle again with `qaflora bundle create`."
             )

@@ -1,4 +1,4 @@
-"""qaflora bundle create, add, remove, rename, base, calibrate, samples, show and verify"""
+"""qaflora bundle create, add, remove, base, calibrate, samples, show and verify"""
 
 from __future__ import annotations
 
@@ -171,19 +171,6 @@ def remove(folder: str, name: str, strategy: str | None) -> None:
     path = bundle_folder(folder)
     remove_adapter(path, name, strategy=strategy)
     click.echo(f"Removed the adapter {name} from {path}.", err=True)
-
-
-@command("qaflora bundle rename my-bundle med medicine", group=bundle)
-@click.argument("folder", **BUNDLE)
-@click.argument("old", shell_complete=completed_by("complete_adapter"))
-@click.argument("new")
-def rename(folder: str, old: str, new: str) -> None:
-    """Rename the adapter OLD of a bundle to NEW, with its file."""
-    from qaflora_edge.bundles.edit import rename_adapter
-
-    path = bundle_folder(folder)
-    rename_adapter(path, old, new)
-    click.echo(f"Renamed the adapter {old} of {path} to {new}.", err=True)
 
 
 @command(

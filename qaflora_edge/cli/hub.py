@@ -87,12 +87,8 @@ def push(path: Path, repo: str, **options: Any) -> None:
     none. The token is the one of `hf auth login` or HF_TOKEN. Prints the reference that pins the
     commit.
     """
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
     from qaflora_edge.bundles.push import push as push_path
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # the Hub's library draws them anywhere
     with progress_bars() as progress:
         pushed = push_path(path, repo, progress=progress, **options)
     click.echo(f"Pushed {', '.join(pushed.files)}: {pushed.url}", err=True)

