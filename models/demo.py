@@ -63,7 +63,7 @@ def show(engine: Engine, what: str, question: str, right: str) -> None:
     width, encoding = shutil.get_terminal_size().columns, sys.stdout.encoding
     say(table(answers, width=width, encoding=encoding))
     say("")
-    print_heatmap([("", answers[-1].fusion)])
+    print_heatmap([("", answers[-1][1])])
 
 
 def say(text: str) -> None:

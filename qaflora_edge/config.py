@@ -299,6 +299,8 @@ REMOVED = {
     "min_weight": "The option min_weight is gone; use a strategy option such as top=2.",
     "server": "`chat --server` is gone; open the server's page, or use a client for OpenAI's API.",
     "csv": "`weights --csv` is gone; use --json, an object for each prompt.",
+    "file": "`run --file` is gone; pipe it: qaflora run DIR PROMPT < FILE.",
+    "html": "`compare --html` is gone; `weights --plot FILE.html` draws, `compare --json` has all.",
     "dpi": "The option dpi is gone; write the picture as .svg or .html, sharp at any size.",
     "print_systemd": "The option print_systemd is gone; docs/server.md has a unit to copy.",
     "adapter_source": "The option adapter-source is gone; use `bundle add --source`.",

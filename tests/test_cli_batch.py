@@ -117,20 +117,12 @@ def test_json_gives_the_weights_of_every_layer(made: TinyBundle) -> None:
 
 
 def test_raw_prompts_and_system(made: TinyBundle) -> None:
-    stdin = lines(
-        {"prompt": "the thing"},
-        {"messages": asked("a")},
-        {"prompt": "the thing", "raw_prompt": False},
-    )
+    stdin = lines({"prompt": "the thing"}, {"prompt": "the thing", "raw_prompt": False})
     raw = run(made, "--prompts", "-", "--raw-prompt", "--max-tokens", 6, stdin=stdin)
-    alone = [
+    assert [each["text"] for each in records(raw.stdout)] == [
         run(made, "the thing", *more, "--max-tokens", 6).stdout[:-1]
         for more in (["--raw-prompt"], [])
     ]
-    first, second, third = records(raw.stdout)
-    assert [first["text"], third["text"]] == alone
-    assert second["error"]["message"].startswith("The request has messages or system, which need")
-    assert raw.exit_code == 1
     stdin = lines(
         {"prompt": "a"}, {"messages": asked("a", "Own.")}, {"prompt": "a", "system": "Own."}
     )
@@ -148,12 +140,12 @@ HOSTILE = [
     ('{"prompt": "\\ud800"}', "InputFileError", "half of a surrogate pair"),
     ('{"prompt": "a", "prompt": "b"}', "InputFileError", "the key 'prompt' is given twice"),
     (b'{"prompt": "\xff"}', "InputFileError", "it is not UTF-8 (invalid start byte at byte 12)"),
-    ("{}", "OptionError", "The request has neither prompt and messages"),
-    ('{"prompt": "a", "messages": []}', "OptionError", "The request has both prompt and messages"),
-    ('{"prompt": " "}', "OptionError", 'Option prompt is " ", expected a text that is not empty'),
-    ('{"messages": 5}', "OptionError", "Option messages is 5, expected a list of messages"),
+    ("{}", "OptionError", "expected either prompt or messages"),
+    ('{"prompt": "a", "messages": []}', "OptionError", "expected either prompt or messages"),
+    ('{"prompt": 5}', "PromptError", "Message 0 has content = 5"),
+    ('{"messages": 5}', "PromptError", "The conversation is 5, expected a list of messages"),
     ('{"messages": [{"role": "user"}]}', "PromptError", "Message 0 has content = None"),
-    ('{"prompt": "a", "temperature": "hot"}', "OptionError", 'Option temperature is "hot", exp'),
+    ('{"prompt": "a", "temperature": "hot"}', "OptionError", "Option temperature is 'hot', exp"),
     ('{"prompt": "a", "max_tokens": -1}', "OptionError", "expected a number of tokens from 0"),
     ('{"prompt": "a", "temp": 1, "temperature": 1}', "OptionError", "temperature is given twice"),
     ('{"prompt": "a", "strategy": "best"}', "StrategyError", "Strategy 'best' is not known"),
@@ -207,9 +199,6 @@ def test_unknown_keys_are_named_once(made: TinyBundle) -> None:
     assert result.stderr.splitlines()[0] == (
         "Not options of a request, and ignored: 'tempreature', 'n\\n', 'x'"
     )
-    many = [{"prompt": "a", **{f"k{i}-{j}": 1 for j in range(9)}} for i in range(9)]
-    result = run(made, "--prompts", "-", "--max-tokens", 1, stdin=lines(*many))
-    assert result.stderr.splitlines()[0].endswith("'k2-1' and others")
 
 
 def test_every_sampling_option_has_its_name_on_a_line() -> None:
@@ -218,7 +207,7 @@ def test_every_sampling_option_has_its_name_on_a_line() -> None:
         value: Any = values[option.kind]
         found = to_request({"prompt": "a", option.name: value}, system=None, raw_prompt=False)
         assert found[option.name] == value
-        with pytest.raises(OptionError, match=f'^Option {option.name} is {{"x": 1}}, expected '):
+        with pytest.raises(OptionError, match=f"^Option {option.name} is {{'x': 1}}, expected "):
             to_request({"prompt": "a", option.name: {"x": 1}}, system=None, raw_prompt=False)
 
 
@@ -236,15 +225,15 @@ def test_a_pipe_is_read_once(made: TinyBundle) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "Error: Cannot use the prompts in stdin: it has no line that is not blank, expected one "
-        'JSON object a line. Write {"prompt": "..."} into it.\n'
+        'JSON object such as {"prompt": "..."} a line. Write one into it.\n'
     )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "Give PROMPT or --file FILE, or else --prompts FILE."),
-        (("--file", "a", "--prompts", "f"), "Give PROMPT or --file FILE, or else --prompts FILE."),
+        ((), "Give PROMPT, or text on stdin, or else --prompts FILE."),
+        (("a", "--prompts", "f"), "Give PROMPT, or text on stdin, or else --prompts FILE."),
         (("a", "-o", "f"), "-o is for the answers to --prompts FILE."),
         (("--prompts", "f", "-o", "./f"), "f is named twice; give each FILE a name of its own."),
         (("--prompts", "f", "-o", "-"), "a file is needed, stdout will not do."),

@@ -1,7 +1,6 @@
 """qaflora compare"""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from qaflora_edge import Engine
 from qaflora_edge.cli import main
 from qaflora_edge.cli.compare import Answer, expand, table
 from qaflora_edge.errors import StrategyError
-from qaflora_edge.show.pages import answers_page
 from qaflora_edge.weighing.numbers import FusionWeights
 
 PROMPT = "the thing on a ring"
@@ -89,10 +87,10 @@ def test_list_with_a_gap_is_wrong_usage(made: TinyBundle, ways: str) -> None:
     assert f"--strategies is {ways!r}, expected 1 to 100 strategies" in result.stderr
 
 
-def answer(text: str, strategy: str = "qa-flora") -> Answer:
+def answer(text: str) -> Answer:
     weights = np.full((2, 3), 0.5, dtype=np.float32)
-    fusion = FusionWeights(("math", EVIL), weights, None, strategy)
-    return Answer(strategy, fusion, {"text": text, "finish_reason": "stop"})
+    fusion = FusionWeights(("math", EVIL), weights, None, "qa-flora")
+    return "qa-flora", fusion, {"text": text, "finish_reason": "stop"}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -106,28 +104,3 @@ def test_table_fits_and_lets_no_control_character_out(encoding: str, width: int)
     assert width < 80 or "(nothing)" in shown
     if encoding == "ascii":
         assert shown.isascii()
-
-
-def test_page_escapes_what_the_model_wrote(tmp_path: Path) -> None:
-    made = answer(EVIL, EVIL)
-    text = answers_page(EVIL, [(made.strategy, made.text, made.fusion)], EVIL)
-    assert text.count("<script>") == 1
-    assert "<img" not in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J" in text
-    assert not [char for char in text if ord(char) < 32 and char != "\n"]
-    assert "default-src 'none'" in text
-    assert "http" not in text.replace("http-equiv", "")
-
-
-def test_page_is_written_with_every_answer(made: TinyBundle, tmp_path: Path) -> None:
-    path = tmp_path / "answers.html"
-    result = compare(made, PROMPT, "--html", path, "--json")
-    page = path.read_text(encoding="utf-8")
-    assert [
-        f'<h2 dir="auto">{a["strategy"]}</h2>' in page for a in json.loads(result.stdout)["answers"]
-    ] == [True] * 4
-    assert page.count('<svg class="map"') == 3  # the base has no weights
-    result = compare(made, PROMPT, "--html", tmp_path / "gone" / "a.html")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "does not take a new file" in result.stderr
-    assert compare(made, PROMPT, "--html", "a.txt").exit_code == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qaflora_edge.cli import prompts
-from qaflora_edge.cli.prompts import Prompt, read_prompts
+from qaflora_edge.cli.prompts import Prompt, read_prompts, read_text
 from qaflora_edge.errors import InputFileError
 
 
@@ -39,10 +39,8 @@ def test_json_lines(tmp_path: Path) -> None:
     ("line", "wrong"),
     [
         ('["a"]', "it is no JSON object (it holds a list"),
-        ("{}", '"prompt" is missing, expected a text that is not empty'),
-        ('{"prompt": 7}', '"prompt" is 7, expected a text that is not empty'),
+        ("{}", '"prompt" is null, expected a text that is not empty'),
         ('{"prompt": " "}', '"prompt" is " ", expected a text that is not empty'),
-        ('{"prompt": "a", "name": ""}', '"name" is "", expected a text that is not empty'),
         ('{"prompt": "\\ud800"}', "it is no JSON object (it has half of a surrogate pair"),
         ('{"prompt": "a"', "it is no JSON object (Expecting ',' delimiter: line 1 column 15"),
         ("[" * 200_000, "it is no JSON object (it is nested too deeply"),
@@ -65,16 +63,18 @@ def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path.write_bytes(b"\n \r\n")
     assert message(path) == (
         f"Cannot use the prompts in {path}: it has no line that is not blank, expected one prompt "
-        "a line. Write a prompt into it."
+        "a line. Write one into it."
     )
     path.write_bytes(b"ab\xff")
     assert message(path) == (
-        f"Cannot read {path}: it is not UTF-8 (invalid start byte at byte 2), expected text in "
-        "UTF-8. Convert it, for example with iconv."
+        f"Cannot read {path}, line 1: it is not UTF-8 (invalid start byte at byte 2), expected "
+        "text in UTF-8. Convert it, for example with iconv."
     )
     monkeypatch.setattr(prompts, "FILE_BYTES_MAX", 1 << 20)
     path.write_bytes(b"a" * ((1 << 20) + 1))
-    assert message(path) == (
+    with pytest.raises(InputFileError) as caught:
+        read_text(str(path))
+    assert str(caught.value) == (
         f"Cannot read {path}: it is larger than 1 MiB, the most that is read as text. Split it, "
         "or check that it is the right file."
     )

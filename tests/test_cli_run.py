@@ -112,7 +112,7 @@ def test_dir_may_be_a_base(made: TinyBundle, monkeypatch: pytest.MonkeyPatch) ->
     [
         ("chat", ["--plain", "--max-tokens", "4"], "a thing\n/save {place}/s.json\n", ""),
         ("weights", [PROMPT], "", "There are no adapters: the base answers alone.\n"),
-        ("compare", [PROMPT, "--max-tokens", "4", "--html", "{place}/a.html"], "", "base"),
+        ("compare", [PROMPT, "--max-tokens", "4"], "", "base"),
         ("run", ["--prompts", "-", "--max-tokens", "4"], '{"prompt": "a"}', '"index"'),
     ],
 )
@@ -141,40 +141,7 @@ def test_base_may_be_named_as_in_the_registry(
     assert run(model.name, PROMPT, "--max-tokens", 2).exit_code == 0
 
 
-# prompts from files
-
-
-def prompt_of(
-    made: TinyBundle, monkeypatch: pytest.MonkeyPatch, *args: object, stdin: str = ""
-) -> str:
-    """The text that the chat template is given as the last message."""
-    seen: list[list[dict[str, str]]] = []
-    chat_tokens = Engine.chat_tokens
-
-    def spy(engine: Engine, messages: list[dict[str, str]], **more: object) -> list[int]:
-        seen.append(messages)
-        return chat_tokens(engine, messages, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Engine, "chat_tokens", spy)
-    result = run(made.folder, *args, "--max-tokens", 1, stdin=stdin)
-    assert (result.exit_code, len(seen)) == (0, 1), result.stderr
-    return seen[0][-1]["content"]
-
-
-def test_prompt_from_files_and_stdin(
-    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
-    first.write_bytes("\ufeffone\r\n".encode())
-    second.write_text("two\n\n")
-    assert prompt_of(made, monkeypatch, "--file", first) == "one"
-    assert prompt_of(made, monkeypatch, "Sum up:", "--file", first) == "Sum up:\n\none"
-    assert (
-        prompt_of(made, monkeypatch, "x", "--file", second, "--file", first) == "x\n\ntwo\n\n\none"
-    )
-    assert prompt_of(made, monkeypatch, "x", "--file", "-", stdin="doc\n") == "x\n\ndoc"
-    assert prompt_of(made, monkeypatch, "-", "--file", first, stdin="in\n") == "in\n\none"
-    assert prompt_of(made, monkeypatch, "-", stdin="-\n") == "-"
+# prompts from stdin
 
 
 @pytest.mark.slow
@@ -183,6 +150,8 @@ def test_prompt_from_files_and_stdin(
     [
         ("printf 'doc\\n' | {run} x", "x\n\ndoc"),
         ("printf 'doc' | {run}", "doc"),
+        ("{run} x < doc.txt", "x\n\ndoc"),
+        ("printf -- '-' | {run} -", "-"),
         ("{run} x < /dev/null", "x"),
         ("while read line; do {run} $line; done < doc.txt", "doc"),
     ],
@@ -246,8 +215,9 @@ def test_answer_cut_before_its_grammar_ends_is_a_failure(made: TinyBundle, gramm
     assert cut.exit_code == 1
     assert re.fullmatch(r"\d{4}-\n", cut.stdout)
     assert cut.stderr.splitlines()[-1] == (
-        f"Error: The answer is not whole: cut after 5 tokens, where {grammar} expects more. Raise "
-        "--max-tokens, and --ctx where the context is full, or allow only shorter answers."
+        "Error: The answer is not whole: cut after 5 tokens, where its schema or grammar expects "
+        "more. Raise --max-tokens, and --ctx where the context is full, or allow only shorter "
+        "answers."
     )
     as_json = run(made.folder, PROMPT, "--grammar", grammar, "--max-tokens", 5, "--json")
     assert as_json.exit_code == 1
@@ -285,10 +255,9 @@ def test_bad_grammar_is_named_before_the_model_is_loaded(
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--grammar", "--file"])
-def test_missing_file_is_named(option: str, tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "none"
-    result = run(tmp_path / "no-bundle", PROMPT, option, path)
+    result = run(tmp_path / "no-bundle", PROMPT, "--grammar", path)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         f"Error: Cannot read {path}: No such file or directory. Check that the file exists and "

@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.errors import IncompleteAnswerError
 from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.inference.generation import Generation
-    from qaflora_edge.weighing.numbers import FusionWeights
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one strategy answers.
-
-    facts  what `qaflora run --json` prints of it
-    """
-
-    strategy: str
-    fusion: FusionWeights
-    facts: dict[str, Any]
-
-    @property
-    def text(self) -> str:
-        """The answer, with a remark where a limit cut it, or "(nothing)"."""
-        text = self.facts["text"].strip() or "(nothing)"
-        is_cut = self.facts["finish_reason"] == "length"
-        return text + ("\n[cut at the limit of tokens]" if is_cut else "")
 
 
 def stream_answer(answer: Generation) -> None:
@@ -64,6 +44,15 @@ def answer_dict(answer: Generation, *, with_fusion: bool = True) -> dict[str, An
         **({"fusion": answer.fusion.to_dict()} if with_fusion else {}),
         "timings": answer.timings.to_dict(),
     }
+
+
+def incomplete(answer: Generation) -> IncompleteAnswerError:
+    """Make the error for an answer that was cut before its schema or grammar ended."""
+    return IncompleteAnswerError(
+        f"The answer is not whole: cut after {answer.n_completion} tokens, where its schema or "
+        "grammar expects more. Raise --max-tokens, and --ctx where the context is full, or allow "
+        "only shorter answers."
+    )
 
 
 def summary_line(answer: Generation) -> str:

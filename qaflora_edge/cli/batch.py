@@ -1,6 +1,5 @@
 """`qaflora run --prompts`: the requests of a file, answered in parallel."""
 
-import codecs
 import hashlib
 import itertools
 import json
@@ -16,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from qaflora_edge.chat.messages import begin_with
-from qaflora_edge.cli.answers import answer_dict, print_json
+from qaflora_edge.cli.answers import answer_dict, incomplete, print_json
 from qaflora_edge.cli.options import (
     SharedOptions,
     bundle_folder,
@@ -24,25 +23,26 @@ from qaflora_edge.cli.options import (
     open_engine,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.cli.prompts import Line, open_prompts, read_lines
-from qaflora_edge.config import OWN, SHARED, Option, in_group
-from qaflora_edge.errors import (
-    IncompleteAnswerError,
-    InputFileError,
-    OptionError,
-    OutputFileError,
-    QafloraError,
+from qaflora_edge.cli.prompts import (
+    Line,
+    filled_lines,
+    no_lines,
+    open_prompts,
+    read_lines,
+    stream_name,
 )
+from qaflora_edge.config import OWN, SHARED, Option, in_group
+from qaflora_edge.errors import OptionError, OutputFileError, QafloraError, wrong_option
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.inputs import open_input
-from qaflora_edge.formats.json_text import LineFile, shown
+from qaflora_edge.formats.json_text import LineFile
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import Tell, silent
+from qaflora_edge.show.text import crop
 
 _KEYS = ("prompt", "messages", "id", "json_schema")
-_UNKNOWN_MAX = 20  # keys that a remark names
 
 
 def _by_spelling() -> dict[str, Option]:
@@ -60,57 +60,30 @@ def _by_spelling() -> dict[str, Option]:
 _OPTIONS = _by_spelling()
 
 
-def read_requests(stream: BinaryIO, name: str) -> Iterator[Line]:
-    """Read lines one at a time; blank ones are counted, and left out.
-
-    name  of the stream, for messages
-    """
-    for index, data in enumerate(read_lines(stream, name)):
-        if index == 0 and data is not None:
-            data = data.removeprefix(codecs.BOM_UTF8)
-        if data is None or data.strip():
-            yield Line(index, data, f"{name}, line {index + 1}")
-
-
 def to_request(found: Mapping[str, Any], *, system: str | None, raw_prompt: bool) -> dict[str, Any]:
-    """A request of Engine.generate_many; keys that are no options are left out.
+    """Make a request of Engine.generate_many; keys that are no options are left out.
 
     system, raw_prompt  of requests that do not say
 
-    Raises OptionError for a wrong value, or what does not go together.
+    A request with messages or a system prompt of its own is in chat form in any case. Raises
+    OptionError for a wrong value.
     """
     own = _own_options(found)
     own_system, is_raw = own.pop("system", None), own.pop("raw_prompt", raw_prompt)
-    system = system if own_system is None else own_system
-    if (strategy := own.pop("strategy", None)) is not None:
-        own["weights"] = strategy
+    if "strategy" in own:
+        own["weights"] = own.pop("strategy")
     if (schema := found.get("json_schema")) is not None:
-        if not isinstance(schema, dict | bool):
-            raise _wrong("json_schema", schema, "an object or true")
         own = {"stop": (), "grammar": None, **own, "json_schema": schema}
     prompt, messages = found.get("prompt"), found.get("messages")
-    if (prompt is None) == (messages is None):
-        raise OptionError(
-            f"The request has {'neither' if prompt is None else 'both'} prompt and messages, "
-            "expected one of them; correct the line."
-        )
-    if messages is None and not (isinstance(prompt, str) and prompt.strip()):
-        raise _wrong("prompt", prompt, "a text that is not empty")
-    if prompt is None and not (isinstance(messages, list) and messages):
-        raise _wrong("messages", messages, "a list of messages")
-    if not is_raw:
-        asked = messages or [{"role": "user", "content": prompt}]
-        return {**own, "messages": begin_with(system, asked)}
-    if prompt is None or own_system is not None:
-        raise OptionError(
-            "The request has messages or system, which need the chat template, and raw_prompt, "
-            "which leaves it out; expected one or the other."
-        )
-    return {**own, "prompt": prompt}
+    if messages is None and prompt is not None and (own_system is not None or not is_raw):
+        prompt, messages = None, [{"role": "user", "content": prompt}]
+    if messages is not None:
+        messages = begin_with(system if own_system is None else own_system, messages)
+    return {**own, "prompt": prompt, "messages": messages}
 
 
 def _own_options(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a request has, by their names; null stands for the default."""
+    """Collect the options that a request has, by their names; null stands for the default."""
     own: dict[str, Any] = {}
     for key, value in found.items():
         option = _OPTIONS.get(key)
@@ -119,15 +92,11 @@ def _own_options(found: Mapping[str, Any]) -> dict[str, Any]:
         if option.name == "stop" and isinstance(value, str):
             value = [value]
         if not option.fits(value):
-            raise _wrong(key, value, option.expected)
+            raise wrong_option(key, value, f"{option.expected}; correct the line")
         if option.name in own:
             raise OptionError(f"Option {option.name} is given twice, as {key} too; expected once.")
         own[option.name] = value
     return own
-
-
-def _wrong(name: str, value: Any, expected: str) -> OptionError:
-    return OptionError(f"Option {name} is {shown(value)}, expected {expected}; correct the line.")
 
 
 PARALLEL = 8  # requests that are decoded together, unless --parallel says
@@ -235,33 +204,28 @@ def _not_ours(lines: LineFile, number: int) -> OutputFileError:
 class _Job:
     """The requests of one file, and what became of them."""
 
-    shown: str
+    path: str
     answers: Answers
     options: SharedOptions
-    sampling: dict[str, Any]
+    common: dict[str, Any]  # keywords of Engine.generate_many
     system: str | None
     as_json: bool
     unknown: dict[str, None] = field(default_factory=dict)  # keys, in the order they came
+    n_line: int = 0
     n_done: int = 0
     n_token: int = 0
 
-    def count(self, stream: BinaryIO) -> int:
-        """Count the lines that are to be answered. Raises as Answers.has does."""
-        has_answer = [self.answers.has(line) for line in read_requests(stream, self.shown)]
-        self._check_any(len(has_answer))
-        return has_answer.count(False)
-
-    def _check_any(self, n_line: int) -> None:
-        if not n_line:
-            raise InputFileError(
-                f"Cannot use the prompts in {self.shown}: it has no line that is not blank, "
-                'expected one JSON object a line. Write {"prompt": "..."} into it.'
-            )
+    def lines(self, stream: BinaryIO) -> Iterator[Line]:
+        """Read the lines that are to be answered. Raises as Answers.has does."""
+        self.n_line = 0
+        for line in filled_lines(stream, stream_name(self.path)):
+            self.n_line += 1
+            if not self.answers.has(line):
+                yield line
 
     def answer(self, engine: Any, stream: BinaryIO, total: int | None, tell: Tell) -> None:
         """Answer what is not answered; each answer is written when it ends."""
         running: dict[int, tuple[Line, dict[str, Any]]] = {}
-        n_line = 0
 
         def write(line: Line, answer: dict[str, Any]) -> None:
             self.answers.write(line, answer)
@@ -269,18 +233,14 @@ class _Job:
             tell("Answering", self.n_done, total or self.n_done)
 
         def requests() -> Iterator[dict[str, Any]]:
-            nonlocal n_line
             numbers = itertools.count()
-            for line in read_requests(stream, self.shown):
-                n_line += 1
-                if self.answers.has(line):
-                    continue
+            for line in self.lines(stream):
                 mark: dict[str, Any] = {}
                 try:
                     found = line.parse()
+                    mark = {"id": found["id"]} if "id" in found else {}
                     others = (key for key in found if key not in _KEYS and key not in _OPTIONS)
                     self.unknown |= dict.fromkeys(others)
-                    mark = {"id": found["id"]} if "id" in found else {}
                     request = to_request(
                         found, system=self.system, raw_prompt=self.options.raw_prompt
                     )
@@ -290,12 +250,10 @@ class _Job:
                 running[next(numbers)] = line, mark
                 yield request
 
-        common = {**self.sampling, "weights": self.options.strategy}
-        for number, answer in engine.generate_many(requests(), **common):
+        for number, answer in engine.generate_many(requests(), **self.common):
             line, mark = running.pop(number)
             self.n_token += answer.n_completion
             write(line, {**mark, **self._result(answer)})
-        self._check_any(n_line)
 
     def _result(self, answer: Generation) -> dict[str, Any]:
         if answer.error is not None:
@@ -304,19 +262,13 @@ class _Job:
         if not self.as_json:
             means = {name: round(mean, 4) for name, mean in answer.fusion.means().items()}
             result["fusion"] = {"strategy": answer.fusion.strategy, "weights": means}
-        if answer.is_whole:
-            return result
-        cut = IncompleteAnswerError(
-            f"The answer is not whole: cut after {answer.n_completion} tokens, where its schema or "
-            "grammar expects more. Raise max_tokens, and --ctx where the context is full."
-        )
-        return {**result, **_failure(cut)}
+        return result if answer.is_whole else {**result, **_failure(incomplete(answer))}
 
     def tell_sum(self, seconds: float) -> None:
+        """Say what was done, and which keys are none."""
         if self.unknown:
-            more = " and others" if len(self.unknown) > _UNKNOWN_MAX else ""
-            names = ", ".join(map(repr, itertools.islice(self.unknown, _UNKNOWN_MAX)))
-            click.echo(f"Not options of a request, and ignored: {names}{more}", err=True)
+            names = crop(", ".join(map(repr, self.unknown)), 400)
+            click.echo(f"Not options of a request, and ignored: {names}", err=True)
         answers, rate = self.answers, self.n_token / seconds if seconds > 0 else 0.0
         parts = [f"{self.n_done} lines done, {self.n_token} tokens at {rate:.1f} tok/s"]
         if n_before := len(answers.digests):
@@ -344,15 +296,16 @@ def answer_file(
     if ctx.get_parameter_source("parallel") is ParameterSource.DEFAULT:
         options.parallel = PARALLEL
     answers = Answers(out, _key(bundle, options, sampling, system, as_json))
-    job = _Job("stdin" if path == "-" else path, answers, options, sampling, system, as_json)
+    common = {**sampling, "weights": options.strategy}
+    job = _Job(path, answers, options, common, system, as_json)
+    start_s = time.perf_counter()
     with open_prompts(path) as stream, answers.opened():
         total = None
         if stream.seekable():
             start = stream.tell()
-            total = job.count(stream)
+            total = sum(1 for _ in job.lines(stream))
             stream.seek(start)
             options.parallel = min(options.parallel, max(1, total))
-        start_s = time.perf_counter()
         try:
             if total != 0:
                 with open_engine(bundle, options) as engine:
@@ -360,10 +313,11 @@ def answer_file(
                     is_mixed = out is None and sys.stdout.isatty()  # with the answers
                     with nullcontext(silent) if is_mixed else progress_bars() as tell:
                         job.answer(engine, stream, total, tell)
-        except (KeyboardInterrupt, SystemExit):  # SIGTERM
-            job.tell_sum(time.perf_counter() - start_s)
-            raise
-        job.tell_sum(time.perf_counter() - start_s)
+            if not job.n_line:
+                raise no_lines(path, 'JSON object such as {"prompt": "..."}')
+        finally:  # also of Ctrl-C and SIGTERM
+            if job.n_line:
+                job.tell_sum(time.perf_counter() - start_s)
     ctx.exit(1 if answers.n_failed else 0)
 
 

@@ -7,29 +7,29 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaflora_edge.cli.answers import Answer, answer_dict
+from qaflora_edge.cli.answers import answer_dict
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
     command,
     open_engine,
-    out_file,
     prompt_tokens,
     read_prompt,
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.files import check_takes_file, write_text_atomic
 from qaflora_edge.show.text import can_show, visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
+    from qaflora_edge.weighing.numbers import FusionWeights
 
+# A strategy, its weights, and what `qaflora run --json` prints of its answer.
+Answer = tuple[str, "FusionWeights", dict[str, Any]]
 WAYS_MAX = 100
 # A comma between two strategies; those within manual:NAME=W,NAME=W stand before NAME=.
 _COMMA = re.compile(r",(?![^,:]*=)")
@@ -38,7 +38,6 @@ _COMMA = re.compile(r",(?![^,:]*=)")
 @command(
     'qaflora compare models/demo "¿Cuál es la capital de Perú?"',
     'qaflora compare models/demo "What is a river?" --strategies base,qa-flora,calibrated',
-    "qaflora compare models/demo - --html answers.html < question.txt",
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("question")
@@ -50,19 +49,12 @@ _COMMA = re.compile(r",(?![^,:]*=)")
     "strategy, base, single]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--html",
-    "html_path",
-    help="Write a page with the answers and their weights, which stands alone, to FILE.html.",
-    **out_file(".html"),
-)
 @shared_options
 def compare(
     bundle: str,
     question: str,
     ways: str | None,
     as_json: bool,
-    html_path: Path | None,
     options: SharedOptions,
 ) -> None:
     """Show what several strategies answer, side by side.
@@ -72,25 +64,16 @@ def compare(
     otherwise than one alone: --parallel 1 answers as `qaflora run` does.
     """
     text = read_prompt(question)
-    if html_path is not None:
-        check_takes_file(html_path)
     with open_engine(bundle, options) as engine:
         strategies = expand(ways or f"{engine.strategy},base,single", engine.adapters)
         tokens = prompt_tokens(engine, text, options)
         answers = ask(engine, tokens, strategies, options.sampling)
     if as_json:
-        facts = [{"strategy": answer.strategy, **answer.facts} for answer in answers]
+        facts = [{"strategy": strategy, **facts} for strategy, _, facts in answers]
         click.echo(json.dumps({"prompt": text, "answers": facts}))
     else:
-        click.echo(
-            table(answers, width=shutil.get_terminal_size().columns, encoding=sys.stdout.encoding)
-        )
-    if html_path is not None:
-        from qaflora_edge.cli.weights import subject
-        from qaflora_edge.show.pages import answers_page
-
-        shown = [(answer.strategy, answer.text, answer.fusion) for answer in answers]
-        write_text_atomic(html_path, answers_page(text, shown, subject(bundle)))
+        width = shutil.get_terminal_size().columns
+        click.echo(table(answers, width=width, encoding=sys.stdout.encoding))
 
 
 def expand(ways: str, adapters: Sequence[str]) -> list[str]:
@@ -117,15 +100,12 @@ def expand(ways: str, adapters: Sequence[str]) -> list[str]:
 def ask(
     engine: Engine, tokens: list[int], strategies: Sequence[str], sampling: dict[str, Any]
 ) -> list[Answer]:
-    """The answer under each strategy, in their order.
-
-    Raises what the first one that failed did.
-    """
+    """Answer under each strategy, in their order. Raises what the first one that failed did."""
     answers: dict[int, Answer] = {}
     requests = [{"prompt": tokens, "weights": strategy} for strategy in strategies]
     with progress_bars() as tell:
         for index, generation in engine.generate_many(requests, **sampling):
-            answers[index] = Answer(strategies[index], generation.fusion, answer_dict(generation))
+            answers[index] = strategies[index], generation.fusion, answer_dict(generation)
             tell("Answering", len(answers), len(requests))
     return [answers[index] for index in range(len(strategies))]
 
@@ -146,10 +126,12 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
     )
     shown.add_column("strategy, mix", ratio=1, overflow="fold")
     shown.add_column("answer", ratio=3, overflow="fold")
-    for answer in answers:
-        who = who_spoke(answer.fusion).replace(" · ", "\n")
-        way = f"{answer.strategy}\n{who}"
-        shown.add_row(*(Text(visible(text)) for text in (way, answer.text)))
+    for strategy, fusion, facts in answers:
+        text = facts["text"].strip() or "(nothing)"
+        if facts["finish_reason"] == "length":
+            text += "\n[cut at the limit of tokens]"
+        way = "\n".join([strategy, *who_spoke(fusion).split(" · ")])
+        shown.add_row(Text(visible(way)), Text(visible(text)))
     console = Console(width=width, no_color=True, color_system=None)
     with console.capture() as capture:
         console.print(shown)

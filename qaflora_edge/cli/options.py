@@ -292,8 +292,11 @@ def check_prompt(
     return text
 
 
-def prompt_tokens(engine: Engine, prompt: str, options: SharedOptions) -> list[int]:
-    """The prompt's token ids: as a question under the chat template, or as it is."""
+def prompt_tokens(
+    engine: Engine, prompt: str, options: SharedOptions, system: str | None = None
+) -> list[int]:
+    """Tokenize a prompt: as a question under the chat template, or as it is."""
     if options.raw_prompt:
         return engine.tokenize(prompt)
-    return engine.chat_tokens([{"role": "user", "content": prompt}])
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return engine.chat_tokens([*first, {"role": "user", "content": prompt}])

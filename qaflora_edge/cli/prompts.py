@@ -1,5 +1,6 @@
 """A file of prompts: a line each, or JSON lines that can name them."""
 
+import codecs
 import hashlib
 import os
 import stat
@@ -17,7 +18,6 @@ from qaflora_edge.formats.json_text import read_json_object, shown
 FILE_BYTES_MAX = 16 << 20
 LINE_BYTES_MAX = 4 << 20  # of a file that is read line by line
 JSON_SUFFIXES = (".jsonl", ".ndjson")
-KEYS = ("prompt", "name")
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,22 @@ class Line:
         return hashlib.sha256((self.data or b"").strip()).hexdigest()[:16]
 
     def parse(self) -> dict[str, Any]:
-        """The JSON object. Raises InputFileError for what is none."""
-        if self.data is None:
-            raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
+        """Read the JSON object. Raises InputFileError for what is none."""
         try:
-            return read_json_object(self.data)
+            return read_json_object(self._whole())
         except UnicodeDecodeError as error:
             raise self._wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
         except ValueError as error:
             raise self._wrong(f"it is no JSON object ({error})") from error
+
+    def text(self) -> str:
+        """Read the line as text, without its end. Raises InputFileError."""
+        return _decode(self._whole(), self.where)
+
+    def _whole(self) -> bytes:
+        if self.data is None:
+            raise self._wrong(f"it is longer than {LINE_BYTES_MAX >> 20} MiB")
+        return self.data.removesuffix(b"\n").removesuffix(b"\r")
 
     def _wrong(self, found: str) -> InputFileError:
         return InputFileError(
@@ -65,28 +72,56 @@ class Line:
         )
 
 
+def stream_name(path: str) -> str:
+    """Name a file, or stdin for `-`, in messages."""
+    return "stdin" if path == "-" else path
+
+
+def no_lines(path: str, expected: str) -> InputFileError:
+    """Make the error for a file of blank lines."""
+    return InputFileError(
+        f"Cannot use the prompts in {stream_name(path)}: it has no line that is not blank, "
+        f"expected one {expected} a line. Write one into it."
+    )
+
+
 def read_prompts(path: str) -> list[Prompt]:
     """Read a file of prompts; `-` is stdin. Blank lines are skipped.
 
     A file that ends in .jsonl or .ndjson holds one JSON object a line, with `prompt` and perhaps
     `name`; any other holds one prompt a line. Raises InputFileError.
     """
-    shown = "stdin" if path == "-" else path
-    text = _decode(_read(path, shown), shown)
     is_json = Path(path).suffix.lower() in JSON_SUFFIXES
-    prompts = []
-    # Not splitlines: U+2028 and others may stand inside a prompt or a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{shown}, line {number}"
-            line = line.removesuffix("\r")
-            prompts.append(_parse(line, where) if is_json else Prompt(line, where=where))
-    if not prompts:
+    with open_prompts(path) as stream:
+        lines = list(filled_lines(stream, stream_name(path)))
+    if not lines:
+        raise no_lines(path, "prompt")
+    return [_prompt(line, is_json) for line in lines]
+
+
+def _prompt(line: Line, is_json: bool) -> Prompt:
+    if not is_json:
+        return Prompt(line.text(), where=line.where)
+    found = line.parse()
+    text, name = found.get("prompt"), found.get("name")
+    if not (isinstance(text, str) and text.strip()):
         raise InputFileError(
-            f"Cannot use the prompts in {shown}: it has no line that is not blank, expected one "
-            "prompt a line. Write a prompt into it."
+            f'Cannot read {line.where}: "prompt" is {shown(text)}, expected a text that is not '
+            "empty. Correct the line."
         )
-    return prompts
+    return Prompt(text, None if name is None else str(name), line.where)
+
+
+def filled_lines(stream: BinaryIO, name: str) -> Iterator[Line]:
+    """Read lines one at a time; blank ones are counted, and left out.
+
+    name  of the stream, for messages
+    """
+    for index, data in enumerate(read_lines(stream, name)):
+        if index == 0 and data is not None:
+            data = data.removeprefix(codecs.BOM_UTF8)
+        if data is None or data.strip():
+            yield Line(index, data, f"{name}, line {index + 1}")
 
 
 @contextmanager
@@ -125,17 +160,6 @@ def _readable(shown: str) -> AbstractContextManager[None]:
     return os_errors(InputFileError, f"Cannot read {shown}", advice)
 
 
-def _read(path: str, shown: str) -> bytes:
-    with open_prompts(path) as file, _readable(shown):
-        data = file.read(FILE_BYTES_MAX + 1)
-    if len(data) > FILE_BYTES_MAX:
-        raise InputFileError(
-            f"Cannot read {shown}: it is larger than {FILE_BYTES_MAX >> 20} MiB, the most that is "
-            "read as text. Split it, or check that it is the right file."
-        )
-    return data
-
-
 def _decode(data: bytes, shown: str) -> str:
     try:
         return data.decode("utf-8-sig")
@@ -151,8 +175,15 @@ def read_text(path: str) -> str:
 
     Raises InputFileError.
     """
-    shown = "stdin" if path == "-" else path
-    return _decode(_read(path, shown), shown)
+    name = stream_name(path)
+    with open_prompts(path) as file, _readable(name):
+        data = file.read(FILE_BYTES_MAX + 1)
+    if len(data) > FILE_BYTES_MAX:
+        raise InputFileError(
+            f"Cannot read {name}: it is larger than {FILE_BYTES_MAX >> 20} MiB, the most that is "
+            "read as text. Split it, or check that it is the right file."
+        )
+    return _decode(data, name)
 
 
 def read_piped() -> str:
@@ -174,17 +205,3 @@ def read_piped() -> str:
     with waiting("Reading stdin (for none, add < /dev/null)"):
         text = read_text("-").removesuffix("\n").removesuffix("\r")
     return text if text.strip() else ""
-
-
-def _parse(line: str, where: str) -> Prompt:
-    found = Line(0, line.encode(), where).parse()
-    for key in KEYS:
-        value = found.get(key)
-        is_text = isinstance(value, str) and bool(value.strip())
-        if not is_text and (key == "prompt" or value is not None):
-            was = shown(value) if key in found else "missing"
-            raise InputFileError(
-                f'Cannot read {where}: "{key}" is {was}, expected a text that is not empty. '
-                "Correct the line."
-            )
-    return Prompt(found["prompt"], found.get("name"), where)

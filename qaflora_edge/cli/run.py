@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaflora_edge.cli.answers import answer_dict, print_json, stream_answer, summary_line
+from qaflora_edge.cli.answers import (
+    answer_dict,
+    incomplete,
+    print_json,
+    stream_answer,
+    summary_line,
+)
 from qaflora_edge.cli.options import (
     BUNDLE,
     SharedOptions,
-    check_prompt,
     command,
     open_engine,
     out_file,
@@ -24,7 +29,6 @@ from qaflora_edge.cli.progress import waiting
 from qaflora_edge.cli.prompts import read_piped, read_text
 
 if TYPE_CHECKING:
-    from qaflora_edge.engine import Engine
     from qaflora_edge.inference.constraint import Grammar
 
 PROMPT_WORK = "Weighing the adapters, then prefill"
@@ -45,13 +49,6 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
 )
 @click.argument("bundle", **BUNDLE)
 @click.argument("prompt", nargs=-1, metavar="PROMPT", callback=_one_prompt)
-@click.option(
-    "--file",
-    "paths",
-    multiple=True,
-    metavar="FILE",
-    help="Put the text of FILE behind PROMPT, or take it as the prompt; `-` is stdin; repeatable.",
-)
 @click.option(
     "--prompts",
     "prompts_path",
@@ -88,7 +85,6 @@ def _one_prompt(ctx: click.Context, param: click.Parameter, words: tuple[str, ..
 def run(
     bundle: str,
     prompt: str | None,
-    paths: tuple[str, ...],
     prompts_path: str | None,
     out: Path | None,
     system: str | None,
@@ -108,15 +104,16 @@ def run(
     and the exit code is 1.
     """
     _check_usage((schema_path, grammar_path), system, options)
-    is_asked = prompts_path is not None or "-" in (prompt, *paths, schema_path, grammar_path)
+    is_asked = prompts_path is not None or "-" in (prompt, schema_path, grammar_path)
     piped = "" if is_asked else read_piped()
-    if (prompt is None and not paths and not piped) == (prompts_path is None):
-        raise click.UsageError("Give PROMPT or --file FILE, or else --prompts FILE.")
+    if (prompt is None and not piped) == (prompts_path is None):
+        raise click.UsageError("Give PROMPT, or text on stdin, or else --prompts FILE.")
     if out is not None and prompts_path is None:
         raise click.UsageError("-o is for the answers to --prompts FILE.")
-    if [prompt, *paths, prompts_path, schema_path, grammar_path].count("-") > 1:
+    if [prompt, prompts_path, schema_path, grammar_path].count("-") > 1:
         raise click.UsageError("stdin (`-`) can be read only once.")
-    text = "" if prompts_path is not None else _whole_prompt(prompt, paths, piped)
+    parts = [] if prompt is None else [read_prompt(prompt)]
+    text = "\n\n".join([*parts, piped] if piped else parts)
     sampling = options.sampling
     sampling["grammar"] = _read_grammar(schema_path, grammar_path)
     if schema_path is not None:
@@ -126,7 +123,7 @@ def run(
 
         answer_file(bundle, prompts_path, out, options, sampling, system, as_json)
     with open_engine(bundle, options) as engine:
-        tokens = _tokens(engine, text, system, options)
+        tokens = prompt_tokens(engine, text, options, system)
         with waiting(PROMPT_WORK) as tell:
             answer = engine.generate(tokens, on_progress=tell, **sampling)
         if as_json:
@@ -137,13 +134,7 @@ def run(
             stream_answer(answer)
             click.echo(summary_line(answer), err=True)
     if not answer.is_whole:
-        from qaflora_edge.errors import IncompleteAnswerError
-
-        raise IncompleteAnswerError(
-            f"The answer is not whole: cut after {answer.n_completion} tokens, where "
-            f"{schema_path or grammar_path} expects more. Raise --max-tokens, and --ctx where the "
-            "context is full, or allow only shorter answers."
-        )
+        raise incomplete(answer)
 
 
 def _check_usage(
@@ -156,13 +147,6 @@ def _check_usage(
         raise click.UsageError("--stop would cut the JSON of --json-schema.")
     if system is not None and options.raw_prompt:
         raise click.UsageError("--system needs the chat template, which --raw-prompt leaves out.")
-
-
-def _whole_prompt(prompt: str | None, paths: tuple[str, ...], piped: str) -> str:
-    """Join PROMPT, the files and the piped text, with an empty line between each two."""
-    parts = [] if prompt is None else [read_prompt(prompt)]
-    parts += [read_text(path).removesuffix("\n").removesuffix("\r") for path in paths]
-    return check_prompt("\n\n".join([*parts, piped] if piped else parts))
 
 
 def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar | None:
@@ -184,10 +168,3 @@ def _read_grammar(schema_path: str | None, grammar_path: str | None) -> Grammar 
             '{"type": "object"}; correct the file.'
         ) from error
     return schema_grammar(schema, source=f"The JSON schema {schema_path}")
-
-
-def _tokens(engine: Engine, text: str, system: str | None, options: SharedOptions) -> list[int]:
-    if system is None:
-        return prompt_tokens(engine, text, options)
-    roles = (("system", system), ("user", text))
-    return engine.chat_tokens([{"role": role, "content": content} for role, content in roles])

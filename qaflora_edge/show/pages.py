@@ -85,28 +85,6 @@ def weights_page(labelled: Sequence[tuple[str, str, FusionWeights]], subject: st
         is_whole = title == spelt(" ".join(prompt.split()))
         sections.append({"title": f"{number}. {title}", "prompt": "" if is_whole else prompt})
     fusions = [fusion for _, _, fusion in labelled]
-    return _weights_page(sections, fusions, subject=subject, title="qaflora weights")
-
-
-def answers_page(
-    question: str, answers: Sequence[tuple[str, str, FusionWeights]], subject: str
-) -> str:
-    """Draw the page of `qaflora compare`.
-
-    answers  the strategy, the text and the weights of each answer
-    subject  names of bundle and base
-    """
-    sections = [{"title": strategy, "answer": text} for strategy, text, _ in answers]
-    fusions = [fusion for _, _, fusion in answers]
-    return _weights_page(
-        sections, fusions, subject=subject, title="qaflora compare", question=question
-    )
-
-
-def _weights_page(
-    sections: Sequence[dict[str, Any]], fusions: Sequence[FusionWeights], **told: str
-) -> str:
-    """Draw the weights of each section, all on one scale."""
     ends = scale(fusions)
     drawn = [
         {
@@ -119,9 +97,9 @@ def _weights_page(
         for fusion in fusions
     ]
     shown = [{**each, **section} for each, section in zip(drawn, sections, strict=True)]
-    values = {"sections": shown, "how": facts(fusions), "question": "", **told}
-    values |= _scale(fusions)
-    return _page("weights.html.j2", _asset("weights.css"), _asset("weights.js"), **values)
+    told = {"subject": subject, "how": facts(fusions), "sections": shown, **_scale(fusions)}
+    style, script = _asset("weights.css"), _asset("weights.js")
+    return _page("weights.html.j2", style, script, title="qaflora weights", **told)
 
 
 def _scale(fusions: Sequence[FusionWeights]) -> dict[str, Any]:
