@@ -130,7 +130,6 @@ class Engine:
             raise
         self._model = model = self._core.model
         self.loaded_adapters = self._core.adapters  # also those not in use
-        self.adapter_bytes = dict(zip(self.loaded_adapters, self._core.adapter_bytes, strict=True))
         self.name = model.name  # the base's own, or its file's
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training

@@ -15,7 +15,7 @@ def header(tasks: Mapping[str, str], adapters: Sequence[str] = ("math", "es")) -
         "measured": {"typical": "a"},
         "options": {"lens": "norm", "n_ctx": 2048},
         "machine": "a processor",
-        "adapters": [{"name": name, "sha256": "1" * 64, "bytes": 1000} for name in adapters],
+        "adapters": [{"name": name, "sha256": "1" * 64} for name in adapters],
         "tasks": [
             {"name": name, "metric": metric, "sha256": "2" * 64} for name, metric in tasks.items()
         ],

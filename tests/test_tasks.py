@@ -89,8 +89,11 @@ HOSTILE: list[tuple[list[Any], str]] = [
         "line 1: it is no JSON object (it has half of a surrogate",
     ),
     ([{"task": 1}, SUM], "line 1: field task is 1, expected an object with some of the fields n"),
-    ([{"task": {}, "x": 1}, SUM], "line 1: it has task and other fields, expected nothing but"),
-    ([SUM, {"task": {}}], "line 2: it has a field task, expected it in the first line only"),
+    (
+        [{"task": {}, "x": 1}, SUM],
+        'field data is {"task": {}, "x": 1}, expected nothing but {"task"',
+    ),
+    ([SUM, {"task": {}}], "line 2: it has no question, expected question, prompt or messages"),
     ([{"task": {"metrics": "x"}}, SUM], 'field task is {"metrics": "x"}, expected an object'),
     ([{"task": {"metric": "bleu"}}, SUM], 'field metric is "bleu", expected one of number, exact'),
     ([{"task": {"name": "a b"}}, SUM], 'field task.name is "a b", expected 1 to 64 letters'),

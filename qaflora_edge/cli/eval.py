@@ -158,7 +158,8 @@ def _asked_under(engine: Engine, options: SharedOptions) -> dict[str, Any]:
 def _run(evaluation: Evaluation) -> None:
     """Ask what is left, with a bar on a terminal, and say at the end what was done."""
     file, start = evaluation.file, time.perf_counter()
-    n_left, n_before, n_token = evaluation.n_left, len(file.records), 0
+    n_left = sum(len(list(evaluation.left(task))) for task in evaluation.tasks)
+    n_before, n_token = len(file.records), 0
     try:
         with progress_bars() as bar:
 

@@ -32,14 +32,12 @@ def is_text(value: object) -> bool:
 
 def check_answer(fields: Fields, *, only_numbers: bool = False) -> Fault:
     """Expect `answer`: a text or number, or a list of them."""
-
-    def is_right(value: object) -> bool:
-        return as_number(value) is not None or (is_text(value) and not only_numbers)
-
-    several = listed(fields.get("answer"))
-    is_all = several and all(map(is_right, several))
+    found = listed(fields.get("answer"))
+    is_right = [
+        as_number(each) is not None or (is_text(each) and not only_numbers) for each in found
+    ]
     kind = "a number" if only_numbers else "a text or number"
-    return None if is_all else ("answer", f"{kind}, or a list of them")
+    return None if found and all(is_right) else ("answer", f"{kind}, or a list of them")
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,10 @@ def read_results(path: str | Path) -> Results:
 
     Raises ResultsFileError naming the line, what was found and what was expected.
     """
-    with os_errors(ResultsFileError, f"Cannot read {path}", ADVICE), open_input(path) as file:
-        data = gzip.decompress(file.read()) if str(path).endswith(".gz") else file.read()
-    found, _ = _parsed(path, data)
-    if not found.header:
+    lines, _ = _read(path)
+    if not lines:
         raise _wrong(path, 1, "it is empty or cut", "a header and results")
-    return found
+    return Results(lines[0], tuple(lines[1:]))
 
 
 class ResultsFile:
@@ -76,7 +74,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path | None, header: Record) -> None:
-        self._lines = None if path is None else LineFile(path, "results")
+        self._file = None if path is None else LineFile(path, "results")
         self._header = header
         self.records: dict[tuple[str, int, str], Record] = {}
 
@@ -92,54 +90,46 @@ class ResultsFile:
         Raises ResultsFileError or OutputFileError when it is of another evaluation, or cannot be
         written to; then it stays as it is.
         """
-        if self._lines is None:
+        if self._file is None:
             yield
             return
-        with self._lines.opened():
-            self._resume(self._lines)
+        with self._file.opened():
+            if self._file.path.exists():
+                self._resume(self._file)
             yield
 
     def write(self, record: Record) -> None:
         """Add the result of an item under a strategy."""
-        if self._lines is not None:
-            for line in (record,) if self._lines.n_byte else (self._header, record):
-                self._lines.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
-        self.records[_key(record)] = record
+        if self._file is not None:
+            for line in (record,) if self._file.n_byte else (self._header, record):
+                self._file.add(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        self.records[record["task"], record["item"], record["strategy"]] = record
 
     def _resume(self, file: LineFile) -> None:
-        try:
-            with open_input(file.path) as begun:
-                found, n_byte = _parsed(file.path, begun.read())
-        except FileNotFoundError:
+        lines, n_byte = _read(file.path)
+        if not lines:  # empty, or killed while its first line was written
             return
-        except OSError as error:
-            raise file.refused(error.strerror or str(error), "See to it") from error
-        if not found.header:  # empty, or killed while its first line was written
-            return
-        if any(self._header[key] != found.header.get(key) for key in IDENTITY):
+        if any(self._header[key] != lines[0].get(key) for key in IDENTITY):
             what = "it was begun for another bundle, task or option, expected the same"
             raise file.refused(what, "Give what it was begun with")
-        self._header, file.n_byte = found.header, n_byte
-        self.records = {_key(record): record for record in found.records}
+        self._header, file.n_byte = lines[0], n_byte
+        self.records = {(each["task"], each["item"], each["strategy"]): each for each in lines[1:]}
 
 
-def _key(record: Record) -> tuple[str, int, str]:
-    return record["task"], record["item"], record["strategy"]
-
-
-def _parsed(path: str | Path, data: bytes) -> tuple[Results, int]:
-    """Read whole lines, and count their bytes; the header is empty where there is none."""
+def _read(path: str | Path) -> tuple[list[Record], int]:
+    """Read whole lines, and count their bytes."""
+    with os_errors(ResultsFileError, f"Cannot read {path}", ADVICE), open_input(path) as file:
+        data = gzip.decompress(file.read()) if str(path).endswith(".gz") else file.read()
     if not data.startswith(BEGIN[: len(data)]):
         raise _wrong(path, 1, "it is no results file", "one")
-    lines = data.split(b"\n")[:-1]
+    whole = data[: data.rfind(b"\n") + 1]
     found: list[Record] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
             found.append(read_json_object(line))
         except ValueError as error:  # errors of JSON and UTF-8 too
             raise _wrong(path, number, f"it is no JSON object ({error})", "one") from error
-    header, *records = found or [{}]
-    return Results(header, tuple(records)), sum(len(line) + 1 for line in lines)
+    return found, len(whole)
 
 
 def _wrong(path: str | Path, number: int, found: str, expected: str) -> ResultsFileError:

@@ -18,8 +18,6 @@ from qaflora_edge.evaluation.results import ResultsFile
 from qaflora_edge.evaluation.tasks import Item, Task
 from qaflora_edge.weighing.numbers import FusionWeights
 
-_DIGITS = 4  # of weights that are written
-
 
 def header(
     folder: Path,
@@ -38,7 +36,7 @@ def header(
     from qaflora_edge.chat.conversation import bundle_identity
     from qaflora_edge.formats.bundle import is_base, read_bundle_text
 
-    identity, sizes = bundle_identity(folder), engine.adapter_bytes
+    identity = bundle_identity(folder)
     fusion = {} if is_base(folder) else read_bundle_text(folder).raw.get("fusion", {})
     keys = ("name", "metric", "sha256", "language", "domain", "system", "template")
     return {
@@ -47,8 +45,7 @@ def header(
         "bundle": identity["name"],
         "base": {"name": engine.name, "sha256": identity["base_sha256"]},
         "adapters": [
-            {"name": name, "sha256": identity["adapters"][name], "bytes": sizes[name]}
-            for name in engine.adapters
+            {"name": name, "sha256": identity["adapters"][name]} for name in engine.adapters
         ],
         "n_layer": engine.n_layer,
         "measured": {  # what some strategies use
@@ -77,10 +74,6 @@ class _Weighed:
     tokens: Sequence[int]
     fusion: FusionWeights
     record: dict[str, Any]
-
-
-# An item, its answer, log-probabilities or why there is none, and further facts to write.
-_Asked = tuple[_Weighed, "str | Sequence[F32] | PromptError", dict[str, Any]]
 
 
 @dataclass
@@ -117,21 +110,11 @@ class Evaluation:
             if (task.name, item.index, strategy) not in self.file.records:
                 yield item, strategy
 
-    @property
-    def n_left(self) -> int:
-        """How many results the file does not have."""
-        return sum(len(list(self.left(task))) for task in self.tasks)
-
     def run(self) -> None:
         """Ask what is left; each result is written when it is there."""
         for task in self.tasks:
-            asked = self._scored(task) if task.by.is_likelihood else self._generated(task)
-            for weighed, given, facts in asked:
-                if isinstance(given, PromptError):
-                    found: dict[str, Any] = {"error": str(given)}
-                else:
-                    found = score_fields(task, weighed.item, given)
-                self._write({**weighed.record, **facts, **found})
+            ask = self._score if task.by.is_likelihood else self._generate
+            ask(task)
 
     def _weighed(self, task: Task) -> Iterator[_Weighed]:
         """Weigh the items that are left."""
@@ -143,14 +126,14 @@ class Evaluation:
                 tokens = task_prompt(self.engine, task, item, raw_prompt=self.raw_prompt)
                 fusion = self.engine.weights(tokens, strategy=strategy)
             except (PromptError, ChatTemplateError) as error:
-                self._write({**asked_fields(task, item, strategy), "error": str(error)})
+                self._write(asked_fields(task, item, strategy) | {"error": str(error)})
                 continue
             record = asked_fields(task, item, strategy, fusion)
             record |= {"probe_ms": fusion.probe_ms, "probe_before_ms": before_ms}
             yield _Weighed(item, tokens, fusion, {**record, "n_prompt": len(tokens)})
             before_ms += fusion.probe_ms
 
-    def _generated(self, task: Task) -> Iterator[_Asked]:
+    def _generate(self, task: Task) -> None:
         """Generate answers, many at once."""
         running: dict[int, _Weighed] = {}
 
@@ -166,15 +149,17 @@ class Evaluation:
                 raise answer.error
             if answer.is_cancelled:
                 raise CancelledError("The evaluation was ended; the same command resumes it.")
+            weighed, error = running.pop(number), answer.error
             facts = {
                 "prefill_ms": answer.timings.prefill_ms,
                 "decode_ms": answer.timings.decode_ms,
                 "n_token": answer.n_completion,
                 "finish_reason": answer.finish_reason,
             }
-            yield running.pop(number), answer.error or answer.text(), facts
+            found = score_fields(task, weighed.item, answer.text()) if error is None else {}
+            self._write(weighed.record | facts | found | {"error": error and str(error)})
 
-    def _scored(self, task: Task) -> Iterator[_Asked]:
+    def _score(self, task: Task) -> None:
         """Measure the likelihood of texts; nothing is generated."""
         for weighed in self._weighed(task):
             texts = scored_texts(task, weighed.item)
@@ -183,7 +168,7 @@ class Evaluation:
                 prompts = [weighed.tokens] * len(texts)
                 scores = self.engine.score(prompts, texts, weights=weighed.fusion)
             except PromptError as error:
-                yield weighed, error, {}
+                self._write(weighed.record | {"error": str(error)})
                 continue
             facts = {
                 "prefill_ms": 1e3 * (time.perf_counter() - start),
@@ -191,7 +176,7 @@ class Evaluation:
                 "n_token": sum(map(len, scores)),
                 "finish_reason": None,
             }
-            yield weighed, scores, facts
+            self._write(weighed.record | facts | score_fields(task, weighed.item, scores))
 
     def _write(self, record: dict[str, Any]) -> None:
         ms = {key: round(record[key], 3) for key in record if key.endswith("_ms")}
@@ -218,7 +203,7 @@ def asked_fields(
         "error": None,
     }
     if fusion is not None:
-        means = np.asarray(fusion.weights, np.float64).mean(axis=1).round(_DIGITS)  # [n_adapter]
+        means = np.asarray(fusion.weights, np.float64).mean(axis=1).round(4)  # [n_adapter]
         record["weights"] = dict(zip(fusion.adapters, means.tolist(), strict=True))
     return record
 

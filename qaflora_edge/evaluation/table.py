@@ -48,11 +48,6 @@ class Cell:
         """1 where a higher score is better, else -1."""
         return -1.0 if self.unit == NATS else 1.0
 
-    @property
-    def items(self) -> set[int]:
-        """Items that have a score under some strategy."""
-        return {item for strategy in self.rows for item in self.scored(strategy)}
-
     def scored(self, strategy: str | None) -> dict[int, Record]:
         """Records that have a score, by item."""
         rows = self.rows.get(strategy or "", {})
@@ -62,16 +57,13 @@ class Cell:
         """Scores as they were written, 0 to 1 or nats: float64 [n_item]."""
         return np.array([row["score"] for row in self.scored(strategy).values()], np.float64)
 
-    def gains(self, strategy: str, over: str | None, of: "Cell | None" = None) -> F64:
+    def gains(self, strategy: str, over: str | None) -> F64:
         """How much better a strategy is than another, above 0 where it is: float64 [n_item].
-
-        of  the other's cell: the same task under other adapters; None: this one
 
         Differences of scores as they were written, over the items that both have.
         """
-        theirs = (of or self).scored(over)
-        pairs = [(row, theirs.get(item)) for item, row in self.scored(strategy).items()]
-        found = [mine["score"] - other["score"] for mine, other in pairs if other is not None]
+        mine, theirs = self.scored(strategy), self.scored(over)
+        found = [mine[item]["score"] - theirs[item]["score"] for item in mine if item in theirs]
         return self.sign * np.array(found, np.float64)
 
     def score(self, strategy: str) -> Estimate:
@@ -117,8 +109,7 @@ def total_gain(
     gains = [cell.gains(strategy, over) for cell, over in zip(found, others, strict=True)]
     if {strategy} == {*others} or not all(map(len, gains)):
         return None
-    is_right = found[0].unit == POINTS
-    return difference(gains, is_right=is_right).times(found[0].factor)
+    return difference(gains, is_right=found[0].unit == POINTS).times(found[0].factor)
 
 
 # tables
@@ -173,10 +164,14 @@ def best_strategy(results: Results) -> str:
     """
     found = cells(results)
     found = [cell for cell in found if cell.unit == POINTS] or found
-    means: dict[str, float] = {}
-    for name in results.strategies:
-        if all(cell.items and cell.scored(name).keys() == cell.items for cell in found):
-            means[name] = math.fsum(cell.sign * cell.scores(name).mean() for cell in found)
+    items = [{item for name in cell.rows for item in cell.scored(name)} for cell in found]
+    means = {
+        name: math.fsum(cell.sign * cell.scores(name).mean() for cell in found)
+        for name in results.strategies
+        if all(
+            own and cell.scored(name).keys() == own for cell, own in zip(found, items, strict=True)
+        )
+    }
     if not means:
         raise ResultsFileError(
             "No strategy can be saved: none has a score for every item of every task. See what "

@@ -107,13 +107,9 @@ def read_task(path: str | Path) -> Task:
         open_input(path) as file,
     ):
         data = file.read().removeprefix(codecs.BOM_UTF8)
-    items: list[Item] = []
     lines = list(_objects(data, str(path)))
     header = _header(*lines.pop(0)) if lines and "task" in lines[0][1] else {}
-    for where, fields in lines:
-        if "task" in fields:
-            raise _wrong(where, "it has a field task", "it in the first line only")
-        items.append(Item(len(items), fields, where))
+    items = [Item(index, fields, where) for index, (where, fields) in enumerate(lines)]
     if not items:
         raise _wrong(str(path), "it has no item", 'lines such as {"question": ..., "answer": ...}')
     defaults = {"name": Path(path).name.removesuffix(".jsonl"), "metric": _metric_of(items)}
@@ -143,8 +139,6 @@ def _objects(data: bytes, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _header(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    if len(found) > 1:
-        raise _wrong(where, "it has task and other fields", 'nothing but {"task": {...}}')
     try:
         check_schema(found, "task")
     except WrongField as error:

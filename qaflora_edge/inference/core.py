@@ -83,7 +83,6 @@ class Core:
         try:
             self.model = self._keep(shared_model(base.path, placing, base))
             self.pack = self._keep(Pack(self.model, paths, adapter_type=adapter_type))
-            self.adapter_bytes = [path.stat().st_size for path in paths]
             self.context = self._keep(
                 Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **self._options)
             )
