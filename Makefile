@@ -215,7 +215,7 @@ lint: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# What converting does for each architecture and feature, found anew: the tables in docs/convert.md.
+# What converting does for each architecture and feature, found anew: the tables of docs/architectures.md.
 convert-table: $(DONE)/package $(DONE)/test-tools
 	$(BIN)/python tests/convert_table.py
 

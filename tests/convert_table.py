@@ -1,12 +1,17 @@
-"""What converting does for each family and feature, found by trying; as a table for the docs.
+"""What converting does for each family and feature, found by trying; as tables for the docs.
 
-    python tests/convert_table.py        writes it into docs/convert.md (`make convert-table`)
+    python tests/convert_table.py        finds all (`make convert-table`)
+    python tests/convert_table.py page   writes docs/architectures.md from findings.json
+
+findings.json has, for each family, the cells that are not the usual ones.
 
 A row is found by `Findings.row`: "exact" where logits, or states, are those of transformers and
 peft; "refused" where converting or the runtime says so with one of our errors. What is converted
 and wrong is neither: the finding fails.
 """
 
+import json
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -28,11 +33,33 @@ from qaflora_edge.files import cache_dir
 
 F32 = NDArray[np.float32]
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "convert.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+STORE = Path(__file__).with_name("findings.json")
 BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->"
 EXACT, REFUSED, ABSENT = "exact", "refused", "–"
 COLUMNS = ("projections", "scales", "embedding", "head", "probe", "norm", "llama.cpp", "upstream")
 EXPERT_COLUMNS = ("stacked", "one by one", "probe", "llama.cpp", "upstream")
+USUAL = {**dict.fromkeys((*COLUMNS, *EXPERT_COLUMNS), EXACT), "upstream": "same"}
+UPSTREAMS = "llama.cpp's `convert_lora_to_gguf.py`"
+# A column and its cell -> how the page says it.
+WORDS = {
+    (
+        "head",
+        REFUSED,
+    ): "an adapter of the head is refused: the GGUF does not tell whether it was normalised",
+    ("norm", REFUSED): "the strategy `norm` is refused: not every block has a query projection",
+    ("llama.cpp", f"{EXACT}, head: not loaded"): "llama.cpp does not load an adapter of the head, "
+    "which is tied to the embedding; we do",
+    ("upstream", "head: left out"): f"{UPSTREAMS} leaves the head out",
+    ("upstream", "head: stops"): f"{UPSTREAMS} stops at the head",
+    ("upstream", "projections: stops"): f"{UPSTREAMS} stops",
+    ("upstream", "projections: stops, embedding: stops, head: stops"): f"{UPSTREAMS} stops",
+    ("upstream", "projections: other values"): f"{UPSTREAMS} swaps A and B of Conv1D layers",
+    ("embedding", ABSENT): "it has no adapter of the embedding",
+    ("head", ABSENT): "it has no adapter of the head, which is always the embedding",
+    ("one by one", ABSENT): "experts are stacked in every version of transformers",
+    ("upstream", "single experts: stops"): f"{UPSTREAMS} stops at single experts",
+}
 
 
 class Findings:
@@ -186,62 +213,85 @@ def stored(path: Path) -> dict[str, F32]:
     }
 
 
-def committed(name: str) -> list[list[str]]:
-    """Read the cells of one of the page's tables, without its header."""
-    text = PAGE.read_text(encoding="utf-8")
-    block = text.partition(BEGIN.format(name))[2].partition(END.format(name))[0]
-    lines = [line.strip().removeprefix("| ").removesuffix(" |") for line in block.splitlines()]
-    return [line.split(" | ") for line in lines[2:]]
+def committed(name: str) -> dict[str, dict[str, str]]:
+    """Read what was found: family -> column -> cell. name: architectures or experts."""
+    columns = COLUMNS if name == "architectures" else EXPERT_COLUMNS
+    found = json.loads(STORE.read_text(encoding="utf-8"))[name]
+    return {
+        family: {column: unusual.get(column, USUAL[column]) for column in columns}
+        for family, unusual in found.items()
+    }
 
 
-def architecture_rows(findings: Findings, families: Iterable[AnyFamily]) -> list[tuple[str, ...]]:
-    """Find the rows of the table of architectures."""
-    rows = []
-    for family in families:
-        cells = findings.row(family.name)
-        rows.append((family.arch, family.name, *(cells[column] for column in COLUMNS)))
-    return rows
+def store(found: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
+    """Keep what was found, a family a line."""
+    parts = []
+    for name, families in found.items():
+        lines = []
+        for family, cells in families.items():
+            unusual = {column: cell for column, cell in cells.items() if cell != USUAL[column]}
+            lines.append(f"  {json.dumps(family)}: {json.dumps(unusual, ensure_ascii=False)}")
+        parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    STORE.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-def expert_rows(findings: Findings, families: Iterable[AnyFamily]) -> list[tuple[str, ...]]:
-    """Find the rows of the table of mixtures whose experts are adapted."""
-    rows: list[tuple[str, ...]] = []
-    for family in families:
-        cells = findings.expert_row(family.name)
-        rows.append((family.arch, family.name, *(cells[column] for column in EXPERT_COLUMNS)))
-    return rows
+def tables() -> dict[str, str]:
+    """Make the page's tables: name -> Markdown."""
+    models: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        models.setdefault(family.arch, []).append(family.name)
+    rows = [(f"`{arch}`", "; ".join(names)) for arch, names in models.items()]
+    refused = [(", ".join(names), why) for why, names in REASONS.items()]
+    experts = [("exact", "; ".join(family.name for family in MIXTURES))]
+    return {
+        "architectures": table(("architecture", "models"), rows),
+        "exceptions": table(("exception", "models"), exceptions("architectures")),
+        "experts": table(("experts", "models"), [*experts, *exceptions("experts")]),
+        "refused": table(("architectures", "refused, for"), refused),
+    }
 
 
-def refused_rows() -> list[list[str]]:
-    """Give the rows of the table of architectures that are refused."""
-    return [[", ".join(names), why] for why, names in REASONS.items()]
+def exceptions(name: str) -> list[tuple[str, str]]:
+    """Name the families of each unusual cell."""
+    found: dict[str, list[str]] = {}
+    for family, cells in committed(name).items():
+        for column, cell in cells.items():
+            if cell != USUAL[column] and (column, cell) != ("upstream", ABSENT):
+                words = WORDS.get((column, cell), f"{column}: {cell}")
+                found.setdefault(words, []).append(family)
+    return [(words, "; ".join(families)) for words, families in found.items()]
 
 
-def write(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Put a table in its place in the page."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table."""
     lines = [header, ["---"] * len(header), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    begin, end = BEGIN.format(name), END.format(name)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    PAGE.write_text(f"{before}{begin}{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main() -> None:
-    """Fill the page's tables."""
+def page(text: str) -> str:
+    """Put the tables in their places in the page."""
+    for name, made in tables().items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{made}{end}{rest.partition(end)[2]}"
+    return text
+
+
+def find() -> None:
+    """Try every family again, and keep what is found."""
     import zoo
 
     archive = zoo.find_archive(PAGE.parents[1] / "patches", cache_dir())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         upstream = zoo.unpack_upstream(archive, folder / "upstream")
-        families = FAMILIES.values()
-        findings = Findings(families, upstream, folder)
-        rows = architecture_rows(findings, families)
-        write("architectures", ("architecture", "model", *COLUMNS), rows)
-        rows = expert_rows(findings, MIXTURES)
-        write("experts", ("architecture", "model", *EXPERT_COLUMNS), rows)
-        write("refused", ("architectures", "refused, for"), refused_rows())
+        findings = Findings(FAMILIES.values(), upstream, folder)
+        architectures = {name: findings.row(name) for name in FAMILIES}
+        experts = {family.name: findings.expert_row(family.name) for family in MIXTURES}
+        store({"architectures": architectures, "experts": experts})
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["page"]:
+        find()
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Families of models that transformers can make tiny, one or more for each architecture.
 
-Rows of the table in docs/convert.md, from families.json: `like` names groups of options, which the
-others add to. Widths are the least that every family's own rules allow.
+Rows of the tables in docs/architectures.md, from families.json: `like` names groups of options,
+which the others add to. Widths are the least that every family's own rules allow.
 """
 
 import json

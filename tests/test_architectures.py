@@ -1,7 +1,7 @@
 """Every architecture that adapters are converted for, against transformers, PEFT and upstream.
 
 The oracle of logits and states is transformers with PEFT in float32; bases, and the tensors that
-ours are compared with, come from llama.cpp's converters at the pin. docs/convert.md holds what
+ours are compared with, come from llama.cpp's converters at the pin. findings.json holds what
 `convert_table` finds; a row that is no longer true fails its test.
 """
 
@@ -67,15 +67,13 @@ def findings(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_of_the_table_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
-    (row,) = convert_table.architecture_rows(findings, [FAMILIES[family]])
-    assert list(row) in convert_table.committed("architectures")
+    assert findings.row(family) == convert_table.committed("architectures")[family]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family.name for family in MIXTURES])
 def test_row_of_experts_is_what_is_found(findings: convert_table.Findings, family: str) -> None:
-    (row,) = convert_table.expert_rows(findings, [FAMILIES[family]])
-    assert list(row) in convert_table.committed("experts")
+    assert findings.expert_row(family) == convert_table.committed("experts")[family]
 
 
 PROBE = """
@@ -129,12 +127,10 @@ def test_recurrent_states_that_are_no_numbers_are_nobody_elses(
 
 
 def test_tables_have_every_family_and_architecture() -> None:
-    rows = convert_table.committed("architectures")
-    assert [row[1] for row in rows] == list(FAMILIES)
-    assert {row[0] for row in rows} == set(ARCHITECTURES)
-    rows = convert_table.committed("experts")
-    assert [row[1] for row in rows] == [family.name for family in MIXTURES]
-    assert {row[0] for row in rows} == set(layouts.MIXTURES)
+    assert list(convert_table.committed("architectures")) == list(FAMILIES)
+    assert {family.arch for family in FAMILIES.values()} == set(ARCHITECTURES)
+    assert list(convert_table.committed("experts")) == [family.name for family in MIXTURES]
+    assert {family.arch for family in MIXTURES} == set(layouts.MIXTURES)
 
 
 def test_every_architecture_of_llama_cpp_is_reviewed_or_refused(llama_cpp_source: Path) -> None:
@@ -144,8 +140,10 @@ def test_every_architecture_of_llama_cpp_is_reviewed_or_refused(llama_cpp_source
     assert sorted([*ARCHITECTURES, *REFUSED]) == sorted(names)
 
 
-def test_table_of_what_is_refused_is_that_of_the_code() -> None:
-    assert convert_table.committed("refused") == convert_table.refused_rows()
+def test_page_has_the_tables_that_were_found() -> None:
+    text = convert_table.PAGE.read_text(encoding="utf-8")
+    assert all(made in text for made in convert_table.tables().values())
+    assert convert_table.page(text) == text
 
 
 def test_refused_for_want_of_names_are_those_that_gguf_lacks() -> None:
