@@ -281,7 +281,7 @@ REFUSED = [
     ({"$ref": "file:///etc/passwd"}, "#", "'$ref' is 'file:///etc/passwd'; expected #/ and a"),
     ({"items": {"$id": "x"}}, "#/items", "the keyword '$id' is not supported; leave it out"),
     ({"anyOf": 3}, "#", "'anyOf' is 3; expected a list"),
-    ({"required": [["a"]]}, "#", "'required' holds something else; expected a list of names"),
+    ({"required": [["a"]]}, "#", "'required' is [['a']]; expected names"),
 ]
 
 
@@ -391,8 +391,9 @@ def test_long_chains_never_reach_the_compiler() -> None:
     schema_grammar(_chain(48))
     with pytest.raises(GrammarError, match="more than 100 parts in each other at #"):
         schema_grammar(_chain(1000))
-    with pytest.raises(GrammarError, match="over 100 schemas in each other"):
-        schema_grammar(_deep(250))
+    for n in (70, 990, 5000):
+        with pytest.raises(GrammarError, match=r"nested too deeply|recursion depth"):
+            schema_grammar(_deep(n))
     with pytest.raises(GrammarError, match="characters, expected at most 65536"):
         schema_grammar({"enum": ["x" * 70_000]})
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from qaflora_edge.errors import GrammarError
+from qaflora_edge.formats.json_text import read_json_object
 
 MAX_LENGTH = 1 << 16  # characters of a grammar or a schema
 MAX_CHAIN = 100  # rules and groups, or schemas, in each other
@@ -27,10 +28,9 @@ def _check_length(text: str, source: str) -> None:
         )
 
 
-Parts = Callable[[str], Iterable[tuple[str, int]]]
-
-
-def _check_chain(start: str, parts: Parts, source: str) -> None:
+def _check_chain(
+    start: str, parts: Callable[[str], Iterable[tuple[str, int]]], source: str
+) -> None:
     """Refuse more than MAX_CHAIN steps on a way; a name on its own way counts once.
 
     parts  gives the names that a name leads to, and the steps to each
@@ -59,12 +59,10 @@ _CHAR = re.compile(r"\\x..|\\.|.", re.DOTALL)
 
 
 def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
-    """Put a GBNF text with the start `root` into Lark's notation for llguidance.
+    """Put a GBNF text with the start `root` into Lark's notation; messages begin with `source`.
 
-    source  how messages call the grammar, such as "The grammar list.gbnf"
-
-    llguidance parses it, but its own printer changes the language: a terminal takes the longest
-    text that it can. Under `ws ::= [ \\n]*` a newline that has to follow never comes. So the whole
+    llguidance parses it. Its own printer changes the language, for a terminal takes the longest
+    text that it can: under `ws ::= [ \\n]*` a newline that has to follow never comes. So the whole
     grammar becomes one terminal, or where a rule needs itself, each character does.
 
     Raises GrammarError.
@@ -76,17 +74,18 @@ def gbnf_to_lark(text: str, *, source: str = "The grammar") -> str:
         rules = GrammarParser().parse(_ESCAPE.sub(_plain_escape, text) + "\n")
         if "root" not in rules:
             raise ValueError("there is no rule 'root', expected root ::= ..., the start")
-        printer = _Printer(rules)
+        names = {name: f"r{number}" for number, name in enumerate(rules)}
+        uses: dict[str, dict[str, int]] = {name: {} for name in rules}
         lines = [
-            f"{printer.numbers[name]}: {printer.text(rule.alternatives, name)}\n"
+            f"{names[name]}: {_printed(rule.alternatives, names, uses[name])}\n"
             for name, rule in rules.items()
         ]
     except (GbnfToLarkError, ValueError, RecursionError) as error:
         raise GrammarError(f"{source} cannot be read: {error}; correct it there.") from error
-    _check_chain("root", lambda name: printer.uses[name].items(), source)
-    lark = f"start: {printer.numbers['root']}\n{''.join(lines)}"
+    _check_chain("root", lambda name: uses[name].items(), source)
+    lark = f"start: {names['root']}\n{''.join(lines)}"
     try:
-        TopologicalSorter(printer.uses).prepare()
+        TopologicalSorter(uses).prepare()
     except CycleError:
         return lark
     return re.sub(r"\br(?=\d)", "R", lark)  # one terminal
@@ -103,39 +102,32 @@ def _plain_escape(match: re.Match[str]) -> str:
     return chr(code) if code > 0x7F else rf"\x{code:02x}"
 
 
-class _Printer:
-    """Prints parsed GBNF rules in Lark's notation.
+def _printed(node: Any, names: Mapping[str, str], uses: dict[str, int], depth: int = 0) -> str:
+    """Print a node of a rule in Lark's notation.
 
-    uses  rule -> rules in it, with the groups around them
+    names  rule -> its name in Lark
+    uses   filled: rules in the node, each with the number of groups around it
     """
-
-    def __init__(self, rules: Mapping[str, Any]) -> None:
-        self._rules = rules
-        self.numbers = {name: f"r{number}" for number, name in enumerate(rules)}
-        self.uses: dict[str, dict[str, int]] = {name: {} for name in rules}
-
-    def text(self, node: Any, rule: str, depth: int = 0) -> str:
-        """Print a node of a rule that has so many groups around it."""
-        kind = type(node).__name__
-        if kind == "RuleRefNode":
-            if node.name not in self._rules:
-                raise ValueError(f"the rule {node.name!r} is not defined, expected {node.name} ::=")
-            self.uses[rule][node.name] = max(depth, self.uses[rule].get(node.name, 0))
-            return self.numbers[node.name]
-        if kind == "LiteralNode":
-            chars = _CHAR.findall(node.value)  # an escape means the same in a regular expression
-            each = [f"/{c}/" if len(c) > 1 else rf"/\x{{{ord(c):x}}}/" for c in chars]
-            return " ".join(each) or '""'
-        if kind == "RegexNode":  # && and ~~ mean something in a class of Rust
-            regex = "(?s:.)" if node.rx == "." else re.sub("([&~]){2,}", r"\1", node.rx)
-            return f"/{regex}/"
-        depth += kind == "AlternativeNode"
-        inner = [self.text(child, rule, depth) for child in node.children()]
-        if kind != "RepetitionNode":
-            sign = " | " if kind == "AlternativeNode" else " "
-            return f"({sign.join(inner)})" if inner else '""'
-        most = "" if node.max_times is None else node.max_times
-        return '""' if most == 0 else f"({inner[0]}){{{node.min_times},{most}}}"
+    kind = type(node).__name__
+    if kind == "RuleRefNode":
+        if node.name not in names:
+            raise ValueError(f"the rule {node.name!r} is not defined, expected {node.name} ::=")
+        uses[node.name] = max(depth, uses.get(node.name, 0))
+        return names[node.name]
+    if kind == "LiteralNode":
+        chars = _CHAR.findall(node.value)  # an escape means the same in a regular expression
+        each = [f"/{c}/" if len(c) > 1 else rf"/\x{{{ord(c):x}}}/" for c in chars]
+        return " ".join(each) or '""'
+    if kind == "RegexNode":  # && and ~~ mean something in a class of Rust
+        regex = "(?s:.)" if node.rx == "." else re.sub("([&~]){2,}", r"\1", node.rx)
+        return f"/{regex}/"
+    depth += kind == "AlternativeNode"
+    inner = [_printed(child, names, uses, depth) for child in node.children()]
+    if kind != "RepetitionNode":
+        sign = " | " if kind == "AlternativeNode" else " "
+        return f"({sign.join(inner)})" if inner else '""'
+    most = "" if node.max_times is None else node.max_times
+    return '""' if most == 0 else f"({inner[0]}){{{node.min_times},{most}}}"
 
 
 # JSON schemas
@@ -150,12 +142,12 @@ _TYPED = {
     "string": {"minLength", "maxLength", "format", "pattern"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
-_HOLDS: dict[str, Any] = dict.fromkeys(_NAMED | {"$defs", "definitions"}, dict)
-_HOLDS |= dict.fromkeys(("prefixItems", "allOf", "anyOf", "oneOf", "required"), list)
+_BY_NAME = _NAMED | {"$defs", "definitions"}
+_LISTS = {"prefixItems", "allOf", "anyOf", "oneOf"}
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
 _KNOWN = {"type", "enum", "const", "$id", "$defs", "definitions"}.union(_COMBINED, *_TYPED.values())
-_FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6"]
-_FORMATS += ["uuid", "uri"]
+_FORMATS = {"date", "time", "date-time", "duration", "hostname", "ipv4", "ipv6", "uuid"}
+_FORMATS |= {"email", "uri"}
 OPTIONS = {
     "lenient": False,
     "coerce_one_of": True,
@@ -169,7 +161,7 @@ def checked_schema(schema: Any, *, source: str = "The JSON schema") -> dict[str,
     """Check a JSON schema, and write it so that llguidance follows every keyword.
 
     schema  as json.loads gives it; True or {} takes any value
-    source  how messages call the schema, such as "The schema person.json"
+    source  what messages begin with, such as "The schema person.json"
 
     The result allows only named properties where the schema does not say, unless some value has to
     fit several schemas with keywords. It allows more where several schemas of `oneOf` fit.
@@ -177,11 +169,11 @@ def checked_schema(schema: Any, *, source: str = "The JSON schema") -> dict[str,
     Raises GrammarError with the place.
     """
     try:
-        text = json.dumps(schema, allow_nan=False)
-        schema = json.loads(text)
+        text = json.dumps({"schema": schema}, allow_nan=False)
+        _check_length(text, source)
+        schema = read_json_object(text.encode())["schema"]
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"{source} is no JSON ({error}); correct it.") from error
-    _check_length(text, source)
     checker = _Checker(source)
     found = checker.visit(schema, "#")
     _check_chain("#", checker.leads_to, source)
@@ -204,17 +196,15 @@ class _Checker:
         self._references: dict[str, str] = {}  # place of a $ref -> place that it names
         self._multiples: list[Decimal] = []
 
-    def _fail(self, place: str, found: str, advice: str) -> GrammarError:
-        return GrammarError(f"{self._source}, at {place}: {found}; {advice}.")
+    def _error(self, place: str, found: str, advice: str) -> GrammarError:
+        return GrammarError(f"{self._source}, at {place:.200}: {found}; {advice}.")
 
     def visit(self, schema: Any, place: str) -> Any:
         """Give the schema without notes."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
-            raise self._fail(place, f"found {schema!r:.60}", "expected a schema (an object)")
-        if place.count("/") > 2 * MAX_CHAIN:
-            raise self._fail(place[:60], f"over {MAX_CHAIN} schemas in each other", "use fewer")
+            raise self._error(place, f"found {schema!r:.60}", "expected a schema (an object)")
         written = {
             key: self._value(key, value, place)
             for key, value in schema.items()
@@ -236,20 +226,12 @@ class _Checker:
     def _value(self, key: str, value: Any, place: str) -> Any:
         """Check the value of a keyword, and the schemas in it."""
         at = f"{place}/{key}"
-        expected = _HOLDS.get(key, object)
         if key not in _KNOWN or (key == "$id" and place != "#"):
-            raise self._fail(place, f"the keyword {key!r} is not supported", "leave it out")
-        if not isinstance(value, expected):
-            kind = "an object" if expected is dict else "a list"
-            raise self._fail(place, f"{key!r} is {value!r:.60}", f"expected {kind}")
-        if key == "required" and not all(isinstance(each, str) for each in value):
-            raise self._fail(place, "'required' holds something else", "expected a list of names")
-        if key == "minProperties" and value not in (0, 1):  # llguidance counts a name twice
-            raise self._fail(place, f"{key!r} is {value!r:.60}", "expected 0 or 1")
+            raise self._error(place, f"the keyword {key!r:.60} is not supported", "leave it out")
+        if expected := _expected(key, value):
+            raise self._error(place, f"{key!r} is {value!r:.60}", f"expected {expected}")
         if key == "$ref":
-            self._references[place] = unquote(str(value))
-            if not re.match("#(/|$)", self._references[place]):
-                raise self._fail(place, f"'$ref' is {value!r:.60}", "expected #/ and a place here")
+            self._references[place] = unquote(value)
         is_number = type(value) in (int, float)
         step = {"exclusiveMinimum": 1e-9, "exclusiveMaximum": -1e-9}.get(key, 0)
         if step and is_number and value % 1 == 0 and value * step >= 0 and abs(value) < 10**6:
@@ -258,13 +240,11 @@ class _Checker:
             self._multiples.append(Decimal(repr(value)))
         if key in ("items", "additionalProperties"):
             return self.visit(value, at)
-        if expected is dict:
-            return {
-                name: self.visit(each, f"{at}/{name.replace('~', '~0').replace('/', '~1')}")
-                for name, each in value.items()
-            }
-        if expected is list and key != "required":
+        if key in _LISTS:
             return [self.visit(each, f"{at}/{i}") for i, each in enumerate(value)]
+        if key in _BY_NAME:
+            places = {name: name.replace("~", "~0").replace("/", "~1") for name in value}
+            return {name: self.visit(value[name], f"{at}/{places[name]}") for name in value}
         return value
 
     def leads_to(self, place: str) -> list[tuple[str, int]]:
@@ -281,4 +261,19 @@ class _Checker:
         n_digit = -min(0, 0, *exponents)
         whole = [int(each.scaleb(n_digit)) for each in self._multiples]
         if lcm(*whole, 10**n_digit) > MAX_MULTIPLE:
-            raise self._fail("#", "'multipleOf' is too large or too fine", "use smaller numbers")
+            raise self._error("#", "'multipleOf' is too large or too fine", "use smaller numbers")
+
+
+def _expected(key: str, value: Any) -> str:
+    """Say what the value of a keyword has to be; nothing where it is that."""
+    if key in _BY_NAME and not isinstance(value, dict):
+        return "an object"
+    if key in _LISTS | {"required"} and not isinstance(value, list):
+        return "a list"
+    if key == "required" and not all(isinstance(each, str) for each in value):
+        return "names"
+    if key == "minProperties" and value not in (0, 1):  # llguidance counts a name twice
+        return "0 or 1"
+    if key == "$ref" and not re.match("#(/|$)", str(value)):
+        return "#/ and a place here"
+    return ""
