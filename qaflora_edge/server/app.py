@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from qaflora_edge.server.metrics import Metrics, Recorder
 from qaflora_edge.server.page import page
 from qaflora_edge.server.requests import Refusal, refusal
 from qaflora_edge.server.security import Gate, Lock
-from qaflora_edge.server.served_models import N_LIGHT, InThread, ServedModels, ServerOptions
+from qaflora_edge.server.served_models import N_LIGHT, ServedModels, ServerOptions
 
 NOT_HERE = ("/v1/embeddings", "/v1/images/{rest:path}", "/v1/audio/{rest:path}")
 
@@ -33,25 +32,24 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
 
     Raises BundleError for a bundle that cannot be read.
     """
-    places = list(places)
-    # All that have a slot, one that opens and one that closes.
-    n_thread = len(places) * options.n_slot + N_LIGHT + 2
-    threads = ThreadPoolExecutor(n_thread, thread_name_prefix="qaflora")
-    in_thread = _runner(threads)
-    models = ServedModels(places, options, in_thread)
+    models = ServedModels(places, options)
+    # All that have a slot, one Engine that opens and one that closes, and bodies.
+    n_slot = len(models.by_name) * options.n_slot + N_LIGHT
+    n_thread = n_slot + 2 + bodies.MAX_LARGE_BODIES
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        opening = asyncio.create_task(_open_first(app))
+        threads = ThreadPoolExecutor(n_thread, thread_name_prefix="qaflora")
+        asyncio.get_running_loop().set_default_executor(threads)
+        app.state.opening = asyncio.create_task(_open_first(app))
         try:
             with contextlib.suppress(asyncio.CancelledError):  # by a second signal
                 yield
         finally:
             for work in list(app.state.running):
                 work.stop()
-            await asyncio.gather(opening, return_exceptions=True)
+            await asyncio.gather(app.state.opening, return_exceptions=True)
             await models.close()
-            threads.shutdown()
 
     app = Starlette(
         routes=_routes(),
@@ -60,18 +58,10 @@ def make_app(places: Iterable[Path], options: ServerOptions) -> Starlette:
         lifespan=lifespan,
     )
     app.state.options, app.state.models, app.state.metrics = options, models, metrics
-    app.state.in_thread, app.state.running, app.state.is_opening = in_thread, set(), False
+    app.state.running = set()
     app.state.large_bodies = asyncio.Semaphore(bodies.MAX_LARGE_BODIES)
     app.state.on_ready, app.state.on_lost = lambda: None, lambda error: None
     return app
-
-
-def _runner(threads: ThreadPoolExecutor) -> InThread:
-    async def run(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        call = partial(function, *args, **more)
-        return await asyncio.get_running_loop().run_in_executor(threads, call)
-
-    return run
 
 
 def expire_all(app: Any) -> None:
@@ -102,32 +92,28 @@ def _middleware(options: ServerOptions, metrics: Metrics) -> list[Middleware]:
 
 async def _open_first(app: Starlette) -> None:
     models: ServedModels = app.state.models
-    app.state.is_opening = True
-    try:
-        with contextlib.suppress(Refusal):  # the log and GET /v1/models say so
-            async with models.engine(next(iter(models.by_name.values()))):
-                pass
-    finally:
-        app.state.is_opening = False
-        app.state.on_ready()
+    with contextlib.suppress(Refusal):  # the log and GET /v1/models say so
+        async with models.engine(next(iter(models.by_name.values()))):
+            pass
+    app.state.on_ready()
 
 
 async def show_page(request: Request) -> Response:
-    """GET /: the page, which is no part of the API."""
+    """Show the page, which is no part of the API."""
     body, headers = page()
     return Response(body, media_type="text/html; charset=utf-8", headers=headers)
 
 
 async def health(request: Request) -> Response:
-    """GET /health: whether the server can answer anything."""
+    """Tell whether the server can answer anything."""
     state = request.app.state
     is_lost = all(model.is_lost for model in state.models.by_name.values())
-    status = "loading" if state.is_opening else "error" if is_lost else "ok"
+    status = "loading" if not state.opening.done() else "error" if is_lost else "ok"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 async def metrics(request: Request) -> Response:
-    """GET /metrics"""
+    """Count for Prometheus."""
     state = request.app.state
     found: Metrics = state.metrics
     n_waiting = state.models.queue.waiting.total()
@@ -140,19 +126,19 @@ async def metrics(request: Request) -> Response:
 
 
 async def openapi(request: Request) -> Response:
-    """GET /openapi.json"""
-    paths = ((path.replace(":path", ""), summary, kind) for path, _, summary, kind in API)
+    """Describe all of this."""
+    paths = ((path.replace(":path", ""), route.__doc__, kind) for path, route, kind in API)
     return JSONResponse(bodies.describe(paths, request.app.state.models.ids))
 
 
 async def models(request: Request) -> Response:
-    """GET /v1/models"""
+    """List the models."""
     served: ServedModels = request.app.state.models
     return JSONResponse({"object": "list", "data": [served.card(name) for name in served.listed]})
 
 
 async def model(request: Request) -> Response:
-    """GET /v1/models/{model}"""
+    """Describe a model."""
     return JSONResponse(request.app.state.models.card(request.path_params["model"]))
 
 
@@ -176,25 +162,25 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return found
 
 
-# (path, route, summary, body): POST with a body, else GET.
-API: tuple[tuple[str, Any, str, type[bodies.Body] | None], ...] = (
-    ("/v1/chat/completions", answers.chat_completions, "Answer a conversation", bodies.ChatBody),
-    ("/v1/completions", answers.completions, "Go on with a text", bodies.TextBody),
-    ("/v1/responses", answers.responses, "Answer as a response", bodies.ResponsesBody),
-    ("/v1/weights", answers.weights, "Weigh the adapters for a prompt", bodies.WeightsBody),
-    ("/tokenize", answers.tokenize, "Token ids of a text, or of messages", bodies.TokenizeBody),
-    ("/detokenize", answers.detokenize, "The text of token ids", bodies.DetokenizeBody),
-    ("/v1/models", models, "The models", None),
-    ("/v1/models/{model:path}", model, "One model", None),
-    ("/health", health, "Whether it works", None),
-    ("/metrics", metrics, "Counters for Prometheus", None),
-    ("/openapi.json", openapi, "This document", None),
+# (path, route, body): POST with a body, else GET. The route's docstring is its summary.
+API: tuple[tuple[str, Any, type[bodies.Body] | None], ...] = (
+    ("/v1/chat/completions", answers.chat_completions, bodies.ChatBody),
+    ("/v1/completions", answers.completions, bodies.TextBody),
+    ("/v1/responses", answers.responses, bodies.ResponsesBody),
+    ("/v1/weights", answers.weights, bodies.WeightsBody),
+    ("/tokenize", answers.tokenize, bodies.TokenizeBody),
+    ("/detokenize", answers.detokenize, bodies.DetokenizeBody),
+    ("/v1/models", models, None),
+    ("/v1/models/{model:path}", model, None),
+    ("/health", health, None),
+    ("/metrics", metrics, None),
+    ("/openapi.json", openapi, None),
 )
 
 
 def _routes() -> list[Route]:
     return [
         Route("/", show_page, methods=["GET"], include_in_schema=False),
-        *(Route(path, route, methods=["POST" if kind else "GET"]) for path, route, _, kind in API),
+        *(Route(path, route, methods=["POST" if kind else "GET"]) for path, route, kind in API),
         *(Route(path, not_here, methods=["GET", "POST"]) for path in NOT_HERE),
     ]

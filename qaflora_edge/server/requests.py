@@ -5,18 +5,10 @@ to be, in messages too. Sampling options come from `config`, with their ranges.
 """
 
 import asyncio
-import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    create_model,
-)
+from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -37,9 +29,6 @@ MAX_CHOICES = 16  # answers of one request
 MAX_STOPS = 16
 MAX_TOKENS = 1 << 20  # to detokenize
 MAX_WEIGHT = 100.0  # of a request, up or down: states overflow at some number beyond
-MAX_FORM_CHARS = 256 << 10  # of a grammar, a schema or tools
-
-Schema = dict[str, Any]
 
 
 # refusals
@@ -80,9 +69,7 @@ class Refusal(Exception):
 
 def wrong_field(param: str, found: object, expected: str) -> Refusal:
     """Return status 400 for a field with a wrong value."""
-    shown = repr(found)
-    shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
-    message = f"The field {param} is {shown}, expected {expected}."
+    message = f"The field {param} is {found!r:.100}, expected {expected}."
     return Refusal(400, message, param=param, code="invalid_value")
 
 
@@ -116,40 +103,10 @@ def refusal(
 # fields
 
 
-def _checked_by(fits: Callable[[Any], bool], expected: str) -> AfterValidator:
-    """Check a value by a function; a model of thousands of values would list each wrong one."""
-
-    def check(value: Any) -> Any:
-        if value is not None and not fits(value):
-            raise ValueError(expected)
-        return value
-
-    return AfterValidator(check)
-
-
-def _is_weight(value: object) -> bool:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and abs(value) <= MAX_WEIGHT  # type: ignore[arg-type]
-
-
-def _are_weights(value: Any) -> bool:
-    rows = [value.values()] if isinstance(value, dict) else value
-    is_matrix = isinstance(rows, list) and all(isinstance(row, Collection) for row in rows)
-    return is_matrix and all(map(_is_weight, itertools.chain.from_iterable(rows)))
-
-
-def _is_short(value: Any) -> bool:
-    return len(value if isinstance(value, str) else repr(value)) <= MAX_FORM_CHARS
-
-
-_SHORT = _checked_by(_is_short, f"{MAX_FORM_CHARS} characters at most")
-_WEIGHT: Schema = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
-_BY_NAME: Schema = {"type": "object", "additionalProperties": _WEIGHT}
-_BY_LAYER: Schema = {"type": "array", "items": {"type": "array", "items": _WEIGHT}}
-_RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
-_WEIGHTS = f'weights {_RANGE} by name, as in {{"math": 0.7}}, or [n_adapter][n_layer] numbers'
-_SCALES = f'a list such as [{{"id": 0, "scale": 0.5}}] with scales {_RANGE}'
-_MESSAGE: Schema = {
+RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+_WEIGHTS = f'weights {RANGE} by name, as in {{"math": 0.7}}, or [n_adapter][n_layer] numbers'
+_SCALES = f'a list such as [{{"id": 0, "scale": 0.5}}] with scales {RANGE}'
+_MESSAGE: dict[str, Any] = {
     "type": "object",
     "required": ["role"],
     "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array", "null"]}},
@@ -168,9 +125,8 @@ Messages = Annotated[
         json_schema_extra={"items": _MESSAGE},
     ),
 ]
+Rows = Annotated[list[list[Any]], Field(fail_fast=True)]
 Flag = Annotated[bool | None, Field(title="true or false")]
-Form = Annotated[dict[str, Any] | None, _SHORT]
-Tools = Annotated[Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None, _SHORT]
 
 
 class Strict(BaseModel, strict=True):
@@ -181,12 +137,8 @@ class Fusion(Strict, extra="forbid"):
     """The field `fusion`: how a request is weighed, and what the answer tells of it."""
 
     strategy: Text | None = Field(None, title="the name of a strategy")
-    adapters: list[str] | None = Field(None, title="names of adapters")
-    weights: Annotated[
-        Any,
-        _checked_by(_are_weights, _WEIGHTS),
-        WithJsonSchema({"anyOf": [_BY_NAME, _BY_LAYER, {"type": "null"}]}),
-    ] = Field(None, title=_WEIGHTS)
+    adapters: list[str] | None = Field(None, title="names of adapters", fail_fast=True)
+    weights: dict[str, Any] | Rows | None = Field(None, title=_WEIGHTS)
     returned: Literal["summary", "layers", "none"] | None = Field(
         None, alias="return", title="one of summary, layers, none"
     )
@@ -200,6 +152,8 @@ class Scale(Strict):
 
 
 class StreamOptions(Strict):
+    """Say what a stream ends with."""
+
     include_usage: Flag = None
 
 
@@ -219,18 +173,13 @@ class Weighed(Body):
 def _option_field(option: Option) -> tuple[Any, Any]:
     """Return an option of `config` as a field of a model; null stands for the default."""
     low = "gt" if option.is_open else "ge"
-    bounds = {low: option.low, "le": option.high} if option.kind in (int, float) else {}
+    bounds = {low: option.low, "le": option.high}
     limits: dict[str, Any] = {name: each for name, each in bounds.items() if each is not None}
     kind: Any = Annotated[option.kind, Field(**limits)]
     if option.kind is tuple:
         kind = Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)]
-    elif option.kind is dict:
-        number = {"type": "number", "minimum": option.low, "maximum": option.high}
-        names = {"propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": number}
-        schema = WithJsonSchema({"type": "object", **names})
-        kind = Annotated[Any, _checked_by(option.fits, option.expected), schema]
-    elif option.name == "grammar":
-        kind = Annotated[str, _SHORT]
+    elif option.kind is dict:  # the Engine checks its items
+        kind = dict[str, Any]
     expected = f"a text or 1 to {MAX_STOPS} texts, none empty" if option.kind is tuple else ""
     return kind | None, Field(None, title=expected or option.expected, description=option.help)
 
@@ -252,12 +201,11 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
         None, title='an object, as in {"include_usage": true}'
     )
     return_progress: Flag = None
-    json_schema: Annotated[dict[str, Any] | bool | None, _SHORT] = Field(
-        None, title="a JSON schema"
-    )
+    json_schema: dict[str, Any] | bool | None = Field(None, title="a JSON schema")
 
     @property
     def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
@@ -269,7 +217,9 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
 class Tooled(Answered):
     """A request whose answers may call tools."""
 
-    tools: Tools = Field(None, title=f"a list of {MAX_TOOLS} tools at most")
+    tools: list[Any] | None = Field(
+        None, max_length=MAX_TOOLS, title=f"a list of {MAX_TOOLS} tools at most"
+    )
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Flag = None
 
@@ -282,7 +232,9 @@ class ChatBody(Tooled):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, title="a number of tokens from 0 to 20"
     )
-    response_format: Form = Field(None, title='an object, as in {"type": "json_object"}')
+    response_format: dict[str, Any] | None = Field(
+        None, title='an object, as in {"type": "json_object"}'
+    )
 
 
 class TextBody(Answered):
@@ -301,7 +253,9 @@ class ResponsesBody(Tooled):
     )
     instructions: str | None = Field(None, title="a text")
     max_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    text: Form = Field(None, title='an object such as {"format": {"type": "text"}}')
+    text: dict[str, Any] | None = Field(
+        None, title='an object such as {"format": {"type": "text"}}'
+    )
 
 
 class WeightsBody(Weighed):
@@ -404,6 +358,8 @@ def _refusal(kind: type[BaseModel] | None, error: Mapping[str, Any], value: Any)
 
 
 class ErrorText(BaseModel):
+    """Say what failed, and which field is wrong."""
+
     message: str
     type: str
     param: str | None
@@ -411,14 +367,14 @@ class ErrorText(BaseModel):
 
 
 class Error(BaseModel):
-    """What is answered for a failure."""
+    """Wrap a failure as OpenAI does."""
 
     error: ErrorText
 
 
-_REFUSED = {
-    "4XX": "The request is wrong or not allowed; param names the field",
-    "5XX": "The queue is full, or the model cannot be opened (503: see Retry-After), or a mistake",
+_FAILED = {
+    "description": "`param` names the field that is wrong; Retry-After when to come again",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
 
 
@@ -434,43 +390,36 @@ def describe(
     kinds: Any = [(kind, "validation") for _, _, kind in paths if kind is not None]
     place = "#/components/schemas/{model}"
     _, found = models_json_schema([*kinds, (Error, "validation")], ref_template=place)
-    schemas = found["$defs"]
     model = {"type": "string", "title": "The model", "enum": list(models)}
-    for schema in schemas.values():
+    for schema in found["$defs"].values():
         if "model" in schema["properties"]:
             schema["properties"]["model"] = model
             schema["required"] = ["model", *schema.get("required", ())]
+    key = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "qaflora serve", "version": __version__},
         "security": [{"key": []}],
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": found["$defs"], "securitySchemes": {"key": key}},
         "paths": {path: _operation(path, text, kind, model) for path, text, kind in paths},
     }
 
 
-def _operation(path: str, summary: str, kind: type[Body] | None, model: Schema) -> Schema:
-    answer: Schema = {"application/json": {"schema": {"type": "object"}}}
+def _operation(path: str, summary: str, kind: type[Body] | None, model: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if path == "/metrics":
-        answer = {"text/plain": {"schema": {"type": "string"}}}
+        content = {"text/plain": {"schema": {"type": "string"}}}
     if kind is not None and issubclass(kind, Answered):
-        answer["text/event-stream"] = {"schema": {}}
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    refused = {code: {"description": text, "content": error} for code, text in _REFUSED.items()}
-    operation: Schema = {
-        "summary": summary,
-        "responses": {"200": {"description": "The answer", "content": answer}, **refused},
-    }
+        content["text/event-stream"] = {"schema": {}}
+    answer = {"description": "The answer", "content": content}
+    responses = {"200": answer, "4XX": _FAILED, "5XX": _FAILED}
+    operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if kind is not None:
         schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-        content = {"application/json": {"schema": schema}}
-        return {"post": {**operation, "requestBody": {"required": True, "content": content}}}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        return {"post": {**operation, "requestBody": body}}
     if path == "/health":
-        operation["security"] = []
-        operation["responses"]["503"] = operation["responses"]["200"]
+        operation["security"], responses["503"] = [], answer
     if "{model}" in path:
         named = {"name": "model", "in": "path", "required": True, "schema": model}
         operation["parameters"] = [named]

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,6 @@ from qaflora_edge.server.security import is_loopback
 from qaflora_edge.weighing.weigher import Known, Weigher
 
 log = logging.getLogger(__name__)
-InThread = Callable[..., Awaitable[Any]]
 N_LIGHT = 2  # requests that take no step of an Engine, computed at once
 N_NAMED = 5  # models that a 404 names
 
@@ -138,13 +137,11 @@ class ServedModel:
 class ServedModels:
     """Bundles by name; each is opened when it is first asked for.
 
-    in_thread  runs a function that takes long
-
     Raises BundleError for a bundle that cannot be read, or a name that is given twice.
     """
 
-    def __init__(self, places: Iterable[Path], options: ServerOptions, in_thread: InThread) -> None:
-        self._options, self._in_thread = options, in_thread
+    def __init__(self, places: Iterable[Path], options: ServerOptions) -> None:
+        self._options = options
         self._loading = asyncio.Lock()
         self.queue, self.light_slots = Queue(options.max_queue), asyncio.Semaphore(N_LIGHT)
         self.by_name: dict[str, ServedModel] = {}
@@ -270,7 +267,7 @@ class ServedModels:
         try:
             async with self._loading:
                 await self._close_unused()
-                engine = await self._in_thread(Engine, model.place, **self._options.engine)
+                engine = await asyncio.to_thread(Engine, model.place, **self._options.engine)
             thread = threading.Thread(target=_compute, args=(engine,), daemon=True)
             thread.name = f"qaflora-{model.name}"
             thread.start()
@@ -305,7 +302,7 @@ class ServedModels:
     async def _close(self, model: ServedModel) -> None:
         engine, model.engine = model.engine, None
         if engine is not None:
-            await self._in_thread(engine.close)
+            await asyncio.to_thread(engine.close)
 
 
 def _compute(engine: Engine) -> None:

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, WorkerError
-from qaflora_edge.server.requests import Body, refusal
+from qaflora_edge.server.requests import refusal
 from qaflora_edge.server.served_models import ServedModel
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,7 @@ STREAM_HEADERS = {
     "cache-control": "no-store",
     "x-accel-buffering": "no",  # nginx passes events on as they come
 }
-Headers = dict[str, str]
-Part = Headers | bytes | BaseException | None  # None is the end
+Part = bytes | BaseException | None  # None is the end
 
 
 def encoded(value: Any) -> bytes:
@@ -46,50 +46,43 @@ def event(value: Any, name: str = "") -> bytes:
     return head + b"data: " + encoded(value) + b"\n\n"
 
 
-class Outlet:
-    """The way from a thread that computes to its request.
+class Computed:
+    """Answers a request: events where the body has `stream`, else one JSON text.
 
-    send    hands on a part of the answer: headers, then bytes
-    cancel  set when the answer is no longer wanted
-    facts   for the log and the metrics
-    """
-
-    def __init__(self, send: Callable[[Headers | bytes], object], facts: dict[str, Any]) -> None:
-        self.send, self.facts, self.cancel = send, facts, threading.Event()
-
-
-Compute = Callable[[Engine, Outlet], None]
-
-
-class Computed(Response):
-    """An answer that is computed: events where the body has `stream`, else one JSON text.
-
+    compute   called in a thread; it sets `headers`, then hands on the answer by `send`
     is_light  it takes no step of the Engine, and does not wait for a slot of answers
+    body      the request's
+    facts     for the log and the metrics
+    cancel    set when the answer is no longer wanted
     """
 
     def __init__(
         self,
         request: Request,
         model: ServedModel,
-        body: Body,
-        compute: Compute,
+        body: Any,
+        compute: Callable[[Engine, "Computed"], None],
         *,
         is_light: bool = False,
     ) -> None:
         self._state = request.app.state
         self._address = request.client.host if request.client else ""
-        self._model, self._body, self._compute = model, body, compute
+        self._model, self._compute, self.body = model, compute, body
         self._is_stream = bool(getattr(body, "stream", False))
         self._slots = self._state.models.light_slots if is_light else model.slots
-        self._facts: dict[str, Any] = request.scope["qaflora"]  # for the log and the metrics
-        self._facts["model"] = model.name
-        self._outlet: Outlet | None = None
-        self._is_expired = self._is_gone = self._is_started = False
-        self._more: Headers = {}
+        self.facts: dict[str, Any] = request.scope["qaflora"]
+        self.facts["model"] = model.name
+        self.headers: dict[str, str] = {}
+        self.cancel = threading.Event()
+        self._is_expired = self._is_gone = self._is_started = self._is_computing = False
+        self._loop, self._parts = asyncio.get_running_loop(), asyncio.Queue[Part]()
+
+    def send(self, part: bytes) -> None:
+        """Hand on a part of the answer, from the thread that computes."""
+        self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._parts: asyncio.Queue[Part] = asyncio.Queue()
+        """Answer, as an ASGI application."""
         self._producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(self._watch(receive))
         expiry = self._loop.call_later(self._state.options.timeout_s, self.expire)
@@ -115,23 +108,19 @@ class Computed(Response):
         try:
             slot = models.queue.slot(self._slots, self._address)
             async with slot, models.engine(self._model) as engine:
-                self._facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
-                self._outlet = Outlet(self._put_from_thread, self._facts)
-                await self._state.in_thread(self._compute, engine, self._outlet)
+                self.facts["wait_ms"] = 1e3 * (time.perf_counter() - start)
+                self._is_computing = True
+                await asyncio.to_thread(self._compute, engine, self)
         except asyncio.CancelledError:
             end = CancelledError("The request was ended before it began.")
         except Exception as error:
             end = error
         self._parts.put_nowait(end)
 
-    def _put_from_thread(self, part: Headers | bytes) -> None:
-        self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
-
     def stop(self) -> None:
         """End it within one step of the Engine, or at once where it still waits."""
-        if self._outlet is not None:
-            self._outlet.cancel.set()
-        else:
+        self.cancel.set()
+        if not self._is_computing:
             self._producer.cancel()
 
     def expire(self) -> None:
@@ -147,15 +136,13 @@ class Computed(Response):
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         while (part := await self._next_part()) is not None:
-            if isinstance(part, dict):
-                self._more = part
-            elif isinstance(part, BaseException):
+            if isinstance(part, BaseException):
                 await self._send_failure(part, scope, receive, send)
                 return
-            elif self._is_stream:
+            if self._is_stream:
                 await self._send_part(part, send)
             else:
-                whole = Response(part, headers=self._more, media_type="application/json")
+                whole = Response(part, headers=self.headers, media_type="application/json")
                 await whole(scope, receive, send)
         if self._is_stream:
             await self._send_part(b"", send, is_last=True)
@@ -174,15 +161,14 @@ class Computed(Response):
         async with asyncio.timeout(SEND_S):
             if not self._is_started:
                 self._is_started = True
-                pairs = {**STREAM_HEADERS, **self._more}.items()
-                raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in pairs]
-                await send({"type": "http.response.start", "status": 200, "headers": raw})
+                headers = Headers({**STREAM_HEADERS, **self.headers})
+                await send({"type": "http.response.start", "status": 200, "headers": headers.raw})
             await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
     async def _send_failure(
         self, error: BaseException, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        refused = refusal(error, self._body, is_expired=self._is_expired)
+        refused = refusal(error, self.body, is_expired=self._is_expired)
         if refused.status == 500:
             log.error("a request failed", exc_info=error)
         if isinstance(error, WorkerError):
