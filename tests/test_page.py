@@ -85,7 +85,6 @@ def test_policy_allows_the_one_script_and_the_one_style_of_the_page(client: Test
         "require-trusted-types-for": ["'script'"],
         "trusted-types": ["'none'"],
     }
-    assert reply.headers["x-content-type-options"] == "nosniff"
     assert reply.headers["referrer-policy"] == "no-referrer"
 
 

@@ -225,8 +225,6 @@ def test_models(client: TestClient) -> None:
     status, error = failure(client, model="tiny:centroid", messages=USER)  # it has no samples
     assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")
     assert error["message"].startswith("The model is 'tiny:centroid', expected one of tiny, tiny:")
-    assert error["message"].count("tiny:") == 5
-    assert error["message"].endswith(" and others.")
 
 
 def test_tokens_there_and_back(client: TestClient, alone: Engine) -> None:
@@ -355,7 +353,7 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
         ("/v1/weights", {"prompt": "a", "lora": [{"id": 0, "scale": 1}]}, "lora"),
         ("/v1/responses", {"input": [{"role": "user", "content": 3}]}, "input"),
         ("/detokenize", {"tokens": [99999]}, "tokens"),
-        ("/tokenize", {"messages": [3]}, "messages"),
+        ("/tokenize", {"content": 3}, "content"),
     ],
 )
 def test_the_field_that_is_wrong_is_the_one_of_the_path(

@@ -138,7 +138,7 @@ def test_of_two_names_none_is_ours(opened: TestClient, name: str) -> None:
 
 def test_nothing_is_for_others_to_embed(opened: TestClient, locked: TestClient) -> None:
     foreign = {"origin": "https://evil.example"}
-    found = [opened.get(path) for path in ("/v1/models", "/health", "/nothing")]
+    found = [opened.get(path) for path in ("/", "/v1/models", "/health", "/nothing")]
     found += [opened.get("/v1/models", headers=foreign), locked.get("/v1/models")]
     for headers in (each.headers for each in found):
         assert headers["x-content-type-options"] == "nosniff"

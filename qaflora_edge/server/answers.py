@@ -21,23 +21,8 @@ from qaflora_edge.openai.responses import (
     response_events,
     response_head,
 )
-from qaflora_edge.server.requests import (
-    MAX_TOKENS,
-    MAX_WEIGHT,
-    RANGE,
-    Answered,
-    Body,
-    ChatBody,
-    DetokenizeBody,
-    Fusion,
-    ResponsesBody,
-    TextBody,
-    TokenizeBody,
-    Weighed,
-    WeightsBody,
-    read,
-    wrong_field,
-)
+from qaflora_edge.server import requests as bodies
+from qaflora_edge.server.requests import wrong_field
 from qaflora_edge.server.served_models import ServedModel
 from qaflora_edge.server.stream import DONE, Computed, encoded, event
 from qaflora_edge.weighing.numbers import FusionWeights
@@ -49,7 +34,7 @@ OF_CHAT = (
     *("tools", "tool_choice", "parallel_tool_calls"),
 )
 _PROSE = {"type": "text"}  # a response_format that asks for nothing
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=bodies.Body)
 
 
 # reading what is asked
@@ -57,21 +42,23 @@ B = TypeVar("B", bound=Body)
 
 async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, dict[str, Any]]:
     """Read a body; return it with its bundle, and the options that say how it is weighed."""
-    body = await read(request, kind)
+    body = await bodies.read(request, kind)
     served, strategy = request.app.state.models.find(body.model)
     weighing = {}
-    if isinstance(body, Weighed):
+    if isinstance(body, bodies.Weighed):
         weighing = weighing_of(body, strategy, served.adapters)
     return body, served, weighing
 
 
-def weighing_of(body: Weighed, of_model: str | None, adapters: Sequence[str]) -> dict[str, Any]:
+def weighing_of(
+    body: bodies.Weighed, of_model: str | None, adapters: Sequence[str]
+) -> dict[str, Any]:
     """Combine the fields `fusion` and `lora` with the strategy that the model id names.
 
     Returns the options `weights` and `adapters` of Engine.generate. Raises Refusal where the fields
     contradict each other, or a weight is too large.
     """
-    fusion = body.fusion or Fusion.model_validate({})
+    fusion = body.fusion or bodies.Fusion.model_validate({})
     weights, by = fusion.weights, "fusion.weights"
     if body.lora is not None:
         lora = [scale.model_dump() for scale in body.lora]
@@ -96,11 +83,11 @@ def _check_range(field: str, found: Any, weights: Any) -> None:
     """Refuse a field with weights, by name or by layer, that are too large or no numbers."""
     rows = [weights.values()] if isinstance(weights, dict) else weights
     for weight in itertools.chain.from_iterable(rows):
-        if type(weight) not in (int, float) or abs(weight) > MAX_WEIGHT:
-            raise wrong_field(field, found, f"weights {RANGE}")
+        if type(weight) not in (int, float) or abs(weight) > bodies.MAX_WEIGHT:
+            raise wrong_field(field, found, f"weights {bodies.RANGE}")
 
 
-def options_of(request: Request, body: Answered, **given: Any) -> dict[str, Any]:
+def options_of(request: Request, body: bodies.Answered, **given: Any) -> dict[str, Any]:
     """Return the options of an answer; those of the command hold where a request says nothing.
 
     given  fields that one path has in place of sampling options
@@ -217,7 +204,7 @@ def noted(
 
 async def chat_completions(request: Request) -> Computed:
     """Answer a conversation."""
-    body, served, weighing = await asked(request, ChatBody)
+    body, served, weighing = await asked(request, bodies.ChatBody)
     given = {name: getattr(body, name) for name in OF_CHAT}
     if body.json_schema is not None:  # llama-server's own
         if body.response_format not in (None, _PROSE):
@@ -245,7 +232,7 @@ async def chat_completions(request: Request) -> Computed:
 
 async def completions(request: Request) -> Computed:
     """Go on with a text."""
-    body, served, weighing = await asked(request, TextBody)
+    body, served, weighing = await asked(request, bodies.TextBody)
     prompt, n = body.prompt, body.n or 1
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     prompts: Any = [prompt] if is_one else prompt
@@ -273,7 +260,7 @@ async def completions(request: Request) -> Computed:
 
 async def responses(request: Request) -> Computed:
     """Answer as a response."""
-    body, served, weighing = await asked(request, ResponsesBody)
+    body, served, weighing = await asked(request, bodies.ResponsesBody)
     messages, given = chat_request(body.model_dump(by_alias=True, exclude_unset=True))
     options = {**weighing, **options_of(request, body, **given)}
     shown = {name: options.get(name, in_group("sampling")[name].default) for name in SHOWN}
@@ -294,7 +281,7 @@ async def responses(request: Request) -> Computed:
 
 async def weights(request: Request) -> Computed:
     """Weigh the adapters for a prompt."""
-    body, served, weighing = await asked(request, WeightsBody)
+    body, served, weighing = await asked(request, bodies.WeightsBody)
     strategy, adapters = weighing["weights"], weighing["adapters"]
     if not isinstance(strategy, str | None):
         name = "fusion.weights" if body.lora is None else "lora"
@@ -314,21 +301,15 @@ async def weights(request: Request) -> Computed:
 
 
 async def tokenize(request: Request) -> Computed:
-    """Turn a text, or messages, into token ids."""
-    body, served, _ = await asked(request, TokenizeBody)
-    text, messages = body.content, body.messages
-    if (messages is None) == (text is None):
-        raise wrong_field("content", text, "a text, or else messages")
+    """Turn a text into token ids."""
+    body, served, _ = await asked(request, bodies.TokenizeBody)
     is_special, is_parsed = bool(body.add_special), body.parse_special is not False
 
     def compute(engine: Engine, out: Computed) -> None:
-        if messages is not None:
-            tokens = engine.chat_tokens(messages)
-        else:
-            with engine._core.call():
-                tokens = engine._model.tokenize(
-                    text or "", add_special=is_special, parse_special=is_parsed
-                )
+        with engine._core.call():
+            tokens = engine._model.tokenize(
+                body.content, add_special=is_special, parse_special=is_parsed
+            )
         out.send(encoded({"tokens": tokens}))
 
     return Computed(request, served, body, compute, is_light=True)
@@ -336,13 +317,13 @@ async def tokenize(request: Request) -> Computed:
 
 async def detokenize(request: Request) -> Computed:
     """Turn token ids into text; control tokens are spelt out."""
-    body, served, _ = await asked(request, DetokenizeBody)
+    body, served, _ = await asked(request, bodies.DetokenizeBody)
 
     def compute(engine: Engine, out: Computed) -> None:
         text = b""
         if body.tokens:
             with engine._core.call():
-                tokens = checked_tokens(engine._model, body.tokens, MAX_TOKENS)
+                tokens = checked_tokens(engine._model, body.tokens, bodies.MAX_TOKENS)
                 text = engine._model.detokenize(tokens, special=True)
         out.send(encoded({"content": text.decode("utf-8", "replace")}))
 

@@ -71,20 +71,13 @@ def expire_all(app: Any) -> None:
 
 
 def _middleware(options: ServerOptions, metrics: Metrics) -> list[Middleware]:
+    cors: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+    cors |= {"expose_headers": ["X-Fusion", "Retry-After"]}
     found = [
         Middleware(Recorder, metrics=metrics),
         Middleware(Gate, hosts=options.hosts, origins=options.cors_origins),
+        Middleware(CORSMiddleware, allow_origins=options.cors_origins, **cors),
     ]
-    if options.cors_origins:
-        found.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=options.cors_origins,
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],
-                expose_headers=["X-Fusion", "Retry-After"],
-            )
-        )
     if options.api_key is not None:
         found.append(Middleware(Lock, key=options.api_key))
     return found

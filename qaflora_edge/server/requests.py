@@ -268,8 +268,7 @@ class WeightsBody(Weighed):
 class TokenizeBody(Body):
     """The body of /tokenize."""
 
-    content: str | None = Field(None, title="a text")
-    messages: Messages | None = None
+    content: str = Field(title="a text")
     add_special: Flag = None
     parse_special: Flag = None
 

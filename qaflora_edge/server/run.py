@@ -98,6 +98,13 @@ def _listener(host: str, port: int) -> socket.socket:
     with os_errors(OptionError, f"Cannot listen at {host} port {port}", advice):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # Of a name with both, such as localhost, the one that programs try where they try one.
-        family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
-        is_both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=is_both)
+        family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+    return listener

@@ -22,7 +22,6 @@ from qaflora_edge.weighing.weigher import Known, Weigher
 
 log = logging.getLogger(__name__)
 N_LIGHT = 2  # requests that take no step of an Engine, computed at once
-N_NAMED = 5  # models that a 404 names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +79,11 @@ class Queue:
             if self.waiting.total() >= self.n_most or self.waiting[address] >= share:
                 message = f"The server is busy: {self.waiting.total()} requests wait already; "
                 raise Refusal(503, f"{message}try again later.", code="queue_full")
-            self.waiting[address] += 1
-            try:
-                await slots.acquire()
-            finally:
-                self.waiting -= Counter([address])  # an address that has none is forgotten
-        else:
+        self.waiting[address] += 1
+        try:
             await slots.acquire()
+        finally:
+            self.waiting -= Counter([address])  # an address that has none is forgotten
         try:
             yield
         finally:
@@ -201,11 +198,10 @@ class ServedModels:
         if found is not None and (not colon or strategy in found.strategies):
             return found, strategy if colon else None
         names = found.ids if found else list(self.by_name)
-        listed = ", ".join(names[:N_NAMED]) + (" and others" if len(names) > N_NAMED else "")
         raise Refusal(
             400 if model is None else 404,
             f"The model is {'missing' if model is None else repr(model):.100}, expected one of "
-            f"{listed}.",
+            f"{', '.join(names)}.",
             param="model",
             code="model_not_found",
         )

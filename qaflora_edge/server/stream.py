@@ -10,12 +10,11 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError, WorkerError
-from qaflora_edge.server.requests import refusal
+from qaflora_edge.server.requests import Refusal, refusal
 from qaflora_edge.server.served_models import ServedModel
 
 log = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class Computed:
         expiry = self._loop.call_later(self._state.options.timeout_s, self.expire)
         self._state.running.add(self)
         try:
-            await self._send_all(scope, receive, send)
+            await self._send_all(send)
         except TimeoutError:  # the connection is closed, for the response is not whole
             log.info("gave up on a client that does not read")
         except asyncio.CancelledError:  # by a second signal, or where the time to end is over
@@ -134,18 +133,18 @@ class Computed:
         self._is_gone = True
         self.stop()
 
-    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_all(self, send: Send) -> None:
         while (part := await self._next_part()) is not None:
             if isinstance(part, BaseException):
-                await self._send_failure(part, scope, receive, send)
-                return
-            if self._is_stream:
-                await self._send_part(part, send)
-            else:
-                whole = Response(part, headers=self.headers, media_type="application/json")
-                await whole(scope, receive, send)
-        if self._is_stream:
-            await self._send_part(b"", send, is_last=True)
+                refused = self._refusal(part)
+                if self._is_gone:
+                    return
+                if not self._is_started:
+                    raise refused
+                await self._send_part(event(refused.body), send)
+                break
+            await self._send_part(part, send)
+        await self._send_part(b"", send, is_last=True)
 
     async def _next_part(self) -> Part:
         """Return what comes next; in a stream a ping where that takes long."""
@@ -161,20 +160,16 @@ class Computed:
         async with asyncio.timeout(SEND_S):
             if not self._is_started:
                 self._is_started = True
-                headers = Headers({**STREAM_HEADERS, **self.headers})
-                await send({"type": "http.response.start", "status": 200, "headers": headers.raw})
+                whole = {"content-type": "application/json", "content-length": str(len(part))}
+                own = STREAM_HEADERS if self._is_stream else whole
+                raw = Headers({**own, **self.headers}).raw
+                await send({"type": "http.response.start", "status": 200, "headers": raw})
             await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
-    async def _send_failure(
-        self, error: BaseException, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    def _refusal(self, error: BaseException) -> Refusal:
         refused = refusal(error, self.body, is_expired=self._is_expired)
         if refused.status == 500:
             log.error("a request failed", exc_info=error)
         if isinstance(error, WorkerError):
             self._state.on_lost(error)
-        if self._is_started:
-            await self._send_part(event(refused.body), send)
-            await self._send_part(b"", send, is_last=True)
-        elif not self._is_gone:
-            await refused.response()(scope, receive, send)
+        return refused
