@@ -4,13 +4,14 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from qaflora_edge.arrays import F32, F64
+from qaflora_edge.backend.context import Backend
 from qaflora_edge.bundles.open import open_any
 from qaflora_edge.config import MAX_SEED, check, removed
 from qaflora_edge.errors import (
@@ -22,7 +23,7 @@ from qaflora_edge.errors import (
 )
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.checksums import check_unchanged
-from qaflora_edge.inference.core import Core
+from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
     Prompt,
@@ -42,7 +43,6 @@ from qaflora_edge.weighing.weigher import Weigher, Weights
 if TYPE_CHECKING:
     from qaflora_edge.backend.model import Model
     from qaflora_edge.chat.messages import Message
-    from qaflora_edge.chat.tokens import QuestionFinder
 
 
 def _draw(fusion: FusionWeights) -> str:
@@ -104,13 +104,10 @@ class Engine:
             raise OptionError(instead)
         options = {"threads": threads, "kv_type": kv_type, "flash_attn": flash_attn}
         placing = {"gpu_layers": gpu_layers, "rpc": rpc, "tensor_split": tensor_split}
-        of_core: dict[str, Any] = {
-            "n_ctx": n_ctx,
-            "n_parallel": n_parallel,
-            "adapter_type": adapter_type,
-            "prefix_cache": prefix_cache,
-        }
-        check("engine", {**options, **placing, **of_core, "seed": seed})
+        own = {"n_ctx": n_ctx, "n_parallel": n_parallel, "adapter_type": adapter_type}
+        own |= {"prefix_cache": prefix_cache, "seed": seed}
+        check("engine", {**options, **placing, **own})
+        check_process()
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
         self.system = opened.system
@@ -120,21 +117,29 @@ class Engine:
             known=opened.known.under(strategy=strategy, lens=lens, pool=pool),
             targets={name: info.targets for name, info in opened.adapters.items()},
         )
-        self._core = Core(
-            opened.header, opened.adapters, placing=placing, options=options, **of_core
+        paths = [info.path for info in opened.adapters.values()]
+        backend = Backend(
+            opened.header,
+            paths,
+            n_ctx=n_ctx,
+            n_seq=n_parallel,
+            adapter_type=adapter_type,
+            placing=placing,
+            options=options,
         )
+        self._core = Core(backend, opened.adapters, prefix_cache=prefix_cache)
         try:
             check_unchanged(opened.states)  # llama.cpp opened the files by name, after the checks
         except BaseException:
             self._core.close()
             raise
-        self._model = model = self._core.model
+        self._model = model = backend.model
         self.loaded_adapters = self._core.adapters  # also those not in use
         self.name = model.name  # the base's own, or its file's
         self.n_layer, self.n_vocab = model.n_layer, model.n_vocab
         self.n_ctx_train = model.n_ctx_train  # tokens of the longest text in training
         self.has_chat_template = bool(model.chat_template)
-        self._weigher = replace(self._weigher, find_question=_question_finder(self._model))
+        self._weigher = replace(self._weigher, find_question=partial(_find_question, model))
 
     # life
 
@@ -626,16 +631,11 @@ class Engine:
         return answer_chat(self, messages, stream=stream, **options)
 
 
-def _question_finder(model: "Model") -> Callable[[Sequence[int]], tuple[int, int] | None]:
-    """Find the question in a prompt; the chat template is read when the first one is sought."""
+def _find_question(model: "Model", tokens: Sequence[int]) -> tuple[int, int] | None:
+    """Find the span of the last user turn; the chat template is read when the first is sought."""
+    from qaflora_edge.chat.tokens import question_finder
 
-    @cache
-    def finder() -> "QuestionFinder":
-        from qaflora_edge.chat.tokens import QuestionFinder
-
-        return QuestionFinder(model)
-
-    return lambda tokens: finder().find(tokens)
+    return question_finder(model).find(tokens)
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> StrategyError:

@@ -18,6 +18,7 @@ from stock import StockContext
 
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
+from qaflora_edge.formats.base import read_base
 
 # llama.cpp looks GELU up in a table of float16, and some of its other kernels round as well: bases
 # without any adapter are then this far from transformers, relative to the largest logit.
@@ -96,7 +97,7 @@ def measured(specimen: Specimen) -> Specimen:
 
 def _logits(path: Path) -> F32:
     """returns  [n_vocab]  after TOKENS"""
-    with Model(path) as model:
+    with Model(read_base(path)) as model:
         context = StockContext(model, n_ctx=64)
         try:
             return context.decode(TOKENS)

@@ -30,6 +30,7 @@ from qaflora_edge.convert.adapter import convert_adapter
 from qaflora_edge.convert.layouts import REASONS
 from qaflora_edge.errors import BackendError, StrategyError, UnsupportedAdapterError
 from qaflora_edge.files import cache_dir
+from qaflora_edge.formats.base import read_base
 
 F32 = NDArray[np.float32]
 
@@ -160,7 +161,7 @@ def _check_stock(specimen: Specimen, files: Mapping[str, Path]) -> str:
     # Under a tied head, build_lora_mm applies the embedding's A to the head and aborts.
     tried = {"projections", "head", *EXPERTS} | (set() if is_tied else {"embedding"})
     unloaded = []
-    with Model(specimen.base) as model:
+    with Model(read_base(specimen.base)) as model:
         for adapter in files.keys() & tried:
             context = StockContext(model, n_ctx=64)
             try:

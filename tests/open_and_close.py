@@ -10,6 +10,7 @@ import tiny
 
 from qaflora_edge import Engine, QafloraError
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.formats.base import read_base
 
 N_CYCLE = 3
 
@@ -24,7 +25,7 @@ def use(base: Path, adapters: dict[str, Path]) -> None:
 
 def fail(base: Path, adapter: Path, broken: Path) -> None:
     """Fail where the library has allocated something already."""
-    with Model(base, gpu_layers=0) as model:
+    with Model(read_base(base), gpu_layers=0) as model:
         for path in (broken, base):
             try:
                 Pack(model, [adapter, path])
@@ -32,7 +33,7 @@ def fail(base: Path, adapter: Path, broken: Path) -> None:
                 continue
             raise AssertionError(f"{path} was loaded as an adapter")
     try:
-        Model(broken, gpu_layers=0)
+        Model(read_base(broken), gpu_layers=0)
     except QafloraError:
         return
     raise AssertionError("a broken base was loaded")

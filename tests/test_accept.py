@@ -11,6 +11,7 @@ from tiny import TinyAdapter, TinyBase, write_tiny_adapter, write_tiny_base
 
 from qaflora_edge.backend import library as native
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.formats.base import read_base
 
 F32 = NDArray[np.float32]
 TOKENS = [72, 101, 261, 32, 113, 117, 101, 115, 116, 262, 111, 102]
@@ -34,7 +35,7 @@ def adapters(tmp_path: Path, base: TinyBase) -> list[TinyAdapter]:
 
 @pytest.fixture
 def loaded(base: TinyBase, adapters: list[TinyAdapter]) -> Iterator[tuple[Model, Pack]]:
-    with Model(base.path) as model, Pack(model, [a.path for a in adapters]) as pack:
+    with Model(read_base(base.path)) as model, Pack(model, [a.path for a in adapters]) as pack:
         yield model, pack
 
 
@@ -175,7 +176,7 @@ def loaded_f32(tmp_path: Path) -> Iterator[tuple[Model, Pack]]:
         write_tiny_adapter(tmp_path / f"f32-{seed}.gguf", base, seed=seed, strength=0.02).path
         for seed in (1, 2, 3)
     ]
-    with Model(base.path) as model, Pack(model, paths) as pack:
+    with Model(read_base(base.path)) as model, Pack(model, paths) as pack:
         yield model, pack
 
 

@@ -11,6 +11,7 @@ from tiny import write_tiny_base
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.library import library_dir
 from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.formats.base import read_base
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -145,7 +146,7 @@ def test_a_token_alone_is_read_as_one_of_many(
     n_head, n_head_kv = heads
     shape: dict[str, int] = {"n_embd": 16 * n_head, "n_head": n_head, "n_head_kv": n_head_kv}
     base = write_tiny_base(tmp_path / "base.gguf", arch, window=9, **shape)
-    model = Model(base.path)
+    model = Model(read_base(base.path))
     tokens = np.random.default_rng(n_head).integers(32, 127, 41).tolist()
     options = {"n_ctx": 64, "n_seq": 3, "threads": 2, "flash_attn": False}
     for kv_type in ("f32", "f16"):

@@ -24,6 +24,7 @@ from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing import numbers as fusion
 
 F32 = NDArray[np.float32]
@@ -63,7 +64,7 @@ def load(
     *,
     adapter_type: str = "auto",
 ) -> tuple[Model, Pack]:
-    model = Model(base.path, gpu_layers=gpu_layers)
+    model = Model(read_base(base.path), gpu_layers=gpu_layers)
     return model, Pack(model, [adapter.path for adapter in adapters], adapter_type=adapter_type)
 
 
@@ -92,7 +93,7 @@ def stock_logits(
     *,
     gpu_layers: int = 0,
 ) -> F32:
-    model = Model(base.path, gpu_layers=gpu_layers)
+    model = Model(read_base(base.path), gpu_layers=gpu_layers)
     stock = StockContext(model)
     if paths:
         stock.set_adapters(paths, scales)
@@ -200,7 +201,7 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> N
     """Ask for kernels; a processor or build without them skips the test."""
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", name)
     try:
-        Pack(Model(base.path), []).close()
+        Pack(Model(read_base(base.path)), []).close()
     except BackendError as error:
         pytest.skip(str(error))
 
@@ -391,7 +392,7 @@ def test_every_kernel_decodes_mixes_together_as_alone(
 def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, base: TinyBase) -> None:
     monkeypatch.setenv("QAFLORA_CPU_KERNELS", "sse9")
     with pytest.raises(BackendError, match="QAFLORA_CPU_KERNELS is 'sse9', expected one of ggml,"):
-        Pack(Model(base.path), [])
+        Pack(Model(read_base(base.path)), [])
 
 
 # the probe
@@ -564,7 +565,7 @@ def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
     exact = write_tiny_base(tmp_path / "exact.gguf", replace=base.tensors, **size)
 
     def logits(base: TinyBase, n_seq: int) -> F32:
-        model = Model(base.path)
+        model = Model(read_base(base.path))
         with Context(model, Pack(model, []), n_ctx=64, n_seq=n_seq, **EXACT) as context:
             context.decode(TOKENS[:10])
             for at in range(10, len(TOKENS)):
@@ -704,7 +705,7 @@ def test_pack_names_what_does_not_fit(
     tmp_path: Path, base: TinyBase, adapters: list[TinyAdapter]
 ) -> None:
     wide = write_tiny_base(tmp_path / "wide.gguf", n_embd=96, n_head=6, n_head_kv=3)
-    model = Model(wide.path)
+    model = Model(read_base(wide.path))
     with pytest.raises(BackendError) as caught:
         Pack(model, [adapters[2].path])
     assert str(caught.value) == (
@@ -726,7 +727,7 @@ def test_adapter_of_a_type_without_numbers_is_refused(
     tensors = {f"blk.0.attn_q.weight.{name}": array for name, array in pair.items()}
     path = write_pairs(tmp_path / "odd.gguf", tensors)
     with pytest.raises(BackendError, match="expected F32, F16, BF16 or a quantised type"):
-        Pack(Model(base.path), [path])
+        Pack(Model(read_base(base.path)), [path])
 
 
 def test_truncated_adapter_is_refused(
@@ -735,7 +736,7 @@ def test_truncated_adapter_is_refused(
     short = tmp_path / "short.gguf"
     short.write_bytes(adapters[0].path.read_bytes()[:-100])
     with pytest.raises(BackendError, match=r"short\.gguf"):
-        Pack(Model(base.path), [short])
+        Pack(Model(read_base(base.path)), [short])
 
 
 def test_weights_of_the_wrong_size_or_value_are_refused(

@@ -14,8 +14,7 @@ from fuzz.mutate import Gguf
 from qaflora_edge.backend.model import Model, shared_model
 from qaflora_edge.errors import GgufFileError, InputFileError
 from qaflora_edge.formats import base
-from qaflora_edge.formats.base import check_base
-from qaflora_edge.formats.gguf import read_gguf_header
+from qaflora_edge.formats.base import read_base
 
 U32, F32, STRING, ARRAY = 4, 6, 8, 9
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
@@ -104,7 +103,7 @@ def test_field_that_llama_cpp_asserts_is_refused(tmp_path: Path, case: str) -> N
     arch, fields, field, found, expected = REFUSED[case]
     path = tmp_path / "base.gguf"
     write_base(path, arch)
-    check_base(read_gguf_header(path))
+    read_base(path)
     change(path, **fields)
     assert refusal(path).startswith(f"{field} is {found}; expected {expected}")
 
@@ -113,7 +112,7 @@ def refusal(path: Path) -> str:
     """Give the part of the message that differs."""
     end = ", for llama.cpp would end the process over it. Fetch or convert the model again."
     with pytest.raises(GgufFileError) as caught:
-        check_base(read_gguf_header(path))
+        read_base(path)
     message = str(caught.value)
     assert message.startswith(f"Cannot use {path} as base: ")
     assert message.endswith(end)
@@ -126,7 +125,7 @@ def test_token_that_is_there_twice_is_refused(tmp_path: Path, n_more: int) -> No
     path = write_base(tmp_path / "base.gguf")
     tokens = [*tiny.byte_tokens(), *(f"more{index}" for index in range(n_more)), "", ""]
     change(path, **{TOKENS: tokens})
-    check_base(read_gguf_header(path))  # tokens without a text are no copies of each other
+    read_base(path)  # tokens without a text are no copies of each other
     last = len(tokens)
     change(path, **{TOKENS: [*tokens, "[EMPTY_256]"]})
     if n_more == 0:  # what the loader calls the first one without a text
@@ -151,7 +150,7 @@ def test_tokens_of_bytes_need_their_names(tmp_path: Path, n_more: int) -> None:
         if field[0] == TYPES.encode():
             field[2] = struct.pack("<I", 5) + field[2][4:]
     path.write_bytes(parts.join())
-    check_base(read_gguf_header(path))
+    read_base(path)
     change(path, **{TOKENS: [*tokens[:place], "A1", *tokens[place + 1 :]]})
     assert refusal(path) == (
         f"tokenizer.ggml.tokens[{place}], of type byte, is 'A1'; expected a name such as <0x0A>"
@@ -191,12 +190,12 @@ def test_the_library_never_sees_such_a_base(tmp_path: Path) -> None:
     """Without the check, loading this file ends the process."""
     path = change(write_base(tmp_path / "base.gguf"), **{"arch.expert_count": 5000})
     with pytest.raises(GgufFileError, match=r"llama\.expert_count is 5000"):
-        Model(path)
+        Model(read_base(path))
 
 
 def test_base_that_vanished_is_named(tmp_path: Path) -> None:
     path = write_base(tmp_path / "base.gguf")
-    header = read_gguf_header(path)
+    header = read_base(path)
     path.unlink()
     with pytest.raises(InputFileError, match=r"base\.gguf: opening or reading it failed: No such"):
-        shared_model(path, {}, header)
+        shared_model(header, {})

@@ -27,6 +27,7 @@ from bundles import (
 from patience import PATIENCE_S
 
 from qaflora_edge import Engine, QafloraError
+from qaflora_edge.backend import context
 from qaflora_edge.bundles import source
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
@@ -45,7 +46,6 @@ from qaflora_edge.formats import checksums
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
-from qaflora_edge.inference import core
 from qaflora_edge.weighing import numbers as fuse
 
 Raw = dict[str, Any]
@@ -439,13 +439,13 @@ def test_a_file_swapped_between_check_and_use_is_refused(
     path = made.folder / "adapters/es.gguf"
     other = path.with_suffix(".other")
     other.write_bytes(path.read_bytes())
-    original = core.Pack
+    original = context.Pack
 
     def swap(*args: Any, **options: Any) -> Any:
         other.rename(path)
         return original(*args, **options)
 
-    monkeypatch.setattr(core, "Pack", swap)
+    monkeypatch.setattr(context, "Pack", swap)
     with pytest.raises(ChecksumError, match=f"{path}: it changed while it was read"):
         Engine(made.folder, n_ctx=64)
 

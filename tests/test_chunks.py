@@ -12,6 +12,7 @@ from qaflora_edge.backend.batch import N_TILE, Chunks, Span, chunks_of, n_ubatch
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.engine import Engine
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.probe import Prober
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 700).tolist()
@@ -118,7 +119,7 @@ def test_a_piece_of_the_probe_is_one_micro_batch(
         return rows
 
     monkeypatch.setattr(Context, "decode_spans", noting)
-    model = Model(base.path)
+    model = Model(read_base(base.path))
     prober = Prober(model, Pack(model, paths), {"threads": 1})
     run_alone(prober.states(TOKENS[:n], range(k)))
     assert lengths == expected

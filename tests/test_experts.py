@@ -28,6 +28,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.errors import AdapterMismatchError, BackendError
+from qaflora_edge.formats.base import read_base
 
 F32 = NDArray[np.float32]
 N_EXPERT = 5
@@ -143,7 +144,7 @@ def test_pack_names_experts_that_do_not_fit(
     tensors = {f"{UP}.lora_a": np.ones(a, np.float32), f"{UP}.lora_b": np.ones(b, np.float32)}
     path = write_pairs(tmp_path / "odd.gguf", tensors)
     with pytest.raises(BackendError) as caught:
-        Pack(Model(base.path), [path])
+        Pack(Model(read_base(base.path)), [path])
     assert f"{path}: '{UP}' {message}; " in str(caught.value)
 
 

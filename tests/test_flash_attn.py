@@ -10,6 +10,7 @@ from tiny import TinyBase, write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.context import context_params
 from qaflora_edge.backend.model import Model
+from qaflora_edge.formats.base import read_base
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def base(tmp_path: Path) -> TinyBase:
 def test_flash_attention_is_used_where_it_is_quicker(
     base: TinyBase, flash_attn: bool | None, options: dict[str, Any], expected: int
 ) -> None:
-    with Model(base.path, gpu_layers=0) as model:
+    with Model(read_base(base.path), gpu_layers=0) as model:
         params = context_params(model, flash_attn=flash_attn, **{"n_token": 512, **options})
         assert params.flash_attn_type == expected
 

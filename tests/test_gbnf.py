@@ -14,6 +14,7 @@ from tiny import write_tiny_base
 
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.inference import constraint
 from qaflora_edge.inference.constraint import Constraint, gbnf_grammar
 
@@ -47,7 +48,7 @@ BAD = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     base = write_tiny_base(tmp_path_factory.mktemp("gbnf") / "base.gguf")
-    with Model(base.path) as model:
+    with Model(read_base(base.path)) as model:
         yield model
 
 

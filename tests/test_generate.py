@@ -13,6 +13,7 @@ from tiny import write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BusyError
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.inference.sequence import TextDecoder
 
 
@@ -40,7 +41,7 @@ def test_earliest_of_several_stops_wins() -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Iterator[Model]:
     base = write_tiny_base(tmp_path / "base.gguf")
-    with Model(base.path) as model:
+    with Model(read_base(base.path)) as model:
         yield model
 
 

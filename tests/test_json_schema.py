@@ -19,6 +19,7 @@ from tiny import write_tiny_base
 from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import GrammarError
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.inference.constraint import Constraint, Grammar, schema_grammar
 
 FORMATS = ["date", "time", "date-time", "duration", "hostname", "ipv4", "ipv6", "uuid"]
@@ -27,7 +28,7 @@ FORMATS = ["date", "time", "date-time", "duration", "hostname", "ipv4", "ipv6", 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     base = write_tiny_base(tmp_path_factory.mktemp("schema") / "base.gguf")
-    with Model(base.path) as model:
+    with Model(read_base(base.path)) as model:
         yield model
 
 

@@ -18,6 +18,7 @@ from qaflora_edge import Engine, QafloraError
 from qaflora_edge.backend.batch import chunks_of
 from qaflora_edge.backend.model import Model
 from qaflora_edge.errors import BackendError, OptionError, PromptError, WeightsError
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.inference.score import _N_OUTPUT, _N_SEQ
 
 F32 = NDArray[np.float32]
@@ -81,7 +82,7 @@ def stock_score(
     base, adapters = parts
     path = write_merged(place / "merged.gguf", base, list(adapters.values()), weights).path
     scores = []
-    with Model(path) as model:
+    with Model(read_base(path)) as model:
         context = StockContext(model, n_ctx=512)
         logits = context.decode(prompt)
         for token in continuation:

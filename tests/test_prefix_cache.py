@@ -13,6 +13,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.backend.probe_context import ProbeContext
 from qaflora_edge.errors import BackendError
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.probe import Prefixes, Prober
 
 F32 = NDArray[np.float32]
@@ -41,7 +42,7 @@ def loaded(base: TinyBase) -> tuple[Model, Pack]:
         write_tiny_adapter(base.path.with_name(f"{i}.gguf"), base, rank=3 + i, seed=i).path
         for i in (1, 2, 3)
     ]
-    model = Model(base.path)
+    model = Model(read_base(base.path))
     return model, Pack(model, paths)
 
 

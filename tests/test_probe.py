@@ -16,6 +16,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend.context import Context
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, StrategyError
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.probe import Prober
 
 F32 = NDArray[np.float32]
@@ -61,7 +62,7 @@ class Alone:
 
 
 def prober(base: TinyBase, adapters: Sequence[TinyAdapter]) -> Alone:
-    model = Model(base.path)
+    model = Model(read_base(base.path))
     pack = Pack(model, [adapter.path for adapter in adapters])
     return Alone(Prober(model, pack, EXACT), len(adapters))
 
@@ -96,7 +97,7 @@ def test_below_where_adapters_begin_states_are_the_bases(
     ]
     whole = [with_zeros(tmp_path / f"w{i}.gguf", base, a) for i, a in enumerate(adapters)]
     short, full = prober(base, adapters), prober(base, whole)
-    assert Pack(Model(base.path), [a.path for a in adapters]).first_layers == firsts
+    assert Pack(Model(read_base(base.path)), [a.path for a in adapters]).first_layers == firsts
     for n in (1, 12, 20, 60):  # of up to 16 tokens all products have rows in two parts
         for states, expected in (
             (short.states(TOKENS[:n]), full.states(TOKENS[:n])),
@@ -121,7 +122,7 @@ def test_a_turn_that_needs_a_larger_context_costs_no_more(
     """What was read moves into the larger context as it is, of all sequences."""
     base = write_tiny_base(tmp_path / "base.gguf", architecture, window=64, n_ctx=2048)
     adapters = [write_tiny_adapter(tmp_path / f"{i}.gguf", base, seed=i) for i in (1, 2)]
-    model = Model(base.path)
+    model = Model(read_base(base.path))
     pack = Pack(model, [adapter.path for adapter in adapters])
     options = EXACT | {"kv_type": "f16", "flash_attn": True}
     tokens = np.random.default_rng(5).integers(0, 256, 700).tolist()
@@ -171,7 +172,7 @@ def test_norm_needs_a_query_projection(tmp_path: Path) -> None:
 
 def two_turns(base: TinyBase, adapters: Sequence[TinyAdapter], w1: F32, w2: F32) -> F32:
     """Logits when the first 20 tokens were read under w1 and the others under w2."""
-    model = Model(base.path)
+    model = Model(read_base(base.path))
     pack = Pack(model, [adapter.path for adapter in adapters])
     with Context(model, pack, n_ctx=64, **EXACT) as context:
         context.set_weights(w1)
@@ -214,7 +215,7 @@ def test_states_that_are_no_numbers_are_nobody_elses(
     long = np.random.default_rng(5).integers(0, 256, 600).tolist()
 
     def opened() -> Prober:
-        model = Model(base.path)
+        model = Model(read_base(base.path))
         return Prober(model, Pack(model, [adapter.path for adapter in adapters]), options)
 
     spoilt = opened()

@@ -14,6 +14,7 @@ from tiny import CHATML, TinyBase, write_tiny_adapter, write_tiny_base
 from qaflora_edge import Engine, FusionWeights
 from qaflora_edge.backend.model import Model
 from qaflora_edge.chat.tokens import QuestionFinder, chat_tokens
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.weighing.numbers import kl_divergence
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attn": False}
@@ -50,7 +51,7 @@ def found(model: Model, messages: Sequence[Any]) -> str | None:
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS])
 def test_the_question_is_the_last_user_turn(tmp_path: Path, template: str) -> None:
-    model = Model(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path)
+    model = Model(read_base(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path))
     conversations = [
         asked("the air"),
         asked("a", "user\nthe ring", "what is it"),
@@ -69,7 +70,7 @@ def test_the_question_is_the_last_user_turn(tmp_path: Path, template: str) -> No
 def test_without_control_tokens_around_it_there_is_none(
     tmp_path: Path, template: str | None
 ) -> None:
-    model = Model(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path)
+    model = Model(read_base(write_tiny_base(tmp_path / "base.gguf", chat_template=template).path))
     tokens = model.tokenize("user: the air\nassistant:", add_special=False, parse_special=False)
     assert QuestionFinder(model).find(tokens) is None
     assert QuestionFinder(model).find([]) is None

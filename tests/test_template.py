@@ -19,6 +19,7 @@ from qaflora_edge.chat.template import (
 )
 from qaflora_edge.chat.tokens import chat_tokens
 from qaflora_edge.errors import ChatTemplateError
+from qaflora_edge.formats.base import read_base
 
 MESSAGES = [
     {"role": "system", "content": " be kind "},
@@ -183,7 +184,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("template", "reason"), REFUSALS)
 def test_refusal_is_told_with_its_reason(tmp_path: Path, template: str, reason: str) -> None:
     base = write_tiny_base(tmp_path / "base.gguf", chat_template=template)
-    with Model(base.path) as model, pytest.raises(ChatTemplateError) as caught:
+    with Model(read_base(base.path)) as model, pytest.raises(ChatTemplateError) as caught:
         chat_tokens(model, MESSAGES)
     assert str(caught.value) == (
         f"The chat template of base.gguf refused the conversation: {reason}. "
@@ -202,7 +203,7 @@ def test_templates_agree_with_transformers(smollm2: Path) -> None:
     """The same text as transformers' own environment makes."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with Model(smollm2) as model:
+    with Model(read_base(smollm2)) as model:
         templates = [model.chat_template, *(template for template, _ in GOOD)]
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     for template in templates:

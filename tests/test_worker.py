@@ -36,6 +36,8 @@ from qaflora_edge.backend import library
 from qaflora_edge.backend.model import Model
 from qaflora_edge.cli import main
 from qaflora_edge.errors import OptionError, WorkerError
+from qaflora_edge.formats.base import read_base
+from qaflora_edge.formats.gguf import GgufHeader
 
 TOKENS = cpu.TOKENS
 NEAR = 1e-4  # logits and states are of size 1 to 5
@@ -74,8 +76,8 @@ def placed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if "rpc" in request.fixturenames:
         rpc = request.getfixturevalue("rpc")
 
-        def model(path: Path, gpu_layers: int) -> Model:
-            return Model(path, gpu_layers=gpu_layers, rpc=rpc if gpu_layers else None)
+        def model(header: GgufHeader, gpu_layers: int) -> Model:
+            return Model(header, gpu_layers=gpu_layers, rpc=rpc if gpu_layers else None)
 
         monkeypatch.setattr(cpu, "Model", model)
 
@@ -252,7 +254,7 @@ def test_server_says_503_once_a_worker_is_lost(tmp_path: Path, free: Worker) -> 
 )
 def test_worker_of_another_build_is_refused(base, version, build, said) -> None:
     with pretender(version, build) as endpoint, pytest.raises(WorkerError) as caught:
-        Model(base.path, rpc=endpoint)
+        Model(read_base(base.path), rpc=endpoint)
     assert f"The worker {endpoint} cannot be used: {said}" in str(caught.value)
     assert "Start `qaflora worker` of this version there." in str(caught.value)
 
@@ -272,7 +274,7 @@ def test_worker_refuses_clients_of_another_build(tmp_path: Path) -> None:
 def test_nothing_is_there(base: TinyBase) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     with pytest.raises(WorkerError) as caught:
-        Model(base.path, rpc=endpoint)
+        Model(read_base(base.path), rpc=endpoint)
     assert str(caught.value) == (
         f"The worker {endpoint} cannot be used: nothing answers there. Start `qaflora worker` of "
         "this version there."
@@ -284,18 +286,18 @@ def test_wrong_name_of_a_worker(base: TinyBase, text: str) -> None:
     with pytest.raises(
         OptionError, match=r"expected HOST:PORT|expected up to 16 different workers"
     ):
-        Model(base.path, rpc=text)
+        Model(read_base(base.path), rpc=text)
 
 
 @pytest.mark.parametrize("split", ["x", "0", "1,nan"])
 def test_wrong_split(base: TinyBase, workers: list[Worker], split: str) -> None:
     with pytest.raises(OptionError, match=r"Option tensor_split is .* expected numbers from 0 up"):
-        Model(base.path, rpc=workers[0].endpoint, tensor_split=split)
+        Model(read_base(base.path), rpc=workers[0].endpoint, tensor_split=split)
 
 
 def test_split_of_another_length(base: TinyBase, workers: list[Worker]) -> None:
     with pytest.raises(OptionError, match="tensor_split has 2 numbers, expected 1: one for each"):
-        Model(base.path, rpc=workers[0].endpoint, tensor_split="1,1")
+        Model(read_base(base.path), rpc=workers[0].endpoint, tensor_split="1,1")
 
 
 # the command

@@ -9,9 +9,11 @@ import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +27,12 @@ from qaflora_edge.backend.library import (
     last_error,
     logged,
 )
-from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.model import Model, Pack, shared_model
 from qaflora_edge.config import KV_TYPES
 from qaflora_edge.errors import BackendError, CancelledError
+from qaflora_edge.formats.gguf import GgufHeader
 
+T = TypeVar("T")
 U8 = NDArray[np.uint8]
 _DECODE_ABORTED = 2  # llama.h llama_decode
 _FLASH_ATTN_AUTO, _FLASH_ATTN_OFF, _FLASH_ATTN_ON = -1, 0, 1  # llama.h llama_flash_attn_type
@@ -367,6 +371,63 @@ class Context(Handle):
     def n_decoded(self) -> int:
         """Count the micro-batches computed so far."""
         return int(self._functions.get_stats(self._pointer).n_decoded)
+
+
+class Backend:
+    """The library's part of an Engine: a base, its adapters, and all contexts made of them.
+
+    base      header from formats.base.read_base
+    adapters  files, in the order of every first axis
+    n_ctx, n_seq  tokens of each sequence of the answering context, and how many sequences
+    adapter_type  one of config.ADAPTER_TYPES
+    placing   gpu_layers, rpc and tensor_split: where the base's layers go
+    options   threads, kv_type and flash_attn of every context; `options` has `stop` as well
+
+    close() frees all, contexts before their model. Without it the garbage collector does.
+    """
+
+    def __init__(
+        self,
+        base: GgufHeader,
+        adapters: Sequence[Path],
+        *,
+        n_ctx: int,
+        n_seq: int,
+        adapter_type: str,
+        placing: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        self.stop = Stop()
+        self.options: dict[str, Any] = {**options, "stop": self.stop}
+        self._resources: list[Any] = []
+        weakref.finalize(self, _close_all, self._resources).atexit = False
+        try:
+            self.model = shared_model(base, placing)
+            self._resources.append(self.model)
+            self.pack = Pack(self.model, adapters, adapter_type=adapter_type)
+            self._resources.append(self.pack)
+            self.context = self.keep(
+                Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_seq, **self.options)
+            )
+            self.model.check_workers()
+        except BaseException:
+            self.close()
+            raise
+        self.chunks = self.context.chunks()
+
+    def keep(self, resource: T) -> T:
+        """Close a resource with the others, the last one first."""
+        self._resources.append(resource)
+        return resource
+
+    def close(self) -> None:
+        """Free everything. A second call does nothing."""
+        _close_all(self._resources)
+
+
+def _close_all(resources: list[Any]) -> None:
+    while resources:
+        resources.pop().close()
 
 
 def cancelled() -> CancelledError:

@@ -14,8 +14,7 @@ from qaflora_edge.backend.library import Handle, forget_logged, last_error, load
 from qaflora_edge.config import ADAPTER_TYPES
 from qaflora_edge.errors import BackendError, GgufFileError, PromptError
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.base import check_base
-from qaflora_edge.formats.gguf import GgufHeader, read_gguf_header
+from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.formats.inputs import reading
 
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
@@ -51,35 +50,26 @@ class SpecialToken:
 class Model(Handle):
     """A base, memory-mapped and shared by all contexts.
 
+    base          header from formats.base.read_base, which refuses what would end the process
     gpu_layers    layers on devices; None: all
     rpc           the workers that are devices, before this machine's GPUs
     tensor_split  how many layers each device gets, relative to the others
-    header        of the file, where it was read before
 
-    Raises GgufFileError when the file cannot be loaded, or would end the process; WorkerError
-    where a worker cannot be used.
+    Raises GgufFileError when the file cannot be loaded, WorkerError where a worker cannot be used.
     """
 
     def __init__(
         self,
-        path: AnyPath,
+        base: GgufHeader,
         *,
         gpu_layers: int | None = None,
         rpc: str | None = None,
         tensor_split: str | None = None,
-        header: GgufHeader | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = base.path
         self._key: _Key | None = None  # where others find it
         self._n_user = 1
         self._lib, self._functions = load()
-        if not self.path.is_file():
-            raise GgufFileError(
-                f"The base {self.path} does not exist; give the path of a GGUF file, "
-                "or fetch one with `qaflora pull`."
-            )
-        header = header or read_gguf_header(self.path)
-        check_base(header)
         params = self._lib.llama_model_default_params()
         self._workers, has_devices = place(
             params, gpu_layers=gpu_layers, rpc=rpc, tensor_split=tensor_split
@@ -92,7 +82,7 @@ class Model(Handle):
         except BaseException:
             self.close()
             raise
-        self.name = header.name or self.path.name
+        self.name = base.name or self.path.name
         template = self._lib.llama_model_chat_template(self._pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
         self._is_end: dict[int, bool] = {}
@@ -223,16 +213,16 @@ _sharing = threading.RLock()  # a garbage collector may close one in the middle
 _shared: dict[_Key, Model] = {}
 
 
-def shared_model(path: Path, placing: Mapping[str, Any], header: GgufHeader) -> Model:
+def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
     """Load a base once for all users of the same file under the same options.
 
-    placing  gpu_layers, rpc and tensor_split of Model
+    base, placing  as Model takes them
 
     Each user closes it once. Raises as Model does.
     """
     with _sharing:
-        with reading(path):
-            found = path.stat()
+        with reading(base.path):
+            found = base.path.stat()
         where = (placing.get(name) for name in PLACING)
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where)
         model = _shared.get(key)
@@ -241,7 +231,7 @@ def shared_model(path: Path, placing: Mapping[str, Any], header: GgufHeader) -> 
             return model
         if model is not None:  # others will close it
             model._key = None
-        model = _shared[key] = Model(path, **placing, header=header)
+        model = _shared[key] = Model(base, **placing)
         model._key = key
         return model
 

@@ -73,7 +73,7 @@ def main() -> None:
             measured = {
                 "peak_bytes": peak_rss_bytes(),
                 "base_bytes": engine._core.model.path.stat().st_size,
-                "adapters_bytes": engine._core.pack.size_bytes,
+                "adapters_bytes": engine._core.backend.pack.size_bytes,
                 "python_bytes": python_bytes,
             }
     except QafloraError as error:

@@ -15,6 +15,7 @@ from qaflora_edge.backend.library import logged
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.bundles.measure import neutral_prompts
 from qaflora_edge.errors import BackendError
+from qaflora_edge.formats.base import read_base
 
 
 class StockContext(Context):
@@ -71,7 +72,7 @@ class Rig:
         self._adapter_type, self._options = adapter_type, dict(options)
         self._loras: list[Any] = []  # the model frees them
         self._open = contextlib.ExitStack()
-        self.model = self._open.enter_context(contextlib.closing(Model(base, **placing)))
+        self.model = self._open.enter_context(contextlib.closing(Model(read_base(base), **placing)))
 
     def __enter__(self) -> Self:
         return self

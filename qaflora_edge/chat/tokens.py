@@ -1,6 +1,7 @@
 """Conversations: the base's own chat template."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from qaflora_edge.backend.batch import n_common
@@ -120,6 +121,12 @@ class QuestionFinder:
         while end < len(tokens) and tokens[end] not in self._control:
             end += 1
         return (start, end) if start < end else None
+
+
+@lru_cache(4)
+def question_finder(model: Model) -> QuestionFinder:
+    """Give a base's finder: its template is read once."""
+    return QuestionFinder(model)
 
 
 def _last_place(part: Sequence[int], tokens: Sequence[int]) -> int | None:

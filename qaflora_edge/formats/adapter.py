@@ -20,7 +20,7 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.base import is_bypassed, module_kind
+from qaflora_edge.formats.base import is_bypassed, module_kind, read_base
 from qaflora_edge.formats.gguf import (
     GgufHeader,
     TensorInfo,
@@ -75,7 +75,7 @@ def read_with_adapters(
     base_path: Path, paths: Mapping[str, Path]
 ) -> tuple[GgufHeader, dict[str, AdapterInfo]]:
     """Read the header of a base, and check adapters (name -> GGUF) against it."""
-    header = read_gguf_header(base_path)
+    header = read_base(base_path)
     return header, {name: read_adapter(path, header) for name, path in paths.items()}
 
 

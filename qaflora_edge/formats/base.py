@@ -1,7 +1,7 @@
 """Facts about architectures, and checks of a base before llama.cpp loads it.
 
 `data/architectures.json` was read in llama.cpp 0c1e5709: conversion/*.py, src/models/*.cpp and
-src/llama-arch.cpp. llama.cpp's loader refuses most damaged bases. `check_base` refuses what would
+src/llama-arch.cpp. llama.cpp's loader refuses most damaged bases. `read_base` refuses what would
 end the process or never finish.
 """
 
@@ -17,12 +17,13 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from qaflora_edge.errors import GgufFileError
-from qaflora_edge.files import package_data
+from qaflora_edge.files import AnyPath, package_data
 from qaflora_edge.formats.gguf import (
     GgufHeader,
     SkippedArray,
     brief,
     read_array,
+    read_gguf_header,
     read_texts,
 )
 
@@ -102,8 +103,12 @@ _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 _ATTENTION = re.compile(r"blk\.(?P<layer>\d+)\.attn_(?P<part>q|k|v|qkv)\.weight")
 
 
-def check_base(header: GgufHeader) -> None:
-    """Check what llama.cpp relies on without looking. Raises GgufFileError naming the field."""
+def read_base(path: AnyPath) -> GgufHeader:
+    """Read the header of a base, and check what llama.cpp relies on without looking.
+
+    Raises InputFileError when the file cannot be read, GgufFileError naming the field.
+    """
+    header = read_gguf_header(path)
     base = _Base(header, ARCH_FACTS.get(header.architecture, ArchFacts()))
     base.check_ranges()
     base.check_experts()
@@ -113,6 +118,7 @@ def check_base(header: GgufHeader) -> None:
         base.check_projections()
     _check_tensors(header)
     _check_tokens(header)
+    return header
 
 
 def _fail(header: GgufHeader, key: str, found: object, expected: str) -> NoReturn:

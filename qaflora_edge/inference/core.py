@@ -1,4 +1,4 @@
-"""The core: a base with its adapters and contexts, opened and closed, and the loop that computes.
+"""The core: an Engine's calls, and the loop that computes for them.
 
 Token ids, weights and samplers go in. Texts and strategies are the Engine's matter.
 """
@@ -8,16 +8,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from qaflora_edge.arrays import F32
-from qaflora_edge.backend.context import Context, Stop
-from qaflora_edge.backend.model import Pack, shared_model
+from qaflora_edge.backend.context import Backend
 from qaflora_edge.errors import BusyError, QafloraError
 from qaflora_edge.formats.adapter import AdapterInfo
-from qaflora_edge.formats.gguf import GgufHeader
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.loop import Loop
 from qaflora_edge.inference.request import Cancellation, Request
@@ -37,36 +35,19 @@ _process: int | None = None  # in which the library computed first
 
 
 class Core:
-    """Everything of the library that an Engine has open.
+    """Runs the calls of an Engine, and closes its backend when none is left.
 
-    base        header of the base's file
-    adapters    name -> adapter GGUF, checked, in the order of every first axis
-    n_ctx       tokens of prompt and answer together, of each request
-    n_parallel  requests that are decoded together
-    placing     gpu_layers, rpc and tensor_split: where the base's layers go
-    adapter_type  one of config.ADAPTER_TYPES
+    backend   freed by close()
+    adapters  name -> facts of its file, in the order of every first axis
     prefix_cache  MiB for the probe's KV states of earlier prompts
-    options     threads, kv_type and flash_attn of every context
-
-    Without close() the resources are freed when the core is collected.
     """
 
     def __init__(
-        self,
-        base: GgufHeader,
-        adapters: Mapping[str, AdapterInfo],
-        *,
-        n_ctx: int,
-        n_parallel: int,
-        placing: Mapping[str, Any],
-        adapter_type: str,
-        prefix_cache: int,
-        options: Mapping[str, Any],
+        self, backend: Backend, adapters: Mapping[str, AdapterInfo], *, prefix_cache: int
     ) -> None:
-        _check_process()
-        self.adapters, self.n_ctx = tuple(adapters), n_ctx
+        self.backend, self.model, self.context = backend, backend.model, backend.context
+        self.adapters = tuple(adapters)
         self._infos, self._prefix_cache = list(adapters.values()), prefix_cache
-        self._options: dict[str, Any] = {**options, "stop": Stop()}  # of every context
         self._opening = threading.Lock()
         self._prober: Prober | None = None
         self._scorer: Scorer | None = None
@@ -77,21 +58,8 @@ class Core:
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancelling = threading.RLock()  # all threads change that set
         self.last_answer: int | None = None  # number of the last request's sequence
-        self._resources: list[Any] = []  # freed in reverse order: contexts before their model
-        weakref.finalize(self, _close_all, self._resources).atexit = False
-        paths = [info.path for info in self._infos]
-        try:
-            self.model = self._keep(shared_model(base.path, placing, base))
-            self.pack = self._keep(Pack(self.model, paths, adapter_type=adapter_type))
-            self.context = self._keep(
-                Context(self.model, self.pack, n_ctx=n_ctx, n_seq=n_parallel, **self._options)
-            )
-            self.model.check_workers()
-        except BaseException:
-            _close_all(self._resources)
-            raise
-        scheduler = Scheduler(n_parallel, self.context.chunks())
-        self.loop = Loop(self.model, self.context, scheduler, self._options["stop"])
+        scheduler = Scheduler(backend.context.n_seq, backend.chunks)
+        self.loop = Loop(self.model, self.context, scheduler, backend.stop)
 
     @property
     def prober(self) -> "Prober":
@@ -101,9 +69,13 @@ class Core:
         with self._opening:
             if self._prober is None:
                 prefixes = Prefixes(self._prefix_cache << 20)
-                self._prober = self._keep(
+                self._prober = self.backend.keep(
                     Prober(
-                        self.model, self.pack, self._options, infos=self._infos, prefixes=prefixes
+                        self.model,
+                        self.backend.pack,
+                        self.backend.options,
+                        infos=self._infos,
+                        prefixes=prefixes,
                     )
                 )
             return self._prober
@@ -115,12 +87,8 @@ class Core:
 
         with self._opening:
             if self._scorer is None:
-                self._scorer = self._keep(Scorer(self.model, self.pack, self._options))
+                self._scorer = self.backend.keep(Scorer(self.backend))
             return self._scorer
-
-    def _keep(self, resource: T) -> T:
-        self._resources.append(resource)
-        return resource
 
     # life
 
@@ -135,7 +103,7 @@ class Core:
     def _hold(self) -> Iterator[None]:
         """Keep the resources open. Raises BusyError after close() or a fork."""
         global _process
-        _check_process()
+        check_process()
         me = threading.get_ident()
         with self._idle:
             if self.is_closed:
@@ -176,7 +144,7 @@ class Core:
         self.loop.close()
         with self._idle:
             self._idle.wait_for(lambda: not self._n_call)
-        _close_all(self._resources)
+        self.backend.close()
 
     # cancelling
 
@@ -254,7 +222,7 @@ class Core:
 
     def begin(self, request: Request, sampler: Sampler | None, fusion: FusionWeights) -> Generation:
         """Put a request into the queue."""
-        n_room = self.n_ctx - len(request.tokens) + 1
+        n_room = self.context.n_ctx - len(request.tokens) + 1
         most = request.sampling.max_tokens
         n_max = n_room if most is None else min(n_room, most)
         sequence = RunningSequence(request, sampler, n_max)
@@ -274,7 +242,7 @@ class Core:
         return Generation(sequence, fusion, drive=self.loop.drive, call=self._hold)
 
 
-def _check_process() -> None:
+def check_process() -> None:
     """Raise BusyError in a process that was forked from one in which the library has computed.
 
     Its threads do not exist after a fork, and the library would wait for them for ever.
@@ -285,8 +253,3 @@ def _check_process() -> None:
             "the library's threads are not here. Start processes with multiprocessing's method "
             "'spawn', or fork before the first Engine is used."
         )
-
-
-def _close_all(resources: list[Any]) -> None:
-    while resources:
-        resources.pop().close()

@@ -2,14 +2,12 @@
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.backend.batch import Outputs, Span
-from qaflora_edge.backend.context import Context
-from qaflora_edge.backend.model import Model, Pack
+from qaflora_edge.backend.context import Backend, Context
 from qaflora_edge.errors import BackendError
 from qaflora_edge.inference.sequence import log_softmax
 from qaflora_edge.weighing.probe import n_ctx_for, wiped_on_failure
@@ -33,8 +31,8 @@ class Scorer:
     Continuations of one prompt under the same weights share its KV state.
     """
 
-    def __init__(self, model: Model, pack: Pack, options: dict[str, Any]) -> None:
-        self._model, self._pack, self._options = model, pack, options
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._context: Context | None = None
 
     def close(self) -> None:
@@ -67,13 +65,13 @@ class Scorer:
         if self._context is None or self._context.n_ctx < n_token:
             self.close()
             self._context = Context(
-                self._model,
-                self._pack,
+                self._backend.model,
+                self._backend.pack,
                 n_ctx=n_ctx_for(n_token),
                 n_seq=_N_SEQ,
                 n_output=_N_OUTPUT,
                 is_unified=True,
-                **self._options,
+                **self._backend.options,
             )
         return self._context
 

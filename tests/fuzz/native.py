@@ -14,6 +14,7 @@ from qaflora_edge.backend.library import load
 from qaflora_edge.backend.model import Model, Pack
 from qaflora_edge.errors import BackendError, QafloraError
 from qaflora_edge.formats.adapter import read_adapter_gguf
+from qaflora_edge.formats.base import read_base
 from qaflora_edge.formats.gguf import read_values
 
 TOKENS = (72, 101, 108, 108)
@@ -26,7 +27,7 @@ REFUSED = 3  # exit code of a child
 
 @cache
 def _model(path: Path) -> Model:
-    return Model(path, gpu_layers=0)
+    return Model(read_base(path), gpu_layers=0)
 
 
 def use_adapter(base_path: Path, adapter_path: Path) -> None:
@@ -92,7 +93,7 @@ def _use_base_and_exit(path: Path, said_path: Path) -> None:
 
 
 def _use_base(path: Path) -> None:
-    model = Model(path, gpu_layers=0)
+    model = Model(read_base(path), gpu_layers=0)
     tokens = model.tokenize("Hello wörld <|im_end|> 1", add_special=True, parse_special=True)
     for token in range(min(model.n_vocab, 400)):
         model.piece(token, special=True)
