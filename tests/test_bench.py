@@ -32,10 +32,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     base = tiny.write_tiny_base(tmp_path_factory.mktemp("rig") / "base.gguf")
-    paths = {}
-    for seed, name in enumerate(("math", "es")):
-        path = base.path.with_name(f"{name}.gguf")
-        paths[name] = tiny.write_tiny_adapter(path, base, seed=seed).path
+    paths = [
+        tiny.write_tiny_adapter(base.path.with_name(f"{seed}.gguf"), base, seed=seed).path
+        for seed in range(2)
+    ]
     options = {"threads": 1, "kv_type": "f32", "flash_attn": False}
     with Rig(base.path, paths, placing={}, options=options) as rig:
         yield rig
@@ -80,9 +80,9 @@ def test_ratios_of_decode_are_taken_within_a_round(shown: dict[str, Any], length
 @pytest.mark.slow
 def test_stock_and_ours_compute_the_same(shown: dict[str, Any]) -> None:
     """Logits have a spread of 3; F16 keys and values, and sums in another order."""
-    for k in (1, 3):
-        found = runs(shown, "decode", "logits_difference", contestant="ours", k=k, prompt_tokens=40)
-        assert max(found) < 2e-2
+    found = [row["logits_difference"] for row in shown["decode"] if row["contestant"] == "ours"]
+    assert len(found) == 4
+    assert max(found) < 2e-2
 
 
 @pytest.mark.slow
@@ -119,8 +119,7 @@ def test_callers_are_compared_with_one_and_with_the_base(shown: dict[str, Any]) 
 @pytest.mark.slow
 def test_memory_has_the_files_in_it(shown: dict[str, Any], made: TinyBundle) -> None:
     memory = shown["memory"]
-    assert memory["base_bytes"] == made.base.path.stat().st_size
-    assert 0 < memory["python_bytes"] < memory["peak_bytes"]
+    assert made.base.path.stat().st_size + memory["adapters_bytes"] < memory["peak_bytes"]
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ def measure_memory(
     """Answer a prompt once in a new process, and return what it took.
 
     engine   keywords of Engine
-    returns  peak_bytes: the most resident memory; base_bytes and adapters_bytes: what the base's
-             file and the packed adapters have of it; python_bytes: what was resident before
+    returns  peak_bytes: the most resident memory; adapters_bytes: what the packed adapters have of
+             it
 
     Raises BackendError when that process fails.
     """
@@ -42,16 +42,6 @@ def measure_memory(
     return measured
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process had resident so far.
-
-    Raises OptionError where the system is not Linux, which alone says.
-    """
-    if (peak := status_bytes("VmHWM")) is None:
-        raise OptionError("Peak memory is measured on Linux only; leave out memory with --only.")
-    return peak
-
-
 def status_bytes(field: str, pid: int | str = "self") -> int | None:
     """A size in Linux's account of a process; unlike ru_maxrss it knows no parent's peak."""
     try:
@@ -66,16 +56,18 @@ def main() -> None:
     """Answer the request on stdin."""
     from qaflora_edge.engine import Engine
 
-    request, python_bytes = json.load(sys.stdin), peak_rss_bytes()
+    request = json.load(sys.stdin)
     try:
         with Engine(request["bundle"], **request["engine"]) as engine:
             engine.generate(request["tokens"], max_tokens=request["max_tokens"]).text()
             measured = {
-                "peak_bytes": peak_rss_bytes(),
-                "base_bytes": engine._core.model.path.stat().st_size,
+                "peak_bytes": status_bytes("VmHWM"),
                 "adapters_bytes": engine._core.backend.pack.size_bytes,
-                "python_bytes": python_bytes,
             }
+        if measured["peak_bytes"] is None:
+            raise OptionError(
+                "Peak memory is measured on Linux only; leave out memory with --only."
+            )
     except QafloraError as error:
         sys.exit(" ".join(str(error).splitlines()))
     print(json.dumps(measured))

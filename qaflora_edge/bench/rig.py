@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +49,10 @@ class StockContext(Context):
             raise BackendError(f"llama_set_adapters_lora failed with code {code}.")
 
 
-class Rig:
+class Rig(contextlib.ExitStack):
     """One base and the contexts that are timed on it; close() frees all of them.
 
-    adapters      name -> adapter GGUF; for more than these each is loaded again, and costs what
-                  another adapter would
+    adapters      for more than these each is loaded again, and costs what another adapter would
     placing       gpu_layers, rpc and tensor_split
     adapter_type  type that ours are converted to; llama.cpp's own stay as their files have them
     options       threads, kv_type and flash_attn of every context
@@ -62,23 +61,16 @@ class Rig:
     def __init__(
         self,
         base: Path,
-        adapters: Mapping[str, Path],
+        adapters: Sequence[Path],
         *,
         placing: Mapping[str, Any],
         adapter_type: str = "auto",
         options: Mapping[str, Any],
     ) -> None:
-        self._paths = list(adapters.values())
-        self._adapter_type, self._options = adapter_type, dict(options)
+        super().__init__()
+        self._paths, self._adapter_type, self._options = adapters, adapter_type, dict(options)
         self._loras: list[Any] = []  # the model frees them
-        self._open = contextlib.ExitStack()
-        self.model = self._open.enter_context(contextlib.closing(Model(read_base(base), **placing)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+        self.model = self.enter_context(contextlib.closing(Model(read_base(base), **placing)))
 
     def base(self, n_ctx: int) -> StockContext:
         """The base alone."""
@@ -93,14 +85,14 @@ class Rig:
             self._loras.append(lora)
         loras = self._loras[:k]
         context = StockContext(self.model, loras, n_ctx=n_ctx, **self._options)
-        return self._open.enter_context(contextlib.closing(context))
+        return self.enter_context(contextlib.closing(context))
 
     def ours(self, k: int, n_ctx: int) -> Context:
         """k adapters of one pack, at weight 1/k in every layer."""
         pack = Pack(self.model, self._copies(k), adapter_type=self._adapter_type)
-        self._open.callback(pack.close)
+        self.callback(pack.close)
         context = Context(self.model, pack, n_ctx=n_ctx, **self._options)
-        self._open.callback(context.close)
+        self.callback(context.close)
         context.set_weights(np.full((k, self.model.n_layer), 1.0 / k, np.float32))
         return context
 
@@ -124,24 +116,22 @@ def prefill(context: Context, tokens: Sequence[int]) -> None:
 class Prompts:
     """Draws prompts out of everyday text in many languages, each with another first token.
 
-    So no KV state of one prompt serves the next.
+    So no KV state of one prompt serves the next. `ends` are the tokens that end an answer.
     """
 
     def __init__(self, model: Model, seed: int) -> None:
-        self._model, self._random = model, random.Random(seed)
+        self._model, self._random, self._n_drawn = model, random.Random(seed), 0
         self._start = model.tokenize("", add_special=True, parse_special=False)[:1]
-        self._n_drawn = 0
+        self.ends = [token for token in range(model.n_vocab) if model.is_end(token)]
 
     def draw(self, n_token: int) -> list[int]:
         """Token ids: BOS where the base asks for it, a number, then text from any place on."""
         self._n_drawn += 1
-        tokens = self._ids(f"{self._n_drawn}. ")
-        texts = neutral_prompts()
+        text, texts = f"{self._n_drawn}. ", neutral_prompts()
+        tokens: list[int] = []
         while len(tokens) < n_token:
+            tokens += self._model.tokenize(text, add_special=False, parse_special=False)
             self._random.shuffle(texts)
-            text = "\n".join(texts)
-            tokens += self._ids(text[self._random.randrange(len(text) // 2) :] + "\n")
+            text = "\n".join(texts) + "\n"
+            text = text[self._random.randrange(len(text) // 2) :]
         return (self._start + tokens)[:n_token]
-
-    def _ids(self, text: str) -> list[int]:
-        return self._model.tokenize(text, add_special=False, parse_special=False)

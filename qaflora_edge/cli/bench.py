@@ -127,7 +127,7 @@ def _measured(
     size = {"n_ctx": longest + max(plan.callers) + plan.max_tokens, "strategy": options.strategy}
     rig = Rig(
         loaded.base_path,
-        loaded.adapter_paths,
+        list(loaded.adapter_paths.values()),
         placing={name: given[name] for name in PLACING},
         adapter_type=given["adapter_type"],
         options={name: given[name] for name in ("threads", "kv_type", "flash_attn")},
@@ -145,7 +145,7 @@ def _measured(
             alone = Engine(base=loaded.base_path, **many | {"strategy": None})
             with alone as base, Engine(loaded.folder, **many) as ours:
                 both = {"base": base, "ours": ours}
-                result["callers"] = parts.measure_callers(both, rig.model, plan, prompts, tell)
+                result["callers"] = parts.measure_callers(both, plan, prompts, tell)
         if "decode" in only:
             result["decode"] = parts.measure_decode(rig, plan, prompts, tell)
         if "ttft" in only:
@@ -228,12 +228,7 @@ _TABLES: dict[str, tuple[str, Callable[[Row], str], tuple[tuple[str, str], ...]]
         (("tok/s", "tokens_per_second"), ("of the fewest", "of_one"), ("of base", "of_base")),
     ),
 }
-_MEMORY = {
-    "peak": "peak memory",
-    "base": "the base's file",
-    "adapters": "adapters",
-    "python": "Python before the base is loaded",
-}
+_MEMORY = {"peak": "peak memory", "adapters": "adapters"}
 
 
 def _cell(row: Row, key: str) -> str:
