@@ -43,7 +43,11 @@ VERBS = {
 ALIASES = {"ls": "list", "rm": "remove"}
 # Verb -> its module and function, where they do not have its name.
 _PLACES = {verb: ("hub", verb) for verb in ("pull", "push", "models", "remove")}
-_PLACES |= {"list": ("hub", "list_here"), "chat": ("chat.app", "chat")}
+_PLACES |= {
+    "list": ("hub", "list_here"),
+    "chat": ("chat.app", "chat"),
+    "completion": ("complete", "completion"),
+}
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 

@@ -65,19 +65,10 @@ def completed_by(name: str) -> Callable[..., Any]:
     return complete
 
 
-class StopText(click.types.StringParamType):
-    """A text that ends an answer: not empty, and taken whole out of the environment."""
+class WholeText(click.types.StringParamType):
+    """A text of an option that is repeatable, taken whole out of the environment."""
 
-    envvar_list_splitter = None
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text: str = super().convert(value, param, ctx)
-        if not text:
-            self.fail("the text is empty, expected one character or more.", param, ctx)
-        return text
-
-    def split_envvar_value(self, rv: str) -> tuple[str]:
-        return (rv,)
+    envvar_list_splitter = "\0"  # which is in no variable
 
 
 # Keywords of click.argument for DIR.
@@ -171,7 +162,7 @@ def _click_type(option: Option) -> Any:
         return click.Choice(option.choices)
     if option.kind in (int, float) and limits["min"] is not None:
         return click.IntRange(**limits) if option.kind is int else click.FloatRange(**limits)
-    return StopText() if option.kind is tuple else option.kind
+    return WholeText() if option.kind is tuple else option.kind
 
 
 def own_options(command: Callable[..., Any]) -> Callable[..., Any]:

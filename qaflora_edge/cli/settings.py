@@ -6,8 +6,8 @@ defaults, and those over what is built in.
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ SECRET = "(secret)"  # shown instead of a value that is one
 # Tables that take the shared options; `llm` is the plugin for the program of that name.
 SHARED_TABLES = ("run", "chat", "compare", "eval", "weights", "bench", "serve", "llm")
 TABLES = tuple(dict.fromkeys((*SHARED_TABLES, *OWN)))
+# Options by their keys in the file: those of the documents, and shared ones for one command alone.
+_OPTIONS = SHARED | {f"{t}.{key}": each for t, own in OWN.items() for key, each in own.items()}
+_OF_COMMANDS = {f"{t}.{key}": each for t in SHARED_TABLES for key, each in SHARED.items()}
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,10 @@ class Setting:
     is_secret: bool = False
 
 
-def variables(key: str, table: str | None) -> tuple[str, ...]:
+def variables(key: str, table: str) -> tuple[str, ...]:
     """Environment variables for a key: of one command first, then of all."""
     own: tuple[str, ...] = (f"{PREFIX}{table}_{key}".upper(),) if table else ()
-    if (option := OWN.get(table or "", {}).get(key)) and option.variable:
+    if (option := OWN.get(table, {}).get(key)) and option.variable:
         own += (option.variable,)
     shared = (f"{PREFIX}{key}".upper(),) if key in SHARED else ()
     return own + shared
@@ -79,24 +82,22 @@ _OF_ENVIRONMENT = {
 
 
 def all_settings() -> list[Setting]:
-    """Every setting, in the order of the documents: the table of docs/settings.md."""
-    rows = [Setting(k, (f"{PREFIX}{k}".upper(),), *said) for k, said in _OF_LIBRARY.items()]
-    for table, options in ((None, SHARED), *OWN.items()):
-        rows += [_setting(key, table, option) for key, option in options.items()]
-    return [*rows, *(Setting(None, (name,), *said) for name, said in _OF_ENVIRONMENT.items())]
-
-
-def command_settings() -> list[Setting]:
-    """What all commands share, as set for one command alone, such as run.temp."""
+    """List every setting, in the order of the documents: the table of docs/settings.md."""
     return [
-        Setting(f"{table}.{key}", variables(key, table)[:1], option.expected, meaning(option))
-        for table in SHARED_TABLES
-        for key, option in SHARED.items()
+        *(Setting(k, (f"{PREFIX}{k}".upper(),), *said) for k, said in _OF_LIBRARY.items()),
+        *(_setting(key, option) for key, option in _OPTIONS.items()),
+        *(Setting(None, (name,), *said) for name, said in _OF_ENVIRONMENT.items()),
     ]
 
 
-def _setting(key: str, table: str | None, option: Option) -> Setting:
-    name = f"{table}.{key}" if table else key
+def command_settings() -> list[Setting]:
+    """List what all commands share, as set for one command alone, such as run.temp."""
+    rows = [_setting(key, option) for key, option in _OF_COMMANDS.items()]
+    return [replace(row, variables=row.variables[:1]) for row in rows]
+
+
+def _setting(name: str, option: Option) -> Setting:
+    table, _, key = name.rpartition(".")
     kind = option.expected + ("; in the environment one text" if option.kind is tuple else "")
     return Setting(name, variables(key, table), kind, meaning(option), option.is_secret)
 
@@ -107,30 +108,32 @@ def table_options(table: str) -> dict[str, Option]:
 
 
 def file_settings() -> dict[str, Any]:
-    """The settings file with all keys and values checked.
-
-    Raises SettingsError.
-    """
+    """Read the settings file, and check all keys and values. Raises SettingsError."""
     path, settings = settings_path(), read_settings()
-    for key, value in settings.items():
-        if key in SHARED:
-            _check(path, key, SHARED[key], value)
-        elif key in TABLES:
-            if not isinstance(value, dict):
-                raise wrong_value(path, key, value, f"a table, as in [{key}]")
-            options = table_options(key)
-            for name in value:
-                if name not in options:
-                    raise unknown_key(path, f"{key}.{name}", [f"{key}.{each}" for each in options])
-                _check(path, f"{key}.{name}", options[name], value[name])
-        elif key not in LIBRARY_KEYS:
-            raise unknown_key(path, key, (*SHARED, *LIBRARY_KEYS, *TABLES))
+    known = _OPTIONS | _OF_COMMANDS
+    for name, value in _flat(path, settings):
+        if name in known:
+            option = known[name]
+            if not option.fits(value):
+                found = SECRET if option.is_secret else value
+                raise wrong_value(path, name, found, option.expected)
+        elif name not in LIBRARY_KEYS:
+            table = name.rpartition(".")[0]
+            others = () if table else (*LIBRARY_KEYS, *TABLES)
+            alike = [each for each in known if each.rpartition(".")[0] == table]
+            raise unknown_key(path, name, (*alike, *others))
     return settings
 
 
-def _check(path: Path, key: str, option: Option, value: object) -> None:
-    if not option.fits(value):
-        raise wrong_value(path, key, SECRET if option.is_secret else value, option.expected)
+def _flat(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Give the keys of tables with the table's name before them, as in run.temp."""
+    for key, value in settings.items():
+        if key not in TABLES:
+            yield key, value
+        elif isinstance(value, dict):
+            yield from ((f"{key}.{name}", each) for name, each in value.items())
+        else:
+            raise wrong_value(path, key, value, f"a table, as in [{key}]")
 
 
 def file_defaults(verb: str) -> dict[str, Any]:
@@ -164,27 +167,17 @@ def shared_settings(table: str) -> SharedOptions:
     return chosen
 
 
-def unknown_variables() -> list[str]:
-    """Variables of the environment that look like settings and are none."""
-    rows = [*all_settings(), *command_settings()]
-    known = {variable for row in rows for variable in row.variables}
-    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
-
-
 def origin(row: Setting, settings: Mapping[str, Any]) -> tuple[Any, str]:
-    """The value of a setting and where it comes from: a variable, the file, or `default`.
+    """Find the value of a setting and where it comes from: a variable, the file, or `default`.
 
     settings  what the file says, as file_settings gives it
     """
-    for variable in row.variables:
-        if value := os.environ.get(variable):
-            return SECRET if row.is_secret else value, variable
-    found: Any = settings
-    for part in (row.key or "").split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    if found is None:
-        return None, "default"
-    return SECRET if row.is_secret else found, str(settings_path())
+    table, _, key = (row.key or "").rpartition(".")
+    found = (settings.get(table, {}) if table else settings).get(key)
+    source = "default" if found is None else str(settings_path())
+    if variable := next(filter(os.environ.get, row.variables), None):
+        found, source = os.environ[variable], variable
+    return SECRET if row.is_secret and found is not None else found, source
 
 
 @command("qaflora settings", "QAFLORA_THREADS=2 qaflora settings --json")
@@ -197,11 +190,13 @@ def settings(is_all: bool, as_json: bool) -> None:
     exist.
     """
     path, found = settings_path(), file_settings()
-    known = [*all_settings(), *(command_settings() if not is_all else ())]
-    rows = [(row, *origin(row, found)) for row in known]
+    every = [*all_settings(), *command_settings()]
+    known = {variable for row in every for variable in row.variables}
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith(PREFIX):
+            click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
+    rows = [(row, *origin(row, found)) for row in (all_settings() if is_all else every)]
     rows = [row for row in rows if is_all or row[2] != "default"]
-    for name in unknown_variables():
-        click.echo(f"Note: the variable {name} is no setting, and is not read.", err=True)
     if as_json:
         entries = {
             row.key or row.variables[0]: {"value": value, "from": source}
