@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -60,8 +59,7 @@ def show(engine: Engine, what: str, question: str, right: str) -> None:
     tokens = engine.chat_tokens([{"role": "user", "content": question}])
     strategies = expand("base,single,qa-flora", engine.adapters)
     answers = ask(engine, tokens, strategies, {"max_tokens": MAX_TOKENS})
-    width, encoding = shutil.get_terminal_size().columns, sys.stdout.encoding
-    say(table(answers, width=width, encoding=encoding))
+    say(table(answers))
     say("")
     print_heatmap([("", answers[-1][1])])
 

@@ -1,6 +1,8 @@
 """qaflora compare"""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -95,9 +97,12 @@ def answer(text: str) -> Answer:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("width", [20, 80])
-def test_table_fits_and_lets_no_control_character_out(encoding: str, width: int) -> None:
+def test_table_fits_and_lets_no_control_character_out(
+    encoding: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     word = "W" * 50 + "!"
-    shown = table([answer(EVIL), answer(word), answer(" \n")], width=width, encoding=encoding)
+    shown = table([answer(EVIL), answer(word), answer(" \n")], width)
     assert not [char for char in shown if ord(char) < 32 and char != "\n"]
     assert all(cell_len(line) <= width for line in shown.splitlines())
     assert shown.count("W") == 50  # folded, nothing cut

@@ -135,7 +135,7 @@ def test_expected_failure_is_1_with_one_paragraph(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == (
-        f"Error: Cannot open the bundle {tmp_path / 'none'}: it does not exist, expected a folder "
+        f"Error: Cannot open the bundle {tmp_path / 'none'}: it does not exist; expected a folder "
         "with bundle.json. Give the folder of a bundle, or make one with `qaflora bundle create`.\n"
     )
 

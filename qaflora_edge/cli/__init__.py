@@ -46,7 +46,7 @@ _PLACES = {verb: ("hub", verb) for verb in ("pull", "push", "models", "remove")}
 _PLACES |= {
     "list": ("hub", "list_here"),
     "chat": ("chat.app", "chat"),
-    "completion": ("complete", "completion"),
+    "completion": ("settings", "completion"),
 }
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -154,15 +154,12 @@ def _fail(message: str) -> NoReturn:
 
 
 def _with_variable(error: click.ClickException) -> click.ClickException:
-    """A usage error that says so when the wrong value came from the environment."""
+    """Say so in a usage error when the wrong value came from the environment."""
     if not (isinstance(error, click.BadParameter) and error.ctx and error.param):
         return error
     if error.ctx.get_parameter_source(error.param.name or "") is not ParameterSource.ENVIRONMENT:
         return error
-    names = error.param.envvar or ()
-    variable = next(
-        name for name in ([names] if isinstance(names, str) else names) if os.environ.get(name)
-    )
+    variable = next(filter(os.environ.get, error.param.envvar or ()))
     message = f"{error.message} It is the environment variable {variable}; correct or unset it."
     return click.BadParameter(message, error.ctx, error.param, error.param_hint)
 

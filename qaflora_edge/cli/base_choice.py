@@ -1,22 +1,19 @@
 """The base of an adapter, where the user gives none: the adapter says what it was trained on."""
 
-import sys
 from collections.abc import Iterable
 
 import click
 
-from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.formats.names import plain_name
 from qaflora_edge.settings import expanded
 
 
 def choose_base(base: str | None, adapters: Iterable[str]) -> str:
-    """The base that was given, else the registry's model that the first adapter was trained on.
+    """Take the base that was given, else the model that the first adapter was trained on.
 
     adapters  as they were given: those that are PEFT or MLX folders here are asked
 
-    It is fetched when a person at the terminal agrees. Raises UsageError when the base is not
-    known or not here.
+    Raises UsageError when the base is not known or not here.
     """
     if base is not None:
         return base
@@ -36,17 +33,10 @@ def choose_base(base: str | None, adapters: Iterable[str]) -> str:
             "owner/name/file.gguf it is fetched."
         )
     if local_path(model) is None:
-        how = f"`qaflora pull {model.name}` fetches it ({model.size_bytes / 1e6:.0f} MB)"
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise click.UsageError(
-                f"Missing option '--base'. {said}, which is not here; {how}, and --base "
-                f"{model.name} names it."
-            )
-        click.confirm(f"{said}, which is not here; {how}. Fetch it now?", abort=True, err=True)
-        from qaflora_edge.hub.fetch import fetch_model
-
-        with progress_bars() as tell:
-            fetch_model(model.name, progress=lambda done, total: tell(model.name, done, total))
+        raise click.UsageError(
+            f"Missing option '--base'. {said}, which is not here; `qaflora pull {model.name}` "
+            f"fetches it ({model.size_bytes / 1e6:.0f} MB), and --base {model.name} names it."
+        )
     click.echo(f"{said}: the base is {model.name}.", err=True)
     return model.name
 

@@ -31,7 +31,7 @@ from qaflora_edge.cli.prompts import (
     read_lines,
     stream_name,
 )
-from qaflora_edge.config import OWN, SHARED, Option, in_group
+from qaflora_edge.config import OWN, SHARED, in_group
 from qaflora_edge.errors import OptionError, OutputFileError, QafloraError, wrong_option
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
@@ -45,19 +45,14 @@ from qaflora_edge.show.text import crop
 _KEYS = ("prompt", "messages", "id", "json_schema")
 
 
-def _by_spelling() -> dict[str, Option]:
-    """The options of a line, by their names in Python, as flags, and in OpenAI's calls."""
-    options = (
-        *in_group("sampling").values(),
-        SHARED["strategy"],
-        SHARED["raw_prompt"],
-        OWN["run"]["system"],
-    )
-    spellings = ((option, (option.name, option.key, *option.aliases)) for option in options)
-    return {name: option for option, names in spellings for name in names if name}
-
-
-_OPTIONS = _by_spelling()
+_TAKEN = (
+    *in_group("sampling").values(),
+    *(SHARED["strategy"], SHARED["raw_prompt"], OWN["run"]["system"]),
+)
+# The options of a line, by their names in Python, as flags, and in OpenAI's calls.
+_OPTIONS = {
+    name: option for option in _TAKEN for name in (option.name, option.key, *option.aliases) if name
+}
 
 
 def to_request(found: Mapping[str, Any], *, system: str | None, raw_prompt: bool) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import click
 
 from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.base_choice import choose_base
+from qaflora_edge.cli.complete import complete_adapter
 from qaflora_edge.cli.options import (
     BUNDLE,
     bundle_folder,
     check_prompt,
     click_option,
     command,
-    completed_by,
 )
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.cli.prompts import read_text
@@ -162,7 +162,7 @@ def add(folder: str, pairs: list[tuple[str, str]], calibrate: bool, **options: A
 
 @command("qaflora bundle remove my-bundle med", group=bundle)
 @click.argument("folder", **BUNDLE)
-@click.argument("name", shell_complete=completed_by("complete_adapter"))
+@click.argument("name", shell_complete=complete_adapter)
 @_from_now_on
 def remove(folder: str, name: str, strategy: str | None) -> None:
     """Remove the adapter NAME from a bundle, with its file."""
@@ -222,7 +222,7 @@ def calibrate(folder: str, strategy: str | None) -> None:
     group=bundle,
 )
 @click.argument("folder", **BUNDLE)
-@click.argument("name", metavar="ADAPTER", shell_complete=completed_by("complete_adapter"))
+@click.argument("name", metavar="ADAPTER", shell_complete=complete_adapter)
 @click.argument("file", metavar="FILE")
 def samples(folder: str, name: str, file: str) -> None:
     """Give sample texts of an adapter, for the strategy centroid.

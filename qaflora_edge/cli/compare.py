@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,7 @@ from qaflora_edge.cli.options import (
     shared_options,
 )
 from qaflora_edge.cli.progress import progress_bars
-from qaflora_edge.show.text import can_show, visible, who_spoke
+from qaflora_edge.show.text import visible, who_spoke
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
@@ -72,8 +70,7 @@ def compare(
         facts = [{"strategy": strategy, **facts} for strategy, _, facts in answers]
         click.echo(json.dumps({"prompt": text, "answers": facts}))
     else:
-        width = shutil.get_terminal_size().columns
-        click.echo(table(answers, width=width, encoding=sys.stdout.encoding))
+        click.echo(table(answers))
 
 
 def expand(ways: str, adapters: Sequence[str]) -> list[str]:
@@ -110,20 +107,19 @@ def ask(
     return [answers[index] for index in range(len(strategies))]
 
 
-def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str:
-    """The answers as a table: strategy and mix on the left, the answer on the right.
+def table(answers: Sequence[Answer], width: int | None = None) -> str:
+    """Lay out answers as a table: strategy and mix on the left, the answer on the right.
+
+    width  that of the terminal, unless given
 
     What a model wrote can move no cursor and change no colour.
     """
-    from rich.box import ASCII2, HORIZONTALS
+    from rich.box import HORIZONTALS
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    signs = can_show("─", encoding)
-    shown = Table(
-        box=HORIZONTALS if signs else ASCII2, show_lines=True, expand=True, padding=(0, 1)
-    )
+    shown = Table(box=HORIZONTALS, show_lines=True, expand=True, padding=(0, 1))
     shown.add_column("strategy, mix", ratio=1, overflow="fold")
     shown.add_column("answer", ratio=3, overflow="fold")
     for strategy, fusion, facts in answers:
@@ -132,8 +128,7 @@ def table(answers: Sequence[Answer], *, width: int, encoding: str | None) -> str
             text += "\n[cut at the limit of tokens]"
         way = "\n".join([strategy, *who_spoke(fusion).split(" · ")])
         shown.add_row(Text(visible(way)), Text(visible(text)))
-    console = Console(width=width, no_color=True, color_system=None)
+    console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(shown)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())

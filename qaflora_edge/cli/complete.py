@@ -1,4 +1,4 @@
-"""qaflora completion, and what may stand in place of a word where a shell asks.
+"""What may stand in place of a word, where a shell asks.
 
 Nothing here loads a model, and a broken bundle or settings file suggests nothing.
 """
@@ -9,29 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
-
-from qaflora_edge.cli.options import command
+from click.shell_completion import CompletionItem
 
 Items: TypeAlias = "list[CompletionItem[str]]"
-SHELLS = ("bash", "zsh", "fish")
-
-
-@command(
-    "qaflora completion bash > ~/.local/share/bash-completion/completions/qaflora",
-    "qaflora completion fish > ~/.config/fish/completions/qaflora.fish",
-)
-@click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
-    """Print completion for a shell.
-
-    It completes commands, options, bundles, strategies, and the names of a bundle's adapters and
-    of models. SHELL is bash (4.4 or newer), zsh or fish; docs/settings.md says where each looks.
-    """
-    shell_class = get_completion_class(shell)
-    assert shell_class is not None
-    root = click.get_current_context().find_root().command
-    click.echo(shell_class(root, {}, "qaflora", "_QAFLORA_COMPLETE").source(), nl=False)
 
 
 def complete_bundle(ctx: click.Context, param: click.Parameter, word: str) -> Items:

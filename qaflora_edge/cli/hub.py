@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from qaflora_edge.cli.options import command, completed_by
+from qaflora_edge.cli.complete import complete_model, complete_pulled
+from qaflora_edge.cli.options import command
 from qaflora_edge.cli.progress import progress_bars
 from qaflora_edge.files import one_line
 from qaflora_edge.progress import TellCount
@@ -19,7 +20,7 @@ from qaflora_edge.progress import TellCount
     "qaflora pull owner/my-bundle --with-base",
     "qaflora pull owner/my-bundle@v1 --to my-bundle",
 )
-@click.argument("ref", shell_complete=completed_by("complete_model"))
+@click.argument("ref", shell_complete=complete_model)
 @click.option(
     "--to",
     metavar="DIR",
@@ -153,7 +154,7 @@ def list_here(as_json: bool) -> None:
 
 
 @command("qaflora remove smollm2-135m-instruct", "qaflora remove owner/name --yes")
-@click.argument("name", shell_complete=completed_by("complete_pulled"))
+@click.argument("name", shell_complete=complete_pulled)
 @click.option("--yes", "-y", "is_sure", is_flag=True, help="Do not ask.")
 def remove(name: str, is_sure: bool) -> None:
     """Remove a model, an adapter or a bundle that was pulled.

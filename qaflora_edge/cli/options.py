@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qaflora_edge.cli.complete import complete_bundle, complete_strategy
 from qaflora_edge.cli.progress import waiting
 from qaflora_edge.cli.prompts import read_text
 from qaflora_edge.config import OWN, SHARED, Option, in_group
@@ -21,9 +22,6 @@ from qaflora_edge.files import check_takes_file
 
 if TYPE_CHECKING:
     from qaflora_edge.engine import Engine
-
-# Options whose values a shell completes -> a function of `complete`.
-_COMPLETED = {"strategy": "complete_strategy"}
 
 
 class SharedOptions(SimpleNamespace):
@@ -54,17 +52,6 @@ class SharedOptions(SimpleNamespace):
         return self.keywords("sampling")
 
 
-def completed_by(name: str) -> Callable[..., Any]:
-    """A function of `complete`, imported when a shell asks."""
-
-    def complete(ctx: click.Context, param: click.Parameter, word: str) -> Any:
-        import qaflora_edge.cli.complete as functions
-
-        return getattr(functions, name)(ctx, param, word)
-
-    return complete
-
-
 class WholeText(click.types.StringParamType):
     """A text of an option that is repeatable, taken whole out of the environment."""
 
@@ -72,7 +59,7 @@ class WholeText(click.types.StringParamType):
 
 
 # Keywords of click.argument for DIR.
-BUNDLE: dict[str, Any] = {"metavar": "DIR", "shell_complete": completed_by("complete_bundle")}
+BUNDLE: dict[str, Any] = {"metavar": "DIR", "shell_complete": complete_bundle}
 
 
 def out_file(*suffixes: str, metavar: str = "FILE") -> dict[str, Any]:
@@ -139,8 +126,8 @@ def click_option(option: Option, command: str) -> Callable[..., Any]:
     keywords: dict[str, Any] = {"metavar": option.metavar}
     if option.kind is not tuple:
         keywords["default"] = not default if option.is_negated and default is not None else default
-    if option.name in _COMPLETED:
-        keywords["shell_complete"] = completed_by(_COMPLETED[option.name])
+    if option.name == "strategy":
+        keywords["shell_complete"] = complete_strategy
     unset = "" if command in option.defaults else option.unset
     has_words = unset or option.kind is bool
     return click.option(

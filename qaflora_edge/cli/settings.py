@@ -1,4 +1,4 @@
-"""qaflora settings: what environment and settings file can set, its checks, and who wins.
+"""qaflora settings and completion: what environment and settings file can set, and who wins.
 
 The command line wins over the environment, that over the file, that over a bundle's own
 defaults, and those over what is built in.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
 from qaflora_edge.cli.answers import print_json
 from qaflora_edge.cli.options import SharedOptions, command, meaning, shared_options
@@ -209,3 +210,20 @@ def settings(is_all: bool, as_json: bool) -> None:
         shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
         where = "the file" if source == str(path) else source
         click.echo(f"{row.key or row.variables[0]:<22} {shown:<24} {where}")
+
+
+@command(
+    "qaflora completion bash > ~/.local/share/bash-completion/completions/qaflora",
+    "qaflora completion fish > ~/.config/fish/completions/qaflora.fish",
+)
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> None:
+    """Print completion for a shell.
+
+    It completes commands, options, bundles, strategies, and the names of a bundle's adapters and
+    of models. SHELL is bash (4.4 or newer), zsh or fish; docs/settings.md says where each looks.
+    """
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    root = click.get_current_context().find_root().command
+    click.echo(shell_class(root, {}, "qaflora", "_QAFLORA_COMPLETE").source(), nl=False)

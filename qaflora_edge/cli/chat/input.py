@@ -100,8 +100,7 @@ def open_history() -> History:
     path = data_dir() / "chat-history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
-        is_file = path.is_file()
+        path.touch(0o600)
     except OSError:
-        is_file = False
-    return _File(str(path)) if is_file else InMemoryHistory()
+        return InMemoryHistory()
+    return _File(str(path))
