@@ -1,9 +1,7 @@
 """What converting does for each family and feature, found by trying; as tables for the docs.
 
     python tests/convert_table.py        finds all (`make convert-table`)
-    python tests/convert_table.py page   writes docs/architectures.md from findings.json
-
-findings.json has, for each family, the cells that are not the usual ones.
+    python tests/convert_table.py page   writes the page from findings.json: the unusual cells
 
 A row is found by `Findings.row`: "exact" where logits, or states, are those of transformers and
 peft; "refused" where converting or the runtime says so with one of our errors. What is converted
@@ -13,7 +11,7 @@ and wrong is neither: the finding fails.
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,31 +34,11 @@ F32 = NDArray[np.float32]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 STORE = Path(__file__).with_name("findings.json")
-BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->"
+BEGIN, END = "<!-- {}: begin -->\n| what | which |\n| --- | --- |\n", "<!-- {}: end -->"
 EXACT, REFUSED, ABSENT = "exact", "refused", "–"
 COLUMNS = ("projections", "scales", "embedding", "head", "probe", "norm", "llama.cpp", "upstream")
 EXPERT_COLUMNS = ("stacked", "one by one", "probe", "llama.cpp", "upstream")
 USUAL = {**dict.fromkeys((*COLUMNS, *EXPERT_COLUMNS), EXACT), "upstream": "same"}
-UPSTREAMS = "llama.cpp's `convert_lora_to_gguf.py`"
-# A column and its cell -> how the page says it.
-WORDS = {
-    (
-        "head",
-        REFUSED,
-    ): "an adapter of the head is refused: the GGUF does not tell whether it was normalised",
-    ("norm", REFUSED): "the strategy `norm` is refused: not every block has a query projection",
-    ("llama.cpp", f"{EXACT}, head: not loaded"): "llama.cpp does not load an adapter of the head, "
-    "which is tied to the embedding; we do",
-    ("upstream", "head: left out"): f"{UPSTREAMS} leaves the head out",
-    ("upstream", "head: stops"): f"{UPSTREAMS} stops at the head",
-    ("upstream", "projections: stops"): f"{UPSTREAMS} stops",
-    ("upstream", "projections: stops, embedding: stops, head: stops"): f"{UPSTREAMS} stops",
-    ("upstream", "projections: other values"): f"{UPSTREAMS} swaps A and B of Conv1D layers",
-    ("embedding", ABSENT): "it has no adapter of the embedding",
-    ("head", ABSENT): "it has no adapter of the head, which is always the embedding",
-    ("one by one", ABSENT): "experts are stacked in every version of transformers",
-    ("upstream", "single experts: stops"): f"{UPSTREAMS} stops at single experts",
-}
 
 
 class Findings:
@@ -214,67 +192,41 @@ def stored(path: Path) -> dict[str, F32]:
     }
 
 
-def committed(name: str) -> dict[str, dict[str, str]]:
-    """Read what was found: family -> column -> cell. name: architectures or experts."""
-    columns = COLUMNS if name == "architectures" else EXPERT_COLUMNS
-    found = json.loads(STORE.read_text(encoding="utf-8"))[name]
-    return {
-        family: {column: unusual.get(column, USUAL[column]) for column in columns}
-        for family, unusual in found.items()
-    }
+def committed() -> dict[str, dict[str, dict[str, str]]]:
+    """Read what was found: architectures or experts -> family -> unusual cells."""
+    return dict(json.loads(STORE.read_text(encoding="utf-8")))
 
 
-def store(found: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
-    """Keep what was found, a family a line."""
-    parts = []
-    for name, families in found.items():
-        lines = []
-        for family, cells in families.items():
-            unusual = {column: cell for column, cell in cells.items() if cell != USUAL[column]}
-            lines.append(f"  {json.dumps(family)}: {json.dumps(unusual, ensure_ascii=False)}")
-        parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
-    STORE.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+def unusual(cells: Mapping[str, str]) -> dict[str, str]:
+    """Leave out the usual cells of a row."""
+    return {column: cell for column, cell in cells.items() if cell != USUAL[column]}
 
 
-def tables() -> dict[str, str]:
-    """Make the page's tables: name -> Markdown."""
-    models: dict[str, list[str]] = {}
-    for family in FAMILIES.values():
-        models.setdefault(family.arch, []).append(family.name)
-    rows = [(f"`{arch}`", "; ".join(names)) for arch, names in models.items()]
-    refused = [(", ".join(names), why) for why, names in REASONS.items()]
-    experts = [("exact", "; ".join(family.name for family in MIXTURES))]
-    return {
-        "architectures": table(("architecture", "models"), rows),
-        "exceptions": table(("exception", "models"), exceptions("architectures")),
-        "experts": table(("experts", "models"), [*experts, *exceptions("experts")]),
-        "refused": table(("architectures", "refused, for"), refused),
-    }
-
-
-def exceptions(name: str) -> list[tuple[str, str]]:
+def exceptions(name: str) -> dict[str, list[str]]:
     """Name the families of each unusual cell."""
     found: dict[str, list[str]] = {}
-    for family, cells in committed(name).items():
+    for family, cells in committed()[name].items():
         for column, cell in cells.items():
-            if cell != USUAL[column] and (column, cell) != ("upstream", ABSENT):
-                words = WORDS.get((column, cell), f"{column}: {cell}")
-                found.setdefault(words, []).append(family)
-    return [(words, "; ".join(families)) for words, families in found.items()]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            found.setdefault(f"{column}: {cell}", []).append(family)
+    return found
 
 
 def page(text: str) -> str:
     """Put the tables in their places in the page."""
-    for name, made in tables().items():
-        begin, end = BEGIN.format(name), END.format(name)
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}{made}{end}{rest.partition(end)[2]}"
+    models: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        models.setdefault(f"`{family.arch}`", []).append(family.name)
+    parts: dict[str, Mapping[str, Iterable[str]]] = {
+        "architectures": models,
+        "exceptions": exceptions("architectures"),
+        "experts": {"stacked: exact": [each.name for each in MIXTURES], **exceptions("experts")},
+        "refused": REASONS,
+    }
+    for name, rows in parts.items():
+        made = "".join(f"| {what} | {'; '.join(names)} |\n" for what, names in rows.items())
+        before, _, rest = text.partition(BEGIN.format(name))
+        after = rest.partition(END.format(name))[2]
+        text = f"{before}{BEGIN.format(name)}{made}{END.format(name)}{after}"
     return text
 
 
@@ -287,9 +239,11 @@ def find() -> None:
         folder = Path(name)
         upstream = zoo.unpack_upstream(archive, folder / "upstream")
         findings = Findings(FAMILIES.values(), upstream, folder)
-        architectures = {name: findings.row(name) for name in FAMILIES}
-        experts = {family.name: findings.expert_row(family.name) for family in MIXTURES}
-        store({"architectures": architectures, "experts": experts})
+        found = {
+            "architectures": {each: unusual(findings.row(each)) for each in FAMILIES},
+            "experts": {each.name: unusual(findings.expert_row(each.name)) for each in MIXTURES},
+        }
+    STORE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
