@@ -178,7 +178,7 @@ def test_rows_that_tensors_cannot_share_are_refused(
         **{"ssm.time_step_rank": 4, "ssm.state_size": 8, "ssm.inner_size": 32},
     }
     metadata = {f"it.{name}": value for name, value in counts.items()}
-    header = GgufHeader(tmp_path, "it", metadata, {}, 0, 0)
+    header = GgufHeader(tmp_path, "it", metadata, {}, 0)
     with pytest.raises(LayoutError, match="cannot share"):
         layout(f"blk.0.{stem}", header, shape)
 

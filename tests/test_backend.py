@@ -15,6 +15,8 @@ from tiny import (
     STEMS,
     TinyAdapter,
     TinyBase,
+    begin_adapter,
+    finish,
     write_pairs,
     write_tiny_adapter,
     write_tiny_base,
@@ -175,12 +177,13 @@ def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAda
     model, pack = load(base, adapters)
     with Context(model, pack, n_ctx=128, **EXACT) as context:
         context.decode(TOKENS[:1])
-        n_built, n_decoded = context.n_graph_built, context.n_decoded
+        before = context._functions.get_stats(context._pointer)
         for i in range(100):
             context.set_weights(rng.random((3, base.n_layer)).astype(np.float32))
             context.decode([TOKENS[i % len(TOKENS)]], start=1 + i)
-        assert context.n_decoded - n_decoded == 100
-        assert context.n_graph_built == n_built
+        after = context._functions.get_stats(context._pointer)
+        assert after.n_decoded - before.n_decoded == 100
+        assert after.n_graph_built == before.n_graph_built
     # beside it, llama.cpp's own adapters: every changed scale makes a new graph
     stock = StockContext(model, n_ctx=128)
     stock.set_adapters([adapter.path for adapter in adapters], [0.1, 0.1, 0.1])
@@ -714,6 +717,11 @@ def test_pack_names_what_does_not_fit(
     )
     with pytest.raises(BackendError, match=r"general\.type is '', expected 'adapter'"):
         Pack(model, [wide.path])
+    writer = begin_adapter(tmp_path / "activated.gguf")
+    writer.add_array("adapter.alora.invocation_tokens", [1])
+    finish(writer)
+    with pytest.raises(BackendError, match=r"activated\.gguf: is an activated LoRA \(aLoRA\)"):
+        Pack(model, [tmp_path / "activated.gguf"])
     (tmp_path / "noise.gguf").write_bytes(b"noise")
     with pytest.raises(BackendError, match=r"noise\.gguf: not a readable GGUF file"):
         Pack(model, [tmp_path / "noise.gguf"])

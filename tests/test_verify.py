@@ -222,7 +222,7 @@ STEMS = {
 def test_order_of_rows_is_that_of_the_plan(tmp_path: Path, arch: str) -> None:
     """Both were written from llama.cpp's converter, in different terms."""
     metadata = {f"{arch}.{name}": value for name, value in METADATA.items()}
-    header = GgufHeader(tmp_path, arch, metadata, {}, 0, 0)
+    header = GgufHeader(tmp_path, arch, metadata, {}, 0)
     base = tiny.write_tiny_base(tmp_path / "base.gguf")
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj"], layers=[0])
     (source,) = read_peft(folder).modules.values()

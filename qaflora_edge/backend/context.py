@@ -363,11 +363,6 @@ class Context(Handle):
     # counters
 
     @property
-    def n_graph_built(self) -> int:
-        """Count the graphs built so far, including reservations."""
-        return int(self._functions.get_stats(self._pointer).n_graph_built)
-
-    @property
     def n_decoded(self) -> int:
         """Count the micro-batches computed so far."""
         return int(self._functions.get_stats(self._pointer).n_decoded)

@@ -125,16 +125,12 @@ def shares(text: str, n_device: int) -> list[float]:
         found = [float(each) for each in text.split(",")]
     except ValueError:
         found = []
-    if not any(found) or any(not 0 <= each < math.inf for each in found):
+    are_shares = any(found) and all(0 <= each < math.inf for each in found)
+    if len(found) != n_device or not are_shares:
         raise OptionError(
-            f"Option tensor_split is {text!r}, expected numbers from 0 up, apart by commas and "
-            "not all 0.",
-            "tensor_split",
-        )
-    if len(found) != n_device:
-        raise OptionError(
-            f"Option tensor_split has {len(found)} numbers, expected {n_device}: one for each "
-            "worker of --rpc, then one for each GPU of this machine.",
+            f"Option tensor_split is {text!r}, expected {n_device} numbers from 0 up, apart by "
+            "commas and not all 0: one for each worker of --rpc, then one for each GPU of this "
+            "machine.",
             "tensor_split",
         )
     return found

@@ -1,7 +1,6 @@
 """Bases and adapters for a bundle: found by file, name or Hub reference, put into it, recorded."""
 
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +20,13 @@ from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.bundle import BUNDLE_FILE, NAME_PATTERN, NAME_RULE, BaseRecord
 from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import open_input, sha256_file
+from qaflora_edge.formats.inputs import sha256_file
 from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref
 from qaflora_edge.peft.folder import check_no_part
 from qaflora_edge.progress import TellCount
 from qaflora_edge.settings import expanded
-
-CARD_FILE = "README.md"
-MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,18 +103,6 @@ def fetch_base(folder: Path, base: BaseRecord, progress: TellCount | None = None
     )
 
 
-def _card_license(path: Path) -> str:
-    """Read the licence that the card of an adapter's folder states in its head, else ""."""
-    try:
-        with open_input(path / CARD_FILE) as file:
-            card = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return ""
-    head = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
-    stated = head and re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", head[1], re.MULTILINE)
-    return stated[1] if stated else ""
-
-
 def _is_hub_ref(text: str) -> bool:
     """Tell a Hub reference from a path that is not there, such as folder/file.gguf."""
     if text.endswith(".gguf") and text.count("/") < 2:
@@ -175,7 +159,7 @@ def put_adapter(
         "alpha": info.alpha,
         "targets": list(info.targets),
         "source": source.hub or source.name,
-        "license": _card_license(source.path),
+        "license": "",
         "description": "",
         **({"hub": source.hub} if source.hub else {}),
     }

@@ -34,7 +34,6 @@ from qaflora_edge.formats.gguf import (
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
-MAX_RANK = 1 << 14
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
 PART_VALUES = 1 << 16  # that are checked at a time
 # The bits of a float that are all set where it is NaN or infinite.
@@ -57,7 +56,6 @@ class AdapterInfo:
     """
 
     path: Path
-    name: str
     architecture: str
     alpha: float
     rank: int
@@ -99,7 +97,6 @@ def read_adapter_gguf(path: AnyPath) -> AdapterInfo:
     ranks = {base: _rank(header, base, pair) for base, pair in pairs.items()}
     return AdapterInfo(
         path=header.path,
-        name=header.name or header.path.stem,
         architecture=header.architecture,
         alpha=_alpha(header),
         rank=max(ranks.values()),
@@ -184,11 +181,6 @@ def _check_kind(header: GgufHeader) -> None:
             found = f"metadata field {key} is {'missing' if value is None else brief(value)}"
             advice = "Give an adapter GGUF, as `qaflora convert` writes it."
             raise _wrong(header, found, repr(expected), advice)
-    key = "adapter.alora.invocation_tokens"
-    if key in header.metadata:
-        found = f"metadata field {key} makes it an activated LoRA"
-        advice = "Train a plain LoRA."
-        raise _wrong(header, found, "a plain LoRA", advice, UnsupportedAdapterError)
 
 
 def _alpha(header: GgufHeader) -> float:
@@ -221,17 +213,11 @@ def _rank(header: GgufHeader, base: str, pair: Mapping[str, TensorInfo]) -> int:
     """Give the rank of a module; A and B must agree on it."""
     n_axis = 3 if is_experts(base) else 2
     a, b = pair["a"].shape, pair["b"].shape
-    found = f"{base}.lora_a is {list(a)} and lora_b {list(b)}"
-    if not len(a) == len(b) == n_axis:
-        expected = f"{n_axis} dimensions of each, as of a linear layer, an embedding or experts"
-        advice = "Use an adapter of such layers."
-        raise _wrong(header, found, expected, advice, UnsupportedAdapterError)
-    rank, rank_axis = b[-1], -1 if base == EMBEDDING else -2
-    if a[rank_axis] != rank or a[:-2] != b[:-2]:
-        raise _wrong(header, found, "one rank and one number of experts in both")
-    if rank > MAX_RANK:
-        raise _wrong(header, f"{base} has rank {rank}", f"at most {MAX_RANK}")
-    return rank
+    rank_axis = -1 if base == EMBEDDING else -2
+    if not len(a) == len(b) == n_axis or a[rank_axis] != b[-1] or a[:-2] != b[:-2]:
+        found = f"{base}.lora_a is {list(a)} and lora_b {list(b)}"
+        raise _wrong(header, found, f"{n_axis} dimensions of each, and one rank in both")
+    return b[-1]
 
 
 def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None:
@@ -241,11 +227,6 @@ def _check_module(info: AdapterInfo, header: GgufHeader, base_name: str) -> None
             f"{start}, which llama.cpp computes without adapters for {header.architecture}, and "
             "this part would be ignored; expected tensors that it adapts. Train without this "
             "module, or merge the adapter into its base."
-        )
-    if not re.match(r"blk\.\d+\.", base_name) and base_name not in (EMBEDDING, HEAD):
-        raise UnsupportedAdapterError(
-            f"{start}, which belongs to no layer, so that no layer's weight applies; expected "
-            f"blk.N., {EMBEDDING} or {HEAD}. Train without this module."
         )
     tensor = header.tensors.get(base_name)
     if tensor is None and base_name == HEAD:

@@ -165,7 +165,7 @@ class GgufCursor:
             name: replace(info, offset=data_offset + info.offset) for name, info in relative.items()
         }
         self.check_places(tensors)
-        return GgufHeader(self.path, architecture, metadata, tensors, data_offset, self.size_bytes)
+        return GgufHeader(self.path, architecture, metadata, tensors, self.size_bytes)
 
     def read_preamble(self) -> int:
         """Check magic and version, and give the number of tensors."""
@@ -265,7 +265,6 @@ class GgufHeader:
     architecture: str
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, TensorInfo]
-    data_offset: int
     size_bytes: int
 
     @property
