@@ -27,7 +27,6 @@ MAX_WORK = 500_000  # steps and characters, and WORK_PER_INPUT for each that com
 WORK_PER_INPUT = 100
 MAX_INPUT = 1 << 26  # characters of a conversation
 MAX_DEPTH = 40  # lists in lists
-MAX_WIDTH = 16  # of an indent
 MAX_INTEGER = 1 << 63
 
 _FILTERS = frozenset(
@@ -36,6 +35,7 @@ _FILTERS = frozenset(
     tojson trim unique upper""".split()  # noqa: SIM905
 )
 _FREE_FILTERS = frozenset({"d", "default", "first", "last"})  # they make nothing
+_MULTIPLYING = frozenset({"*", "replace", "join", "indent", "tojson"})
 _FILTERS_OF_EACH = frozenset({"map", "reject", "rejectattr", "select", "selectattr"})
 _ATTRIBUTES = frozenset(
     """capitalize count endswith find index isalnum isalpha isascii isdigit islower isnumeric
@@ -49,10 +49,6 @@ _ATTRIBUTES = frozenset(
 
 class TemplateLimit(Exception):
     """A template asks for more than it is given."""
-
-
-class TemplateRefused(Exception):
-    """A template calls raise_exception."""
 
 
 def render(template: str, *, bos_token: str, eos_token: str, **variables: Any) -> str:
@@ -212,22 +208,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             yield item
 
     def _pay(self, name: str, values: list[Any]) -> None:
-        """Pay for a text that a filter or method makes of texts; other values are paid for later.
-
-        values  what it gets; for join the list comes first
-        """
-        if name == "replace" and len(values) > 2:
-            text, one, other = map(str, values[:3])
-            self._spend(text.count(one) * len(other) + text.count(other) * len(one))
-        elif name == "join":
-            self._paid(values[0])
-            separators = [each for each in values[1:] if isinstance(each, str)]
-            self._spend(len(list(values[0])) * sum(map(len, separators)))
-        elif name in ("indent", "tojson"):
-            widths = [x if isinstance(x, int) else _size(x, MAX_WIDTH) for x in values[1:]]
-            if max(widths, default=0) > MAX_WIDTH:
-                raise TemplateLimit(f"an indent of {max(widths)}, expected 0 to {MAX_WIDTH}")
-            self._spend(_size(values[0], max(0, self._work)) * sum(widths))
+        """Pay for a text that is made by multiplying: for the product of what it is made of."""
+        if name in _MULTIPLYING:
+            left = max(0, self._work)
+            first, *more = (abs(x) if isinstance(x, int) else _size(x, left) for x in values)
+            self._spend(first * sum(more))
 
     def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let a filter be paid for."""
@@ -245,10 +230,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return priced
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for one, times in ((left, right), (right, left)):
-                if isinstance(one, Collection) and isinstance(times, int):
-                    self._spend(_size(one, max(0, self._work)) * max(1, times))
+        if operator == "*" and not (isinstance(left, int) and isinstance(right, int)):
+            self._pay(operator, [left, right])
         if operator == "%" and isinstance(left, str) and not _is_plain_format(left):
             raise TemplateLimit("a format with a width, expected %s, %d, %r, %i or %f")
         if operator == "**":
@@ -269,8 +252,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
         name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
         if isinstance(owner, str):
-            values = [*args, *kwargs.values()]
-            self._pay(name, [*values, owner] if name == "join" else [owner, *values])
+            self._pay(name, [owner, *args, *kwargs.values()])
         result = super().call(context, called, *args, **kwargs)
         if name == "get" or isinstance(result, Namespace):
             return result  # nothing was made
@@ -289,7 +271,7 @@ def _is_plain_format(text: str) -> bool:
 
 
 def _raise_exception(message: str) -> None:
-    raise TemplateRefused(message)
+    raise jinja2.TemplateError(message)
 
 
 def _strftime_now(form: str) -> str:
