@@ -1,31 +1,25 @@
 """Answers in the shape of OpenAI's chat completions."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from qaflora_edge.chat.messages import END
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
-from qaflora_edge.openai.completions import ShownTokens, answer_head, chat_logprobs, usage
+from qaflora_edge.openai.completions import (
+    Shape,
+    ShownTokens,
+    answer_chunks,
+    answer_dict,
+    answer_head,
+    chat_logprobs,
+)
 from qaflora_edge.openai.options import openai_options
 from qaflora_edge.openai.tools import answer_form, chosen_tools, parse_calls, shown_text
 
 _EMPTY: dict[str, Any] = {"refusal": None, "annotations": []}  # that strict clients look for
-
-
-class Answering(Protocol):
-    """What answers conversations: an Engine."""
-
-    @property
-    def name(self) -> str: ...
-
-    def chat_tokens(
-        self, messages: Sequence[Any], *, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]: ...
-
-    def answers(self, prompt: Any, n: int, **options: Any) -> Iterator[Generation]: ...
 
 
 class Answer(dict[str, Any]):
@@ -46,20 +40,8 @@ def with_attributes(value: Any) -> Any:
     return [*map(with_attributes, value)] if isinstance(value, list) else value
 
 
-@dataclass(frozen=True)
-class BegunChat:
-    """Answers to a conversation, of which the first has begun.
-
-    has_tools  whether the base was told of tools, so that it may call them
-    """
-
-    first: Generation
-    answers: Iterator[Generation]
-    has_tools: bool
-
-
 def answer_chat(
-    engine: Answering,
+    engine: Any,
     messages: Sequence[Any],
     *,
     stream: bool,
@@ -71,21 +53,18 @@ def answer_chat(
         raise wrong_option(
             "stream_options", stream_options, "an object such as {'include_usage': True}"
         )
-    begun = begin_chat(engine, messages, **openai_options(options))
+    answers, has_tools = begin_chat(engine, messages, **openai_options(options))
+    shape, n = chat_shape(has_tools=has_tools), options.get("n", 1)
     if not stream:
-        found = completion_dict(engine.name, begun.answers, has_tools=begun.has_tools)
-        return Answer(with_attributes(found))
-    chunks = completion_chunks(
-        answer_head("chat.completion.chunk", engine.name),
-        begun.answers,
-        has_tools=begun.has_tools,
-        include_usage=bool((stream_options or {}).get("include_usage")),
-    )
-    return map(with_attributes, chunks)
+        head = answer_head("chat.completion", engine.name)
+        return Answer(with_attributes(answer_dict(head, answers, shape, n)))
+    usage = bool((stream_options or {}).get("include_usage"))
+    head = answer_head("chat.completion.chunk", engine.name)
+    return map(with_attributes, answer_chunks(head, answers, shape, n, include_usage=usage))
 
 
 def begin_chat(
-    engine: Answering,
+    engine: Any,
     messages: Sequence[Any],
     *,
     n: int = 1,
@@ -96,10 +75,13 @@ def begin_chat(
     grammar: str | None = None,
     stop: str | Sequence[str] | None = None,
     **options: Any,
-) -> BegunChat:
+) -> tuple[Iterator[Generation], bool]:
     """Begin to answer a conversation; it is weighed and prefilled when this returns.
 
+    engine   an Engine
     options  as Engine.generate takes them
+
+    Returns the answers, and whether the base was told of tools, so that it may call them.
     """
     told, call = chosen_tools(tools, tool_choice)
     form = answer_form(grammar, response_schema(response_format), told, call)
@@ -108,7 +90,7 @@ def begin_chat(
     tokens = engine.chat_tokens(messages, tools=told)
     answers = engine.answers(tokens, n, grammar=form, stop=stop, **options)
     first = next(answers)
-    return BegunChat(first, itertools.chain([first], answers), bool(told))
+    return itertools.chain([first], answers), bool(told)
 
 
 def response_schema(response_format: Mapping[str, Any] | None) -> Any:
@@ -133,63 +115,32 @@ def response_schema(response_format: Mapping[str, Any] | None) -> Any:
     return wrapped["schema"]
 
 
-def completion_dict(
-    model_name: str, answers: Iterable[Generation], *, has_tools: bool = False
-) -> dict[str, Any]:
-    """Put whole answers to one conversation into OpenAI's shape; each is a choice."""
-    choices, ended = [], []
-    for index, generation in enumerate(answers):
-        shown, text = ShownTokens(generation), generation.text()
-        logprobs = chat_logprobs(shown.take(text)) if shown.is_asked else None
-        text, calls = parse_calls(text) if has_tools else (text, [])
-        message: dict[str, Any] = {"role": "assistant", "content": text, **_EMPTY}
-        if calls:
-            message |= {"content": text or None, "tool_calls": calls}
-        reason = _reason(generation, calls)
-        choices.append(
-            {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
-        )
-        ended.append(generation)
-    head = answer_head("chat.completion", model_name)
-    return {**head, "choices": choices, "usage": usage(ended, len(ended))}
+def chat_shape(*, has_tools: bool) -> Shape:
+    """Return the shape of answers to a conversation; a tool call comes whole, as a last chunk."""
+    return Shape(partial(_choice, has_tools=has_tools), partial(_choices, has_tools=has_tools))
 
 
-def completion_chunks(
-    head: dict[str, Any],
-    answers: Iterable[Generation],
-    *,
-    has_tools: bool = False,
-    include_usage: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """Yield the same as chunks: the role, then pieces, then the reason of the end.
-
-    Choices come one after another. A tool call comes whole, at the end of its choice.
-
-    head  see answer_head
-    """
-    if include_usage:
-        head = {**head, "usage": None}
-    ended: list[Generation] = []
-    for index, generation in enumerate(answers):
-        shown = ShownTokens(generation)
-        for delta, reason in _deltas(generation, has_tools):
-            entries = shown.take(delta.get("content") or "")
-            logprobs = chat_logprobs(entries) if entries else None
-            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            yield {**head, "choices": [choice]}
-        ended.append(generation)
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage(ended, len(ended))}
+def _choice(generation: Generation, has_tools: bool) -> dict[str, Any]:
+    shown, text = ShownTokens(generation), generation.text()
+    logprobs = chat_logprobs(shown.take(text))
+    text, calls = parse_calls(text) if has_tools else (text, [])
+    message: dict[str, Any] = {"role": "assistant", "content": text, **_EMPTY}
+    if calls:
+        message |= {"content": text or None, "tool_calls": calls}
+    return {"message": message, "logprobs": logprobs, "finish_reason": _reason(generation, calls)}
 
 
-def _deltas(generation: Generation, has_tools: bool) -> Iterator[tuple[dict[str, Any], str | None]]:
-    yield {"role": "assistant"}, None
+def _choices(generation: Generation, has_tools: bool) -> Iterator[dict[str, Any]]:
+    nothing = {"logprobs": None, "finish_reason": None}
+    yield {"delta": {"role": "assistant"}, **nothing}
+    shown = ShownTokens(generation)
     calls: list[dict[str, Any]] = []
     for text in shown_text(generation, calls) if has_tools else generation:
-        yield {"content": text}, None
+        yield {"delta": {"content": text}, **nothing, "logprobs": chat_logprobs(shown.take(text))}
     if calls:
-        yield {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}, None
-    yield {}, _reason(generation, calls)
+        numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+        yield {"delta": {"tool_calls": numbered}, **nothing}
+    yield {"delta": {}, **nothing, "finish_reason": _reason(generation, calls)}
 
 
 def _reason(generation: Generation, calls: list[dict[str, Any]]) -> str | None:

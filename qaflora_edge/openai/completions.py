@@ -3,53 +3,71 @@
 import codecs
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.sequence import TokenLogprob
 
 
-def text_dict(model_name: str, answers: Iterable[Generation], n: int = 1) -> dict[str, Any]:
-    """Put whole answers into OpenAI's shape; each is a choice.
+class Shape(NamedTuple):
+    """Functions that make the choices of an answer.
 
-    n  answers of each prompt
+    choice   makes the one of a whole answer
+    choices  yields those of its chunks
     """
+
+    choice: Callable[[Generation], dict[str, Any]]
+    choices: Callable[[Generation], Iterator[dict[str, Any]]]
+
+
+def answer_dict(
+    head: dict[str, Any], answers: Iterable[Generation], shape: Shape, n: int = 1
+) -> dict[str, Any]:
+    """Put whole answers, n to each prompt, into OpenAI's shape; see answer_head."""
     choices, ended = [], []
     for index, generation in enumerate(answers):
-        shown, text = ShownTokens(generation), generation.text()
-        logprobs = text_logprobs(shown.take(text), 0) if shown.is_asked else None
-        choices.append(_choice(index, text, logprobs, generation.finish_reason))
+        choices.append({"index": index, **shape.choice(generation)})
         ended.append(generation)
-    head = answer_head("text_completion", model_name)
     return {**head, "choices": choices, "usage": usage(ended, n)}
 
 
-def text_chunks(
+def answer_chunks(
     head: dict[str, Any],
     answers: Iterable[Generation],
+    shape: Shape,
     n: int = 1,
     *,
     include_usage: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the same as chunks, choices one after another.
-
-    head  see answer_head
-    """
+    """Yield the same as chunks, one answer after another."""
     ended = []
     if include_usage:
         head = {**head, "usage": None}
     for index, generation in enumerate(answers):
-        shown, offset = ShownTokens(generation), 0
-        for piece in generation:
-            entries = shown.take(piece)
-            logprobs = text_logprobs(entries, offset) if entries else None
-            offset += len(piece)
-            yield {**head, "choices": [_choice(index, piece, logprobs, None)]}
-        yield {**head, "choices": [_choice(index, "", None, generation.finish_reason)]}
+        for choice in shape.choices(generation):
+            yield {**head, "choices": [{"index": index, **choice}]}
         ended.append(generation)
     if include_usage:
         yield {**head, "choices": [], "usage": usage(ended, n)}
+
+
+def _text_choice(generation: Generation) -> dict[str, Any]:
+    shown, text = ShownTokens(generation), generation.text()
+    logprobs = text_logprobs(shown.take(text), 0)
+    return {"text": text, "logprobs": logprobs, "finish_reason": generation.finish_reason}
+
+
+def _text_choices(generation: Generation) -> Iterator[dict[str, Any]]:
+    shown, offset = ShownTokens(generation), 0
+    for piece in generation:
+        logprobs = text_logprobs(shown.take(piece), offset)
+        offset += len(piece)
+        yield {"text": piece, "logprobs": logprobs, "finish_reason": None}
+    yield {"text": "", "logprobs": None, "finish_reason": generation.finish_reason}
+
+
+TEXT = Shape(_text_choice, _text_choices)
 
 
 def usage(ended: Sequence[Generation], n: int) -> dict[str, int]:
@@ -61,10 +79,6 @@ def usage(ended: Sequence[Generation], n: int) -> dict[str, int]:
         "completion_tokens": n_completion,
         "total_tokens": n_prompt + n_completion,
     }
-
-
-def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
 def answer_head(kind: str, model_name: str) -> dict[str, Any]:
@@ -85,13 +99,12 @@ class ShownTokens:
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self.is_asked = generation.wants_logprobs
         self._n_token = self._n_byte = self._n_text = 0
 
-    def take(self, text: str) -> list[TokenLogprob]:
-        """Take the tokens of a next piece of text."""
-        if not self.is_asked:
-            return []
+    def take(self, text: str) -> list[TokenLogprob] | None:
+        """Take the tokens of a next piece of text; None where nobody asks for them."""
+        if not self._generation.wants_logprobs:
+            return None
         self._n_text += len(text.encode("utf-8"))
         taken = []
         for entry in self._generation.logprobs[self._n_token :]:
@@ -103,26 +116,28 @@ class ShownTokens:
         return taken
 
 
-def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(entries: Sequence[TokenLogprob] | None) -> Any:
     """Make the field `logprobs` of a choice of chat completions."""
-    return {
-        "content": [
-            {**_of_chat(entry), "top_logprobs": [_of_chat(each) for each in entry.top]}
-            for entry in entries
-        ],
-        "refusal": None,
-    }
+    if entries is None:
+        return None
+    content = [
+        {**_of_chat(entry), "top_logprobs": [_of_chat(each) for each in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
 
 
 def _of_chat(entry: TokenLogprob) -> dict[str, Any]:
     return {"token": _text(entry), "logprob": entry.logprob, "bytes": list(entry.data)}
 
 
-def text_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+def text_logprobs(entries: Sequence[TokenLogprob] | None, offset: int) -> Any:
     """Make the field `logprobs` of a choice of text completions.
 
     offset  characters of the text before the first token
     """
+    if entries is None:
+        return None
     offsets, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
     for entry in entries:
         offsets.append(offset)

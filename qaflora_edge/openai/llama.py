@@ -15,7 +15,7 @@ from qaflora_edge import Engine
 from qaflora_edge.backend import library
 from qaflora_edge.config import MAX_SEED
 from qaflora_edge.files import AnyPath
-from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
+from qaflora_edge.openai.completions import TEXT, answer_chunks, answer_dict, answer_head
 from qaflora_edge.openai.options import check_off
 
 # Options that change no answer, of Llama() and of its methods.
@@ -104,9 +104,10 @@ class Llama:
         check_off("a streamed create_completion", {"echo": echo and stream}, {})
         sampling = _sampling("create_completion", options, max_tokens=16, temperature=0.8)
         generation = self.engine.generate(prompt, parse_special=True, **sampling)
+        head = answer_head("text_completion", self.model_path)
         if stream:
-            return text_chunks(answer_head("text_completion", self.model_path), [generation])
-        answer = text_dict(self.model_path, [generation])
+            return answer_chunks(head, [generation], TEXT)
+        answer = answer_dict(head, [generation], TEXT)
         if echo:
             start = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8")
             answer["choices"][0]["text"] = start + answer["choices"][0]["text"]

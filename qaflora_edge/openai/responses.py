@@ -9,7 +9,7 @@ from typing import Any
 from qaflora_edge.errors import wrong_option
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.openai.options import check_off
-from qaflora_edge.openai.tools import parse_calls, shown_text
+from qaflora_edge.openai.tools import shown_text
 
 # Each has to be off, or at this value.
 _OFF: dict[str, Any] = {
@@ -100,23 +100,13 @@ def response_head(model_name: str, options: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def response_dict(
-    head: Mapping[str, Any], generation: Generation, *, has_tools: bool
-) -> dict[str, Any]:
-    """Put a whole answer into the shape of a response.
-
-    head  see response_head
-    """
-    text = generation.text()
-    text, calls = parse_calls(text) if has_tools else (text, [])
-    output = [_message(text, _status(generation))] if text or not calls else []
-    return _ended(head, [*output, *map(_call, calls)], generation)
-
-
 def response_events(
     head: Mapping[str, Any], generation: Generation, *, has_tools: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield the same as events, each with its type and number."""
+    """Yield an answer as events, each with its type and number; the last has the whole response.
+
+    head  see response_head
+    """
     for number, (kind, fields) in enumerate(_events(head, generation, has_tools)):
         yield {"type": f"response.{kind}", "sequence_number": number, **fields}
 

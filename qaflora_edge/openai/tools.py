@@ -15,7 +15,6 @@ from qaflora_edge.inference.constraint import (
     schema_grammar,
 )
 
-MAX_DEPTH = 128  # objects and lists of the parameters in each other
 _MARKS = (BEGIN, "```json", "```\n{")
 _CALL = re.compile(rf"{BEGIN}(.*?)(?:{END}|\Z)|```(?:json)?\s*(\{{.*?\}})\s*(?:```|\Z)", re.DOTALL)
 
@@ -94,7 +93,13 @@ def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:
     calls = []
     for i, tool in enumerate(tools):
         parameters = tool["function"].get("parameters") or {"type": "object"}
-        parameters = _moved(parameters, f"#/anyOf/{i}/properties/arguments")
+        try:
+            parameters = _moved(parameters, f"#/anyOf/{i}/properties/arguments")
+        except RecursionError as error:
+            raise OptionError(
+                "Option tools has parameters of too many levels, expected fewer; use $defs.",
+                "tools",
+            ) from error
         name = {"const": tool["function"]["name"]}
         calls.append(
             {
@@ -108,19 +113,13 @@ def _call_grammar(tools: Sequence[Mapping[str, Any]]) -> Grammar:
     )
 
 
-def _moved(schema: Any, place: str, depth: int = 0) -> Any:
+def _moved(schema: Any, place: str) -> Any:
     """Point the references of a schema, from `#` on, to its place in a larger schema."""
-    if depth > MAX_DEPTH:
-        raise OptionError(
-            f"Option tools has parameters with more than {MAX_DEPTH} objects and lists in each "
-            "other, expected a JSON schema with fewer; name parts with $defs, and use $ref.",
-            "tools",
-        )
     if isinstance(schema, list):
-        return [_moved(each, place, depth + 1) for each in schema]
+        return [_moved(each, place) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved = {key: _moved(value, place, depth + 1) for key, value in schema.items()}
+    moved = {key: _moved(value, place) for key, value in schema.items()}
     reference = moved.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = place + reference[1:]

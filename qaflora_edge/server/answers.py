@@ -12,15 +12,10 @@ from qaflora_edge.engine import Engine
 from qaflora_edge.errors import CancelledError
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import checked_tokens
-from qaflora_edge.openai.chat import begin_chat, completion_chunks, completion_dict
-from qaflora_edge.openai.completions import answer_head, text_chunks, text_dict
+from qaflora_edge.openai.chat import begin_chat, chat_shape
+from qaflora_edge.openai.completions import TEXT, Shape, answer_chunks, answer_dict, answer_head
 from qaflora_edge.openai.options import FIXED, openai_options
-from qaflora_edge.openai.responses import (
-    chat_request,
-    response_dict,
-    response_events,
-    response_head,
-)
+from qaflora_edge.openai.responses import chat_request, response_events, response_head
 from qaflora_edge.server import requests as bodies
 from qaflora_edge.server.requests import wrong_field
 from qaflora_edge.server.served_models import ServedModel
@@ -125,27 +120,40 @@ def mix_of(fusion: FusionWeights, out: Computed) -> dict[str, Any]:
 
 
 class Sender:
-    """Sends answers with what stands beside OpenAI's fields: the mix, and the times."""
+    """Sends answers with what stands beside OpenAI's fields: the mix, and the times.
 
-    def __init__(self, first: Generation, out: Computed) -> None:
-        self._first, self._out, self._mix = first, out, mix_of(first.fusion, out)
+    answers  the n answers to each prompt; the first has begun
+    """
+
+    def __init__(
+        self, answers: Iterable[Generation], out: Computed, n: int = 1, n_prompt: int = 1
+    ) -> None:
+        noted = _noted(answers, n, n_prompt, out.facts)
+        self._first, self._out, self._n = next(noted), out, n
+        self._mix = mix_of(self._first.fusion, out)
+        self.answers = itertools.chain([self._first], noted)
 
     @property
     def _end(self) -> dict[str, Any]:
         return {**self._mix, "timings": self._first.timings.to_dict()}
 
-    def send_whole(self, answer: Mapping[str, Any]) -> None:
-        """Send an answer as one text."""
-        self._out.send(encoded({**_ended(answer), **self._end}))
-
-    def send_chunks(self, chunks: Iterator[dict[str, Any]]) -> None:
-        """Send chunks as events: the mix is on the first, and with the times on the usage's."""
-        more = self._mix
-        for chunk in chunks:
+    def send(self, head: dict[str, Any], shape: Shape) -> None:
+        """Send all answers: as one text, or as chunks where the body has `stream`."""
+        body = self._out.body
+        if not body.stream:
+            self.send_whole(_ended(answer_dict(head, self.answers, shape, self._n)))
+            return
+        usage = body.includes_usage
+        more = self._mix  # on the first chunk, and with the times on the usage's
+        for chunk in answer_chunks(head, self.answers, shape, self._n, include_usage=usage):
             more = more if chunk["choices"] else self._end
             self._out.send(event({**_ended(chunk), **more}))
             more = {}
         self._out.send(DONE)
+
+    def send_whole(self, answer: Mapping[str, Any]) -> None:
+        """Send an answer as one text."""
+        self._out.send(encoded({**answer, **self._end}))
 
     def send_events(self, events: Iterator[dict[str, Any]]) -> None:
         """Send events of a response; the mix is in the response of each that has one."""
@@ -158,7 +166,7 @@ class Sender:
 
 def _ended(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Say in OpenAI's words that the time limit has cut an answer: by length."""
-    for choice in answer.get("choices", ()):
+    for choice in answer["choices"]:
         if choice["finish_reason"] == "cancelled":
             choice["finish_reason"] = "length"
     return answer
@@ -178,8 +186,8 @@ def progress(head: Mapping[str, Any], out: Computed) -> dict[str, Any]:
     return {"on_progress": tell} if out.body.return_progress and out.body.stream else {}
 
 
-def noted(
-    answers: Iterable[Generation], n: int, facts: dict[str, Any], n_prompt: int = 1
+def _noted(
+    answers: Iterable[Generation], n: int, n_prompt: int, facts: dict[str, Any]
 ) -> Iterator[Generation]:
     """Yield the n answers to each prompt; note the tokens of each when it is over.
 
@@ -214,18 +222,11 @@ async def chat_completions(request: Request) -> Computed:
     model = body.model or served.name
 
     def compute(engine: Engine, out: Computed) -> None:
-        head = answer_head("chat.completion.chunk", model)
+        head = answer_head("chat.completion" + ".chunk" * bool(body.stream), model)
         more = {**options, "cancel": out.cancel, **progress(head, out)}
-        begun = begin_chat(engine, body.messages, **more)
-        sender = Sender(begun.first, out)
-        answers = noted(begun.answers, options.get("n", 1), out.facts)
-        if body.stream:
-            usage = body.includes_usage
-            sender.send_chunks(
-                completion_chunks(head, answers, has_tools=begun.has_tools, include_usage=usage)
-            )
-        else:
-            sender.send_whole(completion_dict(model, answers, has_tools=begun.has_tools))
+        answers, has_tools = begin_chat(engine, body.messages, **more)
+        shape = chat_shape(has_tools=has_tools)
+        Sender(answers, out, options.get("n", 1)).send(head, shape)
 
     return Computed(request, served, body, compute)
 
@@ -246,14 +247,8 @@ async def completions(request: Request) -> Computed:
         if is_one:
             more |= progress(head, out)
         each = (engine.answers(prompt, n, **more) for prompt in prompts)
-        found = noted(itertools.chain.from_iterable(each), n, out.facts, len(prompts))
-        first = next(found)
-        sender = Sender(first, out)
-        answers = itertools.chain([first], found)
-        if body.stream:
-            sender.send_chunks(text_chunks(head, answers, n, include_usage=body.includes_usage))
-        else:
-            sender.send_whole(text_dict(model, answers, n))
+        answers = itertools.chain.from_iterable(each)
+        Sender(answers, out, n, len(prompts)).send(head, TEXT)
 
     return Computed(request, served, body, compute)
 
@@ -267,14 +262,15 @@ async def responses(request: Request) -> Computed:
     model = body.model or served.name
 
     def compute(engine: Engine, out: Computed) -> None:
-        begun = begin_chat(engine, messages, cancel=out.cancel, **options)
-        sender = Sender(begun.first, out)
-        for answer in noted(begun.answers, 1, out.facts):
-            head = response_head(model, shown)
+        answers, has_tools = begin_chat(engine, messages, cancel=out.cancel, **options)
+        sender = Sender(answers, out)
+        for answer in sender.answers:
+            events = response_events(response_head(model, shown), answer, has_tools=has_tools)
             if body.stream:
-                sender.send_events(response_events(head, answer, has_tools=begun.has_tools))
+                sender.send_events(events)
             else:
-                sender.send_whole(response_dict(head, answer, has_tools=begun.has_tools))
+                *_, last = events
+                sender.send_whole(last["response"])
 
     return Computed(request, served, body, compute)
 
