@@ -28,7 +28,7 @@ def chosen_tools(tools: Any, tool_choice: Any) -> tuple[list[dict[str, Any]], Gr
     Raises OptionError for what is no tool, or a choice that is not among them.
     """
     checked = [_checked(tool) for tool in tools or ()]
-    if tool_choice == "none" or (not checked and tool_choice in (None, "auto")):
+    if tool_choice == "none":
         return [], None
     if tool_choice in (None, "auto"):
         return checked, None

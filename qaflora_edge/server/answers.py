@@ -41,7 +41,7 @@ async def asked(request: Request, kind: type[B]) -> tuple[B, ServedModel, dict[s
     served, strategy = request.app.state.models.find(body.model)
     weighing = {}
     if isinstance(body, bodies.Weighed):
-        weighing = weighing_of(body, strategy, served.adapters)
+        weighing = weighing_of(body, strategy, served.weigher.adapters)
     return body, served, weighing
 
 
@@ -143,7 +143,7 @@ class Sender:
         if not body.stream:
             self.send_whole(_ended(answer_dict(head, self.answers, shape, self._n)))
             return
-        usage = body.includes_usage
+        usage = bool(body.stream_options and body.stream_options.include_usage)
         more = self._mix  # on the first chunk, and with the times on the usage's
         for chunk in answer_chunks(head, self.answers, shape, self._n, include_usage=usage):
             more = more if chunk["choices"] else self._end

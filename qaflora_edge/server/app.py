@@ -121,7 +121,7 @@ async def metrics(request: Request) -> Response:
 async def openapi(request: Request) -> Response:
     """Describe all of this."""
     paths = ((path.replace(":path", ""), route.__doc__, kind) for path, route, kind in API)
-    return JSONResponse(bodies.describe(paths, request.app.state.models.ids))
+    return JSONResponse(bodies.describe(paths))
 
 
 async def models(request: Request) -> Response:

@@ -5,7 +5,7 @@ to be, in messages too. Sampling options come from `config`, with their ranges.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -101,7 +101,6 @@ def refusal(
 
 
 # fields
-
 
 RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
 _WEIGHTS = f'weights {RANGE} by name, as in {{"math": 0.7}}, or [n_adapter][n_layer] numbers'
@@ -202,11 +201,6 @@ class Answered(Sampled, extra="allow"):  # type: ignore[misc, call-arg]
     )
     return_progress: Flag = None
     json_schema: dict[str, Any] | bool | None = Field(None, title="a JSON schema")
-
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -377,34 +371,26 @@ _FAILED = {
 }
 
 
-def describe(
-    paths: Iterable[tuple[str, str, type[Body] | None]], models: Sequence[str]
-) -> dict[str, Any]:
+def describe(paths: Iterable[tuple[str, str, type[Body] | None]]) -> dict[str, Any]:
     """Describe a server in OpenAPI 3.1.
 
-    paths   (path, summary, body, or None for GET)
-    models  the ids that can be asked
+    paths  (path, summary, body, or None for GET)
     """
     paths = list(paths)
     kinds: Any = [(kind, "validation") for _, _, kind in paths if kind is not None]
     place = "#/components/schemas/{model}"
     _, found = models_json_schema([*kinds, (Error, "validation")], ref_template=place)
-    model = {"type": "string", "title": "The model", "enum": list(models)}
-    for schema in found["$defs"].values():
-        if "model" in schema["properties"]:
-            schema["properties"]["model"] = model
-            schema["required"] = ["model", *schema.get("required", ())]
     key = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "qaflora serve", "version": __version__},
         "security": [{"key": []}],
         "components": {"schemas": found["$defs"], "securitySchemes": {"key": key}},
-        "paths": {path: _operation(path, text, kind, model) for path, text, kind in paths},
+        "paths": {path: _operation(path, text, kind) for path, text, kind in paths},
     }
 
 
-def _operation(path: str, summary: str, kind: type[Body] | None, model: Any) -> dict[str, Any]:
+def _operation(path: str, summary: str, kind: type[Body] | None) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if path == "/metrics":
         content = {"text/plain": {"schema": {"type": "string"}}}
@@ -420,6 +406,6 @@ def _operation(path: str, summary: str, kind: type[Body] | None, model: Any) -> 
     if path == "/health":
         operation["security"], responses["503"] = [], answer
     if "{model}" in path:
-        named = {"name": "model", "in": "path", "required": True, "schema": model}
+        named = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
         operation["parameters"] = [named]
     return {"get": operation}

@@ -95,6 +95,7 @@ class ServedModel:
     """One bundle, opened or not.
 
     name        how clients call it
+    weigher     knows its adapters and defaults
     strategies  that it can follow, as in NAME:STRATEGY
     sha256      of the base's file, and of each adapter's by its name; empty for a base alone
     slots       requests that are answered at once
@@ -106,9 +107,7 @@ class ServedModel:
 
     name: str
     place: Path
-    adapters: tuple[str, ...]
-    n_layer: int
-    strategy: str
+    weigher: Weigher
     strategies: tuple[str, ...]
     slots: asyncio.Semaphore
     sha256: Mapping[str, Any] = field(default_factory=dict)
@@ -122,6 +121,7 @@ class ServedModel:
 
     @property
     def ids(self) -> list[str]:
+        """The model ids that name it."""
         return [self.name, *(f"{self.name}:{strategy}" for strategy in self.strategies)]
 
     @property
@@ -173,16 +173,8 @@ class ServedModels:
         engine = self._options.engine
         chosen = {key: engine.get(key) for key in ("strategy", "lens", "pool")}
         weigher = Weigher(tuple(targets), n_layer, known.under(**chosen), targets=targets)
-        return ServedModel(
-            name=name,
-            place=place,
-            adapters=tuple(targets),
-            n_layer=n_layer,
-            strategy=weigher.known.strategy,
-            strategies=weigher.followed,
-            slots=asyncio.Semaphore(self._options.n_slot),
-            sha256=sha256,
-        )
+        slots = asyncio.Semaphore(self._options.n_slot)
+        return ServedModel(name, place, weigher, weigher.followed, slots, sha256)
 
     # names
 
@@ -207,11 +199,6 @@ class ServedModels:
         )
 
     @property
-    def ids(self) -> list[str]:
-        """Every model id that can be asked."""
-        return [name for model in self.by_name.values() for name in model.ids]
-
-    @property
     def listed(self) -> list[str]:
         """The ids that GET /v1/models lists: each bundle, and its base alone."""
         return [each for name in self.by_name for each in (name, f"{name}:base")]
@@ -223,10 +210,10 @@ class ServedModels:
         """
         model, strategy = self.find(name)
         meta: dict[str, Any] = {
-            "adapters": list(model.adapters),
-            "n_layer": model.n_layer,
+            "adapters": list(model.weigher.adapters),
+            "n_layer": model.weigher.n_layer,
             "n_ctx": self._options.engine["n_ctx"],
-            "strategy": strategy or model.strategy,
+            "strategy": strategy or model.weigher.known.strategy,
             "strategies": list(model.strategies),
             "loaded": model.engine is not None,
             "failed": model.has_failed,
@@ -246,7 +233,6 @@ class ServedModels:
         Raises Refusal when it cannot be opened.
         """
         model.n_user += 1
-        model.used_s = time.monotonic()
         try:
             if model.engine is None:
                 model.opening = model.opening or asyncio.create_task(self._load(model))
@@ -264,8 +250,7 @@ class ServedModels:
             async with self._loading:
                 await self._close_unused()
                 engine = await asyncio.to_thread(Engine, model.place, **self._options.engine)
-            thread = threading.Thread(target=_compute, args=(engine,), daemon=True)
-            thread.name = f"qaflora-{model.name}"
+            thread = threading.Thread(target=_compute, args=(engine,), name=model.name, daemon=True)
             thread.start()
             model.engine, model.worker = engine, thread
         except Exception as error:
