@@ -1,10 +1,7 @@
 """qaflora chat on a terminal, typed to and read by tmux"""
 
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from bundles import TinyBundle, make_bundle
-from patience import PATIENCE_S
 from scripted_chat import ANSWER
-from tmux import Window, need_tmux
+from tmux import Window, need_tmux, on_a_terminal
 
 pytestmark = pytest.mark.slow  # each starts a terminal and a chat
 Open = Callable[..., Window]
@@ -151,63 +147,6 @@ def test_pasted_lines_are_one_message(opened: Open, made: TinyBundle, tmp_path: 
     assert document["messages"][0] == {"role": "user", "content": pasted}
 
 
-@pytest.mark.parametrize("columns", [30])
-def test_a_resize_in_the_middle_of_an_answer(
-    opened: Open, made: TinyBundle, tmp_path: Path, columns: int
-) -> None:
-    window = opened(made.folder, answer=" ".join([ANSWER] * 12), columns=40, rows=20)
-    window.type("the thing")
-    window.key("Enter")
-    window.resize(columns, 16)
-    window.wait_for("tok/s")
-    window.resize(40, 20)
-    window.type(f"/save {tmp_path / 'talk.json'}")
-    window.key("Enter")
-    window.wait_for("1 turn saved")
-    window.key("C-d")
-    window.wait_for("LEFT 0")
-    assert "Traceback" not in window.screen()
-
-
-def test_ctrl_c_at_the_prompt_empties_it_and_stays(opened: Open, made: TinyBundle) -> None:
-    window = opened(made.folder)
-    window.type("not this")
-    window.wait_for("not this")
-    window.key("C-c")
-    window.type("the thing")
-    window.key("Enter")
-    window.wait_for("tok/s")
-    window.key("C-d")
-    window.wait_for("LEFT 0")
-
-
-def on_a_pty(command: list[str], typed: bytes, **env: str) -> bytes:
-    """All bytes that a command writes to a terminal it is typed to."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "PYTHONUTF8": "1", **env},
-        start_new_session=True,
-    )
-    os.close(theirs)
-    os.write(ours, typed)
-    written = b""
-    while True:
-        try:
-            data = os.read(ours, 1 << 16)
-        except OSError:  # the other side was closed
-            break
-        if not data:
-            break
-        written += data
-    os.close(ours)
-    assert process.wait(timeout=PATIENCE_S) == 0, written.decode()
-    return written
-
-
 @pytest.mark.parametrize(
     ("args", "env"),
     [
@@ -219,7 +158,7 @@ def test_plain_terminals_get_no_escape_codes(
     made: TinyBundle, args: list[str], env: dict[str, str]
 ) -> None:
     command = [*SCRIPTED, ANSWER, "chat", str(made.folder), *args]
-    written = on_a_pty(command, b"the thing\n/weights\n/help\n/nothing\n\x04", **env)
+    written = on_a_terminal(command, b"the thing\n/weights\n/help\n/nothing\n\x04", **env)
     assert b"\x1b" not in written
     assert b"layers 0 to 2" in written
     assert b"tok/s" in written

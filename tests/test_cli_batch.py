@@ -382,29 +382,3 @@ def test_an_interrupted_run_goes_on(made: TinyBundle, tmp_path: Path) -> None:
     found = records(out)
     assert [each["id"] for each in found] == list(range(40))
     assert [each["text"] for each in found] == [each["text"] for each in records(whole)]
-
-
-def test_lines_are_not_held_in_memory(
-    made: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine asks for lines as it has room, and an answer that was written is let go."""
-    seen: list[int] = []
-    alive: list[int] = []
-    many = Engine.generate_many
-
-    def watched(self: Engine, requests: Any, **options: Any) -> Any:
-        def counted() -> Any:
-            for i, request in enumerate(requests):
-                seen.append(i)
-                yield request
-
-        for n_done, (number, answer) in enumerate(many(self, counted(), **options)):
-            alive.append(len(seen) - n_done)
-            yield number, answer
-
-    monkeypatch.setattr(Engine, "generate_many", watched)
-    path = tmp_path / "q.jsonl"
-    path.write_text(lines(*({"prompt": "a", "strategy": "base"} for _ in range(60))))
-    assert run(made, "--prompts", path, "--max-tokens", 1, "--parallel", 2).exit_code == 0
-    assert max(alive) <= 4
-    assert len(seen) == 60

@@ -79,20 +79,6 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path, base: tiny.TinyBase) -
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["owner/Tiny-Llama-0", "unsloth/tiny_llama-0-bnb-4bit", "owner/Base-7B"]
-)
-def test_no_remark_on_names_that_are_the_same(
-    name: str, tmp_path: Path, base: tiny.TinyBase
-) -> None:
-    """As the metadata of the base or its file name has it."""
-    config = {"base_model_name_or_path": name}
-    folder = tiny.write_tiny_peft(tmp_path / "a", base, config=config)
-    path = base.path.rename(tmp_path / "base-7b-Q4_K_M.gguf")
-    result = run(folder, "--base", path, "-o", tmp_path / "out.gguf")
-    assert len(result.stderr.splitlines()) == 1
-
-
 def test_verify_sums_up(tmp_path: Path, base: tiny.TinyBase) -> None:
     folder = tiny.write_tiny_peft(tmp_path / "a", base, targets=["q_proj", "o_proj"], layers=[1])
     arguments = (folder, "--base", base.path, "-o", tmp_path / "out.gguf", "--verify", "--force")

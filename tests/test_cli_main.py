@@ -26,67 +26,49 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     return make_bundle(tmp_path_factory.mktemp("main"))
 
 
-def commands() -> list[list[str]]:
-    """Every command as the words that name it."""
-    found = []
+def commands() -> dict[str, click.Command]:
+    """Every command by the words that name it."""
+    found: dict[str, click.Command] = {}
     context = click.Context(main)
     for verb in VERBS:
         command = main.get_command(context, verb)
         assert command is not None
-        found.append([verb])
+        found[verb] = command
         if isinstance(command, click.Group):
-            found += [[verb, sub] for sub in command.list_commands(context)]
+            found |= {f"{verb} {name}": sub for name, sub in command.commands.items()}
     return found
 
 
-def find_command(words: list[str]) -> click.Command:
-    """The command that words name."""
-    context = click.Context(main)
-    command: click.Command | None = main
-    for word in words:
-        assert isinstance(command, click.Group)
-        command = command.get_command(context, word)
-    assert command is not None
-    return command
+COMMANDS = commands()
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_help_has_sentences_an_example_and_exit_codes(words: list[str]) -> None:
-    result = CliRunner().invoke(main, [*words, "--help"])
+@pytest.mark.parametrize("words", ["", *COMMANDS])
+def test_help_has_sentences_an_example_and_exit_codes_and_fits_a_terminal(words: str) -> None:
+    result = CliRunner().invoke(main, [*words.split(), "--help"])
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[2].rstrip().endswith(".")
-    if words != ["bundle"]:
-        assert f"Example:\n    qaflora {' '.join(words)}" in result.stdout
+    lines = result.stdout.splitlines()
+    # Examples are to be copied, and so are not wrapped.
+    assert [line for line in lines if len(line) > 80 and not line.startswith("    ")] == []
+    assert not words or lines[2].rstrip().endswith(".")
+    if words not in ("", "bundle"):
+        assert f"Example:\n    qaflora {words}" in result.stdout
         assert "  Exit codes:\n    0    it worked\n" in result.stdout
 
 
-@pytest.mark.parametrize("words", [[], *commands()], ids=" ".join)
-def test_help_fits_a_terminal(words: list[str]) -> None:
-    """Examples apart, which are to be copied and so are not wrapped."""
-    lines = CliRunner().invoke(main, [*words, "--help"]).stdout.splitlines()
-    assert [line for line in lines if len(line) > 80 and not line.startswith("    ")] == []
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_option_has_a_sentence(words: list[str]) -> None:
-    for param in find_command(words).get_params(click.Context(main)):
-        if isinstance(param, click.Option):
-            sentence = (param.help or "").partition("  [")[0]
-            assert sentence.endswith("."), (words, param.name)
-            assert not sentence[0].islower(), (words, param.name)
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_argument_is_explained(words: list[str]) -> None:
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_option_and_argument_is_explained(words: str) -> None:
     """DIR is explained by `qaflora --help`, for it is the same everywhere."""
-    command = find_command(words)
-    for param in command.params:
+    params = COMMANDS[words].get_params(click.Context(main))
+    texts = [param.help or "" for param in params if isinstance(param, click.Option)]
+    for text in texts:
+        sentence = text.partition("  [")[0]
+        assert sentence.endswith("."), (words, text)
+        assert not sentence[0].islower(), (words, text)
+    said = " ".join([*(COMMANDS[words].help or "").split(), *texts])
+    for param in params:
         if isinstance(param, click.Argument):
             name = (param.metavar or param.name or "").upper()
-            text = " ".join((command.help or "").split()) + " ".join(
-                param.help or "" for param in command.params if isinstance(param, click.Option)
-            )
-            assert name == "DIR" or name in text, (words, name)
+            assert name == "DIR" or name in said, (words, name)
 
 
 def test_similar_commands_are_offered() -> None:
@@ -99,10 +81,7 @@ def test_similar_commands_are_offered() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_listed_line_is_the_first_of_the_help(verb: str) -> None:
-    command = main.get_command(click.Context(main), verb)
-    assert command is not None
-    assert command.help is not None
-    assert command.help.splitlines()[0] == VERBS[verb]
+    assert (COMMANDS[verb].help or "").splitlines()[0] == VERBS[verb]
     width = max(map(len, VERBS))
     assert f"  {verb:<{width}}  {VERBS[verb]}\n" in CliRunner().invoke(main, ["--help"]).stdout
 
@@ -145,12 +124,6 @@ def test_an_unknown_name_is_told_what_is_accepted_and_the_nearest() -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert "expected the folder of a bundle, the .gguf of a base, or a name" in result.stderr
     assert result.stderr.endswith("Did you mean smollm2-135m-instruct?\n")
-
-
-def test_a_prompt_without_quotes_is_told() -> None:
-    result = CliRunner().invoke(main, ["run", "DIR", "how", "are", "you"])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert 'quote a prompt of several words: "how are you".' in result.stderr
 
 
 LOADED = """

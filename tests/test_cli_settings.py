@@ -81,23 +81,6 @@ def test_variables_that_are_no_settings_are_named(monkeypatch: pytest.MonkeyPatc
     assert shown == {"value": "x", "from": "QAFLORA_RUN_STOP"}
 
 
-def test_flag_of_the_file_is_taken_back_on_the_command_line(made: TinyBundle, config: Path) -> None:
-    def prompt_tokens(*args: str) -> int:
-        result = CliRunner().invoke(main, ["weights", str(made.folder), "hi", "--json", *args])
-        return int(json.loads(result.stdout)["prompt_tokens"])
-
-    in_chat_form = prompt_tokens()
-    config.write_text("raw_prompt = true\n", encoding="utf-8")
-    assert prompt_tokens() < in_chat_form
-    assert prompt_tokens("--no-raw-prompt") == in_chat_form
-
-
-def test_bundle_by_name(made: TinyBundle, config: Path) -> None:
-    config.write_text(f"bundles = [{json.dumps(str(made.folder.parent))}]\n", encoding="utf-8")
-    result = CliRunner().invoke(main, ["bundle", "show", made.folder.name])
-    assert (result.exit_code, result.stdout[:4]) == (0, "tiny")
-
-
 WRONG = [
     (
         'stratgy = "norm"',

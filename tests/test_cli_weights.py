@@ -95,12 +95,6 @@ def test_prompts_print_the_contracts_object_a_line_each(made: TinyBundle, prompt
     ]
 
 
-def test_prompts_are_drawn_a_panel_each(made: TinyBundle, prompts: Path, tmp_path: Path) -> None:
-    path = tmp_path / "weights.html"
-    assert weights(made, "--prompts", prompts, "--plot", path).exit_code == 0
-    assert path.read_text("utf-8").count("<section>") == 3
-
-
 def test_a_prompt_that_does_not_fit_is_named_before_any_is_weighed(
     made: TinyBundle, tmp_path: Path
 ) -> None:
@@ -123,12 +117,6 @@ def test_wrong_usage_is_2(made: TinyBundle, args: tuple[str, ...]) -> None:
     result = weights(made, *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Usage: " in result.stderr
-
-
-def test_a_removed_option_names_what_to_use(made: TinyBundle) -> None:
-    result = weights(made, PROMPT, "--plot", "weights.svg", "--dpi", "300")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "Error: The option dpi is gone; write the picture as .svg or .html" in result.stderr
 
 
 @pytest.mark.parametrize("suffix", ["svg", "html"])

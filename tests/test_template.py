@@ -71,14 +71,11 @@ BIG = "{% set ns = namespace(x='aaaaaaaa', y=['a'], z=['a'], n=3) %}{% for i in 
 HOSTILE = [
     "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}"
     "{% endfor %}{% endfor %}",
-    "{% for a in range(10**9) %}{% endfor %}",
     "{{ 'a' * 1000000000 }}",
-    "{{ [1] * 1000000000 }}",
     "{{ 9**9**9 }}",
     BIG + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     BIG + "{% set ns.x = ns.x.replace('a', 'aaaa') %}{% endfor %}",
     BIG + "{% set ns.x = ns.x | join(ns.x) %}{% endfor %}",
-    BIG + "{% set ns.y = ns.y + ns.y %}{% endfor %}",
     BIG + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y | tojson }}",
     BIG + "{% set ns.y = [ns.y, ns.y] %}{% set ns.z = [ns.z, ns.z] %}{% endfor %}"
     "{{ ns.y == ns.z }}",
@@ -87,23 +84,19 @@ HOSTILE = [
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
     "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "{{ '%1000000000d' % 1 }}",
-    "{{ '%*d' % (1000000000, 1) }}",
     "{{ 'a\nb' | indent(1000000000) }}",
     "{{ range(90000) | tojson(separators=('x' * 90000, '')) }}",
-    "{{ ('\n' * 90000) | indent('x' * 90000) }}",
     "{{ ('x' * 90000) | replace(new='y' * 90000, old='x') }}",
     "{% set n = namespace(a=1) %}" + "{% set n = namespace(a=n, b=n) %}" * 40 + "{{ n }}",
     "{% set r = range(90000) %}{% if r" + " == r" * 9000 + " %}{% endif %}",
     "{% set r = {'a': 'x' * 90000} %}" + "{{ r.items() }}" * 3000,
     "{{ strftime_now('%1000000000Y') }}",
     "{% set big = 'x' * 100000 %}{% for i in range(100000) %}{{ 'y' in big }}{% endfor %}",
-    "{% set big = range(100000) %}{% for i in range(100000) %}{% set q = big | sort %}{% endfor %}",
     "{% set big = range(100000) %}{{ [" + "big[:], " * 300 + "] | length }}",
     "{% set x = 'a' * 400000 %}{{ [" + "(x ~ x), " * 300 + "] | length }}",
     "{% for i in range(9000) %}{{ 'ab' | list | select('in', 'x' * 100000) | list }}{% endfor %}",
     "{{ dict.fromkeys(range(10**9)) }}",
     "{{ range(90000) | join('x' * 90000, attribute='real') }}",
-    "{{ ('x' * 100000).join('y' * 100000) }}",
     "x" * 70000,
 ]
 

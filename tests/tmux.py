@@ -1,5 +1,7 @@
-"""A command in a tmux window of its own: typed to, resized, and its screen read."""
+"""Commands on terminals: on a bare one, and in a tmux window whose screen is read."""
 
+import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +14,28 @@ from typing import Self
 
 import pytest
 from patience import PATIENCE_S
+
+
+def on_a_terminal(command: Sequence[str], typed: bytes = b"", **env: str) -> bytes:
+    """All bytes that a command writes to the terminal that is its stdin, stdout and stderr."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "PYTHONUTF8": "1", "TERM": "xterm", **env},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    os.write(ours, typed)
+    written = b""
+    with contextlib.suppress(OSError):  # the other side was closed
+        while data := os.read(ours, 1 << 16):
+            written += data
+    os.close(ours)
+    assert process.wait(timeout=PATIENCE_S) == 0, written.decode()
+    return written
 
 
 def need_tmux() -> None:
