@@ -284,20 +284,15 @@ def _plan_experts(pair: _Pair, modules: Sequence[PeftModule], alpha: float) -> l
             )
         places[place] = value
 
-    # Whether A writes the output, by its shape; None where it may be either way round.
-    orders = {
-        module.name: _order(pair, module, _expert_parts(pair, module))
-        for module in modules
-        if module.n_expert > 0
-    }
     for module in modules:
         layer, expert, stem = _expert_place(pair, module)
         if expert is not None:
             put(members[f"blk.{layer}.ffn_{stem}_exps.weight"], expert, module, module)
             continue
-        is_swapped = _is_swapped(pair, module, orders)
+        parts = _expert_parts(pair, module)
+        is_swapped = _is_swapped(pair, module, [name for name, _ in parts])
         factor = _scale_factor(module.scale, module.rank, alpha)
-        for name, rows in _expert_parts(pair, module):
+        for name, rows in parts:
             _, n_out, n_in = _expert_shape(pair, module, name)
             shape = module.n_expert, module.rank, n_in, n_out
             own = StackedExperts(module, name, *shape, factor, rows, is_swapped)
@@ -383,11 +378,12 @@ def _single(
     return SingleExperts(first, base_name, n_expert, rank, n_in, n_out, factors)
 
 
-def _order(
-    pair: _Pair, module: PeftModule, parts: Sequence[tuple[str, Index | None]]
-) -> bool | None:
-    """Tell by its shape whether the file's A writes the output; None if it may be either."""
-    shapes = [_expert_shape(pair, module, name) for name, _ in parts]
+def _is_swapped(pair: _Pair, module: PeftModule, names: Sequence[str]) -> bool:
+    """Tell by its shape, else by PEFT's version, whether the file's A writes the output.
+
+    names  of the tensors that it goes to
+    """
+    shapes = [_expert_shape(pair, module, name) for name in names]
     n_expert, _, n_in = shapes[-1]
     n_out = sum(shape[1] for shape in shapes)
     found = (module.n_expert, module.n_out, module.n_in)
@@ -397,24 +393,16 @@ def _order(
             f"{module.name} is for experts of shape {list(found)}, and the base's are "
             f"{list(plain)}."
         )
-    return None if plain == swapped else found == swapped
-
-
-def _is_swapped(pair: _Pair, module: PeftModule, orders: Mapping[str, bool | None]) -> bool:
-    own = False if module.is_b_by_expert else orders[module.name]
-    if own is not None:
-        return own
     version = pair.adapter.config.version
-    if _version(version) >= _PEFT_OF_ONE_ORDER:
-        return False
-    others = {order for order in orders.values() if order is not None}
-    if len(others) == 1:  # one PEFT wrote them all
-        return others.pop()
-    raise pair.unsupported(
-        f"the experts of {module.name} are square, and peft_version is {version!r} in its config; "
-        "expected 0.19.1 or later, for earlier ones may have A and B the other way round. Load it "
-        "with what trained it, merge it and train again, or set peft_version if it is later."
-    )
+    is_known = module.is_b_by_expert or _version(version) >= _PEFT_OF_ONE_ORDER
+    if plain == swapped and not is_known:
+        raise pair.unsupported(
+            f"the experts of {module.name} are square, and peft_version is {version!r} in its "
+            "config; expected 0.19.1 or later, for earlier ones may have A and B the other way "
+            "round. Load it with what trained it, merge it and train again, or set peft_version if "
+            "it is later."
+        )
+    return found != plain
 
 
 def _version(text: str | None) -> tuple[int, ...]:

@@ -8,26 +8,21 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from qaflora_edge.errors import InputFileError, PeftConfigError, UnsupportedAdapterError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.inputs import read_input
-from qaflora_edge.formats.json_text import read_json_object
+from qaflora_edge.formats.json_text import WrongField, check_schema, read_json_object, shown
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 22
-MAX_RANK = 1 << 14
-MAX_NAMES = 1 << 16  # of modules or layers, in a list
-MAX_PATTERNS = 1 << 14
 MAX_PATTERN_LENGTH = 256
-MAX_REPEATS = 3  # of unbounded repeats in a pattern, so that matching ends
-MAX_CHOICES = 1 << 12  # ways through a pattern's alternatives and optional parts
+MAX_STEPS = 1 << 27  # to match a pattern with a long name: three unbounded repeats, 46 choices
 MAX_WORK = 1 << 31  # steps to match all patterns with all modules; half a minute
-MIN_ALPHA, MAX_ALPHA = 1e-30, 1e30  # magnitudes that a float32 holds with room for a scale
 
 MERGE = "Merge the adapter into its base, or train a plain LoRA."
 CONVERT = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
@@ -174,119 +169,31 @@ def is_mlx(fields: Mapping[str, Any]) -> bool:
     return "peft_type" not in fields and ("lora_parameters" in fields or "fine_tune_type" in fields)
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Fields of adapter_config.json, each checked as it is taken. Raises PeftConfigError."""
-
-    path: Path
-    fields: Mapping[str, Any]
-
-    def wrong(self, field: str, found: object, expected: str) -> PeftConfigError:
-        what = "missing" if found is None else _brief(found)
-        return PeftConfigError(
-            f"Cannot use {self.path}: {field} is {what}; expected {expected}. "
-            "Correct the file, or save the adapter again."
-        )
-
-    def flag(self, field: str) -> bool:
-        value = self.fields.get(field)
-        if isinstance(value, bool | None):
-            return bool(value)
-        raise self.wrong(field, value, "true or false")
-
-    def text(self, field: str) -> str | None:
-        value = self.fields.get(field)
-        if isinstance(value, str | None):
-            return value
-        raise self.wrong(field, value, "a name")
-
-    def names(self, field: str) -> tuple[str, ...] | str | None:
-        """Give names of modules, or one expression; None for nothing or an empty list."""
-        value = self.fields.get(field) or None
-        if value is None or isinstance(value, str):
-            return value
-        if _is_list_of(value, str):
-            return tuple(value)
-        raise self.wrong(field, value, "a text or a list of names")
-
-    def rank(self, field: str, value: object) -> int:
-        if type(value) is int and 1 <= value <= MAX_RANK:
-            return value
-        raise self.wrong(field, value, f"a whole number from 1 to {MAX_RANK}")
-
-    def alpha(self, field: str, value: Any) -> float:
-        """Give an alpha, or a scale, that a float32 holds."""
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # A GGUF keeps alpha as a float32, and 0 would mean "no scale" there.
-        if is_number and MIN_ALPHA <= abs(value) <= MAX_ALPHA:
-            return float(value)
-        expected = f"a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or minus such"
-        raise self.wrong(field, value, expected)
-
-    def patterns(self, field: str, check: Callable[[str, object], Any]) -> dict[str, Any]:
-        """Give a mapping from regular expressions to ranks or alphas."""
-        value = self.fields.get(field)
-        if value is None:
-            return {}
-        if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
-            raise self.wrong(field, value, f"an object of up to {MAX_PATTERNS} patterns")
-        for key in value:
-            expected = (
-                f"patterns of up to {MAX_PATTERN_LENGTH} characters, {MAX_REPEATS} repeats and "
-                f"{MAX_CHOICES} choices, and no repeated group"
-            )
-            if not _is_bounded(key):
-                raise self.wrong(f"a pattern in {field}", key, expected)
-            try:
-                re.compile(key)  # alone first, for the position in the message
-                _compile_key(key)
-            except _REGEX_ERRORS as error:
-                expected = f"a regular expression ({error})"
-                raise self.wrong(f"a pattern in {field}", key, expected) from error
-        return {key: check(f"{field}[{_brief(key)}]", item) for key, item in value.items()}
-
-
 def parse_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     """Check the fields of an adapter_config.json.
 
     Raises PeftConfigError when one is wrong, UnsupportedAdapterError when it asks for more than a
     plain LoRA.
     """
-    if is_mlx(fields):
-        return _parse_mlx(_Fields(path, fields))
-    _check_supported(path, fields)
-    found = _Fields(path, fields)
-    # fan_in_fan_out: the base's weight is stored as [n_in, n_out], as Conv1D of GPT-2 does; PEFT
-    # 0.21 corrects it by the layer (lora/layer.py dispatch_default). A and B are as for a linear
-    # layer all the same, and a GGUF holds every weight as [n_out, n_in].
-    found.flag("fan_in_fan_out")
-    bias = fields.get("bias") or "none"
-    if bias not in ("none", "all", "lora_only"):
-        raise found.wrong("bias", bias, "'none', 'all' or 'lora_only'")
-    parameters = found.names("target_parameters")
-    if isinstance(parameters, str):
-        raise found.wrong("target_parameters", parameters, "a list of names")
-    return PeftConfig(
-        path=path,
-        rank=found.rank("r", fields.get("r", 8)),  # the defaults are PEFT's own
-        alpha=found.alpha("lora_alpha", fields.get("lora_alpha", 8)),
-        use_rslora=found.flag("use_rslora"),
-        rank_pattern=found.patterns("rank_pattern", found.rank),
-        alpha_pattern=found.patterns("alpha_pattern", found.alpha),
-        targets=_target_rule(found),
-        parameters=parameters or (),
-        bias=bias,
-        ties_weights=found.flag("ensure_weight_tying"),
-        base_name=found.text("base_model_name_or_path"),
-        version=found.text("peft_version"),
+    refuse, kind = (_refuse_mlx, "mlx") if is_mlx(fields) else (_refuse_peft, "peft")
+    refuse(path, fields)
+    try:
+        check_schema(fields, kind)
+    except WrongField as error:
+        raise _wrong(path, str(error)) from error
+    return _mlx_config(path, fields) if kind == "mlx" else _peft_config(path, fields)
+
+
+def _wrong(path: Path, what: str) -> PeftConfigError:
+    return PeftConfigError(
+        f"Cannot use {path}: {what}. Correct the file, or save the adapter again."
     )
 
 
-def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
-    kind = fields.get("peft_type")
-    if not isinstance(kind, str):
-        raise _Fields(path, fields).wrong("peft_type", kind, '"LORA"')
-    if kind.upper() != "LORA":
+def _refuse_peft(path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse what a plain LoRA cannot represent, by its name."""
+    kind = str(fields.get("peft_type", "LORA"))
+    if kind.upper() != "LORA" and isinstance(fields["peft_type"], str):
         reason, advice = REFUSED["types"].get(kind.upper(), _OTHER_TYPE)
         raise UnsupportedAdapterError(
             f"Cannot use {path}: peft_type is {kind[:80]!r}; expected 'LORA', for {reason}. "
@@ -295,7 +202,7 @@ def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
     for name, (reason, advice) in REFUSED["fields"].items():
         if value := fields.get(name):
             raise UnsupportedAdapterError(
-                f"Cannot use {path}: {name} is {_brief(value)}; {reason}, and a plain LoRA cannot "
+                f"Cannot use {path}: {name} is {shown(value)}; {reason}, and a plain LoRA cannot "
                 f"represent it. {advice}"
             )
     init = fields.get("init_lora_weights")
@@ -303,15 +210,51 @@ def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
         # What PEFT 0.21 converts, tuners/lora/model.py; of LoftQ it knows no unchanged base.
         is_converted = str(init).lower().startswith(("pissa", "corda", "olora", "lora_ga"))
         raise UnsupportedAdapterError(
-            f"Cannot use {path}: init_lora_weights is {_brief(init)}; this initialisation changes "
+            f"Cannot use {path}: init_lora_weights is {shown(init)}; this initialisation changes "
             "the base's weights too, and the adapter alone does not fit the unchanged base. "
             f"{CONVERT if is_converted else MERGE}"
         )
 
 
-def _parse_mlx(found: _Fields) -> PeftConfig:
-    """Check the fields of MLX. Its scale is the factor of B A, whatever the rank."""
-    path, fields = found.path, found.fields
+def _peft_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+    # fan_in_fan_out: the base's weight is stored as [n_in, n_out], as Conv1D of GPT-2 does; PEFT
+    # 0.21 corrects it by the layer (lora/layer.py dispatch_default). A and B are as for a linear
+    # layer all the same, and a GGUF holds every weight as [n_out, n_in].
+    ranks, alphas = (fields.get(f"{what}_pattern") or {} for what in ("rank", "alpha"))
+    for key in (*ranks, *alphas):
+        _check_key(path, key)
+    targets, layers = fields.get("target_modules"), fields.get("layers_to_transform")
+    layers = layers if isinstance(layers, list | None) else [layers]
+    patterns = fields.get("layers_pattern") or ()
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = None
+    return PeftConfig(
+        path=path,
+        rank=int(fields.get("r", 8)),  # the defaults are PEFT's own
+        alpha=float(fields.get("lora_alpha", 8)),
+        use_rslora=bool(fields.get("use_rslora")),
+        rank_pattern={key: int(rank) for key, rank in ranks.items()},
+        alpha_pattern={key: float(alpha) for key, alpha in alphas.items()},
+        targets=TargetRule(
+            targets=_names_of(targets),
+            excluded=_names_of(fields.get("exclude_modules")),
+            layers=tuple(layers or ()) or None,
+            layers_patterns=(patterns,) if isinstance(patterns, str) else tuple(patterns),
+        ),
+        parameters=tuple(fields.get("target_parameters") or ()),
+        bias=fields.get("bias") or "none",
+        ties_weights=bool(fields.get("ensure_weight_tying")),
+        base_name=fields.get("base_model_name_or_path"),
+        version=fields.get("peft_version"),
+    )
+
+
+def _names_of(value: Any) -> tuple[str, ...] | str | None:
+    """Give names of modules, or one expression; None for nothing or an empty list."""
+    return value if isinstance(value, str) and value else tuple(value or ()) or None
+
+
+def _refuse_mlx(path: Path, fields: Mapping[str, Any]) -> None:
     kind = fields.get("fine_tune_type", "lora")
     if kind == "lora" and fields.get("use_dora"):
         kind = "dora"  # as versions before September 2024 wrote it
@@ -321,68 +264,53 @@ def _parse_mlx(found: _Fields) -> PeftConfig:
             "plain LoRA cannot represent it. Fuse it into its base with mlx_lm.fuse, or train a "
             "plain LoRA."
         )
-    if kind != "lora":
-        raise found.wrong("fine_tune_type", kind, "'lora'")
-    parameters = fields.get("lora_parameters")
-    if not isinstance(parameters, dict):
-        raise found.wrong("lora_parameters", parameters, "an object with rank and scale")
-    rank = found.rank("lora_parameters.rank", parameters.get("rank"))
-    scale = found.alpha("lora_parameters.scale", parameters.get("scale"))
-    alpha = parameters.get("alpha")
+
+
+def _mlx_config(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+    """MLX's scale is the factor of B A, whatever the rank."""
+    parameters = fields["lora_parameters"]
+    rank, scale, alpha = (parameters.get(key) for key in ("rank", "scale", "alpha"))
     # Before mlx-lm 57b16724, June 2024, the factor was scale * alpha / rank. Later versions ignore
     # alpha, but wrote their default of 16 until 191d81d1, April 2025. fine_tune_type came in
     # September 2024: a config without it may be of either kind.
     if "fine_tune_type" not in fields and alpha is not None and alpha != rank:
         raise PeftConfigError(
-            f"Cannot use {path}: lora_parameters.alpha is {alpha!r} beside scale; MLX used it "
+            f"Cannot use {path}: lora_parameters.alpha is {shown(alpha)} beside scale; MLX used it "
             f"until June 2024 and ignores it since, and without fine_tune_type the scale cannot be "
             f"known; expected none, or {rank} as the rank. Remove alpha if a later version trained "
             "the adapter; else multiply scale by alpha / rank and remove it."
         )
-    keys = _Fields(path, {"lora_parameters.keys": parameters.get("keys")})
     return PeftConfig(
         path=path,
-        rank=rank,
-        alpha=scale * rank,
-        targets=TargetRule(keys.names("lora_parameters.keys"), fields="lora_parameters.keys"),
-        base_name=found.text("model"),
-        mlx_scale=scale,
-    )
-
-
-def _target_rule(found: _Fields) -> TargetRule:
-    layers = found.fields.get("layers_to_transform")
-    layers = [layers] if type(layers) is int else layers
-    if layers is not None and not _is_list_of(layers, int):
-        raise found.wrong("layers_to_transform", layers, "a layer or a list of layers")
-    patterns, targets = found.names("layers_pattern"), found.names("target_modules")
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = None
-    return TargetRule(
-        targets=targets,
-        excluded=found.names("exclude_modules"),
-        layers=tuple(layers) if layers else None,
-        layers_patterns=(patterns,) if isinstance(patterns, str) else patterns or (),
-    )
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _is_list_of(value: object, kind: type) -> TypeGuard[list[Any]]:
-    return (
-        isinstance(value, list)
-        and len(value) <= MAX_NAMES
-        and all(type(item) is kind for item in value)
+        rank=int(rank),
+        alpha=float(scale * rank),
+        targets=TargetRule(_names_of(parameters.get("keys")), fields="lora_parameters.keys"),
+        base_name=fields.get("model"),
+        mlx_scale=float(scale),
     )
 
 
 # Patterns
 
 
-@functools.lru_cache(maxsize=MAX_PATTERNS)
+def _check_key(path: Path, key: str) -> None:
+    """Refuse a key of rank_pattern or alpha_pattern that is no expression, or takes long."""
+    if not _is_bounded(key):
+        raise _wrong(
+            path,
+            f"a pattern is {shown(key)}, expected up to {MAX_PATTERN_LENGTH} characters, no "
+            "repeated group, and few repeats and alternatives",
+        )
+    try:
+        re.compile(key)  # alone first, for the position in the message
+        _compile_key(key)
+    except _REGEX_ERRORS as error:
+        raise _wrong(
+            path, f"a pattern is {shown(key)}, expected a regular expression ({error})"
+        ) from error
+
+
+@functools.lru_cache(maxsize=1 << 14)  # patterns
 def _compile_key(key: str) -> re.Pattern[str]:
     """Compile a key of rank_pattern or alpha_pattern. Raises re.error and its like."""
     return re.compile(rf"(.*\.)?({key})$")
@@ -411,13 +339,10 @@ def _is_bounded(pattern: str) -> bool:
 
     An expression may otherwise take time that is exponential in its length.
     """
-    if len(pattern) > MAX_PATTERN_LENGTH:
-        return False
-    plain = _plain(pattern)
     return (
-        _REPEATED_GROUP.search(plain) is None
-        and len(_UNBOUNDED.findall(plain)) <= MAX_REPEATS
-        and _n_choice(plain) <= MAX_CHOICES
+        len(pattern) <= MAX_PATTERN_LENGTH
+        and _REPEATED_GROUP.search(_plain(pattern)) is None
+        and _match_work(pattern, MAX_PATTERN_LENGTH) <= MAX_STEPS
     )
 
 

@@ -1,8 +1,6 @@
 """A folder of PEFT or MLX: where the adapter's files are, and what they hold."""
 
-import contextlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of names of adapters that are
 MAX_INDEX_BYTES = 1 << 24
 MAX_SHARDS = 1000
 MAX_SUBFOLDERS = 1000
-MAX_SEARCHED = 50  # sub-folders that are searched for advice
 
 
 @dataclass(frozen=True)
@@ -109,10 +106,6 @@ def _advice_for_file(path: Path) -> str:
 
 def _advice_for_folder(folder: Path) -> str:
     """Say what to do with a folder that is no adapter, by what it holds."""
-    for sub in reversed(_entries(folder)[:MAX_SEARCHED]):  # as trainers nest runs and checkpoints
-        with contextlib.suppress(InputFileError):  # one that may not be read
-            if inside := _subfolders(sub):
-                return f"There is one in {inside[-1]}; give that."
     if os.path.isfile(folder / BUNDLE_FILE):
         place = folder / "adapters" / "NAME.gguf"
         return f"It is a bundle; of a bundle give one file, such as {place}."
@@ -133,15 +126,6 @@ def _advice_for_folder(folder: Path) -> str:
 
 def _subfolders(folder: Path) -> list[Path]:
     """Give the sub-folders that are adapters, checkpoint-9 before checkpoint-10."""
-    return [sub for sub in _entries(folder) if _is_adapter(sub)]
-
-
-def _is_adapter(folder: Path) -> bool:
-    return os.path.isfile(folder / CONFIG_FILE)
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Give the sub-folders, sorted by the numbers in their names."""
     try:
         entries = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except OSError as error:
@@ -149,12 +133,12 @@ def _entries(folder: Path) -> list[Path]:
             f"Cannot read the adapter {folder}: listing it failed ({error.strerror}); expected a "
             "PEFT folder. Check that you may read it."
         ) from error
+    found = sorted(entries, key=lambda name: (len(name), name))[:MAX_SUBFOLDERS]
+    return [folder / name for name in found if _is_adapter(folder / name)]
 
-    def natural(name: str) -> list[tuple[int, str]]:
-        parts = re.split(r"(\d{1,18})", name)
-        return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
-    return [folder / name for name in sorted(entries, key=natural)[:MAX_SUBFOLDERS]]
+def _is_adapter(folder: Path) -> bool:
+    return os.path.isfile(folder / CONFIG_FILE)
 
 
 def _read_weights(folder: Path, is_mlx: bool) -> dict[str, StoredTensor]:
@@ -196,30 +180,24 @@ def _check_index(tensors: Mapping[str, StoredTensor]) -> None:
     """Check that the index next to several files names the tensors that they hold."""
     files = {name: tensor.path.name for name, tensor in tensors.items()}
     path = next(iter(tensors.values())).path.with_name(INDEX_FILE)
-
-    def wrong(field: str, found: str, expected: str) -> SafetensorsFileError:
-        return SafetensorsFileError(
-            f"Cannot read {path}: {field} is {found}; expected {expected}. "
-            "The index and the files do not belong together; fetch or save the adapter again."
-        )
-
     try:
         weight_map = read_json_object(read_input(path, MAX_INDEX_BYTES)).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError("it has no weight_map")
     except OSError as error:
         raise InputFileError(
             f"Cannot read {path}: opening or reading it failed ({error.strerror}); expected the "
             "list of the adapter's files. Check that you may read it."
         ) from error
     except ValueError as error:
-        raise wrong("its content", f"not JSON ({error})", "an object") from error
-    if not isinstance(weight_map, dict):
-        raise wrong("weight_map", repr(weight_map)[:80], "names of tensors and their files")
-    for file in weight_map.values():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", str(file)):
-            raise wrong("a file in weight_map", repr(file)[:80], "a .safetensors file beside it")
+        raise SafetensorsFileError(
+            f"Cannot read {path}: {error}; expected an object with the file of each tensor in "
+            "weight_map. Fetch or save the adapter again."
+        ) from error
     for name in sorted({*weight_map, *files}):
-        file = weight_map.get(name, "no file")
-        if name not in files:
-            raise wrong(f"tensor {name}", "missing", f"in {file}")
-        if file != files[name]:
-            raise wrong(f"tensor {name}", f"in {files[name]}", f"in {file}")
+        if weight_map.get(name) != files.get(name):
+            raise SafetensorsFileError(
+                f"Cannot read {path}: tensor {name} is in {files.get(name, 'no file')}; expected "
+                f"it in {str(weight_map.get(name, 'no file'))[:80]}. The index and the files do "
+                "not belong together; fetch or save the adapter again."
+            )
