@@ -28,7 +28,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from qaflora_edge import Engine, FusionWeights
-from qaflora_edge.bundles.open import Bundle, load_bundle
+from qaflora_edge.bundles.open import Opened, load_bundle
 from qaflora_edge.evaluation.results import ResultsFile
 from qaflora_edge.evaluation.run import (
     asked_fields,
@@ -101,7 +101,7 @@ class Flow:
     device: str
 
     @classmethod
-    def load(cls, bundle: Bundle, adapters: Sequence[str], device: str) -> Flow:
+    def load(cls, bundle: Opened, adapters: Sequence[str], device: str) -> Flow:
         """The bundle's base and adapters, with gates that mix them alike."""
         header = bundle.header
         if header.architecture not in ("llama", "qwen2"):

@@ -22,7 +22,7 @@ from qaflora_edge.errors import (
     wrong_option,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.checksums import check_unchanged
+from qaflora_edge.formats.inputs import check_unchanged
 from qaflora_edge.inference.core import Core, check_process
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.inference.request import (
@@ -110,7 +110,7 @@ class Engine:
         check_process()
         opened = open_any(bundle, base, adapters)
         self.seed, self.n_ctx, self.n_parallel = seed, n_ctx, n_parallel
-        self.system = opened.system
+        self.system = opened.text.system if opened.text else ""
         self._weigher = Weigher(
             adapters=tuple(opened.adapters),
             n_layer=opened.header.n_layer,

@@ -12,7 +12,7 @@ import tiny
 from fuzz.mutate import Gguf
 
 from qaflora_edge.backend.model import Model, shared_model
-from qaflora_edge.errors import GgufFileError, InputFileError
+from qaflora_edge.errors import GgufFileError
 from qaflora_edge.formats import base
 from qaflora_edge.formats.base import read_base
 
@@ -197,5 +197,5 @@ def test_base_that_vanished_is_named(tmp_path: Path) -> None:
     path = write_base(tmp_path / "base.gguf")
     header = read_base(path)
     path.unlink()
-    with pytest.raises(InputFileError, match=r"base\.gguf: opening or reading it failed: No such"):
+    with pytest.raises(GgufFileError, match=r"base\.gguf cannot be loaded: No such file"):
         shared_model(header, {})

@@ -42,7 +42,7 @@ from qaflora_edge.errors import (
     OutputFileError,
     StrategyError,
 )
-from qaflora_edge.formats import checksums
+from qaflora_edge.formats import inputs
 from qaflora_edge.formats import names as registry
 from qaflora_edge.formats.adapter import read_adapter_gguf
 from qaflora_edge.formats.gguf import GgufCursor
@@ -386,13 +386,13 @@ def test_paths_stay_inside_the_bundle(made: TinyBundle, file: str, message: str)
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of files that were hashed while checking records."""
     names: list[str] = []
-    original = checksums.sha256_file
+    original = inputs.sha256_file
 
     def count(path: Path) -> str:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(checksums, "sha256_file", count)
+    monkeypatch.setattr(inputs, "sha256_file", count)
     return names
 
 
@@ -414,7 +414,7 @@ def test_a_file_is_hashed_once(made: TinyBundle, hashed: list[str]) -> None:
 def test_a_file_that_changes_while_it_is_hashed_is_refused(
     made: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = checksums.sha256_file
+    original = inputs.sha256_file
 
     def replace_after(path: Path) -> str:
         found = original(path)
@@ -423,7 +423,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(
         other.replace(path)
         return found
 
-    monkeypatch.setattr(checksums, "sha256_file", replace_after)
+    monkeypatch.setattr(inputs, "sha256_file", replace_after)
     with pytest.raises(ChecksumError) as caught:
         load_bundle(made.folder)
     assert str(caught.value) == (
@@ -477,9 +477,7 @@ def test_each_file_is_parsed_once(made: TinyBundle, monkeypatch: pytest.MonkeyPa
     assert parsed == ALL
 
 
-def test_opening_a_bundle_here_imports_nothing_for_the_hub_or_for_converting(
-    checkout: Path, smollm2: Path
-) -> None:
+def test_opening_a_bundle_here_loads_no_library_of_the_hub(checkout: Path, smollm2: Path) -> None:
     script = (
         "import pathlib, sys\n"
         "from qaflora_edge.bundles.open import load_bundle\n"
@@ -494,5 +492,5 @@ def test_opening_a_bundle_here_imports_nothing_for_the_hub_or_for_converting(
     loaded = set(done.stdout.split())
     ours = {name.split(".")[1] for name in loaded if name.startswith("qaflora_edge.")}
     assert {"bundles", "formats"} <= ours
-    assert not ours & {"hub", "peft", "convert", "chat", "backend", "cli", "engine"}
+    assert not ours & {"convert", "chat", "backend", "cli", "engine"}
     assert not loaded & {"huggingface_hub", "jinja2", "llama_cpp", "tqdm", "httpx"}

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from bundles import bundle_json, make_bundle
 
-from qaflora_edge.bundles.open import known_of
 from qaflora_edge.chat.conversation import Conversation, Turn, save_session
 from qaflora_edge.errors import BundleError
 from qaflora_edge.files import package_data
 from qaflora_edge.formats.bundle import parse_bundle
 from qaflora_edge.formats.inputs import is_inside
+from qaflora_edge.weighing.weigher import known_of
 
 Raw = dict[str, Any]
 Place = tuple[str | int, ...]

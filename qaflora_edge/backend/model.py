@@ -12,10 +12,9 @@ from typing import Any
 from qaflora_edge.backend.devices import place
 from qaflora_edge.backend.library import Handle, forget_logged, last_error, load, logged
 from qaflora_edge.config import ADAPTER_TYPES
-from qaflora_edge.errors import BackendError, GgufFileError, PromptError
+from qaflora_edge.errors import BackendError, GgufFileError, PromptError, os_errors
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import reading
 
 PLACING = ("gpu_layers", "rpc", "tensor_split")  # options that say where layers go
 _VOCAB_TYPE_NONE = 0
@@ -221,7 +220,8 @@ def shared_model(base: GgufHeader, placing: Mapping[str, Any]) -> Model:
     Each user closes it once. Raises as Model does.
     """
     with _sharing:
-        with reading(base.path):
+        failure = f"The base {base.path} cannot be loaded"
+        with os_errors(GgufFileError, failure, "Check that the file is still there."):
             found = base.path.stat()
         where = (placing.get(name) for name in PLACING)
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *where)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qaflora_edge.bundles.measure import OpenEngine, check_strategy, measure_typical, prompts_sha256
-from qaflora_edge.bundles.open import known_of, load_bundle
+from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.bundles.source import check_names, find_adapter, find_base, put_adapter
 from qaflora_edge.errors import BundleError, StrategyError
 from qaflora_edge.files import AnyPath, cache_lock, check_takes_file, write_text_atomic
@@ -23,11 +23,10 @@ from qaflora_edge.formats.bundle import (
     parse_bundle,
     read_bundle_text,
 )
-from qaflora_edge.formats.checksums import check_file
-from qaflora_edge.formats.inputs import safe_join
+from qaflora_edge.formats.inputs import check_file, safe_join
 from qaflora_edge.progress import Tell, silent
-from qaflora_edge.weighing.baselines import centroid_text
 from qaflora_edge.weighing.strategy import parse_strategy
+from qaflora_edge.weighing.weigher import centroid_text, known_of
 
 SAMPLE_CTX = 2048  # tokens of one sample text
 _OF_ADAPTERS = ("typical", "samples")  # of fusion: adapter -> what is measured of it

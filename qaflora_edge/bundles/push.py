@@ -13,13 +13,19 @@ from qaflora_edge.bundles.open import verify_bundle
 from qaflora_edge.errors import BundleError, RegistryError, UploadError
 from qaflora_edge.files import AnyPath
 from qaflora_edge.formats.adapter import read_adapter_gguf
-from qaflora_edge.formats.bundle import BUNDLE_FILE, link_roots, packed_files, parse_bundle
+from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
+    link_roots,
+    packed_files,
+    parse_bundle,
+    read_bundle_text,
+)
 from qaflora_edge.formats.inputs import is_inside, safe_join
 from qaflora_edge.formats.names import HubRef, from_address, is_repo, parse_hub_ref
 from qaflora_edge.hub.fetch import DOCUMENTS, hub_errors
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.peft.folder import INDEX_FILE, read_peft
-from qaflora_edge.progress import Tell
+from qaflora_edge.progress import Tell, silent
 
 Content = Path | bytes
 
@@ -74,7 +80,8 @@ def push(
 
 def _bundle(path: Path, repo: str, progress: Tell | None) -> tuple[dict[str, Content], str]:
     """Verify a bundle; give the files to push by their names there, and a card."""
-    raw = dict(verify_bundle(path, progress).text.raw)
+    verify_bundle(path, progress or silent)
+    raw = dict(read_bundle_text(path).raw)
     base = raw["base"] = dict(raw["base"])
     file = base.get("file") or ""
     if not is_inside(file) or not (path / file).is_file():  # found by name instead

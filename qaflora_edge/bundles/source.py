@@ -18,9 +18,8 @@ from qaflora_edge.errors import (
 from qaflora_edge.files import AnyPath, atomic_path, readable, what_is_at
 from qaflora_edge.formats.adapter import read_adapter
 from qaflora_edge.formats.bundle import BUNDLE_FILE, NAME_PATTERN, NAME_RULE, BaseRecord
-from qaflora_edge.formats.checksums import checksum
 from qaflora_edge.formats.gguf import GgufHeader
-from qaflora_edge.formats.inputs import sha256_file
+from qaflora_edge.formats.inputs import checksum, sha256_file
 from qaflora_edge.formats.names import load_registry, model_name, parse_hub_ref, pulled_model
 from qaflora_edge.hub.fetch import fetch_hub, fetch_model
 from qaflora_edge.hub.local import cached_ref

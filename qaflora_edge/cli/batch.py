@@ -35,8 +35,7 @@ from qaflora_edge.config import OWN, SHARED, in_group
 from qaflora_edge.errors import OptionError, OutputFileError, QafloraError, wrong_option
 from qaflora_edge.files import one_line
 from qaflora_edge.formats.bundle import BUNDLE_FILE, is_base, read_bundle_text
-from qaflora_edge.formats.checksums import checksum
-from qaflora_edge.formats.inputs import open_input
+from qaflora_edge.formats.inputs import checksum, open_input
 from qaflora_edge.formats.json_text import LineFile
 from qaflora_edge.inference.generation import Generation
 from qaflora_edge.progress import Tell, silent

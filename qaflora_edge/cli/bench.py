@@ -18,7 +18,7 @@ from qaflora_edge.errors import BundleError, OptionError
 from qaflora_edge.show.text import columns
 
 if TYPE_CHECKING:
-    from qaflora_edge.bundles.open import Bundle
+    from qaflora_edge.bundles.open import Opened
 
 PARTS = ("decode", "ttft", "callers", "memory")
 Row = Mapping[str, Any]
@@ -101,7 +101,7 @@ def bench(
     loaded = load_bundle(bundle_folder(bundle))
     if not loaded.adapter_paths:
         raise BundleError(
-            f"Cannot measure the bundle {loaded.folder}: it has no adapters, expected at least "
+            f"Cannot measure the bundle {loaded.place}: it has no adapters, expected at least "
             "one. Give a bundle with adapters."
         )
     sizes |= {"max_tokens": options.max_tokens}
@@ -112,7 +112,7 @@ def bench(
 
 
 def _measured(
-    loaded: Bundle, options: SharedOptions, only: Sequence[str], sizes: dict[str, Any]
+    loaded: Opened, options: SharedOptions, only: Sequence[str], sizes: dict[str, Any]
 ) -> dict[str, Any]:
     """Rows of each part; an object for memory."""
     from qaflora_edge.backend.model import PLACING
@@ -138,23 +138,23 @@ def _measured(
         if "memory" in only:  # first: it is short and may refuse an option
             tokens = prompts.draw(longest)
             result["memory"] = measure_memory(
-                loaded.folder, tokens, plan.max_tokens, {**given, **size}
+                loaded.place, tokens, plan.max_tokens, {**given, **size}
             )
         if "callers" in only:
             many = given | size | {"n_parallel": max(plan.callers)}
             alone = Engine(base=loaded.base_path, **many | {"strategy": None})
-            with alone as base, Engine(loaded.folder, **many) as ours:
+            with alone as base, Engine(loaded.place, **many) as ours:
                 both = {"base": base, "ours": ours}
                 result["callers"] = parts.measure_callers(both, plan, prompts, tell)
         if "decode" in only:
             result["decode"] = parts.measure_decode(rig, plan, prompts, tell)
         if "ttft" in only:
-            with Engine(loaded.folder, **given | size) as engine:
+            with Engine(loaded.place, **given | size) as engine:
                 result["ttft"] = parts.measure_ttft(rig, engine, plan, prompts, tell)
     return result
 
 
-def _facts(loaded: Bundle, options: SharedOptions) -> dict[str, Any]:
+def _facts(loaded: Opened, options: SharedOptions) -> dict[str, Any]:
     """The machine, the library, the files and the options."""
     from qaflora_edge.backend.context import default_threads
     from qaflora_edge.cli.doctor import cpu_name, library_facts, package_facts

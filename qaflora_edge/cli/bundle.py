@@ -247,8 +247,8 @@ def samples(folder: str, name: str, file: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print bundle.json, and where the base is.")
 def show(folder: str, as_json: bool) -> None:
     """Show what a bundle says of itself; its files need not be there."""
-    from qaflora_edge.bundles.open import recorded_base
     from qaflora_edge.formats.bundle import read_bundle_text
+    from qaflora_edge.hub.local import recorded_base
 
     path = bundle_folder(folder)
     if not as_json:
@@ -261,8 +261,10 @@ def show(folder: str, as_json: bool) -> None:
 
 def describe(folder: Path) -> str:
     """Give a bundle's description as lines to read; its files need not be there."""
-    from qaflora_edge.bundles.open import how_to_get_base, known_of, recorded_base
+    from qaflora_edge.bundles.open import how_to_get_base
     from qaflora_edge.formats.bundle import read_bundle_text
+    from qaflora_edge.hub.local import recorded_base
+    from qaflora_edge.weighing.weigher import known_of
 
     text = read_bundle_text(folder)
     base, known = text.base, known_of(text)
@@ -298,13 +300,13 @@ def verify(folder: str) -> None:
     from qaflora_edge.bundles.open import verify_bundle
 
     with progress_bars() as progress:
-        verified = verify_bundle(bundle_folder(folder), progress)
-    n_adapter = len(verified.adapter_paths)
-    click.echo(f"{verified.folder}: the base and {n_adapter} adapters are the recorded ones.")
+        path = bundle_folder(folder)
+        n_adapter = len(verify_bundle(path, progress).adapters)
+    click.echo(f"{path}: the base and {n_adapter} adapters are the recorded ones.")
 
 
 def _strategy(folder: Path) -> str:
-    from qaflora_edge.bundles.open import known_of
     from qaflora_edge.formats.bundle import read_bundle_text
+    from qaflora_edge.weighing.weigher import known_of
 
     return known_of(read_bundle_text(folder)).strategy

@@ -56,10 +56,10 @@ def pull(ref: str, to: Path | None, with_base: bool, update: bool) -> None:
 
 
 def _fetch_base(folder: Path, progress: TellCount) -> None:
-    from qaflora_edge.bundles.open import recorded_base
     from qaflora_edge.bundles.source import fetch_base
     from qaflora_edge.errors import BundleError
     from qaflora_edge.formats.bundle import BUNDLE_FILE, read_bundle_text
+    from qaflora_edge.hub.local import recorded_base
 
     if not (folder / BUNDLE_FILE).exists():
         raise BundleError(

@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from gguf.constants import GGMLQuantizationType
-
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import (
     AdapterMismatchError,
@@ -20,29 +17,18 @@ from qaflora_edge.errors import (
     UnsupportedAdapterError,
 )
 from qaflora_edge.files import AnyPath
-from qaflora_edge.formats.base import is_bypassed, module_kind, read_base
+from qaflora_edge.formats.base import is_bypassed, module_kind
 from qaflora_edge.formats.gguf import (
     GgufHeader,
     TensorInfo,
-    brief,
-    parts,
+    count_not_finite,
     read_gguf_header,
-    read_raw_rows,
-    read_value_block,
     read_values,
 )
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_((gate|up|down|gate_up)_exps|(gate|up|down)_chexps)\.weight")
-PART_VALUES = 1 << 16  # that are checked at a time
-# The bits of a float that are all set where it is NaN or infinite.
-EXPONENTS = {
-    GGMLQuantizationType.F32: ("<u4", np.uint32(0x7F800000)),
-    GGMLQuantizationType.F16: ("<u2", np.uint16(0x7C00)),
-    GGMLQuantizationType.BF16: ("<u2", np.uint16(0x7F80)),
-}
-
 _LORA_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<side>[ab])")
 
 
@@ -67,14 +53,6 @@ class AdapterInfo:
 def is_experts(base_name: str) -> bool:
     """Tell whether a tensor of a base stacks a layer's experts, which a router chooses from."""
     return _EXPERTS.fullmatch(base_name) is not None
-
-
-def read_with_adapters(
-    base_path: Path, paths: Mapping[str, Path]
-) -> tuple[GgufHeader, dict[str, AdapterInfo]]:
-    """Read the header of a base, and check adapters (name -> GGUF) against it."""
-    header = read_base(base_path)
-    return header, {name: read_adapter(path, header) for name, path in paths.items()}
 
 
 def read_adapter(path: Path, header: GgufHeader) -> AdapterInfo:
@@ -122,33 +100,20 @@ def check_adapter(info: AdapterInfo, header: GgufHeader) -> None:
 
 
 def check_values(info: AdapterInfo) -> None:
-    """Check that every value of an adapter is a finite number, a part of it in memory at a time.
+    """Check that every value of an adapter is a finite number.
 
     Where one is not, the embedding reaches the base even at weight 0, for 0 times NaN is NaN.
 
     Raises GgufFileError naming the tensor.
     """
     for tensor in info.tensors.values():
-        n_row = max(1, PART_VALUES // tensor.shape[-1])  # so many stay in a core's cache
-        rows_of_parts = parts(math.prod(tensor.shape[:-1]), n_row)
-        n_bad = sum(_count_bad(info.path, tensor, rows) for rows in rows_of_parts)
-        if n_bad:
+        if n_bad := count_not_finite(info.path, tensor):
             n_value = math.prod(tensor.shape)
             raise GgufFileError(
                 f"Cannot use adapter {info.path}: {n_bad} of the {n_value} values of tensor "
                 f"{tensor.name} are NaN or infinite; expected finite numbers. The training "
                 "diverged or the file is corrupted; use an earlier checkpoint or fetch it again."
             )
-
-
-def _count_bad(path: Path, tensor: TensorInfo, rows: range) -> int:
-    """Count values that are no finite numbers; of plain floats by their bits, which is quick."""
-    if tensor.ggml_type in EXPONENTS:
-        form, exponent = EXPONENTS[tensor.ggml_type]
-        bits = np.frombuffer(read_raw_rows(path, tensor, rows), form)
-        return int(np.count_nonzero((bits & exponent) == exponent))
-    values = read_value_block(path, tensor, rows, range(tensor.shape[-1]))
-    return values.size - int(np.count_nonzero(np.isfinite(values)))
 
 
 def read_pair(info: AdapterInfo, base_name: str) -> tuple[F32, F32, float]:
@@ -178,7 +143,7 @@ def _check_kind(header: GgufHeader) -> None:
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = header.metadata.get(key)
         if value != expected:
-            found = f"metadata field {key} is {'missing' if value is None else brief(value)}"
+            found = f"metadata field {key} is " + ("missing" if value is None else f"{value!r:.99}")
             advice = "Give an adapter GGUF, as `qaflora convert` writes it."
             raise _wrong(header, found, repr(expected), advice)
 
@@ -188,7 +153,7 @@ def _alpha(header: GgufHeader) -> float:
     if isinstance(value, float) and math.isfinite(value) and value != 0.0:
         return value
     # llama.cpp 0c1e5709, llama-adapter.h get_scale: without alpha the scale is 1.
-    shown = "missing" if value is None else brief(value)
+    shown = "missing" if value is None else f"{value!r:.99}"
     raise _wrong(header, f"metadata field adapter.lora.alpha is {shown}", "a float other than 0")
 
 

@@ -16,14 +16,15 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from qaflora_edge.errors import GgufFileError
+from qaflora_edge.errors import BundleError, GgufFileError
 from qaflora_edge.files import AnyPath, package_data
+from qaflora_edge.formats.bundle import BundleText
 from qaflora_edge.formats.gguf import (
     GgufHeader,
     SkippedArray,
     brief,
-    read_array,
     read_gguf_header,
+    read_numbers,
     read_texts,
 )
 
@@ -109,6 +110,8 @@ def read_base(path: AnyPath) -> GgufHeader:
     Raises InputFileError when the file cannot be read, GgufFileError naming the field.
     """
     header = read_gguf_header(path)
+    texts = read_texts(header.path, header.metadata.get(TOKENS), MAX_TOKENS)
+    types = read_numbers(header.path, header.metadata.get("tokenizer.ggml.token_type"))
     base = _Base(header, ARCH_FACTS.get(header.architecture, ArchFacts()))
     base.check_ranges()
     base.check_experts()
@@ -117,8 +120,19 @@ def read_base(path: AnyPath) -> GgufHeader:
     if base.facts.heads in ("whole", "plain"):
         base.check_projections()
     _check_tensors(header)
-    _check_tokens(header)
+    _check_tokens(header, texts, types)
     return header
+
+
+def check_record(text: BundleText, header: GgufHeader) -> None:
+    """Compare what bundle.json says of the base with the header of its file."""
+    for key in ("architecture", "n_layer", "n_embd", "n_vocab"):
+        found, expected = getattr(text.base, key), getattr(header, key)
+        if found != expected:
+            raise BundleError(
+                f"Cannot use {text.where}: field base.{key} is {found}, expected {expected} as in "
+                f"{header.path}. Create the bundle again with `qaflora bundle create`."
+            )
 
 
 def _fail(header: GgufHeader, key: str, found: object, expected: str) -> NoReturn:
@@ -276,17 +290,19 @@ def _check_tensors(header: GgufHeader) -> None:
             _fail(header, f"the type of tensor {tensor.name}", kind.name, "a type of weights")
 
 
-def _check_tokens(header: GgufHeader) -> None:
-    """Check that every token has a text of its own: llama-vocab.cpp asserts it."""
+def _check_tokens(header: GgufHeader, texts: list[bytes], types: NDArray[np.int64]) -> None:
+    """Check that every token has a text of its own: llama-vocab.cpp asserts it.
+
+    texts  of the tokens; the loader refuses a vocabulary that is none
+    types  [n]  llama.h llama_token_type; empty where the loader refuses them, or has none
+    """
     array = header.metadata.get(TOKENS)
-    if not isinstance(array, SkippedArray):
-        return  # the loader refuses a vocabulary that is none
-    if array.length > MAX_TOKENS:
+    if isinstance(array, SkippedArray) and array.length > MAX_TOKENS:
         _fail(header, f"the length of {TOKENS}", array.length, f"at most {MAX_TOKENS}")
     # The loader gives those without a text a name, by their number.
-    found = enumerate(read_texts(header.path, array))
-    texts = [text or b"[EMPTY_%d]" % index for index, text in found]
-    _check_bytes(header, texts)
+    texts = [text or b"[EMPTY_%d]" % index for index, text in enumerate(texts)]
+    if texts:
+        _check_bytes(header, texts, types)
     seen: set[bytes] = set()
     for index, text in enumerate(texts):
         if text in seen:
@@ -295,10 +311,10 @@ def _check_tokens(header: GgufHeader) -> None:
         seen.add(text)
 
 
-def _check_bytes(header: GgufHeader, texts: list[bytes]) -> None:
+def _check_bytes(header: GgufHeader, texts: list[bytes], types: NDArray[np.int64]) -> None:
     """Check the tokens of single bytes: llama-vocab.cpp token_to_byte and byte_to_token."""
     model = header.metadata.get("tokenizer.ggml.model")
-    for index in np.flatnonzero(_token_types(header)[: len(texts)] == BYTE_TOKEN):
+    for index in np.flatnonzero(types[: len(texts)] == BYTE_TOKEN):
         if model == "bert" or not _BYTE.fullmatch(texts[index]):
             shown = texts[index].decode("utf-8", "replace")
             _fail(header, f"{TOKENS}[{index}], of type byte,", shown, "a name such as <0x0A>")
@@ -307,12 +323,3 @@ def _check_bytes(header: GgufHeader, texts: list[bytes]) -> None:
         for byte in range(256):
             if b"<0x%02X>" % byte not in known and bytes([byte]) not in known:
                 _fail(header, TOKENS, f"without <0x{byte:02X}>", "a token for every byte")
-
-
-def _token_types(header: GgufHeader) -> NDArray[np.int64]:
-    """returns  [n]  llama.h llama_token_type; empty where the loader refuses them, or has none"""
-    types = header.metadata.get("tokenizer.ggml.token_type", ())
-    if isinstance(types, SkippedArray) and types.n_bytes == 4 * types.length:
-        return np.frombuffer(read_array(header.path, types), "<i4").astype(np.int64)
-    is_numbers = isinstance(types, tuple) and all(isinstance(each, int) for each in types)
-    return np.array(types if is_numbers else (), np.int64)

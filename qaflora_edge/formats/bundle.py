@@ -51,6 +51,9 @@ class BaseRecord:
     hub: str | None = None
     name: str = ""
 
+    title = "The base"
+    advice = "Give the file that the bundle was made with; adapters fit no other."
+
 
 @dataclass(frozen=True)
 class AdapterRecord:
@@ -67,6 +70,12 @@ class AdapterRecord:
     license: str = ""
     description: str = ""
     hub: str | None = None
+
+    advice = "Copy the bundle again."
+
+    @property
+    def title(self) -> str:
+        return f"The adapter {self.name}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,8 @@ def is_base(place: Path) -> bool:
 def read_bundle_text(folder: Path) -> BundleText:
     """Read bundle.json alone; no other file need be there. Raises BundleError."""
     failure = f"Cannot open the bundle {folder}"
-    path = safe_join(folder, BUNDLE_FILE, link_roots(folder))
+    roots = link_roots(folder)
+    path = safe_join(folder, BUNDLE_FILE, roots)
     if not path.is_file():
         is_folder = os.path.isdir(folder)
         found = "it has no such file" if is_folder else f"it {what_is_at(folder)}"
@@ -140,6 +150,14 @@ def adapter_paths(folder: Path, text: BundleText) -> dict[str, Path]:
                 f"expected the file that {BUNDLE_FILE} names. Copy the bundle again."
             )
     return paths
+
+
+def recorded_file(folder: Path, base: BaseRecord) -> Path | None:
+    """Give the base's file where bundle.json names one that is here, else None."""
+    with contextlib.suppress(ValueError, OSError):  # a name that no file can have
+        if base.file and (folder / base.file).is_file():  # an absolute file stays absolute
+            return folder / base.file
+    return None
 
 
 def parse_bundle(data: bytes, where: str) -> BundleText:

@@ -17,6 +17,7 @@ from typing import BinaryIO, NoReturn
 import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 from qaflora_edge.arrays import F32
 from qaflora_edge.errors import GgufFileError, QafloraError
@@ -41,6 +42,13 @@ MAX_LAYERS = 1024  # twice llama.cpp's own limit
 MAX_COUNT = 1 << 24  # of other dimensions
 
 READ_BYTES = 1 << 18  # read at once
+PART_VALUES = 1 << 16  # that are checked at a time
+# The bits of a float that are all set where it is NaN or infinite.
+EXPONENTS = {
+    GGMLQuantizationType.F32: ("<u4", np.uint32(0x7F800000)),
+    GGMLQuantizationType.F16: ("<u2", np.uint16(0x7C00)),
+    GGMLQuantizationType.BF16: ("<u2", np.uint16(0x7F80)),
+}
 
 # By the number of a type; 8 and 9 are no scalars.
 SCALARS = {n: struct.Struct(f"<{form}") for n, form in enumerate("BbHhIif?__Qqd") if form != "_"}
@@ -341,8 +349,21 @@ def read_array(path: Path, array: SkippedArray) -> bytes:
     return read_columns(path, array.offset, array.n_bytes, range(1), range(array.n_bytes))
 
 
-def read_texts(path: Path, array: SkippedArray) -> list[bytes]:
-    """Read an array of texts. Raises as read_columns does."""
+def read_numbers(path: Path, value: MetadataValue | None) -> NDArray[np.int64]:
+    """Read an array of int32: [n], empty for another value. Raises as read_columns does."""
+    if isinstance(value, SkippedArray) and value.n_bytes == 4 * value.length:
+        return np.frombuffer(read_array(path, value), "<i4").astype(np.int64)
+    is_numbers = isinstance(value, tuple) and all(isinstance(each, int) for each in value)
+    return np.array(value if is_numbers else (), np.int64)
+
+
+def read_texts(path: Path, array: MetadataValue | None, most: int) -> list[bytes]:
+    """Read an array of texts; none of another value, or of an array with more than `most`.
+
+    Raises as read_columns does.
+    """
+    if not isinstance(array, SkippedArray) or array.length > most:
+        return []
     data = read_array(path, array)
     texts, at = [], 0
     try:
@@ -397,6 +418,24 @@ def read_raw_rows(path: Path, info: TensorInfo, rows: range, columns: range | No
     columns = columns or range(info.shape[-1])
     part = range(*(end // n_block * block_bytes for end in (columns.start, columns.stop)))
     return read_columns(path, info.offset, row_bytes, rows, part)
+
+
+def count_not_finite(path: Path, info: TensorInfo) -> int:
+    """Count values of a tensor that are NaN or infinite, a part of it in memory at a time.
+
+    Those of plain floats are told by their bits, which is quick. Raises as read_values does.
+    """
+    n_row = max(1, PART_VALUES // info.shape[-1])  # so many stay in a core's cache
+    n_bad = 0
+    for rows in parts(math.prod(info.shape[:-1]), n_row):
+        if info.ggml_type in EXPONENTS:
+            form, exponent = EXPONENTS[info.ggml_type]
+            bits = np.frombuffer(read_raw_rows(path, info, rows), form)
+            n_bad += int(np.count_nonzero((bits & exponent) == exponent))
+        else:
+            values = read_value_block(path, info, rows, range(info.shape[-1]))
+            n_bad += int(np.count_nonzero(~np.isfinite(values)))
+    return n_bad
 
 
 def kv_bytes(header: GgufHeader, kv_type: str) -> float:

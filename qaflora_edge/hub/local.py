@@ -21,8 +21,20 @@ from qaflora_edge.errors import (
     RegistryError,
     os_errors,
 )
-from qaflora_edge.formats.bundle import BUNDLE_FILE, packed_files, read_bundle_text
-from qaflora_edge.formats.names import HubRef, load_registry, local_path, parse_hub_ref
+from qaflora_edge.formats.bundle import (
+    BUNDLE_FILE,
+    BaseRecord,
+    packed_files,
+    read_bundle_text,
+    recorded_file,
+)
+from qaflora_edge.formats.names import (
+    HubRef,
+    load_registry,
+    local_path,
+    parse_hub_ref,
+    pulled_model,
+)
 from qaflora_edge.peft.config import CONFIG_FILE
 from qaflora_edge.settings import bundle_places
 
@@ -97,6 +109,18 @@ def pulled_path(text: str) -> Path | None:
     except (ValueError, OSError):  # the library's errors for what is not here
         return None
     return whole_path(Path(folder), ref.file)
+
+
+def recorded_base(folder: Path, base: BaseRecord) -> Path | None:
+    """Find the base where bundle.json says, else where `qaflora pull` puts it, else None."""
+    return recorded_file(folder, base) or pulled_base(base)
+
+
+def pulled_base(base: BaseRecord) -> Path | None:
+    """Find the base of a bundle where `qaflora pull` puts it, else None."""
+    if base.hub and (pulled := pulled_path(base.hub)):
+        return pulled
+    return pulled_model(base.registry) if base.registry else None
 
 
 def whole_path(folder: Path, file: str | None) -> Path | None:

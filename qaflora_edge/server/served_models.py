@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qaflora_edge.bundles.open import known_of
 from qaflora_edge.engine import Engine
 from qaflora_edge.errors import BundleError, BusyError, QafloraError, WorkerError
 from qaflora_edge.formats.bundle import NAME_PATTERN, NAME_RULE, is_base, read_bundle_text
 from qaflora_edge.formats.gguf import read_gguf_header
 from qaflora_edge.server.requests import Refusal
 from qaflora_edge.server.security import is_loopback
-from qaflora_edge.weighing.weigher import Known, Weigher
+from qaflora_edge.weighing.weigher import Known, Weigher, known_of
 
 log = logging.getLogger(__name__)
 N_LIGHT = 2  # requests that take no step of an Engine, computed at once

@@ -11,13 +11,10 @@ arrow, spectr  query-level variants of Arrow (arXiv 2405.11157) and SpectR (arXi
           the whole answer, where the published methods mix at each token.
 """
 
-import base64
-import binascii
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from qaflora_edge.arrays import F32
 from qaflora_edge.errors import StrategyError
 from qaflora_edge.weighing.strategy import (
     ADDED,
@@ -114,24 +111,3 @@ class SpectR(_Spectral):
 
 
 STRATEGIES = (Norm(), Centroid(), Arrow(), SpectR())
-
-
-def centroid_text(centroid: F32) -> str:
-    """Write a centroid [n_embd] as text: base64 of little-endian float32."""
-    return base64.b64encode(centroid.astype("<f4").tobytes()).decode("ascii")
-
-
-def parse_centroid(text: str, n_embd: int) -> F32:
-    """Read a centroid [n_embd]; ValueError says what is wrong with it."""
-    import numpy as np
-
-    try:
-        data = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"no base64 ({error})") from error
-    if len(data) != 4 * n_embd:
-        raise ValueError(f"of {len(data)} bytes")
-    centroid = np.frombuffer(data, "<f4").astype(np.float32)
-    if not np.isfinite(centroid).all() or not centroid.any():
-        raise ValueError("of values that are not finite, or all 0")
-    return centroid

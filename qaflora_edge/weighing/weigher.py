@@ -1,5 +1,7 @@
 """The weigher: from a strategy's name, or given weights, to the fusion weights of a query."""
 
+import base64
+import binascii
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +13,8 @@ from numpy.typing import ArrayLike
 
 from qaflora_edge.arrays import F32, F64
 from qaflora_edge.errors import QafloraError, StrategyError
+from qaflora_edge.formats.bundle import BundleText, wrong_bundle
+from qaflora_edge.formats.json_text import WrongField, shown
 from qaflora_edge.weighing import numbers
 from qaflora_edge.weighing.numbers import FusionWeights, normalise
 from qaflora_edge.weighing.strategy import (
@@ -44,6 +48,67 @@ class Known:
         """Replace the defaults by the strategy, lens and pool that a caller gives."""
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
         return replace(self, **chosen)
+
+
+def known_of(text: BundleText | None) -> Known:
+    """Collect what a bundle says of weighing; None: the defaults.
+
+    Raises BundleError for a strategy that is not for its adapters, or a damaged sample embedding.
+    """
+    if text is None:
+        return Known()
+    fusion, names = text.fusion, [adapter.name for adapter in text.adapters]
+    pool = fusion.get("pool")
+    strategy = _manual(fusion) or fusion.get("strategy")
+    pool = None if pool == "mean" else pool
+    known = Known().under(strategy=strategy, lens=fusion.get("lens"), pool=pool)
+    try:
+        parse_strategy(known.strategy, names)
+    except QafloraError as error:
+        expected = f"a strategy for these adapters ({error})"
+        wrong = WrongField("fusion.strategy", shown(known.strategy), expected)
+        raise wrong_bundle(text.where, wrong) from error
+    centroids, n_embd = {}, text.base.n_embd
+    for name, record in fusion.get("samples", {}).items():
+        try:
+            centroids[name] = parse_centroid(record["embedding"], n_embd)
+        except ValueError as error:
+            expected = f"base64 of {n_embd} finite float32 numbers, not all 0"
+            wrong = WrongField(f"fusion.samples.{name}.embedding", str(error), expected)
+            raise wrong_bundle(text.where, wrong) from error
+    return replace(known, typical=fusion.get("typical", {}), centroids=centroids)
+
+
+def _manual(fusion: Mapping[str, Any]) -> str | None:
+    """Give `fitted:NAME` of older bundles as the manual weights that it stood for."""
+    kind, _, name = fusion.get("strategy", "").partition(":")
+    fits = fusion.get("fitted", {})
+    if kind != "fitted" or not isinstance(fits, dict):
+        return None
+    record = fits.get(name) if name else next(iter(fits.values()), None)
+    weights = record.get("weights") if isinstance(record, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        return None
+    return "manual:" + ",".join(f"{adapter}={weight}" for adapter, weight in weights.items())
+
+
+def centroid_text(centroid: F32) -> str:
+    """Write a centroid [n_embd] as text: base64 of little-endian float32."""
+    return base64.b64encode(centroid.astype("<f4").tobytes()).decode("ascii")
+
+
+def parse_centroid(text: str, n_embd: int) -> F32:
+    """Read a centroid [n_embd]; ValueError says what is wrong with it."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"no base64 ({error})") from error
+    if len(data) != 4 * n_embd:
+        raise ValueError(f"of {len(data)} bytes")
+    centroid = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(centroid).all() or not centroid.any():
+        raise ValueError("of values that are not finite, or all 0")
+    return centroid
 
 
 @dataclass(frozen=True)

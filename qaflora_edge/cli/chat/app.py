@@ -102,10 +102,12 @@ def _is_capable() -> bool:
 
 def context_size(folder: Path, kv_type: str) -> int:
     """Choose the tokens of a chat's context: what the base was trained for, within memory."""
-    from qaflora_edge.bundles.open import base_of
+    from qaflora_edge.formats.bundle import is_base, read_bundle_text
     from qaflora_edge.formats.gguf import kv_bytes, read_gguf_header
+    from qaflora_edge.hub.local import recorded_base
 
-    base_path = base_of(folder)
+    is_alone = is_base(folder)
+    base_path = folder if is_alone else recorded_base(folder, read_bundle_text(folder).base)
     if base_path is None:  # opening the bundle says so
         return _LEAST
     header = read_gguf_header(base_path)
