@@ -122,8 +122,7 @@ class Context(Handle):
         )
         if not self._pointer:
             raise BackendError(
-                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {last_error()}. "
-                f"llama.cpp says: {logged()}."
+                f"A context of {n_seq} x {n_ctx} tokens cannot be made: {logged(last_error())}."
             )
         self._set_up(n_seq, n_ctx, params, stop)
 

@@ -224,9 +224,9 @@ def _keep_log(binding: ModuleType) -> None:
     binding.llama_log_set(_log_callback, None)
 
 
-def logged() -> str:
-    """Give llama.cpp's reasons of its last failure."""
-    return "; ".join(_errors) or "no reason given"
+def logged(*ours: str) -> str:
+    """Give our reasons and then llama.cpp's of the last failure."""
+    return "; ".join([*ours, *_errors]) or "no reason given"
 
 
 def forget_logged() -> None:
