@@ -136,12 +136,19 @@ def test_head_and_embedding_follow_the_last_and_first_layer(tmp_path: Path, weig
     np.testing.assert_allclose(fused_logits(base, adapters, weights), expected, atol=1e-4, rtol=0)
 
 
+def one_hot(n_adapter: int, n_layer: int, ia: int) -> F32:
+    """Weigh one adapter by 1 and the others by 0; all by 0 where ia is -1."""
+    weights = np.zeros((n_adapter, n_layer), np.float32)
+    if ia >= 0:
+        weights[ia] = 1.0
+    return weights
+
+
 @pytest.mark.parametrize("ia", [0, 2])
 def test_one_hot_weights_equal_stock_lora(
     base: TinyBase, adapters: list[TinyAdapter], ia: int
 ) -> None:
-    weights = np.zeros((3, base.n_layer), np.float32)
-    weights[ia] = 1.0
+    weights = one_hot(3, base.n_layer, ia)
     np.testing.assert_allclose(
         fused_logits(base, adapters, weights),
         stock_logits(base, [adapters[ia].path], [1.0]),
@@ -197,7 +204,6 @@ def test_changing_weights_builds_no_graph(base: TinyBase, adapters: list[TinyAda
 
 
 KERNELS = ["ggml", PLAIN_KERNELS, *MORE_KERNELS]
-OWN_MATMUL = MORE_KERNELS  # those that have one
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, base: TinyBase, name: str) -> None:
@@ -401,12 +407,6 @@ def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, base: Tiny
 # the probe
 
 
-def one_hot(n_adapter: int, n_layer: int, ia: int) -> F32:
-    weights = np.zeros((n_adapter, n_layer), np.float32)
-    weights[ia] = 1.0
-    return weights
-
-
 def probe_states(
     base: TinyBase,
     adapters: Sequence[TinyAdapter],
@@ -433,11 +433,8 @@ def single_states(base: TinyBase, adapters: Sequence[TinyAdapter], tokens: Seque
     rows = []
     with ProbeContext(model, pack, n_ctx=len(tokens), **EXACT) as context:
         for ia in range(-1, len(adapters)):
-            weights = np.zeros((len(adapters), base.n_layer), np.float32)
-            if ia >= 0:
-                weights[ia] = 1.0
             context.clear()
-            context.set_weights(weights)
+            context.set_weights(one_hot(len(adapters), base.n_layer, ia))
             per_token = []
             for i, token in enumerate(tokens):
                 context.capture_begin()
@@ -527,7 +524,7 @@ def test_massive_activations_leave_the_base_as_it_is(
     assert errors[1] < errors[0] / 5
 
 
-@pytest.mark.parametrize("kernels", OWN_MATMUL)
+@pytest.mark.parametrize("kernels", MORE_KERNELS)
 @pytest.mark.parametrize("dtype", ["q4_1", "q5_0", "q6_k", "q8_0"])
 @pytest.mark.parametrize(("differential", "n_token"), [(True, 5), (True, 40), (False, 40)])
 def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
@@ -557,7 +554,7 @@ def test_probe_of_a_quantised_base_is_as_near_to_it_as_with_ggml(
     assert (np.array(errors[1]) <= 1.2 * np.array(errors[0])).all(), errors
 
 
-@pytest.mark.parametrize("kernels", OWN_MATMUL)
+@pytest.mark.parametrize("kernels", MORE_KERNELS)
 @pytest.mark.parametrize("dtype", ["q4_1", "q5_0", "q6_k", "q8_0"])
 def test_answers_of_a_quantised_base_are_as_near_to_it_as_with_ggml(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, dtype: str
@@ -637,7 +634,7 @@ def test_quantised_head_keeps_weak_adapters(tmp_path: Path, lens: str) -> None:
     np.testing.assert_allclose(found, reference_divergence(base, states, lens), rtol=1.2e-2)
 
 
-@pytest.mark.parametrize("kernels", OWN_MATMUL)
+@pytest.mark.parametrize("kernels", MORE_KERNELS)
 @pytest.mark.parametrize(
     ("dtype", "n_embd"), [("q8_0", 32), ("q8_0", 160), ("q4_1", 96), ("q5_0", 96), ("q6_k", 256)]
 )

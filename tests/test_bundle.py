@@ -323,16 +323,20 @@ def set_typical(value: Any) -> Callable[[Raw], object]:
     return lambda raw: raw["fusion"].update(typical=value)
 
 
+def set_samples(value: Any) -> Callable[[Raw], object]:
+    return lambda raw: raw["fusion"].update(samples=value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda raw: raw.update(format="other/1"), 'format is "other/1", expected "qaflora-bundle'),
-        (lambda raw: raw["adapters"].append(raw["adapters"][0]), "adapters[2].name is"),
+        (lambda raw: raw["adapters"][1].update(name="MATH"), "adapters[1].name is"),
         (set_base(n_layer=True), "base.n_layer is true, expected a whole number from 1 to 1024"),
         (set_base(n_layer=4), "field base.n_layer is 4, expected 3 as in"),
         (set_base(file="a\0b"), "its base (llama"),
-        (set_adapter(name="../x"), 'adapters[0].name is "../x", expected 1 to 64 letters'),
-        (set_adapter(file=""), 'adapters[0].file is "", expected a relative path to a file inside'),
+        (set_samples({"no": {"embedding": "AAAA"}}), "fusion.samples.no is "),
+        (set_samples({"es": {"embedding": "AAAA"}}), "expected base64 of 64 finite float32"),
         (lambda raw: raw["fusion"].update(strategy="single:no"), 'fusion.strategy is "single:no"'),
         (set_typical({"no": {}}), "fusion.typical.no is {}, expected only adapters"),
         (

@@ -141,25 +141,6 @@ def test_schema_and_reader_refuse_the_same(validator: Any, raw: Raw) -> None:
     assert n_refused > 500
 
 
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (("adapters", 1, "name"), "MATH"),  # twice, for capitals make no difference
-        (("fusion", "strategy"), "single:no"),
-        (("fusion", "typical"), {"no": {}}),
-        (("fusion", "typical", "math", "raw"), [1.0, 2.0]),  # 3 layers
-        (("fusion", "samples"), {"no": {"embedding": "AAAA"}}),
-        (("fusion", "samples", "math", "embedding"), "AAAA"),  # one number, not 64
-    ],
-)
-def test_rules_that_a_schema_cannot_state(
-    validator: Any, raw: Raw, place: Place, value: Any
-) -> None:
-    document = changed(raw, place, value)
-    assert validator.is_valid(document)
-    assert not reader_takes(document)
-
-
 def test_what_older_bundles_have_is_kept_and_ignored(validator: Any, raw: Raw) -> None:
     fusion = raw["fusion"] | {"pool": "mean", "strategy": "fitted:sums"}
     fusion["fitted"] = {"sums": {"weights": {"es": 0.5}, "method": "lorahub"}}

@@ -93,14 +93,6 @@ def test_header_and_values_equal_those_of_the_gguf_package(
             assert value == (tuple(content) if isinstance(content, list) else content)
 
 
-def test_counts_come_from_the_architecture(tmp_path: Path) -> None:
-    base = tiny.write_tiny_base(tmp_path / "base.gguf", "qwen2")
-    header = read_gguf_header(base.path)
-    assert header.architecture == "qwen2"
-    assert (header.n_layer, header.n_embd, header.n_vocab) == (3, 64, base.n_vocab)
-    assert (header.n_head, header.n_head_kv) == (4, 2)
-
-
 def test_count_given_per_layer_must_be_the_same_in_all(tmp_path: Path) -> None:
     path, key = tmp_path / "a.gguf", "llama.attention.head_count_kv"
     path.write_bytes(make(ARCH, array(key, 4, 3, struct.pack("<3I", 2, 2, 2))))

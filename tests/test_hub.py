@@ -1,24 +1,19 @@
 """Bundles, adapters and files from a Hub: a small server on this machine speaks its protocol."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bundles import TinyBundle, make_bundle
 from hubs import TOKEN, FakeHub
-from patience import PATIENCE_S
 
 from qaflora_edge.bundles.open import load_bundle, verify_bundle
 from qaflora_edge.errors import BundleError, DownloadError, OutputFileError, RegistryError
+from qaflora_edge.formats import names
 from qaflora_edge.formats.names import HubRef, from_address, parse_hub_ref
-from qaflora_edge.hub.fetch import ADVICE, fetch_hub
+from qaflora_edge.hub.fetch import ADVICE, fetch_hub, fetch_model
 from qaflora_edge.hub.local import pulled_path
 
 PICTURE = "training/curve.png"
@@ -316,42 +311,22 @@ def test_what_the_hub_refuses_is_told_with_its_reason(
     assert fetch_hub("owner/a").read_bytes() == b"GGUF"
 
 
-def process(script: str, *args: object, hub_url: str, home: Path, **env: str) -> str:
-    """Run a script in a process that finds the Hub by the environment; give its output."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    clean |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **env}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
-        env=clean,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert (result.returncode, result.stderr) == (0, "")  # no progress bar of the library either
-    return result.stdout
-
-
-def test_a_model_of_the_registry_comes_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_model_of_the_registry_comes_from_the_hub(
+    hub: FakeHub,
+    hub_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     content = b"GGUF" + bytes(20_000)
     commit = hub.put("owner/models", {"a.gguf": content})
-    entry: dict[str, Any] = {
-        "description": "",
-        "file": "mine.gguf",
-        "sha256": sha256(content).hexdigest(),
-    }
-    entry |= {"size_bytes": len(content), "architecture": "llama", "kind": "base", "license": "MIT"}
+    entry = {"description": "", "file": "mine.gguf", "sha256": sha256(content).hexdigest()}
+    more = {"size_bytes": len(content), "architecture": "llama", "kind": "base", "license": "MIT"}
     source = {"type": "hub", "repo": "owner/models", "revision": commit, "file": "a.gguf"}
     path = tmp_path / "registry.json"
-    models = {"fake": {**entry, "sources": [source]}}
-    path.write_text(json.dumps({"format": "qaflora-registry/1", "models": models}))
-    script = """
-        import pathlib, sys
-        from qaflora_edge.formats import names as registry
-        from qaflora_edge.hub.fetch import fetch_model
-        registry.package_data = lambda name: pathlib.Path(sys.argv[1])
-        print(fetch_model("fake"))
-    """
-    output = process(script, path, hub_url=hub.url, home=tmp_path / "hf")
-    target = tmp_path / "cache" / "models" / "mine.gguf"
-    assert output == f"{target}\n"
+    path.write_text(json.dumps({"models": {"fake": {**entry, **more, "sources": [source]}}}))
+    monkeypatch.setattr(names, "package_data", lambda name: path)
+    target = fetch_model("fake")
+    assert target == tmp_path / "cache" / "models" / "mine.gguf"
     assert target.read_bytes() == content
+    assert capfd.readouterr() == ("", "")  # no progress bar of the library either
