@@ -395,10 +395,12 @@ class Engine:
         prompts: Sequence[str],
         progress: TellCount | None = None,
         keys: Collection[str] = KEYS,
+        turns: Sequence[str] = (),
     ) -> dict[str, dict[str, Any]]:
         """Measure each adapter against itself, for the strategies `calibrated` and `two-place`.
 
         prompts   neutral texts; in chat form when the base has a template, and as text
+        turns     short turns, such as greetings: chats for EXTENTS alone
         progress  called with (prompts done, prompts in all)
         keys      what to measure, of weighing.calibration.KEYS; EXTENTS take the base alone
         returns   adapter -> key -> numbers
@@ -406,18 +408,24 @@ class Engine:
         with self._core.call():
             probe = self._core.probe(self._core.cancellation())
 
+            has_extents = not {*EXTENTS}.isdisjoint(keys)
+
             def measure(prompt: str) -> dict[str, F64]:
                 chat, text = self._chat_query(prompt), self._weigher.query(self.tokenize(prompt))
                 found: dict[str, F64] = {}
+                if has_extents:
+                    found["added_last"], found["added_question"] = probe(chat).added()
+                if prompt in turns:
+                    return found
                 for lens in LENSES:
                     for key, pool in ((lens, "answer"), (f"question_{lens}", "question")):
                         if key in keys:
                             found[key] = probe(replace(chat, lens=lens, pool=pool)).divergence()
-                if not {*EXTENTS}.isdisjoint(keys):
-                    found["added_last"], found["added_question"] = probe(chat).added()
+                if has_extents:
                     found["added_text"] = probe(text).added()[0]
                 return found
 
+            prompts = [*prompts, *turns] if has_extents else prompts
             return measure_typical(measure, prompts, self.adapters, progress)
 
     def centroid(self, texts: Sequence[str], progress: TellCount | None = None) -> F32:

@@ -16,8 +16,9 @@ from qaflora_edge.bundles import measure
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import add_adapters, calibrate
 
-PROMPTS = measure.neutral_prompts()[::5]  # measuring with all of them takes seconds
-measure.neutral_prompts = lambda: [*PROMPTS]
+# Measuring with all of them takes seconds.
+PROMPTS, TURNS = measure.neutral_prompts()[::5], measure.short_turns()[::16]
+measure.neutral_prompts, measure.short_turns = lambda: [*PROMPTS], lambda: [*TURNS]
 
 
 @dataclass(frozen=True)

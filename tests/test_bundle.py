@@ -16,6 +16,7 @@ import pytest
 import tiny
 from bundles import (
     PROMPTS,
+    TURNS,
     TinyBundle,
     add_adapter,
     bundle_json,
@@ -96,19 +97,18 @@ def test_bundle_json_records_what_the_files_are(made: TinyBundle) -> None:
 
 def test_typical_divergences_are_the_engines(calibrated: TinyBundle) -> None:
     bundle = load_bundle(calibrated.folder)
-    prompts = PROMPTS
     with Engine(base=bundle.base_path, adapters=bundle.adapter_paths, n_ctx=512) as engine:
-        measured = engine.typical_divergence(prompts)
+        measured = engine.typical_divergence(PROMPTS)
     for name in ("math", "es"):
         for lens in fuse.LENSES:
             np.testing.assert_allclose(
                 bundle.known.typical[name][lens], measured[name][lens], rtol=1e-6
             )
     recorded = bundle_json(calibrated.folder)["fusion"]["typical_prompts"]
-    text = "".join(prompt + "\n" for prompt in prompts)
+    text = "".join(prompt + "\n" for prompt in [*PROMPTS, *TURNS])
     assert recorded == {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "n_prompt": len(prompts),
+        "n_prompt": len(PROMPTS) + len(TURNS),
     }
 
 

@@ -54,7 +54,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     found: Raw = bundle_json(made.folder)
     found["base"] |= {"registry": "tiny", "hub": "owner/name/base.gguf@v1"}
     found["adapters"][0] |= {"hub": "owner/name"}
-    usual = {"mean": -3.5, "spread": 0.25}
+    usual = {"mean": -3.5, "spread": 0.25, "each": [1.0, -1.0]}
     found["fusion"]["typical"] = {
         "math": {"raw": [1.0, 2, 0.5], "question_norm": [1.0, 2, 0.5], "added_last": usual}
     }

@@ -162,6 +162,11 @@ def test_typical_divergence_is_measured_per_adapter_lens_and_layer(
     for ia, name in enumerate(NAMES):
         assert set(typical[name]) == set(KEYS)
         np.testing.assert_allclose(typical[name]["norm"], expected[ia], rtol=1e-5)
+    found = engine.typical_divergence(["the"], keys=("norm", "added_last"), turns=["air is"])
+    alone = engine.typical_divergence(["the"], keys=("norm",), turns=["air is"])
+    for name in NAMES:
+        assert found[name]["norm"] == alone[name]["norm"]
+        assert found[name]["added_last"] == typical[name]["added_last"]
 
 
 # failures

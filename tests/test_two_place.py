@@ -17,7 +17,7 @@ from decoded import count_decoded
 from qaflora_edge import Engine
 from qaflora_edge.bundles.create import create_bundle
 from qaflora_edge.bundles.edit import calibrate
-from qaflora_edge.bundles.measure import neutral_prompts
+from qaflora_edge.bundles.measure import neutral_prompts, short_turns
 from qaflora_edge.bundles.open import load_bundle
 from qaflora_edge.errors import QafloraError, StrategyError
 from qaflora_edge.weighing.calibration import KEYS
@@ -98,6 +98,24 @@ def test_an_adapter_is_compared_with_itself() -> None:
     probe = Places([1.0, at(3)], [0.9, at(0)])
     mix = strategy.weigh(query, probe, None)
     assert mix.weights[:, 0].tolist() == [0, 1]
+
+
+def test_what_raises_all_adapters_is_no_surprise() -> None:
+    """Oracle: the distance from its regression on the other's, and that error's spread, by hand."""
+    from qaflora_edge.weighing.calibration import unusual
+
+    def z(key: str, *each: list[float]) -> list[float]:
+        typical = {n: {key: USUAL | {"each": e}} for n, e in zip(NAMES, each, strict=False)}
+        query = Query((1,), tuple(typical), 2, "norm", "last", typical)
+        found = np.repeat([[at(3)], [at(2)]], 2, axis=1)[: len(each)]
+        return [round(float(x), 4) for x in unusual(query, key, found)]
+
+    up, apart = [1.0, -1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0]
+    error = (1 - 0.5**2) ** 0.5  # half of their correlation, 1
+    assert z("added_last", up, up) == [round((3 - 1) / error, 4), round((2 - 1.5) / error, 4)]
+    assert z("added_last", up, apart) == [3, 2]
+    assert z("added_last", up) == [3]
+    assert z("added_last", up, []) == [3, 2]  # as older bundles have it
 
 
 def test_a_second_one_has_to_do_more_in_the_question_than_is_usual() -> None:
@@ -204,13 +222,15 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
         def note(key: str, measured: Any) -> None:
             extents[key].append(np.log(np.asarray(measured, float) + 1e-12).mean(axis=1))
 
-        for prompt in neutral_prompts():
+        for prompt in [*neutral_prompts(), *short_turns()]:
             chat = engine.chat_tokens([{"role": "user", "content": prompt}])
             span = engine._weigher.find_question(chat)
             assert span is not None
             last, question = core.run(core.prober.base.added(chat, rows, span))
             note("added_last", last)
             note("added_question", question)
+            if prompt not in neutral_prompts():
+                continue
             text = engine.tokenize(prompt)
             note("added_text", core.run(core.prober.base.added(text, rows, (0, len(text))))[0])
     for key, values in extents.items():
@@ -218,6 +238,8 @@ def test_a_bundle_knows_what_is_usual_in_its_places(made: TinyBundle) -> None:
             mean, spread = np.mean(values, axis=0)[ia], np.std(values, axis=0)[ia]
             assert typical[name][key]["mean"] == pytest.approx(mean, abs=2e-3)
             assert typical[name][key]["spread"] == pytest.approx(max(spread, 0.01), abs=2e-3)
+            distances = (np.array(values)[:, ia] - mean) / max(spread, 0.01)
+            np.testing.assert_allclose(typical[name][key]["each"], distances, atol=0.2)
 
 
 def test_an_engine_follows_it_in_one_pass_of_the_base(
@@ -240,7 +262,9 @@ def test_an_engine_follows_it_in_one_pass_of_the_base(
 
     def z(measured: Any, key: str) -> list[float]:
         extents = np.log(np.asarray(measured, float) + 1e-12).mean(axis=1)
-        return [(x - u["mean"]) / u["spread"] for x, u in zip(extents, usual[key], strict=True)]
+        a, b = [(x - u["mean"]) / u["spread"] for x, u in zip(extents, usual[key], strict=True)]
+        half = np.mean(np.multiply(*(u["each"] for u in usual[key]))) / 2
+        return [(a - half * b) / (1 - half**2) ** 0.5, (b - half * a) / (1 - half**2) ** 0.5]
 
     first = int(np.argmax(z(last, "added_last")))
     second = 0.5 if z(question, "added_question")[1 - first] > 1 else 0.0

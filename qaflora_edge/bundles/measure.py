@@ -27,8 +27,17 @@ OpenEngine = Callable[..., AbstractContextManager[Any]]  # the class Engine
 
 def neutral_prompts() -> list[str]:
     """Read the prompts that ship with the package, in order."""
+    return _texts("prompts")
+
+
+def short_turns() -> list[str]:
+    """Read the turns of a few words that ship with the package, in order."""
+    return _texts("turns")
+
+
+def _texts(kind: str) -> list[str]:
     data = json.loads(package_data(PROMPTS_FILE).read_text(encoding="utf-8"))
-    return [str(prompt) for prompt in data["prompts"]]
+    return [str(text) for text in data[kind]]
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
@@ -54,8 +63,9 @@ def measure_typical(
     keys = (
         KEYS if strategy is None else parse_strategy(strategy, [*adapters]).strategy.needs_typical
     )
-    prompts, fusion = neutral_prompts(), raw.setdefault("fusion", {})
-    recorded = {"sha256": prompts_sha256(prompts), "n_prompt": len(prompts)}
+    prompts, turns = neutral_prompts(), short_turns()
+    fusion, read = raw.setdefault("fusion", {}), [*prompts, *turns]
+    recorded = {"sha256": prompts_sha256(read), "n_prompt": len(read)}
     typical: dict[str, dict[str, Any]] = fusion.get("typical", {})
     if fusion.get("typical_prompts", {}).get("sha256") != recorded["sha256"]:
         typical = {}  # measured on other prompts
@@ -68,6 +78,7 @@ def measure_typical(
                 prompts,
                 lambda done, total: tell(ONCE, done, total),
                 keys=[key for key, each in lacking.items() if each],
+                turns=turns,
             )
         for name, values in found.items():
             typical[name] = typical.get(name, {}) | values

@@ -13,8 +13,9 @@ from qaflora_edge.weighing.strategy import Query
 
 # One number a layer: the geometric mean of the KL at the last token, or of the question's states.
 LAYERS = tuple(f"{place}{lens}" for place in ("", "question_") for lens in LENSES)
-# Mean and spread of `extent` of Probe.added, by passes of the base alone: at the last token, in
-# the question, and at the last token of prompts as plain text.
+# Mean and spread of `extent` of Probe.added, and each prompt's distance from the mean in spreads,
+# by passes of the base alone: at the last token, in the question, and at the last token of prompts
+# as plain text.
 EXTENTS = ("added_last", "added_question", "added_text")
 KEYS = (*LAYERS, *EXTENTS)
 
@@ -36,10 +37,19 @@ def unusual(query: Query, key: str, measured: F64) -> F64:
 
     key       one of EXTENTS, the measure
     measured  [n_adapter, n_layer]
+
+    What other adapters' extents let expect is taken off: a greeting raises all. The correlations
+    over neutral prompts are halved, as so few prompts call for. Older bundles lack them.
     """
     typical = [query.typical[name][key] for name in query.adapters]
     mean, spread = (np.array([each[part] for each in typical]) for part in ("mean", "spread"))
-    return np.asarray((extent(measured) - mean) / spread)
+    n = min(len(each.get("each", ())) for each in typical)
+    prompts = np.array([each.get("each", ())[:n] for each in typical], np.float64)
+    together = prompts @ prompts.T / max(2 * n, 1)
+    np.fill_diagonal(together, np.maximum(1.0, 2 * together.diagonal()))
+    inverse = np.linalg.inv(together)
+    surprise = inverse @ ((extent(measured) - mean) / spread)
+    return np.asarray(surprise / np.sqrt(inverse.diagonal()))
 
 
 def adds_nothing(typical: Mapping[str, Mapping[str, float]]) -> bool:
@@ -60,7 +70,7 @@ def measure_typical(
 
     measure   a prompt -> one of KEYS -> float64 [n_adapter, n_layer]
     progress  called with (prompts done, prompts in all)
-    returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean and spread
+    returns   adapter -> one of KEYS -> a list of n_layer numbers, or mean, spread and each
     """
     measured: dict[str, list[F64]] = {}
     for done, prompt in enumerate(prompts, 1):
@@ -78,8 +88,11 @@ def measure_typical(
     }
 
 
-def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, float]]:
+def _mean_and_spread(measured: Sequence[F64]) -> list[dict[str, Any]]:
     extents = np.stack([extent(each) for each in measured])
-    spreads = np.maximum(extents.std(axis=0), _SPREAD_MIN)
-    means = extents.mean(axis=0)
-    return [{"mean": float(m), "spread": float(s)} for m, s in zip(means, spreads, strict=True)]
+    means, spreads = extents.mean(axis=0), np.maximum(extents.std(axis=0), _SPREAD_MIN)
+    distances = np.round((extents - means) / spreads, 3).T
+    return [
+        {"mean": float(m), "spread": float(s), "each": each.tolist()}
+        for m, s, each in zip(means, spreads, distances, strict=True)
+    ]
